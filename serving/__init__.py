@@ -1,0 +1,1 @@
+"""The ground floor: what production runs. Never imports torch, training or export."""

@@ -1,0 +1,203 @@
+"""Encoded bytes -> upright RGB pixels. The one decoder: training, scoring and serving call it.
+
+Whatever is done to an image beyond decoding is said in `Decoded.applied`, which travels with the
+answer, so that nothing about the pixels is silent.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+
+from serving.errors import BrokenImage, EmptyBody, NotAnImage, TooLarge, UnsupportedFormat
+
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""Pillow plug-ins that an upload may reach. EPS, PSD and the like are never opened."""
+
+SUFFIXES: Final = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+)
+"""Extensions by which folders are searched. Only the search looks at names; decoding never does."""
+
+MAX_PIXELS: Final = 100_000_000
+MAX_BYTES: Final = 20_000_000
+
+# A truncated file must be an error here whatever the embedding application set.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+_ORIENTATION: Final = 0x0112
+# What brings each EXIF orientation upright.
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_SRGB: Final = ImageCms.createProfile("sRGB")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An upright picture and what was done to make it one.
+
+    image: mode RGB, 8 bits a channel, EXIF orientation applied.
+    applied: names such as "exif-orientation", "alpha-on-background", "16-bit-scaled".
+    """
+
+    image: Image.Image
+    applied: tuple[str, ...]
+
+
+def decode(
+    data: bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    background: tuple[int, int, int] = (255, 255, 255),
+) -> Decoded:
+    """Decode one image of any supported format, told by content and never by name.
+
+    Args:
+        data: The file's bytes.
+        max_pixels: Width times height that is still accepted; checked before any pixel is decoded.
+        background: RGB, 0 to 255, put under transparent images.
+
+    Raises:
+        EmptyBody: `data` is empty.
+        NotAnImage: Pillow recognises no image in `data`.
+        UnsupportedFormat: A format outside `FORMATS`.
+        TooLarge: More than `max_pixels` pixels.
+        BrokenImage: Truncated or corrupt data.
+    """
+    if not data:
+        raise EmptyBody("no image: the body is empty; send the file's bytes")
+    image = _open(data)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise TooLarge(f"{width} x {height} pixels are more than the {max_pixels} allowed")
+    applied: list[str] = []
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns about odd metadata; the pixels decide, and a log line a request is noise.
+            warnings.simplefilter("ignore")
+            if getattr(image, "n_frames", 1) > 1:
+                applied.append("first-frame")
+            image.load()
+            orientation = image.getexif().get(_ORIENTATION, 1)
+            rgb = _to_rgb(image, background, applied)
+            if orientation in _UPRIGHT:
+                rgb = rgb.transpose(_UPRIGHT[orientation])
+                applied.append("exif-orientation")
+    except (OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, EOFError) as error:
+        raise BrokenImage(f"the image is broken: {_reason(error)}") from error
+    except (MemoryError, Image.DecompressionBombError) as error:
+        raise TooLarge("the image needs more memory than is allowed") from error
+    return Decoded(rgb, tuple(applied))
+
+
+def read(path: Path, **options: int) -> Decoded:
+    """Decode the file at `path`; errors as `decode`, and `BrokenImage` when it can't be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BrokenImage(f"{path}: {error.strerror or error}") from error
+    return decode(data, **options)  # type: ignore[arg-type]
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # our own pixel cap replaces Pillow's bomb warning
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        pass
+    except Image.DecompressionBombError as error:
+        raise TooLarge("the image has more pixels than are allowed") from error
+    except (OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError) as error:
+        raise BrokenImage(f"the image is broken: {_reason(error)}") from error
+    name = _foreign_format(data)
+    if name:
+        raise UnsupportedFormat(f"{name} is not served; send one of {', '.join(FORMATS)}")
+    raise NotAnImage("the bytes are no image; send a JPEG, PNG or WebP file")
+
+
+_FOREIGN_MAGIC: Final = {
+    b"%!PS": "EPS",
+    b"8BPS": "PSD",
+    b"%PDF": "PDF",
+    b"\x00\x00\x01\x00": "ICO",
+    b"\x00\x00\x00\x0cjP  ": "JPEG 2000",
+    b"<svg": "SVG",
+    b"icns": "ICNS",
+    b"DDS ": "DDS",
+    b"qoif": "QOI",
+}
+
+
+def _foreign_format(data: bytes) -> str | None:
+    """Name a format by its first bytes, without letting its parser near them."""
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+        return "HEIC"
+    return next((name for magic, name in _FOREIGN_MAGIC.items() if data.startswith(magic)), None)
+
+
+def _to_rgb(
+    image: Image.Image, background: tuple[int, int, int], applied: list[str]
+) -> Image.Image:
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+        applied.append("16-bit-scaled" if image.mode != "F" else "float-scaled")
+        return _scale_deep(image)
+    has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    profile = image.info.get("icc_profile")
+    if has_alpha:
+        applied.append("alpha-on-background")
+        rgba = image.convert("RGBA")
+        flat = Image.new("RGB", image.size, background)
+        flat.paste(rgba, mask=rgba.getchannel("A"))
+        image = flat
+    if profile and image.mode in ("RGB", "CMYK", "L"):
+        converted = _to_srgb(image, profile)
+        if converted is not None:
+            applied.append("icc-to-srgb")
+            return converted
+    if image.mode not in ("RGB", "L", "1", "P"):  # those convert without loss
+        applied.append(f"{image.mode.lower()}-to-rgb")
+    return image.convert("RGB")
+
+
+def _scale_deep(image: Image.Image) -> Image.Image:
+    """Bring samples deeper than 8 bits to 0..255 by range; Pillow's own convert clips to white."""
+    samples = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(samples).all():
+        raise ValueError("samples are not finite")
+    low, high = 0.0, 65535.0
+    if image.mode in ("F", "I"):
+        low, high = min(0.0, samples.min()), samples.max()
+        # Known integer ranges first: stretching a dark photo to white would be a change of light.
+        high = next((top for top in (1.0, 255.0, 65535.0) if high <= top), high)
+    scaled = (samples - low) * (255.0 / (high - low))
+    return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return None
+        return ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None  # a broken profile is metadata, not pixels
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text[:120]

@@ -1,0 +1,1 @@
+"""Photos in, checkpoint out. Imports serving's decoder and preprocessing, never export."""
