@@ -1,0 +1,414 @@
+"""Brushes: a canvas that takes soft-edged, shaded shapes, and the backgrounds behind them.
+
+Lengths and positions are fractions of the image's side, x to the right and y down, so that a
+picture is the same at every size. Colours are float32 RGB between 0 and 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+
+Array = NDArray[np.float32]
+Rng = np.random.Generator
+
+_FINE = 3  # masks are drawn this many times larger, then reduced: that is the antialiasing
+
+# Hue is drawn without looking at the class, from what gardens have.
+BLOOMS = (
+    (0.98, 0.96, 0.92),  # white
+    (0.99, 0.90, 0.66),  # cream
+    (0.99, 0.82, 0.18),  # yellow
+    (0.98, 0.58, 0.14),  # orange
+    (0.97, 0.47, 0.38),  # coral
+    (0.84, 0.14, 0.18),  # red
+    (0.97, 0.62, 0.74),  # pink
+    (0.86, 0.24, 0.56),  # magenta
+    (0.76, 0.62, 0.92),  # lilac
+    (0.50, 0.26, 0.72),  # violet
+    (0.36, 0.46, 0.90),  # blue
+    (0.52, 0.10, 0.24),  # wine
+)
+HEARTS = (
+    (0.98, 0.80, 0.20),  # pollen
+    (0.90, 0.56, 0.12),  # ochre
+    (0.62, 0.72, 0.24),  # lime
+    (0.38, 0.22, 0.12),  # brown
+    (0.24, 0.12, 0.22),  # aubergine
+    (0.96, 0.92, 0.74),  # ivory
+)
+GREENS = (
+    (0.24, 0.44, 0.18),
+    (0.36, 0.54, 0.22),
+    (0.18, 0.36, 0.24),
+    (0.44, 0.56, 0.34),
+    (0.30, 0.46, 0.36),
+)
+GROUNDS = (
+    (0.22, 0.38, 0.20),  # meadow
+    (0.12, 0.20, 0.14),  # deep shade
+    (0.52, 0.64, 0.40),  # spring
+    (0.62, 0.74, 0.84),  # sky
+    (0.20, 0.26, 0.38),  # dusk
+    (0.46, 0.36, 0.28),  # earth
+    (0.86, 0.80, 0.70),  # paper
+    (0.60, 0.58, 0.56),  # stone
+    (0.78, 0.64, 0.62),  # rose wall
+    (0.30, 0.20, 0.24),  # plum
+)
+
+
+def colour(
+    rng: Rng, choices: tuple[tuple[float, float, float], ...], spread: float = 0.05
+) -> Array:
+    """Draw one of the choices and move it a little."""
+    chosen = np.asarray(choices[int(rng.integers(len(choices)))])
+    return np.clip(chosen + rng.normal(0, spread, 3), 0.02, 1).astype(np.float32)
+
+
+def mix(a: Array, b: Array, t: Array | float) -> Array:
+    """Go from colour `a` to colour `b`; `t` is a number or an array [...], the answer [..., 3]."""
+    weight = np.asarray(t, np.float32)[..., None]
+    return np.asarray(a + (b - a) * weight, np.float32)
+
+
+def smooth(x: Array, low: float, high: float) -> Array:
+    """Rise from 0 at `low` to 1 at `high` without corners."""
+    t = np.clip((x - low) / (high - low), 0, 1)
+    return np.asarray(t * t * (3 - 2 * t), np.float32)
+
+
+def turn(angle: float) -> Array:
+    """The matrix [2, 2] that takes the x axis to `angle` (radians)."""
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([[c, -s], [s, c]], np.float32)
+
+
+def inverse(m: Array) -> Array:
+    """The inverse of a matrix [2, 2]; at this size far quicker than linalg's."""
+    (a, b), (c, d) = m.tolist()
+    return np.array([[d, -b], [-c, a]], np.float32) / np.float32(a * d - b * c)
+
+
+def bow(start: Array, end: Array, sag: float, steps: int = 16) -> Array:
+    """Points [steps, 2] from `start` to `end` on an arc that leaves the chord by `sag` chords."""
+    t = np.linspace(0, 1, steps, dtype=np.float32)[:, None]
+    chord = end - start
+    side = np.array([-chord[1], chord[0]], np.float32)
+    return np.asarray(start + chord * t + side * (4 * sag * t * (1 - t)), np.float32)
+
+
+def ribbon(path: Array, width: Array) -> Array:
+    """The outline [2n, 2] of a band of half-width `width` [n] along `path` [n, 2]."""
+    ahead = np.gradient(path, axis=0)
+    ahead /= np.linalg.norm(ahead, axis=1, keepdims=True) + 1e-9
+    side = np.stack([-ahead[:, 1], ahead[:, 0]], axis=1) * width[:, None]
+    return np.asarray(np.concatenate([path + side, (path - side)[::-1]]), np.float32)
+
+
+class Canvas:
+    """A square picture that shapes are laid on, the later above the earlier.
+
+    pixels: float32 [size, size, 3], RGB, 0 to 1.
+    """
+
+    def __init__(self, pixels: Array) -> None:
+        """Paint on `pixels`, which is changed in place."""
+        self.pixels = pixels
+        self.size = len(pixels)
+
+    def lay(
+        self,
+        outline: Array | list[Array],
+        paint: Callable[[Array, Array], Array] | Array,
+        shadow: float = 0.0,
+        opacity: float = 1.0,
+    ) -> None:
+        """Lay a filled shape.
+
+        Args:
+            outline: Corners [n, 2], or a list of such for several shapes at one go.
+            paint: A colour [3], or a function of x [1, w] and y [h, 1] that answers [h, w, 3].
+            shadow: How dark the soft shadow is that it casts on what lies below, 0 to 1.
+            opacity: Of the shape, 0 to 1.
+        """
+        size, blur = self.size, 0.02 * self.size
+        margin = 3 * blur if shadow else 1.0
+        parts = outline if isinstance(outline, list) else [outline]
+        every = np.concatenate(parts)
+        low = np.maximum(np.floor(every.min(axis=0) * size - margin), 0).astype(int)
+        high = np.minimum(np.ceil(every.max(axis=0) * size + margin), size).astype(int)
+        width, height = (int(side) for side in high - low)
+        if width <= 0 or height <= 0:
+            return
+        mask = Image.new("L", (width * _FINE, height * _FINE))
+        pen = ImageDraw.Draw(mask)
+        for part in parts:
+            pen.polygon(((part * size - low) * _FINE).ravel().tolist(), fill=255)
+        mask = mask.reduce(_FINE)
+        box = self.pixels[low[1] : high[1], low[0] : high[0]]
+        if shadow:
+            shade = mask.filter(ImageFilter.BoxBlur(blur))
+            box *= 1 - np.asarray(shade, np.float32)[..., None] * (shadow / 255)
+        if callable(paint):
+            x = (np.arange(low[0], high[0], dtype=np.float32) + 0.5) / size
+            y = (np.arange(low[1], high[1], dtype=np.float32) + 0.5) / size
+            paint = paint(x[None, :], y[:, None])
+        box += (paint - box) * (np.asarray(mask, np.float32)[..., None] * (opacity / 255))
+
+    def dots(self, places: Array, radii: Array, paint: Array, opacity: float = 1.0) -> None:
+        """Lay round dots: places [n, 2], radii [n], one colour [3]."""
+        pen, mask, fine = self._sheet()
+        for (x, y), r in zip(places * fine, radii * fine, strict=True):
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
+        self._blend(mask, paint, opacity)
+
+    def lines(self, segments: Array, width: float, paint: Array, opacity: float = 1.0) -> None:
+        """Lay straight hairs: segments [n, 4] as x, y, x, y; one width and colour for all."""
+        pen, mask, fine = self._sheet()
+        for segment in (segments * fine).tolist():
+            pen.line(segment, fill=255, width=max(1, round(width * fine)))
+        self._blend(mask, paint, opacity)
+
+    def _sheet(self) -> tuple[ImageDraw.ImageDraw, Image.Image, int]:
+        fine = self.size * _FINE
+        mask = Image.new("L", (fine, fine))
+        return ImageDraw.Draw(mask), mask, fine
+
+    def _blend(self, mask: Image.Image, paint: Array, opacity: float) -> None:
+        box = mask.getbbox()
+        if box is None:
+            return
+        left, top = box[0] // _FINE, box[1] // _FINE
+        right, bottom = -(-box[2] // _FINE), -(-box[3] // _FINE)
+        cut = mask.crop((left * _FINE, top * _FINE, right * _FINE, bottom * _FINE)).reduce(_FINE)
+        part = self.pixels[top:bottom, left:right]
+        part += (paint - part) * (np.asarray(cut, np.float32)[..., None] * (opacity / 255))
+
+
+@dataclass(frozen=True)
+class Petal:
+    """The shape of a petal: half-width `width * u**base * (1-u)**tip` at `u` of its length.
+
+    A small `base` is broad at the foot, a large one clawed; `tip` below 0.6 is round, above 0.9
+    pointed. `notch` cuts the tip in, `ruffle` waves the edge, `spots` freckles the throat.
+    """
+
+    width: float
+    base: float
+    tip: float
+    notch: float = 0.0
+    ruffle: float = 0.0
+    veins: int = 5
+    spots: bool = False
+
+    def half(self, u: Array) -> Array:
+        """Half-width at `u` (0 at the foot, 1 at the tip) for a petal of length 1."""
+        u = np.clip(u, 0, 1)
+        peak = self.base / (self.base + self.tip)
+        top = peak**self.base * (1 - peak) ** self.tip
+        return np.asarray(self.width / top * u**self.base * (1 - u) ** self.tip, np.float32)
+
+    def outline(self) -> tuple[Array, Array]:
+        """Corners along and across [2n], in order, for a petal of length 1 on the x axis."""
+        u = ((1 - np.cos(np.linspace(0, np.pi, 22))) / 2).astype(np.float32)
+        half = self.half(u)
+        return np.concatenate([u, u[::-1]]), np.concatenate([half, -half[::-1]])
+
+
+@dataclass(frozen=True)
+class Palette:
+    """The colours of one picture and where its light comes from (radians)."""
+
+    petal: Array
+    deep: Array
+    pale: Array
+    heart: Array
+    green: Array
+    light: float
+
+    @staticmethod
+    def draw(rng: Rng, ground: Array) -> Palette:
+        """Draw colours that stand off from the `ground` colour [3]."""
+        for _ in range(12):
+            petal = colour(rng, BLOOMS)
+            if np.abs(petal - ground).sum() > 0.55:
+                break
+        other = colour(rng, BLOOMS)
+        deep = mix(petal * np.float32(rng.uniform(0.5, 0.8)), other, rng.uniform(0, 0.4))
+        pale = mix(petal, np.ones(3, np.float32), rng.uniform(0.15, 0.5))
+        if rng.random() < 0.3:
+            deep, pale = mix(petal, np.ones(3, np.float32), 0.55), deep
+        heart = colour(rng, HEARTS)
+        for _ in range(12):
+            if np.abs(heart - deep).sum() > 0.45:
+                break
+            heart = colour(rng, HEARTS)
+        return Palette(petal, deep, pale, heart, colour(rng, GREENS, 0.03), rng.uniform(-np.pi, 0))
+
+
+def lay_petal(
+    canvas: Canvas,
+    rng: Rng,
+    colours: Palette,
+    petal: Petal,
+    foot: Array,
+    frame: Array,
+    *,
+    lit: float = 1.0,
+    shadow: float = 0.3,
+    leaf: bool = False,
+) -> None:
+    """Lay one petal (or leaf) with its shading, veins and highlight.
+
+    Args:
+        canvas: Where.
+        rng: Bends and waves it.
+        colours: The picture's colours.
+        petal: Its shape.
+        foot: Where it is attached [2].
+        frame: Matrix [2, 2] that takes (along, across) to (x, y), length included.
+        lit: Brightness of the whole petal.
+        shadow: See `Canvas.lay`.
+        leaf: Paint in green.
+    """
+    bend = rng.normal(0, 0.06)
+    swing = rng.uniform(0, 1)
+    along, across = petal.outline()
+    across = across * (1 + petal.ruffle * np.sin(17 * along + swing)).astype(np.float32)
+    if petal.notch:
+        along = along - petal.notch * np.exp(-((across / (0.5 * petal.width)) ** 2)) * along**6
+    outline = np.stack([along, across + bend * along**2], axis=1) @ frame.T + foot
+    back = inverse(frame)
+    angle = float(np.arctan2(frame[1, 0], frame[0, 0]))
+    facing = 1 + 0.13 * float(np.cos(angle - colours.light))
+    side = float(np.sin(colours.light - angle))
+    shine = 0.35 if side > 0 else -0.35
+    middle, deep, pale = colours.petal, colours.deep, colours.pale
+    if leaf:
+        middle, deep, pale = colours.green, colours.green * 0.6, mix(colours.green, pale, 0.2)
+
+    def shade(x: Array, y: Array) -> Array:
+        dx, dy = x - foot[0], y - foot[1]
+        u = np.clip(back[0, 0] * dx + back[0, 1] * dy, 0, 1)
+        v = back[1, 0] * dx + back[1, 1] * dy - np.float32(bend) * u * u
+        r = np.clip(v / (petal.half(u) + 0.02), -1, 1)
+        rr = r * r
+        paint = mix(deep, middle, smooth(u, 0.05, 0.55))
+        paint += (pale - middle) * (smooth(u, 0.5, 1.05) * (0.35 + 0.65 * rr))[..., None]
+        throat = 1 - smooth(u, 0.0, 0.3)
+        fold = np.exp(v * v * (-1 / (0.16 * petal.width) ** 2))
+        vein = np.cos(r * np.float32(np.pi * petal.veins) + swing)
+        gloss = np.exp((u - 0.62) ** 2 * -20 - (r - shine) ** 2 * 8)
+        light = 1 - 0.16 * rr + 0.17 * side * r - 0.28 * throat
+        light += (0.05 * vein - 0.16 * fold) * (1 - 0.8 * u)
+        paint *= (facing * lit * light)[..., None]
+        paint += (0.11 * gloss)[..., None]
+        return paint
+
+    canvas.lay(outline.astype(np.float32), shade, shadow)
+    if petal.spots:
+        n = 9
+        places = np.stack([rng.uniform(0.18, 0.5, n), rng.normal(0, 0.3, n) * petal.width], axis=1)
+        canvas.dots(
+            (places @ frame.T + foot).astype(np.float32),
+            np.full(n, 0.0045, np.float32),
+            deep * 0.45,
+            0.7,
+        )
+
+
+def lay_stem(canvas: Canvas, colours: Palette, path: Array, thick: float) -> None:
+    """Lay a stem of half-width `thick` along `path` [n, 2], lit like a rod."""
+    n = len(path)
+    width = np.linspace(thick * 1.25, thick, n, dtype=np.float32)
+    canvas.lay(ribbon(path, width), colours.green * 0.7, shadow=0.3)
+    shift = np.array([np.cos(colours.light), np.sin(colours.light)], np.float32) * (thick * 0.3)
+    canvas.lay(ribbon(path + shift, width * 0.55), mix(colours.green, colours.pale, 0.12) * 1.12)
+
+
+def background(rng: Rng, size: int) -> tuple[Array, Array]:
+    """Paint what lies out of focus behind a flower.
+
+    Returns:
+        The picture, float32 [size, size, 3], and the colour [3] that it has on average.
+    """
+    small = 72
+    base, second = colour(rng, GROUNDS, 0.04), colour(rng, GROUNDS, 0.04)
+    grid = int(rng.integers(2, 7))
+    weight = rng.random((grid, grid, 1)) * rng.uniform(0.2, 0.9)
+    field = base * (1 - weight) + second * weight + rng.normal(0, 0.03, (grid, grid, 3))
+    coarse = Image.fromarray((np.clip(field, 0, 1) * 255).astype(np.uint8))
+    sheet = coarse.resize((small, small), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(sheet)
+    for kind in rng.choice(["grass", "leaves", "stones", "bokeh", "blooms"], 2, replace=False):
+        _clutter(str(kind), rng, pen, small, (base + second) / 2)
+        sheet = sheet.filter(ImageFilter.GaussianBlur(rng.uniform(1.0, 3.2)))
+        pen = ImageDraw.Draw(sheet)
+    wide = sheet.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = np.asarray(wide, np.float32) / 255
+    return pixels, pixels.mean(axis=(0, 1))
+
+
+def _clutter(kind: str, rng: Rng, pen: ImageDraw.ImageDraw, side: int, base: Array) -> None:
+    """Draw one kind of thing, many times, with hard edges: the blur comes after."""
+
+    def ink(paint: Array, low: float = 0.65, high: float = 1.25) -> tuple[int, int, int]:
+        r, g, b = np.clip(paint * rng.uniform(low, high) * 255, 0, 255).astype(int).tolist()
+        return r, g, b
+
+    if kind == "grass":
+        for x in rng.uniform(-0.1, 1.1, int(rng.integers(14, 34))):
+            start = np.array([x, 1.05], np.float32)
+            end = np.array([x + rng.normal(0, 0.2), rng.uniform(0.1, 0.8)], np.float32)
+            blade = ribbon(bow(start, end, rng.normal(0, 0.1), 8), np.linspace(0.018, 0, 8))
+            pen.polygon((blade * side).ravel().tolist(), fill=ink(colour(rng, GREENS)))
+    elif kind == "leaves":
+        shape = Petal(rng.uniform(0.18, 0.32), 0.7, 0.9)
+        leaf = np.stack(shape.outline(), axis=1)
+        for _ in range(int(rng.integers(8, 20))):
+            frame = turn(rng.uniform(0, 2 * np.pi)) * rng.uniform(0.2, 0.5)
+            corners = (leaf @ frame.T + rng.uniform(-0.1, 1.1, 2)) * side
+            pen.polygon(corners.ravel().tolist(), fill=ink(colour(rng, GREENS)))
+    elif kind == "stones":
+        for _ in range(int(rng.integers(6, 16))):
+            (x, y), r = rng.uniform(0, side, 2) + (0, 0.3 * side), rng.uniform(0.05, 0.16) * side
+            flat = rng.uniform(0.5, 0.9)
+            grey = mix(base, np.full(3, rng.uniform(0.3, 0.8), np.float32), 0.6)
+            pen.ellipse((x - r, y - r * flat, x + r, y + r * flat), fill=ink(grey, 0.5, 0.7))
+            pen.ellipse((x - r, y - r * flat, x + r * 0.8, y + r * flat * 0.7), fill=ink(grey))
+    elif kind == "bokeh":
+        for _ in range(int(rng.integers(6, 18))):
+            (x, y), r = rng.uniform(0, side, 2), rng.uniform(0.03, 0.12) * side
+            glow = mix(base, np.ones(3, np.float32), rng.uniform(0.1, 0.5))
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=ink(glow, 0.95, 1.1))
+    else:
+        bloom = colour(rng, BLOOMS)
+        for _ in range(int(rng.integers(3, 9))):
+            (x, y), r = rng.uniform(0, side, 2), rng.uniform(0.04, 0.1) * side
+            flat = rng.uniform(0.5, 1.0)
+            pen.ellipse((x - r, y - r * flat, x + r, y + r * flat), fill=ink(bloom, 0.7, 1.0))
+
+
+def finish(canvas: Canvas, rng: Rng) -> Image.Image:
+    """Light, brush grain and noise over the whole picture; then uint8 RGB."""
+    size = canvas.size
+    angle = rng.uniform(0, 2 * np.pi)
+    ramp = np.linspace(-1, 1, size, dtype=np.float32)
+    slope = np.cos(angle) * ramp[None, :] + np.sin(angle) * ramp[:, None]
+    corners = ramp[None] ** 2 + ramp[:, None] ** 2
+    light = 1 + rng.uniform(0, 0.16) * slope - rng.uniform(0, 0.1) * corners
+    cells = max(size // 3, 1)
+    grain = Image.fromarray(rng.integers(0, 256, (cells, cells), dtype=np.uint8))
+    cloth = grain.resize((size, size), Image.Resampling.BILINEAR)
+    weave = np.asarray(cloth, np.float32) / 255 - 0.5
+    light = (light + rng.uniform(0.03, 0.1) * weave) * rng.uniform(0.82, 1.12)
+    tint = (1 + rng.normal(0, 0.03, 3)).astype(np.float32)
+    pixels = canvas.pixels * light.astype(np.float32)[..., None] * tint
+    noise = rng.standard_normal((size, size, 1), np.float32)
+    pixels += noise * np.float32(rng.uniform(0.004, 0.018))
+    return Image.fromarray((np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8))

@@ -1,0 +1,268 @@
+"""Where photos and labels come from: folders and split files -> samples, splits, class names."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from serving.errors import DataError, OptionError
+from serving.images import SUFFIXES
+from training.files import write_aside
+
+PARTS: Final = ("train", "valid", "test")
+SAMPLE: Final = "sample"
+SPLIT: Final = "split.csv"
+
+
+class Sample(NamedTuple):
+    """A photo and the index of its class."""
+
+    path: Path
+    label: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A labelled set of photos, split. `test` is never trained or chosen on."""
+
+    source: str
+    root: Path
+    classes: tuple[str, ...]
+    train: tuple[Sample, ...]
+    valid: tuple[Sample, ...]
+    test: tuple[Sample, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of names, sizes, labels and parts; not of the photos' contents."""
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        for part in PARTS:
+            for path, label in getattr(self, part):
+                size = path.stat().st_size if path.exists() else -1
+                name = os.fsencode(path.relative_to(self.root))
+                digest.update(b"%s\0%s\0%d\0%d\n" % (part.encode(), name, size, label))
+        return digest.hexdigest()[:16]
+
+    def without(self, broken: Iterable[Path]) -> Dataset:
+        """The same set less some photos, checked again."""
+        gone = set(broken)
+        parts = {p: tuple(s for s in getattr(self, p) if s.path not in gone) for p in PARTS}
+        return _checked(replace(self, **parts))
+
+
+def load(
+    source: str,
+    *,
+    split: Path | None = None,
+    fold: int = 0,
+    valid: float = 0.2,
+    seed: int = 0,
+) -> Dataset:
+    """Find the photos of `source` and split them.
+
+    Args:
+        source: "sample" for the embedded set, or a folder with a folder a class, or with `train/`
+            and `valid/` (and `test/`) of such.
+        split: CSV `path,fold`; fold is train, valid or test, or a number.
+        fold: Which number of `split` is the validation part.
+        valid: Share of each class that is held out, where nothing else splits the photos.
+        seed: Of that split.
+
+    Raises:
+        DataError: Nothing usable there; says what was expected.
+    """
+    if source == SAMPLE:
+        from training import sample
+
+        root = sample.cached()
+    else:
+        root = Path(source).expanduser()
+    if not root.is_dir():
+        raise DataError(f"--data {source}: no such folder; give one with a folder a class")
+    root = root.resolve()
+    parts = {part: root / part for part in PARTS if (root / part).is_dir()}
+    if split is not None:
+        dataset = _from_split(source, root, split, fold)
+    elif "train" in parts and "valid" in parts:
+        dataset = _from_parts(source, root, parts)
+    elif "train" in parts and not _class_folders(root, except_for=PARTS):
+        raise DataError(f"{root} has train/ but no valid/; add it, or put the classes one level up")
+    else:
+        dataset = _from_classes(source, root, valid, seed)
+    return _checked(dataset)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key with numbers by value: 1, 2, 10."""
+    return [(int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", name) if t]
+
+
+def _class_folders(root: Path, except_for: Sequence[str] = ()) -> list[Path]:
+    try:
+        found = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{root} can't be read: {error.strerror}") from error
+    return sorted((p for p in found if p.name not in except_for), key=lambda p: _natural(p.name))
+
+
+def _photos(folder: Path) -> Iterator[Path]:
+    """Image files below `folder` by extension, hidden ones skipped, in natural order."""
+    for here, folders, files in os.walk(folder):
+        folders[:] = sorted((f for f in folders if not f.startswith(".")), key=_natural)
+        for name in sorted(files, key=_natural):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+                yield Path(here, name)
+
+
+def _labelled(root: Path, classes: Sequence[str]) -> list[Sample]:
+    return [Sample(p, i) for i, name in enumerate(classes) for p in _photos(root / name)]
+
+
+def _class_names(root: Path) -> tuple[str, ...]:
+    names = tuple(p.name for p in _class_folders(root) if any(_photos(p)))
+    if not names:
+        raise DataError(f"{root} holds no folder with photos; expected {root.name}/CLASS/photo.jpg")
+    return names
+
+
+def _from_classes(source: str, root: Path, valid: float, seed: int) -> Dataset:
+    if not 0 < valid < 1:
+        raise OptionError(f"data.valid = {valid}: use a share between 0 and 1")
+    classes = _class_names(root)
+    by_class: list[list[Sample]] = [[] for _ in classes]
+    for sample in _labelled(root, classes):
+        by_class[sample.label].append(sample)
+    train: list[Sample] = []
+    held: list[Sample] = []
+    for label, samples in enumerate(by_class):
+        if len(samples) < 2:
+            raise DataError(
+                f"class {classes[label]!r} has one photo; it needs at least 2, "
+                "one to train on and one to validate on"
+            )
+        # Each class is drawn by its own name, so adding a class leaves the others' split alone.
+        random.Random(f"{seed}/{classes[label]}").shuffle(samples)
+        cut = min(max(1, round(len(samples) * valid)), len(samples) - 1)
+        held += samples[:cut]
+        train += samples[cut:]
+    return Dataset(source, root, classes, tuple(sorted(train)), tuple(sorted(held)))
+
+
+def _from_parts(source: str, root: Path, parts: Mapping[str, Path]) -> Dataset:
+    classes = _class_names(parts["train"])
+    for part, folder in parts.items():
+        strange = [n.name for n in _class_folders(folder) if n.name not in classes]
+        if strange and any(any(_photos(folder / n)) for n in strange):
+            raise DataError(f"{folder} has class {strange[0]!r}, which train/ has no photo of")
+    found = {part: tuple(_labelled(folder, classes)) for part, folder in parts.items()}
+    return Dataset(source, root, classes, **found)
+
+
+def _from_split(source: str, root: Path, split: Path, fold: int) -> Dataset:
+    rows = list(_read_split(split))
+    numbers = {f for _, f in rows if f.isdigit()}
+    if numbers and str(fold) not in numbers:
+        have = ", ".join(sorted(numbers, key=int))
+        raise OptionError(f"data.fold = {fold}: {split} has folds {have}")
+    names = sorted({Path(path).parts[0] for path, _ in rows}, key=_natural)
+    index = {name: i for i, name in enumerate(names)}
+    parts: dict[str, list[Sample]] = {part: [] for part in PARTS}
+    for path, where in rows:
+        part = where if where in PARTS else "valid" if where == str(fold) else "train"
+        parts[part].append(Sample(root / path, index[Path(path).parts[0]]))
+    missing = [s.path for p in PARTS for s in parts[p] if not s.path.is_file()]
+    if missing:
+        raise DataError(f"{split} names {len(missing)} files that are not there, as {missing[0]}")
+    found = {part: tuple(samples) for part, samples in parts.items()}
+    return Dataset(source, root, tuple(names), **found)
+
+
+def _read_split(split: Path) -> Iterator[tuple[str, str]]:
+    try:
+        with split.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            reader = csv.DictReader(file)
+            if not {"path", "fold"} <= set(reader.fieldnames or ()):
+                raise DataError(f"{split}: the first line must be 'path,fold'")
+            for row in reader:
+                path, fold = row["path"] or "", (row["fold"] or "").strip()
+                line = f"{split}, line {reader.line_num}"
+                if fold not in PARTS and not fold.isdigit():
+                    raise DataError(f"{line}: fold {fold!r} is not train, valid, test or a number")
+                if len(Path(path).parts) < 2 or Path(path).is_absolute() or ".." in path.split("/"):
+                    raise DataError(f"{line}: path {path!r} is not CLASS/photo below the folder")
+                yield path, fold
+    except FileNotFoundError:
+        raise DataError(f"--split {split}: no such file; make a CSV 'path,fold'") from None
+    except (OSError, csv.Error) as error:
+        raise DataError(f"--split {split} can't be read: {error}") from error
+
+
+def _checked(dataset: Dataset) -> Dataset:
+    if len(dataset.classes) < 2:
+        raise DataError(f"{dataset.root} has one class, {dataset.classes[0]!r}; it needs at least 2")
+    for part in ("train", "valid"):
+        counts = Counter(sample.label for sample in getattr(dataset, part))
+        if not counts:
+            raise DataError(f"{dataset.root}: the {part} part is empty")
+        bare = [name for i, name in enumerate(dataset.classes) if not counts[i]]
+        if bare and part == "train":
+            raise DataError(f"class {bare[0]!r} has no photo in the train part; add one")
+    return dataset
+
+
+def write_split(dataset: Dataset, path: Path) -> None:
+    """Write every photo's part as CSV `path,fold,label`, paths below the data folder."""
+    with write_aside(path) as aside, aside.open(
+        "w", newline="", encoding="utf-8", errors="surrogateescape"
+    ) as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(["path", "fold", "label"])
+        for part in PARTS:
+            for sample in getattr(dataset, part):
+                relative = sample.path.relative_to(dataset.root).as_posix()
+                out.writerow([relative, part, dataset.classes[sample.label]])
+
+
+def of_run(run: Path, data: Path | None = None) -> Dataset:
+    """The split that a run used.
+
+    Args:
+        run: The run's folder, or its checkpoint.
+        data: Where the photos are now, if they have moved.
+
+    Raises:
+        DataError: The photos are not where they were; names `--data`.
+    """
+    from training.checkpoint import BEST, read_info
+
+    folder = run if run.is_dir() else run.parent
+    path = run / BEST if run.is_dir() else run
+    info = read_info(path.with_suffix(".json"))
+    root = (data or Path(str(info.data["root"]))).resolve()
+    if info.data.get("source") == SAMPLE and data is None and not root.is_dir():
+        from training import sample
+
+        root = sample.cached()
+    if not root.is_dir():
+        raise DataError(f"the photos are no longer in {root}; say where with --data")
+    index = {name: i for i, name in enumerate(info.classes)}
+    parts: dict[str, list[Sample]] = {part: [] for part in PARTS}
+    try:
+        with (folder / SPLIT).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            for row in csv.DictReader(file):
+                parts[row["fold"]].append(Sample(root / row["path"], index[row["label"]]))
+    except (OSError, KeyError, csv.Error) as error:
+        raise DataError(f"{folder / SPLIT} can't be read: {error}") from error
+    gone = [s.path for s in parts["valid"] if not s.path.is_file()]
+    if gone:
+        raise DataError(f"{len(gone)} validation photos are gone, as {gone[0]}; use --data")
+    found = {part: tuple(samples) for part, samples in parts.items()}
+    return Dataset(str(info.data.get("source", root)), root, info.classes, **found)

@@ -1,0 +1,142 @@
+"""The classifier: a torchvision body, pooling, and a head of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from serving.preprocess import Preprocess
+from training import backbones
+
+
+class HeadConfig(BaseModel):
+    """What stands on the body.
+
+    kind: "concat_pool" is average and max pooling side by side, then BatchNorm, dropout, Linear,
+        ReLU, BatchNorm, dropout, Linear (fast.ai, "Practical Deep Learning for Coders", 2018);
+        "linear" is average pooling, dropout and one Linear.
+    hidden: width of the hidden layer of concat_pool.
+    dropout: before the last Linear, in [0, 1); half of it stands before the first.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["concat_pool", "linear"] = "concat_pool"
+    hidden: int = Field(512, ge=1)
+    dropout: float = Field(0.5, ge=0, lt=1)
+
+
+class ConcatPool(nn.Module):
+    """Average and max pooling side by side: [N, C, h, w] -> [N, 2 C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool over the whole map."""
+        return torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1)
+
+
+class AvgPool(nn.Module):
+    """Average pooling: [N, C, h, w] -> [N, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool over the whole map."""
+        return x.mean(dim=(2, 3))
+
+
+class Classifier(nn.Module):
+    """body -> pool -> head, with a frozen prefix of the body.
+
+    The first `frozen` children of `body` neither train nor change: no gradients, and eval mode
+    (BatchNorm, dropout, stochastic depth) that survives `.train()`.
+    """
+
+    def __init__(
+        self, body: nn.Sequential, groups: tuple[int, ...], pool: nn.Module, head: nn.Sequential
+    ) -> None:
+        """Take the parts; `groups` as in `backbones.Backbone`."""
+        super().__init__()
+        self.body, self.pool, self.head = body, pool, head
+        self.groups = groups
+        self.frozen = 0
+
+    def features(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] -> the head's input [N, D]."""
+        pooled: Tensor = self.pool(self.body(images))
+        return pooled
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] -> logits [N, classes]."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+    def freeze_to(self, unfrozen: int) -> None:
+        """Train the head and the last `unfrozen` layer groups of the body; freeze the rest."""
+        starts = (*self.groups, len(self.body))
+        self.frozen = starts[len(self.groups) - unfrozen]
+        for index, child in enumerate(self.body):
+            child.requires_grad_(index >= self.frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As usual, but what is frozen stays in eval mode."""
+        super().train(mode)
+        for child in self.body[: self.frozen]:
+            child.eval()
+        return self
+
+    @property
+    def prefix(self) -> nn.Sequential:
+        """What is frozen: images [N, 3, H, W] -> a feature map, a function without state."""
+        return self.body[: self.frozen]
+
+    @property
+    def suffix(self) -> nn.Sequential:
+        """What trains: the prefix's output -> logits. Shares its modules with this classifier."""
+        return nn.Sequential(*self.body[self.frozen :], self.pool, self.head)
+
+
+def build(
+    arch: str,
+    classes: int,
+    *,
+    arch_args: Mapping[str, Any] | None = None,
+    head: Mapping[str, Any] | HeadConfig | None = None,
+    weights: str = "none",
+) -> Classifier:
+    """Build a classifier; arguments and errors as in `backbones.build` and `HeadConfig`."""
+    config = head if isinstance(head, HeadConfig) else HeadConfig(**(head or {}))
+    backbone = backbones.build(arch, arch_args or {}, weights)
+    pool, layers = _head(config, backbone.width, classes)
+    return Classifier(backbone.body, backbone.groups, pool, layers)
+
+
+def _head(config: HeadConfig, width: int, classes: int) -> tuple[nn.Module, nn.Sequential]:
+    if config.kind == "linear":
+        return AvgPool(), nn.Sequential(nn.Dropout(config.dropout), nn.Linear(width, classes))
+    head = nn.Sequential(
+        nn.BatchNorm1d(2 * width),
+        nn.Dropout(config.dropout / 2),
+        nn.Linear(2 * width, config.hidden),
+        nn.ReLU(inplace=True),
+        nn.BatchNorm1d(config.hidden),
+        nn.Dropout(config.dropout),
+        nn.Linear(config.hidden, classes),
+    )
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return ConcatPool(), head
+
+
+def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
+    """Pixels uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in channels-last layout.
+
+    (x / 255 - mean) / std per channel: what every exported graph does inside.
+    """
+    mean = torch.tensor(preprocess.mean, device=pixels.device) * 255
+    std = torch.tensor(preprocess.std, device=pixels.device) * 255
+    return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)
