@@ -26,6 +26,7 @@ from serving.views import VIEWS, View
 SCHEMA: Final = 1
 MANIFEST: Final = "manifest.json"
 CHECKSUM: Final = "manifest.sha256"
+_TRIES: Final = 5
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,12 @@ class Manifest:
             values["preprocess"] = Preprocess.from_dict(values["preprocess"])
             values["views"] = tuple(View(**view) for view in values["views"])
             values["golden"] = tuple(values["golden"])
-            return cls(**values)
+            manifest = cls(**values)
+            entries = [manifest.files, manifest.precisions]
+            entries += [*manifest.files.values(), *manifest.precisions.values(), *manifest.golden]
+            if not all(isinstance(entry, dict) for entry in entries):
+                raise TypeError("files, precisions and golden hold objects")
+            return manifest
         except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
             raise BundleError(f"not a manifest: {error}") from error
 
@@ -132,8 +138,15 @@ def read(folder: Path) -> Bundle:
     """
     path = folder / MANIFEST
     try:
-        raw = path.read_bytes()
-        stated = (folder / CHECKSUM).read_text().split()[::2]
+        for _ in range(_TRIES):
+            raw = path.read_bytes()
+            stated = (folder / CHECKSUM).read_text().split()[::2]
+            if hashlib.sha256(raw).hexdigest() in stated:
+                break  # else a new version may have come between the two
+        else:
+            raise BundleError(
+                f"{path} was changed after export: its sha256 is not that of {CHECKSUM}"
+            )
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
         raise BundleError(
@@ -141,20 +154,18 @@ def read(folder: Path) -> Bundle:
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{folder} can't be read: {error}") from error
-    if hashlib.sha256(raw).hexdigest() not in stated:
-        raise BundleError(f"{path} was changed after export: its sha256 is not that of {CHECKSUM}")
     try:
-        manifest = Manifest.from_json(raw.decode())
+        bundle = Bundle(folder, Manifest.from_json(raw.decode()))
     except (BundleError, UnicodeDecodeError) as error:
         raise BundleError(f"{path}: {error}") from error
-    bundle = Bundle(folder, manifest)
     _verify_files(bundle)
     return bundle
 
 
 def _verify_files(bundle: Bundle) -> None:
     payload, listed = bundle.payload, bundle.manifest.files
-    if Path(bundle.manifest.version).name != bundle.manifest.version:
+    version = str(bundle.manifest.version)
+    if version in ("", "..") or Path(version).name != version:
         raise BundleError(f"{bundle.folder / MANIFEST}: version is not a folder name")
     for name, facts in listed.items():
         path = payload / name

@@ -7,6 +7,8 @@ answer, so that nothing about the pixels is silent.
 from __future__ import annotations
 
 import io
+import re
+import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,23 @@ MAX_BYTES: Final = 20_000_000
 
 # A truncated file must be an error here whatever the embedding application set.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+# Pillow warns about odd metadata and many pixels; here the pixels and our own cap decide. Once for
+# the process: `warnings.catch_warnings` around a decode is not safe among threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+# What Pillow's plug-ins raise over corrupt data, found by fuzzing all of `FORMATS`.
+_CORRUPT: Final = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    ArithmeticError,
+    struct.error,
+)
 
 _ORIENTATION: Final = 0x0112
 # What brings each EXIF orientation upright.
@@ -86,18 +105,17 @@ def decode(
         raise TooLarge(f"{width} x {height} pixels are more than the {max_pixels} allowed")
     applied: list[str] = []
     try:
-        with warnings.catch_warnings():
-            # Pillow warns about odd metadata; the pixels decide, and a log line a request is noise.
-            warnings.simplefilter("ignore")
-            if getattr(image, "n_frames", 1) > 1:
-                applied.append("first-frame")
-            image.load()
-            orientation = image.getexif().get(_ORIENTATION, 1)
-            rgb = _to_rgb(image, background, applied)
-            if orientation in _UPRIGHT:
-                rgb = rgb.transpose(_UPRIGHT[orientation])
-                applied.append("exif-orientation")
-    except (OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, EOFError) as error:
+        if getattr(image, "is_animated", False):
+            applied.append("first-frame")
+        stored = _orientation(image)
+        image.load()
+        remaining = _orientation(image)  # TIFF is upright once loaded; PNG may tell only then
+        rgb = _to_rgb(image, background, applied)
+        if remaining in _UPRIGHT:
+            rgb = rgb.transpose(_UPRIGHT[remaining])
+        if stored in _UPRIGHT or remaining in _UPRIGHT:
+            applied.append("exif-orientation")
+    except _CORRUPT as error:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
     except (MemoryError, Image.DecompressionBombError) as error:
         raise TooLarge("the image needs more memory than is allowed") from error
@@ -115,20 +133,35 @@ def read(path: Path, **options: int) -> Decoded:
 
 def _open(data: bytes) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our own pixel cap replaces Pillow's bomb warning
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         pass
     except Image.DecompressionBombError as error:
         raise TooLarge("the image has more pixels than are allowed") from error
-    except (OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError) as error:
+    except _CORRUPT as error:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
+    served = next((name for name, magic in _SERVED_MAGIC.items() if magic.match(data)), None)
+    if served:
+        raise BrokenImage(f"the image is broken: it begins as {served} and its header is cut short")
     name = _foreign_format(data)
     if name:
         raise UnsupportedFormat(f"{name} is not served; send one of {', '.join(FORMATS)}")
     raise NotAnImage("the bytes are no image; send a JPEG, PNG or WebP file")
 
+
+def _orientation(image: Image.Image) -> int:
+    return int(image.getexif().get(_ORIENTATION, 1))
+
+
+# BMP is not among them: two letters, with which a text may begin.
+_SERVED_MAGIC: Final = {
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "GIF": re.compile(rb"GIF8[79]a"),
+    "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
+    "AVIF": re.compile(rb"....ftypavi[fs]", re.DOTALL),
+}
 
 _FOREIGN_MAGIC: Final = {
     b"%!PS": "EPS",
@@ -136,17 +169,24 @@ _FOREIGN_MAGIC: Final = {
     b"%PDF": "PDF",
     b"\x00\x00\x01\x00": "ICO",
     b"\x00\x00\x00\x0cjP  ": "JPEG 2000",
-    b"<svg": "SVG",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\xff\x0a": "JPEG XL",
+    b"\x00\x00\x00\x0cJXL ": "JPEG XL",
     b"icns": "ICNS",
     b"DDS ": "DDS",
     b"qoif": "QOI",
 }
+
+# Prolog, comments and doctype may stand before the root element.
+_SVG: Final = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<[?!][^>]*>\s*)*<(?:svg:)?svg[\s>]")
 
 
 def _foreign_format(data: bytes) -> str | None:
     """Name a format by its first bytes, without letting its parser near them."""
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
         return "HEIC"
+    if _SVG.match(data[:4096]):
+        return "SVG"
     return next((name for magic, name in _FOREIGN_MAGIC.items() if data.startswith(magic)), None)
 
 
@@ -158,6 +198,8 @@ def _to_rgb(
         return _scale_deep(image)
     has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     profile = image.info.get("icc_profile")
+    if image.mode == "P" and profile:
+        image = image.convert("RGBA" if has_alpha else "RGB")  # a profile speaks of colours
     if has_alpha:
         applied.append("alpha-on-background")
         rgba = image.convert("RGBA")
@@ -176,7 +218,8 @@ def _to_rgb(
 
 def _scale_deep(image: Image.Image) -> Image.Image:
     """Bring samples deeper than 8 bits to 0..255 by range; Pillow's own convert clips to white."""
-    samples = np.asarray(image, dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN is met by the check below
+        samples = np.asarray(image, dtype=np.float64)
     if not np.isfinite(samples).all():
         raise ValueError("samples are not finite")
     low, high = 0.0, 65535.0

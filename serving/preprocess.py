@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
@@ -20,6 +21,10 @@ _FILTERS: Final = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,21 @@ class Preprocess:
         """
         if not (isinstance(self.size, int) and 8 <= self.size <= 4096):
             raise OptionError(f"preprocess.size = {self.size!r}: use 8 to 4096 pixels")
-        if not 0 < self.crop <= 1:
+        if not (_is_number(self.crop) and 0 < self.crop <= 1):
             raise OptionError(f"preprocess.crop = {self.crop!r}: use a share in (0, 1]")
         if self.interpolation not in _FILTERS:
             names = ", ".join(_FILTERS)
             raise OptionError(f"preprocess.interpolation = {self.interpolation!r}: use {names}")
         for name in ("mean", "std", "background"):
-            value = tuple(getattr(self, name))
-            if len(value) != 3 or (name == "std" and min(value) <= 0):
-                raise OptionError(f"preprocess.{name} = {value!r}: use three channels, std above 0")
+            given = getattr(self, name)
+            value = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+            if len(value) != 3 or not all(_is_number(item) for item in value):
+                raise OptionError(f"preprocess.{name} = {given!r}: use three numbers, R, G and B")
             object.__setattr__(self, name, value)
+        if min(self.std) <= 0:
+            raise OptionError(f"preprocess.std = {self.std!r}: use numbers above 0")
+        if not all(isinstance(item, int) and 0 <= item <= 255 for item in self.background):
+            raise OptionError(f"preprocess.background = {self.background!r}: use 0 to 255")
 
     def centre(self, image: Image.Image) -> Box:
         """The box (left, top, right, bottom) of the plain view, in the picture's own pixels."""

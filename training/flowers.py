@@ -338,13 +338,13 @@ def _lavender(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 def _spike(canvas: Canvas, rng: Rng, colours: Palette, path: Array) -> None:
     """Whorls of small florets along `path` [n, 2], smaller towards its end."""
-    floret = Petal(0.25, 0.6, 0.5, veins=2)
+    floret = Petal(0.3, 0.6, 0.5, veins=2)
     rows = int(rng.integers(8, 11))
     for row, at in enumerate(np.linspace(0, len(path) - 2, rows).astype(int)):
         ahead = path[at + 1] - path[at]
         heading = float(np.arctan2(ahead[1], ahead[0]))
         reach = rng.uniform(0.085, 0.105) * (1 - 0.5 * row / rows)
-        for spread in (-1.1, 1.1, -0.5, 0.5, 0.0):
+        for spread in (-1.0, 1.0, -0.35, 0.35):
             angle = heading + spread + rng.normal(0, 0.15)
             lit = 1.04 - 0.2 * abs(spread)
             size = reach * rng.uniform(0.85, 1.1)

@@ -73,9 +73,12 @@ class Classifier(nn.Module):
         return logits
 
     def freeze_to(self, unfrozen: int) -> None:
-        """Train the head and the last `unfrozen` layer groups of the body; freeze the rest."""
+        """Train the head and the last `unfrozen` layer groups of the body; freeze the rest.
+
+        More groups than there are means the whole network.
+        """
         starts = (*self.groups, len(self.body))
-        self.frozen = starts[len(self.groups) - unfrozen]
+        self.frozen = starts[max(len(self.groups) - unfrozen, 0)]
         for index, child in enumerate(self.body):
             child.requires_grad_(index >= self.frozen)
         self.train(self.training)
@@ -89,13 +92,18 @@ class Classifier(nn.Module):
 
     @property
     def prefix(self) -> nn.Sequential:
-        """What is frozen: images [N, 3, H, W] -> a feature map, a function without state."""
-        return self.body[: self.frozen]
+        """What is frozen: images [N, 3, H, W] -> a feature map, a function without state.
+
+        With the whole body frozen the pooling belongs to it: -> [N, D].
+        """
+        pool = [self.pool] if self.frozen == len(self.body) else []
+        return nn.Sequential(*self.body[: self.frozen], *pool)
 
     @property
     def suffix(self) -> nn.Sequential:
         """What trains: the prefix's output -> logits. Shares its modules with this classifier."""
-        return nn.Sequential(*self.body[self.frozen :], self.pool, self.head)
+        pool = [] if self.frozen == len(self.body) else [self.pool]
+        return nn.Sequential(*self.body[self.frozen :], *pool, self.head)
 
 
 def build(

@@ -1,0 +1,130 @@
+"""The last step of `make demo`: serve a bundle, ask it about one photo, print the answer, stop it.
+
+    python deploy/demo.py BUNDLE [PHOTO]
+
+Without PHOTO it takes one that the embedded data set has at hand. Only the standard library.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+READY_WITHIN = 90.0  # s
+STOPPED_WITHIN = 15.0  # s
+
+
+def main(arguments: list[str]) -> int:
+    """Return the exit status."""
+    if not 1 <= len(arguments) <= 2:
+        print("usage: demo.py BUNDLE [PHOTO]", file=sys.stderr)
+        return 2
+    bundle = arguments[0]
+    photo = Path(arguments[1]) if len(arguments) == 2 else sample_photo()
+    port = free_port()
+    command = [
+        str(Path(sys.executable).with_name("fledge")),
+        *("serve", bundle, "--host", "127.0.0.1", "--port", str(port)),
+    ]
+    print(f"$ {' '.join(['fledge', *command[1:]])}", flush=True)
+    try:
+        with running(command) as service:
+            address = f"http://127.0.0.1:{port}"
+            seconds = wait_until_ready(service, address)
+            print(f"ready after {seconds:.1f} s\n")
+            print(f"$ curl --data-binary @{photo} -H 'Content-Type: image/jpeg' {address}/predict")
+            show(ask(address, photo))
+    except (DemoError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class DemoError(Exception):
+    """The service did not do what a demonstration needs."""
+
+
+def sample_photo() -> Path:
+    """Return the middle photo of the embedded data set."""
+    from training.sample import cached
+
+    photos = sorted(cached().rglob("*.jpg"))
+    return photos[len(photos) // 2]
+
+
+def free_port() -> int:
+    """Return a port that nobody holds now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `command` for as long as the block lasts, and end it whatever happens in there."""
+    service = subprocess.Popen(command)
+    try:
+        yield service
+    finally:
+        if service.poll() is None:
+            service.terminate()
+            try:
+                service.wait(STOPPED_WITHIN)
+            except subprocess.TimeoutExpired:
+                service.kill()
+                service.wait()
+
+
+def wait_until_ready(service: subprocess.Popen[bytes], address: str) -> float:
+    """Return the seconds until `/readyz` said yes.
+
+    Raises:
+        DemoError: The service ended, or took longer than `READY_WITHIN`.
+    """
+    start = time.monotonic()
+    while (waited := time.monotonic() - start) < READY_WITHIN:
+        if service.poll() is not None:
+            raise DemoError(
+                f"the service ended with status {service.returncode} before it was ready"
+            )
+        try:
+            with urllib.request.urlopen(f"{address}/readyz", timeout=2):
+                return waited
+        except OSError:
+            time.sleep(0.1)
+    raise DemoError(f"the service was not ready within {READY_WITHIN:.0f} s")
+
+
+def ask(address: str, photo: Path) -> dict[str, object]:
+    """Return the service's answer about one photo.
+
+    Raises:
+        DemoError: It answered with an error.
+    """
+    request = urllib.request.Request(
+        f"{address}/predict", data=photo.read_bytes(), headers={"Content-Type": "image/jpeg"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            found: dict[str, object] = json.load(answer)
+            return found
+    except urllib.error.HTTPError as error:
+        raise DemoError(f"/predict answered {error.code}: {error.read().decode()}") from error
+
+
+def show(answer: dict[str, object]) -> None:
+    """Print the answer as JSON, a prediction a line."""
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in answer.items()]
+    print("{", ",\n".join(lines), "}", sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

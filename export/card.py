@@ -1,0 +1,110 @@
+"""The model card that travels with a bundle: README.md, written from the manifest."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from serving.bundle import Manifest
+
+_SHOWN: Final = 100
+
+_TEXT: Final = """\
+# {name}
+
+An image classifier: a photo in, a probability for each of {count} classes out. {arch}, fine-tuned
+with Fledge. Version `{version}`.
+
+## Classes
+
+{labels}
+
+## How good it is
+
+| graph | accuracy | held-out photos |
+|---|---|---|
+{accuracies}
+
+Measured on photos that were never trained on, from their encoded bytes, plain view. They were used
+to choose the best epoch, so expect a little less on photos of your own; and much less where yours
+look different from the training photos.
+
+The exported graphs were compared with the checkpoint on {photos} photos at batch sizes {batches}:
+
+| graph | largest difference of a probability | changed best class | ties |
+|---|---|---|---|
+{agreements}
+
+BatchNorm: {folded} of {before} folded into other layers{left}.
+
+## How it was made
+
+{provenance}
+
+## How to call it
+
+`fledge serve BUNDLE --port 3000`, then `curl -T photo.jpg -X POST localhost:3000/predict`; or
+`fledge score FOLDER --bundle BUNDLE --out scores.csv`.
+
+Without Fledge: `model.onnx` and `model.ts` take `pixels`, uint8 `[batch, {size}, {size}, 3]`, RGB,
+and give `logits`, float32 `[batch, {count}]`, and `features`, float32 `[batch, {width}]`. They
+normalise inside. Decode the photo upright, cut the centre square of {crop:g} of the short side,
+resize it to {size} x {size} ({interpolation}, antialiased), and take the softmax of the logits{by}.
+
+## Limits
+
+- It knows the classes above and nothing else: a photo of something else gets one of them too.
+- Probabilities are calibrated only if a temperature other than 1 was fitted (here: {temperature:g}).
+- It is as fair as its training photos, which nobody has examined for this card.
+- `golden/` holds a few held-out photos, byte for byte, with which a service checks itself at start.
+  Mind their licence when you pass the bundle on.
+"""
+
+
+def card(manifest: Manifest) -> str:
+    """The text of a bundle's README.md; the same manifest gives the same text."""
+    labels, report, norm = manifest.labels, manifest.parity, manifest.batchnorm
+    more = f", and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
+    left = dict(norm["left"])
+    outputs = manifest.graph["outputs"]
+    return _TEXT.format(
+        name=manifest.name,
+        version=manifest.version,
+        arch=manifest.arch,
+        count=len(labels),
+        labels=", ".join(labels[:_SHOWN]) + more,
+        accuracies="\n".join(
+            f"| {graph} | {share:.1%} | {report['photos']} |"
+            for graph, share in report["accuracy"].items()
+        ),
+        photos=report["photos"],
+        batches=", ".join(str(size) for size in report["batches"]),
+        agreements="\n".join(
+            f"| {graph} | {found['largest_difference']:.1e} | {found['top1_changed']} "
+            f"| {found['ties']} |"
+            for graph, found in report["graphs"].items()
+        ),
+        folded=norm["folded"],
+        before=norm["before"],
+        left=f"; {len(left)} became one multiply-add each" if left else "",
+        provenance=_lines(manifest.provenance),
+        size=manifest.preprocess.size,
+        crop=manifest.preprocess.crop,
+        interpolation=manifest.preprocess.interpolation,
+        width=outputs["features"]["shape"][1],
+        temperature=manifest.temperature,
+        by="" if manifest.temperature == 1 else f" divided by {manifest.temperature:g}",
+    )
+
+
+def _lines(values: object) -> str:
+    """Nested facts as a list: `- data: photos 1088, source flowers`."""
+    assert isinstance(values, dict)
+    return "\n".join(f"- {key}: {_plain(value)}" for key, value in values.items())
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)

@@ -1,0 +1,137 @@
+"""The graph contract: pixels in, logits and features out, with nothing left for a client to get
+wrong in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx, nn
+
+from export.fuse import Report, fuse
+from serving.preprocess import Pixels, Preprocess
+from training.model import Classifier, normalise
+
+
+class _Core(nn.Module):
+    """A classifier with both outputs of the contract."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.classifier.features(images)
+        # The head's first layers may work in place; what the caller gets must not change with them.
+        logits: Tensor = self.classifier.head(features)
+        return logits, features
+
+
+class Graph(nn.Module):
+    """Pixels uint8 [N, size, size, 3], RGB -> logits [N, classes], features [N, D].
+
+    Features are the pooled input of the head. Cast, normalising and layout are inside. The division
+    by 255 std lies in the first convolution's weights and a subtraction of the mean stands before
+    it; that is exact at the borders too, since padding follows the subtraction. A network that
+    starts in another way gets a multiplication as well.
+    """
+
+    mean: Tensor
+    scale: Tensor | None
+
+    def __init__(self, core: fx.GraphModule, preprocess: Preprocess) -> None:
+        """Take a fused core: normalised images [N, 3, H, W] -> logits, features. It is changed."""
+        super().__init__()
+        dtype = next(core.parameters()).dtype
+        mean = torch.tensor(preprocess.mean, dtype=torch.float64) * 255
+        scale = 1 / (torch.tensor(preprocess.std, dtype=torch.float64) * 255)
+        first = _first_convolution(core)
+        if first is not None:
+            weight = first.weight.detach().double() * scale.reshape(1, 3, 1, 1)
+            first.weight = nn.Parameter(weight.to(dtype))
+        self.register_buffer("mean", mean.reshape(1, 3, 1, 1).to(dtype))
+        explicit = None if first is not None else scale.reshape(1, 3, 1, 1).to(dtype)
+        self.register_buffer("scale", explicit)
+        self.core = core
+        self.requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """As the class says."""
+        images = pixels.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean
+        if self.scale is not None:
+            images = images * self.scale
+        logits, features = self.core(images)
+        return logits, features
+
+
+def assemble(classifier: Classifier, preprocess: Preprocess) -> tuple[Graph, Report]:
+    """The fused graph of a classifier, which stays as it is, and what became of its BatchNorms.
+
+    Raises:
+        WorkError: The network can't be traced.
+    """
+    core, report = fuse(_Core(classifier))
+    prefix = "classifier."
+    report = Report(
+        {name.removeprefix(prefix): to.removeprefix(prefix) for name, to in report.folded.items()},
+        {name.removeprefix(prefix): why for name, why in report.left.items()},
+    )
+    return Graph(core, preprocess).eval(), report
+
+
+def example(preprocess: Preprocess, batch: int = 2) -> Tensor:
+    """Noise to trace with: uint8 [batch, size, size, 3], the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, preprocess.size, preprocess.size, 3)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def contract(graph: Graph, preprocess: Preprocess) -> Mapping[str, Any]:
+    """The contract with this graph's numbers, for the manifest."""
+    with torch.inference_mode():
+        logits, features = graph(example(preprocess))
+    size = preprocess.size
+    return {
+        "input": {"name": "pixels", "dtype": "uint8", "shape": ["batch", size, size, 3]},
+        "outputs": {
+            "logits": {"dtype": "float32", "shape": ["batch", logits.shape[1]]},
+            "features": {"dtype": "float32", "shape": ["batch", features.shape[1]]},
+        },
+    }
+
+
+class CheckpointRuntime:
+    """The checkpoint itself as a `serving.runtime.Runtime`: eager, float32, unfused, on the CPU.
+
+    What every exported graph is measured against.
+    """
+
+    provider = "checkpoint"
+
+    def __init__(self, classifier: Classifier, preprocess: Preprocess) -> None:
+        """Take a classifier in eval mode and the Preprocess saved with it."""
+        self._classifier, self._preprocess = classifier, preprocess
+
+    def run(self, pixels: Pixels) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Pixels uint8 [N, size, size, 3] -> logits [N, classes], features [N, D]."""
+        with torch.inference_mode():
+            images = normalise(torch.from_numpy(np.ascontiguousarray(pixels)), self._preprocess)
+            features = self._classifier.features(images)
+            logits = self._classifier.head(features)
+        return logits.numpy(), features.numpy()
+
+
+def _first_convolution(core: fx.GraphModule) -> nn.Conv2d | None:
+    """The convolution that alone reads the input, if it may be scaled."""
+    source = next(node for node in core.graph.nodes if node.op == "placeholder")
+    users = list(source.users)
+    if len(users) != 1 or users[0].op != "call_module":
+        return None
+    calls = sum(node.target == users[0].target for node in core.graph.nodes)
+    layer = core.get_submodule(str(users[0].target))
+    if calls == 1 and isinstance(layer, nn.Conv2d) and layer.weight.shape[1] == 3:
+        return layer
+    return None

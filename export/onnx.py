@@ -1,0 +1,101 @@
+"""Write the graph as ONNX: one file, dynamic batch, labels inside, and nothing about this machine.
+
+The exporter records a Python stack trace with file paths for every node. Those would leak where the
+model was made and change its bytes from one place to another, so all metadata of nodes and values
+goes; what is written depends on the graph and the versions of the packages alone.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import onnx
+import torch
+
+from export.graph import Graph, example
+from serving.errors import WorkError
+from serving.preprocess import Preprocess
+
+OPSET: Final = 18
+
+
+def write(
+    graph: Graph, path: Path, *, name: str, labels: Sequence[str], preprocess: Preprocess
+) -> None:
+    """Export `graph` to `path`; name, labels and preprocess go into the file's metadata as JSON.
+
+    Raises:
+        WorkError: The exporter has no translation for part of the network, or the file is no
+            valid ONNX.
+    """
+    model = _translate(graph, preprocess)
+    _strip(model)
+    facts = {"name": name, "labels": list(labels), "preprocess": preprocess.to_dict()}
+    values = {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in facts.items()
+    }
+    onnx.helper.set_model_props(model, values)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise WorkError(f"the ONNX graph is not valid: {_first_line(error)}") from error
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _translate(graph: Graph, preprocess: Preprocess) -> onnx.ModelProto:
+    # A batch of 2 to trace with: at 1 the exporter would take the axis for a constant.
+    pixels = example(preprocess, batch=2)
+    try:
+        with warnings.catch_warnings():
+            # The exporter's own use of what Python and torch deprecate; nothing here can change it.
+            for kind in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+                warnings.simplefilter("ignore", kind)
+            program = torch.onnx.export(
+                graph,
+                (pixels,),
+                dynamo=True,
+                input_names=["pixels"],
+                output_names=["logits", "features"],
+                dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+            )
+    except RuntimeError as error:  # the base of every error of the exporter
+        raise WorkError(f"the network can't be written as ONNX: {_first_line(error)}") from error
+    if program is None:  # only the exporter's type says that it may be
+        raise WorkError("the network can't be written as ONNX: the exporter gave nothing")
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove what the exporter notes about its own run: traces, paths, names of its passes."""
+    holders = [model, *model.functions]
+    for graph in _graphs(model.graph):
+        holders += [graph, *graph.node, *graph.input, *graph.output]
+        holders += [*graph.value_info, *graph.initializer]
+    for function in model.functions:
+        holders += [*function.node, *function.value_info]
+    for holder in holders:
+        holder.ClearField("metadata_props")
+        holder.ClearField("doc_string")
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and those inside its nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                if inner.node:
+                    yield from _graphs(inner)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,271 @@
+"""The ship gate: from encoded photos to probabilities, the exported graphs against the checkpoint.
+
+Everything runs as production runs it: `serving`'s decoder, preprocessing, runtimes and softmax. The
+one thing that differs between the two sides is the network. Needs no torch itself.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from serving import bundle, images, views
+from serving.errors import DataError, GateError, ImageError
+from serving.predictor import Predictor, Prepared, open_predictor
+from serving.preprocess import Pixels, Preprocess
+from serving.runtime import Runtime
+from serving.views import Probabilities
+
+TOLERANCE: Final = 1e-4
+"""Largest difference of a probability, in fp32."""
+
+BATCHES: Final = (1, 2, 7)
+LIMIT: Final = 500
+GOLDEN_IMAGES: Final = 8
+GOLDEN_BYTES: Final = 4_000_000
+BROKEN_SHARE: Final = 0.05
+_AT_ONCE: Final = 14  # photos in memory; a multiple of every batch size, so no batch is cut short
+
+Sample = tuple[Path, int]
+
+
+@dataclass
+class Agreement:
+    """How far one graph is from the checkpoint.
+
+    difference: largest of a probability, over all photos and batch sizes; worst: on which photo.
+    changed: photos whose best class differs at any batch size.
+    ties: photos of which that is no wonder: the checkpoint itself holds the two classes apart by
+        less than the tolerance. They are not in `changed`.
+    right: how many photos it gets right.
+    """
+
+    difference: float = 0.0
+    worst: Path | None = None
+    changed: set[Path] = field(default_factory=set)
+    ties: set[Path] = field(default_factory=set)
+    right: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the gate measured.
+
+    photos: how many were compared; skipped: how many could not be decoded.
+    checkpoint: how many photos the checkpoint gets right; graphs: by name of the graph.
+    """
+
+    photos: int
+    skipped: int
+    checkpoint: int
+    graphs: Mapping[str, Agreement]
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """Share of 1 that each gets right."""
+        right = {"checkpoint": self.checkpoint, **{k: v.right for k, v in self.graphs.items()}}
+        return {name: count / self.photos for name, count in right.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the manifest has it under `parity`."""
+        return {
+            "photos": self.photos,
+            "skipped": self.skipped,
+            "batches": list(BATCHES),
+            "tolerance": TOLERANCE,
+            "accuracy": self.accuracy,
+            "graphs": {
+                name: {
+                    "largest_difference": found.difference,
+                    "top1_changed": len(found.changed),
+                    "ties": len(found.ties),
+                }
+                for name, found in self.graphs.items()
+            },
+        }
+
+
+def held_out(samples: Sequence[Sample], limit: int = LIMIT) -> list[Sample]:
+    """All samples, or a draw of `limit` of them that is the same every time, in their order."""
+    if len(samples) <= limit:
+        return list(samples)
+    drawn = random.Random(0).sample(range(len(samples)), limit)
+    return [samples[index] for index in sorted(drawn)]
+
+
+def gate(
+    checkpoint: Runtime,
+    preprocess: Preprocess,
+    graphs: Mapping[str, Predictor],
+    samples: Sequence[Sample],
+) -> Outcome:
+    """Compare every graph with the checkpoint on held-out photos, at several batch sizes.
+
+    Args:
+        checkpoint: The network as trained: eager, float32, unfused.
+        preprocess: Saved with the checkpoint.
+        graphs: Name -> predictor, each with its own runtime.
+        samples: Photos and the indices of their classes.
+
+    Raises:
+        GateError: A probability is off by more than the tolerance, or a top-1 differs; names the
+            worst photo.
+        DataError: No photo, or more than 5 % of them can't be decoded.
+    """
+    agreements = {name: Agreement() for name in graphs}
+    broken: list[Path] = []
+    photos = right = 0
+    temperature = next(iter(graphs.values())).manifest.temperature
+    for start in range(0, len(samples), _AT_ONCE):
+        paths, labels, data = _readable(samples[start : start + _AT_ONCE], preprocess, broken)
+        if not paths:
+            continue
+        pixels = np.stack([square for _, square in data])
+        truth = views.softmax(checkpoint.run(pixels)[0], temperature)
+        photos += len(paths)
+        right += int((truth.argmax(1) == labels).sum())
+        for name, predictor in graphs.items():
+            prepared = [predictor.prepare(content) for content, _ in data]
+            for size in BATCHES:
+                answers = _predict(predictor, prepared, size)
+                _compare(agreements[name], truth, answers, paths)
+            agreements[name].right += int((answers.argmax(1) == labels).sum())
+    _check_photos(photos, broken)
+    outcome = Outcome(photos, len(broken), right, agreements)
+    _check_agreement(outcome)
+    return outcome
+
+
+def golden(
+    payload: Path,
+    original: Runtime,
+    preprocess: Preprocess,
+    samples: Sequence[Sample],
+) -> tuple[dict[str, Any], ...]:
+    """Copy a few photos into `payload`, one a class, and state what they must give.
+
+    That is what the checkpoint says; graphs have to stay within the tolerance of it everywhere.
+    """
+    by_class: dict[int, list[Path]] = {}
+    for path, label in samples:
+        if path.is_file():
+            by_class.setdefault(label, []).append(path)
+    labels = sorted(by_class)
+    if len(labels) > GOLDEN_IMAGES:  # spread over the classes
+        labels = [labels[i * len(labels) // GOLDEN_IMAGES] for i in range(GOLDEN_IMAGES)]
+    (payload / "golden").mkdir()
+    chosen: list[dict[str, Any]] = []
+    total = 0
+    for label in labels:
+        for path in sorted(by_class[label], key=lambda p: (p.stat().st_size, p.name)):
+            content = path.read_bytes()
+            try:
+                decoded = images.decode(content, background=preprocess.background)
+            except ImageError:
+                continue
+            total += len(content)
+            if chosen and total > GOLDEN_BYTES:
+                return tuple(chosen)
+            file = f"golden/{len(chosen)}{path.suffix.lower()}"
+            (payload / file).write_bytes(content)
+            truth = views.softmax(original.run(preprocess(decoded.image)[None])[0])[0]
+            chosen.append({"file": file, "probabilities": {"fp32": truth.tolist()}})
+            break
+    return tuple(chosen)
+
+
+def verify_bundle(folder: Path, device: str = "cpu") -> list[str]:
+    """Repeat the gate from the golden images alone, for each precision; one line about each.
+
+    Raises:
+        BundleError: A file was changed, or an answer is outside its tolerance here.
+        OptionError: The device is not there.
+    """
+    opened = bundle.read(folder)
+    lines = []
+    for precision, entry in opened.manifest.precisions.items():
+        predictor = open_predictor(folder, device=device, precision=precision)  # checks them all
+        worst = 0.0
+        for item in opened.manifest.golden:
+            prepared = predictor.prepare((opened.payload / str(item["file"])).read_bytes())
+            answer = predictor.predict([prepared])[0].probabilities
+            off = np.abs(answer - np.asarray(item["probabilities"][precision])).max()
+            worst = max(worst, float(off))
+        lines.append(
+            f"{precision} on {predictor.runtime.provider}: {len(opened.manifest.golden)} golden "
+            f"images, largest difference {worst:.1e}, tolerance {float(entry['tolerance']):.1e}"
+        )
+    return lines
+
+
+def _readable(
+    samples: Sequence[Sample], preprocess: Preprocess, broken: list[Path]
+) -> tuple[list[Path], list[int], list[tuple[bytes, Pixels]]]:
+    """Paths, labels, contents with their pixels; what can't be decoded goes to `broken`."""
+    paths, labels, data = [], [], []
+    for path, label in samples:
+        try:
+            content = path.read_bytes()
+            decoded = images.decode(content, background=preprocess.background)
+        except (ImageError, OSError):
+            broken.append(path)
+        else:
+            paths.append(path)
+            labels.append(label)
+            data.append((content, preprocess(decoded.image)))
+    return paths, labels, data
+
+
+def _predict(predictor: Predictor, prepared: Sequence[Prepared], size: int) -> Probabilities:
+    """Probabilities [N, classes], `size` images at a time."""
+    answers = [
+        answer.probabilities
+        for start in range(0, len(prepared), size)
+        for answer in predictor.predict(prepared[start : start + size])
+    ]
+    return np.stack(answers)
+
+
+def _compare(
+    found: Agreement, truth: Probabilities, answers: Probabilities, paths: Sequence[Path]
+) -> None:
+    for expected, actual, path in zip(truth, answers, paths, strict=True):
+        off = float(np.abs(expected - actual).max())
+        if not off <= found.difference:  # so that "not a number" is the worst of all
+            found.difference, found.worst = off, path
+        best, other = int(expected.argmax()), int(actual.argmax())
+        if best != other:
+            tie = expected[best] - expected[other] < TOLERANCE
+            (found.ties if tie else found.changed).add(path)
+
+
+def _check_photos(photos: int, broken: Sequence[Path]) -> None:
+    total = photos + len(broken)
+    if not total:
+        raise DataError("there are no validation photos to check the export on; use --data")
+    if len(broken) > BROKEN_SHARE * total:
+        raise DataError(
+            f"{len(broken)} of {total} validation photos can't be decoded, as {broken[0]}; "
+            "replace them"
+        )
+
+
+def _check_agreement(outcome: Outcome) -> None:
+    for name, found in outcome.graphs.items():
+        reason = None
+        if not found.difference <= TOLERANCE:
+            reason = f"a probability of {found.worst} is off by {found.difference:.2g}"
+            reason += f", tolerance {TOLERANCE:.0e}"
+        elif found.changed:
+            reason = f"the best class of {min(found.changed)} is another"
+        if reason:
+            raise GateError(
+                f"{name} does not answer as the checkpoint does: {reason} "
+                f"({len(found.changed)} of {outcome.photos} photos change their best class); "
+                "no bundle was written"
+            )

@@ -1,0 +1,251 @@
+"""The front door: one verb a function, each imports its room only when called."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from serving.errors import FledgeError, OptionError
+
+Verb = Callable[[argparse.Namespace], None]
+
+
+def train(options: argparse.Namespace) -> None:
+    """Fine-tune a network on a folder of photos."""
+    from training import config, recipe
+
+    overrides = list(options.overrides)
+    if options.weights is not None:
+        overrides.append(f"weights={options.weights}")
+    if options.seed is not None:
+        overrides.append(f"seed={options.seed}")
+    recipe.run(
+        config.read(options.recipe, overrides),
+        options.data,
+        split=options.split,
+        out=options.out,
+        device=options.device,
+    )
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Score a run's checkpoint on its own held-out photos, in float32."""
+    from training import evaluate as room
+    from training.console import say
+
+    result = room.evaluate(
+        options.run, part=options.part, tta=options.tta, data_folder=options.data, say=say
+    )
+    print(
+        f"accuracy {result.accuracy:.6f}  loss {result.loss:.6f}  "
+        f"photos {result.photos}  views {result.views}  broken {result.broken}"
+    )
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Write the embedded data set, painted flowers, as a folder a class."""
+    from training import sample as room
+
+    options_given = {"per_class": options.per_class} if options.per_class else {}
+    print(room.write(options.folder, seed=options.seed, **options_given))
+
+
+def export(options: argparse.Namespace) -> None:
+    """Turn a run's best checkpoint into a verified bundle."""
+    from export import pipeline
+
+    pipeline.export(options.run, options.out, data=options.data, name=options.name)
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Print a bundle's manifest, after checking every byte of it."""
+    from serving import bundle
+
+    print(bundle.read(options.bundle).manifest.to_json(), end="")
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Check a bundle's bytes, and its golden images through the runtime. Needs no torch."""
+    from serving import predictor
+
+    opened = predictor.open_predictor(
+        options.bundle, device=options.device, precision=options.precision
+    )
+    manifest = opened.manifest
+    print(
+        f"{options.bundle}: {manifest.name}:{manifest.version} is sound; "
+        f"{len(manifest.golden)} golden images agree at {opened.precision} on "
+        f"{opened.runtime.provider}"
+    )
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve a bundle over HTTP."""
+    from serving import launch
+
+    launch.serve(
+        options.bundle,
+        host=options.host,
+        port=options.port,
+        device=options.device,
+        precision=options.precision,
+        workers=options.workers,
+    )
+
+
+def score(options: argparse.Namespace) -> None:
+    """Score many images into one table, a row each."""
+    from serving import score as room
+
+    room.score(
+        options.input,
+        options.bundle,
+        options.out,
+        tta=options.tta,
+        top_k=options.top_k,
+        device=options.device,
+        precision=options.precision,
+        workers=options.workers,
+        max_errors=options.max_errors,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fledge",
+        description="Fine-tune an image classifier, export it proven equal, serve it over HTTP.",
+        epilog="a first walk:  fledge train training/recipes/demo.toml --data sample;  "
+        "fledge export runs/latest --out bundle;  fledge serve bundle",
+    )
+    parser.add_argument("--version", action="version", version=f"fledge {_version()}")
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def verb(function: Verb, example: str) -> argparse.ArgumentParser:
+        text = (function.__doc__ or "").splitlines()[0]
+        added = verbs.add_parser(
+            function.__name__, help=text, description=text, epilog=f"example:  {example}"
+        )
+        added.set_defaults(verb=function, overrides=[])
+        added.add_argument("--debug", action="store_true", help="show tracebacks")
+        return added
+
+    def runtime_options(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--device", default="auto", choices=["auto", "cpu", "cuda", "tensorrt"]
+        )
+        command.add_argument(
+            "--precision", default="auto", choices=["auto", "fp32", "int8", "fp16"]
+        )
+
+    add = verb(train, "fledge train training/recipes/quick.toml --data photos batch_size=16")
+    add.add_argument("recipe", type=Path, help="a TOML file; see training/recipes/")
+    add.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="a folder with a folder a class, or with train/ and valid/ of such; "
+        "'sample' is the embedded set",
+    )
+    add.add_argument("--split", type=Path, metavar="CSV", help="path,fold for every photo")
+    add.add_argument("--weights", metavar="W", help="imagenet, none, auto or a file")
+    add.add_argument("--seed", type=int, metavar="N")
+    add.add_argument("--out", type=Path, metavar="RUN", help="default: runs/RECIPE")
+    add.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add.usage = "fledge train RECIPE --data DIR [options] [key=value …]"
+
+    add = verb(evaluate, "fledge evaluate runs/latest --tta 4")
+    add.add_argument("run", type=Path, metavar="RUN")
+    add.add_argument("--part", default="valid", choices=["train", "valid", "test"])
+    add.add_argument("--tta", type=int, default=0, metavar="N", help="views to average")
+    add.add_argument("--data", type=Path, metavar="DIR", help="where the photos are now")
+
+    add = verb(sample, "fledge sample flowers")
+    add.add_argument("folder", type=Path, help="a new folder")
+    add.add_argument("--per-class", type=int, metavar="N")
+    add.add_argument("--seed", type=int, default=0, metavar="N")
+
+    add = verb(export, "fledge export runs/latest --out bundle")
+    add.add_argument("run", type=Path, metavar="RUN")
+    add.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
+    add.add_argument("--data", type=Path, metavar="DIR", help="where the photos are now")
+    add.add_argument("--name", help="the model's name; default: the recipe's")
+
+    add = verb(inspect, "fledge inspect bundle")
+    add.add_argument("bundle", type=Path, metavar="BUNDLE")
+
+    add = verb(verify, "fledge verify bundle")
+    add.add_argument("bundle", type=Path, metavar="BUNDLE")
+    runtime_options(add)
+
+    add = verb(serve, "fledge serve bundle --port 3000")
+    add.add_argument("bundle", type=Path, metavar="BUNDLE")
+    add.add_argument("--host", default="127.0.0.1")
+    add.add_argument("--port", type=int, default=3000, metavar="N")
+    add.add_argument("--workers", type=int, metavar="N", help="processes; default: 1")
+    runtime_options(add)
+
+    add = verb(score, "fledge score photos --bundle bundle --out scores.csv")
+    add.add_argument("input", type=Path, help="a folder, an image, or a .txt list of paths")
+    add.add_argument("--bundle", type=Path, required=True)
+    add.add_argument("--out", type=Path, required=True, metavar="FILE", help=".csv or .jsonl")
+    add.add_argument("--tta", type=int, default=0, metavar="N", help="views to average")
+    add.add_argument("--top-k", type=int, default=5, metavar="K")
+    add.add_argument("--workers", type=int, metavar="N", help="threads; default: cores")
+    add.add_argument("--max-errors", metavar="N|P%", help="exit 1 when more images are broken")
+    runtime_options(add)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("fledge")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status.
+
+    0 done, 1 the work failed or fell short of a gate, 2 the request was wrong, 78 no usable
+    bundle, 130 interrupted.
+    """
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        for word in rest:
+            if options.verb is not train or word.startswith("-") or "=" not in word:
+                raise OptionError(f"{word!r} is no option of fledge {options.verb.__name__}")
+        options.overrides = rest
+        options.verb(options)
+    except FledgeError as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"fledge: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("fledge: interrupted", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        if options.debug:
+            raise
+        print(
+            f"fledge: {error.name} is not installed; training and export need "
+            "`pip install 'fledge[train]'`",
+            file=sys.stderr,
+        )
+        return 1
+    except OSError as error:
+        if options.debug:
+            raise
+        place = f" {error.filename}:" if error.filename else ""
+        print(f"fledge:{place} {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

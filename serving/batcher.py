@@ -1,0 +1,226 @@
+"""From the door to the graph: a bounded room, and two ways to work through it.
+
+`Lanes`     one thread takes one image from bytes to prediction; several side by side. Best where
+            a batch costs as much an image as a lone one, which is so on most CPUs.
+`Batcher`   threads decode; another takes all that is ready, up to the cap, the moment it is free.
+            A lone image never waits for company; batches form only while the device is busy.
+
+Both refuse at once when full, drop what nobody waits for any more, and let no image touch another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Condition, Thread
+from typing import NamedTuple, Protocol
+
+from serving.errors import Overloaded
+from serving.predictor import Prediction, Predictor, Prepared
+
+Observe = Callable[[str, float], None]
+"""Told (phase, seconds): "queue", "decode", "infer"; and ("rows", count) for every run."""
+
+
+class Engine(Protocol):
+    """What the service needs: bytes in, prediction out."""
+
+    async def predict(self, data: bytes, tta: int = 0) -> Prediction:
+        """Errors as `Predictor.prepare` and `Predictor.predict`, and `Overloaded`."""
+        ...
+
+    def close(self) -> None:
+        """Stop the threads; call it when no prediction is awaited any more."""
+        ...
+
+
+def build(
+    predictor: Predictor,
+    *,
+    cap: int,
+    threads: int,
+    max_queue: int,
+    max_pixels: int,
+    observe: Observe,
+) -> Engine:
+    """The engine that fits: `Lanes` where batches are not worth having, else `Batcher`.
+
+    Args:
+        predictor: May be called from several threads at once.
+        cap: Most rows (images times views) of one run of the graph.
+        threads: Cores to keep busy.
+        max_queue: Images held unanswered; one more is `Overloaded`.
+        max_pixels: Of an image, width times height.
+        observe: Where timings go; called from several threads.
+    """
+    room = Room(max_queue)
+
+    def prepare(data: bytes, tta: int) -> Prepared:
+        return predictor.prepare(data, tta, max_pixels=max_pixels)
+
+    if cap == 1:
+        return Lanes(prepare, predictor.predict, room, threads, observe)
+    return Batcher(prepare, predictor.predict, room, threads, observe, cap)
+
+
+class Room:
+    """Counts the images inside. Used by the event loop alone, so it needs no lock."""
+
+    def __init__(self, limit: int) -> None:
+        """`limit`: images that may be inside at once."""
+        self.limit = limit
+        self.inside = 0
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold one place.
+
+        Raises:
+            Overloaded: There is none.
+        """
+        if self.inside >= self.limit:
+            raise Overloaded(f"{self.limit} images are waiting already; ask again in a second")
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+
+
+Prepare = Callable[[bytes, int], Prepared]
+Predict = Callable[[list[Prepared]], list[Prediction]]
+
+
+class Lanes:
+    """Side by side, each thread with one image at a time, from its bytes to its prediction."""
+
+    def __init__(
+        self, prepare: Prepare, predict: Predict, room: Room, threads: int, observe: Observe
+    ) -> None:
+        """See `build`."""
+        self._prepare, self._predict = prepare, predict
+        self._room, self._observe = room, observe
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fledge-lane")
+
+    async def predict(self, data: bytes, tta: int = 0) -> Prediction:
+        """See `Engine`. Cancelling it takes the image out of the queue."""
+        with self._room.place():
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(
+                self._pool, self._work, data, tta, time.perf_counter()
+            )
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _work(self, data: bytes, tta: int, queued: float) -> Prediction:
+        begun = time.perf_counter()
+        prepared = self._prepare(data, tta)
+        decoded = time.perf_counter()
+        prediction = self._predict([prepared])[0]
+        done = time.perf_counter()
+        observe = self._observe
+        observe("queue", begun - queued)
+        observe("decode", decoded - begun)
+        observe("infer", done - decoded)
+        observe("rows", len(prepared.pixels))
+        return prediction
+
+
+class _Item(NamedTuple):
+    prepared: Prepared
+    future: Future[Prediction]
+    queued: float
+
+
+class Batcher:
+    """Decodes on many threads, runs the graph on one, with whatever is ready when it is free."""
+
+    def __init__(
+        self,
+        prepare: Prepare,
+        predict: Predict,
+        room: Room,
+        threads: int,
+        observe: Observe,
+        cap: int,
+    ) -> None:
+        """See `build`."""
+        self._prepare, self._predict = prepare, predict
+        self._room, self._observe, self._cap = room, observe, cap
+        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="fledge-decode")
+        self._ready: deque[_Item] = deque()
+        self._changed = Condition()
+        self._open = True
+        self._runner = Thread(target=self._run, name="fledge-infer", daemon=True)
+        self._runner.start()
+
+    async def predict(self, data: bytes, tta: int = 0) -> Prediction:
+        """See `Engine`. Cancelling it takes the image out of the queue."""
+        with self._room.place():
+            loop = asyncio.get_running_loop()
+            future = await loop.run_in_executor(self._decoders, self._decode, data, tta)
+            waiting: Awaitable[Prediction] = asyncio.wrap_future(future)
+            return await waiting
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self._decoders.shutdown(wait=True, cancel_futures=True)
+        with self._changed:
+            self._open = False
+            self._changed.notify()
+        self._runner.join()
+
+    def _decode(self, data: bytes, tta: int) -> Future[Prediction]:
+        begun = time.perf_counter()
+        prepared = self._prepare(data, tta)
+        now = time.perf_counter()
+        self._observe("decode", now - begun)
+        item = _Item(prepared, Future(), now)
+        with self._changed:
+            self._ready.append(item)
+            self._changed.notify()
+        return item.future
+
+    def _run(self) -> None:
+        while batch := self._take():
+            # A future that can't be set running was cancelled: its caller has gone.
+            wanted = [item for item in batch if item.future.set_running_or_notify_cancel()]
+            if wanted:
+                self._answer(wanted)
+
+    def _take(self) -> list[_Item]:
+        """All that is ready, in order, up to the cap; at least one; none when closed and empty."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or not self._open)
+            batch: list[_Item] = []
+            rows = 0
+            while self._ready:
+                rows += len(self._ready[0].prepared.pixels)
+                if batch and rows > self._cap:
+                    break
+                batch.append(self._ready.popleft())
+            return batch
+
+    def _answer(self, batch: list[_Item]) -> None:
+        begun = time.perf_counter()
+        try:
+            predictions = self._predict([item.prepared for item in batch])
+        except Exception as error:  # whatever it is, it belongs to the one who asked
+            if len(batch) == 1:
+                batch[0].future.set_exception(error)
+                return
+            for item in batch:
+                self._answer([item])
+            return
+        seconds = time.perf_counter() - begun
+        self._observe("rows", sum(len(item.prepared.pixels) for item in batch))
+        for item, prediction in zip(batch, predictions, strict=True):
+            self._observe("queue", begun - item.queued)
+            self._observe("infer", seconds)
+            item.future.set_result(prediction)

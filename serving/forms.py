@@ -1,0 +1,146 @@
+"""Requests as bytes -> images and options. Nothing here trusts a name, a length or a media type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import parse_qsl
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from serving.errors import EmptyBody, OptionError, RequestError
+
+ENVELOPE: Final = 65_536
+"""Bytes that a multipart body may have beyond its images."""
+
+MAX_PARTS: Final = 64
+_NAMES: Final = ("tta", "top_k")
+_WHOLE: Final = re.compile(r"-?[0-9]{1,9}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may choose. tta: views; top_k: classes in the answer, None for the default."""
+
+    tta: int = 0
+    top_k: int | None = None
+
+
+def options(pairs: Iterable[tuple[str, str]]) -> Options:
+    """Options of (name, value) pairs.
+
+    Raises:
+        OptionError: An unknown name, one given twice, or no whole number.
+    """
+    values: dict[str, int] = {}
+    for name, text in pairs:
+        if name not in _NAMES:
+            raise OptionError(f"unknown option {name[:40]!r}: use {' and '.join(_NAMES)}")
+        if name in values:
+            raise OptionError(f"{name} is given twice; give it once")
+        if not _WHOLE.fullmatch(text):
+            raise OptionError(f"{name} = {text[:40]!r}: use a whole number")
+        values[name] = int(text)
+    return Options(**values)
+
+
+def query(raw: bytes) -> list[tuple[str, str]]:
+    """(name, value) pairs of a query string.
+
+    Raises:
+        OptionError: More pairs than there are options.
+    """
+    try:
+        return parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=8)
+    except ValueError as error:
+        raise OptionError(f"too many options: use {' and '.join(_NAMES)}") from error
+
+
+@dataclass(frozen=True)
+class Form:
+    """A multipart body. images: each field `image`, in order; pairs: the other fields."""
+
+    images: tuple[bytes, ...]
+    pairs: tuple[tuple[str, str], ...]
+
+
+def is_multipart(content_type: bytes) -> bool:
+    """Whether a Content-Type announces a form; every other body is one image as it is."""
+    return content_type[:19].lower() == b"multipart/form-data"
+
+
+def parse(body: bytes, content_type: bytes) -> Form:
+    """Take a multipart body apart, in memory.
+
+    Raises:
+        RequestError: Not well formed, or more than `MAX_PARTS` parts.
+        EmptyBody: No field `image`.
+    """
+    collector = _Collector()
+    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+    if not boundary:
+        raise RequestError("multipart/form-data without a boundary")
+    try:
+        parser = MultipartParser(boundary, collector.callbacks())  # type: ignore[arg-type]
+        parser.write(body)
+        parser.finalize()
+    except (FormParserError, ValueError) as error:
+        raise RequestError("the multipart body is not well formed") from error
+    if not collector.ended:
+        raise RequestError("the multipart body breaks off before its last boundary")
+    images = tuple(data for name, data in collector.parts if name == b"image")
+    if not images:
+        raise EmptyBody("no image: send it as the multipart field `image`")
+    pairs = tuple(
+        (name.decode("latin-1"), data[:41].decode("latin-1"))
+        for name, data in collector.parts
+        if name != b"image"
+    )
+    return Form(images, pairs)
+
+
+class _Collector:
+    """Gathers what the parser calls out: the parts' names and contents."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[bytes, bytes]] = []
+        self.ended = False
+        self._data: list[bytes] = []
+        self._field, self._value, self._disposition = b"", b"", b""
+
+    def callbacks(self) -> dict[str, object]:
+        return {
+            "on_part_begin": self._begin,
+            "on_part_data": lambda data, start, end: self._data.append(data[start:end]),
+            "on_part_end": self._end,
+            "on_header_field": self._on_field,
+            "on_header_value": self._on_value,
+            "on_header_end": self._header,
+            "on_end": self._finish,
+        }
+
+    def _begin(self) -> None:
+        if len(self.parts) >= MAX_PARTS:
+            raise RequestError(f"more than {MAX_PARTS} parts in one request; send fewer")
+        self._data, self._disposition = [], b""
+
+    def _on_field(self, data: bytes, start: int, end: int) -> None:
+        self._field += data[start:end]
+
+    def _on_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _header(self) -> None:
+        if self._field.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._field, self._value = b"", b""
+
+    def _end(self) -> None:
+        name = parse_options_header(self._disposition)[1].get(b"name", b"")
+        self.parts.append((name, b"".join(self._data)))
+
+    def _finish(self) -> None:
+        self.ended = True

@@ -1,0 +1,140 @@
+"""`fledge serve`: check everything that can be checked, say where it listens, become the server."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final, NoReturn
+
+from serving import bundle
+from serving.errors import BundleError, FledgeError, OptionError
+from serving.settings import Settings
+
+SCRATCH: Final = "FLEDGE_SCRATCH"
+"""Names the folder that the server removes when it ends."""
+
+GRACE: Final = 30
+"""Seconds that requests in flight have after SIGTERM; BentoML's own default is a day."""
+
+_ROOT: Final = Path(__file__).resolve().parent.parent
+
+
+def serve(
+    folder: Path,
+    *,
+    port: int = 3000,
+    host: str = "127.0.0.1",
+    device: str | None = None,
+    precision: str | None = None,
+    workers: int | None = None,
+) -> NoReturn:
+    """Replace this process by BentoML's server: signals and exit status are the server's own.
+
+    Args:
+        folder: The bundle.
+        port: TCP port to listen on.
+        host: Name or address to listen on; 0.0.0.0 for every interface.
+        device: As `Settings`, as are the next two; None leaves the environment's choice.
+        precision: See `device`.
+        workers: See `device`.
+
+    Raises:
+        OptionError: A wrong setting, or the port is in use.
+        BundleError: No usable bundle.
+    """
+    chosen = {"FLEDGE_DEVICE": device, "FLEDGE_PRECISION": precision, "FLEDGE_WORKERS": workers}
+    env = {
+        **os.environ,
+        **{name: str(value) for name, value in chosen.items() if value is not None},
+        "FLEDGE_BUNDLE": str(folder.resolve()),
+        "BENTOML_DO_NOT_TRACK": "True",
+        "ORT_DISABLE_TELEMETRY": "1",
+    }
+    settings = Settings.from_env(env)
+    manifest = bundle.read(settings.bundle).manifest
+    address = free_address(host, port)
+    _private_home(env)
+    url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+    print(f"{manifest.name}:{manifest.version} on {url} (ready when {url}/readyz says 200)")
+    print(f'curl --data-binary @photo.jpg -H "Content-Type: image/jpeg" {url}/predict', flush=True)
+    command = [sys.executable, "-m", "bentoml", "serve", "serving.service:ImageClassifier"]
+    command += ["--working-dir", str(_ROOT), "--host", address, "--port", str(port)]
+    command += ["--timeout-graceful-shutdown", str(GRACE)]
+    os.execve(sys.executable, command, env)
+
+
+def check(settings: Settings) -> None:
+    """Refuse to start on what no worker could serve: called by the server before its workers.
+
+    Raises:
+        BundleError: No usable bundle.
+        OptionError: The asked-for GPU is not there, or the bundle lacks the precision.
+    """
+    opened = bundle.read(settings.bundle)
+    have = opened.manifest.precisions
+    if settings.precision not in ("auto", *have):
+        raise OptionError(f"FLEDGE_PRECISION = {settings.precision}: this bundle has {list(have)}")
+    if settings.device in ("cuda", "tensorrt"):
+        # In a process of its own, so that this one, which serves nothing, holds no GPU memory.
+        command = [sys.executable, "-m", "serving.launch"]
+        done = subprocess.run(command, cwd=_ROOT, text=True, stderr=subprocess.PIPE, check=False)
+        if done.returncode:
+            kind = BundleError if done.returncode == BundleError.exit_status else OptionError
+            raise kind((done.stderr.strip().splitlines() or ["the device check failed"])[-1])
+
+
+def free_address(host: str, port: int) -> str:
+    """`host` as a numeric address, on which `port` can be had.
+
+    Raises:
+        OptionError: An unknown host, a port that is out of range or in use.
+    """
+    if not 1 <= port <= 65535:
+        raise OptionError(f"--port {port}: use 1 to 65535")
+    try:
+        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        address = str(ipaddress.ip_address(where[0]))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"--host {host}: no such address") from error
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As the server does it: a port that only lingers after a restart is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(where)
+        except OSError as error:
+            raise OptionError(
+                f"--port {port} can't be had on {host}: {error.strerror}; use another --port"
+            ) from error
+    return address
+
+
+def _private_home(env: dict[str, str]) -> None:
+    """BentoML wipes the metrics below its home at each start: also those of another server."""
+    try:
+        scratch = tempfile.mkdtemp(prefix="fledge-")
+    except OSError:
+        return  # a read-only machine: BentoML's own home will have to do
+    env["BENTOML_HOME"] = env[SCRATCH] = scratch
+
+
+def _try_device() -> int:
+    from serving.predictor import open_predictor
+
+    try:
+        settings = Settings.from_env()
+        open_predictor(
+            settings.bundle, device=settings.device, precision=settings.precision, threads=1
+        )
+    except FledgeError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(_try_device())

@@ -1,0 +1,99 @@
+"""`serving.service:ImageClassifier`, what `bentoml serve` and `bentoml build` take.
+
+Everything of substance is behind it: `Front` is the door, `Desk` the core.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+import bentoml
+from _bentoml_sdk import Service  # type: ignore[import-untyped] # BentoML types its front only
+
+from serving import launch
+from serving.desk import Desk
+from serving.errors import FledgeError, OptionError
+from serving.forms import Options
+from serving.front import App, Front
+from serving.settings import Settings
+
+
+class FrontedService(Service[Any]):  # type: ignore[misc]
+    """A BentoML service whose requests meet `Front` first."""
+
+    def to_asgi(self, is_main: bool = True) -> App:
+        """The app that a worker runs."""
+        return Front(super().to_asgi(is_main), lambda: self._instance.desk)
+
+    def __call__(self) -> Any:
+        """Make the instance, once a worker."""
+        self._instance = super().__call__()
+        return self._instance
+
+
+def _workers() -> int:
+    try:
+        return Settings.from_env().workers
+    except OptionError:
+        return 1  # told in full by `check`; a build or an import must not fail for it
+
+
+@bentoml.service(
+    name="image_classifier",
+    service_class=FrontedService,
+    workers=_workers(),
+    traffic={"timeout": 60},
+)
+class ImageClassifier:
+    """Classifies images with the model of a Fledge bundle."""
+
+    def __init__(self) -> None:
+        """Begin to load; `/readyz` tells when it is done."""
+        self.desk = Desk(Settings.from_env())
+        self.desk.start()
+
+    @bentoml.on_deployment  # type: ignore[untyped-decorator]
+    @staticmethod
+    def check() -> None:
+        """Before any worker starts: refuse to start on wrong settings or without a bundle."""
+        scratch = os.environ.get(launch.SCRATCH)
+        if scratch:
+            atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        try:
+            launch.check(Settings.from_env())
+        except FledgeError as error:
+            print(f"fledge: {error}", file=sys.stderr)
+            raise SystemExit(error.exit_status) from error
+
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    def close(self) -> None:
+        """Stop the threads."""
+        self.desk.close()
+
+    @bentoml.api(route="/predict")  # type: ignore[untyped-decorator]
+    async def predict(self, image: Path, tta: int = 0, top_k: int | None = None) -> dict[str, Any]:
+        """Classify one image: multipart field `image`, or the file as the raw body.
+
+        Over HTTP `Front` answers this route; declared here, it is in the OpenAPI page and
+        BentoML's own client finds it.
+        """
+        return await self.desk.answer(image.read_bytes(), Options(tta, top_k))
+
+    @bentoml.api(route="/predict/batch")  # type: ignore[untyped-decorator]
+    async def predict_batch(
+        self, image: list[Path], tta: int = 0, top_k: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Classify several images: multipart fields `image`; an answer or error for each."""
+        data = [path.read_bytes() for path in image]
+        return await self.desk.answer_each(data, Options(tta, top_k), "local")
+
+
+if not isinstance(ImageClassifier, FrontedService):
+    # Without the front BentoML would fetch addresses given as files, and limit nothing.
+    raise RuntimeError("this BentoML ignores `service_class`; install the pinned version")

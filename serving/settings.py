@@ -1,0 +1,144 @@
+"""The settings of the service: environment variables, checked at start, all mistakes at once."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from serving import images
+from serving.errors import OptionError
+
+DEVICES: Final = ("auto", "cpu", "cuda", "tensorrt")
+PRECISIONS: Final = ("auto", "fp32", "int8", "fp16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator may decide; the bundle decides the rest.
+
+    bundle: folder that holds `manifest.json`.
+    device: auto, cpu, cuda or tensorrt; only auto may fall back, and says so.
+    precision: auto, fp32, int8 or fp16; auto takes the fastest that the bundle keeps.
+    workers: processes that share the port; each has its own copy of the model.
+    max_batch: graph rows (images times views) that run together; None takes the bundle's tuning.
+    max_queue: images that a worker holds unanswered; one more is refused with 429.
+    max_bytes: of an image, and of a whole request.
+    max_pixels: of an image, width times height.
+    deadline: seconds from the last byte of a request to its answer; later is a 504.
+    api_keys: sha256 digests of the keys that may ask; empty lets everybody in.
+    """
+
+    bundle: Path = Path("bundle")
+    device: str = "auto"
+    precision: str = "auto"
+    workers: int = 1
+    max_batch: int | None = None
+    max_queue: int = 64
+    max_bytes: int = images.MAX_BYTES
+    max_pixels: int = images.MAX_PIXELS
+    deadline: float = 10.0
+    api_keys: frozenset[bytes] = field(default_factory=frozenset)
+
+    @property
+    def threads(self) -> int:
+        """Cores that one worker may keep busy."""
+        return max(1, cores() // self.workers)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read `FLEDGE_*`. A variable that is empty counts as not set.
+
+        Raises:
+            OptionError: One line that names every variable at fault and its value.
+        """
+        reader = _Reader(os.environ if environ is None else environ)
+        settings = cls(
+            bundle=Path(reader.text("FLEDGE_BUNDLE", "bundle")),
+            device=reader.choice("FLEDGE_DEVICE", DEVICES),
+            precision=reader.choice("FLEDGE_PRECISION", PRECISIONS),
+            workers=reader.whole("FLEDGE_WORKERS", cls.workers, 1, 256),
+            max_batch=reader.whole("FLEDGE_MAX_BATCH", 0, 1, 4096) or None,
+            max_queue=reader.whole("FLEDGE_MAX_QUEUE", cls.max_queue, 1, 1_000_000),
+            max_bytes=reader.whole("FLEDGE_MAX_BYTES", cls.max_bytes, 1024, 2**31),
+            max_pixels=reader.whole("FLEDGE_MAX_PIXELS", cls.max_pixels, 64, 2**31),
+            deadline=reader.seconds("FLEDGE_DEADLINE", cls.deadline),
+            api_keys=reader.keys("FLEDGE_API_KEYS_FILE"),
+        )
+        reader.refuse("FLEDGE_TRUSTED_KEYS", "this version can't check signatures; unset it")
+        if reader.mistakes:
+            raise OptionError("; ".join(reader.mistakes))
+        return settings
+
+
+def cores() -> int:
+    """Cores that this process may use: its affinity, cut by the container's CPU quota."""
+    try:
+        usable = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        usable = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        usable = min(usable, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        pass
+    return max(1, usable)
+
+
+class _Reader:
+    """Reads variables and collects what is wrong with them."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.environ = environ
+        self.mistakes: list[str] = []
+
+    def text(self, name: str, default: str) -> str:
+        return self.environ.get(name, "").strip() or default
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        value = self.text(name, choices[0])
+        if value not in choices:
+            self.mistakes.append(f"{name} = {value!r}: use {', '.join(choices)}")
+        return value
+
+    def whole(self, name: str, default: int, low: int, high: int) -> int:
+        text = self.text(name, "")
+        if not text:
+            return default
+        if text.isascii() and text.isdigit() and low <= int(text) <= high:
+            return int(text)
+        self.mistakes.append(f"{name} = {text!r}: use a whole number, {low} to {high}")
+        return default
+
+    def seconds(self, name: str, default: float) -> float:
+        text = self.text(name, str(default))
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0.001 <= value <= 3600:
+            self.mistakes.append(f"{name} = {text!r}: use seconds, 0.001 to 3600")
+        return value
+
+    def keys(self, name: str) -> frozenset[bytes]:
+        path = self.text(name, "")
+        if not path:
+            return frozenset()
+        try:
+            lines = [line.strip() for line in Path(path).read_text().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            self.mistakes.append(f"{name} = {path!r}: can't be read ({error})")
+            return frozenset()
+        keys = [line for line in lines if line and not line.startswith("#")]
+        if not keys:
+            # An empty list must not open the door that the operator meant to close.
+            self.mistakes.append(f"{name} = {path!r}: has no key; write one a line")
+        return frozenset(hashlib.sha256(key.encode()).digest() for key in keys)
+
+    def refuse(self, name: str, why: str) -> None:
+        if self.text(name, ""):
+            self.mistakes.append(f"{name}: {why}")

@@ -1,0 +1,79 @@
+"""What operators see: counters in BentoML's `/metrics`, and one JSON line a request in the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1, 2, 4, 8, 16)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Telemetry:
+    """This process's metrics; BentoML's `/metrics` adds those of all workers up.
+
+    Make it once, in the worker: prometheus_client looks for its shared folder when imported, and
+    BentoML names that folder just before it starts the workers. Every label is from a fixed set.
+    """
+
+    def __init__(self) -> None:
+        """Register the metrics."""
+        self._outcomes = Counter(
+            "fledge_requests", "Images by outcome: ok or an error's code", ["outcome"]
+        )
+        self._latency = Histogram(
+            "fledge_latency_seconds", "Seconds an image by phase", ["phase"], buckets=_SECONDS
+        )
+        self._rows = Histogram("fledge_batch_rows", "Rows of one run of the graph", buckets=_ROWS)
+        self._model = Gauge(
+            "fledge_model",
+            "1 for what is served",
+            ["model", "precision", "provider"],
+            multiprocess_mode="livemax",
+        )
+        phases = ("read", "queue", "decode", "infer", "total")
+        self._phases = {phase: self._latency.labels(phase).observe for phase in phases}
+        self._phases["rows"] = self._rows.observe
+        self._log = _access_log()
+
+    def observe(self, phase: str, value: float) -> None:
+        """Seconds of a phase (read, queue, decode, infer, total), or `rows` of a run."""
+        self._phases[phase](value)
+
+    def count(self, outcome: str) -> None:
+        """One image answered (`ok`) or refused (the error's code)."""
+        self._outcomes.labels(outcome).inc()
+
+    def serving(self, model: str, precision: str, provider: str) -> None:
+        """Say what is served."""
+        self._model.labels(model, precision, provider).set(1)
+
+    def log(
+        self, request_id: str, method: str, path: str, status: int, code: str, seconds: float
+    ) -> None:
+        """The access log's line."""
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "request": request_id,
+            "method": method,
+            "path": path,
+            "status": status,
+            "code": code,
+            "ms": round(seconds * 1000, 2),
+        }
+        self._log.info(json.dumps(line))
+
+
+def _access_log() -> logging.Logger:
+    log = logging.getLogger("fledge.access")
+    if not log.handlers:  # another process-wide set-up may have brought its own
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+    return log

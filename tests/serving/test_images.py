@@ -1,0 +1,358 @@
+"""Every rule on odd images. Expected pixels are computed with numpy, not with the decoder."""
+
+import contextlib
+import io
+import random
+import struct
+import threading
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from serving import images
+from serving.errors import (
+    BrokenImage,
+    EmptyBody,
+    FledgeError,
+    NotAnImage,
+    TooLarge,
+    UnsupportedFormat,
+)
+from tests.tiny import photo
+
+# pytest starts each test from its own list of filters, without the one that the module installs.
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
+
+RNG = np.random.default_rng(0)
+SCENE = RNG.integers(0, 256, (10, 20, 3), dtype=np.uint8)
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(images.decode(data).image)
+
+
+def as_image(array: np.ndarray) -> Image.Image:
+    return Image.fromarray(array)
+
+
+def every_format() -> dict[str, bytes]:
+    scene = as_image(SCENE)
+    lossless = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}
+    return {kind: encode(scene, kind, **lossless.get(kind, {})) for kind in images.FORMATS}
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A valid PNG header that promises width x height pixels, with next to no data."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        crc = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(b"\0" * 64))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_every_served_format_gives_rgb_pixels(kind: str) -> None:
+    decoded = images.decode(every_format()[kind])
+    assert decoded.image.mode == "RGB"
+    assert decoded.image.size == (20, 10)
+    assert decoded.applied == ()
+    if kind in ("PNG", "WEBP", "BMP", "TIFF"):
+        assert np.array_equal(np.asarray(decoded.image), SCENE)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG", "WEBP", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_undone_and_said(kind: str, orientation: int) -> None:
+    # What a camera stores so that a viewer who obeys the tag sees SCENE, per the EXIF standard.
+    stored = {
+        1: SCENE,
+        2: SCENE[:, ::-1],
+        3: SCENE[::-1, ::-1],
+        4: SCENE[::-1],
+        5: SCENE.transpose(1, 0, 2),
+        6: np.rot90(SCENE, 1),
+        7: SCENE[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(SCENE, -1),
+    }[orientation]
+    image = as_image(np.ascontiguousarray(stored))
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    options: dict[str, object] = {
+        "TIFF": {"tiffinfo": {0x0112: orientation}},
+        "JPEG": {"exif": tags, "quality": 100, "subsampling": 0},
+        "AVIF": {"exif": tags, "quality": 100, "subsampling": "4:4:4"},
+        "WEBP": {"exif": tags, "lossless": True},
+    }.get(kind, {"exif": tags})
+    decoded = images.decode(encode(image, kind, **options))
+    assert decoded.applied == (() if orientation == 1 else ("exif-orientation",))
+    assert decoded.image.size == (20, 10)
+    # Lossy formats: other orientations of noise differ by 85 on average.
+    off = np.abs(np.asarray(decoded.image, int) - SCENE).mean()
+    assert off == 0 if kind in ("PNG", "TIFF", "WEBP") else off < 8
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 77])
+def test_orientation_out_of_range_is_ignored(orientation: int) -> None:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    decoded = images.decode(encode(as_image(SCENE), "PNG", exif=tags))
+    assert decoded.applied == ()
+    assert np.array_equal(np.asarray(decoded.image), SCENE)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(kind: str) -> None:
+    ramp = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+    decoded = images.decode(encode(as_image(ramp), kind))
+    assert decoded.applied == ("16-bit-scaled",)
+    expected = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert np.array_equal(np.asarray(decoded.image), np.stack([expected] * 3, axis=-1))
+
+
+def test_a_dark_sixteen_bit_photo_stays_dark() -> None:
+    dark = np.full((8, 8), 2570, np.uint16)
+    assert pixels(encode(as_image(dark), "PNG")).max() == 10
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0, 65535.0])
+def test_float_samples_are_scaled_by_their_range(top: float) -> None:
+    ramp = np.linspace(0, top, 256, dtype=np.float32).reshape(16, 16)
+    decoded = images.decode(encode(as_image(ramp), "TIFF"))
+    assert decoded.applied == ("float-scaled",)
+    expected = np.arange(256).reshape(16, 16)
+    assert np.abs(np.asarray(decoded.image)[..., 0] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_samples_that_are_not_finite_are_broken(value: float) -> None:
+    samples = np.full((8, 8), value, np.float32)
+    with pytest.raises(BrokenImage, match="finite"):
+        images.decode(encode(as_image(samples), "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("alpha", [0, 128, 255])
+def test_transparency_lies_over_the_background(kind: str, alpha: int) -> None:
+    image = Image.new("RGBA", (8, 8), (200, 40, 0, alpha))
+    data = encode(image, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
+    for background in ((255, 255, 255), (0, 10, 20)):
+        decoded = images.decode(data, background=background)
+        share = alpha / 255
+        expected = [
+            round(share * front + (1 - share) * back)
+            for front, back in zip((200, 40, 0), background, strict=True)
+        ]
+        off = np.abs(np.asarray(decoded.image, int) - expected).max()
+        assert off <= 1
+        if decoded.applied == ():
+            # An opaque WebP has no alpha channel.
+            assert (kind, alpha) == ("WEBP", 255)
+        else:
+            assert decoded.applied == ("alpha-on-background",)
+
+
+def test_grey_and_palette_transparency_lie_over_white() -> None:
+    grey = encode(Image.new("LA", (8, 8), (9, 0)), "PNG")
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 250, 0, 0])
+    keyed = [
+        encode(palette, "PNG", transparency=1),
+        encode(palette, "PNG", transparency=b"\xff\x00"),
+        encode(palette, "GIF", transparency=1),
+        encode(Image.new("RGB", (8, 8), (5, 6, 7)), "PNG", transparency=(5, 6, 7)),
+        encode(Image.new("L", (8, 8), 7), "PNG", transparency=7),
+    ]
+    for data in (grey, *keyed):
+        decoded = images.decode(data)
+        assert decoded.applied == ("alpha-on-background",)
+        assert (np.asarray(decoded.image) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "colour", "expected"),
+    [
+        ("JPEG", "L", 7, (7, 7, 7)),
+        ("PNG", "L", 7, (7, 7, 7)),
+        ("PNG", "1", 1, (255, 255, 255)),
+        ("TIFF", "1", 0, (0, 0, 0)),
+        ("JPEG", "CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("TIFF", "CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("TIFF", "CMYK", (0, 0, 0, 255), (0, 0, 0)),
+    ],
+)
+def test_other_colour_modes_become_rgb(
+    kind: str, mode: str, colour: float | tuple[float, ...], expected: tuple[int, ...]
+) -> None:
+    decoded = images.decode(encode(Image.new(mode, (16, 16), colour), kind))
+    assert decoded.applied == (("cmyk-to-rgb",) if mode == "CMYK" else ())
+    assert np.abs(np.asarray(decoded.image, int) - expected).max() <= 2
+
+
+def test_cmyk_jpegs_are_read_inverted_as_adobe_writes_them() -> None:
+    data = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG")
+    marker = data.index(b"\xff\xee\x00\x0eAdobe")
+    unmarked = data[:marker] + data[marker + 16 :]
+    for item in (data, unmarked):
+        assert np.abs(pixels(item)[0, 0].astype(int) - (255, 0, 0)).max() <= 2
+
+
+def test_colours_of_a_wide_profile_become_srgb_and_say_so() -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    scene = as_image(SCENE)
+    for profile in (srgb, b"not a profile", lab):
+        decoded = images.decode(encode(scene, "PNG", icc_profile=profile))
+        assert decoded.applied == ()
+        assert np.array_equal(np.asarray(decoded.image), SCENE)
+    swapped = _swap_red_and_green(srgb)
+    decoded = images.decode(encode(scene, "PNG", icc_profile=swapped))
+    assert decoded.applied == ("icc-to-srgb",)
+    off = np.abs(np.asarray(decoded.image, int) - SCENE[..., [1, 0, 2]]).max()
+    assert off <= 2
+
+
+def _swap_red_and_green(profile: bytes) -> bytes:
+    """A profile whose primaries are exchanged, under a name that is not sRGB's."""
+    table = bytearray(profile)
+    marks = {
+        bytes(table[at : at + 4]): at
+        for at in range(132, 132 + 12 * struct.unpack(">I", table[128:132])[0], 12)
+    }
+    red, green = marks[b"rXYZ"], marks[b"gXYZ"]
+    table[red : red + 4], table[green : green + 4] = b"gXYZ", b"rXYZ"
+    name = "sRGB".encode("utf-16-be")
+    return bytes(table).replace(name, "abcd".encode("utf-16-be")).replace(b"sRGB b", b"abcd b")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_of_many_frames_the_first_counts_and_is_said(kind: str) -> None:
+    first, second = Image.new("RGB", (16, 16), (255, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 255))
+    decoded = images.decode(encode(first, kind, save_all=True, append_images=[second]))
+    assert decoded.applied == ("first-frame",)
+    assert np.abs(np.asarray(decoded.image, int) - (255, 0, 0)).max() <= 4
+
+
+def test_the_name_of_a_file_never_matters(tmp_path: Path) -> None:
+    for kind, data in every_format().items():
+        for suffix in (".jpg", ".png", ".txt", ""):
+            path = tmp_path / f"{kind}{suffix}"
+            path.write_bytes(data)
+            assert np.array_equal(np.asarray(images.read(path).image), pixels(data))
+
+
+def test_an_unreadable_file_is_broken_and_named(tmp_path: Path) -> None:
+    with pytest.raises(BrokenImage, match=r"gone\.jpg"):
+        images.read(tmp_path / "gone.jpg")
+
+
+def test_no_bytes_are_no_image() -> None:
+    with pytest.raises(EmptyBody):
+        images.decode(b"")
+
+
+@pytest.mark.parametrize("data", [b"hello", b"\0" * 100, b"<html></html>", b"BMW", photo(0)[2:]])
+def test_other_bytes_are_not_an_image(data: bytes) -> None:
+    with pytest.raises(NotAnImage):
+        images.decode(data)
+
+
+FOREIGN = {
+    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n",
+    "PSD": encode(Image.new("RGB", (4, 4)), "TIFF").replace(b"II*\0", b"8BPS", 1),
+    "PDF": b"%PDF-1.7\n",
+    "ICO": encode(Image.new("RGB", (16, 16)), "ICO"),
+    "DDS": encode(Image.new("RGB", (4, 4)), "DDS"),
+    "JPEG 2000": encode(Image.new("RGB", (4, 4)), "JPEG2000"),
+    "HEIC": b"\0\0\0\x1cftypheic\0\0\0\0mif1heic",
+    "JPEG XL": b"\xff\x0a\xfa\x1f",
+}
+SVGS = (
+    b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+    b'<?xml version="1.0"?>\n<!-- made by hand -->\n<svg width="1" height="1"/>',
+    b'\xef\xbb\xbf<!DOCTYPE svg PUBLIC "x" "y">\n<svg>',
+)
+
+
+@pytest.mark.parametrize(("name", "data"), [*FOREIGN.items(), *(("SVG", data) for data in SVGS)])
+def test_a_format_that_is_not_served_is_named(name: str, data: bytes) -> None:
+    with pytest.raises(UnsupportedFormat, match=name):
+        images.decode(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "BMP"])
+def test_a_truncated_image_is_broken_wherever_it_ends(kind: str) -> None:
+    data = every_format()[kind]
+    # Some formats end with bytes that carry no pixels; BMP's magic is too short to tell.
+    for length in range(14 if kind != "BMP" else 60, len(data) * 9 // 10, 7):
+        with pytest.raises(BrokenImage, match=r"^the image is broken: "):
+            images.decode(data[:length])
+
+
+def test_more_pixels_than_allowed_are_refused_before_decoding() -> None:
+    # Any decoding of these would find them broken.
+    with pytest.raises(TooLarge, match="1000 x 1001"):
+        images.decode(bomb(1000, 1001), max_pixels=1_000_000)
+    with pytest.raises(BrokenImage):
+        images.decode(bomb(1000, 1000), max_pixels=1_000_000)
+    for side in (10_001, 30_000, 2**31 - 1):
+        with pytest.raises(TooLarge):
+            images.decode(bomb(side, side))
+
+
+def test_the_pixel_cap_is_inclusive() -> None:
+    data = encode(as_image(SCENE), "PNG")
+    assert images.decode(data, max_pixels=200).image.size == (20, 10)
+    with pytest.raises(TooLarge):
+        images.decode(data, max_pixels=199)
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_no_hurt_bytes_raise_anything_else(kind: str) -> None:
+    rng = random.Random(kind)
+    whole = every_format()[kind]
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 6)):
+            near = min(len(data), 300 if rng.random() < 0.7 else len(data))
+            data[rng.randrange(near)] = rng.choice([0, 1, 127, 128, 255, rng.randrange(256)])
+        # Anything else that is raised fails the test.
+        with contextlib.suppress(FledgeError):
+            assert images.decode(bytes(data), max_pixels=1_000_000).image.mode == "RGB"
+
+
+def test_errors_of_plug_ins_that_are_no_os_errors() -> None:
+    animated = encode(as_image(SCENE), "GIF", save_all=True, append_images=[as_image(SCENE // 2)])
+    second = animated.index(b",", animated.index(b",") + 1)
+    with pytest.raises(BrokenImage):  # struct.error inside
+        images.decode(animated[: second + 4])
+    avif = bytearray(every_format()["AVIF"])
+    at = avif.index(b"av1C")
+    avif[at : at + 4] = b"free"
+    with pytest.raises(BrokenImage):  # RuntimeError inside
+        images.decode(bytes(avif))
+
+
+def test_threads_leave_the_warning_filters_alone() -> None:
+    before = list(warnings.filters)
+    data = [photo(seed) for seed in range(20)]
+    threads = [
+        threading.Thread(target=lambda: [images.decode(item) for item in data]) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(warnings.filters) == before

@@ -1,0 +1,185 @@
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving import bundle
+from serving.errors import BundleError, OptionError
+from serving.launch import check, free_address
+from serving.runtime import _why_not
+from serving.settings import Settings
+from tests.serving.live import ROOT, free_port, launch, live
+from tests.tiny import photo, tiny_bundle
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+def ended(folder: Path, tmp_path: Path, port: int | None = None, **env: str) -> tuple[int, str]:
+    log = tmp_path / "log"
+    status = launch(folder, port or free_port(), log, **env).wait(60)
+    return status, log.read_text()
+
+
+def test_no_bundle_is_one_line_and_78(tmp_path: Path):
+    status, said = ended(tmp_path / "nothing", tmp_path)
+    assert status == 78
+    assert said.count("\n") == 1
+    assert "manifest.json is missing" in said
+
+
+def test_a_changed_byte_is_78(tmp_path: Path):
+    folder = tiny_bundle(tmp_path / "bundle")
+    graph = bundle.read(folder).graph("fp32")
+    data = bytearray(graph.read_bytes())
+    data[-1] ^= 1
+    graph.write_bytes(data)
+    status, said = ended(folder, tmp_path)
+    assert status == 78
+    assert "model.onnx was changed" in said
+
+
+def test_a_port_in_use_is_named(folder: Path, tmp_path: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        status, said = ended(folder, tmp_path, port)
+    assert status == 2
+    assert f"--port {port}" in said
+    assert said.count("\n") == 1
+
+
+def test_wrong_settings_are_told_together(folder: Path, tmp_path: Path):
+    status, said = ended(folder, tmp_path, FLEDGE_DEVICE="tpu", FLEDGE_DEADLINE="soon")
+    assert status == 2
+    assert "FLEDGE_DEVICE" in said
+    assert "FLEDGE_DEADLINE" in said
+
+
+@pytest.mark.parametrize(("env", "status"), [({}, 78), ({"FLEDGE_MAX_QUEUE": "x"}, 2)])
+def test_bentoml_serve_refuses_the_same(tmp_path: Path, env: dict[str, str], status: int):
+    command = [sys.executable, "-m", "bentoml", "serve", "serving.service:ImageClassifier"]
+    done = subprocess.run(
+        [*command, "--port", str(free_port()), "--working-dir", str(ROOT)],
+        cwd=ROOT,
+        env={
+            "FLEDGE_BUNDLE": str(tmp_path / "no"),
+            "BENTOML_HOME": str(tmp_path / "home"),
+            "BENTOML_DO_NOT_TRACK": "True",
+            **env,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "fledge: " in done.stderr
+
+
+@pytest.mark.skipif(_why_not("cuda") is None, reason="this machine has a GPU")
+def test_a_missing_gpu_refuses_before_any_worker(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FLEDGE_BUNDLE", str(folder))
+    monkeypatch.setenv("FLEDGE_DEVICE", "cuda")
+    with pytest.raises(OptionError, match="device = cuda"):
+        check(Settings.from_env())
+
+
+def test_addresses(folder: Path):
+    port = free_port()
+    assert free_address("localhost", port) in ("127.0.0.1", "::1")
+    assert free_address("0.0.0.0", port) == "0.0.0.0"
+    for host, wrong in (("no.such.host.invalid", port), ("127.0.0.1", 0), ("127.0.0.1", 70_000)):
+        with pytest.raises(OptionError, match="--(host|port)"):
+            free_address(host, wrong)
+    with pytest.raises(OptionError, match="int8"):
+        check(Settings(bundle=folder, precision="int8"))
+    with pytest.raises(BundleError):
+        check(Settings(bundle=folder / "nothing"))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_in_flight_is_answered_before_the_end(folder: Path, tmp_path: Path, sent: int):
+    data = photo(1)
+    with live(folder, tmp_path / "log", FLEDGE_WORKERS="2") as server:
+        expected = httpx.post(f"{server.url}/predict", content=data).content
+        with socket.create_connection(("127.0.0.1", server.port)) as caller:
+            head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+            caller.sendall(head.encode() + data[:100])
+            time.sleep(0.3)
+            server.process.send_signal(sent)
+            time.sleep(0.5)
+            caller.sendall(data[100:])
+            caller.settimeout(20)
+            got = b"".join(iter(lambda: caller.recv(65536), b""))
+        assert got.startswith(b"HTTP/1.1 200")
+        assert got.endswith(expected)
+        assert server.process.wait(30) == 0
+    said = (tmp_path / "log").read_text()
+    assert re.search(rf"curl .*{server.url}/predict", said)
+    assert "Traceback" not in said
+    left = [path.name for path in tmp_path.iterdir() if path.name != "log"]
+    assert left == []
+
+
+def test_golden_images_that_come_out_wrong_are_never_served(tmp_path: Path):
+    from dataclasses import replace
+
+    folder = tiny_bundle(tmp_path / "bundle")
+    golden = [dict(item) for item in bundle.read(folder).manifest.golden]
+    golden[0]["probabilities"] = {"fp32": [0.2, 0.3, 0.5]}
+    bundle.publish(replace(bundle.read(folder).manifest, golden=tuple(golden)), folder)
+    port = free_port()
+    process = launch(folder, port, tmp_path / "log")
+    try:
+        ready = _first(port, "/readyz", "off by")
+        assert ready.status_code == 503
+        assert ready.json()["code"] == "not-ready"
+        refused = httpx.post(f"http://127.0.0.1:{port}/predict", content=photo(1))
+        assert refused.status_code == 503
+        assert httpx.get(f"http://127.0.0.1:{port}/livez").status_code == 200
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def _first(port: int, path: str, text: str) -> httpx.Response:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        try:
+            response = httpx.get(f"http://127.0.0.1:{port}{path}")
+        except httpx.TransportError:
+            pass
+        else:
+            if text in response.text:
+                return response
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never said {text!r}")
+
+
+def test_keys_open_the_door(folder: Path, tmp_path: Path):
+    keys = tmp_path / "keys"
+    keys.write_text("first-key\nsecond-key\n")
+    with live(folder, tmp_path / "log", FLEDGE_API_KEYS_FILE=str(keys)) as server:
+        url = f"{server.url}/predict"
+        for header in (None, "Bearer wrong", "Basic first-key", "Bearer", "first-key"):
+            headers = {"authorization": header} if header is not None else {}
+            response = httpx.post(url, content=photo(1), headers=headers)
+            assert response.status_code == 401, header
+            assert response.json()["code"] == "unauthorized"
+            assert response.headers["www-authenticate"] == "Bearer"
+        for key in ("first-key", "second-key"):
+            headers = {"authorization": f"Bearer {key}"}
+            assert httpx.post(url, content=photo(1), headers=headers).status_code == 200
+        assert httpx.get(f"{server.url}/model").status_code == 401
+        assert httpx.get(f"{server.url}/livez").status_code == 200

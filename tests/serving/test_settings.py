@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+
+from serving.errors import OptionError
+from serving.settings import Settings, cores
+
+
+def test_nothing_set_gives_the_defaults():
+    assert Settings.from_env({}) == Settings()
+    assert Settings.from_env({"FLEDGE_DEVICE": "", "FLEDGE_MAX_BATCH": " "}) == Settings()
+
+
+def test_every_variable_arrives(tmp_path: Path):
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nfirst\n\nsecond\n")
+    settings = Settings.from_env(
+        {
+            "FLEDGE_BUNDLE": "b",
+            "FLEDGE_DEVICE": "cpu",
+            "FLEDGE_PRECISION": "int8",
+            "FLEDGE_WORKERS": "2",
+            "FLEDGE_MAX_BATCH": "8",
+            "FLEDGE_MAX_QUEUE": "9",
+            "FLEDGE_MAX_BYTES": "5000",
+            "FLEDGE_MAX_PIXELS": "6000",
+            "FLEDGE_DEADLINE": "0.5",
+            "FLEDGE_API_KEYS_FILE": str(keys),
+        }
+    )
+    assert settings.bundle == Path("b")
+    assert (settings.device, settings.precision) == ("cpu", "int8")
+    assert (settings.workers, settings.max_batch, settings.max_queue) == (2, 8, 9)
+    assert (settings.max_bytes, settings.max_pixels, settings.deadline) == (5000, 6000, 0.5)
+    assert len(settings.api_keys) == 2
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path):
+    empty = tmp_path / "keys"
+    empty.write_text("# none\n")
+    wrong = {
+        "FLEDGE_DEVICE": "tpu",
+        "FLEDGE_PRECISION": "fp8",
+        "FLEDGE_WORKERS": "0",
+        "FLEDGE_MAX_BATCH": "many",
+        "FLEDGE_MAX_QUEUE": "-1",
+        "FLEDGE_MAX_BYTES": "1e6",
+        "FLEDGE_MAX_PIXELS": "٣٠٠",
+        "FLEDGE_DEADLINE": "nan",
+        "FLEDGE_API_KEYS_FILE": str(empty),
+        "FLEDGE_TRUSTED_KEYS": "somewhere",
+    }
+    with pytest.raises(OptionError) as caught:
+        Settings.from_env(wrong)
+    message = str(caught.value)
+    assert [name for name in wrong if name not in message] == []
+    assert "\n" not in message
+
+
+def test_a_key_file_that_is_not_there_never_opens_the_door():
+    with pytest.raises(OptionError, match="FLEDGE_API_KEYS_FILE"):
+        Settings.from_env({"FLEDGE_API_KEYS_FILE": "/no/such/file"})
+
+
+def test_workers_share_the_cores():
+    assert 1 <= cores()
+    assert Settings(workers=10_000).threads == 1
+    assert Settings(workers=1).threads == cores()

@@ -1,0 +1,156 @@
+"""Where a stage's batches come from: augmented photos, run through whatever is frozen.
+
+A frozen prefix is a function without state, so its output for a given view of a photo never
+changes: for a few views of every photo it is computed once and kept in memory, and the epochs take
+turns with the views. Beyond the memory budget, or with `views = 0`, views are drawn anew each
+epoch and the prefix runs each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from serving.preprocess import Preprocess
+from training import augment
+from training.config import AugmentConfig
+from training.console import progress
+from training.model import normalise
+from training.pixels import PixelSet
+
+# The frozen part of a small network runs fastest in batches that fit the processor's cache.
+PREFIX_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the forward pass computes in."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """A context in which layers run in `dtype`."""
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
+
+
+@dataclass
+class TrainFeed:
+    """Training batches of one stage.
+
+    views: how many views are cached; 0 caches nothing. first_view: where this stage's own views
+    begin, so that stages see different ones.
+    """
+
+    photos: PixelSet
+    prefix: nn.Sequential
+    preprocess: Preprocess
+    config: AugmentConfig
+    precision: Precision
+    seed: int
+    first_view: int = 0
+    views: int = 0
+    _cached: list[Tensor] = field(default_factory=list)
+
+    def epoch(self, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled (inputs of the suffix, labels int64 [N]) of one epoch.
+
+        A last batch of one photo is dropped: BatchNorm can't learn from it.
+        """
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.first_view + epoch)
+        order = torch.randperm(len(self.photos), generator=generator)
+        view = epoch % self.views if self.views else epoch
+        draws = None if self.views else self._draw(view)
+        if self.views and not self._cached:
+            self._fill()
+        for index in order.split(batch_size):
+            if len(index) < 2:
+                continue
+            inputs = self._cached[view][index] if draws is None else self._run(index, draws)
+            yield inputs.to(self.precision.device), self.photos.labels[index].to(
+                self.precision.device
+            )
+
+    def steps(self, batch_size: int) -> int:
+        """Batches an epoch."""
+        full, rest = divmod(len(self.photos), batch_size)
+        return full + (rest >= 2)
+
+    def _draw(self, view: int) -> tuple[Tensor, Tensor]:
+        return augment.draw(self.config, self.photos.aspect, self.seed, self.first_view + view)
+
+    @torch.no_grad()
+    def _run(self, index: Tensor, draws: tuple[Tensor, Tensor]) -> Tensor:
+        device = self.precision.device
+        warp, light = draws[0][index].to(device), draws[1][index].to(device)
+        pixels = self.photos.pixels[index].to(device)
+        cut = augment.apply(pixels, warp, light, self.preprocess.size)
+        images = normalise(cut, self.preprocess)
+        if len(self.prefix) == 0:
+            return images
+        with self.precision.autocast():
+            return self.prefix(images)  # type: ignore[no-any-return]
+
+    def _fill(self) -> None:
+        with progress() as bar:
+            parts = torch.arange(len(self.photos)).split(PREFIX_BATCH)
+            task = bar.add_task("frozen part", total=self.views * len(parts))
+            for view in range(self.views):
+                draws = self._draw(view)
+                rows = _Rows(len(self.photos))
+                for index in parts:
+                    rows.put(index, self._run(index, draws))
+                    bar.advance(task)
+                self._cached.append(rows.data)
+
+
+class _Rows:
+    """One tensor filled by batches, in the layout of the first."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.data = torch.empty(0)
+
+    def put(self, index: Tensor, rows: Tensor) -> None:
+        if not len(self.data):
+            layout = torch.channels_last if rows.ndim == 4 else torch.contiguous_format
+            shape = (self.count, *rows.shape[1:])
+            self.data = torch.empty(shape, dtype=rows.dtype, memory_format=layout)
+        self.data[index] = rows.cpu()
+
+
+@torch.no_grad()
+def affordable_views(
+    wanted: int, photos: int, prefix: nn.Sequential, size: int, precision: Precision, budget: int
+) -> int:
+    """How many of the `wanted` views of all photos fit into `budget` bytes.
+
+    0, so nothing is cached, when nothing is frozen.
+    """
+    if not wanted or len(prefix) == 0:
+        return 0
+    with precision.autocast():
+        probe = prefix(torch.zeros(1, 3, size, size, device=precision.device))
+    return min(wanted, budget // (probe.numel() * probe.element_size() * photos))
+
+
+@torch.no_grad()
+def valid_inputs(
+    photos: PixelSet, prefix: nn.Sequential, preprocess: Preprocess, precision: Precision
+) -> list[tuple[Tensor, Tensor]]:
+    """The validation part through the frozen prefix, once a stage: [(inputs, labels)]."""
+    out = []
+    for start in range(0, len(photos), 2 * PREFIX_BATCH):
+        end = start + 2 * PREFIX_BATCH
+        images = normalise(photos.pixels[start:end].to(precision.device), preprocess)
+        if len(prefix):
+            with precision.autocast():
+                images = prefix(images)
+        out.append((images, photos.labels[start:end].to(precision.device)))
+    return out

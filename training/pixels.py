@@ -1,0 +1,115 @@
+"""Photos are decoded once: encoded files -> one uint8 array, memory-mapped.
+
+Training photos are kept whole, squeezed to a square a little above the training size, with their
+aspect ratio beside them; augmentation undoes the squeeze when it cuts ("presizing"). Validation
+photos go through the service's own preprocessing and are final.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from serving import images
+from serving.errors import DataError, ImageError
+from serving.preprocess import Preprocess
+from training.console import progress
+from training.data import Dataset, Sample
+
+MAX_BROKEN: Final = 0.05
+PRESIZE: Final = 1.25
+
+Make = Callable[[Image.Image], npt.NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class PixelSet:
+    """Decoded photos of one part of a data set.
+
+    pixels: uint8 [N, S, S, 3]; aspect: float32 [N], width over height; labels: int64 [N].
+    """
+
+    pixels: Tensor
+    aspect: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """How many photos."""
+        return len(self.labels)
+
+
+def decode(
+    dataset: Dataset, preprocess: Preprocess, say: Callable[[str], None]
+) -> tuple[Dataset, PixelSet, PixelSet]:
+    """Decode the training and the validation part.
+
+    Unreadable photos are named, counted and left out of the data set that comes back.
+
+    Raises:
+        DataError: More than 5 % of the photos are unreadable, or too few are left.
+    """
+    working = round(preprocess.size * PRESIZE)
+
+    def whole(image: Image.Image) -> npt.NDArray[np.uint8]:
+        return np.asarray(image.resize((working, working), Image.Resampling.BILINEAR))
+
+    train, broken = _decode(dataset.train, whole, working, preprocess, "decoding train")
+    valid, more = _decode(
+        dataset.valid, preprocess, preprocess.size, preprocess, "decoding valid"
+    )
+    broken.update(more)
+    if broken:
+        for path, reason in broken.items():
+            say(f"skipped {path}: {reason}")
+        total = len(dataset.train) + len(dataset.valid)
+        worst = f"{len(broken)} of {total} photos can't be read, as {next(iter(broken))}"
+        if len(broken) > MAX_BROKEN * total:
+            raise DataError(f"{worst}: more than {MAX_BROKEN:.0%}; mend or remove them")
+        say(f"warning: {worst}; going on without them")
+        dataset = dataset.without(broken)
+    return dataset, train, valid
+
+
+def _decode(
+    samples: Sequence[Sample], make: Make, side: int, preprocess: Preprocess, title: str
+) -> tuple[PixelSet, dict[Path, str]]:
+    # The file has no name: the system takes it back however this process ends.
+    with tempfile.TemporaryFile(prefix="fledge-pixels-") as file:
+        shape = (max(len(samples), 1), side, side, 3)
+        array = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+    aspect = np.ones(len(samples), np.float32)
+    broken: dict[Path, str] = {}
+
+    def one(index: int) -> None:
+        path = samples[index].path
+        try:
+            image = images.read(path, background=preprocess.background).image
+            array[index] = make(image)
+            aspect[index] = image.width / image.height
+        except ImageError as error:
+            broken[path] = str(error)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, progress() as bar:
+        for _ in bar.track(pool.map(one, range(len(samples))), total=len(samples), description=title):
+            pass
+    kept = np.array([i for i, s in enumerate(samples) if s.path not in broken], dtype=np.int64)
+    pixels = array if len(kept) == len(array) else array[kept]
+    labels = np.array([samples[i].label for i in kept], dtype=np.int64)
+    order = {s.path: str(broken[s.path]) for s in samples if s.path in broken}
+    return (
+        PixelSet(
+            torch.from_numpy(pixels), torch.from_numpy(aspect[kept]), torch.from_numpy(labels)
+        ),
+        order,
+    )

@@ -1,0 +1,264 @@
+"""The fine-tune, stage after stage, readable top to bottom."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable
+from dataclasses import asdict, astuple, fields, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from serving.errors import DataError, OptionError
+from serving.views import softmax
+from training import checkpoint, config, data, evaluate, lr_finder, model, pixels, trainer
+from training.activations import Precision, TrainFeed, affordable_views, valid_inputs
+from training.checkpoint import BEST, CheckpointInfo
+from training.console import say as say_aloud
+from training.files import write_aside
+
+ACTIVATION_BYTES: Final = 2 * 2**30
+
+Say = Callable[[str], None]
+
+
+def run(
+    recipe: config.Recipe,
+    source: str,
+    *,
+    split: Path | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+    say: Say = say_aloud,
+) -> Path:
+    """Fine-tune by `recipe` on the photos of `source`; returns the run's folder.
+
+    Args:
+        recipe: What to do.
+        source: As `data.load`.
+        split: As `data.load`.
+        out: The run's folder, new or empty; `runs/NAME` with a number where that is taken.
+        device: "auto", "cpu" or "cuda".
+        say: Takes lines for a person.
+
+    Raises:
+        FledgeError: Anything wrong with the request, before anything is written; a NaN loss.
+    """
+    started = time.perf_counter()
+    precision = choose_precision(device, recipe.precision)
+    dataset = data.load(
+        source, split=split, fold=recipe.data.fold, valid=recipe.data.valid, seed=recipe.seed
+    )
+    torch.manual_seed(recipe.seed)
+    classifier, pretrained = build_classifier(recipe, len(dataset.classes), say)
+    folder = _check_out(out, recipe.name)
+    dataset, train, valid = pixels.decode(dataset, recipe.preprocess, say)
+    say(
+        f"{len(dataset.classes)} classes, {len(train)} photos to train on, {len(valid)} to "
+        f"validate; {recipe.arch} at {recipe.preprocess.size} px on {precision.device.type}, "
+        f"{str(precision.dtype).removeprefix('torch.')}"
+    )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_recipe(recipe, folder)
+    data.write_split(dataset, folder / data.SPLIT)
+    best = _Best(folder, recipe, dataset, classifier, say)
+    classifier.to(precision.device, memory_format=torch.channels_last)
+    view = 0
+    for stage in recipe.stage:
+        if not pretrained:
+            # A frozen random body teaches the head nothing: from scratch everything trains.
+            stage = stage.model_copy(update={"unfreeze": 99, "lr_divide": 1.0})
+        classifier.freeze_to(stage.unfreeze)
+        classifier.eval()
+        prefix = classifier.prefix
+        wanted = min(stage.views, stage.epochs)
+        size = recipe.preprocess.size
+        views = affordable_views(wanted, len(train), prefix, size, precision, ACTIVATION_BYTES)
+        feed = TrainFeed(
+            train, prefix, recipe.preprocess, recipe.augment, precision, recipe.seed, view, views
+        )
+        view += views or stage.epochs
+        held_out = valid_inputs(valid, prefix, recipe.preprocess, precision)
+        lr = _learning_rate(classifier, stage, recipe, feed, folder, say)
+        trainer.train_stage(
+            classifier,
+            stage,
+            lr,
+            recipe.optimizer,
+            feed,
+            held_out,
+            batch_size=recipe.batch_size,
+            smoothing=recipe.label_smoothing,
+            on_epoch=best.see,
+        )
+    result = best.finish(valid)
+    _point_latest(folder)
+    say(
+        f"{folder}: validation accuracy {result.accuracy:.2%} (loss {result.loss:.4f}) after "
+        f"{time.perf_counter() - started:.0f} s; next: fledge export {folder} --out bundle"
+    )
+    return folder
+
+
+def build_classifier(
+    recipe: config.Recipe, classes: int, say: Say
+) -> tuple[model.Classifier, bool]:
+    """The recipe's network, and whether its body comes with trained weights."""
+
+    def build(weights: str) -> model.Classifier:
+        return model.build(
+            recipe.arch, classes, arch_args=recipe.arch_args, head=recipe.head, weights=weights
+        )
+
+    if recipe.weights != "auto":
+        return build(recipe.weights), recipe.weights != "none"
+    try:
+        return build("imagenet"), True
+    except DataError as error:
+        say(f"warning: weights = 'auto': {error}; training from scratch")
+        return build("none"), False
+
+
+def choose_precision(device: str, precision: str) -> Precision:
+    """Turn the device and precision asked for into what this machine has.
+
+    Raises:
+        OptionError: CUDA was asked for and is not there.
+    """
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise OptionError("--device cuda: no usable GPU here; use --device cpu or auto")
+    where = torch.device("cuda" if cuda and device != "cpu" else "cpu")
+    if precision == "auto":
+        precision = "bf16" if _has_bf16(where) else "fp32"
+    return Precision(torch.bfloat16 if precision == "bf16" else torch.float32, where)
+
+
+def _has_bf16(where: torch.device) -> bool:
+    if where.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(
+        torch.cpu._is_avx512_bf16_supported()
+    )
+
+
+class _Best:
+    """Keeps the best checkpoint by validation accuracy, the lower loss deciding between equals."""
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: config.Recipe,
+        dataset: data.Dataset,
+        classifier: model.Classifier,
+        say: Say,
+    ) -> None:
+        self.folder, self.classifier, self.say = folder, classifier, say
+        self.rank = (-1.0, 0.0)
+        self.info = CheckpointInfo(
+            name=recipe.name,
+            arch=recipe.arch,
+            classes=dataset.classes,
+            preprocess=recipe.preprocess,
+            arch_args=recipe.arch_args,
+            head=recipe.head.model_dump(),
+            seed=recipe.seed,
+            data={
+                "source": dataset.source,
+                "root": str(dataset.root),
+                "fingerprint": dataset.fingerprint,
+                "train": len(dataset.train),
+                "valid": len(dataset.valid),
+            },
+            versions=checkpoint.versions(),
+        )
+        with (folder / "metrics.csv").open("w", newline="") as file:
+            csv.writer(file).writerow([field.name for field in fields(trainer.Epoch)])
+
+    def see(self, epoch: trainer.Epoch) -> None:
+        """Write an epoch's line; keep its weights where they are the best so far."""
+        with (self.folder / "metrics.csv").open("a", newline="") as file:
+            csv.writer(file).writerow(astuple(epoch))
+        rank = (epoch.accuracy, -epoch.valid_loss)
+        mark = ""
+        if rank > self.rank:
+            self.rank, mark = rank, "  best"
+            metrics = {
+                "accuracy": epoch.accuracy,
+                "loss": epoch.valid_loss,
+                "stage": epoch.stage,
+                "epoch": epoch.epoch,
+            }
+            self.info = replace(self.info, metrics=metrics)
+            checkpoint.save(self.folder / BEST, self.classifier, self.info)
+        self.say(
+            f"{epoch.stage:>8} {epoch.epoch:>3}  lr {epoch.lr:.2e}  train {epoch.train_loss:.4f}  "
+            f"valid {epoch.valid_loss:.4f}  accuracy {epoch.accuracy:.2%}  "
+            f"{epoch.seconds:.1f} s{mark}"
+        )
+
+    def finish(self, valid: pixels.PixelSet) -> evaluate.Result:
+        """Score the best checkpoint in float32, as `fledge evaluate` does, and write that down."""
+        classifier, info = checkpoint.load(self.folder)
+        logits = evaluate.logits_of(classifier, valid.pixels, info.preprocess)
+        accuracy, loss = evaluate.score(softmax(logits.numpy()), valid.labels.numpy())
+        metrics = {**info.metrics, "accuracy": accuracy, "loss": loss}
+        checkpoint.save(self.folder / BEST, classifier, replace(info, metrics=metrics))
+        return evaluate.Result(accuracy, loss, len(valid), 1)
+
+
+def _learning_rate(
+    classifier: model.Classifier,
+    stage: config.Stage,
+    recipe: config.Recipe,
+    feed: TrainFeed,
+    folder: Path,
+    say: Say,
+) -> float:
+    if stage.lr != "find":
+        return stage.lr
+    curve = trainer.find_lr(
+        classifier, stage, recipe.optimizer, feed, recipe.batch_size, recipe.label_smoothing
+    )
+    lr_finder.plot(curve, folder / f"lr_find-{stage.name}.png", f"lr_find before {stage.name}")
+    say(
+        f"{stage.name:>8}  lr_find: {curve.valley:.2e} (valley; steepest {curve.steepest:.2e}, "
+        f"minimum {curve.minimum:.2e})"
+    )
+    return curve.valley
+
+
+def _check_out(out: Path | None, name: str) -> Path:
+    if out is not None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise OptionError(f"--out {out} exists already; choose another or remove it")
+        return out
+    taken = Path("runs") / name
+    number = 2
+    while taken.exists():
+        taken = Path("runs") / f"{name}-{number}"
+        number += 1
+    return taken
+
+
+def _write_recipe(recipe: config.Recipe, folder: Path) -> None:
+    import tomli_w
+
+    values = recipe.model_dump(mode="json", exclude={"preprocess"})
+    values["preprocess"] = asdict(recipe.preprocess)
+    with write_aside(folder / "recipe.toml") as aside:
+        aside.write_text(tomli_w.dumps(values))
+
+
+def _point_latest(folder: Path) -> None:
+    """Point `latest` beside the run at it."""
+    link = folder.parent / "latest"
+    if link.is_dir() and not link.is_symlink():
+        return  # somebody's own folder of that name
+    aside = folder.parent / ".latest.partial"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(folder.name)
+    aside.replace(link)

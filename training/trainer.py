@@ -1,0 +1,148 @@
+"""The loop: one stage."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from serving.errors import WorkError
+from training import lr_finder, optim, schedule
+from training.activations import Precision, TrainFeed
+from training.config import OptimizerConfig, Stage
+from training.console import progress
+from training.model import Classifier
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of metrics.csv.
+
+    epoch: from 1. lr: the head's rate at the last step. Losses are cross-entropy in nats, the
+    training loss with label smoothing. accuracy: of the plain view, a fraction of 1.
+    """
+
+    stage: str
+    epoch: int
+    lr: float
+    train_loss: float
+    valid_loss: float
+    accuracy: float
+    seconds: float
+
+
+def find_lr(
+    classifier: Classifier,
+    stage: Stage,
+    optimizer: OptimizerConfig,
+    feed: TrainFeed,
+    batch_size: int,
+    smoothing: float,
+    steps: int = 80,
+) -> lr_finder.Curve:
+    """Range test of a stage; leaves the classifier as it was."""
+    trial = optim.build(classifier, optimizer, 1.0, stage.lr_divide)
+    suffix = classifier.suffix
+
+    def endless() -> Iterator[tuple[Tensor, Tensor]]:
+        for epoch in itertools.count():
+            yield from feed.epoch(epoch, batch_size)
+
+    def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+    with feed.precision.autocast():
+        return lr_finder.range_test(suffix, trial, endless(), loss_of, steps=steps)
+
+
+def train_stage(
+    classifier: Classifier,
+    stage: Stage,
+    lr: float,
+    config: OptimizerConfig,
+    feed: TrainFeed,
+    valid: Batches,
+    *,
+    batch_size: int,
+    smoothing: float,
+    on_epoch: Callable[[Epoch], None],
+) -> None:
+    """Train one stage.
+
+    Args:
+        classifier: Frozen as the stage says.
+        stage: Schedule and rates.
+        lr: The head's learning rate.
+        config: The optimiser.
+        feed: Training batches, as inputs of the classifier's suffix.
+        valid: Validation batches, likewise.
+        batch_size: Photos a step.
+        smoothing: Label smoothing.
+        on_epoch: Called after each epoch with its figures.
+
+    Raises:
+        WorkError: The loss is no longer finite; names stage, step and rate.
+    """
+    suffix = classifier.suffix
+    optimizer = optim.build(classifier, config, lr, stage.lr_divide)
+    steps = feed.steps(batch_size)
+    for epoch in range(stage.epochs):
+        started, total, seen = time.perf_counter(), 0.0, 0
+        classifier.train()
+        with progress() as bar:
+            task = bar.add_task(f"{stage.name} {epoch + 1}/{stage.epochs}", total=steps)
+            for step, (inputs, labels) in enumerate(feed.epoch(epoch, batch_size)):
+                factor = factor_at(stage, epoch + step / steps)
+                optim.set_factor(optimizer, factor)
+                with feed.precision.autocast():
+                    logits = suffix(inputs)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise WorkError(
+                        f"stage {stage.name}: the loss is {value} at epoch {epoch + 1}, "
+                        f"step {step + 1}, rate {lr * factor:.3g}; lower stage.{stage.name}.lr"
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                total, seen = total + value * len(labels), seen + len(labels)
+                bar.advance(task)
+        accuracy, valid_loss = validate(classifier, suffix, valid, feed.precision)
+        seconds = time.perf_counter() - started
+        on_epoch(
+            Epoch(stage.name, epoch + 1, lr * factor, total / seen, valid_loss, accuracy, seconds)
+        )
+
+
+def factor_at(stage: Stage, position: float) -> float:
+    """The schedule of a stage at a position in epochs."""
+    if stage.schedule == "sgdr":
+        return schedule.sgdr(position, stage.cycles, stage.cycle_len, stage.cycle_mult)
+    if stage.schedule == "one_cycle":
+        return schedule.one_cycle(position, stage.epochs)
+    return 1.0
+
+
+@torch.no_grad()
+def validate(
+    classifier: Classifier, suffix: nn.Module, valid: Batches, precision: Precision
+) -> tuple[float, float]:
+    """Accuracy and mean loss; leaves the classifier in eval mode."""
+    classifier.eval()
+    right, loss, seen = 0, 0.0, 0
+    for inputs, labels in valid:
+        with precision.autocast():
+            logits = suffix(inputs).float()
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        right += int((logits.argmax(dim=1) == labels).sum())
+        seen += len(labels)
+    return right / seen, loss / seen
