@@ -39,7 +39,6 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
     FLEDGE_BUNDLE=/bundle \
-    BENTOML_HOME=/tmp/bentoml \
     BENTOML_DO_NOT_TRACK=True \
     ORT_DISABLE_TELEMETRY=1
 COPY --from=build-cpu /opt/venv /opt/venv

@@ -118,8 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fledge",
         description="Fine-tune an image classifier, export it proven equal, serve it over HTTP.",
-        epilog="a first walk:  fledge train training/recipes/demo.toml --data sample;  "
-        "fledge export runs/latest --out bundle;  fledge serve bundle",
+        epilog="a first walk: fledge train training/recipes/demo.toml --data sample; "
+        "fledge export runs/latest --out bundle; fledge serve bundle",
     )
     parser.add_argument("--version", action="version", version=f"fledge {_version()}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     def verb(function: Verb, example: str) -> argparse.ArgumentParser:
         text = (function.__doc__ or "").splitlines()[0]
         added = verbs.add_parser(
-            function.__name__, help=text, description=text, epilog=f"example:  {example}"
+            function.__name__, help=text, description=text, epilog=f"example: {example}"
         )
         added.set_defaults(verb=function, overrides=[])
         added.add_argument("--debug", action="store_true", help="show tracebacks")

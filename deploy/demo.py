@@ -122,8 +122,13 @@ def ask(address: str, photo: Path) -> dict[str, object]:
 
 def show(answer: dict[str, object]) -> None:
     """Print the answer as JSON, a prediction a line."""
-    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in answer.items()]
-    print("{", ",\n".join(lines), "}", sep="\n")
+
+    def lines(value: object) -> str:
+        if isinstance(value, list) and value:
+            return "[\n" + ",\n".join(f"    {json.dumps(item)}" for item in value) + "\n  ]"
+        return json.dumps(value)
+
+    print("{", ",\n".join(f'  "{key}": {lines(answer[key])}' for key in answer), "}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ resize it to {size} x {size} ({interpolation}, antialiased), and take the softma
 ## Limits
 
 - It knows the classes above and nothing else: a photo of something else gets one of them too.
-- Probabilities are calibrated only if a temperature other than 1 was fitted (here: {temperature:g}).
+- Probabilities are calibrated only if a temperature was fitted (here {temperature:g}; 1 is none).
 - It is as fair as its training photos, which nobody has examined for this card.
 - `golden/` holds a few held-out photos, byte for byte, with which a service checks itself at start.
   Mind their licence when you pass the bundle on.

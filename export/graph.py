@@ -118,7 +118,8 @@ class CheckpointRuntime:
     def run(self, pixels: Pixels) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Pixels uint8 [N, size, size, 3] -> logits [N, classes], features [N, D]."""
         with torch.inference_mode():
-            images = normalise(torch.from_numpy(np.ascontiguousarray(pixels)), self._preprocess)
+            # A copy: torch warns about the read-only arrays that Pillow gives.
+            images = normalise(torch.from_numpy(pixels.copy()), self._preprocess)
             features = self._classifier.features(images)
             logits = self._classifier.head(features)
         return logits.numpy(), features.numpy()

@@ -37,10 +37,10 @@ class Model:
 class Desk:
     """Loads in the background and answers as soon as the golden images came out right."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
         """Nothing is loaded before `start`."""
         self.settings = settings
-        self.telemetry = Telemetry()
+        self.telemetry = telemetry
         self.refusal = "the bundle is still being loaded"
         self._model: Model | None = None
 

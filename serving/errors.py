@@ -4,9 +4,9 @@ FledgeError
 ├── RequestError          the request was wrong; asking again the same way won't help
 │   ├── OptionError       an option, setting or recipe line
 │   ├── DataError         a folder, split, list or weights file
-│   ├── EmptyBody         a request without an image
 │   └── Unauthorized      no key, or a wrong one
 ├── ImageError            one image is at fault, its neighbours are not
+│   ├── EmptyBody         no bytes at all
 │   ├── NotAnImage        the bytes are no image that Pillow knows
 │   ├── UnsupportedFormat an image, but of a format that is not served
 │   ├── BrokenImage       truncated or corrupt
@@ -56,12 +56,6 @@ class DataError(RequestError):
     code = "bad-data"
 
 
-class EmptyBody(RequestError):
-    """The request carries no image."""
-
-    code = "no-image"
-
-
 class Unauthorized(RequestError):
     """No API key, or one that is not on the list."""
 
@@ -74,6 +68,13 @@ class ImageError(FledgeError):
 
     code = "bad-image"
     http_status = 422
+
+
+class EmptyBody(ImageError):
+    """There are no bytes: an empty file, or a request without an image."""
+
+    code = "no-image"
+    http_status = 400
 
 
 class NotAnImage(ImageError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,8 @@ class TorchScriptRuntime:
             with warnings.catch_warnings():
                 # Deprecated in torch's newest releases and still what mobile and C++ users load.
                 warnings.simplefilter("ignore", FutureWarning)
-                module = torch.jit.load(str(graph), map_location=self._device)  # type: ignore[no-untyped-call]
+                load: Any = torch.jit.load  # untyped in some releases
+                module = load(str(graph), map_location=self._device)
         except (OSError, RuntimeError, ValueError) as error:
             raise BundleError(f"{graph} can't be loaded as TorchScript") from error
         self._module = module.eval()

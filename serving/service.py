@@ -19,9 +19,11 @@ from _bentoml_sdk import Service  # type: ignore[import-untyped] # BentoML types
 from serving import launch
 from serving.desk import Desk
 from serving.errors import FledgeError, OptionError
+from serving.exchange import App
 from serving.forms import Options
-from serving.front import App, Front
+from serving.front import Front
 from serving.settings import Settings
+from serving.telemetry import Telemetry
 
 
 class FrontedService(Service[Any]):  # type: ignore[misc]
@@ -55,7 +57,7 @@ class ImageClassifier:
 
     def __init__(self) -> None:
         """Begin to load; `/readyz` tells when it is done."""
-        self.desk = Desk(Settings.from_env())
+        self.desk = Desk(Settings.from_env(), Telemetry())
         self.desk.start()
 
     @bentoml.on_deployment  # type: ignore[untyped-decorator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -18,12 +19,18 @@ TARGETS = (
 )
 MAKEFILE = (ROOT / "Makefile").read_text()
 DEFINED = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
-LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
-LOCKS = [path for path in LOCKS if not path.name.endswith("overrides.txt")]
+LOCKS = sorted(
+    path
+    for path in (ROOT / "requirements").glob("*.txt")
+    if not path.name.endswith("overrides.txt")
+)
 
 
 def tool(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # What the make that started these tests was told is not for the make that they start.
+    told = ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS")
+    env = {name: value for name, value in os.environ.items() if name not in told}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
 def test_imports_keep_their_contracts() -> None:
@@ -51,8 +58,8 @@ def test_an_unfit_python_is_one_line(tmp_path: Path) -> None:
     done = tool("make", "--no-print-directory", "-C", str(tmp_path), "install", "PYTHON=false")
     assert done.returncode == 2
     ours = [line for line in done.stderr.splitlines() if "***" not in line]
-    assert ours == ["make: false is not Python 3.11 to 3.13: name one that is, as in "
-                    "make install PYTHON=python3.12"]  # fmt: skip
+    assert len(ours) == 1
+    assert ours[0].startswith("make: false is not Python 3.11 to 3.13")
     assert not (tmp_path / ".venv").exists()
 
 
@@ -109,12 +116,14 @@ def test_the_wheel_holds_the_rooms_and_the_front_door(tmp_path: Path) -> None:
 
 
 def test_the_readme_names_only_commands_that_exist() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert set(re.findall(r"\bmake ([a-z][a-z-]+)\b(?=[^\n]*)", _code(text))) <= DEFINED
-    verbs = set(
-        re.findall(r"^ +([a-z-]+)", tool(sys.executable, "fledge.py", "--help").stdout, re.M)
+    code = _code((ROOT / "README.md").read_text())
+    told = tool(sys.executable, "fledge.py", "--help").stdout
+    verbs = set(re.findall(r"^ +([a-z][a-z-]+) ", told, re.MULTILINE))
+    assert {"train", "export", "serve", "score"} <= verbs
+    assert set(re.findall(r"^(?:\$ )?make ([a-z-]+)", code, re.MULTILINE)) <= DEFINED
+    assert (
+        set(re.findall(r"^(?:\$ )?(?:\.venv/bin/)?fledge ([a-z-]+)", code, re.MULTILINE)) <= verbs
     )
-    assert set(re.findall(r"\bfledge ([a-z][a-z-]*)", _code(text))) <= verbs
 
 
 def _code(markdown: str) -> str:

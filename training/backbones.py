@@ -182,7 +182,11 @@ def _measure(body: nn.Sequential) -> tuple[tuple[int, ...], int]:
             if index and x.shape[-1] < resolution:
                 groups.append(index)
             resolution = x.shape[-1]
-    # VGG and AlexNet end in a bare pooling layer: nothing to train, so no group of its own.
-    while not any(True for child in body[groups[-1] :] for _ in child.parameters()):
-        groups.pop()
-    return tuple(groups), x.shape[1]
+    # A bare pooling layer has nothing to train, so it is no group of its own: it joins the one
+    # behind it, or at the end of the body (VGG, AlexNet) the one before.
+    trains = [any(True for _ in child.parameters()) for child in body]
+    kept = [0]
+    for start in groups[1:]:
+        if any(trains[kept[-1] : start]) and any(trains[start:]):
+            kept.append(start)
+    return tuple(kept), x.shape[1]

@@ -65,6 +65,11 @@ def save(path: Path, classifier: model.Classifier, info: CheckpointInfo) -> None
         aside.write_text(json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n")
 
 
+def find(run: Path) -> Path:
+    """The weights file of a run's folder, or the one named itself."""
+    return run if run.suffix == ".safetensors" else run / BEST
+
+
 def load(run: Path) -> tuple[model.Classifier, CheckpointInfo]:
     """Load a checkpoint: eval mode, float32, on the CPU.
 
@@ -74,7 +79,7 @@ def load(run: Path) -> tuple[model.Classifier, CheckpointInfo]:
     Raises:
         DataError: Nothing there, damaged, of another version, or weights that do not fit.
     """
-    path = run / BEST if run.is_dir() else run
+    path = find(run)
     info = read_info(path.with_suffix(".json"))
     try:
         state = load_file(path)

@@ -241,10 +241,10 @@ def of_run(run: Path, data: Path | None = None) -> Dataset:
     Raises:
         DataError: The photos are not where they were; names `--data`.
     """
-    from training.checkpoint import BEST, read_info
+    from training.checkpoint import find, read_info
 
-    folder = run if run.is_dir() else run.parent
-    path = run / BEST if run.is_dir() else run
+    path = find(run)
+    folder = path.parent
     info = read_info(path.with_suffix(".json"))
     root = (data or Path(str(info.data["root"]))).resolve()
     if info.data.get("source") == SAMPLE and data is None and not root.is_dir():

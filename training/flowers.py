@@ -17,14 +17,13 @@ from training.brush import (
     Palette,
     Petal,
     Rng,
-    background,
     bow,
-    finish,
     lay_petal,
     lay_stem,
     mix,
     turn,
 )
+from training.scenery import background, finish
 
 _GOLDEN = np.pi * (3 - np.sqrt(5))
 _DOWN = np.array([0.0, 1.0], np.float32)
@@ -56,11 +55,11 @@ def paint(label: str, rng: Rng, size: int = 160) -> Image.Image:
 
 def _pose(rng: Rng) -> tuple[Array, Array]:
     """Place of the heart [2], and the matrix [2, 2] of size, tilt and turn for a radius of 1."""
-    radius = rng.uniform(0.29, 0.43)
+    radius = rng.uniform(0.31, 0.43)
     slack = max(0.5 - radius, 0.06)
     centre = 0.5 + rng.uniform(-slack, slack, 2)
     tilt = turn(rng.uniform(0, np.pi))
-    squash = np.diag([1.0, rng.uniform(0.74, 1.0)])
+    squash = np.diag([1.0, rng.uniform(0.82, 1.0)])
     return centre.astype(np.float32), (tilt @ squash @ tilt.T * radius).astype(np.float32)
 
 

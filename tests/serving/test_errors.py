@@ -36,7 +36,6 @@ def test_exit_status_is_the_command_lines_contract() -> None:
         errors.RequestError: 2,
         errors.OptionError: 2,
         errors.DataError: 2,
-        errors.EmptyBody: 2,
         errors.Unauthorized: 2,
         errors.BundleError: 78,
     }

@@ -100,7 +100,7 @@ def test_addresses(folder: Path):
     assert free_address("localhost", port) in ("127.0.0.1", "::1")
     assert free_address("0.0.0.0", port) == "0.0.0.0"
     for host, wrong in (("no.such.host.invalid", port), ("127.0.0.1", 0), ("127.0.0.1", 70_000)):
-        with pytest.raises(OptionError, match="--(host|port)"):
+        with pytest.raises(OptionError, match=r"--(host|port)"):
             free_address(host, wrong)
     with pytest.raises(OptionError, match="int8"):
         check(Settings(bundle=folder, precision="int8"))

@@ -63,6 +63,6 @@ def test_a_key_file_that_is_not_there_never_opens_the_door():
 
 
 def test_workers_share_the_cores():
-    assert 1 <= cores()
+    assert cores() >= 1
     assert Settings(workers=10_000).threads == 1
     assert Settings(workers=1).threads == cores()

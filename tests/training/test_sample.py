@@ -147,8 +147,8 @@ def test_contact_sheet_has_a_row_a_class() -> None:
 
 @pytest.fixture(scope="module")
 def pictures() -> tuple[list[Image.Image], NDArray[np.int64]]:
-    """60 pictures of each class and their labels [600]."""
-    count = 60
+    """40 pictures of each class and their labels [400]."""
+    count = 40
     painted = [
         sample.paint(label, np.random.default_rng([7, row, index]), 64)
         for row, label in enumerate(sample.CLASSES)
@@ -161,7 +161,7 @@ def histogram(image: Image.Image) -> Features:
     """Roots of the shares of 8 x 8 x 8 colours [512]."""
     levels = np.asarray(image).reshape(-1, 3) // 32
     counts = np.bincount(levels @ np.array([64, 8, 1]), minlength=512)
-    return np.sqrt(counts / counts.sum())
+    return np.asarray(np.sqrt(counts / counts.sum()), np.float64)
 
 
 def thumbnail(image: Image.Image) -> Features:

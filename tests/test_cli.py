@@ -1,0 +1,54 @@
+import subprocess
+import sys
+
+import pytest
+
+import fledge
+
+
+def test_help_is_quick_to_load_and_loads_no_torch():
+    loaded = "import sys\ntry:\n fledge = __import__('fledge'); fledge.main(['--help'])\n"
+    loaded += "except SystemExit: print(sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "COMMAND" in done.stdout
+    modules = done.stdout.splitlines()[-1]
+    for heavy in ("torch", "numpy", "bentoml", "onnxruntime", "PIL", "matplotlib"):
+        assert f"'{heavy}'" not in modules
+
+
+@pytest.mark.parametrize(
+    "verb", ["train", "evaluate", "sample", "export", "inspect", "verify", "serve", "score"]
+)
+def test_every_verb_teaches_with_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        fledge.main([verb, "--help"])
+    assert caught.value.code == 0
+    assert f"example: fledge {verb}" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["train", "nowhere.toml", "--data", "x"], 2, "nowhere.toml: no such recipe"),
+        (["train", "training/recipes/quick.toml", "--data", "/nowhere"], 2, "no such folder"),
+        (["train", "r.toml", "--data", "x", "--frobnicate"], 2, "'--frobnicate' is no option"),
+        (["evaluate", "/nowhere"], 2, "best.json is missing; make one with `fledge train`"),
+        (["export", "/nowhere", "--out", "b"], 2, "/nowhere"),
+        (["inspect", "/nowhere"], 78, "no bundle in /nowhere"),
+        (["verify", "/nowhere"], 78, "no bundle in /nowhere"),
+        (["serve", "/nowhere"], 78, "no bundle in /nowhere"),
+        (["score", "/nowhere", "--bundle", "b", "--out", "s.csv"], 2, "/nowhere"),
+    ],
+)
+def test_mistakes_are_one_line_on_stderr(words, status, message, capsys):
+    assert fledge.main(words) == status
+    said = capsys.readouterr().err
+    assert said.startswith("fledge: ")
+    assert said.count("\n") == 1
+    assert message in said
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert fledge.main(["inspect", "/nowhere", "--debug"]) == 78
+    assert "Traceback" in capsys.readouterr().err

@@ -1,0 +1,48 @@
+import colorsys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+RECIPE = """
+name = "tiny"
+arch = "mobilenet_v2"
+weights = "none"
+batch_size = 8
+precision = "fp32"
+arch_args = {{ width_mult = 0.25 }}
+preprocess = {{ size = 32, crop = 1.0 }}
+head = {{ hidden = 16, dropout = 0.1 }}
+{stages}
+"""
+STAGE = '[[stage]]\nname = "all"\nunfreeze = "all"\nlr = 0.05\ncycle_len = {epochs}\n'
+
+
+def coloured(root, counts, side=40):
+    """A folder a class, each class of one hue: what a network learns in seconds."""
+    for number, (name, count) in enumerate(counts.items()):
+        rng = np.random.default_rng(number)
+        colour = np.array(colorsys.hsv_to_rgb(number / len(counts), 0.8, 0.8)) * 255
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            noise = rng.normal(0, 25, (side, side + i % 5, 3))
+            pixels = np.clip(colour + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return coloured(tmp_path / "photos", {"blue": 15, "green": 15, "red": 15})
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a small recipe; returns its path."""
+
+    def write(stages=STAGE.format(epochs=3)):
+        path = tmp_path / "tiny.toml"
+        path.write_text(RECIPE.format(stages=stages))
+        return path
+
+    return write

@@ -1,0 +1,141 @@
+import os
+from collections import Counter
+
+import pytest
+
+from serving.errors import DataError, OptionError
+from tests.tiny import photo
+from training import data
+
+
+def make(root, counts, size=(20, 16)):
+    number = 0
+    for name, count in counts.items():
+        for i in range(count):
+            path = root / name / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(photo(number, size))
+            number += 1
+    return root
+
+
+def test_every_photo_is_in_exactly_one_part_and_classes_keep_their_shares(tmp_path):
+    root = make(tmp_path / "d", {"a": 10, "b": 20, "c": 2})
+    found = data.load(str(root), valid=0.2, seed=3)
+    parts = [set(found.train), set(found.valid)]
+    assert not parts[0] & parts[1]
+    assert len(parts[0] | parts[1]) == 32
+    assert Counter(s.label for s in found.valid) == {0: 2, 1: 4, 2: 1}
+
+
+def test_the_split_follows_the_seed_and_nothing_else(tmp_path):
+    root = make(tmp_path / "d", {"a": 10, "b": 10})
+    assert data.load(str(root), seed=1) == data.load(str(root), seed=1)
+    assert data.load(str(root), seed=1) != data.load(str(root), seed=2)
+    held = {s.path for s in data.load(str(root), seed=1).valid if s.path.parent.name == "a"}
+    make(root, {"c": 10})
+    later = {s.path for s in data.load(str(root), seed=1).valid if s.path.parent.name == "a"}
+    assert held == later  # another class does not move this one's
+
+
+def test_class_names_are_in_natural_order(tmp_path):
+    root = make(tmp_path / "d", {"10": 2, "2": 2, "1": 2})
+    assert data.load(str(root)).classes == ("1", "2", "10")
+
+
+def test_train_and_valid_folders(tmp_path):
+    make(tmp_path / "d" / "train", {"a": 3, "b": 3})
+    make(tmp_path / "d" / "valid", {"a": 1, "b": 2})
+    make(tmp_path / "d" / "test", {"a": 1})
+    found = data.load(str(tmp_path / "d"))
+    assert (len(found.train), len(found.valid), len(found.test)) == (6, 3, 1)
+
+
+def test_a_split_file_with_fold_numbers(tmp_path):
+    root = make(tmp_path / "d", {"a": 4, "b": 4})
+    rows = [f"{c}/{i}.jpg,{'test' if i == 3 else i % 3}" for c in "ab" for i in range(4)]
+    (tmp_path / "s.csv").write_text("\n".join(["path,fold", *rows]))
+    found = data.load(str(root), split=tmp_path / "s.csv", fold=1)
+    assert {s.path.name for s in found.valid} == {"1.jpg"}
+    assert {s.path.name for s in found.test} == {"3.jpg"}
+    assert {s.path.name for s in found.train} == {"0.jpg", "2.jpg"}
+    with pytest.raises(OptionError, match=r"fold = 7.*folds 0, 1, 2"):
+        data.load(str(root), split=tmp_path / "s.csv", fold=7)
+
+
+def test_hidden_files_and_other_files_are_no_photos(tmp_path):
+    root = make(tmp_path / "d", {"a": 3, "b": 3})
+    (root / "a" / "._0.jpg").write_bytes(b"mac")
+    (root / "a" / "notes.txt").write_text("hello")
+    (root / ".cache").mkdir()
+    found = data.load(str(root))
+    assert len(found.train) + len(found.valid) == 6
+    assert found.classes == ("a", "b")
+
+
+def test_a_split_written_is_the_split_read(tmp_path):
+    root = make(tmp_path / "d", {"a": 5, "b, \"quoted\"": 5})
+    os.rename(root / "a" / "0.jpg", root / "a" / "new\nline.jpg")
+    found = data.load(str(root))
+    data.write_split(found, tmp_path / data.SPLIT)
+    (tmp_path / "best.json").write_text(
+        '{"schema": 1, "name": "n", "arch": "x", "classes": ["a", "b, \\"quoted\\""],'
+        f'"preprocess": {{}}, "data": {{"source": "{root}", "root": "{root}"}}}}'
+    )
+    assert data.of_run(tmp_path) == found
+    moved = root.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="--data"):
+        data.of_run(tmp_path)
+    assert data.of_run(tmp_path, moved).fingerprint == data.load(str(moved)).fingerprint
+
+
+def test_the_fingerprint_changes_with_the_photos(tmp_path):
+    root = make(tmp_path / "d", {"a": 5, "b": 5})
+    before = data.load(str(root)).fingerprint
+    assert data.load(str(root)).fingerprint == before
+    (root / "a" / "0.jpg").write_bytes(b"longer than before" * 1000)
+    assert data.load(str(root)).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({}, "holds no folder with photos"),
+        ({"a": 5}, "has one class, 'a'"),
+        ({"a": 5, "b": 1}, "class 'b' has one photo"),
+    ],
+)
+def test_folders_that_can_not_be_trained_on(tmp_path, counts, message):
+    (tmp_path / "d").mkdir()
+    make(tmp_path / "d", counts)
+    with pytest.raises(DataError, match=message):
+        data.load(str(tmp_path / "d"))
+
+
+def test_missing_things_are_named(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        data.load(str(tmp_path / "nowhere"))
+    root = make(tmp_path / "d", {"a": 3, "b": 3})
+    with pytest.raises(DataError, match="no such file"):
+        data.load(str(root), split=tmp_path / "nowhere.csv")
+    make(tmp_path / "e" / "train", {"a": 3, "b": 3})
+    with pytest.raises(DataError, match="no valid/"):
+        data.load(str(tmp_path / "e"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,part\n", "first line must be 'path,fold'"),
+        ("path,fold\na/0.jpg,maybe\n", "line 2: fold 'maybe'"),
+        ("path,fold\n../x/0.jpg,0\n", "line 2: path"),
+        ("path,fold\n/a/0.jpg,0\n", "line 2: path"),
+        ("path,fold\na/0.jpg,0\na/99.jpg,1\n", "names 1 files that are not there"),
+        ("path,fold\na/0.jpg,train\nb/0.jpg,train\n", "the valid part is empty"),
+    ],
+)
+def test_bad_split_files(tmp_path, text, message):
+    root = make(tmp_path / "d", {"a": 3, "b": 3})
+    (tmp_path / "s.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        data.load(str(root), split=tmp_path / "s.csv")

@@ -1,0 +1,112 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn, optim
+
+from training import lr_finder
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3)
+    )
+
+
+def batches(n=60):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(n):
+        labels = torch.randint(0, 3, (16,), generator=generator)
+        yield torch.randn(16, 4, generator=generator) + 2 * labels[:, None], labels
+
+
+def optimizer_of(model):
+    made = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for group in made.param_groups:
+        group["base_lr"] = 0.1
+    return made
+
+
+def stepped(model, optimizer):
+    """One real step, so that the optimiser has momentum to lose."""
+    inputs, labels = next(batches())
+    F.cross_entropy(model(inputs), labels).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]
+        assert same, key
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_everything_is_given_back_bit_for_bit(fails):
+    model = network()
+    optimizer = optimizer_of(model)
+    stepped(model, optimizer)
+    model[3].eval()  # a mode of its own must survive too
+    weights = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(optimizer.state_dict())
+    rng = torch.get_rng_state()
+    modes = [module.training for module in model.modules()]
+
+    def broken():
+        yield from batches(15)
+        raise RuntimeError("the loader failed")
+
+    if fails:
+        with pytest.raises(RuntimeError, match="loader"):
+            lr_finder.range_test(model, optimizer, broken(), F.cross_entropy)
+    else:
+        curve = lr_finder.range_test(model, optimizer, batches(), F.cross_entropy, steps=50)
+        assert len(curve.rates) > 20
+    assert_same(model.state_dict(), weights)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == state["param_groups"]
+    for key, momentum in state["state"].items():
+        assert_same(momentum, after["state"][key])
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_rates_grow_exponentially_from_low_to_high():
+    model = network()
+    curve = lr_finder.range_test(
+        model, optimizer_of(model), batches(), F.cross_entropy, low=1e-4, high=1e-2, steps=20
+    )
+    assert curve.rates[0] == pytest.approx(1e-4)
+    assert curve.rates[-1] == pytest.approx(1e-2)
+    ratios = {round(b / a, 9) for a, b in zip(curve.rates, curve.rates[1:], strict=False)}
+    assert len(ratios) == 1
+
+
+def test_it_stops_when_the_loss_diverges():
+    model = network()
+    curve = lr_finder.range_test(
+        model, optimizer_of(model), batches(1000), F.cross_entropy, high=1e6, steps=200
+    )
+    assert len(curve.rates) < 200
+
+
+def test_the_suggestion_lies_on_the_descent_and_never_past_a_tenth_of_the_minimum():
+    rates = [10 ** (-5 + i / 10) for i in range(60)]
+    losses = [2.0] * 20 + [2.0 - 0.05 * i for i in range(30)] + [0.5 + 0.5 * i for i in range(10)]
+    curve = lr_finder.suggest(rates, losses)
+    assert curve.minimum == pytest.approx(rates[50])  # 0.5 twice; the lowest is found
+    assert rates[20] <= curve.steepest <= rates[50]
+    assert curve.valley <= curve.minimum / 10
+    assert curve.valley >= rates[20]
+
+
+def test_the_picture_is_a_png(tmp_path):
+    rates = [10 ** (-5 + i / 10) for i in range(60)]
+    curve = lr_finder.suggest(rates, [2 - i / 60 for i in range(60)])
+    lr_finder.plot(curve, tmp_path / "lr_find-head.png", "head")
+    assert (tmp_path / "lr_find-head.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.iterdir()] == ["lr_find-head.png"]
