@@ -42,7 +42,7 @@ BatchNorm: {folded} of {before} folded into other layers{left}.
 
 ## How to call it
 
-`fledge serve BUNDLE --port 3000`, then `curl -T photo.jpg -X POST localhost:3000/predict`; or
+`fledge serve BUNDLE --port 3000`, then `curl -F image=@photo.jpg localhost:3000/predict`; or
 `fledge score FOLDER --bundle BUNDLE --out scores.csv`.
 
 Without Fledge: `model.onnx` and `model.ts` take `pixels`, uint8 `[batch, {size}, {size}, 3]`, RGB,

@@ -159,7 +159,7 @@ def _layer(traced: fx.GraphModule, node: fx.Node, uses: Counter[Any]) -> str | N
 
 
 def _fold_back(layer: nn.Module, norm: _BatchNorm, scale: Tensor, shift: Tensor) -> bool:
-    """layer → norm: scale the layer's rows. False where the layer is of another kind."""
+    """Where the layer stands before: scale its rows. False where it is of another kind."""
     if not isinstance(layer, Conv | nn.Linear):
         return False
     weight = layer.weight.detach().double()
@@ -171,7 +171,7 @@ def _fold_back(layer: nn.Module, norm: _BatchNorm, scale: Tensor, shift: Tensor)
 
 
 def _fold_forward(layer: nn.Module, norm: _BatchNorm, scale: Tensor, shift: Tensor) -> bool:
-    """norm → layer: scale the layer's columns. False where padding or the kind forbids it."""
+    """Where it stands behind: scale its columns. False where padding or its kind forbids it."""
     if isinstance(layer, nn.Linear) and _on_rows(norm, layer.in_features):
         groups = 1
     elif isinstance(layer, Conv) and _pads_nothing_in(layer):

@@ -1,5 +1,4 @@
-"""The graph contract: pixels in, logits and features out, with nothing left for a client to get
-wrong in between."""
+"""The graph contract: pixels in, logits and features out, nothing in between to get wrong."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -41,10 +41,9 @@ def write(
         # TorchScript is deprecated as a whole; those who asked for the file know.
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.")
         try:
+            trace: Any = torch.jit.trace  # untyped in some releases
             # The gate compares far more than the tracer's own check would.
-            traced = torch.jit.trace(  # type: ignore[no-untyped-call]
-                graph, example(preprocess), check_trace=False
-            )
+            traced = trace(graph, example(preprocess), check_trace=False)
             frozen = torch.jit.freeze(traced)
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from serving import bundle, images, views
 from serving.errors import DataError, GateError, ImageError
 from serving.predictor import Predictor, Prepared, open_predictor
-from serving.preprocess import Pixels, Preprocess
+from serving.preprocess import Preprocess
 from serving.runtime import Runtime
 from serving.views import Probabilities
 
@@ -103,6 +104,7 @@ def gate(
     preprocess: Preprocess,
     graphs: Mapping[str, Predictor],
     samples: Sequence[Sample],
+    workers: int = 1,
 ) -> Outcome:
     """Compare every graph with the checkpoint on held-out photos, at several batch sizes.
 
@@ -111,6 +113,7 @@ def gate(
         preprocess: Saved with the checkpoint.
         graphs: Name -> predictor, each with its own runtime.
         samples: Photos and the indices of their classes.
+        workers: Threads that score side by side.
 
     Raises:
         GateError: A probability is off by more than the tolerance, or a top-1 differs; names the
@@ -120,21 +123,18 @@ def gate(
     agreements = {name: Agreement() for name in graphs}
     broken: list[Path] = []
     photos = right = 0
-    temperature = next(iter(graphs.values())).manifest.temperature
-    for start in range(0, len(samples), _AT_ONCE):
-        paths, labels, data = _readable(samples[start : start + _AT_ONCE], preprocess, broken)
-        if not paths:
-            continue
-        pixels = np.stack([square for _, square in data])
-        truth = views.softmax(checkpoint.run(pixels)[0], temperature)
-        photos += len(paths)
-        right += int((truth.argmax(1) == labels).sum())
-        for name, predictor in graphs.items():
-            prepared = [predictor.prepare(content) for content, _ in data]
-            for size in BATCHES:
-                answers = _predict(predictor, prepared, size)
-                _compare(agreements[name], truth, answers, paths)
-            agreements[name].right += int((answers.argmax(1) == labels).sum())
+    chunks = [samples[start : start + _AT_ONCE] for start in range(0, len(samples), _AT_ONCE)]
+    with ThreadPoolExecutor(workers) as pool:
+        for scored in pool.map(lambda chunk: _score(chunk, checkpoint, preprocess, graphs), chunks):
+            broken += scored.broken
+            if not scored.paths:
+                continue
+            photos += len(scored.paths)
+            right += _right(scored.truth, scored.labels)
+            for name, found in agreements.items():
+                for answers in scored.answers[name]:
+                    _compare(found, scored.truth, answers, scored.paths)
+                found.right += _right(scored.answers[name][0], scored.labels)
     _check_photos(photos, broken)
     outcome = Outcome(photos, len(broken), right, agreements)
     _check_agreement(outcome)
@@ -203,32 +203,54 @@ def verify_bundle(folder: Path, device: str = "cpu") -> list[str]:
     return lines
 
 
-def _readable(
-    samples: Sequence[Sample], preprocess: Preprocess, broken: list[Path]
-) -> tuple[list[Path], list[int], list[tuple[bytes, Pixels]]]:
-    """Paths, labels, contents with their pixels; what can't be decoded goes to `broken`."""
-    paths, labels, data = [], [], []
-    for path, label in samples:
+class _Scored(NamedTuple):
+    """What all say to one chunk: probabilities [N, classes], of each graph for each batch size."""
+
+    paths: list[Path]
+    labels: list[int]
+    broken: list[Path]
+    truth: Probabilities
+    answers: dict[str, list[Probabilities]]
+
+
+def _score(
+    chunk: Sequence[Sample],
+    checkpoint: Runtime,
+    preprocess: Preprocess,
+    graphs: Mapping[str, Predictor],
+) -> _Scored:
+    scored = _Scored([], [], [], np.empty((0, 0)), {name: [] for name in graphs})
+    data, pixels = [], []
+    for path, label in chunk:
         try:
             content = path.read_bytes()
             decoded = images.decode(content, background=preprocess.background)
         except (ImageError, OSError):
-            broken.append(path)
-        else:
-            paths.append(path)
-            labels.append(label)
-            data.append((content, preprocess(decoded.image)))
-    return paths, labels, data
+            scored.broken.append(path)
+            continue
+        scored.paths.append(path)
+        scored.labels.append(label)
+        data.append(content)
+        pixels.append(preprocess(decoded.image))
+    if not data:
+        return scored
+    temperature = next(iter(graphs.values())).manifest.temperature
+    truth = views.softmax(checkpoint.run(np.stack(pixels))[0], temperature)
+    for name, predictor in graphs.items():
+        prepared = [predictor.prepare(content) for content in data]
+        scored.answers[name] += [_predict(predictor, prepared, size) for size in BATCHES]
+    return scored._replace(truth=truth)
 
 
 def _predict(predictor: Predictor, prepared: Sequence[Prepared], size: int) -> Probabilities:
     """Probabilities [N, classes], `size` images at a time."""
-    answers = [
-        answer.probabilities
-        for start in range(0, len(prepared), size)
-        for answer in predictor.predict(prepared[start : start + size])
-    ]
-    return np.stack(answers)
+    starts = range(0, len(prepared), size)
+    answers = (a for start in starts for a in predictor.predict(prepared[start : start + size]))
+    return np.stack([answer.probabilities for answer in answers])
+
+
+def _right(answers: Probabilities, labels: Sequence[int]) -> int:
+    return sum(int(row.argmax()) == label for row, label in zip(answers, labels, strict=True))
 
 
 def _compare(

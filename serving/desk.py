@@ -15,7 +15,7 @@ from serving.batcher import Engine, build
 from serving.errors import DeadlineExceeded, FledgeError, NotReady, TooLarge
 from serving.forms import Options
 from serving.predictor import Predictor, open_predictor
-from serving.problems import problem
+from serving.problems import code_of, is_fault, problem
 from serving.settings import Settings
 from serving.telemetry import Telemetry
 
@@ -100,9 +100,9 @@ class Desk:
                 async with turn:
                     answer = await self.answer(data, options)
             except Exception as error:
-                if not isinstance(error, FledgeError):
+                if is_fault(error):
                     _log.exception("request %s failed", request_id)
-                self.telemetry.count(getattr(error, "code", "internal"))
+                self.telemetry.count(code_of(error))
                 return {"error": problem(error, request_id)}
             self.telemetry.count("ok")
             return answer

@@ -77,7 +77,7 @@ class Front:
         except Gone:
             raise
         except Exception as error:  # the caller gets an answer and the log the traceback
-            if not isinstance(error, FledgeError) or error.http_status == 500:
+            if problems.is_fault(error):
                 _log.exception("request %s failed", request.id)
             return Reply.problem(error, request)
 
@@ -176,7 +176,7 @@ def _counted(desk: Desk) -> Iterator[None]:
     except Gone:
         raise
     except Exception as error:
-        desk.telemetry.count(getattr(error, "code", "internal"))
+        desk.telemetry.count(problems.code_of(error))
         raise
 
 

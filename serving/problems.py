@@ -3,51 +3,64 @@
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
-from serving.errors import FledgeError, RequestError
+from serving.errors import FledgeError
 
 MEDIA_TYPE: Final = "application/problem+json"
 
 
-class NotFound(RequestError):
-    """No such path. Only HTTP knows this one."""
+class HttpError(Exception):
+    """What only HTTP knows, and neither the scorer nor the command line: so not a FledgeError."""
+
+    code: ClassVar[str]
+    http_status: ClassVar[int]
+
+
+class NotFound(HttpError):
+    """No such path."""
 
     code = "not-found"
     http_status = 404
 
 
-class MethodNotAllowed(RequestError):
-    """The path is right and the method is not. Only HTTP knows this one."""
+class MethodNotAllowed(HttpError):
+    """The path is right and the method is not."""
 
     code = "method-not-allowed"
     http_status = 405
 
 
-class SlowRequest(RequestError):
-    """The body took too long to come. Only HTTP knows this one."""
+class SlowRequest(HttpError):
+    """The body took too long to come."""
 
     code = "slow-request"
     http_status = 408
 
 
-def problem(error: BaseException, request_id: str | None = None) -> dict[str, Any]:
+def is_fault(error: Exception) -> bool:
+    """Whether the service is to blame: then the log gets the traceback and the caller no detail."""
+    return not isinstance(error, (FledgeError, HttpError)) or error.http_status == 500
+
+
+def code_of(error: Exception) -> str:
+    """The stable code; `internal` for what nobody raised on purpose."""
+    return error.code if isinstance(error, (FledgeError, HttpError)) else "internal"
+
+
+def problem(error: Exception, request_id: str) -> dict[str, Any]:
     """The body for `error`: type, title, status, detail, code.
 
-    What went wrong inside the service (status 500) is for its log; the caller gets an id to ask
-    about, and nothing of paths, classes or tracebacks.
+    Of a fault of ours the caller gets an id to ask about, and nothing of paths or classes.
     """
-    known = isinstance(error, FledgeError)
-    status = error.http_status if isinstance(error, FledgeError) else 500
-    code = error.code if isinstance(error, FledgeError) else "internal"
+    status = error.http_status if isinstance(error, (FledgeError, HttpError)) else 500
     detail = str(error)
-    if not known or status == 500:
-        about = f" (request {request_id})" if request_id else ""
-        detail = f"the service failed on this request{about}; its log says why"
+    if is_fault(error):
+        detail = f"the service failed on this request (request {request_id}); its log says why"
     return {
-        "type": f"urn:fledge:problem:{code}",
+        "type": f"urn:fledge:problem:{code_of(error)}",
         "title": HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
-        "code": code,
+        "code": code_of(error),
     }

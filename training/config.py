@@ -71,6 +71,9 @@ class Stage(Section):
     lr_divide: every layer group's rate is that of the group behind it divided by this.
     schedule: sgdr (`cycles` of `cycle_len` epochs, each `cycle_mult` times the one before),
         one_cycle or constant, both over the same number of epochs.
+    batchnorm: "fixed" keeps the statistics of the body's BatchNorms where training left them and
+        trains only their scale and shift, the better choice for small sets and small batches;
+        "train" lets the unfrozen ones move.
     views: how many augmented views of each photo a frozen prefix is run on; the epochs take turns.
         0 draws anew every epoch and caches nothing.
     """
@@ -83,6 +86,7 @@ class Stage(Section):
     cycles: int = Field(1, ge=1)
     cycle_len: int = Field(1, ge=1)
     cycle_mult: float = Field(1.0, ge=1)
+    batchnorm: Literal["fixed", "train"] = "fixed"
     views: int = Field(4, ge=0)
 
     @property

@@ -50,7 +50,8 @@ class Classifier(nn.Module):
     """body -> pool -> head, with a frozen prefix of the body.
 
     The first `frozen` children of `body` neither train nor change: no gradients, and eval mode
-    (BatchNorm, dropout, stochastic depth) that survives `.train()`.
+    (BatchNorm, dropout, stochastic depth) that survives `.train()`. With `fixed_norms` every
+    BatchNorm of the body keeps its statistics likewise, while its scale and shift still train.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Classifier(nn.Module):
         self.body, self.pool, self.head = body, pool, head
         self.groups = groups
         self.frozen = 0
+        self.fixed_norms = False
 
     def features(self, images: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] -> the head's input [N, D]."""
@@ -88,6 +90,10 @@ class Classifier(nn.Module):
         super().train(mode)
         for child in self.body[: self.frozen]:
             child.eval()
+        if self.fixed_norms:
+            for module in self.body.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         return self
 
     @property

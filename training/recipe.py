@@ -70,7 +70,10 @@ def run(
     for stage in recipe.stage:
         if not pretrained:
             # A frozen random body teaches the head nothing: from scratch everything trains.
-            stage = stage.model_copy(update={"unfreeze": 99, "lr_divide": 1.0})
+            stage = stage.model_copy(
+                update={"unfreeze": 99, "lr_divide": 1.0, "batchnorm": "train"}
+            )
+        classifier.fixed_norms = stage.batchnorm == "fixed"
         classifier.freeze_to(stage.unfreeze)
         classifier.eval()
         prefix = classifier.prefix

@@ -99,6 +99,24 @@ def test_the_frozen_part_stays_in_eval_mode_through_train():
     assert classifier.head.training
 
 
+def test_fixed_norms_keep_their_statistics_and_train_their_scale():
+    classifier = small()
+    classifier.fixed_norms = True
+    classifier.freeze_to(2)
+    before = {k: v.clone() for k, v in classifier.state_dict().items()}
+    classifier.train()
+    optimizer = optim.build(classifier, OptimizerConfig(), 0.1, 1.0)
+    for _ in range(2):
+        classifier(torch.randn(4, 3, 64, 64)).square().mean().backward()
+        optimizer.step()
+    after = classifier.state_dict()
+    for key in before:
+        if key.startswith("body.") and "running_" in key:
+            assert torch.equal(after[key], before[key]), key
+    assert not torch.equal(after["body.18.1.weight"], before["body.18.1.weight"])
+    assert not torch.equal(after["head.0.running_mean"], before["head.0.running_mean"])
+
+
 def test_each_group_has_its_rate_and_norms_and_biases_do_not_decay():
     classifier = small()
     classifier.freeze_to(2)

@@ -1,0 +1,173 @@
+"""Fusing changes nothing but rounding, and says what it did."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from export.fuse import Affine, fuse
+from serving.errors import WorkError
+from serving.preprocess import Preprocess
+from tests.export.conftest import lively, pixels, speaking
+from training import model
+
+# Smallest of a family: BatchNorms before and left. The head has two, both folded.
+FAST = {"resnet18": (22, 0), "mobilenet_v2": (54, 0), "squeezenet1_1": (2, 0)}
+SLOW = {
+    "mobilenet_v3_small": (36, 0),
+    "efficientnet_b0": (51, 0),
+    "vgg11_bn": (10, 0),
+    "shufflenet_v2_x0_5": (58, 0),
+    "mnasnet0_5": (54, 0),
+    "regnet_y_400mf": (0, 0),
+    "alexnet": (2, 0),
+    "convnext_tiny": (2, 0),
+    "densenet121": (123, 62),
+}
+ALL = [*FAST.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in SLOW.items())]
+
+
+def network(arch):
+    torch.manual_seed(0)
+    # Their own classifiers, which the body does without, are most of these two.
+    small = {"arch_args": {"num_classes": 2}} if arch in ("vgg11_bn", "alexnet") else {}
+    return lively(model.build(arch, 5, head={"hidden": 32}, **small))
+
+
+def same(one, other):
+    """Largest difference relative to the largest value of `one`."""
+    return float(((one - other).abs().max() / one.abs().max()).detach())
+
+
+@pytest.mark.parametrize(("arch", "expected"), ALL)
+def test_fused_equals_unfused(arch, expected):
+    images = model.normalise(pixels(4, 64), Preprocess(size=64))
+    classifier = speaking(network(arch), images)
+    fused, report = fuse(classifier)
+    assert (report.before, len(report.left)) == expected
+    left = [m for m in fused.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert left == []
+    with torch.no_grad():
+        assert same(classifier(images), fused(images)) <= 1e-5
+        double = copy.deepcopy(classifier).double()
+        fused, _ = fuse(double)
+        assert same(double(images.double()), fused(images.double())) <= 1e-10
+
+
+def test_the_model_itself_is_not_touched():
+    classifier = network("squeezenet1_1").train()
+    before = {key: value.clone() for key, value in classifier.state_dict().items()}
+    fuse(classifier)
+    assert classifier.training
+    after = classifier.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_the_head_folds_through_dropout_into_its_linears():
+    _, report = fuse(network("squeezenet1_1"))
+    assert report.folded == {"head.0": "head.2", "head.4": "head.6"}
+    assert report.to_dict() == {"before": 2, "folded": 2, "left": {}}
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ([nn.Conv2d(6, 9, 3, padding=1, groups=3), nn.BatchNorm2d(9)], (6, 5, 5)),
+        ([nn.Conv2d(6, 6, 3, groups=6, bias=False), nn.BatchNorm2d(6, affine=False)], (6, 5, 5)),
+        ([nn.Conv1d(6, 4, 3), nn.BatchNorm1d(4)], (6, 9)),
+        ([nn.Conv3d(2, 4, 2), nn.BatchNorm3d(4)], (2, 3, 3, 3)),
+        ([nn.Linear(6, 4), nn.Dropout(), nn.BatchNorm1d(4)], (6,)),
+        ([nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 4, bias=False)], (6,)),
+        ([nn.BatchNorm2d(6), nn.Conv2d(6, 8, 3, groups=2)], (6, 5, 5)),
+        ([nn.BatchNorm2d(6), nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect")], (6, 5, 5)),
+        ([nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)], (3, 4, 4)),
+    ],
+)
+def test_what_algebra_allows_is_folded(layers, shape):
+    torch.manual_seed(0)
+    net = lively(nn.Sequential(*layers).double())
+    fused, report = fuse(net)
+    assert report.before
+    assert report.left == {}
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    assert same(net(x), fused(x)) <= 1e-12
+
+
+class Forked(nn.Module):
+    """The convolution's output is read past the BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) + y
+
+
+class ConvTwice(Forked):
+    """The same convolution works elsewhere too."""
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.conv(x * 2)
+
+
+class NormTwice(Forked):
+    """One BatchNorm behind two calls."""
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.norm(x)
+
+
+class Padded(Forked):
+    """Zeros are padded in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(self.norm(x))
+
+
+class Columns(nn.Module):
+    """The BatchNorm works on another axis than the Linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(5, 5), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(self.linear(x.flatten(2)[..., :5]))
+
+
+@pytest.mark.parametrize("kind", [Forked, ConvTwice, NormTwice, Padded, Columns])
+def test_what_can_not_be_folded_becomes_a_multiply_add_with_a_reason(kind):
+    torch.manual_seed(0)
+    net = lively(kind().double())
+    fused, report = fuse(net)
+    assert report.folded == {}
+    assert list(report.left) == ["norm"]
+    assert report.left["norm"]
+    assert sum(isinstance(module, Affine) for module in fused.modules()) == 1
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    assert same(net(x), fused(x)) <= 1e-12
+
+
+def test_a_batchnorm_without_statistics_stays():
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)).eval()
+    fused, report = fuse(net)
+    assert "no running statistics" in report.left["1"]
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(net(x), fused(x))
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_a_network_that_can_not_be_traced_is_named():
+    with pytest.raises(WorkError, match="Branching can't be traced"):
+        fuse(Branching())

@@ -1,0 +1,66 @@
+"""The graph contract: what goes in, what comes out, and that it is what training computes."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from export import graph
+from serving.preprocess import Preprocess
+from tests.export.conftest import lively, pixels, speaking
+from training import model
+
+ODD = Preprocess(size=64, mean=(0.1, 0.5, 0.7), std=(0.1, 0.3, 0.9))
+
+
+def classifier(arch="mobilenet_v2", **head):
+    torch.manual_seed(0)
+    built = lively(model.build(arch, 5, head={"hidden": 16, **head}))
+    return speaking(built, model.normalise(pixels(4, 64), ODD))
+
+
+@pytest.mark.parametrize("kind", ["concat_pool", "linear"])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_logits_and_features_are_the_checkpoint_s(kind, batch):
+    original = classifier(kind=kind)
+    assembled, report = graph.assemble(original, ODD)
+    x = pixels(batch, 64)
+    expected = graph.CheckpointRuntime(original, ODD).run(x.numpy())
+    with torch.no_grad():
+        actual = assembled(x)
+    for one, other in zip(expected, actual, strict=True):
+        assert other.dtype == torch.float32
+        assert np.abs(one - other.numpy()).max() <= 1e-5 * np.abs(one).max()
+    assert all(name.startswith(("body.", "head.")) for name in report.folded)
+
+
+def test_normalising_lies_in_the_first_convolution():
+    assembled, _ = graph.assemble(classifier(), ODD)
+    assert assembled.scale is None
+
+
+class Shift(nn.Module):
+    def forward(self, x):
+        return x + 1
+
+
+def test_another_beginning_gets_a_multiplication():
+    original = classifier("squeezenet1_1")
+    original.body.insert(0, Shift())
+    assembled, _ = graph.assemble(original, ODD)
+    assert assembled.scale is not None
+    x = pixels(3, 64)
+    logits, _ = graph.CheckpointRuntime(original, ODD).run(x.numpy())
+    with torch.no_grad():
+        assert np.abs(assembled(x)[0].numpy() - logits).max() <= 1e-5 * np.abs(logits).max()
+
+
+def test_the_contract_names_the_shapes():
+    assembled, _ = graph.assemble(classifier(), ODD)
+    assert graph.contract(assembled, ODD) == {
+        "input": {"name": "pixels", "dtype": "uint8", "shape": ["batch", 64, 64, 3]},
+        "outputs": {
+            "logits": {"dtype": "float32", "shape": ["batch", 5]},
+            "features": {"dtype": "float32", "shape": ["batch", 2560]},
+        },
+    }

@@ -1,0 +1,256 @@
+"""Checkpoint to bundle: what goes live is proved, and what fails leaves no trace."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from export import pipeline, verify
+from export import torchscript as torchscript_writer
+from serving import bundle
+from serving.errors import BundleError, DataError, GateError, OptionError, WorkError
+from serving.predictor import open_predictor
+from training import model
+
+
+def export(run, out, **options):
+    return pipeline.export(run.folder, out, say=lambda line: None, **options)
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def exported(shared_run, tmp_path_factory):
+    """A bundle, its manifest, and what was said. Only to be read."""
+    said = []
+    out = tmp_path_factory.mktemp("exported") / "bundle"
+    manifest = pipeline.export(shared_run.folder, out, say=said.append)
+    return out, manifest, said
+
+
+@pytest.fixture
+def out(exported, tmp_path):
+    """A copy of that bundle, to be harmed."""
+    return shutil.copytree(exported[0], tmp_path / "bundle")
+
+
+def test_the_bundle_reads_back_and_answers_as_the_checkpoint(exported, shared_run):
+    out, manifest, _ = exported
+    assert bundle.read(out).manifest == manifest
+    predictor = open_predictor(out, device="cpu")
+    samples = shared_run.dataset.valid
+    prepared = [predictor.prepare(sample.path.read_bytes()) for sample in samples]
+    answers = np.stack([answer.probabilities for answer in predictor.predict(prepared)])
+    pixels = torch.from_numpy(np.concatenate([item.pixels for item in prepared]))
+    with torch.no_grad():
+        logits = shared_run.classifier(model.normalise(pixels, shared_run.preprocess))
+    assert np.abs(answers - logits.double().softmax(1).numpy()).max() <= 1e-4
+    right = answers.argmax(1) == [sample.label for sample in samples]
+    assert manifest.precisions["fp32"]["accuracy"] == right.mean()
+
+
+def test_the_manifest_says_what_was_done(exported, shared_run):
+    out, manifest, said = exported
+    assert (manifest.name, manifest.arch) == ("tiny", "mobilenet_v2")
+    assert manifest.labels == shared_run.classes
+    assert manifest.parity["photos"] == len(shared_run.dataset.valid)
+    assert set(manifest.parity["graphs"]) == {"onnx", "torchscript"}
+    assert manifest.batchnorm == {"before": 54, "folded": 54, "left": {}}
+    assert manifest.tuning == {"cpu": {"max_batch": 1}}
+    assert manifest.tta is None
+    assert len(manifest.golden) == 3
+    assert manifest.provenance["seed"] == 7
+    assert manifest.provenance["data"]["fingerprint"] == shared_run.dataset.fingerprint
+    # Nothing about this machine: no absolute path, no host's name.
+    for path in (out / "manifest.json", out / manifest.version / "README.md"):
+        text = path.read_text()
+        assert str(shared_run.photos.parent) not in text
+        assert os.uname().nodename not in text
+    assert any("54 of 54" in line for line in said)
+    assert manifest.version in said[-1]
+
+
+def test_the_model_card_speaks_of_this_model(exported):
+    out, manifest, _ = exported
+    card = (out / manifest.version / "README.md").read_text()
+    for word in ("# tiny", "blue, green, red", manifest.version, "uint8 `[batch, 32, 32, 3]`"):
+        assert word in card
+
+
+def test_golden_answers_are_verified_without_the_checkpoint(exported):
+    (line,) = verify.verify_bundle(exported[0])
+    assert "3 golden images" in line
+
+
+def test_exporting_twice_gives_the_same_version_and_the_same_bytes(exported, shared_run, tmp_path):
+    out, manifest, _ = exported
+    assert export(shared_run, tmp_path / "other") == manifest
+    assert contents(tmp_path / "other") == contents(out)
+
+
+def test_the_same_version_again_keeps_its_payload(shared_run, exported, out):
+    graph = out / exported[1].version / "model.onnx"
+    before = graph.stat().st_ino
+    assert export(shared_run, out) == exported[1]
+    assert graph.stat().st_ino == before
+    bundle.read(out)
+
+
+def test_a_harmed_bundle_is_made_anew(shared_run, exported, out):
+    (out / exported[1].version / "model.onnx").write_bytes(b"harmed")
+    with pytest.raises(BundleError):
+        bundle.read(out)
+    export(shared_run, out)
+    assert contents(out) == contents(exported[0])
+
+
+def test_a_superseded_version_goes_at_the_next_export(run, exported, out):
+    versions = [exported[1].version]
+    for _ in range(2):
+        with torch.no_grad():
+            run.classifier.head[-1].bias.add_(torch.tensor([0.1, 0, 0]))
+        run.save()
+        versions.append(export(run, out).version)
+        bundle.read(out)
+        folders = {path.name for path in out.iterdir() if path.is_dir()}
+        assert folders == set(versions[-2:])
+    assert len(set(versions)) == 3
+
+
+def spoilt(write):
+    """A writer that first moves one weight of the fused graph."""
+
+    def wrapper(graph, path, **facts):
+        with torch.no_grad():
+            last = [m for m in graph.modules() if isinstance(m, torch.nn.Linear)][-1]
+            last.bias[0] += 0.01
+        write(graph, path, **facts)
+
+    return wrapper
+
+
+def test_a_wrong_graph_stops_at_the_gate(run, exported, out, tmp_path, monkeypatch):
+    write = torchscript_writer.write
+    monkeypatch.setattr(torchscript_writer, "write", spoilt(write))
+    before = contents(out)
+    with pytest.raises(GateError, match=r"torchscript .*\.jpg is off by 0\.0"):
+        export(run, out)
+    assert contents(out) == before
+    assert {path.name for path in out.iterdir()} == {path.name for path in exported[0].iterdir()}
+    with pytest.raises(GateError):
+        export(run, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_full_disk_or_an_interrupt_leaves_the_old_bundle(
+    shared_run, exported, out, monkeypatch, error
+):
+    def fail(*_, **__):
+        raise error
+
+    before = contents(out)
+    monkeypatch.setattr(pipeline.onnx, "write", fail)
+    with pytest.raises((WorkError, KeyboardInterrupt)) as caught:
+        export(shared_run, out)
+    if isinstance(error, OSError):
+        assert "No space left on device" in str(caught.value)
+    assert contents(out) == before
+    assert not list(out.glob(".partial*"))
+
+
+def test_what_a_dead_export_left_is_swept_and_what_a_live_one_writes_is_not(shared_run, out):
+    done = subprocess.Popen(["true"])
+    done.wait()
+    dead, alive = out / f".partial-{done.pid}", out / f".partial-{os.getppid()}"
+    for folder in (dead, alive):
+        folder.mkdir()
+    export(shared_run, out)
+    assert not dead.exists()
+    assert alive.exists()
+
+
+def test_weights_that_are_not_finite_are_named(run, tmp_path):
+    with torch.no_grad():
+        run.classifier.head[-1].weight[0, 0] = float("nan")
+    run.save()
+    with pytest.raises(WorkError, match=r"head\.6\.weight holds NaN"):
+        export(run, tmp_path / "bundle")
+
+
+def test_what_can_not_be_used_is_one_line_and_writes_nothing(run, tmp_path):
+    out = tmp_path / "bundle"
+    with pytest.raises(DataError, match="fledge train"):
+        pipeline.export(tmp_path / "nothing", out)
+    with pytest.raises(OptionError, match="name = 'a/b'"):
+        export(run, out, name="a/b")
+    moved = run.photos.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="--data"):
+        export(run, out)
+    assert not out.exists()
+    assert export(run, out, data=moved).parity["photos"] == len(run.dataset.valid)
+
+
+def test_an_output_that_is_something_else_is_refused(run, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(OptionError, match="is a file"):
+        export(run, file)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"of": "something else"}))
+    with pytest.raises(OptionError, match=r"no bundle and holds manifest\.json"):
+        export(run, folder)
+    assert [path.name for path in folder.iterdir()] == ["manifest.json"]
+
+
+def test_a_photo_that_does_not_decode_is_skipped(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "BROKEN_SHARE", 0.5)
+    run.dataset.valid[0].path.write_bytes(b"no photo")
+    manifest = export(run, tmp_path / "bundle")
+    assert manifest.parity["skipped"] == 1
+    assert manifest.parity["photos"] == len(run.dataset.valid) - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arch",
+    [
+        *("resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "densenet121", "vgg11_bn"),
+        *("mobilenet_v3_small", "efficientnet_b0", "mnasnet0_5", "regnet_y_400mf"),
+        *("convnext_tiny", "alexnet"),
+    ],
+)
+def test_the_smallest_of_each_family_passes_the_gate(run, tmp_path, arch):
+    from tests.export.conftest import lively, pixels, speaking
+
+    size = 64
+    small = {"num_classes": 2} if arch in ("vgg11_bn", "alexnet") else {}
+    run.preprocess = dataclasses.replace(run.preprocess, size=size)
+    torch.manual_seed(0)
+    run.classifier = lively(model.build(arch, 3, arch_args=small, head={"hidden": 32}))
+    speaking(run.classifier, model.normalise(pixels(8, size), run.preprocess))
+    run.info = dataclasses.replace(
+        run.info, arch=arch, arch_args=small, head={"hidden": 32}, preprocess=run.preprocess
+    )
+    run.save()
+    manifest = export(run, tmp_path / "bundle")
+    operators = {node.op_type for node in _nodes(tmp_path / "bundle" / manifest.version)}
+    assert "BatchNormalization" not in operators
+
+
+def _nodes(payload):
+    import onnx
+
+    return onnx.load(payload / "model.onnx").graph.node
