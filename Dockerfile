@@ -26,7 +26,12 @@ RUN cd /opt/venv/lib/python3*/site-packages \
  && /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash "$PWD"
 COPY fledge.py /app/
 COPY serving /app/serving
-RUN /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /app
+ARG VERSION=0
+RUN mkdir "/app/fledge-${VERSION}.dist-info" \
+ && printf 'Metadata-Version: 2.1\nName: fledge\nVersion: %s\n' "${VERSION}" \
+      >"/app/fledge-${VERSION}.dist-info/METADATA" \
+ && /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /app \
+ && chmod -R a+rX /app
 
 # --- cpu: what runs ------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS cpu

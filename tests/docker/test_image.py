@@ -251,6 +251,8 @@ def test_labels_name_version_and_licence(build_seconds: float) -> None:
     assert labels[f"{prefix}licenses"] == "Apache-2.0"
     assert f'version = "{labels[f"{prefix}version"]}"' in (ROOT / "pyproject.toml").read_text()
     assert labels[f"{prefix}revision"]
+    told = read_only_run(IMAGE, "--version")
+    assert told.stdout == f"fledge {labels[f'{prefix}version']}\n", told.stderr
 
 
 def test_without_a_bundle_it_says_why_and_exits_78(build_seconds: float) -> None:

@@ -1,4 +1,5 @@
 import colorsys
+import hashlib
 import io
 
 import numpy as np
@@ -7,50 +8,71 @@ import torch
 from PIL import Image
 from torch import nn
 
+from export import onnx
+from serving import images
 from serving.preprocess import Preprocess
 from training import checkpoint, data, model
 
 
-def lively(network, seed=0):
+def lively(network, x, seed=0):
     """Give a network BatchNorms that do something: a fresh one's are the identity.
 
-    Means, variances in 0.5 to 2, gains of both signs, offsets; all drawn.
+    Gains have both signs. Means and variances are what the layer sees for `x`, moved by up to half
+    a standard deviation and by a factor of 0.5 to 2: drawn freely, they would leave a deep network
+    that says the same to every input, about which any claim is true.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(like, low, high):
-        drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64)
-        return drawn * (high - low) + low
+        return torch.rand(like.shape, generator=generator, dtype=like.dtype) * (high - low) + low
 
+    network.eval()
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.running_mean.copy_(uniform(module.running_mean, -1, 1))
-                module.running_var.copy_(uniform(module.running_var, 0.5, 2))
-                if module.affine:
-                    sign = uniform(module.weight, -1, 3).sign()  # a quarter negative
-                    module.weight.copy_(uniform(module.weight, 0.5, 1.5) * sign)
-                    module.bias.copy_(uniform(module.bias, -1, 1))
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1.0  # the statistics of this very batch
+            if norm.affine:
+                sign = uniform(norm.weight, -1, 3).sign()  # a quarter is negative
+                norm.weight.copy_(uniform(norm.weight, 0.5, 1.5) * sign)
+                norm.bias.copy_(uniform(norm.bias, -1, 1))
+        network(x)
+        for norm in norms:
+            norm.running_mean += uniform(norm.running_mean, -0.5, 0.5) * norm.running_var.sqrt()
+            norm.running_var *= uniform(norm.running_var, 0.5, 2)
+            # A channel that hardly varies would be blown up, and its rounding with it.
+            norm.running_var.clamp_(min=norm.running_mean.square() / 4)
     return network.eval()
 
 
-def speaking(classifier, images):
-    """Rescale the last layer so that logits on `images` have a standard deviation of 2."""
+def speaking(classifier, x, *, centred=False):
+    """Rescale the last layer so that logits have a standard deviation of 2 over `x`.
+
+    `centred`: each class for itself and around zero, so that answers differ from photo to photo.
+    """
     with torch.no_grad():
-        last = classifier.head[-1]
-        factor = 2 / classifier(images).std()
-        last.weight.mul_(factor)
-        last.bias.mul_(factor)
-        assert classifier(images).std() >= 1
+        last, logits = classifier.head[-1], classifier(x)
+        factor = 2 / (logits.std(dim=0) if centred else logits.std().expand(logits.shape[1]))
+        last.weight.mul_(factor[:, None])
+        last.bias.copy_((last.bias - logits.mean(dim=0) * centred) * factor)
+        assert classifier(x).std() >= 1
     return classifier
 
 
 def pixels(count, size, seed=0):
-    """Photo-like squares over the whole range of values: uint8 [count, size, size, 3]."""
+    """Photo-like squares over the whole range of values: uint8 [count, size, size, 3].
+
+    Some are coarse and some fine, some dark, bright or of one hue, as photos are.
+    """
     rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
-    squares = [Image.fromarray(c).resize((size, size), Image.Resampling.BICUBIC) for c in coarse]
-    return torch.from_numpy(np.stack([np.asarray(square) for square in squares]))
+    squares = []
+    for index in range(count):
+        cells = (2, 3, 5, 9)[index % 4]
+        tint = np.array(colorsys.hsv_to_rgb(rng.random(), 0.9, 1)) ** rng.uniform(0, 2)
+        grid = (rng.integers(0, 256, (cells, cells, 3)) * tint).astype(np.uint8)
+        square = Image.fromarray(grid).resize((size, size), Image.Resampling.BICUBIC)
+        squares.append(np.asarray(square))
+    return torch.from_numpy(np.stack(squares))
 
 
 def jpeg(hue, rng, size=(44, 40)):
@@ -80,8 +102,8 @@ class Run:
         self.dataset = data.load(str(self.photos), valid=0.5)
         torch.manual_seed(0)
         options = {"arch_args": {"width_mult": 0.25}, "head": {"hidden": 16}}
-        self.classifier = lively(model.build("mobilenet_v2", 3, **options))
-        speaking(self.classifier, model.normalise(pixels(16, 32), self.preprocess))
+        self.classifier = model.build("mobilenet_v2", 3, **options)
+        self.liven()
         self.info = checkpoint.CheckpointInfo(
             name="tiny",
             arch="mobilenet_v2",
@@ -100,6 +122,12 @@ class Run:
         self.save()
         data.write_split(self.dataset, self.folder / data.SPLIT)
 
+    def liven(self):
+        """Make the network answer differently to its photos."""
+        squares = [self.preprocess(images.read(s.path).image) for s in self.dataset.valid]
+        x = model.normalise(torch.from_numpy(np.stack(squares)), self.preprocess)
+        speaking(lively(self.classifier, x), x, centred=True)
+
     def save(self):
         checkpoint.save(self.folder / checkpoint.BEST, self.classifier, self.info)
 
@@ -113,6 +141,27 @@ def run(tmp_path):
 def shared_run(tmp_path_factory):
     """For tests that only read it."""
     return Run(tmp_path_factory.mktemp("shared"))
+
+
+_WRITTEN = {}
+
+
+@pytest.fixture
+def remembered(monkeypatch):
+    """The exporter takes seconds: what it gave for these very weights is used again."""
+
+    def write(graph, path, **facts):
+        digest = hashlib.sha256(repr(sorted(facts.items())).encode())
+        for key, value in graph.state_dict().items():
+            digest.update(key.encode() + value.numpy().tobytes())
+        key = digest.digest()
+        if key not in _WRITTEN:
+            real(graph, path, **facts)
+            _WRITTEN[key] = path.read_bytes()
+        path.write_bytes(_WRITTEN[key])
+
+    real = onnx.write
+    monkeypatch.setattr(onnx, "write", write)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -29,10 +29,13 @@ ALL = [*FAST.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in 
 
 
 def network(arch):
+    """A classifier in eval mode whose BatchNorms and logits are lively on what it returns too."""
     torch.manual_seed(0)
     # Their own classifiers, which the body does without, are most of these two.
     small = {"arch_args": {"num_classes": 2}} if arch in ("vgg11_bn", "alexnet") else {}
-    return lively(model.build(arch, 5, head={"hidden": 32}, **small))
+    images = model.normalise(pixels(12, 64), Preprocess(size=64))
+    classifier = lively(model.build(arch, 5, head={"hidden": 32}, **small), images)
+    return speaking(classifier, images), images
 
 
 def same(one, other):
@@ -42,8 +45,7 @@ def same(one, other):
 
 @pytest.mark.parametrize(("arch", "expected"), ALL)
 def test_fused_equals_unfused(arch, expected):
-    images = model.normalise(pixels(4, 64), Preprocess(size=64))
-    classifier = speaking(network(arch), images)
+    classifier, images = network(arch)
     fused, report = fuse(classifier)
     assert (report.before, len(report.left)) == expected
     left = [m for m in fused.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -56,7 +58,8 @@ def test_fused_equals_unfused(arch, expected):
 
 
 def test_the_model_itself_is_not_touched():
-    classifier = network("squeezenet1_1").train()
+    classifier, _ = network("squeezenet1_1")
+    classifier.train()
     before = {key: value.clone() for key, value in classifier.state_dict().items()}
     fuse(classifier)
     assert classifier.training
@@ -65,7 +68,7 @@ def test_the_model_itself_is_not_touched():
 
 
 def test_the_head_folds_through_dropout_into_its_linears():
-    _, report = fuse(network("squeezenet1_1"))
+    _, report = fuse(network("squeezenet1_1")[0])
     assert report.folded == {"head.0": "head.2", "head.4": "head.6"}
     assert report.to_dict() == {"before": 2, "folded": 2, "left": {}}
 
@@ -86,11 +89,11 @@ def test_the_head_folds_through_dropout_into_its_linears():
 )
 def test_what_algebra_allows_is_folded(layers, shape):
     torch.manual_seed(0)
-    net = lively(nn.Sequential(*layers).double())
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    net = lively(nn.Sequential(*layers).double(), x)
     fused, report = fuse(net)
     assert report.before
     assert report.left == {}
-    x = torch.randn(3, *shape, dtype=torch.float64)
     assert same(net(x), fused(x)) <= 1e-12
 
 
@@ -145,13 +148,13 @@ class Columns(nn.Module):
 @pytest.mark.parametrize("kind", [Forked, ConvTwice, NormTwice, Padded, Columns])
 def test_what_can_not_be_folded_becomes_a_multiply_add_with_a_reason(kind):
     torch.manual_seed(0)
-    net = lively(kind().double())
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    net = lively(kind().double(), x)
     fused, report = fuse(net)
     assert report.folded == {}
     assert list(report.left) == ["norm"]
     assert report.left["norm"]
     assert sum(isinstance(module, Affine) for module in fused.modules()) == 1
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     assert same(net(x), fused(x)) <= 1e-12
 
 

@@ -15,8 +15,8 @@ ODD = Preprocess(size=64, mean=(0.1, 0.5, 0.7), std=(0.1, 0.3, 0.9))
 
 def classifier(arch="mobilenet_v2", **head):
     torch.manual_seed(0)
-    built = lively(model.build(arch, 5, head={"hidden": 16, **head}))
-    return speaking(built, model.normalise(pixels(4, 64), ODD))
+    x = model.normalise(pixels(8, 64), ODD)
+    return speaking(lively(model.build(arch, 5, head={"hidden": 16, **head}), x), x)
 
 
 @pytest.mark.parametrize("kind", ["concat_pool", "linear"])

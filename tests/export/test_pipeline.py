@@ -40,7 +40,7 @@ def exported(shared_run, tmp_path_factory):
 
 
 @pytest.fixture
-def out(exported, tmp_path):
+def out(exported, tmp_path, remembered):
     """A copy of that bundle, to be harmed."""
     return shutil.copytree(exported[0], tmp_path / "bundle")
 
@@ -189,7 +189,7 @@ def test_weights_that_are_not_finite_are_named(run, tmp_path):
         export(run, tmp_path / "bundle")
 
 
-def test_what_can_not_be_used_is_one_line_and_writes_nothing(run, tmp_path):
+def test_what_can_not_be_used_is_one_line_and_writes_nothing(run, tmp_path, remembered):
     out = tmp_path / "bundle"
     with pytest.raises(DataError, match="fledge train"):
         pipeline.export(tmp_path / "nothing", out)
@@ -215,7 +215,7 @@ def test_an_output_that_is_something_else_is_refused(run, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["manifest.json"]
 
 
-def test_a_photo_that_does_not_decode_is_skipped(run, tmp_path, monkeypatch):
+def test_a_photo_that_does_not_decode_is_skipped(run, tmp_path, monkeypatch, remembered):
     monkeypatch.setattr(verify, "BROKEN_SHARE", 0.5)
     run.dataset.valid[0].path.write_bytes(b"no photo")
     manifest = export(run, tmp_path / "bundle")
@@ -233,14 +233,11 @@ def test_a_photo_that_does_not_decode_is_skipped(run, tmp_path, monkeypatch):
     ],
 )
 def test_the_smallest_of_each_family_passes_the_gate(run, tmp_path, arch):
-    from tests.export.conftest import lively, pixels, speaking
-
-    size = 64
     small = {"num_classes": 2} if arch in ("vgg11_bn", "alexnet") else {}
-    run.preprocess = dataclasses.replace(run.preprocess, size=size)
+    run.preprocess = dataclasses.replace(run.preprocess, size=64)
     torch.manual_seed(0)
-    run.classifier = lively(model.build(arch, 3, arch_args=small, head={"hidden": 32}))
-    speaking(run.classifier, model.normalise(pixels(8, size), run.preprocess))
+    run.classifier = model.build(arch, 3, arch_args=small, head={"hidden": 32})
+    run.liven()
     run.info = dataclasses.replace(
         run.info, arch=arch, arch_args=small, head={"hidden": 32}, preprocess=run.preprocess
     )
