@@ -40,10 +40,11 @@ $(INSTALLED): pyproject.toml requirements/dev.txt requirements/uv.txt
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --offline --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: install ## The whole way: train on painted flowers, export, serve, ask one photo, stop
-	$(FLEDGE) train training/recipes/demo.toml --data sample $(ARGS)
-	$(FLEDGE) export runs/latest --out $(BUNDLE)
-	$(BIN)/python deploy/demo.py $(BUNDLE)
+demo: install ## The whole way, in demo/: train on painted flowers, export, serve, ask one photo
+	@rm -rf demo
+	$(FLEDGE) train training/recipes/demo.toml --data sample --out demo/run $(ARGS)
+	$(FLEDGE) export demo/run --out demo/bundle
+	$(BIN)/python deploy/demo.py demo/bundle
 
 train: install ## Train on the embedded photos, or DATA=folder RECIPE=file.toml ARGS="key=value …"
 	$(FLEDGE) train $(RECIPE) --data $(or $(DATA),sample) $(ARGS)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
 from serving.errors import BundleError, OptionError
+from serving.files import write_aside
 from serving.preprocess import Preprocess
 from serving.views import VIEWS, View
 
@@ -247,9 +247,5 @@ def publish(manifest: Manifest, folder: Path) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with write_aside(path) as aside:
+        aside.write_bytes(data)

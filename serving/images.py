@@ -122,13 +122,18 @@ def decode(
     return Decoded(rgb, tuple(applied))
 
 
-def read(path: Path, **options: int) -> Decoded:
+def read(
+    path: Path,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    background: tuple[int, int, int] = (255, 255, 255),
+) -> Decoded:
     """Decode the file at `path`; errors as `decode`, and `BrokenImage` when it can't be read."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise BrokenImage(f"{path}: {error.strerror or error}") from error
-    return decode(data, **options)  # type: ignore[arg-type]
+    return decode(data, max_pixels=max_pixels, background=background)
 
 
 def _open(data: bytes) -> Image.Image:

@@ -59,7 +59,7 @@ def serve(
     manifest = bundle.read(settings.bundle).manifest
     address = free_address(host, port)
     _private_home(env)
-    url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+    url = reachable(address, port)
     print(f"{manifest.name}:{manifest.version} on {url} (ready when {url}/readyz says 200)")
     print(f'curl --data-binary @photo.jpg -H "Content-Type: image/jpeg" {url}/predict', flush=True)
     command = [sys.executable, "-m", "bentoml", "serve", "serving.service:ImageClassifier"]
@@ -111,6 +111,14 @@ def free_address(host: str, port: int) -> str:
                 f"--port {port} can't be had on {host}: {error.strerror}; use another --port"
             ) from error
     return address
+
+
+def reachable(address: str, port: int) -> str:
+    """The URL under which this machine reaches a server on a numeric address."""
+    ip = ipaddress.ip_address(address)
+    if ip.is_unspecified:  # every interface: no place that a client could ask
+        ip = ipaddress.ip_address("127.0.0.1" if ip.version == 4 else "::1")
+    return f"http://{ip if ip.version == 4 else f'[{ip}]'}:{port}"
 
 
 def _private_home(env: dict[str, str]) -> None:

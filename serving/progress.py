@@ -26,9 +26,9 @@ class Progress(AbstractContextManager["Progress"]):
         self._total, self._stream = total, stream or sys.stderr
         self._done = self._errors = 0
         self._start = self._said = time.monotonic()
-        self._bar: Bar | None = _bar(self._stream) if self._stream.isatty() else None
+        self._bar: Bar | None = progress_bar(self._stream) if self._stream.isatty() else None
         if self._bar:
-            self._bar.add_task("", total=total, errors=0, rate=0.0)
+            self._bar.add_task("scoring", total=total)
 
     @property
     def seconds(self) -> float:
@@ -57,9 +57,8 @@ class Progress(AbstractContextManager["Progress"]):
         self._errors += failed
         rate = self._done / max(self.seconds, 1e-9)
         if self._bar:
-            self._bar.update(
-                self._bar.task_ids[0], completed=self._done, errors=self._errors, rate=rate
-            )
+            shown = f"{rate:.0f} images/s, {self._errors} errors"
+            self._bar.update(self._bar.task_ids[0], completed=self._done, description=shown)
         elif time.monotonic() - self._said >= EVERY:
             self._said = time.monotonic()
             left = (self._total - self._done) / rate
@@ -71,15 +70,22 @@ class Progress(AbstractContextManager["Progress"]):
             )
 
 
-def _bar(stream: TextIO) -> Bar:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+def progress_bar(stream: TextIO | None = None) -> Bar:
+    """Bars on a terminal, standard error unless told otherwise; they leave no trace.
 
-    return Bar(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.0f} images/s, {task.fields[errors]} errors"),
-        TimeRemainingColumn(),
-        console=Console(file=stream),
+    Away from a terminal nothing is shown.
+    """
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(file=stream or sys.stderr)
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     )

@@ -17,11 +17,16 @@ DEVICES: Final = ("auto", "cpu", "cuda", "tensorrt")
 PRECISIONS: Final = ("auto", "fp32", "int8", "fp16")
 
 
+def _bundle() -> Path:
+    here, beside = Path("bundle"), Path(__file__).parent.parent / "bundle"
+    return beside if beside.is_dir() and not here.is_dir() else here
+
+
 @dataclass(frozen=True)
 class Settings:
     """What an operator may decide; the bundle decides the rest.
 
-    bundle: folder that holds `manifest.json`.
+    bundle: folder that holds `manifest.json`; `bundle` here, or as in a Bento beside this package.
     device: auto, cpu, cuda or tensorrt; only auto may fall back, and says so.
     precision: auto, fp32, int8 or fp16; auto takes the fastest that the bundle keeps.
     workers: processes that share the port; each has its own copy of the model.
@@ -33,7 +38,7 @@ class Settings:
     api_keys: sha256 digests of the keys that may ask; empty lets everybody in.
     """
 
-    bundle: Path = Path("bundle")
+    bundle: Path = field(default_factory=_bundle)
     device: str = "auto"
     precision: str = "auto"
     workers: int = 1
@@ -58,7 +63,7 @@ class Settings:
         """
         reader = _Reader(os.environ if environ is None else environ)
         settings = cls(
-            bundle=Path(reader.text("FLEDGE_BUNDLE", "bundle")),
+            bundle=Path(reader.text("FLEDGE_BUNDLE", str(_bundle()))),
             device=reader.choice("FLEDGE_DEVICE", DEVICES),
             precision=reader.choice("FLEDGE_PRECISION", PRECISIONS),
             workers=reader.whole("FLEDGE_WORKERS", cls.workers, 1, 256),

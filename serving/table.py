@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from serving.errors import FledgeError, OptionError, WorkError
+from serving.files import write_aside
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,7 @@ FORMATS: Final = {
 class Table:
     """A file of rows that exists under its name when it is whole, and never before.
 
-    A context manager: leaving it normally renames `.NAME.partial`, leaving it by an exception
-    removes it and leaves an older table as it was.
+    A context manager: leaving it by an exception leaves an older table as it was.
     """
 
     def __init__(self, out: Path) -> None:
@@ -128,12 +127,11 @@ class Table:
         if not out.parent.is_dir():
             raise OptionError(f"--out {out}: there is no folder {out.parent}; make it first")
         self._format, self._out = found, out
-        self._aside = out.with_name(f".{out.name}.partial")
+        self._stack = contextlib.ExitStack()
         try:
+            aside = self._stack.enter_context(write_aside(out))
             # Bytes of file names that are not UTF-8 go through unchanged.
-            self._file = self._aside.open(
-                "w", encoding="utf-8", errors="surrogateescape", newline=""
-            )
+            self._file = aside.open("w", encoding="utf-8", errors="surrogateescape", newline="")
         except OSError as error:
             raise OptionError(
                 f"--out {out}: can't write in {out.parent}: {error.strerror or error}"
@@ -159,25 +157,23 @@ class Table:
         trace: TracebackType | None,
     ) -> None:
         """Rename the file when all went well, remove it otherwise."""
-        if kind is None:
+        if error is None:
             self._guard(self._publish)
         else:
-            self._discard()
+            self._discard(error)
 
     def _publish(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
-        self._aside.replace(self._out)
+        self._stack.close()
 
-    def _discard(self) -> None:
+    def _discard(self, error: BaseException) -> None:
         with contextlib.suppress(OSError):  # what it still held is not wanted
             self._file.close()
-        self._aside.unlink(missing_ok=True)
+        self._stack.__exit__(type(error), error, error.__traceback__)
 
     def _guard(self, write: Callable[[], object]) -> None:
         try:
             write()
         except OSError as error:
-            self._discard()
+            self._discard(error)
             raise WorkError(f"--out {self._out}: {error.strerror or error}") from error

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from serving.preprocess import Preprocess
+from serving.progress import progress_bar
 from training import augment
 from training.config import AugmentConfig
-from training.console import progress
 from training.model import normalise
 from training.pixels import PixelSet
 
@@ -73,9 +73,8 @@ class TrainFeed:
             if len(index) < 2:
                 continue
             inputs = self._cached[view][index] if draws is None else self._run(index, draws)
-            yield inputs.to(self.precision.device), self.photos.labels[index].to(
-                self.precision.device
-            )
+            labels, device = self.photos.labels[index], self.precision.device
+            yield inputs.to(device), labels.to(device)
 
     def steps(self, batch_size: int) -> int:
         """Batches an epoch."""
@@ -98,7 +97,7 @@ class TrainFeed:
             return self.prefix(images)  # type: ignore[no-any-return]
 
     def _fill(self) -> None:
-        with progress() as bar:
+        with progress_bar() as bar:
             parts = torch.arange(len(self.photos)).split(PREFIX_BATCH)
             task = bar.add_task("frozen part", total=self.views * len(parts))
             for view in range(self.views):
@@ -136,7 +135,7 @@ def affordable_views(
     if not wanted or len(prefix) == 0:
         return 0
     with precision.autocast():
-        probe = prefix(torch.zeros(1, 3, size, size, device=precision.device))
+        probe: Tensor = prefix(torch.zeros(1, 3, size, size, device=precision.device))
     return min(wanted, budget // (probe.numel() * probe.element_size() * photos))
 
 

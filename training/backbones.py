@@ -116,12 +116,13 @@ def _family(arch: str) -> tuple[Callable[[nn.Module], nn.Sequential], str] | Non
 
 
 def _known() -> list[str]:
-    return torchvision.models.list_models(module=torchvision.models)
+    known: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return known
 
 
 def _state_dict(arch: str, weights: str) -> Mapping[str, Tensor]:
     if weights == "imagenet":
-        entry = torchvision.models.get_model_weights(arch).DEFAULT  # type: ignore[attr-defined]
+        entry = torchvision.models.get_model_weights(arch).DEFAULT
         try:
             return entry.get_state_dict(progress=False, check_hash=True)  # type: ignore[no-any-return]
         except (URLError, OSError, RuntimeError) as error:
@@ -138,7 +139,7 @@ def _state_dict(arch: str, weights: str) -> Mapping[str, Tensor]:
 
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a zoo of types for a file that is none of its own
+    except Exception as error:  # for a file not its own torch.load raises a zoo of types
         reason = str(error).splitlines()[0][:100]
         raise DataError(f"weights = {weights!r} is no state dict: {reason}") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):

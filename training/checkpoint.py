@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from serving.errors import DataError, OptionError
+from serving.files import write_aside
 from serving.preprocess import Preprocess
 from training import model
-from training.files import write_aside
 
 SCHEMA: Final = 1
 BEST: Final = "best.safetensors"
@@ -87,9 +87,7 @@ def load(run: Path) -> tuple[model.Classifier, CheckpointInfo]:
         raise DataError(f"{path} is missing; make one with `fledge train`") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path} can't be read: {error}") from error
-    classifier = model.build(
-        info.arch, len(info.classes), arch_args=info.arch_args, head=info.head
-    )
+    classifier = model.build(info.arch, len(info.classes), arch_args=info.arch_args, head=info.head)
     try:
         classifier.load_state_dict(state)
     except RuntimeError as error:

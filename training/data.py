@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from serving.errors import DataError, OptionError
+from serving.files import write_aside
 from serving.images import SUFFIXES
-from training.files import write_aside
 
 PARTS: Final = ("train", "valid", "test")
 SAMPLE: Final = "sample"
@@ -54,7 +54,9 @@ class Dataset:
     def without(self, broken: Iterable[Path]) -> Dataset:
         """The same set less some photos, checked again."""
         gone = set(broken)
-        parts = {p: tuple(s for s in getattr(self, p) if s.path not in gone) for p in PARTS}
+        parts: dict[str, Any] = {
+            part: tuple(s for s in getattr(self, part) if s.path not in gone) for part in PARTS
+        }
         return _checked(replace(self, **parts))
 
 
@@ -158,7 +160,7 @@ def _from_classes(source: str, root: Path, valid: float, seed: int) -> Dataset:
 
 def _from_parts(source: str, root: Path, parts: Mapping[str, Path]) -> Dataset:
     classes = _class_names(parts["train"])
-    for part, folder in parts.items():
+    for folder in parts.values():
         strange = [n.name for n in _class_folders(folder) if n.name not in classes]
         if strange and any(any(_photos(folder / n)) for n in strange):
             raise DataError(f"{folder} has class {strange[0]!r}, which train/ has no photo of")
@@ -207,7 +209,8 @@ def _read_split(split: Path) -> Iterator[tuple[str, str]]:
 
 def _checked(dataset: Dataset) -> Dataset:
     if len(dataset.classes) < 2:
-        raise DataError(f"{dataset.root} has one class, {dataset.classes[0]!r}; it needs at least 2")
+        name = dataset.classes[0]
+        raise DataError(f"{dataset.root} has one class, {name!r}; it needs at least 2")
     for part in ("train", "valid"):
         counts = Counter(sample.label for sample in getattr(dataset, part))
         if not counts:
@@ -220,9 +223,10 @@ def _checked(dataset: Dataset) -> Dataset:
 
 def write_split(dataset: Dataset, path: Path) -> None:
     """Write every photo's part as CSV `path,fold,label`, paths below the data folder."""
-    with write_aside(path) as aside, aside.open(
-        "w", newline="", encoding="utf-8", errors="surrogateescape"
-    ) as file:
+    with (
+        write_aside(path) as aside,
+        aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         out = csv.writer(file, lineterminator="\n")
         out.writerow(["path", "fold", "label"])
         for part in PARTS:

@@ -14,9 +14,9 @@ from torch import Tensor
 from serving import images
 from serving.errors import DataError, ImageError
 from serving.preprocess import Preprocess
+from serving.progress import progress_bar
 from serving.views import VIEWS, average, count, render, softmax
 from training import checkpoint, data
-from training.console import progress
 from training.model import Classifier, normalise
 
 BATCH = 32
@@ -79,7 +79,7 @@ def evaluate(
         raise DataError(f"{run} has no {part} photos")
     views = VIEWS[: count(tta, VIEWS)]
     pixels, labels, broken = [], [], 0
-    with progress() as bar:
+    with progress_bar() as bar:
         for path, label in bar.track(samples, description="decoding"):
             try:
                 image = images.read(path, background=info.preprocess.background).image

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn, optim
 
+from serving.files import write_aside
 from training import optim as groups
-from training.files import write_aside
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def range_test(
 ) -> Curve:
     """Raise the rate exponentially, a step a batch, until the loss diverges.
 
-    Weights, buffers, modes, optimiser and random state are given back bit for bit, whatever happens.
+    Weights, buffers, modes, optimiser and random state are given back bit for bit, come what may.
 
     Args:
         model: Takes a batch's inputs to logits [N, classes].

@@ -139,10 +139,6 @@ def _head(config: HeadConfig, width: int, classes: int) -> tuple[nn.Module, nn.S
         nn.Dropout(config.dropout),
         nn.Linear(config.hidden, classes),
     )
-    for layer in head:
-        if isinstance(layer, nn.Linear):
-            nn.init.kaiming_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
     return ConcatPool(), head
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import nn, optim
 
 from training.config import OptimizerConfig
@@ -43,7 +45,7 @@ def build(
 def layer_groups(classifier: Classifier) -> list[nn.Module]:
     """What trains, from the deepest layer group to the head."""
     starts = [*classifier.groups, len(classifier.body)]
-    spans = zip(starts[:-1], starts[1:], strict=True)
+    spans = pairwise(starts)
     body: list[nn.Module] = [classifier.body[a:b] for a, b in spans if a >= classifier.frozen]
     return [*body, classifier.head]
 

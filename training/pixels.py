@@ -24,7 +24,7 @@ from torch import Tensor
 from serving import images
 from serving.errors import DataError, ImageError
 from serving.preprocess import Preprocess
-from training.console import progress
+from serving.progress import progress_bar
 from training.data import Dataset, Sample
 
 MAX_BROKEN: Final = 0.05
@@ -65,9 +65,7 @@ def decode(
         return np.asarray(image.resize((working, working), Image.Resampling.BILINEAR))
 
     train, broken = _decode(dataset.train, whole, working, preprocess, "decoding train")
-    valid, more = _decode(
-        dataset.valid, preprocess, preprocess.size, preprocess, "decoding valid"
-    )
+    valid, more = _decode(dataset.valid, preprocess, preprocess.size, preprocess, "decoding valid")
     broken.update(more)
     if broken:
         for path, reason in broken.items():
@@ -100,8 +98,9 @@ def _decode(
         except ImageError as error:
             broken[path] = str(error)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, progress() as bar:
-        for _ in bar.track(pool.map(one, range(len(samples))), total=len(samples), description=title):
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, progress_bar() as bar:
+        done = pool.map(one, range(len(samples)))
+        for _ in bar.track(done, total=len(samples), description=title):
             pass
     kept = np.array([i for i, s in enumerate(samples) if s.path not in broken], dtype=np.int64)
     pixels = array if len(kept) == len(array) else array[kept]

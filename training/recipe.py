@@ -12,12 +12,12 @@ from typing import Final
 import torch
 
 from serving.errors import DataError, OptionError
+from serving.files import write_aside
 from serving.views import softmax
 from training import checkpoint, config, data, evaluate, lr_finder, model, pixels, trainer
 from training.activations import Precision, TrainFeed, affordable_views, valid_inputs
 from training.checkpoint import BEST, CheckpointInfo
 from training.console import say as say_aloud
-from training.files import write_aside
 
 ACTIVATION_BYTES: Final = 2 * 2**30
 
@@ -65,7 +65,7 @@ def run(
     _write_recipe(recipe, folder)
     data.write_split(dataset, folder / data.SPLIT)
     best = _Best(folder, recipe, dataset, classifier, say)
-    classifier.to(precision.device, memory_format=torch.channels_last)
+    classifier.to(precision.device).to(memory_format=torch.channels_last)
     view = 0
     for stage in recipe.stage:
         if not pretrained:
@@ -142,7 +142,7 @@ def choose_precision(device: str, precision: str) -> Precision:
 
 def _has_bf16(where: torch.device) -> bool:
     if where.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(
         torch.cpu._is_avx512_bf16_supported()
     )

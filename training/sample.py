@@ -7,6 +7,7 @@ Colour decides nothing (see `training.flowers`): a model has to learn shapes.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from serving.errors import DataError
+from serving.files import is_running
 from training.flowers import CLASSES, paint
 
 __all__ = ["CLASSES", "PER_CLASS", "cached", "contact_sheet", "paint", "write"]
@@ -54,8 +56,8 @@ def write(folder: Path, *, per_class: int = PER_CLASS, seed: int = 0, size: int 
     if folder.exists() or folder.is_symlink():
         raise DataError(f"{folder} exists already; name a new folder or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
     aside = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)  # left by a killed run that had the same number
     try:
         for label in CLASSES:
             (aside / label).mkdir(parents=True)
@@ -85,7 +87,9 @@ def cached(seed: int = 0) -> Path:
     recipe = (VERSION, CLASSES, PER_CLASS, _SIZE, _QUALITY, seed)
     digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
     folder = root / "fledge" / f"sample-v{VERSION}-{digest}"
-    if not folder.is_dir():
+    if folder.is_dir():
+        _sweep(folder)
+    else:
         try:
             write(folder, seed=seed)
         except DataError:
@@ -116,6 +120,16 @@ def contact_sheet(columns: int = 8, size: int = 128, seed: int = 0) -> Image.Ima
             picture = paint(label, _rng(seed, label, column), size)
             sheet.paste(picture, (column * size, top + band))
     return sheet
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed writes of `folder` left beside it; one that goes on is left alone."""
+    head = f".{folder.name}.partial-"
+    for path in folder.parent.glob(f"{glob.escape(head)}*"):
+        process = path.name.removeprefix(head)
+        # Our own number: this process has only begun, so another one had it before.
+        if process.isdecimal() and (int(process) == os.getpid() or not is_running(int(process))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _names(per_class: int) -> Iterator[tuple[str, int]]:

@@ -15,7 +15,7 @@ def cosine(start: float, end: float, position: float) -> float:
 
 
 def cycle_lengths(cycles: int, cycle_len: float, cycle_mult: float) -> list[float]:
-    """The length of every SGDR cycle, in epochs: cycle_len, cycle_len * cycle_mult, …"""
+    """The length of every SGDR cycle, in epochs: cycle_len, cycle_len * cycle_mult, and on."""
     return [cycle_len * cycle_mult**i for i in range(cycles)]
 
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from serving.errors import WorkError
+from serving.progress import progress_bar
 from training import lr_finder, optim, schedule
 from training.activations import Precision, TrainFeed
 from training.config import OptimizerConfig, Stage
-from training.console import progress
 from training.model import Classifier
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -97,7 +97,7 @@ def train_stage(
     for epoch in range(stage.epochs):
         started, total, seen = time.perf_counter(), 0.0, 0
         classifier.train()
-        with progress() as bar:
+        with progress_bar() as bar:
             task = bar.add_task(f"{stage.name} {epoch + 1}/{stage.epochs}", total=steps)
             for step, (inputs, labels) in enumerate(feed.epoch(epoch, batch_size)):
                 factor = factor_at(stage, epoch + step / steps)
@@ -112,7 +112,7 @@ def train_stage(
                         f"step {step + 1}, rate {lr * factor:.3g}; lower stage.{stage.name}.lr"
                     )
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 total, seen = total + value * len(labels), seen + len(labels)
                 bar.advance(task)

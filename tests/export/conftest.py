@@ -14,12 +14,12 @@ from serving.preprocess import Preprocess
 from training import checkpoint, data, model
 
 
-def lively(network, x, seed=0):
+def lively(network, x=None, seed=0):
     """Give a network BatchNorms that do something: a fresh one's are the identity.
 
-    Gains have both signs. Means and variances are what the layer sees for `x`, moved by up to half
-    a standard deviation and by a factor of 0.5 to 2: drawn freely, they would leave a deep network
-    that says the same to every input, about which any claim is true.
+    Gains have both signs, variances are drawn from 0.5 to 2. Drawn so, a deep network soon says
+    nearly the same to every input. With `x`, means and variances are therefore what each layer sees
+    for `x`, moved by up to half a standard deviation and by a factor of 0.5 to 2.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -30,12 +30,17 @@ def lively(network, x, seed=0):
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for norm in norms:
-            norm.train()
-            norm.momentum = 1.0  # the statistics of this very batch
+            norm.running_mean.copy_(uniform(norm.running_mean, -1, 1))
+            norm.running_var.copy_(uniform(norm.running_var, 0.5, 2))
+            norm.momentum = 1.0  # the statistics of one very batch
             if norm.affine:
                 sign = uniform(norm.weight, -1, 3).sign()  # a quarter is negative
                 norm.weight.copy_(uniform(norm.weight, 0.5, 1.5) * sign)
                 norm.bias.copy_(uniform(norm.bias, -1, 1))
+        if x is None:
+            return network
+        for norm in norms:
+            norm.train()
         network(x)
         for norm in norms:
             norm.running_mean += uniform(norm.running_mean, -0.5, 0.5) * norm.running_var.sqrt()
@@ -122,11 +127,11 @@ class Run:
         self.save()
         data.write_split(self.dataset, self.folder / data.SPLIT)
 
-    def liven(self):
-        """Make the network answer differently to its photos."""
+    def liven(self, *, centred=True):
+        """Make the network answer differently to its photos; `centred` as in `speaking`."""
         squares = [self.preprocess(images.read(s.path).image) for s in self.dataset.valid]
         x = model.normalise(torch.from_numpy(np.stack(squares)), self.preprocess)
-        speaking(lively(self.classifier, x), x, centred=True)
+        speaking(lively(self.classifier, x), x, centred=centred)
 
     def save(self):
         checkpoint.save(self.folder / checkpoint.BEST, self.classifier, self.info)

@@ -237,7 +237,7 @@ def test_the_smallest_of_each_family_passes_the_gate(run, tmp_path, arch):
     run.preprocess = dataclasses.replace(run.preprocess, size=64)
     torch.manual_seed(0)
     run.classifier = model.build(arch, 3, arch_args=small, head={"hidden": 32})
-    run.liven()
+    run.liven(centred=False)  # float32 alone moves a deep random network's centred answers by 1e-4
     run.info = dataclasses.replace(
         run.info, arch=arch, arch_args=small, head={"hidden": 32}, preprocess=run.preprocess
     )

@@ -58,8 +58,8 @@ def test_both_answer_as_the_checkpoint_at_any_batch(files, batch, shared_run):
     expected = checkpoint.run(x)
     for engine in (OnnxRuntime(files[0][0], device="cpu"), TorchScriptRuntime(files[0][1])):
         for one, other in zip(expected, engine.run(x), strict=True):
-            assert one.shape == other.shape
-            assert np.abs(one - other).max() <= 1e-5 * np.abs(one).max()
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+            assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
 
 
 def test_the_onnx_file_is_whole_and_says_what_it_is(files):

@@ -24,9 +24,6 @@ from serving.errors import (
 )
 from tests.tiny import photo
 
-# pytest starts each test from its own list of filters, without the one that the module installs.
-pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
-
 RNG = np.random.default_rng(0)
 SCENE = RNG.integers(0, 256, (10, 20, 3), dtype=np.uint8)
 

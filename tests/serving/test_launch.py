@@ -11,7 +11,7 @@ import pytest
 
 from serving import bundle
 from serving.errors import BundleError, OptionError
-from serving.launch import check, free_address
+from serving.launch import check, free_address, reachable
 from serving.runtime import _why_not
 from serving.settings import Settings
 from tests.serving.live import ROOT, free_port, launch, live
@@ -106,6 +106,19 @@ def test_addresses(folder: Path):
         check(Settings(bundle=folder, precision="int8"))
     with pytest.raises(BundleError):
         check(Settings(bundle=folder / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [
+        ("10.1.2.3", "http://10.1.2.3:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://[::1]:80"),
+        ("fd00::5", "http://[fd00::5]:80"),
+    ],
+)
+def test_the_url_told_is_one_that_answers(address: str, url: str):
+    assert reachable(address, 80) == url
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])

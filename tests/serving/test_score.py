@@ -24,8 +24,6 @@ from serving.predictor import Predictor, open_predictor
 from serving.score import Summary
 from tests.tiny import photo, tiny_bundle
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
-
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from serving import settings as room
 from serving.errors import OptionError
 from serving.settings import Settings, cores
 
@@ -9,6 +10,22 @@ from serving.settings import Settings, cores
 def test_nothing_set_gives_the_defaults():
     assert Settings.from_env({}) == Settings()
     assert Settings.from_env({"FLEDGE_DEVICE": "", "FLEDGE_MAX_BATCH": " "}) == Settings()
+
+
+def test_the_bundle_is_here_or_as_in_a_bento_beside_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    bento, here = tmp_path / "bento", tmp_path / "here"
+    for folder in (bento, here):
+        folder.mkdir()
+    monkeypatch.setattr(room, "__file__", str(bento / "serving" / "settings.py"))
+    monkeypatch.chdir(here)
+    assert Settings.from_env({}).bundle == Path("bundle")
+    (bento / "bundle").mkdir()
+    assert Settings.from_env({}).bundle == bento / "bundle"
+    assert Settings.from_env({"FLEDGE_BUNDLE": "b"}).bundle == Path("b")
+    (here / "bundle").mkdir()
+    assert Settings.from_env({}).bundle == Path("bundle")
 
 
 def test_every_variable_arrives(tmp_path: Path):

@@ -16,6 +16,7 @@ head = {{ hidden = 16, dropout = 0.1 }}
 {stages}
 """
 STAGE = '[[stage]]\nname = "all"\nunfreeze = "all"\nlr = 0.05\ncycle_len = {epochs}\n'
+SHORT = STAGE.format(epochs=3)
 
 
 def coloured(root, counts, side=40):
@@ -40,7 +41,7 @@ def photos(tmp_path):
 def recipe(tmp_path):
     """Writes a small recipe; returns its path."""
 
-    def write(stages=STAGE.format(epochs=3)):
+    def write(stages=SHORT):
         path = tmp_path / "tiny.toml"
         path.write_text(RECIPE.format(stages=stages))
         return path

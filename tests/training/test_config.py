@@ -87,7 +87,7 @@ def test_bad_overrides(recipe, override, message):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(OptionError, match="no such recipe.*quick"):
+    with pytest.raises(OptionError, match=r"no such recipe.*quick"):
         config.read(tmp_path / "r.toml")
     (tmp_path / "r.toml").write_text("name = ")
     with pytest.raises(OptionError, match="no TOML file"):

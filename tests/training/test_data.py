@@ -74,7 +74,7 @@ def test_hidden_files_and_other_files_are_no_photos(tmp_path):
 
 
 def test_a_split_written_is_the_split_read(tmp_path):
-    root = make(tmp_path / "d", {"a": 5, "b, \"quoted\"": 5})
+    root = make(tmp_path / "d", {"a": 5, 'b, "quoted"': 5})
     os.rename(root / "a" / "0.jpg", root / "a" / "new\nline.jpg")
     found = data.load(str(root))
     data.write_split(found, tmp_path / data.SPLIT)

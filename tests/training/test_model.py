@@ -194,9 +194,9 @@ def test_imagenet_weights_come_from_torchvisions_own_cache(tmp_path, monkeypatch
 
 
 def test_bad_requests_name_the_option_and_the_remedy(tmp_path):
-    with pytest.raises(OptionError, match="mobilenet_v22.*did you mean 'mobilenet_v2'"):
+    with pytest.raises(OptionError, match=r"mobilenet_v22.*did you mean 'mobilenet_v2'"):
         backbones.build("mobilenet_v22", {})
-    with pytest.raises(OptionError, match="arch_args.*width_mlut"):
+    with pytest.raises(OptionError, match=r"arch_args.*width_mlut"):
         backbones.build("mobilenet_v2", {"width_mlut": 1})
     with pytest.raises(DataError, match="no such file"):
         backbones.build("resnet18", {}, str(tmp_path / "missing.pth"))

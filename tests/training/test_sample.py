@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +99,23 @@ def test_write_is_not_seen_before_it_is_whole(
     assert len(seen) == len(sample.CLASSES)
     assert not any(seen)
     assert folder.is_dir()
+
+
+def test_what_a_killed_write_left_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sample, "write", partial(sample.write, per_class=1, size=48))
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    for _ in range(2):  # the set is written, then it is there
+        place = tmp_path / "fledge"
+        name = sample.cached().name
+        for process in (ended.pid, os.getppid()):
+            (place / f".{name}.partial-{process}" / "daisy").mkdir(parents=True)
+        sample.cached()
+        assert {p.name for p in place.iterdir()} == {name, f".{name}.partial-{os.getppid()}"}
+        shutil.rmtree(place / f".{name}.partial-{os.getppid()}")
 
 
 def test_write_refuses_an_existing_folder(tmp_path: Path) -> None:

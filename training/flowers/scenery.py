@@ -5,20 +5,19 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from training.brush import (
+from training.flowers.brush import (
     BLOOMS,
     GREENS,
     Array,
     Canvas,
-    Petal,
     Rng,
     bow,
     colour,
     mix,
-    petal_outline,
     ribbon,
     turn,
 )
+from training.flowers.petals import Petal, petal_outline
 
 GROUNDS = (
     (0.22, 0.38, 0.20),  # meadow
