@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from serving.errors import FledgeError, OptionError
-
 Verb = Callable[[argparse.Namespace], None]
 
 
@@ -213,6 +211,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done, 1 the work failed or fell short of a gate, 2 the request was wrong, 78 no usable
     bundle, 130 interrupted.
     """
+    # Not at the top: `bentoml serve fledge:latest` looks for a module of this name before it looks
+    # for a Bento, and the `serving` that it ran would be this one instead of the Bento's own.
+    from serving.errors import FledgeError, OptionError
+
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:

@@ -17,6 +17,13 @@ def test_help_is_quick_to_load_and_loads_no_torch():
         assert f"'{heavy}'" not in modules
 
 
+def test_the_module_brings_no_room_with_it():
+    # `bentoml serve fledge:latest` imports it first, and then the Bento's own `serving`.
+    look = "import sys, fledge; print({'serving', 'training', 'export'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
 @pytest.mark.parametrize(
     "verb", ["train", "evaluate", "sample", "export", "inspect", "verify", "serve", "score"]
 )

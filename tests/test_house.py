@@ -113,21 +113,3 @@ def test_the_wheel_holds_the_rooms_and_the_front_door(tmp_path: Path) -> None:
         }
     assert names == expected
     assert "training/recipes/quick.toml" in names
-
-
-def test_the_readme_names_only_commands_that_exist() -> None:
-    code = _code((ROOT / "README.md").read_text())
-    told = tool(sys.executable, "fledge.py", "--help").stdout
-    verbs = set(re.findall(r"^ +([a-z][a-z-]+) ", told, re.MULTILINE))
-    assert {"train", "export", "serve", "score"} <= verbs
-    assert set(re.findall(r"^(?:\$ )?make ([a-z-]+)", code, re.MULTILINE)) <= DEFINED
-    assert (
-        set(re.findall(r"^(?:\$ )?(?:\.venv/bin/)?fledge ([a-z-]+)", code, re.MULTILINE)) <= verbs
-    )
-
-
-def _code(markdown: str) -> str:
-    """The lines of the fenced blocks, and what stands in backticks."""
-    fenced = re.findall(r"^```\w*\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
-    inline = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", markdown)
-    return "\n".join([*fenced, *inline])

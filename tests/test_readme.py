@@ -1,0 +1,230 @@
+"""What the pages tell is so: their commands, their code, their tables and their links."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fledge
+from serving import errors, images, problems
+from serving.bundle import Manifest
+from serving.predictor import open_predictor
+from serving.settings import Settings
+from tests.tiny import photo, tiny_bundle
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+QUICK = "training/recipes/quick.toml"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str, name: str) -> list[list[str]]:
+    """The words of every command called `name`, from `sh` blocks and from backticks."""
+    lines = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", PAGES[page])
+    words = (shlex.split(re.sub(r"\[[^\]]*…\]", "", line)) for line in lines if name in line)
+    return [line for line in words if line[1:] and line[0].removeprefix(".venv/bin/") == name]
+
+
+def rows(page: str, heading: str = "") -> list[list[str]]:
+    """The cells of the tables behind a heading; backticks are taken off."""
+    text = PAGES[page].partition(heading)[2] if heading else PAGES[page]
+    lines = re.findall(r"^\| (`.*) \|$", text, re.MULTILINE)
+    return [[cell.strip().strip("`") for cell in line.split(" | ")] for line in lines]
+
+
+def every(name: str) -> list[tuple[str, list[str]]]:
+    return [(page, words) for page in PAGES for words in commands(page, name)]
+
+
+def test_the_pages_are_found() -> None:
+    assert {"README.md", "docs/recipe.md", "docs/bundle.md", "docs/design.md"} <= set(PAGES)
+    assert len(every("make")) > 20
+    assert len(every("fledge")) > 20
+    assert blocks("docs/bundle.md", "python")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if not re.match(r"[a-z]+:|#", target):
+            assert ((ROOT / page).parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_has_the_targets_and_variables_told(page: str) -> None:
+    for _, target, *given in commands(page, "make"):
+        assert target in TARGETS
+        for word in given:
+            variable = word.partition("=")[0]
+            assert re.search(rf"\$\({variable}\)", MAKEFILE), word
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_fledge_understands_the_commands_told(page: str) -> None:
+    for words in commands(page, "fledge"):
+        if words[1:] == ["--help"]:
+            continue
+        if len(words) == 2:  # the verb alone is a mention
+            assert words[1] in verbs()
+            continue
+        assert_understood(words[1:])
+
+
+def test_make_train_hands_on_what_fledge_understands() -> None:
+    told = [word for _, words in every("make") for word in words if word.startswith("ARGS=-")]
+    assert told
+    for _, words in every("make"):
+        given = next((word[5:] for word in words if word.startswith("ARGS=")), "")
+        if words[1:2] == ["train"] and "…" not in given:
+            assert_understood(["train", QUICK, "--data", "photos", *shlex.split(given)])
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_blocks_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_bundle(tmp_path / "bundle")
+    data = photo(7, (97, 60))
+    (tmp_path / "photo.jpg").write_bytes(data)
+    for block in blocks(page, "python"):
+        found: dict[str, object] = {}
+        exec(compile(block, page, "exec"), found)
+        predictor = open_predictor(tmp_path / "bundle", device="cpu")
+        expected = predictor.predict([predictor.prepare(data)])[0].probabilities
+        assert np.abs(np.asarray(found["probabilities"]) - expected).max() < 1e-6
+        assert capsys.readouterr().out.startswith(predictor.manifest.labels[expected.argmax()])
+
+
+def test_answers_look_as_the_readme_shows_them(tmp_path: Path) -> None:
+    answer, problem = map(json.loads, blocks("README.md", "json"))
+    predictor = open_predictor(tiny_bundle(tmp_path / "bundle"), device="cpu")
+    real = predictor.answer(predictor.predict([predictor.prepare(photo(7))])[0])
+    assert list(answer) == list(real)
+    assert list(answer["predictions"][0]) == list(real["predictions"][0])
+    with pytest.raises(errors.NotAnImage) as caught:
+        images.decode(b"no image")
+    assert problem == problems.problem(caught.value, "")
+
+
+def test_the_readme_lists_every_error_that_http_tells() -> None:
+    told = dict(row[:2] for row in rows("README.md", "### Errors") if row[1].isdigit())
+    classes = {*below(errors.RequestError), *below(errors.ImageError), *below(errors.ServiceError)}
+    classes -= {errors.ImageError, errors.ServiceError, errors.DataError}  # never raised there
+    classes |= {errors.WorkError, *problems.HttpError.__subclasses__()}
+    real = {kind.code: str(kind.http_status) for kind in classes}
+    assert told == {**real, "internal": "500"}
+
+
+def test_the_readme_lists_every_setting() -> None:
+    asked: set[str] = set()
+
+    class Environment(dict[str, str]):
+        def get(self, name, default=None):
+            asked.add(name)
+            return default
+
+    settings = Settings.from_env(Environment())
+    told = {row[0]: row[-1] for row in rows("README.md", "### Settings") if "FLEDGE_" in row[0]}
+    assert set(told) == asked - {"FLEDGE_TRUSTED_KEYS"}  # refused by this version
+    plain = ("device", "precision", "workers", "max_queue", "max_bytes", "max_pixels", "deadline")
+    for name in plain:
+        assert told[f"FLEDGE_{name.upper()}"] == str(getattr(settings, name))
+
+
+def test_the_recipe_page_lists_every_option_with_its_default() -> None:
+    told = {row[0]: row[1] for row in rows("docs/recipe.md") if len(row) > 2}
+    stated = {
+        name: default if default == "required" else tomllib.loads(f"v = {default}")["v"]
+        for name, default in told.items()
+    }
+    assert stated == dict(options())
+
+
+def test_recipes_told_are_recipes() -> None:
+    from training import config
+
+    assert blocks("docs/recipe.md", "toml")
+    for block in blocks("docs/recipe.md", "toml"):
+        config.parse(tomllib.loads(block), "docs/recipe.md")
+
+
+def test_the_bundle_page_lists_every_field_of_the_manifest() -> None:
+    told = [row[0] for row in rows("docs/bundle.md", "## The manifest")]
+    assert told == [field.name for field in dataclasses.fields(Manifest)]
+
+
+@pytest.mark.parametrize("room", ["serving", "training", "export"])
+def test_the_design_page_names_files_that_exist(room: str) -> None:
+    section = re.split(r"\n\*\*|\n## ", PAGES["docs/design.md"].partition(f"**{room}/**")[2])[0]
+    told = re.findall(r"`(\w+\.py|\w+/)`", section)
+    assert told
+    assert [name for name in told if not (ROOT / room / name).exists()] == []
+
+
+def assert_understood(words: list[str]) -> None:
+    """Fledge takes the words, and where they change a recipe that is there, so does the recipe."""
+    known, rest = fledge._parser().parse_known_args(words)
+    if known.verb is not fledge.train:
+        assert rest == []
+    elif (ROOT / known.recipe).is_file():
+        from training import config
+
+        config.read(ROOT / known.recipe, rest)
+    else:
+        assert all(re.fullmatch(r"[\w.]+=.+", word) for word in rest), rest
+
+
+def verbs() -> set[str]:
+    actions = fledge._parser()._actions
+    (found,) = (a.choices for a in actions if isinstance(a, argparse._SubParsersAction))
+    return set(found)
+
+
+def below(kind: type) -> Iterator[type]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from below(child)
+
+
+def options() -> Iterator[tuple[str, object]]:
+    """(dotted name, default) of every option of a recipe."""
+    from pydantic_core import PydanticUndefined
+
+    from training import config
+
+    def plain(value: object) -> object:
+        if value is PydanticUndefined:
+            return "required"
+        return list(value) if isinstance(value, tuple) else value
+
+    for name, field in config.Recipe.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if name == "stage":
+            fields = config.Stage.model_fields.items()
+            yield from ((f"stage.{key}", plain(item.default)) for key, item in fields)
+        elif dataclasses.is_dataclass(default):
+            yield from ((f"{name}.{k}", plain(v)) for k, v in dataclasses.asdict(default).items())
+        elif hasattr(default, "model_dump"):
+            yield from ((f"{name}.{k}", plain(v)) for k, v in default.model_dump().items())
+        else:
+            yield name, plain(default)
