@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -131,13 +132,10 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--debug", action="store_true", help="show tracebacks")
         return added
 
-    def runtime_options(command: argparse.ArgumentParser) -> None:
-        command.add_argument(
-            "--device", default="auto", choices=["auto", "cpu", "cuda", "tensorrt"]
-        )
-        command.add_argument(
-            "--precision", default="auto", choices=["auto", "fp32", "int8", "fp16"]
-        )
+    def runtime_options(command: argparse.ArgumentParser, default: str | None = "auto") -> None:
+        devices, precisions = ["auto", "cpu", "cuda", "tensorrt"], ["auto", "fp32", "int8", "fp16"]
+        command.add_argument("--device", default=default, choices=devices)
+        command.add_argument("--precision", default=default, choices=precisions)
 
     add = verb(train, "fledge train training/recipes/quick.toml --data photos batch_size=16")
     add.add_argument("recipe", type=Path, help="a TOML file; see training/recipes/")
@@ -184,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--host", default="127.0.0.1")
     add.add_argument("--port", type=int, default=3000, metavar="N")
     add.add_argument("--workers", type=int, metavar="N", help="processes; default: 1")
-    runtime_options(add)
+    runtime_options(add, default=None)  # none given: the environment decides
 
     add = verb(score, "fledge score photos --bundle bundle --out scores.csv")
     add.add_argument("input", type=Path, help="a folder, an image, or a .txt list of paths")
@@ -215,6 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # for a Bento, and the `serving` that it ran would be this one instead of the Bento's own.
     from serving.errors import FledgeError, OptionError
 
+    # OpenMP threads that spin long while they wait take the core from others on a busy machine:
+    # an epoch beside another job took ten times as long with GCC's default of 300,000.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:

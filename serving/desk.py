@@ -93,7 +93,7 @@ class Desk:
         """
         self.model.predictor.check(options.tta, options.top_k)
         # A long list takes its turn among the others instead of filling the house.
-        turn = asyncio.Semaphore(max(2, self.settings.max_queue // 4))
+        turn = asyncio.Semaphore(max(1, self.settings.max_queue // 4))
 
         async def one(data: bytes) -> dict[str, Any]:
             try:

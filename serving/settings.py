@@ -34,7 +34,8 @@ class Settings:
     max_queue: images that a worker holds unanswered; one more is refused with 429.
     max_bytes: of an image, and of a whole request.
     max_pixels: of an image, width times height.
-    deadline: seconds from the last byte of a request to its answer; later is a 504.
+    deadline: seconds that an image may take from its turn in the service to its answer; later is
+        a 504.
     api_keys: sha256 digests of the keys that may ask; empty lets everybody in.
     """
 

@@ -139,17 +139,36 @@ def affordable_views(
     return min(wanted, budget // (probe.numel() * probe.element_size() * photos))
 
 
-@torch.no_grad()
-def valid_inputs(
-    photos: PixelSet, prefix: nn.Sequential, preprocess: Preprocess, precision: Precision
-) -> list[tuple[Tensor, Tensor]]:
-    """The validation part through the frozen prefix, once a stage: [(inputs, labels)]."""
-    out = []
-    for start in range(0, len(photos), 2 * PREFIX_BATCH):
-        end = start + 2 * PREFIX_BATCH
-        images = normalise(photos.pixels[start:end].to(precision.device), preprocess)
-        if len(prefix):
-            with precision.autocast():
-                images = prefix(images)
-        out.append((images, photos.labels[start:end].to(precision.device)))
-    return out
+@dataclass
+class ValidFeed:
+    """Validation batches, as inputs of the suffix: iterate as often as there are epochs.
+
+    keep: hold the frozen prefix's outputs after the first pass.
+    """
+
+    photos: PixelSet
+    prefix: nn.Sequential
+    preprocess: Preprocess
+    precision: Precision
+    keep: bool
+    _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(inputs, labels int64 [N])."""
+        if self._kept:
+            yield from self._kept
+            return
+        for start in range(0, len(self.photos), 2 * PREFIX_BATCH):
+            batch = self._run(slice(start, start + 2 * PREFIX_BATCH))
+            if self.keep:
+                self._kept.append(batch)
+            yield batch
+
+    @torch.no_grad()
+    def _run(self, rows: slice) -> tuple[Tensor, Tensor]:
+        device = self.precision.device
+        inputs = normalise(self.photos.pixels[rows].to(device), self.preprocess)
+        if len(self.prefix):
+            with self.precision.autocast():
+                inputs = self.prefix(inputs)
+        return inputs, self.photos.labels[rows].to(device)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from serving.errors import OptionError
 from serving.preprocess import Preprocess
@@ -32,6 +32,12 @@ class DataConfig(Section):
     fold: int = Field(0, ge=0)
 
 
+def _share(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1] <= 1:
+        raise ValueError("use [smallest, largest], both shares in (0, 1]")
+    return value
+
+
 class AugmentConfig(Section):
     """Random changes to training photos.
 
@@ -41,7 +47,7 @@ class AugmentConfig(Section):
     """
 
     flip: bool = True
-    scale: tuple[float, float] = (0.35, 1.0)
+    scale: Annotated[tuple[float, float], AfterValidator(_share)] = (0.35, 1.0)
     ratio: float = Field(1.2, ge=1, le=2)
     max_rotate: float = Field(10.0, ge=0, le=180)
     max_lighting: float = Field(0.2, ge=0, lt=1)
@@ -83,9 +89,9 @@ class Stage(Section):
     lr: Literal["find"] | Annotated[float, Field(gt=0)] = "find"
     lr_divide: float = Field(3.0, ge=1)
     schedule: Literal["sgdr", "one_cycle", "constant"] = "sgdr"
-    cycles: int = Field(1, ge=1)
-    cycle_len: int = Field(1, ge=1)
-    cycle_mult: float = Field(1.0, ge=1)
+    cycles: int = Field(1, ge=1, le=100)
+    cycle_len: int = Field(1, ge=1, le=10_000)
+    cycle_mult: float = Field(1.0, ge=1, le=10)
     batchnorm: Literal["fixed", "train"] = "fixed"
     views: int = Field(4, ge=0)
 
@@ -160,8 +166,8 @@ def parse(values: Mapping[str, Any], where: str) -> Recipe:
 
 
 def _mistake(item: Any, values: Mapping[str, Any]) -> str:
-    place = [str(part) for part in item["loc"] if str(part) not in ("constrained-float", "literal")]
-    name = ".".join(place)
+    place = [_step(part, values) for part in item["loc"]]
+    name = ".".join(part for part in place if part not in ("constrained-float", "literal"))
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(place[-1], _known(item["loc"]), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -170,6 +176,16 @@ def _mistake(item: Any, values: Mapping[str, Any]) -> str:
         return f"{name} is missing"
     message = item["msg"].removeprefix("Value error, ")
     return f"{name} = {item['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _step(part: str | int, values: Mapping[str, Any]) -> str:
+    """A stage by its name, as overrides call it, where it has one."""
+    if isinstance(part, int):
+        try:
+            return str(values["stage"][part]["name"])
+        except (KeyError, TypeError, IndexError):
+            return str(part)
+    return part
 
 
 def _known(place: Sequence[Any]) -> list[str]:

@@ -18,6 +18,8 @@ from serving.files import write_aside
 from serving.images import SUFFIXES
 
 PARTS: Final = ("train", "valid", "test")
+FOLDERS: Final = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
+"""Folder names that are parts, not classes."""
 SAMPLE: Final = "sample"
 SPLIT: Final = "split.csv"
 
@@ -90,13 +92,17 @@ def load(
     if not root.is_dir():
         raise DataError(f"--data {source}: no such folder; give one with a folder a class")
     root = root.resolve()
-    parts = {part: root / part for part in PARTS if (root / part).is_dir()}
+    parts = {part: root / name for name, part in FOLDERS.items() if (root / name).is_dir()}
     if split is not None:
         dataset = _from_split(source, root, split, fold)
     elif "train" in parts and "valid" in parts:
         dataset = _from_parts(source, root, parts)
-    elif "train" in parts and not _class_folders(root, except_for=PARTS):
-        raise DataError(f"{root} has train/ but no valid/; add it, or put the classes one level up")
+    elif parts and not _class_folders(root, except_for=tuple(FOLDERS)):
+        missing = "valid" if "train" in parts else "train"
+        have = ", ".join(f"{part}/" for part in parts)
+        raise DataError(
+            f"{root} has {have} but no {missing}/; add it, or put the classes one level up"
+        )
     else:
         dataset = _from_classes(source, root, valid, seed)
     return _checked(dataset)

@@ -20,7 +20,7 @@ from training import optim as groups
 class Curve:
     """Rates tried and the smoothed loss at each, with what they suggest.
 
-    valley: where the longest descent is two thirds done, never past `minimum / 10`.
+    valley: where the loss has come half the way down from its plateau, never past `minimum / 10`.
     steepest: where the loss falls fastest. minimum: the lowest loss, a trap: too large by far.
     """
 
@@ -105,8 +105,9 @@ def suggest(rates: list[float], losses: list[float]) -> Curve:
     if len(down) > 2:
         slope = np.gradient(down, np.log(rates[: len(down)]))
         steepest = rates[int(np.argmin(slope))]
+        halfway = (down.max() + down.min()) / 2
         start = int(np.argmax(down))  # the descent begins at its highest point
-        valley = rates[start + round((lowest - start) * 2 / 3)]
+        valley = rates[start + int(np.argmax(down[start:] <= halfway))]
     else:
         steepest = valley = minimum
     return Curve(tuple(rates), tuple(losses), min(valley, minimum / 10), steepest, minimum)

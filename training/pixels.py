@@ -7,7 +7,6 @@ photos go through the service's own preprocessing and are final.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from serving import images
 from serving.errors import DataError, ImageError
 from serving.preprocess import Preprocess
 from serving.progress import progress_bar
+from serving.settings import cores
 from training.data import Dataset, Sample
 
 MAX_BROKEN: Final = 0.05
@@ -98,7 +98,7 @@ def _decode(
         except ImageError as error:
             broken[path] = str(error)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, progress_bar() as bar:
+    with ThreadPoolExecutor(cores()) as pool, progress_bar() as bar:
         done = pool.map(one, range(len(samples)))
         for _ in bar.track(done, total=len(samples), description=title):
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, astuple, fields, replace
@@ -15,7 +16,7 @@ from serving.errors import DataError, OptionError
 from serving.files import write_aside
 from serving.views import softmax
 from training import checkpoint, config, data, evaluate, lr_finder, model, pixels, trainer
-from training.activations import Precision, TrainFeed, affordable_views, valid_inputs
+from training.activations import Precision, TrainFeed, ValidFeed, affordable_views
 from training.checkpoint import BEST, CheckpointInfo
 from training.console import say as say_aloud
 
@@ -67,9 +68,11 @@ def run(
     best = _Best(folder, recipe, dataset, classifier, say)
     classifier.to(precision.device).to(memory_format=torch.channels_last)
     view = 0
+    if not pretrained and any(stage.unfreeze < len(classifier.groups) for stage in recipe.stage):
+        say("no trained weights: every stage trains the whole network, at one rate")
     for stage in recipe.stage:
         if not pretrained:
-            # A frozen random body teaches the head nothing: from scratch everything trains.
+            # A frozen random body teaches the head nothing.
             stage = stage.model_copy(
                 update={"unfreeze": 99, "lr_divide": 1.0, "batchnorm": "train"}
             )
@@ -84,7 +87,10 @@ def run(
             train, prefix, recipe.preprocess, recipe.augment, precision, recipe.seed, view, views
         )
         view += views or stage.epochs
-        held_out = valid_inputs(valid, prefix, recipe.preprocess, precision)
+        if views < wanted and len(prefix):
+            say(f"{stage.name:>8}  {views} of {wanted} views fit into {ACTIVATION_BYTES >> 30} GiB")
+        keep = affordable_views(1, len(valid), prefix, size, precision, ACTIVATION_BYTES // 2) > 0
+        held_out = ValidFeed(valid, prefix, recipe.preprocess, precision, keep)
         lr = _learning_rate(classifier, stage, recipe, feed, folder, say)
         trainer.train_stage(
             classifier,
@@ -257,11 +263,11 @@ def _write_recipe(recipe: config.Recipe, folder: Path) -> None:
 
 
 def _point_latest(folder: Path) -> None:
-    """Point `latest` beside the run at it."""
+    """Point `runs/latest` at a run in `runs/`; runs elsewhere are their owner's to name."""
     link = folder.parent / "latest"
-    if link.is_dir() and not link.is_symlink():
-        return  # somebody's own folder of that name
-    aside = folder.parent / ".latest.partial"
+    if folder.parent.name != "runs" or (link.exists() and not link.is_symlink()):
+        return
+    aside = folder.parent / f".latest.partial-{os.getpid()}"
     aside.unlink(missing_ok=True)
     aside.symlink_to(folder.name)
     aside.replace(link)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from training.activations import Precision, TrainFeed
 from training.config import OptimizerConfig, Stage
 from training.model import Classifier
 
-Batches = list[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,12 @@ def find_lr(
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
     with feed.precision.autocast():
-        return lr_finder.range_test(suffix, trial, endless(), loss_of, steps=steps)
+        try:
+            return lr_finder.range_test(suffix, trial, endless(), loss_of, steps=steps)
+        except ValueError as error:
+            raise WorkError(
+                f"stage {stage.name}: lr_find: {error}; set stage.{stage.name}.lr"
+            ) from error
 
 
 def train_stage(

@@ -63,7 +63,7 @@ def test_all_mistakes_are_reported_together_in_one_line(recipe):
     assert "\n" not in message
     for part in (
         "batch_sise is unknown; did you mean 'batch_size'?",
-        "stage.0.lr = -1",
+        "stage.head.lr = -1",
         "size = 3",
         "head.kind = 'cnocat_pool'",
         "augment.max_rotat is unknown; did you mean 'max_rotate'?",
@@ -79,6 +79,8 @@ def test_all_mistakes_are_reported_together_in_one_line(recipe):
         ("stage.lr=1", "name the option too"),
         ("stage.head.unfreeze=some", "unfreeze"),
         ("arch.x=1", "arch is no section"),
+        ("augment.scale=[2, 0.1]", "augment.scale"),
+        ("stage.all.cycle_mult=1e9", "stage.all.cycle_mult"),
     ],
 )
 def test_bad_overrides(recipe, override, message):

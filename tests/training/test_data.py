@@ -43,9 +43,10 @@ def test_class_names_are_in_natural_order(tmp_path):
     assert data.load(str(root)).classes == ("1", "2", "10")
 
 
-def test_train_and_valid_folders(tmp_path):
+@pytest.mark.parametrize("valid", ["valid", "val"])
+def test_train_and_valid_folders(tmp_path, valid):
     make(tmp_path / "d" / "train", {"a": 3, "b": 3})
-    make(tmp_path / "d" / "valid", {"a": 1, "b": 2})
+    make(tmp_path / "d" / valid, {"a": 1, "b": 2})
     make(tmp_path / "d" / "test", {"a": 1})
     found = data.load(str(tmp_path / "d"))
     assert (len(found.train), len(found.valid), len(found.test)) == (6, 3, 1)
@@ -118,6 +119,10 @@ def test_missing_things_are_named(tmp_path):
     root = make(tmp_path / "d", {"a": 3, "b": 3})
     with pytest.raises(DataError, match="no such file"):
         data.load(str(root), split=tmp_path / "nowhere.csv")
+    make(tmp_path / "f" / "valid", {"a": 3, "b": 3})
+    make(tmp_path / "f" / "test", {"a": 3, "b": 3})
+    with pytest.raises(DataError, match="has valid/, test/ but no train/"):
+        data.load(str(tmp_path / "f"))
     make(tmp_path / "e" / "train", {"a": 3, "b": 3})
     with pytest.raises(DataError, match="no valid/"):
         data.load(str(tmp_path / "e"))

@@ -101,7 +101,15 @@ def test_the_suggestion_lies_on_the_descent_and_never_past_a_tenth_of_the_minimu
     assert curve.minimum == pytest.approx(rates[50])  # 0.5 twice; the lowest is found
     assert rates[20] <= curve.steepest <= rates[50]
     assert curve.valley <= curve.minimum / 10
-    assert curve.valley >= rates[20]
+    assert rates[20] <= curve.valley <= rates[50]
+    assert losses[rates.index(curve.valley)] == pytest.approx((2.0 + 0.5) / 2, abs=0.06)
+
+
+def test_the_cap_holds_where_the_descent_is_a_cliff():
+    rates = [10 ** (-5 + i / 10) for i in range(60)]
+    losses = [2.0] * 50 + [0.5] * 10
+    curve = lr_finder.suggest(rates, losses)
+    assert curve.valley == pytest.approx(rates[50] / 10)
 
 
 def test_the_picture_is_a_png(tmp_path):

@@ -10,7 +10,7 @@ from serving.errors import DataError, OptionError, WorkError
 from tests.training.conftest import STAGE
 from training import checkpoint, config, data, evaluate, pixels, trainer
 from training import recipe as fine_tune
-from training.activations import Precision, TrainFeed, affordable_views, valid_inputs
+from training.activations import Precision, TrainFeed, ValidFeed, affordable_views
 from training.model import normalise
 
 CPU = Precision(torch.float32, torch.device("cpu"))
@@ -137,8 +137,11 @@ def test_validation_pixels_are_the_services(photos):
     for sample, row in zip(found.valid, valid.pixels, strict=True):
         served = settings.preprocess(images.decode(sample.path.read_bytes()).image)
         assert (row.numpy() == served).all()
-    (inputs, labels), *_ = valid_inputs(valid, torch.nn.Sequential(), settings.preprocess, CPU)
-    assert torch.equal(inputs, normalise(valid.pixels[: len(labels)], settings.preprocess))
+    for keep in (True, False):
+        feed = ValidFeed(valid, torch.nn.Sequential(), settings.preprocess, CPU, keep)
+        for _ in range(2):
+            inputs = torch.cat([batch for batch, _ in feed])
+            assert torch.equal(inputs, normalise(valid.pixels, settings.preprocess))
 
 
 def test_broken_photos_are_named_counted_and_left_out(recipe, photos, tmp_path, lines):

@@ -1,0 +1,78 @@
+"""The whole way on real photographs; needs FLEDGE_PHOTOS and FLEDGE_WEIGHTS."""
+
+import os
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from serving.predictor import open_predictor
+from serving.views import softmax
+from tests.serving.live import live
+from training import checkpoint, config, data, evaluate, recipe
+
+pytestmark = [pytest.mark.photos, pytest.mark.e2e]
+
+
+def folder_of(variable):
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set")
+    return Path(value)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short fine-tune of the small MobileNetV2 on ants and bees."""
+    photos, weights = folder_of("FLEDGE_PHOTOS"), folder_of("FLEDGE_WEIGHTS")
+    overrides = [
+        f"weights={weights / 'mobilenet_v2_w035_features-9a21e17a.pth'}",
+        "arch_args.width_mult=0.35",
+        "preprocess.size=160",
+        "stage.head.views=2",
+        "stage.tail.cycles=1",
+        "stage.all.cycle_len=1",
+    ]
+    return recipe.run(
+        config.read(Path("training/recipes/quick.toml"), overrides),
+        str(photos / "hymenoptera"),
+        split=photos / "splits" / "hymenoptera.csv",
+        out=tmp_path_factory.mktemp("photos") / "run",
+        device="cpu",
+        say=lambda line: None,
+    )
+
+
+@pytest.fixture(scope="module")
+def bundle(run):
+    from export import pipeline
+
+    out = run.parent / "bundle"
+    pipeline.export(run, out, say=lambda line: None)
+    return out
+
+
+def test_a_short_fine_tune_learns(run):
+    metrics = checkpoint.read_info(run / "best.json").metrics
+    assert metrics["accuracy"] >= 0.8
+    assert evaluate.evaluate(run).accuracy == metrics["accuracy"]
+    assert len(data.of_run(run).test) > 0
+
+
+def test_http_answers_are_the_checkpoints_own(run, bundle, tmp_path):
+    classifier, info = checkpoint.load(run)
+    samples = data.of_run(run).valid
+    predictor = open_predictor(bundle, device="cpu")
+    pixels = np.concatenate([predictor.prepare(s.path.read_bytes()).pixels for s in samples])
+    logits = evaluate.logits_of(classifier, torch.from_numpy(pixels), info.preprocess)
+    expected = softmax(logits.numpy())
+    with live(bundle, tmp_path / "log.txt") as server, httpx.Client(timeout=30) as client:
+        url = f"{server.url}/predict?top_k={len(info.classes)}"
+        for sample, row in zip(samples, expected, strict=True):
+            answer = client.post(url, content=sample.path.read_bytes()).json()
+            got = {p["label"]: p["probability"] for p in answer["predictions"]}
+            for name, probability in zip(info.classes, row, strict=True):
+                assert got[name] == pytest.approx(probability, abs=1e-4)
+            assert answer["predictions"][0]["label"] == info.classes[int(row.argmax())]
