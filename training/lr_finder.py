@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from training import optim as groups
 class Curve:
     """Rates tried and the smoothed loss at each, with what they suggest.
 
-    valley: where the loss has come half the way down from its plateau, never past `minimum / 10`.
+    valley: two thirds along the descent, on the log scale of the rates, as fast.ai's suggestion of
+        that name; never past `minimum / 10`.
     steepest: where the loss falls fastest. minimum: the lowest loss, a trap: too large by far.
     """
 
@@ -41,6 +43,7 @@ def range_test(
     high: float = 10.0,
     steps: int = 80,
     beta: float = 0.9,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Curve:
     """Raise the rate exponentially, a step a batch, until the loss diverges.
 
@@ -54,6 +57,8 @@ def range_test(
         loss_of: (logits, labels) -> scalar.
         low, high: Of the largest group's rate.
         beta: Smoothing of the loss, an exponential mean with bias correction.
+        autocast: Entered anew for every forward pass: one that spans a step would go on computing
+            with the weights it cast before.
     """
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     modes = {module: module.training for module in model.modules()}
@@ -69,7 +74,9 @@ def range_test(
         for step, (inputs, labels) in zip(range(steps), batches, strict=False):
             rate = low * (high / low) ** (step / max(steps - 1, 1))
             groups.set_factor(optimizer, rate / largest)
-            loss = loss_of(model(inputs), labels)
+            with autocast():
+                logits = model(inputs)
+            loss = loss_of(logits, labels)
             value = loss.item()
             if not math.isfinite(value):
                 break
@@ -105,9 +112,8 @@ def suggest(rates: list[float], losses: list[float]) -> Curve:
     if len(down) > 2:
         slope = np.gradient(down, np.log(rates[: len(down)]))
         steepest = rates[int(np.argmin(slope))]
-        halfway = (down.max() + down.min()) / 2
         start = int(np.argmax(down))  # the descent begins at its highest point
-        valley = rates[start + int(np.argmax(down[start:] <= halfway))]
+        valley = rates[start + round((lowest - start) * 2 / 3)]
     else:
         steepest = valley = minimum
     return Curve(tuple(rates), tuple(losses), min(valley, minimum / 10), steepest, minimum)

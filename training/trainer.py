@@ -59,13 +59,15 @@ def find_lr(
     def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
-    with feed.precision.autocast():
-        try:
-            return lr_finder.range_test(suffix, trial, endless(), loss_of, steps=steps)
-        except ValueError as error:
-            raise WorkError(
-                f"stage {stage.name}: lr_find: {error}; set stage.{stage.name}.lr"
-            ) from error
+    autocast = feed.precision.autocast
+    try:
+        return lr_finder.range_test(
+            suffix, trial, endless(), loss_of, steps=steps, autocast=autocast
+        )
+    except ValueError as error:
+        raise WorkError(
+            f"stage {stage.name}: lr_find: {error}; set stage.{stage.name}.lr"
+        ) from error
 
 
 def train_stage(
