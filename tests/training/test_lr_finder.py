@@ -58,14 +58,15 @@ def test_it_sees_the_weights_move_under_autocast():
         curve = lr_finder.range_test(
             model,
             optimizer_of(model),
-            batches(),
+            batches(200),
             lambda logits, labels: F.cross_entropy(logits.float(), labels),
+            low=1e-3,
             high=1.0,
-            steps=60,
+            steps=150,
             autocast=context,
         )
         curves.append(curve)
-    assert min(curves[0].losses) < 0.5 * curves[0].losses[0]
+    assert min(curves[0].losses) < 0.8
     assert min(curves[0].losses) == pytest.approx(min(curves[1].losses), abs=0.1)
 
 
@@ -128,13 +129,14 @@ def test_the_suggestion_lies_on_the_descent_and_never_past_a_tenth_of_the_minimu
     assert curve.valley <= curve.minimum / 10
     assert rates[20] <= curve.valley <= rates[50]
     late = lr_finder.suggest(rates, losses[:40])  # still falling: its end is the minimum
-    assert late.valley == pytest.approx(rates[39] / 10)
+    assert late.valley == rates[26]
 
 
 def test_the_cap_holds_where_the_descent_is_a_cliff():
     rates = [10 ** (-5 + i / 10) for i in range(60)]
-    losses = [2.0] * 50 + [0.5] * 10
+    losses = [1.5] * 45 + [2.0] * 5 + [0.5] * 10
     curve = lr_finder.suggest(rates, losses)
+    assert curve.minimum == rates[50]
     assert curve.valley == pytest.approx(rates[50] / 10)
 
 
