@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -19,7 +20,7 @@ def train(options: argparse.Namespace) -> None:
 
     overrides = list(options.overrides)
     if options.weights is not None:
-        overrides.append(f"weights={options.weights}")
+        overrides.append(f"weights={json.dumps(options.weights, ensure_ascii=False)}")
     if options.seed is not None:
         overrides.append(f"seed={options.seed}")
     recipe.run(
@@ -49,7 +50,7 @@ def sample(options: argparse.Namespace) -> None:
     """Write the embedded data set, painted flowers, as a folder a class."""
     from training import sample as room
 
-    options_given = {"per_class": options.per_class} if options.per_class else {}
+    options_given = {} if options.per_class is None else {"per_class": options.per_class}
     print(room.write(options.folder, seed=options.seed, **options_given))
 
 

@@ -67,8 +67,7 @@ class TrainFeed:
         order = torch.randperm(len(self.photos), generator=generator)
         view = epoch % self.views if self.views else epoch
         draws = None if self.views else self._draw(view)
-        if self.views and not self._cached:
-            self._fill()
+        self.fill()
         for index in order.split(batch_size):
             if len(index) < 2:
                 continue
@@ -96,7 +95,10 @@ class TrainFeed:
         with self.precision.autocast():
             return self.prefix(images)  # type: ignore[no-any-return]
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
+        """Run the prefix over every cached view, once; nothing to do where nothing is cached."""
+        if not self.views or self._cached:
+            return
         with progress_bar() as bar:
             parts = torch.arange(len(self.photos)).split(PREFIX_BATCH)
             task = bar.add_task("frozen part", total=self.views * len(parts))

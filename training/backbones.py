@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from urllib.error import URLError
 
 import torch
 import torchvision
@@ -99,7 +98,7 @@ def build(arch: str, arch_args: Mapping[str, Any], weights: str = "none") -> Bac
     take_body, prefix = family
     try:
         network = torchvision.models.get_model(arch, weights=None, **arch_args)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # builders check their options in many ways
         raise OptionError(f"arch_args = {dict(arch_args)!r} does not fit {arch}: {error}") from None
     body = take_body(network)
     if weights != "none":
@@ -125,7 +124,7 @@ def _state_dict(arch: str, weights: str) -> Mapping[str, Tensor]:
         entry = torchvision.models.get_model_weights(arch).DEFAULT
         try:
             return entry.get_state_dict(progress=False, check_hash=True)  # type: ignore[no-any-return]
-        except (URLError, OSError, RuntimeError) as error:
+        except Exception as error:  # no network, or a damaged file in the cache
             raise DataError(
                 f"weights = 'imagenet': {entry.url} can't be fetched ({error}); "
                 "give a file (weights = 'PATH.pth') or weights = 'none'"
@@ -162,12 +161,15 @@ def _load(
     # Old files have no num_batches_tracked; it matters to nobody with a fixed momentum.
     missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
     wrong = [k for k in own if k in given and own[k].shape != given[k].shape]
-    if missing or wrong:
-        worst = (missing or wrong)[0]
-        why = "lacks" if missing else "has another shape for"
+    # A deeper network of the same family has all keys of a shallower one, and more.
+    own_parts = {k.partition(".")[0] for k in own}
+    extra = [k for k in given if k not in own and k.partition(".")[0] in own_parts]
+    if missing or wrong or extra:
+        worst = (missing or wrong or extra)[0]
+        why = "lacks" if missing else "has another shape for" if wrong else "also holds"
         raise DataError(
-            f"weights = {weights!r} is not for {arch}: it {why} {prefix}{worst} "
-            f"({len(missing)} missing, {len(wrong)} of another shape, of {len(own)})"
+            f"weights = {weights!r} is not for {arch}: it {why} {prefix}{worst} ({len(missing)} "
+            f"missing, {len(wrong)} of another shape, {len(extra)} too many, of {len(own)})"
         )
     body.load_state_dict({k: given.get(k, v) for k, v in own.items()})
 

@@ -62,7 +62,7 @@ def save(path: Path, classifier: model.Classifier, info: CheckpointInfo) -> None
     with write_aside(path) as aside:
         save_file(state, aside)
     with write_aside(path.with_suffix(".json")) as aside:
-        aside.write_text(json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n")
+        aside.write_text(json.dumps(asdict(info), indent=2, allow_nan=False) + "\n")
 
 
 def find(run: Path) -> Path:

@@ -6,7 +6,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -19,7 +19,9 @@ from training.schedule import cycle_lengths
 class Section(BaseModel):
     """A table of the recipe: unknown names are mistakes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False
+    )
 
 
 class DataConfig(Section):
@@ -64,8 +66,12 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(1e-4, ge=0)
 
 
+ALL: Final = 99
+"""More layer groups than any network has."""
+
+
 def _unfreeze(value: Any) -> Any:
-    return 99 if value == "all" else value
+    return ALL if value == "all" else value
 
 
 class Stage(Section):
@@ -105,7 +111,7 @@ def _preprocess(value: Any) -> Any:
     if isinstance(value, Mapping):
         try:
             return Preprocess.from_dict(value)
-        except OptionError as error:
+        except (OptionError, TypeError) as error:
             raise ValueError(str(error)) from None
     return value
 
@@ -121,8 +127,8 @@ class Recipe(Section):
     arch: str
     arch_args: dict[str, Any] = Field(default_factory=dict)
     weights: str = "auto"
-    seed: int = Field(0, ge=0)
-    batch_size: int = Field(32, ge=2)
+    seed: int = Field(0, ge=0, lt=2**32)
+    batch_size: int = Field(32, ge=2, le=65_536)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     head: HeadConfig = HeadConfig()
@@ -159,6 +165,8 @@ def parse(values: Mapping[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         mistakes = "; ".join(_mistake(item, values) for item in error.errors())
         raise OptionError(f"{where}: {mistakes}") from None
+    if recipe.name == "latest":
+        raise OptionError(f"{where}: name = 'latest' is what runs/latest is for; choose another")
     names = [stage.name for stage in recipe.stage]
     if len(set(names)) < len(names):
         raise OptionError(f"{where}: stage names must differ, got {', '.join(names)}")

@@ -18,6 +18,7 @@ from serving.files import write_aside
 from serving.images import SUFFIXES
 
 PARTS: Final = ("train", "valid", "test")
+_CLUTTER: Final = ("__MACOSX", "@eaDir")
 FOLDERS: Final = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
 """Folder names that are parts, not classes."""
 SAMPLE: Final = "sample"
@@ -92,12 +93,22 @@ def load(
     if not root.is_dir():
         raise DataError(f"--data {source}: no such folder; give one with a folder a class")
     root = root.resolve()
-    parts = {part: root / name for name, part in FOLDERS.items() if (root / name).is_dir()}
+    parts: dict[str, Path] = {}
+    for name, part in FOLDERS.items():
+        # A part's photos lie in folders of classes; a class may be called train, too.
+        if any(any(_photos(folder)) for folder in _class_folders(root / name)):
+            if part in parts:
+                raise DataError(f"{root} has both {parts[part].name}/ and {name}/; keep one")
+            parts[part] = root / name
+    strangers = [f for f in _class_folders(root, except_for=tuple(FOLDERS)) if any(_photos(f))]
+    if parts and strangers and split is None:
+        have = ", ".join(f"{folder.name}/" for folder in parts.values())
+        raise DataError(f"{root} has {have} and beside them {strangers[0].name}/; move it away")
     if split is not None:
         dataset = _from_split(source, root, split, fold)
     elif "train" in parts and "valid" in parts:
         dataset = _from_parts(source, root, parts)
-    elif parts and not _class_folders(root, except_for=tuple(FOLDERS)):
+    elif parts:
         missing = "valid" if "train" in parts else "train"
         have = ", ".join(f"{part}/" for part in parts)
         raise DataError(
@@ -108,12 +119,15 @@ def load(
     return _checked(dataset)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key with numbers by value: 1, 2, 10."""
-    return [(int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", name) if t]
+def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Sort key with numbers by value: 1, 2, 10; the name itself decides between 1 and 01."""
+    parts = [t for t in re.split(r"([0-9]+)", name) if t]
+    return [(int(t), "") if t.isdecimal() else (-1, t) for t in parts], name
 
 
 def _class_folders(root: Path, except_for: Sequence[str] = ()) -> list[Path]:
+    if not root.is_dir():
+        return []
     try:
         found = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
     except OSError as error:
@@ -123,11 +137,17 @@ def _class_folders(root: Path, except_for: Sequence[str] = ()) -> list[Path]:
 
 def _photos(folder: Path) -> Iterator[Path]:
     """Image files below `folder` by extension, hidden ones skipped, in natural order."""
-    for here, folders, files in os.walk(folder):
+    if not folder.is_dir():
+        return  # a part need not have every class
+    for here, folders, files in os.walk(folder, onerror=_unreadable):
         folders[:] = sorted((f for f in folders if not f.startswith(".")), key=_natural)
         for name in sorted(files, key=_natural):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
                 yield Path(here, name)
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename} can't be read: {error.strerror}") from error
 
 
 def _labelled(root: Path, classes: Sequence[str]) -> list[Sample]:
@@ -135,9 +155,21 @@ def _labelled(root: Path, classes: Sequence[str]) -> list[Sample]:
 
 
 def _class_names(root: Path) -> tuple[str, ...]:
-    names = tuple(p.name for p in _class_folders(root) if any(_photos(p)))
+    folders = _class_folders(root)
+    names = tuple(p.name for p in folders if any(_photos(p)))
     if not names:
         raise DataError(f"{root} holds no folder with photos; expected {root.name}/CLASS/photo.jpg")
+    for folder in folders:
+        try:
+            folder.name.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{os.fsencode(folder)!r} is no UTF-8 name; rename the folder"
+            ) from None
+        bare = folder.name not in names and folder.name not in _CLUTTER
+        if bare and any(path.is_file() for path in folder.iterdir()):
+            kinds = ", ".join(sorted(SUFFIXES))
+            raise DataError(f"{folder} holds no photo that can be read ({kinds}); remove it")
     return names
 
 
@@ -176,15 +208,19 @@ def _from_parts(source: str, root: Path, parts: Mapping[str, Path]) -> Dataset:
 
 def _from_split(source: str, root: Path, split: Path, fold: int) -> Dataset:
     rows = list(_read_split(split))
-    numbers = {f for _, f in rows if f.isdigit()}
-    if numbers and str(fold) not in numbers:
-        have = ", ".join(sorted(numbers, key=int))
+    numbers = {int(f) for _, f in rows if f.isdecimal()}
+    if numbers and fold not in numbers:
+        have = ", ".join(map(str, sorted(numbers)))
         raise OptionError(f"data.fold = {fold}: {split} has folds {have}")
     names = sorted({Path(path).parts[0] for path, _ in rows}, key=_natural)
     index = {name: i for i, name in enumerate(names)}
     parts: dict[str, list[Sample]] = {part: [] for part in PARTS}
+    seen: set[Path] = set()
     for path, where in rows:
-        part = where if where in PARTS else "valid" if where == str(fold) else "train"
+        if Path(path) in seen:
+            raise DataError(f"{split} names {path} twice; a photo belongs to one part")
+        seen.add(Path(path))
+        part = where if where in PARTS else "valid" if int(where) == fold else "train"
         parts[part].append(Sample(root / path, index[Path(path).parts[0]]))
     missing = [s.path for p in PARTS for s in parts[p] if not s.path.is_file()]
     if missing:
@@ -195,14 +231,15 @@ def _from_split(source: str, root: Path, split: Path, fold: int) -> Dataset:
 
 def _read_split(split: Path) -> Iterator[tuple[str, str]]:
     try:
-        with split.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        # utf-8-sig: spreadsheets write a byte-order mark.
+        with split.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
             if not {"path", "fold"} <= set(reader.fieldnames or ()):
                 raise DataError(f"{split}: the first line must be 'path,fold'")
             for row in reader:
                 path, fold = row["path"] or "", (row["fold"] or "").strip()
                 line = f"{split}, line {reader.line_num}"
-                if fold not in PARTS and not fold.isdigit():
+                if fold not in PARTS and not fold.isdecimal():
                     raise DataError(f"{line}: fold {fold!r} is not train, valid, test or a number")
                 if len(Path(path).parts) < 2 or Path(path).is_absolute() or ".." in path.split("/"):
                     raise DataError(f"{line}: path {path!r} is not CLASS/photo below the folder")
@@ -271,8 +308,8 @@ def of_run(run: Path, data: Path | None = None) -> Dataset:
                 parts[row["fold"]].append(Sample(root / row["path"], index[row["label"]]))
     except (OSError, KeyError, csv.Error) as error:
         raise DataError(f"{folder / SPLIT} can't be read: {error}") from error
-    gone = [s.path for s in parts["valid"] if not s.path.is_file()]
+    gone = [s.path for part in PARTS for s in parts[part] if not s.path.is_file()]
     if gone:
-        raise DataError(f"{len(gone)} validation photos are gone, as {gone[0]}; use --data")
+        raise DataError(f"{len(gone)} photos of this run are gone, as {gone[0]}; use --data")
     found = {part: tuple(samples) for part, samples in parts.items()}
     return Dataset(str(info.data.get("source", root)), root, info.classes, **found)

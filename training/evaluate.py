@@ -40,8 +40,11 @@ def logits_of(classifier: Classifier, pixels: Tensor, preprocess: Preprocess) ->
     classifier.eval()
     try:
         device = next(classifier.parameters()).device
-        batches = [normalise(part.to(device), preprocess) for part in pixels.split(BATCH)]
-        return torch.cat([classifier(batch).float().cpu() for batch in batches])
+        logits = [
+            classifier(normalise(part.to(device), preprocess)).float().cpu()
+            for part in pixels.split(BATCH)
+        ]
+        return torch.cat(logits)
     finally:
         classifier.train(was_training)
 

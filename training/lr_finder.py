@@ -44,6 +44,7 @@ def range_test(
     steps: int = 80,
     beta: float = 0.9,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    train: Callable[[], object] | None = None,
 ) -> Curve:
     """Raise the rate exponentially, a step a batch, until the loss diverges.
 
@@ -59,6 +60,10 @@ def range_test(
         beta: Smoothing of the loss, an exponential mean with bias correction.
         autocast: Entered anew for every forward pass: one that spans a step would go on computing
             with the weights it cast before.
+        train: Puts the model into training mode; its own `train` where not given.
+
+    Raises:
+        ValueError: The loss never falls, or diverges within two steps.
     """
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     modes = {module: module.training for module in model.modules()}
@@ -70,7 +75,7 @@ def range_test(
     losses: list[float] = []
     mean, best = 0.0, math.inf
     try:
-        model.train()
+        (train or model.train)()
         for step, (inputs, labels) in zip(range(steps), batches, strict=False):
             rate = low * (high / low) ** (step / max(steps - 1, 1))
             groups.set_factor(optimizer, rate / largest)
@@ -103,10 +108,12 @@ def range_test(
 
 
 def suggest(rates: list[float], losses: list[float]) -> Curve:
-    """Read a curve; at least two points."""
+    """Read a curve; errors as `range_test`."""
     if len(rates) < 2:
-        raise ValueError("the range test needs at least two steps before the loss diverges")
+        raise ValueError("the loss diverges within two steps")
     lowest = int(np.argmin(losses))
+    if lowest == 0:
+        raise ValueError("the loss never falls")
     minimum = rates[lowest]
     down = np.asarray(losses[: lowest + 1])
     if len(down) > 2:
@@ -116,7 +123,9 @@ def suggest(rates: list[float], losses: list[float]) -> Curve:
         valley = rates[start + round((lowest - start) * 2 / 3)]
     else:
         steepest = valley = minimum
-    return Curve(tuple(rates), tuple(losses), min(valley, minimum / 10), steepest, minimum)
+    return Curve(
+        tuple(rates), tuple(losses), max(min(valley, minimum / 10), rates[0]), steepest, minimum
+    )
 
 
 def plot(curve: Curve, path: Path, title: str) -> None:

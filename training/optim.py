@@ -57,9 +57,9 @@ def set_factor(optimizer: optim.Optimizer, factor: float) -> None:
 
 
 def _split_decay(module: nn.Module) -> list[tuple[bool, list[nn.Parameter]]]:
-    """Weights of two or more dimensions decay; norms and biases, all vectors, do not."""
+    """Weights decay; norms, biases and ConvNeXt's layer scale, all vectors in effect, do not."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     return [
-        (True, [p for p in parameters if p.ndim > 1]),
-        (False, [p for p in parameters if p.ndim <= 1]),
+        (True, [p for p in parameters if p.squeeze().ndim > 1]),
+        (False, [p for p in parameters if p.squeeze().ndim <= 1]),
     ]

@@ -7,6 +7,9 @@ photos go through the service's own preprocessing and are final.
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from serving import images
-from serving.errors import DataError, ImageError
+from serving.errors import DataError, ImageError, WorkError
 from serving.preprocess import Preprocess
 from serving.progress import progress_bar
 from serving.settings import cores
@@ -79,12 +82,27 @@ def decode(
     return dataset, train, valid
 
 
+def _reserve(file: int, size: int) -> None:
+    """Take the room now: a full disk under a memory map ends the process without a word."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+        elif shutil.disk_usage(tempfile.gettempdir()).free < size:
+            raise OSError("too little room")
+    except OSError as error:
+        raise WorkError(
+            f"decoded photos need {size / 1e9:.1f} GB in {tempfile.gettempdir()}: "
+            f"{error.strerror or error}; free some or set TMPDIR"
+        ) from error
+
+
 def _decode(
     samples: Sequence[Sample], make: Make, side: int, preprocess: Preprocess, title: str
 ) -> tuple[PixelSet, dict[Path, str]]:
     # The file has no name: the system takes it back however this process ends.
     with tempfile.TemporaryFile(prefix="fledge-pixels-") as file:
         shape = (max(len(samples), 1), side, side, 3)
+        _reserve(file.fileno(), math.prod(shape))
         array = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
     aspect = np.ones(len(samples), np.float32)
     broken: dict[Path, str] = {}
@@ -103,7 +121,10 @@ def _decode(
         for _ in bar.track(done, total=len(samples), description=title):
             pass
     kept = np.array([i for i, s in enumerate(samples) if s.path not in broken], dtype=np.int64)
-    pixels = array if len(kept) == len(array) else array[kept]
+    for new, old in enumerate(kept):  # in place: a copy would bring the whole file into memory
+        if new != old:
+            array[new] = array[old]
+    pixels = array[: len(kept)]
     labels = np.array([samples[i].label for i in kept], dtype=np.int64)
     order = {s.path: str(broken[s.path]) for s in samples if s.path in broken}
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -54,7 +55,8 @@ def run(
     )
     torch.manual_seed(recipe.seed)
     classifier, pretrained = build_classifier(recipe, len(dataset.classes), say)
-    folder = _check_out(out, recipe.name)
+    _check_out(out)
+    _check_size(classifier, recipe)
     dataset, train, valid = pixels.decode(dataset, recipe.preprocess, say)
     say(
         f"{len(dataset.classes)} classes, {len(train)} photos to train on, {len(valid)} to "
@@ -62,20 +64,17 @@ def run(
         f"{str(precision.dtype).removeprefix('torch.')}"
     )
 
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _claim(out, recipe.name)
     _write_recipe(recipe, folder)
     data.write_split(dataset, folder / data.SPLIT)
     best = _Best(folder, recipe, dataset, classifier, say)
     classifier.to(precision.device).to(memory_format=torch.channels_last)
     view = 0
-    if not pretrained and any(stage.unfreeze < len(classifier.groups) for stage in recipe.stage):
+    if not pretrained and any(_from_scratch(stage) != stage for stage in recipe.stage):
         say("no trained weights: every stage trains the whole network, at one rate")
     for stage in recipe.stage:
         if not pretrained:
-            # A frozen random body teaches the head nothing.
-            stage = stage.model_copy(
-                update={"unfreeze": 99, "lr_divide": 1.0, "batchnorm": "train"}
-            )
+            stage = _from_scratch(stage)
         classifier.fixed_norms = stage.batchnorm == "fixed"
         classifier.freeze_to(stage.unfreeze)
         classifier.eval()
@@ -149,8 +148,10 @@ def choose_precision(device: str, precision: str) -> Precision:
 def _has_bf16(where: torch.device) -> bool:
     if where.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(
-        torch.cpu._is_avx512_bf16_supported()
+    return (
+        torch.backends.mkldnn.is_available()  # not in every build for macOS
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and bool(torch.cpu._is_avx512_bf16_supported())
     )
 
 
@@ -240,17 +241,44 @@ def _learning_rate(
     return curve.valley
 
 
-def _check_out(out: Path | None, name: str) -> Path:
+def _from_scratch(stage: config.Stage) -> config.Stage:
+    """The stage for random weights: a frozen random body would teach the head nothing."""
+    changes = {"unfreeze": config.ALL, "lr_divide": 1.0, "batchnorm": "train"}
+    return stage.model_copy(update=changes)
+
+
+def _check_out(out: Path | None) -> None:
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OptionError(f"--out {out} exists already; choose another or remove it")
+
+
+def _claim(out: Path | None, name: str) -> Path:
+    """Make the run's folder; two runs that start together get two."""
     if out is not None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise OptionError(f"--out {out} exists already; choose another or remove it")
+        _check_out(out)
+        out.mkdir(parents=True, exist_ok=True)
         return out
-    taken = Path("runs") / name
-    number = 2
-    while taken.exists():
-        taken = Path("runs") / f"{name}-{number}"
-        number += 1
-    return taken
+    for number in itertools.count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("unreachable")
+
+
+@torch.no_grad()
+def _check_size(classifier: model.Classifier, recipe: config.Recipe) -> None:
+    """Try one empty picture, before anything is written."""
+    size = recipe.preprocess.size
+    try:
+        classifier.eval()(torch.zeros(1, 3, size, size))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:100]
+        raise OptionError(
+            f"preprocess.size = {size} does not fit {recipe.arch}: {reason}"
+        ) from None
 
 
 def _write_recipe(recipe: config.Recipe, folder: Path) -> None:

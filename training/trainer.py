@@ -59,10 +59,15 @@ def find_lr(
     def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
-    autocast = feed.precision.autocast
     try:
         return lr_finder.range_test(
-            suffix, trial, endless(), loss_of, steps=steps, autocast=autocast
+            suffix,
+            trial,
+            endless(),
+            loss_of,
+            steps=steps,
+            autocast=feed.precision.autocast,
+            train=classifier.train,  # it knows what stays in eval mode
         )
     except ValueError as error:
         raise WorkError(
@@ -101,6 +106,7 @@ def train_stage(
     suffix = classifier.suffix
     optimizer = optim.build(classifier, config, lr, stage.lr_divide)
     steps = feed.steps(batch_size)
+    feed.fill()
     for epoch in range(stage.epochs):
         started, total, seen = time.perf_counter(), 0.0, 0
         classifier.train()
@@ -124,6 +130,11 @@ def train_stage(
                 total, seen = total + value * len(labels), seen + len(labels)
                 bar.advance(task)
         accuracy, valid_loss = validate(classifier, suffix, valid, feed.precision)
+        if not math.isfinite(valid_loss):
+            raise WorkError(
+                f"stage {stage.name}: the validation loss is {valid_loss} after epoch {epoch + 1}, "
+                f"rate {lr * factor:.3g}; lower stage.{stage.name}.lr"
+            )
         seconds = time.perf_counter() - started
         on_epoch(
             Epoch(stage.name, epoch + 1, lr * factor, total / seen, valid_loss, accuracy, seconds)
@@ -133,6 +144,9 @@ def train_stage(
 def factor_at(stage: Stage, position: float) -> float:
     """The schedule of a stage at a position in epochs."""
     if stage.schedule == "sgdr":
+        # Whole epochs are trained: cycles of fractional length are stretched to end with them.
+        lengths = schedule.cycle_lengths(stage.cycles, stage.cycle_len, stage.cycle_mult)
+        position *= sum(lengths) / stage.epochs
         return schedule.sgdr(position, stage.cycles, stage.cycle_len, stage.cycle_mult)
     if stage.schedule == "one_cycle":
         return schedule.one_cycle(position, stage.epochs)

@@ -64,6 +64,48 @@ def test_a_split_file_with_fold_numbers(tmp_path):
         data.load(str(root), split=tmp_path / "s.csv", fold=7)
 
 
+def test_a_split_file_from_a_spreadsheet(tmp_path):
+    root = make(tmp_path / "d", {"a": 2, "b": 2})
+    rows = "path,fold\r\na/0.jpg,01\r\na/1.jpg,2\r\nb/0.jpg,1\r\nb/1.jpg,2\r\n"
+    (tmp_path / "s.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
+    found = data.load(str(root), split=tmp_path / "s.csv", fold=1)
+    assert {s.path.name for s in found.valid} == {"0.jpg"}
+
+
+def test_parts_are_told_from_classes(tmp_path):
+    make(tmp_path / "c", {"train": 3, "test": 3})  # classes of those names
+    assert data.load(str(tmp_path / "c")).classes == ("test", "train")
+    make(tmp_path / "d" / "train", {"a": 3, "b": 3})
+    make(tmp_path / "d" / "test", {"a": 3, "b": 3})
+    (tmp_path / "d" / "__MACOSX").mkdir()
+    with pytest.raises(DataError, match="but no valid/"):
+        data.load(str(tmp_path / "d"))
+    make(tmp_path / "d" / "valid", {"a": 3, "b": 3})
+    assert len(data.load(str(tmp_path / "d")).valid) == 6
+    make(tmp_path / "d", {"extra": 1})
+    with pytest.raises(DataError, match="beside them extra/"):
+        data.load(str(tmp_path / "d"))
+    make(tmp_path / "e" / "train", {"a": 3, "b": 3})
+    make(tmp_path / "e" / "valid", {"a": 1, "b": 1})
+    make(tmp_path / "e" / "val", {"a": 1, "b": 1})
+    with pytest.raises(DataError, match="both valid/ and val/"):
+        data.load(str(tmp_path / "e"))
+
+
+def test_a_class_without_a_readable_photo_is_not_dropped_silently(tmp_path):
+    root = make(tmp_path / "d", {"a": 3, "b": 3})
+    (root / "c").mkdir()
+    (root / "c" / "0.heic").write_bytes(b"heic")
+    with pytest.raises(DataError, match="c holds no photo that can be read"):
+        data.load(str(root))
+
+
+def test_order_does_not_depend_on_the_file_system():
+    assert sorted(["01.jpg", "1.jpg", "10.jpg", "2.jpg"], key=data._natural) == [
+        "01.jpg", "1.jpg", "2.jpg", "10.jpg",
+    ]  # fmt: skip
+
+
 def test_hidden_files_and_other_files_are_no_photos(tmp_path):
     root = make(tmp_path / "d", {"a": 3, "b": 3})
     (root / "a" / "._0.jpg").write_bytes(b"mac")
@@ -137,6 +179,8 @@ def test_missing_things_are_named(tmp_path):
         ("path,fold\n/a/0.jpg,0\n", "line 2: path"),
         ("path,fold\na/0.jpg,0\na/99.jpg,1\n", "names 1 files that are not there"),
         ("path,fold\na/0.jpg,train\nb/0.jpg,train\n", "the valid part is empty"),
+        ("path,fold\na/0.jpg,0\na/./0.jpg,1\n", "names a/./0.jpg twice"),
+        ("path,fold\na/0.jpg,²\n", "line 2: fold"),
     ],
 )
 def test_bad_split_files(tmp_path, text, message):

@@ -101,6 +101,31 @@ def test_everything_is_given_back_bit_for_bit(fails):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_loss_that_never_falls_is_no_curve():
+    with pytest.raises(ValueError, match="never falls"):
+        lr_finder.suggest([1e-5, 1e-4, 1e-3], [1.0, 1.1, 1.2])
+    with pytest.raises(ValueError, match="within two steps"):
+        lr_finder.suggest([1e-5], [1.0])
+
+
+def test_the_model_trains_as_its_owner_says():
+    model = network()
+    modes = []
+
+    def train():
+        model.train()
+        model[1].eval()
+
+    def loss_of(logits, labels):
+        modes.append([module.training for module in model])
+        return F.cross_entropy(logits, labels)
+
+    lr_finder.range_test(
+        model, optimizer_of(model), batches(), loss_of, high=1.0, steps=15, train=train
+    )
+    assert modes == [[True, False, True, True, True]] * 15
+
+
 def test_rates_grow_exponentially_from_low_to_high():
     model = network()
     curve = lr_finder.range_test(

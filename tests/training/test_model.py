@@ -165,6 +165,14 @@ def test_weights_from_a_file(tmp_path):
         assert torch.equal(value, whole.state_dict()[f"features.{key}"])
 
 
+def test_weights_of_a_deeper_sister_are_refused(tmp_path):
+    import torchvision
+
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "w.pth")
+    with pytest.raises(DataError, match=r"not for resnet18: it also holds layer1\.2"):
+        backbones.build("resnet18", {}, str(tmp_path / "w.pth"))
+
+
 def test_the_old_names_of_densenets_weights_are_read(tmp_path):
     import re
 

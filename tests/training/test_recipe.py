@@ -7,6 +7,7 @@ import torch
 
 from serving import images
 from serving.errors import DataError, OptionError, WorkError
+from serving.preprocess import Preprocess
 from tests.training.conftest import STAGE
 from training import checkpoint, config, data, evaluate, pixels, trainer
 from training import recipe as fine_tune
@@ -168,8 +169,9 @@ def test_nothing_is_written_when_the_request_is_wrong(recipe, photos, tmp_path, 
     ):
         with pytest.raises(error):
             run(recipe(), photos, tmp_path / "run", lines, override)
-    with pytest.raises(OptionError, match="--device cuda"):
-        fine_tune.choose_precision("cuda", "auto") if not torch.cuda.is_available() else _skip()
+    with pytest.raises(OptionError, match="size = 8 does not fit squeezenet1_1"):
+        run(recipe(), photos, tmp_path / "run", lines, "arch=squeezenet1_1", "arch_args={}",
+            "preprocess.size=8")  # fmt: skip
     assert not (tmp_path / "run").exists()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")
@@ -177,8 +179,43 @@ def test_nothing_is_written_when_the_request_is_wrong(recipe, photos, tmp_path, 
         run(recipe(), photos, tmp_path / "taken", lines)
 
 
-def _skip():
-    raise OptionError("--device cuda works here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_an_error_when_it_was_asked_for():
+    with pytest.raises(OptionError, match="--device cuda: no usable GPU"):
+        fine_tune.choose_precision("cuda", "auto")
+    assert fine_tune.choose_precision("auto", "auto").device.type == "cpu"
+
+
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [fine_tune._claim(None, "quick") for _ in range(3)]
+    assert [str(f) for f in folders] == ["runs/quick", "runs/quick-2", "runs/quick-3"]
+
+
+def test_weights_that_broke_in_the_last_step_are_noticed(recipe, photos, tmp_path, lines):
+    original = trainer.validate
+
+    def broken(classifier, *rest):
+        with torch.no_grad():
+            classifier.head[-1].bias.fill_(float("nan"))
+        return original(classifier, *rest)
+
+    trainer.validate = broken
+    try:
+        with pytest.raises(WorkError, match="the validation loss is nan after epoch 1"):
+            run(recipe(), photos, tmp_path / "run", lines)
+    finally:
+        trainer.validate = original
+    assert not (tmp_path / "run" / "best.json").exists()
+
+
+def test_a_disk_too_small_for_the_photos_is_said(photos, monkeypatch):
+    def full(_file, _start, _size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(WorkError, match=r"decoded photos need .* GB.*No space left.*TMPDIR"):
+        pixels.decode(data.load(str(photos)), Preprocess(size=32), print)
 
 
 def test_a_loss_that_is_no_number_ends_with_stage_step_and_rate(recipe, photos, tmp_path, lines):
