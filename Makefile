@@ -47,17 +47,17 @@ demo: install ## The whole way, in demo/: train on painted flowers, export, serv
 	$(BIN)/python deploy/demo.py demo/bundle
 
 train: install ## Train on the embedded photos, or DATA=folder RECIPE=file.toml ARGS="key=value …"
-	$(FLEDGE) train $(RECIPE) --data $(or $(DATA),sample) $(ARGS)
+	$(FLEDGE) train "$(RECIPE)" --data "$(or $(DATA),sample)" $(ARGS)
 
 export: install ## Turn RUN=runs/latest into the verified BUNDLE=bundle
-	$(FLEDGE) export $(RUN) --out $(BUNDLE) $(ARGS)
+	$(FLEDGE) export "$(RUN)" --out "$(BUNDLE)" $(ARGS)
 
 serve: install ## Serve BUNDLE=bundle over HTTP on PORT=3000
-	$(FLEDGE) serve $(BUNDLE) --port $(PORT) $(ARGS)
+	$(FLEDGE) serve "$(BUNDLE)" --port $(PORT) $(ARGS)
 
 score: install ## Score every image of INPUT=folder into OUT=scores.csv
 	@test -n "$(INPUT)" || { echo "make: name the images, as in make score INPUT=photos" >&2; exit 2; }
-	$(FLEDGE) score $(INPUT) --bundle $(BUNDLE) --out $(OUT) $(ARGS)
+	$(FLEDGE) score "$(INPUT)" --bundle "$(BUNDLE)" --out "$(OUT)" $(ARGS)
 
 test: install ## The tests: offline, no GPU, a few minutes
 	$(BIN)/pytest -m "$(OFFLINE)" $(ARGS)
@@ -79,10 +79,10 @@ format: install ## Format the code and fix what ruff can fix
 	$(BIN)/ruff format
 
 bento: install ## Build the Bento of the service, with BUNDLE=bundle in it
-	$(FLEDGE) verify $(BUNDLE)
+	$(FLEDGE) verify "$(BUNDLE)"
 	@rm -rf build/bento && mkdir -p build/bento/requirements
 	@cp -R bentofile.yaml README.md serving build/bento && cp requirements/serving.txt build/bento/requirements
-	@cp -R $(BUNDLE) build/bento/bundle
+	@cp -R "$(BUNDLE)" build/bento/bundle
 	BENTOML_DO_NOT_TRACK=True $(BIN)/bentoml build $(ARGS) build/bento
 
 image: ## Build the image IMAGE=fledge (BASE_IMAGE=…, DOCKER_BUILD_ARGS=…)

@@ -70,17 +70,10 @@ def inspect(options: argparse.Namespace) -> None:
 
 def verify(options: argparse.Namespace) -> None:
     """Check a bundle's bytes, and its golden images through the runtime. Needs no torch."""
-    from serving import predictor
+    from serving import verify as room
 
-    opened = predictor.open_predictor(
-        options.bundle, device=options.device, precision=options.precision
-    )
-    manifest = opened.manifest
-    print(
-        f"{options.bundle}: {manifest.name}:{manifest.version} is sound; "
-        f"{len(manifest.golden)} golden images agree at {opened.precision} on "
-        f"{opened.runtime.provider}"
-    )
+    for line in room.verify(options.bundle, options.device):
+        print(line)
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -176,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = verb(verify, "fledge verify bundle")
     add.add_argument("bundle", type=Path, metavar="BUNDLE")
-    runtime_options(add)
+    add.add_argument("--device", default="cpu", choices=["auto", "cpu", "cuda", "tensorrt"])
 
     add = verb(serve, "fledge serve bundle --port 3000")
     add.add_argument("bundle", type=Path, metavar="BUNDLE")

@@ -25,6 +25,7 @@ from export.card import card
 from serving import bundle, views
 from serving.bundle import Manifest
 from serving.errors import BundleError, OptionError, WorkError
+from serving.files import is_running
 from serving.predictor import Predictor
 from serving.runtime import OnnxRuntime, Runtime
 from serving.runtime_torchscript import TorchScriptRuntime
@@ -220,7 +221,7 @@ def _aside(out: Path) -> Iterator[Path]:
         out.mkdir(parents=True, exist_ok=True)
         for path in out.iterdir():
             found = _PARTIAL.fullmatch(path.name)
-            if found and not _alive(int(found[1])):
+            if found and (int(found[1]) == os.getpid() or not is_running(int(found[1]))):
                 shutil.rmtree(path, ignore_errors=True)
         payload.mkdir()
         yield payload
@@ -229,17 +230,6 @@ def _aside(out: Path) -> Iterator[Path]:
         if made:
             with suppress(OSError):
                 out.rmdir()  # only if it is empty
-
-
-def _alive(process: int) -> bool:
-    """Whether another process of this number runs."""
-    try:
-        os.kill(process, 0)
-    except PermissionError:
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return process != os.getpid()
 
 
 def _go_live(payload: Path, manifest: Manifest, out: Path) -> Manifest:

@@ -208,19 +208,21 @@ class Batcher:
             return batch
 
     def _answer(self, batch: list[_Item]) -> None:
-        begun = time.perf_counter()
+        # Nothing may get out of here: it would end the one thread that answers.
         try:
+            begun = time.perf_counter()
             predictions = self._predict([item.prepared for item in batch])
+            seconds = time.perf_counter() - begun
+            self._observe("rows", sum(len(item.prepared.pixels) for item in batch))
+            for item, prediction in zip(batch, predictions, strict=True):
+                self._observe("queue", begun - item.queued)
+                self._observe("infer", seconds)
+                item.future.set_result(prediction)
         except Exception as error:  # whatever it is, it belongs to the one who asked
-            if len(batch) == 1:
-                batch[0].future.set_exception(error)
-                return
             for item in batch:
-                self._answer([item])
-            return
-        seconds = time.perf_counter() - begun
-        self._observe("rows", sum(len(item.prepared.pixels) for item in batch))
-        for item, prediction in zip(batch, predictions, strict=True):
-            self._observe("queue", begun - item.queued)
-            self._observe("infer", seconds)
-            item.future.set_result(prediction)
+                if item.future.done():
+                    continue
+                if len(batch) == 1:
+                    item.future.set_exception(error)
+                else:
+                    self._answer([item])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -97,6 +98,10 @@ class Manifest:
             entries += [*manifest.files.values(), *manifest.precisions.values(), *manifest.golden]
             if not all(isinstance(entry, dict) for entry in entries):
                 raise TypeError("files, precisions and golden hold objects")
+            if not (math.isfinite(manifest.temperature) and manifest.temperature > 0):
+                raise ValueError(f"temperature = {manifest.temperature}: it must be above 0")
+            if not manifest.views or manifest.views[0][1:] != VIEWS[0][1:]:
+                raise ValueError("the first view must be the plain one")
             return manifest
         except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
             raise BundleError(f"not a manifest: {error}") from error

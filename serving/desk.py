@@ -46,7 +46,7 @@ class Desk:
 
     def start(self) -> None:
         """Load and check the bundle on a thread, so that `/livez` answers meanwhile."""
-        threading.Thread(target=self._load, name="fledge-load", daemon=True).start()
+        threading.Thread(target=self.load, name="fledge-load", daemon=True).start()
 
     def close(self) -> None:
         """Stop the engine."""
@@ -109,7 +109,8 @@ class Desk:
 
         return await asyncio.gather(*(one(data) for data in images))
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Load and check the bundle now; what goes wrong becomes `refusal`."""
         settings = self.settings
         try:
             predictor = _open(settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import re
@@ -21,13 +23,22 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
+_LINGER: Final = 2.0
+_LINGER_BYTES: Final = 64 * 2**20
+"""Seconds and bytes for which the rest of a refused body is still read, and dropped."""
+
+
 class Gone(Exception):
     """The caller hung up before the body was whole; there is nobody to answer."""
 
 
 @dataclass
 class Request:
-    """A request's head. headers: names in lower case; id: the caller's X-Request-ID, or made."""
+    """A request's head, and the way to its body.
+
+    headers: names in lower case; id: the caller's X-Request-ID, or made.
+    whole: nothing of the body is left to read.
+    """
 
     method: str
     path: str
@@ -35,6 +46,7 @@ class Request:
     headers: dict[bytes, bytes]
     receive: Receive
     id: str
+    whole: bool = False
     started: float = field(default_factory=time.perf_counter)
 
     @classmethod
@@ -79,7 +91,24 @@ class Request:
                 raise TooLarge(message)
             chunks.append(chunk)
             if not event.get("more_body", False):
+                self.whole = True
                 return b"".join(chunks)
+
+    async def drop_rest(self) -> None:
+        """Read what is left of the body and forget it, within limits.
+
+        A connection that is closed while bytes lie unread is reset, and a caller who sends before
+        he reads would never see his answer.
+        """
+        if b"expect" in self.headers:
+            return  # he waits to be asked for the body
+        left = _LINGER_BYTES
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER):
+                while not self.whole and left > 0:
+                    event = await self.receive()
+                    left -= len(event.get("body", b""))
+                    self.whole = not event.get("more_body", False)
 
 
 @dataclass
@@ -106,12 +135,13 @@ class Reply:
             headers.append((b"retry-after", b"1"))
         if isinstance(error, Unauthorized):
             headers.append((b"www-authenticate", b"Bearer"))
-        if isinstance(error, (TooLarge, Unauthorized, problems.SlowRequest)):
+        refused = isinstance(error, (TooLarge, Unauthorized, problems.SlowRequest))
+        if refused and not request.whole:
             headers.append((b"connection", b"close"))  # the rest of the body is not read
         return cls(body["status"], _json(body), problems.MEDIA_TYPE, headers, body["code"])
 
     async def send(self, request: Request, send: Send) -> None:
-        """Send it, with the headers that every answer has."""
+        """Send it, with the headers that every answer of ours has."""
         headers = [
             (b"content-type", self.media_type.encode()),
             (b"content-length", str(len(self.body)).encode()),
@@ -122,6 +152,10 @@ class Reply:
         ]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         body = b"" if request.method == "HEAD" else self.body
+        if (b"connection", b"close") in self.headers:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await request.drop_rest()
+            body = b""
         await send({"type": "http.response.body", "body": body})
 
 

@@ -25,8 +25,22 @@ READ_TIMEOUT: Final = 60.0
 """Seconds that a body may take to come in."""
 
 BENTOML: Final = frozenset({"/livez", "/healthz", "/metrics", "/docs.json", "/schema.json"})
-_ASSETS: Final = "/static_content/"
+# By name: BentoML makes a label of its metrics of any path that it is asked for.
+_ASSETS: Final = frozenset(
+    f"/static_content/{name}"
+    for name in (
+        "favicon-dark-32x32.png",
+        "favicon-light-32x32.png",
+        "index.css",
+        "marked.min.js",
+        "swagger-initializer.js",
+        "swagger-ui-bundle.js",
+        "swagger-ui-standalone-preset.js",
+        "swagger-ui.css",
+    )
+)
 _READ: Final = ("GET", "HEAD")
+_SHORT_FORM: Final = 2**18
 _log = logging.getLogger("bentoml.fledge")
 
 Handler = Callable[["Front", Request], Awaitable[Reply]]
@@ -42,6 +56,10 @@ class Front:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer, or hand on."""
+        if scope["type"] == "websocket":  # nothing here speaks it, and BentoML would count its path
+            await receive()
+            await send({"type": "websocket.close", "code": 1000})
+            return
         if scope["type"] != "http":
             await self._inner(scope, receive, send)
             return
@@ -50,7 +68,7 @@ class Front:
             if path == "/docs":  # BentoML has its OpenAPI page at the root, where ours is
                 await self._inner({**scope, "path": "/", "raw_path": b"/"}, receive, send)
                 return
-            if path in BENTOML or path.startswith(_ASSETS):
+            if path in BENTOML or path in _ASSETS:
                 await self._inner(scope, receive, send)
                 return
         request = Request.of(scope, receive)
@@ -88,7 +106,7 @@ class Front:
             pairs = forms.query(request.query)
             body = await self._body(request, desk)
             if forms.is_multipart(request.content_type):
-                form = forms.parse(body, request.content_type)
+                form = await _form(body, request)
                 if len(form.images) > 1:
                     raise RequestError("more than one image; send several to /predict/batch")
                 body, pairs = form.images[0], [*pairs, *form.pairs]
@@ -104,7 +122,7 @@ class Front:
             if not forms.is_multipart(request.content_type):
                 raise RequestError("send multipart/form-data with several fields `image`")
             pairs = forms.query(request.query)
-            form = forms.parse(await self._body(request, desk), request.content_type)
+            form = await _form(await self._body(request, desk), request)
             options = forms.options([*pairs, *form.pairs])
             return Reply.of(await desk.answer_each(form.images, options, request.id))
 
@@ -120,7 +138,9 @@ class Front:
         try:
             predictor = desk.model.predictor
         except FledgeError as error:
-            return Reply.problem(type(error)(desk.refusal), request)
+            # The log has it in full; where the bundle lies is nobody's business out there.
+            told = desk.refusal.replace(str(desk.settings.bundle), "the bundle")
+            return Reply.problem(type(error)(told), request)
         return Reply.of(
             {
                 "status": "ready",
@@ -166,6 +186,13 @@ _HOME: Final = """<!doctype html>
 http://HOST:PORT/predict</code></p>
 <p><a href="docs">API</a> · <a href="model">the model</a> · <a href="metrics">metrics</a></p>
 """
+
+
+async def _form(body: bytes, request: Request) -> forms.Form:
+    """Take a form apart; a long one on a thread, since it may be made to take long."""
+    if len(body) <= _SHORT_FORM:
+        return forms.parse(body, request.content_type)
+    return await asyncio.to_thread(forms.parse, body, request.content_type)
 
 
 @contextmanager

@@ -10,11 +10,13 @@ import io
 import re
 import struct
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from serving.errors import BrokenImage, EmptyBody, NotAnImage, TooLarge, UnsupportedFormat
@@ -33,8 +35,11 @@ MAX_BYTES: Final = 20_000_000
 # A truncated file must be an error here whatever the embedding application set.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
-# Pillow warns about odd metadata and many pixels; here the pixels and our own cap decide. Once for
-# the process: `warnings.catch_warnings` around a decode is not safe among threads.
+# Pillow refuses by a number of pixels of its own; here `max_pixels` decides, before any is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+# Pillow warns about odd metadata; here the pixels decide. Once for the process:
+# `warnings.catch_warnings` around a decode is not safe among threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # What Pillow's plug-ins raise over corrupt data, found by fuzzing all of `FORMATS`.
@@ -61,6 +66,8 @@ _UPRIGHT: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+_STRIP: Final = 2**20  # samples that are scaled at a time
 
 _SRGB: Final = ImageCms.createProfile("sRGB")
 
@@ -107,9 +114,11 @@ def decode(
     try:
         if getattr(image, "is_animated", False):
             applied.append("first-frame")
-        stored = _orientation(image)
+        # TIFF is upright once loaded. Others are asked then: of a PNG this may load the pixels,
+        # and those have to be loaded where their errors count.
+        stored = _orientation(image) if image.format == "TIFF" else 1
         image.load()
-        remaining = _orientation(image)  # TIFF is upright once loaded; PNG may tell only then
+        remaining = _orientation(image)
         rgb = _to_rgb(image, background, applied)
         if remaining in _UPRIGHT:
             rgb = rgb.transpose(_UPRIGHT[remaining])
@@ -117,7 +126,7 @@ def decode(
             applied.append("exif-orientation")
     except _CORRUPT as error:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
-    except (MemoryError, Image.DecompressionBombError) as error:
+    except MemoryError as error:
         raise TooLarge("the image needs more memory than is allowed") from error
     return Decoded(rgb, tuple(applied))
 
@@ -141,8 +150,6 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         pass
-    except Image.DecompressionBombError as error:
-        raise TooLarge("the image has more pixels than are allowed") from error
     except _CORRUPT as error:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
     served = next((name for name, magic in _SERVED_MAGIC.items() if magic.match(data)), None)
@@ -155,7 +162,12 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    return int(image.getexif().get(_ORIENTATION, 1))
+    """What EXIF states; 1, upright, where it is broken or states nothing that makes sense."""
+    try:
+        stated = image.getexif().get(_ORIENTATION, 1)
+    except _CORRUPT:
+        return 1
+    return stated if isinstance(stated, int) else 1
 
 
 # BMP is not among them: two letters, with which a text may begin.
@@ -223,17 +235,30 @@ def _to_rgb(
 
 def _scale_deep(image: Image.Image) -> Image.Image:
     """Bring samples deeper than 8 bits to 0..255 by range; Pillow's own convert clips to white."""
-    with np.errstate(invalid="ignore"):  # a signalling NaN is met by the check below
-        samples = np.asarray(image, dtype=np.float64)
-    if not np.isfinite(samples).all():
-        raise ValueError("samples are not finite")
     low, high = 0.0, 65535.0
     if image.mode in ("F", "I"):
-        low, high = min(0.0, samples.min()), samples.max()
+        ends = np.array([(strip.min(), strip.max()) for _, strip in _strips(image)])
+        if not np.isfinite(ends).all():
+            raise ValueError("samples are not finite")
+        low, high = min(0.0, ends.min()), ends.max()
         # Known integer ranges first: stretching a dark photo to white would be a change of light.
         high = next((top for top in (1.0, 255.0, 65535.0) if high <= top), high)
-    scaled = (samples - low) * (255.0 / (high - low))
-    return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
+    scaled = np.empty((image.height, image.width), np.uint8)
+    for rows, strip in _strips(image):
+        strip -= low
+        strip *= 255.0 / (high - low)
+        scaled[rows] = np.rint(strip, out=strip)
+    return Image.fromarray(scaled).convert("RGB")
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[slice, npt.NDArray[np.float64]]]:
+    """The samples in float64, some rows at a time: a whole picture would take 8 bytes a pixel."""
+    step = max(1, _STRIP // image.width)
+    for top in range(0, image.height, step):
+        rows = slice(top, min(top + step, image.height))
+        with np.errstate(invalid="ignore"):  # a signalling NaN is for the caller to find
+            strip = np.array(image.crop((0, rows.start, image.width, rows.stop)), np.float64)
+        yield rows, strip
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:

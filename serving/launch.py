@@ -8,15 +8,16 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Final, NoReturn
 
 from serving import bundle
 from serving.errors import BundleError, FledgeError, OptionError
-from serving.settings import Settings
+from serving.settings import Settings, bundle_folder
 
 SCRATCH: Final = "FLEDGE_SCRATCH"
-"""Names the folder that the server removes when it ends."""
+"""PID:FOLDER: the server with that process id removes that folder when it ends."""
 
 GRACE: Final = 30
 """Seconds that requests in flight have after SIGTERM; BentoML's own default is a day."""
@@ -51,10 +52,11 @@ def serve(
     env = {
         **os.environ,
         **{name: str(value) for name, value in chosen.items() if value is not None},
-        "FLEDGE_BUNDLE": str(folder.resolve()),
+        "FLEDGE_BUNDLE": str(folder),
         "BENTOML_DO_NOT_TRACK": "True",
         "ORT_DISABLE_TELEMETRY": "1",
     }
+    make_absolute(env)
     settings = Settings.from_env(env)
     manifest = bundle.read(settings.bundle).manifest
     address = free_address(host, port)
@@ -62,10 +64,20 @@ def serve(
     url = reachable(address, port)
     print(f"{manifest.name}:{manifest.version} on {url} (ready when {url}/readyz says 200)")
     print(f'curl --data-binary @photo.jpg -H "Content-Type: image/jpeg" {url}/predict', flush=True)
-    command = [sys.executable, "-m", "bentoml", "serve", "serving.service:ImageClassifier"]
+    # -P: the folder in which the operator stands is not where modules come from.
+    command = [sys.executable, "-P", "-m", "bentoml", "serve", "serving.service:ImageClassifier"]
     command += ["--working-dir", str(_ROOT), "--host", address, "--port", str(port)]
     command += ["--timeout-graceful-shutdown", str(GRACE)]
     os.execve(sys.executable, command, env)
+
+
+def make_absolute(env: MutableMapping[str, str]) -> None:
+    """Write paths out in full: launcher, server and workers may stand in different folders."""
+    # Not resolved: a link may be turned to new keys or another bundle while the service runs.
+    env["FLEDGE_BUNDLE"] = str(bundle_folder(env).absolute())
+    keys = env.get("FLEDGE_API_KEYS_FILE", "").strip()
+    if keys:
+        env["FLEDGE_API_KEYS_FILE"] = str(Path(keys).absolute())
 
 
 def check(settings: Settings) -> None:
@@ -123,11 +135,22 @@ def reachable(address: str, port: int) -> str:
 
 def _private_home(env: dict[str, str]) -> None:
     """BentoML wipes the metrics below its home at each start: also those of another server."""
+    env.pop(SCRATCH, None)
     try:
         scratch = tempfile.mkdtemp(prefix="fledge-")
     except OSError:
         return  # a read-only machine: BentoML's own home will have to do
-    env["BENTOML_HOME"] = env[SCRATCH] = scratch
+    env["BENTOML_HOME"] = scratch
+    env[SCRATCH] = f"{os.getpid()}:{scratch}"  # execve keeps the process id
+
+
+def own_scratch() -> str | None:
+    """The folder that this process shall remove when it ends.
+
+    None for a value that came from elsewhere: it may name anybody's folder.
+    """
+    pid, _, scratch = os.environ.get(SCRATCH, "").partition(":")
+    return scratch if scratch and pid == str(os.getpid()) else None
 
 
 def _try_device() -> int:

@@ -21,6 +21,8 @@ from serving.preprocess import Pixels
 from serving.views import Probabilities
 
 TOP_K: Final = 5
+MAX_TOLERANCE: Final = 0.05
+"""A golden answer may be off by a tolerance of at most this; more would check nothing."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ def check_golden(predictor: Predictor, opened: bundle.Bundle) -> None:
     """Compare golden images with the probabilities that the manifest states for this precision.
 
     Raises:
-        BundleError: There are none, or an answer is off by more than the stated tolerance.
+        BundleError: There are none, the engine fails on them, or an answer is off by more than the
+            stated tolerance, which itself must be small enough to mean something.
     """
     manifest, precision = opened.manifest, predictor.precision
     if not manifest.golden:
@@ -186,14 +189,30 @@ def check_golden(predictor: Predictor, opened: bundle.Bundle) -> None:
         raise BundleError(
             f"{opened.folder} states no golden answers for {precision}; export it again"
         ) from error
+    if not 0 < tolerance <= MAX_TOLERANCE:
+        raise BundleError(
+            f"{opened.folder}: tolerance {tolerance:.2g} of {precision} is not above 0 and at most "
+            f"{MAX_TOLERANCE}; export it again"
+        )
     for name, expected in stated:
+        if expected.shape != (len(manifest.labels),):
+            raise BundleError(
+                f"{opened.folder}: {name} has {expected.size} probabilities stated for "
+                f"{len(manifest.labels)} labels"
+            )
         try:
             prepared = predictor.prepare((opened.payload / name).read_bytes())
         except (ImageError, OSError) as error:
             raise BundleError(f"{opened.payload / name} can't be read: {error}") from error
-        actual = predictor.predict([prepared])[0].probabilities
+        try:
+            actual = predictor.predict([prepared])[0].probabilities
+        except WorkError as error:
+            raise BundleError(f"{opened.folder} must not be served here: {error}") from error
         if actual.shape != expected.shape:
-            raise BundleError(f"{opened.folder}: {name} has {len(expected)} probabilities stated")
+            raise BundleError(
+                f"{opened.folder}: the graph gives {actual.size} probabilities for "
+                f"{len(manifest.labels)} labels"
+            )
         off = float(np.abs(actual - expected).max())
         if not off <= tolerance:
             raise BundleError(

@@ -56,15 +56,24 @@ class ImageClassifier:
     """Classifies images with the model of a Fledge bundle."""
 
     def __init__(self) -> None:
-        """Begin to load; `/readyz` tells when it is done."""
-        self.desk = Desk(Settings.from_env(), Telemetry())
-        self.desk.start()
+        """Begin to load; `/readyz` tells when it is done.
+
+        One of several workers loads before it accepts: whichever answers `/readyz`, none of the
+        others takes a request that it can't answer yet.
+        """
+        settings = Settings.from_env()
+        self.desk = Desk(settings, Telemetry())
+        if settings.workers > 1:
+            self.desk.load()
+        else:
+            self.desk.start()
 
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
     @staticmethod
     def check() -> None:
         """Before any worker starts: refuse to start on wrong settings or without a bundle."""
-        scratch = os.environ.get(launch.SCRATCH)
+        launch.make_absolute(os.environ)
+        scratch = launch.own_scratch()
         if scratch:
             atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +18,25 @@ DEVICES: Final = ("auto", "cpu", "cuda", "tensorrt")
 PRECISIONS: Final = ("auto", "fp32", "int8", "fp16")
 
 
+def bundle_folder(environ: Mapping[str, str]) -> Path:
+    """What FLEDGE_BUNDLE names, else the Bento's own, else `bundle` here or beside this package."""
+    stated = environ.get("FLEDGE_BUNDLE", "").strip()
+    return Path(stated) if stated else _bundle()
+
+
 def _bundle() -> Path:
     here, beside = Path("bundle"), Path(__file__).parent.parent / "bundle"
-    return beside if beside.is_dir() and not here.is_dir() else here
+    # BENTO/bento.yaml, BENTO/src/serving, BENTO/src/bundle
+    in_bento = (beside.parent.parent / "bento.yaml").is_file()
+    return beside if beside.is_dir() and (in_bento or not here.is_dir()) else here
 
 
 @dataclass(frozen=True)
 class Settings:
     """What an operator may decide; the bundle decides the rest.
 
-    bundle: folder that holds `manifest.json`; `bundle` here, or as in a Bento beside this package.
+    bundle: folder that holds `manifest.json`; in a Bento its own, else `bundle` here or beside this
+        package.
     device: auto, cpu, cuda or tensorrt; only auto may fall back, and says so.
     precision: auto, fp32, int8 or fp16; auto takes the fastest that the bundle keeps.
     workers: processes that share the port; each has its own copy of the model.
@@ -64,7 +74,7 @@ class Settings:
         """
         reader = _Reader(os.environ if environ is None else environ)
         settings = cls(
-            bundle=Path(reader.text("FLEDGE_BUNDLE", str(_bundle()))),
+            bundle=bundle_folder(reader.environ),
             device=reader.choice("FLEDGE_DEVICE", DEVICES),
             precision=reader.choice("FLEDGE_PRECISION", PRECISIONS),
             workers=reader.whole("FLEDGE_WORKERS", cls.workers, 1, 256),
@@ -115,9 +125,10 @@ class _Reader:
         text = self.text(name, "")
         if not text:
             return default
-        if text.isascii() and text.isdigit() and low <= int(text) <= high:
+        # Twelve digits are more than any of these has; of a thousand int() itself would raise.
+        if re.fullmatch("[0-9]{1,12}", text) and low <= int(text) <= high:
             return int(text)
-        self.mistakes.append(f"{name} = {text!r}: use a whole number, {low} to {high}")
+        self.mistakes.append(f"{name} = {text[:20]!r}: use a whole number, {low} to {high}")
         return default
 
     def seconds(self, name: str, default: float) -> float:

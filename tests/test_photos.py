@@ -68,7 +68,10 @@ def test_http_answers_are_the_checkpoints_own(run, bundle, tmp_path):
     pixels = np.concatenate([predictor.prepare(s.path.read_bytes()).pixels for s in samples])
     logits = evaluate.logits_of(classifier, torch.from_numpy(pixels), info.preprocess)
     expected = softmax(logits.numpy())
-    with live(bundle, tmp_path / "log.txt") as server, httpx.Client(timeout=30) as client:
+    with (
+        live(bundle, tmp_path / "log.txt") as server,
+        httpx.Client(timeout=60, trust_env=False) as client,
+    ):
         url = f"{server.url}/predict?top_k={len(info.classes)}"
         for sample, row in zip(samples, expected, strict=True):
             answer = client.post(url, content=sample.path.read_bytes()).json()

@@ -278,12 +278,13 @@ def write_split(dataset: Dataset, path: Path) -> None:
                 out.writerow([relative, part, dataset.classes[sample.label]])
 
 
-def of_run(run: Path, data: Path | None = None) -> Dataset:
+def of_run(run: Path, data: Path | None = None, part: str = "valid") -> Dataset:
     """The split that a run used.
 
     Args:
         run: The run's folder, or its checkpoint.
         data: Where the photos are now, if they have moved.
+        part: Whose photos must all be there.
 
     Raises:
         DataError: The photos are not where they were; names `--data`.
@@ -308,8 +309,8 @@ def of_run(run: Path, data: Path | None = None) -> Dataset:
                 parts[row["fold"]].append(Sample(root / row["path"], index[row["label"]]))
     except (OSError, KeyError, csv.Error) as error:
         raise DataError(f"{folder / SPLIT} can't be read: {error}") from error
-    gone = [s.path for part in PARTS for s in parts[part] if not s.path.is_file()]
+    gone = [s.path for s in parts[part] if not s.path.is_file()]
     if gone:
-        raise DataError(f"{len(gone)} photos of this run are gone, as {gone[0]}; use --data")
+        raise DataError(f"{len(gone)} {part} photos are gone, as {gone[0]}; use --data")
     found = {part: tuple(samples) for part, samples in parts.items()}
     return Dataset(str(info.data.get("source", root)), root, info.classes, **found)

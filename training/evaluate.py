@@ -76,7 +76,7 @@ def evaluate(
         say: Takes a line about every photo that can't be read.
     """
     classifier, info = checkpoint.load(run)
-    dataset = data.of_run(run, data_folder)
+    dataset = data.of_run(run, data_folder, part)
     samples: Sequence[data.Sample] = getattr(dataset, part)
     if not samples:
         raise DataError(f"{run} has no {part} photos")

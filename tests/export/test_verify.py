@@ -140,8 +140,9 @@ def test_golden_images_stay_small(samples, tmp_path, monkeypatch):
 
 def test_verifying_a_bundle_needs_no_torch(tmp_path):
     code = (
-        "import sys, pathlib; from tests.tiny import tiny_bundle; from export import verify; "
-        f"print(verify.verify_bundle(tiny_bundle(pathlib.Path({str(tmp_path / 'b')!r})))); "
+        "import sys, pathlib; from tests.tiny import tiny_bundle; "
+        "from serving.verify import verify; "
+        f"print(verify(tiny_bundle(pathlib.Path({str(tmp_path / 'b')!r})))); "
         "sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -30,6 +30,16 @@ class Live:
         return self.process.wait(30)
 
 
+def get(url: str) -> httpx.Response:
+    """By no proxy, and with patience for a machine under load."""
+    return httpx.get(url, timeout=60, trust_env=False)
+
+
+def post(url: str, data: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
+    """See `get`."""
+    return httpx.post(url, content=data, headers=headers, timeout=60, trust_env=False)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -67,7 +77,7 @@ def live(folder: Path, log: Path, **env: str) -> Iterator[Live]:
         until = time.monotonic() + 90
         while True:
             try:
-                if httpx.get(f"{server.url}/readyz", timeout=5).status_code == 200:
+                if get(f"{server.url}/readyz").status_code == 200:
                     break
             except httpx.TransportError:
                 pass

@@ -147,6 +147,47 @@ def test_nothing_loaded_is_503_everywhere(predictor: Predictor):
     talk(opened(predictor, None), work)
 
 
+def test_a_refusal_does_not_tell_where_the_bundle_lies(predictor: Predictor):
+    async def work(client: httpx.AsyncClient) -> None:
+        response = await client.get("/readyz")
+        assert response.json()["detail"] == "the bundle/model.onnx was changed"
+
+    desk = opened(predictor, None)
+    desk.refusal = f"{desk.settings.bundle}/model.onnx was changed"
+    talk(desk, work)
+
+
+def test_a_websocket_is_closed_at_the_door(predictor: Predictor):
+    sent = []
+
+    async def receive():
+        return {"type": "websocket.connect"}
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    app = Front(no_bentoml, lambda: opened(predictor, None))
+    asyncio.run(app({"type": "websocket", "path": "/x", "headers": []}, receive, send))
+    assert sent == [{"type": "websocket.close", "code": 1000}]
+
+
+def test_a_hostile_form_holds_nobody_else_up(predictor: Predictor):
+    hostile = b"--b\r\nContent-Disposition: form-data; name=image\r\n\r\n" + b"\r\n--bx" * 400_000
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+
+    async def work(client: httpx.AsyncClient) -> None:
+        slow = asyncio.create_task(client.post("/predict", content=hostile, headers=headers))
+        asked = 0
+        while not slow.done():
+            assert (await client.get("/readyz")).status_code == 503
+            asked += 1
+            await asyncio.sleep(0.01)
+        assert (await slow).status_code == 400
+        assert asked > 3
+
+    talk(opened(predictor, None), work)
+
+
 def test_a_slow_body_is_408(predictor: Predictor, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(front, "READ_TIMEOUT", 0.05)
 

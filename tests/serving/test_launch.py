@@ -1,9 +1,13 @@
+import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import httpx
@@ -11,10 +15,10 @@ import pytest
 
 from serving import bundle
 from serving.errors import BundleError, OptionError
-from serving.launch import check, free_address, reachable
+from serving.launch import SCRATCH, check, free_address, make_absolute, own_scratch, reachable
 from serving.runtime import _why_not
 from serving.settings import Settings
-from tests.serving.live import ROOT, free_port, launch, live
+from tests.serving.live import ROOT, free_port, get, launch, live, post
 from tests.tiny import photo, tiny_bundle
 
 
@@ -95,6 +99,26 @@ def test_a_missing_gpu_refuses_before_any_worker(folder: Path, monkeypatch: pyte
         check(Settings.from_env())
 
 
+def test_only_the_scratch_folder_of_this_very_process_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for foreign in ("", str(tmp_path), f"{os.getpid() + 1}:{tmp_path}", f":{tmp_path}"):
+        monkeypatch.setenv(SCRATCH, foreign)
+        assert own_scratch() is None
+    monkeypatch.setenv(SCRATCH, f"{os.getpid()}:{tmp_path}")
+    assert own_scratch() == str(tmp_path)
+
+
+def test_paths_mean_the_same_in_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    env = {"FLEDGE_BUNDLE": "b", "FLEDGE_API_KEYS_FILE": "keys"}
+    make_absolute(env)
+    assert env == {
+        "FLEDGE_BUNDLE": str(tmp_path / "b"),
+        "FLEDGE_API_KEYS_FILE": str(tmp_path / "keys"),
+    }
+
+
 def test_addresses(folder: Path):
     port = free_port()
     assert free_address("localhost", port) in ("127.0.0.1", "::1")
@@ -124,16 +148,21 @@ def test_the_url_told_is_one_that_answers(address: str, url: str):
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_in_flight_is_answered_before_the_end(folder: Path, tmp_path: Path, sent: int):
     data = photo(1)
-    with live(folder, tmp_path / "log", FLEDGE_WORKERS="2") as server:
-        expected = httpx.post(f"{server.url}/predict", content=data).content
-        with socket.create_connection(("127.0.0.1", server.port)) as caller:
-            head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-            caller.sendall(head.encode() + data[:100])
-            time.sleep(0.3)
+    precious = tmp_path.with_name(f"{tmp_path.name}-precious")
+    precious.mkdir()
+    env = {"FLEDGE_WORKERS": "2", "FLEDGE_SCRATCH": str(precious)}
+    with live(folder, tmp_path / "log", **env) as server:
+        expected = post(f"{server.url}/predict", data).content
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as caller:
+            head = "POST /predict HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+            caller.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode())
+            interim = b""
+            while b"\r\n\r\n" not in interim:  # a worker has it and waits for the body
+                interim += caller.recv(1)
+            assert interim.startswith(b"HTTP/1.1 100")
             server.process.send_signal(sent)
             time.sleep(0.5)
-            caller.sendall(data[100:])
-            caller.settimeout(20)
+            caller.sendall(data)
             got = b"".join(iter(lambda: caller.recv(65536), b""))
         assert got.startswith(b"HTTP/1.1 200")
         assert got.endswith(expected)
@@ -143,6 +172,7 @@ def test_a_request_in_flight_is_answered_before_the_end(folder: Path, tmp_path: 
     assert "Traceback" not in said
     left = [path.name for path in tmp_path.iterdir() if path.name != "log"]
     assert left == []
+    assert precious.is_dir()
 
 
 def test_golden_images_that_come_out_wrong_are_never_served(tmp_path: Path):
@@ -158,9 +188,11 @@ def test_golden_images_that_come_out_wrong_are_never_served(tmp_path: Path):
         ready = _first(port, "/readyz", "off by")
         assert ready.status_code == 503
         assert ready.json()["code"] == "not-ready"
-        refused = httpx.post(f"http://127.0.0.1:{port}/predict", content=photo(1))
+        assert str(tmp_path) not in ready.text
+        assert str(tmp_path) in (tmp_path / "log").read_text()
+        refused = post(f"http://127.0.0.1:{port}/predict", photo(1))
         assert refused.status_code == 503
-        assert httpx.get(f"http://127.0.0.1:{port}/livez").status_code == 200
+        assert get(f"http://127.0.0.1:{port}/livez").status_code == 200
     finally:
         process.terminate()
         assert process.wait(30) == 0
@@ -170,7 +202,7 @@ def _first(port: int, path: str, text: str) -> httpx.Response:
     until = time.monotonic() + 60
     while time.monotonic() < until:
         try:
-            response = httpx.get(f"http://127.0.0.1:{port}{path}")
+            response = get(f"http://127.0.0.1:{port}{path}")
         except httpx.TransportError:
             pass
         else:
@@ -187,12 +219,24 @@ def test_keys_open_the_door(folder: Path, tmp_path: Path):
         url = f"{server.url}/predict"
         for header in (None, "Bearer wrong", "Basic first-key", "Bearer", "first-key"):
             headers = {"authorization": header} if header is not None else {}
-            response = httpx.post(url, content=photo(1), headers=headers)
+            response = post(url, photo(1), headers)
             assert response.status_code == 401, header
             assert response.json()["code"] == "unauthorized"
             assert response.headers["www-authenticate"] == "Bearer"
         for key in ("first-key", "second-key"):
             headers = {"authorization": f"Bearer {key}"}
-            assert httpx.post(url, content=photo(1), headers=headers).status_code == 200
-        assert httpx.get(f"{server.url}/model").status_code == 401
-        assert httpx.get(f"{server.url}/livez").status_code == 200
+            assert post(url, photo(1), headers).status_code == 200
+        assert get(f"{server.url}/model").status_code == 401
+        assert get(f"{server.url}/livez").status_code == 200
+        # Far more than is allowed or read: the answer arrives all the same.
+        assert large(url, 30_000_000, {}) == (401, "unauthorized")
+        assert large(url, 30_000_000, {"Authorization": "Bearer first-key"}) == (413, "too-large")
+
+
+def large(url: str, size: int, headers: dict[str, str]) -> tuple[int, str]:
+    """Status and code, by a client that sends the whole body before it reads."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(url, data=bytes(size), headers=headers)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        opener.open(request, timeout=60)
+    return caught.value.code, json.loads(caught.value.read())["code"]

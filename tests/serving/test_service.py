@@ -1,5 +1,6 @@
 import io
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ from PIL import Image
 
 from serving.bundle import Manifest
 from serving.predictor import Predictor, open_predictor
-from tests.serving.live import Live, live
+from tests.serving.live import Live, live, post
 from tests.tiny import photo, tiny_bundle
 
 MAX_BYTES = 50_000
@@ -37,7 +38,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
 
 @pytest.fixture
 def client(server: Live) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
         yield client
 
 
@@ -128,7 +129,7 @@ def test_what_was_applied_is_said(client: httpx.Client):
 
 def test_sixteen_callers_each_get_their_own(server: Live, predictor: Predictor):
     def call(seed: int) -> None:
-        with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as client:
+        with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
             for step in range(4):
                 data = photo(100 + seed * 4 + step)
                 check(client.post("/predict", content=data).json(), expected(predictor, data))
@@ -229,6 +230,7 @@ def test_a_batch_with_wrong_options_is_refused_whole(client: httpx.Client):
         ("POST", "/metrics", 405, "method-not-allowed"),
         ("GET", "/nowhere", 404, "not-found"),
         ("POST", "/predict/", 404, "not-found"),
+        ("GET", "/static_content/nowhere.js", 404, "not-found"),
     ],
 )
 def test_wrong_paths_and_methods(client: httpx.Client, method, path, status, code):
@@ -261,7 +263,10 @@ def test_health_and_description(client: httpx.Client, predictor: Predictor):
     assert client.head("/").content == b""
     paths = client.get("/docs.json").json()["paths"]
     assert {"/predict", "/predict/batch"} <= paths.keys()
-    assert "swagger" in client.get("/docs").text
+    docs = client.get("/docs").text
+    assert "swagger" in docs
+    assets = re.findall(r'"\.(/static_content/[^"]+)"', docs)
+    assert [client.get(path).status_code for path in assets] == [200] * len(assets) != []
 
 
 def test_metrics_count_outcomes_in_bounded_labels(client: httpx.Client):
@@ -300,5 +305,5 @@ def test_bentomls_own_client_works(server: Live, folder: Path, tmp_path: Path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    answer = httpx.post(f"{server.url}/predict?tta=2&top_k=3", content=photo(1)).json()
+    answer = post(f"{server.url}/predict?tta=2&top_k=3", photo(1)).json()
     assert json.loads(done.stdout.splitlines()[-1]) == answer

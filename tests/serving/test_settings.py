@@ -26,6 +26,8 @@ def test_the_bundle_is_here_or_as_in_a_bento_beside_the_package(
     assert Settings.from_env({"FLEDGE_BUNDLE": "b"}).bundle == Path("b")
     (here / "bundle").mkdir()
     assert Settings.from_env({}).bundle == Path("bundle")
+    (tmp_path / "bento.yaml").touch()  # BENTO/bento.yaml, BENTO/src/bundle
+    assert Settings.from_env({}).bundle == bento / "bundle"
 
 
 def test_every_variable_arrives(tmp_path: Path):
@@ -72,6 +74,12 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path):
     message = str(caught.value)
     assert [name for name in wrong if name not in message] == []
     assert "\n" not in message
+
+
+def test_a_number_of_many_digits_is_a_mistake_like_others():
+    with pytest.raises(OptionError, match="FLEDGE_WORKERS") as caught:
+        Settings.from_env({"FLEDGE_WORKERS": "1" * 5000})
+    assert len(str(caught.value)) < 200
 
 
 def test_a_key_file_that_is_not_there_never_opens_the_door():
