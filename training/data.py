@@ -16,8 +16,8 @@ from typing import Any, Final, NamedTuple
 from serving.errors import DataError, OptionError
 from serving.files import write_aside
 from serving.images import SUFFIXES
+from training.split import PARTS, read_split
 
-PARTS: Final = ("train", "valid", "test")
 _CLUTTER: Final = ("__MACOSX", "@eaDir")
 FOLDERS: Final = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
 """Folder names that are parts, not classes."""
@@ -207,7 +207,7 @@ def _from_parts(source: str, root: Path, parts: Mapping[str, Path]) -> Dataset:
 
 
 def _from_split(source: str, root: Path, split: Path, fold: int) -> Dataset:
-    rows = list(_read_split(split))
+    rows = list(read_split(split))
     numbers = {int(f) for _, f in rows if f.isdecimal()}
     if numbers and fold not in numbers:
         have = ", ".join(map(str, sorted(numbers)))
@@ -227,27 +227,6 @@ def _from_split(source: str, root: Path, split: Path, fold: int) -> Dataset:
         raise DataError(f"{split} names {len(missing)} files that are not there, as {missing[0]}")
     found = {part: tuple(samples) for part, samples in parts.items()}
     return Dataset(source, root, tuple(names), **found)
-
-
-def _read_split(split: Path) -> Iterator[tuple[str, str]]:
-    try:
-        # utf-8-sig: spreadsheets write a byte-order mark.
-        with split.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            reader = csv.DictReader(file)
-            if not {"path", "fold"} <= set(reader.fieldnames or ()):
-                raise DataError(f"{split}: the first line must be 'path,fold'")
-            for row in reader:
-                path, fold = row["path"] or "", (row["fold"] or "").strip()
-                line = f"{split}, line {reader.line_num}"
-                if fold not in PARTS and not fold.isdecimal():
-                    raise DataError(f"{line}: fold {fold!r} is not train, valid, test or a number")
-                if len(Path(path).parts) < 2 or Path(path).is_absolute() or ".." in path.split("/"):
-                    raise DataError(f"{line}: path {path!r} is not CLASS/photo below the folder")
-                yield path, fold
-    except FileNotFoundError:
-        raise DataError(f"--split {split}: no such file; make a CSV 'path,fold'") from None
-    except (OSError, csv.Error) as error:
-        raise DataError(f"--split {split} can't be read: {error}") from error
 
 
 def _checked(dataset: Dataset) -> Dataset:

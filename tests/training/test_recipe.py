@@ -12,6 +12,7 @@ from tests.training.conftest import STAGE
 from training import checkpoint, config, data, evaluate, pixels, trainer
 from training import recipe as fine_tune
 from training.activations import Precision, TrainFeed, ValidFeed, affordable_views
+from training.best import Best
 from training.model import normalise
 
 CPU = Precision(torch.float32, torch.device("cpu"))
@@ -248,7 +249,7 @@ def test_the_best_epoch_is_kept_not_the_last(recipe, photos, tmp_path, lines):
     settings = config.read(recipe())
     found = data.load(str(photos))
     classifier, _ = fine_tune.build_classifier(settings, 3, lines.append)
-    best = fine_tune._Best(tmp_path, settings, found, classifier, lines.append)
+    best = Best(tmp_path, settings, found, classifier, lines.append)
     figures = [(0.5, 1.0), (0.8, 0.7), (0.8, 0.6), (0.7, 0.1), (0.8, 0.65)]
     for number, (accuracy, loss) in enumerate(figures, start=1):
         with torch.no_grad():
