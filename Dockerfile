@@ -35,10 +35,13 @@ RUN mkdir "/app/fledge-${VERSION}.dist-info" \
 
 # --- cpu: what runs ------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS cpu
-# The base image's own pip is no use to a service and some use to an intruder.
-RUN rm -rf /usr/local/bin/pip* /usr/bin/pip* \
-      /usr/local/lib/python3*/site-packages/pip* /usr/local/lib/python3*/ensurepip \
-      /usr/lib/python3/dist-packages/pip* /usr/lib/python3*/ensurepip
+# The base image's own pip and its kin are no use to a service and some use to an intruder.
+RUN for site in /usr/local/lib/python3*/site-packages /usr/lib/python3/dist-packages; do \
+      rm -rf "$site"/pip "$site"/pip-* "$site"/setuptools "$site"/setuptools-* "$site"/wheel "$site"/wheel-* \
+        "$site"/pkg_resources "$site"/_distutils_hack "$site"/distutils-precedence.pth; \
+    done \
+ && rm -rf /usr/local/bin/pip* /usr/bin/pip* /usr/local/bin/wheel* /usr/bin/wheel* \
+      /usr/local/lib/python3*/ensurepip /usr/lib/python3*/ensurepip
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

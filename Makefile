@@ -90,7 +90,7 @@ image: ## Build the image IMAGE=fledge (BASE_IMAGE=…, DOCKER_BUILD_ARGS=…)
 	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(DOCKER_BUILD_ARGS) .
 
 run-image: ## Serve BUNDLE=bundle from the image on PORT=3000: read-only, unprivileged
-	$(DOCKER) run --rm --publish $(PORT):3000 --volume "$(abspath $(BUNDLE))":/bundle:ro \
+	$(DOCKER) run --rm --stop-timeout 35 --publish $(PORT):3000 --volume "$(abspath $(BUNDLE))":/bundle:ro \
 	  --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges $(DOCKER_RUN_ARGS) $(IMAGE) $(ARGS)
 
 lock: install ## Renew the lock files; ARGS=--upgrade takes the newest versions

@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,13 +110,15 @@ class Container:
                 return error.code, error.headers.get_content_type(), json.load(error)
 
 
-def start(bundle: Path) -> Container:
+def start(bundle: Path, watch: Callable[[str], None] = lambda name: None) -> Container:
+    """Run it and wait until it is ready; `watch` is told its name before."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     name = f"fledge-test-{uuid.uuid4().hex[:8]}"
     begun = time.monotonic()
     make("run-image", f"BUNDLE={bundle}", f"PORT={port}", f"DOCKER_RUN_ARGS=--detach --name {name}")
+    watch(name)
     address = f"http://127.0.0.1:{port}"
     while time.monotonic() - begun < 60:
         try:
@@ -211,12 +213,11 @@ for path in ("/app/x", "/opt/venv/x", "/bundle/x", "/x"):
 
 def test_nothing_to_build_or_install_with_is_inside(container: Container) -> None:
     modules = "import importlib.util as u; print(*filter(u.find_spec, {!r}))"
-    unwanted = ["torch", "torchvision", "onnx", "training", "export", "pip", "ensurepip", "pytest"]
+    installers = ["pip", "ensurepip", "setuptools", "wheel"]
+    unwanted = ["torch", "torchvision", "onnx", "training", "export", "pytest", *installers]
     assert container.python(modules.format(unwanted)) == ""
     base = container.python("import sys; print(sys._base_executable)")
-    found = run(
-        DOCKER, "exec", container.name, base, "-c", modules.format(["pip", "ensurepip"])
-    ).stdout
+    found = run(DOCKER, "exec", container.name, base, "-c", modules.format(installers)).stdout
     assert found.strip() == ""
     tools = ["gcc", "cc", "g++", "ld", "as", "make", "cmake", "pip", "pip3", "git", "curl"]
     which = f"import shutil; print(*filter(shutil.which, {tools!r}))"
@@ -281,17 +282,22 @@ def test_with_a_changed_byte_it_says_which_file_and_exits_78(
 def test_stop_ends_it_within_the_grace_period(
     build_seconds: float, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    started = start(bundle)
     exits: list[str] = []
-    waiter = threading.Thread(
-        target=lambda: exits.append(run(DOCKER, "wait", started.name).stdout.strip())
-    )
-    waiter.start()
-    time.sleep(0.5)
+    waiters: list[threading.Thread] = []
+
+    def wait(name: str) -> None:
+        exits.append(run(DOCKER, "wait", name, limit=180).stdout.strip())
+
+    def watch(name: str) -> None:
+        # Long before the stop: of a container that --rm has removed nobody learns the status.
+        waiters.append(threading.Thread(target=wait, args=(name,)))
+        waiters[0].start()
+
+    started = start(bundle, watch)
     begun = time.monotonic()
     run(DOCKER, "stop", "--time", str(int(GRACE)), started.name)
     seconds = time.monotonic() - begun
-    waiter.join()
+    waiters[0].join()
     with capsys.disabled():
         print(f"\nstopped {seconds:.1f} s after docker stop")
     assert seconds < GRACE

@@ -179,6 +179,17 @@ def test_a_batch_that_fails_is_done_again_one_by_one():
     assert run(batcher, work).runs == [[1], [2, 13, 3], [2], [13], [3]]
 
 
+def test_a_failing_observer_does_not_end_the_thread_that_answers():
+    async def work(stub: Stub, engine):
+        engine._observe, kept = lambda phase, value: 1 / (phase != "rows"), engine._observe
+        with pytest.raises(ZeroDivisionError):
+            await engine.predict(b"x")
+        engine._observe = kept
+        assert int((await engine.predict(b"xx")).probabilities[0]) == 2
+
+    run(batcher, work)
+
+
 @both
 def test_every_phase_is_observed(make: Make):
     async def work(stub: Stub, engine):

@@ -119,6 +119,30 @@ def test_sixteen_bits_are_scaled_not_clipped(kind: str) -> None:
     assert np.array_equal(np.asarray(decoded.image), np.stack([expected] * 3, axis=-1))
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
+def test_deep_samples_are_scaled_in_strips_as_at_once(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(1)
+    deep = rng.integers(0, 65536, (37, 23)).astype(np.uint16)
+    wide = deep.astype(np.int32) * 3 - 90_000
+    image = {
+        "I;16": lambda: Image.fromarray(deep),
+        "I;16B": lambda: Image.frombytes("I;16B", (23, 37), deep.astype(">u2").tobytes()),
+        "I": lambda: Image.fromarray(wide),
+        "F": lambda: Image.fromarray(wide.astype(np.float32)),
+    }[mode]()
+    assert image.mode == mode
+    samples = np.asarray(image, np.float64)
+    low, high = 0.0, 65535.0
+    if mode in ("I", "F"):
+        low, high = samples.min(), samples.max()
+    expected = np.rint((samples - low) * (255.0 / (high - low))).astype(np.uint8)
+    monkeypatch.setattr(images, "_STRIP", 100)
+    scaled = np.asarray(images._scale_deep(image))
+    assert np.array_equal(scaled, np.repeat(expected[:, :, None], 3, axis=2))
+
+
 def test_a_dark_sixteen_bit_photo_stays_dark() -> None:
     dark = np.full((8, 8), 2570, np.uint16)
     assert pixels(encode(as_image(dark), "PNG")).max() == 10
@@ -253,6 +277,27 @@ def test_the_name_of_a_file_never_matters(tmp_path: Path) -> None:
 def test_an_unreadable_file_is_broken_and_named(tmp_path: Path) -> None:
     with pytest.raises(BrokenImage, match=r"gone\.jpg"):
         images.read(tmp_path / "gone.jpg")
+
+
+ODD_EXIF = {
+    "ascii": struct.pack("<2sHIHHHI4sI", b"II", 42, 8, 1, 0x0112, 2, 2, b"6\0\0\0", 0),
+    "rational": struct.pack("<2sHIHHHIIIII", b"II", 42, 8, 1, 0x0112, 5, 1, 26, 0, 6, 0),
+    "cut short": b"II*\0\x08\0\0\0\xff\xff",
+    "no exif": b"nothing of the kind",
+    "far": struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 0x0112, 4, 1, 2**32 - 1, 0),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", ODD_EXIF.values(), ids=ODD_EXIF)
+def test_odd_exif_never_refuses_a_good_photo(kind: str, exif: bytes) -> None:
+    image = Image.open(io.BytesIO(photo(1)))
+    plain, odd = io.BytesIO(), io.BytesIO()
+    image.save(plain, kind)
+    image.save(odd, kind, exif=b"Exif\0\0" + exif)
+    decoded = images.decode(odd.getvalue())
+    assert decoded.applied == ()
+    assert np.array_equal(decoded.image, images.decode(plain.getvalue()).image)
 
 
 def test_no_bytes_are_no_image() -> None:

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +16,15 @@ import pytest
 
 from serving import bundle
 from serving.errors import BundleError, OptionError
-from serving.launch import SCRATCH, check, free_address, make_absolute, own_scratch, reachable
+from serving.launch import (
+    SCRATCH,
+    check,
+    free_address,
+    make_absolute,
+    own_scratch,
+    reachable,
+    serve,
+)
 from serving.runtime import _why_not
 from serving.settings import Settings
 from tests.serving.live import ROOT, free_port, get, launch, live, post
@@ -109,6 +118,27 @@ def test_only_the_scratch_folder_of_this_very_process_is_removed(
     assert own_scratch() == str(tmp_path)
 
 
+def test_what_the_launcher_becomes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Became(Exception):
+        pass
+
+    def execve(*became: object) -> None:
+        raise Became(*became)
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv(SCRATCH, f"{os.getpid()}:/home")
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(Became) as caught:
+        serve(Path(folder.name), port=free_port())
+    _, command, env = caught.value.args
+    assert command[1] == "-P"  # the operator's folder is not where modules come from
+    assert env["FLEDGE_BUNDLE"] == str(folder)
+    pid, _, scratch = env[SCRATCH].partition(":")
+    assert pid == str(os.getpid())
+    assert Path(scratch).parent == tmp_path
+
+
 def test_paths_mean_the_same_in_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     env = {"FLEDGE_BUNDLE": "b", "FLEDGE_API_KEYS_FILE": "keys"}
@@ -152,6 +182,8 @@ def test_a_request_in_flight_is_answered_before_the_end(folder: Path, tmp_path: 
     precious.mkdir()
     env = {"FLEDGE_WORKERS": "2", "FLEDGE_SCRATCH": str(precious)}
     with live(folder, tmp_path / "log", **env) as server:
+        # Once one worker is ready, none is not: a worker loads before it accepts.
+        assert {get(f"{server.url}/readyz").status_code for _ in range(20)} == {200}
         expected = post(f"{server.url}/predict", data).content
         with socket.create_connection(("127.0.0.1", server.port), timeout=30) as caller:
             head = "POST /predict HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"

@@ -6,7 +6,7 @@ import pytest
 
 from serving import bundle, images, views
 from serving.errors import BundleError, NotAnImage, OptionError, TooLarge, WorkError
-from serving.predictor import Predictor, _fastest, open_predictor
+from serving.predictor import Predictor, _fastest, check_golden, open_predictor
 from tests.tiny import photo, tiny_bundle
 
 
@@ -165,6 +165,29 @@ def test_what_can_not_be_checked_is_not_opened(tmp_path: Path, golden):
     folder = republish(tiny_bundle(tmp_path), golden=golden)
     with pytest.raises(BundleError, match="golden"):
         open_predictor(folder, device="cpu")
+
+
+@pytest.mark.parametrize("tolerance", [0, -1, 0.06, 1.0])
+def test_a_tolerance_that_checks_nothing_is_refused(tmp_path: Path, tolerance: float):
+    folder = tiny_bundle(tmp_path)
+    entry = dict(bundle.read(folder).manifest.precisions["fp32"])
+    republish(folder, precisions={"fp32": {**entry, "tolerance": tolerance}})
+    with pytest.raises(BundleError, match="tolerance"):
+        open_predictor(folder, device="cpu")
+
+
+def test_a_label_too_many_is_refused(tmp_path: Path):
+    folder = tiny_bundle(tmp_path)
+    republish(folder, labels=(*bundle.read(folder).manifest.labels, "one more"))
+    with pytest.raises(BundleError, match="3 probabilities stated for 4 labels"):
+        open_predictor(folder, device="cpu")
+
+
+def test_an_engine_that_fails_on_golden_images_is_a_bundle_not_to_be_served(folder: Path):
+    opened = bundle.read(folder)
+    broken = Predictor(opened.manifest, Constant(*[np.nan] * 7))
+    with pytest.raises(BundleError, match="finite"):
+        check_golden(broken, opened)
 
 
 def test_a_precision_that_was_not_kept_is_named(folder: Path):
