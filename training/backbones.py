@@ -139,7 +139,7 @@ def _state_dict(arch: str, weights: str) -> Mapping[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # for a file not its own torch.load raises a zoo of types
-        reason = str(error).splitlines()[0][:100]
+        reason = (str(error) or "the file is empty or cut short").splitlines()[0][:100]
         raise DataError(f"weights = {weights!r} is no state dict: {reason}") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]

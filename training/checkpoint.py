@@ -14,7 +14,7 @@ import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from serving.errors import DataError, OptionError
+from serving.errors import DataError, OptionError, WorkError
 from serving.files import write_aside
 from serving.preprocess import Preprocess
 from training import model
@@ -60,7 +60,10 @@ def save(path: Path, classifier: model.Classifier, info: CheckpointInfo) -> None
     """Write `path` (.safetensors) and its .json, each aside and then renamed."""
     state = {key: value.detach().contiguous() for key, value in classifier.state_dict().items()}
     with write_aside(path) as aside:
-        save_file(state, aside)
+        try:
+            save_file(state, aside)
+        except SafetensorError as error:
+            raise WorkError(f"{path} can't be written: {error}") from error
     with write_aside(path.with_suffix(".json")) as aside:
         aside.write_text(json.dumps(asdict(info), indent=2, allow_nan=False) + "\n")
 
