@@ -207,8 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # for a Bento, and the `serving` that it ran would be this one instead of the Bento's own.
     from serving.errors import FledgeError, OptionError
 
-    # OpenMP threads that spin while they wait cost a tenth less on an idle machine, and ten times
-    # as much beside another job that takes a core.
+    # OpenMP threads that spin while they wait take a core from whoever else has work here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)

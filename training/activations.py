@@ -89,11 +89,7 @@ class TrainFeed:
         warp, light = draws[0][index].to(device), draws[1][index].to(device)
         pixels = self.photos.pixels[index].to(device)
         cut = augment.apply(pixels, warp, light, self.preprocess.size)
-        images = normalise(cut, self.preprocess)
-        if len(self.prefix) == 0:
-            return images
-        with self.precision.autocast():
-            return self.prefix(images)  # type: ignore[no-any-return]
+        return _through(self.prefix, normalise(cut, self.preprocess), self.precision)
 
     def fill(self) -> None:
         """Run the prefix over every cached view, once; nothing to do where nothing is cached."""
@@ -109,6 +105,13 @@ class TrainFeed:
                     rows.put(index, self._run(index, draws))
                     bar.advance(task)
                 self._cached.append(rows.data)
+
+
+def _through(prefix: nn.Sequential, images: Tensor, precision: Precision) -> Tensor:
+    """Normalised images through what is frozen; the images themselves where nothing is."""
+    with precision.autocast():
+        outputs: Tensor = prefix(images)
+    return outputs
 
 
 class _Rows:
@@ -169,8 +172,6 @@ class ValidFeed:
     @torch.no_grad()
     def _run(self, rows: slice) -> tuple[Tensor, Tensor]:
         device = self.precision.device
-        inputs = normalise(self.photos.pixels[rows].to(device), self.preprocess)
-        if len(self.prefix):
-            with self.precision.autocast():
-                inputs = self.prefix(inputs)
+        images = normalise(self.photos.pixels[rows].to(device), self.preprocess)
+        inputs = _through(self.prefix, images, self.precision)
         return inputs, self.photos.labels[rows].to(device)
