@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import traceback
@@ -12,46 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 Verb = Callable[[argparse.Namespace], None]
-
-
-def train(options: argparse.Namespace) -> None:
-    """Fine-tune a network on a folder of photos."""
-    from training import config, recipe
-
-    overrides = list(options.overrides)
-    if options.weights is not None:
-        overrides.append(f"weights={json.dumps(options.weights, ensure_ascii=False)}")
-    if options.seed is not None:
-        overrides.append(f"seed={options.seed}")
-    recipe.run(
-        config.read(options.recipe, overrides),
-        options.data,
-        split=options.split,
-        out=options.out,
-        device=options.device,
-    )
-
-
-def evaluate(options: argparse.Namespace) -> None:
-    """Score a run's checkpoint on its own held-out photos, in float32."""
-    from training import evaluate as room
-    from training.console import say
-
-    result = room.evaluate(
-        options.run, part=options.part, tta=options.tta, data_folder=options.data, say=say
-    )
-    print(
-        f"accuracy {result.accuracy:.6f}  loss {result.loss:.6f}  "
-        f"photos {result.photos}  views {result.views}  broken {result.broken}"
-    )
-
-
-def sample(options: argparse.Namespace) -> None:
-    """Write the embedded data set, painted flowers, as a folder a class."""
-    from training import sample as room
-
-    options_given = {} if options.per_class is None else {"per_class": options.per_class}
-    print(room.write(options.folder, seed=options.seed, **options_given))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -108,6 +67,9 @@ def score(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    # Not at the top, as in `main`.
+    from training import verbs as training_verbs
+
     parser = argparse.ArgumentParser(
         prog="fledge",
         description="Fine-tune an image classifier, export it proven equal, serve it over HTTP.",
@@ -117,12 +79,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fledge {_version()}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def verb(function: Verb, example: str) -> argparse.ArgumentParser:
+    def verb(function: Verb, example: str, *, overrides: bool = False) -> argparse.ArgumentParser:
         text = (function.__doc__ or "").splitlines()[0]
-        added = verbs.add_parser(
-            function.__name__, help=text, description=text, epilog=f"example: {example}"
-        )
-        added.set_defaults(verb=function, overrides=[])
+        name = function.__name__.replace("_", "-")
+        added = verbs.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+        added.set_defaults(verb=function, verb_name=name, takes_overrides=overrides, overrides=[])
         added.add_argument("--debug", action="store_true", help="show tracebacks")
         return added
 
@@ -131,32 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--device", default=default, choices=devices)
         command.add_argument("--precision", default=default, choices=precisions)
 
-    add = verb(train, "fledge train training/recipes/quick.toml --data photos batch_size=16")
-    add.add_argument("recipe", type=Path, help="a TOML file; see training/recipes/")
-    add.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="a folder with a folder a class, or with train/ and valid/ of such; "
-        "'sample' is the embedded set",
-    )
-    add.add_argument("--split", type=Path, metavar="CSV", help="path,fold for every photo")
-    add.add_argument("--weights", metavar="W", help="imagenet, none, auto or a file")
-    add.add_argument("--seed", type=int, metavar="N")
-    add.add_argument("--out", type=Path, metavar="RUN", help="default: runs/RECIPE")
-    add.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    add.usage = "fledge train RECIPE --data DIR [options] [key=value …]"
-
-    add = verb(evaluate, "fledge evaluate runs/latest --tta 4")
-    add.add_argument("run", type=Path, metavar="RUN")
-    add.add_argument("--part", default="valid", choices=["train", "valid", "test"])
-    add.add_argument("--tta", type=int, default=0, metavar="N", help="views to average")
-    add.add_argument("--data", type=Path, metavar="DIR", help="where the photos are now")
-
-    add = verb(sample, "fledge sample flowers")
-    add.add_argument("folder", type=Path, help="a new folder")
-    add.add_argument("--per-class", type=int, metavar="N")
-    add.add_argument("--seed", type=int, default=0, metavar="N")
+    training_verbs.add_to(verb)
 
     add = verb(export, "fledge export runs/latest --out bundle")
     add.add_argument("run", type=Path, metavar="RUN")
@@ -213,8 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     try:
         for word in rest:
-            if options.verb is not train or word.startswith("-") or "=" not in word:
-                raise OptionError(f"{word!r} is no option of fledge {options.verb.__name__}")
+            if not options.takes_overrides or word.startswith("-") or "=" not in word:
+                raise OptionError(f"{word!r} is no option of fledge {options.verb_name}")
         options.overrides = rest
         options.verb(options)
     except FledgeError as error:

@@ -184,7 +184,7 @@ def test_the_design_page_names_files_that_exist(room: str) -> None:
 def assert_understood(words: list[str]) -> None:
     """Fledge takes the words, and where they change a recipe that is there, so does the recipe."""
     known, rest = fledge._parser().parse_known_args(words)
-    if known.verb is not fledge.train:
+    if not known.takes_overrides:
         assert rest == []
     elif (ROOT / known.recipe).is_file():
         from training import config
@@ -210,17 +210,17 @@ def options() -> Iterator[tuple[str, object]]:
     """(dotted name, default) of every option of a recipe."""
     from pydantic_core import PydanticUndefined
 
-    from training import config
+    from training import options as sections
 
     def plain(value: object) -> object:
         if value is PydanticUndefined:
             return "required"
         return list(value) if isinstance(value, tuple) else value
 
-    for name, field in config.Recipe.model_fields.items():
+    for name, field in sections.Recipe.model_fields.items():
         default = field.get_default(call_default_factory=True)
         if name == "stage":
-            fields = config.Stage.model_fields.items()
+            fields = sections.Stage.model_fields.items()
             yield from ((f"stage.{key}", plain(item.default)) for key, item in fields)
         elif dataclasses.is_dataclass(default):
             yield from ((f"{name}.{k}", plain(v)) for k, v in dataclasses.asdict(default).items())

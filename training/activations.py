@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from serving.preprocess import Preprocess
 from serving.progress import progress_bar
 from training import augment
-from training.config import AugmentConfig
 from training.model import normalise
+from training.options import AugmentConfig
 from training.pixels import PixelSet
 
 # The frozen part of a small network runs fastest in batches that fit the processor's cache.

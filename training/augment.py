@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.config import AugmentConfig
+from training.options import AugmentConfig
 
 
 def draw(config: AugmentConfig, aspect: Tensor, seed: int, view: int) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,11 @@ def draw(config: AugmentConfig, aspect: Tensor, seed: int, view: int) -> tuple[T
     stretch = torch.from_numpy(np.exp(rng.uniform(-1, 1, n) * math.log(config.ratio) / 2))
     angle = torch.from_numpy(np.radians(rng.uniform(-1, 1, n) * config.max_rotate))
     where = torch.from_numpy(rng.uniform(-1, 1, (n, 2)))
-    mirror = torch.from_numpy(np.where(rng.random(n) < 0.5, -1.0, 1.0)) if config.flip else 1.0
+    mirror = (
+        torch.from_numpy(np.where(rng.random(n) < 0.5, -1.0, 1.0))
+        if config.flip == "horizontal"
+        else 1.0
+    )
     light = 1 + torch.from_numpy(rng.uniform(-1, 1, (n, 2))) * config.max_lighting
 
     # In units of the short side: the photo is width x height, the crop's half sides are hx, hy.

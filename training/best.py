@@ -8,7 +8,7 @@ from dataclasses import astuple, fields, replace
 from pathlib import Path
 
 from serving.views import softmax
-from training import checkpoint, config, data, evaluate, model, pixels, trainer
+from training import checkpoint, data, evaluate, model, options, pixels, trainer
 from training.checkpoint import BEST, CheckpointInfo
 
 Say = Callable[[str], None]
@@ -20,7 +20,7 @@ class Best:
     def __init__(
         self,
         folder: Path,
-        recipe: config.Recipe,
+        recipe: options.Recipe,
         dataset: data.Dataset,
         classifier: model.Classifier,
         say: Say,

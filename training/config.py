@@ -1,4 +1,4 @@
-"""What a recipe may say. Validated once, all mistakes reported together."""
+"""Recipe files and overrides -> a `Recipe`. Validated once, all mistakes reported together."""
 
 from __future__ import annotations
 
@@ -6,138 +6,12 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from serving.errors import OptionError
-from serving.preprocess import Preprocess
-from training.model import HeadConfig
-from training.schedule import cycle_lengths
-
-
-class Section(BaseModel):
-    """A table of the recipe: unknown names are mistakes."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False
-    )
-
-
-class DataConfig(Section):
-    """How photos are split where neither folders nor `--split` do it.
-
-    valid: share of each class that is held out; fold: the validation fold of a `--split` file.
-    """
-
-    valid: float = Field(0.2, gt=0, lt=1)
-    fold: int = Field(0, ge=0)
-
-
-def _share(value: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < value[0] <= value[1] <= 1:
-        raise ValueError("use [smallest, largest], both shares in (0, 1]")
-    return value
-
-
-class AugmentConfig(Section):
-    """Random changes to training photos.
-
-    scale: smallest and largest area of the random crop, as a share of the photo's largest square.
-    ratio: widest stretch of the crop's sides; 1 is none.
-    max_rotate: degrees either way. max_lighting: largest change of brightness and contrast.
-    """
-
-    flip: bool = True
-    scale: Annotated[tuple[float, float], AfterValidator(_share)] = (0.35, 1.0)
-    ratio: float = Field(1.2, ge=1, le=2)
-    max_rotate: float = Field(10.0, ge=0, le=180)
-    max_lighting: float = Field(0.2, ge=0, lt=1)
-
-
-class OptimizerConfig(Section):
-    """kind: sgd with Nesterov momentum (weight_decay is an L2 term) or adamw (decoupled).
-
-    Weight decay spares norms and biases (Jia et al., 2018; He et al., 2019, "Bag of Tricks").
-    """
-
-    kind: Literal["sgd", "adamw"] = "sgd"
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(1e-4, ge=0)
-
-
-ALL: Final = 99
-"""More layer groups than any network has."""
-
-
-def _unfreeze(value: Any) -> Any:
-    return ALL if value == "all" else value
-
-
-class Stage(Section):
-    """One stage of a fine-tune.
-
-    unfreeze: how many of the body's last layer groups train beside the head; 0 is the head alone,
-        "all" the whole network. What stays frozen is wholly in eval mode.
-    lr: the head's learning rate; "find" runs lr_find first.
-    lr_divide: every layer group's rate is that of the group behind it divided by this.
-    schedule: sgdr (`cycles` of `cycle_len` epochs, each `cycle_mult` times the one before),
-        one_cycle or constant, both over the same number of epochs.
-    batchnorm: "fixed" keeps the statistics of the body's BatchNorms where training left them and
-        trains only their scale and shift, the better choice for small sets and small batches;
-        "train" lets the unfrozen ones move.
-    views: how many augmented views of each photo a frozen prefix is run on; the epochs take turns.
-        0 draws anew every epoch and caches nothing.
-    """
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    unfreeze: Annotated[int, BeforeValidator(_unfreeze)] = Field(0, ge=0)
-    lr: Literal["find"] | Annotated[float, Field(gt=0)] = "find"
-    lr_divide: float = Field(3.0, ge=1)
-    schedule: Literal["sgdr", "one_cycle", "constant"] = "sgdr"
-    cycles: int = Field(1, ge=1, le=100)
-    cycle_len: int = Field(1, ge=1, le=10_000)
-    cycle_mult: float = Field(1.0, ge=1, le=10)
-    batchnorm: Literal["fixed", "train"] = "fixed"
-    views: int = Field(4, ge=0)
-
-    @property
-    def epochs(self) -> int:
-        """Whole epochs of all cycles."""
-        return max(1, round(sum(cycle_lengths(self.cycles, self.cycle_len, self.cycle_mult))))
-
-
-def _preprocess(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        try:
-            return Preprocess.from_dict(value)
-        except (OptionError, TypeError) as error:
-            raise ValueError(str(error)) from None
-    return value
-
-
-class Recipe(Section):
-    """A whole recipe; see `recipes/quick.toml` for one with comments.
-
-    weights: "imagenet", "none", "auto" (imagenet if it can be had, else none, said aloud), a path.
-    precision: of the forward and backward pass; auto is bf16 on GPUs that have
-        it, fp32 elsewhere.
-    """
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    arch: str
-    arch_args: dict[str, Any] = Field(default_factory=dict)
-    weights: str = "auto"
-    seed: int = Field(0, ge=0, lt=2**32)
-    batch_size: int = Field(32, ge=2, le=65_536)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    head: HeadConfig = HeadConfig()
-    preprocess: Annotated[Preprocess, BeforeValidator(_preprocess)] = Preprocess()
-    data: DataConfig = DataConfig()
-    augment: AugmentConfig = AugmentConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    stage: tuple[Stage, ...] = Field(min_length=1)
+from training.options import Recipe, Stage
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:

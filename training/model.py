@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from serving.preprocess import Preprocess
 from training import backbones
-
-
-class HeadConfig(BaseModel):
-    """What stands on the body.
-
-    kind: "concat_pool" is average and max pooling side by side, then BatchNorm, dropout, Linear,
-        ReLU, BatchNorm, dropout, Linear (fast.ai, "Practical Deep Learning for Coders", 2018);
-        "linear" is average pooling, dropout and one Linear.
-    hidden: width of the hidden layer of concat_pool.
-    dropout: before the last Linear, in [0, 1); half of it stands before the first.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["concat_pool", "linear"] = "concat_pool"
-    hidden: int = Field(512, ge=1)
-    dropout: float = Field(0.5, ge=0, lt=1)
+from training.options import HeadConfig
 
 
 class ConcatPool(nn.Module):
@@ -128,16 +111,18 @@ def build(
 
 
 def _head(config: HeadConfig, width: int, classes: int) -> tuple[nn.Module, nn.Sequential]:
+    dropout = config.dropout if isinstance(config.dropout, float) else config.dropout[-1]
+    hidden = config.hidden[0]
     if config.kind == "linear":
-        return AvgPool(), nn.Sequential(nn.Dropout(config.dropout), nn.Linear(width, classes))
+        return AvgPool(), nn.Sequential(nn.Dropout(dropout), nn.Linear(width, classes))
     head = nn.Sequential(
         nn.BatchNorm1d(2 * width),
-        nn.Dropout(config.dropout / 2),
-        nn.Linear(2 * width, config.hidden),
+        nn.Dropout(dropout / 2),
+        nn.Linear(2 * width, hidden),
         nn.ReLU(inplace=True),
-        nn.BatchNorm1d(config.hidden),
-        nn.Dropout(config.dropout),
-        nn.Linear(config.hidden, classes),
+        nn.BatchNorm1d(hidden),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, classes),
     )
     return ConcatPool(), head
 

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 from torch import nn, optim
 
-from training.config import OptimizerConfig
 from training.model import Classifier
+from training.options import OptimizerConfig
 
 
 def build(

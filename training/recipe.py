@@ -13,7 +13,7 @@ import torch
 
 from serving.errors import DataError, OptionError
 from serving.files import write_aside
-from training import config, data, lr_finder, model, pixels, trainer
+from training import data, lr_finder, model, options, pixels, trainer
 from training.activations import Precision, TrainFeed, ValidFeed, affordable_views
 from training.best import Best, Say
 from training.console import say as say_aloud
@@ -22,7 +22,7 @@ ACTIVATION_BYTES: Final = 2 * 2**30
 
 
 def run(
-    recipe: config.Recipe,
+    recipe: options.Recipe,
     source: str,
     *,
     split: Path | None = None,
@@ -107,7 +107,7 @@ def run(
 
 
 def build_classifier(
-    recipe: config.Recipe, classes: int, say: Say
+    recipe: options.Recipe, classes: int, say: Say
 ) -> tuple[model.Classifier, bool]:
     """The recipe's network, and whether its body comes with trained weights."""
 
@@ -147,8 +147,8 @@ def _has_bf16(where: torch.device) -> bool:
 
 def _learning_rate(
     classifier: model.Classifier,
-    stage: config.Stage,
-    recipe: config.Recipe,
+    stage: options.Stage,
+    recipe: options.Recipe,
     feed: TrainFeed,
     folder: Path,
     say: Say,
@@ -166,9 +166,9 @@ def _learning_rate(
     return curve.valley
 
 
-def _from_scratch(stage: config.Stage) -> config.Stage:
+def _from_scratch(stage: options.Stage) -> options.Stage:
     """The stage for random weights: a frozen random body would teach the head nothing."""
-    changes = {"unfreeze": config.ALL, "lr_divide": 1.0, "batchnorm": "train"}
+    changes = {"unfreeze": options.ALL, "lr_divide": 1.0, "batchnorm": "train"}
     return stage.model_copy(update=changes)
 
 
@@ -194,7 +194,7 @@ def _claim(out: Path | None, name: str) -> Path:
 
 
 @torch.no_grad()
-def _check_size(classifier: model.Classifier, recipe: config.Recipe) -> None:
+def _check_size(classifier: model.Classifier, recipe: options.Recipe) -> None:
     """Try one empty picture, before anything is written."""
     size = recipe.preprocess.size
     try:
@@ -206,7 +206,7 @@ def _check_size(classifier: model.Classifier, recipe: config.Recipe) -> None:
         ) from None
 
 
-def _write_recipe(recipe: config.Recipe, folder: Path) -> None:
+def _write_recipe(recipe: options.Recipe, folder: Path) -> None:
     import tomli_w
 
     values = recipe.model_dump(mode="json", exclude={"preprocess"})

@@ -16,8 +16,8 @@ from serving.errors import WorkError
 from serving.progress import progress_bar
 from training import lr_finder, optim, schedule
 from training.activations import Precision, TrainFeed
-from training.config import OptimizerConfig, Stage
 from training.model import Classifier
+from training.options import OptimizerConfig, Stage
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

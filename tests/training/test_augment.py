@@ -1,9 +1,9 @@
 import torch
 
 from training import augment
-from training.config import AugmentConfig
+from training.options import AugmentConfig
 
-PLAIN = AugmentConfig(flip=False, scale=(1, 1), ratio=1, max_rotate=0, max_lighting=0)
+PLAIN = AugmentConfig(flip="none", scale=(1, 1), ratio=1, max_rotate=0, max_lighting=0)
 
 
 def squares(n=3, side=16):

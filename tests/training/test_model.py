@@ -5,7 +5,7 @@ from torch import nn
 from serving.errors import DataError, OptionError
 from serving.preprocess import Preprocess
 from training import backbones, model, optim
-from training.config import OptimizerConfig
+from training.options import OptimizerConfig
 
 SMALLEST = {  # the smallest of each family -> layer groups of its body
     "alexnet": 3,

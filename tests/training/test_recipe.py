@@ -9,7 +9,7 @@ from serving import images
 from serving.errors import DataError, OptionError, WorkError
 from serving.preprocess import Preprocess
 from tests.training.conftest import STAGE
-from training import checkpoint, config, data, evaluate, pixels, trainer
+from training import checkpoint, config, data, evaluate, options, pixels, trainer
 from training import recipe as fine_tune
 from training.activations import Precision, TrainFeed, ValidFeed, affordable_views
 from training.best import Best
@@ -131,7 +131,7 @@ def test_frozen_stages_after_a_pretrained_start(recipe, photos, tmp_path, lines)
 
 
 def test_validation_pixels_are_the_services(photos):
-    settings = config.Recipe.model_validate(
+    settings = options.Recipe.model_validate(
         {"name": "x", "arch": "resnet18", "stage": [{"name": "s"}], "preprocess": {"size": 24}}
     )
     found = data.load(str(photos))
