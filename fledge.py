@@ -148,6 +148,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:
+        if options.takes_overrides and getattr(options, "recipe", "") is None:
+            # Some versions of argparse pass over an optional word that stands behind options.
+            word = next((w for w in rest if "=" not in w and not w.startswith("-")), None)
+            if word is not None:
+                rest.remove(word)
+                options.recipe = Path(word)
         for word in rest:
             if not options.takes_overrides or word.startswith("-") or "=" not in word:
                 raise OptionError(f"{word!r} is no option of fledge {options.verb_name}")

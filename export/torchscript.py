@@ -40,6 +40,8 @@ def write(
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         # TorchScript is deprecated as a whole; those who asked for the file know.
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.")
+        # Swin asks whether a window fits the map: the contract fixes the size, so once is enough.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
         try:
             trace: Any = torch.jit.trace  # untyped in some releases
             # The gate compares far more than the tracer's own check would.

@@ -186,7 +186,7 @@ def assert_understood(words: list[str]) -> None:
     known, rest = fledge._parser().parse_known_args(words)
     if not known.takes_overrides:
         assert rest == []
-    elif (ROOT / known.recipe).is_file():
+    elif known.recipe and (ROOT / known.recipe).is_file():
         from training import config
 
         config.read(ROOT / known.recipe, rest)

@@ -8,36 +8,25 @@ epoch and the prefix runs each time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from serving.preprocess import Preprocess
 from serving.progress import progress_bar
-from training import augment
-from training.model import normalise
-from training.options import AugmentConfig
-from training.pixels import PixelSet
+from training import augment, mixing
+from training.model import Classifier, normalise
+from training.options import AugmentConfig, Recipe, Stage
+from training.pixels import Photos, PixelSet
+from training.precision import Precision
+
+ACTIVATION_BYTES: Final = 2 * 2**30
 
 # The frozen part of a small network runs fastest in batches that fit the processor's cache.
 PREFIX_BATCH = 16
-
-
-@dataclass(frozen=True)
-class Precision:
-    """What the forward pass computes in."""
-
-    dtype: torch.dtype
-    device: torch.device
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """A context in which layers run in `dtype`."""
-        return torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
-        )
 
 
 @dataclass
@@ -45,7 +34,7 @@ class TrainFeed:
     """Training batches of one stage.
 
     views: how many views are cached; 0 caches nothing. first_view: where this stage's own views
-    begin, so that stages see different ones.
+    begin, so that stages see different ones. classes: how many, for labels of mixed photos.
     """
 
     photos: PixelSet
@@ -56,40 +45,61 @@ class TrainFeed:
     seed: int
     first_view: int = 0
     views: int = 0
+    classes: int = 0
     _cached: list[Tensor] = field(default_factory=list)
 
     def epoch(self, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled (inputs of the suffix, labels int64 [N]) of one epoch.
 
-        A last batch of one photo is dropped: BatchNorm can't learn from it.
+        Where mixup or cutmix blends photos the labels are shares, float32 [N, classes]. A last
+        batch of one photo is dropped: BatchNorm can't learn from it.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.first_view + epoch)
         order = torch.randperm(len(self.photos), generator=generator)
         view = epoch % self.views if self.views else epoch
         draws = None if self.views else self._draw(view)
         self.fill()
-        for index in order.split(batch_size):
+        device = self.precision.device
+        for step, index in enumerate(order.split(batch_size)):
             if len(index) < 2:
                 continue
-            inputs = self._cached[view][index] if draws is None else self._run(index, draws)
-            labels, device = self.photos.labels[index], self.precision.device
-            yield inputs.to(device), labels.to(device)
+            labels = self.photos.labels[index].to(device)
+            if draws is None:
+                yield self._cached[view][index].to(device), labels
+                continue
+            images = self._images(index, draws)
+            if self.config.mixes:
+                place = (self.first_view + epoch) * 1_000_000 + step
+                images, labels = mixing.mix(
+                    self.config, images, labels, self.classes, self.seed, place
+                )
+            yield self._through(images), labels
 
     def steps(self, batch_size: int) -> int:
         """Batches an epoch."""
         full, rest = divmod(len(self.photos), batch_size)
         return full + (rest >= 2)
 
-    def _draw(self, view: int) -> tuple[Tensor, Tensor]:
-        return augment.draw(self.config, self.photos.aspect, self.seed, self.first_view + view)
+    def _draw(self, view: int) -> augment.Draws:
+        return augment.draw(
+            self.config,
+            self.photos.aspect,
+            self.seed,
+            self.first_view + view,
+            crop=self.preprocess.crop,
+        )
 
     @torch.no_grad()
-    def _run(self, index: Tensor, draws: tuple[Tensor, Tensor]) -> Tensor:
+    def _images(self, index: Tensor, draws: augment.Draws) -> Tensor:
+        """Augmented and normalised: float32 [N, 3, H, W]."""
         device = self.precision.device
-        warp, light = draws[0][index].to(device), draws[1][index].to(device)
         pixels = self.photos.pixels[index].to(device)
-        cut = augment.apply(pixels, warp, light, self.preprocess.size)
-        return _through(self.prefix, normalise(cut, self.preprocess), self.precision)
+        cut = augment.apply(pixels, draws[index].to(device), self.config, self.preprocess.size)
+        return normalise(cut, self.preprocess)
+
+    @torch.no_grad()
+    def _through(self, images: Tensor) -> Tensor:
+        return _through(self.prefix, images, self.precision)
 
     def fill(self) -> None:
         """Run the prefix over every cached view, once; nothing to do where nothing is cached."""
@@ -102,7 +112,7 @@ class TrainFeed:
                 draws = self._draw(view)
                 rows = _Rows(len(self.photos))
                 for index in parts:
-                    rows.put(index, self._run(index, draws))
+                    rows.put(index, self._through(self._images(index, draws)))
                     bar.advance(task)
                 self._cached.append(rows.data)
 
@@ -175,3 +185,39 @@ class ValidFeed:
         images = normalise(self.photos.pixels[rows].to(device), self.preprocess)
         inputs = _through(self.prefix, images, self.precision)
         return inputs, self.photos.labels[rows].to(device)
+
+
+def feeds(
+    classifier: Classifier,
+    photos: Photos,
+    stage: Stage,
+    recipe: Recipe,
+    precision: Precision,
+    first_view: int,
+    say: Callable[[str], None],
+) -> tuple[TrainFeed, ValidFeed]:
+    """Freeze what the stage freezes, and open its two streams of batches."""
+    classifier.freeze(
+        stage.unfreeze, batchnorm=stage.batchnorm, frozen_batchnorm=stage.frozen_batchnorm
+    )
+    classifier.eval()
+    preprocess = recipe.preprocess_of(stage)
+    train, valid = photos.at(preprocess)
+    prefix, config = classifier.prefix, recipe.augment_of(stage)
+    wanted = 0 if config.mixes else min(stage.views, stage.epochs)
+    size = preprocess.size
+    views = affordable_views(wanted, len(train), prefix, size, precision, ACTIVATION_BYTES)
+    why = ""
+    if stage.views and len(prefix) and config.mixes:
+        why = "mixup and cutmix blend photos: no views are cached"
+    elif stage.views and not len(prefix) and stage.frozen_batchnorm != "eval":
+        why = "the frozen BatchNorms move: no views are cached"
+    elif views < wanted and len(prefix):
+        why = f"{views} of {wanted} views fit into {ACTIVATION_BYTES >> 30} GiB"
+    if why:
+        say(f"{stage.name:>8}  {why}")
+    classes = len(photos.dataset.classes)
+    seed = recipe.seed
+    feed = TrainFeed(train, prefix, preprocess, config, precision, seed, first_view, views, classes)
+    keep = affordable_views(1, len(valid), prefix, size, precision, ACTIVATION_BYTES // 2) > 0
+    return feed, ValidFeed(valid, prefix, preprocess, precision, keep)

@@ -1,195 +1,208 @@
 """torchvision architectures -> a body that is one flat Sequential, cut into ordered layer groups.
 
-A flat body makes freezing simple: a frozen prefix is `body[:n]`, what trains is `body[n:]`. A new
-layer group begins wherever the resolution falls, which reproduces the usual hand-made cuts
-(ResNet's layer1 to layer4, MobileNetV2's features at 2, 4, 7 and 14) without a table of them.
+A new layer group begins wherever the resolution falls, which reproduces the usual hand-made cuts
+(ResNet's layer1 to layer4, MobileNetV2's features at 2, 4, 7 and 14) without a table of them. In a
+ViT, where it never falls, the blocks are cut into quarters.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
-import re
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from serving.errors import DataError, OptionError
-
-
-def _features(network: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(network.get_submodule("features").named_children()))
-
-
-def _layers(network: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(network.get_submodule("layers").named_children()))
-
-
-def _densenet(network: nn.Module) -> nn.Sequential:
-    body = _features(network)
-    body.add_module("relu", nn.ReLU(inplace=True))  # DenseNet.forward applies it outside features
-    return body
-
-
-def _children(network: nn.Module) -> nn.Sequential:
-    kept = [(k, v) for k, v in network.named_children() if k not in ("avgpool", "fc")]
-    return nn.Sequential(OrderedDict(kept))
-
-
-def _regnet(network: nn.Module) -> nn.Sequential:
-    trunk = network.get_submodule("trunk_output").named_children()
-    return nn.Sequential(OrderedDict([("stem", network.get_submodule("stem")), *trunk]))
-
-
-# Name pattern -> how the body is taken out, and the prefix that its keys have in the weights file.
-FAMILIES: Final[tuple[tuple[str, Callable[[nn.Module], nn.Sequential], str], ...]] = (
-    (r"alexnet|vgg\d+(_bn)?|squeezenet\w+", _features, "features."),
-    (r"mobilenet_\w+|efficientnet_\w+|convnext_\w+", _features, "features."),
-    (r"densenet\d+", _densenet, "features."),
-    (r"mnasnet\w+", _layers, "layers."),
-    (r"resnet\d+|resnext\w+|wide_resnet\w+|shufflenet_\w+", _children, ""),
-    (r"regnet_\w+", _regnet, ""),
-)
+from serving.errors import OptionError
+from training import bodies, weights
+from training.bodies import Family
 
 
 @dataclass(frozen=True)
 class Backbone:
     """A body without its classifier.
 
-    body: float32 [N, 3, H, W] -> [N, width, h, w]; a flat Sequential.
+    body: float32 [N, 3, H, W] -> [N, width, h, w], or [N, width] where it pools by itself; a flat
+        Sequential.
     groups: for each layer group the index of its first child of `body`, ascending from 0.
-    width: channels of the last feature map.
+    width: channels of the output.
+    pooled: how the body pools by itself; "" where it does not.
     """
 
     body: nn.Sequential
     groups: tuple[int, ...]
     width: int
+    pooled: str = ""
 
 
 def names() -> list[str]:
     """Every architecture that can be built here."""
-    return [name for name in _known() if _family(name) is not None]
+    known = torchvision.models.list_models(module=torchvision.models)
+    return [name for name in known if bodies.family(name) is not None]
 
 
-def build(arch: str, arch_args: Mapping[str, Any], weights: str = "none") -> Backbone:
+def build(arch: str, arch_args: Mapping[str, Any], given: str = "none") -> Backbone:
     """Build a body, with weights if asked.
 
     Args:
         arch: A name from `names()`.
         arch_args: Options of torchvision's builder, such as `width_mult`.
-        weights: "none"; "imagenet", by torchvision's own cached download; or a path to a state
-            dict of the whole torchvision network (its classifier may be missing).
+        given: Weights: "none"; "imagenet", by torchvision's own cached download; or a path to a
+            state dict of the whole torchvision network (its classifier may be missing).
 
     Raises:
         OptionError: Unknown architecture or option.
         DataError: Weights that can't be had, or that belong to another architecture.
     """
-    family = _family(arch)
-    if family is None:
+    family = family_of(arch)
+    network = _network(arch, arch_args, family)
+    body = family.body(network)
+    if given != "none":
+        state = weights.read(arch, given, family.image_size(arch_args))
+        weights.load(body, network, state, family, arch, given)
+    return _cut(body, family, arch_args)
+
+
+def hollow(arch: str, arch_args: Mapping[str, Any]) -> Backbone:
+    """As `build`, on the meta device: shapes without numbers, in no time; errors likewise."""
+    family = family_of(arch)
+    with _ShapesOnly():
+        network = _network(arch, arch_args, family)
+    return _cut(family.body(network).to("meta"), family, arch_args)
+
+
+def check_size(
+    arch: str, arch_args: Mapping[str, Any], size: int, option: str = "preprocess.size"
+) -> None:
+    """Refuse a size of images that the architecture can't take.
+
+    Args:
+        arch: As `build`.
+        arch_args: As `build`.
+        size: Side in pixels.
+        option: What the error names.
+
+    Raises:
+        OptionError: It does not fit; names one that does.
+    """
+    family = family_of(arch)
+    made_for = family.image_size(arch_args)
+    wrong = f"{option} = {size} does not fit {arch}: "
+    if family.size_option:
+        if size != made_for:
+            raise OptionError(f"{wrong}use {made_for} (arch_args.{family.size_option} changes it)")
+        return
+    body = hollow(arch, arch_args).body
+    if _takes(body, size):
+        return
+    low, high = size, made_for
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _takes(body, middle) else (middle, high)
+    raise OptionError(f"{wrong}use {high} or more")
+
+
+def outputs(body: nn.Sequential, size: int) -> Iterator[Tensor]:
+    """What each child gives for one image [1, 3, size, size]: meta tensors, nothing is computed."""
+    x = torch.empty(1, 3, size, size, device="meta")
+    training = {module: module.training for module in body.modules()}
+    body.eval()
+    try:
+        for child in body:
+            shadow = {name: tensor.to("meta") for name, tensor in child.state_dict().items()}
+            with torch.no_grad(), _ShapesOnly():
+                x = torch.func.functional_call(child, shadow, x)
+            yield x
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def family_of(arch: str) -> Family:
+    """The family of an architecture.
+
+    Raises:
+        OptionError: There is none of that name.
+    """
+    family = bodies.family(arch)
+    if family is None or arch not in names():
         near = difflib.get_close_matches(arch, names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names())}"
         raise OptionError(f"arch = {arch!r} is unknown: {hint}")
-    take_body, prefix = family
+    return family
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Builds and runs networks on the meta device, and leaves out what changes no shape.
+
+    `with torch.device("meta")` would also take the small tensors that RegNet computes its widths
+    with, and is ten times slower.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:  # what weights are made of
+            kwargs["device"] = "meta"
+        elif func in _SAME_SHAPE or (func.__name__ in _FILLS and args and args[0].is_meta):
+            return args[0]
+        return func(*args, **kwargs)
+
+
+_SAME_SHAPE: Final = {
+    nn.functional.batch_norm,
+    nn.functional.layer_norm,
+    nn.functional.relu,
+    nn.functional.relu6,
+    nn.functional.silu,
+    nn.functional.gelu,
+    nn.functional.hardswish,
+    nn.functional.hardsigmoid,
+}
+_FILLS: Final = ("normal_", "uniform_", "fill_", "zero_", "erfinv_", "mul_", "add_", "clamp_")
+
+
+def _network(arch: str, arch_args: Mapping[str, Any], family: Family) -> nn.Module:
+    for name in arch_args:
+        if name in family.fixed:
+            raise OptionError(f"arch_args.{name} is not to be set for {arch}: leave it out")
     try:
-        network = torchvision.models.get_model(arch, weights=None, **arch_args)
-    except Exception as error:  # builders check their options in many ways
-        raise OptionError(f"arch_args = {dict(arch_args)!r} does not fit {arch}: {error}") from None
-    body = take_body(network)
-    if weights != "none":
-        _load(body, _state_dict(arch, weights), prefix, arch, weights)
-    groups, width = _measure(body)
-    return Backbone(body, groups, width)
-
-
-def _family(arch: str) -> tuple[Callable[[nn.Module], nn.Sequential], str] | None:
-    if arch not in _known():
-        return None
-    matches = ((take, prefix) for pattern, take, prefix in FAMILIES if re.fullmatch(pattern, arch))
-    return next(matches, None)
-
-
-def _known() -> list[str]:
-    known: list[str] = torchvision.models.list_models(module=torchvision.models)
-    return known
-
-
-def _state_dict(arch: str, weights: str) -> Mapping[str, Tensor]:
-    if weights == "imagenet":
-        entry = torchvision.models.get_model_weights(arch).DEFAULT
-        try:
-            return entry.get_state_dict(progress=False, check_hash=True)  # type: ignore[no-any-return]
-        except Exception as error:  # no network, or a damaged file in the cache
-            raise DataError(
-                f"weights = 'imagenet': {entry.url} can't be fetched ({error}); "
-                "give a file (weights = 'PATH.pth') or weights = 'none'"
-            ) from error
-    path = Path(weights).expanduser()
-    if not path.is_file():
-        raise DataError(f"weights = {weights!r}: no such file; use imagenet, none, auto or a path")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # for a file not its own torch.load raises a zoo of types
-        reason = (str(error) or "the file is empty or cut short").splitlines()[0][:100]
-        raise DataError(f"weights = {weights!r} is no state dict: {reason}") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise DataError(f"weights = {weights!r} is no state dict: it must map names to tensors")
-    return state
-
-
-def _load(
-    body: nn.Sequential, state: Mapping[str, Tensor], prefix: str, arch: str, weights: str
-) -> None:
-    if arch.startswith("densenet"):  # the published files still use the names of old PyTorch
-        old = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\..*)")
-        state = {old.sub(r"\1\2", key): value for key, value in state.items()}
-    if arch.startswith("regnet"):
-        state = {key.removeprefix("trunk_output."): value for key, value in state.items()}
-    own = body.state_dict()
-    given = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-    # Old files have no num_batches_tracked; it matters to nobody with a fixed momentum.
-    missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
-    wrong = [k for k in own if k in given and own[k].shape != given[k].shape]
-    # A deeper network of the same family has all keys of a shallower one, and more.
-    own_parts = {k.partition(".")[0] for k in own}
-    extra = [k for k in given if k not in own and k.partition(".")[0] in own_parts]
-    if missing or wrong or extra:
-        worst = (missing or wrong or extra)[0]
-        why = "lacks" if missing else "has another shape for" if wrong else "also holds"
-        raise DataError(
-            f"weights = {weights!r} is not for {arch}: it {why} {prefix}{worst} ({len(missing)} "
-            f"missing, {len(wrong)} of another shape, {len(extra)} too many, of {len(own)})"
+        network: nn.Module = torchvision.models.get_model(
+            arch, weights=None, **arch_args, **family.fixed
         )
-    body.load_state_dict({k: given.get(k, v) for k, v in own.items()})
+    except Exception as error:  # builders check their options in many ways
+        reason = str(error).partition("\n")[0]
+        raise OptionError(
+            f"arch_args = {dict(arch_args)!r} does not fit {arch}: {reason}"
+        ) from None
+    return network
 
 
-def _measure(body: nn.Sequential) -> tuple[tuple[int, ...], int]:
-    """Layer groups and output width, by a run on the meta device (no arithmetic is done)."""
-    shadow = copy.deepcopy(body).to("meta").eval()
-    groups, resolution = [0], 0
-    x = torch.empty(1, 3, 224, 224, device="meta")
-    with torch.no_grad():
-        for index, child in enumerate(shadow):
-            x = child(x)
-            if index and x.shape[-1] < resolution:
-                groups.append(index)
-            resolution = x.shape[-1]
+def _takes(body: nn.Sequential, size: int) -> bool:
+    try:
+        return all(0 not in x.shape for x in outputs(body, size))
+    except RuntimeError:
+        return False
+
+
+def _cut(body: nn.Sequential, family: Family, arch_args: Mapping[str, Any]) -> Backbone:
+    """Layer groups and output width, by a run on the meta device."""
+    maps = list(outputs(body, family.image_size(arch_args)))
+    trains = [any(True for _ in child.parameters()) for child in body]
+    if family.side:
+        sides = [x.shape[family.side] for x in maps]
+        # Convolutions without padding, as Inception's, take off a few pixels: that is no fall.
+        starts = [i for i in range(1, len(sides)) if sides[i] < 0.7 * sides[i - 1]]
+    else:
+        blocks = sum(trains) - 2  # what makes tokens before them, and the norm behind
+        starts = [1 + blocks * quarter // 4 for quarter in range(4)]
     # A bare pooling layer has nothing to train, so it is no group of its own: it joins the one
     # behind it, or at the end of the body (VGG, AlexNet) the one before.
-    trains = [any(True for _ in child.parameters()) for child in body]
-    kept = [0]
-    for start in groups[1:]:
-        if any(trains[kept[-1] : start]) and any(trains[start:]):
-            kept.append(start)
-    return tuple(kept), x.shape[1]
+    groups = [0]
+    for start in starts:
+        if any(trains[groups[-1] : start]) and any(trains[start:]):
+            groups.append(start)
+    return Backbone(body, tuple(groups), maps[-1].shape[1], family.pooled)

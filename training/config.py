@@ -11,76 +11,95 @@ from typing import Any
 from pydantic import ValidationError
 
 from serving.errors import OptionError
-from training.options import Recipe, Stage
+from training import lines, mistakes
+from training.options import Recipe
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `key=value` overrides such as `stage.head.lr=0.01`.
 
     Raises:
-        OptionError: The file can't be read, or it has mistakes: all of them, one message.
+        OptionError: The file can't be read, or there are mistakes in it or in the overrides: all of
+            them in one message, each with its line.
     """
     try:
-        values = tomllib.loads(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        return read_text(text, str(path), overrides)
     except FileNotFoundError:
         shipped = sorted(p.stem for p in (Path(__file__).parent / "recipes").glob("*.toml"))
         known = ", ".join(f"training/recipes/{name}.toml" for name in shipped)
         raise OptionError(f"{path}: no such recipe; Fledge ships {known}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise OptionError(f"{path} is no TOML file: {error}") from None
+
+
+def read_text(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """As `read`, of a recipe's text; `where` is named in the errors."""
+    values = tomllib.loads(text)
+    overridden: list[lines.Path] = []
+    refused: list[str] = []
     for override in overrides:
-        _apply(values, override)
-    return parse(values, str(path))
+        try:
+            overridden.append(_apply(values, override))
+        except OptionError as error:
+            refused.append(str(error))
+    return parse(values, where, lines.lines_of(text), overridden, refused)
 
 
-def parse(values: Mapping[str, Any], where: str) -> Recipe:
-    """Validate a recipe's values; `where` is named in the errors."""
+def parse(
+    values: Mapping[str, Any],
+    where: str,
+    lines_of: Mapping[lines.Path, int] | None = None,
+    overridden: Sequence[lines.Path] = (),
+    refused: Sequence[str] = (),
+) -> Recipe:
+    """Validate a recipe's values.
+
+    Args:
+        values: As TOML gives them, overrides applied.
+        where: Named in the errors.
+        lines_of: Path -> line of the file.
+        overridden: Paths that the command line has set.
+        refused: What is wrong with overrides that could not be applied.
+
+    Raises:
+        OptionError: All mistakes, one message.
+    """
+    wrong = list(mistakes.of_names(values))
+    recipe = None
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        mistakes = "; ".join(_mistake(item, values) for item in error.errors())
-        raise OptionError(f"{where}: {mistakes}") from None
-    if recipe.name == "latest":
-        raise OptionError(f"{where}: name = 'latest' is what runs/latest is for; choose another")
-    names = [stage.name for stage in recipe.stage]
-    if len(set(names)) < len(names):
-        raise OptionError(f"{where}: stage names must differ, got {', '.join(names)}")
-    return recipe
+        wrong = [*mistakes.found(error, values), *wrong]
+    if recipe is not None and not wrong and not refused:
+        return recipe
+    places = [(_line(path, lines_of or {}, overridden), sentence) for path, sentence in wrong]
+    places = sorted(places, key=lambda found: found[0]) + [(_LAST, text) for text in refused]
+    told = [(_called(line), sentence) for line, sentence in places]
+    raise OptionError(f"{where}: {mistakes.together(told)}")
 
 
-def _mistake(item: Any, values: Mapping[str, Any]) -> str:
-    place = [_step(part, values) for part in item["loc"]]
-    name = ".".join(part for part in place if part not in ("constrained-float", "literal"))
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(place[-1], _known(item["loc"]), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{name} is unknown{hint}"
-    if item["type"] == "missing":
-        return f"{name} is missing"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{name} = {item['input']!r}: {message[0].lower()}{message[1:]}"
+_LAST = 2**62
+"""Behind every line: the command line."""
 
 
-def _step(part: str | int, values: Mapping[str, Any]) -> str:
-    """A stage by its name, as overrides call it, where it has one."""
-    if isinstance(part, int):
-        try:
-            return str(values["stage"][part]["name"])
-        except (KeyError, TypeError, IndexError):
-            return str(part)
-    return part
+def _line(
+    path: lines.Path, lines_of: Mapping[lines.Path, int], overridden: Sequence[lines.Path]
+) -> int:
+    for given in overridden:
+        # A table's own mistake may come from any of its options.
+        if given[: len(path)] == path or path[: len(given)] == given:
+            return _LAST
+    depths = range(len(path), 0, -1)
+    return next((lines_of[path[:n]] for n in depths if path[:n] in lines_of), 0)
 
 
-def _known(place: Sequence[Any]) -> list[str]:
-    """The option names of the section that `place` stands in."""
-    section: Any = Recipe
-    for part in place[:-1]:
-        if isinstance(part, str) and part in section.model_fields:
-            section = Stage if part == "stage" else section.model_fields[part].annotation
-    return list(getattr(section, "model_fields", {}))
+def _called(line: int) -> str:
+    return "on the command line" if line == _LAST else f"line {line}" if line else ""
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str) -> lines.Path:
+    """Set what an override names; returns its path."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise OptionError(f"{override!r}: use key=value, such as stage.head.lr=0.01")
@@ -89,22 +108,27 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text
     place: Any = values
-    *path, last = key.split(".")
-    for part in path:
+    path: lines.Path = ()
+    *tables, last = key.split(".")
+    for part in tables:
         if isinstance(place, list):
-            place = _stage(place, part, override)
+            number = _stage(place, part, override)
+            path, place = (*path, number), place[number]
         else:
-            place = place.setdefault(part, {})
+            path, place = (*path, part), place.setdefault(part, {})
         if not isinstance(place, dict | list):
             raise OptionError(f"{override!r}: {part} is no section")
     if isinstance(place, list):
         raise OptionError(f"{override!r}: name the option too, as stage.{last}.lr")
     place[last] = value
+    return (*path, last)
 
 
-def _stage(stages: list[Any], name: str, override: str) -> Any:
-    for stage in stages:
-        if stage.get("name") == name:
-            return stage
-    have = ", ".join(str(stage.get("name")) for stage in stages)
-    raise OptionError(f"{override!r}: no stage {name!r}; the recipe has {have}")
+def _stage(stages: list[Any], name: str, override: str) -> int:
+    """Which of the stages has a name."""
+    names = [str(stage.get("name")) if isinstance(stage, dict) else "" for stage in stages]
+    if name in names:
+        return names.index(name)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise OptionError(f"{override!r}: no stage {name!r}; the recipe has {', '.join(names)}{hint}")

@@ -2,40 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import csv
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from serving import images
 from serving.errors import DataError, ImageError
-from serving.preprocess import Preprocess
+from serving.files import write_aside
+from serving.preprocess import Pixels, Preprocess
 from serving.progress import progress_bar
-from serving.views import VIEWS, average, count, render, softmax
-from training import checkpoint, data
+from serving.settings import cores
+from serving.views import View, render, softmax
+from training import checkpoint, config, data, metrics
+from training.console import say as say_aloud
+from training.metrics import Labels, Probabilities
 from training.model import Classifier, normalise
+from training.options import Recipe, TtaConfig
+from training.pixels import PRESIZE
+from training.tta import combine, draw, fixed_views, random_views
 
 BATCH = 32
+"""Photos held at once, and a step of the network: other batches round differently."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
-    """accuracy: fraction of 1; loss: mean cross-entropy in nats; photos and views counted."""
+    """The answers asked for, and how good they are.
+
+    accuracy: fraction of 1; loss: mean cross-entropy in nats; photos and views counted.
+    broken: photos that can't be read.
+    probabilities: [N, C], over all views; plain: likewise, of the plain view alone.
+    labels: [N]; paths: of the N photos; classes: names of the C classes; root: of the photos.
+    """
 
     accuracy: float
     loss: float
     photos: int
     views: int
     broken: int = 0
+    probabilities: Probabilities = field(default_factory=lambda: np.empty((0, 0)))
+    plain: Probabilities = field(default_factory=lambda: np.empty((0, 0)))
+    labels: Labels = field(default_factory=lambda: np.empty(0, np.int64))
+    paths: tuple[Path, ...] = ()
+    classes: tuple[str, ...] = ()
+    root: Path = Path()
 
 
 @torch.inference_mode()
 def logits_of(classifier: Classifier, pixels: Tensor, preprocess: Preprocess) -> Tensor:
-    """Float32 logits [N, classes] of pixels uint8 [N, H, W, 3], in eval mode."""
+    """Float32 logits [N, classes] of pixels [N, H, W, 3] in 0..255, in eval mode."""
     was_training = classifier.training
     classifier.eval()
     try:
@@ -49,57 +73,167 @@ def logits_of(classifier: Classifier, pixels: Tensor, preprocess: Preprocess) ->
         classifier.train(was_training)
 
 
-def score(
-    probabilities: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]
-) -> tuple[float, float]:
+def score(probabilities: Probabilities, labels: Labels) -> tuple[float, float]:
     """Accuracy and cross-entropy of probabilities [N, classes]."""
-    right = probabilities.argmax(axis=1) == labels
-    true = probabilities[np.arange(len(labels)), labels]
-    return float(right.mean()), float(-np.log(np.maximum(true, 1e-12)).mean())
+    return metrics.accuracy(probabilities, labels), metrics.log_loss(probabilities, labels)
 
 
 def evaluate(
     run: Path,
     *,
     part: str = "valid",
-    tta: int = 0,
+    tta: TtaConfig | None = None,
     data_folder: Path | None = None,
-    say: Callable[[str], None] = print,
+    gone_too: bool = False,
+    say: Callable[[str], None] = say_aloud,
 ) -> Result:
     """Score a run's checkpoint on its own validation (or test) photos.
 
     Args:
         run: Run folder or checkpoint.
         part: "valid", "test" or "train".
-        tta: Views to average, as the service does it.
+        tta: Test-time augmentation; none where not given.
         data_folder: Where the photos are now, if they have moved.
+        gone_too: Skip photos that are gone as those that can't be read.
         say: Takes a line about every photo that can't be read.
+
+    Raises:
+        DataError: No checkpoint there, or its photos are gone; names `--data`.
+        OptionError: More views than there are.
     """
+    views, draws = fixed_views(tta), random_views(tta)
+    recipe = recipe_of(run) if draws else None
     classifier, info = checkpoint.load(run)
-    dataset = data.of_run(run, data_folder, part)
+    dataset = data.of_run(run, data_folder, "" if gone_too else part)
+    if data.changed(info.data, dataset):
+        say(f"warning: the photos in {dataset.root} are not all as they were when {run} was made")
     samples: Sequence[data.Sample] = getattr(dataset, part)
     if not samples:
         raise DataError(f"{run} has no {part} photos")
-    views = VIEWS[: count(tta, VIEWS)]
-    pixels, labels, broken = [], [], 0
+    kept: list[data.Sample] = []
+    by_view: list[Probabilities] = []  # [V, n, C] of each batch
     with progress_bar() as bar:
-        for path, label in bar.track(samples, description="decoding"):
-            try:
-                image = images.read(path, background=info.preprocess.background).image
-            except ImageError as error:
-                say(f"skipped {path}: {error}")
-                broken += 1
-                continue
-            pixels.append(render(image, info.preprocess, views))
-            labels.append(label)
-    if not pixels:
+        task = bar.add_task(f"{part} photos", total=len(samples))
+        for batch in _batches(samples, info.preprocess, views, bool(draws), say):
+            # View by view, so that the plain view meets the same batches as without TTA.
+            rows = [
+                softmax(logits_of(classifier, pixels, info.preprocess).numpy())
+                for pixels in _views_of(batch, len(kept) // BATCH, recipe, draws, info.preprocess)
+            ]
+            by_view.append(np.stack(rows))
+            kept += batch.samples
+            bar.advance(task, len(batch.samples))
+    if not kept:
         raise DataError(f"none of the {len(samples)} {part} photos of {run} can be read")
-    stacked = torch.from_numpy(np.stack(pixels))  # [N, V, H, W, 3]
-    # View by view, so that the plain view meets the same batches as with tta = 0.
-    by_view = [
-        softmax(logits_of(classifier, stacked[:, v].contiguous(), info.preprocess).numpy())
-        for v in range(len(views))
-    ]
-    averaged = np.stack([average(rows) for rows in np.stack(by_view, axis=1)])
-    accuracy, loss = score(averaged, np.array(labels))
-    return Result(accuracy, loss, len(labels), len(views), broken)
+    stacked = np.concatenate(by_view, axis=1)
+    plain, labels = stacked[0], np.array([sample.label for sample in kept], np.int64)
+    averaged = combine(stacked, tta.average, tta.plain_weight) if tta else plain
+    return Result(
+        *score(averaged, labels),
+        photos=len(kept),
+        views=len(stacked),
+        broken=len(samples) - len(kept),
+        probabilities=averaged,
+        plain=plain,
+        labels=labels,
+        paths=tuple(sample.path for sample in kept),
+        classes=info.classes,
+        root=dataset.root,
+    )
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The recipe that a run was made by.
+
+    Raises:
+        OptionError: It is gone or of another version.
+    """
+    return config.read(checkpoint.find(run).with_name("recipe.toml"))
+
+
+def write_csv(result: Result, path: Path) -> None:
+    """Write a row for every photo: path below the data folder, label, predicted, probability."""
+    best = result.probabilities.argmax(axis=1)
+    with (
+        write_aside(path) as aside,
+        aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(["path", "label", "predicted", "probability"])
+        for photo, label, index, row in zip(
+            result.paths, result.labels, best, result.probabilities, strict=True
+        ):
+            name = Path(os.path.relpath(photo, result.root)).as_posix()
+            names = result.classes[label], result.classes[index]
+            out.writerow([name, *names, f"{row[index]:.6f}"])
+
+
+class _Batch(NamedTuple):
+    """Photos that were read: at most `BATCH`.
+
+    views: uint8 [V, n, H, W, 3], the fixed views.
+    whole: uint8 [n, S, S, 3] and aspect: float32 [n], as training keeps photos, for random draws.
+    """
+
+    samples: list[data.Sample]
+    views: Tensor
+    whole: Tensor
+    aspect: Tensor
+
+
+def _batches(
+    samples: Sequence[data.Sample],
+    preprocess: Preprocess,
+    views: Sequence[View],
+    keep_whole: bool,
+    say: Callable[[str], None],
+) -> Iterator[_Batch]:
+    """Read photos, `BATCH` readable ones at a time; name those that are not."""
+    working = round(preprocess.size * PRESIZE)
+
+    def read(sample: data.Sample) -> tuple[Pixels, Pixels, float] | ImageError:
+        try:
+            image = images.read(sample.path, background=preprocess.background).image
+        except ImageError as error:
+            return error
+        whole = np.empty((0, 0, 3), np.uint8)
+        if keep_whole:
+            whole = np.asarray(image.resize((working, working), Image.Resampling.BILINEAR))
+        return render(image, preprocess, views), whole, image.width / image.height
+
+    waiting: list[tuple[data.Sample, tuple[Pixels, Pixels, float]]] = []
+    with ThreadPoolExecutor(cores()) as pool:
+        for start in range(0, len(samples), BATCH):
+            window = samples[start : start + BATCH]
+            for sample, made in zip(window, pool.map(read, window), strict=True):
+                if isinstance(made, ImageError):
+                    say(f"skipped {sample.path}: {made}")
+                else:
+                    waiting.append((sample, made))
+            while len(waiting) >= BATCH or (waiting and start + BATCH >= len(samples)):
+                full, waiting = waiting[:BATCH], waiting[BATCH:]
+                fixed, wholes, aspects = zip(*(made for _, made in full), strict=True)
+                yield _Batch(
+                    [sample for sample, _ in full],
+                    torch.from_numpy(np.stack(fixed, axis=1)),
+                    torch.from_numpy(np.stack(wholes)),
+                    torch.tensor(aspects, dtype=torch.float32),
+                )
+
+
+def _views_of(
+    batch: _Batch, number: int, recipe: Recipe | None, draws: int, preprocess: Preprocess
+) -> Iterator[Tensor]:
+    """The views of a batch, one at a time: [n, H, W, 3] in 0..255; `number` is the batch's."""
+    yield from batch.views
+    if recipe is not None:
+        for i in range(draws):
+            yield draw(
+                batch.whole,
+                batch.aspect,
+                recipe.augment,
+                seed=recipe.seed,
+                view=number * draws + i,
+                crop=preprocess.crop,
+                size=preprocess.size,
+            )

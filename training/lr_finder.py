@@ -6,24 +6,29 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn, optim
 
-from serving.files import write_aside
-from training import optim as groups
+from training.optim import set_factor
+
+Direction = Literal["up", "down"]
+Pick = Literal["valley", "steepest", "minimum/10", "minimum"]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Rates tried and the smoothed loss at each, with what they suggest.
+    """Rates tried, ascending, and the smoothed loss at each, with what they suggest.
 
-    valley: two thirds along the descent, on the log scale of the rates, as fast.ai's suggestion of
-        that name; never past `minimum / 10`.
-    steepest: where the loss falls fastest. minimum: the lowest loss, a trap: too large by far.
+    valley: two thirds along the descent towards the trap, on the log scale of the rates, as
+        fast.ai's suggestion of that name; never past `ten`. steepest: where the loss falls fastest.
+    minimum: a trap, too large by far. Upwards, the rate of the lowest loss, at which training is
+        about to diverge; downwards, where the loss is lowest at the end whatever the rates, the
+        largest rate at which it began to fall.
+    direction: in which the rates were tried.
     """
 
     rates: tuple[float, ...]
@@ -31,6 +36,17 @@ class Curve:
     valley: float
     steepest: float
     minimum: float
+    direction: Direction = "up"
+
+    @property
+    def ten(self) -> float:
+        """A tenth of the minimum: no suggestion but the minimum itself is taken past it."""
+        return max(self.minimum / 10, self.rates[0])
+
+    def pick(self, name: Pick) -> float:
+        """The rate to train with."""
+        marks = {"valley": self.valley, "steepest": self.steepest, "minimum/10": self.ten}
+        return self.minimum if name == "minimum" else min(marks[name], self.ten)
 
 
 def range_test(
@@ -42,28 +58,40 @@ def range_test(
     low: float = 1e-5,
     high: float = 10.0,
     steps: int = 80,
+    direction: Direction = "up",
     beta: float = 0.9,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     train: Callable[[], object] | None = None,
+    take_step: Callable[[optim.Optimizer], object] = lambda optimizer: optimizer.step(),
+    on_step: Callable[[], object] | None = None,
 ) -> Curve:
     """Raise the rate exponentially, a step a batch, until the loss diverges.
+
+    Downwards the rate falls from `high` to `low`. A loss that is no number, or more than twice the
+    first one, then sends the model back to where it began, and the curve begins anew at the next
+    lower rate: a model that was blown up at the start would teach nothing about the other rates.
 
     Weights, buffers, modes, optimiser and random state are given back bit for bit, come what may.
 
     Args:
         model: Takes a batch's inputs to logits [N, classes].
-        optimizer: Its groups carry `base_lr`; the largest of them is swept from `low` to `high`,
-            the others in proportion.
+        optimizer: Its groups carry `base_lr`; the largest of them is swept, the others in
+            proportion.
         batches: (inputs, labels); at most `steps` are taken.
         loss_of: (logits, labels) -> scalar.
         low, high: Of the largest group's rate.
+        steps: From `low` to `high`.
+        direction: "up" or "down".
         beta: Smoothing of the loss, an exponential mean with bias correction.
         autocast: Entered anew for every forward pass: one that spans a step would go on computing
             with the weights it cast before.
         train: Puts the model into training mode; its own `train` where not given.
+        take_step: Moves the weights; with `training.optim.step` clipping and decay are as in
+            training.
+        on_step: Called after every step, for a progress bar.
 
     Raises:
-        ValueError: The loss never falls, or diverges within two steps.
+        ValueError: The curve can't be read; see `suggest`.
     """
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     modes = {module: module.training for module in model.modules()}
@@ -71,81 +99,97 @@ def range_test(
     rng = torch.get_rng_state()
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     largest = max(group["base_lr"] for group in optimizer.param_groups)
+
+    def give_back() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model.load_state_dict(weights)
+        # A copy: the optimiser would go on writing into the tensors that it is given.
+        optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+
+    def forward(inputs: Tensor, labels: Tensor) -> Tensor:
+        with autocast():
+            logits = model(inputs)
+        return loss_of(logits, labels)
+
     rates: list[float] = []
     losses: list[float] = []
-    mean, best = 0.0, math.inf
+    mean, first, best = 0.0, math.inf, math.inf
     try:
         (train or model.train)()
         for step, (inputs, labels) in zip(range(steps), batches, strict=False):
-            rate = low * (high / low) ** (step / max(steps - 1, 1))
-            groups.set_factor(optimizer, rate / largest)
-            with autocast():
-                logits = model(inputs)
-            loss = loss_of(logits, labels)
+            share = step / max(steps - 1, 1)
+            rate = low * (high / low) ** (share if direction == "up" else 1 - share)
+            set_factor(optimizer, rate / largest)
+            loss = forward(inputs, labels)
             value = loss.item()
+            first = value if step == 0 else first
+            if direction == "down" and not value <= 2 * first:
+                give_back()
+                set_factor(optimizer, rate / largest)
+                rates, losses, mean = [], [], 0.0
+                loss = forward(inputs, labels)
+                value = loss.item()
             if not math.isfinite(value):
                 break
             mean = beta * mean + (1 - beta) * value
-            smooth = mean / (1 - beta ** (step + 1))
+            smooth = mean / (1 - beta ** (len(rates) + 1))
             best = min(best, smooth)
-            if step > 10 and smooth > 4 * best:
+            if direction == "up" and step > 10 and smooth > 4 * best:
                 break
             rates.append(rate)
             losses.append(smooth)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            optimizer.step()
+            take_step(optimizer)
+            if on_step:
+                on_step()
     finally:
-        optimizer.zero_grad(set_to_none=True)
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(optimizer_state)
+        give_back()
         for module, training in modes.items():
             module.training = training
         torch.set_rng_state(rng)
         if cuda_rng:
             torch.cuda.set_rng_state_all(cuda_rng)
-    return suggest(rates, losses)
+    return suggest(rates, losses, direction)
 
 
-def suggest(rates: list[float], losses: list[float]) -> Curve:
-    """Read a curve; errors as `range_test`."""
+def suggest(rates: list[float], losses: list[float], direction: Direction = "up") -> Curve:
+    """Read a curve, given in the order in which the rates were tried.
+
+    Raises:
+        ValueError: It can't be read: it has fewer than two points, or the loss never falls.
+    """
     if len(rates) < 2:
         raise ValueError("the loss diverges within two steps")
     lowest = int(np.argmin(losses))
     if lowest == 0:
-        raise ValueError("the loss never falls")
-    minimum = rates[lowest]
-    down = np.asarray(losses[: lowest + 1])
-    if len(down) > 2:
-        slope = np.gradient(down, np.log(rates[: len(down)]))
-        steepest = rates[int(np.argmin(slope))]
-        start = int(np.argmax(down))  # the descent begins at its highest point
-        valley = rates[start + round((lowest - start) * 2 / 3)]
-    else:
-        steepest = valley = minimum
-    return Curve(
-        tuple(rates), tuple(losses), max(min(valley, minimum / 10), rates[0]), steepest, minimum
-    )
+        raise ValueError(f"the loss never falls from {rates[0]:.2g} to {rates[-1]:.2g}")
+    start = int(np.argmax(losses[: lowest + 1]))  # the descent begins at its highest point
+    if direction == "down":  # it ends where little is left to fall: the rest is a long flat tail
+        left = losses[lowest] + 0.05 * (losses[start] - losses[lowest])
+        lowest = next(i for i in range(start, lowest + 1) if losses[i] <= left)
+    minimum = rates[lowest if direction == "up" else start]
+    valley = rates[start + round((lowest - start) * (2 / 3 if direction == "up" else 1 / 3))]
+    steepest = rates[_steepest(rates, losses, start, lowest)]
+    order = slice(None) if direction == "up" else slice(None, None, -1)
+    curve = Curve(tuple(rates[order]), tuple(losses[order]), valley, steepest, minimum, direction)
+    return replace(curve, valley=min(valley, curve.ten))
 
 
-def plot(curve: Curve, path: Path, title: str) -> None:
-    """Draw the curve with its suggestions as PNG."""
-    from matplotlib.figure import Figure
+def _steepest(rates: list[float], losses: list[float], start: int, lowest: int) -> int:
+    """The index in the descent around which the loss falls fastest.
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(curve.rates, curve.losses, color="#33658a", linewidth=2)
-    marks = (
-        ("valley (taken)", curve.valley, "#2a9d3a"),
-        ("steepest", curve.steepest, "#f6ae2d"),
-        ("minimum (too large)", curve.minimum, "#d1495b"),
-    )
-    for name, rate, colour in marks:
-        axes.axvline(rate, color=colour, linestyle="--", label=f"{name}: {rate:.2g}")
-    axes.set(xscale="log", xlabel="learning rate of the head", ylabel="smoothed loss", title=title)
-    spread = max(curve.losses[0], min(curve.losses)) - min(curve.losses)
-    axes.set_ylim(min(curve.losses) - 0.1 * spread - 0.01, curve.losses[0] + 0.5 * spread + 0.01)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    with write_aside(path) as aside:
-        figure.savefig(aside, dpi=120, format="png")
+    Measured across a tenth of the curve, and not in its first fifth where the descent allows it:
+    single steps are noise, and so is the smoothed loss while it is a mean of few.
+    """
+    around = min(max(len(rates) // 20, 1), (lowest - start) // 2)
+    if not around:
+        return lowest
+    last = lowest - around
+    first = max(start + around, min(len(rates) // 5, last))
+
+    def slope(i: int) -> float:
+        width = abs(math.log(rates[i + around] / rates[i - around]))
+        return (losses[i + around] - losses[i - around]) / width
+
+    return min(range(first, last + 1), key=slope)

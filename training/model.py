@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from serving.preprocess import Preprocess
-from training import backbones
+from training import backbones, freeze, heads
 from training.options import HeadConfig
 
 
-class ConcatPool(nn.Module):
-    """Average and max pooling side by side: [N, C, h, w] -> [N, 2 C]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool over the whole map."""
-        return torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1)
-
-
-class AvgPool(nn.Module):
-    """Average pooling: [N, C, h, w] -> [N, C]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool over the whole map."""
-        return x.mean(dim=(2, 3))
-
-
 class Classifier(nn.Module):
-    """body -> pool -> head, with a frozen prefix of the body.
-
-    The first `frozen` children of `body` neither train nor change: no gradients, and eval mode
-    (BatchNorm, dropout, stochastic depth) that survives `.train()`. With `fixed_norms` every
-    BatchNorm of the body keeps its statistics likewise, while its scale and shift still train.
-    """
+    """body -> pool -> head; `freeze` says what trains."""
 
     def __init__(
         self, body: nn.Sequential, groups: tuple[int, ...], pool: nn.Module, head: nn.Sequential
     ) -> None:
-        """Take the parts; `groups` as in `backbones.Backbone`."""
+        """Take the parts; `groups` as in `backbones.Backbone`. All of it trains."""
         super().__init__()
         self.body, self.pool, self.head = body, pool, head
         self.groups = groups
-        self.frozen = 0
-        self.fixed_norms = False
+        self.freeze(len(groups), batchnorm="train")
 
     def features(self, images: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] -> the head's input [N, D]."""
@@ -57,27 +36,52 @@ class Classifier(nn.Module):
         logits: Tensor = self.head(self.features(images))
         return logits
 
-    def freeze_to(self, unfrozen: int) -> None:
-        """Train the head and the last `unfrozen` layer groups of the body; freeze the rest.
+    def freeze(
+        self,
+        unfreeze: int | Sequence[str],
+        *,
+        batchnorm: Literal["fixed", "train"] = "fixed",
+        frozen_batchnorm: Literal["eval", "stats", "train"] = "eval",
+    ) -> None:
+        """Decide anew what trains; the head does always.
 
-        More groups than there are means the whole network.
+        Arguments and errors as `freeze.decide`; what was frozen before does not matter.
         """
-        starts = (*self.groups, len(self.body))
-        self.frozen = starts[max(len(self.groups) - unfrozen, 0)]
-        for index, child in enumerate(self.body):
-            child.requires_grad_(index >= self.frozen)
+        self.freezing = freeze.decide(
+            self.body,
+            self.groups,
+            unfreeze,
+            batchnorm=batchnorm,
+            frozen_batchnorm=frozen_batchnorm,
+        )
+        for name, parameter in self.body.named_parameters():
+            parameter.requires_grad_(name in self.freezing.trains)
+            if name not in self.freezing.trains:
+                parameter.grad = None
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Classifier:
-        """As usual, but what is frozen stays in eval mode."""
+        """As usual, but what is held in eval mode stays there."""
         super().train(mode)
-        for child in self.body[: self.frozen]:
-            child.eval()
-        if self.fixed_norms:
-            for module in self.body.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
+        for name, module in self.body.named_modules():
+            if name in self.freezing.held:
+                module.training = False
         return self
+
+    def trainable_groups(self) -> list[tuple[str, list[nn.Parameter]]]:
+        """(name, parameters that train) of each layer group, deepest first, "head" last.
+
+        Groups in which nothing trains are left out. Names are those of the body's children, such
+        as "layer4" or "14..18".
+        """
+        children = list(self.body.named_children())
+        found = []
+        for start, end in pairwise((*self.groups, len(children))):
+            parts = [(name, part) for name, part in children[start:end] if list(part.parameters())]
+            trains = [p for _, part in parts for p in part.parameters() if p.requires_grad]
+            if trains:
+                found.append((span(name for name, _ in parts), trains))
+        return [*found, ("head", list(self.head.parameters()))]
 
     @property
     def prefix(self) -> nn.Sequential:
@@ -85,14 +89,20 @@ class Classifier(nn.Module):
 
         With the whole body frozen the pooling belongs to it: -> [N, D].
         """
-        pool = [self.pool] if self.frozen == len(self.body) else []
-        return nn.Sequential(*self.body[: self.frozen], *pool)
+        pool = [self.pool] if self.freezing.prefix == len(self.body) else []
+        return nn.Sequential(*self.body[: self.freezing.prefix], *pool)
 
     @property
     def suffix(self) -> nn.Sequential:
         """What trains: the prefix's output -> logits. Shares its modules with this classifier."""
-        pool = [] if self.frozen == len(self.body) else [self.pool]
-        return nn.Sequential(*self.body[self.frozen :], *pool, self.head)
+        pool = [] if self.freezing.prefix == len(self.body) else [self.pool]
+        return nn.Sequential(*self.body[self.freezing.prefix :], *pool, self.head)
+
+
+def span(names: Iterable[str]) -> str:
+    """First and last of some names: "14..18"."""
+    first, *rest = names
+    return f"{first}..{rest[-1]}" if rest else first
 
 
 def build(
@@ -106,25 +116,9 @@ def build(
     """Build a classifier; arguments and errors as in `backbones.build` and `HeadConfig`."""
     config = head if isinstance(head, HeadConfig) else HeadConfig(**(head or {}))
     backbone = backbones.build(arch, arch_args or {}, weights)
-    pool, layers = _head(config, backbone.width, classes)
+    pool = heads.pooling(config, arch, backbone.pooled)
+    layers = heads.build(config, backbone.width, classes)
     return Classifier(backbone.body, backbone.groups, pool, layers)
-
-
-def _head(config: HeadConfig, width: int, classes: int) -> tuple[nn.Module, nn.Sequential]:
-    dropout = config.dropout if isinstance(config.dropout, float) else config.dropout[-1]
-    hidden = config.hidden[0]
-    if config.kind == "linear":
-        return AvgPool(), nn.Sequential(nn.Dropout(dropout), nn.Linear(width, classes))
-    head = nn.Sequential(
-        nn.BatchNorm1d(2 * width),
-        nn.Dropout(dropout / 2),
-        nn.Linear(2 * width, hidden),
-        nn.ReLU(inplace=True),
-        nn.BatchNorm1d(hidden),
-        nn.Dropout(dropout),
-        nn.Linear(hidden, classes),
-    )
-    return ConcatPool(), head
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
@@ -21,6 +22,7 @@ from pydantic import (
 
 from serving.errors import OptionError
 from serving.preprocess import Preprocess
+from training.formula import compile_formula
 from training.schedule import cycle_lengths
 
 
@@ -74,9 +76,9 @@ class DataConfig(Section):
 
 PRESETS: Final[dict[str, dict[str, Any]]] = {
     "none": {"crop": "center", "flip": "none", "scale": (1.0, 1.0), "ratio": 1.0},
-    "basic": {"flip": "none", "max_rotate": 10.0, "max_lighting": 0.05, "max_zoom": 1.05},
-    "side_on": {"flip": "horizontal", "max_rotate": 10.0, "max_lighting": 0.05, "max_zoom": 1.05},
-    "top_down": {"flip": "dihedral", "max_rotate": 10.0, "max_lighting": 0.05, "max_zoom": 1.05},
+    "basic": {"flip": "none", "max_rotate": 10.0, "max_lighting": 0.05},
+    "side_on": {"flip": "horizontal", "max_rotate": 10.0, "max_lighting": 0.05},
+    "top_down": {"flip": "dihedral", "max_rotate": 10.0, "max_lighting": 0.05},
     "photo": {
         "flip": "horizontal",
         "scale": (0.35, 1.0),
@@ -87,7 +89,10 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
         "max_saturation": 0.2,
     },
 }
-"""Options that a preset sets beside the neutral defaults; the recipe's own win over both."""
+"""Options that a preset sets beside the neutral defaults; the recipe's own win over both.
+
+basic, side_on and top_down are the transforms_basic, _side_on and _top_down of fast.ai 0.7.
+"""
 
 
 def _share(value: tuple[float, float]) -> tuple[float, float]:
@@ -254,6 +259,11 @@ def _unfreeze(value: Any) -> Any:
     return ALL if value == "all" else value
 
 
+def _augment(value: dict[str, Any]) -> dict[str, Any]:
+    AugmentConfig.model_validate(value)  # pydantic tells its mistakes as this table's
+    return value
+
+
 class Stage(Section):
     """One stage of a fine-tune; docs/recipe.md says what each option does.
 
@@ -281,7 +291,9 @@ class Stage(Section):
         Annotated[int, Field(ge=0)] | Literal["gradual"] | tuple[str, ...],
         BeforeValidator(_unfreeze),
     ] = 0
-    lr: Literal["find"] | Rate | tuple[Rate, ...] | Spread = "find"
+    lr: (
+        Literal["find"] | Rate | Annotated[tuple[Rate, ...], Field(min_length=1)] | Spread
+    ) = "find"
     lr_divide: float = Field(3.0, ge=1)
     groups: int = Field(0, ge=0, le=ALL)
     schedule: Literal[
@@ -303,7 +315,26 @@ class Stage(Section):
     views: int = Field(4, ge=0)
     image_size: int = Field(0, ge=0, le=4096)
     patience: int = Field(0, ge=0)
-    augment: dict[str, Any] = Field(default_factory=dict)
+    augment: Annotated[dict[str, Any], AfterValidator(_augment)] = Field(default_factory=dict)
+
+    @field_validator("scale")
+    @classmethod
+    def _formula(cls, value: str) -> str:
+        if value:
+            compile_formula(value)
+        return value
+
+    @model_validator(mode="after")
+    def _schedule_has_what_it_needs(self) -> Stage:
+        if self.schedule == "cyclical":
+            if not self.scale:
+                raise ValueError("schedule = 'cyclical' needs scale, such as scale = '0.5 ** x'")
+            tried = range(1, self.cycles + 1) if self.scale_per == "cycle" else (0, 1, 100, 10_000)
+            for x in tried:
+                compile_formula(self.scale)(x)
+        if self.schedule == "exp_range" and self.gamma < 0.9:
+            raise ValueError("schedule = 'exp_range' takes gamma every step: use 0.999 or so")
+        return self
 
     @property
     def epochs(self) -> int:
@@ -356,6 +387,10 @@ class Recipe(Section):
             return values
         half = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
         return {**values, "preprocess": {**half, **given}}
+
+    def preprocess_of(self, stage: Stage) -> Preprocess:
+        """The preprocessing at a stage's image size."""
+        return replace(self.preprocess, size=stage.image_size or self.preprocess.size)
 
     def augment_of(self, stage: Stage) -> AugmentConfig:
         """The augmentation of a stage: the recipe's, with the stage's own options over it."""

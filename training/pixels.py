@@ -52,6 +52,27 @@ class PixelSet:
         return len(self.labels)
 
 
+class Photos:
+    """The decoded photos of a data set, at one image size at a time.
+
+    dataset: without the photos that turned out to be unreadable.
+    """
+
+    def __init__(self, dataset: Dataset, say: Callable[[str], None]) -> None:
+        """Nothing is decoded yet."""
+        self.dataset, self._say = dataset, say
+        self._preprocess: Preprocess | None = None
+        self._sets: tuple[PixelSet, PixelSet] | None = None
+
+    def at(self, preprocess: Preprocess) -> tuple[PixelSet, PixelSet]:
+        """The training and the validation part; errors as `decode`."""
+        if self._sets is None or preprocess != self._preprocess:
+            self._sets = None  # the old ones go first: both would take twice the room
+            self.dataset, *sets = decode(self.dataset, preprocess, self._say)
+            self._preprocess, self._sets = preprocess, (sets[0], sets[1])
+        return self._sets
+
+
 def decode(
     dataset: Dataset, preprocess: Preprocess, say: Callable[[str], None]
 ) -> tuple[Dataset, PixelSet, PixelSet]:

@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
-import itertools
-import os
+import math
+import shutil
 import time
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
 
 import torch
+from torch import Tensor
 
-from serving.errors import DataError, OptionError
-from serving.files import write_aside
-from training import data, lr_finder, model, options, pixels, trainer
-from training.activations import Precision, TrainFeed, ValidFeed, affordable_views
-from training.best import Best, Say
+from serving.errors import DataError, WorkError
+from training import (
+    best,
+    checkpoint,
+    data,
+    journal,
+    model,
+    optim,
+    pixels,
+    plan,
+    plots,
+    run_folder,
+    state,
+)
+from training import trainer as loop
+from training.activations import TrainFeed, feeds
+from training.best import Say
 from training.console import say as say_aloud
+from training.ema import Ema
+from training.options import Recipe, Stage
+from training.precision import Precision, choose_precision
+from training.state import Position
 
-ACTIVATION_BYTES: Final = 2 * 2**30
+
+@dataclass
+class Run:
+    """A fine-tune in progress: what every stage of it works with."""
+
+    recipe: Recipe
+    stages: list[Stage]
+    classifier: model.Classifier
+    photos: pixels.Photos
+    folder: Path
+    precision: Precision
+    info: checkpoint.CheckpointInfo
+    say: Say
+    position: Position = field(default_factory=Position)
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def run(
-    recipe: options.Recipe,
+    recipe: Recipe,
     source: str,
     *,
     split: Path | None = None,
@@ -43,184 +74,227 @@ def run(
     Raises:
         FledgeError: Anything wrong with the request, before anything is written; a NaN loss.
     """
-    started = time.perf_counter()
+    run_folder.check_free(out)
     precision = choose_precision(device, recipe.precision)
-    dataset = data.load(
-        source, split=split, fold=recipe.data.fold, valid=recipe.data.valid, seed=recipe.seed
-    )
+    dataset = data.load(source, split=split, config=recipe.data, seed=recipe.seed)
     torch.manual_seed(recipe.seed)
-    classifier, pretrained = build_classifier(recipe, len(dataset.classes), say)
-    _check_out(out)
-    _check_size(classifier, recipe)
-    dataset, train, valid = pixels.decode(dataset, recipe.preprocess, say)
-    say(
-        f"{len(dataset.classes)} classes, {len(train)} photos to train on, {len(valid)} to "
-        f"validate; {recipe.arch} at {recipe.preprocess.size} px on {precision.device.type}, "
-        f"{str(precision.dtype).removeprefix('torch.')}"
-    )
-
-    folder = _claim(out, recipe.name)
-    _write_recipe(recipe, folder)
-    data.write_split(dataset, folder / data.SPLIT)
-    best = Best(folder, recipe, dataset, classifier, say)
-    classifier.to(precision.device).to(memory_format=torch.channels_last)
-    view = 0
-    if not pretrained and any(_from_scratch(stage) != stage for stage in recipe.stage):
+    classifier, pretrained = plan.build_classifier(recipe, len(dataset.classes), say)
+    stages = plan.stages_of(recipe, pretrained)
+    plan.check(classifier, recipe, stages)
+    photos = pixels.Photos(dataset, say)
+    photos.at(recipe.preprocess_of(stages[0]))
+    dataset = photos.dataset
+    if not pretrained and stages != plan.stages_of(recipe, True):
         say("no trained weights: every stage trains the whole network, at one rate")
-    for stage in recipe.stage:
-        if not pretrained:
-            stage = _from_scratch(stage)
-        classifier.fixed_norms = stage.batchnorm == "fixed"
-        classifier.freeze_to(stage.unfreeze)
-        classifier.eval()
-        prefix = classifier.prefix
-        wanted = min(stage.views, stage.epochs)
-        size = recipe.preprocess.size
-        views = affordable_views(wanted, len(train), prefix, size, precision, ACTIVATION_BYTES)
-        feed = TrainFeed(
-            train, prefix, recipe.preprocess, recipe.augment, precision, recipe.seed, view, views
-        )
-        view += views or stage.epochs
-        if views < wanted and len(prefix):
-            say(f"{stage.name:>8}  {views} of {wanted} views fit into {ACTIVATION_BYTES >> 30} GiB")
-        keep = affordable_views(1, len(valid), prefix, size, precision, ACTIVATION_BYTES // 2) > 0
-        held_out = ValidFeed(valid, prefix, recipe.preprocess, precision, keep)
-        lr = _learning_rate(classifier, stage, recipe, feed, folder, say)
-        trainer.train_stage(
-            classifier,
-            stage,
-            lr,
-            recipe.optimizer,
-            feed,
-            held_out,
-            batch_size=recipe.batch_size,
-            smoothing=recipe.label_smoothing,
-            on_epoch=best.see,
-        )
-    result = best.finish(valid)
-    _point_latest(folder)
-    say(
-        f"{folder}: validation accuracy {result.accuracy:.2%} (loss {result.loss:.4f}) after "
-        f"{time.perf_counter() - started:.0f} s; next: fledge export {folder} --out bundle"
+    folder = run_folder.claim(out, recipe.name)
+    begun = run_folder.Begun(
+        source=dataset.source,
+        root=str(dataset.root),
+        fingerprint=dataset.fingerprint,
+        classes=dataset.classes,
+        pretrained=pretrained,
+        device=device,
+        versions=checkpoint.versions(),
     )
-    return folder
+    run_folder.begin(folder, recipe, dataset, begun)
+    info = _info(recipe, dataset)
+    return _go(Run(recipe, stages, classifier, photos, folder, precision, info, say))
 
 
-def build_classifier(
-    recipe: options.Recipe, classes: int, say: Say
-) -> tuple[model.Classifier, bool]:
-    """The recipe's network, and whether its body comes with trained weights."""
+def resume(
+    folder: Path, *, device: str | None = None, root: Path | None = None, say: Say = say_aloud
+) -> Path:
+    """Go on with a run that was killed or interrupted, from its last finished epoch.
 
-    def build(weights: str) -> model.Classifier:
-        return model.build(
-            recipe.arch, classes, arch_args=recipe.arch_args, head=recipe.head, weights=weights
-        )
+    On the same machine with as many threads it ends with the same weights, bit for bit, as a run
+    that was never interrupted.
 
-    if recipe.weights != "auto":
-        return build(recipe.weights), recipe.weights != "none"
-    try:
-        return build("imagenet"), True
-    except DataError as error:
-        say(f"warning: weights = 'auto': {error}; training from scratch")
-        return build("none"), False
-
-
-def choose_precision(device: str, precision: str) -> Precision:
-    """Turn the device and precision asked for into what this machine has.
+    Args:
+        folder: The run's folder.
+        device: Another one than the run began with.
+        root: Where the photos are now, if they have moved.
+        say: Takes lines for a person.
 
     Raises:
-        OptionError: CUDA was asked for and is not there.
+        DataError: No run there that got going, or its photos are no longer what they were.
     """
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
-        raise OptionError("--device cuda: no usable GPU here; use --device cpu or auto")
-    where = torch.device("cuda" if cuda and device != "cpu" else "cpu")
-    if precision == "auto":
-        precision = "bf16" if _has_bf16(where) else "fp32"
-    return Precision(torch.bfloat16 if precision == "bf16" else torch.float32, where)
-
-
-def _has_bf16(where: torch.device) -> bool:
-    """Whether bfloat16 is a sure gain: on CPUs its backward pass is at times ten times slower."""
-    return where.type == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-def _learning_rate(
-    classifier: model.Classifier,
-    stage: options.Stage,
-    recipe: options.Recipe,
-    feed: TrainFeed,
-    folder: Path,
-    say: Say,
-) -> float:
-    if stage.lr != "find":
-        return stage.lr
-    curve = trainer.find_lr(
-        classifier, stage, recipe.optimizer, feed, recipe.batch_size, recipe.label_smoothing
-    )
-    lr_finder.plot(curve, folder / f"lr_find-{stage.name}.png", f"lr_find before {stage.name}")
-    say(
-        f"{stage.name:>8}  lr_find: {curve.valley:.2e} (valley; steepest {curve.steepest:.2e}, "
-        f"minimum {curve.minimum:.2e})"
-    )
-    return curve.valley
-
-
-def _from_scratch(stage: options.Stage) -> options.Stage:
-    """The stage for random weights: a frozen random body would teach the head nothing."""
-    changes = {"unfreeze": options.ALL, "lr_divide": 1.0, "batchnorm": "train"}
-    return stage.model_copy(update=changes)
-
-
-def _check_out(out: Path | None) -> None:
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OptionError(f"--out {out} exists already; choose another or remove it")
-
-
-def _claim(out: Path | None, name: str) -> Path:
-    """Make the run's folder; two runs that start together get two."""
-    if out is not None:
-        _check_out(out)
-        out.mkdir(parents=True, exist_ok=True)
-        return out
-    for number in itertools.count(1):
-        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
+    recipe, begun = run_folder.read(folder)
+    if not (folder / run_folder.LAST).exists():
+        say(f"{folder} is finished already; next: fledge export {folder} --out bundle")
         return folder
-    raise AssertionError("unreachable")
+    precision = choose_precision(device or begun.device, recipe.precision)
+    where = (root or Path(begun.root)).resolve()
+    dataset = data.from_split_file(folder / data.SPLIT, where, begun.classes, begun.source)
+    torch.manual_seed(recipe.seed)
+    begin_again = not (folder / run_folder.LAST / state.STATE).exists()
+    weights = {"auto": "imagenet" if begun.pretrained else "none"}.get(
+        recipe.weights, recipe.weights
+    )
+    built = recipe.model_copy(update={"weights": weights if begin_again else "none"})
+    classifier, _ = plan.build_classifier(built, len(begun.classes), say)
+    stages = plan.stages_of(recipe, begun.pretrained)
+    found = state.load(folder / run_folder.LAST, precision.device)
+    position, tensors = found or (Position(), {})
+    photos = pixels.Photos(dataset, say)
+    photos.at(recipe.preprocess_of(stages[min(position.stage, len(stages) - 1)]))
+    if photos.dataset.fingerprint != begun.fingerprint:
+        raise DataError(
+            f"--resume {folder}: the photos in {where} are no longer those that the run began "
+            "with; put them back, or start anew"
+        )
+    if found:
+        classifier.load_state_dict(tensors.pop("model"))
+        say(f"{folder}: going on after {len(position.history)} finished epochs")
+    info = _info(recipe, dataset)
+    return _go(
+        Run(recipe, stages, classifier, photos, folder, precision, info, say, position, tensors)
+    )
 
 
-@torch.no_grad()
-def _check_size(classifier: model.Classifier, recipe: options.Recipe) -> None:
-    """Try one empty picture, before anything is written."""
-    size = recipe.preprocess.size
+def _go(run: Run) -> Path:
+    started = time.perf_counter()
+    recipe, position = run.recipe, run.position
+    dataset = run.photos.dataset
+    run.say(
+        f"{len(dataset.classes)} classes, {len(dataset.train)} photos to train on, "
+        f"{len(dataset.valid)} to validate; {recipe.arch} at {recipe.preprocess.size} px on "
+        f"{run.precision.device.type}, {str(run.precision.dtype).removeprefix('torch.')}"
+    )
+    journal.rewind(run.folder, position.history)
+    run.classifier.to(run.precision.device).to(memory_format=torch.channels_last)
+    ema = Ema(run.classifier, recipe.optimizer.ema) if recipe.optimizer.ema else None
+    if ema and "ema" in run.tensors:
+        ema.load(run.tensors["ema"])
     try:
-        classifier.eval()(torch.zeros(1, 3, size, size))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0][:100]
-        raise OptionError(
-            f"preprocess.size = {size} does not fit {recipe.arch}: {reason}"
-        ) from None
+        while position.stage < len(run.stages):
+            _stage(run, ema)
+    except KeyboardInterrupt:
+        run.say(
+            f"interrupted: {len(position.history)} finished epochs are kept; go on with: "
+            f"fledge train --resume {run.folder}"
+        )
+        raise
+    result = best.finish(run.folder, run.photos)
+    shutil.rmtree(run.folder / run_folder.LAST)
+    run_folder.point_latest(run.folder)
+    run.say(
+        f"{run.folder}: validation accuracy {result.accuracy:.2%} (loss {result.loss:.4f}) after "
+        f"{time.perf_counter() - started:.0f} s; next: fledge export {run.folder} --out bundle"
+    )
+    return run.folder
 
 
-def _write_recipe(recipe: options.Recipe, folder: Path) -> None:
-    import tomli_w
+def _stage(run: Run, ema: Ema | None) -> None:
+    """Train one stage, from wherever it stands, and step on to the next."""
+    recipe, classifier, position = run.recipe, run.classifier, run.position
+    stage = run.stages[position.stage]
+    preprocess = recipe.preprocess_of(stage)
+    feed, held_out = feeds(
+        classifier, run.photos, stage, recipe, run.precision, position.first_view, run.say
+    )
+    lr = stage.lr if stage.lr != "find" else position.lr
+    if lr is None:
+        lr = position.lr = _find_lr(run, stage, feed)
+    optimizer = optim.build(classifier, recipe.optimizer, stage, lr)
+    if "optimizer" in run.tensors:
+        state.into_optimizer(optimizer, run.tensors.pop("optimizer"))
+    averaged = ema.swapped if ema else nullcontext
+    while position.epoch < stage.epochs and not plan.over_fitting(
+        position.losses(stage.name), stage.patience
+    ):
+        started = time.perf_counter()
+        losses = position.losses(stage.name)
+        train_loss, steps = loop.train_epoch(
+            classifier, stage, recipe, optimizer, feed, position.epoch, losses, ema
+        )
+        with averaged():
+            accuracy, valid_loss = loop.validate(classifier, held_out, run.precision)
+            if not math.isfinite(valid_loss):
+                raise WorkError(
+                    f"stage {stage.name}: the validation loss is {valid_loss} after epoch "
+                    f"{position.epoch + 1}, rate {steps[-1].lr[-1]:.3g}; "
+                    f"lower stage.{stage.name}.lr"
+                )
+            position.epoch += 1
+            row = loop.Epoch(
+                stage.name, position.epoch, steps[-1].lr[-1], train_loss, valid_loss, accuracy,
+                time.perf_counter() - started,
+            )  # fmt: skip
+            if best.rank(row) > position.best:
+                position.best = best.rank(row)
+                best.save(run.folder, row, classifier, run.info, preprocess)
+        position.history.append(row)
+        journal.add(run.folder, row, steps)
+        _tell(run, row)
+        if stage.patience and valid_loss <= min(position.losses(stage.name)):
+            # Clones: the weights themselves go on moving.
+            run.tensors["kept"] = {k: v.clone() for k, v in classifier.state_dict().items()}
+            run.tensors["kept_ema"] = {k: v.clone() for k, v in ema.state().items()} if ema else {}
+        _save(run, ema, optimizer)
+    if stage.patience:
+        classifier.load_state_dict(run.tensors.pop("kept"))
+        kept = run.tensors.pop("kept_ema", {})
+        if ema and kept:
+            ema.load(kept)
+    with averaged():
+        info = replace(run.info, preprocess=preprocess, metrics={"stage": stage.name})
+        checkpoint.save(
+            run.folder / run_folder.STAGES / f"{stage.name}.safetensors", classifier, info
+        )
+    position.first_view += feed.views or stage.epochs
+    position.stage, position.epoch, position.lr = position.stage + 1, 0, None
+    _save(run, ema, None)
+    schedule_png = run.folder / "schedule.png"
+    plots.schedule(plots.rows(journal.read_steps(run.folder)), schedule_png, f"{recipe.name}: as run")
 
-    values = recipe.model_dump(mode="json", exclude={"preprocess"})
-    values["preprocess"] = asdict(recipe.preprocess)
-    with write_aside(folder / "recipe.toml") as aside:
-        aside.write_text(tomli_w.dumps(values))
+
+def _find_lr(run: Run, stage: Stage, feed: TrainFeed) -> float:
+    curve = loop.find_lr(run.classifier, stage, run.recipe, feed)
+    picked = curve.pick(run.recipe.lr_find.pick)
+    plots.lr_find(
+        curve, run.folder / f"lr_find-{stage.name}.png", f"lr_find before {stage.name}", run.recipe.lr_find.pick
+    )
+    run.say(
+        f"{stage.name:>8}  lr_find: {picked:.2e} ({run.recipe.lr_find.pick}; steepest "
+        f"{curve.steepest:.2e}, minimum {curve.minimum:.2e})"
+    )
+    return picked
 
 
-def _point_latest(folder: Path) -> None:
-    """Point `runs/latest` at a run in `runs/`; runs elsewhere are their owner's to name."""
-    link = folder.parent / "latest"
-    if folder.parent.name != "runs" or (link.exists() and not link.is_symlink()):
-        return
-    aside = folder.parent / f".latest.partial-{os.getpid()}"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(folder.name)
-    aside.replace(link)
+def _save(run: Run, ema: Ema | None, optimizer: torch.optim.Optimizer | None) -> None:
+    """Everything a resumed run needs, in one file, before the next epoch begins."""
+    groups = {"model": run.classifier.state_dict()}
+    if ema:
+        groups["ema"] = ema.state()
+    if optimizer:
+        groups["optimizer"] = state.of_optimizer(optimizer)
+    groups.update({key: run.tensors[key] for key in ("kept", "kept_ema") if key in run.tensors})
+    state.save(run.folder / run_folder.LAST, run.position, groups, run.precision.device)
+
+
+def _tell(run: Run, row: loop.Epoch) -> None:
+    mark = "  best" if best.rank(row) == run.position.best else ""
+    run.say(
+        f"{row.stage:>8} {row.epoch:>3}  lr {row.lr:.2e}  train {row.train_loss:.4f}  "
+        f"valid {row.valid_loss:.4f}  accuracy {row.accuracy:.2%}  {row.seconds:.1f} s{mark}"
+    )
+
+
+def _info(recipe: Recipe, dataset: data.Dataset) -> checkpoint.CheckpointInfo:
+    return checkpoint.CheckpointInfo(
+        name=recipe.name,
+        arch=recipe.arch,
+        classes=dataset.classes,
+        preprocess=recipe.preprocess,
+        arch_args=recipe.arch_args,
+        head=recipe.head.model_dump(mode="json"),
+        seed=recipe.seed,
+        data={
+            "source": dataset.source,
+            "root": str(dataset.root),
+            "fingerprint": dataset.fingerprint,
+            "train": len(dataset.train),
+            "valid": len(dataset.valid),
+        },
+        versions=checkpoint.versions(),
+    )

@@ -1,23 +1,84 @@
-"""Split files: which part every photo belongs to, given by hand or as a run used it."""
+"""Which part every photo belongs to: drawn by share or by folds, or read from a split file."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from serving.errors import DataError
+from serving.errors import DataError, OptionError
 
 PARTS: Final = ("train", "valid", "test")
 
 
-def read_split(split: Path) -> Iterator[tuple[str, str]]:
-    """(path below the data folder, fold) of every row of a CSV `path,fold`.
+def stratified(labels: Sequence[str], share: float, seed: int) -> list[bool]:
+    """Whether each photo is held out: `share` of every class, at least one, and never all.
+
+    A class is drawn by its own name, so that adding a class leaves the others' draw alone.
+    """
+    held = [False] * len(labels)
+    for order in _shuffled(labels, seed).values():
+        count = min(max(1, round(len(order) * share)), len(order) - 1)
+        for index in order[:count]:
+            held[index] = True
+    return held
+
+
+def folds(labels: Sequence[str], k: int, seed: int) -> list[int]:
+    """The fold, 0 to k - 1, of each photo: k shares of every class, equal but for one photo.
+
+    A class is drawn by its own name. The fold it begins at is drawn, too, so that what is left over
+    does not always go to the first ones.
+    """
+    fold = [0] * len(labels)
+    for label, order in _shuffled(labels, seed).items():
+        first = random.Random(f"{seed}/{label}/first").randrange(k)
+        for position, index in enumerate(order):
+            fold[index] = (first + position) % k
+    return fold
+
+
+def _shuffled(labels: Sequence[str], seed: int) -> dict[str, list[int]]:
+    """The photos of each class, as indices in random order."""
+    by_class: dict[str, list[int]] = {}
+    for index, label in enumerate(labels):
+        by_class.setdefault(label, []).append(index)
+    for label, order in by_class.items():
+        random.Random(f"{seed}/{label}").shuffle(order)
+    return by_class
+
+
+def by_file(split: Path, fold: int, *, class_folders: bool) -> list[tuple[str, str]]:
+    """(path below the data folder, part) of every row of a split file.
+
+    Args:
+        split: CSV `path,fold`; fold is train, valid or test, or a number.
+        fold: The number that is the validation part.
+        class_folders: Whether a path must have a folder, its class.
 
     Raises:
-        DataError: Not such a file; names the line.
+        DataError: Not such a file, or a photo in two parts.
+        OptionError: No such fold in it.
     """
+    rows = list(_rows(split, class_folders))
+    numbers = {int(where) for _, where in rows if where.isdecimal()}
+    if fold not in (numbers or {0}):
+        have = f"has folds {', '.join(map(str, sorted(numbers)))}" if numbers else "has no numbers"
+        raise OptionError(f"data.fold = {fold}: {split} {have}")
+    seen: set[Path] = set()
+    for path, _ in rows:
+        if Path(path) in seen:
+            raise DataError(f"{split} names {path} twice; a photo belongs to one part")
+        seen.add(Path(path))
+    return [
+        (path, where if where in PARTS else "valid" if int(where) == fold else "train")
+        for path, where in rows
+    ]
+
+
+def _rows(split: Path, class_folders: bool) -> Iterator[tuple[str, str]]:
     try:
         # utf-8-sig: spreadsheets write a byte-order mark.
         with split.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -29,8 +90,10 @@ def read_split(split: Path) -> Iterator[tuple[str, str]]:
                 line = f"{split}, line {reader.line_num}"
                 if fold not in PARTS and not fold.isdecimal():
                     raise DataError(f"{line}: fold {fold!r} is not train, valid, test or a number")
-                if len(Path(path).parts) < 2 or Path(path).is_absolute() or ".." in path.split("/"):
-                    raise DataError(f"{line}: path {path!r} is not CLASS/photo below the folder")
+                depth = len(Path(path).parts)
+                if depth < 1 + class_folders or Path(path).is_absolute() or ".." in path.split("/"):
+                    form = "CLASS/photo below" if class_folders else "a photo in"
+                    raise DataError(f"{line}: path {path!r} is not {form} the data folder")
                 yield path, fold
     except FileNotFoundError:
         raise DataError(f"--split {split}: no such file; make a CSV 'path,fold'") from None

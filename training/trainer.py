@@ -1,11 +1,10 @@
-"""The loop: one stage."""
+"""The loop: one epoch of one stage, its validation, and the range test before it."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +14,14 @@ from torch import Tensor, nn
 from serving.errors import WorkError
 from serving.progress import progress_bar
 from training import lr_finder, optim, schedule
-from training.activations import Precision, TrainFeed
+from training.activations import TrainFeed
+from training.ema import Ema
 from training.model import Classifier
-from training.options import OptimizerConfig, Stage
+from training.options import Recipe, Stage
+from training.precision import Precision
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batch = tuple[Tensor, Tensor]
+Batches = Iterable[Batch]
 
 
 @dataclass(frozen=True)
@@ -39,126 +41,153 @@ class Epoch:
     seconds: float
 
 
-def find_lr(
-    classifier: Classifier,
-    stage: Stage,
-    optimizer: OptimizerConfig,
-    feed: TrainFeed,
-    batch_size: int,
-    smoothing: float,
-    steps: int = 80,
-) -> lr_finder.Curve:
-    """Range test of a stage; leaves the classifier as it was."""
-    trial = optim.build(classifier, optimizer, 1.0, stage.lr_divide)
-    suffix = classifier.suffix
+@dataclass(frozen=True)
+class Step:
+    """One line of steps.csv: a step of the optimiser, with what it was made with.
 
-    def endless() -> Iterator[tuple[Tensor, Tensor]]:
+    step: from 1 in its epoch. loss: of its batch or batches. lr: of each layer group that trains,
+    the head's last. momentum: or Adam's first beta.
+    """
+
+    stage: str
+    epoch: int
+    step: int
+    loss: float
+    momentum: float
+    lr: tuple[float, ...]
+
+
+def find_lr(
+    classifier: Classifier, stage: Stage, recipe: Recipe, feed: TrainFeed
+) -> lr_finder.Curve:
+    """Range test of a stage; leaves the classifier as it was.
+
+    Raises:
+        WorkError: The curve says nothing; names the stage.
+    """
+    trial = optim.build(classifier, recipe.optimizer, stage, 1.0)
+    config = recipe.lr_find
+
+    def endless() -> Iterator[Batch]:
         for epoch in itertools.count():
-            yield from feed.epoch(epoch, batch_size)
+            yield from feed.epoch(epoch, recipe.batch_size)
 
     def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
 
+    feed.fill()
     try:
-        return lr_finder.range_test(
-            suffix,
-            trial,
-            endless(),
-            loss_of,
-            steps=steps,
-            autocast=feed.precision.autocast,
-            train=classifier.train,  # it knows what stays in eval mode
-        )
+        with progress_bar() as bar:
+            task = bar.add_task(f"{stage.name} lr_find", total=config.steps)
+            return lr_finder.range_test(
+                classifier.suffix,
+                trial,
+                endless(),
+                loss_of,
+                low=config.low,
+                high=config.high,
+                steps=config.steps,
+                direction=config.direction,
+                autocast=feed.precision.autocast,
+                train=classifier.train,  # it knows what stays in eval mode
+                on_step=lambda: bar.advance(task),
+            )
     except ValueError as error:
         raise WorkError(
             f"stage {stage.name}: lr_find: {error}; set stage.{stage.name}.lr"
         ) from error
 
 
-def train_stage(
+def train_epoch(
     classifier: Classifier,
     stage: Stage,
-    lr: float,
-    config: OptimizerConfig,
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
     feed: TrainFeed,
-    valid: Batches,
-    *,
-    batch_size: int,
-    smoothing: float,
-    on_epoch: Callable[[Epoch], None],
-) -> None:
-    """Train one stage.
+    epoch: int,
+    valid_losses: Sequence[float] = (),
+    ema: Ema | None = None,
+) -> tuple[float, list[Step]]:
+    """Train one epoch; returns the mean loss over its photos, and its steps.
 
     Args:
-        classifier: Frozen as the stage says.
-        stage: Schedule and rates.
-        lr: The head's learning rate.
-        config: The optimiser.
-        feed: Training batches, as inputs of the classifier's suffix.
-        valid: Validation batches, likewise.
-        batch_size: Photos a step.
-        smoothing: Label smoothing.
-        on_epoch: Called after each epoch with its figures.
+        classifier: Already frozen as the stage wants it.
+        stage, recipe: What to do.
+        optimizer: From `optim.build`.
+        feed: The stage's batches.
+        epoch: Which one, counted from 0 in its stage.
+        valid_losses: Of the stage's epochs so far; the plateau schedule reads them.
+        ema: Updated after each step.
 
     Raises:
-        WorkError: The loss is no longer finite; names stage, step and rate.
+        WorkError: The loss is no number any more; names stage, epoch, step and rate.
     """
     suffix = classifier.suffix
-    optimizer = optim.build(classifier, config, lr, stage.lr_divide)
-    steps = feed.steps(batch_size)
-    feed.fill()
-    for epoch in range(stage.epochs):
-        started, total, seen = time.perf_counter(), 0.0, 0
-        classifier.train()
-        with progress_bar() as bar:
-            task = bar.add_task(f"{stage.name} {epoch + 1}/{stage.epochs}", total=steps)
-            for step, (inputs, labels) in enumerate(feed.epoch(epoch, batch_size)):
-                factor = factor_at(stage, epoch + step / steps)
-                optim.set_factor(optimizer, factor)
-                with feed.precision.autocast():
-                    logits = suffix(inputs)
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise WorkError(
-                        f"stage {stage.name}: the loss is {value} at epoch {epoch + 1}, "
-                        f"step {step + 1}, rate {lr * factor:.3g}; lower stage.{stage.name}.lr"
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                total, seen = total + value * len(labels), seen + len(labels)
-                bar.advance(task)
-        accuracy, valid_loss = validate(classifier, suffix, valid, feed.precision)
-        if not math.isfinite(valid_loss):
-            raise WorkError(
-                f"stage {stage.name}: the validation loss is {valid_loss} after epoch {epoch + 1}, "
-                f"rate {lr * factor:.3g}; lower stage.{stage.name}.lr"
+    config, size = recipe.optimizer, recipe.batch_size
+    steps = -(-feed.steps(size) // config.accumulate)
+    rows: list[Step] = []
+    total, seen = 0.0, 0
+    feed.fill()  # before the bar: it shows one of its own
+    classifier.train()
+    with progress_bar() as bar:
+        task = bar.add_task(f"{stage.name} {epoch + 1}/{stage.epochs}", total=steps)
+        for number, batches in enumerate(_groups(feed.epoch(epoch, size), config.accumulate)):
+            position = epoch + number / steps
+            point = schedule.at(
+                stage, position, steps=steps, losses=valid_losses, momentum=config.momentum
             )
-        seconds = time.perf_counter() - started
-        on_epoch(
-            Epoch(stage.name, epoch + 1, lr * factor, total / seen, valid_loss, accuracy, seconds)
-        )
+            optim.set_point(optimizer, point)
+            loss = _backward(suffix, batches, feed.precision, recipe.label_smoothing)
+            rates = _rates(optimizer)
+            if not math.isfinite(loss):
+                raise WorkError(
+                    f"stage {stage.name}: the loss is {loss} at epoch {epoch + 1}, "
+                    f"step {number + 1}, rate {rates[-1]:.3g}; lower stage.{stage.name}.lr"
+                )
+            optim.step(optimizer, config)
+            if ema:
+                ema.update()
+            momentum = config.momentum if point.momentum is None else point.momentum
+            rows.append(Step(stage.name, epoch + 1, number + 1, loss, momentum, rates))
+            photos = sum(len(labels) for _, labels in batches)
+            total, seen = total + loss * photos, seen + photos
+            bar.advance(task)
+    return total / seen, rows
 
 
-def factor_at(stage: Stage, position: float) -> float:
-    """The schedule of a stage at a position in epochs."""
-    if stage.schedule == "sgdr":
-        # Whole epochs are trained: cycles of fractional length are stretched to end with them.
-        lengths = schedule.cycle_lengths(stage.cycles, stage.cycle_len, stage.cycle_mult)
-        position *= sum(lengths) / stage.epochs
-        return schedule.sgdr(position, stage.cycles, stage.cycle_len, stage.cycle_mult)
-    if stage.schedule == "one_cycle":
-        return schedule.one_cycle(position, stage.epochs)
-    return 1.0
+def _rates(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
+    """Of each layer group, the head's last; decayed and spared parameters share one."""
+    return tuple({group["name"]: group["lr"] for group in optimizer.param_groups}.values())
+
+
+def _groups(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
+    """Batches by the `count`, the last group as long as it comes."""
+    while group := list(itertools.islice(batches, count)):
+        yield group
+
+
+def _backward(
+    suffix: nn.Module, batches: Sequence[Batch], precision: Precision, smoothing: float
+) -> float:
+    """Gradients of the mean loss over all photos of the batches; returns that loss."""
+    photos = sum(len(labels) for _, labels in batches)
+    total = 0.0
+    for inputs, labels in batches:
+        with precision.autocast():
+            logits = suffix(inputs)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        if len(batches) > 1:
+            loss = loss * (len(labels) / photos)
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 @torch.no_grad()
-def validate(
-    classifier: Classifier, suffix: nn.Module, valid: Batches, precision: Precision
-) -> tuple[float, float]:
+def validate(classifier: Classifier, valid: Batches, precision: Precision) -> tuple[float, float]:
     """Accuracy and mean loss; leaves the classifier in eval mode."""
     classifier.eval()
+    suffix = classifier.suffix
     right, loss, seen = 0, 0.0, 0
     for inputs, labels in valid:
         with precision.autocast():

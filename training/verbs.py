@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from training.options import Recipe
+    from training.options import Recipe, TtaConfig
 
 
 class AddVerb(Protocol):
@@ -28,11 +28,66 @@ class AddVerb(Protocol):
 
 def train(options: argparse.Namespace) -> None:
     """Fine-tune a network on a folder of photos."""
+    from serving.errors import OptionError
     from training import recipe
 
+    if options.resume is not None:
+        given = [word for word in (options.recipe, options.split, options.out) if word is not None]
+        if given or options.overrides or options.weights or options.seed is not None:
+            raise OptionError("--resume RUN goes on as the run began; only --data and --device fit")
+        root = None if options.data is None else Path(options.data)
+        device = None if options.device == "auto" else options.device
+        recipe.resume(options.resume, device=device, root=root)
+        return
     recipe.run(
         _recipe(options), options.data, split=options.split, out=options.out, device=options.device
     )
+
+
+def lr_find(options: argparse.Namespace) -> None:
+    """Find a learning rate by the range test, and on request train briefly with each choice."""
+    from training import lr_find as room
+
+    curve, trials = room.lr_find(
+        _recipe(options),
+        options.data,
+        split=options.split,
+        stage=options.stage,
+        start=options.start,
+        out=options.out,
+        device=options.device,
+        compare=options.epochs if options.compare else 0,
+    )
+    for pick in room.PICKS:
+        trap = "  (a trap: too large)" if pick == "minimum" else ""
+        print(f"{pick:<12}{curve.pick(pick):.3e}{trap}")
+    if trials:
+        print(
+            f"\n{'after ' + str(options.epochs) + ' epochs':<16}lr         train   valid   accuracy"
+        )
+    for trial in trials:
+        print(
+            f"{trial.pick:<16}{trial.lr:.2e}  {trial.train_loss:7.4f} {trial.valid_loss:7.4f}   "
+            f"{trial.accuracy:.2%}"
+        )
+
+
+def layers(options: argparse.Namespace) -> None:
+    """Show an architecture's layer groups, and what the stages of a recipe train of it."""
+    from serving.errors import OptionError
+    from training import config
+    from training import layers as room
+
+    if options.recipe is not None:
+        arch = [f"arch={json.dumps(options.arch)}"] if options.arch else []
+        recipe = config.read(options.recipe, [*options.overrides, *arch])
+        lines = [*room.describe(recipe), "", *room.stages(recipe)]
+    elif options.overrides:
+        raise OptionError(f"{options.overrides[0]} changes a recipe; name it with --recipe FILE")
+    else:
+        lines = room.describe(room.of_arch(options.arch)) if options.arch else room.families()
+    for line in lines:
+        print(line)
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -41,12 +96,81 @@ def evaluate(options: argparse.Namespace) -> None:
     from training.console import say
 
     result = room.evaluate(
-        options.run, part=options.part, tta=options.tta, data_folder=options.data, say=say
+        options.run, part=options.part, tta=_tta(options), data_folder=options.data, say=say
     )
+    if result.views > 1:
+        accuracy, loss = room.score(result.plain, result.labels)
+        say(f"plain view alone: accuracy {accuracy:.6f}  loss {loss:.6f}")
     print(
         f"accuracy {result.accuracy:.6f}  loss {result.loss:.6f}  "
         f"photos {result.photos}  views {result.views}  broken {result.broken}"
     )
+    if options.csv is not None:
+        room.write_csv(result, options.csv)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write a run's report.html: its accuracy, its mistakes as pictures, how it was trained."""
+    from training import report as room
+    from training.console import say
+
+    tta = _tta(options)
+    if tta is None:
+        tta = room.tta_of(options.run, say)
+    print(room.write(options.run, part=options.part, tta=tta, data_folder=options.data, say=say))
+
+
+def preview(options: argparse.Namespace) -> None:
+    """Show what a data set is made of: counts, sizes, strange photos; or what training will see."""
+    from training import config
+    from training import preview as room
+
+    overrides = list(options.overrides)
+    if options.seed is not None:
+        overrides.append(f"seed={options.seed}")
+    if options.recipe is None:
+        recipe = config.read_text(room.DEFAULTS, "fledge preview", overrides)
+    else:
+        recipe = config.read(options.recipe, overrides)
+    if options.augment:
+        where = {"split": options.split, "photo": options.photo}
+        print(room.augmented(options.data, recipe, options.out, **where))
+        return
+    for line in room.preview(options.data, recipe, options.out, split=options.split):
+        print(line)
+
+
+def ablate(options: argparse.Namespace) -> None:
+    """Measure the tricks of fine-tuning on one's own photos, one row a trick."""
+    from serving.errors import OptionError
+    from training import ablation, ablation_table, tricks
+    from training.console import say
+
+    base = _recipe(options)
+    words = [word.strip() for word in (options.rows or "").split(",") if word.strip()]
+    words += ["augment"] if options.augment else []
+    rows = tricks.choose(words or ["first"])
+    if options.against and options.against not in [row.name for row in rows]:
+        raise OptionError(f"--against {options.against}: not among the rows that are run")
+    out = options.out or Path("runs") / f"ablation-{base.name}"
+    trials = ablation.run(
+        base,
+        options.data,
+        out,
+        rows=rows,
+        split=options.split,
+        seeds=options.seeds,
+        folds=options.folds,
+        device=options.device,
+        keep=options.keep,
+        say=say,
+    )
+    found = ablation_table.lines(rows, trials, options.against)
+    title = f"Ablation of {base.name} on {Path(options.data).name}"
+    how = ablation_table.about(base, options.data, trials, options.device)
+    ablation_table.write(found, out, title, how)
+    ablation_table.show(found)
+    say(f"{out}: ablation.csv, ablation.md, ablation.png")
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -57,9 +181,29 @@ def sample(options: argparse.Namespace) -> None:
     print(room.write(options.folder, seed=options.seed, **options_given))
 
 
+def _tta(options: argparse.Namespace) -> TtaConfig | None:
+    """The test-time augmentation that the command line asks for; None where it says nothing."""
+    from training import config
+
+    given = {
+        "count": options.tta,
+        "kind": options.tta_kind,
+        "average": options.average,
+        "plain_weight": options.plain_weight,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    return config.tta(given) if given else None
+
+
 def _recipe(options: argparse.Namespace) -> Recipe:
     """The recipe that the command line names, with its overrides."""
+    from serving.errors import OptionError
     from training import config
+
+    if options.recipe is None:
+        raise OptionError("name a recipe, such as training/recipes/quick.toml")
+    if options.data is None:
+        raise OptionError("--data is missing: name the folder with the photos")
 
     overrides = list(options.overrides)
     if options.weights is not None:
@@ -77,13 +221,72 @@ def add_to(verb: AddVerb) -> None:
     )  # fmt: skip
     _recipe_options(add)
     add.add_argument("--out", type=Path, metavar="RUN", help="default: runs/RECIPE")
-    add.usage = "fledge train RECIPE --data DIR [options] [key=value …]"
+    add.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with a run that was killed or interrupted"
+    )
+    add.usage = (
+        "fledge train RECIPE --data DIR [options] [key=value …]\n       fledge train --resume RUN"
+    )
+
+    add = verb(
+        lr_find, "fledge lr-find training/recipes/quick.toml --data photos --compare",
+        overrides=True,
+    )  # fmt: skip
+    _recipe_options(add)
+    add.add_argument("--stage", metavar="NAME", help="default: the first")
+    add.add_argument(
+        "--from",
+        dest="start",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint that the stage starts from",
+    )
+    add.add_argument("--out", type=Path, metavar="PNG", help="default: lr_find-STAGE.png")
+    add.add_argument("--compare", action="store_true", help="train briefly with each suggestion")
+    add.add_argument("--epochs", type=int, default=1, metavar="N", help="of --compare; default: 1")
+    add.usage = "fledge lr-find RECIPE --data DIR [options] [key=value …]"
+
+    add = verb(
+        ablate, "fledge ablate training/recipes/tricks.toml --data photos --seeds 3",
+        overrides=True,
+    )  # fmt: skip
+    _recipe_options(add)
+    how_often = add.add_mutually_exclusive_group()
+    how_often.add_argument("--seeds", type=int, default=3, metavar="N", help="default: 3")
+    how_often.add_argument("--folds", type=int, default=0, metavar="N", help="folds instead")
+    add.add_argument(
+        "--rows", metavar="A,B", help="names of rows or groups (first, onoff, augment, all)"
+    )
+    add.add_argument("--augment", action="store_true", help="each augmentation alone against none")
+    add.add_argument("--against", default="", metavar="ROW", help="compare every row with this one")
+    add.add_argument("--out", type=Path, metavar="DIR", help="default: runs/ablation-RECIPE")
+    add.add_argument("--keep", action="store_true", help="keep the weights of every trial")
+    add.usage = "fledge ablate RECIPE --data DIR [options] [key=value …]"
+
+    add = verb(layers, "fledge layers densenet121", overrides=True)
+    add.add_argument("arch", nargs="?", metavar="ARCH", help="default: list them all")
+    add.add_argument("--recipe", type=Path, metavar="FILE", help="show what its stages train")
 
     add = verb(evaluate, "fledge evaluate runs/latest --tta 4")
-    add.add_argument("run", type=Path, metavar="RUN")
-    add.add_argument("--part", default="valid", choices=["train", "valid", "test"])
-    add.add_argument("--tta", type=int, default=0, metavar="N", help="views to average")
-    add.add_argument("--data", type=Path, metavar="DIR", help="where the photos are now")
+    _run_options(add)
+    add.add_argument("--csv", type=Path, metavar="FILE", help="write a row for every photo")
+
+    add = verb(report, "fledge report runs/latest --part test")
+    _run_options(add)
+
+    add = verb(preview, "fledge preview photos data.valid=0.1", overrides=True)
+    add.add_argument("data", metavar="DATA", help="as --data of fledge train")
+    add.add_argument("--split", type=Path, metavar="CSV", help="path,fold for every photo")
+    add.add_argument(
+        "--out", type=Path, default=Path("preview"), metavar="FOLDER", help="of the picture"
+    )
+    add.add_argument(
+        "--augment", action="store_true", help="draw one photo many times as training sees it"
+    )
+    add.add_argument("--photo", type=Path, metavar="FILE", help="the one to draw with --augment")
+    add.add_argument("--recipe", type=Path, help="whose [data], [augment] and sizes count")
+    add.add_argument("--seed", type=int, metavar="N")
+    add.usage = "fledge preview DATA [options] [key=value …]"
 
     add = verb(sample, "fledge sample flowers")
     add.add_argument("folder", type=Path, help="a new folder")
@@ -91,15 +294,28 @@ def add_to(verb: AddVerb) -> None:
     add.add_argument("--seed", type=int, default=0, metavar="N")
 
 
+def _run_options(add: argparse.ArgumentParser) -> None:
+    """A run, its photos, and test-time augmentation."""
+    add.add_argument("run", type=Path, metavar="RUN")
+    add.add_argument("--part", default="valid", choices=["train", "valid", "test"])
+    add.add_argument("--tta", type=int, metavar="N", help="views or draws to average; 0 is off")
+    kinds = ["views", "flip", "five_crop", "multi_scale", "draws"]
+    add.add_argument("--tta-kind", choices=kinds, help="default: views")
+    add.add_argument("--average", choices=["mean", "log_mean"], help="default: mean")
+    add.add_argument("--plain-weight", type=float, metavar="W", help="0 weighs all views alike")
+    add.add_argument("--data", type=Path, metavar="DIR", help="where the photos are now")
+
+
 def _recipe_options(add: argparse.ArgumentParser) -> None:
     """A recipe, the photos it is for, and what is short for an override."""
-    add.add_argument("recipe", type=Path, help="a TOML file; see training/recipes/")
+    add.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE", help="a TOML file; see training/recipes/"
+    )
     add.add_argument(
         "--data",
-        required=True,
         metavar="DIR",
         help="a folder with a folder a class, or with train/ and valid/ of such; "
-        "'sample' is the embedded set",
+        "or a set by name: sample (embedded), flowers102, oxford-iiit-pet",
     )
     add.add_argument("--split", type=Path, metavar="CSV", help="path,fold for every photo")
     add.add_argument("--weights", metavar="W", help="imagenet, none, auto or a file")

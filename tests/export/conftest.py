@@ -12,6 +12,7 @@ from export import onnx
 from serving import images
 from serving.preprocess import Preprocess
 from training import checkpoint, data, model
+from training.options import DataConfig
 
 
 def lively(network, x=None, seed=0):
@@ -104,7 +105,7 @@ class Run:
                 photo = jpeg(number / 3, rng, (44 + index, 40))
                 (self.photos / name / f"{index}.jpg").write_bytes(photo)
         self.preprocess = Preprocess(size=32)
-        self.dataset = data.load(str(self.photos), valid=0.5)
+        self.dataset = data.load(str(self.photos), config=DataConfig(valid=0.5))
         torch.manual_seed(0)
         options = {"arch_args": {"width_mult": 0.25}, "head": {"hidden": 16}}
         self.classifier = model.build("mobilenet_v2", 3, **options)

@@ -5,7 +5,8 @@ import pytest
 
 from serving.errors import DataError, OptionError
 from tests.tiny import photo
-from training import data
+from training import data, layouts
+from training.options import DataConfig
 
 
 def make(root, counts, size=(20, 16)):
@@ -21,7 +22,7 @@ def make(root, counts, size=(20, 16)):
 
 def test_every_photo_is_in_exactly_one_part_and_classes_keep_their_shares(tmp_path):
     root = make(tmp_path / "d", {"a": 10, "b": 20, "c": 2})
-    found = data.load(str(root), valid=0.2, seed=3)
+    found = data.load(str(root), config=DataConfig(valid=0.2), seed=3)
     parts = [set(found.train), set(found.valid)]
     assert not parts[0] & parts[1]
     assert len(parts[0] | parts[1]) == 32
@@ -56,19 +57,19 @@ def test_a_split_file_with_fold_numbers(tmp_path):
     root = make(tmp_path / "d", {"a": 4, "b": 4})
     rows = [f"{c}/{i}.jpg,{'test' if i == 3 else i % 3}" for c in "ab" for i in range(4)]
     (tmp_path / "s.csv").write_text("\n".join(["path,fold", *rows]))
-    found = data.load(str(root), split=tmp_path / "s.csv", fold=1)
+    found = data.load(str(root), split=tmp_path / "s.csv", config=DataConfig(fold=1))
     assert {s.path.name for s in found.valid} == {"1.jpg"}
     assert {s.path.name for s in found.test} == {"3.jpg"}
     assert {s.path.name for s in found.train} == {"0.jpg", "2.jpg"}
     with pytest.raises(OptionError, match=r"fold = 7.*folds 0, 1, 2"):
-        data.load(str(root), split=tmp_path / "s.csv", fold=7)
+        data.load(str(root), split=tmp_path / "s.csv", config=DataConfig(fold=7))
 
 
 def test_a_split_file_from_a_spreadsheet(tmp_path):
     root = make(tmp_path / "d", {"a": 2, "b": 2})
     rows = "path,fold\r\na/0.jpg,01\r\na/1.jpg,2\r\nb/0.jpg,1\r\nb/1.jpg,2\r\n"
     (tmp_path / "s.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
-    found = data.load(str(root), split=tmp_path / "s.csv", fold=1)
+    found = data.load(str(root), split=tmp_path / "s.csv", config=DataConfig(fold=1))
     assert {s.path.name for s in found.valid} == {"0.jpg"}
 
 
@@ -101,7 +102,7 @@ def test_a_class_without_a_readable_photo_is_not_dropped_silently(tmp_path):
 
 
 def test_order_does_not_depend_on_the_file_system():
-    assert sorted(["01.jpg", "1.jpg", "10.jpg", "2.jpg"], key=data._natural) == [
+    assert sorted(["01.jpg", "1.jpg", "10.jpg", "2.jpg"], key=layouts.natural) == [
         "01.jpg", "1.jpg", "2.jpg", "10.jpg",
     ]  # fmt: skip
 
@@ -126,6 +127,11 @@ def test_a_split_written_is_the_split_read(tmp_path):
         f'"preprocess": {{}}, "data": {{"source": "{root}", "root": "{root}"}}}}'
     )
     assert data.of_run(tmp_path) == found
+    found.valid[0].path.rename(tmp_path / "away")
+    with pytest.raises(DataError, match="1 valid photos are gone"):
+        data.of_run(tmp_path)
+    assert data.of_run(tmp_path, part="") == data.of_run(tmp_path, part="train") == found
+    (tmp_path / "away").rename(found.valid[0].path)
     moved = root.rename(tmp_path / "moved")
     with pytest.raises(DataError, match="--data"):
         data.of_run(tmp_path)
@@ -136,8 +142,25 @@ def test_the_fingerprint_changes_with_the_photos(tmp_path):
     root = make(tmp_path / "d", {"a": 5, "b": 5})
     before = data.load(str(root)).fingerprint
     assert data.load(str(root)).fingerprint == before
+    assert not data.changed({"fingerprint": before}, data.load(str(root)))
+    assert not data.changed({}, data.load(str(root)))  # nothing was written down
     (root / "a" / "0.jpg").write_bytes(b"longer than before" * 1000)
     assert data.load(str(root)).fingerprint != before
+    assert data.changed({"fingerprint": before}, data.load(str(root)))
+
+
+def test_a_split_file_of_a_run_needs_the_photos_that_are_asked_for(tmp_path):
+    root = make(tmp_path / "d", {"a": 5, "b": 5})
+    found = data.load(str(root))
+    data.write_split(found, tmp_path / "s.csv")
+    args = (tmp_path / "s.csv", root, found.classes, "photos")
+    assert data.from_split_file(*args).source == "photos"
+    found.train[0].path.unlink()
+    with pytest.raises(DataError, match="1 train photos are gone"):
+        data.from_split_file(*args)
+    assert len(data.from_split_file(*args, needed=("valid",)).train) == len(found.train)
+    with pytest.raises(DataError, match=r"s\.csv can't be read"):
+        data.from_split_file(tmp_path / "s.csv", root, ("a", "c"), "photos")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import copy
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -70,8 +71,9 @@ def test_it_sees_the_weights_move_under_autocast():
     assert min(curves[0].losses) == pytest.approx(min(curves[1].losses), abs=0.1)
 
 
+@pytest.mark.parametrize("direction", ["up", "down"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_everything_is_given_back_bit_for_bit(fails):
+def test_everything_is_given_back_bit_for_bit(fails, direction):
     model = network()
     optimizer = optimizer_of(model)
     stepped(model, optimizer)
@@ -87,9 +89,11 @@ def test_everything_is_given_back_bit_for_bit(fails):
 
     if fails:
         with pytest.raises(RuntimeError, match="loader"):
-            lr_finder.range_test(model, optimizer, broken(), F.cross_entropy)
+            lr_finder.range_test(model, optimizer, broken(), F.cross_entropy, direction=direction)
     else:
-        curve = lr_finder.range_test(model, optimizer, batches(), F.cross_entropy, steps=50)
+        curve = lr_finder.range_test(
+            model, optimizer, batches(), F.cross_entropy, steps=50, direction=direction
+        )
         assert len(curve.rates) > 20
     assert_same(model.state_dict(), weights)
     after = optimizer.state_dict()
@@ -165,9 +169,109 @@ def test_the_cap_holds_where_the_descent_is_a_cliff():
     assert curve.valley == pytest.approx(rates[50] / 10)
 
 
-def test_the_picture_is_a_png(tmp_path):
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_only_the_minimum_is_taken_past_a_tenth_of_it(direction):
     rates = [10 ** (-5 + i / 10) for i in range(60)]
-    curve = lr_finder.suggest(rates, [2 - i / 60 for i in range(60)])
-    lr_finder.plot(curve, tmp_path / "lr_find-head.png", "head")
-    assert (tmp_path / "lr_find-head.png").read_bytes().startswith(b"\x89PNG")
-    assert [p.name for p in tmp_path.iterdir()] == ["lr_find-head.png"]
+    losses = [2.0] * 45 + [2.0 - 0.15 * i for i in range(11)] + [3.0] * 4
+    if direction == "down":
+        rates = rates[::-1]
+    curve = lr_finder.suggest(rates, losses, direction)
+    assert curve.rates == tuple(sorted(rates))
+    assert curve.pick("minimum") == curve.minimum
+    assert curve.pick("minimum/10") == curve.ten == pytest.approx(curve.minimum / 10)
+    assert curve.pick("valley") == curve.valley <= curve.ten
+    assert curve.pick("steepest") == min(curve.steepest, curve.ten)
+    if direction == "up":
+        assert curve.steepest > curve.ten  # so the cap is what is taken
+
+
+def test_steepest_is_where_the_loss_falls_fastest_and_not_noise_at_the_ends():
+    rates = [10 ** (-5 + i / 15) for i in range(90)]
+    # 2 until 1e-2, falling fastest at 1e-2.5 by a logistic curve, then up
+    losses = [2 / (1 + math.exp(4 * (math.log10(r) + 2.5))) + max(0, math.log10(r)) for r in rates]
+    clean = lr_finder.suggest(rates, losses)
+    assert math.log10(clean.steepest) == pytest.approx(-2.5, abs=0.1)
+    losses[0], losses[1], losses[2] = 3.0, 2.5, 2.0  # a first batch that is off
+    assert lr_finder.suggest(rates, losses).steepest == clean.steepest
+
+
+def test_downwards_the_trap_is_where_the_loss_begins_to_fall():
+    rates = [10 ** (1 - i / 10) for i in range(60)]
+    losses = [2.0 + 0.01 * i for i in range(20)] + [2.2 - 0.1 * i for i in range(20)] + [0.2] * 20
+    curve = lr_finder.suggest(rates, losses, "down")
+    assert curve.losses == tuple(reversed(losses))
+    assert curve.minimum == rates[20]
+    assert curve.valley <= curve.minimum / 10 * (1 + 1e-9)
+    assert rates[39] <= curve.steepest <= rates[20]
+
+
+@pytest.mark.parametrize(
+    ("losses", "reason"),
+    [
+        ([], "within two steps"),
+        ([1.0], "within two steps"),
+        ([1.0, 1.1, 1.2], "never falls"),
+        ([1.0] * 5, "never falls"),
+    ],
+)
+def test_a_curve_that_can_not_be_read_says_why(losses, reason):
+    with pytest.raises(ValueError, match=reason):
+        lr_finder.suggest([10.0 ** (i - 5) for i in range(len(losses))], losses)
+
+
+@pytest.mark.parametrize("count", range(2, 12))
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_short_curves_have_suggestions_within_them(count, direction):
+    rates = [10.0 ** (i / 2 - 5) for i in range(count)]
+    if direction == "down":
+        rates = rates[::-1]
+    curve = lr_finder.suggest(rates, [1 - i / count for i in range(count)], direction)
+    for name in ("valley", "steepest", "minimum/10", "minimum"):
+        assert curve.rates[0] <= curve.pick(name) <= curve.rates[-1]
+
+
+def test_downwards_it_takes_back_what_blows_up_and_still_sees_the_loss_fall():
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    seen = []
+    curve = lr_finder.range_test(
+        model,
+        optimizer_of(model),
+        batches(200),
+        F.cross_entropy,
+        low=1e-4,
+        high=1e8,
+        steps=150,
+        direction="down",
+        on_step=lambda: seen.append(1),
+    )
+    assert len(seen) == 150
+    assert curve.rates[0] == pytest.approx(1e-4)
+    assert curve.rates[-1] < 1e6  # the first ones are not part of it
+    assert curve.rates == tuple(sorted(curve.rates))
+    assert all(math.isfinite(loss) for loss in curve.losses)
+    assert min(curve.losses) < 0.5 * curve.losses[-1]
+    assert_same(model.state_dict(), before)
+
+
+def test_groups_keep_their_proportion_and_the_largest_is_swept():
+    model = network()
+    optimizer = optim.SGD(
+        [
+            {"params": model[0].parameters(), "base_lr": 0.02},
+            {"params": model[4].parameters(), "base_lr": 0.2},
+        ],
+        lr=1.0,
+    )
+    seen = []
+
+    def take_step(optimizer):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+
+    curve = lr_finder.range_test(
+        model, optimizer, batches(), F.cross_entropy, steps=30, high=0.1, take_step=take_step
+    )
+    assert [head for _, head in seen] == pytest.approx(list(curve.rates))
+    assert [deep for deep, _ in seen] == pytest.approx([rate / 10 for rate in curve.rates])
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0]

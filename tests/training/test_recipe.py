@@ -9,11 +9,23 @@ from serving import images
 from serving.errors import DataError, OptionError, WorkError
 from serving.preprocess import Preprocess
 from tests.training.conftest import STAGE
-from training import checkpoint, config, data, evaluate, options, pixels, trainer
+from training import (
+    best,
+    checkpoint,
+    config,
+    data,
+    evaluate,
+    options,
+    pixels,
+    plan,
+    precision,
+    run_folder,
+    trainer,
+)
 from training import recipe as fine_tune
-from training.activations import Precision, TrainFeed, ValidFeed, affordable_views
-from training.best import Best
+from training.activations import TrainFeed, ValidFeed, affordable_views
 from training.model import normalise
+from training.precision import Precision
 
 CPU = Precision(torch.float32, torch.device("cpu"))
 FROZEN = """
@@ -46,7 +58,11 @@ def test_a_run_leaves_what_the_contract_says(recipe, photos, tmp_path, lines):
     learns = ("arch=squeezenet1_1", "arch_args={}", "optimizer.kind=adamw", "stage.all.lr=0.001")
     folder = run(path, photos, tmp_path / "runs" / "one", lines, *learns)
     names = {p.name for p in folder.iterdir()}
-    assert names == {"recipe.toml", "split.csv", "metrics.csv", "best.safetensors", "best.json"}
+    assert names == {
+        *("recipe.toml", "split.csv", "run.json", "metrics.csv", "steps.csv", "schedule.png"),
+        *("best.safetensors", "best.json", "stages", "report.html", "tensorboard"),
+    }
+    assert {p.name for p in (folder / "stages").iterdir()} == {"all.safetensors", "all.json"}
     assert (folder.parent / "latest").resolve() == folder.resolve()
     info = json.loads((folder / "best.json").read_text())
     assert info["classes"] == ["blue", "green", "red"]
@@ -80,8 +96,8 @@ def test_the_same_seed_gives_the_same_weights(recipe, photos, tmp_path, lines):
 def test_cached_activations_change_nothing(recipe, photos, tmp_path, lines):
     """With a view for every epoch the cache gives what running the prefix each time gives."""
     settings = config.read(recipe(), ["head.dropout=0"])
-    classifier, _ = fine_tune.build_classifier(settings, 3, lines.append)
-    classifier.freeze_to(1)
+    classifier, _ = plan.build_classifier(settings, 3, lines.append)
+    classifier.freeze(1)
     classifier.eval()
     found = data.load(str(photos))
     _, train, _ = pixels.decode(found, settings.preprocess, lines.append)
@@ -104,14 +120,14 @@ def test_cached_activations_change_nothing(recipe, photos, tmp_path, lines):
 
 def test_views_shrink_to_the_budget(recipe, lines):
     settings = config.read(recipe())
-    classifier, _ = fine_tune.build_classifier(settings, 3, lines.append)
+    classifier, _ = plan.build_classifier(settings, 3, lines.append)
     classifier.eval()
-    classifier.freeze_to(0)
+    classifier.freeze(0)
     a_view = 2560 * 4 * 100  # the pooled width in float32, for 100 photos
     prefix = classifier.prefix
     for budget, views in ((10 * a_view, 4), (2.5 * a_view, 2), (0.5 * a_view, 0), (0, 0)):
         assert affordable_views(4, 100, prefix, 32, CPU, int(budget)) == views
-    classifier.freeze_to(99)
+    classifier.freeze(99)
     assert affordable_views(4, 100, classifier.prefix, 32, CPU, 10**12) == 0
 
 
@@ -183,17 +199,19 @@ def test_nothing_is_written_when_the_request_is_wrong(recipe, photos, tmp_path, 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_an_error_when_it_was_asked_for():
     with pytest.raises(OptionError, match="--device cuda: no usable GPU"):
-        fine_tune.choose_precision("cuda", "auto")
-    assert fine_tune.choose_precision("auto", "auto").device.type == "cpu"
+        precision.choose_precision("cuda", "auto")
+    assert precision.choose_precision("auto", "auto").device.type == "cpu"
 
 
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = [fine_tune._claim(None, "quick") for _ in range(3)]
+    folders = [run_folder.claim(None, "quick") for _ in range(3)]
     assert [str(f) for f in folders] == ["runs/quick", "runs/quick-2", "runs/quick-3"]
 
 
-def test_weights_that_broke_in_the_last_step_are_noticed(recipe, photos, tmp_path, lines):
+def test_weights_that_broke_in_the_last_step_are_noticed(
+    recipe, photos, tmp_path, lines, monkeypatch
+):
     original = trainer.validate
 
     def broken(classifier, *rest):
@@ -201,12 +219,9 @@ def test_weights_that_broke_in_the_last_step_are_noticed(recipe, photos, tmp_pat
             classifier.head[-1].bias.fill_(float("nan"))
         return original(classifier, *rest)
 
-    trainer.validate = broken
-    try:
-        with pytest.raises(WorkError, match="the validation loss is nan after epoch 1"):
-            run(recipe(), photos, tmp_path / "run", lines)
-    finally:
-        trainer.validate = original
+    monkeypatch.setattr(trainer, "validate", broken)
+    with pytest.raises(WorkError, match="the validation loss is nan after epoch 1"):
+        run(recipe(), photos, tmp_path / "run", lines)
     assert not (tmp_path / "run" / "best.json").exists()
 
 
@@ -230,13 +245,11 @@ def test_auto_weights_fall_back_aloud(recipe, lines, tmp_path, monkeypatch):
         "torchvision.models._api.load_state_dict_from_url", _no_network, raising=True
     )
     settings = config.read(recipe(), ["weights=auto", "arch_args={}"])
-    _, pretrained = fine_tune.build_classifier(settings, 3, lines.append)
+    _, pretrained = plan.build_classifier(settings, 3, lines.append)
     assert not pretrained
     assert "training from scratch" in lines[0]
     with pytest.raises(DataError, match="can't be fetched"):
-        fine_tune.build_classifier(
-            settings.model_copy(update={"weights": "imagenet"}), 3, lines.append
-        )
+        plan.build_classifier(settings.model_copy(update={"weights": "imagenet"}), 3, lines.append)
 
 
 def _no_network(*_args, **_options):
@@ -245,16 +258,129 @@ def _no_network(*_args, **_options):
     raise URLError("no network")
 
 
-def test_the_best_epoch_is_kept_not_the_last(recipe, photos, tmp_path, lines):
-    settings = config.read(recipe())
-    found = data.load(str(photos))
-    classifier, _ = fine_tune.build_classifier(settings, 3, lines.append)
-    best = Best(tmp_path, settings, found, classifier, lines.append)
+def test_the_best_epoch_is_the_most_accurate_then_the_one_of_lower_loss():
     figures = [(0.5, 1.0), (0.8, 0.7), (0.8, 0.6), (0.7, 0.1), (0.8, 0.65)]
-    for number, (accuracy, loss) in enumerate(figures, start=1):
-        with torch.no_grad():
-            classifier.head[-1].bias.fill_(number)
-        best.see(trainer.Epoch("all", number, 0.1, 1.0, loss, accuracy, 0.0))
-    kept, info = checkpoint.load(tmp_path)
+    rows = [
+        trainer.Epoch("all", n, 0.1, 1.0, loss, acc, 0.0) for n, (acc, loss) in enumerate(figures)
+    ]
+    assert max(rows, key=best.rank).epoch == 2
+
+
+def test_the_best_epoch_is_kept_not_the_last(recipe, photos, tmp_path, lines, monkeypatch):
+    figures, biases = iter([(0.5, 1.0), (0.8, 0.7), (0.8, 0.6), (0.7, 0.1), (0.8, 0.65)]), []
+
+    def validate(classifier, *_):
+        biases.append(classifier.head[-1].bias.detach().clone())
+        return next(figures)
+
+    monkeypatch.setattr(trainer, "validate", validate)
+    folder = run(recipe(STAGE.format(epochs=5)), photos, tmp_path / "run", lines)
+    kept, info = checkpoint.load(folder)
     assert info.metrics["epoch"] == 3
-    assert kept.head[-1].bias[0].item() == 3
+    assert torch.equal(kept.head[-1].bias, biases[2])
+    last, _ = checkpoint.load(folder / "stages" / "all.safetensors")
+    assert torch.equal(last.head[-1].bias, biases[4])
+
+
+def test_patience_ends_a_stage_and_gives_its_best_epoch_back(
+    recipe, photos, tmp_path, lines, monkeypatch
+):
+    figures, biases = iter([(0.5, 1.0), (0.5, 0.7), (0.6, 0.8), (0.6, 0.9), (0.6, 0.1)]), []
+
+    def validate(classifier, *_):
+        biases.append(classifier.head[-1].bias.detach().clone())
+        return next(figures)
+
+    monkeypatch.setattr(trainer, "validate", validate)
+    folder = run(
+        recipe(STAGE.format(epochs=5)), photos, tmp_path / "run", lines, "stage.all.patience=2"
+    )
+    assert len(biases) == 4
+    last, _ = checkpoint.load(folder / "stages" / "all.safetensors")
+    assert torch.equal(last.head[-1].bias, biases[1])
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "over"),
+    [([], 1, False), ([1.0], 1, False), ([1.0, 2.0], 1, True), ([1.0, 1.0], 1, True),
+     ([1.0, 2.0, 0.5], 2, False), ([1.0, 2.0, 3.0], 2, True), ([1.0, 2.0, 3.0], 0, False)],
+)  # fmt: skip
+def test_over_fitting_is_no_lower_loss_for_so_many_epochs(losses, patience, over):
+    assert plan.over_fitting(losses, patience) is over
+
+
+def test_accumulated_batches_are_as_one_large_batch(recipe, photos, tmp_path, lines):
+    """Without BatchNorm in the way: gradients of the mean over all photos of the step."""
+    path = recipe(STAGE.format(epochs=1))
+    same = ("arch=squeezenet1_1", "arch_args={}", "head.kind=linear", "head.dropout=0",
+            "stage.all.lr=0.01", "optimizer.kind=sgd", "batch_size=16")  # fmt: skip
+    whole = run(path, photos, tmp_path / "whole", lines, *same)
+    parts = run(
+        path, photos, tmp_path / "parts", lines, *same, "batch_size=4", "optimizer.accumulate=4"
+    )
+    states = [
+        checkpoint.load(folder / "stages/all.safetensors")[0].state_dict()
+        for folder in (whole, parts)
+    ]
+    for name, value in states[0].items():
+        assert torch.allclose(value, states[1][name], rtol=1e-4, atol=1e-6), name
+
+
+def test_progressive_resizing_ends_with_the_size_of_its_best_stage(recipe, photos, tmp_path, lines):
+    stages = """
+[[stage]]
+name = "small"
+lr = 0.01
+[[stage]]
+name = "large"
+lr = 0.01
+image_size = 48
+"""
+    folder = run(recipe(stages), photos, tmp_path / "run", lines)
+    sizes = {
+        name: checkpoint.read_info(folder / "stages" / f"{name}.json").preprocess.size
+        for name in ("small", "large")
+    }
+    assert sizes == {"small": 32, "large": 48}
+    info = checkpoint.read_info(folder / "best.json")
+    assert info.preprocess.size == sizes[info.metrics["stage"]]
+    assert evaluate.evaluate(folder).accuracy == info.metrics["accuracy"]
+
+
+def test_gradual_unfreezing_is_one_group_more_a_stage(recipe, tmp_path):
+    stages = "".join(
+        f'[[stage]]\nname = "s{n}"\nunfreeze = {u}\n'
+        for n, u in enumerate(["0", *['"gradual"'] * 3])
+    )
+    planned = plan.stages_of(config.read(recipe(stages)), pretrained=True)
+    assert [stage.unfreeze for stage in planned] == [0, 1, 2, 3]
+    scratch = plan.stages_of(config.read(recipe(stages)), pretrained=False)
+    assert {stage.unfreeze for stage in scratch} == {options.ALL}
+    with pytest.raises(OptionError, match="must count groups"):
+        plan.stages_of(
+            config.read(recipe(stages.replace("unfreeze = 0", 'unfreeze = ["18"]'))),
+            pretrained=True,
+        )
+
+
+def test_steps_are_written_exactly_as_run(recipe, photos, tmp_path, lines):
+    path = recipe(STAGE.format(epochs=2) + 'schedule = "one_cycle"\nmomentum_low = 0.8\n')
+    folder = run(path, photos, tmp_path / "run", lines)
+    with (folder / "steps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    photos_to_train_on = 36
+    assert len(rows) == 2 * -(-photos_to_train_on // 8)
+    top = max(rows, key=lambda row: float(row["lr"].split()[-1]))
+    assert float(top["momentum"]) == min(float(row["momentum"]) for row in rows)
+    assert float(rows[-1]["lr"].split()[-1]) < 0.02
+    assert (folder / "schedule.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_would_stop_a_later_stage_stops_the_run_at_once(recipe, photos, tmp_path, lines):
+    for override, said in (
+        ("stage.all.lr=[0.1,0.2]", "stage.all.lr"),
+        ('stage.all.unfreeze=["nonsense*"]', "nonsense"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            run(recipe(), photos, tmp_path / "run", lines, override, "weights=none")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,208 @@
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fledge
+from tests.tiny import photo
+from training import data, preview, survey
+from training.options import AugmentConfig
+from training.preview_picture import draw
+
+
+def saved(path, size=(40, 30), mode="RGB", colour=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if colour is None:
+        path.write_bytes(photo(sum(path.name.encode()) + size[0], size))
+    else:
+        Image.new(mode, size, colour).save(path)
+    return path
+
+
+def look(path, part="train", label="a"):
+    return survey.look(path, part, label)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes, 12 and 4 photos, and in the larger one one of everything that is odd."""
+    root = tmp_path / "photos"
+    for i in range(6):
+        saved(root / "a" / f"{i}.jpg", (100 + i, 90))
+    for i in range(4):
+        saved(root / "b" / f"{i}.jpg", (110 + i, 90))
+    shutil.copyfile(root / "a" / "0.jpg", root / "a" / "copy.jpg")
+    saved(root / "a" / "tiny.png", (20, 20))
+    saved(root / "a" / "long.png", (700, 70))
+    saved(root / "a" / "grey.png", (90, 90), "L", 77)
+    saved(root / "a" / "cmyk.jpg", (90, 90), "CMYK", (9, 200, 30, 4))
+    whole = (root / "a" / "1.jpg").read_bytes()
+    (root / "a" / "broken.jpg").write_bytes(whole[: len(whole) // 2])
+    return root
+
+
+def test_a_look_describes_the_upright_photo(tmp_path):
+    pixels = np.zeros((30, 50, 3), np.uint8)
+    pixels[:, :25] = (200, 10, 10)
+    path = tmp_path / "x.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(path, exif=exif)
+    one = look(path)
+    assert (one.width, one.height, one.short, one.mode) == (30, 50, 30, "RGB")
+    assert one.stretch == pytest.approx(50 / 30)
+    assert one.size == path.stat().st_size
+    assert not one.grey
+    assert not one.error
+
+
+def test_grey_is_told_by_the_pixels(tmp_path):
+    ramp = np.repeat(np.arange(200, dtype=np.uint8)[None], 100, axis=0)
+    Image.fromarray(ramp).save(tmp_path / "l.png")
+    Image.fromarray(np.stack([ramp] * 3, axis=2)).save(tmp_path / "rgb.jpg")
+    spot = np.stack([ramp] * 3, axis=2)
+    spot[40:60, 40:60] = (255, 0, 0)
+    Image.fromarray(spot).save(tmp_path / "spot.png")
+    assert [look(tmp_path / n).grey for n in ("l.png", "rgb.jpg", "spot.png")] == [
+        True,
+        True,
+        False,
+    ]
+
+
+def test_twins_have_the_same_pixels_whatever_their_files(tmp_path):
+    first = saved(tmp_path / "a.png")
+    with Image.open(first) as picture:
+        pixels = np.asarray(picture)
+    for name, changed in (
+        ("b", pixels),
+        ("c", pixels[::-1]),
+        ("d", pixels.reshape(40, 30, 3)),  # the same bytes in another shape
+    ):
+        Image.fromarray(changed).save(tmp_path / f"{name}.png", compress_level=0)
+    looks = [look(tmp_path / f"{name}.png") for name in "abcd"]
+    assert [[one.path.name for one in group] for group in survey.twins(looks)] == [
+        ["a.png", "b.png"]
+    ]
+    (tmp_path / "e.jpg").write_bytes(b"")
+    (tmp_path / "f.jpg").write_bytes(b"")
+    assert survey.twins([look(tmp_path / "e.jpg"), look(tmp_path / "f.jpg")]) == []
+
+
+def test_every_photo_is_looked_at_and_broken_ones_are_survived(photos):
+    dataset = data.load(str(photos))
+    looks = survey.survey(dataset)
+    assert [one.path for one in looks] == [s.path for s in dataset.train + dataset.valid]
+    assert {one.label for one in looks} == {"a", "b"}
+    odd = {name: [one.path.name for one in found] for name, found in survey.oddities(looks)}
+    assert odd == {
+        "can't be read": ["broken.jpg"],
+        "short side below 64 px": ["tiny.png"],
+        "longer than 3 : 1": ["long.png"],
+        "without colour": ["grey.png"],
+        "not RGB": ["cmyk.jpg"],
+    }
+
+
+def test_unlabelled_photos_are_looked_at_too(photos):
+    saved(photos / "test" / "x.jpg")
+    found = survey.survey(data.load(str(photos)))
+    assert [one.path.name for one in found if one.part == "unlabelled"] == ["x.jpg"]
+
+
+def test_hints_tell_leaks_torn_labels_and_imbalance(tmp_path):
+    paths = [saved(tmp_path / f"{i}.jpg", (60 + i, 50)) for i in range(12)]
+    shutil.copyfile(paths[0], tmp_path / "same.jpg")
+    same = tmp_path / "same.jpg"
+    clean = [look(path) for path in paths]
+    told = "\n".join(survey.hints([*clean, look(same, "valid")], ["a"], 32))
+    assert "1 exact duplicate across train and valid: accuracy will look better" in told
+    assert "more than one class" not in told
+    told = "\n".join(survey.hints([*clean, look(same, "test", "b")], ["a"], 32))
+    assert "across train and test" in told
+    assert "1 picture in more than one class, as in a and b" in told
+    told = "\n".join(survey.hints([*clean, look(same)], ["a"], 32))
+    assert told == "1 exact duplicate within one part: they add nothing"
+    assert list(survey.hints(clean, ["a"], 32)) == []
+    assert list(survey.hints(clean, ["a"], 64)) == [
+        "12 of 12 photos are smaller than 64 px: a smaller size may do"
+    ]
+    few = [*clean, look(saved(tmp_path / "b.jpg", (99, 90)), label="b")]
+    told = "\n".join(survey.hints(few, ["a", "b"], 32))
+    assert "a has 12.0 times as many photos to train on as b" in told
+    assert "b has 1 photo to train on" in told
+
+
+def test_one_class_without_colour_is_a_clue(tmp_path):
+    colour = [look(saved(tmp_path / f"{i}.jpg", (60 + i, 50))) for i in range(10)]
+    grey = [look(saved(tmp_path / f"{i}.png", (60, 50), "L", 9 + i), label="b") for i in range(10)]
+    (told,) = survey.hints(colour + grey, ["a", "b"], 32)
+    assert told.startswith("100% of b are without colour")
+
+
+def test_the_report_counts_what_is_there(photos):
+    saved(photos / "test" / "x.jpg")
+    dataset = data.load(str(photos))
+    lines = list(preview.report(dataset, survey.survey(dataset), 32))
+    table = [line.split() for line in lines[2:7]]
+    assert table == [
+        ["class", "train", "valid", "unlabelled", "all"],
+        ["a", "10", "2", "0", "12"],
+        ["b", "3", "1", "0", "4"],
+        ["(no", "label)", "0", "0", "1", "1"],
+        ["all", "13", "3", "1", "17"],
+    ]
+    start = lines.index("short side in pixels") + 1
+    bars = [line.split() for line in lines[start : lines.index("", start)]]
+    assert bars[0][:2] == ["0-63", "2"]
+    assert sum(int(bar[1]) for bar in bars) == 16  # all but the broken one
+    longest = max(bars, key=lambda bar: int(bar[1]))
+    assert len(longest[2]) == 40
+    smallest = lines.index("smallest files")
+    size = [float(line.split()[1]) for line in lines[smallest + 1 : smallest + 6]]
+    assert size == sorted(size)
+
+
+def test_the_picture_takes_any_names(tmp_path, photos):
+    looks = [look(path) for path in sorted((photos / "b").iterdir())]
+    names = ("$x_{$", "花", "new\nline", "long " * 30)
+    looks += [look(photos / "a" / "long.png", label=name) for name in names]
+    draw(looks, ("a", *names), tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.width > picture.height > 500
+    draw([look(photos / "a" / "broken.jpg")], ("a",), tmp_path / "q.png")  # none can be read
+    assert (tmp_path / "q.png").exists()
+
+
+def test_the_verb_prints_the_report_and_writes_the_picture(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert fledge.main(["preview", str(photos), "--out", str(out), "data.valid=0.5"]) == 0
+    said = capsys.readouterr().out
+    assert "2 classes, 16 photos" in said
+    assert "1 photo can't be read; training leaves them out" in said
+    assert f"picture: {out / 'preview.png'}" in said
+    assert (out / "preview.png").exists()
+    assert fledge.main(["preview", str(photos), "--out", str(out), "data.vald=0.5"]) == 2
+    assert "data.vald is unknown; did you mean 'valid'?" in capsys.readouterr().err
+    assert fledge.main(["preview", str(tmp_path / "nowhere")]) == 2
+
+
+def test_the_verb_draws_an_augmentation(photos, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def write(path, config, preprocess, out, *, draws=24, seed=0):
+        asked.append((path, config, preprocess.size, out, seed))
+
+    monkeypatch.setattr("training.contact_sheet.write", write)
+    words = ["preview", str(photos), "--augment", "--out", str(tmp_path / "out")]
+    assert fledge.main([*words, "augment.preset=top_down", "preprocess.size=64", "seed=5"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'augment.png'}\n"
+    first = data.load(str(photos), seed=5).train[0].path
+    config = AugmentConfig(preset="top_down")
+    assert asked.pop() == (first, config, 64, tmp_path / "out" / "augment.png", 5)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(preview.DEFAULTS + "[augment]\nmax_rotate = 33.0\n")
+    mine = photos / "b" / "2.jpg"
+    assert fledge.main([*words, "--photo", str(mine), "--recipe", str(recipe)]) == 0
+    assert asked[0][:2] == (mine, AugmentConfig(max_rotate=33.0))

@@ -1,0 +1,157 @@
+"""The table of architectures: how the body of each torchvision family is taken out.
+
+A body is one flat Sequential of torchvision's own layers, so that a frozen prefix is `body[:n]` and
+what trains is `body[n:]`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Architectures that are built alike.
+
+    archs: regular expression for their names.
+    body: takes the body out of the whole network; the layers are shared.
+    side: axis of the body's maps that shrinks where the resolution falls; 0 for none, as in ViT.
+    pooled: how the body pools by itself; "" where it gives a map.
+    fixed: options of torchvision's builder that are not for the recipe to choose.
+    size_option: the builder's option that fixes the size of images; "" where any will do.
+    old_names: (pattern, replacement) for names in weights files older than the code.
+    """
+
+    title: str
+    archs: str
+    body: Callable[[nn.Module], nn.Sequential]
+    side: int = -1
+    pooled: str = ""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    size_option: str = ""
+    old_names: tuple[str, str] = ("", "")
+
+    def image_size(self, arch_args: Mapping[str, Any]) -> int:
+        """The side of images that the body is made for; 224 where any will do."""
+        size = arch_args.get(self.size_option, 224)
+        return int(size[0] if isinstance(size, list | tuple) else size)
+
+
+def family(arch: str) -> Family | None:
+    """The family of an architecture."""
+    return next((one for one in FAMILIES if re.fullmatch(one.archs, arch)), None)
+
+
+def _flat(children: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(children))
+
+
+def _features(network: nn.Module) -> nn.Sequential:
+    return _flat(network.get_submodule("features").named_children())
+
+
+def _layers(network: nn.Module) -> nn.Sequential:
+    return _flat(network.get_submodule("layers").named_children())
+
+
+def _children(network: nn.Module) -> nn.Sequential:
+    outside = ("avgpool", "dropout", "fc")
+    return _flat((name, part) for name, part in network.named_children() if name not in outside)
+
+
+def _densenet(network: nn.Module) -> nn.Sequential:
+    body = _features(network)
+    body.add_module("relu", nn.ReLU(inplace=True))  # DenseNet.forward applies it outside features
+    return body
+
+
+def _regnet(network: nn.Module) -> nn.Sequential:
+    trunk = network.get_submodule("trunk_output").named_children()
+    return _flat([("stem", network.get_submodule("stem")), *trunk])
+
+
+def _swin(network: nn.Module) -> nn.Sequential:
+    after = [(name, network.get_submodule(name)) for name in ("norm", "permute")]
+    return _flat([*network.get_submodule("features").named_children(), *after])
+
+
+def _vit(network: Any) -> nn.Sequential:
+    blocks = network.encoder.layers.named_children()
+    start, end = ("tokens", _Tokens(network)), ("ln", network.encoder.ln)
+    return _flat([start, *blocks, end, ("class_token", _ClassToken())])
+
+
+def _maxvit(network: Any) -> nn.Sequential:
+    pool, flatten, norm, linear, act, _ = network.classifier
+    blocks = [(f"block{i}", block) for i, block in enumerate(network.blocks)]
+    after = [("norm", norm), ("pre_logits", linear), ("act", act)]
+    return _flat([("stem", network.stem), *blocks, ("pool", nn.Sequential(pool, flatten)), *after])
+
+
+class _Tokens(nn.Module):
+    """What a ViT does before its blocks: images [N, 3, H, W] -> tokens [N, 1 + patches, D]."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.conv_proj = network.conv_proj
+        self.class_token = network.class_token
+        self.pos_embedding = network.encoder.pos_embedding
+        self.dropout = network.encoder.dropout
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.conv_proj(images).flatten(2).transpose(1, 2)
+        first = self.class_token.expand(patches.shape[0], -1, -1)
+        tokens: Tensor = self.dropout(torch.cat([first, patches], dim=1) + self.pos_embedding)
+        return tokens
+
+
+class _ClassToken(nn.Module):
+    """Tokens [N, 1 + patches, D] -> the first of each [N, D]."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
+
+
+# Nothing of the second and third classifier that these two train with.
+_NO_AUX: Final = {"aux_logits": False, "transform_input": False, "init_weights": True}
+_DENSENET_OLD: Final = (r"(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\..*)", r"\1\2")
+_VIT_OLD: Final = (r"(.*\.mlp)\.linear_([12])\.", lambda m: f"{m[1]}.{3 * (int(m[2]) - 1)}.")
+
+FAMILIES: Final[tuple[Family, ...]] = (
+    Family("AlexNet", r"alexnet", _features),
+    Family("VGG", r"vgg\d+(_bn)?", _features),
+    Family("ResNet", r"resnet\d+", _children),
+    Family("ResNeXt", r"resnext\w+", _children),
+    Family("Wide ResNet", r"wide_resnet\w+", _children),
+    Family("DenseNet", r"densenet\d+", _densenet, old_names=_DENSENET_OLD),
+    Family("SqueezeNet", r"squeezenet\w+", _features),
+    Family("GoogLeNet", r"googlenet", _children, fixed=_NO_AUX),
+    Family("Inception v3", r"inception_v3", _children, fixed=_NO_AUX),
+    Family("MobileNetV2", r"mobilenet_v2", _features),
+    Family("MobileNetV3", r"mobilenet_v3_\w+", _features),
+    Family("MNASNet", r"mnasnet\w+", _layers),
+    Family("ShuffleNetV2", r"shufflenet_v2_\w+", _children),
+    Family("EfficientNet", r"efficientnet_b\d", _features),
+    Family("EfficientNetV2", r"efficientnet_v2_\w", _features),
+    Family("RegNet", r"regnet_\w+", _regnet),
+    Family("ConvNeXt", r"convnext_\w+", _features),
+    Family("Swin", r"swin_[tsb]", _swin, side=1),
+    Family("SwinV2", r"swin_v2_[tsb]", _swin, side=1),
+    Family(
+        "ViT",
+        r"vit_\w+",
+        _vit,
+        side=0,
+        pooled="class token",
+        size_option="image_size",
+        old_names=_VIT_OLD,
+    ),
+    Family("MaxViT", r"maxvit_\w+", _maxvit, pooled="average", size_option="input_size"),
+)

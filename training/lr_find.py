@@ -1,0 +1,149 @@
+"""`fledge lr-find`: the range test alone, and on request a short training with each suggestion."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from serving.errors import OptionError, WorkError
+from training import checkpoint, data, lr_finder, optim, pixels, plan, plots, trainer
+from training.activations import TrainFeed, ValidFeed, feeds
+from training.console import say as say_aloud
+from training.model import Classifier
+from training.options import Recipe, Stage
+from training.plan import Say
+from training.precision import Precision, choose_precision
+
+PICKS: Final = ("valley", "steepest", "minimum/10", "minimum")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a short training with one suggestion came to.
+
+    losses: of training and validation after it, NaN where it diverged; accuracy: a fraction of 1.
+    """
+
+    pick: str
+    lr: float
+    train_loss: float
+    valid_loss: float
+    accuracy: float
+
+
+@dataclass
+class _Bench:
+    """One stage, ready to train."""
+
+    recipe: Recipe
+    stage: Stage
+    classifier: Classifier
+    feed: TrainFeed
+    held_out: ValidFeed
+    precision: Precision
+
+
+def lr_find(
+    recipe: Recipe,
+    source: str,
+    *,
+    split: Path | None = None,
+    stage: str | None = None,
+    start: Path | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+    compare: int = 0,
+    say: Say = say_aloud,
+) -> tuple[lr_finder.Curve, list[Trial]]:
+    """Range test of one stage of a recipe; nothing is kept but the picture.
+
+    Args:
+        recipe, source, split, device, say: As `recipe.run`.
+        stage: Name of the stage; the first unless said.
+        start: Checkpoint that the stage starts from, such as `runs/NAME/stages/head.safetensors`.
+        out: Where the PNG goes; `lr_find-STAGE.png` here unless said.
+        compare: Epochs to train with each suggestion; 0 compares nothing.
+
+    Returns:
+        The curve, and the trials in the order of `PICKS`.
+
+    Raises:
+        FledgeError: As `recipe.run`; a stage that is not there; a curve that says nothing.
+    """
+    bench = _bench(recipe, source, split, stage, start, device, say)
+    name = bench.stage.name
+    curve = trainer.find_lr(bench.classifier, bench.stage, recipe, bench.feed)
+    picked = curve.pick(recipe.lr_find.pick)
+    path = out or Path(f"lr_find-{name}.png")
+    plots.lr_find(curve, path, f"lr_find before {name}", recipe.lr_find.pick)
+    say(f"{path}: the curve; recipe value: stage.{name}.lr={picked:.2e} ({recipe.lr_find.pick})")
+    return curve, list(_trials(bench, curve, compare)) if compare else []
+
+
+def _bench(
+    recipe: Recipe,
+    source: str,
+    split: Path | None,
+    name: str | None,
+    start: Path | None,
+    device: str,
+    say: Say,
+) -> _Bench:
+    precision = choose_precision(device, recipe.precision)
+    dataset = data.load(source, split=split, config=recipe.data, seed=recipe.seed)
+    torch.manual_seed(recipe.seed)
+    classifier, pretrained = plan.build_classifier(recipe, len(dataset.classes), say)
+    stages = plan.stages_of(recipe, pretrained)
+    plan.check(classifier, recipe, stages)
+    stage = next((s for s in stages if s.name == name), stages[0] if name is None else None)
+    if stage is None:
+        have = ", ".join(s.name for s in stages)
+        raise OptionError(f"--stage {name}: the recipe has {have}")
+    if start:
+        trained, info = checkpoint.load(start)
+        if (info.arch, info.classes) != (recipe.arch, dataset.classes):
+            raise OptionError(
+                f"--from {start}: it is {info.arch} with {len(info.classes)} classes, and the "
+                f"recipe trains {recipe.arch} with {len(dataset.classes)}"
+            )
+        classifier.load_state_dict(trained.state_dict())
+    elif stage is not stages[0]:
+        say(f"warning: the stages before {stage.name} have not been trained; start with --from")
+    photos = pixels.Photos(dataset, say)
+    classifier.to(precision.device).to(memory_format=torch.channels_last)
+    feed, held_out = feeds(classifier, photos, stage, recipe, precision, 0, say)
+    return _Bench(recipe, stage, classifier, feed, held_out, precision)
+
+
+def _trials(bench: _Bench, curve: lr_finder.Curve, epochs: int) -> Iterator[Trial]:
+    """Train the stage for some epochs from the same start with each suggestion."""
+    brief = bench.stage.model_copy(
+        update={"cycles": 1, "cycle_len": epochs, "cycle_mult": 1.0, "patience": 0}
+    )
+    weights = copy.deepcopy(bench.classifier.state_dict())
+    random = torch.get_rng_state()
+    nan = float("nan")
+    for pick in PICKS:
+        bench.classifier.load_state_dict(weights)
+        torch.set_rng_state(random)
+        lr = curve.pick(pick)
+        optimizer = optim.build(bench.classifier, bench.recipe.optimizer, brief, lr)
+        losses: list[float] = []
+        try:
+            for epoch in range(epochs):
+                train_loss, _ = trainer.train_epoch(
+                    bench.classifier, brief, bench.recipe, optimizer, bench.feed, epoch, losses
+                )
+                accuracy, valid_loss = trainer.validate(
+                    bench.classifier, bench.held_out, bench.precision
+                )
+                losses.append(valid_loss)
+            yield Trial(pick, lr, train_loss, valid_loss, accuracy)
+        except WorkError:  # the rate was too large: that is what is to be shown
+            yield Trial(pick, lr, nan, nan, nan)
+    bench.classifier.load_state_dict(weights)

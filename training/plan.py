@@ -1,0 +1,90 @@
+"""What a run will do, found out before it begins: its stages, its network, its sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from serving.errors import DataError, OptionError
+from training import model, optim
+from training.options import ALL, Recipe, Spread, Stage
+
+Say = Callable[[str], None]
+
+
+def stages_of(recipe: Recipe, pretrained: bool) -> list[Stage]:
+    """The stages as they are run: "gradual" counted out, and random weights never frozen."""
+    stages: list[Stage] = []
+    for stage in recipe.stage:
+        if stage.unfreeze == "gradual":
+            before = stages[-1].unfreeze if stages else 0
+            if not isinstance(before, int):
+                raise OptionError(
+                    f"stage.{stage.name}.unfreeze = 'gradual': the stage before must count groups"
+                )
+            stage = stage.model_copy(update={"unfreeze": before + 1})
+        stages.append(stage)
+    return stages if pretrained else [_from_scratch(stage) for stage in stages]
+
+
+def _from_scratch(stage: Stage) -> Stage:
+    """The stage for random weights: a frozen random body would teach the head nothing."""
+    lr = stage.lr
+    head = lr[-1] if isinstance(lr, tuple) else lr.high if isinstance(lr, Spread) else lr
+    changes = {
+        "unfreeze": ALL, "lr": head, "lr_divide": 1.0, "groups": 0, "batchnorm": "train",
+        "frozen_batchnorm": "eval",
+    }  # fmt: skip
+    return stage.model_copy(update=changes)
+
+
+def over_fitting(losses: list[float], patience: int) -> bool:
+    """Whether the validation loss has not been lower for `patience` epochs; 0 is never."""
+    if not patience or not losses:
+        return False
+    return len(losses) - 1 - losses.index(min(losses)) >= patience
+
+
+@torch.no_grad()
+def check(classifier: model.Classifier, recipe: Recipe, stages: list[Stage]) -> None:
+    """Find before any work what would stop a stage later.
+
+    Raises:
+        OptionError: A size that does not fit, a pattern that matches nothing, a list of rates that
+            is too long or too short.
+    """
+    for stage in stages:
+        _check_size(classifier, recipe, recipe.preprocess_of(stage).size)
+        classifier.freeze(
+            stage.unfreeze, batchnorm=stage.batchnorm, frozen_batchnorm=stage.frozen_batchnorm
+        )
+        optim.build(classifier, recipe.optimizer, stage, 1.0 if stage.lr == "find" else stage.lr)
+
+
+def _check_size(classifier: model.Classifier, recipe: Recipe, size: int) -> None:
+    """Try one empty picture, before anything is written."""
+    try:
+        classifier.eval()(torch.zeros(1, 3, size, size))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:100]
+        raise OptionError(
+            f"preprocess.size = {size} does not fit {recipe.arch}: {reason}"
+        ) from None
+
+
+def build_classifier(recipe: Recipe, classes: int, say: Say) -> tuple[model.Classifier, bool]:
+    """The recipe's network, and whether its body comes with trained weights."""
+
+    def build(weights: str) -> model.Classifier:
+        return model.build(
+            recipe.arch, classes, arch_args=recipe.arch_args, head=recipe.head, weights=weights
+        )
+
+    if recipe.weights != "auto":
+        return build(recipe.weights), recipe.weights != "none"
+    try:
+        return build("imagenet"), True
+    except DataError as error:
+        say(f"warning: weights = 'auto': {error}; training from scratch")
+        return build("none"), False

@@ -1,0 +1,44 @@
+"""What a run computes in, and where."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from serving.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the forward pass computes in."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """A context in which layers run in `dtype`."""
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
+
+
+def choose_precision(device: str, precision: str) -> Precision:
+    """Turn the device and precision asked for into what this machine has.
+
+    Raises:
+        OptionError: CUDA was asked for and is not there.
+    """
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise OptionError("--device cuda: no usable GPU here; use --device cpu or auto")
+    where = torch.device("cuda" if cuda and device != "cpu" else "cpu")
+    if precision == "auto":
+        precision = "bf16" if _has_bf16(where) else "fp32"
+    return Precision(torch.bfloat16 if precision == "bf16" else torch.float32, where)
+
+
+def _has_bf16(where: torch.device) -> bool:
+    """Whether bfloat16 is a sure gain: on CPUs its backward pass is at times ten times slower."""
+    return where.type == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))

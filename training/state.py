@@ -1,0 +1,133 @@
+"""Where a run stands after each epoch: all that a resumed run needs to end as if never killed.
+
+One safetensors file, renamed into place: weights, optimiser, moving average and random state, with
+the rest as JSON in its header.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn, optim
+
+from serving.errors import DataError, WorkError
+from serving.files import write_aside
+from training.trainer import Epoch
+
+STATE: Final = "state.safetensors"
+SCHEMA: Final = "1"
+
+
+@dataclass
+class Position:
+    """How far a run is.
+
+    stage: index of the stage in progress; epoch: how many of its epochs are done. first_view: where
+    its views begin. lr: its rate, once known. best: accuracy and minus the loss of the best epoch.
+    history: every epoch so far.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    first_view: int = 0
+    lr: float | None = None
+    best: tuple[float, float] = (-1.0, 0.0)
+    history: list[Epoch] = field(default_factory=list)
+
+    def losses(self, stage: str) -> list[float]:
+        """Validation losses of a stage's epochs so far."""
+        return [row.valid_loss for row in self.history if row.stage == stage]
+
+
+Tensors = Mapping[str, Mapping[str, Tensor]]
+
+
+def save(folder: Path, position: Position, tensors: Tensors, device: torch.device) -> None:
+    """Write the state; `tensors` are named groups of tensors, such as "model".
+
+    Raises:
+        WorkError: The disk is full, or the like; the state before stays.
+    """
+    flat = {
+        f"{group}/{key}": value.detach().contiguous()
+        for group, values in tensors.items()
+        for key, value in values.items()
+    }
+    flat["random/cpu"] = torch.get_rng_state()
+    if device.type == "cuda":
+        flat["random/cuda"] = torch.cuda.get_rng_state(device)
+    with write_aside(folder / STATE) as aside:
+        try:
+            save_file(
+                flat, aside, metadata={"schema": SCHEMA, "position": json.dumps(asdict(position))}
+            )
+        except SafetensorError as error:
+            raise WorkError(f"{folder / STATE} can't be written: {error}") from error
+
+
+def load(
+    folder: Path, device: torch.device
+) -> tuple[Position, dict[str, dict[str, Tensor]]] | None:
+    """Read the state and set the random state; None where no epoch was finished.
+
+    Raises:
+        DataError: Damaged, or of another version.
+    """
+    path = folder / STATE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("schema") != SCHEMA:
+                raise DataError(f"{path} is of another version of Fledge; start the run anew")
+            values = json.loads(header["position"])
+            tensors: dict[str, dict[str, Tensor]] = {}
+            for name in file.keys():  # noqa: SIM118
+                group, _, key = name.partition("/")
+                tensors.setdefault(group, {})[key] = file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} can't be read: {error}; start the run anew") from error
+    values["best"] = tuple(values["best"])
+    values["history"] = [Epoch(**row) for row in values["history"]]
+    random = tensors.pop("random")
+    torch.set_rng_state(random["cpu"])
+    if device.type == "cuda" and "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"], device)
+    return Position(**values), tensors
+
+
+def of_optimizer(optimizer: optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's tensors by "parameter number.name"; rates are the schedule's to set."""
+    return {
+        f"{number}.{name}": value
+        for number, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def into_optimizer(optimizer: optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """What `of_optimizer` gave, back into an optimiser built in the same way."""
+    values = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        like = parameters[int(number)]
+        # In the parameter's own layout, so that it is the same arithmetic as before.
+        kept = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+        entries.setdefault(int(number), {})[name] = kept
+    optimizer.load_state_dict({**values, "state": entries})
+
+
+def into_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a module's own, in place; its memory layout stays."""
+    module.load_state_dict(dict(tensors))

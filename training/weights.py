@@ -1,0 +1,102 @@
+"""Weights files: read without trusting them, and loaded into a body."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from serving.errors import DataError
+from training.bodies import Family
+
+
+def read(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
+    """The state dict of a whole network.
+
+    Args:
+        arch: For "imagenet".
+        weights: "imagenet", by torchvision's own cached download; or a path.
+        size: Side of the images, where there are imagenet weights for several.
+
+    Raises:
+        DataError: It can't be had, or is none.
+    """
+    if weights == "imagenet":
+        every = torchvision.models.get_model_weights(arch)
+        fitting = [one for one in every if one.meta["min_size"] == (size, size)]
+        entry = every.DEFAULT if every.DEFAULT in fitting or not fitting else fitting[0]
+        try:
+            return entry.get_state_dict(progress=False, check_hash=True)  # type: ignore[no-any-return]
+        except Exception as error:  # no network, or a damaged file in the cache
+            raise DataError(
+                f"weights = 'imagenet': {entry.url} can't be fetched ({error}); "
+                "give a file (weights = 'PATH.pth') or weights = 'none'"
+            ) from error
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise DataError(f"weights = {weights!r}: no such file; use imagenet, none, auto or a path")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # for a file not its own torch.load raises a zoo of types
+        reason = (str(error) or "the file is empty or cut short").splitlines()[0][:100]
+        raise DataError(f"weights = {weights!r} is no state dict: {reason}") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DataError(f"weights = {weights!r} is no state dict: it must map names to tensors")
+    return state
+
+
+def load(
+    body: nn.Sequential,
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    family: Family,
+    arch: str,
+    weights: str,
+) -> None:
+    """Copy a whole network's state dict into a body that was taken out of `network`.
+
+    Classifiers in it, main and auxiliary, are of no interest.
+
+    Raises:
+        DataError: It belongs to another architecture.
+    """
+    if family.old_names[0]:
+        old = re.compile(family.old_names[0])
+        state = {old.sub(family.old_names[1], key): value for key, value in state.items()}
+    # The body shares its tensors with the network, which tells how they are called there.
+    names = {id(tensor): name for name, tensor in network.state_dict(keep_vars=True).items()}
+    own = {names[id(v)]: (k, v) for k, v in body.state_dict(keep_vars=True).items()}
+    # Old files have no num_batches_tracked; it matters to nobody with a fixed momentum.
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    wrong = [k for k, (_, v) in own.items() if k in state and v.shape != state[k].shape]
+    # A deeper network of the same family has all keys of a shallower one, and more.
+    tops = {k.partition(".")[0] for k in own}
+    known = network.state_dict()
+    extra = [k for k in state if k.partition(".")[0] in tops and k not in known]
+    if missing or wrong or extra:
+        why = "lacks" if missing else "has another shape for" if wrong else "also holds"
+        raise DataError(
+            f"weights = {weights!r} is not for {arch}: it {why} {(missing or wrong or extra)[0]} "
+            f"({len(missing)} missing, {len(wrong)} of another shape, {len(extra)} too many, of "
+            f"{len(own)}){_other_size(state, wrong)}"
+        )
+    body.load_state_dict({key: state.get(name, v) for name, (key, v) in own.items()})
+
+
+def _other_size(state: Mapping[str, Tensor], wrong: list[str]) -> str:
+    """The size of images that a ViT's weights are for, where that alone is wrong."""
+    if wrong != ["encoder.pos_embedding"]:
+        return ""
+    patches = math.isqrt(state[wrong[0]].shape[1] - 1)
+    return f"; it is for arch_args.image_size = {patches * state['conv_proj.weight'].shape[-1]}"
