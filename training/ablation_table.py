@@ -56,6 +56,7 @@ def lines(rows: Sequence[Row], trials: Trials, against: str = "") -> list[Line]:
     found = []
     for row in rows:
         other = (against or row.on) if row.name != against else ""
+        other = other if other in values else ""  # a row need not bring all that lies below it
         runs = list(trials[row.name].values())
         error = next((trial.error for trial in runs if trial.error), "")
         found.append(

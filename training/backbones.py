@@ -94,7 +94,9 @@ def check_size(
     wrong = f"{option} = {size} does not fit {arch}: "
     if family.size_option:
         if size != made_for:
-            raise OptionError(f"{wrong}use {made_for} (arch_args.{family.size_option} changes it)")
+            change = f"arch_args.{family.size_option} changes it"
+            change += f": {family.sizes}" if family.sizes else ""
+            raise OptionError(f"{wrong}use {made_for} ({change})")
         return
     body = hollow(arch, arch_args).body
     if _takes(body, size):
@@ -131,7 +133,7 @@ def family_of(arch: str) -> Family:
     family = bodies.family(arch)
     if family is None or arch not in names():
         near = difflib.get_close_matches(arch, names(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names())}"
+        hint = f"did you mean {near[0]!r}?" if near else "`fledge layers` lists them all"
         raise OptionError(f"arch = {arch!r} is unknown: {hint}")
     return family
 
@@ -175,6 +177,8 @@ def _network(arch: str, arch_args: Mapping[str, Any], family: Family) -> nn.Modu
         )
     except Exception as error:  # builders check their options in many ways
         reason = str(error).partition("\n")[0]
+        if family.sizes and family.size_option in arch_args:
+            reason = f"{reason}; use {family.sizes}"
         raise OptionError(
             f"arch_args = {dict(arch_args)!r} does not fit {arch}: {reason}"
         ) from None

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from serving.preprocess import Preprocess
-from serving.views import softmax
-from training import checkpoint, evaluate, pixels
+from training import checkpoint, evaluate
 from training.checkpoint import BEST, CheckpointInfo
 from training.model import Classifier
+from training.options import TtaConfig
 from training.trainer import Epoch
 
 Say = Callable[[str], None]
@@ -37,12 +37,13 @@ def save(
     )
 
 
-def finish(folder: Path, photos: pixels.Photos) -> evaluate.Result:
+def finish(folder: Path, tta: TtaConfig, say: Say) -> evaluate.Result:
     """Score the best checkpoint in float32, as `fledge evaluate` does, and write that down."""
+    result = evaluate.evaluate(folder, tta=tta if tta.count else None, say=say)
     classifier, info = checkpoint.load(folder)
-    _, valid = photos.at(info.preprocess)
-    logits = evaluate.logits_of(classifier, valid.pixels, info.preprocess)
-    accuracy, loss = evaluate.score(softmax(logits.numpy()), valid.labels.numpy())
+    accuracy, loss = evaluate.score(result.plain, result.labels)
     metrics = {**info.metrics, "accuracy": accuracy, "loss": loss}
+    if result.views > 1:
+        metrics |= {"accuracy_tta": result.accuracy, "loss_tta": result.loss, "views": result.views}
     checkpoint.save(folder / BEST, classifier, replace(info, metrics=metrics))
-    return evaluate.Result(accuracy, loss, len(valid), 1)
+    return result

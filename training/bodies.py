@@ -26,6 +26,7 @@ class Family:
     pooled: how the body pools by itself; "" where it gives a map.
     fixed: options of torchvision's builder that are not for the recipe to choose.
     size_option: the builder's option that fixes the size of images; "" where any will do.
+    sizes: what that option may be, where torchvision does not say so itself.
     old_names: (pattern, replacement) for names in weights files older than the code.
     """
 
@@ -36,6 +37,7 @@ class Family:
     pooled: str = ""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     size_option: str = ""
+    sizes: str = ""
     old_names: tuple[str, str] = ("", "")
 
     def image_size(self, arch_args: Mapping[str, Any]) -> int:
@@ -84,8 +86,8 @@ def _swin(network: nn.Module) -> nn.Sequential:
 
 def _vit(network: Any) -> nn.Sequential:
     blocks = network.encoder.layers.named_children()
-    start, end = ("tokens", _Tokens(network)), ("ln", network.encoder.ln)
-    return _flat([start, *blocks, end, ("class_token", _ClassToken())])
+    start, end = ("tokens", Tokens(network)), ("ln", network.encoder.ln)
+    return _flat([start, *blocks, end, ("class_token", ClassToken())])
 
 
 def _maxvit(network: Any) -> nn.Sequential:
@@ -95,7 +97,7 @@ def _maxvit(network: Any) -> nn.Sequential:
     return _flat([("stem", network.stem), *blocks, ("pool", nn.Sequential(pool, flatten)), *after])
 
 
-class _Tokens(nn.Module):
+class Tokens(nn.Module):
     """What a ViT does before its blocks: images [N, 3, H, W] -> tokens [N, 1 + patches, D]."""
 
     def __init__(self, network: Any) -> None:
@@ -106,16 +108,18 @@ class _Tokens(nn.Module):
         self.dropout = network.encoder.dropout
 
     def forward(self, images: Tensor) -> Tensor:
+        """Cut into patches; put the class token before them and add each one's position."""
         patches = self.conv_proj(images).flatten(2).transpose(1, 2)
         first = self.class_token.expand(patches.shape[0], -1, -1)
         tokens: Tensor = self.dropout(torch.cat([first, patches], dim=1) + self.pos_embedding)
         return tokens
 
 
-class _ClassToken(nn.Module):
+class ClassToken(nn.Module):
     """Tokens [N, 1 + patches, D] -> the first of each [N, D]."""
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Take it."""
         return tokens[:, 0]
 
 
@@ -153,5 +157,12 @@ FAMILIES: Final[tuple[Family, ...]] = (
         size_option="image_size",
         old_names=_VIT_OLD,
     ),
-    Family("MaxViT", r"maxvit_\w+", _maxvit, pooled="average", size_option="input_size"),
+    Family(
+        "MaxViT",
+        r"maxvit_\w+",
+        _maxvit,
+        pooled="average",
+        size_option="input_size",
+        sizes="[N, N], N a multiple of 224",
+    ),
 )

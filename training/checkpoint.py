@@ -31,7 +31,8 @@ class CheckpointInfo:
     classes: names in the order of the logits.
     data: {"source", "root", "fingerprint", "train", "valid"}; where the photos were, and counts.
     metrics: {"accuracy", "loss", "stage", "epoch"} on the validation part, plain view, float32;
-        accuracy is a fraction of 1, loss is cross-entropy in nats.
+        accuracy is a fraction of 1, loss is cross-entropy in nats. Where the recipe asks for
+        test-time augmentation also {"accuracy_tta", "loss_tta", "views"}.
     """
 
     name: str

@@ -61,7 +61,7 @@ def decide(
         first = starts[max(len(groups) - unfreeze, 0)]
         unfrozen = {name for name in parameters if _child(body, name) >= first}
     else:
-        unfrozen = {name for pattern in unfreeze for name in _matching(pattern, body, parameters)}
+        unfrozen = {name for pattern in unfreeze for name in _matching(pattern, parameters)}
     frozen = _frozen_modules(body, parameters, unfrozen)
     trains, held = set(unfrozen), set(frozen)
     for name, module in body.named_modules():
@@ -95,7 +95,7 @@ def _child(body: nn.Sequential, name: str) -> int:
     return list(body._modules).index(name.partition(".")[0])
 
 
-def _matching(pattern: str, body: nn.Module, parameters: Iterable[str]) -> list[str]:
+def _matching(pattern: str, parameters: Iterable[str]) -> list[str]:
     found = [
         name for name in parameters if any(fnmatchcase(part, pattern) for part in _prefixes(name))
     ]
@@ -105,7 +105,7 @@ def _matching(pattern: str, body: nn.Module, parameters: Iterable[str]) -> list[
     near = difflib.get_close_matches(pattern.removesuffix(".*"), known, n=3)
     hint = " or ".join(map(repr, near))
     if not near:
-        hint = f"one of {', '.join(name for name, _ in body.named_children())}"
+        hint = f"one of {', '.join(dict.fromkeys(name.partition('.')[0] for name in parameters))}"
     raise OptionError(f"unfreeze: {pattern!r} matches no parameter of the body; use {hint}")
 
 

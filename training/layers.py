@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from serving.errors import OptionError
 from training import backbones, freeze, heads
 from training.backbones import Backbone
 from training.bodies import FAMILIES
+from training.layouts import natural
 from training.model import Classifier, span
 from training.options import Recipe, Stage
 from training.plan import stages_of
@@ -23,7 +23,7 @@ CLASSES = 2
 
 def families() -> list[str]:
     """Every architecture, a line a family."""
-    names = backbones.names()
+    names = sorted(backbones.names(), key=natural)
     rows = [
         (family.title, " ".join(name for name in names if backbones.family_of(name) is family))
         for family in FAMILIES
@@ -70,8 +70,8 @@ def stages(recipe: Recipe) -> list[str]:
     Raises:
         OptionError: As `backbones.build`, `heads.pooling` and `freeze.decide`.
     """
+    pool = heads.pooling(recipe.head, recipe.arch, backbones.family_of(recipe.arch).pooled)
     backbone = backbones.hollow(recipe.arch, recipe.arch_args)
-    pool = heads.pooling(recipe.head, recipe.arch, backbone.pooled)
     head = heads.build(recipe.head, backbone.width, CLASSES).to("meta")
     classifier = Classifier(backbone.body, backbone.groups, pool, head)
     rows = [("stage", "trains", "parameters", "BatchNorms", "kept outputs of the frozen part")]

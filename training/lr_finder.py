@@ -67,9 +67,9 @@ def range_test(
 ) -> Curve:
     """Raise the rate exponentially, a step a batch, until the loss diverges.
 
-    Downwards the rate falls from `high` to `low`. A loss that is no number, or more than twice the
-    first one, then sends the model back to where it began, and the curve begins anew at the next
-    lower rate: a model that was blown up at the start would teach nothing about the other rates.
+    Downwards the rate falls from `high` to `low`. A loss that is no number, or four times that of
+    the weights as they were, then sends the model back to them, and the curve begins anew at the
+    next lower rate: a model that was blown up would teach nothing about the other rates.
 
     Weights, buffers, modes, optimiser and random state are given back bit for bit, come what may.
 
@@ -113,7 +113,8 @@ def range_test(
 
     rates: list[float] = []
     losses: list[float] = []
-    mean, first, best = 0.0, math.inf, math.inf
+    firsts: list[float] = []  # losses of the weights as they were
+    mean, best = 0.0, math.inf
     try:
         (train or model.train)()
         for step, (inputs, labels) in zip(range(steps), batches, strict=False):
@@ -122,8 +123,7 @@ def range_test(
             set_factor(optimizer, rate / largest)
             loss = forward(inputs, labels)
             value = loss.item()
-            first = value if step == 0 else first
-            if direction == "down" and not value <= 2 * first:
+            if direction == "down" and rates and not value <= 4 * sum(firsts) / len(firsts):
                 give_back()
                 set_factor(optimizer, rate / largest)
                 rates, losses, mean = [], [], 0.0
@@ -131,6 +131,8 @@ def range_test(
                 value = loss.item()
             if not math.isfinite(value):
                 break
+            if not rates:
+                firsts.append(value)
             mean = beta * mean + (1 - beta) * value
             smooth = mean / (1 - beta ** (len(rates) + 1))
             best = min(best, smooth)

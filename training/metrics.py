@@ -47,7 +47,8 @@ def interval(right: int, photos: int, z: float = 1.959964) -> tuple[float, float
     share, z2 = right / photos, z * z
     middle = (share + z2 / (2 * photos)) / (1 + z2 / photos)
     half = z / (1 + z2 / photos) * math.sqrt(share * (1 - share) / photos + z2 / (4 * photos**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # The share is always inside; rounding may say otherwise at 0 and 1.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def confusion(predicted: Labels, labels: Labels, classes: int) -> Labels:

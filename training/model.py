@@ -115,8 +115,8 @@ def build(
 ) -> Classifier:
     """Build a classifier; arguments and errors as in `backbones.build` and `HeadConfig`."""
     config = head if isinstance(head, HeadConfig) else HeadConfig(**(head or {}))
+    pool = heads.pooling(config, arch, backbones.family_of(arch).pooled)
     backbone = backbones.build(arch, arch_args or {}, weights)
-    pool = heads.pooling(config, arch, backbone.pooled)
     layers = heads.build(config, backbone.width, classes)
     return Classifier(backbone.body, backbone.groups, pool, layers)
 

@@ -232,7 +232,8 @@ class TtaConfig(Section):
 
     kind: "views" are the service's fixed views, "flip", "five_crop" and "multi_scale" fixed ones of
         one sort, "draws" random draws of the training augmentation beside the plain view.
-    count: views, or draws; 0 is off. average: of probabilities or of their logarithms.
+    count: of views, or of draws; the other kinds have a number of their own. 0 is off.
+    average: of probabilities or of their logarithms.
     plain_weight: weight of the plain view, the others share the rest; 0 weighs all alike.
     """
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from serving.errors import DataError, OptionError
-from training import model, optim
+from training import checkpoint, model, optim
+from training.data import Dataset
 from training.options import ALL, Recipe, Spread, Stage
 
 Say = Callable[[str], None]
@@ -88,3 +89,24 @@ def build_classifier(recipe: Recipe, classes: int, say: Say) -> tuple[model.Clas
     except DataError as error:
         say(f"warning: weights = 'auto': {error}; training from scratch")
         return build("none"), False
+
+
+def info(recipe: Recipe, dataset: Dataset) -> checkpoint.CheckpointInfo:
+    """What the checkpoints of a run say of themselves, but for their metrics."""
+    return checkpoint.CheckpointInfo(
+        name=recipe.name,
+        arch=recipe.arch,
+        classes=dataset.classes,
+        preprocess=recipe.preprocess,
+        arch_args=recipe.arch_args,
+        head=recipe.head.model_dump(mode="json"),
+        seed=recipe.seed,
+        data={
+            "source": dataset.source,
+            "root": str(dataset.root),
+            "fingerprint": dataset.fingerprint,
+            "train": len(dataset.train),
+            "valid": len(dataset.valid),
+        },
+        versions=checkpoint.versions(),
+    )

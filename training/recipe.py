@@ -17,12 +17,13 @@ from training import (
     best,
     checkpoint,
     data,
-    journal,
+    evaluate,
     model,
     optim,
     pixels,
     plan,
     plots,
+    report,
     run_folder,
     state,
 )
@@ -31,6 +32,7 @@ from training.activations import TrainFeed, feeds
 from training.best import Say
 from training.console import say as say_aloud
 from training.ema import Ema
+from training.journal import Journal, read_steps
 from training.options import Recipe, Stage
 from training.precision import Precision, choose_precision
 from training.state import Position
@@ -84,6 +86,8 @@ def run(
     photos = pixels.Photos(dataset, say)
     photos.at(recipe.preprocess_of(stages[0]))
     dataset = photos.dataset
+    if dataset.unlabelled:
+        say(f"{len(dataset.unlabelled)} unlabelled photos: score them with fledge score")
     if not pretrained and stages != plan.stages_of(recipe, True):
         say("no trained weights: every stage trains the whole network, at one rate")
     folder = run_folder.claim(out, recipe.name)
@@ -97,7 +101,7 @@ def run(
         versions=checkpoint.versions(),
     )
     run_folder.begin(folder, recipe, dataset, begun)
-    info = _info(recipe, dataset)
+    info = plan.info(recipe, dataset)
     return _go(Run(recipe, stages, classifier, photos, folder, precision, info, say))
 
 
@@ -145,7 +149,7 @@ def resume(
     if found:
         classifier.load_state_dict(tensors.pop("model"))
         say(f"{folder}: going on after {len(position.history)} finished epochs")
-    info = _info(recipe, dataset)
+    info = plan.info(recipe, dataset)
     return _go(
         Run(recipe, stages, classifier, photos, folder, precision, info, say, position, tensors)
     )
@@ -160,31 +164,35 @@ def _go(run: Run) -> Path:
         f"{len(dataset.valid)} to validate; {recipe.arch} at {recipe.preprocess.size} px on "
         f"{run.precision.device.type}, {str(run.precision.dtype).removeprefix('torch.')}"
     )
-    journal.rewind(run.folder, position.history)
     run.classifier.to(run.precision.device).to(memory_format=torch.channels_last)
+    journal = Journal(run.folder, position.history)
     ema = Ema(run.classifier, recipe.optimizer.ema) if recipe.optimizer.ema else None
     if ema and "ema" in run.tensors:
         ema.load(run.tensors["ema"])
     try:
         while position.stage < len(run.stages):
-            _stage(run, ema)
+            _stage(run, journal, ema)
     except KeyboardInterrupt:
         run.say(
             f"interrupted: {len(position.history)} finished epochs are kept; go on with: "
             f"fledge train --resume {run.folder}"
         )
         raise
-    result = best.finish(run.folder, run.photos)
+    result = best.finish(run.folder, recipe.tta, run.say)
+    report.write(run.folder, say=run.say, tta=recipe.tta, result=result)
     shutil.rmtree(run.folder / run_folder.LAST)
     run_folder.point_latest(run.folder)
+    accuracy, loss = evaluate.score(result.plain, result.labels)
+    views = f", {result.accuracy:.2%} over {result.views} views" if result.views > 1 else ""
     run.say(
-        f"{run.folder}: validation accuracy {result.accuracy:.2%} (loss {result.loss:.4f}) after "
-        f"{time.perf_counter() - started:.0f} s; next: fledge export {run.folder} --out bundle"
+        f"{run.folder}: validation accuracy {accuracy:.2%} (loss {loss:.4f}){views} after "
+        f"{time.perf_counter() - started:.0f} s; look at {run.folder / report.REPORT}; "
+        f"next: fledge export {run.folder} --out bundle"
     )
     return run.folder
 
 
-def _stage(run: Run, ema: Ema | None) -> None:
+def _stage(run: Run, journal: Journal, ema: Ema | None) -> None:
     """Train one stage, from wherever it stands, and step on to the next."""
     recipe, classifier, position = run.recipe, run.classifier, run.position
     stage = run.stages[position.stage]
@@ -224,7 +232,7 @@ def _stage(run: Run, ema: Ema | None) -> None:
                 position.best = best.rank(row)
                 best.save(run.folder, row, classifier, run.info, preprocess)
         position.history.append(row)
-        journal.add(run.folder, row, steps)
+        journal.add(row, steps)
         _tell(run, row)
         if stage.patience and valid_loss <= min(position.losses(stage.name)):
             # Clones: the weights themselves go on moving.
@@ -245,14 +253,18 @@ def _stage(run: Run, ema: Ema | None) -> None:
     position.stage, position.epoch, position.lr = position.stage + 1, 0, None
     _save(run, ema, None)
     schedule_png = run.folder / "schedule.png"
-    plots.schedule(plots.rows(journal.read_steps(run.folder)), schedule_png, f"{recipe.name}: as run")
+    plots.schedule(plots.rows(read_steps(run.folder)), schedule_png, f"{recipe.name}: as run")
 
 
 def _find_lr(run: Run, stage: Stage, feed: TrainFeed) -> float:
     curve = loop.find_lr(run.classifier, stage, run.recipe, feed)
-    picked = curve.pick(run.recipe.lr_find.pick)
+    pick = run.recipe.lr_find.pick
+    picked = curve.pick(pick)
     plots.lr_find(
-        curve, run.folder / f"lr_find-{stage.name}.png", f"lr_find before {stage.name}", run.recipe.lr_find.pick
+        curve,
+        run.folder / f"lr_find-{stage.name}.png",
+        f"lr_find before {stage.name}",
+        run.recipe.lr_find.pick,
     )
     run.say(
         f"{stage.name:>8}  lr_find: {picked:.2e} ({run.recipe.lr_find.pick}; steepest "
@@ -277,24 +289,4 @@ def _tell(run: Run, row: loop.Epoch) -> None:
     run.say(
         f"{row.stage:>8} {row.epoch:>3}  lr {row.lr:.2e}  train {row.train_loss:.4f}  "
         f"valid {row.valid_loss:.4f}  accuracy {row.accuracy:.2%}  {row.seconds:.1f} s{mark}"
-    )
-
-
-def _info(recipe: Recipe, dataset: data.Dataset) -> checkpoint.CheckpointInfo:
-    return checkpoint.CheckpointInfo(
-        name=recipe.name,
-        arch=recipe.arch,
-        classes=dataset.classes,
-        preprocess=recipe.preprocess,
-        arch_args=recipe.arch_args,
-        head=recipe.head.model_dump(mode="json"),
-        seed=recipe.seed,
-        data={
-            "source": dataset.source,
-            "root": str(dataset.root),
-            "fingerprint": dataset.fingerprint,
-            "train": len(dataset.train),
-            "valid": len(dataset.valid),
-        },
-        versions=checkpoint.versions(),
     )

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from training import run_verbs
+
 if TYPE_CHECKING:
-    from training.options import Recipe, TtaConfig
+    from training.options import Recipe
 
 
 class AddVerb(Protocol):
@@ -78,46 +80,19 @@ def layers(options: argparse.Namespace) -> None:
     from training import config
     from training import layers as room
 
+    arch, overrides = options.arch, list(options.overrides)
+    if arch and "=" in arch:  # no ARCH, and the first override in its place
+        arch, overrides = None, [arch, *overrides]
     if options.recipe is not None:
-        arch = [f"arch={json.dumps(options.arch)}"] if options.arch else []
-        recipe = config.read(options.recipe, [*options.overrides, *arch])
+        overrides += [f"arch={json.dumps(arch)}"] if arch else []
+        recipe = config.read(options.recipe, overrides)
         lines = [*room.describe(recipe), "", *room.stages(recipe)]
-    elif options.overrides:
-        raise OptionError(f"{options.overrides[0]} changes a recipe; name it with --recipe FILE")
+    elif overrides:
+        raise OptionError(f"{overrides[0]} changes a recipe; name it with --recipe FILE")
     else:
-        lines = room.describe(room.of_arch(options.arch)) if options.arch else room.families()
+        lines = room.describe(room.of_arch(arch)) if arch else room.families()
     for line in lines:
         print(line)
-
-
-def evaluate(options: argparse.Namespace) -> None:
-    """Score a run's checkpoint on its own held-out photos, in float32."""
-    from training import evaluate as room
-    from training.console import say
-
-    result = room.evaluate(
-        options.run, part=options.part, tta=_tta(options), data_folder=options.data, say=say
-    )
-    if result.views > 1:
-        accuracy, loss = room.score(result.plain, result.labels)
-        say(f"plain view alone: accuracy {accuracy:.6f}  loss {loss:.6f}")
-    print(
-        f"accuracy {result.accuracy:.6f}  loss {result.loss:.6f}  "
-        f"photos {result.photos}  views {result.views}  broken {result.broken}"
-    )
-    if options.csv is not None:
-        room.write_csv(result, options.csv)
-
-
-def report(options: argparse.Namespace) -> None:
-    """Write a run's report.html: its accuracy, its mistakes as pictures, how it was trained."""
-    from training import report as room
-    from training.console import say
-
-    tta = _tta(options)
-    if tta is None:
-        tta = room.tta_of(options.run, say)
-    print(room.write(options.run, part=options.part, tta=tta, data_folder=options.data, say=say))
 
 
 def preview(options: argparse.Namespace) -> None:
@@ -179,20 +154,6 @@ def sample(options: argparse.Namespace) -> None:
 
     options_given = {} if options.per_class is None else {"per_class": options.per_class}
     print(room.write(options.folder, seed=options.seed, **options_given))
-
-
-def _tta(options: argparse.Namespace) -> TtaConfig | None:
-    """The test-time augmentation that the command line asks for; None where it says nothing."""
-    from training import config
-
-    given = {
-        "count": options.tta,
-        "kind": options.tta_kind,
-        "average": options.average,
-        "plain_weight": options.plain_weight,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    return config.tta(given) if given else None
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -267,12 +228,7 @@ def add_to(verb: AddVerb) -> None:
     add.add_argument("arch", nargs="?", metavar="ARCH", help="default: list them all")
     add.add_argument("--recipe", type=Path, metavar="FILE", help="show what its stages train")
 
-    add = verb(evaluate, "fledge evaluate runs/latest --tta 4")
-    _run_options(add)
-    add.add_argument("--csv", type=Path, metavar="FILE", help="write a row for every photo")
-
-    add = verb(report, "fledge report runs/latest --part test")
-    _run_options(add)
+    run_verbs.add_to(verb)
 
     add = verb(preview, "fledge preview photos data.valid=0.1", overrides=True)
     add.add_argument("data", metavar="DATA", help="as --data of fledge train")
@@ -292,18 +248,6 @@ def add_to(verb: AddVerb) -> None:
     add.add_argument("folder", type=Path, help="a new folder")
     add.add_argument("--per-class", type=int, metavar="N")
     add.add_argument("--seed", type=int, default=0, metavar="N")
-
-
-def _run_options(add: argparse.ArgumentParser) -> None:
-    """A run, its photos, and test-time augmentation."""
-    add.add_argument("run", type=Path, metavar="RUN")
-    add.add_argument("--part", default="valid", choices=["train", "valid", "test"])
-    add.add_argument("--tta", type=int, metavar="N", help="views or draws to average; 0 is off")
-    kinds = ["views", "flip", "five_crop", "multi_scale", "draws"]
-    add.add_argument("--tta-kind", choices=kinds, help="default: views")
-    add.add_argument("--average", choices=["mean", "log_mean"], help="default: mean")
-    add.add_argument("--plain-weight", type=float, metavar="W", help="0 weighs all views alike")
-    add.add_argument("--data", type=Path, metavar="DIR", help="where the photos are now")
 
 
 def _recipe_options(add: argparse.ArgumentParser) -> None:

@@ -1,41 +1,13 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
 from serving.errors import DataError, OptionError
 from serving.preprocess import Preprocess
-from training import backbones, model, optim
-from training.options import OptimizerConfig
-
-SMALLEST = {  # the smallest of each family -> layer groups of its body
-    "alexnet": 3,
-    "vgg11_bn": 5,
-    "squeezenet1_1": 4,
-    "mobilenet_v2": 5,
-    "mobilenet_v3_small": 5,
-    "efficientnet_b0": 5,
-    "mnasnet0_5": 5,
-    "shufflenet_v2_x0_5": 4,
-    "regnet_y_400mf": 5,
-    "convnext_tiny": 4,
-    "densenet121": 5,
-    "resnet18": 5,
-}
-
-
-@pytest.mark.parametrize(("arch", "groups"), SMALLEST.items())
-def test_bodies_are_cut_into_groups_that_train(arch, groups):
-    if arch in ("alexnet", "vgg11_bn"):  # their unused classifiers are most of their weight
-        backbone = backbones.build(arch, {"num_classes": 2})
-    else:
-        backbone = backbones.build(arch, {})
-    assert len(backbone.groups) == groups
-    assert backbone.groups[0] == 0
-    ends = [*backbone.groups[1:], len(backbone.body)]
-    for start, end in zip(backbone.groups, ends, strict=True):
-        assert sum(p.numel() for p in backbone.body[start:end].parameters()) > 0
-    out = backbone.body.eval()(torch.zeros(1, 3, 64, 64))
-    assert out.shape[1] == backbone.width
+from training import backbones, bodies, heads, model
+from training.options import HeadConfig
 
 
 def test_the_body_computes_what_torchvision_computes():
@@ -44,102 +16,90 @@ def test_the_body_computes_what_torchvision_computes():
     torch.manual_seed(0)
     whole = torchvision.models.densenet121(weights=None).eval()
     images = torch.randn(2, 3, 64, 64)
-    body = backbones._densenet(whole)
+    body = bodies.family("densenet121").body(whole)
     assert torch.equal(body(images), torch.relu(whole.features(images)))
 
 
-def small(kind="concat_pool"):
-    torch.manual_seed(0)
-    return model.build(
-        "mobilenet_v2", 3, arch_args={"width_mult": 0.25}, head={"kind": kind, "hidden": 16}
+def kinds(head):
+    return [type(layer).__name__ for layer in head]
+
+
+def dropouts(head):
+    return [layer.p for layer in head if isinstance(layer, nn.Dropout)]
+
+
+def widths(head):
+    return [(m.in_features, m.out_features) for m in head if isinstance(m, nn.Linear)]
+
+
+def test_concat_pool_s_layers_and_keys_are_as_they_were():
+    head = heads.build(HeadConfig(), 100, 7)
+    norm, drop, linear = "BatchNorm1d", "Dropout", "Linear"
+    assert kinds(head) == [norm, drop, linear, "ReLU", norm, drop, linear]
+    assert widths(head) == [(200, 512), (512, 7)]
+    assert dropouts(head) == [0.25, 0.5]
+    old = nn.Sequential(
+        nn.BatchNorm1d(200),
+        nn.Dropout(0.25),
+        nn.Linear(200, 512),
+        nn.ReLU(),
+        nn.BatchNorm1d(512),
+        nn.Dropout(0.5),
+        nn.Linear(512, 7),
     )
+    head.load_state_dict(old.state_dict())
+    x = torch.randn(4, 200)
+    assert torch.equal(head.eval()(x), old.eval()(x))
 
 
-@pytest.mark.parametrize("kind", ["concat_pool", "linear"])
-@pytest.mark.parametrize("unfrozen", [0, 1, 3, 99])
-def test_prefix_and_suffix_make_the_whole(kind, unfrozen):
-    classifier = small(kind).eval()
-    images = torch.randn(2, 3, 64, 64)
-    whole = classifier(images)
-    classifier.freeze_to(unfrozen)
-    assert torch.equal(classifier.suffix(classifier.prefix(images)), whole)
-    assert torch.equal(classifier.head(classifier.features(images)), whole)
+@pytest.mark.parametrize("kind", ["concat_pool", "deep"])
+@pytest.mark.parametrize("hidden", [(), (16,), (32, 16), (8, 8, 8)])
+def test_heads_of_any_widths(kind, hidden):
+    head = heads.build(HeadConfig(kind=kind, hidden=hidden, dropout=0.4), 10, 3)
+    chain = [20 if kind == "concat_pool" else 10, *hidden, 3]
+    assert widths(head) == list(pairwise(chain))
+    assert dropouts(head) == [*[0.2] * len(hidden), 0.4]
+    block = {
+        "concat_pool": ["BatchNorm1d", "Dropout", "Linear", "ReLU"],
+        "deep": ["Dropout", "Linear", "BatchNorm1d", "ReLU"],
+    }[kind]
+    last = ["BatchNorm1d", "Dropout", "Linear"] if kind == "concat_pool" else ["Dropout", "Linear"]
+    assert kinds(head) == [*block * len(hidden), *last]
+    assert head(torch.randn(2, chain[0])).shape == (2, 3)
 
 
-@pytest.mark.parametrize("unfrozen", [0, 2, 99])
-def test_frozen_parameters_and_buffers_do_not_move_and_the_rest_does(unfrozen):
-    classifier = small()
-    classifier.freeze_to(unfrozen)
-    before = {k: v.clone() for k, v in classifier.state_dict().items()}
-    classifier.train()
-    optimizer = optim.build(classifier, OptimizerConfig(), 0.1, 2.0)
-    for _ in range(2):
-        logits = classifier(torch.randn(4, 3, 64, 64))
-        logits.square().mean().backward()
-        optimizer.step()
-    frozen = [f"body.{name}." for name, _ in list(classifier.body.named_children())]
-    frozen = frozen[: classifier.frozen]
-    moved = 0
-    for key, value in classifier.state_dict().items():
-        if key.startswith(tuple(frozen)):
-            assert torch.equal(value, before[key]), key
-        else:
-            moved += not torch.equal(value, before[key])
-    assert moved > 0
-    assert (classifier.frozen > 0) == (unfrozen != 99)
+def test_dropout_of_each_layer():
+    config = HeadConfig(kind="deep", hidden=(32, 16), dropout=(0.0, 0.1, 0.35))
+    assert dropouts(heads.build(config, 10, 3)) == [0.0, 0.1, 0.35]
+    linear = HeadConfig(kind="linear", dropout=(0.2,))
+    head = heads.build(linear, 10, 3)
+    assert (kinds(head), dropouts(head), widths(head)) == (["Dropout", "Linear"], [0.2], [(10, 3)])
 
 
-def test_the_frozen_part_stays_in_eval_mode_through_train():
-    classifier = small()
-    classifier.freeze_to(1)
-    classifier.train()
-    for index, child in enumerate(classifier.body):
-        modes = {m.training for m in child.modules()}
-        assert modes == {index >= classifier.frozen}
-    assert classifier.head.training
+@pytest.mark.parametrize(("kind", "factor"), [("concat_pool", 2), ("deep", 1), ("linear", 1)])
+def test_pooling_gives_what_the_head_takes(kind, factor):
+    config = HeadConfig(kind=kind, hidden=4)
+    x = torch.randn(2, 5, 3, 4)
+    pooled = heads.pooling(config, "resnet18", "")(x)
+    assert pooled.shape == (2, 5 * factor)
+    assert heads.build(config, 5, 3)(pooled).shape == (2, 3)
 
 
-def test_fixed_norms_keep_their_statistics_and_train_their_scale():
-    classifier = small()
-    classifier.fixed_norms = True
-    classifier.freeze_to(2)
-    before = {k: v.clone() for k, v in classifier.state_dict().items()}
-    classifier.train()
-    optimizer = optim.build(classifier, OptimizerConfig(), 0.1, 1.0)
-    for _ in range(2):
-        classifier(torch.randn(4, 3, 64, 64)).square().mean().backward()
-        optimizer.step()
-    after = classifier.state_dict()
-    for key in before:
-        if key.startswith("body.") and "running_" in key:
-            assert torch.equal(after[key], before[key]), key
-    assert not torch.equal(after["body.18.1.weight"], before["body.18.1.weight"])
-    assert not torch.equal(after["head.0.running_mean"], before["head.0.running_mean"])
+@pytest.mark.parametrize("kind", ["deep", "linear"])
+def test_a_body_that_pools_by_itself_is_not_pooled_again(kind):
+    pooled = torch.randn(2, 5)
+    assert heads.pooling(HeadConfig(kind=kind), "vit_b_16", "class token")(pooled) is pooled
 
 
-def test_each_group_has_its_rate_and_norms_and_biases_do_not_decay():
-    classifier = small()
-    classifier.freeze_to(2)
-    optimizer = optim.build(classifier, OptimizerConfig(weight_decay=0.5), 0.9, 3.0)
-    rates = sorted({group["base_lr"] for group in optimizer.param_groups})
-    assert rates == pytest.approx([0.1, 0.3, 0.9])
-    trained = {id(p) for g in optimizer.param_groups for p in g["params"]}
-    assert trained == {id(p) for p in classifier.parameters() if p.requires_grad}
-    norms = {
-        id(p)
-        for m in classifier.modules()
-        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)
-        for p in m.parameters()
-    }
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            spared = id(parameter) in norms or parameter.ndim == 1
-            assert group["weight_decay"] == (0.0 if spared else 0.5)
+def test_concat_pool_of_a_body_that_pools_by_itself_is_refused():
+    expected = r"vit_b_32 pools by itself \(class token\); use head.kind = 'linear' or 'deep'"
+    with pytest.raises(OptionError, match=expected):
+        model.build("vit_b_32", 3, arch_args={"image_size": 32})
 
 
 def test_concat_pool_is_average_and_maximum():
     x = torch.randn(2, 5, 3, 4)
-    pooled = model.ConcatPool()(x)
+    pooled = heads.ConcatPool()(x)
     assert torch.allclose(pooled[:, :5], x.flatten(2).mean(2))
     assert torch.equal(pooled[:, 5:], x.flatten(2).max(2).values)
 

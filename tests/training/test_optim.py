@@ -231,9 +231,7 @@ def test_a_list_has_one_rate_for_each_group(resnet34):
     resnet34.freeze(ALL)
     made = named(resnet34, stage(groups=3), (1e-4, 1e-3, 1e-2))
     assert list(made.values()) == [1e-4, 1e-3, 1e-2]
-    with pytest.raises(
-        OptionError, match=r"stage tail: lr has 3 rates, but 6 groups .*, head"
-    ):
+    with pytest.raises(OptionError, match=r"stage tail: lr has 3 rates, but 6 groups .*, head"):
         named(resnet34, stage(), (1e-4, 1e-3, 1e-2))
     resnet34.freeze(1)
     with pytest.raises(OptionError, match=r"groups = 3, but only 2 train \(layer4, head\)"):

@@ -60,7 +60,7 @@ def test_a_run_leaves_what_the_contract_says(recipe, photos, tmp_path, lines):
     names = {p.name for p in folder.iterdir()}
     assert names == {
         *("recipe.toml", "split.csv", "run.json", "metrics.csv", "steps.csv", "schedule.png"),
-        *("best.safetensors", "best.json", "stages", "report.html", "tensorboard"),
+        *("best.safetensors", "best.json", "stages", "report.html", "events"),
     }
     assert {p.name for p in (folder / "stages").iterdir()} == {"all.safetensors", "all.json"}
     assert (folder.parent / "latest").resolve() == folder.resolve()

@@ -1,7 +1,9 @@
 """The recipes that are shipped: each is valid, says how it is run, and runs."""
 
 import csv
+import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,19 +12,29 @@ import torchvision
 
 import fledge
 from tests.training.conftest import coloured
-from training import backbones, checkpoint, config, model, optim, plan, recipe
+from training import (
+    backbones,
+    checkpoint,
+    config,
+    mistakes,
+    model,
+    optim,
+    options,
+    plan,
+    recipe,
+)
 
 FOLDER = Path("training/recipes")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
 MOBILE = (
     "arch=mobilenet_v2", "arch_args.width_mult=0.25", "weights=w.pth", "preprocess.size=32",
-    "batch_size=4", "tta.count=1",
+    "batch_size=4", "tta.count=2",
 )  # fmt: skip
 COUNTS = {"Abyssinian": 6, "great_pyrenees": 6, "pug": 6}
 """Photos of each class, coloured one way."""
 
 TINY = {
-    "demo": ("preprocess.size=32", "stage.all.cycle_len=1", "tta.count=1"),
+    "demo": ("preprocess.size=32", "stage.all.cycle_len=1", "tta.count=2"),
     "dog-breeds": (
         *MOBILE, "stage.larger.image_size=40", "stage.longer.image_size=40",
         "stage.plain.cycle_len=1", "stage.augmented.cycles=1", "stage.larger.cycles=1",
@@ -82,9 +94,9 @@ def test_each_is_valid_and_its_header_says_how_to_run_it(name):
     for line in told:
         words = shlex.split(line)
         assert words[0] == "fledge"
-        options, rest = fledge._parser().parse_known_args(words[1:])
-        assert (options.recipe, rest) == (path, [])
-        assert options.data
+        given, rest = fledge._parser().parse_known_args(words[1:])
+        assert (given.recipe, rest) == (path, [])
+        assert given.data
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -157,5 +169,37 @@ def test_each_runs_on_a_miniature(name, tmp_path, monkeypatch):
     photos = {"flowers": (18, 6), "dogs-vs-cats": (18, 6), "pets": (9, 9)}.get(name, (15, 3))
     assert (info.data["train"], info.data["valid"]) == photos
     assert 0 <= info.metrics["accuracy"] <= 1
+    assert ("accuracy_tta" in info.metrics) == (read.tta.count > 0)
     epochs = (folder / "metrics.csv").read_text().splitlines()[1:]
     assert len(epochs) == sum(stage.epochs for stage in read.stage)
+
+
+def technique_rows():
+    page = Path("docs/recipe.md").read_text().partition("## Every technique")[2]
+    return [
+        [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for line in re.findall(r"^\| [^-].*\|$", page, re.MULTILINE)
+    ][1:]
+
+
+def test_the_table_of_techniques_lists_every_option_that_is_one():
+    defaults = {}
+    for name, section in mistakes.SECTIONS.items():
+        if name in ("preprocess", "stage.lr", "stage.augment"):
+            continue
+        filled = options.AugmentConfig().model_dump() if name == "augment" else {}
+        for key, field in section.model_fields.items():
+            default = filled.get(key, field.get_default(call_default_factory=True))
+            default = list(default) if isinstance(default, tuple) else default
+            defaults[f"{name}.{key}".lstrip(".")] = default
+    told = set()
+    for technique, option, *rest in technique_rows():
+        assert rest[0], technique
+        names = re.findall(r"`([a-z][a-z_.0-9]+)`", option)
+        stated = re.findall(r"`([^`]*)`", rest[1]) if len(rest) > 1 else []
+        values = [tomllib.loads(f"v = {text}")["v"] for text in stated]
+        assert values == [defaults[name] for name in names], technique
+        told |= set(names)
+    plain = {"name", "arch", "arch_args", "seed", "batch_size", "stage.name", "stage"}
+    plain |= {"data.columns", "data.images", "data.suffix"} | set(mistakes.SECTIONS)
+    assert defaults.keys() - told - plain == set()

@@ -175,14 +175,14 @@ def test_a_folder_in_use_names_the_way_on(interrupted, request_of):
         recipe.run(config.read(path, overrides), photos, out=folder, say=_quiet)
 
 
-def test_rewind_drops_what_a_kill_left(tmp_path):
+def test_going_on_drops_what_a_kill_left(tmp_path):
     rows = [trainer.Epoch("a", n, 0.1, 1.0, 1.0, 0.5, 2.0) for n in (1, 2)]
     steps = [trainer.Step("a", n, 1, 1.0, 0.9, (0.1, 0.2)) for n in (1, 2)]
-    journal.rewind(tmp_path, [])
+    book = journal.Journal(tmp_path, [])
     for row, step in zip(rows, steps, strict=True):
-        journal.add(tmp_path, row, [step])
+        book.add(row, [step])
     with (tmp_path / "steps.csv").open("a") as file:
         file.write("a,3,1,0.")  # cut short
-    journal.rewind(tmp_path, rows[:1])
+    assert journal.Journal(tmp_path, rows[:1]).steps == 1
     assert journal.read_steps(tmp_path) == steps[:1]
     assert Path(tmp_path, "metrics.csv").read_text().count("\n") == 2
