@@ -41,7 +41,7 @@ def write(
         # TorchScript is deprecated as a whole; those who asked for the file know.
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.")
         # Swin asks whether a window fits the map: the contract fixes the size, so once is enough.
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", message="Converting a tensor to a Python")
         try:
             trace: Any = torch.jit.trace  # untyped in some releases
             # The gate compares far more than the tracer's own check would.

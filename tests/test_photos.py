@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from serving.predictor import open_predictor
+from serving.settings import cores
 from serving.views import softmax
 from tests.serving.live import live
 from training import checkpoint, config, data, evaluate, recipe
@@ -27,6 +28,7 @@ def folder_of(variable):
 def run(tmp_path_factory):
     """A short fine-tune of the small MobileNetV2 on ants and bees."""
     photos, weights = folder_of("FLEDGE_PHOTOS"), folder_of("FLEDGE_WEIGHTS")
+    torch.set_num_threads(cores())
     overrides = [
         f"weights={weights / 'mobilenet_v2_w035_features-9a21e17a.pth'}",
         "arch_args.width_mult=0.35",

@@ -221,7 +221,8 @@ def options() -> Iterator[tuple[str, object]]:
         default = field.get_default(call_default_factory=True)
         if name == "stage":
             fields = sections.Stage.model_fields.items()
-            yield from ((f"stage.{key}", plain(item.default)) for key, item in fields)
+            defaults = ((key, item.get_default(call_default_factory=True)) for key, item in fields)
+            yield from ((f"stage.{key}", plain(value)) for key, value in defaults)
         elif dataclasses.is_dataclass(default):
             yield from ((f"{name}.{k}", plain(v)) for k, v in dataclasses.asdict(default).items())
         elif hasattr(default, "model_dump"):

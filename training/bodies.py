@@ -27,7 +27,7 @@ class Family:
     fixed: options of torchvision's builder that are not for the recipe to choose.
     size_option: the builder's option that fixes the size of images; "" where any will do.
     sizes: what that option may be, where torchvision does not say so itself.
-    old_names: (pattern, replacement) for names in weights files older than the code.
+    old_names: (pattern, replacement) of names in weights files that are older than the code.
     """
 
     title: str
@@ -38,7 +38,7 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     size_option: str = ""
     sizes: str = ""
-    old_names: tuple[str, str] = ("", "")
+    old_names: tuple[tuple[str, str], ...] = ()
 
     def image_size(self, arch_args: Mapping[str, Any]) -> int:
         """The side of images that the body is made for; 224 where any will do."""
@@ -125,8 +125,8 @@ class ClassToken(nn.Module):
 
 # Nothing of the second and third classifier that these two train with.
 _NO_AUX: Final = {"aux_logits": False, "transform_input": False, "init_weights": True}
-_DENSENET_OLD: Final = (r"(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\..*)", r"\1\2")
-_VIT_OLD: Final = (r"(.*\.mlp)\.linear_([12])\.", lambda m: f"{m[1]}.{3 * (int(m[2]) - 1)}.")
+_DENSENET_OLD: Final = ((r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2"),)
+_VIT_OLD: Final = ((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3."))
 
 FAMILIES: Final[tuple[Family, ...]] = (
     Family("AlexNet", r"alexnet", _features),

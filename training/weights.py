@@ -71,9 +71,8 @@ def load(
     Raises:
         DataError: It belongs to another architecture.
     """
-    if family.old_names[0]:
-        old = re.compile(family.old_names[0])
-        state = {old.sub(family.old_names[1], key): value for key, value in state.items()}
+    for old, new in family.old_names:
+        state = {re.sub(old, new, key): value for key, value in state.items()}
     # The body shares its tensors with the network, which tells how they are called there.
     names = {id(tensor): name for name, tensor in network.state_dict(keep_vars=True).items()}
     own = {names[id(v)]: (k, v) for k, v in body.state_dict(keep_vars=True).items()}

@@ -24,7 +24,14 @@ SLOW = {
     "alexnet": (2, 0),
     "convnext_tiny": (2, 0),
     "densenet121": (123, 62),
+    "googlenet": (59, 0),
+    "inception_v3": (96, 0),
+    "swin_t": (2, 0),
+    "swin_v2_t": (2, 0),
+    "vit_b_32": (1, 0),
+    "maxvit_t": (35, 0),
 }
+SIZES = {"inception_v3": 75, "maxvit_t": 224}
 ALL = [*FAST.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in SLOW.items())]
 
 
@@ -33,8 +40,12 @@ def network(arch, *, drawn=False):
     torch.manual_seed(0)
     # Their own classifiers, which the body does without, are most of these two.
     small = {"arch_args": {"num_classes": 2}} if arch in ("vgg11_bn", "alexnet") else {}
-    images = model.normalise(pixels(12, 64), Preprocess(size=64))
-    built = model.build(arch, 5, head={"hidden": 32}, **small)
+    if arch == "vit_b_32":
+        small = {"arch_args": {"image_size": 64}}
+    size = SIZES.get(arch, 64)
+    images = model.normalise(pixels(12, size), Preprocess(size=size))
+    kind = "deep" if arch in ("vit_b_32", "maxvit_t") else "concat_pool"
+    built = model.build(arch, 5, head={"kind": kind, "hidden": 32}, **small)
     return speaking(lively(built, None if drawn else images), images), images
 
 

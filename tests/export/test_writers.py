@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from export import graph, torchscript
 from export import onnx as writer
 from serving.errors import WorkError
+from serving.preprocess import Preprocess
 from serving.runtime import OnnxRuntime
 from serving.runtime_torchscript import TorchScriptRuntime
 from tests.export.conftest import pixels
+from training import model
 
 LABELS = ("blau", "grün", "rot")
 
@@ -60,6 +63,42 @@ def test_both_answer_as_the_checkpoint_at_any_batch(files, batch, shared_run):
         for one, other in zip(expected, engine.run(x), strict=True):
             assert (one.shape, one.dtype) == (other.shape, other.dtype)
             assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [
+        ("googlenet", 64),
+        ("inception_v3", 75),
+        ("convnext_tiny", 64),
+        ("swin_t", 64),
+        ("swin_v2_t", 64),
+        ("vit_b_32", 64),
+        ("maxvit_t", 224),
+    ],
+)
+def test_families_with_odd_bodies_are_written(arch, size, tmp_path):
+    torch.manual_seed(0)
+    args = {"image_size": size} if arch == "vit_b_32" else {}
+    classifier = model.build(arch, 5, arch_args=args, head={"kind": "deep", "hidden": 16}).eval()
+    preprocess = Preprocess(size=size)
+    checkpoint = graph.CheckpointRuntime(classifier, preprocess)
+    assembled, _ = graph.assemble(classifier, preprocess)
+    facts = {"name": arch, "labels": tuple("abcde"), "preprocess": preprocess}
+    writer.write(assembled, tmp_path / "model.onnx", **facts)
+    torchscript.write(assembled, tmp_path / "model.ts", **facts)
+    engines = [
+        OnnxRuntime(tmp_path / "model.onnx", device="cpu"),
+        TorchScriptRuntime(tmp_path / "model.ts"),
+    ]
+    for batch in (1, 7):
+        x = pixels(batch, size).numpy()
+        expected = checkpoint.run(x)
+        for engine in engines:
+            for one, other in zip(expected, engine.run(x), strict=True):
+                assert one.shape == other.shape
+                assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
 
 
 def test_the_onnx_file_is_whole_and_says_what_it_is(files):

@@ -80,7 +80,7 @@ def test_evaluate_finds_again_what_best_json_says(recipe, photos, tmp_path, line
     result = evaluate.evaluate(folder)
     assert result.accuracy == metrics["accuracy"]
     assert result.loss == pytest.approx(metrics["loss"], rel=1e-9)
-    with_tta = evaluate.evaluate(folder, tta=4)
+    with_tta = evaluate.evaluate(folder, tta=options.TtaConfig(count=4))
     assert (with_tta.views, with_tta.photos) == (4, 9)
 
 
