@@ -159,7 +159,7 @@ def _provenance(run: Path, info: checkpoint.CheckpointInfo) -> dict[str, Any]:
     photos = {key: value for key, value in info.data.items() if key != "root"}
     photos["source"] = Path(str(photos.get("source", ""))).name
     return {
-        "run": (run if run.is_dir() else run.parent).resolve().name,
+        "run": checkpoint.folder_of(run).resolve().name,
         "recipe": info.name,
         "seed": info.seed,
         "data": photos,

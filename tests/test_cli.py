@@ -25,7 +25,11 @@ def test_the_module_brings_no_room_with_it():
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "evaluate", "sample", "export", "inspect", "verify", "serve", "score"]
+    "verb",
+    [
+        *("train", "lr-find", "evaluate", "report", "ablate", "preview", "layers", "sample"),
+        *("export", "inspect", "verify", "serve", "score"),
+    ],
 )
 def test_every_verb_teaches_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -40,6 +44,15 @@ def test_every_verb_teaches_with_an_example(verb, capsys):
         (["train", "nowhere.toml", "--data", "x"], 2, "nowhere.toml: no such recipe"),
         (["train", "training/recipes/quick.toml", "--data", "/nowhere"], 2, "no such folder"),
         (["train", "r.toml", "--data", "x", "--frobnicate"], 2, "'--frobnicate' is no option"),
+        (["train"], 2, "name a recipe"),
+        (["train", "training/recipes/quick.toml"], 2, "--data is missing"),
+        (["train", "--data", "/nowhere", "training/recipes/quick.toml"], 2, "no such folder"),
+        (["train", "--resume", "/nowhere"], 2, "run.json is missing"),
+        (["train", "--resume", "/nowhere", "batch_size=3"], 2, "goes on as the run began"),
+        (["lr-find", "training/recipes/quick.toml", "--data", "/nowhere"], 2, "no such folder"),
+        (["report", "/nowhere"], 2, "best.json is missing"),
+        (["layers", "resnet999"], 2, "resnet999"),
+        (["preview", "/nowhere"], 2, "no such folder"),
         (["evaluate", "/nowhere"], 2, "best.json is missing; make one with `fledge train`"),
         (["export", "/nowhere", "--out", "b"], 2, "/nowhere"),
         (["inspect", "/nowhere"], 78, "no bundle in /nowhere"),

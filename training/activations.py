@@ -19,9 +19,10 @@ from serving.preprocess import Preprocess
 from serving.progress import progress_bar
 from training import augment, mixing
 from training.model import Classifier, normalise
-from training.options import AugmentConfig, Recipe, Stage
+from training.options import Recipe, Stage
 from training.pixels import Photos, PixelSet
 from training.precision import Precision
+from training.sections import AugmentConfig
 
 ACTIVATION_BYTES: Final = 2 * 2**30
 

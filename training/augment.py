@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training import policies
-from training.options import AugmentConfig
+from training.sections import AugmentConfig
 
 MEAN_COLOUR: Final = (124, 116, 104)
 """ImageNet's, in RGB: what an erased rectangle is filled with. Normalised, it is about 0."""

@@ -10,7 +10,7 @@ from serving.preprocess import Preprocess
 from training import checkpoint, evaluate
 from training.checkpoint import BEST, CheckpointInfo
 from training.model import Classifier
-from training.options import TtaConfig
+from training.sections import TtaConfig
 from training.trainer import Epoch
 
 Say = Callable[[str], None]
@@ -39,7 +39,7 @@ def save(
 
 def finish(folder: Path, tta: TtaConfig, say: Say) -> evaluate.Result:
     """Score the best checkpoint in float32, as `fledge evaluate` does, and write that down."""
-    result = evaluate.evaluate(folder, tta=tta if tta.count else None, say=say)
+    result = evaluate.evaluate(folder, tta=tta if tta.count else None, gone_too=True, say=say)
     classifier, info = checkpoint.load(folder)
     accuracy, loss = evaluate.score(result.plain, result.labels)
     metrics = {**info.metrics, "accuracy": accuracy, "loss": loss}

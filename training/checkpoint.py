@@ -74,6 +74,12 @@ def find(run: Path) -> Path:
     return run if run.suffix == ".safetensors" else run / BEST
 
 
+def folder_of(run: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to; checkpoints of stages lie one deeper."""
+    folder = find(run).parent
+    return folder.parent if folder.name == "stages" else folder
+
+
 def load(run: Path) -> tuple[model.Classifier, CheckpointInfo]:
     """Load a checkpoint: eval mode, float32, on the CPU.
 

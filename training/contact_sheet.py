@@ -14,8 +14,8 @@ from serving import images
 from serving.files import write_aside
 from serving.preprocess import Pixels, Preprocess
 from training import augment
-from training.options import AugmentConfig
 from training.pixels import PRESIZE
+from training.sections import AugmentConfig
 
 COLUMNS: Final = 5
 TILE: Final = 192  # pixels

@@ -16,7 +16,7 @@ from serving.errors import DataError, OptionError
 from serving.files import write_aside
 from training import builtin, layouts, sample
 from training.layouts import Photo
-from training.options import DataConfig
+from training.sections import DataConfig
 from training.split import PARTS, by_file, folds, stratified
 
 SAMPLE: Final = "sample"
@@ -225,7 +225,7 @@ def of_run(run: Path, data: Path | None = None, part: str = "valid") -> Dataset:
     Raises:
         DataError: The photos are not where they were; names `--data`.
     """
-    from training.checkpoint import find, read_info
+    from training.checkpoint import find, folder_of, read_info
 
     path = find(run)
     info = read_info(path.with_suffix(".json"))
@@ -237,7 +237,7 @@ def of_run(run: Path, data: Path | None = None, part: str = "valid") -> Dataset:
         elif source in builtin.NAMES:
             root, _ = builtin.find(source)
     return from_split_file(
-        path.parent / SPLIT, root, info.classes, source, needed=(part,) if part else ()
+        folder_of(run) / SPLIT, root, info.classes, source, needed=(part,) if part else ()
     )
 
 

@@ -26,8 +26,9 @@ from training import checkpoint, config, data, metrics
 from training.console import say as say_aloud
 from training.metrics import Labels, Probabilities
 from training.model import Classifier, normalise
-from training.options import Recipe, TtaConfig
+from training.options import Recipe
 from training.pixels import PRESIZE
+from training.sections import TtaConfig
 from training.tta import combine, draw, fixed_views, random_views
 
 BATCH = 32
@@ -148,7 +149,7 @@ def recipe_of(run: Path) -> Recipe:
     Raises:
         OptionError: It is gone or of another version.
     """
-    return config.read(checkpoint.find(run).with_name("recipe.toml"))
+    return config.read(checkpoint.folder_of(run) / "recipe.toml")
 
 
 def write_csv(result: Result, path: Path) -> None:

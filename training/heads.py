@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from serving.errors import OptionError
-from training.options import HeadConfig
+from training.sections import HeadConfig
 
 
 class ConcatPool(nn.Module):

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from serving.errors import DataError, OptionError
 from serving.images import SUFFIXES
-from training.options import DataConfig
+from training.sections import DataConfig
 
 _CLUTTER: Final = ("__MACOSX", "@eaDir")
 FOLDERS: Final = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}

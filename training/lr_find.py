@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -128,10 +128,14 @@ def _trials(bench: _Bench, curve: lr_finder.Curve, epochs: int) -> Iterator[Tria
     weights = copy.deepcopy(bench.classifier.state_dict())
     random = torch.get_rng_state()
     nan = float("nan")
+    tried: dict[float, Trial] = {}
     for pick in PICKS:
+        lr = curve.pick(pick)
+        if lr in tried:  # suggestions past minimum / 10 are cut to it
+            yield replace(tried[lr], pick=pick)
+            continue
         bench.classifier.load_state_dict(weights)
         torch.set_rng_state(random)
-        lr = curve.pick(pick)
         optimizer = optim.build(bench.classifier, bench.recipe.optimizer, brief, lr)
         losses: list[float] = []
         try:
@@ -143,7 +147,8 @@ def _trials(bench: _Bench, curve: lr_finder.Curve, epochs: int) -> Iterator[Tria
                     bench.classifier, bench.held_out, bench.precision
                 )
                 losses.append(valid_loss)
-            yield Trial(pick, lr, train_loss, valid_loss, accuracy)
+            tried[lr] = Trial(pick, lr, train_loss, valid_loss, accuracy)
         except WorkError:  # the rate was too large: that is what is to be shown
-            yield Trial(pick, lr, nan, nan, nan)
+            tried[lr] = Trial(pick, lr, nan, nan, nan)
+        yield tried[lr]
     bench.classifier.load_state_dict(weights)

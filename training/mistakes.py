@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from serving.errors import OptionError
 from serving.preprocess import Preprocess
 from training.lines import Path
-from training.options import AugmentConfig, Recipe, Spread, Stage
+from training.options import Recipe, Spread, Stage
+from training.sections import AugmentConfig
 
 SECTIONS: Final[dict[str, type]] = {
     "": Recipe,

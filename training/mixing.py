@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.options import AugmentConfig
+from training.sections import AugmentConfig
 
 _STREAM = 1  # other random numbers than `training.augment` draws from the same seed
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from serving.preprocess import Preprocess
 from training import backbones, freeze, heads
-from training.options import HeadConfig
+from training.sections import HeadConfig
 
 
 class Classifier(nn.Module):

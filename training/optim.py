@@ -10,8 +10,9 @@ from torch import nn, optim
 
 from serving.errors import OptionError
 from training.model import Classifier
-from training.options import OptimizerConfig, Spread, Stage
+from training.options import Spread, Stage
 from training.schedule import Point
+from training.sections import OptimizerConfig
 
 Rates = float | tuple[float, ...] | Spread
 

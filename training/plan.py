@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from serving.errors import DataError, OptionError
-from training import checkpoint, model, optim
+from training import backbones, checkpoint, model, optim
 from training.data import Dataset
 from training.options import ALL, Recipe, Spread, Stage
 
@@ -56,22 +56,13 @@ def check(classifier: model.Classifier, recipe: Recipe, stages: list[Stage]) -> 
             is too long or too short.
     """
     for stage in stages:
-        _check_size(classifier, recipe, recipe.preprocess_of(stage).size)
+        option = f"stage.{stage.name}.image_size" if stage.image_size else "preprocess.size"
+        size = recipe.preprocess_of(stage).size
+        backbones.check_size(recipe.arch, recipe.arch_args, size, option)
         classifier.freeze(
             stage.unfreeze, batchnorm=stage.batchnorm, frozen_batchnorm=stage.frozen_batchnorm
         )
         optim.build(classifier, recipe.optimizer, stage, 1.0 if stage.lr == "find" else stage.lr)
-
-
-def _check_size(classifier: model.Classifier, recipe: Recipe, size: int) -> None:
-    """Try one empty picture, before anything is written."""
-    try:
-        classifier.eval()(torch.zeros(1, 3, size, size))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0][:100]
-        raise OptionError(
-            f"preprocess.size = {size} does not fit {recipe.arch}: {reason}"
-        ) from None
 
 
 def build_classifier(recipe: Recipe, classes: int, say: Say) -> tuple[model.Classifier, bool]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from training.options import AugmentConfig
+from training.sections import AugmentConfig
 
 
 def run(images: Tensor, seeds: Tensor, config: AugmentConfig, *, fill: tuple[int, ...]) -> Tensor:

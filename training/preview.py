@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from training import data, preview_picture
-from training.options import AugmentConfig, Recipe
+from training.options import Recipe
+from training.sections import AugmentConfig
 from training.split import PARTS
 from training.survey import UNLABELLED, Look, hints, oddities, survey, twins
 

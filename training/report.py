@@ -14,7 +14,7 @@ from training import charts, checkpoint, curves, gallery, metrics
 from training.charts import text
 from training.checkpoint import CheckpointInfo
 from training.evaluate import Result, evaluate, recipe_of
-from training.options import TtaConfig
+from training.sections import TtaConfig
 
 REPORT: Final = "report.html"
 Say = Callable[[str], None]
@@ -57,7 +57,7 @@ def write(
     Raises:
         FledgeError: As `evaluate`.
     """
-    folder = checkpoint.find(run).parent
+    folder = checkpoint.folder_of(run)
     info = checkpoint.read_info(checkpoint.find(run).with_suffix(".json"))
     if result is None:
         result = evaluate(run, part=part, tta=tta, data_folder=data_folder, gone_too=True, say=say)
@@ -86,6 +86,9 @@ def write(
 
 def tta_of(run: Path, say: Say) -> TtaConfig:
     """The test-time augmentation of a run's recipe; the default where that can't be read."""
+    checkpoint.read_info(
+        checkpoint.find(run).with_suffix(".json")
+    )  # no run: say that, and only that
     try:
         return recipe_of(run).tta
     except OptionError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from training.options import TtaConfig
+    from training.sections import TtaConfig
     from training.verbs import AddVerb
 
 
@@ -68,7 +68,7 @@ def _tta(options: argparse.Namespace) -> TtaConfig | None:
     from pydantic import ValidationError
 
     from serving.errors import OptionError
-    from training.options import TtaConfig
+    from training.sections import TtaConfig
 
     flags = {"count": "tta", "kind": "tta_kind"}
     flags |= {"average": "average", "plain_weight": "plain_weight"}

@@ -90,6 +90,7 @@ def find_lr(
                 direction=config.direction,
                 autocast=feed.precision.autocast,
                 train=classifier.train,  # it knows what stays in eval mode
+                take_step=lambda optimizer: optim.step(optimizer, recipe.optimizer),
                 on_step=lambda: bar.advance(task),
             )
     except ValueError as error:
@@ -138,7 +139,7 @@ def train_epoch(
             )
             optim.set_point(optimizer, point)
             loss = _backward(suffix, batches, feed.precision, recipe.label_smoothing)
-            rates = _rates(optimizer)
+            rates = tuple(optim.rates_now(optimizer).values())
             if not math.isfinite(loss):
                 raise WorkError(
                     f"stage {stage.name}: the loss is {loss} at epoch {epoch + 1}, "
@@ -153,11 +154,6 @@ def train_epoch(
             total, seen = total + loss * photos, seen + photos
             bar.advance(task)
     return total / seen, rows
-
-
-def _rates(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
-    """Of each layer group, the head's last; decayed and spared parameters share one."""
-    return tuple({group["name"]: group["lr"] for group in optimizer.param_groups}.values())
 
 
 def _groups(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from serving.errors import OptionError
 from serving.views import VIEWS, Probabilities, View, average
 from training import augment
-from training.options import AugmentConfig, TtaConfig
+from training.sections import AugmentConfig, TtaConfig
 
 FIXED: Final = {
     "flip": (View("plain"), View("flip", flip=True)),

@@ -12,7 +12,7 @@ from export import onnx
 from serving import images
 from serving.preprocess import Preprocess
 from training import checkpoint, data, model
-from training.options import DataConfig
+from training.sections import DataConfig
 
 
 def lively(network, x=None, seed=0):

@@ -2,6 +2,8 @@ import colorsys
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from PIL import Image
 
 RECIPE = """
@@ -47,3 +49,12 @@ def recipe(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of weights for the recipe's network, as if it had been trained."""
+    torch.manual_seed(0)
+    path = tmp_path / "w.pth"
+    torch.save(torchvision.models.mobilenet_v2(width_mult=0.25).state_dict(), path)
+    return path

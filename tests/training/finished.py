@@ -6,7 +6,7 @@ import torch
 
 from serving.preprocess import Preprocess
 from training import checkpoint, data, model
-from training.options import DataConfig, HeadConfig
+from training.sections import DataConfig, HeadConfig
 
 RECIPE = """
 name = "tiny"

@@ -9,8 +9,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from serving.preprocess import Preprocess
 from training import augment
-from training.options import PRESETS, AugmentConfig
 from training.pixels import PRESIZE
+from training.sections import PRESETS, AugmentConfig
 
 PRESET = sorted(PRESETS)
 EVERYTHING = AugmentConfig(

@@ -6,7 +6,7 @@ from serving.errors import ImageError
 from serving.preprocess import Preprocess
 from training import contact_sheet
 from training.contact_sheet import COLUMNS, GAP, TILE
-from training.options import PRESETS, AugmentConfig
+from training.sections import PRESETS, AugmentConfig
 
 PREPROCESS = Preprocess(size=TILE)
 

@@ -6,7 +6,7 @@ import pytest
 from serving.errors import DataError, OptionError
 from tests.tiny import photo
 from training import data, layouts
-from training.options import DataConfig
+from training.sections import DataConfig
 
 
 def make(root, counts, size=(20, 16)):

@@ -12,7 +12,7 @@ from torchvision.datasets import Flowers102, OxfordIIITPet
 from serving.errors import DataError, OptionError
 from tests.tiny import photo
 from training import builtin, data
-from training.options import DataConfig
+from training.sections import DataConfig
 
 BREEDS = ("Abyssinian", "american_bulldog", "pug")
 

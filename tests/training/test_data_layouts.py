@@ -5,7 +5,7 @@ import pytest
 from serving.errors import DataError, OptionError
 from tests.tiny import photo
 from training import data
-from training.options import DataConfig
+from training.sections import DataConfig
 
 PETS = r"([a-zA-Z_]+)_\d+"
 BREEDS = DataConfig(csv="labels.csv", suffix=".jpg")

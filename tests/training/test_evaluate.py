@@ -11,7 +11,7 @@ from serving.views import VIEWS, average, render, softmax
 from tests.training.conftest import coloured
 from tests.training.finished import finished
 from training import checkpoint, data, evaluate
-from training.options import TtaConfig
+from training.sections import TtaConfig
 
 BATCH = 8
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 
 from training import mixing
-from training.options import AugmentConfig
+from training.sections import AugmentConfig
 
 N, CLASSES, SIDE = 6, 4, 20
 MIXUP, CUTMIX = AugmentConfig(mixup=0.4), AugmentConfig(cutmix=1.0)

@@ -7,7 +7,7 @@ from torch import nn
 from serving.errors import DataError, OptionError
 from serving.preprocess import Preprocess
 from training import backbones, bodies, heads, model
-from training.options import HeadConfig
+from training.sections import HeadConfig
 
 
 def test_the_body_computes_what_torchvision_computes():

@@ -9,8 +9,9 @@ from torch import nn, optim
 from serving.errors import OptionError
 from training import optim as ours
 from training.model import build as build_classifier
-from training.options import ALL, OptimizerConfig, Spread, Stage
+from training.options import ALL, Spread, Stage
 from training.schedule import Point
+from training.sections import OptimizerConfig
 
 
 @pytest.fixture(scope="module")

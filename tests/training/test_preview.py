@@ -7,8 +7,8 @@ from PIL import Image
 import fledge
 from tests.tiny import photo
 from training import data, preview, survey
-from training.options import AugmentConfig
 from training.preview_picture import draw
+from training.sections import AugmentConfig
 
 
 def saved(path, size=(40, 30), mode="RGB", colour=None):

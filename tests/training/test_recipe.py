@@ -20,6 +20,7 @@ from training import (
     plan,
     precision,
     run_folder,
+    sections,
     trainer,
 )
 from training import recipe as fine_tune
@@ -80,7 +81,7 @@ def test_evaluate_finds_again_what_best_json_says(recipe, photos, tmp_path, line
     result = evaluate.evaluate(folder)
     assert result.accuracy == metrics["accuracy"]
     assert result.loss == pytest.approx(metrics["loss"], rel=1e-9)
-    with_tta = evaluate.evaluate(folder, tta=options.TtaConfig(count=4))
+    with_tta = evaluate.evaluate(folder, tta=sections.TtaConfig(count=4))
     assert (with_tta.views, with_tta.photos) == (4, 9)
 
 
@@ -131,12 +132,7 @@ def test_views_shrink_to_the_budget(recipe, lines):
     assert affordable_views(4, 100, classifier.prefix, 32, CPU, 10**12) == 0
 
 
-def test_frozen_stages_after_a_pretrained_start(recipe, photos, tmp_path, lines):
-    import torchvision
-
-    torch.manual_seed(0)
-    weights = tmp_path / "w.pth"
-    torch.save(torchvision.models.mobilenet_v2(width_mult=0.25).state_dict(), weights)
+def test_frozen_stages_after_a_pretrained_start(recipe, photos, tmp_path, lines, weights):
     folder = run(
         recipe(FROZEN.format(views=2)), photos, tmp_path / "run", lines, f"weights={weights}"
     )
@@ -342,6 +338,8 @@ image_size = 48
         for name in ("small", "large")
     }
     assert sizes == {"small": 32, "large": 48}
+    of_stage = evaluate.evaluate(folder / "stages" / "large.safetensors")
+    assert (of_stage.photos, of_stage.views) == (9, 1)
     info = checkpoint.read_info(folder / "best.json")
     assert info.preprocess.size == sizes[info.metrics["stage"]]
     assert evaluate.evaluate(folder).accuracy == info.metrics["accuracy"]
@@ -376,11 +374,13 @@ def test_steps_are_written_exactly_as_run(recipe, photos, tmp_path, lines):
     assert (folder / "schedule.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_would_stop_a_later_stage_stops_the_run_at_once(recipe, photos, tmp_path, lines):
+def test_what_would_stop_a_later_stage_stops_the_run_at_once(
+    recipe, photos, tmp_path, lines, weights
+):
     for override, said in (
-        ("stage.all.lr=[0.1,0.2]", "stage.all.lr"),
+        ("stage.all.lr=[0.1,0.2]", "lr has 2 rates"),
         ('stage.all.unfreeze=["nonsense*"]', "nonsense"),
     ):
         with pytest.raises(OptionError, match=said):
-            run(recipe(), photos, tmp_path / "run", lines, override, "weights=none")
+            run(recipe(), photos, tmp_path / "run", lines, override, f"weights={weights}")
     assert not (tmp_path / "run").exists()

@@ -19,9 +19,9 @@ from training import (
     mistakes,
     model,
     optim,
-    options,
     plan,
     recipe,
+    sections,
 )
 
 FOLDER = Path("training/recipes")
@@ -187,7 +187,7 @@ def test_the_table_of_techniques_lists_every_option_that_is_one():
     for name, section in mistakes.SECTIONS.items():
         if name in ("preprocess", "stage.lr", "stage.augment"):
             continue
-        filled = options.AugmentConfig().model_dump() if name == "augment" else {}
+        filled = sections.AugmentConfig().model_dump() if name == "augment" else {}
         for key, field in section.model_fields.items():
             default = filled.get(key, field.get_default(call_default_factory=True))
             default = list(default) if isinstance(default, tuple) else default

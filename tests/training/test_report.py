@@ -11,7 +11,7 @@ import fledge
 from tests.training.conftest import coloured
 from tests.training.finished import finished
 from training import charts, curves, evaluate, gallery, metrics, report
-from training.options import TtaConfig
+from training.sections import TtaConfig
 
 HOSTILE = ("<script>alert(1)<", 'b"><img src=x onerror=alert(1)>', "זר & 'co'")
 VOID = {"meta", "img", "br"}

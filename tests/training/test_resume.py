@@ -8,8 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-import torchvision
 
 from serving.errors import DataError, OptionError
 from training import checkpoint, config, journal, recipe, run_folder, state, trainer
@@ -48,10 +46,7 @@ OVERRIDES = (
 
 
 @pytest.fixture
-def request_of(recipe, photos, tmp_path):
-    torch.manual_seed(0)
-    weights = tmp_path / "w.pth"
-    torch.save(torchvision.models.mobilenet_v2(width_mult=0.25).state_dict(), weights)
+def request_of(recipe, photos, weights):
     return recipe(STAGES), str(photos), (*OVERRIDES, f"weights={weights}")
 
 

@@ -8,7 +8,7 @@ from serving.errors import OptionError
 from serving.preprocess import Preprocess
 from serving.views import VIEWS, average, render
 from training import augment, tta
-from training.options import AugmentConfig, TtaConfig
+from training.sections import AugmentConfig, TtaConfig
 
 
 def rows(views=5, photos=6, classes=4, seed=0):
