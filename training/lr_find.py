@@ -96,7 +96,6 @@ def _bench(
 ) -> _Bench:
     precision = choose_precision(device, recipe.precision)
     dataset = data.load(source, split=split, config=recipe.data, seed=recipe.seed)
-    torch.manual_seed(recipe.seed)
     classifier, pretrained = plan.build_classifier(recipe, len(dataset.classes), say)
     stages = plan.stages_of(recipe, pretrained)
     plan.check(classifier, recipe, stages)

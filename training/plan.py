@@ -47,7 +47,6 @@ def over_fitting(losses: list[float], patience: int) -> bool:
     return len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
-@torch.no_grad()
 def check(classifier: model.Classifier, recipe: Recipe, stages: list[Stage]) -> None:
     """Find before any work what would stop a stage later.
 
@@ -66,9 +65,13 @@ def check(classifier: model.Classifier, recipe: Recipe, stages: list[Stage]) -> 
 
 
 def build_classifier(recipe: Recipe, classes: int, say: Say) -> tuple[model.Classifier, bool]:
-    """The recipe's network, and whether its body comes with trained weights."""
+    """The recipe's network, and whether its body comes with trained weights.
+
+    Sets the random state by the recipe's seed.
+    """
 
     def build(weights: str) -> model.Classifier:
+        torch.manual_seed(recipe.seed)
         return model.build(
             recipe.arch, classes, arch_args=recipe.arch_args, head=recipe.head, weights=weights
         )

@@ -79,7 +79,6 @@ def run(
     run_folder.check_free(out)
     precision = choose_precision(device, recipe.precision)
     dataset = data.load(source, split=split, config=recipe.data, seed=recipe.seed)
-    torch.manual_seed(recipe.seed)
     classifier, pretrained = plan.build_classifier(recipe, len(dataset.classes), say)
     stages = plan.stages_of(recipe, pretrained)
     plan.check(classifier, recipe, stages)
@@ -129,7 +128,6 @@ def resume(
     precision = choose_precision(device or begun.device, recipe.precision)
     where = (root or Path(begun.root)).resolve()
     dataset = data.from_split_file(folder / data.SPLIT, where, begun.classes, begun.source)
-    torch.manual_seed(recipe.seed)
     begin_again = not (folder / run_folder.LAST / state.STATE).exists()
     weights = {"auto": "imagenet" if begun.pretrained else "none"}.get(
         recipe.weights, recipe.weights
@@ -172,14 +170,14 @@ def _go(run: Run) -> Path:
     try:
         while position.stage < len(run.stages):
             _stage(run, journal, ema)
+        result = best.finish(run.folder, recipe.tta, run.say)
+        report.write(run.folder, say=run.say, tta=recipe.tta, result=result)
     except KeyboardInterrupt:
         run.say(
             f"interrupted: {len(position.history)} finished epochs are kept; go on with: "
             f"fledge train --resume {run.folder}"
         )
         raise
-    result = best.finish(run.folder, recipe.tta, run.say)
-    report.write(run.folder, say=run.say, tta=recipe.tta, result=result)
     shutil.rmtree(run.folder / run_folder.LAST)
     run_folder.point_latest(run.folder)
     accuracy, loss = evaluate.score(result.plain, result.labels)
@@ -234,7 +232,7 @@ def _stage(run: Run, journal: Journal, ema: Ema | None) -> None:
         position.history.append(row)
         journal.add(row, steps)
         _tell(run, row)
-        if stage.patience and valid_loss <= min(position.losses(stage.name)):
+        if stage.patience and valid_loss < min(losses, default=math.inf):
             # Clones: the weights themselves go on moving.
             run.tensors["kept"] = {k: v.clone() for k, v in classifier.state_dict().items()}
             run.tensors["kept_ema"] = {k: v.clone() for k, v in ema.state().items()} if ema else {}
@@ -260,14 +258,10 @@ def _find_lr(run: Run, stage: Stage, feed: TrainFeed) -> float:
     curve = loop.find_lr(run.classifier, stage, run.recipe, feed)
     pick = run.recipe.lr_find.pick
     picked = curve.pick(pick)
-    plots.lr_find(
-        curve,
-        run.folder / f"lr_find-{stage.name}.png",
-        f"lr_find before {stage.name}",
-        run.recipe.lr_find.pick,
-    )
+    path = run.folder / f"lr_find-{stage.name}.png"
+    plots.lr_find(curve, path, f"lr_find before {stage.name}", pick)
     run.say(
-        f"{stage.name:>8}  lr_find: {picked:.2e} ({run.recipe.lr_find.pick}; steepest "
+        f"{stage.name:>8}  lr_find: {picked:.2e} ({pick}; steepest "
         f"{curve.steepest:.2e}, minimum {curve.minimum:.2e})"
     )
     return picked
