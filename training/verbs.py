@@ -64,9 +64,8 @@ def lr_find(options: argparse.Namespace) -> None:
         trap = "  (a trap: too large)" if pick == "minimum" else ""
         print(f"{pick:<12}{curve.pick(pick):.3e}{trap}")
     if trials:
-        print(
-            f"\n{'after ' + str(options.epochs) + ' epochs':<16}lr         train   valid   accuracy"
-        )
+        after = f"after {options.epochs} epoch{'s' if options.epochs > 1 else ''}"
+        print(f"\n{after:<16}lr         train   valid   accuracy")
     for trial in trials:
         print(
             f"{trial.pick:<16}{trial.lr:.2e}  {trial.train_loss:7.4f} {trial.valid_loss:7.4f}   "
