@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import stat
 import struct
 import warnings
 from collections.abc import Iterator
@@ -139,10 +140,21 @@ def read(
 ) -> Decoded:
     """Decode the file at `path`; errors as `decode`, and `BrokenImage` when it can't be read."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise BrokenImage(f"{path}: {error.strerror or error}") from error
     return decode(data, max_pixels=max_pixels, background=background)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file; a pipe, which might never end, is refused as one that can't be read.
+
+    Raises:
+        OSError: It can't be read, or is no regular file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("no regular file")
+    return path.read_bytes()
 
 
 def _open(data: bytes) -> Image.Image:

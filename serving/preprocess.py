@@ -55,7 +55,7 @@ class Preprocess:
             raise OptionError(f"preprocess.size = {self.size!r}: use 8 to 4096 pixels")
         if not (_is_number(self.crop) and 0 < self.crop <= 1):
             raise OptionError(f"preprocess.crop = {self.crop!r}: use a share in (0, 1]")
-        if self.interpolation not in _FILTERS:
+        if not isinstance(self.interpolation, str) or self.interpolation not in _FILTERS:
             names = ", ".join(_FILTERS)
             raise OptionError(f"preprocess.interpolation = {self.interpolation!r}: use {names}")
         for name in ("mean", "std", "background"):

@@ -20,7 +20,9 @@ from serving.files import write_aside
 from training import data, recipe, tricks
 from training.checkpoint import read_info
 from training.console import say as say_aloud
+from training.evaluate import evaluate
 from training.options import Recipe
+from training.sections import TtaConfig
 from training.tricks import Row
 
 Say = Callable[[str], None]
@@ -105,7 +107,12 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     # Rows that come to the same are run once.
     unique = {plan.key: plan for plan in reversed(plans)}
-    done = {trial.key: trial for trial in _finished(folder) if trial.key in unique}
+    seen = {plan.key for plan in plans if tricks.BY_NAME[plan.row].metric == "accuracy_tta"}
+    done = {
+        trial.key: trial
+        for trial in _finished(folder)
+        if trial.key in unique and (trial.accuracy_tta is not None or trial.key not in seen)
+    }
     missing = [plan for plan in plans if unique[plan.key] is plan and plan.key not in done]
     if done:
         say(f"{len(done)} of {len(unique)} trials are done already in {out}")
@@ -119,7 +126,8 @@ def run(
     seconds = 0.0
     for number, plan in enumerate(missing, start=1):
         try:
-            trial = _try(plan, source, folder / plan.name, split, device, say_warnings)
+            views = tricks.views_of(base) if plan.key in seen else None
+            trial = _try(plan, source, folder / plan.name, split, device, views, say_warnings)
         except KeyboardInterrupt:
             say(
                 f"interrupted: {len(done)} of {len(unique)} trials are kept in {out}; "
@@ -178,7 +186,15 @@ def _finished(folder: Path) -> Iterator[Trial]:
             yield trial
 
 
-def _try(plan: Plan, source: str, folder: Path, split: Path | None, device: str, say: Say) -> Trial:
+def _try(
+    plan: Plan,
+    source: str,
+    folder: Path,
+    split: Path | None,
+    device: str,
+    views: TtaConfig | None,
+    say: Say,
+) -> Trial:
     """One run; what is wrong with this row alone is its result."""
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier try
     started = time.perf_counter()
@@ -189,11 +205,12 @@ def _try(plan: Plan, source: str, folder: Path, split: Path | None, device: str,
     seconds = time.perf_counter() - started
     info = read_info(folder / "best.json")
     metrics = info.metrics
+    over_views = evaluate(folder, tta=views, say=say).accuracy if views else None
     return Trial(
         plan.key,
         seconds,
         accuracy=metrics["accuracy"],
-        accuracy_tta=metrics.get("accuracy_tta"),
+        accuracy_tta=over_views,
         loss=metrics["loss"],
         train=int(info.data["train"]),
         valid=int(info.data["valid"]),

@@ -58,6 +58,8 @@ def lines(rows: Sequence[Row], trials: Trials, against: str = "") -> list[Line]:
         other = (against or row.on) if row.name != against else ""
         other = other if other in values else ""  # a row need not bring all that lies below it
         runs = list(trials[row.name].values())
+        folds = [run for unit, run in trials[row.name].items() if unit.startswith("fold")]
+        overlap = sum(run.valid for run in folds) / max(sum(run.train for run in folds), 1)
         error = next((trial.error for trial in runs if trial.error), "")
         found.append(
             Line(
@@ -65,8 +67,8 @@ def lines(rows: Sequence[Row], trials: Trials, against: str = "") -> list[Line]:
                 other,
                 row.what,
                 values[row.name],
-                interval(list(values[row.name].values())),
-                difference(values[row.name], values.get(other, {})),
+                interval(list(values[row.name].values()), overlap),
+                difference(values[row.name], values.get(other, {}), overlap),
                 sum(trial.seconds for trial in runs) / len(runs),
                 error,
             )
@@ -116,6 +118,8 @@ def show(found: Sequence[Line], stream: TextIO | None = None) -> None:
 
 
 def _ends(value: Interval) -> tuple[float, float]:
+    if not value.half:  # accuracies are counts: two equal differences are chance, no certainty
+        return math.nan, math.nan
     return value.mean - value.half, value.mean + value.half
 
 

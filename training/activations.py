@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from serving.preprocess import Preprocess
 from serving.progress import progress_bar
 from training import augment, mixing
+from training.ema import Ema
 from training.model import Classifier, normalise
 from training.options import Recipe, Stage
 from training.pixels import Photos, PixelSet
@@ -196,8 +197,13 @@ def feeds(
     precision: Precision,
     first_view: int,
     say: Callable[[str], None],
+    ema: Ema | None = None,
 ) -> tuple[TrainFeed, ValidFeed]:
-    """Freeze what the stage freezes, and open its two streams of batches."""
+    """Freeze what the stage freezes, and open its two streams of batches.
+
+    With `ema` the averages are validated: what an earlier stage trained and this one freezes goes
+    on moving among them, and its outputs are not kept.
+    """
     classifier.freeze(
         stage.unfreeze, batchnorm=stage.batchnorm, frozen_batchnorm=stage.frozen_batchnorm
     )
@@ -221,4 +227,8 @@ def feeds(
     seed = recipe.seed
     feed = TrainFeed(train, prefix, preprocess, config, precision, seed, first_view, views, classes)
     keep = affordable_views(1, len(valid), prefix, size, precision, ACTIVATION_BYTES // 2) > 0
+    if ema:
+        frozen = {id(tensor) for tensor in prefix.state_dict(keep_vars=True).values()}
+        state = classifier.state_dict(keep_vars=True)
+        keep = keep and ema.settled(name for name, value in state.items() if id(value) in frozen)
     return feed, ValidFeed(valid, prefix, preprocess, precision, keep)

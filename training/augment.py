@@ -25,9 +25,10 @@ from training.sections import AugmentConfig
 MEAN_COLOUR: Final = (124, 116, 104)
 """ImageNet's, in RGB: what an erased rectangle is filled with. Normalised, it is about 0."""
 
-ERASED_AREA: Final = (0.02, 1 / 3)
+ERASED_AREA: Final = (0.02, 0.33)
+"""Area of the erased rectangle as a share of the picture: torchvision's (Zhong et al.: to 0.4)."""
 ERASED_RATIO: Final = 10 / 3
-"""Area of the erased rectangle as a share of the picture; its longest stretch (Zhong et al.)."""
+"""Its longest stretch (Zhong et al.)."""
 
 _LUMA: Final = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _NUMBERS: Final = 24  # uniform random numbers that a photo gets

@@ -8,6 +8,7 @@ ViT, where it never falls, the blocks are cut into quarters.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -60,7 +61,7 @@ def build(arch: str, arch_args: Mapping[str, Any], given: str = "none") -> Backb
     """
     family = family_of(arch)
     network = _network(arch, arch_args, family)
-    body = family.body(network)
+    body = _body(network, arch, arch_args, family)
     if given != "none":
         state = weights.read(arch, given, family.image_size(arch_args))
         weights.load(body, network, state, family, arch, given)
@@ -72,7 +73,7 @@ def hollow(arch: str, arch_args: Mapping[str, Any]) -> Backbone:
     family = family_of(arch)
     with _ShapesOnly():
         network = _network(arch, arch_args, family)
-    return _cut(family.body(network).to("meta"), family, arch_args)
+    return _cut(_body(network, arch, arch_args, family).to("meta"), family, arch_args)
 
 
 def check_size(
@@ -169,8 +170,9 @@ _FILLS: Final = ("normal_", "uniform_", "fill_", "zero_", "erfinv_", "mul_", "ad
 
 def _network(arch: str, arch_args: Mapping[str, Any], family: Family) -> nn.Module:
     for name in arch_args:
-        if name in family.fixed:
-            raise OptionError(f"arch_args.{name} is not to be set for {arch}: leave it out")
+        if name in family.fixed or name in _ELSEWHERE:
+            remedy = _ELSEWHERE.get(name, "leave it out")
+            raise OptionError(f"arch_args.{name} is not to be set for {arch}: {remedy}")
     try:
         network: nn.Module = torchvision.models.get_model(
             arch, weights=None, **arch_args, **family.fixed
@@ -182,7 +184,30 @@ def _network(arch: str, arch_args: Mapping[str, Any], family: Family) -> nn.Modu
         raise OptionError(
             f"arch_args = {dict(arch_args)!r} does not fit {arch}: {reason}"
         ) from None
+    # Some classes take any option and pass over those that they don't know.
+    takes = inspect.signature(type(network)).parameters
+    swallows = any(one.kind is one.VAR_KEYWORD for one in takes.values())
+    for name in arch_args:
+        if swallows and name not in (*takes, *family.options):
+            raise OptionError(f"arch_args.{name}: {arch} has no such option; leave it out")
     return network
+
+
+def _body(
+    network: nn.Module, arch: str, arch_args: Mapping[str, Any], family: Family
+) -> nn.Sequential:
+    body = family.body(network)
+    if "dropout" in arch_args and not any(isinstance(m, nn.Dropout) for m in body.modules()):
+        raise OptionError(f"arch_args.dropout is of {arch}'s own head: set head.dropout instead")
+    return body
+
+
+_ELSEWHERE: Final = {
+    "num_classes": "the photos' classes decide, and [head]; leave it out",
+    "progress": "leave it out",
+    "weights": "set weights = 'imagenet', or a file, at the top of the recipe",
+}
+"""Options of every builder that have no effect on a body."""
 
 
 def _takes(body: nn.Sequential, size: int) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from serving.preprocess import Preprocess
 from training import checkpoint, evaluate
 from training.checkpoint import BEST, CheckpointInfo
+from training.data import Dataset
 from training.model import Classifier
 from training.sections import TtaConfig
 from training.trainer import Epoch
@@ -37,13 +38,16 @@ def save(
     )
 
 
-def finish(folder: Path, tta: TtaConfig, say: Say) -> evaluate.Result:
+def finish(folder: Path, dataset: Dataset, tta: TtaConfig, say: Say) -> evaluate.Result:
     """Score the best checkpoint in float32, as `fledge evaluate` does, and write that down."""
-    result = evaluate.evaluate(folder, tta=tta if tta.count else None, gone_too=True, say=say)
+    result = evaluate.evaluate(
+        folder, tta=tta if tta.count else None, data_folder=dataset.root, gone_too=True, say=say
+    )
     classifier, info = checkpoint.load(folder)
     accuracy, loss = evaluate.score(result.plain, result.labels)
     metrics = {**info.metrics, "accuracy": accuracy, "loss": loss}
     if result.views > 1:
         metrics |= {"accuracy_tta": result.accuracy, "loss_tta": result.loss, "views": result.views}
-    checkpoint.save(folder / BEST, classifier, replace(info, metrics=metrics))
+    data = {**info.data, "root": str(dataset.root)}  # a resumed run's photos may have moved
+    checkpoint.save(folder / BEST, classifier, replace(info, metrics=metrics, data=data))
     return result

@@ -15,6 +15,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from serving.errors import OptionError
+
 
 @dataclass(frozen=True)
 class Family:
@@ -27,6 +29,7 @@ class Family:
     fixed: options of torchvision's builder that are not for the recipe to choose.
     size_option: the builder's option that fixes the size of images; "" where any will do.
     sizes: what that option may be, where torchvision does not say so itself.
+    options: of the builder, beside those of the network's class, where that class swallows any.
     old_names: (pattern, replacement) of names in weights files that are older than the code.
     """
 
@@ -38,12 +41,21 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     size_option: str = ""
     sizes: str = ""
+    options: tuple[str, ...] = ()
     old_names: tuple[tuple[str, str], ...] = ()
 
     def image_size(self, arch_args: Mapping[str, Any]) -> int:
-        """The side of images that the body is made for; 224 where any will do."""
-        size = arch_args.get(self.size_option, 224)
-        return int(size[0] if isinstance(size, list | tuple) else size)
+        """The side of images that the body is made for; 224 where any will do.
+
+        Raises:
+            OptionError: The option that fixes it is no number of pixels.
+        """
+        given = arch_args.get(self.size_option, 224)
+        size = given[0] if isinstance(given, list | tuple) and given else given
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            use = self.sizes or "a number of pixels, such as 224"
+            raise OptionError(f"arch_args.{self.size_option} = {given!r}: use {use}")
+        return size
 
 
 def family(arch: str) -> Family | None:
@@ -139,7 +151,12 @@ FAMILIES: Final[tuple[Family, ...]] = (
     Family("GoogLeNet", r"googlenet", _children, fixed=_NO_AUX),
     Family("Inception v3", r"inception_v3", _children, fixed=_NO_AUX),
     Family("MobileNetV2", r"mobilenet_v2", _features),
-    Family("MobileNetV3", r"mobilenet_v3_\w+", _features),
+    Family(
+        "MobileNetV3",
+        r"mobilenet_v3_\w+",
+        _features,
+        options=("width_mult", "reduced_tail", "dilated"),
+    ),
     Family("MNASNet", r"mnasnet\w+", _layers),
     Family("ShuffleNetV2", r"shufflenet_v2_\w+", _children),
     Family("EfficientNet", r"efficientnet_b\d", _features),

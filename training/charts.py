@@ -18,6 +18,8 @@ WIDTH: Final = 360.0
 DOTS: Final = 60
 """Curves of more points have no dots."""
 
+_MOST: Final = 1e100  # further out, the differences of two numbers overflow
+
 
 class Line(NamedTuple):
     """A curve: its points, its name in the legend, and the name of its colour on the page."""
@@ -45,20 +47,22 @@ def lines(
     """Curves over epochs.
 
     Args:
-        curves: At least one, with at least one finite point.
+        curves: Points that can't be drawn, as those that are not finite, are left out.
         title: What the picture shows, for those who don't see it.
         bounds: (position, name) of each stage's end.
         percent: y is a share of 1.
         height: In units of `WIDTH`.
     """
-    curves = [c._replace(points=[p for p in c.points if math.isfinite(p[1])]) for c in curves]
+    least, most = (0.0, 1.0) if percent else (-_MOST, _MOST)
+    curves = [c._replace(points=[p for p in c.points if least <= p[1] <= most]) for c in curves]
     curves = [c for c in curves if c.points]
-    ys = [y for curve in curves for _, y in curve.points]
+    ys = [y for curve in curves for _, y in curve.points] or [0.0]
     low, high = min(ys), max(ys)
     pad = (high - low or abs(high) or 1.0) * 0.06
     low = max(0.0, low - pad) if min(ys) >= 0 else low - pad
     high = min(1.0, high + pad) if percent else high + pad
-    end = max([x for curve in curves for x, _ in curve.points] + [x for x, _ in bounds])
+    ends = [x for curve in curves for x, _ in curve.points] + [x for x, _ in bounds]
+    end = max(ends, default=0.0)
     left, right, top, bottom = 46.0, WIDTH - 10, 34.0, height - 34
 
     def across(x: float) -> float:

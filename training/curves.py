@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -51,8 +52,9 @@ def section(folder: Path, say: Say) -> str:
 
 
 def seconds(folder: Path) -> float:
-    """Seconds of all epochs together; 0 where nothing was written down."""
-    return sum(epoch.seconds for epoch in _epochs(folder))
+    """Seconds of all epochs together; 0 where nothing, or no such number, was written down."""
+    total = sum(epoch.seconds for epoch in _epochs(folder))
+    return total if math.isfinite(total) else 0.0
 
 
 def _curves(folder: Path) -> Iterator[str]:

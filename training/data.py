@@ -15,12 +15,14 @@ from typing import Any, Final, NamedTuple
 from serving.errors import DataError, OptionError
 from serving.files import write_aside
 from training import builtin, layouts, sample
-from training.layouts import Photo
+from training.layouts import Photo, check_names, shown
 from training.sections import DataConfig
 from training.split import PARTS, by_file, folds, stratified
 
 SAMPLE: Final = "sample"
 SPLIT: Final = "split.csv"
+MAX_BROKEN: Final = 0.05
+"""Share of unreadable photos above which nothing is trained."""
 
 
 class Sample(NamedTuple):
@@ -51,7 +53,7 @@ class Dataset:
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for part in PARTS:
             for path, label in getattr(self, part):
-                size = path.stat().st_size if path.exists() else -1
+                size = os.path.getsize(path) if os.path.isfile(path) else -1
                 name = os.fsencode(path.relative_to(self.root))
                 digest.update(b"%s\0%s\0%d\0%d\n" % (part.encode(), name, size, label))
         return digest.hexdigest()[:16]
@@ -86,6 +88,14 @@ def load(
         DataError: Nothing usable there; says what was expected.
         OptionError: An option that does not fit what is there.
     """
+    try:
+        return _load(source, split, config, seed)
+    except OSError as error:  # a closed folder, a name that is too long
+        where = f" {shown(error.filename)}:" if error.filename else ""
+        raise DataError(f"--data {shown(source)}:{where} {error.strerror or error}") from error
+
+
+def _load(source: str, split: Path | None, config: DataConfig, seed: int) -> Dataset:
     official = source in builtin.NAMES
     named = bool(config.csv or config.pattern)
     if official:
@@ -108,11 +118,13 @@ def load(
 
 
 def _folder(source: str) -> Path:
-    root = sample.cached() if source == SAMPLE else Path(source).expanduser()
-    if not root.is_dir():
+    # os.path, since pathlib raises over users that are not there and names that are too long.
+    root = sample.cached() if source == SAMPLE else Path(os.path.expanduser(source))
+    if not os.path.isdir(root):
         names = ", ".join((SAMPLE, *builtin.NAMES))
         raise DataError(
-            f"--data {source}: no such folder; give one with a folder a class, or a set: {names}"
+            f"--data {shown(source)}: no such folder; give one with a folder a class, or a set: "
+            f"{names}"
         )
     return root.resolve()
 
@@ -133,17 +145,21 @@ def _by_file(
         raise OptionError(f"data.folds = {config.folds}: {split} splits already; leave one out")
     rows = by_file(split, config.fold, class_folders=class_folders)
     photos = [Photo(root / path, label_of(path), part) for path, part in rows]
-    gone = [photo.path for photo in photos if not photo.path.is_file()]
+    gone = [photo.path for photo in photos if not os.path.isfile(photo.path)]
     if gone:
-        raise DataError(f"{split} names {len(gone)} files that are not there, as {gone[0]}")
+        name = shown(gone[0].relative_to(root))
+        raise DataError(f"{split} names {len(gone)} files that are not there, as {name}")
     bare = [photo.path for photo in photos if not photo.label]
     if bare:
-        raise DataError(f"{split} names {len(bare)} photos without a label, as {bare[0]}")
+        name = shown(bare[0].relative_to(root))
+        raise DataError(f"{split} names {len(bare)} photos without a label, as {name}")
+    check_names(photo.label for photo in photos)
     return photos
 
 
 def _drawn(root: Path, photos: list[Photo], config: DataConfig, seed: int) -> list[Photo]:
     """The same photos, and a part for each that has none."""
+    check_names(photo.label for photo in photos)
     free = [photo for photo in photos if not photo.part]
     if not free and config.folds:
         raise OptionError(f"data.folds = {config.folds}: {root} is split already; leave it out")
@@ -155,7 +171,7 @@ def _drawn(root: Path, photos: list[Photo], config: DataConfig, seed: int) -> li
     lone = [label for label, count in Counter(labels).items() if count < 2]
     if lone:
         raise DataError(
-            f"class {lone[0]!r} has one photo; it needs at least 2, "
+            f"class {shown(lone[0])} has one photo; it needs at least 2, "
             "one to train on and one to validate on"
         )
     if config.folds:
@@ -173,11 +189,6 @@ def _dataset(
     source: str, root: Path, photos: Sequence[Photo], unlabelled: tuple[Path, ...]
 ) -> Dataset:
     classes = tuple(sorted({photo.label for photo in photos}, key=layouts.natural))
-    for name in classes:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise DataError(f"class {os.fsencode(name)!r} is no UTF-8 name; rename it") from None
     index = {name: i for i, name in enumerate(classes)}
     parts: dict[str, list[Sample]] = {part: [] for part in PARTS}
     for path, label, part in photos:
@@ -188,7 +199,7 @@ def _dataset(
 
 def _checked(dataset: Dataset) -> Dataset:
     if len(dataset.classes) < 2:
-        have = f"one class, {dataset.classes[0]!r}" if dataset.classes else "no class"
+        have = f"one class, {shown(dataset.classes[0])}" if dataset.classes else "no class"
         raise DataError(f"{dataset.root} has {have}; it needs at least 2")
     for part in ("train", "valid"):
         counts = Counter(label for _, label in getattr(dataset, part))
@@ -196,7 +207,8 @@ def _checked(dataset: Dataset) -> Dataset:
             raise DataError(f"{dataset.root}: the {part} part is empty")
         bare = [name for i, name in enumerate(dataset.classes) if not counts[i]]
         if bare and part == "train":
-            raise DataError(f"class {bare[0]!r} has no photo in the train part; add one")
+            name = shown(bare[0])
+            raise DataError(f"class {name} has no photo in the train part; add one")
     return dataset
 
 
@@ -206,7 +218,8 @@ def write_split(dataset: Dataset, path: Path) -> None:
         write_aside(path) as aside,
         aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        out = csv.writer(file, lineterminator="\n")
+        # All are quoted: not every Python quotes a name with a carriage return by itself.
+        out = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
         out.writerow(["path", "fold", "label"])
         for part in PARTS:
             for photo, label in getattr(dataset, part):
@@ -262,7 +275,7 @@ def from_split_file(
         DataError: A file that can't be read, or photos that are not there; names `--data`.
     """
     root = root.resolve()
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"the photos are no longer in {root}; say where with --data")
     index = {name: i for i, name in enumerate(classes)}
     parts: dict[str, list[Sample]] = {part: [] for part in PARTS}
@@ -273,9 +286,10 @@ def from_split_file(
     except (OSError, KeyError, csv.Error) as error:
         raise DataError(f"{path} can't be read: {error}") from error
     for part in needed:
-        gone = [s.path for s in parts[part] if not s.path.is_file()]
+        gone = [s.path for s in parts[part] if not os.path.isfile(s.path)]
         if gone:
-            raise DataError(f"{len(gone)} {part} photos are gone, as {gone[0]}; use --data")
+            name = shown(gone[0].relative_to(root))
+            raise DataError(f"{len(gone)} {part} photos are gone in {root}, as {name}; use --data")
     found: dict[str, Any] = {part: tuple(samples) for part, samples in parts.items()}
     return Dataset(source, root, classes, **found)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -43,6 +43,11 @@ class Ema:
             yield
         finally:
             _put(own, self.module)
+
+    def settled(self, names: Iterable[str]) -> bool:
+        """Whether these weights equal their averages, so that swapping leaves them as they are."""
+        weights = _floats(self.module)
+        return all(torch.equal(self.averages[n], weights[n]) for n in names if n in weights)
 
     def state(self) -> dict[str, Tensor]:
         """What `load` needs to go on: the averages themselves, not copies, and their number."""

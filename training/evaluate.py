@@ -119,7 +119,7 @@ def evaluate(
             # View by view, so that the plain view meets the same batches as without TTA.
             rows = [
                 softmax(logits_of(classifier, pixels, info.preprocess).numpy())
-                for pixels in _views_of(batch, len(kept) // BATCH, recipe, draws, info.preprocess)
+                for pixels in _views_of(batch, len(kept) // BATCH, recipe, draws, info)
             ]
             by_view.append(np.stack(rows))
             kept += batch.samples
@@ -159,7 +159,8 @@ def write_csv(result: Result, path: Path) -> None:
         write_aside(path) as aside,
         aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        out = csv.writer(file, lineterminator="\n")
+        # All are quoted: not every Python quotes a name with a carriage return by itself.
+        out = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
         out.writerow(["path", "label", "predicted", "probability"])
         for photo, label, index, row in zip(
             result.paths, result.labels, best, result.probabilities, strict=True
@@ -223,18 +224,23 @@ def _batches(
 
 
 def _views_of(
-    batch: _Batch, number: int, recipe: Recipe | None, draws: int, preprocess: Preprocess
+    batch: _Batch, number: int, recipe: Recipe | None, draws: int, info: checkpoint.CheckpointInfo
 ) -> Iterator[Tensor]:
-    """The views of a batch, one at a time: [n, H, W, 3] in 0..255; `number` is the batch's."""
+    """The views of a batch, one at a time: [n, H, W, 3] in 0..255; `number` is the batch's.
+
+    Random draws are those of the stage that the checkpoint comes from.
+    """
     yield from batch.views
     if recipe is not None:
+        name = info.metrics.get("stage")
+        own = [recipe.augment_of(stage) for stage in recipe.stage if stage.name == name]
         for i in range(draws):
             yield draw(
                 batch.whole,
                 batch.aspect,
-                recipe.augment,
+                (*own, recipe.augment)[0],
                 seed=recipe.seed,
                 view=number * draws + i,
-                crop=preprocess.crop,
-                size=preprocess.size,
+                crop=info.preprocess.crop,
+                size=info.preprocess.size,
             )

@@ -60,8 +60,11 @@ def labeller(root: Path, config: DataConfig) -> Callable[[str], str]:
 
 
 def unlabelled(root: Path, labelled: Iterable[Path], config: DataConfig) -> tuple[Path, ...]:
-    """The photos of `test/`, where none of them has a label and no folder of its own."""
-    test = root / "test"
+    """The photos of `test/`, where none of them has a label and no folder of its own.
+
+    Where file names are the labels, `test/` is looked for where they are: below `data.images`.
+    """
+    test = (root / config.images if config.pattern else root) / "test"
     if not test.is_dir() or any(path.is_relative_to(test) for path in labelled):
         return ()
     if not (config.csv or config.pattern) and _has_classes(test):
@@ -72,7 +75,30 @@ def unlabelled(root: Path, labelled: Iterable[Path], config: DataConfig) -> tupl
 def natural(name: str) -> tuple[list[tuple[int, str]], str]:
     """Sort key with numbers by value: 1, 2, 10; the name itself decides between 1 and 01."""
     parts = [t for t in re.split(r"([0-9]+)", name) if t]
-    return [(int(t), "") if t.isdecimal() else (-1, t) for t in parts], name
+    # Not int(): Python refuses numbers of thousands of digits.
+    numbers = [t.lstrip("0") if t.isdecimal() else None for t in parts]
+    return [
+        (-1, t) if n is None else (len(n), n) for t, n in zip(parts, numbers, strict=True)
+    ], name
+
+
+def shown(name: object, most: int = 80) -> str:
+    """A name as an error quotes it: on one line, the middle of a long one left out."""
+    text = repr(str(name))
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
+
+
+def check_names(labels: Iterable[str]) -> None:
+    """Refuse names of classes that are no UTF-8.
+
+    Raises:
+        DataError: Names the first.
+    """
+    for name in labels:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"class {shown(name)} is no UTF-8 name; rename it") from None
 
 
 def photos_below(folder: Path) -> Iterator[Path]:
@@ -97,7 +123,8 @@ def _from_folders(root: Path) -> list[Photo]:
     strangers = [f for f in _class_folders(root) if f.name not in FOLDERS and _has_photos(f)]
     if strangers:
         have = ", ".join(f"{folder.name}/" for folder in parts.values())
-        raise DataError(f"{root} has {have} and beside them {strangers[0].name}/; move it away")
+        name = shown(f"{strangers[0].name}/")
+        raise DataError(f"{root} has {have} and beside them {name}; move it away")
     if not {"train", "valid"} <= set(parts):
         missing = "valid" if "train" in parts else "train"
         have = ", ".join(f"{part}/" for part in parts)
@@ -154,7 +181,8 @@ def _class_names(root: Path) -> list[str]:
         bare = folder.name not in names and folder.name not in _CLUTTER
         if bare and any(path.is_file() for path in folder.iterdir()):
             kinds = ", ".join(sorted(SUFFIXES))
-            raise DataError(f"{folder} holds no photo that can be read ({kinds}); remove it")
+            name = shown(folder.name)
+            raise DataError(f"{root}: {name} holds no photo that can be read ({kinds}); remove it")
     # A flat test/ beside classes holds photos to be scored; among other parts' names it is a class.
     if len([name for name in names if name not in FOLDERS]) > 1 and "test" in names:
         names.remove("test")
@@ -177,7 +205,7 @@ def _from_names(root: Path, config: DataConfig) -> list[Photo]:
     if strange:
         raise DataError(
             f"data.pattern = {config.pattern!r} does not match {len(strange)} of {len(above)} "
-            f"photos in {folder}, as {strange[0][0].relative_to(folder)}"
+            f"photos in {folder}, as {shown(strange[0][0].relative_to(folder))}"
         )
     if not labelled:
         raise DataError(f"{folder} holds no photo for data.pattern = {config.pattern!r}")
@@ -193,21 +221,22 @@ def _label(pattern: str, name: str) -> str:
 def _images(root: Path, config: DataConfig) -> Path:
     folder = root / config.images
     if Path(config.images).is_absolute() or ".." in Path(config.images).parts:
-        raise OptionError(f"data.images = {config.images!r}: name a folder below {root}")
-    if not folder.is_dir():
-        raise DataError(f"data.images = {config.images!r}: no such folder in {root}")
+        raise OptionError(f"data.images = {shown(config.images)}: name a folder below {root}")
+    if not os.path.isdir(folder):
+        raise DataError(f"data.images = {shown(config.images)}: no such folder in {root}")
     return folder
 
 
 def _from_table(root: Path, config: DataConfig) -> list[Photo]:
     rows = _table(root, config)
-    gone = [(path, line) for path, _, line in rows if not (root / path).is_file()]
+    # os.path, since pathlib raises over names that are too long and folders that are closed.
+    gone = [(path, line) for path, _, line in rows if not os.path.isfile(root / path)]
     if gone:
         path, line = gone[0]
-        ends = [s for s in sorted(SUFFIXES) if (root / f"{path}{s}").is_file()]
+        ends = [s for s in sorted(SUFFIXES) if os.path.isfile(root / f"{path}{s}")]
         remedy = f"set data.suffix = {ends[0]!r}" if ends else "see data.images and data.suffix"
         raise DataError(
-            f"{root / config.csv}, line {line}: no photo {path} in {root} "
+            f"{root / config.csv}, line {line}: no photo {shown(path)} in {root} "
             f"({len(gone)} of {len(rows)} rows have none); {remedy}"
         )
     return [Photo(root / path, label) for path, label, _ in rows]
@@ -220,7 +249,8 @@ def _table(root: Path, config: DataConfig) -> list[tuple[Path, str, int]]:
         images = _images(root, config).relative_to(root)
     else:
         images = Path("train")
-    lines: dict[str, tuple[str, int]] = {}
+    lines: dict[Path, tuple[str, int]] = {}
+    id_column, label_column = config.columns
     try:
         # utf-8-sig: spreadsheets write a byte-order mark.
         with table.open(newline="", encoding="utf-8-sig") as file:
@@ -229,27 +259,27 @@ def _table(root: Path, config: DataConfig) -> list[tuple[Path, str, int]]:
             for column in config.columns:
                 if column not in have:
                     raise DataError(
-                        f"{table} has no column {column!r}, its first line has "
-                        f"{', '.join(map(repr, have)) or 'nothing'}; set data.columns"
+                        f"{table} has no column {shown(column)}, its first line has "
+                        f"{', '.join(map(shown, have)) or 'nothing'}; set data.columns"
                     )
             for row in reader:
                 line = f"{table}, line {reader.line_num}"
                 name, label = ((row[column] or "").strip() for column in config.columns)
                 if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-                    raise DataError(f"{line}: {config.columns[0]} {name!r} names no photo")
+                    raise DataError(f"{line}: {id_column} {shown(name)} names no photo")
                 if not label:
-                    raise DataError(f"{line}: {name} has no {config.columns[1]}")
-                if name in lines:
-                    raise DataError(f"{line}: {name} stands in line {lines[name][1]}, too")
-                lines[name] = label, reader.line_num
+                    raise DataError(f"{line}: {shown(name)} has no {label_column}")
+                path = images / f"{name}{config.suffix}"  # 1.jpg and ./1.jpg are one photo
+                if path in lines:
+                    raise DataError(f"{line}: {shown(name)} stands in line {lines[path][1]}, too")
+                lines[path] = label, reader.line_num
     except FileNotFoundError:
-        raise DataError(f"data.csv = {config.csv!r}: no such file in {root}") from None
+        raise DataError(f"data.csv = {shown(config.csv)}: no such file in {root}") from None
     except UnicodeDecodeError:
         raise DataError(f"{table} is no UTF-8 text; save it as CSV in UTF-8") from None
-    except (OSError, csv.Error) as error:
-        raise DataError(f"{table} can't be read: {error}") from error
+    except (OSError, ValueError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"data.csv = {shown(config.csv)} can't be read: {reason}") from error
     if not lines:
         raise DataError(f"{table} has no row under its first line")
-    return [
-        (images / f"{name}{config.suffix}", label, line) for name, (label, line) in lines.items()
-    ]
+    return [(path, label, line) for path, (label, line) in lines.items()]

@@ -75,6 +75,10 @@ def lr_find(
     Raises:
         FledgeError: As `recipe.run`; a stage that is not there; a curve that says nothing.
     """
+    if compare < 0:
+        raise OptionError(f"--epochs {compare}: use 1 or more")
+    if not (out or Path()).absolute().parent.is_dir():
+        raise OptionError(f"--out {out}: there is no folder {out.parent if out else ''}")
     bench = _bench(recipe, source, split, stage, start, device, say)
     name = bench.stage.name
     curve = trainer.find_lr(bench.classifier, bench.stage, recipe, bench.feed)
@@ -105,12 +109,13 @@ def _bench(
         raise OptionError(f"--stage {name}: the recipe has {have}")
     if start:
         trained, info = checkpoint.load(start)
-        if (info.arch, info.classes) != (recipe.arch, dataset.classes):
+        try:
+            classifier.load_state_dict(trained.state_dict())
+        except RuntimeError:
             raise OptionError(
-                f"--from {start}: it is {info.arch} with {len(info.classes)} classes, and the "
-                f"recipe trains {recipe.arch} with {len(dataset.classes)}"
-            )
-        classifier.load_state_dict(trained.state_dict())
+                f"--from {start}: it is {info.arch} with {len(info.classes)} classes and the head "
+                f"{dict(info.head)}, which is not what the recipe and the photos ask for"
+            ) from None
     elif stage is not stages[0]:
         say(f"warning: the stages before {stage.name} have not been trained; start with --from")
     photos = pixels.Photos(dataset, say)
@@ -125,7 +130,6 @@ def _trials(bench: _Bench, curve: lr_finder.Curve, epochs: int) -> Iterator[Tria
         update={"cycles": 1, "cycle_len": epochs, "cycle_mult": 1.0, "patience": 0}
     )
     weights = copy.deepcopy(bench.classifier.state_dict())
-    random = torch.get_rng_state()
     nan = float("nan")
     tried: dict[float, Trial] = {}
     for pick in PICKS:
@@ -134,7 +138,7 @@ def _trials(bench: _Bench, curve: lr_finder.Curve, epochs: int) -> Iterator[Tria
             yield replace(tried[lr], pick=pick)
             continue
         bench.classifier.load_state_dict(weights)
-        torch.set_rng_state(random)
+        torch.manual_seed(bench.recipe.seed)
         optimizer = optim.build(bench.classifier, bench.recipe.optimizer, brief, lr)
         losses: list[float] = []
         try:

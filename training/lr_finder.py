@@ -23,7 +23,7 @@ Pick = Literal["valley", "steepest", "minimum/10", "minimum"]
 class Curve:
     """Rates tried, ascending, and the smoothed loss at each, with what they suggest.
 
-    valley: two thirds along the descent towards the trap, on the log scale of the rates, as
+    valley: two thirds along the descent towards the trap, on the log scale of the rates, after
         fast.ai's suggestion of that name; never past `ten`. steepest: where the loss falls fastest.
     minimum: a trap, too large by far. Upwards, the rate of the lowest loss, at which training is
         about to diverge; downwards, where the loss is lowest at the end whatever the rates, the

@@ -62,7 +62,9 @@ def found(error: ValidationError, values: Mapping[str, Any]) -> Iterator[tuple[P
         form = option if option in TAKES else ""
         if path == ("preprocess",) and isinstance(value, Mapping):
             mistakes = list(_preprocess(value))
-        elif option.startswith("stage.lr") and isinstance(_at(values, path[:3]), Mapping):
+        elif option.split(".")[:2] == ["stage", "lr"] and isinstance(
+            _at(values, path[:3]), Mapping
+        ):
             # Of the forms that were tried, only the table's mistakes are of use.
             mistakes = [(path, _sentence(item, path, value, values))] if _is_spread(item) else []
         elif form and item["type"] != "value_error" and _at(values, path, _NOTHING) is not _NOTHING:
@@ -137,7 +139,8 @@ def _depth(path: Path, form: str) -> int:
 
 
 def _is_spread(item: Any) -> bool:
-    return Spread.__name__ in item["loc"]
+    # A form with a validator of its own is called "function-after[…, Spread]".
+    return any(Spread.__name__ in str(part) for part in item["loc"])
 
 
 def _sentence(item: Any, path: Path, value: Any, values: Mapping[str, Any]) -> str:

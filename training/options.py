@@ -43,6 +43,12 @@ class Spread(Section):
     low: Rate
     high: Rate
 
+    @model_validator(mode="after")
+    def _rises(self) -> Spread:
+        if self.low > self.high:
+            raise ValueError(f"low = {self.low} must not be above high = {self.high}")
+        return self
+
 
 def _unfreeze(value: Any) -> Any:
     return ALL if value == "all" else value
@@ -116,9 +122,14 @@ class Stage(Section):
         if self.schedule == "cyclical":
             if not self.scale:
                 raise ValueError("schedule = 'cyclical' needs scale, such as scale = '0.5 ** x'")
-            tried = range(1, self.cycles + 1) if self.scale_per == "cycle" else (0, 1, 100, 10_000)
-            for x in tried:
+            for x in range(1, self.cycles + 1) if self.scale_per == "cycle" else range(self.epochs):
                 compile_formula(self.scale)(x)
+        elif self.scale:
+            raise ValueError(f"scale has no effect with schedule = {self.schedule!r}")
+        if self.warm_up > self.epochs:
+            raise ValueError(f"warm_up = {self.warm_up} is longer than {self.epochs} epochs")
+        if 0 < self.image_size < 8:
+            raise ValueError(f"image_size = {self.image_size}: use 8 or more, or 0")
         if self.schedule == "exp_range" and self.gamma < 0.9:
             raise ValueError("schedule = 'exp_range' takes gamma every step: use 0.999 or so")
         return self
@@ -186,4 +197,4 @@ class Recipe(Section):
         return AugmentConfig.model_validate({**self.augment.model_dump(), **stage.augment})
 
 
-HALF_NORMALISED: Final = ("googlenet", "inception_v3")
+HALF_NORMALISED: Final = ("efficientnet_v2_l", "googlenet", "inception_v3")

@@ -15,23 +15,30 @@ class Interval(NamedTuple):
     runs: int
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """The mean of independent values with Student's t interval ("Student", 1908)."""
+def interval(values: Sequence[float], overlap: float = 0.0) -> Interval:
+    """The mean of values with Student's t interval ("Student", 1908).
+
+    overlap: held-out photos for each photo trained on, where the values are those of folds: their
+    training sets share photos, so they are not independent and the variance of their mean is
+    larger (Nadeau & Bengio, 2003, "Inference for the Generalization Error", 3). 0 for seeds.
+    """
     n = len(values)
     mean = sum(values) / n if n else math.nan
     if n < 2:
         return Interval(mean, math.nan, n)
     variance = sum((value - mean) ** 2 for value in values) / (n - 1)
-    return Interval(mean, t_quantile(0.975, n - 1) * math.sqrt(variance / n), n)
+    return Interval(mean, t_quantile(0.975, n - 1) * math.sqrt(variance * (1 / n + overlap)), n)
 
 
-def difference(values: Mapping[str, float], others: Mapping[str, float]) -> Interval:
+def difference(
+    values: Mapping[str, float], others: Mapping[str, float], overlap: float = 0.0
+) -> Interval:
     """Of values less others, pair by pair of the same key; keys of one side alone don't count.
 
     Runs of one seed or fold share their photos and the order of them: the difference of a pair is
     far surer than the difference of two means.
     """
-    return interval([values[key] - others[key] for key in values if key in others])
+    return interval([values[key] - others[key] for key in values if key in others], overlap)
 
 
 def t_quantile(probability: float, freedom: int) -> float:

@@ -28,9 +28,8 @@ from serving.errors import DataError, ImageError, WorkError
 from serving.preprocess import Preprocess
 from serving.progress import progress_bar
 from serving.settings import cores
-from training.data import Dataset, Sample
+from training.data import MAX_BROKEN, Dataset, Sample
 
-MAX_BROKEN: Final = 0.05
 PRESIZE: Final = 1.25
 
 Make = Callable[[Image.Image], npt.NDArray[np.uint8]]
@@ -68,7 +67,10 @@ class Photos:
         """The training and the validation part; errors as `decode`."""
         if self._sets is None or preprocess != self._preprocess:
             self._sets = None  # the old ones go first: both would take twice the room
-            self.dataset, *sets = decode(self.dataset, preprocess, self._say)
+            before = self.dataset
+            self.dataset, *sets = decode(before, preprocess, self._say)
+            if self._preprocess is not None and self.dataset is not before:
+                raise WorkError("photos that could be read at first can't be any more: mend them")
             self._preprocess, self._sets = preprocess, (sets[0], sets[1])
         return self._sets
 

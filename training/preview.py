@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from serving import images
+from serving.errors import DataError, ImageError
 from training import data, preview_picture
 from training.options import Recipe
 from training.sections import AugmentConfig
@@ -55,17 +57,32 @@ def augmented(
         recipe: Its augmentation and preprocessing.
         out: Folder of the picture, made where it is not there.
         split: As `data.load`.
-        photo: Which; the first one to train on where not given.
+        photo: Which; the first one to train on that can be read where not given.
+
+    Raises:
+        DataError: The photo can't be read; as `data.load`.
     """
     from training import contact_sheet
 
     if photo is None:
         dataset = data.load(source, split=split, config=recipe.data, seed=recipe.seed)
-        photo = dataset.train[0].path
+        photo = next((path for path, _ in dataset.train if not _why_broken(path)), None)
+        if photo is None:
+            raise DataError(f"none of the {len(dataset.train)} photos to train on can be read")
+    elif why := _why_broken(photo):
+        raise DataError(f"--photo {photo}: {why}")
     out.mkdir(parents=True, exist_ok=True)
     augment: AugmentConfig = recipe.augment
     contact_sheet.write(photo, augment, recipe.preprocess, out / AUGMENTED, seed=recipe.seed)
     return out / AUGMENTED
+
+
+def _why_broken(photo: Path) -> str:
+    try:
+        images.read(photo)
+    except ImageError as error:
+        return str(error).removeprefix(f"{photo}: ")
+    return ""
 
 
 def report(dataset: data.Dataset, looks: Sequence[Look], size: int) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -170,15 +169,16 @@ def _go(run: Run) -> Path:
     try:
         while position.stage < len(run.stages):
             _stage(run, journal, ema)
-        result = best.finish(run.folder, recipe.tta, run.say)
+        result = best.finish(run.folder, dataset, recipe.tta, run.say)
         report.write(run.folder, say=run.say, tta=recipe.tta, result=result)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OSError, WorkError) as error:
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
         run.say(
-            f"interrupted: {len(position.history)} finished epochs are kept; go on with: "
+            f"{why}: {len(position.history)} finished epochs are kept; go on with: "
             f"fledge train --resume {run.folder}"
         )
         raise
-    shutil.rmtree(run.folder / run_folder.LAST)
+    run_folder.close(run.folder)
     run_folder.point_latest(run.folder)
     accuracy, loss = evaluate.score(result.plain, result.labels)
     views = f", {result.accuracy:.2%} over {result.views} views" if result.views > 1 else ""
@@ -196,7 +196,7 @@ def _stage(run: Run, journal: Journal, ema: Ema | None) -> None:
     stage = run.stages[position.stage]
     preprocess = recipe.preprocess_of(stage)
     feed, held_out = feeds(
-        classifier, run.photos, stage, recipe, run.precision, position.first_view, run.say
+        classifier, run.photos, stage, recipe, run.precision, position.first_view, run.say, ema
     )
     lr = stage.lr if stage.lr != "find" else position.lr
     if lr is None:
@@ -249,9 +249,9 @@ def _stage(run: Run, journal: Journal, ema: Ema | None) -> None:
         )
     position.first_view += feed.views or stage.epochs
     position.stage, position.epoch, position.lr = position.stage + 1, 0, None
-    _save(run, ema, None)
     schedule_png = run.folder / "schedule.png"
     plots.schedule(plots.rows(read_steps(run.folder)), schedule_png, f"{recipe.name}: as run")
+    _save(run, ema, None)
 
 
 def _find_lr(run: Run, stage: Stage, feed: TrainFeed) -> float:

@@ -185,8 +185,10 @@ def _calibration(result: Result) -> str:
     found = metrics.calibration(result.probabilities, result.labels)
     mean = float(result.probabilities.max(axis=1).mean())
     loss = metrics.log_loss(result.probabilities, result.labels)
-    lean = "over-confident" if mean > result.accuracy else "under-confident"
-    points = 100 * abs(mean - result.accuracy)
+    points = round(100 * (mean - result.accuracy), 1)
+    lean = f"{'over' if points > 0 else 'under'}-confident by {abs(points):.1f} points"
+    if not points:
+        lean = "neither over- nor under-confident"
     title = f"Calibration: expected calibration error {found.ece:.1%}"
     return f"""<section>
 <h2>How far to trust its probabilities</h2>
@@ -198,7 +200,7 @@ Paler bars hold fewer photos.</figcaption></figure>
 <dl class="facts"><div><dt>calibration error (ECE)</dt><dd>{found.ece:.1%}</dd></div>
 <div><dt>log loss</dt><dd>{loss:.3f}</dd></div></dl>
 <p style="margin-top:1rem">On average it is {mean:.1%} sure and {result.accuracy:.1%} right:
-{lean} by {points:.1f} points.</p>
+{lean}.</p>
 <p class="soft">The expected calibration error is the mean distance between how sure the answers are
 and how often they are right, in ten bins (Guo et al., 2017). The log loss is the mean of
 &minus;ln p, p being the probability given to the right class: sure mistakes cost most.</p>

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,6 +83,14 @@ def begin(folder: Path, recipe: Recipe, dataset: data.Dataset, begun: Begun) -> 
     (folder / LAST).mkdir(exist_ok=True)
     with write_aside(folder / RUN) as aside:
         aside.write_text(json.dumps(asdict(begun), indent=2) + "\n")
+
+
+def close(folder: Path) -> None:
+    """Mark a run as finished, and give the room back that resuming took."""
+    aside = folder / f".{LAST}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    (folder / LAST).rename(aside)  # one step: killed half-way, a run would begin from the start
+    shutil.rmtree(aside)
 
 
 def read(folder: Path) -> tuple[Recipe, Begun]:

@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from serving.views import VIEWS
+
 
 class Section(BaseModel):
     """A table of the recipe: unknown names are mistakes."""
@@ -30,7 +32,8 @@ class DataConfig(Section):
 
     pattern: regular expression searched in file names; its first group is the label.
     csv: a table below the data folder with a line a photo; columns: of the photo's id and its
-        label; images: folder of the photos below the data folder; suffix: added to the id.
+        label; suffix: added to the id.
+    images: folder of the photos below the data folder, for pattern and csv.
     valid: share of each class that is held out.
     folds: cut each class into so many parts instead; fold: the one to validate on, from 0, also in
         a `--split` file.
@@ -62,6 +65,14 @@ class DataConfig(Section):
             raise ValueError("pattern and csv both give labels; keep one")
         if self.folds == 1 or (self.folds and self.fold >= self.folds):
             raise ValueError(f"fold = {self.fold} of folds = {self.folds}: count folds from 0")
+        if self.columns[0] == self.columns[1]:
+            raise ValueError(f"columns are both {self.columns[0]!r}: name the id's and the label's")
+        of_csv = {"columns": ("id", "label"), "suffix": ""}
+        idle = [name for name, default in of_csv.items() if getattr(self, name) != default]
+        if idle and not self.csv:
+            raise ValueError(f"{idle[0]} has no effect without csv; leave it out")
+        if self.images and not (self.csv or self.pattern):
+            raise ValueError("images has no effect without csv or pattern; leave it out")
         return self
 
 
@@ -147,9 +158,9 @@ class HeadConfig(Section):
 
     kind: "concat_pool" is average and max pooling side by side, then BatchNorm, dropout, Linear,
         ReLU for each hidden layer, and BatchNorm, dropout, Linear (fast.ai, "Practical Deep
-        Learning for Coders", 2018); "deep" is average pooling, then Linear, BatchNorm, ReLU,
-        dropout for each hidden layer, and a Linear; "linear" is average pooling, dropout and one
-        Linear.
+        Learning for Coders", 2018); "deep" is average pooling, then dropout, Linear, BatchNorm,
+        ReLU for each hidden layer, and dropout, Linear; "linear" is average pooling, dropout and
+        one Linear.
     hidden: width of each hidden layer of concat_pool and deep.
     dropout: in [0, 1): before the last Linear, half of it before the others; or a list with one
         for every Linear.
@@ -232,3 +243,12 @@ class TtaConfig(Section):
     count: int = Field(4, ge=0, le=1000)
     average: Literal["mean", "log_mean"] = "mean"
     plain_weight: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _as_many_as_there_are(self) -> TtaConfig:
+        if self.kind == "views" and self.count > len(VIEWS):
+            raise ValueError(
+                f"count = {self.count}: there are {len(VIEWS)} fixed views; "
+                "use fewer, or kind = 'draws'"
+            )
+        return self

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Final
 
 from serving.errors import DataError, OptionError
+from training.layouts import shown
 
 PARTS: Final = ("train", "valid", "test")
+_DIGITS: Final = 9  # of a fold's number; Python refuses to read thousands
 
 
 def stratified(labels: Sequence[str], share: float, seed: int) -> list[bool]:
@@ -70,7 +72,7 @@ def by_file(split: Path, fold: int, *, class_folders: bool) -> list[tuple[str, s
     seen: set[Path] = set()
     for path, _ in rows:
         if Path(path) in seen:
-            raise DataError(f"{split} names {path} twice; a photo belongs to one part")
+            raise DataError(f"{split} names {shown(path)} twice; a photo belongs to one part")
         seen.add(Path(path))
     return [
         (path, where if where in PARTS else "valid" if int(where) == fold else "train")
@@ -83,17 +85,21 @@ def _rows(split: Path, class_folders: bool) -> Iterator[tuple[str, str]]:
         # utf-8-sig: spreadsheets write a byte-order mark.
         with split.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
-            if not {"path", "fold"} <= set(reader.fieldnames or ()):
-                raise DataError(f"{split}: the first line must be 'path,fold'")
+            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or ()]
+            if not {"path", "fold"} <= set(columns):
+                have = ", ".join(map(shown, columns)) or "nothing"
+                raise DataError(f"{split}: the first line must be 'path,fold'; it has {have}")
             for row in reader:
-                path, fold = row["path"] or "", (row["fold"] or "").strip()
+                path, fold = ((row[name] or "").strip() for name in ("path", "fold"))
                 line = f"{split}, line {reader.line_num}"
-                if fold not in PARTS and not fold.isdecimal():
-                    raise DataError(f"{line}: fold {fold!r} is not train, valid, test or a number")
+                if fold not in PARTS and not (fold.isdecimal() and len(fold) <= _DIGITS):
+                    raise DataError(
+                        f"{line}: fold {shown(fold)} is not train, valid, test or a number"
+                    )
                 depth = len(Path(path).parts)
                 if depth < 1 + class_folders or Path(path).is_absolute() or ".." in path.split("/"):
                     form = "CLASS/photo below" if class_folders else "a photo in"
-                    raise DataError(f"{line}: path {path!r} is not {form} the data folder")
+                    raise DataError(f"{line}: path {shown(path)} is not {form} the data folder")
                 yield path, fold
     except FileNotFoundError:
         raise DataError(f"--split {split}: no such file; make a CSV 'path,fold'") from None

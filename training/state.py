@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn, optim
+from torch import Tensor, optim
 
 from serving.errors import DataError, WorkError
 from serving.files import write_aside
@@ -126,8 +126,3 @@ def into_optimizer(optimizer: optim.Optimizer, tensors: Mapping[str, Tensor]) ->
         kept = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
         entries.setdefault(int(number), {})[name] = kept
     optimizer.load_state_dict({**values, "state": entries})
-
-
-def into_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into a module's own, in place; its memory layout stays."""
-    module.load_state_dict(dict(tensors))

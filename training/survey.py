@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from serving import images
 from serving.errors import ImageError
 from serving.progress import progress_bar
 from serving.settings import cores
-from training.data import Dataset
+from training.data import MAX_BROKEN, Dataset
 from training.split import PARTS
 
 UNLABELLED: Final = "unlabelled"
@@ -83,7 +84,7 @@ def survey(dataset: Dataset) -> list[Look]:
 def look(path: Path, part: str, label: str) -> Look:
     """Decode one photo and describe it."""
     try:
-        data = path.read_bytes()
+        data = images.read_bytes(path)
     except OSError as error:
         return Look(path, part, label, 0, error=error.strerror or str(error))
     try:
@@ -130,15 +131,15 @@ def oddities(looks: Sequence[Look]) -> Iterator[tuple[str, list[Look]]]:
 def hints(looks: Sequence[Look], classes: Sequence[str], size: int) -> Iterator[str]:
     """What one should know before training at `size` pixels; each a line, most urgent first."""
     groups = twins(looks)
-    for other in ("valid", "test"):
+    for part, other in itertools.combinations(PARTS, 2):
         leaked = sum(
             sum(one.part == other for one in group)
             for group in groups
-            if any(one.part == "train" for one in group)
+            if any(one.part == part for one in group)
         )
         if leaked:
             yield (
-                f"{_number(leaked, 'exact duplicate')} across train and {other}: "
+                f"{_number(leaked, 'exact duplicate')} across {part} and {other}: "
                 "accuracy will look better than it is"
             )
     torn = [group for group in groups if len({one.label for one in group if one.label}) > 1]
@@ -152,12 +153,22 @@ def hints(looks: Sequence[Look], classes: Sequence[str], size: int) -> Iterator[
     if same:
         yield f"{_number(same, 'exact duplicate')} within one part: they add nothing"
     broken = sum(bool(one.error) for one in looks)
-    if broken:
+    decoded = [one for one in looks if one.part in ("train", "valid")]
+    if sum(bool(one.error) for one in decoded) > MAX_BROKEN * len(decoded):
+        number = _number(broken, "photo")
+        yield f"{number} can't be read; training refuses more than {MAX_BROKEN:.0%}: mend them"
+    elif broken:
         yield f"{_number(broken, 'photo')} can't be read; training leaves them out"
     counts = [
         sum(one.label == name and one.part == "train" and not one.error for one in looks)
         for name in classes
     ]
+    if min(counts) == 0:
+        empty = classes[counts.index(0)]
+        yield f"{empty} has no photo to train on that can be read: training refuses; add some"
+    held = [one for one in decoded if one.part == "valid"]
+    if held and all(one.error for one in held):
+        yield "no photo to validate on can be read: training refuses; add some"
     few = classes[int(np.argmin(counts))]
     if max(counts) >= 3 * max(min(counts), 1):
         many = classes[int(np.argmax(counts))]
@@ -165,7 +176,7 @@ def hints(looks: Sequence[Look], classes: Sequence[str], size: int) -> Iterator[
             f"{many} has {max(counts) / max(min(counts), 1):.1f} times as many photos to train on "
             f"as {few}: look at the accuracy of each class"
         )
-    if min(counts) < 10:
+    if 0 < min(counts) < 10:
         yield f"{few} has {_number(min(counts), 'photo')} to train on: 10 are few, 50 are better"
     fine = [one for one in looks if not one.error]
     small = sum(one.short < size for one in fine)

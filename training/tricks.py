@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 from serving.errors import OptionError
 from training import config
 from training.options import Recipe, Spread
+from training.sections import TtaConfig
 
 Values = dict[str, Any]
 Change = Mapping[str, Any] | Callable[[Recipe], Mapping[str, Any]]
@@ -44,7 +45,9 @@ def _frozen(recipe: Recipe) -> Mapping[str, Any]:
     for stage, values in zip(recipe.stage, values_of(recipe)["stage"], strict=True):
         lr = stage.lr
         head = lr[-1] if isinstance(lr, tuple) else lr.high if isinstance(lr, Spread) else lr
-        frozen = {"unfreeze": 0, "groups": 0, "frozen_batchnorm": "stats"}
+        frozen = {
+            "unfreeze": 0, "groups": 0, "lr_divide": 1.0, "frozen_batchnorm": "stats",
+        }  # fmt: skip
         stages.append({**values, **frozen, "lr": head})
     return {"head": {"kind": "linear", "dropout": 0.0}, "stage": stages}
 
@@ -110,7 +113,7 @@ ROWS: Final = (
     ),
     Row(
         "concat_pool", "first", "bn_fixed",
-        "average and max pooling side by side",
+        "average and max pooling side by side, and BatchNorm",
         {"head": {"kind": "concat_pool", "hidden": [], "dropout": 0.0}},
     ),
     Row(
@@ -161,9 +164,6 @@ ROWS: Final = (
 
 BY_NAME: Final = {row.name: row for row in ROWS}
 GROUPS: Final = ("first", "onoff", "augment")
-_WITH_TTA: Final = {
-    name for row in ROWS if row.metric == "accuracy_tta" for name in (row.name, row.on)
-}
 
 
 def choose(words: Iterable[str]) -> tuple[Row, ...]:
@@ -193,8 +193,13 @@ def recipe_of(row: Row, base: Recipe) -> Recipe:
     below = recipe_of(BY_NAME[row.on], base) if row.on else base
     change = row.change(below) if callable(row.change) else row.change
     values = merged(values_of(below), change)
-    values["tta"]["count"] = (base.tta.count or TTA_VIEWS) if row.name in _WITH_TTA else 0
+    values["tta"]["count"] = 0  # an ablation looks at views by itself, outside the seconds
     return config.parse(values, f"row {row.name}")
+
+
+def views_of(base: Recipe) -> TtaConfig:
+    """The test-time augmentation of the row of that name."""
+    return base.tta if base.tta.count else TtaConfig(count=TTA_VIEWS)
 
 
 def values_of(recipe: Recipe) -> Values:

@@ -58,7 +58,7 @@ def lr_find(options: argparse.Namespace) -> None:
         start=options.start,
         out=options.out,
         device=options.device,
-        compare=options.epochs if options.compare else 0,
+        compare=(options.epochs or -1) if options.compare else 0,
     )
     for pick in room.PICKS:
         trap = "  (a trap: too large)" if pick == "minimum" else ""
@@ -96,9 +96,12 @@ def layers(options: argparse.Namespace) -> None:
 
 def preview(options: argparse.Namespace) -> None:
     """Show what a data set is made of: counts, sizes, strange photos; or what training will see."""
+    from serving.errors import OptionError
     from training import config
     from training import preview as room
 
+    if options.photo is not None and not options.augment:
+        raise OptionError(f"--photo {options.photo} has no effect without --augment; add it")
     overrides = list(options.overrides)
     if options.seed is not None:
         overrides.append(f"seed={options.seed}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,8 +38,9 @@ def read(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
                 f"weights = 'imagenet': {entry.url} can't be fetched ({error}); "
                 "give a file (weights = 'PATH.pth') or weights = 'none'"
             ) from error
-    path = Path(weights).expanduser()
-    if not path.is_file():
+    # os.path, since pathlib raises over users that are not there and names that are too long.
+    path = Path(os.path.expanduser(weights))
+    if not os.path.isfile(path):
         raise DataError(f"weights = {weights!r}: no such file; use imagenet, none, auto or a path")
     try:
         if path.suffix == ".safetensors":
@@ -51,7 +53,9 @@ def read(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
         raise DataError(f"weights = {weights!r} is no state dict: {reason}") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise DataError(f"weights = {weights!r} is no state dict: it must map names to tensors")
     return state
 
@@ -95,7 +99,9 @@ def load(
 
 def _other_size(state: Mapping[str, Tensor], wrong: list[str]) -> str:
     """The size of images that a ViT's weights are for, where that alone is wrong."""
-    if wrong != ["encoder.pos_embedding"]:
+    if wrong != ["encoder.pos_embedding"] or state[wrong[0]].ndim != 3:
+        return ""
+    if "conv_proj.weight" not in state:
         return ""
     patches = math.isqrt(state[wrong[0]].shape[1] - 1)
     return f"; it is for arch_args.image_size = {patches * state['conv_proj.weight'].shape[-1]}"

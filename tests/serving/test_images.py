@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import random
 import struct
 import threading
@@ -277,6 +278,10 @@ def test_the_name_of_a_file_never_matters(tmp_path: Path) -> None:
 def test_an_unreadable_file_is_broken_and_named(tmp_path: Path) -> None:
     with pytest.raises(BrokenImage, match=r"gone\.jpg"):
         images.read(tmp_path / "gone.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", tmp_path):  # opening a pipe would wait for ever
+        with pytest.raises(BrokenImage, match="no regular file"):
+            images.read(path)
 
 
 ODD_EXIF = {

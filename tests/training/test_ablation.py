@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +15,10 @@ import fledge
 from serving.errors import DataError, OptionError, WorkError
 from serving.preprocess import Preprocess
 from tests.training.conftest import coloured
-from training import ablation, ablation_table, config, paired, tricks
-from training.checkpoint import CheckpointInfo
+from training import ablation, ablation_table, config, model, optim, paired, tricks
+from training.checkpoint import CheckpointInfo, read_info
 from training.options import Recipe
+from training.sections import HeadConfig
 
 BASE = config.read(Path("training/recipes/tricks.toml"))
 FIRST = tricks.choose(["first"])
@@ -63,8 +65,8 @@ def test_each_of_the_first_rows_changes_one_thing():
     assert changed("bn_eval") == {"stage.0.frozen_batchnorm": "eval"}
     assert changed("bn_alone") == {"stage.0.frozen_batchnorm": "train"}
     assert changed("bn_moves") == {
-        "stage.0.unfreeze": 99, "stage.0.groups": 2, "stage.0.batchnorm": "train",
-        "stage.0.frozen_batchnorm": "eval",
+        "stage.0.unfreeze": 99, "stage.0.groups": 2, "stage.0.lr_divide": 100.0,
+        "stage.0.batchnorm": "train", "stage.0.frozen_batchnorm": "eval",
     }  # fmt: skip
     assert changed("bn_fixed") == {"stage.0.batchnorm": "fixed"}
     assert changed("concat_pool") == {"head.kind": "concat_pool", "head.hidden": []}
@@ -129,16 +131,20 @@ def runs(monkeypatch):
         if error is not None:
             raise error
         accuracy = 0.8 + 0.1 * (recipe.head.kind == "concat_pool") + 0.01 * recipe.seed
+        assert recipe.tta.count == 0, "views are looked at outside the seconds"
         metrics = {"accuracy": accuracy, "loss": 0.5}
-        if recipe.tta.count:
-            metrics["accuracy_tta"] = accuracy + 0.05
         info = CheckpointInfo("x", "x", ("a", "b"), Preprocess(), metrics=metrics,
                               data={"train": 24, "valid": 6})  # fmt: skip
         (out / "best.json").write_text(json.dumps(asdict(info)))
         (out / "best.safetensors").write_bytes(b"x")
         return out
 
+    def evaluate(folder, *, tta, say):
+        assert tta.count
+        return SimpleNamespace(accuracy=read_info(folder / "best.json").metrics["accuracy"] + 0.05)
+
     monkeypatch.setattr(ablation.recipe, "run", run)
+    monkeypatch.setattr(ablation, "evaluate", evaluate)
     return SimpleNamespace(done=done, results=results)
 
 
@@ -176,6 +182,33 @@ def test_rows_that_come_to_the_same_are_run_once(runs, photos, tmp_path):
     assert trials["tta"] == trials["bn_fixed"]
     found = ablation_table.lines(tricks.choose(["tta"]), trials)
     assert found[1].difference.mean == pytest.approx(0.05)
+
+
+def test_views_asked_for_later_cost_one_run_a_seed(runs, photos, tmp_path):
+    go(photos, tmp_path)
+    trials, _ = go(photos, tmp_path, rows=tricks.choose(["first", "tta"]))
+    assert len(runs.done) == 14 + 2
+    assert trials["tta"]["seed 0"].accuracy_tta == trials["bn_fixed"]["seed 0"].accuracy + 0.05
+
+
+def test_batchnorm_alone_trains_at_the_full_rate():
+    classifier = model.build("resnet18", 2, head=HeadConfig(kind="linear"))
+    recipe = tricks.recipe_of(tricks.BY_NAME["bn_alone"], BASE)
+    (stage,) = recipe.stage
+    classifier.freeze(0, frozen_batchnorm=stage.frozen_batchnorm)
+    built = optim.build(classifier, recipe.optimizer, stage, stage.lr)
+    assert {group["lr"] for group in built.param_groups} == {stage.lr}
+
+
+def test_equal_differences_are_no_certainty():
+    assert math.isnan(ablation_table._ends(paired.interval([0.01, 0.01]))[0])
+
+
+def test_folds_are_less_sure_than_seeds():
+    values = [0.91, 0.95, 0.90, 0.93, 0.94]
+    plain, corrected = paired.interval(values), paired.interval(values, overlap=0.25)
+    # Nadeau & Bengio, 2003: 1/n becomes 1/n + held out/trained on.
+    assert corrected.half / plain.half == pytest.approx(math.sqrt((0.2 + 0.25) / 0.2))
 
 
 def test_what_has_changed_is_done_again(runs, photos, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from serving.preprocess import Preprocess
@@ -327,7 +328,8 @@ def test_erasing_takes_one_rectangle_of_a_legal_size_from_so_many_photos():
     assert float(holes.max()) <= 1 + 1e-6
     area, ratio = (width * height)[erased], (width / height)[erased]
     assert 0.02 <= float(area.min()) < 0.05
-    assert 0.3 < float(area.max()) <= 1 / 3 + 1e-5
+    assert 0.3 < float(area.max()) <= 0.33 + 1e-5
+    assert v2.RandomErasing().scale == augment.ERASED_AREA
     assert 0.3 - 1e-4 <= float(ratio.min()) < 0.5
     assert 2 < float(ratio.max()) <= 10 / 3 + 1e-4
 

@@ -274,3 +274,67 @@ def test_every_architecture_is_in_one_family_only():
 
     for name in torchvision.models.list_models(module=torchvision.models):
         assert sum(bool(re.fullmatch(f.archs, name)) for f in bodies.FAMILIES) == 1, name
+
+
+def test_pixels_are_normalised_as_the_weights_were_trained():
+    for name in backbones.names():
+        family = backbones.family_of(name)
+        every = torchvision.models.get_model_weights(name)
+        side = family.image_size({})
+        fitting = [one for one in every if one.meta["min_size"] == (side, side)]
+        entry = every.DEFAULT if every.DEFAULT in fitting or not fitting else fitting[0]
+        theirs = entry.transforms()
+        wanted = tuple(theirs.mean), tuple(theirs.std)
+        if "transform_input" in family.fixed:  # the net itself would bring them to -1 to 1
+            wanted = (0.5,) * 3, (0.5,) * 3
+        recipe = Recipe.model_validate({"name": "x", "arch": name, "stage": [{"name": "head"}]})
+        assert (recipe.preprocess.mean, recipe.preprocess.std) == wanted, name
+
+
+@pytest.mark.parametrize(
+    ("arch", "arch_args", "message"),
+    [
+        ("resnet18", {"num_classes": 3}, r"arch_args\.num_classes .*\[head\]"),
+        ("resnet18", {"weights": None}, r"arch_args\.weights .*set weights = "),
+        ("resnet18", {"progress": False}, r"arch_args\.progress "),
+        ("mobilenet_v2", {"dropout": 0.9}, r"arch_args\.dropout .*set head\.dropout"),
+        ("convnext_tiny", {"dropout": 0.9}, r"arch_args\.dropout: convnext_tiny has no such"),
+        ("mobilenet_v3_small", {"width": 2}, r"arch_args\.width: .* has no such option"),
+    ],
+)
+def test_builders_options_without_an_effect_are_refused(arch, arch_args, message):
+    for make in (backbones.build, backbones.hollow):
+        with pytest.raises(OptionError, match=message):
+            make(arch, arch_args)
+
+
+@pytest.mark.parametrize(
+    ("arch", "arch_args"),
+    [
+        ("vit_b_32", {"dropout": 0.1}),
+        ("swin_t", {"dropout": 0.1}),
+        ("densenet121", {"drop_rate": 0.1}),
+        ("convnext_tiny", {"stochastic_depth_prob": 0.3}),
+        ("mobilenet_v3_small", {"width_mult": 0.5, "reduced_tail": True, "dilated": False}),
+    ],
+)
+def test_options_that_have_one_are_taken(arch, arch_args):
+    backbones.hollow(arch, arch_args)
+
+
+@pytest.mark.parametrize("size", ["x", [], [[]], None, 0, True, {}])
+def test_a_size_that_is_no_number_is_refused_by_name(size):
+    with pytest.raises(OptionError, match=r"arch_args\.image_size = .*a number of pixels"):
+        backbones.check_size("vit_b_16", {"image_size": size}, 224)
+
+
+def test_weights_with_keys_that_are_no_names_are_refused(tmp_path):
+    torch.save({0: torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(DataError, match="must map names to tensors"):
+        weights.read("resnet18", str(tmp_path / "w.pth"), 224)
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x.pth", "n" * 300])
+def test_weights_that_can_not_be_there_are_told(path):
+    with pytest.raises(DataError, match="no such file"):
+        weights.read("resnet18", path, 224)

@@ -214,3 +214,20 @@ def test_every_section_of_the_recipe_has_near_names(recipe):
                 override = f"{table}.{name}_=1".lstrip(".")
             said = mistakes(recipe, overrides=[override])
             assert f"{name}_ is unknown; did you mean '{name}'?" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("tta.count=50", "there are 10 fixed views"),
+        ("stage.head.lr={low=1e-2,high=1e-4}", "must not be above high"),
+        ("stage.head.warm_up=9", "longer than 1 epochs"),
+        ("stage.head.scale='1/x'", "no effect with schedule = 'sgdr'"),
+        ("stage.head.image_size=5", "use 8 or more"),
+        ("stage.head.lr_divide={}", "lr_divide"),
+        ('preprocess.interpolation=["bilinear"]', "use bilinear, bicubic, lanczos"),
+    ],
+)
+def test_what_would_fail_or_do_nothing_later_is_told_at_once(recipe, override, said):
+    with pytest.raises(OptionError, match=said):
+        config.read(recipe, [override])

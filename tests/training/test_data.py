@@ -84,7 +84,7 @@ def test_parts_are_told_from_classes(tmp_path):
     make(tmp_path / "d" / "valid", {"a": 3, "b": 3})
     assert len(data.load(str(tmp_path / "d")).valid) == 6
     make(tmp_path / "d", {"extra": 1})
-    with pytest.raises(DataError, match="beside them extra/"):
+    with pytest.raises(DataError, match="beside them 'extra/'"):
         data.load(str(tmp_path / "d"))
     make(tmp_path / "e" / "train", {"a": 3, "b": 3})
     make(tmp_path / "e" / "valid", {"a": 1, "b": 1})
@@ -97,7 +97,7 @@ def test_a_class_without_a_readable_photo_is_not_dropped_silently(tmp_path):
     root = make(tmp_path / "d", {"a": 3, "b": 3})
     (root / "c").mkdir()
     (root / "c" / "0.heic").write_bytes(b"heic")
-    with pytest.raises(DataError, match="c holds no photo that can be read"):
+    with pytest.raises(DataError, match="'c' holds no photo that can be read"):
         data.load(str(root))
 
 
@@ -196,13 +196,17 @@ def test_missing_things_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file,part\n", "first line must be 'path,fold'"),
+        ("file,part\n", "first line must be 'path,fold'; it has 'file', 'part'"),
+        ("path;fold\na/0.jpg;0\n", "first line must be 'path,fold'; it has 'path;fold'"),
+        ("", "first line must be 'path,fold'; it has nothing"),
+        (f"path,fold\na/0.jpg,{'1' * 5000}\n", "line 2: fold '111.*…1.* is not train"),
+        (f"path,fold\na/{'n' * 300}.jpg,0\n", "1 files that are not there.* as 'a/nnn.*…n"),
         ("path,fold\na/0.jpg,maybe\n", "line 2: fold 'maybe'"),
         ("path,fold\n../x/0.jpg,0\n", "line 2: path"),
         ("path,fold\n/a/0.jpg,0\n", "line 2: path"),
         ("path,fold\na/0.jpg,0\na/99.jpg,1\n", "names 1 files that are not there"),
         ("path,fold\na/0.jpg,train\nb/0.jpg,train\n", "the valid part is empty"),
-        ("path,fold\na/0.jpg,0\na/./0.jpg,1\n", "names a/./0.jpg twice"),
+        ("path,fold\na/0.jpg,0\na/./0.jpg,1\n", "names 'a/./0.jpg' twice"),
         ("path,fold\na/0.jpg,²\n", "line 2: fold"),
     ],
 )
@@ -211,3 +215,52 @@ def test_bad_split_files(tmp_path, text, message):
     (tmp_path / "s.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         data.load(str(root), split=tmp_path / "s.csv")
+
+
+def test_spaces_in_a_split_file_are_nobody_s_name(tmp_path):
+    root = make(tmp_path / "d", {"a": 2, "b": 2})
+    rows = ["path, fold", *(f"{c}/{i}.jpg , {i}" for c in "ab" for i in range(2))]
+    (tmp_path / "s.csv").write_text("\n".join(rows))
+    assert len(data.load(str(root), split=tmp_path / "s.csv").valid) == 2
+
+
+@pytest.mark.parametrize("named", [{}, {"folds": 2}])
+def test_a_class_whose_name_is_no_utf_8_is_named(tmp_path, named):
+    root = make(tmp_path / "d", {"a": 3, "caf\udce9": 3})
+    with pytest.raises(DataError, match=r"class 'caf\\udce9' is no UTF-8 name; rename it"):
+        data.load(str(root), config=DataConfig(**named))
+
+
+def test_a_split_with_carriage_returns_is_the_split_read(tmp_path):
+    root = make(tmp_path / "d", {"a\rb": 4, " c,\n": 4})
+    os.rename(root / "a\rb" / "0.jpg", root / "a\rb" / "0\r.jpg")
+    found = data.load(str(root))
+    data.write_split(found, tmp_path / data.SPLIT)
+    again = data.from_split_file(tmp_path / data.SPLIT, found.root, found.classes, found.source)
+    assert again == found
+
+
+def test_names_in_errors_are_one_short_line(tmp_path):
+    root = make(tmp_path / "d", {"a\nb" + "c" * 200: 1, "d": 3})
+    with pytest.raises(DataError) as caught:
+        data.load(str(root))
+    assert str(caught.value).startswith(r"class 'a\nbccc")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-this-name/x", "n" * 300])
+def test_a_folder_that_can_not_be_is_no_folder(source):
+    with pytest.raises(DataError, match=r"--data '.*': no such folder"):
+        data.load(source)
+
+
+def test_what_the_system_refuses_is_a_line(tmp_path, monkeypatch):
+    root = make(tmp_path / "d", {"a": 3, "b": 3})
+
+    def closed(*_):
+        raise PermissionError(13, "Permission denied", str(root / "a"))
+
+    monkeypatch.setattr(layouts, "find", closed)
+    with pytest.raises(DataError, match=r"--data '.*d': '.*a': Permission denied"):
+        data.load(str(root))

@@ -66,7 +66,7 @@ def test_names_that_do_not_match_are_counted_and_one_is_named(tmp_path):
     root = photos(
         tmp_path / "d", "cat_1.jpg", "cat_2.jpg", "dog_1.jpg", "dog_2.jpg", "7.jpg", "8.jpg"
     )
-    with pytest.raises(DataError, match=r"does not match 2 of 6 photos in .*d, as 7\.jpg"):
+    with pytest.raises(DataError, match=r"does not match 2 of 6 photos in .*d, as '7\.jpg'"):
         data.load(root, config=DataConfig(pattern=PETS))
     with pytest.raises(DataError, match="does not match 6 of 6"):
         data.load(root, config=DataConfig(pattern="(zebra)?_nothing"))
@@ -119,7 +119,7 @@ def test_a_table_from_a_spreadsheet_with_other_columns_and_photos_beside_it(tmp_
 
 def test_the_images_folder_of_a_table(tmp_path):
     root = breeds(tmp_path / "d", train="pictures/all/")
-    with pytest.raises(DataError, match=r"no photo 000\.jpg.*12 of 12 rows.*data\.images"):
+    with pytest.raises(DataError, match=r"no photo '000\.jpg'.*12 of 12 rows.*data\.images"):
         data.load(root, config=BREEDS)
     found = data.load(root, config=BREEDS.model_copy(update={"images": "pictures/all"}))
     assert len(found.train) + len(found.valid) == 12
@@ -133,11 +133,20 @@ def test_the_images_folder_of_a_table(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "change", "message"),
     [
-        (None, {"suffix": ""}, r"line 2: no photo train/000 .*set data.suffix = '.jpg'"),
-        (["000,a", "001,b", "nope,a"], {}, r"labels.csv, line 4: no photo train/nope.jpg .*1 of 3"),
-        (["000,a", "001,b", "000,b"], {}, r"labels.csv, line 4: 000 stands in line 2, too"),
-        (["000,a", "001,"], {}, r"labels.csv, line 3: 001 has no label"),
-        (["000,a", "001"], {}, r"labels.csv, line 3: 001 has no label"),
+        (None, {"suffix": ""}, r"line 2: no photo 'train/000' .*set data.suffix = '.jpg'"),
+        (
+            ["000,a", "001,b", "nope,a"],
+            {},
+            r"labels.csv, line 4: no photo 'train/nope.jpg' .*1 of 3",
+        ),
+        (["000,a", "001,b", "000,b"], {}, r"labels.csv, line 4: '000' stands in line 2, too"),
+        (["000,a", "001,b", "./000,b"], {}, r"labels.csv, line 4: './000' stands in line 2, too"),
+        (["000,a", "n" * 300 + ",b"], {}, r"labels.csv, line 3: no photo 'train/nnn.*…nnn"),
+        (None, {"images": "n" * 300}, r"data.images = 'nnn.*…nnn.*': no such folder"),
+        (None, {"csv": "n" * 300}, r"data.csv = 'nnn.*…nnn.*' can't be read"),
+        (None, {"csv": "\0"}, r"data.csv = '\\x00' can't be read"),
+        (["000,a", "001,"], {}, r"labels.csv, line 3: '001' has no label"),
+        (["000,a", "001"], {}, r"labels.csv, line 3: '001' has no label"),
         ([",a"], {}, r"labels.csv, line 2: id '' names no photo"),
         (["../x,a"], {}, r"labels.csv, line 2: id '../x' names no photo"),
         (["/etc/x,a"], {}, r"labels.csv, line 2: id '/etc/x' names no photo"),
@@ -252,3 +261,33 @@ def test_a_class_of_another_part_alone_is_named(tmp_path):
     photos(tmp_path / "d", "valid/cc/1.jpg")
     with pytest.raises(DataError, match="'cc' has no photo in the train part"):
         data.load(root)
+
+
+def test_photos_to_be_scored_lie_beside_those_whose_names_are_labels(tmp_path):
+    names = [f"images/{kind}.{i}.jpg" for kind in ("cat", "dog") for i in range(3)]
+    root = photos(tmp_path / "d", *names, "images/test/1.jpg", "test/stray.jpg")
+    config = DataConfig(pattern=r"^(cat|dog)\.", images="images")
+    assert [p.name for p in data.load(root, config=config).unlabelled] == ["1.jpg"]
+
+
+def test_labels_of_thousands_of_digits_stand_in_order(tmp_path):
+    labels = ["1" + "0" * 5000, "9" * 4999, "2"]
+    rows = [f"{i:03d},{labels[i % 3]}" for i in range(12)]
+    found = data.load(breeds(tmp_path / "d", rows), config=BREEDS)
+    assert found.classes == tuple(reversed(labels))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"columns": ("id", "id"), "csv": "x.csv"}, "columns are both 'id'"),
+        ({"columns": ("file", "breed")}, "columns has no effect without csv"),
+        ({"suffix": ".jpg", "pattern": "(x)"}, "suffix has no effect without csv"),
+        ({"images": "images"}, "images has no effect without csv or pattern"),
+    ],
+)
+def test_options_without_an_effect_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**values)
+    if "images" in values:
+        DataConfig(**values, pattern="(x)")

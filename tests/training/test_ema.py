@@ -125,3 +125,15 @@ def test_it_goes_on_from_its_state_as_if_never_stopped():
 def test_the_state_of_another_module_is_refused():
     with pytest.raises(KeyError):
         Ema(network(), 0.9).load(Ema(nn.Linear(2, 2), 0.9).state())
+
+
+def test_settled_are_weights_that_equal_their_averages():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    ema = Ema(module, 0.9)
+    assert ema.settled(["0.weight", "1.weight"])
+    with torch.no_grad():
+        module[1].weight.add_(1)
+    ema.update()
+    assert ema.settled(["0.weight"])
+    assert not ema.settled(["0.weight", "1.weight"])

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -182,3 +183,29 @@ def test_mistakes_on_the_command_line_are_one_line(run, words, message, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"fledge: {message}")
     assert said.count("\n") == 1
+
+
+def test_draws_are_those_of_the_checkpoints_own_stage(run):
+    draws = TtaConfig(kind="draws", count=2)
+    path = run / "recipe.toml"
+    base = path.read_text()
+    plain = evaluate.evaluate(run, tta=draws).probabilities
+    own = '[[stage]]\nname = "{}"\nlr = 0.01\naugment = {{ max_lighting = 0.9 }}\n'
+    path.write_text(base + own.format("other"))
+    assert (evaluate.evaluate(run, tta=draws).probabilities == plain).all()
+    path.write_text(base + own.format("tail"))  # as the checkpoint says
+    staged = evaluate.evaluate(run, tta=draws).probabilities
+    path.write_text(base.replace("[[stage]]", "augment = { max_lighting = 0.9 }\n[[stage]]"))
+    assert not np.allclose(staged, plain)
+    assert (evaluate.evaluate(run, tta=draws).probabilities == staged).all()
+
+
+def test_the_csv_takes_any_name(run, tmp_path):
+    result = evaluate.evaluate(run)
+    strange = (result.root / "a\r,b\n.jpg", *result.paths[1:])
+    named = dataclasses.replace(result, paths=strange, classes=("x\ry", "g", "r"))
+    evaluate.write_csv(named, tmp_path / "a.csv")
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["path"] == "a\r,b\n.jpg"
+    assert [row["label"] for row in rows] == [named.classes[label] for label in result.labels]

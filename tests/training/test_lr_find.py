@@ -68,7 +68,7 @@ def test_a_later_stage_starts_from_what_came_before(recipe, photos, tmp_path, we
     with pytest.raises(OptionError, match="--stage nose: the recipe has head, tail"):
         lr_find(settings, str(photos), **{**options, "stage": "nose"})
     other = config.read(path, ["arch=squeezenet1_1", "arch_args={}", "weights=none"])
-    with pytest.raises(OptionError, match=r"--from .*: it is mobilenet_v2 with 3 classes"):
+    with pytest.raises(OptionError, match=r"--from .*: it is mobilenet_v2 with 3 cl"):
         lr_find(other, str(photos), start=start, **options)
 
 

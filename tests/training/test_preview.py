@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import numpy as np
@@ -5,8 +6,9 @@ import pytest
 from PIL import Image
 
 import fledge
+from serving.errors import DataError
 from tests.tiny import photo
-from training import data, preview, survey
+from training import config, data, preview, survey
 from training.preview_picture import draw
 from training.sections import AugmentConfig
 
@@ -122,6 +124,9 @@ def test_hints_tell_leaks_torn_labels_and_imbalance(tmp_path):
     told = "\n".join(survey.hints([*clean, look(same, "test", "b")], ["a"], 32))
     assert "across train and test" in told
     assert "1 picture in more than one class, as in a and b" in told
+    apart = [look(paths[0], "valid"), look(same, "test"), *clean[1:]]
+    told = "\n".join(survey.hints(apart, ["a"], 32))
+    assert told == ("1 exact duplicate across valid and test: accuracy will look better than it is")
     told = "\n".join(survey.hints([*clean, look(same)], ["a"], 32))
     assert told == "1 exact duplicate within one part: they add nothing"
     assert list(survey.hints(clean, ["a"], 32)) == []
@@ -180,7 +185,7 @@ def test_the_verb_prints_the_report_and_writes_the_picture(photos, tmp_path, cap
     assert fledge.main(["preview", str(photos), "--out", str(out), "data.valid=0.5"]) == 0
     said = capsys.readouterr().out
     assert "2 classes, 16 photos" in said
-    assert "1 photo can't be read; training leaves them out" in said
+    assert "1 photo can't be read; training refuses more than 5%: mend them" in said
     assert f"picture: {out / 'preview.png'}" in said
     assert (out / "preview.png").exists()
     assert fledge.main(["preview", str(photos), "--out", str(out), "data.vald=0.5"]) == 2
@@ -206,3 +211,51 @@ def test_the_verb_draws_an_augmentation(photos, tmp_path, capsys, monkeypatch):
     mine = photos / "b" / "2.jpg"
     assert fledge.main([*words, "--photo", str(mine), "--recipe", str(recipe)]) == 0
     assert asked[0][:2] == (mine, AugmentConfig(max_rotate=33.0))
+
+
+def test_hints_say_when_training_would_refuse(tmp_path):
+    fine = [look(saved(tmp_path / f"{i}.jpg", (60 + i, 50))) for i in range(38)]
+    (tmp_path / "x.jpg").write_bytes(b"no photo")
+    held = look(saved(tmp_path / "held.jpg", (99, 90)), "valid")
+    broken, other = look(tmp_path / "x.jpg"), look(tmp_path / "x.jpg", "train", "b")
+
+    def told(*looks, classes=("a",)):
+        return "\n".join(survey.hints([*fine, *looks], classes, 32))
+
+    assert told(held, broken) == "1 photo can't be read; training leaves them out"
+    assert "2 photos can't be read; training leaves them out" in told(
+        held, broken, look(tmp_path / "x.jpg", "test")
+    )  # training reads no test photos
+    assert "3 photos can't be read; training refuses more than 5%" in told(held, *[broken] * 3)
+    assert "b has no photo to train on that can be read" in told(held, other, classes=("a", "b"))
+    assert "no photo to validate on can be read" in told(look(tmp_path / "x.jpg", "valid"))
+
+
+def test_the_first_photo_that_can_be_read_is_drawn(photos, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("training.contact_sheet.write", lambda path, *_, **__: drawn.append(path))
+    recipe = config.read_text(preview.DEFAULTS, "defaults", ["data.valid=0.01"])
+    first, second, *_ = (s.path for s in data.load(str(photos), config=recipe.data).train)
+    first.write_bytes(b"no photo")
+    preview.augmented(str(photos), recipe, tmp_path / "out")
+    assert drawn == [second]
+    with pytest.raises(DataError, match=r"--photo .*: the bytes are no image"):
+        preview.augmented(str(photos), recipe, tmp_path / "out", photo=first)
+    with pytest.raises(DataError, match=r"^--photo .*gone\.jpg: No such file"):
+        preview.augmented(str(photos), recipe, tmp_path / "out", photo=tmp_path / "gone.jpg")
+    for path in photos.rglob("*.*"):
+        path.write_bytes(b"no photo")
+    with pytest.raises(DataError, match=r"none of the \d+ photos to train on"):
+        preview.augmented(str(photos), recipe, tmp_path / "out")
+
+
+def test_photo_without_augment_is_refused(photos, capsys):
+    words = ["preview", str(photos), "--photo", str(photos / "b" / "2.jpg")]
+    assert fledge.main(words) == 2
+    assert "has no effect without --augment" in capsys.readouterr().err
+
+
+def test_a_pipe_among_the_photos_is_one_that_can_not_be_read(photos):
+    os.mkfifo(photos / "a" / "pipe.jpg")
+    found = survey.survey(data.load(str(photos)))
+    assert [one.error for one in found if one.path.name == "pipe.jpg"] == ["no regular file"]

@@ -1,6 +1,7 @@
 import base64
 import io
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -236,3 +237,32 @@ def test_a_flat_curve_and_one_point_can_be_drawn():
         drawn = charts.lines([charts.Line(points, "loss", "first")], "a title")
         assert "nan" not in drawn
         Page(drawn)
+
+
+def test_curves_without_a_number_and_endless_epochs_are_survived(run, answers, lines, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for row in ("head,1,0.1,nan,inf,nan,1e400", "head,1,0.1,1e308,-1e308,5,1e308"):
+        (folder / "metrics.csv").write_text(
+            "stage,epoch,lr,train_loss,valid_loss,accuracy,seconds\n" + f"{row}\n" * 2
+        )
+        page = Page(written(folder, lines, result=answers))
+        assert "How it was trained" in " ".join(page.text)
+        assert curves.seconds(folder) == 0
+    Page(charts.lines([], "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "said"),
+    [
+        (0.5, "neither over- nor under-confident."),
+        (0.5004, "neither over-"),
+        (0.4, "over-confident by 10.0"),
+        (0.6, "under-confident by 10.0"),
+    ],
+)
+def test_how_sure_it_is_in_words(answers, accuracy, said):
+    even = np.full((answers.photos, 2), 0.5)
+    done = {**vars(answers), "probabilities": even, "labels": answers.labels % 2}
+    told = report._calibration(evaluate.Result(**{**done, "accuracy": accuracy}))
+    assert said in told.replace("\n", " ")

@@ -5,12 +5,15 @@ import json
 import multiprocessing
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from serving.errors import DataError, OptionError
-from training import checkpoint, config, journal, recipe, run_folder, state, trainer
+from training import checkpoint, config, evaluate, journal, run_folder, state, trainer
+from training import recipe as fine_tune
 
 # Everything that has a state: lr_find, cached views, momentum, dropout, moving average, patience,
 # plateau, mixing, accumulation, another size.
@@ -42,6 +45,7 @@ OVERRIDES = (
     "optimizer.accumulate=2",
     "optimizer.clip_norm=1.0",
     "tta.count=2",
+    "lr_find.steps=20",
 )
 
 
@@ -50,17 +54,28 @@ def request_of(recipe, photos, weights):
     return recipe(STAGES), str(photos), (*OVERRIDES, f"weights={weights}")
 
 
-def go(path, photos, overrides, out):
-    """Begin a run, or go on with it."""
+def go(path, photos, overrides, out, training=None):
+    """Begin a run, or go on with it; set the event `training` when it is about to train."""
+
+    def say(_line):
+        if training is not None and (out / run_folder.RUN).exists():
+            training.set()
+
     if (out / run_folder.RUN).exists():
-        recipe.resume(out, say=_quiet)
+        fine_tune.resume(out, say=say)
     else:
         shutil.rmtree(out, ignore_errors=True)
-        recipe.run(config.read(path, overrides), photos, out=out, device="cpu", say=_quiet)
+        fine_tune.run(config.read(path, overrides), photos, out=out, device="cpu", say=say)
 
 
 def _quiet(_line):
     pass
+
+
+def epochs(folder):
+    """How many epochs the last state holds."""
+    found = state.load(folder / run_folder.LAST, torch.device("cpu"))
+    return len(found[0].history) if found else 0
 
 
 def result(folder):
@@ -70,6 +85,7 @@ def result(folder):
     files = [checkpoint.BEST, "steps.csv", *(f"stages/{n}.safetensors" for n in STAGE_NAMES)]
     return {
         "metrics": metrics,
+        "pictures": sorted(path.name for path in folder.glob("*.png")),
         "best": json.loads((folder / "best.json").read_text()),
         **{name: (folder / name).read_bytes() for name in files},
     }
@@ -84,26 +100,39 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_bits(request_of, tmp_pat
     spawn.set_forkserver_preload(["training.recipe", "training.report"])
     dice = random.Random(20)
 
-    def start(out):
-        child = spawn.Process(target=go, args=(*request_of, out))
+    def start(out, training=None):
+        child = spawn.Process(target=go, args=(*request_of, out, training))
         child.start()
         return child
 
     reference = tmp_path / "reference"
-    whole = start(reference)
+    training = spawn.Event()
+    whole = start(reference, training)
+    assert training.wait(300)
+    began = time.perf_counter()
     whole.join(300)
+    span = time.perf_counter() - began
     assert whole.exitcode == 0
     expected = result(reference)
     kills, compared, number = 0, 0, 0
+    done = set()  # how many epochs were finished when a kill came
     while kills < 20 or not compared:
         number += 1
         folder, finished = tmp_path / f"run-{number}", False
         while not finished:
-            child = start(folder)
-            child.join(None if kills >= 20 else dice.uniform(0.05, 1.5))
+            training = spawn.Event()
+            child = start(folder, training)
+            if kills < 20:
+                if dice.random() < 0.8:  # most while it trains, the others while it begins
+                    training.wait(60)
+                child.join(dice.uniform(0, span / 3))
+            else:
+                child.join()
             if child.is_alive():
                 child.kill()
+                child.join()
                 kills += 1
+                done.add(epochs(folder))
             child.join()
             finished = child.exitcode == 0
             assert finished or child.exitcode == -9
@@ -111,13 +140,17 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_bits(request_of, tmp_pat
         for name, value in expected.items():
             assert found[name] == value, name
         compared += 1
+    assert len(done - {0}) >= 3, "kills that fall before the first epoch resume nothing"
     assert not (reference / run_folder.LAST).exists()
 
 
 @pytest.fixture
 def interrupted(request_of, tmp_path, monkeypatch):
     """A run that somebody stopped in its second stage."""
-    path, photos, overrides = request_of
+    return stopped(*request_of, tmp_path / "stopped", monkeypatch)
+
+
+def stopped(path, photos, overrides, out, monkeypatch):
     original, lines = trainer.train_epoch, []
 
     def stop(classifier, stage, *rest):
@@ -126,24 +159,73 @@ def interrupted(request_of, tmp_path, monkeypatch):
         return original(classifier, stage, *rest)
 
     monkeypatch.setattr(trainer, "train_epoch", stop)
-    out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        recipe.run(config.read(path, overrides), photos, out=out, device="cpu", say=lines.append)
-    monkeypatch.undo()
+        fine_tune.run(config.read(path, overrides), photos, out=out, device="cpu", say=lines.append)
+    monkeypatch.setattr(trainer, "train_epoch", original)
     return out, lines
 
 
-def test_an_interrupt_keeps_what_is_done_and_says_how_to_go_on(interrupted):
+def test_an_interrupt_keeps_what_is_done_and_says_how_to_go_on(interrupted, request_of):
     folder, lines = interrupted
     assert lines[-1] == (
         f"interrupted: 3 finished epochs are kept; go on with: fledge train --resume {folder}"
     )
     said = []
-    recipe.resume(folder, say=said.append)
+    fine_tune.resume(folder, say=said.append)
     assert f"{folder}: going on after 3 finished epochs" in said
-    assert len(checkpoint.read_info(folder / "best.json").classes) == 3
-    recipe.resume(folder, say=said.append)
+    whole = folder.parent / "whole"
+    go(*request_of, whole)
+    assert result(folder) == result(whole)
+    fine_tune.resume(folder, say=said.append)
     assert "is finished already" in said[-1]
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
+def test_every_optimiser_goes_on_as_it_was(kind, request_of, tmp_path, monkeypatch):
+    path, photos, overrides = request_of
+    own = (*overrides, f"optimizer.kind={kind}", "optimizer.momentum=0")
+    folder, _ = stopped(path, photos, own, tmp_path / "stopped", monkeypatch)
+    fine_tune.resume(folder, say=_quiet)
+    go(path, photos, own, tmp_path / "whole")
+    assert result(folder) == result(tmp_path / "whole")
+
+
+def test_averages_of_what_is_frozen_later_are_validated_as_they_move(
+    recipe, photos, weights, tmp_path, monkeypatch
+):
+    """An earlier stage trained what this one freezes: its averages are still on their way."""
+    stages = """
+[[stage]]
+name = "all"
+unfreeze = "all"
+lr = 0.01
+cycle_len = 2
+[[stage]]
+name = "tail"
+lr = 0.01
+cycle_len = 3
+"""
+    request = recipe(stages), str(photos), ("optimizer.ema=0.98", f"weights={weights}")
+    folder, _ = stopped(*request, tmp_path / "stopped", monkeypatch)
+    fine_tune.resume(folder, say=_quiet)
+    go(*request, tmp_path / "whole")
+    for name in ("metrics.csv", "best.json"):
+        assert _without_times(folder / name) == _without_times(tmp_path / "whole" / name)
+
+
+def _without_times(path):
+    return [line.rpartition(",")[0] for line in path.read_text().splitlines()]
+
+
+def test_photos_may_have_moved(interrupted, photos, tmp_path):
+    folder, _ = interrupted
+    photos.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError):
+        fine_tune.resume(folder, say=_quiet)
+    fine_tune.resume(folder, root=tmp_path / "elsewhere", say=_quiet)
+    info = checkpoint.read_info(folder / "best.json")
+    assert info.data["root"] == str(tmp_path / "elsewhere")
+    assert evaluate.evaluate(folder).accuracy == info.metrics["accuracy"]
 
 
 def test_resume_refuses_other_photos(interrupted, photos):
@@ -151,23 +233,23 @@ def test_resume_refuses_other_photos(interrupted, photos):
     victim = next((photos / "red").iterdir())
     victim.write_bytes((photos / "blue" / "1.jpg").read_bytes() + b"more")
     with pytest.raises(DataError, match="no longer those that the run began with"):
-        recipe.resume(folder, say=_quiet)
+        fine_tune.resume(folder, say=_quiet)
 
 
 def test_resume_says_what_is_wrong_with_a_folder(interrupted, tmp_path):
     folder, _ = interrupted
     with pytest.raises(DataError, match=r"run\.json is missing.*start it anew"):
-        recipe.resume(tmp_path / "nothing", say=_quiet)
+        fine_tune.resume(tmp_path / "nothing", say=_quiet)
     (folder / "last" / state.STATE).write_bytes(b"rubbish")
     with pytest.raises(DataError, match=r"can't be read.*start the run anew"):
-        recipe.resume(folder, say=_quiet)
+        fine_tune.resume(folder, say=_quiet)
 
 
 def test_a_folder_in_use_names_the_way_on(interrupted, request_of):
     folder, _ = interrupted
     path, photos, overrides = request_of
     with pytest.raises(OptionError, match=f"--resume {folder}"):
-        recipe.run(config.read(path, overrides), photos, out=folder, say=_quiet)
+        fine_tune.run(config.read(path, overrides), photos, out=folder, say=_quiet)
 
 
 def test_going_on_drops_what_a_kill_left(tmp_path):
