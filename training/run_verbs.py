@@ -78,5 +78,7 @@ def _tta(options: argparse.Namespace) -> TtaConfig | None:
         return TtaConfig(**given) if given else None
     except ValidationError as error:
         wrong = error.errors()[0]
+        if not wrong["loc"]:  # of several options together
+            raise OptionError(f"tta.{wrong['msg'].removeprefix('Value error, ')}") from None
         flag = flags[str(wrong["loc"][0])].replace("_", "-")
         raise OptionError(f"--{flag} {wrong['input']}: {wrong['msg'].lower()}") from None

@@ -133,7 +133,7 @@ def test_what_can_not_be_scored_is_told(run, lines):
     with pytest.raises(DataError, match="has no test photos"):
         evaluate.evaluate(run, part="test")
     with pytest.raises(OptionError, match="there are 10 fixed views"):
-        evaluate.evaluate(run, tta=TtaConfig(count=11))
+        evaluate.evaluate(run, tta=TtaConfig().model_copy(update={"count": 11}))
     samples = valid(run)
     samples[0].path.unlink()
     with pytest.raises(DataError, match="1 valid photos are gone"):
