@@ -82,11 +82,11 @@ def _accuracies(row: Row, trials: dict[str, Trial]) -> dict[str, float]:
 
 
 def percent(value: Interval, signed: bool = False) -> str:
-    """`95.31 ± 1.20`, in per cent; no interval after one run, nothing after none."""
+    """`95.31 ± 1.20`, in per cent; no interval after one run or equal ones, nothing after none."""
     if not value.runs:
         return ""
     mean = f"{100 * value.mean:{'+' if signed else ''}.2f}"
-    return mean if math.isnan(value.half) else f"{mean} ± {100 * value.half:.2f}"
+    return f"{mean} ± {100 * value.half:.2f}" if value.half > 0 else mean
 
 
 def show(found: Sequence[Line], stream: TextIO | None = None) -> None:

@@ -100,7 +100,7 @@ def evaluate(
 
     Raises:
         DataError: No checkpoint there, or its photos are gone; names `--data`.
-        OptionError: More views than there are.
+        OptionError: Random draws are asked for, and the run's recipe can't be read.
     """
     views, draws = fixed_views(tta), random_views(tta)
     recipe = recipe_of(run) if draws else None

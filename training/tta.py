@@ -7,7 +7,6 @@ from typing import Final
 import numpy as np
 from torch import Tensor
 
-from serving.errors import OptionError
 from serving.views import VIEWS, Probabilities, View, average
 from training import augment
 from training.sections import AugmentConfig, TtaConfig
@@ -34,20 +33,11 @@ FIXED: Final = {
 
 
 def fixed_views(config: TtaConfig | None) -> tuple[View, ...]:
-    """The views that are cut from the photo: the plain one first, and alone where TTA is off.
-
-    Raises:
-        OptionError: More of the service's views than there are.
-    """
+    """The views that are cut from the photo: the plain one first, and alone where TTA is off."""
     if config is None or config.count == 0 or config.kind == "draws":
         return VIEWS[:1]
     if config.kind != "views":
         return FIXED[config.kind]
-    if config.count > len(VIEWS):
-        raise OptionError(
-            f"tta.count = {config.count}: there are {len(VIEWS)} fixed views; "
-            f"use 0 to {len(VIEWS)}, or tta.kind = 'draws'"
-        )
     return VIEWS[: config.count]
 
 

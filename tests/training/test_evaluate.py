@@ -132,8 +132,6 @@ def test_photos_are_read_as_they_are_needed(run, monkeypatch):
 def test_what_can_not_be_scored_is_told(run, lines):
     with pytest.raises(DataError, match="has no test photos"):
         evaluate.evaluate(run, part="test")
-    with pytest.raises(OptionError, match="there are 10 fixed views"):
-        evaluate.evaluate(run, tta=TtaConfig().model_copy(update={"count": 11}))
     samples = valid(run)
     samples[0].path.unlink()
     with pytest.raises(DataError, match="1 valid photos are gone"):

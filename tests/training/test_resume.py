@@ -180,7 +180,7 @@ def test_an_interrupt_keeps_what_is_done_and_says_how_to_go_on(interrupted, requ
     assert "is finished already" in said[-1]
 
 
-@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_every_optimiser_goes_on_as_it_was(kind, request_of, tmp_path, monkeypatch):
     path, photos, overrides = request_of
     own = (*overrides, f"optimizer.kind={kind}", "optimizer.momentum=0")

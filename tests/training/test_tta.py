@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torchvision.transforms.functional import five_crop
 
-from serving.errors import OptionError
 from serving.preprocess import Preprocess
 from serving.views import VIEWS, average, render
 from training import augment, tta
@@ -33,8 +33,9 @@ def test_no_tta_is_the_plain_view():
 
 
 def test_more_views_than_there_are_is_a_mistake():
-    with pytest.raises(OptionError, match=r"tta.count = 11: there are 10 fixed views"):
-        tta.fixed_views(TtaConfig(count=11))
+    with pytest.raises(ValidationError, match=r"count = 11: there are 10 fixed views"):
+        TtaConfig(count=11)
+    assert TtaConfig(kind="draws", count=11).count == 11
 
 
 def test_the_five_crops_are_torchvisions():
