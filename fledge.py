@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -67,9 +68,6 @@ def score(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    # Not at the top, as in `main`.
-    from training import verbs as training_verbs
-
     parser = argparse.ArgumentParser(
         prog="fledge",
         description="Fine-tune an image classifier, export it proven equal, serve it over HTTP.",
@@ -92,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--device", default=default, choices=devices)
         command.add_argument("--precision", default=default, choices=precisions)
 
-    training_verbs.add_to(verb)
+    with suppress(ModuleNotFoundError):  # an image that only serves has no training/
+        from training import verbs as training_verbs  # not at the top, as in `main`
+
+        training_verbs.add_to(verb)
 
     add = verb(export, "fledge export runs/latest --out bundle")
     add.add_argument("run", type=Path, metavar="RUN")
