@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -19,13 +19,13 @@ from serving.errors import OptionError, WorkError
 from serving.files import write_aside
 from training import data, recipe, tricks
 from training.checkpoint import read_info
+from training.console import Say
 from training.console import say as say_aloud
 from training.evaluate import evaluate
 from training.options import Recipe
 from training.sections import TtaConfig
 from training.tricks import Row
 
-Say = Callable[[str], None]
 TRIALS: Final = "trials"
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from serving.preprocess import Preprocess
 from training import checkpoint, evaluate
 from training.checkpoint import BEST, CheckpointInfo
+from training.console import Say
 from training.data import Dataset
 from training.model import Classifier
 from training.sections import TtaConfig
 from training.trainer import Epoch
 
-Say = Callable[[str], None]
 Rank = tuple[float, float]
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+
+Say = Callable[[str], None]
+"""Takes lines for a person."""
 
 
 def say(line: str) -> None:

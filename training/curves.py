@@ -6,19 +6,18 @@ import base64
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from training import charts
 from training.charts import Line, text
+from training.console import Say
 
 POINTS: Final = 400
 """Points of the curve of batch losses, each a mean of its neighbours."""
 PICTURE_BYTES: Final = 2_000_000
 """Larger pictures stay out of the page."""
-
-Say = Callable[[str], None]
 
 
 class _Epoch(NamedTuple):

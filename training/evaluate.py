@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from serving import images
@@ -27,7 +26,7 @@ from training.console import say as say_aloud
 from training.metrics import Labels, Probabilities
 from training.model import Classifier, normalise
 from training.options import Recipe
-from training.pixels import PRESIZE
+from training.pixels import squeeze
 from training.sections import TtaConfig
 from training.tta import combine, draw, fixed_views, random_views
 
@@ -191,7 +190,6 @@ def _batches(
     say: Callable[[str], None],
 ) -> Iterator[_Batch]:
     """Read photos, `BATCH` readable ones at a time; name those that are not."""
-    working = round(preprocess.size * PRESIZE)
 
     def read(sample: data.Sample) -> tuple[Pixels, Pixels, float] | ImageError:
         try:
@@ -200,7 +198,7 @@ def _batches(
             return error
         whole = np.empty((0, 0, 3), np.uint8)
         if keep_whole:
-            whole = np.asarray(image.resize((working, working), Image.Resampling.BILINEAR))
+            whole = squeeze(image, preprocess)
         return render(image, preprocess, views), whole, image.width / image.height
 
     waiting: list[tuple[data.Sample, tuple[Pixels, Pixels, float]]] = []

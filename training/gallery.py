@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +15,7 @@ from serving.errors import ImageError
 from serving.preprocess import Preprocess
 from training import charts, metrics
 from training.charts import text
+from training.console import Say
 from training.evaluate import Result
 
 THUMBNAIL: Final = 176
@@ -24,8 +24,6 @@ PHOTOS: Final = 24
 """Photos a gallery shows."""
 CLASSES: Final = 40
 """Classes that a confusion matrix can show."""
-
-Say = Callable[[str], None]
 
 
 def section(result: Result, preprocess: Preprocess, say: Say) -> str:

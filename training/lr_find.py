@@ -6,20 +6,20 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 import torch
 
 from serving.errors import OptionError, WorkError
 from training import checkpoint, data, lr_finder, optim, pixels, plan, plots, trainer
 from training.activations import TrainFeed, ValidFeed, feeds
+from training.console import Say
 from training.console import say as say_aloud
 from training.model import Classifier
 from training.options import Recipe, Stage
-from training.plan import Say
 from training.precision import Precision, choose_precision
 
-PICKS: Final = ("valley", "steepest", "minimum/10", "minimum")
+PICKS: Final = get_args(lr_finder.Pick)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,12 @@ class PixelSet:
         return len(self.labels)
 
 
+def squeeze(image: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
+    """A whole photo as training keeps it: uint8 [S, S, 3], S being `PRESIZE` times the size."""
+    side = round(preprocess.size * PRESIZE)
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
+
+
 class Photos:
     """The decoded photos of a data set, at one image size at a time.
 
@@ -88,7 +94,7 @@ def decode(
     working = round(preprocess.size * PRESIZE)
 
     def whole(image: Image.Image) -> npt.NDArray[np.uint8]:
-        return np.asarray(image.resize((working, working), Image.Resampling.BILINEAR))
+        return squeeze(image, preprocess)
 
     train, broken = _decode(dataset.train, whole, working, preprocess, "decoding train")
     valid, more = _decode(dataset.valid, preprocess, preprocess.size, preprocess, "decoding valid")

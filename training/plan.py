@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from serving.errors import DataError, OptionError
 from training import backbones, checkpoint, model, optim
+from training.console import Say
 from training.data import Dataset
 from training.options import ALL, Recipe, Spread, Stage
-
-Say = Callable[[str], None]
 
 
 def stages_of(recipe: Recipe, pretrained: bool) -> list[Stage]:

@@ -28,7 +28,7 @@ from training import (
 )
 from training import trainer as loop
 from training.activations import TrainFeed, feeds
-from training.best import Say
+from training.console import Say
 from training.console import say as say_aloud
 from training.ema import Ema
 from training.journal import Journal, read_steps

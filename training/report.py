@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -13,11 +12,11 @@ from serving.files import write_aside
 from training import charts, checkpoint, curves, gallery, metrics
 from training.charts import text
 from training.checkpoint import CheckpointInfo
+from training.console import Say
 from training.evaluate import Result, evaluate, recipe_of
 from training.sections import TtaConfig
 
 REPORT: Final = "report.html"
-Say = Callable[[str], None]
 
 _PARTS: Final = {
     "train": (
