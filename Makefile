@@ -19,7 +19,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 OFFLINE := not slow and not docker and not gpu and not network
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train export serve score test test-slow test-docker check format bento \
+.PHONY: help install demo train export serve score test test-slow test-docker check format bench bento \
   image run-image lock
 .DELETE_ON_ERROR:
 
@@ -60,7 +60,7 @@ score: install ## Score every image of INPUT=folder into OUT=scores.csv
 	$(FLEDGE) score "$(INPUT)" --bundle "$(BUNDLE)" --out "$(OUT)" $(ARGS)
 
 test: install ## The tests: offline, no GPU, a few minutes
-	$(BIN)/pytest -m "$(OFFLINE)" $(ARGS)
+	$(BIN)/pytest -n auto --dist loadfile -m "$(OFFLINE)" $(ARGS)
 
 test-slow: install ## The tests that take longer
 	$(BIN)/pytest -m "slow and not docker" $(ARGS)
@@ -77,6 +77,9 @@ check: install ## Format, lint, types, and who may import whom
 format: install ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
+
+bench: install ## Race fastai and a plain torch loop: DATA=photos ARGS="--split … --weights …"
+	$(BIN)/python benchmarks/train.py $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 bento: install ## Build the Bento of the service, with BUNDLE=bundle in it
 	$(FLEDGE) verify "$(BUNDLE)"

@@ -17,7 +17,7 @@ from typing import Final
 
 from serving.errors import OptionError, WorkError
 from serving.files import write_aside
-from training import data, recipe, tricks
+from training import cache, data, recipe, tricks
 from training.checkpoint import read_info
 from training.console import Say
 from training.console import say as say_aloud
@@ -77,6 +77,7 @@ def run(
     folds: int = 0,
     device: str = "auto",
     keep: bool = False,
+    cache_gb: float | None = None,
     say: Say = say_aloud,
 ) -> Trials:
     """Do every trial that is not done yet; returns all.
@@ -91,15 +92,18 @@ def run(
         folds: How many instead: those of `split`, or of the photos cut into so many.
         device: As `recipe.run`.
         keep: Keep the weights of trials.
+        cache_gb: As `recipe.run`.
         say: Takes lines for a person.
 
     Raises:
-        OptionError: A row does not fit the recipe, or a folder is not an ablation's.
+        OptionError: A row does not fit the recipe, a folder is not an ablation's, or as
+            `cache.wanted`.
         DataError: As `data.load`.
         WorkError: Every row failed.
     """
     if seeds < 1 or folds == 1 or folds < 0:
         raise OptionError(f"--seeds {seeds} --folds {folds}: use 1 seed or more, 2 folds or more")
+    cache.wanted(cache_gb)
     plans = list(_plans(base, source, rows, split, seeds, folds))
     folder = out / TRIALS
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not folder.is_dir())):
@@ -127,7 +131,9 @@ def run(
     for number, plan in enumerate(missing, start=1):
         try:
             views = tricks.views_of(base) if plan.key in seen else None
-            trial = _try(plan, source, folder / plan.name, split, device, views, say_warnings)
+            trial = _try(
+                plan, source, folder / plan.name, split, device, views, cache_gb, say_warnings
+            )
         except KeyboardInterrupt:
             say(
                 f"interrupted: {len(done)} of {len(unique)} trials are kept in {out}; "
@@ -193,13 +199,22 @@ def _try(
     split: Path | None,
     device: str,
     views: TtaConfig | None,
+    cache_gb: float | None,
     say: Say,
 ) -> Trial:
     """One run; what is wrong with this row alone is its result."""
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier try
     started = time.perf_counter()
     try:
-        recipe.run(plan.recipe, source, split=split, out=folder, device=device, say=say)
+        recipe.run(
+            plan.recipe,
+            source,
+            split=split,
+            out=folder,
+            device=device,
+            cache_gb=cache_gb,
+            say=say,
+        )
     except (OptionError, WorkError) as error:
         return Trial(plan.key, time.perf_counter() - started, error=str(error))
     seconds = time.perf_counter() - started

@@ -8,7 +8,8 @@ epoch and the prefix runs each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -57,19 +58,19 @@ class TrainFeed:
         batch of one photo is dropped: BatchNorm can't learn from it.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.first_view + epoch)
-        order = torch.randperm(len(self.photos), generator=generator)
+        order = torch.randperm(len(self.photos), generator=generator).split(batch_size)
+        parts = [index for index in order if len(index) > 1]
         view = epoch % self.views if self.views else epoch
         draws = None if self.views else self._draw(view)
         self.fill()
         device = self.precision.device
-        for step, index in enumerate(order.split(batch_size)):
-            if len(index) < 2:
-                continue
-            labels = self.photos.labels[index].to(device)
-            if draws is None:
+        if draws is None:
+            for index in parts:
+                labels = self.photos.labels[index].to(device)
                 yield self._cached[view][index].to(device), labels
-                continue
-            images = self._images(index, draws)
+            return
+        for step, (index, images) in enumerate(self._images(parts, draws)):
+            labels = self.photos.labels[index].to(device)
             if self.config.mixes:
                 place = (self.first_view + epoch) * 1_000_000 + step
                 images, labels = mixing.mix(
@@ -91,13 +92,18 @@ class TrainFeed:
             crop=self.preprocess.crop,
         )
 
-    @torch.no_grad()
-    def _images(self, index: Tensor, draws: augment.Draws) -> Tensor:
-        """Augmented and normalised: float32 [N, 3, H, W]."""
-        device = self.precision.device
-        pixels = self.photos.pixels[index].to(device)
-        cut = augment.apply(pixels, draws[index].to(device), self.config, self.preprocess.size)
-        return normalise(cut, self.preprocess)
+    def _images(
+        self, parts: Sequence[Tensor], draws: augment.Draws
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each index, and its photos augmented and normalised: float32 [N, 3, H, W]."""
+        device, size = self.precision.device, self.preprocess.size
+        with closing(self.photos.pixels.batches(parts)) as batches:
+            for index, pixels in zip(parts, batches, strict=True):
+                with torch.no_grad():
+                    drawn = draws[index].to(device)
+                    cut = augment.apply(pixels.to(device), drawn, self.config, size)
+                    images = normalise(cut, self.preprocess)
+                yield index, images
 
     @torch.no_grad()
     def _through(self, images: Tensor) -> Tensor:
@@ -113,8 +119,8 @@ class TrainFeed:
             for view in range(self.views):
                 draws = self._draw(view)
                 rows = _Rows(len(self.photos))
-                for index in parts:
-                    rows.put(index, self._through(self._images(index, draws)))
+                for index, images in self._images(parts, draws):
+                    rows.put(index, self._through(images))
                     bar.advance(task)
                 self._cached.append(rows.data)
 
@@ -175,16 +181,18 @@ class ValidFeed:
         if self._kept:
             yield from self._kept
             return
-        for start in range(0, len(self.photos), 2 * PREFIX_BATCH):
-            batch = self._run(slice(start, start + 2 * PREFIX_BATCH))
+        step = 2 * PREFIX_BATCH
+        parts = [slice(start, start + step) for start in range(0, len(self.photos), step)]
+        for rows, pixels in zip(parts, self.photos.pixels.batches(parts), strict=True):
+            batch = self._run(rows, pixels)
             if self.keep:
                 self._kept.append(batch)
             yield batch
 
     @torch.no_grad()
-    def _run(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def _run(self, rows: slice, pixels: Tensor) -> tuple[Tensor, Tensor]:
         device = self.precision.device
-        images = normalise(self.photos.pixels[rows].to(device), self.preprocess)
+        images = normalise(pixels.to(device), self.preprocess)
         inputs = _through(self.prefix, images, self.precision)
         return inputs, self.photos.labels[rows].to(device)
 

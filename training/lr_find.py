@@ -58,12 +58,13 @@ def lr_find(
     out: Path | None = None,
     device: str = "auto",
     compare: int = 0,
+    cache_gb: float | None = None,
     say: Say = say_aloud,
 ) -> tuple[lr_finder.Curve, list[Trial]]:
     """Range test of one stage of a recipe; nothing is kept but the picture.
 
     Args:
-        recipe, source, split, device, say: As `recipe.run`.
+        recipe, source, split, device, cache_gb, say: As `recipe.run`.
         stage: Name of the stage; the first unless said.
         start: Checkpoint that the stage starts from, such as `runs/NAME/stages/head.safetensors`.
         out: Where the PNG goes; `lr_find-STAGE.png` here unless said.
@@ -79,7 +80,7 @@ def lr_find(
         raise OptionError(f"--epochs {compare}: use 1 or more")
     if not (out or Path()).absolute().parent.is_dir():
         raise OptionError(f"--out {out}: there is no folder {out.parent if out else ''}")
-    bench = _bench(recipe, source, split, stage, start, device, say)
+    bench = _bench(recipe, source, split, stage, start, device, cache_gb, say)
     name = bench.stage.name
     curve = trainer.find_lr(bench.classifier, bench.stage, recipe, bench.feed)
     picked = curve.pick(recipe.lr_find.pick)
@@ -96,6 +97,7 @@ def _bench(
     name: str | None,
     start: Path | None,
     device: str,
+    cache_gb: float | None,
     say: Say,
 ) -> _Bench:
     precision = choose_precision(device, recipe.precision)
@@ -118,7 +120,7 @@ def _bench(
             ) from None
     elif stage is not stages[0]:
         say(f"warning: the stages before {stage.name} have not been trained; start with --from")
-    photos = pixels.Photos(dataset, say)
+    photos = pixels.Photos(dataset, say, cache_gb)
     classifier.to(precision.device).to(memory_format=torch.channels_last)
     feed, held_out = feeds(classifier, photos, stage, recipe, precision, 0, say)
     return _Bench(recipe, stage, classifier, feed, held_out, precision)

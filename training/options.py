@@ -153,8 +153,8 @@ class Recipe(Section):
     """A whole recipe; see `recipes/quick.toml` for one with comments.
 
     weights: "imagenet", "none", "auto" (imagenet if it can be had, else none, said aloud), a path.
-    precision: of the forward and backward pass; auto is bf16 on GPUs that have
-        it, fp32 elsewhere.
+    precision: of the forward and backward pass; auto is bf16 on GPUs and CPUs that have it, fp32
+        elsewhere.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

@@ -40,5 +40,11 @@ def choose_precision(device: str, precision: str) -> Precision:
 
 
 def _has_bf16(where: torch.device) -> bool:
-    """Whether bfloat16 is a sure gain: on CPUs its backward pass is at times ten times slower."""
-    return where.type == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    """Whether `where` computes in bfloat16 itself: elsewhere it is emulated, and slower.
+
+    A torch that can't tell what the processor has counts as one without.
+    """
+    if where.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))

@@ -60,6 +60,7 @@ def run(
     split: Path | None = None,
     out: Path | None = None,
     device: str = "auto",
+    cache_gb: float | None = None,
     say: Say = say_aloud,
 ) -> Path:
     """Fine-tune by `recipe` on the photos of `source`; returns the run's folder.
@@ -70,6 +71,7 @@ def run(
         split: As `data.load`.
         out: The run's folder, new or empty; `runs/NAME` with a number where that is taken.
         device: "auto", "cpu" or "cuda".
+        cache_gb: Budget of what is kept between runs, in GB; as `cache.wanted`.
         say: Takes lines for a person.
 
     Raises:
@@ -81,7 +83,7 @@ def run(
     classifier, pretrained = plan.build_classifier(recipe, len(dataset.classes), say)
     stages = plan.stages_of(recipe, pretrained)
     plan.check(classifier, recipe, stages)
-    photos = pixels.Photos(dataset, say)
+    photos = pixels.Photos(dataset, say, cache_gb)
     photos.at(recipe.preprocess_of(stages[0]))
     dataset = photos.dataset
     if dataset.unlabelled:
@@ -104,7 +106,12 @@ def run(
 
 
 def resume(
-    folder: Path, *, device: str | None = None, root: Path | None = None, say: Say = say_aloud
+    folder: Path,
+    *,
+    device: str | None = None,
+    root: Path | None = None,
+    cache_gb: float | None = None,
+    say: Say = say_aloud,
 ) -> Path:
     """Go on with a run that was killed or interrupted, from its last finished epoch.
 
@@ -115,6 +122,7 @@ def resume(
         folder: The run's folder.
         device: Another one than the run began with.
         root: Where the photos are now, if they have moved.
+        cache_gb: As `run`.
         say: Takes lines for a person.
 
     Raises:
@@ -136,7 +144,7 @@ def resume(
     stages = plan.stages_of(recipe, begun.pretrained)
     found = state.load(folder / run_folder.LAST, precision.device)
     position, tensors = found or (Position(), {})
-    photos = pixels.Photos(dataset, say)
+    photos = pixels.Photos(dataset, say, cache_gb)
     photos.at(recipe.preprocess_of(stages[min(position.stage, len(stages) - 1)]))
     if photos.dataset.fingerprint != begun.fingerprint:
         raise DataError(

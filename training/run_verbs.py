@@ -1,4 +1,4 @@
-"""The verbs of `fledge` that look at a finished run. Loads nothing heavy until a verb is run."""
+"""The verbs of `fledge` that look at what runs left. Loads nothing heavy until a verb is run."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ def report(options: argparse.Namespace) -> None:
     print(room.write(options.run, part=options.part, tta=tta, data_folder=options.data, say=say))
 
 
+def cache(options: argparse.Namespace) -> None:
+    """Show what is kept between runs and what it takes; or remove it."""
+    from training import cache as room
+
+    there = room.room(options.cache_gb)
+    for line in room.clear(there) if options.clear else room.describe(there):
+        print(line)
+
+
 def add_to(verb: AddVerb) -> None:
     """Add these verbs and their options."""
     add = verb(evaluate, "fledge evaluate runs/latest --tta 4")
@@ -49,6 +58,20 @@ def add_to(verb: AddVerb) -> None:
 
     add = verb(report, "fledge report runs/latest --part test")
     _run_options(add)
+
+    add = verb(cache, "fledge cache --clear")
+    add.add_argument("--clear", action="store_true", help="remove all of it")
+    cache_option(add)
+
+
+def cache_option(add: argparse.ArgumentParser) -> None:
+    """The budget of the cache."""
+    add.add_argument(
+        "--cache-gb",
+        type=float,
+        metavar="GB",
+        help="budget of what is kept between runs; 0 keeps nothing; default: 10",
+    )
 
 
 def _run_options(add: argparse.ArgumentParser) -> None:

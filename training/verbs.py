@@ -36,13 +36,20 @@ def train(options: argparse.Namespace) -> None:
     if options.resume is not None:
         given = [word for word in (options.recipe, options.split, options.out) if word is not None]
         if given or options.overrides or options.weights or options.seed is not None:
-            raise OptionError("--resume RUN goes on as the run began; only --data and --device fit")
+            raise OptionError(
+                "--resume RUN goes on as the run began; only --data, --device and --cache-gb fit"
+            )
         root = None if options.data is None else Path(options.data)
         device = None if options.device == "auto" else options.device
-        recipe.resume(options.resume, device=device, root=root)
+        recipe.resume(options.resume, device=device, root=root, cache_gb=options.cache_gb)
         return
     recipe.run(
-        _recipe(options), options.data, split=options.split, out=options.out, device=options.device
+        _recipe(options),
+        options.data,
+        split=options.split,
+        out=options.out,
+        device=options.device,
+        cache_gb=options.cache_gb,
     )
 
 
@@ -59,6 +66,7 @@ def lr_find(options: argparse.Namespace) -> None:
         out=options.out,
         device=options.device,
         compare=(options.epochs or -1) if options.compare else 0,
+        cache_gb=options.cache_gb,
     )
     for pick in room.PICKS:
         trap = "  (a trap: too large)" if pick == "minimum" else ""
@@ -140,6 +148,7 @@ def ablate(options: argparse.Namespace) -> None:
         folds=options.folds,
         device=options.device,
         keep=options.keep,
+        cache_gb=options.cache_gb,
         say=say,
     )
     found = ablation_table.lines(rows, trials, options.against)
@@ -267,3 +276,4 @@ def _recipe_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("--weights", metavar="W", help="imagenet, none, auto or a file")
     add.add_argument("--seed", type=int, metavar="N")
     add.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    run_verbs.cache_option(add)

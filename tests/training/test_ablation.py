@@ -122,7 +122,7 @@ def runs(monkeypatch):
     done = []
     results = {}
 
-    def run(recipe, source, *, split, out, device, say):
+    def run(recipe, source, *, split, out, device, cache_gb, say):
         done.append(recipe)
         out.mkdir(parents=True)
         say("warning: said once")

@@ -148,14 +148,14 @@ def test_validation_pixels_are_the_services(photos):
     )
     found = data.load(str(photos))
     _, _, valid = pixels.decode(found, settings.preprocess, print)
-    for sample, row in zip(found.valid, valid.pixels, strict=True):
+    for sample, row in zip(found.valid, valid.pixels[:], strict=True):
         served = settings.preprocess(images.decode(sample.path.read_bytes()).image)
         assert (row.numpy() == served).all()
     for keep in (True, False):
         feed = ValidFeed(valid, torch.nn.Sequential(), settings.preprocess, CPU, keep)
         for _ in range(2):
             inputs = torch.cat([batch for batch, _ in feed])
-            assert torch.equal(inputs, normalise(valid.pixels, settings.preprocess))
+            assert torch.equal(inputs, normalise(valid.pixels[:], settings.preprocess))
 
 
 def test_broken_photos_are_named_counted_and_left_out(recipe, photos, tmp_path, lines):
@@ -197,6 +197,21 @@ def test_a_missing_gpu_is_an_error_when_it_was_asked_for():
     with pytest.raises(OptionError, match="--device cuda: no usable GPU"):
         precision.choose_precision("cuda", "auto")
     assert precision.choose_precision("auto", "auto").device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("has", "expected"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx2": True}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_on_processors_that_compute_in_it(monkeypatch, has, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert precision.choose_precision("cpu", "auto").dtype == expected
+    assert precision.choose_precision("cpu", "fp32").dtype == torch.float32
 
 
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path, monkeypatch):

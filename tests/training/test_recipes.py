@@ -46,7 +46,8 @@ TINY = {
     ),
     "pets": (*MOBILE, "stage.head.cycle_len=1", "stage.all.cycle_len=1"),
     "quick": (
-        *MOBILE, "stage.head.cycle_len=1", "stage.head.lr=0.01", "stage.tail.cycles=1",
+        *MOBILE, "stage.head.cycle_len=1", "stage.head.lr=0.01", "stage.tail.cycle_len=1",
+        "stage.all.cycle_len=1",
     ),
     "tricks": (*MOBILE, "stage.all.cycle_len=1"),
 }  # fmt: skip

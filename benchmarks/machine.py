@@ -1,0 +1,50 @@
+"""What a measurement was made on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Final
+
+FLAGS: Final = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+def keep_to(threads: int) -> None:
+    """Let this process and all that it starts use `threads` cores and as many threads."""
+    if hasattr(os, "sched_setaffinity"):
+        mine = sorted(os.sched_getaffinity(0))
+        if threads > len(mine):
+            raise SystemExit(f"--threads {threads}: this machine lends {len(mine)} cores")
+        os.sched_setaffinity(0, mine[:threads])
+    os.environ.update({name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
+
+
+def describe(threads: int, device: str) -> str:
+    """Processor, cores, instruction sets that matter, memory, GPU, system; one line."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    name = model[1] if model else platform.processor() or platform.machine()
+    known = set((re.search(r"^flags\s*: (.*)$", text, re.MULTILINE) or ["", ""])[1].split())
+    flags = [flag for flag in FLAGS if flag in known]
+    parts = [f"{name}, {threads} of {os.cpu_count()} cores"]
+    parts += [" ".join(flags)] if flags else []
+    parts += [f"{_memory():.0f} GiB"]
+    if device == "cuda":
+        parts += [_gpu()]
+    return ", ".join([*parts, f"{platform.system()} {platform.release()}"])
+
+
+def _memory() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def _gpu() -> str:
+    asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "GPU unknown"

@@ -1,0 +1,75 @@
+"""How a photo becomes the pixels that training works with, and what those pixels are known by."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import platform
+from dataclasses import dataclass
+from functools import cache as once
+from typing import Final, Literal
+
+import numpy as np
+from PIL import Image, features
+
+from serving import images
+from serving import preprocess as preprocessing
+from serving.preprocess import Pixels, Preprocess
+from training.pixel_pack import FORMAT
+
+PRESIZE: Final = 1.5
+
+# Whose versions decide pixels.
+_LIBRARIES: Final = (
+    *("pil", "jpg", "libjpeg_turbo", "mozjpeg", "zlib", "zlib_ng", "webp", "avif"),
+    *("libtiff", "littlecms2"),
+)
+
+
+def squeeze(image: Image.Image, preprocess: Preprocess) -> Pixels:
+    """A whole photo as training keeps it: uint8 [S, S, 3], S being `PRESIZE` times the size."""
+    side = round(preprocess.size * PRESIZE)
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
+
+
+@dataclass(frozen=True)
+class Making:
+    """How the photos of a part become pixels: all that decides them, besides the photo."""
+
+    part: Literal["train", "valid"]
+    preprocess: Preprocess
+
+    @property
+    def side(self) -> int:
+        """Of the squares, in pixels."""
+        size = self.preprocess.size
+        return round(size * PRESIZE) if self.part == "train" else size
+
+    def __call__(self, image: Image.Image) -> Pixels:
+        """An upright picture -> uint8 [side, side, 3]."""
+        if self.part == "train":
+            return squeeze(image, self.preprocess)
+        return self.preprocess(image)
+
+    @property
+    def name(self) -> str:
+        """Of the entry of the cache; pixels that may differ by one bit have another."""
+        p = self.preprocess
+        cut = [p.crop, p.interpolation] if self.part == "valid" else []
+        decides = [self.part, self.side, p.background, cut, _decoder()]
+        key = hashlib.sha256(json.dumps(decides).encode())
+        return f"pixels-{key.hexdigest()[:32]}"
+
+    def __str__(self) -> str:
+        return f"{self.part} photos at {self.side} px"
+
+
+@once
+def _decoder() -> list[str]:
+    """Versions of the libraries and the very text of our own rules: a change is another decoder."""
+    known = {*features.modules, *features.codecs, *features.features}
+    versions = [f"{name} {features.version(name)}" for name in _LIBRARIES if name in known]
+    rules = "".join(inspect.getsource(rule) for rule in (images, preprocessing, squeeze))
+    text = hashlib.sha256(rules.encode()).hexdigest()
+    return [f"format {FORMAT}", platform.machine(), *versions, text]
