@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -14,7 +13,7 @@ from serving import images
 from serving.files import write_aside
 from serving.preprocess import Pixels, Preprocess
 from training import augment
-from training.pixels import PRESIZE
+from training.pixels import squeeze
 from training.sections import AugmentConfig
 
 COLUMNS: Final = 5
@@ -60,9 +59,8 @@ def _draws(
     image: Image.Image, config: AugmentConfig, preprocess: Preprocess, count: int, seed: int
 ) -> Pixels:
     """uint8 [count, size, size, 3], made as `training.pixels` and training make them."""
-    working = round(preprocess.size * PRESIZE)
-    whole = image.resize((working, working), Image.Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.array(whole)).expand(count, -1, -1, -1)
+    whole = squeeze(image, preprocess).copy()  # torch takes no read-only array
+    pixels = torch.from_numpy(whole).expand(count, -1, -1, -1)
     aspect = torch.full((count,), image.width / image.height)
     drawn = augment.draw(config, aspect, seed, 0, crop=preprocess.crop)
     with torch.no_grad():
