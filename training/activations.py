@@ -1,242 +1,256 @@
-"""Where a stage's batches come from: augmented photos, run through whatever is frozen.
+"""What frozen layers compute is computed once: which stages share it, and where it is kept.
 
 A frozen prefix is a function without state, so its output for a given view of a photo never
-changes: for a few views of every photo it is computed once and kept in memory, and the epochs take
-turns with the views. Beyond the memory budget, or with `views = 0`, views are drawn anew each
-epoch and the prefix runs each time.
+changes. For a few views of every photo it is computed once and kept, and the epochs take turns with
+the views. Stages that follow one another, see the same views and have a prefix in common share it;
+a stage that freezes more runs its further layers on what is kept.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache as once
+from types import ModuleType
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from serving.preprocess import Preprocess
-from serving.progress import progress_bar
-from training import augment, mixing
+from training import augment, cache, feeds, model, policies, prefix
+from training.activation_views import Part, Shape, Shelf, Views
+from training.clock import Clock
 from training.ema import Ema
-from training.model import Classifier, normalise
+from training.feeds import FROZEN, PREFIX_BATCH, Draws, TrainFeed, ValidFeed, run_frozen
+from training.model import Classifier
 from training.options import Recipe, Stage
-from training.pixels import Photos, PixelSet
+from training.pixels import Photos
 from training.precision import Precision
-from training.sections import AugmentConfig
 
-ACTIVATION_BYTES: Final = 2 * 2**30
+MEMORY_BYTES: Final = 2 * 2**30
+"""Of what is kept in memory because it can't be kept in the cache."""
 
-# The frozen part of a small network runs fastest in batches that fit the processor's cache.
-PREFIX_BATCH = 16
+FORMAT: Final = 1
 
 
-@dataclass
-class TrainFeed:
-    """Training batches of one stage.
+@dataclass(frozen=True)
+class Share:
+    """What a stage computes once, with the stages before and behind it that can share it.
 
-    views: how many views are cached; 0 caches nothing. first_view: where this stage's own views
-    begin, so that stages see different ones. classes: how many, for labels of mixed photos.
+    depth: children of the body that all of them have frozen; 0 keeps nothing. views: that the
+    epochs of the one that needs most take turns with. last: the next stage sees other views.
+    with_: names of the others. why: why nothing is kept though views were asked for.
     """
 
-    photos: PixelSet
-    prefix: nn.Sequential
-    preprocess: Preprocess
-    config: AugmentConfig
-    precision: Precision
-    seed: int
-    first_view: int = 0
+    depth: int = 0
     views: int = 0
-    classes: int = 0
-    _cached: list[Tensor] = field(default_factory=list)
-
-    def epoch(self, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Shuffled (inputs of the suffix, labels int64 [N]) of one epoch.
-
-        Where mixup or cutmix blends photos the labels are shares, float32 [N, classes]. A last
-        batch of one photo is dropped: BatchNorm can't learn from it.
-        """
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.first_view + epoch)
-        order = torch.randperm(len(self.photos), generator=generator).split(batch_size)
-        parts = [index for index in order if len(index) > 1]
-        view = epoch % self.views if self.views else epoch
-        draws = None if self.views else self._draw(view)
-        self.fill()
-        device = self.precision.device
-        if draws is None:
-            for index in parts:
-                labels = self.photos.labels[index].to(device)
-                yield self._cached[view][index].to(device), labels
-            return
-        for step, (index, images) in enumerate(self._images(parts, draws)):
-            labels = self.photos.labels[index].to(device)
-            if self.config.mixes:
-                place = (self.first_view + epoch) * 1_000_000 + step
-                images, labels = mixing.mix(
-                    self.config, images, labels, self.classes, self.seed, place
-                )
-            yield self._through(images), labels
-
-    def steps(self, batch_size: int) -> int:
-        """Batches an epoch."""
-        full, rest = divmod(len(self.photos), batch_size)
-        return full + (rest >= 2)
-
-    def _draw(self, view: int) -> augment.Draws:
-        return augment.draw(
-            self.config,
-            self.photos.aspect,
-            self.seed,
-            self.first_view + view,
-            crop=self.preprocess.crop,
-        )
-
-    def _images(
-        self, parts: Sequence[Tensor], draws: augment.Draws
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each index, and its photos augmented and normalised: float32 [N, 3, H, W]."""
-        device, size = self.precision.device, self.preprocess.size
-        with closing(self.photos.pixels.batches(parts)) as batches:
-            for index, pixels in zip(parts, batches, strict=True):
-                with torch.no_grad():
-                    drawn = draws[index].to(device)
-                    cut = augment.apply(pixels.to(device), drawn, self.config, size)
-                    images = normalise(cut, self.preprocess)
-                yield index, images
-
-    @torch.no_grad()
-    def _through(self, images: Tensor) -> Tensor:
-        return _through(self.prefix, images, self.precision)
-
-    def fill(self) -> None:
-        """Run the prefix over every cached view, once; nothing to do where nothing is cached."""
-        if not self.views or self._cached:
-            return
-        with progress_bar() as bar:
-            parts = torch.arange(len(self.photos)).split(PREFIX_BATCH)
-            task = bar.add_task("frozen part", total=self.views * len(parts))
-            for view in range(self.views):
-                draws = self._draw(view)
-                rows = _Rows(len(self.photos))
-                for index, images in self._images(parts, draws):
-                    rows.put(index, self._through(images))
-                    bar.advance(task)
-                self._cached.append(rows.data)
+    last: bool = True
+    with_: tuple[str, ...] = ()
+    why: str = ""
 
 
-def _through(prefix: nn.Sequential, images: Tensor, precision: Precision) -> Tensor:
-    """Normalised images through what is frozen; the images themselves where nothing is."""
-    with precision.autocast():
-        outputs: Tensor = prefix(images)
-    return outputs
+def shares(classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]) -> list[Share]:
+    """What each stage shares with its neighbours. Freezes the classifier as the last one does."""
+    found: list[Share] = []
+    for stage in stages:
+        freeze(classifier, stage)
+        why, wanted, depth = "", stage.wanted_views, classifier.freezing.prefix
+        if wanted and recipe.augment_of(stage).mixes:
+            why = "mixup and cutmix blend photos"
+        elif wanted and not depth and stage.frozen_batchnorm != "eval":
+            why = "the frozen BatchNorms move"
+        found.append(Share(why=why) if why or not (wanted and depth) else Share(depth, wanted))
+    start = 0
+    for end in range(1, len(stages) + 1):
+        if end < len(stages) and found[end].depth and _alike(recipe, stages[start], stages[end]):
+            continue
+        group = range(start, end)
+        depth, views = (min(found[i].depth for i in group), max(found[i].views for i in group))
+        for i in group:
+            others = tuple(stages[k].name for k in group if k != i)
+            found[i] = replace(found[i], depth=depth, views=views, last=i == end - 1, with_=others)
+        start = end
+    return found
 
 
-class _Rows:
-    """One tensor filled by batches, in the layout of the first."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.data = torch.empty(0)
-
-    def put(self, index: Tensor, rows: Tensor) -> None:
-        if not len(self.data):
-            layout = torch.channels_last if rows.ndim == 4 else torch.contiguous_format
-            shape = (self.count, *rows.shape[1:])
-            self.data = torch.empty(shape, dtype=rows.dtype, memory_format=layout)
-        self.data[index] = rows.cpu()
+def _alike(recipe: Recipe, one: Stage, other: Stage) -> bool:
+    """Whether two stages see the same pictures in a view of the same number."""
+    return (recipe.preprocess_of(one), recipe.augment_of(one)) == (
+        recipe.preprocess_of(other),
+        recipe.augment_of(other),
+    )
 
 
-@torch.no_grad()
-def affordable_views(
-    wanted: int, photos: int, prefix: nn.Sequential, size: int, precision: Precision, budget: int
-) -> int:
-    """How many of the `wanted` views of all photos fit into `budget` bytes.
-
-    0, so nothing is cached, when nothing is frozen.
-    """
-    if not wanted or len(prefix) == 0:
-        return 0
-    with precision.autocast():
-        probe: Tensor = prefix(torch.zeros(1, 3, size, size, device=precision.device))
-    return min(wanted, budget // (probe.numel() * probe.element_size() * photos))
-
-
-@dataclass
-class ValidFeed:
-    """Validation batches, as inputs of the suffix: iterate as often as there are epochs.
-
-    keep: hold the frozen prefix's outputs after the first pass.
-    """
-
-    photos: PixelSet
-    prefix: nn.Sequential
-    preprocess: Preprocess
-    precision: Precision
-    keep: bool
-    _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(inputs, labels int64 [N])."""
-        if self._kept:
-            yield from self._kept
-            return
-        step = 2 * PREFIX_BATCH
-        parts = [slice(start, start + step) for start in range(0, len(self.photos), step)]
-        for rows, pixels in zip(parts, self.photos.pixels.batches(parts), strict=True):
-            batch = self._run(rows, pixels)
-            if self.keep:
-                self._kept.append(batch)
-            yield batch
-
-    @torch.no_grad()
-    def _run(self, rows: slice, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        device = self.precision.device
-        images = normalise(pixels.to(device), self.preprocess)
-        inputs = _through(self.prefix, images, self.precision)
-        return inputs, self.photos.labels[rows].to(device)
-
-
-def feeds(
-    classifier: Classifier,
-    photos: Photos,
-    stage: Stage,
-    recipe: Recipe,
-    precision: Precision,
-    first_view: int,
-    say: Callable[[str], None],
-    ema: Ema | None = None,
-) -> tuple[TrainFeed, ValidFeed]:
-    """Freeze what the stage freezes, and open its two streams of batches.
-
-    With `ema` the averages are validated: what an earlier stage trained and this one freezes goes
-    on moving among them, and its outputs are not kept.
-    """
+def freeze(classifier: Classifier, stage: Stage) -> None:
+    """Freeze what a stage freezes."""
     classifier.freeze(
         stage.unfreeze, batchnorm=stage.batchnorm, frozen_batchnorm=stage.frozen_batchnorm
     )
-    classifier.eval()
-    preprocess = recipe.preprocess_of(stage)
-    train, valid = photos.at(preprocess)
-    prefix, config = classifier.prefix, recipe.augment_of(stage)
-    wanted = 0 if config.mixes else min(stage.views, stage.epochs)
-    size = preprocess.size
-    views = affordable_views(wanted, len(train), prefix, size, precision, ACTIVATION_BYTES)
-    why = ""
-    if stage.views and len(prefix) and config.mixes:
-        why = "mixup and cutmix blend photos: no views are cached"
-    elif stage.views and not len(prefix) and stage.frozen_batchnorm != "eval":
-        why = "the frozen BatchNorms move: no views are cached"
-    elif views < wanted and len(prefix):
-        why = f"{views} of {wanted} views fit into {ACTIVATION_BYTES >> 30} GiB"
-    if why:
-        say(f"{stage.name:>8}  {why}")
-    classes = len(photos.dataset.classes)
-    seed = recipe.seed
-    feed = TrainFeed(train, prefix, preprocess, config, precision, seed, first_view, views, classes)
-    keep = affordable_views(1, len(valid), prefix, size, precision, ACTIVATION_BYTES // 2) > 0
-    if ema:
-        frozen = {id(tensor) for tensor in prefix.state_dict(keep_vars=True).values()}
-        state = classifier.state_dict(keep_vars=True)
-        keep = keep and ema.settled(name for name, value in state.items() if id(value) in frozen)
-    return feed, ValidFeed(valid, prefix, preprocess, precision, keep)
+
+
+@dataclass
+class Activations:
+    """Opens the streams of batches of a run's stages, and keeps what they share.
+
+    room: where it is kept; its budget bounds what is kept in memory, too. say: takes lines for a
+    person.
+    """
+
+    photos: Photos
+    recipe: Recipe
+    precision: Precision
+    room: cache.Room
+    say: Callable[[str], None]
+    clock: Clock = field(default_factory=Clock)
+    _open: dict[str, Views] = field(default_factory=dict)
+
+    def feeds(
+        self,
+        classifier: Classifier,
+        stage: Stage,
+        share: Share,
+        first_view: int = 0,
+        views: int | None = None,
+        ema: Ema | None = None,
+    ) -> tuple[TrainFeed, ValidFeed]:
+        """Freeze what the stage freezes, and open its two streams of batches.
+
+        Args:
+            classifier: On the device.
+            stage, share: What to do.
+            first_view: Number of the first view.
+            views: How many there are, if that was decided before; else as many as there is room
+                for, at most `share.views`.
+            ema: Its averages are validated: what an earlier stage trained and this one freezes goes
+                on moving among them, and its outputs are not kept.
+        """
+        freeze(classifier, stage)
+        classifier.eval()
+        preprocess, config = self.recipe.preprocess_of(stage), self.recipe.augment_of(stage)
+        with self.clock("decoding"):
+            train, valid = self.photos.at(preprocess)
+        frozen = prefix.fused(classifier.prefix)
+        draws = Draws(train, preprocess, config, self.precision, self.recipe.seed, self.clock)
+        feed = TrainFeed(draws, frozen, first_view, classes=len(self.photos.dataset.classes))
+        if share.why:
+            self.say(f"{stage.name:>8}  {share.why}: no views are kept")
+        if share.depth:
+            self._keep(feed, classifier, stage, share, views, {train.name, valid.name})
+        else:
+            self._open = {}
+        shape = self._shape(frozen, preprocess, len(valid))
+        keep = bool(share.depth) and shape.size <= min(MEMORY_BYTES // 2, self.room.budget)
+        live: nn.Module = frozen
+        if ema and not _settled(classifier, ema):
+            keep, live = False, classifier.prefix
+        return feed, ValidFeed(valid, live, preprocess, self.precision, keep)
+
+    def _keep(
+        self,
+        feed: TrainFeed,
+        classifier: Classifier,
+        stage: Stage,
+        share: Share,
+        views: int | None,
+        pixels: set[str],
+    ) -> None:
+        """Have the feed take its batches from kept views, as far as there is room for them."""
+        own = classifier.freezing.prefix
+        parts = [classifier.prefix]
+        if own > share.depth:
+            cut = share.depth
+            parts = [nn.Sequential(*parts[0][:cut]), nn.Sequential(*parts[0][cut:])]
+        names, shapes, fused = [], [], []
+        inputs = torch.zeros(1, 3, *[feed.draws.preprocess.size] * 2)
+        known = _known(feed.draws)
+        for part in parts:
+            known = hashlib.sha256(known + prefix.digest(part)).digest()
+            names.append(f"activations-{known.hex()[:32]}")
+            fused.append(prefix.fused(part))
+            inputs = run_frozen(fused[-1], inputs.to(self.precision.device), self.precision)
+            shapes.append(Shape(len(feed.draws.photos), tuple(inputs.shape[1:]), inputs.dtype))
+        on_disk = self.precision.device.type == "cpu"
+        keep = {*pixels, *names}
+        budget = self.room.left(pixels) if on_disk else min(MEMORY_BYTES, self.room.budget)
+        a_view = sum(shape.size for shape in shapes)
+        fits = min(share.views, budget // max(a_view, 1))
+        feed.views = fits if views is None else views
+        if not feed.views or fits < feed.views:
+            self.say(f"{stage.name:>8}  no views are kept: one takes {cache.gigabytes(a_view)}")
+            self._open = {}
+            return
+        before, self._open = self._open, {}
+        below: Views | None = None
+        for name, shape, layers in zip(names, shapes, fused, strict=True):
+            make = self._on_photos(feed.draws, layers) if below is None else self._on(below, layers)
+            what = f"{self.recipe.arch}, {share.views} views of {shape.photos:,} photos"
+            shelf = Shelf(self.room, name, what, keep, self.say) if on_disk else None
+            below = before.get(name) or Views(shape, make, shelf, below)
+            self._open[name] = below
+        feed.kept = below
+        self.say(f"{stage.name:>8}  {_told(feed.views, share, own, a_view)}")
+
+    def _on_photos(self, draws: Draws, layers: nn.Module) -> Callable[[int], Iterator[Part]]:
+        def make(number: int) -> Iterator[Part]:
+            parts = torch.arange(len(draws.photos)).split(PREFIX_BATCH)
+            for index, images in draws(number, parts):
+                with self.clock(FROZEN):
+                    rows = run_frozen(layers, images, self.precision)
+                yield index, rows
+
+        return make
+
+    def _on(self, below: Views, layers: nn.Module) -> Callable[[int], Iterator[Part]]:
+        def make(number: int) -> Iterator[Part]:
+            for index in torch.arange(below.shape.photos).split(PREFIX_BATCH):
+                with self.clock(FROZEN):
+                    inputs = below[number][index].to(self.precision.device)
+                    rows = run_frozen(layers, inputs, self.precision)
+                yield index, rows
+
+        return make
+
+    def _shape(self, layers: nn.Module, preprocess: Preprocess, photos: int) -> Shape:
+        blank = torch.zeros(1, 3, preprocess.size, preprocess.size, device=self.precision.device)
+        rows = run_frozen(layers, blank, self.precision)
+        return Shape(photos, tuple(rows.shape[1:]), rows.dtype)
+
+
+def _settled(classifier: Classifier, ema: Ema) -> bool:
+    """Whether what is frozen equals its averages."""
+    frozen = {id(tensor) for tensor in classifier.prefix.state_dict(keep_vars=True).values()}
+    state = classifier.state_dict(keep_vars=True)
+    return ema.settled(name for name, value in state.items() if id(value) in frozen)
+
+
+def _told(views: int, share: Share, own: int, size: int) -> str:
+    """What is kept, in a line."""
+    count = "a view" if views == 1 else f"{views} views"
+    short = f" ({share.views} asked for: more don't fit into --cache-gb)"
+    more = short if views < share.views else ""
+    others = f", shared with {' and '.join(share.with_)}" if share.with_ else ""
+    return (
+        f"{own} frozen layers run once on {count} of each photo{others}; "
+        f"{cache.gigabytes(size)} a view{more}"
+    )
+
+
+def _known(draws: Draws) -> bytes:
+    """What decides the inputs of the first layer, view by view."""
+    p, dtype = draws.preprocess, draws.precision
+    decides = [
+        *(FORMAT, p.size, p.crop, p.mean, p.std, draws.config.model_dump(mode="json"), draws.seed),
+        *(str(dtype.dtype), str(dtype.device), draws.photos.key.hex(), PREFIX_BATCH, _rules()),
+    ]
+    return hashlib.sha256(repr(decides).encode()).digest()
+
+
+@once
+def _rules() -> str:
+    """The very text of our own rules: a change of them makes other activations."""
+    rooms: tuple[ModuleType, ...] = (augment, policies, model, feeds, prefix)
+    text = "".join(inspect.getsource(room) for room in rooms)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -59,6 +59,11 @@ class Room:
         """Bytes that the entries take."""
         return sum(entry.size for entry in self.entries())
 
+    def left(self, keep: Set[str]) -> int:
+        """Bytes that `make_room` can free beside the entries of these names."""
+        kept = sum(entry.size for entry in self.entries() if entry.path.name in keep)
+        return max(0, self.budget - kept)
+
     def make_room(self, size: int, keep: Set[str]) -> bool:
         """Remove entries, the least recently used first, until `size` more bytes fit.
 

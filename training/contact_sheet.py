@@ -13,7 +13,7 @@ from serving import images
 from serving.files import write_aside
 from serving.preprocess import Pixels, Preprocess
 from training import augment
-from training.pixels import squeeze
+from training.pixel_making import Making
 from training.sections import AugmentConfig
 
 COLUMNS: Final = 5
@@ -27,6 +27,7 @@ def write(
     photo: Path,
     config: AugmentConfig,
     preprocess: Preprocess,
+    presize: float,
     path: Path,
     *,
     draws: int = 24,
@@ -41,6 +42,7 @@ def write(
         photo: An image file.
         config: The augmentation; mixup and cutmix, which need two photos, are in the text alone.
         preprocess: Its size is the size at which the draws are made.
+        presize: How large training keeps photos, in image sizes.
         path: What to write.
         draws: How many.
         seed: Of the draws.
@@ -49,22 +51,23 @@ def write(
         ImageError: The photo can't be read.
     """
     image = images.read(photo, background=preprocess.background).image
-    tiles = [preprocess(image), *_draws(image, config, preprocess, draws, seed)]
+    making = Making("train", preprocess, presize)
+    tiles = [preprocess(image), *_draws(image, config, making, draws, seed)]
     sheet = _lay_out(tiles, "marked: the photo as validation sees it", describe(config))
     with write_aside(path) as aside:
         sheet.save(aside, format="PNG")
 
 
 def _draws(
-    image: Image.Image, config: AugmentConfig, preprocess: Preprocess, count: int, seed: int
+    image: Image.Image, config: AugmentConfig, making: Making, count: int, seed: int
 ) -> Pixels:
-    """uint8 [count, size, size, 3], made as `training.pixels` and training make them."""
-    whole = squeeze(image, preprocess).copy()  # torch takes no read-only array
+    """uint8 [count, size, size, 3], made as training makes them."""
+    whole = making(image).copy()  # torch takes no read-only array
     pixels = torch.from_numpy(whole).expand(count, -1, -1, -1)
     aspect = torch.full((count,), image.width / image.height)
-    drawn = augment.draw(config, aspect, seed, 0, crop=preprocess.crop)
+    drawn = augment.draw(config, aspect, seed, 0, crop=making.preprocess.crop)
     with torch.no_grad():
-        changed = augment.apply(pixels, drawn, config, preprocess.size)
+        changed = augment.apply(pixels, drawn, config, making.preprocess.size)
     return changed.round().to(torch.uint8).numpy()
 
 

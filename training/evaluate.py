@@ -26,7 +26,7 @@ from training.console import say as say_aloud
 from training.metrics import Labels, Probabilities
 from training.model import Classifier, normalise
 from training.options import Recipe
-from training.pixels import squeeze
+from training.pixel_making import Making
 from training.sections import TtaConfig
 from training.tta import combine, draw, fixed_views, random_views
 
@@ -104,6 +104,7 @@ def evaluate(
     views, draws = fixed_views(tta), random_views(tta)
     recipe = recipe_of(run) if draws else None
     classifier, info = checkpoint.load(run)
+    making = Making("train", info.preprocess, recipe.data.presize) if recipe else None
     dataset = data.of_run(run, data_folder, "" if gone_too else part)
     if data.changed(info.data, dataset):
         say(f"warning: the photos in {dataset.root} are not all as they were when {run} was made")
@@ -114,7 +115,7 @@ def evaluate(
     by_view: list[Probabilities] = []  # [V, n, C] of each batch
     with progress_bar() as bar:
         task = bar.add_task(f"{part} photos", total=len(samples))
-        for batch in _batches(samples, info.preprocess, views, bool(draws), say):
+        for batch in _batches(samples, info.preprocess, views, making, say):
             # View by view, so that the plain view meets the same batches as without TTA.
             rows = [
                 softmax(logits_of(classifier, pixels, info.preprocess).numpy())
@@ -186,7 +187,7 @@ def _batches(
     samples: Sequence[data.Sample],
     preprocess: Preprocess,
     views: Sequence[View],
-    keep_whole: bool,
+    whole_by: Making | None,
     say: Callable[[str], None],
 ) -> Iterator[_Batch]:
     """Read photos, `BATCH` readable ones at a time; name those that are not."""
@@ -196,9 +197,7 @@ def _batches(
             image = images.read(sample.path, background=preprocess.background).image
         except ImageError as error:
             return error
-        whole = np.empty((0, 0, 3), np.uint8)
-        if keep_whole:
-            whole = squeeze(image, preprocess)
+        whole = whole_by(image) if whole_by else np.empty((0, 0, 3), np.uint8)
         return render(image, preprocess, views), whole, image.width / image.height
 
     waiting: list[tuple[data.Sample, tuple[Pixels, Pixels, float]]] = []

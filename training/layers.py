@@ -131,8 +131,7 @@ def _kept(classifier: Classifier, backbone: Backbone, recipe: Recipe, stage: Sta
     names = [name for name, _ in backbone.body.named_children()][:prefix]
     *_, last = backbones.outputs(backbone.body[:prefix], recipe.preprocess_of(stage).size)
     shape = list((classifier.pool(last) if prefix == len(backbone.body) else last).shape[1:])
-    views = min(stage.views, stage.epochs)
-    return f"{span(names)}: {' x '.join(map(str, shape))}, {views} views"
+    return f"{span(names)}: {' x '.join(map(str, shape))}, {stage.wanted_views} views"
 
 
 def _shape(output: Tensor, side: int) -> str:

@@ -11,10 +11,11 @@ from typing import Final, get_args
 import torch
 
 from serving.errors import OptionError, WorkError
-from training import checkpoint, data, lr_finder, optim, pixels, plan, plots, trainer
-from training.activations import TrainFeed, ValidFeed, feeds
+from training import cache, checkpoint, data, lr_finder, optim, pixels, plan, plots, trainer
+from training.activations import Activations, shares
 from training.console import Say
 from training.console import say as say_aloud
+from training.feeds import TrainFeed, ValidFeed
 from training.model import Classifier
 from training.options import Recipe, Stage
 from training.precision import Precision, choose_precision
@@ -120,9 +121,11 @@ def _bench(
             ) from None
     elif stage is not stages[0]:
         say(f"warning: the stages before {stage.name} have not been trained; start with --from")
-    photos = pixels.Photos(dataset, say, cache_gb)
+    photos = pixels.Photos(dataset, recipe.data.presize, say, cache_gb)
     classifier.to(precision.device).to(memory_format=torch.channels_last)
-    feed, held_out = feeds(classifier, photos, stage, recipe, precision, 0, say)
+    activations = Activations(photos, recipe, precision, cache.room(cache_gb), say)
+    (share,) = shares(classifier, recipe, [stage])
+    feed, held_out = activations.feeds(classifier, stage, share)
     return _Bench(recipe, stage, classifier, feed, held_out, precision)
 
 

@@ -65,9 +65,9 @@ def build(
                 )
     if config.kind == "sgd":
         nesterov = config.nesterov and config.momentum > 0
-        return optim.SGD(groups, momentum=config.momentum, nesterov=nesterov)
+        return optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, fused=True)
     kind = optim.AdamW if decoupled else optim.Adam
-    return kind(groups, betas=(config.momentum, 0.999))
+    return kind(groups, betas=(config.momentum, 0.999), fused=True)
 
 
 def rates(count: int, lr: Rates, lr_divide: float) -> list[float]:

@@ -75,7 +75,8 @@ class Stage(Section):
     batchnorm: of unfrozen BatchNorms: "fixed" keeps their statistics and trains scale and shift.
     frozen_batchnorm: of frozen ones: "eval" fixes all of it, "stats" lets the statistics move,
         "train" trains scale and shift, too.
-    views: augmented views of each photo that a frozen prefix is run on; 0 caches nothing.
+    views: augmented views of each photo that a frozen prefix is run on; "auto" is one for each
+        epoch, as far as there is room to keep them; 0 keeps none.
     image_size: of this stage; 0 is preprocess.size. patience: epochs without a lower validation
         loss before the stage ends and its best epoch is restored; 0 never ends early.
     augment: options of [augment] that are different in this stage.
@@ -105,7 +106,7 @@ class Stage(Section):
     momentum_low: float = Field(0.85, ge=0, lt=1)
     batchnorm: Literal["fixed", "train"] = "fixed"
     frozen_batchnorm: Literal["eval", "stats", "train"] = "eval"
-    views: int = Field(4, ge=0)
+    views: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     image_size: int = Field(0, ge=0, le=4096)
     patience: int = Field(0, ge=0)
     augment: Annotated[dict[str, Any], AfterValidator(_augment)] = Field(default_factory=dict)
@@ -133,6 +134,11 @@ class Stage(Section):
         if self.schedule == "exp_range" and self.gamma < 0.9:
             raise ValueError("schedule = 'exp_range' takes gamma every step: use 0.999 or so")
         return self
+
+    @property
+    def wanted_views(self) -> int:
+        """How many views of each photo its epochs take turns with, if there is room for them."""
+        return self.epochs if self.views == "auto" else min(self.views, self.epochs)
 
     @property
     def epochs(self) -> int:

@@ -18,8 +18,6 @@ from serving import preprocess as preprocessing
 from serving.preprocess import Pixels, Preprocess
 from training.pixel_pack import FORMAT
 
-PRESIZE: Final = 1.5
-
 # Whose versions decide pixels.
 _LIBRARIES: Final = (
     *("pil", "jpg", "libjpeg_turbo", "mozjpeg", "zlib", "zlib_ng", "webp", "avif"),
@@ -27,29 +25,32 @@ _LIBRARIES: Final = (
 )
 
 
-def squeeze(image: Image.Image, preprocess: Preprocess) -> Pixels:
-    """A whole photo as training keeps it: uint8 [S, S, 3], S being `PRESIZE` times the size."""
-    side = round(preprocess.size * PRESIZE)
+def squeeze(image: Image.Image, side: int) -> Pixels:
+    """A whole photo as training keeps it: uint8 [side, side, 3]."""
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
 
 
 @dataclass(frozen=True)
 class Making:
-    """How the photos of a part become pixels: all that decides them, besides the photo."""
+    """How the photos of a part become pixels: all that decides them, besides the photo.
+
+    presize: side of training photos in image sizes; those of validation have the image size.
+    """
 
     part: Literal["train", "valid"]
     preprocess: Preprocess
+    presize: float
 
     @property
     def side(self) -> int:
         """Of the squares, in pixels."""
         size = self.preprocess.size
-        return round(size * PRESIZE) if self.part == "train" else size
+        return round(size * self.presize) if self.part == "train" else size
 
     def __call__(self, image: Image.Image) -> Pixels:
         """An upright picture -> uint8 [side, side, 3]."""
         if self.part == "train":
-            return squeeze(image, self.preprocess)
+            return squeeze(image, self.side)
         return self.preprocess(image)
 
     @property

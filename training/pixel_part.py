@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -27,11 +28,14 @@ class PixelSet:
     """Decoded photos of one part of a data set.
 
     pixels: rows of uint8 [S, S, 3]; aspect: float32 [N], width over height; labels: int64 [N].
+    name: of the entry of the cache that has such rows. key: 32 bytes that decide all pixels.
     """
 
     pixels: Rows
     aspect: Tensor
     labels: Tensor
+    name: str = ""
+    key: bytes = b""
 
     def __len__(self) -> int:
         """How many photos."""
@@ -201,4 +205,6 @@ class Part:
         """What training works with."""
         assert self.rows is not None  # kept or streamed
         labels = torch.tensor([self.samples[i].label for i in self.good], dtype=torch.int64)
-        return PixelSet(self.rows, self.aspect, labels)
+        name = self.making.name
+        known = hashlib.sha256(name.encode() + b"".join(self.digests[i] for i in self.good))
+        return PixelSet(self.rows, self.aspect, labels, name, known.digest())

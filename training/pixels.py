@@ -1,6 +1,6 @@
 """Photos are decoded once: encoded files -> rows of uint8 that every later run finds again.
 
-Training photos are kept whole, squeezed to a square a little above the training size, with their
+Training photos are kept whole, squeezed to a square `presize` times the training size, with their
 aspect ratio beside them; augmentation undoes the squeeze when it cuts ("presizing"). Validation
 photos go through the service's own preprocessing and are final.
 
@@ -17,11 +17,11 @@ from serving.errors import DataError, WorkError
 from serving.preprocess import Preprocess
 from training import cache
 from training.data import MAX_BROKEN, Dataset
-from training.pixel_making import PRESIZE, Making, squeeze
+from training.pixel_making import Making
 from training.pixel_part import Part, PixelSet
 from training.pixel_rows import Streamed
 
-__all__ = ["PRESIZE", "Photos", "PixelSet", "decode", "squeeze"]
+__all__ = ["Photos", "PixelSet", "decode"]
 
 
 class Photos:
@@ -31,11 +31,15 @@ class Photos:
     """
 
     def __init__(
-        self, dataset: Dataset, say: Callable[[str], None], cache_gb: float | None = None
+        self,
+        dataset: Dataset,
+        presize: float,
+        say: Callable[[str], None],
+        cache_gb: float | None = None,
     ) -> None:
-        """Nothing is decoded yet. cache_gb: as `decode`, and refused here where it is wrong."""
+        """Nothing is decoded yet; all as `decode`. A wrong `cache_gb` is refused here."""
         cache.wanted(cache_gb)
-        self.dataset, self._say, self._cache_gb = dataset, say, cache_gb
+        self.dataset, self._presize, self._say, self._cache_gb = dataset, presize, say, cache_gb
         self._preprocess: Preprocess | None = None
         self._sets: tuple[PixelSet, PixelSet] | None = None
 
@@ -44,7 +48,9 @@ class Photos:
         if self._sets is None or preprocess != self._preprocess:
             self._sets = None  # the old ones go first: both would take twice the room
             before = self.dataset
-            self.dataset, *sets = decode(before, preprocess, self._say, self._cache_gb)
+            self.dataset, *sets = decode(
+                before, preprocess, self._presize, self._say, self._cache_gb
+            )
             if self._preprocess is not None and self.dataset is not before:
                 raise WorkError("photos that could be read at first can't be any more: mend them")
             self._preprocess, self._sets = preprocess, (sets[0], sets[1])
@@ -54,6 +60,7 @@ class Photos:
 def decode(
     dataset: Dataset,
     preprocess: Preprocess,
+    presize: float,
     say: Callable[[str], None],
     cache_gb: float | None = None,
 ) -> tuple[Dataset, PixelSet, PixelSet]:
@@ -65,6 +72,7 @@ def decode(
     Args:
         dataset: What to decode.
         preprocess: Decides the pixels.
+        presize: Side of the training photos, in image sizes.
         say: Takes lines for a person.
         cache_gb: Budget of the cache, in GB; as `cache.wanted`.
 
@@ -76,8 +84,8 @@ def decode(
     room = cache.room(cache_gb)
     started = time.perf_counter()
     parts = (
-        Part(dataset.train, Making("train", preprocess), say),
-        Part(dataset.valid, Making("valid", preprocess), say),
+        Part(dataset.train, Making("train", preprocess, presize), say),
+        Part(dataset.valid, Making("valid", preprocess, presize), say),
     )
     names = {part.making.name for part in parts}
     left = room.budget

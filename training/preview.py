@@ -54,7 +54,7 @@ def augmented(
 
     Args:
         source: As `data.load`; not looked at where `photo` is given.
-        recipe: Its augmentation and preprocessing.
+        recipe: Its augmentation, preprocessing and presizing.
         out: Folder of the picture, made where it is not there.
         split: As `data.load`.
         photo: Which; the first one to train on that can be read where not given.
@@ -73,7 +73,9 @@ def augmented(
         raise DataError(f"--photo {photo}: {why}")
     out.mkdir(parents=True, exist_ok=True)
     augment: AugmentConfig = recipe.augment
-    contact_sheet.write(photo, augment, recipe.preprocess, out / AUGMENTED, seed=recipe.seed)
+    contact_sheet.write(
+        photo, augment, recipe.preprocess, recipe.data.presize, out / AUGMENTED, seed=recipe.seed
+    )
     return out / AUGMENTED
 
 

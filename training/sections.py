@@ -28,7 +28,7 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Where labels come from and how photos are split, where folders and `--split` don't say it.
+    """Labels and split, where folders and `--split` don't say them; how large photos are kept.
 
     pattern: regular expression searched in file names; its first group is the label.
     csv: a table below the data folder with a line a photo; columns: of the photo's id and its
@@ -37,6 +37,7 @@ class DataConfig(Section):
     valid: share of each class that is held out.
     folds: cut each class into so many parts instead; fold: the one to validate on, from 0, also in
         a `--split` file.
+    presize: side at which training photos are kept, in image sizes.
     """
 
     pattern: str = ""
@@ -47,6 +48,7 @@ class DataConfig(Section):
     valid: float = Field(0.2, gt=0, lt=1)
     folds: int = Field(0, ge=0, le=1000)
     fold: int = Field(0, ge=0)
+    presize: float = Field(1.5, ge=1, le=4)
 
     @field_validator("pattern")
     @classmethod

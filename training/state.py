@@ -30,13 +30,14 @@ class Position:
     """How far a run is.
 
     stage: index of the stage in progress; epoch: how many of its epochs are done. first_view: where
-    its views begin. lr: its rate, once known. best: accuracy and minus the loss of the best epoch.
-    history: every epoch so far.
+    its views begin; views: how many it takes turns with, once known. lr: its rate, once known.
+    best: accuracy and minus the loss of the best epoch. history: every epoch so far.
     """
 
     stage: int = 0
     epoch: int = 0
     first_view: int = 0
+    views: int | None = None
     lr: float | None = None
     best: tuple[float, float] = (-1.0, 0.0)
     history: list[Epoch] = field(default_factory=list)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,11 +16,17 @@ from torch import Tensor, nn
 from serving.errors import WorkError
 from serving.progress import progress_bar
 from training import lr_finder, optim, schedule
-from training.activations import TrainFeed
 from training.ema import Ema
+from training.feeds import TrainFeed
 from training.model import Classifier
 from training.options import Recipe, Stage
 from training.precision import Precision
+
+LOOK_EVERY: Final = 32
+"""Steps between two looks at the loss: each look waits for a GPU."""
+
+STEPS: Final = "steps"
+"""What the clock calls forward and backward passes and updates."""
 
 Batch = tuple[Tensor, Tensor]
 Batches = Iterable[Batch]
@@ -75,7 +83,7 @@ def find_lr(
     def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
 
-    feed.fill()
+    feed.prepare(range(-(-config.steps // feed.steps(recipe.batch_size))))
     try:
         with progress_bar() as bar:
             task = bar.add_task(f"{stage.name} lr_find", total=config.steps)
@@ -127,8 +135,9 @@ def train_epoch(
     config, size = recipe.optimizer, recipe.batch_size
     steps = -(-feed.steps(size) // config.accumulate)
     rows: list[Step] = []
-    total, seen = 0.0, 0
-    feed.fill()  # before the bar: it shows one of its own
+    made: list[Tensor] = []
+    seen: list[int] = []
+    feed.prepare([epoch])  # before the bar: it shows one of its own
     classifier.train()
     with progress_bar() as bar:
         task = bar.add_task(f"{stage.name} {epoch + 1}/{stage.epochs}", total=steps)
@@ -138,22 +147,33 @@ def train_epoch(
                 stage, position, steps=steps, losses=valid_losses, momentum=config.momentum
             )
             optim.set_point(optimizer, point)
-            loss = _backward(suffix, batches, feed.precision, recipe.label_smoothing)
-            rates = tuple(optim.rates_now(optimizer).values())
-            if not math.isfinite(loss):
-                raise WorkError(
-                    f"stage {stage.name}: the loss is {loss} at epoch {epoch + 1}, "
-                    f"step {number + 1}, rate {rates[-1]:.3g}; lower stage.{stage.name}.lr"
-                )
-            optim.step(optimizer, config)
-            if ema:
-                ema.update()
+            with feed.clock(STEPS):
+                made.append(_backward(suffix, batches, feed.precision, recipe.label_smoothing))
+                optim.step(optimizer, config)
+                if ema:
+                    ema.update()
             momentum = config.momentum if point.momentum is None else point.momentum
-            rows.append(Step(stage.name, epoch + 1, number + 1, loss, momentum, rates))
-            photos = sum(len(labels) for _, labels in batches)
-            total, seen = total + loss * photos, seen + photos
+            rates = tuple(optim.rates_now(optimizer).values())
+            rows.append(Step(stage.name, epoch + 1, number + 1, math.nan, momentum, rates))
+            seen.append(sum(len(labels) for _, labels in batches))
+            if len(made) % LOOK_EVERY == 0 or len(rows) == steps:
+                _look(rows, made)
             bar.advance(task)
-    return total / seen, rows
+    _look(rows, made)
+    losses = np.array([row.loss for row in rows])
+    return float(losses @ seen / sum(seen)), rows
+
+
+def _look(rows: list[Step], made: list[Tensor]) -> None:
+    """Take the losses of the last steps from the device, which waits for it, and empty `made`."""
+    for place, loss in enumerate(torch.stack(made).tolist() if made else [], len(rows) - len(made)):
+        rows[place] = row = replace(rows[place], loss=loss)
+        if not math.isfinite(loss):
+            raise WorkError(
+                f"stage {row.stage}: the loss is {loss} at epoch {row.epoch}, step {row.step}, "
+                f"rate {row.lr[-1]:.3g}; lower stage.{row.stage}.lr"
+            )
+    made.clear()
 
 
 def _groups(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
@@ -164,10 +184,10 @@ def _groups(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
 
 def _backward(
     suffix: nn.Module, batches: Sequence[Batch], precision: Precision, smoothing: float
-) -> float:
-    """Gradients of the mean loss over all photos of the batches; returns that loss."""
+) -> Tensor:
+    """Gradients of the mean loss over all photos of the batches; returns that loss, a scalar."""
     photos = sum(len(labels) for _, labels in batches)
-    total = 0.0
+    total = torch.zeros((), device=precision.device)
     for inputs, labels in batches:
         with precision.autocast():
             logits = suffix(inputs)
@@ -175,20 +195,21 @@ def _backward(
         if len(batches) > 1:
             loss = loss * (len(labels) / photos)
         loss.backward()
-        total += loss.item()
+        total += loss.detach()
     return total
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def validate(classifier: Classifier, valid: Batches, precision: Precision) -> tuple[float, float]:
     """Accuracy and mean loss; leaves the classifier in eval mode."""
     classifier.eval()
     suffix = classifier.suffix
-    right, loss, seen = 0, 0.0, 0
+    right, loss = torch.zeros((), device=precision.device), torch.zeros((), device=precision.device)
+    seen = 0
     for inputs, labels in valid:
         with precision.autocast():
             logits = suffix(inputs).float()
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        right += int((logits.argmax(dim=1) == labels).sum())
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        right += (logits.argmax(dim=1) == labels).sum()
         seen += len(labels)
-    return right / seen, loss / seen
+    return right.item() / seen, loss.item() / seen

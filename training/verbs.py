@@ -31,8 +31,9 @@ class AddVerb(Protocol):
 def train(options: argparse.Namespace) -> None:
     """Fine-tune a network on a folder of photos."""
     from serving.errors import OptionError
-    from training import recipe
+    from training import memory, recipe
 
+    memory.keep_freed()
     if options.resume is not None:
         given = [word for word in (options.recipe, options.split, options.out) if word is not None]
         if given or options.overrides or options.weights or options.seed is not None:
@@ -56,7 +57,9 @@ def train(options: argparse.Namespace) -> None:
 def lr_find(options: argparse.Namespace) -> None:
     """Find a learning rate by the range test, and on request train briefly with each choice."""
     from training import lr_find as room
+    from training import memory
 
+    memory.keep_freed()
     curve, trials = room.lr_find(
         _recipe(options),
         options.data,
@@ -128,9 +131,10 @@ def preview(options: argparse.Namespace) -> None:
 def ablate(options: argparse.Namespace) -> None:
     """Measure the tricks of fine-tuning on one's own photos, one row a trick."""
     from serving.errors import OptionError
-    from training import ablation, ablation_table, tricks
+    from training import ablation, ablation_table, memory, tricks
     from training.console import say
 
+    memory.keep_freed()
     base = _recipe(options)
     words = [word.strip() for word in (options.rows or "").split(",") if word.strip()]
     words += ["augment"] if options.augment else []

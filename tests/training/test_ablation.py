@@ -105,6 +105,7 @@ def test_one_augmentation_at_a_time(row):
 def test_every_row_fits_every_recipe_and_trains_as_long(base, row):
     found = tricks.recipe_of(row, base)
     assert sum(s.epochs for s in found.stage) == sum(s.epochs for s in base.stage)
+    assert found.data == base.data
     assert config.parse(tricks.values_of(found), "again") == found
 
 

@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from serving.preprocess import Preprocess
 from training import augment
-from training.pixels import PRESIZE
+from training.pixel_making import Making
 from training.sections import PRESETS, AugmentConfig
 
 PRESET = sorted(PRESETS)
@@ -66,12 +66,12 @@ def test_no_change_changes_nothing():
 
 
 @pytest.mark.parametrize("aspect", [1.0, 1.5, 0.6])
-def test_without_augmentation_training_sees_what_validation_sees(aspect):
+@pytest.mark.parametrize("presize", [1, 1.5, 3])
+def test_without_augmentation_training_sees_what_validation_sees(aspect, presize):
     preprocess = Preprocess(size=64)
     photo = Image.fromarray(channels_last(smooth(1, 240))[0].numpy())
     photo = photo.resize((round(200 * aspect), 200))
-    side = round(preprocess.size * PRESIZE)
-    whole = np.array(photo.resize((side, side), Image.Resampling.BILINEAR))
+    whole = Making("train", preprocess, presize)(photo).copy()
     draws = augment.draw(
         plain(), torch.tensor([photo.width / photo.height]), 0, 0, crop=preprocess.crop
     )

@@ -31,6 +31,7 @@ def test_defaults_and_epochs(recipe):
     assert read.stage[1].unfreeze >= 99
     assert read.stage[1].lr == "find"
     assert read.preprocess.size == 224
+    assert read.data.presize == 1.5
 
 
 def test_overrides_reach_every_level(recipe):
@@ -176,6 +177,24 @@ def test_bad_overrides(recipe, override, message):
     said = mistakes(recipe, overrides=[override])
     assert said.startswith("on the command line: ")
     assert message in said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("0.5", "0.5: must be greater than or equal to 1"),
+        ("4.1", "4.1: must be less than or equal to 4"),
+        ("nan", "nan: must be a finite number"),
+        ('"big"', "'big': must be a valid number"),
+    ],
+)
+def test_a_presize_that_is_none_is_refused(recipe, value, said):
+    assert mistakes(recipe, f"{GOOD}[data]\npresize = {value}\n") == (
+        f"line 13: data.presize = {said}"
+    )
+    assert mistakes(recipe, GOOD, [f"data.presize={value}"]) == (
+        f"on the command line: data.presize = {said}"
+    )
 
 
 def test_a_good_override_mends_a_bad_line(recipe):

@@ -6,6 +6,7 @@ from serving.errors import ImageError
 from serving.preprocess import Preprocess
 from training import contact_sheet
 from training.contact_sheet import COLUMNS, GAP, TILE
+from training.pixel_making import Making
 from training.sections import PRESETS, AugmentConfig
 
 PREPROCESS = Preprocess(size=TILE)
@@ -25,9 +26,9 @@ def tile(sheet, number):
     return np.asarray(sheet, dtype=float)[top + 4 : top + TILE - 4, left + 4 : left + TILE - 4]
 
 
-def sheet_of(photo, config, **options):
+def sheet_of(photo, config, presize=1.5, **options):
     path = photo.with_name("sheet.png")
-    contact_sheet.write(photo, config, PREPROCESS, path, **options)
+    contact_sheet.write(photo, config, PREPROCESS, presize, path, **options)
     with Image.open(path) as sheet:
         assert sheet.format == "PNG"
         return sheet.convert("RGB")
@@ -48,6 +49,21 @@ def test_without_augmentation_every_tile_is_the_photo(photo):
     sheet = sheet_of(photo, AugmentConfig(preset="none"), draws=4)
     for number in range(1, 5):
         assert np.abs(tile(sheet, number) - tile(sheet, 0)).mean() < 2
+
+
+@pytest.mark.parametrize("presize", [1, 2])
+def test_draws_are_cut_from_the_photo_as_training_keeps_it(photo, presize, monkeypatch):
+    cut_from, original = [], contact_sheet.augment.apply
+
+    def apply(pixels, *arguments):
+        cut_from.append(pixels)
+        return original(pixels, *arguments)
+
+    monkeypatch.setattr(contact_sheet.augment, "apply", apply)
+    sheet_of(photo, AugmentConfig(), presize, draws=2)
+    kept = Making("train", PREPROCESS, presize)(Image.open(photo))
+    assert cut_from.pop().numpy().tolist() == [kept.tolist()] * 2
+    assert kept.shape == (presize * TILE, presize * TILE, 3)
 
 
 def test_a_seed_is_a_sheet(photo):
@@ -80,7 +96,7 @@ def test_a_photo_that_is_none_is_named(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"no photo")
     with pytest.raises(ImageError):
         contact_sheet.write(
-            tmp_path / "photo.jpg", AugmentConfig(), PREPROCESS, tmp_path / "sheet.png"
+            tmp_path / "photo.jpg", AugmentConfig(), PREPROCESS, 1.5, tmp_path / "sheet.png"
         )
     assert not (tmp_path / "sheet.png").exists()
 

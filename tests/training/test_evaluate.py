@@ -198,6 +198,27 @@ def test_draws_are_those_of_the_checkpoints_own_stage(run):
     assert (evaluate.evaluate(run, tta=draws).probabilities == staged).all()
 
 
+def test_draws_are_cut_from_photos_as_large_as_the_run_kept_them(run, monkeypatch):
+    draws, original, sides = TtaConfig(kind="draws", count=1), evaluate.draw, set()
+
+    def draw(pixels, *arguments, **options):
+        sides.add(pixels.shape[1:3])
+        return original(pixels, *arguments, **options)
+
+    monkeypatch.setattr(evaluate, "draw", draw)
+    path = run / "recipe.toml"
+    text = path.read_text()
+    answers = []
+    for presize, side in (("", 48), ("1.5", 48), ("3", 96)):
+        own = f"data = {{ presize = {presize} }}\n[[stage]]"
+        path.write_text(text.replace("[[stage]]", own) if presize else text)
+        answers.append(evaluate.evaluate(run, tta=draws).probabilities)
+        assert sides == {(side, side)}
+        sides.clear()
+    assert (answers[0] == answers[1]).all()
+    assert not np.allclose(answers[0], answers[2], atol=1e-6)
+
+
 def test_the_csv_takes_any_name(run, tmp_path):
     result = evaluate.evaluate(run)
     strange = (result.root / "a\r,b\n.jpg", *result.paths[1:])

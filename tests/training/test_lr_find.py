@@ -62,7 +62,7 @@ def test_a_later_stage_starts_from_what_came_before(recipe, photos, tmp_path, we
     run = _train(settings, photos, tmp_path)
     options = {"stage": "tail", "out": tmp_path / "c.png", "say": said.append}
     untrained, _ = lr_find(settings, str(photos), **options)
-    assert "the stages before tail have not been trained" in said[-3]
+    assert "the stages before tail have not been trained" in " ".join(said)
     start = run / "stages" / "head.safetensors"
     trained, _ = lr_find(settings, str(photos), start=start, **options)
     assert trained.losses != untrained.losses

@@ -24,7 +24,8 @@ from training.pixel_rows import Mapped, Streamed, ahead
 
 ROOT = Path(__file__).parents[2]
 SMALL = Preprocess(size=32)
-SIDE = Making("train", SMALL).side
+PRESIZE = 1.5
+SIDE = Making("train", SMALL, PRESIZE).side
 ROW = 3 * SIDE**2  # bytes of a training photo
 STAGES = """
 [[stage]]
@@ -58,11 +59,11 @@ def as_decoded(sample, making):
     return making(images.read(sample.path, background=making.preprocess.background).image)
 
 
-def assert_right(found, sets, preprocess=SMALL):
+def assert_right(found, sets, preprocess=SMALL, presize=PRESIZE):
     for part, of in zip(("train", "valid"), sets, strict=True):
         samples = getattr(found, part)
         assert len(of) == len(of.pixels) == len(samples)
-        making = Making(part, preprocess)
+        making = Making(part, preprocess, presize)
         for sample, row, label in zip(samples, of.pixels[:], of.labels, strict=True):
             assert (row.numpy() == as_decoded(sample, making)).all()
             assert sample.label == label
@@ -98,11 +99,11 @@ def test_folds_and_seeds_share_the_rows(photos, room, lines):
              "data": {"folds": 3, "fold": fold}}, "x"
         )  # fmt: skip
         found = data.load(str(photos), config=own.data, seed=seed)
-        _, *sets = pixels.decode(found, SMALL, lines.append)
+        _, *sets = pixels.decode(found, SMALL, PRESIZE, lines.append)
         assert_right(found, sets)
     rows = {entry.what: entry.size for entry in room.entries()}
     assert len(rows) == 2
-    assert rows[str(Making("train", SMALL))] < 45 * ROW + 2000  # every photo once
+    assert rows[str(Making("train", SMALL, PRESIZE))] < 45 * ROW + 2000  # every photo once
 
 
 def test_equal_photos_share_a_row_and_a_name_decides_nothing(photos, room, lines):
@@ -110,11 +111,11 @@ def test_equal_photos_share_a_row_and_a_name_decides_nothing(photos, room, lines
     (photos / "red" / "copy.jpg").write_bytes(data_of)
     (photos / "red" / "1.jpg").write_bytes(data_of)
     found = data.load(str(photos))
-    _, *sets = pixels.decode(found, SMALL, lines.append)
+    _, *sets = pixels.decode(found, SMALL, PRESIZE, lines.append)
     assert_right(found, sets)
     moved = photos.rename(photos.with_name("moved"))
     again = data.load(str(moved))
-    _, *sets = pixels.decode(again, SMALL, lines.append)
+    _, *sets = pixels.decode(again, SMALL, PRESIZE, lines.append)
     assert_right(again, sets)
     assert f"{len(again.train) + len(again.valid)} from the cache" in lines[-1]
 
@@ -127,21 +128,21 @@ def test_a_photo_changed_in_place_is_seen_whatever_its_size_and_time_say(tmp_pat
         for i in range(4):
             Image.new("RGB", (40, 30), (i * 20, 0, 90)).save(root / label / f"{i}.bmp")
     found = data.load(str(root))
-    pixels.decode(found, SMALL, lines.append, cache_gb)
+    pixels.decode(found, SMALL, PRESIZE, lines.append, cache_gb)
     changed = root / "a" / "2.bmp"
     before = changed.stat()
     Image.new("RGB", (40, 30), (1, 250, 3)).save(changed)
     os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
     after = changed.stat()
     assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-    _, *sets = pixels.decode(found, SMALL, lines.append, cache_gb)
+    _, *sets = pixels.decode(found, SMALL, PRESIZE, lines.append, cache_gb)
     assert_right(found, sets)
 
 
 def test_all_that_decides_pixels_is_in_the_name_and_nothing_else():
-    def names(**changes):
+    def names(presize=PRESIZE, **changes):
         preprocess = Preprocess(**{"size": 64, **changes})
-        return Making("train", preprocess).name, Making("valid", preprocess).name
+        return tuple(Making(part, preprocess, presize).name for part in ("train", "valid"))
 
     train, valid = names()
     assert train != valid
@@ -152,12 +153,43 @@ def test_all_that_decides_pixels_is_in_the_name_and_nothing_else():
         assert names(**change)[0] == train
         assert names(**change)[1] != valid
     assert names(mean=(0.5, 0.5, 0.5), std=(1, 1, 1)) == (train, valid)
+    assert names(presize=2)[0] != train
+    assert names(presize=2)[1] == valid
+    assert names(presize=1, size=96)[0] == train  # the same pixels: 96 of them a side
+
+
+def test_photos_are_kept_as_large_as_the_recipe_says_and_the_cache_keeps_both_sizes(
+    recipe, photos, tmp_path, room, lines
+):
+    path, weights = recipe(), []
+    for presize in (1.5, 2, 1.5):
+        settings = config.read(path, [f"data.presize={presize}"])
+        folder = fine_tune.run(
+            settings, str(photos), out=tmp_path / f"run-{len(weights)}", device="cpu",
+            say=lines.append,
+        )  # fmt: skip
+        weights.append((folder / checkpoint.BEST).read_bytes())
+    assert weights[0] == weights[2] != weights[1]
+    assert any(line.startswith("pixels: 45 photos, 45 from the cache") for line in lines)
+    lr_find.lr_find(
+        config.read(path, ["data.presize=1"]), str(photos), out=tmp_path / "curve.png",
+        device="cpu", say=lines.append,
+    )  # fmt: skip
+    parts = sorted(entry.what for entry in room.entries())
+    assert parts == [*(f"train photos at {side} px" for side in (32, 48, 64)),
+                     "valid photos at 32 px"]  # fmt: skip
+    for presize in (1, 1.5, 2):
+        found = data.load(str(photos))
+        _, *sets = pixels.decode(found, settings.preprocess, presize, lines.append)
+        assert "45 from the cache" in lines[-1]
+        assert_right(found, sets, settings.preprocess, presize)
+        assert sets[0].pixels[:1].shape == (1, 32 * presize, 32 * presize, 3)
 
 
 def test_any_order_and_any_slice_comes_as_it_is_asked_for(photos, lines):
     found = data.load(str(photos))
-    _, kept, _ = pixels.decode(found, SMALL, lines.append)
-    _, streamed, _ = pixels.decode(found, SMALL, lines.append, 0)
+    _, kept, _ = pixels.decode(found, SMALL, PRESIZE, lines.append)
+    _, streamed, _ = pixels.decode(found, SMALL, PRESIZE, lines.append, 0)
     assert isinstance(kept.pixels, Mapped)
     assert isinstance(streamed.pixels, Streamed)
     whole = kept.pixels[:]
@@ -199,7 +231,7 @@ def test_what_is_decoded_ahead_is_bounded():
 )
 def test_a_photo_that_changes_under_a_stream_is_named(photos, lines, damage, message):
     found = data.load(str(photos))
-    _, train, _ = pixels.decode(found, SMALL, lines.append, 0)
+    _, train, _ = pixels.decode(found, SMALL, PRESIZE, lines.append, 0)
     victim = next(s.path for s in found.train if s.path.name != "0.jpg")
     damage(victim)
     with pytest.raises(WorkError, match=f"{re.escape(str(victim))} {message}"):
@@ -212,7 +244,7 @@ def test_broken_photos_are_named_and_left_out_every_time(photos, lines, cache_gb
     broken.write_bytes(broken.read_bytes()[:300])
     (photos / "blue" / "4.jpg").write_text("not a photo")
     for _ in range(2):
-        found, *sets = pixels.decode(data.load(str(photos)), SMALL, lines.append, cache_gb)
+        found, *sets = pixels.decode(data.load(str(photos)), SMALL, PRESIZE, lines.append, cache_gb)
         assert len(found.train) + len(found.valid) == 43
         assert_right(found, sets)
         text = "\n".join(lines)
@@ -223,7 +255,7 @@ def test_broken_photos_are_named_and_left_out_every_time(photos, lines, cache_gb
 
 def test_a_torn_or_damaged_index_never_gives_wrong_rows(photos, room, lines):
     found = data.load(str(photos))
-    pixels.decode(found, SMALL, lines.append)
+    pixels.decode(found, SMALL, PRESIZE, lines.append)
     entry = next(e for e in room.entries() if "train" in e.what)
     index, (rows,) = entry.path / "index", entry.path.glob("rows-*.bin")
     whole, held = index.read_bytes(), rows.read_bytes()
@@ -240,32 +272,34 @@ def test_a_torn_or_damaged_index_never_gives_wrong_rows(photos, room, lines):
             old.unlink()
         rows.write_bytes(held)
         index.write_bytes(torn)
-        _, *sets = pixels.decode(found, SMALL, lines.append)
+        _, *sets = pixels.decode(found, SMALL, PRESIZE, lines.append)
         assert_right(found, sets)
         assert ("36 decoded" if not left else f"{left + 9} from the cache") in lines[-1]
     rows, *more = entry.path.glob("rows-*.bin")
     assert not more
     rows.write_bytes(rows.read_bytes()[:-1])  # rows that the index lists and the file lacks
-    _, *sets = pixels.decode(found, SMALL, lines.append)
+    _, *sets = pixels.decode(found, SMALL, PRESIZE, lines.append)
     assert_right(found, sets)
 
 
 def test_the_budget_holds_and_the_oldest_goes(photos, room, lines):
     found = data.load(str(photos))
     first, last = Preprocess(size=24), Preprocess(size=64)
-    largest = 36 * 3 * Making("train", last).side ** 2 + 9 * 3 * last.size**2
+    largest = 36 * 3 * Making("train", last, PRESIZE).side ** 2 + 9 * 3 * last.size**2
     budget = 1.3 * largest / 1e9
     for preprocess in (first, Preprocess(size=48), SMALL, last):
-        _, *sets = pixels.decode(found, preprocess, lines.append, budget)
+        _, *sets = pixels.decode(found, preprocess, PRESIZE, lines.append, budget)
         assert_right(found, sets, preprocess)
         assert isinstance(sets[0].pixels, Mapped)
         assert room.size() <= budget * 1e9
         if preprocess is first:
             kept = sets[0]
-    assert not any(entry.path.name == Making("train", first).name for entry in room.entries())
-    assert any(entry.path.name == Making("train", last).name for entry in room.entries())
-    assert_right(found, (kept, pixels.decode(found, first, lines.append)[2]), first)  # open still
-    _, *sets = pixels.decode(found, Preprocess(size=256), lines.append, budget)
+    names = {entry.path.name for entry in room.entries()}
+    assert Making("train", first, PRESIZE).name not in names
+    assert Making("train", last, PRESIZE).name in names
+    _, _, valid = pixels.decode(found, first, PRESIZE, lines.append)
+    assert_right(found, (kept, valid), first)  # open still
+    _, *sets = pixels.decode(found, Preprocess(size=256), PRESIZE, lines.append, budget)
     assert isinstance(sets[0].pixels, Streamed)
 
 
@@ -274,7 +308,7 @@ def test_a_pack_full_of_other_photos_is_begun_anew(tmp_path, photos, room, lines
     budget = 60 * ROW / 1e9  # enough for the rows of either, of both not
     for root in (photos, other, photos):
         found = data.load(str(root))
-        _, *sets = pixels.decode(found, SMALL, lines.append, budget)
+        _, *sets = pixels.decode(found, SMALL, PRESIZE, lines.append, budget)
         assert_right(found, sets)
         assert isinstance(sets[0].pixels, Mapped)
         assert room.size() <= budget * 1e9
@@ -285,7 +319,7 @@ def test_a_cache_that_cant_be_used_is_a_warning(tmp_path, photos, monkeypatch, l
     (tmp_path / "file").write_text("mine")
     monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path / "file" / "cache"))
     found = data.load(str(photos))
-    _, *sets = pixels.decode(found, SMALL, lines.append)
+    _, *sets = pixels.decode(found, SMALL, PRESIZE, lines.append)
     assert_right(found, sets)
     assert isinstance(sets[0].pixels, Mapped)
     assert lines[0].startswith(f"warning: the cache {tmp_path}/file/cache can't be used: ")
@@ -295,14 +329,14 @@ def test_a_cache_that_cant_be_used_is_a_warning(tmp_path, photos, monkeypatch, l
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_cache_that_others_fill_is_read(photos, room, lines):
     found = data.load(str(photos))
-    pixels.decode(found, SMALL, lines.append)
+    pixels.decode(found, SMALL, PRESIZE, lines.append)
     files = [room.folder, *room.folder.rglob("*")]
     for path in files:
         path.chmod(0o555)
     try:
-        _, *sets = pixels.decode(found, SMALL, lines.append)
+        _, *sets = pixels.decode(found, SMALL, PRESIZE, lines.append)
         assert "45 from the cache" in lines[-1]
-        _, *sets = pixels.decode(found, Preprocess(size=24), lines.append)
+        _, *sets = pixels.decode(found, Preprocess(size=24), PRESIZE, lines.append)
         assert_right(found, sets, Preprocess(size=24))
         assert "Permission denied" in lines[-2]
     finally:
@@ -326,14 +360,14 @@ from serving.progress import progress_bar
 from training import cache, data, pixel_pack, pixels
 pixel_pack.FLUSH_BYTES = 20_000  # many flushes, so that kills fall everywhere
 found, small = data.load(sys.argv[1]), Preprocess(size=32)
-making = {name: pixels.Making(name, small) for name in ("train", "valid")}
+making = {name: pixels.Making(name, small, 1.5) for name in ("train", "valid")}
 packs = {name: pixel_pack.Pack(cache.folder() / m.name, m.side) for name, m in making.items()}
 progress_bar()  # what is loaded at the first use, here and not in every child
 
 def begin():
     child = os.fork()
     if not child:
-        pixels.decode(found, small, lambda line: None)
+        pixels.decode(found, small, 1.5, lambda line: None)
         os._exit(0)
     return child
 
@@ -366,7 +400,7 @@ def test_a_kill_at_any_moment_leaves_only_whole_rows(tmp_path, room, lines):
     found = data.load(str(photos))
     right = {
         (part, hashlib.sha256(sample.path.read_bytes()).hexdigest()[:32]): as_decoded(
-            sample, Making(part, SMALL)
+            sample, Making(part, SMALL, PRESIZE)
         )
         .tobytes()
         .hex()
@@ -388,7 +422,7 @@ def test_a_kill_at_any_moment_leaves_only_whole_rows(tmp_path, room, lines):
     assert checked > 100
     assert sum(0 < rows < 96 for rows in killed) == 8, killed
     for _ in range(2):
-        _, *sets = pixels.decode(found, SMALL, lines.append)
+        _, *sets = pixels.decode(found, SMALL, PRESIZE, lines.append)
         assert_right(found, sets)
     assert "120 from the cache" in lines[-1]
     assert room.size() < 96 * ROW + 24 * 3 * 32**2 + 120 * 24 + 1000  # no reserve is left
@@ -399,7 +433,7 @@ import hashlib, json, sys
 from serving.preprocess import Preprocess
 from training import data, pixels
 said = []
-_, train, valid = pixels.decode(data.load(sys.argv[1]), Preprocess(size=32), said.append)
+_, train, valid = pixels.decode(data.load(sys.argv[1]), Preprocess(size=32), 1.5, said.append)
 sums = [hashlib.sha256(of.pixels[:].numpy().tobytes()).hexdigest() for of in (train, valid)]
 print(json.dumps([sums, said[-1]]))
 """
@@ -413,7 +447,7 @@ def test_two_runs_that_fill_one_cache_at_once_find_the_same(tmp_path, room, line
     assert [run.returncode for run in runs] == [0, 0]
     assert sums == others
     found = data.load(str(photos))
-    _, *sets = pixels.decode(found, SMALL, lines.append)
+    _, *sets = pixels.decode(found, SMALL, PRESIZE, lines.append)
     assert_right(found, sets)
     assert [hashlib.sha256(s.pixels[:].numpy().tobytes()).hexdigest() for s in sets] == sums
     assert "200 from the cache" in lines[-1]
@@ -432,10 +466,10 @@ def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 found = data.load(sys.argv[1])
 small = Preprocess(size=32)
-pixels.decode(found, small, print, 0)[1].pixels[:4]  # what is loaded at the first use
+pixels.decode(found, small, 1.5, print, 0)[1].pixels[:4]  # what is loaded at the first use
 Path("/proc/self/clear_refs").write_text("5")
 before = peak()
-_, train, _ = pixels.decode(found, Preprocess(size=512), lambda line: None, 0)
+_, train, _ = pixels.decode(found, Preprocess(size=512), 1.5, lambda line: None, 0)
 for _ in train.pixels.batches(torch.randperm(len(train)).split(4)):
     pass
 print(peak() - before)
@@ -448,5 +482,5 @@ def test_streaming_takes_the_memory_of_some_batches(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(photos)], cwd=ROOT, stdout=subprocess.PIPE, check=True
     )
-    row = 3 * Making("train", Preprocess(size=512)).side ** 2  # all are 160 of them
+    row = 3 * Making("train", Preprocess(size=512), PRESIZE).side ** 2  # all are 160 of them
     assert int(done.stdout.split()[-1]) < 40 * row, done.stdout

@@ -196,16 +196,17 @@ def test_the_verb_prints_the_report_and_writes_the_picture(photos, tmp_path, cap
 def test_the_verb_draws_an_augmentation(photos, tmp_path, capsys, monkeypatch):
     asked = []
 
-    def write(path, config, preprocess, out, *, draws=24, seed=0):
-        asked.append((path, config, preprocess.size, out, seed))
+    def write(path, config, preprocess, presize, out, *, draws=24, seed=0):
+        asked.append((path, config, preprocess.size, presize, out, seed))
 
     monkeypatch.setattr("training.contact_sheet.write", write)
     words = ["preview", str(photos), "--augment", "--out", str(tmp_path / "out")]
-    assert fledge.main([*words, "augment.preset=top_down", "preprocess.size=64", "seed=5"]) == 0
+    changes = ["augment.preset=top_down", "preprocess.size=64", "data.presize=2", "seed=5"]
+    assert fledge.main([*words, *changes]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'augment.png'}\n"
     first = data.load(str(photos), seed=5).train[0].path
     config = AugmentConfig(preset="top_down")
-    assert asked.pop() == (first, config, 64, tmp_path / "out" / "augment.png", 5)
+    assert asked.pop() == (first, config, 64, 2, tmp_path / "out" / "augment.png", 5)
     recipe = tmp_path / "r.toml"
     recipe.write_text(preview.DEFAULTS + "[augment]\nmax_rotate = 33.0\n")
     mine = photos / "b" / "2.jpg"

@@ -24,8 +24,6 @@ from training import (
     trainer,
 )
 from training import recipe as fine_tune
-from training.activations import TrainFeed, ValidFeed, affordable_views
-from training.model import normalise
 from training.precision import Precision
 
 CPU = Precision(torch.float32, torch.device("cpu"))
@@ -56,7 +54,8 @@ def run(path, photos, out, lines, *overrides):
 
 def test_a_run_leaves_what_the_contract_says(recipe, photos, tmp_path, lines):
     path = recipe(STAGE.format(epochs=10))
-    learns = ("arch=squeezenet1_1", "arch_args={}", "optimizer.kind=adamw", "stage.all.lr=0.001")
+    learns = ("arch=squeezenet1_1", "arch_args={}", "optimizer.kind=adamw", "stage.all.lr=0.001",
+              "data.presize=1.25")  # fmt: skip
     folder = run(path, photos, tmp_path / "runs" / "one", lines, *learns)
     names = {p.name for p in folder.iterdir()}
     assert names == {
@@ -71,8 +70,12 @@ def test_a_run_leaves_what_the_contract_says(recipe, photos, tmp_path, lines):
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == [str(i) for i in range(1, 11)]
-    again = config.parse(tomllib.loads((folder / "recipe.toml").read_text()), "recipe.toml")
+    text = (folder / "recipe.toml").read_text()
+    again = config.parse(tomllib.loads(text), "recipe.toml")
     assert again == config.read(path, learns)
+    older = text.replace("presize = 1.25\n", "")  # a run from before the option
+    assert older != text
+    assert config.parse(tomllib.loads(older), "recipe.toml") == config.read(path, learns[:-1])
 
 
 def test_evaluate_finds_again_what_best_json_says(recipe, photos, tmp_path, lines):
@@ -94,44 +97,6 @@ def test_the_same_seed_gives_the_same_weights(recipe, photos, tmp_path, lines):
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_cached_activations_change_nothing(recipe, photos, tmp_path, lines):
-    """With a view for every epoch the cache gives what running the prefix each time gives."""
-    settings = config.read(recipe(), ["head.dropout=0"])
-    classifier, _ = plan.build_classifier(settings, 3, lines.append)
-    classifier.freeze(1)
-    classifier.eval()
-    found = data.load(str(photos))
-    _, train, _ = pixels.decode(found, settings.preprocess, lines.append)
-
-    def feed(views):
-        return TrainFeed(
-            train, classifier.prefix, settings.preprocess, settings.augment, CPU, 0, 7, views
-        )
-
-    cached, live = feed(2), feed(0)
-    for epoch in range(2):
-        pairs = zip(cached.epoch(epoch, 8), live.epoch(epoch, 8), strict=True)
-        for (a, label_a), (b, label_b) in pairs:
-            assert torch.equal(label_a, label_b)
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-    first = next(iter(cached.epoch(0, 8)))[0]
-    assert torch.equal(first, next(iter(cached.epoch(0, 8)))[0])
-    assert not torch.allclose(first, next(iter(cached.epoch(1, 8)))[0])
-
-
-def test_views_shrink_to_the_budget(recipe, lines):
-    settings = config.read(recipe())
-    classifier, _ = plan.build_classifier(settings, 3, lines.append)
-    classifier.eval()
-    classifier.freeze(0)
-    a_view = 2560 * 4 * 100  # the pooled width in float32, for 100 photos
-    prefix = classifier.prefix
-    for budget, views in ((10 * a_view, 4), (2.5 * a_view, 2), (0.5 * a_view, 0), (0, 0)):
-        assert affordable_views(4, 100, prefix, 32, CPU, int(budget)) == views
-    classifier.freeze(99)
-    assert affordable_views(4, 100, classifier.prefix, 32, CPU, 10**12) == 0
-
-
 def test_frozen_stages_after_a_pretrained_start(recipe, photos, tmp_path, lines, weights):
     folder = run(
         recipe(FROZEN.format(views=2)), photos, tmp_path / "run", lines, f"weights={weights}"
@@ -147,15 +112,10 @@ def test_validation_pixels_are_the_services(photos):
         {"name": "x", "arch": "resnet18", "stage": [{"name": "s"}], "preprocess": {"size": 24}}
     )
     found = data.load(str(photos))
-    _, _, valid = pixels.decode(found, settings.preprocess, print)
+    _, _, valid = pixels.decode(found, settings.preprocess, 1.5, print)
     for sample, row in zip(found.valid, valid.pixels[:], strict=True):
         served = settings.preprocess(images.decode(sample.path.read_bytes()).image)
         assert (row.numpy() == served).all()
-    for keep in (True, False):
-        feed = ValidFeed(valid, torch.nn.Sequential(), settings.preprocess, CPU, keep)
-        for _ in range(2):
-            inputs = torch.cat([batch for batch, _ in feed])
-            assert torch.equal(inputs, normalise(valid.pixels[:], settings.preprocess))
 
 
 def test_broken_photos_are_named_counted_and_left_out(recipe, photos, tmp_path, lines):
@@ -242,7 +202,7 @@ def test_a_disk_too_small_for_the_photos_is_said(photos, monkeypatch):
 
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(WorkError, match=r"decoded photos need .* GB.*No space left.*TMPDIR"):
-        pixels.decode(data.load(str(photos)), Preprocess(size=32), print)
+        pixels.decode(data.load(str(photos)), Preprocess(size=32), 1.5, print)
 
 
 def test_a_loss_that_is_no_number_ends_with_stage_step_and_rate(recipe, photos, tmp_path, lines):

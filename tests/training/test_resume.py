@@ -46,6 +46,7 @@ OVERRIDES = (
     "optimizer.clip_norm=1.0",
     "tta.count=2",
     "lr_find.steps=20",
+    "data.presize=1.25",
 )
 
 

@@ -1,0 +1,162 @@
+"""Where a stage's batches come from: augmented photos, run through whatever is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from serving.preprocess import Preprocess
+from training import augment, mixing
+from training.activation_views import Views
+from training.clock import Clock
+from training.model import normalise
+from training.pixels import PixelSet
+from training.precision import Precision
+from training.sections import AugmentConfig
+
+PREFIX_BATCH: Final = 16
+"""The frozen part of a small network runs fastest in batches that fit the processor's cache."""
+
+FROZEN: Final = "frozen layers"
+"""What the clock calls them."""
+
+
+@dataclass
+class Draws:
+    """Augmented photos of one stage: the same view of a photo is the same picture each time."""
+
+    photos: PixelSet
+    preprocess: Preprocess
+    config: AugmentConfig
+    precision: Precision
+    seed: int
+    clock: Clock = field(default_factory=Clock)
+
+    def __call__(self, view: int, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each of `parts`, int64 [n], and its photos augmented and normalised, [n, 3, H, W]."""
+        device, size, crop = self.precision.device, self.preprocess.size, self.preprocess.crop
+        draws = augment.draw(self.config, self.photos.aspect, self.seed, view, crop=crop)
+        with closing(self.photos.pixels.batches(parts)) as batches:
+            for index in parts:
+                with self.clock("waiting for pixels"):
+                    pixels = next(batches).to(device)
+                with self.clock("augmentation"), torch.no_grad():
+                    cut = augment.apply(pixels, draws[index].to(device), self.config, size)
+                    images = normalise(cut, self.preprocess)
+                yield index, images
+
+
+@dataclass
+class TrainFeed:
+    """Training batches of one stage.
+
+    views: how many views of each photo the epochs take turns with; 0 draws new ones each epoch.
+    first_view: the number of the first. kept: the outputs of what is frozen for these views; None
+    runs `prefix` on each batch. classes: how many, for labels of mixed photos.
+    """
+
+    draws: Draws
+    prefix: nn.Module
+    first_view: int = 0
+    views: int = 0
+    classes: int = 0
+    kept: Views | None = None
+
+    @property
+    def precision(self) -> Precision:
+        """What it computes in."""
+        return self.draws.precision
+
+    @property
+    def clock(self) -> Clock:
+        """Where the seconds go."""
+        return self.draws.clock
+
+    def epoch(self, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled (inputs of the suffix, labels int64 [N]) of one epoch.
+
+        Where mixup or cutmix blends photos the labels are shares, float32 [N, classes]. A last
+        batch of one photo is dropped: BatchNorm can't learn from it.
+        """
+        place = self.first_view + epoch
+        photos, device = self.draws.photos, self.precision.device
+        generator = torch.Generator().manual_seed(self.draws.seed * 1_000_003 + place)
+        order = torch.randperm(len(photos), generator=generator).split(batch_size)
+        parts = [index for index in order if len(index) > 1]
+        if self.kept:
+            self.prepare([epoch])
+            rows = self.kept[self._view(epoch)]
+            for index in parts:
+                with self.clock("waiting for activations"):
+                    inputs = rows[index].to(device)
+                yield inputs, photos.labels[index].to(device)
+            return
+        config = self.draws.config
+        for step, (index, images) in enumerate(self.draws(self._view(epoch), parts)):
+            labels = photos.labels[index].to(device)
+            if config.mixes:
+                images, labels = mixing.mix(
+                    config, images, labels, self.classes, self.draws.seed, place * 1_000_000 + step
+                )
+            with self.clock(FROZEN):
+                inputs = run_frozen(self.prefix, images, self.precision)
+            yield inputs, labels
+
+    def steps(self, batch_size: int) -> int:
+        """Batches an epoch."""
+        full, rest = divmod(len(self.draws.photos), batch_size)
+        return full + (rest >= 2)
+
+    def prepare(self, epochs: Iterable[int]) -> None:
+        """Compute the kept views of these epochs that are missing, under a bar of its own."""
+        if self.kept:
+            self.kept.prepare(dict.fromkeys(self._view(epoch) for epoch in epochs))
+
+    def _view(self, epoch: int) -> int:
+        return self.first_view + (epoch % self.views if self.views else epoch)
+
+
+@torch.no_grad()
+def run_frozen(prefix: nn.Module, inputs: Tensor, precision: Precision) -> Tensor:
+    """Inputs through what is frozen; the inputs themselves where nothing is."""
+    with precision.autocast():
+        outputs: Tensor = prefix(inputs)
+    return outputs
+
+
+@dataclass
+class ValidFeed:
+    """Validation batches, as inputs of the suffix: iterate as often as there are epochs.
+
+    keep: hold the frozen prefix's outputs after the first pass.
+    """
+
+    photos: PixelSet
+    prefix: nn.Module
+    preprocess: Preprocess
+    precision: Precision
+    keep: bool
+    _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(inputs, labels int64 [N])."""
+        if self._kept:
+            yield from self._kept
+            return
+        step = 2 * PREFIX_BATCH
+        parts = [slice(start, start + step) for start in range(0, len(self.photos), step)]
+        kept = []
+        for rows, pixels in zip(parts, self.photos.pixels.batches(parts), strict=True):
+            device = self.precision.device
+            images = normalise(pixels.to(device), self.preprocess)
+            inputs = run_frozen(self.prefix, images, self.precision)
+            batch = inputs, self.photos.labels[rows].to(device)
+            if self.keep:
+                kept.append(batch)
+            yield batch
+        self._kept = kept

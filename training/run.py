@@ -1,0 +1,209 @@
+"""A fine-tune in progress: stage after stage, epoch after epoch, readable top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from serving.errors import WorkError
+from training import (
+    best,
+    checkpoint,
+    evaluate,
+    model,
+    optim,
+    plan,
+    plots,
+    report,
+    run_folder,
+    state,
+)
+from training import trainer as loop
+from training.activations import Activations, Share, shares
+from training.console import Say
+from training.ema import Ema
+from training.feeds import TrainFeed
+from training.journal import Journal, read_steps
+from training.options import Recipe, Stage
+from training.precision import Precision
+from training.state import Position
+
+
+@dataclass
+class Run:
+    """What every stage works with; `go` does the work."""
+
+    recipe: Recipe
+    stages: list[Stage]
+    classifier: model.Classifier
+    activations: Activations
+    folder: Path
+    info: checkpoint.CheckpointInfo
+    say: Say
+    position: Position = field(default_factory=Position)
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def precision(self) -> Precision:
+        """What it computes in, and where."""
+        return self.activations.precision
+
+
+def go(run: Run) -> Path:
+    """Train what is left of a run, score its best checkpoint, write its report; its folder.
+
+    Raises:
+        WorkError: A loss that is no number, a full disk; the run can be resumed.
+    """
+    recipe, position, clock = run.recipe, run.position, run.activations.clock
+    dataset = run.activations.photos.dataset
+    run.say(
+        f"{len(dataset.classes)} classes, {len(dataset.train)} photos to train on, "
+        f"{len(dataset.valid)} to validate; {recipe.arch} at {recipe.preprocess.size} px on "
+        f"{run.precision.device.type}, {str(run.precision.dtype).removeprefix('torch.')}"
+    )
+    run.classifier.to(run.precision.device).to(memory_format=torch.channels_last)
+    journal = Journal(run.folder, position.history)
+    ema = Ema(run.classifier, recipe.optimizer.ema) if recipe.optimizer.ema else None
+    if ema and "ema" in run.tensors:
+        ema.load(run.tensors["ema"])
+    try:
+        shared = shares(run.classifier, recipe, run.stages)
+        while position.stage < len(run.stages):
+            _stage(run, shared[position.stage], journal, ema)
+        with clock("scoring the best"):
+            result = best.finish(run.folder, dataset, recipe.tta, run.say)
+        with clock("report"):
+            report.write(run.folder, say=run.say, tta=recipe.tta, result=result)
+    except (KeyboardInterrupt, OSError, WorkError) as error:
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
+        run.say(
+            f"{why}: {len(position.history)} finished epochs are kept; go on with: "
+            f"fledge train --resume {run.folder}"
+        )
+        raise
+    run_folder.close(run.folder)
+    run_folder.point_latest(run.folder)
+    accuracy, loss = evaluate.score(result.plain, result.labels)
+    views = f", {result.accuracy:.2%} over {result.views} views" if result.views > 1 else ""
+    seconds = clock.read()
+    run.say("seconds: " + ", ".join(f"{what} {spent:.1f}" for what, spent in seconds.items()))
+    run.say(
+        f"{run.folder}: validation accuracy {accuracy:.2%} (loss {loss:.4f}){views} after "
+        f"{sum(seconds.values()):.0f} s; look at {run.folder / report.REPORT}; "
+        f"next: fledge export {run.folder} --out bundle"
+    )
+    return run.folder
+
+
+def _stage(run: Run, share: Share, journal: Journal, ema: Ema | None) -> None:
+    """Train one stage, from wherever it stands, and step on to the next."""
+    recipe, classifier, position = run.recipe, run.classifier, run.position
+    clock = run.activations.clock
+    stage = run.stages[position.stage]
+    feed, held_out = run.activations.feeds(
+        classifier, stage, share, position.first_view, position.views, ema
+    )
+    position.views = feed.views
+    lr = stage.lr if stage.lr != "find" else position.lr
+    if lr is None:
+        with clock("lr_find"):
+            lr = position.lr = _find_lr(run, stage, feed)
+    optimizer = optim.build(classifier, recipe.optimizer, stage, lr)
+    if "optimizer" in run.tensors:
+        state.into_optimizer(optimizer, run.tensors.pop("optimizer"))
+    averaged = ema.swapped if ema else nullcontext
+    while position.epoch < stage.epochs and not plan.over_fitting(
+        position.losses(stage.name), stage.patience
+    ):
+        started = time.perf_counter()
+        losses = position.losses(stage.name)
+        train_loss, steps = loop.train_epoch(
+            classifier, stage, recipe, optimizer, feed, position.epoch, losses, ema
+        )
+        with averaged():
+            with clock("validation"):
+                accuracy, valid_loss = loop.validate(classifier, held_out, run.precision)
+            if not math.isfinite(valid_loss):
+                raise WorkError(
+                    f"stage {stage.name}: the validation loss is {valid_loss} after epoch "
+                    f"{position.epoch + 1}, rate {steps[-1].lr[-1]:.3g}; "
+                    f"lower stage.{stage.name}.lr"
+                )
+            position.epoch += 1
+            row = loop.Epoch(
+                stage.name, position.epoch, steps[-1].lr[-1], train_loss, valid_loss, accuracy,
+                time.perf_counter() - started,
+            )  # fmt: skip
+            if best.rank(row) > position.best:
+                position.best = best.rank(row)
+                preprocess = recipe.preprocess_of(stage)
+                with clock("saving"):
+                    best.save(run.folder, row, classifier, run.info, preprocess)
+        position.history.append(row)
+        journal.add(row, steps)
+        _tell(run, row)
+        if stage.patience and valid_loss < min(losses, default=math.inf):
+            # Clones: the weights themselves go on moving.
+            run.tensors["kept"] = {k: v.clone() for k, v in classifier.state_dict().items()}
+            run.tensors["kept_ema"] = {k: v.clone() for k, v in ema.state().items()} if ema else {}
+        _save(run, ema, optimizer)
+    if stage.patience:
+        classifier.load_state_dict(run.tensors.pop("kept"))
+        kept = run.tensors.pop("kept_ema", {})
+        if ema and kept:
+            ema.load(kept)
+    with averaged():
+        info = replace(
+            run.info, preprocess=recipe.preprocess_of(stage), metrics={"stage": stage.name}
+        )
+        checkpoint.save(
+            run.folder / run_folder.STAGES / f"{stage.name}.safetensors", classifier, info
+        )
+    if share.last:
+        position.first_view += position.views or stage.epochs
+        position.views = None
+    position.stage, position.epoch, position.lr = position.stage + 1, 0, None
+    with clock("report"):
+        picture = run.folder / "schedule.png"
+        plots.schedule(plots.rows(read_steps(run.folder)), picture, f"{recipe.name}: as run")
+    _save(run, ema, None)
+
+
+def _find_lr(run: Run, stage: Stage, feed: TrainFeed) -> float:
+    curve = loop.find_lr(run.classifier, stage, run.recipe, feed)
+    pick = run.recipe.lr_find.pick
+    picked = curve.pick(pick)
+    path = run.folder / f"lr_find-{stage.name}.png"
+    plots.lr_find(curve, path, f"lr_find before {stage.name}", pick)
+    run.say(
+        f"{stage.name:>8}  lr_find: {picked:.2e} ({pick}; steepest "
+        f"{curve.steepest:.2e}, minimum {curve.minimum:.2e})"
+    )
+    return picked
+
+
+def _save(run: Run, ema: Ema | None, optimizer: torch.optim.Optimizer | None) -> None:
+    """Everything a resumed run needs, in one file, before the next epoch begins."""
+    groups = {"model": run.classifier.state_dict()}
+    if ema:
+        groups["ema"] = ema.state()
+    if optimizer:
+        groups["optimizer"] = state.of_optimizer(optimizer)
+    groups.update({key: run.tensors[key] for key in ("kept", "kept_ema") if key in run.tensors})
+    with run.activations.clock("saving"):
+        state.save(run.folder / run_folder.LAST, run.position, groups, run.precision.device)
+
+
+def _tell(run: Run, row: loop.Epoch) -> None:
+    mark = "  best" if best.rank(row) == run.position.best else ""
+    run.say(
+        f"{row.stage:>8} {row.epoch:>3}  lr {row.lr:.2e}  train {row.train_loss:.4f}  "
+        f"valid {row.valid_loss:.4f}  accuracy {row.accuracy:.2%}  {row.seconds:.1f} s{mark}"
+    )
