@@ -21,6 +21,7 @@ FledgeError
 
 Each class carries the stable `code` that HTTP answers and score tables show, the HTTP status, and
 the exit status of the command line. A message is one line: what is wrong, where, what to do.
+Several mistakes of one file are a line each.
 """
 
 from __future__ import annotations

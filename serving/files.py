@@ -7,6 +7,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from serving.errors import OptionError
+
+
+def check_file(path: Path, option: str = "--out") -> None:
+    """Refuse a file that can't be written, before the work whose result it is to take.
+
+    Raises:
+        OptionError: Names the option.
+    """
+    home = path.absolute().parent
+    if path.is_dir():
+        raise OptionError(f"{option} {path}: a folder; name a file")
+    if not home.is_dir():
+        raise OptionError(f"{option} {path}: there is no folder {path.parent}; make it first")
+    _check_home(home, f"{option} {path}")
+
+
+def check_folder(path: Path, option: str = "--out") -> None:
+    """As `check_file`, of a folder that is there or is to be made; "" where it has no option."""
+    home = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    _check_home(home, f"{option} {path}".lstrip())
+
+
+def _check_home(home: Path, named: str) -> None:
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise OptionError(f"{named}: {home} can't be written to; choose another")
+
 
 @contextmanager
 def write_aside(path: Path) -> Iterator[Path]:
@@ -14,6 +41,9 @@ def write_aside(path: Path) -> Iterator[Path]:
 
     On any error it is removed, and an older `path` stays as it was. A kill leaves `.NAME.partial`,
     which the next write of `path` replaces.
+
+    Raises:
+        OSError: It can't be written; names `path`.
     """
     aside = path.with_name(f".{path.name}.partial")
     try:
@@ -21,6 +51,10 @@ def write_aside(path: Path) -> Iterator[Path]:
         with aside.open("r+b") as file:
             os.fsync(file.fileno())
         aside.replace(path)
+    except OSError as error:
+        if error.filename is None or os.fspath(error.filename) != str(aside):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -106,7 +106,7 @@ def decode(
         BrokenImage: Truncated or corrupt data.
     """
     if not data:
-        raise EmptyBody("no image: the body is empty; send the file's bytes")
+        raise EmptyBody("it is empty: 0 bytes, where an image should be")
     image = _open(data)
     width, height = image.size
     if width * height > max_pixels:
@@ -138,11 +138,14 @@ def read(
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Decoded:
-    """Decode the file at `path`; errors as `decode`, and `BrokenImage` when it can't be read."""
+    """Decode the file at `path`; errors as `decode`, and `BrokenImage` when it can't be read.
+
+    They don't name the path: who asks for a photo names it.
+    """
     try:
         data = read_bytes(path)
     except OSError as error:
-        raise BrokenImage(f"{path}: {error.strerror or error}") from error
+        raise BrokenImage(error.strerror or str(error)) from error
     return decode(data, max_pixels=max_pixels, background=background)
 
 
@@ -169,8 +172,8 @@ def _open(data: bytes) -> Image.Image:
         raise BrokenImage(f"the image is broken: it begins as {served} and its header is cut short")
     name = _foreign_format(data)
     if name:
-        raise UnsupportedFormat(f"{name} is not served; send one of {', '.join(FORMATS)}")
-    raise NotAnImage("the bytes are no image; send a JPEG, PNG or WebP file")
+        raise UnsupportedFormat(f"{name} is not read; use one of {', '.join(FORMATS)}")
+    raise NotAnImage(f"no image that Fledge reads ({', '.join(FORMATS)})")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -73,7 +74,8 @@ class Progress(AbstractContextManager["Progress"]):
 def progress_bar(stream: TextIO | None = None) -> Bar:
     """Bars on a terminal, standard error unless told otherwise; they leave no trace.
 
-    Away from a terminal nothing is shown.
+    Away from a terminal nothing is shown, nor by any but the first of the processes that torchrun
+    starts.
     """
     from rich import progress
     from rich.console import Console
@@ -87,5 +89,5 @@ def progress_bar(stream: TextIO | None = None) -> Bar:
         progress.TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or os.environ.get("RANK", "0") != "0",
     )

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from serving.errors import FledgeError, OptionError, WorkError
-from serving.files import write_aside
+from serving.files import check_file, write_aside
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,7 @@ class Table:
         found = FORMATS.get(out.suffix.lower())
         if found is None:
             raise OptionError(f"--out {out}: use a name that ends in {' or '.join(FORMATS)}")
-        if out.is_dir():
-            raise OptionError(f"--out {out}: is a folder; name a file in it")
-        if not out.parent.is_dir():
-            raise OptionError(f"--out {out}: there is no folder {out.parent}; make it first")
+        check_file(out)
         self._format, self._out = found, out
         self._stack = contextlib.ExitStack()
         try:

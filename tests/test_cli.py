@@ -72,3 +72,20 @@ def test_mistakes_are_one_line_on_stderr(words, status, message, capsys):
 def test_debug_shows_the_traceback(capsys):
     assert fledge.main(["inspect", "/nowhere", "--debug"]) == 78
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_layers_teaches_overrides(capsys):
+    with pytest.raises(SystemExit):
+        fledge.main(["layers", "--help"])
+    assert "fledge layers [ARCH] [--recipe FILE [key=value …]]" in capsys.readouterr().out
+
+
+def test_every_mistake_of_a_recipe_is_a_line(tmp_path, capsys):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('name = "x"\narch = "resnet19"\nsize = 9\n[[stage]]\nname = "head"\n')
+    assert fledge.main(["train", str(recipe), "--data", "x"]) == 2
+    assert capsys.readouterr().err == (
+        f"fledge: {recipe} has 2 mistakes:\n"
+        "  line 2: arch = 'resnet19' is unknown: did you mean 'resnet18'?\n"
+        "  line 3: size is unknown; did you mean 'preprocess.size'?\n"
+    )

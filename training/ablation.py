@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Final
 
 from serving.errors import OptionError, WorkError
-from serving.files import write_aside
+from serving.files import check_folder, write_aside
 from training import cache, data, recipe, tricks
 from training.checkpoint import read_info
-from training.console import Say
+from training.console import Say, counted
 from training.console import say as say_aloud
 from training.evaluate import evaluate
 from training.options import Recipe
@@ -101,13 +101,16 @@ def run(
         DataError: As `data.load`.
         WorkError: Every row failed.
     """
-    if seeds < 1 or folds == 1 or folds < 0:
-        raise OptionError(f"--seeds {seeds} --folds {folds}: use 1 seed or more, 2 folds or more")
+    if folds == 1 or folds < 0:
+        raise OptionError(f"--folds {folds}: use 2 or more")
+    if seeds < 1 and not folds:
+        raise OptionError(f"--seeds {seeds}: use 1 or more")
     cache.wanted(cache_gb)
     plans = list(_plans(base, source, rows, split, seeds, folds))
     folder = out / TRIALS
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not folder.is_dir())):
         raise OptionError(f"--out {out} exists already and is no ablation; choose another")
+    check_folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     # Rows that come to the same are run once.
     unique = {plan.key: plan for plan in reversed(plans)}
@@ -155,6 +158,10 @@ def run(
             f"{number} of {len(missing)}  {plan.row}, {plan.unit}: {result}; "
             f"{trial.seconds:.0f} s, about {left / 60:.0f} min left"
         )
+    others = len({path.stem for path in folder.glob("*.json")} - {plan.name for plan in plans})
+    if others:
+        what = f"{counted(others, 'trial')} of other rows, seeds or folds in {out}"
+        say(f"{what} {'is' if others == 1 else 'are'} left out of the table; they are kept")
     found: Trials = {row.name: {} for row in rows}
     for plan in plans:
         found[plan.row][plan.unit] = done[plan.key]

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Any, Final, TextIO
 
 from serving.files import write_aside
 from training import checkpoint
 from training.ablation import Trial, Trials
+from training.console import counted
 from training.options import Recipe
 from training.paired import Interval, difference, interval
 from training.tricks import Row
@@ -130,11 +131,13 @@ def about(base: Recipe, source: str, trials: Trials, device: str) -> str:
     runs = [trial for row in trials.values() for trial in row.values() if not trial.error]
     units = list(dict.fromkeys(unit for row in trials.values() for unit in row))
     cuda = device != "cpu" and torch.cuda.is_available()
-    machine = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    threads = counted(torch.get_num_threads(), "CPU thread")
+    machine = torch.cuda.get_device_name() if cuda else threads
     versions = checkpoint.versions()
+    epochs = counted(sum(stage.epochs for stage in base.stage), "epoch")
     return (
         f"Recipe `{base.name}`: {base.arch} at {base.preprocess.size} px, "
-        f"{sum(stage.epochs for stage in base.stage)} epochs, on {runs[0].train} photos of "
+        f"{epochs}, on {runs[0].train} photos of "
         f"`{Path(source).name}`, validated on {runs[0].valid}; {', '.join(units)}. Means with 95 % "
         f"intervals (Student's t); differences are paired. Measured on {machine}, "
         f"torch {versions['torch']}, torchvision {versions['torchvision']}."
@@ -196,10 +199,10 @@ def _draw(found: Sequence[Line], path: Path, title: str) -> None:
     for place, line in enumerate(found):
         runs = [100 * value for value in line.accuracies.values()]
         left.plot(runs, [place + 0.25] * len(runs), "o", color="#33658a", alpha=0.5, markersize=4)
-        _mark(left, line.accuracy, place, "#33658a")
+        _mark(left, line.accuracy, place, "#33658a", (0, 1))
         low, high = _ends(line.difference)
         colour = "#2a9d3a" if low > 0 else "#d1495b" if high < 0 else "#777777"
-        _mark(right, line.difference, place, colour)
+        _mark(right, line.difference, place, colour, (-1, 1))
         if not line.accuracy.runs:
             left.annotate("failed", (0.5, place), xycoords=("axes fraction", "data"),
                           ha="center", va="center", color="#d1495b")  # fmt: skip
@@ -207,7 +210,7 @@ def _draw(found: Sequence[Line], path: Path, title: str) -> None:
     left.set_yticks(range(len(found)), names, fontsize=8)
     left.set_ylim(len(found) - 0.5, -0.5)
     left.set_xlabel("validation accuracy, %; a dot a run")
-    left.set_xlim(right=min(left.get_xlim()[1], 100.5))
+    left.set_xlim(*_readable(left.get_xlim(), found))
     right.set_xlabel("paired difference, points")
     right.axvline(0, color="black", linewidth=0.8)
     for axes in (left, right):
@@ -219,9 +222,20 @@ def _draw(found: Sequence[Line], path: Path, title: str) -> None:
         figure.savefig(aside, dpi=120, format="png")
 
 
-def _mark(axes: object, value: Interval, place: int, colour: str) -> None:
+def _readable(limits: tuple[float, float], found: Sequence[Line]) -> tuple[float, float]:
+    """The limits of the accuracies: an interval that is wide beside the dots runs off the axis."""
+    dots = [100 * value for line in found for value in line.accuracies.values()]
+    margin = 3 * max(max(dots, default=0.0) - min(dots, default=0.0), 1.0)
+    low = max(limits[0], min(dots, default=0.0) - margin, -0.5)
+    return low, min(limits[1], max(dots, default=100.0) + margin, 100.5)
+
+
+def _mark(axes: Any, value: Interval, place: int, colour: str, ends: tuple[float, float]) -> None:
+    """A mean and its interval, as far as there can be such values: from the first of `ends` on."""
     if value.runs:
-        half = None if math.isnan(value.half) else 100 * value.half
-        axes.errorbar(  # type: ignore[attr-defined]
-            100 * value.mean, place, xerr=half, fmt="D", color=colour, capsize=4, markersize=6
+        half = 0.0 if math.isnan(value.half) else value.half
+        below, above = min(half, value.mean - ends[0]), min(half, ends[1] - value.mean)
+        xerr = [[100 * below], [100 * above]] if half else None
+        axes.errorbar(
+            100 * value.mean, place, xerr=xerr, fmt="D", color=colour, capsize=4, markersize=6
         )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from serving.progress import progress_bar
 from training import cache
+from training.device import CPU
 from training.pixel_pack import reserve
 
 Part = tuple[Tensor, Tensor]
@@ -118,14 +119,15 @@ class Shelf:
 class Views:
     """The views of one frozen network, each computed when it is first asked for.
 
-    shelf: where they are kept between runs; None keeps them in memory. below: the views that `make`
-    works on.
+    shelf: where they are kept between runs; None keeps them in memory, that of `device`. below: the
+    views that `make` works on.
     """
 
     shape: Shape
     make: Make
     shelf: Shelf | None = None
     below: Views | None = None
+    device: torch.device = CPU
     _open: dict[int, Tensor] = field(default_factory=dict)
     _advance: Callable[[int], object] = field(default=lambda photos: None)
 
@@ -167,9 +169,8 @@ class Views:
                 self.shelf.say(f"warning: the cache {where} can't be used: {why}")
             self.shelf = None
         count = self.shape.size // self.shape.dtype.itemsize
-        return fill(
-            self.shape.tensor(torch.empty(count, dtype=self.shape.dtype)), self._parts(number)
-        )
+        flat = torch.empty(count, dtype=self.shape.dtype, device=self.device)
+        return fill(self.shape.tensor(flat), self._parts(number))
 
     def _parts(self, number: int) -> Iterator[Part]:
         for index, rows in self.make(number):

@@ -23,11 +23,13 @@ from serving.preprocess import Preprocess
 from training import augment, cache, feeds, model, policies, prefix
 from training.activation_views import Part, Shape, Shelf, Views
 from training.clock import Clock
+from training.device import CPU, free
+from training.device_rows import placed
 from training.ema import Ema
 from training.feeds import FROZEN, PREFIX_BATCH, Draws, TrainFeed, ValidFeed, run_frozen
 from training.model import Classifier
 from training.options import Recipe, Stage
-from training.pixels import Photos
+from training.pixels import Photos, PixelSet
 from training.precision import Precision
 
 MEMORY_BYTES: Final = 2 * 2**30
@@ -106,6 +108,8 @@ class Activations:
     say: Callable[[str], None]
     clock: Clock = field(default_factory=Clock)
     _open: dict[str, Views] = field(default_factory=dict)
+    _sets: tuple[PixelSet, PixelSet] | None = None
+    _near: tuple[PixelSet, PixelSet] | None = None
 
     def feeds(
         self,
@@ -131,7 +135,7 @@ class Activations:
         classifier.eval()
         preprocess, config = self.recipe.preprocess_of(stage), self.recipe.augment_of(stage)
         with self.clock("decoding"):
-            train, valid = self.photos.at(preprocess)
+            train, valid = self._placed(preprocess)
         frozen = prefix.fused(classifier.prefix)
         draws = Draws(train, preprocess, config, self.precision, self.recipe.seed, self.clock)
         feed = TrainFeed(draws, frozen, first_view, classes=len(self.photos.dataset.classes))
@@ -147,6 +151,16 @@ class Activations:
         if ema and not _settled(classifier, ema):
             keep, live = False, classifier.prefix
         return feed, ValidFeed(valid, live, preprocess, self.precision, keep)
+
+    def _placed(self, preprocess: Preprocess) -> tuple[PixelSet, PixelSet]:
+        """The photos where the device reaches them best, those of another size gone first."""
+        sets = self.photos.at(preprocess)
+        if self._near is None or sets is not self._sets:
+            self._near, self._open, device = None, {}, self.precision.device
+            train = placed(sets[0], "training", device, self.say)
+            self._near = train, placed(sets[1], "validation", device, self.say)
+            self._sets = sets
+        return self._near
 
     def _keep(
         self,
@@ -182,16 +196,22 @@ class Activations:
             self.say(f"{stage.name:>8}  no views are kept: one takes {cache.gigabytes(a_view)}")
             self._open = {}
             return
+        where = self._home(a_view * feed.views)
         before, self._open = self._open, {}
         below: Views | None = None
         for name, shape, layers in zip(names, shapes, fused, strict=True):
             make = self._on_photos(feed.draws, layers) if below is None else self._on(below, layers)
             what = f"{self.recipe.arch}, {share.views} views of {shape.photos:,} photos"
             shelf = Shelf(self.room, name, what, keep, self.say) if on_disk else None
-            below = before.get(name) or Views(shape, make, shelf, below)
+            below = before.get(name) or Views(shape, make, shelf, below, where)
             self._open[name] = below
         feed.kept = below
         self.say(f"{stage.name:>8}  {_told(feed.views, share, own, a_view)}")
+
+    def _home(self, size: int) -> torch.device:
+        """Where views are kept that are kept in memory: on a GPU that has room to spare."""
+        device = self.precision.device
+        return device if device.type == "cuda" and 4 * size <= free(device) else CPU
 
     def _on_photos(self, draws: Draws, layers: nn.Module) -> Callable[[int], Iterator[Part]]:
         def make(number: int) -> Iterator[Part]:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training import policies
+from training.device import constant, upload
 from training.sections import AugmentConfig
 
 MEAN_COLOUR: Final = (124, 116, 104)
@@ -60,9 +61,8 @@ class Draws:
 
     def to(self, device: torch.device) -> Draws:
         """The same on another device."""
-        return Draws(
-            self.warp.to(device), self.colour.to(device), self.hole.to(device), self.seed.to(device)
-        )
+        parts = (self.warp, self.colour, self.hole, self.seed)
+        return Draws(*(upload(part, device) for part in parts))
 
 
 def draw(
@@ -198,7 +198,7 @@ def apply(pixels: Tensor, draws: Draws, config: AugmentConfig, size: int) -> Ten
     if config.max_lighting or config.max_saturation:
         cut = _recolour(cut, draws.colour, saturation=config.max_saturation > 0)
     if config.erase:
-        fill = torch.tensor(MEAN_COLOUR, dtype=cut.dtype, device=cut.device)[:, None, None]
+        fill = constant(MEAN_COLOUR, cut.device)[:, None, None]
         cut = torch.where(_inside(draws.hole, size), fill, cut)
     return cut.permute(0, 2, 3, 1)
 

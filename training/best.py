@@ -37,10 +37,16 @@ def save(
     )
 
 
-def finish(folder: Path, dataset: Dataset, tta: TtaConfig, say: Say) -> evaluate.Result:
+def finish(
+    folder: Path, dataset: Dataset, tta: TtaConfig, say: Say, device: str = "auto"
+) -> evaluate.Result:
     """Score the best checkpoint in float32, as `fledge evaluate` does, and write that down."""
     result = evaluate.evaluate(
-        folder, tta=tta if tta.count else None, data_folder=dataset.root, gone_too=True, say=say
+        folder,
+        tta=tta if tta.count else None,
+        data_folder=dataset.root,
+        device=device,
+        say=say,
     )
     classifier, info = checkpoint.load(folder)
     accuracy, loss = evaluate.score(result.plain, result.labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 
 from serving.errors import OptionError
 from training import lines, mistakes
+from training.console import listed
 from training.options import Recipe
 
 
@@ -22,15 +24,33 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         OptionError: The file can't be read, or there are mistakes in it or in the overrides: all of
             them in one message, each with its line.
     """
+    text = ""
     try:
         text = path.read_text(encoding="utf-8")
         return read_text(text, str(path), overrides)
     except FileNotFoundError:
-        shipped = sorted(p.stem for p in (Path(__file__).parent / "recipes").glob("*.toml"))
-        known = ", ".join(f"training/recipes/{name}.toml" for name in shipped)
-        raise OptionError(f"{path}: no such recipe; Fledge ships {known}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise OptionError(f"{path} is no TOML file: {error}") from None
+        folder = Path(__file__).parent / "recipes"
+        shipped = ", ".join(sorted(file.name for file in folder.glob("*.toml")))
+        if folder.is_relative_to(Path.cwd()):
+            folder = folder.relative_to(Path.cwd())
+        raise OptionError(f"{path}: no such recipe; {folder} has {shipped}") from None
+    except IsADirectoryError:
+        raise OptionError(f"{path}: a folder, not a recipe") from None
+    except OSError as error:
+        raise OptionError(f"{path}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise OptionError(f"{path} is no TOML file: {_named(error, text)}") from None
+
+
+def _named(error: ValueError, text: str) -> str:
+    """What tomllib says, and which key it speaks of where it does not say."""
+    found = re.match(r"Cannot overwrite a value \(at (?:line ([0-9]+)|end)", str(error))
+    if not found:
+        return str(error)
+    every = text.split("\n")
+    line = int(found[1] or len(every))
+    key, equals, _ = every[line - 1].partition("=")
+    return f"{key.strip()} is there twice (line {line})" if equals else str(error)
 
 
 def read_text(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -63,7 +83,7 @@ def parse(
         refused: What is wrong with overrides that could not be applied.
 
     Raises:
-        OptionError: All mistakes, one message.
+        OptionError: All mistakes, one message with a line for each.
     """
     wrong = list(mistakes.of_names(values))
     recipe = None
@@ -73,10 +93,10 @@ def parse(
         wrong = [*mistakes.found(error, values), *wrong]
     if recipe is not None and not wrong and not refused:
         return recipe
+    wrong += mistakes.of_arch(values)
     places = [(_line(path, lines_of or {}, overridden), sentence) for path, sentence in wrong]
     places = sorted(places, key=lambda found: found[0]) + [(_LAST, text) for text in refused]
-    told = [(_called(line), sentence) for line, sentence in places]
-    raise OptionError(f"{where}: {mistakes.together(told)}")
+    raise OptionError(listed(where, [f"{_called(line)}{sentence}" for line, sentence in places]))
 
 
 _LAST = 2**62
@@ -95,7 +115,7 @@ def _line(
 
 
 def _called(line: int) -> str:
-    return "on the command line" if line == _LAST else f"line {line}" if line else ""
+    return "on the command line: " if line == _LAST else f"line {line}: " if line else ""
 
 
 def _apply(values: dict[str, Any], override: str) -> lines.Path:

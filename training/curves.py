@@ -89,7 +89,7 @@ def _curves(folder: Path) -> Iterator[str]:
             bounds=bounds,
             percent=True,
         ),
-        f"Of the plain view; {best:.1%} at best. The best epoch is the one that is kept.",
+        f"Of the plain view; {best:.1%} at best, by the weights of best.safetensors.",
     )
 
 

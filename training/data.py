@@ -6,7 +6,7 @@ import csv
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Any, Final, NamedTuple
 from serving.errors import DataError, OptionError
 from serving.files import write_aside
 from training import builtin, layouts, sample
-from training.layouts import Photo, check_names, shown
+from training.layouts import Photo
+from training.names import natural, shown
 from training.sections import DataConfig
-from training.split import PARTS, by_file, folds, stratified
+from training.split import PARTS, drawn, from_file
 
 SAMPLE: Final = "sample"
 SPLIT: Final = "split.csv"
@@ -109,12 +110,12 @@ def _load(source: str, split: Path | None, config: DataConfig, seed: int) -> Dat
         known = {photo.path.relative_to(root).as_posix(): photo.label for photo in photos}
         label_of = partial(_known, known) if official else layouts.labeller(root, config)
         by_folder = not (official or named)
-        photos = _by_file(root, split, config, label_of, class_folders=by_folder)
+        photos = from_file(root, split, config, label_of, class_folders=by_folder)
     else:
-        photos = _drawn(root, photos if official else layouts.find(root, config), config, seed)
+        photos = drawn(root, photos if official else layouts.find(root, config), config, seed)
     labelled = [photo.path for photo in photos]
     waiting = () if official else layouts.unlabelled(root, labelled, config)
-    return _checked(_dataset(source, root, photos, waiting))
+    return _checked(_dataset(source, root, photos, waiting), split)
 
 
 def _folder(source: str) -> Path:
@@ -133,62 +134,10 @@ def _known(labels: Mapping[str, str], path: str) -> str:
     return labels.get(Path(path).as_posix(), "")
 
 
-def _by_file(
-    root: Path,
-    split: Path,
-    config: DataConfig,
-    label_of: Callable[[str], str],
-    *,
-    class_folders: bool,
-) -> list[Photo]:
-    if config.folds:
-        raise OptionError(f"data.folds = {config.folds}: {split} splits already; leave one out")
-    rows = by_file(split, config.fold, class_folders=class_folders)
-    photos = [Photo(root / path, label_of(path), part) for path, part in rows]
-    gone = [photo.path for photo in photos if not os.path.isfile(photo.path)]
-    if gone:
-        name = shown(gone[0].relative_to(root))
-        raise DataError(f"{split} names {len(gone)} files that are not there, as {name}")
-    bare = [photo.path for photo in photos if not photo.label]
-    if bare:
-        name = shown(bare[0].relative_to(root))
-        raise DataError(f"{split} names {len(bare)} photos without a label, as {name}")
-    check_names(photo.label for photo in photos)
-    return photos
-
-
-def _drawn(root: Path, photos: list[Photo], config: DataConfig, seed: int) -> list[Photo]:
-    """The same photos, and a part for each that has none."""
-    check_names(photo.label for photo in photos)
-    free = [photo for photo in photos if not photo.part]
-    if not free and config.folds:
-        raise OptionError(f"data.folds = {config.folds}: {root} is split already; leave it out")
-    if config.fold and not config.folds:
-        raise OptionError(f"data.fold = {config.fold}: of what? set data.folds, or give --split")
-    if not free:
-        return photos
-    labels = [photo.label for photo in free]
-    lone = [label for label, count in Counter(labels).items() if count < 2]
-    if lone:
-        raise DataError(
-            f"class {shown(lone[0])} has one photo; it needs at least 2, "
-            "one to train on and one to validate on"
-        )
-    if config.folds:
-        held = [fold == config.fold for fold in folds(labels, config.folds, seed)]
-    else:
-        held = stratified(labels, config.valid, seed)
-    split = [
-        photo._replace(part="valid" if out else "train")
-        for photo, out in zip(free, held, strict=True)
-    ]
-    return sorted(split) + [photo for photo in photos if photo.part]
-
-
 def _dataset(
     source: str, root: Path, photos: Sequence[Photo], unlabelled: tuple[Path, ...]
 ) -> Dataset:
-    classes = tuple(sorted({photo.label for photo in photos}, key=layouts.natural))
+    classes = tuple(sorted({photo.label for photo in photos}, key=natural))
     index = {name: i for i, name in enumerate(classes)}
     parts: dict[str, list[Sample]] = {part: [] for part in PARTS}
     for path, label, part in photos:
@@ -197,12 +146,15 @@ def _dataset(
     return Dataset(source, root, classes, unlabelled=unlabelled, **found)
 
 
-def _checked(dataset: Dataset) -> Dataset:
+def _checked(dataset: Dataset, split: Path | None = None) -> Dataset:
     if len(dataset.classes) < 2:
         have = f"one class, {shown(dataset.classes[0])}" if dataset.classes else "no class"
         raise DataError(f"{dataset.root} has {have}; it needs at least 2")
     for part in ("train", "valid"):
         counts = Counter(label for _, label in getattr(dataset, part))
+        if not counts and split:
+            remedy = f"give some rows the fold {part}, or number the folds"
+            raise DataError(f"--split {split}: the {part} part is empty; {remedy}")
         if not counts:
             raise DataError(f"{dataset.root}: the {part} part is empty")
         bare = [name for i, name in enumerate(dataset.classes) if not counts[i]]
@@ -238,6 +190,8 @@ def of_run(run: Path, data: Path | None = None, part: str = "valid") -> Dataset:
     Raises:
         DataError: The photos are not where they were; names `--data`.
     """
+    if data is not None and not os.path.isdir(data):
+        raise DataError(f"--data {data}: no such folder")
     from training.checkpoint import find, folder_of, read_info
 
     path = find(run)
@@ -286,12 +240,22 @@ def from_split_file(
     except (OSError, KeyError, csv.Error) as error:
         raise DataError(f"{path} can't be read: {error}") from error
     for part in needed:
-        gone = [s.path for s in parts[part] if not os.path.isfile(s.path)]
-        if gone:
-            name = shown(gone[0].relative_to(root))
-            raise DataError(f"{len(gone)} {part} photos are gone in {root}, as {name}; use --data")
+        missing = [sample for sample in parts[part] if not os.path.isfile(sample.path)]
+        if missing:
+            raise gone(missing, parts[part], part, root)
     found: dict[str, Any] = {part: tuple(samples) for part, samples in parts.items()}
     return Dataset(source, root, classes, **found)
+
+
+def gone(missing: Sequence[Sample], samples: Sequence[Sample], part: str, root: Path) -> DataError:
+    """What to say of `missing` photos of a part's `samples`."""
+    if len(missing) == len(samples):
+        return DataError(
+            f"none of the {len(samples)} {part} photos is in {root}; say where with --data"
+        )
+    names = f"{len(missing)} {part} photo{'s are' if len(missing) > 1 else ' is'} gone"
+    first = shown(missing[0].path.relative_to(root))
+    return DataError(f"{names} in {root}, as {first}; put back what is gone, or train anew")
 
 
 def changed(info_data: Mapping[str, Any], dataset: Dataset) -> bool:

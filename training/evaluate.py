@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from serving import images
 from serving.errors import DataError, ImageError
@@ -21,12 +21,13 @@ from serving.preprocess import Pixels, Preprocess
 from serving.progress import progress_bar
 from serving.settings import cores
 from serving.views import View, render, softmax
-from training import checkpoint, config, data, metrics
+from training import checkpoint, config, data, metrics, prefix
 from training.console import say as say_aloud
 from training.metrics import Labels, Probabilities
-from training.model import Classifier, normalise
+from training.model import normalise
 from training.options import Recipe
 from training.pixel_making import Making
+from training.precision import choose_precision
 from training.sections import TtaConfig
 from training.tta import combine, draw, fixed_views, random_views
 
@@ -58,16 +59,17 @@ class Result:
 
 
 @torch.inference_mode()
-def logits_of(classifier: Classifier, pixels: Tensor, preprocess: Preprocess) -> Tensor:
+def logits_of(classifier: nn.Module, pixels: Tensor, preprocess: Preprocess) -> Tensor:
     """Float32 logits [N, classes] of pixels [N, H, W, 3] in 0..255, in eval mode."""
     was_training = classifier.training
     classifier.eval()
     try:
         device = next(classifier.parameters()).device
-        logits = [
-            classifier(normalise(part.to(device), preprocess)).float().cpu()
-            for part in pixels.split(BATCH)
-        ]
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32, no less
+            logits = [
+                classifier(normalise(part.to(device), preprocess)).float().cpu()
+                for part in pixels.split(BATCH)
+            ]
         return torch.cat(logits)
     finally:
         classifier.train(was_training)
@@ -84,7 +86,7 @@ def evaluate(
     part: str = "valid",
     tta: TtaConfig | None = None,
     data_folder: Path | None = None,
-    gone_too: bool = False,
+    device: str = "auto",
     say: Callable[[str], None] = say_aloud,
 ) -> Result:
     """Score a run's checkpoint on its own validation (or test) photos.
@@ -94,23 +96,28 @@ def evaluate(
         part: "valid", "test" or "train".
         tta: Test-time augmentation; none where not given.
         data_folder: Where the photos are now, if they have moved.
-        gone_too: Skip photos that are gone as those that can't be read.
-        say: Takes a line about every photo that can't be read.
+        device: "auto", "cpu" or "cuda".
+        say: Takes a line about every photo that is gone or can't be read.
 
     Raises:
-        DataError: No checkpoint there, or its photos are gone; names `--data`.
-        OptionError: Random draws are asked for, and the run's recipe can't be read.
+        DataError: No checkpoint there, or all its photos are gone; names `--data`.
+        OptionError: Random draws are asked for, and the run's recipe can't be read; the device
+            is not there.
     """
     views, draws = fixed_views(tta), random_views(tta)
     recipe = recipe_of(run) if draws else None
+    where = choose_precision(device, "fp32").device
     classifier, info = checkpoint.load(run)
+    network = prefix.fused(classifier.to(where).eval())
     making = Making("train", info.preprocess, recipe.data.presize) if recipe else None
-    dataset = data.of_run(run, data_folder, "" if gone_too else part)
+    dataset = data.of_run(run, data_folder, "")
     if data.changed(info.data, dataset):
         say(f"warning: the photos in {dataset.root} are not all as they were when {run} was made")
     samples: Sequence[data.Sample] = getattr(dataset, part)
     if not samples:
         raise DataError(f"{run} has no {part} photos")
+    if not any(os.path.isfile(sample.path) for sample in samples):
+        raise data.gone(samples, samples, part, dataset.root)
     kept: list[data.Sample] = []
     by_view: list[Probabilities] = []  # [V, n, C] of each batch
     with progress_bar() as bar:
@@ -118,7 +125,7 @@ def evaluate(
         for batch in _batches(samples, info.preprocess, views, making, say):
             # View by view, so that the plain view meets the same batches as without TTA.
             rows = [
-                softmax(logits_of(classifier, pixels, info.preprocess).numpy())
+                softmax(logits_of(network, pixels, info.preprocess).numpy())
                 for pixels in _views_of(batch, len(kept) // BATCH, recipe, draws, info)
             ]
             by_view.append(np.stack(rows))

@@ -14,10 +14,13 @@ from serving.preprocess import Preprocess
 from training import augment, mixing
 from training.activation_views import Views
 from training.clock import Clock
+from training.device import upload
+from training.device_rows import moved
 from training.model import normalise
 from training.pixels import PixelSet
 from training.precision import Precision
 from training.sections import AugmentConfig
+from training.team import ALONE, Team
 
 PREFIX_BATCH: Final = 16
 """The frozen part of a small network runs fastest in batches that fit the processor's cache."""
@@ -40,13 +43,13 @@ class Draws:
     def __call__(self, view: int, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Each of `parts`, int64 [n], and its photos augmented and normalised, [n, 3, H, W]."""
         device, size, crop = self.precision.device, self.preprocess.size, self.preprocess.crop
-        draws = augment.draw(self.config, self.photos.aspect, self.seed, view, crop=crop)
+        draws = augment.draw(self.config, self.photos.aspect, self.seed, view, crop=crop).to(device)
         with closing(self.photos.pixels.batches(parts)) as batches:
-            for index in parts:
+            for index, near in zip(parts, moved(parts, device), strict=True):
                 with self.clock("waiting for pixels"):
                     pixels = next(batches).to(device)
                 with self.clock("augmentation"), torch.no_grad():
-                    cut = augment.apply(pixels, draws[index].to(device), self.config, size)
+                    cut = augment.apply(pixels, draws[near], self.config, size)
                     images = normalise(cut, self.preprocess)
                 yield index, images
 
@@ -57,7 +60,8 @@ class TrainFeed:
 
     views: how many views of each photo the epochs take turns with; 0 draws new ones each epoch.
     first_view: the number of the first. kept: the outputs of what is frozen for these views; None
-    runs `prefix` on each batch. classes: how many, for labels of mixed photos.
+    runs `prefix` on each batch. classes: how many, for labels of mixed photos. team: of which this
+    process feeds its part.
     """
 
     draws: Draws
@@ -66,6 +70,7 @@ class TrainFeed:
     views: int = 0
     classes: int = 0
     kept: Views | None = None
+    team: Team = ALONE
 
     @property
     def precision(self) -> Precision:
@@ -78,7 +83,7 @@ class TrainFeed:
         return self.draws.clock
 
     def epoch(self, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Shuffled (inputs of the suffix, labels int64 [N]) of one epoch.
+        """Shuffled (inputs of the suffix, labels int64 [N]) of one epoch: this process's parts.
 
         Where mixup or cutmix blends photos the labels are shares, float32 [N, classes]. A last
         batch of one photo is dropped: BatchNorm can't learn from it.
@@ -87,18 +92,18 @@ class TrainFeed:
         photos, device = self.draws.photos, self.precision.device
         generator = torch.Generator().manual_seed(self.draws.seed * 1_000_003 + place)
         order = torch.randperm(len(photos), generator=generator).split(batch_size)
-        parts = [index for index in order if len(index) > 1]
+        parts = [self.team.part(index) for index in order if len(index) > 1]
         if self.kept:
             self.prepare([epoch])
             rows = self.kept[self._view(epoch)]
             for index in parts:
                 with self.clock("waiting for activations"):
-                    inputs = rows[index].to(device)
-                yield inputs, photos.labels[index].to(device)
+                    inputs = upload(rows[upload(index, rows.device)], device)
+                yield inputs, upload(photos.labels[index], device)
             return
         config = self.draws.config
         for step, (index, images) in enumerate(self.draws(self._view(epoch), parts)):
-            labels = photos.labels[index].to(device)
+            labels = upload(photos.labels[index], device)
             if config.mixes:
                 images, labels = mixing.mix(
                     config, images, labels, self.classes, self.draws.seed, place * 1_000_000 + step
@@ -107,10 +112,10 @@ class TrainFeed:
                 inputs = run_frozen(self.prefix, images, self.precision)
             yield inputs, labels
 
-    def steps(self, batch_size: int) -> int:
-        """Batches an epoch."""
+    def sizes(self, batch_size: int) -> list[int]:
+        """Photos of each batch of an epoch, all processes together."""
         full, rest = divmod(len(self.draws.photos), batch_size)
-        return full + (rest >= 2)
+        return [batch_size] * full + [rest] * (rest >= 2)
 
     def prepare(self, epochs: Iterable[int]) -> None:
         """Compute the kept views of these epochs that are missing, under a bar of its own."""
@@ -133,7 +138,8 @@ def run_frozen(prefix: nn.Module, inputs: Tensor, precision: Precision) -> Tenso
 class ValidFeed:
     """Validation batches, as inputs of the suffix: iterate as often as there are epochs.
 
-    keep: hold the frozen prefix's outputs after the first pass.
+    keep: hold the frozen prefix's outputs after the first pass. team: this process takes every
+    `size`th of its batches, so that each is computed as in one process.
     """
 
     photos: PixelSet
@@ -141,6 +147,7 @@ class ValidFeed:
     preprocess: Preprocess
     precision: Precision
     keep: bool
+    team: Team = ALONE
     _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -150,12 +157,13 @@ class ValidFeed:
             return
         step = 2 * PREFIX_BATCH
         parts = [slice(start, start + step) for start in range(0, len(self.photos), step)]
+        parts = parts[self.team.rank :: self.team.size]
         kept = []
         for rows, pixels in zip(parts, self.photos.pixels.batches(parts), strict=True):
             device = self.precision.device
             images = normalise(pixels.to(device), self.preprocess)
             inputs = run_frozen(self.prefix, images, self.precision)
-            batch = inputs, self.photos.labels[rows].to(device)
+            batch = inputs, upload(self.photos.labels[rows], device)
             if self.keep:
                 kept.append(batch)
             yield batch

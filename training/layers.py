@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from training import backbones, freeze, heads
 from training.backbones import Backbone
 from training.bodies import FAMILIES
-from training.layouts import natural
 from training.model import Classifier, span
+from training.names import natural
 from training.options import Recipe, Stage
 from training.plan import stages_of
 

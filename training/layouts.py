@@ -15,6 +15,8 @@ from typing import Final, NamedTuple
 
 from serving.errors import DataError, OptionError
 from serving.images import SUFFIXES
+from training.console import MOST, listed
+from training.names import natural, shown
 from training.sections import DataConfig
 
 _CLUTTER: Final = ("__MACOSX", "@eaDir")
@@ -72,35 +74,6 @@ def unlabelled(root: Path, labelled: Iterable[Path], config: DataConfig) -> tupl
     return tuple(photos_below(test))
 
 
-def natural(name: str) -> tuple[list[tuple[int, str]], str]:
-    """Sort key with numbers by value: 1, 2, 10; the name itself decides between 1 and 01."""
-    parts = [t for t in re.split(r"([0-9]+)", name) if t]
-    # Not int(): Python refuses numbers of thousands of digits.
-    numbers = [t.lstrip("0") if t.isdecimal() else None for t in parts]
-    return [
-        (-1, t) if n is None else (len(n), n) for t, n in zip(parts, numbers, strict=True)
-    ], name
-
-
-def shown(name: object, most: int = 80) -> str:
-    """A name as an error quotes it: on one line, the middle of a long one left out."""
-    text = repr(str(name))
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
-
-
-def check_names(labels: Iterable[str]) -> None:
-    """Refuse names of classes that are no UTF-8.
-
-    Raises:
-        DataError: Names the first.
-    """
-    for name in labels:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise DataError(f"class {shown(name)} is no UTF-8 name; rename it") from None
-
-
 def photos_below(folder: Path) -> Iterator[Path]:
     """Image files below `folder` by extension, hidden ones skipped, in natural order."""
     if not folder.is_dir():
@@ -110,6 +83,14 @@ def photos_below(folder: Path) -> Iterator[Path]:
         for name in sorted(files, key=natural):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
                 yield Path(here, name)
+
+
+def bare_classes(root: Path) -> list[str]:
+    """Folders below `root`, or below its training part, where a class has not one photo."""
+    home = _parts(root).get("train", root)
+    known = () if home != root else (*FOLDERS, *_CLUTTER)
+    bare = [f for f in _class_folders(home) if f.name not in known and not _has_photos(f)]
+    return [folder.relative_to(root).as_posix() for folder in bare]
 
 
 def _unreadable(error: OSError) -> None:
@@ -128,6 +109,12 @@ def _from_folders(root: Path) -> list[Photo]:
     if not {"train", "valid"} <= set(parts):
         missing = "valid" if "train" in parts else "train"
         have = ", ".join(f"{part}/" for part in parts)
+        bare = next(
+            (n for n, part in FOLDERS.items() if part == missing and (root / n).is_dir()), ""
+        )
+        if bare:
+            what = "holds no folder with photos" if any((root / bare).iterdir()) else "is empty"
+            raise DataError(f"{root / bare} {what}; expected {bare}/CLASS/photo.jpg")
         raise DataError(
             f"{root} has {have} but no {missing}/; add it, or put the classes one level up"
         )
@@ -176,7 +163,10 @@ def _class_names(root: Path) -> list[str]:
     folders = _class_folders(root)
     names = [folder.name for folder in folders if _has_photos(folder)]
     if not names:
-        raise DataError(f"{root} holds no folder with photos; expected {root.name}/CLASS/photo.jpg")
+        raise DataError(
+            f"{root} holds no folder with photos; expected {root.name}/CLASS/photo.jpg, "
+            "or labels from file names (data.pattern) or from a table (data.csv)"
+        )
     for folder in folders:
         bare = folder.name not in names and folder.name not in _CLUTTER
         if bare and any(path.is_file() for path in folder.iterdir()):
@@ -250,6 +240,7 @@ def _table(root: Path, config: DataConfig) -> list[tuple[Path, str, int]]:
     else:
         images = Path("train")
     lines: dict[Path, tuple[str, int]] = {}
+    wrong: list[str] = []
     id_column, label_column = config.columns
     try:
         # utf-8-sig: spreadsheets write a byte-order mark.
@@ -263,15 +254,16 @@ def _table(root: Path, config: DataConfig) -> list[tuple[Path, str, int]]:
                         f"{', '.join(map(shown, have)) or 'nothing'}; set data.columns"
                     )
             for row in reader:
-                line = f"{table}, line {reader.line_num}"
+                line = f"line {reader.line_num}"
                 name, label = ((row[column] or "").strip() for column in config.columns)
                 if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-                    raise DataError(f"{line}: {id_column} {shown(name)} names no photo")
+                    wrong.append(f"{line}: {id_column} {shown(name)} names no photo")
+                    continue
                 if not label:
-                    raise DataError(f"{line}: {shown(name)} has no {label_column}")
+                    wrong.append(f"{line}: {shown(name)} has no {label_column}")
                 path = images / f"{name}{config.suffix}"  # 1.jpg and ./1.jpg are one photo
                 if path in lines:
-                    raise DataError(f"{line}: {shown(name)} stands in line {lines[path][1]}, too")
+                    wrong.append(f"{line}: {shown(name)} stands in line {lines[path][1]}, too")
                 lines[path] = label, reader.line_num
     except FileNotFoundError:
         raise DataError(f"data.csv = {shown(config.csv)}: no such file in {root}") from None
@@ -280,6 +272,8 @@ def _table(root: Path, config: DataConfig) -> list[tuple[Path, str, int]]:
     except (OSError, ValueError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"data.csv = {shown(config.csv)} can't be read: {reason}") from error
+    if wrong:
+        raise DataError(listed(table, wrong, between=", ", most=MOST))
     if not lines:
         raise DataError(f"{table} has no row under its first line")
     return [(path, label, line) for path, (label, line) in lines.items()]

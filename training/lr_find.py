@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,20 @@ from typing import Final, get_args
 import torch
 
 from serving.errors import OptionError, WorkError
-from training import cache, checkpoint, data, lr_finder, optim, pixels, plan, plots, trainer
+from serving.files import check_file
+from training import (
+    auto_batch,
+    cache,
+    checkpoint,
+    compiling,
+    data,
+    lr_finder,
+    optim,
+    pixels,
+    plan,
+    plots,
+    trainer,
+)
 from training.activations import Activations, shares
 from training.console import Say
 from training.console import say as say_aloud
@@ -58,7 +72,7 @@ def lr_find(
     start: Path | None = None,
     out: Path | None = None,
     device: str = "auto",
-    compare: int = 0,
+    compare: int | None = None,
     cache_gb: float | None = None,
     say: Say = say_aloud,
 ) -> tuple[lr_finder.Curve, list[Trial]]:
@@ -69,7 +83,7 @@ def lr_find(
         stage: Name of the stage; the first unless said.
         start: Checkpoint that the stage starts from, such as `runs/NAME/stages/head.safetensors`.
         out: Where the PNG goes; `lr_find-STAGE.png` here unless said.
-        compare: Epochs to train with each suggestion; 0 compares nothing.
+        compare: Epochs to train with each suggestion; not given, nothing is compared.
 
     Returns:
         The curve, and the trials in the order of `PICKS`.
@@ -77,18 +91,19 @@ def lr_find(
     Raises:
         FledgeError: As `recipe.run`; a stage that is not there; a curve that says nothing.
     """
-    if compare < 0:
+    if compare is not None and compare < 1:
         raise OptionError(f"--epochs {compare}: use 1 or more")
-    if not (out or Path()).absolute().parent.is_dir():
-        raise OptionError(f"--out {out}: there is no folder {out.parent if out else ''}")
+    if out and out.suffix.lower() != ".png":
+        raise OptionError(f"--out {out}: use a name that ends in .png")
+    check_file(out or Path("lr_find.png"))
     bench = _bench(recipe, source, split, stage, start, device, cache_gb, say)
     name = bench.stage.name
-    curve = trainer.find_lr(bench.classifier, bench.stage, recipe, bench.feed)
+    curve = trainer.find_lr(bench.classifier, bench.stage, bench.recipe, bench.feed)
     picked = curve.pick(recipe.lr_find.pick)
     path = out or Path(f"lr_find-{name}.png")
     plots.lr_find(curve, path, f"lr_find before {name}", recipe.lr_find.pick)
     say(f"{path}: the curve; recipe value: stage.{name}.lr={picked:.2e} ({recipe.lr_find.pick})")
-    return curve, list(_trials(bench, curve, compare)) if compare else []
+    return curve, [] if compare is None else list(_trials(bench, curve, compare))
 
 
 def _bench(
@@ -102,6 +117,7 @@ def _bench(
     say: Say,
 ) -> _Bench:
     precision = choose_precision(device, recipe.precision)
+    compiling.check(recipe, precision.device)
     dataset = data.load(source, split=split, config=recipe.data, seed=recipe.seed)
     classifier, pretrained = plan.build_classifier(recipe, len(dataset.classes), say)
     stages = plan.stages_of(recipe, pretrained)
@@ -116,17 +132,36 @@ def _bench(
             classifier.load_state_dict(trained.state_dict())
         except RuntimeError:
             raise OptionError(
-                f"--from {start}: it is {info.arch} with {len(info.classes)} classes and the head "
-                f"{dict(info.head)}, which is not what the recipe and the photos ask for"
+                f"--from {start} does not fit: {_differs(info, plan.info(recipe, dataset))}"
             ) from None
     elif stage is not stages[0]:
         say(f"warning: the stages before {stage.name} have not been trained; start with --from")
+    recipe = auto_batch.settle(recipe, classifier, stages, dataset, precision, say)
     photos = pixels.Photos(dataset, recipe.data.presize, say, cache_gb)
     classifier.to(precision.device).to(memory_format=torch.channels_last)
     activations = Activations(photos, recipe, precision, cache.room(cache_gb), say)
     (share,) = shares(classifier, recipe, [stage])
     feed, held_out = activations.feeds(classifier, stage, share)
     return _Bench(recipe, stage, classifier, feed, held_out, precision)
+
+
+def _differs(theirs: checkpoint.CheckpointInfo, ours: checkpoint.CheckpointInfo) -> str:
+    """What two networks differ in."""
+
+    def facts(info: checkpoint.CheckpointInfo) -> dict[str, object]:
+        tables = {"arch_args": info.arch_args, "head": info.head}
+        options = {f"{name}.{key}": table[key] for name, table in tables.items() for key in table}
+        return {"arch": info.arch, "classes": len(info.classes), **options}
+
+    old, new = facts(theirs), facts(ours)
+    keys = [key for key in {**old, **new} if _plain(old.get(key)) != _plain(new.get(key))]
+    told = (f"{key} is {_plain(old.get(key))} there, {_plain(new.get(key))} here" for key in keys)
+    return ", ".join(told) or "its weights are of other shapes"
+
+
+def _plain(value: object) -> str:
+    """A value of a recipe, the same whether it comes from a checkpoint's file or from a recipe."""
+    return "none" if value is None else json.dumps(value).strip('"')
 
 
 def _trials(bench: _Bench, curve: lr_finder.Curve, epochs: int) -> Iterator[Trial]:

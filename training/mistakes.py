@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -34,6 +33,7 @@ SECTIONS: Final[dict[str, type]] = {
 TAKES: Final = {
     "name": "use letters, digits, '.', '_' and '-'",
     "arch_args": "write a table [arch_args]",
+    "compile": "use true, false or 'cuda_graphs'",
     "data.columns": "use the names of two columns, of the id and of the label",
     "head.hidden": "use a width or a list of widths, each at least 1",
     "head.dropout": "use a share in [0, 1), or a list with one for every Linear layer",
@@ -47,7 +47,11 @@ TAKES: Final = {
 }
 """What options of several forms take, in one sentence instead of one for each form."""
 
-WORDS: Final = {"stage.lr": ("find",), "stage.unfreeze": ("all", "gradual")}
+WORDS: Final = {
+    "compile": ("cuda_graphs",),
+    "stage.lr": ("find",),
+    "stage.unfreeze": ("all", "gradual"),
+}
 """The words among those forms."""
 
 
@@ -90,6 +94,18 @@ def of_names(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
         name = stage.get("name") if isinstance(stage, Mapping) else None
         if isinstance(name, str) and seen.setdefault(name, number) != number:
             yield ("stage", number, "name"), f"stage names must differ, {name!r} is there twice"
+
+
+def of_arch(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    """An architecture that is unknown. Loads torchvision: for recipes that are wrong already."""
+    from training import backbones
+
+    arch = values.get("arch")
+    if isinstance(arch, str):
+        try:
+            backbones.family_of(arch)
+        except OptionError as error:
+            yield ("arch",), str(error)
 
 
 def called(path: Sequence[str | int], values: Mapping[str, Any]) -> str:
@@ -210,12 +226,3 @@ def _preprocess(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
         except OptionError as error:
             words = ("bilinear", "bicubic", "lanczos") if name == "interpolation" else ()
             yield path, f"{error}{_near(value, words)}"
-
-
-def together(mistakes: Sequence[tuple[str, str]]) -> str:
-    """(place, sentence) -> one line, neighbours of one place under it."""
-    groups = itertools.groupby(mistakes, key=lambda mistake: mistake[0])
-    return "; ".join(
-        (f"{place}: " if place else "") + "; ".join(sentence for _, sentence in group)
-        for place, group in groups
-    )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.device import upload
 from training.sections import AugmentConfig
 
 _STREAM = 1  # other random numbers than `training.augment` draws from the same seed
@@ -41,7 +42,7 @@ def mix(
         return images, targets
     rng = np.random.default_rng([seed, step, _STREAM])
     coin = rng.random()
-    other = torch.from_numpy(rng.permutation(len(images))).to(images.device)
+    other = upload(torch.from_numpy(rng.permutation(len(images))), images.device)
     if config.mixup and (not config.cutmix or coin < 0.5):
         share = rng.beta(config.mixup, config.mixup)
         images = images * share + images[other] * (1 - share)

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from serving.preprocess import Preprocess
 from training import backbones, freeze, heads
+from training.device import constant
 from training.sections import HeadConfig
 
 
@@ -126,6 +126,6 @@ def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
 
     (x / 255 - mean) / std per channel: what every exported graph does inside.
     """
-    mean = torch.tensor(preprocess.mean, device=pixels.device) * 255
-    std = torch.tensor(preprocess.std, device=pixels.device) * 255
+    mean = constant(preprocess.mean, pixels.device) * 255
+    std = constant(preprocess.std, pixels.device) * 255
     return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)

@@ -13,6 +13,10 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    PlainSerializer,
+    StrictBool,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -34,6 +38,9 @@ from training.sections import (
 ALL: Final = 99
 """More layer groups than any network has."""
 
+AUTO: Final = 0
+"""A batch size that is still to be found: "auto" until `training.auto_batch.settle`."""
+
 Rate = Annotated[float, Field(gt=0)]
 
 
@@ -52,6 +59,23 @@ class Spread(Section):
 
 def _unfreeze(value: Any) -> Any:
     return ALL if value == "all" else value
+
+
+def _batch(value: Any, check: ValidatorFunctionWrapHandler) -> int:
+    if value == "auto":
+        return AUTO
+    if isinstance(value, str):
+        raise ValueError("use a number, at least 2, or 'auto'")
+    size: int = check(value)
+    return size
+
+
+BatchSize = Annotated[
+    Annotated[int, Field(ge=2, le=65_536)],
+    WrapValidator(_batch),
+    PlainSerializer(lambda size: size or "auto", return_type=int | str),
+]
+"""Photos a step; `AUTO` is written as "auto"."""
 
 
 def _augment(value: dict[str, Any]) -> dict[str, Any]:
@@ -159,8 +183,10 @@ class Recipe(Section):
     """A whole recipe; see `recipes/quick.toml` for one with comments.
 
     weights: "imagenet", "none", "auto" (imagenet if it can be had, else none, said aloud), a path.
+    batch_size: photos a step; "auto" is the largest that fits, found before the run.
     precision: of the forward and backward pass; auto is bf16 on GPUs and CPUs that have it, fp32
         elsewhere.
+    compile: whether what trains is compiled; "cuda_graphs" also replays its kernels as one.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -168,9 +194,10 @@ class Recipe(Section):
     arch_args: dict[str, Any] = Field(default_factory=dict)
     weights: str = "auto"
     seed: int = Field(0, ge=0, lt=2**32)
-    batch_size: int = Field(32, ge=2, le=65_536)
+    batch_size: BatchSize = 32
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: StrictBool | Literal["cuda_graphs"] = False
     head: HeadConfig = HeadConfig()
     preprocess: Annotated[Preprocess, BeforeValidator(_preprocess)] = Preprocess()
     data: DataConfig = DataConfig()

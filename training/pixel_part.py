@@ -73,28 +73,21 @@ class Part:
         """Read every photo: what it holds is what it is known by."""
 
         def one(index: int) -> bytes:
+            path = self.samples[index].path
             try:
-                return digest_of(content(self.samples[index].path))
+                return digest_of(content(path))
             except ImageError as error:
-                self.broken[self.samples[index].path] = str(error)
+                self.broken[path] = _why(path, error)
                 return b""
 
         self.digests = list(self._each("reading", one, range(len(self.samples))))
 
     def keep(self, room: cache.Room, names: set[str]) -> None:
-        """Rows from the cache, filled where some are missing.
+        """Rows from the cache, filled where some are missing; undone where there is no room left.
 
-        Where there is no room left they stay undone; where the cache can't be written they are kept
-        in a file without a name, which the system takes back however this process ends.
+        Raises:
+            OSError: The cache can't be written.
         """
-        try:
-            self._from_pack(room, names)
-        except OSError as error:
-            where = cache.shown(room.folder)
-            self.say(f"warning: the cache {where} can't be used: {error.strerror or error}")
-            self._from_temporary()
-
-    def _from_pack(self, room: cache.Room, names: set[str]) -> None:
         pack = Pack(room.folder / self.making.name, self.making.side)
         listed = pack.read()
         if self._missing(listed.rows):
@@ -125,7 +118,12 @@ class Part:
     def _wait(self) -> None:
         self.say(f"pixels: another run decodes {self.making}: waiting for it")
 
-    def _from_temporary(self) -> None:
+    def keep_aside(self) -> None:
+        """Rows in a file without a name, which the system takes back however this process ends.
+
+        Raises:
+            WorkError: The disk is full.
+        """
         self.fresh = 0
         with tempfile.TemporaryFile(prefix="fledge-pixels-") as file:
             try:
@@ -150,7 +148,7 @@ class Part:
                 digest, image = read(path, self.making.preprocess.background)
                 return index, digest, self.making(image), image.width / image.height
             except ImageError as error:
-                self.broken[path] = str(error)
+                self.broken[path] = _why(path, error)
                 return None
 
         for done in self._each("decoding", one, missing):
@@ -179,7 +177,7 @@ class Part:
                 digest, image = read(path, background)
                 return digest, image.width / image.height
             except ImageError as error:
-                self.broken[path] = str(error)
+                self.broken[path] = _why(path, error)
                 return b"", 1.0
 
         good = self.good
@@ -208,3 +206,8 @@ class Part:
         name = self.making.name
         known = hashlib.sha256(name.encode() + b"".join(self.digests[i] for i in self.good))
         return PixelSet(self.rows, self.aspect, labels, name, known.digest())
+
+
+def _why(path: Path, error: ImageError) -> str:
+    """What is wrong with a photo, without its name, which stands before it."""
+    return str(error).removeprefix(f"{path}: ")

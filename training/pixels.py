@@ -88,15 +88,23 @@ def decode(
         Part(dataset.valid, Making("valid", preprocess, presize), say),
     )
     names = {part.making.name for part in parts}
-    left = room.budget
+    left, refused = room.budget, False
     for part in parts:
         part.scan()
         if part.size <= left and part.size:
-            part.keep(room, names)
+            try:
+                part.keep(room, names)
+            except OSError as error:
+                if not refused:
+                    why = f"can't be used: {error.strerror or error}"
+                    where = f"the cache {cache.shown(room.folder)}"
+                    say(f"warning: {where} {why}; decoded photos go to a temporary file")
+                refused = True
+                part.keep_aside()
             left -= part.size
         if part.rows is None:
             part.stream()
-    say(_told(parts, room, time.perf_counter() - started))
+    say(_told(parts, None if refused else room, time.perf_counter() - started))
     broken = {path: reason for part in parts for path, reason in part.broken.items()}
     if broken:
         for path, reason in broken.items():
@@ -110,8 +118,8 @@ def decode(
     return dataset, parts[0].set(), parts[1].set()
 
 
-def _told(parts: Sequence[Part], room: cache.Room, seconds: float) -> str:
-    """What was done, in a line."""
+def _told(parts: Sequence[Part], room: cache.Room | None, seconds: float) -> str:
+    """What was done, in a line; `room` where rows can be kept."""
     photos, fresh = sum(len(part.good) for part in parts), sum(part.fresh for part in parts)
     streamed = [part for part in parts if isinstance(part.rows, Streamed)]
     stream = sum(len(part.good) for part in streamed)
@@ -122,6 +130,8 @@ def _told(parts: Sequence[Part], room: cache.Room, seconds: float) -> str:
     if streamed:
         size = cache.gigabytes(sum(part.size for part in streamed))
         words.append(f"{stream:,} streamed: their {size} are more than --cache-gb allows")
-    have = f"{cache.gigabytes(room.size())} of {cache.gigabytes(room.budget)}"
-    where = f"; {have} in {cache.shown(room.folder)}" if room.budget else ""
+    where = ""
+    if room and room.budget:
+        have = f"{cache.gigabytes(room.size())} of {cache.gigabytes(room.budget)}"
+        where = f"; {have} in {cache.shown(room.folder)}"
     return f"pixels: {', '.join(words)}{where}"

@@ -12,7 +12,7 @@ from torch.fx.experimental import optimization
 from training.freeze import has_batchnorm
 
 
-def fused(prefix: nn.Sequential) -> nn.Module:
+def fused(prefix: nn.Module) -> nn.Module:
     """A copy with its BatchNorms folded into the convolutions before them, where torch.fx can.
 
     Args:

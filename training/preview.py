@@ -9,7 +9,8 @@ from typing import Final
 
 from serving import images
 from serving.errors import DataError, ImageError
-from training import data, preview_picture
+from serving.files import check_folder
+from training import builtin, data, layouts, preview_picture
 from training.options import Recipe
 from training.sections import AugmentConfig
 from training.split import PARTS
@@ -39,11 +40,14 @@ def preview(source: str, recipe: Recipe, out: Path, *, split: Path | None = None
     Raises:
         DataError: As `data.load`; photos that can't be read are part of the report.
     """
+    check_folder(out)
     dataset = data.load(source, split=split, config=recipe.data, seed=recipe.seed)
     looks = survey(dataset)
     out.mkdir(parents=True, exist_ok=True)
     preview_picture.draw(looks, dataset.classes, out / PICTURE)
-    yield from report(dataset, looks, recipe.preprocess.size)
+    by_folder = not (recipe.data.csv or recipe.data.pattern or source in builtin.NAMES)
+    bare = layouts.bare_classes(dataset.root) if by_folder else []
+    yield from report(dataset, looks, recipe.preprocess.size, bare)
     yield f"picture: {out / PICTURE}"
 
 
@@ -64,6 +68,7 @@ def augmented(
     """
     from training import contact_sheet
 
+    check_folder(out)
     if photo is None:
         dataset = data.load(source, split=split, config=recipe.data, seed=recipe.seed)
         photo = next((path for path, _ in dataset.train if not _why_broken(path)), None)
@@ -83,12 +88,21 @@ def _why_broken(photo: Path) -> str:
     try:
         images.read(photo)
     except ImageError as error:
-        return str(error).removeprefix(f"{photo}: ")
+        return str(error)
     return ""
 
 
-def report(dataset: data.Dataset, looks: Sequence[Look], size: int) -> Iterator[str]:
-    """The lines for a person; `size` is the side that training will use, in pixels."""
+def report(
+    dataset: data.Dataset, looks: Sequence[Look], size: int, bare: Sequence[str] = ()
+) -> Iterator[str]:
+    """The lines for a person.
+
+    Args:
+        dataset: What was looked at.
+        looks: At its photos.
+        size: The side that training will use, in pixels.
+        bare: Folders of classes without a photo.
+    """
     total = sum(look.size for look in looks)
     count = f"{len(dataset.classes)} classes, {len(looks)} photos"
     yield f"{dataset.source}: {count}, {total / 1e6:.1f} MB"
@@ -117,6 +131,7 @@ def report(dataset: data.Dataset, looks: Sequence[Look], size: int) -> Iterator[
         yield from _some(f"the very same picture: {len(groups)}", lines)
     yield ""
     told = list(hints(looks, dataset.classes, size))
+    told += [f"the folder {name} is empty: no class of that name will be known" for name in bare]
     yield from (f"hint: {_plain(hint)}" for hint in told)
     if not told:
         yield "nothing to mend"

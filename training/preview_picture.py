@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,8 +38,7 @@ def draw(looks: Sequence[Look], classes: Sequence[str], path: Path) -> None:
     parts = [part for part in COLOURS if any(look.part == part for look in looks)]
     patches = [Patch(color=COLOURS[part], label=part) for part in parts]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
-    with write_aside(path) as aside, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    with write_aside(path) as aside:
         figure.savefig(aside, dpi=110, format="png")
 
 
@@ -52,7 +52,7 @@ def _bars(axes: Any, looks: Sequence[Look], classes: Sequence[str]) -> None:
             axes.barh(range(len(classes)), widths, left=left, color=COLOURS[part])
         left += widths
     names = classes if len(classes) <= _NAMED else []
-    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set_yticks(range(len(names)), [_short(name, i) for i, name in enumerate(names)])
     for text in axes.get_yticklabels():
         text.set_parse_math(False)
     if len(classes) <= 40:
@@ -62,6 +62,7 @@ def _bars(axes: Any, looks: Sequence[Look], classes: Sequence[str]) -> None:
     axes.set_ylim(middle + half, middle - half)
     axes.set_xlim(0, 1.1 * max(left.max(), 1))
     axes.set(title="photos a class", xlabel="photos")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -72,13 +73,16 @@ def _scatter(axes: Any, looks: Sequence[Look]) -> None:
             width, height = zip(*sizes, strict=True)
             area = 12 + 3 * np.sqrt(list(sizes.values()))
             axes.scatter(width, height, s=area, c=colour, alpha=0.5, lw=0)
-    axes.set(title="size of the photos", xlabel="width in pixels", ylabel="height in pixels")
     low, high = _range(looks)
     if _is_wide(low, high):
         axes.set(xscale="log", yscale="log")
         limits = (0.8 * low, 1.25 * high)
     else:
         limits = (0, 1.05 * high)
+    small = limits[0] and low
+    outside = sum(look.short < small or max(look.width, look.height) > high for look in looks)
+    title = f"size of the photos ({outside} outside)" if outside else "size of the photos"
+    axes.set(title=title, xlabel="width in pixels", ylabel="height in pixels")
     axes.set(xlim=limits, ylim=limits, box_aspect=1)
     axes.grid(alpha=0.3)
 
@@ -92,13 +96,18 @@ def _histogram(axes: Any, looks: Sequence[Look]) -> None:
     axes.hist(long, bins=bins, histtype="step", color="#d1495b", lw=1.5, label="long")
     axes.set_title("short and long sides", loc="left")
     axes.set(xlabel="pixels", ylabel="photos")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.02, 0.97), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _range(looks: Sequence[Look]) -> tuple[int, int]:
-    sides = [side for look in looks for side in (look.width, look.height)]
-    return min(sides, default=1), max(sides, default=1)
+    """The sides that are drawn: all but the odd 1 % that are more than twice as far as the rest."""
+    short = sorted(look.short for look in looks) or [1]
+    long = sorted(max(look.width, look.height) for look in looks) or [1]
+    left_out = 1 + math.ceil(len(short) / 100) if len(short) >= 10 else 0
+    low, high = short[left_out], long[-1 - left_out]
+    return next(s for s in short if 2 * s >= low), next(s for s in long[::-1] if s <= 2 * high)
 
 
 def _is_wide(low: int, high: int) -> bool:
@@ -106,6 +115,16 @@ def _is_wide(low: int, high: int) -> bool:
     return high > 8 * low
 
 
-def _short(name: str) -> str:
+def _short(name: str, number: int) -> str:
+    """A class's name, or its place from 1 on where the font lacks a letter of it."""
     plain = "".join(c if c.isprintable() else "�" for c in name)
+    if not all(_glyphs().get_char_index(ord(c)) for c in plain):
+        return f"no. {number + 1}"
     return plain if len(plain) <= 28 else plain[:27] + "…"
+
+
+@cache
+def _glyphs() -> Any:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return get_font(findfont(FontProperties()))

@@ -17,6 +17,7 @@ from training.evaluate import Result, evaluate, recipe_of
 from training.sections import TtaConfig
 
 REPORT: Final = "report.html"
+"""Of a run's best checkpoint; that of another one bears its name, as `report-head.html`."""
 
 _PARTS: Final = {
     "train": (
@@ -40,9 +41,11 @@ def write(
     tta: TtaConfig | None = None,
     data_folder: Path | None = None,
     result: Result | None = None,
+    device: str = "auto",
 ) -> Path:
     """Write `report.html` into a run's folder; returns its path.
 
+    A checkpoint that is not the run's best gets a page of its own beside it, `report-STAGE.html`.
     Photos that are gone or broken are left out and named.
 
     Args:
@@ -52,24 +55,27 @@ def write(
         tta: Test-time augmentation; none where not given.
         data_folder: Where the photos are now, if they have moved.
         result: What `evaluate` gave for the same arguments, where that is known already.
+        device: As `evaluate`.
 
     Raises:
         FledgeError: As `evaluate`.
     """
     folder = checkpoint.folder_of(run)
-    info = checkpoint.read_info(checkpoint.find(run).with_suffix(".json"))
+    weights = checkpoint.find(run)
+    info = checkpoint.read_info(weights.with_suffix(".json"))
+    stage = "" if weights.name == checkpoint.BEST else weights.stem
     if result is None:
-        result = evaluate(run, part=part, tta=tta, data_folder=data_folder, gone_too=True, say=say)
+        result = evaluate(run, part=part, tta=tta, data_folder=data_folder, device=device, say=say)
     sections = (
-        _headline(folder, info, result, part, tta),
+        _headline(folder, info, result, part, tta, stage),
         gallery.section(result, info.preprocess, say),
         _classes(result),
         _calibration(result),
         curves.section(folder, say),
-        _recipe(folder, info, result),
+        _recipe(folder, info, result, stage),
     )
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    name = text(info.name)
+    name = text(f"{info.name}, {stage}" if stage else info.name)
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -78,9 +84,10 @@ def write(
         f"<title>{name}: {result.accuracy:.1%}</title>\n<style>\n{style}</style>\n</head>\n"
         f"<body>\n<main>\n{''.join(sections)}</main>\n</body>\n</html>\n"
     )
-    with write_aside(folder / REPORT) as aside:
+    path = folder / (f"report-{stage}.html" if stage else REPORT)
+    with write_aside(path) as aside:
         aside.write_text(page, encoding="utf-8")
-    return folder / REPORT
+    return path
 
 
 def tta_of(run: Path, say: Say) -> TtaConfig:
@@ -96,7 +103,12 @@ def tta_of(run: Path, say: Say) -> TtaConfig:
 
 
 def _headline(
-    folder: Path, info: CheckpointInfo, result: Result, part: str, tta: TtaConfig | None
+    folder: Path,
+    info: CheckpointInfo,
+    result: Result,
+    part: str,
+    tta: TtaConfig | None,
+    stage: str,
 ) -> str:
     plain = metrics.accuracy(result.plain, result.labels)
     rows = [("plain", plain, metrics.interval(round(plain * result.photos), result.photos))]
@@ -105,6 +117,11 @@ def _headline(
         rows.append(("TTA", result.accuracy, metrics.interval(right, result.photos)))
     low, high = rows[-1][2]
     name, caution = _PARTS[part]
+    title = text(info.name)
+    if stage:
+        title += f", {text(stage)}"
+        ours = f"Of the checkpoint {text(stage)}, not of the run's best. "
+        caution = ours + ("" if part == "valid" else caution)
     how = f"with TTA over {result.views} views of each" if result.views > 1 else "each seen once"
     facts = {
         "network": f"{text(info.arch)} at {info.preprocess.size} px",
@@ -125,7 +142,7 @@ def _headline(
     chart = charts.intervals(rows, f"Accuracy with its 95% interval, {low:.1%} to {high:.1%}")
     return f"""<header>
 <p class="kicker">Fledge report, run <bdi>{text(folder.resolve().name)}</bdi></p>
-<h1><bdi>{text(info.name)}</bdi></h1>
+<h1><bdi>{title}</bdi></h1>
 <div class="hero">
 <div><div class="figure">{result.accuracy:.1%}</div>
 <p>right on {right:,} of {result.photos:,} {name} photos, {how}</p></div>
@@ -209,10 +226,11 @@ and how often they are right, in ten bins (Guo et al., 2017). The log loss is th
 """
 
 
-def _recipe(folder: Path, info: CheckpointInfo, result: Result) -> str:
+def _recipe(folder: Path, info: CheckpointInfo, result: Result, stage: str) -> str:
+    best = f"{info.metrics.get('stage', '?')} {info.metrics.get('epoch', '?')}"
     facts = {
         "network": info.arch,
-        "best epoch": f"{info.metrics.get('stage', '?')} {info.metrics.get('epoch', '?')}",
+        **({"checkpoint": stage} if stage else {"best epoch": best}),
         "photos": ", ".join(
             f"{info.data[part]:,} {name}" for part, (name, _) in _PARTS.items() if part in info.data
         ),

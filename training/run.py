@@ -15,6 +15,7 @@ from serving.errors import WorkError
 from training import (
     best,
     checkpoint,
+    distributed,
     evaluate,
     model,
     optim,
@@ -27,17 +28,22 @@ from training import (
 from training import trainer as loop
 from training.activations import Activations, Share, shares
 from training.console import Say
+from training.console import say as say_aloud
 from training.ema import Ema
-from training.feeds import TrainFeed
+from training.feeds import TrainFeed, ValidFeed
 from training.journal import Journal, read_steps
 from training.options import Recipe, Stage
 from training.precision import Precision
 from training.state import Position
+from training.team import ALONE, Team
 
 
 @dataclass
 class Run:
-    """What every stage works with; `go` does the work."""
+    """What every stage works with; `go` does the work.
+
+    team: the processes that do it together; `say` is heard in the one that leads.
+    """
 
     recipe: Recipe
     stages: list[Stage]
@@ -48,6 +54,7 @@ class Run:
     say: Say
     position: Position = field(default_factory=Position)
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    team: Team = ALONE
 
     @property
     def precision(self) -> Precision:
@@ -58,6 +65,8 @@ class Run:
 def go(run: Run) -> Path:
     """Train what is left of a run, score its best checkpoint, write its report; its folder.
 
+    Of several processes all train, and the one that leads does the rest.
+
     Raises:
         WorkError: A loss that is no number, a full disk; the run can be resumed.
     """
@@ -67,9 +76,11 @@ def go(run: Run) -> Path:
         f"{len(dataset.classes)} classes, {len(dataset.train)} photos to train on, "
         f"{len(dataset.valid)} to validate; {recipe.arch} at {recipe.preprocess.size} px on "
         f"{run.precision.device.type}, {str(run.precision.dtype).removeprefix('torch.')}"
+        + (f", {run.team.size} processes" if run.team.size > 1 else "")
     )
+    position.processes = run.team.size
     run.classifier.to(run.precision.device).to(memory_format=torch.channels_last)
-    journal = Journal(run.folder, position.history)
+    journal = Journal(run.folder, position.history) if run.team.leads else None
     ema = Ema(run.classifier, recipe.optimizer.ema) if recipe.optimizer.ema else None
     if ema and "ema" in run.tensors:
         ema.load(run.tensors["ema"])
@@ -77,16 +88,19 @@ def go(run: Run) -> Path:
         shared = shares(run.classifier, recipe, run.stages)
         while position.stage < len(run.stages):
             _stage(run, shared[position.stage], journal, ema)
+        run.team.leave()
+        if not run.team.leads:
+            return run.folder
         with clock("scoring the best"):
             result = best.finish(run.folder, dataset, recipe.tta, run.say)
         with clock("report"):
             report.write(run.folder, say=run.say, tta=recipe.tta, result=result)
     except (KeyboardInterrupt, OSError, WorkError) as error:
-        why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
-        run.say(
-            f"{why}: {len(position.history)} finished epochs are kept; go on with: "
-            f"fledge train --resume {run.folder}"
-        )
+        _tell_how_to_go_on(run, error)
+        raise
+    except RuntimeError as error:
+        if distributed.lost(error):
+            _tell_how_to_go_on(run, error)
         raise
     run_folder.close(run.folder)
     run_folder.point_latest(run.folder)
@@ -102,15 +116,45 @@ def go(run: Run) -> Path:
     return run.folder
 
 
-def _stage(run: Run, share: Share, journal: Journal, ema: Ema | None) -> None:
+def _tell_how_to_go_on(run: Run, error: BaseException) -> None:
+    if not run.team.first_to_fail():
+        return
+    why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
+    say = run.say if run.team.leads else say_aloud
+    way = "" if run.team.size == 1 else "torchrun … -m "
+    say(
+        f"{why}: {len(run.position.history)} finished epochs are kept; go on with: "
+        f"{way}fledge train --resume {run.folder}"
+    )
+
+
+def _feeds(run: Run, share: Share, ema: Ema | None) -> tuple[TrainFeed, ValidFeed]:
+    """The batches of the stage in progress, of the same views in all processes."""
+    position, team = run.position, run.team
+
+    def feeds(views: int | None) -> tuple[TrainFeed, ValidFeed]:
+        stage = run.stages[position.stage]
+        with team.in_turn():  # the first of a machine decodes for all there
+            return run.activations.feeds(
+                run.classifier, stage, share, position.first_view, views, ema
+            )
+
+    feed, held_out = feeds(position.views)
+    position.views = views = team.decide(lambda: feed.views)
+    if team.any(feed.views != views):  # process 0 has more room for them, or less
+        feed, held_out = feeds(views)
+    feed.team = held_out.team = team
+    return feed, held_out
+
+
+def _stage(run: Run, share: Share, journal: Journal | None, ema: Ema | None) -> None:
     """Train one stage, from wherever it stands, and step on to the next."""
     recipe, classifier, position = run.recipe, run.classifier, run.position
     clock = run.activations.clock
     stage = run.stages[position.stage]
-    feed, held_out = run.activations.feeds(
-        classifier, stage, share, position.first_view, position.views, ema
-    )
-    position.views = feed.views
+    feed, held_out = _feeds(run, share, ema)
+    if run.team.size > 1 and run.precision.device.type == "cuda":
+        distributed.sync_batchnorms(classifier)
     lr = stage.lr if stage.lr != "find" else position.lr
     if lr is None:
         with clock("lr_find"):
@@ -129,7 +173,7 @@ def _stage(run: Run, share: Share, journal: Journal, ema: Ema | None) -> None:
         )
         with averaged():
             with clock("validation"):
-                accuracy, valid_loss = loop.validate(classifier, held_out, run.precision)
+                accuracy, valid_loss = loop.validate(classifier, held_out, run.precision, run.team)
             if not math.isfinite(valid_loss):
                 raise WorkError(
                     f"stage {stage.name}: the validation loss is {valid_loss} after epoch "
@@ -145,9 +189,11 @@ def _stage(run: Run, share: Share, journal: Journal, ema: Ema | None) -> None:
                 position.best = best.rank(row)
                 preprocess = recipe.preprocess_of(stage)
                 with clock("saving"):
-                    best.save(run.folder, row, classifier, run.info, preprocess)
+                    if run.team.leads:
+                        best.save(run.folder, row, classifier, run.info, preprocess)
         position.history.append(row)
-        journal.add(row, steps)
+        if journal:
+            journal.add(row, steps)
         _tell(run, row)
         if stage.patience and valid_loss < min(losses, default=math.inf):
             # Clones: the weights themselves go on moving.
@@ -159,29 +205,31 @@ def _stage(run: Run, share: Share, journal: Journal, ema: Ema | None) -> None:
         kept = run.tensors.pop("kept_ema", {})
         if ema and kept:
             ema.load(kept)
-    with averaged():
-        info = replace(
-            run.info, preprocess=recipe.preprocess_of(stage), metrics={"stage": stage.name}
-        )
-        checkpoint.save(
-            run.folder / run_folder.STAGES / f"{stage.name}.safetensors", classifier, info
-        )
+    if run.team.leads:
+        with averaged():
+            info = replace(
+                run.info, preprocess=recipe.preprocess_of(stage), metrics={"stage": stage.name}
+            )
+            path = run.folder / run_folder.STAGES / f"{stage.name}.safetensors"
+            checkpoint.save(path, classifier, info)
     if share.last:
         position.first_view += position.views or stage.epochs
         position.views = None
     position.stage, position.epoch, position.lr = position.stage + 1, 0, None
-    with clock("report"):
-        picture = run.folder / "schedule.png"
-        plots.schedule(plots.rows(read_steps(run.folder)), picture, f"{recipe.name}: as run")
+    if run.team.leads:
+        with clock("report"):
+            picture = run.folder / "schedule.png"
+            plots.schedule(plots.rows(read_steps(run.folder)), picture, f"{recipe.name}: as run")
     _save(run, ema, None)
 
 
 def _find_lr(run: Run, stage: Stage, feed: TrainFeed) -> float:
     curve = loop.find_lr(run.classifier, stage, run.recipe, feed)
     pick = run.recipe.lr_find.pick
-    picked = curve.pick(pick)
-    path = run.folder / f"lr_find-{stage.name}.png"
-    plots.lr_find(curve, path, f"lr_find before {stage.name}", pick)
+    picked = run.team.decide(lambda: curve.pick(pick))
+    if run.team.leads:
+        path = run.folder / f"lr_find-{stage.name}.png"
+        plots.lr_find(curve, path, f"lr_find before {stage.name}", pick)
     run.say(
         f"{stage.name:>8}  lr_find: {picked:.2e} ({pick}; steepest "
         f"{curve.steepest:.2e}, minimum {curve.minimum:.2e})"
@@ -198,7 +246,10 @@ def _save(run: Run, ema: Ema | None, optimizer: torch.optim.Optimizer | None) ->
         groups["optimizer"] = state.of_optimizer(optimizer)
     groups.update({key: run.tensors[key] for key in ("kept", "kept_ema") if key in run.tensors})
     with run.activations.clock("saving"):
-        state.save(run.folder / run_folder.LAST, run.position, groups, run.precision.device)
+        own = state.random_state(run.precision.device, run.team.rank)
+        groups[state.RANDOM] = run.team.gather(own)
+        if run.team.leads:
+            state.save(run.folder / run_folder.LAST, run.position, groups)
 
 
 def _tell(run: Run, row: loop.Epoch) -> None:

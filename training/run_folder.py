@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from serving.errors import DataError, OptionError
-from serving.files import write_aside
+from serving.files import check_folder, write_aside
 from training import config, data
 from training.options import Recipe
 
@@ -44,14 +44,11 @@ def check_free(out: Path | None) -> None:
     Raises:
         OptionError: Names `--out`.
     """
-    folder = out or Path("runs")
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         resumable = (out / RUN).exists() and (out / LAST).exists()
         hint = f"go on with it by --resume {out}, or " if resumable else ""
         raise OptionError(f"--out {out} exists already; {hint}choose another or remove it")
-    home = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not home.is_dir() or not os.access(home, os.W_OK):
-        raise OptionError(f"--out {folder}: {home} can't be written to; choose another")
+    check_folder(out or Path("runs"))
 
 
 def claim(out: Path | None, name: str) -> Path:

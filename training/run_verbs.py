@@ -13,11 +13,19 @@ if TYPE_CHECKING:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Score a run's checkpoint on its own held-out photos, in float32."""
+    from serving.files import check_file
     from training import evaluate as room
     from training.console import say
 
+    if options.csv is not None:
+        check_file(options.csv, "--csv")
     result = room.evaluate(
-        options.run, part=options.part, tta=_tta(options), data_folder=options.data, say=say
+        options.run,
+        part=options.part,
+        tta=_tta(options),
+        data_folder=options.data,
+        device=options.device,
+        say=say,
     )
     if result.views > 1:
         accuracy, loss = room.score(result.plain, result.labels)
@@ -38,7 +46,16 @@ def report(options: argparse.Namespace) -> None:
     tta = _tta(options)
     if tta is None:
         tta = room.tta_of(options.run, say)
-    print(room.write(options.run, part=options.part, tta=tta, data_folder=options.data, say=say))
+    print(
+        room.write(
+            options.run,
+            part=options.part,
+            tta=tta,
+            data_folder=options.data,
+            device=options.device,
+            say=say,
+        )
+    )
 
 
 def cache(options: argparse.Namespace) -> None:
@@ -80,10 +97,15 @@ def _run_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("--part", default="valid", choices=["train", "valid", "test"])
     add.add_argument("--tta", type=int, metavar="N", help="views or draws to average; 0 is off")
     kinds = ["views", "flip", "five_crop", "multi_scale", "draws"]
-    add.add_argument("--tta-kind", choices=kinds, help="default: views")
+    add.add_argument(
+        "--tta-kind",
+        choices=kinds,
+        help="default: views; flip, five_crop and multi_scale have a number of views of their own",
+    )
     add.add_argument("--average", choices=["mean", "log_mean"], help="default: mean")
     add.add_argument("--plain-weight", type=float, metavar="W", help="0 weighs all views alike")
     add.add_argument("--data", type=Path, metavar="DIR", help="where the photos are now")
+    add.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
 
 
 def _tta(options: argparse.Namespace) -> TtaConfig | None:
@@ -102,6 +124,7 @@ def _tta(options: argparse.Namespace) -> TtaConfig | None:
     except ValidationError as error:
         wrong = error.errors()[0]
         if not wrong["loc"]:  # of several options together
-            raise OptionError(f"tta.{wrong['msg'].removeprefix('Value error, ')}") from None
+            said = wrong["msg"].removeprefix("Value error, ").replace("count = ", "--tta ")
+            raise OptionError(said.replace("kind = 'draws'", "--tta-kind draws")) from None
         flag = flags[str(wrong["loc"][0])].replace("_", "-")
         raise OptionError(f"--{flag} {wrong['input']}: {wrong['msg'].lower()}") from None

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from serving.errors import DataError
-from serving.files import is_running
+from serving.files import check_folder, is_running
 from training.flowers import CLASSES, paint
 
 __all__ = ["CLASSES", "PER_CLASS", "cache_folder", "cached", "contact_sheet", "paint", "write"]
@@ -48,13 +48,13 @@ def write(folder: Path, *, per_class: int = PER_CLASS, seed: int = 0, size: int 
     Raises:
         DataError: `folder` exists, or a number is out of range.
     """
-    if per_class < 1 or seed < 0 or size < 32:
-        raise DataError(
-            f"the sample needs per_class >= 1, seed >= 0 and size >= 32; "
-            f"got per_class={per_class}, seed={seed}, size={size}"
-        )
+    least = {"per_class": (per_class, 1), "seed": (seed, 0), "size": (size, 32)}
+    for name, (given, low) in least.items():
+        if given < low:
+            raise DataError(f"--{name.replace('_', '-')} {given}: use {low} or more")
     if folder.exists() or folder.is_symlink():
         raise DataError(f"{folder} exists already; name a new folder or remove it")
+    check_folder(folder, "")
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
     aside = folder.parent / f".{folder.name}.partial-{os.getpid()}"

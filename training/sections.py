@@ -65,7 +65,9 @@ class DataConfig(Section):
     def _consistent(self) -> DataConfig:
         if self.pattern and self.csv:
             raise ValueError("pattern and csv both give labels; keep one")
-        if self.folds == 1 or (self.folds and self.fold >= self.folds):
+        if self.folds == 1:
+            raise ValueError("folds = 1: use 2 or more")
+        if self.folds and self.fold >= self.folds:
             raise ValueError(f"fold = {self.fold} of folds = {self.folds}: count folds from 0")
         if self.columns[0] == self.columns[1]:
             raise ValueError(f"columns are both {self.columns[0]!r}: name the id's and the label's")

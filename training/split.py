@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import os
 import random
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 from serving.errors import DataError, OptionError
-from training.layouts import shown
+from training.console import MOST, listed
+from training.layouts import Photo
+from training.names import check_names, shown
+from training.sections import DataConfig
 
 PARTS: Final = ("train", "valid", "test")
 _DIGITS: Final = 9  # of a fold's number; Python refuses to read thousands
@@ -52,19 +57,79 @@ def _shuffled(labels: Sequence[str], seed: int) -> dict[str, list[int]]:
     return by_class
 
 
-def by_file(split: Path, fold: int, *, class_folders: bool) -> list[tuple[str, str]]:
-    """(path below the data folder, part) of every row of a split file.
+def from_file(
+    root: Path,
+    split: Path,
+    config: DataConfig,
+    label_of: Callable[[str], str],
+    *,
+    class_folders: bool,
+) -> list[Photo]:
+    """The photos that a split file names, each with its label and its part.
 
     Args:
+        root: Of the photos.
         split: CSV `path,fold`; fold is train, valid or test, or a number.
-        fold: The number that is the validation part.
+        config: Its fold is the number that is the validation part.
+        label_of: Path below `root` -> label, "" where there is none.
         class_folders: Whether a path must have a folder, its class.
 
     Raises:
-        DataError: Not such a file, or a photo in two parts.
+        DataError: Not such a file, or photos that are not there.
         OptionError: No such fold in it.
     """
-    rows = list(_rows(split, class_folders))
+    if config.folds:
+        raise OptionError(f"data.folds = {config.folds}: {split} splits already; leave one out")
+    rows = _by_file(split, config.fold, class_folders=class_folders)
+    photos = [Photo(root / path, label_of(path), part) for path, part in rows]
+    gone = [photo.path for photo in photos if not os.path.isfile(photo.path)]
+    if gone:
+        name = shown(gone[0].relative_to(root))
+        raise DataError(f"{split} names {len(gone)} files that are not there, as {name}")
+    bare = [photo.path for photo in photos if not photo.label]
+    if bare:
+        name = shown(bare[0].relative_to(root))
+        raise DataError(f"{split} names {len(bare)} photos without a label, as {name}")
+    check_names(photo.label for photo in photos)
+    return photos
+
+
+def drawn(root: Path, photos: list[Photo], config: DataConfig, seed: int) -> list[Photo]:
+    """The same photos, and a part for each that has none.
+
+    Raises:
+        DataError: A class that can't be in both parts.
+        OptionError: Folds that don't fit.
+    """
+    check_names(photo.label for photo in photos)
+    free = [photo for photo in photos if not photo.part]
+    if not free and config.folds:
+        raise OptionError(f"data.folds = {config.folds}: {root} is split already; leave it out")
+    if config.fold and not config.folds:
+        raise OptionError(f"data.fold = {config.fold}: of what? set data.folds, or give --split")
+    if not free:
+        return photos
+    labels = [photo.label for photo in free]
+    lone = [label for label, count in Counter(labels).items() if count < 2]
+    if lone:
+        raise DataError(
+            f"class {shown(lone[0])} has one photo; it needs at least 2, "
+            "one to train on and one to validate on"
+        )
+    if config.folds:
+        held = [fold == config.fold for fold in folds(labels, config.folds, seed)]
+    else:
+        held = stratified(labels, config.valid, seed)
+    split = [
+        photo._replace(part="valid" if out else "train")
+        for photo, out in zip(free, held, strict=True)
+    ]
+    return sorted(split) + [photo for photo in photos if photo.part]
+
+
+def _by_file(split: Path, fold: int, *, class_folders: bool) -> list[tuple[str, str]]:
+    """(path below the data folder, part) of every row of a split file."""
+    rows = _rows(split, class_folders)
     numbers = {int(where) for _, where in rows if where.isdecimal()}
     if fold not in (numbers or {0}):
         have = f"has folds {', '.join(map(str, sorted(numbers)))}" if numbers else "has no numbers"
@@ -80,7 +145,9 @@ def by_file(split: Path, fold: int, *, class_folders: bool) -> list[tuple[str, s
     ]
 
 
-def _rows(split: Path, class_folders: bool) -> Iterator[tuple[str, str]]:
+def _rows(split: Path, class_folders: bool) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    wrong: list[str] = []
     try:
         # utf-8-sig: spreadsheets write a byte-order mark.
         with split.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -91,17 +158,23 @@ def _rows(split: Path, class_folders: bool) -> Iterator[tuple[str, str]]:
                 raise DataError(f"{split}: the first line must be 'path,fold'; it has {have}")
             for row in reader:
                 path, fold = ((row[name] or "").strip() for name in ("path", "fold"))
-                line = f"{split}, line {reader.line_num}"
+                line = f"line {reader.line_num}"
                 if fold not in PARTS and not (fold.isdecimal() and len(fold) <= _DIGITS):
-                    raise DataError(
+                    wrong.append(
                         f"{line}: fold {shown(fold)} is not train, valid, test or a number"
                     )
                 depth = len(Path(path).parts)
                 if depth < 1 + class_folders or Path(path).is_absolute() or ".." in path.split("/"):
                     form = "CLASS/photo below" if class_folders else "a photo in"
-                    raise DataError(f"{line}: path {shown(path)} is not {form} the data folder")
-                yield path, fold
+                    wrong.append(f"{line}: path {shown(path)} is not {form} the data folder")
+                rows.append((path, fold))
     except FileNotFoundError:
         raise DataError(f"--split {split}: no such file; make a CSV 'path,fold'") from None
+    except IsADirectoryError:
+        raise DataError(f"--split {split}: a folder, not a CSV 'path,fold'") from None
     except (OSError, csv.Error) as error:
-        raise DataError(f"--split {split} can't be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"--split {split} can't be read: {reason}") from error
+    if wrong:
+        raise DataError(listed(split, wrong, between=", ", most=MOST))
+    return rows

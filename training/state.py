@@ -23,6 +23,8 @@ from training.trainer import Epoch
 
 STATE: Final = "state.safetensors"
 SCHEMA: Final = "1"
+RANDOM: Final = "random"
+"""The group of `random_state`."""
 
 
 @dataclass
@@ -31,7 +33,8 @@ class Position:
 
     stage: index of the stage in progress; epoch: how many of its epochs are done. first_view: where
     its views begin; views: how many it takes turns with, once known. lr: its rate, once known.
-    best: accuracy and minus the loss of the best epoch. history: every epoch so far.
+    best: accuracy and minus the loss of the best epoch. history: every epoch so far. processes: by
+    how many it was trained.
     """
 
     stage: int = 0
@@ -41,6 +44,7 @@ class Position:
     lr: float | None = None
     best: tuple[float, float] = (-1.0, 0.0)
     history: list[Epoch] = field(default_factory=list)
+    processes: int = 1
 
     def losses(self, stage: str) -> list[float]:
         """Validation losses of a stage's epochs so far."""
@@ -50,8 +54,8 @@ class Position:
 Tensors = Mapping[str, Mapping[str, Tensor]]
 
 
-def save(folder: Path, position: Position, tensors: Tensors, device: torch.device) -> None:
-    """Write the state; `tensors` are named groups of tensors, such as "model".
+def save(folder: Path, position: Position, tensors: Tensors) -> None:
+    """Write the state; `tensors` are named groups of tensors, such as "model" and `RANDOM`.
 
     Raises:
         WorkError: The disk is full, or the like; the state before stays.
@@ -61,9 +65,6 @@ def save(folder: Path, position: Position, tensors: Tensors, device: torch.devic
         for group, values in tensors.items()
         for key, value in values.items()
     }
-    flat["random/cpu"] = torch.get_rng_state()
-    if device.type == "cuda":
-        flat["random/cuda"] = torch.cuda.get_rng_state(device)
     with write_aside(folder / STATE) as aside:
         try:
             save_file(
@@ -73,10 +74,24 @@ def save(folder: Path, position: Position, tensors: Tensors, device: torch.devic
             raise WorkError(f"{folder / STATE} can't be written: {error}") from error
 
 
+def random_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
+    """What decides the next random numbers of a process, by names that tell its rank."""
+    found = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return {_of(rank, kind): value for kind, value in found.items()}
+
+
+def _of(rank: int, kind: str) -> str:
+    return f"{kind}.{rank}" if rank else kind
+
+
 def load(
-    folder: Path, device: torch.device
+    folder: Path, device: torch.device, rank: int = 0
 ) -> tuple[Position, dict[str, dict[str, Tensor]]] | None:
-    """Read the state and set the random state; None where no epoch was finished.
+    """Read the state and set the random state of a process; None where no epoch was finished.
+
+    A process that has none in it, since fewer saved it, goes on with its own.
 
     Raises:
         DataError: Damaged, or of another version.
@@ -98,10 +113,12 @@ def load(
         raise DataError(f"{path} can't be read: {error}; start the run anew") from error
     values["best"] = tuple(values["best"])
     values["history"] = [Epoch(**row) for row in values["history"]]
-    random = tensors.pop("random")
-    torch.set_rng_state(random["cpu"])
-    if device.type == "cuda" and "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"], device)
+    random = tensors.pop(RANDOM)
+    cpu, cuda = _of(rank, "cpu"), _of(rank, "cuda")
+    if cpu in random:
+        torch.set_rng_state(random[cpu])
+    if device.type == "cuda" and cuda in random:
+        torch.cuda.set_rng_state(random[cuda], device)
     return Position(**values), tensors
 
 

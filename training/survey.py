@@ -18,6 +18,7 @@ from serving import images
 from serving.errors import ImageError
 from serving.progress import progress_bar
 from serving.settings import cores
+from training.console import counted
 from training.data import MAX_BROKEN, Dataset
 from training.split import PARTS
 
@@ -30,6 +31,8 @@ TINY: Final = 64
 HUGE: Final = 25_000_000
 """Pixels from which a photo is odd: they are decoded only to be thrown away."""
 _GREY: Final = 4
+_FEW: Final = 10
+"""Photos of a class to train on that are few."""
 
 
 @dataclass(frozen=True)
@@ -139,26 +142,26 @@ def hints(looks: Sequence[Look], classes: Sequence[str], size: int) -> Iterator[
         )
         if leaked:
             yield (
-                f"{_number(leaked, 'exact duplicate')} across {part} and {other}: "
+                f"{counted(leaked, 'exact duplicate')} across {part} and {other}: "
                 "accuracy will look better than it is"
             )
     torn = [group for group in groups if len({one.label for one in group if one.label}) > 1]
     if torn:
         pair = " and ".join(sorted({one.label for one in torn[0] if one.label})[:2])
-        number = _number(len(torn), "picture")
+        number = counted(len(torn), "picture")
         yield f"{number} in more than one class, as in {pair}: mend the labels"
     same = sum(
         max(sum(one.part == part for one in group) - 1, 0) for group in groups for part in PARTS
     )
     if same:
-        yield f"{_number(same, 'exact duplicate')} within one part: they add nothing"
+        yield f"{counted(same, 'exact duplicate')} within one part: they add nothing"
     broken = sum(bool(one.error) for one in looks)
     decoded = [one for one in looks if one.part in ("train", "valid")]
     if sum(bool(one.error) for one in decoded) > MAX_BROKEN * len(decoded):
-        number = _number(broken, "photo")
+        number = counted(broken, "photo")
         yield f"{number} can't be read; training refuses more than {MAX_BROKEN:.0%}: mend them"
     elif broken:
-        yield f"{_number(broken, 'photo')} can't be read; training leaves them out"
+        yield f"{counted(broken, 'photo')} can't be read; training leaves them out"
     counts = [
         sum(one.label == name and one.part == "train" and not one.error for one in looks)
         for name in classes
@@ -176,8 +179,12 @@ def hints(looks: Sequence[Look], classes: Sequence[str], size: int) -> Iterator[
             f"{many} has {max(counts) / max(min(counts), 1):.1f} times as many photos to train on "
             f"as {few}: look at the accuracy of each class"
         )
-    if 0 < min(counts) < 10:
-        yield f"{few} has {_number(min(counts), 'photo')} to train on: 10 are few, 50 are better"
+    small = sum(0 < count < _FEW for count in counts)
+    least = f"{few} has {counted(min(counts), 'photo')} to train on"
+    if small > 1:
+        least = f"{small} classes have fewer than {_FEW} photos to train on, the fewest {few}"
+    if 0 < min(counts) < _FEW:
+        yield f"{least}: {_FEW} are few, 50 are better"
     fine = [one for one in looks if not one.error]
     small = sum(one.short < size for one in fine)
     if small > len(fine) / 2:
@@ -190,7 +197,3 @@ def hints(looks: Sequence[Look], classes: Sequence[str], size: int) -> Iterator[
         if max(shares) - min(shares) > 0.2:
             worst = classes[int(np.argmax(shares))]
             yield f"{max(shares):.0%} of {worst} are without colour: a model may learn just that"
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -15,20 +16,25 @@ from torch import Tensor, nn
 
 from serving.errors import WorkError
 from serving.progress import progress_bar
-from training import lr_finder, optim, schedule
+from training import compiling, lr_finder, optim, schedule
 from training.ema import Ema
 from training.feeds import TrainFeed
+from training.freeze import is_batchnorm
 from training.model import Classifier
 from training.options import Recipe, Stage
 from training.precision import Precision
+from training.team import ALONE, Team, accumulating
 
 LOOK_EVERY: Final = 32
-"""Steps between two looks at the loss: each look waits for a GPU."""
+"""Steps between two looks at the loss: each look waits for a GPU, and for other processes."""
 
 STEPS: Final = "steps"
 """What the clock calls forward and backward passes and updates."""
 
 Batch = tuple[Tensor, Tensor]
+Sized = tuple[Batch, int]
+"""A process's part of a batch, and how many photos the whole of it has."""
+
 Batches = Iterable[Batch]
 
 
@@ -81,14 +87,15 @@ def find_lr(
             yield from feed.epoch(epoch, recipe.batch_size)
 
     def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+        return feed.team.overall(loss, len(labels))
 
-    feed.prepare(range(-(-config.steps // feed.steps(recipe.batch_size))))
+    _prepare(feed, range(-(-config.steps // len(feed.sizes(recipe.batch_size)))))
     try:
         with progress_bar() as bar:
             task = bar.add_task(f"{stage.name} lr_find", total=config.steps)
             return lr_finder.range_test(
-                classifier.suffix,
+                feed.team.wrap(classifier.suffix),
                 trial,
                 endless(),
                 loss_of,
@@ -119,6 +126,8 @@ def train_epoch(
 ) -> tuple[float, list[Step]]:
     """Train one epoch; returns the mean loss over its photos, and its steps.
 
+    Of several processes each takes its part of every batch, and all get the same figures.
+
     Args:
         classifier: Already frozen as the stage wants it.
         stage, recipe: What to do.
@@ -131,42 +140,53 @@ def train_epoch(
     Raises:
         WorkError: The loss is no number any more; names stage, epoch, step and rate.
     """
-    suffix = classifier.suffix
-    config, size = recipe.optimizer, recipe.batch_size
-    steps = -(-feed.steps(size) // config.accumulate)
+    config, size, team = recipe.optimizer, recipe.batch_size, feed.team
+    sizes = feed.sizes(size)
+    steps = -(-len(sizes) // config.accumulate)
     rows: list[Step] = []
     made: list[Tensor] = []
     seen: list[int] = []
-    feed.prepare([epoch])  # before the bar: it shows one of its own
+    _prepare(feed, [epoch])  # before the bar: it shows one of its own
+    net = team.wrap(compiling.suffix_of(classifier, stage, recipe))
     classifier.train()
     with progress_bar() as bar:
         task = bar.add_task(f"{stage.name} {epoch + 1}/{stage.epochs}", total=steps)
-        for number, batches in enumerate(_groups(feed.epoch(epoch, size), config.accumulate)):
+        batches = zip(feed.epoch(epoch, size), sizes, strict=True)
+        for number, group in enumerate(_groups(batches, config.accumulate)):
             position = epoch + number / steps
             point = schedule.at(
                 stage, position, steps=steps, losses=valid_losses, momentum=config.momentum
             )
             optim.set_point(optimizer, point)
             with feed.clock(STEPS):
-                made.append(_backward(suffix, batches, feed.precision, recipe.label_smoothing))
+                made.append(_backward(net, group, feed.precision, recipe.label_smoothing, team))
                 optim.step(optimizer, config)
                 if ema:
                     ema.update()
             momentum = config.momentum if point.momentum is None else point.momentum
             rates = tuple(optim.rates_now(optimizer).values())
             rows.append(Step(stage.name, epoch + 1, number + 1, math.nan, momentum, rates))
-            seen.append(sum(len(labels) for _, labels in batches))
+            seen.append(sum(size for _, size in group))
             if len(made) % LOOK_EVERY == 0 or len(rows) == steps:
-                _look(rows, made)
+                _look(rows, made, team)
             bar.advance(task)
-    _look(rows, made)
+    _share_statistics(classifier, ema, team)
     losses = np.array([row.loss for row in rows])
     return float(losses @ seen / sum(seen)), rows
 
 
-def _look(rows: list[Step], made: list[Tensor]) -> None:
+def _prepare(feed: TrainFeed, epochs: Iterable[int]) -> None:
+    """Have the kept views of these epochs computed, by all processes."""
+    shared = feed.precision.device.type == "cpu"  # the first of a machine computes for all there
+    with feed.team.in_turn() if shared else nullcontext():
+        feed.prepare(epochs)
+    feed.team.meet()
+
+
+def _look(rows: list[Step], made: list[Tensor], team: Team) -> None:
     """Take the losses of the last steps from the device, which waits for it, and empty `made`."""
-    for place, loss in enumerate(torch.stack(made).tolist() if made else [], len(rows) - len(made)):
+    losses = team.mean(torch.stack(made)).tolist()
+    for place, loss in enumerate(losses, len(rows) - len(made)):
         rows[place] = row = replace(rows[place], loss=loss)
         if not math.isfinite(loss):
             raise WorkError(
@@ -176,32 +196,59 @@ def _look(rows: list[Step], made: list[Tensor]) -> None:
     made.clear()
 
 
-def _groups(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
+def _groups(batches: Iterator[Sized], count: int) -> Iterator[list[Sized]]:
     """Batches by the `count`, the last group as long as it comes."""
     while group := list(itertools.islice(batches, count)):
         yield group
 
 
 def _backward(
-    suffix: nn.Module, batches: Sequence[Batch], precision: Precision, smoothing: float
+    net: nn.Module, batches: Sequence[Sized], precision: Precision, smoothing: float, team: Team
 ) -> Tensor:
-    """Gradients of the mean loss over all photos of the batches; returns that loss, a scalar."""
-    photos = sum(len(labels) for _, labels in batches)
+    """Gradients of the mean loss over all photos of the batches, of all processes.
+
+    Returns:
+        A scalar whose mean over the processes is that loss.
+    """
+    photos = sum(size for _, size in batches)
     total = torch.zeros((), device=precision.device)
-    for inputs, labels in batches:
-        with precision.autocast():
-            logits = suffix(inputs)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-        if len(batches) > 1:
-            loss = loss * (len(labels) / photos)
-        loss.backward()
+    for number, ((inputs, labels), size) in enumerate(batches, 1):
+        last = number == len(batches)
+        with nullcontext() if last else accumulating(net):
+            with precision.autocast():
+                logits = net(inputs)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+            weight = team.weight(len(labels), size) * (size / photos)
+            if weight != 1:
+                loss = loss * weight
+            loss.backward()
         total += loss.detach()
     return total
 
 
+@torch.no_grad()
+def _share_statistics(classifier: Classifier, ema: Ema | None, team: Team) -> None:
+    """Make moving BatchNorm statistics, and their averages, the mean of those of all processes.
+
+    Once an epoch is enough: a step moves them by a linear rule, so the mean moves by it too.
+    """
+    if team.size == 1:
+        return
+    moving = [n for n, m in classifier.named_modules() if is_batchnorm(m) and m.training]
+    names = [f"{n}.{what}" for n in moving for what in ("running_mean", "running_var")]
+    groups = [classifier.state_dict(), *([ema.averages] if ema else [])]
+    own = [group[name] for group in groups for name in names]
+    if own:
+        means = team.mean(torch.cat(own))
+        for values, mean in zip(own, means.split([len(v) for v in own]), strict=True):
+            values.copy_(mean)
+
+
 @torch.inference_mode()
-def validate(classifier: Classifier, valid: Batches, precision: Precision) -> tuple[float, float]:
-    """Accuracy and mean loss; leaves the classifier in eval mode."""
+def validate(
+    classifier: Classifier, valid: Batches, precision: Precision, team: Team = ALONE
+) -> tuple[float, float]:
+    """Accuracy and mean loss, over the batches of all processes; leaves it in eval mode."""
     classifier.eval()
     suffix = classifier.suffix
     right, loss = torch.zeros((), device=precision.device), torch.zeros((), device=precision.device)
@@ -212,4 +259,6 @@ def validate(classifier: Classifier, valid: Batches, precision: Precision) -> tu
         loss += F.cross_entropy(logits, labels, reduction="sum")
         right += (logits.argmax(dim=1) == labels).sum()
         seen += len(labels)
-    return right.item() / seen, loss.item() / seen
+    own = torch.tensor([right.item(), loss.item(), seen], dtype=torch.float64)
+    all_right, all_loss, all_seen = team.total(own).tolist()
+    return all_right / all_seen, all_loss / all_seen

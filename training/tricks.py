@@ -166,7 +166,7 @@ BY_NAME: Final = {row.name: row for row in ROWS}
 GROUPS: Final = ("first", "onoff", "augment")
 
 
-def choose(words: Iterable[str]) -> tuple[Row, ...]:
+def choose(words: Iterable[str], option: str = "--rows") -> tuple[Row, ...]:
     """The rows named, by name or by group, in the table's order, and those they are compared with.
 
     Raises:
@@ -178,7 +178,7 @@ def choose(words: Iterable[str]) -> tuple[Row, ...]:
         if not found:
             near = difflib.get_close_matches(word, [*BY_NAME, *GROUPS, "all"], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join([*GROUPS, *BY_NAME])}"
-            raise OptionError(f"--rows: no row {word!r}; {hint}")
+            raise OptionError(f"{option}: no row {word!r}; {hint}")
         wanted |= found
     wanted |= {BY_NAME[name].on for name in wanted}
     return tuple(row for row in ROWS if row.name in wanted)

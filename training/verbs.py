@@ -31,10 +31,15 @@ class AddVerb(Protocol):
 def train(options: argparse.Namespace) -> None:
     """Fine-tune a network on a folder of photos."""
     from serving.errors import OptionError
-    from training import memory, recipe
+    from training import distributed, memory, recipe
 
     memory.keep_freed()
-    if options.resume is not None:
+    with distributed.joined() as team:
+        how = {"cache_gb": options.cache_gb, "team": team}
+        if options.resume is None:
+            how |= {"split": options.split, "out": options.out, "device": options.device}
+            recipe.run(_recipe(options), options.data, **how)
+            return
         given = [word for word in (options.recipe, options.split, options.out) if word is not None]
         if given or options.overrides or options.weights or options.seed is not None:
             raise OptionError(
@@ -42,23 +47,19 @@ def train(options: argparse.Namespace) -> None:
             )
         root = None if options.data is None else Path(options.data)
         device = None if options.device == "auto" else options.device
-        recipe.resume(options.resume, device=device, root=root, cache_gb=options.cache_gb)
-        return
-    recipe.run(
-        _recipe(options),
-        options.data,
-        split=options.split,
-        out=options.out,
-        device=options.device,
-        cache_gb=options.cache_gb,
-    )
+        recipe.resume(options.resume, device=device, root=root, **how)
 
 
 def lr_find(options: argparse.Namespace) -> None:
     """Find a learning rate by the range test, and on request train briefly with each choice."""
+    from serving.errors import OptionError
+    from training import distributed, memory
     from training import lr_find as room
-    from training import memory
 
+    distributed.refuse("lr-find")
+    if options.epochs is not None and not options.compare:
+        raise OptionError(f"--epochs {options.epochs} has no effect without --compare; add it")
+    epochs = 1 if options.epochs is None else options.epochs
     memory.keep_freed()
     curve, trials = room.lr_find(
         _recipe(options),
@@ -68,14 +69,14 @@ def lr_find(options: argparse.Namespace) -> None:
         start=options.start,
         out=options.out,
         device=options.device,
-        compare=(options.epochs or -1) if options.compare else 0,
+        compare=epochs if options.compare else None,
         cache_gb=options.cache_gb,
     )
     for pick in room.PICKS:
         trap = "  (a trap: too large)" if pick == "minimum" else ""
         print(f"{pick:<12}{curve.pick(pick):.3e}{trap}")
     if trials:
-        after = f"after {options.epochs} epoch{'s' if options.epochs > 1 else ''}"
+        after = f"after {epochs} epoch{'s' if epochs > 1 else ''}"
         print(f"\n{after:<16}lr         train   valid   accuracy")
     for trial in trials:
         print(
@@ -131,16 +132,22 @@ def preview(options: argparse.Namespace) -> None:
 def ablate(options: argparse.Namespace) -> None:
     """Measure the tricks of fine-tuning on one's own photos, one row a trick."""
     from serving.errors import OptionError
-    from training import ablation, ablation_table, memory, tricks
+    from training import ablation, ablation_table, distributed, memory, tricks
     from training.console import say
 
+    distributed.refuse("ablate")
     memory.keep_freed()
     base = _recipe(options)
     words = [word.strip() for word in (options.rows or "").split(",") if word.strip()]
     words += ["augment"] if options.augment else []
     rows = tricks.choose(words or ["first"])
     if options.against and options.against not in [row.name for row in rows]:
-        raise OptionError(f"--against {options.against}: not among the rows that are run")
+        rows_given = ",".join([*(words or ["first"]), options.against])
+        tricks.choose([options.against], "--against")  # an unknown name is told as such
+        raise OptionError(
+            f"--against {options.against}: not among the rows that are run; add it: "
+            f"--rows {rows_given}"
+        )
     out = options.out or Path("runs") / f"ablation-{base.name}"
     trials = ablation.run(
         base,
@@ -219,7 +226,7 @@ def add_to(verb: AddVerb) -> None:
     )
     add.add_argument("--out", type=Path, metavar="PNG", help="default: lr_find-STAGE.png")
     add.add_argument("--compare", action="store_true", help="train briefly with each suggestion")
-    add.add_argument("--epochs", type=int, default=1, metavar="N", help="of --compare; default: 1")
+    add.add_argument("--epochs", type=int, metavar="N", help="of --compare; default: 1")
     add.usage = "fledge lr-find RECIPE --data DIR [options] [key=value …]"
 
     add = verb(
@@ -242,6 +249,7 @@ def add_to(verb: AddVerb) -> None:
     add = verb(layers, "fledge layers densenet121", overrides=True)
     add.add_argument("arch", nargs="?", metavar="ARCH", help="default: list them all")
     add.add_argument("--recipe", type=Path, metavar="FILE", help="show what its stages train")
+    add.usage = "fledge layers [ARCH] [--recipe FILE [key=value …]]"
 
     run_verbs.add_to(verb)
 

@@ -40,6 +40,8 @@ def read(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
             ) from error
     # os.path, since pathlib raises over users that are not there and names that are too long.
     path = Path(os.path.expanduser(weights))
+    if os.path.isdir(path):
+        raise DataError(f"weights = {weights!r}: a folder, not a file of weights")
     if not os.path.isfile(path):
         raise DataError(f"weights = {weights!r}: no such file; use imagenet, none, auto or a path")
     try:

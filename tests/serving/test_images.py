@@ -275,8 +275,8 @@ def test_the_name_of_a_file_never_matters(tmp_path: Path) -> None:
             assert np.array_equal(np.asarray(images.read(path).image), pixels(data))
 
 
-def test_an_unreadable_file_is_broken_and_named(tmp_path: Path) -> None:
-    with pytest.raises(BrokenImage, match=r"gone\.jpg"):
+def test_an_unreadable_file_is_broken_and_its_name_is_the_callers(tmp_path: Path) -> None:
+    with pytest.raises(BrokenImage, match=r"^No such file or directory$"):
         images.read(tmp_path / "gone.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path / "pipe.jpg", tmp_path):  # opening a pipe would wait for ever
@@ -306,13 +306,13 @@ def test_odd_exif_never_refuses_a_good_photo(kind: str, exif: bytes) -> None:
 
 
 def test_no_bytes_are_no_image() -> None:
-    with pytest.raises(EmptyBody):
+    with pytest.raises(EmptyBody, match="it is empty"):
         images.decode(b"")
 
 
 @pytest.mark.parametrize("data", [b"hello", b"\0" * 100, b"<html></html>", b"BMW", photo(0)[2:]])
 def test_other_bytes_are_not_an_image(data: bytes) -> None:
-    with pytest.raises(NotAnImage):
+    with pytest.raises(NotAnImage, match=r"no image that Fledge reads \(JPEG, .*AVIF\)"):
         images.decode(data)
 
 

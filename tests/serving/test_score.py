@@ -225,7 +225,7 @@ def test_not_one_answer_is_a_failure_with_a_whole_table(bundle: Path, tmp_path: 
         ({"out": "out.xls"}, OptionError, r"out\.xls: .*\.csv or \.jsonl"),
         ({"out": "out"}, OptionError, r"\.csv or \.jsonl"),
         ({"out": "none/out.csv"}, OptionError, "no folder .*none; make it"),
-        ({"out": "folder.csv"}, OptionError, "is a folder"),
+        ({"out": "folder.csv"}, OptionError, "a folder; name a file"),
         ({"inputs": "empty"}, DataError, r"empty: no images found; .*\.jpg"),
         ({"inputs": "missing"}, DataError, "missing: not there"),
         ({"inputs": "empty.txt"}, DataError, "lists no images"),

@@ -177,6 +177,17 @@ def test_every_row_is_run_on_every_seed_and_not_again(runs, photos, tmp_path):
     assert {unit: t for unit, t in more["bn_eval"].items() if unit != "seed 2"} == trials["bn_eval"]
 
 
+def test_what_the_folder_holds_beside_the_table_is_told(runs, photos, tmp_path):
+    _, lines = go(photos, tmp_path, rows=FIRST[:2])
+    assert not any("left out" in line for line in lines)
+    _, lines = go(photos, tmp_path, rows=FIRST[:1], seeds=1)
+    assert lines[-1] == (
+        f"3 trials of other rows, seeds or folds in {tmp_path / 'out'} are left out of the table; "
+        "they are kept"
+    )
+    assert len(runs.done) == 4
+
+
 def test_rows_that_come_to_the_same_are_run_once(runs, photos, tmp_path):
     trials, _ = go(photos, tmp_path, rows=tricks.choose(["tta", "sgdr"]))
     assert len(runs.done) == 4
@@ -291,9 +302,13 @@ def test_folds_cut_the_photos_or_name_those_of_a_split(runs, photos, tmp_path):
 
 
 def test_nothing_is_done_where_the_request_is_wrong(runs, photos, tmp_path):
-    for wrong in ({"seeds": 0}, {"folds": 1}, {"folds": -2}):
-        with pytest.raises(OptionError, match="--seeds"):
-            go(photos, tmp_path, **wrong)
+    for option, value in (("seeds", 0), ("folds", 1), ("folds", -2)):
+        with pytest.raises(OptionError, match=rf"^--{option} {value}: use \d or more$"):
+            go(photos, tmp_path, **{option: value})
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" / "out"
+    with pytest.raises(OptionError, match=rf"^--out {out}: .*file can't be written to; choose"):
+        ablation.run(BASE, str(photos), out, rows=FIRST)
     with pytest.raises(DataError, match="no such folder"):
         go(tmp_path / "nowhere", tmp_path)
     assert not (tmp_path / "out").exists()
@@ -361,6 +376,40 @@ def test_the_table_says_the_same_everywhere(tmp_path, capsys):
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_intervals_end_where_accuracies_do_and_dots_stay_apart(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda self, path, **_: seen.append(self) or path.write_bytes(b"x"),
+    )
+
+    def picture(*accuracies):
+        trials = {FIRST[0].name: {
+            f"seed {i}": ablation.Trial("k", 1.0, value) for i, value in enumerate(accuracies)
+        }}  # fmt: skip
+        ablation_table.write(ablation_table.lines(FIRST[:1], trials), tmp_path, "x", "y")
+        left = seen.pop().axes[0]
+        return left.get_xlim(), [x for bar in left.collections for x, _ in bar.get_segments()[0]]
+
+    (low, high), ends = picture(0.60, 0.95)  # the interval is -144 to 299
+    assert ends == pytest.approx([0, 100])
+    assert (low, high) == (-0.5, 100.5)
+    (low, high), ends = picture(0.90, 0.92)  # 78 to 100
+    assert (low, high) == (84, 98)
+    assert ends == pytest.approx([91 - 12.7062, 100])
+    (low, high), ends = picture(0.98)
+    assert low < 98 < high <= 100.5
+    assert ends == []
+
+
+def test_one_is_no_plural(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    one = BASE.model_copy(update={"stage": (BASE.stage[0].model_copy(update={"cycle_len": 1}),)})
+    how = ablation_table.about(one, "photos", figures(), "cpu")
+    assert " px, 1 epoch, on" in how
+    assert "Measured on 1 CPU thread, torch" in how
+
+
 def test_differences_can_be_to_one_row():
     found = ablation_table.lines(FIRST, figures(), "bn_eval")
     assert [line.against for line in found] == ["bn_eval", "", *["bn_eval"] * 5]
@@ -392,4 +441,8 @@ def test_fledge_ablate(photos, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert [(row["runs"], row["against"]) for row in rows] == [("2", ""), ("2", "bn_fixed")]
     assert fledge.main([*words, "--against", "deep_head"]) == 2
-    assert "--against deep_head" in capsys.readouterr().err
+    assert "--against deep_head: not among the rows that are run; add it: --rows tta,deep_head" in (
+        capsys.readouterr().err
+    )
+    assert fledge.main([*words, "--against", "deep_hat"]) == 2
+    assert "--against: no row 'deep_hat'; did you mean 'deep_head'?" in capsys.readouterr().err

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from serving.errors import OptionError
@@ -51,15 +53,17 @@ def mistakes(path, text="", overrides=()):
         path.write_text(text)
     with pytest.raises(OptionError) as caught:
         config.read(path, overrides)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.startswith(f"{path}: ")
-    return message.removeprefix(f"{path}: ")
+    head, *lines = str(caught.value).split("\n  ")
+    if not lines:
+        assert head.startswith(f"{path}: ")
+        return head.removeprefix(f"{path}: ")
+    assert head == f"{path} has {len(lines)} mistakes:"
+    return "\n".join(lines)
 
 
 WRONG = """
 name = "x y"
-arch = "resnet18"
+arch = "resnet19"
 batch_sise = 8
 size = 96
 preprocess = { size = 3, sise = 4, interpolation = "biliner" }
@@ -108,44 +112,44 @@ def test_all_mistakes_are_told_together_each_with_its_line_and_the_nearest_name(
         "'step', 'plateau' or 'constant'"
     )
     assert mistakes(recipe, WRONG, ["tta.kind=view", "stage.heed.lr=1", "nonsense"]).split(
-        "; "
-    ) == (
-        "line 2: name = 'x y': use letters, digits, '.', '_' and '-'; "
-        "line 4: batch_sise is unknown; did you mean 'batch_size'?; "
-        "line 5: size is unknown; did you mean 'preprocess.size'?; "
-        "line 6: preprocess.size = 3: use 8 to 4096 pixels; "
-        "preprocess.sise is unknown; did you mean 'size'?; "
-        "preprocess.interpolation = 'biliner': use bilinear, bicubic, lanczos; "
-        "did you mean 'bilinear'?; "
-        "line 9: stage.head.lr.low is missing; "
-        "stage.head.lr.high = -2: must be greater than 0; "
-        "stage.head.lr.lo is unknown; did you mean 'low'?; "
-        "line 10: stage.head.schedul is unknown; did you mean 'schedule'?; "
-        f"line 11: stage.head.schedule = 'cosin': use {schedules}; did you mean 'cosine'?; "
-        f"line 12: stage.head.unfreeze = 'gradul': {unfreeze}; did you mean 'gradual'?; "
-        "line 14: stage.head.augment.max_rotat is unknown; did you mean 'max_rotate'?; "
+        "\n"
+    ) == [
+        "line 2: name = 'x y': use letters, digits, '.', '_' and '-'",
+        "line 3: arch = 'resnet19' is unknown: did you mean 'resnet18'?",
+        "line 4: batch_sise is unknown; did you mean 'batch_size'?",
+        "line 5: size is unknown; did you mean 'preprocess.size'?",
+        "line 6: preprocess.size = 3: use 8 to 4096 pixels",
+        "line 6: preprocess.sise is unknown; did you mean 'size'?",
+        "line 6: preprocess.interpolation = 'biliner': use bilinear, bicubic, lanczos; "
+        "did you mean 'bilinear'?",
+        "line 9: stage.head.lr.low is missing",
+        "line 9: stage.head.lr.high = -2: must be greater than 0",
+        "line 9: stage.head.lr.lo is unknown; did you mean 'low'?",
+        "line 10: stage.head.schedul is unknown; did you mean 'schedule'?",
+        f"line 11: stage.head.schedule = 'cosin': use {schedules}; did you mean 'cosine'?",
+        f"line 12: stage.head.unfreeze = 'gradul': {unfreeze}; did you mean 'gradual'?",
+        "line 14: stage.head.augment.max_rotat is unknown; did you mean 'max_rotate'?",
         "line 15: stage.head.augment.flip = 'horizntal': use 'none', 'horizontal' or 'dihedral'; "
-        "did you mean 'horizontal'?; "
-        "line 17: stage names must differ, 'head' is there twice; "
-        f"line 18: stage.head.lr = [0.1, -1]: {lr}; "
-        f"line 22: stage.head.unfreeze = -1: {unfreeze}; "
-        "line 23: stage.head.cycles = 'x': must be a valid integer; "
+        "did you mean 'horizontal'?",
+        "line 17: stage names must differ, 'head' is there twice",
+        f"line 18: stage.head.lr = [0.1, -1]: {lr}",
+        f"line 22: stage.head.unfreeze = -1: {unfreeze}",
+        "line 23: stage.head.cycles = 'x': must be a valid integer",
         "line 25: head.kind = 'linaer': use 'concat_pool', 'deep' or 'linear'; "
-        "did you mean 'linear'?; "
-        "line 26: head.dropout = 1.5: use a share in [0, 1), or a list with one for every Linear "
-        "layer; "
-        "line 27: head.hidden = 0: use a width or a list of widths, each at least 1; "
-        "line 29: data.columns = ['id']: use the names of two columns, of the id and of the label; "
-        "line 30: data.pattern = 'abc': put the label in parentheses, "
-        "as in '([a-zA-Z_]+)_[0-9]+'; "
-        "line 31: optimiser is unknown; did you mean 'optimizer'?; "
-        "line 33: lr_find: low = 3.0 must be below high = 1.0; "
-        "on the command line: "
-        "tta.kind = 'view': use 'views', 'flip', 'five_crop', 'multi_scale' or 'draws'; "
-        "did you mean 'views'?; "
-        "'stage.heed.lr=1': no stage 'heed'; the recipe has head, head; did you mean 'head'?; "
-        "'nonsense': use key=value, such as stage.head.lr=0.01"
-    ).split("; ")
+        "did you mean 'linear'?",
+        "line 26: head.dropout = 1.5: use a share in [0, 1), or a list with one for every "
+        "Linear layer",
+        "line 27: head.hidden = 0: use a width or a list of widths, each at least 1",
+        "line 29: data.columns = ['id']: use the names of two columns, of the id and of the label",
+        "line 30: data.pattern = 'abc': put the label in parentheses, as in '([a-zA-Z_]+)_[0-9]+'",
+        "line 31: optimiser is unknown; did you mean 'optimizer'?",
+        "line 33: lr_find: low = 3.0 must be below high = 1.0",
+        "on the command line: tta.kind = 'view': use 'views', 'flip', 'five_crop', 'multi_scale' "
+        "or 'draws'; did you mean 'views'?",
+        "on the command line: 'stage.heed.lr=1': no stage 'heed'; the recipe has head, head; "
+        "did you mean 'head'?",
+        "on the command line: 'nonsense': use key=value, such as stage.head.lr=0.01",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -168,6 +172,7 @@ def test_all_mistakes_are_told_together_each_with_its_line_and_the_nearest_name(
         ("preprocess=3", "preprocess = 3: "),
         ("head.dropout=[0.1, 0.2, 0.3]", "head: dropout has 3 values for 2 Linear layers"),
         ("name=latest", "name = 'latest' is what runs/latest is for"),
+        ("data.folds=1", "data: folds = 1: use 2 or more"),
         ("lr=0.1", "lr is unknown; did you mean 'stage.lr'?"),
         ("batch_size=1", "batch_size = 1: must be greater than or equal to 2"),
         ("augmnt.flip=none", "augmnt is unknown; did you mean 'augment'?"),
@@ -203,17 +208,30 @@ def test_a_good_override_mends_a_bad_line(recipe):
     assert config.read(recipe, ["stage.head.lr=1"]).stage[0].lr == 1
 
 
-def test_bad_files(tmp_path):
+def test_bad_files(tmp_path, monkeypatch):
     path = tmp_path / "r.toml"
-    with pytest.raises(OptionError, match=r"no such recipe.*quick"):
+    with pytest.raises(OptionError, match=r"no such recipe; training/recipes has .*quick.toml"):
         config.read(path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match=r"no such recipe; /.*/training/recipes has .*quick.toml"):
+        config.read(path)
+    with pytest.raises(OptionError) as caught:
+        config.read(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: a folder, not a recipe"
+    with pytest.raises(OptionError, match=r"^/dev/null/x: Not a directory$"):
+        config.read(Path("/dev/null/x"))
+    for twice, line in (('name = "x"\nname = "y"', 2), ("[[stage]]\nlr=1\n\nlr = 2", 4)):
+        path.write_text(twice)
+        key = twice.split("\n")[-1].split()[0]
+        with pytest.raises(OptionError, match=rf"TOML file: {key} is there twice \(line {line}\)$"):
+            config.read(path)
     path.write_text('name = "x"\narch = \nweights = "none"')
     with pytest.raises(OptionError, match=r"no TOML file: .*at line 2"):
         config.read(path)
     path.write_bytes(b"name = '\xff'")
     with pytest.raises(OptionError, match="no TOML file"):
         config.read(path)
-    assert mistakes(path, 'name = "x"') == "arch is missing; stage is missing"
+    assert mistakes(path, 'name = "x"') == "arch is missing\nstage is missing"
     assert mistakes(path, GOOD.replace('name = "all"', "")) == "line 7: stage.1.name is missing"
     assert mistakes(path, "stage = []\n" + GOOD.partition("[[")[0]) == (
         "line 1: stage = []: write a table [[stage]] for each, at least one"

@@ -1,5 +1,6 @@
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -128,7 +129,9 @@ def test_a_split_written_is_the_split_read(tmp_path):
     )
     assert data.of_run(tmp_path) == found
     found.valid[0].path.rename(tmp_path / "away")
-    with pytest.raises(DataError, match="1 valid photos are gone"):
+    with pytest.raises(
+        DataError, match=r"1 valid photo is gone in .*; put back what is gone, or train anew"
+    ):
         data.of_run(tmp_path)
     assert data.of_run(tmp_path, part="") == data.of_run(tmp_path, part="train") == found
     (tmp_path / "away").rename(found.valid[0].path)
@@ -156,7 +159,7 @@ def test_a_split_file_of_a_run_needs_the_photos_that_are_asked_for(tmp_path):
     args = (tmp_path / "s.csv", root, found.classes, "photos")
     assert data.from_split_file(*args).source == "photos"
     found.train[0].path.unlink()
-    with pytest.raises(DataError, match="1 train photos are gone"):
+    with pytest.raises(DataError, match="1 train photo is gone"):
         data.from_split_file(*args)
     assert len(data.from_split_file(*args, needed=("valid",)).train) == len(found.train)
     with pytest.raises(DataError, match=r"s\.csv can't be read"):
@@ -191,6 +194,15 @@ def test_missing_things_are_named(tmp_path):
     make(tmp_path / "e" / "train", {"a": 3, "b": 3})
     with pytest.raises(DataError, match="no valid/"):
         data.load(str(tmp_path / "e"))
+    (tmp_path / "e" / "val").mkdir()
+    with pytest.raises(DataError, match=r"e/val is empty; expected val/CLASS/photo\.jpg"):
+        data.load(str(tmp_path / "e"))
+    make(tmp_path / "e", {"val": 1})
+    with pytest.raises(DataError, match="e/val holds no folder with photos; expected val/CLASS/"):
+        data.load(str(tmp_path / "e"))
+    make(tmp_path / "flat", {".": 3})
+    with pytest.raises(DataError, match=r"flat/CLASS/photo\.jpg, or .*data\.pattern.*data\.csv"):
+        data.load(str(tmp_path / "flat"))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +217,15 @@ def test_missing_things_are_named(tmp_path):
         ("path,fold\n../x/0.jpg,0\n", "line 2: path"),
         ("path,fold\n/a/0.jpg,0\n", "line 2: path"),
         ("path,fold\na/0.jpg,0\na/99.jpg,1\n", "names 1 files that are not there"),
-        ("path,fold\na/0.jpg,train\nb/0.jpg,train\n", "the valid part is empty"),
+        (
+            "path,fold\na/0.jpg,train\nb/0.jpg,train\n",
+            r"--split .*s\.csv: the valid part is empty; give some rows the fold valid, or number",
+        ),
+        (
+            "path,fold\n" + "a/0.jpg,x\n" * 7,
+            "s.csv has 7 mistakes:\n  line 2: fold 'x' is.*\n  line 3: .*\n  line 4: .*\n  line 5: "
+            ".*\n  line 6: .*\n  and 2 more$",
+        ),
         ("path,fold\na/0.jpg,0\na/./0.jpg,1\n", "names 'a/./0.jpg' twice"),
         ("path,fold\na/0.jpg,²\n", "line 2: fold"),
     ],
@@ -215,6 +235,14 @@ def test_bad_split_files(tmp_path, text, message):
     (tmp_path / "s.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         data.load(str(root), split=tmp_path / "s.csv")
+
+
+def test_a_folder_is_no_split_file(tmp_path):
+    root = make(tmp_path / "d", {"a": 3, "b": 3})
+    with pytest.raises(DataError, match=rf"^--split {tmp_path}: a folder, not a CSV 'path,fold'$"):
+        data.load(str(root), split=tmp_path)
+    with pytest.raises(DataError, match=r"^--split /dev/null/x can't be read: Not a directory$"):
+        data.load(str(root), split=Path("/dev/null/x"))
 
 
 def test_spaces_in_a_split_file_are_nobody_s_name(tmp_path):

@@ -147,6 +147,12 @@ def test_the_images_folder_of_a_table(tmp_path):
         (None, {"csv": "\0"}, r"data.csv = '\\x00' can't be read"),
         (["000,a", "001,"], {}, r"labels.csv, line 3: '001' has no label"),
         (["000,a", "001"], {}, r"labels.csv, line 3: '001' has no label"),
+        (
+            [",a", "000,", "001,b", "./001,b"],
+            {},
+            "labels.csv has 3 mistakes:\n  line 2: id '' names.*\n  line 3: '000' has no label\n"
+            "  line 5: './001' stands in line 4, too$",
+        ),
         ([",a"], {}, r"labels.csv, line 2: id '' names no photo"),
         (["../x,a"], {}, r"labels.csv, line 2: id '../x' names no photo"),
         (["/etc/x,a"], {}, r"labels.csv, line 2: id '/etc/x' names no photo"),

@@ -11,7 +11,7 @@ from serving.errors import DataError, OptionError
 from serving.views import VIEWS, average, render, softmax
 from tests.training.conftest import coloured
 from tests.training.finished import finished
-from training import checkpoint, data, evaluate
+from training import checkpoint, data, evaluate, prefix
 from training.sections import TtaConfig
 
 BATCH = 8
@@ -39,7 +39,8 @@ def expected(run, samples, view):
     classifier, info = checkpoint.load(run)
     made = [render(images.read(s.path).image, info.preprocess, [view])[0] for s in samples]
     pixels = torch.from_numpy(np.stack(made))
-    return softmax(evaluate.logits_of(classifier, pixels, info.preprocess).numpy())
+    network = prefix.fused(classifier.eval())
+    return softmax(evaluate.logits_of(network, pixels, info.preprocess).numpy())
 
 
 def valid(run):
@@ -129,20 +130,25 @@ def test_photos_are_read_as_they_are_needed(run, monkeypatch):
     assert max(ahead) <= BATCH
 
 
-def test_what_can_not_be_scored_is_told(run, lines):
+def test_what_can_not_be_scored_is_told(run, tmp_path, lines):
     with pytest.raises(DataError, match="has no test photos"):
         evaluate.evaluate(run, part="test")
     samples = valid(run)
     samples[0].path.unlink()
-    with pytest.raises(DataError, match="1 valid photos are gone"):
-        evaluate.evaluate(run)
-    result = evaluate.evaluate(run, gone_too=True, say=lines.append)
+    result = evaluate.evaluate(run, data_folder=tmp_path / "photos", say=lines.append)
     assert (result.photos, result.broken) == (len(samples) - 1, 1)
-    assert str(samples[0].path) in "\n".join(lines)
+    assert lines[0].startswith("warning: the photos in ")
+    assert lines[1] == f"skipped {samples[0].path}: No such file or directory"
     for sample in samples:
         sample.path.write_bytes(b"no photo")
-    with pytest.raises(DataError, match="none of the 27 valid photos"):
+    with pytest.raises(DataError, match=r"none of the 27 valid photos .* can be read"):
         evaluate.evaluate(run, say=lines.append)
+    for sample in samples:
+        sample.path.unlink()
+    with pytest.raises(DataError, match=r"none of the 27 valid photos is in .*--data"):
+        evaluate.evaluate(run, say=lines.append)
+    with pytest.raises(DataError, match=r"^--data .*nope: no such folder$"):
+        evaluate.evaluate(run, data_folder=tmp_path / "nope", say=lines.append)
 
 
 def test_the_csv_has_a_row_for_every_photo(run, tmp_path, capsys):
@@ -168,12 +174,27 @@ def test_the_csv_has_a_row_for_every_photo(run, tmp_path, capsys):
         assert float(row["probability"]) == pytest.approx(values.max(), abs=1e-6)
 
 
+def test_a_table_that_can_not_be_written_is_refused_before_the_work(
+    run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate, "evaluate", None)
+    for name, why in (
+        (tmp_path / "none" / "a.csv", f"there is no folder {tmp_path / 'none'}; make it first"),
+        (tmp_path, "a folder; name a file"),
+    ):
+        assert fledge.main(["evaluate", str(run), "--csv", str(name)]) == 2
+        assert capsys.readouterr().err == f"fledge: --csv {name}: {why}\n"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--tta", "-1"], "--tta -1: input should be greater than or equal to 0"),
         (["--plain-weight", "2"], "--plain-weight 2.0: input should be less than or equal to 1"),
-        (["--tta", "11"], "tta.count = 11: there are 10 fixed views"),
+        (
+            ["--tta", "11"],
+            "--tta 11: there are 10 fixed views; use fewer, or --tta-kind draws",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(run, words, message, capsys):

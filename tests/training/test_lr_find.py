@@ -68,9 +68,17 @@ def test_a_later_stage_starts_from_what_came_before(recipe, photos, tmp_path, we
     assert trained.losses != untrained.losses
     with pytest.raises(OptionError, match="--stage nose: the recipe has head, tail"):
         lr_find(settings, str(photos), **{**options, "stage": "nose"})
-    other = config.read(path, ["arch=squeezenet1_1", "arch_args={}", "weights=none"])
-    with pytest.raises(OptionError, match=r"--from .*: it is mobilenet_v2 with 3 cl"):
-        lr_find(other, str(photos), start=start, **options)
+    for changes, told in (
+        (["arch=squeezenet1_1", "arch_args={}"],
+         "arch is mobilenet_v2 there, squeezenet1_1 here, "
+         "arch_args.width_mult is 0.25 there, none here"),
+        (["arch_args.width_mult=0.5"], "arch_args.width_mult is 0.25 there, 0.5 here"),
+        (["head.hidden=[8, 8]"], "head.hidden is [16] there, [8, 8] here"),
+    ):  # fmt: skip
+        other = config.read(path, [*changes, "weights=none"])
+        with pytest.raises(OptionError) as caught:
+            lr_find(other, str(photos), start=start, **options)
+        assert str(caught.value) == f"--from {start} does not fit: {told}"
 
 
 def _train(settings, photos, tmp_path):
@@ -92,3 +100,22 @@ def test_the_command_prints_what_can_be_taken(
     assert len(lines) == 10
     assert "stage.head.lr=" in printed.err
     assert (tmp_path / "lr_find-head.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--compare", "--epochs", "0"], "--epochs 0: use 1 or more"),
+        (["--compare", "--epochs", "-1"], "--epochs -1: use 1 or more"),
+        (["--epochs", "3"], "--epochs 3 has no effect without --compare; add it"),
+        (["--out", "none/x.png"], "--out none/x.png: there is no folder none; make it first"),
+        (["--out", "x.txt"], "--out x.txt: use a name that ends in .png"),
+    ],
+)
+def test_what_can_not_be_is_told_before_the_work(
+    recipe, photos, tmp_path, monkeypatch, capsys, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.lr_find.data.load", None)
+    assert fledge.main(["lr-find", str(recipe()), "--data", str(photos), *words]) == 2
+    assert capsys.readouterr().err == f"fledge: {message}\n"

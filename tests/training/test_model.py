@@ -125,6 +125,11 @@ def test_weights_from_a_file(tmp_path):
         assert torch.equal(value, whole.state_dict()[f"features.{key}"])
 
 
+def test_a_folder_is_no_file_of_weights(tmp_path):
+    with pytest.raises(DataError, match="a folder, not a file of weights"):
+        model.build("mobilenet_v2", 3, weights=str(tmp_path))
+
+
 def test_weights_of_a_deeper_sister_are_refused(tmp_path):
     import torchvision
 

@@ -242,13 +242,19 @@ def test_a_photo_that_changes_under_a_stream_is_named(photos, lines, damage, mes
 def test_broken_photos_are_named_and_left_out_every_time(photos, lines, cache_gb):
     broken = photos / "red" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
-    (photos / "blue" / "4.jpg").write_text("not a photo")
-    for _ in range(2):
-        found, *sets = pixels.decode(data.load(str(photos)), SMALL, PRESIZE, lines.append, cache_gb)
+    other, there = photos / "blue" / "4.jpg", data.load(str(photos))
+    for number in range(2):
+        if number:
+            other.unlink()
+        else:
+            other.write_text("not a photo")
+        found, *sets = pixels.decode(there, SMALL, PRESIZE, lines.append, cache_gb)
         assert len(found.train) + len(found.valid) == 43
         assert_right(found, sets)
         text = "\n".join(lines)
-        assert f"skipped {broken}" in text
+        assert f"skipped {broken}: the image is broken" in text
+        why = ("no image that Fledge reads (JPEG", "No such file or directory")[number]
+        assert f"skipped {other}: {why}" in text
         assert "warning: 2 of 45 photos can't be read" in text
         lines.clear()
 
@@ -322,7 +328,10 @@ def test_a_cache_that_cant_be_used_is_a_warning(tmp_path, photos, monkeypatch, l
     _, *sets = pixels.decode(found, SMALL, PRESIZE, lines.append)
     assert_right(found, sets)
     assert isinstance(sets[0].pixels, Mapped)
-    assert lines[0].startswith(f"warning: the cache {tmp_path}/file/cache can't be used: ")
+    warning, done = lines
+    assert warning.startswith(f"warning: the cache {tmp_path}/file/cache can't be used: ")
+    assert warning.endswith("; decoded photos go to a temporary file")
+    assert re.fullmatch(r"pixels: 45 photos, 45 decoded in \S+ s", done)
     assert (tmp_path / "file").read_text() == "mine"
 
 

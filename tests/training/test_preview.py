@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import shutil
 
@@ -8,7 +9,7 @@ from PIL import Image
 import fledge
 from serving.errors import DataError
 from tests.tiny import photo
-from training import config, data, preview, survey
+from training import config, data, layouts, preview, preview_picture, survey
 from training.preview_picture import draw
 from training.sections import AugmentConfig
 
@@ -180,6 +181,57 @@ def test_the_picture_takes_any_names(tmp_path, photos):
     assert (tmp_path / "q.png").exists()
 
 
+def test_a_few_extreme_photos_do_not_decide_the_axes(photos):
+    usual = [look(photos / "a" / f"{i}.jpg") for i in range(6)] * 2
+    assert preview_picture._range(usual) == (90, 105)
+    point = dataclasses.replace(usual[0], width=1, height=1)
+    strip = dataclasses.replace(usual[0], width=4000, height=2)
+    assert preview_picture._range([*usual, point, strip]) == (90, 105)
+    larger = dataclasses.replace(usual[0], width=200, height=90)
+    assert preview_picture._range([*usual, larger]) == (90, 200)
+    assert preview_picture._range([point, strip]) == (1, 4000)  # too few to call one odd
+    assert preview_picture._range([]) == (1, 1)
+
+
+def test_a_name_that_the_font_lacks_is_a_number():
+    names = ("cat", "naïve", "зима", "花", "a花")
+    assert [preview_picture._short(name, i) for i, name in enumerate(names)] == [
+        "cat", "naïve", "зима", "no. 4", "no. 5",
+    ]  # fmt: skip
+
+
+def test_counts_have_whole_ticks(photos, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda self, path, **_: seen.append(self) or path.write_bytes(b"x"),
+    )
+    draw([look(photos / "a" / "0.jpg"), look(photos / "b" / "0.jpg")], ("a", "b"), tmp_path / "p")
+    bars, _, sides = seen[0].axes
+    ticks = [*bars.xaxis.get_major_locator()(), *sides.yaxis.get_major_locator()()]
+    assert all(tick == int(tick) for tick in ticks)
+
+
+def test_empty_folders_are_told(photos, capsys, tmp_path):
+    (photos / "c" / "inner").mkdir(parents=True)
+    assert fledge.main(["preview", str(photos), "--out", str(tmp_path / "out")]) == 0
+    assert "hint: the folder c is empty: no class of that name will be known" in (
+        capsys.readouterr().out
+    )
+    parted = tmp_path / "parted"
+    for part, name in (("train", "a"), ("train", "b"), ("valid", "a")):
+        saved(parted / part / name / "0.jpg")
+    for folder in (parted / "train" / "c", parted / "valid" / "b", parted / "elsewhere"):
+        folder.mkdir()
+    assert layouts.bare_classes(parted) == ["train/c"]
+
+
+def test_small_classes_are_counted(photos):
+    few = [look(photos / "a" / "0.jpg", label=name) for name in "bccdd"]
+    told = "\n".join(survey.hints(few, ["b", "c", "d"], 32))
+    assert "3 classes have fewer than 10 photos to train on, the fewest b: 10 are few" in told
+
+
 def test_the_verb_prints_the_report_and_writes_the_picture(photos, tmp_path, capsys):
     out = tmp_path / "out"
     assert fledge.main(["preview", str(photos), "--out", str(out), "data.valid=0.5"]) == 0
@@ -240,7 +292,7 @@ def test_the_first_photo_that_can_be_read_is_drawn(photos, tmp_path, monkeypatch
     first.write_bytes(b"no photo")
     preview.augmented(str(photos), recipe, tmp_path / "out")
     assert drawn == [second]
-    with pytest.raises(DataError, match=r"--photo .*: the bytes are no image"):
+    with pytest.raises(DataError, match=r"--photo .*: no image that Fledge reads"):
         preview.augmented(str(photos), recipe, tmp_path / "out", photo=first)
     with pytest.raises(DataError, match=r"^--photo .*gone\.jpg: No such file"):
         preview.augmented(str(photos), recipe, tmp_path / "out", photo=tmp_path / "gone.jpg")
@@ -248,6 +300,17 @@ def test_the_first_photo_that_can_be_read_is_drawn(photos, tmp_path, monkeypatch
         path.write_bytes(b"no photo")
     with pytest.raises(DataError, match=r"none of the \d+ photos to train on"):
         preview.augmented(str(photos), recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("more", [[], ["--augment"]])
+def test_a_file_is_no_place_for_the_picture(photos, tmp_path, monkeypatch, capsys, more):
+    monkeypatch.setattr(preview, "survey", None)  # refused before the work
+    monkeypatch.setattr(data, "load", None)
+    out = tmp_path / "file"
+    out.write_text("mine")
+    assert fledge.main(["preview", str(photos), "--out", str(out), *more]) == 2
+    said = capsys.readouterr().err
+    assert said == f"fledge: --out {out}: {out} can't be written to; choose another\n"
 
 
 def test_photo_without_augment_is_refused(photos, capsys):

@@ -157,13 +157,30 @@ def test_photos_that_are_gone_or_broken_are_skipped_and_told(tmp_path, lines):
     text = written(tmp_path / "run", lines)
     assert "gone or broken: 2 photos" in text
     assert [f"skipped {path}" in "\n".join(lines) for path in (gone, broken)] == [True, True]
-    result = evaluate.evaluate(tmp_path / "run", gone_too=True, say=lines.append)
+    result = evaluate.evaluate(tmp_path / "run", say=lines.append)
     lines.clear()
     later.unlink()  # after it was scored
     before = len(Page(text).all("img"))
     after = Page(written(tmp_path / "run", lines, result=result))
     assert len(after.all("img")) == before - 1
     assert f"skipped {later}" in lines[0]
+
+
+def test_a_stage_gets_a_page_of_its_own(run, lines, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    best = report.write(folder, say=lines.append).read_bytes()
+    (folder / "stages").mkdir()
+    for end in ("safetensors", "json"):
+        shutil.copyfile(folder / f"best.{end}", folder / "stages" / f"head.{end}")
+    path = report.write(folder / "stages" / "head.safetensors", say=lines.append)
+    assert path == folder / "report-head.html"
+    assert (folder / "report.html").read_bytes() == best
+    text = path.read_text(encoding="utf-8")
+    assert "<title>tiny, head: " in text
+    assert "<h1><bdi>tiny, head</bdi></h1>" in text
+    assert "Of the checkpoint head, not of the run's best." in text
+    assert "best epoch" not in text.lower()
+    assert b"best epoch" in best
 
 
 def test_two_classes_all_right_and_many_classes(run, answers, lines):

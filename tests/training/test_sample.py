@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from serving.errors import DataError
+from serving.errors import DataError, OptionError
 from training import sample
 
 Features = NDArray[np.float64]
@@ -126,9 +126,16 @@ def test_write_refuses_an_existing_folder(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "set").iterdir()] == ["mine.txt"]
 
 
+def test_write_refuses_a_place_that_can_not_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OptionError, match=r"^/.*/file/set: /.*/file can't be written to; choose"):
+        sample.write(tmp_path / "file" / "set", per_class=1)
+
+
 @pytest.mark.parametrize("wrong", [{"per_class": 0}, {"seed": -1}, {"size": 8}])
 def test_write_refuses_numbers_out_of_range(tmp_path: Path, wrong: dict[str, int]) -> None:
-    with pytest.raises(DataError, match=next(iter(wrong))):
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(DataError, match=rf"^--{name.replace('_', '-')} {value}: use \d+ or more$"):
         sample.write(tmp_path / "set", **wrong)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,92 @@
+"""Tensors on their way to the device, without the program waiting for it.
+
+A plain `.to(device)` from ordinary memory holds the program until the GPU has done all that was
+asked of it before. From page-locked ("pinned") memory a copy is an order like any other.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, behind what the device has yet to do; itself if it is there."""
+    if tensor.device.type == device.type or device.type != "cuda":
+        return tensor.to(device)
+    # The pinned copy may be let go at once: torch uses it again when the GPU has read it.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=64)
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A few numbers, float32 [n], made once for each device; not to be written to."""
+    with torch.inference_mode(False):  # or training could not use what validation made
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def free(device: torch.device) -> int:
+    """Bytes of a GPU's memory that could be taken now, those that torch keeps in reserve too."""
+    in_reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + in_reserve
+
+
+Sent = tuple[Tensor, torch.Event | None]
+"""A tensor that is on its way, and what tells that it is there."""
+
+
+class Lane(Protocol):
+    """A way to the device: one thread sends, another one receives."""
+
+    def send(self, tensor: Tensor) -> Sent:
+        """Begin to copy a tensor from the CPU."""
+        ...
+
+    def receive(self, sent: Sent) -> Tensor:
+        """The copy, for whatever this thread asks of the device from now on."""
+        ...
+
+
+class Standing:
+    """No way to go: the CPU's own tensors."""
+
+    def send(self, tensor: Tensor) -> Sent:
+        """As `Lane`."""
+        return tensor, None
+
+    def receive(self, sent: Sent) -> Tensor:
+        """As `Lane`."""
+        return sent[0]
+
+
+class SideStream:
+    """Copies from pinned memory, on a stream of their own beside the computing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def send(self, tensor: Tensor) -> Sent:
+        """As `Lane`."""
+        with torch.cuda.stream(self._stream):
+            near = tensor.pin_memory().to(self._device, non_blocking=True)
+            return near, self._stream.record_event()
+
+    def receive(self, sent: Sent) -> Tensor:
+        """As `Lane`."""
+        near, there = sent
+        stream = torch.cuda.current_stream(self._device)
+        if there is not None:
+            stream.wait_event(there)
+        # Or its memory would be given away while this stream still reads it.
+        near.record_stream(stream)
+        return near
+
+
+def lane(device: torch.device) -> Lane:
+    """The way to a device."""
+    return SideStream(device) if device.type == "cuda" else Standing()
