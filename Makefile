@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml requirements/dev.txt requirements/uv.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/uv.txt
 	@# uv takes a quarter of pip's time; pip knows indexes that only its own configuration names.
-	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements/dev.txt || \
+	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes --compile-bytecode requirements/dev.txt || \
 	  $(BIN)/python -m pip install --disable-pip-version-check --require-hashes --requirement requirements/dev.txt
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --offline --no-deps --no-build-isolation --editable .
 	@touch $@
