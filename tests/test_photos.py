@@ -35,7 +35,6 @@ def run(tmp_path_factory):
         "preprocess.size=160",
         "stage.head.views=2",
         "stage.tail.cycles=1",
-        "stage.all.cycle_len=1",
     ]
     return recipe.run(
         config.read(Path("training/recipes/quick.toml"), overrides),

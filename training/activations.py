@@ -26,7 +26,7 @@ from training.clock import Clock
 from training.device import CPU, free
 from training.device_rows import placed
 from training.ema import Ema
-from training.feeds import FROZEN, PREFIX_BATCH, Draws, TrainFeed, ValidFeed, run_frozen
+from training.feeds import FROZEN, Draws, TrainFeed, ValidFeed, frozen_batch, run_frozen
 from training.model import Classifier
 from training.options import Recipe, Stage
 from training.pixels import Photos, PixelSet
@@ -215,7 +215,7 @@ class Activations:
 
     def _on_photos(self, draws: Draws, layers: nn.Module) -> Callable[[int], Iterator[Part]]:
         def make(number: int) -> Iterator[Part]:
-            parts = torch.arange(len(draws.photos)).split(PREFIX_BATCH)
+            parts = torch.arange(len(draws.photos)).split(frozen_batch(self.precision.device))
             for index, images in draws(number, parts):
                 with self.clock(FROZEN):
                     rows = run_frozen(layers, images, self.precision)
@@ -225,7 +225,8 @@ class Activations:
 
     def _on(self, below: Views, layers: nn.Module) -> Callable[[int], Iterator[Part]]:
         def make(number: int) -> Iterator[Part]:
-            for index in torch.arange(below.shape.photos).split(PREFIX_BATCH):
+            size = frozen_batch(self.precision.device)
+            for index in torch.arange(below.shape.photos).split(size):
                 with self.clock(FROZEN):
                     inputs = below[number][index].to(self.precision.device)
                     rows = run_frozen(layers, inputs, self.precision)
@@ -263,7 +264,7 @@ def _known(draws: Draws) -> bytes:
     p, dtype = draws.preprocess, draws.precision
     decides = [
         *(FORMAT, p.size, p.crop, p.mean, p.std, draws.config.model_dump(mode="json"), draws.seed),
-        *(str(dtype.dtype), str(dtype.device), draws.photos.key.hex(), PREFIX_BATCH, _rules()),
+        *(str(dtype.dtype), str(dtype.device), draws.photos.key.hex(), _rules()),
     ]
     return hashlib.sha256(repr(decides).encode()).digest()
 

@@ -14,6 +14,7 @@ from training import (
     data,
     pixels,
     plan,
+    report,
     run_folder,
     state,
 )
@@ -123,6 +124,11 @@ def resume(
     with team.copied(folder, names) as kept:
         recipe, begun = run_folder.read(kept)
         if team.decide(lambda: not (folder / run_folder.LAST).exists()):
+            if not team.decide(lambda: (folder / report.REPORT).exists()):
+                raise DataError(
+                    f"--resume {folder}: its folder {run_folder.LAST}/ is gone, and the run had "
+                    "not ended; start anew"
+                )
             say(f"{folder} is finished already; next: fledge export {folder} --out bundle")
             return folder
         precision = _precision(recipe, device or begun.device, team)

@@ -42,7 +42,8 @@ from training.team import ALONE, Team
 class Run:
     """What every stage works with; `go` does the work.
 
-    team: the processes that do it together; `say` is heard in the one that leads.
+    team: the processes that do it together; `say` is heard in the one that leads. saved: epochs
+    that a resumed run would find done.
     """
 
     recipe: Recipe
@@ -55,6 +56,7 @@ class Run:
     position: Position = field(default_factory=Position)
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     team: Team = ALONE
+    saved: int = 0
 
     @property
     def precision(self) -> Precision:
@@ -78,7 +80,7 @@ def go(run: Run) -> Path:
         f"{run.precision.device.type}, {str(run.precision.dtype).removeprefix('torch.')}"
         + (f", {run.team.size} processes" if run.team.size > 1 else "")
     )
-    position.processes = run.team.size
+    position.processes, run.saved = run.team.size, len(position.history)
     run.classifier.to(run.precision.device).to(memory_format=torch.channels_last)
     journal = Journal(run.folder, position.history) if run.team.leads else None
     ema = Ema(run.classifier, recipe.optimizer.ema) if recipe.optimizer.ema else None
@@ -109,8 +111,8 @@ def go(run: Run) -> Path:
     seconds = clock.read()
     run.say("seconds: " + ", ".join(f"{what} {spent:.1f}" for what, spent in seconds.items()))
     run.say(
-        f"{run.folder}: validation accuracy {accuracy:.2%} (loss {loss:.4f}){views} after "
-        f"{sum(seconds.values()):.0f} s; look at {run.folder / report.REPORT}; "
+        f"{run.folder}: validation accuracy {accuracy:.2%} (loss {loss:.4f}){views} in float32 "
+        f"after {sum(seconds.values()):.0f} s; look at {run.folder / report.REPORT}; "
         f"next: fledge export {run.folder} --out bundle"
     )
     return run.folder
@@ -122,10 +124,11 @@ def _tell_how_to_go_on(run: Run, error: BaseException) -> None:
     why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
     say = run.say if run.team.leads else say_aloud
     way = "" if run.team.size == 1 else "torchrun … -m "
-    say(
-        f"{why}: {len(run.position.history)} finished epochs are kept; go on with: "
-        f"{way}fledge train --resume {run.folder}"
-    )
+    kept = "1 finished epoch is" if run.saved == 1 else f"{run.saved} finished epochs are"
+    if isinstance(error, loop.Diverged):
+        say(f"{why}: {kept} kept in {run.folder}; start anew with a lower rate")
+    else:
+        say(f"{why}: {kept} kept; go on with: {way}fledge train --resume {run.folder}")
 
 
 def _feeds(run: Run, share: Share, ema: Ema | None) -> tuple[TrainFeed, ValidFeed]:
@@ -175,7 +178,7 @@ def _stage(run: Run, share: Share, journal: Journal | None, ema: Ema | None) -> 
             with clock("validation"):
                 accuracy, valid_loss = loop.validate(classifier, held_out, run.precision, run.team)
             if not math.isfinite(valid_loss):
-                raise WorkError(
+                raise loop.Diverged(
                     f"stage {stage.name}: the validation loss is {valid_loss} after epoch "
                     f"{position.epoch + 1}, rate {steps[-1].lr[-1]:.3g}; "
                     f"lower stage.{stage.name}.lr"
@@ -250,6 +253,7 @@ def _save(run: Run, ema: Ema | None, optimizer: torch.optim.Optimizer | None) ->
         groups[state.RANDOM] = run.team.gather(own)
         if run.team.leads:
             state.save(run.folder / run_folder.LAST, run.position, groups)
+        run.saved = len(run.position.history)
 
 
 def _tell(run: Run, row: loop.Epoch) -> None:

@@ -31,6 +31,11 @@ LOOK_EVERY: Final = 32
 STEPS: Final = "steps"
 """What the clock calls forward and backward passes and updates."""
 
+
+class Diverged(WorkError):
+    """A loss is no number any more; going on would find it again."""
+
+
 Batch = tuple[Tensor, Tensor]
 Sized = tuple[Batch, int]
 """A process's part of a batch, and how many photos the whole of it has."""
@@ -189,7 +194,7 @@ def _look(rows: list[Step], made: list[Tensor], team: Team) -> None:
     for place, loss in enumerate(losses, len(rows) - len(made)):
         rows[place] = row = replace(rows[place], loss=loss)
         if not math.isfinite(loss):
-            raise WorkError(
+            raise Diverged(
                 f"stage {row.stage}: the loss is {loss} at epoch {row.epoch}, step {row.step}, "
                 f"rate {row.lr[-1]:.3g}; lower stage.{row.stage}.lr"
             )

@@ -208,6 +208,7 @@ def test_a_disk_too_small_for_the_photos_is_said(photos, monkeypatch):
 def test_a_loss_that_is_no_number_ends_with_stage_step_and_rate(recipe, photos, tmp_path, lines):
     with pytest.raises(WorkError, match=r"stage all: the loss is \w+ at epoch \d, step \d+, rate"):
         run(recipe(), photos, tmp_path / "run", lines, "stage.all.lr=1e30")
+    assert lines[-1].endswith(f"kept in {tmp_path / 'run'}; start anew with a lower rate")
 
 
 def test_auto_weights_fall_back_aloud(recipe, lines, tmp_path, monkeypatch):

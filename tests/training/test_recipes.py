@@ -47,7 +47,6 @@ TINY = {
     "pets": (*MOBILE, "stage.head.cycle_len=1", "stage.all.cycle_len=1"),
     "quick": (
         *MOBILE, "stage.head.cycle_len=1", "stage.head.lr=0.01", "stage.tail.cycle_len=1",
-        "stage.all.cycle_len=1",
     ),
     "tricks": (*MOBILE, "stage.all.cycle_len=1"),
 }  # fmt: skip

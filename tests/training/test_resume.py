@@ -14,6 +14,7 @@ import torch
 from serving.errors import DataError, OptionError
 from training import checkpoint, config, evaluate, journal, run_folder, state, trainer
 from training import recipe as fine_tune
+from training import run as run_of_stages
 
 # Everything that has a state: lr_find, cached views, momentum, dropout, moving average, patience,
 # plateau, mixing, accumulation, another size.
@@ -183,6 +184,31 @@ def test_an_interrupt_keeps_what_is_done_and_says_how_to_go_on(interrupted, requ
     assert result(folder) == result(whole)
     fine_tune.resume(folder, say=said.append)
     assert "is finished already" in said[-1]
+
+
+def test_an_epoch_counts_when_it_is_on_the_disk(request_of, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    original, lines = run_of_stages._save, []
+    saves = iter([original, original, stop])
+    monkeypatch.setattr(run_of_stages, "_save", lambda *given: next(saves)(*given))
+    path, photos, overrides = request_of
+    out = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune.run(config.read(path, overrides), photos, out=out, device="cpu", say=lines.append)
+    monkeypatch.setattr(run_of_stages, "_save", original)
+    (count,) = (int(line.split()[1]) for line in lines if line.startswith("interrupted: "))
+    said = []
+    fine_tune.resume(out, say=said.append)
+    assert [line for line in said if f"going on after {count} finished" in line]
+
+
+def test_a_run_without_its_state_is_not_called_finished(interrupted):
+    folder, _ = interrupted
+    shutil.rmtree(folder / run_folder.LAST)
+    with pytest.raises(DataError, match="last/ is gone, and the run had not ended; start anew"):
+        fine_tune.resume(folder, say=_quiet)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
