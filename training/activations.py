@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cache as once
 from types import ModuleType
 from typing import Final
@@ -31,66 +31,12 @@ from training.model import Classifier
 from training.options import Recipe, Stage
 from training.pixels import Photos, PixelSet
 from training.precision import Precision
+from training.sharing import Share, freeze
 
 MEMORY_BYTES: Final = 2 * 2**30
 """Of what is kept in memory because it can't be kept in the cache."""
 
 FORMAT: Final = 1
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a stage computes once, with the stages before and behind it that can share it.
-
-    depth: children of the body that all of them have frozen; 0 keeps nothing. views: that the
-    epochs of the one that needs most take turns with. last: the next stage sees other views.
-    with_: names of the others. why: why nothing is kept though views were asked for.
-    """
-
-    depth: int = 0
-    views: int = 0
-    last: bool = True
-    with_: tuple[str, ...] = ()
-    why: str = ""
-
-
-def shares(classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]) -> list[Share]:
-    """What each stage shares with its neighbours. Freezes the classifier as the last one does."""
-    found: list[Share] = []
-    for stage in stages:
-        freeze(classifier, stage)
-        why, wanted, depth = "", stage.wanted_views, classifier.freezing.prefix
-        if wanted and recipe.augment_of(stage).mixes:
-            why = "mixup and cutmix blend photos"
-        elif wanted and not depth and stage.frozen_batchnorm != "eval":
-            why = "the frozen BatchNorms move"
-        found.append(Share(why=why) if why or not (wanted and depth) else Share(depth, wanted))
-    start = 0
-    for end in range(1, len(stages) + 1):
-        if end < len(stages) and found[end].depth and _alike(recipe, stages[start], stages[end]):
-            continue
-        group = range(start, end)
-        depth, views = (min(found[i].depth for i in group), max(found[i].views for i in group))
-        for i in group:
-            others = tuple(stages[k].name for k in group if k != i)
-            found[i] = replace(found[i], depth=depth, views=views, last=i == end - 1, with_=others)
-        start = end
-    return found
-
-
-def _alike(recipe: Recipe, one: Stage, other: Stage) -> bool:
-    """Whether two stages see the same pictures in a view of the same number."""
-    return (recipe.preprocess_of(one), recipe.augment_of(one)) == (
-        recipe.preprocess_of(other),
-        recipe.augment_of(other),
-    )
-
-
-def freeze(classifier: Classifier, stage: Stage) -> None:
-    """Freeze what a stage freezes."""
-    classifier.freeze(
-        stage.unfreeze, batchnorm=stage.batchnorm, frozen_batchnorm=stage.frozen_batchnorm
-    )
 
 
 @dataclass
@@ -110,6 +56,7 @@ class Activations:
     _open: dict[str, Views] = field(default_factory=dict)
     _sets: tuple[PixelSet, PixelSet] | None = None
     _near: tuple[PixelSet, PixelSet] | None = None
+    _below: ValidFeed | None = None
 
     def feeds(
         self,
@@ -145,12 +92,40 @@ class Activations:
             self._keep(feed, classifier, stage, share, views, {train.name, valid.name})
         else:
             self._open = {}
-        shape = self._shape(frozen, preprocess, len(valid))
-        keep = bool(share.depth) and shape.size <= min(MEMORY_BYTES // 2, self.room.budget)
-        live: nn.Module = frozen
+        return feed, self._held_out(classifier, stage, share, valid, frozen, ema)
+
+    def _held_out(
+        self,
+        classifier: Classifier,
+        stage: Stage,
+        share: Share,
+        photos: PixelSet,
+        frozen: nn.Module,
+        ema: Ema | None,
+    ) -> ValidFeed:
+        """The validation batches: what is frozen runs once where there is room for its outputs."""
+        preprocess = self.recipe.preprocess_of(stage)
+        if not share.follows:
+            self._below = None
         if ema and not _settled(classifier, ema):
-            keep, live = False, classifier.prefix
-        return feed, ValidFeed(valid, live, preprocess, self.precision, keep)
+            return ValidFeed(photos, classifier.prefix, preprocess, self.precision, keep=False)
+        room = min(MEMORY_BYTES // 2, self.room.budget)
+        whole, size = classifier.prefix, self._shape(frozen, preprocess, len(photos)).size
+        feed = ValidFeed(photos, frozen, preprocess, self.precision, bool(share.depth))
+        feed.keep = feed.keep and size <= room
+        if not (feed.keep and share.with_):
+            return feed
+        trunk = nn.Sequential(*whole[: share.depth])
+        if self._below is None:
+            layers = prefix.fused(trunk)
+            size += self._shape(layers, preprocess, len(photos)).size
+            if size > room:
+                return feed
+            self._below = ValidFeed(photos, layers, preprocess, self.precision, keep=True)
+        if len(whole) == share.depth:
+            return self._below
+        feed.prefix, feed.below = prefix.fused(nn.Sequential(*whole[share.depth :])), self._below
+        return feed
 
     def _placed(self, preprocess: Preprocess) -> tuple[PixelSet, PixelSet]:
         """The photos where the device reaches them best, those of another size gone first."""

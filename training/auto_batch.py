@@ -14,7 +14,6 @@ from torch import Tensor
 
 from serving.errors import WorkError
 from training import augment, cache, device, mixing, optim, prefix
-from training.activations import freeze
 from training.console import Say
 from training.data import Dataset
 from training.device_rows import SHARE
@@ -24,6 +23,7 @@ from training.model import Classifier, normalise
 from training.options import AUTO, Recipe, Stage
 from training.pixel_making import Making
 from training.precision import Precision
+from training.sharing import freeze
 from training.team import ALONE, Team
 
 ON_CPU: Final = 32

@@ -140,8 +140,9 @@ def run_frozen(prefix: nn.Module, inputs: Tensor, precision: Precision) -> Tenso
 class ValidFeed:
     """Validation batches, as inputs of the suffix: iterate as often as there are epochs.
 
-    keep: hold the frozen prefix's outputs after the first pass. team: this process takes every
-    `size`th of its batches, so that each is computed as in one process.
+    keep: hold the frozen prefix's outputs after the first pass. below: batches that other stages
+    use, too, and `prefix` goes on with. team: this process takes every `size`th of its batches, so
+    that each is computed as in one process.
     """
 
     photos: PixelSet
@@ -149,6 +150,7 @@ class ValidFeed:
     preprocess: Preprocess
     precision: Precision
     keep: bool
+    below: ValidFeed | None = None
     team: Team = ALONE
     _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -157,16 +159,22 @@ class ValidFeed:
         if self._kept:
             yield from self._kept
             return
-        step = 2 * frozen_batch(self.precision.device)
-        parts = [slice(start, start + step) for start in range(0, len(self.photos), step)]
-        parts = parts[self.team.rank :: self.team.size]
         kept = []
-        for rows, pixels in zip(parts, self.photos.pixels.batches(parts), strict=True):
-            device = self.precision.device
-            images = normalise(pixels.to(device), self.preprocess)
-            inputs = run_frozen(self.prefix, images, self.precision)
-            batch = inputs, upload(self.photos.labels[rows], device)
+        if self.below:
+            self.below.team = self.team
+        for inputs, labels in self.below or self._images():
+            batch = run_frozen(self.prefix, inputs, self.precision), labels
             if self.keep:
                 kept.append(batch)
             yield batch
         self._kept = kept
+
+    def _images(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(normalised photos [N, 3, H, W], labels)."""
+        device = self.precision.device
+        step = 2 * frozen_batch(device)
+        parts = [slice(start, start + step) for start in range(0, len(self.photos), step)]
+        parts = parts[self.team.rank :: self.team.size]
+        for rows, pixels in zip(parts, self.photos.pixels.batches(parts), strict=True):
+            images = normalise(pixels.to(device), self.preprocess)
+            yield images, upload(self.photos.labels[rows], device)

@@ -26,13 +26,14 @@ from training import (
     plots,
     trainer,
 )
-from training.activations import Activations, shares
+from training.activations import Activations
 from training.console import Say
 from training.console import say as say_aloud
 from training.feeds import TrainFeed, ValidFeed
 from training.model import Classifier
 from training.options import Recipe, Stage
 from training.precision import Precision, choose_precision
+from training.sharing import shares
 
 PICKS: Final = get_args(lr_finder.Pick)
 

@@ -26,7 +26,7 @@ from training import (
     state,
 )
 from training import trainer as loop
-from training.activations import Activations, Share, shares
+from training.activations import Activations
 from training.console import Say
 from training.console import say as say_aloud
 from training.ema import Ema
@@ -34,6 +34,7 @@ from training.feeds import TrainFeed, ValidFeed
 from training.journal import Journal, read_steps
 from training.options import Recipe, Stage
 from training.precision import Precision
+from training.sharing import Share, shares
 from training.state import Position
 from training.team import ALONE, Team
 

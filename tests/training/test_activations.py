@@ -11,11 +11,12 @@ from torch import nn
 
 from training import cache, config, data, pixels, plan, prefix
 from training.activation_views import Shape, Shelf, Views
-from training.activations import Activations, Share, shares
+from training.activations import Activations
 from training.ema import Ema
 from training.feeds import Draws, TrainFeed, ValidFeed
 from training.model import normalise
 from training.precision import Precision
+from training.sharing import Share, shares
 
 CPU = Precision(torch.float32, torch.device("cpu"))
 TWO_STAGES = """
@@ -123,7 +124,7 @@ def test_stages_share_what_they_can(open_run):
     assert 0 < depth < len(classifier.body)
     assert found == [
         Share(depth, 3, last=False, with_=("tail",)),
-        Share(depth, 3, last=True, with_=("head",)),
+        Share(depth, 3, follows=True, with_=("head",)),
     ]
     head, _ = first_feed(opened)
     assert rows(head).shape == (36, 2 * 1280)
@@ -343,3 +344,22 @@ def test_a_feed_says_where_its_seconds_went(open_run):
     assert seconds["augmentation"] > 0
     assert isinstance(feed, TrainFeed)
     assert isinstance(feed.draws, Draws)
+
+
+def test_validation_is_shared_and_stays_what_it_is(open_run):
+    """The shared layers run once on the held-out photos, and each stage sees its own outputs."""
+    settings, classifier, activations = open_run()
+    found = shares(classifier, settings, settings.stage)
+    _, head = activations.feeds(classifier, settings.stage[0], found[0])
+    first = [inputs for inputs, _ in head]
+    below = head.below
+    _, tail = activations.feeds(classifier, settings.stage[1], found[1])
+    assert below is tail
+    assert tail._kept
+    for stage, share, shared in zip(settings.stage, found, (torch.cat(first), None), strict=True):
+        alone = open_run()[2]
+        _, own = alone.feeds(classifier, stage, Share(share.depth, share.views))
+        assert own.below is None
+        expected = torch.cat([inputs for inputs, _ in own])
+        got = shared if shared is not None else torch.cat([inputs for inputs, _ in tail])
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)

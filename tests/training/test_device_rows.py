@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from serving.errors import WorkError
 from training import cache, config, data, device, device_rows, optim, pixels, plan
-from training.activations import Activations, shares
+from training.activations import Activations
 from training.device import Standing, constant, upload
 from training.device_rows import Prefetched, Resident, moved, placed
 from training.feeds import Draws
@@ -25,6 +25,7 @@ from training.pixel_part import PixelSet
 from training.pixel_rows import AHEAD, Mapped
 from training.precision import Precision
 from training.sections import AugmentConfig
+from training.sharing import shares
 from training.team import ALONE
 from training.trainer import _backward
 
