@@ -18,6 +18,7 @@ FledgeError
 ├── BundleError           no usable bundle
 ├── GateError             the work was done and fell short of a gate
 └── WorkError             the work failed
+    └── Diverged          a loss is no number; going on would find it again
 
 Each class carries the stable `code` that HTTP answers and score tables show, the HTTP status, and
 the exit status of the command line. A message is one line: what is wrong, where, what to do.
@@ -150,3 +151,9 @@ class WorkError(FledgeError):
     """The work failed: a NaN loss, a full disk, an operator that can't be exported."""
 
     code = "failed"
+
+
+class Diverged(WorkError):
+    """A loss is no number any more; a run that is resumed would find it again."""
+
+    code = "diverged"

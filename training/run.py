@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from serving.errors import WorkError
+from serving.errors import Diverged, WorkError
 from training import (
     best,
     checkpoint,
@@ -126,7 +126,7 @@ def _tell_how_to_go_on(run: Run, error: BaseException) -> None:
     say = run.say if run.team.leads else say_aloud
     way = "" if run.team.size == 1 else "torchrun … -m "
     kept = "1 finished epoch is" if run.saved == 1 else f"{run.saved} finished epochs are"
-    if isinstance(error, loop.Diverged):
+    if isinstance(error, Diverged):
         say(f"{why}: {kept} kept in {run.folder}; start anew with a lower rate")
     else:
         say(f"{why}: {kept} kept; go on with: {way}fledge train --resume {run.folder}")
@@ -179,7 +179,7 @@ def _stage(run: Run, share: Share, journal: Journal | None, ema: Ema | None) -> 
             with clock("validation"):
                 accuracy, valid_loss = loop.validate(classifier, held_out, run.precision, run.team)
             if not math.isfinite(valid_loss):
-                raise loop.Diverged(
+                raise Diverged(
                     f"stage {stage.name}: the validation loss is {valid_loss} after epoch "
                     f"{position.epoch + 1}, rate {steps[-1].lr[-1]:.3g}; "
                     f"lower stage.{stage.name}.lr"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from serving.errors import WorkError
+from serving.errors import Diverged, WorkError
 from serving.progress import progress_bar
 from training import compiling, lr_finder, optim, schedule
 from training.ema import Ema
@@ -30,10 +30,6 @@ LOOK_EVERY: Final = 32
 
 STEPS: Final = "steps"
 """What the clock calls forward and backward passes and updates."""
-
-
-class Diverged(WorkError):
-    """A loss is no number any more; going on would find it again."""
 
 
 Batch = tuple[Tensor, Tensor]
