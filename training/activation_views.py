@@ -43,7 +43,12 @@ class Shape:
     @property
     def size(self) -> int:
         """Bytes of a view."""
-        return self.photos * math.prod(self.row) * self.dtype.itemsize
+        return self.count * self.dtype.itemsize
+
+    @property
+    def count(self) -> int:
+        """Numbers of a view."""
+        return self.photos * math.prod(self.row)
 
     def tensor(self, flat: Tensor) -> Tensor:
         """The rows [N, ...] that lie as `flat`, feature maps being channels-last."""
@@ -168,8 +173,7 @@ class Views:
                 where, why = cache.shown(self.shelf.room.folder), error.strerror or error
                 self.shelf.say(f"warning: the cache {where} can't be used: {why}")
             self.shelf = None
-        count = self.shape.size // self.shape.dtype.itemsize
-        flat = torch.empty(count, dtype=self.shape.dtype, device=self.device)
+        flat = torch.empty(self.shape.count, dtype=self.shape.dtype, device=self.device)
         return fill(self.shape.tensor(flat), self._parts(number))
 
     def _parts(self, number: int) -> Iterator[Part]:
@@ -186,5 +190,4 @@ def fill(rows: Tensor, parts: Iterable[Part]) -> Tensor:
 
 
 def _mapped(path: Path, shape: Shape, *, shared: bool) -> Tensor:
-    count = shape.size // shape.dtype.itemsize
-    return torch.from_file(str(path), shared=shared, size=count, dtype=shape.dtype)
+    return torch.from_file(str(path), shared=shared, size=shape.count, dtype=shape.dtype)

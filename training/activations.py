@@ -1,4 +1,4 @@
-"""What frozen layers compute is computed once: which stages share it, and where it is kept.
+"""What frozen layers compute is computed once, and kept.
 
 A frozen prefix is a function without state, so its output for a given view of a photo never
 changes. For a few views of every photo it is computed once and kept, and the epochs take turns with
@@ -83,16 +83,17 @@ class Activations:
         preprocess, config = self.recipe.preprocess_of(stage), self.recipe.augment_of(stage)
         with self.clock("decoding"):
             train, valid = self._placed(preprocess)
-        frozen = prefix.fused(classifier.prefix)
+        layers = [prefix.fused(part) for part in _parts(classifier, share)]
+        frozen = nn.Sequential(*layers)
         draws = Draws(train, preprocess, config, self.precision, self.recipe.seed, self.clock)
         feed = TrainFeed(draws, frozen, first_view, classes=len(self.photos.dataset.classes))
         if share.why:
             self.say(f"{stage.name:>8}  {share.why}: no views are kept")
         if share.depth:
-            self._keep(feed, classifier, stage, share, views, {train.name, valid.name})
+            self._keep(feed, classifier, stage, share, views, {train.name, valid.name}, layers)
         else:
             self._open = {}
-        return feed, self._held_out(classifier, stage, share, valid, frozen, ema)
+        return feed, self._held_out(classifier, stage, share, valid, layers, ema)
 
     def _held_out(
         self,
@@ -100,7 +101,7 @@ class Activations:
         stage: Stage,
         share: Share,
         photos: PixelSet,
-        frozen: nn.Module,
+        layers: list[nn.Module],
         ema: Ema | None,
     ) -> ValidFeed:
         """The validation batches: what is frozen runs once where there is room for its outputs."""
@@ -110,21 +111,20 @@ class Activations:
         if ema and not _settled(classifier, ema):
             return ValidFeed(photos, classifier.prefix, preprocess, self.precision, keep=False)
         room = min(MEMORY_BYTES // 2, self.room.budget)
-        whole, size = classifier.prefix, self._shape(frozen, preprocess, len(photos)).size
+        frozen = nn.Sequential(*layers)
+        size = self._shape(frozen, preprocess, len(photos)).size
         feed = ValidFeed(photos, frozen, preprocess, self.precision, bool(share.depth))
         feed.keep = feed.keep and size <= room
         if not (feed.keep and share.with_):
             return feed
-        trunk = nn.Sequential(*whole[: share.depth])
         if self._below is None:
-            layers = prefix.fused(trunk)
-            size += self._shape(layers, preprocess, len(photos)).size
+            size += self._shape(layers[0], preprocess, len(photos)).size
             if size > room:
                 return feed
-            self._below = ValidFeed(photos, layers, preprocess, self.precision, keep=True)
-        if len(whole) == share.depth:
+            self._below = ValidFeed(photos, layers[0], preprocess, self.precision, keep=True)
+        if len(layers) == 1:
             return self._below
-        feed.prefix, feed.below = prefix.fused(nn.Sequential(*whole[share.depth :])), self._below
+        feed.prefix, feed.below = layers[1], self._below
         return feed
 
     def _placed(self, preprocess: Preprocess) -> tuple[PixelSet, PixelSet]:
@@ -145,21 +145,16 @@ class Activations:
         share: Share,
         views: int | None,
         pixels: set[str],
+        fused: list[nn.Module],
     ) -> None:
         """Have the feed take its batches from kept views, as far as there is room for them."""
-        own = classifier.freezing.prefix
-        parts = [classifier.prefix]
-        if own > share.depth:
-            cut = share.depth
-            parts = [nn.Sequential(*parts[0][:cut]), nn.Sequential(*parts[0][cut:])]
-        names, shapes, fused = [], [], []
+        names, shapes = [], []
         inputs = torch.zeros(1, 3, *[feed.draws.preprocess.size] * 2)
         known = _known(feed.draws)
-        for part in parts:
+        for part, layers in zip(_parts(classifier, share), fused, strict=True):
             known = hashlib.sha256(known + prefix.digest(part)).digest()
             names.append(f"activations-{known.hex()[:32]}")
-            fused.append(prefix.fused(part))
-            inputs = run_frozen(fused[-1], inputs.to(self.precision.device), self.precision)
+            inputs = run_frozen(layers, inputs.to(self.precision.device), self.precision)
             shapes.append(Shape(len(feed.draws.photos), tuple(inputs.shape[1:]), inputs.dtype))
         on_disk = self.precision.device.type == "cpu"
         keep = {*pixels, *names}
@@ -181,7 +176,7 @@ class Activations:
             below = before.get(name) or Views(shape, make, shelf, below, where)
             self._open[name] = below
         feed.kept = below
-        self.say(f"{stage.name:>8}  {_told(feed.views, share, own, a_view)}")
+        self.say(f"{stage.name:>8}  {_told(feed.views, share, classifier.freezing.prefix, a_view)}")
 
     def _home(self, size: int) -> torch.device:
         """Where views are kept that are kept in memory: on a GPU that has room to spare."""
@@ -213,6 +208,14 @@ class Activations:
         blank = torch.zeros(1, 3, preprocess.size, preprocess.size, device=self.precision.device)
         rows = run_frozen(layers, blank, self.precision)
         return Shape(photos, tuple(rows.shape[1:]), rows.dtype)
+
+
+def _parts(classifier: Classifier, share: Share) -> list[nn.Sequential]:
+    """What is frozen: what other stages share, and what only this one has behind it."""
+    whole, cut = classifier.prefix, share.depth
+    if not 0 < cut < classifier.freezing.prefix:
+        return [whole]
+    return [nn.Sequential(*whole[:cut]), nn.Sequential(*whole[cut:])]
 
 
 def _settled(classifier: Classifier, ema: Ema) -> bool:
