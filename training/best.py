@@ -48,11 +48,12 @@ def finish(
         device=device,
         say=say,
     )
-    classifier, info = checkpoint.load(folder)
+    description = (folder / BEST).with_suffix(".json")
+    info = checkpoint.read_info(description)
     accuracy, loss = evaluate.score(result.plain, result.labels)
     metrics = {**info.metrics, "accuracy": accuracy, "loss": loss}
     if result.views > 1:
         metrics |= {"accuracy_tta": result.accuracy, "loss_tta": result.loss, "views": result.views}
     data = {**info.data, "root": str(dataset.root)}  # a resumed run's photos may have moved
-    checkpoint.save(folder / BEST, classifier, replace(info, metrics=metrics, data=data))
+    checkpoint.write_info(description, replace(info, metrics=metrics, data=data))
     return result

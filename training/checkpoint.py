@@ -65,7 +65,12 @@ def save(path: Path, classifier: model.Classifier, info: CheckpointInfo) -> None
             save_file(state, aside)
         except SafetensorError as error:
             raise WorkError(f"{path} can't be written: {error}") from error
-    with write_aside(path.with_suffix(".json")) as aside:
+    write_info(path.with_suffix(".json"), info)
+
+
+def write_info(path: Path, info: CheckpointInfo) -> None:
+    """Write the .json of a checkpoint, aside and then renamed."""
+    with write_aside(path) as aside:
         aside.write_text(json.dumps(asdict(info), indent=2, allow_nan=False) + "\n")
 
 

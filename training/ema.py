@@ -31,8 +31,9 @@ class Ema:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         weights = _floats(self.module)
-        for name, average in self.averages.items():
-            average.lerp_(weights[name], 1 - decay)
+        # At once: a call for each of some hundred tensors takes longer than the arithmetic.
+        moved = [weights[name] for name in self.averages]
+        torch._foreach_lerp_(list(self.averages.values()), moved, 1 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,6 @@ from serving.errors import DataError, ImageError
 from serving.files import write_aside
 from serving.preprocess import Pixels, Preprocess
 from serving.progress import progress_bar
-from serving.settings import cores
 from serving.views import View, render, softmax
 from training import checkpoint, config, data, metrics, prefix
 from training.console import say as say_aloud
@@ -27,6 +26,7 @@ from training.metrics import Labels, Probabilities
 from training.model import normalise
 from training.options import Recipe
 from training.pixel_making import Making
+from training.pixel_rows import ahead
 from training.precision import choose_precision
 from training.sections import TtaConfig
 from training.tta import combine, draw, fixed_views, random_views
@@ -208,23 +208,27 @@ def _batches(
         return render(image, preprocess, views), whole, image.width / image.height
 
     waiting: list[tuple[data.Sample, tuple[Pixels, Pixels, float]]] = []
-    with ThreadPoolExecutor(cores()) as pool:
-        for start in range(0, len(samples), BATCH):
-            window = samples[start : start + BATCH]
-            for sample, made in zip(window, pool.map(read, window), strict=True):
-                if isinstance(made, ImageError):
-                    say(f"skipped {sample.path}: {made}")
-                else:
-                    waiting.append((sample, made))
-            while len(waiting) >= BATCH or (waiting and start + BATCH >= len(samples)):
-                full, waiting = waiting[:BATCH], waiting[BATCH:]
-                fixed, wholes, aspects = zip(*(made for _, made in full), strict=True)
-                yield _Batch(
-                    [sample for sample, _ in full],
-                    torch.from_numpy(np.stack(fixed, axis=1)),
-                    torch.from_numpy(np.stack(wholes)),
-                    torch.tensor(aspects, dtype=torch.float32),
-                )
+
+    def batch() -> _Batch:
+        fixed, wholes, aspects = zip(*(made for _, made in waiting), strict=True)
+        return _Batch(
+            [sample for sample, _ in waiting],
+            torch.from_numpy(np.stack(fixed, axis=1)),
+            torch.from_numpy(np.stack(wholes)),
+            torch.tensor(aspects, dtype=torch.float32),
+        )
+
+    with closing(ahead(read, samples, BATCH)) as results:  # while the network works on
+        for sample, made in zip(samples, results, strict=True):
+            if isinstance(made, ImageError):
+                say(f"skipped {sample.path}: {made}")
+                continue
+            waiting.append((sample, made))
+            if len(waiting) == BATCH:
+                yield batch()
+                waiting = []
+    if waiting:
+        yield batch()
 
 
 def _views_of(
