@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -89,3 +90,33 @@ def test_every_mistake_of_a_recipe_is_a_line(tmp_path, capsys):
         "  line 2: arch = 'resnet19' is unknown: did you mean 'resnet18'?\n"
         "  line 3: size is unknown; did you mean 'preprocess.size'?\n"
     )
+
+
+ENDS = """
+import atexit, sys, torch, fledge
+atexit.register(print, "told at the end")
+fledge.main = lambda: {status}
+print("not flushed yet", end="; ")
+fledge.program()
+"""
+
+
+@pytest.mark.parametrize("status", [0, 78])
+def test_a_process_with_torch_ends_at_once_and_loses_nothing(status):
+    words = [sys.executable, "-c", ENDS.format(status=status)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert done.stdout == "not flushed yet; told at the end\n"
+
+
+def test_it_does_not_end_at_once_where_nobody_reads():
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader.wait()
+    words = [sys.executable, "-c", ENDS.format(status=0)]
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        words, stdout=reader.stdin, stderr=subprocess.PIPE, text=True, env=buffered
+    )
+    reader.stdin.close()
+    assert done.returncode == 120  # Python's own for output that could not be written
+    assert "BrokenPipeError" in done.stderr

@@ -32,7 +32,7 @@ from training.sections import TtaConfig
 from training.tta import combine, draw, fixed_views, random_views
 
 BATCH = 32
-"""Photos held at once, and a step of the network: other batches round differently."""
+"""Photos of a step of the network: other batches round differently. As many are read ahead."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from serving.errors import OptionError
 from training.sections import HeadConfig
 
 
-@fx.wrap  # type: ignore[untyped-decorator]  # no part of an exported or folded graph
+@fx.wrap  # no part of an exported or folded graph
 def keep_layout(x: Tensor) -> Tensor:
     """The same map, whose gradient will lie in memory as the map itself does.
 

@@ -90,6 +90,48 @@ def test_fusing_changes_rounding_only(arch):
     assert folded < max(1, sum(isinstance(module, nn.BatchNorm2d) for module in body.modules()))
 
 
+class Joined(nn.Module):
+    """A convolution before each activation, and two that must stay apart from theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1, groups=g) for g in (1, 4, 1, 2)])
+        self.acts = nn.ModuleList([nn.ReLU(), nn.ReLU6(True), nn.Hardswish(), nn.SiLU()])
+        self.norm = nn.BatchNorm2d(4)
+        self.mirrored = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+        self.twice = nn.Conv2d(4, 4, 3, stride=2, bias=False)
+
+    def forward(self, x):
+        for conv, act in zip(self.convs, self.acts, strict=True):
+            x = act(conv(x * 3))
+        x = self.acts[0](self.mirrored(self.norm(x)))
+        raw = self.twice(x)
+        return self.acts[0](raw) + raw
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_activations_join_the_convolutions_before_them(dtype, layout):
+    torch.manual_seed(0)
+    network = Joined().eval()
+    images = torch.randn(3, 4, 9, 9).contiguous(memory_format=layout)
+    folded = prefix.fused(network)
+    joined = [m for m in folded.modules() if isinstance(m, prefix.ConvActivation)]
+    assert [m.kind for m in joined] == ["relu", "hardtanh", "hardswish", "swish"]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        expected, got = network(images), folded(images)
+    assert got.dtype == expected.dtype == dtype
+    near = 1e-5 if dtype == torch.float32 else 3e-2
+    assert (expected - got).abs().max() <= near * expected.abs().max()
+    assert expected.abs().max() > 0.1
+
+
+def test_without_one_dnn_they_stay_apart(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    folded = prefix.fused(Joined().eval())
+    assert not any(isinstance(m, prefix.ConvActivation) for m in folded.modules())
+
+
 def test_what_cannot_be_traced_runs_as_it_is():
     class Odd(nn.Module):
         def forward(self, x):

@@ -52,6 +52,27 @@ def test_concat_pool_s_layers_and_keys_are_as_they_were():
     assert torch.equal(head.eval()(x), old.eval()(x))
 
 
+@pytest.mark.parametrize("pool", [heads.AvgPool(), heads.ConcatPool()])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_gradient_behind_the_pooling_lies_as_the_map_does(pool, layout):
+    torch.manual_seed(0)
+    images = torch.randn(4, 6, 5, 5).contiguous(memory_format=layout).requires_grad_()
+    seen = []
+    map_ = images * 2
+    map_.register_hook(seen.append)  # of the map's own hooks the last one sees what goes on
+    pooled = pool(map_)
+    map_.register_hook(seen.append)
+    (pooled**2).sum().backward()
+    assert seen[-1].is_contiguous(memory_format=layout)
+    if isinstance(pool, heads.AvgPool):  # what autograd has it lie like
+        assert not seen[0].is_contiguous(memory_format=torch.channels_last)
+    plain = images.detach().clone().requires_grad_()
+    means = (plain * 2).mean(dim=(2, 3))
+    most = [(plain * 2).amax(dim=(2, 3))] if isinstance(pool, heads.ConcatPool) else []
+    (torch.cat([means, *most], dim=1) ** 2).sum().backward()
+    torch.testing.assert_close(images.grad, plain.grad)
+
+
 @pytest.mark.parametrize("kind", ["concat_pool", "deep"])
 @pytest.mark.parametrize("hidden", [(), (16,), (32, 16), (8, 8, 8)])
 def test_heads_of_any_widths(kind, hidden):
