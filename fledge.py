@@ -18,16 +18,29 @@ Verb = Callable[[argparse.Namespace], None]
 
 def export(options: argparse.Namespace) -> None:
     """Turn a run's best checkpoint into a verified bundle."""
-    from export import pipeline
+    from export import confidence, pipeline
 
-    pipeline.export(options.run, options.out, data=options.data, name=options.name)
+    pipeline.export(
+        options.run,
+        options.out,
+        data=options.data,
+        name=options.name,
+        confident=confidence.Wanted.parse(options.confident) if options.confident else None,
+        precision=options.precision,
+        accuracy_budget=options.accuracy_budget,
+    )
 
 
 def inspect(options: argparse.Namespace) -> None:
-    """Print a bundle's manifest, after checking every byte of it."""
+    """Say what a bundle holds, after checking every byte of it; --json prints the manifest."""
     from serving import bundle
+    from serving import inspect as room
 
-    print(bundle.read(options.bundle).manifest.to_json(), end="")
+    if options.json:
+        print(bundle.read(options.bundle).manifest.to_json(), end="")
+        return
+    for line in room.describe(options.bundle):
+        print(line)
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -102,9 +115,18 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
     add.add_argument("--data", type=Path, metavar="DIR", help="where the photos are now")
     add.add_argument("--name", help="the model's name; default: the recipe's")
+    confident = "precision=P or coverage=C: what a confident answer is; default: none is said to be"
+    add.add_argument("--confident", metavar="KIND=SHARE", help=confident)
+    tried = "auto tries what this machine can run and keeps what is worth it; default: auto"
+    add.add_argument(
+        "--precision", default="auto", choices=["auto", "fp32", "int8", "fp16"], help=tried
+    )
+    budget = "accuracy that a faster precision may cost; default: 0.5"
+    add.add_argument("--accuracy-budget", type=float, default=0.5, metavar="POINTS", help=budget)
 
     add = verb(inspect, "fledge inspect bundle")
     add.add_argument("bundle", type=Path, metavar="BUNDLE")
+    add.add_argument("--json", action="store_true", help="the manifest as it is")
 
     add = verb(verify, "fledge verify bundle")
     add.add_argument("bundle", type=Path, metavar="BUNDLE")

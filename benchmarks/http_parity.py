@@ -4,8 +4,9 @@
     python benchmarks/http_parity.py runs/latest http://127.0.0.1:3000
 
 Prints how many photos have the checkpoint's best class and the largest difference of a probability.
-The checkpoint answers in float32, unfused, in PyTorch; the service as it was started, so start it
-with `--precision fp32` for a like comparison. Exit status 1 when a best class differs.
+The checkpoint answers in float32, unfused, in PyTorch, at the bundle's temperature; the service as
+it was started, so start it with `--precision fp32` for a like comparison. Exit status 1 when a best
+class differs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from serving import images
-from serving.views import VIEWS, average, count, render, softmax
+from serving.views import View, average, count, render, softmax
 from training import checkpoint, data, evaluate
 
 
@@ -34,14 +35,17 @@ def main() -> int:
     options = parser.parse_args()
     classifier, info = checkpoint.load(options.run)
     samples = data.of_run(options.run).valid
-    views = VIEWS[: count(options.tta, VIEWS)]
     ask = build_opener(ProxyHandler({}))  # the service is near; a proxy would not find it
+    with ask.open(f"{options.url}/model", timeout=60) as response:
+        manifest = json.load(response)
+    known = tuple(View(**view) for view in manifest["views"])
+    views = known[: count(options.tta, known)]
     same, worst = 0, 0.0
     for path, _ in samples:
         content = path.read_bytes()
         pixels = render(images.decode(content).image, info.preprocess, views)
         logits = evaluate.logits_of(classifier, torch.from_numpy(pixels.copy()), info.preprocess)
-        expected = average(softmax(logits.numpy()))
+        expected = average(softmax(logits.numpy(), manifest["temperature"]), manifest["average"])
         query = f"tta={options.tta}&top_k={len(info.classes)}"
         request = Request(f"{options.url}/predict?{query}", content, {"Content-Type": "image/jpeg"})
         with ask.open(request, timeout=60) as response:

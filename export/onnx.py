@@ -32,7 +32,18 @@ def write(
         WorkError: The exporter has no translation for part of the network, or the file is no
             valid ONNX.
     """
-    model = _translate(graph, preprocess)
+    save(_translate(graph, preprocess), path, name=name, labels=labels, preprocess=preprocess)
+
+
+def save(
+    model: onnx.ModelProto,
+    path: Path,
+    *,
+    name: str,
+    labels: Sequence[str],
+    preprocess: Preprocess,
+) -> None:
+    """Check a graph and write it with these facts and no others; all as `write`."""
     _strip(model)
     facts = {"name": name, "labels": list(labels), "preprocess": preprocess.to_dict()}
     values = {

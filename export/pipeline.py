@@ -1,17 +1,16 @@
 """Checkpoint -> bundle: fuse, write, prove equal, and only then go live.
 
-    checkpoint ─fuse─> graph ─write─> OUT/.partial-PID/ ─gate─> OUT/VERSION/ ─> OUT/manifest.json
+    checkpoint ─fuse─> graph ─write─> OUT/.partial-PID/ ─calibrate, gate─> OUT/VERSION/
+    ─> OUT/manifest.json
 
 Everything is written aside; until the last rename an older bundle in OUT is what it was.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -19,13 +18,13 @@ from typing import Any, Final
 
 import torch
 
+from export import confidence, live, onnx, torchscript, verify
 from export import graph as contract
-from export import onnx, torchscript, verify
+from export import precision as precisions
 from export.card import card
-from serving import bundle, views
+from serving import bundle
 from serving.bundle import Manifest
-from serving.errors import BundleError, OptionError, WorkError
-from serving.files import is_running
+from serving.errors import OptionError, WorkError
 from serving.predictor import Predictor
 from serving.runtime import OnnxRuntime, Runtime
 from serving.runtime_torchscript import TorchScriptRuntime
@@ -33,13 +32,11 @@ from training import checkpoint
 from training.data import of_run
 from training.model import Classifier
 
-ONNX: Final = "model.onnx"
+ONNX: Final = precisions.FILES["fp32"]
 TORCHSCRIPT: Final = "model.ts"
 
 _WORKERS: Final = 4
 """Each holds a chunk's activations; more would need memory more than they save time."""
-_PARTIAL: Final = re.compile(r"\.partial-(\d+)")
-_VERSION: Final = re.compile(r"[0-9a-f]{12}")
 _PACKAGES: Final = ("fledge", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -49,6 +46,9 @@ def export(
     *,
     data: Path | None = None,
     name: str | None = None,
+    confident: confidence.Wanted | None = None,
+    precision: str = "auto",
+    accuracy_budget: float = precisions.BUDGET,
     say: Callable[[str], None] = print,
 ) -> Manifest:
     """Export a run's best checkpoint to a bundle that has proved to answer as it does.
@@ -58,26 +58,35 @@ def export(
         out: The bundle's folder; made if it is not there, and superseded if it is.
         data: Where the photos are now, if they have moved since training.
         name: Of the model; the run's own name by default.
+        confident: What the service shall call a confident answer; it says nothing by default.
+        precision: "fp32" tries no other; "int8" and "fp16" fail where they are refused.
+        accuracy_budget: Points of accuracy that a faster precision may cost.
         say: Takes one line about each step.
 
     Raises:
         DataError: No checkpoint or no photos there.
-        OptionError: `out` or `name` can't be used.
-        GateError: The exported graphs do not answer as the checkpoint does; no bundle is written.
+        OptionError: `out` or `name` can't be used; no threshold is as precise as `confident` asks;
+            fp16 without a GPU.
+        GateError: The exported graphs do not answer as the checkpoint does, or the precision that
+            was asked for is refused; no bundle is written.
         WorkError: Weights that are not finite, a network that can't be exported, a full disk.
     """
-    _check_target(out)
+    live.check_target(out)
     classifier, info = checkpoint.load(run)
     _check_finite(classifier, run)
     name = _check_name(info.name if name is None else name)
-    samples = verify.held_out([(s.path, s.label) for s in of_run(run, data).valid])
+    dataset = of_run(run, data)
+    samples = verify.held_out([(s.path, s.label) for s in dataset.valid])
+    wanted = precisions.Wanted(
+        precision, accuracy_budget, [(s.path, s.label) for s in dataset.train]
+    )
     try:
-        with _aside(out) as payload:
-            manifest = _build(payload, classifier, info, name, samples, say)
+        with live.aside(out) as payload:
+            manifest = _build(payload, classifier, info, name, samples, confident, wanted, say)
             manifest = replace(manifest, provenance=_provenance(run, info))
             (payload / "README.md").write_text(card(manifest), encoding="utf-8")
             manifest = replace(manifest, files=bundle.describe_files(payload))
-            manifest = _go_live(payload, manifest, out)
+            manifest = live.go_live(payload, manifest, out)
     except OSError as error:
         reason = error.strerror or error
         raise WorkError(f"--out {out} can't be written: {reason}; nothing was changed") from error
@@ -91,6 +100,8 @@ def _build(
     info: checkpoint.CheckpointInfo,
     name: str,
     samples: Sequence[verify.Sample],
+    confident: confidence.Wanted | None,
+    wanted: precisions.Wanted,
     say: Callable[[str], None],
 ) -> Manifest:
     """Fill `payload` with graphs and golden images that passed the gate; all but card and files."""
@@ -99,13 +110,10 @@ def _build(
     for write, file in ((onnx.write, ONNX), (torchscript.write, TORCHSCRIPT)):
         write(graph, payload / file, name=name, labels=info.classes, preprocess=info.preprocess)
         say(f"wrote {file}, {(payload / file).stat().st_size / 1e6:.1f} MB")
-    digests = {file: bundle.sha256(payload / file) for file in (ONNX, TORCHSCRIPT)}
     entry: dict[str, Any] = {"file": ONNX, "accuracy": None, "tolerance": verify.TOLERANCE}
     manifest = Manifest(
         name=name,
-        version=bundle.content_version(
-            digests, info.classes, info.preprocess, 1.0, views.VIEWS, "mean"
-        ),
+        version="",
         arch=info.arch,
         labels=info.classes,
         preprocess=info.preprocess,
@@ -114,29 +122,37 @@ def _build(
         graph=contract.contract(graph, info.preprocess),
         torchscript=TORCHSCRIPT,
         batchnorm=report.to_dict(),
-        tuning={"cpu": {"max_batch": 1}},
     )
     original = contract.CheckpointRuntime(classifier, info.preprocess)
     engines: dict[str, Runtime] = {
         "onnx": OnnxRuntime(payload / ONNX, device="cpu"),
         "torchscript": TorchScriptRuntime(payload / TORCHSCRIPT, device="cpu"),
     }
-    predictors = {key: Predictor(manifest, engine) for key, engine in engines.items()}
     with _one_thread_each() as workers:
+        held = confidence.ask(Predictor(manifest, engines["onnx"]), samples, workers)
+        manifest = confidence.calibrated(manifest, held, confident, say)
+        predictors = {key: Predictor(manifest, engine) for key, engine in engines.items()}
         outcome = verify.gate(original, info.preprocess, predictors, samples, workers)
-        golden = verify.golden(payload, original, info.preprocess, samples)
+        entry["accuracy"] = outcome.accuracy["onnx"]
+        manifest = replace(
+            manifest,
+            precisions={"fp32": entry},
+            parity=outcome.to_dict(),
+            golden=verify.golden(payload, original, manifest, samples),
+        )
     largest = max(found.difference for found in outcome.graphs.values())
     say(
         f"checked on {outcome.photos} held-out photos: largest difference {largest:.1e}, "
         f"accuracy {outcome.accuracy['onnx']:.1%}"
     )
-    entry["accuracy"] = outcome.accuracy["onnx"]
-    return replace(
-        manifest,
-        precisions={"fp32": entry},
-        parity=outcome.to_dict(),
-        golden=golden,
-    )
+    manifest = precisions.keep(payload, manifest, held, samples, wanted, say)
+    return replace(manifest, version=_content_version(manifest, payload))
+
+
+def _content_version(manifest: Manifest, payload: Path) -> str:
+    files = [TORCHSCRIPT, *(str(entry["file"]) for entry in manifest.precisions.values())]
+    graphs = {file: bundle.sha256(payload / file) for file in files}
+    return bundle.content_version(manifest, graphs)
 
 
 @contextmanager
@@ -188,71 +204,3 @@ def _check_name(name: str) -> str:
     if not re.fullmatch(r"\w[\w. -]{0,99}", name):
         raise OptionError(f"name = {name!r}: use up to 100 letters, digits, '.', '-', '_'")
     return name
-
-
-def _check_target(out: Path) -> None:
-    """Refuse a file, and a folder that holds other things: an export deletes what it supersedes."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise OptionError(f"--out {out} is a file; name a folder for the bundle")
-    present = {path.name for path in out.iterdir()}
-    if {bundle.MANIFEST, bundle.CHECKSUM} <= present:
-        return
-    # What an export that was killed may leave behind is no stranger.
-    left = {bundle.CHECKSUM, *(f".{n}.partial" for n in (bundle.MANIFEST, bundle.CHECKSUM))}
-    strange = sorted(
-        name
-        for name in present - left
-        if not (_PARTIAL.fullmatch(name) or _VERSION.fullmatch(name))
-    )
-    if strange:
-        raise OptionError(
-            f"--out {out} is no bundle and holds {strange[0]}; name an empty or a new folder"
-        )
-
-
-@contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """A folder in `out` to build the payload in; gone at the end unless it was renamed."""
-    made = not out.exists()
-    payload = out / f".partial-{os.getpid()}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path in out.iterdir():
-            found = _PARTIAL.fullmatch(path.name)
-            if found and (int(found[1]) == os.getpid() or not is_running(int(found[1]))):
-                shutil.rmtree(path, ignore_errors=True)
-        payload.mkdir()
-        yield payload
-    finally:
-        shutil.rmtree(payload, ignore_errors=True)
-        if made:
-            with suppress(OSError):
-                out.rmdir()  # only if it is empty
-
-
-def _go_live(payload: Path, manifest: Manifest, out: Path) -> Manifest:
-    """Give the payload its place, switch the manifest, and remove what is superseded for good."""
-    try:
-        live = bundle.read(out).manifest
-    except BundleError:
-        live = None
-    if live is not None and live.version == manifest.version:
-        # The same graphs. Somebody may be reading that folder: it stays as it is, with its golden
-        # images, and only the manifest is new.
-        manifest = replace(manifest, files=live.files, golden=live.golden)
-    else:
-        for path in payload.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        place = out / manifest.version
-        shutil.rmtree(place, ignore_errors=True)  # of an export that never went live, or broken
-        payload.rename(place)
-    bundle.publish(manifest, out)
-    keep = {manifest.version, live.version if live else None}
-    for path in out.iterdir():
-        if _VERSION.fullmatch(path.name) and path.name not in keep:
-            shutil.rmtree(path, ignore_errors=True)
-    return manifest

@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from serving import images, views
+from serving.bundle import Manifest
 from serving.errors import DataError, GateError, ImageError
 from serving.predictor import Predictor, Prepared
 from serving.preprocess import Preprocess
@@ -144,13 +145,14 @@ def gate(
 def golden(
     payload: Path,
     original: Runtime,
-    preprocess: Preprocess,
+    manifest: Manifest,
     samples: Sequence[Sample],
 ) -> tuple[dict[str, Any], ...]:
     """Copy a few photos into `payload`, one a class, and state what they must give.
 
     That is what the checkpoint says; graphs have to stay within the tolerance of it everywhere.
     """
+    preprocess = manifest.preprocess
     by_class: dict[int, list[Path]] = {}
     for path, label in samples:
         if path.is_file():
@@ -173,7 +175,8 @@ def golden(
                 return tuple(chosen)
             file = f"golden/{len(chosen)}{path.suffix.lower()}"
             (payload / file).write_bytes(content)
-            truth = views.softmax(original.run(preprocess(decoded.image)[None])[0])[0]
+            logits, _ = original.run(preprocess(decoded.image)[None])
+            truth = views.softmax(logits, manifest.temperature)[0]
             chosen.append({"file": file, "probabilities": {"fp32": truth.tolist()}})
             break
     return tuple(chosen)

@@ -38,13 +38,15 @@ class Manifest:
     labels: class names in the order of the logits.
     temperature: logits are divided by it before softmax; 1 until calibrated.
     views: in the order in which `tta=N` takes them; average: "mean" or "log_mean" over them.
-    thresholds: {"confident": probability or None}.
+    thresholds: {"confident": probability or None, "energy": -log sum exp of logits or None}: an
+        answer is confident from the one on; a photo may be a stranger above the other.
     graph: the graph contract, for readers of the file.
     precisions: {"fp32": {"file", "accuracy", "tolerance"}}; tolerance is the largest probability
         difference that golden images may show.
     golden: [{"file", "probabilities": {precision: [classes]}}], plain view.
     files: every payload file but none other: {relative path: {"sha256", "bytes"}}.
-    parity, batchnorm, accuracy, tta, tuning, provenance: reports; they decide nothing.
+    tried: of each precision beside fp32 whether it was kept, or why not, with the figures.
+    calibration, tta, parity, batchnorm, tuning, provenance: reports; they decide nothing.
     """
 
     name: str
@@ -57,7 +59,11 @@ class Manifest:
     views: tuple[View, ...] = VIEWS
     average: str = "mean"
     temperature: float = 1.0
-    thresholds: Mapping[str, float | None] = field(default_factory=lambda: {"confident": None})
+    thresholds: Mapping[str, float | None] = field(
+        default_factory=lambda: {"confident": None, "energy": None}
+    )
+    calibration: Mapping[str, Any] | None = None
+    tried: Mapping[str, Any] = field(default_factory=dict)
     graph: Mapping[str, Any] = field(default_factory=dict)
     torchscript: str | None = None
     golden: tuple[Mapping[str, Any], ...] = ()
@@ -196,27 +202,21 @@ def _verify_files(bundle: Bundle) -> None:
             raise BundleError(f"{bundle.folder / MANIFEST}: {name} has no sha256")
 
 
-def content_version(
-    graphs: Mapping[str, str],
-    labels: tuple[str, ...],
-    preprocess: Preprocess,
-    temperature: float,
-    views: tuple[View, ...],
-    average: str,
-) -> str:
+def content_version(manifest: Manifest, graphs: Mapping[str, str]) -> str:
     """Twelve hex digits that change when, and only when, something that decides answers does.
 
     Args:
+        manifest: Its labels, preprocess, temperature, thresholds, views and average count.
         graphs: File name -> sha256 of every graph.
-        labels, preprocess, temperature, views, average: As in `Manifest`.
     """
     decides = {
         "graphs": dict(sorted(graphs.items())),
-        "labels": labels,
-        "preprocess": preprocess.to_dict(),
-        "temperature": temperature,
-        "views": views,
-        "average": average,
+        "labels": manifest.labels,
+        "preprocess": manifest.preprocess.to_dict(),
+        "temperature": manifest.temperature,
+        "thresholds": dict(manifest.thresholds),
+        "views": manifest.views,
+        "average": manifest.average,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from export import pipeline, verify
+from export import confidence, pipeline, tuning, verify
 from export import torchscript as torchscript_writer
 from serving import bundle
 from serving.errors import BundleError, DataError, GateError, OptionError, WorkError
@@ -20,7 +20,8 @@ from training import model
 
 
 def export(run, out, **options):
-    return pipeline.export(run.folder, out, say=lambda line: None, **options)
+    options = {"precision": "fp32", "say": lambda line: None} | options
+    return pipeline.export(run.folder, out, **options)
 
 
 def contents(folder):
@@ -36,8 +37,24 @@ def exported(shared_run, tmp_path_factory):
     """A bundle, its manifest, and what was said. Only to be read."""
     said = []
     out = tmp_path_factory.mktemp("exported") / "bundle"
-    manifest = pipeline.export(shared_run.folder, out, say=said.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "measure", rates)
+        manifest = export(shared_run, out, say=said.append)
     return out, manifest, said
+
+
+@pytest.fixture(autouse=True)
+def same_speed(monkeypatch):
+    """Timings are of no matter here, and differ; int8 is twice as fast."""
+    monkeypatch.setattr(tuning, "measure", rates)
+
+
+def rates(graphs, size, device="cpu"):
+    settings = [tuning.Setting(1, 1, 1), tuning.Setting(1, 1, 8), tuning.Setting(1, 2, 1)]
+    return {
+        name: {setting: 100.0 * (1 + (name == "int8")) + setting.batch for setting in settings}
+        for name in graphs
+    }
 
 
 @pytest.fixture
@@ -56,7 +73,8 @@ def test_the_bundle_reads_back_and_answers_as_the_checkpoint(exported, shared_ru
     pixels = torch.from_numpy(np.concatenate([item.pixels for item in prepared]))
     with torch.no_grad():
         logits = shared_run.classifier(model.normalise(pixels, shared_run.preprocess))
-    assert np.abs(answers - logits.double().softmax(1).numpy()).max() <= 1e-4
+    expected = (logits.double() / manifest.temperature).softmax(1).numpy()
+    assert np.abs(answers - expected).max() <= 1e-4
     right = answers.argmax(1) == [sample.label for sample in samples]
     assert manifest.precisions["fp32"]["accuracy"] == right.mean()
 
@@ -68,8 +86,14 @@ def test_the_manifest_says_what_was_done(exported, shared_run):
     assert manifest.parity["photos"] == len(shared_run.dataset.valid)
     assert set(manifest.parity["graphs"]) == {"onnx", "torchscript"}
     assert manifest.batchnorm == {"before": 54, "folded": 54, "left": {}}
-    assert manifest.tuning == {"cpu": {"max_batch": 1}}
-    assert manifest.tta is None
+    assert manifest.tuning["cpu"]["max_batch"] == 1
+    assert manifest.tried["fp16"]["why_not"] == "not tried: no GPU here"
+    assert manifest.tried["int8"]["why_not"] == "not tried: --precision fp32"
+    assert manifest.thresholds["confident"] is None
+    assert manifest.calibration["temperature"] == manifest.temperature != 1
+    assert [row["views"] for row in manifest.tta["views"]] == [*range(2, len(manifest.views) + 1)]
+    for words in ("calibrated on 12 held-out photos: temperature", "views: "):
+        assert any(line.startswith(words) for line in said)
     assert len(manifest.golden) == 3
     assert manifest.provenance["seed"] == 7
     assert manifest.provenance["data"]["fingerprint"] == shared_run.dataset.fingerprint
@@ -87,6 +111,22 @@ def test_the_model_card_speaks_of_this_model(exported):
     card = (out / manifest.version / "README.md").read_text()
     for word in ("# tiny", "blue, green, red", manifest.version, "uint8 `[batch, 32, 32, 3]`"):
         assert word in card
+
+
+def test_what_confident_means_is_asked_for(shared_run, exported, tmp_path, remembered):
+    wanted = confidence.Wanted.parse("coverage=0.5")
+    said = []
+    out = tmp_path / "bundle"
+    manifest = export(shared_run, out, confident=wanted, say=said.append)
+    assert manifest.version != exported[1].version
+    found = manifest.calibration["confident"]
+    assert found["threshold"] == manifest.thresholds["confident"]
+    assert any(line.startswith("confident from probability 0.") for line in said)
+    assert "is called confident from" in (out / manifest.version / "README.md").read_text()
+    predictor = open_predictor(out, device="cpu")
+    photos = [predictor.prepare(s.path.read_bytes()) for s in shared_run.dataset.valid]
+    answers = [predictor.answer(answer)["confident"] for answer in predictor.predict(photos)]
+    assert sum(answers) == found["coverage"] * len(photos) == 6
 
 
 def test_golden_answers_are_verified_without_the_checkpoint(exported):
@@ -194,6 +234,8 @@ def test_what_can_not_be_used_is_one_line_and_writes_nothing(run, tmp_path, reme
     out = tmp_path / "bundle"
     with pytest.raises(DataError, match="fledge train"):
         pipeline.export(tmp_path / "nothing", out)
+    with pytest.raises(OptionError, match="--precision fp16: no usable GPU"):
+        export(run, out, precision="fp16")
     with pytest.raises(OptionError, match="name = 'a/b'"):
         export(run, out, name="a/b")
     moved = run.photos.rename(tmp_path / "moved")

@@ -15,6 +15,8 @@ from serving.preprocess import Preprocess
 from tests.export.conftest import jpeg
 
 PREPROCESS = Preprocess(size=16)
+LABELS = ("blue", "green", "red")
+MANIFEST = Manifest("m", "v", "a", LABELS, PREPROCESS, {}, {}, temperature=1.5)
 
 
 class Colours:
@@ -31,8 +33,7 @@ class Colours:
 
 
 def predictor(engine):
-    manifest = Manifest("m", "v", "a", ("blue", "green", "red"), PREPROCESS, {}, {})
-    return Predictor(manifest, engine)
+    return Predictor(Manifest("m", "v", "a", LABELS, PREPROCESS, {}, {}), engine)
 
 
 @pytest.fixture
@@ -124,18 +125,18 @@ def test_more_than_the_limit_is_a_draw_that_stays_the_same(samples):
 def test_golden_images_are_whole_files_one_a_class_with_the_checkpoint_s_answers(samples, tmp_path):
     samples[1][0].write_bytes(b"the smallest of its class, and broken")
     (tmp_path / "payload").mkdir()
-    golden = verify.golden(tmp_path / "payload", Colours(), PREPROCESS, samples)
+    golden = verify.golden(tmp_path / "payload", Colours(), MANIFEST, samples)
     assert len(golden) == 3
     originals = {path.read_bytes(): path for path, _ in samples}
     for item in golden:
         path = originals[(tmp_path / "payload" / item["file"]).read_bytes()]
         logits = Colours().run(square(path)[None])[0]
-        assert item["probabilities"]["fp32"] == views.softmax(logits)[0].tolist()
+        assert item["probabilities"]["fp32"] == views.softmax(logits, 1.5)[0].tolist()
 
 
 def test_golden_images_stay_small(samples, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "GOLDEN_BYTES", 100)
-    assert len(verify.golden(tmp_path, Colours(), PREPROCESS, samples)) == 1
+    assert len(verify.golden(tmp_path, Colours(), MANIFEST, samples)) == 1
 
 
 def test_verifying_a_bundle_needs_no_torch(tmp_path):

@@ -5,7 +5,9 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -241,30 +243,28 @@ def test_whoever_reads_while_versions_change_sees_one_or_the_other(folder: Path)
         writer.join()
 
 
-def test_version_changes_when_and_only_when_something_that_decides_does() -> None:
-    base = {
-        "graphs": {"a.onnx": "1", "b.onnx": "2"},
-        "labels": ("x", "y"),
-        "preprocess": Preprocess(),
-        "temperature": 1.0,
-        "views": VIEWS,
-        "average": "mean",
-    }
-    versions = {bundle.content_version(**base)}  # type: ignore[arg-type]
-    assert bundle.content_version(**{**base, "graphs": {"b.onnx": "2", "a.onnx": "1"}}) in versions  # type: ignore[arg-type]
-    changes = [
-        {"graphs": {"a.onnx": "1", "b.onnx": "3"}},
-        {"graphs": {"a.onnx": "1"}},
-        {"labels": ("y", "x")},
+def test_version_changes_when_and_only_when_something_that_decides_does(folder: Path) -> None:
+    base = bundle.read(folder).manifest
+    graphs = {"a.onnx": "1", "b.onnx": "2"}
+    versions = {bundle.content_version(base, graphs)}
+    assert bundle.content_version(base, {"b.onnx": "2", "a.onnx": "1"}) in versions
+    same = replace(base, name="x", version="x", tuning={"x": 1}, parity={"x": 1}, tta={"x": 1})
+    assert bundle.content_version(same, graphs) in versions
+    for other in ({"a.onnx": "1", "b.onnx": "3"}, {"a.onnx": "1"}):
+        versions.add(bundle.content_version(base, other))
+    changes: list[dict[str, Any]] = [
+        {"labels": base.labels[::-1]},
         {"preprocess": Preprocess(size=192)},
         {"preprocess": Preprocess(background=(0, 0, 0))},
         {"temperature": 1.5},
+        {"thresholds": {"confident": 0.5, "energy": None}},
+        {"thresholds": {"confident": None, "energy": -5.0}},
         {"views": VIEWS[:2]},
         {"views": (VIEWS[0], VIEWS[2], VIEWS[1])},
         {"average": "log_mean"},
     ]
-    versions |= {bundle.content_version(**{**base, **change}) for change in changes}  # type: ignore[arg-type]
-    assert len(versions) == 1 + len(changes)
+    versions |= {bundle.content_version(replace(base, **change), graphs) for change in changes}
+    assert len(versions) == 3 + len(changes)
     assert all(len(version) == 12 and int(version, 16) >= 0 for version in versions)
 
 

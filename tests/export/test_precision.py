@@ -1,0 +1,241 @@
+"""Faster precisions: kept where they are worth it, refused with figures where not."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+
+from export import pipeline, precision, quantize, tuning, verify
+from export.precision import judge
+from serving import bundle
+from serving.errors import BundleError, GateError, WorkError
+from serving.predictor import open_predictor
+from serving.verify import verify as verify_bundle
+from tests.export.conftest import Run
+from tests.export.test_pipeline import contents, rates
+
+# ---- the verdict
+
+
+def told(lost, won, photos=200, **options):
+    labels = [0] * photos
+    fp32 = [1] * won + [0] * (photos - won)
+    other = [0] * (photos - lost) + [1] * lost
+    return judge(fp32, other, labels, **{"faster": 2.0, "budget": 0.5} | options)
+
+
+def test_it_is_kept_where_it_is_faster_and_as_good():
+    verdict = told(lost=3, won=3)
+    assert verdict.refusal is None
+    assert (verdict.fell, verdict.accuracy, verdict.of_fp32) == (0, 197 / 200, 197 / 200)
+    low, high = verdict.interval
+    assert low < 0 < high
+    assert low == pytest.approx(-high)
+    assert "kept; on 200 held-out photos 98.50%, fp32 98.50%" in verdict.told("int8")
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "options", "why"),
+    [
+        (5, 3, {}, "falls by 1.00 points, and the budget is 0.5"),
+        (5, 3, {"budget": 1.0}, None),
+        (1, 0, {}, None),  # half a point is within half a point
+        (0, 0, {"faster": 0.97}, "no faster here: 0.97 times fp32"),
+    ],
+)
+def test_what_it_costs_decides(lost, won, options, why):
+    refusal = told(lost, won, **options).refusal
+    assert refusal is None if why is None else why in refusal
+
+
+@pytest.mark.parametrize("photos", [50, 500])
+def test_the_interval_covers_what_it_should(photos):
+    """Photos drawn so that accuracy really falls by one point, many times."""
+    rng, covered, times = np.random.default_rng(0), 0, 600
+    for _ in range(times):
+        kinds = rng.choice(3, p=[0.03, 0.02, 0.95], size=photos)  # lost, won, neither
+        low, high = told((kinds == 0).sum(), (kinds == 1).sum(), photos).interval
+        covered += low <= 1 <= high
+    assert covered / times >= 0.93
+
+
+# ---- the search
+
+
+@pytest.fixture(scope="module")
+def larger_run(tmp_path_factory):
+    return Run(tmp_path_factory.mktemp("larger"), per_class=14)
+
+
+@pytest.fixture(scope="module")
+def pixels(larger_run):
+    samples = [(sample.path, sample.label) for sample in larger_run.dataset.train * 3]
+    return quantize.draw(samples, larger_run.preprocess)
+
+
+@pytest.fixture(scope="module")
+def exported(larger_run, tmp_path_factory):
+    """A bundle with int8, and what was said; nearly any loss is within the budget."""
+    said, out = [], tmp_path_factory.mktemp("exported") / "bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "measure", rates)
+        manifest = pipeline.export(larger_run.folder, out, accuracy_budget=90, say=said.append)
+    return out, manifest, said
+
+
+def test_photos_are_drawn_class_by_class_and_the_same_each_time(shared_run):
+    samples = [(sample.path, sample.label) for sample in shared_run.dataset.train * 2]
+    assert len(samples) == 24
+    first, again = (quantize.draw(samples, shared_run.preprocess, n) for n in (1, 3))
+    assert np.array_equal(first, again)
+    assert first.shape == (24, 32, 32, 3)
+    with pytest.raises(WorkError, match="12 training photos can be read, and int8 needs 20"):
+        quantize.draw(samples[:12], shared_run.preprocess)
+
+
+def test_the_nearest_way_is_found(exported, pixels):
+    out, manifest, _ = exported
+    source = out / manifest.version / "model.onnx"
+    found = quantize.search(source, pixels, enough=0.0)
+    assert len(found.tried) == len({way[:3] for way in found.tried}) == 12
+    near = [w for w in found.tried if w.divergence <= 1.1 * min(w.divergence for w in found.tried)]
+    assert found.way in near
+    assert len(found.way.leave) == min(len(way.leave) for way in near)
+    assert 0 < found.way.divergence < 1
+    operators = [node.op_type for node in found.model.graph.node]
+    assert operators.count("DequantizeLinear") > 50
+    onnx.checker.check_model(found.model, full_check=True)
+
+
+def test_layers_stay_in_float_until_enough_agree(exported, pixels, monkeypatch):
+    out, manifest, _ = exported
+    monkeypatch.setattr(quantize, "_METHODS", {"minmax": quantize._METHODS["minmax"]})
+    asked = []
+    real = quantize._Judge.__call__
+
+    def never_enough(self, way, model, photos=None):
+        asked.append(way)
+        return real(self, way, model, photos)._replace(agreement=0.1 * len(way.leave))
+
+    monkeypatch.setattr(quantize._Judge, "__call__", never_enough)
+    found = quantize.search(out / manifest.version / "model.onnx", pixels[:30], enough=0.55)
+    assert found.way.agreement >= 0.55
+    assert len(found.way.leave) >= 6
+    names = {node.name for node in found.model.graph.node}
+    left = [name for name in found.way.leave if name in names]
+    inputs = {node.name: node.input for node in found.model.graph.node}
+    made_by = {name: node.op_type for node in found.model.graph.node for name in node.output}
+    assert len(left) == len(found.way.leave)
+    for name in left:
+        assert made_by.get(inputs[name][1]) != "DequantizeLinear"  # its weight is float
+
+
+# ---- the bundle
+
+
+def test_a_kept_precision_is_in_the_bundle_and_proves_itself(exported):
+    out, manifest, said = exported
+    assert set(manifest.precisions) == {"fp32", "int8"}
+    assert manifest.tried["int8"]["kept"]
+    assert manifest.tried["int8"]["times_fp32"] == pytest.approx(208 / 108, rel=0.01)
+    assert "model.int8.onnx" in manifest.files
+    assert any(line.startswith("int8 kept; on 21 held-out photos") for line in said)
+    fp32 = (out / manifest.version / "model.onnx").stat().st_size
+    assert (out / manifest.version / "model.int8.onnx").stat().st_size < 0.7 * fp32
+    predictor = open_predictor(out, device="cpu")
+    assert predictor.precision == "int8"
+    lines = verify_bundle(out)
+    assert [line.partition(" ")[0] for line in lines[1:]] == ["fp32", "int8"]
+    name = {"model": manifest.name, "labels": list(manifest.labels)}
+    graph = onnx.load(out / manifest.version / "model.int8.onnx")
+    facts = {item.key: item.value for item in graph.metadata_props}
+    assert facts["name"] == name["model"]
+    assert json.loads(facts["labels"]) == name["labels"]
+
+
+def test_the_same_run_gives_the_same_int8(exported, larger_run, tmp_path, monkeypatch):
+    out, manifest, _ = exported
+    monkeypatch.setattr(tuning, "measure", rates)
+    options = {"accuracy_budget": 90, "say": lambda line: None}
+    assert pipeline.export(larger_run.folder, tmp_path / "other", **options) == manifest
+    assert contents(tmp_path / "other") == contents(out)
+
+
+def test_a_byte_of_it_is_missed(exported, tmp_path):
+    import shutil
+
+    out = shutil.copytree(exported[0], tmp_path / "bundle")
+    path = out / exported[1].version / "model.int8.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(BundleError, match=r"model\.int8\.onnx was changed"):
+        open_predictor(out, device="cpu", precision="fp32")
+
+
+@pytest.mark.parametrize("asked", ["auto", "int8"])
+def test_what_costs_too_much_is_refused(tmp_path, monkeypatch, remembered, asked):
+    run, out, said = Run(tmp_path, per_class=14), tmp_path / "bundle", []
+    monkeypatch.setattr(tuning, "measure", rates)
+
+    def worse(fp32, other, labels, **options):
+        return judge(labels, [-1] * len(labels), labels, **options)
+
+    monkeypatch.setattr(precision, "judge", worse)
+    if asked == "int8":
+        with pytest.raises(GateError, match=r"--precision int8 is refused: accuracy falls by 100"):
+            pipeline.export(run.folder, out, precision=asked, say=said.append)
+        assert not out.exists()
+        return
+    manifest = pipeline.export(run.folder, out, precision=asked, say=said.append)
+    assert set(manifest.precisions) == {"fp32"}
+    assert not (out / manifest.version / "model.int8.onnx").exists()
+    assert "accuracy falls by 100.00 points" in manifest.tried["int8"]["why_not"]
+    assert set(manifest.tuning["cpu"]["throughput"]) == {"fp32"}
+    assert any(line.startswith("int8 refused: accuracy falls") for line in said)
+    assert bundle.read(out).manifest == manifest
+
+
+def test_too_few_photos_leave_fp32_alone(run, tmp_path, monkeypatch, remembered):
+    monkeypatch.setattr(tuning, "measure", rates)
+    manifest = pipeline.export(run.folder, tmp_path / "bundle", say=lambda line: None)
+    assert "12 training photos can be read" in manifest.tried["int8"]["why_not"]
+    with pytest.raises(WorkError, match="int8 needs 20"):
+        pipeline.export(run.folder, tmp_path / "b", precision="int8", say=lambda line: None)
+
+
+# ---- the speed
+
+
+def test_speed_is_measured_in_every_setting(exported, monkeypatch):
+    out, manifest, _ = exported
+    monkeypatch.setattr(tuning, "SECONDS", 0.002)
+    monkeypatch.setattr(tuning, "ROUNDS", 1)
+    monkeypatch.setattr(tuning, "cores", lambda: 2)
+    payload = out / manifest.version
+    graphs = {"fp32": payload / "model.onnx", "int8": payload / "model.int8.onnx"}
+    found = tuning.measure(graphs, 32)
+    assert set(found) == {"fp32", "int8"}
+    for by in found.values():
+        splits = {(setting.workers, setting.threads) for setting in by}
+        assert splits == {(2, 1), (1, 2), (1, 1)}
+        assert {setting.batch for setting in by} == set(tuning.BATCHES)
+        assert all(rate > 0 for rate in by.values())
+    advice = tuning.advice(found)
+    assert advice["cores"] == 2
+    assert set(advice["throughput"]) == set(advice["latency"]) == {"fp32", "int8"}
+    assert len(advice["measured"]) == 2 * 11
+
+
+@pytest.mark.parametrize(
+    ("batched", "cap"), [(105.0, 1), (150.0, 8)], ids=["hardly faster", "faster"]
+)
+def test_the_cap_is_one_unless_batches_pay(batched, cap):
+    by = {tuning.Setting(1, 1, 1): 100.0, tuning.Setting(1, 1, 8): batched}
+    assert tuning.advice({"fp32": by})["max_batch"] == cap
+    assert tuning.advice({"fp32": by})["latency"]["fp32"] == {"threads": 1, "ms": 10.0}
+
+
+def test_verify_has_the_limit_of_the_predictor():
+    from serving.predictor import MAX_TOLERANCE
+
+    assert verify.TOLERANCE < precision.INT8_TOLERANCE <= MAX_TOLERANCE
