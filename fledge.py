@@ -19,15 +19,39 @@ Verb = Callable[[argparse.Namespace], None]
 def export(options: argparse.Namespace) -> None:
     """Turn a run's best checkpoint into a verified bundle."""
     from export import confidence, pipeline
+    from serving.errors import OptionError
 
-    pipeline.export(
-        options.run,
-        options.out,
-        data=options.data,
+    wanted = pipeline.Options(
         name=options.name,
         confident=confidence.Wanted.parse(options.confident) if options.confident else None,
         precision=options.precision,
         accuracy_budget=options.accuracy_budget,
+    )
+    if options.checkpoint is None:
+        given = {
+            name: getattr(options, name) for name in ("arch", "labels", "photos", "size", "crop")
+        }
+        for name, value in given.items():
+            if value is not None:
+                raise OptionError(f"--{name} {value} goes with --checkpoint FILE, not with a run")
+        if options.run is None:
+            raise OptionError("name a run, as runs/latest; or a torchvision --checkpoint FILE")
+        pipeline.export(options.run, options.out, wanted, data=options.data)
+        return
+    for name in ("arch", "labels", "photos"):
+        if getattr(options, name) is None:
+            raise OptionError(f"--checkpoint {options.checkpoint} needs --{name}, too")
+    if options.run is not None or options.data is not None:
+        raise OptionError("--checkpoint stands instead of a run and its --data; leave one out")
+    pipeline.export_checkpoint(
+        options.checkpoint,
+        options.out,
+        wanted,
+        arch=options.arch,
+        labels=options.labels,
+        photos=options.photos,
+        size=options.size,
+        crop=options.crop,
     )
 
 
@@ -111,9 +135,16 @@ def _parser() -> argparse.ArgumentParser:
         training_verbs.add_to(verb)
 
     add = verb(export, "fledge export runs/latest --out bundle")
-    add.add_argument("run", type=Path, metavar="RUN")
+    add.add_argument("run", type=Path, nargs="?", metavar="RUN")
     add.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
     add.add_argument("--data", type=Path, metavar="DIR", help="where the photos are now")
+    foreign = add.add_argument_group("a torchvision checkpoint that you already have, not a run")
+    foreign.add_argument("--checkpoint", type=Path, metavar="FILE", help=".pth or .safetensors")
+    foreign.add_argument("--arch", metavar="NAME", help="torchvision's name for the network")
+    foreign.add_argument("--labels", type=Path, metavar="FILE", help="a class name a line")
+    foreign.add_argument("--photos", type=Path, metavar="DIR", help="a folder a class, held out")
+    foreign.add_argument("--size", type=int, metavar="PX", help="of its images; default: 224")
+    foreign.add_argument("--crop", type=float, metavar="SHARE", help="default: 0.875")
     add.add_argument("--name", help="the model's name; default: the recipe's")
     confident = "precision=P or coverage=C: what a confident answer is; default: none is said to be"
     add.add_argument("--confident", metavar="KIND=SHARE", help=confident)

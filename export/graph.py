@@ -10,15 +10,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 
+from export.foreign import Whole
 from export.fuse import Report, fuse
 from serving.preprocess import Pixels, Preprocess
 from training.model import Classifier, normalise
+
+Exportable = Classifier | Whole
+"""Has `features`, normalised images [N, 3, H, W] -> [N, D], and `head`, which takes them."""
 
 
 class _Core(nn.Module):
     """A classifier with both outputs of the contract."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Exportable) -> None:
         super().__init__()
         self.classifier = classifier
 
@@ -66,7 +70,7 @@ class Graph(nn.Module):
         return logits, features
 
 
-def assemble(classifier: Classifier, preprocess: Preprocess) -> tuple[Graph, Report]:
+def assemble(classifier: Exportable, preprocess: Preprocess) -> tuple[Graph, Report]:
     """The fused graph of a classifier, which stays as it is, and what became of its BatchNorms.
 
     Raises:
@@ -110,7 +114,7 @@ class CheckpointRuntime:
 
     provider = "checkpoint"
 
-    def __init__(self, classifier: Classifier, preprocess: Preprocess) -> None:
+    def __init__(self, classifier: Exportable, preprocess: Preprocess) -> None:
         """Take a classifier in eval mode and the Preprocess saved with it."""
         self._classifier, self._preprocess = classifier, preprocess
 

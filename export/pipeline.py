@@ -9,16 +9,16 @@ Everything is written aside; until the last rename an older bundle in OUT is wha
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
-from export import confidence, live, onnx, torchscript, verify
+from export import confidence, foreign, live, onnx, torchscript, verify
 from export import graph as contract
 from export import precision as precisions
 from export.card import card
@@ -30,7 +30,6 @@ from serving.runtime import OnnxRuntime, Runtime
 from serving.runtime_torchscript import TorchScriptRuntime
 from training import checkpoint
 from training.data import of_run
-from training.model import Classifier
 
 ONNX: Final = precisions.FILES["fp32"]
 TORCHSCRIPT: Final = "model.ts"
@@ -40,15 +39,28 @@ _WORKERS: Final = 4
 _PACKAGES: Final = ("fledge", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
 
 
+@dataclass(frozen=True)
+class Options:
+    """What an export may be asked for.
+
+    name: of the model; the run's own name by default.
+    confident: what the service shall call a confident answer; it says nothing by default.
+    precision: "fp32" tries no other; "int8" and "fp16" fail where they are refused.
+    accuracy_budget: points of accuracy that a faster precision may cost.
+    """
+
+    name: str | None = None
+    confident: confidence.Wanted | None = None
+    precision: str = "auto"
+    accuracy_budget: float = precisions.BUDGET
+
+
 def export(
     run: Path,
     out: Path,
+    options: Options = Options(),
     *,
     data: Path | None = None,
-    name: str | None = None,
-    confident: confidence.Wanted | None = None,
-    precision: str = "auto",
-    accuracy_budget: float = precisions.BUDGET,
     say: Callable[[str], None] = print,
 ) -> Manifest:
     """Export a run's best checkpoint to a bundle that has proved to answer as it does.
@@ -56,16 +68,13 @@ def export(
     Args:
         run: The run's folder, or its checkpoint.
         out: The bundle's folder; made if it is not there, and superseded if it is.
+        options: As `Options`.
         data: Where the photos are now, if they have moved since training.
-        name: Of the model; the run's own name by default.
-        confident: What the service shall call a confident answer; it says nothing by default.
-        precision: "fp32" tries no other; "int8" and "fp16" fail where they are refused.
-        accuracy_budget: Points of accuracy that a faster precision may cost.
         say: Takes one line about each step.
 
     Raises:
         DataError: No checkpoint or no photos there.
-        OptionError: `out` or `name` can't be used; no threshold is as precise as `confident` asks;
+        OptionError: `out` or an option can't be used; no threshold is as precise as is asked;
             fp16 without a GPU.
         GateError: The exported graphs do not answer as the checkpoint does, or the precision that
             was asked for is refused; no bundle is written.
@@ -73,17 +82,65 @@ def export(
     """
     live.check_target(out)
     classifier, info = checkpoint.load(run)
-    _check_finite(classifier, run)
-    name = _check_name(info.name if name is None else name)
     dataset = of_run(run, data)
-    samples = verify.held_out([(s.path, s.label) for s in dataset.valid])
-    wanted = precisions.Wanted(
-        precision, accuracy_budget, [(s.path, s.label) for s in dataset.train]
-    )
+    train, valid = ([(s.path, s.label) for s in part] for part in (dataset.train, dataset.valid))
+    source = checkpoint.folder_of(run).resolve().name
+    return _export(_Model(classifier, info, source, train, valid), run, out, options, say)
+
+
+def export_checkpoint(
+    path: Path,
+    out: Path,
+    options: Options = Options(),
+    *,
+    arch: str,
+    labels: Path,
+    photos: Path,
+    arch_args: Mapping[str, Any] | None = None,
+    size: int | None = None,
+    crop: float | None = None,
+    say: Callable[[str], None] = print,
+) -> Manifest:
+    """Export a torchvision checkpoint that was made elsewhere, proved on photos that one names.
+
+    Args:
+        path, arch, arch_args, size, crop: As `foreign.load`.
+        labels: A file of class names, one a line, in the order of the logits.
+        photos: A folder a class, of photos that it was not trained on.
+        out, options, say: As `export`.
+
+    Raises:
+        FledgeError: As `export`, `foreign.load` and `foreign.photos`.
+    """
+    live.check_target(out)
+    names = foreign.read_labels(labels)
+    classifier, info = foreign.load(path, arch, names, arch_args=arch_args, size=size, crop=crop)
+    train, valid = foreign.photos(photos, names)
+    facts = {"source": str(photos), "train": 0, "valid": len(valid)}
+    info = replace(info, data=facts)
+    return _export(_Model(classifier, info, path.name, train, valid), path, out, options, say)
+
+
+class _Model(NamedTuple):
+    """What is exported. source: the name of the run or the file; photos to calibrate, to decide."""
+
+    classifier: contract.Exportable
+    info: checkpoint.CheckpointInfo
+    source: str
+    train: Sequence[verify.Sample]
+    valid: Sequence[verify.Sample]
+
+
+def _export(
+    model: _Model, origin: Path, out: Path, options: Options, say: Callable[[str], None]
+) -> Manifest:
+    _check_finite(model.classifier, origin)
+    name = _check_name(model.info.name if options.name is None else options.name)
+    model = model._replace(valid=verify.held_out(model.valid))
     try:
         with live.aside(out) as payload:
-            manifest = _build(payload, classifier, info, name, samples, confident, wanted, say)
-            manifest = replace(manifest, provenance=_provenance(run, info))
+            manifest = _build(payload, model, name, options, say)
+            manifest = replace(manifest, provenance=_provenance(model.source, model.info))
             (payload / "README.md").write_text(card(manifest), encoding="utf-8")
             manifest = replace(manifest, files=bundle.describe_files(payload))
             manifest = live.go_live(payload, manifest, out)
@@ -95,16 +152,10 @@ def export(
 
 
 def _build(
-    payload: Path,
-    classifier: Classifier,
-    info: checkpoint.CheckpointInfo,
-    name: str,
-    samples: Sequence[verify.Sample],
-    confident: confidence.Wanted | None,
-    wanted: precisions.Wanted,
-    say: Callable[[str], None],
+    payload: Path, model: _Model, name: str, options: Options, say: Callable[[str], None]
 ) -> Manifest:
     """Fill `payload` with graphs and golden images that passed the gate; all but card and files."""
+    classifier, info, samples = model.classifier, model.info, model.valid
     graph, report = contract.assemble(classifier, info.preprocess)
     say(f"{info.arch}: folded {len(report.folded)} of {report.before} BatchNorms")
     for write, file in ((onnx.write, ONNX), (torchscript.write, TORCHSCRIPT)):
@@ -130,9 +181,9 @@ def _build(
     }
     with _one_thread_each() as workers:
         held = confidence.ask(Predictor(manifest, engines["onnx"]), samples, workers)
-        manifest = confidence.calibrated(manifest, held, confident, say)
+        manifest = confidence.calibrated(manifest, held, options.confident, say)
         predictors = {key: Predictor(manifest, engine) for key, engine in engines.items()}
-        outcome = verify.gate(original, info.preprocess, predictors, samples, workers)
+        outcome = verify.gate(original, info.preprocess, predictors, samples, workers, say)
         entry["accuracy"] = outcome.accuracy["onnx"]
         manifest = replace(
             manifest,
@@ -145,6 +196,7 @@ def _build(
         f"checked on {outcome.photos} held-out photos: largest difference {largest:.1e}, "
         f"accuracy {outcome.accuracy['onnx']:.1%}"
     )
+    wanted = precisions.Wanted(options.precision, options.accuracy_budget, model.train)
     manifest = precisions.keep(payload, manifest, held, samples, wanted, say)
     return replace(manifest, version=_content_version(manifest, payload))
 
@@ -170,12 +222,12 @@ def _one_thread_each() -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def _provenance(run: Path, info: checkpoint.CheckpointInfo) -> dict[str, Any]:
+def _provenance(source: str, info: checkpoint.CheckpointInfo) -> dict[str, Any]:
     """Where the model comes from, without a path or a host's name in it."""
     photos = {key: value for key, value in info.data.items() if key != "root"}
     photos["source"] = Path(str(photos.get("source", ""))).name
     return {
-        "run": checkpoint.folder_of(run).resolve().name,
+        "run": source,
         "recipe": info.name,
         "seed": info.seed,
         "data": photos,
@@ -194,10 +246,10 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _check_finite(classifier: Classifier, run: Path) -> None:
+def _check_finite(classifier: contract.Exportable, origin: Path) -> None:
     for key, value in classifier.state_dict().items():
         if not torch.isfinite(value).all():
-            raise WorkError(f"{run}: {key} holds NaN or infinity; train again at a lower rate")
+            raise WorkError(f"{origin}: {key} holds NaN or infinity; train again at a lower rate")
 
 
 def _check_name(name: str) -> str:

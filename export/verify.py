@@ -7,7 +7,7 @@ one thing that differs between the two sides is the network. Needs no torch itse
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,8 @@ TOLERANCE: Final = 1e-4
 
 BATCHES: Final = (1, 2, 7)
 LIMIT: Final = 500
+WORST: Final = 5
+"""Photos that are named where the gate does not open."""
 GOLDEN_IMAGES: Final = 8
 GOLDEN_BYTES: Final = 4_000_000
 BROKEN_SHARE: Final = 0.05
@@ -44,7 +46,7 @@ class Agreement:
     changed: photos whose best class differs at any batch size.
     ties: photos of which that is no wonder: the checkpoint itself holds the two classes apart by
         less than the tolerance. They are not in `changed`.
-    right: how many photos it gets right.
+    right: how many photos it gets right. off: largest difference of each photo.
     """
 
     difference: float = 0.0
@@ -52,6 +54,7 @@ class Agreement:
     changed: set[Path] = field(default_factory=set)
     ties: set[Path] = field(default_factory=set)
     right: int = 0
+    off: dict[Path, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def gate(
     graphs: Mapping[str, Predictor],
     samples: Sequence[Sample],
     workers: int = 1,
+    say: Callable[[str], None] = print,
 ) -> Outcome:
     """Compare every graph with the checkpoint on held-out photos, at several batch sizes.
 
@@ -115,6 +119,7 @@ def gate(
         graphs: Name -> predictor, each with its own runtime.
         samples: Photos and the indices of their classes.
         workers: Threads that score side by side.
+        say: Takes lines about the worst photos, where the gate does not open.
 
     Raises:
         GateError: A probability is off by more than the tolerance, or a top-1 differs; names the
@@ -138,7 +143,7 @@ def gate(
                 found.right += _right(scored.answers[name][0], scored.labels)
     _check_photos(photos, broken)
     outcome = Outcome(photos, len(broken), right, agreements)
-    _check_agreement(outcome)
+    _check_agreement(outcome, say)
     return outcome
 
 
@@ -237,6 +242,7 @@ def _compare(
 ) -> None:
     for expected, actual, path in zip(truth, answers, paths, strict=True):
         off = float(np.abs(expected - actual).max())
+        found.off[path] = max(off, found.off.get(path, 0.0)) if off == off else np.inf
         if not off <= found.difference:  # so that "not a number" is the worst of all
             found.difference, found.worst = off, path
         best, other = int(expected.argmax()), int(actual.argmax())
@@ -256,7 +262,7 @@ def _check_photos(photos: int, broken: Sequence[Path]) -> None:
         )
 
 
-def _check_agreement(outcome: Outcome) -> None:
+def _check_agreement(outcome: Outcome, say: Callable[[str], None]) -> None:
     for name, found in outcome.graphs.items():
         reason = None
         if not found.difference <= TOLERANCE:
@@ -265,6 +271,9 @@ def _check_agreement(outcome: Outcome) -> None:
         elif found.changed:
             reason = f"the best class of {min(found.changed)} is another"
         if reason:
+            say(f"{name}: the photos that are furthest off")
+            for path, off in sorted(found.off.items(), key=lambda item: -item[1])[:WORST]:
+                say(f"  {off:.2g}  {path}{', another best class' if path in found.changed else ''}")
             raise GateError(
                 f"{name} does not answer as the checkpoint does: {reason} "
                 f"({len(found.changed)} of {outcome.photos} photos change their best class); "

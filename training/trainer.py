@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from serving.errors import Diverged, WorkError
 from serving.progress import progress_bar
-from training import compiling, lr_finder, optim, schedule
+from training import compiling, lr_finder, optim, prefix, schedule
 from training.ema import Ema
 from training.feeds import TrainFeed
 from training.freeze import is_batchnorm
@@ -251,7 +251,9 @@ def validate(
 ) -> tuple[float, float]:
     """Accuracy and mean loss, over the batches of all processes; leaves it in eval mode."""
     classifier.eval()
-    suffix = classifier.suffix
+    suffix: nn.Module = classifier.suffix
+    if not classifier.freezing.prefix:  # the whole network: folding it is soon paid for
+        suffix = prefix.fused(suffix)
     right, loss = torch.zeros((), device=precision.device), torch.zeros((), device=precision.device)
     seen = 0
     for inputs, labels in valid:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import re
@@ -49,16 +50,26 @@ def read(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # torchvision's references put the options of the training beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # for a file not its own torch.load raises a zoo of types
         reason = (str(error) or "the file is empty or cut short").splitlines()[0][:100]
         raise DataError(f"weights = {weights!r} is no state dict: {reason}") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
     if not isinstance(state, Mapping) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
     ):
         raise DataError(f"weights = {weights!r} is no state dict: it must map names to tensors")
+    return {key.removeprefix("module."): value for key, value in state.items()}  # of DDP
+
+
+def renamed(state: Mapping[str, Tensor], family: Family) -> Mapping[str, Tensor]:
+    """The same with the names of today, where the file is older than the code."""
+    for old, new in family.old_names:
+        state = {re.sub(old, new, key): value for key, value in state.items()}
     return state
 
 
@@ -77,8 +88,7 @@ def load(
     Raises:
         DataError: It belongs to another architecture.
     """
-    for old, new in family.old_names:
-        state = {re.sub(old, new, key): value for key, value in state.items()}
+    state = renamed(state, family)
     # The body shares its tensors with the network, which tells how they are called there.
     names = {id(tensor): name for name, tensor in network.state_dict(keep_vars=True).items()}
     own = {names[id(v)]: (k, v) for k, v in body.state_dict(keep_vars=True).items()}

@@ -19,9 +19,9 @@ from serving.verify import verify as verify_bundle
 from training import model
 
 
-def export(run, out, **options):
-    options = {"precision": "fp32", "say": lambda line: None} | options
-    return pipeline.export(run.folder, out, **options)
+def export(run, out, *, say=lambda line: None, data=None, **options):
+    wanted = pipeline.Options(**{"precision": "fp32"} | options)
+    return pipeline.export(run.folder, out, wanted, data=data, say=say)
 
 
 def contents(folder):

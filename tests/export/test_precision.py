@@ -6,14 +6,14 @@ import numpy as np
 import onnx
 import pytest
 
-from export import pipeline, precision, quantize, tuning, verify
+from export import precision, quantize, tuning, verify
 from export.precision import judge
 from serving import bundle
 from serving.errors import BundleError, GateError, WorkError
 from serving.predictor import open_predictor
 from serving.verify import verify as verify_bundle
 from tests.export.conftest import Run
-from tests.export.test_pipeline import contents, rates
+from tests.export.test_pipeline import contents, export, rates
 
 # ---- the verdict
 
@@ -80,7 +80,7 @@ def exported(larger_run, tmp_path_factory):
     said, out = [], tmp_path_factory.mktemp("exported") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "measure", rates)
-        manifest = pipeline.export(larger_run.folder, out, accuracy_budget=90, say=said.append)
+        manifest = export(larger_run, out, precision="auto", accuracy_budget=90, say=said.append)
     return out, manifest, said
 
 
@@ -157,8 +157,8 @@ def test_a_kept_precision_is_in_the_bundle_and_proves_itself(exported):
 def test_the_same_run_gives_the_same_int8(exported, larger_run, tmp_path, monkeypatch):
     out, manifest, _ = exported
     monkeypatch.setattr(tuning, "measure", rates)
-    options = {"accuracy_budget": 90, "say": lambda line: None}
-    assert pipeline.export(larger_run.folder, tmp_path / "other", **options) == manifest
+    options = {"precision": "auto", "accuracy_budget": 90}
+    assert export(larger_run, tmp_path / "other", **options) == manifest
     assert contents(tmp_path / "other") == contents(out)
 
 
@@ -183,10 +183,10 @@ def test_what_costs_too_much_is_refused(tmp_path, monkeypatch, remembered, asked
     monkeypatch.setattr(precision, "judge", worse)
     if asked == "int8":
         with pytest.raises(GateError, match=r"--precision int8 is refused: accuracy falls by 100"):
-            pipeline.export(run.folder, out, precision=asked, say=said.append)
+            export(run, out, precision=asked, say=said.append)
         assert not out.exists()
         return
-    manifest = pipeline.export(run.folder, out, precision=asked, say=said.append)
+    manifest = export(run, out, precision=asked, say=said.append)
     assert set(manifest.precisions) == {"fp32"}
     assert not (out / manifest.version / "model.int8.onnx").exists()
     assert "accuracy falls by 100.00 points" in manifest.tried["int8"]["why_not"]
@@ -197,10 +197,10 @@ def test_what_costs_too_much_is_refused(tmp_path, monkeypatch, remembered, asked
 
 def test_too_few_photos_leave_fp32_alone(run, tmp_path, monkeypatch, remembered):
     monkeypatch.setattr(tuning, "measure", rates)
-    manifest = pipeline.export(run.folder, tmp_path / "bundle", say=lambda line: None)
+    manifest = export(run, tmp_path / "bundle", precision="auto")
     assert "12 training photos can be read" in manifest.tried["int8"]["why_not"]
     with pytest.raises(WorkError, match="int8 needs 20"):
-        pipeline.export(run.folder, tmp_path / "b", precision="int8", say=lambda line: None)
+        export(run, tmp_path / "b", precision="int8")
 
 
 # ---- the speed

@@ -48,8 +48,9 @@ def samples(tmp_path):
     return found
 
 
-def gate(samples, spoil=lambda logits: logits, workers=1):
-    return verify.gate(Colours(), PREPROCESS, {"onnx": predictor(Colours(spoil))}, samples, workers)
+def gate(samples, spoil=lambda logits: logits, workers=1, say=lambda line: None):
+    graphs = {"onnx": predictor(Colours(spoil))}
+    return verify.gate(Colours(), PREPROCESS, graphs, samples, workers, say)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -74,8 +75,14 @@ def test_the_worst_photo_and_its_figure_are_named(samples):
         off = np.abs(logits - worst).max(axis=1, keepdims=True) < 1e-9
         return logits + off * [0.5, 0, 0]
 
+    said = []
     with pytest.raises(GateError, match=r"onnx .*17\.jpg is off by 0\.\d+, tolerance 1e-04"):
-        gate(samples, spoil)
+        gate(samples, spoil, say=said.append)
+    assert said[0] == "onnx: the photos that are furthest off"
+    assert len(said) == 1 + verify.WORST
+    assert str(samples[17][0]) in said[1]
+    shown = [float(line.split()[0]) for line in said[1:]]
+    assert shown == sorted(shown, reverse=True)
 
 
 def square(path):

@@ -1,0 +1,165 @@
+"""A torchvision checkpoint that was made elsewhere: whole, with its own classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torchvision
+from torch import Tensor, nn
+
+from export.verify import Sample
+from serving.errors import DataError, OptionError
+from serving.preprocess import Preprocess
+from training import backbones, checkpoint, data, weights
+from training.sections import DataConfig
+
+HELD_OUT: Final = 2 / 3
+"""Share of the photos that decide; int8 is calibrated on the rest."""
+
+_AUXILIARY: Final = ("aux", "AuxLogits")
+
+
+class Whole(nn.Module):
+    """A torchvision network, its last layer apart: features are what that layer takes.
+
+    Raises:
+        OptionError: It ends in no Linear, as SqueezeNet.
+    """
+
+    def __init__(self, network: nn.Module, arch: str) -> None:
+        """Take the network, which is changed."""
+        super().__init__()
+        linears = [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]
+        if not linears or "squeezenet" in arch:
+            raise OptionError(f"--arch {arch} ends in a convolution; use a fine-tuned run of it")
+        self.head = network.get_submodule(linears[-1])
+        network.set_submodule(linears[-1], nn.Identity())
+        self.network = network
+
+    def features(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] -> what the last layer takes [N, D]."""
+        features: Tensor = self.network(images)
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] -> logits [N, classes]."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+def load(
+    path: Path,
+    arch: str,
+    labels: Sequence[str],
+    *,
+    arch_args: Mapping[str, Any] | None = None,
+    size: int | None = None,
+    crop: float | None = None,
+) -> tuple[Whole, checkpoint.CheckpointInfo]:
+    """Load a state dict: eval mode, float32, on the CPU. Nothing in the file is run.
+
+    Args:
+        path: As torchvision's references save it (`model` or `state_dict` in it is taken), as
+            `torch.save` of a state dict, or as safetensors.
+        arch: torchvision's name.
+        labels: Class names in the order of the logits.
+        arch_args: Of torchvision's builder.
+        size, crop: Of the preprocessing that it was trained for; the network's size, and 0.875.
+
+    Raises:
+        DataError: No state dict, or one of another network, or of another number of classes.
+        OptionError: No such network, or one that ends in no Linear; a size that does not fit.
+    """
+    family = backbones.family_of(arch)
+    args = dict(arch_args or {})
+    default = Preprocess(size=family.image_size(args))
+    preprocess = replace(default, size=size or default.size, crop=crop or default.crop)
+    backbones.check_size(arch, args, preprocess.size, "--size")
+    try:
+        state = weights.read(arch, str(path), preprocess.size)
+    except DataError as error:
+        raise DataError(str(error).replace("weights = ", "--checkpoint ", 1)) from error
+    state = weights.renamed(state, family)
+    options = dict(family.fixed)
+    if "aux_logits" in options:
+        options["aux_logits"] = any(key.startswith(_AUXILIARY) for key in state)
+        options["init_weights"] = False  # it takes long, and they are replaced
+    network = torchvision.models.get_model(
+        arch, weights=None, num_classes=len(labels), **args, **options
+    )
+    _check(network, state, path, arch, len(labels))
+    network.load_state_dict(state, strict=False)  # `_check` is stricter where it matters
+    info = checkpoint.CheckpointInfo(
+        name=path.stem,
+        arch=arch,
+        classes=tuple(labels),
+        preprocess=preprocess,
+        arch_args=args,
+        versions=checkpoint.versions(),
+    )
+    return Whole(network.eval(), arch).eval(), info
+
+
+def read_labels(path: Path) -> list[str]:
+    """Class names, one a line, in the order of the logits.
+
+    Raises:
+        DataError: Not to be read, empty, or a name twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise DataError(f"--labels {path}: {reason}") from error
+    labels = [line.strip() for line in lines]
+    while labels and not labels[-1]:
+        labels.pop()
+    for number, label in enumerate(labels, 1):
+        if not label or labels.index(label) < number - 1:
+            what = f"{label!r} a second time" if label else "nothing"
+            raise DataError(f"--labels {path}: line {number} holds {what}; a name a line, once")
+    if not labels:
+        raise DataError(f"--labels {path} is empty; a class name a line, in the order of logits")
+    return labels
+
+
+def photos(folder: Path, labels: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
+    """Photos of a folder a class: a third to calibrate on, the others to decide.
+
+    Raises:
+        DataError: As `data.load`; a folder whose name is no label.
+    """
+    dataset = data.load(str(folder), config=DataConfig(valid=HELD_OUT))
+    unknown = sorted(set(dataset.classes) - set(labels))
+    if unknown:
+        raise DataError(
+            f"--photos {folder}: {unknown[0]} is no label ({len(unknown)} of "
+            f"{len(dataset.classes)} folders are none); name each folder as --labels has it"
+        )
+    place = [list(labels).index(name) for name in dataset.classes]
+    parts = dataset.train, dataset.valid
+    calibrate, decide = ([(s.path, place[s.label]) for s in part] for part in parts)
+    return calibrate, decide
+
+
+def _check(
+    network: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str, classes: int
+) -> None:
+    own = network.state_dict()
+    last = next(reversed([key for key in own if own[key].ndim == 2]), "")
+    if last in state and state[last].shape[0] != classes:
+        raise DataError(
+            f"--checkpoint {path} has {state[last].shape[0]} classes and --labels {classes}"
+        )
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
+    extra = [k for k in state if k not in own]
+    if missing or wrong or extra:
+        why = "lacks" if missing else "has another shape for" if wrong else "also holds"
+        raise DataError(
+            f"--checkpoint {path} is not for {arch}: it {why} {(missing or wrong or extra)[0]} "
+            f"({len(missing)} missing, {len(wrong)} of another shape, {len(extra)} too many)"
+        )
