@@ -158,8 +158,6 @@ def _check(
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     extra = [k for k in state if k not in own]
     if missing or wrong or extra:
-        why = "lacks" if missing else "has another shape for" if wrong else "also holds"
         raise DataError(
-            f"--checkpoint {path} is not for {arch}: it {why} {(missing or wrong or extra)[0]} "
-            f"({len(missing)} missing, {len(wrong)} of another shape, {len(extra)} too many)"
+            f"--checkpoint {path} is not for {arch}: {weights.misfit(missing, wrong, extra)}"
         )

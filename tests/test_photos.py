@@ -65,12 +65,12 @@ def test_a_short_fine_tune_learns(run):
 def test_http_answers_are_the_checkpoints_own(run, bundle, tmp_path):
     classifier, info = checkpoint.load(run)
     samples = data.of_run(run).valid
-    predictor = open_predictor(bundle, device="cpu")
+    predictor = open_predictor(bundle, device="cpu", precision="fp32")
     pixels = np.concatenate([predictor.prepare(s.path.read_bytes()).pixels for s in samples])
     logits = evaluate.logits_of(classifier, torch.from_numpy(pixels), info.preprocess)
-    expected = softmax(logits.numpy())
+    expected = softmax(logits.numpy(), predictor.manifest.temperature)
     with (
-        live(bundle, tmp_path / "log.txt") as server,
+        live(bundle, tmp_path / "log.txt", FLEDGE_PRECISION="fp32") as server,
         httpx.Client(timeout=60, trust_env=False) as client,
     ):
         url = f"{server.url}/predict?top_k={len(info.classes)}"
@@ -80,3 +80,22 @@ def test_http_answers_are_the_checkpoints_own(run, bundle, tmp_path):
             for name, probability in zip(info.classes, row, strict=True):
                 assert got[name] == pytest.approx(probability, abs=1e-4)
             assert answer["predictions"][0]["label"] == info.classes[int(row.argmax())]
+
+
+def test_what_is_said_of_int8_is_found_again(run, bundle):
+    predictor = open_predictor(bundle, device="cpu")
+    manifest, samples = predictor.manifest, data.of_run(run).valid
+    tried = manifest.tried["int8"]
+    assert tried["photos"] == len(samples)
+    assert tried["kept"] == (tried["why_not"] is None) == ("int8" in manifest.precisions)
+    assert predictor.precision == ("int8" if tried["kept"] else "fp32")
+    answers = predictor.predict([predictor.prepare(s.path.read_bytes()) for s in samples])
+    right = [a.probabilities.argmax() == s.label for a, s in zip(answers, samples, strict=True)]
+    expected = manifest.precisions[predictor.precision]["accuracy"]
+    assert np.mean(right) == pytest.approx(expected, abs=1.01 / len(samples))  # of a batch: a tie
+
+
+def test_calibration_is_better_than_none(bundle):
+    manifest = open_predictor(bundle, device="cpu").manifest
+    assert manifest.calibration["after"]["loss"] < manifest.calibration["before"]["loss"]
+    assert manifest.calibration["after"]["ece"] < manifest.calibration["before"]["ece"]

@@ -100,13 +100,23 @@ def load(
     known = network.state_dict()
     extra = [k for k in state if k.partition(".")[0] in tops and k not in known]
     if missing or wrong or extra:
-        why = "lacks" if missing else "has another shape for" if wrong else "also holds"
         raise DataError(
-            f"weights = {weights!r} is not for {arch}: it {why} {(missing or wrong or extra)[0]} "
-            f"({len(missing)} missing, {len(wrong)} of another shape, {len(extra)} too many, of "
-            f"{len(own)}){_other_size(state, wrong)}"
+            f"weights = {weights!r} is not for {arch}: {misfit(missing, wrong, extra)}"
+            f"{_other_size(state, wrong)}"
         )
     body.load_state_dict({key: state.get(name, v) for name, (key, v) in own.items()})
+
+
+def misfit(missing: list[str], wrong: list[str], extra: list[str]) -> str:
+    """Why a state dict does not fit: names that it lacks, that differ in shape, that are too many.
+
+    At least one of the three lists has a name.
+    """
+    why = "lacks" if missing else "has another shape for" if wrong else "also holds"
+    return (
+        f"it {why} {(missing or wrong or extra)[0]} ({len(missing)} missing, {len(wrong)} of "
+        f"another shape, {len(extra)} too many)"
+    )
 
 
 def _other_size(state: Mapping[str, Tensor], wrong: list[str]) -> str:
