@@ -146,7 +146,7 @@ def search(source: Path, pixels: Pixels, enough: float) -> Found:
                 for leave in ends:
                     tried.append(attempt(Way(method, per_channel, leave)))
                     bar.advance(task)
-        # Not the fastest: timings differ from run to run, and the same run shall give the same bytes.
+        # Not the fastest: timings differ, and the same run shall give the same bytes.
         best = min(tried, key=lambda way: way.divergence)
         if best.agreement < enough:
             tried += _with_worst_in_float(best, layers, enough, attempt, bar)
