@@ -169,13 +169,11 @@ def calibration(held: Held, temperature: float) -> dict[str, Any]:
     the other four give.
     """
     plain, labels = held.logits[:, 0], held.labels
-    crossed = softmax(plain)
+    crossed = softmax(plain, temperature)
     parts = np.arange(len(labels)) % _PARTS
     for part in range(_PARTS if len(labels) >= 2 * _PARTS else 0):
         inside = parts == part
         crossed[inside] = softmax(plain[inside], fit_temperature(plain[~inside], labels[~inside]))
-    if len(labels) < 2 * _PARTS:
-        crossed = softmax(plain, temperature)
     return {
         "photos": len(labels),
         "temperature": temperature,

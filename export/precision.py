@@ -139,11 +139,16 @@ def keep(
         raise OptionError("--precision fp16: no usable GPU here to try it on; use auto or int8")
     tried: dict[str, Any] = {"fp16": {"kept": False, "why_not": "not tried: no GPU here"}}
     why_not = "not tried: --precision fp32" if wanted.precision == "fp32" else ""
-    plain = Predictor(manifest, OnnxRuntime(payload / FILES["fp32"], device="cpu"))
     try:
         if not why_not:
             verdict, found, rates = int8(
-                payload, wanted.train, plain, held, samples, budget=wanted.budget, workers=cores()
+                payload,
+                wanted.train,
+                manifest,
+                held,
+                samples,
+                budget=wanted.budget,
+                workers=cores(),
             )
     except WorkError as error:
         if wanted.precision == "int8":
@@ -188,7 +193,7 @@ def _with_int8(payload: Path, manifest: Manifest, verdict: Verdict) -> Manifest:
 def int8(
     payload: Path,
     train: Sequence[Sample],
-    predictor: Predictor,
+    manifest: Manifest,
     held: Held,
     samples: Sequence[Sample],
     *,
@@ -200,8 +205,8 @@ def int8(
     Args:
         payload: Holds the fp32 graph, and gets the other.
         train: Training photos, to calibrate and search on.
-        predictor: Of the fp32 graph.
-        held: What it says of `samples`.
+        manifest: Of the bundle so far.
+        held: What the fp32 graph says of `samples`.
         samples: Held-out photos.
         budget: Points of accuracy.
         workers: Threads that score side by side.
@@ -209,7 +214,7 @@ def int8(
     Raises:
         WorkError: The graph can't be quantised; too few training photos.
     """
-    manifest, source, path = predictor.manifest, payload / FILES["fp32"], payload / FILES["int8"]
+    source, path = payload / FILES["fp32"], payload / FILES["int8"]
     pixels = quantize.draw(train, manifest.preprocess, workers)
     found = quantize.search(source, pixels, 1 - budget / 100)
     onnx.save(

@@ -111,7 +111,6 @@ def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) ->
             f"{len(pixels)} training photos can be read, and int8 needs 20 to calibrate on: "
             "name their folder with --data, or use --precision fp32"
         )
-    # Calibrated on one photo of each class and searched on another: not on the same classes each.
     return np.stack(pixels)
 
 
@@ -129,7 +128,7 @@ def search(source: Path, pixels: Pixels, enough: float) -> Found:
     calibrating = min(CALIBRATE, len(pixels) // 3)
     graph = onnx.shape_inference.infer_shapes(onnx.load(source))
     layers = [node.name for node in graph.graph.node if node.op_type in _LAYERS]
-    ends = [(), tuple(layers[-1:]), tuple({*layers[:1], *layers[-1:]})]
+    ends = [(), tuple(layers[-1:]), tuple(dict.fromkeys([*layers[:1], *layers[-1:]]))]
     total = len(_METHODS) * 2 * len(ends)
     with progress_bar() as bar:
         task = bar.add_task("int8: ways to quantise", total=total)

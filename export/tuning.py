@@ -49,7 +49,7 @@ def measure(graphs: Mapping[str, Path], size: int, device: str = "cpu") -> Rates
         for name, path in graphs.items()
         for _, threads in splits
     }
-    seconds: dict[str, dict[Setting, list[float]]] = {name: {} for name in graphs}
+    measured: dict[str, dict[Setting, list[float]]] = {name: {} for name in graphs}
     settings = [Setting(*split, batch) for split in splits for batch in BATCHES]
     settings += [Setting(1, 1, 1)] if Setting(1, 1, 1) not in settings else []  # a lone photo
     with progress_bar() as bar:
@@ -58,11 +58,11 @@ def measure(graphs: Mapping[str, Path], size: int, device: str = "cpu") -> Rates
             for setting in settings:
                 for name in graphs:
                     rate = _rate(engines[name, setting.threads], noise, setting)
-                    seconds[name].setdefault(setting, []).append(rate)
+                    measured[name].setdefault(setting, []).append(rate)
                     bar.advance(task)
     return {
         name: {setting: statistics.median(found) for setting, found in by.items()}
-        for name, by in seconds.items()
+        for name, by in measured.items()
     }
 
 
