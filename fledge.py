@@ -18,7 +18,7 @@ Verb = Callable[[argparse.Namespace], None]
 
 def export(options: argparse.Namespace) -> None:
     """Turn a run's best checkpoint into a verified bundle."""
-    from export import confidence, pipeline
+    from export import confidence, foreign, pipeline
     from serving.errors import OptionError
 
     wanted = pipeline.Options(
@@ -26,33 +26,37 @@ def export(options: argparse.Namespace) -> None:
         confident=confidence.Wanted.parse(options.confident) if options.confident else None,
         precision=options.precision,
         accuracy_budget=options.accuracy_budget,
+        sign=options.sign,
     )
     if options.checkpoint is None:
-        given = {
-            name: getattr(options, name) for name in ("arch", "labels", "photos", "size", "crop")
-        }
-        for name, value in given.items():
-            if value is not None:
-                raise OptionError(f"--{name} {value} goes with --checkpoint FILE, not with a run")
+        for name in ("arch", "arch_args", "labels", "photos", "size", "crop"):
+            if getattr(options, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise OptionError(f"{option} goes with --checkpoint FILE, not with a run")
         if options.run is None:
             raise OptionError("name a run, as runs/latest; or a torchvision --checkpoint FILE")
         pipeline.export(options.run, options.out, wanted, data=options.data)
-        return
-    for name in ("arch", "labels", "photos"):
-        if getattr(options, name) is None:
-            raise OptionError(f"--checkpoint {options.checkpoint} needs --{name}, too")
-    if options.run is not None or options.data is not None:
-        raise OptionError("--checkpoint stands instead of a run and its --data; leave one out")
-    pipeline.export_checkpoint(
-        options.checkpoint,
-        options.out,
-        wanted,
-        arch=options.arch,
-        labels=options.labels,
-        photos=options.photos,
-        size=options.size,
-        crop=options.crop,
-    )
+    else:
+        for name in ("arch", "labels", "photos"):
+            if getattr(options, name) is None:
+                raise OptionError(f"--checkpoint {options.checkpoint} needs --{name}, too")
+        if options.run is not None or options.data is not None:
+            raise OptionError("--checkpoint stands instead of a run and its --data; leave one out")
+        pipeline.export_checkpoint(
+            options.checkpoint,
+            options.out,
+            wanted,
+            arch=options.arch,
+            arch_args=foreign.read_args(options.arch_args or ()),
+            labels=options.labels,
+            photos=options.photos,
+            size=options.size,
+            crop=options.crop,
+        )
+    if options.register:
+        from export import store
+
+        store.register(options.out)
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -139,8 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
     add.add_argument("--data", type=Path, metavar="DIR", help="where the photos are now")
     foreign = add.add_argument_group("a torchvision checkpoint that you already have, not a run")
+    builder = "of torchvision's builder, as transform_input=true"
     foreign.add_argument("--checkpoint", type=Path, metavar="FILE", help=".pth or .safetensors")
     foreign.add_argument("--arch", metavar="NAME", help="torchvision's name for the network")
+    foreign.add_argument("--arch-args", nargs="+", metavar="KEY=VALUE", help=builder)
     foreign.add_argument("--labels", type=Path, metavar="FILE", help="a class name a line")
     foreign.add_argument("--photos", type=Path, metavar="DIR", help="a folder a class, held out")
     foreign.add_argument("--size", type=int, metavar="PX", help="of its images; default: 224")
@@ -154,6 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     budget = "accuracy that a faster precision may cost; default: 0.5"
     add.add_argument("--accuracy-budget", type=float, default=0.5, metavar="POINTS", help=budget)
+    signs = "sign the manifest with this Ed25519 private key, PEM; FLEDGE_TRUSTED_KEYS checks it"
+    add.add_argument("--sign", type=Path, metavar="KEY", help=signs)
+    stored = "put the bundle into BentoML's model store, too"
+    add.add_argument("--register", action="store_true", help=stored)
 
     add = verb(inspect, "fledge inspect bundle")
     add.add_argument("bundle", type=Path, metavar="BUNDLE")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from export.confidence import told
-from serving.bundle import Manifest
+from serving.manifest import Manifest
 
 _SHOWN: Final = 100
 
@@ -29,6 +29,12 @@ with Fledge. Version `{version}`.
 Measured on photos that were never trained on, from their encoded bytes, plain view. They were used
 to choose the best epoch, so expect a little less on photos of your own; and much less where yours
 look different from the training photos.
+
+By class, the worst first:
+
+| class | held-out photos | right | accuracy |
+|---|---|---|---|
+{classes}
 
 The exported graphs were compared with the checkpoint on {photos} photos at batch sizes {batches}:
 
@@ -64,10 +70,11 @@ In short: {advice}.
 `fledge serve BUNDLE --port 3000`, then `curl -F image=@photo.jpg localhost:3000/predict`; or
 `fledge score FOLDER --bundle BUNDLE --out scores.csv`.
 
-Without Fledge: `model.onnx` and `model.ts` take `pixels`, uint8 `[batch, {size}, {size}, 3]`, RGB,
-and give `logits`, float32 `[batch, {count}]`, and `features`, float32 `[batch, {width}]`. They
-normalise inside. Decode the photo upright, cut the centre square of {crop:g} of the short side,
-resize it to {size} x {size} ({interpolation}, antialiased), and take the softmax of the logits{by}.
+Without Fledge: `model.onnx`, `model.ts` (TorchScript) and `model.pt2` (`torch.export.load`) take
+`pixels`, uint8 `[batch, {size}, {size}, 3]`, RGB, and give `logits`, float32 `[batch, {count}]`,
+and `features`, float32 `[batch, {width}]`. They normalise inside. Decode the photo upright, cut the
+centre square of {crop:g} of the short side, resize it to {size} x {size} ({interpolation},
+antialiased), and take the softmax of the logits{by}.
 
 ## Limits
 
@@ -100,6 +107,7 @@ def card(manifest: Manifest) -> str:
             f"| {graph} | {share:.1%} | {report['photos']} |"
             for graph, share in report["accuracy"].items()
         ),
+        classes="\n".join(_classes(manifest)),
         photos=report["photos"],
         batches=", ".join(str(size) for size in report["batches"]),
         agreements="\n".join(
@@ -129,6 +137,15 @@ def card(manifest: Manifest) -> str:
         temperature=manifest.temperature,
         by="" if manifest.temperature == 1 else f" divided by {manifest.temperature:g}",
     )
+
+
+def _classes(manifest: Manifest) -> Iterator[str]:
+    rows = sorted(manifest.parity["classes"], key=lambda row: row["right"] / row["photos"])
+    for row in rows[:_SHOWN]:
+        label = manifest.labels[row["class"]].replace("|", "\\|")
+        yield f"| {label} | {row['photos']} | {row['right']} | {row['right'] / row['photos']:.0%} |"
+    if len(rows) > _SHOWN:
+        yield f"| {len(rows) - _SHOWN} more, in the manifest | | | |"
 
 
 def _confident(found: Mapping[str, Any] | None) -> str:

@@ -19,8 +19,8 @@ from scipy.special import logsumexp
 from scipy.stats import binomtest
 
 from export.verify import Sample
-from serving.bundle import Manifest
 from serving.errors import ImageError, OptionError
+from serving.manifest import Manifest
 from serving.predictor import Predictor
 from serving.progress import progress_bar
 from serving.views import average, softmax

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Final
 
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import SqueezeNet
 
 from export.verify import Sample
 from serving.errors import DataError, OptionError
@@ -23,24 +25,28 @@ _AUXILIARY: Final = ("aux", "AuxLogits")
 
 
 class Whole(nn.Module):
-    """A torchvision network, its last layer apart: features are what that layer takes.
+    """A torchvision network, cut before its classifier.
 
-    Raises:
-        OptionError: It ends in no Linear, as SqueezeNet.
+    That is its last Linear; or of SqueezeNet, which has none, the convolution and what follows: it
+    takes feature maps. `pool` makes vectors of what `features` gives, for the graph's contract.
     """
 
-    def __init__(self, network: nn.Module, arch: str) -> None:
+    def __init__(self, network: nn.Module) -> None:
         """Take the network, which is changed."""
         super().__init__()
-        linears = [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]
-        if not linears or "squeezenet" in arch:
-            raise OptionError(f"--arch {arch} ends in a convolution; use a fine-tuned run of it")
-        self.head = network.get_submodule(linears[-1])
-        network.set_submodule(linears[-1], nn.Identity())
+        self.pool: nn.Module = nn.Identity()
+        if isinstance(network, SqueezeNet):
+            self.network: nn.Module = network.features
+            self.head: nn.Module = nn.Sequential(network.classifier, nn.Flatten())
+            self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            return
+        *_, last = (name for name, part in network.named_modules() if isinstance(part, nn.Linear))
+        self.head = network.get_submodule(last)
+        network.set_submodule(last, nn.Identity())
         self.network = network
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised images [N, 3, H, W] -> what the last layer takes [N, D]."""
+        """Normalised images [N, 3, H, W] -> what the head takes: [N, D] or [N, D, H, W]."""
         features: Tensor = self.network(images)
         return features
 
@@ -48,6 +54,24 @@ class Whole(nn.Module):
         """Normalised images [N, 3, H, W] -> logits [N, classes]."""
         logits: Tensor = self.head(self.features(images))
         return logits
+
+
+def read_args(given: Sequence[str]) -> dict[str, Any]:
+    """Options of torchvision's builder, from `KEY=VALUE` each, the value as in TOML.
+
+    Raises:
+        OptionError: Not of that form.
+    """
+    found = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (key.isidentifier() and equals):
+            raise OptionError(f"--arch-args {text}: use KEY=VALUE, such as transform_input=true")
+        try:
+            found[key] = tomllib.loads(f"v = {value}")["v"]
+        except tomllib.TOMLDecodeError:
+            found[key] = value
+    return found
 
 
 def load(
@@ -71,13 +95,17 @@ def load(
 
     Raises:
         DataError: No state dict, or one of another network, or of another number of classes.
-        OptionError: No such network, or one that ends in no Linear; a size that does not fit.
+        OptionError: No such network, or no such options of it; a size that does not fit.
     """
     family = backbones.family_of(arch)
     args = dict(arch_args or {})
     default = Preprocess(size=family.image_size(args))
     preprocess = replace(default, size=size or default.size, crop=crop or default.crop)
-    backbones.check_size(arch, args, preprocess.size, "--size")
+    own = {key: value for key, value in args.items() if key not in family.fixed}
+    try:
+        backbones.check_size(arch, own, preprocess.size, "--size")
+    except OptionError as error:
+        raise OptionError(str(error).replace("arch_args", "--arch-args", 1)) from error
     try:
         state = weights.read(arch, str(path), preprocess.size)
     except DataError as error:
@@ -88,7 +116,7 @@ def load(
         options["aux_logits"] = any(key.startswith(_AUXILIARY) for key in state)
         options["init_weights"] = False  # it takes long, and they are replaced
     network = torchvision.models.get_model(
-        arch, weights=None, num_classes=len(labels), **args, **options
+        arch, weights=None, num_classes=len(labels), **options | args
     )
     _check(network, state, path, arch, len(labels))
     network.load_state_dict(state, strict=False)  # `_check` is stricter where it matters
@@ -100,7 +128,7 @@ def load(
         arch_args=args,
         versions=checkpoint.versions(),
     )
-    return Whole(network.eval(), arch).eval(), info
+    return Whole(network).eval(), info
 
 
 def read_labels(path: Path) -> list[str]:
@@ -149,7 +177,7 @@ def _check(
     network: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str, classes: int
 ) -> None:
     own = network.state_dict()
-    last = next(reversed([key for key in own if own[key].ndim == 2]), "")
+    last = next(reversed([key for key in own if own[key].ndim >= 2]), "")
     if last in state and state[last].shape[0] != classes:
         raise DataError(
             f"--checkpoint {path} has {state[last].shape[0]} classes and --labels {classes}"

@@ -25,12 +25,14 @@ class _Core(nn.Module):
     def __init__(self, classifier: Exportable) -> None:
         super().__init__()
         self.classifier = classifier
+        # What `features` gives is a vector already, but for a network that is classified by maps.
+        self.pool = classifier.pool if isinstance(classifier, Whole) else nn.Identity()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.classifier.features(images)
         # The head's first layers may work in place; what the caller gets must not change with them.
         logits: Tensor = self.classifier.head(features)
-        return logits, features
+        return logits, self.pool(features)
 
 
 class Graph(nn.Module):
@@ -116,15 +118,14 @@ class CheckpointRuntime:
 
     def __init__(self, classifier: Exportable, preprocess: Preprocess) -> None:
         """Take a classifier in eval mode and the Preprocess saved with it."""
-        self._classifier, self._preprocess = classifier, preprocess
+        self._core, self._preprocess = _Core(classifier), preprocess
 
     def run(self, pixels: Pixels) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Pixels uint8 [N, size, size, 3] -> logits [N, classes], features [N, D]."""
         with torch.inference_mode():
             # A copy: torch warns about the read-only arrays that Pillow gives.
             images = normalise(torch.from_numpy(pixels.copy()), self._preprocess)
-            features = self._classifier.features(images)
-            logits = self._classifier.head(features)
+            logits, features = self._core(images)
         return logits.numpy(), features.numpy()
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Final
 
 from serving import bundle
-from serving.bundle import Manifest
 from serving.errors import BundleError, OptionError
 from serving.files import is_running
+from serving.manifest import Manifest
+from serving.signing import Sign
 
 _PARTIAL: Final = re.compile(r"\.partial-(\d+)")
 _VERSION: Final = re.compile(r"[0-9a-f]{12}")
@@ -30,7 +31,8 @@ def check_target(out: Path) -> None:
     if {bundle.MANIFEST, bundle.CHECKSUM} <= present:
         return
     # What an export that was killed may leave behind is no stranger.
-    left = {bundle.CHECKSUM, *(f".{n}.partial" for n in (bundle.MANIFEST, bundle.CHECKSUM))}
+    beside = {bundle.CHECKSUM, bundle.SIGNATURE}
+    left = beside | {f".{name}.partial" for name in (bundle.MANIFEST, *beside)}
     strange = sorted(
         name
         for name in present - left
@@ -62,7 +64,7 @@ def aside(out: Path) -> Iterator[Path]:
                 out.rmdir()  # only if it is empty
 
 
-def go_live(payload: Path, manifest: Manifest, out: Path) -> Manifest:
+def go_live(payload: Path, manifest: Manifest, out: Path, sign: Sign | None = None) -> Manifest:
     """Give the payload its place, switch the manifest, and remove what is superseded for good."""
     try:
         live = bundle.read(out).manifest
@@ -80,7 +82,7 @@ def go_live(payload: Path, manifest: Manifest, out: Path) -> Manifest:
         place = out / manifest.version
         shutil.rmtree(place, ignore_errors=True)  # of an export that never went live, or broken
         payload.rename(place)
-    bundle.publish(manifest, out)
+    bundle.publish(manifest, out, sign)
     keep = {manifest.version, live.version if live else None}
     for path in out.iterdir():
         if _VERSION.fullmatch(path.name) and path.name not in keep:

@@ -18,13 +18,13 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from export import confidence, foreign, live, onnx, torchscript, verify
+from export import confidence, foreign, live, onnx, pt2, torchscript, verify
 from export import graph as contract
 from export import precision as precisions
 from export.card import card
-from serving import bundle
-from serving.bundle import Manifest
+from serving import bundle, signing
 from serving.errors import OptionError, WorkError
+from serving.manifest import Manifest, content_version
 from serving.predictor import Predictor
 from serving.runtime import OnnxRuntime, Runtime
 from serving.runtime_torchscript import TorchScriptRuntime
@@ -33,6 +33,7 @@ from training.data import of_run
 
 ONNX: Final = precisions.FILES["fp32"]
 TORCHSCRIPT: Final = "model.ts"
+TORCH_EXPORT: Final = "model.pt2"
 
 _WORKERS: Final = 4
 """Each holds a chunk's activations; more would need memory more than they save time."""
@@ -47,12 +48,14 @@ class Options:
     confident: what the service shall call a confident answer; it says nothing by default.
     precision: "fp32" tries no other; "int8" and "fp16" fail where they are refused.
     accuracy_budget: points of accuracy that a faster precision may cost.
+    sign: a PEM file with the private key that signs the manifest.
     """
 
     name: str | None = None
     confident: confidence.Wanted | None = None
     precision: str = "auto"
     accuracy_budget: float = precisions.BUDGET
+    sign: Path | None = None
 
 
 def export(
@@ -136,6 +139,8 @@ def _export(
 ) -> Manifest:
     _check_finite(model.classifier, origin)
     name = _check_name(model.info.name if options.name is None else options.name)
+    sign = signing.signer(options.sign) if options.sign else None
+    signing.trusted()  # it reads what is live at the end, and a mistake in that is better known now
     model = model._replace(valid=verify.held_out(model.valid))
     try:
         with live.aside(out) as payload:
@@ -143,7 +148,7 @@ def _export(
             manifest = replace(manifest, provenance=_provenance(model.source, model.info))
             (payload / "README.md").write_text(card(manifest), encoding="utf-8")
             manifest = replace(manifest, files=bundle.describe_files(payload))
-            manifest = live.go_live(payload, manifest, out)
+            manifest = live.go_live(payload, manifest, out, sign)
     except OSError as error:
         reason = error.strerror or error
         raise WorkError(f"--out {out} can't be written: {reason}; nothing was changed") from error
@@ -158,7 +163,11 @@ def _build(
     classifier, info, samples = model.classifier, model.info, model.valid
     graph, report = contract.assemble(classifier, info.preprocess)
     say(f"{info.arch}: folded {len(report.folded)} of {report.before} BatchNorms")
-    for write, file in ((onnx.write, ONNX), (torchscript.write, TORCHSCRIPT)):
+    for write, file in (
+        (onnx.write, ONNX),
+        (torchscript.write, TORCHSCRIPT),
+        (pt2.write, TORCH_EXPORT),
+    ):
         write(graph, payload / file, name=name, labels=info.classes, preprocess=info.preprocess)
         say(f"wrote {file}, {(payload / file).stat().st_size / 1e6:.1f} MB")
     entry: dict[str, Any] = {"file": ONNX, "accuracy": None, "tolerance": verify.TOLERANCE}
@@ -172,12 +181,14 @@ def _build(
         files={},
         graph=contract.contract(graph, info.preprocess),
         torchscript=TORCHSCRIPT,
+        torch_export=TORCH_EXPORT,
         batchnorm=report.to_dict(),
     )
     original = contract.CheckpointRuntime(classifier, info.preprocess)
     engines: dict[str, Runtime] = {
         "onnx": OnnxRuntime(payload / ONNX, device="cpu"),
         "torchscript": TorchScriptRuntime(payload / TORCHSCRIPT, device="cpu"),
+        "torch.export": pt2.ExportedRuntime(payload / TORCH_EXPORT),
     }
     with _one_thread_each() as workers:
         held = confidence.ask(Predictor(manifest, engines["onnx"]), samples, workers)
@@ -198,13 +209,8 @@ def _build(
     )
     wanted = precisions.Wanted(options.precision, options.accuracy_budget, model.train)
     manifest = precisions.keep(payload, manifest, held, samples, wanted, say)
-    return replace(manifest, version=_content_version(manifest, payload))
-
-
-def _content_version(manifest: Manifest, payload: Path) -> str:
-    files = [TORCHSCRIPT, *(str(entry["file"]) for entry in manifest.precisions.values())]
-    graphs = {file: bundle.sha256(payload / file) for file in files}
-    return bundle.content_version(manifest, graphs)
+    digests = {file: bundle.sha256(payload / file) for file in manifest.graphs}
+    return replace(manifest, version=content_version(manifest, digests))
 
 
 @contextmanager

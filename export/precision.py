@@ -14,8 +14,8 @@ from export import onnx, quantize, tuning
 from export.confidence import Held, ask
 from export.quantize import Found
 from export.verify import Sample
-from serving.bundle import Manifest
 from serving.errors import GateError, OptionError, WorkError
+from serving.manifest import Manifest
 from serving.predictor import Predictor
 from serving.runtime import OnnxRuntime
 from serving.settings import cores

@@ -7,6 +7,7 @@ one thing that differs between the two sides is the network. Needs no torch itse
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from serving import images, views
-from serving.bundle import Manifest
 from serving.errors import DataError, GateError, ImageError
+from serving.manifest import Manifest
 from serving.predictor import Predictor, Prepared
 from serving.preprocess import Preprocess
 from serving.runtime import Runtime
@@ -63,12 +64,15 @@ class Outcome:
 
     photos: how many were compared; skipped: how many could not be decoded.
     checkpoint: how many photos the checkpoint gets right; graphs: by name of the graph.
+    classes: for each index of a class how many photos of it there were, and how many of them the
+        checkpoint gets right.
     """
 
     photos: int
     skipped: int
     checkpoint: int
     graphs: Mapping[str, Agreement]
+    classes: Mapping[int, tuple[int, int]]
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -92,6 +96,10 @@ class Outcome:
                 }
                 for name, found in self.graphs.items()
             },
+            "classes": [
+                {"class": index, "photos": photos, "right": right}
+                for index, (photos, right) in sorted(self.classes.items())
+            ],
         }
 
 
@@ -128,21 +136,23 @@ def gate(
     """
     agreements = {name: Agreement() for name in graphs}
     broken: list[Path] = []
-    photos = right = 0
+    seen, right = Counter[int](), Counter[int]()
     chunks = [samples[start : start + _AT_ONCE] for start in range(0, len(samples), _AT_ONCE)]
     with ThreadPoolExecutor(workers) as pool:
         for scored in pool.map(lambda chunk: _score(chunk, checkpoint, preprocess, graphs), chunks):
             broken += scored.broken
             if not scored.paths:
                 continue
-            photos += len(scored.paths)
-            right += _right(scored.truth, scored.labels)
+            seen.update(scored.labels)
+            best = scored.truth.argmax(axis=1)
+            right.update(y for y, found in zip(scored.labels, best, strict=True) if y == found)
             for name, found in agreements.items():
                 for answers in scored.answers[name]:
                     _compare(found, scored.truth, answers, scored.paths)
                 found.right += _right(scored.answers[name][0], scored.labels)
-    _check_photos(photos, broken)
-    outcome = Outcome(photos, len(broken), right, agreements)
+    _check_photos(seen.total(), broken)
+    classes = {label: (count, right[label]) for label, count in seen.items()}
+    outcome = Outcome(seen.total(), len(broken), right.total(), agreements, classes)
     _check_agreement(outcome, say)
     return outcome
 

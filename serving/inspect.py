@@ -31,6 +31,7 @@ def describe(folder: Path) -> list[str]:
         "tuning": _tuning(manifest.tuning.get("cpu", {})),
         "made from": _source(manifest.provenance),
         "files": f"{len(manifest.files)}, all as they were exported; {_size(_bytes(opened))}",
+        "signed": f"by {' and '.join(opened.signers)}" if opened.signers else "by nobody",
     }
     for name, said in named.items():
         for number, line in enumerate([said] if isinstance(said, str) else said):

@@ -12,7 +12,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Final, NoReturn
 
-from serving import bundle
+from serving import bundle, signing
 from serving.errors import BundleError, FledgeError, OptionError
 from serving.settings import Settings, bundle_folder
 
@@ -75,9 +75,10 @@ def make_absolute(env: MutableMapping[str, str]) -> None:
     """Write paths out in full: launcher, server and workers may stand in different folders."""
     # Not resolved: a link may be turned to new keys or another bundle while the service runs.
     env["FLEDGE_BUNDLE"] = str(bundle_folder(env).absolute())
-    keys = env.get("FLEDGE_API_KEYS_FILE", "").strip()
-    if keys:
-        env["FLEDGE_API_KEYS_FILE"] = str(Path(keys).absolute())
+    for name in ("FLEDGE_API_KEYS_FILE", signing.TRUSTED):
+        keys = env.get(name, "").strip()
+        if keys:
+            env[name] = str(Path(keys).absolute())
 
 
 def check(settings: Settings) -> None:

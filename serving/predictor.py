@@ -17,6 +17,7 @@ import numpy as np
 
 from serving import bundle, images, runtime, views
 from serving.errors import BundleError, ImageError, OptionError, WorkError
+from serving.manifest import Manifest
 from serving.preprocess import Pixels
 from serving.views import Probabilities
 
@@ -53,7 +54,7 @@ class Predictor:
     """A bundle's manifest and a runtime that has its graph. Holds no state between calls."""
 
     def __init__(
-        self, manifest: bundle.Manifest, engine: runtime.Runtime, precision: str = "fp32"
+        self, manifest: Manifest, engine: runtime.Runtime, precision: str = "fp32"
     ) -> None:
         """Join what `open_predictor` opened; `precision` is what answers report."""
         self.manifest = manifest

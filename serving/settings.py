@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from serving import images
+from serving import images, signing
 from serving.errors import OptionError
 
 DEVICES: Final = ("auto", "cpu", "cuda", "tensorrt")
@@ -85,7 +85,7 @@ class Settings:
             deadline=reader.seconds("FLEDGE_DEADLINE", cls.deadline),
             api_keys=reader.keys("FLEDGE_API_KEYS_FILE"),
         )
-        reader.refuse("FLEDGE_TRUSTED_KEYS", "this version can't check signatures; unset it")
+        reader.trusted_keys()
         if reader.mistakes:
             raise OptionError("; ".join(reader.mistakes))
         return settings
@@ -156,6 +156,9 @@ class _Reader:
             self.mistakes.append(f"{name} = {path!r}: has no key; write one a line")
         return frozenset(hashlib.sha256(key.encode()).digest() for key in keys)
 
-    def refuse(self, name: str, why: str) -> None:
-        if self.text(name, ""):
-            self.mistakes.append(f"{name}: {why}")
+    def trusted_keys(self) -> None:
+        """Only checked: `serving.bundle` reads them whenever it reads a bundle."""
+        try:
+            signing.trusted(self.environ)
+        except OptionError as error:
+            self.mistakes.append(str(error))

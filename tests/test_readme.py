@@ -16,7 +16,7 @@ import pytest
 
 import fledge
 from serving import errors, images, problems
-from serving.bundle import Manifest
+from serving.manifest import Manifest
 from serving.predictor import open_predictor
 from serving.settings import Settings
 from tests.tiny import photo, tiny_bundle
@@ -145,7 +145,7 @@ def test_the_readme_lists_every_setting() -> None:
 
     settings = Settings.from_env(Environment())
     told = {row[0]: row[-1] for row in rows("README.md", "### Settings") if "FLEDGE_" in row[0]}
-    assert set(told) == asked - {"FLEDGE_TRUSTED_KEYS"}  # refused by this version
+    assert set(told) == asked
     plain = ("device", "precision", "workers", "max_queue", "max_bytes", "max_pixels", "deadline")
     for name in plain:
         assert told[f"FLEDGE_{name.upper()}"] == str(getattr(settings, name))

@@ -6,6 +6,7 @@ import io
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw, ImageFilter
 
 from serving import bundle, images, views
+from serving.manifest import Manifest, content_version
 from serving.preprocess import Preprocess
 
 NAMES = ("daisy", "rose", "tulip", "violet", "poppy", "lily", "iris", "aster", "lotus", "pansy")
@@ -61,7 +63,7 @@ def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0
         pixels = preprocess(images.decode(data).image)
         logits = session.run(["logits"], {"pixels": pixels[None]})[0]
         golden.append({"file": name, "probabilities": {"fp32": views.softmax(logits)[0].tolist()}})
-    manifest = bundle.Manifest(
+    manifest = Manifest(
         name="tiny",
         version="",
         arch="tiny",
@@ -79,7 +81,7 @@ def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0
         },
     )
     graphs = {"model.onnx": bundle.sha256(aside / "model.onnx")}
-    manifest = replace(manifest, version=bundle.content_version(manifest, graphs))
+    manifest = replace(manifest, version=content_version(manifest, graphs))
     payload = folder / manifest.version
     if payload.exists():
         shutil.rmtree(aside)  # the same arguments again
@@ -87,6 +89,17 @@ def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0
         aside.rename(payload)
     bundle.publish(manifest, folder)
     return folder
+
+
+def altered(folder: Path, **changes: Any) -> Manifest:
+    """Change fields of a bundle's manifest as an export would have it: with another version."""
+    old = bundle.read(folder).manifest
+    manifest = replace(old, **changes)
+    digests = {name: manifest.files[name]["sha256"] for name in manifest.graphs}
+    manifest = replace(manifest, version=content_version(manifest, digests))
+    (folder / old.version).rename(folder / manifest.version)
+    bundle.publish(manifest, folder)
+    return manifest
 
 
 def _graph(classes: int, preprocess: Preprocess, seed: int) -> onnx.ModelProto:

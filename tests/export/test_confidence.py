@@ -7,8 +7,8 @@ import pytest
 
 from export import confidence
 from export.confidence import Held, Wanted
-from serving.bundle import Manifest
 from serving.errors import OptionError
+from serving.manifest import Manifest
 from serving.predictor import Predictor
 from serving.preprocess import Preprocess
 from serving.views import VIEWS, average, softmax

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import fledge
 from export import foreign, tuning
+from export.graph import assemble
 from serving.errors import DataError, OptionError
 from serving.predictor import open_predictor
 from serving.preprocess import Preprocess
@@ -78,7 +79,11 @@ def test_the_usual_ways_to_save_are_read(network, tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "arch", ["mobilenet_v3_small", "vgg11_bn", "densenet121", "googlenet", "swin_t", "vit_b_32"]
+    "arch",
+    [
+        *("mobilenet_v3_small", "vgg11_bn", "densenet121", "googlenet", "swin_t", "vit_b_32"),
+        "squeezenet1_1",
+    ],
 )
 def test_other_families_keep_what_they_compute(arch, tmp_path):
     torch.manual_seed(0)
@@ -90,6 +95,27 @@ def test_other_families_keep_what_they_compute(arch, tmp_path):
     x = model.normalise(pixels(2, size), PREPROCESS)
     with torch.no_grad():
         assert torch.equal(whole(x), made(x))
+        graph, _ = assemble(whole, Preprocess(size=size))
+        logits, features = graph(pixels(2, size))
+    assert torch.allclose(logits, made(x), rtol=1e-4, atol=1e-5)
+    assert features.ndim == 2
+
+
+def test_options_of_the_builder_are_taken_and_checked(tmp_path):
+    torch.manual_seed(0)
+    made = torchvision.models.googlenet(num_classes=4, init_weights=False).eval()
+    torch.save(made.state_dict(), tmp_path / "x.pth")
+    args = foreign.read_args(["transform_input=true"])
+    whole, info = foreign.load(tmp_path / "x.pth", "googlenet", LABELS, size=64, arch_args=args)
+    assert info.arch_args == {"transform_input": True}
+    made.transform_input = True
+    x = model.normalise(pixels(2, 64), PREPROCESS)
+    with torch.no_grad():
+        assert torch.equal(whole(x), made(x))
+    with pytest.raises(OptionError, match=r"--arch-args .*wings.* does not fit googlenet"):
+        foreign.load(tmp_path / "x.pth", "googlenet", LABELS, arch_args={"wings": 2})
+    with pytest.raises(OptionError, match="--arch-args wings: use KEY=VALUE"):
+        foreign.read_args(["wings"])
 
 
 def test_it_is_exported_and_answers_as_it_did(network, file, labels, shared_run, tmp_path):
@@ -141,8 +167,8 @@ def test_what_does_not_fit_is_named(file, tmp_path):
         load(file, "resnet19")
     with pytest.raises(OptionError, match="--size = 8 does not fit vgg11"):
         load(file, "vgg11", size=8)
-    torch.save(torchvision.models.squeezenet1_1(num_classes=4).state_dict(), file)
-    with pytest.raises(OptionError, match="squeezenet1_1 ends in a convolution"):
+    torch.save(torchvision.models.squeezenet1_1(num_classes=5).state_dict(), file)
+    with pytest.raises(DataError, match=r"has 5 classes and --labels 4"):
         load(file, "squeezenet1_1")
 
 
@@ -172,7 +198,7 @@ def test_a_folder_that_is_no_label_is_named(shared_run):
     ("words", "message"),
     [
         ([], "name a run, as runs/latest"),
-        (["run", "--arch", "resnet18"], "--arch resnet18 goes with --checkpoint"),
+        (["run", "--arch", "resnet18"], "--arch goes with --checkpoint"),
         (["--checkpoint", "x.pth"], "--checkpoint x.pth needs --arch, too"),
         (
             ["run", *["--checkpoint", "x", "--arch", "a", "--labels", "b", "--photos", "c"]],

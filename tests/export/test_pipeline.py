@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,8 @@ from serving.errors import BundleError, DataError, GateError, OptionError, WorkE
 from serving.predictor import open_predictor
 from serving.verify import verify as verify_bundle
 from training import model
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs/manifest.schema.json").read_text())
 
 
 def export(run, out, *, say=lambda line: None, data=None, **options):
@@ -84,7 +88,8 @@ def test_the_manifest_says_what_was_done(exported, shared_run):
     assert (manifest.name, manifest.arch) == ("tiny", "mobilenet_v2")
     assert manifest.labels == shared_run.classes
     assert manifest.parity["photos"] == len(shared_run.dataset.valid)
-    assert set(manifest.parity["graphs"]) == {"onnx", "torchscript"}
+    assert set(manifest.parity["graphs"]) == {"onnx", "torchscript", "torch.export"}
+    jsonschema.validate(json.loads((out / "manifest.json").read_text()), SCHEMA)
     assert manifest.batchnorm == {"before": 54, "folded": 54, "left": {}}
     assert manifest.tuning["cpu"]["max_batch"] == 1
     assert manifest.tried["fp16"]["why_not"] == "not tried: no GPU here"
@@ -111,6 +116,23 @@ def test_the_model_card_speaks_of_this_model(exported):
     card = (out / manifest.version / "README.md").read_text()
     for word in ("# tiny", "blue, green, red", manifest.version, "uint8 `[batch, 32, 32, 3]`"):
         assert word in card
+
+
+def test_the_model_card_has_the_accuracy_of_each_class(exported, shared_run):
+    out, manifest, _ = exported
+    predictor = open_predictor(out, device="cpu")
+    expected = {name: [0, 0] for name in manifest.labels}
+    for sample in shared_run.dataset.valid:
+        answer = predictor.predict([predictor.prepare(sample.path.read_bytes())])[0]
+        counts = expected[manifest.labels[sample.label]]
+        counts[0] += 1
+        counts[1] += int(answer.probabilities.argmax()) == sample.label
+    card = (out / manifest.version / "README.md").read_text()
+    table = card.partition("| class | held-out")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert {row[0]: [int(row[1]), int(row[2])] for row in rows} == expected
+    shares = [int(row[3].rstrip("%")) for row in rows]
+    assert shares == sorted(shares)
 
 
 def test_what_confident_means_is_asked_for(shared_run, exported, tmp_path, remembered):

@@ -8,8 +8,8 @@ import pytest
 
 from export import verify
 from serving import views
-from serving.bundle import Manifest
 from serving.errors import DataError, GateError
+from serving.manifest import Manifest
 from serving.predictor import Predictor
 from serving.preprocess import Preprocess
 from tests.export.conftest import jpeg
@@ -65,6 +65,10 @@ def test_the_same_network_passes_whoever_scores(samples, workers):
         "tolerance": 1e-4,
         "accuracy": {"checkpoint": 1.0, "onnx": 1.0},
         "graphs": {"onnx": {"top1_changed": 0, "ties": 0}},
+        "classes": [
+            {"class": index, "photos": 13 + (index == 0), "right": 13 + (index == 0)}
+            for index in range(3)
+        ],
     }
 
 

@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from serving import bundle
-from serving.bundle import Manifest
 from serving.errors import BundleError
+from serving.manifest import Manifest, content_version
 from serving.preprocess import Preprocess
 from serving.views import VIEWS
 from tests.tiny import tiny_bundle
@@ -246,12 +247,12 @@ def test_whoever_reads_while_versions_change_sees_one_or_the_other(folder: Path)
 def test_version_changes_when_and_only_when_something_that_decides_does(folder: Path) -> None:
     base = bundle.read(folder).manifest
     graphs = {"a.onnx": "1", "b.onnx": "2"}
-    versions = {bundle.content_version(base, graphs)}
-    assert bundle.content_version(base, {"b.onnx": "2", "a.onnx": "1"}) in versions
+    versions = {content_version(base, graphs)}
+    assert content_version(base, {"b.onnx": "2", "a.onnx": "1"}) in versions
     same = replace(base, name="x", version="x", tuning={"x": 1}, parity={"x": 1}, tta={"x": 1})
-    assert bundle.content_version(same, graphs) in versions
+    assert content_version(same, graphs) in versions
     for other in ({"a.onnx": "1", "b.onnx": "3"}, {"a.onnx": "1"}):
-        versions.add(bundle.content_version(base, other))
+        versions.add(content_version(base, other))
     changes: list[dict[str, Any]] = [
         {"labels": base.labels[::-1]},
         {"preprocess": Preprocess(size=192)},
@@ -263,7 +264,7 @@ def test_version_changes_when_and_only_when_something_that_decides_does(folder: 
         {"views": (VIEWS[0], VIEWS[2], VIEWS[1])},
         {"average": "log_mean"},
     ]
-    versions |= {bundle.content_version(replace(base, **change), graphs) for change in changes}
+    versions |= {content_version(replace(base, **change), graphs) for change in changes}
     assert len(versions) == 3 + len(changes)
     assert all(len(version) == 12 and int(version, 16) >= 0 for version in versions)
 
@@ -283,3 +284,48 @@ def test_a_manifest_with_nan_is_never_written(folder: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         bundle.publish(manifest, folder)
     assert (folder / bundle.MANIFEST).read_bytes() == before
+
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs/manifest.schema.json").read_text())
+
+
+def test_the_schema_knows_every_field_and_a_real_manifest(folder: Path) -> None:
+    fields = [item.name for item in dataclasses.fields(Manifest)]
+    assert list(SCHEMA["properties"]) == fields
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(json.loads((folder / bundle.MANIFEST).read_text()), SCHEMA)
+
+
+@pytest.mark.parametrize("name", SCHEMA["required"])
+def test_the_schema_misses_what_is_missing(folder: Path, name: str) -> None:
+    values = json.loads((folder / bundle.MANIFEST).read_text())
+    del values[name]
+    with pytest.raises(jsonschema.ValidationError, match=name):
+        jsonschema.validate(values, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.update(surprise=1),
+        lambda values: values.update(schema=2),
+        lambda values: values.update(labels=[]),
+        lambda values: values.update(version="../x"),
+        lambda values: values.update(temperature=0),
+        lambda values: values.update(average="median"),
+        lambda values: values["precisions"].pop("fp32"),
+        lambda values: values["precisions"].update(fp8={"file": "x"}),
+        lambda values: values["precisions"]["fp32"].update(file="../x"),
+        lambda values: values["files"].update({"/etc/passwd": {"sha256": "0" * 64, "bytes": 1}}),
+        lambda values: values["files"]["model.onnx"].update(sha256="short"),
+        lambda values: values["preprocess"].update(size="large"),
+        lambda values: values["golden"][0]["probabilities"].update(fp32=[2]),
+    ],
+)
+def test_the_schema_refuses_what_no_export_writes(
+    folder: Path, change: Callable[[dict], None]
+) -> None:
+    values = json.loads((folder / bundle.MANIFEST).read_text())
+    change(values)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(values, SCHEMA)

@@ -7,7 +7,7 @@ import pytest
 from serving import bundle, images, views
 from serving.errors import BundleError, NotAnImage, OptionError, TooLarge, WorkError
 from serving.predictor import Predictor, _fastest, check_golden, open_predictor
-from tests.tiny import photo, tiny_bundle
+from tests.tiny import altered, photo, tiny_bundle
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_a_bad_image_is_refused_before_it_meets_others(predictor: Predictor):
 
 
 def republish(folder: Path, **changes: object) -> Path:
-    bundle.publish(replace(bundle.read(folder).manifest, **changes), folder)
+    altered(folder, **changes)
     return folder
 
 

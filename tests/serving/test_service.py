@@ -9,7 +9,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from serving.bundle import Manifest
+from serving.manifest import Manifest
 from serving.predictor import Predictor, open_predictor
 from tests.serving.live import Live, live, post
 from tests.tiny import photo, tiny_bundle
