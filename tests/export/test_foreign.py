@@ -15,8 +15,9 @@ from export.graph import assemble
 from serving.errors import DataError, OptionError
 from serving.predictor import open_predictor
 from serving.preprocess import Preprocess
-from tests.export.conftest import lively, pixels
+from tests.export.conftest import pixels
 from tests.export.test_pipeline import rates
+from tests.lively import lively
 from training import model
 
 LABELS = ["green", "unseen", "blue", "red"]

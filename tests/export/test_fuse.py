@@ -9,7 +9,8 @@ from torch import nn
 from export.fuse import Affine, fuse
 from serving.errors import WorkError
 from serving.preprocess import Preprocess
-from tests.export.conftest import lively, pixels, speaking
+from tests.export.conftest import pixels
+from tests.lively import lively, speaking
 from training import model
 
 # Smallest of a family: BatchNorms before and left. The head has two, both folded.

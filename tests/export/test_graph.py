@@ -7,7 +7,8 @@ from torch import nn
 
 from export import graph
 from serving.preprocess import Preprocess
-from tests.export.conftest import lively, pixels, speaking
+from tests.export.conftest import pixels
+from tests.lively import lively, speaking
 from training import model
 
 ODD = Preprocess(size=64, mean=(0.1, 0.5, 0.7), std=(0.1, 0.3, 0.9))
