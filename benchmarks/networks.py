@@ -1,6 +1,6 @@
-r"""Export every network of torchvision: what became of its BatchNorms, how far its graphs are.
+r"""Export every network of torchvision: what became of its BatchNorms, how far off its graphs are.
 
-    python benchmarks/networks.py --photos DIR [--archs resnet50,vit_b_16] [--out runs/bench-networks]
+    python benchmarks/networks.py --photos DIR [--archs resnet50,vit_b_16] [--out DIR]
 
 Weights are torchvision's initial ones with BatchNorm statistics and gains made random, logits
 rescaled to a standard deviation of 2; photos are real. Each network has a process of its own, so
@@ -147,7 +147,8 @@ def table(rows: list[dict]) -> str:
         off = (f"{row[name]:.0e}" for name in ("onnx", "torchscript", "torch.export"))
         counts = (f"{row[key]}" for key in ("before", "folded", "left"))
         parameters = f"{row['parameters'] / 1e6:.1f} M"
-        lines.append(f"| {' | '.join([f'`{row["arch"]}`', parameters, *counts, *off])} |")
+        name = f"`{row['arch']}`"
+        lines.append(f"| {' | '.join([name, parameters, *counts, *off])} |")
     return "\n".join(lines)
 
 

@@ -23,9 +23,9 @@ from serving.errors import ImageError, OptionError
 from serving.manifest import Manifest
 from serving.predictor import Predictor
 from serving.progress import progress_bar
-from serving.views import average, softmax
+from serving.views import average, energies, softmax
 from training import metrics
-from training.metrics import Floats, Labels, Probabilities
+from training.metrics import Labels, Probabilities
 
 FAMILIAR: Final = 0.95
 """Share of held-out photos whose energy is within the threshold."""
@@ -216,14 +216,6 @@ def confident(held: Held, temperature: float, wanted: Wanted) -> dict[str, Any]:
         "precision": hits / count,
         "precision_interval": [low, high],
     }
-
-
-def energies(logits: npt.NDArray[np.float32]) -> Floats:
-    """-log sum exp of logits [..., C]: low for what is like the training photos.
-
-    Liu et al., 2020, "Energy-based Out-of-distribution Detection", at temperature 1.
-    """
-    return np.asarray(-logsumexp(logits.astype(np.float64), axis=-1))
 
 
 def energy_threshold(held: Held) -> float:

@@ -8,6 +8,7 @@ goes; what is written depends on the graph and the versions of the packages alon
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -78,11 +79,40 @@ def _translate(graph: Graph, preprocess: Preprocess) -> onnx.ModelProto:
                 verbose=False,
             )
     except RuntimeError as error:  # the base of every error of the exporter
-        raise WorkError(f"the network can't be written as ONNX: {_first_line(error)}") from error
+        reason = _untranslated(graph, error) or _first_line(error)
+        raise WorkError(f"the network can't be written as ONNX: {reason}") from error
     if program is None:  # only the exporter's type says that it may be
         raise WorkError("the network can't be written as ONNX: the exporter gave nothing")
     model: onnx.ModelProto = program.model_proto
     return model
+
+
+def _untranslated(graph: Graph, error: BaseException | None) -> str | None:
+    """Which operator of which module the exporter has no translation for, if it is that."""
+    while error:
+        found = re.search(r"OpOverload\(op='\w+\.(\w+)'", str(error))
+        if found:
+            where = _modules_with(graph, found[1])
+            return f"no translation for {found[1]}, in {', '.join(where) or 'a module unknown'}"
+        error = error.__cause__
+    return None
+
+
+def _modules_with(graph: Graph, operator: str) -> list[str]:
+    """The modules, as the checkpoint names them, that call an operator under some such name."""
+
+    def plain(name: str) -> str:
+        return name.replace("_", "").lower()
+
+    wanted, where = plain(operator), []
+    for node in graph.core.graph.nodes:
+        is_module = node.op == "call_module"
+        called = graph.core.get_submodule(node.target) if is_module else node.target
+        name = type(called).__name__ if is_module else getattr(called, "__name__", str(called))
+        if wanted in plain(name) or (len(name) > 3 and plain(name) in wanted):
+            stack = node.meta.get("nn_module_stack") or {str(node.target): None}
+            where.append(list(stack)[-1].removeprefix("classifier."))
+    return list(dict.fromkeys(where))
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -139,6 +139,7 @@ def _export(
 ) -> Manifest:
     _check_finite(model.classifier, origin)
     name = _check_name(model.info.name if options.name is None else options.name)
+    precisions.check(options.precision)
     sign = signing.signer(options.sign) if options.sign else None
     signing.trusted()  # it reads what is live at the end, and a mistake in that is better known now
     model = model._replace(valid=verify.held_out(model.valid))

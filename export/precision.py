@@ -6,18 +6,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+from onnx import ModelProto
 
-from export import onnx, quantize, tuning
+from export import half, onnx, quantize, tuning
 from export.confidence import Held, ask
-from export.quantize import Found
 from export.verify import Sample
+from serving import runtime
 from serving.errors import GateError, OptionError, WorkError
 from serving.manifest import Manifest
 from serving.predictor import Predictor
-from serving.runtime import OnnxRuntime
+from serving.preprocess import Pixels
 from serving.settings import cores
 
 FILES: Final = {"fp32": "model.onnx", "int8": "model.int8.onnx", "fp16": "model.fp16.onnx"}
@@ -25,9 +26,30 @@ FILES: Final = {"fp32": "model.onnx", "int8": "model.int8.onnx", "fp16": "model.
 BUDGET: Final = 0.5
 """Points of accuracy that a faster precision may cost."""
 
-INT8_TOLERANCE: Final = 0.05
-"""Of a golden probability: processors without VNNI add up int8 in other ways."""
 
+class Kind(NamedTuple):
+    """A precision beside fp32.
+
+    device: what it is for, and is judged on. tolerance: of a golden probability.
+    make: the fp32 graph, training photos, points of accuracy -> a graph, and facts about it.
+    """
+
+    device: str
+    tolerance: float
+    make: Callable[[Path, Pixels, float], tuple[ModelProto, dict[str, Any]]]
+
+
+def _int8(source: Path, pixels: Pixels, budget: float) -> tuple[ModelProto, dict[str, Any]]:
+    found = quantize.search(source, pixels, 1 - budget / 100)
+    return found.model, found.to_dict()
+
+
+KINDS: Final = {
+    # GPUs differ in the order in which they add up.
+    "fp16": Kind("cuda", 0.01, lambda source, pixels, _: half.convert(source, pixels)),
+    # Processors without VNNI add up in other ways.
+    "int8": Kind("cpu", 0.05, _int8),
+}
 CHOICES: Final = ("auto", "fp32", "int8", "fp16")
 
 
@@ -120,6 +142,16 @@ class Wanted:
     train: Sequence[Sample]
 
 
+def check(precision: str) -> None:
+    """Refuse what can't be tried here, before the work.
+
+    Raises:
+        OptionError: fp16 without a GPU.
+    """
+    if precision in KINDS and not _usable(KINDS[precision].device):
+        raise OptionError(f"--precision {precision}: no usable GPU here to try it on; use auto")
+
+
 def keep(
     payload: Path,
     manifest: Manifest,
@@ -130,113 +162,109 @@ def keep(
 ) -> Manifest:
     """Try what is wanted beside fp32, and keep what is worth it; the manifest that says so.
 
-    Raises:
-        OptionError: fp16 without a GPU.
-        GateError: The precision that was asked for by name is refused.
-        WorkError: As `int8`.
-    """
-    if wanted.precision == "fp16":
-        raise OptionError("--precision fp16: no usable GPU here to try it on; use auto or int8")
-    tried: dict[str, Any] = {"fp16": {"kept": False, "why_not": "not tried: no GPU here"}}
-    why_not = "not tried: --precision fp32" if wanted.precision == "fp32" else ""
-    try:
-        if not why_not:
-            verdict, found, rates = int8(
-                payload,
-                wanted.train,
-                manifest,
-                held,
-                samples,
-                budget=wanted.budget,
-                workers=cores(),
-            )
-    except WorkError as error:
-        if wanted.precision == "int8":
-            raise
-        why_not = f"not tried: {error}"
-        say(f"int8 {why_not}")
-    if why_not:
-        rates = tuning.measure({"fp32": payload / FILES["fp32"]}, manifest.preprocess.size)
-        tried["int8"] = {"kept": False, "why_not": why_not}
-        return replace(manifest, tried=tried, tuning={"cpu": tuning.advice(rates)})
-    say(verdict.told("int8"))
-    if verdict.refusal and wanted.precision == "int8":
-        raise GateError(f"--precision int8 is refused: {verdict.refusal}; no bundle was written")
-    tried["int8"] = {
-        **verdict.to_dict(),
-        "way": found.way.to_dict(),
-        "ways": [way.to_dict() for way in found.tried],
-    }
-    if verdict.refusal:
-        rates = {"fp32": rates["fp32"]}
-    else:
-        manifest = _with_int8(payload, manifest, verdict)
-    return replace(manifest, tried=tried, tuning={"cpu": tuning.advice(rates)})
-
-
-def _with_int8(payload: Path, manifest: Manifest, verdict: Verdict) -> Manifest:
-    """The manifest with the precision and what golden photos give in it, which is its own truth."""
-    engine = OnnxRuntime(payload / FILES["int8"], device="cpu")
-    predictor = Predictor(manifest, engine, "int8")
-    golden = []
-    for item in manifest.golden:
-        prepared = predictor.prepare((payload / str(item["file"])).read_bytes())
-        answer = predictor.predict([prepared])[0].probabilities
-        stated = {**item["probabilities"], "int8": answer.tolist()}
-        golden.append({**item, "probabilities": stated})
-    entry = {"file": FILES["int8"], "accuracy": verdict.accuracy, "tolerance": INT8_TOLERANCE}
-    return replace(
-        manifest, precisions={**manifest.precisions, "int8": entry}, golden=tuple(golden)
-    )
-
-
-def int8(
-    payload: Path,
-    train: Sequence[Sample],
-    manifest: Manifest,
-    held: Held,
-    samples: Sequence[Sample],
-    *,
-    budget: float,
-    workers: int,
-) -> tuple[Verdict, Found, tuning.Rates]:
-    """Quantise `payload`'s graph, score it, time it beside fp32, and remove it where refused.
-
     Args:
-        payload: Holds the fp32 graph, and gets the other.
-        train: Training photos, to calibrate and search on.
+        payload: Holds the fp32 graph, and gets what is kept.
         manifest: Of the bundle so far.
         held: What the fp32 graph says of `samples`.
         samples: Held-out photos.
-        budget: Points of accuracy.
-        workers: Threads that score side by side.
+        wanted: As there.
+        say: Takes a line about each.
 
     Raises:
-        WorkError: The graph can't be quantised; too few training photos.
+        GateError: The precision that was asked for by name is refused.
+        WorkError, OptionError: It could not be tried.
     """
-    source, path = payload / FILES["fp32"], payload / FILES["int8"]
-    pixels = quantize.draw(train, manifest.preprocess, workers)
-    found = quantize.search(source, pixels, 1 - budget / 100)
+    tried: dict[str, Any] = {}
+    tuned: dict[str, Any] = {}
+    for name, kind in KINDS.items():
+        if why_not := _why_not(name, kind, wanted.precision):
+            tried[name] = {"kept": False, "why_not": f"not tried: {why_not}"}
+            continue
+        try:
+            verdict, facts, rates = _attempt(name, kind, payload, manifest, held, samples, wanted)
+        except (WorkError, OptionError) as error:
+            if wanted.precision == name:
+                raise
+            tried[name] = {"kept": False, "why_not": f"not tried: {error}"}
+            say(f"{name} not tried: {error}")
+            continue
+        say(verdict.told(name))
+        if verdict.refusal and wanted.precision == name:
+            raise GateError(
+                f"--precision {name} is refused: {verdict.refusal}; no bundle was written"
+            )
+        tried[name] = {**verdict.to_dict(), **facts}
+        if verdict.refusal:
+            del rates[name]
+        else:
+            manifest = _with(name, kind, payload, manifest, verdict)
+        tuned[kind.device] = tuning.advice(rates)
+    for device in {kind.device for kind in KINDS.values() if _usable(kind.device)} - set(tuned):
+        alone = {"fp32": payload / FILES["fp32"]}
+        rates = tuning.measure(alone, manifest.preprocess.size, device)
+        tuned[device] = tuning.advice(rates)
+    return replace(manifest, tried=tried, tuning=dict(sorted(tuned.items())))
+
+
+def _usable(device: str) -> bool:
+    return device == "cpu" or runtime.expected("auto") == runtime.PROVIDERS[device]
+
+
+def _why_not(name: str, kind: Kind, wanted: str) -> str:
+    if wanted not in ("auto", name):
+        return f"--precision {wanted}"
+    return "" if _usable(kind.device) else "no GPU here"
+
+
+def _attempt(
+    name: str,
+    kind: Kind,
+    payload: Path,
+    manifest: Manifest,
+    held: Held,
+    samples: Sequence[Sample],
+    wanted: Wanted,
+) -> tuple[Verdict, dict[str, Any], tuning.Rates]:
+    """Make a graph, score it, time it beside fp32, and remove it where it is refused."""
+    source, path = payload / FILES["fp32"], payload / FILES[name]
+    workers = cores()
+    pixels = quantize.draw(wanted.train, manifest.preprocess, workers)
+    model, facts = kind.make(source, pixels, wanted.budget)
     onnx.save(
-        found.model,
+        model,
         path,
         name=manifest.name,
         labels=manifest.labels,
         preprocess=manifest.preprocess,
     )
-    mine = ask(Predictor(manifest, OnnxRuntime(path, device="cpu")), samples, workers, views=1)
-    rates = tuning.measure({"fp32": source, "int8": path}, manifest.preprocess.size)
-    best = {name: max(by.values()) for name, by in rates.items()}
+    predictor = Predictor(manifest, runtime.OnnxRuntime(path, device=kind.device))
+    mine = ask(predictor, samples, workers, views=1)
+    rates = tuning.measure({"fp32": source, name: path}, manifest.preprocess.size, kind.device)
+    best = {graph: max(by.values()) for graph, by in rates.items()}
     verdict = judge(
         held.logits[:, 0].argmax(axis=1).tolist(),
         mine.logits[:, 0].argmax(axis=1).tolist(),
         held.labels.tolist(),
-        faster=best["int8"] / best["fp32"],
-        budget=budget,
+        faster=best[name] / best["fp32"],
+        budget=wanted.budget,
     )
     if verdict.refusal:
         path.unlink()
-    return verdict, found, rates
+    return verdict, facts, rates
+
+
+def _with(name: str, kind: Kind, payload: Path, manifest: Manifest, verdict: Verdict) -> Manifest:
+    """The manifest with the precision and what golden photos give in it, which is its own truth."""
+    engine = runtime.OnnxRuntime(payload / FILES[name], device=kind.device)
+    predictor = Predictor(manifest, engine, name)
+    golden = []
+    for item in manifest.golden:
+        prepared = predictor.prepare((payload / str(item["file"])).read_bytes())
+        answer = predictor.predict([prepared])[0].probabilities
+        golden.append({**item, "probabilities": {**item["probabilities"], name: answer.tolist()}})
+    entry = {"file": FILES[name], "accuracy": verdict.accuracy, "tolerance": kind.tolerance}
+    precisions = {**manifest.precisions, name: entry}
+    return replace(manifest, precisions=precisions, golden=tuple(golden))
 
 
 def _paired_interval(lost: int, won: int, photos: int) -> tuple[float, float]:

@@ -78,6 +78,10 @@ class Found(NamedTuple):
     model: onnx.ModelProto
     tried: tuple[Way, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"way": self.way.to_dict(), "ways": [way.to_dict() for way in self.tried]}
+
 
 def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) -> Pixels:
     """Photos to calibrate and search on, the same every time: uint8 [N, size, size, 3].
@@ -133,11 +137,11 @@ def search(source: Path, pixels: Pixels, enough: float) -> Found:
     with progress_bar() as bar:
         task = bar.add_task("int8: ways to quantise", total=total)
         ask = _Judge(source, pixels[calibrating:])
-        ranges = {name: _ranges(source, pixels[:calibrating], name) for name in _METHODS}
+        found = {name: ranges(source, pixels[:calibrating], name) for name in _METHODS}
         tried: list[Way] = []
 
         def attempt(way: Way, photos: int | None = None) -> Way:
-            model = _quantised(graph, ranges[way.method], way)
+            model = _quantised(graph, found[way.method], way)
             return ask(way, model, photos)
 
         for method in _METHODS:
@@ -150,7 +154,7 @@ def search(source: Path, pixels: Pixels, enough: float) -> Found:
         if best.agreement < enough:
             tried += _with_worst_in_float(best, layers, enough, attempt, bar)
             best = max(tried, key=lambda way: (way.agreement >= enough, -way.divergence))
-    return Found(best, _quantised(graph, ranges[best.method], best), tuple(tried))
+    return Found(best, _quantised(graph, found[best.method], best), tuple(tried))
 
 
 def _with_worst_in_float(
@@ -208,13 +212,16 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
         return None if row is None else {"pixels": row[None]}
 
 
-def _ranges(source: Path, pixels: Pixels, method: str) -> TensorsData:
-    """What every activation ranges over, a few photos at a time: histograms keep all of them."""
+def ranges(source: Path, pixels: Pixels, method: str, *, every: bool = False) -> TensorsData:
+    """What activations range over, a few photos at a time: histograms keep all of them.
+
+    `method`: "minmax" or "percentile"; `every`: not only of the layers that can be quantised.
+    """
     # It prints what it does.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         calibrator = create_calibrator(
             source,
-            list(QDQRegistry),
+            None if every else list(QDQRegistry),
             augmented_model_path=str(Path(folder) / "augmented.onnx"),
             calibrate_method=_METHODS[method],
             extra_options={"symmetric": False, "percentile": 99.99},

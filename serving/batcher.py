@@ -23,7 +23,8 @@ from serving.errors import Overloaded
 from serving.predictor import Prediction, Predictor, Prepared
 
 Observe = Callable[[str, float], None]
-"""Told (phase, seconds): "queue", "decode", "infer"; and ("rows", count) for every run."""
+"""Told (phase, seconds): "queue", "decode", "infer"; ("rows", count) for every run of the graph,
+and ("waiting", count) of the images inside."""
 
 
 class Engine(Protocol):
@@ -57,7 +58,7 @@ def build(
         max_pixels: Of an image, width times height.
         observe: Where timings go; called from several threads.
     """
-    room = Room(max_queue)
+    room = Room(max_queue, observe)
 
     def prepare(data: bytes, tta: int) -> Prepared:
         return predictor.prepare(data, tta, max_pixels=max_pixels)
@@ -70,10 +71,11 @@ def build(
 class Room:
     """Counts the images inside. Used by the event loop alone, so it needs no lock."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, observe: Observe) -> None:
         """`limit`: images that may be inside at once."""
         self.limit = limit
         self.inside = 0
+        self._observe = observe
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -85,10 +87,12 @@ class Room:
         if self.inside >= self.limit:
             raise Overloaded(f"{self.limit} images are waiting already; ask again in a second")
         self.inside += 1
+        self._observe("waiting", self.inside)
         try:
             yield
         finally:
             self.inside -= 1
+            self._observe("waiting", self.inside)
 
 
 Prepare = Callable[[bytes, int], Prepared]

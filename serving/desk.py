@@ -7,10 +7,13 @@ import gc
 import json
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+from serving import bundle
 from serving.batcher import Engine, build
 from serving.errors import DeadlineExceeded, FledgeError, NotReady, TooLarge
 from serving.forms import Options
@@ -22,35 +25,70 @@ from serving.telemetry import Telemetry
 GPU_CAP: Final = 16
 """Rows of one run on a GPU where the bundle states no tuning."""
 
+WATCH: Final = 1.0
+"""Seconds between two looks at the manifest."""
+RETRY: Final = 10.0
+"""Seconds until a bundle that was refused is tried again."""
+_PAUSE: Final = 0.02
+
 _log = logging.getLogger("bentoml.fledge")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Model:
-    """What is served: a predictor and the engine that feeds it."""
+    """What is served: a predictor and the engine that feeds it.
+
+    users: requests that hold it; counted by the event loop alone.
+    """
 
     predictor: Predictor
     engine: Engine
     manifest: bytes
+    users: int = 0
+
+    @contextmanager
+    def held(self) -> Iterator[Model]:
+        """Keep it from being closed when another takes its place meanwhile."""
+        self.users += 1
+        try:
+            yield self
+        finally:
+            self.users -= 1
+
+    def close(self) -> None:
+        """Wait until nobody holds it, then stop the engine."""
+        while self.users:
+            time.sleep(_PAUSE)
+        self.engine.close()
 
 
 class Desk:
-    """Loads in the background and answers as soon as the golden images came out right."""
+    """Answers as soon as the golden images came out right, and follows the bundle from then on.
+
+    A manifest that is replaced is loaded beside the one that is served, proved like the first,
+    and takes its place between two requests. One that can't be served is refused and told; the
+    old one goes on.
+    """
 
     def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
-        """Nothing is loaded before `start`."""
+        """Nothing is loaded before `load` or `start`."""
         self.settings = settings
         self.telemetry = telemetry
         self.refusal = "the bundle is still being loaded"
         self._model: Model | None = None
+        self._seen: object = None
+        self._closing = threading.Event()
+        self._loading = threading.Lock()
 
     def start(self) -> None:
-        """Load and check the bundle on a thread, so that `/livez` answers meanwhile."""
-        threading.Thread(target=self.load, name="fledge-load", daemon=True).start()
+        """Load on a thread, if nothing is loaded yet, and watch the bundle."""
+        threading.Thread(target=self._watch, name="fledge-watch", daemon=True).start()
 
     def close(self) -> None:
-        """Stop the engine."""
-        model, self._model, self.refusal = self._model, None, "the service is stopping"
+        """Stop; nobody waits for an answer any more."""
+        self._closing.set()
+        with self._loading:
+            model, self._model, self.refusal = self._model, None, "the service is stopping"
         if model:
             model.engine.close()
 
@@ -59,7 +97,8 @@ class Desk:
         """What is served now.
 
         Raises:
-            NotReady: Nothing yet; `refusal` has the reason, which is for operators.
+            NotReady: Nothing yet; `refusal` has the reason, which is for operators. It also has
+                why a newer bundle is not served.
         """
         if self._model is None:
             raise NotReady("no model is being served now; GET /readyz says why")
@@ -71,7 +110,10 @@ class Desk:
         Raises:
             FledgeError: Any error of the path: option, image, overload, deadline, not ready.
         """
-        model = self.model
+        with self.model.held() as model:
+            return await self._answer(model, data, options)
+
+    async def _answer(self, model: Model, data: bytes, options: Options) -> dict[str, Any]:
         model.predictor.check(options.tta, options.top_k)
         if len(data) > self.settings.max_bytes:
             raise TooLarge(f"an image of {len(data)} bytes; {self.settings.max_bytes} are allowed")
@@ -91,60 +133,109 @@ class Desk:
         Raises:
             FledgeError: The options are wrong or nothing is served: then no image was looked at.
         """
-        self.model.predictor.check(options.tta, options.top_k)
+        with self.model.held() as model:  # one version answers them all
+            return await self._answer_each(model, images, options, request_id)
+
+    async def _answer_each(
+        self, model: Model, images: Sequence[bytes], options: Options, request_id: str
+    ) -> list[dict[str, Any]]:
+        model.predictor.check(options.tta, options.top_k)
         # A long list takes its turn among the others instead of filling the house.
         turn = asyncio.Semaphore(max(1, self.settings.max_queue // 4))
 
         async def one(data: bytes) -> dict[str, Any]:
             try:
                 async with turn:
-                    answer = await self.answer(data, options)
+                    answer = await self._answer(model, data, options)
             except Exception as error:
                 if is_fault(error):
                     _log.exception("request %s failed", request_id)
                 self.telemetry.count(code_of(error))
                 return {"error": problem(error, request_id)}
-            self.telemetry.count("ok")
+            self.telemetry.answered(answer)
             return answer
 
         return await asyncio.gather(*(one(data) for data in images))
 
     def load(self) -> None:
-        """Load and check the bundle now; what goes wrong becomes `refusal`."""
-        settings = self.settings
-        try:
-            predictor = _open(settings)
-            cap = settings.max_batch or tuned_cap(predictor)
-            engine = build(
-                predictor,
-                cap=cap,
-                threads=settings.threads,
-                max_queue=settings.max_queue,
-                max_pixels=settings.max_pixels,
-                observe=self.telemetry.observe,
-            )
-        except FledgeError as error:
-            self.refusal = str(error)
-            _log.error("not serving: %s", error)
-            return
-        except Exception:
-            self.refusal = "loading failed; the log says why"
-            _log.exception("not serving")
-            return
-        provider = predictor.runtime.provider
-        self._model = Model(predictor, engine, _describe(predictor))
-        self.telemetry.serving(predictor.model, predictor.precision, provider)
+        """Load and check the bundle now, and serve it; what goes wrong becomes `refusal`."""
+        with self._loading:
+            self._seen = self._state()
+            try:
+                model = self._build()
+            except FledgeError as error:
+                self._refuse(str(error))
+                return
+            except Exception:
+                _log.exception("the bundle can't be loaded")
+                self._refuse("loading failed; the log says why")
+                return
+            if self._closing.is_set():
+                model.engine.close()
+                return
+            old, self._model, self.refusal = self._model, model, ""
+        self._tell(model, old)
+        if old:
+            old.close()
         # What was loaded stays: the collector need not walk it again at every turn.
         gc.collect()
         gc.freeze()
+
+    def _build(self) -> Model:
+        settings = self.settings
+        predictor = _open(settings)
+        engine = build(
+            predictor,
+            cap=settings.max_batch or tuned_cap(predictor),
+            threads=settings.threads,
+            max_queue=settings.max_queue,
+            max_pixels=settings.max_pixels,
+            observe=self.telemetry.observe,
+        )
+        return Model(predictor, engine, _describe(predictor))
+
+    def _watch(self) -> None:
+        if self._seen is None:
+            self.load()
+        refused_at = time.monotonic()
+        while not self._closing.wait(WATCH):
+            # What could not be read may still be on its way: a folder that is being copied.
+            late = self.refusal and time.monotonic() - refused_at > RETRY
+            if late or self._state() != self._seen:
+                self.load()
+                refused_at = time.monotonic()
+
+    def _state(self) -> object:
+        """Differs when the manifest was replaced."""
+        try:
+            found = (self.settings.bundle / bundle.MANIFEST).stat()
+        except OSError:
+            return ""
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _refuse(self, reason: str) -> None:
+        if reason == self.refusal:
+            return  # said already
+        self.refusal = reason
+        served = f"{self._model.predictor.model} goes on" if self._model else "not serving"
+        self.telemetry.refused()
+        _log.error("%s: %s", served, reason)
+
+    def _tell(self, model: Model, old: Model | None) -> None:
+        predictor = model.predictor
+        if old and _labels(old.predictor) != _labels(predictor):
+            self.telemetry.retired(*_labels(old.predictor))
+        self.telemetry.serving(*_labels(predictor), predictor.manifest.labels)
         _log.info(
             "serving %s in %s on %s, %d threads, up to %d rows a run",
-            predictor.model,
-            predictor.precision,
-            provider,
-            settings.threads,
-            cap,
+            *_labels(predictor),
+            self.settings.threads,
+            self.settings.max_batch or tuned_cap(predictor),
         )
+
+
+def _labels(predictor: Predictor) -> tuple[str, str, str]:
+    return predictor.model, predictor.precision, predictor.runtime.provider
 
 
 def tuned_cap(predictor: Predictor) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import html
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from serving import forms, problems
 from serving.desk import Desk
 from serving.errors import FledgeError, RequestError, Unauthorized
 from serving.exchange import App, Gone, Message, Receive, Reply, Request, Send
+from serving.page import page
 
 READ_TIMEOUT: Final = 60.0
 """Seconds that a body may take to come in."""
@@ -111,7 +111,7 @@ class Front:
                     raise RequestError("more than one image; send several to /predict/batch")
                 body, pairs = form.images[0], [*pairs, *form.pairs]
             answer = await desk.answer(body, forms.options(pairs))
-        desk.telemetry.count("ok")
+        desk.telemetry.answered(answer)
         desk.telemetry.observe("total", request.seconds)
         return Reply.of(answer)
 
@@ -135,27 +135,27 @@ class Front:
     async def ready(self, request: Request) -> Reply:
         """`GET /readyz`: 200 and what is served, or 503 and why not."""
         desk = self._desk()
+        # The log has it in full; where the bundle lies is nobody's business out there.
+        refusal = desk.refusal.replace(str(desk.settings.bundle), "the bundle")
         try:
             predictor = desk.model.predictor
         except FledgeError as error:
-            # The log has it in full; where the bundle lies is nobody's business out there.
-            told = desk.refusal.replace(str(desk.settings.bundle), "the bundle")
-            return Reply.problem(type(error)(told), request)
-        return Reply.of(
-            {
-                "status": "ready",
-                "model": predictor.model,
-                "precision": predictor.precision,
-                "provider": predictor.runtime.provider,
-            }
-        )
+            return Reply.problem(type(error)(refusal), request)
+        told = {
+            "status": "ready",
+            "model": predictor.model,
+            "precision": predictor.precision,
+            "provider": predictor.runtime.provider,
+        }
+        return Reply.of(told | ({"refused": refusal} if refusal else {}))
 
     async def home(self, request: Request) -> Reply:
-        """`GET /`: what is served and where to look next."""
-        model = self._desk().model.predictor.model
-        headers = [(b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'")]
-        page = _HOME.format(model=html.escape(model)).encode()
-        return Reply(200, page, "text/html; charset=utf-8", headers)
+        """`GET /`: the demo page. It comes before there is a model too, and waits for it."""
+        try:
+            model = self._desk().model.predictor.model
+        except FledgeError:
+            model = ""
+        return page(model)
 
     async def _body(self, request: Request, desk: Desk) -> bytes:
         _authorise(request, desk)
@@ -176,16 +176,6 @@ _ROUTES: Final[dict[str, dict[str, Handler]]] = {
     "/readyz": dict.fromkeys(_READ, Front.ready),
     "/": dict.fromkeys(_READ, Front.home),
 }
-
-_HOME: Final = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Fledge</title>
-<style>:root{{color-scheme:light dark}}body{{font:1rem system-ui;max-width:40rem;margin:3rem auto}}
-</style>
-<h1>{model}</h1>
-<p>Send an image: <code>curl --data-binary @photo.jpg -H "Content-Type: image/jpeg"
-http://HOST:PORT/predict</code></p>
-<p><a href="docs">API</a> · <a href="model">the model</a> · <a href="metrics">metrics</a></p>
-"""
 
 
 async def _form(body: bytes, request: Request) -> forms.Form:

@@ -42,10 +42,12 @@ class Prediction:
     """What the model thinks of one image.
 
     probabilities: float64 [classes], summing to 1, in the order of the labels.
+    energy: -log sum exp of the plain view's logits: the higher, the stranger (Liu et al., 2020).
     views: how many were averaged.
     """
 
     probabilities: Probabilities
+    energy: float
     views: int
     applied: tuple[str, ...]
 
@@ -105,10 +107,19 @@ class Predictor:
         if not np.isfinite(logits).all():
             raise WorkError(f"{self.model} gave logits that are not finite")
         probabilities = views.softmax(logits, self.manifest.temperature)
-        ends = np.cumsum([len(item.pixels) for item in prepared])[:-1]
+        ends = np.cumsum([len(item.pixels) for item in prepared])
+        starts = np.concatenate(([0], ends[:-1]))
+        energies = views.energies(logits[starts])
         return [
-            Prediction(views.average(own, self.manifest.average), len(item.pixels), item.applied)
-            for item, own in zip(prepared, np.split(probabilities, ends), strict=True)
+            Prediction(
+                views.average(own, self.manifest.average),
+                float(energy),
+                len(item.pixels),
+                item.applied,
+            )
+            for item, own, energy in zip(
+                prepared, np.split(probabilities, ends[:-1]), energies, strict=True
+            )
         ]
 
     def answer(self, prediction: Prediction, top_k: int | None = None) -> dict[str, Any]:
@@ -125,7 +136,8 @@ class Predictor:
         labels, probabilities = self.manifest.labels, prediction.probabilities
         # A stable sort breaks ties by the order of the labels, on every machine.
         best = np.argsort(-probabilities, kind="stable")[: top_k or TOP_K]
-        threshold = self.manifest.thresholds.get("confident")
+        confident = self.manifest.thresholds.get("confident")
+        energy = self.manifest.thresholds.get("energy")
         return {
             "predictions": [
                 {"label": labels[index], "probability": float(probabilities[index])}
@@ -134,7 +146,8 @@ class Predictor:
             "model": self.model,
             "precision": self.precision,
             "views": prediction.views,
-            "confident": None if threshold is None else bool(probabilities.max() >= threshold),
+            "confident": None if confident is None else bool(probabilities.max() >= confident),
+            "out_of_distribution": None if energy is None else prediction.energy > energy,
             "applied": list(prediction.applied),
         }
 

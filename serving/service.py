@@ -65,8 +65,7 @@ class ImageClassifier:
         self.desk = Desk(settings, Telemetry())
         if settings.workers > 1:
             self.desk.load()
-        else:
-            self.desk.start()
+        self.desk.start()
 
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
     @staticmethod

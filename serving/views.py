@@ -89,6 +89,16 @@ def softmax(logits: npt.NDArray[np.float32], temperature: float = 1.0) -> Probab
     return np.asarray(exps / exps.sum(axis=-1, keepdims=True))
 
 
+def energies(logits: npt.NDArray[np.float32]) -> Probabilities:
+    """-log sum exp of logits [..., C], in float64: low for what is like the training photos.
+
+    Liu et al., 2020, "Energy-based Out-of-distribution Detection", at temperature 1.
+    """
+    most = logits.max(axis=-1).astype(np.float64)
+    sums = np.exp(logits - most[..., None]).sum(axis=-1)
+    return np.asarray(-most - np.log(sums))
+
+
 def _cut(image: Image.Image, preprocess: Preprocess, view: View) -> Pixels:
     if view[1:4] == (1.0, 0.5, 0.5):
         pixels = preprocess(image)

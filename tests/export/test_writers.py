@@ -12,6 +12,7 @@ import torch
 
 from export import graph, torchscript
 from export import onnx as writer
+from export.foreign import Whole
 from serving.errors import WorkError
 from serving.preprocess import Preprocess
 from serving.runtime import OnnxRuntime
@@ -124,6 +125,30 @@ def test_tensors_in_the_torchscript_file_can_be_mapped(files):
                 int.from_bytes(data[entry.header_offset + at :][:2], "little") for at in (26, 28)
             )
             assert (entry.header_offset + 30 + name + extra) % 64 == 0
+
+
+class Odd(torch.nn.Module):
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "operator"),
+    [(Odd(), "bessel_j0"), (torch.nn.FractionalMaxPool2d(2, 2), "fractional_max_pool2d")],
+)
+def test_an_operator_without_a_translation_is_named_with_its_module(tmp_path, layer, operator):
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sequential(layer)),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8, 3),
+    )
+    assembled, _ = graph.assemble(Whole(network).eval(), Preprocess(size=32))
+    facts = {"name": "odd", "labels": LABELS, "preprocess": Preprocess(size=32)}
+    line = rf"as ONNX: no translation for {operator}, in network\.1\.1\.0$"
+    with pytest.raises(WorkError, match=line):
+        writer.write(assembled, tmp_path / "model.onnx", **facts)
 
 
 def test_what_the_exporter_can_not_translate_is_one_line(shared_run, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ class Stub:
         if 13 in names:
             raise WorkError("13 brings the graph down")
         return [
-            Prediction(np.array([float(name)]), len(item.pixels), ())
+            Prediction(np.array([float(name)]), 0.0, len(item.pixels), ())
             for name, item in zip(names, prepared, strict=True)
         ]
 
@@ -42,11 +42,11 @@ class Stub:
 
 
 def lanes(stub: Stub, limit: int = 64) -> Lanes:
-    return Lanes(stub.prepare, stub.predict, Room(limit), 2, stub.observe)
+    return Lanes(stub.prepare, stub.predict, Room(limit, stub.observe), 2, stub.observe)
 
 
 def batcher(stub: Stub, limit: int = 64, cap: int = 4) -> Batcher:
-    return Batcher(stub.prepare, stub.predict, Room(limit), 2, stub.observe, cap)
+    return Batcher(stub.prepare, stub.predict, Room(limit, stub.observe), 2, stub.observe, cap)
 
 
 Make = Callable[[Stub], Lanes | Batcher]
@@ -196,5 +196,5 @@ def test_every_phase_is_observed(make: Make):
         await engine.predict(b"x", 3)
 
     seen = dict(run(make, work).seen)
-    assert seen.keys() == {"queue", "decode", "infer", "rows"}
+    assert seen.keys() == {"waiting", "queue", "decode", "infer", "rows"}
     assert seen["rows"] == 3

@@ -31,6 +31,9 @@ class Counts:
     def count(self, outcome: str) -> None:
         self.outcomes.append(outcome)
 
+    def answered(self, answer: object) -> None:
+        self.count("ok")
+
     def log(self, *line: object) -> None:
         self.lines.append(line)
 

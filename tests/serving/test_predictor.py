@@ -117,6 +117,16 @@ def test_confident_once_there_is_a_threshold(predictor: Predictor, threshold, co
     assert even.answer(even.predict([even.prepare(photo(1))])[0])["confident"] is confident
 
 
+@pytest.mark.parametrize(("threshold", "strange"), [(-3.0, True), (-1.0, False), (None, None)])
+def test_strange_once_there_is_a_threshold(predictor: Predictor, threshold, strange):
+    manifest = replace(predictor.manifest, thresholds={"energy": threshold}, temperature=3.0)
+    even = Predictor(manifest, Constant(*[0] * 7))  # -log 7 = -1.95, whatever the temperature
+    for count in (0, 4):  # the plain view's alone counts
+        prediction = even.predict([even.prepare(photo(1), count)] * 3)[2]
+        assert prediction.energy == pytest.approx(-np.log(7))
+        assert even.answer(prediction)["out_of_distribution"] is strange
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_logits_that_are_not_finite_are_no_answer(predictor: Predictor, bad: float):
     broken = Predictor(predictor.manifest, Constant(0, 0, 0, bad, 0, 0, 0))

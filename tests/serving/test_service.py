@@ -14,6 +14,7 @@ from serving.predictor import Predictor, open_predictor
 from tests.serving.live import Live, live, post
 from tests.tiny import photo, tiny_bundle
 
+README = (Path(__file__).parents[2] / "README.md").read_text()
 MAX_BYTES = 50_000
 MAX_PIXELS = 1_000_000
 
@@ -93,6 +94,7 @@ def test_the_answer_is_the_predictors_own(client: httpx.Client, predictor: Predi
         "precision": "fp32",
         "views": max(1, tta),
         "confident": None,
+        "out_of_distribution": None,
         "applied": [],
     }
 
@@ -285,6 +287,16 @@ def test_metrics_count_outcomes_in_bounded_labels(client: httpx.Client):
     assert count(after, "not-an-image") == count(before, "not-an-image") + 2
     assert 'fledge_latency_seconds_bucket{le="1.0",phase="infer"}' in after
     assert "/nowhere" not in after
+
+
+def test_the_readme_lists_every_metric(client: httpx.Client):
+    client.post("/predict", content=photo(1))
+    text = client.get("/metrics").text
+    real = set(re.findall(r"^# TYPE (fledge_\w+) ", text, re.MULTILINE))
+    table = README.partition("### Metrics and log")[2].partition("They are")[0]
+    assert set(re.findall(r"^\| `(fledge_\w+)`", table, re.MULTILINE)) == real
+    best = client.post("/predict", content=photo(1)).json()["predictions"][0]["label"]
+    assert f'fledge_predictions_total{{class="{best}"}}' in text
 
 
 def test_bentomls_own_client_works(server: Live, folder: Path, tmp_path: Path):
