@@ -62,8 +62,8 @@ score: install ## Score every image of INPUT=folder into OUT=scores.csv
 test: install ## The tests: offline, no GPU, a few minutes
 	$(BIN)/pytest -n auto --dist loadfile -m "$(OFFLINE)" $(ARGS)
 
-test-slow: install ## The tests that take longer
-	$(BIN)/pytest -m "slow and not docker" $(ARGS)
+test-slow: install ## The tests that take longer, some minutes: every family of networks
+	$(BIN)/pytest -n auto --dist worksteal -m "slow and not docker and not gpu" $(ARGS)
 
 test-docker: install ## The tests of the image: they need a container engine (DOCKER=docker)
 	DOCKER="$(DOCKER)" BASE_IMAGE="$(BASE_IMAGE)" $(BIN)/pytest -m docker tests/docker $(ARGS)

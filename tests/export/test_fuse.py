@@ -39,10 +39,7 @@ ALL = [*FAST.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in 
 def network(arch, *, drawn=False):
     """A classifier in eval mode, and normalised images; its logits on them vary by about 2."""
     torch.manual_seed(0)
-    # Their own classifiers, which the body does without, are most of these two.
-    small = {"arch_args": {"num_classes": 2}} if arch in ("vgg11_bn", "alexnet") else {}
-    if arch == "vit_b_32":
-        small = {"arch_args": {"image_size": 64}}
+    small = {"arch_args": {"image_size": 64}} if arch == "vit_b_32" else {}
     size = SIZES.get(arch, 64)
     images = model.normalise(pixels(12, size), Preprocess(size=size))
     kind = "deep" if arch in ("vit_b_32", "maxvit_t") else "concat_pool"

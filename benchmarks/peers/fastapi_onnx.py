@@ -1,0 +1,21 @@
+"""FastAPI and ONNX Runtime; run by `uvicorn fastapi_onnx:app`.
+
+The upload as https://fastapi.tiangolo.com/tutorial/request-files/ takes it, the function a plain
+`def` because it computes, as https://fastapi.tiangolo.com/async/ advises: FastAPI then runs it on a
+thread. The session as https://onnxruntime.ai/docs/api/python/tutorial.html makes it.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI, UploadFile
+from network import Network
+from PIL import Image
+
+network = Network()
+app = FastAPI()
+
+
+@app.post("/predict")
+def predict(file: UploadFile) -> dict[str, Any]:
+    """One photo -> the five best classes."""
+    return network([network.pixels(Image.open(file.file))])[0]
