@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from serving import bundle, images, runtime, views
+from serving.buckets import Bucketed
 from serving.errors import BundleError, ImageError, OptionError, WorkError
 from serving.manifest import Manifest
 from serving.preprocess import Pixels
@@ -178,7 +179,10 @@ def open_predictor(
         # A GPU was seen, did not load, and auto fell back: now the CPU's own choice.
         chosen = _fastest(have, engine.provider)
         engine = runtime.OnnxRuntime(opened.graph(chosen), device="cpu", threads=threads)
-    predictor = Predictor(opened.manifest, engine, chosen)
+    shaped: runtime.Runtime = engine
+    if engine.provider != runtime.PROVIDERS["cpu"]:
+        shaped = Bucketed(engine, opened.manifest.preprocess.size)
+    predictor = Predictor(opened.manifest, shaped, chosen)
     check_golden(predictor, opened)
     return predictor
 

@@ -126,16 +126,30 @@ def _session(graph: Path, device: str, threads: int) -> ort.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers: list[Any] = [PROVIDERS["cpu"]]
     if device != "cpu":
-        # TF32 would move fp32 answers beyond the parity that the bundle states.
-        providers.insert(0, (PROVIDERS["cuda"], {"use_tf32": "0"}))
+        # TF32 would move fp32 answers beyond the parity that the bundle states. The search for the
+        # fastest convolution is made once a shape; `buckets` has them all come while loading.
+        cuda = {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE"}
+        providers.insert(0, (PROVIDERS["cuda"], cuda))
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
     if device == "tensorrt":
-        providers.insert(0, PROVIDERS["tensorrt"])
+        providers.insert(0, (PROVIDERS["tensorrt"], _tensorrt_options()))
     try:
         return ort.InferenceSession(str(graph), options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions have no base of their own
         raise BundleError(f"{graph} can't be loaded: {_first_line(error)}") from error
+
+
+def _tensorrt_options() -> dict[str, str]:
+    """Engines take minutes to build: they are kept for the next start, where that is possible."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fledge" / "tensorrt"
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        _log.info("TensorRT engines are built anew at each start: %s", error)
+        return {}
+    on = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
+    return {**on, "trt_engine_cache_path": str(home)}
 
 
 def _why_not(device: str) -> str | None:
