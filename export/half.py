@@ -45,8 +45,9 @@ def convert(source: Path, pixels: Pixels) -> tuple[onnx.ModelProto, dict[str, An
 
 
 def _straighten(graph: onnx.GraphProto) -> None:
-    """Take out what goes float32 -> float16 -> float32, as the converter has it between two layers
-    that stay and before an output: it would overflow there.
+    """Take out what goes float32 -> float16 -> float32 and would overflow on the way.
+
+    The converter has it between two layers that stay, and before an output.
     """
     narrowed = {
         node.output[0]: node.input[0] for node in graph.node if _casts_to(node, TensorProto.FLOAT16)

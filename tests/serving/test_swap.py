@@ -133,8 +133,7 @@ def test_what_comes_bit_by_bit_is_served_once_it_is_whole(served: Desk, tmp_path
     name = bundle.read(other).manifest.version
     for part in (bundle.MANIFEST, bundle.CHECKSUM):  # the payload is still on its way
         shutil.copy(other / part, folder)
-    until(lambda: bool(served.refusal))
-    assert "can't be read" in served.refusal
+    until(lambda: "can't be read" in served.refusal)
     old = served.model.predictor.model
     shutil.copytree(other / name, folder / name)
     until(lambda: served.model.predictor.model != old)
