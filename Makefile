@@ -19,7 +19,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 OFFLINE := not slow and not docker and not gpu and not network
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train export serve score test test-slow test-docker check format bench soak bento \
+.PHONY: help install demo train export serve score test test-slow test-docker check format bench soak fuzz bento \
   image run-image lock
 .DELETE_ON_ERROR:
 
@@ -84,6 +84,9 @@ bench: install ## Race fastai and a plain torch loop: DATA=photos ARGS="--split 
 soak: install ## Ten minutes of too much, bad input and vanishing callers: BUNDLE=bundle DATA=photos
 	@test -n "$(DATA)" || { echo "make: name some photos, as in make soak DATA=photos" >&2; exit 2; }
 	$(BIN)/python benchmarks/soak.py --bundle "$(BUNDLE)" --photos "$(DATA)" $(ARGS)
+
+fuzz: install ## Mutants of odd images against a real service: ARGS="--cases 100000 --seed 1"
+	$(BIN)/python -m tests.nasty.fuzz $(ARGS)
 
 bento: install ## Build the Bento of the service, with BUNDLE=bundle in it
 	$(FLEDGE) verify "$(BUNDLE)"

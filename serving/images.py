@@ -7,19 +7,19 @@ answer, so that nothing about the pixels is silent.
 from __future__ import annotations
 
 import io
-import re
 import stat
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
+from serving import bombs, formats
 from serving.errors import BrokenImage, EmptyBody, NotAnImage, TooLarge, UnsupportedFormat
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -36,24 +36,14 @@ MAX_BYTES: Final = 20_000_000
 # A truncated file must be an error here whatever the embedding application set.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
-# Pillow refuses by a number of pixels of its own; here `max_pixels` decides, before any is decoded.
-Image.MAX_IMAGE_PIXELS = None
-
 # Pillow warns about odd metadata; here the pixels decide. Once for the process:
 # `warnings.catch_warnings` around a decode is not safe among threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # What Pillow's plug-ins raise over corrupt data, found by fuzzing all of `FORMATS`.
 _CORRUPT: Final = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    LookupError,
-    TypeError,
-    EOFError,
-    RuntimeError,
-    ArithmeticError,
-    struct.error,
+    *(OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, RuntimeError),
+    *(ArithmeticError, struct.error),
 )
 
 _ORIENTATION: Final = 0x0112
@@ -68,7 +58,10 @@ _UPRIGHT: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF
+
 _STRIP: Final = 2**20  # samples that are scaled at a time
+Samples = npt.NDArray[np.float64]
 
 _SRGB: Final = ImageCms.createProfile("sRGB")
 
@@ -107,6 +100,7 @@ def decode(
     """
     if not data:
         raise EmptyBody("it is empty: 0 bytes, where an image should be")
+    bombs.refuse(data, max_pixels)
     image = _open(data)
     width, height = image.size
     if width * height > max_pixels:
@@ -118,9 +112,14 @@ def decode(
         # TIFF is upright once loaded. Others are asked then: of a PNG this may load the pixels,
         # and those have to be loaded where their errors count.
         stored = _orientation(image) if image.format == "TIFF" else 1
-        image.load()
+        frame = _load(image)
         remaining = _orientation(image)
-        rgb = _to_rgb(image, background, applied)
+        rgb = _to_rgb(image.crop(frame) if frame else image, background, applied)
+        if frame:
+            applied.append("alpha-on-background")
+            canvas = Image.new("RGB", image.size, background)
+            canvas.paste(rgb, frame)
+            rgb = canvas
         if remaining in _UPRIGHT:
             rgb = rgb.transpose(_UPRIGHT[remaining])
         if stored in _UPRIGHT or remaining in _UPRIGHT:
@@ -165,14 +164,14 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         pass
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise TooLarge("the image needs more memory than is allowed") from error
     except _CORRUPT as error:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
-    served = next((name for name, magic in _SERVED_MAGIC.items() if magic.match(data)), None)
-    if served:
-        raise BrokenImage(f"the image is broken: it begins as {served} and its header is cut short")
-    name = _foreign_format(data)
-    if name:
-        raise UnsupportedFormat(f"{name} is not read; use one of {', '.join(FORMATS)}")
+    if served := formats.served(data):
+        raise BrokenImage(f"the image is broken: of {served}, but cut short or of an unknown kind")
+    if foreign := formats.foreign(data):
+        raise UnsupportedFormat(f"{foreign} is not read; use one of {', '.join(FORMATS)}")
     raise NotAnImage(f"no image that Fledge reads ({', '.join(FORMATS)})")
 
 
@@ -180,77 +179,74 @@ def _orientation(image: Image.Image) -> int:
     """What EXIF states; 1, upright, where it is broken or states nothing that makes sense."""
     try:
         stated = image.getexif().get(_ORIENTATION, 1)
+        return int(stated) if stated in _UPRIGHT else 1
     except _CORRUPT:
         return 1
-    return stated if isinstance(stated, int) else 1
 
 
-# BMP is not among them: two letters, with which a text may begin.
-_SERVED_MAGIC: Final = {
-    "JPEG": re.compile(rb"\xff\xd8\xff"),
-    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
-    "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
-    "GIF": re.compile(rb"GIF8[79]a"),
-    "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
-    "AVIF": re.compile(rb"....ftypavi[fs]", re.DOTALL),
-}
+def _load(image: Image.Image) -> tuple[int, int, int, int] | None:
+    """Load the pixels, and put right what Pillow says of transparency.
 
-_FOREIGN_MAGIC: Final = {
-    b"%!PS": "EPS",
-    b"8BPS": "PSD",
-    b"%PDF": "PDF",
-    b"\x00\x00\x01\x00": "ICO",
-    b"\x00\x00\x00\x0cjP  ": "JPEG 2000",
-    b"\xff\x4f\xff\x51": "JPEG 2000",
-    b"\xff\x0a": "JPEG XL",
-    b"\x00\x00\x00\x0cJXL ": "JPEG XL",
-    b"icns": "ICNS",
-    b"DDS ": "DDS",
-    b"qoif": "QOI",
-}
-
-# Prolog, comments and doctype may stand before the root element.
-_SVG: Final = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<[?!][^>]*>\s*)*<(?:svg:)?svg[\s>]")
-
-
-def _foreign_format(data: bytes) -> str | None:
-    """Name a format by its first bytes, without letting its parser near them."""
-    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
-        return "HEIC"
-    if _SVG.match(data[:4096]):
-        return "SVG"
-    return next((name for magic, name in _FOREIGN_MAGIC.items() if data.startswith(magic)), None)
+    Returns the box that the first frame of a GIF fills, where that is not all: beside it is
+    nothing, and not the first colour.
+    """
+    tile = next(iter(getattr(image, "tile", ())), None)
+    if image.mode == "P" and image.palette is None:
+        raise ValueError("there is no palette")
+    image.load()
+    key = image.info.get("transparency")
+    if tile and image.format == "PNG" and key is not None:
+        # The key is in the file's samples; these had another depth once.
+        if tile.args in ("L;2", "L;4"):
+            top = 3 if tile.args == "L;2" else 15
+            image.info["transparency"] = (key & top) * 255 // top
+        elif tile.args == "RGB;16B":
+            image.info["transparency"] = tuple(sample >> 8 for sample in key)
+    if tile and image.format == "GIF" and key is None and tile.extents != (0, 0, *image.size):
+        return cast("tuple[int, int, int, int]", tile.extents)
+    return None
 
 
 def _to_rgb(
     image: Image.Image, background: tuple[int, int, int], applied: list[str]
 ) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    alpha: Image.Image | None = None
+    key = image.info.get("transparency")
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
         applied.append("16-bit-scaled" if image.mode != "F" else "float-scaled")
-        return _scale_deep(image)
-    has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-    profile = image.info.get("icc_profile")
-    if image.mode == "P" and profile:
-        image = image.convert("RGBA" if has_alpha else "RGB")  # a profile speaks of colours
-    if has_alpha:
+        if key is not None:
+            applied.append("alpha-on-background")
+            alpha = Image.fromarray(_by_strips(image, lambda strip: 255 * (strip != key)))
+        image = _scale_deep(image)
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or key is not None:
         applied.append("alpha-on-background")
-        rgba = image.convert("RGBA")
-        flat = Image.new("RGB", image.size, background)
-        flat.paste(rgba, mask=rgba.getchannel("A"))
-        image = flat
+        grey = image.mode in ("LA", "La", "L", "1")
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA") if image.mode != "RGBA" else image
+        alpha = image.getchannel("A")
+        if profile:  # a profile speaks of colours, and the background is none of its
+            image = image.getchannel("R") if grey else image.convert("RGB")
+    elif image.mode == "P" and profile:
+        image = image.convert("RGB")
     if profile and image.mode in ("RGB", "CMYK", "L"):
         converted = _to_srgb(image, profile)
         if converted is not None:
             applied.append("icc-to-srgb")
-            return converted
-    if image.mode not in ("RGB", "L", "1", "P"):  # those convert without loss
+            image = converted
+    if image.mode not in ("RGB", "RGBA", "L", "1", "P"):  # those convert without loss
         applied.append(f"{image.mode.lower()}-to-rgb")
-    return image.convert("RGB")
+    if alpha is None:
+        return image.convert("RGB")
+    flat = Image.new("RGB", image.size, background)
+    flat.paste(image, mask=alpha)
+    return flat
 
 
 def _scale_deep(image: Image.Image) -> Image.Image:
     """Bring samples deeper than 8 bits to 0..255 by range; Pillow's own convert clips to white."""
-    low, high = 0.0, 65535.0
+    tags = getattr(image, "tag_v2", {})
+    low, high = 0.0, 4095.0 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535.0
     if image.mode in ("F", "I"):
         ends = np.array([(strip.min(), strip.max()) for _, strip in _strips(image)])
         if not np.isfinite(ends).all():
@@ -258,15 +254,26 @@ def _scale_deep(image: Image.Image) -> Image.Image:
         low, high = min(0.0, ends.min()), ends.max()
         # Known integer ranges first: stretching a dark photo to white would be a change of light.
         high = next((top for top in (1.0, 255.0, 65535.0) if high <= top), high)
-    scaled = np.empty((image.height, image.width), np.uint8)
-    for rows, strip in _strips(image):
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds up to 8 bits
+        low, high = high, low
+
+    def scale(strip: Samples) -> Samples:
         strip -= low
         strip *= 255.0 / (high - low)
-        scaled[rows] = np.rint(strip, out=strip)
-    return Image.fromarray(scaled).convert("RGB")
+        return np.rint(strip, out=strip)
+
+    return Image.fromarray(_by_strips(image, scale))
 
 
-def _strips(image: Image.Image) -> Iterator[tuple[slice, npt.NDArray[np.float64]]]:
+def _by_strips(image: Image.Image, change: Callable[[Samples], Samples]) -> npt.NDArray[np.uint8]:
+    """What `change` makes of the samples, 0 to 255."""
+    changed = np.empty((image.height, image.width), np.uint8)
+    for rows, strip in _strips(image):
+        changed[rows] = change(strip)
+    return changed
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[slice, Samples]]:
     """The samples in float64, some rows at a time: a whole picture would take 8 bytes a pixel."""
     step = max(1, _STRIP // image.width)
     for top in range(0, image.height, step):
