@@ -94,20 +94,21 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def score(options: argparse.Namespace) -> None:
-    """Score many images into one table, a row each."""
+    """Score many images into one table, a row each; killed and called again it goes on."""
+    from dataclasses import fields
+
     from serving import score as room
 
-    room.score(
-        options.input,
-        options.bundle,
-        options.out,
-        tta=options.tta,
-        top_k=options.top_k,
-        device=options.device,
-        precision=options.precision,
-        workers=options.workers,
-        max_errors=options.max_errors,
-    )
+    given = {one.name: getattr(options, one.name) for one in fields(room.Options)}
+    room.score(options.inputs, options.bundle, options.out, room.Options(**given))
+
+
+def evaluate_scores(options: argparse.Namespace) -> None:
+    """Check a table of scores against true labels: accuracy, confusions, log loss; no model."""
+    from serving import evaluate_scores as room
+
+    given = {name: getattr(options, name) for name in room.Options.__dataclass_fields__}
+    room.evaluate(options.scores, room.Options(**given))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,14 +182,42 @@ def _parser() -> argparse.ArgumentParser:
     runtime_options(add, default=None)  # none given: the environment decides
 
     add = verb(score, "fledge score photos --bundle bundle --out scores.csv")
-    add.add_argument("input", type=Path, help="a folder, an image, or a .txt list of paths")
+    what = "folders, images, globs, lists (.txt, .csv, .parquet), tar archives; - reads paths"
+    add.add_argument("inputs", nargs="+", metavar="INPUT", help=what)
     add.add_argument("--bundle", type=Path, required=True)
-    add.add_argument("--out", type=Path, required=True, metavar="FILE", help=".csv or .jsonl")
+    add.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help=".csv, .jsonl or .parquet"
+    )
+    add.add_argument("--column", metavar="NAME", help="of a list, that has the paths")
     add.add_argument("--tta", type=int, default=0, metavar="N", help="views to average")
     add.add_argument("--top-k", type=int, default=5, metavar="K")
+    every = "a column with the probabilities of all classes"
+    add.add_argument("--probabilities", action="store_true", help=every)
+    vectors = "a column with the network's features; .parquet only"
+    add.add_argument("--embeddings", action="store_true", help=vectors)
+    sorts = "copy every image there, into a folder for each label"
+    add.add_argument("--copy-to", type=Path, metavar="DIR", help=sorts)
     add.add_argument("--workers", type=int, metavar="N", help="threads; default: cores")
+    rows = "images times views of one run of the graph; default: as measured at export"
+    add.add_argument("--batch", type=int, metavar="N", help=rows)
     add.add_argument("--max-errors", metavar="N|P%", help="exit 1 when more images are broken")
+    again = "begin anew, whatever an unfinished run has left"
+    add.add_argument("--restart", action="store_true", help=again)
     runtime_options(add)
+
+    add = verb(evaluate_scores, "fledge evaluate-scores scores.csv --labels-from-folders")
+    add.add_argument("scores", type=Path, metavar="SCORES", help="a table of `fledge score`")
+    truth = add.add_argument_group("the true labels: one of these")
+    folders = "the folder that an image lies in, here or within its archive, is its label"
+    truth.add_argument("--labels-from-folders", action="store_true", help=folders)
+    table = "a CSV with the columns path and label; by path, else by a file name that is there once"
+    truth.add_argument("--labels", type=Path, metavar="FILE", help=table)
+    truth.add_argument("--labels-column", metavar="NAME", help="default: label")
+    truth.add_argument("--path-column", metavar="NAME", help="default: path")
+    add.add_argument("--bundle", type=Path, help="tells the labels; else they are learnt")
+    add.add_argument("--json", type=Path, metavar="FILE", help="all figures")
+    add.add_argument("--confusion", type=Path, metavar="FILE", help="the confusion matrix, CSV")
+    add.add_argument("--mistakes", type=Path, metavar="FILE", help="wrong answers, surest first")
     return parser
 
 

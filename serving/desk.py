@@ -22,9 +22,6 @@ from serving.problems import code_of, is_fault, problem
 from serving.settings import Settings
 from serving.telemetry import Telemetry
 
-GPU_CAP: Final = 16
-"""Rows of one run on a GPU where the bundle states no tuning."""
-
 WATCH: Final = 1.0
 """Seconds between two looks at the manifest."""
 RETRY: Final = 10.0
@@ -186,7 +183,7 @@ class Desk:
         predictor = _open(settings)
         engine = build(
             predictor,
-            cap=settings.max_batch or tuned_cap(predictor),
+            cap=settings.max_batch or predictor.cap,
             threads=settings.threads,
             max_queue=settings.max_queue,
             max_pixels=settings.max_pixels,
@@ -230,19 +227,12 @@ class Desk:
             "serving %s in %s on %s, %d threads, up to %d rows a run",
             *_labels(predictor),
             self.settings.threads,
-            self.settings.max_batch or tuned_cap(predictor),
+            self.settings.max_batch or predictor.cap,
         )
 
 
 def _labels(predictor: Predictor) -> tuple[str, str, str]:
     return predictor.model, predictor.precision, predictor.runtime.provider
-
-
-def tuned_cap(predictor: Predictor) -> int:
-    """Rows of one run: the bundle's tuning for this device, else 1 on a CPU and 16 on a GPU."""
-    on_cpu = predictor.runtime.provider == "CPUExecutionProvider"
-    tuning = predictor.manifest.tuning.get("cpu" if on_cpu else "cuda", {})
-    return max(1, int(tuning.get("max_batch", 1 if on_cpu else GPU_CAP)))
 
 
 def _open(settings: Settings) -> Predictor:

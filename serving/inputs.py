@@ -1,69 +1,116 @@
-"""Where the images to score lie: a folder, one file, or a text file of paths."""
+"""What is to be scored: names that are found one after the other, and the bytes behind a name.
+
+    folders, patterns  inputs_search   every image, natural order
+    lists, pipes       lists           every line, in its order
+    tar archives       archives        every image in them, as ARCHIVE::MEMBER
+    a file             -               an image, whatever it is called
+
+A name is what the table's column `path` shows. It is enough to read the bytes again at any time,
+in any process, and can stand in a list or be an input itself.
+"""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Final
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import IO, Final
 
-from serving import images
-from serving.errors import BrokenImage, DataError, TooLarge
+from serving import archives, images, inputs_members, inputs_search, lists
+from serving.errors import BrokenImage, DataError, OptionError, RequestError, TooLarge
+from serving.inputs_search import Note
+from serving.inputs_search import natural as natural
+from serving.inputs_streams import MAX_FILE as _MAX_FILE
 
-LIST_SUFFIX: Final = ".txt"
+PIPE: Final = "-"
+"""Standard input."""
 
-# A file with more bytes than the largest picture has in RGBA is no photo: it is not read at all.
-_MAX_FILE: Final = 4 * images.MAX_PIXELS
+Stream = IO[bytes] | IO[str]
+
+_LOOKED: Final = f"; looked for files ending in {', '.join(sorted(images.SUFFIXES))}"
 
 
 @dataclass(frozen=True)
-class Found:
-    """Inputs in the order in which they are scored.
+class Source:
+    """One of the inputs asked for.
 
-    paths: openable from the current folder, one for every input. Bytes of a name that are not
-        UTF-8 are kept as surrogates, as Python's file functions take and give them.
-    unreadable: folders that could not be searched, each with the reason.
+    names: what is found there; takes a place to tell what can't be looked into.
+    nothing: what is said when that is nothing.
     """
 
-    paths: list[str]
-    unreadable: list[str] = field(default_factory=list)
+    names: Callable[[Note], Iterator[str]]
+    nothing: str
 
 
-def find(inputs: Path) -> Found:
-    """Find the images of `inputs`.
+def find(
+    inputs: Sequence[str],
+    *,
+    column: str | None = None,
+    stdin: Stream | None = None,
+    note: Note = lambda line: None,
+) -> Iterator[str]:
+    """Find what `inputs` name, in the order given; nothing is held but the names of one folder.
 
-    A folder is searched below and through links; names of images end as `images.SUFFIXES` has it;
-    hidden files, macOS's `._x.jpg` among them, are left out. In each folder the order is natural:
-    `2.jpg` before `10.jpg`. A `.txt` file lists one path a line, relative to the current folder,
-    and each line is an input, there or not. Any other file is one image.
+    An input that is there by its very name is that: a folder, a list by its suffix, a tar archive
+    by its suffix, else an image. Otherwise `{000..012}` is written out, `*`, `?`, `[` and `**`
+    match, and `ARCHIVE::MEMBER` is a member. What is named twice comes twice.
+
+    Args:
+        inputs: As on the command line; "-" is standard input.
+        column: Of the lists that have columns.
+        stdin: In place of standard input.
+        note: Takes a line about each thing that is no input: a folder that can't be searched, rows
+            without a path, the rest of a broken archive, an input in which nothing is. The same
+            line comes once. None of it stops what else there is.
 
     Raises:
-        DataError: Nothing there, or no images in it.
+        DataError: An input that is not there, a list without such a column; nothing at all is
+            found. All of it before the first name is given.
+        OptionError: A column, and no list that has any.
     """
-    if inputs.is_dir():
-        unreadable: list[str] = []
-        paths = list(_walk(os.fspath(inputs), (), unreadable))
-        if not paths:
-            why = f" ({unreadable[0]})" if unreadable else ""
-            endings = ", ".join(sorted(images.SUFFIXES))
-            raise DataError(f"{inputs}: no images found{why}; looked for files ending in {endings}")
-        return Found(paths, unreadable)
-    if not inputs.exists():
-        raise DataError(f"{inputs}: not there; give a folder, an image or a {LIST_SUFFIX} list")
-    if inputs.suffix.lower() == LIST_SUFFIX:
-        return Found(_lines(inputs))
-    return Found([os.fspath(inputs)])
+    sources = [source for word in inputs for source in _sources(word, column, stdin)]
+    words = (one for word in inputs for one in inputs_search.braces(word))
+    if column is not None and not any(map(lists.is_table, words)):
+        kinds = ", ".join(lists.TABLES)
+        raise OptionError(f"--column {column}: no input is a list with columns ({kinds})")
+    found = _names(sources, _Once(note))
+    return chain([next(found)], found)  # so that what is wrong is known before any work
+
+
+class Reader:
+    """Reads the bytes behind names. Safe among threads, and those of a process share archives.
+
+    A member of a plain tar costs one look at its header, wherever it is. A compressed tar is read
+    on: in order it is unpacked once, backwards it is begun anew for each member.
+    """
+
+    def __init__(self) -> None:
+        self._archives: inputs_members.Archives | None = None
+
+    def load(self, name: str) -> bytes:
+        """The bytes of one input.
+
+        Raises:
+            BrokenImage: It can't be read.
+            TooLarge: No photo is that big.
+        """
+        place = archives.split(name)
+        if place is None:
+            return load(name)
+        if self._archives is None:
+            self._archives = inputs_members.shared()
+        return self._archives.load(*place)
+
+    def close(self) -> None:
+        """Let the archives go; the last Reader of a process closes them."""
+        self._archives = None
 
 
 def load(path: str) -> bytes:
-    """The bytes of one input.
-
-    Raises:
-        BrokenImage: It can't be read.
-        TooLarge: No photo is that big.
-    """
+    """The bytes of a file; as `Reader.load`."""
     try:
         # Opening a pipe would wait for ever.
         if not os.path.isfile(path):
@@ -80,49 +127,105 @@ def load(path: str) -> bytes:
         raise BrokenImage(f"not a path: {error}") from error
 
 
-def natural(name: str) -> tuple[list[tuple[int, str]], str]:
-    """Sorting key: numbers by value, all else by code point, equal values by spelling."""
-    parts = re.split(r"([0-9]+)", name)
-    return [
-        (int(part) if i % 2 else 0, "" if i % 2 else part) for i, part in enumerate(parts)
-    ], name
+def _sources(word: str, column: str | None, stdin: Stream | None) -> Iterator[Source]:
+    if word == PIPE:
+        yield Source(partial(_piped, stdin), f"{word}: no paths came; write one a line")
+    elif os.path.exists(word):
+        yield _there(word, column)
+    elif next(inputs_search.braces(word)) != word:
+        for one in inputs_search.braces(word):
+            yield from _sources(one, column, stdin)
+    elif inputs_search.is_pattern(word):
+        yield Source(partial(_matching, word, column), f"{word}: matches no images{_LOOKED}")
+    elif archives.split(word):
+        yield Source(partial(_itself, word), "")
+    else:
+        raise DataError(
+            f"{word}: not there; give folders, images, tar archives, lists in "
+            f"{', '.join((lists.LINES, *lists.TABLES))}, or - for paths from standard input"
+        )
 
 
-def _walk(folder: str, above: tuple[tuple[int, int], ...], unreadable: list[str]) -> Iterator[str]:
-    """Images below `folder`; `above` are the folders on the way here, by which loops are known."""
-    try:
-        status = os.stat(folder)
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            return
-        with os.scandir(folder) as entries:
-            seen = sorted(entries, key=lambda entry: natural(entry.name))
-    except OSError as error:
-        unreadable.append(f"{folder}: {error.strerror or error}")
-        return
-    for entry in seen:
-        if entry.name.startswith("."):
+def _there(word: str, column: str | None) -> Source:
+    if os.path.isdir(word):
+        return Source(partial(inputs_search.below, word), f"{word}: no images found{_LOOKED}")
+    if word.lower().endswith(lists.LINES):
+        nothing = f"{word}: lists no images; write one path a line"
+        return Source(partial(lists.lines, word), nothing)
+    if not os.path.isfile(word):
+        return Source(partial(_itself, word), "")  # looking into a pipe would wait for ever
+    if lists.is_table(word):
+        chosen = lists.column_of(word, column)
+        return Source(partial(lists.cells, word, chosen), f"{word}: lists no images in {chosen}")
+    if archives.is_archive(word):
+        try:
+            archives.is_stream(word)
+        except DataError as error:
+            raise DataError(f"{word}: {error}") from error
+        except OSError:
+            pass  # told when it is looked into
+        return Source(partial(archives.names, word), f"{word}: no images in it{_LOOKED}")
+    return Source(partial(_itself, word), "")
+
+
+def _itself(word: str, note: Note) -> Iterator[str]:
+    return iter([word])
+
+
+def _matching(pattern: str, column: str | None, note: Note) -> Iterator[str]:
+    """Files; and what is in the archives and lists that the pattern names by their suffix."""
+    for path in inputs_search.matching(pattern, note):
+        if inputs_search.is_image(path):
+            yield path
             continue
-        if _is_folder(entry):
-            yield from _walk(entry.path, (*above, here), unreadable)
-        elif os.path.splitext(entry.name)[1].lower() in images.SUFFIXES:
-            yield entry.path
+        try:
+            source = _there(path, column)
+        except RequestError as error:
+            note(str(error))
+        else:
+            yield from source.names(note)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _piped(stdin: Stream | None, note: Note) -> Iterator[str]:
+    stream = sys.stdin if stdin is None else stdin
+    if stream is None:  # a process may have none
+        return
     try:
-        return entry.is_dir()
-    except OSError:
-        return False  # a link to itself: an input that can't be read
+        yield from lists.piped(stream)
+    except (OSError, ValueError) as error:  # a ValueError where it is closed
+        note(f"{PIPE}: standard input can't be read: {error}")
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
-    except OSError as error:
-        raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
-    lines = [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n")]
-    paths = [line for line in lines if line.strip()]
-    if not paths:
-        raise DataError(f"{path}: lists no images; write one path a line")
-    return paths
+def _names(sources: Sequence[Source], note: _Once) -> Iterator[str]:
+    empty: list[str] = []
+    found = False
+    for source in sources:
+        names = source.names(note)
+        first = next(names, None)
+        if first is None:
+            empty.append(source.nothing)
+            continue
+        found = True
+        yield first
+        yield from names
+    if not found:
+        several = f"nothing in any of {len(sources)} inputs; " if len(sources) > 1 else ""
+        why = f" ({note.first})" if note.first else ""
+        raise DataError(f"{several}{empty[0] if empty else 'no input given'}{why}")
+    for line in empty:
+        note(line)
+
+
+class _Once:
+    """Tells each line once, and in letters that every terminal has."""
+
+    def __init__(self, note: Note) -> None:
+        self._note, self._told = note, set[str]()
+        self.first = ""
+
+    def __call__(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            line = line.encode("utf-8", "backslashreplace").decode()
+            self.first = self.first or line
+            self._note(line)

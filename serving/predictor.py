@@ -23,6 +23,8 @@ from serving.preprocess import Pixels
 from serving.views import Probabilities
 
 TOP_K: Final = 5
+GPU_CAP: Final = 16
+"""Rows of one run on a GPU where the bundle states no tuning."""
 MAX_TOLERANCE: Final = 0.05
 """A golden answer may be off by a tolerance of at most this; more would check nothing."""
 
@@ -43,11 +45,13 @@ class Prediction:
     """What the model thinks of one image.
 
     probabilities: float64 [classes], summing to 1, in the order of the labels.
+    features: float32 [D] of the plain view: the head's input.
     energy: -log sum exp of the plain view's logits: the higher, the stranger (Liu et al., 2020).
     views: how many were averaged.
     """
 
     probabilities: Probabilities
+    features: runtime.Floats
     energy: float
     views: int
     applied: tuple[str, ...]
@@ -64,6 +68,13 @@ class Predictor:
         self.runtime = engine
         self.precision = precision
         self.model = f"{manifest.name}:{manifest.version}"
+
+    @property
+    def cap(self) -> int:
+        """Rows of one run: the bundle's tuning for this device, else 1 on a CPU, 16 on a GPU."""
+        on_cpu = self.runtime.provider == runtime.PROVIDERS["cpu"]
+        tuning = self.manifest.tuning.get("cpu" if on_cpu else "cuda", {})
+        return max(1, int(tuning.get("max_batch", 1 if on_cpu else GPU_CAP)))
 
     def check(self, tta: int = 0, top_k: int | None = None) -> None:
         """Refuse options before any work is done for them.
@@ -104,7 +115,7 @@ class Predictor:
         if not prepared:
             return []
         rows = [item.pixels for item in prepared]
-        logits, _ = self.runtime.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
+        logits, features = self.runtime.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
         if not np.isfinite(logits).all():
             raise WorkError(f"{self.model} gave logits that are not finite")
         probabilities = views.softmax(logits, self.manifest.temperature)
@@ -114,12 +125,13 @@ class Predictor:
         return [
             Prediction(
                 views.average(own, self.manifest.average),
+                features[start],
                 float(energy),
                 len(item.pixels),
                 item.applied,
             )
-            for item, own, energy in zip(
-                prepared, np.split(probabilities, ends[:-1]), energies, strict=True
+            for item, own, start, energy in zip(
+                prepared, np.split(probabilities, ends[:-1]), starts, energies, strict=True
             )
         ]
 

@@ -19,13 +19,14 @@ EVERY: Final = 10.0
 class Progress(AbstractContextManager["Progress"]):
     """Counts images and errors, and shows them on `stream`.
 
-    total: images that will come; stream: standard error unless told otherwise.
+    total: images there are; done: of them, before this run; stream: standard error unless told
+    otherwise. now: images of this run.
     """
 
-    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+    def __init__(self, total: int, done: int = 0, stream: TextIO | None = None) -> None:
         """Start the clock."""
         self._total, self._stream = total, stream or sys.stderr
-        self._done = self._errors = 0
+        self._before, self.now, self._errors = done, 0, 0
         self._start = self._said = time.monotonic()
         self._bar: Bar | None = progress_bar(self._stream) if self._stream.isatty() else None
         if self._bar:
@@ -54,17 +55,18 @@ class Progress(AbstractContextManager["Progress"]):
 
     def step(self, failed: bool) -> None:
         """One more image is done."""
-        self._done += 1
+        self.now += 1
         self._errors += failed
-        rate = self._done / max(self.seconds, 1e-9)
+        done = self._before + self.now
+        rate = self.now / max(self.seconds, 1e-9)
         if self._bar:
             shown = f"{rate:.0f} images/s, {self._errors} errors"
-            self._bar.update(self._bar.task_ids[0], completed=self._done, description=shown)
+            self._bar.update(self._bar.task_ids[0], completed=done, description=shown)
         elif time.monotonic() - self._said >= EVERY:
             self._said = time.monotonic()
-            left = (self._total - self._done) / rate
+            left = (self._total - done) / rate
             print(
-                f"{self._done} of {self._total} images, {self._errors} errors, "
+                f"{done} of {self._total} images, {self._errors} errors, "
                 f"{rate:.0f} images/s, {left:.0f} s left",
                 file=self._stream,
                 flush=True,

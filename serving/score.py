@@ -1,40 +1,91 @@
 """Batch scoring: many images -> one table, one row for every input, in their order.
 
-    inputs.find --paths--> threads: load, decode, views, graph --rows in order--> table
+    inputs.find ─names─> journal ─shards─> threads: load, decode, views, graph ─rows─> journal
+    ─all shards, in order─> table
 
-A broken image is a row with the code that the service would answer. Each image is decoded and
-inferred alone by one thread: nothing of it can reach a neighbour, and the answers do not depend
-on how many threads there are.
+A broken image is a row with the code that the service would answer. Batches are formed by the
+order of the inputs alone, so the rows depend neither on the number of threads nor on where an
+earlier run was killed.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+
+import numpy as np
 
 from serving import inputs as sources
-from serving.errors import FledgeError, GateError, OptionError, WorkError
+from serving import sorting
+from serving import table as tables
+from serving.errors import DataError, GateError, OptionError, WorkError
+from serving.files import check_folder, write_aside
+from serving.parquet import FEATURES
 from serving.predictor import Predictor, open_predictor
 from serving.progress import Progress
+from serving.scorer import Chunk, Scorer, in_order
 from serving.settings import cores
-from serving.table import Row, Table
+from serving.shards import Journal
+from serving.table import COLUMNS, PROBABILITIES, Features, Row, Table
 
-_AHEAD: Final = 8
-"""Images a worker may be ahead of the table: hides a slow one, and bounds the memory."""
+
+@dataclass(frozen=True)
+class Options:
+    """How to score.
+
+    tta: how many of the bundle's views are averaged; 0 and 1 mean the plain one.
+    top_k: how many classes a row names; all where there are fewer.
+    device: auto, cpu, cuda or tensorrt; precision: auto, fp32, int8 or fp16.
+    workers: threads; None takes one for each core.
+    batch: rows (images times views) of one run of the graph; None takes the bundle's tuning.
+    max_errors: "N" or "P%": with more broken images the run is finished and then fails.
+    probabilities: a column with those of all classes.
+    embeddings: a column with the graph's features; Parquet only.
+    column: of a list of inputs in CSV or Parquet.
+    copy_to: a folder that gets a copy of every image, in a folder for each label.
+    restart: forget what a run that was not finished has done.
+    """
+
+    tta: int = 0
+    top_k: int = 5
+    device: str = "auto"
+    precision: str = "auto"
+    workers: int | None = None
+    batch: int | None = None
+    max_errors: str | None = None
+    probabilities: bool = False
+    embeddings: bool = False
+    column: str | None = None
+    copy_to: Path | None = None
+    restart: bool = False
+
+    def check(self, out: Path) -> None:
+        """Find what is wrong before any work.
+
+        Raises:
+            OptionError: A value that can't be used.
+        """
+        for name, least in (("top_k", 1), ("workers", 1), ("batch", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise OptionError(f"--{name.replace('_', '-')} {value}: use {least} or more")
+        _limit(self.max_errors)
+        tables.check(out, features=self.embeddings)
+        if self.copy_to is not None:
+            check_folder(self.copy_to, "--copy-to")
 
 
 @dataclass(frozen=True)
 class Summary:
     """A run in figures.
 
-    images: rows written; scored: those with an answer.
+    images: rows of the table; scored: those with an answer.
     errors: code -> count; labels: label -> count; both most frequent first.
-    seconds: from the first image to the last, without loading the model.
+    seconds: of this run, without loading the model; now: images that it scored itself.
     """
 
     images: int
@@ -42,11 +93,12 @@ class Summary:
     errors: Mapping[str, int]
     labels: Mapping[str, int]
     seconds: float
+    now: int
 
     def __str__(self) -> str:
         """A few lines for people."""
-        rate = self.images / max(self.seconds, 1e-9)
-        lines = [f"{self.images} images in {self.seconds:.1f} s, {rate:.0f} images/s"]
+        rate = self.now / max(self.seconds, 1e-9)
+        lines = [f"{self.now} images in {self.seconds:.1f} s, {rate:.0f} images/s"]
         lines.append(f"scored: {self.scored}{_counts(self.labels)}")
         if self.errors:
             lines.append(f"errors: {self.images - self.scored}{_counts(self.errors)}")
@@ -54,107 +106,178 @@ class Summary:
 
 
 def score(
-    inputs: Path,
+    inputs: Sequence[str],
     bundle: Path,
     out: Path,
+    options: Options = Options(),
     *,
-    tta: int = 0,
-    top_k: int = 5,
-    device: str = "auto",
-    precision: str = "auto",
-    workers: int | None = None,
-    max_errors: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Summary:
-    """Score every image of `inputs` and write the table `out`.
+    """Score every image of `inputs` and write the table `out`, with `OUT.summary.json` beside it.
+
+    What was done stays done: killed at any time and called again with the same arguments, it goes
+    on, and the table is that of a run that nobody stopped.
 
     Args:
-        inputs: A folder, an image, or a `.txt` list of paths.
+        inputs: As `inputs.find`.
         bundle: The model.
-        out: A `.csv` or `.jsonl` file; replaced when the new table is whole, and only then.
-        tta: How many of the bundle's views are averaged; 0 and 1 mean the plain one.
-        top_k: How many classes a row names; all where there are fewer.
-        device: auto, cpu, cuda or tensorrt.
-        precision: auto, fp32, int8 or fp16.
-        workers: Threads; None takes one for each core.
-        max_errors: "N" or "P%": with more broken images the run is finished and then fails.
+        out: A `.csv`, `.jsonl` or `.parquet` file; replaced when the new table is whole.
+        options: As `Options`.
         say: Takes what is to be told to people.
 
     Raises:
-        OptionError: An option that can't be used, found before any work.
+        OptionError: An option that can't be used; another job lies unfinished at `out`.
         DataError: No inputs.
         BundleError: No usable bundle.
         WorkError: Not one image could be scored, or the table can't be written.
         GateError: More errors than `max_errors`; the table is complete.
     """
-    if top_k < 1:
-        raise OptionError(f"--top-k {top_k}: use 1 or more")
-    if workers is not None and workers < 1:
-        raise OptionError(f"--workers {workers}: use 1 or more")
-    allowed = _limit(max_errors)
-    with Table(out) as table:
-        found = sources.find(inputs)
-        for line in found.unreadable:
-            # A name that is not UTF-8 must not stop a terminal.
-            line = line.encode("utf-8", "backslashreplace").decode()
-            say(f"skipped a folder that can't be read: {line}")
-        # One thread a session: workers run side by side, and their number decides no answer.
-        predictor = open_predictor(bundle, device=device, precision=precision, threads=1)
-        predictor.check(tta)
-        work = _scorer(predictor, tta, min(top_k, len(predictor.manifest.labels)))
-        errors, labels = Counter[str](), Counter[str]()
-        with Progress(len(found.paths)) as progress:
-            for row in _in_order(work, found.paths, workers or cores()):
-                table.append(row)
-                progress.step(failed=row.status == "error")
-                if row.label is None:
-                    errors[row.error.partition(":")[0]] += 1
-                else:
-                    labels[row.label] += 1
-            seconds = progress.seconds
-    scored, images = labels.total(), len(found.paths)
-    summary = Summary(
-        images, scored, dict(errors.most_common()), dict(labels.most_common()), seconds
+    options.check(out)
+    if "-" not in inputs:  # a wrong name is told at once, not behind the loading of a model
+        next(sources.find(inputs, column=options.column, note=lambda _: None), None)
+    predictor = open_predictor(
+        bundle, device=options.device, precision=options.precision, threads=1
     )
+    predictor.check(options.tta)
+    batch = options.batch or predictor.cap
+    with Journal(
+        out, _facts(inputs, predictor, options, batch), restart=options.restart
+    ) as journal:
+        if not journal.known:
+            try:
+                journal.keep_inputs(_found(inputs, options.column, say))
+            except BaseException:
+                journal.remove()  # nothing was done yet that one could go on with
+                raise
+        if journal.done:
+            say(f"going on: {journal.done} of {journal.total} images are done")
+        with Progress(journal.total, journal.done) as progress:
+            _work(journal, predictor, options, batch, progress)
+            seconds, now = progress.seconds, progress.now
+        labels, errors = _publish(journal, out, options)
+        summary = Summary(
+            journal.total,
+            labels.total(),
+            dict(errors.most_common()),
+            dict(labels.most_common()),
+            seconds,
+            now,
+        )
+        _write_summary(out, summary, predictor)
+        if options.copy_to is not None:
+            say(sorting.copy(options.copy_to, _rows(journal)))
+        journal.remove()
     say(f"{summary}\nwrote {out}")
-    if not scored:
-        raise WorkError(
-            f"not one of {images} images could be scored; see the column error of {out}"
-        )
-    if allowed is not None and errors.total() > allowed(images):
-        raise GateError(
-            f"{errors.total()} of {images} images could not be scored, more than "
-            f"--max-errors {max_errors}; see the column error of {out}"
-        )
+    _judge(summary, out, options.max_errors)
     return summary
 
 
-def _scorer(predictor: Predictor, tta: int, top_k: int) -> Callable[[str], Row]:
-    def work(path: str) -> Row:
-        try:
-            prepared = predictor.prepare(sources.load(path), tta)
-            prediction = predictor.predict([prepared])[0]
-        except FledgeError as error:
-            return Row.of_error(path, error)
-        return Row.of_answer(path, predictor.answer(prediction, top_k))
+def _found(
+    inputs: Sequence[str], column: str | None, say: Callable[[str], None]
+) -> Iterator[str]:
+    """The names of the inputs; what could not be looked into is told."""
 
-    return work
+    def note(line: str) -> None:
+        # A name that is not UTF-8 must not stop a terminal.
+        say(f"skipped: {line}".encode("utf-8", "backslashreplace").decode())
+
+    return sources.find(inputs, column=column, note=note)
 
 
-def _in_order(work: Callable[[str], Row], paths: Iterable[str], workers: int) -> Iterator[Row]:
-    """Map `work` over `paths` by threads; rows come in the order of the paths."""
-    pending: deque[Future[Row]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="score")
+def _facts(
+    inputs: Sequence[str], predictor: Predictor, options: Options, batch: int
+) -> dict[str, object]:
+    """All that decides rows, and a change of which must not meet rows of before."""
+    kept = ("tta", "top_k", "probabilities", "embeddings", "column")
+    return {
+        "bundle": predictor.model,
+        "precision": predictor.precision,
+        "provider": predictor.runtime.provider,
+        "batch": batch,
+        "inputs": list(inputs),
+        **{name: getattr(options, name) for name in kept},
+    }
+
+
+def _work(
+    journal: Journal, predictor: Predictor, options: Options, batch: int, progress: Progress
+) -> None:
+    """Do the shards that are to be done."""
+    views = max(1, options.tta)
+    scorer = Scorer(
+        predictor,
+        batch=max(1, batch // views),
+        tta=options.tta,
+        top_k=options.top_k,
+        probabilities=options.probabilities,
+        embeddings=options.embeddings,
+    )
+    rows: list[Row] = []
+    features: list[Features] = []
     try:
-        for path in paths:
-            pending.append(pool.submit(work, path))
-            if len(pending) >= _AHEAD * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        for done in in_order(scorer, _chunks(journal, scorer.chunk), options.workers or cores()):
+            rows += done.rows
+            features += [] if done.features is None else [done.features]
+            for row in done.rows:
+                progress.step(failed=row.status == "error")
+            if done.chunk.last:
+                journal.write(
+                    done.chunk.shard, rows, np.concatenate(features) if features else None
+                )
+                rows, features = [], []
     finally:
-        # On Ctrl-C what runs is waited for, what waits is dropped.
-        pool.shutdown(wait=True, cancel_futures=True)
+        scorer.close()
+
+
+def _chunks(journal: Journal, size: int) -> Iterator[Chunk]:
+    for shard, names in journal.todo():
+        for start in range(0, len(names), size):
+            yield Chunk(shard, names[start : start + size], start + size >= len(names))
+
+
+def _rows(journal: Journal) -> Iterator[Row]:
+    for number in range(journal.shards):
+        yield from journal.read(number)[0]
+
+
+def _publish(journal: Journal, out: Path, options: Options) -> tuple[Counter[str], Counter[str]]:
+    """Write the table from the shards; counts of labels and of errors."""
+    columns = [*COLUMNS]
+    columns += [PROBABILITIES] if options.probabilities else []
+    columns += [FEATURES] if options.embeddings else []
+    labels, errors = Counter[str](), Counter[str]()
+    with Table(out, columns) as table:
+        for number in range(journal.shards):
+            rows, features = journal.read(number)
+            table.append(rows, features)
+            labels.update(row.label for row in rows if row.label is not None)
+            errors.update(row.error.partition(":")[0] for row in rows if row.label is None)
+    return labels, errors
+
+
+def _write_summary(out: Path, summary: Summary, predictor: Predictor) -> None:
+    facts = {"model": predictor.model, "precision": predictor.precision, **asdict(summary)}
+    path = out.with_suffix(".summary.json")
+    try:
+        with write_aside(path) as aside:
+            aside.write_text(json.dumps(facts, indent=2) + "\n")
+    except OSError as error:
+        raise WorkError(f"{path}: {error.strerror or error}") from error
+
+
+def _judge(summary: Summary, out: Path, max_errors: str | None) -> None:
+    if not summary.images:
+        raise DataError("there was nothing to score")
+    if not summary.scored:
+        raise WorkError(
+            f"not one of {summary.images} images could be scored; see the column error of {out}"
+        )
+    allowed, failed = _limit(max_errors), summary.images - summary.scored
+    if allowed is not None and failed > allowed(summary.images):
+        raise GateError(
+            f"{failed} of {summary.images} images could not be scored, more than "
+            f"--max-errors {max_errors}; see the column error of {out}"
+        )
 
 
 def _limit(max_errors: str | None) -> Callable[[int], float] | None:

@@ -29,7 +29,7 @@ def test_the_module_brings_no_room_with_it():
     "verb",
     [
         *("train", "lr-find", "evaluate", "report", "ablate", "preview", "layers", "sample"),
-        *("export", "inspect", "verify", "serve", "score"),
+        *("export", "inspect", "verify", "serve", "score", "evaluate-scores"),
     ],
 )
 def test_every_verb_teaches_with_an_example(verb, capsys):

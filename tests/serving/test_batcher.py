@@ -33,7 +33,7 @@ class Stub:
         if 13 in names:
             raise WorkError("13 brings the graph down")
         return [
-            Prediction(np.array([float(name)]), 0.0, len(item.pixels), ())
+            Prediction(np.array([float(name)]), np.zeros(2, np.float32), 0.0, len(item.pixels), ())
             for name, item in zip(names, prepared, strict=True)
         ]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from serving import inputs, progress, score, table
+from serving import inputs, progress, score, scorer, shards, table
 from serving.errors import (
     BundleError,
     DataError,
@@ -21,7 +21,8 @@ from serving.errors import (
     WorkError,
 )
 from serving.predictor import Predictor, open_predictor
-from serving.score import Summary
+from serving.score import Options, Summary
+from serving.scorer import Chunk, Done
 from tests.tiny import photo, tiny_bundle
 
 
@@ -65,7 +66,8 @@ HURT = {
 
 
 def run(folder: Path, bundle: Path, out: Path, **options: Any) -> tuple[Summary, list[dict]]:
-    summary = score.score(folder, bundle, out, device="cpu", say=lambda line: None, **options)
+    wanted = Options(device="cpu", **options)
+    summary = score.score([str(folder)], bundle, out, wanted, say=lambda line: None)
     return summary, rows(out)
 
 
@@ -153,28 +155,29 @@ def test_a_slow_first_image_delays_nobody_out_of_order(
     photos: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, expected = run(photos, bundle, tmp_path / "a.csv")
-    load = inputs.load
+    load = inputs.Reader.load
 
-    def slow(path: str) -> bytes:
-        time.sleep(0.1 if path.endswith("/0.jpg") else 0)
-        return load(path)
+    def slow(self: inputs.Reader, name: str) -> bytes:
+        time.sleep(0.1 if name.endswith("/0.jpg") else 0)
+        return load(self, name)
 
-    monkeypatch.setattr(inputs, "load", slow)
+    monkeypatch.setattr(inputs.Reader, "load", slow)
+    monkeypatch.setattr(scorer, "_CHUNK", 1)
     assert run(photos, bundle, tmp_path / "b.csv", workers=4)[1] == expected
 
 
 def test_no_more_than_a_window_of_images_is_ahead_of_the_table() -> None:
-    started: list[str] = []
+    started: list[int] = []
 
-    def work(path: str) -> table.Row:
-        started.append(path)
-        return table.Row(path, "ok")
+    def work(chunk: Chunk) -> Done:
+        started.append(chunk.shard)
+        return Done(chunk, [], None)
 
-    paths = [str(number) for number in range(1000)]
-    stream = score._in_order(work, paths, workers=2)
+    chunks = (Chunk(number, [], True) for number in range(1000))
+    stream = scorer.in_order(work, chunks, workers=2)
     for number in range(100):
-        assert next(stream).path == str(number)
-        assert len(started) <= number + 2 + 2 * score._AHEAD
+        assert next(stream).chunk.shard == number
+        assert len(started) <= number + 2 + 2 * scorer._AHEAD
     stream.close()  # type: ignore[attr-defined]
     assert len(started) < 200
 
@@ -222,8 +225,8 @@ def test_not_one_answer_is_a_failure_with_a_whole_table(bundle: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
-        ({"out": "out.xls"}, OptionError, r"out\.xls: .*\.csv or \.jsonl"),
-        ({"out": "out"}, OptionError, r"\.csv or \.jsonl"),
+        ({"out": "out.xls"}, OptionError, r"out\.xls: .*\.csv, \.jsonl, \.parquet"),
+        ({"out": "out"}, OptionError, r"\.csv, \.jsonl"),
         ({"out": "none/out.csv"}, OptionError, "no folder .*none; make it"),
         ({"out": "folder.csv"}, OptionError, "a folder; name a file"),
         ({"inputs": "empty"}, DataError, r"empty: no images found; .*\.jpg"),
@@ -256,14 +259,15 @@ def test_a_wrong_request_is_one_line_and_leaves_nothing(
         places[name] = tmp_path / options[name]
     before = sorted(tmp_path.rglob("*"))
     rest = {"device": "cpu"} | {key: value for key, value in options.items() if key not in places}
+    asked = [str(places.pop("inputs"))]
     with pytest.raises(kind, match=words) as caught:
-        score.score(**places, **rest)
+        score.score(asked, **places, options=Options(**rest))
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_run_leaves_what_was_there(
+def test_an_interrupted_run_leaves_what_was_there_and_goes_on(
     photos: Path,
     bundle: Path,
     tmp_path: Path,
@@ -272,22 +276,25 @@ def test_an_interrupted_run_leaves_what_was_there(
 ) -> None:
     out = tmp_path / "work" / "out.csv"
     out.parent.mkdir()
-    append, calls = table.Table.append, []
+    run(photos, bundle, tmp_path / "whole.csv")
+    monkeypatch.setattr(shards, "SIZE", 4)
+    write, calls = shards.Journal.write, []
 
-    def interrupted(self: table.Table, row: table.Row) -> None:
-        calls.append(row)
-        if len(calls) == 8:
+    def interrupted(self: shards.Journal, number: int, *rows: Any) -> None:
+        calls.append(number)
+        if len(calls) == 3:
             raise fault
-        append(self, row)
+        write(self, number, *rows)
 
-    monkeypatch.setattr(table.Table, "append", interrupted)
-    for existing in (None, "an older table"):
-        if existing:
-            out.write_text(existing)
-        calls.clear()
-        with pytest.raises(fault):
-            run(photos, bundle, out)
-        assert [path.read_text() for path in out.parent.iterdir()] == ([existing] * bool(existing))
+    monkeypatch.setattr(shards.Journal, "write", interrupted)
+    out.write_text("an older table")
+    with pytest.raises(fault):
+        run(photos, bundle, out)
+    assert out.read_text() == "an older table"
+    run(photos, bundle, out)
+    assert calls == [0, 1, 2, 2, 3, 4]
+    assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out.csv", "out.summary.json"]
 
 
 def test_a_full_disk_is_a_failure_in_one_line(
@@ -308,14 +315,15 @@ def test_a_table_appears_only_whole(
 ) -> None:
     out, seen, append = tmp_path / "out.csv", [], table.Table.append
 
-    def watched(self: table.Table, row: table.Row) -> None:
+    def watched(self: table.Table, *rows: Any) -> None:
         seen.append(out.exists())
-        append(self, row)
+        append(self, *rows)
 
     monkeypatch.setattr(table.Table, "append", watched)
     run(photos, bundle, out)
-    assert seen == [False] * 19
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "photos"]
+    assert seen == [False]
+    names = ["out.csv", "out.summary.json", "photos"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 AWKWARD = (
@@ -379,7 +387,8 @@ def test_an_unreadable_folder_is_said_and_the_rest_scored(
 
     monkeypatch.setattr(os, "scandir", refusing)
     said: list[str] = []
-    summary = score.score(photos, bundle, tmp_path / "out.csv", device="cpu", say=said.append)
+    wanted = Options(device="cpu")
+    summary = score.score([str(photos)], bundle, tmp_path / "out.csv", wanted, say=said.append)
     assert summary.scored == 8
     assert sum("a/b: Permission denied" in line for line in said) == 1
 
@@ -417,13 +426,14 @@ def test_natural_order_is_total_and_reads_numbers() -> None:
 
 
 def test_summary_is_a_few_lines() -> None:
-    summary = Summary(10, 7, {"broken-image": 2, "no-image": 1}, {"rose": 7}, 2.0)
+    summary = Summary(10, 7, {"broken-image": 2, "no-image": 1}, {"rose": 7}, 2.0, 10)
     assert str(summary).splitlines() == [
         "10 images in 2.0 s, 5 images/s",
         "scored: 7 (rose 7)",
         "errors: 3 (broken-image 2, no-image 1)",
     ]
-    assert len(str(Summary(900, 900, {}, {str(i): 1 for i in range(900)}, 1)).splitlines()) == 2
+    many = Summary(900, 900, {}, {str(i): 1 for i in range(900)}, 1, 900)
+    assert len(str(many).splitlines()) == 2
 
 
 def test_away_from_a_terminal_a_plain_line_comes_now_and_then(
@@ -432,7 +442,7 @@ def test_away_from_a_terminal_a_plain_line_comes_now_and_then(
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     stream = io.StringIO()
-    with progress.Progress(100, stream) as shown:
+    with progress.Progress(100, stream=stream) as shown:
         for _ in range(100):
             now[0] += 0.5
             shown.step(failed=False)
@@ -447,7 +457,7 @@ def test_on_a_terminal_a_bar_shows_rate_and_errors() -> None:
             return True
 
     stream = Terminal()
-    with progress.Progress(3, stream) as shown:
+    with progress.Progress(3, stream=stream) as shown:
         for failed in (False, True, False):
             shown.step(failed)
     assert "3/3" in stream.getvalue()
