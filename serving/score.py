@@ -10,26 +10,26 @@ earlier run was killed.
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from serving import inputs as sources
 from serving import sorting
+from serving import summary as summaries
 from serving import table as tables
-from serving.errors import DataError, GateError, OptionError, WorkError
-from serving.files import check_folder, write_aside
+from serving.errors import OptionError
+from serving.files import check_folder
 from serving.parquet import FEATURES
 from serving.predictor import Predictor, open_predictor
 from serving.progress import Progress
 from serving.scorer import Chunk, Scorer, in_order
 from serving.settings import cores
 from serving.shards import Journal
+from serving.summary import Summary
 from serving.table import COLUMNS, PROBABILITIES, Features, Row, Table
 
 
@@ -73,36 +73,10 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise OptionError(f"--{name.replace('_', '-')} {value}: use {least} or more")
-        _limit(self.max_errors)
+        summaries.limit(self.max_errors)
         tables.check(out, features=self.embeddings)
         if self.copy_to is not None:
             check_folder(self.copy_to, "--copy-to")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A run in figures.
-
-    images: rows of the table; scored: those with an answer.
-    errors: code -> count; labels: label -> count; both most frequent first.
-    seconds: of this run, without loading the model; now: images that it scored itself.
-    """
-
-    images: int
-    scored: int
-    errors: Mapping[str, int]
-    labels: Mapping[str, int]
-    seconds: float
-    now: int
-
-    def __str__(self) -> str:
-        """A few lines for people."""
-        rate = self.now / max(self.seconds, 1e-9)
-        lines = [f"{self.now} images in {self.seconds:.1f} s, {rate:.0f} images/s"]
-        lines.append(f"scored: {self.scored}{_counts(self.labels)}")
-        if self.errors:
-            lines.append(f"errors: {self.images - self.scored}{_counts(self.errors)}")
-        return "\n".join(lines)
 
 
 def score(
@@ -163,18 +137,16 @@ def score(
             seconds,
             now,
         )
-        _write_summary(out, summary, predictor)
+        summary.write(out, predictor)
         if options.copy_to is not None:
             say(sorting.copy(options.copy_to, _rows(journal)))
         journal.remove()
     say(f"{summary}\nwrote {out}")
-    _judge(summary, out, options.max_errors)
+    summary.judge(out, options.max_errors)
     return summary
 
 
-def _found(
-    inputs: Sequence[str], column: str | None, say: Callable[[str], None]
-) -> Iterator[str]:
+def _found(inputs: Sequence[str], column: str | None, say: Callable[[str], None]) -> Iterator[str]:
     """The names of the inputs; what could not be looked into is told."""
 
     def note(line: str) -> None:
@@ -253,49 +225,3 @@ def _publish(journal: Journal, out: Path, options: Options) -> tuple[Counter[str
             labels.update(row.label for row in rows if row.label is not None)
             errors.update(row.error.partition(":")[0] for row in rows if row.label is None)
     return labels, errors
-
-
-def _write_summary(out: Path, summary: Summary, predictor: Predictor) -> None:
-    facts = {"model": predictor.model, "precision": predictor.precision, **asdict(summary)}
-    path = out.with_suffix(".summary.json")
-    try:
-        with write_aside(path) as aside:
-            aside.write_text(json.dumps(facts, indent=2) + "\n")
-    except OSError as error:
-        raise WorkError(f"{path}: {error.strerror or error}") from error
-
-
-def _judge(summary: Summary, out: Path, max_errors: str | None) -> None:
-    if not summary.images:
-        raise DataError("there was nothing to score")
-    if not summary.scored:
-        raise WorkError(
-            f"not one of {summary.images} images could be scored; see the column error of {out}"
-        )
-    allowed, failed = _limit(max_errors), summary.images - summary.scored
-    if allowed is not None and failed > allowed(summary.images):
-        raise GateError(
-            f"{failed} of {summary.images} images could not be scored, more than "
-            f"--max-errors {max_errors}; see the column error of {out}"
-        )
-
-
-def _limit(max_errors: str | None) -> Callable[[int], float] | None:
-    """How many errors are allowed among so many images."""
-    if max_errors is None:
-        return None
-    match = re.fullmatch(r"([0-9]+)|([0-9]+(?:\.[0-9]+)?)%", max_errors.strip())
-    if match is None or (match[2] and float(match[2]) > 100):
-        raise OptionError(f"--max-errors {max_errors}: use a number, or a percentage such as 5%")
-    if match[1]:
-        number = int(match[1])
-        return lambda images: number
-    share = float(match[2])
-    return lambda images: images * share / 100
-
-
-def _counts(counts: Mapping[str, int], most: int = 10) -> str:
-    shown = [f"{name} {count}" for name, count in list(counts.items())[:most]]
-    if len(counts) > most:
-        shown.append(f"and {len(counts) - most} more")
-    return f" ({', '.join(shown)})" if shown else ""
