@@ -101,6 +101,9 @@ def load(
     args = dict(arch_args or {})
     default = Preprocess(size=family.image_size(args))
     preprocess = replace(default, size=size or default.size, crop=crop or default.crop)
+    for key, usual in family.fixed.items():
+        if not isinstance(args.get(key, usual), type(usual)):
+            raise OptionError(f"--arch-args {key}={args[key]}: use true or false")
     own = {key: value for key, value in args.items() if key not in family.fixed}
     try:
         backbones.check_size(arch, own, preprocess.size, "--size")
@@ -115,9 +118,13 @@ def load(
     if "aux_logits" in options:
         options["aux_logits"] = any(key.startswith(_AUXILIARY) for key in state)
         options["init_weights"] = False  # it takes long, and they are replaced
-    network = torchvision.models.get_model(
-        arch, weights=None, num_classes=len(labels), **options | args
-    )
+    try:
+        network = torchvision.models.get_model(
+            arch, weights=None, num_classes=len(labels), **options | args
+        )
+    except Exception as error:  # builders check their options in many ways
+        reason = str(error).partition("\n")[0]
+        raise OptionError(f"--arch-args {args} does not fit {arch}: {reason}") from error
     _check(network, state, path, arch, len(labels))
     network.load_state_dict(state, strict=False)  # `_check` is stricter where it matters
     info = checkpoint.CheckpointInfo(

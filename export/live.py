@@ -67,12 +67,13 @@ def aside(out: Path) -> Iterator[Path]:
 def go_live(payload: Path, manifest: Manifest, out: Path, sign: Sign | None = None) -> Manifest:
     """Give the payload its place, switch the manifest, and remove what is superseded for good."""
     try:
-        live = bundle.read(out).manifest
+        live = bundle.read(out, whoever=True).manifest
     except BundleError:
         live = None
-    if live is not None and live.version == manifest.version:
+    same = live is not None and live.version == manifest.version
+    if live is not None and same and (sign is None or live.files == manifest.files):
         # The same graphs. Somebody may be reading that folder: it stays as it is, with its golden
-        # images, and only the manifest is new.
+        # images, and only the manifest is new. What is to be signed is what this export made.
         manifest = replace(manifest, files=live.files, golden=live.golden)
     else:
         for path in payload.rglob("*"):

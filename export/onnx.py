@@ -59,6 +59,26 @@ def save(
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
+def probe() -> bytes:
+    """The least graph that is in the contract: to see whether a device runs any."""
+    kind, shape = onnx.TensorProto, ["batch", "values"]
+    nodes = [
+        onnx.helper.make_node("Cast", ["pixels"], ["floats"], to=kind.FLOAT),
+        onnx.helper.make_node("Flatten", ["floats"], ["features"]),
+        onnx.helper.make_node("Relu", ["features"], ["logits"]),
+    ]
+    pixels = onnx.helper.make_tensor_value_info("pixels", kind.UINT8, ["batch", 8, 8, 3])
+    gives = [
+        onnx.helper.make_tensor_value_info(name, kind.FLOAT, shape)
+        for name in ("logits", "features")
+    ]
+    graph = onnx.helper.make_graph(nodes, "probe", [pixels], gives)
+    opset = onnx.helper.make_opsetid("", OPSET)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    data: bytes = model.SerializeToString()
+    return data
+
+
 def _translate(graph: Graph, preprocess: Preprocess) -> onnx.ModelProto:
     # A batch of 2 to trace with: at 1 the exporter would take the axis for a constant.
     pixels = example(preprocess, batch=2)
@@ -104,15 +124,22 @@ def _modules_with(graph: Graph, operator: str) -> list[str]:
     def plain(name: str) -> str:
         return name.replace("_", "").lower()
 
-    wanted, where = plain(operator), []
+    wanted = plain(operator)
+    exact: list[str] = []
+    like: list[str] = []
     for node in graph.core.graph.nodes:
         is_module = node.op == "call_module"
         called = graph.core.get_submodule(node.target) if is_module else node.target
-        name = type(called).__name__ if is_module else getattr(called, "__name__", str(called))
-        if wanted in plain(name) or (len(name) > 3 and plain(name) in wanted):
-            stack = node.meta.get("nn_module_stack") or {str(node.target): None}
-            where.append(list(stack)[-1].removeprefix("classifier."))
-    return list(dict.fromkeys(where))
+        name = plain(
+            type(called).__name__ if is_module else getattr(called, "__name__", str(called))
+        )
+        stack = node.meta.get("nn_module_stack") or {str(node.target): None}
+        where = list(stack)[-1].removeprefix("classifier.")
+        if name == wanted:
+            exact.append(where)
+        elif wanted in name or (len(name) > 3 and name in wanted):
+            like.append(where)
+    return list(dict.fromkeys(exact or like))
 
 
 def _strip(model: onnx.ModelProto) -> None:

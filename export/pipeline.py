@@ -22,6 +22,7 @@ from export import confidence, foreign, live, onnx, pt2, torchscript, verify
 from export import graph as contract
 from export import precision as precisions
 from export.card import card
+from export.verdict import BUDGET
 from serving import bundle, signing
 from serving.errors import OptionError, WorkError
 from serving.manifest import Manifest, content_version
@@ -54,7 +55,7 @@ class Options:
     name: str | None = None
     confident: confidence.Wanted | None = None
     precision: str = "auto"
-    accuracy_budget: float = precisions.BUDGET
+    accuracy_budget: float = BUDGET
     sign: Path | None = None
 
 

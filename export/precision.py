@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache as once
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -13,18 +14,17 @@ from onnx import ModelProto
 
 from export import half, onnx, quantize, tuning
 from export.confidence import Held, ask
+from export.verdict import Verdict, judge
 from export.verify import Sample
 from serving import runtime
-from serving.errors import GateError, OptionError, WorkError
+from serving.errors import FledgeError, GateError, OptionError
 from serving.manifest import Manifest
 from serving.predictor import Predictor
 from serving.preprocess import Pixels
 from serving.settings import cores
+from serving.views import energies, softmax
 
 FILES: Final = {"fp32": "model.onnx", "int8": "model.int8.onnx", "fp16": "model.fp16.onnx"}
-
-BUDGET: Final = 0.5
-"""Points of accuracy that a faster precision may cost."""
 
 
 class Kind(NamedTuple):
@@ -50,92 +50,15 @@ KINDS: Final = {
     # Processors without VNNI add up in other ways.
     "int8": Kind("cpu", 0.05, _int8),
 }
-CHOICES: Final = ("auto", "fp32", "int8", "fp16")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of a precision that was tried.
-
-    accuracy, of_fp32: fractions of 1 on the same photos. fell: points; interval: its 95 %.
-    faster: photos a second as a multiple of fp32's, each in its best setting.
-    """
-
-    photos: int
-    accuracy: float
-    of_fp32: float
-    fell: float
-    interval: tuple[float, float]
-    faster: float
-    budget: float
-
-    @property
-    def refusal(self) -> str | None:
-        """Why it is not kept; None where it is."""
-        if self.fell > self.budget:
-            return f"accuracy falls by {self.fell:.2f} points, and the budget is {self.budget:g}"
-        if self.faster <= 1:
-            return f"it is no faster here: {self.faster:.2f} times fp32"
-        return None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As the manifest has it under `tried`; without the timing, which decides no answer."""
-        return {
-            "kept": self.refusal is None,
-            "why_not": self.refusal,
-            "photos": self.photos,
-            "accuracy": self.accuracy,
-            "accuracy_fp32": self.of_fp32,
-            "fell_points": round(self.fell, 3),
-            "fell_interval": [round(end, 3) for end in self.interval],
-            "budget_points": self.budget,
-            "times_fp32": float(f"{self.faster:.3g}"),
-        }
-
-    def told(self, name: str) -> str:
-        """In a line, for a person."""
-        low, high = self.interval
-        kept = f"refused: {self.refusal}" if self.refusal else "kept"
-        return (
-            f"{name} {kept}; on {self.photos} held-out photos {self.accuracy:.2%}, fp32 "
-            f"{self.of_fp32:.2%} (falls by {self.fell:.2f} points, {low:.2f} to {high:.2f}), "
-            f"{self.faster:.2f} times as fast"
-        )
-
-
-def judge(
-    fp32: Sequence[int],
-    other: Sequence[int],
-    labels: Sequence[int],
-    *,
-    faster: float,
-    budget: float = BUDGET,
-) -> Verdict:
-    """Compare best classes of the same photos.
-
-    Args:
-        fp32, other: Best class of each photo, by each graph.
-        labels: Of each photo; at least one.
-        faster: As in `Verdict`.
-        budget: Points that may be lost.
-    """
-    truth = np.asarray(labels)
-    was, now = np.asarray(fp32) == truth, np.asarray(other) == truth
-    lost, won = int((was & ~now).sum()), int((now & ~was).sum())
-    return Verdict(
-        photos=len(truth),
-        accuracy=float(now.mean()),
-        of_fp32=float(was.mean()),
-        fell=100 * (lost - won) / len(truth),
-        interval=_paired_interval(lost, won, len(truth)),
-        faster=faster,
-        budget=budget,
-    )
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What was asked for: one of `CHOICES`, points of accuracy, training photos to calibrate on."""
+    """What was asked for.
+
+    precision: one of `KINDS`, "fp32" or "auto"; budget: points of accuracy; train: photos to
+    calibrate on.
+    """
 
     precision: str
     budget: float
@@ -180,9 +103,13 @@ def keep(
         if why_not := _why_not(name, kind, wanted.precision):
             tried[name] = {"kept": False, "why_not": f"not tried: {why_not}"}
             continue
+        path = payload / FILES[name]
         try:
             verdict, facts, rates = _attempt(name, kind, payload, manifest, held, samples, wanted)
-        except (WorkError, OptionError) as error:
+            if not verdict.refusal:
+                manifest = _with(name, kind, payload, manifest, verdict)
+        except FledgeError as error:
+            path.unlink(missing_ok=True)  # nothing that was not judged is shipped
             if wanted.precision == name:
                 raise
             tried[name] = {"kept": False, "why_not": f"not tried: {error}"}
@@ -195,9 +122,8 @@ def keep(
             )
         tried[name] = {**verdict.to_dict(), **facts}
         if verdict.refusal:
+            path.unlink()
             del rates[name]
-        else:
-            manifest = _with(name, kind, payload, manifest, verdict)
         tuned[kind.device] = tuning.advice(rates)
     for device in {kind.device for kind in KINDS.values() if _usable(kind.device)} - set(tuned):
         alone = {"fp32": payload / FILES["fp32"]}
@@ -206,8 +132,21 @@ def keep(
     return replace(manifest, tried=tried, tuning=dict(sorted(tuned.items())))
 
 
+@once
 def _usable(device: str) -> bool:
-    return device == "cpu" or runtime.expected("auto") == runtime.PROVIDERS[device]
+    """Whether a graph runs on it here: a driver and a wheel that promise it are not enough."""
+    if device == "cpu":
+        return True
+    if runtime.expected("auto") != runtime.PROVIDERS[device]:
+        return False
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "probe.onnx"
+        path.write_bytes(onnx.probe())
+        try:
+            runtime.OnnxRuntime(path, device=device)
+        except FledgeError:
+            return False
+    return True
 
 
 def _why_not(name: str, kind: Kind, wanted: str) -> str:
@@ -241,6 +180,7 @@ def _attempt(
     mine = ask(predictor, samples, workers, views=1)
     rates = tuning.measure({"fp32": source, name: path}, manifest.preprocess.size, kind.device)
     best = {graph: max(by.values()) for graph, by in rates.items()}
+    facts |= _thresholds_hold(manifest, mine)
     verdict = judge(
         held.logits[:, 0].argmax(axis=1).tolist(),
         mine.logits[:, 0].argmax(axis=1).tolist(),
@@ -248,9 +188,24 @@ def _attempt(
         faster=best[name] / best["fp32"],
         budget=wanted.budget,
     )
-    if verdict.refusal:
-        path.unlink()
-    return verdict, facts, rates
+    broken = int((~np.isfinite(mine.logits).all(axis=(1, 2))).sum())
+    return replace(verdict, broken=broken), facts, rates
+
+
+def _thresholds_hold(manifest: Manifest, mine: Held) -> dict[str, Any]:
+    """What the thresholds, fitted on fp32, give with this graph on the same photos."""
+    plain = mine.logits[:, 0]
+    energy, confident = (manifest.thresholds[name] for name in ("energy", "confident"))
+    facts: dict[str, Any] = {}
+    if energy is not None:
+        facts["within_energy"] = float((energies(plain) <= energy).mean())
+    if confident is not None:
+        probabilities = softmax(plain, manifest.temperature)
+        sure = probabilities.max(axis=1) >= confident
+        right = probabilities.argmax(axis=1) == mine.labels
+        facts["confident_coverage"] = float(sure.mean())
+        facts["confident_precision"] = float(right[sure].mean()) if sure.any() else None
+    return facts
 
 
 def _with(name: str, kind: Kind, payload: Path, manifest: Manifest, verdict: Verdict) -> Manifest:
@@ -265,16 +220,3 @@ def _with(name: str, kind: Kind, payload: Path, manifest: Manifest, verdict: Ver
     entry = {"file": FILES[name], "accuracy": verdict.accuracy, "tolerance": kind.tolerance}
     precisions = {**manifest.precisions, name: entry}
     return replace(manifest, precisions=precisions, golden=tuple(golden))
-
-
-def _paired_interval(lost: int, won: int, photos: int) -> tuple[float, float]:
-    """95 % interval of the fall in points, photos being paired.
-
-    Agresti & Min, 2005, "Simple improved confidence intervals for comparing matched proportions":
-    half a photo is added to each cell, so that it has a width where nothing changed.
-    """
-    count = photos + 2
-    middle = (lost - won) / count
-    variance = (lost + won + 1 - (lost - won) ** 2 / count) / count**2
-    half = 1.959964 * math.sqrt(variance)
-    return 100 * (middle - half), 100 * (middle + half)

@@ -112,7 +112,7 @@ def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) ->
         pixels = [found for found in read_ones if found is not None]
     if len(pixels) < 20:
         raise WorkError(
-            f"{len(pixels)} training photos can be read, and int8 needs 20 to calibrate on: "
+            f"{len(pixels)} training photos can be read, and 20 are needed to calibrate on: "
             "name their folder with --data, or use --precision fp32"
         )
     return np.stack(pixels)

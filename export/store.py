@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, Final
 
 from serving import bundle
 from serving.errors import WorkError
+
+_BESIDE: Final = (bundle.MANIFEST, bundle.CHECKSUM, bundle.SIGNATURE)
 
 
 def register(folder: Path, say: Callable[[str], None] = print) -> str:
@@ -32,19 +35,27 @@ def register(folder: Path, say: Callable[[str], None] = print) -> str:
     tag = f"{_name(manifest.name)}:{manifest.version}"
     facts = {"arch": manifest.arch, "classes": len(manifest.labels), "schema": manifest.schema}
     try:
-        with suppress(NotFound):
-            bentoml.models.delete(tag)
-        with bentoml.models.create(tag, labels={"made-by": "fledge"}, metadata=facts) as model:
-            place = Path(model.path)
-            for path in folder.iterdir():
-                if path.is_file():
-                    shutil.copy2(path, place)
-            shutil.copytree(opened.payload, place / manifest.version)
-            bundle.read(place)  # the export may have gone on meanwhile
+        if not _same(bentoml.models.list(tag), folder):
+            with suppress(NotFound):
+                bentoml.models.delete(tag)
+            with bentoml.models.create(tag, labels={"made-by": "fledge"}, metadata=facts) as model:
+                place = Path(model.path)
+                for name in _BESIDE:
+                    if (folder / name).exists():
+                        shutil.copy2(folder / name, place)
+                shutil.copytree(opened.payload, place / manifest.version)
+                bundle.read(place)  # an export may have gone on meanwhile
     except (BentoMLException, OSError) as error:
         raise WorkError(f"BentoML's model store: {error}; the bundle itself is complete") from error
     say(f"registered as {tag} in BentoML's model store, {bentoml.models.get(tag).path}")
     return tag
+
+
+def _same(stored: Sequence[Any], folder: Path) -> bool:
+    """Whether this very bundle lies there; somebody may be serving it."""
+    paths = [Path(model.path) / bundle.MANIFEST for model in stored]
+    mine = (folder / bundle.MANIFEST).read_bytes()
+    return any(path.exists() and path.read_bytes() == mine for path in paths)
 
 
 def _name(name: str) -> str:

@@ -33,12 +33,14 @@ class Bundle:
     """A verified bundle.
 
     folder: holds `manifest.json`; payload: folder/VERSION.
-    signers: names of the keys that signed it, as `signing.check`.
+    signers: names of the keys that signed it, as `signing.check`; trusted: whether these had to be
+        known.
     """
 
     folder: Path
     manifest: Manifest
     signers: tuple[str, ...] = ()
+    trusted: bool = False
 
     @property
     def payload(self) -> Path:
@@ -57,18 +59,41 @@ class Bundle:
             raise BundleError(f"{self.folder} has no {precision} graph; it has {have}")
         return self.payload / str(entry["file"])
 
+    @property
+    def doubt(self) -> str:
+        """What must be said behind a signer's name: anybody can sign with a key of his own."""
+        return "" if self.trusted else f", whom nobody vouches for: {signing.TRUSTED} is not set"
 
-def read(folder: Path) -> Bundle:
+    def load(self, name: str) -> bytes:
+        """The bytes of a payload file, which are those that the manifest speaks of.
+
+        What is used is what was checked: the file may have been changed since the bundle was read.
+
+        Raises:
+            BundleError: It was.
+        """
+        path = self.payload / name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BundleError(f"{path} can't be read: {error.strerror or error}") from error
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[name]["sha256"]:
+            raise BundleError(f"{path} was changed after export: its sha256 is not the manifest's")
+        return data
+
+
+def read(folder: Path, *, whoever: bool = False) -> Bundle:
     """Read a bundle, check every byte of it against its manifest, and who signed that.
 
-    Whoever reads, by whatever door: where FLEDGE_TRUSTED_KEYS is set, one of those keys has signed.
+    By whatever door it is read: where FLEDGE_TRUSTED_KEYS is set, one of those keys has signed it;
+    unless `whoever`, for an export that is about to replace it.
 
     Raises:
         BundleError: Nothing there; a file is missing, changed or not listed; no trusted key signed
             it. Names the file.
         OptionError: As `signing.trusted`.
     """
-    keys = signing.trusted()
+    keys = None if whoever else signing.trusted()
     path = folder / MANIFEST
     try:
         for turn in range(_TRIES):
@@ -97,10 +122,14 @@ def read(folder: Path) -> Bundle:
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{folder} can't be read: {error}") from error
     try:
-        bundle = Bundle(folder, Manifest.from_json(raw.decode()), tuple(signers))
+        manifest = Manifest.from_json(raw.decode())
+        bundle = Bundle(folder, manifest, tuple(signers), keys is not None)
     except (BundleError, UnicodeDecodeError) as error:
         raise BundleError(f"{path}: {error}") from error
-    _verify_files(bundle)
+    try:
+        _verify_files(bundle)
+    except ValueError as error:  # a name that is none, such as one with a NUL in it
+        raise BundleError(f"{path}: not a manifest: {error}") from error
     return bundle
 
 
@@ -156,7 +185,8 @@ def publish(manifest: Manifest, folder: Path, sign: signing.Sign | None = None) 
 
     The rename of the manifest is the moment of change. Around it the files beside it list the old
     and the new digest, and the old and the new signature, so that a kill at any point leaves a
-    bundle that reads as one or the other.
+    bundle that reads as one or the other. Only who trusts keys alone may see neither, where one of
+    the two is not signed.
     """
     text = manifest.to_json().encode()
     path, checksum, signature = folder / MANIFEST, folder / CHECKSUM, folder / SIGNATURE
@@ -164,10 +194,11 @@ def publish(manifest: Manifest, folder: Path, sign: signing.Sign | None = None) 
     old = f"{sha256(path)}  {MANIFEST}\n" if path.exists() else ""
     signed = f"{sign(text)}\n" if sign else ""
     before = _signatures(folder) or ""
-    if signed:
+    # Alone beside a manifest that it is not of, a signature would look forged.
+    if signed and before:
         _replace(signature, (signed + before).encode())
     else:
-        signature.unlink(missing_ok=True)  # beside a manifest that it is not of, it would be forged
+        signature.unlink(missing_ok=True)
     _replace(checksum, (new + old).encode())
     _replace(path, text)
     _replace(checksum, new.encode())
@@ -177,7 +208,7 @@ def publish(manifest: Manifest, folder: Path, sign: signing.Sign | None = None) 
 
 def _signatures(folder: Path) -> str | None:
     try:
-        return (folder / SIGNATURE).read_text()
+        return (folder / SIGNATURE).read_text(errors="replace")
     except FileNotFoundError:
         return None
 

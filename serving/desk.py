@@ -25,7 +25,8 @@ from serving.telemetry import Telemetry
 WATCH: Final = 1.0
 """Seconds between two looks at the manifest."""
 RETRY: Final = 10.0
-"""Seconds until a bundle that was refused is tried again."""
+LONGEST: Final = 300.0
+"""Seconds until a bundle that was refused is tried again: at first, and at most."""
 _PAUSE: Final = 0.02
 
 _log = logging.getLogger("bentoml.fledge")
@@ -42,15 +43,6 @@ class Model:
     engine: Engine
     manifest: bytes
     users: int = 0
-
-    @contextmanager
-    def held(self) -> Iterator[Model]:
-        """Keep it from being closed when another takes its place meanwhile."""
-        self.users += 1
-        try:
-            yield self
-        finally:
-            self.users -= 1
 
     def close(self) -> None:
         """Wait until nobody holds it, then stop the engine."""
@@ -74,8 +66,9 @@ class Desk:
         self.refusal = "the bundle is still being loaded"
         self._model: Model | None = None
         self._seen: object = None
+        self._refused: object = None
         self._closing = threading.Event()
-        self._loading = threading.Lock()
+        self._swapping = threading.Lock()
 
     def start(self) -> None:
         """Load on a thread, if nothing is loaded yet, and watch the bundle."""
@@ -84,7 +77,7 @@ class Desk:
     def close(self) -> None:
         """Stop; nobody waits for an answer any more."""
         self._closing.set()
-        with self._loading:
+        with self._swapping:
             model, self._model, self.refusal = self._model, None, "the service is stopping"
         if model:
             model.engine.close()
@@ -101,13 +94,27 @@ class Desk:
             raise NotReady("no model is being served now; GET /readyz says why")
         return self._model
 
+    @contextmanager
+    def _held(self) -> Iterator[Model]:
+        """What is served now, kept from being closed when another takes its place meanwhile."""
+        model = self.model
+        model.users += 1
+        while self._model is not model:  # another came before it was known to be held
+            model.users -= 1
+            model = self.model
+            model.users += 1
+        try:
+            yield model
+        finally:
+            model.users -= 1
+
     async def answer(self, data: bytes, options: Options) -> dict[str, Any]:
         """The answer to one image, as `Predictor.answer`.
 
         Raises:
             FledgeError: Any error of the path: option, image, overload, deadline, not ready.
         """
-        with self.model.held() as model:
+        with self._held() as model:
             return await self._answer(model, data, options)
 
     async def _answer(self, model: Model, data: bytes, options: Options) -> dict[str, Any]:
@@ -130,7 +137,7 @@ class Desk:
         Raises:
             FledgeError: The options are wrong or nothing is served: then no image was looked at.
         """
-        with self.model.held() as model:  # one version answers them all
+        with self._held() as model:  # one version answers them all
             return await self._answer_each(model, images, options, request_id)
 
     async def _answer_each(
@@ -156,17 +163,17 @@ class Desk:
 
     def load(self) -> None:
         """Load and check the bundle now, and serve it; what goes wrong becomes `refusal`."""
-        with self._loading:
-            self._seen = self._state()
-            try:
-                model = self._build()
-            except FledgeError as error:
-                self._refuse(str(error))
-                return
-            except Exception:
-                _log.exception("the bundle can't be loaded")
-                self._refuse("loading failed; the log says why")
-                return
+        self._seen = self._state()
+        try:
+            model = self._build()
+        except FledgeError as error:
+            self._refuse(str(error))
+            return
+        except Exception:
+            _log.exception("the bundle can't be loaded")
+            self._refuse("loading failed; the log says why")
+            return
+        with self._swapping:
             if self._closing.is_set():
                 model.engine.close()
                 return
@@ -194,13 +201,18 @@ class Desk:
     def _watch(self) -> None:
         if self._seen is None:
             self.load()
-        refused_at = time.monotonic()
+        pause, tried = RETRY, time.monotonic()
         while not self._closing.wait(WATCH):
+            changed = self._state() != self._seen
             # What could not be read may still be on its way: a folder that is being copied.
-            late = self.refusal and time.monotonic() - refused_at > RETRY
-            if late or self._state() != self._seen:
+            if not changed and not (self.refusal and time.monotonic() - tried > pause):
+                continue
+            pause = RETRY if changed else min(2 * pause, LONGEST)
+            try:
                 self.load()
-                refused_at = time.monotonic()
+            except Exception:  # whatever it is, the next bundle may be a good one
+                _log.exception("the bundle can't be taken over")
+            tried = time.monotonic()
 
     def _state(self) -> object:
         """Differs when the manifest was replaced."""
@@ -211,9 +223,10 @@ class Desk:
         return found.st_ino, found.st_mtime_ns, found.st_size
 
     def _refuse(self, reason: str) -> None:
-        if reason == self.refusal:
-            return  # said already
         self.refusal = reason
+        if (self._seen, reason) == self._refused:
+            return  # said already
+        self._refused = (self._seen, reason)
         served = f"{self._model.predictor.model} goes on" if self._model else "not serving"
         self.telemetry.refused()
         _log.error("%s: %s", served, reason)

@@ -11,11 +11,12 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from serving import forms, problems
+from serving import forms, problems, signing
 from serving.desk import Desk
 from serving.errors import FledgeError, RequestError, Unauthorized
 from serving.exchange import App, Gone, Message, Receive, Reply, Request, Send
@@ -137,6 +138,7 @@ class Front:
         desk = self._desk()
         # The log has it in full; where the bundle lies is nobody's business out there.
         refusal = desk.refusal.replace(str(desk.settings.bundle), "the bundle")
+        refusal = re.sub(rf"({signing.TRUSTED} =) \S+", r"\1 …", refusal)
         try:
             predictor = desk.model.predictor
         except FledgeError as error:

@@ -25,7 +25,6 @@ _NAMES: Final = 1_000_000
 _OPEN: Final = 200
 """So many names and archives are held at most, but always those of the last two."""
 
-
 Identity = tuple[int, int, int, int]
 """Of a file as it is now: a path may come to mean another."""
 

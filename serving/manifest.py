@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from serving.errors import BundleError, OptionError
 from serving.preprocess import Preprocess
-from serving.views import VIEWS, View
+from serving.views import AVERAGES, VIEWS, View
 
 SCHEMA: Final = 1
 
@@ -93,17 +93,41 @@ class Manifest:
             values["views"] = tuple(View(**view) for view in values["views"])
             values["golden"] = tuple(values["golden"])
             manifest = cls(**values)
-            entries = [manifest.files, manifest.precisions]
-            entries += [*manifest.files.values(), *manifest.precisions.values(), *manifest.golden]
-            if not all(isinstance(entry, dict) for entry in entries):
-                raise TypeError("files, precisions and golden hold objects")
-            if not (math.isfinite(manifest.temperature) and manifest.temperature > 0):
-                raise ValueError(f"temperature = {manifest.temperature}: it must be above 0")
-            if not manifest.views or manifest.views[0][1:] != VIEWS[0][1:]:
-                raise ValueError("the first view must be the plain one")
+            _check(manifest)
             return manifest
         except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
             raise BundleError(f"not a manifest: {error}") from error
+
+
+def _check(manifest: Manifest) -> None:
+    """Find what would fail later, in the middle of an answer.
+
+    Raises:
+        TypeError, ValueError: Something is of the wrong kind, or out of its range.
+    """
+    entries = [manifest.files, manifest.precisions, manifest.thresholds]
+    entries += [*manifest.files.values(), *manifest.precisions.values(), *manifest.golden]
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise TypeError("files, precisions, golden and thresholds hold objects")
+    if not manifest.labels:
+        raise ValueError("labels is empty")
+    names = [manifest.name, manifest.version, *manifest.labels, *manifest.files, *manifest.graphs]
+    names += [one for one in (manifest.torchscript, manifest.torch_export) if one is not None]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("a name, a label or a file is no text")
+    numbers = [manifest.temperature, *filter(None, manifest.thresholds.values())]
+    for view in manifest.views:
+        numbers += [view.zoom, view.x, view.y]
+        if not (view.zoom > 0 and 0 <= view.x <= 1 and 0 <= view.y <= 1):
+            raise ValueError(f"view {view.name} lies outside the picture")
+    if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+        raise ValueError("a temperature, threshold or view is no number")
+    if not manifest.temperature > 0:
+        raise ValueError(f"temperature = {manifest.temperature}: it must be above 0")
+    if not manifest.views or manifest.views[0][1:] != VIEWS[0][1:]:
+        raise ValueError("the first view must be the plain one")
+    if manifest.average not in AVERAGES:
+        raise ValueError(f"average = {manifest.average!r}: use {' or '.join(AVERAGES)}")
 
 
 def content_version(manifest: Manifest, graphs: Mapping[str, str]) -> str:

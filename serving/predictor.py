@@ -186,11 +186,11 @@ def open_predictor(
     if precision not in ("auto", *have):
         raise OptionError(f"precision = {precision}: {folder} has {', '.join(have)}; use one")
     chosen = precision if precision != "auto" else _fastest(have, runtime.expected(device))
-    engine = runtime.OnnxRuntime(opened.graph(chosen), device=device, threads=threads)
+    engine = _engine(opened, chosen, device, threads)
     if precision == "auto" and chosen != _fastest(have, engine.provider):
         # A GPU was seen, did not load, and auto fell back: now the CPU's own choice.
         chosen = _fastest(have, engine.provider)
-        engine = runtime.OnnxRuntime(opened.graph(chosen), device="cpu", threads=threads)
+        engine = _engine(opened, chosen, "cpu", threads)
     shaped: runtime.Runtime = engine
     if engine.provider != runtime.PROVIDERS["cpu"]:
         shaped = Bucketed(engine, opened.manifest.preprocess.size)
@@ -231,8 +231,8 @@ def check_golden(predictor: Predictor, opened: bundle.Bundle) -> None:
                 f"{len(manifest.labels)} labels"
             )
         try:
-            prepared = predictor.prepare((opened.payload / name).read_bytes())
-        except (ImageError, OSError) as error:
+            prepared = predictor.prepare(opened.load(name))
+        except ImageError as error:
             raise BundleError(f"{opened.payload / name} can't be read: {error}") from error
         try:
             actual = predictor.predict([prepared])[0].probabilities
@@ -249,6 +249,14 @@ def check_golden(predictor: Predictor, opened: bundle.Bundle) -> None:
                 f"{opened.folder} must not be served here: {name} in {precision} on "
                 f"{predictor.runtime.provider} is off by {off:.2g}, tolerance {tolerance:.2g}"
             )
+
+
+def _engine(
+    opened: bundle.Bundle, precision: str, device: str, threads: int
+) -> runtime.OnnxRuntime:
+    path = opened.graph(precision)
+    data = opened.load(path.relative_to(opened.payload).as_posix())
+    return runtime.OnnxRuntime(path, device=device, threads=threads, data=data)
 
 
 def _fastest(have: Container[str], provider: str) -> str:

@@ -50,11 +50,14 @@ class OnnxRuntime:
     provider: the name of the execution provider that took the graph.
     """
 
-    def __init__(self, graph: Path, *, device: str = "auto", threads: int = 1) -> None:
+    def __init__(
+        self, graph: Path, *, device: str = "auto", threads: int = 1, data: bytes | None = None
+    ) -> None:
         """Load `graph`.
 
         Args:
             graph: An ONNX file in the graph contract.
+            data: Its bytes, where they were read already; the file is then only named.
             device: cpu, cuda, tensorrt; auto takes CUDA where it works, else the CPU, and logs it.
             threads: Cores that one `run` uses on a CPU.
 
@@ -64,7 +67,7 @@ class OnnxRuntime:
         """
         if device not in ("auto", *PROVIDERS):
             raise OptionError(f"device = {device!r}: use auto, {', '.join(PROVIDERS)}")
-        self._session = _open(graph, device, threads)
+        self._session = _open(graph, data or str(graph), device, threads)
         self.provider: str = self._session.get_providers()[0]
         _check_contract(graph, self._session)
 
@@ -95,14 +98,14 @@ def expected(device: str) -> str:
     return PROVIDERS.get(device, device)
 
 
-def _open(graph: Path, device: str, threads: int) -> ort.InferenceSession:
+def _open(graph: Path, data: bytes | str, device: str, threads: int) -> ort.InferenceSession:
     """Only what was asked for is tried: a CPU service never touches a GPU."""
     if device == "cpu":
-        return _session(graph, "cpu", threads)
+        return _session(graph, data, "cpu", threads)
     wanted = "cuda" if device == "auto" else device
     reason = _why_not(wanted)
     if reason is None:
-        session = _session(graph, wanted, threads)
+        session = _session(graph, data, wanted, threads)
         # The list of available providers promises much and a failed load raises nothing;
         # only the session itself knows what it runs on.
         if session.get_providers()[0] == PROVIDERS[wanted]:
@@ -110,14 +113,14 @@ def _open(graph: Path, device: str, threads: int) -> ort.InferenceSession:
         reason = f"ONNX Runtime could not load {PROVIDERS[wanted]}"
     if device == "auto":
         _log.info("device auto: serving on the CPU (%s)", reason)
-        return _session(graph, "cpu", threads)
+        return _session(graph, data, "cpu", threads)
     raise OptionError(
         f"device = {device}: {reason}; install onnxruntime-gpu[cuda,cudnn] and an NVIDIA driver "
         f"that fits, or use device cpu"
     )
 
 
-def _session(graph: Path, device: str, threads: int) -> ort.InferenceSession:
+def _session(graph: Path, data: bytes | str, device: str, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -135,17 +138,22 @@ def _session(graph: Path, device: str, threads: int) -> ort.InferenceSession:
     if device == "tensorrt":
         providers.insert(0, (PROVIDERS["tensorrt"], _tensorrt_options()))
     try:
-        return ort.InferenceSession(str(graph), options, providers=providers)
+        return ort.InferenceSession(data, options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions have no base of their own
         raise BundleError(f"{graph} can't be loaded: {_first_line(error)}") from error
 
 
 def _tensorrt_options() -> dict[str, str]:
-    """Engines take minutes to build: they are kept for the next start, where that is possible."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fledge" / "tensorrt"
+    """Engines take minutes to build: they are kept for the next start, where that is safe."""
     try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        home = home / "fledge" / "tensorrt"
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
+        found = home.stat()
+        # Engines are code. In a folder that others may write they are anybody's.
+        if found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise OSError(f"{home} is not this user's alone")
+    except (OSError, RuntimeError) as error:
         _log.info("TensorRT engines are built anew at each start: %s", error)
         return {}
     on = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}

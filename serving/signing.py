@@ -134,6 +134,8 @@ def _blocks(path: Path, option: str) -> list[tuple[str, bytes]]:
     try:
         text = path.read_text(encoding="ascii")
         found = [(kind, "".join(body.split())) for kind, body in _PEM.findall(text)]
+        if len(found) != text.count("-----BEGIN"):
+            raise OptionError(f"{option} {path}: a key in it is not whole; {_MAKE}")
         return [(kind, base64.b64decode(body, validate=True)) for kind, body in found]
     except OSError as error:
         raise OptionError(f"{option} {path}: {error.strerror}") from error

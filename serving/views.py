@@ -48,6 +48,9 @@ VIEWS: Final = (
 )
 
 
+AVERAGES: Final = ("mean", "log_mean")
+
+
 def count(tta: int, views: Sequence[View]) -> int:
     """How many views `tta` asks for: 0 and 1 mean the plain one.
 

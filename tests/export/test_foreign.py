@@ -115,6 +115,15 @@ def test_options_of_the_builder_are_taken_and_checked(tmp_path):
         assert torch.equal(whole(x), made(x))
     with pytest.raises(OptionError, match=r"--arch-args .*wings.* does not fit googlenet"):
         foreign.load(tmp_path / "x.pth", "googlenet", LABELS, arch_args={"wings": 2})
+    args = foreign.read_args(["transform_input=False"])  # a text, in TOML as in the shell
+    with pytest.raises(OptionError, match="transform_input=False: use true or false"):
+        foreign.load(tmp_path / "x.pth", "googlenet", LABELS, size=64, arch_args=args)
+    vit = torchvision.models.vit_b_32(num_classes=4, image_size=64)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    for wrong in ({"wings": 2}, {"num_classes": 4}, {"weights": "DEFAULT"}):
+        args = {"image_size": 64, **wrong}
+        with pytest.raises(OptionError, match=r"--arch-args .* does not fit vit_b_32"):
+            foreign.load(tmp_path / "vit.pth", "vit_b_32", LABELS, arch_args=args)
     with pytest.raises(OptionError, match="--arch-args wings: use KEY=VALUE"):
         foreign.read_args(["wings"])
 

@@ -1,5 +1,6 @@
 """Checkpoint to bundle: what goes live is proved, and what fails leaves no trace."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -285,3 +286,39 @@ def test_a_photo_that_does_not_decode_is_skipped(run, tmp_path, monkeypatch, rem
     manifest = export(run, tmp_path / "bundle")
     assert manifest.parity["skipped"] == 1
     assert manifest.parity["photos"] == len(run.dataset.valid) - 1
+
+
+@pytest.fixture
+def key(tmp_path):
+    path = tmp_path / "key.pem"
+    made = ["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(path)]
+    subprocess.run(made, check=True, capture_output=True)
+    return path
+
+
+def test_what_is_signed_is_what_this_export_made(shared_run, exported, out, key):
+    manifest = bundle.read(out).manifest
+    card = out / manifest.version / "README.md"
+    honest = card.read_bytes()
+    card.write_text("# Forged")
+    files = bundle.describe_files(out / manifest.version)
+    bundle.publish(dataclasses.replace(manifest, files=files), out)
+    export(shared_run, out, sign=key)
+    assert card.read_bytes() == honest
+    assert bundle.read(out).signers
+
+
+def test_keys_that_the_live_version_lacks_are_no_reason_to_harm_it(
+    shared_run, exported, out, key, monkeypatch
+):
+    public = key.with_suffix(".pub")
+    told = ["openssl", "pkey", "-in", str(key), "-pubout", "-out", str(public)]
+    subprocess.run(told, check=True, capture_output=True)
+    graph = out / exported[1].version / "model.onnx"
+    before = graph.stat().st_ino
+    monkeypatch.setenv("FLEDGE_TRUSTED_KEYS", str(public))  # the live version is signed by nobody
+    with pytest.raises(BundleError):
+        bundle.read(out)
+    export(shared_run, out, sign=key)
+    assert graph.stat().st_ino == before
+    assert len(bundle.read(out).signers) == 1

@@ -7,9 +7,9 @@ import onnx
 import pytest
 
 from export import precision, quantize, tuning, verify
-from export.precision import judge
-from serving import bundle
-from serving.errors import BundleError, GateError, WorkError
+from export.verdict import judge
+from serving import bundle, runtime
+from serving.errors import BundleError, GateError, OptionError, WorkError
 from serving.predictor import open_predictor
 from serving.verify import verify as verify_bundle
 from tests.export.conftest import Run
@@ -47,6 +47,53 @@ def test_it_is_kept_where_it_is_faster_and_as_good():
 def test_what_it_costs_decides(lost, won, options, why):
     refusal = told(lost, won, **options).refusal
     assert refusal is None if why is None else why in refusal
+
+
+def test_logits_that_are_not_finite_are_refused(larger_run, tmp_path, monkeypatch, remembered):
+    monkeypatch.setattr(tuning, "measure", rates)
+    real, said = precision.ask, []
+
+    def overflowing(*args, **options):
+        held = real(*args, **options)
+        if options.get("views") == 1:
+            held.logits[0] = np.nan
+        return held
+
+    monkeypatch.setattr(precision, "ask", overflowing)
+    options = {"precision": "auto", "accuracy_budget": 90}
+    manifest = export(larger_run, tmp_path / "bundle", say=said.append, **options)
+    assert "of 1 photos the logits are not finite" in manifest.tried["int8"]["why_not"]
+    assert set(manifest.precisions) == {"fp32"}
+    assert "model.int8.onnx" not in manifest.files
+
+
+def test_a_precision_that_can_not_be_tried_leaves_nothing(
+    larger_run, tmp_path, monkeypatch, remembered
+):
+    def out_of_memory(graphs, *args):
+        if len(graphs) > 1:
+            raise WorkError("out of memory")
+        return rates(graphs, *args)
+
+    monkeypatch.setattr(tuning, "measure", out_of_memory)
+    manifest = export(larger_run, tmp_path / "bundle", precision="auto")
+    assert manifest.tried["int8"]["why_not"] == "not tried: out of memory"
+    assert "model.int8.onnx" not in manifest.files
+
+
+def test_a_gpu_that_is_seen_and_does_not_load_is_none(
+    larger_run, tmp_path, monkeypatch, remembered
+):
+    monkeypatch.setattr(tuning, "measure", rates)
+    monkeypatch.setattr(runtime, "_why_not", lambda device: None)
+    precision._usable.cache_clear()
+    try:
+        manifest = export(larger_run, tmp_path / "bundle", precision="fp32")
+        assert set(manifest.tuning) == {"cpu"}
+        with pytest.raises(OptionError, match="no usable GPU"):
+            export(larger_run, tmp_path / "b", precision="fp16")
+    finally:
+        precision._usable.cache_clear()
 
 
 @pytest.mark.parametrize("photos", [50, 500])
@@ -90,7 +137,7 @@ def test_photos_are_drawn_class_by_class_and_the_same_each_time(shared_run):
     first, again = (quantize.draw(samples, shared_run.preprocess, n) for n in (1, 3))
     assert np.array_equal(first, again)
     assert first.shape == (24, 32, 32, 3)
-    with pytest.raises(WorkError, match="12 training photos can be read, and int8 needs 20"):
+    with pytest.raises(WorkError, match="12 training photos can be read, and 20 are needed"):
         quantize.draw(samples[:12], shared_run.preprocess)
 
 
@@ -198,7 +245,7 @@ def test_too_few_photos_leave_fp32_alone(run, tmp_path, monkeypatch, remembered)
     monkeypatch.setattr(tuning, "measure", rates)
     manifest = export(run, tmp_path / "bundle", precision="auto")
     assert "12 training photos can be read" in manifest.tried["int8"]["why_not"]
-    with pytest.raises(WorkError, match="int8 needs 20"):
+    with pytest.raises(WorkError, match="20 are needed"):
         export(run, tmp_path / "b", precision="int8")
 
 

@@ -1,15 +1,18 @@
 """Laws of broken archives: what is good in them is scored, and the rest is said."""
 
+import contextlib
 import gzip
 import io
 import random
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from serving import archives, inputs
 from serving.errors import BrokenImage, DataError, ImageError
+from serving.inputs_streams import Source
 
 MEMBERS = {f"{number}.jpg": bytes([number]) * 3000 for number in range(10)}
 
@@ -147,6 +150,55 @@ def test_the_rest_is_scored_and_said_once(home: Path) -> None:
         *("a.tar::0.jpg", "a.tar::1.jpg"),
     ]
     assert len(notes) == 1
+
+
+def with_size(size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """Two members, the first with such a size in its header."""
+    data = bytearray(packed({"0.jpg": b"0", "1.jpg": b"1"}))
+    data[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    data[156:157] = kind
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    return bytes(data)
+
+
+@pytest.mark.parametrize("size", [-1, -512, -513, -1536, -(2**40), 2**40, 2**62])
+def test_a_size_that_can_not_be_is_broken(home: Path, size: int) -> None:
+    Path("a.tar").write_bytes(with_size(size))
+    bad = []
+    with contextlib.suppress(DataError):
+        for member in archives.members("a.tar"):
+            try:
+                assert member.read() == b"1"
+            except ImageError as error:
+                bad.append(error.code)
+    assert len(bad) <= 1
+
+
+@pytest.mark.parametrize("squeeze", [bytes, gzip.compress], ids=["plain", "gz"])
+def test_a_header_that_wants_gigabytes_gets_none(home: Path, squeeze: type[bytes]) -> None:
+    for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
+        Path("a.tar").write_bytes(squeeze(with_size(2**32, kind)))
+        tracemalloc.start()
+        try:
+            with pytest.raises(DataError, match="broken at its start"):
+                list(archives.members("a.tar"))
+            assert tracemalloc.get_traced_memory()[1] < 5_000_000
+        finally:
+            tracemalloc.stop()
+
+
+@pytest.mark.parametrize("jumps", [True, False])
+def test_a_source_reads_what_is_there(home: Path, jumps: bool) -> None:
+    data = random.Random(1).randbytes(200_000)
+    source = Source(io.BytesIO(data), jumps=jumps)
+    for place, size in ((0, 100), (100, 600), (900, 5), (150_000, 9), (199_990, 600), (300_000, 9)):
+        assert source.seek(place) == (place if jumps else min(place, len(data)))
+        assert source.peek() == data[place : place + 512]
+        assert source.read(size) == data[place : place + size]
+        source.peek()
+    with pytest.raises(ValueError, match="out of range"):
+        source.read(-1)
 
 
 def test_no_corruption_gets_out_or_goes_on_for_ever(home: Path) -> None:

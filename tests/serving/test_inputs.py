@@ -236,11 +236,13 @@ def test_a_column_without_a_list_that_has_any_is_refused(home: Path) -> None:
 
 def test_what_can_not_be_read_is_a_broken_image(home: Path) -> None:
     (home / "folder.jpg").mkdir()
+    (home / "x.bin").touch()
     reader = inputs.Reader()
     for name, why in (
         ("folder.jpg", "not a file"),
         ("gone.jpg", "No such file"),
         ("gone.tar::x.jpg", "No such file"),
+        ("x.bin::x.jpg", "No such file"),
         ("nul\0.jpg", "not a path"),
         ("nul\0::.jpg", "not a path"),
     ):

@@ -95,8 +95,9 @@ def test_what_is_kept_is_bounded(home: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+@pytest.mark.parametrize(("bound", "most"), [("_OPEN", 4), ("_NAMES", 20)])
 def test_few_archives_stay_open_and_none_after_the_end(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, monkeypatch: pytest.MonkeyPatch, bound: str, most: int
 ) -> None:
     def opened() -> int:
         links = (
@@ -106,7 +107,7 @@ def test_few_archives_stay_open_and_none_after_the_end(
         )
         return sum(str(home) in link for link in links)
 
-    monkeypatch.setattr(inputs_members, "_OPEN", 4)
+    monkeypatch.setattr(inputs_members, bound, most)
     for number in range(20):
         tar(f"{number}.tar{'.gz' * (number % 2)}", shard(3).items(), "w:gz" if number % 2 else "w")
     names = found("*.tar", "*.gz")
@@ -121,3 +122,18 @@ def test_few_archives_stay_open_and_none_after_the_end(
     assert opened() == 0
     assert second.load(names[0])  # a Reader opens again what it needs
     second.close()
+
+
+def test_the_archive_that_was_not_asked_for_longest_is_closed(
+    home: Path, reader: inputs.Reader, passes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs_members, "_OPEN", 3)
+    for name in "abcd":
+        tar(f"{name}.tar", [("x.jpg", b"x")])
+    for name in "abcad":
+        reader.load(f"{name}.tar::x.jpg")
+    del passes[:]
+    reader.load("a.tar::x.jpg")
+    assert passes == []
+    reader.load("b.tar::x.jpg")
+    assert passes == ["b.tar"]

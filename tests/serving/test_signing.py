@@ -11,6 +11,7 @@ import pytest
 from serving import bundle, signing
 from serving.errors import BundleError, OptionError
 from serving.inspect import describe
+from serving.predictor import open_predictor
 from serving.verify import verify
 from tests.tiny import tiny_bundle
 
@@ -129,6 +130,52 @@ class Killed(BaseException):
     """Nothing tidies up after it."""
 
 
+@pytest.mark.parametrize("step", range(4))
+def test_the_first_signature_killed_anywhere_breaks_nothing(
+    tmp_path, keys, monkeypatch, step
+) -> None:
+    folder = tiny_bundle(tmp_path / "b")
+    old = bundle.read(folder).manifest
+    new = replace(old, tuning={"cpu": {"max_batch": 2}})
+    whole, calls = bundle._replace, []
+
+    def killed(path: Path, data: bytes) -> None:
+        if len(calls) == step:
+            raise Killed
+        calls.append(path.name)
+        whole(path, data)
+        assert bundle.read(folder).manifest in (old, new)
+
+    monkeypatch.setattr(bundle, "_replace", killed)
+    with pytest.raises(Killed):
+        bundle.publish(new, folder, signing.signer(keys[0].private))
+    monkeypatch.undo()
+    assert bundle.read(folder).manifest == (new if step >= 2 else old)
+
+
+def test_what_is_served_is_what_was_signed(tmp_path, keys, trust, monkeypatch) -> None:
+    folder = signed(tmp_path / "b", keys[0])
+    other = tiny_bundle(tmp_path / "other", seed=1)
+    trust(keys[0].public)
+    verify_files = bundle._verify_files
+
+    def swapped(opened: bundle.Bundle) -> None:
+        verify_files(opened)
+        foreign = next(other.glob("*/model.onnx"))
+        (opened.payload / "model.onnx").write_bytes(foreign.read_bytes())
+
+    monkeypatch.setattr(bundle, "_verify_files", swapped)
+    with pytest.raises(BundleError, match=r"model\.onnx was changed after export"):
+        open_predictor(folder, device="cpu")
+
+
+def test_whose_key_it_is_nobody_vouches_for_unless_it_is_named(tmp_path, keys, monkeypatch) -> None:
+    monkeypatch.delenv(signing.TRUSTED, raising=False)
+    folder = signed(tmp_path / "b", keys[0])
+    assert any("nobody vouches for: FLEDGE_TRUSTED_KEYS is not set" in x for x in verify(folder))
+    assert "nobody vouches for" in "\n".join(describe(folder))
+
+
 @pytest.mark.parametrize("step", range(5))
 def test_a_signed_publish_killed_anywhere_reads_as_old_or_new(
     tmp_path, keys, trust, monkeypatch, step
@@ -180,3 +227,7 @@ def test_keys_that_can_not_be_used_are_one_line(tmp_path, keys) -> None:
     mixed.write_text(keys[0].public.read_text() + rsa.public.read_text())
     with pytest.raises(OptionError, match="nothing else"):
         signing.trusted({signing.TRUSTED: str(mixed)})
+    torn = tmp_path / "torn.pem"
+    torn.write_text(keys[0].public.read_text() + keys[1].public.read_text()[:-10])
+    with pytest.raises(OptionError, match="a key in it is not whole"):
+        signing.trusted({signing.TRUSTED: str(torn)})

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serving import bundle, desk
+from serving import bundle, desk, signing
 from serving.desk import Desk
 from serving.errors import NotReady
 from serving.forms import Options
@@ -137,8 +138,47 @@ def test_what_comes_bit_by_bit_is_served_once_it_is_whole(served: Desk, tmp_path
     old = served.model.predictor.model
     shutil.copytree(other / name, folder / name)
     until(lambda: served.model.predictor.model != old)
-    assert served.refusal == ""
-    assert served.telemetry.said[-2:] == [f"retired {old}", f"serving tiny:{name}"]
+    until(lambda: served.refusal == "")
+    expected = [f"retired {old}", f"serving tiny:{name}"]
+    until(lambda: served.telemetry.said[-2:] == expected)
+
+
+def test_whatever_goes_wrong_the_next_bundle_is_seen(served: Desk, monkeypatch) -> None:
+    folder, old = served.settings.bundle, served.model
+
+    def broken(*_) -> None:
+        raise TypeError("not foreseen")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served, "_tell", broken)
+        tiny_bundle(folder, seed=1)
+        until(lambda: served.model is not old)
+        time.sleep(0.1)
+    middle = served.model
+    tiny_bundle(folder, seed=2)
+    until(lambda: served.model is not middle)
+
+
+def test_trusted_keys_are_asked_for_at_each_version(served: Desk, monkeypatch, tmp_path) -> None:
+    folder, old = served.settings.bundle, served.model
+    for name in ("ours", "theirs"):
+        private, public = tmp_path / f"{name}.pem", tmp_path / f"{name}.pub"
+        made = ["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(private)]
+        subprocess.run(made, check=True, capture_output=True)
+        told = ["openssl", "pkey", "-in", str(private), "-pubout", "-out", str(public)]
+        subprocess.run(told, check=True, capture_output=True)
+    monkeypatch.setenv(signing.TRUSTED, str(tmp_path / "ours.pub"))
+    aside = tiny_bundle(tmp_path / "aside", seed=1)
+    manifest = bundle.read(aside, whoever=True).manifest
+    shutil.copytree(aside / manifest.version, folder / manifest.version)
+    bundle.publish(manifest, folder)
+    until(lambda: "nobody signed it" in served.refusal)
+    bundle.publish(manifest, folder, signing.signer(tmp_path / "theirs.pem"))
+    until(lambda: "which is none of" in served.refusal)
+    assert served.model is old
+    bundle.publish(manifest, folder, signing.signer(tmp_path / "ours.pem"))
+    until(lambda: served.model is not old)
+    until(lambda: served.refusal == "")
 
 
 def test_a_refusal_is_told_once(served: Desk) -> None:
