@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -100,7 +101,14 @@ def load(
     family = backbones.family_of(arch)
     args = dict(arch_args or {})
     default = Preprocess(size=family.image_size(args))
-    preprocess = replace(default, size=size or default.size, crop=crop or default.crop)
+    try:
+        preprocess = replace(
+            default,
+            size=default.size if size is None else size,
+            crop=default.crop if crop is None else crop,
+        )
+    except OptionError as error:
+        raise OptionError(re.sub(r"preprocess\.(\w+) =", r"--\1", str(error))) from error
     for key, usual in family.fixed.items():
         if not isinstance(args.get(key, usual), type(usual)):
             raise OptionError(f"--arch-args {key}={args[key]}: use true or false")
@@ -112,7 +120,8 @@ def load(
     try:
         state = weights.read(arch, str(path), preprocess.size)
     except DataError as error:
-        raise DataError(str(error).replace("weights = ", "--checkpoint ", 1)) from error
+        said = str(error).replace("weights = ", "--checkpoint ", 1)
+        raise DataError(said.replace("; use imagenet, none, auto or a path", "")) from error
     state = weights.renamed(state, family)
     options = dict(family.fixed)
     if "aux_logits" in options:

@@ -140,7 +140,7 @@ def _export(
 ) -> Manifest:
     _check_finite(model.classifier, origin)
     name = _check_name(model.info.name if options.name is None else options.name)
-    precisions.check(options.precision)
+    precisions.check(options.precision, options.accuracy_budget)
     sign = signing.signer(options.sign) if options.sign else None
     signing.trusted()  # it reads what is live at the end, and a mistake in that is better known now
     model = model._replace(valid=verify.held_out(model.valid))
@@ -209,6 +209,12 @@ def _build(
         f"checked on {outcome.photos} held-out photos: largest difference {largest:.1e}, "
         f"accuracy {outcome.accuracy['onnx']:.1%}"
     )
+    commonest = max(photos for photos, _ in outcome.classes.values()) / outcome.photos
+    if outcome.accuracy["onnx"] <= commonest:
+        say(
+            f"careful: the commonest class alone would be right in {commonest:.1%}; "
+            "are the labels in the order of the logits?"
+        )
     wanted = precisions.Wanted(options.precision, options.accuracy_budget, model.train)
     manifest = precisions.keep(payload, manifest, held, samples, wanted, say)
     digests = {file: bundle.sha256(payload / file) for file in manifest.graphs}
@@ -257,7 +263,7 @@ def _version(package: str) -> str | None:
 def _check_finite(classifier: contract.Exportable, origin: Path) -> None:
     for key, value in classifier.state_dict().items():
         if not torch.isfinite(value).all():
-            raise WorkError(f"{origin}: {key} holds NaN or infinity; train again at a lower rate")
+            raise WorkError(f"{origin}: {key} holds NaN or infinity: its training diverged")
 
 
 def _check_name(name: str) -> str:

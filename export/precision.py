@@ -65,12 +65,14 @@ class Wanted:
     train: Sequence[Sample]
 
 
-def check(precision: str) -> None:
-    """Refuse what can't be tried here, before the work.
+def check(precision: str, budget: float) -> None:
+    """Refuse what can't be tried, before the work.
 
     Raises:
-        OptionError: fp16 without a GPU.
+        OptionError: fp16 without a GPU; a budget that is no number of points.
     """
+    if not 0 <= budget <= 100:
+        raise OptionError(f"--accuracy-budget {budget:g}: use points of accuracy, 0 to 100")
     if precision in KINDS and not _usable(KINDS[precision].device):
         raise OptionError(f"--precision {precision}: no usable GPU here to try it on; use auto")
 

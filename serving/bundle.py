@@ -112,7 +112,7 @@ def read(folder: Path, *, whoever: bool = False) -> Bundle:
             break
         else:
             raise BundleError(
-                f"{path} was changed after export: its sha256 is not that of {CHECKSUM}"
+                f"{path} was changed after export, or {CHECKSUM} was: its sha256 is another"
             )
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
@@ -120,7 +120,8 @@ def read(folder: Path, *, whoever: bool = False) -> Bundle:
             f"no bundle in {folder}: {missing} is missing; make one with `fledge export`"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{folder} can't be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise BundleError(f"{folder} can't be read: {reason}") from error
     try:
         manifest = Manifest.from_json(raw.decode())
         bundle = Bundle(folder, manifest, tuple(signers), keys is not None)

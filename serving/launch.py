@@ -14,6 +14,7 @@ from typing import Final, NoReturn
 
 from serving import bundle, signing
 from serving.errors import BundleError, FledgeError, OptionError
+from serving.manifest import Manifest
 from serving.settings import Settings, bundle_folder
 
 SCRATCH: Final = "FLEDGE_SCRATCH"
@@ -58,7 +59,7 @@ def serve(
     }
     make_absolute(env)
     settings = Settings.from_env(env)
-    manifest = bundle.read(settings.bundle).manifest
+    manifest = _servable(settings)
     address = free_address(host, port)
     _private_home(env)
     url = reachable(address, port)
@@ -88,10 +89,7 @@ def check(settings: Settings) -> None:
         BundleError: No usable bundle.
         OptionError: The asked-for GPU is not there, or the bundle lacks the precision.
     """
-    opened = bundle.read(settings.bundle)
-    have = opened.manifest.precisions
-    if settings.precision not in ("auto", *have):
-        raise OptionError(f"FLEDGE_PRECISION = {settings.precision}: this bundle has {list(have)}")
+    _servable(settings)
     if settings.device in ("cuda", "tensorrt"):
         # In a process of its own, so that this one, which serves nothing, holds no GPU memory.
         command = [sys.executable, "-m", "serving.launch"]
@@ -99,6 +97,19 @@ def check(settings: Settings) -> None:
         if done.returncode:
             kind = BundleError if done.returncode == BundleError.exit_status else OptionError
             raise kind((done.stderr.strip().splitlines() or ["the device check failed"])[-1])
+
+
+def _servable(settings: Settings) -> Manifest:
+    """What can be known without loading a graph."""
+    manifest = bundle.read(settings.bundle).manifest
+    have = manifest.precisions
+    if settings.precision not in ("auto", *have):
+        raise OptionError(
+            f"FLEDGE_PRECISION = {settings.precision}: this bundle has {', '.join(have)}"
+        )
+    if not manifest.golden:
+        raise BundleError(f"{settings.bundle} has no golden images to check; export it again")
+    return manifest
 
 
 def free_address(host: str, port: int) -> str:

@@ -95,7 +95,12 @@ class Manifest:
             manifest = cls(**values)
             _check(manifest)
             return manifest
-        except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
+        except KeyError as error:
+            raise BundleError(f"not a manifest: {error} is missing") from error
+        except AttributeError as error:
+            reason = "it is no object, or holds none where one belongs"
+            raise BundleError(f"not a manifest: {reason}") from error
+        except (TypeError, ValueError, OptionError) as error:
             raise BundleError(f"not a manifest: {error}") from error
 
 

@@ -85,7 +85,7 @@ class Predictor:
         views.count(tta, self.manifest.views)
         classes = len(self.manifest.labels)
         if top_k is not None and not 1 <= top_k <= classes:
-            raise OptionError(f"top_k = {top_k}: this model has {classes} classes; use 1 to that")
+            raise OptionError(f"top_k = {top_k}: use 1 to {classes}, the number of classes")
 
     def prepare(
         self, data: bytes, tta: int = 0, *, max_pixels: int = images.MAX_PIXELS

@@ -63,7 +63,7 @@ class Options:
     copy_to: Path | None = None
     restart: bool = False
 
-    def check(self, out: Path) -> None:
+    def check(self, inputs: Sequence[str], out: Path) -> None:
         """Find what is wrong before any work.
 
         Raises:
@@ -77,6 +77,10 @@ class Options:
         tables.check(out, features=self.embeddings)
         if self.copy_to is not None:
             check_folder(self.copy_to, "--copy-to")
+            home = self.copy_to.resolve()
+            for name in inputs:
+                if Path(name).is_dir() and home.is_relative_to(Path(name).resolve()):
+                    raise OptionError(f"--copy-to {self.copy_to} lies in {name}, which is scored")
 
 
 def score(
@@ -106,7 +110,7 @@ def score(
         WorkError: Not one image could be scored, or the table can't be written.
         GateError: More errors than `max_errors`; the table is complete.
     """
-    options.check(out)
+    options.check(inputs, out)
     if "-" not in inputs:  # a wrong name is told at once, not behind the loading of a model
         next(sources.find(inputs, column=options.column, note=lambda _: None), None)
     predictor = open_predictor(

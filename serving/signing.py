@@ -62,9 +62,12 @@ def trusted(environ: Mapping[str, str] | None = None) -> Mapping[bytes, str] | N
     Raises:
         OptionError: FLEDGE_TRUSTED_KEYS names no file of Ed25519 public keys.
     """
-    stated = (os.environ if environ is None else environ).get(TRUSTED, "").strip()
-    if not stated:
+    stated = (os.environ if environ is None else environ).get(TRUSTED)
+    if stated is None:
         return None
+    stated = stated.strip()
+    if not stated:
+        raise OptionError(f"{TRUSTED} is set and empty: name a file of keys, or unset it")
     blocks = _blocks(Path(stated), f"{TRUSTED} =")
     keys = [_key(data, _PUBLIC) for kind, data in blocks if kind == "PUBLIC KEY"]
     # An empty list must not open the door that the operator meant to close; and a key that can't
@@ -135,7 +138,7 @@ def _blocks(path: Path, option: str) -> list[tuple[str, bytes]]:
         text = path.read_text(encoding="ascii")
         found = [(kind, "".join(body.split())) for kind, body in _PEM.findall(text)]
         if len(found) != text.count("-----BEGIN"):
-            raise OptionError(f"{option} {path}: a key in it is not whole; {_MAKE}")
+            raise OptionError(f"{option} {path}: a key in it is not whole; copy it again")
         return [(kind, base64.b64decode(body, validate=True)) for kind, body in found]
     except OSError as error:
         raise OptionError(f"{option} {path}: {error.strerror}") from error

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,10 +52,17 @@ def read(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
 
             return load_file(path)
         # torchvision's references put the options of the training beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # about what it refuses a moment later
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # for a file not its own torch.load raises a zoo of types
-        reason = (str(error) or "the file is empty or cut short").splitlines()[0][:100]
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            reason = "it holds code, which is not run; save `model.state_dict()` instead"
+        else:
+            reason = "the file is damaged, cut short, or of another kind"
         raise DataError(f"weights = {weights!r} is no state dict: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):

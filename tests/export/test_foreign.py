@@ -155,6 +155,39 @@ class Evil:
         return print, ("code ran",)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--crop", "0"], "--crop 0.0: use a share"),
+        (["--size", "0"], "--size 0: use 8 to 4096"),
+        (["--accuracy-budget", "nan"], "--accuracy-budget nan: use points"),
+        (["--accuracy-budget", "-1"], "--accuracy-budget -1: use points"),
+    ],
+)
+def test_a_number_that_is_none_is_told_at_once(
+    file, labels, shared_run, tmp_path, capsys, words, message
+):
+    given = ["--checkpoint", file, "--arch", "resnet18", "--labels", labels]
+    given += ["--photos", shared_run.photos, "--out", tmp_path / "b", *words]
+    assert fledge.main(["export", *map(str, given)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_is_no_better_than_chance_is_suspected(
+    network, labels, shared_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(tuning, "measure", rates)
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    state["fc.bias"][LABELS.index("unseen")] += 30  # no photo is of that class
+    torch.save(state, tmp_path / "x.pth")
+    words = ["--checkpoint", tmp_path / "x.pth", "--arch", "resnet18", "--size", "64"]
+    words += ["--labels", labels]
+    words += ["--photos", shared_run.photos, "--precision", "fp32", "--out", tmp_path / "b"]
+    assert fledge.main(["export", *map(str, words)]) == 0
+    assert "are the labels in the order of the logits?" in capsys.readouterr().out
+
+
 def test_a_pickle_with_code_is_refused(tmp_path, capsys):
     path = tmp_path / "evil.pth"
     path.write_bytes(pickle.dumps({"fc.weight": Evil()}))

@@ -152,7 +152,7 @@ def test_what_confident_means_is_asked_for(shared_run, exported, tmp_path, remem
 
 
 def test_golden_answers_are_verified_without_the_checkpoint(exported):
-    _, line = verify_bundle(exported[0])
+    *_, line = verify_bundle(exported[0])
     assert "3 golden images" in line
 
 

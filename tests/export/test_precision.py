@@ -192,7 +192,7 @@ def test_a_kept_precision_is_in_the_bundle_and_proves_itself(exported):
     predictor = open_predictor(out, device="cpu")
     assert predictor.precision == "int8"
     lines = verify_bundle(out)
-    assert [line.partition(" ")[0] for line in lines[1:]] == ["fp32", "int8"]
+    assert [line.partition(" ")[0] for line in lines[2:]] == ["fp32", "int8"]
     name = {"model": manifest.name, "labels": list(manifest.labels)}
     graph = onnx.load(out / manifest.version / "model.int8.onnx")
     facts = {item.key: item.value for item in graph.metadata_props}

@@ -1,5 +1,6 @@
 """Exactly once: whenever a job is killed, what comes out is what nobody stopped would have made."""
 
+import csv
 import json
 import os
 import random
@@ -183,6 +184,25 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch) -> None:
             with pytest.raises(WorkError, match=r"No space left.*is kept in .*\.parts"):
                 journal.write(1, rows("c", "d"))
         assert journal.done == 2
+
+
+def test_copies_are_sorted_and_never_into_what_is_scored(bundle, tmp_path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out.csv"
+    for seed in range(6):
+        (folder / str(seed % 2)).mkdir(parents=True, exist_ok=True)
+        (folder / str(seed % 2) / f"{seed // 2}.jpg").write_bytes(photo(seed))
+    (folder / "broken.jpg").write_bytes(b"no photo")
+    wanted = Options(device="cpu", copy_to=folder / "sorted")
+    with pytest.raises(OptionError, match=r"--copy-to .*in/sorted lies in .*in, which is scored"):
+        score.score([str(folder)], bundle, out, wanted, say=lambda _: None)
+    wanted = Options(device="cpu", copy_to=tmp_path / "sorted")
+    for _ in range(2):  # the second writes the same over
+        score.score([str(folder)], bundle, out, wanted, say=lambda _: None)
+    copies = {path.read_bytes(): path for path in (tmp_path / "sorted").rglob("*.jpg")}
+    assert len(list((tmp_path / "sorted").rglob("*.jpg"))) == 7
+    for row in csv.DictReader(out.read_text(encoding="utf-8").splitlines()):
+        place = copies[Path(row["path"]).read_bytes()]
+        assert place.parent.name == (row["label"] or "_errors")
 
 
 def test_the_folder_may_change_meanwhile_and_options_may_not(many, bundle, tmp_path) -> None:

@@ -74,7 +74,7 @@ def test_openssl_itself_finds_the_signature_right(tmp_path, keys) -> None:
 
 
 def test_without_trusted_keys_a_signature_is_still_checked(tmp_path, keys, monkeypatch) -> None:
-    monkeypatch.setenv(signing.TRUSTED, " ")
+    monkeypatch.delenv(signing.TRUSTED, raising=False)
     folder = signed(tmp_path / "b", keys[0])
     assert len(bundle.read(folder).signers) == 1
     other = signed(tmp_path / "other", keys[0], seed=1)
@@ -222,6 +222,9 @@ def test_keys_that_can_not_be_used_are_one_line(tmp_path, keys) -> None:
     for path in (rsa.public, keys[0].private, tmp_path / "noise", tmp_path / "empty", tmp_path):
         with pytest.raises(OptionError, match=rf"^{signing.TRUSTED} [^\n]*$"):
             signing.trusted({signing.TRUSTED: str(path)})
+    for empty in ("", " "):  # a secret that did not arrive must not open the door
+        with pytest.raises(OptionError, match="is set and empty"):
+            signing.trusted({signing.TRUSTED: empty})
     # One that can't be read among those that can is no reason to go on with fewer.
     mixed = tmp_path / "mixed.pem"
     mixed.write_text(keys[0].public.read_text() + rsa.public.read_text())

@@ -198,7 +198,7 @@ def test_bad_requests_name_the_option_and_the_remedy(tmp_path):
     with pytest.raises(DataError, match="is not for squeezenet1_1"):
         backbones.build("squeezenet1_1", {}, str(tmp_path / "other.pth"))
     (tmp_path / "empty.pth").write_bytes(b"")
-    with pytest.raises(DataError, match="empty or cut short"):
+    with pytest.raises(DataError, match="damaged, cut short"):
         backbones.build("squeezenet1_1", {}, str(tmp_path / "empty.pth"))
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(DataError, match="is no state dict"):
