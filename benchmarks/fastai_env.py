@@ -24,7 +24,7 @@ def python() -> Path:
     """
     pair = [f"{name}=={_release(name)}" for name in ("torch", "torchvision")]
     name = "-".join([f"fastai-{FASTAI}", *(word.replace("==", "-") for word in pair)])
-    folder = _cache() / f"{name}-py{sys.version_info.major}.{sys.version_info.minor}"
+    folder = cache() / f"{name}-py{sys.version_info.major}.{sys.version_info.minor}"
     interpreter = folder / "bin" / "python"
     done = folder / ".installed"
     if done.exists():
@@ -46,6 +46,7 @@ def _release(name: str) -> str:
     return metadata.version(name).partition("+")[0]
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Where environments of the benchmarks lie."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "fledge-benchmarks"

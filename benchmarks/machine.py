@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +38,21 @@ def describe(threads: int, device: str) -> str:
     if device == "cuda":
         parts += [_gpu()]
     return ", ".join([*parts, f"{platform.system()} {platform.release()}"])
+
+
+def same(values: Mapping[str, str], path: Path, what: str) -> None:
+    """Keep the settings of a measurement in a file, and refuse to mix those of two.
+
+    Raises:
+        SystemExit: The file has others; `what` names what lies beside it.
+    """
+    if not path.exists():
+        path.write_text(json.dumps(values, indent=2) + "\n")
+    before = json.loads(path.read_text())
+    changed = [key for key in values if values[key] != before.get(key)]
+    if changed:
+        told = ", ".join(f"{key} was {before.get(key)} and is {values[key]}" for key in changed)
+        raise SystemExit(f"{path.parent} holds other {what}: {told}; choose another --out")
 
 
 def _memory() -> float:

@@ -170,13 +170,7 @@ def same_settings(place: Place, told: list[str], path: Path) -> None:
         "seconds": f"{place.seconds:g} after {place.warm:g}",
         "precision": "int8" if "int8" in manifest["precisions"] else "fp32",
     }
-    if not path.exists():
-        path.write_text(json.dumps(values, indent=2) + "\n")
-    before = json.loads(path.read_text())
-    changed = [key for key in values if values[key] != before.get(key)]
-    if changed:
-        said = ", ".join(f"{key} was {before.get(key)} and is {values[key]}" for key in changed)
-        raise SystemExit(f"{path.parent} holds other rows: {said}; choose another --out")
+    machine.same(values, path, "rows")
 
 
 def line(row: Row) -> str:

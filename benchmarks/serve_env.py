@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 from typing import Final
 
-from fastai_env import _cache
+from fastai_env import cache
 
 PINNED: Final = ("fastapi==0.165.0", "litserve==0.2.19")
 SHOWN: Final = (
@@ -32,7 +32,7 @@ def python() -> Path:
     behind = sysconfig.get_path("purelib")
     mark = hashlib.sha256(behind.encode()).hexdigest()[:8]  # of another environment, another one
     name = "-".join(["serve", *(pin.replace("==", "-") for pin in PINNED), mark])
-    folder = _cache() / f"{name}-py{sys.version_info.major}.{sys.version_info.minor}"
+    folder = cache() / f"{name}-py{sys.version_info.major}.{sys.version_info.minor}"
     interpreter = folder / "bin" / "python"
     done = folder / ".installed"
     if done.exists():

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import json
 import shlex
 import signal
 import sys
@@ -157,13 +156,7 @@ def same_settings(settings: Settings, about: str, path: Path) -> None:
     for key in ("recipe", "split"):
         content = Path(values[key]).read_bytes()
         values[key] = f"{Path(values[key]).name} {hashlib.sha256(content).hexdigest()[:12]}"
-    if not path.exists():
-        path.write_text(json.dumps(values, indent=2) + "\n")
-    before = json.loads(path.read_text())
-    changed = [key for key in values if values[key] != before.get(key)]
-    if changed:
-        told = ", ".join(f"{key} was {before.get(key)} and is {values[key]}" for key in changed)
-        raise SystemExit(f"{path.parent} holds other runs: {told}; choose another --out")
+    machine.same(values, path, "runs")
 
 
 def read_once(folder: Path) -> None:

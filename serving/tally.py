@@ -20,7 +20,7 @@ from serving.scores import Answer
 from serving.views import Probabilities
 
 SMALLEST: Final = 1e-12
-"""Probabilities below count as this, so that a loss is finite; as in training."""
+"""Probabilities below count as this, so that a loss is finite; in training, too."""
 MISTAKES: Final = 1000
 BINS: Final = 15
 _EDGES: Final = [number / BINS for number in range(BINS + 1)]

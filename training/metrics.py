@@ -6,18 +6,17 @@ Throughout, probabilities are float64 [N, C] with rows that sum to 1, and labels
 
 from __future__ import annotations
 
-import math
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from serving.tally import SMALLEST as SMALLEST
+from serving.tally import interval as interval
+
 Probabilities = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-
-SMALLEST: Final = 1e-12
-"""Probabilities below count as this, so that a loss is finite."""
 
 
 def accuracy(probabilities: Probabilities, labels: Labels) -> float:
@@ -40,15 +39,6 @@ def losses(probabilities: Probabilities, labels: Labels) -> Floats:
 def log_loss(probabilities: Probabilities, labels: Labels) -> float:
     """Mean cross-entropy in nats."""
     return float(losses(probabilities, labels).mean())
-
-
-def interval(right: int, photos: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share, of 95 % unless `z` says otherwise (Wilson, 1927)."""
-    share, z2 = right / photos, z * z
-    middle = (share + z2 / (2 * photos)) / (1 + z2 / photos)
-    half = z / (1 + z2 / photos) * math.sqrt(share * (1 - share) / photos + z2 / (4 * photos**2))
-    # The share is always inside; rounding may say otherwise at 0 and 1.
-    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def confusion(predicted: Labels, labels: Labels, classes: int) -> Labels:
