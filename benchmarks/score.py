@@ -65,7 +65,8 @@ def main() -> int:
         told = [about, command, *score_env.versions(place.peers_python)]
         same_settings(place, told, out / "settings.json")
         (out / "machine.txt").write_text("\n".join(told) + "\n")
-        race(peers, options.rounds, place)
+        known = {place.precision(peer): score_run.labels(place, peer) for peer in peers}
+        race(peers, options.rounds, replace(place, labels=known))
     except score_process.Failed as error:
         print(f"{error}\nthe same command goes on from here", file=sys.stderr)
         return 1
@@ -81,7 +82,7 @@ def parse() -> argparse.Namespace:
     add("--bundle", type=Path, help="the bundle to score by, as `fledge export` wrote it")
     add("--run", type=Path, help="the run it was exported from; PyTorch's competitors have that")
     add("--photos", type=Path, help="a folder with JPEGs, of any depth")
-    add("--images", type=int, default=2720, help="of a long job; photos repeat (%(default)s)")
+    add("--images", type=int, default=1360, help="of a long job; photos repeat (%(default)s)")
     add("--rounds", type=int, default=3)
     add("--threads", type=int, default=2, help="cores that each may use")
     add("--peers", default=",".join(score_peers.ALL), help="default: %(default)s")
@@ -108,7 +109,7 @@ def chosen(options: argparse.Namespace) -> list[Peer]:
 
 
 def prepare(options: argparse.Namespace, peers: list[Peer], out: Path) -> Place:
-    """The peers' environment and network, and the labels that all have to give."""
+    """The peers' environment, and the network in their shapes."""
     manifest = json.loads((options.bundle / "manifest.json").read_text())
     place = Place(
         bundle=options.bundle.resolve(),
@@ -119,6 +120,7 @@ def prepare(options: argparse.Namespace, peers: list[Peer], out: Path) -> Place:
         images=options.images,
         threads=options.threads,
         peers_python=None,
+        batch=manifest["tuning"].get("cpu", {}).get("max_batch", 1),
         fastest="int8" if "int8" in manifest["precisions"] else "fp32",
         out=out,
     )
@@ -126,10 +128,7 @@ def prepare(options: argparse.Namespace, peers: list[Peer], out: Path) -> Place:
         python = options.peers_python or score_env.python()
         network = score_env.network(python, place.run, out / "network", machine.environment())
         place = replace(place, peers_python=python, network=network)
-    by_precision = {place.precision(peer): peer for peer in peers}
-    return replace(
-        place, labels={name: score_run.labels(place, peer) for name, peer in by_precision.items()}
-    )
+    return place
 
 
 def race(peers: list[Peer], rounds: int, place: Place) -> None:

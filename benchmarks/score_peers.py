@@ -13,7 +13,8 @@ from serve_peers import PROGRAMS, ROOT
 class Setting:
     """One way to run a competitor.
 
-    command: `{photos}`, `{out}`, `{bundle}`, `{run}`, `{network}`, `{threads}`, `{precision}`,
+    command: `{photos}`, `{out}`, `{bundle}`, `{run}`, `{network}`, `{threads}`, `{batch}`,
+        `{precision}`,
         `{python}` and `{peers}`, the interpreter of the peers' environment, are filled in.
     """
 
@@ -53,9 +54,10 @@ _BARE = (
     *("{python}", str(PROGRAMS / "bare_score.py"), "{photos}", "--bundle", "{bundle}"),
     *("--precision", "{precision}", "--out", "{out}"),
 )
-_LIMITS = (
-    Setting("a process of one thread for each core", (*_BARE, "--processes", "{threads}")),
-    Setting("one process, a thread for each core", (*_BARE, "--threads", "{threads}")),
+_LIMITS = tuple(
+    Setting(f"{name}, {told}", (*_BARE, share, "{threads}", "--batch", batch))
+    for name, share in (("a process a core", "--processes"), ("a thread a core", "--threads"))
+    for told, batch in (("one by one", "1"), ("in Fledge's batches", "{batch}"))
 )
 
 

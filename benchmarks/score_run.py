@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 import sys
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ class Place:
 
     labels: the bare loop's best label of each photo, by precision. images: of the long job.
     network: the run's in the shapes of timm and transformers, where they take part.
-    fastest: the precision that `default` stands for.
+    fastest: the precision that `default` stands for. batch: Fledge's own, as the bundle has it.
     """
 
     bundle: Path
@@ -37,6 +38,7 @@ class Place:
     threads: int
     peers_python: Path | None
     fastest: str
+    batch: int
     out: Path
 
     def precision(self, peer: Peer) -> str:
@@ -89,15 +91,19 @@ def measure(peer: Peer, setting: Setting, turn: int, place: Place) -> Row:
     """
     images = max(SHORT, round(place.images * peer.part))
     short, _ = job(peer, setting, images // SHORT, place)
-    long, others = job(peer, setting, images, place)
+    long, answers = job(peer, setting, images, place)
+    known = place.labels[place.precision(peer)]
+    others = sum(known[photo] != label for photo, label in answers)
     return Row(
         *(peer.name, setting.name, turn, images, long.seconds, long.cpu),
         *(images // SHORT, short.seconds, short.cpu, long.peak, others),
     )
 
 
-def job(peer: Peer, setting: Setting, images: int, place: Place) -> tuple[Ran, int]:
-    """Score so many photos: what it took, and how many best labels are not the bare loop's."""
+def job(
+    peer: Peer, setting: Setting, images: int, place: Place
+) -> tuple[Ran, list[tuple[str, str]]]:
+    """Score so many photos: what it took, and photo and best label of each."""
     photos = score_photos.linked(list(place.photos), images, place.out / "photos" / str(images))
     name = f"{peer.name}-setting{peer.settings.index(setting)}-{images}"
     out = place.out / "tables" / f"{name}.csv"
@@ -106,16 +112,14 @@ def job(peer: Peer, setting: Setting, images: int, place: Place) -> tuple[Ran, i
     values = {
         **{"photos": photos, "out": out, "bundle": place.bundle, "run": place.run},
         **{"network": place.network, "threads": place.threads, "precision": place.precision(peer)},
-        **{"python": sys.executable, "peers": place.peers_python},
+        **{"python": sys.executable, "peers": place.peers_python, "batch": place.batch},
     }
     log = place.out / "logs" / f"{name}.log"
     ran = score_process.run(setting.filled(values), machine.environment(), log)
     answers = table(out)
     if len(answers) != images:
         raise score_process.Failed(f"{name} gave {len(answers)} answers for {images} photos")
-    labels = place.labels.get(place.precision(peer), {})
-    others = sum(labels.get(photo, label) != label for photo, label in answers)
-    return ran, others
+    return ran, answers
 
 
 def table(path: Path) -> list[tuple[str, str]]:
@@ -125,8 +129,10 @@ def table(path: Path) -> list[tuple[str, str]]:
 
 
 def labels(place: Place, peer: Peer) -> dict[str, str]:
-    """The bare loop's best label of each photo, at the precision of `peer`."""
-    bare = ALL["limit" if peer.precision == "default" else "limit-fp32"]
-    job(bare, bare.settings[0], len(place.photos), place)
-    name = f"{bare.name}-setting0-{len(place.photos)}"
-    return dict(table(place.out / "tables" / f"{name}.csv"))
+    """The bare loop's best label of each photo, at the precision of `peer`; kept in `out`."""
+    path = place.out / f"labels-{place.precision(peer)}.json"
+    if not path.exists():
+        bare = ALL["limit" if peer.precision == "default" else "limit-fp32"]
+        _, answers = job(bare, bare.settings[0], len(place.photos), place)
+        path.write_text(json.dumps(dict(answers)))
+    return dict(json.loads(path.read_text()))

@@ -51,7 +51,8 @@ def markdown(rows: Sequence[Row], fastest: str) -> str:
             parts.append(f"{heading}\n\n{_table(results, peers)}")
     rounds = len({row.round for row in rows})
     parts.append(f"Medians of {rounds} rounds." if rounds > 1 else "One round.")
-    parts += [_settings(results), *(_against(results, name) for name in ("fledge-fp32", "fledge"))]
+    parts.append(_settings(results, fastest))
+    parts += [_against(results, name, fastest) for name in ("fledge-fp32", "fledge")]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -76,7 +77,7 @@ def _table(results: Results, peers: Sequence[Peer]) -> str:
     return "\n".join(lines)
 
 
-def _settings(results: Results) -> str:
+def _settings(results: Results, fastest: str) -> str:
     """Where there was a choice: all that was tried."""
     lines = []
     for peer in results.peers:
@@ -87,18 +88,19 @@ def _settings(results: Results) -> str:
                 f"{'**' * (name == best)}"
                 for name, rows in tried.items()
             )
-            lines.append(f"- {_told(peer)}: {told}")
+            lines.append(f"- {_told(peer, fastest)}: {told}")
     heading = "Settings tried, images/s; the fastest is in the table:"
     return "\n".join([heading, "", *lines]) if lines else ""
 
 
-def _against(results: Results, name: str) -> str:
+def _against(results: Results, name: str, fastest: str) -> str:
     """Ratios within each round: median and range."""
     here = [peer.name for peer in results.peers]
     others = [
         peer
         for peer in results.peers
         if not peer.name.startswith("fledge")
+        # What is compared with the like of it: the default with everybody, a limit with its own.
         and (peer.precision == ALL[name].precision or (name == "fledge" and not peer.limit))
     ]
     if name not in here or not others:
@@ -124,9 +126,9 @@ def _against(results: Results, name: str) -> str:
                 lambda row: row.peak,
             )
         ]
-        lines.append(f"| {_told(peer)} | {' | '.join(cells)} |")
+        lines.append(f"| {_told(peer, fastest)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _told(peer: Peer) -> str:
-    return f"{peer.title}, {'fp32' if peer.precision == 'fp32' else 'the same'}"
+def _told(peer: Peer, fastest: str) -> str:
+    return f"{peer.title}, {fastest if peer.precision == 'default' else 'fp32'}"

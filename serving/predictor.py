@@ -15,11 +15,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from serving import bundle, images, runtime, views
+from serving import bundle, images, runtime, tuning, views
 from serving.buckets import Bucketed
 from serving.errors import BundleError, ImageError, OptionError, WorkError
 from serving.manifest import Manifest
 from serving.preprocess import Pixels
+from serving.settings import cores
 from serving.views import Probabilities
 
 TOP_K: Final = 5
@@ -73,8 +74,8 @@ class Predictor:
     def cap(self) -> int:
         """Rows of one run: the bundle's tuning for this device, else 1 on a CPU, 16 on a GPU."""
         on_cpu = self.runtime.provider == runtime.PROVIDERS["cpu"]
-        tuning = self.manifest.tuning.get("cpu" if on_cpu else "cuda", {})
-        return max(1, int(tuning.get("max_batch", 1 if on_cpu else GPU_CAP)))
+        tuned = self.manifest.tuning.get("cpu" if on_cpu else "cuda", {})
+        return max(1, int(tuned.get("max_batch", 1 if on_cpu else GPU_CAP)))
 
     def check(self, tta: int = 0, top_k: int | None = None) -> None:
         """Refuse options before any work is done for them.
@@ -166,7 +167,7 @@ class Predictor:
 
 
 def open_predictor(
-    folder: Path, *, device: str = "auto", precision: str = "auto", threads: int = 1
+    folder: Path, *, device: str = "auto", precision: str = "auto", threads: int | None = 1
 ) -> Predictor:
     """Open a bundle and prove that it answers here as it did at export.
 
@@ -175,7 +176,7 @@ def open_predictor(
         device: As `OnnxRuntime`.
         precision: fp32, int8 or fp16; auto takes int8 on a CPU and fp16 on a GPU where the bundle
             keeps them, else fp32.
-        threads: Cores that one run uses on a CPU.
+        threads: Cores that one run uses on a CPU; None takes the bundle's tuning.
 
     Raises:
         BundleError: Missing, changed, or the golden images give other answers than the manifest's.
@@ -252,9 +253,10 @@ def check_golden(predictor: Predictor, opened: bundle.Bundle) -> None:
 
 
 def _engine(
-    opened: bundle.Bundle, precision: str, device: str, threads: int
+    opened: bundle.Bundle, precision: str, device: str, threads: int | None
 ) -> runtime.OnnxRuntime:
     path = opened.graph(precision)
+    threads = threads or tuning.measured(opened.manifest, precision, cores()).threads
     data = opened.load(path.relative_to(opened.payload).as_posix())
     return runtime.OnnxRuntime(path, device=device, threads=threads, data=data)
 

@@ -13,6 +13,8 @@ import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 Answer = tuple[str, str, float]
 
 
@@ -24,10 +26,11 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="CSV: path, label, probability")
     chosen = parser.parse_args()
     photos = sorted(chosen.photos.iterdir())
-    shared = (chosen.bundle, chosen.precision, chosen.threads)
+    shared = (chosen.bundle, chosen.precision, chosen.threads, chosen.batch)
     parts = [(photos[k :: chosen.processes], *shared) for k in range(chosen.processes)]
     if len(parts) == 1:
         answers = [part(*parts[0])]
@@ -40,7 +43,9 @@ def main() -> None:
         out.writerows(sorted(answer for one in answers for answer in one))
 
 
-def part(photos: list[Path], bundle: Path, precision: str, threads: int) -> list[Answer]:
+def part(
+    photos: list[Path], bundle: Path, precision: str, threads: int, batch: int
+) -> list[Answer]:
     """Answers of one process, whose threads share a session."""
     # Here, not above: every process of its own opens the runtime for itself.
     from serving import images, views
@@ -48,17 +53,19 @@ def part(photos: list[Path], bundle: Path, precision: str, threads: int) -> list
     from serving.runtime import OnnxRuntime
 
     opened = read(bundle)
-    manifest = opened.manifest
+    cut, labels = opened.manifest.preprocess, opened.manifest.labels
+    temperature = opened.manifest.temperature
     engine = OnnxRuntime(opened.graph(precision), device="cpu", threads=1)
 
     def loop(own: list[Path]) -> list[Answer]:
-        found = []
-        for photo in own:
-            image = images.decode(photo.read_bytes()).image
-            logits, _ = engine.run(manifest.preprocess(image)[None])
-            probabilities = views.softmax(logits, manifest.temperature)[0]
-            best = int(probabilities.argmax())
-            found.append((str(photo), manifest.labels[best], float(probabilities[best])))
+        found: list[Answer] = []
+        for start in range(0, len(own), batch):
+            names = own[start : start + batch]
+            squares = [cut(images.decode(name.read_bytes()).image) for name in names]
+            logits, _ = engine.run(np.stack(squares))
+            for name, row in zip(names, views.softmax(logits, temperature), strict=True):
+                best = int(row.argmax())
+                found.append((str(name), labels[best], float(row[best])))
         return found
 
     if threads == 1:
