@@ -66,18 +66,21 @@ def _program(name: str, network: str, python: str) -> tuple[str, ...]:
     return (python, program, "{photos}", "--network", network, "--out", "{out}")
 
 
-def _settings(program: tuple[str, ...]) -> tuple[Setting, ...]:
-    """What their documentation leaves to whoever uses them."""
-    each = ("--workers", "{threads}")
+def _settings(program: tuple[str, ...], other: str, *words: str) -> tuple[Setting, ...]:
+    """What their documentation leaves to whoever uses them: two ways that differ much."""
+    each = ("--workers", "{threads}", "--batch", "64")
     return (
-        Setting("a worker a core, batches of 64", (*program, *each, "--batch", "64")),
-        Setting("one worker, batches of 8", (*program, "--workers", "1", "--batch", "8")),
+        Setting("a worker a core, batches of 64", (*program, *each)),
+        Setting(f"{other}, batches of 8", (*program, *words, "--batch", "8")),
     )
 
 
-_TORCH = _program("torch", "{run}", "{python}")
-_TIMM = _program("timm", "{network}", "{peers}")
-_TRANSFORMERS = _program("transformers", "{network}", "{peers}")
+_LAST = ("one worker, channels-last", "--workers", "1", "--channels-last")
+_TORCH = _settings(_program("torch", "{run}", "{python}"), *_LAST)
+_TIMM = _settings(_program("timm", "{network}", "{peers}"), *_LAST)
+_TRANSFORMERS = _settings(
+    _program("transformers", "{network}", "{peers}"), "no worker", "--workers", "0"
+)
 _SLOW: Final = 0.25
 
 _PEERS: Final = (
@@ -88,36 +91,9 @@ _PEERS: Final = (
         (Setting("as it comes", (*_FLEDGE, "--precision", "fp32")),),
     ),
     Peer("limit-fp32", "*in-process limit*", "fp32", _LIMITS),
-    Peer(
-        *("torch", "plain torch `DataLoader`", "fp32"),
-        (
-            *_settings(_TORCH),
-            Setting(
-                "one worker, batches of 8, channels-last",
-                (*_TORCH, "--workers", "1", "--batch", "8", "--channels-last"),
-            ),
-        ),
-        _SLOW,
-    ),
-    Peer(
-        *("timm", "timm", "fp32"),
-        (
-            *_settings(_TIMM),
-            Setting(
-                "one worker, batches of 8, channels-last",
-                (*_TIMM, "--workers", "1", "--batch", "8", "--channels-last"),
-            ),
-        ),
-        _SLOW,
-    ),
-    Peer(
-        *("transformers", "transformers pipeline", "fp32"),
-        (
-            *_settings(_TRANSFORMERS),
-            Setting("no worker, batches of 8", (*_TRANSFORMERS, "--workers", "0", "--batch", "8")),
-        ),
-        _SLOW,
-    ),
+    Peer("torch", "plain torch `DataLoader`", "fp32", _TORCH, _SLOW),
+    Peer("timm", "timm", "fp32", _TIMM, _SLOW),
+    Peer("transformers", "transformers pipeline", "fp32", _TRANSFORMERS, _SLOW),
     Peer("fledge", "`fledge score`", "default", (Setting("as it comes", _FLEDGE),)),
     Peer("limit", "*in-process limit*", "default", _LIMITS),
 )
