@@ -52,12 +52,11 @@ _FLEDGE = (
 )
 _BARE = (
     *("{python}", str(PROGRAMS / "bare_score.py"), "{photos}", "--bundle", "{bundle}"),
-    *("--precision", "{precision}", "--out", "{out}"),
+    *("--precision", "{precision}", "--batch", "{batch}", "--out", "{out}"),
 )
-_LIMITS = tuple(
-    Setting(f"{name}, {told}", (*_BARE, share, "{threads}", "--batch", batch))
-    for name, share in (("a process a core", "--processes"), ("a thread a core", "--threads"))
-    for told, batch in (("one by one", "1"), ("in Fledge's batches", "{batch}"))
+_LIMITS = (
+    Setting("a process a core", (*_BARE, "--processes", "{threads}")),
+    Setting("a thread a core", (*_BARE, "--threads", "{threads}")),
 )
 
 
