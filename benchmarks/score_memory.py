@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 import psutil
 from serving import score
-from serving.predictor import open_predictor
+from serving.opening import open_predictor
 predictor = open_predictor(Path(sys.argv[1]), device="cpu")
 print(psutil.Process().memory_info().rss / 1e6)
 """

@@ -23,10 +23,11 @@ from serving import summary as summaries
 from serving import table as tables
 from serving.errors import OptionError
 from serving.files import check_folder
+from serving.opening import open_predictor
 from serving.parquet import FEATURES
-from serving.predictor import Predictor, open_predictor
+from serving.predictor import Predictor
 from serving.progress import Progress
-from serving.runtime import PROVIDERS
+from serving.runtime import on_cpu
 from serving.scorer import Chunk, Scorer, in_order
 from serving.settings import cores
 from serving.shards import Journal
@@ -191,7 +192,6 @@ def _work(
     views = max(1, options.tta)
     workers = options.workers or cores()
     tuned = measured(predictor.manifest, predictor.precision, workers)
-    on_cpu = predictor.runtime.provider == PROVIDERS["cpu"]
     scorer = Scorer(
         predictor,
         batch=max(1, batch // views),
@@ -199,7 +199,7 @@ def _work(
         top_k=options.top_k,
         probabilities=options.probabilities,
         embeddings=options.embeddings,
-        runs=tuned.runs if on_cpu and not options.workers else None,
+        runs=None if options.workers or not on_cpu(predictor.runtime.provider) else tuned.runs,
     )
     rows: list[Row] = []
     features: list[Features] = []

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from serving import inputs, progress, score, scorer, shards, table, tuning
-from serving import predictor as predictor_room
+from serving import inputs, opening, progress, score, scorer, shards, table, tuning
 from serving.bundle import read
 from serving.errors import (
     BundleError,
@@ -23,7 +22,8 @@ from serving.errors import (
     OptionError,
     WorkError,
 )
-from serving.predictor import Predictor, open_predictor
+from serving.opening import open_predictor
+from serving.predictor import Predictor
 from serving.runtime import OnnxRuntime
 from serving.score import Options, Summary
 from serving.scorer import Chunk, Done
@@ -489,7 +489,7 @@ def test_runs_share_the_cores_as_they_were_tuned(
 ) -> None:
     folder = tiny_bundle(tmp_path / "b", classes=7)
     altered(folder, tuning={"cpu": {"cores": 5, "throughput": {"fp32": tuned}}})
-    for module in (score, predictor_room):
+    for module in (score, opening):
         monkeypatch.setattr(module, "cores", lambda: 5)
     run_graph, opened, now, most = OnnxRuntime.run, OnnxRuntime.__init__, [], 0
     given: list[int] = []
@@ -504,12 +504,12 @@ def test_runs_share_the_cores_as_they_were_tuned(
         finally:
             now.pop()
 
-    def opening(self: OnnxRuntime, *args: Any, **options: Any) -> None:
+    def watched(self: OnnxRuntime, *args: Any, **options: Any) -> None:
         given.append(options["threads"])
         opened(self, *args, **options)
 
     monkeypatch.setattr(scorer, "_CHUNK", 1)
-    monkeypatch.setattr(OnnxRuntime, "__init__", opening)
+    monkeypatch.setattr(OnnxRuntime, "__init__", watched)
     monkeypatch.setattr(OnnxRuntime, "run", counted)
     run(photos, folder, tmp_path / "out.csv", workers=workers)
     assert (most, given) == (runs, [threads])
