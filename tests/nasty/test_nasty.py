@@ -140,7 +140,7 @@ def test_a_batch_gives_the_same_verdicts_in_order(
     assert wrong == {}
 
 
-@pytest.mark.parametrize("options", ["", "--batch 7 --workers 3", "--batch 64 --workers 2"])
+@pytest.mark.parametrize("options", ["", "--batch 7 --workers 3"])
 def test_the_scorer_gives_the_same_verdicts_in_order(
     bundle: Path, expected: dict[str, Any], tmp_path: Path, options: str
 ) -> None:
