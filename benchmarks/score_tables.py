@@ -49,8 +49,7 @@ def markdown(rows: Sequence[Row], fastest: str) -> str:
         peers = [peer for peer in results.peers if peer.precision == group]
         if peers:
             parts.append(f"{heading}\n\n{_table(results, peers)}")
-    rounds = len({row.round for row in rows})
-    parts.append(f"Medians of {rounds} rounds." if rounds > 1 else "One round.")
+    parts.append("Medians of the rounds.")
     parts.append(_settings(results, fastest))
     parts += [_against(results, name, fastest) for name in ("fledge-fp32", "fledge")]
     return "\n\n".join(part for part in parts if part)
@@ -58,14 +57,15 @@ def markdown(rows: Sequence[Row], fastest: str) -> str:
 
 def _table(results: Results, peers: Sequence[Peer]) -> str:
     lines = [
-        "| | images/s | start, s | 1,000 photos, s | CPU ms an image | peak MB | other labels |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | rounds | images/s | start, s | 1,000 photos, s | CPU ms an image | peak MB "
+        "| other labels |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for peer in peers:
         mine = results.of(peer.name)
         others, answers = sum(row.others for row in mine), sum(row.images for row in mine)
         cells = [
-            peer.title,
+            *(peer.title, str(len(mine))),
             f"{middle(mine, lambda row: row.rate):.0f}",
             f"{middle(mine, lambda row: row.start):.1f}",
             f"{middle(mine, lambda row: row.start + SOME / row.rate):.1f}",
