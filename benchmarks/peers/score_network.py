@@ -1,12 +1,11 @@
-"""The trained network for timm, for transformers and for plain torch: one network in three shapes.
+"""The trained network for timm and for transformers: a run's own in two other shapes.
 
-    OUT/timm.pth    weights of timm's mobilenetv2_100
-    OUT/hf/         a folder as `save_pretrained` writes it: MobileNetV2ForImageClassification
-    OUT/torch.pt2   the run's own classifier as an exported program
+    OUT/timm.pth      weights of timm's mobilenetv2_100
+    OUT/hf/           a folder as `save_pretrained` writes it: MobileNetV2ForImageClassification
     OUT/network.json  labels, preprocessing
 
-The three have the same layers in the same order, so weights go over one by one; that all give the
-same logits is checked here, and an ImageNet network without a head of its own is all that fits.
+All have the same layers in the same order, so weights go over one by one; that all give the same
+logits is checked here. Only a mobilenet_v2 with a linear head fits.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ TOLERANCE = 1e-3
 
 
 def main() -> None:
-    """Write the three, or say why not."""
+    """Write both, or say why not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
