@@ -1,8 +1,9 @@
 """timm, as its script `inference.py` scores a folder: the package has the parts, not the script.
 
-Written after https://huggingface.co/docs/timm and the script's own description: `create_model` with
-a checkpoint, `create_dataset` on a folder, `create_loader` with the prefetcher and the data
-configuration, softmax and the best class of each batch, one table at the end.
+A short program that makes the calls which the script in timm's repository makes, and which
+https://huggingface.co/docs/timm describes: `create_model` with a checkpoint, `create_dataset` on a
+folder, `create_loader` with the prefetcher and the data configuration, softmax and the best class
+of each batch, one table at the end.
 """
 
 from __future__ import annotations
