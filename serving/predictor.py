@@ -183,9 +183,7 @@ def open_predictor(
     """
     opened = bundle.read(folder)
     have = opened.manifest.precisions
-    if precision not in ("auto", *have):
-        raise OptionError(f"precision = {precision}: {folder} has {', '.join(have)}; use one")
-    chosen = precision if precision != "auto" else _fastest(have, runtime.expected(device))
+    chosen = choose(opened, precision, runtime.expected(device))
     engine = _engine(opened, chosen, device, threads)
     if precision == "auto" and chosen != _fastest(have, engine.provider):
         # A GPU was seen, did not load, and auto fell back: now the CPU's own choice.
@@ -197,6 +195,20 @@ def open_predictor(
     predictor = Predictor(opened.manifest, shaped, chosen)
     check_golden(predictor, opened)
     return predictor
+
+
+def choose(opened: bundle.Bundle, precision: str, provider: str) -> str:
+    """The precision that `open_predictor` takes with a provider.
+
+    Raises:
+        OptionError: The bundle lacks it.
+    """
+    have = opened.manifest.precisions
+    if precision not in ("auto", *have):
+        raise OptionError(
+            f"precision = {precision}: {opened.folder} has {', '.join(have)}; use one"
+        )
+    return _fastest(have, provider) if precision == "auto" else precision
 
 
 def check_golden(predictor: Predictor, opened: bundle.Bundle) -> None:
