@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -65,12 +65,13 @@ def join(device: str, workers: int | None) -> Pool:
     ray: Any = importlib.import_module("ray")
     own = {"num_cpus": workers or cores(), "include_dashboard": False}
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **(own if address == LOCAL else {}),
-        )
+        with _hushed():
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **(own if address == LOCAL else {}),
+            )
         resources = ray.cluster_resources()
     except Exception as error:  # of many kinds, and none of them is ours
         raise _lost(f"can't join the cluster {address}", error) from error
@@ -188,6 +189,20 @@ class _Quiet(io.TextIOBase):
     def flush(self) -> None:
         """As the stream's."""
         self._stream.flush()
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Nothing on the process's standard error, where Ray tells that it was told to be quiet."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _knock(address: str) -> None:

@@ -24,6 +24,12 @@ def write(out: Path, rows: int, each: int = 4) -> None:
             table.append(some, np.ones((len(some), 3), np.float32))
 
 
+def interrupted(out: Path) -> None:
+    with Parts(out, COLUMNS) as table:
+        table.append([row(0)], np.ones((1, 3), np.float32))
+        raise RuntimeError
+
+
 def test_rows_come_back_in_order_from_files_of_a_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,9 +47,8 @@ def test_rows_come_back_in_order_from_files_of_a_size(
 def test_an_error_leaves_the_older_table(tmp_path: Path) -> None:
     out = tmp_path / "scores"
     write(out, 3)
-    with pytest.raises(RuntimeError), Parts(out, COLUMNS) as table:
-        table.append([row(0)], np.ones((1, 3), np.float32))
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        interrupted(out)
     assert len(list(scores.read(out))) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
 
