@@ -63,11 +63,14 @@ class Elsewhere:
 class Job:
     """What an actor needs to know.
 
-    files: ObjectRef of the bundle's files by their names. here: the folder that relative paths
-    start from. sample: an input that can be read where the command runs, and so must be in reach
-    of every actor; "" for none. threads: of an actor. scoring: as `Scorer`.
+    bundle: how it is called where the command runs; files: what is in it, for `cluster.shared`.
+    here: the folder that relative paths start from.
+    sample: an input that is there where the command runs, and so must be where an actor runs; ""
+        for none.
+    threads: of an actor; scoring: as `Scorer`.
     """
 
+    bundle: str
     files: Any
     device: str
     precision: str
@@ -86,7 +89,7 @@ class Worker:
         try:
             self._scorer = Scorer(_opened(job), **job.scoring)
         except FledgeError as error:
-            self._fault = f"{type(error).__name__}:{error}"
+            self._fault = f"{type(error).__name__}:{error} (on {socket.gethostname()})"
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         """Score a task: rows as lines of JSON, features as bytes."""
@@ -107,6 +110,8 @@ class Worker:
     def _done(self, names: list[str]) -> Iterator[Done]:
         size = self._scorer.chunk
         chunks = (Chunk(0, names[at : at + size], False) for at in range(0, len(names), size))
+        if self._job.threads == 1:
+            return map(self._scorer, chunks)
         return in_order(self._scorer, chunks, self._job.threads)
 
 
@@ -116,15 +121,18 @@ def _opened(job: Job) -> Predictor:
         os.chdir(job.here)
     if job.sample and not os.path.exists(job.sample):
         raise OptionError(
-            f"{socket.gethostname()} has no {job.sample}: every machine of the cluster must see "
-            "the images under the same path; share the folder, or give addresses such as s3://"
+            f"{job.sample} is not there: every machine of the cluster must see the images under "
+            "the same path; share the folder, or give addresses such as s3://"
         )
     with tempfile.TemporaryDirectory(prefix="fledge-") as folder:
         for name, data in cluster.shared(job.files).items():
             path = Path(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        return open_predictor(Path(folder), device=job.device, precision=job.precision)
+        try:
+            return open_predictor(Path(folder), device=job.device, precision=job.precision)
+        except FledgeError as error:
+            raise type(error)(str(error).replace(folder, job.bundle)) from error
 
 
 class Team:
@@ -208,6 +216,7 @@ class Team:
         sample = next((path for path, _ in places if os.path.exists(path)), "")
         addresses = len(names) < task["images"]
         return Job(
+            str(self._bundle.folder),
             cluster.share(_files(self._bundle)),
             self._pool.device,
             self._precision,

@@ -14,7 +14,8 @@ import ray
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
-from serving import score
+from serving import runtime, score
+from serving.errors import OptionError
 from serving.progress import Progress
 from serving.score import Options
 
@@ -24,7 +25,7 @@ QUICK = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
 
 def main() -> None:
     bundle, listed, out = map(Path, sys.argv[1:])
-    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": QUICK}
+    head = {"num_cpus": 1, "num_gpus": 1, "include_dashboard": False, "_system_config": QUICK}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     node = cluster.add_node(num_cpus=1)
     os.environ["RAY_ADDRESS"] = cluster.address
@@ -43,7 +44,13 @@ def main() -> None:
 
     Progress.step = counted  # type: ignore[method-assign]
     try:
-        score.score([str(listed)], bundle, out, Options(engine="ray"), say=said.append)
+        if runtime.expected("auto") == runtime.PROVIDERS["cpu"]:  # the GPU is a mere claim
+            try:
+                score.score([str(listed)], bundle, out, Options(engine="ray"), say=said.append)
+            except OptionError as error:
+                said.append(f"{type(error).__name__} {error}")
+        options = Options(engine="ray", device="cpu")
+        score.score([str(listed)], bundle, out, options, say=said.append)
     finally:
         ray.shutdown()
         cluster.shutdown()
