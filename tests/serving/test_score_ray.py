@@ -61,6 +61,11 @@ def environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT)}
 
 
+def ours(stderr: str) -> list[str]:
+    """Lines that are no progress."""
+    return [line for line in stderr.splitlines() if not line.endswith(" s left")]
+
+
 def command(*words: object) -> list[str]:
     return [sys.executable, str(ROOT / "fledge.py"), "score", *map(str, words), "--engine", "ray"]
 
@@ -193,7 +198,7 @@ def test_a_machine_without_the_images_says_so(tmp_path: Path) -> None:
 def test_a_machine_that_dies_changes_nothing(
     photos: Path, bundle: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    names = listed(tmp_path / "list.txt", photos, 4000)
+    names = listed(tmp_path / "list.txt", photos, 3000)
     here(names, bundle, tmp_path / "here.csv")
     done = subprocess.run(
         [sys.executable, "-m", "tests.serving.ray_loss", bundle, names, tmp_path / "there.csv"],
@@ -209,13 +214,13 @@ def test_a_machine_that_dies_changes_nothing(
     if runtime.expected("auto") == runtime.PROVIDERS["cpu"]:  # actors have no GPU, as was claimed
         assert told["said"].pop(0).startswith("OptionError device = cuda: ")
     assert told["actors"] == 1
-    assert 1000 < told["at"] < 3900
+    assert 750 < told["at"] < 2900
     assert any(line.startswith("lost ") for line in told["said"])
     tables = []
     for name in ("here.csv", "there.csv"):
         with (tmp_path / name).open(newline="") as file:
             tables.append(list(csv.DictReader(file)))
-    assert len(tables[0]) == len(tables[1]) == 4000
+    assert len(tables[0]) == len(tables[1]) == 3000
     for one, other in zip(*tables, strict=True):
         for column in ("path", "status", "label", "error", "applied", "views"):
             assert one[column] == other[column]
@@ -227,7 +232,7 @@ def test_a_machine_that_dies_changes_nothing(
 def test_on_this_machine_alone_ray_says_nothing_and_ctrl_c_ends_it_all(
     photos: Path, bundle: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    names = listed(tmp_path / "list.txt", photos, 6000)
+    names = listed(tmp_path / "list.txt", photos, 3000)
     here(names, bundle, tmp_path / "here.parquet", embeddings=True, tta=2)
     names.write_text(names.read_text().replace("/", "file:///", 1))
     rest = ("--bundle", bundle, "--out", tmp_path / "scores", "--embeddings", "--tta", 2)
@@ -248,13 +253,13 @@ def test_on_this_machine_alone_ray_says_nothing_and_ctrl_c_ends_it_all(
         os.killpg(running.pid, signal.SIGINT)  # as a terminal does
         _, said = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert said == "fledge: interrupted\n"
+    assert ours(said) == ["fledge: interrupted"]
     assert len(family) > 5
     assert psutil.wait_procs(family, timeout=20)[1] == []
 
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert ours(done.stderr) == []
     lines = done.stdout.splitlines()
     assert lines[0].startswith("going on: ")
     assert lines[-1] == f"wrote {tmp_path / 'scores'}"
@@ -263,7 +268,7 @@ def test_on_this_machine_alone_ray_says_nothing_and_ctrl_c_ends_it_all(
         [(one.path.removeprefix("file://"), one) for one in scores.read(tmp_path / name)]
         for name in ("here.parquet", "scores")
     )
-    assert len(first) == 6000
+    assert len(first) == 3000
     for (path, one), (other_path, other) in zip(first, second, strict=True):
         assert (path, one.label, one.code) == (other_path, other.label, other.code)
         assert one.probability == pytest.approx(other.probability, abs=1e-5)
