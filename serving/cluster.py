@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Final
@@ -125,7 +125,7 @@ class Pool:
         job: Any,
         tasks: list[dict[str, Any]],
         say: Callable[[str], None],
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Generator[dict[str, Any], None, None]:
         """Results of `kind(job)(task)` in the order in which they come.
 
         Raises:
