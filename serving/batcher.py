@@ -2,8 +2,9 @@
 
 `Lanes`     one thread takes one image from bytes to prediction; several side by side. Best where
             a batch costs as much an image as a lone one, which is so on most CPUs.
-`Batcher`   threads decode; another takes all that is ready, up to the cap, the moment it is free.
-            A lone image never waits for company; batches form only while the device is busy.
+`Batcher`   threads decode; another, on a CPU one a core, takes all that is ready, up to the cap,
+            the moment it is free. A lone image never waits for company; batches form only while
+            the device is busy.
 
 Both refuse at once when full, drop what nobody waits for any more, and let no image touch another.
 """
@@ -21,6 +22,7 @@ from typing import NamedTuple, Protocol
 
 from serving.errors import Overloaded
 from serving.predictor import Prediction, Predictor, Prepared
+from serving.runtime import on_cpu
 
 Observe = Callable[[str, float], None]
 """Told (phase, seconds): "queue", "decode", "infer"; ("rows", count) for every run of the graph,
@@ -53,7 +55,8 @@ def build(
     Args:
         predictor: May be called from several threads at once.
         cap: Most rows (images times views) of one run of the graph.
-        threads: Cores to keep busy.
+        threads: Cores to keep busy: with decoding and, where the graph runs on them, with runs of
+            the graph side by side, each of which is given one core.
         max_queue: Images held unanswered; one more is `Overloaded`.
         max_pixels: Of an image, width times height.
         observe: Where timings go; called from several threads.
@@ -65,7 +68,8 @@ def build(
 
     if cap == 1:
         return Lanes(prepare, predictor.predict, room, threads, observe)
-    return Batcher(prepare, predictor.predict, room, threads, observe, cap)
+    runners = threads if on_cpu(predictor.runtime.provider) else 1
+    return Batcher(prepare, predictor.predict, room, threads, observe, cap, runners)
 
 
 class Room:
@@ -96,7 +100,14 @@ class Room:
 
 
 Prepare = Callable[[bytes, int], Prepared]
-Predict = Callable[[list[Prepared]], list[Prediction]]
+
+
+class Predict(Protocol):
+    """`Predictor.predict`."""
+
+    def __call__(self, prepared: list[Prepared], *, alone: bool) -> list[Prediction]:
+        """One run of the graph."""
+        ...
 
 
 class Lanes:
@@ -126,7 +137,7 @@ class Lanes:
         begun = time.perf_counter()
         prepared = self._prepare(data, tta)
         decoded = time.perf_counter()
-        prediction = self._predict([prepared])[0]
+        prediction = self._predict([prepared], alone=self._room.inside == 1)[0]
         done = time.perf_counter()
         observe = self._observe
         observe("queue", begun - queued)
@@ -143,7 +154,7 @@ class _Item(NamedTuple):
 
 
 class Batcher:
-    """Decodes on many threads, runs the graph on one, with whatever is ready when it is free."""
+    """Decodes on many threads; each that runs the graph takes whatever is ready when it is free."""
 
     def __init__(
         self,
@@ -153,16 +164,21 @@ class Batcher:
         threads: int,
         observe: Observe,
         cap: int,
+        runners: int = 1,
     ) -> None:
-        """See `build`."""
+        """See `build`; `runners`: batches that run side by side."""
         self._prepare, self._predict = prepare, predict
         self._room, self._observe, self._cap = room, observe, cap
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="fledge-decode")
         self._ready: deque[_Item] = deque()
         self._changed = Condition()
         self._open = True
-        self._runner = Thread(target=self._run, name="fledge-infer", daemon=True)
-        self._runner.start()
+        self._runners = [
+            Thread(target=self._run, name=f"fledge-infer-{number}", daemon=True)
+            for number in range(runners)
+        ]
+        for runner in self._runners:
+            runner.start()
 
     async def predict(self, data: bytes, tta: int = 0) -> Prediction:
         """See `Engine`. Cancelling it takes the image out of the queue."""
@@ -177,8 +193,9 @@ class Batcher:
         self._decoders.shutdown(wait=True, cancel_futures=True)
         with self._changed:
             self._open = False
-            self._changed.notify()
-        self._runner.join()
+            self._changed.notify_all()
+        for runner in self._runners:
+            runner.join()
 
     def _decode(self, data: bytes, tta: int) -> Future[Prediction]:
         begun = time.perf_counter()
@@ -215,7 +232,8 @@ class Batcher:
         # Nothing may get out of here: it would end the one thread that answers.
         try:
             begun = time.perf_counter()
-            predictions = self._predict([item.prepared for item in batch])
+            alone = self._room.inside == 1
+            predictions = self._predict([item.prepared for item in batch], alone=alone)
             seconds = time.perf_counter() - begun
             self._observe("rows", sum(len(item.prepared.pixels) for item in batch))
             for item, prediction in zip(batch, predictions, strict=True):

@@ -17,7 +17,8 @@ from serving import bundle
 from serving.batcher import Engine, build
 from serving.errors import DeadlineExceeded, FledgeError, NotReady, TooLarge
 from serving.forms import Options
-from serving.predictor import Predictor, open_predictor
+from serving.opening import open_predictor
+from serving.predictor import Predictor
 from serving.problems import code_of, is_fault, problem
 from serving.settings import Settings
 from serving.telemetry import Telemetry
@@ -249,9 +250,14 @@ def _labels(predictor: Predictor) -> tuple[str, str, str]:
 
 
 def _open(settings: Settings) -> Predictor:
-    # One core a run: the lanes side by side are what fills the cores.
+    # One core a run: several side by side are what fills the cores, while there are several.
     return open_predictor(
-        settings.bundle, device=settings.device, precision=settings.precision, threads=1
+        settings.bundle,
+        device=settings.device,
+        precision=settings.precision,
+        threads=1,
+        wide=settings.threads,
+        kind=settings.runtime,
     )
 
 

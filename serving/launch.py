@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
 import socket
@@ -109,6 +110,8 @@ def _servable(settings: Settings) -> Manifest:
         )
     if not manifest.golden:
         raise BundleError(f"{settings.bundle} has no golden images to check; export it again")
+    if settings.runtime == "torchscript" and importlib.util.find_spec("torch") is None:
+        raise OptionError("FLEDGE_RUNTIME = torchscript: needs torch; install fledge[train]")
     return manifest
 
 
@@ -166,12 +169,15 @@ def own_scratch() -> str | None:
 
 
 def _try_device() -> int:
-    from serving.predictor import open_predictor
+    from serving.opening import open_predictor
 
     try:
         settings = Settings.from_env()
         open_predictor(
-            settings.bundle, device=settings.device, precision=settings.precision, threads=1
+            settings.bundle,
+            device=settings.device,
+            precision=settings.precision,
+            kind=settings.runtime,
         )
     except FledgeError as error:
         print(error, file=sys.stderr)

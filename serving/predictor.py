@@ -8,16 +8,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from serving import bundle, images, runtime, views
-from serving.buckets import Bucketed
-from serving.errors import BundleError, ImageError, OptionError, WorkError
+from serving import images, runtime, views
+from serving.errors import OptionError, WorkError
 from serving.manifest import Manifest
 from serving.preprocess import Pixels
 from serving.views import Probabilities
@@ -25,8 +23,6 @@ from serving.views import Probabilities
 TOP_K: Final = 5
 GPU_CAP: Final = 16
 """Rows of one run on a GPU where the bundle states no tuning."""
-MAX_TOLERANCE: Final = 0.05
-"""A golden answer may be off by a tolerance of at most this; more would check nothing."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +57,30 @@ class Predictor:
     """A bundle's manifest and a runtime that has its graph. Holds no state between calls."""
 
     def __init__(
-        self, manifest: Manifest, engine: runtime.Runtime, precision: str = "fp32"
+        self,
+        manifest: Manifest,
+        engine: runtime.Runtime,
+        precision: str = "fp32",
+        wide: runtime.Runtime | None = None,
     ) -> None:
-        """Join what `open_predictor` opened; `precision` is what answers report."""
+        """Join what `open_predictor` opened.
+
+        Args:
+            manifest: Of the bundle.
+            engine: Runs its graph.
+            precision: What answers report.
+            wide: Runs it on more cores, for images that are alone; None has `engine` do that.
+        """
         self.manifest = manifest
         self.runtime = engine
+        self.wide = wide
         self.precision = precision
         self.model = f"{manifest.name}:{manifest.version}"
 
     @property
     def cap(self) -> int:
         """Rows of one run: the bundle's tuning for this device, else 1 on a CPU, 16 on a GPU."""
-        on_cpu = self.runtime.provider == runtime.PROVIDERS["cpu"]
+        on_cpu = runtime.on_cpu(self.runtime.provider)
         tuning = self.manifest.tuning.get("cpu" if on_cpu else "cuda", {})
         return max(1, int(tuning.get("max_batch", 1 if on_cpu else GPU_CAP)))
 
@@ -106,8 +114,12 @@ class Predictor:
         decoded = images.decode(data, max_pixels=max_pixels, background=preprocess.background)
         return Prepared(views.render(decoded.image, preprocess, wanted), decoded.applied)
 
-    def predict(self, prepared: Sequence[Prepared]) -> list[Prediction]:
+    def predict(self, prepared: Sequence[Prepared], *, alone: bool = False) -> list[Prediction]:
         """One run of the graph over all rows, then the mean over each image's own views.
+
+        Args:
+            prepared: By `prepare`.
+            alone: Nobody else needs the cores now: take all, where that is quicker.
 
         Raises:
             WorkError: The engine failed or gave numbers that are not finite.
@@ -115,7 +127,8 @@ class Predictor:
         if not prepared:
             return []
         rows = [item.pixels for item in prepared]
-        logits, features = self.runtime.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
+        engine = self.wide if alone and self.wide else self.runtime
+        logits, features = engine.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
         if not np.isfinite(logits).all():
             raise WorkError(f"{self.model} gave logits that are not finite")
         probabilities = views.softmax(logits, self.manifest.temperature)
@@ -163,115 +176,3 @@ class Predictor:
             "out_of_distribution": None if energy is None else prediction.energy > energy,
             "applied": list(prediction.applied),
         }
-
-
-def open_predictor(
-    folder: Path, *, device: str = "auto", precision: str = "auto", threads: int = 1
-) -> Predictor:
-    """Open a bundle and prove that it answers here as it did at export.
-
-    Args:
-        folder: The bundle.
-        device: As `OnnxRuntime`.
-        precision: fp32, int8 or fp16; auto takes int8 on a CPU and fp16 on a GPU where the bundle
-            keeps them, else fp32.
-        threads: Cores that one run uses on a CPU.
-
-    Raises:
-        BundleError: Missing, changed, or the golden images give other answers than the manifest's.
-        OptionError: The device is not there, or the bundle lacks the precision.
-    """
-    opened = bundle.read(folder)
-    have = opened.manifest.precisions
-    chosen = choose(opened, precision, runtime.expected(device))
-    engine = _engine(opened, chosen, device, threads)
-    if precision == "auto" and chosen != _fastest(have, engine.provider):
-        # A GPU was seen, did not load, and auto fell back: now the CPU's own choice.
-        chosen = _fastest(have, engine.provider)
-        engine = _engine(opened, chosen, "cpu", threads)
-    shaped: runtime.Runtime = engine
-    if engine.provider != runtime.PROVIDERS["cpu"]:
-        shaped = Bucketed(engine, opened.manifest.preprocess.size)
-    predictor = Predictor(opened.manifest, shaped, chosen)
-    check_golden(predictor, opened)
-    return predictor
-
-
-def choose(opened: bundle.Bundle, precision: str, provider: str) -> str:
-    """The precision that `open_predictor` takes with a provider.
-
-    Raises:
-        OptionError: The bundle lacks it.
-    """
-    have = opened.manifest.precisions
-    if precision not in ("auto", *have):
-        raise OptionError(
-            f"precision = {precision}: {opened.folder} has {', '.join(have)}; use one"
-        )
-    return _fastest(have, provider) if precision == "auto" else precision
-
-
-def check_golden(predictor: Predictor, opened: bundle.Bundle) -> None:
-    """Compare golden images with the probabilities that the manifest states for this precision.
-
-    Raises:
-        BundleError: There are none, the engine fails on them, or an answer is off by more than the
-            stated tolerance, which itself must be small enough to mean something.
-    """
-    manifest, precision = opened.manifest, predictor.precision
-    if not manifest.golden:
-        raise BundleError(f"{opened.folder} has no golden images to check; export it again")
-    try:
-        tolerance = float(manifest.precisions[precision]["tolerance"])
-        stated = [
-            (str(item["file"]), np.asarray(item["probabilities"][precision], np.float64))
-            for item in manifest.golden
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise BundleError(
-            f"{opened.folder} states no golden answers for {precision}; export it again"
-        ) from error
-    if not 0 < tolerance <= MAX_TOLERANCE:
-        raise BundleError(
-            f"{opened.folder}: tolerance {tolerance:.2g} of {precision} is not above 0 and at most "
-            f"{MAX_TOLERANCE}; export it again"
-        )
-    for name, expected in stated:
-        if expected.shape != (len(manifest.labels),):
-            raise BundleError(
-                f"{opened.folder}: {name} has {expected.size} probabilities stated for "
-                f"{len(manifest.labels)} labels"
-            )
-        try:
-            prepared = predictor.prepare(opened.load(name))
-        except ImageError as error:
-            raise BundleError(f"{opened.payload / name} can't be read: {error}") from error
-        try:
-            actual = predictor.predict([prepared])[0].probabilities
-        except WorkError as error:
-            raise BundleError(f"{opened.folder} must not be served here: {error}") from error
-        if actual.shape != expected.shape:
-            raise BundleError(
-                f"{opened.folder}: the graph gives {actual.size} probabilities for "
-                f"{len(manifest.labels)} labels"
-            )
-        off = float(np.abs(actual - expected).max())
-        if not off <= tolerance:
-            raise BundleError(
-                f"{opened.folder} must not be served here: {name} in {precision} on "
-                f"{predictor.runtime.provider} is off by {off:.2g}, tolerance {tolerance:.2g}"
-            )
-
-
-def _engine(
-    opened: bundle.Bundle, precision: str, device: str, threads: int
-) -> runtime.OnnxRuntime:
-    path = opened.graph(precision)
-    data = opened.load(path.relative_to(opened.payload).as_posix())
-    return runtime.OnnxRuntime(path, device=device, threads=threads, data=data)
-
-
-def _fastest(have: Container[str], provider: str) -> str:
-    """int8 pays on CPUs, fp16 on GPUs; the export keeps them only where accuracy allows."""
-    faster = "int8" if provider == runtime.PROVIDERS["cpu"] else "fp16"
-    return faster if faster in have else "fp32"

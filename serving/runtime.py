@@ -91,6 +91,11 @@ class OnnxRuntime:
         return logits, features
 
 
+def on_cpu(provider: str) -> bool:
+    """Whether a runtime with this `provider` computes on the CPU."""
+    return provider in (PROVIDERS["cpu"], "torchscript-cpu")
+
+
 def expected(device: str) -> str:
     """The provider that `OnnxRuntime` will most likely have, told without loading anything."""
     if device == "auto":

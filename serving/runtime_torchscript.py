@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,16 @@ class TorchScriptRuntime:
     provider: "torchscript-" and the device.
     """
 
-    def __init__(self, graph: Path, *, device: str = "cpu") -> None:
+    def __init__(
+        self, graph: Path, *, device: str = "cpu", threads: int = 0, data: bytes | None = None
+    ) -> None:
         """Load `graph`.
 
         Args:
             graph: A TorchScript file; uint8 [N, H, W, 3] -> (logits, features).
-            device: cpu or cuda.
+            device: cpu or cuda; auto takes CUDA where torch sees a GPU.
+            threads: Cores of one `run` on a CPU, for the whole process; 0: as torch chooses.
+            data: Its bytes, where they were read already; the file is then only named.
 
         Raises:
             OptionError: The asked-for device is not there, or torch is not installed.
@@ -37,10 +42,14 @@ class TorchScriptRuntime:
             import torch
         except ImportError as error:
             raise OptionError("TorchScript needs torch; install fledge[train]") from error
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         if device not in ("cpu", "cuda"):
             raise OptionError(f"device = {device!r}: TorchScript runs on cpu or cuda")
         if device == "cuda" and not torch.cuda.is_available():
             raise OptionError("device = cuda: torch sees no GPU; use device cpu")
+        if threads:
+            torch.set_num_threads(threads)
         self._torch = torch
         self._device = torch.device(device)
         try:
@@ -48,7 +57,8 @@ class TorchScriptRuntime:
                 # Deprecated in torch's newest releases and still what mobile and C++ users load.
                 warnings.simplefilter("ignore", FutureWarning)
                 load: Any = torch.jit.load  # untyped in some releases
-                module = load(str(graph), map_location=self._device)
+                source = str(graph) if data is None else io.BytesIO(data)
+                module = load(source, map_location=self._device)
         except (OSError, RuntimeError, ValueError) as error:
             raise BundleError(f"{graph} can't be loaded as TorchScript") from error
         self._module = module.eval()

@@ -23,9 +23,10 @@ from serving import summary as summaries
 from serving import table as tables
 from serving.errors import OptionError
 from serving.files import check_folder
+from serving.opening import open_predictor
 from serving.parquet import FEATURES
 from serving.parts import Parts
-from serving.predictor import Predictor, open_predictor
+from serving.predictor import Predictor
 from serving.progress import Progress
 from serving.scorer import Chunk, Scorer, in_order
 from serving.settings import cores

@@ -27,7 +27,8 @@ from serving import cluster, errors, runtime
 from serving.archives import split
 from serving.errors import FledgeError, OptionError, WorkError
 from serving.inputs_remote import is_address
-from serving.predictor import Predictor, choose, open_predictor
+from serving.opening import choose, open_predictor
+from serving.predictor import Predictor
 from serving.scorer import Chunk, Done, Scorer, in_order
 from serving.shards import SIZE, Features, Journal
 from serving.table import Row

@@ -16,7 +16,7 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 import bentoml
 from _bentoml_sdk import Service  # type: ignore[import-untyped] # BentoML types its front only
 
-from serving import launch
+from serving import launch, tracing
 from serving.desk import Desk
 from serving.errors import FledgeError, OptionError
 from serving.exchange import App
@@ -31,7 +31,7 @@ class FrontedService(Service[Any]):  # type: ignore[misc]
 
     def to_asgi(self, is_main: bool = True) -> App:
         """The app that a worker runs."""
-        return Front(super().to_asgi(is_main), lambda: self._instance.desk)
+        return tracing.traced(Front(super().to_asgi(is_main), lambda: self._instance.desk))
 
     def __call__(self) -> Any:
         """Make the instance, once a worker."""
@@ -83,8 +83,9 @@ class ImageClassifier:
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:
-        """Stop the threads."""
+        """Stop the threads, and send the last spans."""
         self.desk.close()
+        tracing.flush()
 
     @bentoml.api(route="/predict")  # type: ignore[untyped-decorator]
     async def predict(self, image: Path, tta: int = 0, top_k: int | None = None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from serving.errors import OptionError
 
 DEVICES: Final = ("auto", "cpu", "cuda", "tensorrt")
 PRECISIONS: Final = ("auto", "fp32", "int8", "fp16")
+RUNTIMES: Final = ("onnx", "torchscript")
 
 
 def bundle_folder(environ: Mapping[str, str]) -> Path:
@@ -39,6 +40,7 @@ class Settings:
         package.
     device: auto, cpu, cuda or tensorrt; only auto may fall back, and says so.
     precision: auto, fp32, int8 or fp16; auto takes the fastest that the bundle keeps.
+    runtime: onnx, or torchscript, which needs torch and answers in fp32.
     workers: processes that share the port; each has its own copy of the model.
     max_batch: graph rows (images times views) that run together; None takes the bundle's tuning.
     max_queue: images that a worker holds unanswered; one more is refused with 429.
@@ -52,6 +54,7 @@ class Settings:
     bundle: Path = field(default_factory=_bundle)
     device: str = "auto"
     precision: str = "auto"
+    runtime: str = RUNTIMES[0]
     workers: int = 1
     max_batch: int | None = None
     max_queue: int = 64
@@ -77,6 +80,7 @@ class Settings:
             bundle=bundle_folder(reader.environ),
             device=reader.choice("FLEDGE_DEVICE", DEVICES),
             precision=reader.choice("FLEDGE_PRECISION", PRECISIONS),
+            runtime=reader.choice("FLEDGE_RUNTIME", RUNTIMES),
             workers=reader.whole("FLEDGE_WORKERS", cls.workers, 1, 256),
             max_batch=reader.whole("FLEDGE_MAX_BATCH", 0, 1, 4096) or None,
             max_queue=reader.whole("FLEDGE_MAX_QUEUE", cls.max_queue, 1, 1_000_000),

@@ -11,6 +11,8 @@ from typing import Any, Final
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from serving.tracing import trace_id
+
 _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1, 2, 4, 8, 16)
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -95,8 +97,8 @@ class Telemetry:
     def log(
         self, request_id: str, method: str, path: str, status: int, code: str, seconds: float
     ) -> None:
-        """The access log's line."""
-        line = {
+        """The access log's line; `trace` is there while the request is traced."""
+        line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "request": request_id,
             "method": method,
@@ -105,6 +107,8 @@ class Telemetry:
             "code": code,
             "ms": round(seconds * 1000, 2),
         }
+        if trace := trace_id():
+            line["trace"] = trace
         self._log.info(json.dumps(line))
 
 

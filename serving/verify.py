@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from serving import bundle
-from serving.predictor import open_predictor
+from serving.opening import open_predictor
 
 
 def verify(folder: Path, device: str = "cpu") -> list[str]:

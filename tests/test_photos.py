@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from serving.predictor import open_predictor
+from serving.opening import open_predictor
 from serving.settings import cores
 from serving.views import softmax
 from tests.serving.live import live

@@ -17,7 +17,7 @@ import pytest
 import fledge
 from serving import errors, images, problems
 from serving.manifest import Manifest
-from serving.predictor import open_predictor
+from serving.opening import open_predictor
 from serving.settings import Settings
 from tests.tiny import photo, tiny_bundle
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.predictor import open_predictor
+from serving.opening import open_predictor
 from tests.tiny import photo, tiny_bundle
 
 pytestmark = pytest.mark.docker

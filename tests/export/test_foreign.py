@@ -13,7 +13,7 @@ import fledge
 from export import foreign, tuning
 from export.graph import assemble
 from serving.errors import DataError, OptionError
-from serving.predictor import open_predictor
+from serving.opening import open_predictor
 from serving.preprocess import Preprocess
 from tests.export.conftest import pixels
 from tests.export.test_pipeline import rates

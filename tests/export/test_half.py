@@ -7,7 +7,7 @@ from onnx import TensorProto, numpy_helper
 
 from export import half, precision, quantize, tuning
 from serving import bundle
-from serving.predictor import open_predictor
+from serving.opening import open_predictor
 from serving.runtime import OnnxRuntime
 from serving.verify import verify
 from tests.export.conftest import Run, pixels

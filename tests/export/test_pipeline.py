@@ -16,7 +16,7 @@ from export import confidence, pipeline, tuning, verify
 from export import torchscript as torchscript_writer
 from serving import bundle
 from serving.errors import BundleError, DataError, GateError, OptionError, WorkError
-from serving.predictor import open_predictor
+from serving.opening import open_predictor
 from serving.verify import verify as verify_bundle
 from training import model
 
@@ -133,6 +133,22 @@ def test_the_model_card_has_the_accuracy_of_each_class(exported, shared_run):
     assert {row[0]: [int(row[1]), int(row[2])] for row in rows} == expected
     shares = [int(row[3].rstrip("%")) for row in rows]
     assert shares == sorted(shares)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # deprecated, not gone
+def test_the_torchscript_graph_is_served_on_request(exported, out, shared_run):
+    onnx = open_predictor(exported[0], device="cpu")
+    script = open_predictor(exported[0], device="cpu", kind="torchscript")
+    assert (script.runtime.provider, script.precision) == ("torchscript-cpu", "fp32")
+    assert script.cap == 1
+    sample = shared_run.dataset.valid[0].path.read_bytes()
+    answers = [one.predict([one.prepare(sample)])[0].probabilities for one in (onnx, script)]
+    assert np.abs(answers[0] - answers[1]).max() <= 1e-4
+    with pytest.raises(OptionError, match="TorchScript runs on cpu or cuda"):
+        open_predictor(exported[0], device="tensorrt", kind="torchscript")
+    (out / exported[1].version / "model.ts").write_bytes(b"code")
+    with pytest.raises(BundleError, match=r"model\.ts was changed"):
+        open_predictor(out, device="cpu", kind="torchscript")
 
 
 def test_what_confident_means_is_asked_for(shared_run, exported, tmp_path, remembered):

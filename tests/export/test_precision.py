@@ -10,7 +10,7 @@ from export import precision, quantize, tuning, verify
 from export.verdict import judge
 from serving import bundle, runtime
 from serving.errors import BundleError, GateError, OptionError, WorkError
-from serving.predictor import open_predictor
+from serving.opening import open_predictor
 from serving.verify import verify as verify_bundle
 from tests.export.conftest import Run
 from tests.export.test_pipeline import contents, export, rates
@@ -282,7 +282,7 @@ def test_the_cap_is_one_unless_batches_pay(batched, cap):
 
 
 def test_verify_has_the_limit_of_the_predictor():
-    from serving.predictor import MAX_TOLERANCE
+    from serving.opening import MAX_TOLERANCE
 
     tolerances = [kind.tolerance for kind in precision.KINDS.values()]
     assert verify.TOLERANCE < min(tolerances) <= max(tolerances) <= MAX_TOLERANCE

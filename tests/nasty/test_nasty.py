@@ -15,7 +15,8 @@ import pytest
 
 from serving import images
 from serving.errors import FledgeError
-from serving.predictor import Predictor, open_predictor
+from serving.opening import open_predictor
+from serving.predictor import Predictor
 from tests.nasty import corpus
 from tests.nasty.scene import Item
 from tests.serving.live import ROOT, Live, live

@@ -15,6 +15,8 @@ class Stub:
 
     def __init__(self) -> None:
         self.runs: list[list[int]] = []
+        self.alone: list[bool] = []
+        self.begun = 0
         self.gate = threading.Event()
         self.gate.set()
         self.running = threading.Event()
@@ -25,8 +27,10 @@ class Stub:
             raise BrokenImage("broken")
         return Prepared(np.full((max(1, tta), 1, 1, 3), len(data), np.uint8), ())
 
-    def predict(self, prepared: list[Prepared]) -> list[Prediction]:
+    def predict(self, prepared: list[Prepared], *, alone: bool) -> list[Prediction]:
         self.running.set()
+        self.begun += 1
+        self.alone.append(alone)
         assert self.gate.wait(10)
         names = [int(item.pixels[0, 0, 0, 0]) for item in prepared]
         self.runs.append(names)
@@ -198,3 +202,37 @@ def test_every_phase_is_observed(make: Make):
     seen = dict(run(make, work).seen)
     assert seen.keys() == {"waiting", "queue", "decode", "infer", "rows"}
     assert seen["rows"] == 3
+
+
+def test_batches_run_side_by_side_one_a_core():
+    stub = Stub()
+    stub.gate.clear()
+    engine = Batcher(stub.prepare, stub.predict, Room(64, stub.observe), 2, stub.observe, 2, 3)
+
+    async def work() -> None:
+        calls = [asyncio.create_task(engine.predict(b"x" * number)) for number in range(1, 10)]
+        await until(lambda: stub.begun == 3)
+        stub.gate.set()
+        await asyncio.gather(*calls)
+
+    try:
+        asyncio.run(asyncio.wait_for(work(), 20))
+    finally:
+        stub.gate.set()
+        engine.close()
+    assert sorted(name for names in stub.runs for name in names) == [*range(1, 10)]
+
+
+@both
+def test_only_an_image_beside_which_there_is_none_has_all_cores(make: Make):
+    async def work(stub: Stub, engine: Lanes | Batcher) -> None:
+        await engine.predict(b"x")
+        stub.gate.clear()
+        calls = [asyncio.create_task(engine.predict(b"x")) for _ in range(6)]
+        await until(lambda: stub.begun > 1)
+        stub.gate.set()
+        await asyncio.gather(*calls)
+
+    alone = run(make, work).alone
+    assert alone[0] is True
+    assert not all(alone)

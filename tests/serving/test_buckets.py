@@ -4,7 +4,7 @@ import pytest
 from serving import runtime
 from serving.buckets import Bucketed
 from serving.errors import WorkError
-from serving.predictor import open_predictor
+from serving.opening import open_predictor
 from serving.runtime import OnnxRuntime
 from tests.tiny import photo, tiny_bundle
 

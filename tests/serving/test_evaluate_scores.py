@@ -18,7 +18,7 @@ import fledge
 from serving import evaluate_scores, scores, tally
 from serving.errors import DataError, FledgeError, OptionError, WorkError
 from serving.evaluate_scores import Options, evaluate
-from serving.predictor import open_predictor
+from serving.opening import open_predictor
 from serving.table import COLUMNS
 from tests.tiny import NAMES, photo, tiny_bundle
 from training import metrics

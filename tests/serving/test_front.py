@@ -14,7 +14,8 @@ from serving.batcher import Batcher, build
 from serving.desk import Desk, Model
 from serving.errors import WorkError
 from serving.front import Front
-from serving.predictor import Prediction, Predictor, open_predictor
+from serving.opening import open_predictor
+from serving.predictor import Prediction, Predictor
 from serving.settings import Settings
 from tests.tiny import photo, tiny_bundle
 

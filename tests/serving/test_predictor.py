@@ -6,7 +6,8 @@ import pytest
 
 from serving import bundle, images, views
 from serving.errors import BundleError, NotAnImage, OptionError, TooLarge, WorkError
-from serving.predictor import Predictor, _fastest, check_golden, open_predictor
+from serving.opening import _fastest, check_golden, open_predictor
+from serving.predictor import Predictor
 from tests.tiny import altered, photo, tiny_bundle
 
 
@@ -45,6 +46,29 @@ def test_together_is_the_same_as_alone(predictor: Predictor):
         alone = probabilities(predictor, photo(seed), tta)
         np.testing.assert_allclose(item.probabilities, alone, atol=1e-6)
         assert item.probabilities.sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_a_lone_image_gets_the_same_bits_from_more_cores(folder: Path):
+    wide = open_predictor(folder, device="cpu", wide=2)
+    prepared = [wide.prepare(photo(seed)) for seed in range(4)]
+    for one in prepared:
+        (apart,), (all_cores,) = wide.predict([one]), wide.predict([one], alone=True)
+        np.testing.assert_array_equal(apart.probabilities, all_cores.probabilities)
+    assert open_predictor(folder, device="cpu").wide is None
+
+
+def test_more_cores_are_left_alone_where_the_tuning_found_no_use_for_them(tmp_path: Path):
+    tuning = {"cpu": {"latency": {"fp32": {"threads": 1, "ms": 1.0}}}}
+    folder = tiny_bundle(tmp_path / "bundle")
+    altered(folder, tuning=tuning)
+    assert open_predictor(folder, device="cpu", wide=2).wide is None
+
+
+def test_golden_images_are_asked_of_both_engines(folder: Path):
+    opened = bundle.read(folder)
+    good = open_predictor(folder, device="cpu").runtime
+    with pytest.raises(BundleError, match="is off by"):
+        check_golden(Predictor(opened.manifest, good, "fp32", Constant(*range(7))), opened)
 
 
 def test_nothing_in_nothing_out(predictor: Predictor):

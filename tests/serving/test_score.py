@@ -20,7 +20,8 @@ from serving.errors import (
     OptionError,
     WorkError,
 )
-from serving.predictor import Predictor, open_predictor
+from serving.opening import open_predictor
+from serving.predictor import Predictor
 from serving.score import Options, Summary
 from serving.scorer import Chunk, Done
 from tests.tiny import photo, tiny_bundle

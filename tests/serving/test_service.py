@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from serving.manifest import Manifest
-from serving.predictor import Predictor, open_predictor
+from serving.opening import open_predictor
+from serving.predictor import Predictor
 from tests.serving.live import Live, live, post
 from tests.tiny import photo, tiny_bundle
 

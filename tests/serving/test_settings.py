@@ -38,6 +38,7 @@ def test_every_variable_arrives(tmp_path: Path):
             "FLEDGE_BUNDLE": "b",
             "FLEDGE_DEVICE": "cpu",
             "FLEDGE_PRECISION": "int8",
+            "FLEDGE_RUNTIME": "torchscript",
             "FLEDGE_WORKERS": "2",
             "FLEDGE_MAX_BATCH": "8",
             "FLEDGE_MAX_QUEUE": "9",
@@ -48,6 +49,7 @@ def test_every_variable_arrives(tmp_path: Path):
         }
     )
     assert settings.bundle == Path("b")
+    assert settings.runtime == "torchscript"
     assert (settings.device, settings.precision) == ("cpu", "int8")
     assert (settings.workers, settings.max_batch, settings.max_queue) == (2, 8, 9)
     assert (settings.max_bytes, settings.max_pixels, settings.deadline) == (5000, 6000, 0.5)

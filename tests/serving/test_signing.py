@@ -11,7 +11,7 @@ import pytest
 from serving import bundle, signing
 from serving.errors import BundleError, OptionError
 from serving.inspect import describe
-from serving.predictor import open_predictor
+from serving.opening import open_predictor
 from serving.verify import verify
 from tests.tiny import tiny_bundle
 
