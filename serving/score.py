@@ -120,6 +120,8 @@ def score(
     """
     if options.engine == "local":
         return _score(inputs, bundle, out, options, say, open_predictor, _work)
+    if options.engine != "ray":
+        raise OptionError(f"--engine {options.engine}: use local or ray")
     from serving.score_ray import Team
 
     with Team(options, say) as team:

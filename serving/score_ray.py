@@ -156,14 +156,14 @@ class Team:
         """End what was started, actors in the middle of a task included."""
         cluster.leave()
 
-    def open(self, bundle: Path, *, device: str, precision: str, threads: int) -> Predictor:
+    def open(self, bundle: Path, *, device: str, precision: str, threads: int | None) -> Predictor:
         """Join the cluster. The predictor is that of the actors, told without opening it here.
 
         Args:
             bundle: Its files go to the actors.
             device: auto takes GPUs where the cluster has any; actors that can't use theirs fail.
             precision: As `open_predictor`.
-            threads: Cores that one run uses on a CPU.
+            threads: No matter: an actor on a CPU has one core.
 
         Raises:
             BundleError, OptionError: What can be known here; actors find the rest.

@@ -118,6 +118,7 @@ def test_a_cluster_that_is_not_there_is_told_at_once(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"engine": "spark"}, "--engine spark: use local or ray"),
         ({"out": "out.xls"}, r"out\.xls: use a name that ends in"),
         ({"out": "none/scores"}, "no folder .*none; make it"),
         ({"out": ""}, "there, and no table"),
@@ -132,7 +133,7 @@ def test_a_wrong_request_starts_nothing(
     (tmp_path / "mine").touch()
     out = tmp_path / options.pop("out", "out.csv")
     with pytest.raises(OptionError, match=words):
-        here(photos, bundle, out, engine="ray", **options)
+        here(photos, bundle, out, **{"engine": "ray"} | options)
     assert "ray" not in sys.modules
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
