@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     runtime_options(add, default=None)  # none given: the environment decides
 
     add = verb(score, "fledge score photos --bundle bundle --out scores.csv")
-    what = "folders, images, globs, lists (.txt, .csv, .jsonl, …), tar archives; - reads paths"
+    what = "folders, images, globs, lists (.txt, .csv, …), tar archives, s3://…; - reads paths"
     add.add_argument("inputs", nargs="+", metavar="INPUT", help=what)
     add.add_argument("--bundle", type=Path, required=True)
     table = ".csv, .jsonl or .parquet; with ray also a folder of .parquet files"
