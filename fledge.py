@@ -182,22 +182,23 @@ def _parser() -> argparse.ArgumentParser:
     runtime_options(add, default=None)  # none given: the environment decides
 
     add = verb(score, "fledge score photos --bundle bundle --out scores.csv")
-    what = "folders, images, globs, lists (.txt, .csv, .jsonl, …), tar archives; - reads paths"
+    what = "folders, images, globs, lists (.txt, .csv, …), tar archives, s3://…; - reads paths"
     add.add_argument("inputs", nargs="+", metavar="INPUT", help=what)
     add.add_argument("--bundle", type=Path, required=True)
-    add.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help=".csv, .jsonl or .parquet"
-    )
+    table = ".csv, .jsonl or .parquet; with ray also a folder of .parquet files"
+    add.add_argument("--out", type=Path, required=True, metavar="FILE", help=table)
     add.add_argument("--column", metavar="NAME", help="of a list, that has the paths")
     add.add_argument("--tta", type=int, default=0, metavar="N", help="views to average")
     add.add_argument("--top-k", type=int, default=5, metavar="K")
     every = "a column with the probabilities of all classes"
     add.add_argument("--probabilities", action="store_true", help=every)
-    vectors = "a column with the network's features; .parquet only"
-    add.add_argument("--embeddings", action="store_true", help=vectors)
+    add.add_argument("--embeddings", action="store_true", help="the network's features; Parquet")
     sorts = "copy every image there, into a folder for each label"
     add.add_argument("--copy-to", type=Path, metavar="DIR", help=sorts)
-    add.add_argument("--workers", type=int, metavar="N", help="threads; default: cores")
+    where = "ray: on a cluster, that of RAY_ADDRESS or one of this machine; needs fledge[ray]"
+    add.add_argument("--engine", default="local", choices=["local", "ray"], help=where)
+    threads = "threads, or actors of ray; default: one a core, or a GPU of ray's"
+    add.add_argument("--workers", type=int, metavar="N", help=threads)
     rows = "images times views of one run of the graph; default: as measured at export"
     add.add_argument("--batch", type=int, metavar="N", help=rows)
     add.add_argument("--max-errors", metavar="N|P%", help="exit 1 when more images are broken")
@@ -222,10 +223,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _version() -> str:
-    try:
+    with suppress(PackageNotFoundError):
         return version("fledge")
-    except PackageNotFoundError:
-        return "unknown (not installed)"
+    return "unknown (not installed)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
