@@ -8,12 +8,13 @@ RUN ?= runs/latest
 RECIPE ?= training/recipes/$(if $(DATA),quick,demo).toml
 OUT ?= scores.csv
 IMAGE ?= fledge
+TARGET ?= cpu
 BASE_IMAGE ?= python:3.11-slim
 
 BIN := .venv/bin
 FLEDGE := $(BIN)/fledge
 INSTALLED := .venv/.installed
-VERSION = $(shell sed -nE 's/^version = "(.*)"/\1/p' pyproject.toml)
+VERSION = $(shell sed -nE 's/^__version__ = "(.*)"/\1/p' serving/__init__.py)
 REVISION = $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header $(ARGS)
 OFFLINE := not slow and not docker and not gpu and not network
@@ -95,9 +96,13 @@ bento: install ## Build the Bento of the service, with BUNDLE=bundle in it
 	@cp -R "$(BUNDLE)" build/bento/bundle
 	BENTOML_DO_NOT_TRACK=True $(BIN)/bentoml build $(ARGS) build/bento
 
-image: ## Build the image IMAGE=fledge (BASE_IMAGE=…, DOCKER_BUILD_ARGS=…)
-	DOCKER_BUILDKIT=1 $(DOCKER) build --target cpu --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
+image: ## Build the image IMAGE=fledge (TARGET=gpu, BUNDLE=… to have it inside, BASE_IMAGE=…)
+	DOCKER_BUILDKIT=1 $(DOCKER) build --target $(TARGET) --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
 	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(DOCKER_BUILD_ARGS) .
+ifneq ($(origin BUNDLE),file)
+	DOCKER_BUILDKIT=1 $(DOCKER) build --file deploy/image/bundle.Dockerfile --tag $(IMAGE) \
+	  --build-arg IMAGE=$(IMAGE) "$(BUNDLE)"
+endif
 
 run-image: ## Serve BUNDLE=bundle from the image on PORT=3000: read-only, unprivileged
 	$(DOCKER) run --rm --stop-timeout 35 --publish $(PORT):3000 --volume "$(abspath $(BUNDLE))":/bundle:ro \
@@ -107,4 +112,6 @@ lock: install ## Renew the lock files; ARGS=--upgrade takes the newest versions
 	$(COMPILE) pyproject.toml --extra train --extra dev --output-file requirements/dev.txt
 	$(COMPILE) pyproject.toml --output-file requirements/serving.txt
 	$(COMPILE) pyproject.toml --overrides requirements/cpu-overrides.txt --output-file requirements/serving-cpu.txt
+	$(COMPILE) pyproject.toml --extra gpu --constraints requirements/serving.txt --no-annotate \
+	  --output-file requirements/serving-gpu.txt
 	$(COMPILE) requirements/uv.in --constraints requirements/dev.txt --no-annotate --output-file requirements/uv.txt

@@ -21,13 +21,13 @@ from serving import inputs as sources
 from serving import sorting
 from serving import summary as summaries
 from serving import table as tables
+from serving.cores import cores
 from serving.errors import OptionError
 from serving.files import check_folder
 from serving.parquet import FEATURES
 from serving.predictor import Predictor, open_predictor
 from serving.progress import Progress
 from serving.scorer import Chunk, Scorer, in_order
-from serving.settings import cores
 from serving.shards import Journal
 from serving.summary import Summary
 from serving.table import COLUMNS, PROBABILITIES, Features, Row, Table
