@@ -21,7 +21,7 @@ OFFLINE := not slow and not docker and not gpu and not network
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo train export serve score test test-slow test-docker check format bench soak fuzz bento \
-  image run-image lock
+  image run-image sbom audit lock
 .DELETE_ON_ERROR:
 
 help: ## List the commands
@@ -66,8 +66,8 @@ test: install ## The tests: offline, no GPU, a few minutes
 test-slow: install ## The tests that take longer, some minutes: every family of networks
 	$(BIN)/pytest -n auto --dist worksteal -m "slow and not docker and not gpu" $(ARGS)
 
-test-docker: install ## The tests of the image: they need a container engine (DOCKER=docker)
-	DOCKER="$(DOCKER)" BASE_IMAGE="$(BASE_IMAGE)" $(BIN)/pytest -m docker tests/docker $(ARGS)
+test-docker: install ## The tests of the image and of deploy/: they need a container engine (DOCKER=docker)
+	DOCKER="$(DOCKER)" BASE_IMAGE="$(BASE_IMAGE)" $(BIN)/pytest tests/docker tests/deploy $(ARGS)
 
 check: install ## Format, lint, types, and who may import whom
 	$(BIN)/ruff format --check
@@ -107,6 +107,21 @@ endif
 run-image: ## Serve BUNDLE=bundle from the image on PORT=3000: read-only, unprivileged
 	$(DOCKER) run --rm --stop-timeout 35 --publish $(PORT):3000 --volume "$(abspath $(BUNDLE))":/bundle:ro \
 	  --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges $(DOCKER_RUN_ARGS) $(IMAGE) $(ARGS)
+
+sbom: install ## List the packages of the image IMAGE=fledge in build/sbom.json, as CycloneDX
+	@rm -rf build/sbom && mkdir -p build
+	@$(PYTHON) -m venv --without-pip build/sbom
+	@# What the image's packages say of themselves, where the tool looks for it.
+	@$(DOCKER) run --rm --network none --entrypoint sh $(IMAGE) -c \
+	  'cd /opt/venv/lib/python3*/site-packages && tar -c *.dist-info' >build/sbom/packages.tar
+	@tar -x -f build/sbom/packages.tar -C build/sbom/lib/python3*/site-packages
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  --output-file build/sbom.json $(ARGS) build/sbom
+	@rm -rf build/sbom
+
+audit: install ## Look the locked packages of the service up among the known vulnerabilities
+	$(BIN)/pip-audit --disable-pip --require-hashes --requirement requirements/serving-cpu.txt \
+	  --requirement requirements/serving-gpu.txt $(ARGS)
 
 lock: install ## Renew the lock files; ARGS=--upgrade takes the newest versions
 	$(COMPILE) pyproject.toml --extra train --extra dev --output-file requirements/dev.txt

@@ -11,10 +11,10 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from serving.cores import cores
 from serving.preprocess import Pixels
 from serving.progress import progress_bar
 from serving.runtime import OnnxRuntime, Runtime
-from serving.settings import cores
 
 BATCHES: Final = (1, 2, 4, 8, 16)
 ROUNDS: Final = 3
