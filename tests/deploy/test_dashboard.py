@@ -84,7 +84,7 @@ def test_panels_have_names_and_do_not_overlap() -> None:
 
 
 def test_prometheus_has_an_answer_to_every_query(replicas: list[Live], tmp_path: Path) -> None:
-    """The configuration of compose.yaml, but for where the replicas are and how often they are asked."""
+    """compose.yaml has the same configuration, but for places and times."""
     prometheus = program("prometheus")
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]

@@ -7,13 +7,15 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
+from serving import bundle
 from tests.deploy.tools import program, said
-from tests.serving.live import Live, free_port, get, live, post
+from tests.serving.live import Live, free_port, get, launch, live, post
 from tests.tiny import photo, tiny_bundle
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "nginx.conf"
@@ -104,8 +106,25 @@ def test_answers_come_through_as_the_service_gave_them(
         assert get(f"{url}/").headers["content-type"].startswith("text/html")
 
 
-def test_a_replica_that_is_not_ready_is_passed_over(replicas: list[Live], tmp_path: Path) -> None:
-    # What is full or not ready says so with 429 or 503; here it is one that lost its place.
-    with nginx(tmp_path, [free_port(), replicas[0].port]) as url:
-        for seed in range(6):
-            assert post(f"{url}/predict", photo(seed)).status_code == 200
+def test_a_replica_that_is_gone_or_not_ready_is_passed_over(
+    replicas: list[Live], tmp_path: Path
+) -> None:
+    folder = tiny_bundle(tmp_path / "wrong")
+    golden = [dict(item) for item in bundle.read(folder).manifest.golden]
+    golden[0]["probabilities"] = {"fp32": [0.2, 0.3, 0.5]}  # so it is never ready
+    bundle.publish(replace(bundle.read(folder).manifest, golden=tuple(golden)), folder)
+    port = free_port()
+    process = launch(folder, port, tmp_path / "wrong.log")
+    try:
+        until = time.monotonic() + 60
+        while "off by" not in (tmp_path / "wrong.log").read_text():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert post(f"http://127.0.0.1:{port}/predict", photo(1)).status_code == 503
+        for other in (port, free_port()):
+            with nginx(tmp_path, [other, replicas[0].port]) as url:
+                for seed in range(6):
+                    assert post(f"{url}/predict", photo(seed)).status_code == 200
+    finally:
+        process.terminate()
+        process.wait(30)
