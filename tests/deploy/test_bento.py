@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,26 +27,31 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def env(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bento")
+
+
+@pytest.fixture(scope="module")
+def env(place: Path) -> dict[str, str]:
     told = ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "PYTHONPATH")
     kept = {
         name: value
         for name, value in os.environ.items()
         if name not in told and not name.startswith("FLEDGE_")
     }
-    return {**kept, "BENTOML_HOME": str(tmp_path / "store"), "BENTOML_DO_NOT_TRACK": "True"}
+    return {**kept, "BENTOML_HOME": str(place / "store"), "BENTOML_DO_NOT_TRACK": "True"}
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    return tiny_bundle(tmp_path / "bundle")
+@pytest.fixture(scope="module")
+def bundle(place: Path) -> Path:
+    return tiny_bundle(place / "bundle")
 
 
-@pytest.fixture
-def bento(env: dict[str, str], bundle: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def bento(env: dict[str, str], bundle: Path, place: Path) -> Path:
     """The folder of the Bento that the recipe of `make bento` builds."""
-    lines = subprocess.run(
+    told = subprocess.run(
         ["make", "-n", "bento", f"BUNDLE={bundle}"],
         cwd=ROOT,
         env=env,
@@ -53,30 +60,38 @@ def bento(env: dict[str, str], bundle: Path, tmp_path: Path) -> Path:
         check=True,
     ).stdout
     # The same commands, by the Python that runs this test and in a folder of its own.
-    recipe = lines[lines.index(".venv/bin/fledge verify") :]
-    recipe = recipe.replace(".venv/bin/fledge", f"{sys.executable} -m fledge")
-    recipe = recipe.replace(".venv/bin/bentoml", f"{sys.executable} -m bentoml")
-    recipe = recipe.replace("build/bento", str(tmp_path / "build"))
-    done = subprocess.run(
-        ["sh", "-ec", recipe],
-        cwd=ROOT,
-        env=env | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    recipe = told[told.index(".venv/bin/fledge verify") :]
+    aside = f"build/bento-{uuid.uuid4().hex[:8]}"
+    for old, new in {
+        ".venv/bin/fledge": f"{sys.executable} -m fledge",
+        ".venv/bin/bentoml": f"{sys.executable} -m bentoml",
+        "build/bento": aside,
+    }.items():
+        assert old in recipe
+        recipe = recipe.replace(old, new)
+    try:
+        done = subprocess.run(
+            ["sh", "-ec", recipe],
+            cwd=ROOT,
+            env=env | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        shutil.rmtree(ROOT / aside, ignore_errors=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = (tmp_path / "store" / "bentos" / "fledge").glob("*/bento.yaml")
+    (found,) = (place / "store" / "bentos" / "fledge").glob("*/bento.yaml")
     return found.parent
 
 
-@pytest.fixture
-def url(bento: Path, env: dict[str, str], tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def url(bento: Path, env: dict[str, str], place: Path) -> Iterator[str]:
     """`bentoml serve fledge:latest`, from elsewhere, so that nothing of this tree is found."""
     port = free_port()
     command = [sys.executable, "-m", "bentoml", "serve", "fledge:latest", "--port", str(port)]
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
+    with (place / "log").open("w") as log:
+        server = subprocess.Popen(command, cwd=place, env=env, stdout=log, stderr=log)
     try:
         until = time.monotonic() + 60
         while True:
@@ -85,8 +100,8 @@ def url(bento: Path, env: dict[str, str], tmp_path: Path) -> Iterator[str]:
                     break
             except httpx.TransportError:
                 pass
-            assert server.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < until, (tmp_path / "log").read_text()
+            assert server.poll() is None, (place / "log").read_text()
+            assert time.monotonic() < until, (place / "log").read_text()
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:

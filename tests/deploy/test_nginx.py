@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -42,7 +43,7 @@ def placed(tmp_path: Path, port: int, servers: list[int]) -> Path:
 def nginx(tmp_path: Path, servers: list[int]) -> Iterator[str]:
     port = free_port()
     file = placed(tmp_path, port, servers)
-    command = [program("nginx"), "-c", str(file), "-e", "stderr", "-g", "daemon off;"]
+    command = [program("nginx"), "-c", str(file), "-e", "stderr", "-g", "daemon off; user root;"]
     with (tmp_path / "nginx.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -83,7 +84,7 @@ def test_two_replicas_share_the_work_and_one_may_die(replicas: list[Live], tmp_p
         for seed in range(10):
             assert post(f"{url}/predict", photo(seed)).status_code == 200
         assert [answered(one) for one in replicas] == [5, 5]
-        replicas[0].stop(signal.SIGKILL)
+        os.killpg(replicas[0].process.pid, signal.SIGKILL)
         for seed in range(10):
             assert post(f"{url}/predict", photo(seed)).status_code == 200
         assert answered(replicas[1]) == 15
