@@ -1,5 +1,6 @@
 """A service that is stopped while callers are at it."""
 
+import os
 import re
 import signal
 from pathlib import Path
@@ -28,3 +29,20 @@ def test_whoever_was_let_in_is_answered_and_nobody_else_is_let_in(
     assert set(after) <= {"200", REFUSED}
     assert after[REFUSED] == CALLERS
     assert not re.search(r"\[(ERROR|WARNING)\]|Traceback", (tmp_path / "log").read_text())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_worker_ends_the_service(tmp_path: Path, workers: int):
+    folder = tiny_bundle(tmp_path / "bundle")
+    with live(folder, tmp_path / "log", FLEDGE_WORKERS=str(workers)) as server:
+        children = f"/proc/{server.process.pid}/task/{server.process.pid}/children"
+        running = [
+            int(pid)
+            for pid in Path(children).read_text().split()
+            if b"worker.service" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        assert len(running) == workers
+        os.kill(running[0], signal.SIGKILL)
+        assert server.process.wait(30) == 1
+    assert f"fledge: worker {running[0]} ended with signal 9" in (tmp_path / "log").read_text()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in running)
