@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 Verb = Callable[[argparse.Namespace], None]
@@ -112,13 +111,15 @@ def evaluate_scores(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from serving import __version__  # not at the top, as in `main`
+
     parser = argparse.ArgumentParser(
         prog="fledge",
         description="Fine-tune an image classifier, export it proven equal, serve it over HTTP.",
         epilog="a first walk: fledge train training/recipes/demo.toml --data sample; "
         "fledge export runs/latest --out bundle; fledge serve bundle",
     )
-    parser.add_argument("--version", action="version", version=f"fledge {_version()}")
+    parser.add_argument("--version", action="version", version=f"fledge {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def verb(function: Verb, example: str, *, overrides: bool = False) -> argparse.ArgumentParser:
@@ -220,12 +221,6 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--confusion", type=Path, metavar="FILE", help="the confusion matrix, CSV")
     add.add_argument("--mistakes", type=Path, metavar="FILE", help="wrong answers, surest first")
     return parser
-
-
-def _version() -> str:
-    with suppress(PackageNotFoundError):
-        return version("fledge")
-    return "unknown (not installed)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,11 +17,11 @@ from export.confidence import Held, ask
 from export.verdict import Verdict, judge
 from export.verify import Sample
 from serving import runtime
+from serving.cores import cores
 from serving.errors import FledgeError, GateError, OptionError
 from serving.manifest import Manifest
 from serving.predictor import Predictor
 from serving.preprocess import Pixels
-from serving.settings import cores
 from serving.views import energies, softmax
 
 FILES: Final = {"fp32": "model.onnx", "int8": "model.int8.onnx", "fp16": "model.fp16.onnx"}

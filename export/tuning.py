@@ -13,10 +13,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from serving import images
+from serving.cores import cores
 from serving.preprocess import Pixels, Preprocess
 from serving.progress import progress_bar
 from serving.runtime import OnnxRuntime
-from serving.settings import cores
 
 BATCHES: Final = (1, 2, 4, 8, 16)
 DECODED: Final = (1, 2, 4, 8)

@@ -20,8 +20,8 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Final
 
+from serving.cores import cores
 from serving.errors import OptionError, WorkError
-from serving.settings import cores
 
 ADDRESS: Final = "RAY_ADDRESS"
 LOCAL: Final = "local"

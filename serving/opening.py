@@ -10,9 +10,9 @@ import numpy as np
 
 from serving import bundle, runtime, tuning
 from serving.buckets import Bucketed
+from serving.cores import cores
 from serving.errors import BundleError, ImageError, OptionError, WorkError
 from serving.predictor import Predictor
-from serving.settings import cores
 
 MAX_TOLERANCE: Final = 0.05
 """A golden answer may be off by a tolerance of at most this; more would check nothing."""

@@ -21,6 +21,7 @@ from serving import inputs as sources
 from serving import parts, sorting
 from serving import summary as summaries
 from serving import table as tables
+from serving.cores import cores
 from serving.errors import OptionError
 from serving.files import check_folder
 from serving.opening import open_predictor
@@ -30,7 +31,6 @@ from serving.predictor import Predictor
 from serving.progress import Progress
 from serving.runtime import on_cpu
 from serving.scorer import Chunk, Scorer, in_order
-from serving.settings import cores
 from serving.shards import Journal
 from serving.summary import Summary
 from serving.table import COLUMNS, PROBABILITIES, Features, Row, Table
