@@ -8,19 +8,20 @@ RUN ?= runs/latest
 RECIPE ?= training/recipes/$(if $(DATA),quick,demo).toml
 OUT ?= scores.csv
 IMAGE ?= fledge
+TARGET ?= cpu
 BASE_IMAGE ?= python:3.11-slim
 
 BIN := .venv/bin
 FLEDGE := $(BIN)/fledge
 INSTALLED := .venv/.installed
-VERSION = $(shell sed -nE 's/^version = "(.*)"/\1/p' pyproject.toml)
+VERSION = $(shell sed -nE 's/^__version__ = "(.*)"/\1/p' serving/__init__.py)
 REVISION = $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header $(ARGS)
 OFFLINE := not slow and not docker and not gpu and not network
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo train export serve score test test-slow test-docker check format bench soak fuzz bento \
-  image run-image lock
+  image run-image sbom audit lock
 .DELETE_ON_ERROR:
 
 help: ## List the commands
@@ -65,8 +66,8 @@ test: install ## The tests: offline, no GPU, a few minutes
 test-slow: install ## The tests that take longer, some minutes: every family of networks
 	$(BIN)/pytest -n auto --dist worksteal -m "slow and not docker and not gpu" $(ARGS)
 
-test-docker: install ## The tests of the image: they need a container engine (DOCKER=docker)
-	DOCKER="$(DOCKER)" BASE_IMAGE="$(BASE_IMAGE)" $(BIN)/pytest -m docker tests/docker $(ARGS)
+test-docker: install ## The tests of the image and of deploy/: they need a container engine (DOCKER=docker)
+	DOCKER="$(DOCKER)" BASE_IMAGE="$(BASE_IMAGE)" $(BIN)/pytest tests/docker tests/deploy $(ARGS)
 
 check: install ## Format, lint, types, and who may import whom
 	$(BIN)/ruff format --check
@@ -95,16 +96,37 @@ bento: install ## Build the Bento of the service, with BUNDLE=bundle in it
 	@cp -R "$(BUNDLE)" build/bento/bundle
 	BENTOML_DO_NOT_TRACK=True $(BIN)/bentoml build $(ARGS) build/bento
 
-image: ## Build the image IMAGE=fledge (BASE_IMAGE=…, DOCKER_BUILD_ARGS=…)
-	DOCKER_BUILDKIT=1 $(DOCKER) build --target cpu --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
+image: ## Build the image IMAGE=fledge (TARGET=gpu, BUNDLE=… to have it inside, BASE_IMAGE=…)
+	DOCKER_BUILDKIT=1 $(DOCKER) build --target $(TARGET) --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
 	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(DOCKER_BUILD_ARGS) .
+ifneq ($(origin BUNDLE),file)
+	DOCKER_BUILDKIT=1 $(DOCKER) build --file deploy/image/bundle.Dockerfile --tag $(IMAGE) \
+	  --build-arg IMAGE=$(IMAGE) "$(BUNDLE)"
+endif
 
 run-image: ## Serve BUNDLE=bundle from the image on PORT=3000: read-only, unprivileged
 	$(DOCKER) run --rm --stop-timeout 35 --publish $(PORT):3000 --volume "$(abspath $(BUNDLE))":/bundle:ro \
 	  --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges $(DOCKER_RUN_ARGS) $(IMAGE) $(ARGS)
 
+sbom: install ## List the packages of the image IMAGE=fledge in build/sbom.json, as CycloneDX
+	@rm -rf build/sbom && mkdir -p build
+	@$(PYTHON) -m venv --without-pip build/sbom
+	@# What the image's packages say of themselves, where the tool looks for it.
+	@$(DOCKER) run --rm --network none --entrypoint sh $(IMAGE) -c \
+	  'cd /opt/venv/lib/python3*/site-packages && tar -c *.dist-info' >build/sbom/packages.tar
+	@tar -x -f build/sbom/packages.tar -C build/sbom/lib/python3*/site-packages
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  --output-file build/sbom.json $(ARGS) build/sbom
+	@rm -rf build/sbom
+
+audit: install ## Look the locked packages of the service up among the known vulnerabilities
+	$(BIN)/pip-audit --disable-pip --require-hashes --requirement requirements/serving-cpu.txt \
+	  --requirement requirements/serving-gpu.txt $(ARGS)
+
 lock: install ## Renew the lock files; ARGS=--upgrade takes the newest versions
 	$(COMPILE) pyproject.toml --extra train --extra dev --output-file requirements/dev.txt
 	$(COMPILE) pyproject.toml --output-file requirements/serving.txt
 	$(COMPILE) pyproject.toml --overrides requirements/cpu-overrides.txt --output-file requirements/serving-cpu.txt
+	$(COMPILE) pyproject.toml --extra gpu --constraints requirements/serving.txt --no-annotate \
+	  --output-file requirements/serving-gpu.txt
 	$(COMPILE) requirements/uv.in --constraints requirements/dev.txt --no-annotate --output-file requirements/uv.txt

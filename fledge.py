@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 Verb = Callable[[argparse.Namespace], None]
@@ -112,13 +111,15 @@ def evaluate_scores(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from serving import __version__  # not at the top, as in `main`
+
     parser = argparse.ArgumentParser(
         prog="fledge",
         description="Fine-tune an image classifier, export it proven equal, serve it over HTTP.",
         epilog="a first walk: fledge train training/recipes/demo.toml --data sample; "
         "fledge export runs/latest --out bundle; fledge serve bundle",
     )
-    parser.add_argument("--version", action="version", version=f"fledge {_version()}")
+    parser.add_argument("--version", action="version", version=f"fledge {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def verb(function: Verb, example: str, *, overrides: bool = False) -> argparse.ArgumentParser:
@@ -182,22 +183,23 @@ def _parser() -> argparse.ArgumentParser:
     runtime_options(add, default=None)  # none given: the environment decides
 
     add = verb(score, "fledge score photos --bundle bundle --out scores.csv")
-    what = "folders, images, globs, lists (.txt, .csv, .jsonl, …), tar archives; - reads paths"
+    what = "folders, images, globs, lists (.txt, .csv, …), tar archives, s3://…; - reads paths"
     add.add_argument("inputs", nargs="+", metavar="INPUT", help=what)
     add.add_argument("--bundle", type=Path, required=True)
-    add.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help=".csv, .jsonl or .parquet"
-    )
+    table = ".csv, .jsonl or .parquet; with ray also a folder of .parquet files"
+    add.add_argument("--out", type=Path, required=True, metavar="FILE", help=table)
     add.add_argument("--column", metavar="NAME", help="of a list, that has the paths")
     add.add_argument("--tta", type=int, default=0, metavar="N", help="views to average")
     add.add_argument("--top-k", type=int, default=5, metavar="K")
     every = "a column with the probabilities of all classes"
     add.add_argument("--probabilities", action="store_true", help=every)
-    vectors = "a column with the network's features; .parquet only"
-    add.add_argument("--embeddings", action="store_true", help=vectors)
+    add.add_argument("--embeddings", action="store_true", help="the network's features; Parquet")
     sorts = "copy every image there, into a folder for each label"
     add.add_argument("--copy-to", type=Path, metavar="DIR", help=sorts)
-    add.add_argument("--workers", type=int, metavar="N", help="threads; default: cores")
+    where = "ray: on a cluster, that of RAY_ADDRESS or one of this machine; needs fledge[ray]"
+    add.add_argument("--engine", default="local", choices=["local", "ray"], help=where)
+    threads = "threads, or actors of ray; default: one a core, or a GPU of ray's"
+    add.add_argument("--workers", type=int, metavar="N", help=threads)
     rows = "images times views of one run of the graph; default: as measured at export"
     add.add_argument("--batch", type=int, metavar="N", help=rows)
     add.add_argument("--max-errors", metavar="N|P%", help="exit 1 when more images are broken")
@@ -219,13 +221,6 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--confusion", type=Path, metavar="FILE", help="the confusion matrix, CSV")
     add.add_argument("--mistakes", type=Path, metavar="FILE", help="wrong answers, surest first")
     return parser
-
-
-def _version() -> str:
-    try:
-        return version("fledge")
-    except PackageNotFoundError:
-        return "unknown (not installed)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -45,7 +45,7 @@ def main() -> int:
         print(rows[arch], file=sys.stderr, flush=True)
         with results.open("a") as file:
             file.write(json.dumps(rows[arch]) + "\n")
-    from serving.settings import cores
+    from serving.cores import cores
 
     print(machine.describe(cores(), "cpu"), "\n")
     print(table(list(rows.values())))

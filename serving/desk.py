@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from serving import bundle
+from serving import __version__, bundle
 from serving.batcher import Engine, build
 from serving.errors import DeadlineExceeded, FledgeError, NotReady, TooLarge
 from serving.forms import Options
@@ -265,5 +265,9 @@ def _describe(predictor: Predictor) -> bytes:
     """The body of `GET /model`: the manifest, and how it is served here."""
     values = json.loads(predictor.manifest.to_json())
     provider = predictor.runtime.provider
-    values["serving"] = {"precision": predictor.precision, "provider": provider}
+    values["serving"] = {
+        "precision": predictor.precision,
+        "provider": provider,
+        "fledge": __version__,
+    }
     return json.dumps(values, ensure_ascii=False).encode()

@@ -56,7 +56,7 @@ def evaluate(
     """Tell how good a table of scores is, and return the figures as JSON has them.
 
     Args:
-        scores: A `.csv`, `.jsonl` or `.parquet` file of `fledge score`.
+        scores: A `.csv`, `.jsonl` or `.parquet` file of `fledge score`, or its folder of them.
         options: As `Options`.
         say: Takes what is to be told to people.
 

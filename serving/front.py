@@ -20,6 +20,7 @@ from serving import forms, problems, signing
 from serving.desk import Desk
 from serving.errors import FledgeError, RequestError, Unauthorized
 from serving.exchange import App, Gone, Message, Receive, Reply, Request, Send
+from serving.leaving import Leaving
 from serving.page import page
 
 READ_TIMEOUT: Final = 60.0
@@ -54,6 +55,7 @@ class Front:
         """`desk` is asked at each request: it exists once BentoML has started the service."""
         self._inner = inner
         self._desk = desk
+        self._leaving = Leaving()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer, or hand on."""
@@ -62,6 +64,8 @@ class Front:
             await send({"type": "websocket.close", "code": 1000})
             return
         if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                self._leaving.watch(asyncio.get_running_loop())
             await self._inner(scope, receive, send)
             return
         path = scope["path"]
@@ -77,6 +81,8 @@ class Front:
             reply = await self._reply(request)
         except Gone:
             return
+        if self._leaving.begun:
+            reply.headers.append((b"connection", b"close"))
         await reply.send(request, send)
         if path != "/readyz":  # probes ask every few seconds
             log = self._desk().telemetry.log

@@ -3,6 +3,7 @@
     folders, patterns  inputs_search   every image, natural order
     lists, pipes       lists           every line, in its order
     tar archives       archives        every image in them, as ARCHIVE::MEMBER
+    addresses          inputs_remote   as folders, patterns and files, through fsspec
     a file             -               an image, whatever it is called
 
 A name is what the table's column `path` shows. It is enough to read the bytes again at any time,
@@ -19,7 +20,7 @@ from functools import partial
 from itertools import chain
 from typing import IO, Final
 
-from serving import archives, images, inputs_members, inputs_search, lists
+from serving import archives, images, inputs_members, inputs_remote, inputs_search, lists
 from serving.errors import BrokenImage, DataError, OptionError, RequestError, TooLarge
 from serving.inputs_search import Note
 from serving.inputs_search import natural as natural
@@ -97,6 +98,8 @@ class Reader:
             BrokenImage: It can't be read.
             TooLarge: No photo is that big.
         """
+        if inputs_remote.is_address(name) and not os.path.exists(name):
+            return inputs_remote.load(name)
         place = archives.split(name)
         if place is None:
             return load(name)
@@ -132,6 +135,8 @@ def _sources(word: str, column: str | None, stdin: Stream | None) -> Iterator[So
         yield Source(partial(_piped, stdin), f"{word}: no paths came; write one a line")
     elif os.path.exists(word):
         yield _there(word, column)
+    elif inputs_remote.is_address(word):
+        yield from map(_remote, inputs_search.braces(word))
     elif next(inputs_search.braces(word)) != word:
         for one in inputs_search.braces(word):
             yield from _sources(one, column, stdin)
@@ -170,6 +175,10 @@ def _there(word: str, column: str | None) -> Source:
 
 def _itself(word: str, note: Note) -> Iterator[str]:
     return iter([word])
+
+
+def _remote(address: str) -> Source:
+    return Source(inputs_remote.find(address), f"{address}: no images found{_LOOKED}")
 
 
 def _matching(pattern: str, column: str | None, note: Note) -> Iterator[str]:

@@ -10,10 +10,9 @@ import numpy as np
 
 from serving import bundle, runtime, tuning
 from serving.buckets import Bucketed
+from serving.cores import cores
 from serving.errors import BundleError, ImageError, OptionError, WorkError
-from serving.manifest import Manifest
 from serving.predictor import Predictor
-from serving.settings import cores
 
 MAX_TOLERANCE: Final = 0.05
 """A golden answer may be off by a tolerance of at most this; more would check nothing."""
@@ -46,26 +45,32 @@ def open_predictor(
     """
     opened = bundle.read(folder)
     have = opened.manifest.precisions
-    if precision not in ("auto", *have):
-        raise OptionError(f"precision = {precision}: {folder} has {', '.join(have)}; use one")
+    chosen = choose(opened, precision, runtime.expected(device))
     if kind == "torchscript":
         return _by_torchscript(opened, device, precision, threads or 1)
-    chosen = precision if precision != "auto" else _fastest(have, runtime.expected(device))
     engine = _engine(opened, chosen, device, threads)
     if precision == "auto" and chosen != _fastest(have, engine.provider):
         # A GPU was seen, did not load, and auto fell back: now the CPU's own choice.
         chosen = _fastest(have, engine.provider)
         engine = _engine(opened, chosen, "cpu", threads)
     broad = None
-    wider = wide > (threads or 1) and _wide_pays(opened.manifest, chosen)
+    wider = wide > (threads or 1) and tuning.wide_pays(opened.manifest, chosen)
     if wider and runtime.on_cpu(engine.provider):
         broad = _engine(opened, chosen, "cpu", wide)
     return _proved(opened, engine, chosen, broad)
 
 
-def _wide_pays(manifest: Manifest, precision: str) -> bool:
-    found = manifest.tuning.get("cpu", {}).get("latency", {}).get(precision, {})
-    return int(found.get("threads", 2)) > 1
+def choose(opened: bundle.Bundle, precision: str, provider: str) -> str:
+    """The precision that `open_predictor` takes with a provider.
+
+    Raises:
+        OptionError: The bundle lacks it.
+    """
+    have = opened.manifest.precisions
+    if precision not in ("auto", *have):
+        text = f"precision = {precision}: {opened.folder} has {', '.join(have)}; use one"
+        raise OptionError(text)
+    return _fastest(have, provider) if precision == "auto" else precision
 
 
 def _by_torchscript(opened: bundle.Bundle, device: str, precision: str, threads: int) -> Predictor:

@@ -18,18 +18,19 @@ from pathlib import Path
 import numpy as np
 
 from serving import inputs as sources
-from serving import sorting
+from serving import parts, sorting
 from serving import summary as summaries
 from serving import table as tables
+from serving.cores import cores
 from serving.errors import OptionError
 from serving.files import check_folder
 from serving.opening import open_predictor
 from serving.parquet import FEATURES
+from serving.parts import Parts
 from serving.predictor import Predictor
 from serving.progress import Progress
 from serving.runtime import on_cpu
 from serving.scorer import Chunk, Scorer, in_order
-from serving.settings import cores
 from serving.shards import Journal
 from serving.summary import Summary
 from serving.table import COLUMNS, PROBABILITIES, Features, Row, Table
@@ -52,6 +53,7 @@ class Options:
     column: of a list of inputs in CSV or Parquet.
     copy_to: a folder that gets a copy of every image, in a folder for each label.
     restart: forget what a run that was not finished has done.
+    engine: local, or ray: the work is done by a cluster, `workers` are its actors.
     """
 
     tta: int = 0
@@ -66,6 +68,7 @@ class Options:
     column: str | None = None
     copy_to: Path | None = None
     restart: bool = False
+    engine: str = "local"
 
     def check(self, inputs: Sequence[str], out: Path) -> None:
         """Find what is wrong before any work.
@@ -78,7 +81,10 @@ class Options:
             if value is not None and value < least:
                 raise OptionError(f"--{name.replace('_', '-')} {value}: use {least} or more")
         summaries.limit(self.max_errors)
-        tables.check(out, features=self.embeddings)
+        if self.engine == "ray" and parts.is_parts(out):
+            parts.check(out)
+        else:
+            tables.check(out, features=self.embeddings)
         if self.copy_to is not None:
             check_folder(self.copy_to, "--copy-to")
             home = self.copy_to.resolve()
@@ -103,7 +109,8 @@ def score(
     Args:
         inputs: As `inputs.find`.
         bundle: The model.
-        out: A `.csv`, `.jsonl` or `.parquet` file; replaced when the new table is whole.
+        out: A `.csv`, `.jsonl` or `.parquet` file, or with ray a folder of Parquet files as `parts`
+            has them; replaced when the new table is whole.
         options: As `Options`.
         say: Takes what is to be told to people.
 
@@ -114,13 +121,30 @@ def score(
         WorkError: Not one image could be scored, or the table can't be written.
         GateError: More errors than `max_errors`; the table is complete.
     """
+    if options.engine == "local":
+        return _score(inputs, bundle, out, options, say, open_predictor, _work)
+    if options.engine != "ray":
+        raise OptionError(f"--engine {options.engine}: use local or ray")
+    from serving.score_ray import Team
+
+    with Team(options, say) as team:
+        return _score(inputs, bundle, out, options, say, team.open, team.work)
+
+
+def _score(
+    inputs: Sequence[str],
+    bundle: Path,
+    out: Path,
+    options: Options,
+    say: Callable[[str], None],
+    open_: Callable[..., Predictor],
+    work: Callable[[Journal, Predictor, Options, int, Progress], None],
+) -> Summary:
     options.check(inputs, out)
     if "-" not in inputs:  # a wrong name is told at once, not behind the loading of a model
         next(sources.find(inputs, column=options.column, note=lambda _: None), None)
     threads = 1 if options.workers else None  # as tuned, where nothing else is said
-    predictor = open_predictor(
-        bundle, device=options.device, precision=options.precision, threads=threads
-    )
+    predictor = open_(bundle, device=options.device, precision=options.precision, threads=threads)
     predictor.check(options.tta)
     batch = options.batch or predictor.cap
     with Journal(
@@ -136,7 +160,7 @@ def score(
         if journal.done:
             say(f"going on: {journal.done} of {journal.total} images are done")
         with Progress(journal.total, journal.done) as progress:
-            _work(journal, predictor, options, batch, progress)
+            work(journal, predictor, options, batch, progress)
             seconds, now = progress.seconds, progress.now
         labels, errors = _publish(journal, out, options)
         summary = Summary(
@@ -235,7 +259,7 @@ def _publish(journal: Journal, out: Path, options: Options) -> tuple[Counter[str
     columns += [PROBABILITIES] if options.probabilities else []
     columns += [FEATURES] if options.embeddings else []
     labels, errors = Counter[str](), Counter[str]()
-    with Table(out, columns) as table:
+    with Parts(out, columns) if parts.is_parts(out) else Table(out, columns) as table:
         for number in range(journal.shards):
             rows, features = journal.read(number)
             table.append(rows, features)

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from serving import parts
 from serving.errors import DataError, OptionError
 from serving.views import Probabilities
 
@@ -72,12 +73,16 @@ class Answer:
 
 
 def read(path: Path) -> Iterator[Answer]:
-    """The rows of a table, in order.
+    """The rows of a table, in order; of a folder of Parquet files, too.
 
     Raises:
         OptionError: A suffix that no table has; Parquet without pyarrow.
         DataError: It is not there or torn, or it is no table of scores; names the line.
     """
+    if path.is_dir() and parts.files(path):
+        for part in parts.files(path):
+            yield from read(part)
+        return
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise OptionError(f"{path}: no table of scores; use one in {', '.join(_READERS)}")

@@ -16,7 +16,7 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 import bentoml
 from _bentoml_sdk import Service  # type: ignore[import-untyped] # BentoML types its front only
 
-from serving import launch, tracing
+from serving import fate, launch, tracing
 from serving.desk import Desk
 from serving.errors import FledgeError, OptionError
 from serving.exchange import App
@@ -80,6 +80,7 @@ class ImageClassifier:
         except FledgeError as error:
             print(f"fledge: {error}", file=sys.stderr)
             raise SystemExit(error.exit_status) from error
+        fate.share()
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from serving import images, signing
+from serving.cores import cores
 from serving.errors import OptionError
 
 DEVICES: Final = ("auto", "cpu", "cuda", "tensorrt")
@@ -93,20 +94,6 @@ class Settings:
         if reader.mistakes:
             raise OptionError("; ".join(reader.mistakes))
         return settings
-
-
-def cores() -> int:
-    """Cores that this process may use: its affinity, cut by the container's CPU quota."""
-    try:
-        usable = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        usable = os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        usable = min(usable, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        pass
-    return max(1, usable)
 
 
 class _Reader:

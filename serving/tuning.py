@@ -24,3 +24,9 @@ def measured(manifest: Manifest, precision: str, cores: int) -> Split:
     if best is None or tuned.get("cores") != cores:
         return Split(cores, 1)
     return Split(int(best["workers"]), int(best["threads"]))
+
+
+def wide_pays(manifest: Manifest, precision: str) -> bool:
+    """Whether a lone image is answered sooner by several cores; yes, where nobody has measured."""
+    found = manifest.tuning.get("cpu", {}).get("latency", {}).get(precision, {})
+    return int(found.get("threads", 2)) > 1

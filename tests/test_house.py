@@ -16,6 +16,7 @@ ROOMS = ("serving", "training", "export")
 TARGETS = (
     *("help", "install", "demo", "train", "export", "serve", "score"),
     *("test", "test-slow", "test-docker", "check", "bento", "image", "run-image"),
+    *("sbom", "audit"),
 )
 MAKEFILE = (ROOT / "Makefile").read_text()
 DEFINED = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
@@ -68,6 +69,7 @@ def test_there_are_lock_files() -> None:
         "dev.txt",
         "serving.txt",
         "serving-cpu.txt",
+        "serving-gpu.txt",
         "uv.txt",
     }
 
@@ -83,10 +85,10 @@ def test_requirements_are_locked_by_hash_and_name_no_index(path: Path) -> None:
         assert "--hash=sha256:" in requirement, requirement
 
 
-@pytest.mark.parametrize("name", ["serving.txt", "serving-cpu.txt"])
+@pytest.mark.parametrize("name", ["serving.txt", "serving-cpu.txt", "serving-gpu.txt"])
 def test_what_serving_needs_holds_no_torch(name: str) -> None:
     names = re.findall(r"^([a-z0-9._-]+)==", (ROOT / "requirements" / name).read_text(), re.M)
-    assert not {"torch", "torchvision", "onnx", "pytest"} & set(names)
+    assert not {"torch", "torchvision", "onnx", "pytest", "ray", "pandas"} & set(names)
 
 
 @pytest.mark.parametrize("room", ROOMS)

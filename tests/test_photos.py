@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from serving.cores import cores
 from serving.opening import open_predictor
-from serving.settings import cores
 from serving.views import softmax
 from tests.serving.live import live
 from training import checkpoint, config, data, evaluate, recipe

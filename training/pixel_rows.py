@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from serving import images
+from serving.cores import cores
 from serving.errors import BrokenImage, ImageError, WorkError
 from serving.preprocess import Pixels
-from serving.settings import cores
 
 AHEAD: Final = 2
 """Batches that are decoded ahead."""

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from serving import images
+from serving.cores import cores
 from serving.errors import ImageError
 from serving.progress import progress_bar
-from serving.settings import cores
 from training.console import counted
 from training.data import MAX_BROKEN, Dataset
 from training.split import PARTS

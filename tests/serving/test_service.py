@@ -9,6 +9,7 @@ import httpx
 import pytest
 from PIL import Image
 
+import serving
 from serving.manifest import Manifest
 from serving.opening import open_predictor
 from serving.predictor import Predictor
@@ -258,7 +259,11 @@ def test_health_and_description(client: httpx.Client, predictor: Predictor):
     assert ready.status_code == 200
     assert ready.json()["provider"] == "CPUExecutionProvider"
     model = client.get("/model").json()
-    assert model.pop("serving") == {"precision": "fp32", "provider": "CPUExecutionProvider"}
+    assert model.pop("serving") == {
+        "precision": "fp32",
+        "provider": "CPUExecutionProvider",
+        "fledge": serving.__version__,
+    }
     assert Manifest.from_json(json.dumps(model)) == predictor.manifest
     home = client.get("/")
     assert home.headers["content-type"].startswith("text/html")

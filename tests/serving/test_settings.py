@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from serving import settings as room
+from serving.cores import cores
 from serving.errors import OptionError
-from serving.settings import Settings, cores
+from serving.settings import Settings
 
 
 def test_nothing_set_gives_the_defaults():

@@ -10,7 +10,7 @@ MODULES = sorted(
     for path in (ROOT / "serving").glob("*.py")
     if path.stem not in ("__init__", "runtime_torchscript")
 )
-HEAVY = ("torch", "torchvision", "onnx", "safetensors", "matplotlib", "training", "export")
+HEAVY = ("torch", "torchvision", "onnx", "safetensors", "matplotlib", "ray", "training", "export")
 
 
 def loaded(*modules: str) -> set[str]:

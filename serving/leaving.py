@@ -1,0 +1,86 @@
+"""How a worker leaves: the door is shut first, then whoever is inside is answered.
+
+BentoML's launcher holds the listening socket open until its workers have ended. Until then the
+kernel would let callers in whom nobody answers any more, and reset them at the end. So a worker
+that is told to stop shuts that socket, for all processes: who comes later is refused at once, and
+can ask another replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import uvicorn
+
+LINGER: Final = 0.3
+"""Seconds between the shut door and the server's own end: whoever came through has then said what
+he wants, and callers who keep their connection have been told to leave."""
+
+_TURNS: Final = 1000
+
+
+class Leaving:
+    """Listens to the signals that stop a worker.
+
+    begun: from now on every answer says `Connection: close`.
+    """
+
+    begun = False
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take the signals from uvicorn, and hand them on later; nothing in other processes."""
+        handler = signal.getsignal(signal.SIGTERM)
+        server, door = getattr(handler, "__self__", None), _door(sys.argv)
+        if not isinstance(server, uvicorn.Server) or door is None:
+            return
+
+        def leave(number: int, _: Any) -> None:
+            def end() -> None:
+                server.handle_exit(number, None)
+
+            loop.call_soon_threadsafe(self._shut, loop, server, door, end, _TURNS)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, leave)
+
+    def _shut(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        server: uvicorn.Server,
+        door: socket.socket,
+        end: Callable[[], None],
+        turns: int,
+    ) -> None:
+        if self.begun:  # told before
+            end()
+        elif turns and _somebody_is_at(door):  # the loop lets him in at its next turn
+            loop.call_soon(self._shut, loop, server, door, end, turns - 1)
+        else:
+            self.begun = True
+            for one in getattr(server, "servers", ()):
+                one.close()
+            with contextlib.suppress(OSError):  # another worker was first
+                door.shutdown(socket.SHUT_RDWR)
+            loop.call_later(LINGER, end)
+
+
+def _door(arguments: Sequence[str]) -> socket.socket | None:
+    """A worker's listening socket, which BentoML names on its command line."""
+    try:
+        return socket.socket(fileno=os.dup(int(arguments[arguments.index("--fd") + 1])))
+    except (IndexError, OSError, ValueError):
+        return None
+
+
+def _somebody_is_at(door: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(door, select.POLLIN)
+    return any(event == select.POLLIN for _, event in poll.poll(0))

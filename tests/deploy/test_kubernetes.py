@@ -1,0 +1,103 @@
+"""The manifests of deploy/k8s: valid by Kubernetes' own schemas, and at one with each other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from serving.launch import GRACE
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "deploy" / "k8s"
+KUSTOMIZATION = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
+FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "kustomization.yaml")
+# The oldest in which all of these are stable, and the newest that is known.
+VERSIONS = ("1.25.0", kubernetes_validate.latest_version())
+
+
+def manifest(kind: str) -> dict[str, Any]:
+    (found,) = (m for m in map(load, FILES) if m["kind"] == kind)
+    return found
+
+
+def load(path: Path) -> dict[str, Any]:
+    (document,) = yaml.safe_load_all(path.read_text())
+    return document
+
+
+POD = manifest("Deployment")["spec"]["template"]
+(CONTAINER,) = POD["spec"]["containers"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_manifests_are_valid(path: Path, version: str) -> None:
+    kubernetes_validate.validate(load(path), version, strict=True)
+
+
+def test_the_checker_finds_a_slip() -> None:
+    slip = load(FOLDER / "deployment.yaml")
+    slip["spec"]["template"]["spec"]["containers"][0]["readinesProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(slip, VERSIONS[-1], strict=True)
+
+
+def test_every_kind_that_was_promised_is_there_and_applied() -> None:
+    kinds = {load(path)["kind"] for path in FILES}
+    wanted = {"Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget"}
+    assert kinds == wanted
+    assert sorted(KUSTOMIZATION["resources"]) == [path.name for path in FILES]
+    (image,) = KUSTOMIZATION["images"]
+    assert image["name"] == CONTAINER["image"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", image["newTag"])
+
+
+def test_all_select_the_pods_of_the_deployment() -> None:
+    labels = POD["metadata"]["labels"]
+    assert manifest("Deployment")["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert manifest("Service")["spec"]["selector"].items() <= labels.items()
+    budget = manifest("PodDisruptionBudget")["spec"]
+    assert budget["selector"]["matchLabels"].items() <= labels.items()
+    scaler = manifest("HorizontalPodAutoscaler")["spec"]
+    assert scaler["scaleTargetRef"]["name"] == manifest("Deployment")["metadata"]["name"]
+    assert budget["minAvailable"] < scaler["minReplicas"]  # else no node could be drained
+
+
+def test_the_pod_has_no_privileges_and_a_read_only_root() -> None:
+    pod, own = POD["spec"]["securityContext"], CONTAINER["securityContext"]
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert f"USER {pod['runAsUser']}:{pod['runAsGroup']}" in dockerfile
+    assert pod["runAsNonRoot"]
+    assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert own["readOnlyRootFilesystem"]
+    assert not own["allowPrivilegeEscalation"]
+    assert own["capabilities"] == {"drop": ["ALL"]}
+    assert POD["spec"]["automountServiceAccountToken"] is False
+    (mount,) = CONTAINER["volumeMounts"]  # where the service keeps its scratch files
+    assert mount["mountPath"] == "/tmp"
+    assert "emptyDir" in POD["spec"]["volumes"][0]
+
+
+def test_probes_ask_what_the_service_answers_and_requests_in_flight_have_their_time() -> None:
+    probes = {name: CONTAINER[f"{name}Probe"] for name in ("startup", "readiness", "liveness")}
+    assert [probe["httpGet"]["path"] for probe in probes.values()] == [
+        "/readyz",
+        "/readyz",
+        "/livez",
+    ]
+    (port,) = CONTAINER["ports"]
+    assert {probe["httpGet"]["port"] for probe in probes.values()} == {port["name"]}
+    assert f"EXPOSE {port['containerPort']}" in (ROOT / "Dockerfile").read_text()
+    assert manifest("Service")["spec"]["ports"][0]["targetPort"] == port["name"]
+    pause = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][-1])
+    assert POD["spec"]["terminationGracePeriodSeconds"] >= pause + GRACE
+
+
+def test_resources_are_asked_for_and_limited() -> None:
+    for kind in ("requests", "limits"):
+        assert set(CONTAINER["resources"][kind]) == {"cpu", "memory"}

@@ -1,0 +1,131 @@
+"""deploy/nginx.conf before two real services, as compose.yaml has it before two replicas."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving import bundle
+from tests.deploy.tools import program, said
+from tests.serving.live import Live, free_port, get, launch, live, post
+from tests.tiny import photo, tiny_bundle
+
+CONFIG = Path(__file__).parents[2] / "deploy" / "nginx.conf"
+
+
+def placed(tmp_path: Path, port: int, servers: list[int]) -> Path:
+    """The configuration with its places changed, and the engine's DNS replaced by a list."""
+    listed = "".join(f"server 127.0.0.1:{one} max_fails=0; " for one in servers)
+    changes = {
+        "listen 8080;": f"listen 127.0.0.1:{port};",
+        "http://fledge:3000;": "http://fledge;",
+        "http {\n": f"http {{\n  upstream fledge {{ {listed}}}\n",
+    }
+    text = CONFIG.read_text()
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    file = tmp_path / "nginx.conf"
+    file.write_text(text.replace("/tmp/", f"{tmp_path}/"))
+    return file
+
+
+@contextmanager
+def nginx(tmp_path: Path, servers: list[int]) -> Iterator[str]:
+    port = free_port()
+    file = placed(tmp_path, port, servers)
+    command = [program("nginx"), "-c", str(file), "-e", "stderr", "-g", "daemon off; user root;"]
+    with (tmp_path / "nginx.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 30
+        while True:
+            try:
+                get(f"http://127.0.0.1:{port}/livez")
+                break
+            except httpx.TransportError:
+                assert process.poll() is None, (tmp_path / "nginx.log").read_text()
+                assert time.monotonic() < until
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture
+def replicas(tmp_path: Path) -> Iterator[list[Live]]:
+    folder = tiny_bundle(tmp_path / "bundle")
+    with ExitStack() as stack:
+        yield [stack.enter_context(live(folder, tmp_path / f"log-{i}")) for i in range(2)]
+
+
+def test_nginx_finds_no_fault_with_it_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "nginx.conf"
+    file.write_text(CONFIG.read_text().replace("/tmp/", f"{tmp_path}/"))
+    told = said(program("nginx"), "-t", "-c", str(file), "-e", "stderr")
+    assert "test is successful" in told
+
+
+def test_two_replicas_share_the_work_and_one_may_die(replicas: list[Live], tmp_path: Path) -> None:
+    def answered(one: Live) -> int:
+        return one.log.read_text().count('"path": "/predict", "status": 200')
+
+    with nginx(tmp_path, [one.port for one in replicas]) as url:
+        for seed in range(10):
+            assert post(f"{url}/predict", photo(seed)).status_code == 200
+        assert [answered(one) for one in replicas] == [5, 5]
+        os.killpg(replicas[0].process.pid, signal.SIGKILL)
+        for seed in range(10):
+            assert post(f"{url}/predict", photo(seed)).status_code == 200
+        assert answered(replicas[1]) == 15
+
+
+def test_answers_come_through_as_the_service_gave_them(
+    replicas: list[Live], tmp_path: Path
+) -> None:
+    with nginx(tmp_path, [replicas[0].port]) as url:
+        told = post(f"{url}/predict", photo(1), {"x-request-id": "mine-1"})
+        assert told.json() == post(f"{replicas[0].url}/predict", photo(1)).json()
+        assert told.headers["x-request-id"] == "mine-1"
+        assert len(post(f"{url}/predict", photo(1)).headers["x-request-id"]) == 32
+        for data, code in ((b"no image", "not-an-image"), (bytes(21_000_000), "too-large")):
+            refused = post(f"{url}/predict", data)
+            assert refused.headers["content-type"] == "application/problem+json"
+            assert refused.json()["code"] == code
+        assert get(f"{url}/metrics").status_code == 404
+        assert get(f"{url}/readyz").status_code == 200
+        assert get(f"{url}/").headers["content-type"].startswith("text/html")
+
+
+def test_a_replica_that_is_gone_or_not_ready_is_passed_over(
+    replicas: list[Live], tmp_path: Path
+) -> None:
+    folder = tiny_bundle(tmp_path / "wrong")
+    golden = [dict(item) for item in bundle.read(folder).manifest.golden]
+    golden[0]["probabilities"] = {"fp32": [0.2, 0.3, 0.5]}  # so it is never ready
+    bundle.publish(replace(bundle.read(folder).manifest, golden=tuple(golden)), folder)
+    port = free_port()
+    process = launch(folder, port, tmp_path / "wrong.log")
+    try:
+        until = time.monotonic() + 60
+        while "off by" not in (tmp_path / "wrong.log").read_text():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert post(f"http://127.0.0.1:{port}/predict", photo(1)).status_code == 503
+        for other in (port, free_port()):
+            with nginx(tmp_path, [other, replicas[0].port]) as url:
+                for seed in range(6):
+                    assert post(f"{url}/predict", photo(seed)).status_code == 200
+    finally:
+        process.terminate()
+        process.wait(30)

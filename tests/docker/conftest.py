@@ -1,0 +1,34 @@
+"""One image for all tests of this folder, and one container for those that leave it as it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.docker import engine
+from tests.docker.engine import Container
+from tests.tiny import tiny_bundle
+
+
+@pytest.fixture(scope="session")
+def build_seconds() -> float:
+    """The image is there; how long it took to build."""
+    engine.need(engine.why_no_engine())
+    begun = time.monotonic()
+    engine.build()
+    return time.monotonic() - begun
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return engine.readable(tiny_bundle(tmp_path_factory.mktemp("docker") / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def container(build_seconds: float, bundle: Path) -> Iterator[Container]:
+    started = engine.start(bundle)
+    yield started
+    started.remove()

@@ -1,0 +1,98 @@
+"""compose.yaml: what a composer makes of it, and the service's two replicas as it starts them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.docker.engine import DOCKER, IMAGE, ROOT, need, run
+
+pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("build_seconds")]
+
+CONFIG = yaml.safe_load((ROOT / "compose.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def composer(build_seconds: float) -> list[str]:
+    if run(DOCKER, "compose", "version", check=False).returncode == 0:
+        return [DOCKER, "compose"]
+    need("" if shutil.which("docker-compose") else "neither docker compose nor docker-compose")
+    return ["docker-compose"]
+
+
+@pytest.fixture
+def replicas(composer: list[str], bundle: Path) -> Iterator[list[str]]:
+    """The names of the two containers, healthy."""
+    project = f"fledgetest{uuid.uuid4().hex[:8]}"
+    env = {"FLEDGE_IMAGE": IMAGE, "FLEDGE_BUNDLE_DIR": str(bundle)}
+    compose = (*composer, "--project-name", project)
+    run(*compose, "up", "--detach", "fledge", env=env, limit=120)
+    try:
+        names = run(*compose, "ps", "--quiet", "fledge", env=env).stdout.split()
+        for name in names:
+            wait_until_healthy(name)
+        yield names
+    finally:
+        run(*compose, "down", "--volumes", "--timeout", "5", env=env, limit=120)
+
+
+def inspect(name: str) -> dict:
+    return json.loads(run(DOCKER, "inspect", name).stdout)[0]
+
+
+def wait_until_healthy(name: str, limit: float = 60) -> None:
+    until = time.monotonic() + limit
+    while (state := inspect(name)["State"])["Health"]["Status"] != "healthy":
+        assert time.monotonic() < until, state
+        time.sleep(0.5)
+
+
+def test_a_composer_understands_it(composer: list[str]) -> None:
+    told = yaml.safe_load(run(*composer, "config").stdout)
+    assert set(told["services"]) == {"fledge", "nginx", "prometheus", "grafana"}
+
+
+@pytest.mark.parametrize("name", CONFIG["services"])
+def test_every_service_is_limited_and_restarted(name: str) -> None:
+    service = CONFIG["services"][name]
+    assert set(service["deploy"]["resources"]["limits"]) == {"cpus", "memory"}
+    assert service["restart"] == "unless-stopped"
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    default = re.sub(r"\$\{\w+:-([^}]+)\}", r"\1", service["image"])
+    assert default == "fledge" or re.search(r":v?\d+\.\d+", default), "pin the version"
+    for volume in service["volumes"]:
+        source = re.sub(r"\$\{\w+:-([^}]+)\}", r"\1", volume).split(":")[0]
+        if source.startswith("./deploy"):
+            assert (ROOT / source).is_file()
+
+
+def test_two_replicas_are_held_to_what_is_written(replicas: list[str]) -> None:
+    assert len(replicas) == 2
+    limits = CONFIG["services"]["fledge"]["deploy"]["resources"]["limits"]
+    for name in replicas:
+        host = inspect(name)["HostConfig"]
+        assert host["ReadonlyRootfs"]
+        assert host["CapDrop"] == ["ALL"]
+        assert any("no-new-privileges" in option for option in host["SecurityOpt"])
+        assert host["NanoCpus"] == float(limits["cpus"]) * 1e9
+        assert f"{host['Memory'] / 2**30:.0f}G" == limits["memory"]
+
+
+def test_a_replica_whose_worker_is_killed_comes_back(replicas: list[str]) -> None:
+    pids = run(DOCKER, "top", replicas[0], "-o", "pid,args").stdout.splitlines()
+    (worker,) = [line.split()[0] for line in pids if "worker.service" in line]
+    run("kill", "-KILL", worker)
+    until = time.monotonic() + 60
+    while inspect(replicas[0])["RestartCount"] == 0:
+        assert time.monotonic() < until
+        time.sleep(0.5)
+    wait_until_healthy(replicas[0])

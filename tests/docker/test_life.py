@@ -1,0 +1,163 @@
+"""A container's life: how it starts, what it is granted, how it ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from serving.cores import cores
+from tests.docker import engine
+from tests.docker.engine import DOCKER, HARDENED, IMAGE, Container, ended_run, readable, run
+from tests.hurry import CALLERS, REFUSED, told_while
+from tests.serving.live import free_port
+from tests.tiny import photo, tiny_bundle
+
+pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("build_seconds")]
+
+GRACE = 10.0  # s, what `docker stop` gives by default
+
+
+def broken(folder: Path) -> Path:
+    bundle = readable(tiny_bundle(folder))
+    graph = next(bundle.rglob("model.onnx"))
+    data = bytearray(graph.read_bytes())
+    data[len(data) // 2] ^= 1
+    graph.write_bytes(data)
+    return bundle
+
+
+@contextmanager
+def on_the_hosts_network(bundle: Path) -> Iterator[Container]:
+    """No proxy of the engine between callers and the service, so a refusal is the service's own."""
+    container = Container(f"fledge-test-{uuid.uuid4().hex[:8]}", free_port())
+    options = ("--detach", "--name", container.name, "--network", "host", *HARDENED)
+    command = ("serve", "/bundle", "--port", str(container.port))
+    begun = time.monotonic()
+    run(DOCKER, "run", *options, "--volume", f"{bundle}:/bundle:ro", IMAGE, *command)
+    try:
+        yield container.wait_until_ready(begun)
+    finally:
+        container.remove()
+
+
+def exit_status(container: Container, limit: float = 30) -> int:
+    return int(run(DOCKER, "wait", container.name, limit=limit).stdout)
+
+
+def test_without_a_bundle_it_says_why_and_exits_78() -> None:
+    ended = ended_run(IMAGE)
+    assert ended.returncode == 78, ended.stderr
+    assert ended.stdout == ""
+    assert ended.stderr.count("\n") == 1
+    assert "/bundle" in ended.stderr
+
+
+def test_with_a_changed_byte_it_says_which_file_and_exits_78(tmp_path: Path) -> None:
+    ended = ended_run("--volume", f"{broken(tmp_path / 'bundle')}:/bundle:ro", IMAGE)
+    assert ended.returncode == 78, ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert "model.onnx" in ended.stderr
+
+
+def test_a_bundle_inside_is_served_and_its_files_belong_to_root(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "a bundle")
+    for path in (bundle, *bundle.rglob("*")):
+        path.chmod(0o700 if path.is_dir() else 0o600)  # as umask 077 leaves them
+    image = f"{IMAGE}-with-bundle"
+    engine.build(f"BUNDLE={bundle}", image=image)
+    container = Container(f"fledge-test-{uuid.uuid4().hex[:8]}", free_port())
+    publish = f"127.0.0.1:{container.port}:3000"
+    options = ("--detach", "--name", container.name, "--publish", publish, *HARDENED)
+    begun = time.monotonic()
+    run(DOCKER, "run", *options, image)
+    try:
+        container.wait_until_ready(begun)
+        assert container.post("/predict", photo(7))[0] == 200
+        code = """
+import os, pathlib
+for path in (pathlib.Path("/bundle"), *pathlib.Path("/bundle").rglob("*")):
+    if path.stat().st_uid != 0 or os.access(path, os.W_OK):
+        print(path)
+"""
+        assert container.python(code) == ""
+    finally:
+        container.remove()
+        run(DOCKER, "image", "rm", image, check=False)
+
+
+def test_a_broken_bundle_makes_no_image(tmp_path: Path) -> None:
+    image = f"{IMAGE}-with-broken-bundle"
+    said = engine.build(f"BUNDLE={broken(tmp_path / 'bundle')}", image=image, check=False)
+    assert "model.onnx was changed" in said
+    left = run(DOCKER, "run", "--rm", *HARDENED, image, check=False)
+    run(DOCKER, "image", "rm", image, check=False)
+    assert left.returncode == 78, "the tag must not name an image with the broken bundle inside"
+
+
+@pytest.mark.parametrize(("granted", "threads"), [("1", 1), ("0.5", 1), (None, cores())])
+def test_threads_are_as_many_as_the_container_may_use(
+    bundle: Path, granted: str | None, threads: int
+) -> None:
+    container = engine.start(bundle, options=["--cpus", granted] if granted else [])
+    try:
+        assert f", {threads} threads, " in container.logs()
+    finally:
+        container.remove()
+
+
+def test_stop_under_load_loses_no_request(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with on_the_hosts_network(bundle) as container:
+        took: list[float] = []
+
+        def stop() -> None:
+            begun = time.monotonic()
+            run(DOCKER, "stop", "--time", str(int(GRACE)), container.name)
+            took.append(time.monotonic() - begun)
+
+        before, after = told_while(container.port, photo(7, (2000, 1500)), stop)
+        assert exit_status(container) == 0
+    with capsys.disabled():
+        print(f"\nstopped {took[0]:.1f} s after docker stop; {before} before, {after} after")
+    assert set(before) == {"200"}
+    assert before["200"] > CALLERS
+    assert set(after) <= {"200", REFUSED}
+    assert after[REFUSED] == CALLERS
+    assert took[0] < GRACE
+
+
+def in_threads(*calls: Callable[[], object]) -> None:
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_killed_worker_ends_the_container(bundle: Path, workers: str) -> None:
+    # A restart policy brings it back: half a service that looks whole would be worse.
+    container = engine.start(bundle, options=["--env", f"FLEDGE_WORKERS={workers}"])
+    statuses: list[int] = []
+    kill = """
+import os, pathlib, signal
+others = {int(path.name) for path in pathlib.Path("/proc").glob("[0-9]*")} - {os.getpid()}
+for pid in others:
+    if b"worker.service" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
+        os.kill(pid, signal.SIGKILL)
+        break
+"""
+    try:
+        # Asked before: of a container that --rm has removed nobody learns the status.
+        in_threads(
+            lambda: statuses.append(exit_status(container)),
+            lambda: (time.sleep(1), run(DOCKER, "exec", container.name, "python", "-c", kill)),
+        )
+    finally:
+        container.remove()
+    assert statuses == [1]

@@ -1,0 +1,130 @@
+"""Laws of addresses: found and read as the same files in a folder are."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from serving import inputs, inputs_remote, score
+from serving.errors import BrokenImage, DataError, TooLarge
+from serving.score import Options
+from tests.tiny import photo, tiny_bundle
+
+NAMES = (
+    *("2.jpg", "10.jpg", "3/z.JPG", "a/1.png", "a/b [1]/ü#%41.jpg"),
+    *("notes.txt", ".hidden.jpg", "a/._1.png", ".dark/1.jpg"),
+)
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    files = fsspec.filesystem("memory")
+    yield files
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def twins(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> Path:
+    """A folder, and the same at memory://photos."""
+    for name in NAMES:
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+        memory.pipe_file(f"/photos/{name}", name.encode())
+    return tmp_path / "photos"
+
+
+def found(*words: str) -> list[str]:
+    return list(inputs.find(words))
+
+
+@pytest.mark.parametrize("start", ["memory://photos", "file://{}", "local://{}/"])
+def test_a_folder_has_the_names_of_one_here_in_that_order(twins: Path, start: str) -> None:
+    here = [os.path.relpath(name, twins) for name in found(str(twins))]
+    there = found(start.format(twins))
+    assert all(inputs_remote.is_address(name) for name in there)
+    assert [name.partition("photos/")[2] for name in there] == here
+    assert len(here) == 5
+
+
+def test_the_bytes_are_those_of_the_name(twins: Path) -> None:
+    reader = inputs.Reader()
+    for start in ("memory://photos", f"file://{twins}"):
+        for name in found(start):
+            assert reader.load(name).decode() == name.partition("photos/")[2]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.jpg", ["2.jpg", "10.jpg"]),
+        ("*", ["2.jpg", "10.jpg"]),
+        ("**/*.png", ["a/1.png"]),
+        ("?/z.*", ["3/z.JPG"]),
+        ("*.txt", ["notes.txt"]),
+        ("{10,2}.jpg", ["10.jpg", "2.jpg"]),
+        ("a/b [1]/ü#%41.jpg", ["a/b [1]/ü#%41.jpg"]),
+    ],
+)
+def test_patterns_match_files_in_natural_order(twins: Path, pattern: str, names: list[str]) -> None:
+    matched = found(f"memory://photos/{pattern}")
+    assert [name.partition("photos/")[2] for name in matched] == names
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("memory://nowhere", "memory://nowhere: not there"),
+        ("memory://photos/*.gif", "no images found"),
+        ("memory://photos/notes.txt", "copy it first"),
+        ("memory://x.tar::a.jpg", "'::' has no meaning"),
+        ("nosuch://photos", "(?i)nosuch://photos: .*protocol"),
+    ],
+)
+def test_what_can_t_be_found_is_one_line_before_any_name(
+    twins: Path, word: str, words: str
+) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        found(word)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_package_is_named() -> None:
+    with pytest.raises(DataError, match=r"oss://x: .*ossfs"):
+        found("oss://x")
+
+
+def test_broken_ones_are_told_alone(
+    memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe_file("/p/empty.jpg", b"")
+    memory.pipe_file("/p/big.jpg", b"12345")
+    monkeypatch.setattr(inputs_remote, "MAX_FILE", 4)
+    assert inputs_remote.load("memory://p/empty.jpg") == b""
+    with pytest.raises(TooLarge, match="4 bytes"):
+        inputs_remote.load("memory://p/big.jpg")
+    with pytest.raises(BrokenImage, match="No such file"):
+        inputs_remote.load("memory://p/gone.jpg")
+
+
+def test_a_table_of_addresses_is_that_of_the_folder(
+    tmp_path: Path, memory: fsspec.AbstractFileSystem
+) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle")
+    home = tmp_path / "photos"
+    home.mkdir()
+    for seed in range(20):
+        (home / f"{seed}.jpg").write_bytes(photo(seed))
+    (home / "5.jpg").write_bytes(photo(5)[:700])
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"file://{home}/{seed}.jpg\n" for seed in range(20)))
+    tables = []
+    for word in (str(home), f"file://{home}", str(listed)):
+        out = tmp_path / "out.csv"
+        score.score([word], bundle, out, Options(device="cpu"), say=lambda line: None)
+        tables.append(out.read_text().replace("file://", ""))
+    assert tables[0] == tables[1] == tables[2]
+    assert "5.jpg,error" in tables[0]

@@ -1,0 +1,48 @@
+"""A service that is stopped while callers are at it."""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.hurry import CALLERS, REFUSED, told_while
+from tests.serving.live import live
+from tests.tiny import photo, tiny_bundle
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_whoever_was_let_in_is_answered_and_nobody_else_is_let_in(
+    tmp_path: Path, workers: int, sent: int
+):
+    slow = photo(7, (2000, 1500))  # to decode: every caller is inside when it ends
+    folder = tiny_bundle(tmp_path / "bundle")
+    with live(folder, tmp_path / "log", FLEDGE_WORKERS=str(workers)) as server:
+        before, after = told_while(
+            server.port, slow, lambda: server.process.send_signal(sent), before=1.0
+        )
+        assert server.process.wait(30) == 0
+    assert set(before) == {"200"}
+    assert before["200"] > CALLERS
+    assert set(after) <= {"200", REFUSED}
+    assert after[REFUSED] == CALLERS
+    assert not re.search(r"\[(ERROR|WARNING)\]|Traceback", (tmp_path / "log").read_text())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_worker_ends_the_service(tmp_path: Path, workers: int):
+    folder = tiny_bundle(tmp_path / "bundle")
+    with live(folder, tmp_path / "log", FLEDGE_WORKERS=str(workers)) as server:
+        children = f"/proc/{server.process.pid}/task/{server.process.pid}/children"
+        running = [
+            int(pid)
+            for pid in Path(children).read_text().split()
+            if b"worker.service" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        assert len(running) == workers
+        os.kill(running[0], signal.SIGKILL)
+        assert server.process.wait(30) == 1
+    assert f"fledge: worker {running[0]} ended with signal 9" in (tmp_path / "log").read_text()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in running)
