@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -99,20 +99,6 @@ def run(job: Job, settings: Settings, folder: Path) -> Outcome:
     for made in (cache, folder / "run", folder / "model.pkl", folder / "model.pth"):
         shutil.rmtree(made, ignore_errors=True) if made.is_dir() else made.unlink(missing_ok=True)
     return outcome
-
-
-def append(path: Path, outcome: Outcome) -> None:
-    """Keep an outcome; a line is whole or not there."""
-    with path.open("a") as file:
-        file.write(json.dumps(asdict(outcome)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read(path: Path) -> list[Outcome]:
-    """The outcomes so far."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [Outcome(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 def _python_path(job: Job) -> str:

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+ROOT: Final = Path(__file__).resolve().parents[1]
+# What the shell of whoever measures has set for other services is not for these.
+_FOREIGN: Final = ("FLEDGE_", "BENTOML_", "UVICORN_", "PEER_", "LIT", "WEB_CONCURRENCY")
 FLAGS: Final = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
@@ -22,6 +25,18 @@ def keep_to(threads: int) -> None:
             raise SystemExit(f"--threads {threads}: this machine lends {len(mine)} cores")
         os.sched_setaffinity(0, mine[:threads])
     os.environ.update({name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
+
+
+def environment() -> dict[str, str]:
+    """Variables for every competitor alike: ours to import, all on the CPU, nobody calls home."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
+    return {
+        **kept,
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "ORT_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def describe(threads: int, device: str) -> str:

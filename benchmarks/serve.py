@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import machine
+import rows as kept
 import serve_env
 import serve_peers
 import serve_photos
@@ -43,7 +44,7 @@ def main() -> int:
     options = parse()
     out: Path = options.out.resolve()
     if options.markdown:
-        return show(serve_run.read(out / RESULTS), out, options)
+        return show(kept.read(out / RESULTS, Row), out, options)
     if not (options.bundle and options.photos):
         raise SystemExit("name the bundle and the photos: --bundle DIR --photos DIR")
     peers = chosen(options)
@@ -56,7 +57,7 @@ def main() -> int:
     same_settings(place, told, out / "settings.json")
     (out / "machine.txt").write_text("\n".join(told) + "\n")
     print(about, file=sys.stderr)
-    rows = serve_run.read(out / RESULTS)
+    rows = kept.read(out / RESULTS, Row)
     for turn, peer, setting in jobs(peers, options.rounds):
         done = {
             row.callers
@@ -71,7 +72,7 @@ def main() -> int:
             print(f"{error}\nthe same command goes on from here", file=sys.stderr)
             return 1
         rows += made
-        serve_run.append(out / RESULTS, made)
+        kept.append(out / RESULTS, made)
         for row in made:
             print(line(row), file=sys.stderr, flush=True)
     return show(rows, out, options)

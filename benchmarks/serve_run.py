@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import machine
 import serve_photos
 import serve_process
 import uvloop
 from serve_load import Load, Window, percentile
-from serve_peers import PROGRAMS, ROOT, Peer, Setting
+from serve_peers import PROGRAMS, Peer, Setting
 
 ROUTE: Final = "/predict"
-# What the shell of whoever measures has set for other services is not for these.
-_FOREIGN: Final = ("FLEDGE_", "BENTOML_", "UVICORN_", "PEER_", "LIT", "WEB_CONCURRENCY")
 
 
 @dataclass(frozen=True)
@@ -117,12 +115,8 @@ def measure(peer: Peer, setting: Setting, turn: int, place: Place) -> list[Row]:
 
 def environment(place: Place) -> dict[str, str]:
     """Variables for every server alike."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
     return {
-        **kept,
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",  # all on the CPU
-        "ORT_DISABLE_TELEMETRY": "1",
+        **machine.environment(),
         "BENTOML_DO_NOT_TRACK": "True",
         "BENTOML_HOME": str(place.out / "bentoml"),
         "PEER_BUNDLE": str(place.bundle),
@@ -215,17 +209,3 @@ def precision_of(peer: Peer, bundle: Path) -> str:
     manifest = json.loads((bundle / "manifest.json").read_text())
     fastest = "int8" if "int8" in manifest["precisions"] else "fp32"
     return fastest if peer.precision == "default" else "fp32"
-
-
-def append(path: Path, rows: Sequence[Row]) -> None:
-    """Keep the rows of one measurement: all of them or none."""
-    with path.open("a") as file:
-        file.write("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read(path: Path) -> list[Row]:
-    """The rows so far."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [Row(**json.loads(line)) for line in lines if line.endswith("\n")]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+import rows as rows_of
+from rows import middle
 from serve_peers import ALL, Peer
 from serve_run import Row
 
@@ -45,12 +46,6 @@ class Results:
         """Answers a second for many callers, of every setting."""
         names = dict.fromkeys(row.setting for row in self.rows if row.peer == peer)
         return {name: middle(self.of(peer, self.many, name), lambda r: r.rps) for name in names}
-
-
-def middle(rows: Iterable[Row], what: Callable[[Row], float]) -> float:
-    """The median over the rounds."""
-    values = [what(row) for row in rows]
-    return statistics.median(values) if values else 0.0
 
 
 def markdown(rows: Sequence[Row], precision: str) -> str:
@@ -182,11 +177,7 @@ def ratio(
     """Ours over theirs in the rounds that have both: the median, and the range of several."""
     mine = {row.round: what(row) for row in results.of(ours, callers)}
     other = {row.round: what(row) for row in results.of(theirs, callers)}
-    found = sorted(mine[turn] / other[turn] for turn in mine if other.get(turn))
-    if not found:
-        return ""
-    middle_one = f"{statistics.median(found):.2f}"
-    return middle_one + (f" ({found[0]:.2f} to {found[-1]:.2f})" if len(found) > 1 else "")
+    return rows_of.ratio(mine, other)
 
 
 def picture(rows: Sequence[Row], path: Path, title: str, precision: str) -> None:

@@ -28,6 +28,7 @@ import bare
 import contest
 import fastai_env
 import machine
+import rows
 import synthetic
 import tables
 from contest import ROOT, Job, Outcome, Settings
@@ -40,7 +41,7 @@ def main() -> int:
     options = parse()
     out: Path = options.out
     if options.markdown:
-        return show(contest.read(out / RESULTS), out, options)
+        return show(rows.read(out / RESULTS, Outcome), out, options)
     if not (options.synthetic or (options.data and options.split)):
         raise SystemExit("name the photos: --data DIR --split CSV, or --synthetic N")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the competitor ends with us
@@ -57,7 +58,7 @@ def main() -> int:
         print(bare.measure(settings, out / "bare", options.bare_epochs, options.rounds))
         return 0
     same_settings(settings, about, out / "settings.json")
-    done = {(o.peer, o.fold, o.seed) for o in contest.read(out / RESULTS)}
+    done = {(o.peer, o.fold, o.seed) for o in rows.read(out / RESULTS, Outcome)}
     for job in jobs(options):
         if (job.peer, job.fold, job.seed) in done:
             continue
@@ -66,11 +67,11 @@ def main() -> int:
         except contest.Failed as error:
             print(f"{error}the same command goes on from here", file=sys.stderr)
             return 1
-        contest.append(out / RESULTS, outcome)
+        rows.append(out / RESULTS, [outcome])
         right = outcome.right["plain"].values()
         told = f"{outcome.seconds:.1f} s, accuracy {sum(right) / len(right):.2%}"
         print(f"{job.name}: {told}", file=sys.stderr, flush=True)
-    return show(contest.read(out / RESULTS), out, options)
+    return show(rows.read(out / RESULTS, Outcome), out, options)
 
 
 def parse() -> argparse.Namespace:

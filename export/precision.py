@@ -129,7 +129,7 @@ def keep(
         tuned[kind.device] = tuning.advice(rates)
     for device in {kind.device for kind in KINDS.values() if _usable(kind.device)} - set(tuned):
         alone = {"fp32": payload / FILES["fp32"]}
-        rates = tuning.measure(alone, manifest.preprocess.size, device)
+        rates = _rates(alone, payload, manifest, device)
         tuned[device] = tuning.advice(rates)
     return replace(manifest, tried=tried, tuning=dict(sorted(tuned.items())))
 
@@ -180,8 +180,8 @@ def _attempt(
     )
     predictor = Predictor(manifest, runtime.OnnxRuntime(path, device=kind.device))
     mine = ask(predictor, samples, workers, views=1)
-    rates = tuning.measure({"fp32": source, name: path}, manifest.preprocess.size, kind.device)
-    best = {graph: max(by.values()) for graph, by in rates.items()}
+    rates = _rates({"fp32": source, name: path}, payload, manifest, kind.device)
+    best = {graph: by[tuning.fastest(by)] for graph, by in rates.items()}
     facts |= _thresholds_hold(manifest, mine)
     verdict = judge(
         held.logits[:, 0].argmax(axis=1).tolist(),
@@ -192,6 +192,11 @@ def _attempt(
     )
     broken = int((~np.isfinite(mine.logits).all(axis=(1, 2))).sum())
     return replace(verdict, broken=broken), facts, rates
+
+
+def _rates(graphs: dict[str, Path], payload: Path, manifest: Manifest, device: str) -> tuning.Rates:
+    photos = [(payload / str(item["file"])).read_bytes() for item in manifest.golden]
+    return tuning.measure(graphs, manifest.preprocess, photos, device)
 
 
 def _thresholds_hold(manifest: Manifest, mine: Held) -> dict[str, Any]:

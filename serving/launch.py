@@ -112,6 +112,10 @@ def _servable(settings: Settings) -> Manifest:
         raise BundleError(f"{settings.bundle} has no golden images to check; export it again")
     if settings.runtime == "torchscript" and importlib.util.find_spec("torch") is None:
         raise OptionError("FLEDGE_RUNTIME = torchscript: needs torch; install fledge[train]")
+    if settings.device in ("cuda", "tensorrt") and settings.runtime == "onnx":
+        from serving.runtime import require  # ONNX Runtime takes its time to load
+
+        require(settings.device)
     return manifest
 
 

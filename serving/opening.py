@@ -8,11 +8,12 @@ from typing import Final
 
 import numpy as np
 
-from serving import bundle, runtime
+from serving import bundle, runtime, tuning
 from serving.buckets import Bucketed
 from serving.errors import BundleError, ImageError, OptionError, WorkError
 from serving.manifest import Manifest
 from serving.predictor import Predictor
+from serving.settings import cores
 
 MAX_TOLERANCE: Final = 0.05
 """A golden answer may be off by a tolerance of at most this; more would check nothing."""
@@ -23,7 +24,7 @@ def open_predictor(
     *,
     device: str = "auto",
     precision: str = "auto",
-    threads: int = 1,
+    threads: int | None = 1,
     wide: int = 1,
     kind: str = "onnx",
 ) -> Predictor:
@@ -34,7 +35,7 @@ def open_predictor(
         device: As `OnnxRuntime`.
         precision: fp32, int8 or fp16; auto takes int8 on a CPU and fp16 on a GPU where the bundle
             keeps them, else fp32.
-        threads: Cores that one run uses on a CPU.
+        threads: Cores that one run uses on a CPU; None takes the bundle's tuning.
         wide: Cores that a run for a lone image uses there, unless the bundle's tuning found that
             more than one don't help it.
         kind: Of the runtime: onnx; or torchscript, which has fp32 only and needs torch.
@@ -47,14 +48,15 @@ def open_predictor(
     have = opened.manifest.precisions
     chosen = choose(opened, precision, runtime.expected(device))
     if kind == "torchscript":
-        return _by_torchscript(opened, device, precision, threads)
+        return _by_torchscript(opened, device, precision, threads or 1)
     engine = _engine(opened, chosen, device, threads)
     if precision == "auto" and chosen != _fastest(have, engine.provider):
         # A GPU was seen, did not load, and auto fell back: now the CPU's own choice.
         chosen = _fastest(have, engine.provider)
         engine = _engine(opened, chosen, "cpu", threads)
     broad = None
-    if runtime.on_cpu(engine.provider) and wide > threads and _wide_pays(opened.manifest, chosen):
+    wider = wide > (threads or 1) and _wide_pays(opened.manifest, chosen)
+    if wider and runtime.on_cpu(engine.provider):
         broad = _engine(opened, chosen, "cpu", wide)
     return _proved(opened, engine, chosen, broad)
 
@@ -160,9 +162,10 @@ def check_golden(predictor: Predictor, opened: bundle.Bundle) -> None:
 
 
 def _engine(
-    opened: bundle.Bundle, precision: str, device: str, threads: int
+    opened: bundle.Bundle, precision: str, device: str, threads: int | None
 ) -> runtime.OnnxRuntime:
     path = opened.graph(precision)
+    threads = threads or tuning.measured(opened.manifest, precision, cores()).threads
     data = opened.load(path.relative_to(opened.payload).as_posix())
     return runtime.OnnxRuntime(path, device=device, threads=threads, data=data)
 

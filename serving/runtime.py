@@ -103,6 +103,24 @@ def expected(device: str) -> str:
     return PROVIDERS.get(device, device)
 
 
+def require(device: str) -> None:
+    """Find out, without loading anything, that a device which was asked for by name can't be had.
+
+    Raises:
+        OptionError: It can't. That it can is known when a graph runs on it.
+    """
+    reason = _why_not(device) if device in ("cuda", "tensorrt") else None
+    if reason is not None:
+        raise _missing(device, reason)
+
+
+def _missing(device: str, reason: str) -> OptionError:
+    return OptionError(
+        f"device = {device}: {reason}; install onnxruntime-gpu[cuda,cudnn] and an NVIDIA driver "
+        f"that fits, or use device cpu"
+    )
+
+
 def _open(graph: Path, data: bytes | str, device: str, threads: int) -> ort.InferenceSession:
     """Only what was asked for is tried: a CPU service never touches a GPU."""
     if device == "cpu":
@@ -119,10 +137,7 @@ def _open(graph: Path, data: bytes | str, device: str, threads: int) -> ort.Infe
     if device == "auto":
         _log.info("device auto: serving on the CPU (%s)", reason)
         return _session(graph, data, "cpu", threads)
-    raise OptionError(
-        f"device = {device}: {reason}; install onnxruntime-gpu[cuda,cudnn] and an NVIDIA driver "
-        f"that fits, or use device cpu"
-    )
+    raise _missing(device, reason)
 
 
 def _session(graph: Path, data: bytes | str, device: str, threads: int) -> ort.InferenceSession:

@@ -28,11 +28,13 @@ from serving.parquet import FEATURES
 from serving.parts import Parts
 from serving.predictor import Predictor
 from serving.progress import Progress
+from serving.runtime import on_cpu
 from serving.scorer import Chunk, Scorer, in_order
 from serving.settings import cores
 from serving.shards import Journal
 from serving.summary import Summary
 from serving.table import COLUMNS, PROBABILITIES, Features, Row, Table
+from serving.tuning import measured
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Options:
     tta: how many of the bundle's views are averaged; 0 and 1 mean the plain one.
     top_k: how many classes a row names; all where there are fewer.
     device: auto, cpu, cuda or tensorrt; precision: auto, fp32, int8 or fp16.
-    workers: threads; None takes one for each core.
+    workers: threads, each with a run of the graph of its own; None takes one for each core, and as
+        many runs at a time as the bundle's tuning says.
     batch: rows (images times views) of one run of the graph; None takes the bundle's tuning.
     max_errors: "N" or "P%": with more broken images the run is finished and then fails.
     probabilities: a column with those of all classes.
@@ -140,7 +143,8 @@ def _score(
     options.check(inputs, out)
     if "-" not in inputs:  # a wrong name is told at once, not behind the loading of a model
         next(sources.find(inputs, column=options.column, note=lambda _: None), None)
-    predictor = open_(bundle, device=options.device, precision=options.precision, threads=1)
+    threads = 1 if options.workers else None  # as tuned, where nothing else is said
+    predictor = open_(bundle, device=options.device, precision=options.precision, threads=threads)
     predictor.check(options.tta)
     batch = options.batch or predictor.cap
     with Journal(
@@ -148,7 +152,8 @@ def _score(
     ) as journal:
         if not journal.known:
             try:
-                journal.keep_inputs(_found(inputs, options.column, say))
+                skipped: list[str] = []
+                journal.keep_inputs(_found(inputs, options.column, say, skipped), skipped)
             except BaseException:
                 journal.remove()  # nothing was done yet that one could go on with
                 raise
@@ -165,6 +170,7 @@ def _score(
             dict(labels.most_common()),
             seconds,
             now,
+            journal.skipped,
         )
         summary.write(out, predictor)
         if options.copy_to is not None:
@@ -175,10 +181,13 @@ def _score(
     return summary
 
 
-def _found(inputs: Sequence[str], column: str | None, say: Callable[[str], None]) -> Iterator[str]:
-    """The names of the inputs; what could not be looked into is told."""
+def _found(
+    inputs: Sequence[str], column: str | None, say: Callable[[str], None], skipped: list[str]
+) -> Iterator[str]:
+    """The names of the inputs; what could not be looked into is told and joins `skipped`."""
 
     def note(line: str) -> None:
+        skipped.append(line)
         # A name that is not UTF-8 must not stop a terminal.
         say(f"skipped: {line}".encode("utf-8", "backslashreplace").decode())
 
@@ -205,6 +214,8 @@ def _work(
 ) -> None:
     """Do the shards that are to be done."""
     views = max(1, options.tta)
+    workers = options.workers or cores()
+    tuned = measured(predictor.manifest, predictor.precision, workers)
     scorer = Scorer(
         predictor,
         batch=max(1, batch // views),
@@ -212,11 +223,12 @@ def _work(
         top_k=options.top_k,
         probabilities=options.probabilities,
         embeddings=options.embeddings,
+        runs=None if options.workers or not on_cpu(predictor.runtime.provider) else tuned.runs,
     )
     rows: list[Row] = []
     features: list[Features] = []
     try:
-        for done in in_order(scorer, _chunks(journal, scorer.chunk), options.workers or cores()):
+        for done in in_order(scorer, _chunks(journal, scorer.chunk), workers):
             rows += done.rows
             features += [] if done.features is None else [done.features]
             for row in done.rows:

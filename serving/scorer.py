@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,12 +53,24 @@ class Scorer:
         top_k: int,
         probabilities: bool,
         embeddings: bool,
+        runs: int | None = None,
     ) -> None:
-        """`batch`: images of one run of the graph; the rest as `score.Options`."""
+        """Take what decides the rows.
+
+        Args:
+            predictor: Opened.
+            batch: Images of one run of the graph.
+            tta: This and the others as `score.Options`.
+            top_k: See there.
+            probabilities: See there.
+            embeddings: See there.
+            runs: Of the graph, that go at a time while other threads decode; None: each thread's.
+        """
         self._predictor, self._batch, self._tta = predictor, batch, tta
         self._top_k = min(top_k, len(predictor.manifest.labels))
         self._probabilities, self._embeddings = probabilities, embeddings
         self.chunk = batch * max(1, _CHUNK // batch)
+        self._turns = threading.Semaphore(runs) if runs else contextlib.nullcontext()
         self._own = threading.local()
         self._readers: list[sources.Reader] = []
 
@@ -86,7 +99,8 @@ class Scorer:
             except FledgeError as error:
                 answers[place] = error
         try:
-            found = self._predictor.predict(list(prepared.values()))
+            with self._turns:
+                found = self._predictor.predict(list(prepared.values()))
             answers.update(zip(prepared, found, strict=True))
         except FledgeError as error:
             for place, one in prepared.items():  # nobody pays for a neighbour

@@ -3,6 +3,7 @@
     .OUT.parts/
       job.json            what decides the rows: the bundle, the options, the inputs asked for
       inputs.jsonl        the inputs that were found, one a line, in order
+      skipped.json        how many places could not be looked into
       00000.jsonl         rows of the first thousand inputs; there when they are whole
       00000.npy           their features, where they are asked for; written before the rows
 
@@ -30,6 +31,7 @@ SIZE: Final = 1000
 
 _JOB: Final = "job.json"
 _INPUTS: Final = "inputs.jsonl"
+_SKIPPED: Final = "skipped.json"
 _LOCK: Final = "lock"
 
 Features = npt.NDArray[np.float32]
@@ -38,7 +40,7 @@ Features = npt.NDArray[np.float32]
 class Journal:
     """One job's folder.
 
-    total: how many inputs there are.
+    total: how many inputs there are; skipped: places that could not be looked into.
     """
 
     def __init__(self, out: Path, facts: Mapping[str, Any], *, restart: bool = False) -> None:
@@ -54,7 +56,7 @@ class Journal:
             WorkError: The folder can't be written.
         """
         self.folder = out.with_name(f".{out.name}.parts")
-        self.total = 0
+        self.total = self.skipped = 0
         self._out = out
         self._lock = contextlib.ExitStack()
         with self._guard():
@@ -89,12 +91,17 @@ class Journal:
         """Whether the inputs were found already."""
         return (self.folder / _INPUTS).exists()
 
-    def keep_inputs(self, names: Iterable[str]) -> None:
-        """Write down what is to be scored, once and for all."""
+    def keep_inputs(self, names: Iterable[str], skipped: Sequence[str] = ()) -> None:
+        """Write down what is to be scored, once and for all.
+
+        `skipped` may fill while `names` are taken: a line for each place not looked into.
+        """
         path = self.folder / _INPUTS
         with self._guard():
             with write_aside(path) as aside, aside.open("w", encoding="ascii") as file:
                 file.writelines(json.dumps(name) + "\n" for name in names)
+                with write_aside(self.folder / _SKIPPED) as counted:
+                    counted.write_text(json.dumps(len(skipped)))
             self._count()
 
     def todo(self) -> Iterator[tuple[int, list[str]]]:
@@ -171,6 +178,7 @@ class Journal:
         if self.known:
             with (self.folder / _INPUTS).open("rb") as file:
                 self.total = sum(1 for _ in file)
+            self.skipped = int(json.loads((self.folder / _SKIPPED).read_text()))
 
     def _alone(self) -> None:
         """Two at the same job would do it twice, and clear each other's folder."""

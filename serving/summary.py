@@ -20,6 +20,7 @@ class Summary:
     images: rows of the table; scored: those with an answer.
     errors: code -> count; labels: label -> count; both most frequent first.
     seconds: of this run, without loading the model; now: images that it scored itself.
+    skipped: folders, archives and lists that could not be looked into, or not to their end.
     """
 
     images: int
@@ -28,6 +29,7 @@ class Summary:
     labels: Mapping[str, int]
     seconds: float
     now: int
+    skipped: int = 0
 
     def __str__(self) -> str:
         """A few lines for people."""
@@ -36,6 +38,8 @@ class Summary:
         lines.append(f"scored: {self.scored}{_counts(self.labels)}")
         if self.errors:
             lines.append(f"errors: {self.images - self.scored}{_counts(self.errors)}")
+        if self.skipped:
+            lines.append(f"skipped: {self.skipped} (could not be looked into)")
         return "\n".join(lines)
 
     def write(self, out: Path, predictor: Predictor) -> None:

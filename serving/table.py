@@ -7,7 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol
@@ -68,7 +68,7 @@ class Row:
 
     def to_json(self) -> str:
         """A line; ASCII only, so that a name that is not UTF-8 stays valid JSON."""
-        return json.dumps(asdict(self)) + "\n"
+        return json.dumps(vars(self)) + "\n"
 
     @classmethod
     def from_json(cls, line: str) -> Row:

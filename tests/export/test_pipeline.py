@@ -53,7 +53,7 @@ def same_speed(monkeypatch):
     monkeypatch.setattr(tuning, "measure", rates)
 
 
-def rates(graphs, size, device="cpu"):
+def rates(graphs, preprocess, photos=(), device="cpu"):
     settings = [tuning.Setting(1, 1, 1), tuning.Setting(1, 1, 8), tuning.Setting(1, 2, 1)]
     return {
         name: {setting: 100.0 * (1 + (name != "fp32")) + setting.batch for setting in settings}

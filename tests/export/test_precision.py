@@ -259,17 +259,20 @@ def test_speed_is_measured_in_every_setting(exported, monkeypatch):
     monkeypatch.setattr(tuning, "cores", lambda: 2)
     payload = out / manifest.version
     graphs = {"fp32": payload / "model.onnx", "int8": payload / "model.int8.onnx"}
-    found = tuning.measure(graphs, 32)
+    photos = [(payload / item["file"]).read_bytes() for item in manifest.golden]
+    found = tuning.measure(graphs, manifest.preprocess, photos)
     assert set(found) == {"fp32", "int8"}
     for by in found.values():
         splits = {(setting.workers, setting.threads) for setting in by}
         assert splits == {(2, 1), (1, 2), (1, 1)}
-        assert {setting.batch for setting in by} == set(tuning.BATCHES)
+        assert {setting.batch for setting in by if not setting.decoding} == set(tuning.BATCHES)
+        between = {tuning.Setting(2, 1, batch, decoding=True) for batch in tuning.DECODED}
+        assert {setting for setting in by if setting.decoding} == between
         assert all(rate > 0 for rate in by.values())
     advice = tuning.advice(found)
     assert advice["cores"] == 2
     assert set(advice["throughput"]) == set(advice["latency"]) == {"fp32", "int8"}
-    assert len(advice["measured"]) == 2 * 11
+    assert len(advice["measured"]) == 2 * (11 + 4)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +282,19 @@ def test_the_cap_is_one_unless_batches_pay(batched, cap):
     by = {tuning.Setting(1, 1, 1): 100.0, tuning.Setting(1, 1, 8): batched}
     assert tuning.advice({"fp32": by})["max_batch"] == cap
     assert tuning.advice({"fp32": by})["latency"]["fp32"] == {"threads": 1, "ms": 10.0}
+
+
+def test_what_pays_between_decoding_decides_the_cap_and_nothing_else():
+    alone = {tuning.Setting(2, 1, batch): 200.0 for batch in (1, 4)} | {tuning.Setting(1, 1, 1): 99}
+    for found, cap in (
+        ([100, 118, 122, 121], 4),
+        ([100, 121, 122, 121], 2),
+        ([100, 105, 104, 99], 1),
+    ):
+        settings = [tuning.Setting(2, 1, batch, decoding=True) for batch in tuning.DECODED]
+        advice = tuning.advice({"fp32": alone | dict(zip(settings, found, strict=True))})
+        assert advice["max_batch"] == cap
+        assert advice["throughput"]["fp32"]["images_per_second"] == 200
 
 
 def test_verify_has_the_limit_of_the_predictor():

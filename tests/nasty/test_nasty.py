@@ -140,16 +140,19 @@ def test_a_batch_gives_the_same_verdicts_in_order(
     assert wrong == {}
 
 
+@pytest.mark.parametrize("options", ["", "--batch 7 --workers 3"])
 def test_the_scorer_gives_the_same_verdicts_in_order(
-    bundle: Path, expected: dict[str, Any], tmp_path: Path
+    bundle: Path, expected: dict[str, Any], tmp_path: Path, options: str
 ) -> None:
     folder, out = tmp_path / "in", tmp_path / "scores.csv"
     folder.mkdir()
-    for number, (item, suffix) in enumerate(zip(ITEMS, itertools.cycle(SUFFIXES), strict=False)):
+    # Far ones side by side, so that good and bad ones meet in a batch.
+    mixed = [item for start in range(13) for item in ITEMS[start::13]]
+    for number, (item, suffix) in enumerate(zip(mixed, itertools.cycle(SUFFIXES), strict=False)):
         (folder / f"{number}{suffix}").write_bytes(item.data)
     words = ["score", str(folder), "--bundle", str(bundle), "--out", str(out), "--device", "cpu"]
     done = subprocess.run(
-        [sys.executable, "-m", "fledge", *words],
+        [sys.executable, "-m", "fledge", *words, *options.split()],
         cwd=ROOT,
         env={key: value for key, value in os.environ.items() if key != "FLEDGE_BUNDLE"},
         capture_output=True,
@@ -160,12 +163,21 @@ def test_the_scorer_gives_the_same_verdicts_in_order(
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     wrong = {}
-    for number, (item, row) in enumerate(zip(ITEMS, rows, strict=True)):
+    for number, (item, row) in enumerate(zip(mixed, rows, strict=True)):
         assert Path(row["path"]).stem == str(number)
-        found: Any = row["error"].partition(":")[0]
         if row["status"] == "ok":
             applied = tuple(filter(None, row["applied"].split(";")))
-            found = applied, dict(json.loads(row["top_k"]))
-        if found != expected[item.name]:
-            wrong[item.name] = (found, expected[item.name])
+            found: Any = applied, dict(json.loads(row["top_k"]))
+            wanted = expected[item.name]
+        else:
+            found, wanted = row["error"], reason(item) if item.code else "an answer"
+        if found != wanted:
+            wrong[item.name] = (found, wanted)
     assert wrong == {}
+
+
+def reason(item: Item) -> str:
+    """Code and message of a broken one."""
+    with pytest.raises(FledgeError) as caught:
+        images.decode(item.data)
+    return f"{caught.value.code}: {caught.value}"

@@ -101,6 +101,20 @@ def test_bentoml_serve_refuses_the_same(tmp_path: Path, env: dict[str, str], sta
 
 
 @pytest.mark.skipif(_why_not("cuda") is None, reason="this machine has a GPU")
+def test_a_missing_gpu_is_told_before_any_address(folder: Path, tmp_path: Path):
+    status, said = ended(folder, tmp_path, FLEDGE_DEVICE="cuda")
+    assert status == 2
+    assert said.startswith("device = cuda: ")
+    assert said.count("\n") == 1
+
+
+def test_an_unknown_runtime_is_refused(folder: Path, tmp_path: Path):
+    status, said = ended(folder, tmp_path, FLEDGE_RUNTIME="tflite")
+    assert status == 2
+    assert "FLEDGE_RUNTIME = 'tflite': use onnx, torchscript" in said
+
+
+@pytest.mark.skipif(_why_not("cuda") is None, reason="this machine has a GPU")
 def test_a_missing_gpu_refuses_before_any_worker(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FLEDGE_BUNDLE", str(folder))
     monkeypatch.setenv("FLEDGE_DEVICE", "cuda")

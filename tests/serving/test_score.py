@@ -5,13 +5,15 @@ import io
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from serving import inputs, progress, score, scorer, shards, table
+from serving import inputs, opening, progress, score, scorer, shards, table, tuning
+from serving.bundle import read
 from serving.errors import (
     BundleError,
     DataError,
@@ -22,9 +24,10 @@ from serving.errors import (
 )
 from serving.opening import open_predictor
 from serving.predictor import Predictor
+from serving.runtime import OnnxRuntime
 from serving.score import Options, Summary
 from serving.scorer import Chunk, Done
-from tests.tiny import photo, tiny_bundle
+from tests.tiny import altered, photo, tiny_bundle
 
 
 @pytest.fixture(scope="module")
@@ -392,6 +395,8 @@ def test_an_unreadable_folder_is_said_and_the_rest_scored(
     summary = score.score([str(photos)], bundle, tmp_path / "out.csv", wanted, say=said.append)
     assert summary.scored == 8
     assert sum("a/b: Permission denied" in line for line in said) == 1
+    assert summary.skipped == 1
+    assert "skipped: 1" in said[-1]
 
 
 def test_a_text_list_gives_a_row_for_every_line(
@@ -463,3 +468,58 @@ def test_on_a_terminal_a_bar_shows_rate_and_errors() -> None:
             shown.step(failed)
     assert "3/3" in stream.getvalue()
     assert "1 errors" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("tuned", "workers", "runs", "threads"),
+    [
+        ({"workers": 1, "threads": 3}, None, 1, 3),
+        ({"workers": 2, "threads": 1}, None, 2, 1),
+        ({"workers": 1, "threads": 3}, 4, 4, 1),  # who says how many gets as many
+    ],
+)
+def test_runs_share_the_cores_as_they_were_tuned(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tuned: dict[str, int],
+    workers: int | None,
+    runs: int,
+    threads: int,
+) -> None:
+    folder = tiny_bundle(tmp_path / "b", classes=7)
+    altered(folder, tuning={"cpu": {"cores": 5, "throughput": {"fp32": tuned}}})
+    for module in (score, opening):
+        monkeypatch.setattr(module, "cores", lambda: 5)
+    run_graph, opened, now, most = OnnxRuntime.run, OnnxRuntime.__init__, [], 0
+    given: list[int] = []
+
+    def counted(self: OnnxRuntime, pixels: Any) -> Any:
+        nonlocal most
+        now.append(1)
+        most = max(most, len(now))
+        time.sleep(0.02)  # so that those meet who may
+        try:
+            return run_graph(self, pixels)
+        finally:
+            now.pop()
+
+    def watched(self: OnnxRuntime, *args: Any, **options: Any) -> None:
+        given.append(options["threads"])
+        opened(self, *args, **options)
+
+    monkeypatch.setattr(scorer, "_CHUNK", 1)
+    monkeypatch.setattr(OnnxRuntime, "__init__", watched)
+    monkeypatch.setattr(OnnxRuntime, "run", counted)
+    run(photos, folder, tmp_path / "out.csv", workers=workers)
+    assert (most, given) == (runs, [threads])
+
+
+def test_a_tuning_of_another_machine_or_of_none_is_left(bundle: Path) -> None:
+    manifest = read(bundle).manifest
+    assert tuning.measured(manifest, "fp32", 6) == (6, 1)
+    best = {"int8": {"workers": 1, "threads": 4, "batch": 8}}
+    known = replace(manifest, tuning={"cpu": {"cores": 4, "throughput": best}})
+    assert tuning.measured(known, "int8", 4) == (1, 4)
+    assert tuning.measured(known, "int8", 6) == (6, 1)
+    assert tuning.measured(known, "fp32", 4) == (4, 1)

@@ -100,7 +100,7 @@ def filled(out: Path, monkeypatch, **changes) -> Journal:
     monkeypatch.setattr(shards, "SIZE", 2)
     journal = Journal(out, facts(**changes))
     if not journal.known:
-        journal.keep_inputs(["a", "b\n", os.fsdecode(b"\xff"), "d", "e"])
+        journal.keep_inputs(["a", "b\n", os.fsdecode(b"\xff"), "d", "e"], ["a folder: locked"])
     return journal
 
 
@@ -114,6 +114,7 @@ def test_what_is_done_is_known_again(tmp_path, monkeypatch) -> None:
         journal.write(2, rows("e"))
     with filled(out, monkeypatch) as journal:
         assert (journal.done, [number for number, _ in journal.todo()]) == (3, [0])
+        assert journal.skipped == 1
         again, vectors = journal.read(1)
         assert again == rows(os.fsdecode(b"\xff"), "d")
         assert np.array_equal(vectors, features, equal_nan=True)

@@ -207,10 +207,10 @@ def test_an_image_in_flight_is_answered_by_the_version_that_took_it(served: Desk
     old = served.model
     whole = old.predictor.predict
 
-    def slow(prepared):
+    def slow(prepared, *, alone):
         entered.set()
         assert go.wait(20)
-        return whole(prepared)
+        return whole(prepared, alone=alone)
 
     old.engine._predict = slow
 
