@@ -229,7 +229,7 @@ class Batcher:
             return batch
 
     def _answer(self, batch: list[_Item]) -> None:
-        # Nothing may get out of here: it would end the one thread that answers.
+        # Nothing may get out of here: it would end a thread that answers.
         try:
             begun = time.perf_counter()
             alone = self._room.inside == 1

@@ -110,13 +110,23 @@ def _servable(settings: Settings) -> Manifest:
         )
     if not manifest.golden:
         raise BundleError(f"{settings.bundle} has no golden images to check; export it again")
-    if settings.runtime == "torchscript" and importlib.util.find_spec("torch") is None:
-        raise OptionError("FLEDGE_RUNTIME = torchscript: needs torch; install fledge[train]")
+    if settings.runtime == "torchscript":
+        _torchscript(settings, manifest)
     if settings.device in ("cuda", "tensorrt") and settings.runtime == "onnx":
         from serving.runtime import require  # ONNX Runtime takes its time to load
 
         require(settings.device)
     return manifest
+
+
+def _torchscript(settings: Settings, manifest: Manifest) -> None:
+    """What TorchScript can't do, told before a worker finds out."""
+    if importlib.util.find_spec("torch") is None:
+        raise OptionError("FLEDGE_RUNTIME = torchscript: needs torch; install fledge[train]")
+    if settings.precision not in ("auto", "fp32") or settings.device == "tensorrt":
+        raise OptionError("FLEDGE_RUNTIME = torchscript: answers in fp32, on cpu or cuda")
+    if manifest.torchscript is None:
+        raise BundleError(f"{settings.bundle} has no TorchScript graph; export it again")
 
 
 def free_address(host: str, port: int) -> str:

@@ -42,10 +42,11 @@ class Leaving:
         if not isinstance(server, uvicorn.Server) or door is None:
             return
 
-        def leave(number: int, _: Any) -> None:
-            def end() -> None:
-                server.handle_exit(number, None)
+        def end() -> None:
+            # Of a second SIGINT uvicorn would make an end without answers.
+            server.handle_exit(signal.SIGTERM, None)
 
+        def leave(*_: Any) -> None:
             loop.call_soon_threadsafe(self._shut, loop, server, door, end, _TURNS)
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -59,17 +60,17 @@ class Leaving:
         end: Callable[[], None],
         turns: int,
     ) -> None:
-        if self.begun:  # told before
-            end()
-        elif turns and _somebody_is_at(door):  # the loop lets him in at its next turn
+        if self.begun:  # told before: by the launcher, too, or by whoever signals a whole group
+            return
+        if turns and _somebody_is_at(door):  # the loop lets him in at its next turn
             loop.call_soon(self._shut, loop, server, door, end, turns - 1)
-        else:
-            self.begun = True
-            for one in getattr(server, "servers", ()):
-                one.close()
-            with contextlib.suppress(OSError):  # another worker was first
-                door.shutdown(socket.SHUT_RDWR)
-            loop.call_later(LINGER, end)
+            return
+        self.begun = True
+        for one in getattr(server, "servers", ()):
+            one.close()
+        with contextlib.suppress(OSError):  # another worker was first
+            door.shutdown(socket.SHUT_RDWR)
+        loop.call_later(LINGER, end)
 
 
 def _door(arguments: Sequence[str]) -> socket.socket | None:

@@ -54,7 +54,7 @@ def open_predictor(
         chosen = _fastest(have, engine.provider)
         engine = _engine(opened, chosen, "cpu", threads)
     broad = None
-    wider = wide > (threads or 1) and tuning.wide_pays(opened.manifest, chosen)
+    wider = wide > (threads or 1) and tuning.wide_pays(opened.manifest, chosen, wide)
     if wider and runtime.on_cpu(engine.provider):
         broad = _engine(opened, chosen, "cpu", wide)
     return _proved(opened, engine, chosen, broad)

@@ -50,6 +50,10 @@ class TorchScriptRuntime:
             raise OptionError("device = cuda: torch sees no GPU; use device cpu")
         if threads:
             torch.set_num_threads(threads)
+        if (
+            device == "cuda"
+        ):  # TF32 would move fp32 answers beyond the parity that the bundle states
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self._torch = torch
         self._device = torch.device(device)
         try:

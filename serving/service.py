@@ -72,6 +72,7 @@ class ImageClassifier:
     def check() -> None:
         """Before any worker starts: refuse to start on wrong settings or without a bundle."""
         launch.make_absolute(os.environ)
+        fate.share()
         scratch = launch.own_scratch()
         if scratch:
             atexit.register(shutil.rmtree, scratch, ignore_errors=True)
@@ -80,7 +81,6 @@ class ImageClassifier:
         except FledgeError as error:
             print(f"fledge: {error}", file=sys.stderr)
             raise SystemExit(error.exit_status) from error
-        fate.share()
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:

@@ -26,7 +26,11 @@ def measured(manifest: Manifest, precision: str, cores: int) -> Split:
     return Split(int(best["workers"]), int(best["threads"]))
 
 
-def wide_pays(manifest: Manifest, precision: str) -> bool:
-    """Whether a lone image is answered sooner by several cores; yes, where nobody has measured."""
-    found = manifest.tuning.get("cpu", {}).get("latency", {}).get(precision, {})
-    return int(found.get("threads", 2)) > 1
+def wide_pays(manifest: Manifest, precision: str, cores: int) -> bool:
+    """Whether a lone image is answered sooner by several cores.
+
+    Yes, unless the export measured on as many that it isn't.
+    """
+    tuned = manifest.tuning.get("cpu", {})
+    found = tuned.get("latency", {}).get(precision)
+    return found is None or tuned.get("cores") != cores or int(found["threads"]) > 1

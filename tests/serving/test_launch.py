@@ -108,6 +108,15 @@ def test_a_missing_gpu_is_told_before_any_address(folder: Path, tmp_path: Path):
     assert said.count("\n") == 1
 
 
+def test_what_torchscript_can_not_do_is_told_at_once(folder: Path, tmp_path: Path):
+    status, said = ended(folder, tmp_path, FLEDGE_RUNTIME="torchscript", FLEDGE_DEVICE="tensorrt")
+    assert (status, said.count("\n")) == (2, 1)
+    assert "answers in fp32, on cpu or cuda" in said
+    status, said = ended(folder, tmp_path, FLEDGE_RUNTIME="torchscript")
+    assert (status, said.count("\n")) == (78, 1)
+    assert "has no TorchScript graph" in said
+
+
 def test_an_unknown_runtime_is_refused(folder: Path, tmp_path: Path):
     status, said = ended(folder, tmp_path, FLEDGE_RUNTIME="tflite")
     assert status == 2

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -31,18 +32,38 @@ def test_whoever_was_let_in_is_answered_and_nobody_else_is_let_in(
     assert not re.search(r"\[(ERROR|WARNING)\]|Traceback", (tmp_path / "log").read_text())
 
 
+def workers_of(launcher: int) -> list[int]:
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [int(pid) for pid in children if b"worker.service" in _cmdline(int(pid))]
+
+
+def _cmdline(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_worker_ends_the_service(tmp_path: Path, workers: int):
     folder = tiny_bundle(tmp_path / "bundle")
     with live(folder, tmp_path / "log", FLEDGE_WORKERS=str(workers)) as server:
-        children = f"/proc/{server.process.pid}/task/{server.process.pid}/children"
-        running = [
-            int(pid)
-            for pid in Path(children).read_text().split()
-            if b"worker.service" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        running = workers_of(server.process.pid)
         assert len(running) == workers
         os.kill(running[0], signal.SIGKILL)
         assert server.process.wait(30) == 1
     assert f"fledge: worker {running[0]} ended with signal 9" in (tmp_path / "log").read_text()
     assert not any(Path(f"/proc/{pid}").exists() for pid in running)
+    assert not list(tmp_path.glob("fledge-*"))  # nor its scratch
+
+
+def test_an_end_in_order_does_not_hide_a_later_crash(tmp_path: Path):
+    folder = tiny_bundle(tmp_path / "bundle")
+    with live(folder, tmp_path / "log", FLEDGE_WORKERS="2") as server:
+        first, second = workers_of(server.process.pid)
+        os.kill(first, signal.SIGTERM)
+        until = time.monotonic() + 20
+        while Path(f"/proc/{first}/cmdline").exists() and _cmdline(first):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert server.process.poll() is None
+        os.kill(second, signal.SIGKILL)
+        assert server.process.wait(30) == 1
+    assert f"worker {second} ended with signal 9" in (tmp_path / "log").read_text()

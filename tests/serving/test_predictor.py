@@ -58,10 +58,11 @@ def test_a_lone_image_gets_the_same_bits_from_more_cores(folder: Path):
 
 
 def test_more_cores_are_left_alone_where_the_tuning_found_no_use_for_them(tmp_path: Path):
-    tuning = {"cpu": {"latency": {"fp32": {"threads": 1, "ms": 1.0}}}}
+    tuning = {"cpu": {"cores": 2, "latency": {"fp32": {"threads": 1, "ms": 1.0}}}}
     folder = tiny_bundle(tmp_path / "bundle")
     altered(folder, tuning=tuning)
     assert open_predictor(folder, device="cpu", wide=2).wide is None
+    assert open_predictor(folder, device="cpu", wide=4).wide is not None  # nobody has measured
 
 
 def test_golden_images_are_asked_of_both_engines(folder: Path):
