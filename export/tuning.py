@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -16,7 +17,7 @@ from serving import images
 from serving.cores import cores
 from serving.preprocess import Pixels, Preprocess
 from serving.progress import progress_bar
-from serving.runtime import OnnxRuntime
+from serving.runtime import OnnxRuntime, Runtime
 
 BATCHES: Final = (1, 2, 4, 8, 16)
 DECODED: Final = (1, 2, 4, 8)
@@ -85,7 +86,7 @@ def measure(
             for setting in settings:
                 for name in graphs:
                     engine = engines[name, setting.threads]
-                    rate = _rate(lambda s=setting, e=engine: e.run(pixels(s)), setting)
+                    rate = _rate(engine, partial(pixels, setting), setting)
                     measured[name].setdefault(setting, []).append(rate)
                     bar.advance(task)
     return {
@@ -144,13 +145,13 @@ def _latency(by: Mapping[Setting, float]) -> dict[str, Any]:
     return {"threads": best.threads, "ms": _round(1000 / by[best])}
 
 
-def _rate(run: Callable[[], object], setting: Setting) -> float:
+def _rate(engine: Runtime, pixels: Callable[[], Pixels], setting: Setting) -> float:
     until = time.perf_counter() + SECONDS
 
     def work() -> int:
         photos = 0
         while True:
-            run()
+            engine.run(pixels())
             photos += setting.batch
             if time.perf_counter() >= until:
                 return photos
