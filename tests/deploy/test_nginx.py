@@ -84,7 +84,8 @@ def test_two_replicas_share_the_work_and_one_may_die(replicas: list[Live], tmp_p
         for seed in range(10):
             assert post(f"{url}/predict", photo(seed)).status_code == 200
         assert [answered(one) for one in replicas] == [5, 5]
-        os.killpg(replicas[0].process.pid, signal.SIGKILL)
+        (worker,) = replicas[0].workers()
+        os.kill(worker, signal.SIGKILL)
         for seed in range(10):
             assert post(f"{url}/predict", photo(seed)).status_code == 200
         assert answered(replicas[1]) == 15

@@ -35,12 +35,7 @@ def test_whoever_was_let_in_is_answered_and_nobody_else_is_let_in(
 def test_a_killed_worker_ends_the_service(tmp_path: Path, workers: int):
     folder = tiny_bundle(tmp_path / "bundle")
     with live(folder, tmp_path / "log", FLEDGE_WORKERS=str(workers)) as server:
-        children = f"/proc/{server.process.pid}/task/{server.process.pid}/children"
-        running = [
-            int(pid)
-            for pid in Path(children).read_text().split()
-            if b"worker.service" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        running = server.workers()
         assert len(running) == workers
         os.kill(running[0], signal.SIGKILL)
         assert server.process.wait(30) == 1
