@@ -83,11 +83,15 @@ def test_two_replicas_share_the_work_and_one_may_die(replicas: list[Live], tmp_p
     with nginx(tmp_path, [one.port for one in replicas]) as url:
         for seed in range(10):
             assert post(f"{url}/predict", photo(seed)).status_code == 200
-        assert [answered(one) for one in replicas] == [5, 5]
-        os.killpg(replicas[0].process.pid, signal.SIGKILL)
+        # Each of nginx's own processes takes turns by itself, so who gets how many is open.
+        shares = [answered(one) for one in replicas]
+        assert sum(shares) == 10
+        assert min(shares) > 0
+        (worker,) = replicas[0].workers()
+        os.kill(worker, signal.SIGKILL)
         for seed in range(10):
             assert post(f"{url}/predict", photo(seed)).status_code == 200
-        assert answered(replicas[1]) == 15
+        assert answered(replicas[1]) == shares[1] + 10
 
 
 def test_answers_come_through_as_the_service_gave_them(

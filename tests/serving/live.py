@@ -29,6 +29,16 @@ class Live:
         self.process.send_signal(sent)
         return self.process.wait(30)
 
+    def workers(self) -> list[int]:
+        """Their process ids: the launcher's children that serve."""
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [
+            int(child)
+            for child in children
+            if b"worker.service" in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
+
 
 def get(url: str) -> httpx.Response:
     """By no proxy, and with patience for a machine under load."""

@@ -32,11 +32,6 @@ def test_whoever_was_let_in_is_answered_and_nobody_else_is_let_in(
     assert not re.search(r"\[(ERROR|WARNING)\]|Traceback", (tmp_path / "log").read_text())
 
 
-def workers_of(launcher: int) -> list[int]:
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return [int(pid) for pid in children if b"worker.service" in _cmdline(int(pid))]
-
-
 def _cmdline(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
 
@@ -45,7 +40,7 @@ def _cmdline(pid: int) -> bytes:
 def test_a_killed_worker_ends_the_service(tmp_path: Path, workers: int):
     folder = tiny_bundle(tmp_path / "bundle")
     with live(folder, tmp_path / "log", FLEDGE_WORKERS=str(workers)) as server:
-        running = workers_of(server.process.pid)
+        running = server.workers()
         assert len(running) == workers
         os.kill(running[0], signal.SIGKILL)
         assert server.process.wait(30) == 1
@@ -57,7 +52,7 @@ def test_a_killed_worker_ends_the_service(tmp_path: Path, workers: int):
 def test_an_end_in_order_does_not_hide_a_later_crash(tmp_path: Path):
     folder = tiny_bundle(tmp_path / "bundle")
     with live(folder, tmp_path / "log", FLEDGE_WORKERS="2") as server:
-        first, second = workers_of(server.process.pid)
+        first, second = server.workers()
         os.kill(first, signal.SIGTERM)
         until = time.monotonic() + 20
         while Path(f"/proc/{first}/cmdline").exists() and _cmdline(first):
