@@ -99,7 +99,7 @@ class Reader:
             TooLarge: No photo is that big.
         """
         if inputs_remote.is_address(name) and not os.path.exists(name):
-            return inputs_remote.load(name)
+            return inputs_remote.load(name, load)
         place = archives.split(name)
         if place is None:
             return load(name)

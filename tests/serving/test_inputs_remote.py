@@ -1,7 +1,10 @@
 """Laws of addresses: found and read as the same files in a folder are."""
 
+import contextlib
 import os
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -103,11 +106,56 @@ def test_broken_ones_are_told_alone(
     memory.pipe_file("/p/empty.jpg", b"")
     memory.pipe_file("/p/big.jpg", b"12345")
     monkeypatch.setattr(inputs_remote, "MAX_FILE", 4)
-    assert inputs_remote.load("memory://p/empty.jpg") == b""
+    assert inputs.Reader().load("memory://p/empty.jpg") == b""
     with pytest.raises(TooLarge, match="4 bytes"):
-        inputs_remote.load("memory://p/big.jpg")
+        inputs.Reader().load("memory://p/big.jpg")
     with pytest.raises(BrokenImage, match="No such file"):
-        inputs_remote.load("memory://p/gone.jpg")
+        inputs.Reader().load("memory://p/gone.jpg")
+
+
+def test_a_file_here_is_read_with_the_care_that_its_path_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "big.jpg").write_bytes(b"12345")
+    monkeypatch.setattr(inputs, "_MAX_FILE", 4)
+    for start in ("file://", "local://"):
+        with pytest.raises(BrokenImage, match="not a file"):
+            inputs.Reader().load(f"{start}{tmp_path}/pipe.jpg")  # would wait for ever
+        with pytest.raises(TooLarge, match="5 bytes"):
+            inputs.Reader().load(f"{start}{tmp_path}/big.jpg")
+
+
+def test_a_server_is_read_no_further_than_a_photo_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent = 0
+
+    class Endless(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            nonlocal sent
+            self.do_HEAD()
+            with contextlib.suppress(OSError):
+                while sent < 10**9:
+                    self.wfile.write(bytes(10**6))
+                    sent += 10**6
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    monkeypatch.setattr(inputs_remote, "MAX_FILE", 10**6)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(TooLarge):
+                inputs.Reader().load(f"http://127.0.0.1:{server.server_port}/1.jpg")
+        finally:
+            server.shutdown()
+    assert sent < 10**8
 
 
 def test_a_table_of_addresses_is_that_of_the_folder(
