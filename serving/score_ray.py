@@ -209,7 +209,7 @@ class Team:
                         progress.step(failed=row.status == "error")
         except OptionError:
             if not journal.done:
-                journal.remove()  # what is asked for will change, and then the journal is in the way
+                journal.remove()  # the next command asks for other things
             raise
 
     def _job(self, task: Task, scoring: dict[str, Any]) -> Job:
