@@ -55,12 +55,20 @@ def find(address: str) -> Callable[[Note], Iterator[str]]:
     except Exception as error:  # each package behind fsspec has errors of its own
         raise DataError(f"{address}: can't be looked into: {_reason(error)}") from error
     if pattern:
-        return lambda note: _matching(fs, path, found.values())
+        return lambda note: _called(address, _matching(fs, path, found.values()))
     if entry["type"] == "directory":
-        return lambda note: _below(fs, entry, note)
+        return lambda note: _called(address, _below(fs, entry, note))
     if lists.is_table(path) or path.lower().endswith(lists.LINES) or archives.is_archive(path):
         raise DataError(f"{address}: lists and archives are read from files here; copy it first")
     return lambda note: iter([address])
+
+
+def _called(address: str, names: Iterator[str]) -> Iterator[str]:
+    """Names with the protocol that was asked for, where it has several: gs and gcs, s3 and s3a."""
+    kind = protocol(address)
+    for name in names:
+        found = protocol(name)
+        yield name if found.startswith(("http", "file")) else kind + name[len(found) :]
 
 
 def load(address: str, local: Callable[[str], bytes]) -> bytes:

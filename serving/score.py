@@ -51,6 +51,7 @@ class Options:
     probabilities: a column with those of all classes.
     embeddings: a column with the graph's features; Parquet only.
     column: of a list of inputs in CSV or Parquet.
+    addresses: what addresses in lists may begin with besides those of the inputs: "s3,https".
     copy_to: a folder that gets a copy of every image, in a folder for each label.
     restart: forget what a run that was not finished has done.
     engine: local, or ray: the work is done by a cluster, `workers` are its actors.
@@ -66,9 +67,14 @@ class Options:
     probabilities: bool = False
     embeddings: bool = False
     column: str | None = None
+    addresses: str = ""
     copy_to: Path | None = None
     restart: bool = False
     engine: str = "local"
+
+    def protocols(self, inputs: Sequence[str]) -> list[str]:
+        """Those that addresses may have."""
+        return sources.protocols(inputs, self.addresses)
 
     def check(self, inputs: Sequence[str], out: Path) -> None:
         """Find what is wrong before any work.
@@ -138,7 +144,7 @@ def _score(
     options: Options,
     say: Callable[[str], None],
     open_: Callable[..., Predictor],
-    work: Callable[[Journal, Predictor, Options, int, Progress], None],
+    work: Callable[[Journal, Predictor, Options, int, Progress, list[str]], None],
 ) -> Summary:
     options.check(inputs, out)
     if "-" not in inputs:  # a wrong name is told at once, not behind the loading of a model
@@ -160,7 +166,7 @@ def _score(
         if journal.done:
             say(f"going on: {journal.done} of {journal.total} images are done")
         with Progress(journal.total, journal.done) as progress:
-            work(journal, predictor, options, batch, progress)
+            work(journal, predictor, options, batch, progress, options.protocols(inputs))
             seconds, now = progress.seconds, progress.now
         labels, errors = _publish(journal, out, options)
         summary = Summary(
@@ -174,7 +180,7 @@ def _score(
         )
         summary.write(out, predictor)
         if options.copy_to is not None:
-            say(sorting.copy(options.copy_to, _rows(journal)))
+            say(sorting.copy(options.copy_to, _rows(journal), options.protocols(inputs)))
         journal.remove()
     say(f"{summary}\nwrote {out}")
     summary.judge(out, options.max_errors)
@@ -198,7 +204,7 @@ def _facts(
     inputs: Sequence[str], predictor: Predictor, options: Options, batch: int
 ) -> dict[str, object]:
     """All that decides rows, and a change of which must not meet rows of before."""
-    kept = ("tta", "top_k", "probabilities", "embeddings", "column")
+    kept = ("tta", "top_k", "probabilities", "embeddings", "column", "addresses")
     return {
         "bundle": predictor.model,
         "precision": predictor.precision,
@@ -210,7 +216,12 @@ def _facts(
 
 
 def _work(
-    journal: Journal, predictor: Predictor, options: Options, batch: int, progress: Progress
+    journal: Journal,
+    predictor: Predictor,
+    options: Options,
+    batch: int,
+    progress: Progress,
+    protocols: list[str],
 ) -> None:
     """Do the shards that are to be done."""
     views = max(1, options.tta)
@@ -223,6 +234,7 @@ def _work(
         top_k=options.top_k,
         probabilities=options.probabilities,
         embeddings=options.embeddings,
+        protocols=protocols,
         runs=None if options.workers or not on_cpu(predictor.runtime.provider) else tuned.runs,
     )
     rows: list[Row] = []

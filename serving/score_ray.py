@@ -185,6 +185,7 @@ class Team:
         options: Options,
         batch: int,
         progress: Progress,
+        protocols: list[str],
     ) -> None:
         """Do the shards that are to be done.
 
@@ -194,6 +195,7 @@ class Team:
         each = max(1, batch // max(1, options.tta))
         scoring = {"batch": each, "tta": options.tta, "top_k": options.top_k}
         scoring |= {"probabilities": options.probabilities, "embeddings": options.embeddings}
+        scoring |= {"protocols": protocols}
         tasks = list(_tasks(journal, each, self._pool.workers))
         if not tasks:
             return
