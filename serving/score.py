@@ -31,7 +31,7 @@ from serving.predictor import Predictor
 from serving.progress import Progress
 from serving.runtime import on_cpu
 from serving.scorer import Chunk, Scorer, in_order
-from serving.shards import Journal
+from serving.shards import Journal, begun
 from serving.summary import Summary
 from serving.table import COLUMNS, PROBABILITIES, Features, Row, Table
 from serving.tuning import measured
@@ -147,8 +147,11 @@ def _score(
     work: Callable[[Journal, Predictor, Options, int, Progress, list[str]], None],
 ) -> Summary:
     options.check(inputs, out)
-    if "-" not in inputs:  # a wrong name is told at once, not behind the loading of a model
-        next(sources.find(inputs, column=options.column, note=lambda _: None), None)
+    skipped: list[str] = []
+    names: Iterator[str] | None = None
+    if "-" not in inputs and (options.restart or not begun(out)):
+        # A wrong name is told at once, not behind the loading of a model.
+        names = _found(inputs, options.column, say, skipped)
     threads = 1 if options.workers else None  # as tuned, where nothing else is said
     predictor = open_(bundle, device=options.device, precision=options.precision, threads=threads)
     predictor.check(options.tta)
@@ -158,8 +161,8 @@ def _score(
     ) as journal:
         if not journal.known:
             try:
-                skipped: list[str] = []
-                journal.keep_inputs(_found(inputs, options.column, say, skipped), skipped)
+                names = names or _found(inputs, options.column, say, skipped)
+                journal.keep_inputs(names, skipped)
             except BaseException:
                 journal.remove()  # nothing was done yet that one could go on with
                 raise

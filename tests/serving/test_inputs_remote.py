@@ -11,7 +11,7 @@ import fsspec
 import pytest
 
 from serving import inputs, inputs_remote, score
-from serving.errors import BrokenImage, DataError, TooLarge
+from serving.errors import BrokenImage, DataError, TooLarge, WorkError
 from serving.score import Options
 from tests.tiny import photo, tiny_bundle
 
@@ -207,3 +207,25 @@ def test_a_table_of_addresses_is_that_of_the_folder(
         tables.append(out.read_text().replace("file://", ""))
     assert tables[0] == tables[1] == tables[2]
     assert "5.jpg,error" in tables[0]
+
+
+def test_a_job_lists_a_folder_once_and_one_that_goes_on_does_not(
+    tmp_path: Path, memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe_file("/p/1.jpg", photo(1))
+    looked: list[str] = []
+    find = inputs_remote.find
+    monkeypatch.setattr(inputs_remote, "find", lambda word: (looked.append(word), find(word))[1])
+    words, out = ["memory://p"], tmp_path / "out.csv"
+    bundle = tiny_bundle(tmp_path / "bundle")
+
+    def full(*_: object) -> None:
+        raise WorkError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "_publish", full)
+        with pytest.raises(WorkError, match="full"):
+            score.score(words, bundle, out, Options(device="cpu"), say=lambda line: None)
+    assert looked == words
+    score.score(words, bundle, out, Options(device="cpu"), say=lambda line: None)
+    assert looked == words
