@@ -189,6 +189,8 @@ def _parser() -> argparse.ArgumentParser:
     table = ".csv, .jsonl or .parquet; with ray also a folder of .parquet files"
     add.add_argument("--out", type=Path, required=True, metavar="FILE", help=table)
     add.add_argument("--column", metavar="NAME", help="of a list, that has the paths")
+    may = "addresses that lists may have, too: s3,https; else those of the inputs alone"
+    add.add_argument("--addresses", default="", metavar="KINDS", help=may)
     add.add_argument("--tta", type=int, default=0, metavar="N", help="views to average")
     add.add_argument("--top-k", type=int, default=5, metavar="K")
     every = "a column with the probabilities of all classes"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -81,6 +81,12 @@ def find(
     return chain([next(found)], found)  # so that what is wrong is known before any work
 
 
+def protocols(inputs: Sequence[str], also: str = "") -> list[str]:
+    """Of the addresses that are asked for by name, and others, as in "s3,https"."""
+    named = {inputs_remote.protocol(word) for word in inputs if not os.path.exists(word)}
+    return sorted((named | {kind.strip().lower() for kind in also.split(",")}) - {""})
+
+
 class Reader:
     """Reads the bytes behind names. Safe among threads, and those of a process share archives.
 
@@ -88,7 +94,9 @@ class Reader:
     on: in order it is unpacked once, backwards it is begun anew for each member.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, protocols: Collection[str] = ()) -> None:
+        """`protocols`: those that addresses may have; files here always."""
+        self._protocols = {*protocols, "file", "local"}
         self._archives: inputs_members.Archives | None = None
 
     def load(self, name: str) -> bytes:
@@ -99,7 +107,10 @@ class Reader:
             TooLarge: No photo is that big.
         """
         if inputs_remote.is_address(name) and not os.path.exists(name):
-            return inputs_remote.load(name)
+            kind = inputs_remote.protocol(name)
+            if kind not in self._protocols:
+                raise BrokenImage(f"an address in a list: to read those, give --addresses {kind}")
+            return inputs_remote.load(name, load)
         place = archives.split(name)
         if place is None:
             return load(name)

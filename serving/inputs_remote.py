@@ -29,6 +29,11 @@ def is_address(name: str) -> bool:
     return _ADDRESS.match(name) is not None
 
 
+def protocol(name: str) -> str:
+    """That of an address, in small letters; "" for what is none."""
+    return name.partition("://")[0].lower() if is_address(name) else ""
+
+
 def find(address: str) -> Callable[[Note], Iterator[str]]:
     """The images at an address: itself, those in the folder and below, or what a pattern matches.
 
@@ -50,29 +55,47 @@ def find(address: str) -> Callable[[Note], Iterator[str]]:
     except Exception as error:  # each package behind fsspec has errors of its own
         raise DataError(f"{address}: can't be looked into: {_reason(error)}") from error
     if pattern:
-        return lambda note: _matching(fs, path, found.values())
+        return lambda note: _called(address, _matching(fs, path, found.values()))
     if entry["type"] == "directory":
-        return lambda note: _below(fs, entry, note)
+        return lambda note: _called(address, _below(fs, entry, note))
     if lists.is_table(path) or path.lower().endswith(lists.LINES) or archives.is_archive(path):
         raise DataError(f"{address}: lists and archives are read from files here; copy it first")
     return lambda note: iter([address])
 
 
-def load(address: str) -> bytes:
-    """The bytes at an address; as `inputs.load`."""
+def _called(address: str, names: Iterator[str]) -> Iterator[str]:
+    """Names with the protocol that was asked for, where it has several: gs and gcs, s3 and s3a."""
+    kind = protocol(address)
+    for name in names:
+        found = protocol(name)
+        yield name if found.startswith(("http", "file")) else kind + name[len(found) :]
+
+
+def load(address: str, local: Callable[[str], bytes]) -> bytes:
+    """The bytes at an address; as `inputs.load`, which is `local`, of files here."""
+    if "::" in address:
+        raise BrokenImage("'::' has no meaning in an address")
     try:
         fs, path = _open(address)
-        try:
-            data = bytes(fs.cat_file(path, start=0, end=MAX_FILE + 1))
-        except Exception:
-            if fs.size(path) != 0:  # some have no range in an empty file
-                raise
-            return b""
+        if "file" not in fs.protocol:
+            with fs.open(path, "rb") as file:
+                data = _read(file)
     except Exception as error:  # each package behind fsspec has errors of its own
         raise BrokenImage(f"can't be read: {_reason(error)}") from error
+    if "file" in fs.protocol:
+        return local(path)
     if len(data) > MAX_FILE:
         raise TooLarge(f"more than the {MAX_FILE} bytes allowed")
     return data
+
+
+def _read(file: Any) -> bytes:
+    """All of it, or more than a photo has: a server may not know how long a file is."""
+    pieces, left = [], MAX_FILE + 1
+    while left > 0 and (piece := file.read(left)):
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)
 
 
 def _open(address: str) -> tuple[Any, str]:

@@ -8,6 +8,7 @@ name replaces it.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -81,15 +82,22 @@ class Parts:
     def _close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+            _sync(self._aside / f"part-{self._files - 1:05}.parquet")
         self._writer, self._rows = None, 0
 
     def _publish(self) -> None:
         self._close()
         older = self._out.with_name(f".{self._out.name}.older")
         shutil.rmtree(older, ignore_errors=True)
+        _sync(self._aside)
         if self._out.exists():
             self._out.rename(older)
-        self._aside.rename(self._out)
+        try:
+            self._aside.rename(self._out)
+        except OSError:
+            if older.exists():
+                older.rename(self._out)
+            raise
         shutil.rmtree(older, ignore_errors=True)
 
     def _guard(self, write: Callable[[], object]) -> None:
@@ -98,6 +106,15 @@ class Parts:
         except OSError as error:
             shutil.rmtree(self._aside, ignore_errors=True)
             raise WorkError(f"--out {self._out}: {error.strerror or error}") from error
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def is_parts(out: Path) -> bool:

@@ -31,7 +31,7 @@ from serving.predictor import Predictor
 from serving.progress import Progress
 from serving.runtime import on_cpu
 from serving.scorer import Chunk, Scorer, in_order
-from serving.shards import Journal
+from serving.shards import Journal, begun
 from serving.summary import Summary
 from serving.table import COLUMNS, PROBABILITIES, Features, Row, Table
 from serving.tuning import measured
@@ -51,6 +51,7 @@ class Options:
     probabilities: a column with those of all classes.
     embeddings: a column with the graph's features; Parquet only.
     column: of a list of inputs in CSV or Parquet.
+    addresses: what addresses in lists may begin with besides those of the inputs: "s3,https".
     copy_to: a folder that gets a copy of every image, in a folder for each label.
     restart: forget what a run that was not finished has done.
     engine: local, or ray: the work is done by a cluster, `workers` are its actors.
@@ -66,9 +67,14 @@ class Options:
     probabilities: bool = False
     embeddings: bool = False
     column: str | None = None
+    addresses: str = ""
     copy_to: Path | None = None
     restart: bool = False
     engine: str = "local"
+
+    def protocols(self, inputs: Sequence[str]) -> list[str]:
+        """Those that addresses may have."""
+        return sources.protocols(inputs, self.addresses)
 
     def check(self, inputs: Sequence[str], out: Path) -> None:
         """Find what is wrong before any work.
@@ -138,11 +144,14 @@ def _score(
     options: Options,
     say: Callable[[str], None],
     open_: Callable[..., Predictor],
-    work: Callable[[Journal, Predictor, Options, int, Progress], None],
+    work: Callable[[Journal, Predictor, Options, int, Progress, list[str]], None],
 ) -> Summary:
     options.check(inputs, out)
-    if "-" not in inputs:  # a wrong name is told at once, not behind the loading of a model
-        next(sources.find(inputs, column=options.column, note=lambda _: None), None)
+    skipped: list[str] = []
+    names: Iterator[str] | None = None
+    if "-" not in inputs and (options.restart or not begun(out)):
+        # A wrong name is told at once, not behind the loading of a model.
+        names = _found(inputs, options.column, say, skipped)
     threads = 1 if options.workers else None  # as tuned, where nothing else is said
     predictor = open_(bundle, device=options.device, precision=options.precision, threads=threads)
     predictor.check(options.tta)
@@ -152,15 +161,15 @@ def _score(
     ) as journal:
         if not journal.known:
             try:
-                skipped: list[str] = []
-                journal.keep_inputs(_found(inputs, options.column, say, skipped), skipped)
+                names = names or _found(inputs, options.column, say, skipped)
+                journal.keep_inputs(names, skipped)
             except BaseException:
                 journal.remove()  # nothing was done yet that one could go on with
                 raise
         if journal.done:
             say(f"going on: {journal.done} of {journal.total} images are done")
         with Progress(journal.total, journal.done) as progress:
-            work(journal, predictor, options, batch, progress)
+            work(journal, predictor, options, batch, progress, options.protocols(inputs))
             seconds, now = progress.seconds, progress.now
         labels, errors = _publish(journal, out, options)
         summary = Summary(
@@ -174,7 +183,7 @@ def _score(
         )
         summary.write(out, predictor)
         if options.copy_to is not None:
-            say(sorting.copy(options.copy_to, _rows(journal)))
+            say(sorting.copy(options.copy_to, _rows(journal), options.protocols(inputs)))
         journal.remove()
     say(f"{summary}\nwrote {out}")
     summary.judge(out, options.max_errors)
@@ -198,7 +207,7 @@ def _facts(
     inputs: Sequence[str], predictor: Predictor, options: Options, batch: int
 ) -> dict[str, object]:
     """All that decides rows, and a change of which must not meet rows of before."""
-    kept = ("tta", "top_k", "probabilities", "embeddings", "column")
+    kept = ("tta", "top_k", "probabilities", "embeddings", "column", "addresses")
     return {
         "bundle": predictor.model,
         "precision": predictor.precision,
@@ -210,7 +219,12 @@ def _facts(
 
 
 def _work(
-    journal: Journal, predictor: Predictor, options: Options, batch: int, progress: Progress
+    journal: Journal,
+    predictor: Predictor,
+    options: Options,
+    batch: int,
+    progress: Progress,
+    protocols: list[str],
 ) -> None:
     """Do the shards that are to be done."""
     views = max(1, options.tta)
@@ -223,6 +237,7 @@ def _work(
         top_k=options.top_k,
         probabilities=options.probabilities,
         embeddings=options.embeddings,
+        protocols=protocols,
         runs=None if options.workers or not on_cpu(predictor.runtime.provider) else tuned.runs,
     )
     rows: list[Row] = []

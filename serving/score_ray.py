@@ -111,9 +111,10 @@ class Worker:
     def _done(self, names: list[str]) -> Iterator[Done]:
         size = self._scorer.chunk
         chunks = (Chunk(0, names[at : at + size], False) for at in range(0, len(names), size))
-        if self._job.threads == 1:
+        threads = self._job.threads * (_WAITING if any(map(is_address, names)) else 1)
+        if threads == 1:
             return map(self._scorer, chunks)
-        return in_order(self._scorer, chunks, self._job.threads)
+        return in_order(self._scorer, chunks, threads)
 
 
 def _opened(job: Job) -> Predictor:
@@ -184,6 +185,7 @@ class Team:
         options: Options,
         batch: int,
         progress: Progress,
+        protocols: list[str],
     ) -> None:
         """Do the shards that are to be done.
 
@@ -193,6 +195,7 @@ class Team:
         each = max(1, batch // max(1, options.tta))
         scoring = {"batch": each, "tta": options.tta, "top_k": options.top_k}
         scoring |= {"probabilities": options.probabilities, "embeddings": options.embeddings}
+        scoring |= {"protocols": protocols}
         tasks = list(_tasks(journal, each, self._pool.workers))
         if not tasks:
             return
@@ -206,22 +209,21 @@ class Team:
                         raise vars(errors)[kind](message)
                     for row in shards.add(done):
                         progress.step(failed=row.status == "error")
-        except FledgeError:
+        except OptionError:
             if not journal.done:
-                journal.remove()  # nothing was done yet that one could go on with
+                journal.remove()  # the next command asks for other things
             raise
 
     def _job(self, task: Task, scoring: dict[str, Any]) -> Job:
         names = [name for name in json.loads(task["names"]) if not is_address(name)]
         places = (split(name) or (name, "") for name in names)
         sample = next((path for path, _ in places if os.path.exists(path)), "")
-        addresses = len(names) < task["images"]
         return Job(
             str(self._bundle.folder),
             cluster.share(_files(self._bundle)),
             self._pool.device,
             self._precision,
-            self._pool.threads * (_WAITING if addresses else 1),
+            self._pool.threads,
             os.getcwd(),
             sample and os.path.abspath(sample),
             scoring,

@@ -53,6 +53,7 @@ class Scorer:
         top_k: int,
         probabilities: bool,
         embeddings: bool,
+        protocols: Sequence[str] = (),
         runs: int | None = None,
     ) -> None:
         """Take what decides the rows.
@@ -64,6 +65,7 @@ class Scorer:
             top_k: See there.
             probabilities: See there.
             embeddings: See there.
+            protocols: As `inputs.Reader`.
             runs: Of the graph, that go at a time while other threads decode; None: each thread's.
         """
         self._predictor, self._batch, self._tta = predictor, batch, tta
@@ -71,7 +73,7 @@ class Scorer:
         self._probabilities, self._embeddings = probabilities, embeddings
         self.chunk = batch * max(1, _CHUNK // batch)
         self._turns = threading.Semaphore(runs) if runs else contextlib.nullcontext()
-        self._own = threading.local()
+        self._own, self._protocols = threading.local(), protocols
         self._readers: list[sources.Reader] = []
 
     def __call__(self, chunk: Chunk) -> Done:
@@ -130,7 +132,7 @@ class Scorer:
     def _reader(self) -> sources.Reader:
         reader: sources.Reader | None = getattr(self._own, "reader", None)
         if reader is None:
-            reader = self._own.reader = sources.Reader()
+            reader = self._own.reader = sources.Reader(self._protocols)
             self._readers.append(reader)
         return reader
 

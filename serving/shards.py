@@ -37,6 +37,15 @@ _LOCK: Final = "lock"
 Features = npt.NDArray[np.float32]
 
 
+def begun(out: Path) -> bool:
+    """Whether a job of `out` that is not finished has found its inputs."""
+    return (_folder(out) / _INPUTS).exists()
+
+
+def _folder(out: Path) -> Path:
+    return out.with_name(f".{out.name}.parts")
+
+
 class Journal:
     """One job's folder.
 
@@ -55,7 +64,7 @@ class Journal:
             OptionError: Another process is at work there; the job that lies there is another.
             WorkError: The folder can't be written.
         """
-        self.folder = out.with_name(f".{out.name}.parts")
+        self.folder = _folder(out)
         self.total = self.skipped = 0
         self._out = out
         self._lock = contextlib.ExitStack()

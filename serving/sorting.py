@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +17,7 @@ ERRORS: Final = "_errors"
 """The folder of what could not be scored."""
 
 
-def copy(folder: Path, rows: Iterable[Row]) -> str:
+def copy(folder: Path, rows: Iterable[Row], protocols: Sequence[str] = ()) -> str:
     """Copy what the rows name to folder/LABEL/NAME; what has no label to folder/_errors.
 
     A name that is there a second time gets a number. Called again with the same rows it writes
@@ -27,7 +27,7 @@ def copy(folder: Path, rows: Iterable[Row]) -> str:
         WorkError: Nothing can be written there.
     """
     taken, copied, lost = Counter[Path](), 0, 0
-    reader = Reader()
+    reader = Reader(protocols)
     try:
         for row in rows:
             place = _place(folder, row, taken)

@@ -1,14 +1,17 @@
 """Laws of addresses: found and read as the same files in a folder are."""
 
+import contextlib
 import os
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
 import pytest
 
 from serving import inputs, inputs_remote, score
-from serving.errors import BrokenImage, DataError, TooLarge
+from serving.errors import BrokenImage, DataError, TooLarge, WorkError
 from serving.score import Options
 from tests.tiny import photo, tiny_bundle
 
@@ -51,7 +54,7 @@ def test_a_folder_has_the_names_of_one_here_in_that_order(twins: Path, start: st
 
 
 def test_the_bytes_are_those_of_the_name(twins: Path) -> None:
-    reader = inputs.Reader()
+    reader = inputs.Reader(inputs.protocols(["memory://photos"]))
     for start in ("memory://photos", f"file://{twins}"):
         for name in found(start):
             assert reader.load(name).decode() == name.partition("photos/")[2]
@@ -103,11 +106,87 @@ def test_broken_ones_are_told_alone(
     memory.pipe_file("/p/empty.jpg", b"")
     memory.pipe_file("/p/big.jpg", b"12345")
     monkeypatch.setattr(inputs_remote, "MAX_FILE", 4)
-    assert inputs_remote.load("memory://p/empty.jpg") == b""
+    assert inputs.Reader(["memory"]).load("memory://p/empty.jpg") == b""
     with pytest.raises(TooLarge, match="4 bytes"):
-        inputs_remote.load("memory://p/big.jpg")
+        inputs.Reader(["memory"]).load("memory://p/big.jpg")
     with pytest.raises(BrokenImage, match="No such file"):
-        inputs_remote.load("memory://p/gone.jpg")
+        inputs.Reader(["memory"]).load("memory://p/gone.jpg")
+
+
+def test_a_file_here_is_read_with_the_care_that_its_path_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "big.jpg").write_bytes(b"12345")
+    monkeypatch.setattr(inputs, "_MAX_FILE", 4)
+    for start in ("file://", "local://"):
+        with pytest.raises(BrokenImage, match="not a file"):
+            inputs.Reader().load(f"{start}{tmp_path}/pipe.jpg")  # would wait for ever
+        with pytest.raises(TooLarge, match="5 bytes"):
+            inputs.Reader().load(f"{start}{tmp_path}/big.jpg")
+
+
+def test_a_server_is_read_no_further_than_a_photo_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent = 0
+
+    class Endless(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            nonlocal sent
+            self.do_HEAD()
+            with contextlib.suppress(OSError):
+                while sent < 10**9:
+                    self.wfile.write(bytes(10**6))
+                    sent += 10**6
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    monkeypatch.setattr(inputs_remote, "MAX_FILE", 10**6)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(TooLarge):
+                inputs.Reader(["http"]).load(f"http://127.0.0.1:{server.server_port}/1.jpg")
+        finally:
+            server.shutdown()
+    assert sent < 10**8
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["http://169.254.169.254/x", "SFTP://host/1.jpg", "reference://x", "memory://p/1.jpg"],
+)
+def test_a_list_opens_no_address_that_nobody_asked_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs_remote, "_open", lambda address: pytest.fail(address))
+    reader = inputs.Reader(inputs.protocols(["photos", "list.txt", "s3://bucket"], "gs, https"))
+    kind = name.partition(":")[0].lower()
+    with pytest.raises(BrokenImage, match=f"in a list: .* --addresses {kind}$"):
+        reader.load(name)
+    for chained in ("file://x::http://127.0.0.1/", "s3://x::memory://p/1.jpg"):
+        with pytest.raises(BrokenImage, match="'::' has no meaning"):
+            reader.load(chained)
+
+
+def test_an_option_lets_a_list_name_addresses(
+    tmp_path: Path, memory: fsspec.AbstractFileSystem
+) -> None:
+    memory.pipe_file("/p/1.jpg", photo(1))
+    (tmp_path / "1.jpg").write_bytes(photo(1))
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"memory://p/1.jpg\n{tmp_path}/1.jpg\n")
+    bundle, out = tiny_bundle(tmp_path / "bundle"), tmp_path / "out.csv"
+    for addresses, errors in (("", 1), ("memory", 0)):
+        options = Options(device="cpu", addresses=addresses)
+        done = score.score([str(listed)], bundle, out, options, say=lambda line: None)
+        assert sum(done.errors.values()) == errors
 
 
 def test_a_table_of_addresses_is_that_of_the_folder(
@@ -128,3 +207,25 @@ def test_a_table_of_addresses_is_that_of_the_folder(
         tables.append(out.read_text().replace("file://", ""))
     assert tables[0] == tables[1] == tables[2]
     assert "5.jpg,error" in tables[0]
+
+
+def test_a_job_lists_a_folder_once_and_one_that_goes_on_does_not(
+    tmp_path: Path, memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe_file("/p/1.jpg", photo(1))
+    looked: list[str] = []
+    find = inputs_remote.find
+    monkeypatch.setattr(inputs_remote, "find", lambda word: (looked.append(word), find(word))[1])
+    words, out = ["memory://p"], tmp_path / "out.csv"
+    bundle = tiny_bundle(tmp_path / "bundle")
+
+    def full(*_: object) -> None:
+        raise WorkError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "_publish", full)
+        with pytest.raises(WorkError, match="full"):
+            score.score(words, bundle, out, Options(device="cpu"), say=lambda line: None)
+    assert looked == words
+    score.score(words, bundle, out, Options(device="cpu"), say=lambda line: None)
+    assert looked == words

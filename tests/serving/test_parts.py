@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from serving import parts, scores
-from serving.errors import OptionError
+from serving.errors import OptionError, WorkError
 from serving.parts import Parts
 from serving.table import Row
 
@@ -49,6 +49,24 @@ def test_an_error_leaves_the_older_table(tmp_path: Path) -> None:
     write(out, 3)
     with pytest.raises(RuntimeError):
         interrupted(out)
+    assert len(list(scores.read(out))) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["scores"]
+
+
+def test_a_table_that_can_t_take_its_name_leaves_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "scores", Path.rename
+    write(out, 3)
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == ".scores.partial":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(WorkError, match="No space left"):
+        write(out, 5)
     assert len(list(scores.read(out))) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
 
