@@ -24,7 +24,10 @@ from serving.cores import cores
 from serving.errors import OptionError, WorkError
 
 ADDRESS: Final = "RAY_ADDRESS"
+AUTH: Final = "RAY_AUTH_MODE"
 LOCAL: Final = "local"
+_joined: Final[list[str]] = []
+"""The cluster that this process has joined here, and so may leave."""
 _PATIENCE: Final = 5.0
 """Seconds to wait for a cluster's door."""
 _LOOK: Final = 2.0
@@ -63,6 +66,9 @@ def join(device: str, workers: int | None) -> Pool:
         )
     _knock(address)
     ray: Any = importlib.import_module("ray")
+    if ray.is_initialized():
+        raise WorkError("--engine ray: this process is in a cluster already; leave that first")
+    _joined.append(address)
     own = {"num_cpus": workers or cores(), "include_dashboard": False}
     try:
         with _hushed():
@@ -74,7 +80,8 @@ def join(device: str, workers: int | None) -> Pool:
             )
         resources = ray.cluster_resources()
     except Exception as error:  # of many kinds, and none of them is ours
-        raise _lost(f"can't join the cluster {address}", error) from error
+        lost = _lost(f"can't join the cluster {address}", error)
+        raise WorkError(f"{lost}{'' if address == LOCAL else _token()}") from error
     gpus = math.floor(resources.get("GPU", 0))
     if device == "auto":
         device = "cuda" if gpus else "cpu"
@@ -92,7 +99,8 @@ def join(device: str, workers: int | None) -> Pool:
 
 def leave() -> None:
     """End what was started for this job, actors in the middle of a task included."""
-    if "ray" in sys.modules:
+    if _joined:
+        _joined.clear()
         sys.modules["ray"].shutdown()
 
 
@@ -216,6 +224,13 @@ def _knock(address: str) -> None:
         raise WorkError(
             f"--engine ray: can't reach the cluster {address}: {error}; see {ADDRESS}"
         ) from error
+
+
+def _token() -> str:
+    """What to look at where Ray says no more than that it could not connect."""
+    if os.environ.get(AUTH, "").lower() == "token":
+        return f"; {AUTH}=token: is the token that of the head? `ray get-auth-token` tells both"
+    return f"; a cluster with a token, as Ray makes them, needs {AUTH}=token, and its token here"
 
 
 def _threads(nodes: list[dict[str, Any]], each: int) -> int:

@@ -193,9 +193,9 @@ class Team:
             FledgeError: What an actor could not do its work for; nothing is lost that was done.
         """
         each = max(1, batch // max(1, options.tta))
-        scoring = {"batch": each, "tta": options.tta, "top_k": options.top_k}
+        scoring: dict[str, Any] = {"batch": each, "tta": options.tta, "top_k": options.top_k}
         scoring |= {"probabilities": options.probabilities, "embeddings": options.embeddings}
-        scoring |= {"protocols": protocols}
+        scoring["protocols"] = protocols
         tasks = list(_tasks(journal, each, self._pool.workers))
         if not tasks:
             return

@@ -1,5 +1,6 @@
 """Laws of scoring on Ray: the table of one machine, whatever happens to the others."""
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -195,6 +196,60 @@ def test_a_machine_without_the_images_says_so(tmp_path: Path) -> None:
     assert done["rows"] == ""
 
 
+class Near(cluster.Pool):
+    """A cluster that is this process."""
+
+    def map(self, kind: type, job: Any, tasks: list[dict[str, Any]], say: Any) -> Any:
+        yield from map(kind(job), tasks)
+
+
+@pytest.fixture
+def near(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(cluster, "join", lambda *_: Near("cpu", 1, 1, {}))
+    monkeypatch.setattr(cluster, "share", lambda value: value)
+    monkeypatch.setattr(cluster, "shared", lambda value: value)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("fault", "kept"), [(WorkError, True), (OptionError, False)])
+def test_what_was_found_is_kept_unless_other_things_must_be_asked_for(
+    photos: Path,
+    bundle: Path,
+    tmp_path: Path,
+    near: pytest.MonkeyPatch,
+    fault: type[Exception],
+    kept: bool,
+) -> None:
+    def failing(*_: object) -> None:
+        raise fault("so it is")
+
+    near.setattr(Near, "map", lambda *_: (failing() for _ in range(1)))
+    with pytest.raises(fault, match="so it is"):
+        here(photos, bundle, tmp_path / "out.csv", engine="ray")
+    assert (tmp_path / ".out.csv.parts" / "inputs.jsonl").exists() == kept
+
+
+def test_tasks_with_addresses_are_those_that_read_ahead(
+    photos: Path, bundle: Path, tmp_path: Path, near: pytest.MonkeyPatch
+) -> None:
+    names = listed(tmp_path / "list.txt", photos, 96)
+    table = here(names, bundle, tmp_path / "out.csv")
+    lines = names.read_text().splitlines()
+    lines[70] = f"file://{lines[70]}"
+    names.write_text("\n".join(lines))
+    taken: list[int] = []
+    order = score_ray.in_order
+
+    def counted(work: Any, chunks: Any, threads: int) -> Any:
+        taken.append(threads)
+        return order(work, chunks, threads)
+
+    near.setattr(score_ray, "in_order", counted)
+    there = here(names, bundle, tmp_path / "out.csv", engine="ray")
+    assert there.replace(b"file://", b"") == table
+    assert taken == [8]
+
+
 @pytest.mark.slow
 def test_a_machine_that_dies_changes_nothing(
     photos: Path, bundle: Path, tmp_path: Path, environment: dict[str, str]
@@ -273,3 +328,54 @@ def test_on_this_machine_alone_ray_says_nothing_and_ctrl_c_ends_it_all(
     for (path, one), (other_path, other) in zip(first, second, strict=True):
         assert (path, one.label, one.code) == (other_path, other.label, other.code)
         assert one.probability == pytest.approx(other.probability, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_cluster_with_a_token_is_joined_by_who_has_it(
+    photos: Path, bundle: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    names = listed(tmp_path / "list.txt", photos, 64)
+    here(names, bundle, tmp_path / "here.csv")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
+    environment["RAY_agent_register_timeout_ms"] = "100000"
+    start = "import sys; from ray.scripts.scripts import main; main()"
+    words = ["start", "--head", "--block", f"--port={port}", "--num-cpus=1"]
+    words += ["--disable-usage-stats", "--include-dashboard=false"]
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(
+            [sys.executable, "-c", start, *words], env=environment, stdout=log, stderr=log
+        ) as head,
+    ):
+        try:
+            while "Ray runtime started" not in (tmp_path / "log").read_text():
+                assert head.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            rest = ("--bundle", bundle, "--out", tmp_path / "there.csv", "--device", "cpu")
+            environment["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+            for change, code, said in (
+                ({"RAY_AUTH_MODE": "disabled"}, 1, "needs RAY_AUTH_MODE=token"),
+                ({"RAY_AUTH_TOKEN": "b" * 64}, 1, "is the token that of the head"),
+                ({}, 0, ""),
+            ):
+                done = subprocess.run(
+                    command(names, *rest),
+                    env=environment | change,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=120,
+                )
+                assert done.returncode == code, done.stderr
+                assert said in done.stderr
+        finally:
+            family = psutil.Process(head.pid).children(recursive=True)
+            head.terminate()
+            head.wait(60)
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+    assert (tmp_path / "there.csv").read_bytes() == (tmp_path / "here.csv").read_bytes()
