@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from functools import cache
 from typing import Final
 
 import torch
@@ -59,7 +60,8 @@ class ConvActivation(nn.Module):
     def __init__(self, conv: nn.Conv2d, activation: nn.Module) -> None:
         """Share the weights of `conv`; `activation` is one of `_ACTIVATIONS`."""
         super().__init__()
-        self.conv, self.kind = conv, _ACTIVATIONS[type(activation)]
+        self.conv, self.activation = conv, activation
+        self.kind = _ACTIVATIONS[type(activation)]
         is_clamp = isinstance(activation, nn.ReLU6)
         self.limits = [activation.min_val, activation.max_val] if is_clamp else []
 
@@ -68,6 +70,9 @@ class ConvActivation(nn.Module):
         conv, dtype = self.conv, self.conv.weight.dtype
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
+        if dtype == torch.bfloat16 and not _bf16_in_one_pass():
+            apart: Tensor = self.activation(self.conv(x))
+            return apart
         made: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x.to(dtype),
             conv.weight.to(dtype),
@@ -81,6 +86,12 @@ class ConvActivation(nn.Module):
             "",
         )
         return made
+
+
+@cache
+def _bf16_in_one_pass() -> bool:
+    """Whether oneDNN computes bfloat16 here; elsewhere its operator raises, and autocast emulates."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _one_pass_here(network: nn.Module) -> bool:
