@@ -90,7 +90,7 @@ class ConvActivation(nn.Module):
 
 @cache
 def _bf16_in_one_pass() -> bool:
-    """Whether oneDNN computes bfloat16 here; elsewhere its operator raises, and autocast emulates."""
+    """Whether oneDNN computes bfloat16 here; elsewhere its operator raises."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
