@@ -288,7 +288,8 @@ def test_a_machine_that_dies_changes_nothing(
 def test_on_this_machine_alone_ray_says_nothing_and_ctrl_c_ends_it_all(
     photos: Path, bundle: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    names = listed(tmp_path / "list.txt", photos, 3000)
+    # Enough that most are to do when the first thousand are done.
+    names = listed(tmp_path / "list.txt", photos, 9000)
     here(names, bundle, tmp_path / "here.parquet", embeddings=True, tta=2)
     names.write_text(names.read_text().replace("/", "file:///", 1))
     rest = ("--bundle", bundle, "--out", tmp_path / "scores", "--embeddings", "--tta", 2)
@@ -324,7 +325,7 @@ def test_on_this_machine_alone_ray_says_nothing_and_ctrl_c_ends_it_all(
         [(one.path.removeprefix("file://"), one) for one in scores.read(tmp_path / name)]
         for name in ("here.parquet", "scores")
     )
-    assert len(first) == 3000
+    assert len(first) == 9000
     for (path, one), (other_path, other) in zip(first, second, strict=True):
         assert (path, one.label, one.code) == (other_path, other.label, other.code)
         assert one.probability == pytest.approx(other.probability, abs=1e-5)
