@@ -25,8 +25,9 @@ DECODED: Final = (1, 2, 4, 8)
 ROUNDS: Final = 3
 SECONDS: Final = 0.25
 """Of one measurement; a round has one of every graph, split of the cores, and batch."""
-WORTH: Final = 1.1
-"""A batch above 1 makes requests wait for each other: it must be this much faster."""
+WORTH: Final = 1.2
+"""A batch above 1 makes requests wait for each other: it must be this much faster, and clearly more
+than what a busy machine's rates differ by from one second to the next."""
 ENOUGH: Final = 0.97
 """Of the best rate: the smallest batch that reaches it will do."""
 
