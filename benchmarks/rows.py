@@ -5,13 +5,36 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Row = TypeVar("Row")
 """A dataclass."""
+
+
+def asked(peers: str, known: Mapping[str, object]) -> list[str]:
+    """The names of --peers, with commas, in that order.
+
+    Raises:
+        SystemExit: One that there is none of.
+    """
+    names = peers.split(",")
+    unknown = set(names) - set(known)
+    if unknown:
+        there = ", ".join(known)
+        raise SystemExit(f"--peers: no {', '.join(sorted(unknown))}; there are {there}")
+    return names
+
+
+def jobs(peers: Sequence[Any], rounds: int) -> Iterator[tuple[int, Any, Any]]:
+    """(round, peer, setting), round by round, every competitor first in its turn."""
+    for turn in range(rounds):
+        first = turn % len(peers)
+        for peer in [*peers[first:], *peers[:first]]:
+            for setting in peer.settings:
+                yield turn, peer, setting
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:

@@ -23,7 +23,6 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +35,7 @@ import score_photos
 import score_process
 import score_run
 import score_tables
-from score_peers import Peer, Setting
+from score_peers import Peer
 from score_run import Place, Row
 
 RESULTS = "results.jsonl"
@@ -95,11 +94,7 @@ def parse() -> argparse.Namespace:
 
 def chosen(options: argparse.Namespace) -> list[Peer]:
     """The peers that are asked for, in that order."""
-    names = options.peers.split(",")
-    unknown = set(names) - set(score_peers.ALL)
-    if unknown:
-        there = ", ".join(score_peers.ALL)
-        raise SystemExit(f"--peers: no {', '.join(sorted(unknown))}; there are {there}")
+    names = kept.asked(options.peers, score_peers.ALL)
     eager = sorted(set(names) & set(score_peers.EAGER))
     if eager and not (options.run or options.memory):
         raise SystemExit(
@@ -135,22 +130,13 @@ def race(peers: list[Peer], rounds: int, place: Place) -> None:
     """Measure what is missing."""
     rows = kept.read(place.out / RESULTS, Row)
     done = {(row.peer, row.setting, row.round) for row in rows}
-    for turn, peer, setting in jobs(peers, rounds):
+    for turn, peer, setting in kept.jobs(peers, rounds):
         if (peer.name, setting.name, turn) not in done:
             row = score_run.measure(peer, setting, turn, place)
             kept.append(place.out / RESULTS, [row])
             told = f"{row.peer}, {row.setting}, round {row.round}: {row.rate:.0f} images/s, "
             told += f"start {row.start:.1f} s, CPU {row.cpu_ms:.2f} ms, {row.peak:.0f} MB"
             print(f"{told}, other labels {row.others}", file=sys.stderr, flush=True)
-
-
-def jobs(peers: list[Peer], rounds: int) -> Iterator[tuple[int, Peer, Setting]]:
-    """Round by round, every competitor first in its turn."""
-    for turn in range(rounds):
-        first = turn % len(peers)
-        for peer in peers[first:] + peers[:first]:
-            for setting in peer.settings:
-                yield turn, peer, setting
 
 
 def same_settings(place: Place, told: list[str], path: Path) -> None:

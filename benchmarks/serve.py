@@ -21,7 +21,6 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +32,7 @@ import serve_photos
 import serve_process
 import serve_run
 import serve_tables
-from serve_peers import Peer, Setting
+from serve_peers import Peer
 from serve_run import Place, Row
 
 RESULTS = "results.jsonl"
@@ -58,7 +57,7 @@ def main() -> int:
     (out / "machine.txt").write_text("\n".join(told) + "\n")
     print(about, file=sys.stderr)
     rows = kept.read(out / RESULTS, Row)
-    for turn, peer, setting in jobs(peers, options.rounds):
+    for turn, peer, setting in kept.jobs(peers, options.rounds):
         done = {
             row.callers
             for row in rows
@@ -103,11 +102,7 @@ def parse() -> argparse.Namespace:
 
 def chosen(options: argparse.Namespace) -> list[Peer]:
     """The peers that are asked for, in that order."""
-    names = options.peers.split(",")
-    unknown = set(names) - set(serve_peers.ALL)
-    if unknown:
-        there = ", ".join(serve_peers.ALL)
-        raise SystemExit(f"--peers: no {', '.join(sorted(unknown))}; there are {there}")
+    names = kept.asked(options.peers, serve_peers.ALL)
     if "torch" in names and not options.run:
         raise SystemExit("--peers torch serves a run: name it by --run, or leave torch out")
     return [serve_peers.ALL[name] for name in names]
@@ -144,15 +139,6 @@ def versions(place: Place, peers: list[Peer]) -> list[str]:
     if any(peer.name in serve_peers.ELSEWHERE for peer in peers):
         found.append(f"FastAPI and LitServe: {serve_env.versions(place.peers_python)}")
     return found
-
-
-def jobs(peers: list[Peer], rounds: int) -> Iterator[tuple[int, Peer, Setting]]:
-    """Round by round, every competitor first in its turn."""
-    for turn in range(rounds):
-        first = turn % len(peers)
-        for peer in peers[first:] + peers[:first]:
-            for setting in peer.settings:
-                yield turn, peer, setting
 
 
 def same_settings(place: Place, told: list[str], path: Path) -> None:

@@ -136,12 +136,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 def jobs(options: argparse.Namespace) -> list[Job]:
     """Pair by pair, every competitor first in its turn."""
-    peers = options.peers.split(",")
-    unknown = set(peers) - set(tables.NAMES)
-    if unknown:
-        raise SystemExit(
-            f"--peers: no {', '.join(sorted(unknown))}; there are {', '.join(tables.NAMES)}"
-        )
+    peers = rows.asked(options.peers, tables.NAMES)
     pairs = itertools.product(map(int, options.seeds.split(",")), options.folds.split(","))
     return [
         Job(peer, fold, seed)

@@ -13,7 +13,7 @@ from typing import Final
 
 from serving import bundle
 from serving.errors import BundleError, OptionError
-from serving.files import is_running
+from serving.files import is_running, sync
 from serving.manifest import Manifest
 from serving.signing import Sign
 
@@ -78,8 +78,7 @@ def go_live(payload: Path, manifest: Manifest, out: Path, sign: Sign | None = No
     else:
         for path in payload.rglob("*"):
             if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync(path)
         place = out / manifest.version
         shutil.rmtree(place, ignore_errors=True)  # of an export that never went live, or broken
         payload.rename(place)

@@ -48,8 +48,7 @@ def write_aside(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.partial")
     try:
         yield aside
-        with aside.open("r+b") as file:
-            os.fsync(file.fileno())
+        sync(aside)
         aside.replace(path)
     except OSError as error:
         if error.filename is None or os.fspath(error.filename) != str(aside):
@@ -57,6 +56,15 @@ def write_aside(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def is_running(process: int) -> bool:

@@ -8,7 +8,6 @@ name replaces it.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import Final
 
 from serving import parquet
 from serving.errors import OptionError, WorkError
-from serving.files import check_folder
+from serving.files import check_folder, sync
 from serving.parquet import ParquetWriter
 from serving.table import Features, Row
 
@@ -82,14 +81,14 @@ class Parts:
     def _close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-            _sync(self._aside / f"part-{self._files - 1:05}.parquet")
+            sync(self._aside / f"part-{self._files - 1:05}.parquet")
         self._writer, self._rows = None, 0
 
     def _publish(self) -> None:
         self._close()
         older = self._out.with_name(f".{self._out.name}.older")
         shutil.rmtree(older, ignore_errors=True)
-        _sync(self._aside)
+        sync(self._aside)
         if self._out.exists():
             self._out.rename(older)
         try:
@@ -106,15 +105,6 @@ class Parts:
         except OSError as error:
             shutil.rmtree(self._aside, ignore_errors=True)
             raise WorkError(f"--out {self._out}: {error.strerror or error}") from error
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def is_parts(out: Path) -> bool:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +76,17 @@ class Options:
     def protocols(self, inputs: Sequence[str]) -> list[str]:
         """Those that addresses may have."""
         return sources.protocols(inputs, self.addresses)
+
+    def scoring(self, batch: int, protocols: Sequence[str]) -> dict[str, Any]:
+        """What a `Scorer` has to know, of any engine; `batch`: rows of one run of the graph."""
+        return {
+            "batch": max(1, batch // max(1, self.tta)),
+            "tta": self.tta,
+            "top_k": self.top_k,
+            "probabilities": self.probabilities,
+            "embeddings": self.embeddings,
+            "protocols": protocols,
+        }
 
     def check(self, inputs: Sequence[str], out: Path) -> None:
         """Find what is wrong before any work.
@@ -227,17 +239,11 @@ def _work(
     protocols: list[str],
 ) -> None:
     """Do the shards that are to be done."""
-    views = max(1, options.tta)
     workers = options.workers or cores()
     tuned = measured(predictor.manifest, predictor.precision, workers)
     scorer = Scorer(
         predictor,
-        batch=max(1, batch // views),
-        tta=options.tta,
-        top_k=options.top_k,
-        probabilities=options.probabilities,
-        embeddings=options.embeddings,
-        protocols=protocols,
+        **options.scoring(batch, protocols),
         runs=None if options.workers or not on_cpu(predictor.runtime.provider) else tuned.runs,
     )
     rows: list[Row] = []

@@ -192,11 +192,8 @@ class Team:
         Raises:
             FledgeError: What an actor could not do its work for; nothing is lost that was done.
         """
-        each = max(1, batch // max(1, options.tta))
-        scoring: dict[str, Any] = {"batch": each, "tta": options.tta, "top_k": options.top_k}
-        scoring |= {"probabilities": options.probabilities, "embeddings": options.embeddings}
-        scoring["protocols"] = protocols
-        tasks = list(_tasks(journal, each, self._pool.workers))
+        scoring = options.scoring(batch, protocols)
+        tasks = list(_tasks(journal, scoring["batch"], self._pool.workers))
         if not tasks:
             return
         job = self._job(tasks[0], scoring)
