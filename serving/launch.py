@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import ipaddress
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Final, NoReturn
 
-from serving import bundle, signing
+from serving import alone, bundle, signing
 from serving.errors import BundleError, FledgeError, OptionError
 from serving.manifest import Manifest
 from serving.settings import Settings, bundle_folder
@@ -23,6 +25,9 @@ SCRATCH: Final = "FLEDGE_SCRATCH"
 
 GRACE: Final = 30
 """Seconds that requests in flight have after SIGTERM; BentoML's own default is a day."""
+
+BACKLOG: Final = 2048
+"""Connections that the system holds until the server takes them: BentoML's default."""
 
 _ROOT: Final = Path(__file__).resolve().parent.parent
 
@@ -36,7 +41,9 @@ def serve(
     precision: str | None = None,
     workers: int | None = None,
 ) -> NoReturn:
-    """Replace this process by BentoML's server: signals and exit status are the server's own.
+    """Make this process the server; with several workers, BentoML's launcher takes its place.
+
+    Signals and exit status are the server's own.
 
     Args:
         folder: The bundle.
@@ -61,11 +68,17 @@ def serve(
     make_absolute(env)
     settings = Settings.from_env(env)
     manifest = _servable(settings)
-    address = free_address(host, port)
-    _private_home(env)
+    door = listening(host, port)
+    address = door.getsockname()[0]
     url = reachable(address, port)
     print(f"{manifest.name}:{manifest.version} on {url} (ready when {url}/readyz says 200)")
     print(f'curl --data-binary @photo.jpg -H "Content-Type: image/jpeg" {url}/predict', flush=True)
+    _private_home(env)
+    if settings.workers == 1:
+        _try_gpu(settings, env)
+        remove_scratch_at_the_end(env)
+        alone.serve(door, env, GRACE)
+    door.close()  # BentoML's launcher opens it again
     # -P: the folder in which the operator stands is not where modules come from.
     command = [sys.executable, "-P", "-m", "bentoml", "serve", "serving.service:ImageClassifier"]
     command += ["--working-dir", str(_ROOT), "--host", address, "--port", str(port)]
@@ -91,10 +104,16 @@ def check(settings: Settings) -> None:
         OptionError: The asked-for GPU is not there, or the bundle lacks the precision.
     """
     _servable(settings)
+    _try_gpu(settings, os.environ)
+
+
+def _try_gpu(settings: Settings, env: Mapping[str, str]) -> None:
     if settings.device in ("cuda", "tensorrt"):
-        # In a process of its own, so that this one, which serves nothing, holds no GPU memory.
+        # In a process of its own, so that a launcher, which serves nothing, holds no GPU memory.
         command = [sys.executable, "-m", "serving.launch"]
-        done = subprocess.run(command, cwd=_ROOT, text=True, stderr=subprocess.PIPE, check=False)
+        done = subprocess.run(
+            command, cwd=_ROOT, env=env, text=True, stderr=subprocess.PIPE, check=False
+        )
         if done.returncode:
             kind = BundleError if done.returncode == BundleError.exit_status else OptionError
             raise kind((done.stderr.strip().splitlines() or ["the device check failed"])[-1])
@@ -129,8 +148,8 @@ def _torchscript(settings: Settings, manifest: Manifest) -> None:
         raise BundleError(f"{settings.bundle} has no TorchScript graph; export it again")
 
 
-def free_address(host: str, port: int) -> str:
-    """`host` as a numeric address, on which `port` can be had.
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens; who connects waits until somebody answers.
 
     Raises:
         OptionError: An unknown host, a port that is out of range or in use.
@@ -139,19 +158,15 @@ def free_address(host: str, port: int) -> str:
         raise OptionError(f"--port {port}: use 1 to 65535")
     try:
         family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        address = str(ipaddress.ip_address(where[0]))
     except (OSError, ValueError) as error:
         raise OptionError(f"--host {host}: no such address") from error
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As the server does it: a port that only lingers after a restart is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(where)
-        except OSError as error:
-            raise OptionError(
-                f"--port {port} can't be had on {host}: {error.strerror}; use another --port"
-            ) from error
-    return address
+    try:
+        # A port that only lingers after a restart is free.
+        return socket.create_server(where[:2], family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise OptionError(
+            f"--port {port} can't be had on {host}: {error.strerror}; use another --port"
+        ) from error
 
 
 def reachable(address: str, port: int) -> str:
@@ -163,7 +178,7 @@ def reachable(address: str, port: int) -> str:
 
 
 def _private_home(env: dict[str, str]) -> None:
-    """BentoML wipes the metrics below its home at each start: also those of another server."""
+    """A home of this server's own: BentoML writes there, and wipes the metrics of any other."""
     env.pop(SCRATCH, None)
     try:
         scratch = tempfile.mkdtemp(prefix="fledge-")
@@ -173,13 +188,14 @@ def _private_home(env: dict[str, str]) -> None:
     env[SCRATCH] = f"{os.getpid()}:{scratch}"  # execve keeps the process id
 
 
-def own_scratch() -> str | None:
-    """The folder that this process shall remove when it ends.
+def remove_scratch_at_the_end(env: Mapping[str, str]) -> None:
+    """Remove this process's scratch folder when it ends.
 
-    None for a value that came from elsewhere: it may name anybody's folder.
+    Not where the variable came from elsewhere: it may name anybody's folder.
     """
-    pid, _, scratch = os.environ.get(SCRATCH, "").partition(":")
-    return scratch if scratch and pid == str(os.getpid()) else None
+    pid, _, scratch = env.get(SCRATCH, "").partition(":")
+    if scratch and pid == str(os.getpid()):
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
 
 
 def _try_device() -> int:

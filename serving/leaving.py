@@ -14,9 +14,8 @@ import os
 import select
 import signal
 import socket
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol
 
 import uvicorn
 
@@ -25,6 +24,12 @@ LINGER: Final = 0.3
 he wants, and callers who keep their connection have been told to leave."""
 
 _TURNS: Final = 1000
+
+
+class _Door(Protocol):
+    """A listening socket of an event loop's."""
+
+    def fileno(self) -> int: ...
 
 
 class Leaving:
@@ -38,8 +43,8 @@ class Leaving:
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take the signals from uvicorn, and hand them on later; nothing in other processes."""
         handler = signal.getsignal(signal.SIGTERM)
-        server, door = getattr(handler, "__self__", None), _door(sys.argv)
-        if not isinstance(server, uvicorn.Server) or door is None:
+        server = getattr(handler, "__self__", None)
+        if not isinstance(server, uvicorn.Server):
             return
 
         def end() -> None:
@@ -47,7 +52,7 @@ class Leaving:
             server.handle_exit(signal.SIGTERM, None)
 
         def leave(*_: Any) -> None:
-            loop.call_soon_threadsafe(self._shut, loop, server, door, end, _TURNS)
+            loop.call_soon_threadsafe(self._shut, loop, server, end, _TURNS)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, leave)
@@ -56,32 +61,30 @@ class Leaving:
         self,
         loop: asyncio.AbstractEventLoop,
         server: uvicorn.Server,
-        door: socket.socket,
         end: Callable[[], None],
         turns: int,
     ) -> None:
         if self.begun:  # told before: by the launcher, too, or by whoever signals a whole group
             return
-        if turns and _somebody_is_at(door):  # the loop lets him in at its next turn
-            loop.call_soon(self._shut, loop, server, door, end, turns - 1)
+        servers: list[asyncio.Server] = getattr(server, "servers", [])
+        doors = [door for one in servers for door in one.sockets]
+        if turns and _somebody_is_at(doors):  # the loop lets him in at its next turn
+            loop.call_soon(self._shut, loop, server, end, turns - 1)
             return
         self.begun = True
-        for one in getattr(server, "servers", ()):
+        # Closing a server closes its socket here, but not the launcher's.
+        held = [socket.socket(fileno=os.dup(door.fileno())) for door in doors]
+        for one in servers:
             one.close()
-        with contextlib.suppress(OSError):  # another worker was first
-            door.shutdown(socket.SHUT_RDWR)
+        for door in held:
+            with contextlib.suppress(OSError):  # another worker was first
+                door.shutdown(socket.SHUT_RDWR)
+            door.close()
         loop.call_later(LINGER, end)
 
 
-def _door(arguments: Sequence[str]) -> socket.socket | None:
-    """A worker's listening socket, which BentoML names on its command line."""
-    try:
-        return socket.socket(fileno=os.dup(int(arguments[arguments.index("--fd") + 1])))
-    except (IndexError, OSError, ValueError):
-        return None
-
-
-def _somebody_is_at(door: socket.socket) -> bool:
+def _somebody_is_at(doors: Iterable[_Door]) -> bool:
     poll = select.poll()
-    poll.register(door, select.POLLIN)
+    for door in doors:
+        poll.register(door, select.POLLIN)
     return any(event == select.POLLIN for _, event in poll.poll(0))

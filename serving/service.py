@@ -5,9 +5,7 @@ Everything of substance is behind it: `Front` is the door, `Desk` the core.
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,9 +71,7 @@ class ImageClassifier:
         """Before any worker starts: refuse to start on wrong settings or without a bundle."""
         launch.make_absolute(os.environ)
         fate.share()
-        scratch = launch.own_scratch()
-        if scratch:
-            atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        launch.remove_scratch_at_the_end(os.environ)
         try:
             launch.check(Settings.from_env())
         except FledgeError as error:

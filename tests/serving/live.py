@@ -30,14 +30,14 @@ class Live:
         return self.process.wait(30)
 
     def workers(self) -> list[int]:
-        """Their process ids: the launcher's children that serve."""
+        """Their process ids: the launcher's children that serve, or the one process there is."""
         pid = self.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return [
             int(child)
             for child in children
             if b"worker.service" in Path(f"/proc/{child}/cmdline").read_bytes()
-        ]
+        ] or [pid]
 
 
 def get(url: str) -> httpx.Response:

@@ -1,3 +1,4 @@
+import atexit
 import json
 import os
 import re
@@ -19,10 +20,10 @@ from serving.errors import BundleError, OptionError
 from serving.launch import (
     SCRATCH,
     check,
-    free_address,
+    listening,
     make_absolute,
-    own_scratch,
     reachable,
+    remove_scratch_at_the_end,
     serve,
 )
 from serving.runtime import _why_not
@@ -134,11 +135,13 @@ def test_a_missing_gpu_refuses_before_any_worker(folder: Path, monkeypatch: pyte
 def test_only_the_scratch_folder_of_this_very_process_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    promised: list[object] = []
+    monkeypatch.setattr(atexit, "register", lambda *what, **_: promised.append(what[1]))
     for foreign in ("", str(tmp_path), f"{os.getpid() + 1}:{tmp_path}", f":{tmp_path}"):
-        monkeypatch.setenv(SCRATCH, foreign)
-        assert own_scratch() is None
-    monkeypatch.setenv(SCRATCH, f"{os.getpid()}:{tmp_path}")
-    assert own_scratch() == str(tmp_path)
+        remove_scratch_at_the_end({SCRATCH: foreign})
+    assert promised == []
+    remove_scratch_at_the_end({SCRATCH: f"{os.getpid()}:{tmp_path}"})
+    assert promised == [str(tmp_path)]
 
 
 def test_what_the_launcher_becomes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -153,7 +156,7 @@ def test_what_the_launcher_becomes(folder: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv(SCRATCH, f"{os.getpid()}:/home")
     monkeypatch.chdir(folder.parent)
     with pytest.raises(Became) as caught:
-        serve(Path(folder.name), port=free_port())
+        serve(Path(folder.name), port=free_port(), workers=2)
     _, command, env = caught.value.args
     assert command[1] == "-P"  # the operator's folder is not where modules come from
     assert env["FLEDGE_BUNDLE"] == str(folder)
@@ -174,11 +177,12 @@ def test_paths_mean_the_same_in_every_process(tmp_path: Path, monkeypatch: pytes
 
 def test_addresses(folder: Path):
     port = free_port()
-    assert free_address("localhost", port) in ("127.0.0.1", "::1")
-    assert free_address("0.0.0.0", port) == "0.0.0.0"
+    for host, address in (("localhost", ("127.0.0.1", "::1")), ("0.0.0.0", ("0.0.0.0",))):
+        with listening(host, port) as door:
+            assert door.getsockname()[0] in address
     for host, wrong in (("no.such.host.invalid", port), ("127.0.0.1", 0), ("127.0.0.1", 70_000)):
         with pytest.raises(OptionError, match=r"--(host|port)"):
-            free_address(host, wrong)
+            listening(host, wrong)
     with pytest.raises(OptionError, match="int8"):
         check(Settings(bundle=folder, precision="int8"))
     with pytest.raises(BundleError):

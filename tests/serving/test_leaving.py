@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.hurry import CALLERS, REFUSED, told_while
-from tests.serving.live import live
+from tests.serving.live import free_port, get, launch, live
 from tests.tiny import photo, tiny_bundle
 
 
@@ -36,17 +36,47 @@ def _cmdline(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_worker_ends_the_service(tmp_path: Path, workers: int):
+def test_a_killed_worker_ends_the_service(tmp_path: Path):
     folder = tiny_bundle(tmp_path / "bundle")
-    with live(folder, tmp_path / "log", FLEDGE_WORKERS=str(workers)) as server:
+    with live(folder, tmp_path / "log", FLEDGE_WORKERS="2") as server:
         running = server.workers()
-        assert len(running) == workers
+        assert len(running) == 2
         os.kill(running[0], signal.SIGKILL)
         assert server.process.wait(30) == 1
     assert f"fledge: worker {running[0]} ended with signal 9" in (tmp_path / "log").read_text()
     assert not any(Path(f"/proc/{pid}").exists() for pid in running)
     assert not list(tmp_path.glob("fledge-*"))  # nor its scratch
+
+
+def test_one_worker_is_the_service(tmp_path: Path):
+    folder = tiny_bundle(tmp_path / "bundle")
+    with live(folder, tmp_path / "log") as server:
+        pid = server.process.pid
+        assert Path(f"/proc/{pid}/task/{pid}/children").read_text() == ""
+        metrics = get(f"{server.url}/metrics").text
+        assert "\nprocess_resident_memory_bytes " in metrics
+        assert "_created" not in metrics
+        (scratch,) = tmp_path.glob("fledge-*")
+        assert not [path for path in scratch.rglob("*") if path.is_file()]
+        assert server.stop() == 0
+    assert not scratch.exists()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("wait", [0.1, 0.4, 0.8])
+def test_it_may_be_stopped_while_it_starts(tmp_path: Path, sent: int, wait: float):
+    folder, log = tiny_bundle(tmp_path / "bundle"), tmp_path / "log"
+    process = launch(folder, free_port(), log)
+    until = time.monotonic() + 60
+    while "curl" not in log.read_text():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    time.sleep(wait)
+    process.send_signal(sent)
+    assert process.wait(30) == 0
+    assert "Traceback" not in log.read_text()
+    assert not list(tmp_path.glob("fledge-*"))
 
 
 def test_an_end_in_order_does_not_hide_a_later_crash(tmp_path: Path):
