@@ -16,7 +16,8 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 from threading import Condition, Thread
 from typing import NamedTuple, Protocol
 
@@ -110,6 +111,13 @@ class Predict(Protocol):
         ...
 
 
+class _Job(NamedTuple):
+    data: bytes
+    tta: int
+    queued: float
+    future: asyncio.Future[Prediction]
+
+
 class Lanes:
     """Side by side, each thread with one image at a time, from its bytes to its prediction."""
 
@@ -119,32 +127,62 @@ class Lanes:
         """See `build`."""
         self._prepare, self._predict = prepare, predict
         self._room, self._observe = room, observe
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fledge-lane")
+        # A bare queue: an executor's futures, and theirs in asyncio, cost as much as the answer.
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._threads = [
+            Thread(target=self._run, name=f"fledge-lane-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     async def predict(self, data: bytes, tta: int = 0) -> Prediction:
         """See `Engine`. Cancelling it takes the image out of the queue."""
         with self._room.place():
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(
-                self._pool, self._work, data, tta, time.perf_counter()
-            )
+            future: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
+            self._jobs.put(_Job(data, tta, time.perf_counter(), future))
+            return await future
 
     def close(self) -> None:
         """See `Engine`."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
 
-    def _work(self, data: bytes, tta: int, queued: float) -> Prediction:
+    def _run(self) -> None:
+        while job := self._jobs.get():
+            if job.future.cancelled():
+                continue
+            told: Prediction | Exception
+            try:
+                told = self._work(job)
+            except Exception as error:  # whatever it is, it belongs to the one who asked
+                told = error
+            with suppress(RuntimeError):  # a loop that has ended: nobody waits
+                job.future.get_loop().call_soon_threadsafe(_tell, job.future, told)
+
+    def _work(self, job: _Job) -> Prediction:
         begun = time.perf_counter()
-        prepared = self._prepare(data, tta)
+        prepared = self._prepare(job.data, job.tta)
         decoded = time.perf_counter()
         prediction = self._predict([prepared], alone=self._room.inside == 1)[0]
         done = time.perf_counter()
         observe = self._observe
-        observe("queue", begun - queued)
+        observe("queue", begun - job.queued)
         observe("decode", decoded - begun)
         observe("infer", done - decoded)
         observe("rows", len(prepared.pixels))
         return prediction
+
+
+def _tell(future: asyncio.Future[Prediction], told: Prediction | Exception) -> None:
+    if future.done():  # cancelled meanwhile
+        return
+    if isinstance(told, Exception):
+        future.set_exception(told)
+    else:
+        future.set_result(told)
 
 
 class _Item(NamedTuple):
