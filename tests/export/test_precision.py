@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 from export import precision, quantize, tuning, verify
@@ -174,6 +175,27 @@ def test_layers_stay_in_float_until_enough_agree(exported, pixels, monkeypatch):
     assert len(left) == len(found.way.leave)
     for name in left:
         assert made_by.get(inputs[name][1]) != "DequantizeLinear"  # its weight is float
+
+
+def test_before_a_quantised_layer_the_mean_is_subtracted_a_row_at_a_time(
+    exported, pixels, tmp_path
+):
+    out, manifest, _ = exported
+    source = onnx.load(out / manifest.version / "model.onnx")
+    found = quantize.ranges(out / manifest.version / "model.onnx", pixels[:8], "minmax")
+    quantised = quantize._quantised(source, found, quantize.Way("minmax", False, ()))
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    session = ort.InferenceSession(
+        quantised.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    graph = onnx.load(options.optimized_model_filepath).graph
+    (subtraction,) = [node for node in graph.node if node.op_type == "Sub"]
+    stored = {one.name: tuple(one.dims) for one in graph.initializer}
+    (mean,) = [stored[name] for name in subtraction.input if name in stored]
+    # Channels last: what ONNX Runtime does to all that stands before a quantised convolution.
+    assert mean[-2:] == (manifest.preprocess.size, 3)
+    assert session.get_inputs()[0].name == "pixels"
 
 
 # ---- the bundle
