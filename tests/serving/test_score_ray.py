@@ -59,7 +59,8 @@ def here(inputs: Path | str, bundle: Path, out: Path, **options: Any) -> bytes:
 @pytest.fixture
 def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return kept | {"PYTHONPATH": str(ROOT)}
+    # On a machine with much else to do, Ray's agents take longer than the 30 s that it gives them.
+    return kept | {"PYTHONPATH": str(ROOT), "RAY_agent_register_timeout_ms": "100000"}
 
 
 def ours(stderr: str) -> list[str]:
@@ -304,7 +305,7 @@ def test_on_this_machine_alone_ray_says_nothing_and_ctrl_c_ends_it_all(
     ) as running:
         whole = tmp_path / ".scores.parts"
         while not list(whole.glob("*.jsonl"))[1:]:  # inputs.jsonl, and the first shard
-            assert running.poll() is None
+            assert running.poll() is None, running.communicate()
             time.sleep(0.05)
         family = psutil.Process(running.pid).children(recursive=True)
         os.killpg(running.pid, signal.SIGINT)  # as a terminal does
@@ -341,7 +342,6 @@ def test_a_cluster_with_a_token_is_joined_by_who_has_it(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
-    environment["RAY_agent_register_timeout_ms"] = "100000"
     start = "import sys; from ray.scripts.scripts import main; main()"
     words = ["start", "--head", "--block", f"--port={port}", "--num-cpus=1"]
     words += ["--disable-usage-stats", "--include-dashboard=false"]
