@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import gc
 import os
 import sys
@@ -284,12 +283,9 @@ def program() -> None:
     gc.set_threshold(10_000)
     status = main()
     if "torch" in sys.modules:
-        # Taking all of torch apart takes a second; the system does it at once.
-        atexit._run_exitfuncs()
-        with suppress(OSError):  # of a pipe that nobody reads: let Python tell
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+        from serving.alone import end
+
+        end(status)  # taking all of torch apart takes a second; the system does it at once
     sys.exit(status)
 
 

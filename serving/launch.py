@@ -26,9 +26,6 @@ SCRATCH: Final = "FLEDGE_SCRATCH"
 GRACE: Final = 30
 """Seconds that requests in flight have after SIGTERM; BentoML's own default is a day."""
 
-BACKLOG: Final = 2048
-"""Connections that the system holds until the server takes them: BentoML's default."""
-
 _ROOT: Final = Path(__file__).resolve().parent.parent
 
 
@@ -68,17 +65,17 @@ def serve(
     make_absolute(env)
     settings = Settings.from_env(env)
     manifest = _servable(settings)
-    door = listening(host, port)
+    door = bound(host, port)
     address = door.getsockname()[0]
     url = reachable(address, port)
     print(f"{manifest.name}:{manifest.version} on {url} (ready when {url}/readyz says 200)")
     print(f'curl --data-binary @photo.jpg -H "Content-Type: image/jpeg" {url}/predict', flush=True)
     _private_home(env)
     if settings.workers == 1:
-        _try_gpu(settings, env)
         remove_scratch_at_the_end(env)
+        _try_gpu(settings, env)
         alone.serve(door, env, GRACE)
-    door.close()  # BentoML's launcher opens it again
+    door.close()  # BentoML's launcher binds its own
     # -P: the folder in which the operator stands is not where modules come from.
     command = [sys.executable, "-P", "-m", "bentoml", "serve", "serving.service:ImageClassifier"]
     command += ["--working-dir", str(_ROOT), "--host", address, "--port", str(port)]
@@ -148,8 +145,8 @@ def _torchscript(settings: Settings, manifest: Manifest) -> None:
         raise BundleError(f"{settings.bundle} has no TorchScript graph; export it again")
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens; who connects waits until somebody answers.
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that has the port and does not listen yet: who is too early is refused.
 
     Raises:
         OptionError: An unknown host, a port that is out of range or in use.
@@ -160,13 +157,17 @@ def listening(host: str, port: int) -> socket.socket:
         family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, ValueError) as error:
         raise OptionError(f"--host {host}: no such address") from error
+    door = socket.socket(family, socket.SOCK_STREAM)
+    # A port that only lingers after a restart is free.
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        # A port that only lingers after a restart is free.
-        return socket.create_server(where[:2], family=family, backlog=BACKLOG)
+        door.bind(where)
     except OSError as error:
+        door.close()
         raise OptionError(
             f"--port {port} can't be had on {host}: {error.strerror}; use another --port"
         ) from error
+    return door
 
 
 def reachable(address: str, port: int) -> str:

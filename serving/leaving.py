@@ -24,6 +24,7 @@ LINGER: Final = 0.3
 he wants, and callers who keep their connection have been told to leave."""
 
 _TURNS: Final = 1000
+_MOMENT: Final = 0.02
 
 
 class _Door(Protocol):
@@ -65,6 +66,9 @@ class Leaving:
         turns: int,
     ) -> None:
         if self.begun:  # told before: by the launcher, too, or by whoever signals a whole group
+            return
+        if not server.started:  # it opens the door yet
+            loop.call_later(_MOMENT, self._shut, loop, server, end, turns)
             return
         servers: list[asyncio.Server] = getattr(server, "servers", [])
         doors = [door for one in servers for door in one.sockets]

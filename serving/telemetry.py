@@ -25,8 +25,8 @@ class Telemetry:
     """This process's metrics; BentoML's `/metrics` adds those of all workers up.
 
     Make it once, in the worker: prometheus_client looks for its shared folder when imported, and
-    BentoML names that folder just before it starts the workers. No label comes from a caller: they
-    are of a fixed set, or of a bundle, of which few are served in a process's life.
+    BentoML names that folder just before it starts several workers. No label comes from a caller:
+    they are of a fixed set, or of a bundle, of which few are served in a process's life.
     """
 
     def __init__(self) -> None:

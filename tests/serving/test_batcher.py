@@ -204,6 +204,63 @@ def test_every_phase_is_observed(make: Make):
     assert seen["rows"] == 3
 
 
+class Odd(BaseException):
+    """No Exception, as a fault in an extension may be."""
+
+
+def test_nothing_ends_a_lane():
+    async def work(stub: Stub, engine: Lanes) -> None:
+        real = stub.prepare
+        for error in (Odd, MemoryError):
+            engine._prepare = lambda data, tta, error=error: (_ for _ in ()).throw(error())
+            for _ in range(4):  # more than there are lanes
+                with pytest.raises(error):
+                    await engine.predict(b"x")
+        engine._prepare = real
+        assert int((await engine.predict(b"xx")).probabilities[0]) == 2
+
+    run(lanes, work)
+
+
+def test_a_lane_outlives_a_loop_that_ended_before_its_answer():
+    stub = Stub()
+    engine = lanes(stub)
+
+    async def leave() -> None:
+        stub.gate.clear()
+        left = asyncio.create_task(engine.predict(b"x"))
+        await until(stub.running.is_set)
+        assert not left.done()
+
+    asyncio.run(leave())
+    stub.gate.set()
+
+    async def work() -> None:
+        assert int((await engine.predict(b"xx")).probabilities[0]) == 2
+
+    asyncio.run(asyncio.wait_for(work(), 20))
+    engine.close()
+
+
+def test_lanes_close_when_all_that_waits_is_done_or_has_no_taker():
+    stub = Stub()
+    engine = lanes(stub)
+
+    async def work() -> None:
+        stub.gate.clear()
+        calls = [asyncio.create_task(engine.predict(b"x" * n)) for n in range(1, 7)]
+        await until(lambda: stub.begun == 2)
+        calls[4].cancel()
+        closing = asyncio.create_task(asyncio.to_thread(engine.close))
+        await asyncio.sleep(0.05)
+        assert not closing.done()
+        stub.gate.set()
+        await asyncio.gather(closing, *calls, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(work(), 20))
+    assert sorted(name for names in stub.runs for name in names) == [1, 2, 3, 4, 6]
+
+
 def test_batches_run_side_by_side_one_a_core():
     stub = Stub()
     stub.gate.clear()

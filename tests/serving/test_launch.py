@@ -19,8 +19,8 @@ from serving import bundle
 from serving.errors import BundleError, OptionError
 from serving.launch import (
     SCRATCH,
+    bound,
     check,
-    listening,
     make_absolute,
     reachable,
     remove_scratch_at_the_end,
@@ -178,11 +178,15 @@ def test_paths_mean_the_same_in_every_process(tmp_path: Path, monkeypatch: pytes
 def test_addresses(folder: Path):
     port = free_port()
     for host, address in (("localhost", ("127.0.0.1", "::1")), ("0.0.0.0", ("0.0.0.0",))):
-        with listening(host, port) as door:
+        with bound(host, port) as door:
             assert door.getsockname()[0] in address
     for host, wrong in (("no.such.host.invalid", port), ("127.0.0.1", 0), ("127.0.0.1", 70_000)):
         with pytest.raises(OptionError, match=r"--(host|port)"):
-            listening(host, wrong)
+            bound(host, wrong)
+    with bound("::", port) as door:  # both families, where the system has it so
+        with socket.socket(socket.AF_INET6) as plain:
+            usual = plain.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+        assert door.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == usual
     with pytest.raises(OptionError, match="int8"):
         check(Settings(bundle=folder, precision="int8"))
     with pytest.raises(BundleError):
