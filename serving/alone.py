@@ -1,8 +1,8 @@
 """One worker needs no launcher: this process becomes BentoML's worker itself.
 
 BentoML's launcher would import all that its worker imports, hold that memory, and then wait. What
-it does for one worker is here: it has the socket, and it ends with 0 when it is told to stop. A crash
-ends the service by itself.
+it does for one worker is here: it has the socket, and it ends with 0 when it is told to stop. A
+crash ends the service by itself.
 """
 
 from __future__ import annotations
