@@ -31,8 +31,8 @@ and ("waiting", count) of the images inside."""
 
 
 SPARE: Final = 1
-"""Lanes above one a core. Whoever waits for Python's lock or for his next image leaves a core idle:
-on 2 cores a third lane answers a tenth more a second, and a fourth no more than that."""
+"""Lanes above one a core: one that waits for Python's lock or its next image leaves a core idle. On
+2 cores a third lane is worth some 5 %, and a fourth no more than that."""
 
 
 class Engine(Protocol):
