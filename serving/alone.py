@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import gc
 import os
 import signal
 import socket
@@ -38,6 +39,7 @@ def serve(door: socket.socket, environ: Mapping[str, str], grace: int) -> NoRetu
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     # BentoML puts the current folder on the path; the operator's is not where modules come from.
     os.chdir(_ROOT)
+    gc.set_threshold(700, 10, 10)  # Python's own: a command ends before its garbage matters
     try:
         _work(door, grace)
     except SystemExit as error:  # uvicorn's, when it could not start

@@ -14,7 +14,7 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 import bentoml
 from _bentoml_sdk import Service  # type: ignore[import-untyped] # BentoML types its front only
 
-from serving import fate, launch, tracing
+from serving import fate, launch, memory, tracing
 from serving.desk import Desk
 from serving.errors import FledgeError, OptionError
 from serving.exchange import App
@@ -59,6 +59,7 @@ class ImageClassifier:
         One of several workers loads before it accepts: whichever answers `/readyz`, none of the
         others takes a request that it can't answer yet.
         """
+        memory.give_back()
         settings = Settings.from_env()
         self.desk = Desk(settings, Telemetry())
         if settings.workers > 1:
