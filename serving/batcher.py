@@ -146,7 +146,10 @@ class Lanes:
         with self._room.place():
             future: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
             self._jobs.put(_Job(data, tta, time.perf_counter(), future))
-            return await future
+            try:
+                return await future
+            finally:
+                del future  # an error's traceback knows this frame, and the future the error
 
     def close(self) -> None:
         """See `Engine`."""

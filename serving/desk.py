@@ -182,7 +182,9 @@ class Desk:
         self._tell(model, old)
         if old:
             old.close()
-        # What was loaded stays: the collector need not walk it again at every turn.
+            return
+        # What was loaded stays: the collector need not walk it again at every turn. Only now, while
+        # nobody asks: of what is frozen no cycle is ever collected, and a failed request is one.
         gc.collect()
         gc.freeze()
 
