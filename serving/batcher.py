@@ -3,8 +3,7 @@
 `Lanes`     one thread takes one image from bytes to prediction; several side by side. Best where
             a batch costs as much an image as a lone one, which is so on most CPUs.
 `Batcher`   threads decode; another, on a CPU one a core, takes all that is ready, up to the cap,
-            the moment it is free. A lone image never waits for company; batches form only while
-            the device is busy.
+            the moment it is free. A lone image never waits; batches form while the device is busy.
 
 Both refuse at once when full, drop what nobody waits for any more, and let no image touch another.
 """
@@ -132,7 +131,7 @@ class Lanes:
         """See `build`."""
         self._prepare, self._predict = prepare, predict
         self._room, self._observe = room, observe
-        # A bare queue: an executor's futures, and theirs in asyncio, cost as much as the answer.
+        # An executor's futures, and theirs in asyncio, cost as much as all else around the answer.
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._threads = [
             Thread(target=self._run, name=f"fledge-lane-{number}", daemon=True)
@@ -149,7 +148,7 @@ class Lanes:
             try:
                 return await future
             finally:
-                del future  # an error's traceback knows this frame, and the future the error
+                del future  # it knows the error, whose traceback knows this frame
 
     def close(self) -> None:
         """See `Engine`."""

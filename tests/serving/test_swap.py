@@ -1,11 +1,14 @@
 """A bundle that is replaced is served between two requests; a bad one never is."""
 
 import asyncio
+import gc
 import json
 import shutil
 import subprocess
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -13,7 +16,7 @@ import pytest
 
 from serving import bundle, desk, signing
 from serving.desk import Desk
-from serving.errors import NotReady
+from serving.errors import NotReady, WorkError
 from serving.forms import Options
 from serving.settings import Settings
 from serving.telemetry import Telemetry
@@ -226,7 +229,48 @@ def test_an_image_in_flight_is_answered_by_the_version_that_took_it(served: Desk
     answers, new = asyncio.run(ask())
     assert [answer["model"] for answer in answers] == [old.predictor.model] * 3
     assert new["model"] == served.model.predictor.model
-    until(lambda: old.engine._pool._shutdown)
+    until(lambda: not any(thread.is_alive() for thread in old.engine._threads))
+
+
+def test_a_version_is_let_go_that_failed_while_it_took_over(served: Desk) -> None:
+    folder, go, fail = served.settings.bundle, threading.Event(), threading.Event()
+    first = served.model
+    whole = first.predictor.predict
+
+    def slow(prepared, *, alone):
+        assert go.wait(20)
+        return whole(prepared, alone=alone)
+
+    def fails(prepared, *, alone):
+        assert fail.wait(20)
+        raise WorkError("out of memory")
+
+    first.engine._predict = slow
+
+    async def ask() -> Callable[[], object]:
+        answer = asyncio.create_task(served.answer(photo(1), Options()))
+        tiny_bundle(folder, seed=1)
+        await asyncio.to_thread(until, lambda: served.model is not first)
+        served.model.engine._predict = fails
+        second = weakref.ref(served.model)
+        failing = asyncio.create_task(served.answer(photo(1), Options()))
+        await asyncio.sleep(0.05)
+        go.set()  # now the first is closed, with a request at the second
+        await answer
+        await asyncio.sleep(0.5)
+        fail.set()
+        with pytest.raises(WorkError):
+            await failing
+        return second
+
+    second = asyncio.run(ask())
+    tiny_bundle(folder, seed=2)
+
+    def gone() -> bool:
+        gc.collect()
+        return second() is None
+
+    until(gone)
 
 
 def test_a_touched_manifest_changes_nothing_for_callers(served: Desk) -> None:
