@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from serving import __version__, bundle
+from serving import __version__, bundle, memory
 from serving.batcher import Engine, build
 from serving.errors import DeadlineExceeded, FledgeError, NotReady, TooLarge
 from serving.forms import Options
@@ -182,6 +182,8 @@ class Desk:
         self._tell(model, old)
         if old:
             old.close()
+            del old
+            memory.trim()
             return
         # What was loaded stays: the collector need not walk it again at every turn. Only now, while
         # nobody asks: of what is frozen no cycle is ever collected, and a failed request is one.

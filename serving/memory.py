@@ -20,8 +20,17 @@ def give_back() -> None:
     By itself it rises with the largest block that was ever freed, up to 32 MiB: after a few large
     images all later ones come from heaps, which grow and hardly shrink.
     """
-    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt:
-        mallopt(_M_MMAP_THRESHOLD, LARGE)
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        _call("mallopt", _M_MMAP_THRESHOLD, LARGE)
+
+
+def trim() -> None:
+    """Give back what is free between blocks in use, as after a model that is served no more."""
+    _call("malloc_trim", 0)
+
+
+def _call(function: str, *arguments: int) -> None:
+    if sys.platform == "linux":
+        found = getattr(ctypes.CDLL(None), function, None)  # musl has neither
+        if found:
+            found(*arguments)
