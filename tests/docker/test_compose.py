@@ -87,9 +87,9 @@ def test_two_replicas_are_held_to_what_is_written(replicas: list[str]) -> None:
         assert f"{host['Memory'] / 2**30:.0f}G" == limits["memory"]
 
 
-def test_a_replica_whose_worker_is_killed_comes_back(replicas: list[str]) -> None:
+def test_a_replica_that_is_killed_comes_back(replicas: list[str]) -> None:
     pids = run(DOCKER, "top", replicas[0], "-o", "pid,args").stdout.splitlines()
-    (worker,) = [line.split()[0] for line in pids if "worker.service" in line]
+    (worker,) = [line.split()[0] for line in pids if "fledge serve" in line]
     run("kill", "-KILL", worker)
     until = time.monotonic() + 60
     while inspect(replicas[0])["RestartCount"] == 0:
