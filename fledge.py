@@ -176,8 +176,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add = verb(serve, "fledge serve bundle --port 3000")
     add.add_argument("bundle", type=Path, metavar="BUNDLE")
-    add.add_argument("--host", default="127.0.0.1")
-    add.add_argument("--port", type=int, default=3000, metavar="N")
+    where = "address to listen on; 0.0.0.0 for every interface; default: 127.0.0.1"
+    add.add_argument("--host", default="127.0.0.1", help=where)
+    add.add_argument("--port", type=int, default=3000, metavar="N", help="default: 3000")
     add.add_argument("--workers", type=int, metavar="N", help="processes; default: 1")
     runtime_options(add, default=None)  # none given: the environment decides
 

@@ -21,7 +21,7 @@ from serving.desk import Desk
 from serving.errors import FledgeError, RequestError, Unauthorized
 from serving.exchange import App, Gone, Message, Receive, Reply, Request, Send
 from serving.leaving import Leaving
-from serving.page import page
+from serving.page import DOCS_POLICY, guarded, page
 
 READ_TIMEOUT: Final = 60.0
 """Seconds that a body may take to come in."""
@@ -71,7 +71,8 @@ class Front:
         path = scope["path"]
         if scope["method"] in _READ:
             if path == "/docs":  # BentoML has its OpenAPI page at the root, where ours is
-                await self._inner({**scope, "path": "/", "raw_path": b"/"}, receive, send)
+                inner = {**scope, "path": "/", "raw_path": b"/"}
+                await self._inner(inner, receive, guarded(send, DOCS_POLICY))
                 return
             if path in BENTOML or path in _ASSETS:
                 await self._inner(scope, receive, send)

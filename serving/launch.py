@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import importlib.util
 import ipaddress
 import os
@@ -164,6 +165,8 @@ def bound(host: str, port: int) -> socket.socket:
         door.bind(where)
     except OSError as error:
         door.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise OptionError(f"--host {host}: no address of this machine") from error
         raise OptionError(
             f"--port {port} can't be had on {host}: {error.strerror}; use another --port"
         ) from error

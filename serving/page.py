@@ -1,7 +1,7 @@
 """The demo page of `GET /`: one answer, with its style and its script inside.
 
 Both are named in the policy by their sha256, so nothing else runs, whatever a label may say; and
-the page talks to nobody but this service.
+the page talks to nobody but this service. BentoML's page at `/docs` is held to the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Final
 
-from serving.exchange import Reply
+from serving.exchange import Message, Reply, Send
 
 
 def _source(name: str) -> str:
@@ -44,6 +44,32 @@ POLICY: Final = "; ".join(
     )
 )
 """What the page may do; the browser holds it to that."""
+
+
+DOCS_POLICY: Final = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self' 'unsafe-inline'",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+"""For BentoML's OpenAPI page: it would load a tracker from elsewhere, and nothing here shall."""
+
+
+def guarded(send: Send, policy: str) -> Send:
+    """`send` with a Content-Security-Policy in the answer's head."""
+
+    async def guard(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            header = (b"content-security-policy", policy.encode())
+            message = {**message, "headers": [*message.get("headers", ()), header]}
+        await send(message)
+
+    return guard
 
 
 def page(model: str = "") -> Reply:

@@ -180,6 +180,8 @@ def test_addresses(folder: Path):
     for host, address in (("localhost", ("127.0.0.1", "::1")), ("0.0.0.0", ("0.0.0.0",))):
         with bound(host, port) as door:
             assert door.getsockname()[0] in address
+    with pytest.raises(OptionError, match="no address of this machine"):
+        bound("192.0.2.1", port)
     for host, wrong in (("no.such.host.invalid", port), ("127.0.0.1", 0), ("127.0.0.1", 70_000)):
         with pytest.raises(OptionError, match=r"--(host|port)"):
             bound(host, wrong)

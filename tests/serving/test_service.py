@@ -271,8 +271,11 @@ def test_health_and_description(client: httpx.Client, predictor: Predictor):
     assert client.head("/").content == b""
     paths = client.get("/docs.json").json()["paths"]
     assert {"/predict", "/predict/batch"} <= paths.keys()
-    docs = client.get("/docs").text
+    answer = client.get("/docs")
+    docs, policy = answer.text, answer.headers["content-security-policy"]
     assert "swagger" in docs
+    assert "default-src 'none'" in policy
+    assert "http" not in policy  # nothing from elsewhere
     assets = re.findall(r'"\.(/static_content/[^"]+)"', docs)
     assert [client.get(path).status_code for path in assets] == [200] * len(assets) != []
 
