@@ -34,6 +34,9 @@ def serve(door: socket.socket, environ: Mapping[str, str], grace: int) -> NoRetu
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
+    hung_up = getattr(signal, "SIGHUP", None)
+    if hung_up and signal.getsignal(hung_up) is not signal.SIG_IGN:  # `nohup` means it to stay
+        signal.signal(hung_up, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     os.environ.update(environ)
     # One process keeps its metrics in memory; with this, in files that outlive a crash.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)

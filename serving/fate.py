@@ -1,4 +1,4 @@
-"""A worker that dies takes the service with it.
+"""A worker that dies takes the service with it, and so does a terminal that is closed.
 
 Left alone, BentoML's launcher would notice within ten seconds and start another; meanwhile half the
 callers, or all of them, would wait for nobody. What runs the service, a restart policy or
@@ -33,9 +33,27 @@ def share() -> None:
     """
     if not Path("/proc/self/task").is_dir():
         return
+    _mind_the_terminal()
     died = threading.Event()
     atexit.register(lambda: os._exit(1) if died.is_set() else None)
     threading.Thread(target=_watch, args=(died,), name="fledge-fate", daemon=True).start()
+
+
+def _mind_the_terminal() -> None:
+    """A closed terminal ends the service in order, unless `nohup` started it.
+
+    BentoML's launcher would start its workers anew at SIGHUP, behind a door that the old ones have
+    shut for good.
+    """
+    meant_to_stay = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    if not meant_to_stay:
+        threading.Thread(target=_hang_up, name="fledge-hangup", daemon=True).start()
+
+
+def _hang_up() -> None:
+    signal.sigwait({signal.SIGHUP})
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _watch(died: threading.Event) -> None:

@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.hurry import CALLERS, REFUSED, told_while
@@ -77,6 +78,29 @@ def test_it_may_be_stopped_while_it_starts(tmp_path: Path, sent: int, wait: floa
     assert process.wait(30) == 0
     assert "Traceback" not in log.read_text()
     assert not list(tmp_path.glob("fledge-*"))
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_closed_terminal_ends_it_in_order(tmp_path: Path, workers: str):
+    folder = tiny_bundle(tmp_path / "bundle")
+    with live(folder, tmp_path / "log", FLEDGE_WORKERS=workers) as server:
+        assert server.stop(signal.SIGHUP) == 0
+        with pytest.raises(httpx.ConnectError):
+            get(f"{server.url}/livez")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_nohup_has_it_stay(tmp_path: Path, workers: str):
+    folder = tiny_bundle(tmp_path / "bundle")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup`, for who is started
+    try:
+        with live(folder, tmp_path / "log", FLEDGE_WORKERS=workers) as server:
+            server.process.send_signal(signal.SIGHUP)
+            time.sleep(1)
+            assert get(f"{server.url}/readyz").status_code == 200
+            assert server.stop() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_an_end_in_order_does_not_hide_a_later_crash(tmp_path: Path):
