@@ -45,15 +45,11 @@ def _mind_the_terminal() -> None:
     BentoML's launcher would start its workers anew at SIGHUP, behind a door that the old ones have
     shut for good.
     """
-    meant_to_stay = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    if not meant_to_stay:
-        threading.Thread(target=_hang_up, name="fledge-hangup", daemon=True).start()
+    # Not by a mask: a thread of numpy's, which is older, would take the signal.
+    from circus.sighandler import SysHandler  # type: ignore[import-untyped]
 
-
-def _hang_up() -> None:
-    signal.sigwait({signal.SIGHUP})
-    os.kill(os.getpid(), signal.SIGTERM)
+    stays = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    SysHandler.handle_hup = (lambda _: None) if stays else SysHandler.handle_term
 
 
 def _watch(died: threading.Event) -> None:
