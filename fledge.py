@@ -284,7 +284,7 @@ def program() -> None:
     gc.set_threshold(10_000)
     status = main()
     if "torch" in sys.modules:
-        from serving.alone import end
+        from serving.ending import end
 
         end(status)  # taking all of torch apart takes a second; the system does it at once
     sys.exit(status)

@@ -8,20 +8,19 @@ crash ends the service by itself.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import gc
 import os
 import signal
 import socket
-import sys
 import traceback
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-_ROOT: Final = Path(__file__).resolve().parent.parent
-_SERVICE: Final = "serving.service:ImageClassifier"
+from serving.ending import end
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+SERVICE: Final = "serving.service:ImageClassifier"
 
 
 def serve(door: socket.socket, environ: Mapping[str, str], grace: int) -> NoReturn:
@@ -41,7 +40,7 @@ def serve(door: socket.socket, environ: Mapping[str, str], grace: int) -> NoRetu
     # One process keeps its metrics in memory; with this, in files that outlive a crash.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
     # BentoML puts the current folder on the path; the operator's is not where modules come from.
-    os.chdir(_ROOT)
+    os.chdir(ROOT)
     gc.set_threshold(700, 10, 10)  # Python's own: a command ends before its garbage matters
     try:
         _work(door, grace)
@@ -53,19 +52,6 @@ def serve(door: socket.socket, environ: Mapping[str, str], grace: int) -> NoRetu
     end(0)
 
 
-def end(status: int) -> NoReturn:
-    """End this process at once, in order, whatever its threads do and however much is loaded."""
-    atexit._run_exitfuncs()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except (OSError, RuntimeError) as error:  # nobody reads the pipe; a write was interrupted
-        with suppress(OSError):
-            print(repr(error), file=sys.stderr, flush=True)
-        os._exit(status or 120)  # as Python's own end has it
-    os._exit(status)
-
-
 def _work(door: socket.socket, grace: int) -> None:
     from _bentoml_impl.worker.service import main  # type: ignore[import-untyped]
     from bentoml._internal.configuration.containers import BentoMLContainer
@@ -75,7 +61,7 @@ def _work(door: socket.socket, grace: int) -> None:
     # As with several workers, where there are none.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     BentoMLContainer.metrics_client.set(PrometheusClient(multiproc=False))
-    command = [_SERVICE, "--fd", door.detach(), "--worker-id", 1]
+    command = [SERVICE, "--fd", door.detach(), "--worker-id", 1]
     command += ["--timeout-graceful-shutdown", grace]
     main([*map(str, command)], standalone_mode=False)
 

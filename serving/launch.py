@@ -27,8 +27,6 @@ SCRATCH: Final = "FLEDGE_SCRATCH"
 GRACE: Final = 30
 """Seconds that requests in flight have after SIGTERM; BentoML's own default is a day."""
 
-_ROOT: Final = Path(__file__).resolve().parent.parent
-
 
 def serve(
     folder: Path,
@@ -78,8 +76,8 @@ def serve(
         alone.serve(door, env, GRACE)
     door.close()  # BentoML's launcher binds its own
     # -P: the folder in which the operator stands is not where modules come from.
-    command = [sys.executable, "-P", "-m", "bentoml", "serve", "serving.service:ImageClassifier"]
-    command += ["--working-dir", str(_ROOT), "--host", address, "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "bentoml", "serve", alone.SERVICE]
+    command += ["--working-dir", str(alone.ROOT), "--host", address, "--port", str(port)]
     command += ["--timeout-graceful-shutdown", str(GRACE)]
     os.execve(sys.executable, command, env)
 
@@ -110,7 +108,7 @@ def _try_gpu(settings: Settings, env: Mapping[str, str]) -> None:
         # In a process of its own, so that a launcher, which serves nothing, holds no GPU memory.
         command = [sys.executable, "-m", "serving.launch"]
         done = subprocess.run(
-            command, cwd=_ROOT, env=env, text=True, stderr=subprocess.PIPE, check=False
+            command, cwd=alone.ROOT, env=env, text=True, stderr=subprocess.PIPE, check=False
         )
         if done.returncode:
             kind = BundleError if done.returncode == BundleError.exit_status else OptionError

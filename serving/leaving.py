@@ -15,7 +15,7 @@ import select
 import signal
 import socket
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import uvicorn
 
@@ -25,12 +25,6 @@ he wants, and callers who keep their connection have been told to leave."""
 
 _TURNS: Final = 1000
 _MOMENT: Final = 0.02
-
-
-class _Door(Protocol):
-    """A listening socket of an event loop's."""
-
-    def fileno(self) -> int: ...
 
 
 class Leaving:
@@ -70,15 +64,14 @@ class Leaving:
         if not server.started:  # it opens the door yet
             loop.call_later(_MOMENT, self._shut, loop, server, end, turns)
             return
-        servers: list[asyncio.Server] = getattr(server, "servers", [])
-        doors = [door for one in servers for door in one.sockets]
+        doors = [door for one in server.servers for door in one.sockets]
         if turns and _somebody_is_at(doors):  # the loop lets him in at its next turn
             loop.call_soon(self._shut, loop, server, end, turns - 1)
             return
         self.begun = True
         # Closing a server closes its socket here, but not the launcher's.
         held = [socket.socket(fileno=os.dup(door.fileno())) for door in doors]
-        for one in servers:
+        for one in server.servers:
             one.close()
         for door in held:
             with contextlib.suppress(OSError):  # another worker was first
@@ -87,7 +80,7 @@ class Leaving:
         loop.call_later(LINGER, end)
 
 
-def _somebody_is_at(doors: Iterable[_Door]) -> bool:
+def _somebody_is_at(doors: Iterable[socket.socket]) -> bool:
     poll = select.poll()
     for door in doors:
         poll.register(door, select.POLLIN)
