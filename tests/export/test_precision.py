@@ -147,11 +147,53 @@ def test_the_nearest_way_is_found(exported, pixels):
     source = out / manifest.version / "model.onnx"
     found = quantize.search(source, pixels, enough=0.0)
     assert len(found.tried) == len({way[:3] for way in found.tried}) == 12
-    assert found.way.divergence == min(way.divergence for way in found.tried)
+    assert found.way == quantize._nearest(found.tried)
     assert 0 < found.way.divergence < 1
     operators = [node.op_type for node in found.model.graph.node]
     assert operators.count("DequantizeLinear") > 50
     onnx.checker.check_model(found.model, full_check=True)
+
+
+def test_of_ways_about_as_near_the_one_with_fewest_layers_in_float_is_taken():
+    far = quantize.Way("minmax", False, (), 0.031, 1.0)
+    wholly = quantize.Way("minmax", True, (), 0.029, 1.0)
+    ends = quantize.Way("minmax", True, ("first", "last"), 0.020, 1.0)
+    last = quantize.Way("percentile", True, ("last",), 0.022, 1.0)
+    assert quantize._nearest([far, ends, last]) is last
+    assert quantize._nearest([far, wholly, ends, last]) is wholly
+    assert quantize._nearest([far, ends]) is ends
+
+
+def test_a_way_that_is_far_enough_off_is_not_taken_where_another_agrees(
+    exported, pixels, monkeypatch
+):
+    """Though nearer by divergence: a best class is what is asked for."""
+    out, manifest, _ = exported
+    real = quantize._Judge.__call__
+
+    def only_percentiles(self, way, model, photos=None):
+        agreement = float(way.method == "percentile")
+        return real(self, way, model, photos)._replace(agreement=agreement)
+
+    monkeypatch.setattr(quantize._Judge, "__call__", only_percentiles)
+    found = quantize.search(out / manifest.version / "model.onnx", pixels[:30], enough=1.0)
+    assert len(found.tried) == 12  # no layer was looked at on its own
+    assert found.way.method == "percentile"
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_products_of_two_weights_never_saturate(exported, pixels, per_channel):
+    """Where a processor without VNNI adds two of them, in 16 bits, beside activations of 255."""
+    out, manifest, _ = exported
+    source = out / manifest.version / "model.onnx"
+    found = quantize.ranges(source, pixels[:8], "minmax")
+    way = quantize.Way("minmax", per_channel, ())
+    graph = quantize._quantised(onnx.load(source), found, way).graph
+    stored = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+    weights = [stored[one] for one in stored if one.endswith("weight_quantized")]
+    assert len(weights) > 50
+    assert {int(np.abs(one.astype(int)).max()) for one in weights} == {64}
+    assert 2 * 64 * 255 <= np.iinfo(np.int16).max
 
 
 def test_layers_stay_in_float_until_enough_agree(exported, pixels, monkeypatch):
