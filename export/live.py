@@ -66,6 +66,25 @@ def aside(out: Path) -> Iterator[Path]:
 
 def go_live(payload: Path, manifest: Manifest, out: Path, sign: Sign | None = None) -> Manifest:
     """Give the payload its place, switch the manifest, and remove what is superseded for good."""
+    with _alone(out):
+        return _go_live(payload, manifest, out, sign)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Wait for another export into `out`: between its two renames it would lose its payload."""
+    opened = os.open(out, os.O_RDONLY)
+    try:
+        with suppress(ImportError, OSError):  # a system without such locks keeps nobody out
+            import fcntl
+
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
+
+
+def _go_live(payload: Path, manifest: Manifest, out: Path, sign: Sign | None) -> Manifest:
     try:
         live = bundle.read(out, whoever=True).manifest
     except BundleError:

@@ -27,6 +27,7 @@ from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.registry import QDQRegistry
 
+from export import pooling
 from export.verify import Sample
 from serving import images
 from serving.errors import ImageError, WorkError
@@ -263,6 +264,7 @@ def _quantised(graph: onnx.ModelProto, ranges: TensorsData, way: Way) -> onnx.Mo
     except Exception as error:  # the quantiser has no exceptions of its own
         raise WorkError(f"the graph can't be quantised: {error}") from error
     model: onnx.ModelProto = quantizer.model.model
+    pooling.relu_behind(model)
     return model
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import jsonschema
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from export import confidence, pipeline, tuning, verify
+from export import confidence, live, pipeline, tuning, verify
 from export import torchscript as torchscript_writer
 from serving import bundle
 from serving.errors import BundleError, DataError, GateError, OptionError, WorkError
@@ -205,6 +206,33 @@ def test_a_superseded_version_goes_at_the_next_export(run, exported, out):
         folders = {path.name for path in out.iterdir() if path.is_dir()}
         assert folders == set(versions[-2:])
     assert len(set(versions)) == 3
+
+
+def test_exports_at_once_go_live_one_after_the_other(run, out, tmp_path, monkeypatch):
+    made = []
+    for number in range(2):
+        with torch.no_grad():
+            run.classifier.head[-1].bias.add_(torch.tensor([0.1, 0, 0]))
+        run.save()
+        manifest = export(run, tmp_path / f"{number}")
+        made.append((tmp_path / f"{number}" / manifest.version, manifest))
+    publish, between, other = bundle.publish, threading.Event(), []
+
+    def meanwhile(*args):
+        """Before the first one's manifest is there, the second one comes."""
+        if not between.is_set():
+            between.set()
+            other.append(threading.Thread(target=live.go_live, args=(*made[1], out)))
+            other[0].start()
+            other[0].join(0.3)
+        publish(*args)
+
+    monkeypatch.setattr(bundle, "publish", meanwhile)
+    live.go_live(*made[0], out)
+    other[0].join()
+    assert bundle.read(out).manifest.version == made[1][1].version
+    folders = {path.name for path in out.iterdir() if path.is_dir()}
+    assert folders == {manifest.version for _, manifest in made}
 
 
 def spoilt(write):
