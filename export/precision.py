@@ -47,7 +47,7 @@ def _int8(source: Path, pixels: Pixels, budget: float) -> tuple[ModelProto, dict
 KINDS: Final = {
     # GPUs differ in the order in which they add up.
     "fp16": Kind("cuda", 0.01, lambda source, pixels, _: half.convert(source, pixels)),
-    # Processors without VNNI add up in other ways.
+    # Processors round differently, and a value at the edge of a step falls on its other side.
     "int8": Kind("cpu", 0.05, _int8),
 }
 

@@ -67,12 +67,15 @@ def serve(
     door = bound(host, port)
     address = door.getsockname()[0]
     url = reachable(address, port)
+    if settings.workers == 1:  # else BentoML's server does, before its workers
+        _try_gpu(settings, env)
     print(f"{manifest.name}:{manifest.version} on {url} (ready when {url}/readyz says 200)")
-    print(f'curl --data-binary @photo.jpg -H "Content-Type: image/jpeg" {url}/predict', flush=True)
+    key = ' -H "Authorization: Bearer KEY"' if settings.api_keys else ""
+    print(f'curl --data-binary @photo.jpg -H "Content-Type: image/jpeg"{key} {url}/predict')
+    sys.stdout.flush()
     _private_home(env)
     if settings.workers == 1:
         remove_scratch_at_the_end(env)
-        _try_gpu(settings, env)
         alone.serve(door, env, GRACE)
     door.close()  # BentoML's launcher binds its own
     # -P: the folder in which the operator stands is not where modules come from.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
 import os
@@ -18,6 +19,7 @@ from serving.errors import OptionError
 DEVICES: Final = ("auto", "cpu", "cuda", "tensorrt")
 PRECISIONS: Final = ("auto", "fp32", "int8", "fp16")
 RUNTIMES: Final = ("onnx", "torchscript")
+_OTHERS: Final = ("BUNDLE_DIR", "CACHE", "CACHE_GB", "IMAGE", "PORT", "SCRATCH")  # read elsewhere
 
 
 def bundle_folder(environ: Mapping[str, str]) -> Path:
@@ -91,6 +93,7 @@ class Settings:
             api_keys=reader.keys("FLEDGE_API_KEYS_FILE"),
         )
         reader.trusted_keys()
+        reader.misspelt()
         if reader.mistakes:
             raise OptionError("; ".join(reader.mistakes))
         return settings
@@ -102,8 +105,10 @@ class _Reader:
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.environ = environ
         self.mistakes: list[str] = []
+        self._known = {"FLEDGE_BUNDLE", signing.TRUSTED, *(f"FLEDGE_{name}" for name in _OTHERS)}
 
     def text(self, name: str, default: str) -> str:
+        self._known.add(name)
         return self.environ.get(name, "").strip() or default
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
@@ -153,3 +158,14 @@ class _Reader:
             signing.trusted(self.environ)
         except OptionError as error:
             self.mistakes.append(str(error))
+
+    def misspelt(self) -> None:
+        """A limit or a key file that nobody reads looks like one that holds.
+
+        Only what is nearly a name of ours: Kubernetes has variables of its own for a service that
+        is called fledge.
+        """
+        for name in self.environ:
+            if name.startswith("FLEDGE_") and name not in self._known:
+                near = difflib.get_close_matches(name, self._known, 1, 0.85)
+                self.mistakes += [f"{name}: no such variable; did you mean {only}?" for only in near]

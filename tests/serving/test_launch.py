@@ -296,6 +296,8 @@ def test_keys_open_the_door(folder: Path, tmp_path: Path):
         # Far more than is allowed or read: the answer arrives all the same.
         assert large(url, 30_000_000, {}) == (401, "unauthorized")
         assert large(url, 30_000_000, {"Authorization": "Bearer first-key"}) == (413, "too-large")
+    said = (tmp_path / "log").read_text()
+    assert re.search(rf"curl .* -H .Authorization: Bearer KEY. {server.url}/predict", said)
 
 
 def large(url: str, size: int, headers: dict[str, str]) -> tuple[int, str]:

@@ -90,6 +90,30 @@ def test_a_key_file_that_is_not_there_never_opens_the_door():
         Settings.from_env({"FLEDGE_API_KEYS_FILE": "/no/such/file"})
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("FLEDGE_API_KEY_FILE", "FLEDGE_API_KEYS_FILE"),
+        ("FLEDGE_MAX_QEUE", "FLEDGE_MAX_QUEUE"),
+        ("FLEDGE_TRUSTED_KEY", "FLEDGE_TRUSTED_KEYS"),
+    ],
+)
+def test_a_misspelt_variable_is_refused_with_the_name_that_is_meant(name, meant):
+    with pytest.raises(OptionError, match=rf"{name}: no such variable; did you mean {meant}\?"):
+        Settings.from_env({name: "8"})
+
+
+def test_variables_of_others_are_left_alone():
+    names = [
+        "FLEDGE_PORT",
+        "FLEDGE_PORT_3000_TCP_ADDR",
+        "FLEDGE_SERVICE_HOST",
+        "FLEDGE_SERVICE_PORT",
+    ]
+    names += ["FLEDGE_BUNDLE_DIR", "FLEDGE_CACHE", "FLEDGE_SERVICE_PORT_HTTP", "FLEDGE_COLOUR"]
+    assert Settings.from_env(dict.fromkeys(names, "1")) == Settings.from_env({})
+
+
 def test_workers_share_the_cores():
     assert cores() >= 1
     assert Settings(workers=10_000).threads == 1
