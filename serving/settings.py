@@ -167,5 +167,5 @@ class _Reader:
         """
         for name in self.environ:
             if name.startswith("FLEDGE_") and name not in self._known:
-                near = difflib.get_close_matches(name, self._known, 1, 0.85)
-                self.mistakes += [f"{name}: no such variable; did you mean {only}?" for only in near]
+                for near in difflib.get_close_matches(name, self._known, 1, 0.85):
+                    self.mistakes.append(f"{name}: no such variable; did you mean {near}?")
