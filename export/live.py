@@ -72,10 +72,13 @@ def go_live(payload: Path, manifest: Manifest, out: Path, sign: Sign | None = No
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Wait for another export into `out`: between its two renames it would lose its payload."""
+    """Keep other exports on this machine out: they delete what is neither live nor just replaced.
+
+    That is what a payload looks like that has its place and no manifest yet.
+    """
     opened = os.open(out, os.O_RDONLY)
     try:
-        with suppress(ImportError, OSError):  # a system without such locks keeps nobody out
+        with suppress(ImportError, OSError):  # a file system without locks keeps nobody out
             import fcntl
 
             fcntl.flock(opened, fcntl.LOCK_EX)

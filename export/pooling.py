@@ -15,6 +15,7 @@ def relu_behind(model: onnx.ModelProto) -> None:
     """
     nodes = model.graph.node
     made_by = {name: index for index, node in enumerate(nodes) for name in node.output}
+    outputs = {one.name for one in model.graph.output}
     users: dict[str, list[int]] = {}
     for index, node in enumerate(nodes):
         for name in node.input:
@@ -25,7 +26,7 @@ def relu_behind(model: onnx.ModelProto) -> None:
             continue
         cut, pooled = node.input[0], node.output[0]
         behind = {nodes[index].op_type for index in users.get(pooled, ())}
-        if users[cut] != [later] or behind != {"QuantizeLinear"}:
+        if cut in outputs or users[cut] != [later] or behind != {"QuantizeLinear"}:
             continue
         relu, pool = onnx.NodeProto(), onnx.NodeProto()
         relu.CopyFrom(nodes[earlier])

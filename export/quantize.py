@@ -1,10 +1,10 @@
-"""Static int8: which of several ways to quantise the graph stays nearest to it, found on photos.
+"""Static int8: which of several ways to quantise the graph stays near to it, found on photos.
 
-    model.onnx ─ranges of 100 training photos─> QDQ, per tensor or per channel ─200 others─> nearest
+    model.onnx ─ranges of 100 training photos─> QDQ, per tensor or per channel ─200 others─> a way
 
 Nothing is decided here: `precision.py` keeps what this finds, or refuses it, on held-out photos.
 Activations are uint8 and weights int8, as processors with VNNI multiply them. Weights keep to
--64 … 64: others add two products in 16 bits, where larger ones saturate. So all answer alike.
+-64 … 64: others add two products in 16 bits, where larger ones saturate.
 """
 
 from __future__ import annotations
@@ -153,12 +153,13 @@ def search(source: Path, pixels: Pixels, enough: float) -> Found:
                     tried.append(attempt(Way(method, per_channel, leave)))
                     bar.advance(task)
         if all(way.agreement < enough for way in tried):
-            tried += _with_worst_in_float(_nearest(tried), layers, enough, attempt, bar)
-        best = _nearest([way for way in tried if way.agreement >= enough] or tried)
+            tried += _with_worst_in_float(_choose(tried), layers, enough, attempt, bar)
+        near = [way for way in tried if way.agreement >= enough]
+        best = _choose(near) if near else min(tried, key=lambda way: way.divergence)
     return Found(best, _quantised(graph, found[best.method], best), tuple(tried))
 
 
-def _nearest(tried: Sequence[Way]) -> Way:
+def _choose(tried: Sequence[Way]) -> Way:
     """The nearest way, or one about as near that leaves fewer layers in float, which is faster.
 
     Nothing is timed: timings differ, and the same run shall give the same bytes.
@@ -207,7 +208,7 @@ class _Judge:
             return way._replace(divergence=float("inf"))
         p, q = (np.maximum(softmax(logits), 1e-12) for logits in (expected, actual))
         return way._replace(
-            divergence=float((p * np.log(p / q)).sum(axis=1).mean()),
+            divergence=max(0.0, float((p * np.log(p / q)).sum(axis=1).mean())),
             agreement=float((expected.argmax(axis=1) == actual.argmax(axis=1)).mean()),
         )
 
@@ -246,6 +247,14 @@ def ranges(source: Path, pixels: Pixels, method: str, *, every: bool = False) ->
 def _quantised(graph: onnx.ModelProto, ranges: TensorsData, way: Way) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)  # the quantiser changes what it is given
+    layers = [node for node in graph.graph.node if node.op_type in _LAYERS]
+    multiplied = {name for layer in layers for name in layer.input[1:]}
+    # Gains of a LayerNorm and constants that are added are in no sum of products.
+    others = [
+        one.name
+        for one in graph.graph.initializer
+        if one.data_type == onnx.TensorProto.FLOAT and one.name not in multiplied
+    ]
     quantizer = QDQQuantizer(
         copy,
         way.per_channel,
@@ -256,7 +265,7 @@ def _quantised(graph: onnx.ModelProto, ranges: TensorsData, way: Way) -> onnx.Mo
         [],
         list(way.leave),
         list(QDQRegistry),
-        {},
+        {"TensorQuantOverrides": {name: [{"reduce_range": False}] for name in others}},
     )
     try:
         quantizer.quantize_model()

@@ -19,7 +19,11 @@ from serving.errors import OptionError
 DEVICES: Final = ("auto", "cpu", "cuda", "tensorrt")
 PRECISIONS: Final = ("auto", "fp32", "int8", "fp16")
 RUNTIMES: Final = ("onnx", "torchscript")
-_OTHERS: Final = ("BUNDLE_DIR", "CACHE", "CACHE_GB", "IMAGE", "PORT", "SCRATCH")  # read elsewhere
+# What others of our parts read, and what Kubernetes sets for a service that is called fledge-x.
+_OTHERS: Final = re.compile(
+    "FLEDGE_(BUNDLE_DIR|CACHE|CACHE_GB|IMAGE|SCRATCH)|"
+    r"FLEDGE_(.+_)?(PORT(_\d+_\w+)?|SERVICE_HOST|SERVICE_PORT(_\w+)?)"
+)
 
 
 def bundle_folder(environ: Mapping[str, str]) -> Path:
@@ -105,7 +109,7 @@ class _Reader:
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.environ = environ
         self.mistakes: list[str] = []
-        self._known = {"FLEDGE_BUNDLE", signing.TRUSTED, *(f"FLEDGE_{name}" for name in _OTHERS)}
+        self._known = {"FLEDGE_BUNDLE", signing.TRUSTED}
 
     def text(self, name: str, default: str) -> str:
         self._known.add(name)
@@ -160,12 +164,9 @@ class _Reader:
             self.mistakes.append(str(error))
 
     def misspelt(self) -> None:
-        """A limit or a key file that nobody reads looks like one that holds.
-
-        Only what is nearly a name of ours: Kubernetes has variables of its own for a service that
-        is called fledge.
-        """
-        for name in self.environ:
-            if name.startswith("FLEDGE_") and name not in self._known:
-                for near in difflib.get_close_matches(name, self._known, 1, 0.85):
+        """A limit or a key file that nobody reads would look like one that holds."""
+        for name, value in self.environ.items():
+            ours = name.startswith("FLEDGE_") and value.strip() and not _OTHERS.fullmatch(name)
+            if ours and name not in self._known:
+                for near in difflib.get_close_matches(name, self._known, 1, 0.82):
                     self.mistakes.append(f"{name}: no such variable; did you mean {near}?")

@@ -224,7 +224,7 @@ def test_exports_at_once_go_live_one_after_the_other(run, out, tmp_path, monkeyp
             between.set()
             other.append(threading.Thread(target=live.go_live, args=(*made[1], out)))
             other[0].start()
-            other[0].join(0.3)
+            other[0].join(3)  # it would be done by then
         publish(*args)
 
     monkeypatch.setattr(bundle, "publish", meanwhile)

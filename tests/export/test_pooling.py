@@ -91,6 +91,9 @@ def test_pooling_behind_a_float_layer_stays_in_float_and_says_the_same(
     monkeypatch.setattr(pooling, "relu_behind", lambda model: None)
     as_it_was = quantised(source, pixels, ("stem",))
     assert before(as_it_was.graph, "QuantizeLinear")[:3] == ["MaxPool", "Relu", "Conv"]
+    run(as_it_was, pixels, optimised)
+    # Once this fails, ONNX Runtime has mended it, and `export/pooling.py` can go.
+    assert "QuantizeLinear" in before(onnx.load(optimised).graph, "MaxPool")
     assert np.array_equal(run(model, pixels), run(as_it_was, pixels))
 
 
@@ -100,16 +103,18 @@ def test_pooling_that_is_quantised_itself_is_left_alone(source, pixels, monkeypa
     assert model == quantised(source, pixels, ())
 
 
-def test_what_others_read_is_left_alone(tmp_path, pixels):
-    """The Relu's map has another reader, and the pooled one."""
-    nodes = [*NODES[:6], helper.make_node("Relu", ["conv2"], ["relu2b"])]
-    nodes += [
-        helper.make_node("ReduceMean", ["relu1"], ["mean"], axes=[2, 3], keepdims=0),
-        helper.make_node("ReduceMean", ["relu2b"], ["mean2"], axes=[2, 3], keepdims=0),
-        helper.make_node("Add", ["mean", "mean2"], ["features"]),
-        NODES[-1],
-    ]
-    write(nodes, tmp_path / "shared.onnx")
-    model = quantised(tmp_path / "shared.onnx", pixels, ("stem",))
+@pytest.mark.parametrize("reader", ["a node", "the caller"])
+def test_a_map_that_others_read_is_left_alone(tmp_path, pixels, reader):
+    source = tmp_path / "shared.onnx"
+    mean = helper.make_node("ReduceMean", ["relu1"], ["mean"], axes=[2, 3], keepdims=0)
+    both = helper.make_node("Add", ["mean", "features"], ["sum"])
+    last = helper.make_node("MatMul", ["sum", "w3"], ["logits"], "last")
+    write([*NODES[:8], mean, both, last] if reader == "a node" else NODES, source)
+    if reader == "the caller":
+        model = onnx.load(source)
+        shape = ["batch", 16, 17, 17]
+        model.graph.output.append(helper.make_tensor_value_info("relu1", TensorProto.FLOAT, shape))
+        onnx.save(model, source)
+    model = quantised(source, pixels, ("stem",))
     assert before(model.graph, "MaxPool")[0] == "Relu"
     onnx.checker.check_model(model, full_check=True)

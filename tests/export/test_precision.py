@@ -142,13 +142,15 @@ def test_photos_are_drawn_class_by_class_and_the_same_each_time(shared_run):
         quantize.draw(samples[:12], shared_run.preprocess)
 
 
-def test_the_nearest_way_is_found(exported, pixels):
+def test_a_near_way_is_found(exported, pixels):
     out, manifest, _ = exported
     source = out / manifest.version / "model.onnx"
     found = quantize.search(source, pixels, enough=0.0)
     assert len(found.tried) == len({way[:3] for way in found.tried}) == 12
-    assert found.way == quantize._nearest(found.tried)
-    assert 0 < found.way.divergence < 1
+    limit = 1.5 * min(way.divergence for way in found.tried)
+    assert 0 < found.way.divergence <= min(limit, 1)
+    near = [way for way in found.tried if way.divergence <= limit]
+    assert len(found.way.leave) == min(len(way.leave) for way in near)
     operators = [node.op_type for node in found.model.graph.node]
     assert operators.count("DequantizeLinear") > 50
     onnx.checker.check_model(found.model, full_check=True)
@@ -159,26 +161,35 @@ def test_of_ways_about_as_near_the_one_with_fewest_layers_in_float_is_taken():
     wholly = quantize.Way("minmax", True, (), 0.029, 1.0)
     ends = quantize.Way("minmax", True, ("first", "last"), 0.020, 1.0)
     last = quantize.Way("percentile", True, ("last",), 0.022, 1.0)
-    assert quantize._nearest([far, ends, last]) is last
-    assert quantize._nearest([far, wholly, ends, last]) is wholly
-    assert quantize._nearest([far, ends]) is ends
+    assert quantize._choose([far, ends, last]) is last
+    assert quantize._choose([far, wholly, ends, last]) is wholly
+    assert quantize._choose([far, ends]) is ends
 
 
 def test_a_way_that_is_far_enough_off_is_not_taken_where_another_agrees(
     exported, pixels, monkeypatch
 ):
-    """Though nearer by divergence: a best class is what is asked for."""
+    """Though it is nearer by divergence: a best class is what is asked for."""
     out, manifest, _ = exported
-    real = quantize._Judge.__call__
 
     def only_percentiles(self, way, model, photos=None):
-        agreement = float(way.method == "percentile")
-        return real(self, way, model, photos)._replace(agreement=agreement)
+        far = way.method == "percentile"
+        return way._replace(agreement=float(far), divergence=0.05 if far else 0.01)
 
     monkeypatch.setattr(quantize._Judge, "__call__", only_percentiles)
-    found = quantize.search(out / manifest.version / "model.onnx", pixels[:30], enough=1.0)
+    monkeypatch.setattr(quantize, "_quantised", lambda graph, ranges, way: graph)
+    source = out / manifest.version / "model.onnx"
+    found = quantize.search(source, pixels[:30], enough=1.0)
     assert len(found.tried) == 12  # no layer was looked at on its own
-    assert found.way.method == "percentile"
+    assert found.way[:3] == ("percentile", False, ())
+    # Where none agrees, the nearest is taken, however many layers it leaves.
+    monkeypatch.setattr(
+        quantize._Judge,
+        "__call__",
+        lambda self, way, model, photos=None: way._replace(divergence=1 / (50 + len(way.leave))),
+    )
+    found = quantize.search(source, pixels[:30], enough=1.0)
+    assert len(found.way.leave) == max(len(way.leave) for way in found.tried) > 2
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -192,8 +203,9 @@ def test_products_of_two_weights_never_saturate(exported, pixels, per_channel):
     stored = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
     weights = [stored[one] for one in stored if one.endswith("weight_quantized")]
     assert len(weights) > 50
-    assert {int(np.abs(one.astype(int)).max()) for one in weights} == {64}
-    assert np.iinfo(np.int16).max >= 2 * 64 * 255
+    largest = {int(np.abs(one.astype(int)).max()) for one in weights}
+    assert len(largest) == 1
+    assert 2 * 255 * largest.pop() in range(32_000, np.iinfo(np.int16).max + 1)
 
 
 def test_layers_stay_in_float_until_enough_agree(exported, pixels, monkeypatch):

@@ -93,9 +93,10 @@ def test_a_key_file_that_is_not_there_never_opens_the_door():
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
+        ("FLEDGE_API_KEY", "FLEDGE_API_KEYS_FILE"),
         ("FLEDGE_API_KEY_FILE", "FLEDGE_API_KEYS_FILE"),
         ("FLEDGE_MAX_QEUE", "FLEDGE_MAX_QUEUE"),
-        ("FLEDGE_TRUSTED_KEY", "FLEDGE_TRUSTED_KEYS"),
+        ("FLEDGE_TRUSTED", "FLEDGE_TRUSTED_KEYS"),
     ],
 )
 def test_a_misspelt_variable_is_refused_with_the_name_that_is_meant(name, meant):
@@ -103,15 +104,29 @@ def test_a_misspelt_variable_is_refused_with_the_name_that_is_meant(name, meant)
         Settings.from_env({name: "8"})
 
 
-def test_variables_of_others_are_left_alone():
-    names = [
-        "FLEDGE_PORT",
-        "FLEDGE_PORT_3000_TCP_ADDR",
-        "FLEDGE_SERVICE_HOST",
-        "FLEDGE_SERVICE_PORT",
-    ]
-    names += ["FLEDGE_BUNDLE_DIR", "FLEDGE_CACHE", "FLEDGE_SERVICE_PORT_HTTP", "FLEDGE_COLOUR"]
-    assert Settings.from_env(dict.fromkeys(names, "1")) == Settings.from_env({})
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("PORT", "SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT_3000_TCP_ADDR"),
+        *("DB_PORT", "BUNDLE_PORT", "BUNDLE_PORT_80_TCP", "DEVICE_SERVICE_HOST"),
+        *(
+            "BUNDLE_DIR",
+            "CACHE",
+            "CACHE_GB",
+            "CACHE_DIR",
+            "IMAGE",
+            "IMAGE_TAG",
+            "VERSION",
+            "PHOTOS",
+        ),
+    ],
+)
+def test_variables_of_others_are_left_alone(name):
+    assert Settings.from_env({f"FLEDGE_{name}": "1"}) == Settings.from_env({})
+
+
+def test_an_empty_variable_is_not_set_whatever_its_name():
+    assert Settings.from_env({"FLEDGE_WORKER": " "}) == Settings.from_env({})
 
 
 def test_workers_share_the_cores():

@@ -1,0 +1,96 @@
+r"""What int8 answers on this processor, against exact arithmetic.
+
+    python benchmarks/saturation.py --bundle BUNDLE --photos DIR
+
+The bundle's float32 graph is quantised with weights up to 127 and up to 64, a scale for each tensor
+and for each channel. Each graph answers 200 photos twice: through ONNX Runtime's int8 kernels, and
+without its optimisations, where it computes the same integers as floats. Processors without VNNI
+add two products in 16 bits and saturate; on the others all lines are alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import machine
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnxruntime.quantization import QuantType
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.registry import QDQRegistry
+
+
+def main() -> int:
+    """Compare, print a table; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--photos", type=Path, required=True, help="a folder a class")
+    options = parser.parse_args()
+    from export import quantize
+    from serving import bundle
+    from serving.cores import cores
+
+    opened = bundle.read(options.bundle)
+    folders = sorted(path for path in options.photos.iterdir() if path.is_dir())
+    samples = [
+        (path, label)
+        for label, folder in enumerate(folders)
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png")
+    ]
+    pixels = quantize.draw(samples, opened.manifest.preprocess, cores())
+    calibrate, asked = pixels[: quantize.CALIBRATE], pixels[quantize.CALIBRATE :]
+    source = opened.payload / "model.onnx"
+    ranges = quantize.ranges(source, calibrate, "minmax")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(source))
+    print(machine.describe(cores(), "cpu"), f"ONNX Runtime {ort.__version__}\n")
+    print(f"{opened.manifest.arch}, {len(asked)} photos\n")
+    print("| scales | weights up to | off by, largest | median | another best class |")
+    print("|---|---:|---:|---:|---:|")
+    for per_channel in (False, True):
+        for largest in (127, 64):
+            model = quantised(graph, ranges, per_channel, reduce_range=largest == 64)
+            here, exact = (probabilities(model, asked, on) for on in (True, False))
+            off = np.abs(here - exact).max(axis=1)
+            other = (here.argmax(axis=1) != exact.argmax(axis=1)).mean()
+            name = "each channel" if per_channel else "each tensor"
+            cells = f"{off.max():.3f} | {np.median(off):.5f} | {other:.1%}"
+            print(f"| {name} | {largest} | {cells} |", flush=True)
+    return 0
+
+
+def quantised(
+    graph: onnx.ModelProto, ranges: object, per_channel: bool, *, reduce_range: bool
+) -> bytes:
+    """The whole graph in QDQ form, as the export makes it."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    types = (QuantType.QInt8, QuantType.QUInt8)
+    every = list(QDQRegistry)
+    quantizer = QDQQuantizer(copy, per_channel, reduce_range, *types, ranges, [], [], every, {})
+    quantizer.quantize_model()
+    quantizer.model.topological_sort()
+    return quantizer.model.model.SerializeToString()
+
+
+def probabilities(model: bytes, pixels: np.ndarray, optimised: bool) -> np.ndarray:
+    """float64 [N, classes]."""
+    from serving.views import softmax
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if not optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return np.concatenate(
+        [softmax(session.run(["logits"], {"pixels": row[None]})[0]) for row in pixels]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
