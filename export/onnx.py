@@ -22,6 +22,7 @@ from serving.errors import WorkError
 from serving.preprocess import Preprocess
 
 OPSET: Final = 18
+_LARGEST: Final = 2**31 - 2**24  # bytes of weights: protobuf's own limit, less room for the nodes
 
 
 def write(
@@ -30,9 +31,15 @@ def write(
     """Export `graph` to `path`; name, labels and preprocess go into the file's metadata as JSON.
 
     Raises:
-        WorkError: The exporter has no translation for part of the network, or the file is no
-            valid ONNX.
+        WorkError: The exporter has no translation for part of the network, the weights are more
+            than a file of this kind holds, or the file is no valid ONNX.
     """
+    weights = sum(one.numel() * one.element_size() for one in graph.state_dict().values())
+    if weights > _LARGEST:
+        raise WorkError(
+            f"the network can't be written as ONNX: its weights take {weights / 1e9:.1f} GB, and a "
+            f"file holds {_LARGEST / 1e9:.1f}; choose a smaller arch"
+        )
     save(_translate(graph, preprocess), path, name=name, labels=labels, preprocess=preprocess)
 
 

@@ -151,6 +151,20 @@ def test_an_operator_without_a_translation_is_named_with_its_module(tmp_path, la
         writer.write(assembled, tmp_path / "model.onnx", **facts)
 
 
+def test_a_network_too_large_for_the_file_is_refused_before_the_work(
+    shared_run, tmp_path, monkeypatch
+):
+    assembled, _ = graph.assemble(shared_run.classifier, shared_run.preprocess)
+    weights = sum(one.numel() * 4 for one in assembled.state_dict().values())
+    facts = {"name": "tiny", "labels": LABELS, "preprocess": shared_run.preprocess}
+    monkeypatch.setattr(writer, "_LARGEST", weights)
+    writer.write(assembled, tmp_path / "model.onnx", **facts)
+    monkeypatch.setattr(writer, "_LARGEST", weights - 1)
+    monkeypatch.setattr(writer.torch.onnx, "export", None)
+    with pytest.raises(WorkError, match=r"its weights take 0\.0 GB, and a file holds 0\.0"):
+        writer.write(assembled, tmp_path / "model.onnx", **facts)
+
+
 def test_what_the_exporter_can_not_translate_is_one_line(shared_run, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise writer.torch.onnx.OnnxExporterError("no translation for aten::odd\nmore\nlines")
