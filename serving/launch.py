@@ -70,9 +70,9 @@ def serve(
     if settings.workers == 1:  # else BentoML's server does, before its workers
         _try_gpu(settings, env)
     print(f"{manifest.name}:{manifest.version} on {url} (ready when {url}/readyz says 200)")
-    key = ' -H "Authorization: Bearer KEY"' if settings.api_keys else ""
-    print(f'curl --data-binary @photo.jpg -H "Content-Type: image/jpeg"{key} {url}/predict')
-    sys.stdout.flush()
+    key = '-H "Authorization: Bearer KEY" ' if settings.api_keys else ""
+    photo = '--data-binary @photo.jpg -H "Content-Type: image/jpeg"'
+    print(f"curl {photo} {key}{url}/predict", flush=True)
     _private_home(env)
     if settings.workers == 1:
         remove_scratch_at_the_end(env)
