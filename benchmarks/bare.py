@@ -1,4 +1,4 @@
-"""What an epoch of the whole network costs: against bare arithmetic, against plain float32."""
+"""What an epoch of the whole network costs: against bare arithmetic, plain float32, and fastai."""
 
 from __future__ import annotations
 
@@ -10,55 +10,71 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from contest import PEERS, ROOT, Settings
+import contest
+from contest import PEERS, ROOT, Job, Settings
 
 KINDS: Final = {
     "fledge": "Fledge, nothing frozen",
     "ours": "bare steps, same precision and layout",
     "loop": "plain float32 loop, photos by worker processes",
     "float32": "bare float32 steps, contiguous",
+    "fastai": "fastai, nothing frozen",
 }
 
 
-def measure(settings: Settings, folder: Path, epochs: int, rounds: int) -> str:
-    """Markdown: seconds an epoch of each kind, and Fledge's ratio to each.
+def measure(settings: Settings, folder: Path, kinds: list[str], epochs: int, rounds: int) -> str:
+    """Markdown: seconds an epoch of each of `kinds`, of which Fledge is one, and its ratio to each.
 
     Kinds take turns, each time in a fresh process of `epochs` epochs; the first, in which kernels
     are made and memory is found, does not count. Ratios are of one round; the table has their
-    median.
+    median. Seconds have the validation in them; photos a second are those that are trained on.
     """
     import tomli_w
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     recipe = folder / "recipe.toml"
-    recipe.write_text(tomli_w.dumps(whole_network(settings, epochs)), encoding="utf-8")
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    counts: list[str] = []
+    values = whole_network(settings, epochs)
+    recipe.write_text(tomli_w.dumps(values), encoding="utf-8")
+    batch = values.get("batch_size", 32)
+    settings = replace(settings, fastai_epochs=epochs, fastai_batch=batch, tta=0)
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    counts = (0, 0, 0)
     for number in range(rounds):
-        turn = number % len(KINDS)  # Fledge comes first at first: it says how many photos there are
-        for kind in [*KINDS][turn:] + [*KINDS][:turn]:
+        turn = number % len(kinds)  # Fledge comes first at first: it says how many photos there are
+        for kind in kinds[turn:] + kinds[:turn]:
             place = folder / f"{kind}-{number}"
             if kind == "fledge":
                 found, counts = _fledge(settings, recipe, place)
             elif kind == "loop":
-                found = _loop(settings, recipe, place, epochs)
+                found = _loop(settings, place, batch, epochs)
+            elif kind == "fastai":
+                ends = contest.run(Job(kind, "0", number), settings, place).epochs
+                found = [later - sooner for (sooner, _), (later, _) in pairwise(ends)]
             else:
-                words = [str(PEERS / "bare_steps.py"), kind, str(recipe), *counts]
+                train, valid, classes = map(str, counts)
+                words = [str(PEERS / "bare_steps.py"), kind, str(recipe), "--train", train]
+                words += ["--valid", valid, "--classes", classes]
                 words += ["--epochs", str(epochs), "--device", settings.device]
                 found = [line["seconds"] for line in _run(words, place)]
             seconds[kind].append(statistics.mean(found[1:] or found))
             print(f"{kind}: {seconds[kind][-1]:.2f} s an epoch", file=sys.stderr, flush=True)
-    lines = ["| | s an epoch | Fledge to it |", "|---|---:|---:|"]
-    for kind, called in KINDS.items():
+    train, valid, _ = counts
+    head = f"{settings.arch} at {settings.size} px in batches of {batch}; {train:,} photos to train on"
+    lines = [f"{head}, {valid:,} to validate.\n", "| | s an epoch | photos/s | Fledge to it |"]
+    lines.append("|---|---:|---:|---:|")
+    for kind in kinds:
         ratios = [
             ours / other for ours, other in zip(seconds["fledge"], seconds[kind], strict=True)
         ]
         ratio = "" if kind == "fledge" else f"{statistics.median(ratios):.3f}"
-        lines.append(f"| {called} | {statistics.median(seconds[kind]):.2f} | {ratio} |")
+        middle = statistics.median(seconds[kind])
+        lines.append(f"| {KINDS[kind]} | {middle:.2f} | {train / middle:,.0f} | {ratio} |")
     return "\n".join(lines)
 
 
@@ -85,8 +101,10 @@ def whole_network(settings: Settings, epochs: int) -> dict[str, Any]:
     return values
 
 
-def _fledge(settings: Settings, recipe: Path, place: Path) -> tuple[list[float], list[str]]:
-    """Seconds of every epoch by metrics.csv, and how many photos and classes there were."""
+def _fledge(
+    settings: Settings, recipe: Path, place: Path
+) -> tuple[list[float], tuple[int, int, int]]:
+    """Seconds of every epoch by metrics.csv, and how many photos, held out ones, and classes."""
     words = ["train", str(recipe), "--data", str(settings.data), "--split", str(settings.split)]
     words += ["--device", settings.device, "--out", str(place)]
     _run([str(ROOT / "fledge.py"), *words], place.with_suffix(".log"))
@@ -94,17 +112,15 @@ def _fledge(settings: Settings, recipe: Path, place: Path) -> tuple[list[float],
         found = [float(row["seconds"]) for row in csv.DictReader(file)]
     best = json.loads((place / "best.json").read_text())
     photos = best["data"]
-    counts = ["--train", str(photos["train"]), "--valid", str(photos["valid"])]
     shutil.rmtree(place)
-    return found, [*counts, "--classes", str(len(best["classes"]))]
+    return found, (photos["train"], photos["valid"], len(best["classes"]))
 
 
-def _loop(settings: Settings, recipe: Path, place: Path, epochs: int) -> list[float]:
-    values = tomllib.loads(recipe.read_text(encoding="utf-8"))
+def _loop(settings: Settings, place: Path, batch: int, epochs: int) -> list[float]:
     place.mkdir(parents=True, exist_ok=True)
     words = ["--data", str(settings.data), "--split", str(settings.split), "--fold", "0"]
     words += ["--weights", settings.weights, "--arch", settings.arch, "--size", str(settings.size)]
-    words += ["--batch", str(values.get("batch_size", 32)), "--epochs", str(epochs)]
+    words += ["--batch", str(batch), "--epochs", str(epochs)]
     words += ["--workers", str(settings.threads), "--device", settings.device, "--out", str(place)]
     told = _run([str(PEERS / "torch_loop.py"), *words], place)
     return [line["seconds"] for line in told if line.get("event") == "epoch"]

@@ -10,7 +10,8 @@ first use. Outcomes are appended to OUT/results.jsonl: the same command goes on 
 race, or adds folds, seeds and competitors to it.
 
 `--markdown` trains nothing and prints the tables again. `--bare` measures epochs instead: the
-whole network trained by Fledge, against bare steps on random tensors and against float32 loops.
+whole network trained by Fledge, against bare steps on random tensors and against float32 loops;
+against fastai, too, where `--peers` names it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ RESULTS = "results.jsonl"
 def main() -> int:
     """Run what is missing, then print; returns the exit status."""
     options = parse()
+    options.peers = options.peers or ("fledge" if options.bare else "fledge,fastai,torch")
     out: Path = options.out
     if options.markdown:
         return show(rows.read(out / RESULTS, Outcome), out, options)
@@ -55,7 +57,12 @@ def main() -> int:
     print(about, file=sys.stderr)
     read_once(settings.data)
     if options.bare:
-        print(bare.measure(settings, out / "bare", options.bare_epochs, options.rounds))
+        kinds = [kind for kind in bare.KINDS if kind != "fastai" or "fastai" in options.peers]
+        try:
+            told = bare.measure(settings, out / "bare", kinds, options.bare_epochs, options.rounds)
+        except contest.Failed as error:
+            raise SystemExit(str(error)) from error
+        print(told)
         return 0
     same_settings(settings, about, out / "settings.json")
     done = {(o.peer, o.fold, o.seed) for o in rows.read(out / RESULTS, Outcome)}
@@ -86,7 +93,7 @@ def parse() -> argparse.Namespace:
     add("--weights", default="none", help="a state dict of torchvision, for all; or none")
     add("--folds", default="0", help="folds that validate, each in its turn: 0,1,2,3,4")
     add("--seeds", default="0,1")
-    add("--peers", default="fledge,fastai,torch")
+    add("--peers", help="fledge,fastai,torch, which is the default")
     add("--recipe", type=Path, default=ROOT / "training/recipes/quick.toml", help="Fledge's")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="an override of the recipe")
     add("--arch", default="mobilenet_v2", help="or resnet50, for all")
@@ -112,7 +119,7 @@ def parse() -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """Paths made absolute, and fastai's environment made, where it takes part."""
-    wanted = "fastai" in options.peers.split(",") and not options.bare
+    wanted = "fastai" in options.peers.split(",")
     given = options.fastai_python or (fastai_env.python() if wanted else Path())
     return Settings(
         data=options.data.resolve(),

@@ -21,33 +21,38 @@ class Ema:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        """Begin with the module's weights as they are; `decay` in [0, 1)."""
-        self.module, self.decay, self.updates = module, decay, 0
-        self.averages = {name: value.clone() for name, value in _floats(module).items()}
+        """Begin with the module's weights as they are, and where they are; `decay` in [0, 1).
+
+        The module is not to be moved to another device or layout after that.
+        """
+        self.decay, self.updates = decay, 0
+        # The tensors themselves: to collect them takes a millisecond, too long for every step.
+        state = module.state_dict()
+        self._weights = {name: value for name, value in state.items() if value.is_floating_point()}
+        self.averages = {name: value.clone() for name, value in self._weights.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the module's weights; call it after every step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        weights = _floats(self.module)
+        averages, weights = list(self.averages.values()), list(self._weights.values())
         # At once: a call for each of some hundred tensors takes longer than the arithmetic.
-        moved = [weights[name] for name in self.averages]
-        torch._foreach_lerp_(list(self.averages.values()), moved, 1 - decay)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Put the averages into the module; at the end give its own weights back bit for bit."""
-        own = {name: value.clone() for name, value in _floats(self.module).items()}
+        own = {name: value.clone() for name, value in self._weights.items()}
         try:
-            _put(self.averages, self.module)
+            self._put(self.averages)
             yield
         finally:
-            _put(own, self.module)
+            self._put(own)
 
     def settled(self, names: Iterable[str]) -> bool:
         """Whether these weights equal their averages, so that swapping leaves them as they are."""
-        weights = _floats(self.module)
+        weights = self._weights
         return all(torch.equal(self.averages[n], weights[n]) for n in names if n in weights)
 
     def state(self) -> dict[str, Tensor]:
@@ -61,13 +66,8 @@ class Ema:
             average.copy_(state[name])
         self.updates = int(state[UPDATES])
 
-
-def _floats(module: nn.Module) -> dict[str, Tensor]:
-    state = module.state_dict()
-    return {name: value for name, value in state.items() if value.is_floating_point()}
-
-
-@torch.no_grad()
-def _put(values: Mapping[str, Tensor], module: nn.Module) -> None:
-    for name, value in _floats(module).items():
-        value.copy_(values[name])
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        """Into the module."""
+        for name, value in self._weights.items():
+            value.copy_(values[name])

@@ -162,9 +162,8 @@ def step(optimizer: optim.Optimizer, config: OptimizerConfig) -> None:
         moving = [p for group in optimizer.param_groups for p in _moving(group)]
         nn.utils.clip_grad_norm_(moving, config.clip_norm)
     for group in optimizer.param_groups:
-        if group["shrink"]:
-            for parameter in _moving(group):
-                parameter.mul_(1 - group["lr"] * group["shrink"])
+        if group["shrink"]:  # at once: on a GPU each call takes longer than its arithmetic
+            torch._foreach_mul_(_moving(group), 1 - group["lr"] * group["shrink"])
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

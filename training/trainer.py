@@ -252,7 +252,8 @@ def validate(
     """Accuracy and mean loss, over the batches of all processes; leaves it in eval mode."""
     classifier.eval()
     suffix: nn.Module = classifier.suffix
-    if not classifier.freezing.prefix:  # the whole network: folding it is soon paid for
+    # On a CPU folding the whole network is soon paid for; a GPU is done before it is folded.
+    if not classifier.freezing.prefix and precision.device.type == "cpu":
         suffix = prefix.fused(suffix)
     right, loss = torch.zeros((), device=precision.device), torch.zeros((), device=precision.device)
     seen = 0
