@@ -65,9 +65,12 @@ def measure(settings: Settings, folder: Path, kinds: list[str], epochs: int, rou
             seconds[kind].append(statistics.mean(found[1:] or found))
             print(f"{kind}: {seconds[kind][-1]:.2f} s an epoch", file=sys.stderr, flush=True)
     train, valid, _ = counts
-    head = f"{settings.arch} at {settings.size} px in batches of {batch}; {train:,} photos to train on"
-    lines = [f"{head}, {valid:,} to validate.\n", "| | s an epoch | photos/s | Fledge to it |"]
-    lines.append("|---|---:|---:|---:|")
+    lines = [
+        f"{settings.arch} at {settings.size} px in batches of {batch}, {train:,} photos to train "
+        f"on, {valid:,} to validate.\n",
+        "| | s an epoch | photos/s | Fledge to it |",
+        "|---|---:|---:|---:|",
+    ]
     for kind in kinds:
         ratios = [
             ours / other for ours, other in zip(seconds["fledge"], seconds[kind], strict=True)

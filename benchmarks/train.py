@@ -10,8 +10,8 @@ first use. Outcomes are appended to OUT/results.jsonl: the same command goes on 
 race, or adds folds, seeds and competitors to it.
 
 `--markdown` trains nothing and prints the tables again. `--bare` measures epochs instead: the
-whole network trained by Fledge, against bare steps on random tensors and against float32 loops;
-against fastai, too, where `--peers` names it.
+whole network trained by Fledge (`fledge`), against bare steps on random tensors in the same
+precision (`ours`) and in float32 (`float32`), against a float32 loop (`loop`) and against `fastai`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RESULTS = "results.jsonl"
 def main() -> int:
     """Run what is missing, then print; returns the exit status."""
     options = parse()
-    options.peers = options.peers or ("fledge" if options.bare else "fledge,fastai,torch")
+    options.peers = options.peers or ("fledge,ours,loop" if options.bare else "fledge,fastai,torch")
     out: Path = options.out
     if options.markdown:
         return show(rows.read(out / RESULTS, Outcome), out, options)
@@ -57,7 +57,8 @@ def main() -> int:
     print(about, file=sys.stderr)
     read_once(settings.data)
     if options.bare:
-        kinds = [kind for kind in bare.KINDS if kind != "fastai" or "fastai" in options.peers]
+        asked = {"fledge", *rows.asked(options.peers, bare.KINDS)}
+        kinds = [kind for kind in bare.KINDS if kind in asked]
         try:
             told = bare.measure(settings, out / "bare", kinds, options.bare_epochs, options.rounds)
         except contest.Failed as error:
@@ -93,7 +94,7 @@ def parse() -> argparse.Namespace:
     add("--weights", default="none", help="a state dict of torchvision, for all; or none")
     add("--folds", default="0", help="folds that validate, each in its turn: 0,1,2,3,4")
     add("--seeds", default="0,1")
-    add("--peers", help="fledge,fastai,torch, which is the default")
+    add("--peers", help="fledge,fastai,torch; with --bare fledge,ours,loop, float32 and fastai too")
     add("--recipe", type=Path, default=ROOT / "training/recipes/quick.toml", help="Fledge's")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="an override of the recipe")
     add("--arch", default="mobilenet_v2", help="or resnet50, for all")

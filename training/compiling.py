@@ -1,7 +1,9 @@
-"""The part of a network that trains, compiled by torch.compile where the recipe asks for it.
+"""The part of a network that trains, run a faster way where the recipe asks for it.
 
-What is compiled is a function of its own around the layers: the classifier, its weights and their
-names stay as they are.
+`torch.compile` (Ansel et al., 2024, "PyTorch 2") makes kernels of its own. A CUDA graph (Nguyen et
+al., 2021, "Accelerating PyTorch with CUDA Graphs") has the kernels as they are, recorded once and
+launched as one, for GPUs that wait for the program. Either is a function around the layers: the
+classifier, its weights and their names stay as they are.
 """
 
 from __future__ import annotations
@@ -22,66 +24,99 @@ from training.options import Recipe, Stage
 
 REMEDY: Final = "use compile = false"
 
+Run = Callable[[Tensor], Tensor]
 
-class Compiled(nn.Module):
-    """A network that runs compiled on batches as large as the first one it sees.
 
-    The odd batch that ends an epoch runs as it always did: a second compiling would cost more time
-    than one batch an epoch can win back. Its parameters are the network's own.
+class WholeBatches(nn.Module):
+    """A network that runs a faster way on batches as large as the first one it sees.
+
+    The odd batch that ends an epoch runs as it always did: to make ready for it would cost more
+    time than one batch an epoch can win back. Its parameters are the network's own.
     """
 
-    def __init__(self, network: nn.Module, *, cuda_graphs: bool = False) -> None:
-        """Nothing is compiled before the first batch."""
+    def __init__(self, network: nn.Module, make: Callable[[nn.Module, Tensor], Run]) -> None:
+        """`make` is called with the network and the first batch, when that comes."""
         super().__init__()
-        self.network, self._size, self._graphs = network, 0, cuda_graphs
-
-        def run(inputs: Tensor) -> Tensor:
-            outputs: Tensor = network(inputs)
-            return outputs
-
-        self._fast: Callable[[Tensor], Tensor] = torch.compile(
-            run, dynamic=False, mode="reduce-overhead" if cuda_graphs else None
-        )
+        self.network, self._make, self._size = network, make, 0
+        self._fast: Run = network.forward
 
     def forward(self, inputs: Tensor) -> Tensor:
         """As the network.
 
         Raises:
-            OptionError: It can't be compiled; names the option.
+            OptionError: It can't be made faster; names the option.
         """
-        self._size = self._size or len(inputs)
+        if not self._size:
+            self._size, self._fast = len(inputs), self._make(self.network, inputs)
         if len(inputs) != self._size:
             outputs: Tensor = self.network(inputs)
             return outputs
-        if self._graphs:
-            torch.compiler.cudagraph_mark_step_begin()
         try:
             return self._fast(inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise OptionError(f"compile: {_why(error)}; {REMEDY}") from error
+            raise _refused("compile", error) from error
 
 
-_made: WeakKeyDictionary[Classifier, tuple[str, Compiled]] = WeakKeyDictionary()
-"""What is compiled of each classifier, and for which stage."""
+def compiled(network: nn.Module, inputs: Tensor) -> Run:
+    """Compile for batches as large as `inputs`, which the first call does."""
+
+    def run(inputs: Tensor) -> Tensor:
+        outputs: Tensor = network(inputs)
+        return outputs
+
+    return torch.compile(run, dynamic=False)
+
+
+def captured(network: nn.Module, inputs: Tensor) -> Run:
+    """Record a forward and a backward pass for batches as large as `inputs`, and replay them.
+
+    BatchNorm statistics and the random state are left as they are. A gradient that was not taken
+    before the next backward pass is overwritten by it.
+
+    Raises:
+        OptionError: A layer does what can't be recorded.
+    """
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    random = torch.cuda.get_rng_state(inputs.device)
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    holder = nn.Sequential(network)  # its own `forward` is what is replaced
+    try:
+        # Weights cast once and kept would be those of the recording for ever.
+        with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
+            torch.cuda.make_graphed_callables(
+                holder, (inputs.detach().clone(),), allow_unused_input=True
+            )
+    except RuntimeError as error:
+        raise _refused("record this network's kernels", error) from error
+    with torch.no_grad():  # it has run a few times to warm up
+        for name, buffer in network.named_buffers():
+            buffer.copy_(buffers[name])
+    torch.cuda.set_rng_state(random, inputs.device)
+    return holder.forward
+
+
+_made: WeakKeyDictionary[Classifier, tuple[str, WholeBatches]] = WeakKeyDictionary()
+"""What was made of each classifier, and for which stage."""
 
 
 def suffix_of(classifier: Classifier, stage: Stage, recipe: Recipe) -> nn.Module:
-    """The classifier's suffix, compiled if the recipe says so: the same one for a whole stage."""
+    """The classifier's suffix, made fast if the recipe says so: the same one for a whole stage."""
     if not recipe.compile:
         return classifier.suffix
-    name, compiled = _made.get(classifier, ("", None))
-    if compiled is None or name != stage.name:
+    name, fast = _made.get(classifier, ("", None))
+    if fast is None or name != stage.name:
         torch.compiler.reset()  # what was compiled for the stage before takes memory, too
-        compiled = Compiled(classifier.suffix, cuda_graphs=recipe.compile == "cuda_graphs")
-        _made[classifier] = stage.name, compiled
-    return compiled
+        make = captured if recipe.compile == "cuda_graphs" else compiled
+        fast = WholeBatches(classifier.suffix, make)
+        _made[classifier] = stage.name, fast
+    return fast
 
 
-def check(recipe: Recipe, where: torch.device) -> None:
+def check(recipe: Recipe, where: torch.device, processes: int = 1) -> None:
     """Find before any work what would stop it: something small is compiled for a try.
 
     Raises:
-        OptionError: It can't be compiled here; names the option.
+        OptionError: It can't be done here; names the option.
     """
     if recipe.compile == "cuda_graphs" and where.type != "cuda":
         raise OptionError("compile = 'cuda_graphs' needs a GPU; use compile = true or false")
@@ -90,7 +125,12 @@ def check(recipe: Recipe, where: torch.device) -> None:
             "compile = 'cuda_graphs' overwrites gradients that optimizer.accumulate = "
             f"{recipe.optimizer.accumulate} would add up; use compile = true, or accumulate = 1"
         )
-    if not recipe.compile:
+    if recipe.compile == "cuda_graphs" and processes > 1:
+        raise OptionError(
+            "compile = 'cuda_graphs' is for one process: gradients that are replayed don't wait "
+            "for the others; use compile = true or false"
+        )
+    if recipe.compile is not True:
         return
     if where.type == "cpu" and not _has_compiler():
         raise OptionError(f"compile: there is no C++ compiler here; install g++, or {REMEDY}")
@@ -98,7 +138,7 @@ def check(recipe: Recipe, where: torch.device) -> None:
     try:
         torch.compile(lambda x: (x.sigmoid() * x).sum(), dynamic=False)(inputs).backward()
     except Exception as error:  # of whatever tool it is that does not work here
-        raise OptionError(f"compile: {_why(error)}; {REMEDY}") from error
+        raise _refused("compile", error) from error
 
 
 def _has_compiler() -> bool:
@@ -107,7 +147,8 @@ def _has_compiler() -> bool:
     return shutil.which((os.environ.get("CXX") or usual).split()[0]) is not None
 
 
-def _why(error: BaseException) -> str:
-    """The first line of an error, or its kind where it says nothing."""
+def _refused(what: str, error: BaseException) -> OptionError:
+    """With the first line of an error, or its kind where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"torch can't compile here: {lines[0] if lines else type(error).__name__}".rstrip(".:")
+    why = lines[0].rstrip(".:") if lines else type(error).__name__
+    return OptionError(f"compile: torch can't {what} here: {why}; {REMEDY}")

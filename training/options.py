@@ -186,7 +186,7 @@ class Recipe(Section):
     batch_size: photos a step; "auto" is the largest that fits, found before the run.
     precision: of the forward and backward pass; auto is bf16 on GPUs and CPUs that have it, fp32
         elsewhere.
-    compile: whether what trains is compiled; "cuda_graphs" also replays its kernels as one.
+    compile: whether what trains is compiled; "cuda_graphs" replays its kernels as one instead.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

@@ -179,7 +179,7 @@ def _precision(recipe: Recipe, device: str, team: Team) -> Precision:
             f"photos or more to each: use {2 * team.size} or more, or fewer processes"
         )
     precision = choose_precision(device, recipe.precision, team.gpu)
-    compiling.check(recipe, precision.device)
+    compiling.check(recipe, precision.device, team.size)
     team.check_same(
         {
             "the recipe": recipe.model_dump_json(),

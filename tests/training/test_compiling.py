@@ -1,5 +1,6 @@
 """What trains, compiled: the same function, the same weights, and one line where it can't be."""
 
+import copy
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from serving.errors import OptionError
 from training import checkpoint, compiling, config, plan
 from training import recipe as fine_tune
+from training.compiling import WholeBatches
 
 CPU = torch.device("cpu")
 STAGES = """
@@ -56,25 +58,76 @@ def counted(monkeypatch):
 
 def test_whole_batches_run_compiled_and_the_odd_one_as_ever(counted):
     network = nn.Linear(4, 2)
-    compiled = compiling.Compiled(network)
+    fast = WholeBatches(network, compiling.compiled)
     for size in (8, 8, 3, 8, 16):
         inputs = torch.randn(size, 4)
-        assert torch.equal(compiled(inputs), network(inputs))
+        assert torch.equal(fast(inputs), network(inputs))
     assert [entry["sizes"] for entry in counted] == [[8, 8, 8]]
-    assert counted[0]["options"] == {"dynamic": False, "mode": None}
-    assert [*compiled.parameters()] == [*network.parameters()]
-    compiling.Compiled(network, cuda_graphs=True)
-    assert counted[1]["options"]["mode"] == "reduce-overhead"
+    assert counted[0]["options"] == {"dynamic": False}
+    assert [*fast.parameters()] == [*network.parameters()]
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """torch.cuda's recording without a GPU: warms up as it does, then says what was replayed."""
+    seen = {"replayed": [], "random": torch.zeros(1)}
+
+    def record(module, samples, **_):
+        assert not torch.is_autocast_cache_enabled()
+        for _ in range(3):
+            module(*samples)
+        seen["random"] = seen["random"] + 1
+        forward = module.forward
+
+        def replay(inputs):
+            seen["replayed"].append(len(inputs))
+            return forward(inputs)
+
+        module.forward = replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: seen["random"])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda s, _: seen.update(random=s))
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_a_recording_leaves_statistics_and_random_state_as_they_are(recorder):
+    network, plain = (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(2))
+    plain.load_state_dict(network.state_dict())
+    fast = WholeBatches(network, compiling.captured)
+    for size in (8, 8, 3):
+        inputs = torch.randn(size, 4)
+        assert torch.equal(fast(inputs), plain(inputs))
+    assert recorder == {"replayed": [8, 8], "random": torch.zeros(1)}
+    for name, value in plain.state_dict().items():
+        assert torch.equal(network.state_dict()[name], value), name
+    assert [*fast.parameters()] == [*network.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_what_cannot_be_recorded_says_what_to_do(recorder):
+    class Odd(nn.Module):
+        def forward(self, _):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    with pytest.raises(OptionError, match=r"^compile: [^\n]*is capturing; use compile = false$"):
+        WholeBatches(Odd(), compiling.captured)(torch.ones(8, 4))
 
 
 def test_a_stage_is_compiled_once_and_the_classifier_stays_as_it_was(counted, recipe, lines):
     settings = config.read(recipe(STAGES), ["compile=true"])
     classifier, _ = plan.build_classifier(settings, 3, lines.append)
     keys, (head, body) = list(classifier.state_dict()), settings.stage
+    images = torch.randn(4, 3, 32, 32)
     first = compiling.suffix_of(classifier, head, settings)
+    first(images)
     assert compiling.suffix_of(classifier, head, settings) is first
-    assert compiling.suffix_of(classifier, body, settings) is not first
-    assert len(counted) == 2
+    second = compiling.suffix_of(classifier, body, settings)
+    assert second is not first
+    second(images)
+    second(images)
+    assert [entry["sizes"] for entry in counted] == [[4], [4, 4]]
     assert list(classifier.state_dict()) == keys
     off = settings.model_copy(update={"compile": False})
     assert isinstance(compiling.suffix_of(classifier, body, off), nn.Sequential)
@@ -90,7 +143,7 @@ def test_a_network_that_cannot_be_compiled_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(OptionError, match=r"^compile: [^\n]*an odd layer; use compile = false$"):
-        compiling.Compiled(nn.Linear(4, 2))(torch.ones(8, 4))
+        WholeBatches(nn.Linear(4, 2), compiling.compiled)(torch.ones(8, 4))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +174,10 @@ def test_a_tool_that_does_not_work_is_known_before_the_work(recipe, monkeypatch)
     graphs = config.read(recipe(STAGES), ["compile=cuda_graphs", "optimizer.accumulate=2"])
     with pytest.raises(OptionError, match="accumulate = 2"):
         compiling.check(graphs, torch.device("cuda"))
+    graphs = config.read(recipe(STAGES), ["compile=cuda_graphs"])
+    compiling.check(graphs, torch.device("cuda"))
+    with pytest.raises(OptionError, match="one process"):
+        compiling.check(graphs, torch.device("cuda"), 2)
     compiling.check(config.read(recipe(STAGES)), CPU)
 
 
@@ -172,3 +229,24 @@ def test_a_gpu_learns_compiled(recipe, photos, tmp_path, lines, compiled):
         rows = (folder / "metrics.csv").read_text().splitlines()[1:]
         losses.append([float(row.split(",")[3]) for row in rows])
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+@pytest.mark.gpu
+def test_replayed_gradients_are_those_of_the_network():
+    cuda = torch.device("cuda")
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)]
+    network = nn.Sequential(*layers).to(cuda).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(network)
+    fast = WholeBatches(network, compiling.captured)
+    ours, theirs = (torch.optim.SGD(n.parameters(), 0.01) for n in (network, plain))
+    for size in (8, 8, 3, 8):
+        images = torch.randn(size, 3, 8, 8, device=cuda).contiguous(
+            memory_format=torch.channels_last
+        )
+        for run, optimizer in ((fast, ours), (plain, theirs)):
+            run(images).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(network.state_dict()[name], value, rtol=1e-3, atol=1e-5), name
