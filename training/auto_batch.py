@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serving.errors import WorkError
-from training import augment, cache, device, mixing, optim, prefix
+from training import augment, cache, compiling, device, mixing, optim, prefix
 from training.console import Say
 from training.data import Dataset
 from training.device_rows import SHARE
@@ -34,6 +34,10 @@ LARGEST: Final = 1024
 
 MARGIN: Final = 0.9
 """Of the memory that is free: the rest is for what libraries take, and for what lies scattered."""
+
+RECORDED: Final = 2
+"""Times the peak that recorded steps may take: the odd batch that ends an epoch has no part of what
+the recording holds."""
 
 STEPS: Final = 2
 """Of a trial: the optimiser's own memory is taken at the first."""
@@ -110,6 +114,8 @@ def settle(
             return ON_CPU
         there = memory or CudaMemory(precision.device)
         room = int(MARGIN * there.free) - _for_pixels(recipe, stages, dataset, there.free)
+        way = compiling.way(recipe, precision.device, team.size)
+        room //= 1 if way in (None, compiling.compiled) else RECORDED
         most = max(min(LARGEST, len(dataset.train) // team.size), SMALLEST)
         own = copy.deepcopy(classifier)
         classes = len(dataset.classes)

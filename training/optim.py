@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from serving.errors import OptionError
 from training.model import Classifier
@@ -162,13 +162,14 @@ def step(optimizer: optim.Optimizer, config: OptimizerConfig) -> None:
         moving = [p for group in optimizer.param_groups for p in _moving(group)]
         nn.utils.clip_grad_norm_(moving, config.clip_norm)
     for group in optimizer.param_groups:
-        if group["shrink"]:  # at once: on a GPU each call takes longer than its arithmetic
-            torch._foreach_mul_(_moving(group), 1 - group["lr"] * group["shrink"])
+        moving = _moving(group)
+        if group["shrink"] and moving:  # at once: on a GPU each call takes longer than its work
+            torch._foreach_mul_(moving, 1 - group["lr"] * group["shrink"])
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def _moving(group: dict[str, Any]) -> list[nn.Parameter]:
+def _moving(group: dict[str, Any]) -> list[Tensor]:
     return [parameter for parameter in group["params"] if parameter.grad is not None]
 
 

@@ -148,7 +148,8 @@ def train_epoch(
     made: list[Tensor] = []
     seen: list[int] = []
     _prepare(feed, [epoch])  # before the bar: it shows one of its own
-    net = team.wrap(compiling.suffix_of(classifier, stage, recipe))
+    device = feed.precision.device
+    net = team.wrap(compiling.suffix_of(classifier, stage, recipe, device, team.size))
     classifier.train()
     with progress_bar() as bar:
         task = bar.add_task(f"{stage.name} {epoch + 1}/{stage.epochs}", total=steps)

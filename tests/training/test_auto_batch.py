@@ -195,7 +195,8 @@ def test_the_run_has_the_number_in_its_recipe(recipe, photos, tmp_path, lines):
 
 @pytest.mark.gpu
 def test_a_gpu_is_filled_and_given_back(opened, lines):
-    settings, classifier, stages, found = opened("precision=bf16")
+    # A ResNet: for MobileNetV2's layers cuDNN makes kernels anew for every batch size, for seconds.
+    settings, classifier, stages, found = opened("precision=bf16", "arch=resnet18", "arch_args={}")
     where = Precision(torch.bfloat16, torch.device("cuda"))
     memory = auto_batch.CudaMemory(where.device)
     random, base = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()

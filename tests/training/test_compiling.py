@@ -115,22 +115,61 @@ def test_what_cannot_be_recorded_says_what_to_do(recorder):
         WholeBatches(Odd(), compiling.captured)(torch.ones(8, 4))
 
 
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_auto_goes_on_with_what_cannot_be_recorded(recorder, capsys):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.runs = nn.BatchNorm1d(4), 0
+
+        def forward(self, inputs):
+            self.runs += 1
+            if self.runs == 2:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return self.norm(inputs)
+
+    odd, plain = Odd(), nn.BatchNorm1d(4)
+    fast = WholeBatches(odd, compiling.captured_if_it_can_be)
+    for _ in range(2):
+        inputs = torch.randn(8, 4)
+        assert torch.equal(fast(inputs), plain(inputs))
+    assert torch.equal(odd.norm.running_mean, plain.running_mean)
+    assert capsys.readouterr().err.count("go on as ever: compile: torch can't record") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where", "processes", "way"),
+    [
+        ([], "cuda", 1, compiling.captured_if_it_can_be),
+        ([], "cpu", 1, None),
+        ([], "cuda", 2, None),
+        (["optimizer.accumulate=2"], "cuda", 1, None),
+        (["compile=false"], "cuda", 1, None),
+        (["compile=true"], "cpu", 2, compiling.compiled),
+        (["compile=cuda_graphs"], "cuda", 1, compiling.captured),
+    ],
+)
+def test_auto_records_on_one_gpu(recipe, overrides, where, processes, way):
+    settings = config.read(recipe(STAGES), overrides)
+    assert compiling.way(settings, torch.device(where), processes) is way
+
+
 def test_a_stage_is_compiled_once_and_the_classifier_stays_as_it_was(counted, recipe, lines):
     settings = config.read(recipe(STAGES), ["compile=true"])
     classifier, _ = plan.build_classifier(settings, 3, lines.append)
     keys, (head, body) = list(classifier.state_dict()), settings.stage
     images = torch.randn(4, 3, 32, 32)
-    first = compiling.suffix_of(classifier, head, settings)
+    first = compiling.suffix_of(classifier, head, settings, CPU)
     first(images)
-    assert compiling.suffix_of(classifier, head, settings) is first
-    second = compiling.suffix_of(classifier, body, settings)
+    assert compiling.suffix_of(classifier, head, settings, CPU) is first
+    second = compiling.suffix_of(classifier, body, settings, CPU)
     assert second is not first
     second(images)
     second(images)
     assert [entry["sizes"] for entry in counted] == [[4], [4, 4]]
     assert list(classifier.state_dict()) == keys
     off = settings.model_copy(update={"compile": False})
-    assert isinstance(compiling.suffix_of(classifier, body, off), nn.Sequential)
+    assert isinstance(compiling.suffix_of(classifier, body, off, CPU), nn.Sequential)
     assert len(counted) == 2
 
 
@@ -190,7 +229,7 @@ def test_compiled_gradients_are_those_of_the_network(recipe, lines):
     classifier, _ = plan.build_classifier(settings, 3, lines.append)
     stage = settings.stage[1]
     classifier.freeze(stage.unfreeze, batchnorm=stage.batchnorm)
-    compiled = compiling.suffix_of(classifier, stage, settings)
+    compiled = compiling.suffix_of(classifier, stage, settings, CPU)
     for size in (8, 8, 5):
         images, found = torch.randn(size, 3, 32, 32), []
         for network in (classifier.suffix, compiled):
@@ -217,9 +256,9 @@ def test_a_compiled_run_ends_as_any_other(recipe, photos, tmp_path, lines):
 
 @pytest.mark.gpu
 @quietly
-@pytest.mark.parametrize("compiled", ["true", "cuda_graphs"])
+@pytest.mark.parametrize("compiled", ["true", "cuda_graphs", "auto"])
 def test_a_gpu_learns_compiled(recipe, photos, tmp_path, lines, compiled):
-    options = ["head.dropout=0", "precision=fp32"]
+    options = ["arch=resnet18", "arch_args={}", "head.dropout=0", "precision=fp32"]
     losses = []
     for number, value in enumerate(("false", compiled)):
         folder = run(
