@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serving.errors import WorkError
-from training import augment, cache, compiling, device, mixing, optim, prefix
+from training import augment, cache, device, mixing, optim, prefix
 from training.console import Say
 from training.data import Dataset
 from training.device_rows import SHARE
@@ -114,8 +114,7 @@ def settle(
             return ON_CPU
         there = memory or CudaMemory(precision.device)
         room = int(MARGIN * there.free) - _for_pixels(recipe, stages, dataset, there.free)
-        way = compiling.way(recipe, precision.device, team.size)
-        room //= 1 if way in (None, compiling.compiled) else RECORDED
+        room //= RECORDED if recipe.compile == "cuda_graphs" else 1
         most = max(min(LARGEST, len(dataset.train) // team.size), SMALLEST)
         own = copy.deepcopy(classifier)
         classes = len(dataset.classes)

@@ -19,16 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from serving.errors import OptionError
-from training.console import say
 from training.model import Classifier
 from training.options import Recipe, Stage
 
 REMEDY: Final = "use compile = false"
 
 Run = Callable[[Tensor], Tensor]
-
-Make = Callable[[nn.Module, Tensor], Run]
-"""Takes a network and its first batch."""
 
 
 class WholeBatches(nn.Module):
@@ -38,7 +34,9 @@ class WholeBatches(nn.Module):
     time than one batch an epoch can win back. Its parameters are the network's own.
     """
 
-    def __init__(self, network: nn.Module, make: Make) -> None:
+    def __init__(
+        self, network: nn.Sequential, make: Callable[[nn.Sequential, Tensor], Run]
+    ) -> None:
         """`make` is called with the network and the first batch, when that comes."""
         super().__init__()
         self.network, self._make, self._size = network, make, 0
@@ -61,7 +59,7 @@ class WholeBatches(nn.Module):
             raise _refused("compile", error) from error
 
 
-def compiled(network: nn.Module, inputs: Tensor) -> Run:
+def compiled(network: nn.Sequential, inputs: Tensor) -> Run:
     """Compile for batches as large as `inputs`, which the first call does."""
 
     def run(inputs: Tensor) -> Tensor:
@@ -71,73 +69,57 @@ def compiled(network: nn.Module, inputs: Tensor) -> Run:
     return torch.compile(run, dynamic=False)
 
 
-def captured(network: nn.Module, inputs: Tensor) -> Run:
+def captured(network: nn.Sequential, inputs: Tensor) -> Run:
     """Record a forward and a backward pass for batches as large as `inputs`, and replay them.
 
-    BatchNorm statistics and the random state are left as they are. A gradient that was not taken
-    before the next backward pass is overwritten by it.
+    All but the last layer, a classifier's head, which runs as ever: it is small, and its dropout
+    draws numbers. BatchNorm statistics and the random state are left as they are. A gradient that
+    was not taken before the next backward pass is overwritten by it.
 
     Raises:
-        OptionError: A layer does what can't be recorded, or the memory is too small.
+        OptionError: A layer does what can't be recorded, or the memory is too small. Random numbers
+            may not be drawn on that device any more.
     """
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    body, head = network[:-1], network[-1]
+    if not len(body):
+        return network.forward
+    buffers = {name: buffer.clone() for name, buffer in body.named_buffers()}
     random = torch.cuda.get_rng_state(inputs.device)
     enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    holder = nn.Sequential(network)  # its own `forward` is what is replaced
-    # Made here, gradients come to this stream; made while recording, they would have to wait.
-    ends = [p.view_as(p).grad_fn for p in network.parameters() if p.requires_grad]
+    # Gradients come from the stream of the recording, and are waited for: as it should be.
+    getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(False)
     try:
         # Weights cast once and kept would be those of the recording for ever.
         with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
             torch.cuda.make_graphed_callables(
-                holder, (inputs.detach().clone(),), allow_unused_input=True
+                body, (inputs.detach().clone(),), allow_unused_input=True
             )
     except RuntimeError as error:
         raise _refused("record this network's kernels", error) from error
-    finally:  # it has run a few times to warm up
-        with torch.no_grad():
-            for name, buffer in network.named_buffers():
-                buffer.copy_(buffers[name])
-        torch.cuda.set_rng_state(random, inputs.device)
-        ends.clear()
-    return holder.forward
+    with torch.no_grad():  # it has run a few times to warm up
+        for name, buffer in body.named_buffers():
+            buffer.copy_(buffers[name])
+    torch.cuda.set_rng_state(random, inputs.device)
 
+    def run(inputs: Tensor) -> Tensor:
+        logits: Tensor = head(body(inputs))
+        return logits
 
-def captured_if_it_can_be(network: nn.Module, inputs: Tensor) -> Run:
-    """As `captured`; the network as it is, and a line for a person, where that can't be."""
-    try:
-        return captured(network, inputs)
-    except OptionError as error:
-        say(f"warning: steps are not recorded, and go on as ever: {error}")
-        return network.forward
-
-
-def way(recipe: Recipe, where: torch.device, processes: int = 1) -> Make | None:
-    """How what trains is made faster on a device; None for not at all.
-
-    "auto" records where nothing speaks against it: the steps are the same to the bit, and recorded
-    within a second.
-    """
-    if recipe.compile == "auto":
-        records = where.type == "cuda" and processes == 1 and recipe.optimizer.accumulate == 1
-        return captured_if_it_can_be if records else None
-    return {"cuda_graphs": captured, True: compiled, False: None}[recipe.compile]
+    return run
 
 
 _made: WeakKeyDictionary[Classifier, tuple[str, WholeBatches]] = WeakKeyDictionary()
 """What was made of each classifier, and for which stage."""
 
 
-def suffix_of(
-    classifier: Classifier, stage: Stage, recipe: Recipe, where: torch.device, processes: int = 1
-) -> nn.Module:
+def suffix_of(classifier: Classifier, stage: Stage, recipe: Recipe) -> nn.Module:
     """The classifier's suffix, made fast if the recipe says so: the same one for a whole stage."""
-    make = way(recipe, where, processes)
-    if make is None:
+    if not recipe.compile:
         return classifier.suffix
     name, fast = _made.get(classifier, ("", None))
     if fast is None or name != stage.name:
         torch.compiler.reset()  # what was compiled for the stage before takes memory, too
+        make = captured if recipe.compile == "cuda_graphs" else compiled
         fast = WholeBatches(classifier.suffix, make)
         _made[classifier] = stage.name, fast
     return fast

@@ -33,7 +33,7 @@ SECTIONS: Final[dict[str, type]] = {
 TAKES: Final = {
     "name": "use letters, digits, '.', '_' and '-'",
     "arch_args": "write a table [arch_args]",
-    "compile": "use 'auto', true, false or 'cuda_graphs'",
+    "compile": "use true, false or 'cuda_graphs'",
     "data.columns": "use the names of two columns, of the id and of the label",
     "head.hidden": "use a width or a list of widths, each at least 1",
     "head.dropout": "use a share in [0, 1), or a list with one for every Linear layer",
@@ -48,7 +48,7 @@ TAKES: Final = {
 """What options of several forms take, in one sentence instead of one for each form."""
 
 WORDS: Final = {
-    "compile": ("auto", "cuda_graphs"),
+    "compile": ("cuda_graphs",),
     "stage.lr": ("find",),
     "stage.unfreeze": ("all", "gradual"),
 }

@@ -186,8 +186,7 @@ class Recipe(Section):
     batch_size: photos a step; "auto" is the largest that fits, found before the run.
     precision: of the forward and backward pass; auto is bf16 on GPUs and CPUs that have it, fp32
         elsewhere.
-    compile: whether what trains is compiled; "cuda_graphs" replays its kernels as one instead, and
-        "auto" does so on a GPU.
+    compile: whether what trains is compiled; "cuda_graphs" replays its kernels as one instead.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -198,7 +197,7 @@ class Recipe(Section):
     batch_size: BatchSize = 32
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: StrictBool | Literal["auto", "cuda_graphs"] = "auto"
+    compile: StrictBool | Literal["cuda_graphs"] = False
     head: HeadConfig = HeadConfig()
     preprocess: Annotated[Preprocess, BeforeValidator(_preprocess)] = Preprocess()
     data: DataConfig = DataConfig()

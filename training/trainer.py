@@ -148,8 +148,7 @@ def train_epoch(
     made: list[Tensor] = []
     seen: list[int] = []
     _prepare(feed, [epoch])  # before the bar: it shows one of its own
-    device = feed.precision.device
-    net = team.wrap(compiling.suffix_of(classifier, stage, recipe, device, team.size))
+    net = team.wrap(compiling.suffix_of(classifier, stage, recipe))
     classifier.train()
     with progress_bar() as bar:
         task = bar.add_task(f"{stage.name} {epoch + 1}/{stage.epochs}", total=steps)

@@ -57,7 +57,7 @@ def counted(monkeypatch):
 
 
 def test_whole_batches_run_compiled_and_the_odd_one_as_ever(counted):
-    network = nn.Linear(4, 2)
+    network = nn.Sequential(nn.Linear(4, 2))
     fast = WholeBatches(network, compiling.compiled)
     for size in (8, 8, 3, 8, 16):
         inputs = torch.randn(size, 4)
@@ -93,7 +93,9 @@ def recorder(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 def test_a_recording_leaves_statistics_and_random_state_as_they_are(recorder):
-    network, plain = (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(2))
+    network, plain = (
+        nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)) for _ in range(2)
+    )
     plain.load_state_dict(network.state_dict())
     fast = WholeBatches(network, compiling.captured)
     for size in (8, 8, 3):
@@ -112,46 +114,10 @@ def test_what_cannot_be_recorded_says_what_to_do(recorder):
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     with pytest.raises(OptionError, match=r"^compile: [^\n]*is capturing; use compile = false$"):
-        WholeBatches(Odd(), compiling.captured)(torch.ones(8, 4))
-
-
-@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
-def test_auto_goes_on_with_what_cannot_be_recorded(recorder, capsys):
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm, self.runs = nn.BatchNorm1d(4), 0
-
-        def forward(self, inputs):
-            self.runs += 1
-            if self.runs == 2:
-                raise RuntimeError("operation not permitted when stream is capturing")
-            return self.norm(inputs)
-
-    odd, plain = Odd(), nn.BatchNorm1d(4)
-    fast = WholeBatches(odd, compiling.captured_if_it_can_be)
-    for _ in range(2):
-        inputs = torch.randn(8, 4)
-        assert torch.equal(fast(inputs), plain(inputs))
-    assert torch.equal(odd.norm.running_mean, plain.running_mean)
-    assert capsys.readouterr().err.count("go on as ever: compile: torch can't record") == 1
-
-
-@pytest.mark.parametrize(
-    ("overrides", "where", "processes", "way"),
-    [
-        ([], "cuda", 1, compiling.captured_if_it_can_be),
-        ([], "cpu", 1, None),
-        ([], "cuda", 2, None),
-        (["optimizer.accumulate=2"], "cuda", 1, None),
-        (["compile=false"], "cuda", 1, None),
-        (["compile=true"], "cpu", 2, compiling.compiled),
-        (["compile=cuda_graphs"], "cuda", 1, compiling.captured),
-    ],
-)
-def test_auto_records_on_one_gpu(recipe, overrides, where, processes, way):
-    settings = config.read(recipe(STAGES), overrides)
-    assert compiling.way(settings, torch.device(where), processes) is way
+        WholeBatches(nn.Sequential(Odd(), nn.Linear(4, 2)), compiling.captured)(torch.ones(8, 4))
+    head = WholeBatches(nn.Sequential(nn.Linear(4, 2)), compiling.captured)
+    assert head(torch.ones(8, 4)).shape == (8, 2)
+    assert not recorder["replayed"]
 
 
 def test_a_stage_is_compiled_once_and_the_classifier_stays_as_it_was(counted, recipe, lines):
@@ -159,17 +125,17 @@ def test_a_stage_is_compiled_once_and_the_classifier_stays_as_it_was(counted, re
     classifier, _ = plan.build_classifier(settings, 3, lines.append)
     keys, (head, body) = list(classifier.state_dict()), settings.stage
     images = torch.randn(4, 3, 32, 32)
-    first = compiling.suffix_of(classifier, head, settings, CPU)
+    first = compiling.suffix_of(classifier, head, settings)
     first(images)
-    assert compiling.suffix_of(classifier, head, settings, CPU) is first
-    second = compiling.suffix_of(classifier, body, settings, CPU)
+    assert compiling.suffix_of(classifier, head, settings) is first
+    second = compiling.suffix_of(classifier, body, settings)
     assert second is not first
     second(images)
     second(images)
     assert [entry["sizes"] for entry in counted] == [[4], [4, 4]]
     assert list(classifier.state_dict()) == keys
     off = settings.model_copy(update={"compile": False})
-    assert isinstance(compiling.suffix_of(classifier, body, off, CPU), nn.Sequential)
+    assert isinstance(compiling.suffix_of(classifier, body, off), nn.Sequential)
     assert len(counted) == 2
 
 
@@ -182,7 +148,7 @@ def test_a_network_that_cannot_be_compiled_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(OptionError, match=r"^compile: [^\n]*an odd layer; use compile = false$"):
-        WholeBatches(nn.Linear(4, 2), compiling.compiled)(torch.ones(8, 4))
+        WholeBatches(nn.Sequential(nn.Linear(4, 2)), compiling.compiled)(torch.ones(8, 4))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +195,7 @@ def test_compiled_gradients_are_those_of_the_network(recipe, lines):
     classifier, _ = plan.build_classifier(settings, 3, lines.append)
     stage = settings.stage[1]
     classifier.freeze(stage.unfreeze, batchnorm=stage.batchnorm)
-    compiled = compiling.suffix_of(classifier, stage, settings, CPU)
+    compiled = compiling.suffix_of(classifier, stage, settings)
     for size in (8, 8, 5):
         images, found = torch.randn(size, 3, 32, 32), []
         for network in (classifier.suffix, compiled):
@@ -256,7 +222,7 @@ def test_a_compiled_run_ends_as_any_other(recipe, photos, tmp_path, lines):
 
 @pytest.mark.gpu
 @quietly
-@pytest.mark.parametrize("compiled", ["true", "cuda_graphs", "auto"])
+@pytest.mark.parametrize("compiled", ["true", "cuda_graphs"])
 def test_a_gpu_learns_compiled(recipe, photos, tmp_path, lines, compiled):
     options = ["arch=resnet18", "arch_args={}", "head.dropout=0", "precision=fp32"]
     losses = []
