@@ -23,7 +23,7 @@ from serving.preprocess import Preprocess
 from training import augment, cache, feeds, model, policies, prefix
 from training.activation_views import Part, Shape, Shelf, Views
 from training.clock import Clock
-from training.device import CPU, free
+from training.device import CPU, filled, free
 from training.device_rows import placed
 from training.ema import Ema
 from training.feeds import FROZEN, Draws, TrainFeed, ValidFeed, frozen_batch, run_frozen
@@ -185,11 +185,11 @@ class Activations:
 
     def _on_photos(self, draws: Draws, layers: nn.Module) -> Callable[[int], Iterator[Part]]:
         def make(number: int) -> Iterator[Part]:
-            parts = torch.arange(len(draws.photos)).split(frozen_batch(self.precision.device))
-            for index, images in draws(number, parts):
+            size = frozen_batch(self.precision.device)
+            for index, images in draws(number, torch.arange(len(draws.photos)).split(size)):
                 with self.clock(FROZEN):
-                    rows = run_frozen(layers, images, self.precision)
-                yield index, rows
+                    rows = run_frozen(layers, filled(images, size), self.precision)
+                yield index, rows[: len(index)]
 
         return make
 
@@ -199,8 +199,8 @@ class Activations:
             for index in torch.arange(below.shape.photos).split(size):
                 with self.clock(FROZEN):
                     inputs = below[number][index].to(self.precision.device)
-                    rows = run_frozen(layers, inputs, self.precision)
-                yield index, rows
+                    rows = run_frozen(layers, filled(inputs, size), self.precision)
+                yield index, rows[: len(index)]
 
         return make
 

@@ -22,6 +22,7 @@ from serving.progress import progress_bar
 from serving.views import View, render, softmax
 from training import checkpoint, config, data, metrics, prefix
 from training.console import say as say_aloud
+from training.device import filled
 from training.metrics import Labels, Probabilities
 from training.model import normalise
 from training.options import Recipe
@@ -67,7 +68,9 @@ def logits_of(classifier: nn.Module, pixels: Tensor, preprocess: Preprocess) -> 
         device = next(classifier.parameters()).device
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32, no less
             logits = [
-                classifier(normalise(part.to(device), preprocess)).float().cpu()
+                classifier(normalise(filled(part.to(device), BATCH), preprocess))[: len(part)]
+                .float()
+                .cpu()
                 for part in pixels.split(BATCH)
             ]
         return torch.cat(logits)

@@ -14,7 +14,7 @@ from serving.preprocess import Preprocess
 from training import augment, mixing
 from training.activation_views import Views
 from training.clock import Clock
-from training.device import upload
+from training.device import filled, upload
 from training.device_rows import moved
 from training.model import normalise
 from training.pixels import PixelSet
@@ -155,7 +155,7 @@ class ValidFeed:
     _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(inputs, labels int64 [N])."""
+        """(inputs, labels int64 [N]); on a GPU there may be more inputs than labels: `filled`."""
         if self._kept:
             yield from self._kept
             return
@@ -172,9 +172,9 @@ class ValidFeed:
     def _images(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(normalised photos [N, 3, H, W], labels)."""
         device = self.precision.device
-        step = 2 * frozen_batch(device)
+        step = frozen_batch(device) * (2 if device.type == "cpu" else 1)
         parts = [slice(start, start + step) for start in range(0, len(self.photos), step)]
         parts = parts[self.team.rank :: self.team.size]
         for rows, pixels in zip(parts, self.photos.pixels.batches(parts), strict=True):
-            images = normalise(pixels.to(device), self.preprocess)
+            images = normalise(filled(pixels.to(device), step), self.preprocess)
             yield images, upload(self.photos.labels[rows], device)

@@ -259,7 +259,7 @@ def validate(
     seen = 0
     for inputs, labels in valid:
         with precision.autocast():
-            logits = suffix(inputs).float()
+            logits = suffix(inputs).float()[: len(labels)]
         loss += F.cross_entropy(logits, labels, reduction="sum")
         right += (logits.argmax(dim=1) == labels).sum()
         seen += len(labels)

@@ -5,6 +5,7 @@ marked so.
 """
 
 import gc
+import json
 import threading
 import time
 import weakref
@@ -16,9 +17,22 @@ import torch
 import torch.nn.functional as F
 
 from serving.errors import WorkError
-from training import cache, config, data, device, device_rows, optim, pixels, plan
+from training import (
+    activations,
+    cache,
+    config,
+    data,
+    device,
+    device_rows,
+    evaluate,
+    feeds,
+    optim,
+    pixels,
+    plan,
+)
+from training import recipe as fine_tune
 from training.activations import Activations
-from training.device import Standing, constant, upload
+from training.device import Standing, constant, filled, upload
 from training.device_rows import Prefetched, Resident, moved, placed
 from training.feeds import Draws
 from training.pixel_part import PixelSet
@@ -237,6 +251,40 @@ def test_what_is_on_the_cpu_is_not_copied_there():
     assert constant((1, 2.5), CPU) is constant((1, 2.5), CPU)
     with torch.inference_mode():
         assert not constant((7.0,), CPU).is_inference()
+
+
+def test_a_small_batch_is_filled_up_in_its_own_layout_on_a_gpu_alone():
+    batch = torch.rand(3, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    assert filled(batch, 8) is batch
+    far = torch.empty(3, 4, 5, 6, device="meta").contiguous(memory_format=torch.channels_last)
+    assert filled(far, 3) is far
+    whole = filled(far, 8)
+    assert whole.shape == (8, 4, 5, 6)
+    assert whole.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_filling_up_changes_no_figure(recipe, photos, tmp_path, monkeypatch):
+    sizes = set()
+
+    def fill(batch, size):
+        sizes.add((size, len(batch) < size))
+        return torch.cat([batch, torch.ones(size - len(batch), *batch.shape[1:])])
+
+    stages = ['[[stage]]\nname = "head"\nlr = 0.01', TWO_SIZES.rpartition("[[stage]]")[2]]
+    found = []
+    for name in ("plain", "filled"):
+        if name == "filled":
+            for room in (feeds, activations, evaluate):
+                monkeypatch.setattr(room, "filled", fill)
+        settings = config.read(recipe("\n[[stage]]".join(stages)), ["head.dropout=0"])
+        folder = fine_tune.run(
+            settings, str(photos), out=tmp_path / name, device="cpu", cache_gb=0.5, say=str
+        )
+        rows = (folder / "metrics.csv").read_text().splitlines()[1:]
+        best = json.loads((folder / "best.json").read_text())["metrics"]
+        found.append([float(v) for row in rows for v in row.split(",")[3:6]] + [best["loss"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert {(16, True), (32, True)} <= sizes  # frozen layers, validation and scoring
 
 
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
