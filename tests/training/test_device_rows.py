@@ -276,6 +276,7 @@ def test_filling_up_changes_no_figure(recipe, photos, tmp_path, monkeypatch):
         if name == "filled":
             for room in (feeds, activations, evaluate):
                 monkeypatch.setattr(room, "filled", fill)
+        monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path / f"{name}-cache"))
         settings = config.read(recipe("\n[[stage]]".join(stages)), ["head.dropout=0"])
         folder = fine_tune.run(
             settings, str(photos), out=tmp_path / name, device="cpu", cache_gb=0.5, say=str
