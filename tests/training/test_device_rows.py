@@ -263,21 +263,23 @@ def test_a_small_batch_is_filled_up_in_its_own_layout_on_a_gpu_alone():
     assert whole.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_filling_up_changes_no_figure(recipe, photos, tmp_path, monkeypatch):
+def test_filling_up_changes_no_figure(recipe, photos, weights, tmp_path, monkeypatch):
     sizes = set()
 
     def fill(batch, size):
         sizes.add((size, len(batch) < size))
         return torch.cat([batch, torch.ones(size - len(batch), *batch.shape[1:])])
 
-    stages = ['[[stage]]\nname = "head"\nlr = 0.01', TWO_SIZES.rpartition("[[stage]]")[2]]
+    stages = ['[[stage]]\nname = "head"\nlr = 0.01\n', TWO_SIZES.rpartition("[[stage]]")[2]]
     found = []
     for name in ("plain", "filled"):
         if name == "filled":
             for room in (feeds, activations, evaluate):
                 monkeypatch.setattr(room, "filled", fill)
         monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path / f"{name}-cache"))
-        settings = config.read(recipe("\n[[stage]]".join(stages)), ["head.dropout=0"])
+        settings = config.read(
+            recipe("[[stage]]".join(stages)), ["head.dropout=0", f"weights={weights}"]
+        )
         folder = fine_tune.run(
             settings, str(photos), out=tmp_path / name, device="cpu", cache_gb=0.5, say=str
         )
@@ -288,6 +290,7 @@ def test_filling_up_changes_no_figure(recipe, photos, tmp_path, monkeypatch):
     assert {(16, True), (32, True)} <= sizes  # frozen layers, validation and scoring
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch's, of its own tool
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("free", [0, 2**40])
 @pytest.mark.parametrize("changes", [(), ("augment.mixup=0.2",), ("stage.all.unfreeze=1",)])
