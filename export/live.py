@@ -13,7 +13,7 @@ from typing import Final
 
 from serving import bundle
 from serving.errors import BundleError, OptionError
-from serving.files import is_running, sync
+from serving.files import is_running, lock, sync
 from serving.manifest import Manifest
 from serving.signing import Sign
 
@@ -78,10 +78,8 @@ def _alone(out: Path) -> Iterator[None]:
     """
     opened = os.open(out, os.O_RDONLY)
     try:
-        with suppress(ImportError, OSError):  # a file system without locks keeps nobody out
-            import fcntl
-
-            fcntl.flock(opened, fcntl.LOCK_EX)
+        with suppress(OSError):  # a system or a disk without locks keeps nobody out
+            lock(opened, wait=True)
         yield
     finally:
         os.close(opened)

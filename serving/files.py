@@ -67,6 +67,20 @@ def sync(path: Path) -> None:
         os.close(opened)
 
 
+def lock(file: int, *, wait: bool) -> None:
+    """Lock an open file or folder for this handle alone, until it is closed.
+
+    Raises:
+        BlockingIOError: Another one has it.
+        OSError: No locks here.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError("this system has no file locks") from error
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
 def is_running(process: int) -> bool:
     """Whether a process of this number runs here."""
     try:

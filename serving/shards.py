@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.errors import OptionError, WorkError
-from serving.files import write_aside
+from serving.files import lock, write_aside
 from serving.table import Row
 
 SIZE: Final = 1000
@@ -191,17 +191,16 @@ class Journal:
 
     def _alone(self) -> None:
         """Two at the same job would do it twice, and clear each other's folder."""
-        with contextlib.suppress(ImportError):  # Windows has another way; there nobody is kept out
-            import fcntl
-
-            file = self._lock.enter_context((self.folder / _LOCK).open("w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self._lock.close()
-                raise OptionError(
-                    f"--out {self._out}: another process is at work on it; wait, or name another"
-                ) from error
+        file = self._lock.enter_context((self.folder / _LOCK).open("w"))
+        try:
+            lock(file.fileno(), wait=False)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise OptionError(
+                f"--out {self._out}: another process is at work on it; wait, or name another"
+            ) from error
+        except OSError:  # a system or a disk without locks keeps nobody out
+            self._lock.close()
 
     def _clear(self) -> None:
         # The job goes first: without it the rest is nobody's.

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from serving.errors import OptionError
+from serving.files import lock
 from training.sample import cache_folder
 
 GB: Final = 1e9
@@ -92,7 +93,7 @@ class Room:
         try:
             # Where folders have no locks, runs that begin together may exceed the budget.
             with suppress(OSError):
-                _lock(file, wait=True)
+                lock(file, wait=True)
             yield
         finally:
             os.close(file)
@@ -253,7 +254,7 @@ def _take(path: Path, mode: str, *, wait: bool) -> BinaryIO | None:
     except FileNotFoundError:
         return None
     try:
-        _lock(file.fileno(), wait=wait)
+        lock(file.fileno(), wait=wait)
         # Whoever waited for the lock of an entry that was removed holds a mark without a name.
         if os.path.samestat(os.fstat(file.fileno()), os.stat(path / MARK)):
             return file
@@ -264,17 +265,3 @@ def _take(path: Path, mode: str, *, wait: bool) -> BinaryIO | None:
         raise
     file.close()
     return None
-
-
-def _lock(file: int, *, wait: bool) -> None:
-    """Lock an open file for this handle alone, until it is closed.
-
-    Raises:
-        BlockingIOError: Another one has it.
-        OSError: No locks here.
-    """
-    try:
-        import fcntl
-    except ImportError as error:
-        raise OSError("this system has no file locks") from error
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
