@@ -42,6 +42,8 @@ def measure(settings: Settings, folder: Path, kinds: list[str], epochs: int, rou
     values = whole_network(settings, epochs)
     recipe.write_text(tomli_w.dumps(values), encoding="utf-8")
     batch = values.get("batch_size", 32)
+    if not isinstance(batch, int):
+        raise SystemExit(f"batch_size = {batch!r}: give a number by --set batch_size=32, for all")
     settings = replace(settings, fastai_epochs=epochs, fastai_batch=batch, tta=0)
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     counts = (0, 0, 0)

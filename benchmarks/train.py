@@ -103,7 +103,7 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, default=2, help="cores that a run may use")
     add("--tta", type=int, default=10, help="views of Fledge; fastai's tta has its own; 0: none")
     add("--fastai-epochs", type=int, default=3, help="fine_tune(N), behind one frozen epoch")
-    add("--fastai-batch", type=int, default=64)
+    add("--fastai-batch", type=int, default=64, help="--bare takes that of the recipe for all")
     add("--fastai-channels-last", action="store_true", help="with its callback for that layout")
     add("--fastai-python", type=Path, help="an interpreter that has fastai; else one is made")
     add("--torch-epochs", type=int, default=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,13 +73,23 @@ def lock(file: int, *, wait: bool) -> None:
 
     Raises:
         BlockingIOError: Another one has it.
-        OSError: No locks here.
+        NoLocks: This system or this disk has none.
+        OSError: Another error.
     """
     try:
         import fcntl
     except ImportError as error:
-        raise OSError("this system has no file locks") from error
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        raise NoLocks("this system has no file locks") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise NoLocks(error.errno, error.strerror) from error
+        raise
+
+
+class NoLocks(OSError):
+    """Nobody can be kept out of a file here."""
 
 
 def is_running(process: int) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.errors import OptionError, WorkError
-from serving.files import lock, write_aside
+from serving.files import NoLocks, lock, write_aside
 from serving.table import Row
 
 SIZE: Final = 1000
@@ -194,13 +194,13 @@ class Journal:
         file = self._lock.enter_context((self.folder / _LOCK).open("w"))
         try:
             lock(file.fileno(), wait=False)
-        except BlockingIOError as error:
+        except NoLocks:  # nobody is kept out
+            self._lock.close()
+        except OSError as error:
             self._lock.close()
             raise OptionError(
                 f"--out {self._out}: another process is at work on it; wait, or name another"
             ) from error
-        except OSError:  # a system or a disk without locks keeps nobody out
-            self._lock.close()
 
     def _clear(self) -> None:
         # The job goes first: without it the rest is nobody's.

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from serving.preprocess import Preprocess
 from training import augment, cache, feeds, model, policies, prefix
@@ -154,7 +154,7 @@ class Activations:
         for part, layers in zip(_parts(classifier, share), fused, strict=True):
             known = hashlib.sha256(known + prefix.digest(part)).digest()
             names.append(f"activations-{known.hex()[:32]}")
-            inputs = run_frozen(layers, inputs.to(self.precision.device), self.precision)
+            inputs = self._one(layers, inputs.to(self.precision.device))
             shapes.append(Shape(len(feed.draws.photos), tuple(inputs.shape[1:]), inputs.dtype))
         on_disk = self.precision.device.type == "cpu"
         keep = {*pixels, *names}
@@ -205,9 +205,16 @@ class Activations:
         return make
 
     def _shape(self, layers: nn.Module, preprocess: Preprocess, photos: int) -> Shape:
-        blank = torch.zeros(1, 3, preprocess.size, preprocess.size, device=self.precision.device)
-        rows = run_frozen(layers, blank, self.precision)
+        device, side = self.precision.device, preprocess.size
+        rows = self._one(layers, torch.zeros(1, 3, side, side, device=device))
+        if device.type != "cpu":
+            photos += -photos % frozen_batch(device)  # those that fill the last batch up
         return Shape(photos, tuple(rows.shape[1:]), rows.dtype)
+
+    def _one(self, layers: nn.Module, blank: Tensor) -> Tensor:
+        """What becomes of one photo, of the shape that the others will have."""
+        size = frozen_batch(self.precision.device)
+        return run_frozen(layers, filled(blank, size), self.precision)[:1]
 
 
 def _parts(classifier: Classifier, share: Share) -> list[nn.Sequential]:

@@ -8,6 +8,7 @@ classifier, its weights and their names stay as they are.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -19,10 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from serving.errors import OptionError
+from training.device import undisturbed
 from training.model import Classifier
 from training.options import Recipe, Stage
 
 REMEDY: Final = "use compile = false"
+
+_STREAMS: Final = "set_warn_on_accumulate_grad_stream_mismatch"
+"""Of torch.autograd.graph, where it has one: switches a warning off."""
 
 Run = Callable[[Tensor], Tensor]
 
@@ -59,8 +64,8 @@ class WholeBatches(nn.Module):
             raise _refused("compile", error) from error
 
 
-def compiled(network: nn.Sequential, inputs: Tensor) -> Run:
-    """Compile for batches as large as `inputs`, which the first call does."""
+def compiled(network: nn.Sequential, _: Tensor) -> Run:
+    """Compile for batches as large as the first one, when that is run."""
 
     def run(inputs: Tensor) -> Tensor:
         outputs: Tensor = network(inputs)
@@ -72,9 +77,9 @@ def compiled(network: nn.Sequential, inputs: Tensor) -> Run:
 def captured(network: nn.Sequential, inputs: Tensor) -> Run:
     """Record a forward and a backward pass for batches as large as `inputs`, and replay them.
 
-    All but the last layer, a classifier's head, which runs as ever: it is small, and its dropout
-    draws numbers. BatchNorm statistics and the random state are left as they are. A gradient that
-    was not taken before the next backward pass is overwritten by it.
+    All but the last layer, a classifier's head, which runs as ever. BatchNorm statistics and the
+    random state are left as they are. A gradient that was not taken before the next backward pass
+    is overwritten by it.
 
     Raises:
         OptionError: A layer does what can't be recorded, or the memory is too small. Random numbers
@@ -86,11 +91,13 @@ def captured(network: nn.Sequential, inputs: Tensor) -> Run:
     buffers = {name: buffer.clone() for name, buffer in body.named_buffers()}
     random = torch.cuda.get_rng_state(inputs.device)
     enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    # Gradients come from the stream of the recording, and are waited for: as it should be.
-    getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(False)
+    if hasattr(torch.autograd.graph, _STREAMS):
+        # Gradients come from the stream of the recording, and are waited for: as it should be.
+        getattr(torch.autograd.graph, _STREAMS)(False)
+    # Weights cast once and kept would be those of the recording for ever.
+    autocast = torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False)
     try:
-        # Weights cast once and kept would be those of the recording for ever.
-        with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
+        with undisturbed, autocast:
             torch.cuda.make_graphed_callables(
                 body, (inputs.detach().clone(),), allow_unused_input=True
             )
@@ -118,7 +125,11 @@ def suffix_of(classifier: Classifier, stage: Stage, recipe: Recipe) -> nn.Module
         return classifier.suffix
     name, fast = _made.get(classifier, ("", None))
     if fast is None or name != stage.name:
-        torch.compiler.reset()  # what was compiled for the stage before takes memory, too
+        # What was made for the stage before takes memory, a recording in circles of references.
+        _made.pop(classifier, None)
+        fast = None
+        torch.compiler.reset()
+        gc.collect()
         make = captured if recipe.compile == "cuda_graphs" else compiled
         fast = WholeBatches(classifier.suffix, make)
         _made[classifier] = stage.name, fast

@@ -6,13 +6,17 @@ asked of it before. From page-locked ("pinned") memory a copy is an order like a
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
+
+undisturbed: Final = threading.Lock()
+"""Held while a CUDA graph is recorded, which what another thread asks of the GPU would end."""
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
@@ -36,9 +40,13 @@ def filled(batch: Tensor, size: int) -> Tensor:
     cuDNN looks for kernels at every new shape, and makes those of depthwise convolutions: two
     seconds for MobileNetV2 (H100). For networks in eval mode, in which no photo sees the others.
     """
-    if batch.device.type == "cpu" or len(batch) >= size:
+    return batch if batch.device.type == "cpu" else fill_up(batch, size)
+
+
+def fill_up(batch: Tensor, size: int) -> Tensor:
+    """The batch with zeros behind it, in its own layout, by which cuDNN chooses, too."""
+    if len(batch) >= size:
         return batch
-    # In its own layout, which is part of what cuDNN chooses by.
     whole = batch.new_empty_strided((size, *batch.shape[1:]), batch.stride()).zero_()
     whole[: len(batch)] = batch
     return whole
@@ -86,7 +94,7 @@ class SideStream:
 
     def send(self, tensor: Tensor) -> Sent:
         """As `Lane`."""
-        with torch.cuda.stream(self._stream):
+        with undisturbed, torch.cuda.stream(self._stream):
             near = tensor.pin_memory().to(self._device, non_blocking=True)
             return near, self._stream.record_event()
 

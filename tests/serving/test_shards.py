@@ -1,6 +1,7 @@
 """Exactly once: whenever a job is killed, what comes out is what nobody stopped would have made."""
 
 import csv
+import errno
 import json
 import os
 import random
@@ -160,6 +161,24 @@ def test_two_at_one_job_are_one_too_many(tmp_path, monkeypatch) -> None:
             Journal(out, facts(), restart=True)
     with Journal(out, facts()) as journal:
         assert journal.known
+
+
+@pytest.mark.parametrize(
+    ("number", "refused"), [(errno.ENOLCK, False), (errno.EOPNOTSUPP, False), (errno.EACCES, True)]
+)
+def test_where_there_are_no_locks_nobody_is_kept_out(
+    tmp_path, monkeypatch, number, refused
+) -> None:
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    if refused:
+        with pytest.raises(OptionError, match="another process is at work"):
+            Journal(tmp_path / "out.csv", facts())
+    else:
+        with Journal(tmp_path / "out.csv", facts()) as journal:
+            assert not journal.known
 
 
 def test_a_damaged_job_is_refused_and_begun_anew(tmp_path, monkeypatch) -> None:

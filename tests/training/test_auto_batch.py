@@ -106,6 +106,17 @@ def test_the_largest_power_of_two_that_fits(room, full, most, expected):
     assert memory.seen == [8 * 2**n for n in range(len(memory.seen))]
 
 
+def test_recorded_steps_count_on_half(opened, lines):
+    found = []
+    for compiled in ("false", "cuda_graphs"):
+        settings, classifier, stages, photos = opened(f"compile={compiled}")
+        memory = Memory(72)
+        classifier.head.register_forward_pre_hook(lambda *given, m=memory: m.watch(*given))
+        settled = settle(settings, classifier, stages, photos, CPU, lines.append, memory=memory)
+        found.append(settled.batch_size)
+    assert found == [64, 32]
+
+
 def test_other_errors_are_not_taken_for_a_full_memory():
     def broken(size):
         raise RuntimeError("a fault")

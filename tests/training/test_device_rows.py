@@ -6,6 +6,7 @@ marked so.
 
 import gc
 import json
+import sys
 import threading
 import time
 import weakref
@@ -32,7 +33,7 @@ from training import (
 )
 from training import recipe as fine_tune
 from training.activations import Activations
-from training.device import Standing, constant, filled, upload
+from training.device import Standing, constant, fill_up, filled, upload
 from training.device_rows import Prefetched, Resident, moved, placed
 from training.feeds import Draws
 from training.pixel_part import PixelSet
@@ -256,38 +257,58 @@ def test_what_is_on_the_cpu_is_not_copied_there():
 def test_a_small_batch_is_filled_up_in_its_own_layout_on_a_gpu_alone():
     batch = torch.rand(3, 4, 5, 6).contiguous(memory_format=torch.channels_last)
     assert filled(batch, 8) is batch
-    far = torch.empty(3, 4, 5, 6, device="meta").contiguous(memory_format=torch.channels_last)
-    assert filled(far, 3) is far
-    whole = filled(far, 8)
-    assert whole.shape == (8, 4, 5, 6)
+    assert filled(batch.to("meta"), 8).shape == (8, 4, 5, 6)
+    assert fill_up(batch, 3) is batch
+    whole = fill_up(batch, 8)
+    assert torch.equal(whole, torch.cat([batch, torch.zeros(5, 4, 5, 6)]))
     assert whole.is_contiguous(memory_format=torch.channels_last)
 
 
+STAGES_THAT_SHARE = """
+[[stage]]
+name = "head"
+lr = 0.01
+cycle_len = 2
+[[stage]]
+name = "tail"
+unfreeze = 1
+lr = 0.01
+cycle_len = 2
+[[stage]]
+name = "all"
+unfreeze = "all"
+lr = 0.01
+"""
+
+
 def test_filling_up_changes_no_figure(recipe, photos, weights, tmp_path, monkeypatch):
-    sizes = set()
+    seen, found = set(), []
 
-    def fill(batch, size):
-        sizes.add((size, len(batch) < size))
-        return torch.cat([batch, torch.ones(size - len(batch), *batch.shape[1:])])
+    def watched(room):
+        def fill(batch, size):
+            seen.add((room.__name__.rpartition(".")[2], sys._getframe(1).f_code.co_name))
+            return fill_up(batch, size)
 
-    stages = ['[[stage]]\nname = "head"\nlr = 0.01\n', TWO_SIZES.rpartition("[[stage]]")[2]]
-    found = []
+        return fill
+
     for name in ("plain", "filled"):
         if name == "filled":
             for room in (feeds, activations, evaluate):
-                monkeypatch.setattr(room, "filled", fill)
+                monkeypatch.setattr(room, "filled", watched(room))
         monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path / f"{name}-cache"))
-        settings = config.read(
-            recipe("[[stage]]".join(stages)), ["head.dropout=0", f"weights={weights}"]
-        )
+        options = ["head.dropout=0", f"weights={weights}"]
+        settings = config.read(recipe(STAGES_THAT_SHARE), options)
         folder = fine_tune.run(
             settings, str(photos), out=tmp_path / name, device="cpu", cache_gb=0.5, say=str
         )
         rows = (folder / "metrics.csv").read_text().splitlines()[1:]
         best = json.loads((folder / "best.json").read_text())["metrics"]
         found.append([float(v) for row in rows for v in row.split(",")[3:6]] + [best["loss"]])
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
-    assert {(16, True), (32, True)} <= sizes  # frozen layers, validation and scoring
+    # Other batch sizes round in other ways, and training goes on from there.
+    assert found[0] == pytest.approx(found[1], rel=2e-3)
+    where = {room for room, _ in seen}
+    assert where == {"feeds", "activations", "evaluate"}, seen
+    assert len([caller for room, caller in seen if room == "activations"]) == 2, seen
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch's, of its own tool
