@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from serving.errors import OptionError
 
@@ -68,11 +69,14 @@ def sync(path: Path) -> None:
         os.close(opened)
 
 
+_NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
 def lock(file: int, *, wait: bool) -> None:
     """Lock an open file or folder for this handle alone, until it is closed.
 
     Raises:
-        BlockingIOError: Another one has it.
+        BlockingIOError, PermissionError: Another one has it.
         NoLocks: This system or this disk has none.
         OSError: Another error.
     """
@@ -83,7 +87,7 @@ def lock(file: int, *, wait: bool) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno in _NO_LOCKS:
             raise NoLocks(error.errno, error.strerror) from error
         raise
 

@@ -196,11 +196,14 @@ class Journal:
             lock(file.fileno(), wait=False)
         except NoLocks:  # nobody is kept out
             self._lock.close()
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             self._lock.close()
             raise OptionError(
                 f"--out {self._out}: another process is at work on it; wait, or name another"
             ) from error
+        except BaseException:
+            self._lock.close()
+            raise
 
     def _clear(self) -> None:
         # The job goes first: without it the rest is nobody's.
