@@ -191,19 +191,17 @@ class Journal:
 
     def _alone(self) -> None:
         """Two at the same job would do it twice, and clear each other's folder."""
-        file = self._lock.enter_context((self.folder / _LOCK).open("w"))
-        try:
-            lock(file.fileno(), wait=False)
-        except NoLocks:  # nobody is kept out
-            self._lock.close()
-        except (BlockingIOError, PermissionError) as error:
-            self._lock.close()
-            raise OptionError(
-                f"--out {self._out}: another process is at work on it; wait, or name another"
-            ) from error
-        except BaseException:
-            self._lock.close()
-            raise
+        with contextlib.ExitStack() as opened:  # closed again, unless it is locked
+            file = opened.enter_context((self.folder / _LOCK).open("w"))
+            try:
+                lock(file.fileno(), wait=False)
+            except NoLocks:  # nobody is kept out
+                return
+            except (BlockingIOError, PermissionError) as error:
+                raise OptionError(
+                    f"--out {self._out}: another process is at work on it; wait, or name another"
+                ) from error
+            self._lock = opened.pop_all()
 
     def _clear(self) -> None:
         # The job goes first: without it the rest is nobody's.

@@ -154,7 +154,7 @@ class Activations:
         for part, layers in zip(_parts(classifier, share), fused, strict=True):
             known = hashlib.sha256(known + prefix.digest(part)).digest()
             names.append(f"activations-{known.hex()[:32]}")
-            inputs = self._one(layers, inputs.to(self.precision.device))
+            inputs = self._run(layers, inputs.to(self.precision.device))
             shapes.append(Shape(len(feed.draws.photos), tuple(inputs.shape[1:]), inputs.dtype))
         on_disk = self.precision.device.type == "cpu"
         keep = {*pixels, *names}
@@ -188,8 +188,8 @@ class Activations:
             size = frozen_batch(self.precision.device)
             for index, images in draws(number, torch.arange(len(draws.photos)).split(size)):
                 with self.clock(FROZEN):
-                    rows = run_frozen(layers, filled(images, size), self.precision)
-                yield index, rows[: len(index)]
+                    rows = self._run(layers, images)
+                yield index, rows
 
         return make
 
@@ -199,22 +199,22 @@ class Activations:
             for index in torch.arange(below.shape.photos).split(size):
                 with self.clock(FROZEN):
                     inputs = below[number][index].to(self.precision.device)
-                    rows = run_frozen(layers, filled(inputs, size), self.precision)
-                yield index, rows[: len(index)]
+                    rows = self._run(layers, inputs)
+                yield index, rows
 
         return make
 
     def _shape(self, layers: nn.Module, preprocess: Preprocess, photos: int) -> Shape:
         device, side = self.precision.device, preprocess.size
-        rows = self._one(layers, torch.zeros(1, 3, side, side, device=device))
+        rows = self._run(layers, torch.zeros(1, 3, side, side, device=device))
         if device.type != "cpu":
             photos += -photos % frozen_batch(device)  # those that fill the last batch up
         return Shape(photos, tuple(rows.shape[1:]), rows.dtype)
 
-    def _one(self, layers: nn.Module, blank: Tensor) -> Tensor:
-        """What becomes of one photo, of the shape that the others will have."""
-        size = frozen_batch(self.precision.device)
-        return run_frozen(layers, filled(blank, size), self.precision)[:1]
+    def _run(self, layers: nn.Module, inputs: Tensor) -> Tensor:
+        """A batch, or less, through frozen layers, which see the size of whole batches."""
+        whole = filled(inputs, frozen_batch(self.precision.device))
+        return run_frozen(layers, whole, self.precision)[: len(inputs)]
 
 
 def _parts(classifier: Classifier, share: Share) -> list[nn.Sequential]:

@@ -123,16 +123,15 @@ def suffix_of(classifier: Classifier, stage: Stage, recipe: Recipe) -> nn.Module
     """The classifier's suffix, made fast if the recipe says so: the same one for a whole stage."""
     if not recipe.compile:
         return classifier.suffix
-    name, fast = _made.get(classifier, ("", None))
-    if fast is None or name != stage.name:
-        # What was made for the stage before takes memory, a recording in circles of references.
-        _made.pop(classifier, None)
-        fast = None
-        torch.compiler.reset()
-        gc.collect()
-        make = captured if recipe.compile == "cuda_graphs" else compiled
-        fast = WholeBatches(classifier.suffix, make)
-        _made[classifier] = stage.name, fast
+    if classifier in _made and _made[classifier][0] == stage.name:
+        return _made[classifier][1]
+    # What was made for the stage before takes memory, a recording in circles of references.
+    _made.pop(classifier, None)
+    torch.compiler.reset()
+    gc.collect()
+    make = captured if recipe.compile == "cuda_graphs" else compiled
+    fast = WholeBatches(classifier.suffix, make)
+    _made[classifier] = stage.name, fast
     return fast
 
 

@@ -19,6 +19,17 @@ head = {{ hidden = 16, dropout = 0.1 }}
 """
 STAGE = '[[stage]]\nname = "all"\nunfreeze = "all"\nlr = 0.05\ncycle_len = {epochs}\n'
 SHORT = STAGE.format(epochs=3)
+TWO_STAGES = """
+[[stage]]
+name = "head"
+lr = 0.01
+cycle_len = 2
+[[stage]]
+name = "tail"
+unfreeze = 1
+lr = 0.01
+cycle_len = 3
+"""
 
 
 def coloured(root, counts, side=40):
@@ -58,3 +69,9 @@ def weights(tmp_path):
     path = tmp_path / "w.pth"
     torch.save(torchvision.models.mobilenet_v2(width_mult=0.25).state_dict(), path)
     return path
+
+
+@pytest.fixture
+def two_stages():
+    """The head alone, then the last layer group with it: stages that share what is frozen."""
+    return TWO_STAGES

@@ -19,17 +19,6 @@ from training.precision import Precision
 from training.sharing import Share, shares
 
 CPU = Precision(torch.float32, torch.device("cpu"))
-TWO_STAGES = """
-[[stage]]
-name = "head"
-lr = 0.01
-cycle_len = 2
-[[stage]]
-name = "tail"
-unfreeze = 1
-lr = 0.01
-cycle_len = 3
-"""
 
 
 @pytest.fixture
@@ -43,10 +32,10 @@ def room(tmp_path):
 
 
 @pytest.fixture
-def open_run(recipe, photos, lines, room):
+def open_run(recipe, photos, lines, room, two_stages):
     """Opens a run's activations as `fledge train` does."""
 
-    def opened(*overrides, stages=TWO_STAGES, there=room, precision=CPU):
+    def opened(*overrides, stages=two_stages, there=room, precision=CPU):
         settings = config.read(recipe(stages), overrides)
         decoded = pixels.Photos(data.load(str(photos)), settings.data.presize, lines.append)
         classifier, _ = plan.build_classifier(settings, 3, lines.append)
