@@ -1,0 +1,127 @@
+"""Cached pixels and activations: a change of their values needs a new version number.
+
+After such a change raise `PIXELS` or `FORMAT`, run `python -m tests.training.test_cache_versions`
+and commit the recorded values. New versions of the libraries need the second and third step alone.
+"""
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from serving import images
+from serving.preprocess import Preprocess
+from tests.nasty import corpus
+from training import activations, augment, pixel_making
+from training.device import CPU
+from training.feeds import run_frozen
+from training.model import normalise
+from training.pixel_making import Making
+from training.precision import Precision
+from training.prefix import fused
+from training.sections import AugmentConfig
+
+RECORDED = Path(__file__).with_name("cache_versions.json")
+SIZE = 32
+CONFIGS = {
+    "plain": AugmentConfig(),
+    "strong": AugmentConfig(
+        crop="random",
+        flip="dihedral",
+        max_rotate=20,
+        max_zoom=1.2,
+        max_lighting=0.3,
+        max_saturation=0.4,
+        max_warp=0.2,
+        erase=1.0,
+    ),
+    "policy": AugmentConfig(policy="trivial_augment"),
+}
+
+
+def pixel_values() -> dict[str, list]:
+    """By image and part: a digest, and the mean of each channel."""
+    found: dict[str, list] = {}
+    makings = [Making(part, Preprocess(size=SIZE), 1.25) for part in ("train", "valid")]
+    for item in corpus.items():
+        if item.code:
+            continue
+        image = images.decode(item.data).image
+        for making in makings:
+            pixels = making(image)
+            means = [round(float(mean), 1) for mean in pixels.mean(axis=(0, 1))]
+            digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
+            found[f"{item.name} {making.part}"] = [digest, means]
+    return found
+
+
+def activation_values() -> dict[str, list[float]]:
+    """By augmentation: what a small frozen network gives, in float32."""
+    ramp = np.arange(2 * 40 * 40 * 3, dtype=np.int64).reshape(2, 40, 40, 3)
+    pixels = torch.from_numpy((ramp * ramp // 7 % 256).astype(np.uint8))
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU6()).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            wave = torch.arange(parameter.numel(), dtype=torch.float64).sin()
+            parameter.copy_(wave.reshape(parameter.shape))
+    preprocess, found = Preprocess(size=SIZE), {}
+    for name, config in CONFIGS.items():
+        draws = augment.draw(config, torch.tensor([1.0, 1.5]), 3, 1, crop=preprocess.crop)
+        cut = normalise(augment.apply(pixels, draws, config, SIZE), preprocess)
+        maps = run_frozen(fused(network), cut, Precision(CPU, torch.float32))
+        means = torch.nn.functional.adaptive_avg_pool2d(maps.float(), 2).flatten()
+        found[name] = [round(value, 5) for value in means.tolist()]
+    return found
+
+
+def recorded() -> dict:
+    return json.loads(RECORDED.read_text())
+
+
+def test_changed_pixels_have_a_new_version() -> None:
+    known, values = recorded()["pixels"], pixel_values()
+    assert known["version"] == pixel_making.PIXELS
+    assert known["values"].keys() == values.keys()
+    same = known["libraries"] == pixel_making._decoder()
+    changed = []
+    for name, (digest, means) in values.items():
+        digest_then, means_then = known["values"][name]
+        # Its encoder need not write the same file on every processor.
+        exact = same and "avif" not in name
+        near = np.abs(np.subtract(means, means_then)).max() < 3
+        if not near or (exact and digest != digest_then):
+            changed.append(name)
+    assert changed == [], "raise training's PIXELS and record the values, as told above"
+
+
+def test_changed_activations_have_a_new_version() -> None:
+    known, values = recorded()["activations"], activation_values()
+    assert known["version"] == activations.FORMAT
+    assert known["values"].keys() == values.keys()
+    for name, value in values.items():
+        assert np.allclose(value, known["values"][name], atol=2e-3), name
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    RECORDED.write_text(
+        json.dumps(
+            {
+                "pixels": {
+                    "version": pixel_making.PIXELS,
+                    "libraries": pixel_making._decoder(),
+                    "values": pixel_values(),
+                },
+                "activations": {
+                    "version": activations.FORMAT,
+                    "values": activation_values(),
+                },
+            },
+            indent=1,
+        )
+        + "\n"
+    )
