@@ -80,14 +80,14 @@ format: install ## Format the code and fix what ruff can fix
 	$(BIN)/ruff format
 
 bench: install ## Race fastai and a plain torch loop: DATA=photos ARGS="--split … --weights …"
-	$(BIN)/python benchmarks/train.py $(if $(DATA),--data "$(DATA)") $(ARGS)
+	$(BIN)/python -m benchmarks.training.race $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 soak: install ## Ten minutes of too much, bad input and vanishing callers: BUNDLE=bundle DATA=photos
 	@test -n "$(DATA)" || { echo "make: name some photos, as in make soak DATA=photos" >&2; exit 2; }
-	$(BIN)/python benchmarks/soak.py --bundle "$(BUNDLE)" --photos "$(DATA)" $(ARGS)
+	$(BIN)/python -m benchmarks.serving.soak --bundle "$(BUNDLE)" --photos "$(DATA)" $(ARGS)
 
 fuzz: install ## Mutants of odd images against a real service: ARGS="--cases 100000 --seed 1"
-	$(BIN)/python -m tests.nasty.fuzz $(ARGS)
+	$(BIN)/python -m tests.robustness.fuzz $(ARGS)
 
 bento: install ## Build the Bento of the service, with BUNDLE=bundle in it
 	$(FLEDGE) verify "$(BUNDLE)"

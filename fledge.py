@@ -16,12 +16,12 @@ Verb = Callable[[argparse.Namespace], None]
 
 def export(options: argparse.Namespace) -> None:
     """Turn a run's best checkpoint into a verified bundle."""
-    from export import confidence, foreign, pipeline
+    from export import calibration, pipeline, torchvision_checkpoint
     from serving.errors import OptionError
 
     wanted = pipeline.Options(
         name=options.name,
-        confident=confidence.Wanted.parse(options.confident) if options.confident else None,
+        confident=calibration.Wanted.parse(options.confident) if options.confident else None,
         precision=options.precision,
         accuracy_budget=options.accuracy_budget,
         sign=options.sign,
@@ -45,25 +45,25 @@ def export(options: argparse.Namespace) -> None:
             options.out,
             wanted,
             arch=options.arch,
-            arch_args=foreign.read_args(options.arch_args or ()),
+            arch_args=torchvision_checkpoint.read_args(options.arch_args or ()),
             labels=options.labels,
             photos=options.photos,
             size=options.size,
             crop=options.crop,
         )
     if options.register:
-        from export import store
+        from export import bentoml_store
 
-        store.register(options.out)
+        bentoml_store.register(options.out)
 
 
 def inspect(options: argparse.Namespace) -> None:
     """Say what a bundle holds, after checking every byte of it; --json prints the manifest."""
-    from serving import bundle
-    from serving import inspect as room
+    from serving.bundle import inspect as room
+    from serving.bundle import storage
 
     if options.json:
-        print(bundle.read(options.bundle).manifest.to_json(), end="")
+        print(storage.read(options.bundle).manifest.to_json(), end="")
         return
     for line in room.describe(options.bundle):
         print(line)
@@ -71,7 +71,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 def verify(options: argparse.Namespace) -> None:
     """Check a bundle's bytes, and its golden images through the runtime. Needs no torch."""
-    from serving import verify as room
+    from serving.inference import verify as room
 
     for line in room.verify(options.bundle, options.device):
         print(line)
@@ -79,7 +79,7 @@ def verify(options: argparse.Namespace) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """Serve a bundle over HTTP."""
-    from serving import launch
+    from serving.server import launch
 
     launch.serve(
         options.bundle,
@@ -95,7 +95,7 @@ def score(options: argparse.Namespace) -> None:
     """Score many images into one table, a row each; killed and called again it goes on."""
     from dataclasses import fields
 
-    from serving import score as room
+    from serving.scoring import score as room
 
     given = {one.name: getattr(options, one.name) for one in fields(room.Options)}
     room.score(options.inputs, options.bundle, options.out, room.Options(**given))
@@ -103,7 +103,7 @@ def score(options: argparse.Namespace) -> None:
 
 def evaluate_scores(options: argparse.Namespace) -> None:
     """Check a table of scores against true labels: accuracy, confusions, log loss; no model."""
-    from serving import evaluate_scores as room
+    from serving.evaluation import evaluate_scores as room
 
     given = {name: getattr(options, name) for name in room.Options.__dataclass_fields__}
     room.evaluate(options.scores, room.Options(**given))
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--precision", default=default, choices=precisions)
 
     with suppress(ModuleNotFoundError):  # an image that only serves has no training/
-        from training import verbs as training_verbs  # not at the top, as in `main`
+        from training.cli import train as training_verbs  # not at the top, as in `main`
 
         training_verbs.add_to(verb)
 
@@ -284,7 +284,7 @@ def program() -> None:
     gc.set_threshold(10_000)
     status = main()
     if "torch" in sys.modules:
-        from serving.ending import end
+        from serving.utils.ending import end
 
         end(status)  # taking all of torch apart takes a second; the system does it at once
     sys.exit(status)

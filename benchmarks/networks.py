@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import machine
+from benchmarks import machine
 
 CLASSES = 10
 PHOTOS = 14  # for BatchNorm's statistics
@@ -49,7 +49,7 @@ def main() -> int:
         print(rows[arch], file=sys.stderr, flush=True)
         with results.open("a") as file:
             file.write(json.dumps(rows[arch]) + "\n")
-    from serving.cores import cores
+    from serving.utils.cpu import cores
 
     print(machine.describe(cores(), "cpu"), "\n")
     print(table(list(rows.values())))
@@ -72,7 +72,7 @@ def every() -> list[str]:
     """All networks, in the order of the families."""
     from torchvision import models
 
-    from training import bodies
+    from training.models import families as bodies
 
     names = models.list_models(module=models)
     return sorted(
@@ -92,15 +92,17 @@ def export(arch: str, photos: Path) -> dict:
     import numpy as np
     import torch
 
-    from export import graph, onnx, pt2, torchscript, verify
-    from serving import images
-    from serving.manifest import Manifest
-    from serving.predictor import Predictor
-    from serving.preprocess import Preprocess
-    from serving.runtime import OnnxRuntime
-    from serving.runtime_torchscript import TorchScriptRuntime
-    from tests.lively import lively, speaking
-    from training import backbones, model
+    from export import graph, parity
+    from export.writers import onnx, torch_export, torchscript
+    from serving.bundle.manifest import Manifest
+    from serving.imaging import decode
+    from serving.imaging.preprocess import Preprocess
+    from serving.inference.predictor import Predictor
+    from serving.inference.runtime import OnnxRuntime
+    from serving.inference.torchscript import TorchScriptRuntime
+    from tests.support.random_batchnorms import lively, speaking
+    from training.models import backbones
+    from training.models import classifier as model
 
     start = time.perf_counter()
     torch.manual_seed(0)
@@ -110,19 +112,19 @@ def export(arch: str, photos: Path) -> dict:
     paths = paths[:: max(1, len(paths) // PHOTOS)][:PHOTOS]
     kind = "linear" if backbones.family_of(arch).pooled else "concat_pool"
     classifier = model.build(arch, CLASSES, head={"kind": kind}).eval()
-    squares = np.stack([preprocess(images.read(path).image) for path in paths])
+    squares = np.stack([preprocess(decode.read(path).image) for path in paths])
     x = model.normalise(torch.from_numpy(squares), preprocess)
     speaking(lively(classifier, x), x)
     parameters = sum(p.numel() for p in classifier.parameters())
     fused, report = graph.assemble(classifier, preprocess)
     original = graph.CheckpointRuntime(classifier, preprocess)
-    gate, verify.TOLERANCE = verify.TOLERANCE, 1.0  # differences are wanted, not a verdict
+    gate, parity.TOLERANCE = parity.TOLERANCE, 1.0  # differences are wanted, not a verdict
     labels = tuple(f"class {index}" for index in range(CLASSES))
     manifest = Manifest(arch, "0", arch, labels, preprocess, {}, {})
     ways = {
         "onnx": (onnx.write, "model.onnx", lambda path: OnnxRuntime(path, device="cpu")),
         "torchscript": (torchscript.write, "model.ts", TorchScriptRuntime),
-        "torch.export": (pt2.write, "model.pt2", pt2.ExportedRuntime),
+        "torch.export": (torch_export.write, "model.pt2", torch_export.ExportedRuntime),
     }
     row = {"arch": arch, "size": size, "parameters": parameters, **report.to_dict()}
     row["left"] = len(report.left)
@@ -132,7 +134,7 @@ def export(arch: str, photos: Path) -> dict:
             write(fused, path, name=arch, labels=labels, preprocess=preprocess)
             graphs = {name: Predictor(manifest, runtime(path))}
             samples = [(path, 0) for path in paths[:GATE]]
-            found = verify.gate(original, preprocess, graphs, samples).graphs[name]
+            found = parity.gate(original, preprocess, graphs, samples).graphs[name]
             row[name] = found.difference
             path.unlink()
     if max(row[name] for name in ways) > gate:

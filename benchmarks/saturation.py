@@ -14,13 +14,14 @@ import argparse
 import sys
 from pathlib import Path
 
-import machine
 import numpy as np
 import onnx
 import onnxruntime as ort
 from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.registry import QDQRegistry
+
+from benchmarks import machine
 
 
 def main() -> int:
@@ -31,11 +32,11 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--photos", type=Path, required=True, help="a folder a class")
     options = parser.parse_args()
-    from export import quantize
-    from serving import bundle
-    from serving.cores import cores
+    from export.precision import int8
+    from serving.bundle import storage
+    from serving.utils.cpu import cores
 
-    opened = bundle.read(options.bundle)
+    opened = storage.read(options.bundle)
     folders = sorted(path for path in options.photos.iterdir() if path.is_dir())
     samples = [
         (path, label)
@@ -43,10 +44,10 @@ def main() -> int:
         for path in sorted(folder.iterdir())
         if path.suffix.lower() in (".jpg", ".jpeg", ".png")
     ]
-    pixels = quantize.draw(samples, opened.manifest.preprocess, cores())
-    calibrate, asked = pixels[: quantize.CALIBRATE], pixels[quantize.CALIBRATE :]
+    pixels = int8.draw(samples, opened.manifest.preprocess, cores())
+    calibrate, asked = pixels[: int8.CALIBRATE], pixels[int8.CALIBRATE :]
     source = opened.payload / "model.onnx"
-    ranges = quantize.ranges(source, calibrate, "minmax")
+    ranges = int8.ranges(source, calibrate, "minmax")
     graph = onnx.shape_inference.infer_shapes(onnx.load(source))
     print(machine.describe(cores(), "cpu"), f"ONNX Runtime {ort.__version__}\n")
     print(f"{opened.manifest.arch}, {len(asked)} photos\n")
@@ -80,7 +81,7 @@ def quantised(
 
 def probabilities(model: bytes, pixels: np.ndarray, optimised: bool) -> np.ndarray:
     """float64 [N, classes]."""
-    from serving.views import softmax
+    from serving.imaging.tta import softmax
 
     options = ort.SessionOptions()
     options.log_severity_level = 3

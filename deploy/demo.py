@@ -55,7 +55,7 @@ class DemoError(Exception):
 
 def sample_photo() -> Path:
     """Return the middle photo of the embedded data set."""
-    from training.sample import cached
+    from training.data.sample import cached
 
     photos = sorted(cached().rglob("*.jpg"))
     return photos[len(photos) // 2]

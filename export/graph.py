@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 
-from export.foreign import Whole
-from export.fuse import Report, fuse
-from serving.preprocess import Pixels, Preprocess
-from training.model import Classifier, normalise
+from export.fuse_batchnorm import Report, fuse
+from export.torchvision_checkpoint import Whole
+from serving.imaging.preprocess import Pixels, Preprocess
+from training.models.classifier import Classifier, normalise
 
 Exportable = Classifier | Whole
 """Has `features`, normalised images [N, 3, H, W] -> [N, D], and `head`, which takes them."""
@@ -118,7 +118,7 @@ def contract(graph: Graph, preprocess: Preprocess) -> Mapping[str, Any]:
 
 
 class CheckpointRuntime:
-    """The checkpoint itself as a `serving.runtime.Runtime`: eager, float32, unfused, on the CPU.
+    """The checkpoint itself as a `Runtime`: eager, float32, unfused, on the CPU.
 
     What every exported graph is measured against.
     """

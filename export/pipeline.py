@@ -18,19 +18,22 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from export import confidence, foreign, live, onnx, pt2, torchscript, verify
+from export import calibration, publish, torchvision_checkpoint
 from export import graph as contract
-from export import precision as precisions
-from export.card import card
-from export.verdict import BUDGET
-from serving import bundle, signing
+from export import parity as verify
+from export.model_card import card
+from export.precision import select as precisions
+from export.precision.verdict import BUDGET
+from export.writers import onnx, torchscript
+from export.writers import torch_export as pt2
+from serving.bundle import signing, storage
+from serving.bundle.manifest import Manifest, content_version
 from serving.errors import OptionError, WorkError
-from serving.manifest import Manifest, content_version
-from serving.predictor import Predictor
-from serving.runtime import OnnxRuntime, Runtime
-from serving.runtime_torchscript import TorchScriptRuntime
-from training import checkpoint
-from training.data import of_run
+from serving.inference.predictor import Predictor
+from serving.inference.runtime import OnnxRuntime, Runtime
+from serving.inference.torchscript import TorchScriptRuntime
+from training.data.dataset import of_run
+from training.run import checkpoint
 
 ONNX: Final = precisions.FILES["fp32"]
 TORCHSCRIPT: Final = "model.ts"
@@ -53,7 +56,7 @@ class Options:
     """
 
     name: str | None = None
-    confident: confidence.Wanted | None = None
+    confident: calibration.Wanted | None = None
     precision: str = "auto"
     accuracy_budget: float = BUDGET
     sign: Path | None = None
@@ -84,7 +87,7 @@ def export(
             was asked for is refused; no bundle is written.
         WorkError: Weights that are not finite, a network that can't be exported, a full disk.
     """
-    live.check_target(out)
+    publish.check_target(out)
     classifier, info = checkpoint.load(run)
     dataset = of_run(run, data)
     train, valid = ([(s.path, s.label) for s in part] for part in (dataset.train, dataset.valid))
@@ -116,10 +119,12 @@ def export_checkpoint(
     Raises:
         FledgeError: As `export`, `foreign.load` and `foreign.photos`.
     """
-    live.check_target(out)
-    names = foreign.read_labels(labels)
-    classifier, info = foreign.load(path, arch, names, arch_args=arch_args, size=size, crop=crop)
-    train, valid = foreign.photos(photos, names)
+    publish.check_target(out)
+    names = torchvision_checkpoint.read_labels(labels)
+    classifier, info = torchvision_checkpoint.load(
+        path, arch, names, arch_args=arch_args, size=size, crop=crop
+    )
+    train, valid = torchvision_checkpoint.photos(photos, names)
     facts = {"source": str(photos), "train": 0, "valid": len(valid)}
     info = replace(info, data=facts)
     return _export(_Model(classifier, info, path.name, train, valid), path, out, options, say)
@@ -145,12 +150,12 @@ def _export(
     signing.trusted()  # it reads what is live at the end, and a mistake in that is better known now
     model = model._replace(valid=verify.held_out(model.valid))
     try:
-        with live.aside(out) as payload:
+        with publish.aside(out) as payload:
             manifest = _build(payload, model, name, options, say)
             manifest = replace(manifest, provenance=_provenance(model.source, model.info))
             (payload / "README.md").write_text(card(manifest), encoding="utf-8")
-            manifest = replace(manifest, files=bundle.describe_files(payload))
-            manifest = live.go_live(payload, manifest, out, sign)
+            manifest = replace(manifest, files=storage.describe_files(payload))
+            manifest = publish.go_live(payload, manifest, out, sign)
     except OSError as error:
         reason = error.strerror or error
         raise WorkError(f"--out {out} can't be written: {reason}; nothing was changed") from error
@@ -193,8 +198,8 @@ def _build(
         "torch.export": pt2.ExportedRuntime(payload / TORCH_EXPORT),
     }
     with _one_thread_each() as workers:
-        held = confidence.ask(Predictor(manifest, engines["onnx"]), samples, workers)
-        manifest = confidence.calibrated(manifest, held, options.confident, say)
+        held = calibration.ask(Predictor(manifest, engines["onnx"]), samples, workers)
+        manifest = calibration.calibrated(manifest, held, options.confident, say)
         predictors = {key: Predictor(manifest, engine) for key, engine in engines.items()}
         outcome = verify.gate(original, info.preprocess, predictors, samples, workers, say)
         entry["accuracy"] = outcome.accuracy["onnx"]
@@ -217,7 +222,7 @@ def _build(
         )
     wanted = precisions.Wanted(options.precision, options.accuracy_budget, model.train)
     manifest = precisions.keep(payload, manifest, held, samples, wanted, say)
-    digests = {file: bundle.sha256(payload / file) for file in manifest.graphs}
+    digests = {file: storage.sha256(payload / file) for file in manifest.graphs}
     return replace(manifest, version=content_version(manifest, digests))
 
 

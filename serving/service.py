@@ -14,14 +14,16 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 import bentoml
 from _bentoml_sdk import Service  # type: ignore[import-untyped] # BentoML types its front only
 
-from serving import fate, launch, memory, tracing
-from serving.desk import Desk
 from serving.errors import FledgeError, OptionError
-from serving.exchange import App
-from serving.forms import Options
-from serving.front import Front
+from serving.http import tracing
+from serving.http.app import Front
+from serving.http.forms import Options
+from serving.http.messages import App
+from serving.http.model_manager import Desk
+from serving.http.telemetry import Telemetry
+from serving.server import fate, launch
 from serving.settings import Settings
-from serving.telemetry import Telemetry
+from serving.utils import malloc
 
 
 class FrontedService(Service[Any]):  # type: ignore[misc]
@@ -59,7 +61,7 @@ class ImageClassifier:
         One of several workers loads before it accepts: whichever answers `/readyz`, none of the
         others takes a request that it can't answer yet.
         """
-        memory.give_back()
+        malloc.give_back()
         settings = Settings.from_env()
         self.desk = Desk(settings, Telemetry())
         if settings.workers > 1:

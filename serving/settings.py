@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from serving import images, signing
-from serving.cores import cores
+from serving.bundle import signing
 from serving.errors import OptionError
+from serving.imaging import decode
+from serving.utils.cpu import cores
 
 DEVICES: Final = ("auto", "cpu", "cuda", "tensorrt")
 PRECISIONS: Final = ("auto", "fp32", "int8", "fp16")
@@ -65,8 +66,8 @@ class Settings:
     workers: int = 1
     max_batch: int | None = None
     max_queue: int = 64
-    max_bytes: int = images.MAX_BYTES
-    max_pixels: int = images.MAX_PIXELS
+    max_bytes: int = decode.MAX_BYTES
+    max_pixels: int = decode.MAX_PIXELS
     deadline: float = 10.0
     api_keys: frozenset[bytes] = field(default_factory=frozenset)
 
@@ -157,7 +158,7 @@ class _Reader:
         return frozenset(hashlib.sha256(key.encode()).digest() for key in keys)
 
     def trusted_keys(self) -> None:
-        """Only checked: `serving.bundle` reads them whenever it reads a bundle."""
+        """Only checked: `serving.bundle.storage` reads them whenever it reads a bundle."""
         try:
             signing.trusted(self.environ)
         except OptionError as error:

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 import fledge
-from serving import errors, images, problems
-from serving.manifest import Manifest
-from serving.opening import open_predictor
+from serving import errors
+from serving.bundle.manifest import Manifest
+from serving.http import problems
+from serving.imaging import decode as images
+from serving.inference.load import open_predictor
 from serving.settings import Settings
-from tests.tiny import photo, tiny_bundle
+from tests.support.tiny_bundle import photo, tiny_bundle
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -161,7 +163,7 @@ def test_the_recipe_page_lists_every_option_with_its_default() -> None:
 
 
 def test_recipes_told_are_recipes() -> None:
-    from training import config
+    from training.config import load as config
 
     assert blocks("docs/recipe.md", "toml")
     for block in blocks("docs/recipe.md", "toml"):
@@ -187,7 +189,7 @@ def assert_understood(words: list[str]) -> None:
     if not known.takes_overrides:
         assert rest == []
     elif known.recipe and (ROOT / known.recipe).is_file():
-        from training import config
+        from training.config import load as config
 
         config.read(ROOT / known.recipe, rest)
     else:
@@ -210,7 +212,7 @@ def options() -> Iterator[tuple[str, object]]:
     """(dotted name, default) of every option of a recipe."""
     from pydantic_core import PydanticUndefined
 
-    from training import options as sections
+    from training.config import schema as sections
 
     def plain(value: object) -> object:
         if value is PydanticUndefined:

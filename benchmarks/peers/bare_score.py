@@ -48,9 +48,10 @@ def part(
 ) -> list[Answer]:
     """Answers of one process, whose threads share a session."""
     # Here, not above: every process of its own opens the runtime for itself.
-    from serving import images, views
-    from serving.bundle import read
-    from serving.runtime import OnnxRuntime
+    from serving.bundle.storage import read
+    from serving.imaging import decode as images
+    from serving.imaging import tta
+    from serving.inference.runtime import OnnxRuntime
 
     opened = read(bundle)
     cut, labels = opened.manifest.preprocess, opened.manifest.labels
@@ -63,7 +64,7 @@ def part(
             names = own[start : start + batch]
             squares = [cut(images.decode(name.read_bytes()).image) for name in names]
             logits, _ = engine.run(np.stack(squares))
-            for name, row in zip(names, views.softmax(logits, temperature), strict=True):
+            for name, row in zip(names, tta.softmax(logits, temperature), strict=True):
                 best = int(row.argmax())
                 found.append((str(name), labels[best], float(row[best])))
         return found

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from training import config, optim, plan
-from training.precision import choose_precision
+from training.config import load
+from training.engine import plan
+from training.optim import optimizer as optim
+from training.utils.precision import choose_precision
 
 
 def main() -> None:
@@ -33,7 +35,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     chosen = parser.parse_args()
-    recipe = config.read(chosen.recipe)
+    recipe = load.read(chosen.recipe)
     precision = choose_precision(chosen.device, recipe.precision)
     device, size = precision.device, recipe.preprocess.size
     stage = recipe.stage[-1]

@@ -1,7 +1,7 @@
 """What the competitors share: the split, and how they tell what they have done. Standard library.
 
 A competitor is told what to do by options and tells what it has done as JSON lines on stdout, which
-`benchmarks/train.py` stamps with its own clock as they arrive.
+`benchmarks/training/race.py` stamps with its own clock as they arrive.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from fastapi import FastAPI, UploadFile
 from PIL import Image
 from torchvision import transforms
 
-from training import checkpoint
+from training.run import checkpoint
 
 model, info = checkpoint.load(Path(os.environ["PEER_RUN"]))
 model.eval()

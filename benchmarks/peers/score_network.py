@@ -25,7 +25,7 @@ from transformers import (
     MobileNetV2ImageProcessor,
 )
 
-from training import checkpoint
+from training.run import checkpoint
 
 TOLERANCE = 1e-3
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from serving.preprocess import Preprocess
-from training import checkpoint
+from serving.imaging.preprocess import Preprocess
+from training.run import checkpoint
 
 
 class Photos(Dataset[Tensor]):

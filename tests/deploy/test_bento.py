@@ -17,9 +17,9 @@ import httpx
 import pytest
 
 import serving
-from serving.opening import open_predictor
-from tests.serving.live import free_port, get, post
-from tests.tiny import photo, tiny_bundle
+from serving.inference.load import open_predictor
+from tests.support.live_server import free_port, get, post
+from tests.support.tiny_bundle import photo, tiny_bundle
 
 pytestmark = pytest.mark.slow
 

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from serving.errors import FledgeError
-from serving.problems import HttpError
-from tests.deploy.tools import program, said
-from tests.serving.live import Live, free_port, get, live, post
+from serving.http.problems import HttpError
+from tests.support.deploy_tools import program, said
+from tests.support.live_server import Live, free_port, get, live, post
+from tests.support.tiny_bundle import photo, tiny_bundle
 from tests.test_readme import below
-from tests.tiny import photo, tiny_bundle
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

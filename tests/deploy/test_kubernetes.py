@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from serving.launch import GRACE
+from serving.server.launch import GRACE
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "k8s"

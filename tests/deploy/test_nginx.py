@@ -14,10 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serving import bundle
-from tests.deploy.tools import program, said
-from tests.serving.live import Live, free_port, get, launch, live, post
-from tests.tiny import photo, tiny_bundle
+from serving.bundle import storage
+from tests.support.deploy_tools import program, said
+from tests.support.live_server import Live, free_port, get, launch, live, post
+from tests.support.tiny_bundle import photo, tiny_bundle
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "nginx.conf"
 
@@ -122,9 +122,9 @@ def test_a_replica_that_is_gone_or_not_ready_is_passed_over(
     replicas: list[Live], tmp_path: Path
 ) -> None:
     folder = tiny_bundle(tmp_path / "wrong")
-    golden = [dict(item) for item in bundle.read(folder).manifest.golden]
+    golden = [dict(item) for item in storage.read(folder).manifest.golden]
     golden[0]["probabilities"] = {"fp32": [0.2, 0.3, 0.5]}  # so it is never ready
-    bundle.publish(replace(bundle.read(folder).manifest, golden=tuple(golden)), folder)
+    storage.publish(replace(storage.read(folder).manifest, golden=tuple(golden)), folder)
     port = free_port()
     process = launch(folder, port, tmp_path / "wrong.log")
     try:

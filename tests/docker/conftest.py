@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker import engine
-from tests.docker.engine import Container
-from tests.tiny import tiny_bundle
+from tests.support import container_engine as engine
+from tests.support.container_engine import Container
+from tests.support.tiny_bundle import tiny_bundle
 
 
 @pytest.fixture(scope="session")

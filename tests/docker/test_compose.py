@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.docker.engine import DOCKER, IMAGE, ROOT, need, run
+from tests.support.container_engine import DOCKER, IMAGE, ROOT, need, run
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("build_seconds")]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import serving
-from serving.opening import open_predictor
-from tests.docker.engine import DOCKER, IMAGE, Container, ended_run, run
-from tests.tiny import photo
+from serving.inference.load import open_predictor
+from tests.support.container_engine import DOCKER, IMAGE, Container, ended_run, run
+from tests.support.tiny_bundle import photo
 
 pytestmark = pytest.mark.docker
 

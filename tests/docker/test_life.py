@@ -11,12 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from serving.cores import cores
-from tests.docker import engine
-from tests.docker.engine import DOCKER, HARDENED, IMAGE, Container, ended_run, readable, run
-from tests.hurry import CALLERS, REFUSED, told_while
-from tests.serving.live import free_port
-from tests.tiny import photo, tiny_bundle
+from serving.utils.cpu import cores
+from tests.support import container_engine as engine
+from tests.support.container_engine import (
+    DOCKER,
+    HARDENED,
+    IMAGE,
+    Container,
+    ended_run,
+    readable,
+    run,
+)
+from tests.support.live_server import free_port
+from tests.support.load_clients import CALLERS, REFUSED, told_while
+from tests.support.tiny_bundle import photo, tiny_bundle
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("build_seconds")]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.engine import Container, make
+from tests.support.container_engine import Container, make
 
 pytestmark = pytest.mark.docker
 

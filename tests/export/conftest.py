@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from export import onnx
-from serving import images
-from serving.preprocess import Preprocess
-from tests.lively import lively, speaking
-from training import checkpoint, data, model
-from training.sections import DataConfig
+from export.writers import onnx
+from serving.imaging import decode
+from serving.imaging.preprocess import Preprocess
+from tests.support.random_batchnorms import lively, speaking
+from training.config.sections import DataConfig
+from training.data import dataset as data
+from training.models import classifier as model
+from training.run import checkpoint
 
 
 def pixels(count, size, seed=0):
@@ -80,7 +82,7 @@ class Run:
 
     def liven(self, *, centred=True):
         """Make the network answer differently to its photos; `centred` as in `speaking`."""
-        squares = [self.preprocess(images.read(s.path).image) for s in self.dataset.valid]
+        squares = [self.preprocess(decode.read(s.path).image) for s in self.dataset.valid]
         x = model.normalise(torch.from_numpy(np.stack(squares)), self.preprocess)
         speaking(lively(self.classifier, x), x, centred=centred)
 

@@ -6,9 +6,10 @@ import onnx
 import pytest
 import torch
 
-from export import pipeline, tuning
-from serving import bundle
-from training import bodies, model
+from export import benchmark, pipeline
+from serving.bundle import storage
+from training.models import classifier as model
+from training.models import families
 
 SMALLEST = {
     "AlexNet": "alexnet",
@@ -39,14 +40,14 @@ LEFT = {"densenet121": 62}
 
 
 def test_every_family_takes_part() -> None:
-    assert list(SMALLEST) == [family.title for family in bodies.FAMILIES]
+    assert list(SMALLEST) == [family.title for family in families.FAMILIES]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SMALLEST.values())
 def test_it_passes_the_gate(run, tmp_path, monkeypatch, arch):
-    monkeypatch.setattr(tuning, "measure", lambda *_: {})
-    monkeypatch.setattr(tuning, "advice", lambda *_: {})
+    monkeypatch.setattr(benchmark, "measure", lambda *_: {})
+    monkeypatch.setattr(benchmark, "advice", lambda *_: {})
     size = SIZES.get(arch, 64)
     args = {"image_size": 64} if arch == "vit_b_32" else {}
     head = {"kind": "deep" if arch in ("vit_b_32", "maxvit_t") else "concat_pool", "hidden": 32}
@@ -63,5 +64,5 @@ def test_it_passes_the_gate(run, tmp_path, monkeypatch, arch):
     manifest = pipeline.export(run.folder, out, wanted, say=lambda line: None)
     assert set(manifest.parity["graphs"]) == {"onnx", "torchscript", "torch.export"}
     assert len(manifest.batchnorm["left"]) == LEFT.get(arch, 0)
-    graph = onnx.load(bundle.read(out).graph("fp32")).graph
+    graph = onnx.load(storage.read(out).graph("fp32")).graph
     assert "BatchNormalization" not in {node.op_type for node in graph.node}

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from export import graph
-from serving.preprocess import Preprocess
+from serving.imaging.preprocess import Preprocess
 from tests.export.conftest import pixels
-from tests.lively import lively, speaking
-from training import model
+from tests.support.random_batchnorms import lively, speaking
+from training.models import classifier as model
 
 ODD = Preprocess(size=64, mean=(0.1, 0.5, 0.7), std=(0.1, 0.3, 0.9))
 

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from export import confidence, live, pipeline, tuning, verify
-from export import torchscript as torchscript_writer
-from serving import bundle
+from export import benchmark, pipeline
+from export import calibration as confidence
+from export import parity as verify
+from export import publish as live
+from export.writers import torchscript as torchscript_writer
+from serving.bundle import storage
 from serving.errors import BundleError, DataError, GateError, OptionError, WorkError
-from serving.opening import open_predictor
-from serving.verify import verify as verify_bundle
-from training import model
+from serving.inference.load import open_predictor
+from serving.inference.verify import verify as verify_bundle
+from training.models import classifier as model
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs/manifest.schema.json").read_text())
 
@@ -43,7 +46,7 @@ def exported(shared_run, tmp_path_factory):
     said = []
     out = tmp_path_factory.mktemp("exported") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "measure", rates)
+        patch.setattr(benchmark, "measure", rates)
         manifest = export(shared_run, out, say=said.append)
     return out, manifest, said
 
@@ -51,11 +54,11 @@ def exported(shared_run, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def same_speed(monkeypatch):
     """Timings are of no matter here, and differ; int8 is twice as fast."""
-    monkeypatch.setattr(tuning, "measure", rates)
+    monkeypatch.setattr(benchmark, "measure", rates)
 
 
 def rates(graphs, preprocess, photos=(), device="cpu"):
-    settings = [tuning.Setting(1, 1, 1), tuning.Setting(1, 1, 8), tuning.Setting(1, 2, 1)]
+    settings = [benchmark.Setting(1, 1, 1), benchmark.Setting(1, 1, 8), benchmark.Setting(1, 2, 1)]
     return {
         name: {setting: 100.0 * (1 + (name != "fp32")) + setting.batch for setting in settings}
         for name in graphs
@@ -70,7 +73,7 @@ def out(exported, tmp_path, remembered):
 
 def test_the_bundle_reads_back_and_answers_as_the_checkpoint(exported, shared_run):
     out, manifest, _ = exported
-    assert bundle.read(out).manifest == manifest
+    assert storage.read(out).manifest == manifest
     predictor = open_predictor(out, device="cpu")
     samples = shared_run.dataset.valid
     prepared = [predictor.prepare(sample.path.read_bytes()) for sample in samples]
@@ -184,13 +187,13 @@ def test_the_same_version_again_keeps_its_payload(shared_run, exported, out):
     before = graph.stat().st_ino
     assert export(shared_run, out) == exported[1]
     assert graph.stat().st_ino == before
-    bundle.read(out)
+    storage.read(out)
 
 
 def test_a_harmed_bundle_is_made_anew(shared_run, exported, out):
     (out / exported[1].version / "model.onnx").write_bytes(b"harmed")
     with pytest.raises(BundleError):
-        bundle.read(out)
+        storage.read(out)
     export(shared_run, out)
     assert contents(out) == contents(exported[0])
 
@@ -202,7 +205,7 @@ def test_a_superseded_version_goes_at_the_next_export(run, exported, out):
             run.classifier.head[-1].bias.add_(torch.tensor([0.1, 0, 0]))
         run.save()
         versions.append(export(run, out).version)
-        bundle.read(out)
+        storage.read(out)
         folders = {path.name for path in out.iterdir() if path.is_dir()}
         assert folders == set(versions[-2:])
     assert len(set(versions)) == 3
@@ -216,7 +219,7 @@ def test_exports_at_once_go_live_one_after_the_other(run, out, tmp_path, monkeyp
         run.save()
         manifest = export(run, tmp_path / f"{number}")
         made.append((tmp_path / f"{number}" / manifest.version, manifest))
-    publish, between, other = bundle.publish, threading.Event(), []
+    publish, between, other = storage.publish, threading.Event(), []
 
     def meanwhile(*args):
         """Before the first one's manifest is there, the second one comes."""
@@ -227,10 +230,10 @@ def test_exports_at_once_go_live_one_after_the_other(run, out, tmp_path, monkeyp
             other[0].join(3)  # it would be done by then
         publish(*args)
 
-    monkeypatch.setattr(bundle, "publish", meanwhile)
+    monkeypatch.setattr(storage, "publish", meanwhile)
     live.go_live(*made[0], out)
     other[0].join()
-    assert bundle.read(out).manifest.version == made[1][1].version
+    assert storage.read(out).manifest.version == made[1][1].version
     folders = {path.name for path in out.iterdir() if path.is_dir()}
     assert folders == {manifest.version for _, manifest in made}
 
@@ -341,15 +344,15 @@ def key(tmp_path):
 
 
 def test_what_is_signed_is_what_this_export_made(shared_run, exported, out, key):
-    manifest = bundle.read(out).manifest
+    manifest = storage.read(out).manifest
     card = out / manifest.version / "README.md"
     honest = card.read_bytes()
     card.write_text("# Forged")
-    files = bundle.describe_files(out / manifest.version)
-    bundle.publish(dataclasses.replace(manifest, files=files), out)
+    files = storage.describe_files(out / manifest.version)
+    storage.publish(dataclasses.replace(manifest, files=files), out)
     export(shared_run, out, sign=key)
     assert card.read_bytes() == honest
-    assert bundle.read(out).signers
+    assert storage.read(out).signers
 
 
 def test_keys_that_the_live_version_lacks_are_no_reason_to_harm_it(
@@ -362,7 +365,7 @@ def test_keys_that_the_live_version_lacks_are_no_reason_to_harm_it(
     before = graph.stat().st_ino
     monkeypatch.setenv("FLEDGE_TRUSTED_KEYS", str(public))  # the live version is signed by nobody
     with pytest.raises(BundleError):
-        bundle.read(out)
+        storage.read(out)
     export(shared_run, out, sign=key)
     assert graph.stat().st_ino == before
-    assert len(bundle.read(out).signers) == 1
+    assert len(storage.read(out).signers) == 1

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 import fledge
-from export import pipeline, tuning
-from serving import bundle
+from export import benchmark, pipeline
+from serving.bundle import storage
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +16,8 @@ def exported(shared_run, tmp_path_factory):
     """A whole export, of which every test takes a copy."""
     out = tmp_path_factory.mktemp("tampering") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "measure", lambda graphs, *_: {})
-        patch.setattr(tuning, "advice", lambda *_: {})
+        patch.setattr(benchmark, "measure", lambda graphs, *_: {})
+        patch.setattr(benchmark, "advice", lambda *_: {})
         pipeline.export(
             shared_run.folder, out, pipeline.Options(precision="fp32"), say=lambda line: None
         )
@@ -70,13 +70,13 @@ def sharpen(values):
 @pytest.mark.parametrize("change", [swap_labels, remove_view, sharpen])
 def test_another_answer(exported, tmp_path, refused, change, mended):
     folder = shutil.copytree(exported, tmp_path / "bundle")
-    path = folder / bundle.MANIFEST
+    path = folder / storage.MANIFEST
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
     if mended:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        (folder / bundle.CHECKSUM).write_text(f"{digest}  {bundle.MANIFEST}\n")
+        (folder / storage.CHECKSUM).write_text(f"{digest}  {storage.MANIFEST}\n")
     line = refused(folder)
     assert str(path) in line
     assert "was changed after export" in line

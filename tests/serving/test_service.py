@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 import serving
-from serving.manifest import Manifest
-from serving.opening import open_predictor
-from serving.predictor import Predictor
-from tests.serving.live import Live, live, post
-from tests.tiny import photo, tiny_bundle
+from serving.bundle.manifest import Manifest
+from serving.inference.load import open_predictor
+from serving.inference.predictor import Predictor
+from tests.support.live_server import Live, live, post
+from tests.support.tiny_bundle import photo, tiny_bundle
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 MAX_BYTES = 50_000

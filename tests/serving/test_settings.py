@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from serving import settings as room
-from serving.cores import cores
 from serving.errors import OptionError
 from serving.settings import Settings
+from serving.utils.cpu import cores
 
 
 def test_nothing_set_gives_the_defaults():

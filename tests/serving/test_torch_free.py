@@ -30,4 +30,4 @@ def test_serving_loads_no_torch(modules: list[str]):
 
 
 def test_even_the_torchscript_runtime_waits_until_it_is_used():
-    assert loaded("serving.runtime_torchscript") == set()
+    assert loaded("serving.inference.torchscript") == set()

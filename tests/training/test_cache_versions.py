@@ -13,17 +13,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from serving import images
-from serving.preprocess import Preprocess
-from tests.nasty import corpus
-from training import activations, augment, pixel_making
-from training.device import CPU
-from training.feeds import run_frozen
-from training.model import normalise
-from training.pixel_making import Making
-from training.precision import Precision
-from training.prefix import fused
-from training.sections import AugmentConfig
+from serving.imaging import decode as images
+from serving.imaging.preprocess import Preprocess
+from tests.robustness import corpus
+from training.activations import cache
+from training.activations.frozen_prefix import fused
+from training.activations.loaders import run_frozen
+from training.augmentation import transforms
+from training.config.sections import AugmentConfig
+from training.models.classifier import normalise
+from training.pixels import transform as pixel_making
+from training.pixels.transform import Making
+from training.utils.device import CPU
+from training.utils.precision import Precision
 
 RECORDED = Path(__file__).with_name("cache_versions.json")
 SIZE = 32
@@ -70,9 +72,9 @@ def activation_values() -> dict[str, list[float]]:
             parameter.copy_(wave.reshape(parameter.shape))
     preprocess, found = Preprocess(size=SIZE), {}
     for name, config in CONFIGS.items():
-        draws = augment.draw(config, torch.tensor([1.0, 1.5]), 3, 1, crop=preprocess.crop)
-        cut = normalise(augment.apply(pixels, draws, config, SIZE), preprocess)
-        maps = run_frozen(fused(network), cut, Precision(CPU, torch.float32))
+        draws = transforms.draw(config, torch.tensor([1.0, 1.5]), 3, 1, crop=preprocess.crop)
+        cut = normalise(transforms.apply(pixels, draws, config, SIZE), preprocess)
+        maps = run_frozen(fused(network), cut, Precision(torch.float32, CPU))
         means = torch.nn.functional.adaptive_avg_pool2d(maps.float(), 2).flatten()
         found[name] = [round(value, 5) for value in means.tolist()]
     return found
@@ -100,7 +102,7 @@ def test_changed_pixels_have_a_new_version() -> None:
 
 def test_changed_activations_have_a_new_version() -> None:
     known, values = recorded()["activations"], activation_values()
-    assert known["version"] == activations.FORMAT
+    assert known["version"] == cache.FORMAT
     assert known["values"].keys() == values.keys()
     for name, value in values.items():
         assert np.allclose(value, known["values"][name], atol=2e-3), name
@@ -117,11 +119,11 @@ if __name__ == "__main__":
                     "values": pixel_values(),
                 },
                 "activations": {
-                    "version": activations.FORMAT,
+                    "version": cache.FORMAT,
                     "values": activation_values(),
                 },
             },
-            indent=1,
+            separators=(",", ":"),
         )
         + "\n"
     )

@@ -1,0 +1,142 @@
+"""The competitors: how each is started, and how it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from benchmarks.machine import ROOT
+
+PROGRAMS: Final = ROOT / "benchmarks" / "peers"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run a competitor.
+
+    command, env: `{port}`, `{bundle}`, `{threads}`, `{python}` and `{peers}`, the interpreter of
+        the peers' environment, are filled in.
+    """
+
+    name: str
+    command: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def filled(self, values: Mapping[str, object]) -> tuple[list[str], dict[str, str]]:
+        """Command and environment variables with everything in its place."""
+        command = [word.format_map(values) for word in self.command]
+        return command, {name: text.format_map(values) for name, text in self.env.items()}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A competitor. Of several settings all are measured, and the fastest counts.
+
+    precision: fp32, or `default` for the bundle's fastest, int8 where it has that.
+    ready: a path that answers 200 when it is.
+    form: the field of a multipart form; None sends the photo as the body.
+    """
+
+    name: str
+    title: str
+    precision: str
+    settings: tuple[Setting, ...]
+    ready: str = ""
+    form: str | None = None
+
+    @property
+    def limit(self) -> bool:
+        """Whether it is no server but the bare loop."""
+        return not self.ready
+
+
+_FLEDGE = ("{python}", str(ROOT / "fledge.py"), "serve", "{bundle}", "--port", "{port}")
+_UVICORN = (
+    *("{peers}", "-m", "uvicorn", "--app-dir", str(PROGRAMS)),
+    *("--host", "127.0.0.1", "--port", "{port}"),
+)
+_LITSERVE = ("{peers}", str(PROGRAMS / "litserve_onnx.py"), "{port}")
+_BENTOML = (
+    *("{python}", "-m", "bentoml", "serve", "--working-dir", str(PROGRAMS)),
+    *("--host", "127.0.0.1", "--port", "{port}"),
+)
+_EACH_ONE = {"PEER_WORKERS": "{threads}", "PEER_THREADS": "1"}
+
+_LITSERVE_SETTINGS: Final = (
+    Setting("a worker a core", _LITSERVE, _EACH_ONE),
+    Setting(
+        "a worker a core, fast queue, one API server",
+        _LITSERVE,
+        {**_EACH_ONE, "PEER_FAST_QUEUE": "1", "PEER_SERVERS": "1"},
+    ),
+    Setting(
+        "a worker a core, fast queue, one API server, batches of up to 8 within 5 ms",
+        _LITSERVE,
+        {
+            **_EACH_ONE,
+            **{"PEER_FAST_QUEUE": "1", "PEER_SERVERS": "1"},
+            **{"PEER_BATCH": "8", "PEER_WAIT": "0.005"},
+        },
+    ),
+    Setting(
+        "one worker, fast queue, batches of up to 8 within 5 ms",
+        _LITSERVE,
+        {
+            **{"PEER_WORKERS": "1", "PEER_THREADS": "{threads}", "PEER_FAST_QUEUE": "1"},
+            **{"PEER_BATCH": "8", "PEER_WAIT": "0.005"},
+        },
+    ),
+)
+
+_PEERS: Final = (
+    Peer(
+        *("fledge-fp32", "Fledge", "fp32"),
+        (Setting("as it comes", (*_FLEDGE, "--precision", "fp32")),),
+        "/readyz",
+    ),
+    Peer(
+        *("fledge-form", "Fledge, multipart", "fp32"),
+        (Setting("as it comes", (*_FLEDGE, "--precision", "fp32")),),
+        *("/readyz", "image"),
+    ),
+    Peer(
+        *("torch", "FastAPI + eager PyTorch", "fp32"),
+        (Setting("as tutorials write it", (*_UVICORN, "fastapi_torch:app")),),
+        *("/docs", "file"),
+    ),
+    Peer(
+        *("onnx", "FastAPI + ONNX Runtime", "fp32"),
+        (
+            Setting("as it comes", (*_UVICORN, "fastapi_onnx:app")),
+            Setting("one thread a run", (*_UVICORN, "fastapi_onnx:app"), {"PEER_THREADS": "1"}),
+            Setting(
+                "a worker a core, one thread a run",
+                (*_UVICORN, "--workers", "{threads}", "fastapi_onnx:app"),
+                {"PEER_THREADS": "1"},
+            ),
+        ),
+        *("/docs", "file"),
+    ),
+    Peer("litserve", "LitServe + ONNX Runtime", "fp32", _LITSERVE_SETTINGS, "/health", "image"),
+    Peer(
+        *("bentoml", "BentoML + ONNX Runtime", "fp32"),
+        (Setting("as documented", (*_BENTOML, "bentoml_image:Classifier")),),
+        *("/readyz", "image"),
+    ),
+    Peer(
+        *("bentoml-batch", "BentoML, batchable", "fp32"),
+        (Setting("as documented", (*_BENTOML, "bentoml_batch:Classifier")),),
+        *("/readyz", "images"),
+    ),
+    Peer("limit-fp32", "*in-process limit*", "fp32", (Setting("bare loop"),)),
+    Peer(
+        *("fledge", "Fledge", "default"),
+        (Setting("as it comes", _FLEDGE),),
+        "/readyz",
+    ),
+    Peer("limit", "*in-process limit*", "default", (Setting("bare loop"),)),
+)
+ALL: Final = {peer.name: peer for peer in _PEERS}
+ELSEWHERE: Final = ("torch", "onnx", "litserve")
+"""Those that need the peers' environment."""

@@ -1,0 +1,173 @@
+"""The model card that travels with a bundle: README.md, written from the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from export.calibration import told
+from serving.bundle.manifest import Manifest
+
+_SHOWN: Final = 100
+
+_TEXT: Final = """\
+# {name}
+
+An image classifier: a photo in, a probability for each of {count} classes out. {arch}, fine-tuned
+with Fledge. Version `{version}`.
+
+## Classes
+
+{labels}
+
+## How good it is
+
+| graph | accuracy | held-out photos |
+|---|---|---|
+{accuracies}
+
+Measured on photos that were never trained on, from their encoded bytes, plain view. They were used
+to choose the best epoch, so expect a little less on photos of your own; and much less where yours
+look different from the training photos.
+
+By class, the worst first:
+
+| class | held-out photos | right | accuracy |
+|---|---|---|---|
+{classes}
+
+The exported graphs were compared with the checkpoint on {photos} photos at batch sizes {batches}:
+
+| graph | largest difference of a probability | changed best class | ties |
+|---|---|---|---|
+{agreements}
+
+BatchNorm: {folded} of {before} folded into other layers{left}.
+
+## How sure it is
+
+Logits are divided by a temperature of {temperature:g} before the softmax. On {sure_photos} held-out
+photos the expected calibration error is {ece_after:.1%} with it, each photo left out of its own
+fit, and {ece_before:.1%} without. {confident}
+
+Energy, -log sum exp of the logits, is at most {energy:g} for 95 % of the held-out photos. Of
+something that belongs to no class it is often more; a service can't tell by it for sure.
+
+Averaged over the first N views (`tta=N`), plain by default:
+
+| views | accuracy | photos put right | put wrong | p |
+|---|---|---|---|---|
+{views}
+
+In short: {advice}.
+
+## How it was made
+
+{provenance}
+
+## How to call it
+
+`fledge serve BUNDLE --port 3000`, then `curl -F image=@photo.jpg localhost:3000/predict`; or
+`fledge score FOLDER --bundle BUNDLE --out scores.csv`.
+
+Without Fledge: `model.onnx`, `model.ts` (TorchScript) and `model.pt2` (`torch.export.load`) take
+`pixels`, uint8 `[batch, {size}, {size}, 3]`, RGB, and give `logits`, float32 `[batch, {count}]`,
+and `features`, float32 `[batch, {width}]`. They normalise inside. Decode the photo upright, cut the
+centre square of {crop:g} of the short side, resize it to {size} x {size} ({interpolation},
+antialiased), and take the softmax of the logits{by}.
+
+## Limits
+
+- It knows the classes above and nothing else: a photo of something else gets one of them too.
+- Probabilities are calibrated on photos like the training photos, and on no others.
+- It is as fair as its training photos, which nobody has examined for this card.
+- `golden/` holds a few held-out photos, byte for byte, with which a service checks itself at start.
+  Mind their licence when you pass the bundle on.
+"""
+
+
+def card(manifest: Manifest) -> str:
+    """The text of a bundle's README.md; the same manifest gives the same text."""
+    labels, report, norm = manifest.labels, manifest.parity, manifest.batchnorm
+    more = f", and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
+    left = dict(norm["left"])
+    outputs = manifest.graph["outputs"]
+    sure, advice = manifest.calibration, manifest.tta
+    energy = manifest.thresholds["energy"]
+    assert sure is not None
+    assert advice is not None
+    assert energy is not None
+    return _TEXT.format(
+        name=manifest.name,
+        version=manifest.version,
+        arch=manifest.arch,
+        count=len(labels),
+        labels=", ".join(labels[:_SHOWN]) + more,
+        accuracies="\n".join(
+            f"| {graph} | {share:.1%} | {report['photos']} |"
+            for graph, share in report["accuracy"].items()
+        ),
+        classes="\n".join(_classes(manifest)),
+        photos=report["photos"],
+        batches=", ".join(str(size) for size in report["batches"]),
+        agreements="\n".join(
+            f"| {graph} | {found['largest_difference']:.1e} | {found['top1_changed']} "
+            f"| {found['ties']} |"
+            for graph, found in report["graphs"].items()
+        ),
+        folded=norm["folded"],
+        before=norm["before"],
+        left=f"; {len(left)} became one multiply-add each" if left else "",
+        sure_photos=sure["photos"],
+        ece_before=sure["before"]["ece"],
+        ece_after=sure["after"]["ece"],
+        confident=_confident(sure.get("confident")),
+        energy=energy,
+        views="\n".join(
+            f"| {row['views']} | {row['accuracy']:.1%} | {row['fixed']} | {row['broken']} "
+            f"| {row['p']:.2f} |"
+            for row in advice["views"]
+        ),
+        advice=told(advice),
+        provenance=_lines(manifest.provenance),
+        size=manifest.preprocess.size,
+        crop=manifest.preprocess.crop,
+        interpolation=manifest.preprocess.interpolation,
+        width=outputs["features"]["shape"][1],
+        temperature=manifest.temperature,
+        by="" if manifest.temperature == 1 else f" divided by {manifest.temperature:g}",
+    )
+
+
+def _classes(manifest: Manifest) -> Iterator[str]:
+    rows = sorted(manifest.parity["classes"], key=lambda row: row["right"] / row["photos"])
+    for row in rows[:_SHOWN]:
+        label = manifest.labels[row["class"]].replace("|", "\\|")
+        yield f"| {label} | {row['photos']} | {row['right']} | {row['right'] / row['photos']:.0%} |"
+    if len(rows) > _SHOWN:
+        yield f"| {len(rows) - _SHOWN} more, in the manifest | | | |"
+
+
+def _confident(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "No threshold was asked for above which an answer is called confident."
+    low, high = found["precision_interval"]
+    return (
+        f"An answer is called confident from a probability of {found['threshold']:g} on: "
+        f"{found['coverage']:.1%} of them were, and {found['precision']:.1%} of these were right "
+        f"({low:.1%} to {high:.1%})."
+    )
+
+
+def _lines(values: object) -> str:
+    """Nested facts as a list: `- data: photos 1088, source flowers`."""
+    assert isinstance(values, dict)
+    return "\n".join(f"- {key}: {_plain(value)}" for key, value in values.items())
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)

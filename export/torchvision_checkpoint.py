@@ -1,0 +1,209 @@
+"""A torchvision checkpoint that was made elsewhere: whole, with its own classifier."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import SqueezeNet
+
+from export.parity import Sample
+from serving.errors import DataError, OptionError
+from serving.imaging.preprocess import Preprocess
+from training.config.sections import DataConfig
+from training.data import dataset as data
+from training.models import backbones, weights
+from training.run import checkpoint
+
+HELD_OUT: Final = 2 / 3
+"""Share of the photos that decide; int8 is calibrated on the rest."""
+
+_AUXILIARY: Final = ("aux", "AuxLogits")
+
+
+class Whole(nn.Module):
+    """A torchvision network, cut before its classifier.
+
+    That is its last Linear; or of SqueezeNet, which has none, the convolution and what follows: it
+    takes feature maps. `pool` makes vectors of what `features` gives, for the graph's contract.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        """Take the network, which is changed."""
+        super().__init__()
+        self.pool: nn.Module = nn.Identity()
+        if isinstance(network, SqueezeNet):
+            self.network: nn.Module = network.features
+            self.head: nn.Module = nn.Sequential(network.classifier, nn.Flatten())
+            self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            return
+        *_, last = (name for name, part in network.named_modules() if isinstance(part, nn.Linear))
+        self.head = network.get_submodule(last)
+        network.set_submodule(last, nn.Identity())
+        self.network = network
+
+    def features(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] -> what the head takes: [N, D] or [N, D, H, W]."""
+        features: Tensor = self.network(images)
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] -> logits [N, classes]."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+def read_args(given: Sequence[str]) -> dict[str, Any]:
+    """Options of torchvision's builder, from `KEY=VALUE` each, the value as in TOML.
+
+    Raises:
+        OptionError: Not of that form.
+    """
+    found = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (key.isidentifier() and equals):
+            raise OptionError(f"--arch-args {text}: use KEY=VALUE, such as transform_input=true")
+        try:
+            found[key] = tomllib.loads(f"v = {value}")["v"]
+        except tomllib.TOMLDecodeError:
+            found[key] = value
+    return found
+
+
+def load(
+    path: Path,
+    arch: str,
+    labels: Sequence[str],
+    *,
+    arch_args: Mapping[str, Any] | None = None,
+    size: int | None = None,
+    crop: float | None = None,
+) -> tuple[Whole, checkpoint.CheckpointInfo]:
+    """Load a state dict: eval mode, float32, on the CPU. Nothing in the file is run.
+
+    Args:
+        path: As torchvision's references save it (`model` or `state_dict` in it is taken), as
+            `torch.save` of a state dict, or as safetensors.
+        arch: torchvision's name.
+        labels: Class names in the order of the logits.
+        arch_args: Of torchvision's builder.
+        size, crop: Of the preprocessing that it was trained for; the network's size, and 0.875.
+
+    Raises:
+        DataError: No state dict, or one of another network, or of another number of classes.
+        OptionError: No such network, or no such options of it; a size that does not fit.
+    """
+    family = backbones.family_of(arch)
+    args = dict(arch_args or {})
+    default = Preprocess(size=family.image_size(args))
+    try:
+        preprocess = replace(
+            default,
+            size=default.size if size is None else size,
+            crop=default.crop if crop is None else crop,
+        )
+    except OptionError as error:
+        raise OptionError(re.sub(r"preprocess\.(\w+) =", r"--\1", str(error))) from error
+    for key, usual in family.fixed.items():
+        if not isinstance(args.get(key, usual), type(usual)):
+            raise OptionError(f"--arch-args {key}={args[key]}: use true or false")
+    own = {key: value for key, value in args.items() if key not in family.fixed}
+    try:
+        backbones.check_size(arch, own, preprocess.size, "--size")
+    except OptionError as error:
+        raise OptionError(str(error).replace("arch_args", "--arch-args", 1)) from error
+    try:
+        state = weights.read(arch, str(path), preprocess.size)
+    except DataError as error:
+        said = str(error).replace("weights = ", "--checkpoint ", 1)
+        raise DataError(said.replace("; use imagenet, none, auto or a path", "")) from error
+    state = weights.renamed(state, family)
+    options = dict(family.fixed)
+    if "aux_logits" in options:
+        options["aux_logits"] = any(key.startswith(_AUXILIARY) for key in state)
+        options["init_weights"] = False  # it takes long, and they are replaced
+    try:
+        network = torchvision.models.get_model(
+            arch, weights=None, num_classes=len(labels), **options | args
+        )
+    except Exception as error:  # builders check their options in many ways
+        reason = str(error).partition("\n")[0]
+        raise OptionError(f"--arch-args {args} does not fit {arch}: {reason}") from error
+    _check(network, state, path, arch, len(labels))
+    network.load_state_dict(state, strict=False)  # `_check` is stricter where it matters
+    info = checkpoint.CheckpointInfo(
+        name=path.stem,
+        arch=arch,
+        classes=tuple(labels),
+        preprocess=preprocess,
+        arch_args=args,
+        versions=checkpoint.versions(),
+    )
+    return Whole(network).eval(), info
+
+
+def read_labels(path: Path) -> list[str]:
+    """Class names, one a line, in the order of the logits.
+
+    Raises:
+        DataError: Not to be read, empty, or a name twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise DataError(f"--labels {path}: {reason}") from error
+    labels = [line.strip() for line in lines]
+    while labels and not labels[-1]:
+        labels.pop()
+    for number, label in enumerate(labels, 1):
+        if not label or labels.index(label) < number - 1:
+            what = f"{label!r} a second time" if label else "nothing"
+            raise DataError(f"--labels {path}: line {number} holds {what}; a name a line, once")
+    if not labels:
+        raise DataError(f"--labels {path} is empty; a class name a line, in the order of logits")
+    return labels
+
+
+def photos(folder: Path, labels: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
+    """Photos of a folder a class: a third to calibrate on, the others to decide.
+
+    Raises:
+        DataError: As `data.load`; a folder whose name is no label.
+    """
+    dataset = data.load(str(folder), config=DataConfig(valid=HELD_OUT))
+    unknown = sorted(set(dataset.classes) - set(labels))
+    if unknown:
+        raise DataError(
+            f"--photos {folder}: {unknown[0]} is no label ({len(unknown)} of "
+            f"{len(dataset.classes)} folders are none); name each folder as --labels has it"
+        )
+    place = [list(labels).index(name) for name in dataset.classes]
+    parts = dataset.train, dataset.valid
+    calibrate, decide = ([(s.path, place[s.label]) for s in part] for part in parts)
+    return calibrate, decide
+
+
+def _check(
+    network: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str, classes: int
+) -> None:
+    own = network.state_dict()
+    last = next(reversed([key for key in own if own[key].ndim >= 2]), "")
+    if last in state and state[last].shape[0] != classes:
+        raise DataError(
+            f"--checkpoint {path} has {state[last].shape[0]} classes and --labels {classes}"
+        )
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
+    extra = [k for k in state if k not in own]
+    if missing or wrong or extra:
+        raise DataError(
+            f"--checkpoint {path} is not for {arch}: {weights.misfit(missing, wrong, extra)}"
+        )

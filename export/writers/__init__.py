@@ -1,0 +1,1 @@
+"""Writers of the exported graph: ONNX, TorchScript and torch.export."""

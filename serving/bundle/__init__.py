@@ -1,0 +1,1 @@
+"""The bundle directory: manifest, storage, signatures."""

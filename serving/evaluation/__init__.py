@@ -1,0 +1,1 @@
+"""Metrics of a score table against true labels."""

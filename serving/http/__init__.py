@@ -1,0 +1,1 @@
+"""HTTP: the ASGI app, requests and responses, the demo page, telemetry."""

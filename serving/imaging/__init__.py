@@ -1,0 +1,1 @@
+"""From encoded bytes to model input: decoding, limits, preprocessing, test-time augmentation."""

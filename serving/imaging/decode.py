@@ -1,0 +1,298 @@
+"""Encoded bytes -> upright RGB pixels. The one decoder: training, scoring and serving call it.
+
+Whatever is done to an image beyond decoding is said in `Decoded.applied`, which travels with the
+answer, so that nothing about the pixels is silent.
+"""
+
+from __future__ import annotations
+
+import io
+import stat
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+
+from serving.errors import BrokenImage, EmptyBody, NotAnImage, TooLarge, UnsupportedFormat
+from serving.imaging import formats, limits
+
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""Pillow plug-ins that an upload may reach. EPS, PSD and the like are never opened."""
+
+SUFFIXES: Final = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+)
+"""Extensions by which folders are searched. Only the search looks at names; decoding never does."""
+
+MAX_PIXELS: Final = 100_000_000
+MAX_BYTES: Final = 20_000_000
+
+# A truncated file must be an error here whatever the embedding application set.
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+# Pillow warns about odd metadata; here the pixels decide. Once for the process:
+# `warnings.catch_warnings` around a decode is not safe among threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+# What Pillow's plug-ins raise over corrupt data, found by fuzzing all of `FORMATS`.
+_CORRUPT: Final = (
+    *(OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, RuntimeError),
+    *(ArithmeticError, struct.error),
+)
+
+_ORIENTATION: Final = 0x0112
+# What brings each EXIF orientation upright.
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF
+
+_STRIP: Final = 2**20  # samples that are scaled at a time
+Samples = npt.NDArray[np.float64]
+
+_SRGB: Final = ImageCms.createProfile("sRGB")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An upright picture and what was done to make it one.
+
+    image: mode RGB, 8 bits a channel, EXIF orientation applied.
+    applied: names such as "exif-orientation", "alpha-on-background", "16-bit-scaled".
+    """
+
+    image: Image.Image
+    applied: tuple[str, ...]
+
+
+def decode(
+    data: bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    background: tuple[int, int, int] = (255, 255, 255),
+) -> Decoded:
+    """Decode one image of any supported format, told by content and never by name.
+
+    Args:
+        data: The file's bytes.
+        max_pixels: Width times height that is still accepted; checked before any pixel is decoded.
+        background: RGB, 0 to 255, put under transparent images.
+
+    Raises:
+        EmptyBody: `data` is empty.
+        NotAnImage: Pillow recognises no image in `data`.
+        UnsupportedFormat: A format outside `FORMATS`.
+        TooLarge: More than `max_pixels` pixels.
+        BrokenImage: Truncated or corrupt data.
+    """
+    if not data:
+        raise EmptyBody("it is empty: 0 bytes, where an image should be")
+    limits.refuse(data, max_pixels)
+    image = _open(data)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise TooLarge(f"{width} x {height} pixels are more than the {max_pixels} allowed")
+    applied: list[str] = []
+    try:
+        if getattr(image, "is_animated", False):
+            applied.append("first-frame")
+        # TIFF is upright once loaded. Others are asked then: of a PNG this may load the pixels,
+        # and those have to be loaded where their errors count.
+        stored = _orientation(image) if image.format == "TIFF" else 1
+        frame = _load(image)
+        remaining = _orientation(image)
+        rgb = _to_rgb(image.crop(frame) if frame else image, background, applied)
+        if frame:
+            applied.append("alpha-on-background")
+            canvas = Image.new("RGB", image.size, background)
+            canvas.paste(rgb, frame)
+            rgb = canvas
+        if remaining in _UPRIGHT:
+            rgb = rgb.transpose(_UPRIGHT[remaining])
+        if stored in _UPRIGHT or remaining in _UPRIGHT:
+            applied.append("exif-orientation")
+    except _CORRUPT as error:
+        raise BrokenImage(f"the image is broken: {_reason(error)}") from error
+    except MemoryError as error:
+        raise TooLarge("the image needs more memory than is allowed") from error
+    return Decoded(rgb, tuple(applied))
+
+
+def read(
+    path: Path,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    background: tuple[int, int, int] = (255, 255, 255),
+) -> Decoded:
+    """Decode the file at `path`; errors as `decode`, and `BrokenImage` when it can't be read.
+
+    They don't name the path: who asks for a photo names it.
+    """
+    try:
+        data = read_bytes(path)
+    except OSError as error:
+        raise BrokenImage(error.strerror or str(error)) from error
+    return decode(data, max_pixels=max_pixels, background=background)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file; a pipe, which might never end, is refused as one that can't be read.
+
+    Raises:
+        OSError: It can't be read, or is no regular file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("no regular file")
+    return path.read_bytes()
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        pass
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise TooLarge("the image needs more memory than is allowed") from error
+    except _CORRUPT as error:
+        raise BrokenImage(f"the image is broken: {_reason(error)}") from error
+    if served := formats.served(data):
+        raise BrokenImage(f"the image is broken: of {served}, but cut short or of an unknown kind")
+    if foreign := formats.foreign(data):
+        raise UnsupportedFormat(f"{foreign} is not read; use one of {', '.join(FORMATS)}")
+    raise NotAnImage(f"no image that Fledge reads ({', '.join(FORMATS)})")
+
+
+def _orientation(image: Image.Image) -> int:
+    """What EXIF states; 1, upright, where it is broken or states nothing that makes sense."""
+    try:
+        stated = image.getexif().get(_ORIENTATION, 1)
+        return int(stated) if stated in _UPRIGHT else 1
+    except _CORRUPT:
+        return 1
+
+
+def _load(image: Image.Image) -> tuple[int, int, int, int] | None:
+    """Load the pixels, and put right what Pillow says of transparency.
+
+    Returns the box that the first frame of a GIF fills, where that is not all: beside it is
+    nothing, and not the first colour.
+    """
+    tile = next(iter(getattr(image, "tile", ())), None)
+    if image.mode == "P" and image.palette is None:
+        raise ValueError("there is no palette")
+    image.load()
+    key = image.info.get("transparency")
+    if tile and image.format == "PNG" and key is not None:
+        # The key is in the file's samples; these had another depth once.
+        if tile.args in ("L;2", "L;4"):
+            top = 3 if tile.args == "L;2" else 15
+            image.info["transparency"] = (key & top) * 255 // top
+        elif tile.args == "RGB;16B":
+            image.info["transparency"] = tuple(sample >> 8 for sample in key)
+    if tile and image.format == "GIF" and key is None and tile.extents != (0, 0, *image.size):
+        return cast("tuple[int, int, int, int]", tile.extents)
+    return None
+
+
+def _to_rgb(
+    image: Image.Image, background: tuple[int, int, int], applied: list[str]
+) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    alpha: Image.Image | None = None
+    key = image.info.get("transparency")
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+        applied.append("16-bit-scaled" if image.mode != "F" else "float-scaled")
+        if key is not None:
+            applied.append("alpha-on-background")
+            alpha = Image.fromarray(_by_strips(image, lambda strip: 255 * (strip != key)))
+        image = _scale_deep(image)
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or key is not None:
+        applied.append("alpha-on-background")
+        grey = image.mode in ("LA", "La", "L", "1")
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA") if image.mode != "RGBA" else image
+        alpha = image.getchannel("A")
+        if profile:  # a profile speaks of colours, and the background is none of its
+            image = image.getchannel("R") if grey else image.convert("RGB")
+    elif image.mode == "P" and profile:
+        image = image.convert("RGB")
+    if profile and image.mode in ("RGB", "CMYK", "L"):
+        converted = _to_srgb(image, profile)
+        if converted is not None:
+            applied.append("icc-to-srgb")
+            image = converted
+    if image.mode not in ("RGB", "RGBA", "L", "1", "P"):  # those convert without loss
+        applied.append(f"{image.mode.lower()}-to-rgb")
+    if alpha is None:
+        return image.convert("RGB")
+    flat = Image.new("RGB", image.size, background)
+    flat.paste(image, mask=alpha)
+    return flat
+
+
+def _scale_deep(image: Image.Image) -> Image.Image:
+    """Bring samples deeper than 8 bits to 0..255 by range; Pillow's own convert clips to white."""
+    tags = getattr(image, "tag_v2", {})
+    low, high = 0.0, 4095.0 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535.0
+    if image.mode in ("F", "I"):
+        ends = np.array([(strip.min(), strip.max()) for _, strip in _strips(image)])
+        if not np.isfinite(ends).all():
+            raise ValueError("samples are not finite")
+        low, high = min(0.0, ends.min()), ends.max()
+        # Known integer ranges first: stretching a dark photo to white would be a change of light.
+        high = next((top for top in (1.0, 255.0, 65535.0) if high <= top), high)
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds up to 8 bits
+        low, high = high, low
+
+    def scale(strip: Samples) -> Samples:
+        strip -= low
+        strip *= 255.0 / (high - low)
+        return np.rint(strip, out=strip)
+
+    return Image.fromarray(_by_strips(image, scale))
+
+
+def _by_strips(image: Image.Image, change: Callable[[Samples], Samples]) -> npt.NDArray[np.uint8]:
+    """What `change` makes of the samples, 0 to 255."""
+    changed = np.empty((image.height, image.width), np.uint8)
+    for rows, strip in _strips(image):
+        changed[rows] = change(strip)
+    return changed
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[slice, Samples]]:
+    """The samples in float64, some rows at a time: a whole picture would take 8 bytes a pixel."""
+    step = max(1, _STRIP // image.width)
+    for top in range(0, image.height, step):
+        rows = slice(top, min(top + step, image.height))
+        with np.errstate(invalid="ignore"):  # a signalling NaN is for the caller to find
+            strip = np.array(image.crop((0, rows.start, image.width, rows.stop)), np.float64)
+        yield rows, strip
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return None
+        return ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None  # a broken profile is metadata, not pixels
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text[:120]

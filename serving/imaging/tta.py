@@ -1,0 +1,113 @@
+"""Test-time augmentation: fixed views of one picture, and the mean of their answers.
+
+View 0 is always the plain view. `tta=N` takes the first N of a bundle's views, so the order is
+part of the bundle. Nothing here is random: the same picture gives the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from serving.errors import OptionError
+from serving.imaging.preprocess import Pixels, Preprocess
+
+Probabilities = npt.NDArray[np.float64]
+
+
+class View(NamedTuple):
+    """One way to look at a picture.
+
+    zoom: the plain view's side divided by this view's; above 1 looks closer, below 1 takes in more.
+    x, y: where the box lies, 0 for the left or top edge, 0.5 for the middle, 1 for the far edge.
+    flip: mirrored left to right.
+    """
+
+    name: str
+    zoom: float = 1.0
+    x: float = 0.5
+    y: float = 0.5
+    flip: bool = False
+
+
+VIEWS: Final = (
+    View("plain"),
+    View("flip", flip=True),
+    View("wide", zoom=0.9),
+    View("wide-flip", zoom=0.9, flip=True),
+    View("close", zoom=1.15),
+    View("close-flip", zoom=1.15, flip=True),
+    View("top-left", x=0.0, y=0.0),
+    View("bottom-right-flip", x=1.0, y=1.0, flip=True),
+    View("top-right", x=1.0, y=0.0),
+    View("bottom-left-flip", x=0.0, y=1.0, flip=True),
+)
+
+
+AVERAGES: Final = ("mean", "log_mean")
+
+
+def count(tta: int, views: Sequence[View]) -> int:
+    """How many views `tta` asks for: 0 and 1 mean the plain one.
+
+    Raises:
+        OptionError: Negative, or more than there are.
+    """
+    if not 0 <= tta <= len(views):
+        raise OptionError(f"tta = {tta}: this model has {len(views)} views; use 0 to {len(views)}")
+    return max(1, tta)
+
+
+def render(image: Image.Image, preprocess: Preprocess, views: Sequence[View]) -> Pixels:
+    """The views of an upright RGB picture: uint8 [V, size, size, 3]."""
+    return np.stack([_cut(image, preprocess, view) for view in views])
+
+
+def average(probabilities: Probabilities, how: str = "mean") -> Probabilities:
+    """Average over views: [V, classes] -> [classes], summing to 1.
+
+    Args:
+        probabilities: Each row sums to 1.
+        how: "mean", or "log_mean", the renormalised geometric mean.
+    """
+    if how == "mean":
+        mean = probabilities.mean(axis=0)
+    elif how == "log_mean":
+        logs = np.log(np.maximum(probabilities, 1e-12)).mean(axis=0)
+        mean = np.exp(logs - logs.max())
+    else:
+        raise OptionError(f"average = {how!r}: use mean or log_mean")
+    return np.asarray(mean / mean.sum())
+
+
+def softmax(logits: npt.NDArray[np.float32], temperature: float = 1.0) -> Probabilities:
+    """Probabilities of logits [N, classes], in float64."""
+    scaled = logits.astype(np.float64) / temperature
+    scaled -= scaled.max(axis=-1, keepdims=True)
+    exps = np.exp(scaled)
+    return np.asarray(exps / exps.sum(axis=-1, keepdims=True))
+
+
+def energies(logits: npt.NDArray[np.float32]) -> Probabilities:
+    """-log sum exp of logits [..., C], in float64: low for what is like the training photos.
+
+    Liu et al., 2020, "Energy-based Out-of-distribution Detection", at temperature 1.
+    """
+    most = logits.max(axis=-1).astype(np.float64)
+    sums = np.exp(logits - most[..., None]).sum(axis=-1)
+    return np.asarray(-most - np.log(sums))
+
+
+def _cut(image: Image.Image, preprocess: Preprocess, view: View) -> Pixels:
+    if view[1:4] == (1.0, 0.5, 0.5):
+        pixels = preprocess(image)
+    else:
+        side = min(min(image.size) * preprocess.crop / view.zoom, *image.size)
+        left = (image.width - side) * view.x
+        top = (image.height - side) * view.y
+        pixels = preprocess.cut(image, (left, top, left + side, top + side))
+    return pixels[:, ::-1] if view.flip else pixels

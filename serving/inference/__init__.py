@@ -1,0 +1,1 @@
+"""Model execution: runtimes, predictor, request batching."""

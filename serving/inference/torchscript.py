@@ -1,0 +1,80 @@
+"""The TorchScript twin of `OnnxRuntime`: the one file of this room that may import torch."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serving.errors import BundleError, OptionError, WorkError
+from serving.imaging.preprocess import Pixels
+from serving.inference.runtime import Floats
+
+
+class TorchScriptRuntime:
+    """A TorchScript graph in the same contract as the ONNX one.
+
+    TorchScript files hold code: open one only after its sha256 matched a manifest that is trusted
+    (`serving.bundle.storage.read` does that).
+
+    provider: "torchscript-" and the device.
+    """
+
+    def __init__(
+        self, graph: Path, *, device: str = "cpu", threads: int = 0, data: bytes | None = None
+    ) -> None:
+        """Load `graph`.
+
+        Args:
+            graph: A TorchScript file; uint8 [N, H, W, 3] -> (logits, features).
+            device: cpu or cuda; auto takes CUDA where torch sees a GPU.
+            threads: Cores of one `run` on a CPU, for the whole process; 0: as torch chooses.
+            data: Its bytes, where they were read already; the file is then only named.
+
+        Raises:
+            OptionError: The asked-for device is not there, or torch is not installed.
+            BundleError: The file can't be loaded.
+        """
+        try:
+            import torch
+        except ImportError as error:
+            raise OptionError("TorchScript needs torch; install fledge[train]") from error
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device not in ("cpu", "cuda"):
+            raise OptionError(f"device = {device!r}: TorchScript runs on cpu or cuda")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise OptionError("device = cuda: torch sees no GPU; use device cpu")
+        if threads:
+            torch.set_num_threads(threads)
+        if (
+            device == "cuda"
+        ):  # TF32 would move fp32 answers beyond the parity that the bundle states
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        self._torch = torch
+        self._device = torch.device(device)
+        try:
+            with warnings.catch_warnings():
+                # Deprecated in torch's newest releases and still what mobile and C++ users load.
+                warnings.simplefilter("ignore", FutureWarning)
+                load: Any = torch.jit.load  # untyped in some releases
+                source = str(graph) if data is None else io.BytesIO(data)
+                module = load(source, map_location=self._device)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise BundleError(f"{graph} can't be loaded as TorchScript") from error
+        self._module = module.eval()
+        self.provider = f"torchscript-{device}"
+
+    def run(self, pixels: Pixels) -> tuple[Floats, Floats]:
+        """As `OnnxRuntime.run`."""
+        torch = self._torch
+        try:
+            with torch.inference_mode():
+                rows = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
+                logits, features = self._module(rows)
+                return logits.cpu().numpy(), features.cpu().numpy()
+        except RuntimeError as error:
+            raise WorkError(f"{self.provider} failed: {str(error).splitlines()[0]}") from error

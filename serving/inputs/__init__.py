@@ -1,0 +1,1 @@
+"""Image sources of batch scoring: folders, lists, tar archives, object stores."""

@@ -1,0 +1,207 @@
+"""Tar archives, WebDataset's shards among them: the images in them, read where they lie.
+
+    a.tar::cat/1.jpg      the member cat/1.jpg of a.tar
+    a.tar::2::cat/1.jpg   the second member of that name
+
+Nothing is unpacked, so a member may be called `../../x.jpg` and leads nowhere. Members count whose
+names end as images do; hidden ones, macOS's `._x.jpg` among them, are left out. The order is the
+archive's. An archive may be compressed by gzip, bzip2, xz, or zstd where the package zstandard is;
+its bytes tell.
+"""
+
+from __future__ import annotations
+
+import lzma
+import os
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import BinaryIO, Final
+
+from serving.errors import BrokenImage, DataError, TooLarge
+from serving.inputs.compression import BLOCK, MAX_FILE, Source, opened
+from serving.inputs.folders import Note, is_image
+
+SEPARATOR: Final = "::"
+
+SUFFIXES: Final = (
+    *(".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"),
+    *(".tgz", ".tbz2", ".txz", ".tzst"),
+)
+
+_PIECE: Final = 2**16
+
+# What tarfile and the decompressors raise over corrupt data.
+_CORRUPT: Final = (
+    tarfile.TarError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+    zlib.error,
+    lzma.LZMAError,
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One image of an archive.
+
+    name: no other member has it. offset: of its header, in bytes of the tar as unpacked.
+    read: its bytes, or BrokenImage or TooLarge; only until the next member is asked for.
+    """
+
+    name: str
+    offset: int
+    read: Callable[[], bytes]
+
+
+def names(path: str, note: Note) -> Iterator[str]:
+    """`ARCHIVE::MEMBER` for every image of an archive; headers alone are looked at."""
+    try:
+        for member in members(path):
+            name = f"{path}{SEPARATOR}{member.name}"
+            if os.path.lexists(name):  # see `split`
+                note(f"{name}: a file beside the archive has that name; the member is left out")
+            else:
+                yield name
+    except DataError as error:
+        note(f"{path}: {error}")
+    except OSError as error:
+        note(f"{path}: can't be read: {error.strerror or error}")
+
+
+def split(name: str) -> tuple[str, str] | None:
+    """(archive, member), or None where it is a path like any other.
+
+    A file of that very name is what is meant, where there is one. Else the archive is the shortest
+    beginning, up to a `::`, that ends as archives do and is there.
+    """
+    at = name.find(SEPARATOR)
+    if at < 0 or os.path.lexists(name):
+        return None
+    while at >= 0:
+        if is_archive(name[:at]) and os.path.isfile(name[:at]):
+            return name[:at], name[at + len(SEPARATOR) :]
+        at = name.find(SEPARATOR, at + 1)
+    return None
+
+
+def is_archive(path: str) -> bool:
+    """Whether a name ends as those of archives do."""
+    return path.lower().endswith(SUFFIXES)
+
+
+def is_stream(path: str) -> bool:
+    """Whether it is compressed, and so can only be read on.
+
+    Raises:
+        DataError: Compressed in a way that can't be read here.
+        OSError: It can't be opened.
+    """
+    with opened(path) as source:
+        return not source.jumps
+
+
+def members(path: str) -> Iterator[Member]:
+    """The images of an archive in its order.
+
+    The names that came by are held: a name that comes again gets a number.
+
+    Raises:
+        DataError: The archive is broken or cut off; what came before that is good.
+        OSError: It can't be opened.
+    """
+    taken: dict[str, int] = {}
+    with opened(path) as source:
+        for tar, info in _headers(source):
+            if not info.isdir() and is_image(info.name) and not _is_hidden(info.name):
+                yield Member(_named(info.name, taken), info.offset, partial(_data, tar, info))
+
+
+def read_at(file: BinaryIO, offset: int) -> bytes:
+    """The bytes of the member whose header lies there; the file is not compressed.
+
+    Raises:
+        BrokenImage: It can't be read.
+        TooLarge: No photo is that big.
+    """
+    file.seek(offset)
+    try:
+        tar = _tar(file)
+        info = tar.next()
+    except _CORRUPT as error:
+        raise BrokenImage(f"can't be read: {_reason(error)}") from error
+    if info is None:
+        raise BrokenImage("the archive has changed")
+    return _data(tar, info)
+
+
+def _headers(source: Source) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Each header. Done by hand: TarFile keeps all of them, and is silent about broken ones."""
+    tar: tarfile.TarFile | None = None
+    offset, place = 0, "at its start: no tar archive"
+    while True:
+        try:
+            source.seek(offset)
+            block = source.peek()
+            if not block.strip(b"\0"):
+                break
+            if tar is None:
+                tar = _tar(source)
+                info = tar.next()
+            else:
+                info = tarfile.TarInfo.fromtarfile(tar)
+        except _CORRUPT as error:
+            raise DataError(f"broken {place} ({_reason(error)})") from error
+        if info is None or tar.offset <= offset:
+            raise DataError(f"broken {place}")
+        offset, place = tar.offset, f"after {info.name}; what follows is left out"
+        yield tar, info
+    if len(block) < BLOCK:
+        raise DataError("cut off, it has no end mark; its last image may be broken")
+
+
+def _tar(file: BinaryIO | Source) -> tarfile.TarFile:
+    return tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
+
+
+def _data(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    if not info.isreg():
+        kind = "a link" if info.issym() or info.islnk() else "a device or a pipe"
+        raise BrokenImage(f"not a file but {kind} in an archive")
+    if info.size > MAX_FILE:
+        raise TooLarge(f"{info.size} bytes are more than the {MAX_FILE} allowed")
+    data = b""
+    try:
+        file = tar.extractfile(info)
+        if file is not None:
+            data = b"".join(iter(partial(file.read, _PIECE), b""))
+    except _CORRUPT as error:
+        raise BrokenImage(f"can't be read: {_reason(error)}") from error
+    if len(data) != info.size:
+        raise BrokenImage(f"the archive has {len(data)} of its {info.size} bytes")
+    return data
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def _named(name: str, taken: dict[str, int]) -> str:
+    """The name, or `2::name` and so on where it is taken."""
+    unique = name
+    while unique in taken:
+        taken[name] += 1
+        unique = f"{taken[name]}{SEPARATOR}{name}"
+    taken[unique] = 1
+    return unique
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

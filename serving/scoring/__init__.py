@@ -1,0 +1,1 @@
+"""Batch scoring: from many images to one table, resumable."""

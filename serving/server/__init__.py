@@ -1,0 +1,1 @@
+"""The server process: start, checks before the start, shutdown."""

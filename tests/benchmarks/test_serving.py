@@ -1,0 +1,152 @@
+"""The load generator of `benchmarks/serving/race.py` against a real server on the loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from benchmarks.serving.load_generator import Load, Window, percentile
+from benchmarks.serving.photos import choose, requests
+from benchmarks.serving.processes import Meter
+from serving.http import forms
+from tests.support.tiny_bundle import photo
+
+PHOTOS = 5
+DELAY = 0.02
+
+
+@dataclass
+class Echo:
+    """Answers each request by its body, after a while, and counts."""
+
+    closes: bool = False
+    breaks_every: int = 0
+    status: int = 200
+    connections: int = 0
+    requests: int = 0
+    now: int = 0
+    most: int = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while await self.answer(reader, writer):
+                pass
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        body = await reader.readexactly(int(head.partition("content-length: ")[2].split("\r")[0]))
+        self.requests += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(DELAY)
+        self.now -= 1
+        if self.breaks_every and self.requests % self.breaks_every == 0:
+            return False
+        last = "connection: close\r\n" if self.closes else ""
+        status = f"HTTP/1.1 {self.status} OK\r\n{last}content-length: {len(body)}\r\n\r\n"
+        writer.write(status.encode())
+        await writer.drain()  # head and body in two pieces
+        writer.write(body)
+        await writer.drain()
+        return not self.closes
+
+
+def measure(echo: Echo, callers: int) -> Window:
+    async def both() -> Window:
+        server = await asyncio.start_server(echo.serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        head = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 7\r\n\r\n"
+        load = Load(port, [head + b"photo-%d" % number for number in range(PHOTOS)])
+        async with server:
+            return await load.run(callers, 0.1, 0.4, Meter(os.getpid()))
+
+    return uvloop.run(both())
+
+
+def test_each_caller_asks_again_on_its_own_connection_when_it_has_its_answer() -> None:
+    echo = Echo()
+    window = measure(echo, 4)
+    assert echo.connections == echo.most == 4
+    assert window.lost == 0
+    assert {answer.body for answer in window.answers} == {b"photo-%d" % n for n in range(PHOTOS)}
+    assert all(answer.body == b"photo-%d" % answer.photo for answer in window.answers)
+    # What was asked in warming up or answered after the end does not count.
+    assert 0 < len(window.answers) < echo.requests - 4
+    # Little's law: callers = rate x latency.
+    seconds = [answer.seconds for answer in window.answers]
+    assert min(seconds) >= 0.9 * DELAY  # timers go by whole milliseconds
+    assert sum(seconds) / window.seconds == pytest.approx(4, rel=0.25)
+
+
+def test_a_connection_that_the_server_closes_is_made_anew() -> None:
+    echo = Echo(closes=True)
+    window = measure(echo, 2)
+    assert window.lost == 0
+    assert len(window.answers) > 4
+    assert echo.connections >= echo.requests
+
+
+def test_an_answer_that_never_comes_is_lost() -> None:
+    echo = Echo(breaks_every=3)
+    window = measure(echo, 2)
+    broken = echo.requests // 3
+    assert broken / 2 < window.lost <= broken  # the others broke while nothing counted
+
+
+def test_a_status_is_told() -> None:
+    assert {answer.status for answer in measure(Echo(status=503), 2).answers} == {503}
+
+
+def test_percentiles_are_values_that_occurred() -> None:
+    values = [float(value) for value in range(100, 0, -1)]
+    assert [percentile(values, share) for share in (0.5, 0.99, 1)] == [50, 99, 100]
+    assert percentile([7.0], 0.01) == percentile([7.0], 0.99) == 7
+
+
+def test_the_fastest_setting_counts_and_ratios_are_within_a_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from benchmarks.serving.run import Row
+    from benchmarks.serving.tables import Results, markdown, ratio
+
+    def row(peer: str, setting: str, turn: int, rps: float) -> Row:
+        return Row(peer, setting, turn, 16, 100, rps=rps, p50=1, p99=2, cpu=3, own_cpu=0.1)
+
+    ours = [row("fledge-fp32", "as it comes", turn, rps) for turn, rps in enumerate((90, 60, 300))]
+    slow = [row("onnx", "slow", turn, rps) for turn, rps in enumerate((20, 20, 500))]
+    fast = [row("onnx", "fast", turn, rps) for turn, rps in enumerate((30, 30, 60))]
+    results = Results([*ours, *slow, *fast])
+    assert results.fastest("onnx") == "fast"
+    told = ratio(results, "fledge-fp32", "onnx", 16, lambda r: r.rps)
+    assert told == "3.00 (2.00 to 5.00)"
+    page = markdown(results.rows, "int8")
+    assert f"| FastAPI + ONNX Runtime, fp32 | {told} |" in page
+    assert "slow: 20; **fast: 30**" in page
+
+
+def test_requests_carry_the_bytes_of_the_photos(tmp_path: Path) -> None:
+    for number in range(60):
+        data = photo(number)
+        (tmp_path / f"{number:02}.jpg").write_bytes(data + bytes(40_000 - len(data)))
+    (tmp_path / "small.jpg").write_bytes(photo(0))
+    photos = choose(tmp_path)
+    assert photos == sorted(set(photos))
+    assert len(photos) == 50
+    assert photos == choose(tmp_path)
+    contents = [path.read_bytes() for path in photos]
+    raw = requests(photos, 3000, "/predict", None)
+    assert [request.partition(b"\r\n\r\n")[2] for request in raw] == contents
+    for request, content in zip(requests(photos, 3000, "/predict", "image"), contents, strict=True):
+        head, _, body = request.partition(b"\r\n\r\n")
+        media = next(line for line in head.split(b"\r\n") if line.startswith(b"Content-Type: "))
+        assert forms.parse(body, media.removeprefix(b"Content-Type: ")).images == (content,)

@@ -1,0 +1,63 @@
+"""Registered in BentoML's store: found there by its own commands, and served from there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from serving.bundle import storage
+from tests.support.tiny_bundle import tiny_bundle
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def bento(tmp_path):
+    """Runs a command with a store of its own, and gives what it says."""
+    env = {**os.environ, "BENTOML_HOME": str(tmp_path / "store"), "BENTOML_DO_NOT_TRACK": "True"}
+
+    def run(*arguments):
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            env=env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_a_bundle_is_stored_found_and_read_again_and_again(bento, tmp_path):
+    folder = tiny_bundle(tmp_path / "bundle")
+    manifest = storage.read(folder).manifest
+    register = (
+        f"import pathlib, export.bentoml_store as s; s.register(pathlib.Path({str(folder)!r}))"
+    )
+    for _ in range(2):  # the second replaces the first
+        said = bento("-c", register)
+        assert f"tiny:{manifest.version}" in said
+    ask = "import bentoml; print(bentoml.models.get('tiny:latest').path)"
+    place = Path(bento("-c", ask).strip())
+    assert str(place) in said
+    assert f"tiny:{manifest.version}" in bento("-m", "bentoml", "models", "list", "-o", "json")
+    assert storage.read(place).manifest == manifest
+    assert "fp32 on CPUExecutionProvider" in bento("-m", "fledge", "verify", place)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [("Blüten 2026", "bl-ten-2026"), ("a/b", "a-b"), ("...", "model"), ("x" * 99, "x" * 63)],
+)
+def test_any_name_becomes_one_that_bentoml_takes(name, tag):
+    from bentoml import Tag
+
+    from export.bentoml_store import _name
+
+    assert _name(name) == tag
+    assert Tag(_name(name)).name == tag

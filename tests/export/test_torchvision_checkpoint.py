@@ -1,0 +1,260 @@
+"""Checkpoints that were made elsewhere: loaded without trust, exported, proved."""
+
+import argparse
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+import fledge
+from export import benchmark, torchvision_checkpoint
+from export.graph import assemble
+from serving.errors import DataError, OptionError
+from serving.imaging.preprocess import Preprocess
+from serving.inference.load import open_predictor
+from tests.export.conftest import pixels
+from tests.export.test_pipeline import rates
+from tests.support.random_batchnorms import lively
+from training.models import classifier
+
+LABELS = ["green", "unseen", "blue", "red"]
+PREPROCESS = Preprocess(size=64)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    made = torchvision.models.get_model("resnet18", weights=None, num_classes=4)
+    x = classifier.normalise(pixels(16, 64), PREPROCESS)
+    lively(made, x)
+    with torch.no_grad():
+        logits = made(x)
+        made.fc.weight.div_(logits.std())
+        made.fc.bias.sub_(logits.mean(dim=0)).div_(logits.std())
+    return made.eval()
+
+
+@pytest.fixture
+def labels(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_text("\n".join(LABELS) + "\n\n")
+    return path
+
+
+@pytest.fixture
+def file(network, tmp_path):
+    path = tmp_path / "mine.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def load(path, arch="resnet18", labels=LABELS, size=64):
+    return torchvision_checkpoint.load(path, arch, labels, size=size)
+
+
+@pytest.mark.parametrize("kind", ["plain", "reference", "lightning", "ddp", "safetensors"])
+def test_the_usual_ways_to_save_are_read(network, tmp_path, kind):
+    state = network.state_dict()
+    path = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.pth")
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        options = argparse.Namespace(lr=0.1)
+        wrapped = {
+            "plain": state,
+            "reference": {"model": state, "args": options, "epoch": 3, "optimizer": {}},
+            "lightning": {"state_dict": state, "epoch": 3},
+            "ddp": {f"module.{key}": value for key, value in state.items()},
+        }
+        torch.save(wrapped[kind], path)
+    whole, info = load(path)
+    x = classifier.normalise(pixels(3, 64, seed=1), PREPROCESS)
+    with torch.no_grad():
+        assert torch.equal(whole(x), network(x))
+        assert whole.features(x).shape == (3, 512)
+    assert (info.name, info.arch, info.classes) == ("x", "resnet18", tuple(LABELS))
+    assert (info.preprocess.size, info.preprocess.crop) == (64, 0.875)
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        *("mobilenet_v3_small", "vgg11_bn", "densenet121", "googlenet", "swin_t", "vit_b_32"),
+        "squeezenet1_1",
+    ],
+)
+def test_other_families_keep_what_they_compute(arch, tmp_path):
+    torch.manual_seed(0)
+    options = {"init_weights": False} if arch == "googlenet" else {}
+    made = torchvision.models.get_model(arch, weights=None, num_classes=4, **options).eval()
+    torch.save(made.state_dict(), tmp_path / "x.pth")
+    size = 224 if arch == "vit_b_32" else 64
+    whole, _ = load(tmp_path / "x.pth", arch, size=size)
+    x = classifier.normalise(pixels(2, size), PREPROCESS)
+    with torch.no_grad():
+        assert torch.equal(whole(x), made(x))
+        graph, _ = assemble(whole, Preprocess(size=size))
+        logits, features = graph(pixels(2, size))
+    assert torch.allclose(logits, made(x), rtol=1e-4, atol=1e-5)
+    assert features.ndim == 2
+
+
+def test_options_of_the_builder_are_taken_and_checked(tmp_path):
+    torch.manual_seed(0)
+    made = torchvision.models.googlenet(num_classes=4, init_weights=False).eval()
+    torch.save(made.state_dict(), tmp_path / "x.pth")
+    args = torchvision_checkpoint.read_args(["transform_input=true"])
+    whole, info = torchvision_checkpoint.load(
+        tmp_path / "x.pth", "googlenet", LABELS, size=64, arch_args=args
+    )
+    assert info.arch_args == {"transform_input": True}
+    made.transform_input = True
+    x = classifier.normalise(pixels(2, 64), PREPROCESS)
+    with torch.no_grad():
+        assert torch.equal(whole(x), made(x))
+    with pytest.raises(OptionError, match=r"--arch-args .*wings.* does not fit googlenet"):
+        torchvision_checkpoint.load(tmp_path / "x.pth", "googlenet", LABELS, arch_args={"wings": 2})
+    args = torchvision_checkpoint.read_args(
+        ["transform_input=False"]
+    )  # a text, in TOML as in the shell
+    with pytest.raises(OptionError, match="transform_input=False: use true or false"):
+        torchvision_checkpoint.load(
+            tmp_path / "x.pth", "googlenet", LABELS, size=64, arch_args=args
+        )
+    vit = torchvision.models.vit_b_32(num_classes=4, image_size=64)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    for wrong in ({"wings": 2}, {"num_classes": 4}, {"weights": "DEFAULT"}):
+        args = {"image_size": 64, **wrong}
+        with pytest.raises(OptionError, match=r"--arch-args .* does not fit vit_b_32"):
+            torchvision_checkpoint.load(tmp_path / "vit.pth", "vit_b_32", LABELS, arch_args=args)
+    with pytest.raises(OptionError, match="--arch-args wings: use KEY=VALUE"):
+        torchvision_checkpoint.read_args(["wings"])
+
+
+def test_it_is_exported_and_answers_as_it_did(network, file, labels, shared_run, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "measure", rates)
+        words = ["--checkpoint", file, "--arch", "resnet18", "--labels", labels]
+        words += ["--photos", shared_run.photos, "--size", "64", "--precision", "fp32"]
+        out = tmp_path / "bundle"
+        assert fledge.main(["export", *map(str, words), "--out", str(out)]) == 0
+    predictor = open_predictor(out, device="cpu")
+    manifest = predictor.manifest
+    assert (manifest.name, manifest.labels) == ("mine", tuple(LABELS))
+    assert manifest.parity["photos"] == 15  # of 24, two thirds of each class
+    assert manifest.provenance["run"] == "mine.pth"
+    assert str(tmp_path) not in manifest.to_json()
+    photo = next(shared_run.photos.glob("*/*.jpg")).read_bytes()
+    prepared = predictor.prepare(photo)
+    with torch.no_grad():
+        x = classifier.normalise(torch.from_numpy(prepared.pixels.copy()), PREPROCESS)
+        expected = (network(x).double() / manifest.temperature).softmax(1).numpy()
+    answer = predictor.predict([prepared])[0].probabilities
+    assert np.abs(answer - expected[0]).max() <= 1e-4
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--crop", "0"], "--crop 0.0: use a share"),
+        (["--size", "0"], "--size 0: use 8 to 4096"),
+        (["--accuracy-budget", "nan"], "--accuracy-budget nan: use points"),
+        (["--accuracy-budget", "-1"], "--accuracy-budget -1: use points"),
+    ],
+)
+def test_a_number_that_is_none_is_told_at_once(
+    file, labels, shared_run, tmp_path, capsys, words, message
+):
+    given = ["--checkpoint", file, "--arch", "resnet18", "--labels", labels]
+    given += ["--photos", shared_run.photos, "--out", tmp_path / "b", *words]
+    assert fledge.main(["export", *map(str, given)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_is_no_better_than_chance_is_suspected(
+    network, labels, shared_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(benchmark, "measure", rates)
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    state["fc.bias"][LABELS.index("unseen")] += 30  # no photo is of that class
+    torch.save(state, tmp_path / "x.pth")
+    words = ["--checkpoint", tmp_path / "x.pth", "--arch", "resnet18", "--size", "64"]
+    words += ["--labels", labels]
+    words += ["--photos", shared_run.photos, "--precision", "fp32", "--out", tmp_path / "b"]
+    assert fledge.main(["export", *map(str, words)]) == 0
+    assert "are the labels in the order of the logits?" in capsys.readouterr().out
+
+
+def test_a_pickle_with_code_is_refused(tmp_path, capsys):
+    path = tmp_path / "evil.pth"
+    path.write_bytes(pickle.dumps({"fc.weight": Evil()}))
+    with pytest.raises(DataError, match=r"--checkpoint .*evil\.pth' is no state dict"):
+        load(path)
+    torch.save({"fc.weight": Evil()}, path)
+    with pytest.raises(DataError, match="is no state dict"):
+        load(path)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_named(file, tmp_path):
+    with pytest.raises(DataError, match=r"has 4 classes and --labels 3"):
+        load(file, labels=LABELS[:3])
+    with pytest.raises(DataError, match=r"is not for resnet34: it lacks layer1\.2\.conv1\.weight"):
+        load(file, "resnet34")
+    with pytest.raises(DataError, match="no such file"):
+        load(tmp_path / "nothing.pth")
+    with pytest.raises(OptionError, match="did you mean 'resnet18'"):
+        load(file, "resnet19")
+    with pytest.raises(OptionError, match="--size = 8 does not fit vgg11"):
+        load(file, "vgg11", size=8)
+    torch.save(torchvision.models.squeezenet1_1(num_classes=5).state_dict(), file)
+    with pytest.raises(DataError, match=r"has 5 classes and --labels 4"):
+        load(file, "squeezenet1_1")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "is empty"),
+        ("a\n\nb", "line 2 holds nothing"),
+        ("a\nb\na", "line 3 holds 'a' a second"),
+    ],
+)
+def test_labels_that_are_none_are_refused(tmp_path, text, why):
+    path = tmp_path / "labels.txt"
+    path.write_text(text)
+    with pytest.raises(DataError, match=why):
+        torchvision_checkpoint.read_labels(path)
+    with pytest.raises(DataError, match="No such file"):
+        torchvision_checkpoint.read_labels(tmp_path / "nothing")
+
+
+def test_a_folder_that_is_no_label_is_named(shared_run):
+    with pytest.raises(DataError, match="red is no label"):
+        torchvision_checkpoint.photos(shared_run.photos, ["blue", "green"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name a run, as runs/latest"),
+        (["run", "--arch", "resnet18"], "--arch goes with --checkpoint"),
+        (["--checkpoint", "x.pth"], "--checkpoint x.pth needs --arch, too"),
+        (
+            ["run", *["--checkpoint", "x", "--arch", "a", "--labels", "b", "--photos", "c"]],
+            "--checkpoint stands instead of a run",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(words, message, tmp_path, capsys):
+    assert fledge.main(["export", *words, "--out", str(tmp_path / "b")]) == 2
+    assert message in capsys.readouterr().err

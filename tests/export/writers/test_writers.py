@@ -1,0 +1,177 @@
+"""The two files: in the contract, the same bytes every time, silent about where they were made."""
+
+import json
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export import graph
+from export.torchvision_checkpoint import Whole
+from export.writers import onnx as writer
+from export.writers import torchscript
+from serving.errors import WorkError
+from serving.imaging.preprocess import Preprocess
+from serving.inference.runtime import OnnxRuntime
+from serving.inference.torchscript import TorchScriptRuntime
+from tests.export.conftest import pixels
+from training.models import classifier as model
+
+LABELS = ("blau", "grün", "rot")
+
+
+@pytest.fixture(scope="module")
+def files(shared_run, tmp_path_factory):
+    """Both files, written twice."""
+    folder = tmp_path_factory.mktemp("graphs")
+    written = []
+    for number in range(2):
+        assembled, _ = graph.assemble(shared_run.classifier, shared_run.preprocess)
+        facts = {"name": "tiny", "labels": LABELS, "preprocess": shared_run.preprocess}
+        pair = folder / f"{number}.onnx", folder / f"{number}.ts"
+        writer.write(assembled, pair[0], **facts)
+        torchscript.write(assembled, pair[1], **facts)
+        written.append(pair)
+    return written
+
+
+def test_the_same_graph_gives_the_same_bytes(files):
+    for first, second in zip(*files, strict=True):
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_nothing_tells_where_it_was_made(files):
+    for path in files[0]:
+        data = path.read_bytes()
+        if path.suffix == ".ts":
+            with zipfile.ZipFile(path) as archive:
+                data = b"".join(archive.read(name) for name in archive.namelist())
+                assert not [name for name in archive.namelist() if "debug" in name]
+        assert str(Path.cwd()).encode() not in data
+        assert b"site-packages" not in data
+        assert not re.search(rb'File "|stack_trace', data)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_both_answer_as_the_checkpoint_at_any_batch(files, batch, shared_run):
+    x = pixels(batch, 32).numpy()
+    checkpoint = graph.CheckpointRuntime(shared_run.classifier, shared_run.preprocess)
+    expected = checkpoint.run(x)
+    for engine in (OnnxRuntime(files[0][0], device="cpu"), TorchScriptRuntime(files[0][1])):
+        for one, other in zip(expected, engine.run(x), strict=True):
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+            assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [
+        ("googlenet", 64),
+        ("inception_v3", 75),
+        ("convnext_tiny", 64),
+        ("swin_t", 64),
+        ("swin_v2_t", 64),
+        ("vit_b_32", 64),
+        ("maxvit_t", 224),
+    ],
+)
+def test_families_with_odd_bodies_are_written(arch, size, tmp_path):
+    torch.manual_seed(0)
+    args = {"image_size": size} if arch == "vit_b_32" else {}
+    classifier = model.build(arch, 5, arch_args=args, head={"kind": "deep", "hidden": 16}).eval()
+    preprocess = Preprocess(size=size)
+    checkpoint = graph.CheckpointRuntime(classifier, preprocess)
+    assembled, _ = graph.assemble(classifier, preprocess)
+    facts = {"name": arch, "labels": tuple("abcde"), "preprocess": preprocess}
+    writer.write(assembled, tmp_path / "model.onnx", **facts)
+    torchscript.write(assembled, tmp_path / "model.ts", **facts)
+    engines = [
+        OnnxRuntime(tmp_path / "model.onnx", device="cpu"),
+        TorchScriptRuntime(tmp_path / "model.ts"),
+    ]
+    for batch in (1, 7):
+        x = pixels(batch, size).numpy()
+        expected = checkpoint.run(x)
+        for engine in engines:
+            for one, other in zip(expected, engine.run(x), strict=True):
+                assert one.shape == other.shape
+                assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
+
+
+def test_the_onnx_file_is_whole_and_says_what_it_is(files):
+    loaded = onnx.load(files[0][0], load_external_data=False)
+    assert loaded.opset_import[0].version >= 17
+    assert not [node for node in loaded.graph.node if node.op_type == "BatchNormalization"]
+    assert not any(tensor.external_data for tensor in loaded.graph.initializer)
+    assert [i.name for i in loaded.graph.input] == ["pixels"]
+    assert [o.name for o in loaded.graph.output] == ["logits", "features"]
+    facts = {prop.key: prop.value for prop in loaded.metadata_props}
+    assert facts["name"] == "tiny"
+    assert tuple(json.loads(facts["labels"])) == LABELS
+    assert json.loads(facts["preprocess"])["size"] == 32
+
+
+def test_tensors_in_the_torchscript_file_can_be_mapped(files):
+    path = files[0][1]
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        for entry in archive.infolist():
+            name, extra = (
+                int.from_bytes(data[entry.header_offset + at :][:2], "little") for at in (26, 28)
+            )
+            assert (entry.header_offset + 30 + name + extra) % 64 == 0
+
+
+class Odd(torch.nn.Module):
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "operator"),
+    [(Odd(), "bessel_j0"), (torch.nn.FractionalMaxPool2d(2, 2), "fractional_max_pool2d")],
+)
+def test_an_operator_without_a_translation_is_named_with_its_module(tmp_path, layer, operator):
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.Sequential(torch.nn.MaxPool2d(2), torch.nn.Sequential(layer)),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8, 3),
+    )
+    assembled, _ = graph.assemble(Whole(network).eval(), Preprocess(size=32))
+    facts = {"name": "odd", "labels": LABELS, "preprocess": Preprocess(size=32)}
+    line = rf"as ONNX: no translation for {operator}, in network\.1\.1\.0$"
+    with pytest.raises(WorkError, match=line):
+        writer.write(assembled, tmp_path / "model.onnx", **facts)
+
+
+def test_a_network_too_large_for_the_file_is_refused_before_the_work(
+    shared_run, tmp_path, monkeypatch
+):
+    assembled, _ = graph.assemble(shared_run.classifier, shared_run.preprocess)
+    weights = sum(one.numel() * 4 for one in assembled.state_dict().values())
+    facts = {"name": "tiny", "labels": LABELS, "preprocess": shared_run.preprocess}
+    monkeypatch.setattr(writer, "_LARGEST", weights)
+    writer.write(assembled, tmp_path / "model.onnx", **facts)
+    monkeypatch.setattr(writer, "_LARGEST", weights - 1)
+    monkeypatch.setattr(writer.torch.onnx, "export", None)
+    with pytest.raises(WorkError, match=r"its weights take 0\.0 GB, and a file holds 0\.0"):
+        writer.write(assembled, tmp_path / "model.onnx", **facts)
+
+
+def test_what_the_exporter_can_not_translate_is_one_line(shared_run, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise writer.torch.onnx.OnnxExporterError("no translation for aten::odd\nmore\nlines")
+
+    monkeypatch.setattr(writer.torch.onnx, "export", refuse)
+    assembled, _ = graph.assemble(shared_run.classifier, shared_run.preprocess)
+    facts = {"name": "tiny", "labels": LABELS, "preprocess": shared_run.preprocess}
+    with pytest.raises(WorkError, match=r"can't be written as ONNX: no translation for aten::odd$"):
+        writer.write(assembled, tmp_path / "model.onnx", **facts)

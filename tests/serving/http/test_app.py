@@ -1,0 +1,246 @@
+"""What a real server can't be brought to on demand: overload, deadlines, bugs, callers that go."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from serving.errors import WorkError
+from serving.http import app as front
+from serving.http.app import Front
+from serving.http.model_manager import Desk, Model
+from serving.inference.batching import Batcher, build
+from serving.inference.load import open_predictor
+from serving.inference.predictor import Prediction, Predictor
+from serving.settings import Settings
+from tests.support.tiny_bundle import photo, tiny_bundle
+
+
+class Counts:
+    """Stands for the telemetry."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[str] = []
+        self.lines: list[tuple] = []
+
+    def observe(self, phase: str, value: float) -> None: ...
+
+    def count(self, outcome: str) -> None:
+        self.outcomes.append(outcome)
+
+    def answered(self, answer: object) -> None:
+        self.count("ok")
+
+    def log(self, *line: object) -> None:
+        self.lines.append(line)
+
+
+class Engine:
+    def __init__(self, work: Callable[[bytes], Awaitable[Prediction]]) -> None:
+        self.work = work
+
+    async def predict(self, data: bytes, tta: int = 0) -> Prediction:
+        return await self.work(data)
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    return open_predictor(tiny_bundle(tmp_path_factory.mktemp("bundle")), device="cpu")
+
+
+async def no_bentoml(scope, receive, send) -> None:
+    raise AssertionError("not for BentoML")
+
+
+def opened(predictor: Predictor, engine, **settings) -> Desk:
+    desk = Desk(Settings(bundle=Path("secret-folder"), **settings), Counts())
+    if engine is not None:
+        desk._model = Model(predictor, engine, b"{}")
+    return desk
+
+
+def talk(desk: Desk, work: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
+    async def run() -> None:
+        transport = httpx.ASGITransport(app=Front(no_bentoml, lambda: desk))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            await asyncio.wait_for(work(client), 20)
+
+    asyncio.run(run())
+
+
+def engine_of(predictor: Predictor, cap: int, max_queue: int = 64):
+    return build(
+        predictor,
+        cap=cap,
+        threads=2,
+        max_queue=max_queue,
+        max_pixels=10_000_000,
+        observe=lambda phase, value: None,
+    )
+
+
+def test_a_full_house_says_429_and_when_to_come_again(predictor: Predictor):
+    engine = engine_of(predictor, 1, max_queue=2)
+    desk = opened(predictor, engine)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        responses = await asyncio.gather(
+            *(client.post("/predict", content=photo(1, (900, 900))) for _ in range(12))
+        )
+        codes = [response.status_code for response in responses]
+        assert codes.count(200) >= 2
+        assert codes.count(429) == 12 - codes.count(200) > 0
+        for response in responses:
+            if response.status_code == 429:
+                assert response.headers["retry-after"] == "1"
+                assert response.json()["code"] == "overloaded"
+        assert (await client.post("/predict", content=photo(1))).status_code == 200
+
+    talk(desk, work)
+    engine.close()
+
+
+def test_late_is_504(predictor: Predictor):
+    async def never(data: bytes) -> Prediction:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def work(client: httpx.AsyncClient) -> None:
+        response = await client.post("/predict", content=photo(1))
+        assert (response.status_code, response.json()["code"]) == (504, "deadline-exceeded")
+
+    desk = opened(predictor, Engine(never), deadline=0.05)
+    talk(desk, work)
+    assert desk.telemetry.outcomes == ["deadline-exceeded"]
+
+
+@pytest.mark.parametrize("error", [KeyError("/a/secret/path"), WorkError("/a/secret/path")])
+def test_our_own_faults_leak_nothing(
+    predictor: Predictor, error: Exception, caplog: pytest.LogCaptureFixture
+):
+    async def fail(data: bytes) -> Prediction:
+        raise error
+
+    async def work(client: httpx.AsyncClient) -> None:
+        response = await client.post("/predict", content=photo(1))
+        assert response.status_code == 500
+        assert "secret" not in response.text
+        assert response.headers["x-request-id"] in response.json()["detail"]
+        batch = await client.post("/predict/batch", files=[("image", b"a"), ("image", b"b")])
+        assert [item["error"]["status"] for item in batch.json()] == [500, 500]
+        assert "secret" not in batch.text
+
+    with caplog.at_level(logging.ERROR):
+        talk(opened(predictor, Engine(fail)), work)
+    assert "secret" in caplog.text
+
+
+def test_nothing_loaded_is_503_everywhere(predictor: Predictor):
+    async def work(client: httpx.AsyncClient) -> None:
+        for method, path in (("POST", "/predict"), ("GET", "/model"), ("GET", "/readyz")):
+            response = await client.request(method, path)
+            assert (response.status_code, response.json()["code"]) == (503, "not-ready")
+        assert "still being loaded" in response.text
+
+    talk(opened(predictor, None), work)
+
+
+def test_a_refusal_does_not_tell_where_the_bundle_lies(predictor: Predictor):
+    async def work(client: httpx.AsyncClient) -> None:
+        response = await client.get("/readyz")
+        assert response.json()["detail"] == "the bundle/model.onnx was changed"
+
+    desk = opened(predictor, None)
+    desk.refusal = f"{desk.settings.bundle}/model.onnx was changed"
+    talk(desk, work)
+
+
+def test_a_websocket_is_closed_at_the_door(predictor: Predictor):
+    sent = []
+
+    async def receive():
+        return {"type": "websocket.connect"}
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    app = Front(no_bentoml, lambda: opened(predictor, None))
+    asyncio.run(app({"type": "websocket", "path": "/x", "headers": []}, receive, send))
+    assert sent == [{"type": "websocket.close", "code": 1000}]
+
+
+def test_a_hostile_form_holds_nobody_else_up(predictor: Predictor):
+    hostile = b"--b\r\nContent-Disposition: form-data; name=image\r\n\r\n" + b"\r\n--bx" * 400_000
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+
+    async def work(client: httpx.AsyncClient) -> None:
+        slow = asyncio.create_task(client.post("/predict", content=hostile, headers=headers))
+        asked = 0
+        while not slow.done():
+            assert (await client.get("/readyz")).status_code == 503
+            asked += 1
+            await asyncio.sleep(0.01)
+        assert (await slow).status_code == 400
+        assert asked > 3
+
+    talk(opened(predictor, None), work)
+
+
+def test_a_slow_body_is_408(predictor: Predictor, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(front, "READ_TIMEOUT", 0.05)
+
+    async def drip():
+        yield b"a"
+        await asyncio.sleep(5)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        response = await client.post("/predict", content=drip())
+        assert (response.status_code, response.json()["code"]) == (408, "slow-request")
+
+    talk(opened(predictor, engine_of(predictor, 1)), work)
+
+
+def test_a_caller_that_hangs_up_gets_no_answer(predictor: Predictor):
+    events = [
+        {"type": "http.request", "body": b"half", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b""}
+    sent = []
+
+    async def receive():
+        return events.pop(0)
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    desk = opened(predictor, engine_of(predictor, 1))
+    app = Front(no_bentoml, lambda: desk)
+    asyncio.run(app({**scope, "headers": []}, receive, send))
+    assert sent == []
+    assert desk.telemetry.outcomes == []
+
+
+def test_the_batching_engine_answers_as_the_lanes_do(predictor: Predictor):
+    engine = engine_of(predictor, 8)
+    assert isinstance(engine, Batcher)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        asked = [(photo(seed), seed % 4) for seed in range(16)] + [(b"text", 0)]
+        responses = await asyncio.gather(
+            *(client.post("/predict", params={"tta": n}, content=data) for data, n in asked)
+        )
+        assert responses.pop().status_code == 415
+        for (data, tta), response in zip(asked, responses, strict=False):
+            prediction = predictor.predict([predictor.prepare(data, tta)])[0]
+            top = response.json()["predictions"][0]["probability"]
+            assert top == pytest.approx(float(np.max(prediction.probabilities)), abs=1e-6)
+
+    talk(opened(predictor, engine), work)
+    engine.close()

@@ -1,0 +1,107 @@
+"""The demo page before a model, without a key, and when answers come late or not at all."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serving.http.model_manager import Desk
+from serving.inference.predictor import Prediction
+from serving.settings import Settings
+from tests.support.browser import CHROMIUM, NAMES, Browser, chromium
+from tests.support.page_fixture import (
+    ANSWERED,
+    LABELS,
+    NAME,
+    REFUSED,
+    THRESHOLDS,
+    Quiet,
+    check,
+    fronted,
+    opened,
+    written,
+)
+from tests.support.tiny_bundle import altered, photo, tiny_bundle
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} here")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with chromium(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny_bundle(tmp_path_factory.mktemp("bundle"), classes=len(LABELS))
+    altered(folder, labels=LABELS, name=NAME, thresholds=THRESHOLDS)
+    return folder
+
+
+def test_a_key_is_asked_for_and_used(browser: Browser, folder: Path, tmp_path: Path):
+    keys = frozenset({hashlib.sha256("right-key-ß".encode()).digest()})
+    desk = Desk(Settings(bundle=folder, device="cpu", api_keys=keys), Quiet())
+    desk.load()
+    with fronted(desk) as (url, _), opened(browser, url) as page:
+        page.until("!document.getElementById('door').hidden")
+        page.choose("#file", written(tmp_path / "photo.jpg", photo(1)))
+        page.until(f"{REFUSED} && document.getElementById('wrong').innerText === 'A key is needed'")
+        assert "Bearer $KEY" in page.text("#curl")
+        for key in ("wrong-key", "right-key-ß"):
+            page.value("document.getElementById('key').select()")
+            page.call("Input.insertText", text=key)
+            page.press("Enter")
+            if key == "wrong-key":
+                page.until("document.getElementById('hint').innerText.includes('not know this')")
+        page.until(ANSWERED)  # the photo was still waiting
+        assert page.value("document.getElementById('door').hidden")
+        assert "7 classes" in page.text("#about")
+        assert page.value("localStorage.length + sessionStorage.length") == 0
+
+
+def test_it_waits_for_a_model(browser: Browser, folder: Path, tmp_path: Path):
+    desk = Desk(Settings(bundle=folder, device="cpu"), Quiet())
+    with fronted(desk) as (url, _), opened(browser, url) as page:
+        page.until("!document.getElementById('waiting').hidden")
+        assert page.text("#name") == "No model yet"
+        assert "still being loaded" in page.text("#waiting")
+        page.choose("#file", written(tmp_path / "photo.jpg", photo(1)))
+        page.until(REFUSED)
+        assert page.text("#wrong") == "No model is served just now"
+        desk.load()
+        page.until(ANSWERED)  # without being asked
+        assert page.text("#name") == NAME
+        assert page.value("document.getElementById('waiting').hidden")
+
+
+def test_an_older_answer_never_comes_over_a_newer_one(
+    browser: Browser, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    desk = Desk(Settings(bundle=folder, device="cpu"), Quiet())
+    desk.load()
+    slow, quick = photo(7), photo(8)
+    predict = desk.model.engine.predict
+
+    async def late(data: bytes, tta: int = 0) -> Prediction:
+        await asyncio.sleep(1 if data == slow else 0.4)
+        return await predict(data, tta)
+
+    monkeypatch.setattr(desk.model.engine, "predict", late)
+    with fronted(desk) as (url, end), opened(browser, url) as page:
+        page.choose("#file", written(tmp_path / "slow.jpg", slow))
+        page.until("document.querySelector('.busy')")
+        page.choose("#file", written(tmp_path / "quick.jpg", quick))
+        time.sleep(0.2)
+        assert page.value("document.body.matches('.busy')")  # what was given up is no trouble
+        page.until(ANSWERED)
+        time.sleep(1.5)
+        check(page, url, quick)
+        end()
+        page.choose("#file", written(tmp_path / "last.jpg", quick))
+        page.until(REFUSED)
+        assert page.text("#wrong") == "The service can\u2019t be reached"
+        assert page.text("#again") == "Try again"

@@ -1,0 +1,244 @@
+"""Laws of the decoder. What each odd file must give stands in tests/robustness."""
+
+import contextlib
+import io
+import os
+import random
+import struct
+import threading
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from serving.errors import (
+    BrokenImage,
+    EmptyBody,
+    FledgeError,
+    NotAnImage,
+    TooLarge,
+    UnsupportedFormat,
+)
+from serving.imaging import decode as images
+from tests.robustness import icc_profiles
+from tests.support.tiny_bundle import photo
+
+RNG = np.random.default_rng(0)
+SCENE = RNG.integers(0, 256, (10, 20, 3), dtype=np.uint8)
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(images.decode(data).image)
+
+
+def as_image(array: np.ndarray) -> Image.Image:
+    return Image.fromarray(array)
+
+
+def every_format() -> dict[str, bytes]:
+    scene = as_image(SCENE)
+    lossless = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}
+    return {kind: encode(scene, kind, **lossless.get(kind, {})) for kind in images.FORMATS}
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A valid PNG header that promises width x height pixels, with next to no data."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        crc = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(b"\0" * 64))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_every_served_format_gives_rgb_pixels(kind: str) -> None:
+    decoded = images.decode(every_format()[kind])
+    assert decoded.image.mode == "RGB"
+    assert decoded.image.size == (20, 10)
+    assert decoded.applied == ()
+    if kind in ("PNG", "WEBP", "BMP", "TIFF"):
+        assert np.array_equal(np.asarray(decoded.image), SCENE)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
+def test_deep_samples_are_scaled_in_strips_as_at_once(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(1)
+    deep = rng.integers(0, 65536, (37, 23)).astype(np.uint16)
+    wide = deep.astype(np.int32) * 3 - 90_000
+    image = {
+        "I;16": lambda: Image.fromarray(deep),
+        "I;16B": lambda: Image.frombytes("I;16B", (23, 37), deep.astype(">u2").tobytes()),
+        "I": lambda: Image.fromarray(wide),
+        "F": lambda: Image.fromarray(wide.astype(np.float32)),
+    }[mode]()
+    assert image.mode == mode
+    samples = np.asarray(image, np.float64)
+    low, high = 0.0, 65535.0
+    if mode in ("I", "F"):
+        low, high = samples.min(), samples.max()
+    expected = np.rint((samples - low) * (255.0 / (high - low))).astype(np.uint8)
+    monkeypatch.setattr(images, "_STRIP", 100)
+    scaled = np.asarray(images._scale_deep(image))
+    assert np.array_equal(scaled, expected)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("alpha", [0, 128, 255])
+def test_transparency_lies_over_the_background(kind: str, alpha: int) -> None:
+    image = Image.new("RGBA", (8, 8), (200, 40, 0, alpha))
+    data = encode(image, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
+    for background in ((255, 255, 255), (0, 10, 20)):
+        decoded = images.decode(data, background=background)
+        share = alpha / 255
+        expected = [
+            round(share * front + (1 - share) * back)
+            for front, back in zip((200, 40, 0), background, strict=True)
+        ]
+        off = np.abs(np.asarray(decoded.image, int) - expected).max()
+        assert off <= 1
+        if decoded.applied == ():
+            # An opaque WebP has no alpha channel.
+            assert (kind, alpha) == ("WEBP", 255)
+        else:
+            assert decoded.applied == ("alpha-on-background",)
+
+
+def test_the_background_is_srgb_whatever_profile_a_photo_has() -> None:
+    image = Image.new("RGBA", (8, 8), (200, 40, 0, 0))
+    data = encode(image, "PNG", icc_profile=icc_profiles.rgb())
+    decoded = images.decode(data, background=(9, 90, 200))
+    assert decoded.applied == ("alpha-on-background", "icc-to-srgb")
+    assert (np.asarray(decoded.image) == (9, 90, 200)).all()
+
+
+def test_the_name_of_a_file_never_matters(tmp_path: Path) -> None:
+    for kind, data in every_format().items():
+        for suffix in (".jpg", ".png", ".txt", ""):
+            path = tmp_path / f"{kind}{suffix}"
+            path.write_bytes(data)
+            assert np.array_equal(np.asarray(images.read(path).image), pixels(data))
+
+
+def test_an_unreadable_file_is_broken_and_its_name_is_the_callers(tmp_path: Path) -> None:
+    with pytest.raises(BrokenImage, match=r"^No such file or directory$"):
+        images.read(tmp_path / "gone.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", tmp_path):  # opening a pipe would wait for ever
+        with pytest.raises(BrokenImage, match="no regular file"):
+            images.read(path)
+
+
+def test_no_bytes_are_no_image() -> None:
+    with pytest.raises(EmptyBody, match="it is empty"):
+        images.decode(b"")
+
+
+@pytest.mark.parametrize("data", [b"hello", b"\0" * 100, b"<html></html>", b"BMW", photo(0)[2:]])
+def test_other_bytes_are_not_an_image(data: bytes) -> None:
+    with pytest.raises(NotAnImage, match=r"no image that Fledge reads \(JPEG, .*AVIF\)"):
+        images.decode(data)
+
+
+FOREIGN = {
+    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n",
+    "PSD": encode(Image.new("RGB", (4, 4)), "TIFF").replace(b"II*\0", b"8BPS", 1),
+    "PDF": b"%PDF-1.7\n",
+    "ICO": encode(Image.new("RGB", (16, 16)), "ICO"),
+    "DDS": encode(Image.new("RGB", (4, 4)), "DDS"),
+    "JPEG 2000": encode(Image.new("RGB", (4, 4)), "JPEG2000"),
+    "HEIC": b"\0\0\0\x1cftypheic\0\0\0\0mif1heic",
+    "JPEG XL": b"\xff\x0a\xfa\x1f",
+    "PNM": encode(Image.new("RGB", (4, 4)), "PPM"),
+    "PCX": encode(Image.new("RGB", (4, 4)), "PCX"),
+}
+SVGS = (
+    b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+    b'<?xml version="1.0"?>\n<!-- made by hand -->\n<svg width="1" height="1"/>',
+    b'\xef\xbb\xbf<!DOCTYPE svg PUBLIC "x" "y">\n<svg>',
+)
+
+
+@pytest.mark.parametrize(("name", "data"), [*FOREIGN.items(), *(("SVG", data) for data in SVGS)])
+def test_a_format_that_is_not_served_is_named(name: str, data: bytes) -> None:
+    with pytest.raises(UnsupportedFormat, match=name):
+        images.decode(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "BMP"])
+def test_a_truncated_image_is_broken_wherever_it_ends(kind: str) -> None:
+    data = every_format()[kind]
+    # Some formats end with bytes that carry no pixels; BMP's magic is too short to tell.
+    for length in range(14 if kind != "BMP" else 60, len(data) * 9 // 10, 7):
+        with pytest.raises(BrokenImage, match=r"^the image is broken: "):
+            images.decode(data[:length])
+
+
+def test_more_pixels_than_allowed_are_refused_before_decoding() -> None:
+    # Any decoding of these would find them broken.
+    with pytest.raises(TooLarge, match="1000 x 1001"):
+        images.decode(bomb(1000, 1001), max_pixels=1_000_000)
+    with pytest.raises(BrokenImage):
+        images.decode(bomb(1000, 1000), max_pixels=1_000_000)
+    for side in (10_001, 30_000, 2**31 - 1):
+        with pytest.raises(TooLarge):
+            images.decode(bomb(side, side))
+
+
+def test_the_pixel_cap_is_inclusive() -> None:
+    data = encode(as_image(SCENE), "PNG")
+    assert images.decode(data, max_pixels=200).image.size == (20, 10)
+    with pytest.raises(TooLarge):
+        images.decode(data, max_pixels=199)
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_no_hurt_bytes_raise_anything_else(kind: str) -> None:
+    rng = random.Random(kind)
+    whole = every_format()[kind]
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 6)):
+            near = min(len(data), 300 if rng.random() < 0.7 else len(data))
+            data[rng.randrange(near)] = rng.choice([0, 1, 127, 128, 255, rng.randrange(256)])
+        # Anything else that is raised fails the test.
+        with contextlib.suppress(FledgeError):
+            assert images.decode(bytes(data), max_pixels=1_000_000).image.mode == "RGB"
+
+
+def test_errors_of_plug_ins_that_are_no_os_errors() -> None:
+    animated = encode(as_image(SCENE), "GIF", save_all=True, append_images=[as_image(SCENE // 2)])
+    second = animated.index(b",", animated.index(b",") + 1)
+    with pytest.raises(BrokenImage):  # struct.error inside
+        images.decode(animated[: second + 4])
+    avif = bytearray(every_format()["AVIF"])
+    at = avif.index(b"av1C")
+    avif[at : at + 4] = b"free"
+    with pytest.raises(BrokenImage):  # RuntimeError inside
+        images.decode(bytes(avif))
+
+
+def test_threads_leave_the_warning_filters_alone() -> None:
+    before = list(warnings.filters)
+    data = [photo(seed) for seed in range(20)]
+    threads = [
+        threading.Thread(target=lambda: [images.decode(item) for item in data]) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(warnings.filters) == before

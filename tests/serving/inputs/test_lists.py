@@ -1,0 +1,250 @@
+"""Laws of lists: every path a name, in order; what is no path is said."""
+
+import io
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.errors import DataError, RequestError
+from serving.inputs import lists, sources
+
+LATIN = os.fsdecode(b"latin-\xff.jpg")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def found(*words: str, notes: list[str] | None = None, **options: Any) -> list[str]:
+    note = [].append if notes is None else notes.append
+    return list(sources.find(words, note=note, **options))
+
+
+def write(name: str, text: str) -> str:
+    Path(name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    return name
+
+
+def parquet(name: str, **columns: Any) -> str:
+    arrow = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(arrow.table(columns), name, row_group_size=2)
+    return name
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_a_text_list_is_a_path_a_line(home: Path, start: str, end: str) -> None:
+    paths = ["a b.jpg", " lead.jpg", "a b.jpg", LATIN, "gone/x.jpg", "a.tar::x.jpg", "nul\0.jpg"]
+    text = start + end.join(["", *paths, " ", ""])
+    assert found(write("list.TXT", text)) == paths
+    assert found(write("list.txt", text.rstrip(f" {end}"))) == paths  # no line break at the end
+
+
+def test_a_text_list_is_not_what_it_names(home: Path) -> None:
+    write("inner.txt", "a.jpg\n")
+    (home / "folder").mkdir()
+    assert found(write("list.txt", "inner.txt\nfolder\n*.jpg\n-\n")) == [
+        *("inner.txt", "folder", "*.jpg", "-")
+    ]
+
+
+def test_a_file_without_lines_does_not_fill_the_memory(home: Path) -> None:
+    (home / "list.txt").write_bytes(b"x" * 3_000_000 + b"\na.jpg\n")
+    first, second = found("list.txt")
+    assert len(first) < 200_000
+    assert second == "a.jpg"
+
+
+TABLE = f'label,path,x\nrose,"a, b.jpg",1\n\ntulip,"line\nbreak.jpg",2\nrose,{LATIN},3\n,a.jpg,\n'
+PATHS = ["a, b.jpg", "line\nbreak.jpg", LATIN, "a.jpg"]
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_csv_list_has_a_column_of_paths(home: Path, start: str, end: str) -> None:
+    text = start + TABLE.replace("\n", end).replace(f"line{end}break", "line\nbreak")
+    notes: list[str] = []
+    assert found(write("list.csv", text), notes=notes) == PATHS
+    assert found("list.csv", column="path") == PATHS
+    assert found("list.csv", column="x") == ["1", "2", "3"]
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.tsv", "label\tpath\nrose\ta, b.jpg\n"),
+        ("a.csv", "label;path\nrose;a, b.jpg\n"),
+        ("a.csv", '\n\nfile\n"a, b.jpg"\n'),
+        ("a.csv", 'file,path\nx.jpg,"a, b.jpg"\n'),
+        ("a.csv", '\ufeffpath,file\n"a, b.jpg",x.jpg\n'),
+        ("a.csv", f'path,all\n"a, b.jpg","{"0.5, " * 100_000}"\n'),
+        ("a.jsonl", '{"label": "rose", "path": "a, b.jpg"}'),
+        ("a.jsonl", '\ufeff\n{"file": "a, b.jpg"}\n'),
+    ],
+)
+def test_the_column_is_path_or_the_only_one(home: Path, name: str, text: str) -> None:
+    assert found(write(name, text)) == ["a, b.jpg"]
+
+
+def test_line_breaks_within_quotes_stay_as_they_are(home: Path) -> None:
+    assert found(write("list.csv", 'path\r\n"a\r\nb.jpg"\r\n"c\rd.jpg"\r\n')) == [
+        *("a\r\nb.jpg", "c\rd.jpg")
+    ]
+
+
+def test_a_json_list_has_a_key_of_paths(home: Path) -> None:
+    rows = [{"path": path, "file": "f.jpg"} for path in (*PATHS, "\x85\u2028.jpg")]
+    text = "\n".join(json.dumps(row) for row in rows)
+    assert found(write("list.jsonl", text)) == [*PATHS, "\x85\u2028.jpg"]
+    text = "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    assert found(write("list.jsonl", text)) == [*PATHS, "\x85\u2028.jpg"]
+    assert found("list.jsonl", column="file") == ["f.jpg"] * 5
+
+
+def test_a_parquet_list_has_a_column_of_paths(home: Path) -> None:
+    paths = ["a.jpg", "ü.jpg", "b.jpg", "a.jpg", "c.jpg"]
+    name = parquet("list.parquet", label=list("xyzzy"), path=paths)
+    assert found(name) == found(name, column="path") == paths
+    assert found(parquet("one.parquet", file=[b"latin-\xff.jpg", b"a.jpg"])) == [LATIN, "a.jpg"]
+
+
+def test_parquet_without_pyarrow_says_what_to_install(home: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(lists.parquet.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RequestError, match=r"fledge\[parquet\]"):
+        found(write("list.parquet", ""))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "column", "words"),
+    [
+        ("a.csv", "file,label\nx,y\n", None, "no column path among file, label; .*--column NAME"),
+        ("a.csv", "file,label\nx,y\n", "image", "no column image among file, label$"),
+        ("a.jsonl", '{"file": 1, "label": 2}', None, "no column path among file, label"),
+        ("a.csv", "path,path\nx,y\n", None, "two columns are called path"),
+        ("a.csv", "x.jpg\ny.jpg\n", None, "starts with x.jpg; name the columns"),
+        ("a.csv", "", None, "it is empty"),
+        ("a.csv", "\n\n", None, "it is empty"),
+        ("a.jsonl", "\n", None, "it is empty"),
+        ("a.jsonl", '"x.jpg"\n', None, "first line is no JSON object"),
+        ("a.jsonl", "x.jpg\n", None, "first line is no JSON object"),
+        ("a.csv", "path\n", None, "lists no images in path"),
+        ("a.csv", '"path\nx.jpg\n', None, "a.csv: can't be read: unexpected end of data"),
+        ("a.txt", " \n\n", None, "lists no images; write one path a line"),
+    ],
+)
+def test_a_list_that_can_not_be_used_is_one_line(
+    home: Path, name: str, text: str, column: str | None, words: str
+) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        sources.find([write(name, text)], column=column)
+    assert "\n" not in str(caught.value)
+    write("x.jpg", "")
+    if "lists no images" not in str(caught.value):
+        with pytest.raises(DataError, match=words):  # before the first name is given
+            sources.find(["x.jpg", name], column=column)
+
+
+def test_rows_without_a_path_are_counted_and_said(home: Path) -> None:
+    notes: list[str] = []
+    write("a.csv", "label,path\nx,a.jpg\nx\n\nx,\nx, \n,b.jpg\n,\n")
+    assert found("a.csv", notes=notes) == ["a.jpg", "b.jpg"]
+    assert notes == ["a.csv: rows without a path in path are left out: 3, the first is 2"]
+    notes.clear()
+    deep = "[" * 100_000
+    lines = ['{"path": "a.jpg"}', "", "oops", '{"path": 3}', "{}", '{"path": "b.jpg"}', deep]
+    assert found(write("a.jsonl", "\n".join(lines)), notes=notes) == ["a.jpg", "b.jpg"]
+    assert notes == ["a.jsonl: rows without a path in path are left out: 4, the first is 3"]
+
+
+def test_rows_without_a_path_of_parquet_are_counted_and_said(home: Path) -> None:
+    notes: list[str] = []
+    name = parquet("a.parquet", path=["a.jpg", None, "", "b.jpg"], number=[1, 2, 3, 4])
+    assert found(name, notes=notes) == ["a.jpg", "b.jpg"]
+    assert notes == ["a.parquet: rows without a path in path are left out: 2, the first is 2"]
+    with pytest.raises(DataError, match=r"lists no images in number .*left out: 4"):
+        found(name, column="number")
+
+
+def test_the_rest_of_a_broken_list_is_said(home: Path) -> None:
+    notes: list[str] = []
+    assert found(write("a.csv", 'path\na.jpg\nb.jpg\n"c.jpg\n'), notes=notes) == ["a.jpg", "b.jpg"]
+    assert notes == ["a.csv: broken after row 2; what follows is left out (unexpected end of data)"]
+    data = Path(parquet("a.parquet", path=["x.jpg"] * 10)).read_bytes()
+    Path("a.parquet").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"a\.parquet: can't be read: "):
+        found("a.parquet")
+
+
+def test_a_pattern_with_the_suffix_of_lists_names_lists(home: Path) -> None:
+    (home / "in").mkdir()
+    write("in/2.csv", "path\nb.jpg\n")
+    write("in/10.csv", "path\nc.jpg\n")
+    write("in/1.csv", "oops,no\nd.jpg,1\n")
+    write("in/x.jpg", "")
+    notes: list[str] = []
+    assert found("in/*.csv", notes=notes) == ["b.jpg", "c.jpg"]
+    assert notes == [
+        "in/1.csv: no column path among oops, no; say which has the paths: --column NAME"
+    ]
+    assert found("in/*") == ["in/x.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("data", "paths"),
+    [
+        (b"a.jpg\nb c.jpg\r\n\n", ["a.jpg", "b c.jpg"]),
+        (b"a.jpg\0line\nbreak.jpg\0", ["a.jpg", "line\nbreak.jpg"]),
+        (b"line\nbreak.jpg\0a\r\0b", ["line\nbreak.jpg", "a\r", "b"]),
+        (b"latin-\xff.jpg", [LATIN]),
+        (b"x" * 4000 + b"\0" + b"y\0" * 90_000, ["x" * 4000, *["y"] * 90_000]),
+        (b"\n".join(b"%d.jpg" % n for n in range(50_000)), [f"{n}.jpg" for n in range(50_000)]),
+        (b"a.jpg\n" * 1000 + b"b\0.jpg", ["a.jpg"] * 1000 + ["b\0.jpg"]),
+    ],
+)
+def test_standard_input_is_a_path_a_line_or_ends_in_nul(data: bytes, paths: list[str]) -> None:
+    assert found("-", stdin=io.BytesIO(data)) == paths
+    text = io.TextIOWrapper(io.BytesIO(data), "ascii")
+    assert found("-", stdin=text) == paths
+
+
+def test_standard_input_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a.jpg\n")))
+    assert found("-") == ["a.jpg"]
+    assert found("-", stdin=io.StringIO("ü.jpg\n")) == ["ü.jpg"]
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(DataError, match="-: no paths came; write one a line"):
+        found("-")
+
+
+def test_a_pipe_is_read_as_it_comes(home: Path) -> None:
+    out, into = os.pipe()
+    with os.fdopen(into, "wb", buffering=0) as writer, os.fdopen(out, "rb") as reader:
+        writer.write(b"a.jpg\n" * 1000)
+        names = sources.find(["-"], stdin=reader)
+        assert next(names) == "a.jpg"  # and nobody has closed it
+        writer.write(b"b.jpg\n")
+        writer.close()
+        assert list(names) == ["a.jpg"] * 999 + ["b.jpg"]
+
+
+def test_a_slow_pipe_may_bring_its_first_nul_late() -> None:
+    out, into = os.pipe()
+    with os.fdopen(into, "wb", buffering=0) as writer, os.fdopen(out, "rb") as reader:
+        writer.write(b"line\n")
+        late = threading.Timer(0.2, lambda: (writer.write(b"break.jpg\0b.jpg\0"), writer.close()))
+        late.start()
+        assert found("-", stdin=reader) == ["line\nbreak.jpg", "b.jpg"]
+        late.join()
+
+
+def test_the_table_of_scores_is_a_list(home: Path) -> None:
+    write("scores.csv", f'path,status,top_k\n{LATIN},ok,"[[""a"", 1]]"\nb.jpg,error,\n')
+    assert found("scores.csv") == [LATIN, "b.jpg"]

@@ -1,0 +1,232 @@
+"""Laws of addresses: found and read as the same files in a folder are."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from serving.errors import BrokenImage, DataError, TooLarge, WorkError
+from serving.inputs import remote, sources
+from serving.scoring import score
+from serving.scoring.score import Options
+from tests.support.tiny_bundle import photo, tiny_bundle
+
+NAMES = (
+    *("2.jpg", "10.jpg", "3/z.JPG", "a/1.png", "a/b [1]/ü#%41.jpg"),
+    *("notes.txt", ".hidden.jpg", "a/._1.png", ".dark/1.jpg"),
+)
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    files = fsspec.filesystem("memory")
+    yield files
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def twins(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> Path:
+    """A folder, and the same at memory://photos."""
+    for name in NAMES:
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+        memory.pipe_file(f"/photos/{name}", name.encode())
+    return tmp_path / "photos"
+
+
+def found(*words: str) -> list[str]:
+    return list(sources.find(words))
+
+
+@pytest.mark.parametrize("start", ["memory://photos", "file://{}", "local://{}/"])
+def test_a_folder_has_the_names_of_one_here_in_that_order(twins: Path, start: str) -> None:
+    here = [os.path.relpath(name, twins) for name in found(str(twins))]
+    there = found(start.format(twins))
+    assert all(remote.is_address(name) for name in there)
+    assert [name.partition("photos/")[2] for name in there] == here
+    assert len(here) == 5
+
+
+def test_the_bytes_are_those_of_the_name(twins: Path) -> None:
+    reader = sources.Reader(sources.protocols(["memory://photos"]))
+    for start in ("memory://photos", f"file://{twins}"):
+        for name in found(start):
+            assert reader.load(name).decode() == name.partition("photos/")[2]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.jpg", ["2.jpg", "10.jpg"]),
+        ("*", ["2.jpg", "10.jpg"]),
+        ("**/*.png", ["a/1.png"]),
+        ("?/z.*", ["3/z.JPG"]),
+        ("*.txt", ["notes.txt"]),
+        ("{10,2}.jpg", ["10.jpg", "2.jpg"]),
+        ("a/b [1]/ü#%41.jpg", ["a/b [1]/ü#%41.jpg"]),
+    ],
+)
+def test_patterns_match_files_in_natural_order(twins: Path, pattern: str, names: list[str]) -> None:
+    matched = found(f"memory://photos/{pattern}")
+    assert [name.partition("photos/")[2] for name in matched] == names
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("memory://nowhere", "memory://nowhere: not there"),
+        ("memory://photos/*.gif", "no images found"),
+        ("memory://photos/notes.txt", "copy it first"),
+        ("memory://x.tar::a.jpg", "'::' has no meaning"),
+        ("nosuch://photos", "(?i)nosuch://photos: .*protocol"),
+    ],
+)
+def test_what_can_t_be_found_is_one_line_before_any_name(
+    twins: Path, word: str, words: str
+) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        found(word)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_package_is_named() -> None:
+    with pytest.raises(DataError, match=r"oss://x: .*ossfs"):
+        found("oss://x")
+
+
+def test_broken_ones_are_told_alone(
+    memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe_file("/p/empty.jpg", b"")
+    memory.pipe_file("/p/big.jpg", b"12345")
+    monkeypatch.setattr(remote, "MAX_FILE", 4)
+    assert sources.Reader(["memory"]).load("memory://p/empty.jpg") == b""
+    with pytest.raises(TooLarge, match="4 bytes"):
+        sources.Reader(["memory"]).load("memory://p/big.jpg")
+    with pytest.raises(BrokenImage, match="No such file"):
+        sources.Reader(["memory"]).load("memory://p/gone.jpg")
+
+
+def test_a_file_here_is_read_with_the_care_that_its_path_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "big.jpg").write_bytes(b"12345")
+    monkeypatch.setattr(sources, "_MAX_FILE", 4)
+    for start in ("file://", "local://"):
+        with pytest.raises(BrokenImage, match="not a file"):
+            sources.Reader().load(f"{start}{tmp_path}/pipe.jpg")  # would wait for ever
+        with pytest.raises(TooLarge, match="5 bytes"):
+            sources.Reader().load(f"{start}{tmp_path}/big.jpg")
+
+
+def test_a_server_is_read_no_further_than_a_photo_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent = 0
+
+    class Endless(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            nonlocal sent
+            self.do_HEAD()
+            with contextlib.suppress(OSError):
+                while sent < 10**9:
+                    self.wfile.write(bytes(10**6))
+                    sent += 10**6
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    monkeypatch.setattr(remote, "MAX_FILE", 10**6)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(TooLarge):
+                sources.Reader(["http"]).load(f"http://127.0.0.1:{server.server_port}/1.jpg")
+        finally:
+            server.shutdown()
+    assert sent < 10**8
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["http://169.254.169.254/x", "SFTP://host/1.jpg", "reference://x", "memory://p/1.jpg"],
+)
+def test_a_list_opens_no_address_that_nobody_asked_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_open", lambda address: pytest.fail(address))
+    reader = sources.Reader(sources.protocols(["photos", "list.txt", "s3://bucket"], "gs, https"))
+    kind = name.partition(":")[0].lower()
+    with pytest.raises(BrokenImage, match=f"in a list: .* --addresses {kind}$"):
+        reader.load(name)
+    for chained in ("file://x::http://127.0.0.1/", "s3://x::memory://p/1.jpg"):
+        with pytest.raises(BrokenImage, match="'::' has no meaning"):
+            reader.load(chained)
+
+
+def test_an_option_lets_a_list_name_addresses(
+    tmp_path: Path, memory: fsspec.AbstractFileSystem
+) -> None:
+    memory.pipe_file("/p/1.jpg", photo(1))
+    (tmp_path / "1.jpg").write_bytes(photo(1))
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"memory://p/1.jpg\n{tmp_path}/1.jpg\n")
+    bundle, out = tiny_bundle(tmp_path / "bundle"), tmp_path / "out.csv"
+    for addresses, errors in (("", 1), ("memory", 0)):
+        options = Options(device="cpu", addresses=addresses)
+        done = score.score([str(listed)], bundle, out, options, say=lambda line: None)
+        assert sum(done.errors.values()) == errors
+
+
+def test_a_table_of_addresses_is_that_of_the_folder(
+    tmp_path: Path, memory: fsspec.AbstractFileSystem
+) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle")
+    home = tmp_path / "photos"
+    home.mkdir()
+    for seed in range(20):
+        (home / f"{seed}.jpg").write_bytes(photo(seed))
+    (home / "5.jpg").write_bytes(photo(5)[:700])
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"file://{home}/{seed}.jpg\n" for seed in range(20)))
+    tables = []
+    for word in (str(home), f"file://{home}", str(listed)):
+        out = tmp_path / "out.csv"
+        score.score([word], bundle, out, Options(device="cpu"), say=lambda line: None)
+        tables.append(out.read_text().replace("file://", ""))
+    assert tables[0] == tables[1] == tables[2]
+    assert "5.jpg,error" in tables[0]
+
+
+def test_a_job_lists_a_folder_once_and_one_that_goes_on_does_not(
+    tmp_path: Path, memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe_file("/p/1.jpg", photo(1))
+    looked: list[str] = []
+    find = remote.find
+    monkeypatch.setattr(remote, "find", lambda word: (looked.append(word), find(word))[1])
+    words, out = ["memory://p"], tmp_path / "out.csv"
+    bundle = tiny_bundle(tmp_path / "bundle")
+
+    def full(*_: object) -> None:
+        raise WorkError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "_publish", full)
+        with pytest.raises(WorkError, match="full"):
+            score.score(words, bundle, out, Options(device="cpu"), say=lambda line: None)
+    assert looked == words
+    score.score(words, bundle, out, Options(device="cpu"), say=lambda line: None)
+    assert looked == words

@@ -1,0 +1,309 @@
+import atexit
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving.bundle import storage
+from serving.errors import BundleError, OptionError
+from serving.inference.runtime import _why_not
+from serving.server.launch import (
+    SCRATCH,
+    bound,
+    check,
+    make_absolute,
+    reachable,
+    remove_scratch_at_the_end,
+    serve,
+)
+from serving.settings import Settings
+from tests.support.live_server import ROOT, free_port, get, launch, live, post
+from tests.support.tiny_bundle import photo, tiny_bundle
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+def ended(folder: Path, tmp_path: Path, port: int | None = None, **env: str) -> tuple[int, str]:
+    log = tmp_path / "log"
+    status = launch(folder, port or free_port(), log, **env).wait(60)
+    return status, log.read_text()
+
+
+def test_no_bundle_is_one_line_and_78(tmp_path: Path):
+    status, said = ended(tmp_path / "nothing", tmp_path)
+    assert status == 78
+    assert said.count("\n") == 1
+    assert "manifest.json is missing" in said
+
+
+def test_a_changed_byte_is_78(tmp_path: Path):
+    folder = tiny_bundle(tmp_path / "bundle")
+    graph = storage.read(folder).graph("fp32")
+    data = bytearray(graph.read_bytes())
+    data[-1] ^= 1
+    graph.write_bytes(data)
+    status, said = ended(folder, tmp_path)
+    assert status == 78
+    assert "model.onnx was changed" in said
+
+
+def test_a_port_in_use_is_named(folder: Path, tmp_path: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        status, said = ended(folder, tmp_path, port)
+    assert status == 2
+    assert f"--port {port}" in said
+    assert said.count("\n") == 1
+
+
+def test_wrong_settings_are_told_together(folder: Path, tmp_path: Path):
+    status, said = ended(folder, tmp_path, FLEDGE_DEVICE="tpu", FLEDGE_DEADLINE="soon")
+    assert status == 2
+    assert "FLEDGE_DEVICE" in said
+    assert "FLEDGE_DEADLINE" in said
+
+
+@pytest.mark.parametrize(("env", "status"), [({}, 78), ({"FLEDGE_MAX_QUEUE": "x"}, 2)])
+def test_bentoml_serve_refuses_the_same(tmp_path: Path, env: dict[str, str], status: int):
+    command = [sys.executable, "-m", "bentoml", "serve", "serving.service:ImageClassifier"]
+    done = subprocess.run(
+        [*command, "--port", str(free_port()), "--working-dir", str(ROOT)],
+        cwd=ROOT,
+        env={
+            "FLEDGE_BUNDLE": str(tmp_path / "no"),
+            "BENTOML_HOME": str(tmp_path / "home"),
+            "BENTOML_DO_NOT_TRACK": "True",
+            **env,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "fledge: " in done.stderr
+
+
+@pytest.mark.skipif(_why_not("cuda") is None, reason="this machine has a GPU")
+def test_a_missing_gpu_is_told_before_any_address(folder: Path, tmp_path: Path):
+    status, said = ended(folder, tmp_path, FLEDGE_DEVICE="cuda")
+    assert status == 2
+    assert said.startswith("device = cuda: ")
+    assert said.count("\n") == 1
+
+
+def test_what_torchscript_can_not_do_is_told_at_once(folder: Path, tmp_path: Path):
+    status, said = ended(folder, tmp_path, FLEDGE_RUNTIME="torchscript", FLEDGE_DEVICE="tensorrt")
+    assert (status, said.count("\n")) == (2, 1)
+    assert "answers in fp32, on cpu or cuda" in said
+    status, said = ended(folder, tmp_path, FLEDGE_RUNTIME="torchscript")
+    assert (status, said.count("\n")) == (78, 1)
+    assert "has no TorchScript graph" in said
+
+
+def test_an_unknown_runtime_is_refused(folder: Path, tmp_path: Path):
+    status, said = ended(folder, tmp_path, FLEDGE_RUNTIME="tflite")
+    assert status == 2
+    assert "FLEDGE_RUNTIME = 'tflite': use onnx, torchscript" in said
+
+
+@pytest.mark.skipif(_why_not("cuda") is None, reason="this machine has a GPU")
+def test_a_missing_gpu_refuses_before_any_worker(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FLEDGE_BUNDLE", str(folder))
+    monkeypatch.setenv("FLEDGE_DEVICE", "cuda")
+    with pytest.raises(OptionError, match="device = cuda"):
+        check(Settings.from_env())
+
+
+def test_only_the_scratch_folder_of_this_very_process_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    promised: list[object] = []
+    monkeypatch.setattr(atexit, "register", lambda *what, **_: promised.append(what[1]))
+    for foreign in ("", str(tmp_path), f"{os.getpid() + 1}:{tmp_path}", f":{tmp_path}"):
+        remove_scratch_at_the_end({SCRATCH: foreign})
+    assert promised == []
+    remove_scratch_at_the_end({SCRATCH: f"{os.getpid()}:{tmp_path}"})
+    assert promised == [str(tmp_path)]
+
+
+def test_what_the_launcher_becomes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Became(Exception):
+        pass
+
+    def execve(*became: object) -> None:
+        raise Became(*became)
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv(SCRATCH, f"{os.getpid()}:/home")
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(Became) as caught:
+        serve(Path(folder.name), port=free_port(), workers=2)
+    _, command, env = caught.value.args
+    assert command[1] == "-P"  # the operator's folder is not where modules come from
+    assert env["FLEDGE_BUNDLE"] == str(folder)
+    pid, _, scratch = env[SCRATCH].partition(":")
+    assert pid == str(os.getpid())
+    assert Path(scratch).parent == tmp_path
+
+
+def test_paths_mean_the_same_in_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    env = {"FLEDGE_BUNDLE": "b", "FLEDGE_API_KEYS_FILE": "keys"}
+    make_absolute(env)
+    assert env == {
+        "FLEDGE_BUNDLE": str(tmp_path / "b"),
+        "FLEDGE_API_KEYS_FILE": str(tmp_path / "keys"),
+    }
+
+
+def test_addresses(folder: Path):
+    port = free_port()
+    for host, address in (("localhost", ("127.0.0.1", "::1")), ("0.0.0.0", ("0.0.0.0",))):
+        with bound(host, port) as door:
+            assert door.getsockname()[0] in address
+    with pytest.raises(OptionError, match="no address of this machine"):
+        bound("192.0.2.1", port)
+    for host, wrong in (("no.such.host.invalid", port), ("127.0.0.1", 0), ("127.0.0.1", 70_000)):
+        with pytest.raises(OptionError, match=r"--(host|port)"):
+            bound(host, wrong)
+    with bound("::", port) as door:  # both families, where the system has it so
+        with socket.socket(socket.AF_INET6) as plain:
+            usual = plain.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+        assert door.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == usual
+    with pytest.raises(OptionError, match="int8"):
+        check(Settings(bundle=folder, precision="int8"))
+    with pytest.raises(BundleError):
+        check(Settings(bundle=folder / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [
+        ("10.1.2.3", "http://10.1.2.3:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://[::1]:80"),
+        ("fd00::5", "http://[fd00::5]:80"),
+    ],
+)
+def test_the_url_told_is_one_that_answers(address: str, url: str):
+    assert reachable(address, 80) == url
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_in_flight_is_answered_before_the_end(folder: Path, tmp_path: Path, sent: int):
+    data = photo(1)
+    precious = tmp_path.with_name(f"{tmp_path.name}-precious")
+    precious.mkdir()
+    env = {"FLEDGE_WORKERS": "2", "FLEDGE_SCRATCH": str(precious)}
+    with live(folder, tmp_path / "log", **env) as server:
+        # Once one worker is ready, none is not: a worker loads before it accepts.
+        assert {get(f"{server.url}/readyz").status_code for _ in range(20)} == {200}
+        expected = post(f"{server.url}/predict", data).content
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as caller:
+            head = "POST /predict HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+            caller.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode())
+            interim = b""
+            while b"\r\n\r\n" not in interim:  # a worker has it and waits for the body
+                interim += caller.recv(1)
+            assert interim.startswith(b"HTTP/1.1 100")
+            server.process.send_signal(sent)
+            time.sleep(0.5)
+            caller.sendall(data)
+            got = b"".join(iter(lambda: caller.recv(65536), b""))
+        assert got.startswith(b"HTTP/1.1 200")
+        assert got.endswith(expected)
+        assert server.process.wait(30) == 0
+    said = (tmp_path / "log").read_text()
+    assert re.search(rf"curl .*{server.url}/predict", said)
+    assert "Traceback" not in said
+    left = [path.name for path in tmp_path.iterdir() if path.name != "log"]
+    assert left == []
+    assert precious.is_dir()
+
+
+def test_golden_images_that_come_out_wrong_are_never_served(tmp_path: Path):
+    from dataclasses import replace
+
+    folder = tiny_bundle(tmp_path / "bundle")
+    golden = [dict(item) for item in storage.read(folder).manifest.golden]
+    golden[0]["probabilities"] = {"fp32": [0.2, 0.3, 0.5]}
+    storage.publish(replace(storage.read(folder).manifest, golden=tuple(golden)), folder)
+    port = free_port()
+    process = launch(folder, port, tmp_path / "log")
+    try:
+        ready = _first(port, "/readyz", "off by")
+        assert ready.status_code == 503
+        assert ready.json()["code"] == "not-ready"
+        assert str(tmp_path) not in ready.text
+        assert str(tmp_path) in (tmp_path / "log").read_text()
+        refused = post(f"http://127.0.0.1:{port}/predict", photo(1))
+        assert refused.status_code == 503
+        assert get(f"http://127.0.0.1:{port}/livez").status_code == 200
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def _first(port: int, path: str, text: str) -> httpx.Response:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        try:
+            response = get(f"http://127.0.0.1:{port}{path}")
+        except httpx.TransportError:
+            pass
+        else:
+            if text in response.text:
+                return response
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never said {text!r}")
+
+
+def test_keys_open_the_door(folder: Path, tmp_path: Path):
+    keys = tmp_path / "keys"
+    keys.write_text("first-key\nsecond-key\n")
+    with live(folder, tmp_path / "log", FLEDGE_API_KEYS_FILE=str(keys)) as server:
+        url = f"{server.url}/predict"
+        for header in (None, "Bearer wrong", "Basic first-key", "Bearer", "first-key"):
+            headers = {"authorization": header} if header is not None else {}
+            response = post(url, photo(1), headers)
+            assert response.status_code == 401, header
+            assert response.json()["code"] == "unauthorized"
+            assert response.headers["www-authenticate"] == "Bearer"
+        for key in ("first-key", "second-key"):
+            headers = {"authorization": f"Bearer {key}"}
+            assert post(url, photo(1), headers).status_code == 200
+        assert get(f"{server.url}/model").status_code == 401
+        assert get(f"{server.url}/livez").status_code == 200
+        # Far more than is allowed or read: the answer arrives all the same.
+        assert large(url, 30_000_000, {}) == (401, "unauthorized")
+        assert large(url, 30_000_000, {"Authorization": "Bearer first-key"}) == (413, "too-large")
+    said = (tmp_path / "log").read_text()
+    assert re.search(rf"curl .* -H .Authorization: Bearer KEY. {server.url}/predict", said)
+
+
+def large(url: str, size: int, headers: dict[str, str]) -> tuple[int, str]:
+    """Status and code, by a client that sends the whole body before it reads."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(url, data=bytes(size), headers=headers)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        opener.open(request, timeout=60)
+    return caught.value.code, json.loads(caught.value.read())["code"]

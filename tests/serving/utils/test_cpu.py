@@ -1,0 +1,71 @@
+"""The CPU quota of a container, as the two versions of control groups tell it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from serving.utils import cpu as room
+from serving.utils.cpu import cores, quotas
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{text}\n")
+
+
+def own(tmp_path: Path, *lines: str) -> Path:
+    file = tmp_path / "own"
+    file.write_text("".join(f"{line}\n" for line in lines))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"), [("200000 100000", [2.0]), ("50000 100000", [0.5]), ("max 100000", [])]
+)
+def test_version_2(tmp_path: Path, told: str, expected: list[float]):
+    write(tmp_path, cpu__max=told)
+    assert list(quotas(own(tmp_path, "0::/"), tmp_path)) == expected
+
+
+@pytest.mark.parametrize(("told", "expected"), [("150000", [1.5]), ("-1", []), ("", [])])
+@pytest.mark.parametrize("controllers", ["cpu", "cpu,cpuacct", "cpuacct,cpu"])
+def test_version_1(tmp_path: Path, controllers: str, told: str, expected: list[float]):
+    write(tmp_path / "cpu", cpu__cfs_quota_us=told, cpu__cfs_period_us="100000")
+    lines = ("11:cpuset:/other", f"9:{controllers}:/", "1:name=systemd:/")
+    assert list(quotas(own(tmp_path, *lines), tmp_path)) == expected
+
+
+def test_a_container_whose_group_has_a_name_that_only_the_host_knows(tmp_path: Path):
+    write(tmp_path / "cpu", cpu__cfs_quota_us="300000", cpu__cfs_period_us="100000")
+    assert list(quotas(own(tmp_path, "4:cpu,cpuacct:/docker/0123abcd"), tmp_path)) == [3.0]
+    write(tmp_path, cpu__max="100000 100000")
+    assert list(quotas(own(tmp_path, "0::/../../system.slice"), tmp_path)) == [1.0]
+
+
+def test_every_group_above_counts(tmp_path: Path):
+    write(tmp_path / "a.slice" / "b.service", cpu__max="max 100000")
+    write(tmp_path / "a.slice", cpu__max="400000 100000")
+    write(tmp_path, cpu__max="900000 100000")
+    assert list(quotas(own(tmp_path, "0::/a.slice/b.service"), tmp_path)) == [4.0, 9.0]
+
+
+def test_both_versions_side_by_side(tmp_path: Path):
+    write(tmp_path / "cpu", cpu__cfs_quota_us="200000", cpu__cfs_period_us="100000")
+    assert list(quotas(own(tmp_path, "3:cpu:/", "0::/"), tmp_path)) == [2.0]
+
+
+def test_no_groups_no_quota(tmp_path: Path):
+    assert list(quotas(tmp_path / "own", tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("granted", "expected"), [([], 4), ([2.0], 2), ([1.5, 3.0], 2), ([0.1], 1), ([64.0], 4)]
+)
+def test_the_least_of_all_counts(
+    monkeypatch: pytest.MonkeyPatch, granted: list[float], expected: int
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(room, "quotas", lambda: granted)
+    assert cores() == expected

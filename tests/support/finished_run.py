@@ -1,0 +1,63 @@
+"""A run's folder without the training: an untrained network with all that stands beside it."""
+
+from __future__ import annotations
+
+import torch
+
+from serving.imaging.preprocess import Preprocess
+from training.config.sections import DataConfig, HeadConfig
+from training.data import dataset
+from training.models import classifier as model
+from training.run import checkpoint
+
+RECIPE = """
+name = "tiny"
+arch = "mobilenet_v2"
+seed = 3
+arch_args = { width_mult = 0.25 }
+preprocess = { size = 32, crop = 0.875 }
+tta = { kind = "flip" }
+[[stage]]
+name = "head"
+lr = 0.01
+"""
+METRICS = """stage,epoch,lr,train_loss,valid_loss,accuracy,seconds
+head,1,0.01,1.5,1.25,0.5,2.0
+head,2,0.01,0.75,0.5,0.875,2.5
+tail,1,0.01,0.5,0.25,0.9375,70.0
+"""
+
+
+def finished(folder, photos, valid=0.5, name="tiny"):
+    """Make `folder` a run on `photos`; the weights say nothing, but not the same of every photo."""
+    folder.mkdir(parents=True)
+    found = dataset.load(str(photos), config=DataConfig(valid=valid))
+    torch.manual_seed(0)
+    arch_args, head = {"width_mult": 0.25}, HeadConfig(hidden=16)
+    classifier = model.build("mobilenet_v2", len(found.classes), arch_args=arch_args, head=head)
+    with torch.no_grad():  # untrained statistics let nothing through
+        for module in classifier.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_var.fill_(0.05)
+    info = checkpoint.CheckpointInfo(
+        name=name,
+        arch="mobilenet_v2",
+        classes=found.classes,
+        preprocess=Preprocess(size=32),
+        arch_args=arch_args,
+        head=head.model_dump(),
+        data={
+            "source": str(photos),
+            "root": str(photos),
+            "fingerprint": found.fingerprint,
+            "train": len(found.train),
+            "valid": len(found.valid),
+        },
+        metrics={"accuracy": 0.5, "loss": 1.0, "stage": "tail", "epoch": 1},
+        versions=checkpoint.versions(),
+    )
+    checkpoint.save(folder / checkpoint.BEST, classifier, info)
+    dataset.write_split(found, folder / dataset.SPLIT)
+    (folder / "recipe.toml").write_text(RECIPE)
+    (folder / "metrics.csv").write_text(METRICS)
+    return found

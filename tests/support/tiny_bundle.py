@@ -1,0 +1,153 @@
+"""A whole bundle in milliseconds: a real ONNX graph in the graph contract, untrained but lively."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image, ImageDraw, ImageFilter
+
+from serving.bundle import storage
+from serving.bundle.manifest import Manifest, content_version
+from serving.imaging import decode as images
+from serving.imaging import tta
+from serving.imaging.preprocess import Preprocess
+
+NAMES = ("daisy", "rose", "tulip", "violet", "poppy", "lily", "iris", "aster", "lotus", "pansy")
+TOLERANCE = 1e-4
+_GRID = 4
+
+
+def photo(seed: int, size: tuple[int, int] = (80, 60)) -> bytes:
+    """A JPEG of coloured blobs, `size` = (width, height); another picture for every seed."""
+    rng = np.random.default_rng(seed)
+    width, height = size
+    image = Image.new("RGB", size, _colour(rng))
+    draw = ImageDraw.Draw(image)
+    for _ in range(8):
+        x, y = rng.integers(width), rng.integers(height)
+        radius = int(rng.integers(max(2, min(size) // 8), max(3, min(size) // 2)))
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_colour(rng))
+    file = io.BytesIO()
+    image.filter(ImageFilter.GaussianBlur(1)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0) -> Path:
+    """Publish a bundle in `folder` and return it.
+
+    Args:
+        folder: Made if it is not there; a bundle in it is superseded.
+        classes: Length of the logits.
+        size: Side of the graph's square input, a multiple of 4.
+        seed: Decides the weights, so other seeds are other versions.
+    """
+    preprocess = Preprocess(size=size)
+    labels = tuple(NAMES[i] if i < len(NAMES) else f"class-{i}" for i in range(classes))
+    graph = _graph(classes, preprocess, seed).SerializeToString()
+    aside = folder / ".payload.partial"
+    (aside / "golden").mkdir(parents=True)
+    (aside / "model.onnx").write_bytes(graph)
+    (aside / "README.md").write_text(f"# tiny\n\nRandom weights of seed {seed}, for tests.\n")
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    golden = []
+    for number, shape in enumerate(((80, 60), (60, 80), (97, 33))):
+        name = f"golden/{number}.jpg"
+        data = photo(1000 + number, shape)
+        (aside / name).write_bytes(data)
+        pixels = preprocess(images.decode(data).image)
+        logits = session.run(["logits"], {"pixels": pixels[None]})[0]
+        golden.append({"file": name, "probabilities": {"fp32": tta.softmax(logits)[0].tolist()}})
+    manifest = Manifest(
+        name="tiny",
+        version="",
+        arch="tiny",
+        labels=labels,
+        preprocess=preprocess,
+        precisions={"fp32": {"file": "model.onnx", "accuracy": None, "tolerance": TOLERANCE}},
+        files=storage.describe_files(aside),
+        golden=tuple(golden),
+        graph={
+            "input": {"name": "pixels", "dtype": "uint8", "shape": ["batch", size, size, 3]},
+            "outputs": {
+                "logits": {"dtype": "float32", "shape": ["batch", classes]},
+                "features": {"dtype": "float32", "shape": ["batch", 3 * _GRID * _GRID]},
+            },
+        },
+    )
+    graphs = {"model.onnx": storage.sha256(aside / "model.onnx")}
+    manifest = replace(manifest, version=content_version(manifest, graphs))
+    payload = folder / manifest.version
+    if payload.exists():
+        shutil.rmtree(aside)  # the same arguments again
+    else:
+        aside.rename(payload)
+    storage.publish(manifest, folder)
+    return folder
+
+
+def altered(folder: Path, **changes: Any) -> Manifest:
+    """Change fields of a bundle's manifest as an export would have it: with another version."""
+    old = storage.read(folder).manifest
+    manifest = replace(old, **changes)
+    digests = {name: manifest.files[name]["sha256"] for name in manifest.graphs}
+    manifest = replace(manifest, version=content_version(manifest, digests))
+    (folder / old.version).rename(folder / manifest.version)
+    storage.publish(manifest, folder)
+    return manifest
+
+
+def _graph(classes: int, preprocess: Preprocess, seed: int) -> onnx.ModelProto:
+    """Cast, normalise, average over a 4 x 4 grid, one linear layer."""
+    size, cell = preprocess.size, preprocess.size // _GRID
+    if size % _GRID:
+        raise ValueError(f"size = {size}: use a multiple of {_GRID}")
+    width = 3 * _GRID * _GRID
+    rng = np.random.default_rng(seed)
+    # Features vary by about 1 between pictures, so logits do by about 3: answers differ clearly.
+    weight = rng.normal(scale=3 / np.sqrt(width), size=(width, classes)).astype(np.float32)
+    constants = {
+        "mean": 255 * np.array(preprocess.mean, np.float32).reshape(1, 3, 1, 1),
+        "std": 255 * np.array(preprocess.std, np.float32).reshape(1, 3, 1, 1),
+        "weight": weight,
+        "bias": np.zeros(classes, np.float32),
+    }
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["floats"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Sub", ["planes", "mean"], ["centred"]),
+        helper.make_node("Div", ["centred", "std"], ["normal"]),
+        helper.make_node(
+            "AveragePool", ["normal"], ["cells"], kernel_shape=[cell, cell], strides=[cell, cell]
+        ),
+        helper.make_node("Flatten", ["cells"], ["features"]),
+        helper.make_node("Gemm", ["features", "weight", "bias"], ["logits"]),
+    ]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [info("pixels", TensorProto.UINT8, ["batch", size, size, 3])],
+        [
+            info("logits", TensorProto.FLOAT, ["batch", classes]),
+            info("features", TensorProto.FLOAT, ["batch", width]),
+        ],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10, producer_name="fledge"
+    )
+    onnx.checker.check_model(model)
+    return model
+
+
+def _colour(rng: np.random.Generator) -> tuple[int, int, int]:
+    red, green, blue = rng.integers(0, 256, 3).tolist()
+    return red, green, blue

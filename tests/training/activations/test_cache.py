@@ -1,0 +1,405 @@
+"""What frozen layers compute is kept: exactly, shared by stages and runs, never stale or torn."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from training.activations import frozen_prefix
+from training.activations.cache import Activations
+from training.activations.loaders import Draws, TrainFeed, ValidFeed
+from training.activations.sharing import Share, shares
+from training.activations.store import Shape, Shelf, Views
+from training.config import load as config
+from training.data import dataset
+from training.engine import plan
+from training.models.classifier import normalise
+from training.optim.ema import Ema
+from training.pixels import decoded as pixels
+from training.utils import disk_cache
+from training.utils.precision import Precision
+
+CPU = Precision(torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+def lines():
+    return []
+
+
+@pytest.fixture
+def room(tmp_path):
+    return disk_cache.Room(tmp_path / "room", 10**9)
+
+
+@pytest.fixture
+def open_run(recipe, photos, lines, room, two_stages):
+    """Opens a run's activations as `fledge train` does."""
+
+    def opened(*overrides, stages=two_stages, there=room, precision=CPU):
+        settings = config.read(recipe(stages), overrides)
+        decoded = pixels.Photos(dataset.load(str(photos)), settings.data.presize, lines.append)
+        classifier, _ = plan.build_classifier(settings, 3, lines.append)
+        activations = Activations(decoded, settings, precision, there, lines.append)
+        return settings, classifier, activations
+
+    return opened
+
+
+def first_feed(opened, stage=0, **given):
+    settings, classifier, activations = opened
+    found = shares(classifier, settings, settings.stage)
+    return activations.feeds(classifier, settings.stage[stage], found[stage], **given)
+
+
+def rows(feed, epoch=0):
+    return torch.cat([inputs for inputs, _ in feed.epoch(epoch, 8)])
+
+
+def entries(room):
+    return {entry.path.name for entry in room.entries() if entry.path.name.startswith("act")}
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "densenet121", "squeezenet1_1"])
+def test_fusing_changes_rounding_only(arch):
+    torch.manual_seed(0)
+    body = torchvision.models.get_model(arch, weights=None).features if arch != "resnet18" else None
+    body = body or nn.Sequential(*list(torchvision.models.resnet18().children())[:-2])
+    for module in body.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    body = body.eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, got = body(images), frozen_prefix.fused(body)(images)
+    assert (expected - got).abs().max() <= 1e-4 * expected.abs().max()
+    folded = sum(
+        isinstance(module, nn.BatchNorm2d) for module in frozen_prefix.fused(body).modules()
+    )
+    assert folded < max(1, sum(isinstance(module, nn.BatchNorm2d) for module in body.modules()))
+
+
+class Joined(nn.Module):
+    """A convolution before each activation, and two that must stay apart from theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1, groups=g) for g in (1, 4, 1, 2)])
+        self.acts = nn.ModuleList([nn.ReLU(), nn.ReLU6(True), nn.Hardswish(), nn.SiLU()])
+        self.norm = nn.BatchNorm2d(4)
+        self.mirrored = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+        self.twice = nn.Conv2d(4, 4, 3, stride=2, bias=False)
+
+    def forward(self, x):
+        for conv, act in zip(self.convs, self.acts, strict=True):
+            x = act(conv(x * 3))
+        x = self.acts[0](self.mirrored(self.norm(x)))
+        raw = self.twice(x)
+        return self.acts[0](raw) + raw
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_activations_join_the_convolutions_before_them(dtype, layout):
+    torch.manual_seed(0)
+    network = Joined().eval()
+    images = torch.randn(3, 4, 9, 9).contiguous(memory_format=layout)
+    folded = frozen_prefix.fused(network)
+    joined = [m for m in folded.modules() if isinstance(m, frozen_prefix.ConvActivation)]
+    assert [m.kind for m in joined] == ["relu", "hardtanh", "hardswish", "swish"]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        expected, got = network(images), folded(images)
+    assert got.dtype == expected.dtype == dtype
+    near = 1e-5 if dtype == torch.float32 else 3e-2
+    assert (expected - got).abs().max() <= near * expected.abs().max()
+    assert expected.abs().max() > 0.1
+
+
+def test_without_one_dnn_they_stay_apart(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    folded = frozen_prefix.fused(Joined().eval())
+    assert not any(isinstance(m, frozen_prefix.ConvActivation) for m in folded.modules())
+
+
+def test_what_cannot_be_traced_runs_as_it_is():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    network = nn.Sequential(nn.BatchNorm2d(3), Odd()).eval()
+    assert frozen_prefix.fused(network) is network
+
+
+def test_kept_views_give_the_losses_of_running_the_frozen_layers(open_run):
+    """In float32 with a view for every epoch: 1e-4 relative."""
+    kept, _ = first_feed(open_run("head.dropout=0"), stage=1)
+    _, classifier, _ = opened = open_run("head.dropout=0")
+    live, _ = first_feed(opened, stage=1, views=0)
+    live.kept, live.prefix = None, classifier.prefix
+    assert kept.kept
+    assert kept.views == 3
+    for epoch in range(3):
+        for (a, same), (b, labels) in zip(kept.epoch(epoch, 8), live.epoch(epoch, 8), strict=True):
+            assert torch.equal(labels, same)
+            with torch.no_grad():
+                losses = [F.cross_entropy(classifier.suffix(x), labels) for x in (a, b)]
+            assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4)
+    assert torch.equal(rows(kept), rows(kept))
+    assert not torch.allclose(rows(kept, 0), rows(kept, 1))
+
+
+def test_stages_share_what_they_can(open_run):
+    settings, classifier, _ = opened = open_run()
+    found = shares(classifier, settings, settings.stage)
+    depth = found[1].depth
+    assert 0 < depth < len(classifier.body)
+    assert found == [
+        Share(depth, 3, last=False, with_=("tail",)),
+        Share(depth, 3, follows=True, with_=("head",)),
+    ]
+    head, _ = first_feed(opened)
+    assert rows(head).shape == (36, 2 * 1280)
+    below = head.kept.below
+    tail, _ = first_feed(opened, stage=1)
+    assert tail.kept is below  # the head's first view is the tail's, and was computed for it
+    assert list(below._open) == [0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "whole"),
+    [
+        ((), 1),
+        (("stage.tail.image_size=24",), 2),
+        (("stage.tail.augment.max_rotate=3",), 2),
+        (("stage.tail.unfreeze=all",), 1),
+        (("stage.tail.augment.mixup=0.2",), 1),
+        (("stage.tail.frozen_batchnorm=stats",), 1),
+        (("stage.tail.views=0",), 1),
+        (("stage.tail.views=0", "stage.head.views=0"), 0),
+    ],
+)
+def test_what_is_not_alike_is_not_shared(open_run, changes, whole):
+    settings, classifier, _ = open_run(*changes)
+    found = shares(classifier, settings, settings.stage)
+    assert sum(share.last for share in found if share.depth) == whole
+    if whole != 1 or changes:
+        assert all(share.last and not share.with_ for share in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("stage.tail.augment.cutmix=1", "mixup and cutmix"),
+        ("stage.tail.frozen_batchnorm=stats", "move"),
+    ],
+)
+def test_a_stage_that_keeps_nothing_says_why(open_run, lines, change, why):
+    feed, _ = first_feed(open_run(change), stage=1)
+    assert feed.kept is None
+    assert [line for line in lines if "no views are kept" in line and why in line]
+
+
+def test_another_run_finds_the_views(open_run, room, monkeypatch):
+    first, _ = first_feed(open_run(), stage=1)
+    expected = [rows(first, epoch) for epoch in range(3)]
+    second, _ = first_feed(open_run(), stage=1)
+    monkeypatch.setattr(
+        "training.augmentation.transforms.apply", lambda *_: pytest.fail("computed again")
+    )
+    assert all(torch.equal(rows(second, epoch), expected[epoch]) for epoch in range(3))
+    assert len(entries(room)) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "seed=5",
+        "augment.max_rotate=20",
+        "augment.crop=center",
+        "data.presize=1.25",
+        "weights",
+        "photo",
+    ],
+)
+def test_what_is_changed_is_computed_anew(open_run, room, photos, weights, change):
+    trained = torch.load(weights)
+    torch.save({name: value * 2 for name, value in trained.items()}, weights)
+    first, _ = first_feed(open_run("augment.max_rotate=5"), stage=1)
+    before = rows(first)
+    if change == "photo":
+        (photos / "blue" / "0.jpg").write_bytes((photos / "red" / "3.jpg").read_bytes())
+    overrides = {"weights": (f"weights={weights}",), "photo": ()}.get(change, (change,))
+    second, _ = first_feed(open_run("augment.max_rotate=5", *overrides), stage=1)
+    assert not torch.equal(before, rows(second))
+    assert len(entries(room)) == 2
+
+
+def test_views_shrink_to_the_budget(open_run, tmp_path, lines):
+    kept, _ = first_feed(open_run(), stage=1)
+    a_view = kept.kept.shape.size
+    for number, (budget, views) in enumerate(
+        [(10 * a_view, 3), (2.5 * a_view, 2), (0.5 * a_view, 0), (0, 0)]
+    ):
+        there = disk_cache.Room(tmp_path / str(number), int(budget))
+        feed, _ = first_feed(open_run(there=there), stage=1)
+        assert feed.views == views
+        assert bool(feed.kept) == bool(views)
+        for epoch in range(3):
+            rows(feed, epoch)
+        assert there.size() == views * a_view
+        assert not torch.equal(rows(feed, 0), rows(feed, 1))
+    assert [line for line in lines if "2 views of each photo" in line and "3 asked for" in line]
+    assert [line for line in lines if "no views are kept" in line]
+
+
+def test_other_peoples_views_go_first_but_never_the_pixels(open_run, tmp_path):
+    there = disk_cache.Room(tmp_path / "small", 10**9)
+    feed, _ = first_feed(open_run(there=there), stage=1)
+    rows(feed)
+    there = disk_cache.Room(there.folder, there.size())
+    other, _ = first_feed(
+        open_run("seed=3", "stage.tail.views=1", "stage.head.views=0", there=there), stage=1
+    )
+    rows(other)
+    assert there.size() <= there.budget
+    assert len(entries(there)) == 1
+
+
+def test_a_cache_that_cannot_be_used_leaves_memory(open_run, tmp_path, lines):
+    (tmp_path / "file").write_text("")
+    there = disk_cache.Room(tmp_path / "file" / "cache", 10**9)
+    feed, _ = first_feed(open_run(there=there), stage=1)
+    expected, _ = first_feed(open_run(), stage=1)
+    assert torch.equal(rows(feed), rows(expected))
+    assert [line for line in lines if "can't be used" in line]
+
+
+def test_a_resumed_run_takes_turns_with_as_many_views(open_run, tmp_path):
+    small = disk_cache.Room(tmp_path / "small", 0)
+    feed, _ = first_feed(open_run(there=small), stage=1, views=2)
+    whole, _ = first_feed(open_run(), stage=1, views=2)
+    assert (feed.views, whole.views) == (2, 2)
+    for epoch in range(3):
+        assert torch.allclose(rows(feed, epoch), rows(whole, epoch), rtol=1e-4, atol=1e-5)
+    assert torch.equal(rows(whole, 0).sort(0)[0], rows(whole, 2).sort(0)[0])
+
+
+def test_averages_that_still_move_are_validated_live(open_run):
+    settings, classifier, activations = open_run()
+    share = shares(classifier, settings, settings.stage)[0]
+    ema = Ema(classifier, 0.9)
+    _, held_out = activations.feeds(classifier, settings.stage[0], share, ema=ema)
+    assert held_out.keep
+    ema.averages["body.0.0.weight"] += 1
+    _, held_out = activations.feeds(classifier, settings.stage[0], share, ema=ema)
+    assert not held_out.keep
+    before = torch.cat([inputs for inputs, _ in held_out])
+    with ema.swapped():
+        assert not torch.allclose(before, torch.cat([inputs for inputs, _ in held_out]))
+
+
+def test_validation_is_run_once_and_is_the_services(open_run, photos):
+    settings, _, activations = open_run()
+    _, valid = activations.photos.at(settings.preprocess)
+    for keep in (True, False):
+        feed = ValidFeed(valid, nn.Sequential(), settings.preprocess, CPU, keep)
+        for _ in range(2):
+            inputs = torch.cat([batch for batch, _ in feed])
+            assert torch.equal(inputs, normalise(valid.pixels[:], settings.preprocess))
+
+
+SHAPE = Shape(100, (3, 4, 4), torch.bfloat16)
+
+
+def numbered(number):
+    for index in torch.arange(SHAPE.photos).split(7):
+        yield index, (index[:, None, None, None] + number).expand(-1, 3, 4, 4).bfloat16()
+
+
+def is_right(view, number):
+    return bool((view == (torch.arange(100) + number)[:, None, None, None].bfloat16()).all())
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from tests.training.activations.test_cache import SHAPE, Shelf, Views, cache, numbered
+left = int(sys.argv[1])
+def make(number):
+    global left
+    for part in numbered(number):
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield part
+room = cache.Room(Path({room!r}), 10**6)
+views = Views(SHAPE, make, Shelf(room, {name!r}, "test", set(), print))
+views.prepare(range(3))
+"""
+NAME = "activations-" + "0" * 32
+
+
+def test_killed_at_any_part_nothing_is_torn(room, pytestconfig):
+    """Each part of each of three views, in a process of its own, over what the last one left."""
+    code = KILLED.format(here=str(pytestconfig.rootpath), room=str(room.folder), name=NAME)
+    for part in (1, 8, 15, 16, 3):
+        subprocess.run([sys.executable, "-c", code, str(part)], check=False, capture_output=True)
+        for path in room.folder.glob("*/view-*.bin"):
+            number = int(path.stem.partition("-")[2], 16)
+            found = Shelf(room, NAME, "test", set(), print).find(number, SHAPE)
+            assert is_right(found, number)
+    views = Views(SHAPE, numbered, Shelf(room, NAME, "test", set(), print))
+    views.prepare(range(3))
+    assert all(is_right(views[number], number) for number in range(3))
+    assert not list(room.folder.glob("*/partial-*"))
+    assert len(list(room.folder.glob("*/view-*.bin"))) == 3
+
+
+def test_a_file_that_was_cut_is_computed_again(room):
+    shelf = Shelf(room, NAME, "test", set(), print)
+    Views(SHAPE, numbered, shelf).prepare([0])
+    (path,) = room.folder.glob("*/view-*.bin")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert shelf.find(0, SHAPE) is None
+    assert is_right(Views(SHAPE, numbered, shelf)[0], 0)
+
+
+def test_views_in_memory_are_the_same():
+    assert all(is_right(Views(SHAPE, numbered)[number], number) for number in range(2))
+
+
+def test_a_feed_says_where_its_seconds_went(open_run):
+    feed, _ = first_feed(open_run(), stage=1)
+    rows(feed)
+    seconds = feed.clock.read()
+    assert seconds["frozen layers"] > 0
+    assert seconds["augmentation"] > 0
+    assert isinstance(feed, TrainFeed)
+    assert isinstance(feed.draws, Draws)
+
+
+def test_validation_is_shared_and_stays_what_it_is(open_run):
+    """The shared layers run once on the held-out photos, and each stage sees its own outputs."""
+    settings, classifier, activations = open_run()
+    found = shares(classifier, settings, settings.stage)
+    _, head = activations.feeds(classifier, settings.stage[0], found[0])
+    first = [inputs for inputs, _ in head]
+    below = head.below
+    _, tail = activations.feeds(classifier, settings.stage[1], found[1])
+    assert below is tail
+    assert tail._kept
+    for stage, share, shared in zip(settings.stage, found, (torch.cat(first), None), strict=True):
+        alone = open_run()[2]
+        _, own = alone.feeds(classifier, stage, Share(share.depth, share.views))
+        assert own.below is None
+        expected = torch.cat([inputs for inputs, _ in own])
+        got = shared if shared is not None else torch.cat([inputs for inputs, _ in tail])
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,199 @@
+"""The recipes that are shipped: each is valid, says how it is run, and runs."""
+
+import csv
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import fledge
+from tests.training.conftest import coloured
+from training.config import diagnostics, load, sections
+from training.engine import finetune, plan
+from training.models import backbones, classifier
+from training.optim import optimizer as optim
+from training.run import checkpoint
+
+FOLDER = Path("training/recipes")
+NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
+MOBILE = (
+    "arch=mobilenet_v2", "arch_args.width_mult=0.25", "weights=w.pth", "preprocess.size=32",
+    "batch_size=4", "tta.count=2",
+)  # fmt: skip
+COUNTS = {"Abyssinian": 6, "great_pyrenees": 6, "pug": 6}
+"""Photos of each class, coloured one way."""
+
+TINY = {
+    "demo": ("preprocess.size=32", "stage.all.cycle_len=1", "tta.count=2"),
+    "dog-breeds": (
+        *MOBILE, "stage.larger.image_size=40", "stage.longer.image_size=40",
+        "stage.plain.cycle_len=1", "stage.augmented.cycles=1", "stage.larger.cycles=1",
+        "stage.longer.cycles=1",
+    ),
+    "dogs-vs-cats": (*MOBILE, "stage.head.cycles=1", "stage.all.cycles=1"),
+    "flowers": (
+        *MOBILE, "stage.head.cycles=1", "stage.block.cycles=1", "stage.block.unfreeze=['18.*']",
+    ),
+    "pets": (*MOBILE, "stage.head.cycle_len=1", "stage.all.cycle_len=1"),
+    "quick": (
+        *MOBILE, "stage.head.cycle_len=1", "stage.head.lr=0.01", "stage.tail.cycle_len=1",
+    ),
+    "tricks": (*MOBILE, "stage.all.cycle_len=1"),
+}  # fmt: skip
+
+
+def layout(name, root):
+    """The photos as the recipe's header says that they lie; returns what --data is."""
+    photos = coloured(root / "classes", COUNTS)
+    if name in ("flowers", "dogs-vs-cats"):
+        photos.rename(root / "train")
+        coloured(root / "valid", dict.fromkeys(COUNTS, 2))
+        return root
+    if name == "pets":
+        for path in sorted(photos.rglob("*.jpg")):
+            path.rename(photos / f"{path.parent.name}_{path.stem}.jpg")
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+    if name == "dog-breeds":
+        (root / "train").mkdir()
+        (root / "test").mkdir()
+        with (root / "labels.csv").open("w", newline="") as file:
+            out = csv.writer(file)
+            out.writerow(["id", "breed"])
+            for number, path in enumerate(sorted(photos.rglob("*.jpg"))):
+                out.writerow([f"{number:04x}", path.parent.name])
+                path.rename(root / "train" / f"{number:04x}.jpg")
+        for path in (root / "train").glob("*f.jpg"):
+            (root / "test" / f"x{path.name}").write_bytes(path.read_bytes())
+        return root
+    return photos
+
+
+def test_all_that_was_promised_is_there():
+    assert {"flowers", "pets", "dogs-vs-cats", "dog-breeds", "tricks", "quick"} <= set(NAMES)
+    assert set(TINY) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_valid_and_its_header_says_how_to_run_it(name):
+    path = FOLDER / f"{name}.toml"
+    assert load.read(path).name == name
+    header = path.read_text().partition("\nname =")[0]
+    told = [line[1:].strip() for line in header.splitlines() if line.startswith("#   fledge ")]
+    assert told
+    for line in told:
+        words = shlex.split(line)
+        assert words[0] == "fledge"
+        given, rest = fledge._parser().parse_known_args(words[1:])
+        assert (given.recipe, rest) == (path, [])
+        assert given.data
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_fits_its_own_network(name):
+    """Sizes, patterns and rates against the real architecture, without its weights."""
+    read = load.read(FOLDER / f"{name}.toml")
+    classes = {"flowers": 102, "pets": 37, "dog-breeds": 120}.get(name, 2)
+    with torch.device("meta"):
+        backbone = backbones.build(read.arch, read.arch_args)
+        network = classifier.build(read.arch, classes, arch_args=read.arch_args, head=read.head)
+        plan.check(network, read, plan.stages_of(read, pretrained=True))
+    widths = [layer.in_features for layer in network.head if isinstance(layer, torch.nn.Linear)]
+    if name == "flowers":
+        assert widths == [4416, 1024]
+    assert widths[0] == backbone.width * (2 if read.head.kind == "concat_pool" else 1)
+
+
+def rates(name, stage):
+    """(parameter, rate) of all that trains in a stage."""
+    read = load.read(FOLDER / f"{name}.toml")
+    stage = next(item for item in read.stage if item.name == stage)
+    with torch.device("meta"):
+        network = classifier.build(read.arch, 3, arch_args=read.arch_args, head=read.head)
+    network.freeze(
+        stage.unfreeze, batchnorm=stage.batchnorm, frozen_batchnorm=stage.frozen_batchnorm
+    )
+    groups = optim.build(network, read.optimizer, stage, stage.lr).param_groups
+    rate = {id(p): group["base_lr"] for group in groups for p in group["params"]}
+    return {key: rate[id(p)] for key, p in network.named_parameters() if id(p) in rate}
+
+
+def test_the_rates_are_the_traditions():
+    flowers = rates("flowers", "block")
+    assert {key.split(".")[1] for key in flowers if key.startswith("body")} == {"denseblock4"}
+    assert {v for k, v in flowers.items() if k.startswith("body")} == {0.02 / 50}
+    assert {v for k, v in flowers.items() if k.startswith("head")} == {0.02 / 2}
+    pets = set(rates("pets", "all").values())
+    assert sorted(pets) == pytest.approx([1e-6, 10**-5.5, 1e-5])
+    assert sorted(set(rates("dogs-vs-cats", "all").values())) == [1e-4, 1e-3, 1e-2]
+    tricks = rates("tricks", "all")
+    assert {v for k, v in tricks.items() if k.startswith("body")} == {1e-3 / 100}
+    assert {v for k, v in tricks.items() if k.startswith("head")} == {1e-3}
+
+
+@pytest.fixture
+def one_thread():
+    """Batches of four photos are soonest done by one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", NAMES)
+def test_each_runs_on_a_miniature(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read = load.read(FOLDER / f"{name}.toml", TINY[name])
+    if read.weights == "w.pth":
+        weights = tmp_path / "w.pth"
+        network = torchvision.models.get_model(read.arch, weights=None, **read.arch_args)
+        torch.save(network.state_dict(), weights)
+        read = read.model_copy(update={"weights": str(weights)})
+    folder = finetune.run(
+        read, str(layout(name, tmp_path / "photos")), out=tmp_path / "run", device="cpu",
+        say=lambda line: None,
+    )  # fmt: skip
+    info = checkpoint.read_info(folder / "best.json")
+    assert info.classes == tuple(COUNTS)
+    photos = {"flowers": (18, 6), "dogs-vs-cats": (18, 6), "pets": (9, 9)}.get(name, (15, 3))
+    assert (info.data["train"], info.data["valid"]) == photos
+    assert 0 <= info.metrics["accuracy"] <= 1
+    assert ("accuracy_tta" in info.metrics) == (read.tta.count > 0)
+    epochs = (folder / "metrics.csv").read_text().splitlines()[1:]
+    assert len(epochs) == sum(stage.epochs for stage in read.stage)
+
+
+def technique_rows():
+    page = Path("docs/recipe.md").read_text().partition("## Every technique")[2]
+    return [
+        [cell.strip() for cell in line.strip("| ").split(" | ")]
+        for line in re.findall(r"^\| [^-].*\|$", page, re.MULTILINE)
+    ][1:]
+
+
+def test_the_table_of_techniques_lists_every_option_that_is_one():
+    defaults = {}
+    for name, section in diagnostics.SECTIONS.items():
+        if name in ("preprocess", "stage.lr", "stage.augment"):
+            continue
+        filled = sections.AugmentConfig().model_dump() if name == "augment" else {}
+        for key, field in section.model_fields.items():
+            default = filled.get(key, field.get_default(call_default_factory=True))
+            default = list(default) if isinstance(default, tuple) else default
+            defaults[f"{name}.{key}".lstrip(".")] = default
+    told = set()
+    for technique, option, *rest in technique_rows():
+        assert rest[0], technique
+        names = re.findall(r"`([a-z][a-z_.0-9]+)`", option)
+        stated = re.findall(r"`([^`]*)`", rest[1]) if len(rest) > 1 else []
+        values = [tomllib.loads(f"v = {text}")["v"] for text in stated]
+        assert values == [defaults[name] for name in names], technique
+        told |= set(names)
+    plain = {"name", "arch", "arch_args", "seed", "batch_size", "stage.name", "stage"}
+    plain |= {"data.columns", "data.images", "data.suffix"} | set(diagnostics.SECTIONS)
+    assert defaults.keys() - told - plain == set()

@@ -1,0 +1,296 @@
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from serving.errors import DataError, OptionError
+from tests.support.tiny_bundle import photo
+from training.config.sections import DataConfig
+from training.data import dataset, layouts
+
+
+def make(root, counts, size=(20, 16)):
+    number = 0
+    for name, count in counts.items():
+        for i in range(count):
+            path = root / name / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(photo(number, size))
+            number += 1
+    return root
+
+
+def test_every_photo_is_in_exactly_one_part_and_classes_keep_their_shares(tmp_path):
+    root = make(tmp_path / "d", {"a": 10, "b": 20, "c": 2})
+    found = dataset.load(str(root), config=DataConfig(valid=0.2), seed=3)
+    parts = [set(found.train), set(found.valid)]
+    assert not parts[0] & parts[1]
+    assert len(parts[0] | parts[1]) == 32
+    assert Counter(s.label for s in found.valid) == {0: 2, 1: 4, 2: 1}
+
+
+def test_the_split_follows_the_seed_and_nothing_else(tmp_path):
+    root = make(tmp_path / "d", {"a": 10, "b": 10})
+    assert dataset.load(str(root), seed=1) == dataset.load(str(root), seed=1)
+    assert dataset.load(str(root), seed=1) != dataset.load(str(root), seed=2)
+    held = {s.path for s in dataset.load(str(root), seed=1).valid if s.path.parent.name == "a"}
+    make(root, {"c": 10})
+    later = {s.path for s in dataset.load(str(root), seed=1).valid if s.path.parent.name == "a"}
+    assert held == later  # another class does not move this one's
+
+
+def test_class_names_are_in_natural_order(tmp_path):
+    root = make(tmp_path / "d", {"10": 2, "2": 2, "1": 2})
+    assert dataset.load(str(root)).classes == ("1", "2", "10")
+
+
+@pytest.mark.parametrize("valid", ["valid", "val"])
+def test_train_and_valid_folders(tmp_path, valid):
+    make(tmp_path / "d" / "train", {"a": 3, "b": 3})
+    make(tmp_path / "d" / valid, {"a": 1, "b": 2})
+    make(tmp_path / "d" / "test", {"a": 1})
+    found = dataset.load(str(tmp_path / "d"))
+    assert (len(found.train), len(found.valid), len(found.test)) == (6, 3, 1)
+
+
+def test_a_split_file_with_fold_numbers(tmp_path):
+    root = make(tmp_path / "d", {"a": 4, "b": 4})
+    rows = [f"{c}/{i}.jpg,{'test' if i == 3 else i % 3}" for c in "ab" for i in range(4)]
+    (tmp_path / "s.csv").write_text("\n".join(["path,fold", *rows]))
+    found = dataset.load(str(root), split=tmp_path / "s.csv", config=DataConfig(fold=1))
+    assert {s.path.name for s in found.valid} == {"1.jpg"}
+    assert {s.path.name for s in found.test} == {"3.jpg"}
+    assert {s.path.name for s in found.train} == {"0.jpg", "2.jpg"}
+    with pytest.raises(OptionError, match=r"fold = 7.*folds 0, 1, 2"):
+        dataset.load(str(root), split=tmp_path / "s.csv", config=DataConfig(fold=7))
+
+
+def test_a_split_file_from_a_spreadsheet(tmp_path):
+    root = make(tmp_path / "d", {"a": 2, "b": 2})
+    rows = "path,fold\r\na/0.jpg,01\r\na/1.jpg,2\r\nb/0.jpg,1\r\nb/1.jpg,2\r\n"
+    (tmp_path / "s.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
+    found = dataset.load(str(root), split=tmp_path / "s.csv", config=DataConfig(fold=1))
+    assert {s.path.name for s in found.valid} == {"0.jpg"}
+
+
+def test_parts_are_told_from_classes(tmp_path):
+    make(tmp_path / "c", {"train": 3, "test": 3})  # classes of those names
+    assert dataset.load(str(tmp_path / "c")).classes == ("test", "train")
+    make(tmp_path / "d" / "train", {"a": 3, "b": 3})
+    make(tmp_path / "d" / "test", {"a": 3, "b": 3})
+    (tmp_path / "d" / "__MACOSX").mkdir()
+    with pytest.raises(DataError, match="but no valid/"):
+        dataset.load(str(tmp_path / "d"))
+    make(tmp_path / "d" / "valid", {"a": 3, "b": 3})
+    assert len(dataset.load(str(tmp_path / "d")).valid) == 6
+    make(tmp_path / "d", {"extra": 1})
+    with pytest.raises(DataError, match="beside them 'extra/'"):
+        dataset.load(str(tmp_path / "d"))
+    make(tmp_path / "e" / "train", {"a": 3, "b": 3})
+    make(tmp_path / "e" / "valid", {"a": 1, "b": 1})
+    make(tmp_path / "e" / "val", {"a": 1, "b": 1})
+    with pytest.raises(DataError, match="both valid/ and val/"):
+        dataset.load(str(tmp_path / "e"))
+
+
+def test_a_class_without_a_readable_photo_is_not_dropped_silently(tmp_path):
+    root = make(tmp_path / "d", {"a": 3, "b": 3})
+    (root / "c").mkdir()
+    (root / "c" / "0.heic").write_bytes(b"heic")
+    with pytest.raises(DataError, match="'c' holds no photo that can be read"):
+        dataset.load(str(root))
+
+
+def test_order_does_not_depend_on_the_file_system():
+    assert sorted(["01.jpg", "1.jpg", "10.jpg", "2.jpg"], key=layouts.natural) == [
+        "01.jpg", "1.jpg", "2.jpg", "10.jpg",
+    ]  # fmt: skip
+
+
+def test_hidden_files_and_other_files_are_no_photos(tmp_path):
+    root = make(tmp_path / "d", {"a": 3, "b": 3})
+    (root / "a" / "._0.jpg").write_bytes(b"mac")
+    (root / "a" / "notes.txt").write_text("hello")
+    (root / ".cache").mkdir()
+    found = dataset.load(str(root))
+    assert len(found.train) + len(found.valid) == 6
+    assert found.classes == ("a", "b")
+
+
+def test_a_split_written_is_the_split_read(tmp_path):
+    root = make(tmp_path / "d", {"a": 5, 'b, "quoted"': 5})
+    os.rename(root / "a" / "0.jpg", root / "a" / "new\nline.jpg")
+    found = dataset.load(str(root))
+    dataset.write_split(found, tmp_path / dataset.SPLIT)
+    (tmp_path / "best.json").write_text(
+        '{"schema": 1, "name": "n", "arch": "x", "classes": ["a", "b, \\"quoted\\""],'
+        f'"preprocess": {{}}, "data": {{"source": "{root}", "root": "{root}"}}}}'
+    )
+    assert dataset.of_run(tmp_path) == found
+    found.valid[0].path.rename(tmp_path / "away")
+    with pytest.raises(
+        DataError, match=r"1 valid photo is gone in .*; put back what is gone, or train anew"
+    ):
+        dataset.of_run(tmp_path)
+    assert dataset.of_run(tmp_path, part="") == dataset.of_run(tmp_path, part="train") == found
+    (tmp_path / "away").rename(found.valid[0].path)
+    moved = root.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="--data"):
+        dataset.of_run(tmp_path)
+    assert dataset.of_run(tmp_path, moved).fingerprint == dataset.load(str(moved)).fingerprint
+
+
+def test_the_fingerprint_changes_with_the_photos(tmp_path):
+    root = make(tmp_path / "d", {"a": 5, "b": 5})
+    before = dataset.load(str(root)).fingerprint
+    assert dataset.load(str(root)).fingerprint == before
+    assert not dataset.changed({"fingerprint": before}, dataset.load(str(root)))
+    assert not dataset.changed({}, dataset.load(str(root)))  # nothing was written down
+    (root / "a" / "0.jpg").write_bytes(b"longer than before" * 1000)
+    assert dataset.load(str(root)).fingerprint != before
+    assert dataset.changed({"fingerprint": before}, dataset.load(str(root)))
+
+
+def test_a_split_file_of_a_run_needs_the_photos_that_are_asked_for(tmp_path):
+    root = make(tmp_path / "d", {"a": 5, "b": 5})
+    found = dataset.load(str(root))
+    dataset.write_split(found, tmp_path / "s.csv")
+    args = (tmp_path / "s.csv", root, found.classes, "photos")
+    assert dataset.from_split_file(*args).source == "photos"
+    found.train[0].path.unlink()
+    with pytest.raises(DataError, match="1 train photo is gone"):
+        dataset.from_split_file(*args)
+    assert len(dataset.from_split_file(*args, needed=("valid",)).train) == len(found.train)
+    with pytest.raises(DataError, match=r"s\.csv can't be read"):
+        dataset.from_split_file(tmp_path / "s.csv", root, ("a", "c"), "photos")
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({}, "holds no folder with photos"),
+        ({"a": 5}, "has one class, 'a'"),
+        ({"a": 5, "b": 1}, "class 'b' has one photo"),
+    ],
+)
+def test_folders_that_can_not_be_trained_on(tmp_path, counts, message):
+    (tmp_path / "d").mkdir()
+    make(tmp_path / "d", counts)
+    with pytest.raises(DataError, match=message):
+        dataset.load(str(tmp_path / "d"))
+
+
+def test_missing_things_are_named(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        dataset.load(str(tmp_path / "nowhere"))
+    root = make(tmp_path / "d", {"a": 3, "b": 3})
+    with pytest.raises(DataError, match="no such file"):
+        dataset.load(str(root), split=tmp_path / "nowhere.csv")
+    make(tmp_path / "f" / "valid", {"a": 3, "b": 3})
+    make(tmp_path / "f" / "test", {"a": 3, "b": 3})
+    with pytest.raises(DataError, match="has valid/, test/ but no train/"):
+        dataset.load(str(tmp_path / "f"))
+    make(tmp_path / "e" / "train", {"a": 3, "b": 3})
+    with pytest.raises(DataError, match="no valid/"):
+        dataset.load(str(tmp_path / "e"))
+    (tmp_path / "e" / "val").mkdir()
+    with pytest.raises(DataError, match=r"e/val is empty; expected val/CLASS/photo\.jpg"):
+        dataset.load(str(tmp_path / "e"))
+    make(tmp_path / "e", {"val": 1})
+    with pytest.raises(DataError, match="e/val holds no folder with photos; expected val/CLASS/"):
+        dataset.load(str(tmp_path / "e"))
+    make(tmp_path / "flat", {".": 3})
+    with pytest.raises(DataError, match=r"flat/CLASS/photo\.jpg, or .*data\.pattern.*data\.csv"):
+        dataset.load(str(tmp_path / "flat"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,part\n", "first line must be 'path,fold'; it has 'file', 'part'"),
+        ("path;fold\na/0.jpg;0\n", "first line must be 'path,fold'; it has 'path;fold'"),
+        ("", "first line must be 'path,fold'; it has nothing"),
+        (f"path,fold\na/0.jpg,{'1' * 5000}\n", "line 2: fold '111.*…1.* is not train"),
+        (f"path,fold\na/{'n' * 300}.jpg,0\n", "1 files that are not there.* as 'a/nnn.*…n"),
+        ("path,fold\na/0.jpg,maybe\n", "line 2: fold 'maybe'"),
+        ("path,fold\n../x/0.jpg,0\n", "line 2: path"),
+        ("path,fold\n/a/0.jpg,0\n", "line 2: path"),
+        ("path,fold\na/0.jpg,0\na/99.jpg,1\n", "names 1 files that are not there"),
+        (
+            "path,fold\na/0.jpg,train\nb/0.jpg,train\n",
+            r"--split .*s\.csv: the valid part is empty; give some rows the fold valid, or number",
+        ),
+        (
+            "path,fold\n" + "a/0.jpg,x\n" * 7,
+            "s.csv has 7 mistakes:\n  line 2: fold 'x' is.*\n  line 3: .*\n  line 4: .*\n  line 5: "
+            ".*\n  line 6: .*\n  and 2 more$",
+        ),
+        ("path,fold\na/0.jpg,0\na/./0.jpg,1\n", "names 'a/./0.jpg' twice"),
+        ("path,fold\na/0.jpg,²\n", "line 2: fold"),
+    ],
+)
+def test_bad_split_files(tmp_path, text, message):
+    root = make(tmp_path / "d", {"a": 3, "b": 3})
+    (tmp_path / "s.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        dataset.load(str(root), split=tmp_path / "s.csv")
+
+
+def test_a_folder_is_no_split_file(tmp_path):
+    root = make(tmp_path / "d", {"a": 3, "b": 3})
+    with pytest.raises(DataError, match=rf"^--split {tmp_path}: a folder, not a CSV 'path,fold'$"):
+        dataset.load(str(root), split=tmp_path)
+    with pytest.raises(DataError, match=r"^--split /dev/null/x can't be read: Not a directory$"):
+        dataset.load(str(root), split=Path("/dev/null/x"))
+
+
+def test_spaces_in_a_split_file_are_nobody_s_name(tmp_path):
+    root = make(tmp_path / "d", {"a": 2, "b": 2})
+    rows = ["path, fold", *(f"{c}/{i}.jpg , {i}" for c in "ab" for i in range(2))]
+    (tmp_path / "s.csv").write_text("\n".join(rows))
+    assert len(dataset.load(str(root), split=tmp_path / "s.csv").valid) == 2
+
+
+@pytest.mark.parametrize("named", [{}, {"folds": 2}])
+def test_a_class_whose_name_is_no_utf_8_is_named(tmp_path, named):
+    root = make(tmp_path / "d", {"a": 3, "caf\udce9": 3})
+    with pytest.raises(DataError, match=r"class 'caf\\udce9' is no UTF-8 name; rename it"):
+        dataset.load(str(root), config=DataConfig(**named))
+
+
+def test_a_split_with_carriage_returns_is_the_split_read(tmp_path):
+    root = make(tmp_path / "d", {"a\rb": 4, " c,\n": 4})
+    os.rename(root / "a\rb" / "0.jpg", root / "a\rb" / "0\r.jpg")
+    found = dataset.load(str(root))
+    dataset.write_split(found, tmp_path / dataset.SPLIT)
+    again = dataset.from_split_file(
+        tmp_path / dataset.SPLIT, found.root, found.classes, found.source
+    )
+    assert again == found
+
+
+def test_names_in_errors_are_one_short_line(tmp_path):
+    root = make(tmp_path / "d", {"a\nb" + "c" * 200: 1, "d": 3})
+    with pytest.raises(DataError) as caught:
+        dataset.load(str(root))
+    assert str(caught.value).startswith(r"class 'a\nbccc")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-this-name/x", "n" * 300])
+def test_a_folder_that_can_not_be_is_no_folder(source):
+    with pytest.raises(DataError, match=r"--data '.*': no such folder"):
+        dataset.load(source)
+
+
+def test_what_the_system_refuses_is_a_line(tmp_path, monkeypatch):
+    root = make(tmp_path / "d", {"a": 3, "b": 3})
+
+    def closed(*_):
+        raise PermissionError(13, "Permission denied", str(root / "a"))
+
+    monkeypatch.setattr(layouts, "find", closed)
+    with pytest.raises(DataError, match=r"--data '.*d': '.*a': Permission denied"):
+        dataset.load(str(root))

@@ -1,0 +1,222 @@
+"""The embedded data set: reproducible, whole or absent, and not to be told by colour."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from serving.errors import DataError, OptionError
+from training.data import sample
+
+Features = NDArray[np.float64]
+
+CHANCE = 1 / len(sample.CLASSES)
+
+
+def picture(label: str, *key: int, size: int = 64) -> bytes:
+    return sample.paint(label, np.random.default_rng(key), size).tobytes()
+
+
+@pytest.mark.parametrize("label", sample.CLASSES)
+def test_same_seed_same_bytes(label: str) -> None:
+    assert picture(label, 3, 1) == picture(label, 3, 1)
+    assert picture(label, 3, 1) != picture(label, 3, 2)
+
+
+@pytest.mark.parametrize("size", [32, 97, 160])
+def test_paints_rgb_of_the_size_asked_for(size: int) -> None:
+    painted = sample.paint("lily", np.random.default_rng(0), size)
+    assert (painted.mode, painted.size) == ("RGB", (size, size))
+    assert np.asarray(painted).std() > 5
+
+
+def test_there_are_classes_in_order() -> None:
+    assert len(set(sample.CLASSES)) == len(sample.CLASSES) >= 8
+    assert list(sample.CLASSES) == sorted(sample.CLASSES)  # as a folder reader will number them
+
+
+def test_unknown_class_is_a_key_error() -> None:
+    with pytest.raises(KeyError):
+        sample.paint("cactus", np.random.default_rng(0))
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.jpg")}
+
+
+def test_write_counts_and_repeats(tmp_path: Path) -> None:
+    first = read(sample.write(tmp_path / "a", per_class=3, size=48))
+    assert set(first) == {f"{c}/{i:04d}.jpg" for c in sample.CLASSES for i in range(3)}
+    assert len(set(first.values())) == len(first)
+    assert read(sample.write(tmp_path / "b", per_class=3, size=48)) == first
+    other = read(sample.write(tmp_path / "c", per_class=3, size=48, seed=1))
+    assert not set(first.values()) & set(other.values())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_a_picture_does_not_depend_on_how_many_are_written(tmp_path: Path) -> None:
+    few = read(sample.write(tmp_path / "few", per_class=1, size=48))
+    many = read(sample.write(tmp_path / "many", per_class=2, size=48))
+    assert few.items() <= many.items()
+
+
+def test_write_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    painted = []
+
+    def fails_at_the_fifth(label: str, rng: np.random.Generator, size: int) -> Image.Image:
+        painted.append(label)
+        if len(painted) == 5:
+            raise KeyboardInterrupt
+        return Image.new("RGB", (size, size))
+
+    monkeypatch.setattr(sample, "paint", fails_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        sample.write(tmp_path / "set", per_class=2, size=48)
+    assert len(painted) == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_is_not_seen_before_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen = tmp_path / "set", []
+
+    def looks(label: str, rng: np.random.Generator, size: int) -> Image.Image:
+        seen.append(folder.exists())
+        return Image.new("RGB", (size, size))
+
+    monkeypatch.setattr(sample, "paint", looks)
+    sample.write(folder, per_class=1, size=48)
+    assert len(seen) == len(sample.CLASSES)
+    assert not any(seen)
+    assert folder.is_dir()
+
+
+def test_what_a_killed_write_left_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sample, "write", partial(sample.write, per_class=1, size=48))
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    for _ in range(2):  # the set is written, then it is there
+        place = tmp_path / "fledge"
+        name = sample.cached().name
+        for process in (ended.pid, os.getppid()):
+            (place / f".{name}.partial-{process}" / "daisy").mkdir(parents=True)
+        sample.cached()
+        assert {p.name for p in place.iterdir()} == {name, f".{name}.partial-{os.getppid()}"}
+        shutil.rmtree(place / f".{name}.partial-{os.getppid()}")
+
+
+def test_write_refuses_an_existing_folder(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "mine.txt").write_text("kept")
+    with pytest.raises(DataError, match="exists already"):
+        sample.write(tmp_path / "set", per_class=1)
+    assert [p.name for p in (tmp_path / "set").iterdir()] == ["mine.txt"]
+
+
+def test_write_refuses_a_place_that_can_not_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OptionError, match=r"^/.*/file/set: /.*/file can't be written to; choose"):
+        sample.write(tmp_path / "file" / "set", per_class=1)
+
+
+@pytest.mark.parametrize("wrong", [{"per_class": 0}, {"seed": -1}, {"size": 8}])
+def test_write_refuses_numbers_out_of_range(tmp_path: Path, wrong: dict[str, int]) -> None:
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(DataError, match=rf"^--{name.replace('_', '-')} {value}: use \d+ or more$"):
+        sample.write(tmp_path / "set", **wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cached_is_written_once_and_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    written = []
+
+    def other_process_is_first(folder: Path, *, seed: int) -> Path:
+        written.append(seed)
+        folder.mkdir(parents=True)
+        raise DataError(f"{folder} exists already")
+
+    monkeypatch.setattr(sample, "write", other_process_is_first)
+    folder = sample.cached()
+    assert folder.parent == tmp_path / "fledge"
+    assert folder.name.startswith(f"sample-v{sample.VERSION}-")
+    assert sample.cached() == folder
+    assert sample.cached(seed=1) != folder
+    assert written == [0, 1]
+
+
+def test_cached_passes_on_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(DataError, match="seed"):
+        sample.cached(seed=-1)
+
+
+def test_contact_sheet_has_a_row_a_class() -> None:
+    sheet = sample.contact_sheet(columns=2, size=48)
+    assert sheet.width == 96
+    assert sheet.height % len(sample.CLASSES) == 0
+    assert sheet.height > 48 * len(sample.CLASSES)
+
+
+# --- colour and rough layout must not give the class away ---------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures() -> tuple[list[Image.Image], NDArray[np.int64]]:
+    """40 pictures of each class and their labels [400]."""
+    count = 40
+    painted = [
+        sample.paint(label, np.random.default_rng([7, row, index]), 64)
+        for row, label in enumerate(sample.CLASSES)
+        for index in range(count)
+    ]
+    return painted, np.repeat(np.arange(len(sample.CLASSES)), count)
+
+
+def histogram(image: Image.Image) -> Features:
+    """Roots of the shares of 8 x 8 x 8 colours [512]."""
+    levels = np.asarray(image).reshape(-1, 3) // 32
+    counts = np.bincount(levels @ np.array([64, 8, 1]), minlength=512)
+    return np.asarray(np.sqrt(counts / counts.sum()), np.float64)
+
+
+def thumbnail(image: Image.Image) -> Features:
+    """Pixels of the picture at 16 x 16 [768], 0 to 1."""
+    return np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float64).ravel() / 255
+
+
+def linear_accuracy(features: Features, labels: NDArray[np.int64]) -> tuple[float, float]:
+    """Accuracy of a logistic regression where it was fitted, and on every fourth picture."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    valid = np.arange(len(labels)) % 4 == 0
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=500))
+    model.fit(features[~valid], labels[~valid])
+    fitted = model.score(features[~valid], labels[~valid])
+    return float(fitted), float(model.score(features[valid], labels[valid]))
+
+
+@pytest.mark.parametrize("describe", [histogram, thumbnail])
+def test_a_linear_model_can_not_tell_the_classes(
+    pictures: tuple[list[Image.Image], NDArray[np.int64]], describe: object
+) -> None:
+    assert callable(describe)
+    images, labels = pictures
+    fitted, valid = linear_accuracy(np.stack([describe(image) for image in images]), labels)
+    assert fitted > 0.6, "the regression itself must work, or the next line says nothing"
+    assert CHANCE < valid < 0.5  # the promise is 0.6

@@ -1,0 +1,356 @@
+"""Several processes train as one: gloo, on a CPU, started by torchrun as a person starts them."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from serving.errors import DataError
+from serving.utils import progress
+from tests.training.conftest import RECIPE, coloured
+from tests.training.engine.test_resume import result
+from training.config import load as config
+from training.distributed import torchrun as distributed
+from training.distributed.process_group import ALONE, Team
+from training.engine import finetune as fine_tune
+from training.models import classifier as model
+from training.run import checkpoint
+
+ROOT = Path(__file__).parents[3]
+
+# Starts `fledge` with a fault: each process ends, or fails, or writes down what it sees.
+WORKER = """
+import hashlib, json, os, signal, sys
+import fledge
+from serving.errors import WorkError
+from training.engine import epoch as trainer
+from training.optim import optimizer as optim
+
+fault, folder = os.environ["FAULT"], os.environ["NOTES"]
+rank = os.environ["RANK"]
+train_epoch, validate, find_lr = trainer.train_epoch, trainer.validate, trainer.find_lr
+
+def note(what):
+    with open(f"{folder}/{rank}.jsonl", "a") as file:
+        file.write(json.dumps(what) + "\\n")
+
+def epoch_with_fault(classifier, stage, recipe, optimizer, feed, epoch, *rest):
+    if stage.name == "all" and epoch == 1 and fault == "fail" and rank == "1":
+        raise WorkError("rose.jpg can't be read any more: mend it")
+    if stage.name == "all" and epoch == 1 and fault == "kill":
+        step = optim.step
+        optim.step = lambda *args: (step(*args), os.kill(os.getpid(), signal.SIGKILL))
+    return train_epoch(classifier, stage, recipe, optimizer, feed, epoch, *rest)
+
+def noted_validate(classifier, *rest):
+    known = hashlib.sha256()
+    for value in classifier.state_dict().values():
+        known.update(value.contiguous().numpy().tobytes())
+    found = validate(classifier, *rest)
+    note([known.hexdigest(), *found])
+    return found
+
+def noted_find_lr(*args):
+    curve = find_lr(*args)
+    note([curve.rates, curve.losses, curve.valley])
+    return curve
+
+trainer.train_epoch = epoch_with_fault
+trainer.validate, trainer.find_lr = noted_validate, noted_find_lr
+sys.exit(fledge.main(sys.argv[1:]))
+"""
+
+
+def torchrun(*words, **env):
+    """What a person sees of a command that torchrun starts in two processes."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*start, *map(str, words)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=distributed.STEP.total_seconds() / 2,  # one that hangs takes longer
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A folder with photos, weights for a network whose BatchNorms have seen some, and a worker."""
+    root = tmp_path_factory.mktemp("distributed")
+    coloured(root / "photos", {"blue": 28, "green": 28, "red": 28})
+    torch.manual_seed(0)
+    network = torchvision.models.mobilenet_v2(width_mult=0.25).train()
+    with torch.no_grad():
+        for _ in range(20):
+            network(torch.randn(16, 3, 32, 32))
+    torch.save(network.state_dict(), root / "w.pth")
+    (root / "worker.py").write_text(WORKER)
+    return root
+
+
+def write(setting, name, stages, *overrides):
+    """A recipe's file, and the overrides that its runs have in common."""
+    path = setting / f"{name}.toml"
+    path.write_text(RECIPE.format(stages=stages))
+    return path, (f"weights={setting / 'w.pth'}", "data.valid=0.5", *overrides)
+
+
+def rows(folder, name):
+    with (folder / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def said(done):
+    """The lines of ours on stderr."""
+    return [line for line in done.stderr.splitlines() if line]
+
+
+def worker(setting, folder, fault, *words):
+    """A run with a fault, and what each of its processes wrote down."""
+    notes = folder.with_name(f"{folder.name}-notes")
+    notes.mkdir(exist_ok=True)
+    done = torchrun(setting / "worker.py", *words, FAULT=fault, NOTES=str(notes))
+    paths = [notes / f"{rank}.jsonl" for rank in (0, 1)]
+    return done, [path.read_text().splitlines() if path.exists() else [] for path in paths]
+
+
+# 42 photos to train on in batches of 13: 7 and 6 for the processes, and a last one of 3, which is
+# too small to be shared out. 42 to validate: 32 and 10.
+ALIKE = """
+[[stage]]
+name = "head"
+lr = 0.01
+cycle_len = 2
+views = 2
+[[stage]]
+name = "all"
+unfreeze = "all"
+lr = { low = 0.001, high = 0.01 }
+schedule = "one_cycle"
+cycle_len = 2
+"""
+EXACT = (
+    *("head.kind=linear", "head.dropout=0.0", "batch_size=13", "label_smoothing=0.1"),
+    *("optimizer.ema=0.8", "optimizer.accumulate=2", "optimizer.clip_norm=1.0"),
+)
+
+
+@pytest.fixture(scope="module")
+def alike(setting):
+    """A run of one process, and the same one of two, with what it said."""
+    path, overrides = write(setting, "alike", ALIKE, *EXACT)
+    one, two = setting / "one", setting / "two"
+    request = config.read(path, overrides)
+    fine_tune.run(request, str(setting / "photos"), out=one, device="cpu", say=lambda line: None)
+    words = ("train", path, "--data", setting / "photos", "--out", two, "--device", "cpu")
+    done = torchrun("-m", "fledge", *words, *overrides)
+    assert done.returncode == 0, done.stderr
+    return one, two, done
+
+
+def test_two_processes_make_the_losses_of_one(alike):
+    one, two, _ = alike
+    for name, columns in {
+        "steps.csv": ("loss",),
+        "metrics.csv": ("train_loss", "valid_loss"),
+    }.items():
+        expected, found = rows(one, name), rows(two, name)
+        assert len(expected) == len(found) == (8 if name == "steps.csv" else 4)
+        for a, b in zip(expected, found, strict=True):
+            for column in columns:
+                assert float(b[column]) == pytest.approx(float(a[column]), rel=1e-5)
+            same = set(a) - set(columns) - {"seconds"}
+            assert {key: a[key] for key in same} == {key: b[key] for key in same}
+    ours, theirs = (checkpoint.load(folder)[0].state_dict() for folder in (one, two))
+    for name, value in ours.items():
+        assert torch.allclose(value, theirs[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_one_process_writes_and_speaks(alike):
+    one, two, done = alike
+    assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
+    assert len(list((two / "events").iterdir())) == 1
+    for name, key in (
+        ("steps.csv", ("stage", "epoch", "step")),
+        ("metrics.csv", ("stage", "epoch")),
+    ):
+        seen = [tuple(row[k] for k in key) for row in rows(two, name)]
+        assert len(seen) == len(set(seen))
+    lines = said(done)
+    assert len(lines) == len(set(lines)), done.stderr
+    assert sum(", 2 processes" in line for line in lines) == 1
+    assert sum("next: fledge export" in line for line in lines) == 1
+    assert done.stdout == ""
+
+
+MOVING = """
+[[stage]]
+name = "head"
+lr = "find"
+[[stage]]
+name = "all"
+unfreeze = "all"
+lr = 0.001
+cycle_len = 6
+"""
+
+
+def test_batchnorms_that_train_end_where_one_process_ends(setting):
+    """And lr_find picks the same rate everywhere, and all keep the same weights."""
+    network = ("arch=resnet18", "arch_args={}", "weights=none", "optimizer.kind=adamw")
+    path, overrides = write(setting, "moving", MOVING, "lr_find.steps=30", "optimizer.ema=0.5")
+    overrides += network
+    one, two = setting / "moving-one", setting / "moving-two"
+    request = config.read(path, overrides)
+    fine_tune.run(request, str(setting / "photos"), out=one, device="cpu", say=lambda line: None)
+    words = ("train", path, "--data", setting / "photos", "--out", two, "--device", "cpu")
+    done, (first, second) = worker(setting, two, "none", *words, *overrides)
+    assert done.returncode == 0, done.stderr
+    assert len(first) == 8  # a curve, and seven epochs
+    assert first == second
+    picked = json.loads(first[0])[2]
+    assert float(rows(two, "steps.csv")[0]["lr"].split()[-1]) == pytest.approx(picked)
+    a, b = (float(rows(folder, "metrics.csv")[-1]["accuracy"]) for folder in (one, two))
+    # Two standard errors of a difference, of 42 photos at the accuracy of both.
+    p = min(max((a + b) / 2, 0.1), 0.9)
+    assert abs(a - b) <= 2 * (2 * p * (1 - p) / 42) ** 0.5, (a, b)
+    assert b > 0.8
+
+
+# Everything that has a state, in each process: masks of dropout, moving statistics, averages.
+STATES = """
+[[stage]]
+name = "head"
+cycle_len = 1
+lr = 0.02
+views = 2
+[[stage]]
+name = "all"
+unfreeze = "all"
+lr = 0.02
+cycle_len = 3
+batchnorm = "train"
+augment = { mixup = 0.4 }
+[[stage]]
+name = "tail"
+lr = 0.01
+"""
+STATE_OVERRIDES = ("batch_size=9", "optimizer.ema=0.8", "head.dropout=0.5")
+
+
+@pytest.fixture(scope="module")
+def whole(setting):
+    """How a run of two processes ends that nothing happened to."""
+    path, overrides = write(setting, "states", STATES, *STATE_OVERRIDES)
+    words = ("train", path, "--data", setting / "photos", "--device", "cpu", *overrides)
+    done = torchrun("-m", "fledge", *words, "--out", setting / "whole")
+    assert done.returncode == 0, done.stderr
+    return words, setting / "whole"
+
+
+def test_killed_it_goes_on_to_the_same_bits(whole, setting):
+    words, reference = whole
+    folder = setting / "killed"
+    done, _ = worker(setting, folder, "kill", *words, "--out", folder)
+    assert done.returncode != 0
+    assert len(rows(folder, "metrics.csv")) == 2
+    done = torchrun("-m", "fledge", "train", "--resume", folder)
+    assert done.returncode == 0, done.stderr
+    assert sum("going on after 2 finished epochs" in line for line in said(done)) == 1
+    assert result(folder) == result(reference)
+
+
+def test_a_process_that_fails_ends_the_run_in_a_line(whole, setting):
+    words, _ = whole
+    folder = setting / "failed"
+    done, _ = worker(setting, folder, "fail", *words, "--out", folder)
+    assert done.returncode != 0
+    ours = [line for line in said(done) if line.startswith(("fledge:", "stopped:", "interrupted:"))]
+    assert ours == [
+        "stopped: 2 finished epochs are kept; go on with: torchrun … -m fledge train "
+        f"--resume {folder}",
+        "fledge: rose.jpg can't be read any more: mend it",
+    ]
+    lines = []
+    fine_tune.resume(folder, say=lines.append)  # by one process
+    warning = "warning: it was begun by 2 processes and goes on by 1: not to the same bits"
+    assert warning in lines
+    assert len(rows(folder, "metrics.csv")) == 5
+
+
+def test_a_mistake_is_told_once(setting):
+    path, overrides = write(setting, "mistaken", ALIKE, *EXACT)
+    words = ("-m", "fledge", "train", path, "--data", setting / "photos", *overrides)
+    done = torchrun(*words, "batch_size=3")
+    assert [line for line in said(done) if "fledge:" in line] == [
+        "fledge: batch_size = 3: it is shared out among 2 processes, 2 photos or more to each: use "
+        "4 or more, or fewer processes"
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("photos", [2, 3, 4, 5, 15, 16, 17, 33])
+def test_parts_make_up_a_batch_and_weights_its_mean(size, photos):
+    index, values = torch.arange(photos) * 10, torch.rand(photos, dtype=torch.float64)
+    parts = [Team(rank, size).part(index) // 10 for rank in range(size)]
+    assert all(len(part) >= 2 for part in parts)
+    if photos >= 2 * size:
+        assert sorted(torch.cat(parts).tolist()) == list(range(photos))
+    weighted = [values[p].mean() * Team(0, size).weight(len(p), photos) for p in parts]
+    assert torch.stack(weighted).mean().item() == pytest.approx(values.mean().item(), rel=1e-12)
+
+
+def test_alone_nothing_is_copied_or_wrapped(tmp_path):
+    net, values = torch.nn.Linear(2, 2), torch.ones(3)
+    assert ALONE.wrap(net) is net
+    assert ALONE.total(values) is values
+    assert ALONE.mean(values) is values
+    assert ALONE.overall(values, 3) is values
+    with ALONE.copied(tmp_path, ("a",)) as here:
+        assert here == tmp_path
+    with distributed.joined() as team:
+        assert team is ALONE
+
+
+def test_synchronised_batchnorms_are_the_same_but_for_the_frozen_ones():
+    torch.manual_seed(0)
+    classifier = model.build("mobilenet_v2", 3, arch_args={"width_mult": 0.25})
+    classifier.freeze(2)
+    images = torch.randn(2, 3, 32, 32)
+    before = classifier.eval()(images)
+    keys, prefix = list(classifier.state_dict()), classifier.freezing.prefix
+    tensors = {k: v.data_ptr() for k, v in classifier.state_dict().items()}
+    distributed.sync_batchnorms(classifier)
+    assert list(classifier.state_dict()) == keys
+    assert {k: v.data_ptr() for k, v in classifier.state_dict().items()} == tensors
+    assert torch.equal(classifier.eval()(images), before)
+    kinds = [
+        {type(m).__name__ for m in part.modules() if "BatchNorm" in type(m).__name__}
+        for part in (classifier.body[:prefix], classifier.body[prefix:], classifier.head)
+    ]
+    assert kinds == [{"BatchNorm2d"}, {"SyncBatchNorm"}, {"SyncBatchNorm"}]
+    classifier.train()
+    held = [name for name in classifier.freezing.held if name.startswith(f"{prefix}")]
+    assert not any(classifier.body.get_submodule(name).training for name in held)
+
+
+def test_what_differs_is_named(monkeypatch):
+    monkeypatch.setattr(Team, "decide", lambda self, choose: {"the recipe": "other"})
+    with pytest.raises(
+        DataError, match=r"the recipe on .* \(process 1\) is not what process 0 has"
+    ):
+        Team(1, 2).check_same({"the recipe": "own"})
+
+
+def test_only_the_first_process_shows_bars(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for rank, shown in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert progress.progress_bar().disable is not shown

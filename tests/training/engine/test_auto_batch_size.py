@@ -1,0 +1,228 @@
+"""The batch size that is found: the largest that fits, by real steps, which leave no trace.
+
+A memory that is made up stands in for a GPU's, and the CPU does the steps.
+"""
+
+import copy
+import gc
+import tomllib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from serving.errors import WorkError
+from training.config import load as config
+from training.config.schema import AUTO
+from training.data import dataset
+from training.distributed.process_group import Team
+from training.engine import auto_batch_size as auto_batch
+from training.engine import finetune as fine_tune
+from training.engine import plan
+from training.engine.auto_batch_size import SMALLEST, largest, settle
+from training.run import folder as run_folder
+from training.utils.precision import Precision
+
+CPU = Precision(torch.float32, torch.device("cpu"))
+A_PHOTO = 1000  # bytes that one takes in a step
+STAGES = """
+[[stage]]
+name = "head"
+lr = 0.01
+[[stage]]
+name = "tail"
+unfreeze = 1
+lr = "find"
+augment = { mixup = 0.2 }
+[[stage]]
+name = "all"
+unfreeze = "all"
+lr = 1e-3
+[[stage]]
+name = "large"
+unfreeze = 2
+lr = { low = 1e-4, high = 1e-3 }
+image_size = 40
+"""
+
+
+class Memory:
+    """As large as is said; `full` photos in a step are more than the device has at all."""
+
+    def __init__(self, photos, full=10**6):
+        self.free, self.full, self.seen, self._peak = photos * A_PHOTO, full, [], 0
+
+    def begin(self):
+        self._peak = 0
+
+    def peak(self):
+        return self._peak
+
+    def watch(self, module, inputs):
+        photos = len(inputs[0])
+        self.seen.append(photos)
+        if photos > self.full:
+            raise torch.OutOfMemoryError(f"{photos} photos")
+        self._peak = max(self._peak, photos * A_PHOTO)
+
+
+@pytest.fixture
+def lines():
+    return []
+
+
+@pytest.fixture
+def opened(recipe, photos, lines, monkeypatch):
+    """A recipe that asks for it, its classifier and stages, and photos of made-up number."""
+
+    def made(*overrides, count=10_000):
+        settings = config.read(recipe(STAGES), ["batch_size=auto", *overrides])
+        found = dataset.load(str(photos))
+        found = replace(found, train=(found.train * (count // len(found.train) + 1))[:count])
+        classifier, _ = plan.build_classifier(settings, 3, lines.append)
+        return settings, classifier, settings.stage, found
+
+    monkeypatch.setattr(auto_batch, "_for_pixels", lambda *_: 0)
+    return made
+
+
+def watched(memory):
+    return lambda size: memory.watch(None, [range(size)])
+
+
+@pytest.mark.parametrize(
+    ("room", "full", "most", "expected"),
+    [
+        (100, 10**6, 1024, 64),
+        (64, 10**6, 1024, 64),
+        (10**6, 100, 1024, 64),
+        (10**6, 10**6, 1024, 1024),
+        (10**6, 10**6, 1000, 512),
+        (10**6, 10**6, 8, 8),
+        (7, 10**6, 1024, 0),
+        (10**6, 7, 1024, 0),
+    ],
+)
+def test_the_largest_power_of_two_that_fits(room, full, most, expected):
+    memory = Memory(10**6, full)
+    found, peak = largest(watched(memory), memory, room * A_PHOTO, most)
+    assert (found, peak) == (expected, expected * A_PHOTO)
+    assert memory.seen == [8 * 2**n for n in range(len(memory.seen))]
+
+
+def test_recorded_steps_count_on_half(opened, lines):
+    found = []
+    for compiled in ("false", "cuda_graphs"):
+        settings, classifier, stages, photos = opened(f"compile={compiled}")
+        memory = Memory(72)
+        classifier.head.register_forward_pre_hook(lambda *given, m=memory: m.watch(*given))
+        settled = settle(settings, classifier, stages, photos, CPU, lines.append, memory=memory)
+        found.append(settled.batch_size)
+    assert found == [64, 32]
+
+
+def test_other_errors_are_not_taken_for_a_full_memory():
+    def broken(size):
+        raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        largest(broken, Memory(100), 10**9, 1024)
+
+
+@pytest.mark.parametrize("full", [10**6, 40])
+def test_real_steps_decide_and_leave_no_trace(opened, lines, full):
+    settings, classifier, stages, found = opened(
+        "optimizer.accumulate=2", "optimizer.ema=0.9", "optimizer.kind=adam", "augment.erase=0.5"
+    )
+    memory = Memory(72, full)
+    # A method of its own would be copied with the classifier.
+    classifier.head.register_forward_pre_hook(lambda *given: memory.watch(*given))
+    before = copy.deepcopy(classifier.state_dict())
+    modes = [module.training for module in classifier.modules()]
+    trains = [parameter.requires_grad for parameter in classifier.parameters()]
+    random = torch.get_rng_state()
+    settled = settle(settings, classifier, stages, found, CPU, lines.append, memory=memory)
+    assert settled.batch_size == (64 if full > 64 else 32)  # 72 photos less a tenth
+    assert settled == settings.model_copy(update={"batch_size": settled.batch_size})
+    assert len(memory.seen) >= 4 * 4  # two steps of two batches
+    after = classifier.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert modes == [module.training for module in classifier.modules()]
+    assert trains == [parameter.requires_grad for parameter in classifier.parameters()]
+    assert all(parameter.grad is None for parameter in classifier.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert lines[-1].startswith(f"batch_size = 'auto': {settled.batch_size}; ")
+
+
+def test_the_most_demanding_stages_are_tried(opened):
+    settings, classifier, stages, _ = opened()
+    tried = [s.name for s in auto_batch.demanding(classifier, settings, stages)]
+    assert tried == ["all", "large"]
+    again = [stages[0], stages[0].model_copy(update={"name": "twice"})]
+    assert list(auto_batch.demanding(classifier, settings, again)) == again[:1]
+
+
+@pytest.mark.parametrize(("count", "size", "expected"), [(100, 1, 64), (100, 3, 96), (3, 1, 8)])
+def test_no_more_than_there_are_photos(opened, lines, monkeypatch, count, size, expected):
+    monkeypatch.setattr(Team, "decide", lambda team, choose: choose())
+    opened = opened(count=count)
+    settled = settle(*opened, CPU, lines.append, Team(size=size), memory=Memory(10**6))
+    assert settled.batch_size == expected
+
+
+def test_nothing_that_fits_is_told_with_what_to_do(opened, lines):
+    settings, classifier, stages, found = opened()
+    memory = Memory(10**6, full=SMALLEST - 1)
+    classifier.head.register_forward_pre_hook(lambda *given: memory.watch(*given))
+    with pytest.raises(WorkError, match=r"^batch_size = 'auto': stage all does not fit[^\n]+$"):
+        settle(settings, classifier, stages, found, CPU, lines.append, memory=memory)
+
+
+def test_a_number_stays_and_a_cpu_has_32(opened, lines):
+    settings, *rest = opened()
+    numbered = settings.model_copy(update={"batch_size": 7})
+    assert settle(numbered, *rest, CPU, lines.append, memory=Memory(1)) is numbered
+    assert lines == []
+    assert settle(settings, *rest, CPU, lines.append).batch_size == 32
+    assert lines == ["batch_size = 'auto': 32; on a CPU"]
+
+
+def test_room_is_left_for_pixels_that_will_lie_there(opened, monkeypatch):
+    monkeypatch.undo()
+    settings, _, stages, found = opened(count=1000)
+    train, valid = 1000 * 3 * 60**2, 9 * 3 * 40**2
+    assert auto_batch._for_pixels(settings, stages, found, 10**9) == train + valid
+    assert auto_batch._for_pixels(settings, stages, found, train) == valid
+    assert auto_batch._for_pixels(settings, stages, found, 1000) == 0
+
+
+def test_the_run_has_the_number_in_its_recipe(recipe, photos, tmp_path, lines):
+    settings = config.read(recipe(), ["batch_size=auto", "stage.all.cycle_len=1", "tta.count=0"])
+    assert settings.batch_size == AUTO
+    folder = fine_tune.run(
+        settings, str(photos), out=tmp_path / "run", device="cpu", cache_gb=0, say=lines.append
+    )
+    assert tomllib.loads((folder / "recipe.toml").read_text())["batch_size"] == 32
+    assert run_folder.read(folder)[0].batch_size == 32
+    assert "batch_size = 'auto': 32; on a CPU" in lines
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_filled_and_given_back(opened, lines):
+    # A ResNet: for MobileNetV2's layers cuDNN makes kernels anew for every batch size, for seconds.
+    settings, classifier, stages, found = opened("precision=bf16", "arch=resnet18", "arch_args={}")
+    where = Precision(torch.bfloat16, torch.device("cuda"))
+    torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda"))  # cuBLAS keeps some memory
+    memory = auto_batch.CudaMemory(where.device)
+    random, base = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
+    torch.cuda.set_per_process_memory_fraction(2**30 / torch.cuda.mem_get_info()[1])
+    try:
+        memory.free = 2**30
+        settled = settle(settings, classifier, stages, found, where, lines.append, memory=memory)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert 8 <= settled.batch_size <= 1024
+    assert torch.equal(torch.cuda.get_rng_state(), random)
+    gc.collect()
+    assert torch.cuda.memory_allocated() == base

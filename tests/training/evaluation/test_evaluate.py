@@ -1,0 +1,254 @@
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import fledge
+from serving.errors import DataError, OptionError
+from serving.imaging import decode
+from serving.imaging.tta import VIEWS, average, render, softmax
+from tests.support.finished_run import finished
+from tests.training.conftest import coloured
+from training.activations import frozen_prefix
+from training.config.sections import TtaConfig
+from training.data import dataset
+from training.evaluation import evaluate
+from training.run import checkpoint
+
+BATCH = 8
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH", BATCH)
+
+
+@pytest.fixture
+def run(tmp_path):
+    photos = coloured(tmp_path / "photos", {"blue": 15, "green": 15, "red": 15})
+    finished(tmp_path / "run", photos, valid=0.6)  # 27 photos: the last batch is not full
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def lines():
+    return []
+
+
+def expected(run, samples, view):
+    """Probabilities of one view, all photos at once through `logits_of`."""
+    classifier, info = checkpoint.load(run)
+    made = [render(decode.read(s.path).image, info.preprocess, [view])[0] for s in samples]
+    pixels = torch.from_numpy(np.stack(made))
+    network = frozen_prefix.fused(classifier.eval())
+    return softmax(evaluate.logits_of(network, pixels, info.preprocess).numpy())
+
+
+def valid(run):
+    return dataset.of_run(run).valid
+
+
+def test_the_plain_view_is_what_training_scored(run, lines):
+    result = evaluate.evaluate(run, say=lines.append)
+    samples = valid(run)
+    assert (result.probabilities == expected(run, samples, VIEWS[0])).all()
+    assert (result.plain == result.probabilities).all()
+    assert result.paths == tuple(s.path for s in samples)
+    assert result.labels.tolist() == [s.label for s in samples]
+    assert (result.photos, result.views, result.broken) == (len(samples), 1, 0)
+    assert (result.accuracy, result.loss) == evaluate.score(result.plain, result.labels)
+    assert len(np.unique(result.plain.argmax(axis=1))) > 1
+    assert lines == []
+
+
+def test_a_broken_photo_moves_its_successors_up(run, lines):
+    samples = list(valid(run))
+    samples[2].path.write_bytes(b"no photo")
+    samples[20].path.write_bytes(samples[20].path.read_bytes()[:200])
+    result = evaluate.evaluate(run, say=lines.append)
+    kept = [s for i, s in enumerate(samples) if i not in (2, 20)]
+    assert (result.plain == expected(run, kept, VIEWS[0])).all()
+    assert (result.photos, result.broken) == (len(kept), 2)
+    assert lines[0].startswith("warning: the photos in ")
+    assert [line.split(":")[0] for line in lines[1:]] == [
+        f"skipped {samples[i].path}" for i in (2, 20)
+    ]
+
+
+@pytest.mark.parametrize("how", ["mean", "log_mean"])
+def test_views_are_averaged_as_the_service_does(run, how):
+    result = evaluate.evaluate(run, tta=TtaConfig(count=3, average=how))
+    by_view = np.stack([expected(run, valid(run), view) for view in VIEWS[:3]], axis=1)
+    assert (result.probabilities == np.stack([average(rows, how) for rows in by_view])).all()
+    assert (result.plain == by_view[:, 0]).all()
+    assert result.views == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "views"), [("flip", 2), ("five_crop", 5), ("multi_scale", 4), ("draws", 4)]
+)
+def test_every_kind_keeps_the_plain_view_and_its_weight(run, kind, views):
+    plain = evaluate.evaluate(run)
+    result = evaluate.evaluate(run, tta=TtaConfig(kind=kind, count=3))
+    assert result.views == views
+    assert (result.plain == plain.probabilities).all()
+    assert not np.allclose(result.probabilities, plain.probabilities, atol=1e-6)
+    assert np.allclose(result.probabilities.sum(axis=1), 1)
+    alone = evaluate.evaluate(run, tta=TtaConfig(kind=kind, count=3, plain_weight=1))
+    assert np.allclose(alone.probabilities, plain.probabilities)
+
+
+def test_draws_are_a_function_of_the_recipes_seed(run):
+    draws = TtaConfig(kind="draws", count=2)
+    one, again = (evaluate.evaluate(run, tta=draws).probabilities for _ in range(2))
+    assert (one == again).all()
+    path = run / "recipe.toml"
+    path.write_text(path.read_text().replace("seed = 3", "seed = 4"))
+    assert not np.allclose(evaluate.evaluate(run, tta=draws).probabilities, one)
+    path.unlink()
+    with pytest.raises(OptionError, match=r"recipe.toml: no such recipe"):
+        evaluate.evaluate(run, tta=draws)
+
+
+def test_photos_are_read_as_they_are_needed(run, monkeypatch):
+    read = [0]
+    ahead, sizes = [], []
+    original, network = decode.read, evaluate.logits_of
+
+    def reading(*arguments, **options):
+        read[0] += 1
+        return original(*arguments, **options)
+
+    def scoring(classifier, pixels, preprocess):
+        ahead.append(read[0] - sum(sizes[::3]))
+        sizes.append(len(pixels))
+        return network(classifier, pixels, preprocess)
+
+    monkeypatch.setattr(decode, "read", reading)
+    monkeypatch.setattr(evaluate, "logits_of", scoring)
+    evaluate.evaluate(run, tta=TtaConfig(count=3))
+    assert sizes == [BATCH] * 9 + [3] * 3
+    assert max(ahead) <= 2 * BATCH + 1  # a batch at work, one behind it
+
+
+def test_what_can_not_be_scored_is_told(run, tmp_path, lines):
+    with pytest.raises(DataError, match="has no test photos"):
+        evaluate.evaluate(run, part="test")
+    samples = valid(run)
+    samples[0].path.unlink()
+    result = evaluate.evaluate(run, data_folder=tmp_path / "photos", say=lines.append)
+    assert (result.photos, result.broken) == (len(samples) - 1, 1)
+    assert lines[0].startswith("warning: the photos in ")
+    assert lines[1] == f"skipped {samples[0].path}: No such file or directory"
+    for sample in samples:
+        sample.path.write_bytes(b"no photo")
+    with pytest.raises(DataError, match=r"none of the 27 valid photos .* can be read"):
+        evaluate.evaluate(run, say=lines.append)
+    for sample in samples:
+        sample.path.unlink()
+    with pytest.raises(DataError, match=r"none of the 27 valid photos is in .*--data"):
+        evaluate.evaluate(run, say=lines.append)
+    with pytest.raises(DataError, match=r"^--data .*nope: no such folder$"):
+        evaluate.evaluate(run, data_folder=tmp_path / "nope", say=lines.append)
+
+
+def test_the_csv_has_a_row_for_every_photo(run, tmp_path, capsys):
+    out = tmp_path / "answers.csv"
+    assert fledge.main(["evaluate", str(run), "--tta", "2", "--csv", str(out)]) == 0
+    told = capsys.readouterr()
+    result = evaluate.evaluate(run, tta=TtaConfig(count=2))
+    assert told.out == (
+        f"accuracy {result.accuracy:.6f}  loss {result.loss:.6f}  "
+        f"photos {result.photos}  views 2  broken 0\n"
+    )
+    plain, loss = evaluate.score(result.plain, result.labels)
+    assert told.err == f"plain view alone: accuracy {plain:.6f}  loss {loss:.6f}\n"
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [
+        s.path.relative_to(result.root).as_posix() for s in valid(run)
+    ]
+    assert [row["label"] for row in rows] == [row["path"].split("/")[0] for row in rows]
+    right = [row["label"] == row["predicted"] for row in rows]
+    assert np.mean(right) == result.accuracy
+    for row, values in zip(rows, result.probabilities, strict=True):
+        assert float(row["probability"]) == pytest.approx(values.max(), abs=1e-6)
+
+
+def test_a_table_that_can_not_be_written_is_refused_before_the_work(
+    run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate, "evaluate", None)
+    for name, why in (
+        (tmp_path / "none" / "a.csv", f"there is no folder {tmp_path / 'none'}; make it first"),
+        (tmp_path, "a folder; name a file"),
+    ):
+        assert fledge.main(["evaluate", str(run), "--csv", str(name)]) == 2
+        assert capsys.readouterr().err == f"fledge: --csv {name}: {why}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tta", "-1"], "--tta -1: input should be greater than or equal to 0"),
+        (["--plain-weight", "2"], "--plain-weight 2.0: input should be less than or equal to 1"),
+        (
+            ["--tta", "11"],
+            "--tta 11: there are 10 fixed views; use fewer, or --tta-kind draws",
+        ),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(run, words, message, capsys):
+    assert fledge.main(["evaluate", str(run), *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"fledge: {message}")
+    assert said.count("\n") == 1
+
+
+def test_draws_are_those_of_the_checkpoints_own_stage(run):
+    draws = TtaConfig(kind="draws", count=2)
+    path = run / "recipe.toml"
+    base = path.read_text()
+    plain = evaluate.evaluate(run, tta=draws).probabilities
+    own = '[[stage]]\nname = "{}"\nlr = 0.01\naugment = {{ max_lighting = 0.9 }}\n'
+    path.write_text(base + own.format("other"))
+    assert (evaluate.evaluate(run, tta=draws).probabilities == plain).all()
+    path.write_text(base + own.format("tail"))  # as the checkpoint says
+    staged = evaluate.evaluate(run, tta=draws).probabilities
+    path.write_text(base.replace("[[stage]]", "augment = { max_lighting = 0.9 }\n[[stage]]"))
+    assert not np.allclose(staged, plain)
+    assert (evaluate.evaluate(run, tta=draws).probabilities == staged).all()
+
+
+def test_draws_are_cut_from_photos_as_large_as_the_run_kept_them(run, monkeypatch):
+    draws, original, sides = TtaConfig(kind="draws", count=1), evaluate.draw, set()
+
+    def draw(pixels, *arguments, **options):
+        sides.add(pixels.shape[1:3])
+        return original(pixels, *arguments, **options)
+
+    monkeypatch.setattr(evaluate, "draw", draw)
+    path = run / "recipe.toml"
+    text = path.read_text()
+    answers = []
+    for presize, side in (("", 48), ("1.5", 48), ("3", 96)):
+        own = f"data = {{ presize = {presize} }}\n[[stage]]"
+        path.write_text(text.replace("[[stage]]", own) if presize else text)
+        answers.append(evaluate.evaluate(run, tta=draws).probabilities)
+        assert sides == {(side, side)}
+        sides.clear()
+    assert (answers[0] == answers[1]).all()
+    assert not np.allclose(answers[0], answers[2], atol=1e-6)
+
+
+def test_the_csv_takes_any_name(run, tmp_path):
+    result = evaluate.evaluate(run)
+    strange = (result.root / "a\r,b\n.jpg", *result.paths[1:])
+    named = dataclasses.replace(result, paths=strange, classes=("x\ry", "g", "r"))
+    evaluate.write_csv(named, tmp_path / "a.csv")
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["path"] == "a\r,b\n.jpg"
+    assert [row["label"] for row in rows] == [named.classes[label] for label in result.labels]

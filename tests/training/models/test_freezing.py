@@ -1,0 +1,232 @@
+"""What trains, what is held, and that history leaves no trace."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from serving.errors import OptionError
+from training.models import classifier as model
+from training.models import freezing as freeze
+
+SIZE = 64
+MODES = [
+    {"batchnorm": batchnorm, "frozen_batchnorm": frozen}
+    for batchnorm in ("fixed", "train")
+    for frozen in ("eval", "stats", "train")
+]
+CHOICES = [0, 1, 3, 99, ("18",), ("17.conv.*", "*.bias"), ("3.*",), ()]
+
+
+def small(kind="concat_pool", arch="mobilenet_v2"):
+    torch.manual_seed(0)
+    args = {"width_mult": 0.25} if arch == "mobilenet_v2" else {}
+    return model.build(arch, 3, arch_args=args, head={"kind": kind, "hidden": 16})
+
+
+def state_of(classifier):
+    """All that `freeze` decides."""
+    modes = {name: m.training for name, m in classifier.named_modules()}
+    grads = {name: p.requires_grad for name, p in classifier.named_parameters()}
+    return modes, grads, classifier.freezing
+
+
+def steps(classifier, count=2, lr=0.1):
+    """Train a little; returns the names in the state dict that moved."""
+    before = {k: v.clone() for k, v in classifier.state_dict().items()}
+    classifier.train()
+    parameters = [p for _, group in classifier.trainable_groups() for p in group]
+    optimizer = torch.optim.SGD(parameters, lr=lr)
+    for _ in range(count):
+        classifier(torch.randn(4, 3, SIZE, SIZE)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = classifier.state_dict()
+    return {k for k in after if not torch.equal(after[k], before[k])}
+
+
+def norms(classifier):
+    """Names of the body's BatchNorms, relative to it."""
+    return {n for n, m in classifier.body.named_modules() if freeze.is_batchnorm(m)}
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v2", "resnet18", "squeezenet1_1"])
+@pytest.mark.parametrize("kind", ["concat_pool", "deep", "linear"])
+@pytest.mark.parametrize("unfreeze", [0, 1, 3, 99, ["*.bias"]])
+def test_prefix_and_suffix_make_the_whole(arch, kind, unfreeze):
+    classifier = small(kind, arch).eval()
+    images = torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        whole = classifier(images)
+        classifier.freeze(unfreeze)
+        inputs = classifier.prefix(images)
+        kept = inputs.clone()
+        assert torch.equal(classifier.suffix(inputs), whole)
+        assert torch.equal(inputs, kept)  # so outputs of the prefix can be kept
+        assert torch.equal(classifier.head(classifier.features(images)), whole)
+
+
+@pytest.mark.parametrize("modes", MODES)
+@pytest.mark.parametrize("unfreeze", [0, 2, 99, ("17", "3.*")])
+def test_what_moves_is_what_was_asked_for(unfreeze, modes):
+    classifier = small()
+    classifier.freeze(unfreeze, **modes)
+    body, names = classifier.body, norms(classifier)
+    if isinstance(unfreeze, int):
+        first = [*classifier.groups, len(body)][max(len(classifier.groups) - unfreeze, 0)]
+        children = {str(i) for i in range(first, len(body))}
+    else:
+        children = {"17", "3"}
+    moved = {k.removeprefix("body.") for k in steps(classifier) if k.startswith("body.")}
+    for key in body.state_dict():
+        module, _, own = key.rpartition(".")
+        live, affine = key.partition(".")[0] in children, own in ("weight", "bias")
+        if module in names and live:
+            expected = affine or modes["batchnorm"] == "train"
+        elif module in names:
+            expected = modes["frozen_batchnorm"] in (("train",) if affine else ("stats", "train"))
+        else:
+            expected = live
+        assert (key in moved) == expected, key
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.pairwise([*CHOICES, *CHOICES[::2]])))
+def test_history_leaves_no_trace(one, other):
+    fresh, used = small(), small()
+    for modes in MODES:
+        used.freeze(one, **modes)
+        used.train(modes["batchnorm"] == "train")
+        used.freeze(other, **modes)
+        used.freeze(other, **modes)
+        fresh.freeze(other, **modes)
+        for mode in (True, False, True):
+            used.train(mode)
+            fresh.train(mode)
+            assert state_of(used) == state_of(fresh)
+
+
+def test_freezing_touches_no_number_and_leaves_no_gradient():
+    classifier = small()
+    before = {k: v.clone() for k, v in classifier.state_dict().items()}
+    classifier(torch.randn(2, 3, SIZE, SIZE)).sum().backward()
+    classifier.load_state_dict(before)
+    for unfreeze, modes in itertools.product(CHOICES, MODES):
+        classifier.freeze(unfreeze, **modes)
+    after = classifier.state_dict()
+    assert all(torch.equal(after[k], before[k]) for k in before)
+    assert all(p.requires_grad or p.grad is None for p in classifier.parameters())
+
+
+def test_dropout_and_stochastic_depth_are_off_where_it_is_frozen():
+    classifier = model.build("efficientnet_b0", 3, head={"hidden": 16})
+    classifier.freeze(1, frozen_batchnorm="train")
+    classifier.train()
+    start = classifier.groups[-1]
+    depths = [
+        (index, m.training)
+        for index, child in enumerate(classifier.body)
+        for m in child.modules()
+        if type(m).__name__ == "StochasticDepth"
+    ]
+    assert {training for index, training in depths if index < start} == {False}
+    assert {training for index, training in depths if index >= start} == {True}
+    assert all(m.training for m in classifier.head.modules())
+
+
+def test_all_of_it_is_in_eval_mode_for_evaluation():
+    classifier = small()
+    for unfreeze, modes in itertools.product(CHOICES, MODES):
+        classifier.freeze(unfreeze, **modes)
+        assert not any(m.training for m in classifier.eval().modules())
+
+
+@pytest.mark.parametrize(
+    ("unfreeze", "frozen_batchnorm", "prefix"),
+    [
+        (0, "eval", 13),
+        (1, "eval", 9),
+        (0, "stats", 0),
+        (1, "train", 0),
+        (("denseblock2",), "eval", 6),
+        (("*.bias",), "eval", 1),
+        (("conv0",), "eval", 0),
+    ],
+)
+def test_the_prefix_is_what_is_frozen_and_has_no_state(unfreeze, frozen_batchnorm, prefix):
+    classifier = model.build("densenet121", 3, head={"hidden": 16})
+    classifier.freeze(unfreeze, frozen_batchnorm=frozen_batchnorm)
+    assert classifier.freezing.prefix == prefix
+    assert (len(classifier.prefix) > 0) == (prefix > 0)
+
+
+def test_without_batchnorm_the_prefix_stays_whatever_the_mode():
+    classifier = small(arch="squeezenet1_1")
+    for frozen in ("eval", "stats", "train"):
+        classifier.freeze(0, frozen_batchnorm=frozen)
+        assert classifier.freezing.prefix == len(classifier.body)
+        assert [name for name, _ in classifier.trainable_groups()] == ["head"]
+
+
+def test_patterns_name_parameters_or_modules():
+    body, groups = small(arch="resnet18").body, (0,)
+
+    def trains(*patterns):
+        return freeze.decide(body, groups, patterns).trains
+
+    parameters = {name for name, _ in body.named_parameters()}
+    fourth = {name for name in parameters if name.startswith("layer4.")}
+    assert trains("layer4") == trains("layer4.*") == trains("layer4*") == fourth
+    assert trains("layer4.0", "layer4.1.*") == fourth
+    assert trains("layer4.1.conv2.weight") == {"layer4.1.conv2.weight"}
+    assert trains("*.bias") == {name for name in parameters if name.endswith(".bias")}
+    assert trains("*") == parameters
+    assert trains() == set()
+
+
+def test_a_pattern_for_nothing_names_the_nearest():
+    classifier = small(arch="resnet18")
+    with pytest.raises(OptionError, match=r"'layer5\.\*' matches no parameter.*use 'layer[1-4]'"):
+        classifier.freeze(["layer4", "layer5.*"])
+    with pytest.raises(OptionError, match="use one of conv1, bn1, layer1, "):
+        classifier.freeze(["denseblock9999"])
+    before = state_of(small(arch="resnet18"))
+    assert state_of(classifier) == before  # a mistake changes nothing
+
+
+@pytest.mark.parametrize("unfreeze", CHOICES)
+@pytest.mark.parametrize("frozen", ["eval", "train"])
+def test_groups_hold_each_parameter_that_trains_once(unfreeze, frozen):
+    classifier = small()
+    classifier.freeze(unfreeze, frozen_batchnorm=frozen)
+    groups = classifier.trainable_groups()
+    listed = [id(p) for _, parameters in groups for p in parameters]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(p) for p in classifier.parameters() if p.requires_grad}
+    assert all(parameters for _, parameters in groups)
+    assert groups[-1][0] == "head"
+    order = [id(p) for p in classifier.parameters()]
+    assert listed == sorted(listed, key=order.index)  # deepest first
+
+
+def test_groups_are_named_after_their_layers():
+    classifier = small()
+    names = ["0..1", "2..3", "4..6", "7..13", "14..18", "head"]
+    for n in range(6):
+        classifier.freeze(n)
+        assert [name for name, _ in classifier.trainable_groups()] == names[5 - n :]
+    classifier = small(arch="resnet18")
+    names = ["conv1..bn1", "layer1", "layer2", "layer3", "layer4", "head"]
+    assert [name for name, _ in classifier.trainable_groups()] == names
+
+
+def test_a_new_classifier_trains_wholly():
+    classifier = small()
+    assert all(p.requires_grad for p in classifier.parameters())
+    assert all(m.training for m in classifier.modules())
+    assert len(classifier.prefix) == 0
+
+
+def test_batchnorms_of_any_dimension_count():
+    assert all(map(freeze.is_batchnorm, (nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2))))
+    assert not freeze.is_batchnorm(nn.LayerNorm(2))

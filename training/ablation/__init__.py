@@ -1,0 +1,1 @@
+"""Ablation: one recipe trained with each technique left out, as a table."""

@@ -1,0 +1,241 @@
+"""What an ablation found, as lines: on the screen, as CSV, as Markdown and as a picture."""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from serving.utils.files import write_aside
+from training.ablation.ablation import Trial, Trials
+from training.ablation.paired import Interval, difference, interval
+from training.ablation.tricks import Row
+from training.config.schema import Recipe
+from training.run import checkpoint
+from training.utils.console import counted
+
+CSV: Final = "ablation.csv"
+PAGE: Final = "ablation.md"
+PICTURE: Final = "ablation.png"
+COLUMNS: Final = (
+    "row", "against", "runs", "accuracy", "accuracy_half", "difference", "difference_half",
+    "seconds", "what", "error",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row's figures.
+
+    accuracies: by seed or fold, fractions of 1. difference: to `against`, paired. seconds: mean of
+    a run. error: of the first run that failed.
+    """
+
+    row: str
+    against: str
+    what: str
+    accuracies: dict[str, float]
+    accuracy: Interval
+    difference: Interval
+    seconds: float
+    error: str
+
+
+def lines(rows: Sequence[Row], trials: Trials, against: str = "") -> list[Line]:
+    """The figures of every row.
+
+    Args:
+        rows: As run.
+        trials: As `ablation.run` returns.
+        against: Compare every row with this one, instead of each with the row that it changes.
+    """
+    values = {row.name: _accuracies(row, trials[row.name]) for row in rows}
+    found = []
+    for row in rows:
+        other = (against or row.on) if row.name != against else ""
+        other = other if other in values else ""  # a row need not bring all that lies below it
+        runs = list(trials[row.name].values())
+        folds = [run for unit, run in trials[row.name].items() if unit.startswith("fold")]
+        overlap = sum(run.valid for run in folds) / max(sum(run.train for run in folds), 1)
+        error = next((trial.error for trial in runs if trial.error), "")
+        found.append(
+            Line(
+                row.name,
+                other,
+                row.what,
+                values[row.name],
+                interval(list(values[row.name].values()), overlap),
+                difference(values[row.name], values.get(other, {}), overlap),
+                sum(trial.seconds for trial in runs) / len(runs),
+                error,
+            )
+        )
+    return found
+
+
+def _accuracies(row: Row, trials: dict[str, Trial]) -> dict[str, float]:
+    found = {unit: getattr(trial, row.metric) for unit, trial in trials.items()}
+    return {unit: value for unit, value in found.items() if value is not None}
+
+
+def percent(value: Interval, signed: bool = False) -> str:
+    """`95.31 ± 1.20`, in per cent; no interval after one run or equal ones, nothing after none."""
+    if not value.runs:
+        return ""
+    mean = f"{100 * value.mean:{'+' if signed else ''}.2f}"
+    return f"{mean} ± {100 * value.half:.2f}" if value.half > 0 else mean
+
+
+def show(found: Sequence[Line], stream: TextIO | None = None) -> None:
+    """Print the table, on stdout unless told otherwise."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(file=stream or sys.stdout, highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("row", "accuracy %", "against", "difference", "s"):
+        table.add_column(title, justify="left" if title in ("row", "against") else "right")
+    for line in found:
+        low, high = _ends(line.difference)
+        colour = "green" if low > 0 else "red" if high < 0 else ""
+        table.add_row(
+            line.row,
+            percent(line.accuracy) or "failed",
+            line.against,
+            Text(percent(line.difference, signed=True), style=colour),
+            f"{line.seconds:.0f}",
+        )
+    if not console.is_terminal:
+        console.width = 100
+    console.print(table)
+    for line in found:
+        if line.error:
+            console.print(f"{line.row}: {line.error}", markup=False, soft_wrap=True)
+
+
+def _ends(value: Interval) -> tuple[float, float]:
+    if not value.half:  # accuracies are counts: two equal differences are chance, no certainty
+        return math.nan, math.nan
+    return value.mean - value.half, value.mean + value.half
+
+
+def about(base: Recipe, source: str, trials: Trials, device: str) -> str:
+    """A sentence on what was trained, on what and where, for `write`."""
+    import torch
+
+    runs = [trial for row in trials.values() for trial in row.values() if not trial.error]
+    units = list(dict.fromkeys(unit for row in trials.values() for unit in row))
+    cuda = device != "cpu" and torch.cuda.is_available()
+    threads = counted(torch.get_num_threads(), "CPU thread")
+    machine = torch.cuda.get_device_name() if cuda else threads
+    versions = checkpoint.versions()
+    epochs = counted(sum(stage.epochs for stage in base.stage), "epoch")
+    return (
+        f"Recipe `{base.name}`: {base.arch} at {base.preprocess.size} px, "
+        f"{epochs}, on {runs[0].train} photos of "
+        f"`{Path(source).name}`, validated on {runs[0].valid}; {', '.join(units)}. Means with 95 % "
+        f"intervals (Student's t); differences are paired. Measured on {machine}, "
+        f"torch {versions['torch']}, torchvision {versions['torchvision']}."
+    )
+
+
+def write(found: Sequence[Line], folder: Path, title: str, how: str) -> None:
+    """Write the table as CSV, Markdown and PNG.
+
+    Args:
+        found: The figures.
+        folder: Where to.
+        title: Of the page and the picture.
+        how: A sentence on how it was measured, such as `about` gives.
+    """
+    with write_aside(folder / CSV) as aside, aside.open("w", newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(COLUMNS)
+        for line in found:
+            out.writerow([
+                line.row, line.against, line.accuracy.runs,
+                *map(_figure, (*line.accuracy[:2], *line.difference[:2])),
+                f"{line.seconds:.1f}", line.what, line.error,
+            ])  # fmt: skip
+    with write_aside(folder / PAGE) as aside:
+        aside.write_text(page(found, title, how), encoding="utf-8")
+    _draw(found, folder / PICTURE, title)
+
+
+def _figure(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6f}"
+
+
+def page(found: Sequence[Line], title: str, how: str) -> str:
+    """The table as a page of Markdown."""
+    text = [
+        f"# {title}\n",
+        f"{how}\n",
+        f"![accuracy and differences]({PICTURE})\n",
+        "| row | what changes | accuracy % | against | difference | s |",
+        "|---|---|---:|---|---:|---:|",
+    ]
+    for line in found:
+        against = f"`{line.against}`" if line.against else ""
+        text.append(
+            f"| `{line.row}` | {line.what} | {percent(line.accuracy) or 'failed'} | {against} | "
+            f"{percent(line.difference, signed=True)} | {line.seconds:.0f} |"
+        )
+    failed = [f"- `{line.row}` failed: {line.error}" for line in found if line.error]
+    return "\n".join([*text, *(["", *failed] if failed else [])]) + "\n"
+
+
+def _draw(found: Sequence[Line], path: Path, title: str) -> None:
+    """Accuracies on the left, a dot a run; paired differences on the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 1.5 + 0.42 * len(found)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [5, 4]})
+    for place, line in enumerate(found):
+        runs = [100 * value for value in line.accuracies.values()]
+        left.plot(runs, [place + 0.25] * len(runs), "o", color="#33658a", alpha=0.5, markersize=4)
+        _mark(left, line.accuracy, place, "#33658a", (0, 1))
+        low, high = _ends(line.difference)
+        colour = "#2a9d3a" if low > 0 else "#d1495b" if high < 0 else "#777777"
+        _mark(right, line.difference, place, colour, (-1, 1))
+        if not line.accuracy.runs:
+            left.annotate("failed", (0.5, place), xycoords=("axes fraction", "data"),
+                          ha="center", va="center", color="#d1495b")  # fmt: skip
+    names = [line.row + (f"\nagainst {line.against}" if line.against else "") for line in found]
+    left.set_yticks(range(len(found)), names, fontsize=8)
+    left.set_ylim(len(found) - 0.5, -0.5)
+    left.set_xlabel("validation accuracy, %; a dot a run")
+    left.set_xlim(*_readable(left.get_xlim(), found))
+    right.set_xlabel("paired difference, points")
+    right.axvline(0, color="black", linewidth=0.8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    right.tick_params(left=False)
+    figure.suptitle(f"{title}: mean and 95 % interval", fontsize=11)
+    with write_aside(path) as aside:
+        figure.savefig(aside, dpi=120, format="png")
+
+
+def _readable(limits: tuple[float, float], found: Sequence[Line]) -> tuple[float, float]:
+    """The limits of the accuracies: an interval that is wide beside the dots runs off the axis."""
+    dots = [100 * value for line in found for value in line.accuracies.values()]
+    margin = 3 * max(max(dots, default=0.0) - min(dots, default=0.0), 1.0)
+    low = max(limits[0], min(dots, default=0.0) - margin, -0.5)
+    return low, min(limits[1], max(dots, default=100.0) + margin, 100.5)
+
+
+def _mark(axes: Any, value: Interval, place: int, colour: str, ends: tuple[float, float]) -> None:
+    """A mean and its interval, as far as there can be such values: from the first of `ends` on."""
+    if value.runs:
+        half = 0.0 if math.isnan(value.half) else value.half
+        below, above = min(half, value.mean - ends[0]), min(half, ends[1] - value.mean)
+        xerr = [[100 * below], [100 * above]] if half else None
+        axes.errorbar(
+            100 * value.mean, place, xerr=xerr, fmt="D", color=colour, capsize=4, markersize=6
+        )

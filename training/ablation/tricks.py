@@ -1,0 +1,221 @@
+"""The table of tricks: what each row of an ablation changes in a recipe."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Literal
+
+from serving.errors import OptionError
+from training.config import load
+from training.config.schema import Recipe, Spread
+from training.config.sections import TtaConfig
+
+Values = dict[str, Any]
+Change = Mapping[str, Any] | Callable[[Recipe], Mapping[str, Any]]
+
+SMALLER: Final = 4 / 7
+"""Side of the first half's photos in progressive resizing: 128 of 224."""
+TTA_VIEWS: Final = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    on: the row that it changes and is compared with; "" is the recipe itself.
+    what: the change in a few words.
+    change: options that are different, or what makes them from the recipe of `on`; tables are
+        merged, [augment] is replaced, [[stage]] as one table is for every stage.
+    metric: "accuracy" of the plain view, or "accuracy_tta".
+    """
+
+    name: str
+    group: Literal["first", "onoff", "augment"]
+    on: str
+    what: str
+    change: Change = field(default_factory=dict)
+    metric: Literal["accuracy", "accuracy_tta"] = "accuracy"
+
+
+def _frozen(recipe: Recipe) -> Mapping[str, Any]:
+    """A linear head at one rate; later rows say how the body's rates relate to it."""
+    stages = []
+    for stage, values in zip(recipe.stage, values_of(recipe)["stage"], strict=True):
+        lr = stage.lr
+        head = lr[-1] if isinstance(lr, tuple) else lr.high if isinstance(lr, Spread) else lr
+        frozen = {
+            "unfreeze": 0, "groups": 0, "lr_divide": 1.0, "frozen_batchnorm": "stats",
+        }  # fmt: skip
+        stages.append({**values, **frozen, "lr": head})
+    return {"head": {"kind": "linear", "dropout": 0.0}, "stage": stages}
+
+
+def _restarts(recipe: Recipe) -> Mapping[str, Any]:
+    """Every stage as long as it was, with a restart every epoch."""
+    stages = zip(recipe.stage, values_of(recipe)["stage"], strict=True)
+    cycles = {"schedule": "sgdr", "cycle_len": 1, "cycle_mult": 1.0}
+    return {"stage": [{**values, **cycles, "cycles": stage.epochs} for stage, values in stages]}
+
+
+def _small_first(recipe: Recipe) -> Mapping[str, Any]:
+    """Every stage of two epochs or more in two halves, the first on smaller photos."""
+    halves: list[Values] = []
+    for stage, values in zip(recipe.stage, values_of(recipe)["stage"], strict=True):
+        size = recipe.preprocess_of(stage).size
+        small = max(32, round(size * SMALLER / 32) * 32)
+        half = stage.epochs // 2
+        if half and small < size:
+            first = {"name": f"{stage.name}-small", "image_size": small, "cycle_len": half}
+            halves.append({**values, **first, "cycles": 1})
+        halves.append({**values, "cycle_len": stage.epochs - half, "cycles": 1})
+    if len(halves) == len(recipe.stage):
+        raise OptionError("progressive resizing needs a stage of two epochs and 64 px or more")
+    return {"stage": halves}
+
+
+def _augment(**options: Any) -> Mapping[str, Any]:
+    """This augmentation and no other."""
+    return {"augment": {"preset": "none", **options}, "stage": {"augment": {}}}
+
+
+ROWS: Final = (
+    Row(
+        "features", "first", "",
+        "feature extractor: a linear head on a frozen body whose BatchNorm statistics move",
+        _frozen,
+    ),
+    Row(
+        "bn_eval", "first", "features",
+        "its BatchNorm in eval mode: ImageNet's statistics stay",
+        {"stage": {"frozen_batchnorm": "eval"}},
+    ),
+    Row(
+        "bn_alone", "first", "features",
+        "BatchNorm alone trained: its scale and shift beside the head",
+        {"stage": {"frozen_batchnorm": "train"}},
+    ),
+    Row(
+        "bn_moves", "first", "bn_alone",
+        "everything trains, the body at a hundredth of the head's rate, BatchNorm too",
+        {
+            "stage": {
+                "unfreeze": "all", "groups": 2, "lr_divide": 100.0,
+                "batchnorm": "train", "frozen_batchnorm": "eval",
+            },
+        },
+    ),
+    Row(
+        "bn_fixed", "first", "bn_moves",
+        "the same with BatchNorm's statistics fixed",
+        {"stage": {"batchnorm": "fixed"}},
+    ),
+    Row(
+        "concat_pool", "first", "bn_fixed",
+        "average and max pooling side by side, and BatchNorm",
+        {"head": {"kind": "concat_pool", "hidden": [], "dropout": 0.0}},
+    ),
+    Row(
+        "deep_head", "first", "concat_pool",
+        "a hidden layer of 512, dropout 0.5",
+        {"head": {"hidden": [512], "dropout": 0.5}},
+    ),
+    Row(
+        "augmentation", "onoff", "bn_fixed",
+        "the preset photo",
+        {"augment": {"preset": "photo"}, "stage": {"augment": {}}},
+    ),
+    Row("sgdr", "onoff", "bn_fixed", "cosine with a restart every epoch", _restarts),
+    Row("resizing", "onoff", "bn_fixed", "the first half of the epochs on small photos",
+        _small_first),
+    Row(
+        "decay", "onoff", "bn_fixed",
+        "decoupled weight decay of 0.01",
+        {"optimizer": {"weight_decay": 0.01, "decay": "decoupled"}},
+    ),
+    Row("tta", "onoff", "bn_fixed", f"test-time augmentation, {TTA_VIEWS} views of each photo",
+        metric="accuracy_tta"),
+    Row(
+        "none", "augment", "",
+        "no augmentation",
+        {**_augment(), "label_smoothing": 0.0},
+    ),
+    Row("flip", "augment", "none", "mirrored", _augment(flip="horizontal")),
+    Row("crop", "augment", "none", "random resized crop of 35 % and more",
+        _augment(crop="random", scale=[0.35, 1.0], ratio=1.2)),
+    Row("rotate", "augment", "none", "up to 10 degrees", _augment(max_rotate=10.0)),
+    Row("zoom", "augment", "none", "closer by up to 1.2", _augment(max_zoom=1.2)),
+    Row("shift", "augment", "none", "by up to a tenth of the side", _augment(max_shift=0.1)),
+    Row("warp", "augment", "none", "perspective of up to a fifth", _augment(max_warp=0.2)),
+    Row("lighting", "augment", "none", "brightness and contrast by up to a fifth",
+        _augment(max_lighting=0.2)),
+    Row("saturation", "augment", "none", "by up to a fifth", _augment(max_saturation=0.2)),
+    Row("erase", "augment", "none", "a rectangle in a quarter of the photos",
+        _augment(erase=0.25)),
+    Row("rand_augment", "augment", "none", "2 operations of magnitude 9",
+        _augment(policy="rand_augment")),
+    Row("trivial_augment", "augment", "none", "one operation of any magnitude",
+        _augment(policy="trivial_augment")),
+    Row("mixup", "augment", "none", "alpha 0.4", _augment(mixup=0.4)),
+    Row("cutmix", "augment", "none", "alpha 1", _augment(cutmix=1.0)),
+    Row("smoothing", "augment", "none", "label smoothing of 0.1", {"label_smoothing": 0.1}),
+)  # fmt: skip
+
+BY_NAME: Final = {row.name: row for row in ROWS}
+GROUPS: Final = ("first", "onoff", "augment")
+
+
+def choose(words: Iterable[str], option: str = "--rows") -> tuple[Row, ...]:
+    """The rows named, by name or by group, in the table's order, and those they are compared with.
+
+    Raises:
+        OptionError: An unknown name; says the nearest.
+    """
+    wanted: set[str] = set()
+    for word in words:
+        found = {row.name for row in ROWS if word in (row.name, row.group, "all")}
+        if not found:
+            near = difflib.get_close_matches(word, [*BY_NAME, *GROUPS, "all"], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join([*GROUPS, *BY_NAME])}"
+            raise OptionError(f"{option}: no row {word!r}; {hint}")
+        wanted |= found
+    wanted |= {BY_NAME[name].on for name in wanted}
+    return tuple(row for row in ROWS if row.name in wanted)
+
+
+def recipe_of(row: Row, base: Recipe) -> Recipe:
+    """The recipe of a row: the base with the changes of the rows below it and its own.
+
+    Raises:
+        OptionError: The changes don't fit the base.
+    """
+    below = recipe_of(BY_NAME[row.on], base) if row.on else base
+    change = row.change(below) if callable(row.change) else row.change
+    values = merged(values_of(below), change)
+    values["tta"]["count"] = 0  # an ablation looks at views by itself, outside the seconds
+    return load.parse(values, f"row {row.name}")
+
+
+def views_of(base: Recipe) -> TtaConfig:
+    """The test-time augmentation of the row of that name."""
+    return base.tta if base.tta.count else TtaConfig(count=TTA_VIEWS)
+
+
+def values_of(recipe: Recipe) -> Values:
+    """A recipe's values as its file would have them, every option filled in."""
+    values = recipe.model_dump(mode="json", exclude={"preprocess"})
+    return {**values, "preprocess": asdict(recipe.preprocess)}
+
+
+def merged(values: Values, change: Mapping[str, Any]) -> Values:
+    """Values with a change over them, as `Row.change` says; a list of stages stands for them."""
+    result = dict(values)
+    for key, new in change.items():
+        if key == "stage" and isinstance(new, Mapping):
+            result[key] = [{**stage, **new} for stage in values[key]]
+        elif isinstance(new, Mapping) and key != "augment":
+            result[key] = {**values[key], **new}
+        else:
+            result[key] = new
+    return result

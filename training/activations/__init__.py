@@ -1,0 +1,1 @@
+"""Cached outputs of frozen layers, and the data loaders that read them."""

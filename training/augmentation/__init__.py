@@ -1,0 +1,1 @@
+"""Data augmentation of batches: warps, colour, policies, mixup and cutmix."""

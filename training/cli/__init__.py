@@ -1,0 +1,1 @@
+"""Subcommands of `fledge` that need training."""

@@ -1,0 +1,1 @@
+"""Recipes: schema, defaults, loading, error messages."""

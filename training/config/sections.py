@@ -1,0 +1,258 @@
+"""What the tables of a recipe may say, beside its stages: options, defaults and legal values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from serving.imaging.tta import VIEWS
+
+
+class Section(BaseModel):
+    """A table of the recipe: unknown names are mistakes."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False
+    )
+
+
+class DataConfig(Section):
+    """Labels and split, where folders and `--split` don't say them; how large photos are kept.
+
+    pattern: regular expression searched in file names; its first group is the label.
+    csv: a table below the data folder with a line a photo; columns: of the photo's id and its
+        label; suffix: added to the id.
+    images: folder of the photos below the data folder, for pattern and csv.
+    valid: share of each class that is held out.
+    folds: cut each class into so many parts instead; fold: the one to validate on, from 0, also in
+        a `--split` file.
+    presize: side at which training photos are kept, in image sizes.
+    """
+
+    pattern: str = ""
+    csv: str = ""
+    columns: tuple[str, str] = ("id", "label")
+    images: str = ""
+    suffix: str = ""
+    valid: float = Field(0.2, gt=0, lt=1)
+    folds: int = Field(0, ge=0, le=1000)
+    fold: int = Field(0, ge=0)
+    presize: float = Field(1.5, ge=1, le=4)
+
+    @field_validator("pattern")
+    @classmethod
+    def _one_group(cls, value: str) -> str:
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}") from None
+        if value and not groups:
+            raise ValueError("put the label in parentheses, as in '([a-zA-Z_]+)_[0-9]+'")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.pattern and self.csv:
+            raise ValueError("pattern and csv both give labels; keep one")
+        if self.folds == 1:
+            raise ValueError("folds = 1: use 2 or more")
+        if self.folds and self.fold >= self.folds:
+            raise ValueError(f"fold = {self.fold} of folds = {self.folds}: count folds from 0")
+        if self.columns[0] == self.columns[1]:
+            raise ValueError(f"columns are both {self.columns[0]!r}: name the id's and the label's")
+        of_csv = {"columns": ("id", "label"), "suffix": ""}
+        idle = [name for name, default in of_csv.items() if getattr(self, name) != default]
+        if idle and not self.csv:
+            raise ValueError(f"{idle[0]} has no effect without csv; leave it out")
+        if self.images and not (self.csv or self.pattern):
+            raise ValueError("images has no effect without csv or pattern; leave it out")
+        return self
+
+
+PRESETS: Final[dict[str, dict[str, Any]]] = {
+    "none": {"crop": "center", "flip": "none", "scale": (1.0, 1.0), "ratio": 1.0},
+    "basic": {"flip": "none", "max_rotate": 10.0, "max_lighting": 0.05},
+    "side_on": {"flip": "horizontal", "max_rotate": 10.0, "max_lighting": 0.05},
+    "top_down": {"flip": "dihedral", "max_rotate": 10.0, "max_lighting": 0.05},
+    "photo": {
+        "flip": "horizontal",
+        "scale": (0.35, 1.0),
+        "ratio": 1.2,
+        "max_rotate": 10.0,
+        "max_zoom": 1.1,
+        "max_lighting": 0.2,
+        "max_saturation": 0.2,
+    },
+}
+"""Options that a preset sets beside the neutral defaults; the recipe's own win over both.
+
+basic, side_on and top_down are the transforms_basic, _side_on and _top_down of fast.ai 0.7.
+"""
+
+
+def _share(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1] <= 1:
+        raise ValueError("use [smallest, largest], both shares in (0, 1]")
+    return value
+
+
+class AugmentConfig(Section):
+    """Random changes to training photos; what is not given comes from the preset.
+
+    crop: "random" cuts anywhere in the photo, "center" where validation does.
+    scale: smallest and largest area of the random crop, as a share of the photo's largest square.
+    ratio: widest stretch of the crop's sides; 1 is none.
+    flip: "horizontal" mirrors half of the views; "dihedral" takes one of the 8 symmetries of the
+        square. max_rotate: degrees either way. max_zoom: closer by up to this factor.
+    max_shift: as a share of the crop's side. max_warp: perspective, as a share of the side.
+    max_lighting: largest change of brightness and contrast. max_saturation: of saturation.
+    policy: "rand_augment" or "trivial_augment"; policy_ops, policy_magnitude: of rand_augment.
+    erase: probability that a rectangle is erased. mixup, cutmix: their Beta's alpha; 0 is off.
+    """
+
+    preset: Literal["none", "basic", "side_on", "top_down", "photo"] = "photo"
+    crop: Literal["random", "center"] = "random"
+    flip: Literal["none", "horizontal", "dihedral"] = "none"
+    scale: Annotated[tuple[float, float], AfterValidator(_share)] = (1.0, 1.0)
+    ratio: float = Field(1.0, ge=1, le=2)
+    max_rotate: float = Field(0.0, ge=0, le=180)
+    max_zoom: float = Field(1.0, ge=1, le=10)
+    max_shift: float = Field(0.0, ge=0, le=0.5)
+    max_warp: float = Field(0.0, ge=0, le=0.5)
+    max_lighting: float = Field(0.0, ge=0, lt=1)
+    max_saturation: float = Field(0.0, ge=0, le=1)
+    policy: Literal["none", "rand_augment", "trivial_augment"] = "none"
+    policy_ops: int = Field(2, ge=1, le=16)
+    policy_magnitude: int = Field(9, ge=0, le=30)
+    erase: float = Field(0.0, ge=0, le=1)
+    mixup: float = Field(0.0, ge=0, le=10)
+    cutmix: float = Field(0.0, ge=0, le=10)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        preset = values.get("preset", "photo")
+        return {**PRESETS.get(preset if isinstance(preset, str) else "", {}), **values}
+
+    @property
+    def mixes(self) -> bool:
+        """Whether photos are mixed with each other, so that nothing of one photo can be cached."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def _widths(value: Any) -> Any:
+    return (value,) if isinstance(value, int) else value
+
+
+class HeadConfig(Section):
+    """What stands on the body.
+
+    kind: "concat_pool" is average and max pooling side by side, then BatchNorm, dropout, Linear,
+        ReLU for each hidden layer, and BatchNorm, dropout, Linear (fast.ai, "Practical Deep
+        Learning for Coders", 2018); "deep" is average pooling, then dropout, Linear, BatchNorm,
+        ReLU for each hidden layer, and dropout, Linear; "linear" is average pooling, dropout and
+        one Linear.
+    hidden: width of each hidden layer of concat_pool and deep.
+    dropout: in [0, 1): before the last Linear, half of it before the others; or a list with one
+        for every Linear.
+    """
+
+    kind: Literal["concat_pool", "deep", "linear"] = "concat_pool"
+    hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_widths)] = (512,)
+    dropout: (
+        Annotated[float, Field(ge=0, lt=1)] | tuple[Annotated[float, Field(ge=0, lt=1)], ...]
+    ) = 0.5
+
+    @model_validator(mode="after")
+    def _one_for_each(self) -> HeadConfig:
+        layers = 1 if self.kind == "linear" else len(self.hidden) + 1
+        if isinstance(self.dropout, tuple) and len(self.dropout) != layers:
+            raise ValueError(f"dropout has {len(self.dropout)} values for {layers} Linear layers")
+        return self
+
+
+class OptimizerConfig(Section):
+    """How weights move.
+
+    momentum: of sgd; first beta of adam and adamw. nesterov: of sgd.
+    decay: "l2" adds weight_decay to the gradient, "decoupled" shrinks the weights by lr times it;
+        "auto" is decoupled for adamw, l2 for the others. decay_norms: norms and biases, too.
+    l1: added to the gradient as its sign. clip_norm: largest norm of all gradients; 0 is none.
+    accumulate: batches a step. ema: decay of the moving average of weights that is validated and
+        saved instead of the weights themselves; 0 is off.
+    """
+
+    kind: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = True
+    weight_decay: float = Field(1e-4, ge=0)
+    decay: Literal["auto", "l2", "decoupled"] = "auto"
+    decay_norms: bool = False
+    l1: float = Field(0.0, ge=0)
+    clip_norm: float = Field(0.0, ge=0)
+    accumulate: int = Field(1, ge=1, le=4096)
+    ema: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _adamw_is_decoupled(self) -> OptimizerConfig:
+        if self.kind == "adamw" and self.decay == "l2":
+            raise ValueError("adamw with decay = 'l2' is adam; use kind = 'adam'")
+        return self
+
+
+class LrFindConfig(Section):
+    """The range test of stages with `lr = "find"`.
+
+    pick: which suggestion is taken; never past minimum / 10 unless "minimum" is asked for.
+    direction: "up" from low to high, or "down" from high to low.
+    """
+
+    pick: Literal["valley", "steepest", "minimum/10", "minimum"] = "valley"
+    direction: Literal["up", "down"] = "up"
+    low: float = Field(1e-5, gt=0)
+    high: float = Field(10.0, gt=0)
+    steps: int = Field(80, ge=10, le=10_000)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LrFindConfig:
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low} must be below high = {self.high}")
+        return self
+
+
+class TtaConfig(Section):
+    """Test-time augmentation of the evaluation that ends a run.
+
+    kind: "views" are the service's fixed views, "flip", "five_crop" and "multi_scale" fixed ones of
+        one sort, "draws" random draws of the training augmentation beside the plain view.
+    count: of views, or of draws; the other kinds have a number of their own. 0 is off.
+    average: of probabilities or of their logarithms.
+    plain_weight: weight of the plain view, the others share the rest; 0 weighs all alike.
+    """
+
+    kind: Literal["views", "flip", "five_crop", "multi_scale", "draws"] = "views"
+    count: int = Field(4, ge=0, le=1000)
+    average: Literal["mean", "log_mean"] = "mean"
+    plain_weight: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _as_many_as_there_are(self) -> TtaConfig:
+        if self.kind == "views" and self.count > len(VIEWS):
+            raise ValueError(
+                f"count = {self.count}: there are {len(VIEWS)} fixed views; "
+                "use fewer, or kind = 'draws'"
+            )
+        return self

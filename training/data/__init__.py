@@ -1,0 +1,1 @@
+"""Datasets: folder layouts, tables, splits, known sets, the built-in sample."""

@@ -1,0 +1,54 @@
+"""Painted flowers: ten kinds told apart by their shape, whatever their colour.
+
+Every kind draws its colours, light, place and surroundings from the same distributions; only the
+number, the shape and the arrangement of the petals differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from PIL import Image
+
+from training.data.flowers import frontal, lateral
+from training.data.flowers.brush import Canvas, Rng
+from training.data.flowers.petals import Palette
+from training.data.flowers.scenery import background, finish
+
+__all__ = ["CLASSES", "paint"]
+
+_SPECIES: Final[dict[str, Callable[[Canvas, Rng, Palette], None]]] = {
+    "bluebell": lateral.bluebell,
+    "buttercup": frontal.buttercup,
+    "daisy": frontal.daisy,
+    "dandelion": frontal.dandelion,
+    "dogwood": frontal.dogwood,
+    "lavender": lateral.lavender,
+    "lily": frontal.lily,
+    "sunflower": frontal.sunflower,
+    "trillium": frontal.trillium,
+    "tulip": lateral.tulip,
+}
+CLASSES: Final = tuple(_SPECIES)
+
+
+def paint(label: str, rng: Rng, size: int = 160) -> Image.Image:
+    """Paint one flower.
+
+    Args:
+        label: One of `CLASSES`.
+        rng: Decides everything else; the same state gives the same picture.
+        size: Side in pixels.
+
+    Returns:
+        An RGB picture of `size` x `size` pixels.
+
+    Raises:
+        KeyError: `label` is not one of `CLASSES`.
+    """
+    species = _SPECIES[label]
+    pixels, ground = background(rng, size)
+    canvas = Canvas(pixels)
+    species(canvas, rng, Palette.draw(rng, ground))
+    return finish(canvas, rng)

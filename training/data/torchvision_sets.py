@@ -1,0 +1,79 @@
+"""Data sets known by name, as torchvision fetches and splits them.
+
+- `flowers102`: Nilsback & Zisserman, 2008, "Automated Flower Classification over a Large Number of
+  Classes"; 102 classes, official train, validation and test parts.
+- `oxford-iiit-pet`: Parkhi et al., 2012, "Cats and Dogs"; 37 breeds, an official test part; the
+  validation part is drawn from the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from serving.errors import DataError
+from training.data.layouts import Photo
+from training.data.sample import cache_folder
+
+
+def find(name: str) -> tuple[Path, list[Photo]]:
+    """The folder of a set and its photos; fetched into the user's cache where it is not there.
+
+    Raises:
+        DataError: No network, or damaged files; names the folder and what to do.
+    """
+    folder, read = _SETS[name]
+    cache = cache_folder()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+            photos = read(cache)
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"--data {name}: it can't be had in {cache / folder}: {reason}; see to the network, or "
+            "put torchvision's copy there; if it is there, it is damaged: remove it"
+        ) from error
+    root = (cache / folder).resolve()
+    gone = [photo.path for photo in photos if not photo.path.is_file()]
+    if gone:
+        raise DataError(
+            f"--data {name}: {len(gone)} of {len(photos)} photos are missing, as {gone[0]}; "
+            f"remove {root}, and it is fetched again"
+        )
+    return root, [
+        photo._replace(path=root / photo.path.relative_to(cache / folder)) for photo in photos
+    ]
+
+
+def _flowers102(cache: Path) -> list[Photo]:
+    from torchvision.datasets import Flowers102
+
+    names = getattr(Flowers102, "classes", [str(i + 1) for i in range(102)])
+    photos: list[Photo] = []
+    for split, part in (("train", "train"), ("val", "valid"), ("test", "test")):
+        found: Any = Flowers102(cache, split, download=True)
+        pairs = zip(found._image_files, found._labels, strict=True)
+        photos += [Photo(Path(path), names[label], part) for path, label in pairs]
+    return photos
+
+
+def _pets(cache: Path) -> list[Photo]:
+    from torchvision.datasets import OxfordIIITPet
+
+    photos: list[Photo] = []
+    for split, part in (("trainval", ""), ("test", "test")):
+        found: Any = OxfordIIITPet(cache, split, download=True)
+        pairs = zip(found._images, found._labels, strict=True)
+        photos += [Photo(Path(path), found.classes[label], part) for path, label in pairs]
+    return photos
+
+
+_SETS: Final[dict[str, tuple[str, Callable[[Path], list[Photo]]]]] = {
+    "flowers102": ("flowers-102", _flowers102),
+    "oxford-iiit-pet": ("oxford-iiit-pet", _pets),
+}
+
+NAMES: Final = tuple(_SETS)

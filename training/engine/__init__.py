@@ -1,0 +1,1 @@
+"""The fine-tuning loop: stages, epochs, learning-rate search, best checkpoint."""

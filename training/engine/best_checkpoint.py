@@ -1,0 +1,60 @@
+"""The best checkpoint of a run: highest validation accuracy, the lower loss between equals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from serving.imaging.preprocess import Preprocess
+from training.config.sections import TtaConfig
+from training.data.dataset import Dataset
+from training.engine.epoch import Epoch
+from training.evaluation import evaluate
+from training.models.classifier import Classifier
+from training.run import checkpoint
+from training.run.checkpoint import BEST, CheckpointInfo
+from training.utils.console import Say
+
+Rank = tuple[float, float]
+
+
+def rank(row: Epoch) -> Rank:
+    """What the best epoch has most of."""
+    return row.accuracy, -row.valid_loss
+
+
+def save(
+    folder: Path, row: Epoch, classifier: Classifier, info: CheckpointInfo, preprocess: Preprocess
+) -> None:
+    """Keep an epoch's weights as the best so far."""
+    metrics = {
+        "accuracy": row.accuracy,
+        "loss": row.valid_loss,
+        "stage": row.stage,
+        "epoch": row.epoch,
+    }
+    checkpoint.save(
+        folder / BEST, classifier, replace(info, metrics=metrics, preprocess=preprocess)
+    )
+
+
+def finish(
+    folder: Path, dataset: Dataset, tta: TtaConfig, say: Say, device: str = "auto"
+) -> evaluate.Result:
+    """Score the best checkpoint in float32, as `fledge evaluate` does, and write that down."""
+    result = evaluate.evaluate(
+        folder,
+        tta=tta if tta.count else None,
+        data_folder=dataset.root,
+        device=device,
+        say=say,
+    )
+    description = (folder / BEST).with_suffix(".json")
+    info = checkpoint.read_info(description)
+    accuracy, loss = evaluate.score(result.plain, result.labels)
+    metrics = {**info.metrics, "accuracy": accuracy, "loss": loss}
+    if result.views > 1:
+        metrics |= {"accuracy_tta": result.accuracy, "loss_tta": result.loss, "views": result.views}
+    data = {**info.data, "root": str(dataset.root)}  # a resumed run's photos may have moved
+    checkpoint.write_info(description, replace(info, metrics=metrics, data=data))
+    return result

@@ -1,0 +1,261 @@
+"""How good a checkpoint is: float32, the service's own pixels, with and without TTA."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from serving.errors import DataError, ImageError
+from serving.imaging import decode
+from serving.imaging.preprocess import Pixels, Preprocess
+from serving.imaging.tta import View, render, softmax
+from serving.utils.files import write_aside
+from serving.utils.progress import progress_bar
+from training.activations import frozen_prefix
+from training.config import load as config
+from training.config.schema import Recipe
+from training.config.sections import TtaConfig
+from training.data import dataset as data
+from training.evaluation import metrics
+from training.evaluation.metrics import Labels, Probabilities
+from training.evaluation.tta import combine, draw, fixed_views, random_views
+from training.models.classifier import normalise
+from training.pixels.rows import ahead
+from training.pixels.transform import Making
+from training.run import checkpoint
+from training.utils.console import say as say_aloud
+from training.utils.device import filled
+from training.utils.precision import choose_precision
+
+BATCH = 32
+"""Photos of a step of the network: other batches round differently. As many are read ahead."""
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The answers asked for, and how good they are.
+
+    accuracy: fraction of 1; loss: mean cross-entropy in nats; photos and views counted.
+    broken: photos that can't be read.
+    probabilities: [N, C], over all views; plain: likewise, of the plain view alone.
+    labels: [N]; paths: of the N photos; classes: names of the C classes; root: of the photos.
+    """
+
+    accuracy: float
+    loss: float
+    photos: int
+    views: int
+    broken: int = 0
+    probabilities: Probabilities = field(default_factory=lambda: np.empty((0, 0)))
+    plain: Probabilities = field(default_factory=lambda: np.empty((0, 0)))
+    labels: Labels = field(default_factory=lambda: np.empty(0, np.int64))
+    paths: tuple[Path, ...] = ()
+    classes: tuple[str, ...] = ()
+    root: Path = Path()
+
+
+@torch.inference_mode()
+def logits_of(classifier: nn.Module, pixels: Tensor, preprocess: Preprocess) -> Tensor:
+    """Float32 logits [N, classes] of pixels [N, H, W, 3] in 0..255, in eval mode."""
+    was_training = classifier.training
+    classifier.eval()
+    try:
+        device = next(classifier.parameters()).device
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32, no less
+            logits = [
+                classifier(normalise(filled(part.to(device), BATCH), preprocess))[: len(part)]
+                .float()
+                .cpu()
+                for part in pixels.split(BATCH)
+            ]
+        return torch.cat(logits)
+    finally:
+        classifier.train(was_training)
+
+
+def score(probabilities: Probabilities, labels: Labels) -> tuple[float, float]:
+    """Accuracy and cross-entropy of probabilities [N, classes]."""
+    return metrics.accuracy(probabilities, labels), metrics.log_loss(probabilities, labels)
+
+
+def evaluate(
+    run: Path,
+    *,
+    part: str = "valid",
+    tta: TtaConfig | None = None,
+    data_folder: Path | None = None,
+    device: str = "auto",
+    say: Callable[[str], None] = say_aloud,
+) -> Result:
+    """Score a run's checkpoint on its own validation (or test) photos.
+
+    Args:
+        run: Run folder or checkpoint.
+        part: "valid", "test" or "train".
+        tta: Test-time augmentation; none where not given.
+        data_folder: Where the photos are now, if they have moved.
+        device: "auto", "cpu" or "cuda".
+        say: Takes a line about every photo that is gone or can't be read.
+
+    Raises:
+        DataError: No checkpoint there, or all its photos are gone; names `--data`.
+        OptionError: Random draws are asked for, and the run's recipe can't be read; the device
+            is not there.
+    """
+    views, draws = fixed_views(tta), random_views(tta)
+    recipe = recipe_of(run) if draws else None
+    where = choose_precision(device, "fp32").device
+    classifier, info = checkpoint.load(run)
+    network = frozen_prefix.fused(classifier.to(where).eval())
+    making = Making("train", info.preprocess, recipe.data.presize) if recipe else None
+    dataset = data.of_run(run, data_folder, "")
+    if data.changed(info.data, dataset):
+        say(f"warning: the photos in {dataset.root} are not all as they were when {run} was made")
+    samples: Sequence[data.Sample] = getattr(dataset, part)
+    if not samples:
+        raise DataError(f"{run} has no {part} photos")
+    if not any(os.path.isfile(sample.path) for sample in samples):
+        raise data.gone(samples, samples, part, dataset.root)
+    kept: list[data.Sample] = []
+    by_view: list[Probabilities] = []  # [V, n, C] of each batch
+    with progress_bar() as bar:
+        task = bar.add_task(f"{part} photos", total=len(samples))
+        for batch in _batches(samples, info.preprocess, views, making, say):
+            # View by view, so that the plain view meets the same batches as without TTA.
+            rows = [
+                softmax(logits_of(network, pixels, info.preprocess).numpy())
+                for pixels in _views_of(batch, len(kept) // BATCH, recipe, draws, info)
+            ]
+            by_view.append(np.stack(rows))
+            kept += batch.samples
+            bar.advance(task, len(batch.samples))
+    if not kept:
+        raise DataError(f"none of the {len(samples)} {part} photos of {run} can be read")
+    stacked = np.concatenate(by_view, axis=1)
+    plain, labels = stacked[0], np.array([sample.label for sample in kept], np.int64)
+    averaged = combine(stacked, tta.average, tta.plain_weight) if tta else plain
+    return Result(
+        *score(averaged, labels),
+        photos=len(kept),
+        views=len(stacked),
+        broken=len(samples) - len(kept),
+        probabilities=averaged,
+        plain=plain,
+        labels=labels,
+        paths=tuple(sample.path for sample in kept),
+        classes=info.classes,
+        root=dataset.root,
+    )
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The recipe that a run was made by.
+
+    Raises:
+        OptionError: It is gone or of another version.
+    """
+    return config.read(checkpoint.folder_of(run) / "recipe.toml")
+
+
+def write_csv(result: Result, path: Path) -> None:
+    """Write a row for every photo: path below the data folder, label, predicted, probability."""
+    best = result.probabilities.argmax(axis=1)
+    with (
+        write_aside(path) as aside,
+        aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        # All are quoted: not every Python quotes a name with a carriage return by itself.
+        out = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        out.writerow(["path", "label", "predicted", "probability"])
+        for photo, label, index, row in zip(
+            result.paths, result.labels, best, result.probabilities, strict=True
+        ):
+            name = Path(os.path.relpath(photo, result.root)).as_posix()
+            names = result.classes[label], result.classes[index]
+            out.writerow([name, *names, f"{row[index]:.6f}"])
+
+
+class _Batch(NamedTuple):
+    """Photos that were read: at most `BATCH`.
+
+    views: uint8 [V, n, H, W, 3], the fixed views.
+    whole: uint8 [n, S, S, 3] and aspect: float32 [n], as training keeps photos, for random draws.
+    """
+
+    samples: list[data.Sample]
+    views: Tensor
+    whole: Tensor
+    aspect: Tensor
+
+
+def _batches(
+    samples: Sequence[data.Sample],
+    preprocess: Preprocess,
+    views: Sequence[View],
+    whole_by: Making | None,
+    say: Callable[[str], None],
+) -> Iterator[_Batch]:
+    """Read photos, `BATCH` readable ones at a time; name those that are not."""
+
+    def read(sample: data.Sample) -> tuple[Pixels, Pixels, float] | ImageError:
+        try:
+            image = decode.read(sample.path, background=preprocess.background).image
+        except ImageError as error:
+            return error
+        whole = whole_by(image) if whole_by else np.empty((0, 0, 3), np.uint8)
+        return render(image, preprocess, views), whole, image.width / image.height
+
+    waiting: list[tuple[data.Sample, tuple[Pixels, Pixels, float]]] = []
+
+    def batch() -> _Batch:
+        fixed, wholes, aspects = zip(*(made for _, made in waiting), strict=True)
+        return _Batch(
+            [sample for sample, _ in waiting],
+            torch.from_numpy(np.stack(fixed, axis=1)),
+            torch.from_numpy(np.stack(wholes)),
+            torch.tensor(aspects, dtype=torch.float32),
+        )
+
+    with closing(ahead(read, samples, BATCH)) as results:  # while the network works on
+        for sample, made in zip(samples, results, strict=True):
+            if isinstance(made, ImageError):
+                say(f"skipped {sample.path}: {made}")
+                continue
+            waiting.append((sample, made))
+            if len(waiting) == BATCH:
+                yield batch()
+                waiting = []
+    if waiting:
+        yield batch()
+
+
+def _views_of(
+    batch: _Batch, number: int, recipe: Recipe | None, draws: int, info: checkpoint.CheckpointInfo
+) -> Iterator[Tensor]:
+    """The views of a batch, one at a time: [n, H, W, 3] in 0..255; `number` is the batch's.
+
+    Random draws are those of the stage that the checkpoint comes from.
+    """
+    yield from batch.views
+    if recipe is not None:
+        name = info.metrics.get("stage")
+        own = [recipe.augment_of(stage) for stage in recipe.stage if stage.name == name]
+        for i in range(draws):
+            yield draw(
+                batch.whole,
+                batch.aspect,
+                (*own, recipe.augment)[0],
+                seed=recipe.seed,
+                view=number * draws + i,
+                crop=info.preprocess.crop,
+                size=info.preprocess.size,
+            )

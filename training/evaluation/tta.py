@@ -1,0 +1,96 @@
+"""Test-time augmentation at evaluation: which views of a photo, and the mean of their answers."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from torch import Tensor
+
+from serving.imaging.tta import VIEWS, Probabilities, View, average
+from training.augmentation import transforms
+from training.config.sections import AugmentConfig, TtaConfig
+
+FIXED: Final = {
+    "flip": (View("plain"), View("flip", flip=True)),
+    # Krizhevsky et al., 2012, section 4.1, without the mirror images.
+    "five_crop": (
+        View("plain"),
+        View("top-left", x=0.0, y=0.0),
+        View("top-right", x=1.0, y=0.0),
+        View("bottom-left", x=0.0, y=1.0),
+        View("bottom-right", x=1.0, y=1.0),
+    ),
+    # Simonyan & Zisserman, 2015, section 3.2: one picture at several scales.
+    "multi_scale": (
+        View("plain"),
+        View("wide", zoom=0.9),
+        View("close", zoom=1.15),
+        View("closer", zoom=1.3),
+    ),
+}
+"""Views of the kinds that have a fixed number of them; the first is always the plain one."""
+
+
+def fixed_views(config: TtaConfig | None) -> tuple[View, ...]:
+    """The views that are cut from the photo: the plain one first, and alone where TTA is off."""
+    if config is None or config.count == 0 or config.kind == "draws":
+        return VIEWS[:1]
+    if config.kind != "views":
+        return FIXED[config.kind]
+    return VIEWS[: config.count]
+
+
+def random_views(config: TtaConfig | None) -> int:
+    """How many random draws stand beside the plain view."""
+    return config.count if config is not None and config.kind == "draws" else 0
+
+
+def draw(
+    pixels: Tensor,
+    aspect: Tensor,
+    config: AugmentConfig,
+    *,
+    seed: int,
+    view: int,
+    crop: float,
+    size: int,
+) -> Tensor:
+    """One random draw of every photo, as training makes it: float32 [N, size, size, 3] in 0..255.
+
+    Nothing is erased: a hole regularises training and hides what is asked for here.
+
+    Args:
+        pixels: uint8 [N, S, S, 3], whole photos squeezed to squares.
+        aspect: float32 [N], width over height.
+        config: The training augmentation.
+        seed, view: Which draw; the same give the same.
+        crop: Share of the short side that the plain view takes.
+        size: Side of the square in pixels.
+    """
+    config = config.model_copy(update={"erase": 0.0})
+    drawn = transforms.draw(config, aspect, seed, view, crop=crop)
+    return transforms.apply(pixels, drawn, config, size)
+
+
+def combine(probabilities: Probabilities, how: str, plain_weight: float = 0.0) -> Probabilities:
+    """Average over views: [V, N, classes] -> [N, classes], rows summing to 1.
+
+    Args:
+        probabilities: Of each view, the plain one first.
+        how: "mean" or "log_mean", as `serving.imaging.tta.average`.
+        plain_weight: Of the plain view, in [0, 1]; the others share the rest. 0 weighs all alike.
+    """
+    if len(probabilities) == 1:
+        return np.asarray(probabilities[0])
+    by_photo = probabilities.swapaxes(0, 1)
+    if plain_weight == 0:
+        return np.stack([average(rows, how) for rows in by_photo])
+    plain = probabilities[0]
+    others = np.stack([average(rows[1:], how) for rows in by_photo])
+    if how == "mean":
+        return np.asarray(plain_weight * plain + (1 - plain_weight) * others)
+    logs = plain_weight * np.log(np.maximum(plain, 1e-12))
+    logs = logs + (1 - plain_weight) * np.log(np.maximum(others, 1e-12))
+    powers = np.exp(logs - logs.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))

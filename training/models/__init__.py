@@ -1,0 +1,1 @@
+"""Networks: backbones, layer groups, heads, freezing, pretrained weights."""

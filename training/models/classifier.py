@@ -1,0 +1,132 @@
+"""The classifier: a torchvision body, pooling, and a head of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from serving.imaging.preprocess import Preprocess
+from training.config.sections import HeadConfig
+from training.models import backbones, heads
+from training.models import freezing as freeze
+from training.utils.device import constant
+
+
+class Classifier(nn.Module):
+    """body -> pool -> head; `freeze` says what trains."""
+
+    def __init__(
+        self, body: nn.Sequential, groups: tuple[int, ...], pool: nn.Module, head: nn.Sequential
+    ) -> None:
+        """Take the parts; `groups` as in `backbones.Backbone`. All of it trains."""
+        super().__init__()
+        self.body, self.pool, self.head = body, pool, head
+        self.groups = groups
+        self.freeze(len(groups), batchnorm="train")
+
+    def features(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] -> the head's input [N, D]."""
+        pooled: Tensor = self.pool(self.body(images))
+        return pooled
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] -> logits [N, classes]."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+    def freeze(
+        self,
+        unfreeze: int | Sequence[str],
+        *,
+        batchnorm: Literal["fixed", "train"] = "fixed",
+        frozen_batchnorm: Literal["eval", "stats", "train"] = "eval",
+    ) -> None:
+        """Decide anew what trains; the head does always.
+
+        Arguments and errors as `freeze.decide`; what was frozen before does not matter.
+        """
+        self.freezing = freeze.decide(
+            self.body,
+            self.groups,
+            unfreeze,
+            batchnorm=batchnorm,
+            frozen_batchnorm=frozen_batchnorm,
+        )
+        for name, parameter in self.body.named_parameters():
+            parameter.requires_grad_(name in self.freezing.trains)
+            if name not in self.freezing.trains:
+                parameter.grad = None
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As usual, but what is held in eval mode stays there."""
+        super().train(mode)
+        for name, module in self.body.named_modules():
+            if name in self.freezing.held:
+                module.training = False
+        return self
+
+    def trainable_groups(self) -> list[tuple[str, list[nn.Parameter]]]:
+        """(name, parameters that train) of each layer group, deepest first, "head" last.
+
+        Groups in which nothing trains are left out. Names are those of the body's children, such
+        as "layer4" or "14..18".
+        """
+        children = list(self.body.named_children())
+        found = []
+        for start, end in pairwise((*self.groups, len(children))):
+            parts = [(name, part) for name, part in children[start:end] if list(part.parameters())]
+            trains = [p for _, part in parts for p in part.parameters() if p.requires_grad]
+            if trains:
+                found.append((span(name for name, _ in parts), trains))
+        return [*found, ("head", list(self.head.parameters()))]
+
+    @property
+    def prefix(self) -> nn.Sequential:
+        """What is frozen: images [N, 3, H, W] -> a feature map, a function without state.
+
+        With the whole body frozen the pooling belongs to it: -> [N, D].
+        """
+        pool = [self.pool] if self.freezing.prefix == len(self.body) else []
+        return nn.Sequential(*self.body[: self.freezing.prefix], *pool)
+
+    @property
+    def suffix(self) -> nn.Sequential:
+        """What trains: the prefix's output -> logits. Shares its modules with this classifier."""
+        pool = [] if self.freezing.prefix == len(self.body) else [self.pool]
+        return nn.Sequential(*self.body[self.freezing.prefix :], *pool, self.head)
+
+
+def span(names: Iterable[str]) -> str:
+    """First and last of some names: "14..18"."""
+    first, *rest = names
+    return f"{first}..{rest[-1]}" if rest else first
+
+
+def build(
+    arch: str,
+    classes: int,
+    *,
+    arch_args: Mapping[str, Any] | None = None,
+    head: Mapping[str, Any] | HeadConfig | None = None,
+    weights: str = "none",
+) -> Classifier:
+    """Build a classifier; arguments and errors as in `backbones.build` and `HeadConfig`."""
+    config = head if isinstance(head, HeadConfig) else HeadConfig(**(head or {}))
+    pool = heads.pooling(config, arch, backbones.family_of(arch).pooled)
+    backbone = backbones.build(arch, arch_args or {}, weights)
+    layers = heads.build(config, backbone.width, classes)
+    return Classifier(backbone.body, backbone.groups, pool, layers)
+
+
+def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
+    """Pixels uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in channels-last layout.
+
+    (x / 255 - mean) / std per channel: what every exported graph does inside.
+    """
+    mean = constant(preprocess.mean, pixels.device) * 255
+    std = constant(preprocess.std, pixels.device) * 255
+    return ((pixels.float() - mean) / std).permute(0, 3, 1, 2)

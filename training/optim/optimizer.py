@@ -1,0 +1,179 @@
+"""Optimisers: discriminative learning rates, weight decay of three kinds, clipping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn, optim
+
+from serving.errors import OptionError
+from training.config.schema import Spread, Stage
+from training.config.sections import OptimizerConfig
+from training.models.classifier import Classifier
+from training.optim.schedules import Point
+
+Rates = float | tuple[float, ...] | Spread
+
+
+def build(
+    classifier: Classifier, config: OptimizerConfig, stage: Stage, lr: Rates
+) -> optim.Optimizer:
+    """An optimiser over what trains, and nothing else: the deepest group first, the head last.
+
+    Each parameter group carries its layer group's `name`, its `base_lr`, and `decays`. A layer
+    group is two of them, the second with norms and biases, unless one would be empty.
+
+    Args:
+        classifier: Already frozen as the stage wants it.
+        config: Kind, momentum, weight decay.
+        stage: Its name, `lr_divide` and `groups`.
+        lr: As `rates`; found by lr_find, or the stage's own.
+
+    Raises:
+        OptionError: `lr` has not one rate for each group, or fewer groups train than `groups`.
+    """
+    layers = layer_groups(classifier, stage)
+    names = [name for name, _ in layers]
+    if isinstance(lr, tuple) and len(lr) != len(layers):
+        raise OptionError(
+            f"stage {stage.name}: lr has {len(lr)} rates, but {len(layers)} groups train "
+            f"({', '.join(names)}): give {len(layers)}, or merge them by "
+            f"stage.{stage.name}.groups = {len(lr)}"
+        )
+    decoupled = config.kind == "adamw" or config.decay == "decoupled"
+    vectors = set() if config.decay_norms else norms_and_biases(classifier)
+    groups = []
+    for (name, parameters), rate in zip(
+        layers, rates(len(layers), lr, stage.lr_divide), strict=True
+    ):
+        for decays in (True, False):
+            chosen = [p for p in parameters if (p not in vectors) == decays]
+            decay = config.weight_decay if decays else 0.0
+            if chosen:
+                groups.append(
+                    {
+                        "params": chosen,
+                        "name": name,
+                        "lr": rate,
+                        "base_lr": rate,
+                        "decays": decays,
+                        "weight_decay": 0.0 if config.kind == "sgd" and decoupled else decay,
+                        "shrink": decay if config.kind == "sgd" and decoupled else 0.0,
+                    }
+                )
+    if config.kind == "sgd":
+        nesterov = config.nesterov and config.momentum > 0
+        return optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, fused=True)
+    kind = optim.AdamW if decoupled else optim.Adam
+    return kind(groups, betas=(config.momentum, 0.999), fused=True)
+
+
+def rates(count: int, lr: Rates, lr_divide: float) -> list[float]:
+    """The learning rate of each of `count` groups, deepest first (Howard & Ruder, 2018, 3.2).
+
+    A number is the head's rate; each group's is that of the group behind it, divided. A tuple has
+    them all. A spread runs from low to high by equal factors; a lone group gets the high one.
+    """
+    if isinstance(lr, tuple):
+        return list(lr)
+    if isinstance(lr, Spread):
+        ratio = lr.low / lr.high
+        depths = reversed(range(count))
+        return [lr.high * ratio ** (depth / max(count - 1, 1)) for depth in depths]
+    return [lr / lr_divide**depth for depth in reversed(range(count))]
+
+
+def layer_groups(classifier: Classifier, stage: Stage) -> list[tuple[str, list[nn.Parameter]]]:
+    """(name, parameters) of what trains, deepest first, merged as `stage.groups` says.
+
+    The body's groups are shared among `groups - 1` runs as evenly as they can be, the deeper runs
+    being the longer ones; the head stays alone. With `groups = 1` all trains at one rate.
+
+    Raises:
+        OptionError: Fewer groups train than `stage.groups`.
+    """
+    layers = classifier.trainable_groups()
+    wanted, names = stage.groups, [name for name, _ in layers]
+    if wanted > len(layers):
+        raise OptionError(
+            f"stage {stage.name}: groups = {wanted}, but only {len(layers)} train "
+            f"({', '.join(names)}): unfreeze more, or set stage.{stage.name}.groups = 0"
+        )
+    if wanted == 0:
+        return layers
+    if wanted == 1:
+        return [_merge(layers)]
+    runs = np.array_split(np.arange(len(layers) - 1), wanted - 1)
+    return [*(_merge([layers[i] for i in run]) for run in runs), layers[-1]]
+
+
+def norms_and_biases(module: nn.Module) -> set[nn.Parameter]:
+    """What is not decayed: norms, biases, and other vectors such as ConvNeXt's layer scale.
+
+    Tables of position biases (Swin, MaxViT) are biases by name.
+    """
+    return {
+        parameter
+        for name, parameter in module.named_parameters()
+        if parameter.squeeze().ndim <= 1 or "bias" in name.rpartition(".")[2]
+    }
+
+
+def rates_now(optimizer: optim.Optimizer) -> dict[str, float]:
+    """The rate of each layer group as it stands, deepest first."""
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def set_factor(optimizer: optim.Optimizer, factor: float) -> None:
+    """Set every group's rate to `base_lr * factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def set_point(optimizer: optim.Optimizer, point: Point) -> None:
+    """Set every group's rate, and its momentum (adam's first beta) where the schedule moves it."""
+    set_factor(optimizer, point.factor)
+    if point.momentum is None:
+        return
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            group["betas"] = (point.momentum, group["betas"][1])
+        else:
+            group["momentum"] = point.momentum
+
+
+@torch.no_grad()
+def step(optimizer: optim.Optimizer, config: OptimizerConfig) -> None:
+    """Move the weights by their gradients, and drop the gradients.
+
+    In this order: L1 adds its sign to the gradients of what decays; the norm of all gradients
+    together is clipped (Pascanu et al., 2013, "On the difficulty of training recurrent neural
+    networks"); decoupled decay shrinks the weights of sgd by lr times it (Loshchilov & Hutter,
+    2019, "Decoupled Weight Decay Regularization", algorithm 1); the optimiser steps.
+    """
+    for group in optimizer.param_groups:
+        if config.l1 and group["decays"]:
+            for parameter in _moving(group):
+                assert parameter.grad is not None
+                parameter.grad.add_(parameter.sign(), alpha=config.l1)
+    if config.clip_norm:
+        moving = [p for group in optimizer.param_groups for p in _moving(group)]
+        nn.utils.clip_grad_norm_(moving, config.clip_norm)
+    for group in optimizer.param_groups:
+        moving = _moving(group)
+        if group["shrink"] and moving:  # at once: on a GPU each call takes longer than its work
+            torch._foreach_mul_(moving, 1 - group["lr"] * group["shrink"])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _moving(group: dict[str, Any]) -> list[Tensor]:
+    return [parameter for parameter in group["params"] if parameter.grad is not None]
+
+
+def _merge(layers: list[tuple[str, list[nn.Parameter]]]) -> tuple[str, list[nn.Parameter]]:
+    first, last = layers[0][0].partition("..")[0], layers[-1][0].rpartition("..")[2]
+    name = first if first == last else f"{first}..{last}"
+    return name, [parameter for _, parameters in layers for parameter in parameters]

@@ -1,0 +1,160 @@
+"""`fledge layers`: what an architecture is made of, and what the stages of a recipe train of it.
+
+Everything is built on the meta device: no weights are made or read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import Tensor, nn
+
+from training.config.schema import Recipe, Stage
+from training.data.names import natural
+from training.engine.plan import stages_of
+from training.models import backbones, heads
+from training.models import freezing as freeze
+from training.models.backbones import Backbone
+from training.models.classifier import Classifier, span
+from training.models.families import FAMILIES
+
+CLASSES = 2
+"""Of the head that is counted: how many there will be is not in a recipe."""
+
+
+def families() -> list[str]:
+    """Every architecture, a line a family."""
+    names = sorted(backbones.names(), key=natural)
+    rows = [
+        (family.title, " ".join(name for name in names if backbones.family_of(name) is family))
+        for family in FAMILIES
+    ]
+    return _table(rows)
+
+
+def describe(recipe: Recipe) -> list[str]:
+    """Groups, layers, parameters and outputs of a recipe's body, one line a layer.
+
+    The first column is the `unfreeze` that reaches a layer; sizes are channels x height x width,
+    or tokens x channels, of one image of `preprocess.size`.
+
+    Raises:
+        OptionError: As `backbones.build` and `backbones.check_size`.
+    """
+    size = recipe.preprocess.size
+    backbones.check_size(recipe.arch, recipe.arch_args, size)
+    backbone = backbones.hollow(recipe.arch, recipe.arch_args)
+    family = backbones.family_of(recipe.arch)
+    rows = [("unfreeze", "layer", "kind", "parameters", f"output at {size}")]
+    outputs = backbones.outputs(backbone.body, size)
+    for index, ((name, child), output) in enumerate(
+        zip(backbone.body.named_children(), outputs, strict=True)
+    ):
+        starts = backbone.groups.index(index) if index in backbone.groups else None
+        unfreeze = "" if starts is None else str(len(backbone.groups) - starts)
+        count = _thousands(child.parameters())
+        rows.append((unfreeze, name, type(child).__name__, count, _shape(output, family.side)))
+    pools = f", pools by itself ({backbone.pooled})" if backbone.pooled else ""
+    total = _thousands(backbone.body.parameters())
+    norms = "" if freeze.has_batchnorm(backbone.body) else ", no BatchNorm"
+    return [
+        f"{recipe.arch} ({family.title}): {total} parameters, {len(backbone.groups)} layer groups, "
+        f"{backbone.width} features{pools}{norms}",
+        "",
+        *_table(rows, right=(0, 3)),
+    ]
+
+
+def stages(recipe: Recipe) -> list[str]:
+    """What each stage of a recipe trains and freezes, one line a stage.
+
+    Raises:
+        OptionError: As `backbones.build`, `heads.pooling` and `freeze.decide`.
+    """
+    pool = heads.pooling(recipe.head, recipe.arch, backbones.family_of(recipe.arch).pooled)
+    backbone = backbones.hollow(recipe.arch, recipe.arch_args)
+    head = heads.build(recipe.head, backbone.width, CLASSES).to("meta")
+    classifier = Classifier(backbone.body, backbone.groups, pool, head)
+    rows = [("stage", "trains", "parameters", "BatchNorms", "kept outputs of the frozen part")]
+    for stage in stages_of(recipe, recipe.weights != "none"):
+        classifier.freeze(
+            stage.unfreeze, batchnorm=stage.batchnorm, frozen_batchnorm=stage.frozen_batchnorm
+        )
+        groups = classifier.trainable_groups()
+        count = _thousands(p for _, parameters in groups for p in parameters)
+        names = ", ".join(name for name, _ in groups)
+        norms = _batchnorms(classifier, stage)
+        rows.append((stage.name, names, count, norms, _kept(classifier, backbone, recipe, stage)))
+    total = _thousands(classifier.parameters())
+    return [f"{recipe.name}: {total} parameters with a head for {CLASSES} classes", "",
+            *_table(rows, right=(2,))]  # fmt: skip
+
+
+def of_arch(arch: str) -> Recipe:
+    """A recipe with nothing but an architecture, at the size of images that it is made for.
+
+    Raises:
+        OptionError: There is none of that name.
+    """
+    size = {"inception_v3": 299}.get(arch, backbones.family_of(arch).image_size({}))
+    stage = {"name": "head"}
+    return Recipe.model_validate(
+        {"name": "layers", "arch": arch, "stage": [stage], "preprocess": {"size": size}}
+    )
+
+
+def _batchnorms(classifier: Classifier, stage: Stage) -> str:
+    """How many do what, in words."""
+    counts: dict[str, int] = {}
+    for name, module in classifier.body.named_modules():
+        if not freeze.is_batchnorm(module):
+            continue
+        moves = name not in classifier.freezing.held
+        affine = any(p.requires_grad for p in module.parameters())
+        what = {
+            (False, False): "fixed",
+            (False, True): "with fixed statistics",
+            (True, False): "whose statistics move",
+            (True, True): "trained",
+        }[moves, affine]
+        counts[what] = counts.get(what, 0) + 1
+    return ", ".join(f"{count} {what}" for what, count in counts.items()) or "none"
+
+
+def _kept(classifier: Classifier, backbone: Backbone, recipe: Recipe, stage: Stage) -> str:
+    prefix = classifier.freezing.prefix
+    if not prefix:
+        return "none"
+    if not stage.views:
+        return "none: views = 0"
+    if recipe.augment_of(stage).mixes:
+        return "none: photos are mixed"
+    names = [name for name, _ in backbone.body.named_children()][:prefix]
+    *_, last = backbones.outputs(backbone.body[:prefix], recipe.preprocess_of(stage).size)
+    shape = list((classifier.pool(last) if prefix == len(backbone.body) else last).shape[1:])
+    return f"{span(names)}: {' x '.join(map(str, shape))}, {stage.wanted_views} views"
+
+
+def _shape(output: Tensor, side: int) -> str:
+    sizes = list(output.shape[1:])
+    if side == 1 and len(sizes) == 3 and sizes[0] == sizes[1]:  # Swin has its channels last
+        sizes = [sizes[2], *sizes[:2]]
+    return " x ".join(map(str, sizes))
+
+
+def _thousands(parameters: Iterable[nn.Parameter]) -> str:
+    """A count for people: 832, 14.3 k, 2.22 M."""
+    count = sum(p.numel() for p in parameters)
+    if count < 1000:
+        return str(count)
+    return f"{count / 1e3:.1f} k" if count < 999_950 else f"{count / 1e6:.2f} M"
+
+
+def _table(rows: Sequence[tuple[str, ...]], right: Sequence[int] = ()) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def cells(row: tuple[str, ...]) -> Iterator[str]:
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            yield cell.rjust(width) if i in right else cell.ljust(width)
+
+    return ["  ".join(cells(row)).rstrip() for row in rows]

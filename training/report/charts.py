@@ -1,0 +1,216 @@
+"""Charts of the report as SVG. Colours come from the page, so that they follow light and dark."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from html import escape
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from training.evaluation.metrics import Calibration, Labels
+
+WIDTH: Final = 360.0
+"""Of a chart in its own units: about the pixels of a phone, so that text keeps its size there."""
+
+DOTS: Final = 60
+"""Curves of more points have no dots."""
+
+_MOST: Final = 1e100  # further out, the differences of two numbers overflow
+
+
+class Line(NamedTuple):
+    """A curve: its points, its name in the legend, and the name of its colour on the page."""
+
+    points: Sequence[tuple[float, float]]
+    name: str
+    colour: str
+    width: float = 2.0
+
+
+def text(value: str) -> str:
+    """A user's string, safe in HTML and SVG; bytes that are no UTF-8 become question marks."""
+    seen = value.encode("utf-8", "replace").decode()
+    return escape(re.sub("[\x00-\x1f\x7f-\x9f]", "\ufffd", seen))
+
+
+def lines(
+    curves: Sequence[Line],
+    title: str,
+    *,
+    bounds: Sequence[tuple[float, str]] = (),
+    percent: bool = False,
+    height: float = 220.0,
+) -> str:
+    """Curves over epochs.
+
+    Args:
+        curves: Points that can't be drawn, as those that are not finite, are left out.
+        title: What the picture shows, for those who don't see it.
+        bounds: (position, name) of each stage's end.
+        percent: y is a share of 1.
+        height: In units of `WIDTH`.
+    """
+    least, most = (0.0, 1.0) if percent else (-_MOST, _MOST)
+    curves = [c._replace(points=[p for p in c.points if least <= p[1] <= most]) for c in curves]
+    curves = [c for c in curves if c.points]
+    ys = [y for curve in curves for _, y in curve.points] or [0.0]
+    low, high = min(ys), max(ys)
+    pad = (high - low or abs(high) or 1.0) * 0.06
+    low = max(0.0, low - pad) if min(ys) >= 0 else low - pad
+    high = min(1.0, high + pad) if percent else high + pad
+    ends = [x for curve in curves for x, _ in curve.points] + [x for x, _ in bounds]
+    end = max(ends, default=0.0)
+    left, right, top, bottom = 46.0, WIDTH - 10, 34.0, height - 34
+
+    def across(x: float) -> float:
+        return round(left + (right - left) * x / (end or 1), 1)
+
+    def up(y: float) -> float:
+        return round(bottom - (bottom - top) * (y - low) / (high - low), 1)
+
+    out = []
+    for value in ticks(low, high, 4):
+        label = f"{value:.1%}".replace(".0%", "%") if percent else f"{value:g}"
+        out.append(f'<path class="grid" d="M{left},{up(value)}H{right}"/>')
+        out.append(f'<text class="tick" x="{left - 7}" y="{up(value) + 4}" text-anchor="end">')
+        out.append(f"{label}</text>")
+    for value in ticks(0, end, 7):
+        if value == int(value):
+            out.append(f'<text class="tick" x="{across(value)}" y="{bottom + 16}"')
+            out.append(f' text-anchor="middle">{value:g}</text>')
+    begun = across(0)
+    for position, name in bounds:
+        x = across(position)
+        if position < end:
+            out.append(f'<path class="bound" d="M{x},{top - 6}V{bottom}"/>')
+        if x - begun > 7 * len(name):
+            out.append(f'<text class="stage" x="{(x + begun) / 2:.1f}" y="{top + 2}"')
+            out.append(f' text-anchor="middle">{text(name)}</text>')
+        begun = x
+    key = left
+    for curve in curves:
+        colour = f"var(--{curve.colour})"
+        path = " ".join(f"{across(x)},{up(y)}" for x, y in curve.points)
+        out.append(f'<polyline class="line" points="{path}" style="stroke:{colour};')
+        out.append(f'stroke-width:{curve.width}"/>')
+        if len(curve.points) <= DOTS:
+            out += [
+                f'<circle cx="{across(x)}" cy="{up(y)}" r="2.6" style="fill:{colour}"/>'
+                for x, y in curve.points
+            ]
+        out.append(f'<path d="M{key},12h16" style="stroke:{colour};stroke-width:3"/>')
+        out.append(f'<text class="key" x="{key + 21}" y="16">{text(curve.name)}</text>')
+        key += 36 + 6.6 * len(curve.name)
+    out.append(f'<text class="tick" x="{right}" y="{height - 3}" text-anchor="end">epochs</text>')
+    return _svg(out, title, WIDTH, height)
+
+
+def ticks(low: float, high: float, about: int) -> list[float]:
+    """Round numbers in [low, high], about so many of them: 1, 2 or 5 times a power of ten apart."""
+    raw = (high - low) / max(about, 1)
+    if not raw > 0:
+        return [low]
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.7)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def calibration(found: Calibration, title: str, height: float = 260.0) -> str:
+    """Reliability diagram: accuracy of each bin of confidence against the diagonal."""
+    left, right, top, bottom = 46.0, WIDTH - 10, 14.0, height - 38
+    wide, high = right - left, bottom - top
+    out = []
+    for value in (0.0, 0.25, 0.5, 0.75, 1.0):
+        y, x = bottom - high * value, left + wide * value
+        anchor = "end" if value == 1 else "middle"
+        out.append(f'<path class="grid" d="M{left},{y}H{right}"/>')
+        out.append(f'<text class="tick" x="{left - 7}" y="{y + 4}" text-anchor="end">{value:.0%}')
+        out.append(f'</text><text class="tick" x="{x}" y="{bottom + 16}" text-anchor="{anchor}">')
+        out.append(f"{value:.0%}</text>")
+    for i, photos in enumerate(found.photos):
+        if photos:
+            x, width = left + wide * found.edges[i], wide * (found.edges[i + 1] - found.edges[i])
+            share, sure = found.accuracy[i], found.confidence[i]
+            tip = f"{photos} photos, {sure:.0%} sure on average, {share:.0%} right"
+            out.append(f'<rect class="bar" x="{x + 1:.1f}" y="{bottom - high * share:.1f}"')
+            out.append(f' width="{width - 2:.1f}" height="{high * share:.1f}" rx="2"')
+            out.append(f' fill-opacity="{0.35 + 0.6 * photos / found.photos.max():.2f}">')
+            out.append(f"<title>{tip}</title></rect>")
+            out.append(f'<circle class="dot" cx="{left + wide * sure:.1f}" r="3.2"')
+            out.append(f' cy="{bottom - high * share:.1f}"/>')
+    out.append(f'<path class="ideal" d="M{left},{bottom}L{right},{top}"/>')
+    out.append(f'<text class="tick" x="{right}" y="{height - 3}" text-anchor="end">')
+    out.append("how sure it was, and how often it was right</text>")
+    return _svg(out, title, WIDTH, height)
+
+
+def confusion(matrix: Labels, names: Sequence[str], title: str) -> str:
+    """Confusion matrix, a row for each actual class; hits on the diagonal in another colour."""
+    count = len(names)
+    short = [name if len(name) <= 14 else f"{name[:7]}…{name[-6:]}" for name in names]
+    margin = 14 + 6.2 * max(len(name) for name in short)
+    cell = max(17.0, min(36.0, (640 - margin) / count))
+    side = margin + cell * count
+    rows = np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    out = [f'<path class="frame" d="M{margin},{margin}H{side}V{side}H{margin}Z"/>']
+    for i, name in enumerate(short):
+        y = margin + cell * (i + 0.5)
+        full = f"<title>{text(names[i])}</title>{text(name)}"
+        out.append(f'<text class="tick" x="{margin - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">')
+        out.append(f'{full}</text><text class="tick" transform="translate({y + 4:.1f},')
+        out.append(f'{margin - 6:.1f}) rotate(-90)">{full}</text>')
+    for i, j in np.argwhere(matrix > 0):
+        share = matrix[i, j] / rows[i, 0]
+        kind = "hit" if i == j else "miss"
+        strength = 0.15 + 0.75 * share if i == j else min(0.95, 0.3 + 1.3 * share)
+        x, y = margin + cell * j, margin + cell * i
+        what = f"{text(names[i])} taken for {text(names[j])}" if i != j else f"{text(names[i])}"
+        out.append(f'<rect class="{kind}" x="{x + 1:.1f}" y="{y + 1:.1f}" width="{cell - 2:.1f}"')
+        out.append(f' height="{cell - 2:.1f}" rx="2" fill-opacity="{strength:.2f}">')
+        out.append(f"<title>{what}: {matrix[i, j]}</title></rect>")
+        out.append(f'<text class="cell" x="{x + cell / 2:.1f}" y="{y + cell / 2 + 4:.1f}"')
+        out.append(f' text-anchor="middle">{matrix[i, j]}</text>')
+    return _svg(out, title, side + 2, side + 2, least=0.85 * side, most=1.25 * side)
+
+
+def intervals(rows: Sequence[tuple[str, float, tuple[float, float]]], title: str) -> str:
+    """Accuracies with their intervals, one under the other on one scale."""
+    low = min(ends[0] for _, _, ends in rows)
+    low = max(0.0, math.floor((low - 0.005) * 50) / 50)
+    left, right, height = 96.0, WIDTH - 16, 30.0 * len(rows) + 26
+
+    def at(share: float) -> float:
+        return left + (right - left) * (share - low) / (1 - low)
+
+    out = []
+    for value in ticks(low, 1.0, 4):
+        label = f"{value:.1%}".replace(".0%", "%")
+        out.append(f'<path class="grid" d="M{at(value):.1f},6V{height - 20}"/>')
+        out.append(f'<text class="tick" x="{at(value):.1f}" y="{height - 5}" text-anchor="middle">')
+        out.append(f"{label}</text>")
+    for i, (name, share, (least, most)) in enumerate(rows):
+        y = 22 + 30.0 * i
+        out.append(f'<text class="key" x="{left - 12}" y="{y + 4}" text-anchor="end">')
+        out.append(f"{text(name)} {share:.1%}</text>")
+        out.append(f'<path class="whisker" d="M{at(least):.1f},{y}H{at(most):.1f}"/>')
+        out.append(f'<circle class="mean" cx="{at(share):.1f}" cy="{y}" r="6"/>')
+    return _svg(out, title, WIDTH, height)
+
+
+def _svg(
+    parts: Sequence[str],
+    title: str,
+    width: float,
+    height: float,
+    least: float = 0,
+    most: float = 640,
+) -> str:
+    style = f' style="min-width:{least:.0f}px;max-width:{most:.0f}px"'
+    return (
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{text(title)}"{style}>'
+        f"{''.join(parts)}</svg>"
+    )

@@ -1,0 +1,1 @@
+"""The run directory: checkpoints, resume state, metric logs."""
