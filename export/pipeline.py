@@ -32,8 +32,8 @@ from serving.errors import OptionError, WorkError
 from serving.inference.predictor import Predictor
 from serving.inference.runtime import OnnxRuntime, Runtime
 from serving.inference.torchscript import TorchScriptRuntime
-from training.data.dataset import of_run
 from training.run import checkpoint
+from training.run.dataset import of_run
 
 ONNX: Final = precisions.FILES["fp32"]
 TORCHSCRIPT: Final = "model.ts"

@@ -13,10 +13,10 @@ from serving.inference.load import open_predictor
 from serving.utils.cpu import cores
 from tests.support.live_server import live
 from training.config import load as config
-from training.data import dataset
 from training.engine import finetune
 from training.evaluation import evaluate
 from training.run import checkpoint
+from training.run.dataset import of_run
 
 pytestmark = [pytest.mark.photos, pytest.mark.e2e]
 
@@ -63,12 +63,12 @@ def test_a_short_fine_tune_learns(run):
     metrics = checkpoint.read_info(run / "best.json").metrics
     assert metrics["accuracy"] >= 0.8
     assert evaluate.evaluate(run).accuracy == metrics["accuracy"]
-    assert len(dataset.of_run(run).test) > 0
+    assert len(of_run(run).test) > 0
 
 
 def test_http_answers_are_the_checkpoints_own(run, bundle, tmp_path):
     classifier, info = checkpoint.load(run)
-    samples = dataset.of_run(run).valid
+    samples = of_run(run).valid
     predictor = open_predictor(bundle, device="cpu", precision="fp32")
     pixels = np.concatenate([predictor.prepare(s.path.read_bytes()).pixels for s in samples])
     logits = evaluate.logits_of(classifier, torch.from_numpy(pixels), info.preprocess)
@@ -88,7 +88,7 @@ def test_http_answers_are_the_checkpoints_own(run, bundle, tmp_path):
 
 def test_what_is_said_of_int8_is_found_again(run, bundle):
     predictor = open_predictor(bundle, device="cpu")
-    manifest, samples = predictor.manifest, dataset.of_run(run).valid
+    manifest, samples = predictor.manifest, of_run(run).valid
     tried = manifest.tried["int8"]
     assert tried["photos"] == len(samples)
     assert tried["kept"] == (tried["why_not"] is None) == ("int8" in manifest.precisions)

@@ -23,9 +23,9 @@ import torch
 
 from serving.imaging import decode as images
 from serving.imaging.tta import View, average, count, render, softmax
-from training.data import dataset
 from training.evaluation import evaluate
 from training.run import checkpoint
+from training.run.dataset import of_run
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--tta", type=int, default=0)
     options = parser.parse_args()
     classifier, info = checkpoint.load(options.run)
-    samples = dataset.of_run(options.run).valid
+    samples = of_run(options.run).valid
     ask = build_opener(ProxyHandler({}))  # the service is near; a proxy would not find it
     with ask.open(f"{options.url}/model", timeout=60) as response:
         manifest = json.load(response)

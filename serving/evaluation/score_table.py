@@ -6,7 +6,7 @@ A table is streamed, never held. What costs time to parse is parsed when it is a
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ import numpy as np
 from serving.errors import DataError, OptionError
 from serving.imaging.tta import Probabilities
 from serving.scoring import table_folder
+from serving.utils.optional_packages import require
 
 _NEEDED: Final = ("path", "status", "label", "probability")
 _COLUMNS: Final = (*_NEEDED, "confident", "top_k", "error", "probabilities")
@@ -192,8 +193,7 @@ def _json_rows(path: Path) -> Rows:
 
 
 def _parquet_rows(path: Path) -> Rows:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise OptionError(f"{path}: needs pyarrow; `pip install 'fledge[parquet]'`")
+    require("pyarrow", f"{path}: Parquet", "pip install 'fledge[parquet]'")
     pq: Any = importlib.import_module("pyarrow.parquet")
     done = 0
     try:

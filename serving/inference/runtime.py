@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from serving.errors import BundleError, OptionError, WorkError
 from serving.imaging.preprocess import Pixels
+from serving.utils.files import user_cache_folder
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read while onnxruntime is imported
 import onnxruntime as ort
@@ -166,8 +167,7 @@ def _session(graph: Path, data: bytes | str, device: str, threads: int) -> ort.I
 def _tensorrt_options() -> dict[str, str]:
     """Engines take minutes to build: they are kept for the next start, where that is safe."""
     try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        home = home / "fledge" / "tensorrt"
+        home = user_cache_folder() / "tensorrt"
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = home.stat()
         # Engines are code. In a folder that others may write they are anybody's.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from serving.imaging import decode
+from serving.utils.natural_sort import natural
 
 Note = Callable[[str], None]
 """Takes a line about what is no input and could not be looked into."""
@@ -21,17 +22,6 @@ Note = Callable[[str], None]
 _MAGIC: Final = re.compile(r"[*?[]")
 _BRACES: Final = re.compile(r"\{([^{}]*)\}")
 _RANGE: Final = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
-
-
-def natural(name: str) -> tuple[str, str]:
-    """Sorting key: numbers by value, all else by code point, equal values by spelling."""
-    return re.sub("[0-9]+", _number, name), name
-
-
-def _number(match: re.Match[str]) -> str:
-    """Digits such that strings are in the order of the values; before every letter."""
-    digits = match[0].lstrip("0")
-    return f"\0{chr(len(digits))}{digits}"
 
 
 def braces(word: str) -> Iterator[str]:

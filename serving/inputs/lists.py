@@ -17,7 +17,7 @@ from typing import IO, Any, Final
 
 from serving.errors import DataError
 from serving.inputs.folders import Note, is_image
-from serving.scoring import writers
+from serving.utils.optional_packages import require
 
 LINES: Final = ".txt"
 DEFAULT: Final = "path"
@@ -193,7 +193,7 @@ def _json_values(path: str, column: str) -> Iterator[object]:
 
 
 def _parquet_file(path: str) -> Any:
-    writers.check()
+    require("pyarrow", "Parquet", "pip install 'fledge[parquet]'; or use .csv")
     return importlib.import_module("pyarrow.parquet").ParquetFile(path)
 
 

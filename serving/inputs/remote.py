@@ -16,7 +16,8 @@ from typing import Any, Final
 from serving.errors import BrokenImage, DataError, TooLarge
 from serving.inputs import lists, tar
 from serving.inputs.compression import MAX_FILE
-from serving.inputs.folders import Note, is_image, is_pattern, natural
+from serving.inputs.folders import Note, is_image, is_pattern
+from serving.utils.natural_sort import natural
 
 _ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 

@@ -26,7 +26,6 @@ from serving.inputs import folders as inputs_search
 from serving.inputs import lists, remote, tar, tar_members
 from serving.inputs.compression import MAX_FILE as _MAX_FILE
 from serving.inputs.folders import Note
-from serving.inputs.folders import natural as natural
 
 PIPE: Final = "-"
 """Standard input."""

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from serving.errors import OptionError, WorkError
 from serving.utils.cpu import cores
+from serving.utils.optional_packages import require
 
 ADDRESS: Final = "RAY_ADDRESS"
 AUTH: Final = "RAY_AUTH_MODE"
@@ -40,8 +41,7 @@ def check() -> None:
     Raises:
         OptionError: It is.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise OptionError("--engine ray needs Ray: pip install 'fledge[ray]'")
+    require("ray", "--engine ray", "pip install 'fledge[ray]'")
 
 
 def join(device: str, workers: int | None) -> Pool:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from serving.errors import FledgeError, OptionError, WorkError
 from serving.utils.files import check_file, write_aside
+from serving.utils.optional_packages import require
 
 Features = npt.NDArray[np.float32]
 
@@ -233,7 +234,5 @@ def check(out: Path, *, features: bool = False) -> None:
     if features and suffix != ".parquet":
         raise OptionError(f"--embeddings go into Parquet; use --out {out.stem}.parquet")
     if suffix == ".parquet":
-        from serving.scoring import writers
-
-        writers.check()
+        require("pyarrow", "Parquet", "pip install 'fledge[parquet]'; or use .csv")
     check_file(out)

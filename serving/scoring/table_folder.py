@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import Final
 
 from serving.errors import OptionError, WorkError
-from serving.scoring import writers as parquet
 from serving.scoring.table import Features, Row
 from serving.scoring.writers import ParquetWriter
 from serving.utils.files import check_folder, sync
+from serving.utils.optional_packages import require
 
 ROWS: Final = 100_000
 """Rows of a file, or a few more."""
@@ -124,7 +124,7 @@ def check(out: Path) -> None:
     Raises:
         OptionError: Says why.
     """
-    parquet.check()
+    require("pyarrow", "Parquet", "pip install 'fledge[parquet]'; or use .csv")
     if not out.absolute().parent.is_dir():
         raise OptionError(f"--out {out}: there is no folder {out.parent}; make it first")
     check_folder(out.absolute().parent)

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-
-from serving.errors import OptionError
 
 if TYPE_CHECKING:
     from serving.scoring.table import Features, Row
 
 FEATURES: Final = "features"
-
-
-def check() -> None:
-    """Refuse Parquet where pyarrow is missing.
-
-    Raises:
-        OptionError: It is.
-    """
-    if importlib.util.find_spec("pyarrow") is None:
-        raise OptionError("Parquet needs pyarrow: pip install 'fledge[parquet]'; or use .csv")
 
 
 class ParquetWriter:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import importlib.util
 import ipaddress
 import os
 import shutil
@@ -21,6 +20,7 @@ from serving.bundle.manifest import Manifest
 from serving.errors import BundleError, FledgeError, OptionError
 from serving.server import single_process
 from serving.settings import Settings, bundle_folder
+from serving.utils.optional_packages import require
 
 SCRATCH: Final = "FLEDGE_SCRATCH"
 """PID:FOLDER: the server with that process id removes that folder when it ends."""
@@ -145,8 +145,7 @@ def _servable(settings: Settings) -> Manifest:
 
 def _torchscript(settings: Settings, manifest: Manifest) -> None:
     """What TorchScript can't do, told before a worker finds out."""
-    if importlib.util.find_spec("torch") is None:
-        raise OptionError("FLEDGE_RUNTIME = torchscript: needs torch; install fledge[train]")
+    require("torch", "FLEDGE_RUNTIME = torchscript", "pip install 'fledge[train]'")
     if settings.precision not in ("auto", "fp32") or settings.device == "tensorrt":
         raise OptionError("FLEDGE_RUNTIME = torchscript: answers in fp32, on cpu or cuda")
     if manifest.torchscript is None:

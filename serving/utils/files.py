@@ -37,6 +37,11 @@ def _check_home(home: Path, named: str) -> None:
         raise OptionError(f"{named}: {home} can't be written to; choose another")
 
 
+def user_cache_folder() -> Path:
+    """Folder for what can be computed or downloaded again: `$XDG_CACHE_HOME/fledge`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fledge"
+
+
 @contextmanager
 def write_aside(path: Path) -> Iterator[Path]:
     """Give a path to write a file to; flush it to the disk and rename it to `path` at the end.

@@ -99,7 +99,7 @@ def layers(options: argparse.Namespace) -> None:
         arch, overrides = None, [arch, *overrides]
     if options.recipe is not None:
         overrides += [f"arch={json.dumps(arch)}"] if arch else []
-        recipe = load.read(options.recipe, overrides)
+        recipe = load.read(options.recipe, overrides, check_arch)
         lines = [*room.describe(recipe), "", *room.stages(recipe)]
     elif overrides:
         raise OptionError(f"{overrides[0]} changes a recipe; name it with --recipe FILE")
@@ -121,9 +121,9 @@ def preview(options: argparse.Namespace) -> None:
     if options.seed is not None:
         overrides.append(f"seed={options.seed}")
     if options.recipe is None:
-        recipe = load.read_text(room.DEFAULTS, "fledge preview", overrides)
+        recipe = load.read_text(room.DEFAULTS, "fledge preview", overrides, check_arch)
     else:
-        recipe = load.read(options.recipe, overrides)
+        recipe = load.read(options.recipe, overrides, check_arch)
     if options.augment:
         where = {"split": options.split, "photo": options.photo}
         print(room.augmented(options.data, recipe, options.out, **where))
@@ -198,7 +198,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         overrides.append(f"weights={json.dumps(options.weights, ensure_ascii=False)}")
     if options.seed is not None:
         overrides.append(f"seed={options.seed}")
-    return load.read(options.recipe, overrides)
+    return load.read(options.recipe, overrides, check_arch)
 
 
 def add_to(verb: AddVerb) -> None:
@@ -294,3 +294,14 @@ def _recipe_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("--seed", type=int, metavar="N")
     add.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     runs.cache_option(add)
+
+
+def check_arch(arch: str) -> None:
+    """Refuse an unknown architecture. Loads torchvision.
+
+    Raises:
+        OptionError: Names the nearest one.
+    """
+    from training.models import backbones
+
+    backbones.family_of(arch)

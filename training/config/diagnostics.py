@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
@@ -96,14 +96,14 @@ def of_names(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
             yield ("stage", number, "name"), f"stage names must differ, {name!r} is there twice"
 
 
-def of_arch(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """An architecture that is unknown. Loads torchvision: for recipes that are wrong already."""
-    from training.models import backbones
-
+def of_arch(
+    values: Mapping[str, Any], check_arch: Callable[[str], object]
+) -> Iterator[tuple[Path, str]]:
+    """An architecture that `check_arch` refuses."""
     arch = values.get("arch")
     if isinstance(arch, str):
         try:
-            backbones.family_of(arch)
+            check_arch(arch)
         except OptionError as error:
             yield ("arch",), str(error)
 

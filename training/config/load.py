@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,11 @@ from training.config.schema import Recipe
 from training.utils.console import listed
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read(
+    path: Path,
+    overrides: Sequence[str] = (),
+    check_arch: Callable[[str], object] | None = None,
+) -> Recipe:
     """Read a recipe file and apply `key=value` overrides such as `stage.head.lr=0.01`.
 
     Raises:
@@ -27,7 +31,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     text = ""
     try:
         text = path.read_text(encoding="utf-8")
-        return read_text(text, str(path), overrides)
+        return read_text(text, str(path), overrides, check_arch)
     except FileNotFoundError:
         folder = Path(__file__).parents[1] / "recipes"
         shipped = ", ".join(sorted(file.name for file in folder.glob("*.toml")))
@@ -53,7 +57,12 @@ def _named(error: ValueError, text: str) -> str:
     return f"{key.strip()} is there twice (line {line})" if equals else str(error)
 
 
-def read_text(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
+def read_text(
+    text: str,
+    where: str,
+    overrides: Sequence[str] = (),
+    check_arch: Callable[[str], object] | None = None,
+) -> Recipe:
     """As `read`, of a recipe's text; `where` is named in the errors."""
     values = tomllib.loads(text)
     overridden: list[toml_lines.Path] = []
@@ -63,7 +72,7 @@ def read_text(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
             overridden.append(_apply(values, override))
         except OptionError as error:
             refused.append(str(error))
-    return parse(values, where, toml_lines.lines_of(text), overridden, refused)
+    return parse(values, where, toml_lines.lines_of(text), overridden, refused, check_arch)
 
 
 def parse(
@@ -72,6 +81,7 @@ def parse(
     lines_of: Mapping[toml_lines.Path, int] | None = None,
     overridden: Sequence[toml_lines.Path] = (),
     refused: Sequence[str] = (),
+    check_arch: Callable[[str], object] | None = None,
 ) -> Recipe:
     """Validate a recipe's values.
 
@@ -81,6 +91,8 @@ def parse(
         lines_of: Path -> line of the file.
         overridden: Paths that the command line has set.
         refused: What is wrong with overrides that could not be applied.
+        check_arch: Raises OptionError for an unknown architecture; asked only when the recipe has
+            other mistakes, so that valid recipes load without torchvision.
 
     Raises:
         OptionError: All mistakes, one message with a line for each.
@@ -93,7 +105,8 @@ def parse(
         wrong = [*diagnostics.found(error, values), *wrong]
     if recipe is not None and not wrong and not refused:
         return recipe
-    wrong += diagnostics.of_arch(values)
+    if check_arch:
+        wrong += diagnostics.of_arch(values, check_arch)
     places = [(_line(path, lines_of or {}, overridden), sentence) for path, sentence in wrong]
     places = sorted(places, key=lambda found: found[0]) + [(_LAST, text) for text in refused]
     raise OptionError(listed(where, [f"{_called(line)}{sentence}" for line, sentence in places]))

@@ -33,7 +33,6 @@ from training.config.sections import (
     Section,
     TtaConfig,
 )
-from training.optim.schedules import cycle_lengths
 
 ALL: Final = 99
 """More layer groups than any network has."""
@@ -81,6 +80,11 @@ BatchSize = Annotated[
 def _augment(value: dict[str, Any]) -> dict[str, Any]:
     AugmentConfig.model_validate(value)  # pydantic tells its mistakes as this table's
     return value
+
+
+def cycle_lengths(cycles: int, cycle_len: float, cycle_mult: float) -> list[float]:
+    """The length of every cycle, in epochs: cycle_len, cycle_len * cycle_mult, and on."""
+    return [cycle_len * cycle_mult**i for i in range(cycles)]
 
 
 class Stage(Section):

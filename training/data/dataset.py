@@ -14,11 +14,12 @@ from typing import Any, Final, NamedTuple
 
 from serving.errors import DataError, OptionError
 from serving.utils.files import write_aside
+from serving.utils.natural_sort import natural
 from training.config.sections import DataConfig
 from training.data import layouts, sample, torchvision_sets
 from training.data.layouts import Photo
-from training.data.names import natural, shown
 from training.data.splits import PARTS, drawn, from_file
+from training.utils.console import shown
 
 SAMPLE: Final = "sample"
 SPLIT: Final = "split.csv"
@@ -177,35 +178,6 @@ def write_split(dataset: Dataset, path: Path) -> None:
             for photo, label in getattr(dataset, part):
                 relative = photo.relative_to(dataset.root).as_posix()
                 out.writerow([relative, part, dataset.classes[label]])
-
-
-def of_run(run: Path, data: Path | None = None, part: str = "valid") -> Dataset:
-    """The split that a run used.
-
-    Args:
-        run: The run's folder, or its checkpoint.
-        data: Where the photos are now, if they have moved.
-        part: Whose photos must all be there; "" asks for none.
-
-    Raises:
-        DataError: The photos are not where they were; names `--data`.
-    """
-    if data is not None and not os.path.isdir(data):
-        raise DataError(f"--data {data}: no such folder")
-    from training.run.checkpoint import find, folder_of, read_info
-
-    path = find(run)
-    info = read_info(path.with_suffix(".json"))
-    root = (data or Path(str(info.data["root"]))).resolve()
-    source = str(info.data.get("source", root))
-    if data is None and not root.is_dir():
-        if source == SAMPLE:
-            root = sample.cached()
-        elif source in torchvision_sets.NAMES:
-            root, _ = torchvision_sets.find(source)
-    return from_split_file(
-        folder_of(run) / SPLIT, root, info.classes, source, needed=(part,) if part else ()
-    )
 
 
 def from_split_file(

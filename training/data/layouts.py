@@ -15,9 +15,9 @@ from typing import Final, NamedTuple
 
 from serving.errors import DataError, OptionError
 from serving.imaging.decode import SUFFIXES
+from serving.utils.natural_sort import natural
 from training.config.sections import DataConfig
-from training.data.names import natural, shown
-from training.utils.console import MOST, listed
+from training.utils.console import MOST, listed, shown
 
 _CLUTTER: Final = ("__MACOSX", "@eaDir")
 FOLDERS: Final = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}

@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from serving.errors import DataError
-from serving.utils.files import check_folder, is_running
+from serving.utils.files import check_folder, is_running, user_cache_folder
 from training.data.flowers import CLASSES, paint
 
-__all__ = ["CLASSES", "PER_CLASS", "cache_folder", "cached", "contact_sheet", "paint", "write"]
+__all__ = ["CLASSES", "PER_CLASS", "cached", "contact_sheet", "paint", "write"]
 
 # Raise it with every change that changes a picture: caches of older versions are then left alone.
 VERSION = 1
@@ -85,7 +85,7 @@ def cached(seed: int = 0) -> Path:
     """
     recipe = (VERSION, CLASSES, PER_CLASS, _SIZE, _QUALITY, seed)
     digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
-    folder = cache_folder() / f"sample-v{VERSION}-{digest}"
+    folder = user_cache_folder() / f"sample-v{VERSION}-{digest}"
     if folder.is_dir():
         _sweep(folder)
     else:
@@ -95,11 +95,6 @@ def cached(seed: int = 0) -> Path:
             if not folder.is_dir():
                 raise
     return folder
-
-
-def cache_folder() -> Path:
-    """Where Fledge keeps what it can make or fetch again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fledge"
 
 
 def contact_sheet(columns: int = 8, size: int = 128, seed: int = 0) -> Image.Image:

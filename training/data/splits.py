@@ -6,15 +6,14 @@ import csv
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
 from serving.errors import DataError, OptionError
 from training.config.sections import DataConfig
 from training.data.layouts import Photo
-from training.data.names import check_names, shown
-from training.utils.console import MOST, listed
+from training.utils.console import MOST, listed, shown
 
 PARTS: Final = ("train", "valid", "test")
 _DIGITS: Final = 9  # of a fold's number; Python refuses to read thousands
@@ -178,3 +177,16 @@ def _rows(split: Path, class_folders: bool) -> list[tuple[str, str]]:
     if wrong:
         raise DataError(listed(split, wrong, between=", ", most=MOST))
     return rows
+
+
+def check_names(labels: Iterable[str]) -> None:
+    """Refuse names of classes that are no UTF-8.
+
+    Raises:
+        DataError: Names the first.
+    """
+    for name in labels:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"class {shown(name)} is no UTF-8 name; rename it") from None

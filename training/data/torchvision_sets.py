@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from serving.errors import DataError
+from serving.utils.files import user_cache_folder
 from training.data.layouts import Photo
-from training.data.sample import cache_folder
 
 
 def find(name: str) -> tuple[Path, list[Photo]]:
@@ -26,7 +26,7 @@ def find(name: str) -> tuple[Path, list[Photo]]:
         DataError: No network, or damaged files; names the folder and what to do.
     """
     folder, read = _SETS[name]
-    cache = cache_folder()
+    cache = user_cache_folder()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
             photos = read(cache)

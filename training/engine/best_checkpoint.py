@@ -8,11 +8,11 @@ from pathlib import Path
 from serving.imaging.preprocess import Preprocess
 from training.config.sections import TtaConfig
 from training.data.dataset import Dataset
-from training.engine.epoch import Epoch
 from training.evaluation import evaluate
 from training.models.classifier import Classifier
 from training.run import checkpoint
 from training.run.checkpoint import BEST, CheckpointInfo
+from training.run.history import Epoch
 from training.utils.console import Say
 
 Rank = tuple[float, float]

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -26,6 +26,7 @@ from training.models.freezing import is_batchnorm
 from training.optim import lr_range_test, schedules
 from training.optim import optimizer as optim
 from training.optim.ema import Ema
+from training.run.history import Step
 from training.utils.precision import Precision
 
 LOOK_EVERY: Final = 32
@@ -40,39 +41,6 @@ Sized = tuple[Batch, int]
 """A process's part of a batch, and how many photos the whole of it has."""
 
 Batches = Iterable[Batch]
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One line of metrics.csv.
-
-    epoch: from 1. lr: the head's rate at the last step. Losses are cross-entropy in nats, the
-    training loss with label smoothing. accuracy: of the plain view, a fraction of 1.
-    """
-
-    stage: str
-    epoch: int
-    lr: float
-    train_loss: float
-    valid_loss: float
-    accuracy: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Step:
-    """One line of steps.csv: a step of the optimiser, with what it was made with.
-
-    step: from 1 in its epoch. loss: of its batch or batches. lr: of each layer group that trains,
-    the head's last. momentum: or Adam's first beta.
-    """
-
-    stage: str
-    epoch: int
-    step: int
-    loss: float
-    momentum: float
-    lr: tuple[float, ...]
 
 
 def find_lr(

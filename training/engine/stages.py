@@ -28,6 +28,7 @@ from training.report import lr_plots, report
 from training.run import checkpoint
 from training.run import folder as run_folder
 from training.run import resume_state as state
+from training.run.history import Epoch
 from training.run.metric_log import Journal, read_steps
 from training.run.resume_state import Position
 from training.utils.console import Say
@@ -181,7 +182,7 @@ def _stage(run: Run, share: Share, journal: Journal | None, ema: Ema | None) -> 
                     f"lower stage.{stage.name}.lr"
                 )
             position.epoch += 1
-            row = loop.Epoch(
+            row = Epoch(
                 stage.name, position.epoch, steps[-1].lr[-1], train_loss, valid_loss, accuracy,
                 time.perf_counter() - started,
             )  # fmt: skip
@@ -255,7 +256,7 @@ def _save(run: Run, ema: Ema | None, optimizer: torch.optim.Optimizer | None) ->
         run.saved = len(run.position.history)
 
 
-def _tell(run: Run, row: loop.Epoch) -> None:
+def _tell(run: Run, row: Epoch) -> None:
     mark = "  best" if best_checkpoint.rank(row) == run.position.best else ""
     run.say(
         f"{row.stage:>8} {row.epoch:>3}  lr {row.lr:.2e}  train {row.train_loss:.4f}  "

@@ -32,6 +32,7 @@ from training.models.classifier import normalise
 from training.pixels.rows import ahead
 from training.pixels.transform import Making
 from training.run import checkpoint
+from training.run import dataset as run_dataset
 from training.utils.console import say as say_aloud
 from training.utils.device import filled
 from training.utils.precision import choose_precision
@@ -117,7 +118,7 @@ def evaluate(
     classifier, info = checkpoint.load(run)
     network = frozen_prefix.fused(classifier.to(where).eval())
     making = Making("train", info.preprocess, recipe.data.presize) if recipe else None
-    dataset = data.of_run(run, data_folder, "")
+    dataset = run_dataset.of_run(run, data_folder, "")
     if data.changed(info.data, dataset):
         say(f"warning: the photos in {dataset.root} are not all as they were when {run} was made")
     samples: Sequence[data.Sample] = getattr(dataset, part)

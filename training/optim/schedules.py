@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from serving.errors import OptionError
 from training.config.formula import compile_formula
-
-if TYPE_CHECKING:  # training.config.schema needs cycle_lengths
-    from training.config.schema import Stage
+from training.config.schema import Stage, cycle_lengths
 
 
 class Point(NamedTuple):
@@ -98,11 +96,6 @@ def _shape(stage: Stage, position: float, steps: int, losses: Sequence[float]) -
 def cosine(start: float, end: float, position: float) -> float:
     """From `start` at position 0 to `end` at position 1 along half a cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * position)) / 2
-
-
-def cycle_lengths(cycles: int, cycle_len: float, cycle_mult: float) -> list[float]:
-    """The length of every cycle, in epochs: cycle_len, cycle_len * cycle_mult, and on."""
-    return [cycle_len * cycle_mult**i for i in range(cycles)]
 
 
 def cycle_at(

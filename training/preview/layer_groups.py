@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
+from serving.utils.natural_sort import natural
 from training.config.schema import Recipe, Stage
-from training.data.names import natural
 from training.engine.plan import stages_of
 from training.models import backbones, heads
 from training.models import freezing as freeze

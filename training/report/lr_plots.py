@@ -16,7 +16,7 @@ from training.optim.lr_range_test import Curve, Pick
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from training.engine.epoch import Step
+    from training.run.history import Step
 
 BLUE: Final = "#1f5a85"
 STYLE: Final[Any] = {

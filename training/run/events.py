@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from training.engine.epoch import Epoch
+from training.run.history import Epoch
 
 FOLDER: Final = "events"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from serving.utils.files import write_aside
-from training.engine.epoch import Epoch, Step
 from training.run import events
+from training.run.history import Epoch, Step
 
 METRICS: Final = "metrics.csv"
 STEPS: Final = "steps.csv"

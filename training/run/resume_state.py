@@ -19,7 +19,7 @@ from torch import Tensor, optim
 
 from serving.errors import DataError, WorkError
 from serving.utils.files import write_aside
-from training.engine.epoch import Epoch
+from training.run.history import Epoch
 
 STATE: Final = "state.safetensors"
 SCHEMA: Final = "1"

@@ -29,3 +29,9 @@ def listed(where: object, wrong: Sequence[str], *, between: str = ": ", most: in
         return f"{where}{between}{wrong[0]}"
     more = [f"and {len(wrong) - most} more"] if len(wrong) > most else []
     return "\n  ".join([f"{where} has {len(wrong)} mistakes:", *wrong[:most], *more])
+
+
+def shown(name: object, most: int = 80) -> str:
+    """A name as an error quotes it: on one line, the middle of a long one left out."""
+    text = repr(str(name))
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"

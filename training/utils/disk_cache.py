@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from serving.errors import OptionError
-from serving.utils.files import lock
-from training.data.sample import cache_folder
+from serving.utils.files import lock, user_cache_folder
 
 GB: Final = 1e9
 DEFAULT_GB: Final = 10.0
@@ -102,7 +101,7 @@ class Room:
 def folder() -> Path:
     """`FLEDGE_CACHE`, else Fledge's folder in the user's cache."""
     stated = os.environ.get("FLEDGE_CACHE", "").strip()
-    return Path(os.path.expanduser(stated)).absolute() if stated else cache_folder()
+    return Path(os.path.expanduser(stated)).absolute() if stated else user_cache_folder()
 
 
 def wanted(gb: float | None = None) -> float:

@@ -387,7 +387,7 @@ GOOD = "path,status,label,probability\nrose/x.jpg,ok,rose,0.5\n"
         ),
         ("s.csv", GOOD.replace("ok,rose,0.5", "error,,"), WorkError, "not one of 1 rows has an an"),
         ("s.xls", GOOD, OptionError, r"s\.xls: no table of scores; use one in \.csv, \.jsonl"),
-        ("s.parquet", GOOD, FledgeError, "no Parquet file that can be read|needs pyarrow; .pip"),
+        ("s.parquet", GOOD, FledgeError, "no Parquet file that can be read|needs pyarrow: pip"),
     ],
 )
 def test_a_wrong_table_is_one_line_that_says_where(

@@ -1,5 +1,6 @@
 """Laws of lists: every path a name, in order; what is no path is said."""
 
+import importlib.util
 import io
 import json
 import os
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from serving.errors import DataError, RequestError
-from serving.inputs import lists, sources
+from serving.inputs import sources
 
 LATIN = os.fsdecode(b"latin-\xff.jpg")
 
@@ -117,7 +118,7 @@ def test_a_parquet_list_has_a_column_of_paths(home: Path) -> None:
 
 
 def test_parquet_without_pyarrow_says_what_to_install(home: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(lists.parquet.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match=r"fledge\[parquet\]"):
         found(write("list.parquet", ""))
 

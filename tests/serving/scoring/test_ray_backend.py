@@ -90,7 +90,7 @@ def test_without_ray_it_is_one_line_and_exit_2(
     words = ["score", str(photos), "--bundle", str(bundle), "--out", str(tmp_path / "out.csv")]
     assert fledge.main([*words, "--engine", "ray"]) == 2
     said = capsys.readouterr().err
-    assert said == "fledge: --engine ray needs Ray: pip install 'fledge[ray]'\n"
+    assert said == "fledge: --engine ray needs ray: pip install 'fledge[ray]'\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,6 +8,7 @@ from serving.errors import DataError, OptionError
 from tests.support.tiny_bundle import photo
 from training.config.sections import DataConfig
 from training.data import dataset, layouts
+from training.run.dataset import of_run
 
 
 def make(root, counts, size=(20, 16)):
@@ -127,18 +128,18 @@ def test_a_split_written_is_the_split_read(tmp_path):
         '{"schema": 1, "name": "n", "arch": "x", "classes": ["a", "b, \\"quoted\\""],'
         f'"preprocess": {{}}, "data": {{"source": "{root}", "root": "{root}"}}}}'
     )
-    assert dataset.of_run(tmp_path) == found
+    assert of_run(tmp_path) == found
     found.valid[0].path.rename(tmp_path / "away")
     with pytest.raises(
         DataError, match=r"1 valid photo is gone in .*; put back what is gone, or train anew"
     ):
-        dataset.of_run(tmp_path)
-    assert dataset.of_run(tmp_path, part="") == dataset.of_run(tmp_path, part="train") == found
+        of_run(tmp_path)
+    assert of_run(tmp_path, part="") == of_run(tmp_path, part="train") == found
     (tmp_path / "away").rename(found.valid[0].path)
     moved = root.rename(tmp_path / "moved")
     with pytest.raises(DataError, match="--data"):
-        dataset.of_run(tmp_path)
-    assert dataset.of_run(tmp_path, moved).fingerprint == dataset.load(str(moved)).fingerprint
+        of_run(tmp_path)
+    assert of_run(tmp_path, moved).fingerprint == dataset.load(str(moved)).fingerprint
 
 
 def test_the_fingerprint_changes_with_the_photos(tmp_path):

@@ -13,9 +13,9 @@ from tests.support.finished_run import finished
 from tests.training.conftest import coloured
 from training.activations import frozen_prefix
 from training.config.sections import TtaConfig
-from training.data import dataset
 from training.evaluation import evaluate
 from training.run import checkpoint
+from training.run.dataset import of_run
 
 BATCH = 8
 
@@ -47,7 +47,7 @@ def expected(run, samples, view):
 
 
 def valid(run):
-    return dataset.of_run(run).valid
+    return of_run(run).valid
 
 
 def test_the_plain_view_is_what_training_scored(run, lines):

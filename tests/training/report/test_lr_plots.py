@@ -2,10 +2,10 @@ import pytest
 from PIL import Image
 
 from training.config.schema import Stage
-from training.engine.epoch import Step
 from training.optim import lr_range_test
 from training.optim.schedules import at
 from training.report import lr_plots
+from training.run.history import Step
 
 
 def steps_of(stage, rates, steps=5, momentum=0.9):

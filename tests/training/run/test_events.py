@@ -2,8 +2,8 @@ import struct
 
 import pytest
 
-from training.engine.epoch import Epoch
 from training.run import events
+from training.run.history import Epoch
 
 # Written by TensorBoard 2.21's own RecordWriter, at wall time 1.5: `Event(step=300,
 # summary=Summary(value=[Summary.Value(tag="loss/batch", simple_value=0.25)]))`, ...
