@@ -19,9 +19,11 @@ def export(options: argparse.Namespace) -> None:
     from export import calibration, pipeline, torchvision_checkpoint
     from serving.errors import OptionError
 
-    wanted = pipeline.Options(
+    wanted = pipeline.ExportOptions(
         name=options.name,
-        confident=calibration.Wanted.parse(options.confident) if options.confident else None,
+        confident=calibration.ConfidenceTarget.parse(options.confident)
+        if options.confident
+        else None,
         precision=options.precision,
         accuracy_budget=options.accuracy_budget,
         sign=options.sign,
@@ -97,16 +99,16 @@ def score(options: argparse.Namespace) -> None:
 
     from serving.scoring import score as room
 
-    given = {one.name: getattr(options, one.name) for one in fields(room.Options)}
-    room.score(options.inputs, options.bundle, options.out, room.Options(**given))
+    given = {one.name: getattr(options, one.name) for one in fields(room.ScoringOptions)}
+    room.score(options.inputs, options.bundle, options.out, room.ScoringOptions(**given))
 
 
 def evaluate_scores(options: argparse.Namespace) -> None:
     """Check a table of scores against true labels: accuracy, confusions, log loss; no model."""
     from serving.evaluation import evaluate_scores as room
 
-    given = {name: getattr(options, name) for name in room.Options.__dataclass_fields__}
-    room.evaluate(options.scores, room.Options(**given))
+    given = {name: getattr(options, name) for name in room.EvaluationOptions.__dataclass_fields__}
+    room.evaluate(options.scores, room.EvaluationOptions(**given))
 
 
 def _parser() -> argparse.ArgumentParser:

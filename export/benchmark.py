@@ -32,7 +32,7 @@ ENOUGH: Final = 0.97
 """Of the best rate: the smallest batch that reaches it will do."""
 
 
-class Setting(NamedTuple):
+class ThreadSetting(NamedTuple):
     """workers runs side by side, of so many threads each, of so many photos a batch.
 
     decoding: each worker decodes the photos of its batch first. A core that has decoded has lost
@@ -46,7 +46,7 @@ class Setting(NamedTuple):
     decoding: bool = False
 
 
-Rates = dict[str, dict[Setting, float]]
+Rates = dict[str, dict[ThreadSetting, float]]
 """Of each graph: photos a second, the median over rounds."""
 
 
@@ -68,13 +68,15 @@ def measure(
         for name, path in graphs.items()
         for _, threads in splits
     }
-    measured: dict[str, dict[Setting, list[float]]] = {name: {} for name in graphs}
-    settings = [Setting(*split, batch) for split in splits for batch in BATCHES]
-    settings += [Setting(1, 1, 1)] if Setting(1, 1, 1) not in settings else []  # a lone photo
+    measured: dict[str, dict[ThreadSetting, list[float]]] = {name: {} for name in graphs}
+    settings = [ThreadSetting(*split, batch) for split in splits for batch in BATCHES]
+    settings += (
+        [ThreadSetting(1, 1, 1)] if ThreadSetting(1, 1, 1) not in settings else []
+    )  # a lone photo
     if photos and device == "cpu":
-        settings += [Setting(count, 1, batch, decoding=True) for batch in DECODED]
+        settings += [ThreadSetting(count, 1, batch, decoding=True) for batch in DECODED]
 
-    def pixels(setting: Setting) -> Pixels:
+    def pixels(setting: ThreadSetting) -> Pixels:
         if not setting.decoding:
             return noise[: setting.batch]
         turn = itertools.islice(itertools.cycle(photos), setting.batch)
@@ -125,12 +127,12 @@ def advice(rates: Rates) -> dict[str, Any]:
     }
 
 
-def fastest(by: Mapping[Setting, float]) -> Setting:
+def fastest(by: Mapping[ThreadSetting, float]) -> ThreadSetting:
     """The setting in which the graph alone does most photos a second."""
     return max((s for s in by if not s.decoding), key=lambda setting: by[setting])
 
 
-def _cap(by: Mapping[Setting, float]) -> int:
+def _cap(by: Mapping[ThreadSetting, float]) -> int:
     decoding = any(setting.decoding for setting in by)
     best = max((s for s in by if s.decoding is decoding), key=lambda setting: by[setting])
     if by[best] < WORTH * by[best._replace(batch=1)]:
@@ -139,14 +141,14 @@ def _cap(by: Mapping[Setting, float]) -> int:
     return min(s.batch for s in alike if by[s] >= ENOUGH * by[best])
 
 
-def _latency(by: Mapping[Setting, float]) -> dict[str, Any]:
+def _latency(by: Mapping[ThreadSetting, float]) -> dict[str, Any]:
     """Of a lone photo, with one thread and with all."""
     lone = [s for s in by if s.workers == s.batch == 1 and not s.decoding]
     best = max(lone, key=lambda setting: by[setting])
     return {"threads": best.threads, "ms": _round(1000 / by[best])}
 
 
-def _rate(engine: Runtime, pixels: Callable[[], Pixels], setting: Setting) -> float:
+def _rate(engine: Runtime, pixels: Callable[[], Pixels], setting: ThreadSetting) -> float:
     until = time.perf_counter() + SECONDS
 
     def work() -> int:

@@ -16,7 +16,7 @@ from serving.errors import WorkError
 _BESIDE: Final = (storage.MANIFEST, storage.CHECKSUM, storage.SIGNATURE)
 
 
-def register(folder: Path, say: Callable[[str], None] = print) -> str:
+def register(folder: Path, log: Callable[[str], None] = print) -> str:
     """Copy a bundle into the store of this user, or of BENTOML_HOME; returns its tag.
 
     The tag is `NAME:VERSION`, the name in the letters that BentoML allows. The same version put
@@ -47,7 +47,7 @@ def register(folder: Path, say: Callable[[str], None] = print) -> str:
                 storage.read(place)  # an export may have gone on meanwhile
     except (BentoMLException, OSError) as error:
         raise WorkError(f"BentoML's model store: {error}; the bundle itself is complete") from error
-    say(f"registered as {tag} in BentoML's model store, {bentoml.models.get(tag).path}")
+    log(f"registered as {tag} in BentoML's model store, {bentoml.models.get(tag).path}")
     return tag
 
 

@@ -34,7 +34,7 @@ _LOWEST, _HIGHEST = 0.05, 20.0
 _PARTS: Final = 5
 
 
-class Held(NamedTuple):
+class HeldOut(NamedTuple):
     """What the graph says of held-out photos: logits float32 [N, V, C], labels int64 [N].
 
     The first of the V views is the plain one.
@@ -45,14 +45,14 @@ class Held(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ConfidenceTarget:
     """What "confident" shall mean: answers of at least this precision, or this share of answers."""
 
     kind: Literal["precision", "coverage"]
     share: float
 
     @classmethod
-    def parse(cls, text: str) -> Wanted:
+    def parse(cls, text: str) -> ConfidenceTarget:
         """Read `precision=0.99` or `coverage=0.9`.
 
         Raises:
@@ -68,9 +68,9 @@ class Wanted:
         return cls("precision" if kind == "precision" else "coverage", share)
 
 
-def ask(
+def predict_views(
     predictor: Predictor, samples: Sequence[Sample], workers: int = 1, views: int | None = None
-) -> Held:
+) -> HeldOut:
     """Run the first views of held-out photos, all by default; broken photos are left out."""
     most = len(predictor.manifest.views) if views is None else views
 
@@ -92,33 +92,33 @@ def ask(
                 labels.append(sample[1])
     shape = (0, most, len(predictor.manifest.labels))
     stacked = np.stack(logits) if logits else np.empty(shape, np.float32)
-    return Held(stacked, np.array(labels, np.int64))
+    return HeldOut(stacked, np.array(labels, np.int64))
 
 
 def calibrated(
     manifest: Manifest,
-    held: Held,
-    wanted: Wanted | None,
-    say: Callable[[str], None],
+    held: HeldOut,
+    wanted: ConfidenceTarget | None,
+    log: Callable[[str], None],
 ) -> Manifest:
     """With the temperature, thresholds and advice that held-out photos give."""
     if not len(held.labels):  # the gate will say so
         return manifest
     temperature = fit_temperature(held.logits[:, 0], held.labels)
     report = calibration(held, temperature)
-    say(
+    log(
         f"calibrated on {report['photos']} held-out photos: temperature {temperature:g}, expected "
         f"calibration error {report['before']['ece']:.1%} -> {report['after']['ece']:.1%}"
     )
     if wanted is not None:
         report["confident"] = found = confident(held, temperature, wanted)
         low, high = found["precision_interval"]
-        say(
+        log(
             f"confident from probability {found['threshold']:g} on: {found['coverage']:.1%} of "
             f"answers, {found['precision']:.1%} of them right ({low:.1%} to {high:.1%})"
         )
     advice = tta_advice(held, temperature, manifest.average)
-    say(f"views: {told(advice)}")
+    log(f"views: {told(advice)}")
     return replace(
         manifest,
         temperature=temperature,
@@ -162,7 +162,7 @@ def fit_temperature(logits: npt.NDArray[np.float32], labels: Labels) -> float:
     return float(f"{math.exp(found.x):.3g}")
 
 
-def calibration(held: Held, temperature: float) -> dict[str, Any]:
+def calibration(held: HeldOut, temperature: float) -> dict[str, Any]:
     """ECE and log loss of the plain view before and after, as the manifest has them.
 
     "After" is not measured on what was fitted: each fifth of the photos gets the temperature that
@@ -182,7 +182,7 @@ def calibration(held: Held, temperature: float) -> dict[str, Any]:
     }
 
 
-def confident(held: Held, temperature: float, wanted: Wanted) -> dict[str, Any]:
+def confident(held: HeldOut, temperature: float, wanted: ConfidenceTarget) -> dict[str, Any]:
     """The least probability of a confident answer, and what it gives on the held-out photos.
 
     Raises:
@@ -218,12 +218,12 @@ def confident(held: Held, temperature: float, wanted: Wanted) -> dict[str, Any]:
     }
 
 
-def energy_threshold(held: Held) -> float:
+def energy_threshold(held: HeldOut) -> float:
     """The energy that 95 % of the held-out photos stay within; beyond it may be a stranger."""
     return float(f"{np.quantile(energies(held.logits[:, 0]), FAMILIAR):.4g}")
 
 
-def tta_advice(held: Held, temperature: float, how: str = "mean") -> dict[str, Any]:
+def tta_advice(held: HeldOut, temperature: float, how: str = "mean") -> dict[str, Any]:
     """What averaging the first N views would give, for every N; the default stays plain.
 
     Returns:

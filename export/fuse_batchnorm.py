@@ -32,7 +32,7 @@ _IDLE_IN_EVAL: Final = (
 
 
 @dataclass(frozen=True)
-class Report:
+class FusionReport:
     """What became of every BatchNorm.
 
     folded: its name -> the layer that took it.
@@ -70,7 +70,7 @@ class Affine(nn.Module):
         return x * self.scale.reshape(shape) + self.shift.reshape(shape)
 
 
-def fuse(model: nn.Module) -> tuple[fx.GraphModule, Report]:
+def fuse(model: nn.Module) -> tuple[fx.GraphModule, FusionReport]:
     """Fold the BatchNorms of a copy of `model`; the model itself is not touched.
 
     Args:
@@ -91,7 +91,7 @@ def fuse(model: nn.Module) -> tuple[fx.GraphModule, Report]:
         raise WorkError(f"{type(model).__name__} can't be traced for export: {reason}") from error
     _drop_idle(traced)
     uses = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
-    report = Report({}, {})
+    report = FusionReport({}, {})
     for node in list(traced.graph.nodes):
         norm = traced.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(norm, _BatchNorm):
@@ -103,7 +103,11 @@ def fuse(model: nn.Module) -> tuple[fx.GraphModule, Report]:
 
 
 def _fold(
-    traced: fx.GraphModule, node: fx.Node, norm: _BatchNorm, uses: Counter[Any], report: Report
+    traced: fx.GraphModule,
+    node: fx.Node,
+    norm: _BatchNorm,
+    uses: Counter[Any],
+    report: FusionReport,
 ) -> None:
     """Deal with one call of one BatchNorm: change the graph, and say so in `report`."""
     name, source = str(node.target), node.all_input_nodes[0]

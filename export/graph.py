@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 
-from export.fuse_batchnorm import Report, fuse
-from export.torchvision_checkpoint import Whole
+from export.fuse_batchnorm import FusionReport, fuse
+from export.torchvision_checkpoint import WholeNetwork
 from serving.imaging.preprocess import Pixels, Preprocess
 from training.models.classifier import Classifier, normalise
 
-Exportable = Classifier | Whole
+Exportable = Classifier | WholeNetwork
 """Has `features`, normalised images [N, 3, H, W] -> [N, D], and `head`, which takes them."""
 
 
@@ -26,7 +26,7 @@ class _Core(nn.Module):
         super().__init__()
         self.classifier = classifier
         # What `features` gives is a vector already, but for a network that is classified by maps.
-        self.pool = classifier.pool if isinstance(classifier, Whole) else nn.Identity()
+        self.pool = classifier.pool if isinstance(classifier, WholeNetwork) else nn.Identity()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.classifier.features(images)
@@ -81,7 +81,7 @@ def _rows(channels: Tensor, size: int) -> Tensor:
     return channels.reshape(1, 3, 1, 1).expand(1, 3, 1, size).contiguous()
 
 
-def assemble(classifier: Exportable, preprocess: Preprocess) -> tuple[Graph, Report]:
+def assemble(classifier: Exportable, preprocess: Preprocess) -> tuple[Graph, FusionReport]:
     """The fused graph of a classifier, which stays as it is, and what became of its BatchNorms.
 
     Raises:
@@ -89,7 +89,7 @@ def assemble(classifier: Exportable, preprocess: Preprocess) -> tuple[Graph, Rep
     """
     core, report = fuse(_Core(classifier))
     prefix = "classifier."
-    report = Report(
+    report = FusionReport(
         {name.removeprefix(prefix): to.removeprefix(prefix) for name, to in report.folded.items()},
         {name.removeprefix(prefix): why for name, why in report.left.items()},
     )

@@ -60,7 +60,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ParityReport:
     """What the gate measured.
 
     photos: how many were compared; skipped: how many could not be decoded.
@@ -118,8 +118,8 @@ def gate(
     graphs: Mapping[str, Predictor],
     samples: Sequence[Sample],
     workers: int = 1,
-    say: Callable[[str], None] = print,
-) -> Outcome:
+    log: Callable[[str], None] = print,
+) -> ParityReport:
     """Compare every graph with the checkpoint on held-out photos, at several batch sizes.
 
     Args:
@@ -153,8 +153,8 @@ def gate(
                 found.right += _right(scored.answers[name][0], scored.labels)
     _check_photos(seen.total(), broken)
     classes = {label: (count, right[label]) for label, count in seen.items()}
-    outcome = Outcome(seen.total(), len(broken), right.total(), agreements, classes)
-    _check_agreement(outcome, say)
+    outcome = ParityReport(seen.total(), len(broken), right.total(), agreements, classes)
+    _check_agreement(outcome, log)
     return outcome
 
 
@@ -273,7 +273,7 @@ def _check_photos(photos: int, broken: Sequence[Path]) -> None:
         )
 
 
-def _check_agreement(outcome: Outcome, say: Callable[[str], None]) -> None:
+def _check_agreement(outcome: ParityReport, log: Callable[[str], None]) -> None:
     for name, found in outcome.graphs.items():
         reason = None
         if not found.difference <= TOLERANCE:
@@ -282,9 +282,9 @@ def _check_agreement(outcome: Outcome, say: Callable[[str], None]) -> None:
         elif found.changed:
             reason = f"the best class of {min(found.changed)} is another"
         if reason:
-            say(f"{name}: the photos that are furthest off")
+            log(f"{name}: the photos that are furthest off")
             for path, off in sorted(found.off.items(), key=lambda item: -item[1])[:WORST]:
-                say(f"  {off:.2g}  {path}{', another best class' if path in found.changed else ''}")
+                log(f"  {off:.2g}  {path}{', another best class' if path in found.changed else ''}")
             raise GateError(
                 f"{name} does not answer as the checkpoint does: {reason} "
                 f"({len(found.changed)} of {outcome.photos} photos change their best class); "

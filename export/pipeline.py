@@ -45,7 +45,7 @@ _PACKAGES: Final = ("fledge", "torch", "torchvision", "onnx", "onnxscript", "onn
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """What an export may be asked for.
 
     name: of the model; the run's own name by default.
@@ -56,7 +56,7 @@ class Options:
     """
 
     name: str | None = None
-    confident: calibration.Wanted | None = None
+    confident: calibration.ConfidenceTarget | None = None
     precision: str = "auto"
     accuracy_budget: float = BUDGET
     sign: Path | None = None
@@ -65,10 +65,10 @@ class Options:
 def export(
     run: Path,
     out: Path,
-    options: Options = Options(),
+    options: ExportOptions = ExportOptions(),
     *,
     data: Path | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Manifest:
     """Export a run's best checkpoint to a bundle that has proved to answer as it does.
 
@@ -92,13 +92,13 @@ def export(
     dataset = of_run(run, data)
     train, valid = ([(s.path, s.label) for s in part] for part in (dataset.train, dataset.valid))
     source = checkpoint.folder_of(run).resolve().name
-    return _export(_Model(classifier, info, source, train, valid), run, out, options, say)
+    return _export(_Model(classifier, info, source, train, valid), run, out, options, log)
 
 
 def export_checkpoint(
     path: Path,
     out: Path,
-    options: Options = Options(),
+    options: ExportOptions = ExportOptions(),
     *,
     arch: str,
     labels: Path,
@@ -106,7 +106,7 @@ def export_checkpoint(
     arch_args: Mapping[str, Any] | None = None,
     size: int | None = None,
     crop: float | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Manifest:
     """Export a torchvision checkpoint that was made elsewhere, proved on photos that one names.
 
@@ -127,7 +127,7 @@ def export_checkpoint(
     train, valid = torchvision_checkpoint.photos(photos, names)
     facts = {"source": str(photos), "train": 0, "valid": len(valid)}
     info = replace(info, data=facts)
-    return _export(_Model(classifier, info, path.name, train, valid), path, out, options, say)
+    return _export(_Model(classifier, info, path.name, train, valid), path, out, options, log)
 
 
 class _Model(NamedTuple):
@@ -141,7 +141,7 @@ class _Model(NamedTuple):
 
 
 def _export(
-    model: _Model, origin: Path, out: Path, options: Options, say: Callable[[str], None]
+    model: _Model, origin: Path, out: Path, options: ExportOptions, log: Callable[[str], None]
 ) -> Manifest:
     _check_finite(model.classifier, origin)
     name = _check_name(model.info.name if options.name is None else options.name)
@@ -151,7 +151,7 @@ def _export(
     model = model._replace(valid=verify.held_out(model.valid))
     try:
         with publish.aside(out) as payload:
-            manifest = _build(payload, model, name, options, say)
+            manifest = _build(payload, model, name, options, log)
             manifest = replace(manifest, provenance=_provenance(model.source, model.info))
             (payload / "README.md").write_text(card(manifest), encoding="utf-8")
             manifest = replace(manifest, files=storage.describe_files(payload))
@@ -159,24 +159,24 @@ def _export(
     except OSError as error:
         reason = error.strerror or error
         raise WorkError(f"--out {out} can't be written: {reason}; nothing was changed") from error
-    say(f"{out}: {manifest.name} {manifest.version} is live")
+    log(f"{out}: {manifest.name} {manifest.version} is live")
     return manifest
 
 
 def _build(
-    payload: Path, model: _Model, name: str, options: Options, say: Callable[[str], None]
+    payload: Path, model: _Model, name: str, options: ExportOptions, log: Callable[[str], None]
 ) -> Manifest:
     """Fill `payload` with graphs and golden images that passed the gate; all but card and files."""
     classifier, info, samples = model.classifier, model.info, model.valid
     graph, report = contract.assemble(classifier, info.preprocess)
-    say(f"{info.arch}: folded {len(report.folded)} of {report.before} BatchNorms")
+    log(f"{info.arch}: folded {len(report.folded)} of {report.before} BatchNorms")
     for write, file in (
         (onnx.write, ONNX),
         (torchscript.write, TORCHSCRIPT),
         (pt2.write, TORCH_EXPORT),
     ):
         write(graph, payload / file, name=name, labels=info.classes, preprocess=info.preprocess)
-        say(f"wrote {file}, {(payload / file).stat().st_size / 1e6:.1f} MB")
+        log(f"wrote {file}, {(payload / file).stat().st_size / 1e6:.1f} MB")
     entry: dict[str, Any] = {"file": ONNX, "accuracy": None, "tolerance": verify.TOLERANCE}
     manifest = Manifest(
         name=name,
@@ -198,10 +198,10 @@ def _build(
         "torch.export": pt2.ExportedRuntime(payload / TORCH_EXPORT),
     }
     with _one_thread_each() as workers:
-        held = calibration.ask(Predictor(manifest, engines["onnx"]), samples, workers)
-        manifest = calibration.calibrated(manifest, held, options.confident, say)
+        held = calibration.predict_views(Predictor(manifest, engines["onnx"]), samples, workers)
+        manifest = calibration.calibrated(manifest, held, options.confident, log)
         predictors = {key: Predictor(manifest, engine) for key, engine in engines.items()}
-        outcome = verify.gate(original, info.preprocess, predictors, samples, workers, say)
+        outcome = verify.gate(original, info.preprocess, predictors, samples, workers, log)
         entry["accuracy"] = outcome.accuracy["onnx"]
         manifest = replace(
             manifest,
@@ -210,18 +210,18 @@ def _build(
             golden=verify.golden(payload, original, manifest, samples),
         )
     largest = max(found.difference for found in outcome.graphs.values())
-    say(
+    log(
         f"checked on {outcome.photos} held-out photos: largest difference {largest:.1e}, "
         f"accuracy {outcome.accuracy['onnx']:.1%}"
     )
     commonest = max(photos for photos, _ in outcome.classes.values()) / outcome.photos
     if outcome.accuracy["onnx"] <= commonest:
-        say(
+        log(
             f"careful: the commonest class alone would be right in {commonest:.1%}; "
             "are the labels in the order of the logits?"
         )
-    wanted = precisions.Wanted(options.precision, options.accuracy_budget, model.train)
-    manifest = precisions.keep(payload, manifest, held, samples, wanted, say)
+    wanted = precisions.PrecisionRequest(options.precision, options.accuracy_budget, model.train)
+    manifest = precisions.select_precisions(payload, manifest, held, samples, wanted, log)
     digests = {file: storage.sha256(payload / file) for file in manifest.graphs}
     return replace(manifest, version=content_version(manifest, digests))
 

@@ -27,7 +27,7 @@ HELD_OUT: Final = 2 / 3
 _AUXILIARY: Final = ("aux", "AuxLogits")
 
 
-class Whole(nn.Module):
+class WholeNetwork(nn.Module):
     """A torchvision network, cut before its classifier.
 
     That is its last Linear; or of SqueezeNet, which has none, the convolution and what follows: it
@@ -85,7 +85,7 @@ def load(
     arch_args: Mapping[str, Any] | None = None,
     size: int | None = None,
     crop: float | None = None,
-) -> tuple[Whole, checkpoint.CheckpointInfo]:
+) -> tuple[WholeNetwork, checkpoint.CheckpointInfo]:
     """Load a state dict: eval mode, float32, on the CPU. Nothing in the file is run.
 
     Args:
@@ -146,7 +146,7 @@ def load(
         arch_args=args,
         versions=checkpoint.versions(),
     )
-    return Whole(network).eval(), info
+    return WholeNetwork(network).eval(), info
 
 
 def read_labels(path: Path) -> list[str]:

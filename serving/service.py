@@ -1,6 +1,6 @@
 """`serving.service:ImageClassifier`, what `bentoml serve` and `bentoml build` take.
 
-Everything of substance is behind it: `Front` is the door, `Desk` the core.
+Everything of substance is behind it: `App` is the door, `ModelManager` the core.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from _bentoml_sdk import Service  # type: ignore[import-untyped] # BentoML types
 
 from serving.errors import FledgeError, OptionError
 from serving.http import tracing
-from serving.http.app import Front
-from serving.http.forms import Options
-from serving.http.messages import App
-from serving.http.model_manager import Desk
+from serving.http.app import App
+from serving.http.forms import PredictOptions
+from serving.http.messages import ASGIApp
+from serving.http.model_manager import ModelManager
 from serving.http.telemetry import Telemetry
 from serving.server import fate, launch
 from serving.settings import Settings
@@ -27,11 +27,11 @@ from serving.utils import malloc
 
 
 class FrontedService(Service[Any]):  # type: ignore[misc]
-    """A BentoML service whose requests meet `Front` first."""
+    """A BentoML service whose requests meet `App` first."""
 
-    def to_asgi(self, is_main: bool = True) -> App:
+    def to_asgi(self, is_main: bool = True) -> ASGIApp:
         """The app that a worker runs."""
-        return tracing.traced(Front(super().to_asgi(is_main), lambda: self._instance.desk))
+        return tracing.traced(App(super().to_asgi(is_main), lambda: self._instance.model_manager))
 
     def __call__(self) -> Any:
         """Make the instance, once a worker."""
@@ -63,17 +63,17 @@ class ImageClassifier:
         """
         malloc.give_back()
         settings = Settings.from_env()
-        self.desk = Desk(settings, Telemetry())
+        self.model_manager = ModelManager(settings, Telemetry())
         if settings.workers > 1:
-            self.desk.load()
-        self.desk.start()
+            self.model_manager.load()
+        self.model_manager.start()
 
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
     @staticmethod
     def check() -> None:
         """Before any worker starts: refuse to start on wrong settings or without a bundle."""
         launch.make_absolute(os.environ)
-        fate.share()
+        fate.watch_workers()
         launch.remove_scratch_at_the_end(os.environ)
         try:
             launch.check(Settings.from_env())
@@ -84,17 +84,17 @@ class ImageClassifier:
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:
         """Stop the threads, and send the last spans."""
-        self.desk.close()
+        self.model_manager.close()
         tracing.flush()
 
     @bentoml.api(route="/predict")  # type: ignore[untyped-decorator]
     async def predict(self, image: Path, tta: int = 0, top_k: int | None = None) -> dict[str, Any]:
         """Classify one image: multipart field `image`, or the file as the raw body.
 
-        Over HTTP `Front` answers this route; declared here, it is in the OpenAPI page and
+        Over HTTP `App` answers this route; declared here, it is in the OpenAPI page and
         BentoML's own client finds it.
         """
-        return await self.desk.answer(image.read_bytes(), Options(tta, top_k))
+        return await self.model_manager.answer(image.read_bytes(), PredictOptions(tta, top_k))
 
     @bentoml.api(route="/predict/batch")  # type: ignore[untyped-decorator]
     async def predict_batch(
@@ -102,7 +102,7 @@ class ImageClassifier:
     ) -> list[dict[str, Any]]:
         """Classify several images: multipart fields `image`; an answer or error for each."""
         data = [path.read_bytes() for path in image]
-        return await self.desk.answer_each(data, Options(tta, top_k), "local")
+        return await self.model_manager.answer_each(data, PredictOptions(tta, top_k), "local")
 
 
 if not isinstance(ImageClassifier, FrontedService):

@@ -46,7 +46,7 @@ def run(tmp_path_factory):
         split=photos / "splits" / "hymenoptera.csv",
         out=tmp_path_factory.mktemp("photos") / "run",
         device="cpu",
-        say=lambda line: None,
+        log=lambda line: None,
     )
 
 
@@ -55,7 +55,7 @@ def bundle(run):
     from export import pipeline
 
     out = run.parent / "bundle"
-    pipeline.export(run, out, say=lambda line: None)
+    pipeline.export(run, out, log=lambda line: None)
     return out
 
 

@@ -49,7 +49,7 @@ _METHODS: Final = {
 Floats = npt.NDArray[np.float32]
 
 
-class Way(NamedTuple):
+class QuantConfig(NamedTuple):
     """One way to quantise.
 
     method: how ranges come from activations. per_channel: a scale for each channel of a weight.
@@ -74,12 +74,12 @@ class Way(NamedTuple):
         }
 
 
-class Found(NamedTuple):
+class QuantSearch(NamedTuple):
     """The way that was taken, its graph, and all that were tried."""
 
-    way: Way
+    way: QuantConfig
     model: onnx.ModelProto
-    tried: tuple[Way, ...]
+    tried: tuple[QuantConfig, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """As the manifest has it."""
@@ -121,7 +121,7 @@ def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) ->
     return np.stack(pixels)
 
 
-def search(source: Path, pixels: Pixels, enough: float) -> Found:
+def search(source: Path, pixels: Pixels, enough: float) -> QuantSearch:
     """Try the ways, and leave more layers in float while fewer than `enough` best classes agree.
 
     Args:
@@ -141,25 +141,25 @@ def search(source: Path, pixels: Pixels, enough: float) -> Found:
         task = bar.add_task("int8: ways to quantise", total=total)
         ask = _Judge(source, pixels[calibrating:])
         found = {name: ranges(source, pixels[:calibrating], name) for name in _METHODS}
-        tried: list[Way] = []
+        tried: list[QuantConfig] = []
 
-        def attempt(way: Way, photos: int | None = None) -> Way:
+        def attempt(way: QuantConfig, photos: int | None = None) -> QuantConfig:
             model = _quantised(graph, found[way.method], way)
             return ask(way, model, photos)
 
         for method in _METHODS:
             for per_channel in (False, True):
                 for leave in ends:
-                    tried.append(attempt(Way(method, per_channel, leave)))
+                    tried.append(attempt(QuantConfig(method, per_channel, leave)))
                     bar.advance(task)
         if all(way.agreement < enough for way in tried):
             tried += _with_worst_in_float(_choose(tried), layers, enough, attempt, bar)
         near = [way for way in tried if way.agreement >= enough]
         best = _choose(near) if near else min(tried, key=lambda way: way.divergence)
-    return Found(best, _quantised(graph, found[best.method], best), tuple(tried))
+    return QuantSearch(best, _quantised(graph, found[best.method], best), tuple(tried))
 
 
-def _choose(tried: Sequence[Way]) -> Way:
+def _choose(tried: Sequence[QuantConfig]) -> QuantConfig:
     """The nearest way, or one about as near that leaves fewer layers in float, which is faster.
 
     Nothing is timed: timings differ, and the same run shall give the same bytes.
@@ -170,12 +170,12 @@ def _choose(tried: Sequence[Way]) -> Way:
 
 
 def _with_worst_in_float(
-    best: Way,
+    best: QuantConfig,
     layers: Sequence[str],
     enough: float,
-    attempt: Callable[[Way, int | None], Way],
+    attempt: Callable[[QuantConfig, int | None], QuantConfig],
     bar: Any,
-) -> Iterator[Way]:
+) -> Iterator[QuantConfig]:
     """The same way with the layers in float that gain most by it: 1, 2, 4, … a quarter of all."""
     rest = [name for name in layers if name not in best.leave]
     task = bar.add_task("int8: layers that mind", total=len(rest))
@@ -201,7 +201,9 @@ class _Judge:
         self._pixels = pixels
         self._logits = _logits(source.read_bytes(), pixels)
 
-    def __call__(self, way: Way, model: onnx.ModelProto, photos: int | None = None) -> Way:
+    def __call__(
+        self, way: QuantConfig, model: onnx.ModelProto, photos: int | None = None
+    ) -> QuantConfig:
         pixels, expected = self._pixels[:photos], self._logits[:photos]
         actual = _logits(model.SerializeToString(), pixels)
         if not np.isfinite(actual).all():
@@ -244,7 +246,7 @@ def ranges(source: Path, pixels: Pixels, method: str, *, every: bool = False) ->
         return found
 
 
-def _quantised(graph: onnx.ModelProto, ranges: TensorsData, way: Way) -> onnx.ModelProto:
+def _quantised(graph: onnx.ModelProto, ranges: TensorsData, way: QuantConfig) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)  # the quantiser changes what it is given
     layers = [node for node in graph.graph.node if node.op_type in _LAYERS]

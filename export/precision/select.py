@@ -13,7 +13,7 @@ import numpy as np
 from onnx import ModelProto
 
 from export import benchmark
-from export.calibration import Held, ask
+from export.calibration import HeldOut, predict_views
 from export.parity import Sample
 from export.precision import fp16, int8
 from export.precision.verdict import Verdict, judge
@@ -29,7 +29,7 @@ from serving.utils.cpu import cores
 FILES: Final = {"fp32": "model.onnx", "int8": "model.int8.onnx", "fp16": "model.fp16.onnx"}
 
 
-class Kind(NamedTuple):
+class PrecisionKind(NamedTuple):
     """A precision beside fp32.
 
     device: what it is for, and is judged on. tolerance: of a golden probability.
@@ -48,14 +48,14 @@ def _int8(source: Path, pixels: Pixels, budget: float) -> tuple[ModelProto, dict
 
 KINDS: Final = {
     # GPUs differ in the order in which they add up.
-    "fp16": Kind("cuda", 0.01, lambda source, pixels, _: fp16.convert(source, pixels)),
+    "fp16": PrecisionKind("cuda", 0.01, lambda source, pixels, _: fp16.convert(source, pixels)),
     # Processors round differently, and a value at the edge of a step falls on its other side.
-    "int8": Kind("cpu", 0.05, _int8),
+    "int8": PrecisionKind("cpu", 0.05, _int8),
 }
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PrecisionRequest:
     """What was asked for.
 
     precision: one of `KINDS`, "fp32" or "auto"; budget: points of accuracy; train: photos to
@@ -79,13 +79,13 @@ def check(precision: str, budget: float) -> None:
         raise OptionError(f"--precision {precision}: no usable GPU here to try it on; use auto")
 
 
-def keep(
+def select_precisions(
     payload: Path,
     manifest: Manifest,
-    held: Held,
+    held: HeldOut,
     samples: Sequence[Sample],
-    wanted: Wanted,
-    say: Callable[[str], None],
+    wanted: PrecisionRequest,
+    log: Callable[[str], None],
 ) -> Manifest:
     """Try what is wanted beside fp32, and keep what is worth it; the manifest that says so.
 
@@ -117,9 +117,9 @@ def keep(
             if wanted.precision == name:
                 raise
             tried[name] = {"kept": False, "why_not": f"not tried: {error}"}
-            say(f"{name} not tried: {error}")
+            log(f"{name} not tried: {error}")
             continue
-        say(verdict.told(name))
+        log(verdict.told(name))
         if verdict.refusal and wanted.precision == name:
             raise GateError(
                 f"--precision {name} is refused: {verdict.refusal}; no bundle was written"
@@ -153,7 +153,7 @@ def _usable(device: str) -> bool:
     return True
 
 
-def _why_not(name: str, kind: Kind, wanted: str) -> str:
+def _why_not(name: str, kind: PrecisionKind, wanted: str) -> str:
     if wanted not in ("auto", name):
         return f"--precision {wanted}"
     return "" if _usable(kind.device) else "no GPU here"
@@ -161,12 +161,12 @@ def _why_not(name: str, kind: Kind, wanted: str) -> str:
 
 def _attempt(
     name: str,
-    kind: Kind,
+    kind: PrecisionKind,
     payload: Path,
     manifest: Manifest,
-    held: Held,
+    held: HeldOut,
     samples: Sequence[Sample],
-    wanted: Wanted,
+    wanted: PrecisionRequest,
 ) -> tuple[Verdict, dict[str, Any], benchmark.Rates]:
     """Make a graph, score it, time it beside fp32, and remove it where it is refused."""
     source, path = payload / FILES["fp32"], payload / FILES[name]
@@ -181,7 +181,7 @@ def _attempt(
         preprocess=manifest.preprocess,
     )
     predictor = Predictor(manifest, runtime.OnnxRuntime(path, device=kind.device))
-    mine = ask(predictor, samples, workers, views=1)
+    mine = predict_views(predictor, samples, workers, views=1)
     rates = _rates({"fp32": source, name: path}, payload, manifest, kind.device)
     best = {graph: by[benchmark.fastest(by)] for graph, by in rates.items()}
     facts |= _thresholds_hold(manifest, mine)
@@ -203,7 +203,7 @@ def _rates(
     return benchmark.measure(graphs, manifest.preprocess, photos, device)
 
 
-def _thresholds_hold(manifest: Manifest, mine: Held) -> dict[str, Any]:
+def _thresholds_hold(manifest: Manifest, mine: HeldOut) -> dict[str, Any]:
     """What the thresholds, fitted on fp32, give with this graph on the same photos."""
     plain = mine.logits[:, 0]
     energy, confident = (manifest.thresholds[name] for name in ("energy", "confident"))
@@ -219,7 +219,9 @@ def _thresholds_hold(manifest: Manifest, mine: Held) -> dict[str, Any]:
     return facts
 
 
-def _with(name: str, kind: Kind, payload: Path, manifest: Manifest, verdict: Verdict) -> Manifest:
+def _with(
+    name: str, kind: PrecisionKind, payload: Path, manifest: Manifest, verdict: Verdict
+) -> Manifest:
     """The manifest with the precision and what golden photos give in it, which is its own truth."""
     engine = runtime.OnnxRuntime(payload / FILES[name], device=kind.device)
     predictor = Predictor(manifest, engine, name)

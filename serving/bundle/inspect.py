@@ -31,7 +31,9 @@ def describe(folder: Path) -> list[str]:
         "tuning": _tuning(manifest.tuning.get("cpu", {})),
         "made from": _source(manifest.provenance),
         "files": f"{len(manifest.files)}, all as they were exported; {_size(_bytes(opened))}",
-        "signed": f"by {' and '.join(opened.signers)}{opened.doubt}" if opened.signers else "no",
+        "signed": f"by {' and '.join(opened.signers)}{opened.signature_warning}"
+        if opened.signers
+        else "no",
     }
     for name, said in named.items():
         for number, line in enumerate([said] if isinstance(said, str) else said):

@@ -60,7 +60,7 @@ class Bundle:
         return self.payload / str(entry["file"])
 
     @property
-    def doubt(self) -> str:
+    def signature_warning(self) -> str:
         """What must be said behind a signer's name: anybody can sign with a key of his own."""
         return "" if self.trusted else f", whom nobody vouches for: {signing.TRUSTED} is not set"
 

@@ -7,14 +7,14 @@ from typing import NamedTuple
 from serving.bundle.manifest import Manifest
 
 
-class Split(NamedTuple):
+class Parallelism(NamedTuple):
     """runs: how many go at a time; threads: of each."""
 
     runs: int
     threads: int
 
 
-def measured(manifest: Manifest, precision: str, cores: int) -> Split:
+def measured_parallelism(manifest: Manifest, precision: str, cores: int) -> Parallelism:
     """What gave the most images a second at export, if that had as many cores.
 
     Where it had others, or nothing was measured: a run of one thread for each core.
@@ -22,11 +22,11 @@ def measured(manifest: Manifest, precision: str, cores: int) -> Split:
     tuned = manifest.tuning.get("cpu", {})
     best = tuned.get("throughput", {}).get(precision)
     if best is None or tuned.get("cores") != cores:
-        return Split(cores, 1)
-    return Split(int(best["workers"]), int(best["threads"]))
+        return Parallelism(cores, 1)
+    return Parallelism(int(best["workers"]), int(best["threads"]))
 
 
-def wide_pays(manifest: Manifest, precision: str, cores: int) -> bool:
+def multithreading_pays(manifest: Manifest, precision: str, cores: int) -> bool:
     """Whether a lone image is answered sooner by several cores.
 
     Yes, unless the export measured on as many that it isn't.

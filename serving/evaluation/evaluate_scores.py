@@ -16,8 +16,8 @@ from typing import Any, Final
 
 from serving.errors import DataError, OptionError, WorkError
 from serving.evaluation.score_table import read
-from serving.evaluation.streaming_metrics import BINS, Order, Tally
-from serving.evaluation.true_labels import Folders, LabelFile, TrueLabels
+from serving.evaluation.streaming_metrics import BINS, ClassOrder, StreamingMetrics
+from serving.evaluation.true_labels import FolderLabels, LabelFile, TrueLabels
 from serving.scoring.table import csv_line
 from serving.utils.files import check_file, write_aside
 
@@ -28,7 +28,7 @@ _WIDEST: Final = 10_000
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """What is compared with what, and what is written.
 
     labels_from_folders: the name of the folder that an image lies in is its true label; else
@@ -51,7 +51,7 @@ class Options:
 
 
 def evaluate(
-    scores: Path, options: Options, *, say: Callable[[str], None] = print
+    scores: Path, options: EvaluationOptions, *, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Tell how good a table of scores is, and return the figures as JSON has them.
 
@@ -68,13 +68,13 @@ def evaluate(
     """
     _check_outputs(scores, options)
     truths = _truths(options)
-    order = Order(_labels_of(options.bundle))
+    order = ClassOrder(_labels_of(options.bundle))
     example = ""
     for answer in read(scores):
         truths.meet(answer.path)
         order.learn(answer)
         example = example or answer.path
-    tally = Tally(order)
+    tally = StreamingMetrics(order)
     for answer in read(scores):
         tally.add(answer, truths.of(answer.path))
     if not tally.rows:
@@ -218,7 +218,7 @@ def _shown(label: str) -> str:
     return label if label.isprintable() else repr(label)
 
 
-def _check_outputs(scores: Path, options: Options) -> None:
+def _check_outputs(scores: Path, options: EvaluationOptions) -> None:
     taken = {scores.resolve(): "the table"}
     if options.labels is not None:
         taken[options.labels.resolve()] = "--labels"
@@ -232,7 +232,7 @@ def _check_outputs(scores: Path, options: Options) -> None:
         taken[path.resolve()] = f"--{name}"
 
 
-def _truths(options: Options) -> TrueLabels:
+def _truths(options: EvaluationOptions) -> TrueLabels:
     columns = {"--labels-column": options.labels_column, "--path-column": options.path_column}
     if (options.labels is None) != options.labels_from_folders:
         raise OptionError(
@@ -244,7 +244,7 @@ def _truths(options: Options) -> TrueLabels:
     for option, name in columns.items():
         if name is not None:
             raise OptionError(f"{option} {name}: goes with --labels FILE; leave it out")
-    return Folders()
+    return FolderLabels()
 
 
 def _labels_of(bundle: Path | None) -> tuple[str, ...] | None:
@@ -255,18 +255,18 @@ def _labels_of(bundle: Path | None) -> tuple[str, ...] | None:
     return bundles.read(bundle).manifest.labels
 
 
-def _names(tally: Tally) -> list[str]:
+def _names(tally: StreamingMetrics) -> list[str]:
     return sorted({label for pair in tally.confusion for label in pair})
 
 
-def _matrix(tally: Tally) -> Iterator[str]:
+def _matrix(tally: StreamingMetrics) -> Iterator[str]:
     names = _names(tally)
     yield csv_line(["label", *names])
     for label in names:
         yield csv_line([label, *(tally.confusion[label, said] for said in names)])
 
 
-def _mistakes(tally: Tally) -> Iterator[str]:
+def _mistakes(tally: StreamingMetrics) -> Iterator[str]:
     yield csv_line(["path", "truth", "label", "probability"])
     for probability, _, path, truth, label in sorted(tally.mistakes, reverse=True):
         yield csv_line([path, truth, label, probability])

@@ -29,7 +29,7 @@ _ONE: Final = 1 + 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ParsedRow:
     """A row of a table of scores.
 
     where: file and line, for errors. code: of its error; None where it has an answer.
@@ -73,7 +73,7 @@ class Answer:
         return np.minimum(every, 1)
 
 
-def read(path: Path) -> Iterator[Answer]:
+def read(path: Path) -> Iterator[ParsedRow]:
     """The rows of a table, in order; of a folder of Parquet files, too.
 
     Raises:
@@ -96,7 +96,7 @@ def read(path: Path) -> Iterator[Answer]:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
 
 
-def _answer(where: str, values: Mapping[str, Any]) -> Answer:
+def _answer(where: str, values: Mapping[str, Any]) -> ParsedRow:
     for column in _NEEDED:
         if column not in values:
             have = ", ".join(map(repr, values)) or "none"
@@ -104,11 +104,11 @@ def _answer(where: str, values: Mapping[str, Any]) -> Answer:
     path, status, label = (values[name] for name in ("path", "status", "label"))
     if status == "error":
         code = str(values.get("error") or "").partition(":")[0]
-        return Answer(where, str(path), code or "error")
+        return ParsedRow(where, str(path), code or "error")
     if status != "ok" or not label:
         wrong = f"status is {status!r}, not ok or error" if status != "ok" else "ok, but no label"
         raise DataError(f"{where}: {wrong}; is the table from `fledge score`?")
-    return Answer(
+    return ParsedRow(
         where,
         str(path),
         None,

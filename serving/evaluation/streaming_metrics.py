@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from serving.errors import DataError
-from serving.evaluation.score_table import Answer
+from serving.evaluation.score_table import ParsedRow
 from serving.imaging.tta import Probabilities
 
 SMALLEST: Final = 1e-12
@@ -28,7 +28,7 @@ _TOP: Final = 5
 _WHOLE: Final = 1 - 1e-9
 
 
-class Order:
+class ClassOrder:
     """Which label has which of the column `probabilities`.
 
     From the bundle; else learnt from `top_k`, whose probabilities are found again among them.
@@ -44,7 +44,7 @@ class Order:
         """Whether all labels are known."""
         return len(self.places) == self.classes
 
-    def learn(self, answer: Answer) -> None:
+    def learn(self, answer: ParsedRow) -> None:
         """Take one row's evidence, before the first is judged."""
         every = None if answer.code or self.complete else answer.probabilities()
         if every is None:
@@ -57,7 +57,7 @@ class Order:
                 if len(found) == 1:  # where several are equal, another row may tell
                     self.places[label] = int(found[0])
 
-    def check(self, answer: Answer, every: Probabilities | None) -> None:
+    def check(self, answer: ParsedRow, every: Probabilities | None) -> None:
         """Refuse an answer of another model.
 
         Raises:
@@ -78,10 +78,10 @@ class Order:
         return float(np.delete(every, list(self.places.values())).max(initial=0))
 
 
-class Tally:
+class StreamingMetrics:
     """Figures of the rows so far; its size does not grow with their number."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: ClassOrder) -> None:
         """Nothing yet."""
         self.order = order
         self.rows = self.errors_with_label = self.without_label = 0
@@ -96,7 +96,7 @@ class Tally:
         self.named: set[str] = set()
         self._listed: set[str] | None = None  # the labels of every top_k, while they are the same
 
-    def add(self, answer: Answer, truth: str | None) -> None:
+    def add(self, answer: ParsedRow, truth: str | None) -> None:
         """One more row; `truth` is its true label, where it is known."""
         self.rows += 1
         if answer.code is not None:

@@ -34,7 +34,7 @@ class TrueLabels(Protocol):
         ...
 
 
-class Folders:
+class FolderLabels:
     """The label is the name of the folder that the image lies in, here or within its archive."""
 
     def meet(self, path: str) -> None:

@@ -20,9 +20,17 @@ from serving.bundle import signing
 from serving.errors import FledgeError, RequestError, Unauthorized
 from serving.http import forms, problems
 from serving.http.demo_page import DOCS_POLICY, guarded, page
-from serving.http.messages import App, Gone, Message, Receive, Reply, Request, Send
-from serving.http.model_manager import Desk
-from serving.server.shutdown import Leaving
+from serving.http.messages import (
+    ASGIApp,
+    ClientDisconnect,
+    Message,
+    Receive,
+    Request,
+    Response,
+    Send,
+)
+from serving.http.model_manager import ModelManager
+from serving.server.shutdown import GracefulShutdown
 
 READ_TIMEOUT: Final = 60.0
 """Seconds that a body may take to come in."""
@@ -46,17 +54,17 @@ _READ: Final = ("GET", "HEAD")
 _SHORT_FORM: Final = 2**18
 _log = logging.getLogger("bentoml.fledge")
 
-Handler = Callable[["Front", Request], Awaitable[Reply]]
+Handler = Callable[["App", Request], Awaitable[Response]]
 
 
-class Front:
+class App:
     """Routes of the model, in front of `inner`, BentoML's app."""
 
-    def __init__(self, inner: App, desk: Callable[[], Desk]) -> None:
+    def __init__(self, inner: ASGIApp, model_manager: Callable[[], ModelManager]) -> None:
         """`desk` is asked at each request: it exists once BentoML has started the service."""
         self._inner = inner
-        self._desk = desk
-        self._leaving = Leaving()
+        self._desk = model_manager
+        self._leaving = GracefulShutdown()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer, or hand on."""
@@ -81,7 +89,7 @@ class Front:
         request = Request.of(scope, receive)
         try:
             reply = await self._reply(request)
-        except Gone:
+        except ClientDisconnect:
             return
         if self._leaving.begun:
             reply.headers.append((b"connection", b"close"))
@@ -90,7 +98,7 @@ class Front:
             log = self._desk().telemetry.log
             log(request.id, request.method, path, reply.status, reply.code, request.seconds)
 
-    async def _reply(self, request: Request) -> Reply:
+    async def _reply(self, request: Request) -> Response:
         try:
             handlers = _ROUTES.get(request.path)
             if handlers is None:
@@ -101,65 +109,65 @@ class Front:
             if handler is None:
                 return _not_allowed(request, handlers)
             return await handler(self, request)
-        except Gone:
+        except ClientDisconnect:
             raise
         except Exception as error:  # the caller gets an answer and the log the traceback
             if problems.is_fault(error):
                 _log.exception("request %s failed", request.id)
-            return Reply.problem(error, request)
+            return Response.problem(error, request)
 
-    async def predict(self, request: Request) -> Reply:
+    async def predict(self, request: Request) -> Response:
         """`POST /predict`: one image, as the raw body or as the multipart field `image`."""
-        desk = self._desk()
-        with _counted(desk):
+        model_manager = self._desk()
+        with _counted(model_manager):
             pairs = forms.query(request.query)
-            body = await self._body(request, desk)
+            body = await self._body(request, model_manager)
             if forms.is_multipart(request.content_type):
                 form = await _form(body, request)
                 if len(form.images) > 1:
                     raise RequestError("more than one image; send several to /predict/batch")
                 body, pairs = form.images[0], [*pairs, *form.pairs]
-            answer = await desk.answer(body, forms.options(pairs))
-        desk.telemetry.answered(answer)
-        desk.telemetry.observe("total", request.seconds)
-        return Reply.of(answer)
+            answer = await model_manager.answer(body, forms.options(pairs))
+        model_manager.telemetry.answered(answer)
+        model_manager.telemetry.observe("total", request.seconds)
+        return Response.of(answer)
 
-    async def predict_batch(self, request: Request) -> Reply:
+    async def predict_batch(self, request: Request) -> Response:
         """`POST /predict/batch`: several multipart fields `image`; an answer or error for each."""
-        desk = self._desk()
-        with _counted(desk):
+        model_manager = self._desk()
+        with _counted(model_manager):
             if not forms.is_multipart(request.content_type):
                 raise RequestError("send multipart/form-data with several fields `image`")
             pairs = forms.query(request.query)
-            form = await _form(await self._body(request, desk), request)
+            form = await _form(await self._body(request, model_manager), request)
             options = forms.options([*pairs, *form.pairs])
-            return Reply.of(await desk.answer_each(form.images, options, request.id))
+            return Response.of(await model_manager.answer_each(form.images, options, request.id))
 
-    async def model(self, request: Request) -> Reply:
+    async def model(self, request: Request) -> Response:
         """`GET /model`: the manifest, and how it is served here."""
-        desk = self._desk()
-        _authorise(request, desk)
-        return Reply(200, desk.model.manifest)
+        model_manager = self._desk()
+        _authorise(request, model_manager)
+        return Response(200, model_manager.model.manifest)
 
-    async def ready(self, request: Request) -> Reply:
+    async def ready(self, request: Request) -> Response:
         """`GET /readyz`: 200 and what is served, or 503 and why not."""
-        desk = self._desk()
+        model_manager = self._desk()
         # The log has it in full; where the bundle lies is nobody's business out there.
-        refusal = desk.refusal.replace(str(desk.settings.bundle), "the bundle")
+        refusal = model_manager.refusal.replace(str(model_manager.settings.bundle), "the bundle")
         refusal = re.sub(rf"({signing.TRUSTED} =) \S+", r"\1 …", refusal)
         try:
-            predictor = desk.model.predictor
+            predictor = model_manager.model.predictor
         except FledgeError as error:
-            return Reply.problem(type(error)(refusal), request)
+            return Response.problem(type(error)(refusal), request)
         told = {
             "status": "ready",
             "model": predictor.model,
             "precision": predictor.precision,
             "provider": predictor.runtime.provider,
         }
-        return Reply.of(told | ({"refused": refusal} if refusal else {}))
+        return Response.of(told | ({"refused": refusal} if refusal else {}))
 
-    async def home(self, request: Request) -> Reply:
+    async def home(self, request: Request) -> Response:
         """`GET /`: the demo page. It comes before there is a model too, and waits for it."""
         try:
             model = self._desk().model.predictor.model
@@ -167,24 +175,24 @@ class Front:
             model = ""
         return page(model)
 
-    async def _body(self, request: Request, desk: Desk) -> bytes:
-        _authorise(request, desk)
+    async def _body(self, request: Request, model_manager: ModelManager) -> bytes:
+        _authorise(request, model_manager)
         envelope = forms.ENVELOPE if forms.is_multipart(request.content_type) else 0
         try:
             async with asyncio.timeout(READ_TIMEOUT):
-                body = await request.body(desk.settings.max_bytes + envelope)
+                body = await request.body(model_manager.settings.max_bytes + envelope)
         except TimeoutError as error:
             raise problems.SlowRequest(f"the body took more than {READ_TIMEOUT:g} s") from error
-        desk.telemetry.observe("read", request.seconds)
+        model_manager.telemetry.observe("read", request.seconds)
         return body
 
 
 _ROUTES: Final[dict[str, dict[str, Handler]]] = {
-    "/predict": {"POST": Front.predict},
-    "/predict/batch": {"POST": Front.predict_batch},
-    "/model": dict.fromkeys(_READ, Front.model),
-    "/readyz": dict.fromkeys(_READ, Front.ready),
-    "/": dict.fromkeys(_READ, Front.home),
+    "/predict": {"POST": App.predict},
+    "/predict/batch": {"POST": App.predict_batch},
+    "/model": dict.fromkeys(_READ, App.model),
+    "/readyz": dict.fromkeys(_READ, App.ready),
+    "/": dict.fromkeys(_READ, App.home),
 }
 
 
@@ -196,19 +204,19 @@ async def _form(body: bytes, request: Request) -> forms.Form:
 
 
 @contextmanager
-def _counted(desk: Desk) -> Iterator[None]:
+def _counted(model_manager: ModelManager) -> Iterator[None]:
     """Count what ends in an error by its code."""
     try:
         yield
-    except Gone:
+    except ClientDisconnect:
         raise
     except Exception as error:
-        desk.telemetry.count(problems.code_of(error))
+        model_manager.telemetry.count(problems.code_of(error))
         raise
 
 
-def _authorise(request: Request, desk: Desk) -> None:
-    keys = desk.settings.api_keys
+def _authorise(request: Request, model_manager: ModelManager) -> None:
+    keys = model_manager.settings.api_keys
     if not keys:
         return
     scheme, _, key = request.headers.get(b"authorization", b"").partition(b" ")
@@ -219,9 +227,9 @@ def _authorise(request: Request, desk: Desk) -> None:
         raise Unauthorized("send a valid key as `Authorization: Bearer KEY`")
 
 
-def _not_allowed(request: Request, allowed: Iterable[str]) -> Reply:
+def _not_allowed(request: Request, allowed: Iterable[str]) -> Response:
     allow = ", ".join(allowed)
     error = problems.MethodNotAllowed(f"{request.method[:20]} is not for this path; use {allow}")
-    reply = Reply.problem(error, request)
+    reply = Response.problem(error, request)
     reply.headers.append((b"allow", allow.encode()))
     return reply

@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Final
 
-from serving.http.messages import Message, Reply, Send
+from serving.http.messages import Message, Response, Send
 
 
 def _source(name: str) -> str:
@@ -72,7 +72,7 @@ def guarded(send: Send, policy: str) -> Send:
     return guard
 
 
-def page(model: str = "") -> Reply:
+def page(model: str = "") -> Response:
     """The page for `model`, as NAME:VERSION; without one it says so, and waits for one."""
     name, _, version = model.rpartition(":")
     filled = _PAGE.substitute(
@@ -86,4 +86,4 @@ def page(model: str = "") -> Reply:
         (b"content-security-policy", POLICY.encode()),
         (b"referrer-policy", b"no-referrer"),
     ]
-    return Reply(200, filled.encode(), "text/html; charset=utf-8", headers)
+    return Response(200, filled.encode(), "text/html; charset=utf-8", headers)

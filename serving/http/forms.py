@@ -22,14 +22,14 @@ _WHOLE: Final = re.compile(r"-?[0-9]{1,9}", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Options:
+class PredictOptions:
     """What a caller may choose. tta: views; top_k: classes in the answer, None for the default."""
 
     tta: int = 0
     top_k: int | None = None
 
 
-def options(pairs: Iterable[tuple[str, str]]) -> Options:
+def options(pairs: Iterable[tuple[str, str]]) -> PredictOptions:
     """Options of (name, value) pairs.
 
     Raises:
@@ -44,7 +44,7 @@ def options(pairs: Iterable[tuple[str, str]]) -> Options:
         if not _WHOLE.fullmatch(text):
             raise OptionError(f"{name} = {text[:40]!r}: use a whole number")
         values[name] = int(text)
-    return Options(**values)
+    return PredictOptions(**values)
 
 
 def query(raw: bytes) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from serving.http import problems
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
+ASGIApp = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
@@ -28,7 +28,7 @@ _LINGER_BYTES: Final = 64 * 2**20
 """Seconds and bytes for which the rest of a refused body is still read, and dropped."""
 
 
-class Gone(Exception):
+class ClientDisconnect(Exception):
     """The caller hung up before the body was whole; there is nobody to answer."""
 
 
@@ -84,7 +84,7 @@ class Request:
         while True:
             event = await self.receive()
             if event["type"] == "http.disconnect":
-                raise Gone
+                raise ClientDisconnect
             chunk = event.get("body", b"")
             size += len(chunk)
             if size > limit:
@@ -112,7 +112,7 @@ class Request:
 
 
 @dataclass
-class Reply:
+class Response:
     """An answer. code: "ok" or an error's, for the log."""
 
     status: int
@@ -122,12 +122,12 @@ class Reply:
     code: str = "ok"
 
     @classmethod
-    def of(cls, value: Any) -> Reply:
+    def of(cls, value: Any) -> Response:
         """200 with `value` as JSON."""
         return cls(200, _json(value))
 
     @classmethod
-    def problem(cls, error: Exception, request: Request) -> Reply:
+    def problem(cls, error: Exception, request: Request) -> Response:
         """`error` as `application/problem+json`, with the headers that belong to its status."""
         body = problems.problem(error, request.id)
         headers = []

@@ -16,7 +16,7 @@ from typing import Any, Final
 from serving import __version__
 from serving.bundle import storage
 from serving.errors import DeadlineExceeded, FledgeError, NotReady, TooLarge
-from serving.http.forms import Options
+from serving.http.forms import PredictOptions
 from serving.http.problems import code_of, is_fault, problem
 from serving.http.telemetry import Telemetry
 from serving.inference.batching import Engine, build
@@ -36,7 +36,7 @@ _log = logging.getLogger("bentoml.fledge")
 
 
 @dataclass
-class Model:
+class LoadedModel:
     """What is served: a predictor and the engine that feeds it.
 
     users: requests that hold it; counted by the event loop alone.
@@ -54,7 +54,7 @@ class Model:
         self.engine.close()
 
 
-class Desk:
+class ModelManager:
     """Answers as soon as the golden images came out right, and follows the bundle from then on.
 
     A manifest that is replaced is loaded beside the one that is served, proved like the first,
@@ -67,7 +67,7 @@ class Desk:
         self.settings = settings
         self.telemetry = telemetry
         self.refusal = "the bundle is still being loaded"
-        self._model: Model | None = None
+        self._model: LoadedModel | None = None
         self._seen: object = None
         self._refused: object = None
         self._closing = threading.Event()
@@ -86,7 +86,7 @@ class Desk:
             model.engine.close()
 
     @property
-    def model(self) -> Model:
+    def model(self) -> LoadedModel:
         """What is served now.
 
         Raises:
@@ -98,7 +98,7 @@ class Desk:
         return self._model
 
     @contextmanager
-    def _held(self) -> Iterator[Model]:
+    def _held(self) -> Iterator[LoadedModel]:
         """What is served now, kept from being closed when another takes its place meanwhile."""
         model = self.model
         model.users += 1
@@ -111,7 +111,7 @@ class Desk:
         finally:
             model.users -= 1
 
-    async def answer(self, data: bytes, options: Options) -> dict[str, Any]:
+    async def answer(self, data: bytes, options: PredictOptions) -> dict[str, Any]:
         """The answer to one image, as `Predictor.answer`.
 
         Raises:
@@ -120,7 +120,9 @@ class Desk:
         with self._held() as model:
             return await self._answer(model, data, options)
 
-    async def _answer(self, model: Model, data: bytes, options: Options) -> dict[str, Any]:
+    async def _answer(
+        self, model: LoadedModel, data: bytes, options: PredictOptions
+    ) -> dict[str, Any]:
         model.predictor.check(options.tta, options.top_k)
         if len(data) > self.settings.max_bytes:
             raise TooLarge(f"an image of {len(data)} bytes; {self.settings.max_bytes} are allowed")
@@ -133,7 +135,7 @@ class Desk:
         return model.predictor.answer(prediction, options.top_k)
 
     async def answer_each(
-        self, images: Sequence[bytes], options: Options, request_id: str
+        self, images: Sequence[bytes], options: PredictOptions, request_id: str
     ) -> list[dict[str, Any]]:
         """One answer or {"error": problem} for each image, in order; none touches another.
 
@@ -144,7 +146,7 @@ class Desk:
             return await self._answer_each(model, images, options, request_id)
 
     async def _answer_each(
-        self, model: Model, images: Sequence[bytes], options: Options, request_id: str
+        self, model: LoadedModel, images: Sequence[bytes], options: PredictOptions, request_id: str
     ) -> list[dict[str, Any]]:
         model.predictor.check(options.tta, options.top_k)
         # A long list takes its turn among the others instead of filling the house.
@@ -192,7 +194,7 @@ class Desk:
         gc.collect()
         gc.freeze()
 
-    def _build(self) -> Model:
+    def _build(self) -> LoadedModel:
         settings = self.settings
         predictor = _open(settings)
         engine = build(
@@ -203,7 +205,7 @@ class Desk:
             max_pixels=settings.max_pixels,
             observe=self.telemetry.observe,
         )
-        return Model(predictor, engine, _describe(predictor))
+        return LoadedModel(predictor, engine, _describe(predictor))
 
     def _watch(self) -> None:
         if self._seen is None:
@@ -238,7 +240,7 @@ class Desk:
         self.telemetry.refused()
         _log.error("%s: %s", served, reason)
 
-    def _tell(self, model: Model, old: Model | None) -> None:
+    def _tell(self, model: LoadedModel, old: LoadedModel | None) -> None:
         predictor = model.predictor
         if old and _labels(old.predictor) != _labels(predictor):
             self.telemetry.retired(*_labels(old.predictor))
@@ -262,7 +264,7 @@ def _open(settings: Settings) -> Predictor:
         device=settings.device,
         precision=settings.precision,
         threads=1,
-        wide=settings.threads,
+        low_latency_runtime=settings.threads,
         kind=settings.runtime,
     )
 

@@ -12,7 +12,7 @@ from opentelemetry import trace
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from opentelemetry.util.http import parse_excluded_urls
 
-from serving.http.messages import App
+from serving.http.messages import ASGIApp
 
 # What BentoML answers it traces itself; probes and scrapes are nobody's request.
 _EXCLUDED = "/(livez|healthz|readyz|metrics|docs|docs.json|schema.json)$,/static_content/"
@@ -20,7 +20,7 @@ _EXCLUDED = "/(livez|healthz|readyz|metrics|docs|docs.json|schema.json)$,/static
 _FLUSH_MS = 5000
 
 
-def traced(app: App) -> App:
+def traced(app: ASGIApp) -> ASGIApp:
     """`app` with a span a request where `services.tracing.sample_rate` is above 0, else `app`."""
     if not _asked_for():
         return app

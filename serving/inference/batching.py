@@ -1,8 +1,8 @@
 """From the door to the graph: a bounded room, and two ways to work through it.
 
-`Lanes`     one thread takes one image from bytes to prediction; several side by side. Best where
+`PerImageEngine`     one thread takes one image from bytes to prediction; several side by side. Best where
             a batch costs as much an image as a lone one, which is so on most CPUs.
-`Batcher`   threads decode; another, on a CPU one a core, takes all that is ready, up to the cap,
+`DynamicBatcher`   threads decode; another, on a CPU one a core, takes all that is ready, up to the cap,
             the moment it is free. A lone image never waits; batches form while the device is busy.
 
 Both refuse at once when full, drop what nobody waits for any more, and let no image touch another.
@@ -55,7 +55,7 @@ def build(
     max_pixels: int,
     observe: Observe,
 ) -> Engine:
-    """The engine that fits: `Lanes` where batches are not worth having, else `Batcher`.
+    """The engine that fits: `PerImageEngine` where batches are not worth having, else `DynamicBatcher`.
 
     Args:
         predictor: May be called from several threads at once.
@@ -66,18 +66,18 @@ def build(
         max_pixels: Of an image, width times height.
         observe: Where timings go; called from several threads.
     """
-    room = Room(max_queue, observe)
+    room = QueueLimit(max_queue, observe)
 
     def prepare(data: bytes, tta: int) -> Prepared:
         return predictor.prepare(data, tta, max_pixels=max_pixels)
 
     if cap == 1:
-        return Lanes(prepare, predictor.predict, room, threads + SPARE, observe)
+        return PerImageEngine(prepare, predictor.predict, room, threads + SPARE, observe)
     runners = threads if on_cpu(predictor.runtime.provider) else 1
-    return Batcher(prepare, predictor.predict, room, threads, observe, cap, runners)
+    return DynamicBatcher(prepare, predictor.predict, room, threads, observe, cap, runners)
 
 
-class Room:
+class QueueLimit:
     """Counts the images inside. Used by the event loop alone, so it needs no lock."""
 
     def __init__(self, limit: int, observe: Observe) -> None:
@@ -122,11 +122,11 @@ class _Job(NamedTuple):
     future: asyncio.Future[Prediction]
 
 
-class Lanes:
+class PerImageEngine:
     """Side by side, each thread with one image at a time, from its bytes to its prediction."""
 
     def __init__(
-        self, prepare: Prepare, predict: Predict, room: Room, threads: int, observe: Observe
+        self, prepare: Prepare, predict: Predict, room: QueueLimit, threads: int, observe: Observe
     ) -> None:
         """See `build`."""
         self._prepare, self._predict = prepare, predict
@@ -203,14 +203,14 @@ class _Item(NamedTuple):
     queued: float
 
 
-class Batcher:
+class DynamicBatcher:
     """Decodes on many threads; each that runs the graph takes whatever is ready when it is free."""
 
     def __init__(
         self,
         prepare: Prepare,
         predict: Predict,
-        room: Room,
+        room: QueueLimit,
         threads: int,
         observe: Observe,
         cap: int,

@@ -18,7 +18,7 @@ from serving.inference.runtime import Floats, Runtime
 SIZES: Final = (1, 2, 4, 8, 16)
 
 
-class Bucketed:
+class PaddedBatchRuntime:
     """A `Runtime` that runs another at a few batch sizes; answers are of the rows that came."""
 
     def __init__(self, engine: Runtime, size: int, sizes: Sequence[int] = SIZES) -> None:

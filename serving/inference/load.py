@@ -11,7 +11,7 @@ import numpy as np
 from serving.bundle import storage, tuning
 from serving.errors import BundleError, ImageError, OptionError, WorkError
 from serving.inference import runtime
-from serving.inference.buckets import Bucketed
+from serving.inference.buckets import PaddedBatchRuntime
 from serving.inference.predictor import Predictor
 from serving.utils.cpu import cores
 
@@ -25,7 +25,7 @@ def open_predictor(
     device: str = "auto",
     precision: str = "auto",
     threads: int | None = 1,
-    wide: int = 1,
+    low_latency_runtime: int = 1,
     kind: str = "onnx",
 ) -> Predictor:
     """Open a bundle and prove that it answers here as it did at export.
@@ -55,9 +55,11 @@ def open_predictor(
         chosen = _fastest(have, engine.provider)
         engine = _engine(opened, chosen, "cpu", threads)
     broad = None
-    wider = wide > (threads or 1) and tuning.wide_pays(opened.manifest, chosen, wide)
+    wider = low_latency_runtime > (threads or 1) and tuning.multithreading_pays(
+        opened.manifest, chosen, low_latency_runtime
+    )
     if wider and runtime.on_cpu(engine.provider):
-        broad = _engine(opened, chosen, "cpu", wide)
+        broad = _engine(opened, chosen, "cpu", low_latency_runtime)
     return _proved(opened, engine, chosen, broad)
 
 
@@ -92,12 +94,12 @@ def _proved(
     opened: storage.Bundle,
     engine: runtime.Runtime,
     precision: str,
-    wide: runtime.Runtime | None = None,
+    low_latency_runtime: runtime.Runtime | None = None,
 ) -> Predictor:
     """A predictor whose golden images came out right; on a GPU in batches of warmed sizes."""
     size = opened.manifest.preprocess.size
-    shaped = engine if runtime.on_cpu(engine.provider) else Bucketed(engine, size)
-    predictor = Predictor(opened.manifest, shaped, precision, wide)
+    shaped = engine if runtime.on_cpu(engine.provider) else PaddedBatchRuntime(engine, size)
+    predictor = Predictor(opened.manifest, shaped, precision, low_latency_runtime)
     check_golden(predictor, opened)
     return predictor
 
@@ -139,7 +141,7 @@ def check_golden(predictor: Predictor, opened: storage.Bundle) -> None:
             raise BundleError(f"{opened.payload / name} can't be read: {error}") from error
         try:
             answers = [predictor.predict([prepared])[0].probabilities]
-            if predictor.wide:
+            if predictor.low_latency_runtime:
                 answers += [predictor.predict([prepared], alone=True)[0].probabilities]
         except WorkError as error:
             raise BundleError(f"{opened.folder} must not be served here: {error}") from error
@@ -160,7 +162,7 @@ def _engine(
     opened: storage.Bundle, precision: str, device: str, threads: int | None
 ) -> runtime.OnnxRuntime:
     path = opened.graph(precision)
-    threads = threads or tuning.measured(opened.manifest, precision, cores()).threads
+    threads = threads or tuning.measured_parallelism(opened.manifest, precision, cores()).threads
     data = opened.load(path.relative_to(opened.payload).as_posix())
     return runtime.OnnxRuntime(path, device=device, threads=threads, data=data)
 

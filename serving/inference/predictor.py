@@ -63,7 +63,7 @@ class Predictor:
         manifest: Manifest,
         engine: runtime.Runtime,
         precision: str = "fp32",
-        wide: runtime.Runtime | None = None,
+        low_latency_runtime: runtime.Runtime | None = None,
     ) -> None:
         """Join what `open_predictor` opened.
 
@@ -75,7 +75,7 @@ class Predictor:
         """
         self.manifest = manifest
         self.runtime = engine
-        self.wide = wide
+        self.low_latency_runtime = low_latency_runtime
         self.precision = precision
         self.model = f"{manifest.name}:{manifest.version}"
 
@@ -129,7 +129,7 @@ class Predictor:
         if not prepared:
             return []
         rows = [item.pixels for item in prepared]
-        engine = self.wide if alone and self.wide else self.runtime
+        engine = self.low_latency_runtime if alone and self.low_latency_runtime else self.runtime
         logits, features = engine.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
         if not np.isfinite(logits).all():
             raise WorkError(f"{self.model} gave logits that are not finite")

@@ -20,7 +20,9 @@ def verify(folder: Path, device: str = "cpu") -> list[str]:
     opened = storage.read(folder)
     name = f"{opened.manifest.name}:{opened.manifest.version}"
     lines = [f"{folder}: {name}, {len(opened.manifest.files)} files are as exported"]
-    lines += [f"signed by {signer}{opened.doubt}" for signer in opened.signers] or ["not signed"]
+    lines += [f"signed by {signer}{opened.signature_warning}" for signer in opened.signers] or [
+        "not signed"
+    ]
     for precision, entry in opened.manifest.precisions.items():
         predictor = open_predictor(folder, device=device, precision=precision)  # checks them all
         worst = 0.0

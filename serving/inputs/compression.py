@@ -23,7 +23,7 @@ MAX_FILE: Final = 4 * decode.MAX_PIXELS
 _PIECE: Final = 2**16
 
 
-class Source(io.BufferedIOBase):
+class PeekableStream(io.BufferedIOBase):
     """What tarfile reads from: looks a block ahead, and goes on by reading where it can't jump."""
 
     def __init__(self, raw: BinaryIO, *, jumps: bool) -> None:
@@ -60,7 +60,7 @@ class Source(io.BufferedIOBase):
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[Source]:
+def opened(path: str) -> Iterator[PeekableStream]:
     """Open a tar; its bytes tell how it is compressed.
 
     Raises:
@@ -75,10 +75,10 @@ def opened(path: str) -> Iterator[Source]:
         kinds = (opener for magic, opener in _COMPRESSED.items() if start.startswith(magic))
         opener = None if plain else next(kinds, None)
         if opener is None:
-            yield Source(file, jumps=True)
+            yield PeekableStream(file, jumps=True)
         else:
             with opener(file) as stream:
-                yield Source(stream, jumps=False)
+                yield PeekableStream(stream, jumps=False)
 
 
 def _gzip(file: BinaryIO) -> Any:

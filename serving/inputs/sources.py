@@ -36,7 +36,7 @@ _LOOKED: Final = f"; looked for files ending in {', '.join(sorted(images.SUFFIXE
 
 
 @dataclass(frozen=True)
-class Source:
+class InputSource:
     """One of the inputs asked for.
 
     names: what is found there; takes a place to tell what can't be looked into.
@@ -142,9 +142,9 @@ def load(path: str) -> bytes:
         raise BrokenImage(f"not a path: {error}") from error
 
 
-def _sources(word: str, column: str | None, stdin: Stream | None) -> Iterator[Source]:
+def _sources(word: str, column: str | None, stdin: Stream | None) -> Iterator[InputSource]:
     if word == PIPE:
-        yield Source(partial(_piped, stdin), f"{word}: no paths came; write one a line")
+        yield InputSource(partial(_piped, stdin), f"{word}: no paths came; write one a line")
     elif os.path.exists(word):
         yield _there(word, column)
     elif remote.is_address(word):
@@ -153,9 +153,9 @@ def _sources(word: str, column: str | None, stdin: Stream | None) -> Iterator[So
         for one in inputs_search.braces(word):
             yield from _sources(one, column, stdin)
     elif inputs_search.is_pattern(word):
-        yield Source(partial(_matching, word, column), f"{word}: matches no images{_LOOKED}")
+        yield InputSource(partial(_matching, word, column), f"{word}: matches no images{_LOOKED}")
     elif tar.split(word):
-        yield Source(partial(_itself, word), "")
+        yield InputSource(partial(_itself, word), "")
     else:
         raise DataError(
             f"{word}: not there; give folders, images, tar archives, lists in "
@@ -163,17 +163,19 @@ def _sources(word: str, column: str | None, stdin: Stream | None) -> Iterator[So
         )
 
 
-def _there(word: str, column: str | None) -> Source:
+def _there(word: str, column: str | None) -> InputSource:
     if os.path.isdir(word):
-        return Source(partial(inputs_search.below, word), f"{word}: no images found{_LOOKED}")
+        return InputSource(partial(inputs_search.below, word), f"{word}: no images found{_LOOKED}")
     if word.lower().endswith(lists.LINES):
         nothing = f"{word}: lists no images; write one path a line"
-        return Source(partial(lists.lines, word), nothing)
+        return InputSource(partial(lists.lines, word), nothing)
     if not os.path.isfile(word):
-        return Source(partial(_itself, word), "")  # looking into a pipe would wait for ever
+        return InputSource(partial(_itself, word), "")  # looking into a pipe would wait for ever
     if lists.is_table(word):
         chosen = lists.column_of(word, column)
-        return Source(partial(lists.cells, word, chosen), f"{word}: lists no images in {chosen}")
+        return InputSource(
+            partial(lists.cells, word, chosen), f"{word}: lists no images in {chosen}"
+        )
     if tar.is_archive(word):
         try:
             tar.is_stream(word)
@@ -181,16 +183,16 @@ def _there(word: str, column: str | None) -> Source:
             raise DataError(f"{word}: {error}") from error
         except OSError:
             pass  # told when it is looked into
-        return Source(partial(tar.names, word), f"{word}: no images in it{_LOOKED}")
-    return Source(partial(_itself, word), "")
+        return InputSource(partial(tar.names, word), f"{word}: no images in it{_LOOKED}")
+    return InputSource(partial(_itself, word), "")
 
 
 def _itself(word: str, note: Note) -> Iterator[str]:
     return iter([word])
 
 
-def _remote(address: str) -> Source:
-    return Source(remote.find(address), f"{address}: no images found{_LOOKED}")
+def _remote(address: str) -> InputSource:
+    return InputSource(remote.find(address), f"{address}: no images found{_LOOKED}")
 
 
 def _matching(pattern: str, column: str | None, note: Note) -> Iterator[str]:
@@ -217,7 +219,7 @@ def _piped(stdin: Stream | None, note: Note) -> Iterator[str]:
         note(f"{PIPE}: standard input can't be read: {error}")
 
 
-def _names(sources: Sequence[Source], note: _Once) -> Iterator[str]:
+def _names(sources: Sequence[InputSource], note: _Once) -> Iterator[str]:
     empty: list[str] = []
     found = False
     for source in sources:

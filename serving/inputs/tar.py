@@ -21,7 +21,7 @@ from functools import partial
 from typing import BinaryIO, Final
 
 from serving.errors import BrokenImage, DataError, TooLarge
-from serving.inputs.compression import BLOCK, MAX_FILE, Source, opened
+from serving.inputs.compression import BLOCK, MAX_FILE, PeekableStream, opened
 from serving.inputs.folders import Note, is_image
 
 SEPARATOR: Final = "::"
@@ -49,7 +49,7 @@ _CORRUPT: Final = (
 
 
 @dataclass(frozen=True)
-class Member:
+class TarMember:
     """One image of an archive.
 
     name: no other member has it. offset: of its header, in bytes of the tar as unpacked.
@@ -108,7 +108,7 @@ def is_stream(path: str) -> bool:
         return not source.jumps
 
 
-def members(path: str) -> Iterator[Member]:
+def members(path: str) -> Iterator[TarMember]:
     """The images of an archive in its order.
 
     The names that came by are held: a name that comes again gets a number.
@@ -121,7 +121,7 @@ def members(path: str) -> Iterator[Member]:
     with opened(path) as source:
         for tar, info in _headers(source):
             if not info.isdir() and is_image(info.name) and not _is_hidden(info.name):
-                yield Member(_named(info.name, taken), info.offset, partial(_data, tar, info))
+                yield TarMember(_named(info.name, taken), info.offset, partial(_data, tar, info))
 
 
 def read_at(file: BinaryIO, offset: int) -> bytes:
@@ -142,7 +142,7 @@ def read_at(file: BinaryIO, offset: int) -> bytes:
     return _data(tar, info)
 
 
-def _headers(source: Source) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+def _headers(source: PeekableStream) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """Each header. Done by hand: TarFile keeps all of them, and is silent about broken ones."""
     tar: tarfile.TarFile | None = None
     offset, place = 0, "at its start: no tar archive"
@@ -167,7 +167,7 @@ def _headers(source: Source) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]
         raise DataError("cut off, it has no end mark; its last image may be broken")
 
 
-def _tar(file: BinaryIO | Source) -> tarfile.TarFile:
+def _tar(file: BinaryIO | PeekableStream) -> tarfile.TarFile:
     return tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
 
 

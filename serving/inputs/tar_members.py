@@ -94,7 +94,7 @@ class _Walk:
         self._members = tar.members(path)
         self._end = "no image of that name in the archive"
 
-    def next(self) -> tar.Member:
+    def next(self) -> tar.TarMember:
         """The next on the way to one that has to come; BrokenImage where none does."""
         try:
             for member in self._members:
@@ -219,7 +219,7 @@ def _size(found: bytes | ImageError) -> int:
     return len(found) if isinstance(found, bytes) else 1000
 
 
-def _read(member: tar.Member) -> bytes | ImageError:
+def _read(member: tar.TarMember) -> bytes | ImageError:
     try:
         return member.read()
     except ImageError as error:

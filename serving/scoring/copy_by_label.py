@@ -10,14 +10,14 @@ from typing import Final
 
 from serving.errors import FledgeError, WorkError
 from serving.inputs.sources import Reader
-from serving.scoring.table import Row
+from serving.scoring.table import ScoreRow
 from serving.utils.files import write_aside
 
 ERRORS: Final = "_errors"
 """The folder of what could not be scored."""
 
 
-def copy(folder: Path, rows: Iterable[Row], protocols: Sequence[str] = ()) -> str:
+def copy(folder: Path, rows: Iterable[ScoreRow], protocols: Sequence[str] = ()) -> str:
     """Copy what the rows name to folder/LABEL/NAME; what has no label to folder/_errors.
 
     A name that is there a second time gets a number. Called again with the same rows it writes
@@ -48,7 +48,7 @@ def copy(folder: Path, rows: Iterable[Row], protocols: Sequence[str] = ()) -> st
     return f"copied {copied} images to {folder}{missing}"
 
 
-def _place(folder: Path, row: Row, taken: Counter[Path]) -> Path:
+def _place(folder: Path, row: ScoreRow, taken: Counter[Path]) -> Path:
     home = folder / (ERRORS if row.label is None else _folder_name(row.label))
     name = Path(row.path.rpartition("::")[2]).name or "image"
     wanted = place = home / name

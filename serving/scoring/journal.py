@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.errors import OptionError, WorkError
-from serving.scoring.table import Row
+from serving.scoring.table import ScoreRow
 from serving.utils.files import NoLocks, lock, write_aside
 
 SIZE: Final = 1000
@@ -46,7 +46,7 @@ def _folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.parts")
 
 
-class Journal:
+class ScoringJournal:
     """One job's folder.
 
     total: how many inputs there are; skipped: places that could not be looked into.
@@ -80,7 +80,7 @@ class Journal:
                 self._leave()
                 raise
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> ScoringJournal:
         """Nothing more."""
         return self
 
@@ -137,7 +137,9 @@ class Journal:
         )
         return sum(sizes)
 
-    def write(self, number: int, rows: Sequence[Row], features: Features | None = None) -> None:
+    def write(
+        self, number: int, rows: Sequence[ScoreRow], features: Features | None = None
+    ) -> None:
         """A shard is done. The rows' rename is the moment.
 
         Args:
@@ -152,11 +154,11 @@ class Journal:
             with write_aside(self._rows(number)) as aside, aside.open("w", encoding="ascii") as out:
                 out.writelines(row.to_json() for row in rows)
 
-    def read(self, number: int) -> tuple[list[Row], Features | None]:
+    def read(self, number: int) -> tuple[list[ScoreRow], Features | None]:
         """What was written."""
         with self._guard():
             with self._rows(number).open(encoding="ascii") as file:
-                rows = [Row.from_json(line) for line in file]
+                rows = [ScoreRow.from_json(line) for line in file]
             path = self._features(number)
             return rows, np.load(path) if path.exists() else None
 

@@ -31,12 +31,12 @@ from serving.inference.predictor import Predictor
 from serving.inputs.remote import is_address
 from serving.inputs.tar import split
 from serving.scoring import ray_cluster
-from serving.scoring.journal import SIZE, Features, Journal
-from serving.scoring.scorer import Chunk, Done, Scorer, in_order
-from serving.scoring.table import Row
+from serving.scoring.journal import SIZE, Features, ScoringJournal
+from serving.scoring.scorer import Chunk, ScoredChunk, Scorer, in_order
+from serving.scoring.table import ScoreRow
 
 if TYPE_CHECKING:
-    from serving.scoring.score import Options
+    from serving.scoring.score import ScoringOptions
     from serving.utils.progress import Progress
 
 _WAITING: Final = 8
@@ -50,7 +50,7 @@ Task = dict[str, Any]
 """What Ray carries: shard and part; on the way there names, on the way back rows or a fault."""
 
 
-class Elsewhere:
+class RemoteRuntime:
     """The runtime of a predictor whose graph is in the actors; a `runtime.Runtime`."""
 
     def __init__(self, provider: str) -> None:
@@ -63,7 +63,7 @@ class Elsewhere:
 
 
 @dataclass(frozen=True)
-class Job:
+class RayJob:
     """What an actor needs to know.
 
     bundle: how it is called where the command runs; files: what is in it, for `cluster.shared`.
@@ -83,10 +83,10 @@ class Job:
     scoring: dict[str, Any]
 
 
-class Worker:
+class RayWorker:
     """What an actor is: the model, loaded once, and a task at a time."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: RayJob) -> None:
         """Open the model. What is wrong is said by every task: Ray would hide it."""
         self._job, self._fault = job, ""
         try:
@@ -96,7 +96,7 @@ class Worker:
 
     def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
         """Score a task: rows as lines of JSON, features as bytes."""
-        rows: list[Row] = []
+        rows: list[ScoreRow] = []
         features: list[Any] = []
         if not self._fault:
             for done in self._done(json.loads(task["names"])):
@@ -110,7 +110,7 @@ class Worker:
             "features": np.concatenate(features).tobytes() if features else b"",
         }
 
-    def _done(self, names: list[str]) -> Iterator[Done]:
+    def _done(self, names: list[str]) -> Iterator[ScoredChunk]:
         size = self._scorer.chunk
         chunks = (Chunk(0, names[at : at + size], False) for at in range(0, len(names), size))
         threads = self._job.threads * (_WAITING if any(map(is_address, names)) else 1)
@@ -119,7 +119,7 @@ class Worker:
         return in_order(self._scorer, chunks, threads)
 
 
-def _opened(job: Job) -> Predictor:
+def _opened(job: RayJob) -> Predictor:
     """The predictor of an actor, from files that came with the job."""
     if os.path.isdir(job.here):
         os.chdir(job.here)
@@ -139,10 +139,10 @@ def _opened(job: Job) -> Predictor:
             raise type(error)(str(error).replace(folder, job.bundle)) from error
 
 
-class Team:
+class RayBackend:
     """Actors on a cluster: that of RAY_ADDRESS, else one of this machine alone, for this job."""
 
-    def __init__(self, options: Options, say: Callable[[str], None]) -> None:
+    def __init__(self, options: ScoringOptions, say: Callable[[str], None]) -> None:
         """Nothing is started yet.
 
         Raises:
@@ -151,7 +151,7 @@ class Team:
         ray_cluster.check()
         self._options, self._say = options, say
 
-    def __enter__(self) -> Team:
+    def __enter__(self) -> RayBackend:
         """Nothing more."""
         return self
 
@@ -177,14 +177,14 @@ class Team:
         self._bundle = bundles.read(bundle)
         self._pool = ray_cluster.join(device, self._options.workers)
         self._precision = choose(self._bundle, precision, runtime.PROVIDERS[self._pool.device])
-        there = Elsewhere(runtime.PROVIDERS[self._pool.device])
+        there = RemoteRuntime(runtime.PROVIDERS[self._pool.device])
         return Predictor(self._bundle.manifest, there, self._precision)
 
     def work(
         self,
-        journal: Journal,
+        journal: ScoringJournal,
         predictor: Predictor,
-        options: Options,
+        options: ScoringOptions,
         batch: int,
         progress: Progress,
         protocols: list[str],
@@ -201,7 +201,7 @@ class Team:
         job = self._job(tasks[0], scoring)
         shards = _Shards(journal, Counter(task["shard"] for task in tasks))
         try:
-            with closing(self._pool.map(Worker, job, tasks, self._say)) as results:
+            with closing(self._pool.map(RayWorker, job, tasks, self._say)) as results:
                 for done in results:
                     if done["fault"]:
                         kind, _, message = done["fault"].partition(":")
@@ -213,11 +213,11 @@ class Team:
                 journal.remove()  # the next command asks for other things
             raise
 
-    def _job(self, task: Task, scoring: dict[str, Any]) -> Job:
+    def _job(self, task: Task, scoring: dict[str, Any]) -> RayJob:
         names = [name for name in json.loads(task["names"]) if not is_address(name)]
         places = (split(name) or (name, "") for name in names)
         sample = next((path for path, _ in places if os.path.exists(path)), "")
-        return Job(
+        return RayJob(
             str(self._bundle.folder),
             ray_cluster.share(_files(self._bundle)),
             self._pool.device,
@@ -232,14 +232,14 @@ class Team:
 class _Shards:
     """Puts shards together from the parts that come in any order."""
 
-    def __init__(self, journal: Journal, parts: Counter[int]) -> None:
+    def __init__(self, journal: ScoringJournal, parts: Counter[int]) -> None:
         """`parts`: how many each shard has."""
         self._journal, self._missing = journal, parts
-        self._found: dict[int, dict[int, tuple[list[Row], Features | None]]] = {}
+        self._found: dict[int, dict[int, tuple[list[ScoreRow], Features | None]]] = {}
 
-    def add(self, done: Task) -> list[Row]:
+    def add(self, done: Task) -> list[ScoreRow]:
         """Take a part, and write the shard down if it was the last; the part's rows."""
-        rows = [Row.from_json(line) for line in done["rows"].splitlines()]
+        rows = [ScoreRow.from_json(line) for line in done["rows"].splitlines()]
         vectors = np.frombuffer(done["features"], np.float32).reshape(len(rows), -1)
         shard, part = done["shard"], done["part"]
         found = self._found.setdefault(shard, {})
@@ -249,13 +249,13 @@ class _Shards:
             del self._found[shard]
         return rows
 
-    def _write(self, shard: int, parts: list[tuple[list[Row], Features | None]]) -> None:
+    def _write(self, shard: int, parts: list[tuple[list[ScoreRow], Features | None]]) -> None:
         rows = [row for part, _ in parts for row in part]
         vectors = [part for _, part in parts if part is not None]
         self._journal.write(shard, rows, np.concatenate(vectors) if vectors else None)
 
 
-def _tasks(journal: Journal, batch: int, workers: int) -> Iterator[Task]:
+def _tasks(journal: ScoringJournal, batch: int, workers: int) -> Iterator[Task]:
     """Parts of shards, whole batches of them; names as JSON, which bears what is not UTF-8."""
     left = journal.total - journal.done
     images = min(max(_LEAST, left // (workers * _TASKS)), SIZE)

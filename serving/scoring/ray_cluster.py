@@ -44,7 +44,7 @@ def check() -> None:
     require("ray", "--engine ray", "pip install 'fledge[ray]'")
 
 
-def join(device: str, workers: int | None) -> Pool:
+def join(device: str, workers: int | None) -> ActorPool:
     """Join the cluster of RAY_ADDRESS, or start one that is this machine.
 
     Args:
@@ -64,14 +64,14 @@ def join(device: str, workers: int | None) -> Pool:
         raise OptionError(
             f"{ADDRESS}={address}: use HOST:PORT of the cluster's head, on a machine of the cluster"
         )
-    _knock(address)
+    _check_reachable(address)
     ray: Any = importlib.import_module("ray")
     if ray.is_initialized():
         raise WorkError("--engine ray: this process is in a cluster already; leave that first")
     _joined.append(address)
     own = {"num_cpus": workers or cores(), "include_dashboard": False}
     try:
-        with _hushed():
+        with _silence_stderr():
             ray.init(
                 address=address,
                 log_to_driver=False,
@@ -91,10 +91,12 @@ def join(device: str, workers: int | None) -> Pool:
         raise WorkError(f"--engine ray: no {kind} in the cluster {address}; see `ray status`")
     count = workers or units
     if device == "cpu":
-        return Pool(device, count, 1, {"num_cpus": 1})
+        return ActorPool(device, count, 1, {"num_cpus": 1})
     # Actors that share GPUs must fit on them evenly. Their cores are not reserved.
     each = math.ceil(count / gpus)
-    return Pool(device, count, _threads(ray.nodes(), each), {"num_cpus": 0, "num_gpus": 1 / each})
+    return ActorPool(
+        device, count, _threads(ray.nodes(), each), {"num_cpus": 0, "num_gpus": 1 / each}
+    )
 
 
 def leave() -> None:
@@ -115,7 +117,7 @@ def shared(reference: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Pool:
+class ActorPool:
     """Actors to be.
 
     device: cpu, cuda or tensorrt. workers: how many; threads: that each should use.
@@ -145,7 +147,7 @@ class Pool:
         workers = min(self.workers, len(tasks))
         watch = _Watch(say)
         try:
-            with redirect_stdout(_Quiet(sys.stdout)):
+            with redirect_stdout(_SilentStream(sys.stdout)):
                 source = data.from_items(tasks, override_num_blocks=len(tasks))
                 done = source.map(
                     kind,
@@ -182,7 +184,7 @@ class _Watch:
         return {node["NodeID"]: node["NodeManagerAddress"] for node in nodes if node["Alive"]}
 
 
-class _Quiet(io.TextIOBase):
+class _SilentStream(io.TextIOBase):
     """Standard output without Ray's reports of processes that ended and are tried again."""
 
     def __init__(self, stream: Any) -> None:
@@ -200,7 +202,7 @@ class _Quiet(io.TextIOBase):
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
+def _silence_stderr() -> Iterator[None]:
     """Nothing on the process's standard error, where Ray tells that it was told to be quiet."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -213,7 +215,7 @@ def _hushed() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _knock(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Ray waits long for a door that does not open."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.bundle.tuning import measured
+from serving.bundle.tuning import measured_parallelism
 from serving.errors import OptionError
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
@@ -28,11 +28,11 @@ from serving.scoring import copy_by_label
 from serving.scoring import summary as summaries
 from serving.scoring import table as tables
 from serving.scoring import table_folder as parts
-from serving.scoring.journal import Journal, begun
+from serving.scoring.journal import ScoringJournal, begun
 from serving.scoring.scorer import Chunk, Scorer, in_order
 from serving.scoring.summary import Summary
-from serving.scoring.table import COLUMNS, PROBABILITIES, Features, Row, Table
-from serving.scoring.table_folder import Parts
+from serving.scoring.table import COLUMNS, PROBABILITIES, Features, ScoreRow, TableFile
+from serving.scoring.table_folder import TableFolder
 from serving.scoring.writers import FEATURES
 from serving.utils.cpu import cores
 from serving.utils.files import check_folder
@@ -40,7 +40,7 @@ from serving.utils.progress import Progress
 
 
 @dataclass(frozen=True)
-class Options:
+class ScoringOptions:
     """How to score.
 
     tta: how many of the bundle's views are averaged; 0 and 1 mean the plain one.
@@ -116,7 +116,7 @@ def score(
     inputs: Sequence[str],
     bundle: Path,
     out: Path,
-    options: Options = Options(),
+    options: ScoringOptions = ScoringOptions(),
     *,
     say: Callable[[str], None] = print,
 ) -> Summary:
@@ -144,9 +144,9 @@ def score(
         return _score(inputs, bundle, out, options, say, open_predictor, _work)
     if options.engine != "ray":
         raise OptionError(f"--engine {options.engine}: use local or ray")
-    from serving.scoring.ray_backend import Team
+    from serving.scoring.ray_backend import RayBackend
 
-    with Team(options, say) as team:
+    with RayBackend(options, say) as team:
         return _score(inputs, bundle, out, options, say, team.open, team.work)
 
 
@@ -154,10 +154,10 @@ def _score(
     inputs: Sequence[str],
     bundle: Path,
     out: Path,
-    options: Options,
+    options: ScoringOptions,
     say: Callable[[str], None],
     open_: Callable[..., Predictor],
-    work: Callable[[Journal, Predictor, Options, int, Progress, list[str]], None],
+    work: Callable[[ScoringJournal, Predictor, ScoringOptions, int, Progress, list[str]], None],
 ) -> Summary:
     options.check(inputs, out)
     skipped: list[str] = []
@@ -169,7 +169,7 @@ def _score(
     predictor = open_(bundle, device=options.device, precision=options.precision, threads=threads)
     predictor.check(options.tta)
     batch = options.batch or predictor.cap
-    with Journal(
+    with ScoringJournal(
         out, _facts(inputs, predictor, options, batch), restart=options.restart
     ) as journal:
         if not journal.known:
@@ -217,7 +217,7 @@ def _found(
 
 
 def _facts(
-    inputs: Sequence[str], predictor: Predictor, options: Options, batch: int
+    inputs: Sequence[str], predictor: Predictor, options: ScoringOptions, batch: int
 ) -> dict[str, object]:
     """All that decides rows, and a change of which must not meet rows of before."""
     kept = ("tta", "top_k", "probabilities", "embeddings", "column", "addresses")
@@ -232,22 +232,22 @@ def _facts(
 
 
 def _work(
-    journal: Journal,
+    journal: ScoringJournal,
     predictor: Predictor,
-    options: Options,
+    options: ScoringOptions,
     batch: int,
     progress: Progress,
     protocols: list[str],
 ) -> None:
     """Do the shards that are to be done."""
     workers = options.workers or cores()
-    tuned = measured(predictor.manifest, predictor.precision, workers)
+    tuned = measured_parallelism(predictor.manifest, predictor.precision, workers)
     scorer = Scorer(
         predictor,
         **options.scoring(batch, protocols),
         runs=None if options.workers or not on_cpu(predictor.runtime.provider) else tuned.runs,
     )
-    rows: list[Row] = []
+    rows: list[ScoreRow] = []
     features: list[Features] = []
     try:
         for done in in_order(scorer, _chunks(journal, scorer.chunk), workers):
@@ -264,24 +264,26 @@ def _work(
         scorer.close()
 
 
-def _chunks(journal: Journal, size: int) -> Iterator[Chunk]:
+def _chunks(journal: ScoringJournal, size: int) -> Iterator[Chunk]:
     for shard, names in journal.todo():
         for start in range(0, len(names), size):
             yield Chunk(shard, names[start : start + size], start + size >= len(names))
 
 
-def _rows(journal: Journal) -> Iterator[Row]:
+def _rows(journal: ScoringJournal) -> Iterator[ScoreRow]:
     for number in range(journal.shards):
         yield from journal.read(number)[0]
 
 
-def _publish(journal: Journal, out: Path, options: Options) -> tuple[Counter[str], Counter[str]]:
+def _publish(
+    journal: ScoringJournal, out: Path, options: ScoringOptions
+) -> tuple[Counter[str], Counter[str]]:
     """Write the table from the shards; counts of labels and of errors."""
     columns = [*COLUMNS]
     columns += [PROBABILITIES] if options.probabilities else []
     columns += [FEATURES] if options.embeddings else []
     labels, errors = Counter[str](), Counter[str]()
-    with Parts(out, columns) if parts.is_parts(out) else Table(out, columns) as table:
+    with TableFolder(out, columns) if parts.is_parts(out) else TableFile(out, columns) as table:
         for number in range(journal.shards):
             rows, features = journal.read(number)
             table.append(rows, features)

@@ -14,7 +14,7 @@ import numpy as np
 from serving.errors import FledgeError
 from serving.inference.predictor import Prediction, Predictor, Prepared
 from serving.inputs import sources
-from serving.scoring.table import Features, Row
+from serving.scoring.table import Features, ScoreRow
 
 _AHEAD: Final = 8
 """Chunks a worker may be ahead of the table: hides a slow one, and bounds the memory."""
@@ -30,11 +30,11 @@ class Chunk(NamedTuple):
     last: bool
 
 
-class Done(NamedTuple):
+class ScoredChunk(NamedTuple):
     """A chunk's rows, and features [inputs, D] where they are asked for."""
 
     chunk: Chunk
-    rows: list[Row]
+    rows: list[ScoreRow]
     features: Features | None
 
 
@@ -61,7 +61,7 @@ class Scorer:
         Args:
             predictor: Opened.
             batch: Images of one run of the graph.
-            tta: This and the others as `score.Options`.
+            tta: This and the others as `score.ScoringOptions`.
             top_k: See there.
             probabilities: See there.
             embeddings: See there.
@@ -76,22 +76,22 @@ class Scorer:
         self._own, self._protocols = threading.local(), protocols
         self._readers: list[sources.Reader] = []
 
-    def __call__(self, chunk: Chunk) -> Done:
+    def __call__(self, chunk: Chunk) -> ScoredChunk:
         """Rows, and features [inputs, D] where they are asked for."""
-        rows: list[Row] = []
+        rows: list[ScoreRow] = []
         features: list[Features] = []
         for start in range(0, len(chunk.names), self._batch):
             for row, vector in self._run(chunk.names[start : start + self._batch]):
                 rows.append(row)
                 features += [] if vector is None else [vector]
-        return Done(chunk, rows, np.stack(features) if features else None)
+        return ScoredChunk(chunk, rows, np.stack(features) if features else None)
 
     def close(self) -> None:
         """Close the archives."""
         for reader in self._readers:
             reader.close()
 
-    def _run(self, names: Sequence[str]) -> Iterator[tuple[Row, Features | None]]:
+    def _run(self, names: Sequence[str]) -> Iterator[tuple[ScoreRow, Features | None]]:
         prepared: dict[int, Prepared] = {}
         answers: dict[int, Prediction | FledgeError] = {}
         for place, name in enumerate(names):
@@ -116,11 +116,11 @@ class Scorer:
         except FledgeError as error:
             return error
 
-    def _row(self, name: str, answer: Prediction | FledgeError) -> tuple[Row, Features | None]:
+    def _row(self, name: str, answer: Prediction | FledgeError) -> tuple[ScoreRow, Features | None]:
         if isinstance(answer, FledgeError):
-            return Row.of_error(name, answer), self._nothing()
+            return ScoreRow.of_error(name, answer), self._nothing()
         every = answer.probabilities.tolist() if self._probabilities else None
-        row = Row.of_answer(name, self._predictor.answer(answer, self._top_k), every)
+        row = ScoreRow.of_answer(name, self._predictor.answer(answer, self._top_k), every)
         return row, answer.features if self._embeddings else None
 
     def _nothing(self) -> Features | None:
@@ -138,10 +138,10 @@ class Scorer:
 
 
 def in_order(
-    work: Callable[[Chunk], Done], chunks: Iterable[Chunk], workers: int
-) -> Iterator[Done]:
+    work: Callable[[Chunk], ScoredChunk], chunks: Iterable[Chunk], workers: int
+) -> Iterator[ScoredChunk]:
     """Map `work` over `chunks` by threads; results come in the order of the chunks."""
-    pending: deque[Future[Done]] = deque()
+    pending: deque[Future[ScoredChunk]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="score")
     try:
         for chunk in chunks:

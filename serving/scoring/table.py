@@ -23,7 +23,7 @@ Features = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoreRow:
     """What is known of one input. The fields are the columns, in this order.
 
     path: as it was given or found.
@@ -50,7 +50,7 @@ class Row:
     @classmethod
     def of_answer(
         cls, path: str, answer: dict[str, Any], probabilities: Sequence[float] | None = None
-    ) -> Row:
+    ) -> ScoreRow:
         """The row of an answer as `Predictor.answer` shapes it."""
         top_k = tuple((item["label"], item["probability"]) for item in answer["predictions"])
         label, probability = top_k[0]
@@ -62,7 +62,7 @@ class Row:
         )
 
     @classmethod
-    def of_error(cls, path: str, error: FledgeError) -> Row:
+    def of_error(cls, path: str, error: FledgeError) -> ScoreRow:
         """The row of an input that has no answer."""
         message = " ".join(str(error).split())
         return cls(path, "error", error=f"{error.code}: {message}")
@@ -72,7 +72,7 @@ class Row:
         return json.dumps(vars(self)) + "\n"
 
     @classmethod
-    def from_json(cls, line: str) -> Row:
+    def from_json(cls, line: str) -> ScoreRow:
         """The inverse of `to_json`."""
         values = json.loads(line)
         every = values["probabilities"]
@@ -82,13 +82,13 @@ class Row:
 
 
 PROBABILITIES: Final = "probabilities"
-COLUMNS: Final = tuple(item.name for item in fields(Row) if item.name != PROBABILITIES)
+COLUMNS: Final = tuple(item.name for item in fields(ScoreRow) if item.name != PROBABILITIES)
 
 
-class Writer(Protocol):
+class RowWriter(Protocol):
     """A file of one format that rows are appended to."""
 
-    def write(self, rows: Sequence[Row], features: Features | None) -> None:
+    def write(self, rows: Sequence[ScoreRow], features: Features | None) -> None:
         """Append rows; `features` [rows, D] where they are asked for."""
         ...
 
@@ -100,14 +100,14 @@ class Writer(Protocol):
 class TextWriter:
     """Lines of text."""
 
-    def __init__(self, path: Path, head: str, line: Callable[[Row], str]) -> None:
+    def __init__(self, path: Path, head: str, line: Callable[[ScoreRow], str]) -> None:
         """`head` stands before the rows; `line` makes one of a row, line break included."""
         # Bytes of file names that are not UTF-8 go through unchanged.
         self._file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
         self._line = line
         self._file.write(head)
 
-    def write(self, rows: Sequence[Row], features: Features | None) -> None:
+    def write(self, rows: Sequence[ScoreRow], features: Features | None) -> None:
         """As `Writer`."""
         self._file.writelines(self._line(row) for row in rows)
 
@@ -124,8 +124,8 @@ def csv_line(values: Sequence[Any]) -> str:
     return buffer.getvalue().removesuffix("\r\n") + "\n"
 
 
-def _csv(path: Path, columns: Sequence[str]) -> Writer:
-    def field(row: Row, name: str) -> Any:
+def _csv(path: Path, columns: Sequence[str]) -> RowWriter:
+    def field(row: ScoreRow, name: str) -> Any:
         value = getattr(row, name)
         if isinstance(value, bool):
             return str(value).lower()
@@ -138,26 +138,26 @@ def _csv(path: Path, columns: Sequence[str]) -> Writer:
     )
 
 
-def _jsonl(path: Path, columns: Sequence[str]) -> Writer:
+def _jsonl(path: Path, columns: Sequence[str]) -> RowWriter:
     return TextWriter(
         path, "", lambda row: json.dumps({name: getattr(row, name) for name in columns}) + "\n"
     )
 
 
-def _parquet(path: Path, columns: Sequence[str]) -> Writer:
+def _parquet(path: Path, columns: Sequence[str]) -> RowWriter:
     from serving.scoring import writers
 
     return writers.ParquetWriter(path, columns)
 
 
-FORMATS: Final[dict[str, Callable[[Path, Sequence[str]], Writer]]] = {
+FORMATS: Final[dict[str, Callable[[Path, Sequence[str]], RowWriter]]] = {
     ".csv": _csv,
     ".jsonl": _jsonl,
     ".parquet": _parquet,
 }
 
 
-class Table:
+class TableFile:
     """A file of rows that exists under its name when it is whole, and never before.
 
     A context manager: leaving it by an exception leaves an older table as it was.
@@ -180,11 +180,11 @@ class Table:
                 f"--out {out}: can't write in {out.parent}: {error.strerror or error}"
             ) from error
 
-    def __enter__(self) -> Table:
+    def __enter__(self) -> TableFile:
         """Nothing more."""
         return self
 
-    def append(self, rows: Sequence[Row], features: Features | None = None) -> None:
+    def append(self, rows: Sequence[ScoreRow], features: Features | None = None) -> None:
         """Write rows, and their features [rows, D].
 
         Raises:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Final
 
 from serving.errors import OptionError, WorkError
-from serving.scoring.table import Features, Row
+from serving.scoring.table import Features, ScoreRow
 from serving.scoring.writers import ParquetWriter
 from serving.utils.files import check_folder, sync
 from serving.utils.optional_packages import require
@@ -27,8 +27,8 @@ ROWS: Final = 100_000
 _NAME: Final = re.compile(r"part-[0-9]{5,}\.parquet")
 
 
-class Parts:
-    """As `table.Table`, of which this is the other kind."""
+class TableFolder:
+    """As `table.TableFile`, of which this is the other kind."""
 
     def __init__(self, out: Path, columns: Sequence[str]) -> None:
         """Make the folder aside.
@@ -49,11 +49,11 @@ class Parts:
                 f"--out {out}: can't write in {out.parent}: {error.strerror or error}"
             ) from error
 
-    def __enter__(self) -> Parts:
+    def __enter__(self) -> TableFolder:
         """Nothing more."""
         return self
 
-    def append(self, rows: Sequence[Row], features: Features | None = None) -> None:
+    def append(self, rows: Sequence[ScoreRow], features: Features | None = None) -> None:
         """As `Table.append`."""
         self._guard(lambda: self._append(rows, features))
 
@@ -68,7 +68,7 @@ class Parts:
             self._guard(self._publish)
         shutil.rmtree(self._aside, ignore_errors=True)
 
-    def _append(self, rows: Sequence[Row], features: Features | None) -> None:
+    def _append(self, rows: Sequence[ScoreRow], features: Features | None) -> None:
         if self._writer is None:
             path = self._aside / f"part-{self._files:05}.parquet"
             self._writer = ParquetWriter(path, self._columns)

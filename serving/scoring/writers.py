@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from serving.scoring.table import Features, Row
+    from serving.scoring.table import Features, ScoreRow
 
 FEATURES: Final = "features"
 
 
 class ParquetWriter:
-    """A row group for each write; a `serving.scoring.table.Writer`."""
+    """A row group for each write; a `serving.scoring.table.RowWriter`."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         """`columns` may hold "features", which are no part of a row."""
@@ -32,8 +32,8 @@ class ParquetWriter:
         self._schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
         self._writer = pq.ParquetWriter(path, self._schema)
 
-    def write(self, rows: Sequence[Row], features: Features | None) -> None:
-        """As `serving.scoring.table.Writer`."""
+    def write(self, rows: Sequence[ScoreRow], features: Features | None) -> None:
+        """As `serving.scoring.table.RowWriter`."""
         arrays = []
         for field in self._schema:
             if field.name == FEATURES:
@@ -44,7 +44,7 @@ class ParquetWriter:
         self._writer.write_table(self._pa.Table.from_arrays(arrays, schema=self._schema))
 
     def close(self) -> None:
-        """As `serving.scoring.table.Writer`."""
+        """As `serving.scoring.table.RowWriter`."""
         self._writer.close()
 
 

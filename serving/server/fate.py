@@ -25,7 +25,7 @@ _WORKER: Final = b"_bentoml_impl.worker.service"
 _TOLD_TO_STOP: Final = (signal.SIGTERM, signal.SIGINT)
 
 
-def share() -> None:
+def watch_workers() -> None:
     """Called once by the launcher, before it starts its workers. On Linux; elsewhere BentoML's way.
 
     What ends in order is to be registered with `atexit` after this: handlers run last to first, and
@@ -33,13 +33,13 @@ def share() -> None:
     """
     if not Path("/proc/self/task").is_dir():
         return
-    _mind_the_terminal()
+    _exit_on_hangup()
     died = threading.Event()
     atexit.register(lambda: os._exit(1) if died.is_set() else None)
     threading.Thread(target=_watch, args=(died,), name="fledge-fate", daemon=True).start()
 
 
-def _mind_the_terminal() -> None:
+def _exit_on_hangup() -> None:
     """A closed terminal ends the service in order, unless `nohup` started it.
 
     BentoML's launcher would start its workers anew at SIGHUP, behind a door that the old ones have

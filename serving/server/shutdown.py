@@ -27,7 +27,7 @@ _TURNS: Final = 1000
 _MOMENT: Final = 0.02
 
 
-class Leaving:
+class GracefulShutdown:
     """Listens to the signals that stop a worker.
 
     begun: from now on every answer says `Connection: close`.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from export import calibration as confidence
-from export.calibration import Held, Wanted
+from export.calibration import ConfidenceTarget, HeldOut
 from serving.bundle.manifest import Manifest
 from serving.errors import OptionError
 from serving.imaging.preprocess import Preprocess
@@ -21,7 +21,7 @@ def drawn(temperature, count=4000, classes=5, views=1, seed=0):
     logits = rng.normal(scale=3, size=(count, views, classes)).astype(np.float32)
     shares = softmax(logits[:, 0], temperature)
     labels = np.array([rng.choice(classes, p=row) for row in shares])
-    return Held(logits, labels)
+    return HeldOut(logits, labels)
 
 
 @pytest.mark.parametrize("truth", [0.4, 1.0, 2.5])
@@ -69,7 +69,7 @@ def ranked(right, sure):
     """Two classes, plain view: photo i is right or not, with the probability sure[i]."""
     sure = np.asarray(sure)
     logits = np.stack([np.log(sure), np.log(1 - sure)], axis=1)[:, None].astype(np.float32)
-    return Held(logits, np.where(right, 0, 1))
+    return HeldOut(logits, np.where(right, 0, 1))
 
 
 HELD = ranked(
@@ -90,7 +90,7 @@ HELD = ranked(
     ],
 )
 def test_the_threshold_keeps_as_many_as_it_may(asked, kept, right):
-    found = confidence.confident(HELD, 1.0, Wanted.parse(asked))
+    found = confidence.confident(HELD, 1.0, ConfidenceTarget.parse(asked))
     sure = softmax(HELD.logits[:, 0]).max(axis=1)
     assert (sure >= found["threshold"]).sum() == kept
     assert found["coverage"] == kept / 10
@@ -102,19 +102,21 @@ def test_the_threshold_keeps_as_many_as_it_may(asked, kept, right):
 
 def test_equal_probabilities_stand_or_fall_together():
     held = ranked([True, False, True, True], [0.9, 0.9, 0.9, 0.8])
-    assert confidence.confident(held, 1.0, Wanted.parse("coverage=0.25"))["coverage"] == 0.75
+    assert (
+        confidence.confident(held, 1.0, ConfidenceTarget.parse("coverage=0.25"))["coverage"] == 0.75
+    )
 
 
 def test_a_precision_that_is_not_to_be_had_is_refused():
     held = ranked([False, True, True], [0.9, 0.8, 0.7])
     with pytest.raises(OptionError, match=r"at most 66\.7% of the confident answers to 3 held-out"):
-        confidence.confident(held, 1.0, Wanted.parse("precision=0.99"))
+        confidence.confident(held, 1.0, ConfidenceTarget.parse("precision=0.99"))
 
 
 @pytest.mark.parametrize("text", ["0.9", "precision", "coverage=0", "coverage=1.1", "recall=0.5"])
 def test_what_is_no_wish_is_refused(text):
     with pytest.raises(OptionError, match="--confident"):
-        Wanted.parse(text)
+        ConfidenceTarget.parse(text)
 
 
 def test_energy_is_high_where_no_class_speaks_up():
@@ -133,7 +135,7 @@ def test_the_advice_counts_what_views_put_right_and_wrong():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, 300)
     truth = 2 * np.eye(4)[labels][:, None]
-    held = Held((truth + rng.normal(scale=1.5, size=(300, 3, 4))).astype(np.float32), labels)
+    held = HeldOut((truth + rng.normal(scale=1.5, size=(300, 3, 4))).astype(np.float32), labels)
     advice = confidence.tta_advice(held, 1.0)
     plain = softmax(held.logits[:, 0]).argmax(1) == labels
     for row in advice["views"]:
@@ -163,7 +165,7 @@ def test_a_gain_of_one_photo_may_be_chance():
     logits = np.zeros((20, 2, 2), np.float32)
     logits[:, :, 0] = 1
     logits[7] = [[0, 1], [3, 0]]
-    advice = confidence.tta_advice(Held(logits, np.zeros(20, np.int64)), 1.0)
+    advice = confidence.tta_advice(HeldOut(logits, np.zeros(20, np.int64)), 1.0)
     assert advice["advised"] == 2
     assert "1 of 20 held-out photos right and 0 wrong, which may be chance" in confidence.told(
         advice
@@ -189,10 +191,10 @@ def test_all_views_are_asked_and_broken_photos_left_out(tmp_path):
     samples[4][0].unlink()
     manifest = Manifest("m", "v", "a", ("x", "y", "z"), preprocess, {}, {})
     predictor = Predictor(manifest, Means())
-    held = confidence.ask(predictor, samples, workers=2)
+    held = confidence.predict_views(predictor, samples, workers=2)
     assert held.logits.shape == (3, len(VIEWS), 3)
     assert held.labels.tolist() == [0, 1, 0]
     for row, index in zip(held.logits, (0, 1, 3), strict=True):
         pixels = predictor.prepare(samples[index][0].read_bytes(), len(VIEWS)).pixels
         np.testing.assert_allclose(row, Means().run(pixels)[0], rtol=1e-6)
-    assert confidence.ask(predictor, samples[4:]).logits.shape == (0, len(VIEWS), 3)
+    assert confidence.predict_views(predictor, samples[4:]).logits.shape == (0, len(VIEWS), 3)

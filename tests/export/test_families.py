@@ -60,8 +60,8 @@ def test_it_passes_the_gate(run, tmp_path, monkeypatch, arch):
     )
     run.save()
     out = tmp_path / "bundle"
-    wanted = pipeline.Options(precision="fp32")
-    manifest = pipeline.export(run.folder, out, wanted, say=lambda line: None)
+    wanted = pipeline.ExportOptions(precision="fp32")
+    manifest = pipeline.export(run.folder, out, wanted, log=lambda line: None)
     assert set(manifest.parity["graphs"]) == {"onnx", "torchscript", "torch.export"}
     assert len(manifest.batchnorm["left"]) == LEFT.get(arch, 0)
     graph = onnx.load(storage.read(out).graph("fp32")).graph

@@ -48,9 +48,9 @@ def samples(tmp_path):
     return found
 
 
-def gate(samples, spoil=lambda logits: logits, workers=1, say=lambda line: None):
+def gate(samples, spoil=lambda logits: logits, workers=1, log=lambda line: None):
     graphs = {"onnx": predictor(Colours(spoil))}
-    return parity.gate(Colours(), PREPROCESS, graphs, samples, workers, say)
+    return parity.gate(Colours(), PREPROCESS, graphs, samples, workers, log)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -81,7 +81,7 @@ def test_the_worst_photo_and_its_figure_are_named(samples):
 
     said = []
     with pytest.raises(GateError, match=r"onnx .*17\.jpg is off by 0\.\d+, tolerance 1e-04"):
-        gate(samples, spoil, say=said.append)
+        gate(samples, spoil, log=said.append)
     assert said[0] == "onnx: the photos that are furthest off"
     assert len(said) == 1 + parity.WORST
     assert str(samples[17][0]) in said[1]

@@ -27,9 +27,9 @@ from training.models import classifier as model
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs/manifest.schema.json").read_text())
 
 
-def export(run, out, *, say=lambda line: None, data=None, **options):
-    wanted = pipeline.Options(**{"precision": "fp32"} | options)
-    return pipeline.export(run.folder, out, wanted, data=data, say=say)
+def export(run, out, *, log=lambda line: None, data=None, **options):
+    wanted = pipeline.ExportOptions(**{"precision": "fp32"} | options)
+    return pipeline.export(run.folder, out, wanted, data=data, log=log)
 
 
 def contents(folder):
@@ -47,7 +47,7 @@ def exported(shared_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "measure", rates)
-        manifest = export(shared_run, out, say=said.append)
+        manifest = export(shared_run, out, log=said.append)
     return out, manifest, said
 
 
@@ -58,7 +58,11 @@ def same_speed(monkeypatch):
 
 
 def rates(graphs, preprocess, photos=(), device="cpu"):
-    settings = [benchmark.Setting(1, 1, 1), benchmark.Setting(1, 1, 8), benchmark.Setting(1, 2, 1)]
+    settings = [
+        benchmark.ThreadSetting(1, 1, 1),
+        benchmark.ThreadSetting(1, 1, 8),
+        benchmark.ThreadSetting(1, 2, 1),
+    ]
     return {
         name: {setting: 100.0 * (1 + (name != "fp32")) + setting.batch for setting in settings}
         for name in graphs
@@ -156,10 +160,10 @@ def test_the_torchscript_graph_is_served_on_request(exported, out, shared_run):
 
 
 def test_what_confident_means_is_asked_for(shared_run, exported, tmp_path, remembered):
-    wanted = confidence.Wanted.parse("coverage=0.5")
+    wanted = confidence.ConfidenceTarget.parse("coverage=0.5")
     said = []
     out = tmp_path / "bundle"
-    manifest = export(shared_run, out, confident=wanted, say=said.append)
+    manifest = export(shared_run, out, confident=wanted, log=said.append)
     assert manifest.version != exported[1].version
     found = manifest.calibration["confident"]
     assert found["threshold"] == manifest.thresholds["confident"]

@@ -19,7 +19,7 @@ def exported(shared_run, tmp_path_factory):
         patch.setattr(benchmark, "measure", lambda graphs, *_: {})
         patch.setattr(benchmark, "advice", lambda *_: {})
         pipeline.export(
-            shared_run.folder, out, pipeline.Options(precision="fp32"), say=lambda line: None
+            shared_run.folder, out, pipeline.ExportOptions(precision="fp32"), log=lambda line: None
         )
     return out
 

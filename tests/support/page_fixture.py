@@ -11,8 +11,8 @@ from typing import Any
 
 import uvicorn
 
-from serving.http.app import Front
-from serving.http.model_manager import Desk
+from serving.http.app import App
+from serving.http.model_manager import ModelManager
 from tests.support.browser import Browser, Page
 from tests.support.live_server import free_port, post
 
@@ -70,11 +70,13 @@ async def no_bentoml(scope, receive, send) -> None:
 
 
 @contextmanager
-def fronted(desk: Desk) -> Iterator[tuple[str, Callable[[], None]]]:
+def fronted(model_manager: ModelManager) -> Iterator[tuple[str, Callable[[], None]]]:
     """The front over loopback: where it is, and how to end it."""
     port = free_port()
     options = {"lifespan": "off", "ws": "none", "log_config": None}
-    server = uvicorn.Server(uvicorn.Config(Front(no_bentoml, lambda: desk), port=port, **options))
+    server = uvicorn.Server(
+        uvicorn.Config(App(no_bentoml, lambda: model_manager), port=port, **options)
+    )
     thread = threading.Thread(target=server.run)
 
     def end() -> None:
@@ -88,4 +90,4 @@ def fronted(desk: Desk) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"http://127.0.0.1:{port}", end
     finally:
         end()
-        desk.close()
+        model_manager.close()

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from serving.errors import OptionError
 from serving.inference import runtime
 from serving.scoring import score
-from serving.scoring.score import Options
+from serving.scoring.score import ScoringOptions
 from serving.utils.progress import Progress
 
 # That a machine is gone is noticed after two seconds instead of fifteen.
@@ -47,11 +47,13 @@ def main() -> None:
     try:
         if runtime.expected("auto") == runtime.PROVIDERS["cpu"]:  # the GPU is a mere claim
             try:
-                score.score([str(listed)], bundle, out, Options(engine="ray"), say=said.append)
+                score.score(
+                    [str(listed)], bundle, out, ScoringOptions(engine="ray"), log=said.append
+                )
             except OptionError as error:
                 said.append(f"{type(error).__name__} {error}")
-        options = Options(engine="ray", device="cpu")
-        score.score([str(listed)], bundle, out, options, say=said.append)
+        options = ScoringOptions(engine="ray", device="cpu")
+        score.score([str(listed)], bundle, out, options, log=said.append)
     finally:
         ray.shutdown()
         cluster.shutdown()

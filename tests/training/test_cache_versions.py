@@ -1,6 +1,6 @@
 """Cached pixels and activations: a change of their values needs a new version number.
 
-After such a change raise `PIXELS` or `FORMAT`, run `python -m tests.training.test_cache_versions`
+After such a change raise `PIXELS_VERSION` or `ACTIVATIONS_VERSION`, run `python -m tests.training.test_cache_versions`
 and commit the recorded values. New versions of the libraries need the second and third step alone.
 """
 
@@ -23,7 +23,7 @@ from training.augmentation import transforms
 from training.config.sections import AugmentConfig
 from training.models.classifier import normalise
 from training.pixels import transform as pixel_making
-from training.pixels.transform import Making
+from training.pixels.transform import PixelTransform
 from training.utils.device import CPU
 from training.utils.precision import Precision
 
@@ -48,7 +48,7 @@ CONFIGS = {
 def pixel_values() -> dict[str, list]:
     """By image and part: a digest, and the mean of each channel."""
     found: dict[str, list] = {}
-    makings = [Making(part, Preprocess(size=SIZE), 1.25) for part in ("train", "valid")]
+    makings = [PixelTransform(part, Preprocess(size=SIZE), 1.25) for part in ("train", "valid")]
     for item in corpus.items():
         if item.code:
             continue
@@ -86,7 +86,7 @@ def recorded() -> dict:
 
 def test_changed_pixels_have_a_new_version() -> None:
     known, values = recorded()["pixels"], pixel_values()
-    assert known["version"] == pixel_making.PIXELS
+    assert known["version"] == pixel_making.PIXELS_VERSION
     assert known["values"].keys() == values.keys()
     same = known["libraries"] == pixel_making._decoder()
     changed = []
@@ -102,7 +102,7 @@ def test_changed_pixels_have_a_new_version() -> None:
 
 def test_changed_activations_have_a_new_version() -> None:
     known, values = recorded()["activations"], activation_values()
-    assert known["version"] == cache.FORMAT
+    assert known["version"] == cache.ACTIVATIONS_VERSION
     assert known["values"].keys() == values.keys()
     for name, value in values.items():
         assert np.allclose(value, known["values"][name], atol=2e-3), name
@@ -114,12 +114,12 @@ if __name__ == "__main__":
         json.dumps(
             {
                 "pixels": {
-                    "version": pixel_making.PIXELS,
+                    "version": pixel_making.PIXELS_VERSION,
                     "libraries": pixel_making._decoder(),
                     "values": pixel_values(),
                 },
                 "activations": {
-                    "version": cache.FORMAT,
+                    "version": cache.ACTIVATIONS_VERSION,
                     "values": activation_values(),
                 },
             },

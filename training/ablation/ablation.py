@@ -18,7 +18,7 @@ from typing import Final
 from serving.errors import OptionError, WorkError
 from serving.utils.files import check_folder, write_aside
 from training.ablation import tricks
-from training.ablation.tricks import Row
+from training.ablation.tricks import Trick
 from training.config.schema import Recipe
 from training.config.sections import TtaConfig
 from training.data import dataset
@@ -26,14 +26,14 @@ from training.engine import finetune
 from training.evaluation.evaluate import evaluate
 from training.run.checkpoint import read_info
 from training.utils import disk_cache
-from training.utils.console import Say, counted
-from training.utils.console import say as say_aloud
+from training.utils.console import Log, counted
+from training.utils.console import log_to_stderr as say_aloud
 
 TRIALS: Final = "trials"
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedRun:
     """A trial to be done. unit: "seed 3" or "fold 3"; key: hex digits of recipe and photos."""
 
     row: str
@@ -48,7 +48,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Trial:
+class AblationRun:
     """What a trial found.
 
     accuracy, accuracy_tta: fractions of 1, None where not measured; loss: in nats; seconds: of the
@@ -65,7 +65,7 @@ class Trial:
     error: str = ""
 
 
-Trials = dict[str, dict[str, Trial]]
+Trials = dict[str, dict[str, AblationRun]]
 """Row -> unit -> trial."""
 
 
@@ -74,14 +74,14 @@ def run(
     source: str,
     out: Path,
     *,
-    rows: Sequence[Row],
+    rows: Sequence[Trick],
     split: Path | None = None,
     seeds: int = 3,
     folds: int = 0,
     device: str = "auto",
     keep: bool = False,
     cache_gb: float | None = None,
-    say: Say = say_aloud,
+    log: Log = say_aloud,
 ) -> Trials:
     """Do every trial that is not done yet; returns all.
 
@@ -125,13 +125,13 @@ def run(
     }
     missing = [plan for plan in plans if unique[plan.key] is plan and plan.key not in done]
     if done:
-        say(f"{len(done)} of {len(unique)} trials are done already in {out}")
+        log(f"{len(done)} of {len(unique)} trials are done already in {out}")
     said: set[str] = set()
 
     def say_warnings(line: str) -> None:
         if line.startswith(("warning", "no trained weights")) and line not in said:
             said.add(line)
-            say(line)
+            log(line)
 
     seconds = 0.0
     for number, plan in enumerate(missing, start=1):
@@ -141,7 +141,7 @@ def run(
                 plan, source, folder / plan.name, split, device, views, cache_gb, say_warnings
             )
         except KeyboardInterrupt:
-            say(
+            log(
                 f"interrupted: {len(done)} of {len(unique)} trials are kept in {out}; "
                 "the same command goes on with the rest"
             )
@@ -157,14 +157,14 @@ def run(
         seconds += trial.seconds
         left = seconds / number * (len(missing) - number)
         result = trial.error or f"accuracy {trial.accuracy:.2%}"
-        say(
+        log(
             f"{number} of {len(missing)}  {plan.row}, {plan.unit}: {result}; "
             f"{trial.seconds:.0f} s, about {left / 60:.0f} min left"
         )
     others = len({path.stem for path in folder.glob("*.json")} - {plan.name for plan in plans})
     if others:
         what = f"{counted(others, 'trial')} of other rows, seeds or folds in {out}"
-        say(f"{what} {'is' if others == 1 else 'are'} left out of the table; they are kept")
+        log(f"{what} {'is' if others == 1 else 'are'} left out of the table; they are kept")
     found: Trials = {row.name: {} for row in rows}
     for plan in plans:
         found[plan.row][plan.unit] = done[plan.key]
@@ -172,8 +172,8 @@ def run(
 
 
 def _plans(
-    base: Recipe, source: str, rows: Sequence[Row], split: Path | None, seeds: int, folds: int
-) -> Iterator[Plan]:
+    base: Recipe, source: str, rows: Sequence[Trick], split: Path | None, seeds: int, folds: int
+) -> Iterator[PlannedRun]:
     """Every row of the first seed or fold, then of the next: a part is a table, too."""
     for number in range(folds or seeds):
         if folds:
@@ -188,14 +188,14 @@ def _plans(
             changed = tricks.recipe_of(row, own)
             values = json.dumps([tricks.values_of(changed), photos], sort_keys=True)
             key = hashlib.sha256(values.encode()).hexdigest()[:16]
-            yield Plan(row.name, unit, changed, key)
+            yield PlannedRun(row.name, unit, changed, key)
 
 
-def _finished(folder: Path) -> Iterator[Trial]:
+def _finished(folder: Path) -> Iterator[AblationRun]:
     """The trials on the disk; failed ones are tried again."""
     for path in sorted(folder.glob("*.json")):
         try:
-            trial = Trial(**json.loads(path.read_text()))
+            trial = AblationRun(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise OptionError(f"{path} is no trial: {error}; remove it") from error
         if not trial.error:
@@ -203,15 +203,15 @@ def _finished(folder: Path) -> Iterator[Trial]:
 
 
 def _try(
-    plan: Plan,
+    plan: PlannedRun,
     source: str,
     folder: Path,
     split: Path | None,
     device: str,
     views: TtaConfig | None,
     cache_gb: float | None,
-    say: Say,
-) -> Trial:
+    log: Log,
+) -> AblationRun:
     """One run; what is wrong with this row alone is its result."""
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier try
     started = time.perf_counter()
@@ -223,15 +223,15 @@ def _try(
             out=folder,
             device=device,
             cache_gb=cache_gb,
-            say=say,
+            log=log,
         )
     except (OptionError, WorkError) as error:
-        return Trial(plan.key, time.perf_counter() - started, error=str(error))
+        return AblationRun(plan.key, time.perf_counter() - started, error=str(error))
     seconds = time.perf_counter() - started
     info = read_info(folder / "best.json")
     metrics = info.metrics
-    over_views = evaluate(folder, tta=views, say=say).accuracy if views else None
-    return Trial(
+    over_views = evaluate(folder, tta=views, log=log).accuracy if views else None
+    return AblationRun(
         plan.key,
         seconds,
         accuracy=metrics["accuracy"],

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from serving.utils.files import write_aside
-from training.ablation.ablation import Trial, Trials
+from training.ablation.ablation import AblationRun, Trials
 from training.ablation.paired import Interval, difference, interval
-from training.ablation.tricks import Row
+from training.ablation.tricks import Trick
 from training.config.schema import Recipe
 from training.run import checkpoint
 from training.utils.console import counted
@@ -28,7 +28,7 @@ COLUMNS: Final = (
 
 
 @dataclass(frozen=True)
-class Line:
+class TableRow:
     """A row's figures.
 
     accuracies: by seed or fold, fractions of 1. difference: to `against`, paired. seconds: mean of
@@ -45,7 +45,7 @@ class Line:
     error: str
 
 
-def lines(rows: Sequence[Row], trials: Trials, against: str = "") -> list[Line]:
+def lines(rows: Sequence[Trick], trials: Trials, against: str = "") -> list[TableRow]:
     """The figures of every row.
 
     Args:
@@ -63,7 +63,7 @@ def lines(rows: Sequence[Row], trials: Trials, against: str = "") -> list[Line]:
         overlap = sum(run.valid for run in folds) / max(sum(run.train for run in folds), 1)
         error = next((trial.error for trial in runs if trial.error), "")
         found.append(
-            Line(
+            TableRow(
                 row.name,
                 other,
                 row.what,
@@ -77,7 +77,7 @@ def lines(rows: Sequence[Row], trials: Trials, against: str = "") -> list[Line]:
     return found
 
 
-def _accuracies(row: Row, trials: dict[str, Trial]) -> dict[str, float]:
+def _accuracies(row: Trick, trials: dict[str, AblationRun]) -> dict[str, float]:
     found = {unit: getattr(trial, row.metric) for unit, trial in trials.items()}
     return {unit: value for unit, value in found.items() if value is not None}
 
@@ -90,7 +90,7 @@ def percent(value: Interval, signed: bool = False) -> str:
     return f"{mean} ± {100 * value.half:.2f}" if value.half > 0 else mean
 
 
-def show(found: Sequence[Line], stream: TextIO | None = None) -> None:
+def show(found: Sequence[TableRow], stream: TextIO | None = None) -> None:
     """Print the table, on stdout unless told otherwise."""
     from rich.console import Console
     from rich.table import Table
@@ -144,7 +144,7 @@ def about(base: Recipe, source: str, trials: Trials, device: str) -> str:
     )
 
 
-def write(found: Sequence[Line], folder: Path, title: str, how: str) -> None:
+def write(found: Sequence[TableRow], folder: Path, title: str, how: str) -> None:
     """Write the table as CSV, Markdown and PNG.
 
     Args:
@@ -171,7 +171,7 @@ def _figure(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.6f}"
 
 
-def page(found: Sequence[Line], title: str, how: str) -> str:
+def page(found: Sequence[TableRow], title: str, how: str) -> str:
     """The table as a page of Markdown."""
     text = [
         f"# {title}\n",
@@ -190,7 +190,7 @@ def page(found: Sequence[Line], title: str, how: str) -> str:
     return "\n".join([*text, *(["", *failed] if failed else [])]) + "\n"
 
 
-def _draw(found: Sequence[Line], path: Path, title: str) -> None:
+def _draw(found: Sequence[TableRow], path: Path, title: str) -> None:
     """Accuracies on the left, a dot a run; paired differences on the right."""
     from matplotlib.figure import Figure
 
@@ -222,7 +222,7 @@ def _draw(found: Sequence[Line], path: Path, title: str) -> None:
         figure.savefig(aside, dpi=120, format="png")
 
 
-def _readable(limits: tuple[float, float], found: Sequence[Line]) -> tuple[float, float]:
+def _readable(limits: tuple[float, float], found: Sequence[TableRow]) -> tuple[float, float]:
     """The limits of the accuracies: an interval that is wide beside the dots runs off the axis."""
     dots = [100 * value for line in found for value in line.accuracies.values()]
     margin = 3 * max(max(dots, default=0.0) - min(dots, default=0.0), 1.0)

@@ -21,7 +21,7 @@ TTA_VIEWS: Final = 4
 
 
 @dataclass(frozen=True)
-class Row:
+class Trick:
     """One row of the table.
 
     on: the row that it changes and is compared with; "" is the recipe itself.
@@ -81,22 +81,22 @@ def _augment(**options: Any) -> Mapping[str, Any]:
 
 
 ROWS: Final = (
-    Row(
+    Trick(
         "features", "first", "",
         "feature extractor: a linear head on a frozen body whose BatchNorm statistics move",
         _frozen,
     ),
-    Row(
+    Trick(
         "bn_eval", "first", "features",
         "its BatchNorm in eval mode: ImageNet's statistics stay",
         {"stage": {"frozen_batchnorm": "eval"}},
     ),
-    Row(
+    Trick(
         "bn_alone", "first", "features",
         "BatchNorm alone trained: its scale and shift beside the head",
         {"stage": {"frozen_batchnorm": "train"}},
     ),
-    Row(
+    Trick(
         "bn_moves", "first", "bn_alone",
         "everything trains, the body at a hundredth of the head's rate, BatchNorm too",
         {
@@ -106,67 +106,67 @@ ROWS: Final = (
             },
         },
     ),
-    Row(
+    Trick(
         "bn_fixed", "first", "bn_moves",
         "the same with BatchNorm's statistics fixed",
         {"stage": {"batchnorm": "fixed"}},
     ),
-    Row(
+    Trick(
         "concat_pool", "first", "bn_fixed",
         "average and max pooling side by side, and BatchNorm",
         {"head": {"kind": "concat_pool", "hidden": [], "dropout": 0.0}},
     ),
-    Row(
+    Trick(
         "deep_head", "first", "concat_pool",
         "a hidden layer of 512, dropout 0.5",
         {"head": {"hidden": [512], "dropout": 0.5}},
     ),
-    Row(
+    Trick(
         "augmentation", "onoff", "bn_fixed",
         "the preset photo",
         {"augment": {"preset": "photo"}, "stage": {"augment": {}}},
     ),
-    Row("sgdr", "onoff", "bn_fixed", "cosine with a restart every epoch", _restarts),
-    Row("resizing", "onoff", "bn_fixed", "the first half of the epochs on small photos",
+    Trick("sgdr", "onoff", "bn_fixed", "cosine with a restart every epoch", _restarts),
+    Trick("resizing", "onoff", "bn_fixed", "the first half of the epochs on small photos",
         _small_first),
-    Row(
+    Trick(
         "decay", "onoff", "bn_fixed",
         "decoupled weight decay of 0.01",
         {"optimizer": {"weight_decay": 0.01, "decay": "decoupled"}},
     ),
-    Row("tta", "onoff", "bn_fixed", f"test-time augmentation, {TTA_VIEWS} views of each photo",
+    Trick("tta", "onoff", "bn_fixed", f"test-time augmentation, {TTA_VIEWS} views of each photo",
         metric="accuracy_tta"),
-    Row(
+    Trick(
         "none", "augment", "",
         "no augmentation",
         {**_augment(), "label_smoothing": 0.0},
     ),
-    Row("flip", "augment", "none", "mirrored", _augment(flip="horizontal")),
-    Row("crop", "augment", "none", "random resized crop of 35 % and more",
+    Trick("flip", "augment", "none", "mirrored", _augment(flip="horizontal")),
+    Trick("crop", "augment", "none", "random resized crop of 35 % and more",
         _augment(crop="random", scale=[0.35, 1.0], ratio=1.2)),
-    Row("rotate", "augment", "none", "up to 10 degrees", _augment(max_rotate=10.0)),
-    Row("zoom", "augment", "none", "closer by up to 1.2", _augment(max_zoom=1.2)),
-    Row("shift", "augment", "none", "by up to a tenth of the side", _augment(max_shift=0.1)),
-    Row("warp", "augment", "none", "perspective of up to a fifth", _augment(max_warp=0.2)),
-    Row("lighting", "augment", "none", "brightness and contrast by up to a fifth",
+    Trick("rotate", "augment", "none", "up to 10 degrees", _augment(max_rotate=10.0)),
+    Trick("zoom", "augment", "none", "closer by up to 1.2", _augment(max_zoom=1.2)),
+    Trick("shift", "augment", "none", "by up to a tenth of the side", _augment(max_shift=0.1)),
+    Trick("warp", "augment", "none", "perspective of up to a fifth", _augment(max_warp=0.2)),
+    Trick("lighting", "augment", "none", "brightness and contrast by up to a fifth",
         _augment(max_lighting=0.2)),
-    Row("saturation", "augment", "none", "by up to a fifth", _augment(max_saturation=0.2)),
-    Row("erase", "augment", "none", "a rectangle in a quarter of the photos",
+    Trick("saturation", "augment", "none", "by up to a fifth", _augment(max_saturation=0.2)),
+    Trick("erase", "augment", "none", "a rectangle in a quarter of the photos",
         _augment(erase=0.25)),
-    Row("rand_augment", "augment", "none", "2 operations of magnitude 9",
+    Trick("rand_augment", "augment", "none", "2 operations of magnitude 9",
         _augment(policy="rand_augment")),
-    Row("trivial_augment", "augment", "none", "one operation of any magnitude",
+    Trick("trivial_augment", "augment", "none", "one operation of any magnitude",
         _augment(policy="trivial_augment")),
-    Row("mixup", "augment", "none", "alpha 0.4", _augment(mixup=0.4)),
-    Row("cutmix", "augment", "none", "alpha 1", _augment(cutmix=1.0)),
-    Row("smoothing", "augment", "none", "label smoothing of 0.1", {"label_smoothing": 0.1}),
+    Trick("mixup", "augment", "none", "alpha 0.4", _augment(mixup=0.4)),
+    Trick("cutmix", "augment", "none", "alpha 1", _augment(cutmix=1.0)),
+    Trick("smoothing", "augment", "none", "label smoothing of 0.1", {"label_smoothing": 0.1}),
 )  # fmt: skip
 
 BY_NAME: Final = {row.name: row for row in ROWS}
 GROUPS: Final = ("first", "onoff", "augment")
 
 
-def choose(words: Iterable[str], option: str = "--rows") -> tuple[Row, ...]:
+def choose(words: Iterable[str], option: str = "--rows") -> tuple[Trick, ...]:
     """The rows named, by name or by group, in the table's order, and those they are compared with.
 
     Raises:
@@ -184,7 +184,7 @@ def choose(words: Iterable[str], option: str = "--rows") -> tuple[Row, ...]:
     return tuple(row for row in ROWS if row.name in wanted)
 
 
-def recipe_of(row: Row, base: Recipe) -> Recipe:
+def recipe_of(row: Trick, base: Recipe) -> Recipe:
     """The recipe of a row: the base with the changes of the rows below it and its own.
 
     Raises:

@@ -20,14 +20,14 @@ from serving.imaging.preprocess import Preprocess
 from training.activations import frozen_prefix
 from training.activations.loaders import (
     FROZEN,
-    Draws,
-    TrainFeed,
-    ValidFeed,
+    AugmentedPhotos,
+    TrainLoader,
+    ValidLoader,
     frozen_batch,
     run_frozen,
 )
-from training.activations.sharing import Share, freeze
-from training.activations.store import Part, Shape, Shelf, Views
+from training.activations.sharing import SharedPrefix, freeze
+from training.activations.store import CachedViews, DiskStore, Part, Shape
 from training.config.schema import Recipe, Stage
 from training.models.classifier import Classifier
 from training.optim.ema import Ema
@@ -36,19 +36,19 @@ from training.pixels.gpu_rows import placed
 from training.utils import disk_cache
 from training.utils.device import CPU, filled, free
 from training.utils.precision import Precision
-from training.utils.timer import Clock
+from training.utils.timer import Timer
 
 MEMORY_BYTES: Final = 2 * 2**30
 """Of what is kept in memory because it can't be kept in the cache."""
 
-FORMAT: Final = 1
+ACTIVATIONS_VERSION: Final = 1
 """Version of what is kept. Raise it when a change to augmentation, mixing of views, the frozen
 layers' forward pass or the layout of the arrays changes the values; `test_cache_versions.py` fails
 until then."""
 
 
 @dataclass
-class Activations:
+class ActivationCache:
     """Opens the streams of batches of a run's stages, and keeps what they share.
 
     room: where it is kept; its budget bounds what is kept in memory, too. say: takes lines for a
@@ -58,23 +58,23 @@ class Activations:
     photos: Photos
     recipe: Recipe
     precision: Precision
-    room: disk_cache.Room
-    say: Callable[[str], None]
-    clock: Clock = field(default_factory=Clock)
-    _open: dict[str, Views] = field(default_factory=dict)
+    room: disk_cache.DiskCache
+    log: Callable[[str], None]
+    timer: Timer = field(default_factory=Timer)
+    _open: dict[str, CachedViews] = field(default_factory=dict)
     _sets: tuple[PixelSet, PixelSet] | None = None
     _near: tuple[PixelSet, PixelSet] | None = None
-    _below: ValidFeed | None = None
+    _below: ValidLoader | None = None
 
     def feeds(
         self,
         classifier: Classifier,
         stage: Stage,
-        share: Share,
+        share: SharedPrefix,
         first_view: int = 0,
         views: int | None = None,
         ema: Ema | None = None,
-    ) -> tuple[TrainFeed, ValidFeed]:
+    ) -> tuple[TrainLoader, ValidLoader]:
         """Freeze what the stage freezes, and open its two streams of batches.
 
         Args:
@@ -89,14 +89,16 @@ class Activations:
         freeze(classifier, stage)
         classifier.eval()
         preprocess, config = self.recipe.preprocess_of(stage), self.recipe.augment_of(stage)
-        with self.clock("decoding"):
+        with self.timer("decoding"):
             train, valid = self._placed(preprocess)
         layers = [frozen_prefix.fused(part) for part in _parts(classifier, share)]
         frozen = nn.Sequential(*layers)
-        draws = Draws(train, preprocess, config, self.precision, self.recipe.seed, self.clock)
-        feed = TrainFeed(draws, frozen, first_view, classes=len(self.photos.dataset.classes))
+        draws = AugmentedPhotos(
+            train, preprocess, config, self.precision, self.recipe.seed, self.timer
+        )
+        feed = TrainLoader(draws, frozen, first_view, classes=len(self.photos.dataset.classes))
         if share.why:
-            self.say(f"{stage.name:>8}  {share.why}: no views are kept")
+            self.log(f"{stage.name:>8}  {share.why}: no views are kept")
         if share.depth:
             self._keep(feed, classifier, stage, share, views, {train.name, valid.name}, layers)
         else:
@@ -107,21 +109,21 @@ class Activations:
         self,
         classifier: Classifier,
         stage: Stage,
-        share: Share,
+        share: SharedPrefix,
         photos: PixelSet,
         layers: list[nn.Module],
         ema: Ema | None,
-    ) -> ValidFeed:
+    ) -> ValidLoader:
         """The validation batches: what is frozen runs once where there is room for its outputs."""
         preprocess = self.recipe.preprocess_of(stage)
         if not share.follows:
             self._below = None
         if ema and not _settled(classifier, ema):
-            return ValidFeed(photos, classifier.prefix, preprocess, self.precision, keep=False)
+            return ValidLoader(photos, classifier.prefix, preprocess, self.precision, keep=False)
         room = min(MEMORY_BYTES // 2, self.room.budget)
         frozen = nn.Sequential(*layers)
         size = self._shape(frozen, preprocess, len(photos)).size
-        feed = ValidFeed(photos, frozen, preprocess, self.precision, bool(share.depth))
+        feed = ValidLoader(photos, frozen, preprocess, self.precision, bool(share.depth))
         feed.keep = feed.keep and size <= room
         if not (feed.keep and share.with_):
             return feed
@@ -129,7 +131,7 @@ class Activations:
             size += self._shape(layers[0], preprocess, len(photos)).size
             if size > room:
                 return feed
-            self._below = ValidFeed(photos, layers[0], preprocess, self.precision, keep=True)
+            self._below = ValidLoader(photos, layers[0], preprocess, self.precision, keep=True)
         if len(layers) == 1:
             return self._below
         feed.prefix, feed.below = layers[1], self._below
@@ -140,17 +142,17 @@ class Activations:
         sets = self.photos.at(preprocess)
         if self._near is None or sets is not self._sets:
             self._near, self._open, device = None, {}, self.precision.device
-            train = placed(sets[0], "training", device, self.say)
-            self._near = train, placed(sets[1], "validation", device, self.say)
+            train = placed(sets[0], "training", device, self.log)
+            self._near = train, placed(sets[1], "validation", device, self.log)
             self._sets = sets
         return self._near
 
     def _keep(
         self,
-        feed: TrainFeed,
+        feed: TrainLoader,
         classifier: Classifier,
         stage: Stage,
-        share: Share,
+        share: SharedPrefix,
         views: int | None,
         pixels: set[str],
         fused: list[nn.Module],
@@ -171,43 +173,45 @@ class Activations:
         fits = min(share.views, budget // max(a_view, 1))
         feed.views = fits if views is None else views
         if not feed.views or fits < feed.views:
-            self.say(
+            self.log(
                 f"{stage.name:>8}  no views are kept: one takes {disk_cache.gigabytes(a_view)}"
             )
             self._open = {}
             return
         where = self._home(a_view * feed.views)
         before, self._open = self._open, {}
-        below: Views | None = None
+        below: CachedViews | None = None
         for name, shape, layers in zip(names, shapes, fused, strict=True):
             make = self._on_photos(feed.draws, layers) if below is None else self._on(below, layers)
             what = f"{self.recipe.arch}, {share.views} views of {shape.photos:,} photos"
-            shelf = Shelf(self.room, name, what, keep, self.say) if on_disk else None
-            below = before.get(name) or Views(shape, make, shelf, below, where)
+            store = DiskStore(self.room, name, what, keep, self.log) if on_disk else None
+            below = before.get(name) or CachedViews(shape, make, store, below, where)
             self._open[name] = below
         feed.kept = below
-        self.say(f"{stage.name:>8}  {_told(feed.views, share, classifier.freezing.prefix, a_view)}")
+        self.log(f"{stage.name:>8}  {_told(feed.views, share, classifier.freezing.prefix, a_view)}")
 
     def _home(self, size: int) -> torch.device:
         """Where views are kept that are kept in memory: on a GPU that has room to spare."""
         device = self.precision.device
         return device if device.type == "cuda" and 4 * size <= free(device) else CPU
 
-    def _on_photos(self, draws: Draws, layers: nn.Module) -> Callable[[int], Iterator[Part]]:
+    def _on_photos(
+        self, draws: AugmentedPhotos, layers: nn.Module
+    ) -> Callable[[int], Iterator[Part]]:
         def make(number: int) -> Iterator[Part]:
             size = frozen_batch(self.precision.device)
             for index, images in draws(number, torch.arange(len(draws.photos)).split(size)):
-                with self.clock(FROZEN):
+                with self.timer(FROZEN):
                     rows = self._run(layers, images)
                 yield index, rows
 
         return make
 
-    def _on(self, below: Views, layers: nn.Module) -> Callable[[int], Iterator[Part]]:
+    def _on(self, below: CachedViews, layers: nn.Module) -> Callable[[int], Iterator[Part]]:
         def make(number: int) -> Iterator[Part]:
             size = frozen_batch(self.precision.device)
             for index in torch.arange(below.shape.photos).split(size):
-                with self.clock(FROZEN):
+                with self.timer(FROZEN):
                     inputs = below[number][index].to(self.precision.device)
                     rows = self._run(layers, inputs)
                 yield index, rows
@@ -227,7 +231,7 @@ class Activations:
         return run_frozen(layers, whole, self.precision)[: len(inputs)]
 
 
-def _parts(classifier: Classifier, share: Share) -> list[nn.Sequential]:
+def _parts(classifier: Classifier, share: SharedPrefix) -> list[nn.Sequential]:
     """What is frozen: what other stages share, and what only this one has behind it."""
     whole, cut = classifier.prefix, share.depth
     if not 0 < cut < classifier.freezing.prefix:
@@ -242,7 +246,7 @@ def _settled(classifier: Classifier, ema: Ema) -> bool:
     return ema.settled(name for name, value in state.items() if id(value) in frozen)
 
 
-def _told(views: int, share: Share, own: int, size: int) -> str:
+def _told(views: int, share: SharedPrefix, own: int, size: int) -> str:
     """What is kept, in a line."""
     count = "a view" if views == 1 else f"{views} views"
     short = f" ({share.views} asked for: more don't fit into --cache-gb)"
@@ -254,11 +258,19 @@ def _told(views: int, share: Share, own: int, size: int) -> str:
     )
 
 
-def _known(draws: Draws) -> bytes:
+def _known(draws: AugmentedPhotos) -> bytes:
     """What decides the inputs of the first layer, view by view."""
     p, dtype = draws.preprocess, draws.precision
     decides = [
-        *(FORMAT, p.size, p.crop, p.mean, p.std, draws.config.model_dump(mode="json"), draws.seed),
+        *(
+            ACTIVATIONS_VERSION,
+            p.size,
+            p.crop,
+            p.mean,
+            p.std,
+            draws.config.model_dump(mode="json"),
+            draws.seed,
+        ),
         *(str(dtype.dtype), str(dtype.device), draws.photos.key.hex()),
     ]
     return hashlib.sha256(repr(decides).encode()).digest()

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from serving.imaging.preprocess import Preprocess
-from training.activations.store import Views
+from training.activations.store import CachedViews
 from training.augmentation import mixup, transforms
 from training.config.sections import AugmentConfig
-from training.distributed.process_group import ALONE, Team
+from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.models.classifier import normalise
 from training.pixels.decoded import PixelSet
 from training.pixels.gpu_rows import moved
 from training.utils.device import filled, upload
 from training.utils.precision import Precision
-from training.utils.timer import Clock
+from training.utils.timer import Timer
 
 FROZEN: Final = "frozen layers"
 """What the clock calls them."""
@@ -32,7 +32,7 @@ def frozen_batch(device: torch.device) -> int:
 
 
 @dataclass
-class Draws:
+class AugmentedPhotos:
     """Augmented photos of one stage: the same view of a photo is the same picture each time."""
 
     photos: PixelSet
@@ -40,7 +40,7 @@ class Draws:
     config: AugmentConfig
     precision: Precision
     seed: int
-    clock: Clock = field(default_factory=Clock)
+    timer: Timer = field(default_factory=Timer)
 
     def __call__(self, view: int, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Each of `parts`, int64 [n], and its photos augmented and normalised, [n, 3, H, W]."""
@@ -50,16 +50,16 @@ class Draws:
         )
         with closing(self.photos.pixels.batches(parts)) as batches:
             for index, near in zip(parts, moved(parts, device), strict=True):
-                with self.clock("waiting for pixels"):
+                with self.timer("waiting for pixels"):
                     pixels = next(batches).to(device)
-                with self.clock("augmentation"), torch.no_grad():
+                with self.timer("augmentation"), torch.no_grad():
                     cut = transforms.apply(pixels, draws[near], self.config, size)
                     images = normalise(cut, self.preprocess)
                 yield index, images
 
 
 @dataclass
-class TrainFeed:
+class TrainLoader:
     """Training batches of one stage.
 
     views: how many views of each photo the epochs take turns with; 0 draws new ones each epoch.
@@ -68,13 +68,13 @@ class TrainFeed:
     process feeds its part.
     """
 
-    draws: Draws
+    draws: AugmentedPhotos
     prefix: nn.Module
     first_view: int = 0
     views: int = 0
     classes: int = 0
-    kept: Views | None = None
-    team: Team = ALONE
+    kept: CachedViews | None = None
+    process_group: ProcessGroup = SINGLE_PROCESS
 
     @property
     def precision(self) -> Precision:
@@ -82,9 +82,9 @@ class TrainFeed:
         return self.draws.precision
 
     @property
-    def clock(self) -> Clock:
+    def timer(self) -> Timer:
         """Where the seconds go."""
-        return self.draws.clock
+        return self.draws.timer
 
     def epoch(self, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled (inputs of the suffix, labels int64 [N]) of one epoch: this process's parts.
@@ -96,12 +96,12 @@ class TrainFeed:
         photos, device = self.draws.photos, self.precision.device
         generator = torch.Generator().manual_seed(self.draws.seed * 1_000_003 + place)
         order = torch.randperm(len(photos), generator=generator).split(batch_size)
-        parts = [self.team.part(index) for index in order if len(index) > 1]
+        parts = [self.process_group.part(index) for index in order if len(index) > 1]
         if self.kept:
             self.prepare([epoch])
             rows = self.kept[self._view(epoch)]
             for index in parts:
-                with self.clock("waiting for activations"):
+                with self.timer("waiting for activations"):
                     inputs = upload(rows[upload(index, rows.device)], device)
                 yield inputs, upload(photos.labels[index], device)
             return
@@ -112,7 +112,7 @@ class TrainFeed:
                 images, labels = mixup.mix(
                     config, images, labels, self.classes, self.draws.seed, place * 1_000_000 + step
                 )
-            with self.clock(FROZEN):
+            with self.timer(FROZEN):
                 inputs = run_frozen(self.prefix, images, self.precision)
             yield inputs, labels
 
@@ -139,7 +139,7 @@ def run_frozen(prefix: nn.Module, inputs: Tensor, precision: Precision) -> Tenso
 
 
 @dataclass
-class ValidFeed:
+class ValidLoader:
     """Validation batches, as inputs of the suffix: iterate as often as there are epochs.
 
     keep: hold the frozen prefix's outputs after the first pass. below: batches that other stages
@@ -152,8 +152,8 @@ class ValidFeed:
     preprocess: Preprocess
     precision: Precision
     keep: bool
-    below: ValidFeed | None = None
-    team: Team = ALONE
+    below: ValidLoader | None = None
+    process_group: ProcessGroup = SINGLE_PROCESS
     _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -163,7 +163,7 @@ class ValidFeed:
             return
         kept = []
         if self.below:
-            self.below.team = self.team
+            self.below.process_group = self.process_group
         for inputs, labels in self.below or self._images():
             batch = run_frozen(self.prefix, inputs, self.precision), labels
             if self.keep:
@@ -176,7 +176,7 @@ class ValidFeed:
         device = self.precision.device
         step = frozen_batch(device) * (2 if device.type == "cpu" else 1)
         parts = [slice(start, start + step) for start in range(0, len(self.photos), step)]
-        parts = parts[self.team.rank :: self.team.size]
+        parts = parts[self.process_group.rank :: self.process_group.size]
         for rows, pixels in zip(parts, self.photos.pixels.batches(parts), strict=True):
             images = normalise(filled(pixels.to(device), step), self.preprocess)
             yield images, upload(self.photos.labels[rows], device)

@@ -10,7 +10,7 @@ from training.models.classifier import Classifier
 
 
 @dataclass(frozen=True)
-class Share:
+class SharedPrefix:
     """What a stage computes once, with the stages before and behind it that can share it.
 
     depth: children of the body that all of them have frozen; 0 keeps nothing. views: that the
@@ -27,9 +27,9 @@ class Share:
     why: str = ""
 
 
-def shares(classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]) -> list[Share]:
+def shares(classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]) -> list[SharedPrefix]:
     """What each stage shares with its neighbours. Freezes the classifier as the last one does."""
-    found: list[Share] = []
+    found: list[SharedPrefix] = []
     for stage in stages:
         freeze(classifier, stage)
         why, wanted, depth = "", stage.wanted_views, classifier.freezing.prefix
@@ -37,7 +37,9 @@ def shares(classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]) -> l
             why = "mixup and cutmix blend photos"
         elif wanted and not depth and stage.frozen_batchnorm != "eval":
             why = "the frozen BatchNorms move"
-        found.append(Share(why=why) if why or not (wanted and depth) else Share(depth, wanted))
+        found.append(
+            SharedPrefix(why=why) if why or not (wanted and depth) else SharedPrefix(depth, wanted)
+        )
     start = 0
     for end in range(1, len(stages) + 1):
         if end < len(stages) and found[end].depth and _alike(recipe, stages[start], stages[end]):

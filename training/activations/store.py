@@ -59,14 +59,14 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class DiskStore:
     """Where views outlive the run. keep: names of entries that do not go to make room for them."""
 
-    room: disk_cache.Room
+    room: disk_cache.DiskCache
     name: str
     what: str
     keep: Set[str]
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     @property
     def folder(self) -> Path:
@@ -117,11 +117,11 @@ class Shelf:
         return self.folder / f"view-{number:016x}.bin"
 
     def _wait(self) -> None:
-        self.say(f"frozen part: another run computes {self.what}: waiting for it")
+        self.log(f"frozen part: another run computes {self.what}: waiting for it")
 
 
 @dataclass
-class Views:
+class CachedViews:
     """The views of one frozen network, each computed when it is first asked for.
 
     shelf: where they are kept between runs; None keeps them in memory, that of `device`. below: the
@@ -130,8 +130,8 @@ class Views:
 
     shape: Shape
     make: Make
-    shelf: Shelf | None = None
-    below: Views | None = None
+    store: DiskStore | None = None
+    below: CachedViews | None = None
     device: torch.device = CPU
     _open: dict[int, Tensor] = field(default_factory=dict)
     _advance: Callable[[int], object] = field(default=lambda photos: None)
@@ -157,22 +157,22 @@ class Views:
         self._advance = lambda photos: None
 
     def _have(self, number: int) -> bool:
-        if number not in self._open and self.shelf:
-            found = self.shelf.find(number, self.shape)
+        if number not in self._open and self.store:
+            found = self.store.find(number, self.shape)
             if found is not None:
                 self._open[number] = found
         return number in self._open
 
     def _get(self, number: int) -> Tensor:
-        if self.shelf:
+        if self.store:
             try:
-                found = self.shelf.put(number, self.shape, self._parts(number))
+                found = self.store.put(number, self.shape, self._parts(number))
                 if found is not None:
                     return found
             except OSError as error:
-                where, why = disk_cache.shown(self.shelf.room.folder), error.strerror or error
-                self.shelf.say(f"warning: the cache {where} can't be used: {why}")
-            self.shelf = None
+                where, why = disk_cache.shown(self.store.room.folder), error.strerror or error
+                self.store.log(f"warning: the cache {where} can't be used: {why}")
+            self.store = None
         flat = torch.empty(self.shape.count, dtype=self.shape.dtype, device=self.device)
         return fill(self.shape.tensor(flat), self._parts(number))
 

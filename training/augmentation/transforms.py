@@ -36,7 +36,7 @@ _NUMBERS: Final = 24  # uniform random numbers that a photo gets
 
 
 @dataclass(frozen=True)
-class Draws:
+class AugmentationParams:
     """What is done to each of N photos.
 
     warp: float32 [N, 3, 3], a homography, output square -> photo, both in [-1, 1] coordinates.
@@ -55,19 +55,21 @@ class Draws:
         """How many photos."""
         return len(self.seed)
 
-    def __getitem__(self, index: Tensor | slice) -> Draws:
+    def __getitem__(self, index: Tensor | slice) -> AugmentationParams:
         """The draws of some of the photos."""
-        return Draws(self.warp[index], self.colour[index], self.hole[index], self.seed[index])
+        return AugmentationParams(
+            self.warp[index], self.colour[index], self.hole[index], self.seed[index]
+        )
 
-    def to(self, device: torch.device) -> Draws:
+    def to(self, device: torch.device) -> AugmentationParams:
         """The same on another device."""
         parts = (self.warp, self.colour, self.hole, self.seed)
-        return Draws(*(upload(part, device) for part in parts))
+        return AugmentationParams(*(upload(part, device) for part in parts))
 
 
 def draw(
     config: AugmentConfig, aspect: Tensor, seed: int, view: int, *, crop: float = 1.0
-) -> Draws:
+) -> AugmentationParams:
     """Draw one view of every photo.
 
     Args:
@@ -89,7 +91,7 @@ def draw(
         ],
         dim=1,
     )
-    return Draws(
+    return AugmentationParams(
         _warp(config, aspect.double(), u, s, crop).float(),
         colour.float(),
         _hole(config.erase, *u[13:18]).float(),
@@ -176,7 +178,7 @@ def _hole(
     return hole * (chance < probability)[:, None]
 
 
-def apply(pixels: Tensor, draws: Draws, config: AugmentConfig, size: int) -> Tensor:
+def apply(pixels: Tensor, draws: AugmentationParams, config: AugmentConfig, size: int) -> Tensor:
     """Change a batch: uint8 [N, S, S, 3] -> float32 [N, size, size, 3] in 0..255.
 
     On the CPU a photo comes out the same, bit for bit, whatever batch it is in.

@@ -15,7 +15,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Score a run's checkpoint on its own held-out photos, in float32."""
     from serving.utils.files import check_file
     from training.evaluation import evaluate as room
-    from training.utils.console import say
+    from training.utils.console import log_to_stderr
 
     if options.csv is not None:
         check_file(options.csv, "--csv")
@@ -25,11 +25,11 @@ def evaluate(options: argparse.Namespace) -> None:
         tta=_tta(options),
         data_folder=options.data,
         device=options.device,
-        say=say,
+        log=log_to_stderr,
     )
     if result.views > 1:
         accuracy, loss = room.score(result.plain, result.labels)
-        say(f"plain view alone: accuracy {accuracy:.6f}  loss {loss:.6f}")
+        log_to_stderr(f"plain view alone: accuracy {accuracy:.6f}  loss {loss:.6f}")
     if options.csv is not None:
         room.write_csv(result, options.csv)
     print(
@@ -41,11 +41,11 @@ def evaluate(options: argparse.Namespace) -> None:
 def report(options: argparse.Namespace) -> None:
     """Write a run's report.html: its accuracy, its mistakes as pictures, how it was trained."""
     from training.report import report as room
-    from training.utils.console import say
+    from training.utils.console import log_to_stderr
 
     tta = _tta(options)
     if tta is None:
-        tta = room.tta_of(options.run, say)
+        tta = room.tta_of(options.run, log_to_stderr)
     print(
         room.write(
             options.run,
@@ -53,7 +53,7 @@ def report(options: argparse.Namespace) -> None:
             tta=tta,
             data_folder=options.data,
             device=options.device,
-            say=say,
+            log=log_to_stderr,
         )
     )
 
@@ -62,7 +62,7 @@ def cache(options: argparse.Namespace) -> None:
     """Show what is kept between runs and what it takes; or remove it."""
     from training.utils import disk_cache as room
 
-    there = room.room(options.cache_gb)
+    there = room.open_cache(options.cache_gb)
     for line in room.clear(there) if options.clear else room.describe(there):
         print(line)
 

@@ -36,8 +36,8 @@ def train(options: argparse.Namespace) -> None:
     from training.utils import memory
 
     memory.keep_freed()
-    with torchrun.joined() as team:
-        how = {"cache_gb": options.cache_gb, "team": team}
+    with torchrun.joined() as process_group:
+        how = {"cache_gb": options.cache_gb, "team": process_group}
         if options.resume is None:
             how |= {"split": options.split, "out": options.out, "device": options.device}
             finetune.run(_recipe(options), options.data, **how)
@@ -138,7 +138,7 @@ def ablate(options: argparse.Namespace) -> None:
     from training.ablation import ablation, table, tricks
     from training.distributed import torchrun
     from training.utils import memory
-    from training.utils.console import say
+    from training.utils.console import log_to_stderr
 
     torchrun.refuse("ablate")
     memory.keep_freed()
@@ -165,14 +165,14 @@ def ablate(options: argparse.Namespace) -> None:
         device=options.device,
         keep=options.keep,
         cache_gb=options.cache_gb,
-        say=say,
+        log=log_to_stderr,
     )
     found = table.lines(rows, trials, options.against)
     title = f"Ablation of {base.name} on {Path(options.data).name}"
     how = table.about(base, options.data, trials, options.device)
     table.write(found, out, title, how)
     table.show(found)
-    say(f"{out}: ablation.csv, ablation.md, ablation.png")
+    log_to_stderr(f"{out}: ablation.csv, ablation.md, ablation.png")
 
 
 def sample(options: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from serving.errors import DataError
-from training.utils.console import Say
+from training.utils.console import Log
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -43,8 +43,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Team:
-    """The processes of a run, as one of them sees them; `ALONE` has no others and does nothing.
+class ProcessGroup:
+    """The processes of a run, as one of them sees them; `SINGLE_PROCESS` has no others and does nothing.
 
     rank: its number. size: how many there are. local: its number on its machine. calm: for what may
     take long, and is on the CPU. store: where the first that fails says so.
@@ -53,11 +53,11 @@ class Team:
     rank: int = 0
     size: int = 1
     local: int = 0
-    calm: dist.ProcessGroup | None = None
+    cpu_group: dist.ProcessGroup | None = None
     store: Store | None = None
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether it is the one that writes and speaks."""
         return self.rank == 0
 
@@ -125,15 +125,15 @@ class Team:
         if self.size == 1:
             return here
         count = torch.tensor(int(here))
-        dist.all_reduce(count, group=self.calm)
+        dist.all_reduce(count, group=self.cpu_group)
         return bool(count.item())
 
     def decide(self, choose: Callable[[], T]) -> T:
         """What process 0 chooses; the others do not call `choose`."""
         if self.size == 1:
             return choose()
-        chosen: list[Any] = [choose() if self.leads else None]
-        dist.broadcast_object_list(chosen, src=0, group=self.calm)
+        chosen: list[Any] = [choose() if self.is_main_process else None]
+        dist.broadcast_object_list(chosen, src=0, group=self.cpu_group)
         return cast(T, chosen[0])
 
     def check_same(self, own: Mapping[str, str]) -> None:
@@ -150,25 +150,25 @@ class Team:
                 "0 has; give all processes the same"
             )
 
-    def meet(self) -> None:
+    def wait_for_everyone(self) -> None:
         """Wait for the others, however long they take."""
         if self.size > 1:
-            dist.barrier(group=self.calm)
+            dist.barrier(group=self.cpu_group)
 
     @contextmanager
-    def in_turn(self) -> Iterator[None]:
+    def local_main_process_first(self) -> Iterator[None]:
         """The first process of each machine goes ahead of the others there."""
         if self.local:
-            self.meet()
+            self.wait_for_everyone()
         yield
         if not self.local:
-            self.meet()
+            self.wait_for_everyone()
 
-    def spread(self, module: nn.Module) -> None:
+    def broadcast_module(self, module: nn.Module) -> None:
         """Give a module on the CPU the weights and buffers that it has in process 0."""
         if self.size > 1:
             for value in module.state_dict().values():
-                dist.broadcast(value, src=0, group=self.calm)
+                dist.broadcast(value, src=0, group=self.cpu_group)
 
     def seed(self, seed: int) -> None:
         """Have every process draw other dropout masks; process 0 goes on with its own."""
@@ -179,8 +179,8 @@ class Team:
         """What all of them have, together, in process 0; their names must differ."""
         if self.size == 1:
             return dict(own)
-        found: list[Any] | None = [None] * self.size if self.leads else None
-        dist.gather_object(dict(own), found, dst=0, group=self.calm)
+        found: list[Any] | None = [None] * self.size if self.is_main_process else None
+        dist.gather_object(dict(own), found, dst=0, group=self.cpu_group)
         return {key: value for part in found or () for key, value in part.items()}
 
     @contextmanager
@@ -192,13 +192,13 @@ class Team:
         paths = {name: folder / name for name in names}
         sizes = self.decide(lambda: {n: p.stat().st_size for n, p in paths.items() if p.is_file()})
         with tempfile.TemporaryDirectory(prefix="fledge-resume-") as aside:
-            here = folder if self.leads else Path(aside)
+            here = folder if self.is_main_process else Path(aside)
             for name, size in sizes.items():
                 data = np.empty(size, np.uint8)
-                if self.leads:
+                if self.is_main_process:
                     data[:] = np.fromfile(here / name, np.uint8)
-                dist.broadcast(torch.from_numpy(data), src=0, group=self.calm)
-                if not self.leads:
+                dist.broadcast(torch.from_numpy(data), src=0, group=self.cpu_group)
+                if not self.is_main_process:
                     (here / name).parent.mkdir(parents=True, exist_ok=True)
                     data.tofile(here / name)
             yield here
@@ -206,18 +206,18 @@ class Team:
     def leave(self) -> None:
         """End what they tell one another, all at once: the rest is for the one that leads."""
         if self.size > 1:
-            self.meet()
+            self.wait_for_everyone()
             dist.destroy_process_group()
 
-    def voice(self, say: Say) -> Say:
+    def on_main_process(self, log: Log) -> Log:
         """`say` in process 0; nothing elsewhere."""
-        return say if self.leads else _silent
+        return log if self.is_main_process else _silent
 
     def first_to_fail(self) -> bool:
         """Whether no other process failed before: the first one tells why."""
         if self.store is None:
             return True
-        if not self.leads:
+        if not self.is_main_process:
             time.sleep(COURTESY)
         own = str(self.rank)
         try:
@@ -226,7 +226,7 @@ class Team:
             return False
 
 
-ALONE: Final = Team()
+SINGLE_PROCESS: Final = ProcessGroup()
 
 
 def accumulating(net: nn.Module) -> AbstractContextManager[None]:

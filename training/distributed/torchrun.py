@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from serving.errors import FledgeError, OptionError, WorkError
-from training.distributed.process_group import ALONE, Team
+from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.models.classifier import Classifier
 
 STEP: Final = timedelta(minutes=10)
@@ -27,8 +27,8 @@ PATIENCE: Final = timedelta(hours=12)
 
 
 @contextmanager
-def joined() -> Iterator[Team]:
-    """Join the processes that torchrun started together; `ALONE` where it started none.
+def joined() -> Iterator[ProcessGroup]:
+    """Join the processes that torchrun started together; `SINGLE_PROCESS` where it started none.
 
     An error that all of them meet is told by one: it is raised there, and the others end silently.
 
@@ -36,13 +36,13 @@ def joined() -> Iterator[Team]:
         WorkError: Another process is gone, and told nothing.
     """
     if not _started_together():
-        yield ALONE
+        yield SINGLE_PROCESS
         return
-    team = _join()
+    process_group = _join()
     try:
-        yield team
+        yield process_group
     except (Exception, KeyboardInterrupt) as error:
-        if not team.first_to_fail():
+        if not process_group.first_to_fail():
             status = error.exit_status if isinstance(error, FledgeError) else 1
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else status) from None
         if lost(error):
@@ -90,7 +90,7 @@ def _started_together() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _join() -> Team:
+def _join() -> ProcessGroup:
     if not dist.is_available():
         raise OptionError("this torch has no torch.distributed: start fledge without torchrun")
     from torch.distributed.rendezvous import rendezvous
@@ -98,5 +98,5 @@ def _join() -> Team:
     store, rank, size = next(rendezvous("env://", timeout=STEP))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP)
-    calm = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
-    return Team(rank, size, int(os.environ.get("LOCAL_RANK", "0")), calm, store)
+    cpu_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+    return ProcessGroup(rank, size, int(os.environ.get("LOCAL_RANK", "0")), cpu_group, store)

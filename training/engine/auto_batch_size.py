@@ -19,14 +19,14 @@ from training.activations.sharing import freeze
 from training.augmentation import mixup, transforms
 from training.config.schema import AUTO, Recipe, Stage
 from training.data.dataset import Dataset
-from training.distributed.process_group import ALONE, Team
+from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.models.classifier import Classifier, normalise
 from training.optim import optimizer as optim
 from training.optim.ema import Ema
 from training.pixels.gpu_rows import SHARE
-from training.pixels.transform import Making
+from training.pixels.transform import PixelTransform
 from training.utils import device, disk_cache
-from training.utils.console import Say
+from training.utils.console import Log
 from training.utils.precision import Precision
 
 ON_CPU: Final = 32
@@ -83,8 +83,8 @@ def settle(
     stages: Sequence[Stage],
     dataset: Dataset,
     precision: Precision,
-    say: Say,
-    team: Team = ALONE,
+    log: Log,
+    process_group: ProcessGroup = SINGLE_PROCESS,
     *,
     memory: Memory | None = None,
 ) -> Recipe:
@@ -113,23 +113,23 @@ def settle(
 
     def found() -> int:
         if memory is None and precision.device.type == "cpu":
-            say(f"batch_size = 'auto': {ON_CPU}; on a CPU")
+            log(f"batch_size = 'auto': {ON_CPU}; on a CPU")
             return ON_CPU
         there = memory or CudaMemory(precision.device)
         room = int(MARGIN * there.free) - _for_pixels(recipe, stages, dataset, there.free)
         room //= RECORDED if recipe.compile == "cuda_graphs" else 1
-        most = max(min(LARGEST, len(dataset.train) // team.size), SMALLEST)
+        most = max(min(LARGEST, len(dataset.train) // process_group.size), SMALLEST)
         own = copy.deepcopy(classifier)
         classes = len(dataset.classes)
         size, peak = _measured(recipe, own, stages, classes, precision, there, room, most)
-        size *= team.size
+        size *= process_group.size
         has = (
             f"{disk_cache.gigabytes(peak)} of {disk_cache.gigabytes(room)} that the GPU has for it"
         )
-        say(f"batch_size = 'auto': {size}; {has}")
+        log(f"batch_size = 'auto': {size}; {has}")
         return size
 
-    return recipe.model_copy(update={"batch_size": team.decide(found)})
+    return recipe.model_copy(update={"batch_size": process_group.decide(found)})
 
 
 def _measured(
@@ -150,7 +150,7 @@ def _measured(
     own.to(where).to(memory_format=torch.channels_last)
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         for stage in demanding(own, recipe, stages):
-            trial = Trial(recipe, own, stage, classes, precision)
+            trial = BatchSizeTrial(recipe, own, stage, classes, precision)
             gc.collect()  # of the trial before: networks and errors hold one another
             most, peak = largest(trial, memory, room, most)
             if not most:
@@ -200,7 +200,7 @@ def demanding(classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]) -
 
 
 @dataclass
-class Trial:
+class BatchSizeTrial:
     """Steps of a stage as training makes them, on random pixels; call it with a batch size.
 
     classifier: on the device, its own: it is trained.
@@ -241,7 +241,7 @@ class Trial:
         preprocess = recipe.preprocess_of(self.stage)
         # A policy goes photo by photo: it takes time, and no memory to speak of.
         config = recipe.augment_of(self.stage).model_copy(update={"policy": "none"})
-        side = Making("train", preprocess, recipe.data.presize).side
+        side = PixelTransform("train", preprocess, recipe.data.presize).side
         pixels = torch.randint(256, (size, side, side, 3), dtype=torch.uint8, device=where)
         draws = transforms.draw(config, torch.ones(size), recipe.seed, 0, crop=preprocess.crop)
         images = normalise(
@@ -258,7 +258,9 @@ def _for_pixels(recipe: Recipe, stages: Sequence[Stage], dataset: Dataset, free:
     taken = 0
     size = max((recipe.preprocess_of(stage) for stage in stages), key=lambda p: p.size)
     for part, photos in (("train", dataset.train), ("valid", dataset.valid)):
-        side = Making("train" if part == "train" else "valid", size, recipe.data.presize).side
+        side = PixelTransform(
+            "train" if part == "train" else "valid", size, recipe.data.presize
+        ).side
         rows = len(photos) * 3 * side**2
         taken += rows if rows <= SHARE * (free - taken) else 0
     return taken

@@ -13,7 +13,7 @@ from training.models.classifier import Classifier
 from training.run import checkpoint
 from training.run.checkpoint import BEST, CheckpointInfo
 from training.run.history import Epoch
-from training.utils.console import Say
+from training.utils.console import Log
 
 Rank = tuple[float, float]
 
@@ -39,15 +39,15 @@ def save(
 
 
 def finish(
-    folder: Path, dataset: Dataset, tta: TtaConfig, say: Say, device: str = "auto"
-) -> evaluate.Result:
+    folder: Path, dataset: Dataset, tta: TtaConfig, log: Log, device: str = "auto"
+) -> evaluate.EvaluationResult:
     """Score the best checkpoint in float32, as `fledge evaluate` does, and write that down."""
     result = evaluate.evaluate(
         folder,
         tta=tta if tta.count else None,
         data_folder=dataset.root,
         device=device,
-        say=say,
+        log=log,
     )
     description = (folder / BEST).with_suffix(".json")
     info = checkpoint.read_info(description)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from serving.errors import OptionError
 from training.config.schema import Recipe, Stage
 from training.models.classifier import Classifier
-from training.utils.device import undisturbed
+from training.utils.device import cuda_capture_lock
 
 REMEDY: Final = "use compile = false"
 
@@ -97,7 +97,7 @@ def captured(network: nn.Sequential, inputs: Tensor) -> Run:
     # Weights cast once and kept would be those of the recording for ever.
     autocast = torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False)
     try:
-        with undisturbed, autocast:
+        with cuda_capture_lock, autocast:
             torch.cuda.make_graphed_callables(
                 body, (inputs.detach().clone(),), allow_unused_input=True
             )

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from serving.errors import Diverged, WorkError
 from serving.utils.progress import progress_bar
 from training.activations import frozen_prefix
-from training.activations.loaders import TrainFeed
+from training.activations.loaders import TrainLoader
 from training.config.schema import Recipe, Stage
-from training.distributed.process_group import ALONE, Team, accumulating
+from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup, accumulating
 from training.engine import compile
 from training.models.classifier import Classifier
 from training.models.freezing import is_batchnorm
@@ -44,7 +44,7 @@ Batches = Iterable[Batch]
 
 
 def find_lr(
-    classifier: Classifier, stage: Stage, recipe: Recipe, feed: TrainFeed
+    classifier: Classifier, stage: Stage, recipe: Recipe, feed: TrainLoader
 ) -> lr_range_test.Curve:
     """Range test of a stage; leaves the classifier as it was.
 
@@ -60,14 +60,14 @@ def find_lr(
 
     def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-        return feed.team.overall(loss, len(labels))
+        return feed.process_group.overall(loss, len(labels))
 
     _prepare(feed, range(-(-config.steps // len(feed.sizes(recipe.batch_size)))))
     try:
         with progress_bar() as bar:
             task = bar.add_task(f"{stage.name} lr_find", total=config.steps)
             return lr_range_test.range_test(
-                feed.team.wrap(classifier.suffix),
+                feed.process_group.wrap(classifier.suffix),
                 trial,
                 endless(),
                 loss_of,
@@ -91,7 +91,7 @@ def train_epoch(
     stage: Stage,
     recipe: Recipe,
     optimizer: torch.optim.Optimizer,
-    feed: TrainFeed,
+    feed: TrainLoader,
     epoch: int,
     valid_losses: Sequence[float] = (),
     ema: Ema | None = None,
@@ -112,14 +112,14 @@ def train_epoch(
     Raises:
         WorkError: The loss is no number any more; names stage, epoch, step and rate.
     """
-    config, size, team = recipe.optimizer, recipe.batch_size, feed.team
+    config, size, process_group = recipe.optimizer, recipe.batch_size, feed.process_group
     sizes = feed.sizes(size)
     steps = -(-len(sizes) // config.accumulate)
     rows: list[Step] = []
     made: list[Tensor] = []
     seen: list[int] = []
     _prepare(feed, [epoch])  # before the bar: it shows one of its own
-    net = team.wrap(compile.suffix_of(classifier, stage, recipe))
+    net = process_group.wrap(compile.suffix_of(classifier, stage, recipe))
     classifier.train()
     with progress_bar() as bar:
         task = bar.add_task(f"{stage.name} {epoch + 1}/{stage.epochs}", total=steps)
@@ -130,8 +130,10 @@ def train_epoch(
                 stage, position, steps=steps, losses=valid_losses, momentum=config.momentum
             )
             optim.set_point(optimizer, point)
-            with feed.clock(STEPS):
-                made.append(_backward(net, group, feed.precision, recipe.label_smoothing, team))
+            with feed.timer(STEPS):
+                made.append(
+                    _backward(net, group, feed.precision, recipe.label_smoothing, process_group)
+                )
                 optim.step(optimizer, config)
                 if ema:
                     ema.update()
@@ -140,24 +142,24 @@ def train_epoch(
             rows.append(Step(stage.name, epoch + 1, number + 1, math.nan, momentum, rates))
             seen.append(sum(size for _, size in group))
             if len(made) % LOOK_EVERY == 0 or len(rows) == steps:
-                _look(rows, made, team)
+                _look(rows, made, process_group)
             bar.advance(task)
-    _share_statistics(classifier, ema, team)
+    _share_statistics(classifier, ema, process_group)
     losses = np.array([row.loss for row in rows])
     return float(losses @ seen / sum(seen)), rows
 
 
-def _prepare(feed: TrainFeed, epochs: Iterable[int]) -> None:
+def _prepare(feed: TrainLoader, epochs: Iterable[int]) -> None:
     """Have the kept views of these epochs computed, by all processes."""
     shared = feed.precision.device.type == "cpu"  # the first of a machine computes for all there
-    with feed.team.in_turn() if shared else nullcontext():
+    with feed.process_group.local_main_process_first() if shared else nullcontext():
         feed.prepare(epochs)
-    feed.team.meet()
+    feed.process_group.wait_for_everyone()
 
 
-def _look(rows: list[Step], made: list[Tensor], team: Team) -> None:
+def _look(rows: list[Step], made: list[Tensor], process_group: ProcessGroup) -> None:
     """Take the losses of the last steps from the device, which waits for it, and empty `made`."""
-    losses = team.mean(torch.stack(made)).tolist()
+    losses = process_group.mean(torch.stack(made)).tolist()
     for place, loss in enumerate(losses, len(rows) - len(made)):
         rows[place] = row = replace(rows[place], loss=loss)
         if not math.isfinite(loss):
@@ -175,7 +177,11 @@ def _groups(batches: Iterator[Sized], count: int) -> Iterator[list[Sized]]:
 
 
 def _backward(
-    net: nn.Module, batches: Sequence[Sized], precision: Precision, smoothing: float, team: Team
+    net: nn.Module,
+    batches: Sequence[Sized],
+    precision: Precision,
+    smoothing: float,
+    process_group: ProcessGroup,
 ) -> Tensor:
     """Gradients of the mean loss over all photos of the batches, of all processes.
 
@@ -190,7 +196,7 @@ def _backward(
             with precision.autocast():
                 logits = net(inputs)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-            weight = team.weight(len(labels), size) * (size / photos)
+            weight = process_group.weight(len(labels), size) * (size / photos)
             if weight != 1:
                 loss = loss * weight
             loss.backward()
@@ -199,26 +205,29 @@ def _backward(
 
 
 @torch.no_grad()
-def _share_statistics(classifier: Classifier, ema: Ema | None, team: Team) -> None:
+def _share_statistics(classifier: Classifier, ema: Ema | None, process_group: ProcessGroup) -> None:
     """Make moving BatchNorm statistics, and their averages, the mean of those of all processes.
 
     Once an epoch is enough: a step moves them by a linear rule, so the mean moves by it too.
     """
-    if team.size == 1:
+    if process_group.size == 1:
         return
     moving = [n for n, m in classifier.named_modules() if is_batchnorm(m) and m.training]
     names = [f"{n}.{what}" for n in moving for what in ("running_mean", "running_var")]
     groups = [classifier.state_dict(), *([ema.averages] if ema else [])]
     own = [group[name] for group in groups for name in names]
     if own:
-        means = team.mean(torch.cat(own))
+        means = process_group.mean(torch.cat(own))
         for values, mean in zip(own, means.split([len(v) for v in own]), strict=True):
             values.copy_(mean)
 
 
 @torch.inference_mode()
 def validate(
-    classifier: Classifier, valid: Batches, precision: Precision, team: Team = ALONE
+    classifier: Classifier,
+    valid: Batches,
+    precision: Precision,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[float, float]:
     """Accuracy and mean loss, over the batches of all processes; leaves it in eval mode."""
     classifier.eval()
@@ -235,5 +244,5 @@ def validate(
         right += (logits.argmax(dim=1) == labels).sum()
         seen += len(labels)
     own = torch.tensor([right.item(), loss.item(), seen], dtype=torch.float64)
-    all_right, all_loss, all_seen = team.total(own).tolist()
+    all_right, all_loss, all_seen = process_group.total(own).tolist()
     return all_right / all_seen, all_loss / all_seen

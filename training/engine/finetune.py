@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from serving.errors import DataError, OptionError
-from training.activations.cache import Activations
+from training.activations.cache import ActivationCache
 from training.config.schema import Recipe
 from training.data import dataset as data
-from training.distributed.process_group import ALONE, Team
+from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine import auto_batch_size, compile, plan
-from training.engine.stages import Run, go
+from training.engine.stages import Run, train
 from training.models.classifier import Classifier
 from training.pixels import decoded
 from training.report import report
@@ -20,10 +20,10 @@ from training.run import folder as run_folder
 from training.run import resume_state as state
 from training.run.resume_state import Position
 from training.utils import disk_cache
-from training.utils.console import Say
-from training.utils.console import say as say_aloud
+from training.utils.console import Log
+from training.utils.console import log_to_stderr as say_aloud
 from training.utils.precision import Precision, choose_precision
-from training.utils.timer import Clock
+from training.utils.timer import Timer
 
 
 def run(
@@ -34,8 +34,8 @@ def run(
     out: Path | None = None,
     device: str = "auto",
     cache_gb: float | None = None,
-    say: Say = say_aloud,
-    team: Team = ALONE,
+    log: Log = say_aloud,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
     """Fine-tune by `recipe` on the photos of `source`; returns the run's folder.
 
@@ -52,28 +52,30 @@ def run(
     Raises:
         FledgeError: Anything wrong with the request, before anything is written; a NaN loss.
     """
-    clock = Clock()
-    say = team.voice(say)
-    if team.leads:
+    timer = Timer()
+    log = process_group.on_main_process(log)
+    if process_group.is_main_process:
         run_folder.check_free(out)
-    precision = _precision(recipe, device, team)
-    with team.in_turn():  # the first one may have to fetch them
+    precision = _precision(recipe, device, process_group)
+    with process_group.local_main_process_first():  # the first one may have to fetch them
         dataset = data.load(source, split=split, config=recipe.data, seed=recipe.seed)
-    team.check_same({"the split of the photos": dataset.fingerprint})
-    classifier, pretrained = _classifier(recipe, len(dataset.classes), say, team)
+    process_group.check_same({"the split of the photos": dataset.fingerprint})
+    classifier, pretrained = _classifier(recipe, len(dataset.classes), log, process_group)
     stages = plan.stages_of(recipe, pretrained)
     plan.check(classifier, recipe, stages)
-    photos = decoded.Photos(dataset, recipe.data.presize, say, cache_gb)
-    with clock("decoding"), team.in_turn():
+    photos = decoded.Photos(dataset, recipe.data.presize, log, cache_gb)
+    with timer("decoding"), process_group.local_main_process_first():
         photos.at(recipe.preprocess_of(stages[0]))
     dataset = photos.dataset
-    team.check_same({"what can be read of the photos": dataset.fingerprint})
+    process_group.check_same({"what can be read of the photos": dataset.fingerprint})
     if dataset.unlabelled:
-        say(f"{len(dataset.unlabelled)} unlabelled photos: score them with fledge score")
+        log(f"{len(dataset.unlabelled)} unlabelled photos: score them with fledge score")
     if not pretrained and stages != plan.stages_of(recipe, True):
-        say("no trained weights: every stage trains the whole network, at one rate")
-    recipe = auto_batch_size.settle(recipe, classifier, stages, dataset, precision, say, team)
-    folder = team.decide(lambda: run_folder.claim(out, recipe.name))
+        log("no trained weights: every stage trains the whole network, at one rate")
+    recipe = auto_batch_size.settle(
+        recipe, classifier, stages, dataset, precision, log, process_group
+    )
+    folder = process_group.decide(lambda: run_folder.claim(out, recipe.name))
     begun = run_folder.Begun(
         source=dataset.source,
         root=str(dataset.root),
@@ -83,11 +85,15 @@ def run(
         device=device,
         versions=checkpoint.versions(),
     )
-    if team.leads:
+    if process_group.is_main_process:
         run_folder.begin(folder, recipe, dataset, begun)
     info = plan.info(recipe, dataset)
-    activations = Activations(photos, recipe, precision, disk_cache.room(cache_gb), say, clock)
-    return go(Run(recipe, stages, classifier, activations, folder, info, say, team=team))
+    activations = ActivationCache(
+        photos, recipe, precision, disk_cache.open_cache(cache_gb), log, timer
+    )
+    return train(
+        Run(recipe, stages, classifier, activations, folder, info, log, process_group=process_group)
+    )
 
 
 def resume(
@@ -96,8 +102,8 @@ def resume(
     device: str | None = None,
     root: Path | None = None,
     cache_gb: float | None = None,
-    say: Say = say_aloud,
-    team: Team = ALONE,
+    log: Log = say_aloud,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
     """Go on with a run that was killed or interrupted, from its last finished epoch.
 
@@ -113,21 +119,21 @@ def resume(
     Raises:
         DataError: No run there that got going, or its photos are no longer what they were.
     """
-    clock = Clock()
-    say = team.voice(say)
+    timer = Timer()
+    log = process_group.on_main_process(log)
     state_file = f"{run_folder.LAST}/{state.STATE}"
     names = (run_folder.RUN, run_folder.RECIPE, data.SPLIT, state_file)
-    with team.copied(folder, names) as kept:
+    with process_group.copied(folder, names) as kept:
         recipe, begun = run_folder.read(kept)
-        if team.decide(lambda: not (folder / run_folder.LAST).exists()):
-            if not team.decide(lambda: (folder / report.REPORT).exists()):
+        if process_group.decide(lambda: not (folder / run_folder.LAST).exists()):
+            if not process_group.decide(lambda: (folder / report.REPORT).exists()):
                 raise DataError(
                     f"--resume {folder}: its folder {run_folder.LAST}/ is gone, and the run had "
                     "not ended; start anew"
                 )
-            say(f"{folder} is finished already; next: fledge export {folder} --out bundle")
+            log(f"{folder} is finished already; next: fledge export {folder} --out bundle")
             return folder
-        precision = _precision(recipe, device or begun.device, team)
+        precision = _precision(recipe, device or begun.device, process_group)
         where = (root or Path(begun.root)).resolve()
         dataset = data.from_split_file(kept / data.SPLIT, where, begun.classes, begun.source)
         begin_again = not (kept / state_file).exists()
@@ -135,12 +141,12 @@ def resume(
             recipe.weights, recipe.weights
         )
         built = recipe.model_copy(update={"weights": weights if begin_again else "none"})
-        classifier, _ = _classifier(built, len(begun.classes), say, team)
-        found = state.load(kept / run_folder.LAST, precision.device, team.rank)
+        classifier, _ = _classifier(built, len(begun.classes), log, process_group)
+        found = state.load(kept / run_folder.LAST, precision.device, process_group.rank)
     stages = plan.stages_of(recipe, begun.pretrained)
     position, tensors = found or (Position(), {})
-    photos = decoded.Photos(dataset, recipe.data.presize, say, cache_gb)
-    with clock("decoding"), team.in_turn():
+    photos = decoded.Photos(dataset, recipe.data.presize, log, cache_gb)
+    with timer("decoding"), process_group.local_main_process_first():
         photos.at(recipe.preprocess_of(stages[min(position.stage, len(stages) - 1)]))
     if photos.dataset.fingerprint != begun.fingerprint:
         raise DataError(
@@ -149,48 +155,63 @@ def resume(
         )
     if found:
         classifier.load_state_dict(tensors.pop("model"))
-        say(f"{folder}: going on after {len(position.history)} finished epochs")
-        if position.processes != team.size:
-            say(
+        log(f"{folder}: going on after {len(position.history)} finished epochs")
+        if position.processes != process_group.size:
+            log(
                 f"warning: it was begun by {position.processes} processes and goes on by "
-                f"{team.size}: not to the same bits"
+                f"{process_group.size}: not to the same bits"
             )
-    activations = Activations(photos, recipe, precision, disk_cache.room(cache_gb), say, clock)
+    activations = ActivationCache(
+        photos, recipe, precision, disk_cache.open_cache(cache_gb), log, timer
+    )
     info = plan.info(recipe, dataset)
-    return go(
-        Run(recipe, stages, classifier, activations, folder, info, say, position, tensors, team)
+    return train(
+        Run(
+            recipe,
+            stages,
+            classifier,
+            activations,
+            folder,
+            info,
+            log,
+            position,
+            tensors,
+            process_group,
+        )
     )
 
 
-def _precision(recipe: Recipe, device: str, team: Team) -> Precision:
+def _precision(recipe: Recipe, device: str, process_group: ProcessGroup) -> Precision:
     """What the processes compute in, each where it is, once it is sure that they can do it.
 
     Raises:
         DataError: They have not all begun the same.
         OptionError: As `choose_precision`; a batch that is too small to be shared out.
     """
-    if 0 < recipe.batch_size < 2 * team.size:  # 0 is still to be found
+    if 0 < recipe.batch_size < 2 * process_group.size:  # 0 is still to be found
         raise OptionError(
-            f"batch_size = {recipe.batch_size}: it is shared out among {team.size} processes, 2 "
-            f"photos or more to each: use {2 * team.size} or more, or fewer processes"
+            f"batch_size = {recipe.batch_size}: it is shared out among {process_group.size} processes, 2 "
+            f"photos or more to each: use {2 * process_group.size} or more, or fewer processes"
         )
-    precision = choose_precision(device, recipe.precision, team.gpu)
-    compile.check(recipe, precision.device, team.size)
-    team.check_same(
+    precision = choose_precision(device, recipe.precision, process_group.gpu)
+    compile.check(recipe, precision.device, process_group.size)
+    process_group.check_same(
         {
             "the recipe": recipe.model_dump_json(),
             "the version of Python, torch or torchvision": str(checkpoint.versions()),
             "the kind of device": precision.device.type,
         }
     )
-    return replace(precision, dtype=team.decide(lambda: precision.dtype))
+    return replace(precision, dtype=process_group.decide(lambda: precision.dtype))
 
 
-def _classifier(recipe: Recipe, classes: int, say: Say, team: Team) -> tuple[Classifier, bool]:
+def _classifier(
+    recipe: Recipe, classes: int, log: Log, process_group: ProcessGroup
+) -> tuple[Classifier, bool]:
     """As `plan.build_classifier`; the weights are those that the process that leads has."""
-    own = recipe if team.leads else recipe.model_copy(update={"weights": "none"})
-    classifier, pretrained = plan.build_classifier(own, classes, say)
-    pretrained = team.decide(lambda: pretrained)
-    team.spread(classifier)
-    team.seed(recipe.seed)
+    own = recipe if process_group.is_main_process else recipe.model_copy(update={"weights": "none"})
+    classifier, pretrained = plan.build_classifier(own, classes, log)
+    pretrained = process_group.decide(lambda: pretrained)
+    process_group.broadcast_module(classifier)
+    process_group.seed(recipe.seed)
     return classifier, pretrained

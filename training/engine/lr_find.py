@@ -13,8 +13,8 @@ import torch
 
 from serving.errors import OptionError, WorkError
 from serving.utils.files import check_file
-from training.activations.cache import Activations
-from training.activations.loaders import TrainFeed, ValidFeed
+from training.activations.cache import ActivationCache
+from training.activations.loaders import TrainLoader, ValidLoader
 from training.activations.sharing import shares
 from training.config.schema import Recipe, Stage
 from training.data import dataset as data
@@ -27,15 +27,15 @@ from training.pixels import decoded
 from training.report import lr_plots
 from training.run import checkpoint
 from training.utils import disk_cache
-from training.utils.console import Say
-from training.utils.console import say as say_aloud
+from training.utils.console import Log
+from training.utils.console import log_to_stderr as say_aloud
 from training.utils.precision import Precision, choose_precision
 
 PICKS: Final = get_args(lr_range_test.Pick)
 
 
 @dataclass(frozen=True)
-class Trial:
+class LearningRateTrial:
     """What a short training with one suggestion came to.
 
     losses: of training and validation after it, NaN where it diverged; accuracy: a fraction of 1.
@@ -55,8 +55,8 @@ class _Bench:
     recipe: Recipe
     stage: Stage
     classifier: Classifier
-    feed: TrainFeed
-    held_out: ValidFeed
+    feed: TrainLoader
+    held_out: ValidLoader
     precision: Precision
 
 
@@ -71,8 +71,8 @@ def lr_find(
     device: str = "auto",
     compare: int | None = None,
     cache_gb: float | None = None,
-    say: Say = say_aloud,
-) -> tuple[lr_range_test.Curve, list[Trial]]:
+    log: Log = say_aloud,
+) -> tuple[lr_range_test.Curve, list[LearningRateTrial]]:
     """Range test of one stage of a recipe; nothing is kept but the picture.
 
     Args:
@@ -93,13 +93,13 @@ def lr_find(
     if out and out.suffix.lower() != ".png":
         raise OptionError(f"--out {out}: use a name that ends in .png")
     check_file(out or Path("lr_find.png"))
-    bench = _bench(recipe, source, split, stage, start, device, cache_gb, say)
+    bench = _bench(recipe, source, split, stage, start, device, cache_gb, log)
     name = bench.stage.name
     curve = trainer.find_lr(bench.classifier, bench.stage, bench.recipe, bench.feed)
     picked = curve.pick(recipe.lr_find.pick)
     path = out or Path(f"lr_find-{name}.png")
     lr_plots.lr_find(curve, path, f"lr_find before {name}", recipe.lr_find.pick)
-    say(f"{path}: the curve; recipe value: stage.{name}.lr={picked:.2e} ({recipe.lr_find.pick})")
+    log(f"{path}: the curve; recipe value: stage.{name}.lr={picked:.2e} ({recipe.lr_find.pick})")
     return curve, [] if compare is None else list(_trials(bench, curve, compare))
 
 
@@ -111,12 +111,12 @@ def _bench(
     start: Path | None,
     device: str,
     cache_gb: float | None,
-    say: Say,
+    log: Log,
 ) -> _Bench:
     precision = choose_precision(device, recipe.precision)
     compile.check(recipe, precision.device)
     dataset = data.load(source, split=split, config=recipe.data, seed=recipe.seed)
-    classifier, pretrained = plan.build_classifier(recipe, len(dataset.classes), say)
+    classifier, pretrained = plan.build_classifier(recipe, len(dataset.classes), log)
     stages = plan.stages_of(recipe, pretrained)
     plan.check(classifier, recipe, stages)
     stage = next((s for s in stages if s.name == name), stages[0] if name is None else None)
@@ -132,11 +132,11 @@ def _bench(
                 f"--from {start} does not fit: {_differs(info, plan.info(recipe, dataset))}"
             ) from None
     elif stage is not stages[0]:
-        say(f"warning: the stages before {stage.name} have not been trained; start with --from")
-    recipe = auto_batch_size.settle(recipe, classifier, stages, dataset, precision, say)
-    photos = decoded.Photos(dataset, recipe.data.presize, say, cache_gb)
+        log(f"warning: the stages before {stage.name} have not been trained; start with --from")
+    recipe = auto_batch_size.settle(recipe, classifier, stages, dataset, precision, log)
+    photos = decoded.Photos(dataset, recipe.data.presize, log, cache_gb)
     classifier.to(precision.device).to(memory_format=torch.channels_last)
-    activations = Activations(photos, recipe, precision, disk_cache.room(cache_gb), say)
+    activations = ActivationCache(photos, recipe, precision, disk_cache.open_cache(cache_gb), log)
     (share,) = shares(classifier, recipe, [stage])
     feed, held_out = activations.feeds(classifier, stage, share)
     return _Bench(recipe, stage, classifier, feed, held_out, precision)
@@ -161,14 +161,14 @@ def _plain(value: object) -> str:
     return "none" if value is None else json.dumps(value).strip('"')
 
 
-def _trials(bench: _Bench, curve: lr_range_test.Curve, epochs: int) -> Iterator[Trial]:
+def _trials(bench: _Bench, curve: lr_range_test.Curve, epochs: int) -> Iterator[LearningRateTrial]:
     """Train the stage for some epochs from the same start with each suggestion."""
     brief = bench.stage.model_copy(
         update={"cycles": 1, "cycle_len": epochs, "cycle_mult": 1.0, "patience": 0}
     )
     weights = copy.deepcopy(bench.classifier.state_dict())
     nan = float("nan")
-    tried: dict[float, Trial] = {}
+    tried: dict[float, LearningRateTrial] = {}
     for pick in PICKS:
         lr = curve.pick(pick)
         if lr in tried:  # suggestions past minimum / 10 are cut to it
@@ -187,8 +187,8 @@ def _trials(bench: _Bench, curve: lr_range_test.Curve, epochs: int) -> Iterator[
                     bench.classifier, bench.held_out, bench.precision
                 )
                 losses.append(valid_loss)
-            tried[lr] = Trial(pick, lr, train_loss, valid_loss, accuracy)
+            tried[lr] = LearningRateTrial(pick, lr, train_loss, valid_loss, accuracy)
         except WorkError:  # the rate was too large: that is what is to be shown
-            tried[lr] = Trial(pick, lr, nan, nan, nan)
+            tried[lr] = LearningRateTrial(pick, lr, nan, nan, nan)
         yield tried[lr]
     bench.classifier.load_state_dict(weights)

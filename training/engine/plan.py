@@ -11,7 +11,7 @@ from training.models import backbones
 from training.models import classifier as model
 from training.optim import optimizer as optim
 from training.run import checkpoint
-from training.utils.console import Say
+from training.utils.console import Log
 
 
 def stages_of(recipe: Recipe, pretrained: bool) -> list[Stage]:
@@ -64,7 +64,7 @@ def check(classifier: model.Classifier, recipe: Recipe, stages: list[Stage]) -> 
         optim.build(classifier, recipe.optimizer, stage, 1.0 if stage.lr == "find" else stage.lr)
 
 
-def build_classifier(recipe: Recipe, classes: int, say: Say) -> tuple[model.Classifier, bool]:
+def build_classifier(recipe: Recipe, classes: int, log: Log) -> tuple[model.Classifier, bool]:
     """The recipe's network, and whether its body comes with trained weights.
 
     Sets the random state by the recipe's seed.
@@ -81,7 +81,7 @@ def build_classifier(recipe: Recipe, classes: int, say: Say) -> tuple[model.Clas
     try:
         return build("imagenet"), True
     except DataError as error:
-        say(f"warning: weights = 'auto': {error}; training from scratch")
+        log(f"warning: weights = 'auto': {error}; training from scratch")
         return build("none"), False
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from serving.errors import Diverged, WorkError
-from training.activations.cache import Activations
-from training.activations.loaders import TrainFeed, ValidFeed
-from training.activations.sharing import Share, shares
+from training.activations.cache import ActivationCache
+from training.activations.loaders import TrainLoader, ValidLoader
+from training.activations.sharing import SharedPrefix, shares
 from training.config.schema import Recipe, Stage
 from training.distributed import torchrun
-from training.distributed.process_group import ALONE, Team
+from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine import best_checkpoint, plan
 from training.engine import epoch as loop
 from training.evaluation import evaluate
@@ -29,10 +29,10 @@ from training.run import checkpoint
 from training.run import folder as run_folder
 from training.run import resume_state as state
 from training.run.history import Epoch
-from training.run.metric_log import Journal, read_steps
+from training.run.metric_log import MetricLog, read_steps
 from training.run.resume_state import Position
-from training.utils.console import Say
-from training.utils.console import say as say_aloud
+from training.utils.console import Log
+from training.utils.console import log_to_stderr as say_aloud
 from training.utils.precision import Precision
 
 
@@ -47,13 +47,13 @@ class Run:
     recipe: Recipe
     stages: list[Stage]
     classifier: model.Classifier
-    activations: Activations
+    activations: ActivationCache
     folder: Path
     info: checkpoint.CheckpointInfo
-    say: Say
+    log: Log
     position: Position = field(default_factory=Position)
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    team: Team = ALONE
+    process_group: ProcessGroup = SINGLE_PROCESS
     saved: int = 0
 
     @property
@@ -62,7 +62,7 @@ class Run:
         return self.activations.precision
 
 
-def go(run: Run) -> Path:
+def train(run: Run) -> Path:
     """Train what is left of a run, score its best checkpoint, write its report; its folder.
 
     Of several processes all train, and the one that leads does the rest.
@@ -70,17 +70,17 @@ def go(run: Run) -> Path:
     Raises:
         WorkError: A loss that is no number, a full disk; the run can be resumed.
     """
-    recipe, position, clock = run.recipe, run.position, run.activations.clock
+    recipe, position, timer = run.recipe, run.position, run.activations.timer
     dataset = run.activations.photos.dataset
-    run.say(
+    run.log(
         f"{len(dataset.classes)} classes, {len(dataset.train)} photos to train on, "
         f"{len(dataset.valid)} to validate; {recipe.arch} at {recipe.preprocess.size} px on "
         f"{run.precision.device.type}, {str(run.precision.dtype).removeprefix('torch.')}"
-        + (f", {run.team.size} processes" if run.team.size > 1 else "")
+        + (f", {run.process_group.size} processes" if run.process_group.size > 1 else "")
     )
-    position.processes, run.saved = run.team.size, len(position.history)
+    position.processes, run.saved = run.process_group.size, len(position.history)
     run.classifier.to(run.precision.device).to(memory_format=torch.channels_last)
-    journal = Journal(run.folder, position.history) if run.team.leads else None
+    journal = MetricLog(run.folder, position.history) if run.process_group.is_main_process else None
     ema = Ema(run.classifier, recipe.optimizer.ema) if recipe.optimizer.ema else None
     if ema and "ema" in run.tensors:
         ema.load(run.tensors["ema"])
@@ -88,13 +88,13 @@ def go(run: Run) -> Path:
         shared = shares(run.classifier, recipe, run.stages)
         while position.stage < len(run.stages):
             _stage(run, shared[position.stage], journal, ema)
-        run.team.leave()
-        if not run.team.leads:
+        run.process_group.leave()
+        if not run.process_group.is_main_process:
             return run.folder
-        with clock("scoring the best"):
-            result = best_checkpoint.finish(run.folder, dataset, recipe.tta, run.say)
-        with clock("report"):
-            report.write(run.folder, say=run.say, tta=recipe.tta, result=result)
+        with timer("scoring the best"):
+            result = best_checkpoint.finish(run.folder, dataset, recipe.tta, run.log)
+        with timer("report"):
+            report.write(run.folder, log=run.log, tta=recipe.tta, result=result)
     except (KeyboardInterrupt, OSError, WorkError) as error:
         _tell_how_to_go_on(run, error)
         raise
@@ -106,9 +106,9 @@ def go(run: Run) -> Path:
     run_folder.point_latest(run.folder)
     accuracy, loss = evaluate.score(result.plain, result.labels)
     views = f", {result.accuracy:.2%} over {result.views} views" if result.views > 1 else ""
-    seconds = clock.read()
-    run.say("seconds: " + ", ".join(f"{what} {spent:.1f}" for what, spent in seconds.items()))
-    run.say(
+    seconds = timer.read()
+    run.log("seconds: " + ", ".join(f"{what} {spent:.1f}" for what, spent in seconds.items()))
+    run.log(
         f"{run.folder}: validation accuracy {accuracy:.2%} (loss {loss:.4f}){views} in float32 "
         f"after {sum(seconds.values()):.0f} s; look at {run.folder / report.REPORT}; "
         f"next: fledge export {run.folder} --out bundle"
@@ -117,48 +117,50 @@ def go(run: Run) -> Path:
 
 
 def _tell_how_to_go_on(run: Run, error: BaseException) -> None:
-    if not run.team.first_to_fail():
+    if not run.process_group.first_to_fail():
         return
     why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
-    say = run.say if run.team.leads else say_aloud
-    way = "" if run.team.size == 1 else "torchrun … -m "
+    log = run.log if run.process_group.is_main_process else say_aloud
+    way = "" if run.process_group.size == 1 else "torchrun … -m "
     kept = "1 finished epoch is" if run.saved == 1 else f"{run.saved} finished epochs are"
     if isinstance(error, Diverged):
-        say(f"{why}: {kept} kept in {run.folder}; start anew with a lower rate")
+        log(f"{why}: {kept} kept in {run.folder}; start anew with a lower rate")
     else:
-        say(f"{why}: {kept} kept; go on with: {way}fledge train --resume {run.folder}")
+        log(f"{why}: {kept} kept; go on with: {way}fledge train --resume {run.folder}")
 
 
-def _feeds(run: Run, share: Share, ema: Ema | None) -> tuple[TrainFeed, ValidFeed]:
+def _feeds(run: Run, share: SharedPrefix, ema: Ema | None) -> tuple[TrainLoader, ValidLoader]:
     """The batches of the stage in progress, of the same views in all processes."""
-    position, team = run.position, run.team
+    position, process_group = run.position, run.process_group
 
-    def feeds(views: int | None) -> tuple[TrainFeed, ValidFeed]:
+    def feeds(views: int | None) -> tuple[TrainLoader, ValidLoader]:
         stage = run.stages[position.stage]
-        with team.in_turn():  # the first of a machine decodes for all there
+        with (
+            process_group.local_main_process_first()
+        ):  # the first of a machine decodes for all there
             return run.activations.feeds(
                 run.classifier, stage, share, position.first_view, views, ema
             )
 
     feed, held_out = feeds(position.views)
-    position.views = views = team.decide(lambda: feed.views)
-    if team.any(feed.views != views):  # process 0 has more room for them, or less
+    position.views = views = process_group.decide(lambda: feed.views)
+    if process_group.any(feed.views != views):  # process 0 has more room for them, or less
         feed, held_out = feeds(views)
-    feed.team = held_out.team = team
+    feed.process_group = held_out.process_group = process_group
     return feed, held_out
 
 
-def _stage(run: Run, share: Share, journal: Journal | None, ema: Ema | None) -> None:
+def _stage(run: Run, share: SharedPrefix, journal: MetricLog | None, ema: Ema | None) -> None:
     """Train one stage, from wherever it stands, and step on to the next."""
     recipe, classifier, position = run.recipe, run.classifier, run.position
-    clock = run.activations.clock
+    timer = run.activations.timer
     stage = run.stages[position.stage]
     feed, held_out = _feeds(run, share, ema)
-    if run.team.size > 1 and run.precision.device.type == "cuda":
+    if run.process_group.size > 1 and run.precision.device.type == "cuda":
         torchrun.sync_batchnorms(classifier)
     lr = stage.lr if stage.lr != "find" else position.lr
     if lr is None:
-        with clock("lr_find"):
+        with timer("lr_find"):
             lr = position.lr = _find_lr(run, stage, feed)
     optimizer = optim.build(classifier, recipe.optimizer, stage, lr)
     if "optimizer" in run.tensors:
@@ -173,8 +175,10 @@ def _stage(run: Run, share: Share, journal: Journal | None, ema: Ema | None) -> 
             classifier, stage, recipe, optimizer, feed, position.epoch, losses, ema
         )
         with averaged():
-            with clock("validation"):
-                accuracy, valid_loss = loop.validate(classifier, held_out, run.precision, run.team)
+            with timer("validation"):
+                accuracy, valid_loss = loop.validate(
+                    classifier, held_out, run.precision, run.process_group
+                )
             if not math.isfinite(valid_loss):
                 raise Diverged(
                     f"stage {stage.name}: the validation loss is {valid_loss} after epoch "
@@ -189,8 +193,8 @@ def _stage(run: Run, share: Share, journal: Journal | None, ema: Ema | None) -> 
             if best_checkpoint.rank(row) > position.best:
                 position.best = best_checkpoint.rank(row)
                 preprocess = recipe.preprocess_of(stage)
-                with clock("saving"):
-                    if run.team.leads:
+                with timer("saving"):
+                    if run.process_group.is_main_process:
                         best_checkpoint.save(run.folder, row, classifier, run.info, preprocess)
         position.history.append(row)
         if journal:
@@ -206,7 +210,7 @@ def _stage(run: Run, share: Share, journal: Journal | None, ema: Ema | None) -> 
         kept = run.tensors.pop("kept_ema", {})
         if ema and kept:
             ema.load(kept)
-    if run.team.leads:
+    if run.process_group.is_main_process:
         with averaged():
             info = replace(
                 run.info, preprocess=recipe.preprocess_of(stage), metrics={"stage": stage.name}
@@ -217,8 +221,8 @@ def _stage(run: Run, share: Share, journal: Journal | None, ema: Ema | None) -> 
         position.first_view += position.views or stage.epochs
         position.views = None
     position.stage, position.epoch, position.lr = position.stage + 1, 0, None
-    if run.team.leads:
-        with clock("report"):
+    if run.process_group.is_main_process:
+        with timer("report"):
             picture = run.folder / "schedule.png"
             lr_plots.schedule(
                 lr_plots.rows(read_steps(run.folder)), picture, f"{recipe.name}: as run"
@@ -226,14 +230,14 @@ def _stage(run: Run, share: Share, journal: Journal | None, ema: Ema | None) -> 
     _save(run, ema, None)
 
 
-def _find_lr(run: Run, stage: Stage, feed: TrainFeed) -> float:
+def _find_lr(run: Run, stage: Stage, feed: TrainLoader) -> float:
     curve = loop.find_lr(run.classifier, stage, run.recipe, feed)
     pick = run.recipe.lr_find.pick
-    picked = run.team.decide(lambda: curve.pick(pick))
-    if run.team.leads:
+    picked = run.process_group.decide(lambda: curve.pick(pick))
+    if run.process_group.is_main_process:
         path = run.folder / f"lr_find-{stage.name}.png"
         lr_plots.lr_find(curve, path, f"lr_find before {stage.name}", pick)
-    run.say(
+    run.log(
         f"{stage.name:>8}  lr_find: {picked:.2e} ({pick}; steepest "
         f"{curve.steepest:.2e}, minimum {curve.minimum:.2e})"
     )
@@ -248,17 +252,17 @@ def _save(run: Run, ema: Ema | None, optimizer: torch.optim.Optimizer | None) ->
     if optimizer:
         groups["optimizer"] = state.of_optimizer(optimizer)
     groups.update({key: run.tensors[key] for key in ("kept", "kept_ema") if key in run.tensors})
-    with run.activations.clock("saving"):
-        own = state.random_state(run.precision.device, run.team.rank)
-        groups[state.RANDOM] = run.team.gather(own)
-        if run.team.leads:
+    with run.activations.timer("saving"):
+        own = state.random_state(run.precision.device, run.process_group.rank)
+        groups[state.RANDOM] = run.process_group.gather(own)
+        if run.process_group.is_main_process:
             state.save(run.folder / run_folder.LAST, run.position, groups)
         run.saved = len(run.position.history)
 
 
 def _tell(run: Run, row: Epoch) -> None:
     mark = "  best" if best_checkpoint.rank(row) == run.position.best else ""
-    run.say(
+    run.log(
         f"{row.stage:>8} {row.epoch:>3}  lr {row.lr:.2e}  train {row.train_loss:.4f}  "
         f"valid {row.valid_loss:.4f}  accuracy {row.accuracy:.2%}  {row.seconds:.1f} s{mark}"
     )

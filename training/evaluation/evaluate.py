@@ -30,10 +30,10 @@ from training.evaluation.metrics import Labels, Probabilities
 from training.evaluation.tta import combine, draw, fixed_views, random_views
 from training.models.classifier import normalise
 from training.pixels.rows import ahead
-from training.pixels.transform import Making
+from training.pixels.transform import PixelTransform
 from training.run import checkpoint
 from training.run import dataset as run_dataset
-from training.utils.console import say as say_aloud
+from training.utils.console import log_to_stderr as say_aloud
 from training.utils.device import filled
 from training.utils.precision import choose_precision
 
@@ -42,7 +42,7 @@ BATCH = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
+class EvaluationResult:
     """The answers asked for, and how good they are.
 
     accuracy: fraction of 1; loss: mean cross-entropy in nats; photos and views counted.
@@ -95,8 +95,8 @@ def evaluate(
     tta: TtaConfig | None = None,
     data_folder: Path | None = None,
     device: str = "auto",
-    say: Callable[[str], None] = say_aloud,
-) -> Result:
+    log: Callable[[str], None] = say_aloud,
+) -> EvaluationResult:
     """Score a run's checkpoint on its own validation (or test) photos.
 
     Args:
@@ -117,10 +117,10 @@ def evaluate(
     where = choose_precision(device, "fp32").device
     classifier, info = checkpoint.load(run)
     network = frozen_prefix.fused(classifier.to(where).eval())
-    making = Making("train", info.preprocess, recipe.data.presize) if recipe else None
+    making = PixelTransform("train", info.preprocess, recipe.data.presize) if recipe else None
     dataset = run_dataset.of_run(run, data_folder, "")
     if data.changed(info.data, dataset):
-        say(f"warning: the photos in {dataset.root} are not all as they were when {run} was made")
+        log(f"warning: the photos in {dataset.root} are not all as they were when {run} was made")
     samples: Sequence[data.Sample] = getattr(dataset, part)
     if not samples:
         raise DataError(f"{run} has no {part} photos")
@@ -130,7 +130,7 @@ def evaluate(
     by_view: list[Probabilities] = []  # [V, n, C] of each batch
     with progress_bar() as bar:
         task = bar.add_task(f"{part} photos", total=len(samples))
-        for batch in _batches(samples, info.preprocess, views, making, say):
+        for batch in _batches(samples, info.preprocess, views, making, log):
             # View by view, so that the plain view meets the same batches as without TTA.
             rows = [
                 softmax(logits_of(network, pixels, info.preprocess).numpy())
@@ -144,7 +144,7 @@ def evaluate(
     stacked = np.concatenate(by_view, axis=1)
     plain, labels = stacked[0], np.array([sample.label for sample in kept], np.int64)
     averaged = combine(stacked, tta.average, tta.plain_weight) if tta else plain
-    return Result(
+    return EvaluationResult(
         *score(averaged, labels),
         photos=len(kept),
         views=len(stacked),
@@ -167,7 +167,7 @@ def recipe_of(run: Path) -> Recipe:
     return config.read(checkpoint.folder_of(run) / "recipe.toml")
 
 
-def write_csv(result: Result, path: Path) -> None:
+def write_csv(result: EvaluationResult, path: Path) -> None:
     """Write a row for every photo: path below the data folder, label, predicted, probability."""
     best = result.probabilities.argmax(axis=1)
     with (
@@ -202,8 +202,8 @@ def _batches(
     samples: Sequence[data.Sample],
     preprocess: Preprocess,
     views: Sequence[View],
-    whole_by: Making | None,
-    say: Callable[[str], None],
+    whole_by: PixelTransform | None,
+    log: Callable[[str], None],
 ) -> Iterator[_Batch]:
     """Read photos, `BATCH` readable ones at a time; name those that are not."""
 
@@ -229,7 +229,7 @@ def _batches(
     with closing(ahead(read, samples, BATCH)) as results:  # while the network works on
         for sample, made in zip(samples, results, strict=True):
             if isinstance(made, ImageError):
-                say(f"skipped {sample.path}: {made}")
+                log(f"skipped {sample.path}: {made}")
                 continue
             waiting.append((sample, made))
             if len(waiting) == BATCH:

@@ -47,7 +47,7 @@ def confusion(predicted: Labels, labels: Labels, classes: int) -> Labels:
     return pairs.reshape(classes, classes).astype(np.int64)
 
 
-class Pair(NamedTuple):
+class ConfusedPair(NamedTuple):
     """A class, what it was taken for, and how many photos were."""
 
     actual: int
@@ -55,9 +55,13 @@ class Pair(NamedTuple):
     photos: int
 
 
-def most_confused(matrix: Labels, at_most: int) -> list[Pair]:
+def most_confused(matrix: Labels, at_most: int) -> list[ConfusedPair]:
     """The pairs of classes that are confused most, most first; equals in the order of classes."""
-    wrong = [Pair(int(i), int(j), int(matrix[i, j])) for i, j in np.argwhere(matrix > 0) if i != j]
+    wrong = [
+        ConfusedPair(int(i), int(j), int(matrix[i, j]))
+        for i, j in np.argwhere(matrix > 0)
+        if i != j
+    ]
     return sorted(wrong, key=lambda pair: -pair.photos)[:at_most]
 
 

@@ -69,7 +69,7 @@ def build(arch: str, arch_args: Mapping[str, Any], given: str = "none") -> Backb
     return _cut(body, family, arch_args)
 
 
-def hollow(arch: str, arch_args: Mapping[str, Any]) -> Backbone:
+def build_on_meta(arch: str, arch_args: Mapping[str, Any]) -> Backbone:
     """As `build`, on the meta device: shapes without numbers, in no time; errors likewise."""
     family = family_of(arch)
     with _ShapesOnly():
@@ -100,7 +100,7 @@ def check_size(
             change += f": {family.sizes}" if family.sizes else ""
             raise OptionError(f"{wrong}use {made_for} ({change})")
         return
-    body = hollow(arch, arch_args).body
+    body = build_on_meta(arch, arch_args).body
     if _takes(body, size):
         return
     low, high = size, made_for

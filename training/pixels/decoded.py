@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from serving.errors import DataError, WorkError
 from serving.imaging.preprocess import Preprocess
 from training.data.dataset import MAX_BROKEN, Dataset
-from training.pixels.part import Part, PixelSet
-from training.pixels.rows import Streamed
-from training.pixels.transform import Making
+from training.pixels.part import PixelPart, PixelSet
+from training.pixels.rows import StreamingRows
+from training.pixels.transform import PixelTransform
 from training.utils import disk_cache
 
 __all__ = ["Photos", "PixelSet", "decode"]
@@ -34,12 +34,12 @@ class Photos:
         self,
         dataset: Dataset,
         presize: float,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         cache_gb: float | None = None,
     ) -> None:
         """Nothing is decoded yet; all as `decode`. A wrong `cache_gb` is refused here."""
         disk_cache.wanted(cache_gb)
-        self.dataset, self._presize, self._say, self._cache_gb = dataset, presize, say, cache_gb
+        self.dataset, self._presize, self._say, self._cache_gb = dataset, presize, log, cache_gb
         self._preprocess: Preprocess | None = None
         self._sets: tuple[PixelSet, PixelSet] | None = None
 
@@ -61,7 +61,7 @@ def decode(
     dataset: Dataset,
     preprocess: Preprocess,
     presize: float,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     cache_gb: float | None = None,
 ) -> tuple[Dataset, PixelSet, PixelSet]:
     """Decode the training and the validation part, or find them decoded.
@@ -81,11 +81,11 @@ def decode(
         OptionError: As `cache.wanted`.
         WorkError: The disk is full.
     """
-    room = disk_cache.room(cache_gb)
+    room = disk_cache.open_cache(cache_gb)
     started = time.perf_counter()
     parts = (
-        Part(dataset.train, Making("train", preprocess, presize), say),
-        Part(dataset.valid, Making("valid", preprocess, presize), say),
+        PixelPart(dataset.train, PixelTransform("train", preprocess, presize), log),
+        PixelPart(dataset.valid, PixelTransform("valid", preprocess, presize), log),
     )
     names = {part.making.name for part in parts}
     left, refused = room.budget, False
@@ -98,30 +98,30 @@ def decode(
                 if not refused:
                     why = f"can't be used: {error.strerror or error}"
                     where = f"the cache {disk_cache.shown(room.folder)}"
-                    say(f"warning: {where} {why}; decoded photos go to a temporary file")
+                    log(f"warning: {where} {why}; decoded photos go to a temporary file")
                 refused = True
                 part.keep_aside()
             left -= part.size
         if part.rows is None:
             part.stream()
-    say(_told(parts, None if refused else room, time.perf_counter() - started))
+    log(_told(parts, None if refused else room, time.perf_counter() - started))
     broken = {path: reason for part in parts for path, reason in part.broken.items()}
     if broken:
         for path, reason in broken.items():
-            say(f"skipped {path}: {reason}")
+            log(f"skipped {path}: {reason}")
         total = len(dataset.train) + len(dataset.valid)
         worst = f"{len(broken)} of {total} photos can't be read, as {next(iter(broken))}"
         if len(broken) > MAX_BROKEN * total:
             raise DataError(f"{worst}: more than {MAX_BROKEN:.0%}; mend or remove them")
-        say(f"warning: {worst}; going on without them")
+        log(f"warning: {worst}; going on without them")
         dataset = dataset.without(broken)
     return dataset, parts[0].set(), parts[1].set()
 
 
-def _told(parts: Sequence[Part], room: disk_cache.Room | None, seconds: float) -> str:
+def _told(parts: Sequence[PixelPart], room: disk_cache.DiskCache | None, seconds: float) -> str:
     """What was done, in a line; `room` where rows can be kept."""
     photos, fresh = sum(len(part.good) for part in parts), sum(part.fresh for part in parts)
-    streamed = [part for part in parts if isinstance(part.rows, Streamed)]
+    streamed = [part for part in parts if isinstance(part.rows, StreamingRows)]
     stream = sum(len(part.good) for part in streamed)
     words = [f"{photos:,} photos"]
     if photos > stream + fresh:

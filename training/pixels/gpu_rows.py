@@ -15,8 +15,8 @@ from torch import Tensor
 from training.pixels.part import PixelSet
 from training.pixels.rows import AHEAD, Rows
 from training.utils import device, disk_cache
-from training.utils.console import Say
-from training.utils.device import Lane, Sent, upload
+from training.utils.console import Log
+from training.utils.device import DeviceCopier, Sent, upload
 
 SHARE: Final = 0.5
 """Of the GPU's free memory, that a part's rows may take: the rest is for training."""
@@ -25,11 +25,11 @@ CHUNK: Final = 64 * 2**20
 """Bytes that are copied at a time while rows move to the GPU."""
 
 
-class Resident:
+class GpuRows:
     """Rows that lie on the device, copied there once."""
 
-    def __init__(self, rows: Rows, where: torch.device, lane: Lane | None = None) -> None:
-        """Copy them, in pieces; `lane` as `device.lane` unless given.
+    def __init__(self, rows: Rows, where: torch.device, lane: DeviceCopier | None = None) -> None:
+        """Copy them, in pieces; `lane` as `device.device_copier` unless given.
 
         Raises:
             torch.OutOfMemoryError: They don't fit.
@@ -38,7 +38,7 @@ class Resident:
         self._pixels = torch.empty(count, *first.shape[1:], dtype=first.dtype, device=where)
         step = max(CHUNK // max(first.nbytes, 1), 1)
         parts = [slice(start, start + step) for start in range(0, count, step)]
-        with closing(Prefetched(rows, where, lane).batches(parts)) as pieces:
+        with closing(PrefetchedRows(rows, where, lane).batches(parts)) as pieces:
             for part, piece in zip(parts, pieces, strict=True):
                 self._pixels[part].copy_(piece)
 
@@ -57,12 +57,12 @@ class Resident:
             yield self[index]
 
 
-class Prefetched:
+class PrefetchedRows:
     """Rows that a thread takes and sends to the device while the batches before are at work."""
 
-    def __init__(self, rows: Rows, where: torch.device, lane: Lane | None = None) -> None:
-        """rows: on the CPU; `lane` as `device.lane` unless given."""
-        self._rows, self._lane = rows, lane or device.lane(where)
+    def __init__(self, rows: Rows, where: torch.device, lane: DeviceCopier | None = None) -> None:
+        """rows: on the CPU; `lane` as `device.device_copier` unless given."""
+        self._rows, self._lane = rows, lane or device.device_copier(where)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -110,7 +110,7 @@ def placed(
     part: PixelSet,
     name: str,
     where: torch.device,
-    say: Say,
+    log: Log,
     free: Callable[[torch.device], int] = device.free,
 ) -> PixelSet:
     """The part with its rows where the device reaches them best; on the CPU they stay.
@@ -127,14 +127,14 @@ def placed(
     size, room = len(part) * part.pixels[:1].nbytes, int(SHARE * free(where))
     if size <= room:
         try:
-            near = replace(part, pixels=Resident(part.pixels, where))
+            near = replace(part, pixels=GpuRows(part.pixels, where))
         except torch.OutOfMemoryError:
             room = 0
         else:
-            say(f"pixels: {len(part):,} {name} photos lie on the GPU: {disk_cache.gigabytes(size)}")
+            log(f"pixels: {len(part):,} {name} photos lie on the GPU: {disk_cache.gigabytes(size)}")
             return near
-    say(
+    log(
         f"pixels: {len(part):,} {name} photos are copied to the GPU batch by batch: their "
         f"{disk_cache.gigabytes(size)} are more than {SHARE:.0%} of what it has free"
     )
-    return replace(part, pixels=Prefetched(part.pixels, where))
+    return replace(part, pixels=PrefetchedRows(part.pixels, where))

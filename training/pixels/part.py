@@ -17,9 +17,18 @@ from serving.errors import ImageError, WorkError
 from serving.imaging.preprocess import Pixels
 from serving.utils.progress import progress_bar
 from training.data.dataset import Sample
-from training.pixels.rows import Mapped, Result, Rows, Streamed, ahead, content, digest_of, read
-from training.pixels.store import Listed, Pack, Writer, in_file, reserve
-from training.pixels.transform import Making
+from training.pixels.rows import (
+    MemmapRows,
+    Result,
+    Rows,
+    StreamingRows,
+    ahead,
+    content,
+    digest_of,
+    read,
+)
+from training.pixels.store import PixelStore, PixelWriter, StoreIndex, in_file, reserve
+from training.pixels.transform import PixelTransform
 from training.utils import disk_cache
 
 
@@ -43,7 +52,7 @@ class PixelSet:
 
 
 @dataclass
-class Part:
+class PixelPart:
     """The photos of a part, on their way to rows.
 
     digests: of each photo; those that broke keep none. broken: why. fresh: how many were decoded to
@@ -51,8 +60,8 @@ class Part:
     """
 
     samples: Sequence[Sample]
-    making: Making
-    say: Callable[[str], None]
+    making: PixelTransform
+    log: Callable[[str], None]
     digests: list[bytes] = field(default_factory=list)
     broken: dict[Path, str] = field(default_factory=dict)
     fresh: int = 0
@@ -82,13 +91,13 @@ class Part:
 
         self.digests = list(self._each("reading", one, range(len(self.samples))))
 
-    def keep(self, room: disk_cache.Room, names: set[str]) -> None:
+    def keep(self, room: disk_cache.DiskCache, names: set[str]) -> None:
         """Rows from the cache, filled where some are missing; undone where there is no room left.
 
         Raises:
             OSError: The cache can't be written.
         """
-        pack = Pack(room.folder / self.making.name, self.making.side)
+        pack = PixelStore(room.folder / self.making.name, self.making.side)
         listed = pack.read()
         if self._missing(listed.rows):
             with disk_cache.held(pack.folder, str(self.making), self._wait):
@@ -97,7 +106,9 @@ class Part:
             disk_cache.touch(pack.folder)
             self._cut(listed)
 
-    def _grow(self, pack: Pack, listed: Listed, room: disk_cache.Room, names: set[str]) -> Listed:
+    def _grow(
+        self, pack: PixelStore, listed: StoreIndex, room: disk_cache.DiskCache, names: set[str]
+    ) -> StoreIndex:
         """Add the missing rows; where room is short, what other photos left in the pack goes."""
         with room.alone():
             more = len({self.digests[i] for i in self._missing(listed.rows)})
@@ -105,7 +116,7 @@ class Part:
             wasted = len(listed.rows) + more - self.size // pack.row_bytes
             if not room.make_room(needed, names) and wasted:
                 pack.begin_anew()
-                listed, more = Listed(), self.size // pack.row_bytes
+                listed, more = StoreIndex(), self.size // pack.row_bytes
                 needed = self.size
             # The other part's rows may go: they are open already.
             if not room.make_room(needed, {self.making.name}):
@@ -116,7 +127,7 @@ class Part:
         return pack.read()
 
     def _wait(self) -> None:
-        self.say(f"pixels: another run decodes {self.making}: waiting for it")
+        self.log(f"pixels: another run decodes {self.making}: waiting for it")
 
     def keep_aside(self) -> None:
         """Rows in a file without a name, which the system takes back however this process ends.
@@ -133,12 +144,12 @@ class Part:
                     f"decoded photos need {self.size / 1e9:.1f} GB in {tempfile.gettempdir()}: "
                     f"{error.strerror or error}; free some, set TMPDIR, or use --cache-gb 0"
                 ) from error
-            writer = Writer(file, None, 3 * self.making.side**2, {}, [])
+            writer = PixelWriter(file, None, 3 * self.making.side**2, {}, [])
             self._fill(writer)
             pixels = in_file(file, len(writer.rows), self.making.side)
-            self._cut(Listed(pixels, writer.rows, np.array(writer.aspect, np.float32)))
+            self._cut(StoreIndex(pixels, writer.rows, np.array(writer.aspect, np.float32)))
 
-    def _fill(self, writer: Writer) -> None:
+    def _fill(self, writer: PixelWriter) -> None:
         """Decode the photos that have no row, in parallel; those that break are noted."""
         missing = self._missing(writer.rows)
 
@@ -162,10 +173,10 @@ class Part:
     def _missing(self, rows: dict[bytes, int]) -> list[int]:
         return [i for i in self.good if self.digests[i] not in rows]
 
-    def _cut(self, listed: Listed) -> None:
+    def _cut(self, listed: StoreIndex) -> None:
         rows = np.array([listed.rows[self.digests[i]] for i in self.good], np.int64)
         self.aspect = torch.from_numpy(listed.aspect[rows])
-        self.rows = Mapped(listed.pixels, rows)
+        self.rows = MemmapRows(listed.pixels, rows)
 
     def stream(self) -> None:
         """Rows that are not kept; every photo is decoded once to find those that are broken."""
@@ -189,7 +200,7 @@ class Part:
         self.aspect = torch.tensor(aspect, dtype=torch.float32)
         paths = [self.samples[i].path for i in self.good]
         digests = [self.digests[i] for i in self.good]
-        self.rows = Streamed(paths, digests, self.making, background)
+        self.rows = StreamingRows(paths, digests, self.making, background)
 
     def _each(
         self, what: str, function: Callable[[int], Result], photos: Sequence[int]

@@ -47,7 +47,7 @@ class Rows(Protocol):
         ...
 
 
-class Mapped:
+class MemmapRows:
     """Rows of a file, which the system reads as they are asked for and may forget again."""
 
     def __init__(self, pixels: Pixels, rows: npt.NDArray[np.int64]) -> None:
@@ -67,7 +67,7 @@ class Mapped:
             yield self[index]
 
 
-class Streamed:
+class StreamingRows:
     """Rows that are decoded each time, in parallel and ahead; nothing is kept."""
 
     def __init__(

@@ -37,7 +37,7 @@ _PRIMES: Final = np.array([3, 5, 7, 11, 13], np.uint32)
 
 
 @dataclass(frozen=True)
-class Listed:
+class StoreIndex:
     """What a pack holds.
 
     pixels: uint8 [rows, S, S, 3], a view of the file. rows: a photo's digest -> its row. aspect:
@@ -53,11 +53,11 @@ class Listed:
 
 
 @dataclass
-class Writer:
+class PixelWriter:
     """Adds rows behind those that are there.
 
     file: open to write. index: takes the records; None where nobody else will read them. row_bytes:
-    of a row. rows, aspect: as `Listed`, and grow.
+    of a row. rows, aspect: as `StoreIndex`, and grow.
     """
 
     file: BinaryIO
@@ -106,7 +106,7 @@ class Writer:
 
 
 @dataclass(frozen=True)
-class Pack:
+class PixelStore:
     """The rows of one way of making pixels. folder: an entry of the cache; side: S, in pixels."""
 
     folder: Path
@@ -117,7 +117,7 @@ class Pack:
         """Of one photo."""
         return 3 * self.side**2
 
-    def read(self) -> Listed:
+    def read(self) -> StoreIndex:
         """What is there now; nothing where anything is damaged.
 
         Raises:
@@ -127,7 +127,7 @@ class Pack:
             data = (self.folder / "index").read_bytes()
             header = _HEADER.match(data)
             if not header:
-                return Listed()
+                return StoreIndex()
             path = self.folder / f"rows-{header[1].decode()}.bin"
             # A writer that was killed may have left a part of a record at the end.
             count = (len(data) - _HEADER_BYTES) // _RECORD.itemsize
@@ -135,15 +135,15 @@ class Pack:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size < count * self.row_bytes or (_checks(records) != records["check"]).any():
-                    return Listed()
+                    return StoreIndex()
                 pixels = in_file(file, count, self.side)
         except FileNotFoundError:
-            return Listed()
+            return StoreIndex()
         digests = (digest.tobytes() for digest in records["digest"])
         rows = {digest: row for row, digest in enumerate(digests)}
-        return Listed(pixels, rows, records["aspect"].astype(np.float32), path, size)
+        return StoreIndex(pixels, rows, records["aspect"].astype(np.float32), path, size)
 
-    def room_needed(self, listed: Listed, more: int) -> int:
+    def room_needed(self, listed: StoreIndex, more: int) -> int:
         """Bytes by which the file grows when `more` rows are added."""
         return max(0, (len(listed.rows) + more) * self.row_bytes - listed.size)
 
@@ -158,7 +158,7 @@ class Pack:
             if old != path:
                 old.unlink()
 
-    def writer(self, listed: Listed, more: int) -> Writer:
+    def writer(self, listed: StoreIndex, more: int) -> PixelWriter:
         """Go on behind `listed`, as read by who holds the entry, with room for `more` rows.
 
         Raises:
@@ -173,7 +173,7 @@ class Pack:
         index.truncate(_HEADER_BYTES + len(listed.rows) * _RECORD.itemsize)
         index.seek(0, os.SEEK_END)
         file = listed.path.open("r+b")
-        writer = Writer(file, index, self.row_bytes, dict(listed.rows), listed.aspect.tolist())
+        writer = PixelWriter(file, index, self.row_bytes, dict(listed.rows), listed.aspect.tolist())
         try:
             reserve(file, end + more * self.row_bytes, self.folder)
         except OSError:

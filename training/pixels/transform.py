@@ -22,7 +22,7 @@ _LIBRARIES: Final = (
 )
 
 
-PIXELS: Final = 1
+PIXELS_VERSION: Final = 1
 """Version of the pixels. Raise it when a change to decoding, to the image policy, to `Preprocess`
 or to `squeeze` changes any pixel; `test_cache_versions.py` fails until then."""
 
@@ -33,7 +33,7 @@ def squeeze(image: Image.Image, side: int) -> Pixels:
 
 
 @dataclass(frozen=True)
-class Making:
+class PixelTransform:
     """How the photos of a part become pixels: all that decides them, besides the photo.
 
     presize: side of training photos in image sizes; those of validation have the image size.
@@ -73,4 +73,4 @@ def _decoder() -> list[str]:
     """Versions of our own rules and of the libraries: another one is another decoder."""
     known = {*features.modules, *features.codecs, *features.features}
     versions = [f"{name} {features.version(name)}" for name in _LIBRARIES if name in known]
-    return [f"format {FORMAT}", f"pixels {PIXELS}", platform.machine(), *versions]
+    return [f"format {FORMAT}", f"pixels {PIXELS_VERSION}", platform.machine(), *versions]

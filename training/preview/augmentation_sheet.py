@@ -14,7 +14,7 @@ from serving.imaging.preprocess import Pixels, Preprocess
 from serving.utils.files import write_aside
 from training.augmentation import transforms
 from training.config.sections import AugmentConfig
-from training.pixels.transform import Making
+from training.pixels.transform import PixelTransform
 
 COLUMNS: Final = 5
 TILE: Final = 192  # pixels
@@ -51,7 +51,7 @@ def write(
         ImageError: The photo can't be read.
     """
     image = decode.read(photo, background=preprocess.background).image
-    making = Making("train", preprocess, presize)
+    making = PixelTransform("train", preprocess, presize)
     tiles = [preprocess(image), *_draws(image, config, making, draws, seed)]
     sheet = _lay_out(tiles, "marked: the photo as validation sees it", describe(config))
     with write_aside(path) as aside:
@@ -59,7 +59,7 @@ def write(
 
 
 def _draws(
-    image: Image.Image, config: AugmentConfig, making: Making, count: int, seed: int
+    image: Image.Image, config: AugmentConfig, making: PixelTransform, count: int, seed: int
 ) -> Pixels:
     """uint8 [count, size, size, 3], made as training makes them."""
     whole = making(image).copy()  # torch takes no read-only array

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from serving.utils.files import write_aside
-from training.preview.scan import UNLABELLED, Look
+from training.preview.scan import UNLABELLED, PhotoStats
 
 COLOURS: Final = {
     "train": "#33658a",
@@ -23,7 +23,7 @@ COLOURS: Final = {
 _NAMED: Final = 120  # more classes than that can't be read anyway
 
 
-def draw(looks: Sequence[Look], classes: Sequence[str], path: Path) -> None:
+def draw(looks: Sequence[PhotoStats], classes: Sequence[str], path: Path) -> None:
     """Write a PNG: photos by class and part, width against height, and short sides."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -42,7 +42,7 @@ def draw(looks: Sequence[Look], classes: Sequence[str], path: Path) -> None:
         figure.savefig(aside, dpi=110, format="png")
 
 
-def _bars(axes: Any, looks: Sequence[Look], classes: Sequence[str]) -> None:
+def _bars(axes: Any, looks: Sequence[PhotoStats], classes: Sequence[str]) -> None:
     """Stacked bars; the first class on top."""
     counts = Counter((look.label, look.part) for look in looks)
     left = np.zeros(len(classes), np.int64)
@@ -66,7 +66,7 @@ def _bars(axes: Any, looks: Sequence[Look], classes: Sequence[str]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _scatter(axes: Any, looks: Sequence[Look]) -> None:
+def _scatter(axes: Any, looks: Sequence[PhotoStats]) -> None:
     for part, colour in COLOURS.items():
         sizes = Counter((look.width, look.height) for look in looks if look.part == part)
         if sizes:
@@ -87,7 +87,7 @@ def _scatter(axes: Any, looks: Sequence[Look]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _histogram(axes: Any, looks: Sequence[Look]) -> None:
+def _histogram(axes: Any, looks: Sequence[PhotoStats]) -> None:
     low, high = _range(looks)
     bins = np.geomspace(low, high, 41) if _is_wide(low, high) else np.linspace(0, high, 41)
     axes.set_xscale("log" if _is_wide(low, high) else "linear")
@@ -101,7 +101,7 @@ def _histogram(axes: Any, looks: Sequence[Look]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _range(looks: Sequence[Look]) -> tuple[int, int]:
+def _range(looks: Sequence[PhotoStats]) -> tuple[int, int]:
     """The sides that are drawn: all but the odd 1 % that are more than twice as far as the rest."""
     short = sorted(look.short for look in looks) or [1]
     long = sorted(max(look.width, look.height) for look in looks) or [1]

@@ -43,7 +43,7 @@ def describe(recipe: Recipe) -> list[str]:
     """
     size = recipe.preprocess.size
     backbones.check_size(recipe.arch, recipe.arch_args, size)
-    backbone = backbones.hollow(recipe.arch, recipe.arch_args)
+    backbone = backbones.build_on_meta(recipe.arch, recipe.arch_args)
     family = backbones.family_of(recipe.arch)
     rows = [("unfreeze", "layer", "kind", "parameters", f"output at {size}")]
     outputs = backbones.outputs(backbone.body, size)
@@ -72,7 +72,7 @@ def stages(recipe: Recipe) -> list[str]:
         OptionError: As `backbones.build`, `heads.pooling` and `freeze.decide`.
     """
     pool = heads.pooling(recipe.head, recipe.arch, backbones.family_of(recipe.arch).pooled)
-    backbone = backbones.hollow(recipe.arch, recipe.arch_args)
+    backbone = backbones.build_on_meta(recipe.arch, recipe.arch_args)
     head = heads.build(recipe.head, backbone.width, CLASSES).to("meta")
     classifier = Classifier(backbone.body, backbone.groups, pool, head)
     rows = [("stage", "trains", "parameters", "BatchNorms", "kept outputs of the frozen part")]

@@ -16,7 +16,7 @@ from training.data import dataset as data
 from training.data import layouts, torchvision_sets
 from training.data.splits import PARTS
 from training.preview import figure
-from training.preview.scan import UNLABELLED, Look, hints, oddities, survey, twins
+from training.preview.scan import UNLABELLED, PhotoStats, duplicates, hints, oddities, survey
 
 PICTURE: Final = "preview.png"
 AUGMENTED: Final = "augment.png"
@@ -95,7 +95,7 @@ def _why_broken(photo: Path) -> str:
 
 
 def report(
-    dataset: data.Dataset, looks: Sequence[Look], size: int, bare: Sequence[str] = ()
+    dataset: data.Dataset, looks: Sequence[PhotoStats], size: int, bare: Sequence[str] = ()
 ) -> Iterator[str]:
     """The lines for a person.
 
@@ -121,7 +121,7 @@ def report(
     for name, found in oddities(looks):
         yield ""
         yield from _some(f"{name}: {len(found)}", (_line(look, dataset.root) for look in found))
-    groups = twins(looks)
+    groups = duplicates(looks)
     if groups:
         yield ""
         lines = (
@@ -139,7 +139,7 @@ def report(
         yield "nothing to mend"
 
 
-def _counts(looks: Sequence[Look], classes: Sequence[str]) -> Iterator[str]:
+def _counts(looks: Sequence[PhotoStats], classes: Sequence[str]) -> Iterator[str]:
     """The table of photos by class and part."""
     counts = Counter((look.label, look.part) for look in looks)
     every = Counter(look.part for look in looks)
@@ -179,12 +179,12 @@ def _some(title: str, lines: Iterable[str]) -> Iterator[str]:
         yield f"  and {len(every) - _SHOWN} more"
 
 
-def _line(look: Look, root: Path) -> str:
+def _line(look: PhotoStats, root: Path) -> str:
     what = look.error or f"{look.width} x {look.height} {look.mode}"
     return f"  {_name(look, root)}  {look.size / 1e3:.1f} kB  {what}"
 
 
-def _name(look: Look, root: Path) -> str:
+def _name(look: PhotoStats, root: Path) -> str:
     return _plain(str(look.path.relative_to(root)))
 
 

@@ -36,7 +36,7 @@ _FEW: Final = 10
 
 
 @dataclass(frozen=True)
-class Look:
+class PhotoStats:
     """One photo as it was found.
 
     part: of `PARTS`, or "unlabelled". label: "" where it has none. size: of the file, in bytes.
@@ -67,7 +67,7 @@ class Look:
         return max(self.width, self.height) / max(self.short, 1)
 
 
-def survey(dataset: Dataset) -> list[Look]:
+def survey(dataset: Dataset) -> list[PhotoStats]:
     """Look at every photo, in the order of the parts; broken ones are looks with an `error`."""
     photos = [
         (path, part, dataset.classes[label])
@@ -78,40 +78,40 @@ def survey(dataset: Dataset) -> list[Look]:
     pool = ThreadPoolExecutor(cores())
     try:
         with progress_bar() as bar:
-            looks = pool.map(look, *zip(*photos, strict=True))
+            looks = pool.map(photo_stats, *zip(*photos, strict=True))
             return list(bar.track(looks, total=len(photos), description="looking"))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def look(path: Path, part: str, label: str) -> Look:
+def photo_stats(path: Path, part: str, label: str) -> PhotoStats:
     """Decode one photo and describe it."""
     try:
         data = images.read_bytes(path)
     except OSError as error:
-        return Look(path, part, label, 0, error=error.strerror or str(error))
+        return PhotoStats(path, part, label, 0, error=error.strerror or str(error))
     try:
         image = images.decode(data).image
     except ImageError as error:
-        return Look(path, part, label, len(data), error=str(error))
+        return PhotoStats(path, part, label, len(data), error=str(error))
     mode = Image.open(io.BytesIO(data), formats=images.FORMATS).mode
     digest = hashlib.blake2b(b"%d %d " % image.size, digest_size=16)
     digest.update(image.tobytes())
     small = np.asarray(image.resize((48, 48), Image.Resampling.BOX), np.int16)
     grey = int((small.max(axis=2) - small.min(axis=2)).max()) <= _GREY
-    return Look(path, part, label, len(data), *image.size, mode, grey, digest.digest())
+    return PhotoStats(path, part, label, len(data), *image.size, mode, grey, digest.digest())
 
 
-def twins(looks: Iterable[Look]) -> list[list[Look]]:
+def duplicates(looks: Iterable[PhotoStats]) -> list[list[PhotoStats]]:
     """Groups of photos with the very same pixels, in the order of their first."""
-    groups: dict[bytes, list[Look]] = {}
+    groups: dict[bytes, list[PhotoStats]] = {}
     for one in looks:
         if one.digest:
             groups.setdefault(one.digest, []).append(one)
     return [group for group in groups.values() if len(group) > 1]
 
 
-ODD: Final[Mapping[str, Callable[[Look], bool]]] = {
+ODD: Final[Mapping[str, Callable[[PhotoStats], bool]]] = {
     "can't be read": lambda one: bool(one.error),
     f"short side below {TINY} px": lambda one: not one.error and one.short < TINY,
     f"longer than {LONG:g} : 1": lambda one: not one.error and one.stretch > LONG,
@@ -122,7 +122,7 @@ ODD: Final[Mapping[str, Callable[[Look], bool]]] = {
 """What makes a photo strange, by name. Grey ones are told as such, whatever their mode."""
 
 
-def oddities(looks: Sequence[Look]) -> Iterator[tuple[str, list[Look]]]:
+def oddities(looks: Sequence[PhotoStats]) -> Iterator[tuple[str, list[PhotoStats]]]:
     """(what is strange, the photos), the strangest first, for everything that there is any of."""
     for name, is_odd in ODD.items():
         found = [one for one in looks if is_odd(one)]
@@ -131,9 +131,9 @@ def oddities(looks: Sequence[Look]) -> Iterator[tuple[str, list[Look]]]:
             yield name, found
 
 
-def hints(looks: Sequence[Look], classes: Sequence[str], size: int) -> Iterator[str]:
+def hints(looks: Sequence[PhotoStats], classes: Sequence[str], size: int) -> Iterator[str]:
     """What one should know before training at `size` pixels; each a line, most urgent first."""
-    groups = twins(looks)
+    groups = duplicates(looks)
     for part, other in itertools.combinations(PARTS, 2):
         leaked = sum(
             sum(one.part == other for one in group)

@@ -21,7 +21,7 @@ DOTS: Final = 60
 _MOST: Final = 1e100  # further out, the differences of two numbers overflow
 
 
-class Line(NamedTuple):
+class Series(NamedTuple):
     """A curve: its points, its name in the legend, and the name of its colour on the page."""
 
     points: Sequence[tuple[float, float]]
@@ -37,7 +37,7 @@ def text(value: str) -> str:
 
 
 def lines(
-    curves: Sequence[Line],
+    curves: Sequence[Series],
     title: str,
     *,
     bounds: Sequence[tuple[float, str]] = (),

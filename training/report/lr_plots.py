@@ -27,7 +27,7 @@ STYLE: Final[Any] = {
 }
 
 
-class Row(NamedTuple):
+class RateRow(NamedTuple):
     """A step of a run as it was taken.
 
     epoch: position since the stage began. rates: of each group, the head's last. momentum: or
@@ -84,11 +84,11 @@ def lr_find(curve: Curve, path: Path, title: str, picked: Pick) -> None:
         figure.legend(loc="outside lower left", frameon=False)
 
 
-def rows(steps: Sequence[Step]) -> list[Row]:
+def rows(steps: Sequence[Step]) -> list[RateRow]:
     """The steps of a run, in the order in which they were taken, as `schedule` draws them."""
     of_epoch = Counter((step.stage, step.epoch) for step in steps)
     return [
-        Row(
+        RateRow(
             step.stage,
             step.epoch - 1 + (step.step - 1) / of_epoch[step.stage, step.epoch],
             step.lr,
@@ -98,7 +98,7 @@ def rows(steps: Sequence[Step]) -> list[Row]:
     ]
 
 
-def schedule(taken: Sequence[Row], path: Path, title: str) -> None:
+def schedule(taken: Sequence[RateRow], path: Path, title: str) -> None:
     """Draw the rate of every group at every step taken, the stages side by side.
 
     The axis is logarithmic where the groups' largest rates differ by more than 30 times. Momentum
@@ -154,12 +154,12 @@ def schedule(taken: Sequence[Row], path: Path, title: str) -> None:
             figure.legend(loc="outside lower left", ncols=2, frameon=False)
 
 
-def _by_group(rows: Sequence[Row]) -> list[list[float]]:
+def _by_group(rows: Sequence[RateRow]) -> list[list[float]]:
     """Rows of a stage -> the rates of each group, step by step."""
     return [list(rates) for rates in zip(*(row.rates for row in rows), strict=True)]
 
 
-def _epochs(rows: Sequence[Row]) -> int:
+def _epochs(rows: Sequence[RateRow]) -> int:
     """Epochs of a stage, the last one whole."""
     return max(1, math.ceil(rows[-1].epoch + 1e-6))
 

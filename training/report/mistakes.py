@@ -14,10 +14,10 @@ from serving.errors import ImageError
 from serving.imaging import decode as images
 from serving.imaging.preprocess import Preprocess
 from training.evaluation import metrics
-from training.evaluation.evaluate import Result
+from training.evaluation.evaluate import EvaluationResult
 from training.report import charts
 from training.report.charts import text
-from training.utils.console import Say
+from training.utils.console import Log
 
 THUMBNAIL: Final = 176
 """Side of a photo on the page, in pixels."""
@@ -27,7 +27,7 @@ CLASSES: Final = 40
 """Classes that a confusion matrix can show."""
 
 
-def section(result: Result, preprocess: Preprocess, say: Say) -> str:
+def section(result: EvaluationResult, preprocess: Preprocess, log: Log) -> str:
     """Where the answers go wrong, as HTML; photos that can't be read any more are named."""
     probabilities, labels = result.probabilities, result.labels
     predicted = probabilities.argmax(axis=1)
@@ -62,19 +62,19 @@ def section(result: Result, preprocess: Preprocess, say: Say) -> str:
 <h2>Where it goes wrong</h2>
 <p class="soft">{wrong:,} of {result.photos:,} photos are wrong. {look if wrong else ""}</p>
 <h3>Worst mistakes</h3>
-{_gallery(preprocess, result, worst, say) if wrong else none}
+{_gallery(preprocess, result, worst, log) if wrong else none}
 <h3>Confused most</h3>
 {table if pairs else none}
 <h3>Confusion matrix{some}</h3>
 <figure class="card"><div class="wide">{heat}</div>
 <figcaption>Down: what the photo is. Across: what it was taken for.</figcaption></figure>
 <h3>Right, but unsure</h3>
-{_gallery(preprocess, result, unsure, say) if len(unsure) else "<p>None: no photo is right.</p>"}
+{_gallery(preprocess, result, unsure, log) if len(unsure) else "<p>None: no photo is right.</p>"}
 </section>
 """
 
 
-def name_of(result: Result, label: int) -> str:
+def name_of(result: EvaluationResult, label: int) -> str:
     """A class's name as HTML, kept apart from the direction of the text around it."""
     return f"<bdi>{text(result.classes[label])}</bdi>"
 
@@ -86,7 +86,9 @@ def _most_involved(matrix: metrics.Labels) -> metrics.Labels:
     return np.sort(order[:CLASSES])
 
 
-def _gallery(preprocess: Preprocess, result: Result, chosen: metrics.Labels, say: Say) -> str:
+def _gallery(
+    preprocess: Preprocess, result: EvaluationResult, chosen: metrics.Labels, log: Log
+) -> str:
     loss = metrics.losses(result.probabilities, result.labels)
     figures = []
     for index in chosen:
@@ -97,7 +99,7 @@ def _gallery(preprocess: Preprocess, result: Result, chosen: metrics.Labels, say
         try:
             picture = _thumbnail(path, preprocess)
         except ImageError as error:
-            say(f"skipped {path}: {error}")
+            log(f"skipped {path}: {error}")
             continue
         name = path.name
         cost = "" if said == label else f"<small>loss {loss[index]:.2f}</small>"

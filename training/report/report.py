@@ -11,12 +11,12 @@ from serving.errors import OptionError
 from serving.utils.files import write_aside
 from training.config.sections import TtaConfig
 from training.evaluation import metrics
-from training.evaluation.evaluate import Result, evaluate, recipe_of
+from training.evaluation.evaluate import EvaluationResult, evaluate, recipe_of
 from training.report import charts, mistakes, training_curves
 from training.report.charts import text
 from training.run import checkpoint
 from training.run.checkpoint import CheckpointInfo
-from training.utils.console import Say
+from training.utils.console import Log
 
 REPORT: Final = "report.html"
 """Of a run's best checkpoint; that of another one bears its name, as `report-head.html`."""
@@ -38,11 +38,11 @@ _PARTS: Final = {
 def write(
     run: Path,
     *,
-    say: Say,
+    log: Log,
     part: str = "valid",
     tta: TtaConfig | None = None,
     data_folder: Path | None = None,
-    result: Result | None = None,
+    result: EvaluationResult | None = None,
     device: str = "auto",
 ) -> Path:
     """Write `report.html` into a run's folder; returns its path.
@@ -67,13 +67,13 @@ def write(
     info = checkpoint.read_info(weights.with_suffix(".json"))
     stage = "" if weights.name == checkpoint.BEST else weights.stem
     if result is None:
-        result = evaluate(run, part=part, tta=tta, data_folder=data_folder, device=device, say=say)
+        result = evaluate(run, part=part, tta=tta, data_folder=data_folder, device=device, log=log)
     sections = (
         _headline(folder, info, result, part, tta, stage),
-        mistakes.section(result, info.preprocess, say),
+        mistakes.section(result, info.preprocess, log),
         _classes(result),
         _calibration(result),
-        training_curves.section(folder, say),
+        training_curves.section(folder, log),
         _recipe(folder, info, result, stage),
     )
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
@@ -92,7 +92,7 @@ def write(
     return path
 
 
-def tta_of(run: Path, say: Say) -> TtaConfig:
+def tta_of(run: Path, log: Log) -> TtaConfig:
     """The test-time augmentation of a run's recipe; the default where that can't be read."""
     checkpoint.read_info(
         checkpoint.find(run).with_suffix(".json")
@@ -100,14 +100,14 @@ def tta_of(run: Path, say: Say) -> TtaConfig:
     try:
         return recipe_of(run).tta
     except OptionError as error:
-        say(f"warning: {error}; taking the default [tta]")
+        log(f"warning: {error}; taking the default [tta]")
         return TtaConfig()
 
 
 def _headline(
     folder: Path,
     info: CheckpointInfo,
-    result: Result,
+    result: EvaluationResult,
     part: str,
     tta: TtaConfig | None,
     stage: str,
@@ -158,11 +158,11 @@ would likely land between {low:.1%} and {high:.1%}.{kinds}</figcaption></figure>
 """
 
 
-def _broken(result: Result) -> str:
+def _broken(result: EvaluationResult) -> str:
     return f" Left out, gone or broken: {result.broken} photos." if result.broken else ""
 
 
-def _classes(result: Result) -> str:
+def _classes(result: EvaluationResult) -> str:
     def figures(probabilities: metrics.Probabilities) -> metrics.PerClass:
         matrix = metrics.confusion(probabilities.argmax(axis=1), result.labels, len(result.classes))
         return metrics.per_class(matrix)
@@ -199,7 +199,7 @@ def _share(share: float) -> str:
     return f'<td style="--share:{share:.1%}">{share:.1%}</td>'
 
 
-def _calibration(result: Result) -> str:
+def _calibration(result: EvaluationResult) -> str:
     found = metrics.calibration(result.probabilities, result.labels)
     mean = float(result.probabilities.max(axis=1).mean())
     loss = metrics.log_loss(result.probabilities, result.labels)
@@ -228,7 +228,7 @@ and how often they are right, in ten bins (Guo et al., 2017). The log loss is th
 """
 
 
-def _recipe(folder: Path, info: CheckpointInfo, result: Result, stage: str) -> str:
+def _recipe(folder: Path, info: CheckpointInfo, result: EvaluationResult, stage: str) -> str:
     best = f"{info.metrics.get('stage', '?')} {info.metrics.get('epoch', '?')}"
     facts = {
         "network": info.arch,

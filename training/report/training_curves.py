@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from training.report import charts
-from training.report.charts import Line, text
-from training.utils.console import Say
+from training.report.charts import Series, text
+from training.utils.console import Log
 
 POINTS: Final = 400
 """Points of the curve of batch losses, each a mean of its neighbours."""
@@ -28,18 +28,18 @@ class _Epoch(NamedTuple):
     seconds: float
 
 
-def section(folder: Path, say: Say) -> str:
+def section(folder: Path, log: Log) -> str:
     """Losses, accuracy, the schedule and lr_find, as HTML; what is not there is left out."""
     figures = [*_curves(folder)]
     schedule = folder / "schedule.png"
     if schedule.is_file():
         figures += _picture(
-            schedule, "Learning rates", "Every step's rate and momentum, as run.", say
+            schedule, "Learning rates", "Every step's rate and momentum, as run.", log
         )
     for path in sorted(folder.glob("lr_find-*.png"), key=lambda path: path.stat().st_mtime):
         stage = path.stem.removeprefix("lr_find-")
         words = "The loss while the rate changes. The rate at the minimum is a trap: far too large."
-        figures += _picture(path, f"lr_find before {stage}", words, say)
+        figures += _picture(path, f"lr_find before {stage}", words, log)
     if not figures:
         return ""
     return f"""<section>
@@ -66,14 +66,14 @@ def _curves(folder: Path) -> Iterator[str]:
         if i + 1 == len(epochs) or epochs[i + 1].stage != epoch.stage
     ]
 
-    def curve(name: str, shown: str, colour: str) -> Line:
+    def curve(name: str, shown: str, colour: str) -> Series:
         points = [(float(i + 1), getattr(epoch, name)) for i, epoch in enumerate(epochs)]
-        return Line(points, shown, colour)
+        return Series(points, shown, colour)
 
     losses = [curve("train_loss", "training", "first"), curve("valid_loss", "validation", "second")]
     batches = _batches(folder, epochs)
     if batches:
-        losses.insert(0, Line(batches, "batches", "faint", 1.5))
+        losses.insert(0, Series(batches, "batches", "faint", 1.5))
     yield _card(
         "Loss",
         charts.lines(losses, "Training and validation loss of every epoch", bounds=bounds),
@@ -100,14 +100,14 @@ def _card(title: str, picture: str, words: str) -> str:
     )
 
 
-def _picture(path: Path, title: str, words: str, say: Say) -> Iterator[str]:
+def _picture(path: Path, title: str, words: str, log: Log) -> Iterator[str]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        say(f"skipped {path}: {error.strerror or error}")
+        log(f"skipped {path}: {error.strerror or error}")
         return
     if len(content) > PICTURE_BYTES:
-        say(f"skipped {path}: {len(content):,} bytes are too many for the report")
+        log(f"skipped {path}: {len(content):,} bytes are too many for the report")
         return
     address = "data:image/png;base64," + base64.b64encode(content).decode()
     yield _card(title, f'<img src="{address}" alt="{text(title)}">', words)

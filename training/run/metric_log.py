@@ -16,7 +16,7 @@ METRICS: Final = "metrics.csv"
 STEPS: Final = "steps.csv"
 
 
-class Journal:
+class MetricLog:
     """metrics.csv, steps.csv and the TensorBoard events of a run's folder."""
 
     def __init__(self, folder: Path, history: Sequence[Epoch]) -> None:

@@ -9,11 +9,11 @@ from typing import Final
 MOST: Final = 5
 """Wrong lines of a table that are told at once."""
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 """Takes lines for a person."""
 
 
-def say(line: str) -> None:
+def log_to_stderr(line: str) -> None:
     """One line for a person, on stderr; stdout is for results."""
     print(line, file=sys.stderr, flush=True)
 

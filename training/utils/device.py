@@ -15,7 +15,7 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 
-undisturbed: Final = threading.Lock()
+cuda_capture_lock: Final = threading.Lock()
 """Held while a CUDA graph is recorded, which what another thread asks of the GPU would end."""
 
 
@@ -62,7 +62,7 @@ Sent = tuple[Tensor, torch.Event | None]
 """A tensor that is on its way, and what tells that it is there."""
 
 
-class Lane(Protocol):
+class DeviceCopier(Protocol):
     """A way to the device: one thread sends, another one receives."""
 
     def send(self, tensor: Tensor) -> Sent:
@@ -74,15 +74,15 @@ class Lane(Protocol):
         ...
 
 
-class Standing:
+class CpuCopy:
     """No way to go: the CPU's own tensors."""
 
     def send(self, tensor: Tensor) -> Sent:
-        """As `Lane`."""
+        """As `DeviceCopier`."""
         return tensor, None
 
     def receive(self, sent: Sent) -> Tensor:
-        """As `Lane`."""
+        """As `DeviceCopier`."""
         return sent[0]
 
 
@@ -93,13 +93,13 @@ class SideStream:
         self._device, self._stream = device, torch.cuda.Stream(device)
 
     def send(self, tensor: Tensor) -> Sent:
-        """As `Lane`."""
-        with undisturbed, torch.cuda.stream(self._stream):
+        """As `DeviceCopier`."""
+        with cuda_capture_lock, torch.cuda.stream(self._stream):
             near = tensor.pin_memory().to(self._device, non_blocking=True)
             return near, self._stream.record_event()
 
     def receive(self, sent: Sent) -> Tensor:
-        """As `Lane`."""
+        """As `DeviceCopier`."""
         near, there = sent
         stream = torch.cuda.current_stream(self._device)
         if there is not None:
@@ -109,6 +109,6 @@ class SideStream:
         return near
 
 
-def lane(device: torch.device) -> Lane:
+def device_copier(device: torch.device) -> DeviceCopier:
     """The way to a device."""
-    return SideStream(device) if device.type == "cuda" else Standing()
+    return SideStream(device) if device.type == "cuda" else CpuCopy()

@@ -41,7 +41,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Room:
+class DiskCache:
     """A folder of entries. budget: bytes that all of them may take."""
 
     folder: Path
@@ -123,7 +123,7 @@ def wanted(gb: float | None = None) -> float:
     return value
 
 
-def room(gb: float | None = None) -> Room:
+def open_cache(gb: float | None = None) -> DiskCache:
     """The room within the budget of `wanted`, but never more than half of what the disk has free.
 
     What the room takes already counts as free.
@@ -131,13 +131,13 @@ def room(gb: float | None = None) -> Room:
     Raises:
         OptionError: As `wanted`.
     """
-    there = Room(folder(), int(wanted(gb) * GB))
+    there = DiskCache(folder(), int(wanted(gb) * GB))
     on_disk = next((path for path in (there.folder, *there.folder.parents) if path.exists()), None)
     try:
         free = shutil.disk_usage(on_disk or Path.cwd()).free
     except OSError:
         return there
-    return Room(there.folder, min(there.budget, (free + there.size()) // 2))
+    return DiskCache(there.folder, min(there.budget, (free + there.size()) // 2))
 
 
 @contextmanager
@@ -194,7 +194,7 @@ def remove(path: Path) -> bool:
     return True
 
 
-def describe(there: Room) -> list[str]:
+def describe(there: DiskCache) -> list[str]:
     """Path, budget, and a line for each entry, the last used first."""
     lines = [f"{shown(there.folder)}: {gigabytes(there.size())} of {gigabytes(there.budget)}"]
     for entry in reversed(there.entries()):
@@ -205,7 +205,7 @@ def describe(there: Room) -> list[str]:
     return lines
 
 
-def clear(there: Room) -> list[str]:
+def clear(there: DiskCache) -> list[str]:
     """Remove every entry; lines on what was freed, and on what is left."""
     freed, left = there.clear()
     lines = [f"{gigabytes(freed)} freed in {shown(there.folder)}"]

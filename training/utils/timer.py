@@ -9,7 +9,7 @@ from contextlib import contextmanager
 OTHER = "other"
 
 
-class Clock:
+class Timer:
     """Adds up seconds by what they were spent on; what is not named is "other".
 
     Of contexts within one another the inner one counts alone, so the parts make up the whole. On a

@@ -29,7 +29,7 @@ def exported(larger_run, tmp_path_factory):
         patch.setattr(benchmark, "measure", rates)
         kind = select.KINDS["fp16"]._replace(device="cpu")
         patch.setattr(select, "KINDS", {"fp16": kind})
-        export(larger_run, out, precision="fp16", accuracy_budget=50, say=said.append)
+        export(larger_run, out, precision="fp16", accuracy_budget=50, log=said.append)
     return out, said
 
 

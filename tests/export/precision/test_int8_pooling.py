@@ -52,7 +52,7 @@ def write(nodes, path):
 def quantised(source, pixels, leave):
     graph = onnx.shape_inference.infer_shapes(onnx.load(source))
     found = int8.ranges(source, pixels, "minmax")
-    return int8._quantised(graph, found, int8.Way("minmax", True, leave))
+    return int8._quantised(graph, found, int8.QuantConfig("minmax", True, leave))
 
 
 def before(graph, operator):

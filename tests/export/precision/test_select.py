@@ -64,7 +64,7 @@ def test_logits_that_are_not_finite_are_refused(larger_run, tmp_path, monkeypatc
 
     monkeypatch.setattr(select, "ask", overflowing)
     options = {"precision": "auto", "accuracy_budget": 90}
-    manifest = export(larger_run, tmp_path / "bundle", say=said.append, **options)
+    manifest = export(larger_run, tmp_path / "bundle", log=said.append, **options)
     assert "of 1 photos the logits are not finite" in manifest.tried["int8"]["why_not"]
     assert set(manifest.precisions) == {"fp32"}
     assert "model.int8.onnx" not in manifest.files
@@ -130,7 +130,7 @@ def exported(larger_run, tmp_path_factory):
     said, out = [], tmp_path_factory.mktemp("exported") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "measure", rates)
-        manifest = export(larger_run, out, precision="auto", accuracy_budget=90, say=said.append)
+        manifest = export(larger_run, out, precision="auto", accuracy_budget=90, log=said.append)
     return out, manifest, said
 
 
@@ -159,10 +159,10 @@ def test_a_near_way_is_found(exported, pixels):
 
 
 def test_of_ways_about_as_near_the_one_with_fewest_layers_in_float_is_taken():
-    far = int8.Way("minmax", False, (), 0.031, 1.0)
-    wholly = int8.Way("minmax", True, (), 0.029, 1.0)
-    ends = int8.Way("minmax", True, ("first", "last"), 0.020, 1.0)
-    last = int8.Way("percentile", True, ("last",), 0.022, 1.0)
+    far = int8.QuantConfig("minmax", False, (), 0.031, 1.0)
+    wholly = int8.QuantConfig("minmax", True, (), 0.029, 1.0)
+    ends = int8.QuantConfig("minmax", True, ("first", "last"), 0.020, 1.0)
+    last = int8.QuantConfig("percentile", True, ("last",), 0.022, 1.0)
     assert int8._choose([far, ends, last]) is last
     assert int8._choose([far, wholly, ends, last]) is wholly
     assert int8._choose([far, ends]) is ends
@@ -200,7 +200,7 @@ def test_products_of_two_weights_never_saturate(exported, pixels, per_channel):
     out, manifest, _ = exported
     source = out / manifest.version / "model.onnx"
     found = int8.ranges(source, pixels[:8], "minmax")
-    way = int8.Way("minmax", per_channel, ())
+    way = int8.QuantConfig("minmax", per_channel, ())
     graph = int8._quantised(onnx.load(source), found, way).graph
     stored = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
     weights = [stored[one] for one in stored if one.endswith("weight_quantized")]
@@ -239,7 +239,7 @@ def test_before_a_quantised_layer_the_mean_is_subtracted_a_row_at_a_time(
     out, manifest, _ = exported
     source = onnx.load(out / manifest.version / "model.onnx")
     found = int8.ranges(out / manifest.version / "model.onnx", pixels[:8], "minmax")
-    quantised = int8._quantised(source, found, int8.Way("minmax", False, ()))
+    quantised = int8._quantised(source, found, int8.QuantConfig("minmax", False, ()))
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     session = ort.InferenceSession(
@@ -307,10 +307,10 @@ def test_what_costs_too_much_is_refused(tmp_path, monkeypatch, remembered, asked
     monkeypatch.setattr(select, "judge", worse)
     if asked == "int8":
         with pytest.raises(GateError, match=r"--precision int8 is refused: accuracy falls by 100"):
-            export(run, out, precision=asked, say=said.append)
+            export(run, out, precision=asked, log=said.append)
         assert not out.exists()
         return
-    manifest = export(run, out, precision=asked, say=said.append)
+    manifest = export(run, out, precision=asked, log=said.append)
     assert set(manifest.precisions) == {"fp32"}
     assert not (out / manifest.version / "model.int8.onnx").exists()
     assert "accuracy falls by 100.00 points" in manifest.tried["int8"]["why_not"]
@@ -344,7 +344,9 @@ def test_speed_is_measured_in_every_setting(exported, monkeypatch):
         splits = {(setting.workers, setting.threads) for setting in by}
         assert splits == {(2, 1), (1, 2), (1, 1)}
         assert {setting.batch for setting in by if not setting.decoding} == set(benchmark.BATCHES)
-        between = {benchmark.Setting(2, 1, batch, decoding=True) for batch in benchmark.DECODED}
+        between = {
+            benchmark.ThreadSetting(2, 1, batch, decoding=True) for batch in benchmark.DECODED
+        }
         assert {setting for setting in by if setting.decoding} == between
         assert all(rate > 0 for rate in by.values())
     advice = benchmark.advice(found)
@@ -357,21 +359,23 @@ def test_speed_is_measured_in_every_setting(exported, monkeypatch):
     ("batched", "cap"), [(105.0, 1), (150.0, 8)], ids=["hardly faster", "faster"]
 )
 def test_the_cap_is_one_unless_batches_pay(batched, cap):
-    by = {benchmark.Setting(1, 1, 1): 100.0, benchmark.Setting(1, 1, 8): batched}
+    by = {benchmark.ThreadSetting(1, 1, 1): 100.0, benchmark.ThreadSetting(1, 1, 8): batched}
     assert benchmark.advice({"fp32": by})["max_batch"] == cap
     assert benchmark.advice({"fp32": by})["latency"]["fp32"] == {"threads": 1, "ms": 10.0}
 
 
 def test_what_pays_between_decoding_decides_the_cap_and_nothing_else():
-    alone = {benchmark.Setting(2, 1, batch): 200.0 for batch in (1, 4)} | {
-        benchmark.Setting(1, 1, 1): 99
+    alone = {benchmark.ThreadSetting(2, 1, batch): 200.0 for batch in (1, 4)} | {
+        benchmark.ThreadSetting(1, 1, 1): 99
     }
     for found, cap in (
         ([100, 118, 122, 121], 4),
         ([100, 121, 122, 121], 2),
         ([100, 105, 104, 99], 1),
     ):
-        settings = [benchmark.Setting(2, 1, batch, decoding=True) for batch in benchmark.DECODED]
+        settings = [
+            benchmark.ThreadSetting(2, 1, batch, decoding=True) for batch in benchmark.DECODED
+        ]
         advice = benchmark.advice({"fp32": alone | dict(zip(settings, found, strict=True))})
         assert advice["max_batch"] == cap
         assert advice["throughput"]["fp32"]["images_per_second"] == 200

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from export import graph
-from export.torchvision_checkpoint import Whole
+from export.torchvision_checkpoint import WholeNetwork
 from export.writers import onnx as writer
 from export.writers import torchscript
 from serving.errors import WorkError
@@ -145,7 +145,7 @@ def test_an_operator_without_a_translation_is_named_with_its_module(tmp_path, la
         torch.nn.Flatten(),
         torch.nn.Linear(8, 3),
     )
-    assembled, _ = graph.assemble(Whole(network).eval(), Preprocess(size=32))
+    assembled, _ = graph.assemble(WholeNetwork(network).eval(), Preprocess(size=32))
     facts = {"name": "odd", "labels": LABELS, "preprocess": Preprocess(size=32)}
     line = rf"as ONNX: no translation for {operator}, in network\.1\.1\.0$"
     with pytest.raises(WorkError, match=line):

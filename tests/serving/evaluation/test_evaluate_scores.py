@@ -17,7 +17,7 @@ from sklearn import metrics as sk
 import fledge
 from serving.errors import DataError, FledgeError, OptionError, WorkError
 from serving.evaluation import evaluate_scores, score_table, streaming_metrics
-from serving.evaluation.evaluate_scores import Options, evaluate
+from serving.evaluation.evaluate_scores import EvaluationOptions, evaluate
 from serving.inference.load import open_predictor
 from serving.scoring.table import COLUMNS
 from tests.support.tiny_bundle import NAMES, photo, tiny_bundle
@@ -88,7 +88,7 @@ def labels(path: Path, pairs: dict[str, str], head: str = "path,label") -> Path:
 def judge(path: Path, **options: Any) -> dict[str, Any]:
     if "labels" not in options:
         options["labels_from_folders"] = True
-    return evaluate(path, Options(**options), say=lambda line: None)
+    return evaluate(path, EvaluationOptions(**options), say=lambda line: None)
 
 
 def table(path: Path, every: np.ndarray, truth: np.ndarray, *, k: int, told: bool) -> Path:
@@ -213,7 +213,7 @@ def test_nothing_is_dropped_in_silence(tmp_path: Path) -> None:
     rows += [failed("8.jpg")]
     said: list[str] = []
     path = write(tmp_path / "s.csv", rows)
-    found = evaluate(path, Options(labels_from_folders=True), say=said.append)
+    found = evaluate(path, EvaluationOptions(labels_from_folders=True), say=said.append)
     assert (found["rows"], found["answers"], found["evaluated"]) == (9, 6, 5)
     assert found["errors"] == {"broken-image": 2, "no-image": 1}
     assert found["without_label"] == 1
@@ -458,7 +458,7 @@ def test_a_wrong_request_is_found_before_any_work(
         if k not in ("labels_from_folders", "labels_column")
     }
     with pytest.raises(OptionError, match=words):
-        evaluate(path, Options(**(options | files)))
+        evaluate(path, EvaluationOptions(**(options | files)))
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from serving.errors import WorkError
 from serving.http import app as front
-from serving.http.app import Front
-from serving.http.model_manager import Desk, Model
-from serving.inference.batching import Batcher, build
+from serving.http.app import App
+from serving.http.model_manager import LoadedModel, ModelManager
+from serving.inference.batching import DynamicBatcher, build
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Prediction, Predictor
 from serving.settings import Settings
@@ -58,16 +58,16 @@ async def no_bentoml(scope, receive, send) -> None:
     raise AssertionError("not for BentoML")
 
 
-def opened(predictor: Predictor, engine, **settings) -> Desk:
-    desk = Desk(Settings(bundle=Path("secret-folder"), **settings), Counts())
+def opened(predictor: Predictor, engine, **settings) -> ModelManager:
+    model_manager = ModelManager(Settings(bundle=Path("secret-folder"), **settings), Counts())
     if engine is not None:
-        desk._model = Model(predictor, engine, b"{}")
-    return desk
+        model_manager._model = LoadedModel(predictor, engine, b"{}")
+    return model_manager
 
 
-def talk(desk: Desk, work: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
+def talk(model_manager: ModelManager, work: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
     async def run() -> None:
-        transport = httpx.ASGITransport(app=Front(no_bentoml, lambda: desk))
+        transport = httpx.ASGITransport(app=App(no_bentoml, lambda: model_manager))
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             await asyncio.wait_for(work(client), 20)
 
@@ -87,7 +87,7 @@ def engine_of(predictor: Predictor, cap: int, max_queue: int = 64):
 
 def test_a_full_house_says_429_and_when_to_come_again(predictor: Predictor):
     engine = engine_of(predictor, 1, max_queue=2)
-    desk = opened(predictor, engine)
+    model_manager = opened(predictor, engine)
 
     async def work(client: httpx.AsyncClient) -> None:
         responses = await asyncio.gather(
@@ -102,7 +102,7 @@ def test_a_full_house_says_429_and_when_to_come_again(predictor: Predictor):
                 assert response.json()["code"] == "overloaded"
         assert (await client.post("/predict", content=photo(1))).status_code == 200
 
-    talk(desk, work)
+    talk(model_manager, work)
     engine.close()
 
 
@@ -115,9 +115,9 @@ def test_late_is_504(predictor: Predictor):
         response = await client.post("/predict", content=photo(1))
         assert (response.status_code, response.json()["code"]) == (504, "deadline-exceeded")
 
-    desk = opened(predictor, Engine(never), deadline=0.05)
-    talk(desk, work)
-    assert desk.telemetry.outcomes == ["deadline-exceeded"]
+    model_manager = opened(predictor, Engine(never), deadline=0.05)
+    talk(model_manager, work)
+    assert model_manager.telemetry.outcomes == ["deadline-exceeded"]
 
 
 @pytest.mark.parametrize("error", [KeyError("/a/secret/path"), WorkError("/a/secret/path")])
@@ -156,9 +156,9 @@ def test_a_refusal_does_not_tell_where_the_bundle_lies(predictor: Predictor):
         response = await client.get("/readyz")
         assert response.json()["detail"] == "the bundle/model.onnx was changed"
 
-    desk = opened(predictor, None)
-    desk.refusal = f"{desk.settings.bundle}/model.onnx was changed"
-    talk(desk, work)
+    model_manager = opened(predictor, None)
+    model_manager.refusal = f"{model_manager.settings.bundle}/model.onnx was changed"
+    talk(model_manager, work)
 
 
 def test_a_websocket_is_closed_at_the_door(predictor: Predictor):
@@ -170,7 +170,7 @@ def test_a_websocket_is_closed_at_the_door(predictor: Predictor):
     async def send(message) -> None:
         sent.append(message)
 
-    app = Front(no_bentoml, lambda: opened(predictor, None))
+    app = App(no_bentoml, lambda: opened(predictor, None))
     asyncio.run(app({"type": "websocket", "path": "/x", "headers": []}, receive, send))
     assert sent == [{"type": "websocket.close", "code": 1000}]
 
@@ -220,16 +220,16 @@ def test_a_caller_that_hangs_up_gets_no_answer(predictor: Predictor):
     async def send(message) -> None:
         sent.append(message)
 
-    desk = opened(predictor, engine_of(predictor, 1))
-    app = Front(no_bentoml, lambda: desk)
+    model_manager = opened(predictor, engine_of(predictor, 1))
+    app = App(no_bentoml, lambda: model_manager)
     asyncio.run(app({**scope, "headers": []}, receive, send))
     assert sent == []
-    assert desk.telemetry.outcomes == []
+    assert model_manager.telemetry.outcomes == []
 
 
 def test_the_batching_engine_answers_as_the_lanes_do(predictor: Predictor):
     engine = engine_of(predictor, 8)
-    assert isinstance(engine, Batcher)
+    assert isinstance(engine, DynamicBatcher)
 
     async def work(client: httpx.AsyncClient) -> None:
         asked = [(photo(seed), seed % 4) for seed in range(16)] + [(b"text", 0)]

@@ -15,9 +15,9 @@ import pytest
 
 from serving import errors
 from serving.http import demo_page
-from serving.http.app import Front
+from serving.http.app import App
 from serving.http.demo_page import POLICY, page
-from serving.http.model_manager import Desk
+from serving.http.model_manager import ModelManager
 from serving.imaging import decode as images
 from serving.settings import Settings
 from tests.support.page_fixture import Quiet, no_bentoml
@@ -54,8 +54,8 @@ def asked(method: str) -> httpx.Response:
     """`/` of a service that has no model yet."""
 
     async def ask() -> httpx.Response:
-        desk = Desk(Settings(bundle=Path("nowhere")), Quiet())
-        transport = httpx.ASGITransport(app=Front(no_bentoml, lambda: desk))
+        model_manager = ModelManager(Settings(bundle=Path("nowhere")), Quiet())
+        transport = httpx.ASGITransport(app=App(no_bentoml, lambda: model_manager))
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             return await client.request(method, "/")
 
@@ -173,8 +173,8 @@ def test_troubles_have_the_codes_of_the_service():
 
 
 def luminance(colour: str) -> float:
-    wide = "".join(c * 2 for c in colour) if len(colour) == 3 else colour
-    parts = [int(wide[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    low_latency_runtime = "".join(c * 2 for c in colour) if len(colour) == 3 else colour
+    parts = [int(low_latency_runtime[i : i + 2], 16) / 255 for i in (0, 2, 4)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.http.model_manager import Desk
+from serving.http.model_manager import ModelManager
 from serving.inference.predictor import Prediction
 from serving.settings import Settings
 from tests.support.browser import CHROMIUM, NAMES, Browser, chromium
@@ -44,9 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_key_is_asked_for_and_used(browser: Browser, folder: Path, tmp_path: Path):
     keys = frozenset({hashlib.sha256("right-key-ß".encode()).digest()})
-    desk = Desk(Settings(bundle=folder, device="cpu", api_keys=keys), Quiet())
-    desk.load()
-    with fronted(desk) as (url, _), opened(browser, url) as page:
+    model_manager = ModelManager(Settings(bundle=folder, device="cpu", api_keys=keys), Quiet())
+    model_manager.load()
+    with fronted(model_manager) as (url, _), opened(browser, url) as page:
         page.until("!document.getElementById('door').hidden")
         page.choose("#file", written(tmp_path / "photo.jpg", photo(1)))
         page.until(f"{REFUSED} && document.getElementById('wrong').innerText === 'A key is needed'")
@@ -64,15 +64,15 @@ def test_a_key_is_asked_for_and_used(browser: Browser, folder: Path, tmp_path: P
 
 
 def test_it_waits_for_a_model(browser: Browser, folder: Path, tmp_path: Path):
-    desk = Desk(Settings(bundle=folder, device="cpu"), Quiet())
-    with fronted(desk) as (url, _), opened(browser, url) as page:
+    model_manager = ModelManager(Settings(bundle=folder, device="cpu"), Quiet())
+    with fronted(model_manager) as (url, _), opened(browser, url) as page:
         page.until("!document.getElementById('waiting').hidden")
         assert page.text("#name") == "No model yet"
         assert "still being loaded" in page.text("#waiting")
         page.choose("#file", written(tmp_path / "photo.jpg", photo(1)))
         page.until(REFUSED)
         assert page.text("#wrong") == "No model is served just now"
-        desk.load()
+        model_manager.load()
         page.until(ANSWERED)  # without being asked
         assert page.text("#name") == NAME
         assert page.value("document.getElementById('waiting').hidden")
@@ -81,17 +81,17 @@ def test_it_waits_for_a_model(browser: Browser, folder: Path, tmp_path: Path):
 def test_an_older_answer_never_comes_over_a_newer_one(
     browser: Browser, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    desk = Desk(Settings(bundle=folder, device="cpu"), Quiet())
-    desk.load()
+    model_manager = ModelManager(Settings(bundle=folder, device="cpu"), Quiet())
+    model_manager.load()
     slow, quick = photo(7), photo(8)
-    predict = desk.model.engine.predict
+    predict = model_manager.model.engine.predict
 
     async def late(data: bytes, tta: int = 0) -> Prediction:
         await asyncio.sleep(1 if data == slow else 0.4)
         return await predict(data, tta)
 
-    monkeypatch.setattr(desk.model.engine, "predict", late)
-    with fronted(desk) as (url, end), opened(browser, url) as page:
+    monkeypatch.setattr(model_manager.model.engine, "predict", late)
+    with fronted(model_manager) as (url, end), opened(browser, url) as page:
         page.choose("#file", written(tmp_path / "slow.jpg", slow))
         page.until("document.querySelector('.busy')")
         page.choose("#file", written(tmp_path / "quick.jpg", quick))

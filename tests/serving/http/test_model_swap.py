@@ -16,9 +16,9 @@ import pytest
 
 from serving.bundle import signing, storage
 from serving.errors import NotReady, WorkError
-from serving.http import model_manager as desk
-from serving.http.forms import Options
-from serving.http.model_manager import Desk
+from serving.http import model_manager as model_manager
+from serving.http.forms import PredictOptions
+from serving.http.model_manager import ModelManager
 from serving.http.telemetry import Telemetry
 from serving.settings import Settings
 from tests.support.live_server import get, live, post
@@ -51,9 +51,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def served(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(desk, "WATCH", 0.01)
-    monkeypatch.setattr(desk, "RETRY", 0.05)
-    made = Desk(Settings(bundle=folder), Silent())
+    monkeypatch.setattr(model_manager, "WATCH", 0.01)
+    monkeypatch.setattr(model_manager, "RETRY", 0.05)
+    made = ModelManager(Settings(bundle=folder), Silent())
     made.load()
     made.start()
     yield made
@@ -132,7 +132,9 @@ def test_callers_never_notice_but_by_the_version(folder: Path, tmp_path: Path) -
     assert f"{names[2]} goes on: " in log
 
 
-def test_what_comes_bit_by_bit_is_served_once_it_is_whole(served: Desk, tmp_path: Path) -> None:
+def test_what_comes_bit_by_bit_is_served_once_it_is_whole(
+    served: ModelManager, tmp_path: Path
+) -> None:
     folder = served.settings.bundle
     other = tiny_bundle(tmp_path / "other", seed=1)
     name = storage.read(other).manifest.version
@@ -147,7 +149,7 @@ def test_what_comes_bit_by_bit_is_served_once_it_is_whole(served: Desk, tmp_path
     until(lambda: served.telemetry.said[-2:] == expected)
 
 
-def test_whatever_goes_wrong_the_next_bundle_is_seen(served: Desk, monkeypatch) -> None:
+def test_whatever_goes_wrong_the_next_bundle_is_seen(served: ModelManager, monkeypatch) -> None:
     folder, old = served.settings.bundle, served.model
 
     def broken(*_) -> None:
@@ -163,7 +165,9 @@ def test_whatever_goes_wrong_the_next_bundle_is_seen(served: Desk, monkeypatch) 
     until(lambda: served.model is not middle)
 
 
-def test_trusted_keys_are_asked_for_at_each_version(served: Desk, monkeypatch, tmp_path) -> None:
+def test_trusted_keys_are_asked_for_at_each_version(
+    served: ModelManager, monkeypatch, tmp_path
+) -> None:
     folder, old = served.settings.bundle, served.model
     for name in ("ours", "theirs"):
         private, public = tmp_path / f"{name}.pem", tmp_path / f"{name}.pub"
@@ -185,7 +189,7 @@ def test_trusted_keys_are_asked_for_at_each_version(served: Desk, monkeypatch, t
     until(lambda: served.refusal == "")
 
 
-def test_a_refusal_is_told_once(served: Desk) -> None:
+def test_a_refusal_is_told_once(served: ModelManager) -> None:
     spoil(served.settings.bundle)
     until(lambda: bool(served.refusal))
     time.sleep(0.5)  # ten times as long as until it is tried again
@@ -193,9 +197,9 @@ def test_a_refusal_is_told_once(served: Desk) -> None:
 
 
 def test_a_start_without_a_model_ends_when_one_comes(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(desk, "WATCH", 0.01)
+    monkeypatch.setattr(model_manager, "WATCH", 0.01)
     folder = tmp_path / "bundle"
-    made = Desk(Settings(bundle=folder), Silent())
+    made = ModelManager(Settings(bundle=folder), Silent())
     made.start()
     until(lambda: "no bundle" in made.refusal)
     with pytest.raises(NotReady):
@@ -206,7 +210,7 @@ def test_a_start_without_a_model_ends_when_one_comes(tmp_path: Path, monkeypatch
     made.close()
 
 
-def test_an_image_in_flight_is_answered_by_the_version_that_took_it(served: Desk) -> None:
+def test_an_image_in_flight_is_answered_by_the_version_that_took_it(served: ModelManager) -> None:
     folder, entered, go = served.settings.bundle, threading.Event(), threading.Event()
     old = served.model
     whole = old.predictor.predict
@@ -219,11 +223,11 @@ def test_an_image_in_flight_is_answered_by_the_version_that_took_it(served: Desk
     old.engine._predict = slow
 
     async def ask():
-        answers = asyncio.create_task(served.answer_each([photo(1)] * 3, Options(), "id"))
+        answers = asyncio.create_task(served.answer_each([photo(1)] * 3, PredictOptions(), "id"))
         await asyncio.to_thread(entered.wait, 20)
         tiny_bundle(folder, seed=1)
         await asyncio.to_thread(until, lambda: served.model is not old)
-        new = await served.answer(photo(1), Options())
+        new = await served.answer(photo(1), PredictOptions())
         go.set()
         return await answers, new
 
@@ -233,7 +237,7 @@ def test_an_image_in_flight_is_answered_by_the_version_that_took_it(served: Desk
     until(lambda: not any(thread.is_alive() for thread in old.engine._threads))
 
 
-def test_a_version_is_let_go_that_failed_while_it_took_over(served: Desk) -> None:
+def test_a_version_is_let_go_that_failed_while_it_took_over(served: ModelManager) -> None:
     folder, go, fail = served.settings.bundle, threading.Event(), threading.Event()
     first = served.model
     whole = first.predictor.predict
@@ -249,12 +253,12 @@ def test_a_version_is_let_go_that_failed_while_it_took_over(served: Desk) -> Non
     first.engine._predict = slow
 
     async def ask() -> Callable[[], object]:
-        answer = asyncio.create_task(served.answer(photo(1), Options()))
+        answer = asyncio.create_task(served.answer(photo(1), PredictOptions()))
         tiny_bundle(folder, seed=1)
         await asyncio.to_thread(until, lambda: served.model is not first)
         served.model.engine._predict = fails
         second = weakref.ref(served.model)
-        failing = asyncio.create_task(served.answer(photo(1), Options()))
+        failing = asyncio.create_task(served.answer(photo(1), PredictOptions()))
         await asyncio.sleep(0.05)
         go.set()  # now the first is closed, with a request at the second
         await answer
@@ -274,7 +278,7 @@ def test_a_version_is_let_go_that_failed_while_it_took_over(served: Desk) -> Non
     until(gone)
 
 
-def test_a_touched_manifest_changes_nothing_for_callers(served: Desk) -> None:
+def test_a_touched_manifest_changes_nothing_for_callers(served: ModelManager) -> None:
     path = served.settings.bundle / storage.MANIFEST
     old = served.model
     path.write_text(path.read_text())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from serving.errors import BrokenImage, Overloaded, WorkError
-from serving.inference.batching import Batcher, Lanes, Room
+from serving.inference.batching import DynamicBatcher, PerImageEngine, QueueLimit
 from serving.inference.predictor import Prediction, Prepared
 
 
@@ -45,15 +45,19 @@ class Stub:
         self.seen.append((phase, value))
 
 
-def lanes(stub: Stub, limit: int = 64) -> Lanes:
-    return Lanes(stub.prepare, stub.predict, Room(limit, stub.observe), 2, stub.observe)
+def lanes(stub: Stub, limit: int = 64) -> PerImageEngine:
+    return PerImageEngine(
+        stub.prepare, stub.predict, QueueLimit(limit, stub.observe), 2, stub.observe
+    )
 
 
-def batcher(stub: Stub, limit: int = 64, cap: int = 4) -> Batcher:
-    return Batcher(stub.prepare, stub.predict, Room(limit, stub.observe), 2, stub.observe, cap)
+def batcher(stub: Stub, limit: int = 64, cap: int = 4) -> DynamicBatcher:
+    return DynamicBatcher(
+        stub.prepare, stub.predict, QueueLimit(limit, stub.observe), 2, stub.observe, cap
+    )
 
 
-Make = Callable[[Stub], Lanes | Batcher]
+Make = Callable[[Stub], PerImageEngine | DynamicBatcher]
 both = pytest.mark.parametrize("make", [lanes, batcher])
 
 
@@ -209,7 +213,7 @@ class Odd(BaseException):
 
 
 def test_nothing_ends_a_lane():
-    async def work(stub: Stub, engine: Lanes) -> None:
+    async def work(stub: Stub, engine: PerImageEngine) -> None:
         real = stub.prepare
         for error in (Odd, MemoryError):
             engine._prepare = lambda data, tta, error=error: (_ for _ in ()).throw(error())
@@ -264,7 +268,9 @@ def test_lanes_close_when_all_that_waits_is_done_or_has_no_taker():
 def test_batches_run_side_by_side_one_a_core():
     stub = Stub()
     stub.gate.clear()
-    engine = Batcher(stub.prepare, stub.predict, Room(64, stub.observe), 2, stub.observe, 2, 3)
+    engine = DynamicBatcher(
+        stub.prepare, stub.predict, QueueLimit(64, stub.observe), 2, stub.observe, 2, 3
+    )
 
     async def work() -> None:
         calls = [asyncio.create_task(engine.predict(b"x" * number)) for number in range(1, 10)]
@@ -282,7 +288,7 @@ def test_batches_run_side_by_side_one_a_core():
 
 @both
 def test_only_an_image_beside_which_there_is_none_has_all_cores(make: Make):
-    async def work(stub: Stub, engine: Lanes | Batcher) -> None:
+    async def work(stub: Stub, engine: PerImageEngine | DynamicBatcher) -> None:
         await engine.predict(b"x")
         stub.gate.clear()
         calls = [asyncio.create_task(engine.predict(b"x")) for _ in range(6)]

@@ -3,7 +3,7 @@ import pytest
 
 from serving.errors import WorkError
 from serving.inference import runtime
-from serving.inference.buckets import Bucketed
+from serving.inference.buckets import PaddedBatchRuntime
 from serving.inference.load import open_predictor
 from serving.inference.runtime import OnnxRuntime
 from tests.support.tiny_bundle import photo, tiny_bundle
@@ -28,7 +28,7 @@ class Counting:
 )
 def test_a_batch_is_filled_and_only_what_came_is_answered(rows, run):
     engine = Counting()
-    bucketed = Bucketed(engine, 4, (1, 2, 4, 8))
+    bucketed = PaddedBatchRuntime(engine, 4, (1, 2, 4, 8))
     assert engine.sizes == [1, 2, 4, 8]  # warmed
     pixels = np.random.default_rng(0).integers(0, 256, (rows, 4, 4, 3), np.uint8)
     logits, features = bucketed.run(pixels)
@@ -41,7 +41,7 @@ def test_a_batch_is_filled_and_only_what_came_is_answered(rows, run):
 
 def test_what_does_not_fit_fails_while_loading():
     with pytest.raises(WorkError, match="out of memory"):
-        Bucketed(Counting(limit=8), 4)
+        PaddedBatchRuntime(Counting(limit=8), 4)
 
 
 def test_a_gpu_gets_buckets_and_a_cpu_does_not(tmp_path, monkeypatch):
@@ -58,7 +58,7 @@ def test_a_gpu_gets_buckets_and_a_cpu_does_not(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runtime, "OnnxRuntime", Elsewhere)
     bucketed = open_predictor(folder, device="cpu")
-    assert isinstance(bucketed.runtime, Bucketed)
+    assert isinstance(bucketed.runtime, PaddedBatchRuntime)
     assert bucketed.runtime.provider == "CUDAExecutionProvider"
     prepared = [plain.prepare(photo(seed)) for seed in range(5)]
     for one, other in zip(plain.predict(prepared), bucketed.predict(prepared), strict=True):

@@ -51,20 +51,25 @@ def test_together_is_the_same_as_alone(predictor: Predictor):
 
 
 def test_a_lone_image_gets_the_same_bits_from_more_cores(folder: Path):
-    wide = open_predictor(folder, device="cpu", wide=2)
-    prepared = [wide.prepare(photo(seed)) for seed in range(4)]
+    low_latency_runtime = open_predictor(folder, device="cpu", low_latency_runtime=2)
+    prepared = [low_latency_runtime.prepare(photo(seed)) for seed in range(4)]
     for one in prepared:
-        (apart,), (all_cores,) = wide.predict([one]), wide.predict([one], alone=True)
+        (apart,), (all_cores,) = (
+            low_latency_runtime.predict([one]),
+            low_latency_runtime.predict([one], alone=True),
+        )
         np.testing.assert_array_equal(apart.probabilities, all_cores.probabilities)
-    assert open_predictor(folder, device="cpu").wide is None
+    assert open_predictor(folder, device="cpu").low_latency_runtime is None
 
 
 def test_more_cores_are_left_alone_where_the_tuning_found_no_use_for_them(tmp_path: Path):
     tuning = {"cpu": {"cores": 2, "latency": {"fp32": {"threads": 1, "ms": 1.0}}}}
     folder = tiny_bundle(tmp_path / "bundle")
     altered(folder, tuning=tuning)
-    assert open_predictor(folder, device="cpu", wide=2).wide is None
-    assert open_predictor(folder, device="cpu", wide=4).wide is not None  # nobody has measured
+    assert open_predictor(folder, device="cpu", low_latency_runtime=2).low_latency_runtime is None
+    assert (
+        open_predictor(folder, device="cpu", low_latency_runtime=4).low_latency_runtime is not None
+    )  # nobody has measured
 
 
 def test_golden_images_are_asked_of_both_engines(folder: Path):

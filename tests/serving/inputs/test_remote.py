@@ -13,7 +13,7 @@ import pytest
 from serving.errors import BrokenImage, DataError, TooLarge, WorkError
 from serving.inputs import remote, sources
 from serving.scoring import score
-from serving.scoring.score import Options
+from serving.scoring.score import ScoringOptions
 from tests.support.tiny_bundle import photo, tiny_bundle
 
 NAMES = (
@@ -185,7 +185,7 @@ def test_an_option_lets_a_list_name_addresses(
     listed.write_text(f"memory://p/1.jpg\n{tmp_path}/1.jpg\n")
     bundle, out = tiny_bundle(tmp_path / "bundle"), tmp_path / "out.csv"
     for addresses, errors in (("", 1), ("memory", 0)):
-        options = Options(device="cpu", addresses=addresses)
+        options = ScoringOptions(device="cpu", addresses=addresses)
         done = score.score([str(listed)], bundle, out, options, say=lambda line: None)
         assert sum(done.errors.values()) == errors
 
@@ -204,7 +204,7 @@ def test_a_table_of_addresses_is_that_of_the_folder(
     tables = []
     for word in (str(home), f"file://{home}", str(listed)):
         out = tmp_path / "out.csv"
-        score.score([word], bundle, out, Options(device="cpu"), say=lambda line: None)
+        score.score([word], bundle, out, ScoringOptions(device="cpu"), say=lambda line: None)
         tables.append(out.read_text().replace("file://", ""))
     assert tables[0] == tables[1] == tables[2]
     assert "5.jpg,error" in tables[0]
@@ -226,7 +226,7 @@ def test_a_job_lists_a_folder_once_and_one_that_goes_on_does_not(
     with monkeypatch.context() as patch:
         patch.setattr(score, "_publish", full)
         with pytest.raises(WorkError, match="full"):
-            score.score(words, bundle, out, Options(device="cpu"), say=lambda line: None)
+            score.score(words, bundle, out, ScoringOptions(device="cpu"), say=lambda line: None)
     assert looked == words
-    score.score(words, bundle, out, Options(device="cpu"), say=lambda line: None)
+    score.score(words, bundle, out, ScoringOptions(device="cpu"), say=lambda line: None)
     assert looked == words

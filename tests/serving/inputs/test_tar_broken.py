@@ -13,7 +13,7 @@ import pytest
 from serving.errors import BrokenImage, DataError, ImageError
 from serving.inputs import sources
 from serving.inputs import tar as archives
-from serving.inputs.compression import Source
+from serving.inputs.compression import PeekableStream
 
 MEMBERS = {f"{number}.jpg": bytes([number]) * 3000 for number in range(10)}
 
@@ -192,7 +192,7 @@ def test_a_header_that_wants_gigabytes_gets_none(home: Path, squeeze: type[bytes
 @pytest.mark.parametrize("jumps", [True, False])
 def test_a_source_reads_what_is_there(home: Path, jumps: bool) -> None:
     data = random.Random(1).randbytes(200_000)
-    source = Source(io.BytesIO(data), jumps=jumps)
+    source = PeekableStream(io.BytesIO(data), jumps=jumps)
     for place, size in ((0, 100), (100, 600), (900, 5), (150_000, 9), (199_990, 600), (300_000, 9)):
         assert source.seek(place) == (place if jumps else min(place, len(data)))
         assert source.peek() == data[place : place + 512]

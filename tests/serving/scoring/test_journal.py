@@ -17,9 +17,9 @@ import pytest
 from serving.errors import FledgeError, OptionError, WorkError
 from serving.scoring import journal as shards
 from serving.scoring import score
-from serving.scoring.journal import Journal
-from serving.scoring.score import Options
-from serving.scoring.table import Row
+from serving.scoring.journal import ScoringJournal
+from serving.scoring.score import ScoringOptions
+from serving.scoring.table import ScoreRow
 from tests.support.tiny_bundle import photo, tiny_bundle
 
 ROOT = Path(__file__).parents[3]
@@ -94,13 +94,13 @@ def facts(**changes) -> dict:
     return {"bundle": "m:1", "tta": 0, "inputs": ["photos"]} | changes
 
 
-def rows(*names: str) -> list[Row]:
-    return [Row(name, "ok", "a", 0.5, None, (("a", 0.5), ("b", 0.25)), 1) for name in names]
+def rows(*names: str) -> list[ScoreRow]:
+    return [ScoreRow(name, "ok", "a", 0.5, None, (("a", 0.5), ("b", 0.25)), 1) for name in names]
 
 
-def filled(out: Path, monkeypatch, **changes) -> Journal:
+def filled(out: Path, monkeypatch, **changes) -> ScoringJournal:
     monkeypatch.setattr(shards, "SIZE", 2)
-    journal = Journal(out, facts(**changes))
+    journal = ScoringJournal(out, facts(**changes))
     if not journal.known:
         journal.keep_inputs(["a", "b\n", os.fsdecode(b"\xff"), "d", "e"], ["a folder: locked"])
     return journal
@@ -132,10 +132,10 @@ def test_another_job_is_not_mixed_in(tmp_path, monkeypatch, change) -> None:
         journal.write(0, rows("a", "b\n"))
     (name,) = change
     with pytest.raises(OptionError, match=rf"{name} = .*--restart"):
-        Journal(out, facts(**change))
-    with Journal(out, facts()) as journal:
+        ScoringJournal(out, facts(**change))
+    with ScoringJournal(out, facts()) as journal:
         assert journal.done == 2
-    with Journal(out, facts(**change), restart=True) as journal:
+    with ScoringJournal(out, facts(**change), restart=True) as journal:
         assert not journal.known
         assert journal.done == 0
 
@@ -148,7 +148,7 @@ def test_half_a_shard_and_half_a_removal_are_nothing(tmp_path, monkeypatch) -> N
         np.save(folder / "00001.npy", np.zeros((2, 2), np.float32))
         assert [number for number, _ in journal.todo()] == [0, 1, 2]
     (folder / shards._JOB).unlink()  # killed behind the first step of a removal
-    with Journal(out, facts(tta=9)) as journal:
+    with ScoringJournal(out, facts(tta=9)) as journal:
         assert not journal.known
         assert {path.name for path in folder.iterdir()} == {shards._JOB, "lock"}
 
@@ -157,10 +157,10 @@ def test_two_at_one_job_are_one_too_many(tmp_path, monkeypatch) -> None:
     out = tmp_path / "out.csv"
     with filled(out, monkeypatch):
         with pytest.raises(OptionError, match="another process is at work"):
-            Journal(out, facts())
+            ScoringJournal(out, facts())
         with pytest.raises(OptionError, match="another process is at work"):
-            Journal(out, facts(), restart=True)
-    with Journal(out, facts()) as journal:
+            ScoringJournal(out, facts(), restart=True)
+    with ScoringJournal(out, facts()) as journal:
         assert journal.known
 
 
@@ -176,9 +176,9 @@ def test_where_there_are_no_locks_nobody_is_kept_out(
     monkeypatch.setattr("fcntl.flock", flock)
     if refused:
         with pytest.raises(OptionError, match="another process is at work"):
-            Journal(tmp_path / "out.csv", facts())
+            ScoringJournal(tmp_path / "out.csv", facts())
     else:
-        with Journal(tmp_path / "out.csv", facts()) as journal:
+        with ScoringJournal(tmp_path / "out.csv", facts()) as journal:
             assert not journal.known
 
 
@@ -187,8 +187,8 @@ def test_a_damaged_job_is_refused_and_begun_anew(tmp_path, monkeypatch) -> None:
     with filled(out, monkeypatch) as journal:
         (journal.folder / shards._JOB).write_text("{")
     with pytest.raises(OptionError, match="--restart"):
-        Journal(out, facts())
-    with Journal(out, facts(), restart=True) as journal:
+        ScoringJournal(out, facts())
+    with ScoringJournal(out, facts(), restart=True) as journal:
         assert not journal.known
 
 
@@ -213,10 +213,10 @@ def test_copies_are_sorted_and_never_into_what_is_scored(bundle, tmp_path) -> No
         (folder / str(seed % 2)).mkdir(parents=True, exist_ok=True)
         (folder / str(seed % 2) / f"{seed // 2}.jpg").write_bytes(photo(seed))
     (folder / "broken.jpg").write_bytes(b"no photo")
-    wanted = Options(device="cpu", copy_to=folder / "sorted")
+    wanted = ScoringOptions(device="cpu", copy_to=folder / "sorted")
     with pytest.raises(OptionError, match=r"--copy-to .*in/sorted lies in .*in, which is scored"):
         score.score([str(folder)], bundle, out, wanted, say=lambda _: None)
-    wanted = Options(device="cpu", copy_to=tmp_path / "sorted")
+    wanted = ScoringOptions(device="cpu", copy_to=tmp_path / "sorted")
     for _ in range(2):  # the second writes the same over
         score.score([str(folder)], bundle, out, wanted, say=lambda _: None)
     copies = {path.read_bytes(): path for path in (tmp_path / "sorted").rglob("*.jpg")}
@@ -231,13 +231,13 @@ def test_the_folder_may_change_meanwhile_and_options_may_not(many, bundle, tmp_p
     folder.mkdir()
     for seed in range(3):
         (folder / f"{seed}.jpg").write_bytes(photo(seed))
-    done = Journal(out, {})  # somebody else's
+    done = ScoringJournal(out, {})  # somebody else's
     done.keep_inputs([])
     done.__exit__()
     with pytest.raises(OptionError, match="--restart"):
-        score.score([str(folder)], bundle, out, Options(device="cpu"), say=lambda _: None)
+        score.score([str(folder)], bundle, out, ScoringOptions(device="cpu"), say=lambda _: None)
     said: list[str] = []
-    wanted = Options(device="cpu", restart=True, probabilities=True)
+    wanted = ScoringOptions(device="cpu", restart=True, probabilities=True)
     score.score([str(folder)], bundle, out, wanted, say=said.append)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert all(len(line["probabilities"]) == 7 for line in lines)
@@ -245,7 +245,7 @@ def test_the_folder_may_change_meanwhile_and_options_may_not(many, bundle, tmp_p
     summary = json.loads(out.with_suffix(".summary.json").read_text())
     assert (summary["images"], summary["scored"], summary["now"]) == (3, 3, 3)
     with pytest.raises(FledgeError):
-        score.score([str(tmp_path / "none")], bundle, out, Options(), say=said.append)
+        score.score([str(tmp_path / "none")], bundle, out, ScoringOptions(), say=said.append)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "in",
         "out.jsonl",

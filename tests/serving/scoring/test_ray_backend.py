@@ -22,7 +22,7 @@ from serving.errors import OptionError, WorkError
 from serving.evaluation import score_table
 from serving.inference import runtime
 from serving.scoring import ray_backend, ray_cluster, score
-from serving.scoring.score import Options
+from serving.scoring.score import ScoringOptions
 from tests.support.tiny_bundle import photo, tiny_bundle
 
 ROOT = Path(__file__).parents[3]
@@ -53,7 +53,7 @@ def listed(path: Path, photos: Path, images: int) -> Path:
 
 def here(inputs: Path | str, bundle: Path, out: Path, **options: Any) -> bytes:
     """The table of the local engine."""
-    wanted = Options(device="cpu", **options)
+    wanted = ScoringOptions(device="cpu", **options)
     score.score([str(inputs)], bundle, out, wanted, say=lambda line: None)
     return out.read_bytes() if out.is_file() else b""
 
@@ -192,14 +192,14 @@ def test_gpus_are_shared_evenly_and_cores_with_them() -> None:
 
 def test_a_machine_without_the_images_says_so(tmp_path: Path) -> None:
     gone = str(tmp_path / "gone.jpg")
-    job = ray_backend.Job("bundle", None, "cpu", "auto", 1, str(tmp_path / "none"), gone, {})
-    done = ray_backend.Worker(job)({"shard": 0, "part": 0, "images": 1, "names": f'["{gone}"]'})
+    job = ray_backend.RayJob("bundle", None, "cpu", "auto", 1, str(tmp_path / "none"), gone, {})
+    done = ray_backend.RayWorker(job)({"shard": 0, "part": 0, "images": 1, "names": f'["{gone}"]'})
     assert done["fault"].startswith(f"OptionError:{gone} is not there: every machine")
     assert socket.gethostname() in done["fault"]
     assert done["rows"] == ""
 
 
-class Near(ray_cluster.Pool):
+class Near(ray_cluster.ActorPool):
     """A cluster that is this process."""
 
     def map(self, kind: type, job: Any, tasks: list[dict[str, Any]], say: Any) -> Any:

@@ -28,8 +28,8 @@ from serving.inference.predictor import Predictor
 from serving.inference.runtime import OnnxRuntime
 from serving.inputs import sources
 from serving.scoring import journal, score, scorer, table
-from serving.scoring.score import Options, Summary
-from serving.scoring.scorer import Chunk, Done
+from serving.scoring.score import ScoringOptions, Summary
+from serving.scoring.scorer import Chunk, ScoredChunk
 from serving.utils import progress
 from tests.support.tiny_bundle import altered, photo, tiny_bundle
 
@@ -74,7 +74,7 @@ HURT = {
 
 
 def run(folder: Path, bundle: Path, out: Path, **options: Any) -> tuple[Summary, list[dict]]:
-    wanted = Options(device="cpu", **options)
+    wanted = ScoringOptions(device="cpu", **options)
     summary = score.score([str(folder)], bundle, out, wanted, say=lambda line: None)
     return summary, rows(out)
 
@@ -177,9 +177,9 @@ def test_a_slow_first_image_delays_nobody_out_of_order(
 def test_no_more_than_a_window_of_images_is_ahead_of_the_table() -> None:
     started: list[int] = []
 
-    def work(chunk: Chunk) -> Done:
+    def work(chunk: Chunk) -> ScoredChunk:
         started.append(chunk.shard)
-        return Done(chunk, [], None)
+        return ScoredChunk(chunk, [], None)
 
     chunks = (Chunk(number, [], True) for number in range(1000))
     stream = scorer.in_order(work, chunks, workers=2)
@@ -269,7 +269,7 @@ def test_a_wrong_request_is_one_line_and_leaves_nothing(
     rest = {"device": "cpu"} | {key: value for key, value in options.items() if key not in places}
     asked = [str(places.pop("inputs"))]
     with pytest.raises(kind, match=words) as caught:
-        score.score(asked, **places, options=Options(**rest))
+        score.score(asked, **places, options=ScoringOptions(**rest))
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -286,15 +286,15 @@ def test_an_interrupted_run_leaves_what_was_there_and_goes_on(
     out.parent.mkdir()
     run(photos, bundle, tmp_path / "whole.csv")
     monkeypatch.setattr(journal, "SIZE", 4)
-    write, calls = journal.Journal.write, []
+    write, calls = journal.ScoringJournal.write, []
 
-    def interrupted(self: journal.Journal, number: int, *rows: Any) -> None:
+    def interrupted(self: journal.ScoringJournal, number: int, *rows: Any) -> None:
         calls.append(number)
         if len(calls) == 3:
             raise fault
         write(self, number, *rows)
 
-    monkeypatch.setattr(journal.Journal, "write", interrupted)
+    monkeypatch.setattr(journal.ScoringJournal, "write", interrupted)
     out.write_text("an older table")
     with pytest.raises(fault):
         run(photos, bundle, out)
@@ -321,13 +321,13 @@ def test_a_full_disk_is_a_failure_in_one_line(
 def test_a_table_appears_only_whole(
     photos: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, seen, append = tmp_path / "out.csv", [], table.Table.append
+    out, seen, append = tmp_path / "out.csv", [], table.TableFile.append
 
-    def watched(self: table.Table, *rows: Any) -> None:
+    def watched(self: table.TableFile, *rows: Any) -> None:
         seen.append(out.exists())
         append(self, *rows)
 
-    monkeypatch.setattr(table.Table, "append", watched)
+    monkeypatch.setattr(table.TableFile, "append", watched)
     run(photos, bundle, out)
     assert seen == [False]
     names = ["out.csv", "out.summary.json", "photos"]
@@ -395,7 +395,7 @@ def test_an_unreadable_folder_is_said_and_the_rest_scored(
 
     monkeypatch.setattr(os, "scandir", refusing)
     said: list[str] = []
-    wanted = Options(device="cpu")
+    wanted = ScoringOptions(device="cpu")
     summary = score.score([str(photos)], bundle, tmp_path / "out.csv", wanted, say=said.append)
     assert summary.scored == 8
     assert sum("a/b: Permission denied" in line for line in said) == 1
@@ -521,9 +521,9 @@ def test_runs_share_the_cores_as_they_were_tuned(
 
 def test_a_tuning_of_another_machine_or_of_none_is_left(bundle: Path) -> None:
     manifest = read(bundle).manifest
-    assert tuning.measured(manifest, "fp32", 6) == (6, 1)
+    assert tuning.measured_parallelism(manifest, "fp32", 6) == (6, 1)
     best = {"int8": {"workers": 1, "threads": 4, "batch": 8}}
     known = replace(manifest, tuning={"cpu": {"cores": 4, "throughput": best}})
-    assert tuning.measured(known, "int8", 4) == (1, 4)
-    assert tuning.measured(known, "int8", 6) == (6, 1)
-    assert tuning.measured(known, "fp32", 4) == (4, 1)
+    assert tuning.measured_parallelism(known, "int8", 4) == (1, 4)
+    assert tuning.measured_parallelism(known, "int8", 6) == (6, 1)
+    assert tuning.measured_parallelism(known, "fp32", 4) == (4, 1)

@@ -8,25 +8,25 @@ import pytest
 from serving.errors import OptionError, WorkError
 from serving.evaluation import score_table
 from serving.scoring import table_folder as parts
-from serving.scoring.table import Row
-from serving.scoring.table_folder import Parts
+from serving.scoring.table import ScoreRow
+from serving.scoring.table_folder import TableFolder
 
 COLUMNS = ("path", "status", "label", "probability", "error", "features")
 
 
-def row(number: int) -> Row:
-    return Row(f"{number}.jpg", "ok", "rose", 0.5)
+def row(number: int) -> ScoreRow:
+    return ScoreRow(f"{number}.jpg", "ok", "rose", 0.5)
 
 
 def write(out: Path, rows: int, each: int = 4) -> None:
-    with Parts(out, COLUMNS) as table:
+    with TableFolder(out, COLUMNS) as table:
         for start in range(0, rows, each):
             some = [row(number) for number in range(start, min(start + each, rows))]
             table.append(some, np.ones((len(some), 3), np.float32))
 
 
 def interrupted(out: Path) -> None:
-    with Parts(out, COLUMNS) as table:
+    with TableFolder(out, COLUMNS) as table:
         table.append([row(0)], np.ones((1, 3), np.float32))
         raise RuntimeError
 

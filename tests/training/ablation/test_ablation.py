@@ -127,11 +127,11 @@ def runs(monkeypatch):
     done = []
     results = {}
 
-    def run(recipe, source, *, split, out, device, cache_gb, say):
+    def run(recipe, source, *, split, out, device, cache_gb, log):
         done.append(recipe)
         out.mkdir(parents=True)
-        say("warning: said once")
-        say("noise")
+        log("warning: said once")
+        log("noise")
         error = next((e for key, e in results.items() if key(recipe)), None)
         if error is not None:
             raise error
@@ -144,7 +144,7 @@ def runs(monkeypatch):
         (out / "best.safetensors").write_bytes(b"x")
         return out
 
-    def evaluate(folder, *, tta, say):
+    def evaluate(folder, *, tta, log):
         assert tta.count
         return SimpleNamespace(accuracy=read_info(folder / "best.json").metrics["accuracy"] + 0.05)
 
@@ -280,7 +280,7 @@ def test_an_interrupted_ablation_goes_on(runs, photos, tmp_path):
     runs.results[lambda r: r.seed == 1 and r.head.hidden == ()] = KeyboardInterrupt()
     lines = []
     with pytest.raises(KeyboardInterrupt):
-        go(photos, tmp_path, say=lines.append)
+        go(photos, tmp_path, log=lines.append)
     assert lines[-1] == (
         f"interrupted: 12 of 14 trials are kept in {tmp_path / 'out'}; "
         "the same command goes on with the rest"
@@ -345,13 +345,13 @@ def figures(rows=FIRST, seeds=3):
     """Trials that get better from row to row; the last row failed."""
     trials = {
         row.name: {
-            f"seed {s}": ablation.Trial("k", 20.0, 0.8 + 0.02 * i + 0.001 * (s * s - i * s), 0.99,
+            f"seed {s}": ablation.AblationRun("k", 20.0, 0.8 + 0.02 * i + 0.001 * (s * s - i * s), 0.99,
                                         0.5, 24, 6)
             for s in range(seeds)
         }
         for i, row in enumerate(rows)
     }  # fmt: skip
-    failed = ablation.Trial("k", 1.0, error="the loss is nan | lower lr")
+    failed = ablation.AblationRun("k", 1.0, error="the loss is nan | lower lr")
     trials[rows[-1].name] = dict.fromkeys(trials[rows[-1].name], failed)
     return trials
 
@@ -389,7 +389,7 @@ def test_intervals_end_where_accuracies_do_and_dots_stay_apart(tmp_path, monkeyp
 
     def picture(*accuracies):
         trials = {FIRST[0].name: {
-            f"seed {i}": ablation.Trial("k", 1.0, value) for i, value in enumerate(accuracies)
+            f"seed {i}": ablation.AblationRun("k", 1.0, value) for i, value in enumerate(accuracies)
         }}  # fmt: skip
         ablation_table.write(ablation_table.lines(FIRST[:1], trials), tmp_path, "x", "y")
         left = seen.pop().axes[0]

@@ -10,10 +10,10 @@ import torchvision
 from torch import nn
 
 from training.activations import frozen_prefix
-from training.activations.cache import Activations
-from training.activations.loaders import Draws, TrainFeed, ValidFeed
-from training.activations.sharing import Share, shares
-from training.activations.store import Shape, Shelf, Views
+from training.activations.cache import ActivationCache
+from training.activations.loaders import AugmentedPhotos, TrainLoader, ValidLoader
+from training.activations.sharing import SharedPrefix, shares
+from training.activations.store import CachedViews, DiskStore, Shape
 from training.config import load as config
 from training.data import dataset
 from training.engine import plan
@@ -33,7 +33,7 @@ def lines():
 
 @pytest.fixture
 def room(tmp_path):
-    return disk_cache.Room(tmp_path / "room", 10**9)
+    return disk_cache.DiskCache(tmp_path / "room", 10**9)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def open_run(recipe, photos, lines, room, two_stages):
         settings = config.read(recipe(stages), overrides)
         decoded = pixels.Photos(dataset.load(str(photos)), settings.data.presize, lines.append)
         classifier, _ = plan.build_classifier(settings, 3, lines.append)
-        activations = Activations(decoded, settings, precision, there, lines.append)
+        activations = ActivationCache(decoded, settings, precision, there, lines.append)
         return settings, classifier, activations
 
     return opened
@@ -161,8 +161,8 @@ def test_stages_share_what_they_can(open_run):
     depth = found[1].depth
     assert 0 < depth < len(classifier.body)
     assert found == [
-        Share(depth, 3, last=False, with_=("tail",)),
-        Share(depth, 3, follows=True, with_=("head",)),
+        SharedPrefix(depth, 3, last=False, with_=("tail",)),
+        SharedPrefix(depth, 3, follows=True, with_=("head",)),
     ]
     head, _ = first_feed(opened)
     assert rows(head).shape == (36, 2 * 1280)
@@ -247,7 +247,7 @@ def test_views_shrink_to_the_budget(open_run, tmp_path, lines):
     for number, (budget, views) in enumerate(
         [(10 * a_view, 3), (2.5 * a_view, 2), (0.5 * a_view, 0), (0, 0)]
     ):
-        there = disk_cache.Room(tmp_path / str(number), int(budget))
+        there = disk_cache.DiskCache(tmp_path / str(number), int(budget))
         feed, _ = first_feed(open_run(there=there), stage=1)
         assert feed.views == views
         assert bool(feed.kept) == bool(views)
@@ -260,10 +260,10 @@ def test_views_shrink_to_the_budget(open_run, tmp_path, lines):
 
 
 def test_other_peoples_views_go_first_but_never_the_pixels(open_run, tmp_path):
-    there = disk_cache.Room(tmp_path / "small", 10**9)
+    there = disk_cache.DiskCache(tmp_path / "small", 10**9)
     feed, _ = first_feed(open_run(there=there), stage=1)
     rows(feed)
-    there = disk_cache.Room(there.folder, there.size())
+    there = disk_cache.DiskCache(there.folder, there.size())
     other, _ = first_feed(
         open_run("seed=3", "stage.tail.views=1", "stage.head.views=0", there=there), stage=1
     )
@@ -274,7 +274,7 @@ def test_other_peoples_views_go_first_but_never_the_pixels(open_run, tmp_path):
 
 def test_a_cache_that_cannot_be_used_leaves_memory(open_run, tmp_path, lines):
     (tmp_path / "file").write_text("")
-    there = disk_cache.Room(tmp_path / "file" / "cache", 10**9)
+    there = disk_cache.DiskCache(tmp_path / "file" / "cache", 10**9)
     feed, _ = first_feed(open_run(there=there), stage=1)
     expected, _ = first_feed(open_run(), stage=1)
     assert torch.equal(rows(feed), rows(expected))
@@ -282,7 +282,7 @@ def test_a_cache_that_cannot_be_used_leaves_memory(open_run, tmp_path, lines):
 
 
 def test_a_resumed_run_takes_turns_with_as_many_views(open_run, tmp_path):
-    small = disk_cache.Room(tmp_path / "small", 0)
+    small = disk_cache.DiskCache(tmp_path / "small", 0)
     feed, _ = first_feed(open_run(there=small), stage=1, views=2)
     whole, _ = first_feed(open_run(), stage=1, views=2)
     assert (feed.views, whole.views) == (2, 2)
@@ -309,7 +309,7 @@ def test_validation_is_run_once_and_is_the_services(open_run, photos):
     settings, _, activations = open_run()
     _, valid = activations.photos.at(settings.preprocess)
     for keep in (True, False):
-        feed = ValidFeed(valid, nn.Sequential(), settings.preprocess, CPU, keep)
+        feed = ValidLoader(valid, nn.Sequential(), settings.preprocess, CPU, keep)
         for _ in range(2):
             inputs = torch.cat([batch for batch, _ in feed])
             assert torch.equal(inputs, normalise(valid.pixels[:], settings.preprocess))
@@ -354,9 +354,9 @@ def test_killed_at_any_part_nothing_is_torn(room, pytestconfig):
         subprocess.run([sys.executable, "-c", code, str(part)], check=False, capture_output=True)
         for path in room.folder.glob("*/view-*.bin"):
             number = int(path.stem.partition("-")[2], 16)
-            found = Shelf(room, NAME, "test", set(), print).find(number, SHAPE)
+            found = DiskStore(room, NAME, "test", set(), print).find(number, SHAPE)
             assert is_right(found, number)
-    views = Views(SHAPE, numbered, Shelf(room, NAME, "test", set(), print))
+    views = CachedViews(SHAPE, numbered, DiskStore(room, NAME, "test", set(), print))
     views.prepare(range(3))
     assert all(is_right(views[number], number) for number in range(3))
     assert not list(room.folder.glob("*/partial-*"))
@@ -364,26 +364,26 @@ def test_killed_at_any_part_nothing_is_torn(room, pytestconfig):
 
 
 def test_a_file_that_was_cut_is_computed_again(room):
-    shelf = Shelf(room, NAME, "test", set(), print)
-    Views(SHAPE, numbered, shelf).prepare([0])
+    store = DiskStore(room, NAME, "test", set(), print)
+    CachedViews(SHAPE, numbered, store).prepare([0])
     (path,) = room.folder.glob("*/view-*.bin")
     path.write_bytes(path.read_bytes()[:-1])
-    assert shelf.find(0, SHAPE) is None
-    assert is_right(Views(SHAPE, numbered, shelf)[0], 0)
+    assert store.find(0, SHAPE) is None
+    assert is_right(CachedViews(SHAPE, numbered, store)[0], 0)
 
 
 def test_views_in_memory_are_the_same():
-    assert all(is_right(Views(SHAPE, numbered)[number], number) for number in range(2))
+    assert all(is_right(CachedViews(SHAPE, numbered)[number], number) for number in range(2))
 
 
 def test_a_feed_says_where_its_seconds_went(open_run):
     feed, _ = first_feed(open_run(), stage=1)
     rows(feed)
-    seconds = feed.clock.read()
+    seconds = feed.timer.read()
     assert seconds["frozen layers"] > 0
     assert seconds["augmentation"] > 0
-    assert isinstance(feed, TrainFeed)
-    assert isinstance(feed.draws, Draws)
+    assert isinstance(feed, TrainLoader)
+    assert isinstance(feed.draws, AugmentedPhotos)
 
 
 def test_validation_is_shared_and_stays_what_it_is(open_run):
@@ -398,7 +398,7 @@ def test_validation_is_shared_and_stays_what_it_is(open_run):
     assert tail._kept
     for stage, share, shared in zip(settings.stage, found, (torch.cat(first), None), strict=True):
         alone = open_run()[2]
-        _, own = alone.feeds(classifier, stage, Share(share.depth, share.views))
+        _, own = alone.feeds(classifier, stage, SharedPrefix(share.depth, share.views))
         assert own.below is None
         expected = torch.cat([inputs for inputs, _ in own])
         got = shared if shared is not None else torch.cat([inputs for inputs, _ in tail])

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as TF
 from serving.imaging.preprocess import Preprocess
 from training.augmentation import transforms as augment
 from training.config.sections import PRESETS, AugmentConfig
-from training.pixels.transform import Making
+from training.pixels.transform import PixelTransform
 
 PRESET = sorted(PRESETS)
 EVERYTHING = AugmentConfig(
@@ -71,7 +71,7 @@ def test_without_augmentation_training_sees_what_validation_sees(aspect, presize
     preprocess = Preprocess(size=64)
     photo = Image.fromarray(channels_last(smooth(1, 240))[0].numpy())
     photo = photo.resize((round(200 * aspect), 200))
-    whole = Making("train", preprocess, presize)(photo).copy()
+    whole = PixelTransform("train", preprocess, presize)(photo).copy()
     draws = augment.draw(
         plain(), torch.tensor([photo.width / photo.height]), 0, 0, crop=preprocess.crop
     )
@@ -215,7 +215,9 @@ def test_what_comes_in_from_outside_is_the_photo_mirrored_at_its_edge():
     config = plain(max_shift=0.5)
     warp = torch.eye(3)[None].clone()
     warp[0, 0, 2] = 1.0  # half the photo to the right
-    draws = augment.Draws(warp, torch.ones(1, 3), torch.zeros(1, 4), torch.zeros(1).long())
+    draws = augment.AugmentationParams(
+        warp, torch.ones(1, 3), torch.zeros(1, 4), torch.zeros(1).long()
+    )
     out = augment.apply(pixels, draws, config, 16)
     right = pixels[:, :, 8:].float()
     assert torch.allclose(out, torch.cat([right, right.flip(2)], dim=2), atol=1e-3)
@@ -306,7 +308,7 @@ def test_colour_keeps_to_its_ranges_and_pixels_to_theirs():
 def test_without_saturation_a_photo_is_grey():
     hue = torch.tensor(colorsys.hsv_to_rgb(0.1, 0.9, 0.8)) * 255
     pixels = hue.round().to(torch.uint8).expand(1, 8, 8, 3)
-    draws = augment.Draws(
+    draws = augment.AugmentationParams(
         torch.eye(3)[None], torch.tensor([[1.0, 0, 0]]), torch.zeros(1, 4), torch.zeros(1).long()
     )
     out = augment.apply(pixels, draws, plain(max_saturation=1), 8)

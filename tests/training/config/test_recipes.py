@@ -156,7 +156,7 @@ def test_each_runs_on_a_miniature(name, tmp_path, monkeypatch):
         read = read.model_copy(update={"weights": str(weights)})
     folder = finetune.run(
         read, str(layout(name, tmp_path / "photos")), out=tmp_path / "run", device="cpu",
-        say=lambda line: None,
+        log=lambda line: None,
     )  # fmt: skip
     info = checkpoint.read_info(folder / "best.json")
     assert info.classes == tuple(COUNTS)

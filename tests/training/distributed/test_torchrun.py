@@ -17,7 +17,7 @@ from tests.training.conftest import RECIPE, coloured
 from tests.training.engine.test_resume import result
 from training.config import load as config
 from training.distributed import torchrun as distributed
-from training.distributed.process_group import ALONE, Team
+from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine import finetune as fine_tune
 from training.models import classifier as model
 from training.run import checkpoint
@@ -148,7 +148,7 @@ def alike(setting):
     path, overrides = write(setting, "alike", ALIKE, *EXACT)
     one, two = setting / "one", setting / "two"
     request = config.read(path, overrides)
-    fine_tune.run(request, str(setting / "photos"), out=one, device="cpu", say=lambda line: None)
+    fine_tune.run(request, str(setting / "photos"), out=one, device="cpu", log=lambda line: None)
     words = ("train", path, "--data", setting / "photos", "--out", two, "--device", "cpu")
     done = torchrun("-m", "fledge", *words, *overrides)
     assert done.returncode == 0, done.stderr
@@ -209,7 +209,7 @@ def test_batchnorms_that_train_end_where_one_process_ends(setting):
     overrides += network
     one, two = setting / "moving-one", setting / "moving-two"
     request = config.read(path, overrides)
-    fine_tune.run(request, str(setting / "photos"), out=one, device="cpu", say=lambda line: None)
+    fine_tune.run(request, str(setting / "photos"), out=one, device="cpu", log=lambda line: None)
     words = ("train", path, "--data", setting / "photos", "--out", two, "--device", "cpu")
     done, (first, second) = worker(setting, two, "none", *words, *overrides)
     assert done.returncode == 0, done.stderr
@@ -279,7 +279,7 @@ def test_a_process_that_fails_ends_the_run_in_a_line(whole, setting):
         "fledge: rose.jpg can't be read any more: mend it",
     ]
     lines = []
-    fine_tune.resume(folder, say=lines.append)  # by one process
+    fine_tune.resume(folder, log=lines.append)  # by one process
     warning = "warning: it was begun by 2 processes and goes on by 1: not to the same bits"
     assert warning in lines
     assert len(rows(folder, "metrics.csv")) == 5
@@ -299,24 +299,24 @@ def test_a_mistake_is_told_once(setting):
 @pytest.mark.parametrize("photos", [2, 3, 4, 5, 15, 16, 17, 33])
 def test_parts_make_up_a_batch_and_weights_its_mean(size, photos):
     index, values = torch.arange(photos) * 10, torch.rand(photos, dtype=torch.float64)
-    parts = [Team(rank, size).part(index) // 10 for rank in range(size)]
+    parts = [ProcessGroup(rank, size).part(index) // 10 for rank in range(size)]
     assert all(len(part) >= 2 for part in parts)
     if photos >= 2 * size:
         assert sorted(torch.cat(parts).tolist()) == list(range(photos))
-    weighted = [values[p].mean() * Team(0, size).weight(len(p), photos) for p in parts]
+    weighted = [values[p].mean() * ProcessGroup(0, size).weight(len(p), photos) for p in parts]
     assert torch.stack(weighted).mean().item() == pytest.approx(values.mean().item(), rel=1e-12)
 
 
 def test_alone_nothing_is_copied_or_wrapped(tmp_path):
     net, values = torch.nn.Linear(2, 2), torch.ones(3)
-    assert ALONE.wrap(net) is net
-    assert ALONE.total(values) is values
-    assert ALONE.mean(values) is values
-    assert ALONE.overall(values, 3) is values
-    with ALONE.copied(tmp_path, ("a",)) as here:
+    assert SINGLE_PROCESS.wrap(net) is net
+    assert SINGLE_PROCESS.total(values) is values
+    assert SINGLE_PROCESS.mean(values) is values
+    assert SINGLE_PROCESS.overall(values, 3) is values
+    with SINGLE_PROCESS.copied(tmp_path, ("a",)) as here:
         assert here == tmp_path
-    with distributed.joined() as team:
-        assert team is ALONE
+    with distributed.joined() as process_group:
+        assert process_group is SINGLE_PROCESS
 
 
 def test_synchronised_batchnorms_are_the_same_but_for_the_frozen_ones():
@@ -342,11 +342,11 @@ def test_synchronised_batchnorms_are_the_same_but_for_the_frozen_ones():
 
 
 def test_what_differs_is_named(monkeypatch):
-    monkeypatch.setattr(Team, "decide", lambda self, choose: {"the recipe": "other"})
+    monkeypatch.setattr(ProcessGroup, "decide", lambda self, choose: {"the recipe": "other"})
     with pytest.raises(
         DataError, match=r"the recipe on .* \(process 1\) is not what process 0 has"
     ):
-        Team(1, 2).check_same({"the recipe": "own"})
+        ProcessGroup(1, 2).check_same({"the recipe": "own"})
 
 
 def test_only_the_first_process_shows_bars(monkeypatch):

@@ -15,7 +15,7 @@ from serving.errors import WorkError
 from training.config import load as config
 from training.config.schema import AUTO
 from training.data import dataset
-from training.distributed.process_group import Team
+from training.distributed.process_group import ProcessGroup
 from training.engine import auto_batch_size as auto_batch
 from training.engine import finetune as fine_tune
 from training.engine import plan
@@ -165,9 +165,9 @@ def test_the_most_demanding_stages_are_tried(opened):
 
 @pytest.mark.parametrize(("count", "size", "expected"), [(100, 1, 64), (100, 3, 96), (3, 1, 8)])
 def test_no_more_than_there_are_photos(opened, lines, monkeypatch, count, size, expected):
-    monkeypatch.setattr(Team, "decide", lambda team, choose: choose())
+    monkeypatch.setattr(ProcessGroup, "decide", lambda process_group, choose: choose())
     opened = opened(count=count)
-    settled = settle(*opened, CPU, lines.append, Team(size=size), memory=Memory(10**6))
+    settled = settle(*opened, CPU, lines.append, ProcessGroup(size=size), memory=Memory(10**6))
     assert settled.batch_size == expected
 
 
@@ -201,7 +201,7 @@ def test_the_run_has_the_number_in_its_recipe(recipe, photos, tmp_path, lines):
     settings = config.read(recipe(), ["batch_size=auto", "stage.all.cycle_len=1", "tta.count=0"])
     assert settings.batch_size == AUTO
     folder = fine_tune.run(
-        settings, str(photos), out=tmp_path / "run", device="cpu", cache_gb=0, say=lines.append
+        settings, str(photos), out=tmp_path / "run", device="cpu", cache_gb=0, log=lines.append
     )
     assert tomllib.loads((folder / "recipe.toml").read_text())["batch_size"] == 32
     assert run_folder.read(folder)[0].batch_size == 32

@@ -37,7 +37,7 @@ def lines():
 
 def run(path, photos, out, lines, *overrides, device="cpu"):
     settings = config.read(path, overrides)
-    return fine_tune.run(settings, str(photos), out=out, device=device, say=lines.append)
+    return fine_tune.run(settings, str(photos), out=out, device=device, log=lines.append)
 
 
 @pytest.fixture

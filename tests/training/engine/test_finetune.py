@@ -44,7 +44,7 @@ def lines():
 
 def run(path, photos, out, lines, *overrides):
     return fine_tune.run(
-        config.read(path, overrides), str(photos), out=out, device="cpu", say=lines.append
+        config.read(path, overrides), str(photos), out=out, device="cpu", log=lines.append
     )
 
 

@@ -22,7 +22,7 @@ def test_every_suggestion_is_trained_from_the_same_start(recipe, photos, tmp_pat
         out=tmp_path / "curve.png",
         device="cpu",
         compare=1,
-        say=_quiet,
+        log=_quiet,
     )
     assert [trial.pick for trial in trials] == list(PICKS)
     assert [trial.lr for trial in trials] == [curve.pick(name) for name in PICKS]
@@ -48,7 +48,7 @@ def test_a_rate_that_diverges_is_shown_as_such(recipe, photos, tmp_path, weights
         str(photos),
         out=tmp_path / "curve.png",
         compare=1,
-        say=_quiet,
+        log=_quiet,
     )
     assert math.isnan(trials[-1].valid_loss)
     assert not math.isnan(trials[0].valid_loss)
@@ -82,7 +82,7 @@ def test_a_later_stage_starts_from_what_came_before(recipe, photos, tmp_path, we
 
 
 def _train(settings, photos, tmp_path):
-    return fine_tune.run(settings, str(photos), out=tmp_path / "run", device="cpu", say=_quiet)
+    return fine_tune.run(settings, str(photos), out=tmp_path / "run", device="cpu", log=_quiet)
 
 
 def test_the_command_prints_what_can_be_taken(

@@ -63,15 +63,15 @@ def request_of(recipe, photos, weights):
 def go(path, photos, overrides, out, training=None):
     """Begin a run, or go on with it; set the event `training` when it is about to train."""
 
-    def say(_line):
+    def log(_line):
         if training is not None and (out / run_folder.RUN).exists():
             training.set()
 
     if (out / run_folder.RUN).exists():
-        fine_tune.resume(out, say=say)
+        fine_tune.resume(out, log=log)
     else:
         shutil.rmtree(out, ignore_errors=True)
-        fine_tune.run(config.read(path, overrides), photos, out=out, device="cpu", say=say)
+        fine_tune.run(config.read(path, overrides), photos, out=out, device="cpu", log=log)
 
 
 def _quiet(_line):
@@ -170,7 +170,7 @@ def stopped(path, photos, overrides, out, monkeypatch):
 
     monkeypatch.setattr(epoch, "train_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
-        fine_tune.run(config.read(path, overrides), photos, out=out, device="cpu", say=lines.append)
+        fine_tune.run(config.read(path, overrides), photos, out=out, device="cpu", log=lines.append)
     monkeypatch.setattr(epoch, "train_epoch", original)
     return out, lines
 
@@ -181,12 +181,12 @@ def test_an_interrupt_keeps_what_is_done_and_says_how_to_go_on(interrupted, requ
         f"interrupted: 3 finished epochs are kept; go on with: fledge train --resume {folder}"
     )
     said = []
-    fine_tune.resume(folder, say=said.append)
+    fine_tune.resume(folder, log=said.append)
     assert f"{folder}: going on after 3 finished epochs" in said
     whole = folder.parent / "whole"
     go(*request_of, whole)
     assert result(folder) == result(whole)
-    fine_tune.resume(folder, say=said.append)
+    fine_tune.resume(folder, log=said.append)
     assert "is finished already" in said[-1]
 
 
@@ -200,11 +200,11 @@ def test_an_epoch_counts_when_it_is_on_the_disk(request_of, tmp_path, monkeypatc
     path, photos, overrides = request_of
     out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        fine_tune.run(config.read(path, overrides), photos, out=out, device="cpu", say=lines.append)
+        fine_tune.run(config.read(path, overrides), photos, out=out, device="cpu", log=lines.append)
     monkeypatch.setattr(run_of_stages, "_save", original)
     (count,) = (int(line.split()[1]) for line in lines if line.startswith("interrupted: "))
     said = []
-    fine_tune.resume(out, say=said.append)
+    fine_tune.resume(out, log=said.append)
     assert [line for line in said if f"going on after {count} finished" in line]
 
 
@@ -212,7 +212,7 @@ def test_a_run_without_its_state_is_not_called_finished(interrupted):
     folder, _ = interrupted
     shutil.rmtree(folder / run_folder.LAST)
     with pytest.raises(DataError, match="last/ is gone, and the run had not ended; start anew"):
-        fine_tune.resume(folder, say=_quiet)
+        fine_tune.resume(folder, log=_quiet)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
@@ -220,7 +220,7 @@ def test_every_optimiser_goes_on_as_it_was(kind, request_of, tmp_path, monkeypat
     path, photos, overrides = request_of
     own = (*overrides, f"optimizer.kind={kind}", "optimizer.momentum=0")
     folder, _ = stopped(path, photos, own, tmp_path / "stopped", monkeypatch)
-    fine_tune.resume(folder, say=_quiet)
+    fine_tune.resume(folder, log=_quiet)
     go(path, photos, own, tmp_path / "whole")
     assert result(folder) == result(tmp_path / "whole")
 
@@ -242,7 +242,7 @@ cycle_len = 3
 """
     request = recipe(stages), str(photos), ("optimizer.ema=0.98", f"weights={weights}")
     folder, _ = stopped(*request, tmp_path / "stopped", monkeypatch)
-    fine_tune.resume(folder, say=_quiet)
+    fine_tune.resume(folder, log=_quiet)
     go(*request, tmp_path / "whole")
     for name in ("metrics.csv", "best.json"):
         assert _without_times(folder / name) == _without_times(tmp_path / "whole" / name)
@@ -256,8 +256,8 @@ def test_photos_may_have_moved(interrupted, photos, tmp_path):
     folder, _ = interrupted
     photos.rename(tmp_path / "elsewhere")
     with pytest.raises(DataError):
-        fine_tune.resume(folder, say=_quiet)
-    fine_tune.resume(folder, root=tmp_path / "elsewhere", say=_quiet)
+        fine_tune.resume(folder, log=_quiet)
+    fine_tune.resume(folder, root=tmp_path / "elsewhere", log=_quiet)
     info = checkpoint.read_info(folder / "best.json")
     assert info.data["root"] == str(tmp_path / "elsewhere")
     assert evaluate.evaluate(folder).accuracy == info.metrics["accuracy"]
@@ -268,33 +268,33 @@ def test_resume_refuses_other_photos(interrupted, photos):
     victim = next((photos / "red").iterdir())
     victim.write_bytes((photos / "blue" / "1.jpg").read_bytes() + b"more")
     with pytest.raises(DataError, match="no longer those that the run began with"):
-        fine_tune.resume(folder, say=_quiet)
+        fine_tune.resume(folder, log=_quiet)
 
 
 def test_resume_says_what_is_wrong_with_a_folder(interrupted, tmp_path):
     folder, _ = interrupted
     with pytest.raises(DataError, match=r"run\.json is missing.*start it anew"):
-        fine_tune.resume(tmp_path / "nothing", say=_quiet)
+        fine_tune.resume(tmp_path / "nothing", log=_quiet)
     (folder / "last" / resume_state.STATE).write_bytes(b"rubbish")
     with pytest.raises(DataError, match=r"can't be read.*start the run anew"):
-        fine_tune.resume(folder, say=_quiet)
+        fine_tune.resume(folder, log=_quiet)
 
 
 def test_a_folder_in_use_names_the_way_on(interrupted, request_of):
     folder, _ = interrupted
     path, photos, overrides = request_of
     with pytest.raises(OptionError, match=f"--resume {folder}"):
-        fine_tune.run(config.read(path, overrides), photos, out=folder, say=_quiet)
+        fine_tune.run(config.read(path, overrides), photos, out=folder, log=_quiet)
 
 
 def test_going_on_drops_what_a_kill_left(tmp_path):
     rows = [epoch.Epoch("a", n, 0.1, 1.0, 1.0, 0.5, 2.0) for n in (1, 2)]
     steps = [epoch.Step("a", n, 1, 1.0, 0.9, (0.1, 0.2)) for n in (1, 2)]
-    book = metric_log.Journal(tmp_path, [])
+    book = metric_log.MetricLog(tmp_path, [])
     for row, step in zip(rows, steps, strict=True):
         book.add(row, [step])
     with (tmp_path / "steps.csv").open("a") as file:
         file.write("a,3,1,0.")  # cut short
-    assert metric_log.Journal(tmp_path, rows[:1]).steps == 1
+    assert metric_log.MetricLog(tmp_path, rows[:1]).steps == 1
     assert metric_log.read_steps(tmp_path) == steps[:1]
     assert Path(tmp_path, "metrics.csv").read_text().count("\n") == 2

@@ -51,7 +51,7 @@ def valid(run):
 
 
 def test_the_plain_view_is_what_training_scored(run, lines):
-    result = evaluate.evaluate(run, say=lines.append)
+    result = evaluate.evaluate(run, log=lines.append)
     samples = valid(run)
     assert (result.probabilities == expected(run, samples, VIEWS[0])).all()
     assert (result.plain == result.probabilities).all()
@@ -67,7 +67,7 @@ def test_a_broken_photo_moves_its_successors_up(run, lines):
     samples = list(valid(run))
     samples[2].path.write_bytes(b"no photo")
     samples[20].path.write_bytes(samples[20].path.read_bytes()[:200])
-    result = evaluate.evaluate(run, say=lines.append)
+    result = evaluate.evaluate(run, log=lines.append)
     kept = [s for i, s in enumerate(samples) if i not in (2, 20)]
     assert (result.plain == expected(run, kept, VIEWS[0])).all()
     assert (result.photos, result.broken) == (len(kept), 2)
@@ -138,20 +138,20 @@ def test_what_can_not_be_scored_is_told(run, tmp_path, lines):
         evaluate.evaluate(run, part="test")
     samples = valid(run)
     samples[0].path.unlink()
-    result = evaluate.evaluate(run, data_folder=tmp_path / "photos", say=lines.append)
+    result = evaluate.evaluate(run, data_folder=tmp_path / "photos", log=lines.append)
     assert (result.photos, result.broken) == (len(samples) - 1, 1)
     assert lines[0].startswith("warning: the photos in ")
     assert lines[1] == f"skipped {samples[0].path}: No such file or directory"
     for sample in samples:
         sample.path.write_bytes(b"no photo")
     with pytest.raises(DataError, match=r"none of the 27 valid photos .* can be read"):
-        evaluate.evaluate(run, say=lines.append)
+        evaluate.evaluate(run, log=lines.append)
     for sample in samples:
         sample.path.unlink()
     with pytest.raises(DataError, match=r"none of the 27 valid photos is in .*--data"):
-        evaluate.evaluate(run, say=lines.append)
+        evaluate.evaluate(run, log=lines.append)
     with pytest.raises(DataError, match=r"^--data .*nope: no such folder$"):
-        evaluate.evaluate(run, data_folder=tmp_path / "nope", say=lines.append)
+        evaluate.evaluate(run, data_folder=tmp_path / "nope", log=lines.append)
 
 
 def test_the_csv_has_a_row_for_every_photo(run, tmp_path, capsys):

@@ -90,7 +90,7 @@ def test_every_architecture_of_torchvision_has_its_groups_and_its_width(monkeypa
     assert backbones.names() == names
     assert {backbones.family_of(name).title for name in names} == set(GROUPS)
     for name in names:
-        backbone = backbones.hollow(name, {})
+        backbone = backbones.build_on_meta(name, {})
         assert {p.device.type for p in backbone.body.parameters()} == {"meta"}
         assert len(backbone.groups) == GROUPS[backbones.family_of(name).title], name
         assert backbone.width == in_features(built.pop()), name
@@ -103,7 +103,7 @@ def test_every_architecture_of_torchvision_has_its_groups_and_its_width(monkeypa
 
 def test_usual_cuts_by_hand_are_found():
     def first_of_groups(arch):
-        backbone = backbones.hollow(arch, {})
+        backbone = backbones.build_on_meta(arch, {})
         names = [name for name, _ in backbone.body.named_children()]
         return [names[start] for start in backbone.groups]
 
@@ -117,7 +117,7 @@ def test_usual_cuts_by_hand_are_found():
 
 def test_a_hollow_network_is_the_real_one_without_its_numbers():
     real = backbones.build("regnet_y_400mf", {})
-    hollow = backbones.hollow("regnet_y_400mf", {})
+    hollow = backbones.build_on_meta("regnet_y_400mf", {})
     shapes = [{k: v.shape for k, v in b.body.state_dict().items()} for b in (real, hollow)]
     assert shapes[0] == shapes[1]
     assert (real.groups, real.width) == (hollow.groups, hollow.width)
@@ -187,7 +187,7 @@ def test_half_normalised_pixels_are_what_transform_input_makes(arch, monkeypatch
 
 def test_what_is_fixed_can_not_be_set():
     with pytest.raises(OptionError, match=r"arch_args\.transform_input is not to be set"):
-        backbones.hollow("inception_v3", {"transform_input": True})
+        backbones.build_on_meta("inception_v3", {"transform_input": True})
 
 
 @pytest.mark.parametrize(
@@ -221,14 +221,14 @@ def test_sizes_that_do_not_fit_are_refused_with_one_that_does(arch, arch_args, s
 )
 def test_sizes_that_fit(arch, arch_args, size):
     backbones.check_size(arch, arch_args, size)
-    *_, last = backbones.outputs(backbones.hollow(arch, arch_args).body, size)
+    *_, last = backbones.outputs(backbones.build_on_meta(arch, arch_args).body, size)
     assert 0 not in last.shape
 
 
 def test_maxvits_own_multiples_are_named():
     for wrong in ([256, 256], 448):
         with pytest.raises(OptionError, match=r"use \[N, N\], N a multiple of 224"):
-            backbones.hollow("maxvit_t", {"input_size": wrong})
+            backbones.build_on_meta("maxvit_t", {"input_size": wrong})
 
 
 @pytest.fixture
@@ -304,7 +304,7 @@ def test_pixels_are_normalised_as_the_weights_were_trained():
     ],
 )
 def test_builders_options_without_an_effect_are_refused(arch, arch_args, message):
-    for make in (backbones.build, backbones.hollow):
+    for make in (backbones.build, backbones.build_on_meta):
         with pytest.raises(OptionError, match=message):
             make(arch, arch_args)
 
@@ -320,7 +320,7 @@ def test_builders_options_without_an_effect_are_refused(arch, arch_args, message
     ],
 )
 def test_options_that_have_one_are_taken(arch, arch_args):
-    backbones.hollow(arch, arch_args)
+    backbones.build_on_meta(arch, arch_args)
 
 
 @pytest.mark.parametrize("size", ["x", [], [[]], None, 0, True, {}])

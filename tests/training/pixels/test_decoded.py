@@ -22,16 +22,16 @@ from training.engine import finetune as fine_tune
 from training.engine import lr_find
 from training.pixels import decoded
 from training.pixels import store as pixel_pack
-from training.pixels.rows import Mapped, Streamed, ahead
-from training.pixels.store import Pack
-from training.pixels.transform import Making
+from training.pixels.rows import MemmapRows, StreamingRows, ahead
+from training.pixels.store import PixelStore
+from training.pixels.transform import PixelTransform
 from training.run import checkpoint
 from training.utils import disk_cache
 
 ROOT = Path(__file__).parents[3]
 SMALL = Preprocess(size=32)
 PRESIZE = 1.5
-SIDE = Making("train", SMALL, PRESIZE).side
+SIDE = PixelTransform("train", SMALL, PRESIZE).side
 ROW = 3 * SIDE**2  # bytes of a training photo
 STAGES = """
 [[stage]]
@@ -52,7 +52,7 @@ augment = { mixup = 0.2 }
 def room(tmp_path, monkeypatch):
     """A cache of the test's own."""
     monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path / "cache"))
-    return disk_cache.Room(tmp_path / "cache", 10**9)
+    return disk_cache.DiskCache(tmp_path / "cache", 10**9)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def assert_right(found, sets, preprocess=SMALL, presize=PRESIZE):
     for part, of in zip(("train", "valid"), sets, strict=True):
         samples = getattr(found, part)
         assert len(of) == len(of.pixels) == len(samples)
-        making = Making(part, preprocess, presize)
+        making = PixelTransform(part, preprocess, presize)
         for sample, row, label in zip(samples, of.pixels[:], of.labels, strict=True):
             assert (row.numpy() == as_decoded(sample, making)).all()
             assert sample.label == label
@@ -82,7 +82,7 @@ def test_cold_warm_and_without_a_cache_give_the_same_weights(recipe, photos, tmp
     for number, cache_gb in enumerate((None, None, 0, 0.0001)):
         folder = fine_tune.run(
             config.read(path), str(photos), out=tmp_path / str(number), device="cpu",
-            cache_gb=cache_gb, say=said.append,
+            cache_gb=cache_gb, log=said.append,
         )  # fmt: skip
         weights += [(folder / checkpoint.BEST).read_bytes()]
     assert len(set(weights)) == 1
@@ -109,7 +109,7 @@ def test_folds_and_seeds_share_the_rows(photos, room, lines):
         assert_right(found, sets)
     rows = {entry.what: entry.size for entry in room.entries()}
     assert len(rows) == 2
-    assert rows[str(Making("train", SMALL, PRESIZE))] < 45 * ROW + 2000  # every photo once
+    assert rows[str(PixelTransform("train", SMALL, PRESIZE))] < 45 * ROW + 2000  # every photo once
 
 
 def test_equal_photos_share_a_row_and_a_name_decides_nothing(photos, room, lines):
@@ -148,7 +148,7 @@ def test_a_photo_changed_in_place_is_seen_whatever_its_size_and_time_say(tmp_pat
 def test_all_that_decides_pixels_is_in_the_name_and_nothing_else():
     def names(presize=PRESIZE, **changes):
         preprocess = Preprocess(**{"size": 64, **changes})
-        return tuple(Making(part, preprocess, presize).name for part in ("train", "valid"))
+        return tuple(PixelTransform(part, preprocess, presize).name for part in ("train", "valid"))
 
     train, valid = names()
     assert train != valid
@@ -172,14 +172,14 @@ def test_photos_are_kept_as_large_as_the_recipe_says_and_the_cache_keeps_both_si
         settings = config.read(path, [f"data.presize={presize}"])
         folder = fine_tune.run(
             settings, str(photos), out=tmp_path / f"run-{len(weights)}", device="cpu",
-            say=lines.append,
+            log=lines.append,
         )  # fmt: skip
         weights.append((folder / checkpoint.BEST).read_bytes())
     assert weights[0] == weights[2] != weights[1]
     assert any(line.startswith("pixels: 45 photos, 45 from the cache") for line in lines)
     lr_find.lr_find(
         config.read(path, ["data.presize=1"]), str(photos), out=tmp_path / "curve.png",
-        device="cpu", say=lines.append,
+        device="cpu", log=lines.append,
     )  # fmt: skip
     parts = sorted(entry.what for entry in room.entries())
     assert parts == [*(f"train photos at {side} px" for side in (32, 48, 64)),
@@ -196,8 +196,8 @@ def test_any_order_and_any_slice_comes_as_it_is_asked_for(photos, lines):
     found = dataset.load(str(photos))
     _, kept, _ = decoded.decode(found, SMALL, PRESIZE, lines.append)
     _, streamed, _ = decoded.decode(found, SMALL, PRESIZE, lines.append, 0)
-    assert isinstance(kept.pixels, Mapped)
-    assert isinstance(streamed.pixels, Streamed)
+    assert isinstance(kept.pixels, MemmapRows)
+    assert isinstance(streamed.pixels, StreamingRows)
     whole = kept.pixels[:]
     assert torch.equal(kept.aspect, streamed.aspect)
     order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(1)).split(7)
@@ -297,22 +297,22 @@ def test_a_torn_or_damaged_index_never_gives_wrong_rows(photos, room, lines):
 def test_the_budget_holds_and_the_oldest_goes(photos, room, lines):
     found = dataset.load(str(photos))
     first, last = Preprocess(size=24), Preprocess(size=64)
-    largest = 36 * 3 * Making("train", last, PRESIZE).side ** 2 + 9 * 3 * last.size**2
+    largest = 36 * 3 * PixelTransform("train", last, PRESIZE).side ** 2 + 9 * 3 * last.size**2
     budget = 1.3 * largest / 1e9
     for preprocess in (first, Preprocess(size=48), SMALL, last):
         _, *sets = decoded.decode(found, preprocess, PRESIZE, lines.append, budget)
         assert_right(found, sets, preprocess)
-        assert isinstance(sets[0].pixels, Mapped)
+        assert isinstance(sets[0].pixels, MemmapRows)
         assert room.size() <= budget * 1e9
         if preprocess is first:
             kept = sets[0]
     names = {entry.path.name for entry in room.entries()}
-    assert Making("train", first, PRESIZE).name not in names
-    assert Making("train", last, PRESIZE).name in names
+    assert PixelTransform("train", first, PRESIZE).name not in names
+    assert PixelTransform("train", last, PRESIZE).name in names
     _, _, valid = decoded.decode(found, first, PRESIZE, lines.append)
     assert_right(found, (kept, valid), first)  # open still
     _, *sets = decoded.decode(found, Preprocess(size=256), PRESIZE, lines.append, budget)
-    assert isinstance(sets[0].pixels, Streamed)
+    assert isinstance(sets[0].pixels, StreamingRows)
 
 
 def test_a_pack_full_of_other_photos_is_begun_anew(tmp_path, photos, room, lines):
@@ -322,7 +322,7 @@ def test_a_pack_full_of_other_photos_is_begun_anew(tmp_path, photos, room, lines
         found = dataset.load(str(root))
         _, *sets = decoded.decode(found, SMALL, PRESIZE, lines.append, budget)
         assert_right(found, sets)
-        assert isinstance(sets[0].pixels, Mapped)
+        assert isinstance(sets[0].pixels, MemmapRows)
         assert room.size() <= budget * 1e9
     assert "45 decoded" in lines[-1] or "36 decoded" in lines[-1]
 
@@ -333,7 +333,7 @@ def test_a_cache_that_cant_be_used_is_a_warning(tmp_path, photos, monkeypatch, l
     found = dataset.load(str(photos))
     _, *sets = decoded.decode(found, SMALL, PRESIZE, lines.append)
     assert_right(found, sets)
-    assert isinstance(sets[0].pixels, Mapped)
+    assert isinstance(sets[0].pixels, MemmapRows)
     warning, done = lines
     assert warning.startswith(f"warning: the cache {tmp_path}/file/cache can't be used: ")
     assert warning.endswith("; decoded photos go to a temporary file")
@@ -417,7 +417,7 @@ def test_a_kill_at_any_moment_leaves_only_whole_rows(tmp_path, room, lines):
     found = dataset.load(str(photos))
     right = {
         (part, hashlib.sha256(sample.path.read_bytes()).hexdigest()[:32]): as_decoded(
-            sample, Making(part, SMALL, PRESIZE)
+            sample, PixelTransform(part, SMALL, PRESIZE)
         )
         .tobytes()
         .hex()
@@ -470,7 +470,7 @@ def test_two_runs_that_fill_one_cache_at_once_find_the_same(tmp_path, room, line
     assert [hashlib.sha256(s.pixels[:].numpy().tobytes()).hexdigest() for s in sets] == sums
     assert "200 from the cache" in lines[-1]
     entry = next(e for e in room.entries() if "train" in e.what)
-    listed = Pack(entry.path, SIDE).read()
+    listed = PixelStore(entry.path, SIDE).read()
     assert len(listed.rows) == len(listed.pixels) == len({s.path.read_bytes() for s in found.train})
 
 
@@ -501,5 +501,7 @@ def test_streaming_takes_the_memory_of_some_batches(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(photos)], cwd=ROOT, stdout=subprocess.PIPE, check=True
     )
-    row = 3 * Making("train", Preprocess(size=512), PRESIZE).side ** 2  # all are 160 of them
+    row = (
+        3 * PixelTransform("train", Preprocess(size=512), PRESIZE).side ** 2
+    )  # all are 160 of them
     assert int(done.stdout.split()[-1]) < 40 * row, done.stdout

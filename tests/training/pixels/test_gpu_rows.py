@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from serving.errors import WorkError
 from training.activations import cache as activations
 from training.activations import loaders as feeds
-from training.activations.cache import Activations
-from training.activations.loaders import Draws
+from training.activations.cache import ActivationCache
+from training.activations.loaders import AugmentedPhotos
 from training.activations.sharing import shares
 from training.config import load as config
 from training.config.sections import AugmentConfig
 from training.data import dataset
-from training.distributed.process_group import ALONE
+from training.distributed.process_group import SINGLE_PROCESS
 from training.engine import finetune as fine_tune
 from training.engine import plan
 from training.engine.epoch import _backward
@@ -34,11 +34,11 @@ from training.evaluation import evaluate
 from training.optim import optimizer as optim
 from training.pixels import decoded as pixels
 from training.pixels import gpu_rows as device_rows
-from training.pixels.gpu_rows import Prefetched, Resident, moved, placed
+from training.pixels.gpu_rows import GpuRows, PrefetchedRows, moved, placed
 from training.pixels.part import PixelSet
-from training.pixels.rows import AHEAD, Mapped
+from training.pixels.rows import AHEAD, MemmapRows
 from training.utils import device, disk_cache
-from training.utils.device import Standing, constant, fill_up, filled, upload
+from training.utils.device import CpuCopy, constant, fill_up, filled, upload
 from training.utils.precision import Precision
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ lr = 0.01
 
 def mapped(count=COUNT):
     found = np.random.default_rng(0).integers(0, 256, (2 * count, SIDE, SIDE, 3), dtype=np.uint8)
-    return Mapped(found, np.random.default_rng(1).permutation(2 * count)[:count])
+    return MemmapRows(found, np.random.default_rng(1).permutation(2 * count)[:count])
 
 
 def order(batch=5):
@@ -102,7 +102,7 @@ class Noted:
             self.closed = True
 
 
-@pytest.mark.parametrize("make", [Resident, Prefetched])
+@pytest.mark.parametrize("make", [GpuRows, PrefetchedRows])
 def test_rows_are_those_that_were_given(make, monkeypatch):
     monkeypatch.setattr(device_rows, "CHUNK", 4 * 3 * SIDE**2)  # several pieces
     rows = mapped()
@@ -120,7 +120,7 @@ def test_rows_are_those_that_were_given(make, monkeypatch):
 
 
 def test_a_thread_of_its_own_works_ahead():
-    class Lane(Standing):
+    class Lane(CpuCopy):
         def __init__(self):
             self.sent, self.received = [], []
 
@@ -133,7 +133,7 @@ def test_a_thread_of_its_own_works_ahead():
             return super().receive(sent)
 
     rows, lane = Noted(mapped()), Lane()
-    batches = Prefetched(rows, CPU, lane).batches(order())
+    batches = PrefetchedRows(rows, CPU, lane).batches(order())
     for number in range(1, 4):
         next(batches)
         until = time.monotonic() + 20
@@ -149,7 +149,7 @@ def test_a_thread_of_its_own_works_ahead():
 
 def test_an_error_in_the_thread_comes_out_where_it_belongs():
     rows = Noted(mapped(), breaks=3)
-    batches = Prefetched(rows, CPU).batches(order())
+    batches = PrefetchedRows(rows, CPU).batches(order())
     for index in order()[:3]:
         assert torch.equal(next(batches), rows[index])
     with pytest.raises(WorkError, match=r"photo\.jpg"):
@@ -160,14 +160,14 @@ def test_an_error_in_the_thread_comes_out_where_it_belongs():
 
 def test_closing_early_ends_the_thread():
     rows = Noted(mapped())
-    batches = Prefetched(rows, CPU).batches(order())
+    batches = PrefetchedRows(rows, CPU).batches(order())
     next(batches)
     assert threads()
     batches.close()
     assert rows.closed
     assert len(rows.taken) <= 1 + AHEAD
     assert threads() == []
-    Prefetched(rows, CPU).batches(order()).close()  # never begun
+    PrefetchedRows(rows, CPU).batches(order()).close()  # never begun
     assert threads() == []
 
 
@@ -178,10 +178,10 @@ def test_rows_that_fit_lie_on_the_device_and_others_are_copied_ahead(monkeypatch
     assert placed(part(rows), "training", CPU, lines.append).pixels is rows
     assert lines == []
     kept = placed(part(rows), "training", far, lines.append, lambda _: 2 * size)
-    assert isinstance(kept.pixels, Resident)
+    assert isinstance(kept.pixels, GpuRows)
     assert (kept.name, kept.key) == ("pixels-x", b"key")
     sent = placed(part(rows), "training", far, lines.append, lambda _: 2 * size - 2)
-    assert isinstance(sent.pixels, Prefetched)
+    assert isinstance(sent.pixels, PrefetchedRows)
     assert "23 training photos lie on the GPU" in lines[0]
     assert "batch by batch: their" in lines[1]
 
@@ -190,7 +190,7 @@ def test_rows_that_fit_lie_on_the_device_and_others_are_copied_ahead(monkeypatch
 
     monkeypatch.setattr(device_rows, "Resident", full)
     assert isinstance(
-        placed(part(rows), "training", far, lines.append, lambda _: 2**40).pixels, Prefetched
+        placed(part(rows), "training", far, lines.append, lambda _: 2**40).pixels, PrefetchedRows
     )
     assert len(lines) == 3
 
@@ -199,8 +199,8 @@ def test_augmented_photos_are_the_same_wherever_rows_lie(recipe):
     settings = config.read(recipe(), ["preprocess.size=8", "augment.erase=0.5"])
     rows = mapped()
     found = []
-    for pixels_of in (rows, Resident(rows, CPU), Prefetched(rows, CPU)):
-        draws = Draws(
+    for pixels_of in (rows, GpuRows(rows, CPU), PrefetchedRows(rows, CPU)):
+        draws = AugmentedPhotos(
             part(pixels_of), settings.preprocess, settings.augment,
             Precision(torch.float32, CPU), seed=3,
         )  # fmt: skip
@@ -216,25 +216,25 @@ def test_rows_of_one_size_are_placed_once_and_go_before_the_next(
     settings = config.read(recipe(TWO_SIZES))
     old = []
 
-    def on_device(of, name, where, say):
+    def on_device(of, name, where, log):
         gc.collect()
         if name == "training":
             assert not [rows for rows in old if rows() is not None]
-        near = Resident(of.pixels, where)
+        near = GpuRows(of.pixels, where)
         old.append(weakref.ref(near))
         return replace(of, pixels=near)
 
     monkeypatch.setattr("training.activations.cache.placed", on_device)
     decoded = pixels.Photos(dataset.load(str(photos)), settings.data.presize, str)
     classifier, _ = plan.build_classifier(settings, 3, str)
-    activations = Activations(
-        decoded, settings, Precision(torch.float32, CPU), disk_cache.Room(tmp_path, 0), str
+    activations = ActivationCache(
+        decoded, settings, Precision(torch.float32, CPU), disk_cache.DiskCache(tmp_path, 0), str
     )
     for stage, share in zip(
         settings.stage, shares(classifier, settings, settings.stage), strict=True
     ):
         feed, held_out = activations.feeds(classifier, stage, share)
-        assert isinstance(feed.draws.photos.pixels, Resident)
+        assert isinstance(feed.draws.photos.pixels, GpuRows)
         assert len(list(feed.epoch(0, 16))) == 3
         assert sum(len(labels) for _, labels in held_out) == 9
         del feed, held_out
@@ -283,7 +283,7 @@ def test_filling_up_changes_no_figure(recipe, photos, weights, two_stages, tmp_p
         options = ["head.dropout=0", f"weights={weights}"]
         settings = config.read(recipe(two_stages + WHOLE), options)
         folder = fine_tune.run(
-            settings, str(photos), out=tmp_path / name, device="cpu", cache_gb=0.5, say=str
+            settings, str(photos), out=tmp_path / name, device="cpu", cache_gb=0.5, log=str
         )
         rows = (folder / "metrics.csv").read_text().splitlines()[1:]
         best = json.loads((folder / "best.json").read_text())["metrics"]
@@ -311,7 +311,9 @@ def test_nothing_in_an_epoch_waits_for_the_gpu(
     decoded = pixels.Photos(dataset.load(str(photos)), settings.data.presize, str)
     classifier, _ = plan.build_classifier(settings, 3, str)
     precision = Precision(torch.bfloat16, where)
-    activations = Activations(decoded, settings, precision, disk_cache.Room(tmp_path, 10**9), str)
+    activations = ActivationCache(
+        decoded, settings, precision, disk_cache.DiskCache(tmp_path, 10**9), str
+    )
     classifier.to(where).to(memory_format=torch.channels_last)
     (stage,) = settings.stage
     (share,) = shares(classifier, settings, settings.stage)
@@ -322,7 +324,7 @@ def test_nothing_in_an_epoch_waits_for_the_gpu(
     def epoch():
         feed.prepare([0])
         for batch in feed.epoch(0, 8):
-            _backward(classifier.suffix, [(batch, len(batch[1]))], precision, 0.1, ALONE)
+            _backward(classifier.suffix, [(batch, len(batch[1]))], precision, 0.1, SINGLE_PROCESS)
             optim.step(optimizer, settings.optimizer)
 
     epoch()  # what is made once: constants, kernels, memory
@@ -337,7 +339,7 @@ def test_nothing_in_an_epoch_waits_for_the_gpu(
 @pytest.mark.gpu
 def test_a_gpu_sees_the_photos_that_the_cpu_sees():
     cuda, rows = torch.device("cuda"), mapped()
-    for near in (Resident(rows, cuda), Prefetched(rows, cuda)):
+    for near in (GpuRows(rows, cuda), PrefetchedRows(rows, cuda)):
         for got, index in zip(near.batches(order()), order(), strict=True):
             assert got.device.type == "cuda"
             assert torch.equal(got.cpu(), rows[index])
@@ -345,7 +347,7 @@ def test_a_gpu_sees_the_photos_that_the_cpu_sees():
     preprocess = config.Recipe(name="x", arch="resnet18", stage=[{"name": "a"}]).preprocess
     found = []
     for where in (CPU, cuda):
-        draws = Draws(
+        draws = AugmentedPhotos(
             placed(part(rows), "training", where, str), replace(preprocess, size=8),
             AugmentConfig(erase=0.5), Precision(torch.float32, where), seed=3,
         )  # fmt: skip

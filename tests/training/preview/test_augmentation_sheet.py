@@ -5,7 +5,7 @@ from PIL import Image
 from serving.errors import ImageError
 from serving.imaging.preprocess import Preprocess
 from training.config.sections import PRESETS, AugmentConfig
-from training.pixels.transform import Making
+from training.pixels.transform import PixelTransform
 from training.preview import augmentation_sheet as contact_sheet
 from training.preview.augmentation_sheet import COLUMNS, GAP, TILE
 
@@ -61,7 +61,7 @@ def test_draws_are_cut_from_the_photo_as_training_keeps_it(photo, presize, monke
 
     monkeypatch.setattr(contact_sheet.augment, "apply", apply)
     sheet_of(photo, AugmentConfig(), presize, draws=2)
-    kept = Making("train", PREPROCESS, presize)(Image.open(photo))
+    kept = PixelTransform("train", PREPROCESS, presize)(Image.open(photo))
     assert cut_from.pop().numpy().tolist() == [kept.tolist()] * 2
     assert kept.shape == (presize * TILE, presize * TILE, 3)
 
@@ -102,13 +102,13 @@ def test_a_photo_that_is_none_is_named(tmp_path):
 
 
 def test_words_for_the_presets():
-    say = contact_sheet.describe
-    assert say(AugmentConfig()) == (
+    log = contact_sheet.describe
+    assert log(AugmentConfig()) == (
         "photo: random crop of 35-100 % of the largest square, sides up to 1.2 : 1, flip, "
         "rotation ±10°, zoom to 1.1, brightness and contrast ±20 %, saturation ±20 %"
     )
-    assert say(AugmentConfig(preset="none")) == "none: centre crop"
-    assert say(AugmentConfig(preset="top_down")) == (
+    assert log(AugmentConfig(preset="none")) == "none: centre crop"
+    assert log(AugmentConfig(preset="top_down")) == (
         "top_down: random crop, flips and quarter turns, rotation ±10°, "
         "brightness and contrast ±5 %"
     )

@@ -27,7 +27,7 @@ def count(text):
     "arch", ["resnet18", "mobilenet_v2", "swin_t", "vit_b_16", "maxvit_t", "vgg11", "inception_v3"]
 )
 def test_every_layer_has_a_line_and_every_group_its_number(arch):
-    found = backbones.hollow(arch, {})
+    found = backbones.build_on_meta(arch, {})
     title, _, head, *lines = layer_groups.describe(layer_groups.of_arch(arch))
     assert f"{len(found.groups)} layer groups, {found.width} features" in title
     assert len(lines) == len(found.body)

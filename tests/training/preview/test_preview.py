@@ -28,7 +28,7 @@ def saved(path, size=(40, 30), mode="RGB", colour=None):
 
 
 def look(path, part="train", label="a"):
-    return scan.look(path, part, label)
+    return scan.photo_stats(path, part, label)
 
 
 @pytest.fixture
@@ -89,10 +89,12 @@ def test_twins_have_the_same_pixels_whatever_their_files(tmp_path):
     ):
         Image.fromarray(changed).save(tmp_path / f"{name}.png", compress_level=0)
     looks = [look(tmp_path / f"{name}.png") for name in "abcd"]
-    assert [[one.path.name for one in group] for group in scan.twins(looks)] == [["a.png", "b.png"]]
+    assert [[one.path.name for one in group] for group in scan.duplicates(looks)] == [
+        ["a.png", "b.png"]
+    ]
     (tmp_path / "e.jpg").write_bytes(b"")
     (tmp_path / "f.jpg").write_bytes(b"")
-    assert scan.twins([look(tmp_path / "e.jpg"), look(tmp_path / "f.jpg")]) == []
+    assert scan.duplicates([look(tmp_path / "e.jpg"), look(tmp_path / "f.jpg")]) == []
 
 
 def test_every_photo_is_looked_at_and_broken_ones_are_survived(photos):

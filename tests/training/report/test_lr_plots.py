@@ -15,7 +15,7 @@ def steps_of(stage, rates, steps=5, momentum=0.9):
             point = at(stage, position, steps, momentum=momentum)
             here = [rate * point.factor for rate in rates]
             momentum_now = momentum if point.momentum is None else point.momentum
-            yield lr_plots.Row(stage.name, position, here, momentum_now)
+            yield lr_plots.RateRow(stage.name, position, here, momentum_now)
 
 
 HEAD = list(steps_of(Stage(name="head", cycles=2), [1e-2]))
@@ -46,7 +46,7 @@ def test_steps_are_drawn_where_they_were_taken():
     ] + [Step("all", 1, 1, 1.0, 0.8, (0.3,))]
     drawn = lr_plots.rows(taken)
     assert [row.epoch for row in drawn] == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 0]
-    assert drawn[-1] == lr_plots.Row("all", 0.0, (0.3,), 0.8)
+    assert drawn[-1] == lr_plots.RateRow("all", 0.0, (0.3,), 0.8)
 
 
 @pytest.mark.parametrize("rows", [[], HEAD[:1], HEAD, HEAD + CYCLE])

@@ -70,7 +70,7 @@ def answers(run):
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     accuracy, loss = evaluate.score(probabilities, result.labels)
     changes = {"probabilities": probabilities, "accuracy": accuracy, "loss": loss, "views": 4}
-    return evaluate.Result(**{**vars(result), **changes})
+    return evaluate.EvaluationResult(**{**vars(result), **changes})
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def lines():
 
 
 def written(run, lines, **options):
-    path = report.write(run, say=lines.append, **options)
+    path = report.write(run, log=lines.append, **options)
     assert path == run / "report.html"
     return path.read_text(encoding="utf-8")
 
@@ -158,7 +158,7 @@ def test_photos_that_are_gone_or_broken_are_skipped_and_told(tmp_path, lines):
     text = written(tmp_path / "run", lines)
     assert "gone or broken: 2 photos" in text
     assert [f"skipped {path}" in "\n".join(lines) for path in (gone, broken)] == [True, True]
-    result = evaluate.evaluate(tmp_path / "run", say=lines.append)
+    result = evaluate.evaluate(tmp_path / "run", log=lines.append)
     lines.clear()
     later.unlink()  # after it was scored
     before = len(Page(text).all("img"))
@@ -169,11 +169,11 @@ def test_photos_that_are_gone_or_broken_are_skipped_and_told(tmp_path, lines):
 
 def test_a_stage_gets_a_page_of_its_own(run, lines, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
-    best = report.write(folder, say=lines.append).read_bytes()
+    best = report.write(folder, log=lines.append).read_bytes()
     (folder / "stages").mkdir()
     for end in ("safetensors", "json"):
         shutil.copyfile(folder / f"best.{end}", folder / "stages" / f"head.{end}")
-    path = report.write(folder / "stages" / "head.safetensors", say=lines.append)
+    path = report.write(folder / "stages" / "head.safetensors", log=lines.append)
     assert path == folder / "report-head.html"
     assert (folder / "report.html").read_bytes() == best
     text = path.read_text(encoding="utf-8")
@@ -187,7 +187,7 @@ def test_a_stage_gets_a_page_of_its_own(run, lines, tmp_path):
 def test_two_classes_all_right_and_many_classes(run, answers, lines):
     right = np.eye(3)[answers.labels] * 0.7 + 0.1
     done = {**vars(answers), "probabilities": right, "plain": right, "accuracy": 1.0, "views": 1}
-    text = written(run, lines, result=evaluate.Result(**done))
+    text = written(run, lines, result=evaluate.EvaluationResult(**done))
     assert text.count("None: every photo is right.") == 2
     assert "with TTA" not in text
     many = 120
@@ -200,7 +200,7 @@ def test_two_classes_all_right_and_many_classes(run, answers, lines):
         "probabilities": probabilities,
         "plain": probabilities,
     }
-    text = written(run, lines, result=evaluate.Result(**done))
+    text = written(run, lines, result=evaluate.EvaluationResult(**done))
     assert f"the {mistakes.CLASSES} classes confused most" in text
     heads = re.findall(r'<th scope="row"><bdi>class \d+</bdi>', text)
     assert len(heads) == many
@@ -214,7 +214,7 @@ def test_the_worst_mistakes_are_all_mistakes(run, answers, monkeypatch, lines):
         probabilities[i] = np.roll(probabilities[i], label)
     probabilities[0] = np.roll([0.48, 0.52, 0], answers.labels[0])  # wrong, at a smaller loss
     done = {**vars(answers), "probabilities": probabilities}
-    page = Page(written(run, lines, result=evaluate.Result(**done)))
+    page = Page(written(run, lines, result=evaluate.EvaluationResult(**done)))
     assert len([attrs for attrs in page.all("figure") if attrs.get("class") == "wrong"]) == 1
 
 
@@ -252,7 +252,7 @@ def test_ticks_are_round_and_inside(low, high, expected):
 
 def test_a_flat_curve_and_one_point_can_be_drawn():
     for points in ([(1.0, 0.5)], [(1.0, 0.0), (2.0, 0.0)], [(1.0, 1.0), (2.0, float("nan"))]):
-        drawn = charts.lines([charts.Line(points, "loss", "first")], "a title")
+        drawn = charts.lines([charts.Series(points, "loss", "first")], "a title")
         assert "nan" not in drawn
         Page(drawn)
 
@@ -282,5 +282,5 @@ def test_curves_without_a_number_and_endless_epochs_are_survived(run, answers, l
 def test_how_sure_it_is_in_words(answers, accuracy, said):
     even = np.full((answers.photos, 2), 0.5)
     done = {**vars(answers), "probabilities": even, "labels": answers.labels % 2}
-    told = report._calibration(evaluate.Result(**{**done, "accuracy": accuracy}))
+    told = report._calibration(evaluate.EvaluationResult(**{**done, "accuracy": accuracy}))
     assert said in told.replace("\n", " ")

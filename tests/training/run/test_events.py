@@ -19,7 +19,7 @@ OPENING = (
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def timer(monkeypatch):
     monkeypatch.setattr(events.time, "time", lambda: 1.5)
 
 
@@ -43,13 +43,13 @@ def test_the_checksum_is_crc32c():
     assert events.crc32c(bytes(range(32))) == 0x46DD794E
 
 
-def test_scalars_are_written_as_tensorboard_does(tmp_path, clock):
+def test_scalars_are_written_as_tensorboard_does(tmp_path, timer):
     path = tmp_path / "file"
     events.add(path, 300, {"loss/batch": 0.25})
     assert path.read_bytes().hex() == SCALAR
 
 
-def test_a_file_begins_as_tensorboards_does(tmp_path, clock):
+def test_a_file_begins_as_tensorboards_does(tmp_path, timer):
     theirs = tmp_path / "theirs"
     theirs.write_bytes(bytes.fromhex(OPENING))
     version, session = records(events.start(tmp_path, step=7))

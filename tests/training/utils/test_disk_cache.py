@@ -44,7 +44,7 @@ def everything(folder):
 
 def test_clear_removes_entries_and_nothing_else(home, capsys):
     before = everything(home)
-    room = disk_cache.room()
+    room = disk_cache.open_cache()
     entry(room, "a", 1000, 1)
     entry(room, "b", 2000, 2, "activations")
     target = home / "letters"
@@ -58,12 +58,12 @@ def test_clear_removes_entries_and_nothing_else(home, capsys):
     assert fledge.main(["cache", "--clear"]) == 0
     assert capsys.readouterr().out.startswith("0.0 MB freed")
     assert everything(home) == before | {shared / "notes.txt": b"mine"}
-    assert disk_cache.room().entries() == []
+    assert disk_cache.open_cache().entries() == []
     assert (home / f"pixels-{'c' * 32}").is_symlink()
 
 
 def test_the_least_recently_used_go_first_and_what_is_written_stays(home):
-    room = disk_cache.Room(home, 3500)
+    room = disk_cache.DiskCache(home, 3500)
     a, b, c = (entry(room, key, 1000, used) for key, used in (("a", 30), ("b", 10), ("c", 20)))
     assert [item.path for item in room.entries()] == [b, c, a]
     assert room.make_room(500, set())
@@ -108,9 +108,9 @@ def test_a_mark_of_a_maker_that_was_killed_is_ours(home):
     path = home / f"pixels-{KEY}"
     path.mkdir()
     (path / disk_cache.MARK).write_bytes(b"")
-    assert [item.path for item in disk_cache.room().entries()] == [path]
+    assert [item.path for item in disk_cache.open_cache().entries()] == [path]
     (path / disk_cache.MARK).write_text('{"name": "package"}')
-    assert disk_cache.room().entries() == []
+    assert disk_cache.open_cache().entries() == []
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
@@ -119,7 +119,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert disk_cache.folder() == tmp_path / "fledge"
     monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path / "own"))
     assert disk_cache.folder() == tmp_path / "own"
-    assert disk_cache.room().entries() == []
+    assert disk_cache.open_cache().entries() == []
     assert not (tmp_path / "own").exists()
     monkeypatch.setenv("HOME", str(tmp_path))
     assert disk_cache.shown(tmp_path / "own") == "~/own"
@@ -131,8 +131,8 @@ def test_the_budget_is_the_option_then_the_variable_and_fits_the_disk(monkeypatc
     monkeypatch.setenv("FLEDGE_CACHE_GB", "0.25")
     assert disk_cache.wanted() == 0.25
     assert disk_cache.wanted(0) == 0
-    assert disk_cache.room(0).budget == 0
-    assert 10**9 < disk_cache.room(1e9).budget < 1e15
+    assert disk_cache.open_cache(0).budget == 0
+    assert 10**9 < disk_cache.open_cache(1e9).budget < 1e15
     for wrong in ("-1", "many", "nan", "inf"):
         monkeypatch.setenv("FLEDGE_CACHE_GB", wrong)
         with pytest.raises(OptionError, match=f"FLEDGE_CACHE_GB = {wrong}: use gigabytes"):
