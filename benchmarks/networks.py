@@ -1,13 +1,13 @@
-r"""Export every network of torchvision: what became of its BatchNorms, how far off its graphs are.
+r"""Export every network of torchvision: folded BatchNorms, and differences to the checkpoint.
 
-    python benchmarks/networks.py --photos DIR [--archs resnet50,vit_b_16] [--out DIR]
+    python -m benchmarks.networks --photos DIR [--archs resnet50,vit_b_16] [--out DIR]
 
 Weights are torchvision's initial ones with BatchNorm statistics and gains made random, logits
 rescaled to a standard deviation of 2; photos are real. Such networks were never trained, and some
-blow rounding up beyond the gate's 1e-4: then the checkpoint is compared with itself in float64,
-too, which tells rounding from a wrong graph. Each network has a process of its own, so
-one that does not fit into memory is a row that says so. Rows are appended to OUT/results.jsonl:
-the same command goes on.
+amplify rounding beyond the gate's 1e-4. The checkpoint is then also compared with itself in
+float64, to distinguish rounding from a wrong graph. Each network runs in its own process: one that
+does not fit into memory becomes a row with the error. Rows are appended to OUT/results.jsonl; the
+same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import machine, results
+from serving.utils.cpu import cores
 
 CLASSES = 10
-PHOTOS = 14  # for BatchNorm's statistics
-GATE = 7  # of them through the gate: its largest batch
+PHOTOS = 14  # for the BatchNorm statistics
+GATE = 7  # of them go through the gate; its largest batch
 
 
 def main() -> int:
-    """Run what is missing, then print the table; returns the exit status."""
+    """Export the networks that have no row yet, then print the table; returns the exit status."""
     options = parse()
     if options.one:
         print(json.dumps(export(options.one, options.photos)))
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    results = options.out / "results.jsonl"
-    rows = read(results)
-    for arch in options.archs.split(",") if options.archs else every():
+    path = options.out / results.FILE
+    rows = read(path)
+    for arch in options.archs.split(",") if options.archs else all_networks():
         if arch in rows:
             continue
-        command = [sys.executable, __file__, "--photos", str(options.photos), "--one", arch]
+        command = [sys.executable, "-m", "benchmarks.networks"]
+        command += ["--photos", str(options.photos), "--one", arch]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             line = (done.stderr.strip().splitlines() or ["killed: out of memory?"])[-1]
@@ -47,10 +49,8 @@ def main() -> int:
         else:
             rows[arch] = json.loads(done.stdout.splitlines()[-1])
         print(rows[arch], file=sys.stderr, flush=True)
-        with results.open("a") as file:
+        with path.open("a") as file:
             file.write(json.dumps(rows[arch]) + "\n")
-    from serving.utils.cpu import cores
-
     print(machine.describe(cores(), "cpu"), "\n")
     print(table(list(rows.values())))
     return 0
@@ -62,47 +62,48 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--photos", type=Path, required=True, help="any folder of photos")
-    parser.add_argument("--archs", help="names, with commas; default: all that can be fine-tuned")
+    parser.add_argument(
+        "--archs", help="comma-separated names; default: all that can be fine-tuned"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench-networks"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def every() -> list[str]:
-    """All networks, in the order of the families."""
+def all_networks() -> list[str]:
+    """All networks that can be fine-tuned, sorted by family and name."""
     from torchvision import models
 
-    from training.models import families as bodies
+    from training.models.families import FAMILIES, family
 
-    names = models.list_models(module=models)
     return sorted(
-        (name for name in names if bodies.family(name)),
-        key=lambda name: (bodies.FAMILIES.index(bodies.family(name)), name),
+        filter(family, models.list_models(module=models)),
+        key=lambda name: (FAMILIES.index(family(name)), name),
     )
 
 
 def read(path: Path) -> dict[str, dict]:
-    """Rows of earlier calls, by network."""
+    """Rows of earlier runs, by network."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {row["arch"]: row for row in map(json.loads, lines)}
 
 
 def export(arch: str, photos: Path) -> dict:
-    """One network through fusing, the three writers, and the gate's comparison; its row."""
+    """Fold one network, write its three graphs, compare them with the checkpoint; returns a row."""
     import numpy as np
     import torch
 
     from export import graph, parity
     from export.writers import onnx, torch_export, torchscript
     from serving.bundle.manifest import Manifest
-    from serving.imaging import decode
+    from serving.imaging.decode import read as read_image
     from serving.imaging.preprocess import Preprocess
     from serving.inference.predictor import Predictor
     from serving.inference.runtime import OnnxRuntime
     from serving.inference.torchscript import TorchScriptRuntime
     from tests.support.random_batchnorms import lively, speaking
     from training.models import backbones
-    from training.models import classifier as model
+    from training.models.classifier import build, normalise
 
     start = time.perf_counter()
     torch.manual_seed(0)
@@ -111,33 +112,33 @@ def export(arch: str, photos: Path) -> dict:
     paths = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     paths = paths[:: max(1, len(paths) // PHOTOS)][:PHOTOS]
     kind = "linear" if backbones.family_of(arch).pooled else "concat_pool"
-    classifier = model.build(arch, CLASSES, head={"kind": kind}).eval()
-    squares = np.stack([preprocess(decode.read(path).image) for path in paths])
-    x = model.normalise(torch.from_numpy(squares), preprocess)
+    classifier = build(arch, CLASSES, head={"kind": kind}).eval()
+    squares = np.stack([preprocess(read_image(path).image) for path in paths])
+    x = normalise(torch.from_numpy(squares), preprocess)
     speaking(lively(classifier, x), x)
     parameters = sum(p.numel() for p in classifier.parameters())
-    fused, report = graph.assemble(classifier, preprocess)
+    fused, fusion = graph.assemble(classifier, preprocess)
     original = graph.CheckpointRuntime(classifier, preprocess)
-    gate, parity.TOLERANCE = parity.TOLERANCE, 1.0  # differences are wanted, not a verdict
+    gate, parity.TOLERANCE = parity.TOLERANCE, 1.0  # record differences, refuse none
     labels = tuple(f"class {index}" for index in range(CLASSES))
     manifest = Manifest(arch, "0", arch, labels, preprocess, {}, {})
-    ways = {
+    writers = {
         "onnx": (onnx.write, "model.onnx", lambda path: OnnxRuntime(path, device="cpu")),
         "torchscript": (torchscript.write, "model.ts", TorchScriptRuntime),
         "torch.export": (torch_export.write, "model.pt2", torch_export.ExportedRuntime),
     }
-    row = {"arch": arch, "size": size, "parameters": parameters, **report.to_dict()}
-    row["left"] = len(report.left)
+    row = {"arch": arch, "size": size, "parameters": parameters, **fusion.to_dict()}
+    row["left"] = len(fusion.left)
     with tempfile.TemporaryDirectory() as folder:
-        for name, (write, file, runtime) in ways.items():
+        for name, (write, file, runtime) in writers.items():
             path = Path(folder) / file
             write(fused, path, name=arch, labels=labels, preprocess=preprocess)
             graphs = {name: Predictor(manifest, runtime(path))}
             samples = [(path, 0) for path in paths[:GATE]]
-            found = parity.gate(original, preprocess, graphs, samples).graphs[name]
-            row[name] = found.difference
+            report = parity.gate(original, preprocess, graphs, samples)
+            row[name] = report.graphs[name].difference
             path.unlink()
-    if max(row[name] for name in ways) > gate:
+    if max(row[name] for name in writers) > gate:
         with torch.inference_mode():
             single = classifier(x[:GATE]).double().softmax(1)
             exact = classifier.double()(x[:GATE].double()).softmax(1)
@@ -147,8 +148,8 @@ def export(arch: str, photos: Path) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown."""
-    families = {name: place for place, name in enumerate(every())}
+    """The rows as a markdown table."""
+    families = {name: place for place, name in enumerate(all_networks())}
     rows = sorted(rows, key=lambda row: families[row["arch"]])
     lines = [
         "| network | parameters | BatchNorms | folded | left | ONNX | TorchScript | torch.export |",
@@ -158,12 +159,12 @@ def table(rows: list[dict]) -> str:
         if "failed" in row:
             lines.append(f"| `{row['arch']}` | {row['failed']} |" + " |" * 6)
             continue
-        off = (f"{row[name]:.0e}" for name in ("onnx", "torchscript", "torch.export"))
+        differences = (f"{row[name]:.0e}" for name in ("onnx", "torchscript", "torch.export"))
         counts = (f"{row[key]}" for key in ("before", "folded", "left"))
         parameters = f"{row['parameters'] / 1e6:.1f} M"
         rounding = f" (rounding {row['rounding']:.0e})" if "rounding" in row else ""
         name = f"`{row['arch']}`{rounding}"
-        lines.append(f"| {' | '.join([name, parameters, *counts, *off])} |")
+        lines.append(f"| {' | '.join([name, parameters, *counts, *differences])} |")
     return "\n".join(lines)
 
 

@@ -1,11 +1,11 @@
-r"""What int8 answers on this processor, against exact arithmetic.
+r"""Errors of int8 inference on this processor, compared with exact integer arithmetic.
 
-    python benchmarks/saturation.py --bundle BUNDLE --photos DIR
+    python -m benchmarks.saturation --bundle BUNDLE --photos DIR
 
-The bundle's float32 graph is quantised with weights up to 127 and up to 64, a scale for each tensor
-and for each channel. Each graph answers 200 photos twice: through ONNX Runtime's int8 kernels, and
-without its optimisations, where it computes the same integers as floats. Processors without VNNI
-add two products in 16 bits and saturate; on the others all lines are alike.
+The bundle's float32 graph is quantised with weights up to 127 and up to 64, with a scale per tensor
+and per channel. Each graph runs on 200 photos twice: with ONNX Runtime's int8 kernels, and without
+its optimisations, where it computes the same integers as floats. Processors without VNNI add two
+products in 16 bits and saturate; on the others all rows are alike.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.registry import QDQRegistry
 
 from benchmarks import machine
+from export.precision import int8
+from serving.bundle import storage
+from serving.imaging.tta import softmax
+from serving.utils.cpu import cores
 
 
 def main() -> int:
-    """Compare, print a table; returns the exit status."""
+    """Compare the graphs, print a table; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--photos", type=Path, required=True, help="a folder a class")
+    parser.add_argument("--photos", type=Path, required=True, help="one folder per class")
     options = parser.parse_args()
-    from export.precision import int8
-    from serving.bundle import storage
-    from serving.utils.cpu import cores
-
     opened = storage.read(options.bundle)
     folders = sorted(path for path in options.photos.iterdir() if path.is_dir())
     samples = [
@@ -45,22 +45,22 @@ def main() -> int:
         if path.suffix.lower() in (".jpg", ".jpeg", ".png")
     ]
     pixels = int8.draw(samples, opened.manifest.preprocess, cores())
-    calibrate, asked = pixels[: int8.CALIBRATE], pixels[int8.CALIBRATE :]
+    calibrate, tested = pixels[: int8.CALIBRATE], pixels[int8.CALIBRATE :]
     source = opened.payload / "model.onnx"
     ranges = int8.ranges(source, calibrate, "minmax")
     graph = onnx.shape_inference.infer_shapes(onnx.load(source))
     print(machine.describe(cores(), "cpu"), f"ONNX Runtime {ort.__version__}\n")
-    print(f"{opened.manifest.arch}, {len(asked)} photos\n")
-    print("| scales | weights up to | off by, largest | median | another best class |")
+    print(f"{opened.manifest.arch}, {len(tested)} photos\n")
+    print("| scales | weights up to | largest difference | median | other best class |")
     print("|---|---:|---:|---:|---:|")
     for per_channel in (False, True):
         for largest in (127, 64):
             model = quantised(graph, ranges, per_channel, reduce_range=largest == 64)
-            here, exact = (probabilities(model, asked, on) for on in (True, False))
-            off = np.abs(here - exact).max(axis=1)
+            here, exact = (probabilities(model, tested, on) for on in (True, False))
+            differences = np.abs(here - exact).max(axis=1)
             other = (here.argmax(axis=1) != exact.argmax(axis=1)).mean()
-            name = "each channel" if per_channel else "each tensor"
-            cells = f"{off.max():.3f} | {np.median(off):.5f} | {other:.1%}"
+            name = "per channel" if per_channel else "per tensor"
+            cells = f"{differences.max():.3f} | {np.median(differences):.5f} | {other:.1%}"
             print(f"| {name} | {largest} | {cells} |", flush=True)
     return 0
 
@@ -68,7 +68,7 @@ def main() -> int:
 def quantised(
     graph: onnx.ModelProto, ranges: object, per_channel: bool, *, reduce_range: bool
 ) -> bytes:
-    """The whole graph in QDQ form, as the export makes it."""
+    """The graph in QDQ form, all operators quantised, as the export does it."""
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
     types = (QuantType.QInt8, QuantType.QUInt8)
@@ -80,9 +80,7 @@ def quantised(
 
 
 def probabilities(model: bytes, pixels: np.ndarray, optimised: bool) -> np.ndarray:
-    """float64 [N, classes]."""
-    from serving.imaging.tta import softmax
-
+    """Softmax of the logits: float64 [N, classes]. pixels: uint8 [N, size, size, 3]."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if not optimised:

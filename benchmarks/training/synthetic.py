@@ -1,4 +1,4 @@
-"""Generated photos, for timings on a machine that has no others."""
+"""Generated photos, for timings on a machine without a photo data set."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ SIDES: Final = (500, 375)  # pixels
 
 
 def write(folder: Path, count: int) -> tuple[Path, Path]:
-    """Write `count` JPEG files, a folder a class; returns their folder and a split into 5 folds.
+    """Write `count` JPEG files, one folder per class; returns the folder and a CSV of 5 folds.
 
-    What is there already stays. A photo is a smooth pattern in its class's colour, with noise:
-    about as many bytes as a photograph has.
+    Existing files are kept. A photo is a smooth pattern in its class's colour with noise, and about
+    as large as a photograph's file.
     """
     split = folder.with_suffix(".csv")
     names = [f"class{i % CLASSES}/{i:06}.jpg" for i in range(count)]
     for number in range(CLASSES):
         (folder / f"class{number}").mkdir(parents=True, exist_ok=True)
 
-    def one(index: int) -> None:
+    def write_photo(index: int) -> None:
         path = folder / names[index]
         if path.exists():
             return
@@ -39,7 +39,7 @@ def write(folder: Path, count: int) -> tuple[Path, Path]:
         Image.fromarray(pixels).save(path, quality=85)
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(one, range(count)))
+        list(pool.map(write_photo, range(count)))
     with split.open("w", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
         out.writerow(["path", "fold"])

@@ -1,4 +1,4 @@
-"""Outcomes -> markdown and a picture."""
+"""Markdown tables and the picture of a training race."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from typing import Final
 
 import numpy as np
 
-from benchmarks.training.contest import Outcome
+from benchmarks.training.measurement import Outcome
 
 NAMES: Final = {"fledge": "Fledge", "fastai": "fastai `fine_tune`", "torch": "plain torch loop"}
 COLOURS: Final = {"fledge": "#1f5a85", "fastai": "#c8283c", "torch": "#7a7a7a"}
 DRAWS: Final = 10_000
+"""Bootstrap samples."""
 
 Pair = tuple[Outcome, Outcome]
+"""(Fledge's, the peer's) of the same fold and seed."""
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
-    """Everything that can be said of the outcomes so far."""
+    """All tables of the outcomes so far."""
     peers = [peer for peer in NAMES if any(o.peer == peer for o in outcomes)]
     parts = [_peers(outcomes, peers)]
     for peer in peers:
         pairs = _pairs(outcomes, peer)
         if peer != "fledge" and pairs:
-            parts += [_against(pairs, peer), _at_epoch_ends(pairs, peer)]
+            parts += [_comparison(pairs, peer), _at_epoch_ends(pairs, peer)]
     return "\n\n".join(parts)
 
 
@@ -49,7 +51,7 @@ def _peers(outcomes: Sequence[Outcome], peers: Sequence[str]) -> str:
 
 
 def _percent(outcomes: Sequence[Outcome], views: str) -> str:
-    """Of all photos of all runs; empty where a run lacks those views."""
+    """Accuracy over all photos of all runs; empty if a run has no answers for `views`."""
     if any(views not in o.right for o in outcomes):
         return ""
     right = [value for o in outcomes for value in o.right[views].values()]
@@ -57,20 +59,20 @@ def _percent(outcomes: Sequence[Outcome], views: str) -> str:
 
 
 def _last_epoch(outcomes: Sequence[Outcome]) -> float:
-    """Accuracy without any choice among epochs, each photo weighing the same."""
+    """Accuracy of the last epoch, averaged over all validation photos."""
     return float(
         np.average([o.epochs[-1][1] for o in outcomes], weights=[o.photos[1] for o in outcomes])
     )
 
 
 def _pairs(outcomes: Sequence[Outcome], peer: str) -> list[Pair]:
-    """(ours, theirs) of the same fold and seed."""
+    """The runs of Fledge and of `peer` with the same fold and seed."""
     theirs = {(o.fold, o.seed): o for o in outcomes if o.peer == peer}
     ours = [o for o in outcomes if o.peer == "fledge" and (o.fold, o.seed) in theirs]
     return [(o, theirs[o.fold, o.seed]) for o in ours]
 
 
-def _against(pairs: Sequence[Pair], peer: str) -> str:
+def _comparison(pairs: Sequence[Pair], peer: str) -> str:
     ratios = sorted(ours.seconds / theirs.seconds for ours, theirs in pairs)
     lines = [
         f"Fledge against {NAMES[peer]}, {len(pairs)} pairs of the same fold and seed:",
@@ -78,33 +80,33 @@ def _against(pairs: Sequence[Pair], peer: str) -> str:
         f"- seconds: {statistics.median(ratios):.3f} times theirs, the median of the pairs "
         f"({ratios[0]:.3f} to {ratios[-1]:.3f})",
     ]
-    for views, called in (("plain", "without TTA"), ("tta", "with TTA")):
+    for views, label in (("plain", "without TTA"), ("tta", "with TTA")):
         if all(views in o.right for pair in pairs for o in pair):
             mean, low, high, photos = difference(pairs, views)
             lines.append(
-                f"- accuracy {called}: {100 * mean:+.2f} points "
+                f"- accuracy {label}: {100 * mean:+.2f} points "
                 f"(95 % interval {100 * low:+.2f} to {100 * high:+.2f}, {photos} photos)"
             )
     last = np.average(
         [ours.epochs[-1][1] - theirs.epochs[-1][1] for ours, theirs in pairs],
         weights=[ours.photos[1] for ours, _ in pairs],
     )
-    lines.append(f"- accuracy of the last epochs, nothing chosen: {100 * last:+.2f} points")
+    lines.append(f"- accuracy of the last epochs: {100 * last:+.2f} points")
     return "\n".join(lines)
 
 
 def difference(pairs: Sequence[Pair], views: str) -> tuple[float, float, float, int]:
-    """Ours less theirs over the photos of all folds: mean, 95 % interval, photos.
+    """Fledge's accuracy less the peer's over all folds: mean, 95 % interval, number of photos.
 
-    A photo counts once, by its mean over the seeds. The interval is the percentile bootstrap over
-    photos (Efron, 1979): it holds for these networks and other photos like these.
+    A photo counts once, with its mean over the seeds. The interval is a percentile bootstrap over
+    photos (Efron, 1979): it covers other photos of this kind, not other training runs.
     """
     by_photo: dict[str, list[int]] = {}
     for ours, theirs in pairs:
         mine, other = ours.right[views], theirs.right[views]
         if mine.keys() != other.keys():
             raise ValueError(
-                f"fold {ours.fold}: {ours.peer} and {theirs.peer} saw different photos"
+                f"fold {ours.fold}: {ours.peer} and {theirs.peer} have different validation photos"
             )
         for path in mine:
             by_photo.setdefault(path, []).append(mine[path] - other[path])
@@ -116,16 +118,16 @@ def difference(pairs: Sequence[Pair], views: str) -> tuple[float, float, float, 
 
 
 def _at_epoch_ends(pairs: Sequence[Pair], peer: str) -> str:
-    """Where both stand each time they have finished an epoch."""
+    """Accuracy of both at the end of each of the peer's epochs."""
     lines = [
-        f"At the ends of the epochs of {NAMES[peer]}, by the clock of each pair:",
+        f"At the ends of the epochs of {NAMES[peer]}, at the same seconds since the start:",
         "",
         "| their epoch | at s, median | theirs % | Fledge % | Fledge higher, equal, lower |",
         "|---:|---:|---:|---:|---|",
     ]
     for i in range(min(len(theirs.epochs) for _, theirs in pairs)):
         moments = [theirs.epochs[i] for _, theirs in pairs]
-        ours = [standing(mine, at) for (mine, _), (at, _) in zip(pairs, moments, strict=True)]
+        ours = [accuracy_at(mine, at) for (mine, _), (at, _) in zip(pairs, moments, strict=True)]
         weights = [mine.photos[1] for mine, _ in pairs]
         signs = [
             (mine > other) - (mine < other) for mine, (_, other) in zip(ours, moments, strict=True)
@@ -140,13 +142,13 @@ def _at_epoch_ends(pairs: Sequence[Pair], peer: str) -> str:
     return "\n".join(lines)
 
 
-def standing(outcome: Outcome, seconds: float) -> float:
-    """Accuracy of the best checkpoint on disk at a moment; 0 before there is one."""
+def accuracy_at(outcome: Outcome, seconds: float) -> float:
+    """Accuracy of the best checkpoint on disk `seconds` after the start; 0 if there is none."""
     return max((accuracy for at, accuracy in outcome.epochs if at <= seconds), default=0.0)
 
 
 def picture(outcomes: Sequence[Outcome], path: Path, title: str) -> None:
-    """Accuracy against wall clock: each run thin, the mean of each epoch bold. PNG or SVG."""
+    """Plot accuracy against wall clock: runs as thin lines, their mean bold. PNG or SVG."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter

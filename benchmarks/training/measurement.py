@@ -1,4 +1,4 @@
-"""One competitor, one fold, one seed: a fresh process, and what it told by our clock."""
+"""Train one competitor on one fold with one seed, in a fresh process, and time it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-ROOT: Final = Path(__file__).resolve().parents[2]
-PEERS: Final = ROOT / "benchmarks" / "peers"
-TICK: Final = 0.02
+from benchmarks.machine import PEERS_FOLDER, ROOT
+
+POLL: Final = 0.02
+"""Seconds between two looks at metrics.csv."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of one benchmark have in common. Batches and epochs are the peers'."""
+    """Settings that all runs of one benchmark share; batches and epochs are the peers'."""
 
     data: Path
     split: Path
@@ -45,7 +46,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """Which competitor on which photos."""
+    """One measurement: competitor, fold, seed."""
 
     peer: str
     fold: str
@@ -53,17 +54,24 @@ class Job:
 
     @property
     def name(self) -> str:
-        """For a person and for a folder."""
+        """The name of its folder."""
         return f"{self.peer}-fold{self.fold}-seed{self.seed}"
 
 
 @dataclass
 class Outcome:
-    """What a run came to; a line of results.jsonl.
+    """Result of a run; a line of results.jsonl.
 
-    seconds: from the start of the process to a trained model on disk. epochs: [seconds, accuracy]
-    at the end of each. tta_seconds: what the averaged answers took on top. right: whether each
-    validation photo was, by "plain" and "tta". photos: [trained on, validated].
+    Attributes:
+        peer: Name of the competitor.
+        fold: Name of the validation fold.
+        seed: Of the run.
+        seconds: From the start of the process to a trained model on disk.
+        epochs: [seconds since the start, validation accuracy] at the end of each epoch.
+        tta_seconds: Additional seconds of test-time augmentation.
+        photos: Numbers of training and validation photos.
+        right: Whether each validation photo was classified right, by path, for "plain" and "tta".
+        versions: Of its packages.
     """
 
     peer: str
@@ -78,37 +86,37 @@ class Outcome:
 
 
 class Failed(Exception):
-    """A competitor ended with an error; the message names its log."""
+    """A competitor failed; the message names its log."""
 
 
-def run(job: Job, settings: Settings, folder: Path) -> Outcome:
-    """Run a competitor to its end in an empty folder.
+def measure(job: Job, settings: Settings, folder: Path) -> Outcome:
+    """Run a competitor to its end in a folder that is emptied before.
 
     Raises:
-        Failed: It ended with an error.
+        Failed: Its exit status was not 0.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    cache = folder / "cache"  # empty: every run decodes for itself
+    cache = folder / "cache"  # empty, so that every run decodes its photos
     env = {**os.environ, "FLEDGE_CACHE": str(cache), "PYTHONPATH": _python_path(job)}
     outcome = Outcome(job.peer, job.fold, job.seed)
-    (_fledge if job.peer == "fledge" else _peer)(job, settings, folder, env, outcome)
+    (_run_fledge if job.peer == "fledge" else _run_peer)(job, settings, folder, env, outcome)
     for views in ("plain", "tta"):
         if (folder / f"{views}.csv").exists():
             outcome.right[views] = _right(folder / f"{views}.csv")
-    for made in (cache, folder / "run", folder / "model.pkl", folder / "model.pth"):
-        shutil.rmtree(made, ignore_errors=True) if made.is_dir() else made.unlink(missing_ok=True)
+    for path in (cache, folder / "run", folder / "model.pkl", folder / "model.pth"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     return outcome
 
 
 def _python_path(job: Job) -> str:
-    """Ours for ourselves alone: fastai's environment stays its own."""
-    given = os.environ.get("PYTHONPATH", "")
-    ours = [str(ROOT)] if job.peer == "fledge" else []
-    return os.pathsep.join([*ours, *([given] if given else [])])
+    """PYTHONPATH with the repository for Fledge; other environments must not see it."""
+    inherited = os.environ.get("PYTHONPATH", "")
+    own = [str(ROOT)] if job.peer == "fledge" else []
+    return os.pathsep.join([*own, *([inherited] if inherited else [])])
 
 
-def _fledge(
+def _run_fledge(
     job: Job, settings: Settings, folder: Path, env: Mapping[str, str], outcome: Outcome
 ) -> None:
     run_folder = folder / "run"
@@ -123,13 +131,13 @@ def _fledge(
     with (folder / "log").open("w") as log:
         started = time.perf_counter()
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, process_group=0)
-        with _ending_with_us(process):
+        with _killed_on_exit(process):
             ended = False
             while not ended:
-                time.sleep(TICK)
+                time.sleep(POLL)
                 ended = process.poll() is not None
                 now = time.perf_counter() - started
-                rows = _rows(run_folder / "metrics.csv")[len(outcome.epochs) :]
+                rows = _complete_rows(run_folder / "metrics.csv")[len(outcome.epochs) :]
                 outcome.epochs += [(now, float(row["accuracy"])) for row in rows]
             outcome.seconds = now
         _check(process.returncode, folder)
@@ -137,27 +145,27 @@ def _fledge(
     outcome.versions = best["versions"]
     outcome.photos = (best["data"]["train"], best["data"]["valid"])
     evaluate = [*fledge, "evaluate", str(run_folder)]
-    _once([*evaluate, "--csv", str(folder / "plain.csv")], env, folder)
+    _run([*evaluate, "--csv", str(folder / "plain.csv")], env, folder)
     if settings.tta:
         averaged = ["--tta", str(settings.tta), "--csv", str(folder / "tta.csv")]
-        outcome.tta_seconds = _once([*evaluate, *averaged], env, folder)
+        outcome.tta_seconds = _run([*evaluate, *averaged], env, folder)
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    """The whole lines of metrics.csv."""
+def _complete_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv whose line is complete."""
     if not path.exists():
         return []
     text = path.read_text()
     return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
 
-def _peer(
+def _run_peer(
     job: Job, settings: Settings, folder: Path, env: Mapping[str, str], outcome: Outcome
 ) -> None:
     fastai = job.peer == "fastai"
     command: Sequence[str] = [
         str(settings.fastai_python if fastai else sys.executable),
-        str(PEERS / ("fastai_finetune.py" if fastai else "torch_loop.py")),
+        str(PEERS_FOLDER / ("fastai_finetune.py" if fastai else "torch_loop.py")),
         *("--data", str(settings.data), "--split", str(settings.split), "--fold", job.fold),
         *("--seed", str(job.seed), "--weights", settings.weights, "--arch", settings.arch),
         *("--size", str(settings.size), "--workers", str(settings.threads)),
@@ -172,21 +180,21 @@ def _peer(
         process = subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=log, text=True, process_group=0
         )
-        with _ending_with_us(process):
+        with _killed_on_exit(process):
             for line in process.stdout or ():
                 now = time.perf_counter() - started
                 if not line.startswith('{"event"'):
                     log.write(line)
                     continue
-                told: dict[str, Any] = json.loads(line)
-                if told["event"] == "begin":
-                    outcome.photos = (told["train"], told["valid"])
-                elif told["event"] == "epoch":
-                    outcome.epochs.append((now, told["accuracy"]))
-                elif told["event"] == "done":
-                    outcome.seconds, outcome.versions = now, told["versions"]
-                elif told["event"] == "answered":
-                    answered[told["views"]] = now
+                event: dict[str, Any] = json.loads(line)
+                if event["event"] == "begin":
+                    outcome.photos = (event["train"], event["valid"])
+                elif event["event"] == "epoch":
+                    outcome.epochs.append((now, event["accuracy"]))
+                elif event["event"] == "done":
+                    outcome.seconds, outcome.versions = now, event["versions"]
+                elif event["event"] == "answered":
+                    answered[event["views"]] = now
             process.wait()
         _check(process.returncode, folder)
     if "tta" in answered:
@@ -194,8 +202,8 @@ def _peer(
 
 
 @contextmanager
-def _ending_with_us(process: subprocess.Popen[Any]) -> Iterator[None]:
-    """Leave no competitor behind, nor its workers, to disturb the next: never two at once."""
+def _killed_on_exit(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """On any exit, kill the process and its workers: they would disturb the next competitor."""
     try:
         yield
     finally:
@@ -204,8 +212,12 @@ def _ending_with_us(process: subprocess.Popen[Any]) -> Iterator[None]:
             process.wait()
 
 
-def _once(command: Sequence[str], env: Mapping[str, str], folder: Path) -> float:
-    """Run a command to its end; returns its seconds."""
+def _run(command: Sequence[str], env: Mapping[str, str], folder: Path) -> float:
+    """Run a command to its end; returns its seconds.
+
+    Raises:
+        Failed: Its exit status was not 0.
+    """
     with (folder / "log").open("a") as log:
         started = time.perf_counter()
         done = subprocess.run(command, env=env, stdout=log, stderr=log, check=False)
