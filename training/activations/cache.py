@@ -26,7 +26,7 @@ from training.activations.loaders import (
     frozen_batch,
     run_frozen,
 )
-from training.activations.sharing import SharedPrefix, freeze
+from training.activations.sharing import SharedPrefix
 from training.activations.store import CachedViews, DiskStore, Part, Shape
 from training.config.schema import Recipe, Stage
 from training.models.classifier import Classifier
@@ -75,10 +75,10 @@ class ActivationCache:
         views: int | None = None,
         ema: Ema | None = None,
     ) -> tuple[TrainLoader, ValidLoader]:
-        """Freeze what the stage freezes, and open its two streams of batches.
+        """Open the stage's two streams of batches.
 
         Args:
-            classifier: On the device.
+            classifier: On the device, frozen for the stage.
             stage, share: What to do.
             first_view: Number of the first view.
             views: How many there are, if that was decided before; else as many as there is room
@@ -86,7 +86,6 @@ class ActivationCache:
             ema: Its averages are validated: what an earlier stage trained and this one freezes goes
                 on moving among them, and its outputs are not kept.
         """
-        freeze(classifier, stage)
         classifier.eval()
         preprocess, config = self.recipe.preprocess_of(stage), self.recipe.augment_of(stage)
         with self.timer("decoding"):

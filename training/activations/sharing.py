@@ -28,11 +28,10 @@ class SharedPrefix:
 
 
 def shares(classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]) -> list[SharedPrefix]:
-    """What each stage shares with its neighbours. Freezes the classifier as the last one does."""
+    """What each stage shares with its neighbours."""
     found: list[SharedPrefix] = []
     for stage in stages:
-        freeze(classifier, stage)
-        why, wanted, depth = "", stage.wanted_views, classifier.freezing.prefix
+        why, wanted, depth = "", stage.wanted_views, classifier.freezing_for(stage).prefix
         if wanted and recipe.augment_of(stage).mixes:
             why = "mixup and cutmix blend photos"
         elif wanted and not depth and stage.frozen_batchnorm != "eval":
@@ -65,11 +64,4 @@ def _alike(recipe: Recipe, one: Stage, other: Stage) -> bool:
     return (recipe.preprocess_of(one), recipe.augment_of(one)) == (
         recipe.preprocess_of(other),
         recipe.augment_of(other),
-    )
-
-
-def freeze(classifier: Classifier, stage: Stage) -> None:
-    """Freeze what a stage freezes."""
-    classifier.freeze(
-        stage.unfreeze, batchnorm=stage.batchnorm, frozen_batchnorm=stage.frozen_batchnorm
     )

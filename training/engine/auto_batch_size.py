@@ -15,7 +15,6 @@ from torch import Tensor
 from serving.errors import WorkError
 from training.activations import frozen_prefix
 from training.activations.loaders import run_frozen
-from training.activations.sharing import freeze
 from training.augmentation import mixup, transforms
 from training.config.schema import AUTO, Recipe, Stage
 from training.data.dataset import Dataset
@@ -190,8 +189,8 @@ def demanding(classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]) -
     """The stages than which no other one trains more at the same or a larger image size."""
     asks: list[tuple[int, int]] = []
     for stage in stages:
-        freeze(classifier, stage)
-        asks.append((-classifier.freezing.prefix, recipe.preprocess_of(stage).size))
+        prefix = classifier.freezing_for(stage).prefix
+        asks.append((-prefix, recipe.preprocess_of(stage).size))
     for number, (stage, own) in enumerate(zip(stages, asks, strict=True)):
         others = [*asks[:number], *asks[number + 1 :]]
         above = (o[0] >= own[0] and o[1] >= own[1] and o != own for o in others)
@@ -213,7 +212,7 @@ class BatchSizeTrial:
     precision: Precision
 
     def __post_init__(self) -> None:
-        freeze(self.classifier, self.stage)
+        self.classifier.freeze_for(self.stage)
         self.classifier.train()
         self._prefix = frozen_prefix.fused(self.classifier.prefix)
         stage, config = self.stage, self.recipe.optimizer

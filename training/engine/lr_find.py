@@ -17,7 +17,7 @@ from training.activations.cache import ActivationCache
 from training.activations.loaders import TrainLoader, ValidLoader
 from training.activations.sharing import shares
 from training.config.schema import Recipe, Stage
-from training.data import dataset as data
+from training.data.dataset import load_dataset
 from training.engine import auto_batch_size, compile, plan
 from training.engine import epoch as trainer
 from training.models.classifier import Classifier
@@ -115,7 +115,7 @@ def _bench(
 ) -> _Bench:
     precision = choose_precision(device, recipe.precision)
     compile.check(recipe, precision.device)
-    dataset = data.load(source, split=split, config=recipe.data, seed=recipe.seed)
+    dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
     classifier, pretrained = plan.build_classifier(recipe, len(dataset.classes), log)
     stages = plan.stages_of(recipe, pretrained)
     plan.check(classifier, recipe, stages)
@@ -138,6 +138,7 @@ def _bench(
     classifier.to(precision.device).to(memory_format=torch.channels_last)
     activations = ActivationCache(photos, recipe, precision, disk_cache.open_cache(cache_gb), log)
     (share,) = shares(classifier, recipe, [stage])
+    classifier.freeze_for(stage)
     feed, held_out = activations.feeds(classifier, stage, share)
     return _Bench(recipe, stage, classifier, feed, held_out, precision)
 

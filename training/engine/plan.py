@@ -58,10 +58,9 @@ def check(classifier: model.Classifier, recipe: Recipe, stages: list[Stage]) -> 
         option = f"stage.{stage.name}.image_size" if stage.image_size else "preprocess.size"
         size = recipe.preprocess_of(stage).size
         backbones.check_size(recipe.arch, recipe.arch_args, size, option)
-        classifier.freeze(
-            stage.unfreeze, batchnorm=stage.batchnorm, frozen_batchnorm=stage.frozen_batchnorm
-        )
-        optim.build(classifier, recipe.optimizer, stage, 1.0 if stage.lr == "find" else stage.lr)
+        trainable = classifier.trainable_groups(classifier.freezing_for(stage))
+        layers = optim.layer_groups(trainable, stage)
+        optim.check_rates(layers, stage, 1.0 if stage.lr == "find" else stage.lr)
 
 
 def build_classifier(recipe: Recipe, classes: int, log: Log) -> tuple[model.Classifier, bool]:

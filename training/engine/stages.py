@@ -155,6 +155,7 @@ def _stage(run: Run, share: SharedPrefix, journal: MetricLog | None, ema: Ema | 
     recipe, classifier, position = run.recipe, run.classifier, run.position
     timer = run.activations.timer
     stage = run.stages[position.stage]
+    classifier.freeze_for(stage)
     feed, held_out = _feeds(run, share, ema)
     if run.process_group.size > 1 and run.precision.device.type == "cuda":
         torchrun.sync_batchnorms(classifier)

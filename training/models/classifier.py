@@ -9,9 +9,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from serving.imaging.preprocess import Preprocess
+from training.config.schema import Stage
 from training.config.sections import HeadConfig
-from training.models import backbones, heads
-from training.models import freezing as freeze
+from training.models import backbones, freezing, heads
+from training.models.freezing import Freezing
 from training.utils.device import constant
 
 
@@ -44,17 +45,36 @@ class Classifier(nn.Module):
         batchnorm: Literal["fixed", "train"] = "fixed",
         frozen_batchnorm: Literal["eval", "stats", "train"] = "eval",
     ) -> None:
-        """Decide anew what trains; the head does always.
+        """Freeze the body but for `unfreeze`; the head always trains.
 
-        Arguments and errors as `freeze.decide`; what was frozen before does not matter.
+        Replaces any earlier freezing. Arguments and errors as `freezing.decide`.
         """
-        self.freezing = freeze.decide(
+        self._set_freezing(
+            freezing.decide(
+                self.body,
+                self.groups,
+                unfreeze,
+                batchnorm=batchnorm,
+                frozen_batchnorm=frozen_batchnorm,
+            )
+        )
+
+    def freezing_for(self, stage: Stage) -> Freezing:
+        """What `stage` trains and freezes. Changes nothing; errors as `freezing.decide`."""
+        return freezing.decide(
             self.body,
             self.groups,
-            unfreeze,
-            batchnorm=batchnorm,
-            frozen_batchnorm=frozen_batchnorm,
+            stage.unfreeze,
+            batchnorm=stage.batchnorm,
+            frozen_batchnorm=stage.frozen_batchnorm,
         )
+
+    def freeze_for(self, stage: Stage) -> None:
+        """Freeze what `stage` freezes."""
+        self._set_freezing(self.freezing_for(stage))
+
+    def _set_freezing(self, decided: Freezing) -> None:
+        self.freezing = decided
         for name, parameter in self.body.named_parameters():
             parameter.requires_grad_(name in self.freezing.trains)
             if name not in self.freezing.trains:
@@ -69,19 +89,30 @@ class Classifier(nn.Module):
                 module.training = False
         return self
 
-    def trainable_groups(self) -> list[tuple[str, list[nn.Parameter]]]:
+    def trainable_groups(
+        self, freezing: Freezing | None = None
+    ) -> list[tuple[str, list[nn.Parameter]]]:
         """(name, parameters that train) of each layer group, deepest first, "head" last.
 
         Groups in which nothing trains are left out. Names are those of the body's children, such
         as "layer4" or "14..18".
+
+        Args:
+            freezing: From `freezing_for`; the current one if not given.
         """
+        trains = (freezing or self.freezing).trains
         children = list(self.body.named_children())
         found = []
         for start, end in pairwise((*self.groups, len(children))):
             parts = [(name, part) for name, part in children[start:end] if list(part.parameters())]
-            trains = [p for _, part in parts for p in part.parameters() if p.requires_grad]
-            if trains:
-                found.append((span(name for name, _ in parts), trains))
+            parameters = [
+                parameter
+                for name, part in parts
+                for own, parameter in part.named_parameters()
+                if f"{name}.{own}" in trains
+            ]
+            if parameters:
+                found.append((span(name for name, _ in parts), parameters))
         return [*found, ("head", list(self.head.parameters()))]
 
     @property

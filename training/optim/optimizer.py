@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from training.models.classifier import Classifier
 from training.optim.schedules import Point
 
 Rates = float | tuple[float, ...] | Spread
+LayerGroup = tuple[str, list[nn.Parameter]]
+"""Its name and the parameters of it that train."""
 
 
 def build(
@@ -34,14 +37,8 @@ def build(
     Raises:
         OptionError: `lr` has not one rate for each group, or fewer groups train than `groups`.
     """
-    layers = layer_groups(classifier, stage)
-    names = [name for name, _ in layers]
-    if isinstance(lr, tuple) and len(lr) != len(layers):
-        raise OptionError(
-            f"stage {stage.name}: lr has {len(lr)} rates, but {len(layers)} groups train "
-            f"({', '.join(names)}): give {len(layers)}, or merge them by "
-            f"stage.{stage.name}.groups = {len(lr)}"
-        )
+    layers = layer_groups(classifier.trainable_groups(), stage)
+    check_rates(layers, stage, lr)
     decoupled = config.kind == "adamw" or config.decay == "decoupled"
     vectors = set() if config.decay_norms else norms_and_biases(classifier)
     groups = []
@@ -85,8 +82,22 @@ def rates(count: int, lr: Rates, lr_divide: float) -> list[float]:
     return [lr / lr_divide**depth for depth in reversed(range(count))]
 
 
-def layer_groups(classifier: Classifier, stage: Stage) -> list[tuple[str, list[nn.Parameter]]]:
-    """(name, parameters) of what trains, deepest first, merged as `stage.groups` says.
+def check_rates(layers: Sequence[LayerGroup], stage: Stage, lr: Rates) -> None:
+    """Check that a list of rates has one for each layer group.
+
+    Raises:
+        OptionError: It has more or fewer; names the groups.
+    """
+    if isinstance(lr, tuple) and len(lr) != len(layers):
+        raise OptionError(
+            f"stage {stage.name}: lr has {len(lr)} rates, but {len(layers)} groups train "
+            f"({', '.join(name for name, _ in layers)}): give {len(layers)}, or merge them by "
+            f"stage.{stage.name}.groups = {len(lr)}"
+        )
+
+
+def layer_groups(layers: list[LayerGroup], stage: Stage) -> list[LayerGroup]:
+    """`Classifier.trainable_groups`, deepest first, merged into `stage.groups` groups.
 
     The body's groups are shared among `groups - 1` runs as evenly as they can be, the deeper runs
     being the longer ones; the head stays alone. With `groups = 1` all trains at one rate.
@@ -94,7 +105,6 @@ def layer_groups(classifier: Classifier, stage: Stage) -> list[tuple[str, list[n
     Raises:
         OptionError: Fewer groups train than `stage.groups`.
     """
-    layers = classifier.trainable_groups()
     wanted, names = stage.groups, [name for name, _ in layers]
     if wanted > len(layers):
         raise OptionError(
@@ -173,7 +183,7 @@ def _moving(group: dict[str, Any]) -> list[Tensor]:
     return [parameter for parameter in group["params"] if parameter.grad is not None]
 
 
-def _merge(layers: list[tuple[str, list[nn.Parameter]]]) -> tuple[str, list[nn.Parameter]]:
+def _merge(layers: list[LayerGroup]) -> LayerGroup:
     first, last = layers[0][0].partition("..")[0], layers[-1][0].rpartition("..")[2]
     name = first if first == last else f"{first}..{last}"
     return name, [parameter for _, parameters in layers for parameter in parameters]

@@ -17,6 +17,7 @@ from training.models import freezing as freeze
 from training.models.backbones import Backbone
 from training.models.classifier import Classifier, span
 from training.models.families import FAMILIES
+from training.models.freezing import Freezing
 
 CLASSES = 2
 """Of the head that is counted: how many there will be is not in a recipe."""
@@ -77,14 +78,13 @@ def stages(recipe: Recipe) -> list[str]:
     classifier = Classifier(backbone.body, backbone.groups, pool, head)
     rows = [("stage", "trains", "parameters", "BatchNorms", "kept outputs of the frozen part")]
     for stage in stages_of(recipe, recipe.weights != "none"):
-        classifier.freeze(
-            stage.unfreeze, batchnorm=stage.batchnorm, frozen_batchnorm=stage.frozen_batchnorm
-        )
-        groups = classifier.trainable_groups()
+        freezing = classifier.freezing_for(stage)
+        groups = classifier.trainable_groups(freezing)
         count = _thousands(p for _, parameters in groups for p in parameters)
         names = ", ".join(name for name, _ in groups)
-        norms = _batchnorms(classifier, stage)
-        rows.append((stage.name, names, count, norms, _kept(classifier, backbone, recipe, stage)))
+        norms = _batchnorms(classifier, freezing)
+        kept = _kept(classifier, freezing.prefix, backbone, recipe, stage)
+        rows.append((stage.name, names, count, norms, kept))
     total = _thousands(classifier.parameters())
     return [f"{recipe.name}: {total} parameters with a head for {CLASSES} classes", "",
             *_table(rows, right=(2,))]  # fmt: skip
@@ -103,14 +103,14 @@ def of_arch(arch: str) -> Recipe:
     )
 
 
-def _batchnorms(classifier: Classifier, stage: Stage) -> str:
+def _batchnorms(classifier: Classifier, freezing: Freezing) -> str:
     """How many do what, in words."""
     counts: dict[str, int] = {}
     for name, module in classifier.body.named_modules():
         if not freeze.is_batchnorm(module):
             continue
-        moves = name not in classifier.freezing.held
-        affine = any(p.requires_grad for p in module.parameters())
+        moves = name not in freezing.held
+        affine = any(f"{name}.{own}" in freezing.trains for own, _ in module.named_parameters())
         what = {
             (False, False): "fixed",
             (False, True): "with fixed statistics",
@@ -121,8 +121,9 @@ def _batchnorms(classifier: Classifier, stage: Stage) -> str:
     return ", ".join(f"{count} {what}" for what, count in counts.items()) or "none"
 
 
-def _kept(classifier: Classifier, backbone: Backbone, recipe: Recipe, stage: Stage) -> str:
-    prefix = classifier.freezing.prefix
+def _kept(
+    classifier: Classifier, prefix: int, backbone: Backbone, recipe: Recipe, stage: Stage
+) -> str:
     if not prefix:
         return "none"
     if not stage.views:

@@ -15,7 +15,7 @@ from training.activations.loaders import AugmentedPhotos, TrainLoader, ValidLoad
 from training.activations.sharing import SharedPrefix, shares
 from training.activations.store import CachedViews, DiskStore, Shape
 from training.config import load as config
-from training.data import dataset
+from training.data.dataset import load_dataset
 from training.engine import plan
 from training.models.classifier import normalise
 from training.optim.ema import Ema
@@ -42,7 +42,7 @@ def open_run(recipe, photos, lines, room, two_stages):
 
     def opened(*overrides, stages=two_stages, there=room, precision=CPU):
         settings = config.read(recipe(stages), overrides)
-        decoded = pixels.Photos(dataset.load(str(photos)), settings.data.presize, lines.append)
+        decoded = pixels.Photos(load_dataset(str(photos)), settings.data.presize, lines.append)
         classifier, _ = plan.build_classifier(settings, 3, lines.append)
         activations = ActivationCache(decoded, settings, precision, there, lines.append)
         return settings, classifier, activations
@@ -53,6 +53,7 @@ def open_run(recipe, photos, lines, room, two_stages):
 def first_feed(opened, stage=0, **given):
     settings, classifier, activations = opened
     found = shares(classifier, settings, settings.stage)
+    classifier.freeze_for(settings.stage[stage])
     return activations.feeds(classifier, settings.stage[stage], found[stage], **given)
 
 
@@ -294,6 +295,7 @@ def test_a_resumed_run_takes_turns_with_as_many_views(open_run, tmp_path):
 def test_averages_that_still_move_are_validated_live(open_run):
     settings, classifier, activations = open_run()
     share = shares(classifier, settings, settings.stage)[0]
+    classifier.freeze_for(settings.stage[0])
     ema = Ema(classifier, 0.9)
     _, held_out = activations.feeds(classifier, settings.stage[0], share, ema=ema)
     assert held_out.keep
@@ -390,14 +392,17 @@ def test_validation_is_shared_and_stays_what_it_is(open_run):
     """The shared layers run once on the held-out photos, and each stage sees its own outputs."""
     settings, classifier, activations = open_run()
     found = shares(classifier, settings, settings.stage)
+    classifier.freeze_for(settings.stage[0])
     _, head = activations.feeds(classifier, settings.stage[0], found[0])
     first = [inputs for inputs, _ in head]
     below = head.below
+    classifier.freeze_for(settings.stage[1])
     _, tail = activations.feeds(classifier, settings.stage[1], found[1])
     assert below is tail
     assert tail._kept
     for stage, share, shared in zip(settings.stage, found, (torch.cat(first), None), strict=True):
         alone = open_run()[2]
+        classifier.freeze_for(stage)
         _, own = alone.feeds(classifier, stage, SharedPrefix(share.depth, share.views))
         assert own.below is None
         expected = torch.cat([inputs for inputs, _ in own])

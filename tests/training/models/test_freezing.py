@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from serving.errors import OptionError
+from training.config.schema import Stage
 from training.models import classifier as model
 from training.models import freezing as freeze
 
@@ -89,6 +90,24 @@ def test_what_moves_is_what_was_asked_for(unfreeze, modes):
         else:
             expected = live
         assert (key in moved) == expected, key
+
+
+@pytest.mark.parametrize("unfreeze", CHOICES)
+def test_freezing_for_a_stage_changes_nothing_until_it_is_applied(unfreeze):
+    asked, frozen = small(), small()
+    for modes in MODES:
+        stage = Stage(name="one", unfreeze=unfreeze, **modes)
+        frozen.freeze(unfreeze, **modes)
+        before = state_of(asked)
+        decided = asked.freezing_for(stage)
+        groups = asked.trainable_groups(decided)
+        assert state_of(asked) == before
+        assert decided == frozen.freezing
+        shapes = [[(name, [p.shape for p in ps]) for name, ps in own]
+                  for own in (groups, frozen.trainable_groups())]  # fmt: skip
+        assert shapes[0] == shapes[1]
+    asked.freeze_for(stage)
+    assert state_of(asked) == state_of(frozen)
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.pairwise([*CHOICES, *CHOICES[::2]])))

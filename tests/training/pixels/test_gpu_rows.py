@@ -25,7 +25,7 @@ from training.activations.loaders import AugmentedPhotos
 from training.activations.sharing import shares
 from training.config import load as config
 from training.config.sections import AugmentConfig
-from training.data import dataset
+from training.data.dataset import load_dataset
 from training.distributed.process_group import SINGLE_PROCESS
 from training.engine import finetune as fine_tune
 from training.engine import plan
@@ -225,7 +225,7 @@ def test_rows_of_one_size_are_placed_once_and_go_before_the_next(
         return replace(of, pixels=near)
 
     monkeypatch.setattr("training.activations.cache.placed", on_device)
-    decoded = pixels.Photos(dataset.load(str(photos)), settings.data.presize, str)
+    decoded = pixels.Photos(load_dataset(str(photos)), settings.data.presize, str)
     classifier, _ = plan.build_classifier(settings, 3, str)
     activations = ActivationCache(
         decoded, settings, Precision(torch.float32, CPU), disk_cache.DiskCache(tmp_path, 0), str
@@ -233,6 +233,7 @@ def test_rows_of_one_size_are_placed_once_and_go_before_the_next(
     for stage, share in zip(
         settings.stage, shares(classifier, settings, settings.stage), strict=True
     ):
+        classifier.freeze_for(stage)
         feed, held_out = activations.feeds(classifier, stage, share)
         assert isinstance(feed.draws.photos.pixels, GpuRows)
         assert len(list(feed.epoch(0, 16))) == 3
@@ -308,7 +309,7 @@ def test_nothing_in_an_epoch_waits_for_the_gpu(
     monkeypatch.setattr(
         "training.activations.cache.placed", lambda *args: placed(*args, lambda _: free)
     )
-    decoded = pixels.Photos(dataset.load(str(photos)), settings.data.presize, str)
+    decoded = pixels.Photos(load_dataset(str(photos)), settings.data.presize, str)
     classifier, _ = plan.build_classifier(settings, 3, str)
     precision = Precision(torch.bfloat16, where)
     activations = ActivationCache(
@@ -317,6 +318,7 @@ def test_nothing_in_an_epoch_waits_for_the_gpu(
     classifier.to(where).to(memory_format=torch.channels_last)
     (stage,) = settings.stage
     (share,) = shares(classifier, settings, settings.stage)
+    classifier.freeze_for(stage)
     feed, _ = activations.feeds(classifier, stage, share)
     optimizer = optim.build(classifier, settings.optimizer, stage, 0.01)
     classifier.train()
