@@ -61,7 +61,7 @@ class ImageClassifier:
         One of several workers loads before it accepts: whichever answers `/readyz`, none of the
         others takes a request that it can't answer yet.
         """
-        malloc.give_back()
+        malloc.return_large_blocks()
         settings = Settings.from_env()
         self.model_manager = ModelManager(settings, Telemetry())
         if settings.workers > 1:

@@ -1,4 +1,4 @@
-"""How many cores this process may use: its affinity, cut by the CPU quota of its container."""
+"""Number of usable CPU cores: the process's affinity, limited by the container's CPU quota."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-_MOUNT: Final = Path("/sys/fs/cgroup")
-_OWN: Final = Path("/proc/self/cgroup")
+_CGROUP_MOUNT: Final = Path("/sys/fs/cgroup")
+_OWN_CGROUP: Final = Path("/proc/self/cgroup")
 
 
 def cores() -> int:
-    """At least 1; a quota of 1.5 counts as 2."""
+    """Cores that this process may use, at least 1; a quota of 1.5 counts as 2."""
     try:
         usable = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
@@ -21,12 +21,12 @@ def cores() -> int:
     return max(1, min([usable, *map(math.ceil, quotas())]))
 
 
-def quotas(own: Path = _OWN, mount: Path = _MOUNT) -> Iterator[float]:
-    """Cores that the control group of this process grants, and each group above that it can see.
+def quotas(own: Path = _OWN_CGROUP, mount: Path = _CGROUP_MOUNT) -> Iterator[float]:
+    """CPU quotas, in cores, of this process's control group and of each visible parent group.
 
-    Groups without a limit are left out. Version 2 keeps it in `cpu.max`, version 1 in
-    `cpu/cpu.cfs_quota_us` and `cpu/cpu.cfs_period_us`. A container sees its own group as the top,
-    whatever `own` calls it.
+    Groups without a limit are left out. Version 2 stores the quota in `cpu.max`, version 1 in
+    `cpu/cpu.cfs_quota_us` and `cpu/cpu.cfs_period_us`. In a container its own group is mounted at
+    the root, although `own` may name the path that it has on the host.
     """
     try:
         lines = own.read_text().splitlines()
@@ -56,4 +56,4 @@ def _quota(folder: Path) -> float | None:
         cores = int(quota) / int(period)
     except (OSError, ValueError, ZeroDivisionError):  # no such group, or "max"
         return None
-    return cores if cores > 0 else None  # -1 is version 1's word for none
+    return cores if cores > 0 else None  # version 1 writes -1 for no limit

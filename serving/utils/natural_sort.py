@@ -6,11 +6,11 @@ import re
 
 
 def natural(name: str) -> tuple[str, str]:
-    """Sorting key: numbers by value, all else by code point, equal values by spelling."""
+    """Sort key: numbers by value, all else by code point; equal values by spelling."""
     return re.sub("[0-9]+", _number, name), name
 
 
 def _number(match: re.Match[str]) -> str:
-    """Digits such that strings are in the order of the values; before every letter."""
+    """A string that sorts by the number's value, and before every letter."""
     digits = match[0].lstrip("0")
     return f"\0{chr(len(digits))}{digits}"

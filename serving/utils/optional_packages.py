@@ -1,22 +1,25 @@
-"""Packages that Fledge can do without: a clear error where one is needed and missing."""
+"""Optional packages: a clear error where one is needed and not installed."""
 
 from __future__ import annotations
 
 import importlib.util
 
-from serving.errors import OptionError
+from serving.errors import FledgeError, OptionError
 
 
-def require(package: str, purpose: str, remedy: str) -> None:
-    """Refuse a request that needs a package which is not installed.
+def require(
+    package: str, purpose: str, remedy: str, *, error: type[FledgeError] = OptionError
+) -> None:
+    """Check that a package is installed.
 
     Args:
         package: Its import name.
         purpose: Begins the sentence, such as "Parquet" or "--engine ray".
         remedy: What to do, such as "pip install 'fledge[parquet]'; or use .csv".
+        error: Class of the error.
 
     Raises:
-        OptionError: The package is missing.
+        FledgeError: An `error`, if the package is missing.
     """
     if importlib.util.find_spec(package) is None:
-        raise OptionError(f"{purpose} needs {package}: {remedy}")
+        raise error(f"{purpose} needs {package}: {remedy}")

@@ -1,4 +1,4 @@
-"""How far a long run is: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress display: a bar on a terminal, otherwise a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -17,24 +17,30 @@ EVERY: Final = 10.0
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Counts images and errors, and shows them on `stream`.
+    """Counts images and errors of a scoring job and shows them on `stream`.
 
-    total: images there are; done: of them, before this run; stream: standard error unless told
-    otherwise. now: images of this run.
+    Attributes:
+        now: Images processed by this run.
     """
 
     def __init__(self, total: int, done: int = 0, stream: TextIO | None = None) -> None:
-        """Start the clock."""
+        """Start the clock.
+
+        Args:
+            total: Images of the job.
+            done: Of these, images that earlier runs processed.
+            stream: Default: standard error.
+        """
         self._total, self._stream = total, stream or sys.stderr
         self._before, self.now, self._errors = done, 0, 0
-        self._start = self._said = time.monotonic()
+        self._start = self._last_line = time.monotonic()
         self._bar: Bar | None = progress_bar(self._stream) if self._stream.isatty() else None
         if self._bar:
             self._bar.add_task("scoring", total=total)
 
     @property
     def seconds(self) -> float:
-        """Time since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self._start
 
     def __enter__(self) -> Progress:
@@ -49,21 +55,21 @@ class Progress(AbstractContextManager["Progress"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leave the terminal as it was."""
+        """Remove the bar and restore the cursor."""
         if self._bar:
             self._bar.stop()
 
     def step(self, failed: bool) -> None:
-        """One more image is done."""
+        """Count one image."""
         self.now += 1
         self._errors += failed
         done = self._before + self.now
         rate = self.now / max(self.seconds, 1e-9)
         if self._bar:
-            shown = f"{rate:.0f} images/s, {self._errors} errors"
-            self._bar.update(self._bar.task_ids[0], completed=done, description=shown)
-        elif time.monotonic() - self._said >= EVERY:
-            self._said = time.monotonic()
+            description = f"{rate:.0f} images/s, {self._errors} errors"
+            self._bar.update(self._bar.task_ids[0], completed=done, description=description)
+        elif time.monotonic() - self._last_line >= EVERY:
+            self._last_line = time.monotonic()
             left = (self._total - done) / rate
             print(
                 f"{done} of {self._total} images, {self._errors} errors, "
@@ -74,12 +80,12 @@ class Progress(AbstractContextManager["Progress"]):
 
 
 def progress_bar(stream: TextIO | None = None) -> Bar:
-    """Bars on a terminal, standard error unless told otherwise; they leave no trace.
+    """Progress bars that disappear when they end.
 
-    Away from a terminal nothing is shown, nor by any but the first of the processes that torchrun
-    starts.
+    Disabled where `stream` (default: standard error) is no terminal, and on all processes of
+    torchrun except rank 0.
     """
-    from rich import progress
+    from rich import progress  # here, as few commands show a bar and the import takes time
     from rich.console import Console
 
     console = Console(file=stream or sys.stderr)

@@ -1,11 +1,11 @@
-"""The CPU quota of a container, as the two versions of control groups tell it."""
+"""CPU quota of a container, by both versions of control groups."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from serving.utils import cpu as room
+from serving.utils import cpu
 from serving.utils.cpu import cores, quotas
 
 
@@ -22,29 +22,29 @@ def own(tmp_path: Path, *lines: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"), [("200000 100000", [2.0]), ("50000 100000", [0.5]), ("max 100000", [])]
+    ("text", "expected"), [("200000 100000", [2.0]), ("50000 100000", [0.5]), ("max 100000", [])]
 )
-def test_version_2(tmp_path: Path, told: str, expected: list[float]):
-    write(tmp_path, cpu__max=told)
+def test_version_2(tmp_path: Path, text: str, expected: list[float]):
+    write(tmp_path, cpu__max=text)
     assert list(quotas(own(tmp_path, "0::/"), tmp_path)) == expected
 
 
-@pytest.mark.parametrize(("told", "expected"), [("150000", [1.5]), ("-1", []), ("", [])])
+@pytest.mark.parametrize(("text", "expected"), [("150000", [1.5]), ("-1", []), ("", [])])
 @pytest.mark.parametrize("controllers", ["cpu", "cpu,cpuacct", "cpuacct,cpu"])
-def test_version_1(tmp_path: Path, controllers: str, told: str, expected: list[float]):
-    write(tmp_path / "cpu", cpu__cfs_quota_us=told, cpu__cfs_period_us="100000")
+def test_version_1(tmp_path: Path, controllers: str, text: str, expected: list[float]):
+    write(tmp_path / "cpu", cpu__cfs_quota_us=text, cpu__cfs_period_us="100000")
     lines = ("11:cpuset:/other", f"9:{controllers}:/", "1:name=systemd:/")
     assert list(quotas(own(tmp_path, *lines), tmp_path)) == expected
 
 
-def test_a_container_whose_group_has_a_name_that_only_the_host_knows(tmp_path: Path):
+def test_a_group_whose_path_exists_only_on_the_host(tmp_path: Path):
     write(tmp_path / "cpu", cpu__cfs_quota_us="300000", cpu__cfs_period_us="100000")
     assert list(quotas(own(tmp_path, "4:cpu,cpuacct:/docker/0123abcd"), tmp_path)) == [3.0]
     write(tmp_path, cpu__max="100000 100000")
     assert list(quotas(own(tmp_path, "0::/../../system.slice"), tmp_path)) == [1.0]
 
 
-def test_every_group_above_counts(tmp_path: Path):
+def test_every_parent_group_counts(tmp_path: Path):
     write(tmp_path / "a.slice" / "b.service", cpu__max="max 100000")
     write(tmp_path / "a.slice", cpu__max="400000 100000")
     write(tmp_path, cpu__max="900000 100000")
@@ -61,11 +61,11 @@ def test_no_groups_no_quota(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("granted", "expected"), [([], 4), ([2.0], 2), ([1.5, 3.0], 2), ([0.1], 1), ([64.0], 4)]
+    ("limits", "expected"), [([], 4), ([2.0], 2), ([1.5, 3.0], 2), ([0.1], 1), ([64.0], 4)]
 )
-def test_the_least_of_all_counts(
-    monkeypatch: pytest.MonkeyPatch, granted: list[float], expected: int
+def test_the_smallest_limit_counts(
+    monkeypatch: pytest.MonkeyPatch, limits: list[float], expected: int
 ):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
-    monkeypatch.setattr(room, "quotas", lambda: granted)
+    monkeypatch.setattr(cpu, "quotas", lambda: limits)
     assert cores() == expected

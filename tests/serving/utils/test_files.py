@@ -1,29 +1,27 @@
-"""Laws of writing aside: whole or not at all, and nothing left over."""
+"""Atomic writes: the complete new file or the old one, and no temporary files left."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from serving.errors import OptionError
-from serving.utils.files import check_file, check_folder, is_running, write_aside
+from serving.utils.files import atomic_folder, atomic_write, check_file, check_folder
 
 
 @pytest.mark.parametrize("older", [None, "old"])
 @pytest.mark.parametrize("fault", [None, RuntimeError, KeyboardInterrupt])
-def test_a_file_is_new_and_whole_or_as_it_was(
+def test_a_file_is_complete_or_unchanged(
     tmp_path: Path, older: str | None, fault: type[BaseException] | None
 ):
     path = tmp_path / "file"
     if older:
         path.write_text(older)
-    (tmp_path / ".file.partial").write_text("longer, and left by a write that was killed")
+    (tmp_path / ".file.partial").write_text("longer, and left by a killed process")
 
     def write() -> None:
-        with write_aside(path) as aside:
-            aside.write_text("new")
+        with atomic_write(path) as partial:
+            partial.write_text("new")
             assert (path.read_text() if path.exists() else None) == older
             if fault:
                 raise fault
@@ -37,20 +35,20 @@ def test_a_file_is_new_and_whole_or_as_it_was(
     assert [p.read_text() for p in tmp_path.iterdir()] == ([expected] if expected else [])
 
 
-def test_an_error_names_the_file_and_not_what_lies_aside(tmp_path: Path):
-    with pytest.raises(FileNotFoundError) as caught, write_aside(tmp_path / "no" / "x") as aside:
-        aside.write_text("new")
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path: Path):
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "no" / "x") as partial:
+        partial.write_text("new")
     assert caught.value.filename == str(tmp_path / "no" / "x")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(IsADirectoryError) as caught, write_aside(tmp_path / "folder") as aside:
-        aside.write_text("new")
+    with pytest.raises(IsADirectoryError) as caught, atomic_write(tmp_path / "folder") as partial:
+        partial.write_text("new")
     assert caught.value.filename == str(tmp_path / "folder")
-    with pytest.raises(FileNotFoundError) as caught, write_aside(tmp_path / "x"):
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "x"):
         (tmp_path / "another").read_text()
     assert caught.value.filename == str(tmp_path / "another")
 
 
-def test_what_can_not_be_written_is_refused_beforehand(
+def test_what_can_not_be_written_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -77,10 +75,29 @@ def test_what_can_not_be_written_is_refused_beforehand(
         check_folder(Path("a/b"), "")
 
 
-def test_who_is_running():
-    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-        pass
-    assert is_running(os.getpid())
-    assert is_running(os.getppid())
-    assert not is_running(ended.pid)
-    assert not is_running(2**64)
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("fault", [None, RuntimeError, KeyboardInterrupt])
+def test_a_folder_is_complete_or_unchanged(
+    tmp_path: Path, older: bool, fault: type[BaseException] | None
+):
+    path = tmp_path / "folder"
+    for name in (".folder.partial", ".folder.older", *(["folder"] if older else [])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old").touch()
+
+    def write() -> None:
+        with atomic_folder(path) as partial:
+            (partial / "new").touch()
+            if fault:
+                raise fault
+
+    if fault:
+        with pytest.raises(fault):
+            write()
+    else:
+        write()
+    assert [file.name for file in path.glob("*")] == (
+        ["new"] if not fault else ["old"] if older else []
+    )
+    assert {entry.name for entry in tmp_path.iterdir()} <= {"folder", ".folder.older"}
+    assert fault or not (tmp_path / ".folder.older").exists()

@@ -1,0 +1,36 @@
+"""Processes: exit without waiting for threads, and check whether a process id is running."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from contextlib import suppress
+from typing import NoReturn
+
+
+def exit_process(status: int) -> NoReturn:
+    """Run the exit handlers, flush the output, and exit without waiting for threads.
+
+    Skips the teardown of loaded modules, which takes a second with torch.
+    """
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, RuntimeError) as error:  # a closed pipe; an interrupted write
+        with suppress(OSError):
+            print(repr(error), file=sys.stderr, flush=True)
+        os._exit(status or 120)  # Python's own status when the final flush fails
+    os._exit(status)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process with this id is running on this machine."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
