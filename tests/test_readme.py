@@ -26,7 +26,12 @@ from tests.support.tiny_bundle import photo, tiny_bundle
 ROOT = Path(__file__).parents[1]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
-    for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
 }
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
@@ -117,19 +122,20 @@ def test_python_blocks_run(
         assert capsys.readouterr().out.startswith(predictor.manifest.labels[expected.argmax()])
 
 
-def test_answers_look_as_the_readme_shows_them(tmp_path: Path) -> None:
-    answer, problem = map(json.loads, blocks("README.md", "json"))
+def test_answers_have_the_documented_fields(tmp_path: Path) -> None:
+    (in_readme,) = map(json.loads, blocks("README.md", "json"))
+    answer, problem = map(json.loads, blocks("docs/http.md", "json"))
     predictor = open_predictor(tiny_bundle(tmp_path / "bundle"), device="cpu")
     real = predictor.answer(predictor.predict([predictor.prepare(photo(7))])[0])
-    assert list(answer) == list(real)
+    assert list(answer) == list(in_readme) == list(real)
     assert list(answer["predictions"][0]) == list(real["predictions"][0])
     with pytest.raises(errors.NotAnImage) as caught:
         images.decode(b"no image")
     assert problem == problems.problem(caught.value, "")
 
 
-def test_the_readme_lists_every_error_that_http_tells() -> None:
-    told = dict(row[:2] for row in rows("README.md", "### Errors") if row[1].isdigit())
+def test_the_http_page_lists_every_error() -> None:
+    told = dict(row[:2] for row in rows("docs/http.md", "## Errors") if row[1].isdigit())
     classes = {*below(errors.RequestError), *below(errors.ImageError), *below(errors.ServiceError)}
     classes -= {errors.ImageError, errors.ServiceError, errors.DataError}  # never raised there
     classes |= {errors.WorkError, *problems.HttpError.__subclasses__()}
@@ -137,7 +143,7 @@ def test_the_readme_lists_every_error_that_http_tells() -> None:
     assert told == {**real, "internal": "500"}
 
 
-def test_the_readme_lists_every_setting() -> None:
+def test_the_http_page_lists_every_setting() -> None:
     asked: set[str] = set()
 
     class Environment(dict[str, str]):
@@ -146,7 +152,7 @@ def test_the_readme_lists_every_setting() -> None:
             return default
 
     settings = Settings.from_env(Environment())
-    told = {row[0]: row[-1] for row in rows("README.md", "### Settings") if "FLEDGE_" in row[0]}
+    told = {row[0]: row[-1] for row in rows("docs/http.md", "## Settings") if "FLEDGE_" in row[0]}
     assert set(told) == asked
     plain = ("device", "precision", "workers", "max_queue", "max_bytes", "max_pixels", "deadline")
     for name in plain:
@@ -186,9 +192,9 @@ def test_the_design_page_names_files_that_exist(room: str) -> None:
 def assert_understood(words: list[str]) -> None:
     """Fledge takes the words, and where they change a recipe that is there, so does the recipe."""
     known, rest = fledge._parser().parse_known_args(words)
-    if not known.takes_overrides:
-        assert rest == []
-    elif known.recipe and (ROOT / known.recipe).is_file():
+    assert rest == []
+    overrides = getattr(known, "overrides", [])
+    if overrides and known.recipe and (ROOT / known.recipe).is_file():
         from training.config import load as config
 
         config.read(ROOT / known.recipe, rest)

@@ -16,7 +16,7 @@ from serving.inference.predictor import Predictor
 from tests.support.live_server import Live, live, post
 from tests.support.tiny_bundle import photo, tiny_bundle
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+HTTP_PAGE = (Path(__file__).parents[2] / "docs/http.md").read_text()
 MAX_BYTES = 50_000
 MAX_PIXELS = 1_000_000
 
@@ -302,7 +302,7 @@ def test_the_readme_lists_every_metric(client: httpx.Client):
     client.post("/predict", content=photo(1))
     text = client.get("/metrics").text
     real = set(re.findall(r"^# TYPE (fledge_\w+) ", text, re.MULTILINE))
-    table = README.partition("### Metrics and log")[2].partition("They are")[0]
+    table = HTTP_PAGE.partition("## Metrics and log")[2].partition("They are sums")[0]
     assert set(re.findall(r"^\| `(fledge_\w+)`", table, re.MULTILINE)) == real
     best = client.post("/predict", content=photo(1)).json()["predictions"][0]["label"]
     assert f'fledge_predictions_total{{class="{best}"}}' in text
