@@ -55,9 +55,9 @@ class DemoError(Exception):
 
 def sample_photo() -> Path:
     """Return the middle photo of the embedded data set."""
-    from training.data.sample import cached
+    from training.data.sample import cached_sample
 
-    photos = sorted(cached().rglob("*.jpg"))
+    photos = sorted(cached_sample().rglob("*.jpg"))
     return photos[len(photos) // 2]
 
 

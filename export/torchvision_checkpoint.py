@@ -17,7 +17,7 @@ from export.parity import Sample
 from serving.errors import DataError, OptionError
 from serving.imaging.preprocess import Preprocess
 from training.config.sections import DataConfig
-from training.data import dataset as data
+from training.data.dataset import load_dataset
 from training.models import backbones, weights
 from training.run import checkpoint
 
@@ -176,9 +176,9 @@ def photos(folder: Path, labels: Sequence[str]) -> tuple[list[Sample], list[Samp
     """Photos of a folder a class: a third to calibrate on, the others to decide.
 
     Raises:
-        DataError: As `data.load`; a folder whose name is no label.
+        DataError: As `load_dataset`; a folder whose name is no label.
     """
-    dataset = data.load(str(folder), config=DataConfig(valid=HELD_OUT))
+    dataset = load_dataset(str(folder), config=DataConfig(valid=HELD_OUT))
     unknown = sorted(set(dataset.classes) - set(labels))
     if unknown:
         raise DataError(

@@ -12,7 +12,7 @@ from serving.imaging import decode
 from serving.imaging.preprocess import Preprocess
 from tests.support.random_batchnorms import lively, speaking
 from training.config.sections import DataConfig
-from training.data import dataset as data
+from training.data.dataset import SPLIT_FILE, load_dataset, write_split
 from training.models import classifier as model
 from training.run import checkpoint
 
@@ -57,7 +57,7 @@ class Run:
                 photo = jpeg(number / 3, rng, (44 + index, 40))
                 (self.photos / name / f"{index}.jpg").write_bytes(photo)
         self.preprocess = Preprocess(size=32)
-        self.dataset = data.load(str(self.photos), config=DataConfig(valid=0.5))
+        self.dataset = load_dataset(str(self.photos), config=DataConfig(valid=0.5))
         torch.manual_seed(0)
         options = {"arch_args": {"width_mult": 0.25}, "head": {"hidden": 16}}
         self.classifier = model.build("mobilenet_v2", 3, **options)
@@ -78,7 +78,7 @@ class Run:
             **options,
         )
         self.save()
-        data.write_split(self.dataset, self.folder / data.SPLIT)
+        write_split(self.dataset, self.folder / SPLIT_FILE)
 
     def liven(self, *, centred=True):
         """Make the network answer differently to its photos; `centred` as in `speaking`."""

@@ -6,7 +6,7 @@ import torch
 
 from serving.imaging.preprocess import Preprocess
 from training.config.sections import DataConfig, HeadConfig
-from training.data import dataset
+from training.data.dataset import SPLIT_FILE, load_dataset, write_split
 from training.models import classifier as model
 from training.run import checkpoint
 
@@ -31,7 +31,7 @@ tail,1,0.01,0.5,0.25,0.9375,70.0
 def finished(folder, photos, valid=0.5, name="tiny"):
     """Make `folder` a run on `photos`; the weights say nothing, but not the same of every photo."""
     folder.mkdir(parents=True)
-    found = dataset.load(str(photos), config=DataConfig(valid=valid))
+    found = load_dataset(str(photos), config=DataConfig(valid=valid))
     torch.manual_seed(0)
     arch_args, head = {"width_mult": 0.25}, HeadConfig(hidden=16)
     classifier = model.build("mobilenet_v2", len(found.classes), arch_args=arch_args, head=head)
@@ -57,7 +57,7 @@ def finished(folder, photos, valid=0.5, name="tiny"):
         versions=checkpoint.versions(),
     )
     checkpoint.save(folder / checkpoint.BEST, classifier, info)
-    dataset.write_split(found, folder / dataset.SPLIT)
+    write_split(found, folder / SPLIT_FILE)
     (folder / "recipe.toml").write_text(RECIPE)
     (folder / "metrics.csv").write_text(METRICS)
     return found

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Final
 
 from serving.errors import OptionError, WorkError
-from serving.utils.files import check_folder, write_aside
+from serving.utils.files import atomic_write, check_folder
 from training.ablation import tricks
 from training.ablation.tricks import Trick
 from training.config.schema import Recipe
 from training.config.sections import TtaConfig
-from training.data import dataset
+from training.data.dataset import load_dataset
 from training.engine import finetune
 from training.evaluation.evaluate import evaluate
 from training.run.checkpoint import read_info
 from training.utils import disk_cache
-from training.utils.console import Log, counted
+from training.utils.console import Log, pluralize
 from training.utils.console import log_to_stderr as say_aloud
 
 TRIALS: Final = "trials"
@@ -87,10 +87,10 @@ def run(
 
     Args:
         base: The recipe that rows change.
-        source: As `data.load`.
+        source: As `load_dataset`.
         out: Folder of the trials, new or an ablation's.
         rows: As `tricks.choose`.
-        split: As `data.load`.
+        split: As `load_dataset`.
         seeds: How many, from the recipe's on. They draw the split, too, where nothing else does.
         folds: How many instead: those of `split`, or of the photos cut into so many.
         device: As `recipe.run`.
@@ -101,14 +101,14 @@ def run(
     Raises:
         OptionError: A row does not fit the recipe, a folder is not an ablation's, or as
             `cache.wanted`.
-        DataError: As `data.load`.
+        DataError: As `load_dataset`.
         WorkError: Every row failed.
     """
     if folds == 1 or folds < 0:
         raise OptionError(f"--folds {folds}: use 2 or more")
     if seeds < 1 and not folds:
         raise OptionError(f"--seeds {seeds}: use 1 or more")
-    disk_cache.wanted(cache_gb)
+    disk_cache.budget_gb(cache_gb)
     plans = list(_plans(base, source, rows, split, seeds, folds))
     folder = out / TRIALS
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not folder.is_dir())):
@@ -146,7 +146,7 @@ def run(
                 "the same command goes on with the rest"
             )
             raise
-        with write_aside(folder / f"{plan.name}.json") as aside:
+        with atomic_write(folder / f"{plan.name}.json") as aside:
             aside.write_text(json.dumps(asdict(trial), indent=2) + "\n")
         if not keep:
             for weights in (folder / plan.name).rglob("*.safetensors"):
@@ -163,7 +163,7 @@ def run(
         )
     others = len({path.stem for path in folder.glob("*.json")} - {plan.name for plan in plans})
     if others:
-        what = f"{counted(others, 'trial')} of other rows, seeds or folds in {out}"
+        what = f"{pluralize(others, 'trial')} of other rows, seeds or folds in {out}"
         log(f"{what} {'is' if others == 1 else 'are'} left out of the table; they are kept")
     found: Trials = {row.name: {} for row in rows}
     for plan in plans:
@@ -183,7 +183,7 @@ def _plans(
         else:
             own = base.model_copy(update={"seed": base.seed + number})
             unit = f"seed {own.seed}"
-        photos = dataset.load(source, split=split, config=own.data, seed=own.seed).fingerprint
+        photos = load_dataset(source, split=split, config=own.data, seed=own.seed).fingerprint
         for row in rows:
             changed = tricks.recipe_of(row, own)
             values = json.dumps([tricks.values_of(changed), photos], sort_keys=True)

@@ -1,1 +1,1 @@
-"""Datasets: folder layouts, tables, splits, known sets, the built-in sample."""
+"""Labelled photo datasets: folder layouts, label tables, splits, torchvision sets, sample set."""

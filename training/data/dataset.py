@@ -1,4 +1,4 @@
-"""A labelled set of photos, split into parts: loaded, written down beside a run, found again."""
+"""Labelled photo datasets: load one, split it, write the split to a run folder and read it back."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from serving.errors import DataError, OptionError
-from serving.utils.files import write_aside
+from serving.utils.files import atomic_write
 from serving.utils.natural_sort import natural
 from training.config.sections import DataConfig
 from training.data import layouts, sample, torchvision_sets
 from training.data.layouts import Photo
-from training.data.splits import PARTS, drawn, from_file
-from training.utils.console import shown
+from training.data.splits import PARTS, draw_split, read_split_file
+from training.utils.console import quoted
 
 SAMPLE: Final = "sample"
-SPLIT: Final = "split.csv"
-MAX_BROKEN: Final = 0.05
-"""Share of unreadable photos above which nothing is trained."""
+SPLIT_FILE: Final = "split.csv"
+MAX_UNREADABLE_SHARE: Final = 0.05
+"""Training refuses a dataset with a larger share of unreadable photos."""
 
 
 class Sample(NamedTuple):
@@ -36,9 +36,15 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A labelled set of photos, split. `test` is never trained or chosen on.
+    """A labelled set of photos, split into parts.
 
-    classes: in natural order: 1, 2, 10. unlabelled: photos that only wait to be scored.
+    Attributes:
+        source: The value of `--data`.
+        root: Data folder; every photo lies below it.
+        classes: Class names in natural order: 1, 2, 10.
+        train, valid: Used for training and for choosing the best epoch.
+        test: Used for neither.
+        unlabelled: Photos of `test/` without labels.
     """
 
     source: str
@@ -51,7 +57,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits of names, sizes, labels and parts; not of the photos' contents."""
+        """16 hex digits: hash of photo names, file sizes, labels and parts, not of contents."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for part in PARTS:
             for path, label in getattr(self, part):
@@ -61,15 +67,19 @@ class Dataset:
         return digest.hexdigest()[:16]
 
     def without(self, broken: Iterable[Path]) -> Dataset:
-        """The same set less some photos, checked again."""
-        gone = set(broken)
+        """A copy without some photos.
+
+        Raises:
+            DataError: A part or a class of the train part is empty now.
+        """
+        removed = set(broken)
         parts: dict[str, Any] = {
-            part: tuple(s for s in getattr(self, part) if s.path not in gone) for part in PARTS
+            part: tuple(s for s in getattr(self, part) if s.path not in removed) for part in PARTS
         }
         return _checked(replace(self, **parts))
 
 
-def load(
+def load_dataset(
     source: str,
     *,
     split: Path | None = None,
@@ -79,59 +89,61 @@ def load(
     """Find the photos of `source` and split them.
 
     Args:
-        source: "sample" for the embedded set, the name of another known set (`builtin.NAMES`), or a
-            folder: with a folder a class, with `train/` and `valid/` (and `test/`) of such, or as
-            `config` says.
-        split: CSV `path,fold`; fold is train, valid or test, or a number.
-        config: Where labels come from, and how photos are split where nothing else does it.
-        seed: Of that split.
+        source: "sample" for the built-in set, a name in `torchvision_sets.NAMES`, or a folder. The
+            folder holds one folder per class, or `train/` and `valid/` (and `test/`) with one
+            folder per class each, or a layout that `config` describes.
+        split: CSV `path,fold`; fold is train, valid, test or a number.
+        config: Where labels come from, and how photos without a part are split.
+        seed: Seed of that split.
 
     Raises:
-        DataError: Nothing usable there; says what was expected.
-        OptionError: An option that does not fit what is there.
+        DataError: No usable photos; the message says what layout was expected.
+        OptionError: An option does not fit the data.
     """
     try:
         return _load(source, split, config, seed)
-    except OSError as error:  # a closed folder, a name that is too long
-        where = f" {shown(error.filename)}:" if error.filename else ""
-        raise DataError(f"--data {shown(source)}:{where} {error.strerror or error}") from error
+    except OSError as error:  # no permission, or a name that is too long
+        where = f" {quoted(error.filename)}:" if error.filename else ""
+        raise DataError(f"--data {quoted(source)}:{where} {error.strerror or error}") from error
 
 
 def _load(source: str, split: Path | None, config: DataConfig, seed: int) -> Dataset:
     official = source in torchvision_sets.NAMES
-    named = bool(config.csv or config.pattern)
+    has_label_option = bool(config.csv or config.pattern)
     if official:
-        if named:
+        if has_label_option:
             word = "csv" if config.csv else "pattern"
             raise OptionError(f"--data {source} has labels of its own: add data.{word}= (empty)")
         root, photos = torchvision_sets.find(source)
     else:
         root, photos = _folder(source), []
     if split is not None:
-        known = {photo.path.relative_to(root).as_posix(): photo.label for photo in photos}
-        label_of = partial(_known, known) if official else layouts.labeller(root, config)
-        by_folder = not (official or named)
-        photos = from_file(root, split, config, label_of, class_folders=by_folder)
+        labels = {photo.path.relative_to(root).as_posix(): photo.label for photo in photos}
+        label_of = partial(_look_up, labels) if official else layouts.labeller(root, config)
+        by_folder = not (official or has_label_option)
+        photos = read_split_file(root, split, config, label_of, class_folders=by_folder)
     else:
-        photos = drawn(root, photos if official else layouts.find(root, config), config, seed)
+        photos = draw_split(
+            root, photos if official else layouts.find_labelled(root, config), config, seed
+        )
     labelled = [photo.path for photo in photos]
-    waiting = () if official else layouts.unlabelled(root, labelled, config)
-    return _checked(_dataset(source, root, photos, waiting), split)
+    unlabelled = () if official else layouts.find_unlabelled(root, labelled, config)
+    return _checked(_dataset(source, root, photos, unlabelled), split)
 
 
 def _folder(source: str) -> Path:
-    # os.path, since pathlib raises over users that are not there and names that are too long.
-    root = sample.cached() if source == SAMPLE else Path(os.path.expanduser(source))
+    # pathlib raises an error for unknown users and for names that are too long; os.path does not.
+    root = sample.cached_sample() if source == SAMPLE else Path(os.path.expanduser(source))
     if not os.path.isdir(root):
         names = ", ".join((SAMPLE, *torchvision_sets.NAMES))
         raise DataError(
-            f"--data {shown(source)}: no such folder; give one with a folder a class, or a set: "
+            f"--data {quoted(source)}: no such folder; give one with a folder per class, or a set: "
             f"{names}"
         )
     return root.resolve()
 
 
-def _known(labels: Mapping[str, str], path: str) -> str:
+def _look_up(labels: Mapping[str, str], path: str) -> str:
     return labels.get(Path(path).as_posix(), "")
 
 
@@ -149,7 +161,7 @@ def _dataset(
 
 def _checked(dataset: Dataset, split: Path | None = None) -> Dataset:
     if len(dataset.classes) < 2:
-        have = f"one class, {shown(dataset.classes[0])}" if dataset.classes else "no class"
+        have = f"one class, {quoted(dataset.classes[0])}" if dataset.classes else "no class"
         raise DataError(f"{dataset.root} has {have}; it needs at least 2")
     for part in ("train", "valid"):
         counts = Counter(label for _, label in getattr(dataset, part))
@@ -158,20 +170,20 @@ def _checked(dataset: Dataset, split: Path | None = None) -> Dataset:
             raise DataError(f"--split {split}: the {part} part is empty; {remedy}")
         if not counts:
             raise DataError(f"{dataset.root}: the {part} part is empty")
-        bare = [name for i, name in enumerate(dataset.classes) if not counts[i]]
-        if bare and part == "train":
-            name = shown(bare[0])
+        empty = [name for i, name in enumerate(dataset.classes) if not counts[i]]
+        if empty and part == "train":
+            name = quoted(empty[0])
             raise DataError(f"class {name} has no photo in the train part; add one")
     return dataset
 
 
 def write_split(dataset: Dataset, path: Path) -> None:
-    """Write every photo's part as CSV `path,fold,label`, paths below the data folder."""
+    """Write every photo's part as CSV `path,fold,label`; paths are relative to the data folder."""
     with (
-        write_aside(path) as aside,
-        aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        atomic_write(path) as partial_path,
+        partial_path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        # All are quoted: not every Python quotes a name with a carriage return by itself.
+        # QUOTE_ALL: some Python versions do not quote a name that contains a carriage return.
         out = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
         out.writerow(["path", "fold", "label"])
         for part in PARTS:
@@ -180,7 +192,7 @@ def write_split(dataset: Dataset, path: Path) -> None:
                 out.writerow([relative, part, dataset.classes[label]])
 
 
-def from_split_file(
+def read_split(
     path: Path,
     root: Path,
     classes: tuple[str, ...],
@@ -188,17 +200,17 @@ def from_split_file(
     *,
     needed: Iterable[str] = ("train", "valid"),
 ) -> Dataset:
-    """The data set whose split `write_split` wrote.
+    """Read a split that `write_split` wrote.
 
     Args:
         path: The split file of a run.
-        root: Where the photos are now.
-        classes: In the order of the labels.
-        source: As `load`.
-        needed: Parts whose photos must all be there.
+        root: Folder that holds the photos now.
+        classes: Class names in label order.
+        source: As `load_dataset`.
+        needed: Parts whose photos must all exist.
 
     Raises:
-        DataError: A file that can't be read, or photos that are not there; names `--data`.
+        DataError: The file can't be read, or photos are missing; the message names `--data`.
     """
     root = root.resolve()
     if not os.path.isdir(root):
@@ -214,22 +226,26 @@ def from_split_file(
     for part in needed:
         missing = [sample for sample in parts[part] if not os.path.isfile(sample.path)]
         if missing:
-            raise gone(missing, parts[part], part, root)
+            raise missing_photos_error(missing, parts[part], part, root)
     found: dict[str, Any] = {part: tuple(samples) for part, samples in parts.items()}
     return Dataset(source, root, classes, **found)
 
 
-def gone(missing: Sequence[Sample], samples: Sequence[Sample], part: str, root: Path) -> DataError:
-    """What to say of `missing` photos of a part's `samples`."""
+def missing_photos_error(
+    missing: Sequence[Sample], samples: Sequence[Sample], part: str, root: Path
+) -> DataError:
+    """The error for the `missing` photos among the `samples` of a part."""
     if len(missing) == len(samples):
         return DataError(
             f"none of the {len(samples)} {part} photos is in {root}; say where with --data"
         )
-    names = f"{len(missing)} {part} photo{'s are' if len(missing) > 1 else ' is'} gone"
-    first = shown(missing[0].path.relative_to(root))
-    return DataError(f"{names} in {root}, as {first}; put back what is gone, or train anew")
+    names = f"{len(missing)} {part} photo{'s are' if len(missing) > 1 else ' is'} missing"
+    first = quoted(missing[0].path.relative_to(root))
+    return DataError(
+        f"{names} in {root}, for example {first}; restore the missing photos, or train again"
+    )
 
 
-def changed(info_data: Mapping[str, Any], dataset: Dataset) -> bool:
-    """Whether photos came, went or grew since a checkpoint was made, by its `info.data`."""
+def photos_changed(info_data: Mapping[str, Any], dataset: Dataset) -> bool:
+    """Whether names, sizes, labels or parts differ from those in a checkpoint's `info.data`."""
     return info_data.get("fingerprint") not in (None, dataset.fingerprint)

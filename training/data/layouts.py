@@ -1,7 +1,7 @@
-"""How labels lie on a disk: a folder a class, parts of such, file names, or a table beside photos.
+"""Dataset layouts on disk: one folder per class, train/valid/test folders, file names, CSV tables.
 
-Each layout gives the same thing, photos with the names of their classes; a part stands beside a
-photo where its folder decides it.
+Every layout is read into a list of `Photo`: path, class name, and the part if the folder of the
+photo decides it.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from serving.errors import DataError, OptionError
 from serving.imaging.decode import SUFFIXES
 from serving.utils.natural_sort import natural
 from training.config.sections import DataConfig
-from training.utils.console import MOST, listed, shown
+from training.utils.console import MAX_MISTAKES, format_mistakes, quoted
 
-_CLUTTER: Final = ("__MACOSX", "@eaDir")
-FOLDERS: Final = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
-"""Folder names that are parts, not classes."""
+_IGNORED_FOLDERS: Final = ("__MACOSX", "@eaDir")
+PART_FOLDERS: Final = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
+"""Folder name -> part. These folders are parts of the dataset, not classes."""
 
 
 class Photo(NamedTuple):
-    """A photo, the name of its class, and its part: "" where it is still to be drawn."""
+    """A photo, its class name, and its part ("" until a split is drawn)."""
 
     path: Path
     label: str
     part: str = ""
 
 
-def find(root: Path, config: DataConfig) -> list[Photo]:
-    """Every labelled photo of `root`, by the layout that `config` names, or else by folders.
+def find_labelled(root: Path, config: DataConfig) -> list[Photo]:
+    """All labelled photos below `root`, in the layout of `config`; by default in class folders.
 
     Raises:
-        DataError: Nothing usable there; says what was expected.
+        DataError: No usable photos; the message says what layout was expected.
     """
     if config.csv:
         return _from_table(root, config)
@@ -46,7 +46,7 @@ def find(root: Path, config: DataConfig) -> list[Photo]:
 
 
 def labeller(root: Path, config: DataConfig) -> Callable[[str], str]:
-    """What tells the label of a photo named by its path below `root`; "" where nothing does."""
+    """A function: path of a photo relative to `root` -> its label, or "" if it has none."""
     if config.csv:
         labels = {path.as_posix(): label for path, label, _ in _table(root, config)}
         return lambda path: labels.get(Path(path).as_posix(), "")
@@ -56,15 +56,15 @@ def labeller(root: Path, config: DataConfig) -> Callable[[str], str]:
 
     def folder(path: str) -> str:
         first, *rest = Path(path).parts
-        return rest[0] if has_parts and first in FOLDERS and len(rest) > 1 else first
+        return rest[0] if has_parts and first in PART_FOLDERS and len(rest) > 1 else first
 
     return folder
 
 
-def unlabelled(root: Path, labelled: Iterable[Path], config: DataConfig) -> tuple[Path, ...]:
-    """The photos of `test/`, where none of them has a label and no folder of its own.
+def find_unlabelled(root: Path, labelled: Iterable[Path], config: DataConfig) -> tuple[Path, ...]:
+    """The photos of `test/` if none of them has a label and it has no class folders.
 
-    Where file names are the labels, `test/` is looked for where they are: below `data.images`.
+    With `data.pattern`, `test/` is searched below `data.images`, where the photos are.
     """
     test = (root / config.images if config.pattern else root) / "test"
     if not test.is_dir() or any(path.is_relative_to(test) for path in labelled):
@@ -75,25 +75,25 @@ def unlabelled(root: Path, labelled: Iterable[Path], config: DataConfig) -> tupl
 
 
 def photos_below(folder: Path) -> Iterator[Path]:
-    """Image files below `folder` by extension, hidden ones skipped, in natural order."""
+    """Image files below `folder`, selected by extension, in natural order, without hidden ones."""
     if not folder.is_dir():
-        return  # a part need not have every class
-    for here, folders, files in os.walk(folder, onerror=_unreadable):
+        return  # a part may lack some classes
+    for here, folders, files in os.walk(folder, onerror=_raise_unreadable):
         folders[:] = sorted((f for f in folders if not f.startswith(".")), key=natural)
         for name in sorted(files, key=natural):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
                 yield Path(here, name)
 
 
-def bare_classes(root: Path) -> list[str]:
-    """Folders below `root`, or below its training part, where a class has not one photo."""
-    home = _parts(root).get("train", root)
-    known = () if home != root else (*FOLDERS, *_CLUTTER)
-    bare = [f for f in _class_folders(home) if f.name not in known and not _has_photos(f)]
-    return [folder.relative_to(root).as_posix() for folder in bare]
+def empty_class_folders(root: Path) -> list[str]:
+    """Class folders without photos in the train part, or in `root` if there are no parts."""
+    train = _parts(root).get("train", root)
+    other = () if train != root else (*PART_FOLDERS, *_IGNORED_FOLDERS)
+    empty = [f for f in _class_folders(train) if f.name not in other and not _has_photos(f)]
+    return [folder.relative_to(root).as_posix() for folder in empty]
 
 
-def _unreadable(error: OSError) -> None:
+def _raise_unreadable(error: OSError) -> None:
     raise DataError(f"{error.filename} can't be read: {error.strerror}") from error
 
 
@@ -101,20 +101,20 @@ def _from_folders(root: Path) -> list[Photo]:
     parts = _parts(root)
     if not parts:
         return _in_classes(root, "", _class_names(root))
-    strangers = [f for f in _class_folders(root) if f.name not in FOLDERS and _has_photos(f)]
-    if strangers:
+    others = [f for f in _class_folders(root) if f.name not in PART_FOLDERS and _has_photos(f)]
+    if others:
         have = ", ".join(f"{folder.name}/" for folder in parts.values())
-        name = shown(f"{strangers[0].name}/")
-        raise DataError(f"{root} has {have} and beside them {name}; move it away")
+        name = quoted(f"{others[0].name}/")
+        raise DataError(f"{root} has {have} and beside them {name}; move it elsewhere")
     if not {"train", "valid"} <= set(parts):
         missing = "valid" if "train" in parts else "train"
         have = ", ".join(f"{part}/" for part in parts)
-        bare = next(
-            (n for n, part in FOLDERS.items() if part == missing and (root / n).is_dir()), ""
+        empty = next(
+            (n for n, part in PART_FOLDERS.items() if part == missing and (root / n).is_dir()), ""
         )
-        if bare:
-            what = "holds no folder with photos" if any((root / bare).iterdir()) else "is empty"
-            raise DataError(f"{root / bare} {what}; expected {bare}/CLASS/photo.jpg")
+        if empty:
+            what = "contains no folder with photos" if any((root / empty).iterdir()) else "is empty"
+            raise DataError(f"{root / empty} {what}; expected {empty}/CLASS/photo.jpg")
         raise DataError(
             f"{root} has {have} but no {missing}/; add it, or put the classes one level up"
         )
@@ -127,9 +127,9 @@ def _from_folders(root: Path) -> list[Photo]:
 
 
 def _parts(root: Path) -> dict[str, Path]:
-    """The folders that are parts: their photos lie in folders of classes."""
+    """Part -> its folder, for the part folders that contain class folders."""
     parts: dict[str, Path] = {}
-    for name, part in FOLDERS.items():
+    for name, part in PART_FOLDERS.items():
         if _has_classes(root / name):
             if part in parts:
                 raise DataError(f"{root} has both {parts[part].name}/ and {name}/; keep one")
@@ -164,43 +164,43 @@ def _class_names(root: Path) -> list[str]:
     names = [folder.name for folder in folders if _has_photos(folder)]
     if not names:
         raise DataError(
-            f"{root} holds no folder with photos; expected {root.name}/CLASS/photo.jpg, "
+            f"{root} contains no folder with photos; expected {root.name}/CLASS/photo.jpg, "
             "or labels from file names (data.pattern) or from a table (data.csv)"
         )
     for folder in folders:
-        bare = folder.name not in names and folder.name not in _CLUTTER
-        if bare and any(path.is_file() for path in folder.iterdir()):
+        empty = folder.name not in names and folder.name not in _IGNORED_FOLDERS
+        if empty and any(path.is_file() for path in folder.iterdir()):
             kinds = ", ".join(sorted(SUFFIXES))
-            name = shown(folder.name)
-            raise DataError(f"{root}: {name} holds no photo that can be read ({kinds}); remove it")
-    # A flat test/ beside classes holds photos to be scored; among other parts' names it is a class.
-    if len([name for name in names if name not in FOLDERS]) > 1 and "test" in names:
+            name = quoted(folder.name)
+            raise DataError(f"{root}: {name} contains no readable photo ({kinds}); remove it")
+    # A flat test/ next to two or more class folders holds unlabelled photos, else it is a class.
+    if len([name for name in names if name not in PART_FOLDERS]) > 1 and "test" in names:
         names.remove("test")
     return names
 
 
 def _from_names(root: Path, config: DataConfig) -> list[Photo]:
-    """Labels from file names. `test/` is a part, as are `train/` and `valid/` where both are."""
+    """Labels from file names. `test/` is a part; `train/` and `valid/` are if both exist."""
     folder = _images(root, config)
     labelled: list[tuple[Path, str]] = []
-    strange: list[tuple[Path, str]] = []
+    unmatched: list[tuple[Path, str]] = []
     for path in photos_below(folder):
         label = _label(config.pattern, path.name)
-        (labelled if label else strange).append((path, label))
-    above = {path: path.relative_to(folder).parts[0] for path, _ in labelled + strange}
-    parts = {FOLDERS[name] for name in above.values() if name in FOLDERS}
+        (labelled if label else unmatched).append((path, label))
+    top = {path: path.relative_to(folder).parts[0] for path, _ in labelled + unmatched}
+    parts = {PART_FOLDERS[name] for name in top.values() if name in PART_FOLDERS}
     official = {"train", "valid"} <= parts
-    to_score = not any(above[path] == "test" for path, _ in labelled)
-    strange = [item for item in strange if not (to_score and above[item[0]] == "test")]
-    if strange:
+    test_unlabelled = not any(top[path] == "test" for path, _ in labelled)
+    unmatched = [item for item in unmatched if not (test_unlabelled and top[item[0]] == "test")]
+    if unmatched:
         raise DataError(
-            f"data.pattern = {config.pattern!r} does not match {len(strange)} of {len(above)} "
-            f"photos in {folder}, as {shown(strange[0][0].relative_to(folder))}"
+            f"data.pattern = {config.pattern!r} does not match {len(unmatched)} of {len(top)} "
+            f"photos in {folder}, for example {quoted(unmatched[0][0].relative_to(folder))}"
         )
     if not labelled:
-        raise DataError(f"{folder} holds no photo for data.pattern = {config.pattern!r}")
-    decides = FOLDERS if official else {"test": "test"}
-    return [Photo(path, label, decides.get(above[path], "")) for path, label in labelled]
+        raise DataError(f"{folder} contains no photo for data.pattern = {config.pattern!r}")
+    part_of = PART_FOLDERS if official else {"test": "test"}
+    return [Photo(path, label, part_of.get(top[path], "")) for path, label in labelled]
 
 
 def _label(pattern: str, name: str) -> str:
@@ -211,29 +211,29 @@ def _label(pattern: str, name: str) -> str:
 def _images(root: Path, config: DataConfig) -> Path:
     folder = root / config.images
     if Path(config.images).is_absolute() or ".." in Path(config.images).parts:
-        raise OptionError(f"data.images = {shown(config.images)}: name a folder below {root}")
+        raise OptionError(f"data.images = {quoted(config.images)}: name a folder below {root}")
     if not os.path.isdir(folder):
-        raise DataError(f"data.images = {shown(config.images)}: no such folder in {root}")
+        raise DataError(f"data.images = {quoted(config.images)}: no such folder in {root}")
     return folder
 
 
 def _from_table(root: Path, config: DataConfig) -> list[Photo]:
     rows = _table(root, config)
-    # os.path, since pathlib raises over names that are too long and folders that are closed.
-    gone = [(path, line) for path, _, line in rows if not os.path.isfile(root / path)]
-    if gone:
-        path, line = gone[0]
+    # pathlib raises an error for names that are too long and unreadable folders; os.path does not.
+    missing = [(path, line) for path, _, line in rows if not os.path.isfile(root / path)]
+    if missing:
+        path, line = missing[0]
         ends = [s for s in sorted(SUFFIXES) if os.path.isfile(root / f"{path}{s}")]
         remedy = f"set data.suffix = {ends[0]!r}" if ends else "see data.images and data.suffix"
         raise DataError(
-            f"{root / config.csv}, line {line}: no photo {shown(path)} in {root} "
-            f"({len(gone)} of {len(rows)} rows have none); {remedy}"
+            f"{root / config.csv}, line {line}: no photo {quoted(path)} in {root} "
+            f"({len(missing)} of {len(rows)} rows have none); {remedy}"
         )
     return [Photo(root / path, label) for path, label, _ in rows]
 
 
 def _table(root: Path, config: DataConfig) -> list[tuple[Path, str, int]]:
-    """(path below `root`, label, line) of every row of the table of labels."""
+    """(path relative to `root`, label, line) of every row of the label table."""
     table = root / config.csv
     if config.images or not (root / "train").is_dir():
         images = _images(root, config).relative_to(root)
@@ -250,30 +250,30 @@ def _table(root: Path, config: DataConfig) -> list[tuple[Path, str, int]]:
             for column in config.columns:
                 if column not in have:
                     raise DataError(
-                        f"{table} has no column {shown(column)}, its first line has "
-                        f"{', '.join(map(shown, have)) or 'nothing'}; set data.columns"
+                        f"{table} has no column {quoted(column)}, its first line has "
+                        f"{', '.join(map(quoted, have)) or 'nothing'}; set data.columns"
                     )
             for row in reader:
                 line = f"line {reader.line_num}"
                 name, label = ((row[column] or "").strip() for column in config.columns)
                 if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-                    wrong.append(f"{line}: {id_column} {shown(name)} names no photo")
+                    wrong.append(f"{line}: {id_column} {quoted(name)} names no photo")
                     continue
                 if not label:
-                    wrong.append(f"{line}: {shown(name)} has no {label_column}")
-                path = images / f"{name}{config.suffix}"  # 1.jpg and ./1.jpg are one photo
+                    wrong.append(f"{line}: {quoted(name)} has no {label_column}")
+                path = images / f"{name}{config.suffix}"  # Path: 1.jpg == ./1.jpg
                 if path in lines:
-                    wrong.append(f"{line}: {shown(name)} stands in line {lines[path][1]}, too")
+                    wrong.append(f"{line}: {quoted(name)} is in line {lines[path][1]}, too")
                 lines[path] = label, reader.line_num
     except FileNotFoundError:
-        raise DataError(f"data.csv = {shown(config.csv)}: no such file in {root}") from None
+        raise DataError(f"data.csv = {quoted(config.csv)}: no such file in {root}") from None
     except UnicodeDecodeError:
-        raise DataError(f"{table} is no UTF-8 text; save it as CSV in UTF-8") from None
+        raise DataError(f"{table} is not UTF-8 text; save it as CSV in UTF-8") from None
     except (OSError, ValueError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"data.csv = {shown(config.csv)} can't be read: {reason}") from error
+        raise DataError(f"data.csv = {quoted(config.csv)} can't be read: {reason}") from error
     if wrong:
-        raise DataError(listed(table, wrong, between=", ", most=MOST))
+        raise DataError(format_mistakes(table, wrong, between=", ", most=MAX_MISTAKES))
     if not lines:
         raise DataError(f"{table} has no row under its first line")
     return [(path, label, line) for path, (label, line) in lines.items()]

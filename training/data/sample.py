@@ -1,8 +1,8 @@
-"""The embedded data set: painted flowers, made from a seed, so that no test or demo downloads.
+"""The built-in sample dataset: flowers painted from a seed, for tests and demos without downloads.
 
-    >>> folder = cached()  # one folder a class: daisy/0000.jpg, daisy/0001.jpg, ...
+    >>> folder = cached_sample()  # one folder per class: daisy/0000.jpg, daisy/0001.jpg, ...
 
-Colour decides nothing (see `training.data.flowers`): a model has to learn shapes.
+Classes differ in shape, not in colour (see `training.data.flowers`).
 """
 
 from __future__ import annotations
@@ -18,28 +18,31 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from serving.errors import DataError
-from serving.utils.files import check_folder, is_running, user_cache_folder
+from serving.utils.files import check_folder, user_cache_folder
+from serving.utils.process import is_running
 from training.data.flowers import CLASSES, paint
 
-__all__ = ["CLASSES", "PER_CLASS", "cached", "contact_sheet", "paint", "write"]
+__all__ = ["CLASSES", "PER_CLASS", "cached_sample", "contact_sheet", "paint", "write_sample"]
 
-# Raise it with every change that changes a picture: caches of older versions are then left alone.
+# Part of the cache folder's name. Increase it with every change that alters a picture.
 VERSION = 1
 PER_CLASS = 120
 _SIZE = 160
 _QUALITY = 90
 
 
-def write(folder: Path, *, per_class: int = PER_CLASS, seed: int = 0, size: int = _SIZE) -> Path:
-    """Write the data set as one folder of JPEG files a class: `folder/CLASS/0000.jpg`.
+def write_sample(
+    folder: Path, *, per_class: int = PER_CLASS, seed: int = 0, size: int = _SIZE
+) -> Path:
+    """Write the dataset as one folder of JPEG files per class: `folder/CLASS/0000.jpg`.
 
-    Everything is made in a hidden folder beside it and renamed at the end: `folder` is there
-    whole or not at all. The same arguments give the same pictures.
+    The files are written to a hidden folder next to `folder`, which is renamed at the end: `folder`
+    is complete or absent. The same arguments give the same pictures.
 
     Args:
-        folder: Where; it must not exist.
-        per_class: Number of pictures of each class, at least 1.
-        seed: Picks the pictures, 0 or more.
+        folder: Must not exist.
+        per_class: Pictures per class, at least 1.
+        seed: Seed of the pictures, 0 or more.
         size: Side of a picture in pixels, at least 32.
 
     Returns:
@@ -48,37 +51,37 @@ def write(folder: Path, *, per_class: int = PER_CLASS, seed: int = 0, size: int 
     Raises:
         DataError: `folder` exists, or a number is out of range.
     """
-    least = {"per_class": (per_class, 1), "seed": (seed, 0), "size": (size, 32)}
-    for name, (given, low) in least.items():
-        if given < low:
-            raise DataError(f"--{name.replace('_', '-')} {given}: use {low} or more")
+    minimums = {"per_class": (per_class, 1), "seed": (seed, 0), "size": (size, 32)}
+    for name, (value, low) in minimums.items():
+        if value < low:
+            raise DataError(f"--{name.replace('_', '-')} {value}: use {low} or more")
     if folder.exists() or folder.is_symlink():
         raise DataError(f"{folder} exists already; name a new folder or remove it")
     check_folder(folder, "")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    aside = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    _remove_stale_partials(folder)
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     try:
         for label in CLASSES:
-            (aside / label).mkdir(parents=True)
+            (partial / label).mkdir(parents=True)
         for label, index in _names(per_class):
             picture = paint(label, _rng(seed, label, index), size)
-            picture.save(aside / label / f"{index:04d}.jpg", quality=_QUALITY)
+            picture.save(partial / label / f"{index:04d}.jpg", quality=_QUALITY)
         try:
-            aside.rename(folder)
+            partial.rename(folder)
         except OSError as error:
             if folder.exists():
                 raise DataError(f"{folder} was made by another process meanwhile") from error
             raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def cached(seed: int = 0) -> Path:
-    """The folder of the default data set in the user's cache, written at first use.
+def cached_sample(seed: int = 0) -> Path:
+    """The folder of the default dataset in the user's cache, written at first use.
 
-    Safe when several processes ask at once: the first to finish wins, the others use its folder.
+    Several processes may call it at once: all return the folder of the first one that finishes.
 
     Raises:
         DataError: `seed` is negative.
@@ -87,10 +90,10 @@ def cached(seed: int = 0) -> Path:
     digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
     folder = user_cache_folder() / f"sample-v{VERSION}-{digest}"
     if folder.is_dir():
-        _sweep(folder)
+        _remove_stale_partials(folder)
     else:
         try:
-            write(folder, seed=seed)
+            write_sample(folder, seed=seed)
         except DataError:
             if not folder.is_dir():
                 raise
@@ -98,12 +101,12 @@ def cached(seed: int = 0) -> Path:
 
 
 def contact_sheet(columns: int = 8, size: int = 128, seed: int = 0) -> Image.Image:
-    """The first pictures of every class on one sheet, a row a class under its name.
+    """The first pictures of every class on one sheet, one row per class with its name above.
 
     Args:
-        columns: Pictures in a row.
-        size: Side of each in pixels.
-        seed: As for `write`.
+        columns: Pictures per row.
+        size: Side of each picture in pixels.
+        seed: As for `write_sample`.
 
     Returns:
         An RGB picture, `columns` pictures wide.
@@ -121,12 +124,12 @@ def contact_sheet(columns: int = 8, size: int = 128, seed: int = 0) -> Image.Ima
     return sheet
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed writes of `folder` left beside it; one that goes on is left alone."""
+def _remove_stale_partials(folder: Path) -> None:
+    """Remove partial folders of `folder` whose process has ended."""
     head = f".{folder.name}.partial-"
     for path in folder.parent.glob(f"{glob.escape(head)}*"):
         process = path.name.removeprefix(head)
-        # Our own number: this process has only begun, so another one had it before.
+        # A folder with this process's own id is left from an earlier process with the same id.
         if process.isdecimal() and (int(process) == os.getpid() or not is_running(int(process))):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -138,5 +141,5 @@ def _names(per_class: int) -> Iterator[tuple[str, int]]:
 
 
 def _rng(seed: int, label: str, index: int) -> np.random.Generator:
-    """Randomness of one picture, whatever was painted before it."""
+    """The random generator of one picture, independent of the other pictures."""
     return np.random.default_rng([seed, CLASSES.index(label), index])

@@ -1,4 +1,4 @@
-"""Which part every photo belongs to: drawn by share or by folds, or read from a split file."""
+"""Train/valid/test splits: drawn at random by share or by folds, or read from a split file."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from typing import Final
 from serving.errors import DataError, OptionError
 from training.config.sections import DataConfig
 from training.data.layouts import Photo
-from training.utils.console import MOST, listed, shown
+from training.utils.console import MAX_MISTAKES, format_mistakes, quoted
 
 PARTS: Final = ("train", "valid", "test")
-_DIGITS: Final = 9  # of a fold's number; Python refuses to read thousands
+_MAX_DIGITS: Final = 9  # of a fold number; `int` refuses strings of thousands of digits
 
 
-def stratified(labels: Sequence[str], share: float, seed: int) -> list[bool]:
-    """Whether each photo is held out: `share` of every class, at least one, and never all.
+def stratified_holdout(labels: Sequence[str], share: float, seed: int) -> list[bool]:
+    """Whether each photo is held out: `share` of every class, at least 1 photo, never all.
 
-    A class is drawn by its own name, so that adding a class leaves the others' draw alone.
+    Each class has its own random stream, seeded by its name: adding a class does not change the
+    draws of the others.
     """
-    held = [False] * len(labels)
+    held_out = [False] * len(labels)
     for order in _shuffled(labels, seed).values():
         count = min(max(1, round(len(order) * share)), len(order) - 1)
         for index in order[:count]:
-            held[index] = True
-    return held
+            held_out[index] = True
+    return held_out
 
 
-def folds(labels: Sequence[str], k: int, seed: int) -> list[int]:
-    """The fold, 0 to k - 1, of each photo: k shares of every class, equal but for one photo.
+def stratified_folds(labels: Sequence[str], k: int, seed: int) -> list[int]:
+    """The fold, 0 to k - 1, of each photo. Fold sizes of a class differ by at most 1.
 
-    A class is drawn by its own name. The fold it begins at is drawn, too, so that what is left over
-    does not always go to the first ones.
+    Each class has its own random stream, seeded by its name. The first fold is drawn too: the
+    remainders of the classes do not all go to fold 0.
     """
     fold = [0] * len(labels)
     for label, order in _shuffled(labels, seed).items():
@@ -56,7 +57,7 @@ def _shuffled(labels: Sequence[str], seed: int) -> dict[str, list[int]]:
     return by_class
 
 
-def from_file(
+def read_split_file(
     root: Path,
     split: Path,
     config: DataConfig,
@@ -64,70 +65,78 @@ def from_file(
     *,
     class_folders: bool,
 ) -> list[Photo]:
-    """The photos that a split file names, each with its label and its part.
+    """The photos listed in a split file, with their labels and parts.
 
     Args:
-        root: Of the photos.
-        split: CSV `path,fold`; fold is train, valid or test, or a number.
-        config: Its fold is the number that is the validation part.
-        label_of: Path below `root` -> label, "" where there is none.
-        class_folders: Whether a path must have a folder, its class.
+        root: Data folder.
+        split: CSV `path,fold`; fold is train, valid, test or a number.
+        config: `fold` is the number of the validation fold.
+        label_of: Path relative to `root` -> label, or "" if there is none.
+        class_folders: Whether paths must have the form CLASS/photo.
 
     Raises:
-        DataError: Not such a file, or photos that are not there.
-        OptionError: No such fold in it.
+        DataError: The file is missing or malformed, or photos are missing or have no label.
+        OptionError: The file has no fold `config.fold`, or `config.folds` is set.
     """
     if config.folds:
-        raise OptionError(f"data.folds = {config.folds}: {split} splits already; leave one out")
-    rows = _by_file(split, config.fold, class_folders=class_folders)
+        raise OptionError(
+            f"data.folds = {config.folds}: {split} defines the split; use only one of them"
+        )
+    rows = _parts_of_rows(split, config.fold, class_folders=class_folders)
     photos = [Photo(root / path, label_of(path), part) for path, part in rows]
-    gone = [photo.path for photo in photos if not os.path.isfile(photo.path)]
-    if gone:
-        name = shown(gone[0].relative_to(root))
-        raise DataError(f"{split} names {len(gone)} files that are not there, as {name}")
-    bare = [photo.path for photo in photos if not photo.label]
-    if bare:
-        name = shown(bare[0].relative_to(root))
-        raise DataError(f"{split} names {len(bare)} photos without a label, as {name}")
-    check_names(photo.label for photo in photos)
+    missing = [photo.path for photo in photos if not os.path.isfile(photo.path)]
+    if missing:
+        name = quoted(missing[0].relative_to(root))
+        raise DataError(f"{split} lists {len(missing)} missing files, for example {name}")
+    unlabelled = [photo.path for photo in photos if not photo.label]
+    if unlabelled:
+        name = quoted(unlabelled[0].relative_to(root))
+        raise DataError(
+            f"{split} lists {len(unlabelled)} photos without a label, for example {name}"
+        )
+    check_class_names(photo.label for photo in photos)
     return photos
 
 
-def drawn(root: Path, photos: list[Photo], config: DataConfig, seed: int) -> list[Photo]:
-    """The same photos, and a part for each that has none.
+def draw_split(root: Path, photos: list[Photo], config: DataConfig, seed: int) -> list[Photo]:
+    """Assign train or valid to the photos that have no part.
 
     Raises:
-        DataError: A class that can't be in both parts.
-        OptionError: Folds that don't fit.
+        DataError: A class has one photo, so it can't be in both parts.
+        OptionError: `folds` or `fold` is set but does not apply.
     """
-    check_names(photo.label for photo in photos)
+    check_class_names(photo.label for photo in photos)
     free = [photo for photo in photos if not photo.part]
     if not free and config.folds:
-        raise OptionError(f"data.folds = {config.folds}: {root} is split already; leave it out")
+        raise OptionError(
+            f"data.folds = {config.folds}: {root} is split already; remove the option"
+        )
     if config.fold and not config.folds:
-        raise OptionError(f"data.fold = {config.fold}: of what? set data.folds, or give --split")
+        raise OptionError(
+            f"data.fold = {config.fold} has no effect alone; set data.folds, or give --split"
+        )
     if not free:
         return photos
     labels = [photo.label for photo in free]
-    lone = [label for label, count in Counter(labels).items() if count < 2]
-    if lone:
+    too_few = [label for label, count in Counter(labels).items() if count < 2]
+    if too_few:
         raise DataError(
-            f"class {shown(lone[0])} has one photo; it needs at least 2, "
+            f"class {quoted(too_few[0])} has one photo; it needs at least 2, "
             "one to train on and one to validate on"
         )
     if config.folds:
-        held = [fold == config.fold for fold in folds(labels, config.folds, seed)]
+        held_out = [fold == config.fold for fold in stratified_folds(labels, config.folds, seed)]
     else:
-        held = stratified(labels, config.valid, seed)
+        held_out = stratified_holdout(labels, config.valid, seed)
     split = [
         photo._replace(part="valid" if out else "train")
-        for photo, out in zip(free, held, strict=True)
+        for photo, out in zip(free, held_out, strict=True)
     ]
     return sorted(split) + [photo for photo in photos if photo.part]
 
 
-def _by_file(split: Path, fold: int, *, class_folders: bool) -> list[tuple[str, str]]:
-    """(path below the data folder, part) of every row of a split file."""
+def _parts_of_rows(split: Path, fold: int, *, class_folders: bool) -> list[tuple[str, str]]:
+    """(path relative to the data folder, part) of every row of a split file."""
     rows = _rows(split, class_folders)
     numbers = {int(where) for _, where in rows if where.isdecimal()}
     if fold not in (numbers or {0}):
@@ -136,7 +145,7 @@ def _by_file(split: Path, fold: int, *, class_folders: bool) -> list[tuple[str, 
     seen: set[Path] = set()
     for path, _ in rows:
         if Path(path) in seen:
-            raise DataError(f"{split} names {shown(path)} twice; a photo belongs to one part")
+            raise DataError(f"{split} lists {quoted(path)} twice; a photo belongs to one part")
         seen.add(Path(path))
     return [
         (path, where if where in PARTS else "valid" if int(where) == fold else "train")
@@ -153,19 +162,19 @@ def _rows(split: Path, class_folders: bool) -> list[tuple[str, str]]:
             reader = csv.DictReader(file)
             reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or ()]
             if not {"path", "fold"} <= set(columns):
-                have = ", ".join(map(shown, columns)) or "nothing"
+                have = ", ".join(map(quoted, columns)) or "nothing"
                 raise DataError(f"{split}: the first line must be 'path,fold'; it has {have}")
             for row in reader:
                 path, fold = ((row[name] or "").strip() for name in ("path", "fold"))
                 line = f"line {reader.line_num}"
-                if fold not in PARTS and not (fold.isdecimal() and len(fold) <= _DIGITS):
+                if fold not in PARTS and not (fold.isdecimal() and len(fold) <= _MAX_DIGITS):
                     wrong.append(
-                        f"{line}: fold {shown(fold)} is not train, valid, test or a number"
+                        f"{line}: fold {quoted(fold)} is not train, valid, test or a number"
                     )
                 depth = len(Path(path).parts)
                 if depth < 1 + class_folders or Path(path).is_absolute() or ".." in path.split("/"):
                     form = "CLASS/photo below" if class_folders else "a photo in"
-                    wrong.append(f"{line}: path {shown(path)} is not {form} the data folder")
+                    wrong.append(f"{line}: path {quoted(path)} is not {form} the data folder")
                 rows.append((path, fold))
     except FileNotFoundError:
         raise DataError(f"--split {split}: no such file; make a CSV 'path,fold'") from None
@@ -175,18 +184,18 @@ def _rows(split: Path, class_folders: bool) -> list[tuple[str, str]]:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"--split {split} can't be read: {reason}") from error
     if wrong:
-        raise DataError(listed(split, wrong, between=", ", most=MOST))
+        raise DataError(format_mistakes(split, wrong, between=", ", most=MAX_MISTAKES))
     return rows
 
 
-def check_names(labels: Iterable[str]) -> None:
-    """Refuse names of classes that are no UTF-8.
+def check_class_names(labels: Iterable[str]) -> None:
+    """Check that every class name can be encoded as UTF-8.
 
     Raises:
-        DataError: Names the first.
+        DataError: The first name that can't.
     """
     for name in labels:
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise DataError(f"class {shown(name)} is no UTF-8 name; rename it") from None
+            raise DataError(f"class {quoted(name)} is not a UTF-8 name; rename it") from None

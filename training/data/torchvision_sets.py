@@ -1,4 +1,4 @@
-"""Data sets known by name, as torchvision fetches and splits them.
+"""Datasets available by name, downloaded and split by torchvision.
 
 - `flowers102`: Nilsback & Zisserman, 2008, "Automated Flower Classification over a Large Number of
   Classes"; 102 classes, official train, validation and test parts.
@@ -20,28 +20,29 @@ from training.data.layouts import Photo
 
 
 def find(name: str) -> tuple[Path, list[Photo]]:
-    """The folder of a set and its photos; fetched into the user's cache where it is not there.
+    """The folder of a dataset and its photos. Downloads to the user's cache if it is not there.
 
     Raises:
-        DataError: No network, or damaged files; names the folder and what to do.
+        DataError: No network, or damaged files; the message names the folder and the remedy.
     """
     folder, read = _SETS[name]
     cache = user_cache_folder()
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is reserved for results
             photos = read(cache)
     except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"--data {name}: it can't be had in {cache / folder}: {reason}; see to the network, or "
-            "put torchvision's copy there; if it is there, it is damaged: remove it"
+            f"--data {name}: {cache / folder} can't be read or downloaded: {reason}; check the "
+            "network, or put torchvision's copy there; if the folder exists, it is damaged: "
+            "remove it"
         ) from error
     root = (cache / folder).resolve()
-    gone = [photo.path for photo in photos if not photo.path.is_file()]
-    if gone:
+    missing = [photo.path for photo in photos if not photo.path.is_file()]
+    if missing:
         raise DataError(
-            f"--data {name}: {len(gone)} of {len(photos)} photos are missing, as {gone[0]}; "
-            f"remove {root}, and it is fetched again"
+            f"--data {name}: {len(missing)} of {len(photos)} photos are missing, for example "
+            f"{missing[0]}; remove {root} to download it again"
         )
     return root, [
         photo._replace(path=root / photo.path.relative_to(cache / folder)) for photo in photos

@@ -8,7 +8,7 @@ from pathlib import Path
 from serving.errors import DataError, OptionError
 from training.activations.cache import ActivationCache
 from training.config.schema import Recipe
-from training.data import dataset as data
+from training.data.dataset import SPLIT_FILE, load_dataset, read_split
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine import auto_batch_size, compile, plan
 from training.engine.stages import Run, train
@@ -41,8 +41,8 @@ def run(
 
     Args:
         recipe: What to do.
-        source: As `data.load`.
-        split: As `data.load`.
+        source: As `load_dataset`.
+        split: As `load_dataset`.
         out: The run's folder, new or empty; `runs/NAME` with a number where that is taken.
         device: "auto", "cpu" or "cuda".
         cache_gb: Budget of what is kept between runs, in GB; as `cache.wanted`.
@@ -58,7 +58,7 @@ def run(
         run_folder.check_free(out)
     precision = _precision(recipe, device, process_group)
     with process_group.local_main_process_first():  # the first one may have to fetch them
-        dataset = data.load(source, split=split, config=recipe.data, seed=recipe.seed)
+        dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
     process_group.check_same({"the split of the photos": dataset.fingerprint})
     classifier, pretrained = _classifier(recipe, len(dataset.classes), log, process_group)
     stages = plan.stages_of(recipe, pretrained)
@@ -75,7 +75,7 @@ def run(
     recipe = auto_batch_size.settle(
         recipe, classifier, stages, dataset, precision, log, process_group
     )
-    folder = process_group.decide(lambda: run_folder.claim(out, recipe.name))
+    folder = process_group.broadcast_object(lambda: run_folder.claim(out, recipe.name))
     begun = run_folder.Begun(
         source=dataset.source,
         root=str(dataset.root),
@@ -122,11 +122,11 @@ def resume(
     timer = Timer()
     log = process_group.on_main_process(log)
     state_file = f"{run_folder.LAST}/{state.STATE}"
-    names = (run_folder.RUN, run_folder.RECIPE, data.SPLIT, state_file)
-    with process_group.copied(folder, names) as kept:
+    names = (run_folder.RUN, run_folder.RECIPE, SPLIT_FILE, state_file)
+    with process_group.broadcast_files(folder, names) as kept:
         recipe, begun = run_folder.read(kept)
-        if process_group.decide(lambda: not (folder / run_folder.LAST).exists()):
-            if not process_group.decide(lambda: (folder / report.REPORT).exists()):
+        if process_group.broadcast_object(lambda: not (folder / run_folder.LAST).exists()):
+            if not process_group.broadcast_object(lambda: (folder / report.REPORT).exists()):
                 raise DataError(
                     f"--resume {folder}: its folder {run_folder.LAST}/ is gone, and the run had "
                     "not ended; start anew"
@@ -135,7 +135,7 @@ def resume(
             return folder
         precision = _precision(recipe, device or begun.device, process_group)
         where = (root or Path(begun.root)).resolve()
-        dataset = data.from_split_file(kept / data.SPLIT, where, begun.classes, begun.source)
+        dataset = read_split(kept / SPLIT_FILE, where, begun.classes, begun.source)
         begin_again = not (kept / state_file).exists()
         weights = {"auto": "imagenet" if begun.pretrained else "none"}.get(
             recipe.weights, recipe.weights
@@ -202,7 +202,7 @@ def _precision(recipe: Recipe, device: str, process_group: ProcessGroup) -> Prec
             "the kind of device": precision.device.type,
         }
     )
-    return replace(precision, dtype=process_group.decide(lambda: precision.dtype))
+    return replace(precision, dtype=process_group.broadcast_object(lambda: precision.dtype))
 
 
 def _classifier(
@@ -211,7 +211,7 @@ def _classifier(
     """As `plan.build_classifier`; the weights are those that the process that leads has."""
     own = recipe if process_group.is_main_process else recipe.model_copy(update={"weights": "none"})
     classifier, pretrained = plan.build_classifier(own, classes, log)
-    pretrained = process_group.decide(lambda: pretrained)
+    pretrained = process_group.broadcast_object(lambda: pretrained)
     process_group.broadcast_module(classifier)
     process_group.seed(recipe.seed)
     return classifier, pretrained

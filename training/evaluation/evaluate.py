@@ -18,23 +18,23 @@ from serving.errors import DataError, ImageError
 from serving.imaging import decode
 from serving.imaging.preprocess import Pixels, Preprocess
 from serving.imaging.tta import View, render, softmax
-from serving.utils.files import write_aside
+from serving.utils.files import atomic_write
+from serving.utils.parallel import map_ordered
 from serving.utils.progress import progress_bar
 from training.activations import frozen_prefix
 from training.config import load as config
 from training.config.schema import Recipe
 from training.config.sections import TtaConfig
-from training.data import dataset as data
+from training.data.dataset import Sample, missing_photos_error, photos_changed
 from training.evaluation import metrics
 from training.evaluation.metrics import Labels, Probabilities
 from training.evaluation.tta import combine, draw, fixed_views, random_views
 from training.models.classifier import normalise
-from training.pixels.rows import ahead
 from training.pixels.transform import PixelTransform
 from training.run import checkpoint
 from training.run import dataset as run_dataset
 from training.utils.console import log_to_stderr as say_aloud
-from training.utils.device import filled
+from training.utils.device import pad_on_gpu
 from training.utils.precision import choose_precision
 
 BATCH = 32
@@ -73,7 +73,7 @@ def logits_of(classifier: nn.Module, pixels: Tensor, preprocess: Preprocess) -> 
         device = next(classifier.parameters()).device
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32, no less
             logits = [
-                classifier(normalise(filled(part.to(device), BATCH), preprocess))[: len(part)]
+                classifier(normalise(pad_on_gpu(part.to(device), BATCH), preprocess))[: len(part)]
                 .float()
                 .cpu()
                 for part in pixels.split(BATCH)
@@ -119,14 +119,14 @@ def evaluate(
     network = frozen_prefix.fused(classifier.to(where).eval())
     making = PixelTransform("train", info.preprocess, recipe.data.presize) if recipe else None
     dataset = run_dataset.of_run(run, data_folder, "")
-    if data.changed(info.data, dataset):
+    if photos_changed(info.data, dataset):
         log(f"warning: the photos in {dataset.root} are not all as they were when {run} was made")
-    samples: Sequence[data.Sample] = getattr(dataset, part)
+    samples: Sequence[Sample] = getattr(dataset, part)
     if not samples:
         raise DataError(f"{run} has no {part} photos")
     if not any(os.path.isfile(sample.path) for sample in samples):
-        raise data.gone(samples, samples, part, dataset.root)
-    kept: list[data.Sample] = []
+        raise missing_photos_error(samples, samples, part, dataset.root)
+    kept: list[Sample] = []
     by_view: list[Probabilities] = []  # [V, n, C] of each batch
     with progress_bar() as bar:
         task = bar.add_task(f"{part} photos", total=len(samples))
@@ -171,7 +171,7 @@ def write_csv(result: EvaluationResult, path: Path) -> None:
     """Write a row for every photo: path below the data folder, label, predicted, probability."""
     best = result.probabilities.argmax(axis=1)
     with (
-        write_aside(path) as aside,
+        atomic_write(path) as aside,
         aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         # All are quoted: not every Python quotes a name with a carriage return by itself.
@@ -192,14 +192,14 @@ class _Batch(NamedTuple):
     whole: uint8 [n, S, S, 3] and aspect: float32 [n], as training keeps photos, for random draws.
     """
 
-    samples: list[data.Sample]
+    samples: list[Sample]
     views: Tensor
     whole: Tensor
     aspect: Tensor
 
 
 def _batches(
-    samples: Sequence[data.Sample],
+    samples: Sequence[Sample],
     preprocess: Preprocess,
     views: Sequence[View],
     whole_by: PixelTransform | None,
@@ -207,7 +207,7 @@ def _batches(
 ) -> Iterator[_Batch]:
     """Read photos, `BATCH` readable ones at a time; name those that are not."""
 
-    def read(sample: data.Sample) -> tuple[Pixels, Pixels, float] | ImageError:
+    def read(sample: Sample) -> tuple[Pixels, Pixels, float] | ImageError:
         try:
             image = decode.read(sample.path, background=preprocess.background).image
         except ImageError as error:
@@ -215,7 +215,7 @@ def _batches(
         whole = whole_by(image) if whole_by else np.empty((0, 0, 3), np.uint8)
         return render(image, preprocess, views), whole, image.width / image.height
 
-    waiting: list[tuple[data.Sample, tuple[Pixels, Pixels, float]]] = []
+    waiting: list[tuple[Sample, tuple[Pixels, Pixels, float]]] = []
 
     def batch() -> _Batch:
         fixed, wholes, aspects = zip(*(made for _, made in waiting), strict=True)
@@ -226,7 +226,7 @@ def _batches(
             torch.tensor(aspects, dtype=torch.float32),
         )
 
-    with closing(ahead(read, samples, BATCH)) as results:  # while the network works on
+    with closing(map_ordered(read, samples, window=BATCH)) as results:  # while the network works on
         for sample, made in zip(samples, results, strict=True):
             if isinstance(made, ImageError):
                 log(f"skipped {sample.path}: {made}")

@@ -12,8 +12,8 @@ from serving.imaging import decode
 from serving.utils.files import check_folder
 from training.config.schema import Recipe
 from training.config.sections import AugmentConfig
-from training.data import dataset as data
 from training.data import layouts, torchvision_sets
+from training.data.dataset import Dataset, load_dataset
 from training.data.splits import PARTS
 from training.preview import figure
 from training.preview.scan import UNLABELLED, PhotoStats, duplicates, hints, oddities, survey
@@ -34,21 +34,21 @@ def preview(source: str, recipe: Recipe, out: Path, *, split: Path | None = None
     """Look at every photo of `source`; yields the lines of the report, writes `out`/preview.png.
 
     Args:
-        source: As `data.load`.
+        source: As `load_dataset`.
         recipe: Its data section, seed and image size count.
         out: Folder of the picture, made where it is not there.
-        split: As `data.load`.
+        split: As `load_dataset`.
 
     Raises:
-        DataError: As `data.load`; photos that can't be read are part of the report.
+        DataError: As `load_dataset`; photos that can't be read are part of the report.
     """
     check_folder(out)
-    dataset = data.load(source, split=split, config=recipe.data, seed=recipe.seed)
+    dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
     looks = survey(dataset)
     out.mkdir(parents=True, exist_ok=True)
     figure.draw(looks, dataset.classes, out / PICTURE)
     by_folder = not (recipe.data.csv or recipe.data.pattern or source in torchvision_sets.NAMES)
-    bare = layouts.bare_classes(dataset.root) if by_folder else []
+    bare = layouts.empty_class_folders(dataset.root) if by_folder else []
     yield from report(dataset, looks, recipe.preprocess.size, bare)
     yield f"picture: {out / PICTURE}"
 
@@ -59,20 +59,20 @@ def augmented(
     """Write `out`/augment.png: one photo as training will see it, in many draws.
 
     Args:
-        source: As `data.load`; not looked at where `photo` is given.
+        source: As `load_dataset`; not looked at where `photo` is given.
         recipe: Its augmentation, preprocessing and presizing.
         out: Folder of the picture, made where it is not there.
-        split: As `data.load`.
+        split: As `load_dataset`.
         photo: Which; the first one to train on that can be read where not given.
 
     Raises:
-        DataError: The photo can't be read; as `data.load`.
+        DataError: The photo can't be read; as `load_dataset`.
     """
     from training.preview import augmentation_sheet
 
     check_folder(out)
     if photo is None:
-        dataset = data.load(source, split=split, config=recipe.data, seed=recipe.seed)
+        dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
         photo = next((path for path, _ in dataset.train if not _why_broken(path)), None)
         if photo is None:
             raise DataError(f"none of the {len(dataset.train)} photos to train on can be read")
@@ -95,7 +95,7 @@ def _why_broken(photo: Path) -> str:
 
 
 def report(
-    dataset: data.Dataset, looks: Sequence[PhotoStats], size: int, bare: Sequence[str] = ()
+    dataset: Dataset, looks: Sequence[PhotoStats], size: int, bare: Sequence[str] = ()
 ) -> Iterator[str]:
     """The lines for a person.
 

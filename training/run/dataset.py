@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 
 from serving.errors import DataError
-from training.data import dataset, sample, torchvision_sets
+from training.data import sample, torchvision_sets
+from training.data.dataset import SAMPLE, SPLIT_FILE, Dataset, read_split
 from training.run import checkpoint
 
 
-def of_run(run: Path, data: Path | None = None, part: str = "valid") -> dataset.Dataset:
+def of_run(run: Path, data: Path | None = None, part: str = "valid") -> Dataset:
     """The split that a run used.
 
     Args:
@@ -28,12 +29,12 @@ def of_run(run: Path, data: Path | None = None, part: str = "valid") -> dataset.
     root = (data or Path(str(info.data["root"]))).resolve()
     source = str(info.data.get("source", root))
     if data is None and not root.is_dir():
-        if source == dataset.SAMPLE:
-            root = sample.cached()
+        if source == SAMPLE:
+            root = sample.cached_sample()
         elif source in torchvision_sets.NAMES:
             root, _ = torchvision_sets.find(source)
-    return dataset.from_split_file(
-        checkpoint.folder_of(run) / dataset.SPLIT,
+    return read_split(
+        checkpoint.folder_of(run) / SPLIT_FILE,
         root,
         info.classes,
         source,

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from serving.errors import DataError, OptionError
-from serving.utils.files import check_folder, write_aside
+from serving.utils.files import atomic_write, check_folder
 from training.config import load
 from training.config.schema import Recipe
-from training.data import dataset as data
+from training.data.dataset import SPLIT_FILE, Dataset, write_split
 
 RUN: Final = "run.json"
 RECIPE: Final = "recipe.toml"
@@ -68,18 +68,18 @@ def claim(out: Path | None, name: str) -> Path:
     raise AssertionError("unreachable")
 
 
-def begin(folder: Path, recipe: Recipe, dataset: data.Dataset, begun: Begun) -> None:
+def begin(folder: Path, recipe: Recipe, dataset: Dataset, begun: Begun) -> None:
     """Write down what the run is; from `run.json` on it can be resumed."""
     import tomli_w
 
     values = recipe.model_dump(mode="json", exclude={"preprocess"})
     values["preprocess"] = asdict(recipe.preprocess)
-    with write_aside(folder / RECIPE) as aside:
+    with atomic_write(folder / RECIPE) as aside:
         aside.write_text(tomli_w.dumps(values), encoding="utf-8")
-    data.write_split(dataset, folder / data.SPLIT)
+    write_split(dataset, folder / SPLIT_FILE)
     (folder / STAGES).mkdir(exist_ok=True)
     (folder / LAST).mkdir(exist_ok=True)
-    with write_aside(folder / RUN) as aside:
+    with atomic_write(folder / RUN) as aside:
         aside.write_text(json.dumps(asdict(begun), indent=2) + "\n")
 
 

@@ -7,7 +7,8 @@ import pytest
 from serving.errors import DataError, OptionError
 from tests.support.tiny_bundle import photo
 from training.config.sections import DataConfig
-from training.data import dataset, layouts
+from training.data import layouts
+from training.data.dataset import SPLIT_FILE, load_dataset, photos_changed, read_split, write_split
 from training.run.dataset import of_run
 
 
@@ -24,7 +25,7 @@ def make(root, counts, size=(20, 16)):
 
 def test_every_photo_is_in_exactly_one_part_and_classes_keep_their_shares(tmp_path):
     root = make(tmp_path / "d", {"a": 10, "b": 20, "c": 2})
-    found = dataset.load(str(root), config=DataConfig(valid=0.2), seed=3)
+    found = load_dataset(str(root), config=DataConfig(valid=0.2), seed=3)
     parts = [set(found.train), set(found.valid)]
     assert not parts[0] & parts[1]
     assert len(parts[0] | parts[1]) == 32
@@ -33,17 +34,17 @@ def test_every_photo_is_in_exactly_one_part_and_classes_keep_their_shares(tmp_pa
 
 def test_the_split_follows_the_seed_and_nothing_else(tmp_path):
     root = make(tmp_path / "d", {"a": 10, "b": 10})
-    assert dataset.load(str(root), seed=1) == dataset.load(str(root), seed=1)
-    assert dataset.load(str(root), seed=1) != dataset.load(str(root), seed=2)
-    held = {s.path for s in dataset.load(str(root), seed=1).valid if s.path.parent.name == "a"}
+    assert load_dataset(str(root), seed=1) == load_dataset(str(root), seed=1)
+    assert load_dataset(str(root), seed=1) != load_dataset(str(root), seed=2)
+    before = {s.path for s in load_dataset(str(root), seed=1).valid if s.path.parent.name == "a"}
     make(root, {"c": 10})
-    later = {s.path for s in dataset.load(str(root), seed=1).valid if s.path.parent.name == "a"}
-    assert held == later  # another class does not move this one's
+    later = {s.path for s in load_dataset(str(root), seed=1).valid if s.path.parent.name == "a"}
+    assert before == later  # another class does not change this class's split
 
 
 def test_class_names_are_in_natural_order(tmp_path):
     root = make(tmp_path / "d", {"10": 2, "2": 2, "1": 2})
-    assert dataset.load(str(root)).classes == ("1", "2", "10")
+    assert load_dataset(str(root)).classes == ("1", "2", "10")
 
 
 @pytest.mark.parametrize("valid", ["valid", "val"])
@@ -51,7 +52,7 @@ def test_train_and_valid_folders(tmp_path, valid):
     make(tmp_path / "d" / "train", {"a": 3, "b": 3})
     make(tmp_path / "d" / valid, {"a": 1, "b": 2})
     make(tmp_path / "d" / "test", {"a": 1})
-    found = dataset.load(str(tmp_path / "d"))
+    found = load_dataset(str(tmp_path / "d"))
     assert (len(found.train), len(found.valid), len(found.test)) == (6, 3, 1)
 
 
@@ -59,48 +60,48 @@ def test_a_split_file_with_fold_numbers(tmp_path):
     root = make(tmp_path / "d", {"a": 4, "b": 4})
     rows = [f"{c}/{i}.jpg,{'test' if i == 3 else i % 3}" for c in "ab" for i in range(4)]
     (tmp_path / "s.csv").write_text("\n".join(["path,fold", *rows]))
-    found = dataset.load(str(root), split=tmp_path / "s.csv", config=DataConfig(fold=1))
+    found = load_dataset(str(root), split=tmp_path / "s.csv", config=DataConfig(fold=1))
     assert {s.path.name for s in found.valid} == {"1.jpg"}
     assert {s.path.name for s in found.test} == {"3.jpg"}
     assert {s.path.name for s in found.train} == {"0.jpg", "2.jpg"}
     with pytest.raises(OptionError, match=r"fold = 7.*folds 0, 1, 2"):
-        dataset.load(str(root), split=tmp_path / "s.csv", config=DataConfig(fold=7))
+        load_dataset(str(root), split=tmp_path / "s.csv", config=DataConfig(fold=7))
 
 
 def test_a_split_file_from_a_spreadsheet(tmp_path):
     root = make(tmp_path / "d", {"a": 2, "b": 2})
     rows = "path,fold\r\na/0.jpg,01\r\na/1.jpg,2\r\nb/0.jpg,1\r\nb/1.jpg,2\r\n"
     (tmp_path / "s.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
-    found = dataset.load(str(root), split=tmp_path / "s.csv", config=DataConfig(fold=1))
+    found = load_dataset(str(root), split=tmp_path / "s.csv", config=DataConfig(fold=1))
     assert {s.path.name for s in found.valid} == {"0.jpg"}
 
 
-def test_parts_are_told_from_classes(tmp_path):
+def test_part_folders_are_distinguished_from_class_folders(tmp_path):
     make(tmp_path / "c", {"train": 3, "test": 3})  # classes of those names
-    assert dataset.load(str(tmp_path / "c")).classes == ("test", "train")
+    assert load_dataset(str(tmp_path / "c")).classes == ("test", "train")
     make(tmp_path / "d" / "train", {"a": 3, "b": 3})
     make(tmp_path / "d" / "test", {"a": 3, "b": 3})
     (tmp_path / "d" / "__MACOSX").mkdir()
     with pytest.raises(DataError, match="but no valid/"):
-        dataset.load(str(tmp_path / "d"))
+        load_dataset(str(tmp_path / "d"))
     make(tmp_path / "d" / "valid", {"a": 3, "b": 3})
-    assert len(dataset.load(str(tmp_path / "d")).valid) == 6
+    assert len(load_dataset(str(tmp_path / "d")).valid) == 6
     make(tmp_path / "d", {"extra": 1})
     with pytest.raises(DataError, match="beside them 'extra/'"):
-        dataset.load(str(tmp_path / "d"))
+        load_dataset(str(tmp_path / "d"))
     make(tmp_path / "e" / "train", {"a": 3, "b": 3})
     make(tmp_path / "e" / "valid", {"a": 1, "b": 1})
     make(tmp_path / "e" / "val", {"a": 1, "b": 1})
     with pytest.raises(DataError, match="both valid/ and val/"):
-        dataset.load(str(tmp_path / "e"))
+        load_dataset(str(tmp_path / "e"))
 
 
 def test_a_class_without_a_readable_photo_is_not_dropped_silently(tmp_path):
     root = make(tmp_path / "d", {"a": 3, "b": 3})
     (root / "c").mkdir()
     (root / "c" / "0.heic").write_bytes(b"heic")
-    with pytest.raises(DataError, match="'c' holds no photo that can be read"):
-        dataset.load(str(root))
+    with pytest.raises(DataError, match="'c' contains no readable photo"):
+        load_dataset(str(root))
 
 
 def test_order_does_not_depend_on_the_file_system():
@@ -109,21 +110,21 @@ def test_order_does_not_depend_on_the_file_system():
     ]  # fmt: skip
 
 
-def test_hidden_files_and_other_files_are_no_photos(tmp_path):
+def test_hidden_and_other_files_are_ignored(tmp_path):
     root = make(tmp_path / "d", {"a": 3, "b": 3})
     (root / "a" / "._0.jpg").write_bytes(b"mac")
     (root / "a" / "notes.txt").write_text("hello")
     (root / ".cache").mkdir()
-    found = dataset.load(str(root))
+    found = load_dataset(str(root))
     assert len(found.train) + len(found.valid) == 6
     assert found.classes == ("a", "b")
 
 
-def test_a_split_written_is_the_split_read(tmp_path):
+def test_a_written_split_is_read_back(tmp_path):
     root = make(tmp_path / "d", {"a": 5, 'b, "quoted"': 5})
     os.rename(root / "a" / "0.jpg", root / "a" / "new\nline.jpg")
-    found = dataset.load(str(root))
-    dataset.write_split(found, tmp_path / dataset.SPLIT)
+    found = load_dataset(str(root))
+    write_split(found, tmp_path / SPLIT_FILE)
     (tmp_path / "best.json").write_text(
         '{"schema": 1, "name": "n", "arch": "x", "classes": ["a", "b, \\"quoted\\""],'
         f'"preprocess": {{}}, "data": {{"source": "{root}", "root": "{root}"}}}}'
@@ -131,7 +132,8 @@ def test_a_split_written_is_the_split_read(tmp_path):
     assert of_run(tmp_path) == found
     found.valid[0].path.rename(tmp_path / "away")
     with pytest.raises(
-        DataError, match=r"1 valid photo is gone in .*; put back what is gone, or train anew"
+        DataError,
+        match=r"1 valid photo is missing in .*; restore the missing photos, or train again",
     ):
         of_run(tmp_path)
     assert of_run(tmp_path, part="") == of_run(tmp_path, part="train") == found
@@ -139,71 +141,75 @@ def test_a_split_written_is_the_split_read(tmp_path):
     moved = root.rename(tmp_path / "moved")
     with pytest.raises(DataError, match="--data"):
         of_run(tmp_path)
-    assert of_run(tmp_path, moved).fingerprint == dataset.load(str(moved)).fingerprint
+    assert of_run(tmp_path, moved).fingerprint == load_dataset(str(moved)).fingerprint
 
 
 def test_the_fingerprint_changes_with_the_photos(tmp_path):
     root = make(tmp_path / "d", {"a": 5, "b": 5})
-    before = dataset.load(str(root)).fingerprint
-    assert dataset.load(str(root)).fingerprint == before
-    assert not dataset.changed({"fingerprint": before}, dataset.load(str(root)))
-    assert not dataset.changed({}, dataset.load(str(root)))  # nothing was written down
+    before = load_dataset(str(root)).fingerprint
+    assert load_dataset(str(root)).fingerprint == before
+    assert not photos_changed({"fingerprint": before}, load_dataset(str(root)))
+    assert not photos_changed(
+        {}, load_dataset(str(root))
+    )  # an old checkpoint without a fingerprint
     (root / "a" / "0.jpg").write_bytes(b"longer than before" * 1000)
-    assert dataset.load(str(root)).fingerprint != before
-    assert dataset.changed({"fingerprint": before}, dataset.load(str(root)))
+    assert load_dataset(str(root)).fingerprint != before
+    assert photos_changed({"fingerprint": before}, load_dataset(str(root)))
 
 
-def test_a_split_file_of_a_run_needs_the_photos_that_are_asked_for(tmp_path):
+def test_reading_a_split_requires_the_photos_of_the_needed_parts(tmp_path):
     root = make(tmp_path / "d", {"a": 5, "b": 5})
-    found = dataset.load(str(root))
-    dataset.write_split(found, tmp_path / "s.csv")
+    found = load_dataset(str(root))
+    write_split(found, tmp_path / "s.csv")
     args = (tmp_path / "s.csv", root, found.classes, "photos")
-    assert dataset.from_split_file(*args).source == "photos"
+    assert read_split(*args).source == "photos"
     found.train[0].path.unlink()
-    with pytest.raises(DataError, match="1 train photo is gone"):
-        dataset.from_split_file(*args)
-    assert len(dataset.from_split_file(*args, needed=("valid",)).train) == len(found.train)
+    with pytest.raises(DataError, match="1 train photo is missing"):
+        read_split(*args)
+    assert len(read_split(*args, needed=("valid",)).train) == len(found.train)
     with pytest.raises(DataError, match=r"s\.csv can't be read"):
-        dataset.from_split_file(tmp_path / "s.csv", root, ("a", "c"), "photos")
+        read_split(tmp_path / "s.csv", root, ("a", "c"), "photos")
 
 
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({}, "holds no folder with photos"),
+        ({}, "contains no folder with photos"),
         ({"a": 5}, "has one class, 'a'"),
         ({"a": 5, "b": 1}, "class 'b' has one photo"),
     ],
 )
-def test_folders_that_can_not_be_trained_on(tmp_path, counts, message):
+def test_folders_without_enough_photos_are_errors(tmp_path, counts, message):
     (tmp_path / "d").mkdir()
     make(tmp_path / "d", counts)
     with pytest.raises(DataError, match=message):
-        dataset.load(str(tmp_path / "d"))
+        load_dataset(str(tmp_path / "d"))
 
 
-def test_missing_things_are_named(tmp_path):
+def test_missing_folders_and_files_are_named(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
-        dataset.load(str(tmp_path / "nowhere"))
+        load_dataset(str(tmp_path / "nowhere"))
     root = make(tmp_path / "d", {"a": 3, "b": 3})
     with pytest.raises(DataError, match="no such file"):
-        dataset.load(str(root), split=tmp_path / "nowhere.csv")
+        load_dataset(str(root), split=tmp_path / "nowhere.csv")
     make(tmp_path / "f" / "valid", {"a": 3, "b": 3})
     make(tmp_path / "f" / "test", {"a": 3, "b": 3})
     with pytest.raises(DataError, match="has valid/, test/ but no train/"):
-        dataset.load(str(tmp_path / "f"))
+        load_dataset(str(tmp_path / "f"))
     make(tmp_path / "e" / "train", {"a": 3, "b": 3})
     with pytest.raises(DataError, match="no valid/"):
-        dataset.load(str(tmp_path / "e"))
+        load_dataset(str(tmp_path / "e"))
     (tmp_path / "e" / "val").mkdir()
     with pytest.raises(DataError, match=r"e/val is empty; expected val/CLASS/photo\.jpg"):
-        dataset.load(str(tmp_path / "e"))
+        load_dataset(str(tmp_path / "e"))
     make(tmp_path / "e", {"val": 1})
-    with pytest.raises(DataError, match="e/val holds no folder with photos; expected val/CLASS/"):
-        dataset.load(str(tmp_path / "e"))
+    with pytest.raises(
+        DataError, match="e/val contains no folder with photos; expected val/CLASS/"
+    ):
+        load_dataset(str(tmp_path / "e"))
     make(tmp_path / "flat", {".": 3})
     with pytest.raises(DataError, match=r"flat/CLASS/photo\.jpg, or .*data\.pattern.*data\.csv"):
-        dataset.load(str(tmp_path / "flat"))
+        load_dataset(str(tmp_path / "flat"))
 
 
 @pytest.mark.parametrize(
@@ -213,11 +219,11 @@ def test_missing_things_are_named(tmp_path):
         ("path;fold\na/0.jpg;0\n", "first line must be 'path,fold'; it has 'path;fold'"),
         ("", "first line must be 'path,fold'; it has nothing"),
         (f"path,fold\na/0.jpg,{'1' * 5000}\n", "line 2: fold '111.*…1.* is not train"),
-        (f"path,fold\na/{'n' * 300}.jpg,0\n", "1 files that are not there.* as 'a/nnn.*…n"),
+        (f"path,fold\na/{'n' * 300}.jpg,0\n", "1 missing files, for example 'a/nnn.*…n"),
         ("path,fold\na/0.jpg,maybe\n", "line 2: fold 'maybe'"),
         ("path,fold\n../x/0.jpg,0\n", "line 2: path"),
         ("path,fold\n/a/0.jpg,0\n", "line 2: path"),
-        ("path,fold\na/0.jpg,0\na/99.jpg,1\n", "names 1 files that are not there"),
+        ("path,fold\na/0.jpg,0\na/99.jpg,1\n", "lists 1 missing files, for example 'a/99.jpg'"),
         (
             "path,fold\na/0.jpg,train\nb/0.jpg,train\n",
             r"--split .*s\.csv: the valid part is empty; give some rows the fold valid, or number",
@@ -227,7 +233,7 @@ def test_missing_things_are_named(tmp_path):
             "s.csv has 7 mistakes:\n  line 2: fold 'x' is.*\n  line 3: .*\n  line 4: .*\n  line 5: "
             ".*\n  line 6: .*\n  and 2 more$",
         ),
-        ("path,fold\na/0.jpg,0\na/./0.jpg,1\n", "names 'a/./0.jpg' twice"),
+        ("path,fold\na/0.jpg,0\na/./0.jpg,1\n", "lists 'a/./0.jpg' twice"),
         ("path,fold\na/0.jpg,²\n", "line 2: fold"),
     ],
 )
@@ -235,63 +241,61 @@ def test_bad_split_files(tmp_path, text, message):
     root = make(tmp_path / "d", {"a": 3, "b": 3})
     (tmp_path / "s.csv").write_text(text)
     with pytest.raises(DataError, match=message):
-        dataset.load(str(root), split=tmp_path / "s.csv")
+        load_dataset(str(root), split=tmp_path / "s.csv")
 
 
-def test_a_folder_is_no_split_file(tmp_path):
+def test_a_folder_given_as_split_file_is_an_error(tmp_path):
     root = make(tmp_path / "d", {"a": 3, "b": 3})
     with pytest.raises(DataError, match=rf"^--split {tmp_path}: a folder, not a CSV 'path,fold'$"):
-        dataset.load(str(root), split=tmp_path)
+        load_dataset(str(root), split=tmp_path)
     with pytest.raises(DataError, match=r"^--split /dev/null/x can't be read: Not a directory$"):
-        dataset.load(str(root), split=Path("/dev/null/x"))
+        load_dataset(str(root), split=Path("/dev/null/x"))
 
 
-def test_spaces_in_a_split_file_are_nobody_s_name(tmp_path):
+def test_spaces_around_the_columns_of_a_split_file_are_ignored(tmp_path):
     root = make(tmp_path / "d", {"a": 2, "b": 2})
     rows = ["path, fold", *(f"{c}/{i}.jpg , {i}" for c in "ab" for i in range(2))]
     (tmp_path / "s.csv").write_text("\n".join(rows))
-    assert len(dataset.load(str(root), split=tmp_path / "s.csv").valid) == 2
+    assert len(load_dataset(str(root), split=tmp_path / "s.csv").valid) == 2
 
 
 @pytest.mark.parametrize("named", [{}, {"folds": 2}])
-def test_a_class_whose_name_is_no_utf_8_is_named(tmp_path, named):
+def test_a_class_name_that_is_not_utf_8_is_an_error(tmp_path, named):
     root = make(tmp_path / "d", {"a": 3, "caf\udce9": 3})
-    with pytest.raises(DataError, match=r"class 'caf\\udce9' is no UTF-8 name; rename it"):
-        dataset.load(str(root), config=DataConfig(**named))
+    with pytest.raises(DataError, match=r"class 'caf\\udce9' is not a UTF-8 name; rename it"):
+        load_dataset(str(root), config=DataConfig(**named))
 
 
-def test_a_split_with_carriage_returns_is_the_split_read(tmp_path):
+def test_a_split_with_carriage_returns_is_read_back(tmp_path):
     root = make(tmp_path / "d", {"a\rb": 4, " c,\n": 4})
     os.rename(root / "a\rb" / "0.jpg", root / "a\rb" / "0\r.jpg")
-    found = dataset.load(str(root))
-    dataset.write_split(found, tmp_path / dataset.SPLIT)
-    again = dataset.from_split_file(
-        tmp_path / dataset.SPLIT, found.root, found.classes, found.source
-    )
+    found = load_dataset(str(root))
+    write_split(found, tmp_path / SPLIT_FILE)
+    again = read_split(tmp_path / SPLIT_FILE, found.root, found.classes, found.source)
     assert again == found
 
 
-def test_names_in_errors_are_one_short_line(tmp_path):
+def test_long_names_in_errors_are_shortened_to_one_line(tmp_path):
     root = make(tmp_path / "d", {"a\nb" + "c" * 200: 1, "d": 3})
     with pytest.raises(DataError) as caught:
-        dataset.load(str(root))
+        load_dataset(str(root))
     assert str(caught.value).startswith(r"class 'a\nbccc")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 200
 
 
-@pytest.mark.parametrize("source", ["~nobody-of-this-name/x", "n" * 300])
-def test_a_folder_that_can_not_be_is_no_folder(source):
+@pytest.mark.parametrize("source", ["~no-such-user/x", "n" * 300])
+def test_an_impossible_folder_name_is_reported_as_no_such_folder(source):
     with pytest.raises(DataError, match=r"--data '.*': no such folder"):
-        dataset.load(source)
+        load_dataset(source)
 
 
-def test_what_the_system_refuses_is_a_line(tmp_path, monkeypatch):
+def test_an_os_error_becomes_a_data_error_of_one_line(tmp_path, monkeypatch):
     root = make(tmp_path / "d", {"a": 3, "b": 3})
 
     def closed(*_):
         raise PermissionError(13, "Permission denied", str(root / "a"))
 
-    monkeypatch.setattr(layouts, "find", closed)
+    monkeypatch.setattr(layouts, "find_labelled", closed)
     with pytest.raises(DataError, match=r"--data '.*d': '.*a': Permission denied"):
-        dataset.load(str(root))
+        load_dataset(str(root))

@@ -5,7 +5,7 @@ import pytest
 from serving.errors import DataError, OptionError
 from tests.support.tiny_bundle import photo
 from training.config.sections import DataConfig
-from training.data import dataset
+from training.data.dataset import SPLIT_FILE, load_dataset, read_split, write_split
 
 PETS = r"([a-zA-Z_]+)_\d+"
 BREEDS = DataConfig(csv="labels.csv", suffix=".jpg")
@@ -45,7 +45,7 @@ def breeds(root, rows=None, train="train/"):
 
 
 def test_labels_from_file_names(tmp_path):
-    found = dataset.load(pets(tmp_path / "d"), config=DataConfig(pattern=PETS, valid=0.5), seed=73)
+    found = load_dataset(pets(tmp_path / "d"), config=DataConfig(pattern=PETS, valid=0.5), seed=73)
     assert found.classes == ("Abyssinian", "great_pyrenees", "pug")
     assert Counter(s.label for s in found.valid) == {0: 5, 1: 5, 2: 5}
     for path, label in found.train + found.valid:
@@ -54,50 +54,52 @@ def test_labels_from_file_names(tmp_path):
 
 def test_the_same_names_in_folders_are_split_the_same(tmp_path):
     config = DataConfig(pattern=PETS)
-    flat = dataset.load(pets(tmp_path / "d"), config=config)
-    deep = dataset.load(pets(tmp_path / "e", "images/"), config=config)
+    flat = load_dataset(pets(tmp_path / "d"), config=config)
+    deep = load_dataset(pets(tmp_path / "e", "images/"), config=config)
     assert [s.path.name for s in flat.valid] == [s.path.name for s in deep.valid]
-    photos(tmp_path / "e", "trimaps/pug_1.png")  # the real set has those beside its images
+    photos(tmp_path / "e", "trimaps/pug_1.png")  # as in the original dataset
     images = DataConfig(pattern=PETS, images="images")
-    assert dataset.load(str(tmp_path / "e"), config=images) == deep
+    assert load_dataset(str(tmp_path / "e"), config=images) == deep
 
 
-def test_names_that_do_not_match_are_counted_and_one_is_named(tmp_path):
+def test_unmatched_file_names_are_counted_and_one_is_named(tmp_path):
     root = photos(
         tmp_path / "d", "cat_1.jpg", "cat_2.jpg", "dog_1.jpg", "dog_2.jpg", "7.jpg", "8.jpg"
     )
-    with pytest.raises(DataError, match=r"does not match 2 of 6 photos in .*d, as '7\.jpg'"):
-        dataset.load(root, config=DataConfig(pattern=PETS))
+    with pytest.raises(
+        DataError, match=r"does not match 2 of 6 photos in .*d, for example '7\.jpg'"
+    ):
+        load_dataset(root, config=DataConfig(pattern=PETS))
     with pytest.raises(DataError, match="does not match 6 of 6"):
-        dataset.load(root, config=DataConfig(pattern="(zebra)?_nothing"))
+        load_dataset(root, config=DataConfig(pattern="(zebra)?_nothing"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no photo"):
-        dataset.load(str(tmp_path / "empty"), config=DataConfig(pattern=PETS))
+    with pytest.raises(DataError, match="contains no photo"):
+        load_dataset(str(tmp_path / "empty"), config=DataConfig(pattern=PETS))
 
 
 def test_parts_and_file_names(tmp_path):
     kinds = [f"{kind}.{i}.jpg" for kind in ("cat", "dog") for i in range(4)]
     config = DataConfig(pattern=r"^(cat|dog)\.\d+")
     root = photos(tmp_path / "d", *(f"train/{n}" for n in kinds), "test/1.jpg", "test/2.jpg")
-    found = dataset.load(root, config=config)
+    found = load_dataset(root, config=config)
     assert len(found.train) + len(found.valid) == 8
     assert [p.name for p in found.unlabelled] == ["1.jpg", "2.jpg"]
     photos(tmp_path / "d", "valid/cat.9.jpg", "valid/dog.9.jpg")
-    assert {p for p, _ in names_of(dataset.load(root, config=config))["valid"]} == {
+    assert {p for p, _ in names_of(load_dataset(root, config=config))["valid"]} == {
         "valid/cat.9.jpg", "valid/dog.9.jpg",
     }  # fmt: skip
     photos(tmp_path / "d", "test/cat.7.jpg")
     with pytest.raises(DataError, match="does not match 2 of"):
-        dataset.load(root, config=config)
+        load_dataset(root, config=config)
     (tmp_path / "d/test/1.jpg").unlink()
     (tmp_path / "d/test/2.jpg").unlink()
-    found = dataset.load(root, config=config)
+    found = load_dataset(root, config=config)
     assert names_of(found)["test"] == [("test/cat.7.jpg", "cat")]
     assert found.unlabelled == ()
 
 
 def test_labels_from_a_table(tmp_path):
-    found = dataset.load(breeds(tmp_path / "d"), config=BREEDS, seed=1)
+    found = load_dataset(breeds(tmp_path / "d"), config=BREEDS, seed=1)
     assert found.classes == ("9", "10")  # natural order
     assert len(found.train) + len(found.valid) == 12
     assert Counter(s.label for s in found.valid) == {0: 1, 1: 1}
@@ -112,7 +114,7 @@ def test_a_table_from_a_spreadsheet_with_other_columns_and_photos_beside_it(tmp_
     text = "file,size,breed\r\n" + "".join(f" {i}.png ,9,{'ab'[i % 2]} \r\n" for i in range(4))
     (tmp_path / "d" / "t.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
     config = DataConfig(csv="t.csv", columns=("file", "breed"), valid=0.5)
-    found = dataset.load(str(tmp_path / "d"), config=config)
+    found = load_dataset(str(tmp_path / "d"), config=config)
     assert found.classes == ("a", "b")
     assert len(found.train) == len(found.valid) == 2
 
@@ -120,14 +122,14 @@ def test_a_table_from_a_spreadsheet_with_other_columns_and_photos_beside_it(tmp_
 def test_the_images_folder_of_a_table(tmp_path):
     root = breeds(tmp_path / "d", train="pictures/all/")
     with pytest.raises(DataError, match=r"no photo '000\.jpg'.*12 of 12 rows.*data\.images"):
-        dataset.load(root, config=BREEDS)
-    found = dataset.load(root, config=BREEDS.model_copy(update={"images": "pictures/all"}))
+        load_dataset(root, config=BREEDS)
+    found = load_dataset(root, config=BREEDS.model_copy(update={"images": "pictures/all"}))
     assert len(found.train) + len(found.valid) == 12
     for images in ("../d/pictures", "/"):
         with pytest.raises(OptionError, match=r"data\.images"):
-            dataset.load(root, config=BREEDS.model_copy(update={"images": images}))
+            load_dataset(root, config=BREEDS.model_copy(update={"images": images}))
     with pytest.raises(DataError, match="no such folder"):
-        dataset.load(root, config=BREEDS.model_copy(update={"images": "nowhere"}))
+        load_dataset(root, config=BREEDS.model_copy(update={"images": "nowhere"}))
 
 
 @pytest.mark.parametrize(
@@ -139,8 +141,8 @@ def test_the_images_folder_of_a_table(tmp_path):
             {},
             r"labels.csv, line 4: no photo 'train/nope.jpg' .*1 of 3",
         ),
-        (["000,a", "001,b", "000,b"], {}, r"labels.csv, line 4: '000' stands in line 2, too"),
-        (["000,a", "001,b", "./000,b"], {}, r"labels.csv, line 4: './000' stands in line 2, too"),
+        (["000,a", "001,b", "000,b"], {}, r"labels.csv, line 4: '000' is in line 2, too"),
+        (["000,a", "001,b", "./000,b"], {}, r"labels.csv, line 4: './000' is in line 2, too"),
         (["000,a", "n" * 300 + ",b"], {}, r"labels.csv, line 3: no photo 'train/nnn.*…nnn"),
         (None, {"images": "n" * 300}, r"data.images = 'nnn.*…nnn.*': no such folder"),
         (None, {"csv": "n" * 300}, r"data.csv = 'nnn.*…nnn.*' can't be read"),
@@ -151,7 +153,7 @@ def test_the_images_folder_of_a_table(tmp_path):
             [",a", "000,", "001,b", "./001,b"],
             {},
             "labels.csv has 3 mistakes:\n  line 2: id '' names.*\n  line 3: '000' has no label\n"
-            "  line 5: './001' stands in line 4, too$",
+            "  line 5: './001' is in line 4, too$",
         ),
         ([",a"], {}, r"labels.csv, line 2: id '' names no photo"),
         (["../x,a"], {}, r"labels.csv, line 2: id '../x' names no photo"),
@@ -163,21 +165,21 @@ def test_the_images_folder_of_a_table(tmp_path):
         (["000,a", "001,a"], {}, r"one class, 'a'"),
     ],
 )
-def test_tables_that_can_not_be_used(tmp_path, rows, change, message):
+def test_unusable_tables_are_errors(tmp_path, rows, change, message):
     root = breeds(tmp_path / "d", rows)
     with pytest.raises(DataError, match=message):
-        dataset.load(root, config=BREEDS.model_copy(update=change))
+        load_dataset(root, config=BREEDS.model_copy(update=change))
 
 
-def test_a_table_in_another_encoding_is_one_line(tmp_path):
+def test_a_table_in_another_encoding_is_an_error(tmp_path):
     root = breeds(tmp_path / "d")
     (tmp_path / "d" / "labels.csv").write_bytes("id,label\n000,Österreich\n".encode("latin-1"))
-    with pytest.raises(DataError, match="no UTF-8 text"):
-        dataset.load(root, config=BREEDS)
+    with pytest.raises(DataError, match="not UTF-8 text"):
+        load_dataset(root, config=BREEDS)
 
 
 @pytest.mark.parametrize("layout", ["pattern", "csv"])
-def test_split_files_with_labels_from_elsewhere(tmp_path, layout):
+def test_split_files_with_labels_from_names_or_a_table(tmp_path, layout):
     if layout == "csv":
         root, config = breeds(tmp_path / "d"), BREEDS
         rows = [f"train/{i:03d}.jpg,{i % 3}" for i in range(12)]
@@ -186,31 +188,31 @@ def test_split_files_with_labels_from_elsewhere(tmp_path, layout):
         rows = [f"{kind}_{i}.jpg,{i % 3}" for kind in ("pug", "Abyssinian") for i in range(1, 11)]
     (tmp_path / "s.csv").write_text("\n".join(["path,fold", *rows]))
     chosen = config.model_copy(update={"fold": 1})
-    found = dataset.load(root, split=tmp_path / "s.csv", config=chosen)
-    plain = dataset.load(root, config=config)
+    found = load_dataset(root, split=tmp_path / "s.csv", config=chosen)
+    plain = load_dataset(root, config=config)
     labels = {s.path: plain.classes[s.label] for s in plain.train + plain.valid}
     for path, label in found.train + found.valid:
         assert labels[path] == found.classes[label]
     held = [s.path.relative_to(found.root).as_posix() for s in found.valid]
     assert held == [row[:-2] for row in rows if row.endswith(",1")]
     assert len(found.unlabelled) == (2 if layout == "csv" else 0)
-    dataset.write_split(found, tmp_path / dataset.SPLIT)
-    again = dataset.from_split_file(tmp_path / dataset.SPLIT, found.root, found.classes, root)
+    write_split(found, tmp_path / SPLIT_FILE)
+    again = read_split(tmp_path / SPLIT_FILE, found.root, found.classes, root)
     assert again.fingerprint == found.fingerprint
     assert (again.train, again.valid) == (found.train, found.valid)
 
 
-def test_a_split_file_that_names_photos_without_a_label(tmp_path):
+def test_a_split_file_with_unlabelled_photos_is_an_error(tmp_path):
     root = breeds(tmp_path / "d")
     (tmp_path / "s.csv").write_text("path,fold\ntrain/000.jpg,train\ntest/x.jpg,valid\n")
-    with pytest.raises(DataError, match=r"1 photos without a label, as .*x\.jpg"):
-        dataset.load(root, split=tmp_path / "s.csv", config=BREEDS)
+    with pytest.raises(DataError, match=r"1 photos without a label, for example .*x\.jpg"):
+        load_dataset(root, split=tmp_path / "s.csv", config=BREEDS)
     (tmp_path / "s.csv").write_text("path,fold\n000.jpg,train\n")
     with pytest.raises(DataError, match="not CLASS/photo"):
-        dataset.load(root, split=tmp_path / "s.csv")
+        load_dataset(root, split=tmp_path / "s.csv")
 
 
-def test_a_split_file_over_folders_of_parts_takes_the_classes_within(tmp_path):
+def test_a_split_file_for_train_and_valid_folders_takes_the_class_from_the_inner_folder(tmp_path):
     root = photos(tmp_path / "d", *(f"{p}/{c}/1.jpg" for p in ("train", "valid") for c in "ab"))
     rows = [
         "train/a/1.jpg,valid",
@@ -219,15 +221,15 @@ def test_a_split_file_over_folders_of_parts_takes_the_classes_within(tmp_path):
         "valid/b/1.jpg,train",
     ]
     (tmp_path / "s.csv").write_text("\n".join(["path,fold", *rows]))
-    found = dataset.load(root, split=tmp_path / "s.csv")
+    found = load_dataset(root, split=tmp_path / "s.csv")
     assert found.classes == ("a", "b")
     assert {s.path.parent.parent.name for s in found.train} == {"valid"}
 
 
-def test_folds_are_a_partition_and_fit_only_what_is_not_split(tmp_path):
+def test_folds_are_a_partition_and_need_a_dataset_without_a_split(tmp_path):
     root = pets(tmp_path / "d")
     parts = [
-        dataset.load(root, config=DataConfig(pattern=PETS, folds=4, fold=i), seed=2)
+        load_dataset(root, config=DataConfig(pattern=PETS, folds=4, fold=i), seed=2)
         for i in range(4)
     ]
     held = [s for found in parts for s in found.valid]
@@ -235,52 +237,52 @@ def test_folds_are_a_partition_and_fit_only_what_is_not_split(tmp_path):
     assert len(set(held)) == len(held) == 30
     for found in parts:
         assert not set(found.train) & set(found.valid)
-    with pytest.raises(OptionError, match=r"data\.fold = 1: of what"):
-        dataset.load(root, config=DataConfig(pattern=PETS, fold=1))
+    with pytest.raises(OptionError, match=r"data\.fold = 1 has no effect alone"):
+        load_dataset(root, config=DataConfig(pattern=PETS, fold=1))
     (tmp_path / "s.csv").write_text("path,fold\npug_1.jpg,train\n")
-    for config, message in (({"folds": 2}, "splits already"), ({"fold": 2}, "has no numbers")):
+    for config, message in (({"folds": 2}, "defines the split"), ({"fold": 2}, "has no numbers")):
         with pytest.raises(OptionError, match=message):
-            dataset.load(root, split=tmp_path / "s.csv", config=DataConfig(pattern=PETS, **config))
+            load_dataset(root, split=tmp_path / "s.csv", config=DataConfig(pattern=PETS, **config))
     parted = photos(tmp_path / "p", *(f"{p}/{c}/1.jpg" for p in ("train", "valid") for c in "ab"))
     with pytest.raises(OptionError, match="is split already"):
-        dataset.load(parted, config=DataConfig(folds=2))
+        load_dataset(parted, config=DataConfig(folds=2))
 
 
 def test_an_unlabelled_test_folder_is_neither_a_class_nor_a_part(tmp_path):
     flat = photos(tmp_path / "d", *(f"{c}/{i}.jpg" for c in "ab" for i in range(3)), "test/9.jpg")
-    found = dataset.load(flat)
+    found = load_dataset(flat)
     assert found.classes == ("a", "b")
     assert [p.name for p in found.unlabelled] == ["9.jpg"]
     parts = photos(
         tmp_path / "e", *(f"{p}/{c}/1.jpg" for p in ("train", "val") for c in "ab"), "test/9.jpg"
     )
-    found = dataset.load(parts)
+    found = load_dataset(parts)
     assert found.test == ()
     assert [p.name for p in found.unlabelled] == ["9.jpg"]
     photos(tmp_path / "e", "test/a/1.jpg")
-    found = dataset.load(parts)
+    found = load_dataset(parts)
     assert len(found.test) == 1
     assert found.unlabelled == ()
 
 
-def test_a_class_of_another_part_alone_is_named(tmp_path):
+def test_a_class_only_in_the_valid_part_is_an_error(tmp_path):
     root = photos(tmp_path / "d", *(f"{p}/{c}/1.jpg" for p in ("train", "valid") for c in "ab"))
     photos(tmp_path / "d", "valid/cc/1.jpg")
     with pytest.raises(DataError, match="'cc' has no photo in the train part"):
-        dataset.load(root)
+        load_dataset(root)
 
 
-def test_photos_to_be_scored_lie_beside_those_whose_names_are_labels(tmp_path):
+def test_with_a_pattern_unlabelled_photos_are_searched_below_images(tmp_path):
     names = [f"images/{kind}.{i}.jpg" for kind in ("cat", "dog") for i in range(3)]
     root = photos(tmp_path / "d", *names, "images/test/1.jpg", "test/stray.jpg")
     config = DataConfig(pattern=r"^(cat|dog)\.", images="images")
-    assert [p.name for p in dataset.load(root, config=config).unlabelled] == ["1.jpg"]
+    assert [p.name for p in load_dataset(root, config=config).unlabelled] == ["1.jpg"]
 
 
-def test_labels_of_thousands_of_digits_stand_in_order(tmp_path):
+def test_labels_of_thousands_of_digits_are_in_natural_order(tmp_path):
     labels = ["1" + "0" * 5000, "9" * 4999, "2"]
     rows = [f"{i:03d},{labels[i % 3]}" for i in range(12)]
-    found = dataset.load(breeds(tmp_path / "d", rows), config=BREEDS)
+    found = load_dataset(breeds(tmp_path / "d", rows), config=BREEDS)
     assert found.classes == tuple(reversed(labels))
 
 

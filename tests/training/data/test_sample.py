@@ -1,4 +1,4 @@
-"""The embedded data set: reproducible, whole or absent, and not to be told by colour."""
+"""The built-in sample dataset: reproducible, complete or absent, not separable by colour."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_same_seed_same_bytes(label: str) -> None:
 
 
 @pytest.mark.parametrize("size", [32, 97, 160])
-def test_paints_rgb_of_the_size_asked_for(size: int) -> None:
+def test_paints_rgb_of_the_requested_size(size: int) -> None:
     painted = sample.paint("lily", np.random.default_rng(0), size)
     assert (painted.mode, painted.size) == ("RGB", (size, size))
     assert np.asarray(painted).std() > 5
@@ -41,7 +41,7 @@ def test_paints_rgb_of_the_size_asked_for(size: int) -> None:
 
 def test_there_are_classes_in_order() -> None:
     assert len(set(sample.CLASSES)) == len(sample.CLASSES) >= 8
-    assert list(sample.CLASSES) == sorted(sample.CLASSES)  # as a folder reader will number them
+    assert list(sample.CLASSES) == sorted(sample.CLASSES)  # the order of the class indices
 
 
 def test_unknown_class_is_a_key_error() -> None:
@@ -54,18 +54,18 @@ def read(folder: Path) -> dict[str, bytes]:
 
 
 def test_write_counts_and_repeats(tmp_path: Path) -> None:
-    first = read(sample.write(tmp_path / "a", per_class=3, size=48))
+    first = read(sample.write_sample(tmp_path / "a", per_class=3, size=48))
     assert set(first) == {f"{c}/{i:04d}.jpg" for c in sample.CLASSES for i in range(3)}
     assert len(set(first.values())) == len(first)
-    assert read(sample.write(tmp_path / "b", per_class=3, size=48)) == first
-    other = read(sample.write(tmp_path / "c", per_class=3, size=48, seed=1))
+    assert read(sample.write_sample(tmp_path / "b", per_class=3, size=48)) == first
+    other = read(sample.write_sample(tmp_path / "c", per_class=3, size=48, seed=1))
     assert not set(first.values()) & set(other.values())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
 def test_a_picture_does_not_depend_on_how_many_are_written(tmp_path: Path) -> None:
-    few = read(sample.write(tmp_path / "few", per_class=1, size=48))
-    many = read(sample.write(tmp_path / "many", per_class=2, size=48))
+    few = read(sample.write_sample(tmp_path / "few", per_class=1, size=48))
+    many = read(sample.write_sample(tmp_path / "many", per_class=2, size=48))
     assert few.items() <= many.items()
 
 
@@ -80,40 +80,40 @@ def test_write_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(sample, "paint", fails_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
-        sample.write(tmp_path / "set", per_class=2, size=48)
+        sample.write_sample(tmp_path / "set", per_class=2, size=48)
     assert len(painted) == 5
     assert list(tmp_path.iterdir()) == []
 
 
-def test_write_is_not_seen_before_it_is_whole(
+def test_the_folder_appears_only_when_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, seen = tmp_path / "set", []
 
-    def looks(label: str, rng: np.random.Generator, size: int) -> Image.Image:
+    def check_folder(label: str, rng: np.random.Generator, size: int) -> Image.Image:
         seen.append(folder.exists())
         return Image.new("RGB", (size, size))
 
-    monkeypatch.setattr(sample, "paint", looks)
-    sample.write(folder, per_class=1, size=48)
+    monkeypatch.setattr(sample, "paint", check_folder)
+    sample.write_sample(folder, per_class=1, size=48)
     assert len(seen) == len(sample.CLASSES)
     assert not any(seen)
     assert folder.is_dir()
 
 
-def test_what_a_killed_write_left_is_removed(
+def test_partial_folders_of_killed_processes_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sample, "write", partial(sample.write, per_class=1, size=48))
+    monkeypatch.setattr(sample, "write_sample", partial(sample.write_sample, per_class=1, size=48))
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
-    for _ in range(2):  # the set is written, then it is there
+    for _ in range(2):  # first call writes the set, second call finds it
         place = tmp_path / "fledge"
-        name = sample.cached().name
+        name = sample.cached_sample().name
         for process in (ended.pid, os.getppid()):
             (place / f".{name}.partial-{process}" / "daisy").mkdir(parents=True)
-        sample.cached()
+        sample.cached_sample()
         assert {p.name for p in place.iterdir()} == {name, f".{name}.partial-{os.getppid()}"}
         shutil.rmtree(place / f".{name}.partial-{os.getppid()}")
 
@@ -122,25 +122,27 @@ def test_write_refuses_an_existing_folder(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "mine.txt").write_text("kept")
     with pytest.raises(DataError, match="exists already"):
-        sample.write(tmp_path / "set", per_class=1)
+        sample.write_sample(tmp_path / "set", per_class=1)
     assert [p.name for p in (tmp_path / "set").iterdir()] == ["mine.txt"]
 
 
-def test_write_refuses_a_place_that_can_not_be_written(tmp_path: Path) -> None:
+def test_write_refuses_a_folder_that_can_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OptionError, match=r"^/.*/file/set: /.*/file can't be written to; choose"):
-        sample.write(tmp_path / "file" / "set", per_class=1)
+        sample.write_sample(tmp_path / "file" / "set", per_class=1)
 
 
 @pytest.mark.parametrize("wrong", [{"per_class": 0}, {"seed": -1}, {"size": 8}])
 def test_write_refuses_numbers_out_of_range(tmp_path: Path, wrong: dict[str, int]) -> None:
     name, value = next(iter(wrong.items()))
     with pytest.raises(DataError, match=rf"^--{name.replace('_', '-')} {value}: use \d+ or more$"):
-        sample.write(tmp_path / "set", **wrong)
+        sample.write_sample(tmp_path / "set", **wrong)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_cached_is_written_once_and_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_sample_is_written_once_and_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     written = []
 
@@ -149,19 +151,21 @@ def test_cached_is_written_once_and_shared(tmp_path: Path, monkeypatch: pytest.M
         folder.mkdir(parents=True)
         raise DataError(f"{folder} exists already")
 
-    monkeypatch.setattr(sample, "write", other_process_is_first)
-    folder = sample.cached()
+    monkeypatch.setattr(sample, "write_sample", other_process_is_first)
+    folder = sample.cached_sample()
     assert folder.parent == tmp_path / "fledge"
     assert folder.name.startswith(f"sample-v{sample.VERSION}-")
-    assert sample.cached() == folder
-    assert sample.cached(seed=1) != folder
+    assert sample.cached_sample() == folder
+    assert sample.cached_sample(seed=1) != folder
     assert written == [0, 1]
 
 
-def test_cached_passes_on_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_sample_raises_errors_of_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(DataError, match="seed"):
-        sample.cached(seed=-1)
+        sample.cached_sample(seed=-1)
 
 
 def test_contact_sheet_has_a_row_a_class() -> None:
@@ -171,7 +175,7 @@ def test_contact_sheet_has_a_row_a_class() -> None:
     assert sheet.height > 48 * len(sample.CLASSES)
 
 
-# --- colour and rough layout must not give the class away ---------------------------------------
+# --- colour and coarse layout must not reveal the class ------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +191,7 @@ def pictures() -> tuple[list[Image.Image], NDArray[np.int64]]:
 
 
 def histogram(image: Image.Image) -> Features:
-    """Roots of the shares of 8 x 8 x 8 colours [512]."""
+    """Square roots of a normalised 8 x 8 x 8 colour histogram [512]."""
     levels = np.asarray(image).reshape(-1, 3) // 32
     counts = np.bincount(levels @ np.array([64, 8, 1]), minlength=512)
     return np.asarray(np.sqrt(counts / counts.sum()), np.float64)
@@ -199,7 +203,7 @@ def thumbnail(image: Image.Image) -> Features:
 
 
 def linear_accuracy(features: Features, labels: NDArray[np.int64]) -> tuple[float, float]:
-    """Accuracy of a logistic regression where it was fitted, and on every fourth picture."""
+    """(train, validation) accuracy of a logistic regression; every fourth picture is validation."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -212,11 +216,11 @@ def linear_accuracy(features: Features, labels: NDArray[np.int64]) -> tuple[floa
 
 
 @pytest.mark.parametrize("describe", [histogram, thumbnail])
-def test_a_linear_model_can_not_tell_the_classes(
+def test_a_linear_model_can_not_separate_the_classes(
     pictures: tuple[list[Image.Image], NDArray[np.int64]], describe: object
 ) -> None:
     assert callable(describe)
     images, labels = pictures
     fitted, valid = linear_accuracy(np.stack([describe(image) for image in images]), labels)
-    assert fitted > 0.6, "the regression itself must work, or the next line says nothing"
-    assert CHANCE < valid < 0.5  # the promise is 0.6
+    assert fitted > 0.6, "the regression must fit, else the validation accuracy means nothing"
+    assert CHANCE < valid < 0.5  # documented: below 0.6

@@ -1,4 +1,4 @@
-"""The real torchvision classes, on small copies of the sets in their on-disk formats."""
+"""torchvision datasets: the real torchvision classes on small datasets in the original formats."""
 
 import hashlib
 import io
@@ -12,7 +12,8 @@ from torchvision.datasets import Flowers102, OxfordIIITPet
 from serving.errors import DataError, OptionError
 from tests.support.tiny_bundle import photo
 from training.config.sections import DataConfig
-from training.data import dataset, torchvision_sets
+from training.data import torchvision_sets
+from training.data.dataset import SPLIT_FILE, load_dataset, read_split, write_split
 
 BREEDS = ("Abyssinian", "american_bulldog", "pug")
 
@@ -75,7 +76,7 @@ def pets(cache):
 
 
 def test_flowers102_comes_with_its_parts(flowers):
-    found = dataset.load("flowers102")
+    found = load_dataset("flowers102")
     assert [s.path.name for s in found.train] == [f"image_{i:05d}.jpg" for i in (1, 2, 3)]
     assert [s.path.name for s in found.valid] == [f"image_{i:05d}.jpg" for i in (6, 5, 4)]
     assert len(found.test) == 6
@@ -90,11 +91,11 @@ def test_flowers102_comes_with_its_parts(flowers):
 
 def test_an_older_torchvision_has_numbers_for_flowers(flowers, monkeypatch):
     monkeypatch.delattr(Flowers102, "classes")
-    assert dataset.load("flowers102").classes == ("1", "2", "10")
+    assert load_dataset("flowers102").classes == ("1", "2", "10")
 
 
-def test_the_pets_have_their_test_part_and_the_rest_is_drawn(pets):
-    found = dataset.load("oxford-iiit-pet", config=DataConfig(valid=0.4), seed=73)
+def test_the_pets_have_an_official_test_part_and_a_drawn_valid_part(pets):
+    found = load_dataset("oxford-iiit-pet", config=DataConfig(valid=0.4), seed=73)
     assert found.classes == ("Abyssinian", "American Bulldog", "Pug")
     assert Counter(s.label for s in found.train) == {0: 3, 1: 3, 2: 3}
     assert Counter(s.label for s in found.valid) == {0: 2, 1: 2, 2: 2}
@@ -102,39 +103,37 @@ def test_the_pets_have_their_test_part_and_the_rest_is_drawn(pets):
     for path, label in (*found.train, *found.valid, *found.test):
         assert path.stem.startswith(BREEDS[label])
     folds = [
-        dataset.load("oxford-iiit-pet", config=DataConfig(folds=5, fold=i)).valid for i in range(5)
+        load_dataset("oxford-iiit-pet", config=DataConfig(folds=5, fold=i)).valid for i in range(5)
     ]
     assert sorted(s for fold in folds for s in fold) == sorted(found.train + found.valid)
 
 
-def test_a_split_file_may_cut_a_known_set_anew(pets, tmp_path):
+def test_a_split_file_replaces_the_official_split(pets, tmp_path):
     rows = [f"images/{breed}_{i}.jpg,{i % 2}" for breed in BREEDS for i in (1, 2, 7, 8)]
     (tmp_path / "s.csv").write_text("\n".join(["path,fold", *rows]))
-    found = dataset.load("oxford-iiit-pet", split=tmp_path / "s.csv", config=DataConfig(fold=1))
+    found = load_dataset("oxford-iiit-pet", split=tmp_path / "s.csv", config=DataConfig(fold=1))
     assert {s.path.stem[-1] for s in found.valid} == {"1", "7"}
     assert found.test == ()
 
 
-def test_a_run_finds_a_known_set_again(pets, tmp_path):
-    found = dataset.load("oxford-iiit-pet")
-    dataset.write_split(found, tmp_path / dataset.SPLIT)
-    again = dataset.from_split_file(
-        tmp_path / dataset.SPLIT, found.root, found.classes, "oxford-iiit-pet"
-    )
+def test_the_split_of_a_run_is_read_back(pets, tmp_path):
+    found = load_dataset("oxford-iiit-pet")
+    write_split(found, tmp_path / SPLIT_FILE)
+    again = read_split(tmp_path / SPLIT_FILE, found.root, found.classes, "oxford-iiit-pet")
     assert again == found
 
 
-def test_what_is_missing_is_fetched_by_torchvision(cache, monkeypatch):
-    """Its own download, given archives instead of a network."""
+def test_a_missing_set_is_downloaded_by_torchvision(cache, monkeypatch):
+    """With torchvision's own download code; archives replace the network."""
     images = {
         f"images/{breed}_{i}.jpg": photo(i, (20, 16)) for breed in BREEDS for i in range(1, 9)
     }
     lists = {f"annotations/{name}": text.encode() for name, text in pet_lists().items()}
     archives = {"images.tar.gz": images, "annotations.tar.gz": lists}
-    asked = []
+    downloads = []
 
     def fetch(url, path, **_):
-        asked.append(url)
+        downloads.append(url)
         with tarfile.open(path, "w:gz") as archive:
             for name, content in archives[url.rpartition("/")[2]].items():
                 entry = tarfile.TarInfo(name)
@@ -145,38 +144,40 @@ def test_what_is_missing_is_fetched_by_torchvision(cache, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
     no_sums = tuple((url, None) for url, _ in OxfordIIITPet._RESOURCES)
     monkeypatch.setattr(OxfordIIITPet, "_RESOURCES", no_sums)
-    if hasattr(tarfile, "data_filter"):  # torchvision names none, and Python warns
-        whole = staticmethod(tarfile.data_filter)
-        monkeypatch.setattr(tarfile.TarFile, "extraction_filter", whole, raising=False)
-    assert len(dataset.load("oxford-iiit-pet").test) == 9
-    assert len(asked) == 2
-    assert len(dataset.load("oxford-iiit-pet").test) == 9
-    assert len(asked) == 2  # once is enough
+    if hasattr(tarfile, "data_filter"):  # torchvision sets no filter, and Python warns
+        data_filter = staticmethod(tarfile.data_filter)
+        monkeypatch.setattr(tarfile.TarFile, "extraction_filter", data_filter, raising=False)
+    assert len(load_dataset("oxford-iiit-pet").test) == 9
+    assert len(downloads) == 2
+    assert len(load_dataset("oxford-iiit-pet").test) == 9
+    assert len(downloads) == 2  # downloaded once
 
 
 @pytest.mark.parametrize("name", torchvision_sets.NAMES)
 def test_without_network_the_error_names_set_folder_and_remedy(name, cache):
     with pytest.raises(DataError, match="no network in tests") as caught:
-        dataset.load(name)
-    said = str(caught.value)
-    assert name in said
-    assert str(cache) in said
-    assert "put torchvision's copy there" in said
-    assert "\n" not in said
+        load_dataset(name)
+    message = str(caught.value)
+    assert name in message
+    assert str(cache) in message
+    assert "put torchvision's copy there" in message
+    assert "\n" not in message
 
 
 def test_damaged_copies_are_named(flowers, pets):
     (pets / "images" / "pug_3.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 of 24 photos are missing, as .*pug_3\.jpg; remove"):
-        dataset.load("oxford-iiit-pet")
+    with pytest.raises(
+        DataError, match=r"1 of 24 photos are missing, for example .*pug_3\.jpg; remove"
+    ):
+        load_dataset("oxford-iiit-pet")
     (pets / "annotations" / "test.txt").write_text("half a li")
     with pytest.raises(DataError, match="damaged"):
-        dataset.load("oxford-iiit-pet")
-    (flowers / "setid.mat").write_bytes(b"other bytes")  # its md5 is wrong: torchvision asks again
+        load_dataset("oxford-iiit-pet")
+    (flowers / "setid.mat").write_bytes(b"other bytes")  # wrong md5: torchvision downloads again
     with pytest.raises(DataError, match=r"flowers102.*no network in tests"):
-        dataset.load("flowers102")
+        load_dataset("flowers102")
 
 
-def test_labels_of_its_own_are_not_to_be_told_again(pets):
+def test_label_options_are_refused_for_a_set_with_labels(pets):
     with pytest.raises(OptionError, match="labels of its own"):
-        dataset.load("oxford-iiit-pet", config=DataConfig(pattern="(.*)"))
+        load_dataset("oxford-iiit-pet", config=DataConfig(pattern="(.*)"))

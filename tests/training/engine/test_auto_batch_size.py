@@ -14,7 +14,7 @@ import torch
 from serving.errors import WorkError
 from training.config import load as config
 from training.config.schema import AUTO
-from training.data import dataset
+from training.data.dataset import load_dataset
 from training.distributed.process_group import ProcessGroup
 from training.engine import auto_batch_size as auto_batch
 from training.engine import finetune as fine_tune
@@ -77,7 +77,7 @@ def opened(recipe, photos, lines, monkeypatch):
 
     def made(*overrides, count=10_000):
         settings = config.read(recipe(STAGES), ["batch_size=auto", *overrides])
-        found = dataset.load(str(photos))
+        found = load_dataset(str(photos))
         found = replace(found, train=(found.train * (count // len(found.train) + 1))[:count])
         classifier, _ = plan.build_classifier(settings, 3, lines.append)
         return settings, classifier, settings.stage, found

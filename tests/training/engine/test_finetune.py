@@ -11,7 +11,7 @@ from serving.imaging.preprocess import Preprocess
 from tests.training.conftest import STAGE
 from training.config import load as config
 from training.config import schema, sections
-from training.data import dataset
+from training.data.dataset import load_dataset
 from training.engine import best_checkpoint, plan
 from training.engine import epoch as trainer
 from training.engine import finetune as fine_tune
@@ -107,7 +107,7 @@ def test_validation_pixels_are_the_services(photos):
     settings = schema.Recipe.model_validate(
         {"name": "x", "arch": "resnet18", "stage": [{"name": "s"}], "preprocess": {"size": 24}}
     )
-    found = dataset.load(str(photos))
+    found = load_dataset(str(photos))
     _, _, valid = decoded.decode(found, settings.preprocess, 1.5, print)
     for sample, row in zip(found.valid, valid.pixels[:], strict=True):
         served = settings.preprocess(images.decode(sample.path.read_bytes()).image)
@@ -198,7 +198,7 @@ def test_a_disk_too_small_for_the_photos_is_said(photos, monkeypatch):
 
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(WorkError, match=r"decoded photos need .* GB.*No space left.*TMPDIR"):
-        decoded.decode(dataset.load(str(photos)), Preprocess(size=32), 1.5, print)
+        decoded.decode(load_dataset(str(photos)), Preprocess(size=32), 1.5, print)
 
 
 def test_a_loss_that_is_no_number_ends_with_stage_step_and_rate(recipe, photos, tmp_path, lines):

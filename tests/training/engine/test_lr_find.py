@@ -116,6 +116,6 @@ def test_what_can_not_be_is_told_before_the_work(
     recipe, photos, tmp_path, monkeypatch, capsys, words, message
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("training.engine.lr_find.data.load", None)
+    monkeypatch.setattr("training.engine.lr_find.load_dataset", None)
     assert fledge.main(["lr-find", str(recipe()), "--data", str(photos), *words]) == 2
     assert capsys.readouterr().err == f"fledge: {message}\n"

@@ -13,6 +13,7 @@ from training.config import load as config
 from training.config.sections import AugmentConfig
 from training.data import dataset as data
 from training.data import layouts
+from training.data.dataset import load_dataset
 from training.preview import figure as preview_picture
 from training.preview import preview, scan
 from training.preview.figure import draw
@@ -98,7 +99,7 @@ def test_twins_have_the_same_pixels_whatever_their_files(tmp_path):
 
 
 def test_every_photo_is_looked_at_and_broken_ones_are_survived(photos):
-    dataset = data.load(str(photos))
+    dataset = load_dataset(str(photos))
     looks = scan.survey(dataset)
     assert [one.path for one in looks] == [s.path for s in dataset.train + dataset.valid]
     assert {one.label for one in looks} == {"a", "b"}
@@ -114,7 +115,7 @@ def test_every_photo_is_looked_at_and_broken_ones_are_survived(photos):
 
 def test_unlabelled_photos_are_looked_at_too(photos):
     saved(photos / "test" / "x.jpg")
-    found = scan.survey(data.load(str(photos)))
+    found = scan.survey(load_dataset(str(photos)))
     assert [one.path.name for one in found if one.part == "unlabelled"] == ["x.jpg"]
 
 
@@ -153,7 +154,7 @@ def test_one_class_without_colour_is_a_clue(tmp_path):
 
 def test_the_report_counts_what_is_there(photos):
     saved(photos / "test" / "x.jpg")
-    dataset = data.load(str(photos))
+    dataset = load_dataset(str(photos))
     lines = list(preview.report(dataset, scan.survey(dataset), 32))
     table = [line.split() for line in lines[2:7]]
     assert table == [
@@ -227,7 +228,7 @@ def test_empty_folders_are_told(photos, capsys, tmp_path):
         saved(parted / part / name / "0.jpg")
     for folder in (parted / "train" / "c", parted / "valid" / "b", parted / "elsewhere"):
         folder.mkdir()
-    assert layouts.bare_classes(parted) == ["train/c"]
+    assert layouts.empty_class_folders(parted) == ["train/c"]
 
 
 def test_small_classes_are_counted(photos):
@@ -260,7 +261,7 @@ def test_the_verb_draws_an_augmentation(photos, tmp_path, capsys, monkeypatch):
     changes = ["augment.preset=top_down", "preprocess.size=64", "data.presize=2", "seed=5"]
     assert fledge.main([*words, *changes]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'augment.png'}\n"
-    first = data.load(str(photos), seed=5).train[0].path
+    first = load_dataset(str(photos), seed=5).train[0].path
     config = AugmentConfig(preset="top_down")
     assert asked.pop() == (first, config, 64, 2, tmp_path / "out" / "augment.png", 5)
     recipe = tmp_path / "r.toml"
@@ -294,7 +295,7 @@ def test_the_first_photo_that_can_be_read_is_drawn(photos, tmp_path, monkeypatch
         "training.preview.augmentation_sheet.write", lambda path, *_, **__: drawn.append(path)
     )
     recipe = config.read_text(preview.DEFAULTS, "defaults", ["data.valid=0.01"])
-    first, second, *_ = (s.path for s in data.load(str(photos), config=recipe.data).train)
+    first, second, *_ = (s.path for s in load_dataset(str(photos), config=recipe.data).train)
     first.write_bytes(b"no photo")
     preview.augmented(str(photos), recipe, tmp_path / "out")
     assert drawn == [second]
@@ -327,5 +328,5 @@ def test_photo_without_augment_is_refused(photos, capsys):
 
 def test_a_pipe_among_the_photos_is_one_that_can_not_be_read(photos):
     os.mkfifo(photos / "a" / "pipe.jpg")
-    found = scan.survey(data.load(str(photos)))
+    found = scan.survey(load_dataset(str(photos)))
     assert [one.error for one in found if one.path.name == "pipe.jpg"] == ["no regular file"]

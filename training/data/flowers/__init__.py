@@ -1,7 +1,7 @@
-"""Painted flowers: ten kinds told apart by their shape, whatever their colour.
+"""Painted flowers: ten classes that differ in shape, not in colour.
 
-Every kind draws its colours, light, place and surroundings from the same distributions; only the
-number, the shape and the arrangement of the petals differ.
+All classes draw colours, light, position and background from the same distributions. Only the
+number, shape and arrangement of the petals differ.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def paint(label: str, rng: Rng, size: int = 160) -> Image.Image:
 
     Args:
         label: One of `CLASSES`.
-        rng: Decides everything else; the same state gives the same picture.
+        rng: Source of all randomness; the same state gives the same picture.
         size: Side in pixels.
 
     Returns:

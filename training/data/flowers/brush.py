@@ -1,7 +1,7 @@
-"""Brushes: a canvas that takes soft-edged, shaded shapes; colours, curves and bands.
+"""Drawing primitives: a canvas for antialiased, shaded shapes; colours, curves and ribbons.
 
-Lengths and positions are fractions of the image's side, x to the right and y down, so that a
-picture is the same at every size. Colours are float32 RGB between 0 and 1.
+Lengths and positions are fractions of the image's side, x to the right and y down, so a picture
+looks the same at every size. Colours are float32 RGB in [0, 1].
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ Array = NDArray[np.float32]
 Points = NDArray[np.floating]
 Rng = np.random.Generator
 
-_FINE = 3  # masks are drawn this many times larger, then reduced: that is the antialiasing
+_FINE = 3  # supersampling factor: masks are drawn this much larger, then reduced (antialiasing)
 
-# Hue is drawn without looking at the class, from what gardens have.
+# The same colours for all classes.
 BLOOMS = (
     (0.98, 0.96, 0.92),  # white
     (0.99, 0.90, 0.66),  # cream
@@ -53,42 +53,42 @@ GREENS = (
 def colour(
     rng: Rng, choices: tuple[tuple[float, float, float], ...], spread: float = 0.05
 ) -> Array:
-    """Draw one of the choices and move it a little."""
+    """A random colour out of `choices`, with normal noise of standard deviation `spread`."""
     chosen = np.asarray(choices[int(rng.integers(len(choices)))])
     return np.clip(chosen + rng.normal(0, spread, 3), 0.02, 1).astype(np.float32)
 
 
 def mix(a: Array, b: Array, t: Array | float) -> Array:
-    """Go from colour `a` to colour `b`; `t` is a number or an array [...], the answer [..., 3]."""
+    """Interpolate from colour `a` to colour `b`: t [...] in [0, 1] -> [..., 3]."""
     weight = np.asarray(t, np.float32)[..., None]
     return np.asarray(a + (b - a) * weight, np.float32)
 
 
 def clip(x: Array, low: float, high: float) -> Array:
-    """As np.clip, which takes several times as long on arrays as small as these."""
+    """As np.clip, but several times faster on small arrays."""
     return np.minimum(np.maximum(x, np.float32(low)), np.float32(high))
 
 
 def smooth(x: Array, low: float, high: float) -> Array:
-    """Rise from 0 at `low` to 1 at `high` without corners."""
+    """Smoothstep: 0 up to `low`, 1 from `high`, cubic between."""
     t = clip((x - low) * np.float32(1 / (high - low)), 0, 1)
     return np.asarray(t * t * (3 - 2 * t), np.float32)
 
 
 def turn(angle: float) -> Array:
-    """The matrix [2, 2] that takes the x axis to `angle` (radians)."""
+    """The rotation matrix [2, 2] by `angle` (radians)."""
     c, s = np.cos(angle), np.sin(angle)
     return np.array([[c, -s], [s, c]], np.float32)
 
 
 def inverse(m: Array) -> Array:
-    """The inverse of a matrix [2, 2]; at this size far quicker than linalg's."""
+    """The inverse of a matrix [2, 2]; faster than np.linalg.inv at this size."""
     (a, b), (c, d) = m.tolist()
     return np.array([[d, -b], [-c, a]], np.float32) / np.float32(a * d - b * c)
 
 
 def bow(start: Array, end: Array, sag: float, steps: int = 16) -> Array:
-    """Points [steps, 2] from `start` to `end` on an arc that leaves the chord by `sag` chords."""
+    """Points [steps, 2] on a parabola from `start` to `end`; height: `sag` times its length."""
     t = np.linspace(0, 1, steps, dtype=np.float32)[:, None]
     chord = end - start
     side = np.array([-chord[1], chord[0]], np.float32)
@@ -104,9 +104,9 @@ def ribbon(path: Array, width: Array) -> Array:
 
 
 class Canvas:
-    """A square picture that shapes are laid on, the later above the earlier.
+    """A square picture; shapes are drawn over the earlier ones.
 
-    pixels: float32 [size, size, 3], RGB, 0 to 1.
+    pixels: float32 [size, size, 3], RGB in [0, 1].
     """
 
     def __init__(self, pixels: Array) -> None:
@@ -121,13 +121,13 @@ class Canvas:
         shadow: float = 0.0,
         opacity: float = 1.0,
     ) -> None:
-        """Lay a filled shape.
+        """Draw a filled polygon.
 
         Args:
             outline: Corners [n, 2].
-            paint: A colour [3], or a function of x [1, w] and y [h, 1] that answers [h, w, 3].
-            shadow: How dark the soft shadow is that it casts on what lies below, 0 to 1.
-            opacity: Of the shape, 0 to 1.
+            paint: A colour [3], or a function of x [1, w] and y [h, 1] that returns [h, w, 3].
+            shadow: Darkness of a soft shadow around the shape, 0 to 1.
+            opacity: Opacity of the shape, 0 to 1.
         """
         size, blur = self.size, 0.02 * self.size
         margin = 3 * blur if shadow else 1.0
@@ -151,20 +151,20 @@ class Canvas:
         box += (paint - box) * (np.asarray(mask, np.float32)[..., None] * (opacity / 255))
 
     def dots(self, places: Points, radii: Points, paint: Array, opacity: float = 1.0) -> None:
-        """Lay round dots: places [n, 2], radii [n], one colour [3]."""
-        pen, mask, fine = self._sheet()
+        """Draw round dots: places [n, 2], radii [n], one colour [3]."""
+        pen, mask, fine = self._new_mask()
         for (x, y), r in zip(places * fine, radii * fine, strict=True):
             pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
         self._blend(mask, paint, opacity)
 
     def lines(self, segments: Points, width: float, paint: Array, opacity: float = 1.0) -> None:
-        """Lay straight hairs: segments [n, 4] as x, y, x, y; one width and colour for all."""
-        pen, mask, fine = self._sheet()
+        """Draw line segments [n, 4] as x, y, x, y, all of one width and colour."""
+        pen, mask, fine = self._new_mask()
         for segment in (segments * fine).tolist():
             pen.line(segment, fill=255, width=max(1, round(width * fine)))
         self._blend(mask, paint, opacity)
 
-    def _sheet(self) -> tuple[ImageDraw.ImageDraw, Image.Image, int]:
+    def _new_mask(self) -> tuple[ImageDraw.ImageDraw, Image.Image, int]:
         fine = self.size * _FINE
         mask = Image.new("L", (fine, fine))
         return ImageDraw.Draw(mask), mask, fine

@@ -1,4 +1,4 @@
-"""Flowers seen from the front: petals around a heart."""
+"""Flowers drawn from the front: petals around a centre."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _GOLDEN = np.pi * (3 - np.sqrt(5))
 
 
 def _pose(rng: Rng) -> tuple[Array, Array]:
-    """Place of the heart [2], and the matrix [2, 2] of size, tilt and turn for a radius of 1."""
+    """Random centre [2] and matrix [2, 2] (size, tilt, rotation) for a flower of radius 1."""
     radius = rng.uniform(0.31, 0.43)
     slack = max(0.5 - radius, 0.06)
     centre = 0.5 + rng.uniform(-slack, slack, 2)
@@ -20,8 +20,8 @@ def _pose(rng: Rng) -> tuple[Array, Array]:
     return centre.astype(np.float32), (tilt @ squash @ tilt.T * radius).astype(np.float32)
 
 
-def _footing(canvas: Canvas, rng: Rng, colours: Palette, top: Array) -> None:
-    """A stem from `top` out of the picture, most of the time, with a leaf or two."""
+def _stem(canvas: Canvas, rng: Rng, colours: Palette, top: Array) -> None:
+    """With probability 0.85, draw a stem from `top` to below the picture, with 0 to 2 leaves."""
     if rng.random() < 0.15:
         return
     end = np.array([top[0] + rng.normal(0, 0.2), 1.1], np.float32)
@@ -49,7 +49,7 @@ def _whorl(
     loose: float = 0.1,
     leaf: bool = False,
 ) -> None:
-    """Lay `count` petals around `centre`, each a little different."""
+    """Draw `count` petals around `centre`, with small random differences."""
     step = 2 * np.pi / count
     for i in range(count):
         angle = phase + step * (i + rng.normal(0, loose * 0.5))
@@ -60,7 +60,7 @@ def _whorl(
 
 
 def _disc(canvas: Canvas, colours: Palette, centre: Array, pose: Array, reach: float) -> None:
-    """A domed heart of seeds in the spiral order that they grow in."""
+    """Draw a domed centre with seeds on a golden-angle spiral."""
     t = np.linspace(0, 2 * np.pi, 40)
     rim = (np.stack([np.cos(t), np.sin(t)], axis=1) * reach) @ pose.T + centre
     sun = np.array([np.cos(colours.light), np.sin(colours.light)])
@@ -87,7 +87,7 @@ def _disc(canvas: Canvas, colours: Palette, centre: Array, pose: Array, reach: f
 def _stamens(
     canvas: Canvas, rng: Rng, colours: Palette, centre: Array, pose: Array, count: int, reach: float
 ) -> None:
-    """Threads from the heart, each with a grain of pollen."""
+    """Draw stamens: lines from the centre, each with a dot of pollen at its end."""
     angle = np.arange(count) * 2 * np.pi / count + rng.normal(0, 0.15, count)
     length = reach * rng.uniform(0.75, 1.1, count)
     ends = (np.stack([np.cos(angle), np.sin(angle)], 1) * length[:, None]) @ pose.T + centre
@@ -100,9 +100,9 @@ def _stamens(
 
 
 def daisy(canvas: Canvas, rng: Rng, colours: Palette) -> None:
-    """Twice 15 to 21 narrow petals around a small disc."""
+    """Two rings of 15 to 21 narrow petals around a small disc."""
     centre, pose = _pose(rng)
-    _footing(canvas, rng, colours, centre)
+    _stem(canvas, rng, colours, centre)
     count, start = int(rng.integers(15, 22)), rng.uniform(0, 6)
     petal = Petal(rng.uniform(0.085, 0.11), 0.42, 0.3, veins=2)
     _whorl(canvas, rng, colours, petal, count, centre, pose, phase=start + 0.2, lit=0.82)
@@ -111,9 +111,9 @@ def daisy(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def sunflower(canvas: Canvas, rng: Rng, colours: Palette) -> None:
-    """As a daisy, with broader pointed petals around a disc half as wide as the flower."""
+    """Two rings of 15 to 19 broad pointed petals around a disc half as wide as the flower."""
     centre, pose = _pose(rng)
-    _footing(canvas, rng, colours, centre)
+    _stem(canvas, rng, colours, centre)
     count, start = int(rng.integers(15, 20)), rng.uniform(0, 6)
     petal = Petal(rng.uniform(0.12, 0.15), 0.8, 0.75, veins=3)
     _whorl(canvas, rng, colours, petal, count, centre, pose, phase=start + 0.2, lit=0.78)
@@ -124,7 +124,7 @@ def sunflower(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 def trillium(canvas: Canvas, rng: Rng, colours: Palette) -> None:
     """Three broad petals with three green sepals between them."""
     centre, pose = _pose(rng)
-    _footing(canvas, rng, colours, centre)
+    _stem(canvas, rng, colours, centre)
     start = rng.uniform(0, 6)
     sepal = Petal(0.15, 0.7, 0.9, veins=5)
     _whorl(
@@ -138,7 +138,7 @@ def trillium(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 def dogwood(canvas: Canvas, rng: Rng, colours: Palette) -> None:
     """Four notched petals around a small disc."""
     centre, pose = _pose(rng)
-    _footing(canvas, rng, colours, centre)
+    _stem(canvas, rng, colours, centre)
     petal = Petal(rng.uniform(0.38, 0.44), 0.75, 0.33, notch=rng.uniform(0.14, 0.2), veins=7)
     _whorl(canvas, rng, colours, petal, 4, centre, pose, phase=rng.uniform(0, 6), loose=0.06)
     _disc(canvas, colours, centre, pose, rng.uniform(0.12, 0.16))
@@ -147,7 +147,7 @@ def dogwood(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 def buttercup(canvas: Canvas, rng: Rng, colours: Palette) -> None:
     """Five round petals around a ring of stamens."""
     centre, pose = _pose(rng)
-    _footing(canvas, rng, colours, centre)
+    _stem(canvas, rng, colours, centre)
     petal = Petal(rng.uniform(0.44, 0.5), 0.6, 0.3, veins=6)
     _whorl(canvas, rng, colours, petal, 5, centre, pose, phase=rng.uniform(0, 6), loose=0.06)
     _stamens(canvas, rng, colours, centre, pose, 17, 0.3)
@@ -155,9 +155,9 @@ def buttercup(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def lily(canvas: Canvas, rng: Rng, colours: Palette) -> None:
-    """Twice three pointed, freckled petals and six long stamens."""
+    """Two rings of three pointed, spotted petals, and six long stamens."""
     centre, pose = _pose(rng)
-    _footing(canvas, rng, colours, centre)
+    _stem(canvas, rng, colours, centre)
     start = rng.uniform(0, 6)
     petal = Petal(rng.uniform(0.16, 0.2), 0.6, 0.85, ruffle=0.04, veins=4, spots=True)
     for phase, lit in ((start + np.pi / 3, 0.86), (start, 1.0)):
@@ -166,13 +166,13 @@ def lily(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def dandelion(canvas: Canvas, rng: Rng, colours: Palette) -> None:
-    """A ball of tufts, each at the end of a hair."""
+    """A ball of 84 thin lines that end in tufts."""
     centre, pose = _pose(rng)
-    _footing(canvas, rng, colours, centre)
+    _stem(canvas, rng, colours, centre)
     _haze(canvas, colours, centre, pose)
     count = 84
     i = np.arange(count) + 0.5
-    depth = 1 - 1.7 * i / count  # from the pole that faces us to some way round the back
+    depth = 1 - 1.7 * i / count  # 1 at the pole towards the viewer, -0.7 at the back
     ring = np.sqrt(1 - depth**2)
     ball = np.stack([ring * np.cos(i * _GOLDEN), ring * np.sin(i * _GOLDEN)], 1)
     ball *= 0.83 * (1 + rng.normal(0, 0.03, (count, 1)))
@@ -194,7 +194,7 @@ def dandelion(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def _haze(canvas: Canvas, colours: Palette, centre: Array, pose: Array) -> None:
-    """The soft ball of light that a dandelion's hairs make together."""
+    """Draw translucent discs: the haze of a dandelion's many hairs."""
     t = np.linspace(0, 2 * np.pi, 48)
     for reach in (1.0, 0.92, 0.8, 0.6):
         rim = (np.stack([np.cos(t), np.sin(t)], axis=1) * reach) @ pose.T + centre

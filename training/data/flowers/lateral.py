@@ -1,4 +1,4 @@
-"""Flowers seen from the side: cups, bells and spikes on their stems."""
+"""Flowers drawn from the side: tulip, bluebell and lavender, on stems."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tulip(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def _bell(canvas: Canvas, rng: Rng, colours: Palette, top: Array, frame: Array) -> None:
-    """One hanging bell: a waisted cup with curled lobes; `frame` takes (down, across) to (x, y)."""
+    """Draw one hanging bell with curled lobes; `frame` [2, 2] maps (down, across) to (x, y)."""
     lobe = Petal(0.2, 0.55, 0.7, veins=2)
     for angle, lit in ((-0.75, 0.75), (0.75, 0.78)):
         at = top + frame @ np.array([0.62, 0.28 * np.sign(angle)], np.float32)
@@ -66,11 +66,11 @@ def _bell(canvas: Canvas, rng: Rng, colours: Palette, top: Array, frame: Array) 
 
 
 def bluebell(canvas: Canvas, rng: Rng, colours: Palette) -> None:
-    """Four to six bells that hang from a bowed stem."""
-    way = rng.choice([-1.0, 1.0])
-    foot = np.array([0.5 - way * rng.uniform(0.1, 0.3), 1.1], np.float32)
+    """Four to six bells hanging from a curved stem."""
+    side = rng.choice([-1.0, 1.0])
+    foot = np.array([0.5 - side * rng.uniform(0.1, 0.3), 1.1], np.float32)
     peak = np.array([0.5 + rng.uniform(-0.12, 0.12), rng.uniform(0.08, 0.2)], np.float32)
-    nod = peak + np.array([way * rng.uniform(0.2, 0.32), rng.uniform(0.08, 0.22)], np.float32)
+    nod = peak + np.array([side * rng.uniform(0.2, 0.32), rng.uniform(0.08, 0.22)], np.float32)
     t = np.linspace(0, 1, 40, dtype=np.float32)[:, None]
     crest = 2 * peak - (foot + nod) / 2
     crest[1] = peak[1] - 0.12
@@ -109,7 +109,7 @@ def lavender(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def _spike(canvas: Canvas, rng: Rng, colours: Palette, path: Array) -> None:
-    """Whorls of small florets along `path` [n, 2], smaller towards its end."""
+    """Draw rows of four florets along `path` [n, 2], smaller towards its end."""
     floret = Petal(0.3, 0.6, 0.5, veins=2)
     rows = int(rng.integers(8, 11))
     for row, at in enumerate(np.linspace(0, len(path) - 2, rows).astype(int)):

@@ -1,4 +1,4 @@
-"""Petals, leaves and stems, and the colours that a picture gives them."""
+"""Petals, leaves and stems, and the colour palette of a picture."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from training.data.flowers.brush import (
 
 @dataclass(frozen=True)
 class Petal:
-    """The shape of a petal: half-width `width * u**base * (1-u)**tip` at `u` of its length.
+    """The shape of a petal: half-width proportional to `u**base * (1-u)**tip`, `width` at most.
 
-    A small `base` is broad at the foot, a large one clawed; `tip` below 0.6 is round, above 0.9
-    pointed. `notch` cuts the tip in, `ruffle` waves the edge, `spots` freckles the throat.
+    u: position along the petal, 0 at the foot, 1 at the tip. A small `base` makes a broad foot, a
+    large one a narrow foot; a `tip` below 0.6 is round, above 0.9 pointed. `notch` cuts into the
+    tip, `ruffle` makes the edge wavy, `spots` adds dots near the foot.
     """
 
     width: float
@@ -40,7 +41,7 @@ class Petal:
     spots: bool = False
 
     def half(self, u: Array) -> Array:
-        """Half-width at `u` (0 at the foot, 1 at the tip) for a petal of length 1."""
+        """Half-width at `u` of a petal of length 1."""
         u = clip(u, 0, 1)
         peak = self.base / (self.base + self.tip)
         top = peak**self.base * (1 - peak) ** self.tip
@@ -49,7 +50,7 @@ class Petal:
 
 @lru_cache(maxsize=16)
 def petal_outline(petal: Petal) -> tuple[Array, Array]:
-    """Corners along and across [2n], in order, of a petal of length 1 on the x axis."""
+    """Outline of a petal of length 1 on the x axis: (along [2n], across [2n])."""
     u = ((1 - np.cos(np.linspace(0, np.pi, 22))) / 2).astype(np.float32)
     half = petal.half(u)
     return np.concatenate([u, u[::-1]]), np.concatenate([half, -half[::-1]])
@@ -57,7 +58,7 @@ def petal_outline(petal: Petal) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Palette:
-    """The colours of one picture and where its light comes from (radians)."""
+    """The colours [3] of one picture, and the direction of its light (radians)."""
 
     petal: Array
     deep: Array
@@ -68,7 +69,7 @@ class Palette:
 
     @staticmethod
     def draw(rng: Rng, ground: Array) -> Palette:
-        """Draw colours that stand off from the `ground` colour [3]."""
+        """Random colours; the petals contrast with the background colour `ground` [3]."""
         for _ in range(12):
             petal = colour(rng, BLOOMS)
             if np.abs(petal - ground).sum() > 0.55:
@@ -98,18 +99,18 @@ def lay_petal(
     shadow: float = 0.3,
     leaf: bool = False,
 ) -> None:
-    """Lay one petal (or leaf) with its shading, veins and highlight.
+    """Draw one petal (or leaf) with shading, veins and highlight.
 
     Args:
-        canvas: Where.
-        rng: Bends and waves it.
-        colours: The picture's colours.
-        petal: Its shape.
-        foot: Where it is attached [2].
-        frame: Matrix [2, 2] that takes (along, across) to (x, y), length included.
-        lit: Brightness of the whole petal.
-        shadow: See `Canvas.lay`.
-        leaf: Paint in green.
+        canvas: Drawn on.
+        rng: Randomises bend and waves.
+        colours: Colours of the picture.
+        petal: Shape.
+        foot: Position of its base [2].
+        frame: Matrix [2, 2] from (along, across) to (x, y), including the length.
+        lit: Brightness factor.
+        shadow: As in `Canvas.lay`.
+        leaf: Use the leaf colours.
     """
     bend = rng.normal(0, 0.06)
     swing = rng.uniform(0, 1)
@@ -158,7 +159,7 @@ def lay_petal(
 
 
 def lay_stem(canvas: Canvas, colours: Palette, path: Array, thick: float) -> None:
-    """Lay a stem of half-width `thick` along `path` [n, 2], lit like a rod."""
+    """Draw a stem of half-width `thick` along `path` [n, 2], shaded as a cylinder."""
     n = len(path)
     width = np.linspace(thick * 1.25, thick, n, dtype=np.float32)
     canvas.lay(ribbon(path, width), colours.green * 0.7, shadow=0.3)

@@ -1,4 +1,4 @@
-"""What is around a flower: the garden out of focus behind it, and the light over the picture."""
+"""The blurred background behind a flower, and the light, grain and noise over the picture."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ GROUNDS = (
 
 
 def background(rng: Rng, size: int) -> tuple[Array, Array]:
-    """Paint what lies out of focus behind a flower.
+    """Paint a blurred background.
 
     Returns:
-        The picture, float32 [size, size, 3], and the colour [3] that it has on average.
+        The picture, float32 [size, size, 3], and its mean colour [3].
     """
     small = 72
     base, second = colour(rng, GROUNDS, 0.04), colour(rng, GROUNDS, 0.04)
@@ -57,7 +57,7 @@ def background(rng: Rng, size: int) -> tuple[Array, Array]:
 
 
 def _clutter(kind: str, rng: Rng, pen: ImageDraw.ImageDraw, side: int, base: Array) -> None:
-    """Draw one kind of thing, many times, with hard edges: the blur comes after."""
+    """Draw many objects of one kind with hard edges; the caller blurs them."""
 
     def ink(paint: Array, low: float = 0.65, high: float = 1.25) -> tuple[int, int, int]:
         r, g, b = np.clip(paint * rng.uniform(low, high) * 255, 0, 255).astype(int).tolist()
@@ -100,7 +100,7 @@ def _clutter(kind: str, rng: Rng, pen: ImageDraw.ImageDraw, side: int, base: Arr
 
 
 def finish(canvas: Canvas, rng: Rng) -> Image.Image:
-    """Light, brush grain and noise over the whole picture; then uint8 RGB."""
+    """Apply light, canvas grain and noise to the whole picture, and convert it to uint8 RGB."""
     size = canvas.size
     angle = rng.uniform(0, 2 * np.pi)
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
