@@ -1,4 +1,4 @@
-# Every command of the house. `make` alone lists them.
+# All commands of the project. `make` alone lists them.
 
 PYTHON ?= python3
 DOCKER ?= docker
@@ -20,14 +20,14 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 OFFLINE := not slow and not docker and not gpu and not network
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train export serve score test test-slow test-docker check format bench soak fuzz bento \
-  image run-image sbom audit lock
+.PHONY: help install demo train export serve score test test-slow test-docker check format bench soak fuzz pictures \
+  bento image run-image sbom audit lock
 .DELETE_ON_ERROR:
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-install: $(INSTALLED) ## Make .venv with everything in it, hash-locked (PYTHON=python3.12)
+install: $(INSTALLED) ## Create .venv from the hash-locked requirements (PYTHON=python3.12)
 
 $(INSTALLED): pyproject.toml requirements/dev.txt requirements/uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
@@ -35,19 +35,19 @@ $(INSTALLED): pyproject.toml requirements/dev.txt requirements/uv.txt
 	@rm -f $@
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/uv.txt
-	@# uv takes a quarter of pip's time; pip knows indexes that only its own configuration names.
+	@# uv needs a quarter of pip's time; pip also reads indexes from its own configuration.
 	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes --compile-bytecode requirements/dev.txt || \
 	  $(BIN)/python -m pip install --disable-pip-version-check --require-hashes --requirement requirements/dev.txt
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --offline --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: install ## The whole way, in demo/: train on painted flowers, export, serve, ask one photo
+demo: install ## Train on painted flowers, export, serve, classify one photo, all in demo/
 	@rm -rf demo
 	$(FLEDGE) train training/recipes/demo.toml --data sample --out demo/run $(ARGS)
 	$(FLEDGE) export demo/run --out demo/bundle
 	$(BIN)/python deploy/demo.py demo/bundle
 
-train: install ## Train on the embedded photos, or DATA=folder RECIPE=file.toml ARGS="key=value …"
+train: install ## Train on the built-in photos, or DATA=folder RECIPE=file.toml ARGS="key=value …"
 	$(FLEDGE) train "$(RECIPE)" --data "$(or $(DATA),sample)" $(ARGS)
 
 export: install ## Turn RUN=runs/latest into the verified BUNDLE=bundle
@@ -60,16 +60,16 @@ score: install ## Score every image of INPUT=folder into OUT=scores.csv
 	@test -n "$(INPUT)" || { echo "make: name the images, as in make score INPUT=photos" >&2; exit 2; }
 	$(FLEDGE) score "$(INPUT)" --bundle "$(BUNDLE)" --out "$(OUT)" $(ARGS)
 
-test: install ## The tests: offline, no GPU, a few minutes
+test: install ## Run the tests: offline, no GPU
 	$(BIN)/pytest -n auto --dist loadfile -m "$(OFFLINE)" $(ARGS)
 
-test-slow: install ## The tests that take longer, some minutes: every family of networks
+test-slow: install ## Run the tests marked slow: every network family and others
 	$(BIN)/pytest -n auto --dist worksteal -m "slow and not docker and not gpu" $(ARGS)
 
-test-docker: install ## The tests of the image and of deploy/: they need a container engine (DOCKER=docker)
+test-docker: install ## Test the image and deploy/; needs a container engine (DOCKER=docker)
 	DOCKER="$(DOCKER)" BASE_IMAGE="$(BASE_IMAGE)" $(BIN)/pytest tests/docker tests/deploy $(ARGS)
 
-check: install ## Format, lint, types, and who may import whom
+check: install ## Check format, lint, types and import contracts
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
@@ -79,24 +79,27 @@ format: install ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-bench: install ## Race fastai and a plain torch loop: DATA=photos ARGS="--split … --weights …"
+bench: install ## Compare training with fastai and a plain torch loop: DATA=photos ARGS="--split … --weights …"
 	$(BIN)/python -m benchmarks.training.race $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-soak: install ## Ten minutes of too much, bad input and vanishing callers: BUNDLE=bundle DATA=photos
+soak: install ## Ten minutes of overload, bad input and disconnects: BUNDLE=bundle DATA=photos
 	@test -n "$(DATA)" || { echo "make: name some photos, as in make soak DATA=photos" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.serving.soak --bundle "$(BUNDLE)" --photos "$(DATA)" $(ARGS)
 
-fuzz: install ## Mutants of odd images against a real service: ARGS="--cases 100000 --seed 1"
+fuzz: install ## Mutated odd images against a running service: ARGS="--cases 100000 --seed 1"
 	$(BIN)/python -m tests.robustness.fuzz $(ARGS)
 
-bento: install ## Build the Bento of the service, with BUNDLE=bundle in it
+pictures: demo ## Draw the pictures of the README again; needs Chromium
+	$(BIN)/python -m docs.pictures demo/run demo/bundle
+
+bento: install ## Build a Bento of the service with BUNDLE=bundle inside
 	$(FLEDGE) verify "$(BUNDLE)"
 	@rm -rf build/bento && mkdir -p build/bento/requirements
 	@cp -R bentofile.yaml README.md serving build/bento && cp requirements/serving.txt build/bento/requirements
 	@cp -R "$(BUNDLE)" build/bento/bundle
 	BENTOML_DO_NOT_TRACK=True $(BIN)/bentoml build $(ARGS) build/bento
 
-image: ## Build the image IMAGE=fledge (TARGET=gpu, BUNDLE=… to have it inside, BASE_IMAGE=…)
+image: ## Build the image IMAGE=fledge (TARGET=gpu, BUNDLE=… to include it, BASE_IMAGE=…)
 	DOCKER_BUILDKIT=1 $(DOCKER) build --target $(TARGET) --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
 	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(DOCKER_BUILD_ARGS) .
 ifneq ($(origin BUNDLE),file)
@@ -111,7 +114,7 @@ run-image: ## Serve BUNDLE=bundle from the image on PORT=3000: read-only, unpriv
 sbom: install ## List the packages of the image IMAGE=fledge in build/sbom.json, as CycloneDX
 	@rm -rf build/sbom && mkdir -p build
 	@$(PYTHON) -m venv --without-pip build/sbom
-	@# What the image's packages say of themselves, where the tool looks for it.
+	@# The packages' metadata from the image, where the tool looks for it.
 	@$(DOCKER) run --rm --network none --entrypoint sh $(IMAGE) -c \
 	  'cd /opt/venv/lib/python3*/site-packages && tar -c *.dist-info' >build/sbom/packages.tar
 	@tar -x -f build/sbom/packages.tar -C build/sbom/lib/python3*/site-packages
@@ -119,7 +122,7 @@ sbom: install ## List the packages of the image IMAGE=fledge in build/sbom.json,
 	  --output-file build/sbom.json $(ARGS) build/sbom
 	@rm -rf build/sbom
 
-audit: install ## Look the locked packages of the service up among the known vulnerabilities
+audit: install ## Check the locked packages of the service for known vulnerabilities
 	$(BIN)/pip-audit --disable-pip --require-hashes --requirement requirements/serving-cpu.txt \
 	  --requirement requirements/serving-gpu.txt $(ARGS)
 

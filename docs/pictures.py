@@ -1,8 +1,9 @@
 """Draw the pictures of the README: docs/report.webp and docs/demo-page.webp.
 
-    python -m docs.pictures RUN BUNDLE PHOTO
+    python -m docs.pictures RUN BUNDLE
 
-RUN is a finished run, whose report is drawn; BUNDLE is served, and its demo page classifies PHOTO. Needs Chromium.
+RUN is a finished run, whose report is drawn; BUNDLE is served, and its demo page classifies a photo of
+the built-in data set. Needs Chromium.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from deploy.demo import free_port, running, wait_until_ready
+from deploy.demo import free_port, running, sample_photo, wait_until_ready
 from tests.support.browser import CHROMIUM, Page, chromium
 
 DOCS = Path(__file__).parent
@@ -28,7 +29,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the pictures of the README.")
     parser.add_argument("run", type=Path, help="a finished run")
     parser.add_argument("bundle", type=Path, help="a bundle of it")
-    parser.add_argument("photo", type=Path, help="the photo to classify")
     options = parser.parse_args()
     if CHROMIUM is None:
         sys.exit("Chromium is not installed")
@@ -46,7 +46,7 @@ def main() -> None:
         wait_until_ready(service, address)
         with browser.page(address, WIDTH, prefers_color_scheme="light") as page:
             page.until("!document.getElementById('views').hidden")
-            page.choose("#file", options.photo)
+            page.choose("#file", sample_photo())
             page.until("document.querySelector('#facts').innerText")
             save(page, DOCS / "demo-page.webp")
 
