@@ -2,8 +2,8 @@
 
     python -m docs.pictures RUN BUNDLE
 
-RUN is a finished run, whose report is drawn; BUNDLE is served, and its demo page classifies a photo of
-the built-in data set. Needs Chromium.
+RUN is a finished run, whose report is drawn. BUNDLE is served, and its demo page classifies a photo
+of the built-in data set. Needs Chromium.
 """
 
 from __future__ import annotations
