@@ -1,6 +1,11 @@
+import argparse
+import itertools
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -18,8 +23,8 @@ def test_help_is_quick_to_load_and_loads_no_torch():
         assert f"'{heavy}'" not in modules
 
 
-def test_the_module_brings_no_room_with_it():
-    # `bentoml serve fledge:latest` imports it first, and then the Bento's own `serving`.
+def test_importing_the_module_imports_no_area():
+    # `bentoml serve fledge:latest` imports fledge.py before the Bento's own `serving`.
     look = "import sys, fledge; print({'serving', 'training', 'export'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
@@ -32,7 +37,7 @@ def test_the_module_brings_no_room_with_it():
         *("export", "inspect", "verify", "serve", "score", "evaluate-scores"),
     ],
 )
-def test_every_verb_teaches_with_an_example(verb, capsys):
+def test_every_command_has_an_example(verb, capsys):
     with pytest.raises(SystemExit) as caught:
         fledge.main([verb, "--help"])
     assert caught.value.code == 0
@@ -49,7 +54,7 @@ def test_every_verb_teaches_with_an_example(verb, capsys):
         (["train", "training/recipes/quick.toml"], 2, "--data is missing"),
         (["train", "--data", "/nowhere", "training/recipes/quick.toml"], 2, "no such folder"),
         (["train", "--resume", "/nowhere"], 2, "run.json is missing"),
-        (["train", "--resume", "/nowhere", "batch_size=3"], 2, "goes on as the run began"),
+        (["train", "--resume", "/nowhere", "batch_size=3"], 2, "keeps the run's recipe"),
         (["lr-find", "training/recipes/quick.toml", "--data", "/nowhere"], 2, "no such folder"),
         (["report", "/nowhere"], 2, "best.json is missing"),
         (["layers", "resnet999"], 2, "resnet999"),
@@ -64,10 +69,10 @@ def test_every_verb_teaches_with_an_example(verb, capsys):
 )
 def test_mistakes_are_one_line_on_stderr(words, status, message, capsys):
     assert fledge.main(words) == status
-    said = capsys.readouterr().err
-    assert said.startswith("fledge: ")
-    assert said.count("\n") == 1
-    assert message in said
+    error = capsys.readouterr().err
+    assert error.startswith("fledge: ")
+    assert error.count("\n") == 1
+    assert message in error
 
 
 def test_debug_shows_the_traceback(capsys):
@@ -75,7 +80,7 @@ def test_debug_shows_the_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_layers_teaches_overrides(capsys):
+def test_the_usage_of_layers_shows_overrides(capsys):
     with pytest.raises(SystemExit):
         fledge.main(["layers", "--help"])
     assert "fledge layers [ARCH] [--recipe FILE [key=value …]]" in capsys.readouterr().out
@@ -92,9 +97,97 @@ def test_every_mistake_of_a_recipe_is_a_line(tmp_path, capsys):
     )
 
 
+def test_overrides_may_stand_anywhere_among_the_options():
+    parts = ["r.toml", "a=1", "--data d", "--seed=3", "stage.head.lr=0.1"]
+    for ordered in itertools.permutations(parts):
+        options, rest = fledge._parser().parse_known_args(["train", *" ".join(ordered).split()])
+        positionals = [part for part in ordered if not part.startswith("--")]
+        assert [str(options.recipe), *options.overrides] == positionals
+        assert (options.data, options.seed, rest) == ("d", 3, [])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["layers"], {"arch": None, "overrides": []}),
+        (
+            ["layers", "--recipe", "r", "resnet18", "a=1"],
+            {"arch": "resnet18", "overrides": ["a=1"]},
+        ),
+        (["preview", "--seed", "3", "d", "a=1"], {"data": "d", "overrides": ["a=1"]}),
+        (["train", "--resume", "run"], {"recipe": None, "overrides": []}),
+    ],
+)
+def test_overrides_after_other_arguments(words, expected):
+    options, rest = fledge._parser().parse_known_args(words)
+    assert {name: getattr(options, name) for name in expected} == expected
+    assert rest == []
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        (["train", "r.toml", "--data", "d", "batch_size"], "batch_size"),
+        (["train", "r.toml", "--frobnicate", "a=1"], "--frobnicate"),
+        (["inspect", "bundle", "a=1"], "a=1"),
+    ],
+)
+def test_words_that_are_no_overrides_are_refused(words, wrong, capsys):
+    assert fledge.main(words) == 2
+    assert f"{wrong!r} is no option of fledge {words[0]}" in capsys.readouterr().err
+
+
+def _raise_import_error(monkeypatch, error):
+    def verb(options: argparse.Namespace) -> None:
+        raise error
+
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(verb=verb, debug=False)
+    monkeypatch.setattr(fledge, "_parser", lambda: parser)
+
+
+@pytest.mark.parametrize("name", ["torch", "torchvision.models", "tomli_w"])
+def test_a_missing_package_of_the_train_extra_is_named(name, monkeypatch, capsys):
+    _raise_import_error(monkeypatch, ModuleNotFoundError(f"No module named {name!r}", name=name))
+    assert fledge.main([]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"fledge: {name} is not installed")
+    assert "pip install 'fledge[train]'" in error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'training.gone'", name="training.gone"),
+        ImportError("cannot import name 'gone' from 'torch'", name="torch"),
+        ImportError("without a name"),
+    ],
+)
+def test_any_other_import_error_is_raised(error, monkeypatch):
+    _raise_import_error(monkeypatch, error)
+    with pytest.raises(ImportError) as caught:
+        fledge.main([])
+    assert caught.value is error
+
+
+def test_the_train_extra_is_complete():
+    extra = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    names = extra["project"]["optional-dependencies"]["train"]
+    modules = {re.match(r"[\w-]+", name)[0].replace("-", "_") for name in names}
+    assert modules == set(fledge.TRAIN_EXTRA)
+
+
+def test_an_image_that_only_serves_has_the_commands_of_serving(monkeypatch):
+    for area in ("training", "training.cli", "export", "export.cli"):
+        monkeypatch.setitem(sys.modules, area, None)
+    actions = fledge._parser()._actions
+    (verbs,) = (a.choices for a in actions if isinstance(a, argparse._SubParsersAction))
+    assert set(verbs) == {"inspect", "verify", "serve", "score", "evaluate-scores"}
+
+
 ENDS = """
 import atexit, sys, torch, fledge
-atexit.register(print, "told at the end")
+atexit.register(print, "printed at exit")
 fledge.main = lambda: {status}
 print("not flushed yet", end="; ")
 fledge.program()
@@ -102,14 +195,14 @@ fledge.program()
 
 
 @pytest.mark.parametrize("status", [0, 78])
-def test_a_process_with_torch_ends_at_once_and_loses_nothing(status):
+def test_a_process_with_torch_exits_early_and_flushes_its_output(status):
     words = [sys.executable, "-c", ENDS.format(status=status)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == status, done.stderr
-    assert done.stdout == "not flushed yet; told at the end\n"
+    assert done.stdout == "not flushed yet; printed at exit\n"
 
 
-def test_it_does_not_end_at_once_where_nobody_reads():
+def test_a_closed_pipe_ends_with_status_120():
     reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
     reader.wait()
     words = [sys.executable, "-c", ENDS.format(status=0)]

@@ -251,7 +251,7 @@ def test_a_folder_that_is_no_label_is_named(shared_run):
         (["--checkpoint", "x.pth"], "--checkpoint x.pth needs --arch, too"),
         (
             ["run", *["--checkpoint", "x", "--arch", "a", "--labels", "b", "--photos", "c"]],
-            "--checkpoint stands instead of a run",
+            "--checkpoint replaces a run",
         ),
     ],
 )

@@ -89,7 +89,7 @@ def test_each_is_valid_and_its_header_says_how_to_run_it(name):
         words = shlex.split(line)
         assert words[0] == "fledge"
         given, rest = fledge._parser().parse_known_args(words[1:])
-        assert (given.recipe, rest) == (path, [])
+        assert (given.recipe, given.overrides, rest) == (path, [], [])
         assert given.data
 
 

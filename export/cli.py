@@ -1,0 +1,113 @@
+"""The subcommand `fledge export`. It imports torch only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from serving.cli import AddVerb
+
+
+def export(options: argparse.Namespace) -> None:
+    """Turn a run's best checkpoint into a verified bundle."""
+    from export import calibration, pipeline, torchvision_checkpoint
+    from serving.errors import OptionError
+
+    export_options = pipeline.ExportOptions(
+        name=options.name,
+        confident=calibration.ConfidenceTarget.parse(options.confident)
+        if options.confident
+        else None,
+        precision=options.precision,
+        accuracy_budget=options.accuracy_budget,
+        sign=options.sign,
+    )
+    if options.checkpoint is None:
+        for name in ("arch", "arch_args", "labels", "photos", "size", "crop"):
+            if getattr(options, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise OptionError(f"{option} needs --checkpoint FILE; a run has no use for it")
+        if options.run is None:
+            raise OptionError("name a run, as runs/latest; or a torchvision --checkpoint FILE")
+        pipeline.export(options.run, options.out, export_options, data=options.data)
+    else:
+        for name in ("arch", "labels", "photos"):
+            if getattr(options, name) is None:
+                raise OptionError(f"--checkpoint {options.checkpoint} needs --{name}, too")
+        if options.run is not None or options.data is not None:
+            raise OptionError("--checkpoint replaces a run and its --data; leave one out")
+        pipeline.export_checkpoint(
+            options.checkpoint,
+            options.out,
+            export_options,
+            arch=options.arch,
+            arch_args=torchvision_checkpoint.read_args(options.arch_args or ()),
+            labels=options.labels,
+            photos=options.photos,
+            size=options.size,
+            crop=options.crop,
+        )
+    if options.register:
+        from export import bentoml_store
+
+        bentoml_store.register(options.out)
+
+
+def add_to(add_verb: AddVerb) -> None:
+    """Add the subcommand and its options."""
+    add = add_verb(export, "fledge export runs/latest --out bundle")
+    add.add_argument("run", type=Path, nargs="?", metavar="RUN")
+    add.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
+    add.add_argument("--data", type=Path, metavar="DIR", help="the photos, if they were moved")
+    checkpoint = add.add_argument_group("a torchvision checkpoint instead of a run")
+    checkpoint.add_argument("--checkpoint", type=Path, metavar="FILE", help=".pth or .safetensors")
+    checkpoint.add_argument("--arch", metavar="NAME", help="torchvision's name of the network")
+    checkpoint.add_argument(
+        "--arch-args",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="arguments of torchvision's builder, such as transform_input=true",
+    )
+    checkpoint.add_argument(
+        "--labels", type=Path, metavar="FILE", help="text file with one class name per line"
+    )
+    checkpoint.add_argument(
+        "--photos", type=Path, metavar="DIR", help="held-out photos, one folder per class"
+    )
+    checkpoint.add_argument(
+        "--size", type=int, metavar="PX", help="side of the network's input; default: 224"
+    )
+    checkpoint.add_argument(
+        "--crop", type=float, metavar="SHARE", help="share of the short side kept; default: 0.875"
+    )
+    add.add_argument("--name", help="the model's name; default: the recipe's")
+    add.add_argument(
+        "--confident",
+        metavar="KIND=SHARE",
+        help="precision=P or coverage=C: choose the confidence threshold that reaches it; "
+        "default: no threshold",
+    )
+    add.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "int8", "fp16"],
+        help="auto tries what this machine can run and keeps what is fast enough; default: auto",
+    )
+    add.add_argument(
+        "--accuracy-budget",
+        type=float,
+        default=0.5,
+        metavar="POINTS",
+        help="accuracy that a faster precision may cost; default: 0.5",
+    )
+    add.add_argument(
+        "--sign",
+        type=Path,
+        metavar="KEY",
+        help="sign the manifest with this Ed25519 private key (PEM); FLEDGE_TRUSTED_KEYS checks it",
+    )
+    add.add_argument(
+        "--register", action="store_true", help="also put the bundle into BentoML's model store"
+    )

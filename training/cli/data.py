@@ -1,0 +1,106 @@
+"""Subcommands of `fledge` that show data and networks before training: layers, preview, sample.
+
+Functions import what they need when they run, so that `fledge --help` stays fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.cli.options import add_overrides, check_arch
+
+if TYPE_CHECKING:
+    from serving.cli import AddVerb
+
+
+def layers(options: argparse.Namespace) -> None:
+    """Show an architecture's layer groups, and which of them the stages of a recipe train."""
+    from serving.errors import OptionError
+    from training.config import load
+    from training.preview import layer_groups
+
+    arch, overrides = options.arch, list(options.overrides)
+    if arch and "=" in arch:  # without ARCH, the first override was parsed as ARCH
+        arch, overrides = None, [arch, *overrides]
+    if options.recipe is not None:
+        overrides += [f"arch={json.dumps(arch)}"] if arch else []
+        recipe = load.read(options.recipe, overrides, check_arch)
+        lines = [*layer_groups.describe(recipe), "", *layer_groups.stages(recipe)]
+    elif overrides:
+        raise OptionError(f"{overrides[0]} changes a recipe; name it with --recipe FILE")
+    else:
+        lines = (
+            layer_groups.describe(layer_groups.of_arch(arch)) if arch else layer_groups.families()
+        )
+    for line in lines:
+        print(line)
+
+
+def preview(options: argparse.Namespace) -> None:
+    """Show the data: counts, sizes and odd photos; with --augment, photos as training sees them."""
+    from serving.errors import OptionError
+    from training.config import load
+    from training.preview.preview import DEFAULTS, augmented, preview
+
+    if options.photo is not None and not options.augment:
+        raise OptionError(f"--photo {options.photo} has no effect without --augment; add it")
+    overrides = list(options.overrides)
+    if options.seed is not None:
+        overrides.append(f"seed={options.seed}")
+    if options.recipe is None:
+        recipe = load.read_text(DEFAULTS, "fledge preview", overrides, check_arch)
+    else:
+        recipe = load.read(options.recipe, overrides, check_arch)
+    if options.augment:
+        print(
+            augmented(options.data, recipe, options.out, split=options.split, photo=options.photo)
+        )
+        return
+    for line in preview(options.data, recipe, options.out, split=options.split):
+        print(line)
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Write the embedded data set, painted flowers, one folder per class."""
+    from training.data.sample import write_sample
+
+    per_class = {} if options.per_class is None else {"per_class": options.per_class}
+    print(write_sample(options.folder, seed=options.seed, **per_class))
+
+
+def add_to(add_verb: AddVerb) -> None:
+    """Add these subcommands and their options."""
+    add = add_verb(layers, "fledge layers densenet121")
+    add.add_argument("arch", nargs="?", metavar="ARCH", help="default: list all architectures")
+    add_overrides(add)
+    add.add_argument("--recipe", type=Path, metavar="FILE", help="show what its stages train")
+    add.usage = "fledge layers [ARCH] [--recipe FILE [key=value …]]"
+
+    add = add_verb(preview, "fledge preview photos data.valid=0.1")
+    add.add_argument("data", metavar="DATA", help="as --data of fledge train")
+    add_overrides(add)
+    add.add_argument("--split", type=Path, metavar="CSV", help="path,fold for every photo")
+    add.add_argument(
+        "--out",
+        type=Path,
+        default=Path("preview"),
+        metavar="FOLDER",
+        help="folder to write the picture to; default: preview",
+    )
+    add.add_argument(
+        "--augment", action="store_true", help="draw one photo many times as training sees it"
+    )
+    add.add_argument("--photo", type=Path, metavar="FILE", help="the photo to draw with --augment")
+    add.add_argument(
+        "--recipe", type=Path, help="read [data], [augment] and image sizes from this recipe"
+    )
+    add.add_argument("--seed", type=int, metavar="N")
+    add.usage = "fledge preview DATA [options] [key=value …]"
+
+    add = add_verb(sample, "fledge sample flowers")
+    add.add_argument("folder", type=Path, help="a new folder")
+    add.add_argument("--per-class", type=int, metavar="N", help="photos of each class")
+    add.add_argument("--seed", type=int, default=0, metavar="N")

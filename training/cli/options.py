@@ -1,0 +1,37 @@
+"""Options that several subcommands of training share."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_overrides(add: argparse.ArgumentParser) -> None:
+    """Add the positional arguments `key=value`. Call it after other positionals are added."""
+    add.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="change an option of the recipe, such as batch_size=16 or stage.head.lr=0.01",
+    )
+
+
+def add_cache_option(add: argparse.ArgumentParser) -> None:
+    """Add `--cache-gb`."""
+    add.add_argument(
+        "--cache-gb",
+        type=float,
+        metavar="GB",
+        help="size limit of the cache that is kept between runs; 0 keeps nothing; default: 10",
+    )
+
+
+def check_arch(arch: str) -> None:
+    """Refuse an unknown architecture. Loads torchvision.
+
+    Raises:
+        OptionError: Names the nearest one.
+    """
+    from training.models import backbones
+
+    backbones.family_of(arch)
