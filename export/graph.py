@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 
-from export.fuse_batchnorm import FusionReport, fuse
 from export.torchvision_checkpoint import WholeNetwork
 from serving.imaging.preprocess import Pixels, Preprocess
 from training.models.classifier import Classifier, normalise
+from training.models.fuse_batchnorm import FusionReport, fuse
 
 Exportable = Classifier | WholeNetwork
 """Has `features`, normalised images [N, 3, H, W] -> [N, D], and `head`, which takes them."""

@@ -1,4 +1,4 @@
-"""The frozen part of a network: run faster than as it was trained, and known by what is in it."""
+"""The frozen part of a network: a faster copy for inference, and a digest for its cache key."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Final
 import torch
 import torchvision
 from torch import Tensor, fx, nn
-from torch.fx.experimental import optimization
 
+from serving.errors import WorkError
 from training.models.freezing import has_batchnorm
+from training.models.fuse_batchnorm import fuse
 
 _ACTIVATIONS: Final[dict[type[nn.Module], str]] = {
     nn.ReLU: "relu",
@@ -20,41 +21,43 @@ _ACTIVATIONS: Final[dict[type[nn.Module], str]] = {
     nn.Hardswish: "hardswish",
     nn.SiLU: "swish",
 }
-"""What oneDNN computes in one pass with the convolution before it, and its name there."""
+"""Activations that oneDNN computes in one pass with the convolution before, and its names."""
 
-FOLDING: Final = 2
-"""Counts the ways in which `fused` has computed: each rounds in its own."""
+FUSE_VERSION: Final = 2
+"""Part of the cache key. To be raised when `fused` computes in another way: other rounding."""
 
 
 def fused(prefix: nn.Module) -> nn.Module:
-    """A copy with its BatchNorms folded into the convolutions before them, where torch.fx can.
+    """A copy with its BatchNorms folded into the layers before them, where torch.fx can trace it.
 
-    On a CPU the activations behind them join them, too: to write a map and read it again takes
-    longer than to clamp it. MobileNetV2 runs a fifth faster so.
+    On a CPU the following activations are joined to the convolutions, too: writing and reading a
+    feature map takes longer than clamping it. MobileNetV2 runs a fifth faster so.
 
     Args:
-        prefix: A function without state: all of it in eval mode.
+        prefix: A network without state, all of it in eval mode.
 
     Returns:
-        Equal to `prefix` but for rounding, at the weights it has now; `prefix` itself where there
-        is nothing to fold or torch.fx can't trace it.
+        Equal to `prefix` but for rounding, at its current weights: channels last, in eval mode,
+        without gradients. `prefix` itself if it has no BatchNorm or torch.fx can't trace it.
     """
     if not has_batchnorm(prefix):
         return prefix
     try:
-        folded = optimization.fuse(prefix)
-    except Exception:  # whatever a network does that can't be traced: it runs as it is
+        # In the weights' own dtype, and nothing but the layer before: the cached activations and
+        # the validation losses of runs made so far hold these bits, and a BatchNorm that stays is
+        # one pass over the map, a multiply-add in eager mode two.
+        folded, _ = fuse(prefix, dtype=None, into_previous_only=True)
+    except WorkError:
         return prefix
-    assert isinstance(folded, fx.GraphModule)
-    if _one_pass_here(folded):
+    if _can_join_activations(folded):
         _join_activations(folded)
-    return folded.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return folded.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 class ConvActivation(nn.Module):
-    """A convolution and its activation, in one pass over the map; on CPUs, and without gradients.
+    """A convolution and its activation in one pass over the map; on CPUs, and without gradients.
 
-    It calls the operator that `torch.compile` calls for the two.
+    It calls the operator that `torch.compile` generates for the two.
     """
 
     def __init__(self, conv: nn.Conv2d, activation: nn.Module) -> None:
@@ -70,10 +73,10 @@ class ConvActivation(nn.Module):
         conv, dtype = self.conv, self.conv.weight.dtype
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
-        if dtype == torch.bfloat16 and not _bf16_in_one_pass():
-            apart: Tensor = self.activation(self.conv(x))
-            return apart
-        made: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        if dtype == torch.bfloat16 and not _onednn_has_bf16():
+            separate: Tensor = self.activation(self.conv(x))
+            return separate
+        joined: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x.to(dtype),
             conv.weight.to(dtype),
             None if conv.bias is None else conv.bias.to(dtype),
@@ -85,26 +88,26 @@ class ConvActivation(nn.Module):
             self.limits,
             "",
         )
-        return made
+        return joined
 
 
 @cache
-def _bf16_in_one_pass() -> bool:
-    """Whether oneDNN computes bfloat16 here; elsewhere its operator raises."""
+def _onednn_has_bf16() -> bool:
+    """Whether oneDNN computes bfloat16 on this CPU; elsewhere its operator raises."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _one_pass_here(network: nn.Module) -> bool:
-    """Whether oneDNN is what computes convolutions here, and has the operator."""
+def _can_join_activations(network: nn.Module) -> bool:
+    """Whether the network is on a CPU and this build of torch has oneDNN's joined operator."""
     on_cpu = all(parameter.device.type == "cpu" for parameter in network.parameters())
-    has = torch.backends.mkldnn.is_available() and hasattr(
+    has_operator = torch.backends.mkldnn.is_available() and hasattr(
         torch.ops.mkldnn, "_convolution_pointwise"
     )
-    return on_cpu and has
+    return on_cpu and has_operator
 
 
 def _join_activations(network: fx.GraphModule) -> None:
-    """Put a `ConvActivation` in the place of each convolution that only an activation reads."""
+    """Replace each convolution whose only reader is an activation by a `ConvActivation`."""
     modules = dict(network.named_modules())
     calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
     for node in list(network.graph.nodes):
@@ -127,15 +130,18 @@ def _join_activations(network: fx.GraphModule) -> None:
 
 
 def digest(prefix: nn.Module) -> bytes:
-    """What decides the outputs of a frozen network: its layers, weights, and what computes them."""
-    known = hashlib.sha256()
-    machine = [FOLDING, torch.__version__, torchvision.__version__, torch.get_num_threads()]
+    """Hash of everything that determines a frozen network's outputs.
+
+    That is its layers and weights, and the versions, thread count and CPU that compute them.
+    """
+    hashed = hashlib.sha256()
+    machine = [FUSE_VERSION, torch.__version__, torchvision.__version__, torch.get_num_threads()]
     capability = torch.backends.cpu.get_cpu_capability()
-    known.update(repr((repr(prefix), machine, capability)).encode())
+    hashed.update(repr((repr(prefix), machine, capability)).encode())
     for name, value in prefix.state_dict().items():
-        known.update(name.encode())
-        known.update(_bytes(value))
-    return known.digest()
+        hashed.update(name.encode())
+        hashed.update(_bytes(value))
+    return hashed.digest()
 
 
 def _bytes(value: Tensor) -> bytes:

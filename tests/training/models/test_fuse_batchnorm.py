@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from export.fuse_batchnorm import Affine, fuse
 from serving.errors import WorkError
 from serving.imaging.preprocess import Preprocess
 from tests.export.conftest import pixels
 from tests.support.random_batchnorms import lively, speaking
 from training.models import classifier as model
+from training.models.fuse_batchnorm import Affine, fuse
 
 # Smallest of a family: BatchNorms before and left. The head has two, both folded.
 FAST = {"resnet18": (22, 0), "mobilenet_v2": (54, 0), "squeezenet1_1": (2, 0)}
