@@ -121,7 +121,15 @@ def export(arch: str, photos: Path) -> dict:
     original = graph.CheckpointRuntime(classifier, preprocess)
     gate, parity.TOLERANCE = parity.TOLERANCE, 1.0  # record differences, refuse none
     labels = tuple(f"class {index}" for index in range(CLASSES))
-    manifest = Manifest(arch, "0", arch, labels, preprocess, {}, {})
+    manifest = Manifest(
+        name=arch,
+        version="0",
+        arch=arch,
+        labels=labels,
+        preprocess=preprocess,
+        precisions={},
+        files={},
+    )
     writers = {
         "onnx": (onnx.write, "model.onnx", lambda path: OnnxRuntime(path, device="cpu")),
         "torchscript": (torchscript.write, "model.ts", TorchScriptRuntime),

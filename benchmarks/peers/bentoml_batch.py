@@ -1,7 +1,7 @@
 """BentoML with adaptive batching, and ONNX Runtime; `bentoml serve bentoml_batch:Classifier`.
 
-As https://docs.bentoml.com/en/latest/get-started/adaptive-batching.html has it, with BentoML's
-defaults for the size of a batch and for its latency.
+Written as in https://docs.bentoml.com/en/latest/get-started/adaptive-batching.html, with BentoML's
+default batch size and latency.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL.Image import Image as PILImage
 
 @bentoml.service
 class Classifier:
-    """Several photos a call."""
+    """Takes several photos per call."""
 
     def __init__(self) -> None:
         self.network = Network()

@@ -1,6 +1,6 @@
 """BentoML and ONNX Runtime; run by `bentoml serve bentoml_image:Classifier`.
 
-An image as https://docs.bentoml.com/en/latest/build-with-bentoml/iotypes.html takes it, in a
+The image parameter as in https://docs.bentoml.com/en/latest/build-with-bentoml/iotypes.html, in a
 service with BentoML's defaults: one worker, one thread.
 """
 
@@ -15,7 +15,7 @@ from PIL.Image import Image as PILImage
 
 @bentoml.service
 class Classifier:
-    """One photo a call."""
+    """Takes one photo per call."""
 
     def __init__(self) -> None:
         self.network = Network()

@@ -1,7 +1,7 @@
-"""What the competitors share: the split, and how they tell what they have done. Standard library.
+"""Shared by the training peers: options, the split, events on stdout. Standard library only.
 
-A competitor is told what to do by options and tells what it has done as JSON lines on stdout, which
-`benchmarks/training/race.py` stamps with its own clock as they arrive.
+A peer reports its progress as JSON lines on stdout; `benchmarks.training.measurement` takes the
+time at which each arrives.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 
 class Sample(NamedTuple):
-    """path: below the data folder, `CLASS/photo.jpg`; label: its class."""
+    """A photo. path: below the data folder, `CLASS/photo.jpg`. label: its class."""
 
     path: str
     label: str
 
 
 def read_split(split: Path, fold: str) -> tuple[list[Sample], list[Sample]]:
-    """(train, valid) of a CSV `path,fold`: `fold` validates, other numbers train, `test` rests."""
+    """(train, valid) of a CSV `path,fold`: valid is `fold`, train all other numbers."""
     train: list[Sample] = []
     valid: list[Sample] = []
     with split.open(newline="", encoding="utf-8") as file:
@@ -37,32 +37,32 @@ def read_split(split: Path, fold: str) -> tuple[list[Sample], list[Sample]]:
     return train, valid
 
 
-def options(description: str | None) -> argparse.ArgumentParser:
-    """The options that every competitor has."""
+def option_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of every training peer."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--split", type=Path, required=True)
     parser.add_argument("--fold", required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--weights", default="none", help="a state dict of torchvision, or none")
+    parser.add_argument("--weights", default="none", help="a torchvision state dict, or none")
     parser.add_argument("--arch", default="mobilenet_v2")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--tta", type=int, default=0, help="0 leaves it out")
-    parser.add_argument("--out", type=Path, required=True, help="a folder for the answers")
+    parser.add_argument("--tta", type=int, default=0, help="0: none")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the answers")
     return parser
 
 
-def tell(event: str, **values: Any) -> None:
-    """One event; it counts from the moment it is written."""
+def emit(event: str, **values: Any) -> None:
+    """Write one event to stdout."""
     print(json.dumps({"event": event, **values}), flush=True)
 
 
 def write_answers(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
-    """Write path below the data folder, label and predicted class of every validation photo."""
+    """Write rows of (path below the data folder, label, predicted class)."""
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
         out.writerow(["path", "label", "predicted"])
@@ -70,13 +70,13 @@ def write_answers(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Of packages that are there."""
+    """Versions of Python and of the installed packages among `names`."""
     from importlib import metadata
 
-    found = {"python": sys.version.split()[0]}
+    result = {"python": sys.version.split()[0]}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return result

@@ -1,8 +1,8 @@
-"""fastai's `fine_tune` as its documentation has it; run in an environment of its own.
+"""fastai's `fine_tune` as in its documentation; run in its own virtual environment.
 
 `ImageDataLoaders` with `Resize(460)` and `aug_transforms(size=224)`, `vision_learner`, `fine_tune`
-with its own rates and schedule, and `tta` with its own defaults. The trained weights come from the
-same file as the others': fastai would download them.
+with its default rates and schedule, `tta` with its defaults. The pretrained weights come from the
+same file as the other competitors'; fastai would download them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from common import Sample, options, read_split, tell, versions, write_answers
+from common import Sample, emit, option_parser, read_split, versions, write_answers
 from fastai.vision.all import (
     Callback,
     ImageDataLoaders,
@@ -30,22 +30,22 @@ from torchvision import models
 PRESIZE = 460
 
 
-class TellEpochs(Callback):
-    """Accuracy at the end of each epoch, validation included."""
+class EmitEpochs(Callback):
+    """Emits the validation accuracy at the end of each epoch."""
 
-    order = 99  # behind the Recorder
+    order = 99  # after the Recorder
 
     def after_epoch(self) -> None:
-        """Tell the last recorded value: the metric."""
-        if not hasattr(self, "gather_preds"):  # answers are given in an epoch, too
-            tell("epoch", accuracy=float(self.recorder.values[-1][-1]))
+        """Emit the last recorded value, which is the metric."""
+        if not hasattr(self, "gather_preds"):  # get_preds runs an epoch, too
+            emit("epoch", accuracy=float(self.recorder.values[-1][-1]))
 
 
 def trained(name: str, weights: str) -> Any:
-    """A network of torchvision that fastai takes for one of those it knows.
+    """A torchvision network with given weights, registered with fastai.
 
-    It knows where to cut the ResNets and how to normalise for them. Of MobileNetV2 it knows
-    neither, so it is told: without the classifier, with ImageNet's mean and deviation.
+    fastai knows where to cut ResNets and how to normalise for them. It has no entry for
+    MobileNetV2, which is cut before its classifier and normalised with ImageNet's statistics.
     """
 
     def arch(pretrained: bool = False) -> nn.Module:
@@ -54,58 +54,58 @@ def trained(name: str, weights: str) -> Any:
             network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         return network
 
-    known = model_meta.get(models.get_model_builder(name))
-    meta = known or {"cut": -1, "split": default_split, "stats": imagenet_stats}
+    registered = model_meta.get(models.get_model_builder(name))
+    meta = registered or {"cut": -1, "split": default_split, "stats": imagenet_stats}
     model_meta[arch] = {key: value for key, value in meta.items() if key != "weights"}
     return arch
 
 
 def main() -> None:
-    """Train, tell of every epoch, then answer for the validation photos."""
-    parser = options(__doc__)
+    """Train, emit every epoch, then write the answers for the validation photos."""
+    parser = option_parser(__doc__)
     parser.add_argument("--channels-last", action="store_true")
-    chosen = parser.parse_args()
-    set_seed(chosen.seed)
-    train, valid = read_split(chosen.split, chosen.fold)
+    options = parser.parse_args()
+    set_seed(options.seed)
+    train, valid = read_split(options.split, options.fold)
     rows = [(*sample, part is valid) for part in (train, valid) for sample in part]
     dls = ImageDataLoaders.from_df(
         pd.DataFrame(rows, columns=["path", "label", "is_valid"]),
-        path=chosen.data,
+        path=options.data,
         valid_col="is_valid",
         item_tfms=Resize(PRESIZE),
-        batch_tfms=aug_transforms(size=chosen.size),
-        bs=chosen.batch,
-        num_workers=chosen.workers,
-        device=torch.device(chosen.device),
+        batch_tfms=aug_transforms(size=options.size),
+        bs=options.batch,
+        num_workers=options.workers,
+        device=torch.device(options.device),
     )
-    tell("begin", train=len(dls.train_ds), valid=len(dls.valid_ds), classes=len(dls.vocab))
+    emit("begin", train=len(dls.train_ds), valid=len(dls.valid_ds), classes=len(dls.vocab))
     learn = vision_learner(
         dls,
-        trained(chosen.arch, chosen.weights),
-        pretrained=chosen.weights != "none",
+        trained(options.arch, options.weights),
+        pretrained=options.weights != "none",
         metrics=accuracy,
-        cbs=TellEpochs(),
-        path=chosen.out.resolve(),
+        cbs=EmitEpochs(),
+        path=options.out.resolve(),
     )
-    if chosen.channels_last:
+    if options.channels_last:
         learn.to_channelslast(use_amp=False)
-    if chosen.device == "cuda":
+    if options.device == "cuda":
         learn.to_fp16()
     with learn.no_bar(), learn.no_logging():
-        learn.fine_tune(chosen.epochs)
+        learn.fine_tune(options.epochs)
         learn.export("model.pkl")
-        tell("done", versions=versions("fastai", "torch", "torchvision", "pillow"))
+        emit("done", versions=versions("fastai", "torch", "torchvision", "pillow"))
         plain, truth = learn.get_preds()
-        tell("answered", views="plain", accuracy=float(accuracy(plain, truth)))
-        answer(chosen.out / "plain.csv", valid, plain, dls.vocab)
-        if chosen.tta:
+        emit("answered", views="plain", accuracy=float(accuracy(plain, truth)))
+        write_predictions(options.out / "plain.csv", valid, plain, dls.vocab)
+        if options.tta:
             averaged, _ = learn.tta()
-            tell("answered", views="tta", accuracy=float(accuracy(averaged, truth)))
-            answer(chosen.out / "tta.csv", valid, averaged, dls.vocab)
+            emit("answered", views="tta", accuracy=float(accuracy(averaged, truth)))
+            write_predictions(options.out / "tta.csv", valid, averaged, dls.vocab)
 
 
-def answer(path: Any, valid: list[Sample], probabilities: Tensor, names: Any) -> None:
-    """The most probable class of every validation photo."""
+def write_predictions(path: Any, valid: list[Sample], probabilities: Tensor, names: Any) -> None:
+    """Write the most probable class of every validation photo."""
     best = probabilities.argmax(dim=1).tolist()
     write_answers(path, [(s.path, s.label, names[i]) for s, i in zip(valid, best, strict=True)])
 

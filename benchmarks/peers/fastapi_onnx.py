@@ -1,8 +1,8 @@
 """FastAPI and ONNX Runtime; run by `uvicorn fastapi_onnx:app`.
 
-The upload as https://fastapi.tiangolo.com/tutorial/request-files/ takes it, the function a plain
-`def` because it computes, as https://fastapi.tiangolo.com/async/ advises: FastAPI then runs it on a
-thread. The session as https://onnxruntime.ai/docs/api/python/tutorial.html makes it.
+The upload as in https://fastapi.tiangolo.com/tutorial/request-files/. The function is a plain
+`def`, as https://fastapi.tiangolo.com/async/ advises for computation: FastAPI runs it on a thread.
+The session as in https://onnxruntime.ai/docs/api/python/tutorial.html.
 """
 
 from typing import Any

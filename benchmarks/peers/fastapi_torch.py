@@ -1,9 +1,9 @@
-"""FastAPI and eager PyTorch, as tutorials write it; run by `uvicorn fastapi_torch:app`.
+"""FastAPI and eager PyTorch, written as in tutorials; run by `uvicorn fastapi_torch:app`.
 
 The upload and the `async def` as in https://fastapi.tiangolo.com/tutorial/request-files/; decoding,
 transforms and prediction as in PyTorch's tutorial on a REST API,
-https://docs.pytorch.org/tutorials/intermediate/flask_rest_api_tutorial.html. The network is the
-trained one of the run that PEER_RUN names, with its own size, crop and normalising.
+https://docs.pytorch.org/tutorials/intermediate/flask_rest_api_tutorial.html. The network is that of
+the run PEER_RUN, with its image size, crop, mean and deviation.
 """
 
 import io

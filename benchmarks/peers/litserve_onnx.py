@@ -1,9 +1,9 @@
 """LitServe and ONNX Runtime; run by `python litserve_onnx.py PORT`, settings in PEER_* variables.
 
-The four steps as https://lightning.ai/docs/litserve/api-reference/litapi has them, batching as
-https://lightning.ai/docs/litserve/features/batching, workers and the fast queue as
-https://lightning.ai/docs/litserve/api-reference/litserver. A photo comes as a field of a multipart
-form, which LitServe hands on as it is.
+The four methods as in https://lightning.ai/docs/litserve/api-reference/litapi, batching as in
+https://lightning.ai/docs/litserve/features/batching, workers and the fast queue as in
+https://lightning.ai/docs/litserve/api-reference/litserver. A photo is a field of a multipart form,
+which LitServe passes to `decode_request`.
 """
 
 import os
@@ -21,22 +21,22 @@ BATCH = int(os.environ.get("PEER_BATCH", "1"))
 
 
 class ImageClassifier(ls.LitAPI):
-    """Decodes and answers in the worker."""
+    """Decodes and predicts in the worker."""
 
     def setup(self, device: str) -> None:
-        """Once a worker."""
+        """Load the network; called once per worker."""
         self.network = Network()
 
     def decode_request(self, request: Request) -> npt.NDArray[np.uint8]:
-        """A form -> the square that the graph takes."""
+        """The form's photo as uint8 [size, size, 3]."""
         return self.network.pixels(Image.open(request["image"].file))
 
     def predict(self, x: npt.NDArray[np.uint8]) -> Any:
-        """One square, or a stack of them where batches are made."""
+        """Answer one image, or a batch of images if batching is on."""
         return self.network(x) if BATCH > 1 else self.network([x])[0]
 
     def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
-        """As it is."""
+        """Return the output unchanged."""
         return output
 
 

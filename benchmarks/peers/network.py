@@ -1,7 +1,7 @@
-"""What the serving competitors share: the bundle's graph in ONNX Runtime, as docs/bundle.md has it.
+"""Shared by the serving peers: the bundle's graph in ONNX Runtime, as in docs/bundle.md.
 
-The answer is that of Fledge without its server: centre crop and resize in one pass of Pillow to
-uint8, the graph, softmax at the bundle's temperature, the five best. Nothing of Fledge is imported.
+Computes the same answer as Fledge's service: centre crop and resize in one pass of Pillow to uint8,
+the graph, softmax at the bundle's temperature, the five best labels. Imports nothing of Fledge.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FILTERS = {
 
 
 class Network:
-    """The bundle that PEER_BUNDLE names; PEER_THREADS threads a run, ONNX Runtime's choice if 0."""
+    """The graph of the bundle PEER_BUNDLE, with PEER_THREADS threads; 0: ONNX Runtime's default."""
 
     def __init__(self, precision: str = "fp32") -> None:
         bundle = Path(os.environ["PEER_BUNDLE"])
@@ -38,7 +38,7 @@ class Network:
         )
 
     def pixels(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """The square that the graph takes: uint8 [size, size, 3]."""
+        """Crop and resize an image: uint8 [size, size, 3]."""
         preprocess = self.manifest["preprocess"]
         image, size = image.convert("RGB"), preprocess["size"]
         side = min(image.size) * preprocess["crop"]
@@ -46,9 +46,9 @@ class Network:
         box = (left, top, left + side, top + side)
         return np.asarray(image.resize((size, size), FILTERS[preprocess["interpolation"]], box=box))
 
-    def __call__(self, squares: Sequence[npt.NDArray[np.uint8]]) -> list[dict[str, Any]]:
-        """One run of the graph; an answer for each square."""
-        (logits,) = self.session.run(["logits"], {"pixels": np.stack(squares)})
+    def __call__(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[dict[str, Any]]:
+        """Run the graph once; an answer for each image: uint8 [size, size, 3] each."""
+        (logits,) = self.session.run(["logits"], {"pixels": np.stack(images)})
         scaled = logits / self.manifest["temperature"]
         powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         return [self._best(row) for row in powers / powers.sum(axis=1, keepdims=True)]

@@ -1,4 +1,4 @@
-"""What the scoring peers share: their options, and the table that they write. Standard library."""
+"""Shared by the scoring peers: options and the CSV table. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def options(description: str | None) -> argparse.ArgumentParser:
-    """The options that every peer has."""
+def option_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of every scoring peer."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("photos", type=Path, help="a folder")
-    parser.add_argument("--network", type=Path, required=True, help="as score_network.py wrote it")
+    parser.add_argument("--network", type=Path, required=True, help="written by score_network.py")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--channels-last", action="store_true")
@@ -21,7 +21,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 
 def write(path: Path, rows: Iterable[tuple[str, str, float]]) -> None:
-    """A row a photo: path, label, probability."""
+    """Write a row for each photo: path, label, probability."""
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
         out.writerow(["path", "label", "probability"])

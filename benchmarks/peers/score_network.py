@@ -1,11 +1,11 @@
-"""The trained network for timm and for transformers: a run's own in two other shapes.
+"""Convert a run's network for timm and transformers, and check that the logits are the same.
 
     OUT/timm.pth      weights of timm's mobilenetv2_100
-    OUT/hf/           a folder as `save_pretrained` writes it: MobileNetV2ForImageClassification
+    OUT/hf/           MobileNetV2ForImageClassification, written by `save_pretrained`
     OUT/network.json  labels, preprocessing
 
-All have the same layers in the same order, so weights go over one by one; that all give the same
-logits is checked here. Only a mobilenet_v2 with a linear head fits.
+All three have the same layers in the same order, so the tensors are copied one by one. Only a
+mobilenet_v2 with a linear head can be converted.
 """
 
 from __future__ import annotations
@@ -31,55 +31,56 @@ TOLERANCE = 1e-3
 
 
 def main() -> None:
-    """Write both, or say why not."""
+    """Write both networks, or exit with the reason."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    chosen = parser.parse_args()
-    classifier, info = checkpoint.load(chosen.run)
+    options = parser.parse_args()
+    classifier, info = checkpoint.load(options.run)
     if info.arch != "mobilenet_v2" or info.arch_args or info.head.get("kind") != "linear":
-        sys.exit(f"{chosen.run} is no mobilenet_v2 with a linear head: timm has no such network")
-    chosen.out.mkdir(parents=True, exist_ok=True)
+        sys.exit(f"{options.run} is not a mobilenet_v2 with a linear head: timm lacks it")
+    options.out.mkdir(parents=True, exist_ok=True)
     classes = len(info.classes)
-    names = dict(enumerate(info.classes))
+    id2label = dict(enumerate(info.classes))
     config = MobileNetV2Config(
         num_labels=classes,
-        id2label=names,
-        label2id={name: number for number, name in names.items()},
+        id2label=id2label,
+        label2id={name: number for number, name in id2label.items()},
         tf_padding=False,
         layer_norm_eps=1e-5,
         image_size=info.preprocess.size,
     )
-    theirs = timm.create_model("mobilenetv2_100", num_classes=classes).eval()
-    wrapped = MobileNetV2ForImageClassification(config).eval()
+    timm_network = timm.create_model("mobilenetv2_100", num_classes=classes).eval()
+    hf_network = MobileNetV2ForImageClassification(config).eval()
     pixels = torch.randn(4, 3, info.preprocess.size, info.preprocess.size)
     with torch.inference_mode():
         expected: Tensor = classifier(pixels)
-        for network in (theirs, wrapped):
-            carry_over(classifier, network)
-        for name, found in (("timm", theirs(pixels)), ("transformers", wrapped(pixels).logits)):
-            off = float((found - expected).abs().max())
-            if off > TOLERANCE:
-                sys.exit(f"{name} computes something else: logits are off by {off:.2g}")
-    torch.save(theirs.state_dict(), chosen.out / "timm.pth")
-    wrapped.save_pretrained(chosen.out / "hf")
+        for network in (timm_network, hf_network):
+            copy_weights(classifier, network)
+        outputs = {"timm": timm_network(pixels), "transformers": hf_network(pixels).logits}
+        for name, logits in outputs.items():
+            difference = float((logits - expected).abs().max())
+            if difference > TOLERANCE:
+                sys.exit(f"{name}: the logits differ from the run's by {difference:.2g}")
+    torch.save(timm_network.state_dict(), options.out / "timm.pth")
+    hf_network.save_pretrained(options.out / "hf")
     size = info.preprocess.size
     MobileNetV2ImageProcessor(
         size={"shortest_edge": round(size / info.preprocess.crop)},
         crop_size={"height": size, "width": size},
         image_mean=list(info.preprocess.mean),
         image_std=list(info.preprocess.std),
-    ).save_pretrained(chosen.out / "hf")
-    about = {"labels": info.classes, "run": str(chosen.run), **asdict(info.preprocess)}
-    (chosen.out / "network.json").write_text(json.dumps(about, indent=2) + "\n")
+    ).save_pretrained(options.out / "hf")
+    about = {"labels": info.classes, "run": str(options.run), **asdict(info.preprocess)}
+    (options.out / "network.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-def carry_over(ours: nn.Module, other: nn.Module) -> None:
-    """Copy every weight and statistic in order; the shapes have to agree."""
-    mine, keys = list(ours.state_dict().values()), list(other.state_dict())
-    if len(mine) != len(keys):
-        sys.exit(f"{len(mine)} tensors here, {len(keys)} there")
-    other.load_state_dict(dict(zip(keys, mine, strict=True)))
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copy all parameters and buffers in their order; the shapes must agree."""
+    tensors, keys = list(source.state_dict().values()), list(target.state_dict())
+    if len(tensors) != len(keys):
+        sys.exit(f"the run has {len(tensors)} tensors, the other network {len(keys)}")
+    target.load_state_dict(dict(zip(keys, tensors, strict=True)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""timm, as its script `inference.py` scores a folder: the package has the parts, not the script.
+"""timm, with the calls of its script `inference.py`, which is not part of the package.
 
-A short program that makes the calls which the script in timm's repository makes, and which
-https://huggingface.co/docs/timm describes: `create_model` with a checkpoint, `create_dataset` on a
-folder, `create_loader` with the prefetcher and the data configuration, softmax and the best class
-of each batch, one table at the end.
+As described in https://huggingface.co/docs/timm: `create_model` with a checkpoint, `create_dataset`
+on a folder, `create_loader` with the prefetcher and the data configuration, softmax and the best
+class of each batch, one table at the end.
 """
 
 from __future__ import annotations
@@ -12,44 +11,44 @@ import json
 
 import timm
 import torch
-from score_common import options, write
+from score_common import option_parser, write
 from timm.data import create_dataset, create_loader, resolve_data_config
 
 
 def main() -> None:
-    """Score, then write."""
-    chosen = options(__doc__).parse_args()
-    about = json.loads((chosen.network / "network.json").read_text())
-    labels = about["labels"]
+    """Score the folder, then write the table."""
+    options = option_parser(__doc__).parse_args()
+    network = json.loads((options.network / "network.json").read_text())
+    labels = network["labels"]
     model = timm.create_model(
         "mobilenetv2_100",
         num_classes=len(labels),
-        checkpoint_path=str(chosen.network / "timm.pth"),
+        checkpoint_path=str(options.network / "timm.pth"),
     ).eval()
-    if chosen.channels_last:
+    if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    stated = {
-        "input_size": (3, about["size"], about["size"]),
-        "crop_pct": about["crop"],
-        **{key: about[key] for key in ("interpolation", "mean", "std")},
+    data_config = {
+        "input_size": (3, network["size"], network["size"]),
+        "crop_pct": network["crop"],
+        **{key: network[key] for key in ("interpolation", "mean", "std")},
     }
-    dataset = create_dataset("", root=str(chosen.photos), split="validation")
+    dataset = create_dataset("", root=str(options.photos), split="validation")
     loader = create_loader(
         dataset,
-        batch_size=chosen.batch,
+        batch_size=options.batch,
         use_prefetcher=True,
-        num_workers=chosen.workers,
+        num_workers=options.workers,
         device=torch.device("cpu"),
-        **resolve_data_config(stated, model=model),
+        **resolve_data_config(data_config, model=model),
     )
-    found: list[tuple[str, float]] = []
+    answers: list[tuple[str, float]] = []
     with torch.inference_mode():
         for images, _ in loader:
             best = model(images).softmax(-1).max(dim=-1)
-            chosen_labels = [labels[index] for index in best.indices.tolist()]
-            found += zip(chosen_labels, best.values.tolist(), strict=True)
-    names = dataset.filenames(absolute=True)
-    write(chosen.out, ((str(name), *one) for name, one in zip(names, found, strict=True)))
+            names = [labels[index] for index in best.indices.tolist()]
+            answers += zip(names, best.values.tolist(), strict=True)
+    paths = dataset.filenames(absolute=True)
+    write(options.out, ((str(path), *one) for path, one in zip(paths, answers, strict=True)))
 
 
 if __name__ == "__main__":

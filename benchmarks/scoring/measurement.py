@@ -1,4 +1,4 @@
-"""One competitor, one setting, one round: a short job and a long one, and every answer checked."""
+"""Measure one competitor in one setting: a short job and a long one, with checked answers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.scoring import photos as score_photos
 from benchmarks.scoring import processes
-from benchmarks.scoring.peers import ALL, Peer, Setting
-from benchmarks.scoring.processes import Ran
+from benchmarks.scoring.peers import PEERS, Peer, Setting
+from benchmarks.scoring.photos import link
+from benchmarks.scoring.processes import Usage
 
 SHORT = 8
-"""The short job has this part of the long one's photos."""
+"""The short job has 1 / SHORT of the long job's photos."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """What all measurements of one benchmark have in common.
+class Context:
+    """Settings that all measurements of one race share.
 
-    labels: the bare loop's best label of each photo, by precision. images: of the long job.
-    network: the run's in the shapes of timm and transformers, where they take part.
-    fastest: the precision that `default` stands for. batch: Fledge's own, as the bundle has it.
+    Attributes:
+        bundle: To score with.
+        run: That it was exported from, if a peer needs it.
+        network: Folder with the run's network for timm and transformers, if they take part.
+        photos: All of them.
+        labels: By precision, the best label of each photo by path, computed by the bare loop.
+        images: Number of photos of the long job.
+        threads: Cores.
+        peers_python: Interpreter of the peers' environment.
+        fastest: Precision that `default` stands for.
+        batch: Batch size of the bare loop: Fledge's, from the bundle.
+        out: Folder of the results.
     """
 
     bundle: Path
@@ -42,17 +51,26 @@ class Place:
     out: Path
 
     def precision(self, peer: Peer) -> str:
-        """The one that a competitor is asked for, or has by default."""
+        """The precision of a competitor: `fp32` or `int8`."""
         return self.fastest if peer.precision == "default" else peer.precision
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came out; a line of results.jsonl.
+    """Results of a measurement; a line of results.jsonl.
 
-    images, seconds, cpu: of the long job, from the start of its process to its end; `short_` of
-    the short one. cpu: seconds of the processor. peak: MB, of the long job. others: answers whose
-    best label is not that of the bare loop.
+    Attributes:
+        peer: Name of the competitor.
+        setting: Name of its setting.
+        round: Number of the round.
+        images: Photos of the long job.
+        seconds: Of the long job, from the start of its process to its end.
+        cpu: Seconds of CPU time of the long job.
+        short_images: Photos of the short job.
+        short_seconds: Of the short job.
+        short_cpu: Of the short job.
+        peak: The most MB of the long job.
+        others: Photos of the long job with another best label than the bare loop's.
     """
 
     peer: str
@@ -69,70 +87,74 @@ class Row:
 
     @property
     def rate(self) -> float:
-        """Images a second, of those that the long job has more: starting and ending cancel out."""
+        """Additional images of the long job per additional second: start and end cancel out."""
         return (self.images - self.short_images) / (self.seconds - self.short_seconds)
 
     @property
     def start(self) -> float:
-        """Seconds of a job without photos: what starting and ending take."""
+        """Seconds of start and end: the extrapolated time of a job without photos."""
         return self.seconds - self.images / self.rate
 
     @property
     def cpu_ms(self) -> float:
-        """Milliseconds of the processor for one more image."""
+        """Milliseconds of CPU time per additional image."""
         return 1000 * (self.cpu - self.short_cpu) / (self.images - self.short_images)
 
 
-def measure(peer: Peer, setting: Setting, turn: int, place: Place) -> Row:
+def measure(peer: Peer, setting: Setting, number: int, context: Context) -> Row:
     """Run both jobs.
 
     Raises:
-        score_process.Failed: One ended with an error, or gave too few answers.
+        processes.Failed: A job failed, or wrote too few rows.
     """
-    images = max(SHORT, round(place.images * peer.part))
-    short, _ = job(peer, setting, images // SHORT, place)
-    long, answers = job(peer, setting, images, place)
-    known = place.labels[place.precision(peer)]
-    others = sum(known[photo] != label for photo, label in answers)
+    images = max(SHORT, round(context.images * peer.part))
+    short, _ = job(peer, setting, images // SHORT, context)
+    long, answers = job(peer, setting, images, context)
+    expected = context.labels[context.precision(peer)]
+    others = sum(expected[photo] != label for photo, label in answers)
     return Row(
-        *(peer.name, setting.name, turn, images, long.seconds, long.cpu),
+        *(peer.name, setting.name, number, images, long.seconds, long.cpu),
         *(images // SHORT, short.seconds, short.cpu, long.peak, others),
     )
 
 
 def job(
-    peer: Peer, setting: Setting, images: int, place: Place
-) -> tuple[Ran, list[tuple[str, str]]]:
-    """Score so many photos: what it took, and photo and best label of each."""
-    photos = score_photos.linked(list(place.photos), images, place.out / "photos" / str(images))
+    peer: Peer, setting: Setting, images: int, context: Context
+) -> tuple[Usage, list[tuple[str, str]]]:
+    """Score `images` photos; returns the resources used, and (photo, best label) of each."""
+    photos = link(list(context.photos), images, context.out / "photos" / str(images))
     name = f"{peer.name}-setting{peer.settings.index(setting)}-{images}"
-    out = place.out / "tables" / f"{name}.csv"
-    shutil.rmtree(out.parent, ignore_errors=True)  # what an interrupted one has left is not used
+    out = context.out / "tables" / f"{name}.csv"
+    shutil.rmtree(out.parent, ignore_errors=True)  # remove the table of an interrupted job
     out.parent.mkdir(parents=True)
     values = {
-        **{"photos": photos, "out": out, "bundle": place.bundle, "run": place.run},
-        **{"network": place.network, "threads": place.threads, "precision": place.precision(peer)},
-        **{"python": sys.executable, "peers": place.peers_python, "batch": place.batch},
+        **{"photos": photos, "out": out, "bundle": context.bundle, "run": context.run},
+        **{
+            "network": context.network,
+            "threads": context.threads,
+            "precision": context.precision(peer),
+        },
+        **{"python": sys.executable, "peers": context.peers_python, "batch": context.batch},
     }
-    log = place.out / "logs" / f"{name}.log"
-    ran = processes.run(setting.filled(values), machine.environment(), log)
-    answers = table(out)
+    log = context.out / "logs" / f"{name}.log"
+    usage = processes.run(setting.filled(values), machine.environment(), log)
+    answers = read_table(out)
     if len(answers) != images:
-        raise processes.Failed(f"{name} gave {len(answers)} answers for {images} photos")
-    return ran, answers
+        raise processes.Failed(f"{name} wrote {len(answers)} rows for {images} photos")
+    return usage, answers
 
 
-def table(path: Path) -> list[tuple[str, str]]:
-    """Photo and best label of each row, the photo by what its link points at."""
+def read_table(path: Path) -> list[tuple[str, str]]:
+    """(photo, best label) of each row; the photo is the target of its link."""
     with path.open(newline="", encoding="utf-8") as file:
         return [(str(Path(row["path"]).resolve()), row["label"]) for row in csv.DictReader(file)]
 
 
-def labels(place: Place, peer: Peer) -> dict[str, str]:
-    """The bare loop's best label of each photo, at the precision of `peer`; kept in `out`."""
-    path = place.out / f"labels-{place.precision(peer)}.json"
+def labels(context: Context, peer: Peer) -> dict[str, str]:
+    """The bare loop's best label of each photo at the precision of `peer`; cached in `out`."""
+    path = context.out / f"labels-{context.precision(peer)}.json"
     if not path.exists():
-        bare = ALL["limit" if peer.precision == "default" else "limit-fp32"]
-        _, answers = job(bare, bare.settings[0], len(place.photos), place)
+        limit = PEERS["limit" if peer.precision == "default" else "limit-fp32"]
+        _, answers = job(limit, limit.settings[0], len(context.photos), context)
         path.write_text(json.dumps(dict(answers)))
     return dict(json.loads(path.read_text()))

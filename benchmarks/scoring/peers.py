@@ -1,4 +1,4 @@
-"""The competitors: how each scores a folder."""
+"""The competitors of the scoring race: commands and settings."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from benchmarks.serving.peers import PROGRAMS, ROOT
+from benchmarks.machine import PEERS_FOLDER, ROOT
 
 
 @dataclass(frozen=True)
 class Setting:
     """One way to run a competitor.
 
-    command: `{photos}`, `{out}`, `{bundle}`, `{run}`, `{network}`, `{threads}`, `{batch}`,
-        `{precision}`,
-        `{python}` and `{peers}`, the interpreter of the peers' environment, are filled in.
+    command: Template with the fields `{photos}`, `{out}`, `{bundle}`, `{run}`, `{network}`,
+        `{threads}`, `{batch}`, `{precision}`, `{python}` and `{peers}`, the interpreter of the
+        peers' environment.
     """
 
     name: str
     command: tuple[str, ...]
 
     def filled(self, values: Mapping[str, object]) -> list[str]:
-        """The command with everything in its place."""
+        """The command with the template fields filled in."""
         return [word.format_map(values) for word in self.command]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A competitor. Of several settings all are measured, and the fastest counts.
+    """A competitor. All of its settings are measured; the tables show the fastest.
 
-    precision: fp32, or `default` for the bundle's fastest, int8 where it has that.
-    part: of the photos; those that take long score fewer.
+    precision: fp32, or `default` for the bundle's fastest: int8 if the bundle has it.
+    part: Fraction of the photos to score; slow competitors score fewer.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Peer:
 
     @property
     def limit(self) -> bool:
-        """Whether it is no tool but the bare loop."""
+        """Whether it is the in-process loop, without a tool."""
         return self.name.startswith("limit")
 
 
@@ -51,7 +51,7 @@ _FLEDGE = (
     *("--out", "{out}"),
 )
 _BARE = (
-    *("{python}", str(PROGRAMS / "bare_score.py"), "{photos}", "--bundle", "{bundle}"),
+    *("{python}", str(PEERS_FOLDER / "bare_score.py"), "{photos}", "--bundle", "{bundle}"),
     *("--precision", "{precision}", "--batch", "{batch}", "--out", "{out}"),
 )
 _LIMITS = (
@@ -61,26 +61,26 @@ _LIMITS = (
 
 
 def _program(name: str, network: str, python: str) -> tuple[str, ...]:
-    program = str(PROGRAMS / f"score_{name}.py")
+    program = str(PEERS_FOLDER / f"score_{name}.py")
     return (python, program, "{photos}", "--network", network, "--out", "{out}")
 
 
-def _settings(program: tuple[str, ...], other: str, *words: str) -> tuple[Setting, ...]:
-    """What their documentation leaves to whoever uses them: two ways that differ much."""
-    each = ("--workers", "{threads}", "--batch", "64")
+def _settings(program: tuple[str, ...], other: str, *arguments: str) -> tuple[Setting, ...]:
+    """Two settings that differ much, since the documentation recommends none."""
+    per_core = ("--workers", "{threads}", "--batch", "64")
     return (
-        Setting("a worker a core, batches of 64", (*program, *each)),
-        Setting(f"{other}, batches of 8", (*program, *words, "--batch", "8")),
+        Setting("a worker a core, batches of 64", (*program, *per_core)),
+        Setting(f"{other}, batches of 8", (*program, *arguments, "--batch", "8")),
     )
 
 
-_LAST = ("one worker, channels-last", "--workers", "1", "--channels-last")
-_TORCH = _settings(_program("torch", "{run}", "{python}"), *_LAST)
-_TIMM = _settings(_program("timm", "{network}", "{peers}"), *_LAST)
+_CHANNELS_LAST = ("one worker, channels-last", "--workers", "1", "--channels-last")
+_TORCH = _settings(_program("torch", "{run}", "{python}"), *_CHANNELS_LAST)
+_TIMM = _settings(_program("timm", "{network}", "{peers}"), *_CHANNELS_LAST)
 _TRANSFORMERS = _settings(
     _program("transformers", "{network}", "{peers}"), "no worker", "--workers", "0"
 )
-_SLOW: Final = 0.25
+_SLOW: Final = 0.25  # fraction of the photos
 
 _PEERS: Final = (
     Peer(
@@ -96,8 +96,8 @@ _PEERS: Final = (
     Peer("fledge", "`fledge score`", "default", (Setting("as it comes", _FLEDGE),)),
     Peer("limit", "*in-process limit*", "default", _LIMITS),
 )
-ALL: Final = {peer.name: peer for peer in _PEERS}
-ELSEWHERE: Final = ("timm", "transformers")
-"""Those that need the peers' environment."""
-EAGER: Final = ("torch", *ELSEWHERE)
-"""Those that need the run."""
+PEERS: Final = {peer.name: peer for peer in _PEERS}
+IN_PEER_ENVIRONMENT: Final = ("timm", "transformers")
+"""Names of the peers that run in the peers' virtual environment."""
+NEED_RUN: Final = ("torch", *IN_PEER_ENVIRONMENT)
+"""Names of the peers that score with the run's checkpoint, so that they need --run."""

@@ -1,4 +1,4 @@
-"""Folders of links to photos: as many as are asked for, of as few as there are."""
+"""Folders with a given number of symbolic links to photos, which repeat if there are fewer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SUFFIXES: Final = (".jpg", ".jpeg")
 
 
 def find(folder: Path) -> list[Path]:
-    """The JPEGs of a folder and of those below it.
+    """The JPEGs of a folder and its subfolders.
 
     Raises:
         SystemExit: There are none.
@@ -22,18 +22,18 @@ def find(folder: Path) -> list[Path]:
 
 
 def spread(photos: list[Path], count: int) -> list[Path]:
-    """`count` photos spread evenly over those there are; all of them again and again for more."""
-    whole, rest = divmod(count, len(photos))
-    return photos * whole + [photos[i * len(photos) // rest] for i in range(rest)]
+    """`count` photos spread evenly over `photos`, which are repeated if there are fewer."""
+    repeats, rest = divmod(count, len(photos))
+    return photos * repeats + [photos[i * len(photos) // rest] for i in range(rest)]
 
 
-def linked(photos: list[Path], count: int, folder: Path) -> Path:
-    """A folder of `count` links, in one level; kept from call to call."""
-    done = folder.with_suffix(".whole")
-    if not done.exists():
+def link(photos: list[Path], count: int, folder: Path) -> Path:
+    """Create a flat folder of `count` links, or reuse it."""
+    complete = folder.with_suffix(".whole")
+    if not complete.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for number, photo in enumerate(spread(photos, count)):
             (folder / f"{number:07}{photo.suffix.lower()}").symlink_to(photo)
-        done.touch()
+        complete.touch()
     return folder

@@ -1,4 +1,4 @@
-"""A command that is run to its end, and weighed on the way."""
+"""Run a command to its end and measure its time, CPU time and memory."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Final
 import psutil
 
 MB: Final = 1e6
-_TICK: Final = 0.1
+_SAMPLE_INTERVAL: Final = 0.1
 
 
 class Failed(Exception):
-    """It ended with an error; the message names its log."""
+    """A command failed; the message names its log."""
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What a command took.
+class Usage:
+    """Resources that a command used.
 
-    seconds: from its start to its end. cpu: seconds of the processor, of all its processes.
-    memory: (seconds since the start, MB of all its processes), ten times a second: resident sets
-        added up, so that what processes share counts once for each.
+    seconds: From its start to its end. cpu: Seconds of CPU time of all its processes.
+    memory: (seconds since the start, MB), sampled ten times a second: the sum of the resident set
+        sizes of all its processes, in which shared pages count once per process.
     """
 
     seconds: float
@@ -41,11 +41,11 @@ class Ran:
         return max((size for _, size in self.memory), default=0.0)
 
 
-def run(command: Sequence[str], env: Mapping[str, str], log: Path) -> Ran:
-    """Run it; what it says goes into `log`. On any way out nothing of it is left running.
+def run(command: Sequence[str], env: Mapping[str, str], log: Path) -> Usage:
+    """Run a command with its output in `log`; its process group is killed on any exit.
 
     Raises:
-        Failed: It ended with an error.
+        Failed: Its exit status was not 0.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     memory: list[tuple[float, float]] = []
@@ -66,24 +66,25 @@ def run(command: Sequence[str], env: Mapping[str, str], log: Path) -> Ran:
     if status:
         tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-12:])
         raise Failed(f"{log.stem} ended with status {status}; {log} ends:\n{tail}")
-    cpu = sum(after[2:4]) - sum(before[2:4])  # of children that ended, and of theirs
-    return Ran(seconds, cpu, tuple(memory))
+    cpu = sum(after[2:4]) - sum(before[2:4])  # times of ended children and their descendants
+    return Usage(seconds, cpu, tuple(memory))
 
 
 def _watch(
     process: subprocess.Popen[bytes], started: float, memory: list[tuple[float, float]]
 ) -> int:
     while True:
-        memory.append((time.perf_counter() - started, _size(process.pid)))
+        memory.append((time.perf_counter() - started, _resident(process.pid)))
         with suppress(subprocess.TimeoutExpired):
-            return process.wait(_TICK)
+            return process.wait(_SAMPLE_INTERVAL)
 
 
-def _size(pid: int) -> float:
-    found = 0.0
+def _resident(pid: int) -> float:
+    """MB of a process and its descendants; 0 after their end."""
+    total = 0.0
     with suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
-        for one in (root, *root.children(recursive=True)):
+        for member in (root, *root.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
-                found += one.memory_info().rss / MB
-    return found
+                total += member.memory_info().rss / MB
+    return total

@@ -1,7 +1,7 @@
-"""Callers that ask over and over on connections that stay open, and what they were answered.
+"""Closed-loop HTTP load: concurrent callers on persistent connections, latencies, answers.
 
-One event loop, sockets without a client library, requests that were built before: the callers
-stand on the cores of the server that they measure, so they have to be light.
+The callers share the cores with the measured server, so they must be cheap: one event loop, raw
+sockets without a client library, requests that are built beforehand.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import httptools
 if TYPE_CHECKING:
     from benchmarks.serving.processes import Meter
 
-LOOK: Final = 0.25
-"""Seconds between two looks at the server's memory."""
-PATIENCE: Final = 20.0
-"""Seconds that an answer may still take when the time is over."""
-_PAUSE: Final = 0.05
+SAMPLE_INTERVAL: Final = 0.25
+"""Seconds between two samples of the server's memory."""
+DRAIN_TIMEOUT: Final = 20.0
+"""Seconds to wait for open requests after the measured window, and for the first answer."""
+_RECONNECT_DELAY: Final = 0.05
 
 
 class Answer(NamedTuple):
-    """at: the moment at which its last byte came; seconds: since its request was written."""
+    """An answer. at: when its last byte arrived. seconds: since its request was written."""
 
     at: float
     seconds: float
@@ -38,11 +38,11 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """What came while it was measured.
+    """Answers in the measured window.
 
-    seconds: how long that was. answers: whose last byte came within. lost: requests without an
-    answer: connections that broke or could not be had, and what was still unanswered long after.
-    own_cpu: seconds of the processor that the callers themselves took.
+    seconds: Its length. answers: Those whose last byte arrived within it. lost: Requests without an
+    answer: failed or broken connections, and requests still open after `DRAIN_TIMEOUT`. own_cpu:
+    CPU seconds of the callers themselves.
     """
 
     seconds: float
@@ -52,82 +52,82 @@ class Window:
 
 
 class Load:
-    """Callers of one server. Each asks for the next photo as soon as it has its answer."""
+    """Callers of one server. Each sends its next request as soon as it has its answer."""
 
     def __init__(self, port: int, requests: Sequence[bytes]) -> None:
-        """`requests`: whole HTTP/1.1 requests, sent in turn; a photo is the index of its own."""
+        """`requests`: complete HTTP/1.1 requests, sent in turn; `Answer.photo` is the index."""
         self._port = port
         self._requests = requests
-        self._asked = 0
-        self._over = False
+        self._sent = 0
+        self._ended = False
         self._first = asyncio.Event()
         self._answers: list[Answer] = []
         self._lost: list[float] = []
 
     async def run(self, callers: int, warm: float, seconds: float, meter: Meter) -> Window:
-        """Ask until there is an answer, `warm` seconds more, and then for `seconds` that count.
+        """Send load until the first answer, for `warm` seconds, then for `seconds` measured ones.
 
-        There is no gap between them. What is on its way at either end belongs to the moment at
-        which it is answered, so neither end favours slow servers or fast ones.
+        There is no pause in between. A request that is open at either end of the window counts if
+        its answer arrives within, so that neither slow nor fast servers gain at the ends.
         """
         tasks = [asyncio.create_task(self._call()) for _ in range(callers)]
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._first.wait(), PATIENCE)
+            await asyncio.wait_for(self._first.wait(), DRAIN_TIMEOUT)
         await asyncio.sleep(warm)
         meter.start()
-        own, begun = time.process_time(), time.perf_counter()
+        own_cpu, begun = time.process_time(), time.perf_counter()
         while (left := begun + seconds - time.perf_counter()) > 0:
-            await asyncio.sleep(min(left, LOOK))
-            meter.look()
+            await asyncio.sleep(min(left, SAMPLE_INTERVAL))
+            meter.sample()
         ended = time.perf_counter()
-        own = time.process_time() - own
+        own_cpu = time.process_time() - own_cpu
         meter.stop()
-        self._over = True
-        _, stuck = await asyncio.wait(tasks, timeout=PATIENCE)
-        for task in stuck:
+        self._ended = True
+        _, unanswered = await asyncio.wait(tasks, timeout=DRAIN_TIMEOUT)
+        for task in unanswered:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         answers = [answer for answer in self._answers if begun <= answer.at <= ended]
-        lost = sum(begun <= at <= ended for at in self._lost) + len(stuck)
-        return Window(ended - begun, answers, lost, own)
+        lost = sum(begun <= at <= ended for at in self._lost) + len(unanswered)
+        return Window(ended - begun, answers, lost, own_cpu)
 
     def next(self) -> tuple[int, bytes] | None:
-        """The next photo and its request; None when the time is over."""
-        if self._over:
+        """The next photo and its request; None after the end of the window."""
+        if self._ended:
             return None
-        photo = self._asked % len(self._requests)
-        self._asked += 1
+        photo = self._sent % len(self._requests)
+        self._sent += 1
         return photo, self._requests[photo]
 
-    def answered(self, answer: Answer) -> None:
-        """A caller has an answer."""
+    def add_answer(self, answer: Answer) -> None:
+        """Record an answer."""
         self._first.set()
         self._answers.append(answer)
 
-    def missed(self) -> None:
-        """A caller will have none."""
+    def add_lost(self) -> None:
+        """Record a request that got no answer."""
         self._lost.append(time.perf_counter())
 
     async def _call(self) -> None:
-        """One caller: a connection, and another one when that is gone."""
+        """One caller; reconnects when its connection closes."""
         loop = asyncio.get_running_loop()
-        while not self._over:
+        while not self._ended:
             try:
-                transport, line = await loop.create_connection(
-                    lambda: _Line(self), "127.0.0.1", self._port
+                transport, connection = await loop.create_connection(
+                    lambda: _Connection(self), "127.0.0.1", self._port
                 )
             except OSError:
-                self.missed()
-                await asyncio.sleep(_PAUSE)
+                self.add_lost()
+                await asyncio.sleep(_RECONNECT_DELAY)
                 continue
             try:
-                await line.closed
+                await connection.closed
             finally:
                 transport.abort()
 
 
-class _Line(asyncio.Protocol):
-    """One connection: a request, its answer, the next request."""
+class _Connection(asyncio.Protocol):
+    """One connection: sends a request, reads its answer, sends the next."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
@@ -137,14 +137,14 @@ class _Line(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
-        self._ask()
+        self._send_next()
 
-    def _ask(self) -> None:
-        taken = self._load.next()
-        if taken is None:
+    def _send_next(self) -> None:
+        following = self._load.next()
+        if following is None:
             self._transport.close()
             return
-        self._photo, request = taken
+        self._photo, request = following
         self._body: list[bytes] = []
         self._waiting = True
         self._started = time.perf_counter()
@@ -162,7 +162,7 @@ class _Line(asyncio.Protocol):
     def on_message_complete(self) -> None:
         now = time.perf_counter()
         self._waiting = False
-        self._load.answered(
+        self._load.add_answer(
             Answer(
                 now,
                 now - self._started,
@@ -172,19 +172,19 @@ class _Line(asyncio.Protocol):
             )
         )
         if self._parser.should_keep_alive():
-            self._ask()
+            self._send_next()
         else:
             self._transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._waiting:
-            self._load.missed()
+            self._load.add_lost()
         if not self.closed.done():
             self.closed.set_result(None)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of all do not exceed; nan of none."""
+    """The smallest value that at least `share` of all values do not exceed; nan without values."""
     if not values:
         return math.nan
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

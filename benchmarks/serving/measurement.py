@@ -1,4 +1,4 @@
-"""One competitor, one setting, one round: started, asked by few and by many, answers checked."""
+"""Measure one competitor in one setting: start it, send load, check its answers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from typing import Any, Final
 import uvloop
 
 from benchmarks import machine
-from benchmarks.serving import photos as serve_photos
-from benchmarks.serving import processes as serve_process
+from benchmarks.machine import PEERS_FOLDER
 from benchmarks.serving.load_generator import Load, Window, percentile
-from benchmarks.serving.peers import PROGRAMS, Peer, Setting
+from benchmarks.serving.peers import Peer, Setting
+from benchmarks.serving.photos import requests
+from benchmarks.serving.processes import Failed, Meter, free_port, serving
 
 ROUTE: Final = "/predict"
 
 
 @dataclass(frozen=True)
-class Place:
-    """What all measurements of one benchmark have in common.
+class Context:
+    """Settings that all measurements of one race share.
 
-    labels: the in-process computation's best label of each photo, by precision.
+    labels: By precision, the best label of each photo, computed in process.
     """
 
     bundle: Path
@@ -42,12 +43,24 @@ class Place:
 
 @dataclass(frozen=True)
 class Row:
-    """What came out with a number of callers; a line of results.jsonl.
+    """Results with one number of callers; a line of results.jsonl.
 
-    p50, p99, cpu, own_cpu: milliseconds, the last two of the processor an answer: of the server's
-    processes, of the callers. rest, peak: MB. errors: requests without a good answer.
-    others: good answers whose best label is not that of the in-process computation.
-    start: seconds until it was ready. A limit has processes where others have callers.
+    Attributes:
+        peer: Name of the competitor.
+        setting: Name of its setting.
+        round: Number of the round.
+        callers: Concurrent callers; of the in-process limit, processes.
+        answers: Number of answers with status 200.
+        rps: Those answers per second.
+        p50: Median latency in ms.
+        p99: 99th percentile of the latency in ms.
+        cpu: ms of CPU time per answer, of all server processes.
+        own_cpu: ms of CPU time per answer, of the callers.
+        rest: MB of memory when the server was ready.
+        peak: The most MB.
+        errors: Requests without an answer of status 200.
+        others: Answers of status 200 with another best label than computed in process.
+        start: Seconds until the server was ready.
     """
 
     peer: str
@@ -67,39 +80,42 @@ class Row:
     start: float = 0.0
 
 
-def measure(peer: Peer, setting: Setting, turn: int, place: Place) -> list[Row]:
-    """A row for each number of callers.
+def measure(peer: Peer, setting: Setting, number: int, context: Context) -> list[Row]:
+    """Measure with each number of callers; returns a row for each.
 
     Raises:
-        serve_process.Failed: It did not start.
+        Failed: The server did not become ready, or gave no answer of status 200.
     """
-    number = peer.settings.index(setting)
-    log = place.out / "logs" / f"{peer.name}-setting{number}-round{turn}.log"
+    index = peer.settings.index(setting)
+    log = context.out / "logs" / f"{peer.name}-setting{index}-round{number}.log"
     if peer.limit:
-        return [_bare(peer, setting, turn, callers, place, log) for callers in place.callers]
-    port = serve_process.free_port()
+        return [
+            _measure_limit(peer, setting, number, callers, context, log)
+            for callers in context.callers
+        ]
+    port = free_port()
     values = {
-        **{"port": port, "bundle": place.bundle, "threads": place.threads},
-        **{"python": sys.executable, "peers": place.peers_python},
+        **{"port": port, "bundle": context.bundle, "threads": context.threads},
+        **{"python": sys.executable, "peers": context.peers_python},
     }
-    command, chosen = setting.filled(values)
-    env = {**environment(place), **chosen}
-    asked = serve_photos.requests(place.photos, port, ROUTE, peer.form)
-    labels = place.labels[peer.precision]
+    command, variables = setting.filled(values)
+    env = {**environment(context), **variables}
+    bodies = requests(context.photos, port, ROUTE, peer.form)
+    labels = context.labels[peer.precision]
     rows = []
-    with serve_process.serving(command, env, port, peer.ready, log) as server:
-        rest = serve_process.Meter(server.pid).rest
-        for callers in place.callers:
-            meter = serve_process.Meter(server.pid)
-            load = Load(port, asked)
-            window = uvloop.run(load.run(callers, place.warm, place.seconds, meter))
+    with serving(command, env, port, peer.ready, log) as server:
+        rest = Meter(server.pid).rest
+        for callers in context.callers:
+            meter = Meter(server.pid)
+            load = Load(port, bodies)
+            window = uvloop.run(load.run(callers, context.warm, context.seconds, meter))
             good = [answer for answer in window.answers if answer.status == 200]
             if not good:
-                raise serve_process.Failed(f"{peer.name} gave no good answer; see {log}")
+                raise Failed(f"{peer.name} gave no answer of status 200; see {log}")
             others = sum(best_label(answer.body) != labels[answer.photo] for answer in good)
             rows.append(
                 Row(
-                    *(peer.name, setting.name, turn, callers, len(good)),
+                    *(peer.name, setting.name, number, callers, len(good)),
                     rps=len(good) / window.seconds,
                     **latencies([answer.seconds for answer in good]),
                     cpu=1000 * meter.cpu / max(1, len(good)),
@@ -114,19 +130,19 @@ def measure(peer: Peer, setting: Setting, turn: int, place: Place) -> list[Row]:
     return rows
 
 
-def environment(place: Place) -> dict[str, str]:
-    """Variables for every server alike."""
+def environment(context: Context) -> dict[str, str]:
+    """Environment variables of every server."""
     return {
         **machine.environment(),
         "BENTOML_DO_NOT_TRACK": "True",
-        "BENTOML_HOME": str(place.out / "bentoml"),
-        "PEER_BUNDLE": str(place.bundle),
-        "PEER_RUN": str(place.run or ""),
+        "BENTOML_HOME": str(context.out / "bentoml"),
+        "PEER_BUNDLE": str(context.bundle),
+        "PEER_RUN": str(context.run or ""),
     }
 
 
 def errors(window: Window) -> int:
-    """Requests that got no good answer."""
+    """Number of requests without an answer of status 200."""
     return window.lost + sum(answer.status != 200 for answer in window.answers)
 
 
@@ -136,41 +152,43 @@ def latencies(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def best_label(body: bytes) -> str:
-    """The first of the answer's predictions; a batchable service answers by a list of one."""
+    """The first predicted label, or "" if there is none; a batchable service returns a list."""
     try:
         answer = json.loads(body)
-        one = answer[0] if isinstance(answer, list) else answer
-        return str(one["predictions"][0]["label"])
+        first = answer[0] if isinstance(answer, list) else answer
+        return str(first["predictions"][0]["label"])
     except (ValueError, LookupError, TypeError):
         return ""
 
 
-def labels_of(place: Place, precision: str) -> list[str]:
-    """The best label of each photo by the in-process computation."""
-    told = subprocess.run(
-        [*_loop(place, precision), "--labels"],
-        env=environment(place),
+def labels_of(context: Context, precision: str) -> list[str]:
+    """The best label of each photo, computed in process."""
+    done = subprocess.run(
+        [*_loop(context, precision), "--labels"],
+        env=environment(context),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    return list(json.loads(told.stdout))
+    return list(json.loads(done.stdout))
 
 
-def _bare(peer: Peer, setting: Setting, turn: int, callers: int, place: Place, log: Path) -> Row:
-    """As many processes as there are callers, at most one a core; each a loop on one thread."""
-    count = min(callers, place.threads)
+def _measure_limit(
+    peer: Peer, setting: Setting, number: int, callers: int, context: Context, log: Path
+) -> Row:
+    """Run the in-process loop: a single-threaded process per caller, at most one per core."""
+    count = min(callers, context.threads)
     command = [
-        *_loop(place, precision_of(peer, place.bundle)),
-        *("--warm", str(place.warm), "--seconds", str(place.seconds)),
+        *_loop(context, precision_of(peer, context.bundle)),
+        *("--warm", str(context.warm), "--seconds", str(context.seconds)),
     ]
     log.parent.mkdir(parents=True, exist_ok=True)
-    told: list[dict[str, Any]] = []
+    outputs: list[dict[str, Any]] = []
     with log.open("w") as out:
         processes = [
             subprocess.Popen(
                 command,
-                env=environment(place),
+                env=environment(context),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=out,
@@ -181,32 +199,32 @@ def _bare(peer: Peer, setting: Setting, turn: int, callers: int, place: Place, l
         try:
             for process in processes:
                 if not process.stdout or process.stdout.readline() != "ready\n":
-                    raise serve_process.Failed(f"{peer.name} did not start; see {log}")
+                    raise Failed(f"{peer.name} did not start; see {log}")
             for process in processes:
                 assert process.stdin
                 process.stdin.write("\n")
                 process.stdin.flush()
-            told = [json.loads(process.communicate()[0]) for process in processes]
+            outputs = [json.loads(process.communicate()[0]) for process in processes]
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
-    seconds = [value for one in told for value in one["latencies"]]
+    seconds = [value for output in outputs for value in output["latencies"]]
     return Row(
-        *(peer.name, setting.name, turn, callers, len(seconds)),
-        rps=sum(len(one["latencies"]) / one["seconds"] for one in told),
+        *(peer.name, setting.name, number, callers, len(seconds)),
+        rps=sum(len(output["latencies"]) / output["seconds"] for output in outputs),
         **latencies(seconds),
-        cpu=1000 * sum(one["cpu"] for one in told) / max(1, len(seconds)),
+        cpu=1000 * sum(output["cpu"] for output in outputs) / max(1, len(seconds)),
     )
 
 
-def _loop(place: Place, precision: str) -> list[str]:
-    program = str(PROGRAMS / "in_process.py")
-    return [sys.executable, program, str(place.out / "photos.json"), "--precision", precision]
+def _loop(context: Context, precision: str) -> list[str]:
+    program = str(PEERS_FOLDER / "in_process.py")
+    return [sys.executable, program, str(context.out / "photos.json"), "--precision", precision]
 
 
 def precision_of(peer: Peer, bundle: Path) -> str:
-    """fp32, or what a service takes by default on a CPU."""
+    """fp32, or the precision that `fledge serve` chooses by default on a CPU."""
     manifest = json.loads((bundle / "manifest.json").read_text())
     fastest = "int8" if "int8" in manifest["precisions"] else "fp32"
     return fastest if peer.precision == "default" else "fp32"

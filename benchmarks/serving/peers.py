@@ -1,4 +1,4 @@
-"""The competitors: how each is started, and how it is asked."""
+"""The competitors of the serving race: commands, settings, and the form of a request."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from benchmarks.machine import ROOT
-
-PROGRAMS: Final = ROOT / "benchmarks" / "peers"
+from benchmarks.machine import PEERS_FOLDER, ROOT
 
 
 @dataclass(frozen=True)
 class Setting:
     """One way to run a competitor.
 
-    command, env: `{port}`, `{bundle}`, `{threads}`, `{python}` and `{peers}`, the interpreter of
-        the peers' environment, are filled in.
+    command, env: Templates with the fields `{port}`, `{bundle}`, `{threads}`, `{python}` and
+        `{peers}`, the interpreter of the peers' environment.
     """
 
     name: str
@@ -24,18 +22,18 @@ class Setting:
     env: Mapping[str, str] = field(default_factory=dict)
 
     def filled(self, values: Mapping[str, object]) -> tuple[list[str], dict[str, str]]:
-        """Command and environment variables with everything in its place."""
+        """Command and environment variables with the template fields filled in."""
         command = [word.format_map(values) for word in self.command]
         return command, {name: text.format_map(values) for name, text in self.env.items()}
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A competitor. Of several settings all are measured, and the fastest counts.
+    """A competitor. All of its settings are measured; the tables show the fastest.
 
-    precision: fp32, or `default` for the bundle's fastest, int8 where it has that.
-    ready: a path that answers 200 when it is.
-    form: the field of a multipart form; None sends the photo as the body.
+    precision: fp32, or `default` for the bundle's fastest: int8 if the bundle has it.
+    ready: Path that returns 200 when the server is ready; empty for the in-process limit.
+    form: Field of a multipart form; None sends the photo as the request body.
     """
 
     name: str
@@ -47,34 +45,34 @@ class Peer:
 
     @property
     def limit(self) -> bool:
-        """Whether it is no server but the bare loop."""
+        """Whether it is the in-process loop, without a server."""
         return not self.ready
 
 
 _FLEDGE = ("{python}", str(ROOT / "fledge.py"), "serve", "{bundle}", "--port", "{port}")
 _UVICORN = (
-    *("{peers}", "-m", "uvicorn", "--app-dir", str(PROGRAMS)),
+    *("{peers}", "-m", "uvicorn", "--app-dir", str(PEERS_FOLDER)),
     *("--host", "127.0.0.1", "--port", "{port}"),
 )
-_LITSERVE = ("{peers}", str(PROGRAMS / "litserve_onnx.py"), "{port}")
+_LITSERVE = ("{peers}", str(PEERS_FOLDER / "litserve_onnx.py"), "{port}")
 _BENTOML = (
-    *("{python}", "-m", "bentoml", "serve", "--working-dir", str(PROGRAMS)),
+    *("{python}", "-m", "bentoml", "serve", "--working-dir", str(PEERS_FOLDER)),
     *("--host", "127.0.0.1", "--port", "{port}"),
 )
-_EACH_ONE = {"PEER_WORKERS": "{threads}", "PEER_THREADS": "1"}
+_WORKER_PER_CORE = {"PEER_WORKERS": "{threads}", "PEER_THREADS": "1"}
 
 _LITSERVE_SETTINGS: Final = (
-    Setting("a worker a core", _LITSERVE, _EACH_ONE),
+    Setting("a worker a core", _LITSERVE, _WORKER_PER_CORE),
     Setting(
         "a worker a core, fast queue, one API server",
         _LITSERVE,
-        {**_EACH_ONE, "PEER_FAST_QUEUE": "1", "PEER_SERVERS": "1"},
+        {**_WORKER_PER_CORE, "PEER_FAST_QUEUE": "1", "PEER_SERVERS": "1"},
     ),
     Setting(
         "a worker a core, fast queue, one API server, batches of up to 8 within 5 ms",
         _LITSERVE,
         {
-            **_EACH_ONE,
+            **_WORKER_PER_CORE,
             **{"PEER_FAST_QUEUE": "1", "PEER_SERVERS": "1"},
             **{"PEER_BATCH": "8", "PEER_WAIT": "0.005"},
         },
@@ -137,6 +135,6 @@ _PEERS: Final = (
     ),
     Peer("limit", "*in-process limit*", "default", (Setting("bare loop"),)),
 )
-ALL: Final = {peer.name: peer for peer in _PEERS}
-ELSEWHERE: Final = ("torch", "onnx", "litserve")
-"""Those that need the peers' environment."""
+PEERS: Final = {peer.name: peer for peer in _PEERS}
+IN_PEER_ENVIRONMENT: Final = ("torch", "onnx", "litserve")
+"""Names of the peers that run in the peers' virtual environment."""

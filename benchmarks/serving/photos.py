@@ -1,4 +1,4 @@
-"""The photos that are sent, and the requests that send them. Nothing is converted."""
+"""Choose the photos of the race and build their HTTP requests, with the files' own bytes."""
 
 from __future__ import annotations
 
@@ -6,37 +6,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+SUFFIXES: Final = (".jpg", ".jpeg")
 COUNT: Final = 50
-LEAST: Final = 30_000
-MOST: Final = 110_000
+MIN_BYTES: Final = 30_000
+MAX_BYTES: Final = 110_000
 _BOUNDARY: Final = b"fledge-benchmark-5f1c"
 
 
 def choose(folder: Path) -> list[Path]:
-    """50 JPEGs of 30 to 110 kB, spread evenly over the sorted paths; the same ones every time.
+    """50 JPEGs of 30 to 110 kB, spread evenly over the sorted paths.
 
     Raises:
-        SystemExit: There are none.
+        SystemExit: The folder has none.
     """
-    found = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in (".jpg", ".jpeg") and LEAST <= path.stat().st_size <= MOST
-    ]
-    if not found:
-        raise SystemExit(f"--photos {folder}: no JPEG of {LEAST // 1000} to {MOST // 1000} kB")
-    count = min(COUNT, len(found))
-    return [found[i * len(found) // count] for i in range(count)]
+    jpegs = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+    usable = [path for path in jpegs if MIN_BYTES <= path.stat().st_size <= MAX_BYTES]
+    if not usable:
+        sizes = f"{MIN_BYTES // 1000} to {MAX_BYTES // 1000} kB"
+        raise SystemExit(f"--photos {folder}: no JPEG of {sizes}")
+    count = min(COUNT, len(usable))
+    return [usable[i * len(usable) // count] for i in range(count)]
 
 
 def requests(photos: Sequence[Path], port: int, path: str, field: str | None) -> list[bytes]:
-    """A whole HTTP/1.1 request for each photo.
+    """A complete HTTP/1.1 request for each photo.
 
     Args:
         photos: Files.
         port: Of the server.
-        path: What is asked for.
-        field: The field of a multipart form; None sends the file as the body.
+        path: Of the request, such as `/predict`.
+        field: Field of a multipart form; None sends the file as the body.
     """
     return [_request(photo.read_bytes(), photo.name, port, path, field) for photo in photos]
 

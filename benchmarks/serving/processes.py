@@ -1,4 +1,4 @@
-"""A server in a fresh process: started, waited for, weighed, ended. Never two at once."""
+"""Run a server in its own process: start, wait until ready, measure CPU and memory, stop."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ import psutil
 
 HOST: Final = "127.0.0.1"
 START: Final = 120.0
+"""Seconds until the server must be ready."""
 GRACE: Final = 10.0
+"""Seconds between SIGTERM and SIGKILL."""
 MB: Final = 1e6
-_TICK: Final = 0.05
+_POLL: Final = 0.05
 
 
 class Failed(Exception):
-    """A server did not come up; the message names its log."""
+    """A server did not become ready; the message names its log."""
 
 
 @dataclass(frozen=True)
-class Live:
-    """A server that is ready. seconds: from the start of its process."""
+class RunningServer:
+    """A server that is ready. seconds: from the start of its process until it was ready."""
 
     pid: int
     port: int
@@ -38,68 +40,67 @@ class Live:
 
 
 class Meter:
-    """Processor time and memory of a process and of all below it.
+    """CPU time and memory of a process and its descendants.
 
-    cpu: seconds between `start` and `stop`. rest: MB when made. peak: the highest MB at a `look`.
-    MB are resident sets added up: what processes share counts once for each.
+    cpu: Seconds of CPU time between `start` and `stop`. rest: MB at construction. peak: The highest
+    MB since `start` at any `sample`. MB is the sum of resident set sizes: shared pages count once
+    per process.
     """
 
     def __init__(self, pid: int) -> None:
-        """Look at the tree for the first time."""
         self._root = psutil.Process(pid)
         self.cpu = 0.0
-        self._find()
+        self._update_tree()
         self.rest = self.peak = self._memory()
 
     def start(self) -> None:
-        """Begin to count; processes that came meanwhile are found."""
-        self._find()
+        """Start counting, with the process tree of this moment."""
+        self._update_tree()
         self.peak = self._memory()
-        self._begun = self._seconds()
+        self._cpu_at_start = self._seconds()
 
-    def look(self) -> None:
-        """Weigh."""
+    def sample(self) -> None:
+        """Update `peak`."""
         self.peak = max(self.peak, self._memory())
 
     def stop(self) -> None:
-        """End counting."""
-        self.cpu = self._seconds() - self._begun
+        self.cpu = self._seconds() - self._cpu_at_start
 
-    def _find(self) -> None:
+    def _update_tree(self) -> None:
         self._tree = [self._root, *self._root.children(recursive=True)]
         for process in self._tree:
-            _keep(process.pid)
+            _restrict_affinity(process.pid)
 
     def _seconds(self) -> float:
-        found = 0.0
+        total = 0.0
         for process in self._tree:
             with suppress(psutil.NoSuchProcess):
                 times = process.cpu_times()
-                found += times.user + times.system
-        return found
+                total += times.user + times.system
+        return total
 
     def _memory(self) -> float:
-        found = 0.0
+        total = 0.0
         for process in self._tree:
             with suppress(psutil.NoSuchProcess):
-                found += process.memory_info().rss / MB
-        return found
+                total += process.memory_info().rss / MB
+        return total
 
 
-def _keep(pid: int) -> None:
-    """Bring back threads that went to other cores than ours: some runtimes pin their own."""
+def _restrict_affinity(pid: int) -> None:
+    """Restrict threads that a runtime pinned to other cores to the cores of this process."""
     if not hasattr(os, "sched_getaffinity"):
         return
-    mine = os.sched_getaffinity(0)
+    allowed = os.sched_getaffinity(0)
     with suppress(OSError):
         for thread in map(int, os.listdir(f"/proc/{pid}/task")):
             with suppress(ProcessLookupError):
-                if not os.sched_getaffinity(thread) <= mine:
-                    os.sched_setaffinity(thread, mine)
+                if not os.sched_getaffinity(thread) <= allowed:
+                    os.sched_setaffinity(thread, allowed)
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody has."""
+    """A free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
@@ -108,11 +109,11 @@ def free_port() -> int:
 @contextmanager
 def serving(
     command: Sequence[str], env: Mapping[str, str], port: int, ready: str, log: Path
-) -> Iterator[Live]:
-    """Run `command` until the end of the block; inside it, GET `ready` has answered 200.
+) -> Iterator[RunningServer]:
+    """Run `command` for the duration of the block, which starts once GET `ready` returned 200.
 
     Raises:
-        Failed: It ended, or took more than two minutes.
+        Failed: The server exited, or was not ready within two minutes.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:
@@ -122,25 +123,25 @@ def serving(
         )
     try:
         _wait(process, f"http://{HOST}:{port}{ready}", log)
-        yield Live(process.pid, port, time.perf_counter() - started)
+        yield RunningServer(process.pid, port, time.perf_counter() - started)
     finally:
-        _end(process)
+        _stop(process)
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    ask = build_opener(ProxyHandler({}))  # the server is near; a proxy would not find it
-    until = time.monotonic() + START
-    while process.poll() is None and time.monotonic() < until:
-        with suppress(URLError, OSError), ask.open(url, timeout=START) as response:
+    opener = build_opener(ProxyHandler({}))  # a proxy cannot reach the loopback
+    deadline = time.monotonic() + START
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(URLError, OSError), opener.open(url, timeout=START) as response:
             if response.status == 200:
                 return
-        time.sleep(_TICK)
+        time.sleep(_POLL)
     tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-12:])
-    raise Failed(f"{log.stem} did not come up; {log} ends:\n{tail}")
+    raise Failed(f"{log.stem} did not become ready; {log} ends:\n{tail}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask it to end, then make it, and all that it has started."""
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Send SIGTERM; after `GRACE` seconds kill the process and its descendants."""
     tree: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):
         tree = psutil.Process(process.pid).children(recursive=True)
@@ -150,6 +151,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    for one in psutil.wait_procs(tree, timeout=1)[1]:
+    for child in psutil.wait_procs(tree, timeout=1)[1]:
         with suppress(psutil.NoSuchProcess):
-            one.kill()
+            child.kill()

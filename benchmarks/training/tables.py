@@ -37,13 +37,13 @@ def _peers(outcomes: Sequence[Outcome], peers: Sequence[str]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for peer in peers:
-        mine = [o for o in outcomes if o.peer == peer]
-        seconds = sorted(o.seconds for o in mine)
-        tta = [o.tta_seconds for o in mine if "tta" in o.right]
+        own = [o for o in outcomes if o.peer == peer]
+        seconds = sorted(o.seconds for o in own)
+        tta = [o.tta_seconds for o in own if "tta" in o.right]
         cells = [
-            *(NAMES[peer], str(len(mine)), str(sum(len(o.right["plain"]) for o in mine))),
+            *(NAMES[peer], str(len(own)), str(sum(len(o.right["plain"]) for o in own))),
             f"{statistics.median(seconds):.1f} ({seconds[0]:.1f} to {seconds[-1]:.1f})",
-            *(_percent(mine, "plain"), f"{100 * _last_epoch(mine):.2f}", _percent(mine, "tta")),
+            *(_percent(own, "plain"), f"{100 * _last_epoch(own):.2f}", _percent(own, "tta")),
             f"{statistics.median(tta):.1f}" if tta else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -103,13 +103,13 @@ def difference(pairs: Sequence[Pair], views: str) -> tuple[float, float, float, 
     """
     by_photo: dict[str, list[int]] = {}
     for ours, theirs in pairs:
-        mine, other = ours.right[views], theirs.right[views]
-        if mine.keys() != other.keys():
+        own, other = ours.right[views], theirs.right[views]
+        if own.keys() != other.keys():
             raise ValueError(
                 f"fold {ours.fold}: {ours.peer} and {theirs.peer} have different validation photos"
             )
-        for path in mine:
-            by_photo.setdefault(path, []).append(mine[path] - other[path])
+        for path in own:
+            by_photo.setdefault(path, []).append(own[path] - other[path])
     means = np.array([statistics.mean(values) for values in by_photo.values()])
     rng = np.random.default_rng(0)
     draws = [means[rng.integers(len(means), size=len(means))].mean() for _ in range(DRAWS)]

@@ -1,4 +1,4 @@
-"""The load generator of `benchmarks/serving/race.py` against a real server on the loopback."""
+"""`benchmarks.serving`: the load generator against a real server, tables, requests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 import uvloop
 
 from benchmarks.serving.load_generator import Load, Window, percentile
+from benchmarks.serving.measurement import Row
 from benchmarks.serving.photos import choose, requests
 from benchmarks.serving.processes import Meter
+from benchmarks.serving.tables import Results, markdown, ratio
 from serving.http import forms
 from tests.support.tiny_bundle import photo
 
@@ -22,15 +24,15 @@ DELAY = 0.02
 
 @dataclass
 class Echo:
-    """Answers each request by its body, after a while, and counts."""
+    """Returns the body of each request after `DELAY` seconds, and counts."""
 
     closes: bool = False
     breaks_every: int = 0
     status: int = 200
     connections: int = 0
     requests: int = 0
-    now: int = 0
-    most: int = 0
+    open: int = 0
+    most_open: int = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -46,23 +48,23 @@ class Echo:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         body = await reader.readexactly(int(head.partition("content-length: ")[2].split("\r")[0]))
         self.requests += 1
-        self.now += 1
-        self.most = max(self.most, self.now)
+        self.open += 1
+        self.most_open = max(self.most_open, self.open)
         await asyncio.sleep(DELAY)
-        self.now -= 1
+        self.open -= 1
         if self.breaks_every and self.requests % self.breaks_every == 0:
             return False
         last = "connection: close\r\n" if self.closes else ""
         status = f"HTTP/1.1 {self.status} OK\r\n{last}content-length: {len(body)}\r\n\r\n"
         writer.write(status.encode())
-        await writer.drain()  # head and body in two pieces
+        await writer.drain()  # head and body in two writes
         writer.write(body)
         await writer.drain()
         return not self.closes
 
 
 def measure(echo: Echo, callers: int) -> Window:
-    async def both() -> Window:
+    async def serve_and_load() -> Window:
         server = await asyncio.start_server(echo.serve, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         head = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 7\r\n\r\n"
@@ -70,25 +72,25 @@ def measure(echo: Echo, callers: int) -> Window:
         async with server:
             return await load.run(callers, 0.1, 0.4, Meter(os.getpid()))
 
-    return uvloop.run(both())
+    return uvloop.run(serve_and_load())
 
 
-def test_each_caller_asks_again_on_its_own_connection_when_it_has_its_answer() -> None:
+def test_each_caller_sends_its_requests_one_after_the_other_on_one_connection() -> None:
     echo = Echo()
     window = measure(echo, 4)
-    assert echo.connections == echo.most == 4
+    assert echo.connections == echo.most_open == 4
     assert window.lost == 0
     assert {answer.body for answer in window.answers} == {b"photo-%d" % n for n in range(PHOTOS)}
     assert all(answer.body == b"photo-%d" % answer.photo for answer in window.answers)
-    # What was asked in warming up or answered after the end does not count.
+    # Answers during the warm-up and after the end of the window are not counted.
     assert 0 < len(window.answers) < echo.requests - 4
     # Little's law: callers = rate x latency.
     seconds = [answer.seconds for answer in window.answers]
-    assert min(seconds) >= 0.9 * DELAY  # timers go by whole milliseconds
+    assert min(seconds) >= 0.9 * DELAY  # timers have a resolution of 1 ms
     assert sum(seconds) / window.seconds == pytest.approx(4, rel=0.25)
 
 
-def test_a_connection_that_the_server_closes_is_made_anew() -> None:
+def test_a_caller_reconnects_when_the_server_closes_the_connection() -> None:
     echo = Echo(closes=True)
     window = measure(echo, 2)
     assert window.lost == 0
@@ -96,14 +98,14 @@ def test_a_connection_that_the_server_closes_is_made_anew() -> None:
     assert echo.connections >= echo.requests
 
 
-def test_an_answer_that_never_comes_is_lost() -> None:
+def test_requests_without_an_answer_are_counted_as_lost() -> None:
     echo = Echo(breaks_every=3)
     window = measure(echo, 2)
     broken = echo.requests // 3
-    assert broken / 2 < window.lost <= broken  # the others broke while nothing counted
+    assert broken / 2 < window.lost <= broken  # the others broke outside the window
 
 
-def test_a_status_is_told() -> None:
+def test_answers_have_their_status() -> None:
     assert {answer.status for answer in measure(Echo(status=503), 2).answers} == {503}
 
 
@@ -117,24 +119,24 @@ def test_the_fastest_setting_counts_and_ratios_are_within_a_round(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from benchmarks.serving.run import Row
-    from benchmarks.serving.tables import Results, markdown, ratio
 
-    def row(peer: str, setting: str, turn: int, rps: float) -> Row:
-        return Row(peer, setting, turn, 16, 100, rps=rps, p50=1, p99=2, cpu=3, own_cpu=0.1)
+    def row(peer: str, setting: str, number: int, rps: float) -> Row:
+        return Row(peer, setting, number, 16, 100, rps=rps, p50=1, p99=2, cpu=3, own_cpu=0.1)
 
-    ours = [row("fledge-fp32", "as it comes", turn, rps) for turn, rps in enumerate((90, 60, 300))]
-    slow = [row("onnx", "slow", turn, rps) for turn, rps in enumerate((20, 20, 500))]
-    fast = [row("onnx", "fast", turn, rps) for turn, rps in enumerate((30, 30, 60))]
+    rates = (90, 60, 300)
+    ours = [row("fledge-fp32", "as it comes", n, rps) for n, rps in enumerate(rates)]
+    slow = [row("onnx", "slow", n, rps) for n, rps in enumerate((20, 20, 500))]
+    fast = [row("onnx", "fast", n, rps) for n, rps in enumerate((30, 30, 60))]
     results = Results([*ours, *slow, *fast])
     assert results.fastest("onnx") == "fast"
-    told = ratio(results, "fledge-fp32", "onnx", 16, lambda r: r.rps)
-    assert told == "3.00 (2.00 to 5.00)"
+    text = ratio(results, "fledge-fp32", "onnx", 16, lambda r: r.rps)
+    assert text == "3.00 (2.00 to 5.00)"
     page = markdown(results.rows, "int8")
-    assert f"| FastAPI + ONNX Runtime, fp32 | {told} |" in page
+    assert f"| FastAPI + ONNX Runtime, fp32 | {text} |" in page
     assert "slow: 20; **fast: 30**" in page
 
 
-def test_requests_carry_the_bytes_of_the_photos(tmp_path: Path) -> None:
+def test_request_bodies_are_the_bytes_of_the_photos(tmp_path: Path) -> None:
     for number in range(60):
         data = photo(number)
         (tmp_path / f"{number:02}.jpg").write_bytes(data + bytes(40_000 - len(data)))
