@@ -1,8 +1,8 @@
-"""The last step of `make demo`: serve a bundle, ask it about one photo, print the answer, stop it.
+"""The last step of `make demo`: serve a bundle, classify one photo, print the answer, stop.
 
     python deploy/demo.py BUNDLE [PHOTO]
 
-Without PHOTO it takes one that the embedded data set has at hand. Only the standard library.
+Without PHOTO it takes one of the embedded data set. Uses only the standard library.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-READY_WITHIN = 90.0  # s
-STOPPED_WITHIN = 15.0  # s
+READY_SECONDS = 90.0
+STOP_SECONDS = 15.0
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # 127.0.0.1 needs no proxy
 
 
 def main(arguments: list[str]) -> int:
-    """Return the exit status."""
+    """Run the demonstration; return the exit status."""
     if not 1 <= len(arguments) <= 2:
         print("usage: demo.py BUNDLE [PHOTO]", file=sys.stderr)
         return 2
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
             seconds = wait_until_ready(service, address)
             print(f"ready after {seconds:.1f} s\n")
             print(f"$ curl --data-binary @{photo} -H 'Content-Type: image/jpeg' {address}/predict")
-            show(ask(address, photo))
+            print_answer(predict(address, photo))
     except (DemoError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 
 class DemoError(Exception):
-    """The service did not do what a demonstration needs."""
+    """The service did not start or did not answer."""
 
 
 def sample_photo() -> Path:
@@ -62,7 +62,7 @@ def sample_photo() -> Path:
 
 
 def free_port() -> int:
-    """Return a port that nobody holds now."""
+    """Return a TCP port that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -70,7 +70,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `command` for as long as the block lasts, and end it whatever happens in there."""
+    """Run `command` during the block, and stop it at the end, also after an error."""
     service = subprocess.Popen(command)
     try:
         yield service
@@ -78,20 +78,20 @@ def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
         if service.poll() is None:
             service.terminate()
             try:
-                service.wait(STOPPED_WITHIN)
+                service.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 service.kill()
                 service.wait()
 
 
 def wait_until_ready(service: subprocess.Popen[bytes], address: str) -> float:
-    """Return the seconds until `/readyz` said yes.
+    """Return the seconds until `/readyz` answered 200.
 
     Raises:
-        DemoError: The service ended, or took longer than `READY_WITHIN`.
+        DemoError: The service ended, or took longer than `READY_SECONDS`.
     """
     start = time.monotonic()
-    while (waited := time.monotonic() - start) < READY_WITHIN:
+    while (waited := time.monotonic() - start) < READY_SECONDS:
         if service.poll() is not None:
             raise DemoError(
                 f"the service ended with status {service.returncode} before it was ready"
@@ -101,11 +101,11 @@ def wait_until_ready(service: subprocess.Popen[bytes], address: str) -> float:
                 return waited
         except OSError:
             time.sleep(0.1)
-    raise DemoError(f"the service was not ready within {READY_WITHIN:.0f} s")
+    raise DemoError(f"the service was not ready within {READY_SECONDS:.0f} s")
 
 
-def ask(address: str, photo: Path) -> dict[str, object]:
-    """Return the service's answer about one photo.
+def predict(address: str, photo: Path) -> dict[str, object]:
+    """Return the service's answer to one photo.
 
     Raises:
         DemoError: It answered with an error.
@@ -114,22 +114,22 @@ def ask(address: str, photo: Path) -> dict[str, object]:
         f"{address}/predict", data=photo.read_bytes(), headers={"Content-Type": "image/jpeg"}
     )
     try:
-        with DIRECT.open(request, timeout=30) as answer:
-            found: dict[str, object] = json.load(answer)
-            return found
+        with DIRECT.open(request, timeout=30) as response:
+            answer: dict[str, object] = json.load(response)
+            return answer
     except urllib.error.HTTPError as error:
         raise DemoError(f"/predict answered {error.code}: {error.read().decode()}") from error
 
 
-def show(answer: dict[str, object]) -> None:
-    """Print the answer as JSON, a prediction a line."""
+def print_answer(answer: dict[str, object]) -> None:
+    """Print the answer as JSON, one prediction per line."""
 
-    def lines(value: object) -> str:
+    def to_text(value: object) -> str:
         if isinstance(value, list) and value:
             return "[\n" + ",\n".join(f"    {json.dumps(item)}" for item in value) + "\n  ]"
         return json.dumps(value)
 
-    print("{", ",\n".join(f'  "{key}": {lines(answer[key])}' for key in answer), "}", sep="\n")
+    print("{", ",\n".join(f'  "{key}": {to_text(answer[key])}' for key in answer), "}", sep="\n")
 
 
 if __name__ == "__main__":

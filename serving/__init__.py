@@ -1,3 +1,3 @@
-"""The ground floor: what production runs. Never imports torch, training or export."""
+"""Inference: bundles, the HTTP service and scoring. Never imports torch, training or export."""
 
 __version__ = "0.1.0"

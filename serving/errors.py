@@ -1,14 +1,14 @@
-"""Every error that Fledge raises on purpose, in one small tree.
+"""The exceptions that Fledge raises, and what they mean for HTTP and the command line.
 
 FledgeError
-├── RequestError          the request was wrong; asking again the same way won't help
+├── RequestError          the request is wrong; sending it again won't help
 │   ├── OptionError       an option, setting or recipe line
 │   ├── DataError         a folder, split, list or weights file
-│   └── Unauthorized      no key, or a wrong one
-├── ImageError            one image is at fault, its neighbours are not
-│   ├── EmptyBody         no bytes at all
-│   ├── NotAnImage        the bytes are no image that Pillow knows
-│   ├── UnsupportedFormat an image, but of a format that is not served
+│   └── Unauthorized      no API key, or a wrong one
+├── ImageError            one image can't be used; others of the request can
+│   ├── EmptyBody         no bytes
+│   ├── NotAnImage        not an image that Pillow knows
+│   ├── UnsupportedFormat an image of a format that is not served
 │   ├── BrokenImage       truncated or corrupt
 │   └── TooLarge          more bytes or pixels than allowed
 ├── ServiceError          the service can't answer now
@@ -16,13 +16,13 @@ FledgeError
 │   ├── NotReady          no verified bundle is loaded
 │   └── DeadlineExceeded  the answer came too late
 ├── BundleError           no usable bundle
-├── GateError             the work was done and fell short of a gate
+├── GateError             the result missed a required value
 └── WorkError             the work failed
-    └── Diverged          a loss is no number; going on would find it again
+    └── Diverged          the loss is NaN; a resumed run would reach it again
 
-Each class carries the stable `code` that HTTP answers and score tables show, the HTTP status, and
-the exit status of the command line. A message is one line: what is wrong, where, what to do.
-Several mistakes of one file are a line each.
+Each class has the stable `code` of HTTP answers and score tables, the HTTP status, and the exit
+status of the command line. A message is one line: what is wrong, where, and what to do. Several
+errors of one file are one line each.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import ClassVar
 
 
 class FledgeError(Exception):
-    """The root: catch this to catch everything that Fledge raises on purpose."""
+    """Base class of all errors that Fledge raises deliberately."""
 
     code: ClassVar[str] = "error"
     http_status: ClassVar[int] = 500
@@ -39,7 +39,7 @@ class FledgeError(Exception):
 
 
 class RequestError(FledgeError):
-    """The request was wrong."""
+    """The request is wrong."""
 
     code = "bad-request"
     http_status = 400
@@ -59,28 +59,28 @@ class DataError(RequestError):
 
 
 class Unauthorized(RequestError):
-    """No API key, or one that is not on the list."""
+    """No API key, or one that is not in the key file."""
 
     code = "unauthorized"
     http_status = 401
 
 
 class ImageError(FledgeError):
-    """One image is at fault."""
+    """One image can't be used."""
 
     code = "bad-image"
     http_status = 422
 
 
 class EmptyBody(ImageError):
-    """There are no bytes: an empty file, or a request without an image."""
+    """An empty file, or a request without an image."""
 
     code = "no-image"
     http_status = 400
 
 
 class NotAnImage(ImageError):
-    """The bytes are no image."""
+    """The bytes are not an image."""
 
     code = "not-an-image"
     http_status = 415
@@ -114,7 +114,7 @@ class ServiceError(FledgeError):
 
 
 class Overloaded(ServiceError):
-    """The queue is full; ask again after `Retry-After` seconds."""
+    """The queue is full; the client may retry after `Retry-After` seconds."""
 
     code = "overloaded"
     http_status = 429
@@ -134,7 +134,7 @@ class DeadlineExceeded(ServiceError):
 
 
 class BundleError(FledgeError):
-    """There is no bundle here, or one that must not be served."""
+    """No bundle, or one that must not be served."""
 
     code = "bad-bundle"
     http_status = 503
@@ -142,7 +142,7 @@ class BundleError(FledgeError):
 
 
 class GateError(FledgeError):
-    """The work was done, and fell short of a gate."""
+    """The result misses a value that an option or the export requires."""
 
     code = "gate"
 
@@ -154,6 +154,6 @@ class WorkError(FledgeError):
 
 
 class Diverged(WorkError):
-    """A loss is no number any more; a run that is resumed would find it again."""
+    """The loss is NaN or infinite; a resumed run would reach it again."""
 
     code = "diverged"

@@ -1,4 +1,4 @@
-"""The settings of the service: environment variables, checked at start, all mistakes at once."""
+"""Settings of the service, from environment variables; all errors are reported at once."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from serving.utils.cpu import cores
 DEVICES: Final = ("auto", "cpu", "cuda", "tensorrt")
 PRECISIONS: Final = ("auto", "fp32", "int8", "fp16")
 RUNTIMES: Final = ("onnx", "torchscript")
-# What others of our parts read, and what Kubernetes sets for a service that is called fledge-x.
-_OTHERS: Final = re.compile(
+# Variables that other parts of Fledge read, and those that Kubernetes sets for a service whose name
+# begins with fledge-.
+_OTHER_VARIABLES: Final = re.compile(
     "FLEDGE_(BUNDLE_DIR|CACHE|CACHE_GB|IMAGE|SCRATCH)|"
     r"FLEDGE_(.+_)?(PORT(_\d+_\w+)?|SERVICE_HOST|SERVICE_PORT(_\w+)?)"
 )
 
 
 def bundle_folder(environ: Mapping[str, str]) -> Path:
-    """What FLEDGE_BUNDLE names, else the Bento's own, else `bundle` here or beside this package."""
-    stated = environ.get("FLEDGE_BUNDLE", "").strip()
-    return Path(stated) if stated else _bundle()
+    """FLEDGE_BUNDLE, else the Bento's bundle, else `bundle` here or beside this package."""
+    path = environ.get("FLEDGE_BUNDLE", "").strip()
+    return Path(path) if path else _default_bundle()
 
 
-def _bundle() -> Path:
+def _default_bundle() -> Path:
     here, beside = Path("bundle"), Path(__file__).parent.parent / "bundle"
     # BENTO/bento.yaml, BENTO/src/serving, BENTO/src/bundle
     in_bento = (beside.parent.parent / "bento.yaml").is_file()
@@ -42,24 +43,25 @@ def _bundle() -> Path:
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator may decide; the bundle decides the rest.
+    """Settings of the service; the rest is in the bundle.
 
-    bundle: folder that holds `manifest.json`; in a Bento its own, else `bundle` here or beside this
-        package.
-    device: auto, cpu, cuda or tensorrt; only auto may fall back, and says so.
-    precision: auto, fp32, int8 or fp16; auto takes the fastest that the bundle keeps.
-    runtime: onnx, or torchscript, which needs torch and answers in fp32.
-    workers: processes that share the port; each has its own copy of the model.
-    max_batch: graph rows (images times views) that run together; None takes the bundle's tuning.
-    max_queue: images that a worker holds unanswered; one more is refused with 429.
-    max_bytes: of an image, and of a whole request.
-    max_pixels: of an image, width times height.
-    deadline: seconds that an image may take from its turn in the service to its answer; later is
-        a 504.
-    api_keys: sha256 digests of the keys that may ask; empty lets everybody in.
+    Attributes:
+        bundle: Folder that holds `manifest.json`; in a Bento its own, else `bundle` in the current
+            folder or beside this package.
+        device: auto, cpu, cuda or tensorrt; only auto may fall back to another device, and the log
+            says so.
+        precision: auto, fp32, int8 or fp16; auto takes the fastest that the bundle has.
+        runtime: onnx; or torchscript, which needs torch and has fp32 only.
+        workers: Processes that share the port; each has its own copy of the model.
+        max_batch: Graph rows (images times views) of one run; None takes the bundle's tuning.
+        max_queue: Images that a worker has accepted and not answered yet; one more gets 429.
+        max_bytes: Of an image, and of a whole request.
+        max_pixels: Of an image, width times height.
+        deadline: Seconds from queueing an image to its answer; later is a 504.
+        api_keys: sha256 digests of the accepted keys; if empty, no key is needed.
     """
 
-    bundle: Path = field(default_factory=_bundle)
+    bundle: Path = field(default_factory=_default_bundle)
     device: str = "auto"
     precision: str = "auto"
     runtime: str = RUNTIMES[0]
@@ -73,15 +75,15 @@ class Settings:
 
     @property
     def threads(self) -> int:
-        """Cores that one worker may keep busy."""
+        """Cores that one worker may use."""
         return max(1, cores() // self.workers)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read `FLEDGE_*`. A variable that is empty counts as not set.
+        """Read the variables `FLEDGE_*`; an empty one counts as not set.
 
         Raises:
-            OptionError: One line that names every variable at fault and its value.
+            OptionError: One line that names every wrong variable and its value.
         """
         reader = _Reader(os.environ if environ is None else environ)
         settings = cls(
@@ -89,27 +91,27 @@ class Settings:
             device=reader.choice("FLEDGE_DEVICE", DEVICES),
             precision=reader.choice("FLEDGE_PRECISION", PRECISIONS),
             runtime=reader.choice("FLEDGE_RUNTIME", RUNTIMES),
-            workers=reader.whole("FLEDGE_WORKERS", cls.workers, 1, 256),
-            max_batch=reader.whole("FLEDGE_MAX_BATCH", 0, 1, 4096) or None,
-            max_queue=reader.whole("FLEDGE_MAX_QUEUE", cls.max_queue, 1, 1_000_000),
-            max_bytes=reader.whole("FLEDGE_MAX_BYTES", cls.max_bytes, 1024, 2**31),
-            max_pixels=reader.whole("FLEDGE_MAX_PIXELS", cls.max_pixels, 64, 2**31),
+            workers=reader.integer("FLEDGE_WORKERS", cls.workers, 1, 256),
+            max_batch=reader.integer("FLEDGE_MAX_BATCH", 0, 1, 4096) or None,
+            max_queue=reader.integer("FLEDGE_MAX_QUEUE", cls.max_queue, 1, 1_000_000),
+            max_bytes=reader.integer("FLEDGE_MAX_BYTES", cls.max_bytes, 1024, 2**31),
+            max_pixels=reader.integer("FLEDGE_MAX_PIXELS", cls.max_pixels, 64, 2**31),
             deadline=reader.seconds("FLEDGE_DEADLINE", cls.deadline),
             api_keys=reader.keys("FLEDGE_API_KEYS_FILE"),
         )
-        reader.trusted_keys()
-        reader.misspelt()
-        if reader.mistakes:
-            raise OptionError("; ".join(reader.mistakes))
+        reader.check_trusted_keys()
+        reader.check_misspelt()
+        if reader.errors:
+            raise OptionError("; ".join(reader.errors))
         return settings
 
 
 class _Reader:
-    """Reads variables and collects what is wrong with them."""
+    """Reads variables and collects the errors."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.environ = environ
-        self.mistakes: list[str] = []
+        self.errors: list[str] = []
         self._known = {"FLEDGE_BUNDLE", signing.TRUSTED}
 
     def text(self, name: str, default: str) -> str:
@@ -119,17 +121,17 @@ class _Reader:
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         value = self.text(name, choices[0])
         if value not in choices:
-            self.mistakes.append(f"{name} = {value!r}: use {', '.join(choices)}")
+            self.errors.append(f"{name} = {value!r}: use {', '.join(choices)}")
         return value
 
-    def whole(self, name: str, default: int, low: int, high: int) -> int:
+    def integer(self, name: str, default: int, low: int, high: int) -> int:
         text = self.text(name, "")
         if not text:
             return default
-        # Twelve digits are more than any of these has; of a thousand int() itself would raise.
+        # At most 12 digits: int() raises ValueError for a text of more than 4300.
         if re.fullmatch("[0-9]{1,12}", text) and low <= int(text) <= high:
             return int(text)
-        self.mistakes.append(f"{name} = {text[:20]!r}: use a whole number, {low} to {high}")
+        self.errors.append(f"{name} = {text[:20]!r}: use a whole number, {low} to {high}")
         return default
 
     def seconds(self, name: str, default: float) -> float:
@@ -139,7 +141,7 @@ class _Reader:
         except ValueError:
             value = math.nan
         if not 0.001 <= value <= 3600:
-            self.mistakes.append(f"{name} = {text!r}: use seconds, 0.001 to 3600")
+            self.errors.append(f"{name} = {text!r}: use seconds, 0.001 to 3600")
         return value
 
     def keys(self, name: str) -> frozenset[bytes]:
@@ -149,25 +151,26 @@ class _Reader:
         try:
             lines = [line.strip() for line in Path(path).read_text().splitlines()]
         except (OSError, UnicodeDecodeError) as error:
-            self.mistakes.append(f"{name} = {path!r}: can't be read ({error})")
+            self.errors.append(f"{name} = {path!r}: can't be read ({error})")
             return frozenset()
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
-            # An empty list must not open the door that the operator meant to close.
-            self.mistakes.append(f"{name} = {path!r}: has no key; write one a line")
+            # A file without keys must not turn authorisation off.
+            self.errors.append(f"{name} = {path!r}: has no key; write one a line")
         return frozenset(hashlib.sha256(key.encode()).digest() for key in keys)
 
-    def trusted_keys(self) -> None:
-        """Only checked: `serving.bundle.storage` reads them whenever it reads a bundle."""
+    def check_trusted_keys(self) -> None:
+        """Check the file of trusted keys; `serving.bundle.storage` reads it with each bundle."""
         try:
             signing.trusted(self.environ)
         except OptionError as error:
-            self.mistakes.append(str(error))
+            self.errors.append(str(error))
 
-    def misspelt(self) -> None:
-        """A limit or a key file that nobody reads would look like one that holds."""
+    def check_misspelt(self) -> None:
+        """Report unknown variables: a misspelt limit or key file would have no effect."""
         for name, value in self.environ.items():
-            ours = name.startswith("FLEDGE_") and value.strip() and not _OTHERS.fullmatch(name)
-            if ours and name not in self._known:
+            if not name.startswith("FLEDGE_") or not value.strip():
+                continue
+            if name not in self._known and not _OTHER_VARIABLES.fullmatch(name):
                 for near in difflib.get_close_matches(name, self._known, 1, 0.82):
-                    self.mistakes.append(f"{name}: no such variable; did you mean {near}?")
+                    self.errors.append(f"{name}: no such variable; did you mean {near}?")

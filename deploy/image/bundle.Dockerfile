@@ -1,4 +1,4 @@
-# An image with a bundle inside; its folder is the build's context. `make image BUNDLE=…` builds it.
+# An image that contains a bundle, whose folder is the build context: `make image BUNDLE=…`.
 ARG IMAGE=fledge
 FROM ${IMAGE} AS bundle
 USER 0
@@ -7,5 +7,5 @@ RUN chmod -R a+rX,go-w /bundle
 
 FROM ${IMAGE}
 COPY --from=bundle /bundle /bundle
-# One that could not be served makes no image.
+# The build fails if the bundle can't be served.
 RUN ["fledge", "verify", "/bundle"]

@@ -1,19 +1,19 @@
-# Install the hash-locked packages of the file $1 into /opt/venv, and leave only what a service uses.
+# Install the hash-locked packages of the file $1 into /opt/venv, and remove what the service does not use.
 set -eu
 python -m pip --python /opt/venv/bin/python install --disable-pip-version-check --no-compile \
   --only-binary :all: --require-hashes --requirement "$1"
 cd /opt/venv/lib/python3*/site-packages
 
-# What wheels carry and serving never imports.
+# Parts of wheels that serving never imports.
 find . -depth \( -type d \( -name tests -o -name test -o -path './nvidia/*/include' \) -o -name '*.pyi' \
   -o -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.a' \) -exec rm -rf {} +
 rm -rf numpy/f2py numpy/distutils \
   onnxruntime/transformers onnxruntime/quantization onnxruntime/tools onnxruntime/datasets
-# The engine for programs in C; the Python module has its own inside, which CUDA's part asks as well.
+# The library for C programs; the Python module has its own copy, which the CUDA provider uses too.
 rm -f onnxruntime/capi/libonnxruntime.so*
 
 echo /app >fledge.pth
 printf '#!/opt/venv/bin/python\nimport sys\nfrom fledge import main\nsys.exit(main())\n' >/opt/venv/bin/fledge
 chmod 755 /opt/venv/bin/fledge
-# Unchecked: what never changes need not be looked at for changes.
+# unchecked-hash: the files never change, so Python need not compare them with their sources.
 /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash "$PWD"

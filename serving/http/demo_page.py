@@ -1,39 +1,42 @@
-"""The demo page of `GET /`: one answer, with its style and its script inside.
+"""The demo page of `GET /`: one HTML document with its style and its script inline.
 
-Both are named in the policy by their sha256, so nothing else runs, whatever a label may say; and
-the page talks to nobody but this service. BentoML's page at `/docs` is held to the same.
+The Content-Security-Policy allows both by their sha256, so the browser runs no other script,
+whatever a label or a model's name contains, and connects to no other host. BentoML's OpenAPI page
+at `/docs` gets a policy too.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html
 from pathlib import Path
-from string import Template
 from typing import Final
+
+from jinja2 import Environment, StrictUndefined
 
 from serving.http.messages import Message, Response, Send
 
 
-def _source(name: str) -> str:
+def _read(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def _named(text: str) -> str:
-    """How a policy names a script or a style that stands in the page."""
+def _csp_hash(text: str) -> str:
+    """The source expression by which a policy allows an inline script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-_PAGE: Final = Template(_source("demo.html"))
-_STYLE: Final = _source("demo.css")
-_SCRIPT: Final = _source("demo.js")
+_TEMPLATE: Final = Environment(
+    autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+).from_string(_read("demo.html"))
+_STYLE: Final = _read("demo.css")
+_SCRIPT: Final = _read("demo.js")
 
 POLICY: Final = "; ".join(
     (
         "default-src 'none'",
-        f"script-src {_named(_SCRIPT)}",
-        f"style-src {_named(_STYLE)}",
+        f"script-src {_csp_hash(_SCRIPT)}",
+        f"style-src {_csp_hash(_STYLE)}",
         "img-src 'self' blob: data:",
         "connect-src 'self'",
         "base-uri 'none'",
@@ -43,7 +46,7 @@ POLICY: Final = "; ".join(
         "trusted-types 'none'",
     )
 )
-"""What the page may do; the browser holds it to that."""
+"""Content-Security-Policy of the demo page."""
 
 
 DOCS_POLICY: Final = "; ".join(
@@ -57,28 +60,29 @@ DOCS_POLICY: Final = "; ".join(
         "frame-ancestors 'none'",
     )
 )
-"""For BentoML's OpenAPI page: it would load a tracker from elsewhere, and nothing here shall."""
+"""Content-Security-Policy of BentoML's OpenAPI page, which would load a tracker from another host
+without it."""
 
 
-def guarded(send: Send, policy: str) -> Send:
-    """`send` with a Content-Security-Policy in the answer's head."""
+def with_policy(send: Send, policy: str) -> Send:
+    """`send` that adds `policy` as the Content-Security-Policy of the response."""
 
-    async def guard(message: Message) -> None:
+    async def send_with_policy(message: Message) -> None:
         if message["type"] == "http.response.start":
             header = (b"content-security-policy", policy.encode())
             message = {**message, "headers": [*message.get("headers", ()), header]}
         await send(message)
 
-    return guard
+    return send_with_policy
 
 
-def page(model: str = "") -> Response:
-    """The page for `model`, as NAME:VERSION; without one it says so, and waits for one."""
+def render(model: str = "") -> Response:
+    """The page for `model`, as NAME:VERSION; empty if there is none yet."""
     name, _, version = model.rpartition(":")
-    filled = _PAGE.substitute(
-        title=html.escape(f"{model} · Fledge" if model else "Fledge"),
-        name=html.escape(name or "No model yet"),
-        version=html.escape(version),
+    text = _TEMPLATE.render(
+        title=f"{model} · Fledge" if model else "Fledge",
+        name=name or "No model yet",
+        version=version,
         style=_STYLE,
         script=_SCRIPT,
     )
@@ -86,4 +90,4 @@ def page(model: str = "") -> Response:
         (b"content-security-policy", POLICY.encode()),
         (b"referrer-policy", b"no-referrer"),
     ]
-    return Response(200, filled.encode(), "text/html; charset=utf-8", headers)
+    return Response(200, text.encode(), "text/html; charset=utf-8", headers)

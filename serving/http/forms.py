@@ -1,4 +1,7 @@
-"""Requests as bytes -> images and options. Nothing here trusts a name, a length or a media type."""
+"""Parsing of requests: query strings and multipart bodies become images and options.
+
+All input is untrusted: names, lengths and media types of parts decide nothing without a check.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,27 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from serving.errors import EmptyBody, OptionError, RequestError
 
-ENVELOPE: Final = 65_536
-"""Bytes that a multipart body may have beyond its images."""
+MAX_OVERHEAD: Final = 65_536
+"""Bytes that a multipart body may have in addition to its images."""
 
 MAX_PARTS: Final = 64
 _NAMES: Final = ("tta", "top_k")
-_WHOLE: Final = re.compile(r"-?[0-9]{1,9}", re.ASCII)
+_INTEGER: Final = re.compile(r"-?[0-9]{1,9}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """What a caller may choose. tta: views; top_k: classes in the answer, None for the default."""
+    """Options of a request. tta: views; top_k: classes in the answer, None for the default."""
 
     tta: int = 0
     top_k: int | None = None
 
 
 def options(pairs: Iterable[tuple[str, str]]) -> PredictOptions:
-    """Options of (name, value) pairs.
+    """The options that (name, value) pairs state.
 
     Raises:
-        OptionError: An unknown name, one given twice, or no whole number.
+        OptionError: An unknown name, a name given twice, or not a whole number.
     """
     values: dict[str, int] = {}
     for name, text in pairs:
@@ -41,7 +44,7 @@ def options(pairs: Iterable[tuple[str, str]]) -> PredictOptions:
             raise OptionError(f"unknown option {name[:40]!r}: use {' and '.join(_NAMES)}")
         if name in values:
             raise OptionError(f"{name} is given twice; give it once")
-        if not _WHOLE.fullmatch(text):
+        if not _INTEGER.fullmatch(text):
             raise OptionError(f"{name} = {text[:40]!r}: use a whole number")
         values[name] = int(text)
     return PredictOptions(**values)
@@ -68,12 +71,12 @@ class Form:
 
 
 def is_multipart(content_type: bytes) -> bool:
-    """Whether a Content-Type announces a form; every other body is one image as it is."""
+    """Whether a Content-Type announces a form; any other body is taken as one image."""
     return content_type[:19].lower() == b"multipart/form-data"
 
 
 def parse(body: bytes, content_type: bytes) -> Form:
-    """Take a multipart body apart, in memory.
+    """Parse a multipart body, in memory.
 
     Raises:
         RequestError: Not well formed, or more than `MAX_PARTS` parts.
@@ -103,7 +106,7 @@ def parse(body: bytes, content_type: bytes) -> Form:
 
 
 class _Collector:
-    """Gathers what the parser calls out: the parts' names and contents."""
+    """Callbacks of the parser; collects the names and contents of the parts."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[bytes, bytes]] = []
@@ -113,34 +116,34 @@ class _Collector:
 
     def callbacks(self) -> dict[str, object]:
         return {
-            "on_part_begin": self._begin,
+            "on_part_begin": self._begin_part,
             "on_part_data": lambda data, start, end: self._data.append(data[start:end]),
-            "on_part_end": self._end,
-            "on_header_field": self._on_field,
-            "on_header_value": self._on_value,
-            "on_header_end": self._header,
-            "on_end": self._finish,
+            "on_part_end": self._end_part,
+            "on_header_field": self._add_field,
+            "on_header_value": self._add_value,
+            "on_header_end": self._end_header,
+            "on_end": self._end_body,
         }
 
-    def _begin(self) -> None:
+    def _begin_part(self) -> None:
         if len(self.parts) >= MAX_PARTS:
             raise RequestError(f"more than {MAX_PARTS} parts in one request; send fewer")
         self._data, self._disposition = [], b""
 
-    def _on_field(self, data: bytes, start: int, end: int) -> None:
+    def _add_field(self, data: bytes, start: int, end: int) -> None:
         self._field += data[start:end]
 
-    def _on_value(self, data: bytes, start: int, end: int) -> None:
+    def _add_value(self, data: bytes, start: int, end: int) -> None:
         self._value += data[start:end]
 
-    def _header(self) -> None:
+    def _end_header(self) -> None:
         if self._field.lower() == b"content-disposition":
             self._disposition = self._value
         self._field, self._value = b"", b""
 
-    def _end(self) -> None:
+    def _end_part(self) -> None:
         name = parse_options_header(self._disposition)[1].get(b"name", b"")
         self.parts.append((name, b"".join(self._data)))
 
-    def _finish(self) -> None:
+    def _end_body(self) -> None:
         self.ended = True

@@ -1,4 +1,4 @@
-"""One HTTP exchange over ASGI: what came in, what goes out, and the body between them."""
+"""HTTP messages over ASGI: a request with its body, and a response."""
 
 from __future__ import annotations
 
@@ -21,23 +21,28 @@ Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-
-
-_LINGER: Final = 2.0
-_LINGER_BYTES: Final = 64 * 2**20
-"""Seconds and bytes for which the rest of a refused body is still read, and dropped."""
+_MAX_DROP_SECONDS: Final = 2.0
+_MAX_DROP_BYTES: Final = 64 * 2**20
+"""Limits on reading and dropping the rest of a refused body."""
 
 
 class ClientDisconnect(Exception):
-    """The caller hung up before the body was whole; there is nobody to answer."""
+    """The client closed the connection before it had sent the whole body."""
 
 
 @dataclass
 class Request:
-    """A request's head, and the way to its body.
+    """The head of a request; `body` reads the rest.
 
-    headers: names in lower case; id: the caller's X-Request-ID, or made.
-    whole: nothing of the body is left to read.
+    Attributes:
+        method: Of HTTP, in upper case.
+        path: Decoded, without the query string.
+        query: The query string.
+        headers: By name in lower case; of repeated ones the last.
+        receive: The ASGI channel of the body.
+        id: The client's X-Request-ID, or a random one.
+        body_complete: The whole body has been read.
+        started: `time.perf_counter()` when the head arrived.
     """
 
     method: str
@@ -46,26 +51,26 @@ class Request:
     headers: dict[bytes, bytes]
     receive: Receive
     id: str
-    whole: bool = False
+    body_complete: bool = False
     started: float = field(default_factory=time.perf_counter)
 
     @classmethod
     def of(cls, scope: Message, receive: Receive) -> Request:
-        """From an ASGI scope."""
+        """The request of an ASGI scope."""
         headers = dict(scope["headers"])
-        stated = headers.get(b"x-request-id", b"")
-        kept = stated.decode() if _REQUEST_ID.fullmatch(stated) else os.urandom(8).hex()
+        sent_id = headers.get(b"x-request-id", b"")
+        id_ = sent_id.decode() if _REQUEST_ID.fullmatch(sent_id) else os.urandom(8).hex()
         query = scope["query_string"]
-        return cls(scope["method"], scope["path"], query, headers, receive, kept)
+        return cls(scope["method"], scope["path"], query, headers, receive, id_)
 
     @property
     def content_type(self) -> bytes:
-        """As the caller states it; nothing is decided by it but form or no form."""
+        """As the client states it; it decides only whether the body is a form."""
         return self.headers.get(b"content-type", b"")
 
     @property
     def seconds(self) -> float:
-        """Since the head came in."""
+        """Seconds since the head arrived."""
         return time.perf_counter() - self.started
 
     async def body(self, limit: int) -> bytes:
@@ -73,7 +78,7 @@ class Request:
 
         Raises:
             TooLarge: It is longer; the rest is not read.
-            Gone: The caller hung up.
+            ClientDisconnect: The client closed the connection.
         """
         message = f"more than the {limit} bytes allowed"
         stated = self.headers.get(b"content-length", b"0")
@@ -91,29 +96,29 @@ class Request:
                 raise TooLarge(message)
             chunks.append(chunk)
             if not event.get("more_body", False):
-                self.whole = True
+                self.body_complete = True
                 return b"".join(chunks)
 
     async def drop_rest(self) -> None:
-        """Read what is left of the body and forget it, within limits.
+        """Read the rest of the body and drop it, within limits.
 
-        A connection that is closed while bytes lie unread is reset, and a caller who sends before
-        he reads would never see his answer.
+        A connection that is closed with unread bytes is reset, and a client that sends its whole
+        body before it reads would not receive the response.
         """
         if b"expect" in self.headers:
-            return  # he waits to be asked for the body
-        left = _LINGER_BYTES
+            return  # the client sends no body before it gets a response
+        left = _MAX_DROP_BYTES
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LINGER):
-                while not self.whole and left > 0:
+            async with asyncio.timeout(_MAX_DROP_SECONDS):
+                while not self.body_complete and left > 0:
                     event = await self.receive()
                     left -= len(event.get("body", b""))
-                    self.whole = not event.get("more_body", False)
+                    self.body_complete = not event.get("more_body", False)
 
 
 @dataclass
 class Response:
-    """An answer. code: "ok" or an error's, for the log."""
+    """A response. code: "ok", or the code of the error, for the log."""
 
     status: int
     body: bytes
@@ -123,12 +128,12 @@ class Response:
 
     @classmethod
     def of(cls, value: Any) -> Response:
-        """200 with `value` as JSON."""
+        """Status 200 with `value` as JSON."""
         return cls(200, _json(value))
 
     @classmethod
     def problem(cls, error: Exception, request: Request) -> Response:
-        """`error` as `application/problem+json`, with the headers that belong to its status."""
+        """`error` as `application/problem+json`, with the headers that its status needs."""
         body = problems.problem(error, request.id)
         headers = []
         if isinstance(error, Overloaded):
@@ -136,12 +141,12 @@ class Response:
         if isinstance(error, Unauthorized):
             headers.append((b"www-authenticate", b"Bearer"))
         refused = isinstance(error, (TooLarge, Unauthorized, problems.SlowRequest))
-        if refused and not request.whole:
+        if refused and not request.body_complete:
             headers.append((b"connection", b"close"))  # the rest of the body is not read
         return cls(body["status"], _json(body), problems.MEDIA_TYPE, headers, body["code"])
 
     async def send(self, request: Request, send: Send) -> None:
-        """Send it, with the headers that every answer of ours has."""
+        """Send it, with the headers that every response has."""
         headers = [
             (b"content-type", self.media_type.encode()),
             (b"content-length", str(len(self.body)).encode()),

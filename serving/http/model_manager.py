@@ -1,23 +1,20 @@
-"""The one core behind every door: loads the bundle, answers images, says whether it is ready."""
+"""Model manager: loads a bundle, replaces it when its manifest changes, reports readiness."""
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from serving import __version__
 from serving.bundle import storage
-from serving.errors import DeadlineExceeded, FledgeError, NotReady, TooLarge
-from serving.http.forms import PredictOptions
-from serving.http.problems import code_of, is_fault, problem
+from serving.errors import FledgeError, NotReady
 from serving.http.telemetry import Telemetry
 from serving.inference.batching import Engine, build
 from serving.inference.load import open_predictor
@@ -25,21 +22,25 @@ from serving.inference.predictor import Predictor
 from serving.settings import Settings
 from serving.utils import malloc
 
-WATCH: Final = 1.0
-"""Seconds between two looks at the manifest."""
-RETRY: Final = 10.0
-LONGEST: Final = 300.0
-"""Seconds until a bundle that was refused is tried again: at first, and at most."""
-_PAUSE: Final = 0.02
+WATCH_SECONDS: Final = 1.0
+"""Time between two checks of the manifest."""
+FIRST_RETRY_SECONDS: Final = 10.0
+MAX_RETRY_SECONDS: Final = 300.0
+"""Time until a refused bundle is tried again: at first, and at most. It doubles each time."""
+_RELEASE_POLL_SECONDS: Final = 0.02
 
 _log = logging.getLogger("bentoml.fledge")
 
 
 @dataclass
 class LoadedModel:
-    """What is served: a predictor and the engine that feeds it.
+    """A predictor, and the engine that runs it.
 
-    users: requests that hold it; counted by the event loop alone.
+    Attributes:
+        predictor: Of the bundle.
+        engine: Queues the images of requests and runs the predictor on them.
+        manifest: The body of `GET /model`.
+        users: Requests that use it; only the event loop's thread changes it.
     """
 
     predictor: Predictor
@@ -48,61 +49,65 @@ class LoadedModel:
     users: int = 0
 
     def close(self) -> None:
-        """Wait until nobody holds it, then stop the engine."""
+        """Wait until no request uses it, then stop the engine."""
         while self.users:
-            time.sleep(_PAUSE)
+            time.sleep(_RELEASE_POLL_SECONDS)
         self.engine.close()
 
 
 class ModelManager:
-    """Answers as soon as the golden images came out right, and follows the bundle from then on.
+    """Holds the model that is served, and follows the bundle's manifest.
 
-    A manifest that is replaced is loaded beside the one that is served, proved like the first,
-    and takes its place between two requests. One that can't be served is refused and told; the
-    old one goes on.
+    A model is served only if its golden images give the answers that the manifest states. A new
+    manifest is loaded beside the current model, checked in the same way, and replaces it between
+    two requests. If it can't be served, it is refused and reported, and the current model stays.
     """
 
     def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
-        """Nothing is loaded before `load` or `start`."""
+        """Loads nothing; `load` and `start` do."""
         self.settings = settings
         self.telemetry = telemetry
         self.refusal = "the bundle is still being loaded"
         self._model: LoadedModel | None = None
-        self._seen: object = None
-        self._refused: object = None
+        self._manifest_state: object = None
+        self._logged_refusal: object = None
         self._closing = threading.Event()
-        self._swapping = threading.Lock()
+        self._swap_lock = threading.Lock()
 
     def start(self) -> None:
-        """Load on a thread, if nothing is loaded yet, and watch the bundle."""
+        """Start the thread that loads the bundle, if none is loaded yet, and watches it."""
         threading.Thread(target=self._watch, name="fledge-watch", daemon=True).start()
 
     def close(self) -> None:
-        """Stop; nobody waits for an answer any more."""
+        """Stop; call it when no answer is awaited any more."""
         self._closing.set()
-        with self._swapping:
+        with self._swap_lock:
             model, self._model, self.refusal = self._model, None, "the service is stopping"
         if model:
             model.engine.close()
 
     @property
     def model(self) -> LoadedModel:
-        """What is served now.
+        """The model that is served now.
 
         Raises:
-            NotReady: Nothing yet; `refusal` has the reason, which is for operators. It also has
-                why a newer bundle is not served.
+            NotReady: There is none. `refusal` has the reason, with paths that are not for clients;
+                it also has the reason why a newer bundle was refused.
         """
         if self._model is None:
             raise NotReady("no model is being served now; GET /readyz says why")
         return self._model
 
     @contextmanager
-    def _held(self) -> Iterator[LoadedModel]:
-        """What is served now, kept from being closed when another takes its place meanwhile."""
+    def acquire(self) -> Iterator[LoadedModel]:
+        """The model that is served now; while it is in use, a replacement does not close it.
+
+        Raises:
+            NotReady: There is none.
+        """
         model = self.model
         model.users += 1
-        while self._model is not model:  # another came before it was known to be held
+        while self._model is not model:  # replaced before `users` was raised
             model.users -= 1
             model = self.model
             model.users += 1
@@ -111,64 +116,9 @@ class ModelManager:
         finally:
             model.users -= 1
 
-    async def answer(self, data: bytes, options: PredictOptions) -> dict[str, Any]:
-        """The answer to one image, as `Predictor.answer`.
-
-        Raises:
-            FledgeError: Any error of the path: option, image, overload, deadline, not ready.
-        """
-        with self._held() as model:
-            return await self._answer(model, data, options)
-
-    async def _answer(
-        self, model: LoadedModel, data: bytes, options: PredictOptions
-    ) -> dict[str, Any]:
-        model.predictor.check(options.tta, options.top_k)
-        if len(data) > self.settings.max_bytes:
-            raise TooLarge(f"an image of {len(data)} bytes; {self.settings.max_bytes} are allowed")
-        deadline = self.settings.deadline
-        try:
-            async with asyncio.timeout(deadline):
-                prediction = await model.engine.predict(data, options.tta)
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"no answer within {deadline:g} s; ask again later") from error
-        return model.predictor.answer(prediction, options.top_k)
-
-    async def answer_each(
-        self, images: Sequence[bytes], options: PredictOptions, request_id: str
-    ) -> list[dict[str, Any]]:
-        """One answer or {"error": problem} for each image, in order; none touches another.
-
-        Raises:
-            FledgeError: The options are wrong or nothing is served: then no image was looked at.
-        """
-        with self._held() as model:  # one version answers them all
-            return await self._answer_each(model, images, options, request_id)
-
-    async def _answer_each(
-        self, model: LoadedModel, images: Sequence[bytes], options: PredictOptions, request_id: str
-    ) -> list[dict[str, Any]]:
-        model.predictor.check(options.tta, options.top_k)
-        # A long list takes its turn among the others instead of filling the house.
-        turn = asyncio.Semaphore(max(1, self.settings.max_queue // 4))
-
-        async def one(data: bytes) -> dict[str, Any]:
-            try:
-                async with turn:
-                    answer = await self._answer(model, data, options)
-            except Exception as error:
-                if is_fault(error):
-                    _log.exception("request %s failed", request_id)
-                self.telemetry.count(code_of(error))
-                return {"error": problem(error, request_id)}
-            self.telemetry.answered(answer)
-            return answer
-
-        return await asyncio.gather(*(one(data) for data in images))
-
     def load(self) -> None:
-        """Load and check the bundle now, and serve it; what goes wrong becomes `refusal`."""
-        self._seen = self._state()
+        """Load and check the bundle now, and serve it; an error becomes `refusal`."""
+        self._manifest_state = self._read_manifest_state()
         try:
             model = self._build()
         except FledgeError as error:
@@ -178,19 +128,19 @@ class ModelManager:
             _log.exception("the bundle can't be loaded")
             self._refuse("loading failed; the log says why")
             return
-        with self._swapping:
+        with self._swap_lock:
             if self._closing.is_set():
                 model.engine.close()
                 return
             old, self._model, self.refusal = self._model, model, ""
-        self._tell(model, old)
+        self._report(model, old)
         if old:
             old.close()
             del old
             malloc.trim()
             return
-        # What was loaded stays: the collector need not walk it again at every turn. Only now, while
-        # nobody asks: of what is frozen no cycle is ever collected, and a failed request is one.
+        # The garbage collector need not scan the loaded modules again. Only before the first
+        # request: frozen objects are never collected, and a failed request leaves a cycle.
         gc.collect()
         gc.freeze()
 
@@ -208,39 +158,39 @@ class ModelManager:
         return LoadedModel(predictor, engine, _describe(predictor))
 
     def _watch(self) -> None:
-        if self._seen is None:
+        if self._manifest_state is None:
             self.load()
-        pause, tried = RETRY, time.monotonic()
-        while not self._closing.wait(WATCH):
-            changed = self._state() != self._seen
-            # What could not be read may still be on its way: a folder that is being copied.
-            if not changed and not (self.refusal and time.monotonic() - tried > pause):
+        pause, last_try = FIRST_RETRY_SECONDS, time.monotonic()
+        while not self._closing.wait(WATCH_SECONDS):
+            changed = self._read_manifest_state() != self._manifest_state
+            # A refused bundle may be a folder that is still being copied: try it again.
+            if not changed and not (self.refusal and time.monotonic() - last_try > pause):
                 continue
-            pause = RETRY if changed else min(2 * pause, LONGEST)
+            pause = FIRST_RETRY_SECONDS if changed else min(2 * pause, MAX_RETRY_SECONDS)
             try:
                 self.load()
-            except Exception:  # whatever it is, the next bundle may be a good one
-                _log.exception("the bundle can't be taken over")
-            tried = time.monotonic()
+            except Exception:  # the thread must go on: the next bundle may be a good one
+                _log.exception("the new bundle can't be served")
+            last_try = time.monotonic()
 
-    def _state(self) -> object:
-        """Differs when the manifest was replaced."""
+    def _read_manifest_state(self) -> object:
+        """A value that changes when the manifest is replaced."""
         try:
-            found = (self.settings.bundle / storage.MANIFEST).stat()
+            status = (self.settings.bundle / storage.MANIFEST).stat()
         except OSError:
             return ""
-        return found.st_ino, found.st_mtime_ns, found.st_size
+        return status.st_ino, status.st_mtime_ns, status.st_size
 
     def _refuse(self, reason: str) -> None:
         self.refusal = reason
-        if (self._seen, reason) == self._refused:
-            return  # said already
-        self._refused = (self._seen, reason)
-        served = f"{self._model.predictor.model} goes on" if self._model else "not serving"
+        if (self._manifest_state, reason) == self._logged_refusal:
+            return
+        self._logged_refusal = (self._manifest_state, reason)
+        current = f"still serving {self._model.predictor.model}" if self._model else "not serving"
         self.telemetry.refused()
-        _log.error("%s: %s", served, reason)
+        _log.error("%s: %s", current, reason)
 
-    def _tell(self, model: LoadedModel, old: LoadedModel | None) -> None:
+    def _report(self, model: LoadedModel, old: LoadedModel | None) -> None:
         predictor = model.predictor
         if old and _labels(old.predictor) != _labels(predictor):
             self.telemetry.retired(*_labels(old.predictor))
@@ -258,7 +208,7 @@ def _labels(predictor: Predictor) -> tuple[str, str, str]:
 
 
 def _open(settings: Settings) -> Predictor:
-    # One core a run: several side by side are what fills the cores, while there are several.
+    # One core per run: with several images in flight, concurrent runs fill the cores.
     return open_predictor(
         settings.bundle,
         device=settings.device,

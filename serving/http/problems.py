@@ -1,4 +1,4 @@
-"""Errors as HTTP tells them: `application/problem+json` bodies (RFC 9457) with a stable code."""
+"""Errors as HTTP responses: `application/problem+json` bodies (RFC 9457) with a stable code."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ MEDIA_TYPE: Final = "application/problem+json"
 
 
 class HttpError(Exception):
-    """What only HTTP knows, and neither the scorer nor the command line: so not a FledgeError."""
+    """Base of the errors that only HTTP has; scoring and the command line have none of them."""
 
     code: ClassVar[str]
     http_status: ClassVar[int]
 
 
 class NotFound(HttpError):
-    """No such path."""
+    """The path does not exist."""
 
     code = "not-found"
     http_status = 404
 
 
 class MethodNotAllowed(HttpError):
-    """The path is right and the method is not."""
+    """The path exists, but not for this method."""
 
     code = "method-not-allowed"
     http_status = 405
 
 
 class SlowRequest(HttpError):
-    """The body took too long to come."""
+    """The client took too long to send the body."""
 
     code = "slow-request"
     http_status = 408
 
 
 def is_fault(error: Exception) -> bool:
-    """Whether the service is to blame: then the log gets the traceback and the caller no detail."""
+    """Whether the service is at fault: the log gets a traceback, and the client no detail."""
     return not isinstance(error, (FledgeError, HttpError)) or error.http_status == 500
 
 
 def code_of(error: Exception) -> str:
-    """The stable code; `internal` for what nobody raised on purpose."""
+    """The stable code; `internal` for an unexpected exception."""
     return error.code if isinstance(error, (FledgeError, HttpError)) else "internal"
 
 
 def problem(error: Exception, request_id: str) -> dict[str, Any]:
     """The body for `error`: type, title, status, detail, code.
 
-    Of a fault of ours the caller gets an id to ask about, and nothing of paths or classes.
+    For a fault of the service the detail has the request's id only, no paths or class names.
     """
     status = error.http_status if isinstance(error, (FledgeError, HttpError)) else 500
     detail = str(error)

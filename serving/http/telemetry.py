@@ -1,4 +1,11 @@
-"""What operators see: counters in BentoML's `/metrics`, and one JSON line a request in the log."""
+"""Telemetry: Prometheus metrics, the access log, and OpenTelemetry spans.
+
+`Telemetry` registers the metrics of BentoML's `/metrics` and writes one JSON line per request.
+`traced` adds spans to the routes that `App` answers: BentoML's middleware traces only the requests
+that reach BentoML. They use BentoML's tracer provider and its setting `services.tracing`, and the
+middleware is added only where tracing is on: it costs more time per request than everything else
+apart from the model.
+"""
 
 from __future__ import annotations
 
@@ -9,85 +16,103 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from opentelemetry import trace
+from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+from opentelemetry.util.http import parse_excluded_urls
 from prometheus_client import Counter, Gauge, Histogram
 
-from serving.http.tracing import trace_id
+from serving.http.messages import ASGIApp
+from serving.server import bentoml_compat
 
 _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1, 2, 4, 8, 16)
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 CLASSES: Final = 100
-"""Classes that have a counter of their own; the others share one."""
+"""Number of classes that are counted by label; the others are counted as `other`."""
+
+# BentoML traces its own routes; probes and scrapes need no span.
+_UNTRACED: Final = "/(livez|healthz|readyz|metrics|docs|docs.json|schema.json)$,/static_content/"
+_FLUSH_MS: Final = 5000
 
 
 class Telemetry:
-    """This process's metrics; BentoML's `/metrics` adds those of all workers up.
+    """The metrics of this process; BentoML's `/metrics` adds those of all workers.
 
-    Make it once, in the worker: prometheus_client looks for its shared folder when imported, and
-    BentoML names that folder just before it starts several workers. No label comes from a caller:
-    they are of a fixed set, or of a bundle, of which few are served in a process's life.
+    Create it once, in the worker: prometheus_client reads PROMETHEUS_MULTIPROC_DIR when it is
+    imported, and BentoML sets that variable just before it starts several workers. No label value
+    comes from a request: labels are constants or come from a bundle, so their number is bounded.
     """
 
     def __init__(self) -> None:
-        """Register the metrics."""
         self._outcomes = Counter(
-            "fledge_requests", "Images by outcome: ok or an error's code", ["outcome"]
+            "fledge_requests", "Images by outcome: ok, or the code of the error", ["outcome"]
         )
         self._latency = Histogram(
-            "fledge_latency_seconds", "Seconds an image by phase", ["phase"], buckets=_SECONDS
+            "fledge_latency_seconds", "Seconds per image, by phase", ["phase"], buckets=_SECONDS
         )
-        self._rows = Histogram("fledge_batch_rows", "Rows of one run of the graph", buckets=_ROWS)
+        self._rows = Histogram("fledge_batch_rows", "Rows per run of the graph", buckets=_ROWS)
         self._model = Gauge(
             "fledge_model",
-            "1 for what is served, 0 for what was",
+            "1 for the model that is served, 0 for earlier ones",
             ["model", "precision", "provider"],
             multiprocess_mode="livemax",
         )
-        self._refused = Counter("fledge_bundles_refused", "Bundles that could not be served")
+        self._refused = Counter("fledge_bundles_refused", "New bundles that could not be served")
         phases = ("read", "queue", "decode", "infer", "total")
         self._phases: dict[str, Callable[[float], None]] = {
             phase: self._latency.labels(phase).observe for phase in phases
         }
         self._phases["rows"] = self._rows.observe
         self._phases["waiting"] = Gauge(
-            "fledge_images_waiting", "Images held unanswered", multiprocess_mode="livesum"
+            "fledge_images_waiting",
+            "Images accepted and not answered yet",
+            multiprocess_mode="livesum",
         ).set
         self._probability = Histogram(
             "fledge_probability", "Probability of the best class", buckets=_SHARES
         ).observe
-        self._classes = Counter(
-            "fledge_predictions", f"Answers by best class, of the first {CLASSES}", ["class"]
+        self._predictions = Counter(
+            "fledge_predictions",
+            f"Predictions by best class, for the first {CLASSES} classes",
+            ["class"],
         )
-        self._strange = Counter("fledge_out_of_distribution", "Answers flagged as strange").inc
-        self._known: dict[str, Counter] = {}
+        self._out_of_distribution = Counter(
+            "fledge_out_of_distribution", "Images flagged as out of distribution"
+        ).inc
+        self._by_label: dict[str, Counter] = {}
         self._log = _access_log()
 
     def observe(self, phase: str, value: float) -> None:
-        """Seconds of a phase (read, queue, decode, infer, total); or a count: `rows`, `waiting`."""
+        """Record a value.
+
+        Args:
+            phase: read, queue, decode, infer or total, in seconds; or rows or waiting, a count.
+            value: Of the phase.
+        """
         self._phases[phase](value)
 
     def count(self, outcome: str) -> None:
-        """One image answered (`ok`) or refused (the error's code)."""
+        """Count one image by outcome: `ok`, or the code of the error."""
         self._outcomes.labels(outcome).inc()
 
     def answered(self, answer: Mapping[str, Any]) -> None:
-        """One image answered: count it, its best class and how sure the model was."""
+        """Count one answered image, its best class, and the probability of that class."""
         self.count("ok")
         best = answer["predictions"][0]
         self._probability(best["probability"])
-        counter = self._known.get(best["label"])
-        (counter or self._classes.labels("other")).inc()
+        counter = self._by_label.get(best["label"])
+        (counter or self._predictions.labels("other")).inc()
         if answer["out_of_distribution"]:
-            self._strange()
+            self._out_of_distribution()
 
     def serving(self, model: str, precision: str, provider: str, labels: Sequence[str]) -> None:
-        """Say what is served now; its first classes are counted by name."""
-        self._known = {label: self._classes.labels(label) for label in labels[:CLASSES]}
+        """Set the model that is served now; its first `CLASSES` labels get a counter each."""
+        self._by_label = {label: self._predictions.labels(label) for label in labels[:CLASSES]}
         self._model.labels(model, precision, provider).set(1)
 
     def retired(self, model: str, precision: str, provider: str) -> None:
-        """Say what is served no more."""
+        """Mark a model as no longer served."""
         self._model.labels(model, precision, provider).set(0)
 
     def refused(self) -> None:
@@ -97,7 +122,7 @@ class Telemetry:
     def log(
         self, request_id: str, method: str, path: str, status: int, code: str, seconds: float
     ) -> None:
-        """The access log's line; `trace` is there while the request is traced."""
+        """Write the request's line of the access log, with `trace` if the request is traced."""
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "request": request_id,
@@ -114,10 +139,39 @@ class Telemetry:
 
 def _access_log() -> logging.Logger:
     log = logging.getLogger("fledge.access")
-    if not log.handlers:  # another process-wide set-up may have brought its own
+    if not log.handlers:  # a logging configuration of the user takes precedence
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False
     return log
+
+
+def traced(app: ASGIApp) -> ASGIApp:
+    """`app` with one span per request if tracing is on, else `app` itself."""
+    if not _tracing_is_on():
+        return app
+    return OpenTelemetryMiddleware(
+        app,
+        excluded_urls=parse_excluded_urls(_UNTRACED),
+        tracer_provider=bentoml_compat.tracer_provider(),
+        # One span per request, without a span for each ASGI message.
+        exclude_spans=["receive", "send"],
+    )
+
+
+def flush_spans() -> None:
+    """Export the spans that are still buffered; a worker calls it before it exits."""
+    if _tracing_is_on():
+        bentoml_compat.tracer_provider().force_flush(_FLUSH_MS)
+
+
+def trace_id() -> str:
+    """Trace id of the current request, 32 hexadecimal digits, or empty."""
+    context = trace.get_current_span().get_span_context()
+    return trace.format_trace_id(context.trace_id) if context.is_valid else ""
+
+
+def _tracing_is_on() -> bool:
+    return bentoml_compat.tracing_sample_rate() > 0

@@ -1,87 +1,166 @@
-"""How a worker leaves: the door is shut first, then whoever is inside is answered.
+"""Graceful shutdown: stop accepting, then drain. Exit of the service when a worker process exits.
 
-BentoML's launcher holds the listening socket open until its workers have ended. Until then the
-kernel would let callers in whom nobody answers any more, and reset them at the end. So a worker
-that is told to stop shuts that socket, for all processes: who comes later is refused at once, and
-can ask another replica.
+In a worker, `GracefulShutdown` shuts the listening socket down for all processes before the server
+stops. BentoML's launcher keeps that socket open until its workers have exited: until then the
+kernel would accept connections that no process serves, and reset them at the end. With the socket
+shut down, a new connection is refused at once, and the client can use another replica.
+
+In BentoML's launcher, `watch_workers` stops the service when a worker exits unexpectedly, or on
+SIGHUP. The launcher itself would start another worker within ten seconds, and meanwhile some or all
+requests would get no answer. What runs the service, a restart policy or Kubernetes, sees the exit
+at once and counts it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import select
 import signal
 import socket
-from collections.abc import Callable, Iterable
-from typing import Any, Final
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Final
 
-import uvicorn
+import psutil  # type: ignore[import-untyped]
 
-LINGER: Final = 0.3
-"""Seconds between the shut door and the server's own end: whoever came through has then said what
-he wants, and callers who keep their connection have been told to leave."""
+from serving.server import bentoml_compat
 
-_TURNS: Final = 1000
-_MOMENT: Final = 0.02
+if TYPE_CHECKING:
+    import uvicorn
+
+DRAIN_SECONDS: Final = 0.3
+"""Time between closing the listening socket and stopping the server, so that accepted connections
+can send their request."""
+
+_MAX_ACCEPT_TURNS: Final = 1000
+"""Turns of the event loop that a backlog of connections may take to be accepted."""
+_START_POLL_SECONDS: Final = 0.02
+_SCAN_SECONDS: Final = 1.0
+"""Time between two scans for new workers. A worker takes longer than that to start; once it is
+seen, its exit is noticed at once."""
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 class GracefulShutdown:
-    """Listens to the signals that stop a worker.
+    """Handles the signals that stop a worker.
 
-    begun: from now on every answer says `Connection: close`.
+    started: from then on every response says `Connection: close`.
     """
 
-    begun = False
+    started = False
 
-    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Take the signals from uvicorn, and hand them on later; nothing in other processes."""
-        handler = signal.getsignal(signal.SIGTERM)
-        server = getattr(handler, "__self__", None)
-        if not isinstance(server, uvicorn.Server):
+    def install(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Replace uvicorn's signal handlers; does nothing in a process that runs no uvicorn."""
+        server = bentoml_compat.running_uvicorn_server()
+        if server is None:
             return
 
-        def end() -> None:
-            # Of a second SIGINT uvicorn would make an end without answers.
+        def stop_server() -> None:
+            # SIGTERM in any case: at a second SIGINT uvicorn would drop the open requests.
             server.handle_exit(signal.SIGTERM, None)
 
-        def leave(*_: Any) -> None:
-            loop.call_soon_threadsafe(self._shut, loop, server, end, _TURNS)
+        def handle(*_: Any) -> None:
+            loop.call_soon_threadsafe(self._start, loop, server, stop_server, _MAX_ACCEPT_TURNS)
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, leave)
+        for number in _STOP_SIGNALS:
+            signal.signal(number, handle)
 
-    def _shut(
+    def _start(
         self,
         loop: asyncio.AbstractEventLoop,
         server: uvicorn.Server,
-        end: Callable[[], None],
+        stop_server: Callable[[], None],
         turns: int,
     ) -> None:
-        if self.begun:  # told before: by the launcher, too, or by whoever signals a whole group
+        if self.started:  # a second signal, from the launcher or sent to the process group
             return
-        if not server.started:  # it opens the door yet
-            loop.call_later(_MOMENT, self._shut, loop, server, end, turns)
+        if not server.started:  # it does not listen yet
+            loop.call_later(_START_POLL_SECONDS, self._start, loop, server, stop_server, turns)
             return
-        doors = [door for one in server.servers for door in one.sockets]
-        if turns and _somebody_is_at(doors):  # the loop lets him in at its next turn
-            loop.call_soon(self._shut, loop, server, end, turns - 1)
+        sockets = [listener for one in server.servers for listener in one.sockets]
+        if turns and _has_pending_connections(sockets):  # the loop accepts them at its next turn
+            loop.call_soon(self._start, loop, server, stop_server, turns - 1)
             return
-        self.begun = True
-        # Closing a server closes its socket here, but not the launcher's.
-        held = [socket.socket(fileno=os.dup(door.fileno())) for door in doors]
+        self.started = True
+        # `close` of a server closes the socket of this process only; `shutdown` on a duplicate
+        # stops the launcher's as well.
+        duplicates = [socket.socket(fileno=os.dup(listener.fileno())) for listener in sockets]
         for one in server.servers:
             one.close()
-        for door in held:
-            with contextlib.suppress(OSError):  # another worker was first
-                door.shutdown(socket.SHUT_RDWR)
-            door.close()
-        loop.call_later(LINGER, end)
+        for duplicate in duplicates:
+            with contextlib.suppress(OSError):  # another worker has shut it down already
+                duplicate.shutdown(socket.SHUT_RDWR)
+            duplicate.close()
+        loop.call_later(DRAIN_SECONDS, stop_server)
 
 
-def _somebody_is_at(doors: Iterable[socket.socket]) -> bool:
+def _has_pending_connections(sockets: Iterable[socket.socket]) -> bool:
     poll = select.poll()
-    for door in doors:
-        poll.register(door, select.POLLIN)
+    for listener in sockets:
+        poll.register(listener, select.POLLIN)
     return any(event == select.POLLIN for _, event in poll.poll(0))
+
+
+def watch_workers() -> None:
+    """Stop the launcher, with exit status 1, when a worker exits unexpectedly. On Linux only.
+
+    The launcher calls it once, before it starts its workers. Exit handlers that must run are to be
+    registered with `atexit` after this call: they run last to first, and the one registered here
+    ends the process with status 1, where the launcher would exit with 0.
+    """
+    if not psutil.LINUX:
+        return
+    # `nohup` ignores SIGHUP; otherwise a closed terminal stops the service.
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    bentoml_compat.set_launcher_hangup_action(stop=not ignored)
+    failed = threading.Event()
+    atexit.register(lambda: os._exit(1) if failed.is_set() else None)
+    threading.Thread(
+        target=_watch, args=(failed,), name="fledge-watch-workers", daemon=True
+    ).start()
+
+
+def _watch(failed: threading.Event) -> None:
+    known: set[int] = set()
+    while True:
+        for pid in set(_workers()) - known:
+            known.add(pid)
+            threading.Thread(target=_wait_for_exit, args=(pid, failed), daemon=True).start()
+        time.sleep(_SCAN_SECONDS)
+
+
+def _workers() -> Iterator[int]:
+    with contextlib.suppress(psutil.Error):  # /proc can't be read here
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):  # it has just exited
+                if bentoml_compat.WORKER_MODULE in child.cmdline():
+                    yield child.pid
+
+
+def _wait_for_exit(pid: int, failed: threading.Event) -> None:
+    try:
+        # WNOWAIT leaves the exit status for the launcher, which reaps its children itself.
+        status = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    except ChildProcessError:
+        return
+    if status is None or _is_orderly(status) or failed.is_set():
+        return
+    failed.set()
+    how = "exit status" if status.si_code == os.CLD_EXITED else "signal"
+    print(
+        f"fledge: worker {pid} ended with {how} {status.si_status}; stopping the service",
+        file=sys.stderr,
+        flush=True,
+    )
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_orderly(status: os.waitid_result) -> bool:
+    if status.si_code == os.CLD_EXITED:
+        return status.si_status == 0
+    return status.si_status in _STOP_SIGNALS

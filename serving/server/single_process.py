@@ -1,8 +1,8 @@
-"""One worker needs no launcher: this process becomes BentoML's worker itself.
+"""One worker without a launcher: this process becomes BentoML's worker.
 
-BentoML's launcher would import all that its worker imports, hold that memory, and then wait. What
-it does for one worker is here: it has the socket, and it ends with 0 when it is told to stop. A
-crash ends the service by itself.
+BentoML's launcher would import all that its worker imports, hold that memory, and wait. What it
+does for a single worker is done here: bind the socket, and exit with 0 after a stop signal. A
+crash ends the service without a launcher's help.
 """
 
 from __future__ import annotations
@@ -17,62 +17,63 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from serving.utils.ending import end
+from serving.server import bentoml_compat
+from serving.utils.process import exit_process
 
 ROOT: Final = Path(__file__).resolve().parents[2]
+"""The folder that holds the package `serving`."""
 SERVICE: Final = "serving.service:ImageClassifier"
 
 
-def serve(door: socket.socket, environ: Mapping[str, str], grace: int) -> NoReturn:
-    """Serve until told to stop, then end this process with 0; with 1 where the server failed.
+def serve(listener: socket.socket, environ: Mapping[str, str], grace: int) -> NoReturn:
+    """Serve until a stop signal, then exit with 0; with 1 if the server failed.
 
     Args:
-        door: Bound already, and not listening yet.
-        environ: What `serving.settings` reads; paths written out in full.
+        listener: Bound, and not listening yet.
+        environ: What `serving.settings` reads, with absolute paths.
         grace: Seconds that requests in flight have after SIGTERM.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
-    hung_up = getattr(signal, "SIGHUP", None)
-    if hung_up and signal.getsignal(hung_up) is not signal.SIG_IGN:  # `nohup` means it to stay
-        signal.signal(hung_up, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        signal.signal(number, _exit_during_start)
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:  # `nohup` ignores it
+        signal.signal(hangup, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     os.environ.update(environ)
-    # One process keeps its metrics in memory; with this, in files that outlive a crash.
+    # Keeps metrics in memory; with the variable, prometheus_client writes files that survive a
+    # crash.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
-    # BentoML puts the current folder on the path; the operator's is not where modules come from.
+    # BentoML adds the current folder to sys.path: modules must not come from the user's folder.
     os.chdir(ROOT)
-    gc.set_threshold(700, 10, 10)  # Python's own: a command ends before its garbage matters
+    gc.set_threshold(700, 10, 10)  # Python's defaults; the command line collects less often
     try:
-        _work(door, grace)
-    except SystemExit as error:  # uvicorn's, when it could not start
-        end(1 if error.code else 0)
-    except Exception:  # a fault of the server, and not of a command
+        _run_worker(listener, grace)
+    except SystemExit as error:  # uvicorn's, if it could not start
+        exit_process(1 if error.code else 0)
+    except Exception:  # a fault of the server: the log gets the traceback
         traceback.print_exc()
-        end(1)
-    end(0)
+        exit_process(1)
+    exit_process(0)
 
 
-def _work(door: socket.socket, grace: int) -> None:
-    from _bentoml_impl.worker.service import main  # type: ignore[import-untyped]
-    from bentoml._internal.configuration.containers import BentoMLContainer
-    from bentoml._internal.server.metrics.prometheus import PrometheusClient
+def _run_worker(listener: socket.socket, grace: int) -> None:
     from prometheus_client import disable_created_metrics
 
-    # As with several workers, where there are none.
+    # With several workers there are no `_created` series either.
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    BentoMLContainer.metrics_client.set(PrometheusClient(multiproc=False))
-    command = [SERVICE, "--fd", door.detach(), "--worker-id", 1]
+    bentoml_compat.keep_metrics_in_memory()
+    command = [SERVICE, "--fd", listener.detach(), "--worker-id", 1]
     command += ["--timeout-graceful-shutdown", grace]
-    main([*map(str, command)], standalone_mode=False)
+    bentoml_compat.run_worker([*map(str, command)])
 
 
-def _stop(*_: Any) -> None:
-    """End at once while it starts; later uvicorn has the signals, and repeats them when all ended.
+def _exit_during_start(*_: Any) -> None:
+    """Exit at once while the process starts.
 
-    That is from within its event loop, which is to end in order.
+    Later uvicorn handles the signals. It raises them again when it has stopped, from within its
+    event loop, which must end in order: then this handler does nothing.
     """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        # Not by an exception: in the middle of an import one may be lost.
-        end(0)
+        # Not by an exception: raised in the middle of an import, it may be lost.
+        exit_process(0)

@@ -1,4 +1,4 @@
-"""`make bento`: the Bento is built, and answers as the bundle in it does."""
+"""`make bento` builds a Bento that gives the answers of the bundle in it."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bento")
 
 
 @pytest.fixture(scope="module")
-def env(place: Path) -> dict[str, str]:
-    told = ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "PYTHONPATH")
-    kept = {
+def env(workspace: Path) -> dict[str, str]:
+    make_variables = ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "PYTHONPATH")
+    inherited = {
         name: value
         for name, value in os.environ.items()
-        if name not in told and not name.startswith("FLEDGE_")
+        if name not in make_variables and not name.startswith("FLEDGE_")
     }
-    return {**kept, "BENTOML_HOME": str(place / "store"), "BENTOML_DO_NOT_TRACK": "True"}
+    return {**inherited, "BENTOML_HOME": str(workspace / "store"), "BENTOML_DO_NOT_TRACK": "True"}
 
 
 @pytest.fixture(scope="module")
-def bundle(place: Path) -> Path:
-    return tiny_bundle(place / "bundle")
+def bundle(workspace: Path) -> Path:
+    return tiny_bundle(workspace / "bundle")
 
 
 @pytest.fixture(scope="module")
-def bento(env: dict[str, str], bundle: Path, place: Path) -> Path:
-    """The folder of the Bento that the recipe of `make bento` builds."""
-    told = subprocess.run(
+def bento(env: dict[str, str], bundle: Path, workspace: Path) -> Path:
+    """The folder of the Bento that the commands of `make bento` build."""
+    commands = subprocess.run(
         ["make", "-n", "bento", f"BUNDLE={bundle}"],
         cwd=ROOT,
         env=env,
@@ -58,13 +58,13 @@ def bento(env: dict[str, str], bundle: Path, place: Path) -> Path:
         text=True,
         check=True,
     ).stdout
-    # The same commands, by the Python that runs this test and in a folder of its own.
-    recipe = told[told.index(".venv/bin/fledge verify") :]
-    aside = f"build/bento-{uuid.uuid4().hex[:8]}"
+    # The same commands, with the Python of this test and in a separate folder.
+    recipe = commands[commands.index(".venv/bin/fledge verify") :]
+    folder = f"build/bento-{uuid.uuid4().hex[:8]}"
     for old, new in {
         ".venv/bin/fledge": f"{sys.executable} -m fledge",
         ".venv/bin/bentoml": f"{sys.executable} -m bentoml",
-        "build/bento": aside,
+        "build/bento": folder,
     }.items():
         assert old in recipe
         recipe = recipe.replace(old, new)
@@ -78,29 +78,29 @@ def bento(env: dict[str, str], bundle: Path, place: Path) -> Path:
             check=False,
         )
     finally:
-        shutil.rmtree(ROOT / aside, ignore_errors=True)
+        shutil.rmtree(ROOT / folder, ignore_errors=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = (place / "store" / "bentos" / "fledge").glob("*/bento.yaml")
+    (found,) = (workspace / "store" / "bentos" / "fledge").glob("*/bento.yaml")
     return found.parent
 
 
 @pytest.fixture(scope="module")
-def url(bento: Path, env: dict[str, str], place: Path) -> Iterator[str]:
-    """`bentoml serve fledge:latest`, from elsewhere, so that nothing of this tree is found."""
+def url(bento: Path, env: dict[str, str], workspace: Path) -> Iterator[str]:
+    """`bentoml serve fledge:latest`, run in another folder: it must find no file of this tree."""
     port = free_port()
     command = [sys.executable, "-m", "bentoml", "serve", "fledge:latest", "--port", str(port)]
-    with (place / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=place, env=env, stdout=log, stderr=log)
+    with (workspace / "log").open("w") as log:
+        server = subprocess.Popen(command, cwd=workspace, env=env, stdout=log, stderr=log)
     try:
-        until = time.monotonic() + 60
+        deadline = time.monotonic() + 60
         while True:
             try:
                 if get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
                     break
             except httpx.TransportError:
                 pass
-            assert server.poll() is None, (place / "log").read_text()
-            assert time.monotonic() < until, (place / "log").read_text()
+            assert server.poll() is None, (workspace / "log").read_text()
+            assert time.monotonic() < deadline, (workspace / "log").read_text()
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -108,7 +108,7 @@ def url(bento: Path, env: dict[str, str], place: Path) -> Iterator[str]:
         server.wait(30)
 
 
-def test_it_answers_as_the_bundle_inside(url: str, bento: Path, bundle: Path) -> None:
+def test_the_bento_gives_the_answers_of_its_bundle(url: str, bento: Path, bundle: Path) -> None:
     data = photo(7)
     predictor = open_predictor(bundle, device="cpu")
     expected = predictor.answer(predictor.predict([predictor.prepare(data)])[0])
@@ -126,9 +126,9 @@ def test_it_answers_as_the_bundle_inside(url: str, bento: Path, bundle: Path) ->
     assert not list(bento.rglob("training")) + list(bento.rglob("tests"))
 
 
-def test_its_requirements_are_those_that_were_locked(bento: Path) -> None:
+def test_the_requirements_are_the_locked_ones(bento: Path) -> None:
     def pins(path: Path) -> set[str]:
-        # BentoML writes markers in its own style, and names itself once more.
+        # BentoML reformats the markers, and adds a line for itself.
         return set(re.findall(r"^[\w.-]+==[^\s;]+|sha256:\w+", path.read_text(), re.MULTILINE))
 
     locked = pins(ROOT / "requirements" / "serving.txt")

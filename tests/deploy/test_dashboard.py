@@ -1,4 +1,4 @@
-"""The Grafana dashboard asks only for what the service tells, and gets answers from Prometheus."""
+"""The Grafana dashboard queries only metrics of the service, and Prometheus answers all queries."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SCALED_BY = AUTOSCALER["spec"]["metrics"][0]["pods"]["metric"]["name"]
 
 
 def filled(query: str) -> str:
-    """With Grafana's variables filled in."""
+    """The query with Grafana's variables replaced."""
     return query.replace("$__rate_interval", "10s").replace("$job", ".*")
 
 
@@ -46,46 +46,46 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Live]]:
         yield [stack.enter_context(live(folder, tmp_path / f"log-{i}")) for i in range(2)]
 
 
-def test_every_metric_asked_for_is_served(replicas: list[Live]) -> None:
+def test_every_queried_metric_is_served(replicas: list[Live]) -> None:
     post(f"{replicas[0].url}/predict", photo(1))
     served = set(re.findall(r"^(\w+)(?:{| )", get(f"{replicas[0].url}/metrics").text, re.M))
-    asked = {name for query in QUERIES.values() for name in re.findall(r"fledge_\w+", query)}
-    assert len(asked) > 8
-    assert asked - served == set()
+    queried = {name for query in QUERIES.values() for name in re.findall(r"fledge_\w+", query)}
+    assert len(queried) > 8
+    assert queried - served == set()
     assert SCALED_BY in served
 
 
-def test_outcomes_asked_for_are_codes_of_the_service() -> None:
+def test_queried_outcomes_are_codes_of_the_service() -> None:
     kinds = {kind for root in (FledgeError, HttpError) for kind in below(root)} - {HttpError}
     codes = {kind.code for kind in kinds} | {"internal"}
-    asked = {
+    queried = {
         code
         for query in QUERIES.values()
         for codes_of_one in re.findall(r'outcome=~"([^"]+)"', query)
         for code in codes_of_one.split("|")
     }
-    assert len(asked) > 8
-    assert asked - codes == set()
+    assert len(queried) > 8
+    assert queried - codes == set()
 
 
 def test_panels_have_names_and_do_not_overlap() -> None:
-    taken: set[tuple[int, int]] = set()
+    occupied: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
         assert panel["title"]
         assert panel["description"]
-        place = panel["gridPos"]
+        grid = panel["gridPos"]
         cells = {
             (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
+            for x in range(grid["x"], grid["x"] + grid["w"])
+            for y in range(grid["y"], grid["y"] + grid["h"])
         }
-        assert place["x"] + place["w"] <= 24
-        assert not cells & taken
-        taken |= cells
+        assert grid["x"] + grid["w"] <= 24
+        assert not cells & occupied
+        occupied |= cells
 
 
-def test_prometheus_has_an_answer_to_every_query(replicas: list[Live], tmp_path: Path) -> None:
-    """compose.yaml has the same configuration, but for places and times."""
+def test_prometheus_answers_every_query(replicas: list[Live], tmp_path: Path) -> None:
+    """With the configuration of compose.yaml, except targets and intervals."""
     prometheus = program("prometheus")
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
@@ -102,8 +102,8 @@ def test_prometheus_has_an_answer_to_every_query(replicas: list[Live], tmp_path:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         unanswered = dict(QUERIES)
-        until = time.monotonic() + 60
-        while unanswered and time.monotonic() < until:
+        deadline = time.monotonic() + 60
+        while unanswered and time.monotonic() < deadline:
             for one in replicas:
                 post(f"{one.url}/predict", photo(1))
                 post(f"{one.url}/predict", b"no image")
@@ -118,18 +118,18 @@ def test_prometheus_has_an_answer_to_every_query(replicas: list[Live], tmp_path:
 
 
 def answer(port: int, query: str) -> list[dict]:
-    """The values that are numbers."""
+    """The values of the result that are numbers."""
     try:
-        told = httpx.get(
+        response = httpx.get(
             f"http://127.0.0.1:{port}/api/v1/query", params={"query": query}, trust_env=False
         )
     except httpx.TransportError:  # not up yet
         return []
-    if told.status_code == 503:
+    if response.status_code == 503:
         return []
-    assert told.status_code == 200, f"{query}: {told.text}"
-    return [one for one in told.json()["data"]["result"] if one["value"][1] != "NaN"]
+    assert response.status_code == 200, f"{query}: {response.text}"
+    return [one for one in response.json()["data"]["result"] if one["value"][1] != "NaN"]
 
 
-def test_promtool_finds_no_fault_with_the_configuration() -> None:
+def test_promtool_accepts_the_configuration() -> None:
     assert "SUCCESS" in said(program("promtool"), "check", "config", f"{DEPLOY}/prometheus.yml")

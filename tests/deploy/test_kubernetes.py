@@ -1,4 +1,4 @@
-"""The manifests of deploy/k8s: valid by Kubernetes' own schemas, and at one with each other."""
+"""The manifests of deploy/k8s: valid by Kubernetes' schemas, and consistent with each other."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from serving.server.launch import GRACE
+from serving.server.launch import GRACE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "k8s"
 KUSTOMIZATION = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
 FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "kustomization.yaml")
-# The oldest in which all of these are stable, and the newest that is known.
+# The oldest release in which all these kinds are stable, and the newest known one.
 VERSIONS = ("1.25.0", kubernetes_validate.latest_version())
 
 
@@ -40,14 +40,14 @@ def test_manifests_are_valid(path: Path, version: str) -> None:
     kubernetes_validate.validate(load(path), version, strict=True)
 
 
-def test_the_checker_finds_a_slip() -> None:
-    slip = load(FOLDER / "deployment.yaml")
-    slip["spec"]["template"]["spec"]["containers"][0]["readinesProbe"] = {}
+def test_the_validator_finds_a_misspelt_field() -> None:
+    wrong = load(FOLDER / "deployment.yaml")
+    wrong["spec"]["template"]["spec"]["containers"][0]["readinesProbe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(slip, VERSIONS[-1], strict=True)
+        kubernetes_validate.validate(wrong, VERSIONS[-1], strict=True)
 
 
-def test_every_kind_that_was_promised_is_there_and_applied() -> None:
+def test_every_kind_exists_and_is_applied() -> None:
     kinds = {load(path)["kind"] for path in FILES}
     wanted = {"Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget"}
     assert kinds == wanted
@@ -57,7 +57,7 @@ def test_every_kind_that_was_promised_is_there_and_applied() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", image["newTag"])
 
 
-def test_all_select_the_pods_of_the_deployment() -> None:
+def test_all_selectors_match_the_pods_of_the_deployment() -> None:
     labels = POD["metadata"]["labels"]
     assert manifest("Deployment")["spec"]["selector"]["matchLabels"].items() <= labels.items()
     assert manifest("Service")["spec"]["selector"].items() <= labels.items()
@@ -65,7 +65,7 @@ def test_all_select_the_pods_of_the_deployment() -> None:
     assert budget["selector"]["matchLabels"].items() <= labels.items()
     scaler = manifest("HorizontalPodAutoscaler")["spec"]
     assert scaler["scaleTargetRef"]["name"] == manifest("Deployment")["metadata"]["name"]
-    assert budget["minAvailable"] < scaler["minReplicas"]  # else no node could be drained
+    assert budget["minAvailable"] < scaler["minReplicas"]  # otherwise no node could be drained
 
 
 def test_the_pod_has_no_privileges_and_a_read_only_root() -> None:
@@ -78,12 +78,12 @@ def test_the_pod_has_no_privileges_and_a_read_only_root() -> None:
     assert not own["allowPrivilegeEscalation"]
     assert own["capabilities"] == {"drop": ["ALL"]}
     assert POD["spec"]["automountServiceAccountToken"] is False
-    (mount,) = CONTAINER["volumeMounts"]  # where the service keeps its scratch files
+    (mount,) = CONTAINER["volumeMounts"]  # for the scratch files of the service
     assert mount["mountPath"] == "/tmp"
     assert "emptyDir" in POD["spec"]["volumes"][0]
 
 
-def test_probes_ask_what_the_service_answers_and_requests_in_flight_have_their_time() -> None:
+def test_probes_use_served_paths_and_the_grace_period_covers_the_shutdown() -> None:
     probes = {name: CONTAINER[f"{name}Probe"] for name in ("startup", "readiness", "liveness")}
     assert [probe["httpGet"]["path"] for probe in probes.values()] == [
         "/readyz",
@@ -95,9 +95,9 @@ def test_probes_ask_what_the_service_answers_and_requests_in_flight_have_their_t
     assert f"EXPOSE {port['containerPort']}" in (ROOT / "Dockerfile").read_text()
     assert manifest("Service")["spec"]["ports"][0]["targetPort"] == port["name"]
     pause = int(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][-1])
-    assert POD["spec"]["terminationGracePeriodSeconds"] >= pause + GRACE
+    assert POD["spec"]["terminationGracePeriodSeconds"] >= pause + GRACE_SECONDS
 
 
-def test_resources_are_asked_for_and_limited() -> None:
+def test_resources_have_requests_and_limits() -> None:
     for kind in ("requests", "limits"):
         assert set(CONTAINER["resources"][kind]) == {"cpu", "memory"}

@@ -1,4 +1,4 @@
-"""deploy/nginx.conf before two real services, as compose.yaml has it before two replicas."""
+"""deploy/nginx.conf in front of two real services, as in compose.yaml."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -22,8 +21,8 @@ from tests.support.tiny_bundle import photo, tiny_bundle
 CONFIG = Path(__file__).parents[2] / "deploy" / "nginx.conf"
 
 
-def placed(tmp_path: Path, port: int, servers: list[int]) -> Path:
-    """The configuration with its places changed, and the engine's DNS replaced by a list."""
+def local_config(tmp_path: Path, port: int, servers: list[int]) -> Path:
+    """The configuration with local paths and ports, and a list in place of the engine's DNS."""
     listed = "".join(f"server 127.0.0.1:{one} max_fails=0; " for one in servers)
     changes = {
         "listen 8080;": f"listen 127.0.0.1:{port};",
@@ -42,19 +41,19 @@ def placed(tmp_path: Path, port: int, servers: list[int]) -> Path:
 @contextmanager
 def nginx(tmp_path: Path, servers: list[int]) -> Iterator[str]:
     port = free_port()
-    file = placed(tmp_path, port, servers)
+    file = local_config(tmp_path, port, servers)
     command = [program("nginx"), "-c", str(file), "-e", "stderr", "-g", "daemon off; user root;"]
     with (tmp_path / "nginx.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        until = time.monotonic() + 30
+        deadline = time.monotonic() + 30
         while True:
             try:
                 get(f"http://127.0.0.1:{port}/livez")
                 break
             except httpx.TransportError:
                 assert process.poll() is None, (tmp_path / "nginx.log").read_text()
-                assert time.monotonic() < until
+                assert time.monotonic() < deadline
                 time.sleep(0.05)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -69,45 +68,45 @@ def replicas(tmp_path: Path) -> Iterator[list[Live]]:
         yield [stack.enter_context(live(folder, tmp_path / f"log-{i}")) for i in range(2)]
 
 
-def test_nginx_finds_no_fault_with_it_as_it_is(tmp_path: Path) -> None:
+def test_nginx_accepts_the_configuration(tmp_path: Path) -> None:
     file = tmp_path / "nginx.conf"
     file.write_text(CONFIG.read_text().replace("/tmp/", f"{tmp_path}/"))
-    told = said(program("nginx"), "-t", "-c", str(file), "-e", "stderr")
-    assert "test is successful" in told
+    output = said(program("nginx"), "-t", "-c", str(file), "-e", "stderr")
+    assert "test is successful" in output
 
 
-def test_two_replicas_share_the_work_and_one_may_die(replicas: list[Live], tmp_path: Path) -> None:
-    def shares_of(total: int) -> list[int]:
-        """How many each has answered, once all are in the logs: a line follows its answer."""
-        until = time.monotonic() + 30
+def test_requests_are_spread_and_survive_a_killed_replica(
+    replicas: list[Live], tmp_path: Path
+) -> None:
+    def wait_for_shares(total: int) -> list[int]:
+        """Requests per replica, once all are logged; a line is written after its answer."""
+        deadline = time.monotonic() + 30
         while True:
             line = '"path": "/predict", "status": 200'
             shares = [one.log.read_text().count(line) for one in replicas]
-            if sum(shares) >= total or time.monotonic() > until:
+            if sum(shares) >= total or time.monotonic() > deadline:
                 return shares
             time.sleep(0.02)
 
     with nginx(tmp_path, [one.port for one in replicas]) as url:
         for seed in range(10):
             assert post(f"{url}/predict", photo(seed)).status_code == 200
-        # Each of nginx's own processes takes turns by itself, so who gets how many is open.
-        shares = shares_of(10)
+        # Each process of nginx takes turns by itself, so the shares are not fixed.
+        shares = wait_for_shares(10)
         assert sum(shares) == 10
         assert min(shares) > 0
         (worker,) = replicas[0].workers()
         os.kill(worker, signal.SIGKILL)
         for seed in range(10):
             assert post(f"{url}/predict", photo(seed)).status_code == 200
-        assert shares_of(20) == [shares[0], shares[1] + 10]
+        assert wait_for_shares(20) == [shares[0], shares[1] + 10]
 
 
-def test_answers_come_through_as_the_service_gave_them(
-    replicas: list[Live], tmp_path: Path
-) -> None:
+def test_answers_pass_unchanged(replicas: list[Live], tmp_path: Path) -> None:
     with nginx(tmp_path, [replicas[0].port]) as url:
-        told = post(f"{url}/predict", photo(1), {"x-request-id": "mine-1"})
-        assert told.json() == post(f"{replicas[0].url}/predict", photo(1)).json()
-        assert told.headers["x-request-id"] == "mine-1"
+        response = post(f"{url}/predict", photo(1), {"x-request-id": "mine-1"})
+        assert response.json() == post(f"{replicas[0].url}/predict", photo(1)).json()
+        assert response.headers["x-request-id"] == "mine-1"
         assert len(post(f"{url}/predict", photo(1)).headers["x-request-id"]) == 32
         for data, code in ((b"no image", "not-an-image"), (bytes(21_000_000), "too-large")):
             refused = post(f"{url}/predict", data)
@@ -118,19 +117,20 @@ def test_answers_come_through_as_the_service_gave_them(
         assert get(f"{url}/").headers["content-type"].startswith("text/html")
 
 
-def test_a_replica_that_is_gone_or_not_ready_is_passed_over(
+def test_a_replica_that_is_down_or_not_ready_gets_no_requests(
     replicas: list[Live], tmp_path: Path
 ) -> None:
     folder = tiny_bundle(tmp_path / "wrong")
     golden = [dict(item) for item in storage.read(folder).manifest.golden]
     golden[0]["probabilities"] = {"fp32": [0.2, 0.3, 0.5]}  # so it is never ready
-    storage.publish(replace(storage.read(folder).manifest, golden=tuple(golden)), folder)
+    manifest = storage.read(folder).manifest.model_copy(update={"golden": tuple(golden)})
+    storage.publish(manifest, folder)
     port = free_port()
     process = launch(folder, port, tmp_path / "wrong.log")
     try:
-        until = time.monotonic() + 60
+        deadline = time.monotonic() + 60
         while "off by" not in (tmp_path / "wrong.log").read_text():
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         assert post(f"http://127.0.0.1:{port}/predict", photo(1)).status_code == 503
         for other in (port, free_port()):

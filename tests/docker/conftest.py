@@ -1,4 +1,4 @@
-"""One image for all tests of this folder, and one container for those that leave it as it is."""
+"""One image for all tests of this folder, and one container for those that don't change it."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import container_engine as engine
+from tests.support import container_engine
 from tests.support.container_engine import Container
 from tests.support.tiny_bundle import tiny_bundle
 
 
 @pytest.fixture(scope="session")
 def build_seconds() -> float:
-    """The image is there; how long it took to build."""
-    engine.need(engine.why_no_engine())
+    """Build the image; the seconds that it took."""
+    container_engine.need(container_engine.why_no_engine())
     begun = time.monotonic()
-    engine.build()
+    container_engine.build()
     return time.monotonic() - begun
 
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return engine.readable(tiny_bundle(tmp_path_factory.mktemp("docker") / "bundle"))
+    return container_engine.readable(tiny_bundle(tmp_path_factory.mktemp("docker") / "bundle"))
 
 
 @pytest.fixture(scope="session")
 def container(build_seconds: float, bundle: Path) -> Iterator[Container]:
-    started = engine.start(bundle)
+    started = container_engine.start(bundle)
     yield started
     started.remove()

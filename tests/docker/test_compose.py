@@ -1,4 +1,4 @@
-"""compose.yaml: what a composer makes of it, and the service's two replicas as it starts them."""
+"""compose.yaml: it is valid, and starts two replicas of the service with its limits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG = yaml.safe_load((ROOT / "compose.yaml").read_text())
 
 
 @pytest.fixture(scope="module")
-def composer(build_seconds: float) -> list[str]:
+def compose_command(build_seconds: float) -> list[str]:
     if run(DOCKER, "compose", "version", check=False).returncode == 0:
         return [DOCKER, "compose"]
     need("" if shutil.which("docker-compose") else "neither docker compose nor docker-compose")
@@ -29,11 +29,11 @@ def composer(build_seconds: float) -> list[str]:
 
 
 @pytest.fixture
-def replicas(composer: list[str], bundle: Path) -> Iterator[list[str]]:
+def replicas(compose_command: list[str], bundle: Path) -> Iterator[list[str]]:
     """The names of the two containers, healthy."""
     project = f"fledgetest{uuid.uuid4().hex[:8]}"
     env = {"FLEDGE_IMAGE": IMAGE, "FLEDGE_BUNDLE_DIR": str(bundle)}
-    compose = (*composer, "--project-name", project)
+    compose = (*compose_command, "--project-name", project)
     run(*compose, "up", "--detach", "fledge", env=env, limit=120)
     try:
         names = run(*compose, "ps", "--quiet", "fledge", env=env).stdout.split()
@@ -49,19 +49,19 @@ def inspect(name: str) -> dict:
 
 
 def wait_until_healthy(name: str, limit: float = 60) -> None:
-    until = time.monotonic() + limit
+    deadline = time.monotonic() + limit
     while (state := inspect(name)["State"])["Health"]["Status"] != "healthy":
-        assert time.monotonic() < until, state
+        assert time.monotonic() < deadline, state
         time.sleep(0.5)
 
 
-def test_a_composer_understands_it(composer: list[str]) -> None:
-    told = yaml.safe_load(run(*composer, "config").stdout)
-    assert set(told["services"]) == {"fledge", "nginx", "prometheus", "grafana"}
+def test_compose_accepts_the_file(compose_command: list[str]) -> None:
+    config = yaml.safe_load(run(*compose_command, "config").stdout)
+    assert set(config["services"]) == {"fledge", "nginx", "prometheus", "grafana"}
 
 
 @pytest.mark.parametrize("name", CONFIG["services"])
-def test_every_service_is_limited_and_restarted(name: str) -> None:
+def test_every_service_has_limits_and_a_restart_policy(name: str) -> None:
     service = CONFIG["services"][name]
     assert set(service["deploy"]["resources"]["limits"]) == {"cpus", "memory"}
     assert service["restart"] == "unless-stopped"
@@ -75,7 +75,7 @@ def test_every_service_is_limited_and_restarted(name: str) -> None:
             assert (ROOT / source).is_file()
 
 
-def test_two_replicas_are_held_to_what_is_written(replicas: list[str]) -> None:
+def test_two_replicas_have_the_stated_limits(replicas: list[str]) -> None:
     assert len(replicas) == 2
     limits = CONFIG["services"]["fledge"]["deploy"]["resources"]["limits"]
     for name in replicas:
@@ -87,12 +87,12 @@ def test_two_replicas_are_held_to_what_is_written(replicas: list[str]) -> None:
         assert f"{host['Memory'] / 2**30:.0f}G" == limits["memory"]
 
 
-def test_a_replica_that_is_killed_comes_back(replicas: list[str]) -> None:
+def test_a_killed_replica_is_restarted(replicas: list[str]) -> None:
     pids = run(DOCKER, "top", replicas[0], "-o", "pid,args").stdout.splitlines()
     (worker,) = [line.split()[0] for line in pids if "fledge serve" in line]
     run("kill", "-KILL", worker)
-    until = time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while inspect(replicas[0])["RestartCount"] == 0:
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.5)
     wait_until_healthy(replicas[0])

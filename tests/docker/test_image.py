@@ -1,6 +1,6 @@
-"""The image as `make image` builds it and `make run-image` runs it: what is in it, what it answers.
+"""The image that `make image` builds, run as `make run-image` does: contents and answers.
 
-Without a container engine these tests skip by name, or fail where FLEDGE_REQUIRE_DOCKER=1.
+Without a container engine these tests are skipped, or fail if FLEDGE_REQUIRE_DOCKER=1.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from tests.support.tiny_bundle import photo
 
 pytestmark = pytest.mark.docker
 
-OURS_AT_MOST = 215  # MB on top of the base image
-RESTING_AT_MOST = 350  # MB of memory, with a tiny bundle
-READY_AT_MOST = 10.0  # s; it takes less than 2 on an idle machine
+MAX_OWN_MB = 215  # on top of the base image
+MAX_IDLE_MB = 350  # of memory, with a tiny bundle
+MAX_READY_SECONDS = 10.0  # less than 2 on an idle machine
 
 
 def test_size_and_time_to_ready(
@@ -28,15 +28,15 @@ def test_size_and_time_to_ready(
 ) -> None:
     size = int(run(DOCKER, "image", "inspect", "--format", "{{.Size}}", IMAGE).stdout) / 1e6
     du = ("du", "--apparent-size", "--block-size=1", "-s", "/opt/venv", "/app")
-    told = run(DOCKER, "exec", container.name, *du).stdout.splitlines()
-    ours = sum(int(line.split()[0]) for line in told) / 1e6
+    sizes = run(DOCKER, "exec", container.name, *du).stdout.splitlines()
+    own = sum(int(line.split()[0]) for line in sizes) / 1e6
     resident = """
 import pathlib
 pages = 0
 for stat in pathlib.Path("/proc").glob("[0-9]*/smaps_rollup"):
     try:
         lines = stat.read_text().splitlines()
-    except OSError:  # ended meanwhile
+    except OSError:  # the process has exited
         continue
     pages += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 print(pages * 1024)
@@ -44,15 +44,16 @@ print(pages * 1024)
     memory = int(container.python(resident)) / 1e6
     with capsys.disabled():
         print(
-            f"\nimage {size:.0f} MB, {ours:.0f} MB of it ours; built in {build_seconds:.0f} s; "
-            f"ready {container.ready_after:.1f} s after docker run; {memory:.0f} MB at rest"
+            f"\nimage {size:.0f} MB, {own:.0f} MB of it on top of the base image; "
+            f"built in {build_seconds:.0f} s; "
+            f"ready {container.ready_after:.1f} s after docker run; {memory:.0f} MB idle"
         )
-    assert 100 < ours <= OURS_AT_MOST
-    assert 50 < memory <= RESTING_AT_MOST
-    assert container.ready_after <= READY_AT_MOST
+    assert 100 < own <= MAX_OWN_MB
+    assert 50 < memory <= MAX_IDLE_MB
+    assert container.ready_after <= MAX_READY_SECONDS
 
 
-def test_a_good_photo_gets_the_answer_of_the_bundle(container: Container, bundle: Path) -> None:
+def test_a_photo_gets_the_answer_of_the_bundle(container: Container, bundle: Path) -> None:
     data = photo(7)
     status, _, answer = container.post("/predict?top_k=3", data)
     assert status == 200
@@ -61,18 +62,18 @@ def test_a_good_photo_gets_the_answer_of_the_bundle(container: Container, bundle
     assert [p["label"] for p in answer["predictions"]] == [
         p["label"] for p in expected["predictions"]
     ]
-    for got, want in zip(answer["predictions"], expected["predictions"], strict=True):
-        assert got["probability"] == pytest.approx(want["probability"], abs=1e-4)
+    for actual, wanted in zip(answer["predictions"], expected["predictions"], strict=True):
+        assert actual["probability"] == pytest.approx(wanted["probability"], abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("data", "status"), [(b"no image at all", 415), (photo(8)[:400], 422), (b"", 400)]
 )
-def test_a_bad_photo_is_refused_and_the_service_lives(
+def test_a_bad_photo_is_refused_and_the_service_goes_on(
     container: Container, data: bytes, status: int
 ) -> None:
-    got, media_type, problem = container.post("/predict", data)
-    assert (got, media_type) == (status, "application/problem+json")
+    actual, media_type, problem = container.post("/predict", data)
+    assert (actual, media_type) == (status, "application/problem+json")
     assert problem["code"]
     assert container.post("/predict", photo(7))[0] == 200
 
@@ -86,7 +87,7 @@ def test_it_runs_unprivileged(container: Container) -> None:
     assert fields["NoNewPrivs"].strip() == "1"
 
 
-def test_its_root_is_read_only(container: Container) -> None:
+def test_the_root_file_system_is_read_only(container: Container) -> None:
     code = """
 for path in ("/app/x", "/opt/venv/x", "/bundle/x", "/x"):
     try:
@@ -97,7 +98,7 @@ for path in ("/app/x", "/opt/venv/x", "/bundle/x", "/x"):
     assert container.python(code).split() == ["30"] * 4  # EROFS
 
 
-def test_nothing_to_build_or_install_with_is_inside(container: Container) -> None:
+def test_no_build_or_install_tools_are_inside(container: Container) -> None:
     modules = "import importlib.util as u; print(*filter(u.find_spec, {!r}))"
     installers = ["pip", "ensurepip", "setuptools", "wheel"]
     unwanted = ["torch", "torchvision", "onnx", "training", "export", "pytest", *installers]
@@ -122,7 +123,7 @@ for root in roots:
     assert container.python(code) == ""
 
 
-def test_its_health_is_told(container: Container) -> None:
+def test_the_container_becomes_healthy(container: Container) -> None:
     end = time.monotonic() + 30
     status = ""
     while status != "healthy" and time.monotonic() < end:
@@ -139,6 +140,6 @@ def test_labels_name_version_and_licence(container: Container) -> None:
     assert labels[f"{prefix}licenses"] == "Apache-2.0"
     assert labels[f"{prefix}version"] == serving.__version__
     assert labels[f"{prefix}revision"]
-    told = ended_run(IMAGE, "--version")
-    assert told.stdout == f"fledge {serving.__version__}\n", told.stderr
+    ended = ended_run(IMAGE, "--version")
+    assert ended.stdout == f"fledge {serving.__version__}\n", ended.stderr
     assert container.get("/model")["serving"]["fledge"] == serving.__version__

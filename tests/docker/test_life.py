@@ -1,4 +1,4 @@
-"""A container's life: how it starts, what it is granted, how it ends."""
+"""Start, resources and stop of a container."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from serving.server.bentoml_compat import WORKER_MODULE
 from serving.utils.cpu import cores
-from tests.support import container_engine as engine
+from tests.support import container_engine
 from tests.support.container_engine import (
     DOCKER,
     HARDENED,
@@ -23,12 +24,12 @@ from tests.support.container_engine import (
     run,
 )
 from tests.support.live_server import free_port
-from tests.support.load_clients import CALLERS, REFUSED, told_while
+from tests.support.load_clients import CLIENTS, REFUSED, outcomes_around
 from tests.support.tiny_bundle import photo, tiny_bundle
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("build_seconds")]
 
-GRACE = 10.0  # s, what `docker stop` gives by default
+STOP_SECONDS = 10.0  # the default of `docker stop`
 
 
 def broken(folder: Path) -> Path:
@@ -41,8 +42,8 @@ def broken(folder: Path) -> Path:
 
 
 @contextmanager
-def on_the_hosts_network(bundle: Path) -> Iterator[Container]:
-    """No proxy of the engine between callers and the service, so a refusal is the service's own."""
+def host_network_container(bundle: Path) -> Iterator[Container]:
+    """A container without the engine's proxy: a refused connection is the service's doing."""
     container = Container(f"fledge-test-{uuid.uuid4().hex[:8]}", free_port())
     options = ("--detach", "--name", container.name, "--network", "host", *HARDENED)
     command = ("serve", "/bundle", "--port", str(container.port))
@@ -58,7 +59,7 @@ def exit_status(container: Container, limit: float = 30) -> int:
     return int(run(DOCKER, "wait", container.name, limit=limit).stdout)
 
 
-def test_without_a_bundle_it_says_why_and_exits_78() -> None:
+def test_without_a_bundle_it_exits_with_78_and_a_reason() -> None:
     ended = ended_run(IMAGE)
     assert ended.returncode == 78, ended.stderr
     assert ended.stdout == ""
@@ -66,19 +67,19 @@ def test_without_a_bundle_it_says_why_and_exits_78() -> None:
     assert "/bundle" in ended.stderr
 
 
-def test_with_a_changed_byte_it_says_which_file_and_exits_78(tmp_path: Path) -> None:
+def test_with_a_changed_byte_it_exits_with_78_and_names_the_file(tmp_path: Path) -> None:
     ended = ended_run("--volume", f"{broken(tmp_path / 'bundle')}:/bundle:ro", IMAGE)
     assert ended.returncode == 78, ended.stderr
     assert ended.stderr.count("\n") == 1
     assert "model.onnx" in ended.stderr
 
 
-def test_a_bundle_inside_is_served_and_its_files_belong_to_root(tmp_path: Path) -> None:
+def test_a_bundle_in_the_image_is_served_and_owned_by_root(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "a bundle")
     for path in (bundle, *bundle.rglob("*")):
-        path.chmod(0o700 if path.is_dir() else 0o600)  # as umask 077 leaves them
+        path.chmod(0o700 if path.is_dir() else 0o600)  # as umask 077 creates them
     image = f"{IMAGE}-with-bundle"
-    engine.build(f"BUNDLE={bundle}", image=image)
+    container_engine.build(f"BUNDLE={bundle}", image=image)
     container = Container(f"fledge-test-{uuid.uuid4().hex[:8]}", free_port())
     publish = f"127.0.0.1:{container.port}:3000"
     options = ("--detach", "--name", container.name, "--publish", publish, *HARDENED)
@@ -99,20 +100,22 @@ for path in (pathlib.Path("/bundle"), *pathlib.Path("/bundle").rglob("*")):
         run(DOCKER, "image", "rm", image, check=False)
 
 
-def test_a_broken_bundle_makes_no_image(tmp_path: Path) -> None:
+def test_a_broken_bundle_stops_the_build(tmp_path: Path) -> None:
     image = f"{IMAGE}-with-broken-bundle"
-    said = engine.build(f"BUNDLE={broken(tmp_path / 'bundle')}", image=image, check=False)
-    assert "model.onnx was changed" in said
-    left = run(DOCKER, "run", "--rm", *HARDENED, image, check=False)
+    output = container_engine.build(
+        f"BUNDLE={broken(tmp_path / 'bundle')}", image=image, check=False
+    )
+    assert "model.onnx was changed" in output
+    leftover = run(DOCKER, "run", "--rm", *HARDENED, image, check=False)
     run(DOCKER, "image", "rm", image, check=False)
-    assert left.returncode == 78, "the tag must not name an image with the broken bundle inside"
+    assert leftover.returncode == 78, "the tag must not name an image with the broken bundle inside"
 
 
-@pytest.mark.parametrize(("granted", "threads"), [("1", 1), ("0.5", 1), (None, cores())])
-def test_threads_are_as_many_as_the_container_may_use(
-    bundle: Path, granted: str | None, threads: int
+@pytest.mark.parametrize(("cpus", "threads"), [("1", 1), ("0.5", 1), (None, cores())])
+def test_the_threads_match_the_cpus_of_the_container(
+    bundle: Path, cpus: str | None, threads: int
 ) -> None:
-    container = engine.start(bundle, options=["--cpus", granted] if granted else [])
+    container = container_engine.start(bundle, options=["--cpus", cpus] if cpus else [])
     try:
         assert f", {threads} threads, " in container.logs()
     finally:
@@ -120,26 +123,26 @@ def test_threads_are_as_many_as_the_container_may_use(
 
 
 def test_stop_under_load_loses_no_request(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with on_the_hosts_network(bundle) as container:
-        took: list[float] = []
+    with host_network_container(bundle) as container:
+        seconds: list[float] = []
 
         def stop() -> None:
             begun = time.monotonic()
-            run(DOCKER, "stop", "--time", str(int(GRACE)), container.name)
-            took.append(time.monotonic() - begun)
+            run(DOCKER, "stop", "--time", str(int(STOP_SECONDS)), container.name)
+            seconds.append(time.monotonic() - begun)
 
-        before, after = told_while(container.port, photo(7, (2000, 1500)), stop)
+        before, after = outcomes_around(container.port, photo(7, (2000, 1500)), stop)
         assert exit_status(container) == 0
     with capsys.disabled():
-        print(f"\nstopped {took[0]:.1f} s after docker stop; {before} before, {after} after")
+        print(f"\nstopped {seconds[0]:.1f} s after docker stop; {before} before, {after} after")
     assert set(before) == {"200"}
-    assert before["200"] > CALLERS
+    assert before["200"] > CLIENTS
     assert set(after) <= {"200", REFUSED}
-    assert after[REFUSED] == CALLERS
-    assert took[0] < GRACE
+    assert after[REFUSED] == CLIENTS
+    assert seconds[0] < STOP_SECONDS
 
 
-def in_threads(*calls: Callable[[], object]) -> None:
+def run_in_threads(*calls: Callable[[], object]) -> None:
     threads = [threading.Thread(target=call) for call in calls]
     for thread in threads:
         thread.start()
@@ -149,24 +152,24 @@ def in_threads(*calls: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize(
     ("workers", "process", "status"),
-    [("1", "fledge serve", 137), ("2", "worker.service", 1)],
+    [("1", "fledge serve", 137), ("2", WORKER_MODULE, 1)],
 )
 def test_a_killed_worker_ends_the_container(
     bundle: Path, workers: str, process: str, status: int
 ) -> None:
-    # A restart policy brings it back: half a service that looks whole would be worse.
-    container = engine.start(bundle, options=["--env", f"FLEDGE_WORKERS={workers}"])
+    # A restart policy restarts the container; with one worker less it would still look healthy.
+    container = container_engine.start(bundle, options=["--env", f"FLEDGE_WORKERS={workers}"])
     statuses: list[int] = []
 
     def kill() -> None:
         time.sleep(1)
-        # By the host: of its own kin a container's first process takes no SIGKILL.
+        # From the host: inside a container its first process ignores SIGKILL.
         lines = run(DOCKER, "top", container.name, "-o", "pid,args").stdout.splitlines()
         run("kill", "-KILL", next(line.split()[0] for line in lines if process in line))
 
     try:
-        # Asked before: of a container that --rm has removed nobody learns the status.
-        in_threads(lambda: statuses.append(exit_status(container)), kill)
+        # Waits from before the exit: --rm removes the container and its status.
+        run_in_threads(lambda: statuses.append(exit_status(container)), kill)
     finally:
         container.remove()
     assert statuses == [status]

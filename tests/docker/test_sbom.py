@@ -1,4 +1,4 @@
-"""`make sbom` lists what is in the image, no more and no less."""
+"""`make sbom` lists exactly the packages of the image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.docker
 ROOT = Path(__file__).parents[2]
 
 
-def plain(name: str) -> str:
+def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -24,12 +24,12 @@ def test_the_sbom_lists_the_packages_of_the_image(container: Container) -> None:
     sbom = json.loads((ROOT / "build" / "sbom.json").read_text())
     assert sbom["bomFormat"] == "CycloneDX"
     assert sbom["metadata"]["component"]["name"] == "fledge"
-    listed = {plain(one["name"]): one["version"] for one in sbom["components"]}
+    listed = {normalized(one["name"]): one["version"] for one in sbom["components"]}
     code = """
 import importlib.metadata as m, json
 print(json.dumps([(d.metadata["Name"], d.version) for d in m.distributions()]))
 """
-    inside = {plain(name): version for name, version in json.loads(container.python(code))}
+    inside = {normalized(name): version for name, version in json.loads(container.python(code))}
     assert len(inside) > 50
     assert listed == inside
     assert all(one["purl"].startswith("pkg:pypi/") for one in sbom["components"])

@@ -1,3 +1,5 @@
+"""The tree of exceptions, and the codes and statuses of its classes."""
+
 import serving.errors as errors
 from serving.errors import FledgeError
 
@@ -7,7 +9,7 @@ def tree(root: type[FledgeError] = FledgeError, depth: int = 0) -> list[tuple[in
     return [(depth, root), *below]
 
 
-def test_docstring_draws_the_tree_as_it_is() -> None:
+def test_the_docstring_draws_the_tree_of_classes() -> None:
     drawn = []
     for line in (errors.__doc__ or "").splitlines():
         stem = line.replace("├── ", "│   ").replace("└── ", "│   ")
@@ -23,7 +25,7 @@ def test_codes_are_unique_and_readable() -> None:
     assert all(code == code.lower() and " " not in code and ":" not in code for code in codes)
 
 
-def test_status_tells_whose_fault_it_is() -> None:
+def test_the_status_says_who_is_at_fault() -> None:
     for _, kind in tree():
         if issubclass(kind, errors.RequestError | errors.ImageError):
             assert 400 <= kind.http_status < 500, kind
@@ -31,7 +33,7 @@ def test_status_tells_whose_fault_it_is() -> None:
             assert kind.http_status >= 500, kind
 
 
-def test_exit_status_is_the_command_lines_contract() -> None:
+def test_exit_statuses_of_the_command_line() -> None:
     assert {kind: kind.exit_status for _, kind in tree() if kind.exit_status != 1} == {
         errors.RequestError: 2,
         errors.OptionError: 2,

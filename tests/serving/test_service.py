@@ -1,3 +1,5 @@
+"""The service over HTTP: predictions, errors, metrics, and BentoML's own routes."""
+
 import io
 import json
 import re
@@ -84,7 +86,7 @@ def check_problem(response: httpx.Response, status: int, code: str) -> None:
 
 
 @pytest.mark.parametrize("tta", [0, 1, 4, 10])
-def test_the_answer_is_the_predictors_own(client: httpx.Client, predictor: Predictor, tta: int):
+def test_the_answer_is_that_of_the_predictor(client: httpx.Client, predictor: Predictor, tta: int):
     data = photo(1)
     response = client.post("/predict", params={"tta": tta, "top_k": 7}, content=data)
     assert response.status_code == 200
@@ -101,7 +103,7 @@ def test_the_answer_is_the_predictors_own(client: httpx.Client, predictor: Predi
     }
 
 
-def test_the_body_and_the_form_are_the_same_door(client: httpx.Client):
+def test_raw_body_and_form_give_the_same_answer(client: httpx.Client):
     data = photo(2)
     raw = client.post("/predict?tta=3&top_k=2", content=data)
     form = client.post("/predict?tta=3&top_k=2", files={"image": ("x.png", data, "text/plain")})
@@ -113,25 +115,25 @@ def test_the_body_and_the_form_are_the_same_door(client: httpx.Client):
 @pytest.mark.parametrize(
     "media_type", ["image/jpg", "image/png", "text/plain", "application/x-www-form-urlencoded", ""]
 )
-def test_the_media_type_decides_nothing(client: httpx.Client, media_type: str):
+def test_the_media_type_has_no_effect(client: httpx.Client, media_type: str):
     data = photo(2)
     response = client.post("/predict", content=data, headers={"content-type": media_type})
     assert response.json() == client.post("/predict", content=data).json()
 
 
-def test_tta_one_is_plain(client: httpx.Client):
+def test_tta_1_is_one_plain_view(client: httpx.Client):
     data = photo(3)
     answers = [client.post("/predict", params={"tta": tta}, content=data).json() for tta in (0, 1)]
     assert answers[0] == answers[1]
 
 
-def test_what_was_applied_is_said(client: httpx.Client):
+def test_conversions_are_in_the_answer(client: httpx.Client):
     answer = client.post("/predict", content=rotated(1)).json()
     assert "exif-orientation" in answer["applied"]
     assert client.post("/predict", content=png((40, 40), "RGBA")).json()["applied"]
 
 
-def test_sixteen_callers_each_get_their_own(server: Live, predictor: Predictor):
+def test_sixteen_clients_each_get_their_own_answer(server: Live, predictor: Predictor):
     def call(seed: int) -> None:
         with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
             for step in range(4):
@@ -149,7 +151,7 @@ TRUNCATED = photo(5, (200, 200))[:1500]
     ("data", "status", "code"),
     [
         (b"", 400, "no-image"),
-        (b"hello, I am a text", 415, "not-an-image"),
+        (b"hello, this is text", 415, "not-an-image"),
         (b"%!PS-Adobe-3.0", 415, "unsupported-format"),
         (TRUNCATED, 422, "broken-image"),
         (photo(1) + bytes(MAX_BYTES), 413, "too-large"),
@@ -163,7 +165,7 @@ def test_bad_images(client: httpx.Client, data: bytes, status: int, code: str):
     check_problem(form, status, code)
 
 
-def test_a_body_without_a_length_is_limited_too(client: httpx.Client):
+def test_a_body_without_content_length_is_limited_too(client: httpx.Client):
     chunks = (bytes(10_000) for _ in range(10))
     check_problem(client.post("/predict", content=chunks), 413, "too-large")
     data = photo(1)
@@ -190,7 +192,7 @@ def test_bad_forms(client: httpx.Client):
         (b"--b--\r\n", form, "no-image"),
         (head + photo(1), form, "bad-request"),
         (b"", form, "bad-request"),
-        (b"nothing of the kind", form, "bad-request"),
+        (b"not a form", form, "bad-request"),
         (head, "multipart/form-data", "bad-request"),
     ):
         response = client.post("/predict", content=body, headers={"content-type": content_type})
@@ -219,7 +221,7 @@ def test_a_batch_answers_each_in_order(client: httpx.Client, predictor: Predicto
             assert answer == client.post("/predict?tta=2&top_k=3", content=item).json()
 
 
-def test_a_batch_with_wrong_options_is_refused_whole(client: httpx.Client):
+def test_a_batch_with_wrong_options_is_refused(client: httpx.Client):
     files = {"image": photo(1)}
     check_problem(client.post("/predict/batch?tta=99", files=files), 400, "bad-option")
     check_problem(client.post("/predict/batch", content=photo(1)), 400, "bad-request")
@@ -243,12 +245,12 @@ def test_wrong_paths_and_methods(client: httpx.Client, method, path, status, cod
     assert ("allow" in response.headers) == (status == 405)
 
 
-def test_request_ids_are_kept_or_made(client: httpx.Client):
+def test_request_ids_are_taken_over_or_generated(client: httpx.Client):
     data = photo(1)
-    kept = client.post("/predict", content=data, headers={"x-request-id": "mine-1"})
-    assert kept.headers["x-request-id"] == "mine-1"
-    made = [client.post("/predict", content=data).headers["x-request-id"] for _ in range(2)]
-    assert made[0] != made[1]
+    sent = client.post("/predict", content=data, headers={"x-request-id": "mine-1"})
+    assert sent.headers["x-request-id"] == "mine-1"
+    generated = [client.post("/predict", content=data).headers["x-request-id"] for _ in range(2)]
+    assert generated[0] != generated[1]
     hostile = client.post("/predict", content=data, headers={"x-request-id": "a b<script>"})
     assert hostile.headers["x-request-id"] != "a b<script>"
 
@@ -265,9 +267,9 @@ def test_health_and_description(client: httpx.Client, predictor: Predictor):
         "fledge": serving.__version__,
     }
     assert Manifest.from_json(json.dumps(model)) == predictor.manifest
-    home = client.get("/")
-    assert home.headers["content-type"].startswith("text/html")
-    assert predictor.model in home.text
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert predictor.model in page.text
     assert client.head("/").content == b""
     paths = client.get("/docs.json").json()["paths"]
     assert {"/predict", "/predict/batch"} <= paths.keys()
@@ -275,7 +277,7 @@ def test_health_and_description(client: httpx.Client, predictor: Predictor):
     docs, policy = answer.text, answer.headers["content-security-policy"]
     assert "swagger" in docs
     assert "default-src 'none'" in policy
-    assert "http" not in policy  # nothing from elsewhere
+    assert "http" not in policy  # no other host
     assets = re.findall(r'"\.(/static_content/[^"]+)"', docs)
     assert [client.get(path).status_code for path in assets] == [200] * len(assets) != []
 
@@ -298,7 +300,7 @@ def test_metrics_count_outcomes_in_bounded_labels(client: httpx.Client):
     assert "/nowhere" not in after
 
 
-def test_the_readme_lists_every_metric(client: httpx.Client):
+def test_the_page_on_http_lists_every_metric(client: httpx.Client):
     client.post("/predict", content=photo(1))
     text = client.get("/metrics").text
     real = set(re.findall(r"^# TYPE (fledge_\w+) ", text, re.MULTILINE))
@@ -308,7 +310,7 @@ def test_the_readme_lists_every_metric(client: httpx.Client):
     assert f'fledge_predictions_total{{class="{best}"}}' in text
 
 
-def test_bentomls_own_client_works(server: Live, folder: Path, tmp_path: Path):
+def test_bentomls_client_works(server: Live, folder: Path, tmp_path: Path):
     import subprocess
     import sys
 

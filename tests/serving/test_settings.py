@@ -1,8 +1,9 @@
+"""Settings from environment variables."""
+
 from pathlib import Path
 
 import pytest
 
-from serving import settings as room
 from serving.errors import OptionError
 from serving.settings import Settings
 from serving.utils.cpu import cores
@@ -13,13 +14,13 @@ def test_nothing_set_gives_the_defaults():
     assert Settings.from_env({"FLEDGE_DEVICE": "", "FLEDGE_MAX_BATCH": " "}) == Settings()
 
 
-def test_the_bundle_is_here_or_as_in_a_bento_beside_the_package(
+def test_the_default_bundle_is_in_the_current_folder_or_beside_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     bento, here = tmp_path / "bento", tmp_path / "here"
     for folder in (bento, here):
         folder.mkdir()
-    monkeypatch.setattr(room, "__file__", str(bento / "serving" / "settings.py"))
+    monkeypatch.setattr("serving.settings.__file__", str(bento / "serving" / "settings.py"))
     monkeypatch.chdir(here)
     assert Settings.from_env({}).bundle == Path("bundle")
     (bento / "bundle").mkdir()
@@ -31,7 +32,7 @@ def test_the_bundle_is_here_or_as_in_a_bento_beside_the_package(
     assert Settings.from_env({}).bundle == bento / "bundle"
 
 
-def test_every_variable_arrives(tmp_path: Path):
+def test_every_variable_is_read(tmp_path: Path):
     keys = tmp_path / "keys"
     keys.write_text("# ours\nfirst\n\nsecond\n")
     settings = Settings.from_env(
@@ -57,7 +58,7 @@ def test_every_variable_arrives(tmp_path: Path):
     assert len(settings.api_keys) == 2
 
 
-def test_all_mistakes_are_told_at_once(tmp_path: Path):
+def test_all_errors_are_reported_at_once(tmp_path: Path):
     empty = tmp_path / "keys"
     empty.write_text("# none\n")
     wrong = {
@@ -79,13 +80,13 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path):
     assert "\n" not in message
 
 
-def test_a_number_of_many_digits_is_a_mistake_like_others():
+def test_a_number_of_many_digits_is_a_wrong_value():
     with pytest.raises(OptionError, match="FLEDGE_WORKERS") as caught:
         Settings.from_env({"FLEDGE_WORKERS": "1" * 5000})
     assert len(str(caught.value)) < 200
 
 
-def test_a_key_file_that_is_not_there_never_opens_the_door():
+def test_a_missing_key_file_is_an_error():
     with pytest.raises(OptionError, match="FLEDGE_API_KEYS_FILE"):
         Settings.from_env({"FLEDGE_API_KEYS_FILE": "/no/such/file"})
 
@@ -99,7 +100,7 @@ def test_a_key_file_that_is_not_there_never_opens_the_door():
         ("FLEDGE_TRUSTED", "FLEDGE_TRUSTED_KEYS"),
     ],
 )
-def test_a_misspelt_variable_is_refused_with_the_name_that_is_meant(name, meant):
+def test_a_misspelt_variable_is_refused_with_the_nearest_name(name, meant):
     with pytest.raises(OptionError, match=rf"{name}: no such variable; did you mean {meant}\?"):
         Settings.from_env({name: "8"})
 
@@ -121,11 +122,11 @@ def test_a_misspelt_variable_is_refused_with_the_name_that_is_meant(name, meant)
         ),
     ],
 )
-def test_variables_of_others_are_left_alone(name):
+def test_unrelated_variables_are_ignored(name):
     assert Settings.from_env({f"FLEDGE_{name}": "1"}) == Settings.from_env({})
 
 
-def test_an_empty_variable_is_not_set_whatever_its_name():
+def test_an_empty_variable_with_an_unknown_name_is_ignored():
     assert Settings.from_env({"FLEDGE_WORKER": " "}) == Settings.from_env({})
 
 

@@ -1,4 +1,4 @@
-"""A real service in a process of its own, over loopback."""
+"""A real service in a separate process, over loopback."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
+
+from serving.server.bentoml_compat import WORKER_MODULE
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,23 +33,19 @@ class Live:
         return self.process.wait(30)
 
     def workers(self) -> list[int]:
-        """Their process ids: the launcher's children that serve, or the one process there is."""
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [
-            int(child)
-            for child in children
-            if b"worker.service" in Path(f"/proc/{child}/cmdline").read_bytes()
-        ] or [pid]
+        """Process ids of the launcher's workers, or of the only process."""
+        children = psutil.Process(self.process.pid).children()
+        workers = [child.pid for child in children if WORKER_MODULE in child.cmdline()]
+        return workers or [self.process.pid]
 
 
 def get(url: str) -> httpx.Response:
-    """By no proxy, and with patience for a machine under load."""
+    """GET without a proxy; the timeout allows for a machine under load."""
     return httpx.get(url, timeout=60, trust_env=False)
 
 
 def post(url: str, data: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
-    """See `get`."""
+    """POST; see `get`."""
     return httpx.post(url, content=data, headers=headers, timeout=60, trust_env=False)
 
 
@@ -57,7 +56,7 @@ def free_port() -> int:
 
 
 def launch(folder: Path, port: int, log: Path, **env: str) -> subprocess.Popen[str]:
-    """What `fledge serve` does, without the command line around it."""
+    """Start what `fledge serve` starts, without its command line."""
     code = (
         "import sys; from pathlib import Path\n"
         "from serving.errors import FledgeError\n"
@@ -65,12 +64,14 @@ def launch(folder: Path, port: int, log: Path, **env: str) -> subprocess.Popen[s
         "try: serve(Path(sys.argv[1]), port=int(sys.argv[2]))\n"
         "except FledgeError as error: print(error, file=sys.stderr); sys.exit(error.exit_status)\n"
     )
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FLEDGE_")}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("FLEDGE_")
+    }
     with log.open("w") as out:
         return subprocess.Popen(
             [sys.executable, "-c", code, str(folder), str(port)],
             cwd=ROOT,
-            env={**kept, "TMPDIR": str(log.parent), **env},
+            env={**inherited, "TMPDIR": str(log.parent), **env},
             stdout=out,
             stderr=subprocess.STDOUT,
             text=True,
@@ -80,18 +81,19 @@ def launch(folder: Path, port: int, log: Path, **env: str) -> subprocess.Popen[s
 
 @contextmanager
 def live(folder: Path, log: Path, **env: str) -> Iterator[Live]:
+    """A service that is ready; stopped at the end of the block."""
     port = free_port()
     process = launch(folder, port, log, **env)
     server = Live(f"http://127.0.0.1:{port}", port, process, log)
     try:
-        until = time.monotonic() + 90
+        deadline = time.monotonic() + 90
         while True:
             try:
                 if get(f"{server.url}/readyz").status_code == 200:
                     break
             except httpx.TransportError:
                 pass
-            if process.poll() is not None or time.monotonic() > until:
+            if process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"the service did not start:\n{log.read_text()}")
             time.sleep(0.05)
         yield server

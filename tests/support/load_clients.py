@@ -1,4 +1,4 @@
-"""Callers who never pause, and what became of each of their requests."""
+"""Clients that send requests without a pause, and the outcome of each request."""
 
 from __future__ import annotations
 
@@ -8,48 +8,47 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-CALLERS = 8
+CLIENTS = 8
 REFUSED = "refused"
 
 
-def told_while(
+def outcomes_around(
     port: int, data: bytes, stop: Callable[[], None], *, before: float = 1.0
 ) -> tuple[Counter[str], Counter[str]]:
-    """Outcomes of requests begun before `stop` was called, and after.
+    """Outcomes of the requests that began before `stop` was called, and of those after it.
 
-    An outcome is an answer's status, REFUSED where nobody listened any more, after which a caller
-    goes home, or else what went wrong. Every second caller keeps his connection for as long as the
-    service lets him.
+    An outcome is the status of a response; or REFUSED, after which a client ends; or the error.
+    Every second client keeps its connection open for as long as the service does.
     """
-    told: list[tuple[float, str]] = []
-    until = time.monotonic() + 60
+    outcomes: list[tuple[float, str]] = []
+    deadline = time.monotonic() + 60
 
-    def call(keep: bool) -> None:
+    def run_client(keep: bool) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        while time.monotonic() < until:
+        while time.monotonic() < deadline:
             begun = time.monotonic()
-            outcome = _ask(connection, data)
-            told.append((begun, outcome))
+            outcome = _post(connection, data)
+            outcomes.append((begun, outcome))
             if outcome == REFUSED:
                 return
             if not keep:
                 connection.close()
 
-    callers = [threading.Thread(target=call, args=(i % 2 == 0,)) for i in range(CALLERS)]
-    for caller in callers:
-        caller.start()
+    clients = [threading.Thread(target=run_client, args=(i % 2 == 0,)) for i in range(CLIENTS)]
+    for client in clients:
+        client.start()
     time.sleep(before)
     stopped = time.monotonic()
     stop()
-    for caller in callers:
-        caller.join()
+    for client in clients:
+        client.join()
     return (
-        Counter(outcome for begun, outcome in told if begun < stopped),
-        Counter(outcome for begun, outcome in told if begun >= stopped),
+        Counter(outcome for begun, outcome in outcomes if begun < stopped),
+        Counter(outcome for begun, outcome in outcomes if begun >= stopped),
     )
 
 
-def _ask(connection: http.client.HTTPConnection, data: bytes) -> str:
+def _post(connection: http.client.HTTPConnection, data: bytes) -> str:
     try:
         if connection.sock is None:
             connection.connect()
@@ -59,9 +58,9 @@ def _ask(connection: http.client.HTTPConnection, data: bytes) -> str:
         return f"connecting: {error!r}"
     try:
         connection.request("POST", "/predict", data)
-        answer = connection.getresponse()
-        answer.read()  # which closes the connection where the service said so
+        response = connection.getresponse()
+        response.read()  # closes the connection if the service asks for it
     except (OSError, http.client.HTTPException) as error:
         connection.close()
         return repr(error)
-    return str(answer.status)
+    return str(response.status)

@@ -1,4 +1,4 @@
-"""The demo page in a browser, and a front for it in this process."""
+"""The demo page in a browser, and a server for it in this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from tests.support.browser import Browser, Page
 from tests.support.live_server import free_port, post
 
 LABELS = ("<img src=x onerror=alert(1)>", "rose & co", "זית", "tulip", "poppy", "lily", "iris")
-# Of the photos of tests.support.tiny_bundle 1 is neither confident nor familiar, and 2 is both.
+# With these, photo 1 of tests.support.tiny_bundle is not confident and out of distribution, and
+# photo 2 is confident and in distribution.
 THRESHOLDS = {"confident": 0.8, "energy": -3.2}
 NAME = "<b>tiny</b>"
 
@@ -28,7 +29,7 @@ _BARS = "[...document.querySelectorAll('#bars li')].map((li) => li.innerText.spl
 
 @contextmanager
 def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """The page, which must have nothing to complain about at its end."""
+    """The page; at the end it must have reported no errors to the browser."""
     with browser.page(url, **options) as page:
         yield page
         assert page.complaints() == []
@@ -40,14 +41,14 @@ def written(path: Path, data: bytes) -> Path:
 
 
 def percent(probability: float) -> str:
-    """As the page writes it."""
+    """As the page formats it."""
     if 0 < probability < 0.001:
         return "< 0.1 %"
     return "> 99.9 %" if 0.999 < probability < 1 else f"{100 * probability:.1f} %"
 
 
 def check(page: Page, url: str, data: bytes, query: str = "") -> dict[str, Any]:
-    """The page says what the service says of `data`, and that is returned."""
+    """Check that the page shows the service's answer for `data`, and return the answer."""
     page.until(ANSWERED)
     answer: dict[str, Any] = post(f"{url}/predict{query}", data).json()
     bars = [[part for part in item if part] for item in page.value(_BARS)]
@@ -58,20 +59,20 @@ def check(page: Page, url: str, data: bytes, query: str = "") -> dict[str, Any]:
     return answer
 
 
-class Quiet:
-    """Stands for the telemetry."""
+class NoTelemetry:
+    """Accepts and drops all values."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *values: None
 
 
 async def no_bentoml(scope, receive, send) -> None:
-    raise AssertionError("not for BentoML")
+    raise AssertionError("passed on to BentoML")
 
 
 @contextmanager
-def fronted(model_manager: ModelManager) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The front over loopback: where it is, and how to end it."""
+def served(model_manager: ModelManager) -> Iterator[tuple[str, Callable[[], None]]]:
+    """`App` over loopback: its URL, and a function that stops it."""
     port = free_port()
     options = {"lifespan": "off", "ws": "none", "log_config": None}
     server = uvicorn.Server(
@@ -79,7 +80,7 @@ def fronted(model_manager: ModelManager) -> Iterator[tuple[str, Callable[[], Non
     )
     thread = threading.Thread(target=server.run)
 
-    def end() -> None:
+    def stop() -> None:
         server.should_exit = True
         thread.join(30)
 
@@ -87,7 +88,7 @@ def fronted(model_manager: ModelManager) -> Iterator[tuple[str, Callable[[], Non
     try:
         while not server.started:
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{port}", end
+        yield f"http://127.0.0.1:{port}", stop
     finally:
-        end()
+        stop()
         model_manager.close()

@@ -1,4 +1,4 @@
-"""What a real server can't be brought to on demand: overload, deadlines, bugs, callers that go."""
+"""Cases of `App` that a real server can't produce on demand: overload, deadlines, faults."""
 
 import asyncio
 import logging
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from serving.errors import WorkError
-from serving.http import app as front
 from serving.http.app import App
 from serving.http.model_manager import LoadedModel, ModelManager
 from serving.inference.batching import DynamicBatcher, build
@@ -20,8 +19,8 @@ from serving.settings import Settings
 from tests.support.tiny_bundle import photo, tiny_bundle
 
 
-class Counts:
-    """Stands for the telemetry."""
+class RecordingTelemetry:
+    """Records outcomes and log lines."""
 
     def __init__(self) -> None:
         self.outcomes: list[str] = []
@@ -39,7 +38,7 @@ class Counts:
         self.lines.append(line)
 
 
-class Engine:
+class FakeEngine:
     def __init__(self, work: Callable[[bytes], Awaitable[Prediction]]) -> None:
         self.work = work
 
@@ -55,17 +54,21 @@ def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
 
 
 async def no_bentoml(scope, receive, send) -> None:
-    raise AssertionError("not for BentoML")
+    raise AssertionError("passed on to BentoML")
 
 
-def opened(predictor: Predictor, engine, **settings) -> ModelManager:
-    model_manager = ModelManager(Settings(bundle=Path("secret-folder"), **settings), Counts())
+def manager_of(predictor: Predictor, engine, **settings) -> ModelManager:
+    model_manager = ModelManager(
+        Settings(bundle=Path("secret-folder"), **settings), RecordingTelemetry()
+    )
     if engine is not None:
         model_manager._model = LoadedModel(predictor, engine, b"{}")
     return model_manager
 
 
-def talk(model_manager: ModelManager, work: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
+def run_client(
+    model_manager: ModelManager, work: Callable[[httpx.AsyncClient], Awaitable[None]]
+) -> None:
     async def run() -> None:
         transport = httpx.ASGITransport(app=App(no_bentoml, lambda: model_manager))
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
@@ -85,9 +88,9 @@ def engine_of(predictor: Predictor, cap: int, max_queue: int = 64):
     )
 
 
-def test_a_full_house_says_429_and_when_to_come_again(predictor: Predictor):
+def test_a_full_queue_is_429_with_retry_after(predictor: Predictor):
     engine = engine_of(predictor, 1, max_queue=2)
-    model_manager = opened(predictor, engine)
+    model_manager = manager_of(predictor, engine)
 
     async def work(client: httpx.AsyncClient) -> None:
         responses = await asyncio.gather(
@@ -102,11 +105,11 @@ def test_a_full_house_says_429_and_when_to_come_again(predictor: Predictor):
                 assert response.json()["code"] == "overloaded"
         assert (await client.post("/predict", content=photo(1))).status_code == 200
 
-    talk(model_manager, work)
+    run_client(model_manager, work)
     engine.close()
 
 
-def test_late_is_504(predictor: Predictor):
+def test_a_missed_deadline_is_504(predictor: Predictor):
     async def never(data: bytes) -> Prediction:
         await asyncio.sleep(60)
         raise AssertionError
@@ -115,13 +118,13 @@ def test_late_is_504(predictor: Predictor):
         response = await client.post("/predict", content=photo(1))
         assert (response.status_code, response.json()["code"]) == (504, "deadline-exceeded")
 
-    model_manager = opened(predictor, Engine(never), deadline=0.05)
-    talk(model_manager, work)
+    model_manager = manager_of(predictor, FakeEngine(never), deadline=0.05)
+    run_client(model_manager, work)
     assert model_manager.telemetry.outcomes == ["deadline-exceeded"]
 
 
 @pytest.mark.parametrize("error", [KeyError("/a/secret/path"), WorkError("/a/secret/path")])
-def test_our_own_faults_leak_nothing(
+def test_faults_of_the_service_leak_no_details(
     predictor: Predictor, error: Exception, caplog: pytest.LogCaptureFixture
 ):
     async def fail(data: bytes) -> Prediction:
@@ -137,31 +140,31 @@ def test_our_own_faults_leak_nothing(
         assert "secret" not in batch.text
 
     with caplog.at_level(logging.ERROR):
-        talk(opened(predictor, Engine(fail)), work)
+        run_client(manager_of(predictor, FakeEngine(fail)), work)
     assert "secret" in caplog.text
 
 
-def test_nothing_loaded_is_503_everywhere(predictor: Predictor):
+def test_without_a_model_every_route_is_503(predictor: Predictor):
     async def work(client: httpx.AsyncClient) -> None:
         for method, path in (("POST", "/predict"), ("GET", "/model"), ("GET", "/readyz")):
             response = await client.request(method, path)
             assert (response.status_code, response.json()["code"]) == (503, "not-ready")
         assert "still being loaded" in response.text
 
-    talk(opened(predictor, None), work)
+    run_client(manager_of(predictor, None), work)
 
 
-def test_a_refusal_does_not_tell_where_the_bundle_lies(predictor: Predictor):
+def test_a_refusal_does_not_contain_the_path_of_the_bundle(predictor: Predictor):
     async def work(client: httpx.AsyncClient) -> None:
         response = await client.get("/readyz")
         assert response.json()["detail"] == "the bundle/model.onnx was changed"
 
-    model_manager = opened(predictor, None)
+    model_manager = manager_of(predictor, None)
     model_manager.refusal = f"{model_manager.settings.bundle}/model.onnx was changed"
-    talk(model_manager, work)
+    run_client(model_manager, work)
 
 
-def test_a_websocket_is_closed_at_the_door(predictor: Predictor):
+def test_a_websocket_is_closed_at_once(predictor: Predictor):
     sent = []
 
     async def receive():
@@ -170,30 +173,30 @@ def test_a_websocket_is_closed_at_the_door(predictor: Predictor):
     async def send(message) -> None:
         sent.append(message)
 
-    app = App(no_bentoml, lambda: opened(predictor, None))
+    app = App(no_bentoml, lambda: manager_of(predictor, None))
     asyncio.run(app({"type": "websocket", "path": "/x", "headers": []}, receive, send))
     assert sent == [{"type": "websocket.close", "code": 1000}]
 
 
-def test_a_hostile_form_holds_nobody_else_up(predictor: Predictor):
+def test_a_hostile_form_does_not_block_other_requests(predictor: Predictor):
     hostile = b"--b\r\nContent-Disposition: form-data; name=image\r\n\r\n" + b"\r\n--bx" * 400_000
     headers = {"content-type": "multipart/form-data; boundary=b"}
 
     async def work(client: httpx.AsyncClient) -> None:
         slow = asyncio.create_task(client.post("/predict", content=hostile, headers=headers))
-        asked = 0
+        answered = 0
         while not slow.done():
             assert (await client.get("/readyz")).status_code == 503
-            asked += 1
+            answered += 1
             await asyncio.sleep(0.01)
         assert (await slow).status_code == 400
-        assert asked > 3
+        assert answered > 3
 
-    talk(opened(predictor, None), work)
+    run_client(manager_of(predictor, None), work)
 
 
 def test_a_slow_body_is_408(predictor: Predictor, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(front, "READ_TIMEOUT", 0.05)
+    monkeypatch.setattr("serving.http.app.READ_TIMEOUT", 0.05)
 
     async def drip():
         yield b"a"
@@ -203,10 +206,10 @@ def test_a_slow_body_is_408(predictor: Predictor, monkeypatch: pytest.MonkeyPatc
         response = await client.post("/predict", content=drip())
         assert (response.status_code, response.json()["code"]) == (408, "slow-request")
 
-    talk(opened(predictor, engine_of(predictor, 1)), work)
+    run_client(manager_of(predictor, engine_of(predictor, 1)), work)
 
 
-def test_a_caller_that_hangs_up_gets_no_answer(predictor: Predictor):
+def test_a_client_that_disconnects_gets_no_response(predictor: Predictor):
     events = [
         {"type": "http.request", "body": b"half", "more_body": True},
         {"type": "http.disconnect"},
@@ -220,27 +223,27 @@ def test_a_caller_that_hangs_up_gets_no_answer(predictor: Predictor):
     async def send(message) -> None:
         sent.append(message)
 
-    model_manager = opened(predictor, engine_of(predictor, 1))
+    model_manager = manager_of(predictor, engine_of(predictor, 1))
     app = App(no_bentoml, lambda: model_manager)
     asyncio.run(app({**scope, "headers": []}, receive, send))
     assert sent == []
     assert model_manager.telemetry.outcomes == []
 
 
-def test_the_batching_engine_answers_as_the_lanes_do(predictor: Predictor):
+def test_the_batching_engine_gives_the_answers_of_the_predictor(predictor: Predictor):
     engine = engine_of(predictor, 8)
     assert isinstance(engine, DynamicBatcher)
 
     async def work(client: httpx.AsyncClient) -> None:
-        asked = [(photo(seed), seed % 4) for seed in range(16)] + [(b"text", 0)]
+        requests = [(photo(seed), seed % 4) for seed in range(16)] + [(b"text", 0)]
         responses = await asyncio.gather(
-            *(client.post("/predict", params={"tta": n}, content=data) for data, n in asked)
+            *(client.post("/predict", params={"tta": n}, content=data) for data, n in requests)
         )
         assert responses.pop().status_code == 415
-        for (data, tta), response in zip(asked, responses, strict=False):
+        for (data, tta), response in zip(requests, responses, strict=False):
             prediction = predictor.predict([predictor.prepare(data, tta)])[0]
             top = response.json()["predictions"][0]["probability"]
             assert top == pytest.approx(float(np.max(prediction.probabilities)), abs=1e-6)
 
-    talk(opened(predictor, engine), work)
+    run_client(manager_of(predictor, engine), work)
     engine.close()

@@ -1,4 +1,4 @@
-"""The demo page in a real browser, on a real service."""
+"""The demo page in a real browser, with a real service."""
 
 import base64
 import io
@@ -71,9 +71,9 @@ def test_a_photo_is_answered(page: Page, server: Live, tmp_path: Path):
     page.choose("#file", written(tmp_path / "my photo's.jpg", data))
     answer = check(page, server.url, data)
     assert (answer["confident"], answer["out_of_distribution"]) == (False, True)
-    said = page.value("document.querySelector('[role=status][aria-live]').textContent")
+    status = page.value("document.querySelector('[role=status][aria-live]').textContent")
     for item in answer["predictions"]:
-        assert f"{item['label']}, {percent(item['probability'])}" in said
+        assert f"{item['label']}, {percent(item['probability'])}" in status
     facts = page.text("#facts")
     assert " ms, there and back" in facts or " s, there and back" in facts
     assert "the plain one" in facts
@@ -88,7 +88,7 @@ def test_a_photo_is_answered(page: Page, server: Live, tmp_path: Path):
         assert json.loads(done.stdout) == answer
 
 
-def test_more_views_ask_again(page: Page, server: Live, tmp_path: Path):
+def test_a_choice_of_views_sends_the_photo_again(page: Page, server: Live, tmp_path: Path):
     data = photo(2)
     page.choose("#file", written(tmp_path / "photo.jpg", data))
     answer = check(page, server.url, data)
@@ -102,7 +102,7 @@ def test_more_views_ask_again(page: Page, server: Live, tmp_path: Path):
         assert f"/predict?tta={views}'" in page.text("#curl")
 
 
-def test_what_was_done_to_a_photo_is_said(page: Page, tmp_path: Path):
+def test_conversions_of_a_photo_are_shown(page: Page, tmp_path: Path):
     image = Image.open(io.BytesIO(photo(3)))
     exif = image.getexif()
     exif[0x0112] = 6
@@ -121,7 +121,7 @@ def test_what_was_done_to_a_photo_is_said(page: Page, tmp_path: Path):
     page.until("document.getElementById('changes').hidden")
 
 
-def test_a_bad_file_is_refused_kindly(page: Page, tmp_path: Path):
+def test_a_bad_file_shows_an_error(page: Page, tmp_path: Path):
     cases = {
         "note.txt": (b"not a picture", "This is not an image"),
         "half.jpg": (photo(1)[:-400], "This image is damaged"),
@@ -139,7 +139,7 @@ def test_a_bad_file_is_refused_kindly(page: Page, tmp_path: Path):
     assert page.value("document.getElementById('trouble').hidden")
 
 
-def test_photos_are_dropped_and_pasted(page: Page, server: Live):
+def test_photos_can_be_dropped_and_pasted(page: Page, server: Live):
     carry = """(seed) => {
       const bytes = Uint8Array.from(atob(seed), (c) => c.charCodeAt(0));
       const carried = new DataTransfer();
@@ -176,11 +176,11 @@ def test_it_fits_a_small_screen(browser: Browser, server: Live, tmp_path: Path, 
         assert (ground == "rgb(20, 23, 26)") == (scheme == "dark")
 
 
-def test_the_keyboard_reaches_everything_and_one_sees_where_it_is(page: Page):
+def test_the_keyboard_reaches_every_control_with_a_visible_focus(page: Page):
     where = """(() => {
-      const held = document.activeElement, seen = held.matches('.hidden') ?
-        held.nextElementSibling : held;
-      return [held.id || held.textContent, getComputedStyle(seen).outlineStyle];
+      const active = document.activeElement, visible = active.matches('.hidden') ?
+        active.nextElementSibling : active;
+      return [active.id || active.textContent, getComputedStyle(visible).outlineStyle];
     })()"""
     reached = {}
     for _ in range(6):

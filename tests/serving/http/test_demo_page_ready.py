@@ -1,4 +1,4 @@
-"""The demo page before a model, without a key, and when answers come late or not at all."""
+"""The demo page without a model, without a key, and with late or missing responses."""
 
 import asyncio
 import hashlib
@@ -18,10 +18,10 @@ from tests.support.page_fixture import (
     NAME,
     REFUSED,
     THRESHOLDS,
-    Quiet,
+    NoTelemetry,
     check,
-    fronted,
     opened,
+    served,
     written,
 )
 from tests.support.tiny_bundle import altered, photo, tiny_bundle
@@ -42,11 +42,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_key_is_asked_for_and_used(browser: Browser, folder: Path, tmp_path: Path):
+def test_a_key_is_requested_and_used(browser: Browser, folder: Path, tmp_path: Path):
     keys = frozenset({hashlib.sha256("right-key-ß".encode()).digest()})
-    model_manager = ModelManager(Settings(bundle=folder, device="cpu", api_keys=keys), Quiet())
+    model_manager = ModelManager(
+        Settings(bundle=folder, device="cpu", api_keys=keys), NoTelemetry()
+    )
     model_manager.load()
-    with fronted(model_manager) as (url, _), opened(browser, url) as page:
+    with served(model_manager) as (url, _), opened(browser, url) as page:
         page.until("!document.getElementById('door').hidden")
         page.choose("#file", written(tmp_path / "photo.jpg", photo(1)))
         page.until(f"{REFUSED} && document.getElementById('wrong').innerText === 'A key is needed'")
@@ -57,15 +59,15 @@ def test_a_key_is_asked_for_and_used(browser: Browser, folder: Path, tmp_path: P
             page.press("Enter")
             if key == "wrong-key":
                 page.until("document.getElementById('hint').innerText.includes('not know this')")
-        page.until(ANSWERED)  # the photo was still waiting
+        page.until(ANSWERED)  # the photo is sent again with the key
         assert page.value("document.getElementById('door').hidden")
         assert "7 classes" in page.text("#about")
         assert page.value("localStorage.length + sessionStorage.length") == 0
 
 
-def test_it_waits_for_a_model(browser: Browser, folder: Path, tmp_path: Path):
-    model_manager = ModelManager(Settings(bundle=folder, device="cpu"), Quiet())
-    with fronted(model_manager) as (url, _), opened(browser, url) as page:
+def test_the_page_polls_until_there_is_a_model(browser: Browser, folder: Path, tmp_path: Path):
+    model_manager = ModelManager(Settings(bundle=folder, device="cpu"), NoTelemetry())
+    with served(model_manager) as (url, _), opened(browser, url) as page:
         page.until("!document.getElementById('waiting').hidden")
         assert page.text("#name") == "No model yet"
         assert "still being loaded" in page.text("#waiting")
@@ -73,34 +75,34 @@ def test_it_waits_for_a_model(browser: Browser, folder: Path, tmp_path: Path):
         page.until(REFUSED)
         assert page.text("#wrong") == "No model is served just now"
         model_manager.load()
-        page.until(ANSWERED)  # without being asked
+        page.until(ANSWERED)  # without user input
         assert page.text("#name") == NAME
         assert page.value("document.getElementById('waiting').hidden")
 
 
-def test_an_older_answer_never_comes_over_a_newer_one(
+def test_a_late_response_does_not_replace_a_newer_one(
     browser: Browser, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    model_manager = ModelManager(Settings(bundle=folder, device="cpu"), Quiet())
+    model_manager = ModelManager(Settings(bundle=folder, device="cpu"), NoTelemetry())
     model_manager.load()
     slow, quick = photo(7), photo(8)
     predict = model_manager.model.engine.predict
 
-    async def late(data: bytes, tta: int = 0) -> Prediction:
+    async def delayed(data: bytes, tta: int = 0) -> Prediction:
         await asyncio.sleep(1 if data == slow else 0.4)
         return await predict(data, tta)
 
-    monkeypatch.setattr(model_manager.model.engine, "predict", late)
-    with fronted(model_manager) as (url, end), opened(browser, url) as page:
+    monkeypatch.setattr(model_manager.model.engine, "predict", delayed)
+    with served(model_manager) as (url, stop), opened(browser, url) as page:
         page.choose("#file", written(tmp_path / "slow.jpg", slow))
         page.until("document.querySelector('.busy')")
         page.choose("#file", written(tmp_path / "quick.jpg", quick))
         time.sleep(0.2)
-        assert page.value("document.body.matches('.busy')")  # what was given up is no trouble
+        assert page.value("document.body.matches('.busy')")  # the cancelled request shows no error
         page.until(ANSWERED)
         time.sleep(1.5)
         check(page, url, quick)
-        end()
+        stop()
         page.choose("#file", written(tmp_path / "last.jpg", quick))
         page.until(REFUSED)
         assert page.text("#wrong") == "The service can\u2019t be reached"

@@ -1,3 +1,5 @@
+"""`fledge serve`: refusals before the start, addresses, the whole life of a service."""
+
 import atexit
 import json
 import os
@@ -16,18 +18,16 @@ import httpx
 import pytest
 
 from serving.bundle import storage
-from serving.errors import BundleError, OptionError
+from serving.errors import OptionError
 from serving.inference.runtime import _why_not
 from serving.server.launch import (
     SCRATCH,
-    bound,
-    check,
-    make_absolute,
-    reachable,
-    remove_scratch_at_the_end,
+    bind,
+    client_url,
+    make_paths_absolute,
+    remove_scratch_at_exit,
     serve,
 )
-from serving.settings import Settings
 from tests.support.live_server import ROOT, free_port, get, launch, live, post
 from tests.support.tiny_bundle import photo, tiny_bundle
 
@@ -37,46 +37,46 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bundle(tmp_path_factory.mktemp("bundle"))
 
 
-def ended(folder: Path, tmp_path: Path, port: int | None = None, **env: str) -> tuple[int, str]:
+def refused(folder: Path, tmp_path: Path, port: int | None = None, **env: str) -> tuple[int, str]:
     log = tmp_path / "log"
     status = launch(folder, port or free_port(), log, **env).wait(60)
     return status, log.read_text()
 
 
-def test_no_bundle_is_one_line_and_78(tmp_path: Path):
-    status, said = ended(tmp_path / "nothing", tmp_path)
+def test_no_bundle_is_one_line_and_status_78(tmp_path: Path):
+    status, output = refused(tmp_path / "nothing", tmp_path)
     assert status == 78
-    assert said.count("\n") == 1
-    assert "manifest.json is missing" in said
+    assert output.count("\n") == 1
+    assert "manifest.json is missing" in output
 
 
-def test_a_changed_byte_is_78(tmp_path: Path):
+def test_a_changed_byte_is_status_78(tmp_path: Path):
     folder = tiny_bundle(tmp_path / "bundle")
     graph = storage.read(folder).graph("fp32")
     data = bytearray(graph.read_bytes())
     data[-1] ^= 1
     graph.write_bytes(data)
-    status, said = ended(folder, tmp_path)
+    status, output = refused(folder, tmp_path)
     assert status == 78
-    assert "model.onnx was changed" in said
+    assert "model.onnx was changed" in output
 
 
-def test_a_port_in_use_is_named(folder: Path, tmp_path: Path):
+def test_a_port_in_use_is_reported(folder: Path, tmp_path: Path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        status, said = ended(folder, tmp_path, port)
+        status, output = refused(folder, tmp_path, port)
     assert status == 2
-    assert f"--port {port}" in said
-    assert said.count("\n") == 1
+    assert f"--port {port}" in output
+    assert output.count("\n") == 1
 
 
-def test_wrong_settings_are_told_together(folder: Path, tmp_path: Path):
-    status, said = ended(folder, tmp_path, FLEDGE_DEVICE="tpu", FLEDGE_DEADLINE="soon")
+def test_wrong_settings_are_reported_together(folder: Path, tmp_path: Path):
+    status, output = refused(folder, tmp_path, FLEDGE_DEVICE="tpu", FLEDGE_DEADLINE="soon")
     assert status == 2
-    assert "FLEDGE_DEVICE" in said
-    assert "FLEDGE_DEADLINE" in said
+    assert "FLEDGE_DEVICE" in output
+    assert "FLEDGE_DEADLINE" in output
 
 
 @pytest.mark.parametrize(("env", "status"), [({}, 78), ({"FLEDGE_MAX_QUEUE": "x"}, 2)])
@@ -102,97 +102,89 @@ def test_bentoml_serve_refuses_the_same(tmp_path: Path, env: dict[str, str], sta
 
 
 @pytest.mark.skipif(_why_not("cuda") is None, reason="this machine has a GPU")
-def test_a_missing_gpu_is_told_before_any_address(folder: Path, tmp_path: Path):
-    status, said = ended(folder, tmp_path, FLEDGE_DEVICE="cuda")
+def test_a_missing_gpu_is_reported_before_the_address(folder: Path, tmp_path: Path):
+    status, output = refused(folder, tmp_path, FLEDGE_DEVICE="cuda")
     assert status == 2
-    assert said.startswith("device = cuda: ")
-    assert said.count("\n") == 1
+    assert output.startswith("device = cuda: ")
+    assert output.count("\n") == 1
 
 
-def test_what_torchscript_can_not_do_is_told_at_once(folder: Path, tmp_path: Path):
-    status, said = ended(folder, tmp_path, FLEDGE_RUNTIME="torchscript", FLEDGE_DEVICE="tensorrt")
-    assert (status, said.count("\n")) == (2, 1)
-    assert "answers in fp32, on cpu or cuda" in said
-    status, said = ended(folder, tmp_path, FLEDGE_RUNTIME="torchscript")
-    assert (status, said.count("\n")) == (78, 1)
-    assert "has no TorchScript graph" in said
+def test_unsupported_torchscript_settings_are_refused(folder: Path, tmp_path: Path):
+    status, output = refused(
+        folder, tmp_path, FLEDGE_RUNTIME="torchscript", FLEDGE_DEVICE="tensorrt"
+    )
+    assert (status, output.count("\n")) == (2, 1)
+    assert "answers in fp32, on cpu or cuda" in output
+    status, output = refused(folder, tmp_path, FLEDGE_RUNTIME="torchscript")
+    assert (status, output.count("\n")) == (78, 1)
+    assert "has no TorchScript graph" in output
 
 
 def test_an_unknown_runtime_is_refused(folder: Path, tmp_path: Path):
-    status, said = ended(folder, tmp_path, FLEDGE_RUNTIME="tflite")
+    status, output = refused(folder, tmp_path, FLEDGE_RUNTIME="tflite")
     assert status == 2
-    assert "FLEDGE_RUNTIME = 'tflite': use onnx, torchscript" in said
+    assert "FLEDGE_RUNTIME = 'tflite': use onnx, torchscript" in output
 
 
-@pytest.mark.skipif(_why_not("cuda") is None, reason="this machine has a GPU")
-def test_a_missing_gpu_refuses_before_any_worker(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("FLEDGE_BUNDLE", str(folder))
-    monkeypatch.setenv("FLEDGE_DEVICE", "cuda")
-    with pytest.raises(OptionError, match="device = cuda"):
-        check(Settings.from_env())
-
-
-def test_only_the_scratch_folder_of_this_very_process_is_removed(
+def test_only_the_scratch_folder_of_this_process_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    promised: list[object] = []
-    monkeypatch.setattr(atexit, "register", lambda *what, **_: promised.append(what[1]))
+    registered: list[object] = []
+    monkeypatch.setattr(atexit, "register", lambda *call, **_: registered.append(call[1]))
     for foreign in ("", str(tmp_path), f"{os.getpid() + 1}:{tmp_path}", f":{tmp_path}"):
-        remove_scratch_at_the_end({SCRATCH: foreign})
-    assert promised == []
-    remove_scratch_at_the_end({SCRATCH: f"{os.getpid()}:{tmp_path}"})
-    assert promised == [str(tmp_path)]
+        remove_scratch_at_exit({SCRATCH: foreign})
+    assert registered == []
+    remove_scratch_at_exit({SCRATCH: f"{os.getpid()}:{tmp_path}"})
+    assert registered == [str(tmp_path)]
 
 
-def test_what_the_launcher_becomes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    class Became(Exception):
+def test_several_workers_replace_this_process_by_bentomls_launcher(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Replaced(Exception):
         pass
 
-    def execve(*became: object) -> None:
-        raise Became(*became)
+    def execve(*arguments: object) -> None:
+        raise Replaced(*arguments)
 
     monkeypatch.setattr(os, "execve", execve)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv(SCRATCH, f"{os.getpid()}:/home")
     monkeypatch.chdir(folder.parent)
-    with pytest.raises(Became) as caught:
+    with pytest.raises(Replaced) as caught:
         serve(Path(folder.name), port=free_port(), workers=2)
     _, command, env = caught.value.args
-    assert command[1] == "-P"  # the operator's folder is not where modules come from
+    assert command[1] == "-P"  # modules must not come from the current folder
     assert env["FLEDGE_BUNDLE"] == str(folder)
     pid, _, scratch = env[SCRATCH].partition(":")
     assert pid == str(os.getpid())
     assert Path(scratch).parent == tmp_path
 
 
-def test_paths_mean_the_same_in_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     env = {"FLEDGE_BUNDLE": "b", "FLEDGE_API_KEYS_FILE": "keys"}
-    make_absolute(env)
+    make_paths_absolute(env)
     assert env == {
         "FLEDGE_BUNDLE": str(tmp_path / "b"),
         "FLEDGE_API_KEYS_FILE": str(tmp_path / "keys"),
     }
 
 
-def test_addresses(folder: Path):
+def test_hosts_and_ports():
     port = free_port()
     for host, address in (("localhost", ("127.0.0.1", "::1")), ("0.0.0.0", ("0.0.0.0",))):
-        with bound(host, port) as door:
-            assert door.getsockname()[0] in address
+        with bind(host, port) as listener:
+            assert listener.getsockname()[0] in address
     with pytest.raises(OptionError, match="no address of this machine"):
-        bound("192.0.2.1", port)
+        bind("192.0.2.1", port)
     for host, wrong in (("no.such.host.invalid", port), ("127.0.0.1", 0), ("127.0.0.1", 70_000)):
         with pytest.raises(OptionError, match=r"--(host|port)"):
-            bound(host, wrong)
-    with bound("::", port) as door:  # both families, where the system has it so
+            bind(host, wrong)
+    with bind("::", port) as listener:  # IPv4 too, if that is the default of the system
         with socket.socket(socket.AF_INET6) as plain:
             usual = plain.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
-        assert door.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == usual
-    with pytest.raises(OptionError, match="int8"):
-        check(Settings(bundle=folder, precision="int8"))
-    with pytest.raises(BundleError):
-        check(Settings(bundle=folder / "nothing"))
+        assert listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == usual
 
 
 @pytest.mark.parametrize(
@@ -204,49 +196,48 @@ def test_addresses(folder: Path):
         ("fd00::5", "http://[fd00::5]:80"),
     ],
 )
-def test_the_url_told_is_one_that_answers(address: str, url: str):
-    assert reachable(address, 80) == url
+def test_the_printed_url_is_one_that_answers(address: str, url: str):
+    assert client_url(address, 80) == url
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_request_in_flight_is_answered_before_the_end(folder: Path, tmp_path: Path, sent: int):
+def test_a_request_in_flight_is_answered_before_the_exit(folder: Path, tmp_path: Path, sent: int):
     data = photo(1)
-    precious = tmp_path.with_name(f"{tmp_path.name}-precious")
-    precious.mkdir()
-    env = {"FLEDGE_WORKERS": "2", "FLEDGE_SCRATCH": str(precious)}
+    foreign = tmp_path.with_name(f"{tmp_path.name}-foreign")
+    foreign.mkdir()
+    env = {"FLEDGE_WORKERS": "2", "FLEDGE_SCRATCH": str(foreign)}
     with live(folder, tmp_path / "log", **env) as server:
-        # Once one worker is ready, none is not: a worker loads before it accepts.
+        # Once one worker is ready, all are: a worker loads before it accepts.
         assert {get(f"{server.url}/readyz").status_code for _ in range(20)} == {200}
         expected = post(f"{server.url}/predict", data).content
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as caller:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
             head = "POST /predict HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
-            caller.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode())
+            client.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode())
             interim = b""
-            while b"\r\n\r\n" not in interim:  # a worker has it and waits for the body
-                interim += caller.recv(1)
+            while b"\r\n\r\n" not in interim:  # a worker has the head and waits for the body
+                interim += client.recv(1)
             assert interim.startswith(b"HTTP/1.1 100")
             server.process.send_signal(sent)
             time.sleep(0.5)
-            caller.sendall(data)
-            got = b"".join(iter(lambda: caller.recv(65536), b""))
-        assert got.startswith(b"HTTP/1.1 200")
-        assert got.endswith(expected)
+            client.sendall(data)
+            response = b"".join(iter(lambda: client.recv(65536), b""))
+        assert response.startswith(b"HTTP/1.1 200")
+        assert response.endswith(expected)
         assert server.process.wait(30) == 0
-    said = (tmp_path / "log").read_text()
-    assert re.search(rf"curl .*{server.url}/predict", said)
-    assert "Traceback" not in said
+    output = (tmp_path / "log").read_text()
+    assert re.search(rf"curl .*{server.url}/predict", output)
+    assert "Traceback" not in output
     left = [path.name for path in tmp_path.iterdir() if path.name != "log"]
     assert left == []
-    assert precious.is_dir()
+    assert foreign.is_dir()
 
 
-def test_golden_images_that_come_out_wrong_are_never_served(tmp_path: Path):
-    from dataclasses import replace
-
+def test_a_bundle_with_wrong_golden_answers_is_not_served(tmp_path: Path):
     folder = tiny_bundle(tmp_path / "bundle")
     golden = [dict(item) for item in storage.read(folder).manifest.golden]
     golden[0]["probabilities"] = {"fp32": [0.2, 0.3, 0.5]}
-    storage.publish(replace(storage.read(folder).manifest, golden=tuple(golden)), folder)
+    manifest = storage.read(folder).manifest.model_copy(update={"golden": tuple(golden)})
+    storage.publish(manifest, folder)
     port = free_port()
     process = launch(folder, port, tmp_path / "log")
     try:
@@ -264,8 +255,8 @@ def test_golden_images_that_come_out_wrong_are_never_served(tmp_path: Path):
 
 
 def _first(port: int, path: str, text: str) -> httpx.Response:
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
         try:
             response = get(f"http://127.0.0.1:{port}{path}")
         except httpx.TransportError:
@@ -274,10 +265,10 @@ def _first(port: int, path: str, text: str) -> httpx.Response:
             if text in response.text:
                 return response
         time.sleep(0.05)
-    raise AssertionError(f"{path} never said {text!r}")
+    raise AssertionError(f"{path} never answered {text!r}")
 
 
-def test_keys_open_the_door(folder: Path, tmp_path: Path):
+def test_a_key_is_required_where_keys_are_set(folder: Path, tmp_path: Path):
     keys = tmp_path / "keys"
     keys.write_text("first-key\nsecond-key\n")
     with live(folder, tmp_path / "log", FLEDGE_API_KEYS_FILE=str(keys)) as server:
@@ -293,15 +284,18 @@ def test_keys_open_the_door(folder: Path, tmp_path: Path):
             assert post(url, photo(1), headers).status_code == 200
         assert get(f"{server.url}/model").status_code == 401
         assert get(f"{server.url}/livez").status_code == 200
-        # Far more than is allowed or read: the answer arrives all the same.
-        assert large(url, 30_000_000, {}) == (401, "unauthorized")
-        assert large(url, 30_000_000, {"Authorization": "Bearer first-key"}) == (413, "too-large")
-    said = (tmp_path / "log").read_text()
-    assert re.search(rf"curl .* -H .Authorization: Bearer KEY. {server.url}/predict", said)
+        # A body far beyond the limit: the client still receives the response.
+        assert post_large(url, 30_000_000, {}) == (401, "unauthorized")
+        assert post_large(url, 30_000_000, {"Authorization": "Bearer first-key"}) == (
+            413,
+            "too-large",
+        )
+    output = (tmp_path / "log").read_text()
+    assert re.search(rf"curl .* -H .Authorization: Bearer KEY. {server.url}/predict", output)
 
 
-def large(url: str, size: int, headers: dict[str, str]) -> tuple[int, str]:
-    """Status and code, by a client that sends the whole body before it reads."""
+def post_large(url: str, size: int, headers: dict[str, str]) -> tuple[int, str]:
+    """Status and code that a client gets that sends the whole body before it reads."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(url, data=bytes(size), headers=headers)
     with pytest.raises(urllib.error.HTTPError) as caught:

@@ -1,4 +1,4 @@
-"""Spans of the hot routes reach a real OTLP receiver where traces are asked for."""
+"""Spans of the routes of `App` reach a real OTLP receiver if tracing is on."""
 
 import json
 import threading
@@ -10,7 +10,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from serving.http.tracing import traced
+from serving.http.telemetry import traced
 from tests.support.live_server import get, live, post
 from tests.support.tiny_bundle import photo, tiny_bundle
 
@@ -18,8 +18,8 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
 @pytest.fixture
-def received() -> Iterator[tuple[str, list[Span]]]:
-    """Where spans may be sent, and those that came."""
+def receiver() -> Iterator[tuple[str, list[Span]]]:
+    """The URL of an OTLP receiver, and the spans that it has received."""
     spans: list[Span] = []
 
     class Receiver(BaseHTTPRequestHandler):
@@ -41,21 +41,21 @@ def received() -> Iterator[tuple[str, list[Span]]]:
         thread.join()
 
 
-def test_a_request_is_a_span_of_its_callers_trace(received: tuple[str, list[Span]], tmp_path: Path):
-    address, spans = received
+def test_a_request_is_a_span_of_the_clients_trace(receiver: tuple[str, list[Span]], tmp_path: Path):
+    address, spans = receiver
     options = {"exporter_type": "otlp", "sample_rate": 1.0}
     options |= {"otlp.protocol": "http", "otlp.endpoint": address}
-    said = " ".join(
+    config = " ".join(
         f"services.tracing.{name}={json.dumps(value)}" for name, value in options.items()
     )
     folder = tiny_bundle(tmp_path / "bundle")
-    with live(folder, tmp_path / "log", BENTOML_CONFIG_OPTIONS=said) as server:
+    with live(folder, tmp_path / "log", BENTOML_CONFIG_OPTIONS=config) as server:
         url = f"{server.url}/predict"
-        head = {"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"}
-        assert post(url, photo(1), head).status_code == 200
-        assert post(url, b"no image", head).status_code == 415
+        headers = {"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"}
+        assert post(url, photo(1), headers).status_code == 200
+        assert post(url, b"no image", headers).status_code == 415
         get(f"{server.url}/livez")
-        server.stop()  # what is not sent yet is sent now
+        server.stop()  # exports the buffered spans
     ours = [span for span in spans if span.trace_id.hex() == TRACE]
     assert {span.name for span in ours} == {"POST /predict"}
     statuses = [
@@ -70,7 +70,7 @@ def test_a_request_is_a_span_of_its_callers_trace(received: tuple[str, list[Span
     assert [line["trace"] for line in logged] == [TRACE, TRACE]
 
 
-def test_without_settings_nothing_is_between_caller_and_front():
+def test_without_tracing_there_is_no_middleware():
     async def app(scope, receive, send) -> None: ...
 
     assert traced(app) is app
