@@ -1,4 +1,4 @@
-"""How good a checkpoint is: float32, the service's own pixels, with and without TTA."""
+"""Evaluate a checkpoint in float32, on the pixels that the service computes, with optional TTA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from serving.utils.files import atomic_write
 from serving.utils.parallel import map_ordered
 from serving.utils.progress import progress_bar
 from training.activations import frozen_prefix
-from training.config import load as config
+from training.config import load
 from training.config.schema import Recipe
 from training.config.sections import TtaConfig
 from training.data.dataset import Sample, missing_photos_error, photos_changed
@@ -32,23 +32,31 @@ from training.evaluation.tta import combine, draw, fixed_views, random_views
 from training.models.classifier import normalise
 from training.pixels.transform import PixelTransform
 from training.run import checkpoint
-from training.run import dataset as run_dataset
-from training.utils.console import log_to_stderr as say_aloud
+from training.run.dataset import load_run_dataset
+from training.utils.console import log_to_stderr
 from training.utils.device import pad_on_gpu
 from training.utils.precision import choose_precision
 
 BATCH = 32
-"""Photos of a step of the network: other batches round differently. As many are read ahead."""
+"""Batch size of the network and of reading ahead. Results round differently with another size."""
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationResult:
-    """The answers asked for, and how good they are.
+    """Predictions for N photos and C classes, and their metrics.
 
-    accuracy: fraction of 1; loss: mean cross-entropy in nats; photos and views counted.
-    broken: photos that can't be read.
-    probabilities: [N, C], over all views; plain: likewise, of the plain view alone.
-    labels: [N]; paths: of the N photos; classes: names of the C classes; root: of the photos.
+    Attributes:
+        accuracy: A fraction of 1.
+        loss: Mean cross-entropy in nats.
+        photos: N.
+        views: Views per photo that were averaged, the plain view included.
+        broken: Photos that can't be read; they are not among the N.
+        probabilities: [N, C], averaged over the views.
+        plain: [N, C], of the plain view only.
+        labels: [N].
+        paths: The N files.
+        classes: The C class names.
+        root: The data folder.
     """
 
     accuracy: float
@@ -71,7 +79,7 @@ def logits_of(classifier: nn.Module, pixels: Tensor, preprocess: Preprocess) -> 
     classifier.eval()
     try:
         device = next(classifier.parameters()).device
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32, no less
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             logits = [
                 classifier(normalise(pad_on_gpu(part.to(device), BATCH), preprocess))[: len(part)]
                 .float()
@@ -95,30 +103,32 @@ def evaluate(
     tta: TtaConfig | None = None,
     data_folder: Path | None = None,
     device: str = "auto",
-    log: Callable[[str], None] = say_aloud,
+    log: Callable[[str], None] = log_to_stderr,
 ) -> EvaluationResult:
-    """Score a run's checkpoint on its own validation (or test) photos.
+    """Evaluate a run's checkpoint on its own validation (or test) photos.
 
     Args:
         run: Run folder or checkpoint.
         part: "valid", "test" or "train".
-        tta: Test-time augmentation; none where not given.
-        data_folder: Where the photos are now, if they have moved.
+        tta: Test-time augmentation; None is off.
+        data_folder: The photos, if they were moved.
         device: "auto", "cpu" or "cuda".
-        say: Takes a line about every photo that is gone or can't be read.
+        log: Receives one line per photo that is missing or can't be read.
 
     Raises:
-        DataError: No checkpoint there, or all its photos are gone; names `--data`.
-        OptionError: Random draws are asked for, and the run's recipe can't be read; the device
-            is not there.
+        DataError: There is no checkpoint, or all its photos are missing; names `--data`.
+        OptionError: `tta` needs random draws and the run's recipe can't be read; or the device is
+            missing.
     """
     views, draws = fixed_views(tta), random_views(tta)
     recipe = recipe_of(run) if draws else None
     where = choose_precision(device, "fp32").device
     classifier, info = checkpoint.load(run)
     network = frozen_prefix.fused(classifier.to(where).eval())
-    making = PixelTransform("train", info.preprocess, recipe.data.presize) if recipe else None
-    dataset = run_dataset.of_run(run, data_folder, "")
+    pixel_transform = (
+        PixelTransform("train", info.preprocess, recipe.data.presize) if recipe else None
+    )
+    dataset = load_run_dataset(run, data_folder, "")
     if photos_changed(info.data, dataset):
         log(f"warning: the photos in {dataset.root} are not all as they were when {run} was made")
     samples: Sequence[Sample] = getattr(dataset, part)
@@ -126,55 +136,55 @@ def evaluate(
         raise DataError(f"{run} has no {part} photos")
     if not any(os.path.isfile(sample.path) for sample in samples):
         raise missing_photos_error(samples, samples, part, dataset.root)
-    kept: list[Sample] = []
+    evaluated: list[Sample] = []
     by_view: list[Probabilities] = []  # [V, n, C] of each batch
     with progress_bar() as bar:
         task = bar.add_task(f"{part} photos", total=len(samples))
-        for batch in _batches(samples, info.preprocess, views, making, log):
-            # View by view, so that the plain view meets the same batches as without TTA.
+        for batch in _batches(samples, info.preprocess, views, pixel_transform, log):
+            # One view at a time, so that the plain view has the same batches as without TTA.
             rows = [
                 softmax(logits_of(network, pixels, info.preprocess).numpy())
-                for pixels in _views_of(batch, len(kept) // BATCH, recipe, draws, info)
+                for pixels in _views_of(batch, len(evaluated) // BATCH, recipe, draws, info)
             ]
             by_view.append(np.stack(rows))
-            kept += batch.samples
+            evaluated += batch.samples
             bar.advance(task, len(batch.samples))
-    if not kept:
+    if not evaluated:
         raise DataError(f"none of the {len(samples)} {part} photos of {run} can be read")
-    stacked = np.concatenate(by_view, axis=1)
-    plain, labels = stacked[0], np.array([sample.label for sample in kept], np.int64)
+    stacked = np.concatenate(by_view, axis=1)  # [V, N, C]
+    plain, labels = stacked[0], np.array([sample.label for sample in evaluated], np.int64)
     averaged = combine(stacked, tta.average, tta.plain_weight) if tta else plain
     return EvaluationResult(
         *score(averaged, labels),
-        photos=len(kept),
+        photos=len(evaluated),
         views=len(stacked),
-        broken=len(samples) - len(kept),
+        broken=len(samples) - len(evaluated),
         probabilities=averaged,
         plain=plain,
         labels=labels,
-        paths=tuple(sample.path for sample in kept),
+        paths=tuple(sample.path for sample in evaluated),
         classes=info.classes,
         root=dataset.root,
     )
 
 
 def recipe_of(run: Path) -> Recipe:
-    """The recipe that a run was made by.
+    """The recipe of a run.
 
     Raises:
-        OptionError: It is gone or of another version.
+        OptionError: It is missing, or invalid in this version.
     """
-    return config.read(checkpoint.folder_of(run) / "recipe.toml")
+    return load.read(checkpoint.run_folder_of(run) / "recipe.toml")
 
 
 def write_csv(result: EvaluationResult, path: Path) -> None:
     """Write a row for every photo: path below the data folder, label, predicted, probability."""
     best = result.probabilities.argmax(axis=1)
     with (
-        atomic_write(path) as aside,
-        aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        atomic_write(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        # All are quoted: not every Python quotes a name with a carriage return by itself.
+        # Quote all: some Python versions leave a name with a carriage return unquoted.
         out = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
         out.writerow(["path", "label", "predicted", "probability"])
         for photo, label, index, row in zip(
@@ -186,15 +196,16 @@ def write_csv(result: EvaluationResult, path: Path) -> None:
 
 
 class _Batch(NamedTuple):
-    """Photos that were read: at most `BATCH`.
+    """At most `BATCH` photos that were read.
 
-    views: uint8 [V, n, H, W, 3], the fixed views.
-    whole: uint8 [n, S, S, 3] and aspect: float32 [n], as training keeps photos, for random draws.
+    views: uint8 [V, n, H, W, 3], the fixed views. squares: uint8 [n, S, S, 3], whole photos
+    squeezed to squares as in training, and aspect: float32 [n], width over height; random draws
+    are made from these two.
     """
 
     samples: list[Sample]
     views: Tensor
-    whole: Tensor
+    squares: Tensor
     aspect: Tensor
 
 
@@ -202,49 +213,49 @@ def _batches(
     samples: Sequence[Sample],
     preprocess: Preprocess,
     views: Sequence[View],
-    whole_by: PixelTransform | None,
+    pixel_transform: PixelTransform | None,
     log: Callable[[str], None],
 ) -> Iterator[_Batch]:
-    """Read photos, `BATCH` readable ones at a time; name those that are not."""
+    """Read photos in batches of `BATCH` readable ones; log the others."""
 
     def read(sample: Sample) -> tuple[Pixels, Pixels, float] | ImageError:
         try:
             image = decode.read(sample.path, background=preprocess.background).image
         except ImageError as error:
             return error
-        whole = whole_by(image) if whole_by else np.empty((0, 0, 3), np.uint8)
-        return render(image, preprocess, views), whole, image.width / image.height
+        square = pixel_transform(image) if pixel_transform else np.empty((0, 0, 3), np.uint8)
+        return render(image, preprocess, views), square, image.width / image.height
 
-    waiting: list[tuple[Sample, tuple[Pixels, Pixels, float]]] = []
+    pending: list[tuple[Sample, tuple[Pixels, Pixels, float]]] = []
 
     def batch() -> _Batch:
-        fixed, wholes, aspects = zip(*(made for _, made in waiting), strict=True)
+        fixed, squares, aspects = zip(*(made for _, made in pending), strict=True)
         return _Batch(
-            [sample for sample, _ in waiting],
+            [sample for sample, _ in pending],
             torch.from_numpy(np.stack(fixed, axis=1)),
-            torch.from_numpy(np.stack(wholes)),
+            torch.from_numpy(np.stack(squares)),
             torch.tensor(aspects, dtype=torch.float32),
         )
 
-    with closing(map_ordered(read, samples, window=BATCH)) as results:  # while the network works on
+    with closing(map_ordered(read, samples, window=BATCH)) as results:
         for sample, made in zip(samples, results, strict=True):
             if isinstance(made, ImageError):
                 log(f"skipped {sample.path}: {made}")
                 continue
-            waiting.append((sample, made))
-            if len(waiting) == BATCH:
+            pending.append((sample, made))
+            if len(pending) == BATCH:
                 yield batch()
-                waiting = []
-    if waiting:
+                pending = []
+    if pending:
         yield batch()
 
 
 def _views_of(
     batch: _Batch, number: int, recipe: Recipe | None, draws: int, info: checkpoint.CheckpointInfo
 ) -> Iterator[Tensor]:
-    """The views of a batch, one at a time: [n, H, W, 3] in 0..255; `number` is the batch's.
+    """The views of batch `number`, one at a time: [n, H, W, 3] in 0..255.
 
-    Random draws are those of the stage that the checkpoint comes from.
+    Random draws use the augmentation of the stage in which the checkpoint was saved.
     """
     yield from batch.views
     if recipe is not None:
@@ -252,7 +263,7 @@ def _views_of(
         own = [recipe.augment_of(stage) for stage in recipe.stage if stage.name == name]
         for i in range(draws):
             yield draw(
-                batch.whole,
+                batch.squares,
                 batch.aspect,
                 (*own, recipe.augment)[0],
                 seed=recipe.seed,

@@ -1,6 +1,6 @@
-"""How good answers are: pure functions of probabilities and labels.
+"""Classification metrics as pure functions of probabilities and labels.
 
-Throughout, probabilities are float64 [N, C] with rows that sum to 1, and labels int64 [N] in
+In all functions, probabilities are float64 [N, C] with rows that sum to 1, and labels int64 [N] in
 0..C-1. N is at least 1.
 """
 
@@ -20,12 +20,12 @@ Floats = npt.NDArray[np.float64]
 
 
 def accuracy(probabilities: Probabilities, labels: Labels) -> float:
-    """Share of photos whose likeliest class is theirs."""
+    """Share of photos whose most probable class is the label."""
     return float((probabilities.argmax(axis=1) == labels).mean())
 
 
 def top_k(probabilities: Probabilities, labels: Labels, k: int) -> float:
-    """Share of photos whose class is among the `k` likeliest; equals go to the lower index."""
+    """Share of photos whose label is among the `k` most probable classes; ties by index."""
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
     return float((order == labels[:, None]).any(axis=1).mean())
 
@@ -42,13 +42,13 @@ def log_loss(probabilities: Probabilities, labels: Labels) -> float:
 
 
 def confusion(predicted: Labels, labels: Labels, classes: int) -> Labels:
-    """How often each class (row) was taken for each (column): int64 [C, C], summing to N."""
+    """Confusion matrix: int64 [C, C], a row per label, a column per prediction, summing to N."""
     pairs = np.bincount(labels * classes + predicted, minlength=classes * classes)
     return pairs.reshape(classes, classes).astype(np.int64)
 
 
 class ConfusedPair(NamedTuple):
-    """A class, what it was taken for, and how many photos were."""
+    """Number of photos of class `actual` that were predicted as class `predicted`."""
 
     actual: int
     predicted: int
@@ -56,7 +56,7 @@ class ConfusedPair(NamedTuple):
 
 
 def most_confused(matrix: Labels, at_most: int) -> list[ConfusedPair]:
-    """The pairs of classes that are confused most, most first; equals in the order of classes."""
+    """The pairs of classes confused most often, in descending order; ties in order of classes."""
     wrong = [
         ConfusedPair(int(i), int(j), int(matrix[i, j]))
         for i, j in np.argwhere(matrix > 0)
@@ -66,11 +66,13 @@ def most_confused(matrix: Labels, at_most: int) -> list[ConfusedPair]:
 
 
 class PerClass(NamedTuple):
-    """Figures of each class, [C] each; NaN where one is not defined.
+    """Metrics of each class, [C] each; NaN where undefined (0 / 0).
 
-    precision: share of the photos said to be of the class that are.
-    recall: share of the class's photos that were found.
-    f1: their harmonic mean. support: photos of the class.
+    Attributes:
+        precision: Share of the photos predicted as the class that belong to it.
+        recall: Share of the class's photos that were predicted as it.
+        f1: Harmonic mean of both.
+        support: Photos of the class.
     """
 
     precision: Floats
@@ -81,9 +83,12 @@ class PerClass(NamedTuple):
 
 def per_class(matrix: Labels) -> PerClass:
     """Precision, recall and F1 of each class, from a confusion matrix."""
-    hits, support, said = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+    hits, support, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
     return PerClass(
-        _ratio(hits, said), _ratio(hits, support), _ratio(2 * hits, support + said), support
+        _ratio(hits, predicted),
+        _ratio(hits, support),
+        _ratio(2 * hits, support + predicted),
+        support,
     )
 
 
@@ -94,13 +99,15 @@ def _ratio(above: Labels, below: Labels) -> Floats:
 
 
 class Calibration(NamedTuple):
-    """What the likeliest class's probability is worth.
+    """Reliability of the predicted class's probability, the confidence, in B bins.
 
-    edges: float64 [B + 1], bounds of the bins of confidence, 0 to 1.
-    confidence, accuracy: float64 [B], means of each bin; NaN where it is empty.
-    photos: int64 [B], how many there are in each bin.
-    ece: expected calibration error, a fraction of 1: the mean over photos of the distance between
-        their bin's accuracy and its confidence.
+    Attributes:
+        edges: float64 [B + 1], bounds of the bins, 0 to 1.
+        confidence: float64 [B], mean of each bin; NaN if it is empty.
+        accuracy: float64 [B], of each bin; NaN if it is empty.
+        photos: int64 [B], number in each bin.
+        ece: Expected calibration error, a fraction of 1: mean over photos of the distance between
+            the accuracy and the confidence of their bin.
     """
 
     edges: Floats
@@ -111,13 +118,13 @@ class Calibration(NamedTuple):
 
 
 def calibration(probabilities: Probabilities, labels: Labels, bins: int = 10) -> Calibration:
-    """Reliability in bins of equal width, closed above (Guo et al., 2017, "On Calibration")."""
+    """Bins of equal width, upper bound included (Guo et al., 2017, "On Calibration")."""
     edges = np.linspace(0, 1, bins + 1)
-    sure = probabilities.max(axis=1)
+    confidences = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == labels
-    index = np.clip(np.searchsorted(edges, sure, side="left") - 1, 0, bins - 1)
+    index = np.clip(np.searchsorted(edges, confidences, side="left") - 1, 0, bins - 1)
     count = np.bincount(index, minlength=bins).astype(np.int64)
-    sums = np.bincount(index, weights=sure, minlength=bins)
+    sums = np.bincount(index, weights=confidences, minlength=bins)
     hits = np.bincount(index, weights=right, minlength=bins)
     confidence, share = np.full(bins, np.nan), np.full(bins, np.nan)
     np.divide(sums, count, out=confidence, where=count > 0)
@@ -132,7 +139,7 @@ def top_losses(probabilities: Probabilities, labels: Labels, at_most: int) -> La
 
 
 def unsure(probabilities: Probabilities, labels: Labels, at_most: int) -> Labels:
-    """Indices of the photos that are right with the lowest confidence, lowest first."""
+    """Indices of the correct photos with the lowest confidence, lowest first."""
     right = np.flatnonzero(probabilities.argmax(axis=1) == labels)
     order = np.argsort(probabilities[right].max(axis=1), kind="stable")
     return right[order][:at_most]

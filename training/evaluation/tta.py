@@ -1,4 +1,4 @@
-"""Test-time augmentation at evaluation: which views of a photo, and the mean of their answers."""
+"""Test-time augmentation at evaluation: views of a photo, and the average of their predictions."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ FIXED: Final = {
         View("closer", zoom=1.3),
     ),
 }
-"""Views of the kinds that have a fixed number of them; the first is always the plain one."""
+"""Views of the kinds with a fixed number of them; the first is the plain view."""
 
 
 def fixed_views(config: TtaConfig | None) -> tuple[View, ...]:
-    """The views that are cut from the photo: the plain one first, and alone where TTA is off."""
+    """The deterministic views, the plain view first; only the plain view if TTA is off."""
     if config is None or config.count == 0 or config.kind == "draws":
         return VIEWS[:1]
     if config.kind != "views":
@@ -42,7 +42,7 @@ def fixed_views(config: TtaConfig | None) -> tuple[View, ...]:
 
 
 def random_views(config: TtaConfig | None) -> int:
-    """How many random draws stand beside the plain view."""
+    """Number of random draws besides the plain view."""
     return config.count if config is not None and config.kind == "draws" else 0
 
 
@@ -56,17 +56,18 @@ def draw(
     crop: float,
     size: int,
 ) -> Tensor:
-    """One random draw of every photo, as training makes it: float32 [N, size, size, 3] in 0..255.
+    """One random draw of every photo, as in training: float32 [N, size, size, 3] in 0..255.
 
-    Nothing is erased: a hole regularises training and hides what is asked for here.
+    Without random erasing: it regularises training, but here it would only hide the subject.
 
     Args:
         pixels: uint8 [N, S, S, 3], whole photos squeezed to squares.
         aspect: float32 [N], width over height.
         config: The training augmentation.
-        seed, view: Which draw; the same give the same.
-        crop: Share of the short side that the plain view takes.
-        size: Side of the square in pixels.
+        seed: Seed of the draws.
+        view: Number of the draw; equal seed and number give equal pixels.
+        crop: Share of the short side that the plain view keeps.
+        size: Side of the result in pixels.
     """
     config = config.model_copy(update={"erase": 0.0})
     drawn = transforms.draw(config, aspect, seed, view, crop=crop)
@@ -77,9 +78,10 @@ def combine(probabilities: Probabilities, how: str, plain_weight: float = 0.0) -
     """Average over views: [V, N, classes] -> [N, classes], rows summing to 1.
 
     Args:
-        probabilities: Of each view, the plain one first.
-        how: "mean" or "log_mean", as `serving.imaging.tta.average`.
-        plain_weight: Of the plain view, in [0, 1]; the others share the rest. 0 weighs all alike.
+        probabilities: Of each view, the plain view first.
+        how: "mean" or "log_mean", as in `serving.imaging.tta.average`.
+        plain_weight: Weight of the plain view, in [0, 1]; the others share the rest equally. 0
+            weighs all views equally.
     """
     if len(probabilities) == 1:
         return np.asarray(probabilities[0])

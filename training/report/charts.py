@@ -1,28 +1,28 @@
-"""Charts of the report as SVG. Colours come from the page, so that they follow light and dark."""
+"""The report's charts as SVG. Colours are CSS variables of the page, for light and dark mode."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from html import escape
 from typing import Final, NamedTuple
 
 import numpy as np
+from markupsafe import Markup, escape
 
 from training.evaluation.metrics import Calibration, Labels
 
 WIDTH: Final = 360.0
-"""Of a chart in its own units: about the pixels of a phone, so that text keeps its size there."""
+"""Width of a chart in its own units, about the pixels of a phone, so that text is legible there."""
 
 DOTS: Final = 60
-"""Curves of more points have no dots."""
+"""Curves with more points are drawn without dots."""
 
-_MOST: Final = 1e100  # further out, the differences of two numbers overflow
+_MOST: Final = 1e100  # differences of larger numbers overflow
 
 
 class Series(NamedTuple):
-    """A curve: its points, its name in the legend, and the name of its colour on the page."""
+    """A curve: its points, its name in the legend, and the CSS variable of its colour."""
 
     points: Sequence[tuple[float, float]]
     name: str
@@ -30,10 +30,14 @@ class Series(NamedTuple):
     width: float = 2.0
 
 
-def text(value: str) -> str:
-    """A user's string, safe in HTML and SVG; bytes that are no UTF-8 become question marks."""
-    seen = value.encode("utf-8", "replace").decode()
-    return escape(re.sub("[\x00-\x1f\x7f-\x9f]", "\ufffd", seen))
+def printable(value: str) -> str:
+    """Control characters become U+FFFD, and bytes that are no UTF-8 question marks."""
+    return re.sub("[\x00-\x1f\x7f-\x9f]", "\ufffd", value.encode("utf-8", "replace").decode())
+
+
+def text(value: str) -> Markup:
+    """A string escaped for SVG, in elements and in attributes."""
+    return escape(printable(value))
 
 
 def lines(
@@ -43,15 +47,15 @@ def lines(
     bounds: Sequence[tuple[float, str]] = (),
     percent: bool = False,
     height: float = 220.0,
-) -> str:
-    """Curves over epochs.
+) -> Markup:
+    """Line chart over epochs.
 
     Args:
-        curves: Points that can't be drawn, as those that are not finite, are left out.
-        title: What the picture shows, for those who don't see it.
-        bounds: (position, name) of each stage's end.
-        percent: y is a share of 1.
-        height: In units of `WIDTH`.
+        curves: Points that are not finite, or outside 0..1 with `percent`, are left out.
+        title: Text alternative for screen readers.
+        bounds: (epoch at which it ends, name) of each stage.
+        percent: y is a fraction of 1, shown in percent.
+        height: In the units of `WIDTH`.
     """
     least, most = (0.0, 1.0) if percent else (-_MOST, _MOST)
     curves = [c._replace(points=[p for p in c.points if least <= p[1] <= most]) for c in curves]
@@ -81,15 +85,15 @@ def lines(
         if value == int(value):
             out.append(f'<text class="tick" x="{across(value)}" y="{bottom + 16}"')
             out.append(f' text-anchor="middle">{value:g}</text>')
-    begun = across(0)
+    stage_start = across(0)
     for position, name in bounds:
         x = across(position)
         if position < end:
             out.append(f'<path class="bound" d="M{x},{top - 6}V{bottom}"/>')
-        if x - begun > 7 * len(name):
-            out.append(f'<text class="stage" x="{(x + begun) / 2:.1f}" y="{top + 2}"')
+        if x - stage_start > 7 * len(name):
+            out.append(f'<text class="stage" x="{(x + stage_start) / 2:.1f}" y="{top + 2}"')
             out.append(f' text-anchor="middle">{text(name)}</text>')
-        begun = x
+        stage_start = x
     key = left
     for curve in curves:
         colour = f"var(--{curve.colour})"
@@ -109,7 +113,7 @@ def lines(
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers in [low, high], about so many of them: 1, 2 or 5 times a power of ten apart."""
+    """About `about` round numbers in [low, high], 1, 2 or 5 times a power of ten apart."""
     raw = (high - low) / max(about, 1)
     if not raw > 0:
         return [low]
@@ -119,8 +123,8 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def calibration(found: Calibration, title: str, height: float = 260.0) -> str:
-    """Reliability diagram: accuracy of each bin of confidence against the diagonal."""
+def calibration(found: Calibration, title: str, height: float = 260.0) -> Markup:
+    """Reliability diagram: accuracy of each confidence bin against the diagonal."""
     left, right, top, bottom = 46.0, WIDTH - 10, 14.0, height - 38
     wide, high = right - left, bottom - top
     out = []
@@ -134,13 +138,13 @@ def calibration(found: Calibration, title: str, height: float = 260.0) -> str:
     for i, photos in enumerate(found.photos):
         if photos:
             x, width = left + wide * found.edges[i], wide * (found.edges[i + 1] - found.edges[i])
-            share, sure = found.accuracy[i], found.confidence[i]
-            tip = f"{photos} photos, {sure:.0%} sure on average, {share:.0%} right"
+            share, confidence = found.accuracy[i], found.confidence[i]
+            tip = f"{photos} photos, {confidence:.0%} sure on average, {share:.0%} right"
             out.append(f'<rect class="bar" x="{x + 1:.1f}" y="{bottom - high * share:.1f}"')
             out.append(f' width="{width - 2:.1f}" height="{high * share:.1f}" rx="2"')
             out.append(f' fill-opacity="{0.35 + 0.6 * photos / found.photos.max():.2f}">')
             out.append(f"<title>{tip}</title></rect>")
-            out.append(f'<circle class="dot" cx="{left + wide * sure:.1f}" r="3.2"')
+            out.append(f'<circle class="dot" cx="{left + wide * confidence:.1f}" r="3.2"')
             out.append(f' cy="{bottom - high * share:.1f}"/>')
     out.append(f'<path class="ideal" d="M{left},{bottom}L{right},{top}"/>')
     out.append(f'<text class="tick" x="{right}" y="{height - 3}" text-anchor="end">')
@@ -148,8 +152,8 @@ def calibration(found: Calibration, title: str, height: float = 260.0) -> str:
     return _svg(out, title, WIDTH, height)
 
 
-def confusion(matrix: Labels, names: Sequence[str], title: str) -> str:
-    """Confusion matrix, a row for each actual class; hits on the diagonal in another colour."""
+def confusion(matrix: Labels, names: Sequence[str], title: str) -> Markup:
+    """Confusion matrix, a row per actual class; the diagonal has another colour."""
     count = len(names)
     short = [name if len(name) <= 14 else f"{name[:7]}…{name[-6:]}" for name in names]
     margin = 14 + 6.2 * max(len(name) for name in short)
@@ -177,8 +181,8 @@ def confusion(matrix: Labels, names: Sequence[str], title: str) -> str:
     return _svg(out, title, side + 2, side + 2, least=0.85 * side, most=1.25 * side)
 
 
-def intervals(rows: Sequence[tuple[str, float, tuple[float, float]]], title: str) -> str:
-    """Accuracies with their intervals, one under the other on one scale."""
+def intervals(rows: Sequence[tuple[str, float, tuple[float, float]]], title: str) -> Markup:
+    """Accuracies with their intervals, in rows on a common scale."""
     low = min(ends[0] for _, _, ends in rows)
     low = max(0.0, math.floor((low - 0.005) * 50) / 50)
     left, right, height = 96.0, WIDTH - 16, 30.0 * len(rows) + 26
@@ -208,9 +212,10 @@ def _svg(
     height: float,
     least: float = 0,
     most: float = 640,
-) -> str:
+) -> Markup:
     style = f' style="min-width:{least:.0f}px;max-width:{most:.0f}px"'
-    return (
+    # Everything in `parts` that comes from a user was escaped by `text`.
+    return Markup(
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{text(title)}"{style}>'
         f"{''.join(parts)}</svg>"
     )

@@ -1,4 +1,4 @@
-"""Pictures of learning rates, drawn to be read on a phone."""
+"""PNG plots of learning rates: the range test and the schedule of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from serving.utils.files import write_aside
+from serving.utils.files import atomic_write
 from training.optim.lr_range_test import Curve, Pick
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ STYLE: Final[Any] = {
 
 
 class RateRow(NamedTuple):
-    """A step of a run as it was taken.
+    """The learning rates of one training step.
 
-    epoch: position since the stage began. rates: of each group, the head's last. momentum: or
-    Adam's first beta.
+    epoch: position in the stage, in epochs from 0. rates: of each parameter group, the head's
+    last. momentum: of SGD, or Adam's first beta.
     """
 
     stage: str
@@ -42,25 +42,30 @@ class RateRow(NamedTuple):
 
 @contextmanager
 def _picture(path: Path, height: float) -> Iterator[Figure]:
-    """An empty figure that is written to `path` as PNG."""
+    """An empty figure; it is saved to `path` as PNG when the block ends."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, height), layout="constrained")
         yield figure
-        with write_aside(path) as aside:
-            figure.savefig(aside, dpi=150, format="png")
+        with atomic_write(path) as partial:
+            figure.savefig(partial, dpi=150, format="png")
 
 
 def lr_find(curve: Curve, path: Path, title: str, picked: Pick) -> None:
-    """Draw the loss against the rate with every suggestion, and the rate that is taken."""
+    """Plot loss against learning rate, with all suggestions and the rate `picked` selects."""
     up = curve.direction == "up"
     trap = "minimum: a trap, too large" if up else "begins to fall: a trap, too large"
     marks = (
         ("valley", curve.valley, "#1b8a2f", (0, (5, 2))),
         ("steepest", curve.steepest, "#e08a00", (0, (1, 1.2))),
-        ("minimum / 10" if up else "a tenth of the trap", curve.ten, "#7a3fa0", (0, (3, 2, 1, 2))),
+        (
+            "minimum / 10" if up else "a tenth of the trap",
+            curve.tenth_of_minimum,
+            "#7a3fa0",
+            (0, (3, 2, 1, 2)),
+        ),
         (trap, curve.minimum, "#c8283c", (0, (8, 3))),
     )
     taken = curve.pick(picked)
@@ -85,7 +90,7 @@ def lr_find(curve: Curve, path: Path, title: str, picked: Pick) -> None:
 
 
 def rows(steps: Sequence[Step]) -> list[RateRow]:
-    """The steps of a run, in the order in which they were taken, as `schedule` draws them."""
+    """The steps of a run, in order, in the form that `schedule` plots."""
     of_epoch = Counter((step.stage, step.epoch) for step in steps)
     return [
         RateRow(
@@ -99,10 +104,10 @@ def rows(steps: Sequence[Step]) -> list[RateRow]:
 
 
 def schedule(taken: Sequence[RateRow], path: Path, title: str) -> None:
-    """Draw the rate of every group at every step taken, the stages side by side.
+    """Plot the learning rate of every group at every step, the stages side by side.
 
-    The axis is logarithmic where the groups' largest rates differ by more than 30 times. Momentum
-    has a panel of its own where it moves. No steps draw an empty picture.
+    The axis is logarithmic if the groups' largest rates differ by more than a factor of 30.
+    Momentum has a second panel if it changes. Without steps the plot is empty.
     """
     stages = [(name, list(part)) for name, part in groupby(taken, key=lambda row: row.stage)]
     moves = len({row.momentum for row in taken}) > 1
@@ -155,17 +160,17 @@ def schedule(taken: Sequence[RateRow], path: Path, title: str) -> None:
 
 
 def _by_group(rows: Sequence[RateRow]) -> list[list[float]]:
-    """Rows of a stage -> the rates of each group, step by step."""
+    """The rates of each group over the steps of a stage."""
     return [list(rates) for rates in zip(*(row.rates for row in rows), strict=True)]
 
 
 def _epochs(rows: Sequence[RateRow]) -> int:
-    """Epochs of a stage, the last one whole."""
+    """Epochs of a stage, an unfinished one counted as a whole epoch."""
     return max(1, math.ceil(rows[-1].epoch + 1e-6))
 
 
 def _name(axes: Any, name: str, centre: float, width: float) -> None:
-    """Write a stage's name above its span, upright where its share of the width is too small."""
+    """Write a stage's name above its span, rotated where the span is too narrow."""
     axes.annotate(
         name,
         (centre, 1.0),
@@ -181,7 +186,7 @@ def _name(axes: Any, name: str, centre: float, width: float) -> None:
 
 
 def _shade(depth: int, deepest: int) -> tuple[float, ...]:
-    """Dark for the head, paler with depth."""
+    """Dark for the head, lighter with depth."""
     from matplotlib import colormaps
 
     colour: tuple[float, ...] = colormaps["viridis"](0.85 * depth / max(deepest - 1, 1))

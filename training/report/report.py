@@ -1,25 +1,32 @@
-"""One HTML page a run: how good it is, where it goes wrong, how it was trained. Opens anywhere."""
+"""The HTML report of a run: accuracy, mistakes, calibration, training curves and the recipe.
+
+`report.html.jinja` is the page; the functions here compute the values it shows.
+"""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from markupsafe import Markup
 
 from serving.errors import OptionError
-from serving.utils.files import write_aside
+from serving.utils.files import atomic_write
 from training.config.sections import TtaConfig
 from training.evaluation import metrics
 from training.evaluation.evaluate import EvaluationResult, evaluate, recipe_of
 from training.report import charts, mistakes, training_curves
-from training.report.charts import text
 from training.run import checkpoint
 from training.run.checkpoint import CheckpointInfo
 from training.utils.console import Log
 
+if TYPE_CHECKING:
+    from jinja2 import Template
+
 REPORT: Final = "report.html"
-"""Of a run's best checkpoint; that of another one bears its name, as `report-head.html`."""
+"""The report of a run's best checkpoint; a stage's checkpoint gets e.g. `report-head.html`."""
 
 _PARTS: Final = {
     "train": (
@@ -28,8 +35,8 @@ _PARTS: Final = {
     ),
     "valid": (
         "validation",
-        "The best epoch was chosen on these photos, so the figures flatter a little. "
-        "A test part, where there is one, tells the truth: fledge report RUN --part test.",
+        "The best epoch was chosen on these photos, so the figures are slightly optimistic. "
+        "A test part, if the data has one, gives unbiased figures: fledge report RUN --part test.",
     ),
     "test": ("test", "Nothing was trained or chosen on these photos."),
 }
@@ -47,56 +54,68 @@ def write(
 ) -> Path:
     """Write `report.html` into a run's folder; returns its path.
 
-    A checkpoint that is not the run's best gets a page of its own beside it, `report-STAGE.html`.
-    Photos that are gone or broken are left out and named.
+    The report of another checkpoint than the run's best is `report-STAGE.html`. Photos that are
+    missing or broken are left out and logged.
 
     Args:
         run: Run folder or checkpoint.
-        say: Takes lines for a person.
+        log: Receives one line per photo or picture that is left out.
         part: "valid", "test" or "train".
-        tta: Test-time augmentation; none where not given.
-        data_folder: Where the photos are now, if they have moved.
-        result: What `evaluate` gave for the same arguments, where that is known already.
+        tta: Test-time augmentation; None is off.
+        data_folder: The photos, if they were moved.
+        result: The result of `evaluate` for the same arguments, if it exists already.
         device: As `evaluate`.
 
     Raises:
         FledgeError: As `evaluate`.
     """
-    folder = checkpoint.folder_of(run)
-    weights = checkpoint.find(run)
+    folder = checkpoint.run_folder_of(run)
+    weights = checkpoint.weights_path(run)
     info = checkpoint.read_info(weights.with_suffix(".json"))
     stage = "" if weights.name == checkpoint.BEST else weights.stem
     if result is None:
         result = evaluate(run, part=part, tta=tta, data_folder=data_folder, device=device, log=log)
-    sections = (
-        _headline(folder, info, result, part, tta, stage),
-        mistakes.section(result, info.preprocess, log),
-        _classes(result),
-        _calibration(result),
-        training_curves.section(folder, log),
-        _recipe(folder, info, result, stage),
-    )
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    name = text(f"{info.name}, {stage}" if stage else info.name)
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{name}: {result.accuracy:.1%}</title>\n<style>\n{style}</style>\n</head>\n"
-        f"<body>\n<main>\n{''.join(sections)}</main>\n</body>\n</html>\n"
+    page = _template().render(
+        title=f"{info.name}, {stage}" if stage else info.name,
+        stage=stage,
+        style=Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8")),
+        thumbnail=mistakes.THUMBNAIL,
+        headline=_headline(folder, info, result, part, tta, stage),
+        mistakes=mistakes.section(result, info.preprocess, log),
+        classes=_classes(result),
+        calibration=_calibration(result),
+        training=training_curves.figures(folder, log),
+        origin=_origin(folder, info, result, stage),
     )
     path = folder / (f"report-{stage}.html" if stage else REPORT)
-    with write_aside(path) as aside:
-        aside.write_text(page, encoding="utf-8")
+    with atomic_write(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, StrictUndefined  # here, because training starts without it
+
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: charts.printable(value) if type(value) is str else value,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "count": lambda number: f"{number:,}",
+        "fixed": lambda number, digits: f"{number:.{digits}f}",
+        "percent": lambda share, digits=1: f"{share:.{digits}%}",
+    }
+    source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(source)
+
+
 def tta_of(run: Path, log: Log) -> TtaConfig:
-    """The test-time augmentation of a run's recipe; the default where that can't be read."""
-    checkpoint.read_info(
-        checkpoint.find(run).with_suffix(".json")
-    )  # no run: say that, and only that
+    """The test-time augmentation of a run's recipe; the default if the recipe can't be read."""
+    # A missing run raises its own error here, without the warning.
+    checkpoint.read_info(checkpoint.weights_path(run).with_suffix(".json"))
     try:
         return recipe_of(run).tta
     except OptionError as error:
@@ -111,7 +130,7 @@ def _headline(
     part: str,
     tta: TtaConfig | None,
     stage: str,
-) -> str:
+) -> dict[str, Any]:
     plain = metrics.accuracy(result.plain, result.labels)
     rows = [("plain", plain, metrics.interval(round(plain * result.photos), result.photos))]
     right = round(result.accuracy * result.photos)
@@ -119,14 +138,8 @@ def _headline(
         rows.append(("TTA", result.accuracy, metrics.interval(right, result.photos)))
     low, high = rows[-1][2]
     name, caution = _PARTS[part]
-    title = text(info.name)
-    if stage:
-        title += f", {text(stage)}"
-        ours = f"Of the checkpoint {text(stage)}, not of the run's best. "
-        caution = ours + ("" if part == "valid" else caution)
-    how = f"with TTA over {result.views} views of each" if result.views > 1 else "each seen once"
     facts = {
-        "network": f"{text(info.arch)} at {info.preprocess.size} px",
+        "network": f"{info.arch} at {info.preprocess.size} px",
         "classes": f"{len(result.classes)}",
         "photos": f"{result.photos:,}",
         "wrong": f"{result.photos - right:,}",
@@ -139,30 +152,25 @@ def _headline(
     seconds = training_curves.seconds(folder)
     if seconds:
         facts["training epochs"] = _duration(seconds)
-    kinds = "" if tta is None or result.views == 1 else f" TTA: {tta.kind}, {tta.average}."
-    listed = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in facts.items())
-    chart = charts.intervals(rows, f"Accuracy with its 95% interval, {low:.1%} to {high:.1%}")
-    return f"""<header>
-<p class="kicker">Fledge report, run <bdi>{text(folder.resolve().name)}</bdi></p>
-<h1><bdi>{title}</bdi></h1>
-<div class="hero">
-<div><div class="figure">{result.accuracy:.1%}</div>
-<p>right on {right:,} of {result.photos:,} {name} photos, {how}</p></div>
-<figure class="card">{chart}
-<figcaption>Accuracy and its 95% interval (Wilson): with so many photos, another draw of them
-would likely land between {low:.1%} and {high:.1%}.{kinds}</figcaption></figure>
-</div>
-<dl class="facts">{listed}</dl>
-<p class="note" style="margin-top:1rem">{caution}{_broken(result)}</p>
-</header>
-"""
+    return {
+        "run": folder.resolve().name,
+        "part": name,
+        # The best epoch was chosen by the best checkpoint's figures, not by those of a stage.
+        "caution": "" if stage and part == "valid" else caution,
+        "accuracy": result.accuracy,
+        "right": right,
+        "photos": result.photos,
+        "broken": result.broken,
+        "views": result.views,
+        "tta": tta if result.views > 1 else None,
+        "low": low,
+        "high": high,
+        "chart": charts.intervals(rows, f"Accuracy with its 95% interval, {low:.1%} to {high:.1%}"),
+        "facts": facts,
+    }
 
 
-def _broken(result: EvaluationResult) -> str:
-    return f" Left out, gone or broken: {result.broken} photos." if result.broken else ""
-
-
-def _classes(result: EvaluationResult) -> str:
+def _classes(result: EvaluationResult) -> dict[str, Any]:
     def figures(probabilities: metrics.Probabilities) -> metrics.PerClass:
         matrix = metrics.confusion(probabilities.argmax(axis=1), result.labels, len(result.classes))
         return metrics.per_class(matrix)
@@ -170,65 +178,39 @@ def _classes(result: EvaluationResult) -> str:
     plain, found = figures(result.plain), figures(result.probabilities)
     with_tta = result.views > 1
     recalls = np.stack([plain.recall, found.recall])[: 1 + with_tta]
-    tall = "tall" if len(result.classes) > 30 else "wide"
-    heads = ["class", "photos", "recall"] + ["with TTA"] * with_tta + ["precision", "F1"]
     order = np.lexsort((np.arange(len(found.recall)), found.f1, found.recall))  # NaN last
     rows = []
     for i in order:
         shares = (*recalls[:, i], found.precision[i], found.f1[i])
-        name = mistakes.name_of(result, int(i))
-        rows.append(
-            f'<tr><th scope="row">{name}</th><td>{found.support[i]:,}</td>'
-            f"{''.join(map(_share, shares))}</tr>"
-        )
-    return f"""<section>
-<h2>Class by class</h2>
-<p class="soft">The weakest first. Recall is the share of a class's photos that were found, its
-accuracy; precision is the share of the answers with its name that are right; F1 is their harmonic
-mean.{" Precision and F1 are with TTA." if with_tta else ""}</p>
-<div class="card table {tall}"><table><thead><tr>{
-        "".join(f"<th>{head}</th>" for head in heads)
-    }</tr></thead><tbody>{"".join(rows)}</tbody></table></div>
-</section>
-"""
+        defined = [None if np.isnan(share) else share for share in shares]
+        rows.append((result.classes[i], found.support[i], defined))
+    return {
+        "columns": ["class", "photos", "recall"] + ["with TTA"] * with_tta + ["precision", "F1"],
+        "rows": rows,
+    }
 
 
-def _share(share: float) -> str:
-    if np.isnan(share):
-        return "<td>&ndash;</td>"
-    return f'<td style="--share:{share:.1%}">{share:.1%}</td>'
-
-
-def _calibration(result: EvaluationResult) -> str:
+def _calibration(result: EvaluationResult) -> dict[str, Any]:
     found = metrics.calibration(result.probabilities, result.labels)
-    mean = float(result.probabilities.max(axis=1).mean())
-    loss = metrics.log_loss(result.probabilities, result.labels)
-    points = round(100 * (mean - result.accuracy), 1)
+    confidence = float(result.probabilities.max(axis=1).mean())
+    points = round(100 * (confidence - result.accuracy), 1)
     lean = f"{'over' if points > 0 else 'under'}-confident by {abs(points):.1f} points"
     if not points:
         lean = "neither over- nor under-confident"
-    title = f"Calibration: expected calibration error {found.ece:.1%}"
-    return f"""<section>
-<h2>How far to trust its probabilities</h2>
-<div class="pair">
-<figure class="card">{charts.calibration(found, title)}
-<figcaption>Bars on the dashed line mean that answers given with 90% are right nine times in ten.
-Paler bars hold fewer photos.</figcaption></figure>
-<div>
-<dl class="facts"><div><dt>calibration error (ECE)</dt><dd>{found.ece:.1%}</dd></div>
-<div><dt>log loss</dt><dd>{loss:.3f}</dd></div></dl>
-<p style="margin-top:1rem">On average it is {mean:.1%} sure and {result.accuracy:.1%} right:
-{lean}.</p>
-<p class="soft">The expected calibration error is the mean distance between how sure the answers are
-and how often they are right, in ten bins (Guo et al., 2017). The log loss is the mean of
-&minus;ln p, p being the probability given to the right class: sure mistakes cost most.</p>
-</div>
-</div>
-</section>
-"""
+    return {
+        "chart": charts.calibration(
+            found, f"Calibration: expected calibration error {found.ece:.1%}"
+        ),
+        "error": found.ece,
+        "log_loss": metrics.log_loss(result.probabilities, result.labels),
+        "confidence": confidence,
+        "lean": lean,
+    }
 
 
-def _recipe(folder: Path, info: CheckpointInfo, result: EvaluationResult, stage: str) -> str:
+def _origin(
+    folder: Path, info: CheckpointInfo, result: EvaluationResult, stage: str
+) -> dict[str, Any]:
     best = f"{info.metrics.get('stage', '?')} {info.metrics.get('epoch', '?')}"
     facts = {
         "network": info.arch,
@@ -241,23 +223,11 @@ def _recipe(folder: Path, info: CheckpointInfo, result: EvaluationResult, stage:
         "seed": str(info.seed),
         "versions": ", ".join(f"{name} {version}" for name, version in info.versions.items()),
     }
-    rows = "".join(
-        f'<tr><th scope="row">{key}</th><td>{text(value)}</td></tr>' for key, value in facts.items()
-    )
     try:
         recipe = (folder / "recipe.toml").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        recipe = "recipe.toml is gone"
-    shown = "\n".join(map(text, recipe.splitlines()))
-    return f"""<section>
-<h2>What it was made from</h2>
-<div class="card table wide"><table class="words"><tbody>{rows}</tbody></table></div>
-<h3>The recipe</h3>
-<details class="card"><summary>recipe.toml</summary>
-<div class="tall"><pre>{shown}</pre></div></details>
-</section>
-<footer>Written by Fledge. This page is one file: keep it, send it, open it anywhere.</footer>
-"""
+        recipe = "recipe.toml is missing"
+    return {"facts": facts, "recipe": recipe.splitlines()}
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The report's account of the training: losses, accuracy, rates, from what the run wrote down."""
+"""The training figures of a report: losses, accuracy and learning rates from the run's files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from markupsafe import Markup
+
 from training.report import charts
-from training.report.charts import Series, text
+from training.report.charts import Series
 from training.utils.console import Log
 
 POINTS: Final = 400
-"""Points of the curve of batch losses, each a mean of its neighbours."""
+"""Most points of the curve of batch losses; each is the mean of a group of steps."""
 PICTURE_BYTES: Final = 2_000_000
-"""Larger pictures stay out of the page."""
+"""Larger PNG files are left out of the page."""
 
 
 class _Epoch(NamedTuple):
@@ -28,35 +30,38 @@ class _Epoch(NamedTuple):
     seconds: float
 
 
-def section(folder: Path, log: Log) -> str:
-    """Losses, accuracy, the schedule and lr_find, as HTML; what is not there is left out."""
-    figures = [*_curves(folder)]
+class Figure(NamedTuple):
+    """A figure of the page: an SVG `chart`, or a `picture` as a data URL."""
+
+    title: str
+    caption: str
+    chart: Markup | None = None
+    picture: str = ""
+
+
+def figures(folder: Path, log: Log) -> list[Figure]:
+    """Losses, accuracy, the schedule and lr_find of a run; what the run lacks is left out."""
+    found = [*_curves(folder)]
     schedule = folder / "schedule.png"
     if schedule.is_file():
-        figures += _picture(
-            schedule, "Learning rates", "Every step's rate and momentum, as run.", log
-        )
+        caption = "Every step's rate and momentum, as run."
+        found += _picture(schedule, "Learning rates", caption, log)
     for path in sorted(folder.glob("lr_find-*.png"), key=lambda path: path.stat().st_mtime):
         stage = path.stem.removeprefix("lr_find-")
-        words = "The loss while the rate changes. The rate at the minimum is a trap: far too large."
-        figures += _picture(path, f"lr_find before {stage}", words, log)
-    if not figures:
-        return ""
-    return f"""<section>
-<h2>How it was trained</h2>
-<div class="pair">
-{"".join(figures)}</div>
-</section>
-"""
+        caption = (
+            "The loss while the rate changes. The rate at the minimum is a trap: far too large."
+        )
+        found += _picture(path, f"lr_find before {stage}", caption, log)
+    return found
 
 
 def seconds(folder: Path) -> float:
-    """Seconds of all epochs together; 0 where nothing, or no such number, was written down."""
+    """Seconds of all epochs; 0 if metrics.csv is missing or their sum is not finite."""
     total = sum(epoch.seconds for epoch in _epochs(folder))
     return total if math.isfinite(total) else 0.0
 
 
-def _curves(folder: Path) -> Iterator[str]:
+def _curves(folder: Path) -> Iterator[Figure]:
     epochs = _epochs(folder)
     if not epochs:
         return
@@ -66,41 +71,34 @@ def _curves(folder: Path) -> Iterator[str]:
         if i + 1 == len(epochs) or epochs[i + 1].stage != epoch.stage
     ]
 
-    def curve(name: str, shown: str, colour: str) -> Series:
+    def curve(name: str, label: str, colour: str) -> Series:
         points = [(float(i + 1), getattr(epoch, name)) for i, epoch in enumerate(epochs)]
-        return Series(points, shown, colour)
+        return Series(points, label, colour)
 
     losses = [curve("train_loss", "training", "first"), curve("valid_loss", "validation", "second")]
     batches = _batches(folder, epochs)
     if batches:
         losses.insert(0, Series(batches, "batches", "faint", 1.5))
-    yield _card(
+    yield Figure(
         "Loss",
-        charts.lines(losses, "Training and validation loss of every epoch", bounds=bounds),
         "Validation above training means that it knows its own photos better than new ones; "
         "training includes augmentation and dropout.",
+        charts.lines(losses, "Training and validation loss of every epoch", bounds=bounds),
     )
     best = max(epoch.accuracy for epoch in epochs)
-    yield _card(
+    yield Figure(
         "Accuracy",
+        f"Of the plain view; {best:.1%} at best, by the weights of best.safetensors.",
         charts.lines(
             [curve("accuracy", "validation", "good")],
             f"Validation accuracy of every epoch, {best:.1%} at best",
             bounds=bounds,
             percent=True,
         ),
-        f"Of the plain view; {best:.1%} at best, by the weights of best.safetensors.",
     )
 
 
-def _card(title: str, picture: str, words: str) -> str:
-    return (
-        f'<figure class="card"><h3><bdi>{text(title)}</bdi></h3>{picture}'
-        f"<figcaption>{text(words)}</figcaption></figure>\n"
-    )
-
-
-def _picture(path: Path, title: str, words: str, log: Log) -> Iterator[str]:
+def _picture(path: Path, title: str, caption: str, log: Log) -> Iterator[Figure]:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -109,8 +107,8 @@ def _picture(path: Path, title: str, words: str, log: Log) -> Iterator[str]:
     if len(content) > PICTURE_BYTES:
         log(f"skipped {path}: {len(content):,} bytes are too many for the report")
         return
-    address = "data:image/png;base64," + base64.b64encode(content).decode()
-    yield _card(title, f'<img src="{address}" alt="{text(title)}">', words)
+    url = "data:image/png;base64," + base64.b64encode(content).decode()
+    yield Figure(title, caption, picture=url)
 
 
 def _epochs(folder: Path) -> list[_Epoch]:
@@ -123,12 +121,12 @@ def _epochs(folder: Path) -> list[_Epoch]:
 
 
 def _batches(folder: Path, epochs: Sequence[_Epoch]) -> list[tuple[float, float]]:
-    """(position in epochs, mean loss) of the steps, thinned to about `POINTS`."""
+    """(position in epochs, mean loss) of groups of steps, about `POINTS` of them."""
     by_epoch: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in _rows(folder / "steps.csv"):
         if loss := _numbers(row, ("loss",)):
             by_epoch[row.get("stage") or "", row.get("epoch") or ""].append(loss[0])
-    # A stage's epochs follow each other in both files, so its n-th here is its n-th there.
+    # steps.csv counts epochs within a stage, from 1; metrics.csv lists them in the same order.
     seen: dict[str, int] = defaultdict(int)
     points = []
     for index, epoch in enumerate(epochs):
@@ -149,7 +147,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _numbers(row: dict[str, Any], names: Sequence[str]) -> tuple[float, ...]:
-    """The named columns as numbers; nothing where one is not."""
+    """The named columns as numbers; empty if one of them is not a number."""
     try:
         return tuple(float(row[name]) for name in names)
     except (KeyError, TypeError, ValueError):

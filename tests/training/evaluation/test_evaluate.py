@@ -15,7 +15,7 @@ from training.activations import frozen_prefix
 from training.config.sections import TtaConfig
 from training.evaluation import evaluate
 from training.run import checkpoint
-from training.run.dataset import of_run
+from training.run.dataset import load_run_dataset
 
 BATCH = 8
 
@@ -28,7 +28,7 @@ def small_batches(monkeypatch):
 @pytest.fixture
 def run(tmp_path):
     photos = coloured(tmp_path / "photos", {"blue": 15, "green": 15, "red": 15})
-    finished(tmp_path / "run", photos, valid=0.6)  # 27 photos: the last batch is not full
+    finished(tmp_path / "run", photos, valid=0.6)  # 27 photos: the last batch is partial
     return tmp_path / "run"
 
 
@@ -40,14 +40,14 @@ def lines():
 def expected(run, samples, view):
     """Probabilities of one view, all photos at once through `logits_of`."""
     classifier, info = checkpoint.load(run)
-    made = [render(decode.read(s.path).image, info.preprocess, [view])[0] for s in samples]
-    pixels = torch.from_numpy(np.stack(made))
+    pixels = [render(decode.read(s.path).image, info.preprocess, [view])[0] for s in samples]
+    pixels = torch.from_numpy(np.stack(pixels))
     network = frozen_prefix.fused(classifier.eval())
     return softmax(evaluate.logits_of(network, pixels, info.preprocess).numpy())
 
 
 def valid(run):
-    return of_run(run).valid
+    return load_run_dataset(run).valid
 
 
 def test_the_plain_view_is_what_training_scored(run, lines):
@@ -63,14 +63,14 @@ def test_the_plain_view_is_what_training_scored(run, lines):
     assert lines == []
 
 
-def test_a_broken_photo_moves_its_successors_up(run, lines):
+def test_photos_after_a_broken_one_fill_its_batch(run, lines):
     samples = list(valid(run))
     samples[2].path.write_bytes(b"no photo")
     samples[20].path.write_bytes(samples[20].path.read_bytes()[:200])
     result = evaluate.evaluate(run, log=lines.append)
-    kept = [s for i, s in enumerate(samples) if i not in (2, 20)]
-    assert (result.plain == expected(run, kept, VIEWS[0])).all()
-    assert (result.photos, result.broken) == (len(kept), 2)
+    readable = [s for i, s in enumerate(samples) if i not in (2, 20)]
+    assert (result.plain == expected(run, readable, VIEWS[0])).all()
+    assert (result.photos, result.broken) == (len(readable), 2)
     assert lines[0].startswith("warning: the photos in ")
     assert [line.split(":")[0] for line in lines[1:]] == [
         f"skipped {samples[i].path}" for i in (2, 20)
@@ -96,23 +96,23 @@ def test_every_kind_keeps_the_plain_view_and_its_weight(run, kind, views):
     assert (result.plain == plain.probabilities).all()
     assert not np.allclose(result.probabilities, plain.probabilities, atol=1e-6)
     assert np.allclose(result.probabilities.sum(axis=1), 1)
-    alone = evaluate.evaluate(run, tta=TtaConfig(kind=kind, count=3, plain_weight=1))
-    assert np.allclose(alone.probabilities, plain.probabilities)
+    only_plain = evaluate.evaluate(run, tta=TtaConfig(kind=kind, count=3, plain_weight=1))
+    assert np.allclose(only_plain.probabilities, plain.probabilities)
 
 
 def test_draws_are_a_function_of_the_recipes_seed(run):
     draws = TtaConfig(kind="draws", count=2)
-    one, again = (evaluate.evaluate(run, tta=draws).probabilities for _ in range(2))
-    assert (one == again).all()
+    first, second = (evaluate.evaluate(run, tta=draws).probabilities for _ in range(2))
+    assert (first == second).all()
     path = run / "recipe.toml"
     path.write_text(path.read_text().replace("seed = 3", "seed = 4"))
-    assert not np.allclose(evaluate.evaluate(run, tta=draws).probabilities, one)
+    assert not np.allclose(evaluate.evaluate(run, tta=draws).probabilities, first)
     path.unlink()
     with pytest.raises(OptionError, match=r"recipe.toml: no such recipe"):
         evaluate.evaluate(run, tta=draws)
 
 
-def test_photos_are_read_as_they_are_needed(run, monkeypatch):
+def test_at_most_two_batches_of_photos_are_read_ahead(run, monkeypatch):
     read = [0]
     ahead, sizes = [], []
     original, network = decode.read, evaluate.logits_of
@@ -130,10 +130,10 @@ def test_photos_are_read_as_they_are_needed(run, monkeypatch):
     monkeypatch.setattr(evaluate, "logits_of", scoring)
     evaluate.evaluate(run, tta=TtaConfig(count=3))
     assert sizes == [BATCH] * 9 + [3] * 3
-    assert max(ahead) <= 2 * BATCH + 1  # a batch at work, one behind it
+    assert max(ahead) <= 2 * BATCH + 1  # one in the network, one read ahead
 
 
-def test_what_can_not_be_scored_is_told(run, tmp_path, lines):
+def test_photos_that_can_not_be_evaluated_are_reported(run, tmp_path, lines):
     with pytest.raises(DataError, match="has no test photos"):
         evaluate.evaluate(run, part="test")
     samples = valid(run)
@@ -157,14 +157,14 @@ def test_what_can_not_be_scored_is_told(run, tmp_path, lines):
 def test_the_csv_has_a_row_for_every_photo(run, tmp_path, capsys):
     out = tmp_path / "answers.csv"
     assert fledge.main(["evaluate", str(run), "--tta", "2", "--csv", str(out)]) == 0
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     result = evaluate.evaluate(run, tta=TtaConfig(count=2))
-    assert told.out == (
+    assert output.out == (
         f"accuracy {result.accuracy:.6f}  loss {result.loss:.6f}  "
         f"photos {result.photos}  views 2  broken 0\n"
     )
     plain, loss = evaluate.score(result.plain, result.labels)
-    assert told.err == f"plain view alone: accuracy {plain:.6f}  loss {loss:.6f}\n"
+    assert output.err == f"plain view alone: accuracy {plain:.6f}  loss {loss:.6f}\n"
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["path"] for row in rows] == [
@@ -177,7 +177,7 @@ def test_the_csv_has_a_row_for_every_photo(run, tmp_path, capsys):
         assert float(row["probability"]) == pytest.approx(values.max(), abs=1e-6)
 
 
-def test_a_table_that_can_not_be_written_is_refused_before_the_work(
+def test_a_csv_that_can_not_be_written_is_refused_before_evaluation(
     run, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(evaluate, "evaluate", None)
@@ -202,27 +202,27 @@ def test_a_table_that_can_not_be_written_is_refused_before_the_work(
 )
 def test_mistakes_on_the_command_line_are_one_line(run, words, message, capsys):
     assert fledge.main(["evaluate", str(run), *words]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"fledge: {message}")
-    assert said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"fledge: {message}")
+    assert error.count("\n") == 1
 
 
-def test_draws_are_those_of_the_checkpoints_own_stage(run):
+def test_draws_use_the_augmentation_of_the_checkpoints_stage(run):
     draws = TtaConfig(kind="draws", count=2)
     path = run / "recipe.toml"
     base = path.read_text()
-    plain = evaluate.evaluate(run, tta=draws).probabilities
-    own = '[[stage]]\nname = "{}"\nlr = 0.01\naugment = {{ max_lighting = 0.9 }}\n'
-    path.write_text(base + own.format("other"))
-    assert (evaluate.evaluate(run, tta=draws).probabilities == plain).all()
-    path.write_text(base + own.format("tail"))  # as the checkpoint says
+    base_result = evaluate.evaluate(run, tta=draws).probabilities
+    stage = '[[stage]]\nname = "{}"\nlr = 0.01\naugment = {{ max_lighting = 0.9 }}\n'
+    path.write_text(base + stage.format("other"))
+    assert (evaluate.evaluate(run, tta=draws).probabilities == base_result).all()
+    path.write_text(base + stage.format("tail"))  # the checkpoint's stage
     staged = evaluate.evaluate(run, tta=draws).probabilities
     path.write_text(base.replace("[[stage]]", "augment = { max_lighting = 0.9 }\n[[stage]]"))
-    assert not np.allclose(staged, plain)
+    assert not np.allclose(staged, base_result)
     assert (evaluate.evaluate(run, tta=draws).probabilities == staged).all()
 
 
-def test_draws_are_cut_from_photos_as_large_as_the_run_kept_them(run, monkeypatch):
+def test_draws_are_made_from_photos_of_the_runs_presize(run, monkeypatch):
     draws, original, sides = TtaConfig(kind="draws", count=1), evaluate.draw, set()
 
     def draw(pixels, *arguments, **options):
@@ -243,7 +243,7 @@ def test_draws_are_cut_from_photos_as_large_as_the_run_kept_them(run, monkeypatc
     assert not np.allclose(answers[0], answers[2], atol=1e-6)
 
 
-def test_the_csv_takes_any_name(run, tmp_path):
+def test_the_csv_quotes_any_name(run, tmp_path):
     result = evaluate.evaluate(run)
     strange = (result.root / "a\r,b\n.jpg", *result.paths[1:])
     named = dataclasses.replace(result, paths=strange, classes=("x\ry", "g", "r"))

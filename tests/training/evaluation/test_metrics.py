@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, and where it has nothing to say."""
+"""Metrics compared with scikit-learn, and edge cases that it does not cover."""
 
 import math
 
@@ -19,7 +19,7 @@ def answers(request):
     return probabilities / probabilities.sum(axis=1, keepdims=True), labels
 
 
-def test_the_figures_are_those_of_sklearn(answers):
+def test_the_metrics_equal_those_of_sklearn(answers):
     probabilities, labels = answers
     classes = np.arange(probabilities.shape[1])
     predicted = probabilities.argmax(axis=1)
@@ -41,7 +41,7 @@ def test_the_figures_are_those_of_sklearn(answers):
     assert metrics.top_k(*answers, len(classes)) == 1
 
 
-def test_a_class_that_is_not_there_has_no_recall_and_a_silent_one_no_precision():
+def test_recall_without_photos_and_precision_without_predictions_are_nan():
     matrix = metrics.confusion(np.array([0, 0, 1]), np.array([0, 2, 1]), 4)
     found = metrics.per_class(matrix)
     assert np.isnan(found.recall).tolist() == [False, False, False, True]
@@ -51,7 +51,7 @@ def test_a_class_that_is_not_there_has_no_recall_and_a_silent_one_no_precision()
     assert found.support.tolist() == [1, 1, 1, 0]
 
 
-def test_one_photo_and_all_right():
+def test_one_photo():
     probabilities, labels = np.array([[0.25, 0.75]]), np.array([1])
     assert metrics.accuracy(probabilities, labels) == 1
     assert metrics.log_loss(probabilities, labels) == pytest.approx(-math.log(0.75))
@@ -77,20 +77,20 @@ def test_calibration_is_a_weighted_mean_over_its_bins(answers):
     assert found.ece == pytest.approx((gaps * found.photos[full]).sum() / len(labels))
     inside = (found.edges[:-1] <= found.confidence) & (found.confidence <= found.edges[1:])
     assert inside[full].all()
-    # A bin holds what lies above its lower bound and up to its upper one.
+    # A bin excludes its lower bound and includes its upper one.
     edge = metrics.calibration(np.array([[0.5, 0.5], [0.4, 0.6]]), np.array([0, 1]), bins=2)
     assert edge.photos.tolist() == [1, 1]
 
 
-def test_answers_as_sure_as_they_are_right_have_no_error():
+def test_confidence_equal_to_accuracy_has_no_calibration_error():
     labels = np.array([0] * 8 + [1] * 2)
-    sure = np.tile([0.8, 0.2], (10, 1))
-    assert metrics.calibration(sure, labels).ece == pytest.approx(0, abs=1e-12)
-    boast = np.tile([1.0, 0.0], (10, 1))
-    assert metrics.calibration(boast, labels).ece == pytest.approx(0.2)
+    calibrated = np.tile([0.8, 0.2], (10, 1))
+    assert metrics.calibration(calibrated, labels).ece == pytest.approx(0, abs=1e-12)
+    overconfident = np.tile([1.0, 0.0], (10, 1))
+    assert metrics.calibration(overconfident, labels).ece == pytest.approx(0.2)
 
 
-def test_top_losses_and_unsure_are_sorted_and_parted(answers):
+def test_top_losses_and_unsure_are_sorted(answers):
     probabilities, labels = answers
     loss = metrics.losses(probabilities, labels)
     top = metrics.top_losses(probabilities, labels, 5)
@@ -102,8 +102,8 @@ def test_top_losses_and_unsure_are_sorted_and_parted(answers):
     assert len(unsure) == round(metrics.accuracy(probabilities, labels) * len(labels))
 
 
-def test_the_interval_is_wilsons():
-    # Agresti & Coull, 1998: 0 of 10 gives 0 to 0.278; and the share is always inside.
+def test_the_interval_is_the_wilson_score_interval():
+    # Agresti & Coull, 1998: 0 of 10 gives 0 to 0.278. The share is always inside.
     low, high = metrics.interval(0, 10)
     assert low == 0
     assert high == pytest.approx(0.2775, abs=1e-4)

@@ -7,7 +7,7 @@ from torchvision.transforms.functional import five_crop
 
 from serving.imaging.preprocess import Preprocess
 from serving.imaging.tta import VIEWS, average, render
-from training.augmentation import transforms as augment
+from training.augmentation import transforms
 from training.config.sections import AugmentConfig, TtaConfig
 from training.evaluation import tta
 
@@ -21,7 +21,7 @@ def rows(views=5, photos=6, classes=4, seed=0):
     [("views", 4, 4), ("views", 10, 10), ("views", 1, 1), ("flip", 4, 2), ("five_crop", 1, 5),
      ("multi_scale", 4, 4), ("draws", 4, 1), ("flip", 0, 1), ("views", 0, 1)],
 )  # fmt: skip
-def test_how_many_views_are_cut(kind, count, views):
+def test_number_of_views(kind, count, views):
     found = tta.fixed_views(TtaConfig(kind=kind, count=count))
     assert len(found) == len(set(found)) == views
     assert found[0] == VIEWS[0]
@@ -33,29 +33,29 @@ def test_no_tta_is_the_plain_view():
     assert tta.random_views(None) == 0
 
 
-def test_more_views_than_there_are_is_a_mistake():
+def test_more_views_than_exist_are_refused():
     with pytest.raises(ValidationError, match=r"count = 11: there are 10 fixed views"):
         TtaConfig(count=11)
     assert TtaConfig(kind="draws", count=11).count == 11
 
 
-def test_the_five_crops_are_torchvisions():
+def test_five_crop_equals_torchvisions():
     image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
-    cut = render(Image.fromarray(image), Preprocess(size=24, crop=0.75), tta.FIXED["five_crop"])
+    crops = render(Image.fromarray(image), Preprocess(size=24, crop=0.75), tta.FIXED["five_crop"])
     expected = five_crop(torch.from_numpy(image).permute(2, 0, 1), [24, 24])
     corners = [crop.permute(1, 2, 0).numpy() for crop in expected]
-    for view, corner in zip(cut, [corners[4], *corners[:4]], strict=True):
+    for view, corner in zip(crops, [corners[4], *corners[:4]], strict=True):
         assert (view == corner).all()
 
 
 @pytest.mark.parametrize("how", ["mean", "log_mean"])
-def test_views_weigh_alike_unless_told(how):
+def test_views_have_equal_weights_by_default(how):
     found = rows()
     combined = tta.combine(found, how)
     for i in range(found.shape[1]):
-        assert (combined[i] == average(found[:, i], how)).all()  # bit for bit the service's
-    alike = tta.combine(found, how, plain_weight=1 / len(found))
-    assert np.allclose(alike, combined, rtol=1e-12)
+        assert (combined[i] == average(found[:, i], how)).all()  # bit-identical to the service's
+    equal = tta.combine(found, how, plain_weight=1 / len(found))
+    assert np.allclose(equal, combined, rtol=1e-12)
     assert np.allclose(tta.combine(found, how, plain_weight=1), found[0])
     assert (tta.combine(found[:1], how, 0.3) == found[0]).all()
 
@@ -75,19 +75,21 @@ def drawn(config, view=3, seed=1):
     pixels = torch.randint(0, 256, (3, 20, 20, 3), generator=torch.Generator().manual_seed(0))
     aspect = torch.tensor([1.0, 1.5, 0.7])
     pixels = pixels.to(torch.uint8)
-    made = tta.draw(pixels, aspect, config, seed=seed, view=view, crop=0.875, size=16)
-    return pixels, aspect, made
+    result = tta.draw(pixels, aspect, config, seed=seed, view=view, crop=0.875, size=16)
+    return pixels, aspect, result
 
 
-def test_draws_are_trainings_and_a_function_of_the_seed():
+def test_draws_equal_the_training_augmentation_with_that_seed():
     config = AugmentConfig()
-    pixels, aspect, made = drawn(config)
-    expected = augment.apply(pixels, augment.draw(config, aspect, 1, 3, crop=0.875), config, 16)
-    assert torch.equal(made, expected)
-    assert torch.equal(made, drawn(config)[2])
-    assert not torch.equal(made, drawn(config, seed=2)[2])
-    assert not torch.equal(made, drawn(config, view=4)[2])
+    pixels, aspect, result = drawn(config)
+    expected = transforms.apply(
+        pixels, transforms.draw(config, aspect, 1, 3, crop=0.875), config, 16
+    )
+    assert torch.equal(result, expected)
+    assert torch.equal(result, drawn(config)[2])
+    assert not torch.equal(result, drawn(config, seed=2)[2])
+    assert not torch.equal(result, drawn(config, view=4)[2])
 
 
-def test_nothing_is_erased():
+def test_draws_are_without_random_erasing():
     assert torch.equal(drawn(AugmentConfig(erase=1.0))[2], drawn(AugmentConfig())[2])

@@ -3,7 +3,7 @@ from PIL import Image
 
 from training.config.schema import Stage
 from training.optim import lr_range_test
-from training.optim.schedules import at
+from training.optim.schedules import schedule_at
 from training.report import lr_plots
 from training.run.history import Step
 
@@ -12,7 +12,7 @@ def steps_of(stage, rates, steps=5, momentum=0.9):
     for epoch in range(stage.epochs):
         for step in range(steps):
             position = epoch + step / steps
-            point = at(stage, position, steps, momentum=momentum)
+            point = schedule_at(stage, position, steps, momentum=momentum)
             here = [rate * point.factor for rate in rates]
             momentum_now = momentum if point.momentum is None else point.momentum
             yield lr_plots.RateRow(stage.name, position, here, momentum_now)
@@ -24,21 +24,21 @@ CYCLE = list(steps_of(Stage(name="all", schedule="one_cycle", cycle_len=3), [1e-
 
 @pytest.fixture
 def figure(monkeypatch):
-    """The figure that is drawn, as it is saved."""
+    """The figures that are saved."""
     from matplotlib.figure import Figure
 
     saved = []
     save = Figure.savefig
 
-    def keep(self, *args, **kwargs):
+    def savefig(self, *args, **kwargs):
         saved.append(self)
         return save(self, *args, **kwargs)
 
-    monkeypatch.setattr(Figure, "savefig", keep)
+    monkeypatch.setattr(Figure, "savefig", savefig)
     return saved
 
 
-def test_steps_are_drawn_where_they_were_taken():
+def test_steps_are_placed_within_their_epochs():
     taken = [
         Step("head", epoch, step, 1.0, 0.9, (0.1, 0.2))
         for epoch, count in ((1, 4), (2, 4), (3, 2))
@@ -50,7 +50,7 @@ def test_steps_are_drawn_where_they_were_taken():
 
 
 @pytest.mark.parametrize("rows", [[], HEAD[:1], HEAD, HEAD + CYCLE])
-def test_a_schedule_is_drawn_as_png_and_leaves_nothing_else(tmp_path, rows):
+def test_a_schedule_is_saved_as_one_png(tmp_path, rows):
     lr_plots.schedule(rows, tmp_path / "schedule.png", "tiny")
     with Image.open(tmp_path / "schedule.png") as image:
         assert image.format == "PNG"
@@ -58,7 +58,7 @@ def test_a_schedule_is_drawn_as_png_and_leaves_nothing_else(tmp_path, rows):
     assert [p.name for p in tmp_path.iterdir()] == ["schedule.png"]
 
 
-def test_the_lines_of_a_schedule_are_the_rates_as_they_were(tmp_path, figure):
+def test_the_lines_of_a_schedule_are_the_recorded_rates(tmp_path, figure):
     lr_plots.schedule(HEAD + CYCLE, tmp_path / "schedule.png", "tiny")
     axes, below = figure[0].axes
     lines = {len(line.get_xdata()): line for line in axes.lines if len(line.get_xdata()) > 2}
@@ -71,10 +71,10 @@ def test_the_lines_of_a_schedule_are_the_rates_as_they_were(tmp_path, figure):
     assert list(below.lines[0].get_ydata()) == [0.9] * len(HEAD)
     assert list(below.lines[1].get_ydata()) == [row.momentum for row in CYCLE]
     boundaries = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2]
-    assert boundaries == [2.0]  # where the second stage begins, in epochs
+    assert boundaries == [2.0]  # start of the second stage, in epochs
 
 
-def test_equal_rates_are_drawn_on_a_plain_axis_and_a_still_momentum_not_at_all(tmp_path, figure):
+def test_one_group_has_a_linear_axis_and_constant_momentum_no_panel(tmp_path, figure):
     lr_plots.schedule(HEAD, tmp_path / "schedule.png", "tiny")
     (axes,) = figure[0].axes
     assert axes.get_yscale() == "linear"
@@ -82,9 +82,7 @@ def test_equal_rates_are_drawn_on_a_plain_axis_and_a_still_momentum_not_at_all(t
 
 @pytest.mark.parametrize("direction", ["up", "down"])
 @pytest.mark.parametrize("picked", ["valley", "steepest", "minimum/10", "minimum"])
-def test_lr_find_marks_every_suggestion_and_the_rate_that_is_taken(
-    tmp_path, figure, picked, direction
-):
+def test_lr_find_marks_every_suggestion_and_the_picked_rate(tmp_path, figure, picked, direction):
     rates = [10 ** (-5 + i / 10) for i in range(60)]
     rates = rates if direction == "up" else rates[::-1]
     losses = [2 - i / 60 for i in range(60)]
@@ -94,8 +92,10 @@ def test_lr_find_marks_every_suggestion_and_the_rate_that_is_taken(
     assert [p.name for p in tmp_path.iterdir()] == ["lr_find-head.png"]
     (axes,) = figure[0].axes
     _, labels = axes.get_legend_handles_labels()
-    rates_told = [f"{r:.1e}" for r in (curve.valley, curve.steepest, curve.ten, curve.minimum)]
+    suggestions = [
+        f"{r:.1e}" for r in (curve.valley, curve.steepest, curve.tenth_of_minimum, curve.minimum)
+    ]
     assert [label.rpartition(": ")[2] for label in labels] == [
-        *rates_told,
+        *suggestions,
         f"{curve.pick(picked):.1e}",
     ]

@@ -62,7 +62,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def answers(run):
-    """As if the network had answered: mostly right, with every kind of mistake."""
+    """Random predictions, mostly right, with every kind of mistake."""
     result = evaluate.evaluate(run)
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet(np.ones(3), result.photos)
@@ -84,7 +84,7 @@ def written(run, lines, **options):
     return path.read_text(encoding="utf-8")
 
 
-def test_the_page_stands_alone(run, answers, lines):
+def test_the_page_needs_no_other_file(run, answers, lines):
     for name in ("schedule.png", "lr_find-head.png", "lr_find-tail.png"):
         png(run / name)
     text = written(run, lines, result=answers, tta=TtaConfig())
@@ -101,7 +101,7 @@ def test_the_page_stands_alone(run, answers, lines):
         assert kind == f"data:image/{image.format.lower()}"
     wrong = int((answers.probabilities.argmax(axis=1) != answers.labels).sum())
     assert 0 < wrong < answers.photos
-    assert len(pictures) == answers.photos + 3  # each is wrong, or right; and three from the run
+    assert len(pictures) == answers.photos + 3  # each photo once, and three PNG files of the run
     assert lines == []
     assert len(text) < 500_000
 
@@ -120,14 +120,14 @@ def test_the_figures_are_those_of_the_metrics(run, answers, lines):
         assert version in text
 
 
-def test_what_the_run_has_not_written_is_left_out(run, answers, lines, tmp_path):
+def test_files_that_the_run_lacks_are_left_out(run, answers, lines, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("best.safetensors", "best.json", "split.csv"):
         (bare / name).write_bytes((run / name).read_bytes())
     text = written(bare, lines, result=answers)
     assert "How it was trained" not in text
-    assert "recipe.toml is gone" in text
+    assert "recipe.toml is missing" in text
     (bare / "metrics.csv").write_text("stage,epoch\nhead\nhead,one,2,x\n")
     (bare / "steps.csv").write_bytes(b"\xff\xfe\x00")
     assert "How it was trained" not in written(bare, lines, result=answers)
@@ -143,31 +143,31 @@ def test_names_are_never_markup(tmp_path, lines):
     page = Page(text)
     assert not page.all("script")
     assert all(set(attrs) <= {"src", "alt", "width", "height"} for attrs in page.all("img"))
-    said = " ".join(page.text)
+    text = " ".join(page.text)
     for name in HOSTILE:
-        assert name in said
-    assert "<b>\ufffd&?.jpg" in said
+        assert name in text
+    assert "<b>\ufffd&?.jpg" in text
 
 
-def test_photos_that_are_gone_or_broken_are_skipped_and_told(tmp_path, lines):
+def test_missing_and_broken_photos_are_skipped_and_logged(tmp_path, lines):
     photos = coloured(tmp_path / "photos", {"blue": 6, "red": 6})
     found = finished(tmp_path / "run", photos)
-    gone, broken, later = (sample.path for sample in found.valid[:3])
-    gone.unlink()
+    missing, broken, later = (sample.path for sample in found.valid[:3])
+    missing.unlink()
     broken.write_bytes(b"no photo")
     text = written(tmp_path / "run", lines)
-    assert "gone or broken: 2 photos" in text
-    assert [f"skipped {path}" in "\n".join(lines) for path in (gone, broken)] == [True, True]
+    assert "missing or broken: 2 photos" in text
+    assert [f"skipped {path}" in "\n".join(lines) for path in (missing, broken)] == [True, True]
     result = evaluate.evaluate(tmp_path / "run", log=lines.append)
     lines.clear()
-    later.unlink()  # after it was scored
+    later.unlink()  # after the evaluation
     before = len(Page(text).all("img"))
     after = Page(written(tmp_path / "run", lines, result=result))
     assert len(after.all("img")) == before - 1
     assert f"skipped {later}" in lines[0]
 
 
-def test_a_stage_gets_a_page_of_its_own(run, lines, tmp_path):
+def test_the_checkpoint_of_a_stage_has_a_separate_page(run, lines, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     best = report.write(folder, log=lines.append).read_bytes()
     (folder / "stages").mkdir()
@@ -207,18 +207,18 @@ def test_two_classes_all_right_and_many_classes(run, answers, lines):
 
 
 def test_the_worst_mistakes_are_all_mistakes(run, answers, monkeypatch, lines):
-    """A right answer may cost more than a wrong one; it is no mistake for that."""
+    # A right prediction may have a larger loss than a wrong one.
     monkeypatch.setattr(mistakes, "PHOTOS", 2)
     probabilities = np.full((answers.photos, 3), [0.34, 0.33, 0.33])
     for i, label in enumerate(answers.labels):
         probabilities[i] = np.roll(probabilities[i], label)
-    probabilities[0] = np.roll([0.48, 0.52, 0], answers.labels[0])  # wrong, at a smaller loss
+    probabilities[0] = np.roll([0.48, 0.52, 0], answers.labels[0])  # wrong, with a smaller loss
     done = {**vars(answers), "probabilities": probabilities}
     page = Page(written(run, lines, result=evaluate.EvaluationResult(**done)))
     assert len([attrs for attrs in page.all("figure") if attrs.get("class") == "wrong"]) == 1
 
 
-def test_the_verb_writes_it(run, capsys):
+def test_the_command_writes_it(run, capsys):
     assert fledge.main(["report", str(run), "--tta", "3", "--average", "log_mean"]) == 0
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
     assert "TTA over 3 views" in (run / "report.html").read_text()
@@ -226,7 +226,7 @@ def test_the_verb_writes_it(run, capsys):
     assert "TTA over 2 views" in (run / "report.html").read_text()
 
 
-def test_batches_stand_in_their_epochs(tmp_path):
+def test_batch_losses_are_placed_in_their_epochs(tmp_path):
     (tmp_path / "metrics.csv").write_text(
         "stage,epoch,lr,train_loss,valid_loss,accuracy,seconds\n"
         "a,1,0.1,3,1,0.5,1\na,2,0.1,2,1,0.5,1\nb,1,0.1,1,1,0.5,1\n"
@@ -257,7 +257,7 @@ def test_a_flat_curve_and_one_point_can_be_drawn():
         Page(drawn)
 
 
-def test_curves_without_a_number_and_endless_epochs_are_survived(run, answers, lines, tmp_path):
+def test_losses_that_are_not_finite_do_not_break_the_page(run, answers, lines, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     for row in ("head,1,0.1,nan,inf,nan,1e400", "head,1,0.1,1e308,-1e308,5,1e308"):
@@ -271,7 +271,7 @@ def test_curves_without_a_number_and_endless_epochs_are_survived(run, answers, l
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "said"),
+    ("accuracy", "lean"),
     [
         (0.5, "neither over- nor under-confident."),
         (0.5004, "neither over-"),
@@ -279,8 +279,8 @@ def test_curves_without_a_number_and_endless_epochs_are_survived(run, answers, l
         (0.6, "under-confident by 10.0"),
     ],
 )
-def test_how_sure_it_is_in_words(answers, accuracy, said):
+def test_over_and_under_confidence_in_words(answers, accuracy, lean):
     even = np.full((answers.photos, 2), 0.5)
     done = {**vars(answers), "probabilities": even, "labels": answers.labels % 2}
-    told = report._calibration(evaluate.EvaluationResult(**{**done, "accuracy": accuracy}))
-    assert said in told.replace("\n", " ")
+    found = report._calibration(evaluate.EvaluationResult(**{**done, "accuracy": accuracy}))
+    assert lean in found["lean"] + "."
