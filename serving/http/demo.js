@@ -1,5 +1,5 @@
 "use strict";
-// Labels, names and messages come from elsewhere: they are set as text, never as markup.
+// Labels, names and messages are untrusted: they are set as text, never as markup.
 
 const APPLIED = {
   "exif-orientation": "Turned upright, as its EXIF data says",
@@ -9,7 +9,7 @@ const APPLIED = {
   "float-scaled": "Its floating-point samples scaled to 8 bits",
   "first-frame": "Only its first frame looked at",
 };
-const TROUBLE = {
+const ERRORS = {
   "no-image": "This file is empty",
   "not-an-image": "This is not an image",
   "unsupported-format": "This kind of image is not read here",
@@ -23,14 +23,14 @@ const TROUBLE = {
   "unreadable": "This file can’t be read",
   "link": "That was a link, not a file",
 };
-const AGAIN = 3000; // ms until the service is asked again whether it is ready
+const POLL_MS = 3000; // between two checks of readiness
 
 let key = "";
 let photo, preview, timer;
-let model, provider; // what is served, and on what
-let threshold; // from which an answer counts as confident
-let waits = false; // the photo, for a model or a key
-let asking = new AbortController();
+let model, provider; // that are served
+let threshold; // probability from which an answer is confident
+let pending = false; // send the photo once there is a model or a key
+let request = new AbortController();
 
 const $ = (id) => document.getElementById(id);
 const show = (id, on = true) => { $(id).hidden = !on; };
@@ -39,12 +39,12 @@ const clear = (id) => {
   $(id).replaceChildren();
   return $(id);
 };
-const on = (id, event, react) => $(id).addEventListener(event, react);
+const on = (id, event, handler) => $(id).addEventListener(event, handler);
 const add = (parent, name, text = "") => {
-  const made = document.createElement(name);
-  made.textContent = text;
-  parent.append(made);
-  return made;
+  const element = document.createElement(name);
+  element.textContent = text;
+  parent.append(element);
+  return element;
 };
 const percent = (p) => {
   if (p > 0 && p < 0.001) return "< 0.1 %";
@@ -55,69 +55,69 @@ const quoted = (text) => /^[\w@%+:./-]+$/.test(text) ? text : `'${text.replaceAl
 const views = () => Number(document.querySelector("[name=tta]:checked")?.value ?? 0);
 const path = () => views() > 1 ? `predict?tta=${views()}` : "predict";
 
-function call(where, options) {
-  // A header holds bytes: those of the key in UTF-8, as the service reads it.
+function call(url, options) {
+  // A header value is bytes: the key in UTF-8, as the service expects.
   const bytes = String.fromCharCode(...new TextEncoder().encode(key));
-  return fetch(where, { ...options, headers: key ? { authorization: `Bearer ${bytes}` } : {} });
+  return fetch(url, { ...options, headers: key ? { authorization: `Bearer ${bytes}` } : {} });
 }
 
 async function problem(response) {
   const { code, detail } = Object(await response.json().catch(() => 0));
-  const said = String(detail || `The answer was ${response.status} ${response.statusText}`);
-  return { code, detail: said, id: response.headers.get("x-request-id") };
+  const text = String(detail || `The answer was ${response.status} ${response.statusText}`);
+  return { code, detail: text, id: response.headers.get("x-request-id") };
 }
 
-// What is served, if anything is.
+// The model that is served.
 
-async function meet() {
+async function refresh() {
   clearTimeout(timer);
   try {
     const ready = await call("readyz");
-    if (!ready.ok) return wait((await problem(ready)).detail);
-    introduce(await ready.json());
+    if (!ready.ok) return showWaiting((await problem(ready)).detail);
+    showModel(await ready.json());
     const manifest = await call("model");
-    if (manifest.status === 401) return knock();
-    if (!manifest.ok) return wait((await problem(manifest)).detail);
-    describe(await manifest.json());
+    if (manifest.status === 401) return requestKey();
+    if (!manifest.ok) return showWaiting((await problem(manifest)).detail);
+    showManifest(await manifest.json());
   } catch {
-    return wait("the service can’t be reached");
+    return showWaiting("the service can’t be reached");
   }
-  show("door", false);
-  if (waits) ask();
+  show("key-form", false);
+  if (pending) predict();
 }
 
-function wait(why) {
+function showWaiting(reason) {
   clearTimeout(timer);
-  write("waiting", `Not ready: ${why}. This page asks again every few seconds.`);
-  timer = setTimeout(meet, AGAIN);
+  write("waiting", `Not ready: ${reason}. This page asks again every few seconds.`);
+  timer = setTimeout(refresh, POLL_MS);
 }
 
-function knock() {
+function requestKey() {
   if (key) write("hint", "The service does not know this key. Try another.");
-  show("door");
-  shell();
+  show("key-form");
+  showCommand();
   $("key").focus();
   $("key").select();
 }
 
-function introduce(served) {
+function showModel(served) {
   model = served.model;
   provider = served.provider.replace("ExecutionProvider", "");
-  const cut = model.lastIndexOf(":");
-  write("name", model.slice(0, cut));
-  write("version", model.slice(cut + 1));
+  const colon = model.lastIndexOf(":");
+  write("name", model.slice(0, colon));
+  write("version", model.slice(colon + 1));
   write("about", `${served.precision} on ${provider}`);
   document.title = `${model} · Fledge`;
   show("waiting", false);
 }
 
-function describe({ labels, arch, precisions, serving, thresholds, views: { length: count } }) {
+function showManifest({ labels, arch, precisions, serving, thresholds, views: { length: count } }) {
   const { accuracy } = precisions[serving.precision];
   const about = [`${labels.length} classes`, arch, `${serving.precision} on ${provider}`];
   if (accuracy) about.push(`right on ${percent(accuracy)} of its held-out photos`);
   write("about", about.join(" · "));
   const more = labels.length > 50 ? `, and ${labels.length - 50} more` : "";
-  write("known", `It knows ${labels.slice(0, 50).join(", ")}${more}.`);
+  write("labels", `It knows ${labels.slice(0, 50).join(", ")}${more}.`);
   threshold = thresholds.confident;
   const choices = [[0, "Plain"]];
   if (count > 4) choices.push([4, "4 views"]);
@@ -132,24 +132,24 @@ function describe({ labels, arch, precisions, serving, thresholds, views: { leng
     add(row, "label", text).htmlFor = id;
   }
   show("views", count > 1);
-  shell();
+  showCommand();
 }
 
-// A photo, and what is said of it.
+// The photo and its answer.
 
-function take(files) {
+function choose(files) {
   if (!files.length) return;
   photo = files[0];
   URL.revokeObjectURL(preview);
   preview = URL.createObjectURL(photo);
   $("preview").alt = `Your photo: ${photo.name}`;
   $("preview").src = preview;
-  $("stage").classList.add("full");
-  show("invite", false);
-  show("unseen", false);
+  $("drop-area").classList.add("filled");
+  show("prompt", false);
+  show("no-preview", false);
   const first = files.length > 1 ? ` · the first of ${files.length} files` : "";
   write("caption", `${photo.name} · ${size(photo.size)}${first}`);
-  ask();
+  predict();
 }
 
 function busy(on) {
@@ -157,54 +157,54 @@ function busy(on) {
   $("result").ariaBusy = on;
 }
 
-function shell() {
+function showCommand() {
   $("copy").textContent = "Copy";
-  const header = key || !$("door").hidden ? ' -H "Authorization: Bearer $KEY"' : "";
+  const header = key || !$("key-form").hidden ? ' -H "Authorization: Bearer $KEY"' : "";
   const file = quoted(`@${photo?.name ?? "photo.jpg"}`);
   const url = quoted(new URL(path(), location).href);
   write("curl", `curl --data-binary ${file}${header} ${url}`);
 }
 
-async function ask() {
-  shell();
+async function predict() {
+  showCommand();
   if (!photo) return;
-  asking.abort(); // an answer to what was asked before must not come after this one
-  const { signal } = (asking = new AbortController());
-  waits = false;
+  request.abort(); // a late answer must not replace the new one
+  const { signal } = (request = new AbortController());
+  pending = false;
   busy(true);
   const started = performance.now();
-  let tell, told;
+  let display, result;
   try {
     const response = await call(path(), { method: "POST", body: photo, signal });
-    tell = response.ok ? answered : refused;
-    told = await (response.ok ? response.json() : problem(response));
+    display = response.ok ? showAnswer : showError;
+    result = await (response.ok ? response.json() : problem(response));
   } catch {
-    tell = refused;
-    told = await photo.slice(0, 1).arrayBuffer().then(
+    display = showError;
+    result = await photo.slice(0, 1).arrayBuffer().then(
       () => ({ code: "unreachable", detail: "It may have stopped, or the file is far too large." }),
       () => ({ code: "unreadable", detail: "It may be a folder, or have changed meanwhile." }),
     );
   }
   if (signal.aborted) return;
   busy(false);
-  tell(told, performance.now() - started);
+  display(result, performance.now() - started);
 }
 
 function panel(name) {
-  for (const id of ["empty", "answer", "trouble"]) show(id, id === name);
+  for (const id of ["empty", "answer", "error"]) show(id, id === name);
   $("result").scrollIntoView({ block: "nearest" });
 }
 
-function answered(answer, took) {
+function showAnswer(answer, ms) {
   const from = threshold ? `; confident ones begin at ${percent(threshold)}` : "";
-  const sure = { true: "A confident answer.", false: `Not a confident answer${from}.` };
-  write("sure", sure[answer.confident] ?? "");
-  $("sure").className = answer.confident ? "yes" : "";
-  show("strange", answer.out_of_distribution === true);
-  const said = [];
+  const texts = { true: "A confident answer.", false: `Not a confident answer${from}.` };
+  write("confidence", texts[answer.confident] ?? "");
+  $("confidence").className = answer.confident ? "yes" : "";
+  show("unfamiliar", answer.out_of_distribution === true);
+  const spoken = [];
   const bars = clear("bars");
   for (const { label, probability } of answer.predictions) {
-    said.push(`${label}, ${percent(probability)}`);
+    spoken.push(`${label}, ${percent(probability)}`);
     const item = add(bars, "li");
     add(item, "span", label).dir = "auto";
     add(item, "span", percent(probability));
@@ -216,9 +216,9 @@ function answered(answer, took) {
     const converted = mode ? `Its ${mode} colours converted to RGB` : name;
     add(applied, "li", APPLIED[name] ?? converted);
   }
-  show("changes", answer.applied.length > 0);
+  show("conversions", answer.applied.length > 0);
   const facts = clear("facts");
-  const time = took < 1e3 ? `${Math.ceil(took)} ms` : `${(took / 1e3).toFixed(1)} s`;
+  const time = ms < 1e3 ? `${Math.ceil(ms)} ms` : `${(ms / 1e3).toFixed(1)} s`;
   for (const [name, value] of [
     ["Time", `${time}, there and back`],
     ["Views", answer.views > 1 ? `${answer.views}, averaged` : "the plain one"],
@@ -229,69 +229,69 @@ function answered(answer, took) {
     add(facts, "dd", value);
   }
   panel("answer");
-  write("said", `${said.join("; ")}. ${$("sure").textContent}`);
-  if (answer.model !== model) meet(); // another one is served by now
+  write("status", `${spoken.join("; ")}. ${$("confidence").textContent}`);
+  if (answer.model !== model) refresh(); // a new version is served
 }
 
-function refused({ code, detail, id }) {
-  const title = TROUBLE[code] ?? "That did not work";
-  write("wrong", title);
+function showError({ code, detail, id }) {
+  const title = ERRORS[code] ?? "That did not work";
+  write("error-title", title);
   write("detail", detail[0].toUpperCase() + detail.slice(1).replace(/[^.]$/, "$&."));
   write("request", id ? `Request ${id}` : "");
-  show("again", /overloaded|deadline|slow|unreachable|failed|internal|undefined/.test(code));
-  panel("trouble");
-  write("said", `${title}. ${detail}`);
-  waits = code === "not-ready" || code === "unauthorized";
-  if (code === "not-ready") wait("it may be restarting");
-  if (code === "unauthorized") knock();
+  show("retry", /overloaded|deadline|slow|unreachable|failed|internal|undefined/.test(code));
+  panel("error");
+  write("status", `${title}. ${detail}`);
+  pending = code === "not-ready" || code === "unauthorized";
+  if (code === "not-ready") showWaiting("it may be restarting");
+  if (code === "unauthorized") requestKey();
 }
 
-// How photos come in.
+// Input: file, camera, drop, paste.
 
 for (const id of ["file", "camera"]) {
   on(id, "change", ({ target }) => {
-    take([...target.files]);
+    choose([...target.files]);
     target.value = ""; // so that the same file can be chosen again
   });
 }
-const carries = ({ dataTransfer: { types } }) => /Files|uri-list/.test(types.join());
-const over = (on) => document.body.classList.toggle("over", on);
+const hasFiles = ({ dataTransfer: { types } }) => /Files|uri-list/.test(types.join());
+const dragging = (on) => document.body.classList.toggle("dragging", on);
 addEventListener("dragover", (event) => {
-  if (!carries(event)) return;
+  if (!hasFiles(event)) return;
   event.preventDefault();
-  over(true);
+  dragging(true);
 });
-addEventListener("dragleave", ({ relatedTarget }) => { if (!relatedTarget) over(false); });
+addEventListener("dragleave", ({ relatedTarget }) => { if (!relatedTarget) dragging(false); });
 addEventListener("drop", (event) => {
-  over(false);
-  if (!carries(event)) return;
+  dragging(false);
+  if (!hasFiles(event)) return;
   event.preventDefault();
   const { files } = event.dataTransfer;
-  if (files.length) return take(files);
-  asking.abort();
+  if (files.length) return choose(files);
+  request.abort();
   busy(false);
-  refused({ code: "link", detail: "Save the image first, then drop the file." });
+  showError({ code: "link", detail: "Save the image first, then drop the file." });
 });
-addEventListener("paste", ({ clipboardData }) => take(clipboardData.files));
+addEventListener("paste", ({ clipboardData }) => choose(clipboardData.files));
 on("preview", "load", ({ target }) => {
   $("caption").textContent += ` · ${target.naturalWidth} × ${target.naturalHeight}`;
   show("preview");
 });
 on("preview", "error", () => {
   show("preview", false);
-  show("unseen");
+  show("no-preview");
 });
-on("choices", "change", ask);
-on("again", "click", ask);
-on("door", "submit", (event) => {
+on("choices", "change", predict);
+on("retry", "click", predict);
+on("key-form", "submit", (event) => {
   event.preventDefault();
   key = $("key").value.trim();
-  meet();
+  refresh();
 });
 on("copy", "click", async ({ target }) => {
   await navigator.clipboard.writeText($("curl").textContent);
   target.textContent = "Copied";
 });
 show("copy", navigator.clipboard !== undefined);
-shell();
-meet();
+showCommand();
+refresh();

@@ -214,7 +214,7 @@ def _open(settings: Settings) -> Predictor:
         device=settings.device,
         precision=settings.precision,
         threads=1,
-        low_latency_runtime=settings.threads,
+        low_latency_threads=settings.threads,
         kind=settings.runtime,
     )
 

@@ -22,7 +22,7 @@ CHECKED_VERSIONS: Final = {"bentoml": "1.4.39", "kantoku": "0.18.3", "uvicorn": 
 """Distribution -> release. The package `circus` comes from the distribution `kantoku`."""
 
 # `_bentoml_impl.server.serving._SERVICE_WORKER_SCRIPT`: the launcher starts each worker as
-# `python -m` with this module, so it tells workers from other child processes.
+# `python -m` with this module; its name distinguishes workers from other child processes.
 WORKER_MODULE: Final = "_bentoml_impl.worker.service"
 
 # `bentoml._internal.server.base_app`, `_bentoml_impl.server.app`: routes that BentoML answers.
@@ -70,7 +70,7 @@ def run_worker(arguments: Sequence[str]) -> None:
 
 
 def keep_metrics_in_memory() -> None:
-    """Have `/metrics` report this process alone; call it before the worker starts.
+    """Have `/metrics` report only this process; call it before the worker starts.
 
     `BentoMLContainer.metrics_client` and `PrometheusClient(multiproc=False)`: by default BentoML
     keeps the metrics of all workers in files of `PROMETHEUS_MULTIPROC_DIR`.

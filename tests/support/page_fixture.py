@@ -23,7 +23,7 @@ THRESHOLDS = {"confident": 0.8, "energy": -3.2}
 NAME = "<b>tiny</b>"
 
 ANSWERED = "!document.getElementById('answer').hidden && !document.querySelector('.busy')"
-REFUSED = "!document.getElementById('trouble').hidden && !document.querySelector('.busy')"
+REFUSED = "!document.getElementById('error').hidden && !document.querySelector('.busy')"
 _BARS = "[...document.querySelectorAll('#bars li')].map((li) => li.innerText.split('\\n'))"
 
 
@@ -53,9 +53,9 @@ def check(page: Page, url: str, data: bytes, query: str = "") -> dict[str, Any]:
     answer: dict[str, Any] = post(f"{url}/predict{query}", data).json()
     bars = [[part for part in item if part] for item in page.value(_BARS)]
     assert bars == [[p["label"], percent(p["probability"])] for p in answer["predictions"]]
-    sure = {None: "", True: "A confident answer.", False: "Not a confident answer; confident ones"}
-    assert page.text("#sure").startswith(sure[answer["confident"]])
-    assert bool(page.text("#strange")) == answer["out_of_distribution"]
+    texts = {None: "", True: "A confident answer.", False: "Not a confident answer; confident ones"}
+    assert page.text("#confidence").startswith(texts[answer["confident"]])
+    assert bool(page.text("#unfamiliar")) == answer["out_of_distribution"]
     return answer
 
 

@@ -167,9 +167,9 @@ def codes(kind: type[errors.FledgeError]) -> set[str]:
 
 def test_every_error_code_has_a_text():
     local = {"unreachable", "unreadable", "link"}
-    assert keys_of("TROUBLE") - codes(errors.FledgeError) == local
+    assert keys_of("ERRORS") - codes(errors.FledgeError) == local
     # The base class itself is never raised.
-    assert codes(errors.ImageError) - keys_of("TROUBLE") == {errors.ImageError.code}
+    assert codes(errors.ImageError) - keys_of("ERRORS") == {errors.ImageError.code}
 
 
 def luminance(colour: str) -> float:

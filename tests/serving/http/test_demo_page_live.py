@@ -67,7 +67,7 @@ def test_a_photo_is_answered(page: Page, server: Live, tmp_path: Path):
     assert page.text("#name") == NAME
     assert "7 classes" in page.text("#about")
     assert "fp32 on CPU" in page.text("#about")
-    assert all(label in page.text("#known") for label in LABELS)
+    assert all(label in page.text("#labels") for label in LABELS)
     page.choose("#file", written(tmp_path / "my photo's.jpg", data))
     answer = check(page, server.url, data)
     assert (answer["confident"], answer["out_of_distribution"]) == (False, True)
@@ -115,10 +115,10 @@ def test_conversions_of_a_photo_are_shown(page: Page, tmp_path: Path):
         page.choose("#file", written(tmp_path / name, data))
         page.until(f"document.getElementById('applied').innerText.includes({words!r})")
         if name == "print.tif":
-            page.until("!document.getElementById('unseen').hidden")
+            page.until("!document.getElementById('no-preview').hidden")
             assert page.value("document.getElementById('preview').hidden")
     page.choose("#file", written(tmp_path / "plain.jpg", photo(3)))
-    page.until("document.getElementById('changes').hidden")
+    page.until("document.getElementById('conversions').hidden")
 
 
 def test_a_bad_file_shows_an_error(page: Page, tmp_path: Path):
@@ -130,13 +130,13 @@ def test_a_bad_file_shows_an_error(page: Page, tmp_path: Path):
     }
     for name, (data, words) in cases.items():
         page.choose("#file", written(tmp_path / name, data))
-        page.until(f"{REFUSED} && document.getElementById('wrong').innerText === {words!r}")
+        page.until(f"{REFUSED} && document.getElementById('error-title').innerText === {words!r}")
         assert len(page.text("#detail")) > 20
         assert page.text("#request").startswith("Request ")
-        assert page.value("document.getElementById('again').hidden")
+        assert page.value("document.getElementById('retry').hidden")
     page.choose("#file", written(tmp_path / "good.jpg", photo(1)))
     page.until(ANSWERED)
-    assert page.value("document.getElementById('trouble').hidden")
+    assert page.value("document.getElementById('error').hidden")
 
 
 def test_photos_can_be_dropped_and_pasted(page: Page, server: Live):
@@ -162,7 +162,7 @@ def test_photos_can_be_dropped_and_pasted(page: Page, server: Live):
         "{const dataTransfer = new DataTransfer(); dataTransfer.setData('text/uri-list', 'x:y');"
         "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer, bubbles: true}))}"
     )
-    assert page.text("#wrong") == "That was a link, not a file"
+    assert page.text("#error-title") == "That was a link, not a file"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -49,9 +49,11 @@ def test_a_key_is_requested_and_used(browser: Browser, folder: Path, tmp_path: P
     )
     model_manager.load()
     with served(model_manager) as (url, _), opened(browser, url) as page:
-        page.until("!document.getElementById('door').hidden")
+        page.until("!document.getElementById('key-form').hidden")
         page.choose("#file", written(tmp_path / "photo.jpg", photo(1)))
-        page.until(f"{REFUSED} && document.getElementById('wrong').innerText === 'A key is needed'")
+        page.until(
+            f"{REFUSED} && document.getElementById('error-title').innerText === 'A key is needed'"
+        )
         assert "Bearer $KEY" in page.text("#curl")
         for key in ("wrong-key", "right-key-ß"):
             page.value("document.getElementById('key').select()")
@@ -60,7 +62,7 @@ def test_a_key_is_requested_and_used(browser: Browser, folder: Path, tmp_path: P
             if key == "wrong-key":
                 page.until("document.getElementById('hint').innerText.includes('not know this')")
         page.until(ANSWERED)  # the photo is sent again with the key
-        assert page.value("document.getElementById('door').hidden")
+        assert page.value("document.getElementById('key-form').hidden")
         assert "7 classes" in page.text("#about")
         assert page.value("localStorage.length + sessionStorage.length") == 0
 
@@ -73,7 +75,7 @@ def test_the_page_polls_until_there_is_a_model(browser: Browser, folder: Path, t
         assert "still being loaded" in page.text("#waiting")
         page.choose("#file", written(tmp_path / "photo.jpg", photo(1)))
         page.until(REFUSED)
-        assert page.text("#wrong") == "No model is served just now"
+        assert page.text("#error-title") == "No model is served just now"
         model_manager.load()
         page.until(ANSWERED)  # without user input
         assert page.text("#name") == NAME
@@ -105,5 +107,5 @@ def test_a_late_response_does_not_replace_a_newer_one(
         stop()
         page.choose("#file", written(tmp_path / "last.jpg", quick))
         page.until(REFUSED)
-        assert page.text("#wrong") == "The service can\u2019t be reached"
-        assert page.text("#again") == "Try again"
+        assert page.text("#error-title") == "The service can\u2019t be reached"
+        assert page.text("#retry") == "Try again"

@@ -216,10 +216,10 @@ def test_an_image_in_flight_is_answered_by_the_version_that_took_it(served: Mode
     old = served.model
     predict = old.predictor.predict
 
-    def slow(prepared, *, alone):
+    def slow(prepared, *, low_latency):
         entered.set()
         assert go.wait(20)
-        return predict(prepared, alone=alone)
+        return predict(prepared, low_latency=low_latency)
 
     old.engine._predict = slow
 
@@ -245,11 +245,11 @@ def test_a_version_with_a_failed_request_is_freed(served: ModelManager) -> None:
     first = served.model
     predict = first.predictor.predict
 
-    def slow(prepared, *, alone):
+    def slow(prepared, *, low_latency):
         assert go.wait(20)
-        return predict(prepared, alone=alone)
+        return predict(prepared, low_latency=low_latency)
 
-    def fails(prepared, *, alone):
+    def fails(prepared, *, low_latency):
         assert fail.wait(20)
         raise WorkError("out of memory")
 

@@ -56,11 +56,11 @@ def test_a_request_is_a_span_of_the_clients_trace(receiver: tuple[str, list[Span
         assert post(url, b"no image", headers).status_code == 415
         get(f"{server.url}/livez")
         server.stop()  # exports the buffered spans
-    ours = [span for span in spans if span.trace_id.hex() == TRACE]
-    assert {span.name for span in ours} == {"POST /predict"}
+    own = [span for span in spans if span.trace_id.hex() == TRACE]
+    assert {span.name for span in own} == {"POST /predict"}
     statuses = [
         item.value.int_value
-        for span in ours
+        for span in own
         for item in span.attributes
         if item.key in ("http.status_code", "http.response.status_code")
     ]

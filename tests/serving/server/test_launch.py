@@ -1,4 +1,4 @@
-"""`fledge serve`: refusals before the start, addresses, the whole life of a service."""
+"""`fledge serve`: refusals before the start, addresses, start, answers and stop."""
 
 import atexit
 import json
