@@ -1,7 +1,7 @@
-"""An ablation: every row of the table of tricks trained alike, on the same seeds or folds.
+"""Run an ablation: train each row of the table of tricks on the same seeds or folds.
 
-Each trial is a short run of its own. What it found is a file, so that an ablation that was stopped
-goes on where it was; a trial whose recipe or photos have changed since is done again.
+Each trial is one short training run, and its result is a JSON file in `OUT/trials`. An ablation
+that was interrupted resumes from these files. A trial whose recipe or photos changed is run again.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -26,33 +26,71 @@ from training.engine import finetune
 from training.evaluation.evaluate import evaluate
 from training.run.checkpoint import read_info
 from training.utils import disk_cache
-from training.utils.console import Log, pluralize
-from training.utils.console import log_to_stderr as say_aloud
+from training.utils.console import Log, log_to_stderr, pluralize
 
 TRIALS: Final = "trials"
 
 
 @dataclass(frozen=True)
+class AblationOptions:
+    """How an ablation is run.
+
+    Attributes:
+        split: As in `load_dataset`.
+        seeds: Number of seeds, counted from the recipe's. A seed also draws the split, if neither
+            the folders nor `split` define it.
+        folds: Number of folds to use instead of seeds: those of `split`, or of the photos cut into
+            that many. 0 uses seeds.
+        device: As in `finetune.run`.
+        keep: Keep the weights of trials.
+        cache_gb: As in `finetune.run`.
+    """
+
+    split: Path | None = None
+    seeds: int = 3
+    folds: int = 0
+    device: str = "auto"
+    keep: bool = False
+    cache_gb: float | None = None
+
+
+@dataclass(frozen=True)
 class PlannedRun:
-    """A trial to be done. unit: "seed 3" or "fold 3"; key: hex digits of recipe and photos."""
+    """A trial to run.
+
+    Attributes:
+        row: Name of the row.
+        unit: "seed 3" or "fold 3".
+        recipe: The row's recipe with that seed or fold.
+        key: Hash of the recipe and the photos, in hex digits.
+        tta: Test-time augmentation to evaluate besides the plain view.
+    """
 
     row: str
     unit: str
     recipe: Recipe
     key: str
+    tta: TtaConfig | None = None
 
     @property
     def name(self) -> str:
-        """Of its folder and its file."""
+        """Name of the trial's folder and, with `.json`, of its file."""
         return f"{self.row}-{self.unit.replace(' ', '')}"
 
 
 @dataclass(frozen=True)
 class AblationRun:
-    """What a trial found.
+    """The result of a trial.
 
-    accuracy, accuracy_tta: fractions of 1, None where not measured; loss: in nats; seconds: of the
-    whole run; train, valid: photos; error: why there is nothing else.
+    Attributes:
+        key: `PlannedRun.key`.
+        seconds: Of the training run.
+        accuracy: A fraction of 1; None if the trial failed.
+        accuracy_tta: Likewise with test-time augmentation; None if it was not evaluated.
+        loss: In nats.
+        train: Number of training photos.
+        valid: Number of validation photos.
+        error: Why the trial failed; empty if it did not.
     """
 
     key: str
@@ -73,170 +111,164 @@ def run(
     base: Recipe,
     source: str,
     out: Path,
-    *,
     rows: Sequence[Trick],
-    split: Path | None = None,
-    seeds: int = 3,
-    folds: int = 0,
-    device: str = "auto",
-    keep: bool = False,
-    cache_gb: float | None = None,
-    log: Log = say_aloud,
+    options: AblationOptions,
+    log: Log = log_to_stderr,
 ) -> Trials:
-    """Do every trial that is not done yet; returns all.
+    """Run every trial that has no result yet; returns the results of all.
 
     Args:
         base: The recipe that rows change.
-        source: As `load_dataset`.
-        out: Folder of the trials, new or an ablation's.
-        rows: As `tricks.choose`.
-        split: As `load_dataset`.
-        seeds: How many, from the recipe's on. They draw the split, too, where nothing else does.
-        folds: How many instead: those of `split`, or of the photos cut into so many.
-        device: As `recipe.run`.
-        keep: Keep the weights of trials.
-        cache_gb: As `recipe.run`.
-        say: Takes lines for a person.
+        source: As in `load_dataset`.
+        out: Folder of the trials: a new one, or that of an earlier ablation.
+        rows: As `tricks.choose` returns them.
+        options: How to run them.
+        log: Receives progress and warnings.
 
     Raises:
-        OptionError: A row does not fit the recipe, a folder is not an ablation's, or as
-            `cache.wanted`.
-        DataError: As `load_dataset`.
+        OptionError: An option is out of range, a row does not fit the recipe, or `out` is another
+            folder than an ablation's.
+        DataError: As in `load_dataset`.
         WorkError: Every row failed.
     """
-    if folds == 1 or folds < 0:
-        raise OptionError(f"--folds {folds}: use 2 or more")
-    if seeds < 1 and not folds:
-        raise OptionError(f"--seeds {seeds}: use 1 or more")
-    disk_cache.budget_gb(cache_gb)
-    plans = list(_plans(base, source, rows, split, seeds, folds))
-    folder = out / TRIALS
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not folder.is_dir())):
-        raise OptionError(f"--out {out} exists already and is no ablation; choose another")
-    check_folder(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Rows that come to the same are run once.
+    if options.folds == 1 or options.folds < 0:
+        raise OptionError(f"--folds {options.folds}: use 2 or more")
+    if options.seeds < 1 and not options.folds:
+        raise OptionError(f"--seeds {options.seeds}: use 1 or more")
+    disk_cache.budget_gb(options.cache_gb)
+    plans = _plan(base, source, rows, options)
+    folder = _trials_folder(out)
+    # Several rows may have the same recipe and therefore the same key: the first one is run.
     unique = {plan.key: plan for plan in reversed(plans)}
-    seen = {plan.key for plan in plans if tricks.BY_NAME[plan.row].metric == "accuracy_tta"}
-    done = {
-        trial.key: trial
-        for trial in _finished(folder)
-        if trial.key in unique and (trial.accuracy_tta is not None or trial.key not in seen)
-    }
-    missing = [plan for plan in plans if unique[plan.key] is plan and plan.key not in done]
-    if done:
-        log(f"{len(done)} of {len(unique)} trials are done already in {out}")
-    said: set[str] = set()
-
-    def say_warnings(line: str) -> None:
-        if line.startswith(("warning", "no trained weights")) and line not in said:
-            said.add(line)
-            log(line)
-
+    finished = _load_finished(folder, unique)
+    if finished:
+        log(f"{len(finished)} of {len(unique)} trials are done already in {out}")
+    missing = [plan for plan in plans if unique[plan.key] is plan and plan.key not in finished]
+    results = dict(finished)
     seconds = 0.0
+    log_warnings = _warnings_once(log)
     for number, plan in enumerate(missing, start=1):
         try:
-            views = tricks.views_of(base) if plan.key in seen else None
-            trial = _try(
-                plan, source, folder / plan.name, split, device, views, cache_gb, say_warnings
-            )
+            trial = _run_trial(plan, source, folder / plan.name, options, log_warnings)
         except KeyboardInterrupt:
             log(
-                f"interrupted: {len(done)} of {len(unique)} trials are kept in {out}; "
+                f"interrupted: {len(results)} of {len(unique)} trials are kept in {out}; "
                 "the same command goes on with the rest"
             )
             raise
-        with atomic_write(folder / f"{plan.name}.json") as aside:
-            aside.write_text(json.dumps(asdict(trial), indent=2) + "\n")
-        if not keep:
+        with atomic_write(folder / f"{plan.name}.json") as partial:
+            partial.write_text(json.dumps(asdict(trial), indent=2) + "\n")
+        if not options.keep:
             for weights in (folder / plan.name).rglob("*.safetensors"):
                 weights.unlink()
-        done[plan.key] = trial
-        if len(done) >= min(len(rows), len(unique)) and all(other.error for other in done.values()):
-            raise WorkError(f"no row can be run; the first: {done[plans[0].key].error}")
+        results[plan.key] = trial
+        every_row_was_tried = len(results) >= min(len(rows), len(unique))
+        if every_row_was_tried and all(result.error for result in results.values()):
+            raise WorkError(f"no row can be run; the first: {results[plans[0].key].error}")
         seconds += trial.seconds
         left = seconds / number * (len(missing) - number)
-        result = trial.error or f"accuracy {trial.accuracy:.2%}"
+        outcome = trial.error or f"accuracy {trial.accuracy:.2%}"
         log(
-            f"{number} of {len(missing)}  {plan.row}, {plan.unit}: {result}; "
+            f"{number} of {len(missing)}  {plan.row}, {plan.unit}: {outcome}; "
             f"{trial.seconds:.0f} s, about {left / 60:.0f} min left"
         )
     others = len({path.stem for path in folder.glob("*.json")} - {plan.name for plan in plans})
     if others:
         what = f"{pluralize(others, 'trial')} of other rows, seeds or folds in {out}"
         log(f"{what} {'is' if others == 1 else 'are'} left out of the table; they are kept")
-    found: Trials = {row.name: {} for row in rows}
+    trials: Trials = {row.name: {} for row in rows}
     for plan in plans:
-        found[plan.row][plan.unit] = done[plan.key]
-    return found
+        trials[plan.row][plan.unit] = results[plan.key]
+    return trials
 
 
-def _plans(
-    base: Recipe, source: str, rows: Sequence[Trick], split: Path | None, seeds: int, folds: int
-) -> Iterator[PlannedRun]:
-    """Every row of the first seed or fold, then of the next: a part is a table, too."""
-    for number in range(folds or seeds):
-        if folds:
-            cut = {"fold": number, "folds": 0 if split else folds}
+def _plan(
+    base: Recipe, source: str, rows: Sequence[Trick], options: AblationOptions
+) -> list[PlannedRun]:
+    """All rows with the first seed or fold, then all with the next: a partial table is complete."""
+    plans = []
+    for number in range(options.folds or options.seeds):
+        if options.folds:
+            cut = {"fold": number, "folds": 0 if options.split else options.folds}
             own = base.model_copy(update={"data": base.data.model_copy(update=cut)})
             unit = f"fold {number}"
         else:
             own = base.model_copy(update={"seed": base.seed + number})
             unit = f"seed {own.seed}"
-        photos = load_dataset(source, split=split, config=own.data, seed=own.seed).fingerprint
+        dataset = load_dataset(source, split=options.split, config=own.data, seed=own.seed)
         for row in rows:
-            changed = tricks.recipe_of(row, own)
-            values = json.dumps([tricks.values_of(changed), photos], sort_keys=True)
+            recipe = tricks.recipe_of(row, own)
+            values = json.dumps([tricks.values_of(recipe), dataset.fingerprint], sort_keys=True)
             key = hashlib.sha256(values.encode()).hexdigest()[:16]
-            yield PlannedRun(row.name, unit, changed, key)
+            plans.append(PlannedRun(row.name, unit, recipe, key))
+    with_tta = {plan.key for plan in plans if tricks.BY_NAME[plan.row].metric == "accuracy_tta"}
+    tta = tricks.views_of(base)
+    return [replace(plan, tta=tta) if plan.key in with_tta else plan for plan in plans]
 
 
-def _finished(folder: Path) -> Iterator[AblationRun]:
-    """The trials on the disk; failed ones are tried again."""
+def _trials_folder(out: Path) -> Path:
+    """Make the folder of the trials in `out`, unless `out` holds something else."""
+    folder = out / TRIALS
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not folder.is_dir())):
+        raise OptionError(f"--out {out} exists already and is no ablation; choose another")
+    check_folder(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _load_finished(folder: Path, planned: Mapping[str, PlannedRun]) -> dict[str, AblationRun]:
+    """Key -> result of the planned trials that succeeded earlier; failed ones are run again."""
+    finished = {}
     for path in sorted(folder.glob("*.json")):
         try:
             trial = AblationRun(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise OptionError(f"{path} is no trial: {error}; remove it") from error
-        if not trial.error:
-            yield trial
+        plan = planned.get(trial.key)
+        if plan and not trial.error and (trial.accuracy_tta is not None or plan.tta is None):
+            finished[trial.key] = trial
+    return finished
 
 
-def _try(
-    plan: PlannedRun,
-    source: str,
-    folder: Path,
-    split: Path | None,
-    device: str,
-    views: TtaConfig | None,
-    cache_gb: float | None,
-    log: Log,
+def _warnings_once(log: Log) -> Log:
+    """A log for trials: passes each warning on once and drops all other lines."""
+    logged: set[str] = set()
+
+    def log_warning(line: str) -> None:
+        if line.startswith(("warning", "no trained weights")) and line not in logged:
+            logged.add(line)
+            log(line)
+
+    return log_warning
+
+
+def _run_trial(
+    plan: PlannedRun, source: str, folder: Path, options: AblationOptions, log: Log
 ) -> AblationRun:
-    """One run; what is wrong with this row alone is its result."""
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier try
+    """Train and evaluate; an error that concerns only this row becomes the trial's result."""
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted trial
     started = time.perf_counter()
     try:
         finetune.run(
             plan.recipe,
             source,
-            split=split,
+            split=options.split,
             out=folder,
-            device=device,
-            cache_gb=cache_gb,
+            device=options.device,
+            cache_gb=options.cache_gb,
             log=log,
         )
     except (OptionError, WorkError) as error:
         return AblationRun(plan.key, time.perf_counter() - started, error=str(error))
     seconds = time.perf_counter() - started
     info = read_info(folder / "best.json")
-    metrics = info.metrics
-    over_views = evaluate(folder, tta=views, log=log).accuracy if views else None
+    with_tta = evaluate(folder, tta=plan.tta, log=log).accuracy if plan.tta else None
     return AblationRun(
         plan.key,
         seconds,
-        accuracy=metrics["accuracy"],
-        accuracy_tta=over_views,
-        loss=metrics["loss"],
+        accuracy=info.metrics["accuracy"],
+        accuracy_tta=with_tta,
+        loss=info.metrics["loss"],
         train=int(info.data["train"]),
         valid=int(info.data["valid"]),
     )

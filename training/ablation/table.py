@@ -1,22 +1,21 @@
-"""What an ablation found, as lines: on the screen, as CSV, as Markdown and as a picture."""
+"""The table of an ablation: its statistics, and its output to screen, CSV, Markdown and PNG."""
 
 from __future__ import annotations
 
 import csv
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, Final, NamedTuple, TextIO
 
-from serving.utils.files import write_aside
+from serving.utils.files import atomic_write
 from training.ablation.ablation import AblationRun, Trials
-from training.ablation.paired import Interval, difference, interval
 from training.ablation.tricks import Trick
 from training.config.schema import Recipe
 from training.run import checkpoint
-from training.utils.console import counted
+from training.utils.console import pluralize
 
 CSV: Final = "ablation.csv"
 PAGE: Final = "ablation.md"
@@ -27,12 +26,27 @@ COLUMNS: Final = (
 )  # fmt: skip
 
 
+class Interval(NamedTuple):
+    """A mean and half the width of its 95 % confidence interval; NaN where undefined."""
+
+    mean: float
+    half: float
+    runs: int
+
+
 @dataclass(frozen=True)
 class TableRow:
-    """A row's figures.
+    """The statistics of a row.
 
-    accuracies: by seed or fold, fractions of 1. difference: to `against`, paired. seconds: mean of
-    a run. error: of the first run that failed.
+    Attributes:
+        row: Its name.
+        against: Name of the row it is compared with, or empty.
+        what: The change in words.
+        accuracies: Seed or fold -> accuracy, a fraction of 1.
+        accuracy: Their mean and interval.
+        difference: Paired difference to `against`.
+        seconds: Mean time of a run.
+        error: Error of the first run that failed, or empty.
     """
 
     row: str
@@ -45,24 +59,55 @@ class TableRow:
     error: str
 
 
-def lines(rows: Sequence[Trick], trials: Trials, against: str = "") -> list[TableRow]:
-    """The figures of every row.
+def interval(values: Sequence[float], overlap: float = 0.0) -> Interval:
+    """The mean of values and its 95 % interval by Student's t.
 
     Args:
-        rows: As run.
-        trials: As `ablation.run` returns.
+        values: Accuracies or differences, one for each run.
+        overlap: 0 for seeds. For folds, held-out photos divided by training photos: the training
+            sets of folds share photos, so their values are correlated and the variance of the mean
+            is larger (Nadeau & Bengio, 2003, "Inference for the Generalization Error", section 3).
+    """
+    from scipy import stats  # takes a second to import
+
+    n = len(values)
+    mean = sum(values) / n if n else math.nan
+    if n < 2:
+        return Interval(mean, math.nan, n)
+    variance = sum((value - mean) ** 2 for value in values) / (n - 1)
+    half = float(stats.t.ppf(0.975, n - 1)) * math.sqrt(variance * (1 / n + overlap))
+    return Interval(mean, half, n)
+
+
+def difference(
+    values: Mapping[str, float], others: Mapping[str, float], overlap: float = 0.0
+) -> Interval:
+    """The mean paired difference `values - others` over the units (seeds, folds) of both.
+
+    Runs with the same seed or fold share their photos and the order of them, so the paired
+    difference varies less than the difference of the two means.
+    """
+    return interval([values[unit] - others[unit] for unit in values if unit in others], overlap)
+
+
+def lines(rows: Sequence[Trick], trials: Trials, against: str = "") -> list[TableRow]:
+    """The statistics of every row.
+
+    Args:
+        rows: The rows that were run.
+        trials: As `ablation.run` returns them.
         against: Compare every row with this one, instead of each with the row that it changes.
     """
     values = {row.name: _accuracies(row, trials[row.name]) for row in rows}
-    found = []
+    table_rows = []
     for row in rows:
         other = (against or row.on) if row.name != against else ""
-        other = other if other in values else ""  # a row need not bring all that lies below it
+        other = other if other in values else ""  # the row that it changes may not be among `rows`
         runs = list(trials[row.name].values())
         folds = [run for unit, run in trials[row.name].items() if unit.startswith("fold")]
         overlap = sum(run.valid for run in folds) / max(sum(run.train for run in folds), 1)
         error = next((trial.error for trial in runs if trial.error), "")
-        found.append(
+        table_rows.append(
             TableRow(
                 row.name,
                 other,
@@ -74,16 +119,16 @@ def lines(rows: Sequence[Trick], trials: Trials, against: str = "") -> list[Tabl
                 error,
             )
         )
-    return found
+    return table_rows
 
 
 def _accuracies(row: Trick, trials: dict[str, AblationRun]) -> dict[str, float]:
-    found = {unit: getattr(trial, row.metric) for unit, trial in trials.items()}
-    return {unit: value for unit, value in found.items() if value is not None}
+    accuracies = {unit: getattr(trial, row.metric) for unit, trial in trials.items()}
+    return {unit: value for unit, value in accuracies.items() if value is not None}
 
 
 def percent(value: Interval, signed: bool = False) -> str:
-    """`95.31 ± 1.20`, in per cent; no interval after one run or equal ones, nothing after none."""
+    """`95.31 ± 1.20`, in percent; without ± for one run or equal runs; empty without runs."""
     if not value.runs:
         return ""
     mean = f"{100 * value.mean:{'+' if signed else ''}.2f}"
@@ -91,7 +136,7 @@ def percent(value: Interval, signed: bool = False) -> str:
 
 
 def show(found: Sequence[TableRow], stream: TextIO | None = None) -> None:
-    """Print the table, on stdout unless told otherwise."""
+    """Print the table to `stream`; default: stdout."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -119,22 +164,22 @@ def show(found: Sequence[TableRow], stream: TextIO | None = None) -> None:
 
 
 def _ends(value: Interval) -> tuple[float, float]:
-    if not value.half:  # accuracies are counts: two equal differences are chance, no certainty
+    if not value.half:  # equal values by chance (accuracies are counts): no significance
         return math.nan, math.nan
     return value.mean - value.half, value.mean + value.half
 
 
 def about(base: Recipe, source: str, trials: Trials, device: str) -> str:
-    """A sentence on what was trained, on what and where, for `write`."""
+    """A sentence on recipe, data, machine and versions, for `write`."""
     import torch
 
     runs = [trial for row in trials.values() for trial in row.values() if not trial.error]
     units = list(dict.fromkeys(unit for row in trials.values() for unit in row))
     cuda = device != "cpu" and torch.cuda.is_available()
-    threads = counted(torch.get_num_threads(), "CPU thread")
+    threads = pluralize(torch.get_num_threads(), "CPU thread")
     machine = torch.cuda.get_device_name() if cuda else threads
     versions = checkpoint.versions()
-    epochs = counted(sum(stage.epochs for stage in base.stage), "epoch")
+    epochs = pluralize(sum(stage.epochs for stage in base.stage), "epoch")
     return (
         f"Recipe `{base.name}`: {base.arch} at {base.preprocess.size} px, "
         f"{epochs}, on {runs[0].train} photos of "
@@ -148,31 +193,31 @@ def write(found: Sequence[TableRow], folder: Path, title: str, how: str) -> None
     """Write the table as CSV, Markdown and PNG.
 
     Args:
-        found: The figures.
-        folder: Where to.
-        title: Of the page and the picture.
-        how: A sentence on how it was measured, such as `about` gives.
+        found: The rows of the table.
+        folder: Folder to write to.
+        title: Title of the page and of the picture.
+        how: A sentence on how it was measured, such as that of `about`.
     """
-    with write_aside(folder / CSV) as aside, aside.open("w", newline="") as file:
+    with atomic_write(folder / CSV) as partial, partial.open("w", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
         out.writerow(COLUMNS)
         for line in found:
             out.writerow([
                 line.row, line.against, line.accuracy.runs,
-                *map(_figure, (*line.accuracy[:2], *line.difference[:2])),
+                *map(_number, (*line.accuracy[:2], *line.difference[:2])),
                 f"{line.seconds:.1f}", line.what, line.error,
             ])  # fmt: skip
-    with write_aside(folder / PAGE) as aside:
-        aside.write_text(page(found, title, how), encoding="utf-8")
+    with atomic_write(folder / PAGE) as partial:
+        partial.write_text(page(found, title, how), encoding="utf-8")
     _draw(found, folder / PICTURE, title)
 
 
-def _figure(value: float) -> str:
+def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.6f}"
 
 
 def page(found: Sequence[TableRow], title: str, how: str) -> str:
-    """The table as a page of Markdown."""
+    """The table as Markdown."""
     text = [
         f"# {title}\n",
         f"{how}\n",
@@ -191,20 +236,20 @@ def page(found: Sequence[TableRow], title: str, how: str) -> str:
 
 
 def _draw(found: Sequence[TableRow], path: Path, title: str) -> None:
-    """Accuracies on the left, a dot a run; paired differences on the right."""
+    """Plot accuracies on the left, one dot per run, and paired differences on the right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 1.5 + 0.42 * len(found)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [5, 4]})
-    for place, line in enumerate(found):
+    for y, line in enumerate(found):
         runs = [100 * value for value in line.accuracies.values()]
-        left.plot(runs, [place + 0.25] * len(runs), "o", color="#33658a", alpha=0.5, markersize=4)
-        _mark(left, line.accuracy, place, "#33658a", (0, 1))
+        left.plot(runs, [y + 0.25] * len(runs), "o", color="#33658a", alpha=0.5, markersize=4)
+        _mark(left, line.accuracy, y, "#33658a", (0, 1))
         low, high = _ends(line.difference)
         colour = "#2a9d3a" if low > 0 else "#d1495b" if high < 0 else "#777777"
-        _mark(right, line.difference, place, colour, (-1, 1))
+        _mark(right, line.difference, y, colour, (-1, 1))
         if not line.accuracy.runs:
-            left.annotate("failed", (0.5, place), xycoords=("axes fraction", "data"),
+            left.annotate("failed", (0.5, y), xycoords=("axes fraction", "data"),
                           ha="center", va="center", color="#d1495b")  # fmt: skip
     names = [line.row + (f"\nagainst {line.against}" if line.against else "") for line in found]
     left.set_yticks(range(len(found)), names, fontsize=8)
@@ -218,24 +263,24 @@ def _draw(found: Sequence[TableRow], path: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     right.tick_params(left=False)
     figure.suptitle(f"{title}: mean and 95 % interval", fontsize=11)
-    with write_aside(path) as aside:
-        figure.savefig(aside, dpi=120, format="png")
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _readable(limits: tuple[float, float], found: Sequence[TableRow]) -> tuple[float, float]:
-    """The limits of the accuracies: an interval that is wide beside the dots runs off the axis."""
+    """Limits of the accuracy axis; an interval much wider than the range of dots is cut off."""
     dots = [100 * value for line in found for value in line.accuracies.values()]
     margin = 3 * max(max(dots, default=0.0) - min(dots, default=0.0), 1.0)
     low = max(limits[0], min(dots, default=0.0) - margin, -0.5)
     return low, min(limits[1], max(dots, default=100.0) + margin, 100.5)
 
 
-def _mark(axes: Any, value: Interval, place: int, colour: str, ends: tuple[float, float]) -> None:
-    """A mean and its interval, as far as there can be such values: from the first of `ends` on."""
+def _mark(axes: Any, value: Interval, y: int, colour: str, ends: tuple[float, float]) -> None:
+    """Plot a mean and its interval, clipped to the possible values, `ends`."""
     if value.runs:
         half = 0.0 if math.isnan(value.half) else value.half
         below, above = min(half, value.mean - ends[0]), min(half, ends[1] - value.mean)
         xerr = [[100 * below], [100 * above]] if half else None
         axes.errorbar(
-            100 * value.mean, place, xerr=xerr, fmt="D", color=colour, capsize=4, markersize=6
+            100 * value.mean, y, xerr=xerr, fmt="D", color=colour, capsize=4, markersize=6
         )

@@ -1,4 +1,4 @@
-"""The table of tricks: what each row of an ablation changes in a recipe."""
+"""The rows of an ablation: what each trick changes in a recipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Values = dict[str, Any]
 Change = Mapping[str, Any] | Callable[[Recipe], Mapping[str, Any]]
 
 SMALLER: Final = 4 / 7
-"""Side of the first half's photos in progressive resizing: 128 of 224."""
+"""Image size of the first half of progressive resizing, relative to the recipe's: 128 of 224."""
 TTA_VIEWS: Final = 4
 
 
@@ -24,11 +24,14 @@ TTA_VIEWS: Final = 4
 class Trick:
     """One row of the table.
 
-    on: the row that it changes and is compared with; "" is the recipe itself.
-    what: the change in a few words.
-    change: options that are different, or what makes them from the recipe of `on`; tables are
-        merged, [augment] is replaced, [[stage]] as one table is for every stage.
-    metric: "accuracy" of the plain view, or "accuracy_tta".
+    Attributes:
+        name: Name of the row.
+        group: Name by which `--rows` selects several rows.
+        on: The row that it changes and is compared with; "" is the recipe itself.
+        what: The change in a few words.
+        change: The changed options, or a function that computes them from the recipe of `on`.
+            Tables are merged, [augment] is replaced, one table for [[stage]] changes every stage.
+        metric: "accuracy" of the plain view, or "accuracy_tta".
     """
 
     name: str
@@ -40,7 +43,7 @@ class Trick:
 
 
 def _frozen(recipe: Recipe) -> Mapping[str, Any]:
-    """A linear head at one rate; later rows say how the body's rates relate to it."""
+    """A linear head with one learning rate on a frozen body."""
     stages = []
     for stage, values in zip(recipe.stage, values_of(recipe)["stage"], strict=True):
         lr = stage.lr
@@ -53,14 +56,14 @@ def _frozen(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _restarts(recipe: Recipe) -> Mapping[str, Any]:
-    """Every stage as long as it was, with a restart every epoch."""
+    """Every stage of unchanged length, with a restart every epoch."""
     stages = zip(recipe.stage, values_of(recipe)["stage"], strict=True)
     cycles = {"schedule": "sgdr", "cycle_len": 1, "cycle_mult": 1.0}
     return {"stage": [{**values, **cycles, "cycles": stage.epochs} for stage, values in stages]}
 
 
 def _small_first(recipe: Recipe) -> Mapping[str, Any]:
-    """Every stage of two epochs or more in two halves, the first on smaller photos."""
+    """Split every stage of two epochs or more in two halves, the first with smaller images."""
     halves: list[Values] = []
     for stage, values in zip(recipe.stage, values_of(recipe)["stage"], strict=True):
         size = recipe.preprocess_of(stage).size
@@ -76,7 +79,7 @@ def _small_first(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _augment(**options: Any) -> Mapping[str, Any]:
-    """This augmentation and no other."""
+    """The preset none with these options."""
     return {"augment": {"preset": "none", **options}, "stage": {"augment": {}}}
 
 
@@ -167,49 +170,49 @@ GROUPS: Final = ("first", "onoff", "augment")
 
 
 def choose(words: Iterable[str], option: str = "--rows") -> tuple[Trick, ...]:
-    """The rows named, by name or by group, in the table's order, and those they are compared with.
+    """The rows with these names or groups, and the rows they are compared with, in table order.
 
     Raises:
-        OptionError: An unknown name; says the nearest.
+        OptionError: A name is unknown; the message has the nearest name.
     """
-    wanted: set[str] = set()
+    chosen: set[str] = set()
     for word in words:
         found = {row.name for row in ROWS if word in (row.name, row.group, "all")}
         if not found:
             near = difflib.get_close_matches(word, [*BY_NAME, *GROUPS, "all"], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join([*GROUPS, *BY_NAME])}"
             raise OptionError(f"{option}: no row {word!r}; {hint}")
-        wanted |= found
-    wanted |= {BY_NAME[name].on for name in wanted}
-    return tuple(row for row in ROWS if row.name in wanted)
+        chosen |= found
+    chosen |= {BY_NAME[name].on for name in chosen}
+    return tuple(row for row in ROWS if row.name in chosen)
 
 
 def recipe_of(row: Trick, base: Recipe) -> Recipe:
-    """The recipe of a row: the base with the changes of the rows below it and its own.
+    """The recipe of a row: the base with its changes and those of the row it is based on.
 
     Raises:
-        OptionError: The changes don't fit the base.
+        OptionError: The changes are not valid for the base.
     """
     below = recipe_of(BY_NAME[row.on], base) if row.on else base
     change = row.change(below) if callable(row.change) else row.change
     values = merged(values_of(below), change)
-    values["tta"]["count"] = 0  # an ablation looks at views by itself, outside the seconds
+    values["tta"]["count"] = 0  # ablation.py evaluates with TTA after the measured time
     return load.parse(values, f"row {row.name}")
 
 
 def views_of(base: Recipe) -> TtaConfig:
-    """The test-time augmentation of the row of that name."""
+    """The test-time augmentation of the row `tta`."""
     return base.tta if base.tta.count else TtaConfig(count=TTA_VIEWS)
 
 
 def values_of(recipe: Recipe) -> Values:
-    """A recipe's values as its file would have them, every option filled in."""
+    """The values of a recipe as in its file, with all defaults filled in."""
     values = recipe.model_dump(mode="json", exclude={"preprocess"})
     return {**values, "preprocess": asdict(recipe.preprocess)}
 
 
 def merged(values: Values, change: Mapping[str, Any]) -> Values:
-    """Values with a change over them, as `Row.change` says; a list of stages stands for them."""
+    """Values with a change applied as `Trick.change` says; a list of stages replaces all stages."""
     result = dict(values)
     for key, new in change.items():
         if key == "stage" and isinstance(new, Mapping):

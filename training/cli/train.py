@@ -106,19 +106,15 @@ def ablate(options: argparse.Namespace) -> None:
             f"--rows {with_it}"
         )
     out = options.out or Path("runs") / f"ablation-{base.name}"
-    trials = ablation.run(
-        base,
-        options.data,
-        out,
-        rows=rows,
+    ablation_options = ablation.AblationOptions(
         split=options.split,
         seeds=options.seeds,
         folds=options.folds,
         device=options.device,
         keep=options.keep,
         cache_gb=options.cache_gb,
-        log=log_to_stderr,
     )
+    trials = ablation.run(base, options.data, out, rows, ablation_options, log_to_stderr)
     lines = table.lines(rows, trials, options.against)
     title = f"Ablation of {base.name} on {Path(options.data).name}"
     table.write(lines, out, title, table.about(base, options.data, trials, options.device))

@@ -15,13 +15,12 @@ import fledge
 from serving.errors import DataError, OptionError, WorkError
 from serving.imaging.preprocess import Preprocess
 from tests.training.conftest import coloured
-from training.ablation import ablation, paired, tricks
-from training.ablation import table as ablation_table
+from training.ablation import ablation, table, tricks
 from training.config import load
 from training.config.schema import Recipe
 from training.config.sections import HeadConfig
-from training.models import classifier as model
-from training.optim import optimizer as optim
+from training.models.classifier import create_classifier
+from training.optim.optimizer import build_optimizer
 from training.run.checkpoint import CheckpointInfo, read_info
 
 BASE = load.read(Path("training/recipes/tricks.toml"))
@@ -29,18 +28,18 @@ FIRST = tricks.choose(["first"])
 OTHERS = [load.read(path) for path in sorted(Path("training/recipes").glob("*.toml"))]
 
 
-def options(recipe, table="", values=None):
-    """Dotted option -> value; the stages' by number."""
+def options(recipe, section="", values=None):
+    """Pairs of dotted option and value; stages are numbered."""
     values = tricks.values_of(recipe) if values is None else values
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
         if isinstance(value, dict) or key == "stage":
-            yield from options(recipe, f"{table}{key}.", value)
+            yield from options(recipe, f"{section}{key}.", value)
         else:
-            yield f"{table}{key}", value
+            yield f"{section}{key}", value
 
 
 def changed(name, base=BASE):
-    """What a row changes in the recipe of the row that it is on, but for TTA."""
+    """The options that a row changes in the recipe of the row it is based on, without [tta]."""
     row = tricks.BY_NAME[name]
     before = dict(options(tricks.recipe_of(tricks.BY_NAME[row.on], base) if row.on else base))
     after = dict(options(tricks.recipe_of(row, base)))
@@ -113,7 +112,7 @@ def test_every_row_fits_every_recipe_and_trains_as_long(base, row):
     assert load.parse(tricks.values_of(found), "again") == found
 
 
-def test_rows_bring_those_they_are_compared_with():
+def test_rows_include_those_they_are_compared_with():
     assert [row.name for row in tricks.choose(["sgdr"])] == ["bn_fixed", "sgdr"]
     assert [row.name for row in tricks.choose(["flip", "mixup"])] == ["none", "flip", "mixup"]
     assert tricks.choose(["all"]) == tricks.ROWS
@@ -123,20 +122,20 @@ def test_rows_bring_those_they_are_compared_with():
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Runs that do nothing but note their recipe and write a best.json; `results` decides."""
+    """Replaces training: records each recipe and writes a best.json, or raises as in `results`."""
     done = []
     results = {}
 
     def run(recipe, source, *, split, out, device, cache_gb, log):
         done.append(recipe)
         out.mkdir(parents=True)
-        log("warning: said once")
+        log("warning: repeated")
         log("noise")
         error = next((e for key, e in results.items() if key(recipe)), None)
         if error is not None:
             raise error
         accuracy = 0.8 + 0.1 * (recipe.head.kind == "concat_pool") + 0.01 * recipe.seed
-        assert recipe.tta.count == 0, "views are looked at outside the seconds"
+        assert recipe.tta.count == 0, "TTA is evaluated outside the measured seconds"
         metrics = {"accuracy": accuracy, "loss": 0.5}
         info = CheckpointInfo("x", "x", ("a", "b"), Preprocess(), metrics=metrics,
                               data={"train": 24, "valid": 6})  # fmt: skip
@@ -148,7 +147,7 @@ def runs(monkeypatch):
         assert tta.count
         return SimpleNamespace(accuracy=read_info(folder / "best.json").metrics["accuracy"] + 0.05)
 
-    monkeypatch.setattr(ablation.recipe, "run", run)
+    monkeypatch.setattr(ablation.finetune, "run", run)
     monkeypatch.setattr(ablation, "evaluate", evaluate)
     return SimpleNamespace(done=done, results=results)
 
@@ -158,33 +157,34 @@ def photos(tmp_path):
     return coloured(tmp_path / "photos", {"a": 10, "b": 10}, side=16)
 
 
-def go(photos, tmp_path, base: Recipe = BASE, rows=FIRST, **options):
+def ablate(photos, tmp_path, base: Recipe = BASE, rows=FIRST, log=None, **options):
     lines = []
-    options = {"seeds": 2, "say": lines.append, **options}
-    return ablation.run(base, str(photos), tmp_path / "out", rows=rows, **options), lines
+    options = ablation.AblationOptions(**{"seeds": 2, **options})
+    out = tmp_path / "out"
+    return ablation.run(base, str(photos), out, rows, options, log or lines.append), lines
 
 
 def test_every_row_is_run_on_every_seed_and_not_again(runs, photos, tmp_path):
-    trials, lines = go(photos, tmp_path)
+    trials, lines = ablate(photos, tmp_path)
     assert [len(units) for units in trials.values()] == [2] * 7
     assert list(trials["features"]) == ["seed 0", "seed 1"]
     assert [recipe.seed for recipe in runs.done] == [0] * 7 + [1] * 7
-    assert lines.count("warning: said once") == 1
+    assert lines.count("warning: repeated") == 1
     assert "noise" not in lines
     assert any(line.startswith("14 of 14  deep_head, seed 1: accuracy 91.00%") for line in lines)
-    again, lines = go(photos, tmp_path)
+    again, lines = ablate(photos, tmp_path)
     assert again == trials
     assert len(runs.done) == 14
     assert lines[0].startswith("14 of 14 trials are done already")
-    more, _ = go(photos, tmp_path, seeds=3)
+    more, _ = ablate(photos, tmp_path, seeds=3)
     assert len(runs.done) == 21
     assert {unit: t for unit, t in more["bn_eval"].items() if unit != "seed 2"} == trials["bn_eval"]
 
 
-def test_what_the_folder_holds_beside_the_table_is_told(runs, photos, tmp_path):
-    _, lines = go(photos, tmp_path, rows=FIRST[:2])
+def test_trials_outside_the_table_are_counted_and_kept(runs, photos, tmp_path):
+    _, lines = ablate(photos, tmp_path, rows=FIRST[:2])
     assert not any("left out" in line for line in lines)
-    _, lines = go(photos, tmp_path, rows=FIRST[:1], seeds=1)
+    _, lines = ablate(photos, tmp_path, rows=FIRST[:1], seeds=1)
     assert lines[-1] == (
         f"3 trials of other rows, seeds or folds in {tmp_path / 'out'} are left out of the table; "
         "they are kept"
@@ -192,161 +192,155 @@ def test_what_the_folder_holds_beside_the_table_is_told(runs, photos, tmp_path):
     assert len(runs.done) == 4
 
 
-def test_rows_that_come_to_the_same_are_run_once(runs, photos, tmp_path):
-    trials, _ = go(photos, tmp_path, rows=tricks.choose(["tta", "sgdr"]))
+def test_rows_with_equal_recipes_are_run_once(runs, photos, tmp_path):
+    trials, _ = ablate(photos, tmp_path, rows=tricks.choose(["tta", "sgdr"]))
     assert len(runs.done) == 4
     assert trials["tta"] == trials["bn_fixed"]
-    found = ablation_table.lines(tricks.choose(["tta"]), trials)
+    found = table.lines(tricks.choose(["tta"]), trials)
     assert found[1].difference.mean == pytest.approx(0.05)
 
 
-def test_views_asked_for_later_cost_one_run_a_seed(runs, photos, tmp_path):
-    go(photos, tmp_path)
-    trials, _ = go(photos, tmp_path, rows=tricks.choose(["first", "tta"]))
+def test_adding_the_row_tta_repeats_one_run_per_seed(runs, photos, tmp_path):
+    ablate(photos, tmp_path)
+    trials, _ = ablate(photos, tmp_path, rows=tricks.choose(["first", "tta"]))
     assert len(runs.done) == 14 + 2
     assert trials["tta"]["seed 0"].accuracy_tta == trials["bn_fixed"]["seed 0"].accuracy + 0.05
 
 
 def test_batchnorm_alone_trains_at_the_full_rate():
-    classifier = model.build("resnet18", 2, head=HeadConfig(kind="linear"))
+    classifier = create_classifier("resnet18", 2, head=HeadConfig(kind="linear"))
     recipe = tricks.recipe_of(tricks.BY_NAME["bn_alone"], BASE)
     (stage,) = recipe.stage
     classifier.freeze(0, frozen_batchnorm=stage.frozen_batchnorm)
-    built = optim.build(classifier, recipe.optimizer, stage, stage.lr)
+    built = build_optimizer(classifier, recipe.optimizer, stage, stage.lr)
     assert {group["lr"] for group in built.param_groups} == {stage.lr}
 
 
-def test_equal_differences_are_no_certainty():
-    assert math.isnan(ablation_table._ends(paired.interval([0.01, 0.01]))[0])
+def test_equal_differences_have_no_interval():
+    assert math.isnan(table._ends(table.interval([0.01, 0.01]))[0])
 
 
-def test_folds_are_less_sure_than_seeds():
+def test_intervals_of_folds_are_wider_than_those_of_seeds():
     values = [0.91, 0.95, 0.90, 0.93, 0.94]
-    plain, corrected = paired.interval(values), paired.interval(values, overlap=0.25)
+    plain, corrected = table.interval(values), table.interval(values, overlap=0.25)
     # Nadeau & Bengio, 2003: 1/n becomes 1/n + held out/trained on.
     assert corrected.half / plain.half == pytest.approx(math.sqrt((0.2 + 0.25) / 0.2))
 
 
-def test_what_has_changed_is_done_again(runs, photos, tmp_path):
-    go(photos, tmp_path)
-    go(photos, tmp_path, base=BASE.model_copy(update={"batch_size": 16}))
+def test_changed_recipes_and_photos_are_run_again(runs, photos, tmp_path):
+    ablate(photos, tmp_path)
+    ablate(photos, tmp_path, base=BASE.model_copy(update={"batch_size": 16}))
     assert len(runs.done) == 28
     (photos / "a" / "0.jpg").unlink()
-    go(photos, tmp_path)
+    ablate(photos, tmp_path)
     assert len(runs.done) == 42
 
 
-def test_weights_go_unless_they_are_kept(runs, photos, tmp_path):
-    go(photos, tmp_path, rows=FIRST[:1])
+def test_weights_are_removed_unless_kept(runs, photos, tmp_path):
+    ablate(photos, tmp_path, rows=FIRST[:1])
     assert not list((tmp_path / "out").rglob("*.safetensors"))
     assert (tmp_path / "out" / "trials" / "features-seed1" / "best.json").is_file()
-    go(photos, tmp_path, rows=FIRST[:1], seeds=3, keep=True)
+    ablate(photos, tmp_path, rows=FIRST[:1], seeds=3, keep=True)
     kept = list((tmp_path / "out").rglob("*.safetensors"))
     assert [path.parent.name for path in kept] == ["features-seed2"]
 
 
-def test_a_failing_trial_is_a_row_with_its_error_and_tried_again(runs, photos, tmp_path):
+def test_a_failed_trial_has_its_error_in_the_row_and_is_run_again(runs, photos, tmp_path):
     runs.results[lambda r: r.head.kind == "concat_pool" and r.seed == 1] = WorkError("loss is nan")
-    trials, lines = go(photos, tmp_path)
+    trials, lines = ablate(photos, tmp_path)
     assert trials["deep_head"]["seed 1"].error == "loss is nan"
     assert trials["deep_head"]["seed 1"].accuracy is None
     assert trials["deep_head"]["seed 0"].accuracy == 0.9
     assert any("deep_head, seed 1: loss is nan" in line for line in lines)
-    found = {line.row: line for line in ablation_table.lines(FIRST, trials)}
+    found = {line.row: line for line in table.lines(FIRST, trials)}
     assert found["concat_pool"].difference == (
         pytest.approx(0.1),
         pytest.approx(float("nan"), nan_ok=True),
         1,
     )
     runs.results.clear()
-    trials, _ = go(photos, tmp_path)
+    trials, _ = ablate(photos, tmp_path)
     assert len(runs.done) == 16
     assert trials["deep_head"]["seed 1"].accuracy == pytest.approx(0.91)
 
 
-def test_what_no_row_can_do_ends_it(runs, photos, tmp_path):
+def test_an_error_of_every_row_ends_the_ablation(runs, photos, tmp_path):
     runs.results[lambda r: True] = OptionError("arch = 'resnet999' is unknown")
     with pytest.raises(WorkError, match="no row can be run; the first: arch = 'resnet999'"):
-        go(photos, tmp_path)
+        ablate(photos, tmp_path)
     assert len(runs.done) == 7
     runs.results.clear()
     runs.results[lambda r: True] = DataError("weights = 'x': no such file")
     with pytest.raises(DataError, match="no such file"):
-        go(photos, tmp_path)
+        ablate(photos, tmp_path)
     assert len(runs.done) == 8
 
 
-def test_an_interrupted_ablation_goes_on(runs, photos, tmp_path):
+def test_an_interrupted_ablation_resumes(runs, photos, tmp_path):
     runs.results[lambda r: r.seed == 1 and r.head.hidden == ()] = KeyboardInterrupt()
     lines = []
     with pytest.raises(KeyboardInterrupt):
-        go(photos, tmp_path, log=lines.append)
+        ablate(photos, tmp_path, log=lines.append)
     assert lines[-1] == (
         f"interrupted: 12 of 14 trials are kept in {tmp_path / 'out'}; "
         "the same command goes on with the rest"
     )
     runs.results.clear()
-    trials, _ = go(photos, tmp_path)
+    trials, _ = ablate(photos, tmp_path)
     assert len(runs.done) == 13 + 2
     assert all(trial.accuracy for units in trials.values() for trial in units.values())
 
 
-def test_folds_cut_the_photos_or_name_those_of_a_split(runs, photos, tmp_path):
-    trials, _ = go(photos, tmp_path, rows=FIRST[:1], folds=5)
+def test_folds_come_from_the_photos_or_from_a_split_file(runs, photos, tmp_path):
+    trials, _ = ablate(photos, tmp_path, rows=FIRST[:1], folds=5)
     assert list(trials["features"]) == [f"fold {k}" for k in range(5)]
     assert [(r.data.fold, r.data.folds, r.seed) for r in runs.done] == [(k, 5, 0) for k in range(5)]
     split = tmp_path / "split.csv"
     names = [path.relative_to(photos) for path in sorted(photos.rglob("*.jpg"))]
     split.write_text("path,fold\n" + "".join(f"{n},{i % 2}\n" for i, n in enumerate(names)))
     runs.done.clear()
-    go(photos, tmp_path, rows=FIRST[:1], folds=2, split=split)
+    ablate(photos, tmp_path, rows=FIRST[:1], folds=2, split=split)
     assert [(r.data.fold, r.data.folds) for r in runs.done] == [(0, 0), (1, 0)]
     with pytest.raises(OptionError, match="fold"):
-        go(photos, tmp_path, rows=FIRST[:1], folds=3, split=split)
+        ablate(photos, tmp_path, rows=FIRST[:1], folds=3, split=split)
 
 
-def test_nothing_is_done_where_the_request_is_wrong(runs, photos, tmp_path):
+def test_wrong_options_are_refused_before_any_run(runs, photos, tmp_path):
     for option, value in (("seeds", 0), ("folds", 1), ("folds", -2)):
         with pytest.raises(OptionError, match=rf"^--{option} {value}: use \d or more$"):
-            go(photos, tmp_path, **{option: value})
+            ablate(photos, tmp_path, **{option: value})
     (tmp_path / "file").write_text("mine")
     out = tmp_path / "file" / "out"
     with pytest.raises(OptionError, match=rf"^--out {out}: .*file can't be written to; choose"):
-        ablation.run(BASE, str(photos), out, rows=FIRST)
+        ablation.run(BASE, str(photos), out, FIRST, ablation.AblationOptions())
     with pytest.raises(DataError, match="no such folder"):
-        go(tmp_path / "nowhere", tmp_path)
+        ablate(tmp_path / "nowhere", tmp_path)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
     with pytest.raises(OptionError, match="is no ablation"):
-        go(photos, tmp_path)
+        ablate(photos, tmp_path)
     assert not runs.done
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 10, 29, 100])
-def test_t_is_students(freedom):
-    for probability in (0.6, 0.9, 0.975, 0.9999):
-        ours = paired.t_quantile(probability, freedom)
-        assert ours == pytest.approx(stats.t.ppf(probability, freedom), rel=1e-9)
-
-
-def test_intervals_are_those_of_the_t_test():
+def test_intervals_equal_those_of_scipys_t_test():
     a = {"seed 0": 0.91, "seed 1": 0.95, "seed 2": 0.90, "seed 9": 0.1}
     b = {"seed 0": 0.90, "seed 1": 0.92, "seed 2": 0.88}
-    found = paired.difference(a, b)
+    found = table.difference(a, b)
     reference = stats.ttest_rel([0.91, 0.95, 0.90], list(b.values())).confidence_interval(0.95)
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx(tuple(reference))
     assert found.runs == 3
-    assert paired.interval([0.5]).mean == 0.5
-    assert str(paired.interval([0.5]).half) == str(paired.interval([]).mean) == "nan"
+    assert table.interval([0.5]).mean == 0.5
+    assert str(table.interval([0.5]).half) == str(table.interval([]).mean) == "nan"
 
 
 def figures(rows=FIRST, seeds=3):
-    """Trials that get better from row to row; the last row failed."""
+    """Trials whose accuracy increases from row to row; the last row failed."""
     trials = {
         row.name: {
-            f"seed {s}": ablation.AblationRun("k", 20.0, 0.8 + 0.02 * i + 0.001 * (s * s - i * s), 0.99,
-                                        0.5, 24, 6)
+            f"seed {s}": ablation.AblationRun(
+                "k", 20.0, 0.8 + 0.02 * i + 0.001 * (s * s - i * s), 0.99, 0.5, 24, 6
+            )
             for s in range(seeds)
         }
         for i, row in enumerate(rows)
@@ -356,12 +350,12 @@ def figures(rows=FIRST, seeds=3):
     return trials
 
 
-def test_the_table_says_the_same_everywhere(tmp_path, capsys):
-    found = ablation_table.lines(FIRST, figures())
-    how = ablation_table.about(BASE, "some/photos", figures(), "cpu")
+def test_screen_markdown_and_csv_agree(tmp_path, capsys):
+    found = table.lines(FIRST, figures())
+    how = table.about(BASE, "some/photos", figures(), "cpu")
     assert "resnet34 at 224 px, 2 epochs, on 24 photos of `photos`, validated on 6" in how
-    ablation_table.write(found, tmp_path, "Ablation", how)
-    ablation_table.show(found)
+    table.write(found, tmp_path, "Ablation", how)
+    table.show(found)
     screen = capsys.readouterr().out
     page = (tmp_path / "ablation.md").read_text()
     with (tmp_path / "ablation.csv").open() as file:
@@ -380,7 +374,7 @@ def test_the_table_says_the_same_everywhere(tmp_path, capsys):
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_intervals_end_where_accuracies_do_and_dots_stay_apart(tmp_path, monkeypatch):
+def test_the_accuracy_axis_is_limited_to_possible_values(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "matplotlib.figure.Figure.savefig",
@@ -391,7 +385,7 @@ def test_intervals_end_where_accuracies_do_and_dots_stay_apart(tmp_path, monkeyp
         trials = {FIRST[0].name: {
             f"seed {i}": ablation.AblationRun("k", 1.0, value) for i, value in enumerate(accuracies)
         }}  # fmt: skip
-        ablation_table.write(ablation_table.lines(FIRST[:1], trials), tmp_path, "x", "y")
+        table.write(table.lines(FIRST[:1], trials), tmp_path, "x", "y")
         left = seen.pop().axes[0]
         return left.get_xlim(), [x for bar in left.collections for x, _ in bar.get_segments()[0]]
 
@@ -406,16 +400,16 @@ def test_intervals_end_where_accuracies_do_and_dots_stay_apart(tmp_path, monkeyp
     assert ends == []
 
 
-def test_one_is_no_plural(monkeypatch):
+def test_one_epoch_and_one_thread_are_singular(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     one = BASE.model_copy(update={"stage": (BASE.stage[0].model_copy(update={"cycle_len": 1}),)})
-    how = ablation_table.about(one, "photos", figures(), "cpu")
+    how = table.about(one, "photos", figures(), "cpu")
     assert " px, 1 epoch, on" in how
     assert "Measured on 1 CPU thread, torch" in how
 
 
-def test_differences_can_be_to_one_row():
-    found = ablation_table.lines(FIRST, figures(), "bn_eval")
+def test_every_row_can_be_compared_with_one_row():
+    found = table.lines(FIRST, figures(), "bn_eval")
     assert [line.against for line in found] == ["bn_eval", "", *["bn_eval"] * 5]
     for line in found[2:-1]:
         assert line.difference.mean == pytest.approx(line.accuracy.mean - found[1].accuracy.mean)
@@ -436,9 +430,9 @@ def test_fledge_ablate(photos, tmp_path, capsys):
         assert fledge.main(words) == 0
     finally:
         torch.set_num_threads(threads)
-    told = capsys.readouterr()
-    assert [line.split()[0] for line in told.out.splitlines()] == ["row", "bn_fixed", "tta"]
-    assert "failed" not in told.out
+    output = capsys.readouterr()
+    assert [line.split()[0] for line in output.out.splitlines()] == ["row", "bn_fixed", "tta"]
+    assert "failed" not in output.out
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"trials", "ablation.csv", "ablation.md", "ablation.png"}
     with (tmp_path / "out" / "ablation.csv").open() as file:
