@@ -74,11 +74,11 @@ def all_networks() -> list[str]:
     """All networks that can be fine-tuned, sorted by family and name."""
     from torchvision import models
 
-    from training.models.families import FAMILIES, family
+    from training.models.families import FAMILIES, find_family
 
     return sorted(
-        filter(family, models.list_models(module=models)),
-        key=lambda name: (FAMILIES.index(family(name)), name),
+        filter(find_family, models.list_models(module=models)),
+        key=lambda name: (FAMILIES.index(find_family(name)), name),
     )
 
 
@@ -101,9 +101,9 @@ def export(arch: str, photos: Path) -> dict:
     from serving.inference.predictor import Predictor
     from serving.inference.runtime import OnnxRuntime
     from serving.inference.torchscript import TorchScriptRuntime
-    from tests.support.random_batchnorms import lively, speaking
+    from tests.support.random_batchnorms import randomise_batchnorms, scale_logits
     from training.models import backbones
-    from training.models.classifier import build, normalise
+    from training.models.classifier import create_classifier, normalise
 
     start = time.perf_counter()
     torch.manual_seed(0)
@@ -112,10 +112,10 @@ def export(arch: str, photos: Path) -> dict:
     paths = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     paths = paths[:: max(1, len(paths) // PHOTOS)][:PHOTOS]
     kind = "linear" if backbones.family_of(arch).pooled else "concat_pool"
-    classifier = build(arch, CLASSES, head={"kind": kind}).eval()
+    classifier = create_classifier(arch, CLASSES, head={"kind": kind}).eval()
     squares = np.stack([preprocess(read_image(path).image) for path in paths])
     x = normalise(torch.from_numpy(squares), preprocess)
-    speaking(lively(classifier, x), x)
+    scale_logits(randomise_batchnorms(classifier, x), x)
     parameters = sum(p.numel() for p in classifier.parameters())
     fused, fusion = graph.assemble(classifier, preprocess)
     original = graph.CheckpointRuntime(classifier, preprocess)

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from serving.imaging.decode import decode
-from serving.imaging.tta import View, average, count, render, softmax
+from serving.imaging.tta import View, average, count_views, render, softmax
 from training.evaluation import evaluate
 from training.run import checkpoint
-from training.run.dataset import of_run
+from training.run.dataset import load_run_dataset
 
 
 def main() -> int:
@@ -36,12 +36,12 @@ def main() -> int:
     parser.add_argument("--tta", type=int, default=0, help="views of test-time augmentation")
     options = parser.parse_args()
     classifier, info = checkpoint.load(options.run)
-    samples = of_run(options.run).valid
+    samples = load_run_dataset(options.run).valid
     opener = build_opener(ProxyHandler({}))  # a proxy cannot reach the loopback
     with opener.open(f"{options.url}/model", timeout=60) as response:
         manifest = json.load(response)
     available = tuple(View(**view) for view in manifest["views"])
-    views = available[: count(options.tta, available)]
+    views = available[: count_views(options.tta, available)]
     same, worst = 0, 0.0
     for path, _ in samples:
         content = path.read_bytes()

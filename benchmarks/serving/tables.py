@@ -69,7 +69,7 @@ def markdown(rows: Sequence[Row], precision: str) -> str:
 
 def _table(results: Results, peers: Sequence[Peer]) -> str:
     heads = [f"{_callers(n)}: rps | p50 ms | p99 ms" for n in results.callers]
-    tail = "CPU ms a request | MB at rest, peak | ready after s | errors | other labels"
+    tail = "CPU ms per request | MB at rest, peak | ready after s | errors | other labels"
     columns = 3 * len(heads) + 5
     lines = [f"| | {' | '.join(heads)} | {tail} |", f"|---|{'---:|' * columns}"]
     for peer in peers:
@@ -156,7 +156,7 @@ def _comparison(results: Results, name: str, precision: str) -> str:
     lines = [
         f"Ratios of Fledge in {used} to each within a round, median (range):",
         "",
-        f"| to | {heads} | p99, {many} | CPU a request, {many} |",
+        f"| to | {heads} | p99, {many} | CPU per request, {many} |",
         f"|---|{'---:|' * (len(results.callers) + 2)}",
     ]
     for peer in others:

@@ -115,11 +115,7 @@ def test_percentiles_are_values_that_occurred() -> None:
     assert percentile([7.0], 0.01) == percentile([7.0], 0.99) == 7
 
 
-def test_the_fastest_setting_counts_and_ratios_are_within_a_round(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from benchmarks.serving.run import Row
-
+def test_tables_show_the_fastest_setting_and_ratios_within_a_round() -> None:
     def row(peer: str, setting: str, number: int, rps: float) -> Row:
         return Row(peer, setting, number, 16, 100, rps=rps, p50=1, p99=2, cpu=3, own_cpu=0.1)
 

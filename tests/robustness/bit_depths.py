@@ -1,4 +1,4 @@
-"""Samples that are not 8 bits: scaled by their range, never clipped to white."""
+"""Samples with other depths than 8 bits: scaled by their range, not clipped."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ RAMP = quarters([value * 257 for value in STEPS], np.uint16)
 DARK = quarters([0, 2570, 5140, 7710], np.uint16)
 
 
-def wide(colours: tuple[tuple[int, ...], ...]) -> np.ndarray:
-    """8 bits a sample as 16."""
+def to_16_bit(colours: tuple[tuple[int, ...], ...]) -> np.ndarray:
+    """8-bit colours as quarters of 16-bit samples."""
     return quarters([[value * 257 for value in colour] for colour in colours], np.uint16)
 
 
@@ -46,15 +46,15 @@ def grey_tiff(samples: np.ndarray, bits: int, photometric: int, form: int, order
     )
 
 
-def twelve(samples: np.ndarray) -> bytes:
-    """Pairs of 12-bit samples in three bytes."""
+def pack_12_bit(samples: np.ndarray) -> bytes:
+    """Pairs of 12-bit samples packed in three bytes."""
     first, second = samples[:, ::2].astype(int), samples[:, 1::2].astype(int)
     three = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=-1)
     return three.astype(np.uint8).tobytes()
 
 
-def key(*samples: int) -> bytes:
-    """tRNS: the colour that is transparent."""
+def trns_colour(*samples: int) -> bytes:
+    """A tRNS chunk: the transparent colour (colour key)."""
     return chunk(b"tRNS", np.array(samples, ">u2").tobytes())
 
 
@@ -62,7 +62,7 @@ def floats(*values: float) -> bytes:
     return grey_tiff(quarters(list(values), np.float32), 32, 1, 3, "<")
 
 
-def sixteen() -> list[Item]:
+def sixteen_bit_items() -> list[Item]:
     ramp, dark = greys(*STEPS), greys(0, 10, 20, 30)
     inverse, signed = greys(*STEPS[::-1]), greys(0, 42, 85, 127)
     halves = quarters([0, 10_880, 21_760, 32_639], np.int16)
@@ -82,55 +82,59 @@ def sixteen() -> list[Item]:
             DEEP,
             colours=ramp,
         ),
-        good("16-bit-rgb-png", png(wide(QUARTERS), 16, RGB)),
-        good("16-bit-rgb-tiff", tiff(tags([16] * 3, 2), wide(QUARTERS).astype("<u2").tobytes())),
+        good("16-bit-rgb-png", png(to_16_bit(QUARTERS), 16, RGB)),
+        good(
+            "16-bit-rgb-tiff", tiff(tags([16] * 3, 2), to_16_bit(QUARTERS).astype("<u2").tobytes())
+        ),
         good(
             "16-bit-rgb-tiff-big-endian",
-            tiff(tags([16] * 3, 2), wide(QUARTERS).astype(">u2").tobytes(), order=">"),
+            tiff(tags([16] * 3, 2), to_16_bit(QUARTERS).astype(">u2").tobytes(), order=">"),
         ),
         good(
             "16-bit-rgba-png",
             png(
-                wide(tuple((*c, a) for c, a in zip(QUARTERS, (0, 255, 255, 0), strict=True))), 16, 6
+                to_16_bit(tuple((*c, a) for c, a in zip(QUARTERS, (0, 255, 255, 0), strict=True))),
+                16,
+                6,
             ),
             ALPHA,
             colours=(WHITE, *QUARTERS[1:3], WHITE),
         ),
         good(
             "16-bit-grey-and-alpha-png",
-            png(wide(((9, 0), (85, 255), (170, 255), (255, 255))), 16, GREY_ALPHA),
+            png(to_16_bit(((9, 0), (85, 255), (170, 255), (255, 255))), 16, GREY_ALPHA),
             ALPHA,
             colours=greys(255, *STEPS[1:]),
         ),
     ]
 
 
-def keyed() -> list[Item]:
-    """One colour is transparent; its neighbours are not, however near."""
-    near = quarters([21_845, 21_846, 0, 65_535], np.uint16)
+def colour_key_items() -> list[Item]:
+    """PNGs with a colour key: only that colour is transparent, not the neighbouring values."""
+    neighbours = quarters([21_845, 21_846, 0, 65_535], np.uint16)
     return [
         good(
             "16-bit-grey-png-keyed",
-            png(near, 16, GREY, key(21_845)),
+            png(neighbours, 16, GREY, trns_colour(21_845)),
             DEEP,
             ALPHA,
             colours=greys(255, 85, 0, 255),
         ),
         good(
             "16-bit-rgb-png-keyed",
-            png(wide(QUARTERS), 16, RGB, key(*(value * 257 for value in RED))),
+            png(to_16_bit(QUARTERS), 16, RGB, trns_colour(*(value * 257 for value in RED))),
             ALPHA,
             colours=(WHITE, *QUARTERS[1:]),
         ),
         good(
-            "16-bit-rgb-png-keyed-on-nothing",
-            png(wide(QUARTERS), 16, RGB, key(*RED)),
+            "16-bit-rgb-png-keyed-unused-colour",
+            png(to_16_bit(QUARTERS), 16, RGB, trns_colour(*RED)),
             ALPHA,
         ),
         *(
             good(
                 f"{depth}-bit-grey-png-keyed",
-                png(quarters([0, 1, top - 1, top]), depth, GREY, key(1)),
+                png(quarters([0, 1, top - 1, top]), depth, GREY, trns_colour(1)),
                 ALPHA,
                 colours=greys(0, 255, (top - 1) * 255 // top, 255),
             )
@@ -138,13 +142,13 @@ def keyed() -> list[Item]:
         ),
         good(
             "1-bit-png-keyed",
-            png(quarters([0, 1, 1, 0]), 1, GREY, key(0)),
+            png(quarters([0, 1, 1, 0]), 1, GREY, trns_colour(0)),
             ALPHA,
             colours=greys(255, 255, 255, 255),
         ),
         good(
             "rgb-png-keyed",
-            png(quarters(list(QUARTERS)), 8, RGB, key(*YELLOW)),
+            png(quarters(list(QUARTERS)), 8, RGB, trns_colour(*YELLOW)),
             ALPHA,
             colours=(*QUARTERS[:3], WHITE),
         ),
@@ -153,8 +157,8 @@ def keyed() -> list[Item]:
 
 def items() -> list[Item]:
     ramp = greys(*STEPS)
-    by_12 = quarters([0, 1365, 2730, 4095], np.uint16)
-    found = [*sixteen(), *keyed()]
+    ramp_12_bit = quarters([0, 1365, 2730, 4095], np.uint16)
+    found = [*sixteen_bit_items(), *colour_key_items()]
     found += [
         good(f"{depth}-bit-grey-png", png(quarters([0, 1, 1, top]), depth, GREY), colours=colours)
         for depth, top, colours in (
@@ -169,10 +173,10 @@ def items() -> list[Item]:
         ),
         good(
             "1-bit-tiff-white-is-zero",
-            tiff(tags([1], 0), rows_of(RAMP > 0)),
+            tiff(tags([1], 0), pack_1_bit(RAMP > 0)),
             colours=greys(255, 0, 0, 0),
         ),
-        good("12-bit-tiff", tiff(tags([12], 1), twelve(by_12)), DEEP, colours=ramp),
+        good("12-bit-tiff", tiff(tags([12], 1), pack_12_bit(ramp_12_bit)), DEEP, colours=ramp),
         good(
             "32-bit-tiff-in-16-bits",
             grey_tiff(RAMP.astype(np.int32), 32, 1, 2, "<"),
@@ -192,7 +196,7 @@ def items() -> list[Item]:
             colours=ramp,
         ),
         good(
-            "32-bit-tiff-below-nought",
+            "32-bit-tiff-below-zero",
             grey_tiff(RAMP.astype(np.int32) * 1000 - 40_000_000, 32, 1, 2, "<"),
             DEEP,
             colours=ramp,
@@ -200,9 +204,9 @@ def items() -> list[Item]:
         good("float-tiff-to-1", floats(0, 1 / 3, 2 / 3, 1), FLOAT, colours=ramp),
         good("float-tiff-to-255", floats(0, 85, 170, 255), FLOAT, colours=ramp),
         good("float-tiff-to-65535", floats(0, 21_845, 43_690, 65_535), FLOAT, colours=ramp),
-        good("float-tiff-beyond", floats(0, 1e9, 2e9, 3e9), FLOAT, colours=ramp),
+        good("float-tiff-above-65535", floats(0, 1e9, 2e9, 3e9), FLOAT, colours=ramp),
         good(
-            "float-tiff-below-nought",
+            "float-tiff-below-zero",
             floats(-1.5, -0.5, 0.5, 1),
             FLOAT,
             colours=greys(0, 102, 204, 255),
@@ -210,20 +214,22 @@ def items() -> list[Item]:
         good("float-tiff-flat", floats(0, 0, 0, 0), FLOAT, colours=greys(0, 0, 0, 0)),
         good("float-tiff-largest", floats(0, 0, 0, 3.4e38), FLOAT, colours=greys(0, 0, 0, 255)),
         bad("float-tiff-not-a-number", floats(0, 1, float("nan"), 1)),
-        bad("float-tiff-without-end", floats(0, 1, 1, float("-inf"))),
+        bad("float-tiff-infinity", floats(0, 1, 1, float("-inf"))),
         good(
             "8-bit-tiff-white-is-zero",
             tiff(tags([8], 0), quarters(list(STEPS)).tobytes()),
             colours=greys(*STEPS[::-1]),
         ),
-        # Kinds of TIFF that Pillow doesn't know: refused, never guessed.
+        # Sample formats that Pillow does not support.
         bad("64-bit-float-tiff", grey_tiff(RAMP.astype(np.float64), 64, 1, 3, "<")),
         bad("16-bit-float-tiff", grey_tiff(DARK.astype(np.float16), 16, 1, 3, "<")),
-        bad("32-bit-rgb-tiff", tiff(tags([32] * 3, 2), wide(QUARTERS).astype("<u4").tobytes())),
+        bad(
+            "32-bit-rgb-tiff", tiff(tags([32] * 3, 2), to_16_bit(QUARTERS).astype("<u4").tobytes())
+        ),
     ]
     return found
 
 
-def rows_of(bits: np.ndarray) -> bytes:
-    """1 bit a sample, as TIFF packs them."""
+def pack_1_bit(bits: np.ndarray) -> bytes:
+    """1 bit per sample, packed as in TIFF."""
     return np.packbits(bits, axis=1).tobytes()

@@ -1,4 +1,4 @@
-"""BMP: depths, headers, run lengths and bit fields."""
+"""BMP: depths, headers, run-length encoding and bit fields."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.robustness.scene import (
 RAW, RLE8, RLE4, FIELDS, JPEG = range(5)
 BGR = SCENE[..., ::-1]
 ALPHA = "alpha-on-background"
-QUADS = b"".join(COLOURS[at : at + 3][::-1] + b"\0" for at in range(0, 12, 3))
-UPSIDE_DOWN = INDICES[::-1]
+PALETTE = b"".join(COLOURS[at : at + 3][::-1] + b"\0" for at in range(0, 12, 3))
+BOTTOM_UP = INDICES[::-1]
 
 
 def bmp(
@@ -40,7 +40,7 @@ def bmp(
     header: int = 40,
     colours: int | None = None,
 ) -> bytes:
-    """Masks stand behind the header's 40 bytes, inside it or after it."""
+    """A BMP file. masks: after the first 40 bytes of the header, inside it or behind it."""
     words = (*size, 1, bits, code, len(pixels), 2835, 2835)
     stated = len(palette) // 4 if colours is None else colours
     head = struct.pack("<IiiHHIIii", header, *words) + struct.pack("<II", stated, 0)
@@ -49,14 +49,14 @@ def bmp(
     return struct.pack("<2sIHHI", b"BM", start + len(pixels), 0, 0, start) + head + palette + pixels
 
 
-def packed(indices: np.ndarray, bits: int) -> bytes:
-    """Bottom row first, rows in whole words."""
+def pack_indices(indices: np.ndarray, bits: int) -> bytes:
+    """Rows of `bits` per pixel, bottom row first."""
     planes = (indices[::-1, :, None] >> np.arange(bits - 1, -1, -1)) & 1
     return np.packbits(planes.reshape(len(indices), -1), axis=1).tobytes()
 
 
-def sixteen(red: int, green: int, blue: int) -> bytes:
-    """So many bits for each colour."""
+def pack_16_bit(red: int, green: int, blue: int) -> bytes:
+    """16 bits per pixel, with the given numbers of bits per channel."""
     scaled = (
         (SCENE[::-1].astype(int) * (2 ** np.array([red, green, blue]) - 1) / 255)
         .round()
@@ -77,75 +77,79 @@ def run_lengths(indices: np.ndarray, four: bool = False) -> bytes:
     return b"\0\0".join(rows) + b"\0\1"
 
 
-def literal(indices: np.ndarray) -> bytes:
-    """Absolute mode: bytes as they are, in pairs."""
+def absolute_mode(indices: np.ndarray) -> bytes:
+    """RLE8 data in absolute mode: literal bytes."""
     return (
         b"".join(bytes([0, len(row)]) + row.tobytes() + b"\0\0" for row in indices[::-1]) + b"\0\1"
     )
 
 
-def four_bytes(last: np.ndarray | int) -> bytes:
+def with_fourth_byte(last: np.ndarray | int) -> bytes:
     spare = np.broadcast_to(np.asarray(last, np.uint8), SCENE.shape[:2])
     return np.dstack([BGR, spare])[::-1].tobytes()
 
 
 def items() -> list[Item]:
-    eight, plain = UPSIDE_DOWN.tobytes(), BGR[::-1].tobytes()
+    eight, plain = BOTTOM_UP.tobytes(), BGR[::-1].tobytes()
     core = (
         struct.pack("<2sIHHI", b"BM", 0, 0, 0, 26) + struct.pack("<IHHHH", 12, *SIZE, 1, 24) + plain
     )
-    shares = quarters([0, 255, 255, 0])
+    alpha = quarters([0, 255, 255, 0])
     rgba = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
-    cleared = (WHITE, *QUARTERS[1:3], WHITE)
+    on_white = (WHITE, *QUARTERS[1:3], WHITE)
     return [
         good("bmp-by-pillow", encode(scene(), "BMP")),
         good(
-            "bmp-1-bit", bmp(packed(INDICES % 2, 1), 1, palette=QUADS[:8]), colours=QUARTERS[:2] * 2
+            "bmp-1-bit",
+            bmp(pack_indices(INDICES % 2, 1), 1, palette=PALETTE[:8]),
+            colours=QUARTERS[:2] * 2,
         ),
-        good("bmp-4-bit", bmp(packed(INDICES, 4), 4, palette=QUADS)),
-        good("bmp-8-bit", bmp(eight, 8, palette=QUADS)),
-        good("bmp-16-bit", bmp(sixteen(5, 5, 5), 16), tolerance=8),
+        good("bmp-4-bit", bmp(pack_indices(INDICES, 4), 4, palette=PALETTE)),
+        good("bmp-8-bit", bmp(eight, 8, palette=PALETTE)),
+        good("bmp-16-bit", bmp(pack_16_bit(5, 5, 5), 16), tolerance=8),
         good(
             "bmp-16-bit-565",
-            bmp(sixteen(5, 6, 5), 16, FIELDS, masks=(0xF800, 0x7E0, 0x1F)),
+            bmp(pack_16_bit(5, 6, 5), 16, FIELDS, masks=(0xF800, 0x7E0, 0x1F)),
             tolerance=8,
         ),
         good("bmp-24-bit", bmp(plain, 24)),
         good("bmp-24-bit-top-down", bmp(BGR.tobytes(), 24, size=(64, -32))),
-        good("bmp-8-bit-top-down", bmp(INDICES.tobytes(), 8, size=(64, -32), palette=QUADS)),
-        good("bmp-32-bit", bmp(four_bytes(0), 32)),
-        good("bmp-32-bit-fields", bmp(four_bytes(0), 32, FIELDS, masks=rgba[:3])),
+        good("bmp-8-bit-top-down", bmp(INDICES.tobytes(), 8, size=(64, -32), palette=PALETTE)),
+        good("bmp-32-bit", bmp(with_fourth_byte(0), 32)),
+        good("bmp-32-bit-fields", bmp(with_fourth_byte(0), 32, FIELDS, masks=rgba[:3])),
         good(
             "bmp-v4-alpha",
-            bmp(four_bytes(shares), 32, FIELDS, masks=rgba, header=108),
+            bmp(with_fourth_byte(alpha), 32, FIELDS, masks=rgba, header=108),
             ALPHA,
-            colours=cleared,
+            colours=on_white,
         ),
         good(
             "bmp-v5-alpha",
-            bmp(four_bytes(shares), 32, FIELDS, masks=rgba, header=124),
+            bmp(with_fourth_byte(alpha), 32, FIELDS, masks=rgba, header=124),
             ALPHA,
-            colours=cleared,
+            colours=on_white,
         ),
-        good("bmp-v5-opaque", bmp(four_bytes(255), 32, FIELDS, masks=rgba, header=124), ALPHA),
+        good(
+            "bmp-v5-opaque", bmp(with_fourth_byte(255), 32, FIELDS, masks=rgba, header=124), ALPHA
+        ),
         good("bmp-v5", bmp(plain, 24, header=124)),
         good("bmp-os2", core),
-        good("bmp-rle8", bmp(run_lengths(INDICES), 8, RLE8, palette=QUADS)),
-        good("bmp-rle8-literal", bmp(literal(INDICES), 8, RLE8, palette=QUADS)),
-        good("bmp-rle4", bmp(run_lengths(INDICES, four=True), 4, RLE4, palette=QUADS)),
+        good("bmp-rle8", bmp(run_lengths(INDICES), 8, RLE8, palette=PALETTE)),
+        good("bmp-rle8-literal", bmp(absolute_mode(INDICES), 8, RLE8, palette=PALETTE)),
+        good("bmp-rle4", bmp(run_lengths(INDICES, four=True), 4, RLE4, palette=PALETTE)),
         good("bmp-odd-width", encode(scene().crop((0, 0, 63, 32)), "BMP"), size=(63, 32)),
-        good("bmp-rubbish-behind", bmp(plain, 24) + bytes(999)),
-        good("bmp-gap-before-the-pixels", moved(bmp(plain, 24), 64)),
-        bad("bmp-rle8-too-short", bmp(run_lengths(INDICES[16:]), 8, RLE8, palette=QUADS)),
-        bad("bmp-rle8-without-pixels", bmp(b"\0\1", 8, RLE8, palette=QUADS)),
+        good("bmp-trailing-garbage", bmp(plain, 24) + bytes(999)),
+        good("bmp-gap-before-the-pixels", with_gap(bmp(plain, 24), 64)),
+        bad("bmp-rle8-too-short", bmp(run_lengths(INDICES[16:]), 8, RLE8, palette=PALETTE)),
+        bad("bmp-rle8-without-pixels", bmp(b"\0\1", 8, RLE8, palette=PALETTE)),
         bad("bmp-with-a-jpeg-inside", bmp(encode(noise(), "JPEG"), 24, JPEG)),
-        bad("bmp-strange-fields", bmp(four_bytes(0), 32, FIELDS, masks=(1, 2, 4))),
+        bad("bmp-invalid-fields", bmp(with_fourth_byte(0), 32, FIELDS, masks=(1, 2, 4))),
         bad("bmp-64-bit", bmp(bytes(64 * 32 * 8), 64)),
         bad("bmp-too-few-rows", bmp(plain[:-192], 24)),
-        bad("bmp-of-no-width", bmp(plain, 24, size=(0, 32)), "not-an-image"),
+        bad("bmp-zero-width", bmp(plain, 24, size=(0, 32)), "not-an-image"),
         bad("bmp-unknown-header", bmp(plain, 24, header=41)),
     ]
 
 
-def moved(data: bytes, gap: int) -> bytes:
+def with_gap(data: bytes, gap: int) -> bytes:
     return data[:10] + struct.pack("<I", 54 + gap) + data[14:54] + bytes(gap) + data[54:]

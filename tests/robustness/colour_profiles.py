@@ -1,4 +1,4 @@
-"""ICC profiles: obeyed where they fit the picture, left alone where they don't."""
+"""ICC profiles: applied if they match the image's colour space, ignored otherwise."""
 
 from __future__ import annotations
 
@@ -21,79 +21,82 @@ from tests.robustness.scene import (
     WHITE,
     Item,
     encode,
-    fine,
+    encode_best,
     good,
     greys,
     quarters,
     scene,
 )
-from tests.robustness.transparency import clear, grey_alpha, paletted
+from tests.robustness.transparency import grey_alpha, paletted, with_alpha
 
 ALPHA, ICC = "alpha-on-background", "icc-to-srgb"
 
 
 def items() -> list[Item]:
-    srgb, lab = made_by_lcms("sRGB"), made_by_lcms("LAB")
+    srgb, lab = lcms_profile("sRGB"), lcms_profile("LAB")
     linear, swapped, grey = (
         icc_profiles.rgb(),
         icc_profiles.rgb(2.2, swapped=True),
         icc_profiles.grey(),
     )
-    lifted = tuple(icc_profiles.lifted(colour) for colour in QUARTERS)
+    brighter = tuple(icc_profiles.linear_to_srgb(colour) for colour in QUARTERS)
     exchanged = tuple((green, red, blue) for red, green, blue in QUARTERS)
-    dull = np.asarray(scene().convert("L"))
-    shades = tuple((int(v),) * 3 for v in dull[[0, 0, -1, -1], [0, -1, 0, -1]])
-    bright = tuple(icc_profiles.lifted(shade) for shade in shades)
+    grey_pixels = np.asarray(scene().convert("L"))
+    shades = tuple((int(v),) * 3 for v in grey_pixels[[0, 0, -1, -1], [0, -1, 0, -1]])
+    bright = tuple(icc_profiles.linear_to_srgb(shade) for shade in shades)
     pairs = grey_alpha((90, 0), (90, 255), (0, 255), (255, 255))
-    lit = icc_profiles.lifted((90, 90, 90))
+    lifted_grey = icc_profiles.linear_to_srgb((90, 90, 90))
     found = [
         good(
             f"icc-linear-{kind}",
-            fine(scene(), kind, icc_profile=linear),
+            encode_best(scene(), kind, icc_profile=linear),
             ICC,
-            colours=lifted,
+            colours=brighter,
             tolerance=12 if kind in ("JPEG", "AVIF") else 3,
         )
         for kind in ("PNG", "JPEG", "WEBP", "TIFF", "AVIF")
     ]
     found += [
         good(
-            "icc-exchanged-png",
-            fine(scene(), "PNG", icc_profile=swapped),
+            "icc-red-green-swapped-png",
+            encode_best(scene(), "PNG", icc_profile=swapped),
             ICC,
             colours=exchanged,
             tolerance=8,
         ),
         *(
-            good(f"icc-{name}-png", fine(scene(), "PNG", icc_profile=profile))
+            good(f"icc-{name}-png", encode_best(scene(), "PNG", icc_profile=profile))
             for name, profile in {
                 "srgb": srgb,
                 "broken": b"not a profile",
                 "cut-short": linear[:200],
-                "nought": bytes(500),
+                "zeros": bytes(500),
                 "lab": lab,
-                "of-grey-on-colour": grey,
-                "of-inks-on-colour": icc_profiles.cmyk(),
+                "grey-on-rgb": grey,
+                "cmyk-on-rgb": icc_profiles.cmyk(),
             }.items()
         ),
         good(
-            "icc-grey-png", fine(scene().convert("L"), "PNG", icc_profile=grey), ICC, colours=bright
+            "icc-grey-png",
+            encode_best(scene().convert("L"), "PNG", icc_profile=grey),
+            ICC,
+            colours=bright,
         ),
         good(
             "icc-grey-jpeg",
-            fine(scene().convert("L"), "JPEG", icc_profile=grey),
+            encode_best(scene().convert("L"), "JPEG", icc_profile=grey),
             ICC,
             colours=bright,
             tolerance=4,
         ),
         good(
-            "icc-of-colour-on-grey",
-            fine(scene().convert("L"), "PNG", icc_profile=linear),
+            "icc-rgb-on-grey",
+            encode_best(scene().convert("L"), "PNG", icc_profile=linear),
             colours=shades,
         ),
         good(
             "icc-grey-16-bit",
-            encode(Image.fromarray(dull.astype(np.uint16) * 257), "PNG", icc_profile=grey),
+            encode(Image.fromarray(grey_pixels.astype(np.uint16) * 257), "PNG", icc_profile=grey),
             "16-bit-scaled",
             ICC,
             colours=bright,
@@ -103,51 +106,51 @@ def items() -> list[Item]:
             png(pairs, 8, GREY_ALPHA, iccp(grey)),
             ALPHA,
             ICC,
-            colours=(WHITE, lit, *greys(0, 255)),
+            colours=(WHITE, lifted_grey, *greys(0, 255)),
         ),
         good(
             "icc-rgba",
-            fine(clear((0, 255, 255, 255)), "PNG", icc_profile=linear),
+            encode_best(with_alpha((0, 255, 255, 255)), "PNG", icc_profile=linear),
             ALPHA,
             ICC,
-            colours=(WHITE, *lifted[1:]),
+            colours=(WHITE, *brighter[1:]),
         ),
-        good("icc-palette", paletted(icc_profile=linear), ICC, colours=lifted),
+        good("icc-palette", paletted(icc_profile=linear), ICC, colours=brighter),
         good(
             "icc-palette-keyed",
             paletted(icc_profile=linear, transparency=0),
             ALPHA,
             ICC,
-            colours=(WHITE, *lifted[1:]),
+            colours=(WHITE, *brighter[1:]),
         ),
         good(
             "icc-cmyk-jpeg",
-            fine(inked(), "JPEG", icc_profile=icc_profiles.cmyk()),
+            encode_best(cyan_and_yellow(), "JPEG", icc_profile=icc_profiles.cmyk()),
             ICC,
             colours=greys(0, 255, 0, 255),
             tolerance=6,
         ),
         good(
             "icc-cmyk-tiff",
-            fine(inked(), "TIFF", icc_profile=icc_profiles.cmyk()),
+            encode_best(cyan_and_yellow(), "TIFF", icc_profile=icc_profiles.cmyk()),
             ICC,
             colours=greys(0, 255, 0, 255),
         ),
         good(
-            "icc-of-colour-on-cmyk",
-            fine(scene().convert("CMYK"), "TIFF", icc_profile=linear),
+            "icc-rgb-on-cmyk",
+            encode_best(scene().convert("CMYK"), "TIFF", icc_profile=linear),
             "cmyk-to-rgb",
         ),
         good(
             "icc-in-parts",
-            into_jpeg(fine(scene(), "JPEG"), *parts(linear, 2)),
+            into_jpeg(encode_best(scene(), "JPEG"), *icc_segments(linear, 2)),
             ICC,
-            colours=lifted,
+            colours=brighter,
             tolerance=12,
         ),
         good(
             "icc-a-part-is-missing",
-            into_jpeg(fine(scene(), "JPEG"), *parts(linear, 2)[:1]),
+            into_jpeg(encode_best(scene(), "JPEG"), *icc_segments(linear, 2)[:1]),
             tolerance=8,
         ),
         good("icc-not-deflated", png(SCENE, 8, 2, chunk(b"iCCP", b"x\0\0" + linear))),
@@ -155,14 +158,14 @@ def items() -> list[Item]:
     return found
 
 
-def made_by_lcms(space: str) -> bytes:
-    """A profile, without the time at which it was made."""
+def lcms_profile(space: str) -> bytes:
+    """A profile by LittleCMS, with its creation time set to zero."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile(space)).tobytes()
     return profile[:24] + bytes(12) + profile[36:]
 
 
-def inked() -> Image.Image:
-    """Cyan to the left, yellow to the right."""
+def cyan_and_yellow() -> Image.Image:
+    """A CMYK image: cyan on the left, yellow on the right."""
     return Image.fromarray(quarters([(255, 0, 0, 0), (0, 0, 255, 0)] * 2), "CMYK")
 
 
@@ -170,8 +173,8 @@ def iccp(profile: bytes) -> bytes:
     return chunk(b"iCCP", b"x\0\0" + zlib.compress(profile))
 
 
-def parts(profile: bytes, count: int) -> list[bytes]:
-    """A profile over several segments of a JPEG, the last first."""
+def icc_segments(profile: bytes, count: int) -> list[bytes]:
+    """APP2 segments of a JPEG with the profile in `count` parts, in reverse order."""
     size = -(-len(profile) // count)
     cut = [profile[at : at + size] for at in range(0, len(profile), size)]
     made = [

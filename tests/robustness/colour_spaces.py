@@ -1,4 +1,4 @@
-"""Colours that are not red, green and blue: inks, and light apart from colour."""
+"""Colour spaces other than RGB: CMYK, YCCK, YCbCr, Lab."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from tests.robustness.scene import (
     SCENE,
     Item,
     encode,
-    fine,
+    encode_best,
     good,
     greys,
     scene,
 )
 
+CMYK = "cmyk-to-rgb"
+
 
 def items() -> list[Item]:
     cmyk = scene().convert("CMYK")
-    said = "cmyk-to-rgb"
-    plain = fine(cmyk, "JPEG")
+    plain = encode_best(cmyk, "JPEG")
     mark = plain.index(b"\xff\xee\x00\x0eAdobe")
-    unmarked = plain[:mark] + plain[mark + 16 :]
-    # As stored: luminance and chrominance of the inverse colours, and no black.
+    without_marker = plain[:mark] + plain[mark + 16 :]
+    # YCCK as stored: YCbCr of the inverted colours, and no black.
     ycck = Image.merge(
-        "CMYK", [*inverse(Image.fromarray(255 - SCENE)), Image.new("L", scene().size)]
+        "CMYK", [*inverted_ycbcr(Image.fromarray(255 - SCENE)), Image.new("L", scene().size)]
     )
-    luminous = bytearray(fine(ycck, "JPEG"))
-    luminous[luminous.index(b"Adobe") + 11] = 2
-    deep = np.asarray(cmyk).astype("<u2") * 257
+    ycck_jpeg = bytearray(encode_best(ycck, "JPEG"))
+    ycck_jpeg[ycck_jpeg.index(b"Adobe") + 11] = 2
+    cmyk_16_bit = np.asarray(cmyk).astype("<u2") * 257
     return [
-        good("cmyk-jpeg", plain, said, tolerance=10),
-        good("cmyk-jpeg-unmarked", unmarked, said, tolerance=10),
-        good("ycck-jpeg", bytes(luminous), said, tolerance=10),
-        good("cmyk-tiff", fine(cmyk, "TIFF"), said),
-        good("cmyk-tiff-16-bit", tiff(tags([16] * 4, 5), deep.tobytes()), said),
+        good("cmyk-jpeg", plain, CMYK, tolerance=10),
+        good("cmyk-jpeg-unmarked", without_marker, CMYK, tolerance=10),
+        good("ycck-jpeg", bytes(ycck_jpeg), CMYK, tolerance=10),
+        good("cmyk-tiff", encode_best(cmyk, "TIFF"), CMYK),
+        good("cmyk-tiff-16-bit", tiff(tags([16] * 4, 5), cmyk_16_bit.tobytes()), CMYK),
         good(
             "cmyk-tiff-black",
-            fine(Image.new("CMYK", (64, 32), (0, 0, 0, 255)), "TIFF"),
-            said,
+            encode_best(Image.new("CMYK", (64, 32), (0, 0, 0, 255)), "TIFF"),
+            CMYK,
             colours=greys(0, 0, 0, 0),
         ),
         good("rgb-jpeg", encode(scene(), "JPEG", quality=95, keep_rgb=True), tolerance=8),
@@ -60,7 +61,7 @@ def items() -> list[Item]:
     ]
 
 
-def inverse(image: Image.Image) -> list[Image.Image]:
+def inverted_ycbcr(image: Image.Image) -> list[Image.Image]:
     return [band.point(lambda value: 255 - value) for band in image.convert("YCbCr").split()]
 
 

@@ -1,4 +1,4 @@
-"""All odd and broken files, each with what it must give."""
+"""The corpus: odd and broken image files, each with its expected result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files put together by hand, brick by brick, so that each brick can be wrong."""
+"""Build image files chunk by chunk, so that any part can be made wrong."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def header(width: int, height: int, depth: int, colour: int, interlace: int = 0)
 
 
 def rows(samples: npt.NDArray[np.generic], depth: int) -> bytes:
-    """Samples [height, width] or [height, width, channels], packed, each row behind filter 0."""
+    """Pack samples [height, width] or [height, width, channels]; each row starts with filter 0."""
     lines = samples.reshape(len(samples), -1)
     if depth == 16:
         return b"".join(b"\0" + line.astype(">u2").tobytes() for line in lines)
@@ -46,7 +46,7 @@ def png(
     before: bytes = b"",
     after: bytes = b"",
 ) -> bytes:
-    """A whole PNG; chunks `before` and `after` the data."""
+    """A complete PNG with additional chunks `before` and `after` IDAT."""
     body = chunk(b"IDAT", zlib.compress(rows(samples, depth)))
     head = header(samples.shape[1], samples.shape[0], depth, colour)
     return PNG_MAGIC + head + before + body + after + chunk(b"IEND")
@@ -63,7 +63,7 @@ def segment(marker: int, body: bytes) -> bytes:
 
 
 def into_jpeg(data: bytes, *segments: bytes) -> bytes:
-    """With more segments behind SOI."""
+    """Insert segments after SOI."""
     return data[:2] + b"".join(segments) + data[2:]
 
 
@@ -92,16 +92,16 @@ def gif_frame(
     flags: int = 0,
     claims: tuple[int, int] | None = None,
 ) -> bytes:
-    """An image block, its palette of 4 colours perhaps, and what stands before it.
+    """An image block with an optional local palette of 4 colours and a preceding control block.
 
-    Codes are 8 bits wide and cleared before they would grow, so that each is a byte.
+    LZW codes are 8 bits wide and the table is cleared before they grow, so that each is a byte.
     """
     width, height = claims or (indices.shape[1], indices.shape[0])
     own = 0x80 | 1 if palette else 0
     plain = indices.tobytes()
     codes = b"".join(b"\x80" + plain[i : i + 126] for i in range(0, len(plain), 126)) + b"\x81"
-    place = struct.pack("<HHHHB", *at, width, height, flags | own)
-    return control + b"," + place + palette + b"\7" + sub_blocks(codes)
+    descriptor = struct.pack("<HHHHB", *at, width, height, flags | own)
+    return control + b"," + descriptor + palette + b"\7" + sub_blocks(codes)
 
 
 def gif(
@@ -130,44 +130,47 @@ Tag = tuple[int, int, list[int]]
 def tiff(
     tags: list[Tag], *strips: bytes, order: str = "<", big: bool = False, tiled: bool = False
 ) -> bytes:
-    """One directory behind its data. tags: (number, type, values), without the strips' own."""
+    """A TIFF with its directory after the data. tags: (number, type, values), without offsets."""
     word, head = (LONG8, 16) if big else (LONG, 8)
     offsets, data = [], b""
     for strip in strips:
         offsets.append(head + len(data))
         data += strip + b"\0" * (len(strip) % 2)
-    place, length = (324, 325) if tiled else (273, 279)
+    offsets_tag, length = (324, 325) if tiled else (273, 279)
     entries = sorted(
-        [*tags, (place, word, offsets), (length, word, [len(strip) for strip in strips])]
+        [*tags, (offsets_tag, word, offsets), (length, word, [len(strip) for strip in strips])]
     )
     pointer = "Q" if big else "I"
     entry_size, start = (20, head + len(data)) if big else (12, head + len(data))
-    far = start + (8 if big else 2) + entry_size * len(entries) + (8 if big else 4)
-    room = 8 if big else 4
-    directory, beyond = b"", b""
+    overflow_start = start + (8 if big else 2) + entry_size * len(entries) + (8 if big else 4)
+    inline = 8 if big else 4
+    directory, overflow = b"", b""
     for number, kind, values in entries:
         letter = {1: "B", 2: "B", 3: "H", 4: "I", 5: "I", 7: "B", 11: "f", 16: "Q"}[kind]
         raw = struct.pack(f"{order}{len(values)}{letter}", *values)
         count = len(raw) // _BYTES[kind]
-        if len(raw) > room:
-            raw, beyond = struct.pack(order + pointer, far + len(beyond)), beyond + raw
+        if len(raw) > inline:
+            raw, overflow = (
+                struct.pack(order + pointer, overflow_start + len(overflow)),
+                overflow + raw,
+            )
         directory += struct.pack(f"{order}HH{pointer}", number, kind, count) + raw.ljust(
-            room, b"\0"
+            inline, b"\0"
         )
-    mark = {"<": b"II", ">": b"MM"}[order]
+    byte_order = {"<": b"II", ">": b"MM"}[order]
     if big:
-        first = mark + struct.pack(order + "HHHQ", 43, 8, 0, start)
+        first = byte_order + struct.pack(order + "HHHQ", 43, 8, 0, start)
         count = struct.pack(order + "Q", len(entries))
     else:
-        first = mark + struct.pack(order + "HI", 42, start)
+        first = byte_order + struct.pack(order + "HI", 42, start)
         count = struct.pack(order + "H", len(entries))
-    return first + data + count + directory + bytes(room) + beyond
+    return first + data + count + directory + bytes(inline) + overflow
 
 
 def tags(
     bits: list[int], photometric: int, *more: Tag, size: tuple[int, int] = SIZE, rows: int = 0
 ) -> list[Tag]:
-    """What every uncompressed TIFF needs, and `more`."""
+    """The required tags of an uncompressed TIFF, and `more`."""
     return [
         (256, LONG, [size[0]]),
         (257, LONG, [size[1]]),

@@ -1,10 +1,13 @@
-"""Mutants of the corpus against a real service: `python -m tests.robustness.fuzz --cases 100000`.
+"""Fuzz a real service with mutated images and requests.
 
-A case is one mutated picture, form or request head, and follows from the seed and its number
-alone. Pictures go in batches with a good photo beside each, some of them alone as well. What must
-hold: no 5xx but 503 and 504, the process lives and is ready, every answer has the documented
-shape, the library gives the same verdict, every good photo its own answer, and memory is bounded.
-A request that breaks this is saved as the bytes that were sent: `--replay FILE` sends them again.
+    python -m tests.robustness.fuzz --cases 100000 --seed 1
+
+A case is one mutated picture, form or request head, and depends only on the seed and its number.
+Pictures are sent in batches, each beside a valid photo, and some also as single requests. These
+must hold: no status 5xx except 503 and 504; the processes stay alive and ready; every answer has
+the documented format; the library gives the same result; the valid photos are answered as without
+the mutants; memory stays bounded. A request that violates one is saved as the bytes that were
+sent, and `--replay FILE` sends them again.
 """
 
 from __future__ import annotations
@@ -26,24 +29,25 @@ from typing import Any
 
 from tests.robustness import requests
 from tests.robustness.mutate import Mutator
-from tests.robustness.oracle import Answer, complaint
+from tests.robustness.oracle import Answer, check
 from tests.robustness.requests import Case
 from tests.support.live_server import Live, get, live, post
 from tests.support.tiny_bundle import photo, tiny_bundle
 
-PICTURES, ALONE, FORMS, HEADS = 16, 2, 4, 4  # of a round
+PICTURES, SINGLE, FORMS, HEADS = 16, 2, 4, 4  # per round
 MAX_PIXELS = 4_000_000
-GROWTH = 150_000_000
-"""Bytes of memory that the service may take beyond what it had after its first rounds."""
+MAX_GROWTH = 150_000_000
+"""Bytes by which the service's memory may grow after the warm-up rounds."""
 
-_PATIENCE = 30.0
-_WARM, _TELLING = 20, 5.0  # rounds before memory is compared, seconds between lines
-_FOR_HEADS = 0.3  # a head that promises more than it sends is waited for no longer
+_TIMEOUT = 30.0
+_HEAD_TIMEOUT = 0.3  # the service waits for bytes that a malformed head announces
+_WARM_UP = 20  # rounds before the reference value of the memory is taken
+_LOG_INTERVAL = 5.0  # seconds
 
 
 @dataclass
 class Report:
-    """What came of it. outcomes: how often each; faults: what was wrong and where it was saved."""
+    """Results. outcomes: the count of each. faults: descriptions with the file of the request."""
 
     cases: int = 0
     requests: int = 0
@@ -55,19 +59,19 @@ class Report:
 
     def __str__(self) -> str:
         rate = self.cases / max(self.seconds, 1e-9)
-        known = ", ".join(f"{name} {count}" for name, count in self.outcomes.most_common())
+        counts = ", ".join(f"{name} {count}" for name, count in self.outcomes.most_common())
         return (
             f"{self.cases} cases in {self.requests} requests, {self.seconds:.0f} s, {rate:.0f}/s, "
             f"slowest {self.slowest:.2f} s, memory +{self.grown / 1e6:.0f} MB, "
-            f"{len(self.faults)} faults\n  {known}"
+            f"{len(self.faults)} faults\n  {counts}"
         )
 
 
-class Fuzz:
-    """One service and what is known of it."""
+class Fuzzer:
+    """Sends cases to one service and collects the faults."""
 
     def __init__(self, server: Live, folder: Path) -> None:
-        """Ask for the good photos alone; `folder` takes requests that find a fault."""
+        """Get the answers of the valid photos. folder: for requests that reveal a fault."""
         self.server, self.folder = server, folder
         self.photos = [photo(seed) for seed in range(4)]
         self.good = tuple(post(f"{server.url}/predict", data).json() for data in self.photos)
@@ -76,40 +80,40 @@ class Fuzz:
         self.processes = processes(server.process.pid).keys()
 
     def round(self, seed: int, number: int) -> None:
-        """The cases of one round."""
+        """Send the cases of one round."""
         rng = random.Random(f"{seed}-{number}")
         mutants = [self.mutator.image(rng) for _ in range(PICTURES)]
         beside = [self.photos[n % len(self.photos)] for n in range(PICTURES)]
         pairs = zip(beside, mutants, strict=True)
-        wanted = [requests.batch(tuple(data for pair in pairs for data in pair))]
-        wanted += [requests.alone(data) for data in mutants[:ALONE]]
-        wanted += [requests.form(rng, [*mutants, *self.photos]) for _ in range(FORMS)]
-        wanted += [requests.head(rng, self.photos) for _ in range(HEADS)]
-        for order, case in enumerate(wanted):
-            self.ask(case, f"{seed}-{number}-{order}")
+        cases = [requests.batch(tuple(data for pair in pairs for data in pair))]
+        cases += [requests.single(data) for data in mutants[:SINGLE]]
+        cases += [requests.form(rng, [*mutants, *self.photos]) for _ in range(FORMS)]
+        cases += [requests.head(rng, self.photos) for _ in range(HEADS)]
+        for order, case in enumerate(cases):
+            self.send(case, f"{seed}-{number}-{order}")
         self.report.cases += PICTURES + FORMS + HEADS
 
-    def ask(self, case: Case, name: str) -> None:
-        """Send one request, judge the answer, and ask whether the service is as it was."""
+    def send(self, case: Case, name: str) -> None:
+        """Send one request, check the answer and that the service is still running."""
         start = time.perf_counter()
         answer = send(self.server.port, case)
         self.report.slowest = max(self.report.slowest, time.perf_counter() - start)
         self.report.requests += 1
-        # Before the library tries it here: what kills the one would kill the other.
-        wrong = self.dead()
-        if not wrong:
-            wrong, outcomes = complaint(case, answer, self.good, MAX_PIXELS)
-            self.report.outcomes.update(outcomes if case.kind != "alone" else [])
-        if wrong:
+        # Checked first: a request that crashes the service would crash the library here, too.
+        fault = self.exited()
+        if not fault:
+            fault, outcomes = check(case, answer, self.good, MAX_PIXELS)
+            self.report.outcomes.update(outcomes if case.kind != "single" else [])
+        if fault:
             path = self.folder / f"{name}.http"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(case.raw)
-            self.report.faults.append(f"{path}: {case.kind}: {wrong}")
+            self.report.faults.append(f"{path}: {case.kind}: {fault}")
 
-    def dead(self) -> str | None:
-        """Why the service is no longer what it was, or None."""
+    def exited(self) -> str | None:
+        """The fault, if the service has exited."""
         if self.server.process.poll() is not None:
-            return f"the service ended with {self.server.process.returncode}"
+            return f"the service exited with {self.server.process.returncode}"
         return None
 
     def ready(self) -> bool:
@@ -117,13 +121,13 @@ class Fuzz:
 
 
 def send(port: int, case: Case) -> Answer | None:
-    """Send bytes as they are; None is no answer."""
-    patience = _FOR_HEADS if case.kind == "head" else _PATIENCE
+    """Send the bytes of a request; None if there is no answer."""
+    timeout = _HEAD_TIMEOUT if case.kind == "head" else _TIMEOUT
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=patience) as line:
-            with suppress(OSError):  # it has heard enough, and may have answered
-                line.sendall(case.raw)
-            response = http.client.HTTPResponse(line, method=case.method)
+        with socket.create_connection(("127.0.0.1", port), timeout=timeout) as connection:
+            with suppress(OSError):  # the service may answer before it has read everything
+                connection.sendall(case.raw)
+            response = http.client.HTTPResponse(connection, method=case.method)
             response.begin()
             media_type = (response.getheader("content-type") or "").partition(";")[0]
             return Answer(response.status, media_type, response.read())
@@ -132,45 +136,46 @@ def send(port: int, case: Case) -> Answer | None:
 
 
 def processes(session: int) -> dict[int, int]:
-    """Number -> bytes that it holds, of the processes of a session; none where nobody tells."""
-    held = {}
+    """PID -> resident bytes of the processes of a session; empty on systems without /proc."""
+    resident = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, ValueError):  # it is gone meanwhile
+        with suppress(OSError, ValueError):  # the process has exited meanwhile
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if int(fields[3]) == session and fields[0] != "Z":
                 pages = int((folder / "statm").read_text().split()[1])
-                held[int(folder.name)] = pages * os.sysconf("SC_PAGE_SIZE")
-    return held
+                resident[int(folder.name)] = pages * os.sysconf("SC_PAGE_SIZE")
+    return resident
 
 
 def run(
-    fuzz: Fuzz, cases: int, seed: int, say: Callable[[str], None] = lambda line: None
+    fuzzer: Fuzzer, cases: int, seed: int, log: Callable[[str], None] = lambda line: None
 ) -> Report:
-    """Rounds until there were `cases`, the service died, or there are faults enough."""
-    report, start = fuzz.report, time.perf_counter()
-    told, number, base = start, 0, 0
-    while report.cases < cases and not fuzz.dead() and len(report.faults) < 20:
-        fuzz.round(seed, number)
+    """Send rounds until there are `cases` cases or 20 faults, or the service has exited."""
+    report, start = fuzzer.report, time.perf_counter()
+    logged, number, base = start, 0, 0
+    while report.cases < cases and not fuzzer.exited() and len(report.faults) < 20:
+        fuzzer.round(seed, number)
         number += 1
-        now, held = time.perf_counter(), processes(fuzz.server.process.pid)
-        if held.keys() != fuzz.processes:
-            report.faults.append(f"round {seed}-{number - 1}: a process ended, or was replaced")
-            fuzz.processes = held.keys()
-        base = base or (sum(held.values()) if number == _WARM else 0)
-        report.seconds, report.grown = now - start, sum(held.values()) - base if base else 0
-        if now - told > _TELLING:
-            told = now
-            say(str(report))
-    if report.grown > GROWTH:
+        now, resident = time.perf_counter(), processes(fuzzer.server.process.pid)
+        if resident.keys() != fuzzer.processes:
+            report.faults.append(f"round {seed}-{number - 1}: a process exited or was replaced")
+            fuzzer.processes = resident.keys()
+        total = sum(resident.values())
+        base = base or (total if number == _WARM_UP else 0)
+        report.seconds, report.grown = now - start, total - base if base else 0
+        if now - logged > _LOG_INTERVAL:
+            logged = now
+            log(str(report))
+    if report.grown > MAX_GROWTH:
         report.faults.append(f"memory grew by {report.grown} bytes")
-    if not fuzz.dead() and not fuzz.ready():
-        report.faults.append("the service is not ready any more")
+    if not fuzzer.exited() and not fuzzer.ready():
+        report.faults.append("the service is no longer ready")
     return report
 
 
 @contextmanager
 def service() -> Iterator[Live]:
-    """A service with a bundle of its own."""
+    """Run a service with a small bundle."""
     with tempfile.TemporaryDirectory(prefix="fledge-fuzz-") as name:
         folder = Path(name)
         limits = {"FLEDGE_MAX_PIXELS": str(MAX_PIXELS), "FLEDGE_DEVICE": "cpu"}
@@ -179,24 +184,29 @@ def service() -> Iterator[Live]:
 
 
 def replay(path: Path) -> str:
-    """Send a saved request again, and say what came back."""
+    """Send a saved request again; returns the answer and the service's log."""
     raw = path.read_bytes()
     case = Case("form", raw, method=raw.partition(b" ")[0].decode("latin-1"))
     with service() as server:
         answer: Any = send(server.port, case)
         time.sleep(0.2)
-        told = (
+        text = (
             f"{answer.status} {answer.media_type}\n{answer.body.decode('utf-8', 'replace')}"
             if answer
             else "no answer"
         )
-        ended = server.process.poll()
+        status = server.process.poll()
         log = server.log.read_text()
-    return f"{told}\n{'the service lives' if ended is None else f'it ended with {ended}'}\n{log}"
+    state = "the service is running" if status is None else f"the service exited with {status}"
+    return f"{text}\n{state}\n{log}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.robustness.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.robustness.fuzz",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--failures", type=Path, default=Path("build/fuzz"), metavar="DIR")
@@ -206,7 +216,7 @@ def main() -> int:
         print(replay(options.replay))
         return 0
     with service() as server:
-        report = run(Fuzz(server, options.failures), options.cases, options.seed, print)
+        report = run(Fuzzer(server, options.failures), options.cases, options.seed, print)
     print(report)
     for fault in report.faults:
         print(fault)

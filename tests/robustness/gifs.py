@@ -1,4 +1,4 @@
-"""GIF, block by block."""
+"""GIF: palettes, frames, disposal, extensions, broken blocks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ INTERLACED = np.concatenate(
 
 def items() -> list[Item]:
     frame, second = gif_frame(INDICES), gif_frame(OTHER)
-    clear = (WHITE, *QUARTERS[1:])
+    on_white = (WHITE, *QUARTERS[1:])
     comment = b"!\xfe" + sub_blocks(b"a comment " * 1000)
     loop = b"!\xff\x0bNETSCAPE2.0\3\1\0\0\0"
     return [
@@ -45,10 +45,10 @@ def items() -> list[Item]:
             "gif-keyed",
             gif(gif_frame(INDICES, control=gif_control(0, 0)), palette=COLOURS),
             ALPHA,
-            colours=clear,
+            colours=on_white,
         ),
         good(
-            "gif-keyed-on-nothing",
+            "gif-keyed-unused-colour",
             gif(gif_frame(INDICES, control=gif_control(0, 200)), palette=COLOURS),
             ALPHA,
         ),
@@ -57,8 +57,8 @@ def items() -> list[Item]:
             "gif-unknown-extension", gif(b"!\x42" + sub_blocks(b"?" * 300), frame, palette=COLOURS)
         ),
         good("gif-without-an-end", gif(frame, palette=COLOURS, end=b"")),
-        good("gif-rubbish-behind", gif(frame, palette=COLOURS) + bytes(1000)),
-        good("gif-rubbish-between", gif(b"\0\0\0", frame, palette=COLOURS)),
+        good("gif-trailing-garbage", gif(frame, palette=COLOURS) + bytes(1000)),
+        good("gif-garbage-between-blocks", gif(b"\0\0\0", frame, palette=COLOURS)),
         good("gif-two-frames", gif(loop, frame, second, palette=COLOURS), FIRST),
         good(
             "gif-two-frames-by-pillow",
@@ -67,18 +67,18 @@ def items() -> list[Item]:
         ),
         *(
             good(
-                f"gif-disposal-{disposal}{'-keyed' * (key is not None)}",
+                f"gif-disposal-{disposal}{'-keyed' * (transparent is not None)}",
                 gif(
-                    gif_frame(INDICES, control=gif_control(disposal, key)),
-                    gif_frame(OTHER, control=gif_control(disposal, key)),
+                    gif_frame(INDICES, control=gif_control(disposal, transparent)),
+                    gif_frame(OTHER, control=gif_control(disposal, transparent)),
                     palette=COLOURS,
                 ),
                 FIRST,
-                *([ALPHA] if key is not None else []),
-                colours=QUARTERS if key is None else clear,
+                *([ALPHA] if transparent is not None else []),
+                colours=QUARTERS if transparent is None else on_white,
             )
             for disposal in (1, 2, 3, 7)
-            for key in (None, 0)
+            for transparent in (None, 0)
         ),
         good(
             "gif-first-frame-covers-a-corner",
@@ -92,22 +92,22 @@ def items() -> list[Item]:
             gif(gif_frame(INDICES), palette=COLOURS, size=(10, 10)),
         ),
         good(
-            "gif-first-frame-says-it-is-clear",
+            "gif-first-frame-transparent",
             gif(gif_frame(INDICES * 0, control=gif_control(1, 0)), second, palette=COLOURS),
             FIRST,
             ALPHA,
             colours=(WHITE,) * 4,
         ),
-        good("gif-screen-of-nothing", gif(frame, palette=COLOURS, size=(0, 0))),
+        good("gif-zero-size-screen", gif(frame, palette=COLOURS, size=(0, 0))),
         bad(
-            "gif-first-frame-of-nothing",
+            "gif-zero-size-first-frame",
             gif(gif_frame(INDICES, claims=(0, 0)), second, palette=COLOURS),
         ),
         bad("gif-without-frames", gif(palette=COLOURS)),
         bad("gif-comments-only", gif(comment, palette=COLOURS)),
         bad("gif-header-only", b"GIF89a"),
         bad(
-            "gif-frame-of-nothing",
+            "gif-zero-size-frame",
             gif(gif_frame(INDICES, claims=(0, 0)), palette=COLOURS, size=(0, 0)),
         ),
         bad(

@@ -1,4 +1,4 @@
-"""ICC profiles made by hand, so that what they must do to a colour can be worked out on paper."""
+"""ICC profiles built by hand, whose effect on a colour is known exactly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _fixed(*values: float) -> bytes:
     return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
 
 
-def _profile(kind: bytes, space: bytes, meeting: bytes, tags: dict[bytes, bytes]) -> bytes:
+def _profile(kind: bytes, space: bytes, connection_space: bytes, tags: dict[bytes, bytes]) -> bytes:
     tags = {
         b"desc": b"desc\0\0\0\0\0\0\0\5test\0" + bytes(78),
         b"cprt": b"text\0\0\0\0none\0",
@@ -27,7 +27,9 @@ def _profile(kind: bytes, space: bytes, meeting: bytes, tags: dict[bytes, bytes]
     for name, data in tags.items():
         table += name + struct.pack(">II", start + len(body), len(data))
         body += data + bytes(-len(data) % 4)
-    head = struct.pack(">I4sI4s4s4s", start + len(body), b"none", 0x02400000, kind, space, meeting)
+    head = struct.pack(
+        ">I4sI4s4s4s", start + len(body), b"none", 0x02400000, kind, space, connection_space
+    )
     head += struct.pack(">6H4s", 2026, 1, 1, 0, 0, 0, b"acsp") + bytes(28) + _fixed(*_WHITE)
     return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
 
@@ -41,7 +43,7 @@ def _xyz(values: tuple[float, float, float]) -> bytes:
 
 
 def rgb(gamma: float = 1.0, swapped: bool = False) -> bytes:
-    """sRGB's primaries behind another curve; `swapped` exchanges red and green."""
+    """sRGB's primaries with another tone curve; `swapped` exchanges red and green."""
     red, green = (_GREEN, _RED) if swapped else (_RED, _GREEN)
     curve = _gamma(gamma)
     tags = {b"rXYZ": _xyz(red), b"gXYZ": _xyz(green), b"bXYZ": _xyz(_BLUE)}
@@ -54,7 +56,7 @@ def grey(gamma: float = 1.0) -> bytes:
 
 
 def cmyk() -> bytes:
-    """Inks of a strange press: whatever is printed, cyan alone decides between white and black."""
+    """A CMYK profile in which only cyan matters: 0 is white, full cyan is black."""
     straight = bytes(range(256))
     corners = b"".join(
         bytes([0, 128, 128]) if cyan else bytes([255, 128, 128])
@@ -66,8 +68,8 @@ def cmyk() -> bytes:
     return _profile(b"prtr", b"CMYK", b"Lab ", {b"A2B0": table, b"A2B1": table})
 
 
-def lifted(colour: Colour) -> Colour:
-    """A colour of linear light as sRGB writes it."""
+def linear_to_srgb(colour: Colour) -> Colour:
+    """A linear-light colour encoded with sRGB's transfer function, 0 to 255."""
     return tuple(_encoded(value / 255) for value in colour)  # type: ignore[return-value]
 
 

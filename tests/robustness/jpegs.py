@@ -1,4 +1,4 @@
-"""JPEG, segment by segment."""
+"""JPEG: coding modes, segments, frame headers, scans."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tests.robustness.scene import (
     Item,
     bad,
     encode,
-    fine,
+    encode_best,
     good,
     greys,
     scene,
 )
 
-PLAIN = fine(scene(), "JPEG")
+PLAIN = encode_best(scene(), "JPEG")
 GREYS = scene().convert("L")
 SHADES = greys(*(int(GREYS.getpixel(place)) for place in ((0, 0), (63, 0), (0, 31), (63, 31))))  # type: ignore[arg-type]
 
-# Four blocks in arithmetic code (SOF9), which Pillow doesn't write.
+# Four arithmetic-coded blocks (SOF9), which Pillow cannot write.
 ARITHMETIC = (
     b"\xff\xd8"
     + segment(0xDB, b"\0" + bytes([16] * 64))
@@ -33,14 +33,14 @@ ARITHMETIC = (
 )
 
 
-def resized(width: int, height: int, data: bytes = PLAIN) -> bytes:
-    """The frame header says another size."""
+def with_stated_size(width: int, height: int, data: bytes = PLAIN) -> bytes:
+    """Change the size in the frame header."""
     at = data.index(b"\xff\xc0") + 5
     return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
 
 
-def without(marker: int, data: bytes = PLAIN) -> bytes:
-    """All segments of a kind taken out."""
+def without_segments(marker: int, data: bytes = PLAIN) -> bytes:
+    """Remove all segments with a marker."""
     head, at = data[:2], 2
     while data[at + 1] != 0xDA:
         length = 2 + int.from_bytes(data[at + 2 : at + 4], "big")
@@ -49,19 +49,19 @@ def without(marker: int, data: bytes = PLAIN) -> bytes:
     return head + data[at:]
 
 
-def scan(data: bytes = PLAIN) -> int:
-    """Where the picture's data begin."""
+def scan_start(data: bytes = PLAIN) -> int:
+    """Offset of the first entropy-coded byte."""
     at = data.index(b"\xff\xda")
     return at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
 
 
-def precise(bits: int) -> bytes:
+def with_precision(bits: int) -> bytes:
     at = PLAIN.index(b"\xff\xc0") + 4
     return PLAIN[:at] + bytes([bits]) + PLAIN[at + 1 :]
 
 
-def of_two() -> bytes:
-    """What a camera with two lenses writes: two JPEGs and an index."""
+def mpo() -> bytes:
+    """A multi-picture file, as of a stereo camera: two JPEGs and an index."""
     return encode(
         scene(),
         "MPO",
@@ -74,37 +74,39 @@ def of_two() -> bytes:
 
 def items() -> list[Item]:
     many = b"".join(segment(0xE4, bytes(65_000)) for _ in range(20))
-    index = of_two().index(b"MPF\0")
-    torn = of_two()[: index + 4] + b"\xff" * 40 + of_two()[index + 44 :]
+    index = mpo().index(b"MPF\0")
+    broken_index = mpo()[: index + 4] + b"\xff" * 40 + mpo()[index + 44 :]
     data = {
         "baseline": PLAIN,
-        "progressive": fine(scene(), "JPEG", progressive=True),
-        "optimised": fine(scene(), "JPEG", optimize=True),
-        "restarts": fine(scene(), "JPEG", restart_marker_blocks=1),
-        "restarts-by-row": fine(scene(), "JPEG", restart_marker_rows=1),
-        "half-the-colour": encode(scene(), "JPEG", quality=95, subsampling="4:2:2"),
-        "quarter-of-the-colour": encode(scene(), "JPEG", quality=95, subsampling="4:2:0"),
-        "eighth-of-the-colour": encode(scene(), "JPEG", quality=95, subsampling="4:1:1"),
-        "rubbish-behind": PLAIN + b"\0\1\2 rubbish \xff\xd8\xff" * 50,
-        "twice": PLAIN + fine(scene().rotate(180), "JPEG"),
+        "progressive": encode_best(scene(), "JPEG", progressive=True),
+        "optimised": encode_best(scene(), "JPEG", optimize=True),
+        "restarts": encode_best(scene(), "JPEG", restart_marker_blocks=1),
+        "restarts-by-row": encode_best(scene(), "JPEG", restart_marker_rows=1),
+        "subsampling-422": encode(scene(), "JPEG", quality=95, subsampling="4:2:2"),
+        "subsampling-420": encode(scene(), "JPEG", quality=95, subsampling="4:2:0"),
+        "subsampling-411": encode(scene(), "JPEG", quality=95, subsampling="4:1:1"),
+        "trailing-garbage": PLAIN + b"\0\1\2 rubbish \xff\xd8\xff" * 50,
+        "two-jpegs": PLAIN + encode_best(scene().rotate(180), "JPEG"),
         "megabyte-of-segments": into_jpeg(PLAIN, many),
         "every-app-segment": into_jpeg(PLAIN, *(segment(0xE0 + n, b"?" * n) for n in range(16))),
         "comment": into_jpeg(PLAIN, segment(0xFE, b"\0\xff\xd9 a comment \xff\xda")),
-        "filled-up": PLAIN[:2] + b"\xff" * 100 + PLAIN[2:],
-        "rubbish-between-segments": PLAIN[:20] + b"\0\1\2\3" + PLAIN[20:],
-        "photo-in-a-segment": into_jpeg(PLAIN, segment(0xE5, fine(scene().rotate(180), "JPEG"))),
-        "without-jfif": without(0xE0),
-        "without-huffman-tables": without(0xC4),
+        "fill-bytes": PLAIN[:2] + b"\xff" * 100 + PLAIN[2:],
+        "garbage-between-segments": PLAIN[:20] + b"\0\1\2\3" + PLAIN[20:],
+        "photo-in-a-segment": into_jpeg(
+            PLAIN, segment(0xE5, encode_best(scene().rotate(180), "JPEG"))
+        ),
+        "without-jfif": without_segments(0xE0),
+        "without-huffman-tables": without_segments(0xC4),
         "zip-behind": PLAIN + b"PK\3\4" + bytes(26) + b"PK\5\6" + bytes(18),
         "script-in-a-comment": into_jpeg(PLAIN, segment(0xFE, b"*/=alert(1);/*")),
-        "torn-index-of-frames": torn,
+        "broken-mpf-index": broken_index,
     }
     found = [good(f"jpeg-{name}", value, tolerance=10) for name, value in data.items()]
     found += [
-        good("jpeg-grey", fine(GREYS, "JPEG"), colours=SHADES),
-        good("jpeg-grey-progressive", fine(GREYS, "JPEG", progressive=True), colours=SHADES),
+        good("jpeg-grey", encode_best(GREYS, "JPEG"), colours=SHADES),
+        good("jpeg-grey-progressive", encode_best(GREYS, "JPEG", progressive=True), colours=SHADES),
         good("jpeg-arithmetic", ARITHMETIC, size=(16, 16), colours=greys(254, 0, 64, 192)),
-        good("jpeg-of-two-frames", of_two(), "first-frame", tolerance=10),
+        good("jpeg-mpo-two-frames", mpo(), "first-frame", tolerance=10),
         good(
             "jpeg-quality-1",
             encode(Image.new("L", (64, 32), 200), "JPEG", quality=1),
@@ -113,29 +115,29 @@ def items() -> list[Item]:
         ),
         good(
             "jpeg-smaller-than-its-data",
-            resized(64, 16),
+            with_stated_size(64, 16),
             size=(64, 16),
             colours=QUARTERS[:2] * 2,
             tolerance=10,
         ),
-        # libjpeg makes grey of what is missing before the end, and tells nobody.
+        # libjpeg fills missing data before EOI with grey, without an error.
         good(
             "jpeg-larger-than-its-data",
-            resized(64, 64),
+            with_stated_size(64, 64),
             size=(64, 64),
             colours=(*QUARTERS[2:], *greys(128, 128)),
             tolerance=10,
         ),
-        bad("jpeg-rubbish-before", b"\0" + PLAIN, "not-an-image"),
-        bad("jpeg-line-break-before", b"\r\n" + PLAIN, "not-an-image"),
-        bad("jpeg-of-no-height", resized(64, 0)),
-        bad("jpeg-of-no-width", resized(0, 32)),
-        bad("jpeg-12-bit", precise(12)),
+        bad("jpeg-leading-garbage", b"\0" + PLAIN, "not-an-image"),
+        bad("jpeg-leading-line-break", b"\r\n" + PLAIN, "not-an-image"),
+        bad("jpeg-zero-height", with_stated_size(64, 0)),
+        bad("jpeg-zero-width", with_stated_size(0, 32)),
+        bad("jpeg-12-bit", with_precision(12)),
         bad("jpeg-lossless-differential", PLAIN.replace(b"\xff\xc0", b"\xff\xc7", 1)),
-        bad("jpeg-without-a-frame", without(0xC0)),
-        bad("jpeg-without-quantisation", without(0xDB)),
+        bad("jpeg-without-a-frame", without_segments(0xC0)),
+        bad("jpeg-without-quantisation", without_segments(0xDB)),
         bad("jpeg-without-a-scan", PLAIN[: PLAIN.index(b"\xff\xda")]),
-        bad("jpeg-scan-of-nothing", PLAIN[: scan()]),
+        bad("jpeg-empty-scan", PLAIN[: scan_start()]),
         bad(
             "jpeg-five-colours",
             PLAIN.replace(b"\x08\x00\x20\x00\x40\x03", b"\x08\x00\x20\x00\x40\x05", 1),
@@ -154,7 +156,7 @@ def items() -> list[Item]:
 
 
 def many_scans() -> bytes:
-    """Progressive, the last scan again and again."""
+    """A progressive JPEG that repeats its last scan 200 times."""
     data = encode(GREYS, "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:-2] + data[last:-2] * 200 + data[-2:]

@@ -1,4 +1,4 @@
-"""Mutations: what a bad disk, a bad line or a bad person makes of a file."""
+"""Random mutations of image files, as by corruption in storage or transfer, or by an attacker."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Parts = list[tuple[bytes, bytes]]
 
 
 def seeds() -> dict[str, list[bytes]]:
-    """Small files of the corpus, good and bad, by format."""
-    found: dict[str, list[bytes]] = {kind: [] for kind in MAGIC}
+    """Small files of the corpus by format."""
+    chunks: dict[str, list[bytes]] = {kind: [] for kind in MAGIC}
     for item in corpus.items():
         for kind, magic in MAGIC.items():
             if item.data.startswith(magic) and len(item.data) < 20_000:
-                # Of good ones more: mutants of broken ones mostly break where those do.
-                found[kind] += [item.data] * (4 if item.code is None else 1)
-    return found
+                # Valid files weigh more: mutants of broken files mostly fail in the same place.
+                chunks[kind] += [item.data] * (4 if item.code is None else 1)
+    return chunks
 
 
 class Mutator:
-    """Makes the same mutants of the same seeds from the same random numbers."""
+    """Makes mutants of the corpus; the same random numbers give the same mutants."""
 
     def __init__(self) -> None:
         self._seeds = seeds()
@@ -50,28 +50,30 @@ class Mutator:
 
 
 def bits(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    hurt = bytearray(data)
+    damaged = bytearray(data)
     for _ in range(rng.randint(1, 8)):
-        if hurt:
-            hurt[_place(rng, hurt)] ^= 1 << rng.randrange(8)
-    return bytes(hurt)
+        if damaged:
+            damaged[_position(rng, damaged)] ^= 1 << rng.randrange(8)
+    return bytes(damaged)
 
 
 def octets(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    hurt = bytearray(data)
+    damaged = bytearray(data)
     for _ in range(rng.randint(1, 6)):
-        if hurt:
-            hurt[_place(rng, hurt)] = rng.choice((0, 1, 127, 128, 254, 255, rng.randrange(256)))
-    return bytes(hurt)
+        if damaged:
+            damaged[_position(rng, damaged)] = rng.choice(
+                (0, 1, 127, 128, 254, 255, rng.randrange(256))
+            )
+    return bytes(damaged)
 
 
 def words(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """A length, an offset or a size becomes another, perhaps."""
+    """Overwrite 2, 4 or 8 bytes, which may be a length, an offset or a size."""
     form = rng.choice(("<H", ">H", "<I", ">I", "<Q"))
     size = struct.calcsize(form)
     if len(data) < size:
         return data
-    at = min(_place(rng, data), len(data) - size)
+    at = min(_position(rng, data), len(data) - size)
     value = rng.choice(EDGES) % 2 ** (8 * size)
     if rng.random() < 0.3:
         (old,) = struct.unpack_from(form, data, at)
@@ -108,82 +110,82 @@ def splice(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 
 def parts(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """Change whole chunks or segments, and put their lengths and sums right."""
-    for magic, apart, together in _STRUCTURES:
+    """Change whole chunks or segments, with correct lengths and checksums."""
+    for magic, split, join in _STRUCTURES:
         if data.startswith(magic):
-            mine, theirs = apart(data), apart(other) if other.startswith(magic) else []
-            return together(_rearranged(rng, mine, theirs))
+            own, others = split(data), split(other) if other.startswith(magic) else []
+            return join(_rearrange(rng, own, others))
     return words(rng, data, other)
 
 
-def _rearranged(rng: random.Random, mine: Parts, theirs: Parts) -> Parts:
-    if not mine:
-        return mine
-    at, to = rng.randrange(len(mine)), rng.randrange(len(mine))
-    kind, body = mine[at]
+def _rearrange(rng: random.Random, own: Parts, others: Parts) -> Parts:
+    if not own:
+        return own
+    at, to = rng.randrange(len(own)), rng.randrange(len(own))
+    kind, body = own[at]
     choice = rng.randrange(6)
     if choice == 0:
-        return mine[:at] + mine[at + 1 :]
+        return own[:at] + own[at + 1 :]
     if choice == 1:
-        return mine[:to] + [mine[at]] * rng.choice((1, 2, 200)) + mine[to:]
+        return own[:to] + [own[at]] * rng.choice((1, 2, 200)) + own[to:]
     if choice == 2:
-        mine[at], mine[to] = mine[to], mine[at]
-        return mine
-    if choice == 3 and theirs:
-        return [*mine[:to], rng.choice(theirs), *mine[to:]]
+        own[at], own[to] = own[to], own[at]
+        return own
+    if choice == 3 and others:
+        return [*own[:to], rng.choice(others), *own[to:]]
     if choice == 4:
-        return [*mine[:at], (rng.choice(mine + theirs)[0], body), *mine[at + 1 :]]
+        return [*own[:at], (rng.choice(own + others)[0], body), *own[at + 1 :]]
     change = rng.choice((bits, octets, words, cut, grow, repeat))
-    return [*mine[:at], (kind, change(rng, body, b"")), *mine[at + 1 :]]
+    return [*own[:at], (kind, change(rng, body, b"")), *own[at + 1 :]]
 
 
-def _png_apart(data: bytes) -> Parts:
-    found, at = [], len(PNG_MAGIC)
+def _split_png(data: bytes) -> Parts:
+    chunks, at = [], len(PNG_MAGIC)
     while at + 8 <= len(data):
         length = int.from_bytes(data[at : at + 4], "big")
-        found.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + length]))
+        chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + length]))
         at += 12 + length
-    return found
+    return chunks
 
 
-def _png_together(found: Parts) -> bytes:
-    return PNG_MAGIC + b"".join(chunk(kind, body) for kind, body in found)
+def _join_png(chunks: Parts) -> bytes:
+    return PNG_MAGIC + b"".join(chunk(kind, body) for kind, body in chunks)
 
 
-def _jpeg_apart(data: bytes) -> Parts:
-    """Segments, and all from the first scan on as a last one of its own kind."""
-    found, at = [], 2
+def _split_jpeg(data: bytes) -> Parts:
+    """Segments; everything from the first scan on is a last entry without a marker."""
+    chunks, at = [], 2
     while at + 4 <= len(data) and data[at] == 255 and data[at + 1] != 0xDA:
         length = int.from_bytes(data[at + 2 : at + 4], "big")
-        found.append((data[at + 1 : at + 2], data[at + 4 : at + 2 + length]))
+        chunks.append((data[at + 1 : at + 2], data[at + 4 : at + 2 + length]))
         at += 2 + length
-    return [*found, (b"", data[at:])]
+    return [*chunks, (b"", data[at:])]
 
 
-def _jpeg_together(found: Parts) -> bytes:
-    made = [segment(kind[0], body[:65_533]) if kind else body for kind, body in found]
-    return b"\xff\xd8" + b"".join(made)
+def _join_jpeg(chunks: Parts) -> bytes:
+    segments = [segment(kind[0], body[:65_533]) if kind else body for kind, body in chunks]
+    return b"\xff\xd8" + b"".join(segments)
 
 
-def _riff_apart(data: bytes) -> Parts:
-    found, at = [], 12
+def _split_riff(data: bytes) -> Parts:
+    chunks, at = [], 12
     while at + 8 <= len(data):
         length = int.from_bytes(data[at + 4 : at + 8], "little")
-        found.append((data[at : at + 4], data[at + 8 : at + 8 + length]))
+        chunks.append((data[at : at + 4], data[at + 8 : at + 8 + length]))
         at += 8 + length + length % 2
-    return found
+    return chunks
 
 
 _STRUCTURES: tuple[tuple[bytes, Callable[[bytes], Parts], Callable[[Parts], bytes]], ...] = (
-    (PNG_MAGIC, _png_apart, _png_together),
-    (b"\xff\xd8\xff", _jpeg_apart, _jpeg_together),
-    (b"RIFF", _riff_apart, lambda found: riff(*found)),
+    (PNG_MAGIC, _split_png, _join_png),
+    (b"\xff\xd8\xff", _split_jpeg, _join_jpeg),
+    (b"RIFF", _split_riff, lambda chunks: riff(*chunks)),
 )
 _CHANGES = (bits, octets, words, words, cut, grow, repeat, drop, swap, splice, *[parts] * 5)
 
 
-def _place(rng: random.Random, data: bytes | bytearray) -> int:
-    """Mostly in the head, where what the rest means is said."""
+def _position(rng: random.Random, data: bytes | bytearray) -> int:
+    """A random position, mostly in the header."""
     return rng.randrange(min(len(data), rng.choice((40, 200, len(data)))))
 
 

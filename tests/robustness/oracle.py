@@ -1,4 +1,4 @@
-"""What an answer of the service must look like, whatever was asked."""
+"""Checks of the service's answers that hold for any request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.errors import FledgeError
-from serving.imaging import decode as images
+from serving.imaging.decode import decode
 from tests.robustness.requests import Case
 
 CODES = {
@@ -16,7 +16,7 @@ CODES = {
     **{"not-an-image": 415, "unsupported-format": 415, "broken-image": 422, "overloaded": 429},
     **{"not-ready": 503, "deadline-exceeded": 504},
 }
-"""Those of README's table that may be; `failed` and `internal` are faults of ours."""
+"""Documented error codes and their status, without `failed` and `internal`, which are bugs."""
 
 _PROBLEM = {"type", "title", "status", "detail", "code"}
 _ANSWER = {"predictions", "model", "precision", "views", "confident", "applied"}
@@ -29,12 +29,12 @@ class Answer:
     body: bytes
 
 
-def complaint(
+def check(
     case: Case, answer: Answer | None, good: tuple[Any, ...], max_pixels: int
 ) -> tuple[str | None, list[str]]:
-    """What is wrong, or None, and the outcome of each picture or of the request.
+    """The fault of an answer, or None; and the outcome of each picture or of the request.
 
-    good: of each good photo beside the pictures, the answer that it has alone.
+    good: The answers of the valid photos in a batch, when each is sent as a single request.
     """
     try:
         return None, _outcomes(case, answer, good, max_pixels)
@@ -50,79 +50,79 @@ def _outcomes(
         return ["no answer"]
     assert answer.status < 500 or answer.status in (503, 504), f"status {answer.status}"
     if case.kind == "head" and not answer.media_type.startswith("application/"):
-        # What the HTTP server says itself, a page, and what has no body.
+        # Errors of the HTTP server itself, pages, and answers without a body.
         known = (200, 400) if answer.media_type.startswith("text/") else (400, 404, 413)
         assert answer.status in known or case.method == "HEAD", f"status {answer.status}"
         return [f"plain {answer.status}"]
     if case.kind == "head" and not answer.body:
-        assert case.method == "HEAD", "an answer of nothing"
+        assert case.method == "HEAD", "an empty answer"
         return [f"head {answer.status}"]
     value = json.loads(answer.body)
     if answer.status != 200:
         assert answer.media_type == "application/problem+json", answer.media_type
-        code = _problem(value, answer.status)
-        assert case.kind != "images" or code == "not-ready", f"a whole batch is answered {code}"
-        if case.kind == "alone":
-            return [_alone(case.pictures[0], {"error": value}, max_pixels)]
+        code = _check_problem(value, answer.status)
+        assert case.kind != "images" or code == "not-ready", f"the whole batch failed with {code}"
+        if case.kind == "single":
+            return [_check_picture(case.pictures[0], {"error": value}, max_pixels)]
         return [code]
     assert answer.media_type == "application/json", answer.media_type
     if case.kind == "images":
-        return _batch(case, value, good, max_pixels)
-    if case.kind == "alone":
-        return [_alone(case.pictures[0], value, max_pixels)]
+        return _check_batch(case, value, good, max_pixels)
+    if case.kind == "single":
+        return [_check_picture(case.pictures[0], value, max_pixels)]
     for item in value if isinstance(value, list) else [value]:
         if "error" in item:
-            _problem(item["error"], None)
+            _check_problem(item["error"], None)
         elif "predictions" in item:
-            _answer(item)
+            _check_answer(item)
     return ["ok"]
 
 
-def _batch(case: Case, value: Any, good: tuple[Any, ...], max_pixels: int) -> list[str]:
-    assert isinstance(value, list), "a batch is answered by a list"
-    assert len(value) == len(case.pictures), f"{len(value)} answers to {len(case.pictures)}"
+def _check_batch(case: Case, value: Any, good: tuple[Any, ...], max_pixels: int) -> list[str]:
+    assert isinstance(value, list), "the answer of a batch is not a list"
+    assert len(value) == len(case.pictures), f"{len(value)} of {len(case.pictures)} answers"
     for number, item in enumerate(value[::2]):
-        assert item == good[number % len(good)], f"a good neighbour was answered {item}"
+        assert item == good[number % len(good)], f"a valid photo got the answer {item}"
     return [
-        _alone(picture, item, max_pixels)
+        _check_picture(picture, item, max_pixels)
         for picture, item in zip(case.pictures[1::2], value[1::2], strict=True)
     ]
 
 
-def _alone(picture: bytes, item: Any, max_pixels: int) -> str:
-    """The outcome, which has to be the library's own."""
+def _check_picture(picture: bytes, item: Any, max_pixels: int) -> str:
+    """The outcome of a picture, which must be the same as the library's."""
     if "error" in item:
-        outcome = _problem(item["error"], None)
+        outcome = _check_problem(item["error"], None)
     else:
-        _answer(item)
+        _check_answer(item)
         outcome = "ok"
     try:
-        applied = list(images.decode(picture, max_pixels=max_pixels).applied)
-        own = "ok"
+        expected_applied = list(decode(picture, max_pixels=max_pixels).applied)
+        expected = "ok"
     except FledgeError as error:
-        own = error.code
+        expected = error.code
     except Exception as error:
         raise AssertionError(f"the library raises {error!r}") from error
     if outcome not in ("deadline-exceeded", "overloaded"):
-        assert outcome == own, f"the service says {outcome}, the library {own}"
-        assert outcome != "ok" or item["applied"] == applied, f"applied {item['applied']}"
+        assert outcome == expected, f"{outcome} by the service, {expected} by the library"
+        assert outcome != "ok" or item["applied"] == expected_applied, f"applied {item['applied']}"
     return outcome
 
 
-def _problem(value: Any, status: int | None) -> str:
-    assert isinstance(value, dict), f"a problem is {value!r}"
-    assert value.keys() == _PROBLEM, f"a problem has {list(value)}"
+def _check_problem(value: Any, status: int | None) -> str:
+    assert isinstance(value, dict), f"the problem is {value!r}"
+    assert value.keys() == _PROBLEM, f"the problem has the fields {list(value)}"
     code = str(value["code"])
     assert CODES.get(code) == value["status"], f"code {code} with status {value['status']}"
-    assert status in (None, value["status"]), f"status {status} of {value['status']}"
+    assert status in (None, value["status"]), f"status {status} with {value['status']} in the body"
     assert value["type"] == f"urn:fledge:problem:{code}", value["type"]
     assert "Traceback" not in value["detail"], value["detail"]
     assert "\n" not in value["detail"], value["detail"]
     return code
 
 
-def _answer(item: Any) -> None:
-    assert item.keys() >= _ANSWER, f"an answer has {list(item)}"
-    shares = [known["probability"] for known in item["predictions"]]
-    assert shares == sorted(shares, reverse=True), f"probabilities {shares}"
-    assert 0 < sum(shares) <= 1 + 1e-9, f"probabilities {shares}"
+def _check_answer(item: Any) -> None:
+    assert item.keys() >= _ANSWER, f"the answer has the fields {list(item)}"
+    values = [prediction["probability"] for prediction in item["predictions"]]
+    assert values == sorted(values, reverse=True), f"probabilities {values}"
+    assert 0 < sum(values) <= 1 + 1e-9, f"probabilities {values}"

@@ -1,4 +1,4 @@
-"""PNG, chunk by chunk."""
+"""PNG: chunks, checksums, interlacing, animation, bombs in compressed chunks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.robustness.scene import (
 FIRST, ALPHA = "first-frame", "alpha-on-background"
 HEAD, END = header(*SIZE, 8, RGB), chunk(b"IEND")
 PLAIN = zlib.compress(rows(SCENE, 8))
-# Left column and upper row of each pass, and the steps between its columns and rows.
+# First column and row of each pass, and the steps between its columns and rows.
 ADAM7 = (
     (0, 0, 8, 8),
     (4, 0, 8, 8),
@@ -46,17 +46,17 @@ ADAM7 = (
 )
 
 
-def whole(*body: bytes, head: bytes = HEAD) -> bytes:
+def assemble(*body: bytes, head: bytes = HEAD) -> bytes:
     return PNG_MAGIC + head + b"".join(body) + END
 
 
 def interlaced() -> bytes:
     passes = b"".join(rows(SCENE[y::down, x::right], 8) for x, y, right, down in ADAM7)
-    return whole(chunk(b"IDAT", zlib.compress(passes)), head=header(*SIZE, 8, RGB, 1))
+    return assemble(chunk(b"IDAT", zlib.compress(passes)), head=header(*SIZE, 8, RGB, 1))
 
 
 def animated(*, default: bool = False, cut: bool = False) -> bytes:
-    """Two frames, of which IDAT is the first or, with `default`, none."""
+    """An APNG of two frames; IDAT is the first one or, with `default`, not part of it."""
     turned = zlib.compress(rows(SCENE[::-1, ::-1], 8))
 
     def control(number: int) -> bytes:
@@ -68,7 +68,7 @@ def animated(*, default: bool = False, cut: bool = False) -> bytes:
         for n in (0, 2)[: 2 if default else 1]
     ]
     body = [chunk(b"acTL", struct.pack(">II", 2, 0)), *start, chunk(b"IDAT", PLAIN), *frames]
-    data = whole(*body)
+    data = assemble(*body)
     return data[: -len(turned)] if cut else data
 
 
@@ -76,12 +76,12 @@ def wrong_crc(kind: bytes, body: bytes) -> bytes:
     return chunk(kind, body, zlib.crc32(kind + body) ^ 1)
 
 
-def flipped() -> bytes:
-    """A bit of a pixel, so that neither the deflate stream's sum nor the chunk's is right."""
+def with_flipped_bit() -> bytes:
+    """Flip one bit of a pixel: the checksums of the deflate stream and the chunk are wrong."""
     stored = bytearray(zlib.compress(rows(SCENE, 8), 0))
     stored[1000] ^= 64
     body = bytes(stored)
-    return whole(chunk(b"IDAT", body, zlib.crc32(b"IDAT" + zlib.compress(rows(SCENE, 8), 0))))
+    return assemble(chunk(b"IDAT", body, zlib.crc32(b"IDAT" + zlib.compress(rows(SCENE, 8), 0))))
 
 
 def items() -> list[Item]:
@@ -93,35 +93,35 @@ def items() -> list[Item]:
     broken_row = bytearray(rows(SCENE, 8))
     broken_row[193 * 5] = 9
     return [
-        good("png", whole(idat)),
+        good("png", assemble(idat)),
         good("png-interlaced", interlaced()),
         good("png-interlaced-by-depth", png(INDICES, 2, PALETTE, PLTE)),
-        good("png-stored", whole(chunk(b"IDAT", zlib.compress(rows(SCENE, 8), 0)))),
+        good("png-stored", assemble(chunk(b"IDAT", zlib.compress(rows(SCENE, 8), 0)))),
         good("png-without-an-end", PNG_MAGIC + HEAD + idat),
-        good("png-rubbish-behind", whole(idat) + b"rubbish" * 100),
-        good("png-filled-up-to-a-megabyte", whole(idat).ljust(1_000_000, b"\0")),
-        good("png-empty-idat", whole(chunk(b"IDAT"), chunk(b"IDAT"), idat, chunk(b"IDAT"))),
+        good("png-trailing-garbage", assemble(idat) + b"rubbish" * 100),
+        good("png-padded-to-a-megabyte", assemble(idat).ljust(1_000_000, b"\0")),
+        good("png-empty-idat", assemble(chunk(b"IDAT"), chunk(b"IDAT"), idat, chunk(b"IDAT"))),
         good(
             "png-idat-byte-by-byte",
-            whole(*(chunk(b"IDAT", PLAIN[i : i + 1]) for i in range(len(PLAIN)))),
+            assemble(*(chunk(b"IDAT", PLAIN[i : i + 1]) for i in range(len(PLAIN)))),
         ),
-        good("png-too-many-rows", whole(idat, head=narrow), size=(64, 31)),
-        good("png-idat-wrong-crc", whole(wrong_crc(b"IDAT", PLAIN))),
-        good("png-wrong-crc-behind", whole(idat, wrong_crc(b"tEXt", b"a\0b"))),
-        good("png-long-text", whole(chunk(b"tEXt", text), idat)),
-        good("png-packed-text", whole(chunk(b"zTXt", packed), idat)),
-        good("png-packed-text-behind", whole(idat, chunk(b"zTXt", packed))),
-        good("png-unknown-chunks", whole(chunk(b"juNk", b"?"), idat, chunk(b"JUNK", b"?"))),
+        good("png-too-many-rows", assemble(idat, head=narrow), size=(64, 31)),
+        good("png-idat-wrong-crc", assemble(wrong_crc(b"IDAT", PLAIN))),
+        good("png-wrong-crc-behind", assemble(idat, wrong_crc(b"tEXt", b"a\0b"))),
+        good("png-long-text", assemble(chunk(b"tEXt", text), idat)),
+        good("png-compressed-text", assemble(chunk(b"zTXt", packed), idat)),
+        good("png-compressed-text-behind", assemble(idat, chunk(b"zTXt", packed))),
+        good("png-unknown-chunks", assemble(chunk(b"juNk", b"?"), idat, chunk(b"JUNK", b"?"))),
         good(
             "png-gamma-and-more",
-            whole(
+            assemble(
                 chunk(b"gAMA", struct.pack(">I", 45455)),
                 chunk(b"sRGB", b"\0"),
                 chunk(b"pHYs", struct.pack(">IIB", 0, 0, 1)),
                 idat,
             ),
         ),
-        good("png-palette-of-a-true-colour", whole(PLTE, idat)),
+        good("png-palette-of-a-true-colour", assemble(PLTE, idat)),
         good("png-animated", animated(), FIRST),
         good("png-animated-default", animated(default=True), FIRST),
         good("png-animated-cut-short", animated(cut=True), FIRST),
@@ -131,7 +131,7 @@ def items() -> list[Item]:
             FIRST,
         ),
         good(
-            "png-animated-clear",
+            "png-animated-transparent",
             encode(
                 Image.new("RGBA", SIZE),
                 "PNG",
@@ -147,28 +147,28 @@ def items() -> list[Item]:
             png(INDICES, 8, PALETTE, chunk(b"PLTE", PLTE[8:17])),
             colours=(*QUARTERS[:3], (0, 0, 0)),
         ),
-        bad("png-wrong-crc-before", whole(wrong_crc(b"tEXt", b"a\0b"), idat)),
+        bad("png-wrong-crc-before", assemble(wrong_crc(b"tEXt", b"a\0b"), idat)),
         bad("png-header-wrong-crc", PNG_MAGIC + HEAD[:-1] + b"!" + idat + END),
-        bad("png-flipped-bit", flipped()),
-        bad("png-packed-bomb", whole(chunk(b"zTXt", bomb), idat)),
-        bad("png-profile-bomb", whole(chunk(b"iCCP", bomb), idat)),
-        # Nothing says that rows are missing but their number, which Pillow does not look at.
-        good("png-too-few-rows", whole(idat, head=header(64, 33, 8, RGB)), size=(64, 33)),
-        bad("png-wider-than-its-rows", whole(idat, head=header(80, 32, 8, RGB))),
-        bad("png-of-nothing", whole(idat, head=header(0, 0, 8, RGB))),
-        bad("png-of-no-height", whole(idat, head=header(64, 0, 8, RGB))),
-        bad("png-depth-3", whole(idat, head=header(*SIZE, 3, RGB))),
-        bad("png-colour-7", whole(idat, head=header(*SIZE, 8, 7))),
-        bad("png-filter-9", whole(chunk(b"IDAT", zlib.compress(bytes(broken_row))))),
-        bad("png-without-idat", whole()),
-        bad("png-only-empty-idat", whole(chunk(b"IDAT"))),
-        bad("png-idat-not-deflated", whole(chunk(b"IDAT", rows(SCENE, 8)))),
+        bad("png-flipped-bit", with_flipped_bit()),
+        bad("png-compressed-text-bomb", assemble(chunk(b"zTXt", bomb), idat)),
+        bad("png-profile-bomb", assemble(chunk(b"iCCP", bomb), idat)),
+        # Pillow does not check the number of rows.
+        good("png-too-few-rows", assemble(idat, head=header(64, 33, 8, RGB)), size=(64, 33)),
+        bad("png-wider-than-its-rows", assemble(idat, head=header(80, 32, 8, RGB))),
+        bad("png-zero-size", assemble(idat, head=header(0, 0, 8, RGB))),
+        bad("png-zero-height", assemble(idat, head=header(64, 0, 8, RGB))),
+        bad("png-depth-3", assemble(idat, head=header(*SIZE, 3, RGB))),
+        bad("png-colour-7", assemble(idat, head=header(*SIZE, 8, 7))),
+        bad("png-filter-9", assemble(chunk(b"IDAT", zlib.compress(bytes(broken_row))))),
+        bad("png-without-idat", assemble()),
+        bad("png-only-empty-idat", assemble(chunk(b"IDAT"))),
+        bad("png-idat-not-deflated", assemble(chunk(b"IDAT", rows(SCENE, 8)))),
         bad("png-short-header", PNG_MAGIC + chunk(b"IHDR", HEAD[8:18]) + idat + END),
         bad("png-header-behind", PNG_MAGIC + idat + HEAD + END),
         bad("png-endless-chunk", PNG_MAGIC + HEAD + struct.pack(">I4s", 2**31 - 1, b"tEXt") + idat),
         bad("png-magic-only", PNG_MAGIC),
         bad(
-            "png-of-an-iphone",
+            "png-iphone-cgbi",
             PNG_MAGIC
             + chunk(b"CgBI", b"\x50\0\x20\x02")
             + HEAD
@@ -176,7 +176,7 @@ def items() -> list[Item]:
             + END,
         ),
         bad(
-            "png-through-a-text-channel",
+            "png-after-text-mode-transfer",
             (PNG_MAGIC + HEAD + idat + END).replace(b"\r\n", b"\n"),
             "not-an-image",
         ),

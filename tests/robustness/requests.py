@@ -1,4 +1,4 @@
-"""Requests as bytes: whole ones, odd forms, odd heads."""
+"""HTTP requests as bytes: valid ones, malformed forms, malformed request heads."""
 
 from __future__ import annotations
 
@@ -80,9 +80,12 @@ TEXTS += (
 
 @dataclass(frozen=True)
 class Case:
-    """A request. kind: "images", "alone", "form" or "head".
+    """A request.
 
-    pictures: what a batch holds, every second one a good photo; method: as it was meant.
+    kind: "images", a batch of pictures; "single", one picture; "form", a malformed form; "head", a
+        malformed head.
+    pictures: Of the body; in a batch every second one, from the first, is a valid photo.
+    method: That the request was built with.
     """
 
     kind: str
@@ -103,24 +106,24 @@ def batch(pictures: tuple[bytes, ...]) -> Case:
     return Case("images", raw, pictures)
 
 
-def alone(picture: bytes) -> Case:
-    return Case("alone", request(b"/predict", picture, b"image/png"), (picture,))
+def single(picture: bytes) -> Case:
+    return Case("single", request(b"/predict", picture, b"image/png"), (picture,))
 
 
 def form(rng: random.Random, pictures: list[bytes]) -> Case:
-    """A multipart body that is nearly right, or not at all."""
+    """A multipart body, mostly with small errors."""
     boundary = rng.choice(BOUNDARIES) if rng.random() < 0.2 else b"b"
     inner = boundary.split(b";")[0].strip(b'"') or b"b"
-    made = []
+    parts = []
     for _ in range(rng.choice((0, 1, 1, 1, 1, 2, 2, 3, 3, 64, 65))):
         if rng.random() < 0.3:
             disposition = b'form-data; name="%s"' % rng.choice(OPTIONS)
-            made.append(_part(inner, disposition, rng.choice(VALUES)))
+            parts.append(_part(inner, disposition, rng.choice(VALUES)))
         else:
             odd = rng.choice(DISPOSITIONS) if rng.random() < 0.2 else DISPOSITIONS[0]
-            made.append(_part(inner, odd, rng.choice(pictures), rng))
+            parts.append(_part(inner, odd, rng.choice(pictures), rng))
     body = (
-        b"".join(made)
+        b"".join(parts)
         + b"--"
         + inner
         + rng.choice((*[b"--\r\n"] * 6, b"--", b"", b"\r\n", b"--\r\nmore"))
@@ -146,7 +149,7 @@ def form(rng: random.Random, pictures: list[bytes]) -> Case:
 
 
 def head(rng: random.Random, pictures: list[bytes]) -> Case:
-    """A request line and headers that may be anything; the body stays small."""
+    """A random request line and headers, with a body of at most 5,000 bytes."""
     method = rng.choice(METHODS)
     version = rng.choice((b"HTTP/1.1",) * 30 + (b"HTTP/1.0", b"HTTP/2.0", b"HTTP/9", b""))
     body = rng.choice(pictures)[:5000]

@@ -1,4 +1,4 @@
-"""The picture behind the corpus, and what an item of the corpus is."""
+"""The test image of the corpus, the class of its items, and encoding functions."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ Pixels = npt.NDArray[np.uint8]
 SIZE = (64, 32)
 RED, GREEN, BLUE, YELLOW = (200, 30, 30), (30, 160, 60), (40, 60, 200), (230, 200, 40)
 QUARTERS: tuple[Colour, ...] = (RED, GREEN, BLUE, YELLOW)
-"""Upper left, upper right, lower left, lower right: no turn and no flip leaves them as they are."""
+"""Upper left, upper right, lower left, lower right; every rotation and flip changes the order."""
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 HAS_AVIF = bool(features.check("avif"))
-_STANDING_IN = b"\0\0\0\x1cftypavif" + bytes(8) + b"ispe" + bytes(99)
+_PLACEHOLDER_AVIF = b"\0\0\0\x1cftypavif" + bytes(8) + b"ispe" + bytes(99)
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file and what it must give, whoever is asked.
+    """A file and its expected result in the library, the service and the scorer.
 
-    code: of the error, or None where there must be an answer; the rest is of that answer.
-    applied: what was done to the picture.
-    size: of the upright picture, width and height.
-    colours: in the middle of each quarter, in the order of `QUARTERS`.
-    tolerance: how far off a channel may be.
+    Attributes:
+        name: Unique.
+        data: The file.
+        code: Of the expected error; None if the file must be decoded.
+        applied: Expected conversions of the decoded image.
+        size: Expected width and height after applying the orientation.
+        colours: Expected colours in the middle of each quarter, in the order of `QUARTERS`.
+        tolerance: Largest allowed difference of a channel.
     """
 
     name: str
@@ -63,7 +66,7 @@ def greys(*values: int) -> tuple[Colour, ...]:
 
 
 def quarters(values: list[object], dtype: object = np.uint8) -> npt.NDArray[np.generic]:
-    """Four values, numbers or rows of numbers, as an array of `SIZE` with a quarter for each."""
+    """Four values, numbers or tuples, as an array of `SIZE`: one per quarter."""
     block = np.array(values, dtype).reshape(2, 2, *np.shape(values[0]))
     return block.repeat(SIZE[1] // 2, axis=0).repeat(SIZE[0] // 2, axis=1)
 
@@ -77,26 +80,26 @@ def scene() -> Image.Image:
 
 
 def noise(seed: int = 0, size: tuple[int, int] = SIZE) -> Image.Image:
-    """What no coder makes small."""
+    """Random pixels, which cannot be compressed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     if kind == "AVIF" and not HAS_AVIF:
-        return _STANDING_IN  # its item is left out of the corpus
+        return _PLACEHOLDER_AVIF  # without AVIF support corpus.items() omits the item
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
-FINE: dict[str, dict[str, object]] = {
+BEST_QUALITY: dict[str, dict[str, object]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "AVIF": {"quality": 95, "subsampling": "4:4:4", "speed": 10},
     "WEBP": {"lossless": True, "exact": True},
 }
-"""Options with which a format keeps the colours."""
+"""Encoding options that preserve the colours."""
 
 
-def fine(image: Image.Image, kind: str, **options: object) -> bytes:
-    return encode(image, kind, **FINE.get(kind, {}), **options)
+def encode_best(image: Image.Image, kind: str, **options: object) -> bytes:
+    return encode(image, kind, **BEST_QUALITY.get(kind, {}), **options)

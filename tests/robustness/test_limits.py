@@ -1,4 +1,4 @@
-"""Small files that would cost much are refused at once, and take next to no memory."""
+"""Decompression bombs and files with millions of parts are refused fast, with little memory."""
 
 import json
 import struct
@@ -9,9 +9,10 @@ import zlib
 import pytest
 
 from serving.errors import BrokenImage, TooLarge
-from serving.imaging import decode as images
 from serving.imaging import limits
+from serving.imaging.decode import decode
 from tests.robustness import sizes
+from tests.robustness.bmps import PALETTE, RLE8, bmp
 from tests.robustness.file_builders import (
     PNG_MAGIC,
     RGB,
@@ -23,18 +24,19 @@ from tests.robustness.file_builders import (
     tags,
     tiff,
 )
-from tests.robustness.jpegs import many_scans, resized
-from tests.robustness.scene import FINE, SCENE, encode, fine, scene
+from tests.robustness.jpegs import many_scans, with_stated_size
+from tests.robustness.scene import BEST_QUALITY, SCENE, encode, encode_best, scene
 from tests.support.live_server import ROOT
 
-PLAIN = fine(scene(), "JPEG")
-# Decodes bombs where no memory can be had: 200 MB beyond what the process has when it starts.
+PLAIN = encode_best(scene(), "JPEG")
+# Decodes the files in a process whose address space may grow by 200 MB.
 MEASURE = """
 import json, resource, sys, time
 from serving.errors import FledgeError
 from serving.imaging.decode import decode
 from tests.robustness import sizes, test_limits
-files = {item.name: item.data for item in sizes.bombs()} | test_limits.floods()
+files = {item.name: item.data for item in sizes.decompression_bombs()}
+files |= test_limits.repeated_parts()
 decode(test_limits.PLAIN)
 def status(name):
     lines = open("/proc/self/status").read().splitlines()
@@ -54,8 +56,8 @@ json.dump({"found": found, "grown": status("VmHWM") - before}, sys.stdout)
 """
 
 
-def floods() -> dict[str, bytes]:
-    """Megabytes of parts that hold nothing."""
+def repeated_parts() -> dict[str, bytes]:
+    """Files with hundreds of thousands of empty parts."""
     idat = chunk(b"IDAT", zlib.compress(rows(SCENE, 8)))
     png = PNG_MAGIC + header(64, 32, 8, RGB)
     many = limits.STRIPS + 1
@@ -66,7 +68,7 @@ def floods() -> dict[str, bytes]:
         "jpeg-segments-behind-the-end": into_jpeg(
             PLAIN, b"\xff\xd9", segment(0xE5, b"") * 1_000_000
         ),
-        # A marker that has no length for Pillow, and one for who reads the standard.
+        # A marker without a length in Pillow, but with one in the standard.
         "jpeg-segments-hidden": into_jpeg(
             PLAIN, (b"\xff\xf0\xff\xff" + segment(0xE5, b"") * 16_383) * 50
         ),
@@ -83,67 +85,65 @@ def floods() -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_bombs_are_refused_fast_and_cheaply() -> None:
+def test_bombs_are_refused_within_half_a_second_and_30_mb() -> None:
     done = subprocess.run(
         [sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     codes = {name: code for name, (code, _) in measured["found"].items()}
-    assert codes == {item.name: "too-large" for item in sizes.bombs()} | dict.fromkeys(
-        floods(), "broken-image"
-    )
+    assert codes == {
+        item.name: "too-large" for item in sizes.decompression_bombs()
+    } | dict.fromkeys(repeated_parts(), "broken-image")
     slow = {name: seconds for name, (_, seconds) in measured["found"].items() if seconds > 0.5}
     assert slow == {}
     assert measured["grown"] < 30_000_000
 
 
-def test_who_allows_more_pixels_gets_them_from_pillow_too() -> None:
-    large = sizes.png_of(11_000, 10_000)
+def test_max_pixels_also_raises_the_limit_of_pillow() -> None:
+    large = sizes.png_claiming(11_000, 10_000)
     with pytest.raises(TooLarge):
-        images.decode(large)
-    with pytest.raises(BrokenImage):  # the data are missing, and that was looked at
-        images.decode(large, max_pixels=110_000_000)
+        decode(large)
+    with pytest.raises(BrokenImage):  # decoded, and found to be truncated
+        decode(large, max_pixels=110_000_000)
     with pytest.raises(TooLarge):
-        images.decode(large)
+        decode(large)
 
 
-def test_what_is_just_allowed_is_decoded() -> None:
-    fits = into_jpeg(PLAIN, segment(0xE5, b"") * (limits.SEGMENTS - 20))
-    assert images.decode(fits).applied == ()
-    scans = encode(scene(), "JPEG", progressive=True, **FINE["JPEG"])
-    last = scans.rindex(b"\xff\xda")
-    known = scans.count(b"\xff\xda")
-    fits = scans[:-2] + scans[last:-2] * (limits.SCANS - known) + scans[-2:]
-    images.decode(fits)
+def test_files_at_the_limits_are_decoded() -> None:
+    at_limit = into_jpeg(PLAIN, segment(0xE5, b"") * (limits.SEGMENTS - 20))
+    assert decode(at_limit).applied == ()
+    scans = encode(scene(), "JPEG", progressive=True, **BEST_QUALITY["JPEG"])
+    last_scan = scans.rindex(b"\xff\xda")
+    count = scans.count(b"\xff\xda")
+    at_limit = scans[:-2] + scans[last_scan:-2] * (limits.SCANS - count) + scans[-2:]
+    decode(at_limit)
     with pytest.raises(BrokenImage, match=f"more than {limits.SCANS} scans"):
-        images.decode(fits[:-2] + scans[last:])
+        decode(at_limit[:-2] + scans[last_scan:])
 
 
-def test_marks_of_scans_outside_of_the_scans_are_not_counted() -> None:
-    marks = b"\xff\xda" * 1000
-    for data in (into_jpeg(PLAIN, segment(0xE5, marks)), PLAIN + marks):
-        assert images.decode(data).image.size == (64, 32)
+def test_scan_markers_outside_the_scans_are_not_counted() -> None:
+    markers = b"\xff\xda" * 1000
+    for data in (into_jpeg(PLAIN, segment(0xE5, markers)), PLAIN + markers):
+        assert decode(data).image.size == (64, 32)
 
 
-def test_a_large_picture_in_run_lengths_is_a_matter_of_pixels() -> None:
-    from tests.robustness.bmps import QUADS, RLE8, bmp
-
+def test_run_length_bmps_are_limited_by_max_pixels() -> None:
     lines = b"\1\1\0\0" * 100
-    assert images.decode(bmp(lines, 8, RLE8, size=(100, 100), palette=QUADS)).applied == ()
+    assert decode(bmp(lines, 8, RLE8, size=(100, 100), palette=PALETTE)).applied == ()
     with pytest.raises(TooLarge, match="run-length"):
-        images.decode(bmp(lines, 8, RLE8, size=(100, 100), palette=QUADS), max_pixels=9_999)
+        decode(bmp(lines, 8, RLE8, size=(100, 100), palette=PALETTE), max_pixels=9_999)
 
 
 @pytest.mark.parametrize(
     "data",
     [b"II", b"MM\0*", b"II*\0\xff\xff\xff\xff", b"II+\0\x08\0\0\0" + struct.pack("<Q", 2**64 - 1)],
 )
-def test_what_is_too_short_to_be_judged_is_left_to_the_decoder(data: bytes) -> None:
-    limits.refuse(data, 1)
-    limits.refuse(b"BM" + data, 1)
-    limits.refuse(b"\xff\xd8\xff" + data, 1)
+def test_headers_too_short_for_the_limits_are_passed_to_the_decoder(data: bytes) -> None:
+    limits.check_limits(data, 1)
+    limits.check_limits(b"BM" + data, 1)
+    limits.check_limits(b"\xff\xd8\xff" + data, 1)
 
 
-def test_a_jpeg_that_claims_less_is_no_bomb() -> None:
-    assert images.decode(resized(64, 16)).image.size == (64, 16)
+def test_a_jpeg_that_states_a_smaller_size_is_decoded() -> None:
+    assert decode(with_stated_size(64, 16)).image.size == (64, 16)

@@ -1,4 +1,4 @@
-"""Requests made from the service's own OpenAPI document, right ones and wrong ones."""
+"""Valid and invalid requests generated from the service's OpenAPI document."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from tests.support.tiny_bundle import tiny_bundle
 
 
 @pytest.mark.slow
-def test_nothing_that_the_document_describes_is_a_fault_of_the_service(tmp_path: Path):
+def test_requests_by_the_openapi_document_cause_no_server_error(tmp_path: Path):
     with live(tiny_bundle(tmp_path / "bundle"), tmp_path / "log") as server:
         command = [str(Path(sys.executable).with_name("schemathesis")), "run"]
         command += [f"{server.url}/docs.json", "--checks", "not_a_server_error", "--seed", "1"]

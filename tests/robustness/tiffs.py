@@ -1,4 +1,4 @@
-"""TIFF: orders, compressions, strips, tiles and planes."""
+"""TIFF: byte orders, compressions, strips, tiles, planes, broken directories."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ RAW = SCENE.tobytes()
 
 
 def tiles(side: int) -> list[bytes]:
-    """The scene in squares; those at the border are filled up."""
+    """The scene in square tiles, zero-padded at the border."""
     width, height = (-(-length // side) * side for length in SIZE)
-    room = np.zeros((height, width, 3), np.uint8)
-    room[: SIZE[1], : SIZE[0]] = SCENE
+    padded = np.zeros((height, width, 3), np.uint8)
+    padded[: SIZE[1], : SIZE[0]] = SCENE
     return [
-        room[y : y + side, x : x + side].tobytes()
+        padded[y : y + side, x : x + side].tobytes()
         for y in range(0, height, side)
         for x in range(0, width, side)
     ]
@@ -41,8 +41,8 @@ def tile_tags(width: int, height: int) -> list[tuple[int, int, list[int]]]:
     return [*kept, (322, LONG, [width]), (323, LONG, [height])]
 
 
-def linked(data: bytes, to: int) -> bytes:
-    """With a next directory at `to`."""
+def with_next_directory(data: bytes, to: int) -> bytes:
+    """Set the offset of the next directory."""
     start = struct.unpack_from("<I", data, 4)[0]
     end = start + 2 + 12 * struct.unpack_from("<H", data, start)[0]
     return data[:end] + struct.pack("<I", to) + data[end + 4 :]
@@ -84,15 +84,18 @@ def items() -> list[Item]:
             encode(scene(), "TIFF", save_all=True, append_images=[scene().rotate(180)]),
             FIRST,
         ),
-        good("tiff-next-page-is-this", linked(plain, struct.unpack_from("<I", plain, 4)[0])),
-        good("tiff-next-page-is-nowhere", linked(plain, 2**31), FIRST),
-        good("tiff-rubbish-behind", plain + bytes(1000)),
+        good(
+            "tiff-next-page-is-itself",
+            with_next_directory(plain, struct.unpack_from("<I", plain, 4)[0]),
+        ),
+        good("tiff-next-page-is-nowhere", with_next_directory(plain, 2**31), FIRST),
+        good("tiff-trailing-garbage", plain + bytes(1000)),
         good("tiff-unknown-tags", tiff(tags([8] * 3, 2, (65_000, 7, [1, 2, 3, 4, 5])), RAW)),
         good(
-            "tiff-resolution-of-nothing",
+            "tiff-resolution-zero",
             tiff(tags([8] * 3, 2, (282, 11, [0]), (283, 11, [0])), RAW),
         ),
-        # Pillow takes it for one of 32 bits.
+        # Pillow reads it as a 32-bit TIFF.
         bad("tiff-64-bit-big-endian", tiff(tags([8] * 3, 2), RAW, order=">", big=True)),
         bad("tiff-without-a-directory", plain[:8]),
         bad("tiff-directory-is-nowhere", plain[:4] + b"\xff\xff\xff\x7f" + plain[8:]),
@@ -106,7 +109,7 @@ def items() -> list[Item]:
         ),
         bad("tiff-too-few-bytes", tiff(tags([8] * 3, 2), RAW[:99])),
         bad("tiff-without-a-width", tiff(tags([8] * 3, 2)[1:], RAW)),
-        bad("tiff-of-no-width", tiff(tags([8] * 3, 2, size=(0, 32)), RAW)),
+        bad("tiff-zero-width", tiff(tags([8] * 3, 2, size=(0, 32)), RAW)),
         bad("tiff-width-of-text", tiff([(256, 2, [54, 52, 0]), *tags([8] * 3, 2)[1:]], RAW)),
         bad("tiff-3-bits", tiff(tags([3] * 3, 2), RAW)),
         bad(
@@ -121,6 +124,6 @@ def items() -> list[Item]:
             ),
         ),
         bad("tiff-seven-samples", tiff(tags([8] * 7, 2), RAW * 3)),
-        bad("tiff-tiles-of-nothing", tiff(tile_tags(0, 0), RAW, tiled=True)),
+        bad("tiff-zero-size-tiles", tiff(tile_tags(0, 0), RAW, tiled=True)),
         bad("tiff-64-bit-endless", big[:8] + struct.pack("<Q", 2**63) + big[16:]),
     ]

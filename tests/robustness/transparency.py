@@ -1,4 +1,4 @@
-"""Alpha and palettes: what is clear shows the background, and nothing else does."""
+"""Alpha channels and palettes: transparent pixels are blended with the background."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.robustness.scene import (
     Colour,
     Item,
     encode,
-    fine,
+    encode_best,
     good,
     greys,
     quarters,
@@ -36,19 +36,19 @@ from tests.robustness.scene import (
 )
 
 ALPHA = "alpha-on-background"
-SHARES = (0, 128, 255, 255)
+ALPHAS = (0, 128, 255, 255)
 
 
-def blend(colour: Colour, share: int) -> Colour:
-    return tuple(round((value * share + 255 * (255 - share)) / 255) for value in colour)  # type: ignore[return-value]
+def blend(colour: Colour, alpha: int) -> Colour:
+    return tuple(round((value * alpha + 255 * (255 - alpha)) / 255) for value in colour)  # type: ignore[return-value]
 
 
-BLENDED = tuple(blend(colour, share) for colour, share in zip(QUARTERS, SHARES, strict=True))
+BLENDED = tuple(blend(colour, alpha) for colour, alpha in zip(QUARTERS, ALPHAS, strict=True))
 
 
-def clear(shares: tuple[int, ...] = SHARES) -> Image.Image:
-    """The scene with an alpha for each quarter."""
-    return Image.fromarray(np.dstack([SCENE, quarters(list(shares))]))
+def with_alpha(alphas: tuple[int, ...] = ALPHAS) -> Image.Image:
+    """The scene with an alpha value for each quarter."""
+    return Image.fromarray(np.dstack([SCENE, quarters(list(alphas))]))
 
 
 def paletted(**options: object) -> bytes:
@@ -62,28 +62,28 @@ def grey_alpha(*pairs: tuple[int, int]) -> np.ndarray:
 
 
 def items() -> list[Item]:
-    opaque = clear((255,) * 4)
+    opaque = with_alpha((255,) * 4)
     premultiplied = np.dstack(
-        [SCENE * (quarters(list(SHARES))[..., None] / 255), quarters(list(SHARES))]
+        [SCENE * (quarters(list(ALPHAS))[..., None] / 255), quarters(list(ALPHAS))]
     )
     pairs = ((90, 0), (90, 128), (90, 255), (200, 255))
     half = greys(255, 172, 90, 200)
     found = [
-        good(f"rgba-{kind}", fine(clear(), kind), ALPHA, colours=BLENDED)
+        good(f"rgba-{kind}", encode_best(with_alpha(), kind), ALPHA, colours=BLENDED)
         for kind in ("PNG", "WEBP", "TIFF")
     ]
     found += [
-        good("rgba-AVIF", fine(clear(), "AVIF"), ALPHA, colours=BLENDED, tolerance=8),
+        good("rgba-AVIF", encode_best(with_alpha(), "AVIF"), ALPHA, colours=BLENDED, tolerance=8),
         good(
             "rgba-lossy-WEBP",
-            encode(clear(), "WEBP", quality=95, exact=True),
+            encode(with_alpha(), "WEBP", quality=95, exact=True),
             ALPHA,
             colours=BLENDED,
             tolerance=16,
         ),
-        good("rgba-opaque-PNG", fine(opaque, "PNG"), ALPHA),
-        good("rgba-opaque-WEBP", fine(opaque, "WEBP")),
-        good("rgb-TIFF", fine(scene(), "TIFF")),
+        good("rgba-opaque-PNG", encode_best(opaque, "PNG"), ALPHA),
+        good("rgba-opaque-WEBP", encode_best(opaque, "WEBP")),
+        good("rgb-TIFF", encode_best(scene(), "TIFF")),
         good("grey-and-alpha-png", png(grey_alpha(*pairs), 8, GREY_ALPHA), ALPHA, colours=half),
         good(
             "grey-and-alpha-tiff",
@@ -101,7 +101,7 @@ def items() -> list[Item]:
             colours=half,
         ),
         good(
-            "grey-and-spare-tiff",
+            "grey-and-extra-sample-tiff",
             tiff(tags([8, 8], 1, (338, SHORT, [0])), grey_alpha(*pairs).tobytes()),
             colours=greys(90, 90, 90, 200),
         ),
@@ -115,17 +115,17 @@ def items() -> list[Item]:
             colours=BLENDED,
         ),
         good(
-            "rgb-and-spare-tiff",
-            tiff(tags([8] * 4, 2, (338, SHORT, [0])), np.asarray(clear()).tobytes()),
+            "rgb-and-extra-sample-tiff",
+            tiff(tags([8] * 4, 2, (338, SHORT, [0])), np.asarray(with_alpha()).tobytes()),
         ),
         good("palette-png", paletted()),
         good(
             "palette-png-keyed", paletted(transparency=1), ALPHA, colours=(RED, WHITE, BLUE, YELLOW)
         ),
-        good("palette-png-shares", paletted(transparency=bytes(SHARES)), ALPHA, colours=BLENDED),
+        good("palette-png-alphas", paletted(transparency=bytes(ALPHAS)), ALPHA, colours=BLENDED),
         good("palette-png-opaque", paletted(transparency=b"\xff" * 4), ALPHA),
         good(
-            "palette-png-short-shares",
+            "palette-png-short-alphas",
             png(INDICES, 8, PALETTE, PLTE + chunk(b"tRNS", b"\0")),
             ALPHA,
             colours=(WHITE, *QUARTERS[1:]),
@@ -148,7 +148,7 @@ def items() -> list[Item]:
             "palette-and-alpha-tiff",
             tiff(
                 tags([8, 8], 3, (320, SHORT, tiff_palette()), (338, SHORT, [2])),
-                np.dstack([INDICES, quarters(list(SHARES))]).tobytes(),
+                np.dstack([INDICES, quarters(list(ALPHAS))]).tobytes(),
             ),
             ALPHA,
             colours=BLENDED,
@@ -158,7 +158,7 @@ def items() -> list[Item]:
 
 
 def tiff_palette() -> list[int]:
-    """All reds, all greens, all blues, in 16 bits."""
+    """A TIFF colour map: all reds, all greens, all blues, in 16 bits."""
     table = np.zeros((3, 256), int)
     table[:, :4] = np.array(QUARTERS).T * 257
     return table.ravel().tolist()  # type: ignore[no-any-return]

@@ -1,16 +1,16 @@
-"""Files that end too early, at every tenth of their length."""
+"""Truncated files: cut at every tenth of their length."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image
 
-from tests.robustness.scene import Item, bad, encode, fine, noise
+from tests.robustness.scene import Item, bad, encode, encode_best, noise
 
 NOISE = noise(7)
 
 
-def whole() -> dict[str, bytes]:
+def complete_files() -> dict[str, bytes]:
     grey = Image.fromarray(np.asarray(NOISE)[..., 0])
     return {
         "jpeg": encode(NOISE, "JPEG"),
@@ -19,7 +19,7 @@ def whole() -> dict[str, bytes]:
         "png": encode(NOISE, "PNG"),
         "png-16-bit": encode(Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), "PNG"),
         "webp": encode(NOISE, "WEBP"),
-        "webp-lossless": fine(NOISE, "WEBP"),
+        "webp-lossless": encode_best(NOISE, "WEBP"),
         "webp-animated": encode(NOISE, "WEBP", save_all=True, append_images=[noise(8)]),
         "gif": encode(NOISE, "GIF"),
         "bmp": encode(NOISE, "BMP"),
@@ -36,6 +36,6 @@ def whole() -> dict[str, bytes]:
 def items() -> list[Item]:
     return [
         bad(f"cut-{tenths}0%-{name}", data[: len(data) * tenths // 10])
-        for name, data in whole().items()
+        for name, data in complete_files().items()
         for tenths in range(1, 10)
     ]

@@ -1,4 +1,4 @@
-"""What is no image, and images of formats that are not served: no other parser is let near them."""
+"""Files that are not images, and images in formats that are refused without being parsed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import zipfile
 
 import numpy as np
 
-from tests.robustness.scene import Item, bad, encode, fine, good, noise, scene
+from tests.robustness.scene import Item, bad, encode, encode_best, good, noise, scene
 
 TEXTS = {
     "hello": b"hello",
@@ -38,7 +38,7 @@ BINARY = {
     "nul-megabyte": bytes(1_000_000),
     "ones": b"\xff" * 1000,
     "noise": noise().tobytes(),
-    "gzip": gzip.compress(fine(scene(), "JPEG"), mtime=0),
+    "gzip": gzip.compress(encode_best(scene(), "JPEG"), mtime=0),
     "elf": b"\x7fELF\2\1\1" + bytes(57),
     "mp4": b"\0\0\0\x18ftypisom\0\0\2\0isomiso2" + bytes(40),
     "mp3": b"ID3\4\0\0\0\0\0\0" + bytes(30),
@@ -53,10 +53,10 @@ SVG = {
     "doctype": b'\xef\xbb\xbf<!DOCTYPE svg PUBLIC "x" "y">\n<svg>',
     "prefix": b'  <svg:svg xmlns:svg="http://www.w3.org/2000/svg"/>',
 }
-FOREIGN = {
+OTHER_FORMATS = {
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     "psd": b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 4, 4, 8, 3) + bytes(60),
-    "pdf": b"%PDF-1.7\n" + fine(scene(), "JPEG"),
+    "pdf": b"%PDF-1.7\n" + encode_best(scene(), "JPEG"),
     "heic": b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(60),
     "heic-mif1": b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic" + bytes(60),
     "heif-sequence": b"\0\0\0\x1cftyphevc\0\0\0\0hevcmif1" + bytes(60),
@@ -70,20 +70,20 @@ FOREIGN = {
     "cur": b"\0\0\2\0\1\0\x10\x10\0\0\1\0\1\0\x30\0\0\0\x16\0\0\0" + bytes(48),
     "pfm": b"Pf\n4 4\n-1.0\n" + bytes(64),
 }
-# Written by Pillow, so that its own plug-ins would read them if they were asked.
-BY_PILLOW = {
+# Written by Pillow: its plug-ins would read them if they were enabled.
+WRITTEN_BY_PILLOW = {
     "unsupported-format": ("DDS", "ICNS", "ICO", "JPEG2000", "PCX", "PPM", "QOI", "SGI"),
     "not-an-image": ("BLP", "DIB", "IM", "MSP", "SPIDER", "TGA", "XBM"),
 }
 _MODES = {"BLP": "P", "MSP": "1", "SPIDER": "F", "XBM": "1", "ICNS": "RGBA"}
 
 
-def by_pillow(kind: str) -> bytes:
+def written_by_pillow(kind: str) -> bytes:
     image = scene().resize((32, 32)) if kind in ("ICO", "ICNS") else scene()
     return encode(image.convert(_MODES.get(kind, "RGB")), kind)
 
 
-def zipped(*files: tuple[str, bytes]) -> bytes:
+def zip_archive(*files: tuple[str, bytes]) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name, data in files:
@@ -93,22 +93,22 @@ def zipped(*files: tuple[str, bytes]) -> bytes:
 
 def items() -> list[Item]:
     none, other = "not-an-image", "unsupported-format"
-    jpeg, png = fine(scene(), "JPEG"), fine(scene(), "PNG")
+    jpeg, png = encode_best(scene(), "JPEG"), encode_best(scene(), "PNG")
     found = [bad("empty", b"", "no-image")]
     found += [bad(f"text-{name}", data, none) for name, data in TEXTS.items()]
     found += [bad(f"binary-{name}", data, none) for name, data in BINARY.items()]
     found += [bad(f"svg-{name}", data, other) for name, data in SVG.items()]
-    found += [bad(f"foreign-{name}", data, other) for name, data in FOREIGN.items()]
+    found += [bad(f"other-format-{name}", data, other) for name, data in OTHER_FORMATS.items()]
     found += [
-        bad(f"foreign-{kind.lower()}-by-pillow", by_pillow(kind), code)
-        for code, kinds in BY_PILLOW.items()
+        bad(f"other-format-{kind.lower()}-by-pillow", written_by_pillow(kind), code)
+        for code, kinds in WRITTEN_BY_PILLOW.items()
         for kind in kinds
     ]
     found += [
-        bad("zip-with-a-photo", zipped(("cat.jpg", jpeg)), none),
+        bad("zip-with-a-photo", zip_archive(("cat.jpg", jpeg)), none),
         bad("html-before-a-photo", TEXTS["html"] + jpeg, none),
         bad("photo-behind-nul-bytes", bytes(16) + jpeg, none),
-        good("photo-and-zip", jpeg + zipped(("cat.txt", b"meow")), tolerance=8),
+        good("photo-and-zip", jpeg + zip_archive(("cat.txt", b"meow")), tolerance=8),
         good("photo-and-script", png + b"<script>alert(1)</script>"),
         good("photo-and-pickle", png + pickle.dumps(print)),
     ]

@@ -1,4 +1,4 @@
-"""WebP and AVIF, box by box."""
+"""WebP and AVIF: lossless, lossy, animated, broken chunks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.robustness.scene import (
     Item,
     bad,
     encode,
-    fine,
+    encode_best,
     good,
     scene,
 )
@@ -26,7 +26,7 @@ def items() -> list[Item]:
 
 
 def webps() -> list[Item]:
-    lossless, lossy = fine(scene(), "WEBP"), encode(scene(), "WEBP", quality=95)
+    lossless, lossy = encode_best(scene(), "WEBP"), encode(scene(), "WEBP", quality=95)
     moving = encode(
         scene(), "WEBP", save_all=True, append_images=[scene().rotate(180)], lossless=True
     )
@@ -42,8 +42,10 @@ def webps() -> list[Item]:
         good("webp-lossless", lossless),
         good("webp-lossy", lossy, tolerance=16),
         good("webp-animated", moving, FIRST),
-        good("webp-animated-clear", clear, FIRST, "alpha-on-background", colours=(WHITE,) * 4),
-        good("webp-rubbish-behind", lossless + bytes(100)),
+        good(
+            "webp-animated-transparent", clear, FIRST, "alpha-on-background", colours=(WHITE,) * 4
+        ),
+        good("webp-trailing-garbage", lossless + bytes(100)),
         good("webp-unknown-chunk", extended(lossless, (b"what", b"?" * 9))),
         good("webp-broken-exif", extended(lossless, (b"EXIF", b"?"), flags=8)),
         bad(
@@ -54,7 +56,7 @@ def webps() -> list[Item]:
         bad("webp-canvas-of-another-size", extended(lossless, size=(65, 32))),
         bad("webp-picture-of-zeros", riff((b"VP8L", picture[:5] + bytes(len(picture) - 5)))),
         bad(
-            "riff-of-sound",
+            "riff-wave",
             b"RIFF" + struct.pack("<I", 36) + b"WAVEfmt " + bytes(28),
             "not-an-image",
         ),
@@ -64,7 +66,7 @@ def webps() -> list[Item]:
 def extended(
     data: bytes, *more: tuple[bytes, bytes], flags: int = 0, size: tuple[int, int] = SIZE
 ) -> bytes:
-    """A simple WebP with the header of an extended one."""
+    """A simple WebP with an extended header (VP8X)."""
     canvas = (size[0] - 1).to_bytes(3, "little") + (size[1] - 1).to_bytes(3, "little")
     length = struct.unpack_from("<I", data, 16)[0]
     picture = (data[12:16], data[20 : 20 + length])
@@ -72,7 +74,7 @@ def extended(
 
 
 def avifs() -> list[Item]:
-    plain = fine(scene(), "AVIF")
+    plain = encode_best(scene(), "AVIF")
     moving = encode(
         scene(),
         "AVIF",
@@ -86,7 +88,7 @@ def avifs() -> list[Item]:
         good("avif", plain, tolerance=8),
         good("avif-animated", moving, FIRST, tolerance=8),
         good("avif-named-mif1", plain.replace(b"ftypavif", b"ftypmif1", 1), tolerance=8),
-        good("avif-rubbish-behind", plain + bytes(100), tolerance=8),
+        good("avif-trailing-garbage", plain + bytes(100), tolerance=8),
         bad("avif-without-a-codec", plain.replace(b"av1C", b"free", 1)),
         bad("avif-header-only", plain[:32]),
         bad("avif-named-mif1-header-only", plain.replace(b"ftypavif", b"ftypmif1", 1)[:48]),
