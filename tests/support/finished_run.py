@@ -7,7 +7,7 @@ import torch
 from serving.imaging.preprocess import Preprocess
 from training.config.sections import DataConfig, HeadConfig
 from training.data.dataset import SPLIT_FILE, load_dataset, write_split
-from training.models import classifier as model
+from training.models.classifier import create_classifier
 from training.run import checkpoint
 
 RECIPE = """
@@ -34,7 +34,9 @@ def finished(folder, photos, valid=0.5, name="tiny"):
     found = load_dataset(str(photos), config=DataConfig(valid=valid))
     torch.manual_seed(0)
     arch_args, head = {"width_mult": 0.25}, HeadConfig(hidden=16)
-    classifier = model.build("mobilenet_v2", len(found.classes), arch_args=arch_args, head=head)
+    classifier = create_classifier(
+        "mobilenet_v2", len(found.classes), arch_args=arch_args, head=head
+    )
     with torch.no_grad():  # untrained statistics let nothing through
         for module in classifier.modules():
             if isinstance(module, torch.nn.BatchNorm2d):

@@ -1,8 +1,9 @@
-"""Several processes train as one: which part each takes, what they agree on, and who speaks.
+"""Data-parallel training: what the processes of one run share and exchange.
 
-Each goes the same way through the run on its own part of every batch. What is drawn is drawn from
-the seed, so nothing of it needs to be sent. What the machine decides (a rate that was found, views
-that there is room for, a folder's name) process 0 decides for all. It alone writes and speaks.
+Every process executes the same code on its own shard of every batch. Random draws come from the
+recipe's seed, so they need not be sent. What depends on the machine (a learning rate that lr_find
+picked, the number of cached views, the run's folder) is decided by process 0 and broadcast. Only
+process 0, the main process, writes files and log lines.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from training.utils.console import Log
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-COURTESY: Final = 0.5
-"""Seconds that process 0 has to tell a mistake that all of them find."""
+REPORT_DELAY: Final = 0.5
+"""Seconds that other processes wait before they report an error, so that process 0 reports errors
+that occur in all processes."""
 
 _FAILED: Final = "fledge/failed"
 _NEW: Final = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
 _NO_BUFFERS: Final[dict[str, Any]] = {
-    # torch 2.15 warns of the old name, and those before it know no other.
+    # torch 2.15 warns of the old name; earlier versions do not have the new one.
     "forward_sync_buffers" if _NEW else "broadcast_buffers": False
 }
 
@@ -44,58 +46,62 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of a run, as one of them sees them; `SINGLE_PROCESS` has no others and does nothing.
+    """One process's view of the processes of a run; `SINGLE_PROCESS` is a group of one.
 
-    rank: its number. size: how many there are. local: its number on its machine. calm: for what may
-    take long, and is on the CPU. store: where the first that fails says so.
+    Attributes:
+        rank: This process's number, from 0.
+        size: Number of processes.
+        local_rank: This process's number on its machine, from 0.
+        cpu_group: gloo group with a long timeout, for control messages.
+        store: Key-value store of the rendezvous; the first process that fails registers there.
     """
 
     rank: int = 0
     size: int = 1
-    local: int = 0
+    local_rank: int = 0
     cpu_group: dist.ProcessGroup | None = None
     store: Store | None = None
 
     @property
     def is_main_process(self) -> bool:
-        """Whether it is the one that writes and speaks."""
+        """Whether this process writes the run's files and log lines."""
         return self.rank == 0
 
     @property
     def gpu(self) -> int | None:
-        """The number of its GPU among its machine's; None for the only process, which has any."""
-        return self.local if self.size > 1 else None
+        """Index of this process's GPU on its machine; None in a single process: the current GPU."""
+        return self.local_rank if self.size > 1 else None
 
-    def part(self, index: Tensor) -> Tensor:
-        """Its photos of a batch, of which `index` [n] are all.
+    def shard(self, index: Tensor) -> Tensor:
+        """This process's shard of a batch of photos `index`, int64 [n].
 
-        A BatchNorm can't learn from one photo, so a batch of fewer than two for each is not shared
-        out: every process takes all of it, and their mean is the same.
+        BatchNorm needs at least two photos. A batch with fewer than two per process is not split:
+        every process gets the whole batch, and the mean over the processes is the same.
         """
         return index if len(index) < 2 * self.size else index[self.rank :: self.size]
 
-    def weight(self, count: int, batch: int) -> float:
-        """By what the mean loss of its part counts, so that the mean over processes is the batch's.
+    def loss_weight(self, count: int, batch: int) -> float:
+        """Weight of this rank's mean loss, such that the mean over ranks is the batch's mean.
 
         Args:
-            count: Photos of its part.
-            batch: Photos of the batch.
+            count: Photos of this process's shard.
+            batch: Photos of the whole batch.
         """
         return 1.0 if batch < 2 * self.size else self.size * count / batch
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The same module; its gradients will be their mean over the processes.
+        """`DistributedDataParallel` around the module; the module itself in a single process.
 
-        Wrap it anew for every epoch: sums are taken in the order in which the first step of a
-        wrapped module found its gradients, and a resumed run has to find the same one.
+        Wrap it anew for every epoch: DDP sums gradients in buckets, in the order in which the first
+        step produced them. A resumed run must use the same order.
         """
         if self.size == 1:
             return module
-        # BatchNorm statistics are not sent at each step: the trainer sees to them.
+        # Not broadcast at each step: the training loop averages BatchNorm statistics each epoch.
         return DistributedDataParallel(module, **_NO_BUFFERS)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over the processes, the same bits in each."""
+        """The sum over the processes; the same bits in each process."""
         if self.size == 1:
             return values
         found = values.detach().clone()
@@ -103,80 +109,80 @@ class ProcessGroup:
         return found
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over the processes, the same bits in each."""
+        """The mean over the processes; the same bits in each process."""
         return values if self.size == 1 else self.total(values) / self.size
 
-    def overall(self, loss: Tensor, count: int) -> Tensor:
-        """A scalar of the loss of a whole batch, with the gradient that this part has in it.
+    def global_loss(self, loss: Tensor, count: int) -> Tensor:
+        """The mean loss over the batch of all processes, with the gradient of this shard's share.
 
         Args:
-            loss: The mean over the photos of this process's part.
-            count: How many they are.
+            loss: Mean over the photos of this process's shard; a scalar.
+            count: Photos of this process's shard.
         """
         if self.size == 1:
             return loss
         sums = self.total(torch.stack([loss.detach() * count, loss.new_tensor(count)]).double())
-        mine = loss * (self.size * count / sums[1].item())
-        # Nothing is added to the first term, so all see the same number.
-        return (sums[0] / sums[1]).to(loss.dtype) + (mine - mine.detach())
+        own = loss * (self.size * count / sums[1].item())
+        # The second term is exactly 0: the value is the same in all processes.
+        return (sums[0] / sums[1]).to(loss.dtype) + (own - own.detach())
 
-    def any(self, here: bool) -> bool:
-        """Whether something is so in any of the processes."""
+    def any_true(self, flag: bool) -> bool:
+        """Whether `flag` is true in any of the processes."""
         if self.size == 1:
-            return here
-        count = torch.tensor(int(here))
+            return flag
+        count = torch.tensor(int(flag))
         dist.all_reduce(count, group=self.cpu_group)
         return bool(count.item())
 
-    def decide(self, choose: Callable[[], T]) -> T:
-        """What process 0 chooses; the others do not call `choose`."""
+    def broadcast_object(self, make: Callable[[], T]) -> T:
+        """The result of `make()` in process 0; the other processes do not call `make`."""
         if self.size == 1:
-            return choose()
-        chosen: list[Any] = [choose() if self.is_main_process else None]
-        dist.broadcast_object_list(chosen, src=0, group=self.cpu_group)
-        return cast(T, chosen[0])
+            return make()
+        objects: list[Any] = [make() if self.is_main_process else None]
+        dist.broadcast_object_list(objects, src=0, group=self.cpu_group)
+        return cast(T, objects[0])
 
     def check_same(self, own: Mapping[str, str]) -> None:
-        """Stop where something is not as process 0 has it; `own` is by what it is called.
+        """Check that values are the same as in process 0; `own` is description -> value.
 
         Raises:
-            DataError: Names it, and the machine.
+            DataError: A value differs; names it, and the machine.
         """
-        lead = self.decide(lambda: own)
-        other = [what for what, value in own.items() if value != lead[what]]
-        if other:
+        expected = self.broadcast_object(lambda: own)
+        different = [what for what, value in own.items() if value != expected[what]]
+        if different:
             raise DataError(
-                f"{other[0]} on {socket.gethostname()} (process {self.rank}) is not what process "
-                "0 has; give all processes the same"
+                f"{different[0]} on {socket.gethostname()} (process {self.rank}) is not what "
+                "process 0 has; give all processes the same"
             )
 
     def wait_for_everyone(self) -> None:
-        """Wait for the others, however long they take."""
+        """A barrier, with the long timeout of `cpu_group`."""
         if self.size > 1:
             dist.barrier(group=self.cpu_group)
 
     @contextmanager
     def local_main_process_first(self) -> Iterator[None]:
-        """The first process of each machine goes ahead of the others there."""
-        if self.local:
+        """The first process of each machine runs the block before the others of that machine."""
+        if self.local_rank:
             self.wait_for_everyone()
         yield
-        if not self.local:
+        if not self.local_rank:
             self.wait_for_everyone()
 
     def broadcast_module(self, module: nn.Module) -> None:
-        """Give a module on the CPU the weights and buffers that it has in process 0."""
+        """Overwrite the weights and buffers of a module on the CPU by those of process 0."""
         if self.size > 1:
             for value in module.state_dict().values():
                 dist.broadcast(value, src=0, group=self.cpu_group)
 
     def seed(self, seed: int) -> None:
-        """Have every process draw other dropout masks; process 0 goes on with its own."""
+        """Seed torch differently in each process (dropout masks); unchanged in process 0."""
         if self.rank:
-            torch.manual_seed(seed + self.rank * 2**32)  # a recipe's seed is smaller
+            torch.manual_seed(seed + self.rank * 2**32)  # a recipe's seed is below 2**32
 
     def gather(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What all of them have, together, in process 0; their names must differ."""
+        """The tensors of all processes, in process 0; the names must differ between processes."""
         if self.size == 1:
             return dict(own)
         found: list[Any] | None = [None] * self.size if self.is_main_process else None
@@ -184,15 +190,21 @@ class ProcessGroup:
         return {key: value for part in found or () for key, value in part.items()}
 
     @contextmanager
-    def copied(self, folder: Path, names: Sequence[str]) -> Iterator[Path]:
-        """A folder of process 0 with some of its files; elsewhere a copy, which is for a while."""
+    def broadcast_files(self, folder: Path, names: Sequence[str]) -> Iterator[Path]:
+        """Copy files of process 0's `folder` to the other processes; yields where they can be read.
+
+        Process 0 reads its own folder; the other processes get a temporary folder. Files that do
+        not exist in process 0 are skipped.
+        """
         if self.size == 1:
             yield folder
             return
         paths = {name: folder / name for name in names}
-        sizes = self.decide(lambda: {n: p.stat().st_size for n, p in paths.items() if p.is_file()})
-        with tempfile.TemporaryDirectory(prefix="fledge-resume-") as aside:
-            here = folder if self.is_main_process else Path(aside)
+        sizes = self.broadcast_object(
+            lambda: {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
+        )
+        with tempfile.TemporaryDirectory(prefix="fledge-resume-") as temporary:
+            here = folder if self.is_main_process else Path(temporary)
             for name, size in sizes.items():
                 data = np.empty(size, np.uint8)
                 if self.is_main_process:
@@ -203,38 +215,38 @@ class ProcessGroup:
                     data.tofile(here / name)
             yield here
 
-    def leave(self) -> None:
-        """End what they tell one another, all at once: the rest is for the one that leads."""
+    def destroy(self) -> None:
+        """Wait for all processes, then end communication between them."""
         if self.size > 1:
             self.wait_for_everyone()
             dist.destroy_process_group()
 
     def on_main_process(self, log: Log) -> Log:
-        """`say` in process 0; nothing elsewhere."""
-        return log if self.is_main_process else _silent
+        """`log` in process 0; a function that discards the line in other processes."""
+        return log if self.is_main_process else _discard
 
-    def first_to_fail(self) -> bool:
-        """Whether no other process failed before: the first one tells why."""
+    def should_report_error(self) -> bool:
+        """Whether this is the first process that failed, which reports the error."""
         if self.store is None:
             return True
         if not self.is_main_process:
-            time.sleep(COURTESY)
+            time.sleep(REPORT_DELAY)
         own = str(self.rank)
         try:
             return bool(self.store.compare_set(_FAILED, "", own) == own.encode())
-        except RuntimeError:  # process 0 had the store, and is gone
+        except RuntimeError:  # process 0, which has the store, has exited
             return False
 
 
 SINGLE_PROCESS: Final = ProcessGroup()
 
 
-def accumulating(net: nn.Module) -> AbstractContextManager[None]:
-    """Inside, gradients add up and are not sent: a later step of backward sends them."""
-    if isinstance(net, DistributedDataParallel):
-        return cast(AbstractContextManager[None], net.no_sync())
+def no_sync(module: nn.Module) -> AbstractContextManager[None]:
+    """A context in which gradients accumulate locally; a later backward pass sends them."""
+    if isinstance(module, DistributedDataParallel):
+        return cast(AbstractContextManager[None], module.no_sync())
     return nullcontext()
 
 
-def _silent(line: str) -> None:
-    """Say nothing."""
+def _discard(line: str) -> None:
+    pass

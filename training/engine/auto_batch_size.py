@@ -1,4 +1,4 @@
-"""`batch_size = "auto"`: the largest batch that the GPU's memory takes, found by trying."""
+"""`batch_size = "auto"`: the largest batch that fits into the GPU's memory, found by trials."""
 
 from __future__ import annotations
 
@@ -20,63 +20,62 @@ from training.config.schema import AUTO, Recipe, Stage
 from training.data.dataset import Dataset
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.models.classifier import Classifier, normalise
-from training.optim import optimizer as optim
 from training.optim.ema import Ema
-from training.pixels.gpu_rows import SHARE
+from training.optim.optimizer import build_optimizer, optimizer_step
+from training.pixels.gpu_rows import GPU_MEMORY_SHARE
 from training.pixels.transform import PixelTransform
-from training.utils import device, disk_cache
+from training.utils import disk_cache
 from training.utils.console import Log
+from training.utils.device import free_memory
 from training.utils.precision import Precision
 
 ON_CPU: Final = 32
-"""Where there is no memory of its own to fill; larger batches are no faster there."""
+"""Batch size on a CPU, where larger batches are not faster."""
 
 SMALLEST: Final = 8
 LARGEST: Final = 1024
 
 MARGIN: Final = 0.9
-"""Of the memory that is free: the rest is for what libraries take, and for what lies scattered."""
+"""Share of the free memory that may be used; the rest is for libraries and fragmentation."""
 
-RECORDED: Final = 2
-"""Times the peak that recorded steps may take: the odd batch that ends an epoch has no part of what
-the recording holds."""
+CUDA_GRAPH_FACTOR: Final = 2
+"""Memory of training with CUDA graphs, relative to the trial's peak: the smaller batch at the end
+of an epoch can't use the memory that the graphs hold."""
 
 STEPS: Final = 2
-"""Of a trial: the optimiser's own memory is taken at the first."""
+"""Steps of a trial: the optimizer allocates its state in the first."""
 
 
 class Memory(Protocol):
-    """A device's memory, as it was before the trials."""
+    """A device's memory. free: bytes that could be allocated before the trials."""
 
     free: int
 
     def begin(self) -> None:
-        """Forget the peak."""
+        """Reset the peak."""
         ...
 
     def peak(self) -> int:
-        """The most bytes that were in use since `begin`, beside what was in use before."""
+        """Most bytes allocated at once since `begin`, less those allocated before the trials."""
         ...
 
 
 class CudaMemory:
-    """A GPU's. free: bytes that can be taken."""
+    """A GPU's memory."""
 
-    def __init__(self, where: torch.device) -> None:
-        self._where = where
-        self._base, self.free = torch.cuda.memory_allocated(where), device.free(where)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._base, self.free = torch.cuda.memory_allocated(device), free_memory(device)
 
     def begin(self) -> None:
-        """As `Memory`."""
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self._where)
+        torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak(self) -> int:
-        """As `Memory`."""
-        return torch.cuda.max_memory_allocated(self._where) - self._base
+        return torch.cuda.max_memory_allocated(self._device) - self._base
 
 
-def settle(
+def resolve_batch_size(
     recipe: Recipe,
     classifier: Classifier,
     stages: Sequence[Stage],
@@ -87,71 +86,77 @@ def settle(
     *,
     memory: Memory | None = None,
 ) -> Recipe:
-    """The recipe with a number for its batch size; as it is where it has one.
+    """The recipe with a number as its batch size; unchanged if it has one already.
 
-    On a GPU: the largest power of two, from 8 to 1024 and not more than there are training photos,
-    with which real steps of the most demanding stages fit into its memory beside the pixels. The
-    classifier and the random state are left as they are, bit for bit.
+    On a GPU: the largest power of two from 8 to 1024, not above the number of training photos, for
+    which training steps of the most demanding stages fit into the memory beside the pixels. The
+    classifier and the random state stay unchanged, bit for bit.
 
     Args:
-        recipe: What to do.
+        recipe: The recipe.
         classifier: On the CPU.
-        stages: As they are run.
+        stages: As they are trained.
         dataset: The photos.
-        precision: What to compute in, and where.
-        say: Takes a line for a person.
-        team: The processes that share a batch, each with such a GPU: one of them measures, and the
-            number is for all together.
-        memory: Of the device; on a CPU there is none unless given.
+        precision: Device and dtype.
+        log: Takes log lines.
+        process_group: The processes that split a batch, each with a GPU of the same kind. Process 0
+            measures; the result is the batch of all processes together.
+        memory: Memory of the device; by default of the GPU.
 
     Raises:
-        WorkError: Not even the smallest batch fits.
+        WorkError: The smallest batch does not fit.
     """
     if recipe.batch_size != AUTO:
         return recipe
 
-    def found() -> int:
+    def measure() -> int:
         if memory is None and precision.device.type == "cpu":
             log(f"batch_size = 'auto': {ON_CPU}; on a CPU")
             return ON_CPU
-        there = memory or CudaMemory(precision.device)
-        room = int(MARGIN * there.free) - _for_pixels(recipe, stages, dataset, there.free)
-        room //= RECORDED if recipe.compile == "cuda_graphs" else 1
+        device_memory = memory or CudaMemory(precision.device)
+        free = device_memory.free
+        available = int(MARGIN * free) - _pixel_bytes(recipe, stages, dataset, free)
+        available //= CUDA_GRAPH_FACTOR if recipe.compile == "cuda_graphs" else 1
         most = max(min(LARGEST, len(dataset.train) // process_group.size), SMALLEST)
-        own = copy.deepcopy(classifier)
-        classes = len(dataset.classes)
-        size, peak = _measured(recipe, own, stages, classes, precision, there, room, most)
-        size *= process_group.size
-        has = (
-            f"{disk_cache.gigabytes(peak)} of {disk_cache.gigabytes(room)} that the GPU has for it"
+        size, peak = _largest_batch(
+            recipe,
+            copy.deepcopy(classifier),
+            stages,
+            len(dataset.classes),
+            precision,
+            device_memory,
+            available,
+            most,
         )
-        log(f"batch_size = 'auto': {size}; {has}")
+        size *= process_group.size
+        used, limit = disk_cache.format_size(peak), disk_cache.format_size(available)
+        log(f"batch_size = 'auto': {size}; uses {used} of {limit} available GPU memory")
         return size
 
-    return recipe.model_copy(update={"batch_size": process_group.decide(found)})
+    return recipe.model_copy(update={"batch_size": process_group.broadcast_object(measure)})
 
 
-def _measured(
+def _largest_batch(
     recipe: Recipe,
-    own: Classifier,
+    classifier: Classifier,
     stages: Sequence[Stage],
     classes: int,
     precision: Precision,
     memory: Memory,
-    room: int,
+    available: int,
     most: int,
 ) -> tuple[int, int]:
-    """The largest batch, up to `most`, that fits into `room` in every stage; its peak in bytes.
+    """(largest batch up to `most` whose steps need `available` bytes or less in all stages; peak).
 
-    own: a classifier that may be spoilt.
+    The trials train `classifier`.
     """
-    where, peak = precision.device, 0
-    own.to(where).to(memory_format=torch.channels_last)
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
-        for stage in demanding(own, recipe, stages):
-            trial = BatchSizeTrial(recipe, own, stage, classes, precision)
-            gc.collect()  # of the trial before: networks and errors hold one another
-            most, peak = largest(trial, memory, room, most)
+    device, peak = precision.device, 0
+    classifier.to(device).to(memory_format=torch.channels_last)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for stage in most_demanding(classifier, recipe, stages):
+            trial = BatchSizeTrial(recipe, classifier, stage, classes, precision)
+            gc.collect()  # the previous trial's tensors are in reference cycles
+            most, peak = largest_fitting(trial, memory, available, most)
             if not most:
                 raise WorkError(
                     f"batch_size = 'auto': stage {stage.name} does not fit the GPU with even "
@@ -161,23 +166,23 @@ def _measured(
     return most, peak
 
 
-def largest(
-    trial: Callable[[int], object], memory: Memory, room: int, most: int
+def largest_fitting(
+    trial: Callable[[int], object], memory: Memory, available: int, most: int
 ) -> tuple[int, int]:
-    """The largest batch by doubling that `trial` bears, and its peak in bytes; (0, 0) for none."""
+    """(largest batch found by doubling, its peak in bytes); (0, 0) if the smallest does not fit."""
     best, size = (0, 0), SMALLEST
     while size <= most:
         memory.begin()
-        fits = _bears(trial, size)
-        if not fits or memory.peak() > room:
+        fits = _fits(trial, size)
+        if not fits or memory.peak() > available:
             break
         best = size, memory.peak()
         size *= 2
     return best
 
 
-def _bears(trial: Callable[[int], object], size: int) -> bool:
-    # Alone in a function, so that the error, which holds the tensors of the trial, is gone after.
+def _fits(trial: Callable[[int], object], size: int) -> bool:
+    # In a function of its own: at its end the error, which references the tensors, is freed.
     try:
         trial(size)
     except torch.OutOfMemoryError:
@@ -185,24 +190,26 @@ def _bears(trial: Callable[[int], object], size: int) -> bool:
     return True
 
 
-def demanding(classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]) -> Iterator[Stage]:
-    """The stages than which no other one trains more at the same or a larger image size."""
-    asks: list[tuple[int, int]] = []
+def most_demanding(
+    classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]
+) -> Iterator[Stage]:
+    """Stages unless another one trains at least as many layers at images at least as large."""
+    demands: list[tuple[int, int]] = []
     for stage in stages:
         prefix = classifier.freezing_for(stage).prefix
-        asks.append((-prefix, recipe.preprocess_of(stage).size))
-    for number, (stage, own) in enumerate(zip(stages, asks, strict=True)):
-        others = [*asks[:number], *asks[number + 1 :]]
+        demands.append((-prefix, recipe.preprocess_of(stage).size))
+    for number, (stage, own) in enumerate(zip(stages, demands, strict=True)):
+        others = [*demands[:number], *demands[number + 1 :]]
         above = (o[0] >= own[0] and o[1] >= own[1] and o != own for o in others)
-        if not any(above) and own not in asks[:number]:
+        if not any(above) and own not in demands[:number]:
             yield stage
 
 
 @dataclass
 class BatchSizeTrial:
-    """Steps of a stage as training makes them, on random pixels; call it with a batch size.
+    """Training steps of a stage on random pixels; call it with a batch size.
 
-    classifier: on the device, its own: it is trained.
+    classifier: on the device; the steps change its weights.
     """
 
     recipe: Recipe
@@ -217,11 +224,11 @@ class BatchSizeTrial:
         self._prefix = frozen_prefix.fused(self.classifier.prefix)
         stage, config = self.stage, self.recipe.optimizer
         lr = 1.0 if stage.lr == "find" else stage.lr
-        self._optimizer = optim.build(self.classifier, config, stage, lr)
+        self._optimizer = build_optimizer(self.classifier, config, stage, lr)
         self._ema = Ema(self.classifier, config.ema) if config.ema else None
 
     def __call__(self, size: int) -> None:
-        """Forward, backward and update."""
+        """Run `STEPS` optimizer steps."""
         config, suffix = self.recipe.optimizer, self.classifier.suffix
         for _ in range(STEPS):
             for inputs, labels in [self._batch(size) for _ in range(config.accumulate)]:
@@ -229,16 +236,16 @@ class BatchSizeTrial:
                     logits = suffix(inputs)
                 smoothing = self.recipe.label_smoothing
                 F.cross_entropy(logits.float(), labels, label_smoothing=smoothing).backward()
-            optim.step(self._optimizer, config)
+            optimizer_step(self._optimizer, config)
             if self._ema:
                 self._ema.update()
 
     @torch.no_grad()
     def _batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Random pixels on the way that photos go: (inputs of the suffix, labels)."""
+        """(inputs of the suffix, labels) from random pixels, computed as in training."""
         recipe, where = self.recipe, self.precision.device
         preprocess = recipe.preprocess_of(self.stage)
-        # A policy goes photo by photo: it takes time, and no memory to speak of.
+        # Policies work on one photo at a time: they need time, and hardly any memory.
         config = recipe.augment_of(self.stage).model_copy(update={"policy": "none"})
         side = PixelTransform("train", preprocess, recipe.data.presize).side
         pixels = torch.randint(256, (size, side, side, 3), dtype=torch.uint8, device=where)
@@ -252,8 +259,8 @@ class BatchSizeTrial:
         return run_frozen(self._prefix, images, self.precision), labels
 
 
-def _for_pixels(recipe: Recipe, stages: Sequence[Stage], dataset: Dataset, free: int) -> int:
-    """Bytes of the rows that will lie on the GPU, at the largest image size."""
+def _pixel_bytes(recipe: Recipe, stages: Sequence[Stage], dataset: Dataset, free: int) -> int:
+    """Bytes of the decoded photos that training will store on the GPU, at the largest size."""
     taken = 0
     size = max((recipe.preprocess_of(stage) for stage in stages), key=lambda p: p.size)
     for part, photos in (("train", dataset.train), ("valid", dataset.valid)):
@@ -261,5 +268,5 @@ def _for_pixels(recipe: Recipe, stages: Sequence[Stage], dataset: Dataset, free:
             "train" if part == "train" else "valid", size, recipe.data.presize
         ).side
         rows = len(photos) * 3 * side**2
-        taken += rows if rows <= SHARE * (free - taken) else 0
+        taken += rows if rows <= GPU_MEMORY_SHARE * (free - taken) else 0
     return taken

@@ -1,4 +1,4 @@
-"""The best checkpoint of a run: highest validation accuracy, the lower loss between equals."""
+"""The best checkpoint of a run: highest validation accuracy, then lowest validation loss."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Rank = tuple[float, float]
 
 
 def rank(row: Epoch) -> Rank:
-    """What the best epoch has most of."""
+    """The key by which the best epoch is the largest."""
     return row.accuracy, -row.valid_loss
 
 
 def save(
     folder: Path, row: Epoch, classifier: Classifier, info: CheckpointInfo, preprocess: Preprocess
 ) -> None:
-    """Keep an epoch's weights as the best so far."""
+    """Write the weights of an epoch as the run's best checkpoint."""
     metrics = {
         "accuracy": row.accuracy,
         "loss": row.valid_loss,
@@ -38,10 +38,10 @@ def save(
     )
 
 
-def finish(
+def evaluate_best(
     folder: Path, dataset: Dataset, tta: TtaConfig, log: Log, device: str = "auto"
 ) -> evaluate.EvaluationResult:
-    """Score the best checkpoint in float32, as `fledge evaluate` does, and write that down."""
+    """Evaluate the best checkpoint in float32, as `fledge evaluate`; update its metrics."""
     result = evaluate.evaluate(
         folder,
         tta=tta if tta.count else None,
@@ -49,12 +49,13 @@ def finish(
         device=device,
         log=log,
     )
-    description = (folder / BEST).with_suffix(".json")
-    info = checkpoint.read_info(description)
+    path = (folder / BEST).with_suffix(".json")
+    info = checkpoint.read_info(path)
     accuracy, loss = evaluate.score(result.plain, result.labels)
     metrics = {**info.metrics, "accuracy": accuracy, "loss": loss}
     if result.views > 1:
         metrics |= {"accuracy_tta": result.accuracy, "loss_tta": result.loss, "views": result.views}
-    data = {**info.data, "root": str(dataset.root)}  # a resumed run's photos may have moved
-    checkpoint.write_info(description, replace(info, metrics=metrics, data=data))
+    # The photos of a resumed run may have moved.
+    data = {**info.data, "root": str(dataset.root)}
+    checkpoint.write_info(path, replace(info, metrics=metrics, data=data))
     return result

@@ -1,9 +1,9 @@
-"""The part of a network that trains, run a faster way where the recipe asks for it.
+"""The recipe's `compile` option: `torch.compile` or CUDA graphs for the layers that train.
 
-`torch.compile` (Ansel et al., 2024, "PyTorch 2") makes kernels of its own. A CUDA graph (Nguyen et
-al., 2021, "Accelerating PyTorch with CUDA Graphs") has the kernels as they are, recorded once and
-launched as one, for GPUs that wait for the program. Either is a function around the layers: the
-classifier, its weights and their names stay as they are.
+`torch.compile` (Ansel et al., 2024, "PyTorch 2") generates new kernels. A CUDA graph (Nguyen et
+al., 2021, "Accelerating PyTorch with CUDA Graphs") launches a recorded sequence of the existing
+kernels at once, which helps if the GPU waits for the program. Both wrap the layers in a function:
+the classifier, its weights and their names do not change.
 """
 
 from __future__ import annotations
@@ -27,45 +27,45 @@ from training.utils.device import cuda_capture_lock
 REMEDY: Final = "use compile = false"
 
 _STREAMS: Final = "set_warn_on_accumulate_grad_stream_mismatch"
-"""Of torch.autograd.graph, where it has one: switches a warning off."""
+"""Function of torch.autograd.graph, in newer versions of torch, that turns a warning off."""
 
-Run = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 
 
-class WholeBatches(nn.Module):
-    """A network that runs a faster way on batches as large as the first one it sees.
+class FullBatchAccelerator(nn.Module):
+    """A network with an accelerated forward pass for batches of the size of the first one.
 
-    The odd batch that ends an epoch runs as it always did: to make ready for it would cost more
-    time than one batch an epoch can win back. Its parameters are the network's own.
+    The smaller batch at the end of an epoch runs without it: preparation for another size would
+    take longer than one batch per epoch can save. Parameters are the network's own.
     """
 
     def __init__(
-        self, network: nn.Sequential, make: Callable[[nn.Sequential, Tensor], Run]
+        self, network: nn.Sequential, accelerate: Callable[[nn.Sequential, Tensor], Forward]
     ) -> None:
-        """`make` is called with the network and the first batch, when that comes."""
+        """`accelerate(network, first batch)` is called at the first forward pass."""
         super().__init__()
-        self.network, self._make, self._size = network, make, 0
-        self._fast: Run = network.forward
+        self.network, self._accelerate, self._size = network, accelerate, 0
+        self._accelerated: Forward = network.forward
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """As the network.
+        """The network's forward pass.
 
         Raises:
-            OptionError: It can't be made faster; names the option.
+            OptionError: The network can't be accelerated; names the option.
         """
         if not self._size:
-            self._size, self._fast = len(inputs), self._make(self.network, inputs)
+            self._size, self._accelerated = len(inputs), self._accelerate(self.network, inputs)
         if len(inputs) != self._size:
             outputs: Tensor = self.network(inputs)
             return outputs
         try:
-            return self._fast(inputs)
+            return self._accelerated(inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise _refused("compile", error) from error
+            raise _not_possible("compile", error) from error
 
 
-def compiled(network: nn.Sequential, _: Tensor) -> Run:
-    """Compile for batches as large as the first one, when that is run."""
+def compiled(network: nn.Sequential, _: Tensor) -> Forward:
+    """The network with `torch.compile`, which compiles it at the first call."""
 
     def run(inputs: Tensor) -> Tensor:
         outputs: Tensor = network(inputs)
@@ -74,16 +74,15 @@ def compiled(network: nn.Sequential, _: Tensor) -> Run:
     return torch.compile(run, dynamic=False)
 
 
-def captured(network: nn.Sequential, inputs: Tensor) -> Run:
-    """Record a forward and a backward pass for batches as large as `inputs`, and replay them.
+def captured(network: nn.Sequential, inputs: Tensor) -> Forward:
+    """Capture forward and backward pass as CUDA graphs for batches of the size of `inputs`.
 
-    All but the last layer, a classifier's head, which runs as ever. BatchNorm statistics and the
-    random state are left as they are. A gradient that was not taken before the next backward pass
-    is overwritten by it.
+    The last layer, a classifier's head, is not captured. BatchNorm statistics and the random state
+    are restored after the capture. A backward pass overwrites gradients that were not used before.
 
     Raises:
-        OptionError: A layer does what can't be recorded, or the memory is too small. Random numbers
-            may not be drawn on that device any more.
+        OptionError: A layer can't be captured, or the memory is too small. After that the device's
+            random number generator can't be used any more.
     """
     body, head = network[:-1], network[-1]
     if not len(body):
@@ -92,9 +91,9 @@ def captured(network: nn.Sequential, inputs: Tensor) -> Run:
     random = torch.cuda.get_rng_state(inputs.device)
     enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     if hasattr(torch.autograd.graph, _STREAMS):
-        # Gradients come from the stream of the recording, and are waited for: as it should be.
+        # Gradients are computed on the capture's stream; torch synchronises it correctly.
         getattr(torch.autograd.graph, _STREAMS)(False)
-    # Weights cast once and kept would be those of the recording for ever.
+    # With autocast's cache, replays would use the cast weights of the capture.
     autocast = torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False)
     try:
         with cuda_capture_lock, autocast:
@@ -102,8 +101,8 @@ def captured(network: nn.Sequential, inputs: Tensor) -> Run:
                 body, (inputs.detach().clone(),), allow_unused_input=True
             )
     except RuntimeError as error:
-        raise _refused("record this network's kernels", error) from error
-    with torch.no_grad():  # it has run a few times to warm up
+        raise _not_possible("record this network's kernels", error) from error
+    with torch.no_grad():  # undo the warm-up passes
         for name, buffer in body.named_buffers():
             buffer.copy_(buffers[name])
     torch.cuda.set_rng_state(random, inputs.device)
@@ -115,33 +114,33 @@ def captured(network: nn.Sequential, inputs: Tensor) -> Run:
     return run
 
 
-_made: WeakKeyDictionary[Classifier, tuple[str, WholeBatches]] = WeakKeyDictionary()
-"""What was made of each classifier, and for which stage."""
+_accelerators: WeakKeyDictionary[Classifier, tuple[str, FullBatchAccelerator]] = WeakKeyDictionary()
+"""classifier -> (name of the stage, its accelerated suffix)."""
 
 
-def suffix_of(classifier: Classifier, stage: Stage, recipe: Recipe) -> nn.Module:
-    """The classifier's suffix, made fast if the recipe says so: the same one for a whole stage."""
+def accelerated_suffix(classifier: Classifier, stage: Stage, recipe: Recipe) -> nn.Module:
+    """The classifier's suffix, accelerated as the recipe says; created once per stage."""
     if not recipe.compile:
         return classifier.suffix
-    if classifier in _made and _made[classifier][0] == stage.name:
-        return _made[classifier][1]
-    # What was made for the stage before takes memory, a recording in circles of references.
-    _made.pop(classifier, None)
+    if classifier in _accelerators and _accelerators[classifier][0] == stage.name:
+        return _accelerators[classifier][1]
+    # Free the memory of the previous stage's; a CUDA graph is in a reference cycle.
+    _accelerators.pop(classifier, None)
     torch.compiler.reset()
     gc.collect()
-    make = captured if recipe.compile == "cuda_graphs" else compiled
-    fast = WholeBatches(classifier.suffix, make)
-    _made[classifier] = stage.name, fast
-    return fast
+    accelerate = captured if recipe.compile == "cuda_graphs" else compiled
+    suffix = FullBatchAccelerator(classifier.suffix, accelerate)
+    _accelerators[classifier] = stage.name, suffix
+    return suffix
 
 
-def check(recipe: Recipe, where: torch.device, processes: int = 1) -> None:
-    """Find before any work what would stop it: something small is compiled for a try.
+def check(recipe: Recipe, device: torch.device, processes: int = 1) -> None:
+    """Check before the work begins that `compile` works here, by compiling a small function.
 
     Raises:
-        OptionError: It can't be done here; names the option.
+        OptionError: It does not; names the option.
     """
-    if recipe.compile == "cuda_graphs" and where.type != "cuda":
+    if recipe.compile == "cuda_graphs" and device.type != "cuda":
         raise OptionError("compile = 'cuda_graphs' needs a GPU; use compile = true or false")
     if recipe.compile == "cuda_graphs" and recipe.optimizer.accumulate > 1:
         raise OptionError(
@@ -150,28 +149,28 @@ def check(recipe: Recipe, where: torch.device, processes: int = 1) -> None:
         )
     if recipe.compile == "cuda_graphs" and processes > 1:
         raise OptionError(
-            "compile = 'cuda_graphs' is for one process: gradients that are replayed don't wait "
-            "for the others; use compile = true or false"
+            "compile = 'cuda_graphs' works in a single process: replayed gradients are not "
+            "synchronised with other processes; use compile = true or false"
         )
     if recipe.compile is not True:
         return
-    if where.type == "cpu" and not _has_compiler():
+    if device.type == "cpu" and not _has_compiler():
         raise OptionError(f"compile: there is no C++ compiler here; install g++, or {REMEDY}")
-    inputs = torch.ones(8, 8, device=where, requires_grad=True)
+    inputs = torch.ones(8, 8, device=device, requires_grad=True)
     try:
         torch.compile(lambda x: (x.sigmoid() * x).sum(), dynamic=False)(inputs).backward()
-    except Exception as error:  # of whatever tool it is that does not work here
-        raise _refused("compile", error) from error
+    except Exception as error:  # from any tool that torch.compile calls
+        raise _not_possible("compile", error) from error
 
 
 def _has_compiler() -> bool:
-    """Whether the C++ compiler is there that torch would call."""
-    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    return shutil.which((os.environ.get("CXX") or usual).split()[0]) is not None
+    """Whether the C++ compiler that torch would call is installed."""
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return shutil.which((os.environ.get("CXX") or default).split()[0]) is not None
 
 
-def _refused(what: str, error: BaseException) -> OptionError:
-    """With the first line of an error, or its kind where it says nothing."""
+def _not_possible(what: str, error: BaseException) -> OptionError:
+    """An error with the first line of another error, or its type if it has no text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     why = lines[0].rstrip(".:") if lines else type(error).__name__
     return OptionError(f"compile: torch can't {what} here: {why}; {REMEDY}")

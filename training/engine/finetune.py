@@ -1,4 +1,4 @@
-"""From a recipe and photos to a run: all that can be wrong is found before the work begins."""
+"""Start or resume a fine-tuning run; all options and data are checked before training begins."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine import auto_batch_size, compile, plan
 from training.engine.stages import Run, train
 from training.models.classifier import Classifier
-from training.pixels import decoded
+from training.pixels.decoded import DecodedPhotos
 from training.report import report
-from training.run import checkpoint
-from training.run import folder as run_folder
-from training.run import resume_state as state
-from training.run.resume_state import Position
+from training.run import checkpoint, resume_state
+from training.run.folder import (
+    LAST_FOLDER,
+    RECIPE_FILE,
+    RUN_FILE,
+    RunInfo,
+    check_out,
+    create_run_folder,
+    read_run,
+    start_run,
+)
+from training.run.resume_state import STATE_FILE, Position, ResumeTensors
 from training.utils import disk_cache
-from training.utils.console import Log
-from training.utils.console import log_to_stderr as say_aloud
+from training.utils.console import Log, log_to_stderr
 from training.utils.precision import Precision, choose_precision
 from training.utils.timer import Timer
 
@@ -34,49 +41,51 @@ def run(
     out: Path | None = None,
     device: str = "auto",
     cache_gb: float | None = None,
-    log: Log = say_aloud,
+    log: Log = log_to_stderr,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
-    """Fine-tune by `recipe` on the photos of `source`; returns the run's folder.
+    """Fine-tune a network by a recipe on the photos of `source`.
 
     Args:
-        recipe: What to do.
-        source: As `load_dataset`.
-        split: As `load_dataset`.
-        out: The run's folder, new or empty; `runs/NAME` with a number where that is taken.
+        recipe: The recipe.
+        source, split: As `load_dataset`.
+        out: The run folder, new or empty; by default runs/NAME, or runs/NAME-2 and so on.
         device: "auto", "cpu" or "cuda".
-        cache_gb: Budget of what is kept between runs, in GB; as `cache.wanted`.
-        say: Takes lines for a person.
-        team: The processes that do it together, all by the same recipe on the same photos.
+        cache_gb: Budget of the disk cache in GB; as `disk_cache.budget_gb`.
+        log: Takes log lines.
+        process_group: The processes that train, all with the same recipe and the same photos.
+
+    Returns:
+        The run folder.
 
     Raises:
-        FledgeError: Anything wrong with the request, before anything is written; a NaN loss.
+        FledgeError: An option or the data is wrong, before anything is written; the loss diverged.
     """
     timer = Timer()
     log = process_group.on_main_process(log)
     if process_group.is_main_process:
-        run_folder.check_free(out)
+        check_out(out)
     precision = _precision(recipe, device, process_group)
-    with process_group.local_main_process_first():  # the first one may have to fetch them
+    with process_group.local_main_process_first():  # it may have to download the dataset
         dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
     process_group.check_same({"the split of the photos": dataset.fingerprint})
     classifier, pretrained = _classifier(recipe, len(dataset.classes), log, process_group)
     stages = plan.stages_of(recipe, pretrained)
     plan.check(classifier, recipe, stages)
-    photos = decoded.Photos(dataset, recipe.data.presize, log, cache_gb)
+    photos = DecodedPhotos(dataset, recipe.data.presize, log, cache_gb)
     with timer("decoding"), process_group.local_main_process_first():
-        photos.at(recipe.preprocess_of(stages[0]))
+        photos.pixel_sets(recipe.preprocess_of(stages[0]))
     dataset = photos.dataset
     process_group.check_same({"what can be read of the photos": dataset.fingerprint})
     if dataset.unlabelled:
         log(f"{len(dataset.unlabelled)} unlabelled photos: score them with fledge score")
     if not pretrained and stages != plan.stages_of(recipe, True):
-        log("no trained weights: every stage trains the whole network, at one rate")
-    recipe = auto_batch_size.settle(
+        log("no pretrained weights: every stage trains the whole network at one learning rate")
+    recipe = auto_batch_size.resolve_batch_size(
         recipe, classifier, stages, dataset, precision, log, process_group
     )
-    folder = process_group.broadcast_object(lambda: run_folder.claim(out, recipe.name))
-    begun = run_folder.Begun(
+    folder = process_group.broadcast_object(lambda: create_run_folder(out, recipe.name))
+    run_info = RunInfo(
         source=dataset.source,
         root=str(dataset.root),
         fingerprint=dataset.fingerprint,
@@ -86,7 +95,7 @@ def run(
         versions=checkpoint.versions(),
     )
     if process_group.is_main_process:
-        run_folder.begin(folder, recipe, dataset, begun)
+        start_run(folder, recipe, dataset, run_info)
     info = plan.info(recipe, dataset)
     activations = ActivationCache(
         photos, recipe, precision, disk_cache.open_cache(cache_gb), log, timer
@@ -102,64 +111,69 @@ def resume(
     device: str | None = None,
     root: Path | None = None,
     cache_gb: float | None = None,
-    log: Log = say_aloud,
+    log: Log = log_to_stderr,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
-    """Go on with a run that was killed or interrupted, from its last finished epoch.
+    """Resume a run that was killed or interrupted, after its last finished epoch.
 
-    On the same machine with as many threads and processes it ends with the same weights, bit for
+    On the same machine, with as many threads and processes, it ends with the same weights, bit for
     bit, as a run that was never interrupted.
 
     Args:
-        folder: The run's folder; only the process that leads reads it.
-        device: Another one than the run began with.
-        root: Where the photos are now, if they have moved.
-        cache_gb, say, team: As `run`.
+        folder: The run folder; only the main process reads it.
+        device: "auto", "cpu" or "cuda"; by default the one that the run was started with.
+        root: The photos' folder, if it has moved.
+        cache_gb, log, process_group: As `run`.
+
+    Returns:
+        The run folder.
 
     Raises:
-        DataError: No run there that got going, or its photos are no longer what they were.
+        DataError: `folder` contains no started run, or its photos have changed.
     """
     timer = Timer()
     log = process_group.on_main_process(log)
-    state_file = f"{run_folder.LAST}/{state.STATE}"
-    names = (run_folder.RUN, run_folder.RECIPE, SPLIT_FILE, state_file)
-    with process_group.broadcast_files(folder, names) as kept:
-        recipe, begun = run_folder.read(kept)
-        if process_group.broadcast_object(lambda: not (folder / run_folder.LAST).exists()):
+    state_file = f"{LAST_FOLDER}/{STATE_FILE}"
+    names = (RUN_FILE, RECIPE_FILE, SPLIT_FILE, state_file)
+    with process_group.broadcast_files(folder, names) as files:
+        recipe, run_info = read_run(files)
+        if process_group.broadcast_object(lambda: not (folder / LAST_FOLDER).exists()):
             if not process_group.broadcast_object(lambda: (folder / report.REPORT).exists()):
                 raise DataError(
-                    f"--resume {folder}: its folder {run_folder.LAST}/ is gone, and the run had "
-                    "not ended; start anew"
+                    f"--resume {folder}: its folder {LAST_FOLDER}/ is missing, and the run is not "
+                    "finished; start a new run"
                 )
             log(f"{folder} is finished already; next: fledge export {folder} --out bundle")
             return folder
-        precision = _precision(recipe, device or begun.device, process_group)
-        where = (root or Path(begun.root)).resolve()
-        dataset = read_split(kept / SPLIT_FILE, where, begun.classes, begun.source)
-        begin_again = not (kept / state_file).exists()
-        weights = {"auto": "imagenet" if begun.pretrained else "none"}.get(
+        precision = _precision(recipe, device or run_info.device, process_group)
+        photos_folder = (root or Path(run_info.root)).resolve()
+        dataset = read_split(files / SPLIT_FILE, photos_folder, run_info.classes, run_info.source)
+        # With a resume state the initial weights are not needed.
+        weights = {"auto": "imagenet" if run_info.pretrained else "none"}.get(
             recipe.weights, recipe.weights
         )
-        built = recipe.model_copy(update={"weights": weights if begin_again else "none"})
-        classifier, _ = _classifier(built, len(begun.classes), log, process_group)
-        found = state.load(kept / run_folder.LAST, precision.device, process_group.rank)
-    stages = plan.stages_of(recipe, begun.pretrained)
-    position, tensors = found or (Position(), {})
-    photos = decoded.Photos(dataset, recipe.data.presize, log, cache_gb)
+        has_state = (files / state_file).exists()
+        built = recipe.model_copy(update={"weights": "none" if has_state else weights})
+        classifier, _ = _classifier(built, len(run_info.classes), log, process_group)
+        state = resume_state.load(files / LAST_FOLDER, precision.device, process_group.rank)
+    stages = plan.stages_of(recipe, run_info.pretrained)
+    position, tensors = state or (Position(), ResumeTensors())
+    photos = DecodedPhotos(dataset, recipe.data.presize, log, cache_gb)
     with timer("decoding"), process_group.local_main_process_first():
-        photos.at(recipe.preprocess_of(stages[min(position.stage, len(stages) - 1)]))
-    if photos.dataset.fingerprint != begun.fingerprint:
+        photos.pixel_sets(recipe.preprocess_of(stages[min(position.stage, len(stages) - 1)]))
+    if photos.dataset.fingerprint != run_info.fingerprint:
         raise DataError(
-            f"--resume {folder}: the photos in {where} are no longer those that the run began "
-            "with; put them back, or start anew"
+            f"--resume {folder}: the photos in {photos_folder} have changed since the run was "
+            "started; restore them, or start a new run"
         )
-    if found:
-        classifier.load_state_dict(tensors.pop("model"))
-        log(f"{folder}: going on after {len(position.history)} finished epochs")
+    if state:
+        classifier.load_state_dict(tensors.model)
+        tensors.model = {}  # frees the memory
+        log(f"{folder}: resuming after {len(position.history)} finished epochs")
         if position.processes != process_group.size:
             log(
-                f"warning: it was begun by {position.processes} processes and goes on by "
-                f"{process_group.size}: not to the same bits"
+                f"warning: the run was started with {position.processes} processes and continues "
+                f"with {process_group.size}: the weights will not be bit-equal"
             )
     activations = ActivationCache(
         photos, recipe, precision, disk_cache.open_cache(cache_gb), log, timer
@@ -182,16 +196,16 @@ def resume(
 
 
 def _precision(recipe: Recipe, device: str, process_group: ProcessGroup) -> Precision:
-    """What the processes compute in, each where it is, once it is sure that they can do it.
+    """Device and dtype of this process, after checks across all processes.
 
     Raises:
-        DataError: They have not all begun the same.
-        OptionError: As `choose_precision`; a batch that is too small to be shared out.
+        DataError: The processes differ in recipe, versions or kind of device.
+        OptionError: As `choose_precision` and `compile.check`; the batch is too small to be split.
     """
-    if 0 < recipe.batch_size < 2 * process_group.size:  # 0 is still to be found
+    if 0 < recipe.batch_size < 2 * process_group.size:  # 0 is "auto"
         raise OptionError(
-            f"batch_size = {recipe.batch_size}: it is shared out among {process_group.size} processes, 2 "
-            f"photos or more to each: use {2 * process_group.size} or more, or fewer processes"
+            f"batch_size = {recipe.batch_size}: it is split among {process_group.size} processes, "
+            f"with at least 2 photos each: use {2 * process_group.size} or more, or fewer processes"
         )
     precision = choose_precision(device, recipe.precision, process_group.gpu)
     compile.check(recipe, precision.device, process_group.size)
@@ -208,7 +222,7 @@ def _precision(recipe: Recipe, device: str, process_group: ProcessGroup) -> Prec
 def _classifier(
     recipe: Recipe, classes: int, log: Log, process_group: ProcessGroup
 ) -> tuple[Classifier, bool]:
-    """As `plan.build_classifier`; the weights are those that the process that leads has."""
+    """As `plan.build_classifier`, with the weights of the main process in all processes."""
     own = recipe if process_group.is_main_process else recipe.model_copy(update={"weights": "none"})
     classifier, pretrained = plan.build_classifier(own, classes, log)
     pretrained = process_group.broadcast_object(lambda: pretrained)

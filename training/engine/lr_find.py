@@ -1,4 +1,4 @@
-"""`fledge lr-find`: the range test alone, and on request a short training with each suggestion."""
+"""`fledge lr-find`: the range test of one stage, optionally a short training at each suggestion."""
 
 from __future__ import annotations
 
@@ -15,20 +15,18 @@ from serving.errors import OptionError, WorkError
 from serving.utils.files import check_file
 from training.activations.cache import ActivationCache
 from training.activations.loaders import TrainLoader, ValidLoader
-from training.activations.sharing import shares
+from training.activations.sharing import plan_sharing
 from training.config.schema import Recipe, Stage
 from training.data.dataset import load_dataset
-from training.engine import auto_batch_size, compile, plan
-from training.engine import epoch as trainer
+from training.engine import auto_batch_size, compile, epoch, plan
 from training.models.classifier import Classifier
 from training.optim import lr_range_test
-from training.optim import optimizer as optim
-from training.pixels import decoded
+from training.optim.optimizer import build_optimizer
+from training.pixels.decoded import DecodedPhotos
 from training.report import lr_plots
 from training.run import checkpoint
 from training.utils import disk_cache
-from training.utils.console import Log
-from training.utils.console import log_to_stderr as say_aloud
+from training.utils.console import Log, log_to_stderr
 from training.utils.precision import Precision, choose_precision
 
 PICKS: Final = get_args(lr_range_test.Pick)
@@ -36,9 +34,13 @@ PICKS: Final = get_args(lr_range_test.Pick)
 
 @dataclass(frozen=True)
 class LearningRateTrial:
-    """What a short training with one suggestion came to.
+    """Result of a short training at a suggested learning rate.
 
-    losses: of training and validation after it, NaN where it diverged; accuracy: a fraction of 1.
+    Attributes:
+        pick: Name of the suggestion.
+        lr: The head's learning rate.
+        train_loss, valid_loss: In nats, of the last epoch; NaN if the training diverged.
+        accuracy: On the validation part, a fraction of 1; NaN if the training diverged.
     """
 
     pick: str
@@ -49,14 +51,14 @@ class LearningRateTrial:
 
 
 @dataclass
-class _Bench:
-    """One stage, ready to train."""
+class _StageSetup:
+    """A stage with its network and data loaders."""
 
     recipe: Recipe
     stage: Stage
     classifier: Classifier
-    feed: TrainLoader
-    held_out: ValidLoader
+    train_loader: TrainLoader
+    valid_loader: ValidLoader
     precision: Precision
 
 
@@ -71,39 +73,40 @@ def lr_find(
     device: str = "auto",
     compare: int | None = None,
     cache_gb: float | None = None,
-    log: Log = say_aloud,
+    log: Log = log_to_stderr,
 ) -> tuple[lr_range_test.Curve, list[LearningRateTrial]]:
-    """Range test of one stage of a recipe; nothing is kept but the picture.
+    """Learning-rate range test of one stage of a recipe; writes only the picture of the curve.
 
     Args:
-        recipe, source, split, device, cache_gb, say: As `recipe.run`.
-        stage: Name of the stage; the first unless said.
+        recipe, source, split, device, cache_gb, log: As `finetune.run`.
+        stage: Name of the stage; by default the first.
         start: Checkpoint that the stage starts from, such as `runs/NAME/stages/head.safetensors`.
-        out: Where the PNG goes; `lr_find-STAGE.png` here unless said.
-        compare: Epochs to train with each suggestion; not given, nothing is compared.
+        out: Path of the PNG file; by default `lr_find-STAGE.png` in the current folder.
+        compare: Epochs to train at each suggestion; None: no trials.
 
     Returns:
         The curve, and the trials in the order of `PICKS`.
 
     Raises:
-        FledgeError: As `recipe.run`; a stage that is not there; a curve that says nothing.
+        FledgeError: As `finetune.run`; the recipe has no such stage; the curve has no usable
+            descent.
     """
     if compare is not None and compare < 1:
         raise OptionError(f"--epochs {compare}: use 1 or more")
     if out and out.suffix.lower() != ".png":
         raise OptionError(f"--out {out}: use a name that ends in .png")
     check_file(out or Path("lr_find.png"))
-    bench = _bench(recipe, source, split, stage, start, device, cache_gb, log)
-    name = bench.stage.name
-    curve = trainer.find_lr(bench.classifier, bench.stage, bench.recipe, bench.feed)
+    setup = _set_up(recipe, source, split, stage, start, device, cache_gb, log)
+    name = setup.stage.name
+    curve = epoch.find_lr(setup.classifier, setup.stage, setup.recipe, setup.train_loader)
     picked = curve.pick(recipe.lr_find.pick)
     path = out or Path(f"lr_find-{name}.png")
     lr_plots.lr_find(curve, path, f"lr_find before {name}", recipe.lr_find.pick)
     log(f"{path}: the curve; recipe value: stage.{name}.lr={picked:.2e} ({recipe.lr_find.pick})")
-    return curve, [] if compare is None else list(_trials(bench, curve, compare))
+    return curve, [] if compare is None else list(_trials(setup, curve, compare))
 
 
-def _bench(
+def _set_up(
     recipe: Recipe,
     source: str,
     split: Path | None,
@@ -112,7 +115,7 @@ def _bench(
     device: str,
     cache_gb: float | None,
     log: Log,
-) -> _Bench:
+) -> _StageSetup:
     precision = choose_precision(device, recipe.precision)
     compile.check(recipe, precision.device)
     dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
@@ -121,75 +124,81 @@ def _bench(
     plan.check(classifier, recipe, stages)
     stage = next((s for s in stages if s.name == name), stages[0] if name is None else None)
     if stage is None:
-        have = ", ".join(s.name for s in stages)
-        raise OptionError(f"--stage {name}: the recipe has {have}")
+        names = ", ".join(s.name for s in stages)
+        raise OptionError(f"--stage {name}: no such stage; the recipe has {names}")
     if start:
         trained, info = checkpoint.load(start)
         try:
             classifier.load_state_dict(trained.state_dict())
         except RuntimeError:
             raise OptionError(
-                f"--from {start} does not fit: {_differs(info, plan.info(recipe, dataset))}"
+                f"--from {start} does not fit: {_differences(info, plan.info(recipe, dataset))}"
             ) from None
     elif stage is not stages[0]:
-        log(f"warning: the stages before {stage.name} have not been trained; start with --from")
-    recipe = auto_batch_size.settle(recipe, classifier, stages, dataset, precision, log)
-    photos = decoded.Photos(dataset, recipe.data.presize, log, cache_gb)
+        log(
+            f"warning: stage {stage.name} starts without the stages before it; give a checkpoint "
+            "with --from"
+        )
+    recipe = auto_batch_size.resolve_batch_size(recipe, classifier, stages, dataset, precision, log)
+    photos = DecodedPhotos(dataset, recipe.data.presize, log, cache_gb)
     classifier.to(precision.device).to(memory_format=torch.channels_last)
     activations = ActivationCache(photos, recipe, precision, disk_cache.open_cache(cache_gb), log)
-    (share,) = shares(classifier, recipe, [stage])
+    (share,) = plan_sharing(classifier, recipe, [stage])
     classifier.freeze_for(stage)
-    feed, held_out = activations.feeds(classifier, stage, share)
-    return _Bench(recipe, stage, classifier, feed, held_out, precision)
+    train_loader, valid_loader = activations.loaders(classifier, stage, share)
+    return _StageSetup(recipe, stage, classifier, train_loader, valid_loader, precision)
 
 
-def _differs(theirs: checkpoint.CheckpointInfo, ours: checkpoint.CheckpointInfo) -> str:
-    """What two networks differ in."""
+def _differences(theirs: checkpoint.CheckpointInfo, ours: checkpoint.CheckpointInfo) -> str:
+    """The options in which two networks differ, as text."""
 
-    def facts(info: checkpoint.CheckpointInfo) -> dict[str, object]:
+    def network_options(info: checkpoint.CheckpointInfo) -> dict[str, object]:
         tables = {"arch_args": info.arch_args, "head": info.head}
         options = {f"{name}.{key}": table[key] for name, table in tables.items() for key in table}
         return {"arch": info.arch, "classes": len(info.classes), **options}
 
-    old, new = facts(theirs), facts(ours)
+    old, new = network_options(theirs), network_options(ours)
     keys = [key for key in {**old, **new} if _plain(old.get(key)) != _plain(new.get(key))]
-    told = (f"{key} is {_plain(old.get(key))} there, {_plain(new.get(key))} here" for key in keys)
-    return ", ".join(told) or "its weights are of other shapes"
+    texts = (f"{key} is {_plain(old.get(key))} there, {_plain(new.get(key))} here" for key in keys)
+    return ", ".join(texts) or "its weights have other shapes"
 
 
 def _plain(value: object) -> str:
-    """A value of a recipe, the same whether it comes from a checkpoint's file or from a recipe."""
+    """A value as text; the same for a value from a checkpoint's .json file and from a recipe."""
     return "none" if value is None else json.dumps(value).strip('"')
 
 
-def _trials(bench: _Bench, curve: lr_range_test.Curve, epochs: int) -> Iterator[LearningRateTrial]:
-    """Train the stage for some epochs from the same start with each suggestion."""
-    brief = bench.stage.model_copy(
+def _trials(
+    setup: _StageSetup, curve: lr_range_test.Curve, epochs: int
+) -> Iterator[LearningRateTrial]:
+    """Train the stage for some epochs at each suggestion, each time from the same weights."""
+    stage = setup.stage.model_copy(
         update={"cycles": 1, "cycle_len": epochs, "cycle_mult": 1.0, "patience": 0}
     )
-    weights = copy.deepcopy(bench.classifier.state_dict())
+    weights = copy.deepcopy(setup.classifier.state_dict())
     nan = float("nan")
     tried: dict[float, LearningRateTrial] = {}
     for pick in PICKS:
         lr = curve.pick(pick)
-        if lr in tried:  # suggestions past minimum / 10 are cut to it
+        if lr in tried:  # several suggestions may be limited to minimum / 10
             yield replace(tried[lr], pick=pick)
             continue
-        bench.classifier.load_state_dict(weights)
-        torch.manual_seed(bench.recipe.seed)
-        optimizer = optim.build(bench.classifier, bench.recipe.optimizer, brief, lr)
+        setup.classifier.load_state_dict(weights)
+        torch.manual_seed(setup.recipe.seed)
+        optimizer = build_optimizer(setup.classifier, setup.recipe.optimizer, stage, lr)
         losses: list[float] = []
         try:
-            for epoch in range(epochs):
-                train_loss, _ = trainer.train_epoch(
-                    bench.classifier, brief, bench.recipe, optimizer, bench.feed, epoch, losses
-                )
-                accuracy, valid_loss = trainer.validate(
-                    bench.classifier, bench.held_out, bench.precision
+            for number in range(epochs):
+                train_loss, _ = epoch.train_epoch(
+                    setup.classifier, stage, setup.recipe, optimizer, setup.train_loader, number,
+                    losses,
+                )  # fmt: skip
+                accuracy, valid_loss = epoch.validate(
+                    setup.classifier, setup.valid_loader, setup.precision
                 )
                 losses.append(valid_loss)
             tried[lr] = LearningRateTrial(pick, lr, train_loss, valid_loss, accuracy)
-        except WorkError:  # the rate was too large: that is what is to be shown
+        except WorkError:  # the rate is too large: a result, not an error
             tried[lr] = LearningRateTrial(pick, lr, nan, nan, nan)
         yield tried[lr]
-    bench.classifier.load_state_dict(weights)
+    setup.classifier.load_state_dict(weights)

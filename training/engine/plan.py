@@ -1,4 +1,4 @@
-"""What a run will do, found out before it begins: its stages, its network, its sizes."""
+"""What a run will do: its stages, its network, checks before the work begins."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from serving.errors import DataError, OptionError
 from training.config.schema import ALL, Recipe, Spread, Stage
 from training.data.dataset import Dataset
 from training.models import backbones
-from training.models import classifier as model
-from training.optim import optimizer as optim
+from training.models.classifier import Classifier, create_classifier
+from training.optim.optimizer import check_rates, layer_groups
 from training.run import checkpoint
 from training.utils.console import Log
 
 
 def stages_of(recipe: Recipe, pretrained: bool) -> list[Stage]:
-    """The stages as they are run: "gradual" counted out, and random weights never frozen."""
+    """The stages as they are trained.
+
+    "gradual" is replaced by a number of layer groups. Without pretrained weights no stage freezes
+    layers.
+    """
     stages: list[Stage] = []
     for stage in recipe.stage:
         if stage.unfreeze == "gradual":
@@ -30,7 +34,7 @@ def stages_of(recipe: Recipe, pretrained: bool) -> list[Stage]:
 
 
 def _from_scratch(stage: Stage) -> Stage:
-    """The stage for random weights: a frozen random body would teach the head nothing."""
+    """The stage with all layers trained at one rate: frozen random layers have no use."""
     lr = stage.lr
     head = lr[-1] if isinstance(lr, tuple) else lr.high if isinstance(lr, Spread) else lr
     changes = {
@@ -40,52 +44,45 @@ def _from_scratch(stage: Stage) -> Stage:
     return stage.model_copy(update=changes)
 
 
-def over_fitting(losses: list[float], patience: int) -> bool:
-    """Whether the validation loss has not been lower for `patience` epochs; 0 is never."""
-    if not patience or not losses:
-        return False
-    return len(losses) - 1 - losses.index(min(losses)) >= patience
-
-
-def check(classifier: model.Classifier, recipe: Recipe, stages: list[Stage]) -> None:
-    """Find before any work what would stop a stage later.
+def check(classifier: Classifier, recipe: Recipe, stages: list[Stage]) -> None:
+    """Check all stages before the work begins; leaves the classifier as it is.
 
     Raises:
-        OptionError: A size that does not fit, a pattern that matches nothing, a list of rates that
-            is too long or too short.
+        OptionError: The architecture does not support an image size, a pattern of `unfreeze`
+            matches nothing, or a list of rates has the wrong length.
     """
     for stage in stages:
         option = f"stage.{stage.name}.image_size" if stage.image_size else "preprocess.size"
         size = recipe.preprocess_of(stage).size
         backbones.check_size(recipe.arch, recipe.arch_args, size, option)
         trainable = classifier.trainable_groups(classifier.freezing_for(stage))
-        layers = optim.layer_groups(trainable, stage)
-        optim.check_rates(layers, stage, 1.0 if stage.lr == "find" else stage.lr)
+        layers = layer_groups(trainable, stage)
+        check_rates(layers, stage, 1.0 if stage.lr == "find" else stage.lr)
 
 
-def build_classifier(recipe: Recipe, classes: int, log: Log) -> tuple[model.Classifier, bool]:
-    """The recipe's network, and whether its body comes with trained weights.
+def build_classifier(recipe: Recipe, classes: int, log: Log) -> tuple[Classifier, bool]:
+    """The recipe's network, and whether its body has pretrained weights.
 
-    Sets the random state by the recipe's seed.
+    Sets the global random state from the recipe's seed.
     """
 
-    def build(weights: str) -> model.Classifier:
+    def with_weights(weights: str) -> Classifier:
         torch.manual_seed(recipe.seed)
-        return model.build(
+        return create_classifier(
             recipe.arch, classes, arch_args=recipe.arch_args, head=recipe.head, weights=weights
         )
 
     if recipe.weights != "auto":
-        return build(recipe.weights), recipe.weights != "none"
+        return with_weights(recipe.weights), recipe.weights != "none"
     try:
-        return build("imagenet"), True
+        return with_weights("imagenet"), True
     except DataError as error:
         log(f"warning: weights = 'auto': {error}; training from scratch")
-        return build("none"), False
+        return with_weights("none"), False
 
 
 def info(recipe: Recipe, dataset: Dataset) -> checkpoint.CheckpointInfo:
-    """What the checkpoints of a run say of themselves, but for their metrics."""
+    """Description of a run's checkpoints, without metrics."""
     return checkpoint.CheckpointInfo(
         name=recipe.name,
         arch=recipe.arch,

@@ -1,269 +1,325 @@
-"""A fine-tune in progress: stage after stage, epoch after epoch, readable top to bottom."""
+"""The training loop of a run: stages, their epochs, and the report at the end."""
 
 from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from serving.errors import Diverged, WorkError
 from training.activations.cache import ActivationCache
 from training.activations.loaders import TrainLoader, ValidLoader
-from training.activations.sharing import SharedPrefix, shares
+from training.activations.sharing import SharedPrefix, plan_sharing
 from training.config.schema import Recipe, Stage
 from training.distributed import torchrun
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from training.engine import best_checkpoint, plan
-from training.engine import epoch as loop
+from training.engine import best_checkpoint, epoch
+from training.engine.early_stopping import EarlyStopping
 from training.evaluation import evaluate
-from training.models import classifier as model
-from training.optim import optimizer as optim
+from training.models.classifier import Classifier
 from training.optim.ema import Ema
+from training.optim.optimizer import build_optimizer
 from training.report import lr_plots, report
-from training.run import checkpoint
-from training.run import folder as run_folder
-from training.run import resume_state as state
-from training.run.history import Epoch
+from training.run import checkpoint, resume_state
+from training.run.folder import LAST_FOLDER, STAGES_FOLDER, finish_run, update_latest_link
+from training.run.history import Epoch, Step
 from training.run.metric_log import MetricLog, read_steps
-from training.run.resume_state import Position
-from training.utils.console import Log
-from training.utils.console import log_to_stderr as say_aloud
+from training.run.resume_state import Position, ResumeTensors
+from training.utils.console import Log, log_to_stderr
 from training.utils.precision import Precision
 
 
 @dataclass
 class Run:
-    """What every stage works with; `go` does the work.
+    """A run in progress; `train` executes it.
 
-    team: the processes that do it together; `say` is heard in the one that leads. saved: epochs
-    that a resumed run would find done.
+    Attributes:
+        recipe: Its recipe, with a number for `batch_size`.
+        stages: The stages as they are trained; see `plan.stages_of`.
+        classifier: The network.
+        activations: Makes the data loaders.
+        folder: The run folder.
+        info: Description of the run's checkpoints, without metrics.
+        log: Takes log lines; discards them in all processes but the main process.
+        position: How far the run is.
+        resumed: Tensors of the resume state that the run starts from; empty for a new run.
+        process_group: The processes that train.
+        saved: Number of epochs in the resume state on disk.
     """
 
     recipe: Recipe
     stages: list[Stage]
-    classifier: model.Classifier
+    classifier: Classifier
     activations: ActivationCache
     folder: Path
     info: checkpoint.CheckpointInfo
     log: Log
     position: Position = field(default_factory=Position)
-    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    resumed: ResumeTensors = field(default_factory=ResumeTensors)
     process_group: ProcessGroup = SINGLE_PROCESS
     saved: int = 0
 
     @property
     def precision(self) -> Precision:
-        """What it computes in, and where."""
+        """Device and dtype."""
         return self.activations.precision
 
 
 def train(run: Run) -> Path:
-    """Train what is left of a run, score its best checkpoint, write its report; its folder.
+    """Train the remaining epochs, evaluate the best checkpoint, write the report.
 
-    Of several processes all train, and the one that leads does the rest.
+    All processes train; the main process does the rest.
+
+    Returns:
+        The run folder.
 
     Raises:
-        WorkError: A loss that is no number, a full disk; the run can be resumed.
+        WorkError: The loss diverged, or the disk is full. In the latter case the run can be
+            resumed.
     """
-    recipe, position, timer = run.recipe, run.position, run.activations.timer
-    dataset = run.activations.photos.dataset
-    run.log(
-        f"{len(dataset.classes)} classes, {len(dataset.train)} photos to train on, "
-        f"{len(dataset.valid)} to validate; {recipe.arch} at {recipe.preprocess.size} px on "
-        f"{run.precision.device.type}, {str(run.precision.dtype).removeprefix('torch.')}"
-        + (f", {run.process_group.size} processes" if run.process_group.size > 1 else "")
-    )
+    position, timer = run.position, run.activations.timer
+    _log_start(run)
     position.processes, run.saved = run.process_group.size, len(position.history)
     run.classifier.to(run.precision.device).to(memory_format=torch.channels_last)
-    journal = MetricLog(run.folder, position.history) if run.process_group.is_main_process else None
-    ema = Ema(run.classifier, recipe.optimizer.ema) if recipe.optimizer.ema else None
-    if ema and "ema" in run.tensors:
-        ema.load(run.tensors["ema"])
+    ema = Ema(run.classifier, run.recipe.optimizer.ema) if run.recipe.optimizer.ema else None
+    if ema and run.resumed.ema:
+        ema.load(run.resumed.ema)
     try:
-        shared = shares(run.classifier, recipe, run.stages)
-        while position.stage < len(run.stages):
-            _stage(run, shared[position.stage], journal, ema)
-        run.process_group.leave()
+        shared = plan_sharing(run.classifier, run.recipe, run.stages)
+        with _open_metric_log(run) as metric_log:
+            while position.stage < len(run.stages):
+                _train_stage(run, shared[position.stage], metric_log, ema)
+        run.process_group.destroy()
         if not run.process_group.is_main_process:
             return run.folder
-        with timer("scoring the best"):
-            result = best_checkpoint.finish(run.folder, dataset, recipe.tta, run.log)
+        dataset, tta = run.activations.photos.dataset, run.recipe.tta
+        with timer("evaluation"):
+            result = best_checkpoint.evaluate_best(run.folder, dataset, tta, run.log)
         with timer("report"):
-            report.write(run.folder, log=run.log, tta=recipe.tta, result=result)
+            report.write(run.folder, log=run.log, tta=tta, result=result)
     except (KeyboardInterrupt, OSError, WorkError) as error:
-        _tell_how_to_go_on(run, error)
+        _log_how_to_resume(run, error)
         raise
     except RuntimeError as error:
-        if torchrun.lost(error):
-            _tell_how_to_go_on(run, error)
+        if torchrun.is_connection_error(error):
+            _log_how_to_resume(run, error)
         raise
-    run_folder.close(run.folder)
-    run_folder.point_latest(run.folder)
-    accuracy, loss = evaluate.score(result.plain, result.labels)
-    views = f", {result.accuracy:.2%} over {result.views} views" if result.views > 1 else ""
-    seconds = timer.read()
-    run.log("seconds: " + ", ".join(f"{what} {spent:.1f}" for what, spent in seconds.items()))
-    run.log(
-        f"{run.folder}: validation accuracy {accuracy:.2%} (loss {loss:.4f}){views} in float32 "
-        f"after {sum(seconds.values()):.0f} s; look at {run.folder / report.REPORT}; "
-        f"next: fledge export {run.folder} --out bundle"
-    )
+    finish_run(run.folder)
+    update_latest_link(run.folder)
+    _log_result(run, result)
     return run.folder
 
 
-def _tell_how_to_go_on(run: Run, error: BaseException) -> None:
-    if not run.process_group.first_to_fail():
-        return
-    why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
-    log = run.log if run.process_group.is_main_process else say_aloud
-    way = "" if run.process_group.size == 1 else "torchrun … -m "
-    kept = "1 finished epoch is" if run.saved == 1 else f"{run.saved} finished epochs are"
-    if isinstance(error, Diverged):
-        log(f"{why}: {kept} kept in {run.folder}; start anew with a lower rate")
-    else:
-        log(f"{why}: {kept} kept; go on with: {way}fledge train --resume {run.folder}")
+def _open_metric_log(run: Run) -> AbstractContextManager[MetricLog | None]:
+    if not run.process_group.is_main_process:
+        return nullcontext()
+    return MetricLog(run.folder, run.position.history)
 
 
-def _feeds(run: Run, share: SharedPrefix, ema: Ema | None) -> tuple[TrainLoader, ValidLoader]:
-    """The batches of the stage in progress, of the same views in all processes."""
-    position, process_group = run.position, run.process_group
-
-    def feeds(views: int | None) -> tuple[TrainLoader, ValidLoader]:
-        stage = run.stages[position.stage]
-        with (
-            process_group.local_main_process_first()
-        ):  # the first of a machine decodes for all there
-            return run.activations.feeds(
-                run.classifier, stage, share, position.first_view, views, ema
-            )
-
-    feed, held_out = feeds(position.views)
-    position.views = views = process_group.decide(lambda: feed.views)
-    if process_group.any(feed.views != views):  # process 0 has more room for them, or less
-        feed, held_out = feeds(views)
-    feed.process_group = held_out.process_group = process_group
-    return feed, held_out
-
-
-def _stage(run: Run, share: SharedPrefix, journal: MetricLog | None, ema: Ema | None) -> None:
-    """Train one stage, from wherever it stands, and step on to the next."""
-    recipe, classifier, position = run.recipe, run.classifier, run.position
-    timer = run.activations.timer
+def _train_stage(
+    run: Run, share: SharedPrefix, metric_log: MetricLog | None, ema: Ema | None
+) -> None:
+    """Train the remaining epochs of the current stage, and advance the position to the next one."""
+    classifier, position = run.classifier, run.position
     stage = run.stages[position.stage]
     classifier.freeze_for(stage)
-    feed, held_out = _feeds(run, share, ema)
+    train_loader, valid_loader = _open_loaders(run, stage, share, ema)
     if run.process_group.size > 1 and run.precision.device.type == "cuda":
         torchrun.sync_batchnorms(classifier)
     lr = stage.lr if stage.lr != "find" else position.lr
     if lr is None:
-        with timer("lr_find"):
-            lr = position.lr = _find_lr(run, stage, feed)
-    optimizer = optim.build(classifier, recipe.optimizer, stage, lr)
-    if "optimizer" in run.tensors:
-        state.into_optimizer(optimizer, run.tensors.pop("optimizer"))
-    averaged = ema.swapped if ema else nullcontext
-    while position.epoch < stage.epochs and not plan.over_fitting(
-        position.losses(stage.name), stage.patience
-    ):
-        started = time.perf_counter()
-        losses = position.losses(stage.name)
-        train_loss, steps = loop.train_epoch(
-            classifier, stage, recipe, optimizer, feed, position.epoch, losses, ema
-        )
-        with averaged():
-            with timer("validation"):
-                accuracy, valid_loss = loop.validate(
-                    classifier, held_out, run.precision, run.process_group
-                )
-            if not math.isfinite(valid_loss):
-                raise Diverged(
-                    f"stage {stage.name}: the validation loss is {valid_loss} after epoch "
-                    f"{position.epoch + 1}, rate {steps[-1].lr[-1]:.3g}; "
-                    f"lower stage.{stage.name}.lr"
-                )
-            position.epoch += 1
-            row = Epoch(
-                stage.name, position.epoch, steps[-1].lr[-1], train_loss, valid_loss, accuracy,
-                time.perf_counter() - started,
-            )  # fmt: skip
-            if best_checkpoint.rank(row) > position.best:
-                position.best = best_checkpoint.rank(row)
-                preprocess = recipe.preprocess_of(stage)
-                with timer("saving"):
-                    if run.process_group.is_main_process:
-                        best_checkpoint.save(run.folder, row, classifier, run.info, preprocess)
+        lr = position.lr = _find_lr(run, stage, train_loader)
+    optimizer = build_optimizer(classifier, run.recipe.optimizer, stage, lr)
+    if run.resumed.optimizer:
+        resume_state.load_optimizer_state(optimizer, run.resumed.optimizer)
+    early_stopping = EarlyStopping(stage.patience, classifier, ema, run.resumed)
+    run.resumed = ResumeTensors()  # frees the memory; they apply to the first stage only
+    losses = position.losses(stage.name)
+    while position.epoch < stage.epochs and not early_stopping.should_stop(losses):
+        row, steps = _run_epoch(run, stage, optimizer, train_loader, valid_loader, ema)
+        position.epoch += 1
         position.history.append(row)
-        if journal:
-            journal.add(row, steps)
-        _tell(run, row)
-        if stage.patience and valid_loss < min(losses, default=math.inf):
-            # Clones: the weights themselves go on moving.
-            run.tensors["kept"] = {k: v.clone() for k, v in classifier.state_dict().items()}
-            run.tensors["kept_ema"] = {k: v.clone() for k, v in ema.state().items()} if ema else {}
-        _save(run, ema, optimizer)
-    if stage.patience:
-        classifier.load_state_dict(run.tensors.pop("kept"))
-        kept = run.tensors.pop("kept_ema", {})
-        if ema and kept:
-            ema.load(kept)
-    if run.process_group.is_main_process:
-        with averaged():
-            info = replace(
-                run.info, preprocess=recipe.preprocess_of(stage), metrics={"stage": stage.name}
+        losses.append(row.valid_loss)
+        if metric_log:
+            metric_log.add(row, steps)
+        _log_epoch(run, row)
+        early_stopping.update(losses)
+        _save_state(run, ema, optimizer, early_stopping)
+    early_stopping.restore()
+    _finish_stage(run, stage, share, ema)
+
+
+def _open_loaders(
+    run: Run, stage: Stage, share: SharedPrefix, ema: Ema | None
+) -> tuple[TrainLoader, ValidLoader]:
+    """The stage's data loaders, with the same number of cached views in all processes."""
+    position, process_group = run.position, run.process_group
+
+    def open_loaders(views: int | None) -> tuple[TrainLoader, ValidLoader]:
+        # The first process of a machine decodes the photos; the others read them from the cache.
+        with process_group.local_main_process_first():
+            return run.activations.loaders(
+                run.classifier, stage, share, position.first_view, views, ema
             )
-            path = run.folder / run_folder.STAGES / f"{stage.name}.safetensors"
-            checkpoint.save(path, classifier, info)
-    if share.last:
+
+    train_loader, valid_loader = open_loaders(position.views)
+    position.views = views = process_group.broadcast_object(lambda: train_loader.views)
+    # The budget of another machine may allow another number of views than that of process 0.
+    if process_group.any_true(train_loader.views != views):
+        train_loader, valid_loader = open_loaders(views)
+    train_loader.process_group = valid_loader.process_group = process_group
+    return train_loader, valid_loader
+
+
+def _run_epoch(
+    run: Run,
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    train_loader: TrainLoader,
+    valid_loader: ValidLoader,
+    ema: Ema | None,
+) -> tuple[Epoch, list[Step]]:
+    """Train and validate one epoch, and save its checkpoint if it is the best so far.
+
+    Raises:
+        Diverged: The training or validation loss is not finite.
+    """
+    position, timer, started = run.position, run.activations.timer, time.perf_counter()
+    losses = position.losses(stage.name)
+    train_loss, steps = epoch.train_epoch(
+        run.classifier, stage, run.recipe, optimizer, train_loader, position.epoch, losses, ema
+    )
+    number, lr = position.epoch + 1, steps[-1].lr[-1]
+    with ema.swapped() if ema else nullcontext():
+        with timer("validation"):
+            accuracy, valid_loss = epoch.validate(
+                run.classifier, valid_loader, run.precision, run.process_group
+            )
+        if not math.isfinite(valid_loss):
+            raise Diverged(
+                f"stage {stage.name}: the validation loss is {valid_loss} after epoch {number}, "
+                f"rate {lr:.3g}; lower stage.{stage.name}.lr"
+            )
+        seconds = time.perf_counter() - started
+        row = Epoch(stage.name, number, lr, train_loss, valid_loss, accuracy, seconds)
+        _keep_best(run, stage, row)
+    return row, steps
+
+
+def _keep_best(run: Run, stage: Stage, row: Epoch) -> None:
+    """Save the classifier as the best checkpoint if this epoch is the best so far."""
+    if best_checkpoint.rank(row) <= run.position.best:
+        return
+    run.position.best = best_checkpoint.rank(row)
+    preprocess = run.recipe.preprocess_of(stage)
+    with run.activations.timer("saving"):
+        if run.process_group.is_main_process:
+            best_checkpoint.save(run.folder, row, run.classifier, run.info, preprocess)
+
+
+def _finish_stage(run: Run, stage: Stage, share: SharedPrefix, ema: Ema | None) -> None:
+    """Save the stage's checkpoint, advance the position, plot the schedule so far."""
+    position = run.position
+    if run.process_group.is_main_process:
+        with ema.swapped() if ema else nullcontext():
+            preprocess, metrics = run.recipe.preprocess_of(stage), {"stage": stage.name}
+            info = replace(run.info, preprocess=preprocess, metrics=metrics)
+            path = run.folder / STAGES_FOLDER / f"{stage.name}.safetensors"
+            checkpoint.save(path, run.classifier, info)
+    if share.is_last:
         position.first_view += position.views or stage.epochs
         position.views = None
     position.stage, position.epoch, position.lr = position.stage + 1, 0, None
     if run.process_group.is_main_process:
-        with timer("report"):
-            picture = run.folder / "schedule.png"
-            lr_plots.schedule(
-                lr_plots.rows(read_steps(run.folder)), picture, f"{recipe.name}: as run"
-            )
-    _save(run, ema, None)
+        with run.activations.timer("report"):
+            rows = lr_plots.rows(read_steps(run.folder))
+            lr_plots.schedule(rows, run.folder / "schedule.png", f"{run.recipe.name}: as run")
+    _save_state(run, ema)
 
 
-def _find_lr(run: Run, stage: Stage, feed: TrainLoader) -> float:
-    curve = loop.find_lr(run.classifier, stage, run.recipe, feed)
-    pick = run.recipe.lr_find.pick
-    picked = run.process_group.decide(lambda: curve.pick(pick))
-    if run.process_group.is_main_process:
-        path = run.folder / f"lr_find-{stage.name}.png"
-        lr_plots.lr_find(curve, path, f"lr_find before {stage.name}", pick)
-    run.log(
-        f"{stage.name:>8}  lr_find: {picked:.2e} ({pick}; steepest "
-        f"{curve.steepest:.2e}, minimum {curve.minimum:.2e})"
-    )
-    return picked
-
-
-def _save(run: Run, ema: Ema | None, optimizer: torch.optim.Optimizer | None) -> None:
-    """Everything a resumed run needs, in one file, before the next epoch begins."""
-    groups = {"model": run.classifier.state_dict()}
-    if ema:
-        groups["ema"] = ema.state()
-    if optimizer:
-        groups["optimizer"] = state.of_optimizer(optimizer)
-    groups.update({key: run.tensors[key] for key in ("kept", "kept_ema") if key in run.tensors})
-    with run.activations.timer("saving"):
-        own = state.random_state(run.precision.device, run.process_group.rank)
-        groups[state.RANDOM] = run.process_group.gather(own)
+def _find_lr(run: Run, stage: Stage, train_loader: TrainLoader) -> float:
+    """The learning rate that the range test picks; process 0 decides."""
+    with run.activations.timer("lr_find"):
+        curve = epoch.find_lr(run.classifier, stage, run.recipe, train_loader)
+        pick = run.recipe.lr_find.pick
+        lr = run.process_group.broadcast_object(lambda: curve.pick(pick))
         if run.process_group.is_main_process:
-            state.save(run.folder / run_folder.LAST, run.position, groups)
+            path = run.folder / f"lr_find-{stage.name}.png"
+            lr_plots.lr_find(curve, path, f"lr_find before {stage.name}", pick)
+    run.log(
+        f"{stage.name:>8}  lr_find: {lr:.2e} ({pick}; steepest {curve.steepest:.2e}, "
+        f"minimum {curve.minimum:.2e})"
+    )
+    return lr
+
+
+def _save_state(
+    run: Run,
+    ema: Ema | None,
+    optimizer: torch.optim.Optimizer | None = None,
+    early_stopping: EarlyStopping | None = None,
+) -> None:
+    """Save the resume state; between two stages there is no optimizer and no early stopping."""
+    with run.activations.timer("saving"):
+        random = resume_state.random_state(run.precision.device, run.process_group.rank)
+        tensors = ResumeTensors(
+            model=run.classifier.state_dict(),
+            ema=ema.state() if ema else {},
+            optimizer=resume_state.optimizer_state(optimizer) if optimizer else {},
+            kept=early_stopping.kept if early_stopping else {},
+            kept_ema=early_stopping.kept_ema if early_stopping else {},
+            random=run.process_group.gather(random),
+        )
+        if run.process_group.is_main_process:
+            resume_state.save(run.folder / LAST_FOLDER, run.position, tensors)
         run.saved = len(run.position.history)
 
 
-def _tell(run: Run, row: Epoch) -> None:
+def _log_start(run: Run) -> None:
+    dataset = run.activations.photos.dataset
+    processes = run.process_group.size
+    run.log(
+        f"{len(dataset.classes)} classes, {len(dataset.train)} training photos, "
+        f"{len(dataset.valid)} validation photos; {run.recipe.arch} at "
+        f"{run.recipe.preprocess.size} px on {run.precision.device.type}, "
+        f"{str(run.precision.dtype).removeprefix('torch.')}"
+        + (f", {processes} processes" if processes > 1 else "")
+    )
+
+
+def _log_epoch(run: Run, row: Epoch) -> None:
     mark = "  best" if best_checkpoint.rank(row) == run.position.best else ""
     run.log(
         f"{row.stage:>8} {row.epoch:>3}  lr {row.lr:.2e}  train {row.train_loss:.4f}  "
         f"valid {row.valid_loss:.4f}  accuracy {row.accuracy:.2%}  {row.seconds:.1f} s{mark}"
     )
+
+
+def _log_result(run: Run, result: evaluate.EvaluationResult) -> None:
+    accuracy, loss = evaluate.score(result.plain, result.labels)
+    views = f", {result.accuracy:.2%} over {result.views} views" if result.views > 1 else ""
+    seconds = run.activations.timer.read()
+    run.log("seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items()))
+    run.log(
+        f"{run.folder}: validation accuracy {accuracy:.2%} (loss {loss:.4f}){views} in float32 "
+        f"after {sum(seconds.values()):.0f} s; report: {run.folder / report.REPORT}; "
+        f"next: fledge export {run.folder} --out bundle"
+    )
+
+
+def _log_how_to_resume(run: Run, error: BaseException) -> None:
+    if not run.process_group.should_report_error():
+        return
+    reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
+    # Any process can be the first that fails, and only the main process's log has an output.
+    log = run.log if run.process_group.is_main_process else log_to_stderr
+    command = "" if run.process_group.size == 1 else "torchrun … -m "
+    saved = "1 finished epoch is" if run.saved == 1 else f"{run.saved} finished epochs are"
+    if isinstance(error, Diverged):
+        log(f"{reason}: {saved} saved in {run.folder}; start a new run with a lower learning rate")
+    else:
+        log(f"{reason}: {saved} saved; resume with: {command}fledge train --resume {run.folder}")

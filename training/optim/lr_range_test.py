@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn, optim
 
-from training.optim.optimizer import set_factor
+from training.optim.optimizer import set_lr_factor
 
 Direction = Literal["up", "down"]
 Pick = Literal["valley", "steepest", "minimum/10", "minimum"]
@@ -21,14 +21,18 @@ Pick = Literal["valley", "steepest", "minimum/10", "minimum"]
 
 @dataclass(frozen=True)
 class Curve:
-    """Rates tried, ascending, and the smoothed loss at each, with what they suggest.
+    """Loss curve of a range test, and the learning rates that it suggests.
 
-    valley: two thirds along the descent towards the trap, on the log scale of the rates, after
-        fast.ai's suggestion of that name; never past `ten`. steepest: where the loss falls fastest.
-    minimum: a trap, too large by far. Upwards, the rate of the lowest loss, at which training is
-        about to diverge; downwards, where the loss is lowest at the end whatever the rates, the
-        largest rate at which it began to fall.
-    direction: in which the rates were tried.
+    Attributes:
+        rates: Tested rates, ascending.
+        losses: Smoothed loss at each rate.
+        valley: Two thirds along the descent to the minimum, on the log scale of the rates, as
+            fast.ai's suggestion of that name; at most `tenth_of_minimum`.
+        steepest: Rate at which the loss falls fastest.
+        minimum: Too large to train with. Upwards, the rate of the lowest loss, where training is
+            about to diverge. Downwards, the largest rate at which the loss started to fall: the
+            loss is lowest at the end of such a test whatever the rates.
+        direction: Order in which the rates were tested.
     """
 
     rates: tuple[float, ...]
@@ -39,14 +43,17 @@ class Curve:
     direction: Direction = "up"
 
     @property
-    def ten(self) -> float:
-        """A tenth of the minimum: no suggestion but the minimum itself is taken past it."""
+    def tenth_of_minimum(self) -> float:
+        """The upper limit of all suggestions except the minimum itself."""
         return max(self.minimum / 10, self.rates[0])
 
     def pick(self, name: Pick) -> float:
-        """The rate to train with."""
-        marks = {"valley": self.valley, "steepest": self.steepest, "minimum/10": self.ten}
-        return self.minimum if name == "minimum" else min(marks[name], self.ten)
+        """The learning rate that the suggestion `name` selects."""
+        if name == "minimum":
+            return self.minimum
+        limit = self.tenth_of_minimum
+        suggestions = {"valley": self.valley, "steepest": self.steepest, "minimum/10": limit}
+        return min(suggestions[name], limit)
 
 
 def range_test(
@@ -65,33 +72,33 @@ def range_test(
     take_step: Callable[[optim.Optimizer], object] = lambda optimizer: optimizer.step(),
     on_step: Callable[[], object] | None = None,
 ) -> Curve:
-    """Raise the rate exponentially, a step a batch, until the loss diverges.
+    """Increase the learning rate exponentially, one step per batch, until the loss diverges.
 
-    Downwards the rate falls from `high` to `low`. A loss that is no number, or four times that of
-    the weights as they were, then sends the model back to them, and the curve begins anew at the
-    next lower rate: a model that was blown up would teach nothing about the other rates.
+    Downwards the rate decreases from `high` to `low`. If the loss is then not finite, or above four
+    times the loss of the initial weights, the initial weights are restored and the curve restarts
+    at the next lower rate: a diverged model says nothing about lower rates.
 
-    Weights, buffers, modes, optimiser and random state are given back bit for bit, come what may.
+    Weights, buffers, modes, optimiser state and random state are restored bit for bit at the end,
+    also after an error.
 
     Args:
-        model: Takes a batch's inputs to logits [N, classes].
-        optimizer: Its groups carry `base_lr`; the largest of them is swept, the others in
-            proportion.
-        batches: (inputs, labels); at most `steps` are taken.
+        model: Maps a batch's inputs to logits [N, classes].
+        optimizer: Its groups have a `base_lr`. The group with the largest one gets the tested rate,
+            the others in proportion.
+        batches: (inputs, labels); at most `steps` are used.
         loss_of: (logits, labels) -> scalar.
-        low, high: Of the largest group's rate.
-        steps: From `low` to `high`.
+        low, high: Smallest and largest tested rate.
+        steps: Number of rates from `low` to `high`.
         direction: "up" or "down".
-        beta: Smoothing of the loss, an exponential mean with bias correction.
-        autocast: Entered anew for every forward pass: one that spans a step would go on computing
-            with the weights it cast before.
-        train: Puts the model into training mode; its own `train` where not given.
-        take_step: Moves the weights; with `optimizer.step` clipping and decay are as in
-            training.
+        beta: Smoothing of the loss: exponential mean with bias correction.
+        autocast: Entered for every forward pass separately: autocast caches cast weights, which
+            must not outlive a step.
+        train: Puts the model into training mode; `model.train` if not given.
+        take_step: Updates the weights; with `optimizer_step` clipping and decay are as in training.
         on_step: Called after every step, for a progress bar.
 
     Raises:
-        ValueError: The curve can't be read; see `suggest`.
+        ValueError: The curve has no usable descent; see `suggest`.
     """
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     modes = {module: module.training for module in model.modules()}
@@ -100,10 +107,10 @@ def range_test(
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     largest = max(group["base_lr"] for group in optimizer.param_groups)
 
-    def give_back() -> None:
+    def restore() -> None:
         optimizer.zero_grad(set_to_none=True)
         model.load_state_dict(weights)
-        # A copy: the optimiser would go on writing into the tensors that it is given.
+        # A copy: the optimiser updates the tensors that it loads in place.
         optimizer.load_state_dict(copy.deepcopy(optimizer_state))
 
     def forward(inputs: Tensor, labels: Tensor) -> Tensor:
@@ -113,26 +120,30 @@ def range_test(
 
     rates: list[float] = []
     losses: list[float] = []
-    firsts: list[float] = []  # losses of the weights as they were
+    initial_losses: list[float] = []  # losses of the initial weights
     mean, best = 0.0, math.inf
     try:
         (train or model.train)()
         for step, (inputs, labels) in zip(range(steps), batches, strict=False):
             share = step / max(steps - 1, 1)
             rate = low * (high / low) ** (share if direction == "up" else 1 - share)
-            set_factor(optimizer, rate / largest)
+            set_lr_factor(optimizer, rate / largest)
             loss = forward(inputs, labels)
             value = loss.item()
-            if direction == "down" and rates and not value <= 4 * sum(firsts) / len(firsts):
-                give_back()
-                set_factor(optimizer, rate / largest)
+            if (
+                direction == "down"
+                and rates
+                and not value <= 4 * sum(initial_losses) / len(initial_losses)
+            ):
+                restore()
+                set_lr_factor(optimizer, rate / largest)
                 rates, losses, mean = [], [], 0.0
                 loss = forward(inputs, labels)
                 value = loss.item()
             if not math.isfinite(value):
                 break
             if not rates:
-                firsts.append(value)
+                initial_losses.append(value)
             mean = beta * mean + (1 - beta) * value
             smooth = mean / (1 - beta ** (len(rates) + 1))
             best = min(best, smooth)
@@ -146,7 +157,7 @@ def range_test(
             if on_step:
                 on_step()
     finally:
-        give_back()
+        restore()
         for module, training in modes.items():
             module.training = training
         torch.set_rng_state(rng)
@@ -156,18 +167,18 @@ def range_test(
 
 
 def suggest(rates: list[float], losses: list[float], direction: Direction = "up") -> Curve:
-    """Read a curve, given in the order in which the rates were tried.
+    """The suggestions of a curve, given in the order in which the rates were tested.
 
     Raises:
-        ValueError: It can't be read: it has fewer than two points, or the loss never falls.
+        ValueError: The curve has fewer than two points, or the loss never falls.
     """
     if len(rates) < 2:
         raise ValueError("the loss diverges within two steps")
     lowest = int(np.argmin(losses))
     if lowest == 0:
         raise ValueError(f"the loss never falls from {rates[0]:.2g} to {rates[-1]:.2g}")
-    start = int(np.argmax(losses[: lowest + 1]))  # the descent begins at its highest point
-    if direction == "down":  # it ends where little is left to fall: the rest is a long flat tail
+    start = int(np.argmax(losses[: lowest + 1]))  # the descent starts at the highest loss
+    if direction == "down":  # the descent ends at 95 % of its height: a long flat tail follows
         left = losses[lowest] + 0.05 * (losses[start] - losses[lowest])
         lowest = next(i for i in range(start, lowest + 1) if losses[i] <= left)
     minimum = rates[lowest if direction == "up" else start]
@@ -175,14 +186,14 @@ def suggest(rates: list[float], losses: list[float], direction: Direction = "up"
     steepest = rates[_steepest(rates, losses, start, lowest)]
     order = slice(None) if direction == "up" else slice(None, None, -1)
     curve = Curve(tuple(rates[order]), tuple(losses[order]), valley, steepest, minimum, direction)
-    return replace(curve, valley=min(valley, curve.ten))
+    return replace(curve, valley=min(valley, curve.tenth_of_minimum))
 
 
 def _steepest(rates: list[float], losses: list[float], start: int, lowest: int) -> int:
-    """The index in the descent around which the loss falls fastest.
+    """Index of the steepest descent of the loss, measured across a tenth of the curve.
 
-    Measured across a tenth of the curve, and not in its first fifth where the descent allows it:
-    single steps are noise, and so is the smoothed loss while it is a mean of few.
+    The first fifth of the curve is skipped if the descent reaches beyond it. Differences of single
+    steps are noise, and so is the smoothed loss of the first steps.
     """
     around = min(max(len(rates) // 20, 1), (lowest - start) // 2)
     if not around:

@@ -1,4 +1,4 @@
-"""Optimisers: discriminative learning rates, weight decay of three kinds, clipping."""
+"""Optimizers with a learning rate per layer group, three kinds of weight decay, and clipping."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from serving.errors import OptionError
 from training.config.schema import Spread, Stage
 from training.config.sections import OptimizerConfig
 from training.models.classifier import Classifier
-from training.optim.schedules import Point
+from training.optim.schedules import SchedulePoint
 
 Rates = float | tuple[float, ...] | Spread
 LayerGroup = tuple[str, list[nn.Parameter]]
-"""Its name and the parameters of it that train."""
+"""(name, trainable parameters of the layer group)."""
 
 
-def build(
+def build_optimizer(
     classifier: Classifier, config: OptimizerConfig, stage: Stage, lr: Rates
 ) -> optim.Optimizer:
-    """An optimiser over what trains, and nothing else: the deepest group first, the head last.
+    """An optimiser over the trainable parameters: the deepest layer group first, the head last.
 
-    Each parameter group carries its layer group's `name`, its `base_lr`, and `decays`. A layer
-    group is two of them, the second with norms and biases, unless one would be empty.
+    Each parameter group has its layer group's `name`, its `base_lr`, and `decays`. A layer group
+    becomes two parameter groups, the second with norms and biases, unless one would be empty.
 
     Args:
-        classifier: Already frozen as the stage wants it.
+        classifier: Frozen for the stage.
         config: Kind, momentum, weight decay.
         stage: Its name, `lr_divide` and `groups`.
-        lr: As `rates`; found by lr_find, or the stage's own.
+        lr: As `group_rates`; the stage's own, or the rate that lr_find picked.
 
     Raises:
-        OptionError: `lr` has not one rate for each group, or fewer groups train than `groups`.
+        OptionError: As `check_rates` and `layer_groups`.
     """
     layers = layer_groups(classifier.trainable_groups(), stage)
     check_rates(layers, stage, lr)
@@ -43,7 +43,7 @@ def build(
     vectors = set() if config.decay_norms else norms_and_biases(classifier)
     groups = []
     for (name, parameters), rate in zip(
-        layers, rates(len(layers), lr, stage.lr_divide), strict=True
+        layers, group_rates(len(layers), lr, stage.lr_divide), strict=True
     ):
         for decays in (True, False):
             chosen = [p for p in parameters if (p not in vectors) == decays]
@@ -57,7 +57,7 @@ def build(
                         "base_lr": rate,
                         "decays": decays,
                         "weight_decay": 0.0 if config.kind == "sgd" and decoupled else decay,
-                        "shrink": decay if config.kind == "sgd" and decoupled else 0.0,
+                        "decoupled_decay": decay if config.kind == "sgd" and decoupled else 0.0,
                     }
                 )
     if config.kind == "sgd":
@@ -67,11 +67,12 @@ def build(
     return kind(groups, betas=(config.momentum, 0.999), fused=True)
 
 
-def rates(count: int, lr: Rates, lr_divide: float) -> list[float]:
-    """The learning rate of each of `count` groups, deepest first (Howard & Ruder, 2018, 3.2).
+def group_rates(count: int, lr: Rates, lr_divide: float) -> list[float]:
+    """The learning rate of each of `count` layer groups, deepest first.
 
-    A number is the head's rate; each group's is that of the group behind it, divided. A tuple has
-    them all. A spread runs from low to high by equal factors; a lone group gets the high one.
+    A number is the head's rate; each deeper group has the next group's rate divided by `lr_divide`
+    (Howard & Ruder, 2018, section 3.2). A tuple has all rates. A `Spread` goes from `low` to `high`
+    in equal factors; a single group has `high`.
     """
     if isinstance(lr, tuple):
         return list(lr)
@@ -99,11 +100,11 @@ def check_rates(layers: Sequence[LayerGroup], stage: Stage, lr: Rates) -> None:
 def layer_groups(layers: list[LayerGroup], stage: Stage) -> list[LayerGroup]:
     """`Classifier.trainable_groups`, deepest first, merged into `stage.groups` groups.
 
-    The body's groups are shared among `groups - 1` runs as evenly as they can be, the deeper runs
-    being the longer ones; the head stays alone. With `groups = 1` all trains at one rate.
+    The body's groups are split into `groups - 1` runs of neighbours, as even as possible, longer
+    runs first; the head is a group of its own. With `groups = 1` all parameters form one group.
 
     Raises:
-        OptionError: Fewer groups train than `stage.groups`.
+        OptionError: `stage.groups` is more than the number of trainable groups.
     """
     wanted, names = stage.groups, [name for name, _ in layers]
     if wanted > len(layers):
@@ -120,9 +121,9 @@ def layer_groups(layers: list[LayerGroup], stage: Stage) -> list[LayerGroup]:
 
 
 def norms_and_biases(module: nn.Module) -> set[nn.Parameter]:
-    """What is not decayed: norms, biases, and other vectors such as ConvNeXt's layer scale.
+    """Parameters without weight decay: norms, biases, and other vectors (ConvNeXt's layer scale).
 
-    Tables of position biases (Swin, MaxViT) are biases by name.
+    Tables of relative position biases (Swin, MaxViT) are recognised by their name.
     """
     return {
         parameter
@@ -131,20 +132,20 @@ def norms_and_biases(module: nn.Module) -> set[nn.Parameter]:
     }
 
 
-def rates_now(optimizer: optim.Optimizer) -> dict[str, float]:
-    """The rate of each layer group as it stands, deepest first."""
+def current_rates(optimizer: optim.Optimizer) -> dict[str, float]:
+    """The current learning rate of each layer group, deepest first."""
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
-def set_factor(optimizer: optim.Optimizer, factor: float) -> None:
+def set_lr_factor(optimizer: optim.Optimizer, factor: float) -> None:
     """Set every group's rate to `base_lr * factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
 
-def set_point(optimizer: optim.Optimizer, point: Point) -> None:
-    """Set every group's rate, and its momentum (adam's first beta) where the schedule moves it."""
-    set_factor(optimizer, point.factor)
+def apply_schedule(optimizer: optim.Optimizer, point: SchedulePoint) -> None:
+    """Set every group's learning rate, and momentum (Adam's first beta) if the schedule has one."""
+    set_lr_factor(optimizer, point.factor)
     if point.momentum is None:
         return
     for group in optimizer.param_groups:
@@ -155,31 +156,33 @@ def set_point(optimizer: optim.Optimizer, point: Point) -> None:
 
 
 @torch.no_grad()
-def step(optimizer: optim.Optimizer, config: OptimizerConfig) -> None:
-    """Move the weights by their gradients, and drop the gradients.
+def optimizer_step(optimizer: optim.Optimizer, config: OptimizerConfig) -> None:
+    """Update the weights by their gradients, and reset the gradients.
 
-    In this order: L1 adds its sign to the gradients of what decays; the norm of all gradients
-    together is clipped (Pascanu et al., 2013, "On the difficulty of training recurrent neural
-    networks"); decoupled decay shrinks the weights of sgd by lr times it (Loshchilov & Hutter,
-    2019, "Decoupled Weight Decay Regularization", algorithm 1); the optimiser steps.
+    In this order: L1 adds l1 * sign(weight) to the gradients of parameters that decay; the norm of
+    all gradients together is clipped (Pascanu et al., 2013, "On the difficulty of training
+    recurrent neural networks"); decoupled decay multiplies the weights of sgd by 1 - lr * decay
+    (Loshchilov & Hutter, 2019, "Decoupled Weight Decay Regularization", algorithm 1); the optimiser
+    steps.
     """
     for group in optimizer.param_groups:
         if config.l1 and group["decays"]:
-            for parameter in _moving(group):
+            for parameter in _with_gradient(group):
                 assert parameter.grad is not None
                 parameter.grad.add_(parameter.sign(), alpha=config.l1)
     if config.clip_norm:
-        moving = [p for group in optimizer.param_groups for p in _moving(group)]
-        nn.utils.clip_grad_norm_(moving, config.clip_norm)
+        parameters = [p for group in optimizer.param_groups for p in _with_gradient(group)]
+        nn.utils.clip_grad_norm_(parameters, config.clip_norm)
     for group in optimizer.param_groups:
-        moving = _moving(group)
-        if group["shrink"] and moving:  # at once: on a GPU each call takes longer than its work
-            torch._foreach_mul_(moving, 1 - group["lr"] * group["shrink"])
+        parameters = _with_gradient(group)
+        # One call for all: on a GPU a call takes longer than its arithmetic.
+        if group["decoupled_decay"] and parameters:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["decoupled_decay"])
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def _moving(group: dict[str, Any]) -> list[Tensor]:
+def _with_gradient(group: dict[str, Any]) -> list[Tensor]:
     return [parameter for parameter in group["params"] if parameter.grad is not None]
 
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of position, and nothing else.
+"""Learning-rate schedules as pure functions of the position in a stage.
 
 Positions are counted in epochs, as floats, so that a schedule does not depend on the batch size.
 Each returns the factor in [0, 1] that multiplies every group's learning rate.
@@ -15,47 +15,47 @@ from training.config.formula import compile_formula
 from training.config.schema import Stage, cycle_lengths
 
 
-class Point(NamedTuple):
-    """Where a schedule stands.
+class SchedulePoint(NamedTuple):
+    """The value of a schedule at a position.
 
-    factor: multiplies every group's rate, in [0, 1]. momentum: to be set, None for the optimiser's.
+    factor: multiplies every group's rate; in [0, 1]. momentum: None leaves the optimiser's.
     """
 
     factor: float
     momentum: float | None = None
 
 
-def at(
+def schedule_at(
     stage: Stage,
     position: float,
     steps: int,
     losses: Sequence[float] = (),
     momentum: float = 0.9,
-) -> Point:
+) -> SchedulePoint:
     """The schedule of a stage at a position.
 
     `stage.floor` is the lowest factor of every schedule; only the warm-up goes below it. Cycles of
     fractional length are stretched to end with the stage's whole epochs.
 
     Args:
-        stage: Its schedule and the schedule's options.
-        position: Epochs since the stage began; beyond its end counts as its end.
-        steps: Steps an epoch.
-        losses: Validation losses of the stage's finished epochs; plateau needs them.
-        momentum: The optimiser's; one_cycle goes down from it to `stage.momentum_low`.
+        stage: The schedule and its options.
+        position: Epochs since the start of the stage; limited to [0, `stage.epochs`].
+        steps: Steps per epoch.
+        losses: Validation losses of the stage's finished epochs, for `plateau`.
+        momentum: The optimiser's; one_cycle lowers it to `stage.momentum_low`.
 
     Raises:
-        OptionError: `stage.scale` has no value here, such as log(x) at 0.
+        OptionError: `stage.scale` has no finite value at this position, such as log(x) at 0.
     """
     position = min(max(position, 0.0), float(stage.epochs))
     factor = _shape(stage, position, steps, losses)
     if stage.warm_up:
         factor *= warm_up(position, stage.warm_up, steps)
     if stage.schedule != "one_cycle":
-        return Point(factor)
+        return SchedulePoint(factor)
     low = min(stage.momentum_low, momentum)
     height = one_cycle(position, stage.epochs, start=0.0)
-    return Point(factor, momentum + (low - momentum) * height)
+    return SchedulePoint(factor, momentum + (low - momentum) * height)
 
 
 def _shape(stage: Stage, position: float, steps: int, losses: Sequence[float]) -> float:
@@ -101,9 +101,9 @@ def cosine(start: float, end: float, position: float) -> float:
 def cycle_at(
     position: float, cycles: int, cycle_len: float, cycle_mult: float = 1.0
 ) -> tuple[int, float]:
-    """The number of the cycle at a position, from 0, and the share in [0, 1] of it that is over.
+    """(number of the cycle at a position, from 0; elapsed share of the cycle, in [0, 1]).
 
-    Beyond the end: the last cycle's end.
+    Positions beyond the last cycle count as its end.
     """
     for index, length in enumerate(cycle_lengths(cycles, cycle_len, cycle_mult)):
         if position < length - 1e-10:  # sums of fractional lengths are not exact
@@ -115,14 +115,14 @@ def cycle_at(
 def sgdr(position: float, cycles: int, cycle_len: float, cycle_mult: float = 1.0) -> float:
     """Stochastic gradient descent with warm restarts.
 
-    Cosine from 1 to 0 in every cycle, then back to 1 at once (Loshchilov & Hutter, 2017,
+    Cosine from 1 to 0 in every cycle, restarting at 1 (Loshchilov & Hutter, 2017,
     "SGDR: Stochastic Gradient Descent with Warm Restarts", equation 5, with eta_min = 0).
     """
     return cosine(1.0, 0.0, cycle_at(position, cycles, cycle_len, cycle_mult)[1])
 
 
 def triangular(position: float, cycles: int, cycle_len: float, cycle_mult: float = 1.0) -> float:
-    """Up from 0 to 1 and down again in every cycle, by lines.
+    """Linear from 0 to 1 and back to 0 in every cycle.
 
     Smith, 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.1; a cycle is
     twice the paper's step size.
@@ -131,7 +131,7 @@ def triangular(position: float, cycles: int, cycle_len: float, cycle_mult: float
 
 
 def triangular2(position: float, cycles: int, cycle_len: float, cycle_mult: float = 1.0) -> float:
-    """`triangular`, each cycle half as high as the one before (Smith, 2017, section 3.1)."""
+    """`triangular` with the amplitude halved after each cycle (Smith, 2017, section 3.1)."""
     return cyclical(position, cycles, cycle_len, cycle_mult, scale=lambda cycle: 0.5 ** (cycle - 1))
 
 
@@ -144,7 +144,7 @@ def exp_range(
     gamma: float,
     step_number: int,
 ) -> float:
-    """`triangular`, times gamma to the power of the step's number (Smith, 2017, section 3.1)."""
+    """`triangular` times gamma ** step number (Smith, 2017, section 3.1)."""
     return triangular(position, cycles, cycle_len, cycle_mult) * gamma**step_number
 
 
@@ -157,13 +157,13 @@ def cyclical(
     scale: Callable[[float], float],
     step_number: int | None = None,
 ) -> float:
-    """`triangular`, times a function of one's own, whose values are kept within 0 and 1.
+    """`triangular` times a user-defined scale, clamped to [0, 1].
 
     Args:
-        position: In epochs; as are the lengths.
+        position: In epochs, like the cycle lengths.
         cycles, cycle_len, cycle_mult: As `cycle_lengths`.
-        scale: Of the step's number, from 0, where that is given; else of the cycle's, from 1.
-        step_number: Steps since the beginning.
+        scale: Function of `step_number` if that is given, else of the cycle's number, from 1.
+        step_number: Steps since the start of the stage, from 0.
     """
     number = cycle_at(position, cycles, cycle_len, cycle_mult)[0] + 1
     height = scale(number if step_number is None else step_number)
@@ -171,9 +171,9 @@ def cyclical(
 
 
 def one_cycle(position: float, epochs: float, warm_up: float = 0.25, start: float = 0.04) -> float:
-    """Up from `start` to 1 in the first `warm_up` of the run, then down to 0, both by cosine.
+    """Cosine from `start` to 1 in the first `warm_up` share of the epochs, then cosine to 0.
 
-    Smith & Topin, 2018, "Super-Convergence", with cosine in place of lines as fast.ai has it.
+    Smith & Topin, 2018, "Super-Convergence", with cosine instead of linear ramps, as in fast.ai.
     """
     share = min(max(position / epochs, 0.0), 1.0) if epochs else 1.0
     if share < warm_up:
@@ -182,15 +182,15 @@ def one_cycle(position: float, epochs: float, warm_up: float = 0.25, start: floa
 
 
 def step(position: float, every: int, gamma: float) -> float:
-    """Times `gamma` after every `every` epochs."""
+    """Multiply by `gamma` after every `every` epochs."""
     return gamma ** int(position // every)
 
 
 def plateau(losses: Sequence[float], patience: int, gamma: float) -> float:
-    """Times `gamma` whenever the loss has not been lower for more than `patience` epochs.
+    """Multiply by `gamma` when the loss has not improved for more than `patience` epochs.
 
-    Lower means by more than a share of 1e-4; the count begins anew after each cut. The same as
-    torch's ReduceLROnPlateau, but a function of all losses so far.
+    Improved means lower by a relative 1e-4 or more; the count restarts after each reduction. Equal
+    to torch's ReduceLROnPlateau, as a function of all losses so far.
     """
     factor, best, waited = 1.0, math.inf, 0
     for loss in losses:
@@ -204,7 +204,7 @@ def plateau(losses: Sequence[float], patience: int, gamma: float) -> float:
 
 
 def warm_up(position: float, epochs: float, steps: int) -> float:
-    """Up to 1 by a line in the first `epochs`, from one step's worth: no step is wasted on 0.
+    """Linear warm-up to 1 in the first `epochs`; starts at one step's share instead of 0.
 
     Goyal et al., 2017, "Accurate, Large Minibatch SGD", section 2.2.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints: weights as safetensors, everything else as JSON beside them. No pickle."""
+"""Checkpoints: weights in a .safetensors file, a description in a .json file beside it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from serving.errors import DataError, OptionError, WorkError
 from serving.imaging.preprocess import Preprocess
-from serving.utils.files import write_aside
-from training.models import classifier as model
+from serving.utils.files import atomic_write
+from training.models.classifier import Classifier, create_classifier
 
 SCHEMA: Final = 1
 BEST: Final = "best.safetensors"
@@ -25,14 +25,20 @@ BEST: Final = "best.safetensors"
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What one must know to use the weights.
+    """Description of a checkpoint; the content of its .json file.
 
-    arch, arch_args, head: arguments of `model.build`.
-    classes: names in the order of the logits.
-    data: {"source", "root", "fingerprint", "train", "valid"}; where the photos were, and counts.
-    metrics: {"accuracy", "loss", "stage", "epoch"} on the validation part, plain view, float32;
-        accuracy is a fraction of 1, loss is cross-entropy in nats. Where the recipe asks for
-        test-time augmentation also {"accuracy_tta", "loss_tta", "views"}.
+    Attributes:
+        name: Of the recipe.
+        arch, arch_args, head: Arguments of `create_classifier`.
+        classes: Names in the order of the logits.
+        preprocess: Of the images that the network was trained with.
+        seed: Of the recipe.
+        data: {"source", "root", "fingerprint", "train", "valid"}: the photos' folder and counts.
+        metrics: {"accuracy", "loss", "stage", "epoch"} on the validation part in float32, without
+            test-time augmentation; accuracy is a fraction of 1, loss is cross-entropy in nats. If
+            the recipe has test-time augmentation also {"accuracy_tta", "loss_tta", "views"}.
+        versions: Of Python, torch and torchvision.
+        schema: Version of this format.
     """
 
     name: str
@@ -49,7 +55,7 @@ class CheckpointInfo:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """Versions of the software that a result depends on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -57,44 +63,45 @@ def versions() -> dict[str, str]:
     }
 
 
-def save(path: Path, classifier: model.Classifier, info: CheckpointInfo) -> None:
-    """Write `path` (.safetensors) and its .json, each aside and then renamed."""
+def save(path: Path, classifier: Classifier, info: CheckpointInfo) -> None:
+    """Write `path` (.safetensors) and its .json file, each atomically."""
     state = {key: value.detach().contiguous() for key, value in classifier.state_dict().items()}
-    with write_aside(path) as aside:
+    with atomic_write(path) as partial:
         try:
-            save_file(state, aside)
+            save_file(state, partial)
         except SafetensorError as error:
             raise WorkError(f"{path} can't be written: {error}") from error
     write_info(path.with_suffix(".json"), info)
 
 
 def write_info(path: Path, info: CheckpointInfo) -> None:
-    """Write the .json of a checkpoint, aside and then renamed."""
-    with write_aside(path) as aside:
-        aside.write_text(json.dumps(asdict(info), indent=2, allow_nan=False) + "\n")
+    """Write the .json file of a checkpoint atomically."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(asdict(info), indent=2, allow_nan=False) + "\n")
 
 
-def find(run: Path) -> Path:
-    """The weights file of a run's folder, or the one named itself."""
+def weights_path(run: Path) -> Path:
+    """The best checkpoint of a run folder; `run` itself if it is a .safetensors file."""
     return run if run.suffix == ".safetensors" else run / BEST
 
 
-def folder_of(run: Path) -> Path:
-    """The folder of the run that a checkpoint belongs to; checkpoints of stages lie one deeper."""
-    folder = find(run).parent
+def run_folder_of(run: Path) -> Path:
+    """The run folder that a checkpoint belongs to; checkpoints of stages are in a subfolder."""
+    folder = weights_path(run).parent
     return folder.parent if folder.name == "stages" else folder
 
 
-def load(run: Path) -> tuple[model.Classifier, CheckpointInfo]:
+def load(run: Path) -> tuple[Classifier, CheckpointInfo]:
     """Load a checkpoint: eval mode, float32, on the CPU.
 
     Args:
-        run: A run's folder, or a .safetensors file with its .json beside it.
+        run: A run folder, or a .safetensors file with its .json file beside it.
 
     Raises:
-        DataError: Nothing there, damaged, of another version, or weights that do not fit.
+        DataError: A file is missing, damaged or of another version, or the weights do not fit the
+            architecture.
     """
-    path = find(run)
+    path = weights_path(run)
     info = read_info(path.with_suffix(".json"))
     try:
         state = load_file(path)
@@ -102,17 +109,19 @@ def load(run: Path) -> tuple[model.Classifier, CheckpointInfo]:
         raise DataError(f"{path} is missing; make one with `fledge train`") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path} can't be read: {error}") from error
-    classifier = model.build(info.arch, len(info.classes), arch_args=info.arch_args, head=info.head)
+    classifier = create_classifier(
+        info.arch, len(info.classes), arch_args=info.arch_args, head=info.head
+    )
     try:
         classifier.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise DataError(f"{path} does not fit {info.arch} as its .json says: {reason}") from error
+        raise DataError(f"{path} does not fit {info.arch} of its .json file: {reason}") from error
     return classifier.eval(), info
 
 
 def read_info(path: Path) -> CheckpointInfo:
-    """Read the .json of a checkpoint; errors as `load`."""
+    """Read the .json file of a checkpoint; errors as `load`."""
     try:
         values = json.loads(path.read_text())
         if values.get("schema") != SCHEMA:
@@ -123,4 +132,4 @@ def read_info(path: Path) -> CheckpointInfo:
     except FileNotFoundError:
         raise DataError(f"{path} is missing; make one with `fledge train`") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OptionError) as error:
-        raise DataError(f"{path} is no checkpoint description: {error}") from error
+        raise DataError(f"{path} is not a checkpoint description: {error}") from error

@@ -1,4 +1,4 @@
-"""The dataset of a finished run, read back from its split file."""
+"""The dataset that a run was trained on, read from its split file."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from training.data.dataset import SAMPLE, SPLIT_FILE, Dataset, read_split
 from training.run import checkpoint
 
 
-def of_run(run: Path, data: Path | None = None, part: str = "valid") -> Dataset:
-    """The split that a run used.
+def load_run_dataset(run: Path, data: Path | None = None, part: str = "valid") -> Dataset:
+    """The dataset of a run, with the split that the run used.
 
     Args:
-        run: The run's folder, or its checkpoint.
-        data: Where the photos are now, if they have moved.
-        part: Whose photos must all be there; "" asks for none.
+        run: The run folder, or a checkpoint in it.
+        data: Folder of the photos; None: where they were at training time.
+        part: "train", "valid" or "test": all photos of this part must exist. "": none needs to.
 
     Raises:
-        DataError: The photos are not where they were; names `--data`.
+        DataError: Photos are missing; names `--data`.
     """
     if data is not None and not os.path.isdir(data):
         raise DataError(f"--data {data}: no such folder")
-    path = checkpoint.find(run)
+    path = checkpoint.weights_path(run)
     info = checkpoint.read_info(path.with_suffix(".json"))
     root = (data or Path(str(info.data["root"]))).resolve()
     source = str(info.data.get("source", root))
@@ -34,7 +34,7 @@ def of_run(run: Path, data: Path | None = None, part: str = "valid") -> Dataset:
         elif source in torchvision_sets.NAMES:
             root, _ = torchvision_sets.find(source)
     return read_split(
-        checkpoint.folder_of(run) / SPLIT_FILE,
+        checkpoint.run_folder_of(run) / SPLIT_FILE,
         root,
         info.classes,
         source,

@@ -1,4 +1,4 @@
-"""A run's folder: who it belongs to, what it was asked to do, and where `runs/latest` points."""
+"""The run folder: create it, record what resuming needs, read it back, mark the run as finished."""
 
 from __future__ import annotations
 
@@ -17,17 +17,24 @@ from training.config import load
 from training.config.schema import Recipe
 from training.data.dataset import SPLIT_FILE, Dataset, write_split
 
-RUN: Final = "run.json"
-RECIPE: Final = "recipe.toml"
-LAST: Final = "last"
-STAGES: Final = "stages"
+RUN_FILE: Final = "run.json"
+RECIPE_FILE: Final = "recipe.toml"
+LAST_FOLDER: Final = "last"
+STAGES_FOLDER: Final = "stages"
 
 
 @dataclass(frozen=True)
-class Begun:
-    """What a run began with, beside its recipe and its split; `run.json`.
+class RunInfo:
+    """What a run was started with, beside recipe and split; the content of `run.json`.
 
-    pretrained: whether the body came with trained weights. device: "auto", "cpu" or "cuda".
+    Attributes:
+        source: The `--data` argument.
+        root: The photos' folder.
+        fingerprint: Of the dataset.
+        classes: Names in the order of the logits.
+        pretrained: Whether the body started with pretrained weights.
+        device: "auto", "cpu" or "cuda".
+        versions: Of Python, torch and torchvision.
     """
 
     source: str
@@ -39,23 +46,23 @@ class Begun:
     versions: dict[str, str]
 
 
-def check_free(out: Path | None) -> None:
-    """Refuse a folder that is in use, or that can't be made, before the work begins.
+def check_out(out: Path | None) -> None:
+    """Check before the work begins that the run folder can be created, or exists and is empty.
 
     Raises:
         OptionError: Names `--out`.
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        resumable = (out / RUN).exists() and (out / LAST).exists()
-        hint = f"go on with it by --resume {out}, or " if resumable else ""
-        raise OptionError(f"--out {out} exists already; {hint}choose another or remove it")
+        resumable = (out / RUN_FILE).exists() and (out / LAST_FOLDER).exists()
+        hint = f"resume that run with --resume {out}, or " if resumable else ""
+        raise OptionError(f"--out {out} exists already; {hint}choose another folder or remove it")
     check_folder(out or Path("runs"))
 
 
-def claim(out: Path | None, name: str) -> Path:
-    """Make the run's folder; two runs that start together get two."""
+def create_run_folder(out: Path | None, name: str) -> Path:
+    """Create the run folder: `out`, else the first free one of runs/NAME, runs/NAME-2, ..."""
     if out is not None:
-        check_free(out)
+        check_out(out)
         out.mkdir(parents=True, exist_ok=True)
         return out
     for number in itertools.count(1):
@@ -68,55 +75,57 @@ def claim(out: Path | None, name: str) -> Path:
     raise AssertionError("unreachable")
 
 
-def begin(folder: Path, recipe: Recipe, dataset: Dataset, begun: Begun) -> None:
-    """Write down what the run is; from `run.json` on it can be resumed."""
+def start_run(folder: Path, recipe: Recipe, dataset: Dataset, info: RunInfo) -> None:
+    """Write recipe, split and `run.json`; once `run.json` exists, the run can be resumed."""
     import tomli_w
 
     values = recipe.model_dump(mode="json", exclude={"preprocess"})
     values["preprocess"] = asdict(recipe.preprocess)
-    with atomic_write(folder / RECIPE) as aside:
-        aside.write_text(tomli_w.dumps(values), encoding="utf-8")
+    with atomic_write(folder / RECIPE_FILE) as partial:
+        partial.write_text(tomli_w.dumps(values), encoding="utf-8")
     write_split(dataset, folder / SPLIT_FILE)
-    (folder / STAGES).mkdir(exist_ok=True)
-    (folder / LAST).mkdir(exist_ok=True)
-    with atomic_write(folder / RUN) as aside:
-        aside.write_text(json.dumps(asdict(begun), indent=2) + "\n")
+    (folder / STAGES_FOLDER).mkdir(exist_ok=True)
+    (folder / LAST_FOLDER).mkdir(exist_ok=True)
+    with atomic_write(folder / RUN_FILE) as partial:
+        partial.write_text(json.dumps(asdict(info), indent=2) + "\n")
 
 
-def close(folder: Path) -> None:
-    """Mark a run as finished, and give the room back that resuming took."""
-    aside = folder / f".{LAST}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    (folder / LAST).rename(aside)  # one step: killed half-way, a run would begin from the start
-    shutil.rmtree(aside)
+def finish_run(folder: Path) -> None:
+    """Mark a run as finished by removing the resume state."""
+    removed = folder / f".{LAST_FOLDER}.partial"
+    shutil.rmtree(removed, ignore_errors=True)
+    # A rename is atomic: a partly removed state would make a resumed run start from the beginning.
+    (folder / LAST_FOLDER).rename(removed)
+    shutil.rmtree(removed)
 
 
-def read(folder: Path) -> tuple[Recipe, Begun]:
-    """What `begin` wrote.
+def read_run(folder: Path) -> tuple[Recipe, RunInfo]:
+    """Read what `start_run` wrote.
 
     Raises:
-        DataError: No run there that got going.
+        DataError: `folder` contains no started run, or its files can't be read.
     """
     try:
-        values: dict[str, Any] = json.loads((folder / RUN).read_text())
-        begun = Begun(**{**values, "classes": tuple(values["classes"])})
-        recipe = load.parse(tomllib.loads((folder / RECIPE).read_text()), str(folder / RECIPE))
+        values: dict[str, Any] = json.loads((folder / RUN_FILE).read_text())
+        info = RunInfo(**{**values, "classes": tuple(values["classes"])})
+        path = folder / RECIPE_FILE
+        recipe = load.parse(tomllib.loads(path.read_text()), str(path))
     except FileNotFoundError as error:
         raise DataError(
-            f"--resume {folder}: {Path(error.filename).name} is missing, so no run got going here; "
-            "start it anew"
+            f"--resume {folder}: {Path(error.filename).name} is missing: no run was started in "
+            "this folder; start it with fledge train"
         ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"--resume {folder}: its files can't be read: {error}") from error
-    return recipe, begun
+    return recipe, info
 
 
-def point_latest(folder: Path) -> None:
-    """Point `runs/latest` at a run in `runs/`; runs elsewhere are their owner's to name."""
+def update_latest_link(folder: Path) -> None:
+    """Point `runs/latest` at a run folder in `runs/`; does nothing for other folders."""
     link = folder.parent / "latest"
     if folder.parent.name != "runs" or (link.exists() and not link.is_symlink()):
         return
-    aside = folder.parent / f".latest.partial-{os.getpid()}"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(folder.name)
-    aside.replace(link)
+    partial = folder.parent / f".latest.partial-{os.getpid()}"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(folder.name)
+    partial.replace(link)

@@ -7,10 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of metrics.csv.
+    """One row of metrics.csv.
 
-    epoch: from 1. lr: the head's rate at the last step. Losses are cross-entropy in nats, the
-    training loss with label smoothing. accuracy: of the plain view, a fraction of 1.
+    Attributes:
+        stage: Its name.
+        epoch: Number in the stage, from 1.
+        lr: The head's learning rate at the last step.
+        train_loss: Mean cross-entropy in nats, with label smoothing.
+        valid_loss: Mean cross-entropy in nats.
+        accuracy: On the validation part without test-time augmentation, a fraction of 1.
+        seconds: Wall-clock time.
     """
 
     stage: str
@@ -24,10 +30,15 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Step:
-    """One line of steps.csv: a step of the optimiser, with what it was made with.
+    """One row of steps.csv: an optimizer step.
 
-    step: from 1 in its epoch. loss: of its batch or batches. lr: of each layer group that trains,
-    the head's last. momentum: or Adam's first beta.
+    Attributes:
+        stage: Its name.
+        epoch: Number in the stage, from 1.
+        step: Number in the epoch, from 1.
+        loss: Mean over the step's photos, in nats.
+        momentum: Of sgd, or Adam's first beta.
+        lr: Learning rate of each trainable layer group, the head's last.
     """
 
     stage: str

@@ -1,52 +1,137 @@
-"""What a run writes down as it goes: a line an epoch, a line a step, and both for TensorBoard."""
+"""Metric files of a run: metrics.csv (epochs), steps.csv (optimizer steps), TensorBoard events."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import Any, Final
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
 
-from serving.utils.files import write_aside
-from training.run import events
+from serving.utils.files import atomic_write
 from training.run.history import Epoch, Step
+
+if TYPE_CHECKING:
+    from tensorboardX.proto.event_pb2 import Event
 
 METRICS: Final = "metrics.csv"
 STEPS: Final = "steps.csv"
+EVENTS: Final = "events"
 
 
 class MetricLog:
-    """metrics.csv, steps.csv and the TensorBoard events of a run's folder."""
+    """Writes metrics.csv, steps.csv and an event file, which the context manager closes."""
 
     def __init__(self, folder: Path, history: Sequence[Epoch]) -> None:
-        """Make the files hold the epochs of `history` and no others: what a kill left goes."""
+        """Reduce the CSV files to the epochs of `history`; start an event file.
+
+        Rows of an epoch that a killed run did not finish are removed.
+
+        Args:
+            folder: The run folder.
+            history: The epochs that are finished.
+        """
         self.folder = folder
-        done = {(row.stage, str(row.epoch)) for row in history}
-        kept = [row for row in _rows(folder / STEPS) if (row[0], row[1]) in done]
+        finished = {(row.stage, str(row.epoch)) for row in history}
+        steps = [row for row in _read_rows(folder / STEPS) if (row[0], row[1]) in finished]
         _write(folder / METRICS, Epoch, [astuple(row) for row in history])
-        _write(folder / STEPS, Step, kept)
-        self.steps = len(kept)
-        self.events = events.start(folder, self.steps)
+        _write(folder / STEPS, Step, steps)
+        self.steps = len(steps)
+        self._events = _EventFile(folder / EVENTS, self.steps)
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._events.close()
 
     def add(self, epoch: Epoch, steps: Sequence[Step]) -> None:
-        """Append an epoch and its steps."""
+        """Append an epoch and its steps, and flush all files."""
         with (self.folder / STEPS).open("a", newline="") as file:
-            # Rates deepest layer group first, the head's last.
             csv.writer(file).writerows(
                 (*astuple(step)[:-1], " ".join(repr(rate) for rate in step.lr)) for step in steps
             )
         with (self.folder / METRICS).open("a", newline="") as file:
             csv.writer(file).writerow(astuple(epoch))
         for step in steps:
-            events.add_step(self.events, self.steps, step.loss, step.lr, step.momentum)
+            self._events.add(self.steps, _step_scalars(step))
             self.steps += 1
-        # At its last step: readers drop what stands at the step with which a resumed run goes on.
-        events.add_epoch(self.events, self.steps - 1, epoch)
+        # At the epoch's last step: readers drop events at the first step of a resumed run.
+        self._events.add(self.steps - 1, _epoch_scalars(epoch))
+        self._events.flush()
+
+
+class _EventFile:
+    """A TensorBoard event file, written synchronously.
+
+    tensorboardX's `SummaryWriter` is not used: it writes in a thread of its own, and replaces the
+    spaces in tags.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Start a file in `folder`.
+
+        Args:
+            folder: Created if it does not exist.
+            first_step: Readers drop events of older files at this step and later: steps of a killed
+                run beyond the point where the run resumes.
+        """
+        # Here, as evaluation and reports need no writer: the import takes a quarter of a second.
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        # Readers sort files by name: time, then number.
+        number = len(list(folder.glob("events.out.tfevents.*")))
+        name = f"events.out.tfevents.{int(time.time()):010d}.{number:06d}.fledge"
+        self._records = RecordWriter(str(folder / name))
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        self.flush()
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Append scalars, tag -> value."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._write(Event(step=step, summary=Summary(value=values)))
+
+    def flush(self) -> None:
+        self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+
+
+def _step_scalars(step: Step) -> dict[str, float]:
+    *deeper, head = step.lr
+    by_group = {f"lr/group {number}": rate for number, rate in enumerate(deeper, 1)}
+    return {"loss/batch": step.loss, **by_group, "lr/head": head, "momentum": step.momentum}
+
+
+def _epoch_scalars(epoch: Epoch) -> dict[str, float]:
+    return {
+        "loss/train": epoch.train_loss,
+        "loss/valid": epoch.valid_loss,
+        "accuracy/valid": epoch.accuracy,
+        "seconds": epoch.seconds,
+    }
 
 
 def read_steps(folder: Path) -> list[Step]:
-    """The steps of a run so far; none where it kept none."""
+    """The steps of a run so far; empty if the run folder has no steps.csv."""
     if not (folder / STEPS).exists():
         return []
     with (folder / STEPS).open(newline="") as file:
@@ -63,8 +148,8 @@ def read_steps(folder: Path) -> list[Step]:
         ]
 
 
-def _rows(path: Path) -> list[list[str]]:
-    """The whole lines of steps.csv: a kill may have cut the last one short."""
+def _read_rows(path: Path) -> list[list[str]]:
+    """The complete rows of steps.csv: a kill may have cut the last one short."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -72,7 +157,7 @@ def _rows(path: Path) -> list[list[str]]:
 
 
 def _write(path: Path, kind: type, rows: Iterable[Sequence[Any]]) -> None:
-    with write_aside(path) as aside, aside.open("w", newline="") as file:
+    with atomic_write(path) as partial, partial.open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow([field.name for field in fields(kind)])
         out.writerows(rows)

@@ -1,14 +1,14 @@
-"""Where a run stands after each epoch: all that a resumed run needs to end as if never killed.
+"""Resume state: everything that a resumed run needs to end with the same bits.
 
-One safetensors file, renamed into place: weights, optimiser, moving average and random state, with
-the rest as JSON in its header.
+Written after each epoch, atomically, as one safetensors file: weights, optimizer state, moving
+average and random state as tensors, the `Position` as JSON in the header.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Final
 
@@ -18,23 +18,28 @@ from safetensors.torch import save_file
 from torch import Tensor, optim
 
 from serving.errors import DataError, WorkError
-from serving.utils.files import write_aside
+from serving.utils.files import atomic_write
 from training.run.history import Epoch
 
-STATE: Final = "state.safetensors"
+STATE_FILE: Final = "state.safetensors"
 SCHEMA: Final = "1"
-RANDOM: Final = "random"
-"""The group of `random_state`."""
+
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass
 class Position:
-    """How far a run is.
+    """The progress of a run.
 
-    stage: index of the stage in progress; epoch: how many of its epochs are done. first_view: where
-    its views begin; views: how many it takes turns with, once known. lr: its rate, once known.
-    best: accuracy and minus the loss of the best epoch. history: every epoch so far. processes: by
-    how many it was trained.
+    Attributes:
+        stage: Index of the stage in progress.
+        epoch: Number of its finished epochs.
+        first_view: Number of the first view of each photo that the stage uses.
+        views: Number of cached views that the stage's epochs cycle through; None: not decided yet.
+        lr: Learning rate that lr_find picked for the stage; None: not picked yet.
+        best: Accuracy and negative loss of the best epoch.
+        history: All finished epochs.
+        processes: Number of processes that train.
     """
 
     stage: int = 0
@@ -47,83 +52,102 @@ class Position:
     processes: int = 1
 
     def losses(self, stage: str) -> list[float]:
-        """Validation losses of a stage's epochs so far."""
+        """Validation losses of a stage's finished epochs."""
         return [row.valid_loss for row in self.history if row.stage == stage]
 
 
-Tensors = Mapping[str, Mapping[str, Tensor]]
+@dataclass
+class ResumeTensors:
+    """The tensors of a resume state; each field is a group of the file, {} if it has none.
+
+    Attributes:
+        model: State dict of the classifier.
+        ema: `Ema.state`.
+        optimizer: `optimizer_state`.
+        kept, kept_ema: Weights and averages of the stage's epoch with the lowest validation loss,
+            for early stopping.
+        random: `random_state` of all processes.
+    """
+
+    model: Tensors = field(default_factory=dict)
+    ema: Tensors = field(default_factory=dict)
+    optimizer: Tensors = field(default_factory=dict)
+    kept: Tensors = field(default_factory=dict)
+    kept_ema: Tensors = field(default_factory=dict)
+    random: Tensors = field(default_factory=dict)
 
 
-def save(folder: Path, position: Position, tensors: Tensors) -> None:
-    """Write the state; `tensors` are named groups of tensors, such as "model" and `RANDOM`.
+def save(folder: Path, position: Position, tensors: ResumeTensors) -> None:
+    """Write the state into `folder`.
 
     Raises:
-        WorkError: The disk is full, or the like; the state before stays.
+        WorkError: The file can't be written, such as on a full disk; the previous state stays.
     """
     flat = {
-        f"{group}/{key}": value.detach().contiguous()
-        for group, values in tensors.items()
-        for key, value in values.items()
+        f"{group.name}/{key}": value.detach().contiguous()
+        for group in fields(tensors)
+        for key, value in getattr(tensors, group.name).items()
     }
-    with write_aside(folder / STATE) as aside:
+    header = {"schema": SCHEMA, "position": json.dumps(asdict(position))}
+    with atomic_write(folder / STATE_FILE) as partial:
         try:
-            save_file(
-                flat, aside, metadata={"schema": SCHEMA, "position": json.dumps(asdict(position))}
-            )
+            save_file(flat, partial, metadata=header)
         except SafetensorError as error:
-            raise WorkError(f"{folder / STATE} can't be written: {error}") from error
+            raise WorkError(f"{folder / STATE_FILE} can't be written: {error}") from error
 
 
 def random_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
-    """What decides the next random numbers of a process, by names that tell its rank."""
-    found = {"cpu": torch.get_rng_state()}
+    """State of a process's random number generators; the names contain its rank."""
+    states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device)
-    return {_of(rank, kind): value for kind, value in found.items()}
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {_random_name(rank, kind): value for kind, value in states.items()}
 
 
-def _of(rank: int, kind: str) -> str:
+def _random_name(rank: int, kind: str) -> str:
     return f"{kind}.{rank}" if rank else kind
 
 
 def load(
     folder: Path, device: torch.device, rank: int = 0
-) -> tuple[Position, dict[str, dict[str, Tensor]]] | None:
-    """Read the state and set the random state of a process; None where no epoch was finished.
+) -> tuple[Position, ResumeTensors] | None:
+    """Read the state and restore the random state of a process; None if no epoch was finished.
 
-    A process that has none in it, since fewer saved it, goes on with its own.
+    If the state was saved by fewer processes, the others keep their current random state.
 
     Raises:
-        DataError: Damaged, or of another version.
+        DataError: The file is damaged, or of another version.
     """
-    path = folder / STATE
+    path = folder / STATE_FILE
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("schema") != SCHEMA:
-                raise DataError(f"{path} is of another version of Fledge; start the run anew")
+                raise DataError(
+                    f"{path} was written by another version of Fledge; start the run again"
+                )
             values = json.loads(header["position"])
-            tensors: dict[str, dict[str, Tensor]] = {}
+            groups: dict[str, dict[str, Tensor]] = {}
             for name in file.keys():  # noqa: SIM118
                 group, _, key = name.partition("/")
-                tensors.setdefault(group, {})[key] = file.get_tensor(name)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} can't be read: {error}; start the run anew") from error
+                groups.setdefault(group, {})[key] = file.get_tensor(name)
+        tensors = ResumeTensors(**groups)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} can't be read: {error}; start the run again") from error
     values["best"] = tuple(values["best"])
     values["history"] = [Epoch(**row) for row in values["history"]]
-    random = tensors.pop(RANDOM)
-    cpu, cuda = _of(rank, "cpu"), _of(rank, "cuda")
-    if cpu in random:
-        torch.set_rng_state(random[cpu])
-    if device.type == "cuda" and cuda in random:
-        torch.cuda.set_rng_state(random[cuda], device)
+    cpu, cuda = _random_name(rank, "cpu"), _random_name(rank, "cuda")
+    if cpu in tensors.random:
+        torch.set_rng_state(tensors.random[cpu])
+    if device.type == "cuda" and cuda in tensors.random:
+        torch.cuda.set_rng_state(tensors.random[cuda], device)
     return Position(**values), tensors
 
 
-def of_optimizer(optimizer: optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's tensors by "parameter number.name"; rates are the schedule's to set."""
+def optimizer_state(optimizer: optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors, named "PARAMETER NUMBER.NAME"; the schedule sets the rates anew."""
     return {
         f"{number}.{name}": value
         for number, entry in optimizer.state_dict()["state"].items()
@@ -132,15 +156,16 @@ def of_optimizer(optimizer: optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def into_optimizer(optimizer: optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """What `of_optimizer` gave, back into an optimiser built in the same way."""
+def load_optimizer_state(optimizer: optim.Optimizer, tensors: Tensors) -> None:
+    """Load an `optimizer_state` into an optimizer with the same parameters."""
     values = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, _, name = key.partition(".")
-        like = parameters[int(number)]
-        # In the parameter's own layout, so that it is the same arithmetic as before.
-        kept = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
-        entries.setdefault(int(number), {})[name] = kept
+        parameter = parameters[int(number)]
+        # In the parameter's memory layout, so that the arithmetic rounds as before.
+        same_shape = value.shape == parameter.shape
+        own = torch.empty_like(parameter).copy_(value) if same_shape else value
+        entries.setdefault(int(number), {})[name] = own
     optimizer.load_state_dict({**values, "state": entries})

@@ -1,4 +1,4 @@
-"""What a person is told while work goes on."""
+"""Log lines on stderr, and helpers that word log lines and error messages."""
 
 from __future__ import annotations
 
@@ -6,32 +6,34 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final
 
-MOST: Final = 5
-"""Wrong lines of a table that are told at once."""
+MAX_MISTAKES: Final = 5
+"""Mistakes of one table that an error message lists."""
 
 Log = Callable[[str], None]
-"""Takes lines for a person."""
+"""A function that takes one log line."""
 
 
 def log_to_stderr(line: str) -> None:
-    """One line for a person, on stderr; stdout is for results."""
+    """Print one line on stderr; stdout is for results."""
     print(line, file=sys.stderr, flush=True)
 
 
-def counted(number: int, what: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """`1 photo`, `2 photos`."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def listed(where: object, wrong: Sequence[str], *, between: str = ": ", most: int = 10**6) -> str:
-    """A mistake behind the place where it is; several in a line each, `most` of them."""
-    if len(wrong) == 1:
-        return f"{where}{between}{wrong[0]}"
-    more = [f"and {len(wrong) - most} more"] if len(wrong) > most else []
-    return "\n  ".join([f"{where} has {len(wrong)} mistakes:", *wrong[:most], *more])
+def format_mistakes(
+    where: object, mistakes: Sequence[str], *, between: str = ": ", most: int = 10**6
+) -> str:
+    """One mistake: "WHERE: MISTAKE". Several: a line each, the first `most` of them."""
+    if len(mistakes) == 1:
+        return f"{where}{between}{mistakes[0]}"
+    more = [f"and {len(mistakes) - most} more"] if len(mistakes) > most else []
+    return "\n  ".join([f"{where} has {len(mistakes)} mistakes:", *mistakes[:most], *more])
 
 
-def shown(name: object, most: int = 80) -> str:
-    """A name as an error quotes it: on one line, the middle of a long one left out."""
+def quoted(name: object, most: int = 80) -> str:
+    """The `repr` of a name, shortened in the middle to about `most` characters."""
     text = repr(str(name))
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"

@@ -1,7 +1,7 @@
-"""Tensors on their way to the device, without the program waiting for it.
+"""Copies from the CPU to a GPU that do not block the program, and padding of batches.
 
-A plain `.to(device)` from ordinary memory holds the program until the GPU has done all that was
-asked of it before. From page-locked ("pinned") memory a copy is an order like any other.
+A `.to(device)` from pageable memory blocks until the GPU has finished all work queued before. A
+copy from page-locked ("pinned") memory is queued like a kernel.
 """
 
 from __future__ import annotations
@@ -16,99 +16,99 @@ from torch import Tensor
 CPU = torch.device("cpu")
 
 cuda_capture_lock: Final = threading.Lock()
-"""Held while a CUDA graph is recorded, which what another thread asks of the GPU would end."""
+"""Held during CUDA graph capture; other threads must not use the device."""
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, behind what the device has yet to do; itself if it is there."""
+    """Copy a tensor to the device, queued behind its other work; no copy if it is there already."""
     if tensor.device.type == device.type or device.type != "cuda":
         return tensor.to(device)
-    # The pinned copy may be let go at once: torch uses it again when the GPU has read it.
+    # The pinned copy may be dropped at once: torch reuses it only after the GPU has read it.
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=64)
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A few numbers, float32 [n], made once for each device; not to be written to."""
-    with torch.inference_mode(False):  # or training could not use what validation made
+    """A float32 tensor [n] of `values`, cached for each device; read-only."""
+    # A tensor made in inference mode could not be used in training later.
+    with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def filled(batch: Tensor, size: int) -> Tensor:
-    """On a GPU the batch with zeros behind it, `size` in all; elsewhere, or larger, as it is.
+def pad_on_gpu(batch: Tensor, size: int) -> Tensor:
+    """On a GPU `pad_batch`; on a CPU the batch unchanged.
 
-    cuDNN looks for kernels at every new shape, and makes those of depthwise convolutions: two
-    seconds for MobileNetV2 (H100). For networks in eval mode, in which no photo sees the others.
+    cuDNN selects kernels for each new shape, and compiles those of depthwise convolutions: two
+    seconds for MobileNetV2 (H100). Only for networks in eval mode, where rows are independent.
     """
-    return batch if batch.device.type == "cpu" else fill_up(batch, size)
+    return batch if batch.device.type == "cpu" else pad_batch(batch, size)
 
 
-def fill_up(batch: Tensor, size: int) -> Tensor:
-    """The batch with zeros behind it, in its own layout, by which cuDNN chooses, too."""
+def pad_batch(batch: Tensor, size: int) -> Tensor:
+    """The batch, padded by zeros to `size` rows; unchanged if it has as many or more.
+
+    Keeps the memory layout, which cuDNN's choice of kernels depends on, too.
+    """
     if len(batch) >= size:
         return batch
-    whole = batch.new_empty_strided((size, *batch.shape[1:]), batch.stride()).zero_()
-    whole[: len(batch)] = batch
-    return whole
+    padded = batch.new_empty_strided((size, *batch.shape[1:]), batch.stride()).zero_()
+    padded[: len(batch)] = batch
+    return padded
 
 
-def free(device: torch.device) -> int:
-    """Bytes of a GPU's memory that could be taken now, those that torch keeps in reserve too."""
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that can be allocated now, torch's unused reserve included."""
     in_reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + in_reserve
 
 
-Sent = tuple[Tensor, torch.Event | None]
-"""A tensor that is on its way, and what tells that it is there."""
+Transfer = tuple[Tensor, torch.Event | None]
+"""The target tensor of a copy in progress, and the event recorded at its end."""
 
 
 class DeviceCopier(Protocol):
-    """A way to the device: one thread sends, another one receives."""
+    """Copies tensors to a device; one thread calls `send`, another one `receive`."""
 
-    def send(self, tensor: Tensor) -> Sent:
-        """Begin to copy a tensor from the CPU."""
+    def send(self, tensor: Tensor) -> Transfer:
+        """Start the copy of a CPU tensor."""
         ...
 
-    def receive(self, sent: Sent) -> Tensor:
-        """The copy, for whatever this thread asks of the device from now on."""
+    def receive(self, transfer: Transfer) -> Tensor:
+        """The copy, ordered before all work that this thread queues on the device from now on."""
         ...
 
 
 class CpuCopy:
-    """No way to go: the CPU's own tensors."""
+    """No-op copier for CPU tensors."""
 
-    def send(self, tensor: Tensor) -> Sent:
-        """As `DeviceCopier`."""
+    def send(self, tensor: Tensor) -> Transfer:
         return tensor, None
 
-    def receive(self, sent: Sent) -> Tensor:
-        """As `DeviceCopier`."""
-        return sent[0]
+    def receive(self, transfer: Transfer) -> Tensor:
+        return transfer[0]
 
 
-class SideStream:
-    """Copies from pinned memory, on a stream of their own beside the computing."""
+class StreamCopier:
+    """Copies from pinned memory on a CUDA stream of its own, in parallel with computation."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
 
-    def send(self, tensor: Tensor) -> Sent:
-        """As `DeviceCopier`."""
+    def send(self, tensor: Tensor) -> Transfer:
         with cuda_capture_lock, torch.cuda.stream(self._stream):
-            near = tensor.pin_memory().to(self._device, non_blocking=True)
-            return near, self._stream.record_event()
+            copy = tensor.pin_memory().to(self._device, non_blocking=True)
+            return copy, self._stream.record_event()
 
-    def receive(self, sent: Sent) -> Tensor:
-        """As `DeviceCopier`."""
-        near, there = sent
+    def receive(self, transfer: Transfer) -> Tensor:
+        copy, done = transfer
         stream = torch.cuda.current_stream(self._device)
-        if there is not None:
-            stream.wait_event(there)
-        # Or its memory would be given away while this stream still reads it.
-        near.record_stream(stream)
-        return near
+        if done is not None:
+            stream.wait_event(done)
+        # Otherwise the allocator could reuse the memory while this stream still reads it.
+        copy.record_stream(stream)
+        return copy
 
 
 def device_copier(device: torch.device) -> DeviceCopier:
-    """The way to a device."""
-    return SideStream(device) if device.type == "cuda" else CpuCopy()
+    """The copier for a device."""
+    return StreamCopier(device) if device.type == "cuda" else CpuCopy()

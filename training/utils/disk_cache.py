@@ -1,8 +1,8 @@
-"""What can be made again, kept between runs: a room of entries within a budget.
+"""Disk cache of decoded pixels and activations: a folder of entries within a size budget.
 
-An entry is a folder `KIND-KEY` with a mark in it. The mark says what the entry is, its time when
-the entry was last used, and a lock on it who may write. Of everything else in the room nothing is
-touched, so a room that is somebody's home loses nothing.
+An entry is a folder `KIND-KEY` that contains `entry.json`. That file describes the entry, its
+modification time is the time of last use, and a lock on it gives the right to write to the entry.
+Other files and folders in the cache folder are never touched.
 """
 
 from __future__ import annotations
@@ -24,51 +24,54 @@ from serving.utils.files import lock, user_cache_folder
 
 GB: Final = 1e9
 DEFAULT_GB: Final = 10.0
-MARK: Final = "entry.json"
+ENTRY_FILE: Final = "entry.json"
 
 _NAME: Final = re.compile(r"(pixels|activations)-[0-9a-f]{32}")
-_OWN: Final = re.compile(r"index|\.index\.partial|[a-z]+-[0-9a-f]{16}\.bin")
+_OWN_FILES: Final = re.compile(r"index|\.index\.partial|[a-z]+-[0-9a-f]{16}\.bin")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A folder of the room. size: in bytes; used: seconds since 1970."""
+class CacheEntry:
+    """A folder of the cache. size: in bytes; used: time of last use, seconds since 1970."""
 
     path: Path
-    what: str
+    description: str
     size: int
     used: float
 
 
 @dataclass(frozen=True)
 class DiskCache:
-    """A folder of entries. budget: bytes that all of them may take."""
+    """A folder of entries. budget: bytes that all entries together may take."""
 
     folder: Path
     budget: int
 
-    def entries(self) -> list[Entry]:
-        """All of them, the one that was not used for longest first."""
+    def entries(self) -> list[CacheEntry]:
+        """All entries, the least recently used first."""
         try:
-            found = [_entry(Path(item.path)) for item in os.scandir(self.folder)]
+            found = [_read_entry(Path(item.path)) for item in os.scandir(self.folder)]
         except OSError:
             found = []
         return sorted((entry for entry in found if entry), key=lambda entry: entry.used)
 
     def size(self) -> int:
-        """Bytes that the entries take."""
+        """Total size of the entries, in bytes."""
         return sum(entry.size for entry in self.entries())
 
-    def left(self, keep: Set[str]) -> int:
-        """Bytes that `make_room` can free beside the entries of these names."""
+    def available(self, keep: Set[str]) -> int:
+        """Bytes of the budget that are left if only the entries named in `keep` stay."""
         kept = sum(entry.size for entry in self.entries() if entry.path.name in keep)
         return max(0, self.budget - kept)
 
-    def make_room(self, size: int, keep: Set[str]) -> bool:
-        """Remove entries, the least recently used first, until `size` more bytes fit.
+    def evict(self, size: int, keep: Set[str]) -> bool:
+        """Remove the least recently used entries until `size` more bytes fit the budget.
 
-        Whether they do: `keep` (names), and what is being written, stays. Processes that have an
-        entry open go on with it.
+        Entries named in `keep` and entries that are being written stay. Processes that have a
+        removed entry open can still read it.
+
+        Returns:
+            Whether `size` bytes fit now.
         """
         entries = self.entries()
         total = sum(entry.size for entry in entries) + size
@@ -79,18 +82,18 @@ class DiskCache:
                 total -= entry.size
         return total <= self.budget
 
-    def clear(self) -> tuple[int, list[Entry]]:
-        """Remove all entries; returns the bytes freed and what stays, being written just now."""
+    def clear(self) -> tuple[int, list[CacheEntry]]:
+        """Remove all entries; returns the bytes freed and the entries that could not be removed."""
         entries = self.entries()
         busy = [entry for entry in entries if not remove(entry.path)]
         return sum(entry.size for entry in entries if entry not in busy), busy
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nobody else looks how much room there is meanwhile."""
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of the whole cache: no other process checks the budget meanwhile."""
         file = os.open(self.folder, os.O_RDONLY)
         try:
-            # Where folders have no locks, runs that begin together may exceed the budget.
+            # File systems without locks on folders: concurrent runs may exceed the budget.
             with suppress(OSError):
                 lock(file, wait=True)
             yield
@@ -98,22 +101,22 @@ class DiskCache:
             os.close(file)
 
 
-def folder() -> Path:
-    """`FLEDGE_CACHE`, else Fledge's folder in the user's cache."""
-    stated = os.environ.get("FLEDGE_CACHE", "").strip()
-    return Path(os.path.expanduser(stated)).absolute() if stated else user_cache_folder()
+def cache_folder() -> Path:
+    """`FLEDGE_CACHE`, else Fledge's folder in the user's cache folder."""
+    setting = os.environ.get("FLEDGE_CACHE", "").strip()
+    return Path(os.path.expanduser(setting)).absolute() if setting else user_cache_folder()
 
 
-def wanted(gb: float | None = None) -> float:
-    """Gigabytes that may be used: `gb`, else `FLEDGE_CACHE_GB`, else 10.
+def budget_gb(gb: float | None = None) -> float:
+    """The budget in gigabytes: `gb`, else `FLEDGE_CACHE_GB`, else 10.
 
     Raises:
-        OptionError: No number of 0 or more; names the option or the variable.
+        OptionError: It is not a finite number of 0 or more; names the option or the variable.
     """
-    stated = os.environ.get("FLEDGE_CACHE_GB", "").strip()
+    setting = os.environ.get("FLEDGE_CACHE_GB", "").strip()
     name, text = "--cache-gb", str(gb)
     if gb is None:
-        name, text = "FLEDGE_CACHE_GB =", stated or str(DEFAULT_GB)
+        name, text = "FLEDGE_CACHE_GB =", setting or str(DEFAULT_GB)
     try:
         value = float(text)
     except ValueError:
@@ -124,138 +127,141 @@ def wanted(gb: float | None = None) -> float:
 
 
 def open_cache(gb: float | None = None) -> DiskCache:
-    """The room within the budget of `wanted`, but never more than half of what the disk has free.
+    """The cache with the budget of `budget_gb`, at most half of the disk's free space.
 
-    What the room takes already counts as free.
+    The space of existing entries counts as free.
 
     Raises:
-        OptionError: As `wanted`.
+        OptionError: As `budget_gb`.
     """
-    there = DiskCache(folder(), int(wanted(gb) * GB))
-    on_disk = next((path for path in (there.folder, *there.folder.parents) if path.exists()), None)
+    cache = DiskCache(cache_folder(), int(budget_gb(gb) * GB))
+    existing = next((path for path in (cache.folder, *cache.folder.parents) if path.exists()), None)
     try:
-        free = shutil.disk_usage(on_disk or Path.cwd()).free
+        free = shutil.disk_usage(existing or Path.cwd()).free
     except OSError:
-        return there
-    return DiskCache(there.folder, min(there.budget, (free + there.size()) // 2))
+        return cache
+    return DiskCache(cache.folder, min(cache.budget, (free + cache.size()) // 2))
 
 
 @contextmanager
-def held(path: Path, what: str, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold an entry alone; it is made where it is not there.
+def locked_entry(path: Path, description: str, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold the write lock of an entry; creates the entry if it does not exist.
 
     Args:
-        path: Its folder.
-        what: For a person: what is in it.
-        waiting: Called once when another process holds it, before waiting for that one.
+        path: The entry's folder.
+        description: What the entry contains, for `fledge cache`.
+        on_wait: Called once if another process holds the lock, before waiting for it.
 
     Raises:
-        OSError: It can't be written, or can't be locked.
+        OSError: The entry can't be written, or can't be locked.
     """
     file: BinaryIO | None = None
     while file is None:
         path.mkdir(parents=True, exist_ok=True)
         try:
-            file = _take(path, "a+b", wait=False)
+            file = _open_locked(path, "a+b", wait=False)
         except BlockingIOError:
-            waiting()
-            file = _take(path, "a+b", wait=True)
+            on_wait()
+            file = _open_locked(path, "a+b", wait=True)
     with file:
-        mark = json.dumps({"fledge-cache": 1, "what": what}).encode() + b"\n"
+        content = json.dumps({"fledge-cache": 1, "what": description}).encode() + b"\n"
         file.seek(0)
-        if file.read() != mark:
+        if file.read() != content:
             file.truncate(0)
-            file.write(mark)
+            file.write(content)
             file.flush()
         yield
 
 
-def touch(path: Path) -> None:
-    """Note that an entry is used now."""
-    with suppress(OSError):  # a room that others fill
-        os.utime(path / MARK)
+def mark_used(path: Path) -> None:
+    """Set an entry's time of last use to now."""
+    with suppress(OSError):  # a cache without write permission
+        os.utime(path / ENTRY_FILE)
 
 
 def remove(path: Path) -> bool:
-    """Remove an entry, unless somebody writes it or it can't be removed; whether it is gone."""
+    """Remove an entry unless another process is writing it; returns whether it was removed."""
     try:
-        file = _take(path, "r+b", wait=False)
+        file = _open_locked(path, "r+b", wait=False)
         if file is None:
             return True
         with file:
-            # In this order: whatever is left by a kill in between is an entry with nothing in it.
-            own = [name for name in os.listdir(path) if _OWN.fullmatch(name)]
-            for name in (*sorted(own, key=lambda name: name != "index"), MARK):
+            # The index first: after a kill half-way the rest is a valid, empty entry.
+            own = [name for name in os.listdir(path) if _OWN_FILES.fullmatch(name)]
+            for name in (*sorted(own, key=lambda name: name != "index"), ENTRY_FILE):
                 (path / name).unlink(missing_ok=True)
     except OSError:
         return False
-    with suppress(OSError):  # something of somebody else's is in it
+    with suppress(OSError):  # the folder contains files that are not the cache's
         path.rmdir()
     return True
 
 
-def describe(there: DiskCache) -> list[str]:
-    """Path, budget, and a line for each entry, the last used first."""
-    lines = [f"{shown(there.folder)}: {gigabytes(there.size())} of {gigabytes(there.budget)}"]
-    for entry in reversed(there.entries()):
+def describe(cache: DiskCache) -> list[str]:
+    """Lines for `fledge cache`: folder and budget, then the entries, the last used first."""
+    size, budget = format_size(cache.size()), format_size(cache.budget)
+    lines = [f"{abbreviate_home(cache.folder)}: {size} of {budget}"]
+    for entry in reversed(cache.entries()):
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         lines.append(
-            f"  {entry.path.name[:15]}…  {gigabytes(entry.size):>9}  last used {used}  {entry.what}"
+            f"  {entry.path.name[:15]}…  {format_size(entry.size):>9}  last used {used}  "
+            f"{entry.description}"
         )
     return lines
 
 
-def clear(there: DiskCache) -> list[str]:
-    """Remove every entry; lines on what was freed, and on what is left."""
-    freed, left = there.clear()
-    lines = [f"{gigabytes(freed)} freed in {shown(there.folder)}"]
+def clear(cache: DiskCache) -> list[str]:
+    """Remove all entries; lines on the bytes freed and on entries that could not be removed."""
+    freed, remaining = cache.clear()
+    lines = [f"{format_size(freed)} freed in {abbreviate_home(cache.folder)}"]
     return lines + [
-        f"  {entry.path.name[:15]}…  is left: a run writes it, or it can't be removed"
-        for entry in left
+        f"  {entry.path.name[:15]}…  not removed: a run is writing it, or permission is missing"
+        for entry in remaining
     ]
 
 
-def gigabytes(size: float) -> str:
-    """As a person reads it: "0.3 GB"; megabytes below a tenth."""
+def format_size(size: float) -> str:
+    """Bytes as text: "0.3 GB"; below 0.1 GB in megabytes."""
     if 0 < size < 0.1 * GB:
         return f"{size / 1e6:.1f} MB"
     return f"{size / GB:.1f}".removesuffix(".0") + " GB"
 
 
-def shown(path: Path) -> str:
-    """With `~` for the user's home."""
+def abbreviate_home(path: Path) -> str:
+    """The path with `~` for the user's home folder."""
     with suppress(RuntimeError, ValueError):
         return str(Path("~") / path.relative_to(Path.home()))
     return str(path)
 
 
-def _entry(path: Path) -> Entry | None:
-    """The entry at `path`; None for anything that is not ours."""
+def _read_entry(path: Path) -> CacheEntry | None:
+    """The entry at `path`; None if the folder is not an entry of this cache."""
     if not _NAME.fullmatch(path.name) or path.is_symlink():
         return None
     try:
-        mark = (path / MARK).read_bytes()
-        stated = json.loads(mark) if mark else {"fledge-cache": 1}  # its maker was killed
-        if "fledge-cache" not in stated:
+        content = (path / ENTRY_FILE).read_bytes()
+        # An empty file: the process that created the entry was killed before it wrote to it.
+        values = json.loads(content) if content else {"fledge-cache": 1}
+        if "fledge-cache" not in values:
             return None
-        used = (path / MARK).stat().st_mtime
-        files = [item for item in os.scandir(path) if _OWN.fullmatch(item.name)]
+        used = (path / ENTRY_FILE).stat().st_mtime
+        files = [item for item in os.scandir(path) if _OWN_FILES.fullmatch(item.name)]
         size = sum(item.stat(follow_symlinks=False).st_size for item in files)
     except (OSError, ValueError, TypeError):
         return None
-    return Entry(path, str(stated.get("what", "")), size, used)
+    return CacheEntry(path, str(values.get("what", "")), size, used)
 
 
-def _take(path: Path, mode: str, *, wait: bool) -> BinaryIO | None:
-    """The mark of an entry, open and locked; None where the entry went away meanwhile."""
+def _open_locked(path: Path, mode: str, *, wait: bool) -> BinaryIO | None:
+    """`entry.json` of an entry, open and locked; None if the entry was removed meanwhile."""
     try:
-        file: BinaryIO = open(path / MARK, mode)  # type: ignore[assignment] # noqa: SIM115
+        file: BinaryIO = open(path / ENTRY_FILE, mode)  # type: ignore[assignment] # noqa: SIM115
     except FileNotFoundError:
         return None
     try:
         lock(file.fileno(), wait=wait)
-        # Whoever waited for the lock of an entry that was removed holds a mark without a name.
-        if os.path.samestat(os.fstat(file.fileno()), os.stat(path / MARK)):
+        # If the entry was removed during the wait, this is the lock of a deleted file.
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path / ENTRY_FILE)):
             return file
     except FileNotFoundError:
         pass

@@ -1,4 +1,4 @@
-"""What a run computes in, and where."""
+"""The device and dtype that a run computes with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from serving.errors import OptionError
 
 @dataclass(frozen=True)
 class Precision:
-    """What the forward pass computes in."""
+    """The dtype of the forward pass, float32 or bfloat16, and the device."""
 
     dtype: torch.dtype
     device: torch.device
@@ -25,41 +25,40 @@ class Precision:
 
 
 def choose_precision(device: str, precision: str, gpu: int | None = None) -> Precision:
-    """Turn the device and precision asked for into what this machine has.
+    """Choose device and dtype by the options and the hardware.
 
     Args:
         device: "auto", "cpu" or "cuda".
         precision: "auto", "fp32" or "bf16".
-        gpu: Number of the GPU to take, which becomes the current one; the current one as it is
-            where not given.
+        gpu: Index of the GPU to use, which becomes the current one; None uses the current one.
 
     Raises:
-        OptionError: CUDA was asked for and is not there; fewer GPUs than `gpu` needs.
+        OptionError: `device` is "cuda" and no GPU is usable; `gpu` is not below the number of GPUs.
     """
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise OptionError("--device cuda: no usable GPU here; use --device cpu or auto")
-    where = torch.device("cuda" if cuda and device != "cpu" else "cpu")
-    if where.type == "cuda" and gpu is not None:
+    chosen = torch.device("cuda" if cuda and device != "cpu" else "cpu")
+    if chosen.type == "cuda" and gpu is not None:
         count = torch.cuda.device_count()
         if gpu >= count:
             raise OptionError(
-                f"process {gpu} of this machine finds no GPU, since it has {count}: start it with "
-                f"--nproc-per-node {count}, or use --device cpu"
+                f"process {gpu} of this machine has no GPU of its own: the machine has {count}; "
+                f"start with --nproc-per-node {count}, or use --device cpu"
             )
-        where = torch.device("cuda", gpu)
-        torch.cuda.set_device(where)
+        chosen = torch.device("cuda", gpu)
+        torch.cuda.set_device(chosen)
     if precision == "auto":
-        precision = "bf16" if _has_bf16(where) else "fp32"
-    return Precision(torch.bfloat16 if precision == "bf16" else torch.float32, where)
+        precision = "bf16" if _has_native_bf16(chosen) else "fp32"
+    return Precision(torch.bfloat16 if precision == "bf16" else torch.float32, chosen)
 
 
-def _has_bf16(where: torch.device) -> bool:
-    """Whether `where` computes in bfloat16 itself: elsewhere it is emulated, and slower.
+def _has_native_bf16(device: torch.device) -> bool:
+    """Whether `device` has bfloat16 instructions; emulated bfloat16 is slower than float32.
 
-    A torch that can't tell what the processor has counts as one without.
+    False if this version of torch can't tell what the CPU supports.
     """
-    if where.type == "cuda":
+    if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))

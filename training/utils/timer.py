@@ -1,4 +1,4 @@
-"""Where the seconds of a run go."""
+"""Wall-clock seconds of a run, by activity."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ OTHER = "other"
 
 
 class Timer:
-    """Adds up seconds by what they were spent on; what is not named is "other".
+    """Adds up wall-clock seconds by activity; time outside any activity counts as "other".
 
-    Of contexts within one another the inner one counts alone, so the parts make up the whole. On a
-    GPU, which works on behind the program, a part has the time that was waited for it.
+    In nested contexts only the innermost activity is counted, so the seconds of all activities add
+    up to the whole. On a GPU, which computes asynchronously, an activity gets the time that the
+    program waited in it.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {OTHER: 0.0}
-        self._what, self._since = OTHER, time.perf_counter()
+        self._activity, self._since = OTHER, time.perf_counter()
 
     @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
-        """Count what happens inside as `what`."""
-        before = self._switch(what)
+    def __call__(self, activity: str) -> Iterator[None]:
+        """Count the time inside the context as `activity`."""
+        previous = self._switch(activity)
         try:
             yield
         finally:
-            self._switch(before)
+            self._switch(previous)
 
     def read(self) -> dict[str, float]:
-        """Seconds of each part up to now, the largest first."""
-        self._switch(self._what)
-        return dict(sorted(self.seconds.items(), key=lambda part: -part[1]))
+        """Seconds of each activity so far, the largest first."""
+        self._switch(self._activity)
+        return dict(sorted(self.seconds.items(), key=lambda item: -item[1]))
 
-    def _switch(self, what: str) -> str:
-        now, before = time.perf_counter(), self._what
-        self.seconds[before] = self.seconds.get(before, 0.0) + now - self._since
-        self._what, self._since = what, now
-        return before
+    def _switch(self, activity: str) -> str:
+        now, previous = time.perf_counter(), self._activity
+        self.seconds[previous] = self.seconds.get(previous, 0.0) + now - self._since
+        self._activity, self._since = activity, now
+        return previous

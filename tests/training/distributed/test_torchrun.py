@@ -15,11 +15,11 @@ from serving.errors import DataError
 from serving.utils import progress
 from tests.training.conftest import RECIPE, coloured
 from tests.training.engine.test_resume import result
-from training.config import load as config
-from training.distributed import torchrun as distributed
+from training.config import load
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from training.engine import finetune as fine_tune
-from training.models import classifier as model
+from training.distributed.torchrun import STEP_TIMEOUT, init_process_group, sync_batchnorms
+from training.engine import finetune
+from training.models.classifier import create_classifier
 from training.run import checkpoint
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +30,6 @@ import hashlib, json, os, signal, sys
 import fledge
 from serving.errors import WorkError
 from training.engine import epoch as trainer
-from training.optim import optimizer as optim
 
 fault, folder = os.environ["FAULT"], os.environ["NOTES"]
 rank = os.environ["RANK"]
@@ -44,8 +43,8 @@ def epoch_with_fault(classifier, stage, recipe, optimizer, feed, epoch, *rest):
     if stage.name == "all" and epoch == 1 and fault == "fail" and rank == "1":
         raise WorkError("rose.jpg can't be read any more: mend it")
     if stage.name == "all" and epoch == 1 and fault == "kill":
-        step = optim.step
-        optim.step = lambda *args: (step(*args), os.kill(os.getpid(), signal.SIGKILL))
+        step = trainer.optimizer_step
+        trainer.optimizer_step = lambda *args: (step(*args), os.kill(os.getpid(), signal.SIGKILL))
     return train_epoch(classifier, stage, recipe, optimizer, feed, epoch, *rest)
 
 def noted_validate(classifier, *rest):
@@ -75,7 +74,7 @@ def torchrun(*words, **env):
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         text=True,
-        timeout=distributed.STEP.total_seconds() / 2,  # one that hangs takes longer
+        timeout=STEP_TIMEOUT.total_seconds() / 2,  # one that hangs takes longer
         check=False,
     )
 
@@ -147,8 +146,8 @@ def alike(setting):
     """A run of one process, and the same one of two, with what it said."""
     path, overrides = write(setting, "alike", ALIKE, *EXACT)
     one, two = setting / "one", setting / "two"
-    request = config.read(path, overrides)
-    fine_tune.run(request, str(setting / "photos"), out=one, device="cpu", log=lambda line: None)
+    request = load.read(path, overrides)
+    finetune.run(request, str(setting / "photos"), out=one, device="cpu", log=lambda line: None)
     words = ("train", path, "--data", setting / "photos", "--out", two, "--device", "cpu")
     done = torchrun("-m", "fledge", *words, *overrides)
     assert done.returncode == 0, done.stderr
@@ -208,8 +207,8 @@ def test_batchnorms_that_train_end_where_one_process_ends(setting):
     path, overrides = write(setting, "moving", MOVING, "lr_find.steps=30", "optimizer.ema=0.5")
     overrides += network
     one, two = setting / "moving-one", setting / "moving-two"
-    request = config.read(path, overrides)
-    fine_tune.run(request, str(setting / "photos"), out=one, device="cpu", log=lambda line: None)
+    request = load.read(path, overrides)
+    finetune.run(request, str(setting / "photos"), out=one, device="cpu", log=lambda line: None)
     words = ("train", path, "--data", setting / "photos", "--out", two, "--device", "cpu")
     done, (first, second) = worker(setting, two, "none", *words, *overrides)
     assert done.returncode == 0, done.stderr
@@ -263,7 +262,7 @@ def test_killed_it_goes_on_to_the_same_bits(whole, setting):
     assert len(rows(folder, "metrics.csv")) == 2
     done = torchrun("-m", "fledge", "train", "--resume", folder)
     assert done.returncode == 0, done.stderr
-    assert sum("going on after 2 finished epochs" in line for line in said(done)) == 1
+    assert sum("resuming after 2 finished epochs" in line for line in said(done)) == 1
     assert result(folder) == result(reference)
 
 
@@ -274,13 +273,16 @@ def test_a_process_that_fails_ends_the_run_in_a_line(whole, setting):
     assert done.returncode != 0
     ours = [line for line in said(done) if line.startswith(("fledge:", "stopped:", "interrupted:"))]
     assert ours == [
-        "stopped: 2 finished epochs are kept; go on with: torchrun … -m fledge train "
+        "stopped: 2 finished epochs are saved; resume with: torchrun … -m fledge train "
         f"--resume {folder}",
         "fledge: rose.jpg can't be read any more: mend it",
     ]
     lines = []
-    fine_tune.resume(folder, log=lines.append)  # by one process
-    warning = "warning: it was begun by 2 processes and goes on by 1: not to the same bits"
+    finetune.resume(folder, log=lines.append)  # by one process
+    warning = (
+        "warning: the run was started with 2 processes and continues with 1: the weights will not "
+        "be bit-equal"
+    )
     assert warning in lines
     assert len(rows(folder, "metrics.csv")) == 5
 
@@ -290,8 +292,8 @@ def test_a_mistake_is_told_once(setting):
     words = ("-m", "fledge", "train", path, "--data", setting / "photos", *overrides)
     done = torchrun(*words, "batch_size=3")
     assert [line for line in said(done) if "fledge:" in line] == [
-        "fledge: batch_size = 3: it is shared out among 2 processes, 2 photos or more to each: use "
-        "4 or more, or fewer processes"
+        "fledge: batch_size = 3: it is split among 2 processes, with at least 2 photos each: use 4 "
+        "or more, or fewer processes"
     ]
 
 
@@ -299,11 +301,11 @@ def test_a_mistake_is_told_once(setting):
 @pytest.mark.parametrize("photos", [2, 3, 4, 5, 15, 16, 17, 33])
 def test_parts_make_up_a_batch_and_weights_its_mean(size, photos):
     index, values = torch.arange(photos) * 10, torch.rand(photos, dtype=torch.float64)
-    parts = [ProcessGroup(rank, size).part(index) // 10 for rank in range(size)]
+    parts = [ProcessGroup(rank, size).shard(index) // 10 for rank in range(size)]
     assert all(len(part) >= 2 for part in parts)
     if photos >= 2 * size:
         assert sorted(torch.cat(parts).tolist()) == list(range(photos))
-    weighted = [values[p].mean() * ProcessGroup(0, size).weight(len(p), photos) for p in parts]
+    weighted = [values[p].mean() * ProcessGroup(0, size).loss_weight(len(p), photos) for p in parts]
     assert torch.stack(weighted).mean().item() == pytest.approx(values.mean().item(), rel=1e-12)
 
 
@@ -312,22 +314,22 @@ def test_alone_nothing_is_copied_or_wrapped(tmp_path):
     assert SINGLE_PROCESS.wrap(net) is net
     assert SINGLE_PROCESS.total(values) is values
     assert SINGLE_PROCESS.mean(values) is values
-    assert SINGLE_PROCESS.overall(values, 3) is values
-    with SINGLE_PROCESS.copied(tmp_path, ("a",)) as here:
+    assert SINGLE_PROCESS.global_loss(values, 3) is values
+    with SINGLE_PROCESS.broadcast_files(tmp_path, ("a",)) as here:
         assert here == tmp_path
-    with distributed.joined() as process_group:
+    with init_process_group() as process_group:
         assert process_group is SINGLE_PROCESS
 
 
 def test_synchronised_batchnorms_are_the_same_but_for_the_frozen_ones():
     torch.manual_seed(0)
-    classifier = model.build("mobilenet_v2", 3, arch_args={"width_mult": 0.25})
+    classifier = create_classifier("mobilenet_v2", 3, arch_args={"width_mult": 0.25})
     classifier.freeze(2)
     images = torch.randn(2, 3, 32, 32)
     before = classifier.eval()(images)
     keys, prefix = list(classifier.state_dict()), classifier.freezing.prefix
     tensors = {k: v.data_ptr() for k, v in classifier.state_dict().items()}
-    distributed.sync_batchnorms(classifier)
+    sync_batchnorms(classifier)
     assert list(classifier.state_dict()) == keys
     assert {k: v.data_ptr() for k, v in classifier.state_dict().items()} == tensors
     assert torch.equal(classifier.eval()(images), before)
@@ -337,12 +339,14 @@ def test_synchronised_batchnorms_are_the_same_but_for_the_frozen_ones():
     ]
     assert kinds == [{"BatchNorm2d"}, {"SyncBatchNorm"}, {"SyncBatchNorm"}]
     classifier.train()
-    held = [name for name in classifier.freezing.held if name.startswith(f"{prefix}")]
+    held = [name for name in classifier.freezing.eval_modules if name.startswith(f"{prefix}")]
     assert not any(classifier.body.get_submodule(name).training for name in held)
 
 
 def test_what_differs_is_named(monkeypatch):
-    monkeypatch.setattr(ProcessGroup, "decide", lambda self, choose: {"the recipe": "other"})
+    monkeypatch.setattr(
+        ProcessGroup, "broadcast_object", lambda self, choose: {"the recipe": "other"}
+    )
     with pytest.raises(
         DataError, match=r"the recipe on .* \(process 1\) is not what process 0 has"
     ):

@@ -12,15 +12,13 @@ import pytest
 import torch
 
 from serving.errors import WorkError
-from training.config import load as config
+from training.config import load
 from training.config.schema import AUTO
 from training.data.dataset import load_dataset
 from training.distributed.process_group import ProcessGroup
-from training.engine import auto_batch_size as auto_batch
-from training.engine import finetune as fine_tune
-from training.engine import plan
-from training.engine.auto_batch_size import SMALLEST, largest, settle
-from training.run import folder as run_folder
+from training.engine import auto_batch_size, finetune, plan
+from training.engine.auto_batch_size import SMALLEST, largest_fitting, resolve_batch_size
+from training.run.folder import read_run
 from training.utils.precision import Precision
 
 CPU = Precision(torch.float32, torch.device("cpu"))
@@ -76,13 +74,13 @@ def opened(recipe, photos, lines, monkeypatch):
     """A recipe that asks for it, its classifier and stages, and photos of made-up number."""
 
     def made(*overrides, count=10_000):
-        settings = config.read(recipe(STAGES), ["batch_size=auto", *overrides])
+        settings = load.read(recipe(STAGES), ["batch_size=auto", *overrides])
         found = load_dataset(str(photos))
         found = replace(found, train=(found.train * (count // len(found.train) + 1))[:count])
         classifier, _ = plan.build_classifier(settings, 3, lines.append)
         return settings, classifier, settings.stage, found
 
-    monkeypatch.setattr(auto_batch, "_for_pixels", lambda *_: 0)
+    monkeypatch.setattr(auto_batch_size, "_pixel_bytes", lambda *_: 0)
     return made
 
 
@@ -105,7 +103,7 @@ def watched(memory):
 )
 def test_the_largest_power_of_two_that_fits(room, full, most, expected):
     memory = Memory(10**6, full)
-    found, peak = largest(watched(memory), memory, room * A_PHOTO, most)
+    found, peak = largest_fitting(watched(memory), memory, room * A_PHOTO, most)
     assert (found, peak) == (expected, expected * A_PHOTO)
     assert memory.seen == [8 * 2**n for n in range(len(memory.seen))]
 
@@ -116,7 +114,9 @@ def test_recorded_steps_count_on_half(opened, lines):
         settings, classifier, stages, photos = opened(f"compile={compiled}")
         memory = Memory(72)
         classifier.head.register_forward_pre_hook(lambda *given, m=memory: m.watch(*given))
-        settled = settle(settings, classifier, stages, photos, CPU, lines.append, memory=memory)
+        settled = resolve_batch_size(
+            settings, classifier, stages, photos, CPU, lines.append, memory=memory
+        )
         found.append(settled.batch_size)
     assert found == [64, 32]
 
@@ -126,7 +126,7 @@ def test_other_errors_are_not_taken_for_a_full_memory():
         raise RuntimeError("a fault")
 
     with pytest.raises(RuntimeError, match="a fault"):
-        largest(broken, Memory(100), 10**9, 1024)
+        largest_fitting(broken, Memory(100), 10**9, 1024)
 
 
 @pytest.mark.parametrize("full", [10**6, 40])
@@ -141,7 +141,9 @@ def test_real_steps_decide_and_leave_no_trace(opened, lines, full):
     modes = [module.training for module in classifier.modules()]
     trains = [parameter.requires_grad for parameter in classifier.parameters()]
     random = torch.get_rng_state()
-    settled = settle(settings, classifier, stages, found, CPU, lines.append, memory=memory)
+    settled = resolve_batch_size(
+        settings, classifier, stages, found, CPU, lines.append, memory=memory
+    )
     assert settled.batch_size == (64 if full > 64 else 32)  # 72 photos less a tenth
     assert settled == settings.model_copy(update={"batch_size": settled.batch_size})
     assert len(memory.seen) >= 4 * 4  # two steps of two batches
@@ -157,17 +159,19 @@ def test_real_steps_decide_and_leave_no_trace(opened, lines, full):
 
 def test_the_most_demanding_stages_are_tried(opened):
     settings, classifier, stages, _ = opened()
-    tried = [s.name for s in auto_batch.demanding(classifier, settings, stages)]
+    tried = [s.name for s in auto_batch_size.most_demanding(classifier, settings, stages)]
     assert tried == ["all", "large"]
     again = [stages[0], stages[0].model_copy(update={"name": "twice"})]
-    assert list(auto_batch.demanding(classifier, settings, again)) == again[:1]
+    assert list(auto_batch_size.most_demanding(classifier, settings, again)) == again[:1]
 
 
 @pytest.mark.parametrize(("count", "size", "expected"), [(100, 1, 64), (100, 3, 96), (3, 1, 8)])
 def test_no_more_than_there_are_photos(opened, lines, monkeypatch, count, size, expected):
-    monkeypatch.setattr(ProcessGroup, "decide", lambda process_group, choose: choose())
+    monkeypatch.setattr(ProcessGroup, "broadcast_object", lambda process_group, choose: choose())
     opened = opened(count=count)
-    settled = settle(*opened, CPU, lines.append, ProcessGroup(size=size), memory=Memory(10**6))
+    settled = resolve_batch_size(
+        *opened, CPU, lines.append, ProcessGroup(size=size), memory=Memory(10**6)
+    )
     assert settled.batch_size == expected
 
 
@@ -176,35 +180,35 @@ def test_nothing_that_fits_is_told_with_what_to_do(opened, lines):
     memory = Memory(10**6, full=SMALLEST - 1)
     classifier.head.register_forward_pre_hook(lambda *given: memory.watch(*given))
     with pytest.raises(WorkError, match=r"^batch_size = 'auto': stage all does not fit[^\n]+$"):
-        settle(settings, classifier, stages, found, CPU, lines.append, memory=memory)
+        resolve_batch_size(settings, classifier, stages, found, CPU, lines.append, memory=memory)
 
 
 def test_a_number_stays_and_a_cpu_has_32(opened, lines):
     settings, *rest = opened()
     numbered = settings.model_copy(update={"batch_size": 7})
-    assert settle(numbered, *rest, CPU, lines.append, memory=Memory(1)) is numbered
+    assert resolve_batch_size(numbered, *rest, CPU, lines.append, memory=Memory(1)) is numbered
     assert lines == []
-    assert settle(settings, *rest, CPU, lines.append).batch_size == 32
+    assert resolve_batch_size(settings, *rest, CPU, lines.append).batch_size == 32
     assert lines == ["batch_size = 'auto': 32; on a CPU"]
 
 
-def test_room_is_left_for_pixels_that_will_lie_there(opened, monkeypatch):
+def test_room_is_left_pixel_bytes_that_will_lie_there(opened, monkeypatch):
     monkeypatch.undo()
     settings, _, stages, found = opened(count=1000)
     train, valid = 1000 * 3 * 60**2, 9 * 3 * 40**2
-    assert auto_batch._for_pixels(settings, stages, found, 10**9) == train + valid
-    assert auto_batch._for_pixels(settings, stages, found, train) == valid
-    assert auto_batch._for_pixels(settings, stages, found, 1000) == 0
+    assert auto_batch_size._pixel_bytes(settings, stages, found, 10**9) == train + valid
+    assert auto_batch_size._pixel_bytes(settings, stages, found, train) == valid
+    assert auto_batch_size._pixel_bytes(settings, stages, found, 1000) == 0
 
 
 def test_the_run_has_the_number_in_its_recipe(recipe, photos, tmp_path, lines):
-    settings = config.read(recipe(), ["batch_size=auto", "stage.all.cycle_len=1", "tta.count=0"])
+    settings = load.read(recipe(), ["batch_size=auto", "stage.all.cycle_len=1", "tta.count=0"])
     assert settings.batch_size == AUTO
-    folder = fine_tune.run(
+    folder = finetune.run(
         settings, str(photos), out=tmp_path / "run", device="cpu", cache_gb=0, log=lines.append
     )
     assert tomllib.loads((folder / "recipe.toml").read_text())["batch_size"] == 32
-    assert run_folder.read(folder)[0].batch_size == 32
+    assert read_run(folder)[0].batch_size == 32
     assert "batch_size = 'auto': 32; on a CPU" in lines
 
 
@@ -214,12 +218,14 @@ def test_a_gpu_is_filled_and_given_back(opened, lines):
     settings, classifier, stages, found = opened("precision=bf16", "arch=resnet18", "arch_args={}")
     where = Precision(torch.bfloat16, torch.device("cuda"))
     torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda"))  # cuBLAS keeps some memory
-    memory = auto_batch.CudaMemory(where.device)
+    memory = auto_batch_size.CudaMemory(where.device)
     random, base = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
     torch.cuda.set_per_process_memory_fraction(2**30 / torch.cuda.mem_get_info()[1])
     try:
         memory.free = 2**30
-        settled = settle(settings, classifier, stages, found, where, lines.append, memory=memory)
+        settled = resolve_batch_size(
+            settings, classifier, stages, found, where, lines.append, memory=memory
+        )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert 8 <= settled.batch_size <= 1024

@@ -8,11 +8,15 @@ import torch
 from torch import nn
 
 from serving.errors import OptionError
-from training.config import load as config
-from training.engine import compile as compiling
-from training.engine import finetune as fine_tune
-from training.engine import plan
-from training.engine.compile import WholeBatches
+from training.config import load
+from training.engine import finetune, plan
+from training.engine.compile import (
+    FullBatchAccelerator,
+    accelerated_suffix,
+    captured,
+    check,
+    compiled,
+)
 from training.run import checkpoint
 
 CPU = torch.device("cpu")
@@ -36,8 +40,8 @@ def lines():
 
 
 def run(path, photos, out, lines, *overrides, device="cpu"):
-    settings = config.read(path, overrides)
-    return fine_tune.run(settings, str(photos), out=out, device=device, log=lines.append)
+    settings = load.read(path, overrides)
+    return finetune.run(settings, str(photos), out=out, device=device, log=lines.append)
 
 
 @pytest.fixture
@@ -61,7 +65,7 @@ def counted(monkeypatch):
 
 def test_whole_batches_run_compiled_and_the_odd_one_as_ever(counted):
     network = nn.Sequential(nn.Linear(4, 2))
-    fast = WholeBatches(network, compiling.compiled)
+    fast = FullBatchAccelerator(network, compiled)
     for size in (8, 8, 3, 8, 16):
         inputs = torch.randn(size, 4)
         assert torch.equal(fast(inputs), network(inputs))
@@ -100,7 +104,7 @@ def test_a_recording_leaves_statistics_and_random_state_as_they_are(recorder):
         nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)) for _ in range(2)
     )
     plain.load_state_dict(network.state_dict())
-    fast = WholeBatches(network, compiling.captured)
+    fast = FullBatchAccelerator(network, captured)
     for size in (8, 8, 3):
         inputs = torch.randn(size, 4)
         assert torch.equal(fast(inputs), plain(inputs))
@@ -117,28 +121,28 @@ def test_what_cannot_be_recorded_says_what_to_do(recorder):
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     with pytest.raises(OptionError, match=r"^compile: [^\n]*is capturing; use compile = false$"):
-        WholeBatches(nn.Sequential(Odd(), nn.Linear(4, 2)), compiling.captured)(torch.ones(8, 4))
-    head = WholeBatches(nn.Sequential(nn.Linear(4, 2)), compiling.captured)
+        FullBatchAccelerator(nn.Sequential(Odd(), nn.Linear(4, 2)), captured)(torch.ones(8, 4))
+    head = FullBatchAccelerator(nn.Sequential(nn.Linear(4, 2)), captured)
     assert head(torch.ones(8, 4)).shape == (8, 2)
     assert not recorder["replayed"]
 
 
 def test_a_stage_is_compiled_once_and_the_classifier_stays_as_it_was(counted, recipe, lines):
-    settings = config.read(recipe(STAGES), ["compile=true"])
+    settings = load.read(recipe(STAGES), ["compile=true"])
     classifier, _ = plan.build_classifier(settings, 3, lines.append)
     keys, (head, body) = list(classifier.state_dict()), settings.stage
     images = torch.randn(4, 3, 32, 32)
-    first = compiling.suffix_of(classifier, head, settings)
+    first = accelerated_suffix(classifier, head, settings)
     first(images)
-    assert compiling.suffix_of(classifier, head, settings) is first
-    second = compiling.suffix_of(classifier, body, settings)
+    assert accelerated_suffix(classifier, head, settings) is first
+    second = accelerated_suffix(classifier, body, settings)
     assert second is not first
     second(images)
     second(images)
     assert [entry["sizes"] for entry in counted] == [[4], [4, 4]]
     assert list(classifier.state_dict()) == keys
     off = settings.model_copy(update={"compile": False})
-    assert isinstance(compiling.suffix_of(classifier, body, off), nn.Sequential)
+    assert isinstance(accelerated_suffix(classifier, body, off), nn.Sequential)
     assert len(counted) == 2
 
 
@@ -151,7 +155,7 @@ def test_a_network_that_cannot_be_compiled_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(OptionError, match=r"^compile: [^\n]*an odd layer; use compile = false$"):
-        WholeBatches(nn.Sequential(nn.Linear(4, 2)), compiling.compiled)(torch.ones(8, 4))
+        FullBatchAccelerator(nn.Sequential(nn.Linear(4, 2)), compiled)(torch.ones(8, 4))
 
 
 @pytest.mark.parametrize(
@@ -175,18 +179,18 @@ def test_a_tool_that_does_not_work_is_known_before_the_work(recipe, monkeypatch)
         raise RuntimeError("ld: cannot find -lgomp\ncollect2: error")
 
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(compiling, "_has_compiler", lambda: True)
-    settings = config.read(recipe(STAGES), ["compile=true"])
+    monkeypatch.setattr("training.engine.compile._has_compiler", lambda: True)
+    settings = load.read(recipe(STAGES), ["compile=true"])
     with pytest.raises(OptionError, match=r"^compile: [^\n]*-lgomp; use compile = false$"):
-        compiling.check(settings, CPU)
-    graphs = config.read(recipe(STAGES), ["compile=cuda_graphs", "optimizer.accumulate=2"])
+        check(settings, CPU)
+    graphs = load.read(recipe(STAGES), ["compile=cuda_graphs", "optimizer.accumulate=2"])
     with pytest.raises(OptionError, match="accumulate = 2"):
-        compiling.check(graphs, torch.device("cuda"))
-    graphs = config.read(recipe(STAGES), ["compile=cuda_graphs"])
-    compiling.check(graphs, torch.device("cuda"))
-    with pytest.raises(OptionError, match="one process"):
-        compiling.check(graphs, torch.device("cuda"), 2)
-    compiling.check(config.read(recipe(STAGES)), CPU)
+        check(graphs, torch.device("cuda"))
+    graphs = load.read(recipe(STAGES), ["compile=cuda_graphs"])
+    check(graphs, torch.device("cuda"))
+    with pytest.raises(OptionError, match="a single process"):
+        check(graphs, torch.device("cuda"), 2)
+    check(load.read(recipe(STAGES)), CPU)
 
 
 @pytest.mark.slow
@@ -194,14 +198,14 @@ def test_a_tool_that_does_not_work_is_known_before_the_work(recipe, monkeypatch)
 @quietly
 def test_compiled_gradients_are_those_of_the_network(recipe, lines):
     """Of whole batches and odd ones, in float32: to rounding."""
-    settings = config.read(recipe(STAGES), ["compile=true", "head.dropout=0"])
+    settings = load.read(recipe(STAGES), ["compile=true", "head.dropout=0"])
     classifier, _ = plan.build_classifier(settings, 3, lines.append)
     stage = settings.stage[1]
     classifier.freeze(stage.unfreeze, batchnorm=stage.batchnorm)
-    compiled = compiling.suffix_of(classifier, stage, settings)
+    accelerated = accelerated_suffix(classifier, stage, settings)
     for size in (8, 8, 5):
         images, found = torch.randn(size, 3, 32, 32), []
-        for network in (classifier.suffix, compiled):
+        for network in (classifier.suffix, accelerated):
             classifier.train()
             classifier.zero_grad()
             network(images).square().sum().backward()
@@ -218,7 +222,7 @@ def test_compiled_gradients_are_those_of_the_network(recipe, lines):
 def test_a_compiled_run_ends_as_any_other(recipe, photos, tmp_path, lines):
     folder = run(recipe(STAGES), photos, tmp_path / "run", lines, "compile=true")
     trained, _ = checkpoint.load(folder / "stages" / "all.safetensors")
-    plain, _ = plan.build_classifier(config.read(recipe(STAGES)), 3, lines.append)
+    plain, _ = plan.build_classifier(load.read(recipe(STAGES)), 3, lines.append)
     assert trained.state_dict().keys() == plain.state_dict().keys()
     assert len((folder / "metrics.csv").read_text().splitlines()) == 4
 
@@ -246,7 +250,7 @@ def test_replayed_gradients_are_those_of_the_network():
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)]
     network = nn.Sequential(*layers).to(cuda).to(memory_format=torch.channels_last)
     plain = copy.deepcopy(network)
-    fast = WholeBatches(network, compiling.captured)
+    fast = FullBatchAccelerator(network, captured)
     ours, theirs = (torch.optim.SGD(n.parameters(), 0.01) for n in (network, plain))
     for size in (8, 8, 3, 8):
         images = torch.randn(size, 3, 8, 8, device=cuda).contiguous(

@@ -6,19 +6,18 @@ import pytest
 import torch
 
 from serving.errors import DataError, OptionError, WorkError
-from serving.imaging import decode as images
+from serving.imaging.decode import decode
 from serving.imaging.preprocess import Preprocess
 from tests.training.conftest import STAGE
-from training.config import load as config
-from training.config import schema, sections
+from training.config import load, schema, sections
 from training.data.dataset import load_dataset
-from training.engine import best_checkpoint, plan
-from training.engine import epoch as trainer
-from training.engine import finetune as fine_tune
+from training.engine import best_checkpoint, epoch, finetune, plan
+from training.engine.early_stopping import is_overfitting
 from training.evaluation import evaluate
-from training.pixels import decoded
+from training.pixels.decoded import decode_dataset
 from training.run import checkpoint
-from training.run import folder as run_folder
+from training.run.folder import create_run_folder
+from training.run.history import Epoch
 from training.utils import precision
 from training.utils.precision import Precision
 
@@ -43,8 +42,8 @@ def lines():
 
 
 def run(path, photos, out, lines, *overrides):
-    return fine_tune.run(
-        config.read(path, overrides), str(photos), out=out, device="cpu", log=lines.append
+    return finetune.run(
+        load.read(path, overrides), str(photos), out=out, device="cpu", log=lines.append
     )
 
 
@@ -67,11 +66,11 @@ def test_a_run_leaves_what_the_contract_says(recipe, photos, tmp_path, lines):
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == [str(i) for i in range(1, 11)]
     text = (folder / "recipe.toml").read_text()
-    again = config.parse(tomllib.loads(text), "recipe.toml")
-    assert again == config.read(path, learns)
+    again = load.parse(tomllib.loads(text), "recipe.toml")
+    assert again == load.read(path, learns)
     older = text.replace("presize = 1.25\n", "")  # a run from before the option
     assert older != text
-    assert config.parse(tomllib.loads(older), "recipe.toml") == config.read(path, learns[:-1])
+    assert load.parse(tomllib.loads(older), "recipe.toml") == load.read(path, learns[:-1])
 
 
 def test_evaluate_finds_again_what_best_json_says(recipe, photos, tmp_path, lines):
@@ -108,9 +107,9 @@ def test_validation_pixels_are_the_services(photos):
         {"name": "x", "arch": "resnet18", "stage": [{"name": "s"}], "preprocess": {"size": 24}}
     )
     found = load_dataset(str(photos))
-    _, _, valid = decoded.decode(found, settings.preprocess, 1.5, print)
+    _, _, valid = decode_dataset(found, settings.preprocess, 1.5, print)
     for sample, row in zip(found.valid, valid.pixels[:], strict=True):
-        served = settings.preprocess(images.decode(sample.path.read_bytes()).image)
+        served = settings.preprocess(decode(sample.path.read_bytes()).image)
         assert (row.numpy() == served).all()
 
 
@@ -172,21 +171,21 @@ def test_auto_is_bfloat16_on_processors_that_compute_in_it(monkeypatch, has, exp
 
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = [run_folder.claim(None, "quick") for _ in range(3)]
+    folders = [create_run_folder(None, "quick") for _ in range(3)]
     assert [str(f) for f in folders] == ["runs/quick", "runs/quick-2", "runs/quick-3"]
 
 
 def test_weights_that_broke_in_the_last_step_are_noticed(
     recipe, photos, tmp_path, lines, monkeypatch
 ):
-    original = trainer.validate
+    original = epoch.validate
 
     def broken(classifier, *rest):
         with torch.no_grad():
             classifier.head[-1].bias.fill_(float("nan"))
         return original(classifier, *rest)
 
-    monkeypatch.setattr(trainer, "validate", broken)
+    monkeypatch.setattr(epoch, "validate", broken)
     with pytest.raises(WorkError, match="the validation loss is nan after epoch 1"):
         run(recipe(), photos, tmp_path / "run", lines)
     assert not (tmp_path / "run" / "best.json").exists()
@@ -198,13 +197,15 @@ def test_a_disk_too_small_for_the_photos_is_said(photos, monkeypatch):
 
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(WorkError, match=r"decoded photos need .* GB.*No space left.*TMPDIR"):
-        decoded.decode(load_dataset(str(photos)), Preprocess(size=32), 1.5, print)
+        decode_dataset(load_dataset(str(photos)), Preprocess(size=32), 1.5, print)
 
 
 def test_a_loss_that_is_no_number_ends_with_stage_step_and_rate(recipe, photos, tmp_path, lines):
     with pytest.raises(WorkError, match=r"stage all: the loss is \w+ at epoch \d, step \d+, rate"):
         run(recipe(), photos, tmp_path / "run", lines, "stage.all.lr=1e30")
-    assert lines[-1].endswith(f"kept in {tmp_path / 'run'}; start anew with a lower rate")
+    assert lines[-1].endswith(
+        f"saved in {tmp_path / 'run'}; start a new run with a lower learning rate"
+    )
 
 
 def test_auto_weights_fall_back_aloud(recipe, lines, tmp_path, monkeypatch):
@@ -212,11 +213,11 @@ def test_auto_weights_fall_back_aloud(recipe, lines, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "torchvision.models._api.load_state_dict_from_url", _no_network, raising=True
     )
-    settings = config.read(recipe(), ["weights=auto", "arch_args={}"])
+    settings = load.read(recipe(), ["weights=auto", "arch_args={}"])
     _, pretrained = plan.build_classifier(settings, 3, lines.append)
     assert not pretrained
     assert "training from scratch" in lines[0]
-    with pytest.raises(DataError, match="can't be fetched"):
+    with pytest.raises(DataError, match="can't be downloaded"):
         plan.build_classifier(settings.model_copy(update={"weights": "imagenet"}), 3, lines.append)
 
 
@@ -228,9 +229,7 @@ def _no_network(*_args, **_options):
 
 def test_the_best_epoch_is_the_most_accurate_then_the_one_of_lower_loss():
     figures = [(0.5, 1.0), (0.8, 0.7), (0.8, 0.6), (0.7, 0.1), (0.8, 0.65)]
-    rows = [
-        trainer.Epoch("all", n, 0.1, 1.0, loss, acc, 0.0) for n, (acc, loss) in enumerate(figures)
-    ]
+    rows = [Epoch("all", n, 0.1, 1.0, loss, acc, 0.0) for n, (acc, loss) in enumerate(figures)]
     assert max(rows, key=best_checkpoint.rank).epoch == 2
 
 
@@ -241,7 +240,7 @@ def test_the_best_epoch_is_kept_not_the_last(recipe, photos, tmp_path, lines, mo
         biases.append(classifier.head[-1].bias.detach().clone())
         return next(figures)
 
-    monkeypatch.setattr(trainer, "validate", validate)
+    monkeypatch.setattr(epoch, "validate", validate)
     folder = run(recipe(STAGE.format(epochs=5)), photos, tmp_path / "run", lines)
     kept, info = checkpoint.load(folder)
     assert info.metrics["epoch"] == 3
@@ -259,7 +258,7 @@ def test_patience_ends_a_stage_and_gives_its_best_epoch_back(
         biases.append(classifier.head[-1].bias.detach().clone())
         return next(figures)
 
-    monkeypatch.setattr(trainer, "validate", validate)
+    monkeypatch.setattr(epoch, "validate", validate)
     folder = run(
         recipe(STAGE.format(epochs=5)), photos, tmp_path / "run", lines, "stage.all.patience=2"
     )
@@ -274,7 +273,7 @@ def test_patience_ends_a_stage_and_gives_its_best_epoch_back(
      ([1.0, 2.0, 0.5], 2, False), ([1.0, 2.0, 3.0], 2, True), ([1.0, 2.0, 3.0], 0, False)],
 )  # fmt: skip
 def test_over_fitting_is_no_lower_loss_for_so_many_epochs(losses, patience, over):
-    assert plan.over_fitting(losses, patience) is over
+    assert is_overfitting(losses, patience) is over
 
 
 def test_accumulated_batches_are_as_one_large_batch(recipe, photos, tmp_path, lines):
@@ -322,13 +321,13 @@ def test_gradual_unfreezing_is_one_group_more_a_stage(recipe, tmp_path):
         f'[[stage]]\nname = "s{n}"\nunfreeze = {u}\n'
         for n, u in enumerate(["0", *['"gradual"'] * 3])
     )
-    planned = plan.stages_of(config.read(recipe(stages)), pretrained=True)
+    planned = plan.stages_of(load.read(recipe(stages)), pretrained=True)
     assert [stage.unfreeze for stage in planned] == [0, 1, 2, 3]
-    scratch = plan.stages_of(config.read(recipe(stages)), pretrained=False)
+    scratch = plan.stages_of(load.read(recipe(stages)), pretrained=False)
     assert {stage.unfreeze for stage in scratch} == {schema.ALL}
     with pytest.raises(OptionError, match="must count groups"):
         plan.stages_of(
-            config.read(recipe(stages.replace("unfreeze = 0", 'unfreeze = ["18"]'))),
+            load.read(recipe(stages.replace("unfreeze = 0", 'unfreeze = ["18"]'))),
             pretrained=True,
         )
 

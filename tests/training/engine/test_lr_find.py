@@ -5,7 +5,7 @@ import pytest
 import fledge
 from serving.errors import OptionError
 from training.config import load
-from training.engine import finetune as fine_tune
+from training.engine import finetune
 from training.engine.lr_find import PICKS, lr_find
 
 TWO = '[[stage]]\nname = "head"\n[[stage]]\nname = "tail"\nunfreeze = 1\n'
@@ -60,13 +60,13 @@ def test_a_later_stage_starts_from_what_came_before(recipe, photos, tmp_path, we
         path, [f"weights={weights}", "lr_find.steps=30", "lr_find.low=0.001", "stage.tail.lr=0.01"]
     )
     run = _train(settings, photos, tmp_path)
-    options = {"stage": "tail", "out": tmp_path / "c.png", "say": said.append}
+    options = {"stage": "tail", "out": tmp_path / "c.png", "log": said.append}
     untrained, _ = lr_find(settings, str(photos), **options)
-    assert "the stages before tail have not been trained" in " ".join(said)
+    assert "stage tail starts without the stages before it" in " ".join(said)
     start = run / "stages" / "head.safetensors"
     trained, _ = lr_find(settings, str(photos), start=start, **options)
     assert trained.losses != untrained.losses
-    with pytest.raises(OptionError, match="--stage nose: the recipe has head, tail"):
+    with pytest.raises(OptionError, match="--stage nose: no such stage; the recipe has head, tail"):
         lr_find(settings, str(photos), **{**options, "stage": "nose"})
     for changes, told in (
         (["arch=squeezenet1_1", "arch_args={}"],
@@ -82,7 +82,7 @@ def test_a_later_stage_starts_from_what_came_before(recipe, photos, tmp_path, we
 
 
 def _train(settings, photos, tmp_path):
-    return fine_tune.run(settings, str(photos), out=tmp_path / "run", device="cpu", log=_quiet)
+    return finetune.run(settings, str(photos), out=tmp_path / "run", device="cpu", log=_quiet)
 
 
 def test_the_command_prints_what_can_be_taken(

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from serving.errors import DataError, OptionError
-from training.config import load as config
-from training.engine import epoch
-from training.engine import finetune as fine_tune
-from training.engine import stages as run_of_stages
+from training.config import load
+from training.engine import epoch, finetune, stages
 from training.evaluation import evaluate
-from training.run import checkpoint, metric_log, resume_state
-from training.run import folder as run_folder
+from training.run import checkpoint, resume_state
+from training.run.folder import LAST_FOLDER, RUN_FILE
+from training.run.history import Epoch, Step
+from training.run.metric_log import MetricLog, read_steps
 
 # Everything that has a state: lr_find, cached views, momentum, dropout, moving average, patience,
 # plateau, mixing, accumulation, another size.
@@ -64,14 +64,14 @@ def go(path, photos, overrides, out, training=None):
     """Begin a run, or go on with it; set the event `training` when it is about to train."""
 
     def log(_line):
-        if training is not None and (out / run_folder.RUN).exists():
+        if training is not None and (out / RUN_FILE).exists():
             training.set()
 
-    if (out / run_folder.RUN).exists():
-        fine_tune.resume(out, log=log)
+    if (out / RUN_FILE).exists():
+        finetune.resume(out, log=log)
     else:
         shutil.rmtree(out, ignore_errors=True)
-        fine_tune.run(config.read(path, overrides), photos, out=out, device="cpu", log=log)
+        finetune.run(load.read(path, overrides), photos, out=out, device="cpu", log=log)
 
 
 def _quiet(_line):
@@ -80,7 +80,7 @@ def _quiet(_line):
 
 def epochs(folder):
     """How many epochs the last state holds."""
-    found = resume_state.load(folder / run_folder.LAST, torch.device("cpu"))
+    found = resume_state.load(folder / LAST_FOLDER, torch.device("cpu"))
     return len(found[0].history) if found else 0
 
 
@@ -151,7 +151,7 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_bits(request_of, tmp_pat
             assert found[name] == value, name
         compared += 1
     assert len(done - {0}) >= 3, (done, span)  # kills before the first epoch resume nothing
-    assert not (reference / run_folder.LAST).exists()
+    assert not (reference / LAST_FOLDER).exists()
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def stopped(path, photos, overrides, out, monkeypatch):
 
     monkeypatch.setattr(epoch, "train_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
-        fine_tune.run(config.read(path, overrides), photos, out=out, device="cpu", log=lines.append)
+        finetune.run(load.read(path, overrides), photos, out=out, device="cpu", log=lines.append)
     monkeypatch.setattr(epoch, "train_epoch", original)
     return out, lines
 
@@ -178,15 +178,15 @@ def stopped(path, photos, overrides, out, monkeypatch):
 def test_an_interrupt_keeps_what_is_done_and_says_how_to_go_on(interrupted, request_of):
     folder, lines = interrupted
     assert lines[-1] == (
-        f"interrupted: 3 finished epochs are kept; go on with: fledge train --resume {folder}"
+        f"interrupted: 3 finished epochs are saved; resume with: fledge train --resume {folder}"
     )
     said = []
-    fine_tune.resume(folder, log=said.append)
-    assert f"{folder}: going on after 3 finished epochs" in said
+    finetune.resume(folder, log=said.append)
+    assert f"{folder}: resuming after 3 finished epochs" in said
     whole = folder.parent / "whole"
     go(*request_of, whole)
     assert result(folder) == result(whole)
-    fine_tune.resume(folder, log=said.append)
+    finetune.resume(folder, log=said.append)
     assert "is finished already" in said[-1]
 
 
@@ -194,25 +194,25 @@ def test_an_epoch_counts_when_it_is_on_the_disk(request_of, tmp_path, monkeypatc
     def stop(*_):
         raise KeyboardInterrupt
 
-    original, lines = run_of_stages._save, []
+    original, lines = stages._save_state, []
     saves = iter([original, original, stop])
-    monkeypatch.setattr(run_of_stages, "_save", lambda *given: next(saves)(*given))
+    monkeypatch.setattr(stages, "_save_state", lambda *given: next(saves)(*given))
     path, photos, overrides = request_of
     out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        fine_tune.run(config.read(path, overrides), photos, out=out, device="cpu", log=lines.append)
-    monkeypatch.setattr(run_of_stages, "_save", original)
+        finetune.run(load.read(path, overrides), photos, out=out, device="cpu", log=lines.append)
+    monkeypatch.setattr(stages, "_save_state", original)
     (count,) = (int(line.split()[1]) for line in lines if line.startswith("interrupted: "))
     said = []
-    fine_tune.resume(out, log=said.append)
-    assert [line for line in said if f"going on after {count} finished" in line]
+    finetune.resume(out, log=said.append)
+    assert [line for line in said if f"resuming after {count} finished" in line]
 
 
 def test_a_run_without_its_state_is_not_called_finished(interrupted):
     folder, _ = interrupted
-    shutil.rmtree(folder / run_folder.LAST)
-    with pytest.raises(DataError, match="last/ is gone, and the run had not ended; start anew"):
-        fine_tune.resume(folder, log=_quiet)
+    shutil.rmtree(folder / LAST_FOLDER)
+    with pytest.raises(DataError, match="last/ is missing, and the run is not finished; start a n"):
+        finetune.resume(folder, log=_quiet)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
@@ -220,7 +220,7 @@ def test_every_optimiser_goes_on_as_it_was(kind, request_of, tmp_path, monkeypat
     path, photos, overrides = request_of
     own = (*overrides, f"optimizer.kind={kind}", "optimizer.momentum=0")
     folder, _ = stopped(path, photos, own, tmp_path / "stopped", monkeypatch)
-    fine_tune.resume(folder, log=_quiet)
+    finetune.resume(folder, log=_quiet)
     go(path, photos, own, tmp_path / "whole")
     assert result(folder) == result(tmp_path / "whole")
 
@@ -242,7 +242,7 @@ cycle_len = 3
 """
     request = recipe(stages), str(photos), ("optimizer.ema=0.98", f"weights={weights}")
     folder, _ = stopped(*request, tmp_path / "stopped", monkeypatch)
-    fine_tune.resume(folder, log=_quiet)
+    finetune.resume(folder, log=_quiet)
     go(*request, tmp_path / "whole")
     for name in ("metrics.csv", "best.json"):
         assert _without_times(folder / name) == _without_times(tmp_path / "whole" / name)
@@ -256,8 +256,8 @@ def test_photos_may_have_moved(interrupted, photos, tmp_path):
     folder, _ = interrupted
     photos.rename(tmp_path / "elsewhere")
     with pytest.raises(DataError):
-        fine_tune.resume(folder, log=_quiet)
-    fine_tune.resume(folder, root=tmp_path / "elsewhere", log=_quiet)
+        finetune.resume(folder, log=_quiet)
+    finetune.resume(folder, root=tmp_path / "elsewhere", log=_quiet)
     info = checkpoint.read_info(folder / "best.json")
     assert info.data["root"] == str(tmp_path / "elsewhere")
     assert evaluate.evaluate(folder).accuracy == info.metrics["accuracy"]
@@ -267,34 +267,35 @@ def test_resume_refuses_other_photos(interrupted, photos):
     folder, _ = interrupted
     victim = next((photos / "red").iterdir())
     victim.write_bytes((photos / "blue" / "1.jpg").read_bytes() + b"more")
-    with pytest.raises(DataError, match="no longer those that the run began with"):
-        fine_tune.resume(folder, log=_quiet)
+    with pytest.raises(DataError, match="have changed since the run was started"):
+        finetune.resume(folder, log=_quiet)
 
 
 def test_resume_says_what_is_wrong_with_a_folder(interrupted, tmp_path):
     folder, _ = interrupted
-    with pytest.raises(DataError, match=r"run\.json is missing.*start it anew"):
-        fine_tune.resume(tmp_path / "nothing", log=_quiet)
-    (folder / "last" / resume_state.STATE).write_bytes(b"rubbish")
-    with pytest.raises(DataError, match=r"can't be read.*start the run anew"):
-        fine_tune.resume(folder, log=_quiet)
+    with pytest.raises(DataError, match=r"run\.json is missing.*start it with fledge train"):
+        finetune.resume(tmp_path / "nothing", log=_quiet)
+    (folder / "last" / resume_state.STATE_FILE).write_bytes(b"rubbish")
+    with pytest.raises(DataError, match=r"can't be read.*start the run again"):
+        finetune.resume(folder, log=_quiet)
 
 
 def test_a_folder_in_use_names_the_way_on(interrupted, request_of):
     folder, _ = interrupted
     path, photos, overrides = request_of
     with pytest.raises(OptionError, match=f"--resume {folder}"):
-        fine_tune.run(config.read(path, overrides), photos, out=folder, log=_quiet)
+        finetune.run(load.read(path, overrides), photos, out=folder, log=_quiet)
 
 
 def test_going_on_drops_what_a_kill_left(tmp_path):
-    rows = [epoch.Epoch("a", n, 0.1, 1.0, 1.0, 0.5, 2.0) for n in (1, 2)]
-    steps = [epoch.Step("a", n, 1, 1.0, 0.9, (0.1, 0.2)) for n in (1, 2)]
-    book = metric_log.MetricLog(tmp_path, [])
-    for row, step in zip(rows, steps, strict=True):
-        book.add(row, [step])
+    rows = [Epoch("a", n, 0.1, 1.0, 1.0, 0.5, 2.0) for n in (1, 2)]
+    steps = [Step("a", n, 1, 1.0, 0.9, (0.1, 0.2)) for n in (1, 2)]
+    with MetricLog(tmp_path, []) as metric_log:
+        for row, step in zip(rows, steps, strict=True):
+            metric_log.add(row, [step])
     with (tmp_path / "steps.csv").open("a") as file:
         file.write("a,3,1,0.")  # cut short
-    assert metric_log.MetricLog(tmp_path, rows[:1]).steps == 1
-    assert metric_log.read_steps(tmp_path) == steps[:1]
+    with MetricLog(tmp_path, rows[:1]) as metric_log:
+        assert metric_log.steps == 1
+    assert read_steps(tmp_path) == steps[:1]
     assert Path(tmp_path, "metrics.csv").read_text().count("\n") == 2

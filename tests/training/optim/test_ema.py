@@ -131,9 +131,9 @@ def test_settled_are_weights_that_equal_their_averages():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     ema = Ema(module, 0.9)
-    assert ema.settled(["0.weight", "1.weight"])
+    assert ema.equal_weights(["0.weight", "1.weight"])
     with torch.no_grad():
         module[1].weight.add_(1)
     ema.update()
-    assert ema.settled(["0.weight"])
-    assert not ema.settled(["0.weight", "1.weight"])
+    assert ema.equal_weights(["0.weight"])
+    assert not ema.equal_weights(["0.weight", "1.weight"])

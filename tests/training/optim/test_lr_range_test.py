@@ -180,11 +180,11 @@ def test_only_the_minimum_is_taken_past_a_tenth_of_it(direction):
     curve = lr_range_test.suggest(rates, losses, direction)
     assert curve.rates == tuple(sorted(rates))
     assert curve.pick("minimum") == curve.minimum
-    assert curve.pick("minimum/10") == curve.ten == pytest.approx(curve.minimum / 10)
-    assert curve.pick("valley") == curve.valley <= curve.ten
-    assert curve.pick("steepest") == min(curve.steepest, curve.ten)
+    assert curve.pick("minimum/10") == curve.tenth_of_minimum == pytest.approx(curve.minimum / 10)
+    assert curve.pick("valley") == curve.valley <= curve.tenth_of_minimum
+    assert curve.pick("steepest") == min(curve.steepest, curve.tenth_of_minimum)
     if direction == "up":
-        assert curve.steepest > curve.ten  # so the cap is what is taken
+        assert curve.steepest > curve.tenth_of_minimum  # so the cap is what is taken
 
 
 def test_steepest_is_where_the_loss_falls_fastest_and_not_noise_at_the_ends():

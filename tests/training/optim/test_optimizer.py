@@ -11,8 +11,15 @@ from serving.errors import OptionError
 from training.config.schema import ALL, Spread, Stage
 from training.config.sections import OptimizerConfig
 from training.models.classifier import build as build_classifier
-from training.optim import optimizer as ours
-from training.optim.schedules import Point
+from training.optim.optimizer import (
+    apply_schedule,
+    build_optimizer,
+    current_rates,
+    group_rates,
+    norms_and_biases,
+    optimizer_step,
+)
+from training.optim.schedules import SchedulePoint
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +34,7 @@ def stage(**options):
 
 def named(classifier, stage, lr=1.0, **config):
     """The rate of each group of a fresh optimiser."""
-    return ours.rates_now(ours.build(classifier, OptimizerConfig(**config), stage, lr))
+    return current_rates(build_optimizer(classifier, OptimizerConfig(**config), stage, lr))
 
 
 class Small(nn.Module):
@@ -56,10 +63,10 @@ def batches(count):
 
 def trained(config, count=8, lr=0.1, **stage_options):
     model = Small()
-    optimizer = ours.build(model, config, stage(lr_divide=2, **stage_options), lr)
+    optimizer = build_optimizer(model, config, stage(lr_divide=2, **stage_options), lr)
     for inputs, labels in batches(count):
         F.cross_entropy(model(inputs), labels).backward()
-        ours.step(optimizer, config)
+        optimizer_step(optimizer, config)
         assert all(p.grad is None for p in model.parameters())
     return model
 
@@ -159,7 +166,7 @@ def test_l1_adds_its_sign_to_the_gradient_of_what_decays():
 def test_clipping_bounds_the_norm_of_all_gradients_and_keeps_their_direction():
     config = OptimizerConfig(momentum=0, weight_decay=0, clip_norm=0.05)
     model = Small()
-    optimizer = ours.build(model, config, stage(lr_divide=1), 1.0)
+    optimizer = build_optimizer(model, config, stage(lr_divide=1), 1.0)
     for inputs, labels in batches(3):
         before = copy.deepcopy(model.state_dict())
         F.cross_entropy(model(inputs), labels).backward()
@@ -167,7 +174,7 @@ def test_clipping_bounds_the_norm_of_all_gradients_and_keeps_their_direction():
         norm = torch.sqrt(sum(p.grad.square().sum() for p in moving.values()))
         expected = {n: p.grad * min(0.05 / float(norm), 1) for n, p in moving.items()}
         assert norm > 0.05
-        ours.step(optimizer, config)
+        optimizer_step(optimizer, config)
         for name, parameter in moving.items():
             torch.testing.assert_close(
                 before[name] - parameter.detach(), expected[name], rtol=1e-3, atol=1e-6
@@ -181,11 +188,11 @@ def test_a_small_gradient_is_not_clipped():
 
 def test_it_holds_what_trains_once_and_nothing_else():
     model = Small()
-    optimizer = ours.build(model, OptimizerConfig(), stage(), 0.1)
+    optimizer = build_optimizer(model, OptimizerConfig(), stage(), 0.1)
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in model.parameters() if p.requires_grad}
     assert len(held) == 6
-    optimizer = ours.build(model, OptimizerConfig(decay_norms=True), stage(), 0.1)
+    optimizer = build_optimizer(model, OptimizerConfig(decay_norms=True), stage(), 0.1)
     assert [len(group["params"]) for group in optimizer.param_groups] == [4, 2]
 
 
@@ -193,7 +200,7 @@ def test_it_holds_what_trains_once_and_nothing_else():
 def test_norms_biases_and_layer_scales_do_not_decay(arch):
     with torch.device("meta"):
         classifier = build_classifier(arch, 3, head={"kind": "linear"})
-    exempt = ours.norms_and_biases(classifier)
+    exempt = norms_and_biases(classifier)
     for module in classifier.modules():
         own = dict(module.named_parameters(recurse=False))
         for name, parameter in own.items():
@@ -228,7 +235,7 @@ def test_groups_are_merged_as_evenly_as_can_be(resnet34, groups, names):
     made = named(resnet34, stage(groups=groups, lr_divide=2))
     assert list(made) == names
     assert list(made.values()) == [0.5**i for i in reversed(range(groups))]
-    held = ours.build(resnet34, OptimizerConfig(), stage(groups=groups), 1.0).param_groups
+    held = build_optimizer(resnet34, OptimizerConfig(), stage(groups=groups), 1.0).param_groups
     assert sum(len(g["params"]) for g in held) == len(list(resnet34.parameters()))
 
 
@@ -245,7 +252,7 @@ def test_a_list_has_one_rate_for_each_group(resnet34):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_a_spread_is_geometric_from_low_to_high(count):
-    made = ours.rates(count, Spread(low=1e-6, high=1e-2), 3.0)
+    made = group_rates(count, Spread(low=1e-6, high=1e-2), 3.0)
     expected = np.geomspace(1e-6, 1e-2, count) if count > 1 else [1e-2]
     assert made == pytest.approx(list(expected))
     assert made[-1] == 1e-2
@@ -253,16 +260,16 @@ def test_a_spread_is_geometric_from_low_to_high(count):
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
 def test_a_point_sets_every_rate_and_the_momentum_where_it_moves(kind):
-    optimizer = ours.build(Small(), OptimizerConfig(kind=kind), stage(lr_divide=4), 0.4)
+    optimizer = build_optimizer(Small(), OptimizerConfig(kind=kind), stage(lr_divide=4), 0.4)
 
     def momenta():
         return {g["betas"][0] if "betas" in g else g["momentum"] for g in optimizer.param_groups}
 
-    ours.set_point(optimizer, Point(0.5))
-    assert ours.rates_now(optimizer) == {"stem": 0.05, "head": 0.2}
+    apply_schedule(optimizer, SchedulePoint(0.5))
+    assert current_rates(optimizer) == {"stem": 0.05, "head": 0.2}
     assert momenta() == {0.9}
-    ours.set_point(optimizer, Point(0.25, 0.85))
-    assert ours.rates_now(optimizer) == {"stem": 0.025, "head": 0.1}
+    apply_schedule(optimizer, SchedulePoint(0.25, 0.85))
+    assert current_rates(optimizer) == {"stem": 0.025, "head": 0.1}
     assert momenta() == {0.85}
     assert all(g["betas"][1] == 0.999 for g in optimizer.param_groups if "betas" in g)
 
@@ -271,12 +278,12 @@ def test_a_state_loaded_into_a_fresh_optimiser_goes_on_the_same():
     config = OptimizerConfig(decay="decoupled", l1=1e-3, clip_norm=1.0)
     whole = trained(config, 6)
     model = Small()
-    optimizer = ours.build(model, config, stage(lr_divide=2), 0.1)
+    optimizer = build_optimizer(model, config, stage(lr_divide=2), 0.1)
     for number, (inputs, labels) in enumerate(batches(6)):
         if number == 3:
             state = copy.deepcopy(optimizer.state_dict())
-            optimizer = ours.build(model, config, stage(lr_divide=2), 7.0)
+            optimizer = build_optimizer(model, config, stage(lr_divide=2), 7.0)
             optimizer.load_state_dict(state)
         F.cross_entropy(model(inputs), labels).backward()
-        ours.step(optimizer, config)
+        optimizer_step(optimizer, config)
     assert_same(model, whole, rtol=0, atol=0)

@@ -8,17 +8,17 @@ from torch import optim
 
 from serving.errors import OptionError
 from training.config.schema import Stage
-from training.optim import schedules as schedule
 from training.optim.schedules import (
-    at,
     cosine,
     cycle_at,
     cycle_lengths,
     one_cycle,
     plateau,
+    schedule_at,
     sgdr,
     triangular,
     triangular2,
+    warm_up,
 )
 
 SCHEDULES = {
@@ -112,7 +112,9 @@ def test_sgdr_equals_torch(mult):
         T_mult=mult,
         eta_min=0.01,
     )
-    assert [at(stage_, i / 10, 10).factor for i in range(len(expected))] == pytest.approx(expected)
+    assert [schedule_at(stage_, i / 10, 10).factor for i in range(len(expected))] == pytest.approx(
+        expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,15 +144,15 @@ def test_cyclical_rates_equal_torch(options, theirs):
         cycle_momentum=False,
         **theirs,
     )
-    assert [at(stage_, i / 10, 10).factor for i in range(80)] == pytest.approx(expected)
+    assert [schedule_at(stage_, i / 10, 10).factor for i in range(80)] == pytest.approx(expected)
 
 
 def test_a_scale_of_ones_own_is_kept_within_0_and_1():
     up = stage(schedule="cyclical", cycles=3, scale="x - 1")
-    assert [at(up, i + 0.5, 10).factor for i in range(3)] == [0, 1, 1]
+    assert [schedule_at(up, i + 0.5, 10).factor for i in range(3)] == [0, 1, 1]
     late = stage(schedule="cyclical", cycles=1, scale="1 / (x - 3)", scale_per="step")
     with pytest.raises(OptionError, match=r"stage\.tail\.scale = '1 / \(x - 3\)'.* x = 3"):
-        at(late, 0.3, 10)
+        schedule_at(late, 0.3, 10)
 
 
 @pytest.mark.parametrize(
@@ -194,26 +196,26 @@ def test_one_cycle_and_its_momentum_equal_torch():
     stage_ = stage(schedule="one_cycle", cycle_len=4)
     for i, (rate, momentum) in enumerate(zip(expected, momenta, strict=True)):
         share = i / peak / 4 if i < peak else 0.25 + 0.75 * (i - peak) / (total - peak)
-        point = at(stage_, share * 4, 100, momentum=0.95)
+        point = schedule_at(stage_, share * 4, 100, momentum=0.95)
         assert point.factor == pytest.approx(rate, abs=1e-9)
         assert point.momentum == pytest.approx(momentum)
 
 
 def test_one_cycle_leaves_a_momentum_below_its_lowest_alone():
     stage_ = stage(schedule="one_cycle", cycle_len=4, momentum_low=0.85)
-    assert {at(stage_, i / 10, 10, momentum=0.5).momentum for i in range(40)} == {0.5}
+    assert {schedule_at(stage_, i / 10, 10, momentum=0.5).momentum for i in range(40)} == {0.5}
 
 
 @pytest.mark.parametrize("name", sorted({*SCHEDULES} - {"one_cycle"}))
 def test_only_one_cycle_moves_momentum(name):
-    assert at(stage(schedule=name, **SCHEDULES[name]), 0.3, 10).momentum is None
+    assert schedule_at(stage(schedule=name, **SCHEDULES[name]), 0.3, 10).momentum is None
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_step_equals_torch(every):
     stage_ = stage(schedule="step", cycle_len=8, step_every=every, gamma=0.3)
     expected, _ = rates_of_torch(optim.lr_scheduler.StepLR, 80, step_size=10 * every, gamma=0.3)
-    assert [at(stage_, i / 10, 10).factor for i in range(80)] == pytest.approx(expected)
+    assert [schedule_at(stage_, i / 10, 10).factor for i in range(80)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -238,9 +240,9 @@ def test_plateau_equals_torch(seed):
 
 def test_plateau_looks_at_the_losses_of_the_stage_alone():
     stage_ = stage(schedule="plateau", cycle_len=6, step_every=1, gamma=0.5, floor=0.4)
-    assert at(stage_, 5, 10).factor == 1
-    assert at(stage_, 3, 10, [1.0, 1.0, 1.0]).factor == 0.5
-    assert at(stage_, 5, 10, [1.0] * 5).factor == 0.4  # the floor
+    assert schedule_at(stage_, 5, 10).factor == 1
+    assert schedule_at(stage_, 3, 10, [1.0, 1.0, 1.0]).factor == 0.5
+    assert schedule_at(stage_, 5, 10, [1.0] * 5).factor == 0.4  # the floor
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -250,15 +252,15 @@ def test_every_schedule_stays_within_its_floor_and_1(name, floor, steps):
     stage_ = stage(schedule=name, floor=floor, **SCHEDULES[name])
     flat = [1.0] * stage_.epochs
     here = [
-        at(stage_, epoch + step / steps, steps, flat[:epoch]).factor
+        schedule_at(stage_, epoch + step / steps, steps, flat[:epoch]).factor
         for epoch in range(stage_.epochs)
         for step in range(steps)
     ]
     assert min(here) >= floor
     assert max(here) <= 1
-    end = at(stage_, stage_.epochs, steps, flat)
-    assert at(stage_, stage_.epochs + 3, steps, flat) == end  # beyond the end is the end
-    assert at(stage_, -1.0, steps) == at(stage_, 0.0, steps)
+    end = schedule_at(stage_, stage_.epochs, steps, flat)
+    assert schedule_at(stage_, stage_.epochs + 3, steps, flat) == end  # beyond the end is the end
+    assert schedule_at(stage_, -1.0, steps) == schedule_at(stage_, 0.0, steps)
     if name in ("sgdr", "cosine", "one_cycle", "triangular", "triangular2", "cyclical"):
         assert end.factor == pytest.approx(floor, abs=1e-12)
 
@@ -266,9 +268,9 @@ def test_every_schedule_stays_within_its_floor_and_1(name, floor, steps):
 def test_fractional_cycles_end_with_whole_epochs():
     stage_ = stage(schedule="triangular", cycles=3, cycle_mult=1.5)  # 1 + 1.5 + 2.25 epochs
     assert stage_.epochs == 5
-    assert at(stage_, 0.5 * 5 / 4.75, 10).factor == pytest.approx(1)
-    assert at(stage_, (2.5 + 2.25 / 2) * 5 / 4.75, 10).factor == pytest.approx(1)
-    assert at(stage_, 5, 10).factor == 0
+    assert schedule_at(stage_, 0.5 * 5 / 4.75, 10).factor == pytest.approx(1)
+    assert schedule_at(stage_, (2.5 + 2.25 / 2) * 5 / 4.75, 10).factor == pytest.approx(1)
+    assert schedule_at(stage_, 5, 10).factor == 0
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -278,14 +280,14 @@ def test_warm_up_multiplies_and_ends(name, length):
     warm = plain.model_copy(update={"warm_up": length})
     ratios = []
     for i in range(40):
-        ratios.append(schedule.warm_up(i / 10, length, 10))
-        expected = at(plain, i / 10, 10).factor * ratios[-1]
-        assert at(warm, i / 10, 10).factor == pytest.approx(expected)
+        ratios.append(warm_up(i / 10, length, 10))
+        expected = schedule_at(plain, i / 10, 10).factor * ratios[-1]
+        assert schedule_at(warm, i / 10, 10).factor == pytest.approx(expected)
     warming = round(length * 10)
     assert ratios[:warming] == pytest.approx([(i + 1) / warming for i in range(warming)])
     assert set(ratios[warming:]) == {1}
 
 
 def test_a_warm_up_shorter_than_a_step_is_none():
-    assert schedule.warm_up(0.0, 0.05, 10) == 1
-    assert schedule.warm_up(0.0, 0.5, 1) == 1
+    assert warm_up(0.0, 0.05, 10) == 1
+    assert warm_up(0.0, 0.5, 1) == 1

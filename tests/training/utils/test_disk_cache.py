@@ -13,134 +13,134 @@ KEY = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    """A folder that FLEDGE_CACHE names, with somebody's things in it."""
-    folder = tmp_path / "home"
+def cache_folder(tmp_path, monkeypatch):
+    """The folder FLEDGE_CACHE, with files in it that are not the cache's."""
+    folder = tmp_path / "cache"
     (folder / "letters").mkdir(parents=True)
     (folder / "letters" / "index").write_text("mine")
     (folder / "index").write_text("mine")
-    (folder / f"pixels-{KEY[::-1]}").mkdir()  # the name alone does not make it ours
+    (folder / f"pixels-{KEY[::-1]}").mkdir()  # no entry.json: not an entry
     (folder / f"pixels-{KEY[::-1]}" / "index").write_text("mine")
     monkeypatch.setenv("FLEDGE_CACHE", str(folder))
     return folder
 
 
 def no_wait():
-    raise AssertionError("nobody else holds it")
+    raise AssertionError("no other process holds the lock")
 
 
-def entry(room, key, size, used, kind="pixels"):
-    path = room.folder / f"{kind}-{key * 32}"
-    with disk_cache.held(path, f"entry {key}", no_wait):
+def entry(cache, key, size, used, kind="pixels"):
+    path = cache.folder / f"{kind}-{key * 32}"
+    with disk_cache.locked_entry(path, f"entry {key}", no_wait):
         (path / "index").write_bytes(b"")
         (path / f"rows-{key * 16}.bin").write_bytes(bytes(size))
-    os.utime(path / disk_cache.MARK, (used, used))
+    os.utime(path / disk_cache.ENTRY_FILE, (used, used))
     return path
 
 
-def everything(folder):
+def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_clear_removes_entries_and_nothing_else(home, capsys):
-    before = everything(home)
-    room = disk_cache.open_cache()
-    entry(room, "a", 1000, 1)
-    entry(room, "b", 2000, 2, "activations")
-    target = home / "letters"
-    (home / f"pixels-{'c' * 32}").symlink_to(target, target_is_directory=True)
-    shared = entry(room, "d", 500, 3)
+def test_clear_removes_only_entries(cache_folder, capsys):
+    before = contents(cache_folder)
+    cache = disk_cache.open_cache()
+    entry(cache, "a", 1000, 1)
+    entry(cache, "b", 2000, 2, "activations")
+    target = cache_folder / "letters"
+    (cache_folder / f"pixels-{'c' * 32}").symlink_to(target, target_is_directory=True)
+    shared = entry(cache, "d", 500, 3)
     (shared / "notes.txt").write_text("mine")
     assert fledge.main(["cache"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert str(home) in out[0]
+    assert str(cache_folder) in out[0]
     assert [line.rpartition("  ")[2] for line in out[1:]] == ["entry d", "entry b", "entry a"]
     assert fledge.main(["cache", "--clear"]) == 0
     assert capsys.readouterr().out.startswith("0.0 MB freed")
-    assert everything(home) == before | {shared / "notes.txt": b"mine"}
+    assert contents(cache_folder) == before | {shared / "notes.txt": b"mine"}
     assert disk_cache.open_cache().entries() == []
-    assert (home / f"pixels-{'c' * 32}").is_symlink()
+    assert (cache_folder / f"pixels-{'c' * 32}").is_symlink()
 
 
-def test_the_least_recently_used_go_first_and_what_is_written_stays(home):
-    room = disk_cache.DiskCache(home, 3500)
-    a, b, c = (entry(room, key, 1000, used) for key, used in (("a", 30), ("b", 10), ("c", 20)))
-    assert [item.path for item in room.entries()] == [b, c, a]
-    assert room.make_room(500, set())
-    assert room.size() == 3000
-    assert room.make_room(1000, {b.name})
+def test_least_recently_used_entries_are_evicted_first_except_locked_ones(cache_folder):
+    cache = disk_cache.DiskCache(cache_folder, 3500)
+    a, b, c = (entry(cache, key, 1000, used) for key, used in (("a", 30), ("b", 10), ("c", 20)))
+    assert [item.path for item in cache.entries()] == [b, c, a]
+    assert cache.evict(500, set())
+    assert cache.size() == 3000
+    assert cache.evict(1000, {b.name})
     assert (a.exists(), b.exists(), c.exists()) == (True, True, False)
-    disk_cache.touch(b)
-    with disk_cache.held(a, "entry a", no_wait):
-        assert not room.make_room(3000, {b.name})
+    disk_cache.mark_used(b)
+    with disk_cache.locked_entry(a, "entry a", no_wait):
+        assert not cache.evict(3000, {b.name})
         assert a.exists()
-        assert room.clear()[1][0].path == a
+        assert cache.clear()[1][0].path == a
     assert not b.exists()
-    assert room.make_room(3000, set())
+    assert cache.evict(3000, set())
     assert not a.exists()
-    assert not room.make_room(3501, set())
+    assert not cache.evict(3501, set())
 
 
-def test_a_second_holder_waits_and_finds_the_entry_even_if_it_was_removed(home):
-    path = home / f"pixels-{KEY}"
+def test_a_second_process_waits_for_the_lock_and_recreates_a_removed_entry(cache_folder):
+    path = cache_folder / f"pixels-{KEY}"
     order, waiting = [], threading.Event()
 
     def second():
-        with disk_cache.held(path, "second", waiting.set):
+        with disk_cache.locked_entry(path, "second", waiting.set):
             order.append("second")
-            assert json.loads((path / disk_cache.MARK).read_text())["what"] == "second"
+            assert json.loads((path / disk_cache.ENTRY_FILE).read_text())["what"] == "second"
 
-    with disk_cache.held(path, "first", no_wait):
+    with disk_cache.locked_entry(path, "first", no_wait):
         thread = threading.Thread(target=second)
         thread.start()
         assert waiting.wait(60)
         time.sleep(0.05)
         order.append("first")
-        # As the last step of a removal; what waits holds a mark without a name now.
-        (path / disk_cache.MARK).unlink()
+        # The last step of a removal: the waiting thread has the deleted file open now.
+        (path / disk_cache.ENTRY_FILE).unlink()
         path.rmdir()
     thread.join(60)
     assert order == ["first", "second"]
-    assert (path / disk_cache.MARK).is_file()
+    assert (path / disk_cache.ENTRY_FILE).is_file()
 
 
-def test_a_mark_of_a_maker_that_was_killed_is_ours(home):
-    path = home / f"pixels-{KEY}"
+def test_an_empty_entry_file_belongs_to_an_entry(cache_folder):
+    path = cache_folder / f"pixels-{KEY}"
     path.mkdir()
-    (path / disk_cache.MARK).write_bytes(b"")
+    (path / disk_cache.ENTRY_FILE).write_bytes(b"")
     assert [item.path for item in disk_cache.open_cache().entries()] == [path]
-    (path / disk_cache.MARK).write_text('{"name": "package"}')
+    (path / disk_cache.ENTRY_FILE).write_text('{"name": "package"}')
     assert disk_cache.open_cache().entries() == []
 
 
-def test_where_the_cache_is(monkeypatch, tmp_path):
+def test_the_cache_folder_is_the_setting_or_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("FLEDGE_CACHE", "")
-    assert disk_cache.folder() == tmp_path / "fledge"
+    assert disk_cache.cache_folder() == tmp_path / "fledge"
     monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path / "own"))
-    assert disk_cache.folder() == tmp_path / "own"
+    assert disk_cache.cache_folder() == tmp_path / "own"
     assert disk_cache.open_cache().entries() == []
     assert not (tmp_path / "own").exists()
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert disk_cache.shown(tmp_path / "own") == "~/own"
+    assert disk_cache.abbreviate_home(tmp_path / "own") == "~/own"
 
 
-def test_the_budget_is_the_option_then_the_variable_and_fits_the_disk(monkeypatch, tmp_path):
+def test_the_budget_is_the_option_then_the_variable_within_the_free_disk(monkeypatch, tmp_path):
     monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path))
-    assert disk_cache.wanted() == 10
+    assert disk_cache.budget_gb() == 10
     monkeypatch.setenv("FLEDGE_CACHE_GB", "0.25")
-    assert disk_cache.wanted() == 0.25
-    assert disk_cache.wanted(0) == 0
+    assert disk_cache.budget_gb() == 0.25
+    assert disk_cache.budget_gb(0) == 0
     assert disk_cache.open_cache(0).budget == 0
     assert 10**9 < disk_cache.open_cache(1e9).budget < 1e15
     for wrong in ("-1", "many", "nan", "inf"):
         monkeypatch.setenv("FLEDGE_CACHE_GB", wrong)
         with pytest.raises(OptionError, match=f"FLEDGE_CACHE_GB = {wrong}: use gigabytes"):
-            disk_cache.wanted()
+            disk_cache.budget_gb()
     with pytest.raises(OptionError, match=r"--cache-gb -1\.0: use gigabytes"):
-        disk_cache.wanted(-1.0)
+        disk_cache.budget_gb(-1.0)
 
 
-def test_sizes_are_told_as_a_person_reads_them():
-    told = [disk_cache.gigabytes(size) for size in (0, 800_000, 99_000_000, 3.2e8, 1e10)]
-    assert told == ["0 GB", "0.8 MB", "99.0 MB", "0.3 GB", "10 GB"]
+def test_sizes_are_formatted_in_megabytes_or_gigabytes():
+    sizes = [disk_cache.format_size(size) for size in (0, 800_000, 99_000_000, 3.2e8, 1e10)]
+    assert sizes == ["0 GB", "0.8 MB", "99.0 MB", "0.3 GB", "10 GB"]
