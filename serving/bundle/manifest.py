@@ -1,76 +1,163 @@
-"""`manifest.json`: everything that decides or describes the answers of one exported model."""
+"""The manifest of a bundle: the model of `manifest.json`, its version hash and its JSON schema.
+
+`from_json` checks every field; `to_json` writes the same bytes back.
+
+`python -m serving.bundle.manifest > docs/manifest.schema.json` writes the published JSON schema.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
-from serving.errors import BundleError, OptionError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
+
+from serving.bundle.entries import (
+    PATH,
+    AsGiven,
+    BuiltFrom,
+    ContractEntry,
+    FileEntry,
+    FilePath,
+    GoldenEntry,
+    GraphEntry,
+    Number,
+    PreprocessEntry,
+    Thresholds,
+    ViewEntry,
+)
+from serving.errors import BundleError
 from serving.imaging.preprocess import Preprocess
-from serving.imaging.tta import AVERAGES, VIEWS, View
+from serving.imaging.tta import VIEWS, View
 
 SCHEMA: Final = 1
+"""Version of the file format."""
+
+_REPORT: Final = "; a report, not used for answers"
 
 
-@dataclass(frozen=True)
-class Manifest:
+def _plain_first(views: tuple[View, ...]) -> tuple[View, ...]:
+    if views[0][1:] != VIEWS[0][1:]:
+        raise ValueError("the first view must be the plain one")
+    return views
+
+
+def _publish(schema: JsonSchemaValue) -> None:
+    """Require every field, as an export writes all; the first bundles have no `torch_export`."""
+    schema["description"] = "Everything that decides or describes the answers of an exported model"
+    schema["required"] = [name for name in schema["properties"] if name != "torch_export"]
+
+
+class Manifest(BaseModel):
     """Everything that decides or describes the answers of one exported model.
 
-    name: the model's name; version: hash of what decides answers (see `content_version`).
-    labels: class names in the order of the logits.
-    temperature: logits are divided by it before softmax; 1 until calibrated.
-    views: in the order in which `tta=N` takes them; average: "mean" or "log_mean" over them.
-    thresholds: {"confident": probability or None, "energy": -log sum exp of logits or None}: an
-        answer is confident from the one on; a photo may be a stranger above the other.
-    graph: the graph contract, for readers of the file.
-    precisions: {"fp32": {"file", "accuracy", "tolerance"}}; tolerance is the largest probability
-        difference that golden images may show.
-    golden: [{"file", "probabilities": {precision: [classes]}}], plain view.
-    files: every payload file but none other: {relative path: {"sha256", "bytes"}}.
-    tried: of each precision beside fp32 whether it was kept, or why not, with the figures.
-    calibration, tta, parity, batchnorm, tuning, provenance: reports; they decide nothing.
+    The fields stand in the order of the file. `model_copy(update=...)` gives a changed manifest,
+    without checks. Fields that are described as reports don't change answers.
     """
 
-    name: str
-    version: str
-    arch: str
-    labels: tuple[str, ...]
-    preprocess: Preprocess
-    precisions: Mapping[str, Mapping[str, Any]]
-    files: Mapping[str, Mapping[str, Any]]
-    views: tuple[View, ...] = VIEWS
-    average: str = "mean"
-    temperature: float = 1.0
-    thresholds: Mapping[str, float | None] = field(
-        default_factory=lambda: {"confident": None, "energy": None}
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        title="manifest.json of a Fledge bundle",
+        json_schema_extra=_publish,
     )
-    calibration: Mapping[str, Any] | None = None
-    tried: Mapping[str, Any] = field(default_factory=dict)
-    graph: Mapping[str, Any] = field(default_factory=dict)
-    torchscript: str | None = None
-    torch_export: str | None = None
-    golden: tuple[Mapping[str, Any], ...] = ()
-    tta: Mapping[str, Any] | None = None
-    parity: Mapping[str, Any] = field(default_factory=dict)
-    batchnorm: Mapping[str, Any] = field(default_factory=dict)
-    tuning: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    schema: int = SCHEMA
+
+    name: str = Field(
+        description="name of the model", json_schema_extra={"minLength": 1, "maxLength": 100}
+    )
+    version: str = Field(
+        description="hash of all that decides answers; also the name of the payload folder",
+        json_schema_extra={"pattern": "^[0-9a-f]{12}$"},  # `storage.read` computes it again
+    )
+    arch: str = Field(description="torchvision's name of the network")
+    labels: tuple[Annotated[str, Field(json_schema_extra={"minLength": 1})], ...] = Field(
+        min_length=1,
+        description="class names in the order of the logits",
+        json_schema_extra={"uniqueItems": True},
+    )
+    preprocess: Annotated[Preprocess, BuiltFrom(PreprocessEntry, Preprocess.from_dict)]
+    precisions: Annotated[Mapping[str, GraphEntry], AsGiven] = Field(
+        description="the graphs, by precision",
+        json_schema_extra={
+            "propertyNames": {"enum": ["fp32", "int8", "fp16"]},
+            "required": ["fp32"],
+        },
+    )
+    files: Annotated[Mapping[str, FileEntry], AsGiven] = Field(
+        description="every file of the payload, and no other, by its path",
+        json_schema_extra={"propertyNames": PATH},
+    )
+    views: Annotated[
+        tuple[Annotated[View, BuiltFrom(ViewEntry, lambda entry: View(**entry))], ...],
+        AfterValidator(_plain_first),
+    ] = Field(
+        VIEWS,
+        min_length=1,
+        description="views of test-time augmentation; tta=N takes the first N. The first is the "
+        "plain one",
+    )
+    average: Literal["mean", "log_mean"] = Field(
+        "mean", description="how the views' probabilities are averaged"
+    )
+    temperature: Annotated[Number, AsGiven] = Field(
+        1.0, gt=0, description="logits are divided by it before the softmax; 1 until calibrated"
+    )
+    thresholds: Annotated[Thresholds, AsGiven] = Field(
+        default_factory=lambda: Thresholds(confident=None, energy=None)
+    )
+    calibration: Mapping[str, Any] | None = Field(
+        None, description="accuracy, loss and calibration error before and after" + _REPORT
+    )
+    tried: Mapping[str, Any] = Field(
+        default_factory=dict,
+        description="for each precision beside fp32: kept or why_not, with figures" + _REPORT,
+    )
+    graph: Annotated[ContractEntry, AsGiven] = Field(default_factory=lambda: ContractEntry())
+    torchscript: FilePath | None = Field(None, description="the float32 graph as TorchScript")
+    torch_export: FilePath | None = Field(None, description="the float32 graph by torch.export")
+    golden: tuple[Annotated[GoldenEntry, AsGiven], ...] = Field(
+        (), description="photos with the probabilities that every reader of the bundle must get"
+    )
+    tta: Mapping[str, Any] | None = Field(
+        None, description="for each number of views: photos gained and lost" + _REPORT
+    )
+    parity: Mapping[str, Any] = Field(
+        default_factory=dict, description="measurements of the gate" + _REPORT
+    )
+    batchnorm: Mapping[str, Any] = Field(
+        default_factory=dict,
+        description="number of BatchNorms, of folded ones, and why others were left" + _REPORT,
+    )
+    tuning: Mapping[str, Any] = Field(
+        default_factory=dict,
+        description="settings measured on the machine of the export, by device" + _REPORT,
+    )
+    provenance: Mapping[str, Any] = Field(
+        default_factory=dict, description="run, recipe, data, versions" + _REPORT
+    )
+    # BaseModel has a method `schema`.
+    schema_version: Literal[1] = Field(SCHEMA, alias="schema", description="version of this format")
 
     @property
     def graphs(self) -> list[str]:
         """The files that hold graphs."""
-        files = [str(entry.get("file")) for entry in self.precisions.values()]
+        files = [entry["file"] for entry in self.precisions.values()]
         return files + [file for file in (self.torchscript, self.torch_export) if file]
 
     def to_json(self) -> str:
-        """Indented JSON, keys in the order above."""
-        values = asdict(self)
+        """Indented JSON, keys in the order of the fields.
+
+        Raises:
+            ValueError: A number is not finite.
+        """
+        values = dict(self)
+        values["preprocess"] = self.preprocess.to_dict()
         values["views"] = [view._asdict() for view in self.views]
+        values["schema"] = values.pop("schema_version")
         return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
@@ -78,61 +165,38 @@ class Manifest:
         """The inverse of `to_json`.
 
         Raises:
-            BundleError: Not a manifest of this schema.
+            BundleError: Not a manifest of this schema; names the field.
         """
         try:
             values = json.loads(text)
-            if values.get("schema") != SCHEMA:
-                found = values.get("schema")
-                raise BundleError(f"schema {found!r} is not {SCHEMA}; export the model again")
-            unknown = set(values) - {item.name for item in fields(cls)}
-            if unknown:
-                raise BundleError(f"unknown fields {', '.join(sorted(unknown))}")
-            values["labels"] = tuple(values["labels"])
-            values["preprocess"] = Preprocess.from_dict(values["preprocess"])
-            values["views"] = tuple(View(**view) for view in values["views"])
-            values["golden"] = tuple(values["golden"])
-            manifest = cls(**values)
-            _check(manifest)
-            return manifest
-        except KeyError as error:
-            raise BundleError(f"not a manifest: {error} is missing") from error
-        except AttributeError as error:
-            reason = "it is no object, or holds none where one belongs"
-            raise BundleError(f"not a manifest: {reason}") from error
-        except (TypeError, ValueError, OptionError) as error:
+        except ValueError as error:
             raise BundleError(f"not a manifest: {error}") from error
+        if not isinstance(values, dict):
+            raise BundleError("not a manifest: it is not a JSON object")
+        if values.get("schema") != SCHEMA:
+            found = values.get("schema")
+            raise BundleError(f"schema {found!r} is not {SCHEMA}; export the model again")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise BundleError(f"not a manifest: {_reason(error)}") from error
 
 
-def _check(manifest: Manifest) -> None:
-    """Find what would fail later, in the middle of an answer.
-
-    Raises:
-        TypeError, ValueError: Something is of the wrong kind, or out of its range.
-    """
-    entries = [manifest.files, manifest.precisions, manifest.thresholds]
-    entries += [*manifest.files.values(), *manifest.precisions.values(), *manifest.golden]
-    if not all(isinstance(entry, dict) for entry in entries):
-        raise TypeError("files, precisions, golden and thresholds hold objects")
-    if not manifest.labels:
-        raise ValueError("labels is empty")
-    names = [manifest.name, manifest.version, *manifest.labels, *manifest.files, *manifest.graphs]
-    names += [one for one in (manifest.torchscript, manifest.torch_export) if one is not None]
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError("a name, a label or a file is no text")
-    numbers = [manifest.temperature, *filter(None, manifest.thresholds.values())]
-    for view in manifest.views:
-        numbers += [view.zoom, view.x, view.y]
-        if not (view.zoom > 0 and 0 <= view.x <= 1 and 0 <= view.y <= 1):
-            raise ValueError(f"view {view.name} lies outside the picture")
-    if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
-        raise ValueError("a temperature, threshold or view is no number")
-    if not manifest.temperature > 0:
-        raise ValueError(f"temperature = {manifest.temperature}: it must be above 0")
-    if not manifest.views or manifest.views[0][1:] != VIEWS[0][1:]:
-        raise ValueError("the first view must be the plain one")
-    if manifest.average not in AVERAGES:
-        raise ValueError(f"average = {manifest.average!r}: use {' or '.join(AVERAGES)}")
+def _reason(error: ValidationError) -> str:
+    """The first mistake in one line: the field, its value if it is short, and the rule."""
+    found = error.errors(include_url=False)[0]
+    field, value = ".".join(map(str, found["loc"])), found["input"]
+    if found["type"] == "missing":
+        reason = f"{field} is missing"
+    elif found["type"] == "extra_forbidden":
+        reason = f"{field} is an unknown field"
+    else:
+        message = found["msg"].removeprefix("Value error, ")
+        message = message.replace("dictionary", "object").replace("tuple", "array")  # JSON's words
+        short = value is None or isinstance(value, str | int | float)
+        given = f" = {value!r:.80}" if short else ""
+        reason = f"{field}{given}: {message[0].lower()}{message[1:]}"
+    return " ".join(reason.split())
 
 
 def content_version(manifest: Manifest, graphs: Mapping[str, str]) -> str:
@@ -152,3 +216,55 @@ def content_version(manifest: Manifest, graphs: Mapping[str, str]) -> str:
         "average": manifest.average,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Parallelism(NamedTuple):
+    """How runs of the graph share the cores of a CPU.
+
+    runs: runs at the same time; threads: of each run.
+    """
+
+    runs: int
+    threads: int
+
+
+def measured_parallelism(manifest: Manifest, precision: str, cores: int) -> Parallelism:
+    """The setting with the most images per second at export, if that machine had `cores` cores.
+
+    Otherwise, or if nothing was measured: one run of one thread for each core.
+    """
+    tuned = manifest.tuning.get("cpu", {})
+    best = tuned.get("throughput", {}).get(precision)
+    if best is None or tuned.get("cores") != cores:
+        return Parallelism(cores, 1)
+    return Parallelism(int(best["workers"]), int(best["threads"]))
+
+
+def multithreading_pays(manifest: Manifest, precision: str, cores: int) -> bool:
+    """Whether several threads answer a single image sooner than one.
+
+    True unless the export measured otherwise on as many cores.
+    """
+    tuned = manifest.tuning.get("cpu", {})
+    found = tuned.get("latency", {}).get(precision)
+    return found is None or tuned.get("cores") != cores or int(found["threads"]) > 1
+
+
+class _PublishedSchema(GenerateJsonSchema):
+    """Without the defaults, which only readers use, and without titles that repeat field names."""
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the `manifest.json` that an export writes; readers accept a little more."""
+    schema = Manifest.model_json_schema(schema_generator=_PublishedSchema)
+    return {"$schema": _PublishedSchema.schema_dialect, **schema}
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=2))

@@ -1,9 +1,9 @@
-"""Signatures of manifests: who made a bundle, and that nobody changed it since.
+"""Ed25519 signatures of manifests (RFC 8032): sign with a private key, check against trusted keys.
 
-Ed25519 (RFC 8032), by keys in the PEM files that `openssl genpkey -algorithm ed25519` writes. A
-manifest names the sha256 of every file, so its signature speaks for all of them.
+Keys are PEM files as `openssl genpkey -algorithm ed25519` writes them. A manifest has the sha256 of
+every file of the bundle, so its signature covers all of them.
 
-`manifest.sig` has a line a signature: `ed25519 PUBLIC-KEY SIGNATURE`, both in base64.
+`manifest.sig` has one line per signature: `ed25519 PUBLIC-KEY SIGNATURE`, both in base64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nacl.signing import SigningKey
 
 TRUSTED: Final = "FLEDGE_TRUSTED_KEYS"
-"""The environment variable that names a PEM file of public keys; unset, anybody is trusted."""
+"""Environment variable: the path of a PEM file of public keys. Unset, any key is accepted."""
 
 Sign = Callable[[bytes], str]
 """Bytes to sign -> a line for `manifest.sig`."""
@@ -31,24 +31,26 @@ Sign = Callable[[bytes], str]
 _KIND: Final = "ed25519"
 _MAKE: Final = "make one with `openssl genpkey -algorithm ed25519`"
 
-# What stands before the 32 bytes of a key: the same bytes for every key (RFC 8410).
+# The DER bytes before the 32 bytes of a key, the same for every key (RFC 8410).
 _PRIVATE: Final = bytes.fromhex("302e020100300506032b657004220420")
 _PUBLIC: Final = bytes.fromhex("302a300506032b6570032100")
 _PEM: Final = re.compile(r"-----BEGIN ([A-Z ]+)-----([^-]*)-----END \1-----")
 
 
 def signer(path: Path) -> Sign:
-    """What signs with the private key in a PEM file.
+    """A function that signs with the private key of a PEM file.
 
     Raises:
-        OptionError: No such file, or no Ed25519 key in it that can be used as it is.
+        OptionError: No such file, or it holds no unencrypted Ed25519 private key.
     """
     from nacl.signing import SigningKey
 
     blocks = _blocks(path, "--sign")
     kinds = [kind for kind, _ in blocks]
     if "ENCRYPTED PRIVATE KEY" in kinds:
-        raise OptionError(f"--sign {path} is encrypted; `openssl pkey -in` writes it in clear")
+        raise OptionError(
+            f"--sign {path} is encrypted; decrypt it with `openssl pkey -in {path} -out KEY`"
+        )
     keys = [_key(data, _PRIVATE) for kind, data in blocks if kind == "PRIVATE KEY"]
     if len(keys) != 1 or keys[0] is None:
         raise OptionError(f"--sign {path} holds no Ed25519 private key in PEM; {_MAKE}")
@@ -57,57 +59,57 @@ def signer(path: Path) -> Sign:
 
 
 def trusted(environ: Mapping[str, str] | None = None) -> Mapping[bytes, str] | None:
-    """The public keys that may sign, 32 bytes each, and their names; None if nobody was named.
+    """The trusted public keys, 32 bytes each, and their names; None if the variable is not set.
 
     Raises:
-        OptionError: FLEDGE_TRUSTED_KEYS names no file of Ed25519 public keys.
+        OptionError: FLEDGE_TRUSTED_KEYS is empty, or not a file of Ed25519 public keys.
     """
-    stated = (os.environ if environ is None else environ).get(TRUSTED)
-    if stated is None:
+    path = (os.environ if environ is None else environ).get(TRUSTED)
+    if path is None:
         return None
-    stated = stated.strip()
-    if not stated:
+    path = path.strip()
+    if not path:
         raise OptionError(f"{TRUSTED} is set and empty: name a file of keys, or unset it")
-    blocks = _blocks(Path(stated), f"{TRUSTED} =")
+    blocks = _blocks(Path(path), f"{TRUSTED} =")
     keys = [_key(data, _PUBLIC) for kind, data in blocks if kind == "PUBLIC KEY"]
-    # An empty list must not open the door that the operator meant to close; and a key that can't
-    # be read may be the one that he relies on.
+    # Fail closed: a file without keys must not disable the check, and an unreadable key may be the
+    # one that the operator needs.
     if not keys or None in keys or len(keys) != len(blocks):
         raise OptionError(
-            f"{TRUSTED} = {stated}: it must hold Ed25519 public keys in PEM and nothing else, as "
+            f"{TRUSTED} = {path}: it must hold Ed25519 public keys in PEM and nothing else, as "
             "`openssl pkey -in KEY -pubout` writes them"
         )
     return {key: name(key) for key in keys if key is not None}
 
 
 def check(data: bytes, signatures: str | None, keys: Mapping[bytes, str] | None) -> list[str]:
-    """Who signed `data`: names of keys, those that are trusted alone where trust is asked for.
+    """Names of the keys that signed `data`; with trusted keys, of those only.
 
     Args:
-        data: The manifest.
-        signatures: The text of `manifest.sig`, or None where there is none.
-        keys: As `trusted`.
+        data: The bytes of the manifest.
+        signatures: The text of `manifest.sig`, or None if there is no such file.
+        keys: From `trusted`.
 
     Raises:
-        BundleError: A signature is not of `data`, or no key that is trusted made one.
+        BundleError: No signature is valid for `data`, or none is by a trusted key.
     """
     if signatures is None:
         if keys is None:
             return []
-        raise BundleError(f"nobody signed it, and {TRUSTED} is set; export it with --sign")
+        raise BundleError(f"it is not signed, and {TRUSTED} is set; export it with --sign")
     signers = [key for line in signatures.splitlines() if (key := _verified(line, data))]
     if not signers:
-        raise BundleError("no signature in it is of this manifest; was it changed since?")
+        raise BundleError("it has no valid signature of this manifest; was the manifest changed?")
     if keys is None:
         return [name(key) for key in signers]
     known = [keys[key] for key in signers if key in keys]
     if not known:
-        raise BundleError(f"{name(signers[0])} signed it, which is none of {TRUSTED}")
+        raise BundleError(f"{name(signers[0])} signed it, which is not in {TRUSTED}")
     return known
 
 
 def name(key: bytes) -> str:
-    """How a public key is called: `key` and the first 16 hex digits of its sha256."""
+    """Display name of a public key: `key` and the first 16 hex digits of its sha256."""
     return f"key {hashlib.sha256(key).hexdigest()[:16]}"
 
 
@@ -117,7 +119,7 @@ def _line(key: SigningKey, data: bytes) -> str:
 
 
 def _verified(line: str, data: bytes) -> bytes | None:
-    """The public key whose signature of `data` a line holds."""
+    """The public key of a line of `manifest.sig`; None if its signature of `data` is not valid."""
     from nacl.exceptions import CryptoError
     from nacl.signing import VerifyKey
 
@@ -133,20 +135,28 @@ def _verified(line: str, data: bytes) -> bytes | None:
 
 
 def _blocks(path: Path, option: str) -> list[tuple[str, bytes]]:
-    """Kind and content of every block of a PEM file."""
+    """Kind and content of every block of a PEM file.
+
+    Args:
+        path: The file.
+        option: The option or variable that named it, for messages.
+
+    Raises:
+        OptionError: The file can't be read, or a block is broken.
+    """
     try:
         text = path.read_text(encoding="ascii")
         found = [(kind, "".join(body.split())) for kind, body in _PEM.findall(text)]
         if len(found) != text.count("-----BEGIN"):
-            raise OptionError(f"{option} {path}: a key in it is not whole; copy it again")
+            raise OptionError(f"{option} {path}: a key in it is incomplete; copy it again")
         return [(kind, base64.b64decode(body, validate=True)) for kind, body in found]
     except OSError as error:
         raise OptionError(f"{option} {path}: {error.strerror}") from error
     except (UnicodeDecodeError, binascii.Error) as error:
-        raise OptionError(f"{option} {path} is no PEM file of keys; {_MAKE}") from error
+        raise OptionError(f"{option} {path} is not a PEM file of keys; {_MAKE}") from error
 
 
 def _key(data: bytes, prefix: bytes) -> bytes | None:
-    """The 32 bytes behind a prefix; None for a key of another kind."""
+    """The 32 bytes after `prefix`; None for a key of another kind."""
     key = data.removeprefix(prefix)
     return key if len(key) == 32 and data != key else None

@@ -1,13 +1,13 @@
-"""The bundle: `manifest.json` and the payload folder that it names. Read, verify, publish.
+"""Bundle folders: read and verify a bundle, publish a new version.
 
     bundle/
-      manifest.json         what the service needs to know; its last write makes a version live
-      manifest.sha256       catches accidents
-      manifest.sig          catches forgery, where the export signed it and the reader asks for it
-      VERSION/              model.onnx, model.ts, model.pt2, golden/, README.md
+      manifest.json         everything about the live version; see `serving.bundle.manifest`
+      manifest.sha256       checksum of the manifest; detects accidental changes
+      manifest.sig          signatures of the manifest; detect forgery if trusted keys are set
+      VERSION/              the payload: model.onnx, model.ts, model.pt2, golden/, README.md
 
-A new version is a new payload folder; `manifest.json` is replaced by one rename. Whoever reads the
-bundle meanwhile sees the old version or the new one, never half of each.
+A new version is a new payload folder. Publishing replaces `manifest.json` by one rename, so a
+concurrent reader gets the old version or the new one, never a mixture.
 """
 
 from __future__ import annotations
@@ -15,26 +15,29 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from serving.bundle import signing
+from serving.bundle.entries import FileEntry
 from serving.bundle.manifest import Manifest, content_version
 from serving.errors import BundleError
-from serving.utils.files import write_aside
+from serving.utils.files import atomic_write
 
 MANIFEST: Final = "manifest.json"
 CHECKSUM: Final = "manifest.sha256"
 SIGNATURE: Final = "manifest.sig"
-_TRIES: Final = 5
+_TRIES: Final = 5  # of reading a manifest and its checksum of the same version
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A verified bundle.
 
-    folder: holds `manifest.json`; payload: folder/VERSION.
-    signers: names of the keys that signed it, as `signing.check`; trusted: whether these had to be
-        known.
+    Attributes:
+        folder: The folder of `manifest.json`.
+        manifest: Its content.
+        signers: Names of the keys that signed it, from `signing.check`.
+        trusted: Whether the signers were checked against trusted keys.
     """
 
     folder: Path
@@ -57,20 +60,20 @@ class Bundle:
         if entry is None:
             have = ", ".join(self.manifest.precisions)
             raise BundleError(f"{self.folder} has no {precision} graph; it has {have}")
-        return self.payload / str(entry["file"])
+        return self.payload / entry["file"]
 
     @property
     def signature_warning(self) -> str:
-        """What must be said behind a signer's name: anybody can sign with a key of his own."""
-        return "" if self.trusted else f", whom nobody vouches for: {signing.TRUSTED} is not set"
+        """Text to put after the signers' names; empty if their keys are trusted."""
+        return "" if self.trusted else f" (key not verified: {signing.TRUSTED} is not set)"
 
     def load(self, name: str) -> bytes:
-        """The bytes of a payload file, which are those that the manifest speaks of.
+        """The bytes of a payload file, checked against the manifest.
 
-        What is used is what was checked: the file may have been changed since the bundle was read.
+        The bytes in use are the checked ones, even if the file changed after the bundle was read.
 
         Raises:
-            BundleError: It was.
+            BundleError: The file can't be read, or its sha256 is not the manifest's.
         """
         path = self.payload / name
         try:
@@ -82,24 +85,26 @@ class Bundle:
         return data
 
 
-def read(folder: Path, *, whoever: bool = False) -> Bundle:
-    """Read a bundle, check every byte of it against its manifest, and who signed that.
+def read(folder: Path, *, require_trusted: bool = True) -> Bundle:
+    """Read a bundle, check every file against the manifest, and check the signatures.
 
-    By whatever door it is read: where FLEDGE_TRUSTED_KEYS is set, one of those keys has signed it;
-    unless `whoever`, for an export that is about to replace it.
+    Args:
+        folder: The bundle.
+        require_trusted: Whether one of the keys of FLEDGE_TRUSTED_KEYS, if it is set, must have
+            signed the manifest. False is for an export that replaces the bundle.
 
     Raises:
-        BundleError: Nothing there; a file is missing, changed or not listed; no trusted key signed
-            it. Names the file.
-        OptionError: As `signing.trusted`.
+        BundleError: There is no bundle; a file is missing, changed or not listed; no trusted key
+            signed it. Names the file.
+        OptionError: FLEDGE_TRUSTED_KEYS can't be used.
     """
-    keys = None if whoever else signing.trusted()
+    keys = signing.trusted() if require_trusted else None
     path = folder / MANIFEST
     try:
-        for turn in range(_TRIES):
-            last = turn == _TRIES - 1
+        for attempt in range(_TRIES):
+            last = attempt == _TRIES - 1
             raw = path.read_bytes()
-            # Either may be of another version that came in between: then once more.
+            # A version published between two reads makes them disagree; try again.
             stated = (folder / CHECKSUM).read_text().split()[::2]
             if hashlib.sha256(raw).hexdigest() not in stated:
                 continue
@@ -112,7 +117,7 @@ def read(folder: Path, *, whoever: bool = False) -> Bundle:
             break
         else:
             raise BundleError(
-                f"{path} was changed after export, or {CHECKSUM} was: its sha256 is another"
+                f"{path} or {CHECKSUM} was changed after export: the checksum does not match"
             )
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
@@ -129,14 +134,14 @@ def read(folder: Path, *, whoever: bool = False) -> Bundle:
         raise BundleError(f"{path}: {error}") from error
     try:
         _verify_files(bundle)
-    except ValueError as error:  # a name that is none, such as one with a NUL in it
+    except ValueError as error:  # an invalid file name, such as one with a NUL character
         raise BundleError(f"{path}: not a manifest: {error}") from error
     return bundle
 
 
 def _verify_files(bundle: Bundle) -> None:
     payload, listed = bundle.payload, bundle.manifest.files
-    version = str(bundle.manifest.version)
+    version = bundle.manifest.version
     if version in ("", "..") or Path(version).name != version:
         raise BundleError(f"{bundle.folder / MANIFEST}: version is not a folder name")
     for name, facts in listed.items():
@@ -147,7 +152,7 @@ def _verify_files(bundle: Bundle) -> None:
             actual = sha256(path)
         except OSError as error:
             raise BundleError(f"{path} is listed in the manifest and can't be read") from error
-        if actual != facts.get("sha256"):
+        if actual != facts["sha256"]:
             raise BundleError(f"{path} was changed after export: its sha256 is not the manifest's")
     present = {
         path.relative_to(payload).as_posix() for path in payload.rglob("*") if path.is_file()
@@ -156,13 +161,14 @@ def _verify_files(bundle: Bundle) -> None:
     if extra:
         raise BundleError(f"{payload / extra[0]} is not listed in the manifest; remove it")
     graphs = bundle.manifest.graphs
-    for name in [*graphs, *(str(item.get("file")) for item in bundle.manifest.golden)]:
+    for name in [*graphs, *(image["file"] for image in bundle.manifest.golden)]:
         if name not in listed:
             raise BundleError(f"{bundle.folder / MANIFEST}: {name} has no sha256")
-    digests = {name: str(listed[name]["sha256"]) for name in graphs}
+    digests = {name: listed[name]["sha256"] for name in graphs}
     if version != content_version(bundle.manifest, digests):
         raise BundleError(
-            f"{bundle.folder / MANIFEST} was changed after export: its version is of other content"
+            f"{bundle.folder / MANIFEST} was changed after export: its version does not match its "
+            "content"
         )
 
 
@@ -172,8 +178,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe_files(payload: Path) -> dict[str, dict[str, Any]]:
-    """`Manifest.files` of a payload folder."""
+def describe_files(payload: Path) -> dict[str, FileEntry]:
+    """The value of `Manifest.files` for a payload folder."""
     return {
         path.relative_to(payload).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(payload.rglob("*"))
@@ -182,12 +188,12 @@ def describe_files(payload: Path) -> dict[str, dict[str, Any]]:
 
 
 def publish(manifest: Manifest, folder: Path, sign: signing.Sign | None = None) -> None:
-    """Make `manifest` the live one of `folder`, whose payload must lie there already.
+    """Make `manifest` the live version of `folder`; its payload must already be there.
 
-    The rename of the manifest is the moment of change. Around it the files beside it list the old
-    and the new digest, and the old and the new signature, so that a kill at any point leaves a
-    bundle that reads as one or the other. Only who trusts keys alone may see neither, where one of
-    the two is not signed.
+    The rename of the manifest switches the version. Before it, the checksum and signature files get
+    entries of both the old and the new manifest, so that a kill at any point leaves a bundle that
+    reads as one of them. One exception: if only one of the two is signed, a reader that requires
+    trusted keys may find neither.
     """
     text = manifest.to_json().encode()
     path, checksum, signature = folder / MANIFEST, folder / CHECKSUM, folder / SIGNATURE
@@ -195,7 +201,7 @@ def publish(manifest: Manifest, folder: Path, sign: signing.Sign | None = None) 
     old = f"{sha256(path)}  {MANIFEST}\n" if path.exists() else ""
     signed = f"{sign(text)}\n" if sign else ""
     before = _signatures(folder) or ""
-    # Alone beside a manifest that it is not of, a signature would look forged.
+    # A signature file without an entry of the live manifest would look forged.
     if signed and before:
         _replace(signature, (signed + before).encode())
     else:
@@ -215,5 +221,5 @@ def _signatures(folder: Path) -> str | None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    with write_aside(path) as aside:
-        aside.write_bytes(data)
+    with atomic_write(path) as partial:
+        partial.write_bytes(data)

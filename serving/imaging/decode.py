@@ -1,7 +1,7 @@
-"""Encoded bytes -> upright RGB pixels. The one decoder: training, scoring and serving call it.
+"""Decode encoded images to upright RGB pixels. Training, export, scoring and serving all use it.
 
-Whatever is done to an image beyond decoding is said in `Decoded.applied`, which travels with the
-answer, so that nothing about the pixels is silent.
+Every conversion beyond plain decoding is named in `Decoded.applied`, which becomes part of the
+answer.
 """
 
 from __future__ import annotations
@@ -20,34 +20,35 @@ import numpy.typing as npt
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from serving.errors import BrokenImage, EmptyBody, NotAnImage, TooLarge, UnsupportedFormat
-from serving.imaging import formats, limits
+from serving.imaging import formats
+from serving.imaging.limits import check_limits
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-"""Pillow plug-ins that an upload may reach. EPS, PSD and the like are never opened."""
+"""The Pillow plug-ins that may open a file. Others, such as EPS and PSD, are never used."""
 
 SUFFIXES: Final = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 )
-"""Extensions by which folders are searched. Only the search looks at names; decoding never does."""
+"""File extensions by which folders are searched. Decoding itself ignores file names."""
 
 MAX_PIXELS: Final = 100_000_000
 MAX_BYTES: Final = 20_000_000
 
-# A truncated file must be an error here whatever the embedding application set.
+# A truncated file must be an error, whatever another library in the process has set.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
-# Pillow warns about odd metadata; here the pixels decide. Once for the process:
-# `warnings.catch_warnings` around a decode is not safe among threads.
+# Pillow warns about unusual metadata, which is irrelevant here. The filter is global because
+# `warnings.catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# What Pillow's plug-ins raise over corrupt data, found by fuzzing all of `FORMATS`.
+# Exceptions that Pillow's plug-ins raise for corrupt data, found by fuzzing all of `FORMATS`.
 _CORRUPT: Final = (
     *(OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, RuntimeError),
     *(ArithmeticError, struct.error),
 )
 
 _ORIENTATION: Final = 0x0112
-# What brings each EXIF orientation upright.
+# The transposition that turns an image of each EXIF orientation upright.
 _UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -60,7 +61,7 @@ _UPRIGHT: Final = {
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF
 
-_STRIP: Final = 2**20  # samples that are scaled at a time
+_STRIP: Final = 2**20  # samples that are scaled at once
 Samples = npt.NDArray[np.float64]
 
 _SRGB: Final = ImageCms.createProfile("sRGB")
@@ -68,9 +69,9 @@ _SRGB: Final = ImageCms.createProfile("sRGB")
 
 @dataclass(frozen=True)
 class Decoded:
-    """An upright picture and what was done to make it one.
+    """An upright image and the conversions that were applied to it.
 
-    image: mode RGB, 8 bits a channel, EXIF orientation applied.
+    image: mode RGB, 8 bits per channel, EXIF orientation applied.
     applied: names such as "exif-orientation", "alpha-on-background", "16-bit-scaled".
     """
 
@@ -84,23 +85,23 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Decoded:
-    """Decode one image of any supported format, told by content and never by name.
+    """Decode one image of any of `FORMATS`, recognised by its content.
 
     Args:
-        data: The file's bytes.
-        max_pixels: Width times height that is still accepted; checked before any pixel is decoded.
+        data: The encoded file.
+        max_pixels: Largest accepted width times height; checked before any pixel is decoded.
         background: RGB, 0 to 255, put under transparent images.
 
     Raises:
         EmptyBody: `data` is empty.
-        NotAnImage: Pillow recognises no image in `data`.
+        NotAnImage: `data` is of no known image format.
         UnsupportedFormat: A format outside `FORMATS`.
-        TooLarge: More than `max_pixels` pixels.
+        TooLarge: More than `max_pixels` pixels, or too much memory is needed.
         BrokenImage: Truncated or corrupt data.
     """
     if not data:
         raise EmptyBody("it is empty: 0 bytes, where an image should be")
-    limits.refuse(data, max_pixels)
+    check_limits(data, max_pixels)
     image = _open(data)
     width, height = image.size
     if width * height > max_pixels:
@@ -109,8 +110,8 @@ def decode(
     try:
         if getattr(image, "is_animated", False):
             applied.append("first-frame")
-        # TIFF is upright once loaded. Others are asked then: of a PNG this may load the pixels,
-        # and those have to be loaded where their errors count.
+        # Pillow turns a TIFF upright while it loads it, so its orientation is read before. For others
+        # it is read after: of a PNG it may load the pixels, and `_orientation` hides their errors.
         stored = _orientation(image) if image.format == "TIFF" else 1
         frame = _load(image)
         remaining = _orientation(image)
@@ -137,9 +138,10 @@ def read(
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Decoded:
-    """Decode the file at `path`; errors as `decode`, and `BrokenImage` when it can't be read.
+    """Decode the file at `path`. Messages don't name the path.
 
-    They don't name the path: who asks for a photo names it.
+    Raises:
+        ImageError: As `decode`; `BrokenImage` also if the file can't be read.
     """
     try:
         data = read_bytes(path)
@@ -149,10 +151,10 @@ def read(
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file; a pipe, which might never end, is refused as one that can't be read.
+    """The bytes of a regular file; not of a pipe or device, which might never end.
 
     Raises:
-        OSError: It can't be read, or is no regular file.
+        OSError: The file can't be read or is not a regular file.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("no regular file")
@@ -170,13 +172,13 @@ def _open(data: bytes) -> Image.Image:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
     if served := formats.served(data):
         raise BrokenImage(f"the image is broken: of {served}, but cut short or of an unknown kind")
-    if foreign := formats.foreign(data):
-        raise UnsupportedFormat(f"{foreign} is not read; use one of {', '.join(FORMATS)}")
+    if unsupported := formats.unsupported(data):
+        raise UnsupportedFormat(f"{unsupported} is not read; use one of {', '.join(FORMATS)}")
     raise NotAnImage(f"no image that Fledge reads ({', '.join(FORMATS)})")
 
 
 def _orientation(image: Image.Image) -> int:
-    """What EXIF states; 1, upright, where it is broken or states nothing that makes sense."""
+    """The EXIF orientation; 1, upright, if EXIF is missing, broken or has an invalid value."""
     try:
         stated = image.getexif().get(_ORIENTATION, 1)
         return int(stated) if stated in _UPRIGHT else 1
@@ -185,10 +187,11 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _load(image: Image.Image) -> tuple[int, int, int, int] | None:
-    """Load the pixels, and put right what Pillow says of transparency.
+    """Load the pixels, and scale the transparent colour of a PNG to 8 bits.
 
-    Returns the box that the first frame of a GIF fills, where that is not all: beside it is
-    nothing, and not the first colour.
+    Returns:
+        The box of a GIF's first frame if it does not fill the image: the rest is transparent, but
+        Pillow fills it with the first colour. None otherwise.
     """
     tile = next(iter(getattr(image, "tile", ())), None)
     if image.mode == "P" and image.palette is None:
@@ -196,7 +199,7 @@ def _load(image: Image.Image) -> tuple[int, int, int, int] | None:
     image.load()
     key = image.info.get("transparency")
     if tile and image.format == "PNG" and key is not None:
-        # The key is in the file's samples; these had another depth once.
+        # The file states the transparent colour in its own bit depth, which Pillow has converted.
         if tile.args in ("L;2", "L;4"):
             top = 3 if tile.args == "L;2" else 15
             image.info["transparency"] = (key & top) * 255 // top
@@ -225,7 +228,7 @@ def _to_rgb(
         image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA") if image.mode != "RGBA" else image
         alpha = image.getchannel("A")
-        if profile:  # a profile speaks of colours, and the background is none of its
+        if profile:  # it applies to the image's colours, not to the background
             image = image.getchannel("R") if grey else image.convert("RGB")
     elif image.mode == "P" and profile:
         image = image.convert("RGB")
@@ -244,7 +247,7 @@ def _to_rgb(
 
 
 def _scale_deep(image: Image.Image) -> Image.Image:
-    """Bring samples deeper than 8 bits to 0..255 by range; Pillow's own convert clips to white."""
+    """Scale samples of more than 8 bits to 0..255 by their range; Pillow's `convert` would clip."""
     tags = getattr(image, "tag_v2", {})
     low, high = 0.0, 4095.0 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535.0
     if image.mode in ("F", "I"):
@@ -252,9 +255,9 @@ def _scale_deep(image: Image.Image) -> Image.Image:
         if not np.isfinite(ends).all():
             raise ValueError("samples are not finite")
         low, high = min(0.0, ends.min()), ends.max()
-        # Known integer ranges first: stretching a dark photo to white would be a change of light.
+        # The smallest usual range that fits: scaling by the maximum would brighten dark photos.
         high = next((top for top in (1.0, 255.0, 65535.0) if high <= top), high)
-    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds up to 8 bits
+    if tags.get(_PHOTOMETRIC) == 0:  # WhiteIsZero, which Pillow applies only up to 8 bits
         low, high = high, low
 
     def scale(strip: Samples) -> Samples:
@@ -266,7 +269,7 @@ def _scale_deep(image: Image.Image) -> Image.Image:
 
 
 def _by_strips(image: Image.Image, change: Callable[[Samples], Samples]) -> npt.NDArray[np.uint8]:
-    """What `change` makes of the samples, 0 to 255."""
+    """`change` applied to the samples [H, W], which must give 0 to 255."""
     changed = np.empty((image.height, image.width), np.uint8)
     for rows, strip in _strips(image):
         changed[rows] = change(strip)
@@ -274,11 +277,11 @@ def _by_strips(image: Image.Image, change: Callable[[Samples], Samples]) -> npt.
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[slice, Samples]]:
-    """The samples in float64, some rows at a time: a whole picture would take 8 bytes a pixel."""
+    """The samples in float64, some rows at a time: the whole image would take 8 bytes per pixel."""
     step = max(1, _STRIP // image.width)
     for top in range(0, image.height, step):
         rows = slice(top, min(top + step, image.height))
-        with np.errstate(invalid="ignore"):  # a signalling NaN is for the caller to find
+        with np.errstate(invalid="ignore"):  # of a signalling NaN; `_scale_deep` rejects NaN
             strip = np.array(image.crop((0, rows.start, image.width, rows.stop)), np.float64)
         yield rows, strip
 
@@ -290,7 +293,7 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
             return None
         return ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
-        return None  # a broken profile is metadata, not pixels
+        return None  # a broken profile is ignored, like other broken metadata
 
 
 def _reason(error: Exception) -> str:

@@ -1,11 +1,14 @@
-"""Which format bytes begin as, where no decoder took them; no other parser is let near them."""
+"""Recognise image formats by their first bytes, for the error message when no decoder accepts them.
+
+Only regular expressions over the first 4 KB: a format that is not served is never parsed.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Final
 
-# BMP is not among them: two letters, with which a text may begin.
+# BMP is not among them: its signature is two letters, with which a text may begin.
 _SERVED: Final = {
     "JPEG": re.compile(rb"\xff\xd8\xff"),
     "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -15,7 +18,7 @@ _SERVED: Final = {
     "AVIF": re.compile(rb"....ftyp(?:avi[fs]|(?:mif1|msf1).{4}(?:.{4}){0,15}?avi[fs])", re.DOTALL),
 }
 
-_FOREIGN: Final = {
+_UNSUPPORTED: Final = {
     "EPS": re.compile(rb"%!PS"),
     "PSD": re.compile(rb"8BPS"),
     "PDF": re.compile(rb"%PDF"),
@@ -40,13 +43,13 @@ _FOREIGN: Final = {
 
 
 def served(data: bytes) -> str | None:
-    """The format that is served and that `data` begins as."""
+    """The served format that `data` begins like, or None."""
     return _first(_SERVED, data)
 
 
-def foreign(data: bytes) -> str | None:
-    """The image format that is not served and that `data` begins as."""
-    return _first(_FOREIGN, data)
+def unsupported(data: bytes) -> str | None:
+    """The format that `data` begins like and that is not served, or None."""
+    return _first(_UNSUPPORTED, data)
 
 
 def _first(known: dict[str, re.Pattern[bytes]], data: bytes) -> str | None:

@@ -1,8 +1,8 @@
-"""Small files that would cost hours or gigabytes: refused by their structure, before any decoder.
+"""Decompression bombs: reject files whose structure would cost hours or gigabytes to decode.
 
-`images.decode` refuses by width and height once Pillow has opened a file. Here is what Pillow and
-the libraries under it would do at opening, or however few pixels there are. Each limit is far
-beyond what a program that writes images makes.
+`serving.imaging.decode.decode` checks width times height after Pillow has opened a file. The limits
+here concern what Pillow and its libraries do while they open a file, or whatever the number of
+pixels. Each is far above what image encoders write.
 """
 
 from __future__ import annotations
@@ -16,36 +16,40 @@ from PIL import Image, PngImagePlugin
 
 from serving.errors import BrokenImage, TooLarge
 
-# Bytes that a packed text or a profile of a PNG may have. Pillow's megabyte refuses good pictures:
-# programs keep whole projects there.
+# Largest compressed text or profile of a PNG, in bytes. Pillow's limit of 1 MB rejects valid
+# images: some programs store whole projects there.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 
-# Half of what Pillow refuses by itself at opening, where it allocates for some formats. It counts
-# for the whole process, so `refuse` raises it for who allows more, and never lowers it.
+# Pillow raises DecompressionBombError at opening above twice this number; for some formats it
+# allocates memory there. The setting is global, so `check_limits` only raises it.
 Image.MAX_IMAGE_PIXELS = 50_000_000
 
 SEGMENTS: Final = 1_000
-"""Of a JPEG's head. Pillow keeps each, and joins those with EXIF in quadratic time."""
+"""Most segments before the pixels of a JPEG. Pillow keeps all, and joins EXIF in quadratic time."""
 
 SCANS: Final = 100
-"""Of a JPEG. Each goes over all pixels, and 30 bytes make one; encoders make about ten."""
+"""Most scans of a JPEG. Each scan visits all pixels and needs only 30 bytes; encoders write ten."""
 
 CHUNKS: Final = 65_536
-"""Of a PNG. Pillow takes some microseconds and a hundred bytes for each."""
+"""Most chunks of a PNG. Pillow needs some microseconds and a hundred bytes for each."""
 
 STRIPS: Final = 131_072
-"""Of a TIFF, or tiles. Pillow makes a decoder for each, be there rows for them or not."""
+"""Most strips or tiles of a TIFF. Pillow creates a decoder for each, even beyond the image."""
 
 RUN_LENGTH_PIXELS: Final = 10_000_000
-"""Of a BMP in run-length code, which Pillow decodes in Python."""
+"""Most pixels of a run-length encoded BMP, which Pillow decodes in Python."""
 
 
-def refuse(data: bytes, max_pixels: int) -> None:
-    """Refuse what is known to be out of proportion; whether the rest is an image, others find out.
+def check_limits(data: bytes, max_pixels: int) -> None:
+    """Check the structure of a JPEG, PNG, TIFF or BMP; other or broken data passes.
+
+    Args:
+        data: The encoded file.
+        max_pixels: Largest accepted width times height.
 
     Raises:
-        TooLarge: More pixels than allowed, in a tile or in run-length code.
-        BrokenImage: More parts than any encoder makes.
+        TooLarge: More pixels than allowed, in a tile or in run-length encoding.
+        BrokenImage: More parts than any encoder writes.
     """
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, -(-max_pixels // 2))
     if data.startswith(b"\xff\xd8\xff"):
@@ -58,31 +62,31 @@ def refuse(data: bytes, max_pixels: int) -> None:
         _bmp(data, max_pixels)
 
 
-def _check(what: str, limit: int, found: int) -> None:
+def _check_count(what: str, limit: int, found: int) -> None:
     if found > limit:
         raise BrokenImage(f"the image is broken: more than {limit} {what}")
 
 
 def _jpeg(data: bytes) -> None:
-    frame, parts = 0, b""
+    frame, components = 0, b""
     for number, (marker, at) in enumerate(_markers(data)):
-        _check("segments before the picture", SEGMENTS, number)
+        _check_count("segments before the picture", SEGMENTS, number)
         if marker in _FRAMES:
-            frame, parts = marker, data[at + 7 : at + 8]
+            frame, components = marker, data[at + 7 : at + 8]
         if marker == _SCAN:
-            whole = data[at + 2 : at + 3] == parts and frame not in _PROGRESSIVE
+            single = data[at + 2 : at + 3] == components and frame not in _PROGRESSIVE
             break
     else:
         return
-    # Where the first scan is not the only one: nearly always there are few, and nobody counts.
-    if not whole and data.count(b"\xff\xda") > SCANS:
+    # Scans are counted exactly only if the first is not the only one and a rough count is too high.
+    if not single and data.count(b"\xff\xda") > SCANS:
         scans = 0
         for marker, _ in _markers(data):
             scans += marker == _SCAN
-            _check("scans", SCANS, scans)
+            _check_count("scans", SCANS, scans)
 
 
-# Of segments with a length, as Pillow has it, and of the end.
+# Markers of segments that have a length, as in Pillow, and of the end.
 _MARKER: Final = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe])")
 _SCAN, _END = 0xDA, 0xD9
 _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -90,18 +94,18 @@ _PROGRESSIVE: Final = (0xC2, 0xC6, 0xCA, 0xCE)
 
 
 def _markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """A JPEG's markers, and where the length of each stands, up to the end of the picture.
+    """The markers of a JPEG up to the end of the image, and the offset of each one's length.
 
-    An end before the first scan is none: Pillow reads on.
+    An end marker before the first scan is skipped, as Pillow does.
     """
-    at, begun = 2, False
+    at, scanning = 2, False
     while found := _MARKER.search(data, at):
         marker, at = found[1][0], found.end()
-        begun |= marker == _SCAN
+        scanning |= marker == _SCAN
         if marker != _END:
             yield marker, at
             at += max(2, int.from_bytes(data[at : at + 2], "big"))
-        elif begun:
+        elif scanning:
             return
 
 
@@ -110,17 +114,17 @@ def _png(data: bytes) -> None:
     while at < len(data) and data[at + 4 : at + 8] != b"IEND":
         at += 12 + int.from_bytes(data[at : at + 4], "big")
         number += 1
-        _check("chunks", CHUNKS, number)
+        _check_count("chunks", CHUNKS, number)
 
 
 def _tiff(data: bytes, max_pixels: int) -> None:
     width = height = 0
-    # Pillow takes a 64-bit directory in the other byte order for one of 32 bits, libtiff does not.
-    kinds = {data[2:3] == b"+", b"+" in data[2:4]}
-    for tag, count, value in (entry for big in kinds for entry in _entries(data, big)):
+    # Pillow reads a BigTIFF of the other byte order as a 32-bit one, libtiff does not: check both.
+    variants = {data[2:3] == b"+", b"+" in data[2:4]}
+    for tag, count, value in (entry for big in variants for entry in _entries(data, big)):
         if tag in (273, 324):
-            _check("strips or tiles", STRIPS, count)
-        # Of several entries for one tag Pillow takes the last and libtiff the first.
+            _check_count("strips or tiles", STRIPS, count)
+        # If a tag is repeated, Pillow takes its last entry and libtiff its first: take the largest.
         width = max(width, value * (tag == 322))
         height = max(height, value * (tag == 323))
     if width * height > max_pixels:
@@ -128,12 +132,15 @@ def _tiff(data: bytes, max_pixels: int) -> None:
 
 
 def _entries(data: bytes, big: bool) -> Iterator[tuple[int, int, int]]:
-    """Tag, number of values, and the value where it is one, of a TIFF's first directory."""
+    """Tag, number of values, and the value if it is a single one, of a TIFF's first directory.
+
+    `big`: BigTIFF, with 64-bit offsets.
+    """
     order = "<" if data[0] == 73 else ">"
     if big:
-        head, count, entry, room = "8xQ", "Q", "HHQ8s", 8
+        head, count, entry, width = "8xQ", "Q", "HHQ8s", 8
     else:
-        head, count, entry, room = "4xI", "H", "HHI4s", 4
+        head, count, entry, width = "4xI", "H", "HHI4s", 4
     try:
         (start,) = struct.unpack_from(order + head, data)
         (number,) = struct.unpack_from(order + count, data, min(start, len(data)))
@@ -141,11 +148,11 @@ def _entries(data: bytes, big: bool) -> Iterator[tuple[int, int, int]]:
         return
     start += struct.calcsize(order + count)
     size = struct.calcsize(order + entry)
-    whole = data[start : start + size * number]
-    whole = whole[: len(whole) // size * size]
-    for tag, kind, values, raw in struct.iter_unpack(order + entry, whole):
-        taken = min(room, {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4}.get(kind, room))
-        yield tag, values, int.from_bytes(raw[:taken], "little" if order == "<" else "big")
+    table = data[start : start + size * number]
+    table = table[: len(table) // size * size]  # complete entries only
+    for tag, kind, values, raw in struct.iter_unpack(order + entry, table):
+        used = min(width, {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4}.get(kind, width))
+        yield tag, values, int.from_bytes(raw[:used], "little" if order == "<" else "big")
 
 
 def _bmp(data: bytes, max_pixels: int) -> None:
@@ -156,5 +163,5 @@ def _bmp(data: bytes, max_pixels: int) -> None:
     if size >= 40 and code in (1, 2):
         limit = min(max_pixels, RUN_LENGTH_PIXELS)
         if width * abs(height) > limit:
-            told = f"{width} x {abs(height)} pixels in run-length code"
-            raise TooLarge(f"{told} are more than the {limit} allowed")
+            found = f"{width} x {abs(height)} pixels in run-length code"
+            raise TooLarge(f"{found} are more than the {limit} allowed")

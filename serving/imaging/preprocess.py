@@ -1,4 +1,4 @@
-"""An upright picture -> the square of uint8 pixels that the graph takes."""
+"""Preprocessing: crop an upright image and resize it to the square of uint8 pixels of the graph."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How pictures become pixels; saved with the weights and with the bundle, never retyped.
+    """Parameters of preprocessing, saved with the checkpoint and with the bundle.
 
-    size: side of the square given to the network, in pixels.
-    crop: share of the short side that the centre square takes, in (0, 1].
-    interpolation: bilinear, bicubic or lanczos; always antialiased.
-    mean, std: per RGB channel, in units of pixel / 255; applied inside the graph.
-    background: RGB put under transparent pictures.
+    Attributes:
+        size: Side of the network's square input, in pixels.
+        crop: Side of the centre square divided by the short side of the image, in (0, 1].
+        interpolation: bilinear, bicubic or lanczos; always antialiased.
+        mean: Per RGB channel, in units of pixel / 255; applied inside the graph.
+        std: As `mean`.
+        background: RGB put under transparent images.
     """
 
     size: int = 224
@@ -49,7 +51,7 @@ class Preprocess:
         """Check every field.
 
         Raises:
-            OptionError: A field is out of its range; the message names it and the value.
+            OptionError: A value is out of range; names the field and the value.
         """
         if not (isinstance(self.size, int) and 8 <= self.size <= 4096):
             raise OptionError(f"preprocess.size = {self.size!r}: use 8 to 4096 pixels")
@@ -59,33 +61,33 @@ class Preprocess:
             names = ", ".join(_FILTERS)
             raise OptionError(f"preprocess.interpolation = {self.interpolation!r}: use {names}")
         for name in ("mean", "std", "background"):
-            given = getattr(self, name)
-            value = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-            if len(value) != 3 or not all(_is_number(item) for item in value):
-                raise OptionError(f"preprocess.{name} = {given!r}: use three numbers, R, G and B")
-            object.__setattr__(self, name, value)
+            value = getattr(self, name)
+            channels = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+            if len(channels) != 3 or not all(_is_number(item) for item in channels):
+                raise OptionError(f"preprocess.{name} = {value!r}: use three numbers, R, G and B")
+            object.__setattr__(self, name, channels)
         if min(self.std) <= 0:
             raise OptionError(f"preprocess.std = {self.std!r}: use numbers above 0")
         if not all(isinstance(item, int) and 0 <= item <= 255 for item in self.background):
             raise OptionError(f"preprocess.background = {self.background!r}: use 0 to 255")
 
     def centre(self, image: Image.Image) -> Box:
-        """The box (left, top, right, bottom) of the plain view, in the picture's own pixels."""
+        """The box (left, top, right, bottom) of the plain view, in pixels of the image."""
         side = min(image.size) * self.crop
         left, top = (image.width - side) / 2, (image.height - side) / 2
         return (left, top, left + side, top + side)
 
     def cut(self, image: Image.Image, box: Box) -> Pixels:
-        """Resize what `box` holds to uint8 [size, size, 3]. Crop and resize are one pass."""
+        """Crop `box` and resize it to uint8 [size, size, 3] in one pass."""
         square = image.resize((self.size, self.size), _FILTERS[self.interpolation], box=box)
         return np.asarray(square)
 
     def __call__(self, image: Image.Image) -> Pixels:
-        """The plain view of an RGB picture: uint8 [size, size, 3]."""
+        """The plain view of an RGB image: uint8 [size, size, 3]."""
         return self.cut(image, self.centre(image))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The fields, for JSON."""
         return asdict(self)
 
     @classmethod

@@ -1,7 +1,7 @@
-"""Test-time augmentation: fixed views of one picture, and the mean of their answers.
+"""Test-time augmentation: render fixed views of an image, average their probabilities.
 
-View 0 is always the plain view. `tta=N` takes the first N of a bundle's views, so the order is
-part of the bundle. Nothing here is random: the same picture gives the same answer.
+View 0 is always the plain view. `tta=N` takes the first N views of a bundle, so their order is part
+of the bundle. Nothing is random.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ Probabilities = npt.NDArray[np.float64]
 
 
 class View(NamedTuple):
-    """One way to look at a picture.
+    """One crop of an image, possibly mirrored.
 
-    zoom: the plain view's side divided by this view's; above 1 looks closer, below 1 takes in more.
-    x, y: where the box lies, 0 for the left or top edge, 0.5 for the middle, 1 for the far edge.
-    flip: mirrored left to right.
+    Attributes:
+        name: Its name in the manifest.
+        zoom: Side of the plain crop divided by the side of this crop.
+        x: Horizontal position of the crop: 0 left edge, 0.5 centre, 1 right edge.
+        y: Vertical position of the crop: 0 top edge, 0.5 centre, 1 bottom edge.
+        flip: Whether the crop is mirrored left to right.
     """
 
     name: str
@@ -51,11 +54,11 @@ VIEWS: Final = (
 AVERAGES: Final = ("mean", "log_mean")
 
 
-def count(tta: int, views: Sequence[View]) -> int:
-    """How many views `tta` asks for: 0 and 1 mean the plain one.
+def count_views(tta: int, views: Sequence[View]) -> int:
+    """The number of views for a value of `tta`: 0 and 1 mean the plain one.
 
     Raises:
-        OptionError: Negative, or more than there are.
+        OptionError: `tta` is negative or larger than the number of views.
     """
     if not 0 <= tta <= len(views):
         raise OptionError(f"tta = {tta}: this model has {len(views)} views; use 0 to {len(views)}")
@@ -63,7 +66,7 @@ def count(tta: int, views: Sequence[View]) -> int:
 
 
 def render(image: Image.Image, preprocess: Preprocess, views: Sequence[View]) -> Pixels:
-    """The views of an upright RGB picture: uint8 [V, size, size, 3]."""
+    """The views of an upright RGB image: uint8 [V, size, size, 3]."""
     return np.stack([_cut(image, preprocess, view) for view in views])
 
 
@@ -73,6 +76,9 @@ def average(probabilities: Probabilities, how: str = "mean") -> Probabilities:
     Args:
         probabilities: Each row sums to 1.
         how: "mean", or "log_mean", the renormalised geometric mean.
+
+    Raises:
+        OptionError: `how` is another value.
     """
     if how == "mean":
         mean = probabilities.mean(axis=0)
@@ -93,7 +99,7 @@ def softmax(logits: npt.NDArray[np.float32], temperature: float = 1.0) -> Probab
 
 
 def energies(logits: npt.NDArray[np.float32]) -> Probabilities:
-    """-log sum exp of logits [..., C], in float64: low for what is like the training photos.
+    """-log sum exp of logits [..., C], in float64: low for images like the training photos.
 
     Liu et al., 2020, "Energy-based Out-of-distribution Detection", at temperature 1.
     """

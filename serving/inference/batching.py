@@ -1,11 +1,13 @@
-"""From the door to the graph: a bounded room, and two ways to work through it.
+"""Request scheduling: a bounded queue, then one thread per image, or dynamic batching.
 
-`PerImageEngine`     one thread takes one image from bytes to prediction; several side by side. Best where
-            a batch costs as much an image as a lone one, which is so on most CPUs.
-`DynamicBatcher`   threads decode; another, on a CPU one a core, takes all that is ready, up to the cap,
-            the moment it is free. A lone image never waits; batches form while the device is busy.
+`PerImageEngine`: each of several threads decodes and predicts one image at a time. Best if a batch
+    costs as much per image as a single image does, as on most CPUs.
+`DynamicBatcher`: some threads decode; others run the graph on all images that are ready, up to the
+    largest batch, as soon as they are free. A single image never waits for others; batches form
+    while the device is busy.
 
-Both refuse at once when full, drop what nobody waits for any more, and let no image touch another.
+Both reject an image at once if the queue is full, skip images whose request was cancelled, and
+report an error only to the image that caused it.
 """
 
 from __future__ import annotations
@@ -25,20 +27,24 @@ from serving.inference.predictor import Prediction, Predictor, Prepared
 from serving.inference.runtime import on_cpu
 
 Observe = Callable[[str, float], None]
-"""Told (phase, seconds): "queue", "decode", "infer"; ("rows", count) for every run of the graph,
-and ("waiting", count) of the images inside."""
+"""Callback for measurements: (phase, seconds) of "queue", "decode" and "infer"; ("rows", count) for
+every run of the graph; ("waiting", count) of the images in the queue and in progress."""
 
-
-SPARE: Final = 1
-"""Lanes above one a core: one that waits for Python's lock or its next image leaves a core idle. On
-2 cores a third lane is worth some 5 %, and a fourth no more than that."""
+EXTRA_THREADS: Final = 1
+"""Threads of `PerImageEngine` beyond one per core: a thread that waits for the GIL or for its next
+image leaves a core idle. On 2 cores a third thread gains about 5 %, a fourth nothing more."""
 
 
 class Engine(Protocol):
-    """What the service needs: bytes in, prediction out."""
+    """Predicts encoded images in threads of its own."""
 
     async def predict(self, data: bytes, tta: int = 0) -> Prediction:
-        """Errors as `Predictor.prepare` and `Predictor.predict`, and `Overloaded`."""
+        """Predict one image; cancelling the call removes the image from the queue.
+
+        Raises:
+            Overloaded: The queue is full.
+            FledgeError: As `Predictor.prepare` and `Predictor.predict`.
+        """
         ...
 
     def close(self) -> None:
@@ -55,53 +61,52 @@ def build(
     max_pixels: int,
     observe: Observe,
 ) -> Engine:
-    """The engine that fits: `PerImageEngine` where batches are not worth having, else `DynamicBatcher`.
+    """A `PerImageEngine` if `cap` is 1, else a `DynamicBatcher`.
 
     Args:
-        predictor: May be called from several threads at once.
-        cap: Most rows (images times views) of one run of the graph.
-        threads: Cores to keep busy: with decoding and, where the graph runs on them, with runs of
-            the graph side by side, each of which is given one core.
-        max_queue: Images held unanswered; one more is `Overloaded`.
-        max_pixels: Of an image, width times height.
-        observe: Where timings go; called from several threads.
+        predictor: Called from several threads at once.
+        cap: Largest batch, in rows (images times views).
+        threads: Cores to use: for decoding and, if the graph runs on the CPU, for as many
+            concurrent runs of the graph, one core each.
+        max_queue: Most images that are queued or in progress; one more is `Overloaded`.
+        max_pixels: Largest accepted width times height of an image.
+        observe: Receives measurements; called from several threads.
     """
-    room = QueueLimit(max_queue, observe)
+    limit = QueueLimit(max_queue, observe)
 
     def prepare(data: bytes, tta: int) -> Prepared:
         return predictor.prepare(data, tta, max_pixels=max_pixels)
 
     if cap == 1:
-        return PerImageEngine(prepare, predictor.predict, room, threads + SPARE, observe)
+        return PerImageEngine(prepare, predictor.predict, limit, threads + EXTRA_THREADS, observe)
     runners = threads if on_cpu(predictor.runtime.provider) else 1
-    return DynamicBatcher(prepare, predictor.predict, room, threads, observe, cap, runners)
+    return DynamicBatcher(prepare, predictor.predict, limit, threads, observe, cap, runners)
 
 
 class QueueLimit:
-    """Counts the images inside. Used by the event loop alone, so it needs no lock."""
+    """Counts images that are queued or in progress. Used only in the event loop: needs no lock."""
 
     def __init__(self, limit: int, observe: Observe) -> None:
-        """`limit`: images that may be inside at once."""
         self.limit = limit
-        self.inside = 0
+        self.count = 0
         self._observe = observe
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold one place.
+    def admit(self) -> Iterator[None]:
+        """Count one image until the context ends.
 
         Raises:
-            Overloaded: There is none.
+            Overloaded: The limit is reached.
         """
-        if self.inside >= self.limit:
+        if self.count >= self.limit:
             raise Overloaded(f"{self.limit} images are waiting already; ask again in a second")
-        self.inside += 1
-        self._observe("waiting", self.inside)
+        self.count += 1
+        self._observe("waiting", self.count)
         try:
             yield
         finally:
-            self.inside -= 1
-            self._observe("waiting", self.inside)
+            self.count -= 1
+            self._observe("waiting", self.count)
 
 
 Prepare = Callable[[bytes, int], Prepared]
@@ -110,117 +115,124 @@ Prepare = Callable[[bytes, int], Prepared]
 class Predict(Protocol):
     """`Predictor.predict`."""
 
-    def __call__(self, prepared: list[Prepared], *, alone: bool) -> list[Prediction]:
-        """One run of the graph."""
-        ...
+    def __call__(self, prepared: list[Prepared], *, low_latency: bool) -> list[Prediction]: ...
 
 
-class _Job(NamedTuple):
+class _EncodedImage(NamedTuple):
     data: bytes
     tta: int
-    queued: float
+    queued: float  # time.perf_counter()
     future: asyncio.Future[Prediction]
 
 
 class PerImageEngine:
-    """Side by side, each thread with one image at a time, from its bytes to its prediction."""
+    """Several threads, each of which decodes and predicts one image at a time."""
 
     def __init__(
-        self, prepare: Prepare, predict: Predict, room: QueueLimit, threads: int, observe: Observe
+        self, prepare: Prepare, predict: Predict, limit: QueueLimit, threads: int, observe: Observe
     ) -> None:
-        """See `build`."""
         self._prepare, self._predict = prepare, predict
-        self._room, self._observe = room, observe
-        # An executor's futures, and theirs in asyncio, cost as much as all else around the answer.
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._limit, self._observe = limit, observe
+        # A ThreadPoolExecutor, with its futures wrapped for asyncio, would double the overhead.
+        self._queue: SimpleQueue[_EncodedImage | None] = SimpleQueue()
         self._threads = [
-            Thread(target=self._run, name=f"fledge-lane-{number}", daemon=True)
+            Thread(target=self._run, name=f"fledge-image-{number}", daemon=True)
             for number in range(threads)
         ]
         for thread in self._threads:
             thread.start()
 
     async def predict(self, data: bytes, tta: int = 0) -> Prediction:
-        """See `Engine`. Cancelling it takes the image out of the queue."""
-        with self._room.place():
+        with self._limit.admit():
             future: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
-            self._jobs.put(_Job(data, tta, time.perf_counter(), future))
+            self._queue.put(_EncodedImage(data, tta, time.perf_counter(), future))
             try:
                 return await future
             finally:
-                del future  # it knows the error, whose traceback knows this frame
+                # Break the reference cycle: future -> error -> traceback -> this frame -> future.
+                del future
 
     def close(self) -> None:
-        """See `Engine`."""
         for _ in self._threads:
-            self._jobs.put(None)
+            self._queue.put(None)
         for thread in self._threads:
             thread.join()
 
     def _run(self) -> None:
-        while job := self._jobs.get():
-            self._answer(job)
-            del job  # or its image would stay until the next one comes
+        while image := self._queue.get():
+            self._process(image)
+            del image  # free its bytes now, not when the next image comes
 
-    def _answer(self, job: _Job) -> None:
-        if job.future.cancelled():
+    def _process(self, image: _EncodedImage) -> None:
+        if image.future.cancelled():
             return
-        told: Prediction | BaseException
+        result: Prediction | BaseException
         try:
-            told = self._work(job.data, job.tta, job.queued)
-        except BaseException as error:  # whatever it is, it belongs to the one who asked
-            told = error
-        with suppress(RuntimeError):  # a loop that has ended: nobody waits
-            job.future.get_loop().call_soon_threadsafe(_tell, job.future, told)
-        del job, told  # an error's traceback knows this frame
+            result = self._decode_and_predict(image.data, image.tta, image.queued)
+        except BaseException as error:  # of any kind: the caller gets it, and the thread goes on
+            result = error
+        with suppress(RuntimeError):  # the event loop is closed
+            image.future.get_loop().call_soon_threadsafe(_set_result, image.future, result)
+        del image, result  # break the reference cycle through the error's traceback
 
-    def _work(self, data: bytes, tta: int, queued: float) -> Prediction:
-        begun = time.perf_counter()
+    # Without the future among its arguments: the traceback of an error keeps this frame.
+    def _decode_and_predict(self, data: bytes, tta: int, queued: float) -> Prediction:
+        start = time.perf_counter()
         prepared = self._prepare(data, tta)
         decoded = time.perf_counter()
-        prediction = self._predict([prepared], alone=self._room.inside == 1)[0]
+        prediction = self._predict([prepared], low_latency=self._limit.count == 1)[0]
         done = time.perf_counter()
         observe = self._observe
-        observe("queue", begun - queued)
-        observe("decode", decoded - begun)
+        observe("queue", start - queued)
+        observe("decode", decoded - start)
         observe("infer", done - decoded)
         observe("rows", len(prepared.pixels))
         return prediction
 
 
-def _tell(future: asyncio.Future[Prediction], told: Prediction | BaseException) -> None:
+def _set_result(future: asyncio.Future[Prediction], result: Prediction | BaseException) -> None:
     if future.done():  # cancelled meanwhile
         return
-    if isinstance(told, BaseException):
-        future.set_exception(told)
+    if isinstance(result, BaseException):
+        future.set_exception(result)
     else:
-        future.set_result(told)
+        future.set_result(result)
 
 
-class _Item(NamedTuple):
+class _DecodedImage(NamedTuple):
     prepared: Prepared
     future: Future[Prediction]
-    queued: float
+    queued: float  # time.perf_counter()
 
 
 class DynamicBatcher:
-    """Decodes on many threads; each that runs the graph takes whatever is ready when it is free."""
+    """Threads that decode, and threads that run the graph on all images that are ready."""
 
     def __init__(
         self,
         prepare: Prepare,
         predict: Predict,
-        room: QueueLimit,
+        limit: QueueLimit,
         threads: int,
         observe: Observe,
         cap: int,
         runners: int = 1,
     ) -> None:
-        """See `build`; `runners`: batches that run side by side."""
+        """Start the threads.
+
+        Args:
+            prepare: Decodes one image.
+            predict: Runs the graph on a batch.
+            limit: Of the images that are queued or in progress.
+            threads: Threads that decode.
+            observe: Receives measurements.
+            cap: Largest batch, in rows.
+            runners: Threads that run the graph.
+        """
         self._prepare, self._predict = prepare, predict
-        self._room, self._observe, self._cap = room, observe, cap
+        self._limit, self._observe, self._cap = limit, observe, cap
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="fledge-decode")
-        self._ready: deque[_Item] = deque()
+        self._ready: deque[_DecodedImage] = deque()
         self._changed = Condition()
         self._open = True
         self._runners = [
@@ -231,15 +243,13 @@ class DynamicBatcher:
             runner.start()
 
     async def predict(self, data: bytes, tta: int = 0) -> Prediction:
-        """See `Engine`. Cancelling it takes the image out of the queue."""
-        with self._room.place():
+        with self._limit.admit():
             loop = asyncio.get_running_loop()
             future = await loop.run_in_executor(self._decoders, self._decode, data, tta)
-            waiting: Awaitable[Prediction] = asyncio.wrap_future(future)
-            return await waiting
+            prediction: Awaitable[Prediction] = asyncio.wrap_future(future)
+            return await prediction
 
     def close(self) -> None:
-        """See `Engine`."""
         self._decoders.shutdown(wait=True, cancel_futures=True)
         with self._changed:
             self._open = False
@@ -248,28 +258,31 @@ class DynamicBatcher:
             runner.join()
 
     def _decode(self, data: bytes, tta: int) -> Future[Prediction]:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         prepared = self._prepare(data, tta)
         now = time.perf_counter()
-        self._observe("decode", now - begun)
-        item = _Item(prepared, Future(), now)
+        self._observe("decode", now - start)
+        image = _DecodedImage(prepared, Future(), now)
         with self._changed:
-            self._ready.append(item)
+            self._ready.append(image)
             self._changed.notify()
-        return item.future
+        return image.future
 
     def _run(self) -> None:
-        while batch := self._take():
-            # A future that can't be set running was cancelled: its caller has gone.
-            wanted = [item for item in batch if item.future.set_running_or_notify_cancel()]
-            if wanted:
-                self._answer(wanted)
+        while batch := self._next_batch():
+            # False for a future that was cancelled.
+            batch = [image for image in batch if image.future.set_running_or_notify_cancel()]
+            if batch:
+                self._process(batch)
 
-    def _take(self) -> list[_Item]:
-        """All that is ready, in order, up to the cap; at least one; none when closed and empty."""
+    def _next_batch(self) -> list[_DecodedImage]:
+        """The ready images in order, up to `cap` rows but at least one image.
+
+        Waits for the first; empty once the batcher is closed and no image is left.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._ready or not self._open)
-            batch: list[_Item] = []
+            batch: list[_DecodedImage] = []
             rows = 0
             while self._ready:
                 rows += len(self._ready[0].prepared.pixels)
@@ -278,23 +291,24 @@ class DynamicBatcher:
                 batch.append(self._ready.popleft())
             return batch
 
-    def _answer(self, batch: list[_Item]) -> None:
-        # Nothing may get out of here: it would end a thread that answers.
+    def _process(self, batch: list[_DecodedImage]) -> None:
+        # An exception that escapes would end the thread.
         try:
-            begun = time.perf_counter()
-            alone = self._room.inside == 1
-            predictions = self._predict([item.prepared for item in batch], alone=alone)
-            seconds = time.perf_counter() - begun
-            self._observe("rows", sum(len(item.prepared.pixels) for item in batch))
-            for item, prediction in zip(batch, predictions, strict=True):
-                self._observe("queue", begun - item.queued)
+            start = time.perf_counter()
+            low_latency = self._limit.count == 1
+            prepared = [image.prepared for image in batch]
+            predictions = self._predict(prepared, low_latency=low_latency)
+            seconds = time.perf_counter() - start
+            self._observe("rows", sum(len(image.prepared.pixels) for image in batch))
+            for image, prediction in zip(batch, predictions, strict=True):
+                self._observe("queue", start - image.queued)
                 self._observe("infer", seconds)
-                item.future.set_result(prediction)
-        except Exception as error:  # whatever it is, it belongs to the one who asked
-            for item in batch:
-                if item.future.done():
+                image.future.set_result(prediction)
+        except Exception as error:
+            for image in batch:
+                if image.future.done():
                     continue
                 if len(batch) == 1:
-                    item.future.set_exception(error)
-                else:
-                    self._answer([item])
+                    image.future.set_exception(error)
+                else:  # run the images one by one, to find which caused the error
+                    self._process([image])

@@ -1,4 +1,4 @@
-"""A bundle's folder -> a predictor that has proved, here, that it answers as it did at export."""
+"""Open a bundle for inference: choose precision and runtime, and check the golden images."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Final
 
 import numpy as np
 
-from serving.bundle import storage, tuning
+from serving.bundle import storage
+from serving.bundle.manifest import measured_parallelism, multithreading_pays
+from serving.bundle.storage import Bundle
 from serving.errors import BundleError, ImageError, OptionError, WorkError
+from serving.imaging.tta import Probabilities
 from serving.inference import runtime
-from serving.inference.buckets import PaddedBatchRuntime
 from serving.inference.predictor import Predictor
+from serving.inference.runtime import OnnxRuntime, PaddedBatchRuntime, Runtime
 from serving.utils.cpu import cores
 
 MAX_TOLERANCE: Final = 0.05
-"""A golden answer may be off by a tolerance of at most this; more would check nothing."""
+"""Largest tolerance of a golden probability that a manifest may state; more would check nothing."""
 
 
 def open_predictor(
@@ -25,149 +28,192 @@ def open_predictor(
     device: str = "auto",
     precision: str = "auto",
     threads: int | None = 1,
-    low_latency_runtime: int = 1,
+    low_latency_threads: int = 1,
     kind: str = "onnx",
 ) -> Predictor:
-    """Open a bundle and prove that it answers here as it did at export.
+    """Open a bundle and check that it gives the same answers here as at export.
 
     Args:
         folder: The bundle.
-        device: As `OnnxRuntime`.
-        precision: fp32, int8 or fp16; auto takes int8 on a CPU and fp16 on a GPU where the bundle
-            keeps them, else fp32.
-        threads: Cores that one run uses on a CPU; None takes the bundle's tuning.
-        wide: Cores that a run for a lone image uses there, unless the bundle's tuning found that
-            more than one don't help it.
-        kind: Of the runtime: onnx; or torchscript, which has fp32 only and needs torch.
+        device: As for `OnnxRuntime`.
+        precision: fp32, int8 or fp16; auto takes int8 on a CPU and fp16 on a GPU if the bundle has
+            them, else fp32.
+        threads: CPU threads of one run; None takes the bundle's tuning.
+        low_latency_threads: CPU threads of a run while no other request is in progress. Ignored if
+            the bundle's tuning measured no gain from several threads.
+        kind: The runtime: onnx; or torchscript, which has fp32 only and needs torch.
 
     Raises:
-        BundleError: Missing, changed, or the golden images give other answers than the manifest's.
-        OptionError: The device is not there, or the bundle lacks the precision.
+        BundleError: A file is missing or changed, or the golden images give other probabilities
+            than the manifest states.
+        OptionError: The device is not available, or the bundle lacks the precision.
     """
-    opened = storage.read(folder)
-    have = opened.manifest.precisions
-    chosen = choose(opened, precision, runtime.expected(device))
-    if kind == "torchscript":
-        return _by_torchscript(opened, device, precision, threads or 1)
-    engine = _engine(opened, chosen, device, threads)
-    if precision == "auto" and chosen != _fastest(have, engine.provider):
-        # A GPU was seen, did not load, and auto fell back: now the CPU's own choice.
-        chosen = _fastest(have, engine.provider)
-        engine = _engine(opened, chosen, "cpu", threads)
-    broad = None
-    wider = low_latency_runtime > (threads or 1) and tuning.multithreading_pays(
-        opened.manifest, chosen, low_latency_runtime
-    )
-    if wider and runtime.on_cpu(engine.provider):
-        broad = _engine(opened, chosen, "cpu", low_latency_runtime)
-    return _proved(opened, engine, chosen, broad)
+    bundle = storage.read(folder)
+    predictor = _open(bundle, device, precision, threads, low_latency_threads, kind)
+    check_golden(predictor, bundle)
+    return predictor
 
 
-def choose(opened: storage.Bundle, precision: str, provider: str) -> str:
+def verify(folder: Path, device: str = "cpu") -> list[str]:
+    """Check every file and, at each precision, the golden images; one line of text for each.
+
+    Raises:
+        BundleError: A file was changed, or a probability is outside its tolerance here.
+        OptionError: The device is not available.
+    """
+    bundle = storage.read(folder)
+    manifest = bundle.manifest
+    lines = [
+        f"{folder}: {manifest.name}:{manifest.version}, {len(manifest.files)} files are as exported"
+    ]
+    lines += [f"signed by {signer}{bundle.signature_warning}" for signer in bundle.signers] or [
+        "not signed"
+    ]
+    for precision, entry in manifest.precisions.items():
+        predictor = _open(bundle, device, precision)
+        difference = check_golden(predictor, bundle)
+        lines.append(
+            f"{precision} on {predictor.runtime.provider}: {len(manifest.golden)} golden images, "
+            f"largest difference {difference:.1e}, tolerance {entry['tolerance']:.1e}"
+        )
+    return lines
+
+
+def choose(bundle: Bundle, precision: str, provider: str) -> str:
     """The precision that `open_predictor` takes with a provider.
 
     Raises:
         OptionError: The bundle lacks it.
     """
-    have = opened.manifest.precisions
-    if precision not in ("auto", *have):
-        text = f"precision = {precision}: {opened.folder} has {', '.join(have)}; use one"
+    available = bundle.manifest.precisions
+    if precision not in ("auto", *available):
+        text = f"precision = {precision}: {bundle.folder} has {', '.join(available)}; use one"
         raise OptionError(text)
-    return _fastest(have, provider) if precision == "auto" else precision
+    return _fastest(available, provider) if precision == "auto" else precision
 
 
-def _by_torchscript(opened: storage.Bundle, device: str, precision: str, threads: int) -> Predictor:
-    from serving.inference.torchscript import TorchScriptRuntime  # torch, only where it is wanted
+def check_golden(predictor: Predictor, bundle: Bundle) -> float:
+    """Compare the golden images with the probabilities that the manifest states for this precision.
 
-    if precision not in ("auto", "fp32"):
-        raise OptionError(f"precision = {precision}: TorchScript has fp32 only")
-    name = opened.manifest.torchscript
-    if name is None:
-        raise BundleError(f"{opened.folder} has no TorchScript graph; export it again")
-    engine = TorchScriptRuntime(
-        opened.payload / name, device=device, threads=threads, data=opened.load(name)
-    )
-    return _proved(opened, engine, "fp32")
-
-
-def _proved(
-    opened: storage.Bundle,
-    engine: runtime.Runtime,
-    precision: str,
-    low_latency_runtime: runtime.Runtime | None = None,
-) -> Predictor:
-    """A predictor whose golden images came out right; on a GPU in batches of warmed sizes."""
-    size = opened.manifest.preprocess.size
-    shaped = engine if runtime.on_cpu(engine.provider) else PaddedBatchRuntime(engine, size)
-    predictor = Predictor(opened.manifest, shaped, precision, low_latency_runtime)
-    check_golden(predictor, opened)
-    return predictor
-
-
-def check_golden(predictor: Predictor, opened: storage.Bundle) -> None:
-    """Compare golden images with the probabilities that the manifest states for this precision.
+    Returns:
+        The largest difference of a probability.
 
     Raises:
-        BundleError: There are none, the engine fails on them, or an answer is off by more than the
-            stated tolerance, which itself must be small enough to mean something.
+        BundleError: There are none, the runtime fails on one, a difference is above the stated
+            tolerance, or that tolerance is above `MAX_TOLERANCE`.
     """
-    manifest, precision = opened.manifest, predictor.precision
+    manifest, precision = bundle.manifest, predictor.precision
     if not manifest.golden:
-        raise BundleError(f"{opened.folder} has no golden images to check; export it again")
+        raise BundleError(f"{bundle.folder} has no golden images to check; export it again")
     try:
         tolerance = float(manifest.precisions[precision]["tolerance"])
         stated = [
-            (str(item["file"]), np.asarray(item["probabilities"][precision], np.float64))
-            for item in manifest.golden
+            (image["file"], np.asarray(image["probabilities"][precision], np.float64))
+            for image in manifest.golden
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(
-            f"{opened.folder} states no golden answers for {precision}; export it again"
+            f"{bundle.folder} states no golden probabilities for {precision}; export it again"
         ) from error
     if not 0 < tolerance <= MAX_TOLERANCE:
         raise BundleError(
-            f"{opened.folder}: tolerance {tolerance:.2g} of {precision} is not above 0 and at most "
+            f"{bundle.folder}: tolerance {tolerance:.2g} of {precision} is not above 0 and at most "
             f"{MAX_TOLERANCE}; export it again"
         )
-    for name, expected in stated:
-        if expected.shape != (len(manifest.labels),):
-            raise BundleError(
-                f"{opened.folder}: {name} has {expected.size} probabilities stated for "
-                f"{len(manifest.labels)} labels"
-            )
-        try:
-            prepared = predictor.prepare(opened.load(name))
-        except ImageError as error:
-            raise BundleError(f"{opened.payload / name} can't be read: {error}") from error
-        try:
-            answers = [predictor.predict([prepared])[0].probabilities]
-            if predictor.low_latency_runtime:
-                answers += [predictor.predict([prepared], alone=True)[0].probabilities]
-        except WorkError as error:
-            raise BundleError(f"{opened.folder} must not be served here: {error}") from error
-        if answers[0].shape != expected.shape:
-            raise BundleError(
-                f"{opened.folder}: the graph gives {answers[0].size} probabilities for "
-                f"{len(manifest.labels)} labels"
-            )
-        off = float(np.abs(np.stack(answers) - expected).max())
-        if not off <= tolerance:
-            raise BundleError(
-                f"{opened.folder} must not be served here: {name} in {precision} on "
-                f"{predictor.runtime.provider} is off by {off:.2g}, tolerance {tolerance:.2g}"
-            )
+    return max(_check_image(predictor, bundle, *image, tolerance) for image in stated)
 
 
-def _engine(
-    opened: storage.Bundle, precision: str, device: str, threads: int | None
-) -> runtime.OnnxRuntime:
-    path = opened.graph(precision)
-    threads = threads or tuning.measured_parallelism(opened.manifest, precision, cores()).threads
-    data = opened.load(path.relative_to(opened.payload).as_posix())
-    return runtime.OnnxRuntime(path, device=device, threads=threads, data=data)
+def _check_image(
+    predictor: Predictor, bundle: Bundle, name: str, expected: Probabilities, tolerance: float
+) -> float:
+    """The largest difference of one golden image, by all runtimes of the predictor."""
+    classes = len(bundle.manifest.labels)
+    if expected.shape != (classes,):
+        raise BundleError(
+            f"{bundle.folder}: {name} has {expected.size} probabilities stated for {classes} labels"
+        )
+    try:
+        prepared = predictor.prepare(bundle.load(name))
+    except ImageError as error:
+        raise BundleError(f"{bundle.payload / name} can't be read: {error}") from error
+    try:
+        answers = [predictor.predict([prepared])[0].probabilities]
+        if predictor.low_latency_runtime:
+            answers += [predictor.predict([prepared], low_latency=True)[0].probabilities]
+    except WorkError as error:
+        raise BundleError(f"{bundle.folder} must not be served here: {error}") from error
+    if answers[0].shape != expected.shape:
+        raise BundleError(
+            f"{bundle.folder}: the graph gives {answers[0].size} probabilities for {classes} labels"
+        )
+    difference = float(np.abs(np.stack(answers) - expected).max())
+    if not difference <= tolerance:
+        raise BundleError(
+            f"{bundle.folder} must not be served here: {name} in {predictor.precision} on "
+            f"{predictor.runtime.provider} is off by {difference:.2g}, tolerance {tolerance:.2g}"
+        )
+    return difference
 
 
-def _fastest(have: Container[str], provider: str) -> str:
-    """int8 pays on CPUs, fp16 on GPUs; the export keeps them only where accuracy allows."""
+def _open(
+    bundle: Bundle,
+    device: str,
+    precision: str,
+    threads: int | None = 1,
+    low_latency_threads: int = 1,
+    kind: str = "onnx",
+) -> Predictor:
+    """`open_predictor` without the check."""
+    chosen = choose(bundle, precision, runtime.expected(device))
+    if kind == "torchscript":
+        return _predictor(bundle, _torchscript(bundle, device, precision, threads or 1), "fp32")
+    engine = _onnx(bundle, chosen, device, threads)
+    available = bundle.manifest.precisions
+    if precision == "auto" and chosen != _fastest(available, engine.provider):
+        # Auto expected a GPU that did not load and fell back to the CPU; choose for the CPU.
+        chosen = _fastest(available, engine.provider)
+        engine = _onnx(bundle, chosen, "cpu", threads)
+    low_latency = None
+    if (
+        runtime.on_cpu(engine.provider)
+        and low_latency_threads > (threads or 1)
+        and multithreading_pays(bundle.manifest, chosen, low_latency_threads)
+    ):
+        low_latency = _onnx(bundle, chosen, "cpu", low_latency_threads)
+    return _predictor(bundle, engine, chosen, low_latency)
+
+
+def _predictor(
+    bundle: Bundle, engine: Runtime, precision: str, low_latency_runtime: Runtime | None = None
+) -> Predictor:
+    """A predictor that runs batches of warmed-up sizes only on a GPU."""
+    if not runtime.on_cpu(engine.provider):
+        engine = PaddedBatchRuntime(engine, bundle.manifest.preprocess.size)
+    return Predictor(bundle.manifest, engine, precision, low_latency_runtime)
+
+
+def _torchscript(bundle: Bundle, device: str, precision: str, threads: int) -> Runtime:
+    # It imports torch, which is not installed with the service.
+    from serving.inference.torchscript import TorchScriptRuntime
+
+    if precision not in ("auto", "fp32"):
+        raise OptionError(f"precision = {precision}: TorchScript has fp32 only")
+    name = bundle.manifest.torchscript
+    if name is None:
+        raise BundleError(f"{bundle.folder} has no TorchScript graph; export it again")
+    return TorchScriptRuntime(
+        bundle.payload / name, device=device, threads=threads, data=bundle.load(name)
+    )
+
+
+def _onnx(bundle: Bundle, precision: str, device: str, threads: int | None) -> OnnxRuntime:
+    path = bundle.graph(precision)
+    threads = threads or measured_parallelism(bundle.manifest, precision, cores()).threads
+    data = bundle.load(path.relative_to(bundle.payload).as_posix())
+    return OnnxRuntime(path, device=device, threads=threads, data=data)
+
+
+def _fastest(available: Container[str], provider: str) -> str:
+    """int8 is faster on CPUs, fp16 on GPUs; the export keeps them only if accuracy allows."""
     faster = "int8" if runtime.on_cpu(provider) else "fp16"
-    return faster if faster in have else "fp32"
+    return faster if faster in available else "fp32"

@@ -1,9 +1,9 @@
-"""Encoded images -> probabilities -> the answer. The whole of inference without HTTP.
+"""Inference without HTTP: encoded images -> probabilities -> the JSON of the answer.
 
     bytes --prepare--> Prepared --predict--> Prediction --answer--> JSON
            decode, views        graph, average           labels
 
-`prepare` refuses a bad image alone, before it meets others; `predict` runs many together.
+`prepare` raises the errors of a single image; `predict` runs a batch of valid ones.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import numpy as np
 
 from serving.bundle.manifest import Manifest
 from serving.errors import OptionError, WorkError
-from serving.imaging import decode as images
-from serving.imaging import tta as views
+from serving.imaging.decode import MAX_PIXELS, decode
 from serving.imaging.preprocess import Pixels
-from serving.imaging.tta import Probabilities
+from serving.imaging.tta import Probabilities, average, count_views, energies, render, softmax
 from serving.inference import runtime
 
 TOP_K: Final = 5
-GPU_CAP: Final = 16
-"""Rows of one run on a GPU where the bundle states no tuning."""
+GPU_BATCH: Final = 16
+"""Largest batch on a GPU if the bundle has no tuning for it."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image on its way to the graph.
+    """Input of the graph for one image.
 
-    pixels: uint8 [views, size, size, 3]; applied: what was done to the image beyond decoding.
+    pixels: uint8 [views, size, size, 3].
+    applied: conversions of the image, from `Decoded.applied`.
     """
 
     pixels: Pixels
@@ -40,12 +40,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model thinks of one image.
+    """The model's output for one image.
 
-    probabilities: float64 [classes], summing to 1, in the order of the labels.
-    features: float32 [D] of the plain view: the head's input.
-    energy: -log sum exp of the plain view's logits: the higher, the stranger (Liu et al., 2020).
-    views: how many were averaged.
+    Attributes:
+        probabilities: float64 [classes], summing to 1, in the order of the labels.
+        features: float32 [D] of the plain view: the head's input.
+        energy: -log sum exp of the plain view's logits; higher for images unlike the training
+            photos (Liu et al., 2020).
+        views: Number of views that were averaged.
+        applied: Conversions of the image, from `Decoded.applied`.
     """
 
     probabilities: Probabilities
@@ -56,7 +59,7 @@ class Prediction:
 
 
 class Predictor:
-    """A bundle's manifest and a runtime that has its graph. Holds no state between calls."""
+    """A bundle's manifest and a runtime of its graph. Holds no state between calls."""
 
     def __init__(
         self,
@@ -65,13 +68,14 @@ class Predictor:
         precision: str = "fp32",
         low_latency_runtime: runtime.Runtime | None = None,
     ) -> None:
-        """Join what `open_predictor` opened.
+        """Join a manifest and its runtime; `open_predictor` also checks them.
 
         Args:
             manifest: Of the bundle.
-            engine: Runs its graph.
-            precision: What answers report.
-            wide: Runs it on more cores, for images that are alone; None has `engine` do that.
+            engine: Runs the graph.
+            precision: Of the graph; answers report it.
+            low_latency_runtime: Runs the graph on more threads, for an image that has the cores to
+                itself; None uses `engine` for all.
         """
         self.manifest = manifest
         self.runtime = engine
@@ -81,72 +85,74 @@ class Predictor:
 
     @property
     def cap(self) -> int:
-        """Rows of one run: the bundle's tuning for this device, else 1 on a CPU, 16 on a GPU."""
+        """Largest batch, in rows: from the bundle's tuning, else 1 on a CPU and 16 on a GPU."""
         on_cpu = runtime.on_cpu(self.runtime.provider)
         tuning = self.manifest.tuning.get("cpu" if on_cpu else "cuda", {})
-        return max(1, int(tuning.get("max_batch", 1 if on_cpu else GPU_CAP)))
+        return max(1, int(tuning.get("max_batch", 1 if on_cpu else GPU_BATCH)))
 
     def check(self, tta: int = 0, top_k: int | None = None) -> None:
-        """Refuse options before any work is done for them.
+        """Check options before any work is done.
 
         Raises:
-            OptionError: More views or classes than there are, or fewer than none.
+            OptionError: A value is out of range.
         """
-        views.count(tta, self.manifest.views)
+        count_views(tta, self.manifest.views)
         classes = len(self.manifest.labels)
         if top_k is not None and not 1 <= top_k <= classes:
             raise OptionError(f"top_k = {top_k}: use 1 to {classes}, the number of classes")
 
-    def prepare(
-        self, data: bytes, tta: int = 0, *, max_pixels: int = images.MAX_PIXELS
-    ) -> Prepared:
+    def prepare(self, data: bytes, tta: int = 0, *, max_pixels: int = MAX_PIXELS) -> Prepared:
         """Decode one image and cut its views.
 
         Args:
             data: The encoded file's bytes.
-            tta: How many of the bundle's views; 0 and 1 mean the plain one.
-            max_pixels: Width times height that is still accepted.
+            tta: Number of the bundle's views; 0 and 1 mean the plain one.
+            max_pixels: Largest accepted width times height.
 
         Raises:
             OptionError: `tta` is out of range.
-            EmptyBody, ImageError: As `images.decode`.
+            ImageError: As `decode`.
         """
-        preprocess, known = self.manifest.preprocess, self.manifest.views
-        wanted = known[: views.count(tta, known)]
-        decoded = images.decode(data, max_pixels=max_pixels, background=preprocess.background)
-        return Prepared(views.render(decoded.image, preprocess, wanted), decoded.applied)
+        preprocess, views = self.manifest.preprocess, self.manifest.views
+        views = views[: count_views(tta, views)]
+        decoded = decode(data, max_pixels=max_pixels, background=preprocess.background)
+        return Prepared(render(decoded.image, preprocess, views), decoded.applied)
 
-    def predict(self, prepared: Sequence[Prepared], *, alone: bool = False) -> list[Prediction]:
-        """One run of the graph over all rows, then the mean over each image's own views.
+    def predict(
+        self, prepared: Sequence[Prepared], *, low_latency: bool = False
+    ) -> list[Prediction]:
+        """Run the graph once on all rows, then average over each image's views.
 
         Args:
-            prepared: By `prepare`.
-            alone: Nobody else needs the cores now: take all, where that is quicker.
+            prepared: Images from `prepare`.
+            low_latency: Use `low_latency_runtime`, if there is one: no other work needs the cores.
 
         Raises:
-            WorkError: The engine failed or gave numbers that are not finite.
+            WorkError: The runtime failed or gave logits that are not finite.
         """
         if not prepared:
             return []
         rows = [item.pixels for item in prepared]
-        engine = self.low_latency_runtime if alone and self.low_latency_runtime else self.runtime
+        engine = self.runtime
+        if low_latency and self.low_latency_runtime:
+            engine = self.low_latency_runtime
         logits, features = engine.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
         if not np.isfinite(logits).all():
             raise WorkError(f"{self.model} gave logits that are not finite")
-        probabilities = views.softmax(logits, self.manifest.temperature)
+        probabilities = softmax(logits, self.manifest.temperature)
         ends = np.cumsum([len(item.pixels) for item in prepared])
         starts = np.concatenate(([0], ends[:-1]))
-        energies = views.energies(logits[starts])
+        plain_energies = energies(logits[starts])
         return [
             Prediction(
-                views.average(own, self.manifest.average),
+                average(own, self.manifest.average),
                 features[start],
                 float(energy),
                 len(item.pixels),
                 item.applied,
             )
             for item, own, start, energy in zip(
-                prepared, np.split(probabilities, ends[:-1]), starts, energies, strict=True
+                prepared, np.split(probabilities, ends[:-1]), starts, plain_energies, strict=True
             )
         ]
 
@@ -155,14 +161,14 @@ class Predictor:
 
         Args:
             prediction: Of one image.
-            top_k: How many classes; None means five, or all where there are fewer.
+            top_k: Number of classes; None means five, or all if there are fewer.
 
         Raises:
             OptionError: `top_k` is out of range.
         """
         self.check(top_k=top_k)
         labels, probabilities = self.manifest.labels, prediction.probabilities
-        # A stable sort breaks ties by the order of the labels, on every machine.
+        # A stable sort breaks ties by the order of the labels on every machine.
         best = np.argsort(-probabilities, kind="stable")[: top_k or TOP_K]
         confident = self.manifest.thresholds.get("confident")
         energy = self.manifest.thresholds.get("energy")

@@ -1,7 +1,7 @@
-"""Runs a graph: uint8 pixels in, logits and features out. ONNX Runtime on CPU, CUDA, TensorRT.
+"""Runtimes: run a graph on uint8 pixels, by ONNX Runtime on CPU, CUDA or TensorRT.
 
-Every exported graph keeps one contract (see `OnnxRuntime.run`), so nothing above this file knows
-which device or engine answers.
+All graphs have the same inputs and outputs (see `Runtime.run`), so that callers don't depend on the
+device. `PaddedBatchRuntime` limits batches to a few sizes, for GPUs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -20,7 +21,7 @@ from serving.errors import BundleError, OptionError, WorkError
 from serving.imaging.preprocess import Pixels
 from serving.utils.files import user_cache_folder
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read while onnxruntime is imported
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # must be set before the import
 import onnxruntime as ort
 
 Floats = npt.NDArray[np.float32]
@@ -30,50 +31,20 @@ PROVIDERS: Final = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-_ERRORS_ONLY: Final = 3
+BATCH_SIZES: Final = (1, 2, 4, 8, 16)
+"""Batch sizes of `PaddedBatchRuntime`."""
+_ERRORS_ONLY: Final = 3  # log_severity_level
 _log = logging.getLogger("bentoml.fledge")
 
 
 class Runtime(Protocol):
-    """What the predictor needs of an engine. `run` may be called from several threads at once."""
+    """Runs a graph; `run` is thread-safe."""
 
     provider: str
-    """What really runs: an ONNX Runtime provider's name, or such as "torchscript-cpu"."""
+    """The backend in use: an ONNX Runtime execution provider, or such as "torchscript-cpu"."""
 
     def run(self, pixels: Pixels) -> tuple[Floats, Floats]:
-        """Pixels uint8 [N, H, W, 3], RGB -> logits [N, classes] and features [N, width]."""
-        ...
-
-
-class OnnxRuntime:
-    """An ONNX graph on the asked-for device, or not at all.
-
-    provider: the name of the execution provider that took the graph.
-    """
-
-    def __init__(
-        self, graph: Path, *, device: str = "auto", threads: int = 1, data: bytes | None = None
-    ) -> None:
-        """Load `graph`.
-
-        Args:
-            graph: An ONNX file in the graph contract.
-            data: Its bytes, where they were read already; the file is then only named.
-            device: cpu, cuda, tensorrt; auto takes CUDA where it works, else the CPU, and logs it.
-            threads: Cores that one `run` uses on a CPU.
-
-        Raises:
-            OptionError: The asked-for device is not there.
-            BundleError: The file is no graph, or not one in the contract.
-        """
-        if device not in ("auto", *PROVIDERS):
-            raise OptionError(f"device = {device!r}: use auto, {', '.join(PROVIDERS)}")
-        self._session = _open(graph, data or str(graph), device, threads)
-        self.provider: str = self._session.get_providers()[0]
-        _check_contract(graph, self._session)
-
-    def run(self, pixels: Pixels) -> tuple[Floats, Floats]:
-        """Run the graph over a batch. Safe to call from several threads at once.
+        """Run the graph on a batch.
 
         Args:
             pixels: uint8 [N, H, W, 3], RGB, N at least 1.
@@ -82,14 +53,80 @@ class OnnxRuntime:
             logits float32 [N, classes], features float32 [N, width].
 
         Raises:
-            WorkError: The engine failed: out of memory, a lost device.
+            WorkError: The backend failed: out of memory, a lost device.
         """
-        feed = {"pixels": np.ascontiguousarray(pixels)}
+        ...
+
+
+class OnnxRuntime:
+    """An ONNX graph in ONNX Runtime.
+
+    provider: the execution provider that runs the graph.
+    """
+
+    def __init__(
+        self, graph: Path, *, device: str = "auto", threads: int = 1, data: bytes | None = None
+    ) -> None:
+        """Load `graph`.
+
+        Args:
+            graph: An ONNX file with the inputs and outputs of `run`.
+            data: Its bytes, if they are already in memory; the path is then used in messages only.
+            device: cpu, cuda, tensorrt; auto takes CUDA if it works, else the CPU, and logs it.
+            threads: CPU threads of one `run`.
+
+        Raises:
+            OptionError: The device is not available.
+            BundleError: The file is not an ONNX graph, or has other inputs or outputs.
+        """
+        if device not in ("auto", *PROVIDERS):
+            raise OptionError(f"device = {device!r}: use auto, {', '.join(PROVIDERS)}")
+        self._session = _open(graph, data or str(graph), device, threads)
+        self.provider: str = self._session.get_providers()[0]
+        _check_contract(graph, self._session)
+
+    def run(self, pixels: Pixels) -> tuple[Floats, Floats]:
+        inputs = {"pixels": np.ascontiguousarray(pixels)}
         try:
-            logits, features = self._session.run(["logits", "features"], feed)
-        except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+            logits, features = self._session.run(["logits", "features"], inputs)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise WorkError(f"{self.provider} failed: {_first_line(error)}") from error
         return logits, features
+
+
+class PaddedBatchRuntime:
+    """Runs another runtime at a few batch sizes only, for devices that prepare for every new shape.
+
+    For a new input shape CUDA searches its fastest convolution and TensorRT builds an engine, which
+    takes seconds. So each size is run once at the start, and batches are padded to the next size.
+    """
+
+    def __init__(self, inner: Runtime, size: int, sizes: Sequence[int] = BATCH_SIZES) -> None:
+        """Run every batch size once.
+
+        Args:
+            inner: Runs the graph.
+            size: Side of its square input, in pixels.
+            sizes: Batch sizes, ascending; a larger batch is padded to a multiple of the last.
+
+        Raises:
+            WorkError: The runtime failed, such as for lack of memory for the largest batch.
+        """
+        self._inner, self._sizes = inner, tuple(sizes)
+        self.provider = inner.provider
+        for rows in self._sizes:
+            inner.run(np.zeros((rows, size, size, 3), np.uint8))
+
+    def run(self, pixels: Pixels) -> tuple[Floats, Floats]:
+        rows = len(pixels)
+        largest = self._sizes[-1]
+        padded = next((s for s in self._sizes if s >= rows), -(-rows // largest) * largest)
+        if padded > rows:
+            batch = np.zeros((padded, *pixels.shape[1:]), np.uint8)
+            batch[:rows] = pixels
+            pixels = batch
+        logits, features = self._inner.run(pixels)
+        return logits[:rows], features[:rows]
 
 
 def on_cpu(provider: str) -> bool:
@@ -98,17 +135,19 @@ def on_cpu(provider: str) -> bool:
 
 
 def expected(device: str) -> str:
-    """The provider that `OnnxRuntime` will most likely have, told without loading anything."""
+    """The provider that `OnnxRuntime` will most likely have; loads nothing."""
     if device == "auto":
         device = "cpu" if _why_not("cuda") else "cuda"
     return PROVIDERS.get(device, device)
 
 
 def require(device: str) -> None:
-    """Find out, without loading anything, that a device which was asked for by name can't be had.
+    """Check, without loading anything, whether a GPU device can be available.
+
+    A device that passes may still fail to load a graph.
 
     Raises:
-        OptionError: It can't. That it can is known when a graph runs on it.
+        OptionError: `device` is cuda or tensorrt and not available.
     """
     reason = _why_not(device) if device in ("cuda", "tensorrt") else None
     if reason is not None:
@@ -117,21 +156,21 @@ def require(device: str) -> None:
 
 def _missing(device: str, reason: str) -> OptionError:
     return OptionError(
-        f"device = {device}: {reason}; install onnxruntime-gpu[cuda,cudnn] and an NVIDIA driver "
-        f"that fits, or use device cpu"
+        f"device = {device}: {reason}; install onnxruntime-gpu[cuda,cudnn] and a matching NVIDIA "
+        f"driver, or use device cpu"
     )
 
 
 def _open(graph: Path, data: bytes | str, device: str, threads: int) -> ort.InferenceSession:
-    """Only what was asked for is tried: a CPU service never touches a GPU."""
+    """A session on `device`; with device cpu no GPU is touched."""
     if device == "cpu":
         return _session(graph, data, "cpu", threads)
     wanted = "cuda" if device == "auto" else device
     reason = _why_not(wanted)
     if reason is None:
         session = _session(graph, data, wanted, threads)
-        # The list of available providers promises much and a failed load raises nothing;
-        # only the session itself knows what it runs on.
+        # A provider that is listed as available may fail to load, without an exception; the session
+        # then runs on the next provider.
         if session.get_providers()[0] == PROVIDERS[wanted]:
             return session
         reason = f"ONNX Runtime could not load {PROVIDERS[wanted]}"
@@ -146,12 +185,12 @@ def _session(graph: Path, data: bytes | str, device: str, threads: int) -> ort.I
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
-    # Threads that spin between runs take their cores from the threads that decode.
+    # Threads that spin between runs would take the cores from the threads that decode.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers: list[Any] = [PROVIDERS["cpu"]]
     if device != "cpu":
-        # TF32 would move fp32 answers beyond the parity that the bundle states. The search for the
-        # fastest convolution is made once a shape; `buckets` has them all come while loading.
+        # TF32 would move fp32 probabilities beyond the bundle's tolerance. The exhaustive search
+        # runs once per input shape; `PaddedBatchRuntime` runs all shapes at the start.
         cuda = {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE"}
         providers.insert(0, (PROVIDERS["cuda"], cuda))
         if hasattr(ort, "preload_dlls"):
@@ -160,32 +199,35 @@ def _session(graph: Path, data: bytes | str, device: str, threads: int) -> ort.I
         providers.insert(0, (PROVIDERS["tensorrt"], _tensorrt_options()))
     try:
         return ort.InferenceSession(data, options, providers=providers)
-    except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise BundleError(f"{graph} can't be loaded: {_first_line(error)}") from error
 
 
 def _tensorrt_options() -> dict[str, str]:
-    """Engines take minutes to build: they are kept for the next start, where that is safe."""
+    """Cache TensorRT engines, which take minutes to build, in a folder of this user only."""
     try:
-        home = user_cache_folder() / "tensorrt"
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = home.stat()
-        # Engines are code. In a folder that others may write they are anybody's.
-        if found.st_uid != os.getuid() or found.st_mode & 0o077:
-            raise OSError(f"{home} is not this user's alone")
+        folder = user_cache_folder() / "tensorrt"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        # Engines are executable code: other users must not be able to write them.
+        if status.st_uid != os.getuid() or status.st_mode & 0o077:
+            raise OSError(f"{folder} is accessible to other users; run `chmod 700 {folder}`")
     except (OSError, RuntimeError) as error:
         _log.info("TensorRT engines are built anew at each start: %s", error)
         return {}
-    on = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
-    return {**on, "trt_engine_cache_path": str(home)}
+    return {
+        "trt_engine_cache_enable": "1",
+        "trt_timing_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+    }
 
 
 def _why_not(device: str) -> str | None:
-    """Why a GPU device can't work here, told without making ONNX Runtime try and complain."""
+    """Why a GPU device is not available; None if it may be. Does not try ONNX Runtime itself."""
     if PROVIDERS[device] not in ort.get_available_providers():
         return f"this onnxruntime is built without {PROVIDERS[device]}"
     if sys.platform == "win32":
-        return None  # the driver's library has another name there; let the session tell
+        return None  # the driver's library has another name there; the session will fail instead
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -202,7 +244,7 @@ def _check_contract(graph: Path, session: ort.InferenceSession) -> None:
     floats = {"logits": "tensor(float)", "features": "tensor(float)"}
     if takes != [("pixels", "tensor(uint8)")] or not floats.items() <= gives.items():
         raise BundleError(
-            f"{graph} is not in the graph contract: it takes {takes} and gives {gives}; "
+            f"{graph} breaks the graph contract: its inputs are {takes}, its outputs {gives}; "
             "export the model again"
         )
 

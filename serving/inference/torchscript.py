@@ -1,4 +1,4 @@
-"""The TorchScript twin of `OnnxRuntime`: the one file of this room that may import torch."""
+"""TorchScript runtime: the only module of `serving` that imports torch, and only when used."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from serving.inference.runtime import Floats
 
 
 class TorchScriptRuntime:
-    """A TorchScript graph in the same contract as the ONNX one.
+    """A TorchScript graph with the same inputs and outputs as the ONNX one.
 
-    TorchScript files hold code: open one only after its sha256 matched a manifest that is trusted
-    (`serving.bundle.storage.read` does that).
+    TorchScript files contain code: open one only after its sha256 matched a trusted manifest
+    (`serving.bundle.storage.read` checks it).
 
-    provider: "torchscript-" and the device.
+    provider: "torchscript-cpu" or "torchscript-cuda".
     """
 
     def __init__(
@@ -30,12 +30,12 @@ class TorchScriptRuntime:
 
         Args:
             graph: A TorchScript file; uint8 [N, H, W, 3] -> (logits, features).
-            device: cpu or cuda; auto takes CUDA where torch sees a GPU.
-            threads: Cores of one `run` on a CPU, for the whole process; 0: as torch chooses.
-            data: Its bytes, where they were read already; the file is then only named.
+            device: cpu or cuda; auto takes CUDA if torch sees a GPU.
+            threads: CPU threads of one `run`, set for the whole process; 0: torch's default.
+            data: Its bytes, if they are already in memory; the path is then used in messages only.
 
         Raises:
-            OptionError: The asked-for device is not there, or torch is not installed.
+            OptionError: The device is not available, or torch is not installed.
             BundleError: The file can't be loaded.
         """
         try:
@@ -50,15 +50,14 @@ class TorchScriptRuntime:
             raise OptionError("device = cuda: torch sees no GPU; use device cpu")
         if threads:
             torch.set_num_threads(threads)
-        if (
-            device == "cuda"
-        ):  # TF32 would move fp32 answers beyond the parity that the bundle states
+        if device == "cuda":
+            # TF32 would move fp32 probabilities beyond the bundle's tolerance.
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self._torch = torch
         self._device = torch.device(device)
         try:
             with warnings.catch_warnings():
-                # Deprecated in torch's newest releases and still what mobile and C++ users load.
+                # Deprecated in torch's newest releases, but mobile and C++ users still load it.
                 warnings.simplefilter("ignore", FutureWarning)
                 load: Any = torch.jit.load  # untyped in some releases
                 source = str(graph) if data is None else io.BytesIO(data)
@@ -69,7 +68,6 @@ class TorchScriptRuntime:
         self.provider = f"torchscript-{device}"
 
     def run(self, pixels: Pixels) -> tuple[Floats, Floats]:
-        """As `OnnxRuntime.run`."""
         torch = self._torch
         try:
             with torch.inference_mode():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from serving.bundle import storage
 from serving.bundle.manifest import Manifest, content_version
-from serving.imaging import decode as images
 from serving.imaging import tta
+from serving.imaging.decode import decode
 from serving.imaging.preprocess import Preprocess
 
 NAMES = ("daisy", "rose", "tulip", "violet", "poppy", "lily", "iris", "aster", "lotus", "pansy")
@@ -62,7 +61,7 @@ def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0
         name = f"golden/{number}.jpg"
         data = photo(1000 + number, shape)
         (aside / name).write_bytes(data)
-        pixels = preprocess(images.decode(data).image)
+        pixels = preprocess(decode(data).image)
         logits = session.run(["logits"], {"pixels": pixels[None]})[0]
         golden.append({"file": name, "probabilities": {"fp32": tta.softmax(logits)[0].tolist()}})
     manifest = Manifest(
@@ -83,7 +82,7 @@ def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0
         },
     )
     graphs = {"model.onnx": storage.sha256(aside / "model.onnx")}
-    manifest = replace(manifest, version=content_version(manifest, graphs))
+    manifest = manifest.model_copy(update={"version": content_version(manifest, graphs)})
     payload = folder / manifest.version
     if payload.exists():
         shutil.rmtree(aside)  # the same arguments again
@@ -96,9 +95,9 @@ def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0
 def altered(folder: Path, **changes: Any) -> Manifest:
     """Change fields of a bundle's manifest as an export would have it: with another version."""
     old = storage.read(folder).manifest
-    manifest = replace(old, **changes)
+    manifest = old.model_copy(update=changes)
     digests = {name: manifest.files[name]["sha256"] for name in manifest.graphs}
-    manifest = replace(manifest, version=content_version(manifest, digests))
+    manifest = manifest.model_copy(update={"version": content_version(manifest, digests)})
     (folder / old.version).rename(folder / manifest.version)
     storage.publish(manifest, folder)
     return manifest

@@ -1,6 +1,5 @@
-"""A bundle in words: what is there is told, and what is not there is not made up."""
+"""`fledge inspect`: the text describes the reports that a bundle has, and names those it lacks."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ def folder(tmp_path: Path) -> Path:
     return tiny_bundle(tmp_path / "bundle", classes=10)
 
 
-def test_a_bundle_without_reports_says_so(folder: Path) -> None:
+def test_missing_reports_are_named(folder: Path) -> None:
     manifest = storage.read(folder).manifest
     text = "\n".join(describe(folder))
     assert text.startswith(f"tiny {manifest.version}: tiny, 10 classes\n")
@@ -33,7 +32,7 @@ def test_a_bundle_without_reports_says_so(folder: Path) -> None:
         assert words in text
 
 
-def test_reports_are_told(folder: Path) -> None:
+def test_reports_are_described(folder: Path) -> None:
     manifest = storage.read(folder).manifest
     worth = {"accuracy": 0.9, "loss": 0.3, "ece": 0.123}
     row = {"views": 4, "fixed": 3, "broken": 1, "p": 0.625, **worth}
@@ -63,11 +62,11 @@ def test_reports_are_told(folder: Path) -> None:
     ):
         assert words in text
     tta = {**manifest.tta, "advised": 0}  # type: ignore[dict-item]
-    storage.publish(replace(manifest, tta=tta), folder)
+    storage.publish(manifest.model_copy(update={"tta": tta}), folder)
     assert "more of them put no more of 221 held-out photos right" in "\n".join(describe(folder))
 
 
-def test_the_command_prints_words_or_the_manifest(
+def test_the_command_prints_the_description_or_the_manifest(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fledge.main(["inspect", str(folder)]) == 0
@@ -76,7 +75,7 @@ def test_the_command_prints_words_or_the_manifest(
     assert capsys.readouterr().out == storage.read(folder).manifest.to_json()
 
 
-def test_a_harmed_bundle_is_not_described(folder: Path) -> None:
+def test_a_changed_bundle_is_not_described(folder: Path) -> None:
     card = next(folder.glob("*/README.md"))
     card.write_text("changed")
     with pytest.raises(BundleError, match=r"README\.md was changed"):

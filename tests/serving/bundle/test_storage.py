@@ -1,11 +1,11 @@
-import dataclasses
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def folder(pristine: Path, tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, change: Callable[[dict], None]) -> None:
-    """Change the manifest and its checksum with it, as a forger would."""
+    """Change the manifest and its checksum to match."""
     path = folder / storage.MANIFEST
     values = json.loads(path.read_text())
     change(values)
@@ -41,7 +41,7 @@ def edit(folder: Path, change: Callable[[dict], None]) -> None:
     (folder / storage.CHECKSUM).write_text(f"{digest}  {storage.MANIFEST}\n")
 
 
-def test_json_is_a_round_trip(folder: Path) -> None:
+def test_a_manifest_survives_a_round_trip_through_json(folder: Path) -> None:
     manifest = storage.read(folder).manifest
     again = Manifest.from_json(manifest.to_json())
     assert again == manifest
@@ -50,7 +50,7 @@ def test_json_is_a_round_trip(folder: Path) -> None:
     assert again.views == VIEWS
 
 
-def test_checksum_is_what_sha256sum_checks(folder: Path) -> None:
+def test_the_checksum_file_is_in_the_format_of_sha256sum(folder: Path) -> None:
     digest, name = (folder / storage.CHECKSUM).read_text().split()
     assert name == storage.MANIFEST
     assert digest == hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -60,24 +60,24 @@ def test_a_changed_byte_in_any_file_is_refused_naming_the_file(folder: Path) -> 
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) == 7  # manifest, checksum, graph, card, three golden images
     for path in files:
-        whole = path.read_bytes()
-        for at in (0, len(whole) // 2, len(whole) - 1):
+        content = path.read_bytes()
+        for at in (0, len(content) // 2, len(content) - 1):
             if path.name == storage.CHECKSUM and at > 63:
-                continue  # the name after the digest decides nothing
-            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+                continue  # the name after the digest is not checked
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
             with pytest.raises(BundleError, match=path.name):
                 storage.read(folder)
-        path.write_bytes(whole)
+        path.write_bytes(content)
     storage.read(folder)
 
 
 def test_a_missing_file_is_refused_naming_it(folder: Path) -> None:
     for path in [path for path in folder.rglob("*") if path.is_file()]:
-        whole = path.read_bytes()
+        content = path.read_bytes()
         path.unlink()
         with pytest.raises(BundleError, match=path.name):
             storage.read(folder)
-        path.write_bytes(whole)
+        path.write_bytes(content)
     storage.read(folder)
 
 
@@ -88,7 +88,7 @@ def test_an_extra_file_is_refused_naming_it(folder: Path) -> None:
         storage.read(folder)
 
 
-def test_no_bundle_says_how_to_make_one(tmp_path: Path) -> None:
+def test_the_error_of_a_missing_bundle_names_the_command_that_makes_one(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(BundleError, match="fledge export"):
             storage.read(folder)
@@ -98,21 +98,21 @@ def test_no_bundle_says_how_to_make_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "golden/../../secret", "link"])
-def test_a_path_that_leaves_the_payload_is_refused(folder: Path, name: str) -> None:
+def test_a_path_outside_the_payload_is_refused(folder: Path, name: str) -> None:
     secret = folder / "secret"
     secret.write_text("x")
     (storage.read(folder).payload / "link").symlink_to(secret)
 
-    def escape(values: dict) -> None:
+    def add_file(values: dict) -> None:
         values["files"][name] = {"sha256": storage.sha256(secret), "bytes": 1}
 
-    edit(folder, escape)
+    edit(folder, add_file)
     with pytest.raises(BundleError, match="outside the bundle"):
         storage.read(folder)
 
 
 @pytest.mark.parametrize("version", ["", ".", "..", "a/b", "../bundle", "/tmp"])
-def test_a_version_that_is_no_folder_name_is_refused(folder: Path, version: str) -> None:
+def test_a_version_that_is_not_a_folder_name_is_refused(folder: Path, version: str) -> None:
     edit(folder, lambda values: values.update(version=version))
     with pytest.raises(BundleError, match="version is not a folder name"):
         storage.read(folder)
@@ -156,7 +156,7 @@ def _unlist(values: dict) -> None:
         _unlist,
     ],
 )
-def test_a_forged_manifest_is_refused_in_one_line(
+def test_an_invalid_manifest_is_refused_in_one_line(
     folder: Path, change: Callable[[dict], None]
 ) -> None:
     edit(folder, change)
@@ -165,13 +165,49 @@ def test_a_forged_manifest_is_refused_in_one_line(
     assert str(folder) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values.pop("labels"), "labels is missing"),
+        (lambda values: values.update(surprise=1), "surprise is an unknown field"),
+        (lambda values: values.update(temperature=0), "temperature = 0: input should be greater"),
+        (
+            lambda values: values["files"]["README.md"].pop("sha256"),
+            r"README\.md\.sha256 is missing",
+        ),
+        (lambda values: values["views"][1].update(x=2.0), r"views\.1\.x = 2\.0: input should be"),
+        (
+            lambda values: values["golden"][0].update(file=1),
+            r"golden\.0\.file = 1: input should be",
+        ),
+    ],
+)
+def test_the_error_of_an_invalid_manifest_names_the_field(
+    folder: Path, change: Callable[[dict], None], message: str
+) -> None:
+    edit(folder, change)
+    with pytest.raises(BundleError, match=rf"manifest\.json: not a manifest: .*{message}"):
+        storage.read(folder)
+
+
+def test_numbers_and_unknown_fields_of_entries_are_written_as_they_were_read(folder: Path) -> None:
+    values = json.loads((folder / storage.MANIFEST).read_text())
+    values["temperature"] = 1
+    values["preprocess"]["mean"] = [0, 0.5, 1]
+    values["precisions"]["fp32"]["note"] = "of a later version"
+    values["views"][1]["zoom"] = 1
+    values["thresholds"] = {"confident": 1}  # of the first version: without energy
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    assert Manifest.from_json(text).to_json() == text
+
+
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "{}", '"x"'])
-def test_other_json_is_no_manifest(text: str) -> None:
+def test_other_json_is_not_a_manifest(text: str) -> None:
     with pytest.raises(BundleError):
         Manifest.from_json(text)
 
 
-def test_graph_names_what_there_is(folder: Path) -> None:
+def test_the_error_of_a_missing_precision_names_the_existing_ones(folder: Path) -> None:
     opened = storage.read(folder)
     assert opened.graph("fp32").read_bytes().count(b"fledge") == 1
     with pytest.raises(BundleError, match="no int8 graph; it has fp32"):
@@ -179,28 +215,28 @@ def test_graph_names_what_there_is(folder: Path) -> None:
 
 
 class Killed(BaseException):
-    """Not an Exception: nothing may tidy up after it, as nothing does after kill -9."""
+    """Stands for kill -9: no handler of Exception catches it."""
 
 
 @pytest.mark.parametrize("step", range(3))
 @pytest.mark.parametrize("moment", ["before", "half-written", "after"])
-def test_a_publish_killed_anywhere_reads_as_old_or_new(
+def test_a_kill_during_a_publish_leaves_the_old_or_the_new_version(
     folder: Path, monkeypatch: pytest.MonkeyPatch, step: int, moment: str
 ) -> None:
     old = storage.read(folder).manifest
-    whole, calls = storage._replace, []
+    replace_file, calls = storage._replace, []
 
     def killed(path: Path, data: bytes) -> None:
         calls.append(path)
         if len(calls) - 1 < step:
-            whole(path, data)
+            replace_file(path, data)
         elif moment == "before":
             raise Killed
         elif moment == "half-written":
             path.with_name(f".{path.name}.partial").write_bytes(data[: len(data) // 2])
             raise Killed
         else:
-            whole(path, data)
+            replace_file(path, data)
             raise Killed
 
     monkeypatch.setattr(storage, "_replace", killed)
@@ -210,13 +246,13 @@ def test_a_publish_killed_anywhere_reads_as_old_or_new(
     version = storage.read(folder).manifest.version
     renamed = step == 2 or (step == 1 and moment == "after")
     assert (version != old.version) == renamed
-    # The next export finds no obstacle in what was left.
+    # What the kill left behind does not disturb the next export.
     tiny_bundle(folder, seed=2)
     assert storage.read(folder).manifest.version not in (old.version, version)
     assert len((folder / storage.CHECKSUM).read_text().split()) == 2
 
 
-def test_a_version_that_comes_while_the_manifest_is_read_is_no_damage(
+def test_a_version_published_while_the_manifest_is_read_is_not_an_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_bytes, published = Path.read_bytes, []
@@ -233,7 +269,7 @@ def test_a_version_that_comes_while_the_manifest_is_read_is_no_damage(
     assert storage.read(folder).manifest.version != old
 
 
-def test_whoever_reads_while_versions_change_sees_one_or_the_other(folder: Path) -> None:
+def test_a_concurrent_reader_gets_the_old_or_the_new_version(folder: Path) -> None:
     manifests = [storage.read(tiny_bundle(folder, seed=seed)).manifest for seed in (0, 1)]
     stop = threading.Event()
 
@@ -254,12 +290,13 @@ def test_whoever_reads_while_versions_change_sees_one_or_the_other(folder: Path)
         writer.join()
 
 
-def test_version_changes_when_and_only_when_something_that_decides_does(folder: Path) -> None:
+def test_the_version_changes_with_what_decides_answers_and_with_nothing_else(folder: Path) -> None:
     base = storage.read(folder).manifest
     graphs = {"a.onnx": "1", "b.onnx": "2"}
     versions = {content_version(base, graphs)}
     assert content_version(base, {"b.onnx": "2", "a.onnx": "1"}) in versions
-    same = replace(base, name="x", version="x", tuning={"x": 1}, parity={"x": 1}, tta={"x": 1})
+    reports = {"tuning": {"x": 1}, "parity": {"x": 1}, "tta": {"x": 1}}
+    same = base.model_copy(update={"name": "x", "version": "x", **reports})
     assert content_version(same, graphs) in versions
     for other in ({"a.onnx": "1", "b.onnx": "3"}, {"a.onnx": "1"}):
         versions.add(content_version(base, other))
@@ -274,12 +311,12 @@ def test_version_changes_when_and_only_when_something_that_decides_does(folder: 
         {"views": (VIEWS[0], VIEWS[2], VIEWS[1])},
         {"average": "log_mean"},
     ]
-    versions |= {content_version(replace(base, **change), graphs) for change in changes}
+    versions |= {content_version(base.model_copy(update=change), graphs) for change in changes}
     assert len(versions) == 3 + len(changes)
     assert all(len(version) == 12 and int(version, 16) >= 0 for version in versions)
 
 
-def test_describe_files_lists_every_file_with_its_facts(folder: Path) -> None:
+def test_describe_files_lists_size_and_sha256_of_every_file(folder: Path) -> None:
     opened = storage.read(folder)
     described = storage.describe_files(opened.payload)
     assert described == opened.manifest.files
@@ -289,25 +326,34 @@ def test_describe_files_lists_every_file_with_its_facts(folder: Path) -> None:
 
 
 def test_a_manifest_with_nan_is_never_written(folder: Path) -> None:
-    manifest = dataclasses.replace(storage.read(folder).manifest, temperature=float("nan"))
+    manifest = storage.read(folder).manifest.model_copy(update={"temperature": float("nan")})
     before = (folder / storage.MANIFEST).read_bytes()
     with pytest.raises(ValueError, match="not JSON compliant"):
         storage.publish(manifest, folder)
     assert (folder / storage.MANIFEST).read_bytes() == before
 
 
-SCHEMA = json.loads((Path(__file__).parents[3] / "docs/manifest.schema.json").read_text())
+SCHEMA_FILE = Path(__file__).parents[3] / "docs/manifest.schema.json"
+SCHEMA = json.loads(SCHEMA_FILE.read_text())
 
 
-def test_the_schema_knows_every_field_and_a_real_manifest(folder: Path) -> None:
-    fields = [item.name for item in dataclasses.fields(Manifest)]
+def test_the_published_schema_is_current() -> None:
+    """If not: python -m serving.bundle.manifest > docs/manifest.schema.json."""
+    command = [sys.executable, "-m", "serving.bundle.manifest"]
+    root = SCHEMA_FILE.parents[1]
+    printed = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
+    assert printed == SCHEMA_FILE.read_text()
+
+
+def test_the_schema_has_every_field_and_accepts_a_real_manifest(folder: Path) -> None:
+    fields = [field.alias or name for name, field in Manifest.model_fields.items()]
     assert list(SCHEMA["properties"]) == fields
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     jsonschema.validate(json.loads((folder / storage.MANIFEST).read_text()), SCHEMA)
 
 
 @pytest.mark.parametrize("name", SCHEMA["required"])
-def test_the_schema_misses_what_is_missing(folder: Path, name: str) -> None:
+def test_the_schema_names_a_missing_field(folder: Path, name: str) -> None:
     values = json.loads((folder / storage.MANIFEST).read_text())
     del values[name]
     with pytest.raises(jsonschema.ValidationError, match=name):
@@ -332,7 +378,7 @@ def test_the_schema_misses_what_is_missing(folder: Path, name: str) -> None:
         lambda values: values["golden"][0]["probabilities"].update(fp32=[2]),
     ],
 )
-def test_the_schema_refuses_what_no_export_writes(
+def test_the_schema_refuses_what_an_export_never_writes(
     folder: Path, change: Callable[[dict], None]
 ) -> None:
     values = json.loads((folder / storage.MANIFEST).read_text())

@@ -22,7 +22,7 @@ from serving.errors import (
     TooLarge,
     UnsupportedFormat,
 )
-from serving.imaging import decode as images
+from serving.imaging import decode
 from tests.robustness import icc_profiles
 from tests.support.tiny_bundle import photo
 
@@ -37,7 +37,7 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def pixels(data: bytes) -> np.ndarray:
-    return np.asarray(images.decode(data).image)
+    return np.asarray(decode.decode(data).image)
 
 
 def as_image(array: np.ndarray) -> Image.Image:
@@ -47,7 +47,7 @@ def as_image(array: np.ndarray) -> Image.Image:
 def every_format() -> dict[str, bytes]:
     scene = as_image(SCENE)
     lossless = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}
-    return {kind: encode(scene, kind, **lossless.get(kind, {})) for kind in images.FORMATS}
+    return {kind: encode(scene, kind, **lossless.get(kind, {})) for kind in decode.FORMATS}
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -62,9 +62,9 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("kind", images.FORMATS)
+@pytest.mark.parametrize("kind", decode.FORMATS)
 def test_every_served_format_gives_rgb_pixels(kind: str) -> None:
-    decoded = images.decode(every_format()[kind])
+    decoded = decode.decode(every_format()[kind])
     assert decoded.image.mode == "RGB"
     assert decoded.image.size == (20, 10)
     assert decoded.applied == ()
@@ -91,8 +91,8 @@ def test_deep_samples_are_scaled_in_strips_as_at_once(
     if mode in ("I", "F"):
         low, high = samples.min(), samples.max()
     expected = np.rint((samples - low) * (255.0 / (high - low))).astype(np.uint8)
-    monkeypatch.setattr(images, "_STRIP", 100)
-    scaled = np.asarray(images._scale_deep(image))
+    monkeypatch.setattr(decode, "_STRIP", 100)
+    scaled = np.asarray(decode._scale_deep(image))
     assert np.array_equal(scaled, expected)
 
 
@@ -102,7 +102,7 @@ def test_transparency_lies_over_the_background(kind: str, alpha: int) -> None:
     image = Image.new("RGBA", (8, 8), (200, 40, 0, alpha))
     data = encode(image, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
     for background in ((255, 255, 255), (0, 10, 20)):
-        decoded = images.decode(data, background=background)
+        decoded = decode.decode(data, background=background)
         share = alpha / 255
         expected = [
             round(share * front + (1 - share) * back)
@@ -120,7 +120,7 @@ def test_transparency_lies_over_the_background(kind: str, alpha: int) -> None:
 def test_the_background_is_srgb_whatever_profile_a_photo_has() -> None:
     image = Image.new("RGBA", (8, 8), (200, 40, 0, 0))
     data = encode(image, "PNG", icc_profile=icc_profiles.rgb())
-    decoded = images.decode(data, background=(9, 90, 200))
+    decoded = decode.decode(data, background=(9, 90, 200))
     assert decoded.applied == ("alpha-on-background", "icc-to-srgb")
     assert (np.asarray(decoded.image) == (9, 90, 200)).all()
 
@@ -130,27 +130,27 @@ def test_the_name_of_a_file_never_matters(tmp_path: Path) -> None:
         for suffix in (".jpg", ".png", ".txt", ""):
             path = tmp_path / f"{kind}{suffix}"
             path.write_bytes(data)
-            assert np.array_equal(np.asarray(images.read(path).image), pixels(data))
+            assert np.array_equal(np.asarray(decode.read(path).image), pixels(data))
 
 
 def test_an_unreadable_file_is_broken_and_its_name_is_the_callers(tmp_path: Path) -> None:
     with pytest.raises(BrokenImage, match=r"^No such file or directory$"):
-        images.read(tmp_path / "gone.jpg")
+        decode.read(tmp_path / "gone.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path / "pipe.jpg", tmp_path):  # opening a pipe would wait for ever
         with pytest.raises(BrokenImage, match="no regular file"):
-            images.read(path)
+            decode.read(path)
 
 
 def test_no_bytes_are_no_image() -> None:
     with pytest.raises(EmptyBody, match="it is empty"):
-        images.decode(b"")
+        decode.decode(b"")
 
 
 @pytest.mark.parametrize("data", [b"hello", b"\0" * 100, b"<html></html>", b"BMW", photo(0)[2:]])
 def test_other_bytes_are_not_an_image(data: bytes) -> None:
     with pytest.raises(NotAnImage, match=r"no image that Fledge reads \(JPEG, .*AVIF\)"):
-        images.decode(data)
+        decode.decode(data)
 
 
 FOREIGN = {
@@ -175,7 +175,7 @@ SVGS = (
 @pytest.mark.parametrize(("name", "data"), [*FOREIGN.items(), *(("SVG", data) for data in SVGS)])
 def test_a_format_that_is_not_served_is_named(name: str, data: bytes) -> None:
     with pytest.raises(UnsupportedFormat, match=name):
-        images.decode(data)
+        decode.decode(data)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "BMP"])
@@ -184,28 +184,28 @@ def test_a_truncated_image_is_broken_wherever_it_ends(kind: str) -> None:
     # Some formats end with bytes that carry no pixels; BMP's magic is too short to tell.
     for length in range(14 if kind != "BMP" else 60, len(data) * 9 // 10, 7):
         with pytest.raises(BrokenImage, match=r"^the image is broken: "):
-            images.decode(data[:length])
+            decode.decode(data[:length])
 
 
 def test_more_pixels_than_allowed_are_refused_before_decoding() -> None:
     # Any decoding of these would find them broken.
     with pytest.raises(TooLarge, match="1000 x 1001"):
-        images.decode(bomb(1000, 1001), max_pixels=1_000_000)
+        decode.decode(bomb(1000, 1001), max_pixels=1_000_000)
     with pytest.raises(BrokenImage):
-        images.decode(bomb(1000, 1000), max_pixels=1_000_000)
+        decode.decode(bomb(1000, 1000), max_pixels=1_000_000)
     for side in (10_001, 30_000, 2**31 - 1):
         with pytest.raises(TooLarge):
-            images.decode(bomb(side, side))
+            decode.decode(bomb(side, side))
 
 
 def test_the_pixel_cap_is_inclusive() -> None:
     data = encode(as_image(SCENE), "PNG")
-    assert images.decode(data, max_pixels=200).image.size == (20, 10)
+    assert decode.decode(data, max_pixels=200).image.size == (20, 10)
     with pytest.raises(TooLarge):
-        images.decode(data, max_pixels=199)
+        decode.decode(data, max_pixels=199)
 
 
-@pytest.mark.parametrize("kind", images.FORMATS)
+@pytest.mark.parametrize("kind", decode.FORMATS)
 def test_no_hurt_bytes_raise_anything_else(kind: str) -> None:
     rng = random.Random(kind)
     whole = every_format()[kind]
@@ -216,26 +216,26 @@ def test_no_hurt_bytes_raise_anything_else(kind: str) -> None:
             data[rng.randrange(near)] = rng.choice([0, 1, 127, 128, 255, rng.randrange(256)])
         # Anything else that is raised fails the test.
         with contextlib.suppress(FledgeError):
-            assert images.decode(bytes(data), max_pixels=1_000_000).image.mode == "RGB"
+            assert decode.decode(bytes(data), max_pixels=1_000_000).image.mode == "RGB"
 
 
 def test_errors_of_plug_ins_that_are_no_os_errors() -> None:
     animated = encode(as_image(SCENE), "GIF", save_all=True, append_images=[as_image(SCENE // 2)])
     second = animated.index(b",", animated.index(b",") + 1)
     with pytest.raises(BrokenImage):  # struct.error inside
-        images.decode(animated[: second + 4])
+        decode.decode(animated[: second + 4])
     avif = bytearray(every_format()["AVIF"])
     at = avif.index(b"av1C")
     avif[at : at + 4] = b"free"
     with pytest.raises(BrokenImage):  # RuntimeError inside
-        images.decode(bytes(avif))
+        decode.decode(bytes(avif))
 
 
 def test_threads_leave_the_warning_filters_alone() -> None:
     before = list(warnings.filters)
     data = [photo(seed) for seed in range(20)]
     threads = [
-        threading.Thread(target=lambda: [images.decode(item) for item in data]) for _ in range(4)
+        threading.Thread(target=lambda: [decode.decode(item) for item in data]) for _ in range(4)
     ]
     for thread in threads:
         thread.start()

@@ -3,43 +3,42 @@ import pytest
 from PIL import Image
 
 from serving.errors import OptionError
-from serving.imaging import tta as views
 from serving.imaging.preprocess import Preprocess
-from serving.imaging.tta import VIEWS, View
+from serving.imaging.tta import VIEWS, View, average, count_views, render, softmax
 
 RNG = np.random.default_rng(0)
 SCENE = Image.fromarray(RNG.integers(0, 256, (60, 90, 3), dtype=np.uint8))
 
 
 def draw(rows: int, classes: int = 5) -> np.ndarray:
-    return views.softmax(RNG.normal(scale=4, size=(rows, classes)).astype(np.float32))
+    return softmax(RNG.normal(scale=4, size=(rows, classes)).astype(np.float32))
 
 
 def test_the_first_view_is_the_plain_one() -> None:
     for preprocess in (Preprocess(32), Preprocess(48, 1.0, "lanczos")):
-        rendered = views.render(SCENE, preprocess, VIEWS)
+        rendered = render(SCENE, preprocess, VIEWS)
         assert (rendered.shape[0], rendered.dtype) == (len(VIEWS), np.uint8)
         assert rendered.shape[1:] == (preprocess.size, preprocess.size, 3)
         assert np.array_equal(rendered[0], preprocess(SCENE))
 
 
 def test_the_first_n_views_are_the_first_n_of_all() -> None:
-    everything = views.render(SCENE, Preprocess(32), VIEWS)
+    everything = render(SCENE, Preprocess(32), VIEWS)
     for n in range(1, len(VIEWS)):
-        assert np.array_equal(views.render(SCENE, Preprocess(32), VIEWS[:n]), everything[:n])
+        assert np.array_equal(render(SCENE, Preprocess(32), VIEWS[:n]), everything[:n])
 
 
 @pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.name)
 def test_flip_is_an_involution(view: View) -> None:
     one = view._replace(flip=False)
-    pair = views.render(SCENE, Preprocess(32), (one, one._replace(flip=True)))
+    pair = render(SCENE, Preprocess(32), (one, one._replace(flip=True)))
     assert np.array_equal(pair[0], pair[1][:, ::-1])
     assert not np.array_equal(pair[0], pair[1])
 
 
 def test_views_are_named_once_and_all_differ() -> None:
     assert len({view.name for view in VIEWS}) == len(VIEWS)
-    rendered = views.render(SCENE, Preprocess(32), VIEWS)
+    rendered = render(SCENE, Preprocess(32), VIEWS)
     assert len({pixels.tobytes() for pixels in rendered}) == len(VIEWS)
 
 
@@ -49,16 +48,16 @@ def test_corner_views_look_at_their_corners() -> None:
     corners = {"top-left": 50, "top-right": 100, "bottom-left": 150, "bottom-right": 200}
     for name, level in corners.items():
         view = next(view for view in VIEWS if view.name.startswith(name))
-        seen = views.render(Image.fromarray(pixels), Preprocess(56, 0.875), (view,))[0]
+        seen = render(Image.fromarray(pixels), Preprocess(56, 0.875), (view,))[0]
         assert set(np.unique(seen)) == {0, level}
 
 
 def test_zoom_is_the_ratio_of_the_sides() -> None:
     """A view of zoom z is the plain view of a crop divided by z, as far as the picture reaches."""
     for zoom in (0.9, 1.15, 2.0):
-        seen = views.render(SCENE, Preprocess(32, 0.8), (View("x", zoom=zoom),))[0]
+        seen = render(SCENE, Preprocess(32, 0.8), (View("x", zoom=zoom),))[0]
         assert np.array_equal(seen, Preprocess(32, 0.8 / zoom)(SCENE))
-    whole = views.render(SCENE, Preprocess(32, 0.8), (View("x", zoom=0.1),))[0]
+    whole = render(SCENE, Preprocess(32, 0.8), (View("x", zoom=0.1),))[0]
     assert np.array_equal(whole, Preprocess(32, 1.0)(SCENE))
 
 
@@ -66,63 +65,63 @@ def test_every_view_of_every_picture_can_be_cut() -> None:
     for _ in range(100):
         width, height = RNG.integers(1, 400, 2).tolist()
         crop = float(RNG.uniform(0.05, 1))
-        rendered = views.render(Image.new("RGB", (width, height)), Preprocess(8, crop), VIEWS)
+        rendered = render(Image.new("RGB", (width, height)), Preprocess(8, crop), VIEWS)
         assert rendered.shape == (len(VIEWS), 8, 8, 3)
 
 
 def test_count_takes_zero_and_one_as_plain() -> None:
-    counts = [views.count(tta, VIEWS) for tta in range(len(VIEWS) + 1)]
+    counts = [count_views(tta, VIEWS) for tta in range(len(VIEWS) + 1)]
     assert counts == [1, 1, *range(2, len(VIEWS) + 1)]
 
 
 @pytest.mark.parametrize("tta", [-1, len(VIEWS) + 1, 1000])
 def test_more_views_than_there_are_is_a_wrong_option(tta: int) -> None:
     with pytest.raises(OptionError, match=f"tta = {tta}: .* {len(VIEWS)} views"):
-        views.count(tta, VIEWS)
+        count_views(tta, VIEWS)
 
 
 @pytest.mark.parametrize("how", ["mean", "log_mean"])
 def test_averages_are_distributions_blind_to_order(how: str) -> None:
     for rows in (1, 2, 7):
         probabilities = draw(rows)
-        mean = views.average(probabilities, how)
+        mean = average(probabilities, how)
         assert mean.sum() == pytest.approx(1, abs=1e-12)
         assert (mean >= 0).all()
-        assert views.average(probabilities[::-1], how) == pytest.approx(mean, abs=1e-12)
+        assert average(probabilities[::-1], how) == pytest.approx(mean, abs=1e-12)
         same = np.repeat(probabilities[:1], rows, axis=0)
-        assert views.average(same, how) == pytest.approx(probabilities[0], abs=1e-9)
+        assert average(same, how) == pytest.approx(probabilities[0], abs=1e-9)
 
 
 def test_means_are_the_arithmetic_and_the_geometric() -> None:
     probabilities = draw(4)
-    assert views.average(probabilities) == pytest.approx(probabilities.mean(axis=0), abs=1e-12)
+    assert average(probabilities) == pytest.approx(probabilities.mean(axis=0), abs=1e-12)
     geometric = np.prod(probabilities, axis=0) ** 0.25
-    assert views.average(probabilities, "log_mean") == pytest.approx(geometric / geometric.sum())
+    assert average(probabilities, "log_mean") == pytest.approx(geometric / geometric.sum())
 
 
 def test_log_mean_survives_certain_and_contrary_views() -> None:
     certain = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    mean = views.average(certain, "log_mean")
+    mean = average(certain, "log_mean")
     assert mean == pytest.approx([0.5, 0.5, 0], abs=1e-5)
 
 
 def test_another_average_is_a_wrong_option() -> None:
     with pytest.raises(OptionError, match="median"):
-        views.average(draw(2), "median")
+        average(draw(2), "median")
 
 
 def test_softmax_is_a_distribution_that_shifts_and_huge_logits_leave_alone() -> None:
     logits = RNG.normal(scale=5, size=(6, 4)).astype(np.float32)
-    probabilities = views.softmax(logits)
+    probabilities = softmax(logits)
     assert probabilities.dtype == np.float64
     assert probabilities.sum(axis=1) == pytest.approx(1, abs=1e-12)
-    assert views.softmax(logits + np.float32(8)) == pytest.approx(probabilities, abs=1e-5)
+    assert softmax(logits + np.float32(8)) == pytest.approx(probabilities, abs=1e-5)
     huge = np.array([[3e38, -3e38, 0]], np.float32)
-    assert views.softmax(huge).tolist() == [[1, 0, 0]]
+    assert softmax(huge).tolist() == [[1, 0, 0]]
     assert (probabilities.argmax(axis=1) == logits.argmax(axis=1)).all()
 
 
 def test_temperature_divides_the_logits() -> None:
     logits = RNG.normal(size=(3, 4)).astype(np.float32)
-    assert views.softmax(logits * 2, 2.0) == pytest.approx(views.softmax(logits))
-    assert views.softmax(logits, 1e6) == pytest.approx(np.full((3, 4), 0.25), abs=1e-5)
+    assert softmax(logits * 2, 2.0) == pytest.approx(softmax(logits))
+    assert softmax(logits, 1e6) == pytest.approx(np.full((3, 4), 0.25), abs=1e-5)

@@ -11,12 +11,12 @@ from serving.inference.predictor import Prediction, Prepared
 
 
 class Stub:
-    """Stands for a predictor: an image's bytes are its name, its prediction is their length."""
+    """Replaces a predictor: the prediction of an image is the number of its bytes."""
 
     def __init__(self) -> None:
         self.runs: list[list[int]] = []
-        self.alone: list[bool] = []
-        self.begun = 0
+        self.low_latency: list[bool] = []
+        self.started = 0
         self.gate = threading.Event()
         self.gate.set()
         self.running = threading.Event()
@@ -27,10 +27,10 @@ class Stub:
             raise BrokenImage("broken")
         return Prepared(np.full((max(1, tta), 1, 1, 3), len(data), np.uint8), ())
 
-    def predict(self, prepared: list[Prepared], *, alone: bool) -> list[Prediction]:
+    def predict(self, prepared: list[Prepared], *, low_latency: bool) -> list[Prediction]:
         self.running.set()
-        self.begun += 1
-        self.alone.append(alone)
+        self.started += 1
+        self.low_latency.append(low_latency)
         assert self.gate.wait(10)
         names = [int(item.pixels[0, 0, 0, 0]) for item in prepared]
         self.runs.append(names)
@@ -45,20 +45,20 @@ class Stub:
         self.seen.append((phase, value))
 
 
-def lanes(stub: Stub, limit: int = 64) -> PerImageEngine:
+def per_image(stub: Stub, limit: int = 64) -> PerImageEngine:
     return PerImageEngine(
         stub.prepare, stub.predict, QueueLimit(limit, stub.observe), 2, stub.observe
     )
 
 
-def batcher(stub: Stub, limit: int = 64, cap: int = 4) -> DynamicBatcher:
+def dynamic(stub: Stub, limit: int = 64, cap: int = 4) -> DynamicBatcher:
     return DynamicBatcher(
         stub.prepare, stub.predict, QueueLimit(limit, stub.observe), 2, stub.observe, cap
     )
 
 
 Make = Callable[[Stub], PerImageEngine | DynamicBatcher]
-both = pytest.mark.parametrize("make", [lanes, batcher])
+both = pytest.mark.parametrize("make", [per_image, dynamic])
 
 
 def run(make: Make, work) -> Stub:
@@ -81,7 +81,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 @both
-def test_each_gets_its_own(make: Make):
+def test_each_image_gets_its_own_prediction(make: Make):
     async def work(stub: Stub, engine):
         names = [b"x" * n for n in range(1, 12)]
         answers = await asyncio.gather(*(engine.predict(name) for name in names))
@@ -91,7 +91,7 @@ def test_each_gets_its_own(make: Make):
 
 
 @both
-def test_a_hurt_image_hurts_nobody_else(make: Make):
+def test_an_error_is_reported_to_its_own_image_only(make: Make):
     async def work(stub: Stub, engine):
         names = [b"x", b"broken", b"x" * 13, b"xx", b"xxx"]
         answers = await asyncio.gather(
@@ -104,32 +104,32 @@ def test_a_hurt_image_hurts_nobody_else(make: Make):
     run(make, work)
 
 
-@pytest.mark.parametrize("make", [lambda stub: lanes(stub, 3), lambda stub: batcher(stub, 3)])
-def test_a_full_house_refuses_at_once_and_opens_again(make: Make):
+@pytest.mark.parametrize("make", [lambda stub: per_image(stub, 3), lambda stub: dynamic(stub, 3)])
+def test_a_full_queue_refuses_at_once_and_admits_again_later(make: Make):
     async def work(stub: Stub, engine):
         stub.gate.clear()
-        inside = [asyncio.create_task(engine.predict(b"x")) for _ in range(3)]
+        admitted = [asyncio.create_task(engine.predict(b"x")) for _ in range(3)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
             await engine.predict(b"x")
         stub.gate.set()
-        await asyncio.gather(*inside)
+        await asyncio.gather(*admitted)
         await engine.predict(b"x")
 
     run(make, work)
 
 
 @both
-def test_who_has_gone_is_dropped_from_the_queue(make: Make):
+def test_a_cancelled_image_is_removed_from_the_queue(make: Make):
     async def work(stub: Stub, engine):
         stub.gate.clear()
         busy = [asyncio.create_task(engine.predict(b"x")) for _ in range(2)]
         await until(stub.running.is_set)
-        gone = asyncio.create_task(engine.predict(b"x" * 9))
+        cancelled = asyncio.create_task(engine.predict(b"x" * 9))
         await asyncio.sleep(0.05)
-        gone.cancel()
+        cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await gone
+            await cancelled
         stub.gate.set()
         await asyncio.gather(*busy)
         await engine.predict(b"xx")
@@ -138,17 +138,17 @@ def test_who_has_gone_is_dropped_from_the_queue(make: Make):
     assert 9 not in [name for names in stub.runs for name in names]
 
 
-def test_a_batch_is_what_gathered_while_the_graph_was_busy():
+def test_a_batch_has_the_images_that_came_while_the_graph_was_busy():
     async def work(stub: Stub, engine):
         stub.gate.clear()
         first = asyncio.create_task(engine.predict(b"x"))
-        await until(stub.running.is_set)  # a lone image started without waiting for company
+        await until(stub.running.is_set)  # a single image does not wait for others
         rest = [asyncio.create_task(engine.predict(b"x" * n)) for n in range(2, 8)]
         await until(lambda: len(engine._ready) == 6)
         stub.gate.set()
         await asyncio.gather(first, *rest)
 
-    stub = run(batcher, work)
+    stub = run(dynamic, work)
     assert [len(names) for names in stub.runs] == [1, 4, 2]
     assert sorted(name for names in stub.runs for name in names) == list(range(1, 8))
 
@@ -166,11 +166,11 @@ def test_views_count_as_rows():
         answers = await asyncio.gather(first, *rest)
         assert [answer.views for answer in answers] == [1, 3, 2, 9, 1]
 
-    # 3 rows and 2 do not fit into 4; 9 are more than the cap and go alone.
-    assert run(batcher, work).runs == [[1], [2], [3], [4], [5]]
+    # 3 rows and 2 do not fit into 4; 9 are more than the cap and form a batch of one image.
+    assert run(dynamic, work).runs == [[1], [2], [3], [4], [5]]
 
 
-def test_a_batch_that_fails_is_done_again_one_by_one():
+def test_a_batch_that_fails_is_repeated_image_by_image():
     async def work(stub: Stub, engine):
         stub.gate.clear()
         first = asyncio.create_task(engine.predict(b"x"))
@@ -184,18 +184,19 @@ def test_a_batch_that_fails_is_done_again_one_by_one():
         assert isinstance(answers[2], WorkError)
         assert [int(answers[n].probabilities[0]) for n in (0, 1, 3)] == [1, 2, 3]
 
-    assert run(batcher, work).runs == [[1], [2, 13, 3], [2], [13], [3]]
+    assert run(dynamic, work).runs == [[1], [2, 13, 3], [2], [13], [3]]
 
 
-def test_a_failing_observer_does_not_end_the_thread_that_answers():
+def test_a_failing_observer_does_not_end_the_thread():
     async def work(stub: Stub, engine):
-        engine._observe, kept = lambda phase, value: 1 / (phase != "rows"), engine._observe
+        original = engine._observe
+        engine._observe = lambda phase, value: 1 / (phase != "rows")
         with pytest.raises(ZeroDivisionError):
             await engine.predict(b"x")
-        engine._observe = kept
+        engine._observe = original
         assert int((await engine.predict(b"xx")).probabilities[0]) == 2
 
-    run(batcher, work)
+    run(dynamic, work)
 
 
 @both
@@ -208,35 +209,35 @@ def test_every_phase_is_observed(make: Make):
     assert seen["rows"] == 3
 
 
-class Odd(BaseException):
-    """No Exception, as a fault in an extension may be."""
+class NotAnException(BaseException):
+    """Like the error of a faulty extension module."""
 
 
-def test_nothing_ends_a_lane():
+def test_no_error_ends_a_thread():
     async def work(stub: Stub, engine: PerImageEngine) -> None:
         real = stub.prepare
-        for error in (Odd, MemoryError):
+        for error in (NotAnException, MemoryError):
             engine._prepare = lambda data, tta, error=error: (_ for _ in ()).throw(error())
-            for _ in range(4):  # more than there are lanes
+            for _ in range(4):  # more than there are threads
                 with pytest.raises(error):
                     await engine.predict(b"x")
         engine._prepare = real
         assert int((await engine.predict(b"xx")).probabilities[0]) == 2
 
-    run(lanes, work)
+    run(per_image, work)
 
 
-def test_a_lane_outlives_a_loop_that_ended_before_its_answer():
+def test_a_thread_survives_an_event_loop_that_ended_before_the_prediction():
     stub = Stub()
-    engine = lanes(stub)
+    engine = per_image(stub)
 
-    async def leave() -> None:
+    async def end_early() -> None:
         stub.gate.clear()
-        left = asyncio.create_task(engine.predict(b"x"))
+        pending = asyncio.create_task(engine.predict(b"x"))
         await until(stub.running.is_set)
-        assert not left.done()
+        assert not pending.done()
 
-    asyncio.run(leave())
+    asyncio.run(end_early())
     stub.gate.set()
 
     async def work() -> None:
@@ -246,14 +247,14 @@ def test_a_lane_outlives_a_loop_that_ended_before_its_answer():
     engine.close()
 
 
-def test_lanes_close_when_all_that_waits_is_done_or_has_no_taker():
+def test_close_waits_for_all_images_that_are_not_cancelled():
     stub = Stub()
-    engine = lanes(stub)
+    engine = per_image(stub)
 
     async def work() -> None:
         stub.gate.clear()
         calls = [asyncio.create_task(engine.predict(b"x" * n)) for n in range(1, 7)]
-        await until(lambda: stub.begun == 2)
+        await until(lambda: stub.started == 2)
         calls[4].cancel()
         closing = asyncio.create_task(asyncio.to_thread(engine.close))
         await asyncio.sleep(0.05)
@@ -265,7 +266,7 @@ def test_lanes_close_when_all_that_waits_is_done_or_has_no_taker():
     assert sorted(name for names in stub.runs for name in names) == [1, 2, 3, 4, 6]
 
 
-def test_batches_run_side_by_side_one_a_core():
+def test_batches_run_concurrently():
     stub = Stub()
     stub.gate.clear()
     engine = DynamicBatcher(
@@ -274,7 +275,7 @@ def test_batches_run_side_by_side_one_a_core():
 
     async def work() -> None:
         calls = [asyncio.create_task(engine.predict(b"x" * number)) for number in range(1, 10)]
-        await until(lambda: stub.begun == 3)
+        await until(lambda: stub.started == 3)
         stub.gate.set()
         await asyncio.gather(*calls)
 
@@ -287,15 +288,15 @@ def test_batches_run_side_by_side_one_a_core():
 
 
 @both
-def test_only_an_image_beside_which_there_is_none_has_all_cores(make: Make):
+def test_low_latency_is_for_the_only_image_in_progress(make: Make):
     async def work(stub: Stub, engine: PerImageEngine | DynamicBatcher) -> None:
         await engine.predict(b"x")
         stub.gate.clear()
         calls = [asyncio.create_task(engine.predict(b"x")) for _ in range(6)]
-        await until(lambda: stub.begun > 1)
+        await until(lambda: stub.started > 1)
         stub.gate.set()
         await asyncio.gather(*calls)
 
-    alone = run(make, work).alone
-    assert alone[0] is True
-    assert not all(alone)
+    low_latency = run(make, work).low_latency
+    assert low_latency[0] is True
+    assert not all(low_latency)

@@ -2,10 +2,9 @@ import numpy as np
 import pytest
 
 from serving.errors import WorkError
-from serving.inference import runtime
-from serving.inference.buckets import PaddedBatchRuntime
+from serving.inference import load, runtime
 from serving.inference.load import open_predictor
-from serving.inference.runtime import OnnxRuntime
+from serving.inference.runtime import OnnxRuntime, PaddedBatchRuntime
 from tests.support.tiny_bundle import photo, tiny_bundle
 
 
@@ -26,40 +25,40 @@ class Counting:
 @pytest.mark.parametrize(
     ("rows", "run"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8), (9, 16), (17, 24)]
 )
-def test_a_batch_is_filled_and_only_what_came_is_answered(rows, run):
+def test_a_batch_is_padded_and_only_its_own_rows_are_returned(rows, run):
     engine = Counting()
-    bucketed = PaddedBatchRuntime(engine, 4, (1, 2, 4, 8))
-    assert engine.sizes == [1, 2, 4, 8]  # warmed
+    padded = PaddedBatchRuntime(engine, 4, (1, 2, 4, 8))
+    assert engine.sizes == [1, 2, 4, 8]  # run once each
     pixels = np.random.default_rng(0).integers(0, 256, (rows, 4, 4, 3), np.uint8)
-    logits, features = bucketed.run(pixels)
+    logits, features = padded.run(pixels)
     assert engine.sizes[-1] == run
     expected = Counting().run(pixels)
     assert np.array_equal(logits, expected[0])
     assert np.array_equal(features, expected[1])
-    assert bucketed.provider == "counting"
+    assert padded.provider == "counting"
 
 
-def test_what_does_not_fit_fails_while_loading():
+def test_a_batch_that_needs_too_much_memory_fails_at_the_start():
     with pytest.raises(WorkError, match="out of memory"):
         PaddedBatchRuntime(Counting(limit=8), 4)
 
 
-def test_a_gpu_gets_buckets_and_a_cpu_does_not(tmp_path, monkeypatch):
+def test_batches_are_padded_on_a_gpu_only(tmp_path, monkeypatch):
     folder = tiny_bundle(tmp_path)
     plain = open_predictor(folder, device="cpu")
     assert isinstance(plain.runtime, OnnxRuntime)
 
-    class Elsewhere(OnnxRuntime):
-        """A CPU in a GPU's place."""
+    class FakeGpuRuntime(OnnxRuntime):
+        """Runs on the CPU and reports the provider of a GPU."""
 
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             self.provider = runtime.PROVIDERS["cuda"]
 
-    monkeypatch.setattr(runtime, "OnnxRuntime", Elsewhere)
-    bucketed = open_predictor(folder, device="cpu")
-    assert isinstance(bucketed.runtime, PaddedBatchRuntime)
-    assert bucketed.runtime.provider == "CUDAExecutionProvider"
+    monkeypatch.setattr(load, "OnnxRuntime", FakeGpuRuntime)
+    padded = open_predictor(folder, device="cpu")
+    assert isinstance(padded.runtime, PaddedBatchRuntime)
+    assert padded.runtime.provider == "CUDAExecutionProvider"
     prepared = [plain.prepare(photo(seed)) for seed in range(5)]
-    for one, other in zip(plain.predict(prepared), bucketed.predict(prepared), strict=True):
+    for one, other in zip(plain.predict(prepared), padded.predict(prepared), strict=True):
         assert np.allclose(one.probabilities, other.probabilities, atol=1e-6)

@@ -23,31 +23,31 @@ def pixels(rows: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
-def test_a_row_does_not_depend_on_its_neighbours(graph: Path, rows: int):
+def test_a_row_does_not_depend_on_the_rest_of_the_batch(graph: Path, rows: int):
     runtime = OnnxRuntime(graph, device="cpu")
     batch = pixels(rows)
     logits, features = runtime.run(batch)
     assert logits.dtype == features.dtype == np.float32
     assert logits.shape == (rows, 3)
     for number in range(rows):
-        alone, alone_features = runtime.run(batch[number : number + 1])
-        np.testing.assert_allclose(logits[number], alone[0], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(features[number], alone_features[0], rtol=1e-5, atol=1e-5)
+        single, single_features = runtime.run(batch[number : number + 1])
+        np.testing.assert_allclose(logits[number], single[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(features[number], single_features[0], rtol=1e-5, atol=1e-5)
 
 
-def test_views_of_an_array_are_fine(graph: Path):
+def test_a_strided_array_gives_the_same(graph: Path):
     runtime = OnnxRuntime(graph, device="cpu")
     flipped = pixels(1)[:, :, ::-1]
     expected, _ = runtime.run(flipped.copy())
     np.testing.assert_array_equal(runtime.run(flipped)[0], expected)
 
 
-def test_cpu_is_cpu(graph: Path):
+def test_device_cpu_runs_on_the_cpu(graph: Path):
     assert OnnxRuntime(graph, device="cpu", threads=2).provider == PROVIDERS["cpu"]
 
 
 @needs_no_gpu
-def test_auto_falls_back_and_says_so(graph: Path, caplog: pytest.LogCaptureFixture):
+def test_auto_falls_back_to_the_cpu_and_logs_it(graph: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, "bentoml.fledge"):
         assert OnnxRuntime(graph, device="auto").provider == PROVIDERS["cpu"]
     assert "on the CPU" in caplog.text
@@ -76,14 +76,14 @@ def test_an_unknown_device_is_named(graph: Path):
         OnnxRuntime(graph, device="tpu")
 
 
-def test_what_is_no_graph_is_refused(tmp_path: Path):
+def test_a_file_that_is_not_a_graph_is_refused(tmp_path: Path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"not a graph")
     with pytest.raises(BundleError, match=r"model\.onnx"):
         OnnxRuntime(path, device="cpu")
 
 
-def test_a_graph_out_of_contract_is_refused(tmp_path: Path):
+def test_a_graph_with_other_inputs_and_outputs_is_refused(tmp_path: Path):
     from onnx import TensorProto, helper
 
     info = helper.make_tensor_value_info
@@ -100,14 +100,14 @@ def test_a_graph_out_of_contract_is_refused(tmp_path: Path):
         OnnxRuntime(path, device="cpu")
 
 
-def test_a_failing_run_is_one_line_of_ours(graph: Path):
+def test_a_failing_run_is_a_one_line_work_error(graph: Path):
     with pytest.raises(WorkError) as caught:
         OnnxRuntime(graph, device="cpu").run(np.zeros((1, 8, 8, 3), np.uint8))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # deprecated, not gone
-def test_torchscript_keeps_the_same_contract(tmp_path: Path):
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # deprecated, still supported
+def test_torchscript_has_the_same_inputs_and_outputs(tmp_path: Path):
     torch = pytest.importorskip("torch")
     from serving.inference.torchscript import TorchScriptRuntime
 
