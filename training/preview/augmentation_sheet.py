@@ -1,4 +1,4 @@
-"""What an augmentation does: one photo, many draws of it, and the pipeline in words below."""
+"""A contact sheet of an augmentation: one photo, random draws of it, and the options in words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from serving.imaging import decode
 from serving.imaging.preprocess import Pixels, Preprocess
-from serving.utils.files import write_aside
+from serving.utils.files import atomic_write
 from training.augmentation import transforms
 from training.config.sections import AugmentConfig
 from training.pixels.transform import PixelTransform
@@ -33,41 +33,45 @@ def write(
     draws: int = 24,
     seed: int = 0,
 ) -> None:
-    """Write a contact sheet, a PNG.
+    """Write the contact sheet as PNG.
 
-    The first picture, marked, is the photo as validation and the service see it; the others are
-    draws as training sees them. The text below is `describe(config)`.
+    The first picture, with a frame, is the photo as in validation and in the service; the others
+    are random draws as in training. The text below is `describe(config)`.
 
     Args:
         photo: An image file.
-        config: The augmentation; mixup and cutmix, which need two photos, are in the text alone.
-        preprocess: Its size is the size at which the draws are made.
-        presize: How large training keeps photos, in image sizes.
-        path: What to write.
-        draws: How many.
-        seed: Of the draws.
+        config: The augmentation. Mixup and cutmix combine two photos: they are only in the text.
+        preprocess: Draws have its size.
+        presize: Side at which training keeps photos, in image sizes.
+        path: File to write.
+        draws: Number of draws.
+        seed: Seed of the draws.
 
     Raises:
         ImageError: The photo can't be read.
     """
     image = decode.read(photo, background=preprocess.background).image
-    making = PixelTransform("train", preprocess, presize)
-    tiles = [preprocess(image), *_draws(image, config, making, draws, seed)]
+    pixel_transform = PixelTransform("train", preprocess, presize)
+    tiles = [preprocess(image), *_draws(image, config, pixel_transform, draws, seed)]
     sheet = _lay_out(tiles, "marked: the photo as validation sees it", describe(config))
-    with write_aside(path) as aside:
-        sheet.save(aside, format="PNG")
+    with atomic_write(path) as partial:
+        sheet.save(partial, format="PNG")
 
 
 def _draws(
-    image: Image.Image, config: AugmentConfig, making: PixelTransform, count: int, seed: int
+    image: Image.Image,
+    config: AugmentConfig,
+    pixel_transform: PixelTransform,
+    count: int,
+    seed: int,
 ) -> Pixels:
-    """uint8 [count, size, size, 3], made as training makes them."""
-    whole = making(image).copy()  # torch takes no read-only array
-    pixels = torch.from_numpy(whole).expand(count, -1, -1, -1)
+    """Random draws as in training: uint8 [count, size, size, 3]."""
+    square = pixel_transform(image).copy()  # torch needs a writable array
+    pixels = torch.from_numpy(square).expand(count, -1, -1, -1)
     aspect = torch.full((count,), image.width / image.height)
-    drawn = transforms.draw(config, aspect, seed, 0, crop=making.preprocess.crop)
+    drawn = transforms.draw(config, aspect, seed, 0, crop=pixel_transform.preprocess.crop)
     with torch.no_grad():
-        changed = transforms.apply(pixels, drawn, config, making.preprocess.size)
+        changed = transforms.apply(pixels, drawn, config, pixel_transform.preprocess.size)
     return changed.round().to(torch.uint8).numpy()
 
 
@@ -89,7 +93,7 @@ def _lay_out(tiles: list[Pixels], mark: str, text: str) -> Image.Image:
 
 
 def _wrapped(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """Lines as long as they fit, broken between options: "35-100 %" stays together."""
+    """Break the text into lines that fit, only after the comma between two options."""
     lines = [""]
     for part in text.split(", "):
         longer = f"{lines[-1]}, {part}" if lines[-1] else part
@@ -102,7 +106,7 @@ def _wrapped(text: str, fits: Callable[[str], bool]) -> list[str]:
 
 
 def describe(config: AugmentConfig) -> str:
-    """The preset's name and what is done, in words: "photo: random crop 35-100 %, flip, …"."""
+    """The preset and its options in words: "photo: random crop 35-100 %, flip, …"."""
     c = config
     low, high = c.scale
     area = "" if low == 1 else f" of {low * 100:.0f}-{high * 100:.0f} % of the largest square"

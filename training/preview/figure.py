@@ -1,4 +1,4 @@
-"""The picture of `fledge preview`: photos a class, and how large they are."""
+"""The PNG of `fledge preview`: photos per class, their sizes and short sides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from serving.utils.files import write_aside
+from serving.utils.files import atomic_write
 from training.preview.scan import UNLABELLED, PhotoStats
 
 COLOURS: Final = {
@@ -20,31 +20,31 @@ COLOURS: Final = {
     "test": "#2a9d3a",
     UNLABELLED: "#9a9a9a",
 }
-_NAMED: Final = 120  # more classes than that can't be read anyway
+_NAMED: Final = 120  # the names of more classes would overlap
 
 
-def draw(looks: Sequence[PhotoStats], classes: Sequence[str], path: Path) -> None:
-    """Write a PNG: photos by class and part, width against height, and short sides."""
+def draw(photos: Sequence[PhotoStats], classes: Sequence[str], path: Path) -> None:
+    """Write a PNG: photos by class and part, width against height, and histograms of the sides."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     rows = min(len(classes), _NAMED)
     figure = Figure(figsize=(11, max(7.0, 2 + 0.2 * rows)), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(5, 3))
-    fine = [look for look in looks if not look.error]
-    _bars(figure.add_subplot(grid[:, 0]), looks, classes)
-    _scatter(figure.add_subplot(grid[0, 1]), fine)
-    _histogram(figure.add_subplot(grid[1, 1]), fine)
-    parts = [part for part in COLOURS if any(look.part == part for look in looks)]
+    readable = [photo for photo in photos if not photo.error]
+    _bars(figure.add_subplot(grid[:, 0]), photos, classes)
+    _scatter(figure.add_subplot(grid[0, 1]), readable)
+    _histogram(figure.add_subplot(grid[1, 1]), readable)
+    parts = [part for part in COLOURS if any(photo.part == part for photo in photos)]
     patches = [Patch(color=COLOURS[part], label=part) for part in parts]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
-    with write_aside(path) as aside:
-        figure.savefig(aside, dpi=110, format="png")
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
 
 
-def _bars(axes: Any, looks: Sequence[PhotoStats], classes: Sequence[str]) -> None:
-    """Stacked bars; the first class on top."""
-    counts = Counter((look.label, look.part) for look in looks)
+def _bars(axes: Any, photos: Sequence[PhotoStats], classes: Sequence[str]) -> None:
+    """Stacked bars, the first class at the top."""
+    counts = Counter((photo.label, photo.part) for photo in photos)
     left = np.zeros(len(classes), np.int64)
     for part in ("train", "valid", "test"):
         widths = np.array([counts[name, part] for name in classes])
@@ -66,33 +66,33 @@ def _bars(axes: Any, looks: Sequence[PhotoStats], classes: Sequence[str]) -> Non
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _scatter(axes: Any, looks: Sequence[PhotoStats]) -> None:
+def _scatter(axes: Any, photos: Sequence[PhotoStats]) -> None:
     for part, colour in COLOURS.items():
-        sizes = Counter((look.width, look.height) for look in looks if look.part == part)
+        sizes = Counter((photo.width, photo.height) for photo in photos if photo.part == part)
         if sizes:
             width, height = zip(*sizes, strict=True)
             area = 12 + 3 * np.sqrt(list(sizes.values()))
             axes.scatter(width, height, s=area, c=colour, alpha=0.5, lw=0)
-    low, high = _range(looks)
+    low, high = _range(photos)
     if _is_wide(low, high):
         axes.set(xscale="log", yscale="log")
         limits = (0.8 * low, 1.25 * high)
     else:
         limits = (0, 1.05 * high)
     small = limits[0] and low
-    outside = sum(look.short < small or max(look.width, look.height) > high for look in looks)
+    outside = sum(photo.short < small or max(photo.width, photo.height) > high for photo in photos)
     title = f"size of the photos ({outside} outside)" if outside else "size of the photos"
     axes.set(title=title, xlabel="width in pixels", ylabel="height in pixels")
     axes.set(xlim=limits, ylim=limits, box_aspect=1)
     axes.grid(alpha=0.3)
 
 
-def _histogram(axes: Any, looks: Sequence[PhotoStats]) -> None:
-    low, high = _range(looks)
+def _histogram(axes: Any, photos: Sequence[PhotoStats]) -> None:
+    low, high = _range(photos)
     bins = np.geomspace(low, high, 41) if _is_wide(low, high) else np.linspace(0, high, 41)
     axes.set_xscale("log" if _is_wide(low, high) else "linear")
-    long = [max(look.width, look.height) for look in looks]
-    axes.hist([look.short for look in looks], bins=bins, color="#4a4a4a", label="short")
+    long = [max(photo.width, photo.height) for photo in photos]
+    axes.hist([photo.short for photo in photos], bins=bins, color="#4a4a4a", label="short")
     axes.hist(long, bins=bins, histtype="step", color="#d1495b", lw=1.5, label="long")
     axes.set_title("short and long sides", loc="left")
     axes.set(xlabel="pixels", ylabel="photos")
@@ -101,22 +101,22 @@ def _histogram(axes: Any, looks: Sequence[PhotoStats]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _range(looks: Sequence[PhotoStats]) -> tuple[int, int]:
-    """The sides that are drawn: all but the odd 1 % that are more than twice as far as the rest."""
-    short = sorted(look.short for look in looks) or [1]
-    long = sorted(max(look.width, look.height) for look in looks) or [1]
+def _range(photos: Sequence[PhotoStats]) -> tuple[int, int]:
+    """Range of the axes, without up to 1 % of photos that exceed the rest by a factor of 2."""
+    short = sorted(photo.short for photo in photos) or [1]
+    long = sorted(max(photo.width, photo.height) for photo in photos) or [1]
     left_out = 1 + math.ceil(len(short) / 100) if len(short) >= 10 else 0
     low, high = short[left_out], long[-1 - left_out]
     return next(s for s in short if 2 * s >= low), next(s for s in long[::-1] if s <= 2 * high)
 
 
 def _is_wide(low: int, high: int) -> bool:
-    """Whether one panorama would squash all others into a corner."""
+    """Whether a linear axis would squeeze most photos into a corner."""
     return high > 8 * low
 
 
 def _short(name: str, number: int) -> str:
-    """A class's name, or its place from 1 on where the font lacks a letter of it."""
+    """A class's name, or its number from 1 if the font lacks one of its characters."""
     plain = "".join(c if c.isprintable() else "�" for c in name)
     if not all(_glyphs().get_char_index(ord(c)) for c in plain):
         return f"no. {number + 1}"

@@ -1,6 +1,6 @@
-"""`fledge layers`: what an architecture is made of, and what the stages of a recipe train of it.
+"""`fledge layers`: the layers of an architecture, and which of them the stages of a recipe train.
 
-Everything is built on the meta device: no weights are made or read.
+Networks are built on the meta device, without weights.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from serving.utils.natural_sort import natural
 from training.config.schema import Recipe, Stage
 from training.engine.plan import stages_of
 from training.models import backbones, heads
-from training.models import freezing as freeze
 from training.models.backbones import Backbone
-from training.models.classifier import Classifier, span
+from training.models.classifier import Classifier, name_range
 from training.models.families import FAMILIES
-from training.models.freezing import Freezing
+from training.models.freezing import Freezing, has_batchnorm, is_batchnorm
 
 CLASSES = 2
-"""Of the head that is counted: how many there will be is not in a recipe."""
+"""Classes of the head whose parameters are counted; a recipe does not say how many there are."""
 
 
 def families() -> list[str]:
-    """Every architecture, a line a family."""
+    """Every architecture, one line per family."""
     names = sorted(backbones.names(), key=natural)
     rows = [
         (family.title, " ".join(name for name in names if backbones.family_of(name) is family))
@@ -34,20 +33,20 @@ def families() -> list[str]:
 
 
 def describe(recipe: Recipe) -> list[str]:
-    """Groups, layers, parameters and outputs of a recipe's body, one line a layer.
+    """Groups, layers, parameters and outputs of a recipe's body, one line per layer.
 
-    The first column is the `unfreeze` that reaches a layer; sizes are channels x height x width,
-    or tokens x channels, of one image of `preprocess.size`.
+    The first column is the smallest `unfreeze` that trains a layer. Outputs are channels x height x
+    width, or tokens x channels, for one image of `preprocess.size`.
 
     Raises:
-        OptionError: As `backbones.build` and `backbones.check_size`.
+        OptionError: As in `backbones.build` and `backbones.check_size`.
     """
     size = recipe.preprocess.size
     backbones.check_size(recipe.arch, recipe.arch_args, size)
     backbone = backbones.build_on_meta(recipe.arch, recipe.arch_args)
     family = backbones.family_of(recipe.arch)
     rows = [("unfreeze", "layer", "kind", "parameters", f"output at {size}")]
-    outputs = backbones.outputs(backbone.body, size)
+    outputs = backbones.meta_outputs(backbone.body, size)
     for index, ((name, child), output) in enumerate(
         zip(backbone.body.named_children(), outputs, strict=True)
     ):
@@ -57,7 +56,7 @@ def describe(recipe: Recipe) -> list[str]:
         rows.append((unfreeze, name, type(child).__name__, count, _shape(output, family.side)))
     pools = f", pools by itself ({backbone.pooled})" if backbone.pooled else ""
     total = _thousands(backbone.body.parameters())
-    norms = "" if freeze.has_batchnorm(backbone.body) else ", no BatchNorm"
+    norms = "" if has_batchnorm(backbone.body) else ", no BatchNorm"
     return [
         f"{recipe.arch} ({family.title}): {total} parameters, {len(backbone.groups)} layer groups, "
         f"{backbone.width} features{pools}{norms}",
@@ -67,12 +66,12 @@ def describe(recipe: Recipe) -> list[str]:
 
 
 def stages(recipe: Recipe) -> list[str]:
-    """What each stage of a recipe trains and freezes, one line a stage.
+    """What each stage of a recipe trains and freezes, one line per stage.
 
     Raises:
-        OptionError: As `backbones.build`, `heads.pooling` and `freeze.decide`.
+        OptionError: As in `backbones.build`, `heads.build_pool` and `freezing.plan_freezing`.
     """
-    pool = heads.pooling(recipe.head, recipe.arch, backbones.family_of(recipe.arch).pooled)
+    pool = heads.build_pool(recipe.head, recipe.arch, backbones.family_of(recipe.arch).pooled)
     backbone = backbones.build_on_meta(recipe.arch, recipe.arch_args)
     head = heads.build(recipe.head, backbone.width, CLASSES).to("meta")
     classifier = Classifier(backbone.body, backbone.groups, pool, head)
@@ -83,18 +82,18 @@ def stages(recipe: Recipe) -> list[str]:
         count = _thousands(p for _, parameters in groups for p in parameters)
         names = ", ".join(name for name, _ in groups)
         norms = _batchnorms(classifier, freezing)
-        kept = _kept(classifier, freezing.prefix, backbone, recipe, stage)
-        rows.append((stage.name, names, count, norms, kept))
+        cached = _cached_outputs(classifier, freezing.prefix, backbone, recipe, stage)
+        rows.append((stage.name, names, count, norms, cached))
     total = _thousands(classifier.parameters())
     return [f"{recipe.name}: {total} parameters with a head for {CLASSES} classes", "",
             *_table(rows, right=(2,))]  # fmt: skip
 
 
 def of_arch(arch: str) -> Recipe:
-    """A recipe with nothing but an architecture, at the size of images that it is made for.
+    """A recipe with this architecture, its usual image size, and defaults.
 
     Raises:
-        OptionError: There is none of that name.
+        OptionError: There is no such architecture.
     """
     size = {"inception_v3": 299}.get(arch, backbones.family_of(arch).image_size({}))
     stage = {"name": "head"}
@@ -104,13 +103,13 @@ def of_arch(arch: str) -> Recipe:
 
 
 def _batchnorms(classifier: Classifier, freezing: Freezing) -> str:
-    """How many do what, in words."""
+    """Number of BatchNorm layers in each mode, in words."""
     counts: dict[str, int] = {}
     for name, module in classifier.body.named_modules():
-        if not freeze.is_batchnorm(module):
+        if not is_batchnorm(module):
             continue
-        moves = name not in freezing.held
-        affine = any(f"{name}.{own}" in freezing.trains for own, _ in module.named_parameters())
+        moves = name not in freezing.eval_modules
+        affine = any(f"{name}.{own}" in freezing.trainable for own, _ in module.named_parameters())
         what = {
             (False, False): "fixed",
             (False, True): "with fixed statistics",
@@ -121,7 +120,7 @@ def _batchnorms(classifier: Classifier, freezing: Freezing) -> str:
     return ", ".join(f"{count} {what}" for what, count in counts.items()) or "none"
 
 
-def _kept(
+def _cached_outputs(
     classifier: Classifier, prefix: int, backbone: Backbone, recipe: Recipe, stage: Stage
 ) -> str:
     if not prefix:
@@ -131,20 +130,20 @@ def _kept(
     if recipe.augment_of(stage).mixes:
         return "none: photos are mixed"
     names = [name for name, _ in backbone.body.named_children()][:prefix]
-    *_, last = backbones.outputs(backbone.body[:prefix], recipe.preprocess_of(stage).size)
+    *_, last = backbones.meta_outputs(backbone.body[:prefix], recipe.preprocess_of(stage).size)
     shape = list((classifier.pool(last) if prefix == len(backbone.body) else last).shape[1:])
-    return f"{span(names)}: {' x '.join(map(str, shape))}, {stage.wanted_views} views"
+    return f"{name_range(names)}: {' x '.join(map(str, shape))}, {stage.wanted_views} views"
 
 
 def _shape(output: Tensor, side: int) -> str:
     sizes = list(output.shape[1:])
-    if side == 1 and len(sizes) == 3 and sizes[0] == sizes[1]:  # Swin has its channels last
+    if side == 1 and len(sizes) == 3 and sizes[0] == sizes[1]:  # Swin's channels are last
         sizes = [sizes[2], *sizes[:2]]
     return " x ".join(map(str, sizes))
 
 
 def _thousands(parameters: Iterable[nn.Parameter]) -> str:
-    """A count for people: 832, 14.3 k, 2.22 M."""
+    """A number of parameters: 832, 14.3 k, 2.22 M."""
     count = sum(p.numel() for p in parameters)
     if count < 1000:
         return str(count)

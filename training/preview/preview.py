@@ -1,4 +1,4 @@
-"""What a data set is made of, before anything is trained: counts, sizes, strange files, hints."""
+"""`fledge preview`: report on a data set before training, or draw one photo as training sees it."""
 
 from __future__ import annotations
 
@@ -16,68 +16,77 @@ from training.data import layouts, torchvision_sets
 from training.data.dataset import Dataset, load_dataset
 from training.data.splits import PARTS
 from training.preview import figure
-from training.preview.scan import UNLABELLED, PhotoStats, duplicates, hints, oddities, survey
+from training.preview.scan import (
+    UNLABELLED,
+    PhotoStats,
+    duplicates,
+    hints,
+    scan_photos,
+    unusual_photos,
+)
 
 PICTURE: Final = "preview.png"
 AUGMENTED: Final = "augment.png"
 
 DEFAULTS: Final = 'name = "preview"\narch = "resnet18"\n[[stage]]\nname = "all"\n'
-"""A recipe with nothing but defaults where it counts here."""
+"""The recipe that is used without `--recipe`: the options that matter here have their defaults."""
 
 EDGES: Final = (0, 64, 128, 224, 320, 480, 640, 1024, 2048, 4096)
-"""Of the text histogram of short sides, in pixels; the last bar has no upper end."""
+"""Lower bounds of the bars in the text histogram of short sides, in pixels."""
 _BAR: Final = 40
+"""Characters of the longest bar."""
 _SHOWN: Final = 5
+"""Photos listed under a heading."""
 
 
 def preview(source: str, recipe: Recipe, out: Path, *, split: Path | None = None) -> Iterator[str]:
-    """Look at every photo of `source`; yields the lines of the report, writes `out`/preview.png.
+    """Read every photo of `source`; yields the lines of the report and writes `out`/preview.png.
 
     Args:
-        source: As `load_dataset`.
-        recipe: Its data section, seed and image size count.
-        out: Folder of the picture, made where it is not there.
-        split: As `load_dataset`.
+        source: As in `load_dataset`.
+        recipe: Supplies [data], the seed and the image size.
+        out: Folder of the picture; it is created if missing.
+        split: As in `load_dataset`.
 
     Raises:
-        DataError: As `load_dataset`; photos that can't be read are part of the report.
+        DataError: As in `load_dataset`. Photos that can't be read are listed in the report.
     """
     check_folder(out)
     dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
-    looks = survey(dataset)
+    photos = scan_photos(dataset)
     out.mkdir(parents=True, exist_ok=True)
-    figure.draw(looks, dataset.classes, out / PICTURE)
+    figure.draw(photos, dataset.classes, out / PICTURE)
     by_folder = not (recipe.data.csv or recipe.data.pattern or source in torchvision_sets.NAMES)
-    bare = layouts.empty_class_folders(dataset.root) if by_folder else []
-    yield from report(dataset, looks, recipe.preprocess.size, bare)
+    empty = layouts.empty_class_folders(dataset.root) if by_folder else []
+    yield from report(dataset, photos, recipe.preprocess.size, empty)
     yield f"picture: {out / PICTURE}"
 
 
 def augmented(
     source: str, recipe: Recipe, out: Path, *, split: Path | None = None, photo: Path | None = None
 ) -> Path:
-    """Write `out`/augment.png: one photo as training will see it, in many draws.
+    """Write `out`/augment.png: many random augmentations of one photo.
 
     Args:
-        source: As `load_dataset`; not looked at where `photo` is given.
-        recipe: Its augmentation, preprocessing and presizing.
-        out: Folder of the picture, made where it is not there.
-        split: As `load_dataset`.
-        photo: Which; the first one to train on that can be read where not given.
+        source: As in `load_dataset`; it is not read if `photo` is given.
+        recipe: Supplies the augmentation, the preprocessing and the presize.
+        out: Folder of the picture; it is created if missing.
+        split: As in `load_dataset`.
+        photo: The file to draw; default: the first training photo that can be read.
 
     Raises:
-        DataError: The photo can't be read; as `load_dataset`.
+        DataError: The photo can't be read; or as in `load_dataset`.
     """
     from training.preview import augmentation_sheet
 
     check_folder(out)
     if photo is None:
         dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
-        photo = next((path for path, _ in dataset.train if not _why_broken(path)), None)
+        photo = next((path for path, _ in dataset.train if not _read_error(path)), None)
         if photo is None:
             raise DataError(f"none of the {len(dataset.train)} photos to train on can be read")
-    elif why := _why_broken(photo):
-        raise DataError(f"--photo {photo}: {why}")
+    elif error := _read_error(photo):
+        raise DataError(f"--photo {photo}: {error}")
     out.mkdir(parents=True, exist_ok=True)
     augment: AugmentConfig = recipe.augment
     augmentation_sheet.write(
@@ -86,7 +95,7 @@ def augmented(
     return out / AUGMENTED
 
 
-def _why_broken(photo: Path) -> str:
+def _read_error(photo: Path) -> str:
     try:
         decode.read(photo)
     except ImageError as error:
@@ -95,59 +104,59 @@ def _why_broken(photo: Path) -> str:
 
 
 def report(
-    dataset: Dataset, looks: Sequence[PhotoStats], size: int, bare: Sequence[str] = ()
+    dataset: Dataset, photos: Sequence[PhotoStats], size: int, empty: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The lines for a person.
+    """The lines of the report.
 
     Args:
-        dataset: What was looked at.
-        looks: At its photos.
-        size: The side that training will use, in pixels.
-        bare: Folders of classes without a photo.
+        dataset: The data set.
+        photos: Statistics of its photos.
+        size: Side of the images that training will use, in pixels.
+        empty: Folders of classes without a photo.
     """
-    total = sum(look.size for look in looks)
-    count = f"{len(dataset.classes)} classes, {len(looks)} photos"
+    total = sum(photo.size for photo in photos)
+    count = f"{len(dataset.classes)} classes, {len(photos)} photos"
     yield f"{dataset.source}: {count}, {total / 1e6:.1f} MB"
     yield ""
-    yield from _counts(looks, dataset.classes)
-    fine = [look for look in looks if not look.error]
-    if fine:
+    yield from _counts(photos, dataset.classes)
+    readable = [photo for photo in photos if not photo.error]
+    if readable:
         yield ""
-        yield from _sizes([look.short for look in fine])
+        yield from _sizes([photo.short for photo in readable])
     yield ""
     yield "smallest files"
-    for look in sorted(looks, key=lambda look: look.size)[:_SHOWN]:
-        yield _line(look, dataset.root)
-    for name, found in oddities(looks):
+    for photo in sorted(photos, key=lambda photo: photo.size)[:_SHOWN]:
+        yield _line(photo, dataset.root)
+    for name, found in unusual_photos(photos):
         yield ""
-        yield from _some(f"{name}: {len(found)}", (_line(look, dataset.root) for look in found))
-    groups = duplicates(looks)
+        yield from _some(f"{name}: {len(found)}", (_line(photo, dataset.root) for photo in found))
+    groups = duplicates(photos)
     if groups:
         yield ""
-        lines = (
+        pairs = (
             "  "
-            + " = ".join(f"{_name(look, dataset.root)} ({look.part})" for look in group[:_SHOWN])
+            + " = ".join(f"{_name(photo, dataset.root)} ({photo.part})" for photo in group[:_SHOWN])
             + (f" and {len(group) - _SHOWN} more" if len(group) > _SHOWN else "")
             for group in groups
         )
-        yield from _some(f"the very same picture: {len(groups)}", lines)
+        yield from _some(f"exact duplicates: {len(groups)}", pairs)
     yield ""
-    told = list(hints(looks, dataset.classes, size))
-    told += [f"the folder {name} is empty: no class of that name will be known" for name in bare]
-    yield from (f"hint: {_plain(hint)}" for hint in told)
-    if not told:
-        yield "nothing to mend"
+    lines = list(hints(photos, dataset.classes, size))
+    lines += [f"the folder {name} is empty: the model will have no such class" for name in empty]
+    yield from (f"hint: {_plain(line)}" for line in lines)
+    if not lines:
+        yield "no problems found"
 
 
-def _counts(looks: Sequence[PhotoStats], classes: Sequence[str]) -> Iterator[str]:
+def _counts(photos: Sequence[PhotoStats], classes: Sequence[str]) -> Iterator[str]:
     """The table of photos by class and part."""
-    counts = Counter((look.label, look.part) for look in looks)
-    every = Counter(look.part for look in looks)
-    parts = [part for part in (*PARTS, UNLABELLED) if every[part]]
+    counts = Counter((photo.label, photo.part) for photo in photos)
+    totals = Counter(photo.part for photo in photos)
+    parts = [part for part in (*PARTS, UNLABELLED) if totals[part]]
     rows = [(name, [counts[name, part] for part in parts]) for name in classes]
-    if every[UNLABELLED]:
+    if totals[UNLABELLED]:
         rows.append(("(no label)", [counts["", part] for part in parts]))
-    rows.append(("all", [every[part] for part in parts]))
+    rows.append(("all", [totals[part] for part in parts]))
     cells = [["class", *parts, "all"]]
     cells += [[_plain(name), *map(str, row), str(sum(row))] for name, row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
@@ -158,7 +167,7 @@ def _counts(looks: Sequence[PhotoStats], classes: Sequence[str]) -> Iterator[str
 
 
 def _sizes(shorts: Sequence[int]) -> Iterator[str]:
-    """A histogram of short sides; empty bars at both ends are left out."""
+    """A histogram of short sides, without empty bars at both ends."""
     ends = [*EDGES[1:], float("inf")]
     bars = [
         sum(low <= short < high for short in shorts) for low, high in zip(EDGES, ends, strict=True)
@@ -172,22 +181,22 @@ def _sizes(shorts: Sequence[int]) -> Iterator[str]:
 
 
 def _some(title: str, lines: Iterable[str]) -> Iterator[str]:
-    every = list(lines)
+    items = list(lines)
     yield title
-    yield from every[:_SHOWN]
-    if len(every) > _SHOWN:
-        yield f"  and {len(every) - _SHOWN} more"
+    yield from items[:_SHOWN]
+    if len(items) > _SHOWN:
+        yield f"  and {len(items) - _SHOWN} more"
 
 
-def _line(look: PhotoStats, root: Path) -> str:
-    what = look.error or f"{look.width} x {look.height} {look.mode}"
-    return f"  {_name(look, root)}  {look.size / 1e3:.1f} kB  {what}"
+def _line(photo: PhotoStats, root: Path) -> str:
+    what = photo.error or f"{photo.width} x {photo.height} {photo.mode}"
+    return f"  {_name(photo, root)}  {photo.size / 1e3:.1f} kB  {what}"
 
 
-def _name(look: PhotoStats, root: Path) -> str:
-    return _plain(str(look.path.relative_to(root)))
+def _name(photo: PhotoStats, root: Path) -> str:
+    return _plain(str(photo.path.relative_to(root)))
 
 
 def _plain(text: str) -> str:
-    """Names may hold line breaks, and bytes that no terminal takes."""
+    """Replace line breaks and bytes that a terminal can't print."""
     return "".join(c if c.isprintable() else "�" for c in text)

@@ -1,13 +1,15 @@
-"""Every photo of a data set, decoded once and described: size, bytes, colour, twins, oddities."""
+"""Statistics of every photo of a data set: size, bytes, colour, duplicates; and hints from them."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -15,34 +17,42 @@ import numpy as np
 from PIL import Image
 
 from serving.errors import ImageError
-from serving.imaging import decode as images
+from serving.imaging.decode import FORMATS, decode, read_bytes
 from serving.utils.cpu import cores
 from serving.utils.progress import progress_bar
-from training.data.dataset import MAX_BROKEN, Dataset
+from training.data.dataset import MAX_UNREADABLE_SHARE, Dataset
 from training.data.splits import PARTS
-from training.utils.console import counted
+from training.utils.console import pluralize
 
 UNLABELLED: Final = "unlabelled"
 
 LONG: Final = 3.0
-"""Long side over short side above which a photo is odd: a square crop shows little of it."""
+"""Long side over short side above which a photo is unusual: a square crop shows little of it."""
 TINY: Final = 64
-"""Pixels of the short side below which a photo is odd."""
+"""Short side in pixels below which a photo is unusual."""
 HUGE: Final = 25_000_000
-"""Pixels from which a photo is odd: they are decoded only to be thrown away."""
+"""Pixels above which a photo is unusual: training decodes them and uses few of them."""
 _GREY: Final = 4
+"""Largest difference between the channels of a grey pixel, 0..255."""
 _FEW: Final = 10
-"""Photos of a class to train on that are few."""
+"""A class with fewer training photos gets a hint."""
 
 
 @dataclass(frozen=True)
 class PhotoStats:
-    """One photo as it was found.
+    """Statistics of one photo.
 
-    part: of `PARTS`, or "unlabelled". label: "" where it has none. size: of the file, in bytes.
-    width, height: in pixels, upright; 0 of a broken one. mode: of the file, such as RGB, L or CMYK.
-    grey: no pixel has a colour, whatever the mode. digest: of the pixels, so that copies with other
-    metadata are twins. error: why it can't be read, or "".
+    Attributes:
+        path: The file.
+        part: One of `PARTS`, or "unlabelled".
+        label: Name of its class, or "".
+        size: Of the file, in bytes.
+        width: In pixels, after applying the EXIF orientation; 0 if the photo can't be read.
+        height: Likewise.
+        mode: Pillow's mode of the file, such as RGB, L or CMYK.
+        grey: No pixel has a colour, in any mode.
+        digest: Of the decoded pixels: copies with other metadata have the same.
+        error: Why it can't be read, or "".
     """
 
     path: Path
@@ -67,34 +77,34 @@ class PhotoStats:
         return max(self.width, self.height) / max(self.short, 1)
 
 
-def survey(dataset: Dataset) -> list[PhotoStats]:
-    """Look at every photo, in the order of the parts; broken ones are looks with an `error`."""
-    photos = [
+def scan_photos(dataset: Dataset) -> list[PhotoStats]:
+    """Read every photo, in the order of the parts; those that can't be read have an `error`."""
+    labelled = [
         (path, part, dataset.classes[label])
         for part in PARTS
         for path, label in getattr(dataset, part)
     ]
-    photos += [(path, UNLABELLED, "") for path in dataset.unlabelled]
+    files = labelled + [(path, UNLABELLED, "") for path in dataset.unlabelled]
     pool = ThreadPoolExecutor(cores())
     try:
         with progress_bar() as bar:
-            looks = pool.map(photo_stats, *zip(*photos, strict=True))
-            return list(bar.track(looks, total=len(photos), description="looking"))
+            photos = pool.map(photo_stats, *zip(*files, strict=True))
+            return list(bar.track(photos, total=len(files), description="reading"))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def photo_stats(path: Path, part: str, label: str) -> PhotoStats:
-    """Decode one photo and describe it."""
+    """Decode one photo and compute its statistics."""
     try:
-        data = images.read_bytes(path)
+        data = read_bytes(path)
     except OSError as error:
         return PhotoStats(path, part, label, 0, error=error.strerror or str(error))
     try:
-        image = images.decode(data).image
+        image = decode(data).image
     except ImageError as error:
         return PhotoStats(path, part, label, len(data), error=str(error))
-    mode = Image.open(io.BytesIO(data), formats=images.FORMATS).mode
+    mode = Image.open(io.BytesIO(data), formats=FORMATS).mode
     digest = hashlib.blake2b(b"%d %d " % image.size, digest_size=16)
     digest.update(image.tobytes())
     small = np.asarray(image.resize((48, 48), Image.Resampling.BOX), np.int16)
@@ -102,98 +112,196 @@ def photo_stats(path: Path, part: str, label: str) -> PhotoStats:
     return PhotoStats(path, part, label, len(data), *image.size, mode, grey, digest.digest())
 
 
-def duplicates(looks: Iterable[PhotoStats]) -> list[list[PhotoStats]]:
-    """Groups of photos with the very same pixels, in the order of their first."""
+def duplicates(photos: Iterable[PhotoStats]) -> list[list[PhotoStats]]:
+    """Groups of photos with identical pixels, in the order of their first photo."""
     groups: dict[bytes, list[PhotoStats]] = {}
-    for one in looks:
-        if one.digest:
-            groups.setdefault(one.digest, []).append(one)
+    for photo in photos:
+        if photo.digest:
+            groups.setdefault(photo.digest, []).append(photo)
     return [group for group in groups.values() if len(group) > 1]
 
 
-ODD: Final[Mapping[str, Callable[[PhotoStats], bool]]] = {
-    "can't be read": lambda one: bool(one.error),
-    f"short side below {TINY} px": lambda one: not one.error and one.short < TINY,
-    f"longer than {LONG:g} : 1": lambda one: not one.error and one.stretch > LONG,
-    f"above {HUGE // 1_000_000} megapixels": lambda one: one.width * one.height > HUGE,
-    "without colour": lambda one: one.grey,
-    "not RGB": lambda one: not one.error and one.mode != "RGB" and not one.grey,
+UNUSUAL: Final[Mapping[str, Callable[[PhotoStats], bool]]] = {
+    "can't be read": lambda photo: bool(photo.error),
+    f"short side below {TINY} px": lambda photo: not photo.error and photo.short < TINY,
+    f"longer than {LONG:g} : 1": lambda photo: not photo.error and photo.stretch > LONG,
+    f"above {HUGE // 1_000_000} megapixels": lambda photo: photo.width * photo.height > HUGE,
+    "without colour": lambda photo: photo.grey,
+    "not RGB": lambda photo: not photo.error and photo.mode != "RGB" and not photo.grey,
 }
-"""What makes a photo strange, by name. Grey ones are told as such, whatever their mode."""
+"""Kinds of unusual photos. A grey photo counts only as "without colour", in any mode."""
 
 
-def oddities(looks: Sequence[PhotoStats]) -> Iterator[tuple[str, list[PhotoStats]]]:
-    """(what is strange, the photos), the strangest first, for everything that there is any of."""
-    for name, is_odd in ODD.items():
-        found = [one for one in looks if is_odd(one)]
-        found.sort(key=lambda one: (one.short, -one.stretch, str(one.path)))
+def unusual_photos(photos: Sequence[PhotoStats]) -> Iterator[tuple[str, list[PhotoStats]]]:
+    """Pairs of a kind of `UNUSUAL` and its photos, the most unusual first; no empty kinds."""
+    for name, is_unusual in UNUSUAL.items():
+        found = [photo for photo in photos if is_unusual(photo)]
+        found.sort(key=lambda photo: (photo.short, -photo.stretch, str(photo.path)))
         if found:
             yield name, found
 
 
-def hints(looks: Sequence[PhotoStats], classes: Sequence[str], size: int) -> Iterator[str]:
-    """What one should know before training at `size` pixels; each a line, most urgent first."""
-    groups = duplicates(looks)
+@dataclass(frozen=True)
+class Scan:
+    """The photos of a data set, as hints see them.
+
+    Attributes:
+        photos: All of them.
+        classes: Names of the classes.
+        size: Side of the images that training will use, in pixels.
+    """
+
+    photos: Sequence[PhotoStats]
+    classes: Sequence[str]
+    size: int
+
+    @cached_property
+    def groups(self) -> list[list[PhotoStats]]:
+        """Groups of exact duplicates."""
+        return duplicates(self.photos)
+
+    @cached_property
+    def readable(self) -> list[PhotoStats]:
+        return [photo for photo in self.photos if not photo.error]
+
+    @cached_property
+    def used(self) -> list[PhotoStats]:
+        """The photos that training reads, of the parts train and valid."""
+        return [photo for photo in self.photos if photo.part in ("train", "valid")]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Readable training photos of each class."""
+        counts = Counter(photo.label for photo in self.readable if photo.part == "train")
+        return [counts[name] for name in self.classes]
+
+    @property
+    def smallest(self) -> str:
+        """The class with the fewest training photos."""
+        return self.classes[int(np.argmin(self.counts))]
+
+
+def hints(photos: Sequence[PhotoStats], classes: Sequence[str], size: int) -> Iterator[str]:
+    """Problems to know before training at `size` pixels, one line each, most urgent first."""
+    scan = Scan(photos, classes, size)
+    for hint in HINTS:
+        yield from hint(scan)
+
+
+def _duplicates_across_parts(scan: Scan) -> Iterator[str]:
     for part, other in itertools.combinations(PARTS, 2):
         leaked = sum(
-            sum(one.part == other for one in group)
-            for group in groups
-            if any(one.part == part for one in group)
+            sum(photo.part == other for photo in group)
+            for group in scan.groups
+            if any(photo.part == part for photo in group)
         )
         if leaked:
             yield (
-                f"{counted(leaked, 'exact duplicate')} across {part} and {other}: "
+                f"{pluralize(leaked, 'exact duplicate')} across {part} and {other}: "
                 "accuracy will look better than it is"
             )
-    torn = [group for group in groups if len({one.label for one in group if one.label}) > 1]
-    if torn:
-        pair = " and ".join(sorted({one.label for one in torn[0] if one.label})[:2])
-        number = counted(len(torn), "picture")
-        yield f"{number} in more than one class, as in {pair}: mend the labels"
-    same = sum(
-        max(sum(one.part == part for one in group) - 1, 0) for group in groups for part in PARTS
+
+
+def _duplicates_across_classes(scan: Scan) -> Iterator[str]:
+    labels = [{photo.label for photo in group if photo.label} for group in scan.groups]
+    several = [names for names in labels if len(names) > 1]
+    if several:
+        pair = " and ".join(sorted(several[0])[:2])
+        number = pluralize(len(several), "picture")
+        yield f"{number} in more than one class, as in {pair}: correct the labels"
+
+
+def _duplicates_within_a_part(scan: Scan) -> Iterator[str]:
+    redundant = sum(
+        max(sum(photo.part == part for photo in group) - 1, 0)
+        for group in scan.groups
+        for part in PARTS
     )
-    if same:
-        yield f"{counted(same, 'exact duplicate')} within one part: they add nothing"
-    broken = sum(bool(one.error) for one in looks)
-    decoded = [one for one in looks if one.part in ("train", "valid")]
-    if sum(bool(one.error) for one in decoded) > MAX_BROKEN * len(decoded):
-        number = counted(broken, "photo")
-        yield f"{number} can't be read; training refuses more than {MAX_BROKEN:.0%}: mend them"
-    elif broken:
-        yield f"{counted(broken, 'photo')} can't be read; training leaves them out"
-    counts = [
-        sum(one.label == name and one.part == "train" and not one.error for one in looks)
-        for name in classes
-    ]
-    if min(counts) == 0:
-        empty = classes[counts.index(0)]
-        yield f"{empty} has no photo to train on that can be read: training refuses; add some"
-    held = [one for one in decoded if one.part == "valid"]
-    if held and all(one.error for one in held):
-        yield "no photo to validate on can be read: training refuses; add some"
-    few = classes[int(np.argmin(counts))]
-    if max(counts) >= 3 * max(min(counts), 1):
-        many = classes[int(np.argmax(counts))]
+    if redundant:
+        yield f"{pluralize(redundant, 'exact duplicate')} within one part: they add nothing"
+
+
+def _unreadable(scan: Scan) -> Iterator[str]:
+    unreadable = len(scan.photos) - len(scan.readable)
+    number = pluralize(unreadable, "photo")
+    if sum(bool(photo.error) for photo in scan.used) > MAX_UNREADABLE_SHARE * len(scan.used):
         yield (
-            f"{many} has {max(counts) / max(min(counts), 1):.1f} times as many photos to train on "
-            f"as {few}: look at the accuracy of each class"
+            f"{number} can't be read; training refuses more than {MAX_UNREADABLE_SHARE:.0%}: "
+            "repair or remove them"
         )
-    small = sum(0 < count < _FEW for count in counts)
-    least = f"{few} has {counted(min(counts), 'photo')} to train on"
+    elif unreadable:
+        yield f"{number} can't be read; training leaves them out"
+
+
+def _empty_class(scan: Scan) -> Iterator[str]:
+    if min(scan.counts) == 0:
+        yield (
+            f"{scan.smallest} has no photo to train on that can be read: training refuses; add some"
+        )
+
+
+def _empty_validation(scan: Scan) -> Iterator[str]:
+    held_out = [photo for photo in scan.used if photo.part == "valid"]
+    if held_out and all(photo.error for photo in held_out):
+        yield "no photo to validate on can be read: training refuses; add some"
+
+
+def _imbalance(scan: Scan) -> Iterator[str]:
+    least, most = max(min(scan.counts), 1), max(scan.counts)
+    if most >= 3 * least:
+        largest = scan.classes[int(np.argmax(scan.counts))]
+        yield (
+            f"{largest} has {most / least:.1f} times as many photos to train on as "
+            f"{scan.smallest}: look at the accuracy of each class"
+        )
+
+
+def _few_photos(scan: Scan) -> Iterator[str]:
+    if not 0 < min(scan.counts) < _FEW:
+        return
+    small = sum(0 < count < _FEW for count in scan.counts)
+    text = f"{scan.smallest} has {pluralize(min(scan.counts), 'photo')} to train on"
     if small > 1:
-        least = f"{small} classes have fewer than {_FEW} photos to train on, the fewest {few}"
-    if 0 < min(counts) < _FEW:
-        yield f"{least}: {_FEW} are few, 50 are better"
-    fine = [one for one in looks if not one.error]
-    small = sum(one.short < size for one in fine)
-    if small > len(fine) / 2:
-        yield f"{small} of {len(fine)} photos are smaller than {size} px: a smaller size may do"
-    grey = sum(one.grey for one in fine)
-    if 0 < grey < len(fine):
-        shares = [
-            np.mean([one.grey for one in fine if one.label == name] or [False]) for name in classes
-        ]
-        if max(shares) - min(shares) > 0.2:
-            worst = classes[int(np.argmax(shares))]
-            yield f"{max(shares):.0%} of {worst} are without colour: a model may learn just that"
+        text = f"{small} classes have fewer than {_FEW} photos to train on, the fewest "
+        text += scan.smallest
+    yield f"{text}: {_FEW} are few, 50 are better"
+
+
+def _small_photos(scan: Scan) -> Iterator[str]:
+    small = sum(photo.short < scan.size for photo in scan.readable)
+    if small > len(scan.readable) / 2:
+        yield (
+            f"{small} of {len(scan.readable)} photos are smaller than {scan.size} px: "
+            "a smaller size may do"
+        )
+
+
+def _colour_differs(scan: Scan) -> Iterator[str]:
+    grey = sum(photo.grey for photo in scan.readable)
+    if not 0 < grey < len(scan.readable):
+        return
+    shares = [
+        np.mean([photo.grey for photo in scan.readable if photo.label == name] or [False])
+        for name in scan.classes
+    ]
+    if max(shares) - min(shares) > 0.2:
+        name = scan.classes[int(np.argmax(shares))]
+        yield (
+            f"{max(shares):.0%} of {name} are without colour: a model may learn that instead of "
+            "the subject"
+        )
+
+
+HINTS: Final[Sequence[Callable[[Scan], Iterator[str]]]] = (
+    _duplicates_across_parts,
+    _duplicates_across_classes,
+    _duplicates_within_a_part,
+    _unreadable,
+    _empty_class,
+    _empty_validation,
+    _imbalance,
+    _few_photos,
+    _small_photos,
+    _colour_differs,
+)
+"""In the order in which they are printed."""

@@ -6,7 +6,7 @@ from serving.errors import ImageError
 from serving.imaging.preprocess import Preprocess
 from training.config.sections import PRESETS, AugmentConfig
 from training.pixels.transform import PixelTransform
-from training.preview import augmentation_sheet as contact_sheet
+from training.preview import augmentation_sheet
 from training.preview.augmentation_sheet import COLUMNS, GAP, TILE
 
 PREPROCESS = Preprocess(size=TILE)
@@ -28,13 +28,13 @@ def tile(sheet, number):
 
 def sheet_of(photo, config, presize=1.5, **options):
     path = photo.with_name("sheet.png")
-    contact_sheet.write(photo, config, PREPROCESS, presize, path, **options)
+    augmentation_sheet.write(photo, config, PREPROCESS, presize, path, **options)
     with Image.open(path) as sheet:
         assert sheet.format == "PNG"
         return sheet.convert("RGB")
 
 
-def test_the_photo_is_first_and_so_many_draws_follow(photo):
+def test_the_plain_photo_is_followed_by_the_draws(photo):
     sheet = sheet_of(photo, AugmentConfig(preset="top_down"), draws=7)
     plain = PREPROCESS(Image.open(photo))[4:-4, 4:-4].astype(float)
     assert np.abs(tile(sheet, 0) - plain).max() < 1
@@ -52,28 +52,28 @@ def test_without_augmentation_every_tile_is_the_photo(photo):
 
 
 @pytest.mark.parametrize("presize", [1, 2])
-def test_draws_are_cut_from_the_photo_as_training_keeps_it(photo, presize, monkeypatch):
-    cut_from, original = [], contact_sheet.augment.apply
+def test_draws_are_made_from_the_photo_at_presize(photo, presize, monkeypatch):
+    inputs, original = [], augmentation_sheet.transforms.apply
 
     def apply(pixels, *arguments):
-        cut_from.append(pixels)
+        inputs.append(pixels)
         return original(pixels, *arguments)
 
-    monkeypatch.setattr(contact_sheet.augment, "apply", apply)
+    monkeypatch.setattr(augmentation_sheet.transforms, "apply", apply)
     sheet_of(photo, AugmentConfig(), presize, draws=2)
-    kept = PixelTransform("train", PREPROCESS, presize)(Image.open(photo))
-    assert cut_from.pop().numpy().tolist() == [kept.tolist()] * 2
-    assert kept.shape == (presize * TILE, presize * TILE, 3)
+    square = PixelTransform("train", PREPROCESS, presize)(Image.open(photo))
+    assert inputs.pop().numpy().tolist() == [square.tolist()] * 2
+    assert square.shape == (presize * TILE, presize * TILE, 3)
 
 
-def test_a_seed_is_a_sheet(photo):
+def test_equal_seeds_give_equal_sheets(photo):
     config = AugmentConfig()
-    one, same = (np.asarray(sheet_of(photo, config, draws=2)) for _ in range(2))
-    assert np.array_equal(one, same)
-    assert not np.array_equal(one, np.asarray(sheet_of(photo, config, draws=2, seed=1)))
+    first, second = (np.asarray(sheet_of(photo, config, draws=2)) for _ in range(2))
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, np.asarray(sheet_of(photo, config, draws=2, seed=1)))
 
 
-def test_only_the_photo_is_marked_and_there_is_text_below(photo):
+def test_only_the_plain_photo_has_a_frame(photo):
     pixels = np.asarray(sheet_of(photo, AugmentConfig(), draws=9))
     marked = (pixels == [0xC2, 0x41, 0x0C]).all(axis=2)
     rows, columns = marked[: 2 * (TILE + GAP)].nonzero()
@@ -92,23 +92,23 @@ def test_the_longest_text_stays_on_the_sheet(photo):
     assert (pixels[-GAP // 2 :] == 255).all()
 
 
-def test_a_photo_that_is_none_is_named(tmp_path):
+def test_an_unreadable_photo_is_an_error(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"no photo")
     with pytest.raises(ImageError):
-        contact_sheet.write(
+        augmentation_sheet.write(
             tmp_path / "photo.jpg", AugmentConfig(), PREPROCESS, 1.5, tmp_path / "sheet.png"
         )
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_words_for_the_presets():
-    log = contact_sheet.describe
-    assert log(AugmentConfig()) == (
+def test_presets_in_words():
+    describe = augmentation_sheet.describe
+    assert describe(AugmentConfig()) == (
         "photo: random crop of 35-100 % of the largest square, sides up to 1.2 : 1, flip, "
         "rotation ±10°, zoom to 1.1, brightness and contrast ±20 %, saturation ±20 %"
     )
-    assert log(AugmentConfig(preset="none")) == "none: centre crop"
-    assert log(AugmentConfig(preset="top_down")) == (
+    assert describe(AugmentConfig(preset="none")) == "none: centre crop"
+    assert describe(AugmentConfig(preset="top_down")) == (
         "top_down: random crop, flips and quarter turns, rotation ±10°, "
         "brightness and contrast ±5 %"
     )
@@ -134,15 +134,15 @@ def test_words_for_the_presets():
         ("cutmix", 1.0, "cutmix 1"),
     ],
 )
-def test_every_option_that_is_on_has_its_words(option, value, words):
-    plain = contact_sheet.describe(AugmentConfig(preset="none"))
-    told = contact_sheet.describe(AugmentConfig(preset="none", **{option: value}))
-    assert words in told
+def test_every_changed_option_in_words(option, value, words):
+    plain = augmentation_sheet.describe(AugmentConfig(preset="none"))
+    changed = augmentation_sheet.describe(AugmentConfig(preset="none", **{option: value}))
+    assert words in changed
     assert words not in plain
-    assert told.startswith("none, changed: ")
+    assert changed.startswith("none, changed: ")
 
 
-def test_no_option_is_forgotten():
+def test_every_option_has_words():
     tried = {mark for mark in AugmentConfig.model_fields} - {"preset", "policy_ops"}
     assert tried - {"policy_magnitude"} == {
         "crop", "flip", "scale", "ratio", "max_rotate", "max_zoom", "max_shift", "max_warp",

@@ -6,7 +6,7 @@ import fledge
 from serving.errors import OptionError
 from training.config.schema import Recipe
 from training.models import backbones
-from training.models import classifier as model
+from training.models.classifier import create_classifier
 from training.preview import layer_groups
 
 NUMBER = r"[0-9]+(?:\.[0-9]+ [kM])?"
@@ -47,8 +47,8 @@ def test_every_layer_has_a_line_and_every_group_its_number(arch):
     assert all(line[column].isdigit() for line in lines)
 
 
-def test_a_stage_s_line_is_what_freezing_does():
-    classifier = model.build("mobilenet_v2", layer_groups.CLASSES)
+def test_a_stages_line_agrees_with_freezing():
+    classifier = create_classifier("mobilenet_v2", layer_groups.CLASSES)
     _, _, _, *lines = layer_groups.stages(recipe())
     assert len(lines) == 2
     for line, unfreeze in zip(lines, (0, 2), strict=True):
@@ -75,7 +75,7 @@ def test_a_stage_s_line_is_what_freezing_does():
         ({"unfreeze": ["17.*"]}, "0..16: "),
     ],
 )
-def test_modes_in_words(values, text):
+def test_batchnorm_modes_and_cached_outputs_in_words(values, text):
     assert text in layer_groups.stages(recipe(stage=[{"name": "one", **values}]))[-1]
 
 
@@ -92,7 +92,7 @@ def test_every_architecture_is_listed_once():
     )
 
 
-def test_the_verb(tmp_path, capsys):
+def test_the_command(tmp_path, capsys):
     path = tmp_path / "r.toml"
     path.write_text('name = "x"\narch = "resnet18"\n[[stage]]\nname = "only"\n')
     assert fledge.main(["layers"]) == 0
@@ -114,13 +114,13 @@ def test_the_verb(tmp_path, capsys):
         (["resnet18", "seed=3"], "--recipe FILE"),
     ],
 )
-def test_the_verb_s_mistakes_are_one_line(words, message, capsys):
+def test_the_commands_errors_are_one_line(words, message, capsys):
     assert fledge.main(["layers", *words]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_a_size_that_does_not_fit_is_told():
+def test_a_size_that_does_not_fit_is_refused():
     with pytest.raises(OptionError, match=r"preprocess\.size = 64 does not fit vit_b_16: use 224"):
         layer_groups.describe(recipe(arch="vit_b_16"))

@@ -9,17 +9,15 @@ from PIL import Image
 import fledge
 from serving.errors import DataError
 from tests.support.tiny_bundle import photo
-from training.config import load as config
+from training.config import load
 from training.config.sections import AugmentConfig
-from training.data import dataset as data
 from training.data import layouts
 from training.data.dataset import load_dataset
-from training.preview import figure as preview_picture
-from training.preview import preview, scan
+from training.preview import figure, preview, scan
 from training.preview.figure import draw
 
 
-def saved(path, size=(40, 30), mode="RGB", colour=None):
+def save_photo(path, size=(40, 30), mode="RGB", colour=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     if colour is None:
         path.write_bytes(photo(sum(path.name.encode()) + size[0], size))
@@ -28,36 +26,36 @@ def saved(path, size=(40, 30), mode="RGB", colour=None):
     return path
 
 
-def look(path, part="train", label="a"):
+def stats(path, part="train", label="a"):
     return scan.photo_stats(path, part, label)
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two classes, 12 and 4 photos, and in the larger one one of everything that is odd."""
+    """Two classes of 12 and 4 photos; the larger one has one unusual photo of each kind."""
     root = tmp_path / "photos"
     for i in range(6):
-        saved(root / "a" / f"{i}.jpg", (100 + i, 90))
+        save_photo(root / "a" / f"{i}.jpg", (100 + i, 90))
     for i in range(4):
-        saved(root / "b" / f"{i}.jpg", (110 + i, 90))
+        save_photo(root / "b" / f"{i}.jpg", (110 + i, 90))
     shutil.copyfile(root / "a" / "0.jpg", root / "a" / "copy.jpg")
-    saved(root / "a" / "tiny.png", (20, 20))
-    saved(root / "a" / "long.png", (700, 70))
-    saved(root / "a" / "grey.png", (90, 90), "L", 77)
-    saved(root / "a" / "cmyk.jpg", (90, 90), "CMYK", (9, 200, 30, 4))
-    whole = (root / "a" / "1.jpg").read_bytes()
-    (root / "a" / "broken.jpg").write_bytes(whole[: len(whole) // 2])
+    save_photo(root / "a" / "tiny.png", (20, 20))
+    save_photo(root / "a" / "long.png", (700, 70))
+    save_photo(root / "a" / "grey.png", (90, 90), "L", 77)
+    save_photo(root / "a" / "cmyk.jpg", (90, 90), "CMYK", (9, 200, 30, 4))
+    data = (root / "a" / "1.jpg").read_bytes()
+    (root / "a" / "broken.jpg").write_bytes(data[: len(data) // 2])
     return root
 
 
-def test_a_look_describes_the_upright_photo(tmp_path):
+def test_statistics_are_those_of_the_upright_photo(tmp_path):
     pixels = np.zeros((30, 50, 3), np.uint8)
     pixels[:, :25] = (200, 10, 10)
     path = tmp_path / "x.png"
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(pixels).save(path, exif=exif)
-    one = look(path)
+    one = stats(path)
     assert (one.width, one.height, one.short, one.mode) == (30, 50, 30, "RGB")
     assert one.stretch == pytest.approx(50 / 30)
     assert one.size == path.stat().st_size
@@ -65,22 +63,22 @@ def test_a_look_describes_the_upright_photo(tmp_path):
     assert not one.error
 
 
-def test_grey_is_told_by_the_pixels(tmp_path):
+def test_grey_is_decided_by_the_pixels(tmp_path):
     ramp = np.repeat(np.arange(200, dtype=np.uint8)[None], 100, axis=0)
     Image.fromarray(ramp).save(tmp_path / "l.png")
     Image.fromarray(np.stack([ramp] * 3, axis=2)).save(tmp_path / "rgb.jpg")
     spot = np.stack([ramp] * 3, axis=2)
     spot[40:60, 40:60] = (255, 0, 0)
     Image.fromarray(spot).save(tmp_path / "spot.png")
-    assert [look(tmp_path / n).grey for n in ("l.png", "rgb.jpg", "spot.png")] == [
+    assert [stats(tmp_path / n).grey for n in ("l.png", "rgb.jpg", "spot.png")] == [
         True,
         True,
         False,
     ]
 
 
-def test_twins_have_the_same_pixels_whatever_their_files(tmp_path):
-    first = saved(tmp_path / "a.png")
+def test_duplicates_have_equal_pixels_in_any_file(tmp_path):
+    first = save_photo(tmp_path / "a.png")
     with Image.open(first) as picture:
         pixels = np.asarray(picture)
     for name, changed in (
@@ -89,22 +87,24 @@ def test_twins_have_the_same_pixels_whatever_their_files(tmp_path):
         ("d", pixels.reshape(40, 30, 3)),  # the same bytes in another shape
     ):
         Image.fromarray(changed).save(tmp_path / f"{name}.png", compress_level=0)
-    looks = [look(tmp_path / f"{name}.png") for name in "abcd"]
-    assert [[one.path.name for one in group] for group in scan.duplicates(looks)] == [
+    scanned = [stats(tmp_path / f"{name}.png") for name in "abcd"]
+    assert [[one.path.name for one in group] for group in scan.duplicates(scanned)] == [
         ["a.png", "b.png"]
     ]
     (tmp_path / "e.jpg").write_bytes(b"")
     (tmp_path / "f.jpg").write_bytes(b"")
-    assert scan.duplicates([look(tmp_path / "e.jpg"), look(tmp_path / "f.jpg")]) == []
+    assert scan.duplicates([stats(tmp_path / "e.jpg"), stats(tmp_path / "f.jpg")]) == []
 
 
-def test_every_photo_is_looked_at_and_broken_ones_are_survived(photos):
+def test_every_photo_is_scanned_and_unusual_ones_are_listed(photos):
     dataset = load_dataset(str(photos))
-    looks = scan.survey(dataset)
-    assert [one.path for one in looks] == [s.path for s in dataset.train + dataset.valid]
-    assert {one.label for one in looks} == {"a", "b"}
-    odd = {name: [one.path.name for one in found] for name, found in scan.oddities(looks)}
-    assert odd == {
+    scanned = scan.scan_photos(dataset)
+    assert [one.path for one in scanned] == [s.path for s in dataset.train + dataset.valid]
+    assert {one.label for one in scanned} == {"a", "b"}
+    unusual = {
+        name: [one.path.name for one in found] for name, found in scan.unusual_photos(scanned)
+    }
+    assert unusual == {
         "can't be read": ["broken.jpg"],
         "short side below 64 px": ["tiny.png"],
         "longer than 3 : 1": ["long.png"],
@@ -113,49 +113,51 @@ def test_every_photo_is_looked_at_and_broken_ones_are_survived(photos):
     }
 
 
-def test_unlabelled_photos_are_looked_at_too(photos):
-    saved(photos / "test" / "x.jpg")
-    found = scan.survey(load_dataset(str(photos)))
+def test_unlabelled_photos_are_scanned(photos):
+    save_photo(photos / "test" / "x.jpg")
+    found = scan.scan_photos(load_dataset(str(photos)))
     assert [one.path.name for one in found if one.part == "unlabelled"] == ["x.jpg"]
 
 
-def test_hints_tell_leaks_torn_labels_and_imbalance(tmp_path):
-    paths = [saved(tmp_path / f"{i}.jpg", (60 + i, 50)) for i in range(12)]
+def test_hints_on_duplicates_labels_and_imbalance(tmp_path):
+    paths = [save_photo(tmp_path / f"{i}.jpg", (60 + i, 50)) for i in range(12)]
     shutil.copyfile(paths[0], tmp_path / "same.jpg")
     same = tmp_path / "same.jpg"
-    clean = [look(path) for path in paths]
-    told = "\n".join(scan.hints([*clean, look(same, "valid")], ["a"], 32))
-    assert "1 exact duplicate across train and valid: accuracy will look better" in told
-    assert "more than one class" not in told
-    told = "\n".join(scan.hints([*clean, look(same, "test", "b")], ["a"], 32))
-    assert "across train and test" in told
-    assert "1 picture in more than one class, as in a and b" in told
-    apart = [look(paths[0], "valid"), look(same, "test"), *clean[1:]]
-    told = "\n".join(scan.hints(apart, ["a"], 32))
-    assert told == ("1 exact duplicate across valid and test: accuracy will look better than it is")
-    told = "\n".join(scan.hints([*clean, look(same)], ["a"], 32))
-    assert told == "1 exact duplicate within one part: they add nothing"
+    clean = [stats(path) for path in paths]
+    text = "\n".join(scan.hints([*clean, stats(same, "valid")], ["a"], 32))
+    assert "1 exact duplicate across train and valid: accuracy will look better" in text
+    assert "more than one class" not in text
+    text = "\n".join(scan.hints([*clean, stats(same, "test", "b")], ["a"], 32))
+    assert "across train and test" in text
+    assert "1 picture in more than one class, as in a and b" in text
+    across = [stats(paths[0], "valid"), stats(same, "test"), *clean[1:]]
+    text = "\n".join(scan.hints(across, ["a"], 32))
+    assert text == ("1 exact duplicate across valid and test: accuracy will look better than it is")
+    text = "\n".join(scan.hints([*clean, stats(same)], ["a"], 32))
+    assert text == "1 exact duplicate within one part: they add nothing"
     assert list(scan.hints(clean, ["a"], 32)) == []
     assert list(scan.hints(clean, ["a"], 64)) == [
         "12 of 12 photos are smaller than 64 px: a smaller size may do"
     ]
-    few = [*clean, look(saved(tmp_path / "b.jpg", (99, 90)), label="b")]
-    told = "\n".join(scan.hints(few, ["a", "b"], 32))
-    assert "a has 12.0 times as many photos to train on as b" in told
-    assert "b has 1 photo to train on" in told
+    unbalanced = [*clean, stats(save_photo(tmp_path / "b.jpg", (99, 90)), label="b")]
+    text = "\n".join(scan.hints(unbalanced, ["a", "b"], 32))
+    assert "a has 12.0 times as many photos to train on as b" in text
+    assert "b has 1 photo to train on" in text
 
 
-def test_one_class_without_colour_is_a_clue(tmp_path):
-    colour = [look(saved(tmp_path / f"{i}.jpg", (60 + i, 50))) for i in range(10)]
-    grey = [look(saved(tmp_path / f"{i}.png", (60, 50), "L", 9 + i), label="b") for i in range(10)]
-    (told,) = scan.hints(colour + grey, ["a", "b"], 32)
-    assert told.startswith("100% of b are without colour")
+def test_hint_on_one_class_without_colour(tmp_path):
+    colour = [stats(save_photo(tmp_path / f"{i}.jpg", (60 + i, 50))) for i in range(10)]
+    grey = [
+        stats(save_photo(tmp_path / f"{i}.png", (60, 50), "L", 9 + i), label="b") for i in range(10)
+    ]
+    (hint,) = scan.hints(colour + grey, ["a", "b"], 32)
+    assert hint.startswith("100% of b are without colour")
 
 
-def test_the_report_counts_what_is_there(photos):
-    saved(photos / "test" / "x.jpg")
+def test_the_report_counts_photos_by_class_and_part(photos):
+    save_photo(photos / "test" / "x.jpg")
     dataset = load_dataset(str(photos))
-    lines = list(preview.report(dataset, scan.survey(dataset), 32))
+    lines = list(preview.report(dataset, scan.scan_photos(dataset), 32))
     table = [line.split() for line in lines[2:7]]
     assert table == [
         ["class", "train", "valid", "unlabelled", "all"],
@@ -167,7 +169,7 @@ def test_the_report_counts_what_is_there(photos):
     start = lines.index("short side in pixels") + 1
     bars = [line.split() for line in lines[start : lines.index("", start)]]
     assert bars[0][:2] == ["0-63", "2"]
-    assert sum(int(bar[1]) for bar in bars) == 16  # all but the broken one
+    assert sum(int(bar[1]) for bar in bars) == 16  # all but the unreadable one
     longest = max(bars, key=lambda bar: int(bar[1]))
     assert len(longest[2]) == 40
     smallest = lines.index("smallest files")
@@ -175,86 +177,86 @@ def test_the_report_counts_what_is_there(photos):
     assert size == sorted(size)
 
 
-def test_the_picture_takes_any_names(tmp_path, photos):
-    looks = [look(path) for path in sorted((photos / "b").iterdir())]
+def test_the_picture_draws_any_class_names(tmp_path, photos):
+    scanned = [stats(path) for path in sorted((photos / "b").iterdir())]
     names = ("$x_{$", "花", "new\nline", "long " * 30)
-    looks += [look(photos / "a" / "long.png", label=name) for name in names]
-    draw(looks, ("a", *names), tmp_path / "p.png")
+    scanned += [stats(photos / "a" / "long.png", label=name) for name in names]
+    draw(scanned, ("a", *names), tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.width > picture.height > 500
-    draw([look(photos / "a" / "broken.jpg")], ("a",), tmp_path / "q.png")  # none can be read
+    draw([stats(photos / "a" / "broken.jpg")], ("a",), tmp_path / "q.png")  # none can be read
     assert (tmp_path / "q.png").exists()
 
 
 def test_a_few_extreme_photos_do_not_decide_the_axes(photos):
-    usual = [look(photos / "a" / f"{i}.jpg") for i in range(6)] * 2
-    assert preview_picture._range(usual) == (90, 105)
+    usual = [stats(photos / "a" / f"{i}.jpg") for i in range(6)] * 2
+    assert figure._range(usual) == (90, 105)
     point = dataclasses.replace(usual[0], width=1, height=1)
     strip = dataclasses.replace(usual[0], width=4000, height=2)
-    assert preview_picture._range([*usual, point, strip]) == (90, 105)
+    assert figure._range([*usual, point, strip]) == (90, 105)
     larger = dataclasses.replace(usual[0], width=200, height=90)
-    assert preview_picture._range([*usual, larger]) == (90, 200)
-    assert preview_picture._range([point, strip]) == (1, 4000)  # too few to call one odd
-    assert preview_picture._range([]) == (1, 1)
+    assert figure._range([*usual, larger]) == (90, 200)
+    assert figure._range([point, strip]) == (1, 4000)  # too few photos to leave any out
+    assert figure._range([]) == (1, 1)
 
 
-def test_a_name_that_the_font_lacks_is_a_number():
+def test_names_without_glyphs_become_numbers():
     names = ("cat", "naïve", "зима", "花", "a花")
-    assert [preview_picture._short(name, i) for i, name in enumerate(names)] == [
+    assert [figure._short(name, i) for i, name in enumerate(names)] == [
         "cat", "naïve", "зима", "no. 4", "no. 5",
     ]  # fmt: skip
 
 
-def test_counts_have_whole_ticks(photos, tmp_path, monkeypatch):
+def test_count_axes_have_integer_ticks(photos, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "matplotlib.figure.Figure.savefig",
         lambda self, path, **_: seen.append(self) or path.write_bytes(b"x"),
     )
-    draw([look(photos / "a" / "0.jpg"), look(photos / "b" / "0.jpg")], ("a", "b"), tmp_path / "p")
+    draw([stats(photos / "a" / "0.jpg"), stats(photos / "b" / "0.jpg")], ("a", "b"), tmp_path / "p")
     bars, _, sides = seen[0].axes
     ticks = [*bars.xaxis.get_major_locator()(), *sides.yaxis.get_major_locator()()]
     assert all(tick == int(tick) for tick in ticks)
 
 
-def test_empty_folders_are_told(photos, capsys, tmp_path):
+def test_empty_folders_are_listed(photos, capsys, tmp_path):
     (photos / "c" / "inner").mkdir(parents=True)
     assert fledge.main(["preview", str(photos), "--out", str(tmp_path / "out")]) == 0
-    assert "hint: the folder c is empty: no class of that name will be known" in (
+    assert "hint: the folder c is empty: the model will have no such class" in (
         capsys.readouterr().out
     )
     parted = tmp_path / "parted"
     for part, name in (("train", "a"), ("train", "b"), ("valid", "a")):
-        saved(parted / part / name / "0.jpg")
+        save_photo(parted / part / name / "0.jpg")
     for folder in (parted / "train" / "c", parted / "valid" / "b", parted / "elsewhere"):
         folder.mkdir()
     assert layouts.empty_class_folders(parted) == ["train/c"]
 
 
 def test_small_classes_are_counted(photos):
-    few = [look(photos / "a" / "0.jpg", label=name) for name in "bccdd"]
-    told = "\n".join(scan.hints(few, ["b", "c", "d"], 32))
-    assert "3 classes have fewer than 10 photos to train on, the fewest b: 10 are few" in told
+    few = [stats(photos / "a" / "0.jpg", label=name) for name in "bccdd"]
+    text = "\n".join(scan.hints(few, ["b", "c", "d"], 32))
+    assert "3 classes have fewer than 10 photos to train on, the fewest b: 10 are few" in text
 
 
-def test_the_verb_prints_the_report_and_writes_the_picture(photos, tmp_path, capsys):
+def test_the_command_prints_the_report_and_writes_the_picture(photos, tmp_path, capsys):
     out = tmp_path / "out"
     assert fledge.main(["preview", str(photos), "--out", str(out), "data.valid=0.5"]) == 0
-    said = capsys.readouterr().out
-    assert "2 classes, 16 photos" in said
-    assert "1 photo can't be read; training refuses more than 5%: mend them" in said
-    assert f"picture: {out / 'preview.png'}" in said
+    output = capsys.readouterr().out
+    assert "2 classes, 16 photos" in output
+    assert "1 photo can't be read; training refuses more than 5%: repair or remove them" in output
+    assert f"picture: {out / 'preview.png'}" in output
     assert (out / "preview.png").exists()
     assert fledge.main(["preview", str(photos), "--out", str(out), "data.vald=0.5"]) == 2
     assert "data.vald is unknown; did you mean 'valid'?" in capsys.readouterr().err
     assert fledge.main(["preview", str(tmp_path / "nowhere")]) == 2
 
 
-def test_the_verb_draws_an_augmentation(photos, tmp_path, capsys, monkeypatch):
-    asked = []
+def test_the_command_draws_an_augmentation(photos, tmp_path, capsys, monkeypatch):
+    calls = []
 
     def write(path, config, preprocess, presize, out, *, draws=24, seed=0):
-        asked.append((path, config, preprocess.size, presize, out, seed))
+        calls.append((path, config, preprocess.size, presize, out, seed))
 
     monkeypatch.setattr("training.preview.augmentation_sheet.write", write)
     words = ["preview", str(photos), "--augment", "--out", str(tmp_path / "out")]
@@ -263,46 +265,48 @@ def test_the_verb_draws_an_augmentation(photos, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'augment.png'}\n"
     first = load_dataset(str(photos), seed=5).train[0].path
     config = AugmentConfig(preset="top_down")
-    assert asked.pop() == (first, config, 64, 2, tmp_path / "out" / "augment.png", 5)
+    assert calls.pop() == (first, config, 64, 2, tmp_path / "out" / "augment.png", 5)
     recipe = tmp_path / "r.toml"
     recipe.write_text(preview.DEFAULTS + "[augment]\nmax_rotate = 33.0\n")
     mine = photos / "b" / "2.jpg"
     assert fledge.main([*words, "--photo", str(mine), "--recipe", str(recipe)]) == 0
-    assert asked[0][:2] == (mine, AugmentConfig(max_rotate=33.0))
+    assert calls[0][:2] == (mine, AugmentConfig(max_rotate=33.0))
 
 
-def test_hints_say_when_training_would_refuse(tmp_path):
-    fine = [look(saved(tmp_path / f"{i}.jpg", (60 + i, 50))) for i in range(38)]
+def test_hints_on_photos_that_training_refuses(tmp_path):
+    fine = [stats(save_photo(tmp_path / f"{i}.jpg", (60 + i, 50))) for i in range(38)]
     (tmp_path / "x.jpg").write_bytes(b"no photo")
-    held = look(saved(tmp_path / "held.jpg", (99, 90)), "valid")
-    broken, other = look(tmp_path / "x.jpg"), look(tmp_path / "x.jpg", "train", "b")
+    valid = stats(save_photo(tmp_path / "valid.jpg", (99, 90)), "valid")
+    broken, other = stats(tmp_path / "x.jpg"), stats(tmp_path / "x.jpg", "train", "b")
 
-    def told(*looks, classes=("a",)):
-        return "\n".join(scan.hints([*fine, *looks], classes, 32))
+    def text_of(*scanned, classes=("a",)):
+        return "\n".join(scan.hints([*fine, *scanned], classes, 32))
 
-    assert told(held, broken) == "1 photo can't be read; training leaves them out"
-    assert "2 photos can't be read; training leaves them out" in told(
-        held, broken, look(tmp_path / "x.jpg", "test")
+    assert text_of(valid, broken) == "1 photo can't be read; training leaves them out"
+    assert "2 photos can't be read; training leaves them out" in text_of(
+        valid, broken, stats(tmp_path / "x.jpg", "test")
     )  # training reads no test photos
-    assert "3 photos can't be read; training refuses more than 5%" in told(held, *[broken] * 3)
-    assert "b has no photo to train on that can be read" in told(held, other, classes=("a", "b"))
-    assert "no photo to validate on can be read" in told(look(tmp_path / "x.jpg", "valid"))
+    assert "3 photos can't be read; training refuses more than 5%" in text_of(valid, *[broken] * 3)
+    assert "b has no photo to train on that can be read" in text_of(
+        valid, other, classes=("a", "b")
+    )
+    assert "no photo to validate on can be read" in text_of(stats(tmp_path / "x.jpg", "valid"))
 
 
-def test_the_first_photo_that_can_be_read_is_drawn(photos, tmp_path, monkeypatch):
+def test_the_first_readable_photo_is_drawn(photos, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
         "training.preview.augmentation_sheet.write", lambda path, *_, **__: drawn.append(path)
     )
-    recipe = config.read_text(preview.DEFAULTS, "defaults", ["data.valid=0.01"])
+    recipe = load.read_text(preview.DEFAULTS, "defaults", ["data.valid=0.01"])
     first, second, *_ = (s.path for s in load_dataset(str(photos), config=recipe.data).train)
     first.write_bytes(b"no photo")
     preview.augmented(str(photos), recipe, tmp_path / "out")
     assert drawn == [second]
     with pytest.raises(DataError, match=r"--photo .*: no image that Fledge reads"):
         preview.augmented(str(photos), recipe, tmp_path / "out", photo=first)
-    with pytest.raises(DataError, match=r"^--photo .*gone\.jpg: No such file"):
-        preview.augmented(str(photos), recipe, tmp_path / "out", photo=tmp_path / "gone.jpg")
+    with pytest.raises(DataError, match=r"^--photo .*missing\.jpg: No such file"):
+        preview.augmented(str(photos), recipe, tmp_path / "out", photo=tmp_path / "missing.jpg")
     for path in photos.rglob("*.*"):
         path.write_bytes(b"no photo")
     with pytest.raises(DataError, match=r"none of the \d+ photos to train on"):
@@ -310,14 +314,14 @@ def test_the_first_photo_that_can_be_read_is_drawn(photos, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("more", [[], ["--augment"]])
-def test_a_file_is_no_place_for_the_picture(photos, tmp_path, monkeypatch, capsys, more):
-    monkeypatch.setattr(preview, "survey", None)  # refused before the work
-    monkeypatch.setattr(data, "load", None)
+def test_a_file_as_output_folder_is_refused(photos, tmp_path, monkeypatch, capsys, more):
+    monkeypatch.setattr(preview, "scan_photos", None)  # refused before reading photos
+    monkeypatch.setattr(preview, "load_dataset", None)
     out = tmp_path / "file"
     out.write_text("mine")
     assert fledge.main(["preview", str(photos), "--out", str(out), *more]) == 2
-    said = capsys.readouterr().err
-    assert said == f"fledge: --out {out}: {out} can't be written to; choose another\n"
+    error = capsys.readouterr().err
+    assert error == f"fledge: --out {out}: {out} can't be written to; choose another\n"
 
 
 def test_photo_without_augment_is_refused(photos, capsys):
@@ -326,7 +330,7 @@ def test_photo_without_augment_is_refused(photos, capsys):
     assert "has no effect without --augment" in capsys.readouterr().err
 
 
-def test_a_pipe_among_the_photos_is_one_that_can_not_be_read(photos):
+def test_a_pipe_among_the_photos_is_unreadable(photos):
     os.mkfifo(photos / "a" / "pipe.jpg")
-    found = scan.survey(load_dataset(str(photos)))
+    found = scan.scan_photos(load_dataset(str(photos)))
     assert [one.error for one in found if one.path.name == "pipe.jpg"] == ["no regular file"]
