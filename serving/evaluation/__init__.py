@@ -1,1 +1,1 @@
-"""Metrics of a score table against true labels."""
+"""Comparison of a table of scores with true labels."""

@@ -1,9 +1,9 @@
-"""`fledge evaluate-scores`: a table of scores against true labels. Needs no model and no torch.
+"""`fledge evaluate-scores`: compares a table of scores with true labels, without the model.
 
-    scores.read --paths--> TrueLabels, Order                    the first time through the table
-    scores.read --rows---> Tally --figures--> words, JSON, CSV  the second time
+    score_table.read --paths--> TrueLabels                                   first pass
+    score_table.read --rows---> StreamingMetrics --figures--> text, JSON, CSV  second pass
 
-A file's name can be trusted, and a label's place be known, when all rows were seen.
+Two passes, because labels may be matched by file name, which requires that the name is unique.
 """
 
 from __future__ import annotations
@@ -14,30 +14,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from serving.bundle import storage
 from serving.errors import DataError, OptionError, WorkError
 from serving.evaluation.score_table import read
 from serving.evaluation.streaming_metrics import BINS, ClassOrder, StreamingMetrics
 from serving.evaluation.true_labels import FolderLabels, LabelFile, TrueLabels
-from serving.scoring.table import csv_line
-from serving.utils.files import check_file, write_aside
+from serving.scoring.summary import read_classes, summary_path
+from serving.scoring.writers import csv_line
+from serving.utils.files import atomic_write, check_file
 
 _CLASSES: Final = 20
+"""Classes that are printed."""
 _CONFUSIONS: Final = 10
-_WIDEST: Final = 10_000
-"""Labels of a confusion matrix that is written; more of them are no labels."""
+"""Pairs of confused labels that are printed."""
+_WIDEST_MATRIX: Final = 10_000
+"""Largest number of labels of a confusion matrix; more are probably no labels."""
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is compared with what, and what is written.
+    """Source of the true labels, and the output files.
 
-    labels_from_folders: the name of the folder that an image lies in is its true label; else
-    labels: a CSV file of them, with
-    labels_column, path_column: "label" and "path" unless they are called otherwise.
-    bundle: tells the model's labels in order; without it they are learnt from the table.
-    json: takes all figures.
-    confusion: takes the confusion matrix as CSV, a row for each true label.
-    mistakes: takes the wrong answers as CSV, the surest first, at most `tally.MISTAKES`.
+    Attributes:
+        labels_from_folders: The true label is the name of the folder that contains the image.
+        labels: Otherwise a CSV file of true labels.
+        labels_column: Its column of labels; None: "label".
+        path_column: Its column of paths; None: "path".
+        bundle: The model, for its class names in order; None: from the table's summary.
+        json: File for all figures.
+        confusion: File for the confusion matrix as CSV, a row for each true label.
+        mistakes: File for the wrong answers as CSV, the most probable first, at most
+            `streaming_metrics.MISTAKES`.
     """
 
     labels_from_folders: bool = False
@@ -51,63 +58,68 @@ class EvaluationOptions:
 
 
 def evaluate(
-    scores: Path, options: EvaluationOptions, *, say: Callable[[str], None] = print
+    scores: Path, options: EvaluationOptions, *, log: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Tell how good a table of scores is, and return the figures as JSON has them.
+    """Compare a table of scores with true labels; returns the figures as JSON.
 
     Args:
         scores: A `.csv`, `.jsonl` or `.parquet` file of `fledge score`, or its folder of them.
-        options: As `Options`.
-        say: Takes what is to be told to people.
+        options: True labels and outputs.
+        log: Called with each line for the user.
 
     Raises:
         OptionError: An option that can't be used.
-        DataError: A table or labels that can't be read, or that have nothing in common.
+        DataError: A table or labels that can't be read, or that have no image in common.
         BundleError: No usable bundle.
-        WorkError: Not one row has an answer.
+        WorkError: No row has an answer.
     """
     _check_outputs(scores, options)
-    truths = _truths(options)
-    order = ClassOrder(_labels_of(options.bundle))
+    true_labels = _true_labels(options)
+    order = _class_order(scores, options.bundle)
     example = ""
-    for answer in read(scores):
-        truths.meet(answer.path)
-        order.learn(answer)
-        example = example or answer.path
-    tally = StreamingMetrics(order)
-    for answer in read(scores):
-        tally.add(answer, truths.of(answer.path))
-    if not tally.rows:
+    for row in read(scores):
+        true_labels.register(row.path)
+        example = example or row.path
+    metrics = StreamingMetrics(order)
+    for row in read(scores):
+        metrics.add(row, true_labels.label_of(row.path))
+    if not metrics.rows:
         raise DataError(f"{scores}: there is no row in it; score some images first")
-    if tally.rows == tally.errors.total():
+    if metrics.rows == metrics.errors.total():
         raise WorkError(
-            f"{scores}: not one of {tally.rows} rows has an answer: {_counts(tally.errors)}"
+            f"{scores}: not one of {metrics.rows} rows has an answer: {_counts(metrics.errors)}"
         )
-    if not tally.confusion:
-        raise DataError(f"{scores}: no answer has a true label; {truths.why_none(example)}")
-    if options.confusion and len(_names(tally)) > _WIDEST:
+    if not metrics.confusion:
+        reason = true_labels.no_match_message(example)
+        raise DataError(f"{scores}: no answer has a true label; {reason}")
+    if options.confusion and len(_names(metrics)) > _WIDEST_MATRIX:
         raise OptionError(
-            f"--confusion {options.confusion}: {len(_names(tally))} labels are too many for a "
+            f"--confusion {options.confusion}: {len(_names(metrics))} labels are too many for a "
             "matrix; --json lists the pairs that occur"
         )
-    figures = {"scores": str(scores)} | tally.figures() | truths.notes()
+    figures = {"scores": str(scores)} | metrics.figures() | true_labels.match_counts()
     for line in describe(figures):
-        say(line.encode("utf-8", "backslashreplace").decode())  # a path may be no UTF-8
+        log(line.encode("utf-8", "backslashreplace").decode())  # a path may not be UTF-8
+    if not order.known:
+        log(
+            f"  class order unknown: {summary_path(scores)} is missing or has no classes; figures "
+            "that need it are left out: add --bundle BUNDLE"
+        )
     for path, lines in (
         (options.json, [json.dumps(figures, indent=2), "\n"]),
-        (options.confusion, _matrix(tally)),
-        (options.mistakes, _mistakes(tally)),
+        (options.confusion, _matrix(metrics)),
+        (options.mistakes, _mistakes(metrics)),
     ):
         if path is not None:
             _write(path, lines)
-            say(f"wrote {path}")
+            log(f"wrote {path}")
     return figures
 
 
 def describe(figures: Mapping[str, Any]) -> Iterator[str]:
-    """The figures for a person: lines of a name and what it has to say."""
+    """The figures as lines of text."""
     rows, answers, evaluated = (figures[name] for name in ("rows", "answers", "evaluated"))
-    yield f"{figures['scores']}: {_rows(rows)}, {answers} with an answer, {evaluated} judged"
+    yield f"{figures['scores']}: {_rows(rows)}, {answers} with an answer, {evaluated} evaluated"
     named = {
         "accuracy": _accuracy(figures),
         "top-5": [] if figures["top_5"] is None else [f"{figures['top_5']:.1%}"],
@@ -138,13 +150,13 @@ def describe(figures: Mapping[str, Any]) -> Iterator[str]:
             _CONFUSIONS,
         ),
     }
-    for name, said in named.items():
-        for number, line in enumerate(said):
+    for name, lines in named.items():
+        for number, line in enumerate(lines):
             yield f"  {'' if number else name:<13}{line}"
 
 
 def _accuracy(figures: Mapping[str, Any]) -> list[str]:
-    def told(found: Mapping[str, Any]) -> str:
+    def text(found: Mapping[str, Any]) -> str:
         low, high = found["interval"]
         return (
             f"{found['value']:.1%}, {found['right']} of {found['rows']} right; "
@@ -152,8 +164,8 @@ def _accuracy(figures: Mapping[str, Any]) -> list[str]:
         )
 
     plain, strict = figures["accuracy"], figures["accuracy_errors_as_wrong"]
-    more = [] if strict["rows"] == plain["rows"] else [f"{told(strict)}, counting errors as wrong"]
-    return [told(plain), *more]
+    more = [] if strict["rows"] == plain["rows"] else [f"{text(strict)}, counting errors as wrong"]
+    return [text(plain), *more]
 
 
 def _log_loss(figures: Mapping[str, Any]) -> list[str]:
@@ -165,8 +177,8 @@ def _log_loss(figures: Mapping[str, Any]) -> list[str]:
         lines[0] += f", over {_rows(loss['rows'])} whose true label the model has"
     if loss["at_least"]:
         lines.append(
-            f"of {_rows(loss['bounded_rows'])} only a bound is known; `fledge score "
-            "--probabilities`, and --bundle here, tell it exactly"
+            f"only a bound is known for {_rows(loss['bounded_rows'])}; exact with `fledge score "
+            "--probabilities` and the class order"
         )
     return lines
 
@@ -188,13 +200,13 @@ def _labels(figures: Mapping[str, Any]) -> list[str]:
         lines.append(f"{_rows(figures['by_file_name'])} found by the name of the file alone")
     if figures["ambiguous_file_name"]:
         lines.append(
-            f"{_rows(figures['ambiguous_file_name'])} not found by it, as several files have that "
-            "name; write the paths as in the table"
+            f"{_rows(figures['ambiguous_file_name'])} without a true label, as several files "
+            "have that name; write the paths as in the table"
         )
     if figures["unknown_labels"]:
-        who = "the model has" if figures["unknown_to"] == "model" else "answers name"
+        known = "the model's classes" if figures["unknown_to"] == "model" else "the answers"
         unknown = _counts(figures["unknown_labels"])
-        lines.append(f"not among those that {who}, and counted as wrong: {unknown}")
+        lines.append(f"not among {known}, and counted as wrong: {unknown}")
     return lines
 
 
@@ -202,7 +214,7 @@ def _table(rows: list[tuple[str, str]], most: int) -> list[str]:
     shown = rows[:most]
     width = max((len(name) for name, _ in shown), default=0)
     more = [f"and {len(rows) - most} more"] if len(rows) > most else []
-    return [f"{name:<{width}} {said}" for name, said in shown] + more
+    return [f"{name:<{width}} {text}" for name, text in shown] + more
 
 
 def _counts(counts: Mapping[str, int], most: int = 10) -> str:
@@ -219,25 +231,25 @@ def _shown(label: str) -> str:
 
 
 def _check_outputs(scores: Path, options: EvaluationOptions) -> None:
-    taken = {scores.resolve(): "the table"}
+    used = {scores.resolve(): "the table"}
     if options.labels is not None:
-        taken[options.labels.resolve()] = "--labels"
+        used[options.labels.resolve()] = "--labels"
     for name in ("json", "confusion", "mistakes"):
         path: Path | None = getattr(options, name)
         if path is None:
             continue
         check_file(path, f"--{name}")
-        if path.resolve() in taken:
-            raise OptionError(f"--{name} {path}: that is {taken[path.resolve()]}; name another")
-        taken[path.resolve()] = f"--{name}"
+        if path.resolve() in used:
+            raise OptionError(f"--{name} {path}: that is {used[path.resolve()]}; name another")
+        used[path.resolve()] = f"--{name}"
 
 
-def _truths(options: EvaluationOptions) -> TrueLabels:
+def _true_labels(options: EvaluationOptions) -> TrueLabels:
     columns = {"--labels-column": options.labels_column, "--path-column": options.path_column}
     if (options.labels is None) != options.labels_from_folders:
         raise OptionError(
-            "say where the true labels are: either --labels FILE, a CSV with the columns path and "
-            "label, or --labels-from-folders"
+            "the true labels are missing: give either --labels FILE, a CSV with the columns path "
+            "and label, or --labels-from-folders"
         )
     if options.labels is not None:
         return LabelFile(options.labels, *columns.values())
@@ -247,34 +259,33 @@ def _truths(options: EvaluationOptions) -> TrueLabels:
     return FolderLabels()
 
 
-def _labels_of(bundle: Path | None) -> tuple[str, ...] | None:
-    if bundle is None:
-        return None
-    from serving.bundle import storage as bundles
-
-    return bundles.read(bundle).manifest.labels
-
-
-def _names(tally: StreamingMetrics) -> list[str]:
-    return sorted({label for pair in tally.confusion for label in pair})
+def _class_order(scores: Path, bundle: Path | None) -> ClassOrder:
+    """The class names of the bundle, else of the summary beside the table, else none."""
+    if bundle is not None:
+        return ClassOrder(storage.read(bundle).manifest.labels, f"--bundle {bundle}")
+    return ClassOrder(read_classes(scores), str(summary_path(scores)))
 
 
-def _matrix(tally: StreamingMetrics) -> Iterator[str]:
-    names = _names(tally)
+def _names(metrics: StreamingMetrics) -> list[str]:
+    return sorted({label for pair in metrics.confusion for label in pair})
+
+
+def _matrix(metrics: StreamingMetrics) -> Iterator[str]:
+    names = _names(metrics)
     yield csv_line(["label", *names])
     for label in names:
-        yield csv_line([label, *(tally.confusion[label, said] for said in names)])
+        yield csv_line([label, *(metrics.confusion[label, said] for said in names)])
 
 
-def _mistakes(tally: StreamingMetrics) -> Iterator[str]:
+def _mistakes(metrics: StreamingMetrics) -> Iterator[str]:
     yield csv_line(["path", "truth", "label", "probability"])
-    for probability, _, path, truth, label in sorted(tally.mistakes, reverse=True):
+    for probability, _, path, truth, label in sorted(metrics.mistakes, reverse=True):
         yield csv_line([path, truth, label, probability])
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
     with (
-        write_aside(path) as aside,
-        aside.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        atomic_write(path) as partial,
+        partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         file.writelines(lines)

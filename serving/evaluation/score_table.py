@@ -1,6 +1,6 @@
-"""What `fledge score` wrote, read again row by row.
+"""Reader of tables of scores: streams the rows of CSV, JSON lines and Parquet.
 
-A table is streamed, never held. What costs time to parse is parsed when it is asked for.
+The columns `top_k` and `probabilities` are parsed only when they are used.
 """
 
 from __future__ import annotations
@@ -17,23 +17,28 @@ import numpy as np
 
 from serving.errors import DataError, OptionError
 from serving.imaging.tta import Probabilities
-from serving.scoring import table_folder
+from serving.scoring.table_folder import part_files
 from serving.utils.optional_packages import require
 
-_NEEDED: Final = ("path", "status", "label", "probability")
-_COLUMNS: Final = (*_NEEDED, "confident", "top_k", "error", "probabilities")
-_LONGEST: Final = 2**27
-"""Characters of one CSV field: probabilities of very many classes are long."""
+_REQUIRED: Final = ("path", "status", "label", "probability")
+_COLUMNS: Final = (*_REQUIRED, "confident", "top_k", "error", "probabilities")
+_LONGEST_FIELD: Final = 2**27
+"""Characters of the longest CSV field: the probabilities of very many classes."""
 _ONE: Final = 1 + 1e-6
-"""A mean over views may be rounded to a little more than 1."""
+"""Largest probability: rounding can make a mean over views slightly more than 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedRow:
     """A row of a table of scores.
 
-    where: file and line, for errors. code: of its error; None where it has an answer.
-    label, probability: said of the image; confident: None where the bundle has no threshold.
+    Attributes:
+        where: File and line, for error messages.
+        path: The scored input.
+        code: Error code; None if the row has an answer.
+        label: The predicted label.
+        probability: Of `label`.
+        confident: None if the bundle has no threshold.
     """
 
     where: str
@@ -46,7 +51,7 @@ class ParsedRow:
     _probabilities: Any = None
 
     def top_k(self) -> tuple[tuple[str, float], ...]:
-        """(label, probability), best first; the best alone where the table has no such column."""
+        """(label, probability), most probable first; only `label` if the table lacks the column."""
         listed = _parsed(self._top_k, self.where, "top_k")
         if not listed:
             return ((self.label, self.probability),)
@@ -55,33 +60,35 @@ class ParsedRow:
                 (item["label"], item["probability"]) if isinstance(item, dict) else item
                 for item in listed
             ]
-            return tuple((str(label), share(value, self.where)) for label, value in pairs)
+            return tuple(
+                (str(label), parse_probability(value, self.where)) for label, value in pairs
+            )
         except (KeyError, TypeError, ValueError):
             raise DataError(f"{self.where}: top_k is no list of labels and probabilities") from None
 
     def probabilities(self) -> Probabilities | None:
-        """Of every class in the order of the model's labels, float64 [C]; None where not told."""
+        """Of all classes, in the model's order, float64 [C]; None if the table lacks the column."""
         listed = _parsed(self._probabilities, self.where, "probabilities")
         if listed is None:
             return None
         try:
-            every = np.asarray(listed, np.float64)
+            values = np.asarray(listed, np.float64)
         except (TypeError, ValueError):
-            every = np.empty(0)
-        if every.ndim != 1 or not every.size or not ((every >= 0) & (every <= _ONE)).all():
+            values = np.empty(0)
+        if values.ndim != 1 or not values.size or not ((values >= 0) & (values <= _ONE)).all():
             raise DataError(f"{self.where}: probabilities is no list of numbers from 0 to 1")
-        return np.minimum(every, 1)
+        return np.minimum(values, 1)
 
 
 def read(path: Path) -> Iterator[ParsedRow]:
-    """The rows of a table, in order; of a folder of Parquet files, too.
+    """The rows of a table in order; the table may be a folder of Parquet files.
 
     Raises:
-        OptionError: A suffix that no table has; Parquet without pyarrow.
-        DataError: It is not there or torn, or it is no table of scores; names the line.
+        OptionError: An unknown suffix; Parquet without pyarrow.
+        DataError: The table is missing or incomplete, or is no table of scores; names the line.
     """
-    if path.is_dir() and table_folder.files(path):
-        for part in table_folder.files(path):
+    if path.is_dir() and part_files(path):
+        for part in part_files(path):
             yield from read(part)
         return
     reader = _READERS.get(path.suffix.lower())
@@ -89,15 +96,15 @@ def read(path: Path) -> Iterator[ParsedRow]:
         raise OptionError(f"{path}: no table of scores; use one in {', '.join(_READERS)}")
     try:
         for where, values in reader(path):
-            yield _answer(f"{path}, {where}", values)
+            yield _row(f"{path}, {where}", values)
     except FileNotFoundError:
         raise DataError(f"{path}: not there; make one with `fledge score`") from None
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
 
 
-def _answer(where: str, values: Mapping[str, Any]) -> ParsedRow:
-    for column in _NEEDED:
+def _row(where: str, values: Mapping[str, Any]) -> ParsedRow:
+    for column in _REQUIRED:
         if column not in values:
             have = ", ".join(map(repr, values)) or "none"
             raise DataError(f"{where}: no column {column!r} among {have}; see `fledge score`")
@@ -113,18 +120,18 @@ def _answer(where: str, values: Mapping[str, Any]) -> ParsedRow:
         str(path),
         None,
         str(label),
-        share(values["probability"], where),
+        parse_probability(values["probability"], where),
         {"true": True, "false": False}.get(str(values.get("confident")).lower()),
         values.get("top_k"),
         values.get("probabilities"),
     )
 
 
-def share(value: Any, where: str) -> float:
-    """A probability.
+def parse_probability(value: Any, where: str) -> float:
+    """Parse a probability, at most 1.
 
     Raises:
-        DataError: It is none.
+        DataError: It is no number from 0 to 1.
     """
     try:
         number = float(value)
@@ -145,18 +152,18 @@ def _parsed(value: Any, where: str, column: str) -> Any:
 
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
-"""(line, values by column)."""
+"""(line, column -> value)."""
 
 
 def csv_rows(path: Path) -> Rows:
-    """The rows of a CSV file with a line of column names.
+    """The rows of a CSV file whose first line names the columns.
 
     Raises:
-        DataError: A line with fewer or more fields; quotes that do not close.
+        DataError: A line with fewer or more fields; an unclosed quote.
         OSError: It can't be read.
     """
-    csv.field_size_limit(_LONGEST)
-    # utf-8-sig: spreadsheets write a byte-order mark. Names that are not UTF-8 come as they went.
+    csv.field_size_limit(_LONGEST_FIELD)
+    # utf-8-sig: spreadsheets write a byte-order mark. surrogateescape: as the table was written.
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.reader(file, strict=True)
         try:
@@ -183,7 +190,7 @@ def _json_rows(path: Path) -> Rows:
                 continue
             try:
                 values = json.loads(line)
-            except ValueError as error:  # no UTF-8 is one, too
+            except ValueError as error:  # also invalid UTF-8
                 raise DataError(
                     f"{path}, line {number}: no JSON: {error}; is the file whole?"
                 ) from None
@@ -203,7 +210,7 @@ def _parquet_rows(path: Path) -> Rows:
                 for number, values in enumerate(batch.to_pylist(), done + 1):
                     yield f"row {number}", values
                 done += len(batch)
-    except ValueError as error:  # all of pyarrow's that are no OSError
+    except ValueError as error:  # base of pyarrow's errors that are no OSError
         raise DataError(f"{path}: no Parquet file that can be read: {error}") from error
 
 

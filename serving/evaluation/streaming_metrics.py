@@ -1,7 +1,9 @@
-"""Scored rows against their true labels, counted one by one, and the figures that follow.
+"""Accuracy, log loss, calibration and confusions of scored rows, accumulated row by row.
 
-A true label that is not in a row's `top_k` has at most the least of the probabilities there, and at
-most what they leave of 1. So without the column `probabilities` a log loss may be a lower bound.
+The log loss is exact for a row with the probability of its true label: in the column
+`probabilities`, if the order of the classes is known, or in `top_k`. For another row the
+probability is at most the smallest one in `top_k`, and at most 1 minus their sum, so the log loss
+is a lower bound.
 """
 
 from __future__ import annotations
@@ -20,165 +22,170 @@ from serving.evaluation.score_table import ParsedRow
 from serving.imaging.tta import Probabilities
 
 SMALLEST: Final = 1e-12
-"""Probabilities below count as this, so that a loss is finite; in training, too."""
+"""Smaller probabilities are raised to this, so that a loss is finite; also in training."""
 MISTAKES: Final = 1000
+"""Number of mistakes that are kept, the most probable ones."""
 BINS: Final = 15
 _EDGES: Final = [number / BINS for number in range(BINS + 1)]
 _TOP: Final = 5
-_WHOLE: Final = 1 - 1e-9
 
 
 class ClassOrder:
-    """Which label has which of the column `probabilities`.
+    """The model's class names, in the order of the column `probabilities`.
 
-    From the bundle; else learnt from `top_k`, whose probabilities are found again among them.
+    Attributes:
+        places: Class name -> index; empty if the order is not known.
+        count: Number of classes; None if it is not known (yet).
     """
 
-    def __init__(self, labels: Sequence[str] | None = None) -> None:
-        """`labels`: the bundle's, where there is one."""
+    def __init__(self, labels: Sequence[str] | None = None, source: str = "") -> None:
+        """Take the names.
+
+        Args:
+            labels: In order; None if they are not known.
+            source: Where they are from, for error messages.
+        """
         self.places = {label: place for place, label in enumerate(labels or ())}
-        self.classes = len(labels) if labels else None
+        self.count = len(labels) if labels else None
+        self._source = source
 
     @property
-    def complete(self) -> bool:
-        """Whether all labels are known."""
-        return len(self.places) == self.classes
+    def known(self) -> bool:
+        return bool(self.places)
 
-    def learn(self, answer: ParsedRow) -> None:
-        """Take one row's evidence, before the first is judged."""
-        every = None if answer.code or self.complete else answer.probabilities()
-        if every is None:
-            return
-        self.classes = self.classes or len(every)
-        self.check(answer, every)
-        for label, probability in answer.top_k():
-            if label not in self.places:
-                found = np.flatnonzero(every == probability)
-                if len(found) == 1:  # where several are equal, another row may tell
-                    self.places[label] = int(found[0])
-
-    def check(self, answer: ParsedRow, every: Probabilities | None) -> None:
-        """Refuse an answer of another model.
+    def check(self, row: ParsedRow, probabilities: Probabilities | None) -> None:
+        """Check that a row is an answer of this model.
 
         Raises:
-            DataError: Its label or its probabilities are none of this one's.
+            DataError: Its label, or its probabilities, contradict the order of the classes.
         """
-        place, wrong = self.places.get(answer.label), ""
-        if self.complete and place is None:
-            wrong = f"the model has no label {answer.label!r}"
-        elif every is not None and len(every) != self.classes:
-            wrong = f"{len(every)} probabilities of {self.classes} classes"
-        elif every is not None and place is not None and every[place] != answer.probability:
-            wrong = f"probabilities has another than {answer.probability} for {answer.label!r}"
+        if self.count is None and probabilities is not None:
+            self.count = len(probabilities)
+        place, wrong = self.places.get(row.label), ""
+        if self.known and place is None:
+            wrong = f"the model has no label {row.label!r}"
+        elif probabilities is not None and len(probabilities) != self.count:
+            wrong = f"{len(probabilities)} probabilities of {self.count} classes"
+        elif probabilities is not None and place is not None:
+            matches = probabilities[place] == row.probability
+            other = f"probabilities has another than {row.probability} for {row.label!r}"
+            wrong = "" if matches else other
         if wrong:
-            raise DataError(f"{answer.where}: {wrong}; evaluate the rows of each model alone")
-
-    def at_most(self, every: Probabilities) -> float:
-        """The largest probability that a label which is not known can have."""
-        return float(np.delete(every, list(self.places.values())).max(initial=0))
+            source = f" (class names from {self._source})" if self._source else ""
+            raise DataError(
+                f"{row.where}: {wrong}{source}; evaluate the rows of each model separately, "
+                "with its --bundle"
+            )
 
 
 class StreamingMetrics:
-    """Figures of the rows so far; its size does not grow with their number."""
+    """Figures of the rows so far, in memory that does not grow with the number of rows.
+
+    Attributes:
+        rows: Number of rows.
+        errors: Error code -> rows.
+        errors_with_label: Rows with an error and a true label.
+        without_label: Rows with an answer and no true label.
+        confident: (confident, right) -> rows.
+        confusion: (true label, predicted label) -> rows.
+        bins: For each bin of probability: rows, right ones, sum of probabilities.
+        losses: True label -> sum of losses, rows, rows of which only a bound is known.
+        top: Whether the true label is among the first five -> rows; None if it is not known.
+        mistakes: Heap of (probability, -row, path, true label, predicted label).
+        named: Labels in `top_k` of any row.
+    """
 
     def __init__(self, order: ClassOrder) -> None:
-        """Nothing yet."""
         self.order = order
         self.rows = self.errors_with_label = self.without_label = 0
         self.errors, self.confident = Counter[str](), Counter[tuple[bool, bool]]()
         self.confusion = Counter[tuple[str, str]]()
-        # of each bin of probability: rows, right ones, sum of probabilities
         self.bins: list[list[float]] = [[0, 0, 0.0] for _ in range(BINS)]
-        # of each true label: sum, rows, those of which only a bound is known
         self.losses: dict[str, list[float]] = defaultdict(lambda: [0.0, 0, 0])
         self.top: Counter[bool | None] = Counter()
         self.mistakes: list[tuple[float, int, str, str, str]] = []
         self.named: set[str] = set()
-        self._listed: set[str] | None = None  # the labels of every top_k, while they are the same
 
-    def add(self, answer: ParsedRow, truth: str | None) -> None:
-        """One more row; `truth` is its true label, where it is known."""
+    def add(self, row: ParsedRow, truth: str | None) -> None:
+        """Add a row; `truth` is its true label, None if that is not known.
+
+        Raises:
+            DataError: As `ClassOrder.check`.
+        """
         self.rows += 1
-        if answer.code is not None:
-            self.errors[answer.code] += 1
+        if row.code is not None:
+            self.errors[row.code] += 1
             self.errors_with_label += truth is not None
             return
-        every, top_k = answer.probabilities(), dict(answer.top_k())
-        self.order.check(answer, every)
-        self._name(top_k)
+        probabilities, top_k = row.probabilities(), dict(row.top_k())
+        self.order.check(row, probabilities)
+        self.named.update(top_k)
         if truth is None:
             self.without_label += 1
             return
-        right = answer.label == truth
-        self.confusion[truth, answer.label] += 1
-        if answer.confident is not None:
-            self.confident[answer.confident, right] += 1
-        place = min(max(bisect_left(_EDGES, answer.probability) - 1, 0), BINS - 1)
-        for index, value in enumerate((1, right, answer.probability)):
+        right = row.label == truth
+        self.confusion[truth, row.label] += 1
+        if row.confident is not None:
+            self.confident[row.confident, right] += 1
+        place = min(max(bisect_left(_EDGES, row.probability) - 1, 0), BINS - 1)
+        for index, value in enumerate((1, right, row.probability)):
             self.bins[place][index] += value
-        self._lose(truth, top_k, every)
+        self._add_loss(truth, top_k, probabilities)
         if not right:
-            item = (answer.probability, -self.rows, answer.path, truth, answer.label)
+            item = (row.probability, -self.rows, row.path, truth, row.label)
             heapq.heappush(self.mistakes, item)
             if len(self.mistakes) > MISTAKES:
                 heapq.heappop(self.mistakes)
 
-    @property
-    def labels(self) -> set[str] | None:
-        """All labels of the model; None where the table does not tell."""
-        return set(self.order.places) if self.order.complete else self._listed or None
-
-    def _name(self, top_k: dict[str, float]) -> None:
-        """Learn the model's labels: all, if every row lists the same ones and they sum to 1."""
-        self.named.update(top_k)
-        whole = sum(top_k.values()) > _WHOLE
-        if self._listed is None:
-            self._listed = set(top_k) if whole else set()
-        elif not whole or self._listed != top_k.keys():
-            self._listed = set()
-
-    def _lose(self, truth: str, top_k: dict[str, float], every: Probabilities | None) -> None:
-        """Add the loss, or the least that it can be; and whether the label is among the first."""
+    def _add_loss(
+        self, truth: str, top_k: dict[str, float], probabilities: Probabilities | None
+    ) -> None:
+        """Add the loss or its lower bound, and whether the true label is among the first five."""
         place, bound = self.order.places.get(truth), False
         first: bool | None
-        if every is not None and place is not None:
-            own = float(every[place])
-            before = np.count_nonzero(every > own) + np.count_nonzero(every[:place] == own)
+        if probabilities is not None and place is not None:
+            own = float(probabilities[place])
+            before = np.count_nonzero(probabilities > own)
+            before += np.count_nonzero(probabilities[:place] == own)
             first = bool(before < _TOP)
         elif truth in top_k:
             own, first = top_k[truth], list(top_k).index(truth) < _TOP
         else:
             own, bound = min(min(top_k.values()), 1 - sum(top_k.values())), True
-            own = own if every is None else min(own, self.order.at_most(every))
-            first = False if len(top_k) >= _TOP or self.order.complete else None
+            not_a_class = self.order.known and place is None
+            first = False if len(top_k) >= _TOP or not_a_class else None
         self.top[first] += 1
         loss = -math.log(max(own, SMALLEST))
         for index, value in enumerate((loss, 1, bound)):
             self.losses[truth][index] += value
 
     def figures(self) -> dict[str, Any]:
-        """All that is known, as JSON. Needs a row that has an answer and a true label."""
-        photos = self.confusion.total()
+        """All figures, as JSON. Needs at least one row with an answer and a true label.
+
+        A true label that the model does not have counts as a wrong answer, and is left out of the
+        log loss. If the class names are not known, "unknown_labels" are those that no answer names.
+        """
+        evaluated = self.confusion.total()
         right = sum(rows for (truth, said), rows in self.confusion.items() if truth == said)
-        truths, has = Counter[str](), self.labels
+        truths = Counter[str]()
         for (truth, _), rows in self.confusion.items():
             truths[truth] += rows
-        known = self.named if has is None else has
+        known: Container[str] = self.order.places if self.order.known else self.named
         unknown = {label: rows for label, rows in truths.most_common() if label not in known}
-        with_errors = photos + self.errors_with_label
+        with_errors = evaluated + self.errors_with_label
         return {
             "rows": self.rows,
             "answers": self.rows - self.errors.total(),
-            "evaluated": photos,
+            "evaluated": evaluated,
             "errors": dict(self.errors.most_common()),
             "without_label": self.without_label,
             "unknown_labels": unknown,
-            "unknown_to": "answers" if has is None else "model",
+            "unknown_to": "model" if self.order.known else "answers",
             "accuracy": {
-                "value": right / photos,
-                "interval": interval(right, photos),
+                "value": right / evaluated,
+                "interval": interval(right, evaluated),
                 "right": right,
-                "rows": photos,
+                "rows": evaluated,
             },
             "accuracy_errors_as_wrong": {
                 "value": right / with_errors,
@@ -186,9 +193,9 @@ class StreamingMetrics:
                 "right": right,
                 "rows": with_errors,
             },
-            "top_5": self._top_5(photos),
-            "log_loss": self._log_loss(unknown if has is not None else ()),
-            "calibration": self._calibration(photos),
+            "top_5": self._top_5(evaluated),
+            "log_loss": self._log_loss(unknown if self.order.known else ()),
+            "calibration": self._calibration(evaluated),
             "confident": self._confident(),
             "classes": self._classes(truths),
             "confusion": [
@@ -199,18 +206,17 @@ class StreamingMetrics:
             ],
         }
 
-    def _top_5(self, photos: int) -> float | None:
-        """None where the rows don't tell, or the model has no more labels."""
-        classes = self.order.classes or len(self.labels or ())
-        if self.top[None] or 0 < classes <= _TOP:
+    def _top_5(self, evaluated: int) -> float | None:
+        """None if it is not known for every row, or the model has at most five classes."""
+        if self.top[None] or 0 < (self.order.count or 0) <= _TOP:
             return None
-        return self.top[True] / photos
+        return self.top[True] / evaluated
 
-    def _log_loss(self, without: Container[str]) -> dict[str, Any] | None:
-        kept = [sums for label, sums in self.losses.items() if label not in without]
-        if not kept:
+    def _log_loss(self, left_out: Container[str]) -> dict[str, Any] | None:
+        sums = [values for label, values in self.losses.items() if label not in left_out]
+        if not sums:
             return None
-        total, rows, bounds = map(sum, zip(*kept, strict=True))
+        total, rows, bounds = map(sum, zip(*sums, strict=True))
         return {
             "value": total / rows,
             "at_least": bool(bounds),
@@ -218,11 +224,11 @@ class StreamingMetrics:
             "bounded_rows": int(bounds),
         }
 
-    def _calibration(self, photos: int) -> dict[str, Any]:
+    def _calibration(self, evaluated: int) -> dict[str, Any]:
         """Expected calibration error (Guo et al., 2017): bins of equal width, closed above."""
         return {
-            "error": sum(abs(right - total) for _, right, total in self.bins) / photos,
-            "rows": photos,
+            "error": sum(abs(right - total) for _, right, total in self.bins) / evaluated,
+            "rows": evaluated,
             "bins": [
                 {
                     "above": low,
@@ -236,16 +242,21 @@ class StreamingMetrics:
 
     def _confident(self) -> dict[str, Any] | None:
         rows, right = self.confident.total(), self.confident[True, True]
-        sure = right + self.confident[True, False]
+        confident = right + self.confident[True, False]
         if not rows:
             return None
-        precision = right / sure if sure else None
-        return {"coverage": sure / rows, "precision": precision, "rows": sure, "of": rows}
+        precision = right / confident if confident else None
+        return {
+            "coverage": confident / rows,
+            "precision": precision,
+            "rows": confident,
+            "of": rows,
+        }
 
     def _classes(self, truths: Counter[str]) -> list[dict[str, Any]]:
-        """Each true label, worst first."""
+        """Accuracy of each true label, lowest first."""
         hits = {label: self.confusion[label, label] for label in truths}
-        worst = sorted(
+        worst_first = sorted(
             truths, key=lambda label: (hits[label] / truths[label], -truths[label], label)
         )
         return [
@@ -255,14 +266,14 @@ class StreamingMetrics:
                 "right": hits[label],
                 "accuracy": hits[label] / truths[label],
             }
-            for label in worst
+            for label in worst_first
         ]
 
 
 def interval(right: int, rows: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share, of 95 % unless `z` says otherwise (Wilson, 1927)."""
+    """Wilson's score interval of a proportion (Wilson, 1927); 95 % with the default `z`."""
     share, z2 = right / rows, z * z
     middle = (share + z2 / (2 * rows)) / (1 + z2 / rows)
     half = z / (1 + z2 / rows) * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows**2))
-    # The share is always inside; rounding may say otherwise at 0 and 1.
+    # The proportion lies within the interval; rounding could exclude it at 0 and 1.
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))

@@ -1,4 +1,4 @@
-"""True labels of the images of a table of scores: by the folder they lie in, or from a CSV file."""
+"""True labels of the images in a table of scores: from their folders, or from a CSV file."""
 
 from __future__ import annotations
 
@@ -10,64 +10,67 @@ from typing import Final, Protocol
 from serving.errors import DataError
 from serving.evaluation.score_table import csv_rows
 
-# As serving.inputs.tar names members: a.tar::cat/1.jpg, and a.tar::2::cat/1.jpg for the second one.
+# Names of members as in serving.inputs.tar: a.tar::cat/1.jpg, a.tar::2::cat/1.jpg.
 _ARCHIVE: Final = re.compile(r"\.(?:tar|tar\.\w+|t(?:gz|bz2|xz|zst))::(?:[0-9]+::)?", re.IGNORECASE)
 
 
 class TrueLabels(Protocol):
-    """Tells the true label of an image."""
+    """Gives the true label of an image."""
 
-    def meet(self, path: str) -> None:
-        """Hear of every row's path, before the first label is asked for."""
+    def register(self, path: str) -> None:
+        """Register a row's path; called for every row before the first `label_of`."""
         ...
 
-    def of(self, path: str) -> str | None:
-        """The true label; None where it is not known."""
+    def label_of(self, path: str) -> str | None:
+        """The true label; None if it is not known."""
         ...
 
-    def notes(self) -> dict[str, int]:
-        """How rows were matched where not by their path: what -> rows."""
+    def match_counts(self) -> dict[str, int]:
+        """Numbers of rows that were matched otherwise than by their path, for the figures."""
         ...
 
-    def why_none(self, example: str) -> str:
-        """What to do where no row has a label; `example` is a row's path."""
+    def no_match_message(self, example: str) -> str:
+        """The error text if no row has a true label; `example` is a row's path."""
         ...
 
 
 class FolderLabels:
-    """The label is the name of the folder that the image lies in, here or within its archive."""
+    """The label is the name of the folder that contains the image, also within an archive."""
 
-    def meet(self, path: str) -> None:
-        """Nothing to learn."""
+    def register(self, path: str) -> None:
+        pass
 
-    def of(self, path: str) -> str | None:
-        """The last folder of the path."""
+    def label_of(self, path: str) -> str | None:
         folder = _inside(path).rpartition("/")[0].rstrip("/").rpartition("/")[2]
         return None if folder in ("", ".", "..") else folder
 
-    def notes(self) -> dict[str, int]:
-        """All are matched by their path."""
+    def match_counts(self) -> dict[str, int]:
         return {"by_file_name": 0, "ambiguous_file_name": 0}
 
-    def why_none(self, example: str) -> str:
-        """The paths have no folders."""
+    def no_match_message(self, example: str) -> str:
         return f"--labels-from-folders: {example!r} lies in no folder; use --labels FILE"
 
 
 class LabelFile:
-    """Labels from a CSV file with a column of paths and one of labels.
+    """Labels from a CSV file with a column of paths and a column of labels.
 
-    An image has the label of its own path; where that is not there, of the only path with its
-    file's name, unless that path is another row's or several images could claim it.
+    An image is matched by its path; if the file lacks it, by its file name. That requires that only
+    one path of the file has the name, that this path is not in the table itself, and that no other
+    image of the table would be matched by the same name.
     """
 
     def __init__(
         self, path: Path, column: str | None = None, path_column: str | None = None
     ) -> None:
-        """Read the file; the columns are called "label" and "path" where not given.
+        """Read the file.
+
+        Args:
+            path: The file.
+            column: Of the labels; default "label".
+            path_column: Of the paths; default "path".
 
         Raises:
-            DataError: It is not there or torn, lacks a column, or gives a path two labels.
+            DataError: It is missing or incomplete, lacks a column, or has two labels for a path.
         """
         self._file = path
         column, path_column = column or "label", path_column or "path"
@@ -91,10 +94,10 @@ class LabelFile:
             ) from error
         if not self._places:
             raise DataError(f"--labels {path}: no labels in it; write lines of path,label")
-        self._met = bytearray(len(self._labels))
+        self._in_table = bytearray(len(self._labels))
         self._by_name: dict[str, int | None] = {}
-        self._claims: dict[int, str | None] = {}
-        self._named = self._several = 0
+        self._name_users: dict[int, str | None] = {}
+        self._named = self._ambiguous = 0
 
     def _add(self, path: str, label: str, where: str) -> None:
         key = _key(path)
@@ -109,18 +112,16 @@ class LabelFile:
         self._labels.append(label)
         self._lines.append(where)
 
-    def meet(self, path: str) -> None:
-        """Learn which paths have labels of their own, and which claim one by name."""
+    def register(self, path: str) -> None:
         place = self._places.get(_key(path))
         if place is not None:
-            self._met[place] = True
+            self._in_table[place] = True
             return
         place = self._names().get(_name(path))
-        if place is not None and self._claims.setdefault(place, path) != path:
-            self._claims[place] = None
+        if place is not None and self._name_users.setdefault(place, path) != path:
+            self._name_users[place] = None
 
-    def of(self, path: str) -> str | None:
-        """By the path, else by the file's name where that is beyond doubt."""
+    def label_of(self, path: str) -> str | None:
         place = self._places.get(_key(path))
         if place is not None:
             return self._labels[place] or None
@@ -128,25 +129,23 @@ class LabelFile:
         if name not in self._names():
             return None
         place = self._names()[name]
-        if place is None or self._met[place] or self._claims.get(place) != path:
-            self._several += 1
+        if place is None or self._in_table[place] or self._name_users.get(place) != path:
+            self._ambiguous += 1
             return None
         self._named += 1
         return self._labels[place] or None
 
-    def notes(self) -> dict[str, int]:
-        """Of rows without their own path."""
-        return {"by_file_name": self._named, "ambiguous_file_name": self._several}
+    def match_counts(self) -> dict[str, int]:
+        return {"by_file_name": self._named, "ambiguous_file_name": self._ambiguous}
 
-    def why_none(self, example: str) -> str:
-        """The two tell other paths."""
+    def no_match_message(self, example: str) -> str:
         return (
             f"--labels {self._file} has {next(iter(self._places))!r}, the table {example!r}: no "
-            "path is in both, nor a file name that is there once; write the paths as in the table"
+            "path is in both, and no file name is in both once; write the paths as in the table"
         )
 
     def _names(self) -> dict[str, int | None]:
-        """File name -> where its label stands; None where several paths end so."""
+        """File name -> index of its label; None if several paths have that name."""
         if not self._by_name:
             for path, place in self._places.items():
                 name = _name(path)
@@ -155,7 +154,7 @@ class LabelFile:
 
 
 def _inside(path: str) -> str:
-    """The path within the archive, where the image lies in one: `a.tar::cat/1.jpg`."""
+    """The path within the archive if the image is a member: `a.tar::cat/1.jpg` -> `cat/1.jpg`."""
     found = _ARCHIVE.search(path)
     return path[found.end() :] if found else path
 
@@ -165,9 +164,9 @@ def _name(path: str) -> str:
 
 
 def _key(path: str) -> str:
-    """Bytes that are not UTF-8 as Parquet has them."""
+    """The path with bytes that are not UTF-8 escaped as in a Parquet table."""
     if path.isascii():
         return path
-    with suppress(UnicodeEncodeError):  # of what stands for no bytes
+    with suppress(UnicodeEncodeError):  # of surrogates that do not come from surrogateescape
         return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return path

@@ -1,4 +1,4 @@
-"""A file that may be compressed, as tarfile reads it: from the start on, with a look ahead."""
+"""Sequential reading of a tar file that may be compressed, as the stream that tarfile needs."""
 
 from __future__ import annotations
 
@@ -13,72 +13,80 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Final
 
 from serving.errors import DataError
-from serving.imaging import decode
+from serving.imaging.decode import MAX_PIXELS
+from serving.utils.optional_packages import require
 
 BLOCK: Final = tarfile.BLOCKSIZE
 
-# A file with more bytes than the largest picture has in RGBA is no photo: it is not read at all.
-MAX_FILE: Final = 4 * decode.MAX_PIXELS
+MAX_FILE: Final = 4 * MAX_PIXELS
+"""Largest size in bytes of a file that is read: that of the largest allowed image in RGBA."""
 
 _PIECE: Final = 2**16
 
 
 class PeekableStream(io.BufferedIOBase):
-    """What tarfile reads from: looks a block ahead, and goes on by reading where it can't jump."""
+    """A binary stream that can peek one block, and seeks by reading if it is compressed.
 
-    def __init__(self, raw: BinaryIO, *, jumps: bool) -> None:
-        self._raw, self.jumps = raw, jumps
-        self._at, self._ahead = 0, b""
+    Attributes:
+        seekable_file: Whether `seek` can jump; if not, it reads and only goes forward.
+    """
+
+    def __init__(self, raw: BinaryIO, *, seekable_file: bool) -> None:
+        self._raw, self.seekable_file = raw, seekable_file
+        self._position, self._peeked = 0, b""
 
     def peek(self) -> bytes:
-        """The next block; less at the end."""
-        self._ahead += self._raw.read(BLOCK - len(self._ahead))
-        return self._ahead
+        """The next `BLOCK` bytes without advancing; fewer at the end."""
+        self._peeked += self._raw.read(BLOCK - len(self._peeked))
+        return self._peeked
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As asked; no header needs more than a file may have."""
+        """Read `size` bytes.
+
+        Raises:
+            ValueError: More than `MAX_FILE`, which only a corrupt header asks for.
+        """
         if size is None or not 0 <= size <= MAX_FILE:
             raise ValueError("a size out of range")
-        data, self._ahead = self._ahead[:size], self._ahead[size:]
+        data, self._peeked = self._peeked[:size], self._peeked[size:]
         if len(data) < size:
             data += self._raw.read(size - len(data))
-        self._at += len(data)
+        self._position += len(data)
         return data
 
     def tell(self) -> int:
-        """Bytes from the start."""
-        return self._at
+        return self._position
 
     def seek(self, to: int, whence: int = 0, /) -> int:
-        """To a place from the start; in a stream only ahead."""
-        if self.jumps and to != self._at:
+        """Go to a position from the start; a compressed stream only goes forward."""
+        if self.seekable_file and to != self._position:
             self._raw.seek(to)
-            self._at, self._ahead = to, b""
-        while self._at < to and self.read(min(to - self._at, _PIECE)):
+            self._position, self._peeked = to, b""
+        while self._position < to and self.read(min(to - self._position, _PIECE)):
             pass
-        return self._at
+        return self._position
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[PeekableStream]:
-    """Open a tar; its bytes tell how it is compressed.
+def open_tar(path: str) -> Iterator[PeekableStream]:
+    """Open a tar file; its first bytes, not its name, determine the compression.
 
     Raises:
-        DataError: In a way that can't be read here.
+        DataError: A compression whose package is missing.
         OSError: It can't be opened.
     """
     with open(path, "rb") as file:
         start = file.read(BLOCK)
         file.seek(0)
-        # The first bytes of a plain tar are a name, and may be any.
+        # A plain tar starts with a file name, which may equal the magic bytes of a compression.
         plain = start[257:262] == b"ustar"
-        kinds = (opener for magic, opener in _COMPRESSED.items() if start.startswith(magic))
+        kinds = (opener for magic, opener in _COMPRESSIONS.items() if start.startswith(magic))
         opener = None if plain else next(kinds, None)
         if opener is None:
-            yield PeekableStream(file, jumps=True)
+            yield PeekableStream(file, seekable_file=True)
         else:
             with opener(file) as stream:
-                yield PeekableStream(stream, jumps=False)
+                yield PeekableStream(stream, seekable_file=False)
 
 
 def _gzip(file: BinaryIO) -> Any:
@@ -86,36 +94,32 @@ def _gzip(file: BinaryIO) -> Any:
 
 
 def _zstd(file: BinaryIO) -> Any:
-    try:
-        package: Any = importlib.import_module("zstandard")
-    except ImportError:
-        why = "compressed by zstd: pip install zstandard, or unpack it with zstd -d"
-        raise DataError(why) from None
-    return io.BufferedReader(_Zstd(package, file))
+    remedy = "pip install zstandard, or unpack it with zstd -d"
+    require("zstandard", "compressed by zstd, which", remedy, error=DataError)
+    return io.BufferedReader(_ZstdReader(importlib.import_module("zstandard"), file))
 
 
-class _Zstd(io.RawIOBase):
-    """zstandard's reader with an error that is known."""
+class _ZstdReader(io.RawIOBase):
+    """zstandard's reader, with OSError in place of its own error class."""
 
     def __init__(self, package: Any, file: BinaryIO) -> None:
         self._error = package.ZstdError
         self._reader = package.ZstdDecompressor().stream_reader(file, read_across_frames=True)
 
     def readable(self) -> bool:
-        """Yes."""
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        """As many bytes as there are."""
         try:
             return int(self._reader.readinto(buffer))
         except self._error as error:
             raise OSError(str(error)) from error
 
 
-_COMPRESSED: Final[dict[bytes, Callable[[BinaryIO], Any]]] = {
+_COMPRESSIONS: Final[dict[bytes, Callable[[BinaryIO], Any]]] = {
     b"\x1f\x8b": _gzip,
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\0": lzma.LZMAFile,
     b"\x28\xb5\x2f\xfd": _zstd,
 }
+"""Magic bytes -> opener."""

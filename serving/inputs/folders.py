@@ -1,7 +1,7 @@
-"""Folders and patterns -> the images there, in natural order, through links and out of loops.
+"""Folders and glob patterns -> image paths, in natural order; links are followed, loops detected.
 
-A pattern is a search that goes only where it can still match, so nothing is found twice. What lies
-in a folder that matches belongs to it: `photos/2024-*` is all images of those folders.
+A pattern is matched part by part while the folders are walked, so nothing is found twice. A folder
+that matches stands for all images in it: `photos/2024-*` is all images of those folders.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from serving.imaging import decode
+from serving.imaging.decode import SUFFIXES
 from serving.utils.natural_sort import natural
 
 Note = Callable[[str], None]
-"""Takes a line about what is no input and could not be looked into."""
+"""Called with a line about each source that can't be read."""
 
-_MAGIC: Final = re.compile(r"[*?[]")
+_WILDCARD: Final = re.compile(r"[*?[]")
 _BRACES: Final = re.compile(r"\{([^{}]*)\}")
 _RANGE: Final = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
 
 
-def braces(word: str) -> Iterator[str]:
-    """Write `data-{000..012}.tar` and `{a,b}.jpg` out, as shells and WebDataset do."""
+def expand_braces(word: str) -> Iterator[str]:
+    """Expand `data-{000..012}.tar` and `{a,b}.jpg`, as shells and WebDataset do."""
     for match in _BRACES.finditer(word):
         items = _items(match[1])
         if items is not None:
             head, tail = word[: match.start()], word[match.end() :]
-            yield from (f"{head}{item}{rest}" for item in items for rest in braces(tail))
+            yield from (f"{head}{item}{rest}" for item in items for rest in expand_braces(tail))
             return
     yield word
 
@@ -47,56 +47,57 @@ def _items(text: str) -> Iterator[str] | None:
 
 
 def is_pattern(word: str) -> bool:
-    """Whether it has `*`, `?` or `[`."""
-    return bool(_MAGIC.search(word))
+    """Whether it contains `*`, `?` or `[`."""
+    return bool(_WILDCARD.search(word))
 
 
-def below(folder: str, note: Note) -> Iterator[str]:
-    """Images in a folder and below, told by `images.SUFFIXES`; hidden ones are left out.
+def images_below(folder: str, note: Note) -> Iterator[str]:
+    """Images in a folder and below, by suffix (`decode.SUFFIXES`), without hidden ones.
 
-    In each folder the order is natural: `2.jpg` before `10.jpg`. Links are followed. The names of
-    one folder are held, and no others.
+    The order in each folder is natural: `2.jpg` before `10.jpg`. Links are followed. Only the names
+    of one folder for each level are in memory.
     """
-    return _Search((None,), inside=True, every=False).run(folder, note)
+    return _Walk((None,), folders_only=True, any_suffix=False).run(folder, note)
 
 
-def matching(pattern: str, note: Note) -> Iterator[str]:
-    """What a pattern matches; `**` is any number of folders.
+def images_matching(pattern: str, note: Note) -> Iterator[str]:
+    """Files that a pattern matches; `**` matches any number of folders.
 
-    Hidden names match only where the pattern shows the dot. A pattern with a suffix of its own, as
-    `*.bin`, names all that it matches, any other one images. Leading parts that are there by their
-    very name are no patterns: `photos [1]/*.jpg`.
+    Hidden names match only if the pattern has the dot. A pattern with a literal suffix, such as
+    `*.bin`, matches all files of that suffix, any other pattern only images. Leading parts that
+    exist under exactly that name are not treated as patterns: `photos [1]/*.jpg`.
     """
     start = "/" if pattern.startswith("/") else ""
     parts = [part for part in pattern.split("/") if part]
-    while parts and not (is_pattern(parts[0]) and not _there(start, parts[0])):
+    while parts and not (is_pattern(parts[0]) and not _exists(start, parts[0])):
         start = os.path.join(start, parts.pop(0))
-    inside = pattern.endswith("/")
+    folders_only = pattern.endswith("/")
     while parts and parts[-1] == "**":
-        inside = parts.pop() == "**"
+        folders_only = parts.pop() == "**"
     suffix = os.path.splitext(parts[-1])[1] if parts else ""
-    every = len(suffix) > 1 and not is_pattern(suffix)
-    return _Search((*map(_part, parts), None), inside=inside, every=every).run(start, note)
+    any_suffix = len(suffix) > 1 and not is_pattern(suffix)
+    walk = _Walk((*map(_part, parts), None), folders_only=folders_only, any_suffix=any_suffix)
+    return walk.run(start, note)
 
 
-def _there(start: str, name: str) -> bool:
+def _exists(start: str, name: str) -> bool:
     return os.path.lexists(os.path.join(start, name))
 
 
 def _part(text: str) -> re.Pattern[str] | None:
     if text == "**":
         return None
-    hidden = "" if text.startswith(".") else r"(?!\.)"
-    return re.compile(hidden + fnmatch.translate(text))
+    no_dot = "" if text.startswith(".") else r"(?!\.)"
+    return re.compile(no_dot + fnmatch.translate(text))
 
 
 States = frozenset[int]
-"""How many parts of a pattern are matched on the way to a folder: all that is possible."""
+"""Numbers of pattern parts that may be matched by the path so far: states of an NFA."""
 
 
 @dataclass(frozen=True)
 class _Level:
-    """A folder on the way; folders among its names end in "/"."""
+    """A folder on the current path; folders among `names` end in "/"."""
 
     folder: str
     identity: tuple[int, int]
@@ -105,20 +106,21 @@ class _Level:
 
 
 @dataclass(frozen=True)
-class _Search:
-    """A walk along a pattern.
+class _Walk:
+    """A depth-first walk along a pattern.
 
-    parts: of the pattern, None for `**`; the last is None and stands for all that lies in what
-        matched.
-    inside: only folders match. every: files match whatever their suffix.
+    Attributes:
+        parts: Of the pattern, None for `**`; the last is None and matches all below a match.
+        folders_only: Whether the pattern itself matches only folders.
+        any_suffix: Whether files match regardless of their suffix.
     """
 
     parts: tuple[re.Pattern[str] | None, ...]
-    inside: bool
-    every: bool
+    folders_only: bool
+    any_suffix: bool
 
     def run(self, start: str, note: Note) -> Iterator[str]:
-        """Files, depth first. A stack of its own: folders may be deeper than Python's."""
+        """Yield files. Uses its own stack: folders may be nested deeper than Python's limit."""
         levels: list[_Level] = []
         self._enter(levels, start, frozenset({0}), note)
         while levels:
@@ -141,15 +143,15 @@ class _Search:
             if any(identity == level.identity for level in levels):
                 return  # a loop
             with os.scandir(folder or ".") as entries:
-                kept = (self._kept(entry, states) for entry in entries)
-                names = sorted(filter(None, kept), key=lambda name: natural(name.rstrip("/")))
+                found = (self._name(entry, states) for entry in entries)
+                names = sorted(filter(None, found), key=lambda name: natural(name.rstrip("/")))
         except OSError as error:
             note(f"{folder or '.'}: {error.strerror or error}; what is in it is left out")
             return
         levels.append(_Level(folder, identity, states, iter(names)))
 
     def _skip(self, states: States) -> States:
-        """`**` may stand for no folder at all."""
+        """Add the states after each `**`, which also matches zero folders."""
         last, skipped = len(self.parts) - 1, set(states)
         for at in range(last):
             if at in skipped and self.parts[at] is None:
@@ -166,26 +168,26 @@ class _Search:
                 after.add(at + 1)
         return frozenset(after)
 
-    def _kept(self, entry: os.DirEntry[str], states: States) -> str:
-        """The entry's name, or "" where the search has no use for it."""
+    def _name(self, entry: os.DirEntry[str], states: States) -> str:
+        """The entry's name, with "/" if it is a folder to enter; "" if it does not match."""
         after, last = self._step(states, entry.name), len(self.parts) - 1
         if after and _is_folder(entry):
             return entry.name + "/"
         if last not in after:
             return ""
-        direct = last not in states
-        if direct and (self.inside or self.every):
-            return entry.name if self.every and not self.inside else ""
+        matched_itself = last not in states
+        if matched_itself and (self.folders_only or self.any_suffix):
+            return entry.name if self.any_suffix and not self.folders_only else ""
         return entry.name if is_image(entry.name) else ""
 
 
 def is_image(name: str) -> bool:
-    """Whether a name ends as those of images do."""
-    return os.path.splitext(name)[1].lower() in decode.SUFFIXES
+    """Whether a name has the suffix of an image."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:
-        return False  # a link to itself: an input that can't be read
+        return False  # a link to itself: listed as an input that can't be read

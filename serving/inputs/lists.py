@@ -1,7 +1,7 @@
-"""Lists of inputs -> their paths, one after the other, without holding them.
+"""Lists of inputs -> their paths, streamed.
 
-A path is relative to the current folder. `.txt` and standard input have a path a line; blank lines
-are passed over. `.csv`, `.tsv`, `.jsonl` and `.parquet` have a column of them.
+A `.txt` file and standard input have a path in each line; blank lines are skipped. `.csv`, `.tsv`,
+`.jsonl` and `.parquet` files have a column of paths. Paths are relative to the current folder.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from serving.utils.optional_packages import require
 
 LINES: Final = ".txt"
 DEFAULT: Final = "path"
-"""The column where none is named and there are several."""
+"""The column that is used if none is named and there are several."""
 
 _PIECE: Final = 2**16
-_LONGEST: Final = 4096
-"""Bytes that a path may have: a NUL that separates paths comes before so many."""
-_FIELD: Final = 2**27
-"""Characters of one CSV field: a table may hold more than paths."""
+_LONGEST_PATH: Final = 4096
+"""Bytes of the longest path: if NUL separates the paths, one comes before this position."""
+_LONGEST_FIELD: Final = 2**27
+"""Characters of the longest CSV field: a table may have other, longer columns."""
 
 _BLANK: Final = object()
-"""A row with nothing in it."""
+"""Value of an empty row."""
 
-_BROKEN: Final = (OSError, ValueError, csv.Error)  # pyarrow's are one of these
+_CORRUPT: Final = (OSError, ValueError, csv.Error)  # pyarrow's errors are subclasses of these
 
 
-def lines(path: str, note: Note) -> Iterator[str]:
-    """The lines of a text file."""
+def read_lines(path: str, note: Note) -> Iterator[str]:
+    """The paths in the lines of a text file."""
     try:
         with open(path, "rb") as file:
             yield from _paths(_split(_pieces(file), b"\n"), "\r")
@@ -44,18 +44,18 @@ def lines(path: str, note: Note) -> Iterator[str]:
         note(f"{path}: can't be read: {error.strerror or error}")
 
 
-def piped(stream: IO[bytes] | IO[str]) -> Iterator[str]:
-    """The lines of a pipe, or what ends in NUL, as `find -print0` has it.
+def read_stream(stream: IO[bytes] | IO[str]) -> Iterator[str]:
+    """The paths in a stream: one in each line, or separated by NUL as by `find -print0`.
 
-    Which of both is told by a NUL among so many bytes as the first path may have.
+    NUL is the separator if one occurs in the first `_LONGEST_PATH` bytes.
     """
     pieces, start = _pieces(stream), b""
     for piece in pieces:
         start += piece
-        if b"\0" in start or len(start) > _LONGEST:
+        if b"\0" in start or len(start) > _LONGEST_PATH:
             break
     pieces = chain([start], pieces)
-    if b"\0" in start[: _LONGEST + 1]:
+    if b"\0" in start[: _LONGEST_PATH + 1]:
         return _paths(_split(pieces, b"\0"), "")
     return _paths(_split(pieces, b"\n"), "\r")
 
@@ -70,14 +70,14 @@ def _pieces(stream: IO[bytes] | IO[str]) -> Iterator[bytes]:
 def _split(pieces: Iterable[bytes], separator: bytes) -> Iterator[bytes]:
     rest = b""
     for piece in pieces:
-        *whole, rest = (rest + piece).split(separator)
-        yield from whole
-        rest = rest[:_PIECE]  # a file without lines is no list, and must not fill the memory
+        *complete, rest = (rest + piece).split(separator)
+        yield from complete
+        rest = rest[:_PIECE]  # bounds the memory if a file has no line breaks and is no list
     yield rest
 
 
-def _paths(found: Iterable[bytes], ending: str) -> Iterator[str]:
-    for number, line in enumerate(found):
+def _paths(lines: Iterable[bytes], ending: str) -> Iterator[str]:
+    for number, line in enumerate(lines):
         path = line.decode("utf-8", "surrogateescape").removesuffix(ending)
         path = path if number else path.removeprefix("\ufeff")
         if path.strip():
@@ -85,59 +85,66 @@ def _paths(found: Iterable[bytes], ending: str) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """A file format. columns: their names; values: of one of them in every row, or `_BLANK`."""
+class _Format:
+    """A file format.
+
+    Attributes:
+        columns: Path -> names of the columns.
+        values: Path, column -> its value in every row, or `_BLANK`.
+    """
 
     columns: Callable[[str], list[str]]
     values: Callable[[str, str], Iterator[object]]
 
 
-def column_of(path: str, wanted: str | None) -> str:
-    """The column that has the paths: the one wanted, else `path`, else the only one.
+def path_column(path: str, requested: str | None) -> str:
+    """The column of a list that has the paths: the requested one, else `path`, else the only one.
 
     Raises:
-        DataError: There is none; names those there are.
+        DataError: There is none; names the columns.
     """
     try:
-        names = _kind(path).columns(path)
-    except _BROKEN as error:
+        names = _format(path).columns(path)
+    except _CORRUPT as error:
         raise DataError(f"{path}: can't be read: {_reason(error)}") from error
     if not names:
         raise DataError(f"{path}: lists no images; it is empty")
-    column = wanted or (names[0] if len(names) == 1 else DEFAULT)
-    have = ", ".join(names[:20])
-    if not wanted and len(names) == 1 and is_image(column):
+    column = requested or (names[0] if len(names) == 1 else DEFAULT)
+    if not requested and len(names) == 1 and is_image(column):
         raise DataError(f"{path}: starts with {column}; name the columns in the first line")
     if names.count(column) > 1:
         raise DataError(f"{path}: two columns are called {column}")
     if column not in names:
-        choose = "" if wanted else "; say which has the paths: --column NAME"
-        raise DataError(f"{path}: no column {column} among {have}{choose}")
+        shown = ", ".join(names[:20])
+        remedy = "" if requested else "; name the column of the paths: --column NAME"
+        raise DataError(f"{path}: no column {column} among {shown}{remedy}")
     return column
 
 
-def cells(path: str, column: str, note: Note) -> Iterator[str]:
-    """The paths of a column. Rows without one are counted and told."""
-    row = wrong = first = 0
+def read_column(path: str, column: str, note: Note) -> Iterator[str]:
+    """The paths in a column of a list. The number of rows without one is noted at the end."""
+    row = missing = first = 0
     try:
-        for row, value in enumerate(_kind(path).values(path, column), 1):
+        for row, value in enumerate(_format(path).values(path, column), 1):
             found = os.fsdecode(value) if isinstance(value, bytes) else value
             if isinstance(found, str) and found.strip():
                 yield found
             elif found is not _BLANK:
-                wrong, first = wrong + 1, first or row
-    except _BROKEN as error:
+                missing, first = missing + 1, first or row
+    except _CORRUPT as error:
         note(f"{path}: broken after row {row}; what follows is left out ({_reason(error)})")
-    if wrong:
-        note(f"{path}: rows without a path in {column} are left out: {wrong}, the first is {first}")
+    if missing:
+        note(
+            f"{path}: rows without a path in {column} are left out: {missing}, the first is {first}"
+        )
 
 
 def is_table(path: str) -> bool:
-    """Whether a name ends as those of lists with columns do."""
+    """Whether a name has the suffix of a list with columns."""
     return os.path.splitext(path)[1].lower() in TABLES
 
 
-def _kind(path: str) -> _Kind:
+def _format(path: str) -> _Format:
     return TABLES[os.path.splitext(path)[1].lower()]
 
 
@@ -147,10 +154,10 @@ def _reason(error: Exception) -> str:
 
 
 def _records(path: str) -> Iterator[list[str]]:
-    csv.field_size_limit(_FIELD)
+    csv.field_size_limit(_LONGEST_FIELD)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         start = file.readline()
-        # Spreadsheets write semicolons where the comma is in numbers.
+        # Spreadsheets separate by semicolons in locales with a decimal comma.
         comma = ";" if ";" in start and "," not in start else ","
         tabs = path.lower().endswith(".tsv")
         rows = chain([start], file) if start else file
@@ -163,12 +170,12 @@ def _csv_columns(path: str) -> list[str]:
 
 def _csv_values(path: str, column: str) -> Iterator[object]:
     records = _records(path)
-    place = next(filter(any, records)).index(column)
+    index = next(filter(any, records)).index(column)
     for record in records:
         if not "".join(record).strip():
             yield _BLANK
         else:
-            yield record[place] if place < len(record) else None
+            yield record[index] if index < len(record) else None
 
 
 def _objects(path: str) -> Iterator[object]:
@@ -208,9 +215,10 @@ def _parquet_values(path: str, column: str) -> Iterator[object]:
             yield from batch.column(0).to_pylist()
 
 
-TABLES: Final[dict[str, _Kind]] = {
-    ".csv": _Kind(_csv_columns, _csv_values),
-    ".tsv": _Kind(_csv_columns, _csv_values),
-    ".jsonl": _Kind(_json_columns, _json_values),
-    ".parquet": _Kind(_parquet_columns, _parquet_values),
+TABLES: Final[dict[str, _Format]] = {
+    ".csv": _Format(_csv_columns, _csv_values),
+    ".tsv": _Format(_csv_columns, _csv_values),
+    ".jsonl": _Format(_json_columns, _json_values),
+    ".parquet": _Format(_parquet_columns, _parquet_values),
 }
+"""Suffix -> format of a list with columns."""

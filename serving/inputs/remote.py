@@ -1,7 +1,7 @@
-"""Images at addresses such as `s3://bucket/photos`, by fsspec: found as in folders, read by name.
+"""Images at addresses such as `s3://bucket/photos`, by fsspec.
 
-Which addresses there are, and where keys for them come from, is the business of fsspec and of the
-package that it asks for: s3fs, gcsfs, adlfs, …
+Which protocols exist, and where credentials come from, is defined by fsspec and its packages:
+s3fs, gcsfs, adlfs, …
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from serving.utils.natural_sort import natural
 _ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 Entry = dict[str, Any]
-"""What a file system tells of a file or folder: name, type, …"""
+"""fsspec's description of a file or folder: name, type, …"""
 
 
 def is_address(name: str) -> bool:
-    """Whether it begins as `s3://` does."""
+    """Whether it starts with a protocol, such as `s3://`."""
     return _ADDRESS.match(name) is not None
 
 
 def protocol(name: str) -> str:
-    """That of an address, in small letters; "" for what is none."""
+    """The protocol of an address in lower case; "" for other names."""
     return name.partition("://")[0].lower() if is_address(name) else ""
 
 
 def find(address: str) -> Callable[[Note], Iterator[str]]:
-    """The images at an address: itself, those in the folder and below, or what a pattern matches.
+    """The images at an address: the file itself, those in a folder and below, or a pattern's.
 
-    That something is there is known before the names are asked for. Order and hidden files are as
-    `inputs_search.below` has them; patterns match files alone.
+    Checks that the address exists; the returned function lists the images. Order and hidden files
+    are handled as in `folders`; patterns match only files.
 
     Raises:
-        DataError: Nothing there, or nothing that can be looked into here.
+        DataError: The address does not exist, or can't be listed.
     """
     if "::" in address:
         raise DataError(f"{address}: '::' has no meaning in an address; copy archives here")
@@ -53,27 +53,36 @@ def find(address: str) -> Callable[[Note], Iterator[str]]:
         found = fs.glob(path, detail=True) if pattern else {}
     except FileNotFoundError as error:
         raise DataError(f"{address}: not there") from error
-    except Exception as error:  # each package behind fsspec has errors of its own
-        raise DataError(f"{address}: can't be looked into: {_reason(error)}") from error
+    except Exception as error:  # each package behind fsspec has its own error classes
+        raise DataError(f"{address}: can't be listed: {_reason(error)}") from error
     if pattern:
-        return lambda note: _called(address, _matching(fs, path, found.values()))
+        return lambda note: _with_protocol(address, _matching(fs, path, found.values()))
     if entry["type"] == "directory":
-        return lambda note: _called(address, _below(fs, entry, note))
+        return lambda note: _with_protocol(address, _below(fs, entry, note))
     if lists.is_table(path) or path.lower().endswith(lists.LINES) or tar.is_archive(path):
         raise DataError(f"{address}: lists and archives are read from files here; copy it first")
     return lambda note: iter([address])
 
 
-def _called(address: str, names: Iterator[str]) -> Iterator[str]:
-    """Names with the protocol that was asked for, where it has several: gs and gcs, s3 and s3a."""
+def _with_protocol(address: str, names: Iterator[str]) -> Iterator[str]:
+    """Names with the protocol of `address`, where a file system has several: s3 and s3a."""
     kind = protocol(address)
     for name in names:
         found = protocol(name)
         yield name if found.startswith(("http", "file")) else kind + name[len(found) :]
 
 
-def load(address: str, local: Callable[[str], bytes]) -> bytes:
-    """The bytes at an address; as `inputs.load`, which is `local`, of files here."""
+def load(address: str, load_file: Callable[[str], bytes]) -> bytes:
+    """The bytes at an address.
+
+    Args:
+        address: May also be a local file, as `file://`.
+        load_file: Loads a local path.
+
+    Raises:
+        BrokenImage: It can't be read.
+        TooLarge: It has more than `MAX_FILE` bytes.
+    """
     if "::" in address:
         raise BrokenImage("'::' has no meaning in an address")
     try:
@@ -81,17 +90,17 @@ def load(address: str, local: Callable[[str], bytes]) -> bytes:
         if "file" not in fs.protocol:
             with fs.open(path, "rb") as file:
                 data = _read(file)
-    except Exception as error:  # each package behind fsspec has errors of its own
+    except Exception as error:  # each package behind fsspec has its own error classes
         raise BrokenImage(f"can't be read: {_reason(error)}") from error
     if "file" in fs.protocol:
-        return local(path)
+        return load_file(path)
     if len(data) > MAX_FILE:
         raise TooLarge(f"more than the {MAX_FILE} bytes allowed")
     return data
 
 
 def _read(file: Any) -> bytes:
-    """All of it, or more than a photo has: a server may not know how long a file is."""
+    """At most `MAX_FILE` + 1 bytes: a server may not announce the length."""
     pieces, left = [], MAX_FILE + 1
     while left > 0 and (piece := file.read(left)):
         pieces.append(piece)
@@ -100,14 +109,14 @@ def _read(file: Any) -> bytes:
 
 
 def _open(address: str) -> tuple[Any, str]:
-    """File system and path. Listings are not kept: there may be millions of names."""
+    """File system and path, without fsspec's listing cache: there may be millions of names."""
     core: Any = importlib.import_module("fsspec.core")
     fs, path = core.url_to_fs(address, use_listings_cache=False)
     return fs, str(path)
 
 
 def _below(fs: Any, folder: Entry, note: Note) -> Iterator[str]:
-    """Depth first, by a stack: folders may be deeper than Python's."""
+    """Depth-first, with its own stack: folders may be nested deeper than Python's limit."""
     levels = [iter([folder])]
     while levels:
         entry = next(levels[-1], None)
@@ -116,7 +125,7 @@ def _below(fs: Any, folder: Entry, note: Note) -> Iterator[str]:
         elif entry["type"] == "directory":
             try:
                 listed = fs.ls(entry["name"], detail=True)
-            except Exception as error:  # each package behind fsspec has errors of its own
+            except Exception as error:  # each package behind fsspec has its own error classes
                 name = fs.unstrip_protocol(entry["name"])
                 note(f"{name}: {_reason(error)}; what is in it is left out")
             else:
@@ -126,21 +135,21 @@ def _below(fs: Any, folder: Entry, note: Note) -> Iterator[str]:
 
 
 def _sorted(entries: list[Entry], folder: str) -> list[Entry]:
-    """What is seen in a folder; some name the folder itself, too."""
-    seen = [
+    """Visible entries of a folder, sorted; some file systems also list the folder itself."""
+    visible = [
         entry
         for entry in entries
-        if entry["name"].rstrip("/") != folder.rstrip("/") and not _last(entry).startswith(".")
+        if entry["name"].rstrip("/") != folder.rstrip("/") and not _name(entry).startswith(".")
     ]
-    return sorted(seen, key=lambda entry: natural(_last(entry)))
+    return sorted(visible, key=lambda entry: natural(_name(entry)))
 
 
-def _last(entry: Entry) -> str:
+def _name(entry: Entry) -> str:
     return str(entry["name"]).rstrip("/").rpartition("/")[2]
 
 
 def _matching(fs: Any, pattern: str, found: Any) -> Iterator[str]:
-    """A pattern with a suffix of its own names all that it matches, any other one images."""
+    """All files that match a pattern with a literal suffix; of other patterns the images."""
     suffix = re.search(r"\.[^./*?[\]]+$", pattern)
     hidden = "/." in pattern
     names = [str(entry["name"]) for entry in found if entry["type"] != "directory"]

@@ -1,13 +1,13 @@
-"""What is to be scored: names that are found one after the other, and the bytes behind a name.
+"""Inputs of scoring: find the names of the images, and load the bytes of a name.
 
-    folders, patterns  inputs_search   every image, natural order
-    lists, pipes       lists           every line, in its order
-    tar archives       archives        every image in them, as ARCHIVE::MEMBER
-    addresses          inputs_remote   as folders, patterns and files, through fsspec
-    a file             -               an image, whatever it is called
+    folders, patterns  folders   every image, natural order
+    lists, pipes       lists     every line, in its order
+    tar archives       tar       every image in them, as ARCHIVE::MEMBER
+    addresses          remote    as folders, patterns and files, by fsspec
+    a file             -         an image, whatever its name
 
-A name is what the table's column `path` shows. It is enough to read the bytes again at any time,
-in any process, and can stand in a list or be an input itself.
+A name is the value of the table's column `path`. It identifies the bytes in any process at any
+time, may be a line of a list, and may be an input itself.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from itertools import chain
 from typing import IO, Final
 
 from serving.errors import BrokenImage, DataError, OptionError, RequestError, TooLarge
-from serving.imaging import decode as images
-from serving.inputs import folders as inputs_search
-from serving.inputs import lists, remote, tar, tar_members
-from serving.inputs.compression import MAX_FILE as _MAX_FILE
+from serving.imaging.decode import SUFFIXES
+from serving.inputs import folders, lists, remote, tar, tar_members
+from serving.inputs.compression import MAX_FILE
 from serving.inputs.folders import Note
 
-PIPE: Final = "-"
-"""Standard input."""
+STDIN: Final = "-"
+"""The input that stands for standard input."""
 
 Stream = IO[bytes] | IO[str]
 
-_LOOKED: Final = f"; looked for files ending in {', '.join(sorted(images.SUFFIXES))}"
+_SUFFIXES: Final = f"; looked for files ending in {', '.join(sorted(SUFFIXES))}"
 
 
 @dataclass(frozen=True)
 class InputSource:
-    """One of the inputs asked for.
+    """One of the inputs.
 
-    names: what is found there; takes a place to tell what can't be looked into.
-    nothing: what is said when that is nothing.
+    Attributes:
+        names: Yields the names of its images, and notes what can't be read.
+        if_empty: The message if there are none.
     """
 
     names: Callable[[Note], Iterator[str]]
-    nothing: str
+    if_empty: str
 
 
 def find(
@@ -54,106 +54,111 @@ def find(
     stdin: Stream | None = None,
     note: Note = lambda line: None,
 ) -> Iterator[str]:
-    """Find what `inputs` name, in the order given; nothing is held but the names of one folder.
+    """Find the images of `inputs`, in their order, streamed.
 
-    An input that is there by its very name is that: a folder, a list by its suffix, a tar archive
-    by its suffix, else an image. Otherwise `{000..012}` is written out, `*`, `?`, `[` and `**`
-    match, and `ARCHIVE::MEMBER` is a member. What is named twice comes twice.
+    An input that exists under exactly that name is a folder, a list (by its suffix), a tar archive
+    (by its suffix) or an image. Otherwise `{000..012}` is expanded, `*`, `?`, `[` and `**` match,
+    and `ARCHIVE::MEMBER` is a member. Repeated inputs give repeated names.
 
     Args:
         inputs: As on the command line; "-" is standard input.
-        column: Of the lists that have columns.
-        stdin: In place of standard input.
-        note: Takes a line about each thing that is no input: a folder that can't be searched, rows
-            without a path, the rest of a broken archive, an input in which nothing is. The same
-            line comes once. None of it stops what else there is.
+        column: The column of paths in lists that have columns.
+        stdin: Replaces standard input.
+        note: Called with a line about each thing that is skipped: a folder that can't be read, rows
+            without a path, the rest of a broken archive, an input without images. Each line comes
+            once. The other inputs are not affected.
 
     Raises:
-        DataError: An input that is not there, a list without such a column; nothing at all is
-            found. All of it before the first name is given.
-        OptionError: A column, and no list that has any.
+        DataError: An input does not exist; a list lacks the column; there is no image at all.
+            Raised by the call itself, before the first name.
+        OptionError: A column, but no list that has columns.
     """
     sources = [source for word in inputs for source in _sources(word, column, stdin)]
-    words = (one for word in inputs for one in inputs_search.braces(word))
+    words = (expanded for word in inputs for expanded in folders.expand_braces(word))
     if column is not None and not any(map(lists.is_table, words)):
         kinds = ", ".join(lists.TABLES)
         raise OptionError(f"--column {column}: no input is a list with columns ({kinds})")
-    found = _names(sources, _Once(note))
-    return chain([next(found)], found)  # so that what is wrong is known before any work
+    names = _names(sources, _UniqueNotes(note))
+    return chain([next(names)], names)  # `next` here raises the error before any other work
 
 
 def protocols(inputs: Sequence[str], also: str = "") -> list[str]:
-    """Of the addresses that are asked for by name, and others, as in "s3,https"."""
+    """Protocols of the addresses among `inputs`, and those of `also`, such as "s3,https"."""
     named = {remote.protocol(word) for word in inputs if not os.path.exists(word)}
     return sorted((named | {kind.strip().lower() for kind in also.split(",")}) - {""})
 
 
 class Reader:
-    """Reads the bytes behind names. Safe among threads, and those of a process share archives.
+    """Loads the bytes of names. Thread-safe; the readers of a process share its open archives.
 
-    A member of a plain tar costs one look at its header, wherever it is. A compressed tar is read
-    on: in order it is unpacked once, backwards it is begun anew for each member.
+    A member of a plain tar costs one read of its header, at any position. A compressed tar is read
+    sequentially: in order it is decompressed once, in reverse order once for each member.
     """
 
     def __init__(self, protocols: Collection[str] = ()) -> None:
-        """`protocols`: those that addresses may have; files here always."""
+        """`protocols`: those that addresses may have; local files are always allowed."""
         self._protocols = {*protocols, "file", "local"}
-        self._archives: tar_members.Archives | None = None
+        self._archives: tar_members.OpenArchives | None = None
 
     def load(self, name: str) -> bytes:
         """The bytes of one input.
 
         Raises:
             BrokenImage: It can't be read.
-            TooLarge: No photo is that big.
+            TooLarge: It has more than `MAX_FILE` bytes.
         """
         if remote.is_address(name) and not os.path.exists(name):
             kind = remote.protocol(name)
             if kind not in self._protocols:
                 raise BrokenImage(f"an address in a list: to read those, give --addresses {kind}")
-            return remote.load(name, load)
-        place = tar.split(name)
-        if place is None:
-            return load(name)
+            return remote.load(name, load_file)
+        member = tar.split(name)
+        if member is None:
+            return load_file(name)
         if self._archives is None:
             self._archives = tar_members.shared()
-        return self._archives.load(*place)
+        return self._archives.load(*member)
 
     def close(self) -> None:
-        """Let the archives go; the last Reader of a process closes them."""
+        """Release the archives; they are closed when no reader of the process uses them."""
         self._archives = None
 
 
-def load(path: str) -> bytes:
-    """The bytes of a file; as `Reader.load`."""
+def load_file(path: str) -> bytes:
+    """The bytes of a local file.
+
+    Raises:
+        BrokenImage: It can't be read.
+        TooLarge: It has more than `MAX_FILE` bytes.
+    """
     try:
-        # Opening a pipe would wait for ever.
+        # Opening a named pipe would block until a process writes to it.
         if not os.path.isfile(path):
-            os.stat(path)  # says what is wrong, where something is
+            os.stat(path)  # raises the reason if the path does not exist or can't be accessed
             raise BrokenImage("not a file")
         size = os.path.getsize(path)
-        if size > _MAX_FILE:
-            raise TooLarge(f"{size} bytes are more than the {_MAX_FILE} allowed")
+        if size > MAX_FILE:
+            raise TooLarge(f"{size} bytes are more than the {MAX_FILE} allowed")
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
         raise BrokenImage(f"can't be read: {error.strerror or error}") from error
-    except ValueError as error:  # a NUL in a line of a list
+    except ValueError as error:  # a NUL in the path
         raise BrokenImage(f"not a path: {error}") from error
 
 
 def _sources(word: str, column: str | None, stdin: Stream | None) -> Iterator[InputSource]:
-    if word == PIPE:
-        yield InputSource(partial(_piped, stdin), f"{word}: no paths came; write one a line")
+    if word == STDIN:
+        yield InputSource(partial(_read_stdin, stdin), f"{word}: no paths came; write one a line")
     elif os.path.exists(word):
-        yield _there(word, column)
+        yield _existing(word, column)
     elif remote.is_address(word):
-        yield from map(_remote, inputs_search.braces(word))
-    elif next(inputs_search.braces(word)) != word:
-        for one in inputs_search.braces(word):
-            yield from _sources(one, column, stdin)
-    elif inputs_search.is_pattern(word):
-        yield InputSource(partial(_matching, word, column), f"{word}: matches no images{_LOOKED}")
+        yield from map(_remote, folders.expand_braces(word))
+    elif next(folders.expand_braces(word)) != word:
+        for expanded in folders.expand_braces(word):
+            yield from _sources(expanded, column, stdin)
+    elif folders.is_pattern(word):
+        yield InputSource(partial(_matching, word, column), f"{word}: matches no images{_SUFFIXES}")
     elif tar.split(word):
         yield InputSource(partial(_itself, word), "")
     else:
@@ -163,27 +168,29 @@ def _sources(word: str, column: str | None, stdin: Stream | None) -> Iterator[In
         )
 
 
-def _there(word: str, column: str | None) -> InputSource:
+def _existing(word: str, column: str | None) -> InputSource:
     if os.path.isdir(word):
-        return InputSource(partial(inputs_search.below, word), f"{word}: no images found{_LOOKED}")
+        names = partial(folders.images_below, word)
+        return InputSource(names, f"{word}: no images found{_SUFFIXES}")
     if word.lower().endswith(lists.LINES):
-        nothing = f"{word}: lists no images; write one path a line"
-        return InputSource(partial(lists.lines, word), nothing)
+        if_empty = f"{word}: lists no images; write one path a line"
+        return InputSource(partial(lists.read_lines, word), if_empty)
     if not os.path.isfile(word):
-        return InputSource(partial(_itself, word), "")  # looking into a pipe would wait for ever
+        # A named pipe or device: opening it could block.
+        return InputSource(partial(_itself, word), "")
     if lists.is_table(word):
-        chosen = lists.column_of(word, column)
+        chosen = lists.path_column(word, column)
         return InputSource(
-            partial(lists.cells, word, chosen), f"{word}: lists no images in {chosen}"
+            partial(lists.read_column, word, chosen), f"{word}: lists no images in {chosen}"
         )
     if tar.is_archive(word):
         try:
-            tar.is_stream(word)
+            tar.is_compressed(word)
         except DataError as error:
             raise DataError(f"{word}: {error}") from error
         except OSError:
-            pass  # told when it is looked into
-        return InputSource(partial(tar.names, word), f"{word}: no images in it{_LOOKED}")
+            pass  # noted when its members are listed
+        return InputSource(partial(tar.names, word), f"{word}: no images in it{_SUFFIXES}")
     return InputSource(partial(_itself, word), "")
 
 
@@ -192,63 +199,67 @@ def _itself(word: str, note: Note) -> Iterator[str]:
 
 
 def _remote(address: str) -> InputSource:
-    return InputSource(remote.find(address), f"{address}: no images found{_LOOKED}")
+    return InputSource(remote.find(address), f"{address}: no images found{_SUFFIXES}")
 
 
 def _matching(pattern: str, column: str | None, note: Note) -> Iterator[str]:
-    """Files; and what is in the archives and lists that the pattern names by their suffix."""
-    for path in inputs_search.matching(pattern, note):
-        if inputs_search.is_image(path):
+    """Images that match, and the images of the archives and lists that match by their suffix."""
+    for path in folders.images_matching(pattern, note):
+        if folders.is_image(path):
             yield path
             continue
         try:
-            source = _there(path, column)
+            source = _existing(path, column)
         except RequestError as error:
             note(str(error))
         else:
             yield from source.names(note)
 
 
-def _piped(stdin: Stream | None, note: Note) -> Iterator[str]:
+def _read_stdin(stdin: Stream | None, note: Note) -> Iterator[str]:
     stream = sys.stdin if stdin is None else stdin
-    if stream is None:  # a process may have none
+    if stream is None:  # a process may have no standard input
         return
     try:
-        yield from lists.piped(stream)
-    except (OSError, ValueError) as error:  # a ValueError where it is closed
-        note(f"{PIPE}: standard input can't be read: {error}")
+        yield from lists.read_stream(stream)
+    except (OSError, ValueError) as error:  # ValueError: it is closed
+        note(f"{STDIN}: standard input can't be read: {error}")
 
 
-def _names(sources: Sequence[InputSource], note: _Once) -> Iterator[str]:
+def _names(sources: Sequence[InputSource], note: _UniqueNotes) -> Iterator[str]:
     empty: list[str] = []
     found = False
     for source in sources:
         names = source.names(note)
         first = next(names, None)
         if first is None:
-            empty.append(source.nothing)
+            empty.append(source.if_empty)
             continue
         found = True
         yield first
         yield from names
     if not found:
         several = f"nothing in any of {len(sources)} inputs; " if len(sources) > 1 else ""
-        why = f" ({note.first})" if note.first else ""
-        raise DataError(f"{several}{empty[0] if empty else 'no input given'}{why}")
+        reason = f" ({note.first})" if note.first else ""
+        raise DataError(f"{several}{empty[0] if empty else 'no input given'}{reason}")
     for line in empty:
         note(line)
 
 
-class _Once:
-    """Tells each line once, and in letters that every terminal has."""
+class _UniqueNotes:
+    """Passes each line on once, with bytes that are not UTF-8 escaped.
+
+    Attributes:
+        first: The first line; "" before it.
+    """
 
     def __init__(self, note: Note) -> None:
-        self._note, self._told = note, set[str]()
+        self._note, self._lines = note, set[str]()
         self.first = ""
 
     def __call__(self, line: str) -> None:
-        if line not in self._told:
-            self._told.add(line)
+        if line not in self._lines:
+            self._lines.add(line)
             line = line.encode("utf-8", "backslashreplace").decode()
             self.first = self.first or line
             self._note(line)

@@ -1,12 +1,12 @@
-"""Tar archives, WebDataset's shards among them: the images in them, read where they lie.
+"""Tar archives, such as WebDataset's shards: list and read the images in them without unpacking.
 
     a.tar::cat/1.jpg      the member cat/1.jpg of a.tar
     a.tar::2::cat/1.jpg   the second member of that name
 
-Nothing is unpacked, so a member may be called `../../x.jpg` and leads nowhere. Members count whose
-names end as images do; hidden ones, macOS's `._x.jpg` among them, are left out. The order is the
-archive's. An archive may be compressed by gzip, bzip2, xz, or zstd where the package zstandard is;
-its bytes tell.
+No member is written to disk, so a name such as `../../x.jpg` is harmless. Members with the suffix
+of an image are listed, except hidden ones, such as macOS's `._x.jpg`, in the order of the archive.
+An archive may be compressed by gzip, bzip2, xz, or zstd if the package zstandard is installed; its
+first bytes determine the compression.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functools import partial
 from typing import BinaryIO, Final
 
 from serving.errors import BrokenImage, DataError, TooLarge
-from serving.inputs.compression import BLOCK, MAX_FILE, PeekableStream, opened
+from serving.inputs.compression import BLOCK, MAX_FILE, PeekableStream, open_tar
 from serving.inputs.folders import Note, is_image
 
 SEPARATOR: Final = "::"
@@ -33,7 +33,7 @@ SUFFIXES: Final = (
 
 _PIECE: Final = 2**16
 
-# What tarfile and the decompressors raise over corrupt data.
+# What tarfile and the decompressors raise for corrupt data.
 _CORRUPT: Final = (
     tarfile.TarError,
     OSError,
@@ -52,8 +52,11 @@ _CORRUPT: Final = (
 class TarMember:
     """One image of an archive.
 
-    name: no other member has it. offset: of its header, in bytes of the tar as unpacked.
-    read: its bytes, or BrokenImage or TooLarge; only until the next member is asked for.
+    Attributes:
+        name: Unique in the archive.
+        offset: Of its header, in bytes of the uncompressed tar.
+        read: Returns its bytes, or raises BrokenImage or TooLarge; valid until the iterator
+            advances to the next member.
     """
 
     name: str
@@ -62,11 +65,11 @@ class TarMember:
 
 
 def names(path: str, note: Note) -> Iterator[str]:
-    """`ARCHIVE::MEMBER` for every image of an archive; headers alone are looked at."""
+    """`ARCHIVE::MEMBER` for every image of an archive; only the headers are read."""
     try:
         for member in members(path):
             name = f"{path}{SEPARATOR}{member.name}"
-            if os.path.lexists(name):  # see `split`
+            if os.path.lexists(name):  # `split` would take the name for that file
                 note(f"{name}: a file beside the archive has that name; the member is left out")
             else:
                 yield name
@@ -77,10 +80,10 @@ def names(path: str, note: Note) -> Iterator[str]:
 
 
 def split(name: str) -> tuple[str, str] | None:
-    """(archive, member), or None where it is a path like any other.
+    """(archive, member), or None if the name is a plain path.
 
-    A file of that very name is what is meant, where there is one. Else the archive is the shortest
-    beginning, up to a `::`, that ends as archives do and is there.
+    An existing file of exactly that name takes precedence. Otherwise the archive is the shortest
+    prefix before a `::` that has the suffix of an archive and exists.
     """
     at = name.find(SEPARATOR)
     if at < 0 or os.path.lexists(name):
@@ -93,43 +96,44 @@ def split(name: str) -> tuple[str, str] | None:
 
 
 def is_archive(path: str) -> bool:
-    """Whether a name ends as those of archives do."""
+    """Whether a name has the suffix of a tar archive."""
     return path.lower().endswith(SUFFIXES)
 
 
-def is_stream(path: str) -> bool:
-    """Whether it is compressed, and so can only be read on.
+def is_compressed(path: str) -> bool:
+    """Whether an archive is compressed, and so can only be read sequentially.
 
     Raises:
-        DataError: Compressed in a way that can't be read here.
+        DataError: A compression whose package is missing.
         OSError: It can't be opened.
     """
-    with opened(path) as source:
-        return not source.jumps
+    with open_tar(path) as source:
+        return not source.seekable_file
 
 
 def members(path: str) -> Iterator[TarMember]:
     """The images of an archive in its order.
 
-    The names that came by are held: a name that comes again gets a number.
+    The names are kept in memory: a repeated name gets a number.
 
     Raises:
-        DataError: The archive is broken or cut off; what came before that is good.
+        DataError: The archive is corrupt or truncated; the members before that are valid.
         OSError: It can't be opened.
     """
-    taken: dict[str, int] = {}
-    with opened(path) as source:
+    counts: dict[str, int] = {}
+    with open_tar(path) as source:
         for tar, info in _headers(source):
             if not info.isdir() and is_image(info.name) and not _is_hidden(info.name):
-                yield TarMember(_named(info.name, taken), info.offset, partial(_data, tar, info))
+                name = _unique(info.name, counts)
+                yield TarMember(name, info.offset, partial(_data, tar, info))
 
 
 def read_at(file: BinaryIO, offset: int) -> bytes:
-    """The bytes of the member whose header lies there; the file is not compressed.
+    """The bytes of the member whose header is at `offset` of an uncompressed archive.
 
     Raises:
         BrokenImage: It can't be read.
-        TooLarge: No photo is that big.
+        TooLarge: It has more than `MAX_FILE` bytes.
     """
     file.seek(offset)
     try:
@@ -143,7 +147,7 @@ def read_at(file: BinaryIO, offset: int) -> bytes:
 
 
 def _headers(source: PeekableStream) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Each header. Done by hand: TarFile keeps all of them, and is silent about broken ones."""
+    """Each header. Not by iterating TarFile, which keeps all headers and ignores corrupt ones."""
     tar: tarfile.TarFile | None = None
     offset, place = 0, "at its start: no tar archive"
     while True:
@@ -193,13 +197,13 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
-def _named(name: str, taken: dict[str, int]) -> str:
-    """The name, or `2::name` and so on where it is taken."""
+def _unique(name: str, counts: dict[str, int]) -> str:
+    """The name, or `2::name` and so on if it occurred before."""
     unique = name
-    while unique in taken:
-        taken[name] += 1
-        unique = f"{taken[name]}{SEPARATOR}{name}"
-    taken[unique] = 1
+    while unique in counts:
+        counts[name] += 1
+        unique = f"{counts[name]}{SEPARATOR}{name}"
+    counts[unique] = 1
     return unique
 
 

@@ -1,9 +1,9 @@
-"""Members of archives by name, each archive opened once for all threads of a process.
+"""Reading members of tar archives by name; each archive is opened once for all threads.
 
-A plain tar is read anywhere: its headers are looked at once, as far as is asked for, and then
-each member takes one header and its bytes. A compressed tar can only be read on: asked in order it
-is unpacked once, and asked backwards it is begun anew. What was passed unasked is kept a while,
-because threads that go on side by side ask a little out of order.
+A plain tar allows random access: its headers are read once, as far as needed, and then a member
+costs one header and its bytes. A compressed tar is read sequentially: requested in order it is
+decompressed once, and an earlier member starts it again. Members that are passed on the way to a
+requested one are cached for a while, because parallel threads request them slightly out of order.
 """
 
 from __future__ import annotations
@@ -18,45 +18,49 @@ from typing import Any, Final, Protocol
 from serving.errors import BrokenImage, DataError, ImageError
 from serving.inputs import tar
 
-_KEPT: Final = 2**28
-"""Bytes of members that were passed unasked."""
+_CACHE_BYTES: Final = 2**28
+"""Size of the cache of passed members."""
 
-_NAMES: Final = 1_000_000
-_OPEN: Final = 200
-"""So many names and archives are held at most, but always those of the last two."""
+_MAX_NAMES: Final = 1_000_000
+_MAX_OPEN: Final = 200
+"""Largest numbers of member names in memory and of open archives; two archives are always open."""
 
-Identity = tuple[int, int, int, int]
-"""Of a file as it is now: a path may come to mean another."""
+FileIdentity = tuple[int, int, int, int]
+"""Device, inode, size and time of change: a path may refer to another file later."""
 
 
 class Archive(Protocol):
-    """An open archive. names: what is known of it."""
+    """An open archive.
+
+    Attributes:
+        names: The members found so far.
+    """
 
     names: dict[str, int]
 
     def load(self, member: str) -> bytes:
-        """The bytes of a member, or ImageError."""
+        """The bytes of a member; raises ImageError if it can't be read."""
 
 
-class Archives:
-    """The archives that a process has open; safe among threads."""
+class OpenArchives:
+    """The open archives of a process, the least recently used closed first; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: OrderedDict[Identity, Archive] = OrderedDict()
-        self._kept = _Kept()
+        self._open: OrderedDict[FileIdentity, Archive] = OrderedDict()
+        self._cache = _MemberCache()
 
     def load(self, path: str, member: str) -> bytes:
         """The bytes of a member.
 
         Raises:
-            ImageError: It can't be read, or no photo is that big.
+            ImageError: It can't be read, or is too large.
         """
         try:
             status = os.stat(path)
             identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             with self._lock:
-                archive = self._open.get(identity) or self._begin(path, identity)
+                archive = self._open.get(identity) or self._add(path, identity)
                 self._open.move_to_end(identity)
         except OSError as error:
             raise BrokenImage(f"can't be read: {error.strerror or error}") from error
@@ -64,38 +68,39 @@ class Archives:
             raise BrokenImage(f"the archive is {error}") from error
         return archive.load(member)
 
-    def _begin(self, path: str, identity: Identity) -> Archive:
-        archive = _Stream(path, self._kept) if tar.is_stream(path) else _Plain(path)
+    def _add(self, path: str, identity: FileIdentity) -> Archive:
+        compressed = tar.is_compressed(path)
+        archive = _CompressedArchive(path, self._cache) if compressed else _PlainArchive(path)
         self._open[identity] = archive
-        held = sum(len(one.names) for one in self._open.values())
-        while len(self._open) > 2 and (held > _NAMES or len(self._open) > _OPEN):
-            held -= len(self._open.popitem(last=False)[1].names)
+        names = sum(len(one.names) for one in self._open.values())
+        while len(self._open) > 2 and (names > _MAX_NAMES or len(self._open) > _MAX_OPEN):
+            names -= len(self._open.popitem(last=False)[1].names)
         return archive
 
 
-_SHARED: weakref.WeakValueDictionary[int, Archives] = weakref.WeakValueDictionary()
+_SHARED: weakref.WeakValueDictionary[int, OpenArchives] = weakref.WeakValueDictionary()
 _LOCK: Final = threading.Lock()
 
 
-def shared() -> Archives:
-    """Those of this process; closed when nobody holds them any more."""
+def shared() -> OpenArchives:
+    """The archives of this process; closed when the last reference to them is deleted."""
     with _LOCK:
-        # By process: one that was forked must not move the files of the other.
+        # By process id: a forked process shares file positions with its parent.
         found = _SHARED.get(os.getpid())
         if found is None:
-            found = _SHARED[os.getpid()] = Archives()
+            found = _SHARED[os.getpid()] = OpenArchives()
         return found
 
 
-class _Walk:
-    """The members of an archive one by one."""
+class _MemberIterator:
+    """The members of an archive in order, with BrokenImage at the end."""
 
     def __init__(self, path: str) -> None:
         self._members = tar.members(path)
         self._end = "no image of that name in the archive"
 
     def next(self) -> tar.TarMember:
-        """The next on the way to one that has to come; BrokenImage where none does."""
+        """The next member; BrokenImage with the reason if there is none."""
         try:
             for member in self._members:
                 return member
@@ -106,116 +111,110 @@ class _Walk:
         raise BrokenImage(self._end)
 
 
-class _Plain:
-    """A tar that is not compressed. names: member -> where its header is."""
+class _PlainArchive:
+    """An uncompressed `Archive`; `names` has the offset of each member's header."""
 
     def __init__(self, path: str) -> None:
         self._file = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)  # once the last thread is through with it
+        weakref.finalize(self, os.close, self._file)  # after the last thread has used it
         self._lock = threading.Lock()
-        self._walk = _Walk(path)
+        self._members = _MemberIterator(path)
         self.names: dict[str, int] = {}
 
     def load(self, member: str) -> bytes:
-        """As `Archive`."""
         with self._lock:
             while member not in self.names:
-                one = self._walk.next()
-                self.names[one.name] = one.offset
+                found = self._members.next()
+                self.names[found.name] = found.offset
             offset = self.names[member]
-        return tar.read_at(io.BufferedReader(_View(self._file)), offset)
+        return tar.read_at(io.BufferedReader(_PositionedFile(self._file)), offset)
 
 
-class _Stream:
-    """A compressed tar. names: member -> how many come before it."""
+class _CompressedArchive:
+    """A compressed `Archive`; `names` has the number of members before each one."""
 
-    def __init__(self, path: str, kept: _Kept) -> None:
-        self._path, self._kept, self._key = path, kept, object()
+    def __init__(self, path: str, cache: _MemberCache) -> None:
+        self._path, self._cache, self._key = path, cache, object()
         self._lock = threading.Lock()
-        self._walk, self._passed = _Walk(path), 0
+        self._members, self._passed = _MemberIterator(path), 0
         self.names: dict[str, int] = {}
 
     def load(self, member: str) -> bytes:
-        """As `Archive`."""
         with self._lock:
-            found = self._kept.take((self._key, member))
+            found = self._cache.pop((self._key, member))
             if found is None:
-                found = self._reach(member)
+                found = self._read_to(member)
         if isinstance(found, ImageError):
             raise found
         return found
 
-    def _reach(self, member: str) -> bytes | ImageError:
+    def _read_to(self, member: str) -> bytes | ImageError:
+        """Read sequentially up to `member`, from the start if it was passed already."""
         if self.names.get(member, self._passed) < self._passed:
-            self._walk, self._passed = _Walk(self._path), 0
+            self._members, self._passed = _MemberIterator(self._path), 0
         while True:
-            one = self._walk.next()
-            self.names.setdefault(one.name, self._passed)
+            current = self._members.next()
+            self.names.setdefault(current.name, self._passed)
             self._passed += 1
-            found = _read(one)
-            if one.name == member:
+            found = _read(current)
+            if current.name == member:
                 return found
-            self._kept.put((self._key, one.name), found)
+            self._cache.put((self._key, current.name), found)
 
 
-class _Kept:
-    """What was passed unasked: the latest, each until it is asked for. Keys: archive, member."""
+class _MemberCache:
+    """Passed members, until they are requested; the oldest are evicted. Keys: archive, member."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._found: OrderedDict[tuple[object, str], bytes | ImageError] = OrderedDict()
+        self._members: OrderedDict[tuple[object, str], bytes | ImageError] = OrderedDict()
         self._bytes = 0
 
     def put(self, key: tuple[object, str], found: bytes | ImageError) -> None:
-        """Keep it, and let the oldest go."""
-        self.take(key)
+        self.pop(key)
         with self._lock:
-            self._found[key] = found
+            self._members[key] = found
             self._bytes += _size(found)
-            while self._bytes > _KEPT:
-                self._bytes -= _size(self._found.popitem(last=False)[1])
+            while self._bytes > _CACHE_BYTES:
+                self._bytes -= _size(self._members.popitem(last=False)[1])
 
-    def take(self, key: tuple[object, str]) -> bytes | ImageError | None:
-        """Give it away, if it is there."""
+    def pop(self, key: tuple[object, str]) -> bytes | ImageError | None:
+        """Remove a member and return it; None if it is not cached."""
         with self._lock:
-            found = self._found.pop(key, None)
+            found = self._members.pop(key, None)
             if found is not None:
                 self._bytes -= _size(found)
             return found
 
 
-class _View(io.RawIOBase):
-    """An open file with a position of its own, so that threads are not in each other's way."""
+class _PositionedFile(io.RawIOBase):
+    """An open file with its own position, so that threads can share the file descriptor."""
 
     def __init__(self, file: int) -> None:
-        self._file, self._at = file, 0
+        self._file, self._position = file, 0
 
     def readable(self) -> bool:
-        """Yes."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
         return True
 
     def tell(self) -> int:
-        """Bytes from the start."""
-        return self._at
+        return self._position
 
     def seek(self, to: int, whence: int = 0, /) -> int:
-        """To a place from the start."""
-        self._at = self._at + to if whence == os.SEEK_CUR else to
-        return self._at
+        self._position = self._position + to if whence == os.SEEK_CUR else to
+        return self._position
 
     def readinto(self, buffer: Any, /) -> int:
-        """As many bytes as there are."""
-        data = os.pread(self._file, len(buffer), self._at)
+        data = os.pread(self._file, len(buffer), self._position)
         buffer[: len(data)] = data
-        self._at += len(data)
+        self._position += len(data)
         return len(data)
 
 
 def _size(found: bytes | ImageError) -> int:
+    """Bytes in memory; an estimate for an error."""
     return len(found) if isinstance(found, bytes) else 1000
 
 

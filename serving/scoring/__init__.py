@@ -1,1 +1,1 @@
-"""Batch scoring: from many images to one table, resumable."""
+"""Batch scoring: many images -> one table of scores, resumable, locally or on a Ray cluster."""

@@ -1,4 +1,4 @@
-"""Copies of the images in a folder for each label: `--copy-to`."""
+"""Copy each scored image into a folder for its label: `--copy-to`."""
 
 from __future__ import annotations
 
@@ -10,56 +10,60 @@ from typing import Final
 
 from serving.errors import FledgeError, WorkError
 from serving.inputs.sources import Reader
-from serving.scoring.table import ScoreRow
-from serving.utils.files import write_aside
+from serving.scoring.rows import ScoreRow
+from serving.utils.files import atomic_write
 
 ERRORS: Final = "_errors"
-"""The folder of what could not be scored."""
+"""Folder of the images that could not be scored."""
 
 
-def copy(folder: Path, rows: Iterable[ScoreRow], protocols: Sequence[str] = ()) -> str:
-    """Copy what the rows name to folder/LABEL/NAME; what has no label to folder/_errors.
+def copy_by_label(folder: Path, rows: Iterable[ScoreRow], protocols: Sequence[str] = ()) -> str:
+    """Copy each row's image to folder/LABEL/NAME, and images without a label to folder/_errors.
 
-    A name that is there a second time gets a number. Called again with the same rows it writes
-    the same files over. Returns a line about it.
+    A repeated name gets a number. The same rows give the same names, so a second call overwrites
+    the files of the first.
+
+    Returns:
+        A line with the number of copies, to print.
 
     Raises:
-        WorkError: Nothing can be written there.
+        WorkError: A file can't be written.
     """
-    taken, copied, lost = Counter[Path](), 0, 0
+    names, copied, missing = Counter[Path](), 0, 0
     reader = Reader(protocols)
     try:
         for row in rows:
-            place = _place(folder, row, taken)
+            target = _target(folder, row, names)
             try:
                 data = reader.load(row.path)
-            except FledgeError:  # it is gone, and the table says so
-                lost += 1
+            except FledgeError:  # an unreadable image, which the table has as an error
+                missing += 1
                 continue
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with write_aside(place) as aside:
-                aside.write_bytes(data)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(target) as partial:
+                partial.write_bytes(data)
             copied += 1
     except OSError as error:
         raise WorkError(f"--copy-to {folder}: {error.strerror or error}") from error
     finally:
         reader.close()
-    missing = f"; {lost} could not be read" if lost else ""
-    return f"copied {copied} images to {folder}{missing}"
+    note = f"; {missing} could not be read" if missing else ""
+    return f"copied {copied} images to {folder}{note}"
 
 
-def _place(folder: Path, row: ScoreRow, taken: Counter[Path]) -> Path:
-    home = folder / (ERRORS if row.label is None else _folder_name(row.label))
+def _target(folder: Path, row: ScoreRow, names: Counter[Path]) -> Path:
+    """A path that no row before has; `names` counts the rows of each name."""
+    parent = folder / (ERRORS if row.label is None else _folder_name(row.label))
     name = Path(row.path.rpartition("::")[2]).name or "image"
-    wanted = place = home / name
-    while place in taken:
-        taken[wanted] += 1
-        place = home / f"{wanted.stem}-{taken[wanted]}{wanted.suffix}"
-    taken[place] = 1
-    return place
+    wanted = target = parent / name
+    while target in names:
+        names[wanted] += 1
+        target = parent / f"{wanted.stem}-{names[wanted]}{wanted.suffix}"
+    names[target] = 1
+    return target
 
 
 def _folder_name(label: str) -> str:
-    """A label as the name of a folder that stays inside."""
+    """A label as a valid folder name without separators."""
     name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", label).strip(". ")
     return name or "_"

@@ -1,13 +1,14 @@
-"""The journal of a scoring job: what is done stays done, whenever it is killed.
+"""Journal of a scoring job: an interrupted job resumes after its last complete shard.
 
     .OUT.parts/
-      job.json            what decides the rows: the bundle, the options, the inputs asked for
+      job.json            what determines the rows: the bundle, the options, the requested inputs
       inputs.jsonl        the inputs that were found, one a line, in order
-      skipped.json        how many places could not be looked into
-      00000.jsonl         rows of the first thousand inputs; there when they are whole
-      00000.npy           their features, where they are asked for; written before the rows
+      skipped.json        number of folders, archives and lists that could not be read
+      00000.jsonl         rows of the first 1,000 inputs; exists only when complete
+      00000.npy           their features, if requested; written before the rows
 
-A shard that is not there is done again whole, so the same inputs always meet in the same batches.
+An incomplete shard is scored again from its first input, so the same inputs always form the same
+batches.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from serving.errors import OptionError, WorkError
-from serving.scoring.table import ScoreRow
-from serving.utils.files import NoLocks, lock, write_aside
+from serving.scoring.rows import Features, ScoreRow
+from serving.utils.files import NoLocks, atomic_write, lock
 
 SIZE: Final = 1000
 """Inputs of a shard."""
@@ -34,11 +34,9 @@ _INPUTS: Final = "inputs.jsonl"
 _SKIPPED: Final = "skipped.json"
 _LOCK: Final = "lock"
 
-Features = npt.NDArray[np.float32]
 
-
-def begun(out: Path) -> bool:
-    """Whether a job of `out` that is not finished has found its inputs."""
+def has_inputs(out: Path) -> bool:
+    """Whether an unfinished job of the table `out` has a complete list of its inputs."""
     return (_folder(out) / _INPUTS).exists()
 
 
@@ -47,49 +45,51 @@ def _folder(out: Path) -> Path:
 
 
 class ScoringJournal:
-    """One job's folder.
+    """The folder of one job; a context manager that releases its lock on exit.
 
-    total: how many inputs there are; skipped: places that could not be looked into.
+    Attributes:
+        folder: The folder.
+        total: Number of inputs; 0 until they are known.
+        skipped: Number of folders, archives and lists that could not be read.
     """
 
     def __init__(self, out: Path, facts: Mapping[str, Any], *, restart: bool = False) -> None:
-        """Go on with the job of `out`, or begin it.
+        """Resume the job of the table `out`, or begin it, and lock it.
 
         Args:
-            out: The table that is to come.
-            facts: What decides its rows; JSON.
-            restart: Forget what was done.
+            out: The table.
+            facts: What determines its rows; JSON.
+            restart: Discard what is done.
 
         Raises:
-            OptionError: Another process is at work there; the job that lies there is another.
+            OptionError: Another process holds the lock; the unfinished job has other `facts`.
             WorkError: The folder can't be written.
         """
         self.folder = _folder(out)
         self.total = self.skipped = 0
         self._out = out
         self._lock = contextlib.ExitStack()
-        with self._guard():
+        with self._work_errors():
             self.folder.mkdir(exist_ok=True)
-            self._alone()
+            self._acquire_lock()
             try:
                 if restart:
                     self._clear()
                 self._begin(json.loads(json.dumps(facts)))
-                self._count()
+                self._read_counts()
             except BaseException:
-                self._leave()
+                self._release()
                 raise
 
     def __enter__(self) -> ScoringJournal:
-        """Nothing more."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let others at it; what is done stays."""
-        self._leave()
+        self._release()
 
-    def _leave(self) -> None:
-        if not (self.folder / _JOB).exists():  # finished: whoever waits for the lock makes it anew
+    def _release(self) -> None:
+        # Without a job the folder is removed. A process that waits for the lock creates it again.
+        if not (self.folder / _JOB).exists():
             (self.folder / _LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
@@ -97,25 +97,28 @@ class ScoringJournal:
 
     @property
     def known(self) -> bool:
-        """Whether the inputs were found already."""
+        """Whether the list of inputs is complete."""
         return (self.folder / _INPUTS).exists()
 
-    def keep_inputs(self, names: Iterable[str], skipped: Sequence[str] = ()) -> None:
-        """Write down what is to be scored, once and for all.
+    def write_inputs(self, names: Iterable[str], skipped: Sequence[str] = ()) -> None:
+        """Write the list of inputs.
 
-        `skipped` may fill while `names` are taken: a line for each place not looked into.
+        Args:
+            names: The inputs.
+            skipped: A line for each folder, archive or list that could not be read; may grow while
+                `names` is iterated.
         """
         path = self.folder / _INPUTS
-        with self._guard():
-            with write_aside(path) as aside, aside.open("w", encoding="ascii") as file:
+        with self._work_errors():
+            with atomic_write(path) as partial, partial.open("w", encoding="ascii") as file:
                 file.writelines(json.dumps(name) + "\n" for name in names)
-                with write_aside(self.folder / _SKIPPED) as counted:
-                    counted.write_text(json.dumps(len(skipped)))
-            self._count()
+                with atomic_write(self.folder / _SKIPPED) as partial_count:
+                    partial_count.write_text(json.dumps(len(skipped)))
+            self._read_counts()
 
     def todo(self) -> Iterator[tuple[int, list[str]]]:
-        """Number and inputs of each shard that is not done, in order."""
-        with self._guard(), (self.folder / _INPUTS).open(encoding="ascii") as file:
+        """Number and inputs of each incomplete shard, in order."""
+        with self._work_errors(), (self.folder / _INPUTS).open(encoding="ascii") as file:
             for number in range(self.shards):
                 lines = list(islice(file, SIZE))
                 if not self._rows(number).exists():
@@ -123,12 +126,12 @@ class ScoringJournal:
 
     @property
     def shards(self) -> int:
-        """How many there are when all is done."""
+        """Number of shards of the whole job."""
         return -(-self.total // SIZE)
 
     @property
     def done(self) -> int:
-        """Inputs whose rows are there."""
+        """Number of inputs in complete shards."""
         last = self.shards - 1
         sizes = (
             SIZE if number < last else self.total - last * SIZE
@@ -140,39 +143,41 @@ class ScoringJournal:
     def write(
         self, number: int, rows: Sequence[ScoreRow], features: Features | None = None
     ) -> None:
-        """A shard is done. The rows' rename is the moment.
+        """Write a shard. It is complete once the file of its rows is renamed.
 
         Args:
             number: Of the shard.
             rows: Of its inputs, in order.
-            features: float32 [rows, D]; of a broken image nan.
+            features: float32 [rows, D]; nan for a broken image.
         """
-        with self._guard():
+        with self._work_errors():
             if features is not None:
-                with write_aside(self._features(number)) as aside, aside.open("wb") as file:
-                    np.save(file, features)
-            with write_aside(self._rows(number)) as aside, aside.open("w", encoding="ascii") as out:
-                out.writelines(row.to_json() for row in rows)
+                path = self._features(number)
+                with atomic_write(path) as partial, partial.open("wb") as array_file:
+                    np.save(array_file, features)
+            path = self._rows(number)
+            with atomic_write(path) as partial, partial.open("w", encoding="ascii") as file:
+                file.writelines(row.to_json() for row in rows)
 
     def read(self, number: int) -> tuple[list[ScoreRow], Features | None]:
-        """What was written."""
-        with self._guard():
+        """Rows and features of a complete shard."""
+        with self._work_errors():
             with self._rows(number).open(encoding="ascii") as file:
                 rows = [ScoreRow.from_json(line) for line in file]
             path = self._features(number)
             return rows, np.load(path) if path.exists() else None
 
     def remove(self) -> None:
-        """The table is whole: nothing of this is needed any more."""
-        with self._guard():
+        """Delete the job; called when the table is complete."""
+        with self._work_errors():
             self._clear()
 
     def _begin(self, facts: Any) -> None:
         path = self.folder / _JOB
         if not path.exists():
-            self._clear()  # what a removal that was killed has left
-            with write_aside(path) as aside:
-                aside.write_text(json.dumps(facts))
+            self._clear()  # files of a removal that was killed
+            with atomic_write(path) as partial:
+                partial.write_text(json.dumps(facts))
             return
         try:
             before = dict(json.loads(path.read_text()))
@@ -180,33 +185,33 @@ class ScoringJournal:
             before = {"job": "unreadable"}
         for key in [key for key in {**before, **facts} if before.get(key) != facts.get(key)]:
             raise OptionError(
-                f"--out {self._out}: a job that was not finished lies there, with "
-                f"{key} = {_short(before.get(key))}, now {_short(facts.get(key))}; go on as then, "
-                "or add --restart"
+                f"--out {self._out}: an unfinished job exists there with {key} = "
+                f"{_short(before.get(key))}, now {_short(facts.get(key))}; use the same options "
+                "and inputs, or add --restart"
             )
 
-    def _count(self) -> None:
+    def _read_counts(self) -> None:
         if self.known:
             with (self.folder / _INPUTS).open("rb") as file:
                 self.total = sum(1 for _ in file)
             self.skipped = int(json.loads((self.folder / _SKIPPED).read_text()))
 
-    def _alone(self) -> None:
-        """Two at the same job would do it twice, and clear each other's folder."""
-        with contextlib.ExitStack() as opened:  # closed again, unless it is locked
+    def _acquire_lock(self) -> None:
+        """Lock the job: two processes would score it twice and clear each other's folder."""
+        with contextlib.ExitStack() as opened:  # closes the file, unless it gets locked
             file = opened.enter_context((self.folder / _LOCK).open("w"))
             try:
                 lock(file.fileno(), wait=False)
-            except NoLocks:  # nobody is kept out
+            except NoLocks:  # run without protection
                 return
             except (BlockingIOError, PermissionError) as error:
                 raise OptionError(
-                    f"--out {self._out}: another process is at work on it; wait, or name another"
+                    f"--out {self._out}: another process is writing it; wait, or name another file"
                 ) from error
             self._lock = opened.pop_all()
 
     def _clear(self) -> None:
-        # The job goes first: without it the rest is nobody's.
+        # job.json first: without it `_begin` discards the other files, so a kill here is harmless.
         (self.folder / _JOB).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.name != _LOCK:
@@ -219,12 +224,13 @@ class ScoringJournal:
         return self.folder / f"{number:05}.npy"
 
     @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
+    def _work_errors(self) -> Iterator[None]:
+        """Turn each OSError into a WorkError that names the folder."""
         try:
             yield
         except OSError as error:
             raise WorkError(
-                f"--out {self._out}: {error.strerror or error}; what is done is kept in "
+                f"--out {self._out}: {error.strerror or error}; complete shards are kept in "
                 f"{self.folder}"
             ) from error
 

@@ -1,10 +1,10 @@
-"""Batch scoring on Ray Data: the same job on as many machines as a cluster has.
+"""Batch scoring on Ray Data: the same job on all machines of a cluster.
 
-    journal ─tasks─> Ray Data: actors, a model each: load, decode, views, graph ─rows─> journal
+    journal ─tasks─> Ray Data: actors with a model each: load, decode, views, graph ─rows─> journal
 
-What is found, kept and written is on the machine of the command, as in `score`; a task is a part
-of a shard, whole batches of it, so the rows are those of one machine. Ray starts an actor that
-died with its machine anew on another and gives it what it had not finished.
+Inputs are found, and the journal and the table are written, on the machine of the command, as in
+`score`. A task is a part of a shard, in whole batches, so the rows are those of one machine. If a
+machine is lost, Ray starts its actor on another one and repeats the unfinished tasks.
 """
 
 from __future__ import annotations
@@ -14,63 +14,74 @@ import os
 import socket
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
-from serving import errors
-from serving.bundle import storage as bundles
-from serving.errors import FledgeError, OptionError, WorkError
+from serving.bundle import storage
+from serving.errors import BundleError, DataError, FledgeError, OptionError, WorkError
 from serving.inference import runtime
 from serving.inference.load import choose, open_predictor
 from serving.inference.predictor import Predictor
 from serving.inputs.remote import is_address
 from serving.inputs.tar import split
 from serving.scoring import ray_cluster
-from serving.scoring.journal import SIZE, Features, ScoringJournal
-from serving.scoring.scorer import Chunk, ScoredChunk, Scorer, in_order
-from serving.scoring.table import ScoreRow
+from serving.scoring.job import ScoringJob
+from serving.scoring.journal import SIZE, ScoringJournal
+from serving.scoring.options import ScoringOptions
+from serving.scoring.rows import Features, ScoreRow
+from serving.scoring.scorer import Chunk, ScoredChunk, Scorer, score_chunks
 
-if TYPE_CHECKING:
-    from serving.scoring.score import ScoringOptions
-    from serving.utils.progress import Progress
-
-_WAITING: Final = 8
-"""Threads for one that computes, where images come from addresses: most of the time they wait."""
+_IO_THREADS: Final = 8
+"""Threads for each computing one where images come from addresses: most of them wait for data."""
 _TASKS: Final = 16
-"""Tasks that an actor gets at least, where there are images enough: so all end together."""
-_LEAST: Final = 32
-"""Images of a task, unless there are fewer: handing one over takes some milliseconds."""
+"""Least number of tasks for each actor, if there are enough images, so that all end together."""
+_TASK_IMAGES: Final = 32
+"""Least number of images of a task, if there are enough: handing one over takes milliseconds."""
+
+_ERRORS: Final[dict[str, type[FledgeError]]] = {
+    "BundleError": BundleError,
+    "DataError": DataError,
+    "OptionError": OptionError,
+    "WorkError": WorkError,
+}
+"""Errors that an actor reports when it can't open the model, by name; others are WorkErrors."""
 
 Task = dict[str, Any]
-"""What Ray carries: shard and part; on the way there names, on the way back rows or a fault."""
+"""What Ray transfers: shard and part; to the actor with names, from it with rows or an error."""
 
 
 class RemoteRuntime:
-    """The runtime of a predictor whose graph is in the actors; a `runtime.Runtime`."""
+    """The `runtime.Runtime` of a predictor whose graph runs in the actors only."""
 
     def __init__(self, provider: str) -> None:
-        """`provider`: what the actors must have."""
+        """`provider`: the ONNX Runtime provider of the actors."""
         self.provider = provider
 
     def run(self, pixels: Any) -> Any:
-        """Not here."""
         raise WorkError("the graph runs in the actors")
 
 
 @dataclass(frozen=True)
-class RayJob:
+class RayWorkerConfig:
     """What an actor needs to know.
 
-    bundle: how it is called where the command runs; files: what is in it, for `cluster.shared`.
-    here: the folder that relative paths start from.
-    sample: an input that is there where the command runs, and so must be where an actor runs; ""
-        for none.
-    threads: of an actor; scoring: as `Scorer`.
+    Attributes:
+        bundle: The bundle's path on the machine of the command, for messages.
+        files: Reference to the bundle's files, for `ray_cluster.get`.
+        device: cpu, cuda or tensorrt.
+        precision: auto, fp32, int8 or fp16.
+        threads: Threads of an actor.
+        folder: Folder that relative paths start from.
+        sample: A local input that exists on the machine of the command, and so must exist on that
+            of the actor; "" for none.
+        options: The user's options.
+        batch: Rows (images times views) of one run of the graph.
+        protocols: Protocols that addresses may have.
     """
 
     bundle: str
@@ -78,187 +89,189 @@ class RayJob:
     device: str
     precision: str
     threads: int
-    here: str
+    folder: str
     sample: str
-    scoring: dict[str, Any]
+    options: ScoringOptions
+    batch: int
+    protocols: Sequence[str] = ()
 
 
 class RayWorker:
-    """What an actor is: the model, loaded once, and a task at a time."""
+    """The class of the actors: loads the model once and scores one task at a time."""
 
-    def __init__(self, job: RayJob) -> None:
-        """Open the model. What is wrong is said by every task: Ray would hide it."""
-        self._job, self._fault = job, ""
+    def __init__(self, config: RayWorkerConfig) -> None:
+        """Open the model. An error is returned by every task, because Ray would hide it here."""
+        self._config, self._error = config, ""
         try:
-            self._scorer = Scorer(_opened(job), **job.scoring)
+            self._scorer = Scorer(
+                _open_model(config),
+                config.options,
+                batch=config.batch,
+                protocols=config.protocols,
+            )
         except FledgeError as error:
-            self._fault = f"{type(error).__name__}:{error} (on {socket.gethostname()})"
+            self._error = f"{type(error).__name__}:{error} (on {socket.gethostname()})"
 
-    def __call__(self, task: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, task: Task) -> Task:
         """Score a task: rows as lines of JSON, features as bytes."""
         rows: list[ScoreRow] = []
-        features: list[Any] = []
-        if not self._fault:
-            for done in self._done(json.loads(task["names"])):
-                rows += done.rows
-                features += [] if done.features is None else [done.features]
+        features: list[Features] = []
+        if not self._error:
+            for scored in self._score(json.loads(task["names"])):
+                rows += scored.rows
+                features += [] if scored.features is None else [scored.features]
         return {
             "shard": task["shard"],
             "part": task["part"],
-            "fault": self._fault,
+            "error": self._error,
             "rows": "".join(row.to_json() for row in rows),
             "features": np.concatenate(features).tobytes() if features else b"",
         }
 
-    def _done(self, names: list[str]) -> Iterator[ScoredChunk]:
-        size = self._scorer.chunk
+    def _score(self, names: list[str]) -> Iterator[ScoredChunk]:
+        size = self._scorer.chunk_size
         chunks = (Chunk(0, names[at : at + size], False) for at in range(0, len(names), size))
-        threads = self._job.threads * (_WAITING if any(map(is_address, names)) else 1)
+        threads = self._config.threads * (_IO_THREADS if any(map(is_address, names)) else 1)
         if threads == 1:
             return map(self._scorer, chunks)
-        return in_order(self._scorer, chunks, threads)
+        return score_chunks(self._scorer, chunks, threads)
 
 
-def _opened(job: RayJob) -> Predictor:
-    """The predictor of an actor, from files that came with the job."""
-    if os.path.isdir(job.here):
-        os.chdir(job.here)
-    if job.sample and not os.path.exists(job.sample):
+def _open_model(config: RayWorkerConfig) -> Predictor:
+    """The predictor of an actor, from the bundle's files in Ray's object store."""
+    if os.path.isdir(config.folder):
+        os.chdir(config.folder)
+    if config.sample and not os.path.exists(config.sample):
         raise OptionError(
-            f"{job.sample} is not there: every machine of the cluster must see the images under "
+            f"{config.sample} is not there: every machine of the cluster must see the images under "
             "the same path; share the folder, or give addresses such as s3://"
         )
     with tempfile.TemporaryDirectory(prefix="fledge-") as folder:
-        for name, data in ray_cluster.shared(job.files).items():
+        for name, data in ray_cluster.get(config.files).items():
             path = Path(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         try:
-            return open_predictor(Path(folder), device=job.device, precision=job.precision)
+            return open_predictor(Path(folder), device=config.device, precision=config.precision)
         except FledgeError as error:
-            raise type(error)(str(error).replace(folder, job.bundle)) from error
+            raise type(error)(str(error).replace(folder, config.bundle)) from error
 
 
 class RayBackend:
-    """Actors on a cluster: that of RAY_ADDRESS, else one of this machine alone, for this job."""
+    """Actors on the cluster at RAY_ADDRESS, or on one that is started here for this job."""
 
-    def __init__(self, options: ScoringOptions, say: Callable[[str], None]) -> None:
-        """Nothing is started yet.
+    def __init__(self, options: ScoringOptions, log: Callable[[str], None]) -> None:
+        """Check the installation; nothing is started yet.
 
         Raises:
             OptionError: ray is not installed.
         """
-        ray_cluster.check()
-        self._options, self._say = options, say
+        ray_cluster.check_installed()
+        self._options, self._log = options, log
 
     def __enter__(self) -> RayBackend:
-        """Nothing more."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what was started, actors in the middle of a task included."""
-        ray_cluster.leave()
+        ray_cluster.disconnect()
 
     def open(self, bundle: Path, *, device: str, precision: str, threads: int | None) -> Predictor:
-        """Join the cluster. The predictor is that of the actors, told without opening it here.
+        """Connect to the cluster; a predictor with the actors' properties, without its graph.
 
         Args:
-            bundle: Its files go to the actors.
-            device: auto takes GPUs where the cluster has any; actors that can't use theirs fail.
+            bundle: Its files are sent to the actors.
+            device: auto takes GPUs if the cluster has any; actors that can't use theirs fail.
             precision: As `open_predictor`.
-            threads: No matter: an actor on a CPU has one core.
+            threads: Ignored: an actor on a CPU has one core.
 
         Raises:
-            BundleError, OptionError: What can be known here; actors find the rest.
-            WorkError: There is no such cluster, or nothing in it to work on.
+            BundleError, OptionError: What can be checked here; the actors check the rest.
+            WorkError: No cluster at the address, or no CPUs or GPUs in it.
         """
         if device not in ("auto", *runtime.PROVIDERS):
             raise OptionError(f"device = {device!r}: use auto, {', '.join(runtime.PROVIDERS)}")
-        self._bundle = bundles.read(bundle)
-        self._pool = ray_cluster.join(device, self._options.workers)
-        self._precision = choose(self._bundle, precision, runtime.PROVIDERS[self._pool.device])
-        there = RemoteRuntime(runtime.PROVIDERS[self._pool.device])
-        return Predictor(self._bundle.manifest, there, self._precision)
+        self._bundle = storage.read(bundle)
+        self._pool = ray_cluster.connect(device, self._options.workers)
+        provider = runtime.PROVIDERS[self._pool.device]
+        self._precision = choose(self._bundle, precision, provider)
+        return Predictor(self._bundle.manifest, RemoteRuntime(provider), self._precision)
 
-    def work(
-        self,
-        journal: ScoringJournal,
-        predictor: Predictor,
-        options: ScoringOptions,
-        batch: int,
-        progress: Progress,
-        protocols: list[str],
-    ) -> None:
-        """Do the shards that are to be done.
+    def run(self, job: ScoringJob) -> None:
+        """Score the incomplete shards by the actors.
 
         Raises:
-            FledgeError: What an actor could not do its work for; nothing is lost that was done.
+            FledgeError: The error of an actor; complete shards are kept.
         """
-        scoring = options.scoring(batch, protocols)
-        tasks = list(_tasks(journal, scoring["batch"], self._pool.workers))
+        images_per_run = job.options.images_per_run(job.batch)
+        tasks = list(_tasks(job.journal, images_per_run, self._pool.workers))
         if not tasks:
             return
-        job = self._job(tasks[0], scoring)
-        shards = _Shards(journal, Counter(task["shard"] for task in tasks))
+        config = self._worker_config(job, tasks[0])
+        shards = _ShardAssembler(job.journal, Counter(task["shard"] for task in tasks))
         try:
-            with closing(self._pool.map(RayWorker, job, tasks, self._say)) as results:
-                for done in results:
-                    if done["fault"]:
-                        kind, _, message = done["fault"].partition(":")
-                        raise vars(errors)[kind](message)
-                    for row in shards.add(done):
-                        progress.step(failed=row.status == "error")
+            with closing(self._pool.map(RayWorker, config, tasks, self._log)) as results:
+                for result in results:
+                    if result["error"]:
+                        kind, _, message = result["error"].partition(":")
+                        raise _ERRORS.get(kind, WorkError)(message)
+                    for row in shards.add(result):
+                        job.progress.step(failed=row.status == "error")
         except OptionError:
-            if not journal.done:
-                journal.remove()  # the next command asks for other things
+            if not job.journal.done:
+                job.journal.remove()  # the next command has other options
             raise
 
-    def _job(self, task: Task, scoring: dict[str, Any]) -> RayJob:
+    def _worker_config(self, job: ScoringJob, task: Task) -> RayWorkerConfig:
         names = [name for name in json.loads(task["names"]) if not is_address(name)]
-        places = (split(name) or (name, "") for name in names)
-        sample = next((path for path, _ in places if os.path.exists(path)), "")
-        return RayJob(
+        members = (split(name) or (name, "") for name in names)
+        sample = next((path for path, _ in members if os.path.exists(path)), "")
+        return RayWorkerConfig(
             str(self._bundle.folder),
-            ray_cluster.share(_files(self._bundle)),
+            ray_cluster.put(_bundle_files(self._bundle)),
             self._pool.device,
             self._precision,
             self._pool.threads,
             os.getcwd(),
             sample and os.path.abspath(sample),
-            scoring,
+            job.options,
+            job.batch,
+            job.protocols,
         )
 
 
-class _Shards:
-    """Puts shards together from the parts that come in any order."""
+class _ShardAssembler:
+    """Collects the parts of shards, which arrive in any order, and writes complete shards."""
 
     def __init__(self, journal: ScoringJournal, parts: Counter[int]) -> None:
-        """`parts`: how many each shard has."""
-        self._journal, self._missing = journal, parts
-        self._found: dict[int, dict[int, tuple[list[ScoreRow], Features | None]]] = {}
+        """`parts`: shard -> number of its parts."""
+        self._journal, self._parts = journal, parts
+        self._received: dict[int, dict[int, tuple[list[ScoreRow], Features | None]]] = {}
 
-    def add(self, done: Task) -> list[ScoreRow]:
-        """Take a part, and write the shard down if it was the last; the part's rows."""
-        rows = [ScoreRow.from_json(line) for line in done["rows"].splitlines()]
-        vectors = np.frombuffer(done["features"], np.float32).reshape(len(rows), -1)
-        shard, part = done["shard"], done["part"]
-        found = self._found.setdefault(shard, {})
-        found[part] = rows, vectors if done["features"] else None
-        if len(found) == self._missing[shard]:
-            self._write(shard, [self._found[shard][part] for part in sorted(found)])
-            del self._found[shard]
+    def add(self, result: Task) -> list[ScoreRow]:
+        """Add a part, write its shard if that is complete, and return the part's rows."""
+        rows = [ScoreRow.from_json(line) for line in result["rows"].splitlines()]
+        features = np.frombuffer(result["features"], np.float32).reshape(len(rows), -1)
+        shard, part = result["shard"], result["part"]
+        received = self._received.setdefault(shard, {})
+        received[part] = rows, features if result["features"] else None
+        if len(received) == self._parts[shard]:
+            self._write(shard, [received[part] for part in sorted(received)])
+            del self._received[shard]
         return rows
 
     def _write(self, shard: int, parts: list[tuple[list[ScoreRow], Features | None]]) -> None:
         rows = [row for part, _ in parts for row in part]
-        vectors = [part for _, part in parts if part is not None]
-        self._journal.write(shard, rows, np.concatenate(vectors) if vectors else None)
+        features = [part for _, part in parts if part is not None]
+        self._journal.write(shard, rows, np.concatenate(features) if features else None)
 
 
 def _tasks(journal: ScoringJournal, batch: int, workers: int) -> Iterator[Task]:
-    """Parts of shards, whole batches of them; names as JSON, which bears what is not UTF-8."""
+    """Parts of the incomplete shards, in whole batches of `batch` images.
+
+    The names are JSON, because Ray can't transfer strings that are not UTF-8.
+    """
     left = journal.total - journal.done
-    images = min(max(_LEAST, left // (workers * _TASKS)), SIZE)
+    images = min(max(_TASK_IMAGES, left // (workers * _TASKS)), SIZE)
     size = max(1, images // batch) * batch
     for shard, names in journal.todo():
         for at in range(0, len(names), size):
@@ -266,9 +279,9 @@ def _tasks(journal: ScoringJournal, batch: int, workers: int) -> Iterator[Task]:
             yield {"shard": shard, "part": at, "images": len(part), "names": json.dumps(part)}
 
 
-def _files(bundle: bundles.Bundle) -> dict[str, bytes]:
-    """All that a bundle is, by names in its folder."""
-    top = (bundles.MANIFEST, bundles.CHECKSUM, bundles.SIGNATURE)
+def _bundle_files(bundle: storage.Bundle) -> dict[str, bytes]:
+    """All files of a bundle, by their paths in its folder."""
+    top = (storage.MANIFEST, storage.CHECKSUM, storage.SIGNATURE)
     files = {
         name: (bundle.folder / name).read_bytes() for name in top if (bundle.folder / name).exists()
     }

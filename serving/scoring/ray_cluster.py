@@ -1,6 +1,6 @@
-"""A Ray cluster: joined or started, and actors on it that tasks go through. No other file has ray.
+"""Connection to a Ray cluster, and a pool of actors on it. The only module that imports ray.
 
-Ray says much on the way; what matters of it is said here in a line.
+Ray's own messages are suppressed; the important ones are logged here in one line each.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from serving.utils.optional_packages import require
 ADDRESS: Final = "RAY_ADDRESS"
 AUTH: Final = "RAY_AUTH_MODE"
 LOCAL: Final = "local"
-_joined: Final[list[str]] = []
-"""The cluster that this process has joined here, and so may leave."""
-_PATIENCE: Final = 5.0
-"""Seconds to wait for a cluster's door."""
-_LOOK: Final = 2.0
-"""Seconds between looks at who is still there."""
+_connections: Final[list[str]] = []
+"""The address of the cluster that this module connected to, which `disconnect` may shut down."""
+_CONNECT_SECONDS: Final = 5.0
+"""Time to wait for a TCP connection to the cluster's head."""
+_NODE_CHECK_SECONDS: Final = 2.0
+"""Time between two checks for lost machines."""
 
 
-def check() -> None:
-    """Refuse to begin where ray is missing.
+def check_installed() -> None:
+    """Check that ray is installed.
 
     Raises:
-        OptionError: It is.
+        OptionError: It is not.
     """
     require("ray", "--engine ray", "pip install 'fledge[ray]'")
 
 
-def join(device: str, workers: int | None) -> ActorPool:
-    """Join the cluster of RAY_ADDRESS, or start one that is this machine.
+def connect(device: str, workers: int | None) -> ActorPool:
+    """Connect to the cluster at RAY_ADDRESS, or start one on this machine.
 
     Args:
-        device: cpu, cuda or tensorrt; auto takes GPUs where there are any.
-        workers: Actors; None takes one for each core, or for each GPU.
+        device: cpu, cuda or tensorrt; auto takes GPUs if the cluster has any.
+        workers: Number of actors; None: one for each core, or for each GPU.
 
     Raises:
-        OptionError: An address of another kind.
-        WorkError: No cluster there, or nothing in it to work on.
+        OptionError: An unsupported kind of address.
+        WorkError: No cluster at the address, or no CPUs or GPUs in it.
     """
     address = os.environ.get(ADDRESS) or LOCAL
-    # Read while ray is imported or its processes start.
+    # Ray reads these when it is imported or starts its processes.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -67,8 +67,11 @@ def join(device: str, workers: int | None) -> ActorPool:
     _check_reachable(address)
     ray: Any = importlib.import_module("ray")
     if ray.is_initialized():
-        raise WorkError("--engine ray: this process is in a cluster already; leave that first")
-    _joined.append(address)
+        raise WorkError(
+            "--engine ray: this process is connected to a cluster already; call ray.shutdown() "
+            "first"
+        )
+    _connections.append(address)
     own = {"num_cpus": workers or cores(), "include_dashboard": False}
     try:
         with _silence_stderr():
@@ -79,9 +82,9 @@ def join(device: str, workers: int | None) -> ActorPool:
                 **(own if address == LOCAL else {}),
             )
         resources = ray.cluster_resources()
-    except Exception as error:  # of many kinds, and none of them is ours
-        lost = _lost(f"can't join the cluster {address}", error)
-        raise WorkError(f"{lost}{'' if address == LOCAL else _token()}") from error
+    except Exception as error:  # Ray raises many unrelated classes
+        failure = _work_error(f"can't join the cluster {address}", error)
+        raise WorkError(f"{failure}{'' if address == LOCAL else _token_hint()}") from error
     gpus = math.floor(resources.get("GPU", 0))
     if device == "auto":
         device = "cuda" if gpus else "cpu"
@@ -92,36 +95,38 @@ def join(device: str, workers: int | None) -> ActorPool:
     count = workers or units
     if device == "cpu":
         return ActorPool(device, count, 1, {"num_cpus": 1})
-    # Actors that share GPUs must fit on them evenly. Their cores are not reserved.
-    each = math.ceil(count / gpus)
-    return ActorPool(
-        device, count, _threads(ray.nodes(), each), {"num_cpus": 0, "num_gpus": 1 / each}
-    )
+    # Each GPU gets the same number of actors. CPU cores are not reserved for them.
+    per_gpu = math.ceil(count / gpus)
+    threads = _threads(ray.nodes(), per_gpu)
+    return ActorPool(device, count, threads, {"num_cpus": 0, "num_gpus": 1 / per_gpu})
 
 
-def leave() -> None:
-    """End what was started for this job, actors in the middle of a task included."""
-    if _joined:
-        _joined.clear()
+def disconnect() -> None:
+    """Stop all actors of this job, also in the middle of a task, and a cluster started for it."""
+    if _connections:
+        _connections.clear()
         sys.modules["ray"].shutdown()
 
 
-def share(value: Any) -> Any:
-    """Give a value to all machines; it is had by `shared` of what this returns."""
+def put(value: Any) -> Any:
+    """Copy a value to Ray's object store, which all machines can read; returns a reference."""
     return importlib.import_module("ray").put(value)
 
 
-def shared(reference: Any) -> Any:
-    """As `share`."""
+def get(reference: Any) -> Any:
+    """The value of a reference that `put` returned."""
     return importlib.import_module("ray").get(reference)
 
 
 @dataclass(frozen=True)
 class ActorPool:
-    """Actors to be.
+    """Size and resources of a pool of actors, which `map` creates.
 
-    device: cpu, cuda or tensorrt. workers: how many; threads: that each should use.
-    resources: of each, as Ray names them.
+    Attributes:
+        device: cpu, cuda or tensorrt.
+        workers: Number of actors.
+        threads: Threads of each actor.
+        resources: Of each actor, by Ray's option names.
     """
 
     device: str
@@ -131,121 +136,123 @@ class ActorPool:
 
     def map(
         self,
-        kind: type,
-        job: Any,
+        worker: type,
+        config: Any,
         tasks: list[dict[str, Any]],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> Generator[dict[str, Any], None, None]:
-        """Results of `kind(job)(task)` in the order in which they come.
+        """Yield `worker(config)(task)` for each task, in the order of completion.
 
         Raises:
-            WorkError: An actor or the cluster failed in a way that trying again does not mend.
+            WorkError: An actor or the cluster failed, and Ray's retries failed too.
         """
         data: Any = importlib.import_module("ray.data")
         data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         workers = min(self.workers, len(tasks))
-        watch = _Watch(say)
+        check_nodes = _LostNodes(log)
         try:
             with redirect_stdout(_SilentStream(sys.stdout)):
                 source = data.from_items(tasks, override_num_blocks=len(tasks))
-                done = source.map(
-                    kind,
-                    fn_constructor_args=(job,),
+                results = source.map(
+                    worker,
+                    fn_constructor_args=(config,),
                     compute=data.ActorPoolStrategy(size=workers),
                     **self.resources,
                 )
-                tasks.clear()  # Ray has them now
-                for row in done.iter_rows():
-                    watch()
-                    yield row
-        except Exception as error:  # of many kinds, and none of them is ours
-            raise _lost("the actors failed", error) from error
+                tasks.clear()  # frees the memory: Ray has a copy
+                for result in results.iter_rows():
+                    check_nodes()
+                    yield result
+        except Exception as error:  # Ray raises many unrelated classes
+            raise _work_error("the actors failed", error) from error
 
 
-class _Watch:
-    """Tells when a machine is gone."""
+class _LostNodes:
+    """Logs each machine that left the cluster; checks every `_NODE_CHECK_SECONDS`."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._next = say, 0.0
-        self._there = self._alive()
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log, self._next = log, 0.0
+        self._nodes = self._alive()
 
     def __call__(self) -> None:
         if time.monotonic() < self._next:
             return
-        self._next = time.monotonic() + _LOOK
-        there = self._alive()
-        for node in self._there.keys() - there.keys():
-            self._say(f"lost {self._there[node]}: what it had not finished goes to others")
-        self._there = there
+        self._next = time.monotonic() + _NODE_CHECK_SECONDS
+        nodes = self._alive()
+        for node in self._nodes.keys() - nodes.keys():
+            self._log(f"lost {self._nodes[node]}: its unfinished tasks are done by other machines")
+        self._nodes = nodes
 
     def _alive(self) -> dict[str, str]:
+        """Id -> address."""
         nodes = importlib.import_module("ray").nodes()
         return {node["NodeID"]: node["NodeManagerAddress"] for node in nodes if node["Alive"]}
 
 
 class _SilentStream(io.TextIOBase):
-    """Standard output without Ray's reports of processes that ended and are tried again."""
+    """Standard output without the text of Ray's threads, which report retries there."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str, /) -> int:
-        """Pass on what is not Ray's."""
         if threading.current_thread().name.startswith("ray_"):
             return len(text)
         return int(self._stream.write(text))
 
     def flush(self) -> None:
-        """As the stream's."""
         self._stream.flush()
 
 
 @contextmanager
 def _silence_stderr() -> Iterator[None]:
-    """Nothing on the process's standard error, where Ray tells that it was told to be quiet."""
+    """Redirect file descriptor 2 to /dev/null: Ray's start writes to it despite its log level."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(null, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
 def _check_reachable(address: str) -> None:
-    """Ray waits long for a door that does not open."""
+    """Fail at once if no TCP connection is possible; Ray would retry for a long time."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise WorkError(
             f"--engine ray: can't reach the cluster {address}: {error}; see {ADDRESS}"
         ) from error
 
 
-def _token() -> str:
-    """What to look at where Ray says no more than that it could not connect."""
+def _token_hint() -> str:
+    """The likely cause where Ray only reports that it could not connect."""
     if os.environ.get(AUTH, "").lower() == "token":
-        return f"; {AUTH}=token: is the token that of the head? `ray get-auth-token` tells both"
-    return f"; a cluster with a token, as Ray makes them, needs {AUTH}=token, and its token here"
+        return (
+            f"; {AUTH}=token: compare the token with that of the head, "
+            "`ray get-auth-token` prints both"
+        )
+    return f"; a cluster with a token (Ray's default) needs {AUTH}=token and the token here"
 
 
-def _threads(nodes: list[dict[str, Any]], each: int) -> int:
+def _threads(nodes: list[dict[str, Any]], per_gpu: int) -> int:
     """Cores for each of the actors that share a GPU, on the machine with the fewest."""
     shares = [
-        node["Resources"].get("CPU", 1) / (node["Resources"]["GPU"] * each)
+        node["Resources"].get("CPU", 1) / (node["Resources"]["GPU"] * per_gpu)
         for node in nodes
         if node["Alive"] and node["Resources"].get("GPU", 0) >= 1
     ]
     return max(1, math.floor(min(shares, default=1)))
 
 
-def _lost(what: str, error: Exception) -> WorkError:
+def _work_error(what: str, error: Exception) -> WorkError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    why = lines[-1] if lines else type(error).__name__
-    return WorkError(f"--engine ray: {what}: {why}")
+    reason = lines[-1] if lines else type(error).__name__
+    return WorkError(f"--engine ray: {what}: {reason}")

@@ -1,4 +1,4 @@
-"""What came of a scoring run: for people, as JSON beside the table, and as an exit status."""
+"""Summary of a scoring run: printed lines, a JSON file beside the table, the exit status."""
 
 from __future__ import annotations
 
@@ -7,20 +7,27 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from serving.errors import DataError, GateError, OptionError, WorkError
-from serving.inference.predictor import Predictor
-from serving.utils.files import write_aside
+from serving.utils.files import atomic_write
+
+if TYPE_CHECKING:  # `fledge evaluate-scores` reads summaries and needs no model
+    from serving.inference.predictor import Predictor
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in figures.
+    """Figures of a run.
 
-    images: rows of the table; scored: those with an answer.
-    errors: code -> count; labels: label -> count; both most frequent first.
-    seconds: of this run, without loading the model; now: images that it scored itself.
-    skipped: folders, archives and lists that could not be looked into, or not to their end.
+    Attributes:
+        images: Rows of the table.
+        scored: Rows with an answer.
+        errors: Error code -> rows, most frequent first.
+        labels: Predicted label -> rows, most frequent first.
+        seconds: Duration of this run, without loading the model.
+        now: Images that this run scored itself, not an interrupted one before it.
+        skipped: Folders, archives and lists that could not be read, or not to their end.
     """
 
     images: int
@@ -32,36 +39,41 @@ class Summary:
     skipped: int = 0
 
     def __str__(self) -> str:
-        """A few lines for people."""
+        """The lines to print."""
         rate = self.now / max(self.seconds, 1e-9)
         lines = [f"{self.now} images in {self.seconds:.1f} s, {rate:.0f} images/s"]
         lines.append(f"scored: {self.scored}{_counts(self.labels)}")
         if self.errors:
             lines.append(f"errors: {self.images - self.scored}{_counts(self.errors)}")
         if self.skipped:
-            lines.append(f"skipped: {self.skipped} (could not be looked into)")
+            lines.append(f"skipped: {self.skipped} (could not be read)")
         return "\n".join(lines)
 
     def write(self, out: Path, predictor: Predictor) -> None:
-        """Write OUT.summary.json.
+        """Write the summary of the table `out`, with the model's class names in their order.
 
         Raises:
             WorkError: It can't be written.
         """
-        facts = {"model": predictor.model, "precision": predictor.precision, **asdict(self)}
-        path = out.with_suffix(".summary.json")
+        content = {
+            "model": predictor.model,
+            "precision": predictor.precision,
+            **asdict(self),
+            "classes": list(predictor.manifest.labels),
+        }
+        path = summary_path(out)
         try:
-            with write_aside(path) as aside:
-                aside.write_text(json.dumps(facts, indent=2) + "\n")
+            with atomic_write(path) as partial:
+                partial.write_text(json.dumps(content, indent=2) + "\n")
         except OSError as error:
             raise WorkError(f"{path}: {error.strerror or error}") from error
 
-    def judge(self, out: Path, max_errors: str | None) -> None:
-        """Fail where too little was scored; the table is complete all the same.
+    def check(self, out: Path, max_errors: str | None) -> None:
+        """Raise an error if too few images were scored; the table is complete anyway.
 
         Raises:
             DataError: There was no input.
-            WorkError: Not one image could be scored.
+            WorkError: No image could be scored.
             GateError: More errors than `max_errors`.
         """
         if not self.images:
@@ -70,7 +82,7 @@ class Summary:
             raise WorkError(
                 f"not one of {self.images} images could be scored; see the column error of {out}"
             )
-        allowed, failed = limit(max_errors), self.images - self.scored
+        allowed, failed = parse_error_limit(max_errors), self.images - self.scored
         if allowed is not None and failed > allowed(self.images):
             raise GateError(
                 f"{failed} of {self.images} images could not be scored, more than "
@@ -78,8 +90,29 @@ class Summary:
             )
 
 
-def limit(max_errors: str | None) -> Callable[[int], float] | None:
-    """How many errors are allowed among so many images.
+def summary_path(out: Path) -> Path:
+    """Where the summary of a table lies: `scores.summary.json` beside `scores.csv` or `scores/`."""
+    named = out if out.name else out.absolute()  # "." has no name
+    return named.parent / f"{named.stem}.summary.json"
+
+
+def read_classes(out: Path) -> tuple[str, ...] | None:
+    """The model's class names in their order, from the summary of a table.
+
+    None if there is no summary, or one without class names, as older versions wrote it.
+    """
+    try:
+        content = json.loads(summary_path(out).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    classes = content.get("classes") if isinstance(content, dict) else None
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        return None
+    return tuple(classes) or None
+
+
+def parse_error_limit(max_errors: str | None) -> Callable[[int], float] | None:
+    """Number of images -> number of errors that `--max-errors` allows; None without a limit.
 
     Raises:
         OptionError: Neither a number nor a percentage.

@@ -1,26 +1,61 @@
-"""The table as Parquet, by pyarrow, which an image that only serves does without."""
+"""Writers of rows, one for each table format: CSV, JSON lines, Parquet.
+
+Parquet needs the optional package pyarrow.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
-if TYPE_CHECKING:
-    from serving.scoring.table import Features, ScoreRow
+from serving.scoring.rows import FEATURES, Features, ScoreRow
 
-FEATURES: Final = "features"
+
+class RowWriter(Protocol):
+    """Appends rows to an output."""
+
+    def write(self, rows: Sequence[ScoreRow], features: Features | None) -> None:
+        """Append rows; `features` [rows, D] if the table has that column."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class TextWriter:
+    """A `RowWriter` of a text file with one record per row."""
+
+    def __init__(self, path: Path, header: str, record: Callable[[ScoreRow], str]) -> None:
+        """Create the file.
+
+        Args:
+            path: The file.
+            header: Text before the rows.
+            record: A row -> its text, including the line break.
+        """
+        # surrogateescape writes the bytes of file names that are not UTF-8 unchanged.
+        self._file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
+        self._record = record
+        self._file.write(header)
+
+    def write(self, rows: Sequence[ScoreRow], features: Features | None) -> None:
+        self._file.writelines(self._record(row) for row in rows)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class ParquetWriter:
-    """A row group for each write; a `serving.scoring.table.RowWriter`."""
+    """A `RowWriter` of a Parquet file with one row group per `write`."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        """`columns` may hold "features", which are no part of a row."""
-        import pyarrow as pa
+        import pyarrow as pa  # optional
         import pyarrow.parquet as pq
 
-        kinds: dict[str, Any] = {
+        types: dict[str, Any] = {
             "probability": pa.float64(),
             "confident": pa.bool_(),
             "top_k": pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float64())])),
@@ -29,32 +64,66 @@ class ParquetWriter:
             FEATURES: pa.list_(pa.float32()),
         }
         self._pa, self._columns = pa, columns
-        self._schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
+        self._schema = pa.schema([(name, types.get(name, pa.string())) for name in columns])
         self._writer = pq.ParquetWriter(path, self._schema)
 
     def write(self, rows: Sequence[ScoreRow], features: Features | None) -> None:
-        """As `serving.scoring.table.RowWriter`."""
         arrays = []
         for field in self._schema:
             if field.name == FEATURES:
-                values = [_finite(vector) for vector in features] if features is not None else None
+                values = [_or_null(vector) for vector in features] if features is not None else None
             else:
                 values = [_plain(getattr(row, field.name)) for row in rows]
             arrays.append(self._pa.array(values or [None] * len(rows), field.type))
         self._writer.write_table(self._pa.Table.from_arrays(arrays, schema=self._schema))
 
     def close(self) -> None:
-        """As `serving.scoring.table.RowWriter`."""
         self._writer.close()
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, str):  # bytes of a name that are not UTF-8 have no place in a string
+    if isinstance(value, str):  # a Parquet string can't contain bytes that are not UTF-8
         return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     if isinstance(value, tuple) and value and isinstance(value[0], tuple):
         return [{"label": label, "probability": probability} for label, probability in value]
     return value
 
 
-def _finite(vector: Any) -> Any:
-    return None if vector[0] != vector[0] else vector  # a broken image has none
+def _or_null(vector: Any) -> Any:
+    return None if vector[0] != vector[0] else vector  # nan: a broken image has no features
+
+
+def csv_line(values: Sequence[Any]) -> str:
+    """One CSV record; fields with commas, quotes or line breaks are quoted."""
+    buffer = io.StringIO()
+    # csv quotes a field with a lone \r only if the line terminator contains \r.
+    csv.writer(buffer, lineterminator="\r\n").writerow(values)
+    return buffer.getvalue().removesuffix("\r\n") + "\n"
+
+
+def _csv(path: Path, columns: Sequence[str]) -> RowWriter:
+    def field(row: ScoreRow, name: str) -> Any:
+        value = getattr(row, name)
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, tuple):
+            return json.dumps(value, ensure_ascii=False) if value else ""
+        return value
+
+    return TextWriter(
+        path, csv_line(columns), lambda row: csv_line([field(row, name) for name in columns])
+    )
+
+
+def _jsonl(path: Path, columns: Sequence[str]) -> RowWriter:
+    return TextWriter(
+        path, "", lambda row: json.dumps({name: getattr(row, name) for name in columns}) + "\n"
+    )
+
+
+FORMATS: Final[dict[str, Callable[[Path, Sequence[str]], RowWriter]]] = {
+    ".csv": _csv,
+    ".jsonl": _jsonl,
+    ".parquet": ParquetWriter,
+}
+"""Suffix of a table -> its writer."""

@@ -1,4 +1,4 @@
-"""A cluster of two machines, one of which dies in the middle of a job. Its last line is JSON.
+"""Run a job on a cluster of two nodes, one of which is removed meanwhile. Its last line is JSON.
 
 python -m tests.support.ray_loss BUNDLE LIST OUT
 """
@@ -17,10 +17,10 @@ from ray.cluster_utils import Cluster
 from serving.errors import OptionError
 from serving.inference import runtime
 from serving.scoring import score
-from serving.scoring.score import ScoringOptions
+from serving.scoring.options import ScoringOptions
 from serving.utils.progress import Progress
 
-# That a machine is gone is noticed after two seconds instead of fifteen.
+# A lost node is detected after two seconds instead of fifteen.
 QUICK = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     node = cluster.add_node(num_cpus=1)
     os.environ["RAY_ADDRESS"] = cluster.address
-    said: list[str] = []
+    logged: list[str] = []
     killed: dict[str, int] = {}
     step = Progress.step
 
@@ -45,19 +45,19 @@ def main() -> None:
 
     Progress.step = counted  # type: ignore[method-assign]
     try:
-        if runtime.expected("auto") == runtime.PROVIDERS["cpu"]:  # the GPU is a mere claim
+        if runtime.expected("auto") == runtime.PROVIDERS["cpu"]:  # the head's GPU does not exist
             try:
                 score.score(
-                    [str(listed)], bundle, out, ScoringOptions(engine="ray"), log=said.append
+                    [str(listed)], bundle, out, ScoringOptions(engine="ray"), log=logged.append
                 )
             except OptionError as error:
-                said.append(f"{type(error).__name__} {error}")
+                logged.append(f"{type(error).__name__} {error}")
         options = ScoringOptions(engine="ray", device="cpu")
-        score.score([str(listed)], bundle, out, options, log=said.append)
+        score.score([str(listed)], bundle, out, options, log=logged.append)
     finally:
         ray.shutdown()
         cluster.shutdown()
-    print(json.dumps({"said": said, **killed}))
+    print(json.dumps({"logged": logged, **killed}))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from serving.inputs import sources
 KINDS = {".tar": "w", ".tar.gz": "w:gz", ".tgz": "w:gz", ".tar.bz2": "w:bz2", ".tar.xz": "w:xz"}
 
 
-def tar(
+def write_tar(
     name: str, members: Iterable[tuple[str, bytes | None]], mode: str = "w", **more: Any
 ) -> str:
-    """An archive; None is a folder."""
+    """Write an archive of (name, bytes) pairs; None instead of bytes is a folder."""
     with tarfile.open(name, mode, **more) as file:  # type: ignore[call-overload]
         for member, data in members:
             info = tarfile.TarInfo(member)
@@ -23,12 +23,12 @@ def tar(
     return name
 
 
-def found(*words: str, notes: list[str] | None = None) -> list[str]:
+def find_all(*words: str, notes: list[str] | None = None) -> list[str]:
     return list(sources.find(words, note=[].append if notes is None else notes.append))
 
 
-def shard(count: int = 40) -> dict[str, bytes]:
-    """As WebDataset has it: files of a sample beside each other; no two images alike."""
+def shard_members(count: int = 40) -> dict[str, bytes]:
+    """Members of a WebDataset shard: the files of a sample are adjacent, all images differ."""
     return {
         f"{number:03}.{kind}": b"%d %s" % (number, kind.encode()) * (number + 1) * 37
         for number in range(count)
@@ -36,5 +36,5 @@ def shard(count: int = 40) -> dict[str, bytes]:
     }
 
 
-def images(members: dict[str, bytes]) -> dict[str, bytes]:
+def only_images(members: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in members.items() if name.endswith(("jpg", "png"))}

@@ -1,4 +1,4 @@
-"""Laws of judging a table of scores: scikit-learn's figures, honest bounds, nothing dropped."""
+"""Evaluation of a table of scores: scikit-learn's figures, valid bounds, no row dropped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from serving.errors import DataError, FledgeError, OptionError, WorkError
 from serving.evaluation import evaluate_scores, score_table, streaming_metrics
 from serving.evaluation.evaluate_scores import EvaluationOptions, evaluate
 from serving.inference.load import open_predictor
-from serving.scoring.table import COLUMNS
+from serving.scoring.rows import COLUMNS
 from tests.support.tiny_bundle import NAMES, photo, tiny_bundle
 from training.evaluation import metrics
 
@@ -29,7 +29,7 @@ Rows = list[dict[str, Any]]
 
 
 def answered(path: str, every: np.ndarray, k: int = 5, **more: Any) -> dict[str, Any]:
-    """The row of an answer, as the predictor orders it."""
+    """The row of an answer."""
     top = [[LABELS[i], float(every[i])] for i in np.argsort(-every, kind="stable")[:k]]
     row = dict.fromkeys(COLUMNS, "") | {"path": path, "status": "ok", "confident": None}
     row |= {"label": top[0][0], "probability": top[0][1], "top_k": top, "views": 1}
@@ -41,8 +41,8 @@ def failed(path: str, code: str = "broken-image") -> dict[str, Any]:
     return row | {"path": path, "status": "error", "top_k": [], "error": f"{code}: why: so"}
 
 
-def lively(rows: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities [rows, CLASSES] and true labels [rows] that go together, more or less."""
+def random_predictions(rows: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [rows, CLASSES] and true labels [rows], about 70 % of them predicted."""
     rng = np.random.default_rng(seed)
     every = rng.dirichlet(np.full(CLASSES, 0.4), rows)
     truth = np.where(rng.random(rows) < 0.7, every.argmax(1), rng.integers(CLASSES, size=rows))
@@ -78,36 +78,57 @@ def cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list) else value
 
 
-def labels(path: Path, pairs: dict[str, str], head: str = "path,label") -> Path:
+def write_labels(path: Path, pairs: dict[str, str], head: str = "path,label") -> Path:
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         file.write(head + "\n")
         csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(pairs.items())
     return path
 
 
-def judge(path: Path, **options: Any) -> dict[str, Any]:
+def run_evaluation(path: Path, **options: Any) -> dict[str, Any]:
     if "labels" not in options:
         options["labels_from_folders"] = True
-    return evaluate(path, EvaluationOptions(**options), say=lambda line: None)
+    return evaluate(path, EvaluationOptions(**options), log=lambda line: None)
 
 
-def table(path: Path, every: np.ndarray, truth: np.ndarray, *, k: int, told: bool) -> Path:
-    """A table of images that lie in the folders of their true labels."""
+def table(
+    path: Path,
+    every: np.ndarray,
+    truth: np.ndarray,
+    *,
+    k: int,
+    probabilities: bool,
+    summary: bool = False,
+) -> Path:
+    """A table of images in the folders of their true labels."""
     rows = []
     for number, (row, label) in enumerate(zip(every, truth, strict=True)):
-        more = {"probabilities": row.tolist()} if told else {}
+        more = {"probabilities": row.tolist()} if probabilities else {}
         rows.append(answered(f"photos/{LABELS[label]}/{number}.jpg", row, k, **more))
+    if summary:
+        write_summary(path)
     return write(path, rows)
 
 
+def write_summary(path: Path) -> None:
+    """The part of the summary beside a table that is read here."""
+    summary = path.with_name(f"{path.stem}.summary.json")
+    summary.write_text(json.dumps({"model": "m:1", "classes": LABELS}))
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-@pytest.mark.parametrize(("k", "told"), [(CLASSES, False), (1, True), (3, True), (6, True)])
+@pytest.mark.parametrize(
+    ("k", "probabilities"), [(CLASSES, False), (1, True), (3, True), (6, True)]
+)
 def test_the_figures_are_those_of_scikit_learn(
-    tmp_path: Path, suffix: str, k: int, told: bool
+    tmp_path: Path, suffix: str, k: int, probabilities: bool
 ) -> None:
-    every, truth = lively()
+    every, truth = random_predictions()
     out = tmp_path / "matrix.csv"
-    found = judge(table(tmp_path / f"s{suffix}", every, truth, k=k, told=told), confusion=out)
+    path = table(
+        tmp_path / f"s{suffix}", every, truth, k=k, probabilities=probabilities, summary=True
+    )
+    found = run_evaluation(path, confusion=out)
     said, names = every.argmax(1), range(CLASSES)
     assert found["accuracy"]["value"] == pytest.approx(sk.accuracy_score(truth, said))
     assert found["log_loss"] == {
@@ -133,87 +154,149 @@ def test_the_figures_are_those_of_scikit_learn(
     assert np.array_equal([line[1:] for line in lines], matrix[places][:, places].astype(str))
 
 
-def test_interval_and_calibration_are_those_of_the_report(tmp_path: Path) -> None:
-    every, truth = lively()
-    found = judge(table(tmp_path / "s.csv", every, truth, k=1, told=False))
+def test_interval_and_calibration_equal_those_of_training(tmp_path: Path) -> None:
+    every, truth = random_predictions()
+    found = run_evaluation(table(tmp_path / "s.csv", every, truth, k=1, probabilities=False))
     right = int((every.argmax(1) == truth).sum())
     wilson = binomtest(right, 400).proportion_ci(method="wilson")
     assert found["accuracy"]["interval"] == pytest.approx(tuple(wilson), abs=1e-6)
     other = metrics.calibration(every, truth, bins=15)
     assert found["calibration"]["error"] == pytest.approx(other.ece)
     assert [b["rows"] for b in found["calibration"]["bins"]] == other.photos.tolist()
-    for ours, theirs in (("accuracy", other.accuracy), ("probability", other.confidence)):
-        values = [np.nan if b[ours] is None else b[ours] for b in found["calibration"]["bins"]]
-        assert values == pytest.approx(theirs, nan_ok=True)
+    for name, expected in (("accuracy", other.accuracy), ("probability", other.confidence)):
+        values = [np.nan if b[name] is None else b[name] for b in found["calibration"]["bins"]]
+        assert values == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_without_all_probabilities_the_loss_is_a_lower_bound(tmp_path: Path, k: int) -> None:
-    every, truth = lively(seed=k)
-    found = judge(table(tmp_path / "s.csv", every, truth, k=k, told=False))
+    every, truth = random_predictions(seed=k)
+    found = run_evaluation(table(tmp_path / "s.csv", every, truth, k=k, probabilities=False))
     first = np.sort(every, 1)[:, ::-1][:, :k]
     own = every[range(400), truth]
-    outside = own < first[:, -1]
-    bound = np.where(outside, np.minimum(first[:, -1], 1 - first.sum(1)), own)
+    bounded = own < first[:, -1]
+    bound = np.where(bounded, np.minimum(first[:, -1], 1 - first.sum(1)), own)
     assert found["log_loss"]["at_least"]
-    assert found["log_loss"]["bounded_rows"] == outside.sum()
+    assert found["log_loss"]["bounded_rows"] == bounded.sum()
     assert found["log_loss"]["value"] == pytest.approx(-np.log(bound).mean())
     assert found["log_loss"]["value"] < sk.log_loss(truth, every, labels=range(CLASSES))
     known = sk.top_k_accuracy_score(truth, every, k=5, labels=range(CLASSES)) if k >= 5 else None
     assert found["top_5"] == pytest.approx(known)
 
 
-def test_a_class_that_no_answer_names_is_bounded_and_a_bundle_makes_it_exact(
+def test_without_a_summary_the_loss_is_bounded_and_a_bundle_makes_it_exact(
     tmp_path: Path,
 ) -> None:
-    every, truth = lively()
+    every, truth = random_predictions()
     every[:, 3], every[:, 5] = every[:, [3, 5]].min(1) / 100, every[:, [3, 5]].min(1) / 90
     every /= every.sum(1, keepdims=True)
-    path = table(tmp_path / "s.csv", every, truth, k=1, told=True)
+    path = table(tmp_path / "s.csv", every, truth, k=1, probabilities=True)
     exact = sk.log_loss(truth, every, labels=range(CLASSES))
-    found = judge(path)
+    said = every.argmax(1)
+    lines: list[str] = []
+    options = EvaluationOptions(labels_from_folders=True)
+    found = evaluate(path, options, log=lines.append)
     hidden = {LABELS[i]: int((truth == i).sum()) for i in (3, 5)}
     assert found["unknown_labels"] == hidden
     assert found["unknown_to"] == "answers"
-    assert found["log_loss"]["bounded_rows"] == sum(hidden.values())
-    assert exact - 0.1 < found["log_loss"]["value"] < exact
-    assert found["accuracy"]["value"] == (every.argmax(1) == truth).mean()
+    assert found["log_loss"]["at_least"]
+    assert found["log_loss"]["bounded_rows"] == (said != truth).sum()
+    bound = np.where(said == truth, every.max(1), np.minimum(every.max(1), 1 - every.max(1)))
+    assert found["log_loss"]["value"] == pytest.approx(-np.log(bound).mean())
+    assert found["log_loss"]["value"] < exact
+    assert found["top_5"] is None
+    assert found["accuracy"]["value"] == (said == truth).mean()
+    hint = [line for line in lines if "class order unknown" in line]
+    assert len(hint) == 1
+    assert f"{tmp_path / 's.summary.json'} is missing or has no classes" in hint[0]
+    assert hint[0].endswith("add --bundle BUNDLE")
     bundle = tiny_bundle(tmp_path / "bundle", classes=CLASSES)
-    found = judge(path, bundle=bundle)
-    assert found["unknown_labels"] == {}
-    assert found["log_loss"]["value"] == pytest.approx(exact)
+    for more in ({"bundle": bundle}, {}):  # then by the summary
+        lines.clear()
+        options = EvaluationOptions(labels_from_folders=True, **more)
+        found = evaluate(path, options, log=lines.append)
+        assert found["unknown_labels"] == {}
+        assert found["unknown_to"] == "model"
+        assert found["log_loss"]["value"] == pytest.approx(exact)
+        assert not found["log_loss"]["at_least"]
+        top = sk.top_k_accuracy_score(truth, every, k=5, labels=range(CLASSES))
+        assert found["top_5"] == pytest.approx(top)
+        assert not any("class order" in line for line in lines)
+        write_summary(path)
+
+
+def test_an_older_summary_has_no_class_order(tmp_path: Path) -> None:
+    every, truth = random_predictions(50)
+    path = table(tmp_path / "s.csv", every, truth, k=5, probabilities=True, summary=True)
+    exact = run_evaluation(path)
+    (tmp_path / "s.summary.json").write_text('{"model": "m:1", "labels": {"rose": 50}}')
+    found = run_evaluation(path)
+    assert found["log_loss"]["bounded_rows"] > 0
+    # The classes of the five most probable labels are in `top_k`, whatever their order.
+    same = ("accuracy", "calibration", "classes", "confusion", "confident", "top_5")
+    assert {name: found[name] for name in same} == {name: exact[name] for name in same}
+    assert exact["top_5"] is not None
+
+
+def test_the_bundle_takes_precedence_over_the_summary(tmp_path: Path) -> None:
+    every, truth = random_predictions(50)
+    path = table(tmp_path / "s.csv", every, truth, k=5, probabilities=True, summary=True)
+    (tmp_path / "s.summary.json").write_text('{"classes": ["a", "b"]}')
+    with pytest.raises(DataError, match=r"names from .*s\.summary\.json.*separately, with its --b"):
+        run_evaluation(path)
+    bundle = tiny_bundle(tmp_path / "bundle", classes=CLASSES)
+    exact = sk.log_loss(truth, every, labels=range(CLASSES))
+    assert run_evaluation(path, bundle=bundle)["log_loss"]["value"] == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("k", [1, 4, 5])
+def test_top_5_needs_five_labels_or_all_probabilities(tmp_path: Path, k: int) -> None:
+    every, truth = random_predictions()
+    path = table(tmp_path / "s.csv", every, truth, k=k, probabilities=False, summary=True)
+    bundle = tiny_bundle(tmp_path / "bundle", classes=CLASSES)
     top = sk.top_k_accuracy_score(truth, every, k=5, labels=range(CLASSES))
-    assert found["top_5"] == pytest.approx(top)
+    for more in ({}, {"bundle": bundle}):
+        assert run_evaluation(path, **more)["top_5"] == (pytest.approx(top) if k == 5 else None)
 
 
 def test_rows_of_two_models_are_refused(tmp_path: Path) -> None:
-    every, truth = lively(40)
+    every, truth = random_predictions(40)
     rows = [answered(f"rose/{i}", row, probabilities=row.tolist()) for i, row in enumerate(every)]
     rows[30]["probabilities"] = rows[30]["probabilities"][::-1]
+    write_summary(tmp_path / "s.csv")
     with pytest.raises(DataError, match=r"s\.csv, line 32: probabilities has another than"):
-        judge(write(tmp_path / "s.csv", rows))
+        run_evaluation(write(tmp_path / "s.csv", rows))
     rows[30]["probabilities"] = rows[30]["probabilities"][1:]
     with pytest.raises(DataError, match="line 32: 7 probabilities of 8 classes"):
-        judge(write(tmp_path / "s.csv", rows))
+        run_evaluation(write(tmp_path / "s.csv", rows))
     bundle = tiny_bundle(tmp_path / "bundle", classes=3)
-    with pytest.raises(DataError, match=r"line .: .*; evaluate the rows of each model alone"):
-        judge(table(tmp_path / "t.csv", every, truth, k=1, told=False), bundle=bundle)
+    with pytest.raises(DataError, match=r"line .: .*; evaluate the rows of each model separately"):
+        run_evaluation(
+            table(tmp_path / "t.csv", every, truth, k=1, probabilities=False), bundle=bundle
+        )
 
 
-def sure(label: str, path: str, **more: Any) -> dict[str, Any]:
-    """An answer of 0.9, the rest evenly."""
+def confident_row(label: str, path: str, **more: Any) -> dict[str, Any]:
+    """An answer with probability 0.9, the other classes equal."""
     every = np.where(np.array(LABELS) == label, 0.9, 0.1 / (CLASSES - 1))
     return answered(path, every, **more)
 
 
-def test_nothing_is_dropped_in_silence(tmp_path: Path) -> None:
-    rows = [sure("rose", f"in/rose/{i}.jpg", confident=i < 2) for i in range(3)]
-    rows += [sure("rose", "in/daisy/3.jpg", confident=True), sure("lily", "in/wolf/4.jpg")]
-    rows += [failed("in/rose/5.jpg"), failed("in/lily/6.jpg", "no-image"), sure("rose", "7.jpg")]
+def test_rows_that_are_left_out_are_counted_and_printed(tmp_path: Path) -> None:
+    rows = [confident_row("rose", f"in/rose/{i}.jpg", confident=i < 2) for i in range(3)]
+    rows += [
+        confident_row("rose", "in/daisy/3.jpg", confident=True),
+        confident_row("lily", "in/wolf/4.jpg"),
+    ]
+    rows += [
+        failed("in/rose/5.jpg"),
+        failed("in/lily/6.jpg", "no-image"),
+        confident_row("rose", "7.jpg"),
+    ]
     rows += [failed("8.jpg")]
-    said: list[str] = []
+    lines: list[str] = []
     path = write(tmp_path / "s.csv", rows)
-    found = evaluate(path, EvaluationOptions(labels_from_folders=True), say=said.append)
+    found = evaluate(path, EvaluationOptions(labels_from_folders=True), log=lines.append)
     assert (found["rows"], found["answers"], found["evaluated"]) == (9, 6, 5)
     assert found["errors"] == {"broken-image": 2, "no-image": 1}
     assert found["without_label"] == 1
@@ -226,7 +309,7 @@ def test_nothing_is_dropped_in_silence(tmp_path: Path) -> None:
         "rows": 3,
         "of": 4,
     }
-    text = "\n".join(said)
+    text = "\n".join(lines)
     for words in (
         "60.0%, 3 of 5 right; 95% interval 23.1% to 88.2%",
         "42.9%, 3 of 7 right",
@@ -241,13 +324,15 @@ def test_nothing_is_dropped_in_silence(tmp_path: Path) -> None:
         assert words in text
 
 
-def test_a_label_that_the_model_has_not_is_no_part_of_the_loss(tmp_path: Path) -> None:
-    every, truth = lively(50)
+def test_a_label_that_is_no_class_is_left_out_of_the_loss(tmp_path: Path) -> None:
+    every, truth = random_predictions(50)
     rows = [
         answered(f"{LABELS[t]}/{i}.jpg", row, CLASSES)
         for i, (row, t) in enumerate(zip(every, truth, strict=True))
     ]
-    found = judge(write(tmp_path / "s.csv", [*rows, answered("wolf/x.jpg", every[0], CLASSES)]))
+    write_summary(tmp_path / "s.csv")
+    path = write(tmp_path / "s.csv", [*rows, answered("wolf/x.jpg", every[0], CLASSES)])
+    found = run_evaluation(path)
     assert (found["unknown_to"], found["unknown_labels"]) == ("model", {"wolf": 1})
     assert found["accuracy"]["rows"] == 51
     assert found["log_loss"]["rows"] == 50
@@ -260,9 +345,7 @@ AWKWARD = ("comma, x.jpg", 'quo"te.jpg', "li\nne.jpg", "花.jpg", os.fsdecode(b"
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_labels_are_found_by_path_else_by_a_name_that_is_there_once(
-    tmp_path: Path, suffix: str
-) -> None:
+def test_labels_are_matched_by_path_else_by_a_unique_file_name(tmp_path: Path, suffix: str) -> None:
     truth = {
         **{f"in/{name}": "rose" for name in AWKWARD},
         "elsewhere/once.jpg": "iris",
@@ -273,44 +356,48 @@ def test_labels_are_found_by_path_else_by_a_name_that_is_there_once(
         "e/blank.jpg": "",
         "f/blank.jpg": "iris",
     }
-    rows = [sure("rose", f"in/{name}") for name in AWKWARD]
-    rows += [sure("iris", "in/x.tar::y/once.jpg"), sure("iris", "in/twice.jpg")]
-    rows += [sure("iris", "z/own.jpg"), sure("lily", "c/own.jpg")]
-    rows += [sure("iris", "1/both.jpg"), sure("iris", "2/both.jpg"), sure("iris", "e/blank.jpg")]
-    rows += [sure("iris", "in/nowhere.jpg")]
+    rows = [confident_row("rose", f"in/{name}") for name in AWKWARD]
+    rows += [confident_row("iris", "in/x.tar::y/once.jpg"), confident_row("iris", "in/twice.jpg")]
+    rows += [confident_row("iris", "z/own.jpg"), confident_row("lily", "c/own.jpg")]
+    rows += [
+        confident_row("iris", "1/both.jpg"),
+        confident_row("iris", "2/both.jpg"),
+        confident_row("iris", "e/blank.jpg"),
+    ]
+    rows += [confident_row("iris", "in/nowhere.jpg")]
     path = write(tmp_path / f"s{suffix}", rows)
-    found = judge(path, labels=labels(tmp_path / "l.csv", truth))
+    found = run_evaluation(path, labels=write_labels(tmp_path / "l.csv", truth))
     assert found["accuracy"]["right"] == found["evaluated"] == len(AWKWARD) + 2
     assert found["by_file_name"] == 1
     assert found["ambiguous_file_name"] == 4
     assert found["without_label"] == 6
 
 
-def test_a_name_that_is_no_utf_8_is_found_as_parquet_spells_it(tmp_path: Path) -> None:
-    given = labels(tmp_path / "l.csv", {os.fsdecode(b"in/\xfc.jpg"): "rose"})
-    path = write(tmp_path / "s.csv", [sure("rose", "in/\\xfc.jpg")])
-    assert judge(path, labels=given)["by_file_name"] == 0
+def test_a_path_that_is_not_utf_8_is_matched_as_escaped_in_parquet(tmp_path: Path) -> None:
+    given = write_labels(tmp_path / "l.csv", {os.fsdecode(b"in/\xfc.jpg"): "rose"})
+    path = write(tmp_path / "s.csv", [confident_row("rose", "in/\\xfc.jpg")])
+    assert run_evaluation(path, labels=given)["by_file_name"] == 0
 
 
-def test_labels_that_are_none_make_no_matrix(
+def test_too_many_labels_for_a_matrix_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate_scores, "_WIDEST", 2)
-    path = write(tmp_path / "s.csv", [sure("rose", f"{i}/x.jpg") for i in range(2)])
+    monkeypatch.setattr(evaluate_scores, "_WIDEST_MATRIX", 2)
+    path = write(tmp_path / "s.csv", [confident_row("rose", f"{i}/x.jpg") for i in range(2)])
     with pytest.raises(OptionError, match=r"--confusion .*: 3 labels are too many"):
-        judge(path, confusion=tmp_path / "m.csv", json=tmp_path / "f.json")
+        run_evaluation(path, confusion=tmp_path / "m.csv", json=tmp_path / "f.json")
     assert [file.name for file in tmp_path.iterdir()] == ["s.csv"]
 
 
-def test_other_columns_of_labels_are_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "s.csv", [sure("rose", "x.jpg")])
-    given = labels(tmp_path / "l.csv", {"x.jpg": " rose "}, "\ufeffid,breed")
+def test_columns_of_the_labels_can_be_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.csv", [confident_row("rose", "x.jpg")])
+    given = write_labels(tmp_path / "l.csv", {"x.jpg": " rose "}, "\ufeffid,breed")
     options = {"labels_column": "breed", "path_column": "id"}
-    assert judge(path, labels=given, **options)["accuracy"]["value"] == 1
+    assert run_evaluation(path, labels=given, **options)["accuracy"]["value"] == 1
     for missing in options:
         rest = {name: value for name, value in options.items() if name != missing}
         with pytest.raises(DataError, match=r"no column .* among 'id', 'breed'; name it with --"):
-            judge(path, labels=given, **rest)
+            run_evaluation(path, labels=given, **rest)
 
 
 @pytest.mark.parametrize(
@@ -329,18 +416,22 @@ def test_other_columns_of_labels_are_named(tmp_path: Path) -> None:
         ("in/rose/a::b.jpg", "rose"),
     ],
 )
-def test_the_folder_is_that_of_the_image(tmp_path: Path, path: str, truth: str | None) -> None:
-    out = write(tmp_path / "s.csv", [sure("rose", path), sure("iris", "iris/x.jpg")])
-    found = judge(out)
+def test_the_label_is_the_folder_of_the_image(tmp_path: Path, path: str, truth: str | None) -> None:
+    out = write(
+        tmp_path / "s.csv", [confident_row("rose", path), confident_row("iris", "iris/x.jpg")]
+    )
+    found = run_evaluation(out)
     assert found["accuracy"]["right"] == found["evaluated"] == 1 + (truth is not None)
 
 
-def test_the_surest_mistakes_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_most_probable_mistakes_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(streaming_metrics, "MISTAKES", 10)
-    every, truth = lively()
-    every[truth == 0] = every[0]  # the same probability many times: the first ones stay
+    every, truth = random_predictions()
+    every[truth == 0] = every[0]  # equal probabilities: the first rows are kept
     out = tmp_path / "wrong.csv"
-    judge(table(tmp_path / "s.csv", every, truth, k=5, told=False), mistakes=out)
+    run_evaluation(table(tmp_path / "s.csv", every, truth, k=5, probabilities=False), mistakes=out)
     with out.open() as file:
         found = list(csv.DictReader(file))
     wrong = np.flatnonzero(every.argmax(1) != truth)
@@ -352,7 +443,7 @@ def test_the_surest_mistakes_are_kept(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_table_is_streamed(tmp_path: Path) -> None:
-    path = write(tmp_path / "s.jsonl", [sure("rose", "rose/x.jpg")] * 1000)
+    path = write(tmp_path / "s.jsonl", [confident_row("rose", "rose/x.jpg")] * 1000)
     with path.open("a") as file:
         file.write('{"path": "torn')
     rows = score_table.read(path)
@@ -390,12 +481,12 @@ GOOD = "path,status,label,probability\nrose/x.jpg,ok,rose,0.5\n"
         ("s.parquet", GOOD, FledgeError, "no Parquet file that can be read|needs pyarrow: pip"),
     ],
 )
-def test_a_wrong_table_is_one_line_that_says_where(
+def test_a_wrong_table_is_one_line_with_the_place(
     tmp_path: Path, name: str, text: str, kind: type[Exception], words: str
 ) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(kind, match=words) as caught:
-        judge(tmp_path / name, json=tmp_path / "out.json")
+        run_evaluation(tmp_path / name, json=tmp_path / "out.json")
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -404,9 +495,9 @@ def test_a_wrong_table_is_one_line_that_says_where(
 @pytest.mark.parametrize("column", ["top_k", "probabilities"])
 @pytest.mark.parametrize("value", ["[0.5", "7", '[["rose"]]', '[["rose", 2]]', "[2, 3]", "[]x"])
 def test_a_wrong_list_in_a_row_names_the_line(tmp_path: Path, column: str, value: str) -> None:
-    row = sure("rose", "rose/x.jpg", probabilities="") | {column: value}
+    row = confident_row("rose", "rose/x.jpg", probabilities="") | {column: value}
     with pytest.raises(DataError, match=r"s\.csv, line 2: "):
-        judge(write(tmp_path / "s.csv", [row]))
+        run_evaluation(write(tmp_path / "s.csv", [row]))
 
 
 @pytest.mark.parametrize(
@@ -419,14 +510,14 @@ def test_a_wrong_list_in_a_row_names_the_line(tmp_path: Path, column: str, value
         (None, "can't be read: No such file or directory; give a CSV file with the columns path"),
     ],
 )
-def test_wrong_labels_are_one_line_that_says_where(
+def test_wrong_labels_are_one_line_with_the_place(
     tmp_path: Path, text: str | None, words: str
 ) -> None:
-    path = write(tmp_path / "s.csv", [sure("rose", "rose/x.jpg")])
+    path = write(tmp_path / "s.csv", [confident_row("rose", "rose/x.jpg")])
     if text is not None:
         (tmp_path / "l.csv").write_text(text)
     with pytest.raises(DataError, match=words) as caught:
-        judge(path, labels=tmp_path / "l.csv")
+        run_evaluation(path, labels=tmp_path / "l.csv")
     assert "\n" not in str(caught.value)
 
 
@@ -447,10 +538,10 @@ def test_wrong_labels_are_one_line_that_says_where(
         ),
     ],
 )
-def test_a_wrong_request_is_found_before_any_work(
+def test_wrong_options_are_refused_before_any_work(
     tmp_path: Path, options: dict[str, Any], words: str
 ) -> None:
-    path = write(tmp_path / "s.csv", [sure("rose", "rose/x.jpg")])
+    path = write(tmp_path / "s.csv", [confident_row("rose", "rose/x.jpg")])
     before = path.read_bytes()
     files = {
         k: tmp_path / v
@@ -472,7 +563,7 @@ def test_a_wrong_request_is_found_before_any_work(
         (".parquet", ("--probabilities",)),
     ],
 )
-def test_a_real_run_is_judged_as_the_predictor_answers(
+def test_the_figures_of_a_real_run_are_those_of_the_predictor(
     tmp_path: Path, suffix: str, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     if suffix == ".parquet":
@@ -493,10 +584,10 @@ def test_a_real_run_is_judged_as_the_predictor_answers(
     truth, names = np.array(seeds) % 7, range(7)
     words = [str(out), "--labels-from-folders", "--json", str(tmp_path / "f.json")]
     assert fledge.main(["evaluate-scores", *words]) == 0
-    said = capsys.readouterr().out
+    stdout = capsys.readouterr().out
     found = json.loads((tmp_path / "f.json").read_text())
     accuracy = sk.accuracy_score(truth, every.argmax(1))
-    assert f"{accuracy:.1%}, {round(accuracy * 36)} of 36 right" in said
+    assert f"{accuracy:.1%}, {round(accuracy * 36)} of 36 right" in stdout
     assert found["accuracy"]["value"] == pytest.approx(accuracy)
     assert found["errors"] == {"not-an-image": 4}
     assert found["accuracy_errors_as_wrong"]["rows"] == 40
@@ -508,11 +599,11 @@ def test_a_real_run_is_judged_as_the_predictor_answers(
     assert found["confident"] is None
 
 
-def test_help_teaches_and_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_an_example_and_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         fledge.main(["evaluate-scores", "--help"])
-    told = " ".join(capsys.readouterr().out.split())
-    assert "example: fledge evaluate-scores scores.csv --labels-from-folders" in told
+    text = " ".join(capsys.readouterr().out.split())
+    assert "example: fledge evaluate-scores scores.csv --labels-from-folders" in text
     assert fledge.main(["evaluate-scores", "/nowhere.csv", "--labels-from-folders"]) == 2
-    said = capsys.readouterr().err
-    assert said == "fledge: /nowhere.csv: not there; make one with `fledge score`\n"
+    stderr = capsys.readouterr().err
+    assert stderr == "fledge: /nowhere.csv: not there; make one with `fledge score`\n"

@@ -1,4 +1,4 @@
-"""Laws of lists: every path a name, in order; what is no path is said."""
+"""Lists of inputs: every path in order; rows without a path are noted."""
 
 import importlib.util
 import io
@@ -17,7 +17,7 @@ LATIN = os.fsdecode(b"latin-\xff.jpg")
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -41,23 +41,23 @@ def parquet(name: str, **columns: Any) -> str:
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("start", ["", "\ufeff"])
-def test_a_text_list_is_a_path_a_line(home: Path, start: str, end: str) -> None:
+def test_a_text_list_has_a_path_in_each_line(folder: Path, start: str, end: str) -> None:
     paths = ["a b.jpg", " lead.jpg", "a b.jpg", LATIN, "gone/x.jpg", "a.tar::x.jpg", "nul\0.jpg"]
     text = start + end.join(["", *paths, " ", ""])
     assert found(write("list.TXT", text)) == paths
     assert found(write("list.txt", text.rstrip(f" {end}"))) == paths  # no line break at the end
 
 
-def test_a_text_list_is_not_what_it_names(home: Path) -> None:
+def test_lists_and_folders_in_a_text_list_are_not_expanded(folder: Path) -> None:
     write("inner.txt", "a.jpg\n")
-    (home / "folder").mkdir()
+    (folder / "folder").mkdir()
     assert found(write("list.txt", "inner.txt\nfolder\n*.jpg\n-\n")) == [
         *("inner.txt", "folder", "*.jpg", "-")
     ]
 
 
-def test_a_file_without_lines_does_not_fill_the_memory(home: Path) -> None:
-    (home / "list.txt").write_bytes(b"x" * 3_000_000 + b"\na.jpg\n")
+def test_a_file_without_lines_does_not_fill_the_memory(folder: Path) -> None:
+    (folder / "list.txt").write_bytes(b"x" * 3_000_000 + b"\na.jpg\n")
     first, second = found("list.txt")
     assert len(first) < 200_000
     assert second == "a.jpg"
@@ -69,7 +69,7 @@ PATHS = ["a, b.jpg", "line\nbreak.jpg", LATIN, "a.jpg"]
 
 @pytest.mark.parametrize("start", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_csv_list_has_a_column_of_paths(home: Path, start: str, end: str) -> None:
+def test_a_csv_list_has_a_column_of_paths(folder: Path, start: str, end: str) -> None:
     text = start + TABLE.replace("\n", end).replace(f"line{end}break", "line\nbreak")
     notes: list[str] = []
     assert found(write("list.csv", text), notes=notes) == PATHS
@@ -91,17 +91,17 @@ def test_a_csv_list_has_a_column_of_paths(home: Path, start: str, end: str) -> N
         ("a.jsonl", '\ufeff\n{"file": "a, b.jpg"}\n'),
     ],
 )
-def test_the_column_is_path_or_the_only_one(home: Path, name: str, text: str) -> None:
+def test_the_default_column_is_path_or_the_only_one(folder: Path, name: str, text: str) -> None:
     assert found(write(name, text)) == ["a, b.jpg"]
 
 
-def test_line_breaks_within_quotes_stay_as_they_are(home: Path) -> None:
+def test_line_breaks_within_quotes_stay_as_they_are(folder: Path) -> None:
     assert found(write("list.csv", 'path\r\n"a\r\nb.jpg"\r\n"c\rd.jpg"\r\n')) == [
         *("a\r\nb.jpg", "c\rd.jpg")
     ]
 
 
-def test_a_json_list_has_a_key_of_paths(home: Path) -> None:
+def test_a_json_list_has_a_key_of_paths(folder: Path) -> None:
     rows = [{"path": path, "file": "f.jpg"} for path in (*PATHS, "\x85\u2028.jpg")]
     text = "\n".join(json.dumps(row) for row in rows)
     assert found(write("list.jsonl", text)) == [*PATHS, "\x85\u2028.jpg"]
@@ -110,14 +110,14 @@ def test_a_json_list_has_a_key_of_paths(home: Path) -> None:
     assert found("list.jsonl", column="file") == ["f.jpg"] * 5
 
 
-def test_a_parquet_list_has_a_column_of_paths(home: Path) -> None:
+def test_a_parquet_list_has_a_column_of_paths(folder: Path) -> None:
     paths = ["a.jpg", "ü.jpg", "b.jpg", "a.jpg", "c.jpg"]
     name = parquet("list.parquet", label=list("xyzzy"), path=paths)
     assert found(name) == found(name, column="path") == paths
     assert found(parquet("one.parquet", file=[b"latin-\xff.jpg", b"a.jpg"])) == [LATIN, "a.jpg"]
 
 
-def test_parquet_without_pyarrow_says_what_to_install(home: Path, monkeypatch: Any) -> None:
+def test_parquet_without_pyarrow_says_what_to_install(folder: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match=r"fledge\[parquet\]"):
         found(write("list.parquet", ""))
@@ -142,18 +142,18 @@ def test_parquet_without_pyarrow_says_what_to_install(home: Path, monkeypatch: A
     ],
 )
 def test_a_list_that_can_not_be_used_is_one_line(
-    home: Path, name: str, text: str, column: str | None, words: str
+    folder: Path, name: str, text: str, column: str | None, words: str
 ) -> None:
     with pytest.raises(DataError, match=words) as caught:
         sources.find([write(name, text)], column=column)
     assert "\n" not in str(caught.value)
     write("x.jpg", "")
     if "lists no images" not in str(caught.value):
-        with pytest.raises(DataError, match=words):  # before the first name is given
+        with pytest.raises(DataError, match=words):  # before the first name
             sources.find(["x.jpg", name], column=column)
 
 
-def test_rows_without_a_path_are_counted_and_said(home: Path) -> None:
+def test_rows_without_a_path_are_counted_and_noted(folder: Path) -> None:
     notes: list[str] = []
     write("a.csv", "label,path\nx,a.jpg\nx\n\nx,\nx, \n,b.jpg\n,\n")
     assert found("a.csv", notes=notes) == ["a.jpg", "b.jpg"]
@@ -165,7 +165,7 @@ def test_rows_without_a_path_are_counted_and_said(home: Path) -> None:
     assert notes == ["a.jsonl: rows without a path in path are left out: 4, the first is 3"]
 
 
-def test_rows_without_a_path_of_parquet_are_counted_and_said(home: Path) -> None:
+def test_rows_without_a_path_of_parquet_are_counted_and_noted(folder: Path) -> None:
     notes: list[str] = []
     name = parquet("a.parquet", path=["a.jpg", None, "", "b.jpg"], number=[1, 2, 3, 4])
     assert found(name, notes=notes) == ["a.jpg", "b.jpg"]
@@ -174,7 +174,7 @@ def test_rows_without_a_path_of_parquet_are_counted_and_said(home: Path) -> None
         found(name, column="number")
 
 
-def test_the_rest_of_a_broken_list_is_said(home: Path) -> None:
+def test_the_rest_of_a_broken_list_is_noted(folder: Path) -> None:
     notes: list[str] = []
     assert found(write("a.csv", 'path\na.jpg\nb.jpg\n"c.jpg\n'), notes=notes) == ["a.jpg", "b.jpg"]
     assert notes == ["a.csv: broken after row 2; what follows is left out (unexpected end of data)"]
@@ -184,8 +184,8 @@ def test_the_rest_of_a_broken_list_is_said(home: Path) -> None:
         found("a.parquet")
 
 
-def test_a_pattern_with_the_suffix_of_lists_names_lists(home: Path) -> None:
-    (home / "in").mkdir()
+def test_a_pattern_with_the_suffix_of_a_list_matches_lists(folder: Path) -> None:
+    (folder / "in").mkdir()
     write("in/2.csv", "path\nb.jpg\n")
     write("in/10.csv", "path\nc.jpg\n")
     write("in/1.csv", "oops,no\nd.jpg,1\n")
@@ -193,7 +193,7 @@ def test_a_pattern_with_the_suffix_of_lists_names_lists(home: Path) -> None:
     notes: list[str] = []
     assert found("in/*.csv", notes=notes) == ["b.jpg", "c.jpg"]
     assert notes == [
-        "in/1.csv: no column path among oops, no; say which has the paths: --column NAME"
+        "in/1.csv: no column path among oops, no; name the column of the paths: --column NAME"
     ]
     assert found("in/*") == ["in/x.jpg"]
 
@@ -210,7 +210,7 @@ def test_a_pattern_with_the_suffix_of_lists_names_lists(home: Path) -> None:
         (b"a.jpg\n" * 1000 + b"b\0.jpg", ["a.jpg"] * 1000 + ["b\0.jpg"]),
     ],
 )
-def test_standard_input_is_a_path_a_line_or_ends_in_nul(data: bytes, paths: list[str]) -> None:
+def test_standard_input_is_separated_by_line_breaks_or_nul(data: bytes, paths: list[str]) -> None:
     assert found("-", stdin=io.BytesIO(data)) == paths
     text = io.TextIOWrapper(io.BytesIO(data), "ascii")
     assert found("-", stdin=text) == paths
@@ -225,18 +225,18 @@ def test_standard_input_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) 
         found("-")
 
 
-def test_a_pipe_is_read_as_it_comes(home: Path) -> None:
+def test_a_pipe_is_streamed(folder: Path) -> None:
     out, into = os.pipe()
     with os.fdopen(into, "wb", buffering=0) as writer, os.fdopen(out, "rb") as reader:
         writer.write(b"a.jpg\n" * 1000)
         names = sources.find(["-"], stdin=reader)
-        assert next(names) == "a.jpg"  # and nobody has closed it
+        assert next(names) == "a.jpg"  # before the pipe is closed
         writer.write(b"b.jpg\n")
         writer.close()
         assert list(names) == ["a.jpg"] * 999 + ["b.jpg"]
 
 
-def test_a_slow_pipe_may_bring_its_first_nul_late() -> None:
+def test_the_first_nul_of_a_slow_pipe_may_come_late() -> None:
     out, into = os.pipe()
     with os.fdopen(into, "wb", buffering=0) as writer, os.fdopen(out, "rb") as reader:
         writer.write(b"line\n")
@@ -246,6 +246,6 @@ def test_a_slow_pipe_may_bring_its_first_nul_late() -> None:
         late.join()
 
 
-def test_the_table_of_scores_is_a_list(home: Path) -> None:
+def test_the_table_of_scores_is_a_list(folder: Path) -> None:
     write("scores.csv", f'path,status,top_k\n{LATIN},ok,"[[""a"", 1]]"\nb.jpg,error,\n')
     assert found("scores.csv") == [LATIN, "b.jpg"]

@@ -1,4 +1,4 @@
-"""Laws of addresses: found and read as the same files in a folder are."""
+"""Addresses: images are found and read as the same files in a local folder."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ import pytest
 from serving.errors import BrokenImage, DataError, TooLarge, WorkError
 from serving.inputs import remote, sources
 from serving.scoring import score
-from serving.scoring.score import ScoringOptions
+from serving.scoring.options import ScoringOptions
 from tests.support.tiny_bundle import photo, tiny_bundle
 
 NAMES = (
@@ -31,8 +31,8 @@ def memory() -> Iterator[fsspec.AbstractFileSystem]:
 
 
 @pytest.fixture
-def twins(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> Path:
-    """A folder, and the same at memory://photos."""
+def photos_folder(tmp_path: Path, memory: fsspec.AbstractFileSystem) -> Path:
+    """A folder, and the same files at memory://photos."""
     for name in NAMES:
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,17 +46,17 @@ def found(*words: str) -> list[str]:
 
 
 @pytest.mark.parametrize("start", ["memory://photos", "file://{}", "local://{}/"])
-def test_a_folder_has_the_names_of_one_here_in_that_order(twins: Path, start: str) -> None:
-    here = [os.path.relpath(name, twins) for name in found(str(twins))]
-    there = found(start.format(twins))
+def test_names_and_order_are_those_of_a_local_folder(photos_folder: Path, start: str) -> None:
+    here = [os.path.relpath(name, photos_folder) for name in found(str(photos_folder))]
+    there = found(start.format(photos_folder))
     assert all(remote.is_address(name) for name in there)
     assert [name.partition("photos/")[2] for name in there] == here
     assert len(here) == 5
 
 
-def test_the_bytes_are_those_of_the_name(twins: Path) -> None:
+def test_the_bytes_are_those_of_the_name(photos_folder: Path) -> None:
     reader = sources.Reader(sources.protocols(["memory://photos"]))
-    for start in ("memory://photos", f"file://{twins}"):
+    for start in ("memory://photos", f"file://{photos_folder}"):
         for name in found(start):
             assert reader.load(name).decode() == name.partition("photos/")[2]
 
@@ -73,7 +73,9 @@ def test_the_bytes_are_those_of_the_name(twins: Path) -> None:
         ("a/b [1]/ü#%41.jpg", ["a/b [1]/ü#%41.jpg"]),
     ],
 )
-def test_patterns_match_files_in_natural_order(twins: Path, pattern: str, names: list[str]) -> None:
+def test_patterns_match_files_in_natural_order(
+    photos_folder: Path, pattern: str, names: list[str]
+) -> None:
     matched = found(f"memory://photos/{pattern}")
     assert [name.partition("photos/")[2] for name in matched] == names
 
@@ -88,8 +90,8 @@ def test_patterns_match_files_in_natural_order(twins: Path, pattern: str, names:
         ("nosuch://photos", "(?i)nosuch://photos: .*protocol"),
     ],
 )
-def test_what_can_t_be_found_is_one_line_before_any_name(
-    twins: Path, word: str, words: str
+def test_a_missing_address_is_one_line_before_the_first_name(
+    photos_folder: Path, word: str, words: str
 ) -> None:
     with pytest.raises(DataError, match=words) as caught:
         found(word)
@@ -101,7 +103,7 @@ def test_a_missing_package_is_named() -> None:
         found("oss://x")
 
 
-def test_broken_ones_are_told_alone(
+def test_an_unreadable_address_is_an_error_of_one_image(
     memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory.pipe_file("/p/empty.jpg", b"")
@@ -114,20 +116,20 @@ def test_broken_ones_are_told_alone(
         sources.Reader(["memory"]).load("memory://p/gone.jpg")
 
 
-def test_a_file_here_is_read_with_the_care_that_its_path_has(
+def test_a_local_address_is_checked_like_a_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "big.jpg").write_bytes(b"12345")
-    monkeypatch.setattr(sources, "_MAX_FILE", 4)
+    monkeypatch.setattr(sources, "MAX_FILE", 4)
     for start in ("file://", "local://"):
         with pytest.raises(BrokenImage, match="not a file"):
-            sources.Reader().load(f"{start}{tmp_path}/pipe.jpg")  # would wait for ever
+            sources.Reader().load(f"{start}{tmp_path}/pipe.jpg")  # opening it would block
         with pytest.raises(TooLarge, match="5 bytes"):
             sources.Reader().load(f"{start}{tmp_path}/big.jpg")
 
 
-def test_a_server_is_read_no_further_than_a_photo_goes(
+def test_a_server_without_an_end_is_read_up_to_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sent = 0
@@ -163,7 +165,7 @@ def test_a_server_is_read_no_further_than_a_photo_goes(
     "name",
     ["http://169.254.169.254/x", "SFTP://host/1.jpg", "reference://x", "memory://p/1.jpg"],
 )
-def test_a_list_opens_no_address_that_nobody_asked_for(
+def test_an_address_in_a_list_needs_the_option_addresses(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "_open", lambda address: pytest.fail(address))
@@ -176,7 +178,7 @@ def test_a_list_opens_no_address_that_nobody_asked_for(
             reader.load(chained)
 
 
-def test_an_option_lets_a_list_name_addresses(
+def test_the_option_addresses_allows_a_protocol_in_lists(
     tmp_path: Path, memory: fsspec.AbstractFileSystem
 ) -> None:
     memory.pipe_file("/p/1.jpg", photo(1))
@@ -186,37 +188,37 @@ def test_an_option_lets_a_list_name_addresses(
     bundle, out = tiny_bundle(tmp_path / "bundle"), tmp_path / "out.csv"
     for addresses, errors in (("", 1), ("memory", 0)):
         options = ScoringOptions(device="cpu", addresses=addresses)
-        done = score.score([str(listed)], bundle, out, options, say=lambda line: None)
+        done = score.score([str(listed)], bundle, out, options, log=lambda line: None)
         assert sum(done.errors.values()) == errors
 
 
-def test_a_table_of_addresses_is_that_of_the_folder(
+def test_the_table_of_addresses_equals_that_of_the_folder(
     tmp_path: Path, memory: fsspec.AbstractFileSystem
 ) -> None:
     bundle = tiny_bundle(tmp_path / "bundle")
-    home = tmp_path / "photos"
-    home.mkdir()
+    folder = tmp_path / "photos"
+    folder.mkdir()
     for seed in range(20):
-        (home / f"{seed}.jpg").write_bytes(photo(seed))
-    (home / "5.jpg").write_bytes(photo(5)[:700])
+        (folder / f"{seed}.jpg").write_bytes(photo(seed))
+    (folder / "5.jpg").write_bytes(photo(5)[:700])
     listed = tmp_path / "list.txt"
-    listed.write_text("".join(f"file://{home}/{seed}.jpg\n" for seed in range(20)))
+    listed.write_text("".join(f"file://{folder}/{seed}.jpg\n" for seed in range(20)))
     tables = []
-    for word in (str(home), f"file://{home}", str(listed)):
+    for word in (str(folder), f"file://{folder}", str(listed)):
         out = tmp_path / "out.csv"
-        score.score([word], bundle, out, ScoringOptions(device="cpu"), say=lambda line: None)
+        score.score([word], bundle, out, ScoringOptions(device="cpu"), log=lambda line: None)
         tables.append(out.read_text().replace("file://", ""))
     assert tables[0] == tables[1] == tables[2]
     assert "5.jpg,error" in tables[0]
 
 
-def test_a_job_lists_a_folder_once_and_one_that_goes_on_does_not(
+def test_a_resumed_job_does_not_list_the_folder_again(
     tmp_path: Path, memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory.pipe_file("/p/1.jpg", photo(1))
-    looked: list[str] = []
+    listed: list[str] = []
     find = remote.find
-    monkeypatch.setattr(remote, "find", lambda word: (looked.append(word), find(word))[1])
+    monkeypatch.setattr(remote, "find", lambda word: (listed.append(word), find(word))[1])
     words, out = ["memory://p"], tmp_path / "out.csv"
     bundle = tiny_bundle(tmp_path / "bundle")
 
@@ -224,9 +226,9 @@ def test_a_job_lists_a_folder_once_and_one_that_goes_on_does_not(
         raise WorkError("full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(score, "_publish", full)
+        patch.setattr(score, "_write_table", full)
         with pytest.raises(WorkError, match="full"):
-            score.score(words, bundle, out, ScoringOptions(device="cpu"), say=lambda line: None)
-    assert looked == words
-    score.score(words, bundle, out, ScoringOptions(device="cpu"), say=lambda line: None)
-    assert looked == words
+            score.score(words, bundle, out, ScoringOptions(device="cpu"), log=lambda line: None)
+    assert listed == words
+    score.score(words, bundle, out, ScoringOptions(device="cpu"), log=lambda line: None)
+    assert listed == words

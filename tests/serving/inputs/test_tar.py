@@ -1,4 +1,4 @@
-"""Laws of tar archives: every image in them has a name, and a name has its own bytes."""
+"""Tar archives: every image has a unique name, and the name gives its bytes."""
 
 import io
 import os
@@ -14,15 +14,15 @@ import pytest
 
 from serving.errors import BrokenImage, DataError, TooLarge
 from serving.inputs import sources
-from serving.inputs import tar as archives
-from tests.support.tar_files import KINDS, found, images, shard, tar
+from serving.inputs.compression import MAX_FILE
+from tests.support.tar_files import KINDS, find_all, only_images, shard_members, write_tar
 from tests.support.tiny_bundle import photo
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -34,82 +34,91 @@ def reader() -> Iterator[sources.Reader]:
     reader.close()
 
 
-@pytest.mark.parametrize("order", ["as it is", "backwards", "shuffled"])
+@pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled"])
 @pytest.mark.parametrize("suffix", KINDS)
 def test_every_image_of_an_archive_has_its_own_bytes(
-    home: Path, reader: sources.Reader, suffix: str, order: str
+    folder: Path, reader: sources.Reader, suffix: str, order: str
 ) -> None:
-    members = shard()
-    name = tar(f"a{suffix}", members.items(), KINDS[suffix])
-    expected = {f"{name}::{member}": data for member, data in images(members).items()}
-    names = found(name)
+    members = shard_members()
+    name = write_tar(f"a{suffix}", members.items(), KINDS[suffix])
+    expected = {f"{name}::{member}": data for member, data in only_images(members).items()}
+    names = find_all(name)
     assert names == list(expected)
-    if order != "as it is":
+    if order != "forwards":
         names.reverse() if order == "backwards" else random.Random(1).shuffle(names)
     assert {name: reader.load(name) for name in names} == expected
 
 
-def test_the_bytes_tell_how_an_archive_is_compressed(home: Path, reader: sources.Reader) -> None:
-    tar("a.tar", [("x.jpg", b"x")], "w:xz")
-    tar("b.tar.gz", [("BZh.jpg", b"b")])
-    tar("C.TGZ", [("c.jpg", b"c")], "w:bz2")
-    names = found("a.tar", "b.tar.gz", "C.TGZ")
+def test_the_first_bytes_determine_the_compression(folder: Path, reader: sources.Reader) -> None:
+    write_tar("a.tar", [("x.jpg", b"x")], "w:xz")
+    write_tar("b.tar.gz", [("BZh.jpg", b"b")])
+    write_tar("C.TGZ", [("c.jpg", b"c")], "w:bz2")
+    names = find_all("a.tar", "b.tar.gz", "C.TGZ")
     assert names == ["a.tar::x.jpg", "b.tar.gz::BZh.jpg", "C.TGZ::c.jpg"]
     assert [reader.load(name) for name in names] == [b"x", b"b", b"c"]
 
 
-def test_zstd_where_its_package_is(home: Path, reader: sources.Reader) -> None:
+def test_zstd_with_its_package(folder: Path, reader: sources.Reader) -> None:
     zstandard = pytest.importorskip("zstandard")
-    members = shard()
-    data = zstandard.compress(Path(tar("a.tar", members.items())).read_bytes())
+    members = shard_members()
+    data = zstandard.compress(Path(write_tar("a.tar", members.items())).read_bytes())
     Path("a.tar.zst").write_bytes(data)
     Path("b.tar.zst").write_bytes(data[: len(data) // 2])
     Path("c.tar.zst").write_bytes(data[:5] + b"\xff" * 1000)
-    loaded = [reader.load(name) for name in found("a.tar.zst")]
-    assert loaded == list(images(members).values())
+    loaded = [reader.load(name) for name in find_all("a.tar.zst")]
+    assert loaded == list(only_images(members).values())
     for name in ("b.tar.zst", "c.tar.zst"):
         with pytest.raises(BrokenImage, match=r"the archive is (broken|cut off)"):
             reader.load(f"{name}::039.jpg")
 
 
-def test_zstd_without_its_package_says_what_to_do(home: Path, monkeypatch: Any) -> None:
+def test_zstd_without_its_package_names_the_remedy(folder: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     Path("a.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + b"\0" * 600)
-    with pytest.raises(DataError, match=r"a\.tar\.zst: compressed by zstd: pip install zstandard"):
-        found("a.tar.zst")
+    with pytest.raises(
+        DataError,
+        match=r"a\.tar\.zst: compressed by zstd, which needs zstandard: pip install zstandard",
+    ):
+        find_all("a.tar.zst")
     with pytest.raises(BrokenImage, match="compressed by zstd"):
         sources.Reader().load("a.tar.zst::x.jpg")
 
 
-def test_images_count_in_the_order_of_the_archive(home: Path) -> None:
+def test_images_are_listed_in_the_order_of_the_archive(folder: Path) -> None:
     names = ["10.jpg", "./9.PNG", "a/", "a/1.jpg", "a/n.txt", ".h.jpg", "a/._1.jpg", ".git/1.jpg"]
-    tar("a.tar", [(name, None if name.endswith("/") else b"x") for name in [*names, "x.jpg/"]])
-    assert found("a.tar") == ["a.tar::10.jpg", "a.tar::./9.PNG", "a.tar::a/1.jpg"]
+    write_tar(
+        "a.tar", [(name, None if name.endswith("/") else b"x") for name in [*names, "x.jpg/"]]
+    )
+    assert find_all("a.tar") == ["a.tar::10.jpg", "a.tar::./9.PNG", "a.tar::a/1.jpg"]
 
 
-def test_a_name_that_leads_outside_leads_nowhere(home: Path, reader: sources.Reader) -> None:
-    (home / "in").mkdir()
+def test_a_member_name_with_dots_writes_nothing(folder: Path, reader: sources.Reader) -> None:
+    (folder / "in").mkdir()
     os.chdir("in")
     names = ["../../up.jpg", "/tmp/fledge-root.jpg", "a/../../x.jpg"]
-    tar("a.tar", [(name, name.encode()) for name in names])
-    before = sorted(home.rglob("*"))
-    assert found("a.tar") == [f"a.tar::{name}" for name in names]
+    write_tar("a.tar", [(name, name.encode()) for name in names])
+    before = sorted(folder.rglob("*"))
+    assert find_all("a.tar") == [f"a.tar::{name}" for name in names]
     assert [reader.load(f"a.tar::{name}").decode() for name in names] == names
-    assert sorted(home.rglob("*")) == before
+    assert sorted(folder.rglob("*")) == before
     assert not Path("/tmp/fledge-root.jpg").exists()
 
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_long_and_strange_names_survive(home: Path, reader: sources.Reader, kind: int) -> None:
+def test_long_and_unusual_names_are_unchanged(
+    folder: Path, reader: sources.Reader, kind: int
+) -> None:
     latin = os.fsdecode(b"latin-\xfc\xff.jpg")
     names = ["d/" * 150 + "x.jpg", "y" * 300 + ".jpg", "ünï-花.jpg", latin, "a::b.jpg", "c\nd.jpg"]
-    tar("a.tar", [(name, name.encode("utf-8", "surrogateescape")) for name in names], format=kind)
-    assert found("a.tar") == [f"a.tar::{name}" for name in names]
+    write_tar(
+        "a.tar", [(name, name.encode("utf-8", "surrogateescape")) for name in names], format=kind
+    )
+    assert find_all("a.tar") == [f"a.tar::{name}" for name in names]
     for name in names:
         assert reader.load(f"a.tar::{name}").decode("utf-8", "surrogateescape") == name
 
 
-def test_holes_are_zeros(home: Path, reader: sources.Reader) -> None:
+def test_holes_of_sparse_members_are_zeros(folder: Path, reader: sources.Reader) -> None:
     for suffix in (".tar", ".tar.gz"):
         with tarfile.open(f"a{suffix}", KINDS[suffix]) as file:
             info = tarfile.TarInfo("x.jpg")
@@ -123,8 +132,8 @@ def test_holes_are_zeros(home: Path, reader: sources.Reader) -> None:
         assert data == expected
 
 
-def test_links_devices_and_giants_are_rows_with_an_error(
-    home: Path, reader: sources.Reader
+def test_links_devices_and_too_large_members_are_errors(
+    folder: Path, reader: sources.Reader
 ) -> None:
     kinds = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
     for suffix in (".tar", ".tar.gz"):
@@ -135,9 +144,9 @@ def test_links_devices_and_giants_are_rows_with_an_error(
                 file.addfile(info)
             file.addfile(tarfile.TarInfo("empty.jpg"))
             info = tarfile.TarInfo("giant.jpg")
-            info.size = archives.MAX_FILE + 1
+            info.size = MAX_FILE + 1
             file.addfile(info)
-        names = found(f"a{suffix}")
+        names = find_all(f"a{suffix}")
         assert len(names) == 6
         assert reader.load(names[4]) == b""
         for name in names[:4]:
@@ -147,23 +156,25 @@ def test_links_devices_and_giants_are_rows_with_an_error(
             reader.load(names[5])
 
 
-def test_a_name_that_is_there_twice_gets_a_number(home: Path, reader: sources.Reader) -> None:
+def test_a_repeated_name_gets_a_number(folder: Path, reader: sources.Reader) -> None:
     for suffix in (".tar", ".tar.gz"):
         members = [("x.jpg", b"1"), ("2::x.jpg", b"2"), ("x.jpg", b"3"), ("x.jpg", b"4")]
-        name = tar(f"a{suffix}", members, KINDS[suffix])
-        names = found(name)
+        name = write_tar(f"a{suffix}", members, KINDS[suffix])
+        names = find_all(name)
         assert names == [f"{name}::{m}" for m in ("x.jpg", "2::x.jpg", "3::x.jpg", "4::x.jpg")]
         assert [reader.load(name) for name in reversed(names)] == [b"4", b"3", b"2", b"1"]
 
 
-def test_what_a_name_with_two_colons_means(home: Path, reader: sources.Reader) -> None:
-    (home / "d::e.tar").mkdir()
-    (home / "d::e.tar/f::g.jpg").write_bytes(b"plain")
-    tar("a.tar", [("x.jpg", b"member"), ("y.jpg", b"y")])
-    tar("d::e.tar/b::c.tar", [("x::y.jpg", b"colons")])
-    (home / "a.tar::x.jpg").write_bytes(b"beside")
+def test_an_existing_file_takes_precedence_over_a_member(
+    folder: Path, reader: sources.Reader
+) -> None:
+    (folder / "d::e.tar").mkdir()
+    (folder / "d::e.tar/f::g.jpg").write_bytes(b"plain")
+    write_tar("a.tar", [("x.jpg", b"member"), ("y.jpg", b"y")])
+    write_tar("d::e.tar/b::c.tar", [("x::y.jpg", b"colons")])
+    (folder / "a.tar::x.jpg").write_bytes(b"beside")
     notes: list[str] = []
-    names = found("a.tar", "d::e.tar", "d::e.tar/b::c.tar", notes=notes)
+    names = find_all("a.tar", "d::e.tar", "d::e.tar/b::c.tar", notes=notes)
     assert names == [
         *("a.tar::y.jpg", "d::e.tar/f::g.jpg", "d::e.tar/b::c.tar::x::y.jpg"),
     ]
@@ -174,18 +185,20 @@ def test_what_a_name_with_two_colons_means(home: Path, reader: sources.Reader) -
     assert reader.load("a.tar::x.jpg") == b"beside"
 
 
-def test_a_name_is_an_input_and_a_line_of_a_list(home: Path, reader: sources.Reader) -> None:
-    names = found(tar("a.tar.gz", shard().items(), "w:gz"))
+def test_a_member_name_is_an_input_and_a_line_of_a_list(
+    folder: Path, reader: sources.Reader
+) -> None:
+    names = find_all(write_tar("a.tar.gz", shard_members().items(), "w:gz"))
     Path("list.txt").write_text("\n".join(names))
-    assert found("list.txt") == names
-    assert found(*names[3:5]) == names[3:5]
+    assert find_all("list.txt") == names
+    assert find_all(*names[3:5]) == names[3:5]
     with pytest.raises(BrokenImage, match="no image of that name in the archive"):
         reader.load("a.tar.gz::gone.jpg")
     assert reader.load(names[-1])
 
 
-def test_a_name_is_enough_for_another_process(home: Path) -> None:
-    name = found(tar("a.tar", [("x.jpg", photo(1))]))[0]
+def test_another_process_can_read_a_member_by_its_name(folder: Path) -> None:
+    name = find_all(write_tar("a.tar", [("x.jpg", photo(1))]))[0]
     code = """
 import sys
 from serving.inputs.sources import Reader
@@ -197,13 +210,18 @@ print(len(Reader().load(sys.argv[1])))
     assert int(done.stdout) == len(photo(1))
 
 
-def test_shards_are_written_out_and_matched(home: Path, reader: sources.Reader) -> None:
+def test_shards_are_found_by_braces_and_patterns(folder: Path, reader: sources.Reader) -> None:
     for number in range(12):
-        tar(f"data-{number:03}.tar", [("x.jpg", b"%d" % number)])
+        write_tar(f"data-{number:03}.tar", [("x.jpg", b"%d" % number)])
     names = [f"data-{number:03}.tar::x.jpg" for number in range(12)]
-    assert found("data-{000..011}.tar") == found("*.tar") == found("data-{00,01}?.tar") == names
+    assert (
+        find_all("data-{000..011}.tar")
+        == find_all("*.tar")
+        == find_all("data-{00,01}?.tar")
+        == names
+    )
     assert [reader.load(name) for name in names] == [b"%d" % number for number in range(12)]
     with pytest.raises(DataError, match=r"data-012\.tar: not there"):
-        found("data-{000..012}.tar")
+        find_all("data-{000..012}.tar")
     with pytest.raises(DataError, match="matches no images"):
-        found("data-*")  # names no archives
+        find_all("data-*")  # has no suffix of archives

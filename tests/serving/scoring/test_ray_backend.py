@@ -1,4 +1,4 @@
-"""Laws of scoring on Ray: the table of one machine, whatever happens to the others."""
+"""Scoring on Ray: the same table as on one machine, also when machines are lost."""
 
 import contextlib
 import csv
@@ -22,12 +22,12 @@ from serving.errors import OptionError, WorkError
 from serving.evaluation import score_table
 from serving.inference import runtime
 from serving.scoring import ray_backend, ray_cluster, score
-from serving.scoring.score import ScoringOptions
+from serving.scoring.options import ScoringOptions
 from tests.support.tiny_bundle import photo, tiny_bundle
 
 ROOT = Path(__file__).parents[3]
-KINDS = 40
-"""Photos, two of them broken, that a list names again and again."""
+PHOTOS = 40
+"""Photos, two of them broken, that a list names repeatedly."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
-    for seed in range(KINDS):
+    for seed in range(PHOTOS):
         (folder / f"{seed}.jpg").write_bytes(photo(seed, (640, 480)))
     (folder / "7.jpg").write_bytes(photo(7)[:900])
     (folder / "8.jpg").write_bytes(b"hello")
@@ -46,27 +46,26 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def listed(path: Path, photos: Path, images: int) -> Path:
-    names = (f"{photos / str(number % KINDS)}.jpg\n" for number in range(images))
+    names = (f"{photos / str(number % PHOTOS)}.jpg\n" for number in range(images))
     path.write_text("".join(names))
     return path
 
 
-def here(inputs: Path | str, bundle: Path, out: Path, **options: Any) -> bytes:
-    """The table of the local engine."""
-    wanted = ScoringOptions(device="cpu", **options)
-    score.score([str(inputs)], bundle, out, wanted, say=lambda line: None)
+def table_of(inputs: Path | str, bundle: Path, out: Path, **options: Any) -> bytes:
+    """The table, by the local engine unless `options` name another."""
+    scoring = ScoringOptions(device="cpu", **options)
+    score.score([str(inputs)], bundle, out, scoring, log=lambda line: None)
     return out.read_bytes() if out.is_file() else b""
 
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    # On a machine with much else to do, Ray's agents take longer than the 30 s that it gives them.
-    return kept | {"PYTHONPATH": str(ROOT), "RAY_agent_register_timeout_ms": "100000"}
+    environment = {name: text for name, text in os.environ.items() if name != "RAY_ADDRESS"}
+    # On a busy machine Ray's agents take longer than its timeout of 30 s.
+    return environment | {"PYTHONPATH": str(ROOT), "RAY_agent_register_timeout_ms": "100000"}
 
 
-def ours(stderr: str) -> list[str]:
-    """Lines that are no progress."""
+def without_progress(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if not line.endswith(" s left")]
 
 
@@ -89,31 +88,31 @@ def test_without_ray_it_is_one_line_and_exit_2(
     )
     words = ["score", str(photos), "--bundle", str(bundle), "--out", str(tmp_path / "out.csv")]
     assert fledge.main([*words, "--engine", "ray"]) == 2
-    said = capsys.readouterr().err
-    assert said == "fledge: --engine ray needs ray: pip install 'fledge[ray]'\n"
+    stderr = capsys.readouterr().err
+    assert stderr == "fledge: --engine ray needs ray: pip install 'fledge[ray]'\n"
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "http://127.0.0.1:8265"])
-def test_an_address_of_another_kind_is_refused(
+def test_an_unsupported_address_is_refused(
     photos: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(OptionError, match=f"RAY_ADDRESS={address}: use HOST:PORT"):
-        here(photos, bundle, tmp_path / "out.csv", engine="ray")
+        table_of(photos, bundle, tmp_path / "out.csv", engine="ray")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cluster_that_is_not_there_is_told_at_once(
+def test_an_unreachable_cluster_fails_at_once(
     photos: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.socket() as taken:  # bound, and nobody listens
-        taken.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    with socket.socket() as bound:  # bound, and not listening
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
         started = time.monotonic()
         with pytest.raises(WorkError, match=f"can't reach the cluster {address}: .*refused"):
-            here(photos, bundle, tmp_path / "out.csv", engine="ray")
+            table_of(photos, bundle, tmp_path / "out.csv", engine="ray")
     assert time.monotonic() - started < 10
     assert "ray" not in sys.modules
     assert list(tmp_path.iterdir()) == []
@@ -125,30 +124,30 @@ def test_a_cluster_that_is_not_there_is_told_at_once(
         ({"engine": "spark"}, "--engine spark: use local or ray"),
         ({"out": "out.xls"}, r"out\.xls: use a name that ends in"),
         ({"out": "none/scores"}, "no folder .*none; make it"),
-        ({"out": ""}, "there, and no table"),
+        ({"out": ""}, "exists and is not a table"),
         ({"workers": 0}, "--workers 0"),
         ({"top_k": 0}, "--top-k 0"),
         ({"embeddings": True}, "Parquet"),
     ],
 )
-def test_a_wrong_request_starts_nothing(
+def test_a_wrong_option_is_refused_before_ray_is_imported(
     photos: Path, bundle: Path, tmp_path: Path, options: dict[str, Any], words: str
 ) -> None:
     (tmp_path / "mine").touch()
     out = tmp_path / options.pop("out", "out.csv")
     with pytest.raises(OptionError, match=words):
-        here(photos, bundle, out, **{"engine": "ray"} | options)
+        table_of(photos, bundle, out, **{"engine": "ray"} | options)
     assert "ray" not in sys.modules
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_folder_is_an_output_of_ray_alone(photos: Path, bundle: Path, tmp_path: Path) -> None:
+def test_a_folder_is_an_output_only_of_ray(photos: Path, bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="use a name that ends in"):
-        here(photos, bundle, tmp_path / "scores")
+        table_of(photos, bundle, tmp_path / "scores")
 
 
 class Shards:
-    """What tasks are made of; no `Journal` needs to be written for it."""
+    """The part of `ScoringJournal` that tasks are made from."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
@@ -180,7 +179,7 @@ def test_tasks_are_whole_batches_of_a_shard(
     assert all(task["part"] % batch == 0 for task in tasks)
 
 
-def test_gpus_are_shared_evenly_and_cores_with_them() -> None:
+def test_gpus_and_cores_are_shared_evenly() -> None:
     def node(**resources: float) -> dict[str, Any]:
         return {"Alive": True, "Resources": resources}
 
@@ -190,75 +189,78 @@ def test_gpus_are_shared_evenly_and_cores_with_them() -> None:
     assert ray_cluster._threads([node(CPU=1, GPU=4)], 1) == 1
 
 
-def test_a_machine_without_the_images_says_so(tmp_path: Path) -> None:
-    gone = str(tmp_path / "gone.jpg")
-    job = ray_backend.RayJob("bundle", None, "cpu", "auto", 1, str(tmp_path / "none"), gone, {})
-    done = ray_backend.RayWorker(job)({"shard": 0, "part": 0, "images": 1, "names": f'["{gone}"]'})
-    assert done["fault"].startswith(f"OptionError:{gone} is not there: every machine")
-    assert socket.gethostname() in done["fault"]
-    assert done["rows"] == ""
+def test_a_machine_without_the_images_is_an_error(tmp_path: Path) -> None:
+    missing, folder = str(tmp_path / "missing.jpg"), str(tmp_path / "none")
+    config = ray_backend.RayWorkerConfig(
+        "bundle", None, "cpu", "auto", 1, folder, missing, ScoringOptions(), 1
+    )
+    task = {"shard": 0, "part": 0, "images": 1, "names": f'["{missing}"]'}
+    result = ray_backend.RayWorker(config)(task)
+    assert result["error"].startswith(f"OptionError:{missing} is not there: every machine")
+    assert socket.gethostname() in result["error"]
+    assert result["rows"] == ""
 
 
-class Near(ray_cluster.ActorPool):
-    """A cluster that is this process."""
+class InProcessPool(ray_cluster.ActorPool):
+    """An actor pool in this process, without ray."""
 
-    def map(self, kind: type, job: Any, tasks: list[dict[str, Any]], say: Any) -> Any:
-        yield from map(kind(job), tasks)
+    def map(self, worker: type, config: Any, tasks: list[dict[str, Any]], log: Any) -> Any:
+        yield from map(worker(config), tasks)
 
 
 @pytest.fixture
-def near(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(ray_cluster, "join", lambda *_: Near("cpu", 1, 1, {}))
-    monkeypatch.setattr(ray_cluster, "share", lambda value: value)
-    monkeypatch.setattr(ray_cluster, "shared", lambda value: value)
+def in_process(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(ray_cluster, "connect", lambda *_: InProcessPool("cpu", 1, 1, {}))
+    monkeypatch.setattr(ray_cluster, "put", lambda value: value)
+    monkeypatch.setattr(ray_cluster, "get", lambda value: value)
     return monkeypatch
 
 
-@pytest.mark.parametrize(("fault", "kept"), [(WorkError, True), (OptionError, False)])
-def test_what_was_found_is_kept_unless_other_things_must_be_asked_for(
+@pytest.mark.parametrize(("error", "kept"), [(WorkError, True), (OptionError, False)])
+def test_the_list_of_inputs_is_kept_unless_the_options_must_change(
     photos: Path,
     bundle: Path,
     tmp_path: Path,
-    near: pytest.MonkeyPatch,
-    fault: type[Exception],
+    in_process: pytest.MonkeyPatch,
+    error: type[Exception],
     kept: bool,
 ) -> None:
     def failing(*_: object) -> None:
-        raise fault("so it is")
+        raise error("the message")
 
-    near.setattr(Near, "map", lambda *_: (failing() for _ in range(1)))
-    with pytest.raises(fault, match="so it is"):
-        here(photos, bundle, tmp_path / "out.csv", engine="ray")
+    in_process.setattr(InProcessPool, "map", lambda *_: (failing() for _ in range(1)))
+    with pytest.raises(error, match="the message"):
+        table_of(photos, bundle, tmp_path / "out.csv", engine="ray")
     assert (tmp_path / ".out.csv.parts" / "inputs.jsonl").exists() == kept
 
 
-def test_tasks_with_addresses_are_those_that_read_ahead(
-    photos: Path, bundle: Path, tmp_path: Path, near: pytest.MonkeyPatch
+def test_only_tasks_with_addresses_get_more_threads(
+    photos: Path, bundle: Path, tmp_path: Path, in_process: pytest.MonkeyPatch
 ) -> None:
     names = listed(tmp_path / "list.txt", photos, 96)
-    table = here(names, bundle, tmp_path / "out.csv")
+    table = table_of(names, bundle, tmp_path / "out.csv")
     lines = names.read_text().splitlines()
     lines[70] = f"file://{lines[70]}"
     names.write_text("\n".join(lines))
-    taken: list[int] = []
-    order = ray_backend.in_order
+    used: list[int] = []
+    score_chunks = ray_backend.score_chunks
 
     def counted(work: Any, chunks: Any, threads: int) -> Any:
-        taken.append(threads)
-        return order(work, chunks, threads)
+        used.append(threads)
+        return score_chunks(work, chunks, threads)
 
-    near.setattr(ray_backend, "in_order", counted)
-    there = here(names, bundle, tmp_path / "out.csv", engine="ray")
+    in_process.setattr(ray_backend, "score_chunks", counted)
+    there = table_of(names, bundle, tmp_path / "out.csv", engine="ray")
     assert there.replace(b"file://", b"") == table
-    assert taken == [8]
+    assert used == [8]
 
 
 @pytest.mark.slow
-def test_a_machine_that_dies_changes_nothing(
+def test_a_lost_machine_does_not_change_the_table(
     photos: Path, bundle: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     names = listed(tmp_path / "list.txt", photos, 3000)
-    here(names, bundle, tmp_path / "here.csv")
+    table_of(names, bundle, tmp_path / "here.csv")
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.ray_loss", bundle, names, tmp_path / "there.csv"],
         cwd=ROOT,
@@ -269,12 +271,12 @@ def test_a_machine_that_dies_changes_nothing(
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    if runtime.expected("auto") == runtime.PROVIDERS["cpu"]:  # actors have no GPU, as was claimed
-        assert told["said"].pop(0).startswith("OptionError device = cuda: ")
-    assert told["actors"] == 1
-    assert 750 < told["at"] < 2900
-    assert any(line.startswith("lost ") for line in told["said"])
+    result = json.loads(done.stdout.splitlines()[-1])
+    if runtime.expected("auto") == runtime.PROVIDERS["cpu"]:  # the cluster's GPU does not exist
+        assert result["logged"].pop(0).startswith("OptionError device = cuda: ")
+    assert result["actors"] == 1
+    assert 750 < result["at"] < 2900
+    assert any(line.startswith("lost ") for line in result["logged"])
     tables = []
     for name in ("here.csv", "there.csv"):
         with (tmp_path / name).open(newline="") as file:
@@ -288,12 +290,12 @@ def test_a_machine_that_dies_changes_nothing(
 
 
 @pytest.mark.slow
-def test_on_this_machine_alone_ray_says_nothing_and_ctrl_c_ends_it_all(
+def test_on_one_machine_ray_prints_nothing_and_ctrl_c_ends_all_processes(
     photos: Path, bundle: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    # Enough that most are to do when the first thousand are done.
+    # Enough that most are left when the first thousand are done.
     names = listed(tmp_path / "list.txt", photos, 9000)
-    here(names, bundle, tmp_path / "here.parquet", embeddings=True, tta=2)
+    table_of(names, bundle, tmp_path / "here.parquet", embeddings=True, tta=2)
     names.write_text(names.read_text().replace("/", "file:///", 1))
     rest = ("--bundle", bundle, "--out", tmp_path / "scores", "--embeddings", "--tta", 2)
     words = command(names, *rest, "--workers", 2)
@@ -305,21 +307,21 @@ def test_on_this_machine_alone_ray_says_nothing_and_ctrl_c_ends_it_all(
         text=True,
         start_new_session=True,
     ) as running:
-        whole = tmp_path / ".scores.parts"
-        while not list(whole.glob("*.jsonl"))[1:]:  # inputs.jsonl, and the first shard
+        parts = tmp_path / ".scores.parts"
+        while not list(parts.glob("*.jsonl"))[1:]:  # inputs.jsonl, and the first shard
             assert running.poll() is None, running.communicate()
             time.sleep(0.05)
-        family = psutil.Process(running.pid).children(recursive=True)
+        children = psutil.Process(running.pid).children(recursive=True)
         os.killpg(running.pid, signal.SIGINT)  # as a terminal does
-        _, said = running.communicate(timeout=60)
+        _, stderr = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert ours(said) == ["fledge: interrupted"]
-    assert len(family) > 5
-    assert psutil.wait_procs(family, timeout=20)[1] == []
+    assert without_progress(stderr) == ["fledge: interrupted"]
+    assert len(children) > 5
+    assert psutil.wait_procs(children, timeout=20)[1] == []
 
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert ours(done.stderr) == []
+    assert without_progress(done.stderr) == []
     lines = done.stdout.splitlines()
     assert lines[0].startswith("going on: ")
     assert lines[-1] == f"wrote {tmp_path / 'scores'}"
@@ -335,11 +337,11 @@ def test_on_this_machine_alone_ray_says_nothing_and_ctrl_c_ends_it_all(
 
 
 @pytest.mark.slow
-def test_a_cluster_with_a_token_is_joined_by_who_has_it(
+def test_a_cluster_with_a_token_requires_the_token(
     photos: Path, bundle: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     names = listed(tmp_path / "list.txt", photos, 64)
-    here(names, bundle, tmp_path / "here.csv")
+    table_of(names, bundle, tmp_path / "here.csv")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -359,9 +361,9 @@ def test_a_cluster_with_a_token_is_joined_by_who_has_it(
                 time.sleep(0.2)
             rest = ("--bundle", bundle, "--out", tmp_path / "there.csv", "--device", "cpu")
             environment["RAY_ADDRESS"] = f"127.0.0.1:{port}"
-            for change, code, said in (
+            for change, code, message in (
                 ({"RAY_AUTH_MODE": "disabled"}, 1, "needs RAY_AUTH_MODE=token"),
-                ({"RAY_AUTH_TOKEN": "b" * 64}, 1, "is the token that of the head"),
+                ({"RAY_AUTH_TOKEN": "b" * 64}, 1, "compare the token with that of the head"),
                 ({}, 0, ""),
             ):
                 done = subprocess.run(
@@ -373,12 +375,12 @@ def test_a_cluster_with_a_token_is_joined_by_who_has_it(
                     timeout=120,
                 )
                 assert done.returncode == code, done.stderr
-                assert said in done.stderr
+                assert message in done.stderr
         finally:
-            family = psutil.Process(head.pid).children(recursive=True)
+            children = psutil.Process(head.pid).children(recursive=True)
             head.terminate()
             head.wait(60)
-            for process in family:
+            for process in children:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
     assert (tmp_path / "there.csv").read_bytes() == (tmp_path / "here.csv").read_bytes()

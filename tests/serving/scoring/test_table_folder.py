@@ -1,4 +1,4 @@
-"""Laws of a table that is a folder: whole or not there, in order, nobody else's files touched."""
+"""A table as a folder: complete or absent, rows in order, other files untouched."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import pytest
 
 from serving.errors import OptionError, WorkError
 from serving.evaluation import score_table
-from serving.scoring import table_folder as parts
-from serving.scoring.table import ScoreRow
-from serving.scoring.table_folder import TableFolder
+from serving.scoring import table_folder
+from serving.scoring.rows import ScoreRow
+from serving.scoring.table_folder import TableFolder, check_table_folder
 
 COLUMNS = ("path", "status", "label", "probability", "error", "features")
 
@@ -31,10 +31,10 @@ def interrupted(out: Path) -> None:
         raise RuntimeError
 
 
-def test_rows_come_back_in_order_from_files_of_a_size(
+def test_rows_are_split_into_files_and_read_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "ROWS", 8)
+    monkeypatch.setattr(table_folder, "ROWS", 8)
     write(tmp_path / "scores", 21)
     names = [f"part-0000{number}.parquet" for number in range(3)]
     assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == names
@@ -45,7 +45,7 @@ def test_rows_come_back_in_order_from_files_of_a_size(
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
 
 
-def test_an_error_leaves_the_older_table(tmp_path: Path) -> None:
+def test_an_error_keeps_the_older_table(tmp_path: Path) -> None:
     out = tmp_path / "scores"
     write(out, 3)
     with pytest.raises(RuntimeError):
@@ -54,7 +54,7 @@ def test_an_error_leaves_the_older_table(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
 
 
-def test_a_table_that_can_t_take_its_name_leaves_the_older_one(
+def test_a_failed_rename_keeps_the_older_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, rename = tmp_path / "scores", Path.rename
@@ -72,7 +72,7 @@ def test_a_table_that_can_t_take_its_name_leaves_the_older_one(
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
 
 
-def test_what_a_kill_has_left_is_no_hindrance(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_replaced(tmp_path: Path) -> None:
     out = tmp_path / "scores"
     for name in (".scores.partial", ".scores.older"):
         (tmp_path / name).mkdir()
@@ -84,12 +84,12 @@ def test_what_a_kill_has_left_is_no_hindrance(tmp_path: Path) -> None:
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     for name in ("notes.md", "part-1.parquet.bak"):
         (tmp_path / name).write_text("mine")
-        with pytest.raises(OptionError, match="there, and no table; name another"):
-            parts.check(tmp_path)
+        with pytest.raises(OptionError, match="exists and is not a table; name another"):
+            check_table_folder(tmp_path)
         (tmp_path / name).unlink()
-    parts.check(tmp_path)  # an empty one is taken
+    check_table_folder(tmp_path)  # an empty folder is accepted
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OptionError, match="no table"):
-        parts.check(tmp_path / "file")
+    with pytest.raises(OptionError, match="is not a table"):
+        check_table_folder(tmp_path / "file")
     with pytest.raises(OptionError, match="no folder"):
-        parts.check(tmp_path / "none" / "scores")
+        check_table_folder(tmp_path / "none" / "scores")
