@@ -1,1 +1,1 @@
-"""The bundle directory: manifest, storage, signatures."""
+"""The bundle folder: manifest, storage, signatures."""

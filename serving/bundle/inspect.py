@@ -1,4 +1,4 @@
-"""`fledge inspect`: a bundle in words. Needs no torch."""
+"""`fledge inspect`: describe a bundle as text. Needs no torch and no ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -6,111 +6,109 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from serving.bundle import storage as bundle
+from serving.bundle import storage
+from serving.bundle.manifest import Manifest
 from serving.bundle.storage import Bundle
 
-_LABELS: Final = 8
+_MAX_LABELS: Final = 8
 
 
 def describe(folder: Path) -> list[str]:
-    """What a bundle is, for a person: lines of a name and what it has to say.
+    """Lines about a bundle: a title, then a topic and its text on each line.
 
     Raises:
-        BundleError: As `bundle.read`.
+        BundleError: As `storage.read`.
     """
-    opened = bundle.read(folder)
-    manifest = opened.manifest
+    bundle = storage.read(folder)
+    manifest = bundle.manifest
     lines = [f"{manifest.name} {manifest.version}: {manifest.arch}, {len(manifest.labels)} classes"]
-    named = {
-        "classes": _classes(manifest.labels),
-        "pixels": _pixels(opened),
-        "graphs": list(_graphs(opened)),
-        "checked": _checked(manifest.parity),
-        "sure": _sure(opened),
-        "views": _views(opened),
+    topics: dict[str, list[str]] = {
+        "classes": [_classes(manifest.labels)],
+        "input": [_input(manifest)],
+        "graphs": list(_graphs(manifest)),
+        "parity": [_parity(manifest.parity)],
+        "confidence": [_confidence(manifest)],
+        "views": [_views(manifest)],
         "tuning": _tuning(manifest.tuning.get("cpu", {})),
-        "made from": _source(manifest.provenance),
-        "files": f"{len(manifest.files)}, all as they were exported; {_size(_bytes(opened))}",
-        "signed": f"by {' and '.join(opened.signers)}{opened.signature_warning}"
-        if opened.signers
-        else "no",
+        "source": [_source(manifest.provenance)],
+        "files": [f"{len(manifest.files)}, unchanged since the export; {_size(_bytes(manifest))}"],
+        "signed": [_signed(bundle)],
     }
-    for name, said in named.items():
-        for number, line in enumerate([said] if isinstance(said, str) else said):
-            lines.append(f"  {'' if number else name:<10}{line}")
+    for topic, texts in topics.items():
+        for number, text in enumerate(texts):
+            lines.append(f"  {'' if number else topic:<12}{text}")
     return lines
 
 
 def _classes(labels: tuple[str, ...]) -> str:
-    more = f", and {len(labels) - _LABELS} more" if len(labels) > _LABELS else ""
-    return ", ".join(labels[:_LABELS]) + more
+    more = f", and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
+    return ", ".join(labels[:_MAX_LABELS]) + more
 
 
-def _pixels(opened: Bundle) -> str:
-    how = opened.manifest.preprocess
-    return (
-        f"{how.size} x {how.size}, the middle {how.crop:g} of the short side, {how.interpolation}"
-    )
+def _input(manifest: Manifest) -> str:
+    preprocess = manifest.preprocess
+    size = f"{preprocess.size} x {preprocess.size} pixels"
+    return f"{size}, crop {preprocess.crop:g} of the short side, {preprocess.interpolation}"
 
 
-def _graphs(opened: Bundle) -> Iterator[str]:
-    manifest = opened.manifest
+def _graphs(manifest: Manifest) -> Iterator[str]:
     speeds = manifest.tuning.get("cpu", {}).get("throughput", {})
     for precision, entry in manifest.precisions.items():
-        words = [f"{precision}: {_size(manifest.files[str(entry['file'])]['bytes'])}"]
-        if entry.get("accuracy") is not None:
-            words.append(f"accuracy {entry['accuracy']:.1%}")
+        facts = [f"{precision}: {_size(manifest.files[entry['file']]['bytes'])}"]
+        if entry["accuracy"] is not None:
+            facts.append(f"accuracy {entry['accuracy']:.1%}")
         if precision in speeds:
-            words.append(f"{speeds[precision]['images_per_second']:.0f} images/s at export")
-        yield ", ".join(words)
+            facts.append(f"{speeds[precision]['images_per_second']:.0f} images/s at export")
+        yield ", ".join(facts)
     for precision, found in manifest.tried.items():
         if not found.get("kept"):
-            yield f"{precision}: no; {found.get('why_not')}"
+            yield f"{precision}: not in the bundle; {found.get('why_not')}"
 
 
-def _checked(parity: Mapping[str, Any]) -> str:
+def _parity(parity: Mapping[str, Any]) -> str:
     if not parity:
-        return "never against a checkpoint"
-    worst = max(found["largest_difference"] for found in parity["graphs"].values())
+        return "not compared with a checkpoint"
+    largest = max(found["largest_difference"] for found in parity["graphs"].values())
     return (
-        f"against the checkpoint on {parity['photos']} held-out photos: largest difference of a "
-        f"probability {worst:.1e}"
+        f"compared with the checkpoint on {parity['photos']} held-out photos: largest difference "
+        f"of a probability {largest:.1e}"
     )
 
 
-def _sure(opened: Bundle) -> str:
-    manifest = opened.manifest
+def _confidence(manifest: Manifest) -> str:
     threshold = manifest.thresholds.get("confident")
-    words = [f"temperature {manifest.temperature:g}"]
+    facts = [f"temperature {manifest.temperature:g}"]
     if manifest.calibration:
         before, after = (manifest.calibration[when]["ece"] for when in ("before", "after"))
-        words.append(f"calibration error {before:.1%} -> {after:.1%}")
-    words.append("confident: not said" if threshold is None else f"confident from {threshold:g}")
-    return ", ".join(words)
+        facts.append(f"calibration error {before:.1%} -> {after:.1%}")
+    facts.append(
+        "no threshold" if threshold is None else f"confident from probability {threshold:g}"
+    )
+    return ", ".join(facts)
 
 
-def _views(opened: Bundle) -> str:
-    tta = opened.manifest.tta
-    have = f"{len(opened.manifest.views)}, the plain one by default"
+def _views(manifest: Manifest) -> str:
+    tta = manifest.tta
+    number = f"{len(manifest.views)}, the plain one by default"
     if not tta:
-        return have
+        return number
     if not tta["advised"]:
-        return f"{have}; more of them put no more of {tta['photos']} held-out photos right"
+        return f"{number}; tta does not correct more of {tta['photos']} held-out photos"
     best = next(row for row in tta["views"] if row["views"] == tta["advised"])
     return (
-        f"{have}; tta={best['views']} puts {best['fixed']} of {tta['photos']} held-out photos "
-        f"right and {best['broken']} wrong (p = {best['p']:.2f})"
+        f"{number}; tta={best['views']} corrects {best['fixed']} of {tta['photos']} held-out "
+        f"photos and breaks {best['broken']} (p = {best['p']:.2f})"
     )
 
 
 def _tuning(tuning: Mapping[str, Any]) -> list[str]:
-    """Best settings of each graph, as they were measured where the bundle was made."""
+    """The best settings of each graph, measured on the machine of the export."""
     lines = []
     for name, best in tuning.get("throughput", {}).items():
-        lone = tuning["latency"][name]
+        single = tuning["latency"][name]
         lines.append(
-            f"{name}: {best['workers']} x {best['threads']} threads, batch {best['batch']}; a lone "
-            f"photo {lone['ms']:g} ms with {lone['threads']}"
+            f"{name}: workers={best['workers']} threads={best['threads']} batch={best['batch']}; "
+            f"a single photo {single['ms']:g} ms with threads={single['threads']}"
         )
     return lines or ["not measured"]
 
@@ -121,8 +119,14 @@ def _source(provenance: Mapping[str, Any]) -> str:
     return f"run {provenance.get('run', '?')}, {data.get('source', '?')}: {counts}"
 
 
-def _bytes(opened: Bundle) -> int:
-    return sum(int(facts["bytes"]) for facts in opened.manifest.files.values())
+def _signed(bundle: Bundle) -> str:
+    if not bundle.signers:
+        return "no"
+    return f"by {' and '.join(bundle.signers)}{bundle.signature_warning}"
+
+
+def _bytes(manifest: Manifest) -> int:
+    return sum(entry["bytes"] for entry in manifest.files.values())
 
 
 def _size(count: float) -> str:

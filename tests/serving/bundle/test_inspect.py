@@ -22,12 +22,12 @@ def test_missing_reports_are_named(folder: Path) -> None:
     assert text.startswith(f"tiny {manifest.version}: tiny, 10 classes\n")
     for words in (
         "daisy, rose, tulip, violet, poppy, lily, iris, aster, and 2 more",
-        "32 x 32, the middle 0.875 of the short side, bilinear",
-        "never against a checkpoint",
-        "temperature 1, confident: not said",
+        "32 x 32 pixels, crop 0.875 of the short side, bilinear",
+        "not compared with a checkpoint",
+        "temperature 1, no threshold",
         "10, the plain one by default",
         "not measured",
-        "5, all as they were exported; 0.0 MB",
+        "5, unchanged since the export; 0.0 MB",
     ):
         assert words in text
 
@@ -53,17 +53,17 @@ def test_reports_are_described(folder: Path) -> None:
     text = "\n".join(describe(folder))
     for words in (
         "accuracy 91.2%, 123 images/s at export",
-        "int8: no; it is no faster here: 0.90 times fp32",
+        "int8: not in the bundle; it is no faster here: 0.90 times fp32",
         "on 221 held-out photos: largest difference of a probability 3.0e-06",
-        "calibration error 12.3% -> 1.0%, confident from 0.87",
-        "tta=4 puts 3 of 221 held-out photos right and 1 wrong (p = 0.62)",
-        "fp32: 2 x 1 threads, batch 8; a lone photo 9 ms with 2",
+        "calibration error 12.3% -> 1.0%, confident from probability 0.87",
+        "tta=4 corrects 3 of 221 held-out photos and breaks 1 (p = 0.62)",
+        "fp32: workers=2 threads=1 batch=8; a single photo 9 ms with threads=2",
         "run quick, flowers: 867 photos, 221 held out",
     ):
         assert words in text
     tta = {**manifest.tta, "advised": 0}  # type: ignore[dict-item]
     storage.publish(manifest.model_copy(update={"tta": tta}), folder)
-    assert "more of them put no more of 221 held-out photos right" in "\n".join(describe(folder))
+    assert "tta does not correct more of 221 held-out photos" in "\n".join(describe(folder))
 
 
 def test_the_command_prints_the_description_or_the_manifest(
