@@ -1,1 +1,1 @@
-"""Checkpoint in, verified bundle out."""
+"""Export of a checkpoint to a verified bundle."""

@@ -1,4 +1,8 @@
-"""How fast the graphs run on this machine, and in what batches: measured, and only advice."""
+"""Speed of the exported graphs on this machine, by threads and batch size.
+
+The manifest's `tuning` entry holds the measurements and the settings that they suggest; a service
+may override them.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +17,36 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from serving.imaging import decode as images
+from serving.imaging.decode import decode
 from serving.imaging.preprocess import Pixels, Preprocess
 from serving.inference.runtime import OnnxRuntime, Runtime
 from serving.utils.cpu import cores
 from serving.utils.progress import progress_bar
 
 BATCHES: Final = (1, 2, 4, 8, 16)
-DECODED: Final = (1, 2, 4, 8)
-"""Batches that are measured between decoding, too."""
+DECODING_BATCHES: Final = (1, 2, 4, 8)
+"""Batch sizes that are also measured with decoding in the loop."""
 ROUNDS: Final = 3
 SECONDS: Final = 0.25
-"""Of one measurement; a round has one of every graph, split of the cores, and batch."""
-WORTH: Final = 1.2
-"""A batch above 1 makes requests wait for each other: it must be this much faster, and clearly more
-than what a busy machine's rates differ by from one second to the next."""
-ENOUGH: Final = 0.97
-"""Of the best rate: the smallest batch that reaches it will do."""
+"""Length of one measurement; a round has one for every graph and setting."""
+MIN_SPEEDUP: Final = 1.2
+"""Required speedup of a batch size above 1 over size 1.
+
+Batches make requests wait for each other, and on a busy machine rates differ from one second to the
+next.
+"""
+NEAR_BEST: Final = 0.97
+"""The smallest batch size that reaches this share of the best rate is chosen."""
 
 
 class ThreadSetting(NamedTuple):
-    """workers runs side by side, of so many threads each, of so many photos a batch.
+    """One setting to measure.
 
-    decoding: each worker decodes the photos of its batch first. A core that has decoded has lost
-    the network from its cache, and fetches it again for one photo or for several: of that a graph
-    which runs alone shows nothing.
+    workers: threads that run the graph side by side. threads: intra-op threads of each. batch:
+    images per run.
+    decoding: each worker decodes the images of a batch before it runs the graph. Decoding evicts
+    the weights from the core's cache; a batch loads them once for several images, which a benchmark
+    of the graph alone does not show.
     """
 
     workers: int
@@ -47,7 +56,7 @@ class ThreadSetting(NamedTuple):
 
 
 Rates = dict[str, dict[ThreadSetting, float]]
-"""Of each graph: photos a second, the median over rounds."""
+"""By graph and setting: images per second, the median over the rounds."""
 
 
 def measure(
@@ -56,9 +65,9 @@ def measure(
     photos: Sequence[bytes] = (),
     device: str = "cpu",
 ) -> Rates:
-    """Run noise through every graph, in turns, in every setting; on a CPU decoded photos, too.
+    """Measure every graph in every setting, in turns: on noise, and on a CPU on `photos`, too.
 
-    On a CPU the cores are split into workers of one thread, and into one worker of all.
+    On a CPU the cores are used by one worker each with one thread, and by one worker with all.
     """
     count, size = cores(), preprocess.size
     splits = sorted({(count, 1), (1, count)}) if device == "cpu" else [(1, 1)]
@@ -70,18 +79,17 @@ def measure(
     }
     measured: dict[str, dict[ThreadSetting, list[float]]] = {name: {} for name in graphs}
     settings = [ThreadSetting(*split, batch) for split in splits for batch in BATCHES]
-    settings += (
-        [ThreadSetting(1, 1, 1)] if ThreadSetting(1, 1, 1) not in settings else []
-    )  # a lone photo
+    single = ThreadSetting(1, 1, 1)  # one request at a time
+    settings += [] if single in settings else [single]
     if photos and device == "cpu":
-        settings += [ThreadSetting(count, 1, batch, decoding=True) for batch in DECODED]
+        settings += [ThreadSetting(count, 1, batch, decoding=True) for batch in DECODING_BATCHES]
 
     def pixels(setting: ThreadSetting) -> Pixels:
         if not setting.decoding:
             return noise[: setting.batch]
-        turn = itertools.islice(itertools.cycle(photos), setting.batch)
-        decoded = (images.decode(photo, background=preprocess.background) for photo in turn)
-        return np.stack([preprocess(found.image) for found in decoded])
+        batch = itertools.islice(itertools.cycle(photos), setting.batch)
+        decoded = (decode(photo, background=preprocess.background) for photo in batch)
+        return np.stack([preprocess(one.image) for one in decoded])
 
     with progress_bar() as bar:
         task = bar.add_task("speed", total=ROUNDS * len(settings) * len(graphs))
@@ -93,21 +101,21 @@ def measure(
                     measured[name].setdefault(setting, []).append(rate)
                     bar.advance(task)
     return {
-        name: {setting: statistics.median(found) for setting, found in by.items()}
-        for name, by in measured.items()
+        name: {setting: statistics.median(rounds) for setting, rounds in by_setting.items()}
+        for name, by_setting in measured.items()
     }
 
 
 def advice(rates: Rates) -> dict[str, Any]:
-    """The tuning of one device, as the manifest has it: all that was measured, and the best of it.
+    """The manifest's `tuning` entry of one device: the best settings and all measurements.
 
-    max_batch is the cap of the graph that is fastest: 1 unless a larger batch pays, between
-    decoding where that was measured.
+    max_batch belongs to the fastest graph: 1 unless a larger batch is clearly faster, with decoding
+    in the loop where that was measured.
     """
-    best = {name: fastest(by) for name, by in rates.items()}
-    quickest = max(best, key=lambda name: rates[name][best[name]])
+    best = {name: fastest(by_setting) for name, by_setting in rates.items()}
+    fastest_graph = max(best, key=lambda name: rates[name][best[name]])
     return {
-        "max_batch": _cap(rates[quickest]),
+        "max_batch": _max_batch(rates[fastest_graph]),
         "cores": cores(),
         "throughput": {
             name: {
@@ -118,46 +126,46 @@ def advice(rates: Rates) -> dict[str, Any]:
             }
             for name, setting in best.items()
         },
-        "latency": {name: _latency(by) for name, by in rates.items()},
+        "latency": {name: _latency(by_setting) for name, by_setting in rates.items()},
         "measured": [
             {"graph": name, **setting._asdict(), "images_per_second": _round(rate)}
-            for name, by in rates.items()
-            for setting, rate in by.items()
+            for name, by_setting in rates.items()
+            for setting, rate in by_setting.items()
         ],
     }
 
 
-def fastest(by: Mapping[ThreadSetting, float]) -> ThreadSetting:
-    """The setting in which the graph alone does most photos a second."""
-    return max((s for s in by if not s.decoding), key=lambda setting: by[setting])
+def fastest(rates: Mapping[ThreadSetting, float]) -> ThreadSetting:
+    """The setting with the highest rate of the graph alone, without decoding."""
+    return max((s for s in rates if not s.decoding), key=lambda setting: rates[setting])
 
 
-def _cap(by: Mapping[ThreadSetting, float]) -> int:
-    decoding = any(setting.decoding for setting in by)
-    best = max((s for s in by if s.decoding is decoding), key=lambda setting: by[setting])
-    if by[best] < WORTH * by[best._replace(batch=1)]:
+def _max_batch(rates: Mapping[ThreadSetting, float]) -> int:
+    decoding = any(setting.decoding for setting in rates)
+    best = max((s for s in rates if s.decoding is decoding), key=lambda setting: rates[setting])
+    if rates[best] < MIN_SPEEDUP * rates[best._replace(batch=1)]:
         return 1
-    alike = (s for s in by if s._replace(batch=best.batch) == best)
-    return min(s.batch for s in alike if by[s] >= ENOUGH * by[best])
+    same_split = (s for s in rates if s._replace(batch=best.batch) == best)
+    return min(s.batch for s in same_split if rates[s] >= NEAR_BEST * rates[best])
 
 
-def _latency(by: Mapping[ThreadSetting, float]) -> dict[str, Any]:
-    """Of a lone photo, with one thread and with all."""
-    lone = [s for s in by if s.workers == s.batch == 1 and not s.decoding]
-    best = max(lone, key=lambda setting: by[setting])
-    return {"threads": best.threads, "ms": _round(1000 / by[best])}
+def _latency(rates: Mapping[ThreadSetting, float]) -> dict[str, Any]:
+    """Of a single image: the better of one thread and all."""
+    single = [s for s in rates if s.workers == s.batch == 1 and not s.decoding]
+    best = max(single, key=lambda setting: rates[setting])
+    return {"threads": best.threads, "ms": _round(1000 / rates[best])}
 
 
 def _rate(engine: Runtime, pixels: Callable[[], Pixels], setting: ThreadSetting) -> float:
     until = time.perf_counter() + SECONDS
 
     def work() -> int:
-        photos = 0
+        images = 0
         while True:
             engine.run(pixels())
-            photos += setting.batch
+            images += setting.batch
             if time.perf_counter() >= until:
-                return photos
+                return images
 
     started = time.perf_counter()
     with ThreadPoolExecutor(setting.workers) as pool:

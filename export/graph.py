@@ -1,4 +1,4 @@
-"""The graph contract: pixels in, logits and features out, nothing in between to get wrong."""
+"""The graph contract: uint8 pixels in, logits and features out; normalisation is in the graph."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from training.models.classifier import Classifier, normalise
 from training.models.fuse_batchnorm import FusionReport, fuse
 
 Exportable = Classifier | WholeNetwork
-"""Has `features`, normalised images [N, 3, H, W] -> [N, D], and `head`, which takes them."""
+"""Has `features`, normalised images [N, 3, H, W] -> [N, D], and `head`, [N, D] -> logits."""
 
 
 class _Core(nn.Module):
-    """A classifier with both outputs of the contract."""
+    """A classifier that returns both outputs of the contract."""
 
     def __init__(self, classifier: Exportable) -> None:
         super().__init__()
         self.classifier = classifier
-        # What `features` gives is a vector already, but for a network that is classified by maps.
+        # SqueezeNet's classifier takes feature maps; of all other networks `features` are vectors.
         self.pool = classifier.pool if isinstance(classifier, WholeNetwork) else nn.Identity()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.classifier.features(images)
-        # The head's first layers may work in place; what the caller gets must not change with them.
         logits: Tensor = self.classifier.head(features)
         return logits, self.pool(features)
 
@@ -38,17 +37,17 @@ class _Core(nn.Module):
 class Graph(nn.Module):
     """Pixels uint8 [N, size, size, 3], RGB -> logits [N, classes], features [N, D].
 
-    Features are the pooled input of the head. Cast, normalising and layout are inside. The division
-    by 255 std lies in the first convolution's weights and a subtraction of the mean stands before
-    it; that is exact at the borders too, since padding follows the subtraction. A network that
-    starts in another way gets a multiplication as well.
+    Features are the pooled input of the head. The graph casts, normalises and permutes the pixels:
+    it subtracts the mean, and the division by 255 std is folded into the first convolution's
+    weights. That is exact at the borders, too, because zero padding follows the subtraction. In a
+    network that does not begin with a convolution it is a multiplication of its own.
     """
 
     mean: Tensor
     scale: Tensor | None
 
     def __init__(self, core: fx.GraphModule, preprocess: Preprocess) -> None:
-        """Take a fused core: normalised images [N, 3, H, W] -> logits, features. It is changed."""
+        """Take a fused core: normalised images [N, 3, H, W] -> logits, features; modified."""
         super().__init__()
         dtype = next(core.parameters()).dtype
         mean = torch.tensor(preprocess.mean, dtype=torch.float64) * 255
@@ -57,14 +56,13 @@ class Graph(nn.Module):
         if first is not None:
             weight = first.weight.detach().double() * scale.reshape(1, 3, 1, 1)
             first.weight = nn.Parameter(weight.to(dtype))
-        self.register_buffer("mean", _rows(mean, preprocess.size).to(dtype))
-        explicit = None if first is not None else _rows(scale, preprocess.size).to(dtype)
+        self.register_buffer("mean", _by_row(mean, preprocess.size).to(dtype))
+        explicit = None if first is not None else _by_row(scale, preprocess.size).to(dtype)
         self.register_buffer("scale", explicit)
         self.core = core
         self.requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """As the class says."""
         images = pixels.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean
         if self.scale is not None:
             images = images * self.scale
@@ -72,20 +70,21 @@ class Graph(nn.Module):
         return logits, features
 
 
-def _rows(channels: Tensor, size: int) -> Tensor:
-    """A value for each channel, as [1, 3, 1, size].
+def _by_row(channels: Tensor, size: int) -> Tensor:
+    """One value per channel [3], repeated to [1, 3, 1, size].
 
-    Before a quantised first layer ONNX Runtime subtracts with channels last, and of one value a
-    channel it would take three at a time: a sixth of a small network. It takes a row at once.
+    Before a quantised first layer ONNX Runtime subtracts in channels-last layout. With one value
+    per channel its inner loop has three elements, which takes a sixth of a small network's time;
+    with a row of values it has 3 * size.
     """
     return channels.reshape(1, 3, 1, 1).expand(1, 3, 1, size).contiguous()
 
 
 def assemble(classifier: Exportable, preprocess: Preprocess) -> tuple[Graph, FusionReport]:
-    """The fused graph of a classifier, which stays as it is, and what became of its BatchNorms.
+    """The fused graph of a classifier and the result for its BatchNorms; `classifier` is unchanged.
 
     Raises:
-        WorkError: The network can't be traced.
+        WorkError: torch.fx can't trace the network.
     """
     core, report = fuse(_Core(classifier))
     prefix = "classifier."
@@ -97,14 +96,14 @@ def assemble(classifier: Exportable, preprocess: Preprocess) -> tuple[Graph, Fus
 
 
 def example(preprocess: Preprocess, batch: int = 2) -> Tensor:
-    """Noise to trace with: uint8 [batch, size, size, 3], the same every time."""
+    """Noise to trace with: uint8 [batch, size, size, 3], the same on every call."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, preprocess.size, preprocess.size, 3)
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
 
 def contract(graph: Graph, preprocess: Preprocess) -> Mapping[str, Any]:
-    """The contract with this graph's numbers, for the manifest."""
+    """The manifest's `graph` entry: names, dtypes and shapes of inputs and outputs."""
     with torch.inference_mode():
         logits, features = graph(example(preprocess))
     size = preprocess.size
@@ -118,9 +117,9 @@ def contract(graph: Graph, preprocess: Preprocess) -> Mapping[str, Any]:
 
 
 class CheckpointRuntime:
-    """The checkpoint itself as a `Runtime`: eager, float32, unfused, on the CPU.
+    """The checkpoint as a `Runtime`: eager, float32, unfused, on the CPU.
 
-    What every exported graph is measured against.
+    The reference of the parity gate.
     """
 
     provider = "checkpoint"
@@ -132,14 +131,14 @@ class CheckpointRuntime:
     def run(self, pixels: Pixels) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Pixels uint8 [N, size, size, 3] -> logits [N, classes], features [N, D]."""
         with torch.inference_mode():
-            # A copy: torch warns about the read-only arrays that Pillow gives.
+            # Copied, because torch warns about Pillow's read-only arrays.
             images = normalise(torch.from_numpy(pixels.copy()), self._preprocess)
             logits, features = self._core(images)
         return logits.numpy(), features.numpy()
 
 
 def _first_convolution(core: fx.GraphModule) -> nn.Conv2d | None:
-    """The convolution that alone reads the input, if it may be scaled."""
+    """The convolution that is the input's only reader, if its weights can take the scale."""
     source = next(node for node in core.graph.nodes if node.op == "placeholder")
     users = list(source.users)
     if len(users) != 1 or users[0].op != "call_module":

@@ -1,14 +1,14 @@
-"""The model card that travels with a bundle: README.md, written from the manifest."""
+"""The model card of a bundle: its README.md, written from the manifest."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from export.calibration import told
+from export.calibration import tta_summary
 from serving.bundle.manifest import Manifest
 
-_SHOWN: Final = 100
+_MAX_ROWS: Final = 100
 
 _TEXT: Final = """\
 # {name}
@@ -26,9 +26,9 @@ with Fledge. Version `{version}`.
 |---|---|---|
 {accuracies}
 
-Measured on photos that were never trained on, from their encoded bytes, plain view. They were used
-to choose the best epoch, so expect a little less on photos of your own; and much less where yours
-look different from the training photos.
+Measured on held-out photos, from their encoded bytes, plain view. They were used to choose the best
+epoch, so expect a little less on new photos, and much less on photos that look different from the
+training photos.
 
 By class, the worst first:
 
@@ -46,12 +46,12 @@ BatchNorm: {folded} of {before} folded into other layers{left}.
 
 ## How sure it is
 
-Logits are divided by a temperature of {temperature:g} before the softmax. On {sure_photos} held-out
-photos the expected calibration error is {ece_after:.1%} with it, each photo left out of its own
-fit, and {ece_before:.1%} without. {confident}
+Logits are divided by a temperature of {temperature:g} before the softmax. On {calibration_photos}
+held-out photos the expected calibration error is {ece_after:.1%} with it, cross-validated, and
+{ece_before:.1%} without. {confident}
 
-Energy, -log sum exp of the logits, is at most {energy:g} for 95 % of the held-out photos. Of
-something that belongs to no class it is often more; a service can't tell by it for sure.
+Energy, -log sum exp of the logits, is at most {energy:g} for 95 % of the held-out photos. For
+photos of no class it is often larger; it does not separate them reliably.
 
 Averaged over the first N views (`tta=N`), plain by default:
 
@@ -78,23 +78,23 @@ antialiased), and take the softmax of the logits{by}.
 
 ## Limits
 
-- It knows the classes above and nothing else: a photo of something else gets one of them too.
-- Probabilities are calibrated on photos like the training photos, and on no others.
-- It is as fair as its training photos, which nobody has examined for this card.
-- `golden/` holds a few held-out photos, byte for byte, with which a service checks itself at start.
-  Mind their licence when you pass the bundle on.
+- It knows the classes above only: a photo of anything else is assigned to one of them, too.
+- Probabilities are calibrated for photos like the training photos only.
+- Biases of the training photos are in the model. They were not examined for this card.
+- `golden/` holds copies of a few held-out photos, with which a service checks itself at its start.
+  Their licence applies to the bundle.
 """
 
 
 def card(manifest: Manifest) -> str:
-    """The text of a bundle's README.md; the same manifest gives the same text."""
+    """The text of README.md; equal manifests give equal texts."""
     labels, report, norm = manifest.labels, manifest.parity, manifest.batchnorm
-    more = f", and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
+    more = f", and {len(labels) - _MAX_ROWS} more" if len(labels) > _MAX_ROWS else ""
     left = dict(norm["left"])
     outputs = manifest.graph["outputs"]
-    sure, advice = manifest.calibration, manifest.tta
+    calibration, advice = manifest.calibration, manifest.tta
     energy = manifest.thresholds["energy"]
-    assert sure is not None
+    assert calibration is not None
     assert advice is not None
     assert energy is not None
     return _TEXT.format(
@@ -102,7 +102,7 @@ def card(manifest: Manifest) -> str:
         version=manifest.version,
         arch=manifest.arch,
         count=len(labels),
-        labels=", ".join(labels[:_SHOWN]) + more,
+        labels=", ".join(labels[:_MAX_ROWS]) + more,
         accuracies="\n".join(
             f"| {graph} | {share:.1%} | {report['photos']} |"
             for graph, share in report["accuracy"].items()
@@ -111,24 +111,24 @@ def card(manifest: Manifest) -> str:
         photos=report["photos"],
         batches=", ".join(str(size) for size in report["batches"]),
         agreements="\n".join(
-            f"| {graph} | {found['largest_difference']:.1e} | {found['top1_changed']} "
-            f"| {found['ties']} |"
-            for graph, found in report["graphs"].items()
+            f"| {graph} | {agreement['largest_difference']:.1e} | {agreement['top1_changed']} "
+            f"| {agreement['ties']} |"
+            for graph, agreement in report["graphs"].items()
         ),
         folded=norm["folded"],
         before=norm["before"],
         left=f"; {len(left)} became one multiply-add each" if left else "",
-        sure_photos=sure["photos"],
-        ece_before=sure["before"]["ece"],
-        ece_after=sure["after"]["ece"],
-        confident=_confident(sure.get("confident")),
+        calibration_photos=calibration["photos"],
+        ece_before=calibration["before"]["ece"],
+        ece_after=calibration["after"]["ece"],
+        confident=_confident(calibration.get("confident")),
         energy=energy,
         views="\n".join(
             f"| {row['views']} | {row['accuracy']:.1%} | {row['fixed']} | {row['broken']} "
             f"| {row['p']:.2f} |"
             for row in advice["views"]
         ),
-        advice=told(advice),
+        advice=tta_summary(advice),
         provenance=_lines(manifest.provenance),
         size=manifest.preprocess.size,
         crop=manifest.preprocess.crop,
@@ -141,26 +141,26 @@ def card(manifest: Manifest) -> str:
 
 def _classes(manifest: Manifest) -> Iterator[str]:
     rows = sorted(manifest.parity["classes"], key=lambda row: row["right"] / row["photos"])
-    for row in rows[:_SHOWN]:
+    for row in rows[:_MAX_ROWS]:
         label = manifest.labels[row["class"]].replace("|", "\\|")
         yield f"| {label} | {row['photos']} | {row['right']} | {row['right'] / row['photos']:.0%} |"
-    if len(rows) > _SHOWN:
-        yield f"| {len(rows) - _SHOWN} more, in the manifest | | | |"
+    if len(rows) > _MAX_ROWS:
+        yield f"| {len(rows) - _MAX_ROWS} more, in the manifest | | | |"
 
 
-def _confident(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return "No threshold was asked for above which an answer is called confident."
-    low, high = found["precision_interval"]
+def _confident(threshold: Mapping[str, Any] | None) -> str:
+    if threshold is None:
+        return "The export was made without a threshold for confident answers."
+    low, high = threshold["precision_interval"]
     return (
-        f"An answer is called confident from a probability of {found['threshold']:g} on: "
-        f"{found['coverage']:.1%} of them were, and {found['precision']:.1%} of these were right "
-        f"({low:.1%} to {high:.1%})."
+        f"An answer is called confident from a probability of {threshold['threshold']:g} on: "
+        f"{threshold['coverage']:.1%} of them were, and {threshold['precision']:.1%} of these were "
+        f"right ({low:.1%} to {high:.1%})."
     )
 
 
 def _lines(values: object) -> str:
-    """Nested facts as a list: `- data: photos 1088, source flowers`."""
+    """A nested dict as a list: `- data: photos 1088, source flowers`."""
     assert isinstance(values, dict)
     return "\n".join(f"- {key}: {_plain(value)}" for key, value in values.items())
 

@@ -1,7 +1,7 @@
-"""The ship gate: from encoded photos to probabilities, the exported graphs against the checkpoint.
+"""The parity gate: exported graphs must give the checkpoint's probabilities on held-out photos.
 
-Everything runs as production runs it: `serving`'s decoder, preprocessing, runtimes and softmax. The
-one thing that differs between the two sides is the network. Needs no torch itself.
+Both sides use production's code, from encoded photos to probabilities: `serving`'s decoder,
+preprocessing, runtimes and softmax. Only the network differs. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -18,37 +18,40 @@ import numpy as np
 
 from serving.bundle.manifest import Manifest
 from serving.errors import DataError, GateError, ImageError
-from serving.imaging import decode as images
-from serving.imaging import tta as views
+from serving.imaging.decode import decode
 from serving.imaging.preprocess import Preprocess
-from serving.imaging.tta import Probabilities
+from serving.imaging.tta import Probabilities, softmax
 from serving.inference.predictor import Predictor, Prepared
 from serving.inference.runtime import Runtime
 
 TOLERANCE: Final = 1e-4
-"""Largest difference of a probability, in fp32."""
+"""Largest accepted difference of a probability, in fp32."""
 
 BATCHES: Final = (1, 2, 7)
-LIMIT: Final = 500
-WORST: Final = 5
-"""Photos that are named where the gate does not open."""
+MAX_PHOTOS: Final = 500
+WORST_SHOWN: Final = 5
+"""Number of photos that are logged if the gate fails."""
 GOLDEN_IMAGES: Final = 8
 GOLDEN_BYTES: Final = 4_000_000
-BROKEN_SHARE: Final = 0.05
-_AT_ONCE: Final = 14  # photos in memory; a multiple of every batch size, so no batch is cut short
+MAX_UNREADABLE_SHARE: Final = 0.05
+_CHUNK: Final = 14  # photos in memory; a multiple of every batch size, so that all batches are full
 
 Sample = tuple[Path, int]
+"""A photo and the index of its class."""
 
 
 @dataclass
 class Agreement:
-    """How far one graph is from the checkpoint.
+    """The differences between one graph and the checkpoint.
 
-    difference: largest of a probability, over all photos and batch sizes; worst: on which photo.
-    changed: photos whose best class differs at any batch size.
-    ties: photos of which that is no wonder: the checkpoint itself holds the two classes apart by
-        less than the tolerance. They are not in `changed`.
-    right: how many photos it gets right. off: largest difference of each photo.
+    Attributes:
+        difference: Largest difference of a probability, over all photos and batch sizes.
+        worst: The photo with that difference.
+        changed: Photos whose predicted class differs at any batch size.
+        ties: Photos whose predicted class differs, too, but whose two classes the checkpoint itself
+            separates by less than the tolerance. They are not in `changed`.
+        right: Number of photos that the graph classifies correctly.
+        differences: Largest difference of each photo.
     """
 
     difference: float = 0.0
@@ -56,17 +59,20 @@ class Agreement:
     changed: set[Path] = field(default_factory=set)
     ties: set[Path] = field(default_factory=set)
     right: int = 0
-    off: dict[Path, float] = field(default_factory=dict)
+    differences: dict[Path, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What the gate measured.
+    """The result of the parity gate.
 
-    photos: how many were compared; skipped: how many could not be decoded.
-    checkpoint: how many photos the checkpoint gets right; graphs: by name of the graph.
-    classes: for each index of a class how many photos of it there were, and how many of them the
-        checkpoint gets right.
+    Attributes:
+        photos: Number of photos that were compared.
+        skipped: Number of photos that could not be decoded.
+        checkpoint: Number of photos that the checkpoint classifies correctly.
+        graphs: Agreement of each graph, by its name.
+        classes: By class index: number of photos, and of those that the checkpoint classifies
+            correctly.
     """
 
     photos: int
@@ -77,12 +83,12 @@ class ParityReport:
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """Share of 1 that each gets right."""
+        """By graph, and "checkpoint": the share of photos that are classified correctly."""
         right = {"checkpoint": self.checkpoint, **{k: v.right for k, v in self.graphs.items()}}
         return {name: count / self.photos for name, count in right.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """As the manifest has it under `parity`."""
+        """The manifest's `parity` entry."""
         return {
             "photos": self.photos,
             "skipped": self.skipped,
@@ -91,11 +97,11 @@ class ParityReport:
             "accuracy": self.accuracy,
             "graphs": {
                 name: {
-                    "largest_difference": found.difference,
-                    "top1_changed": len(found.changed),
-                    "ties": len(found.ties),
+                    "largest_difference": agreement.difference,
+                    "top1_changed": len(agreement.changed),
+                    "ties": len(agreement.ties),
                 }
-                for name, found in self.graphs.items()
+                for name, agreement in self.graphs.items()
             },
             "classes": [
                 {"class": index, "photos": photos, "right": right}
@@ -104,8 +110,8 @@ class ParityReport:
         }
 
 
-def held_out(samples: Sequence[Sample], limit: int = LIMIT) -> list[Sample]:
-    """All samples, or a draw of `limit` of them that is the same every time, in their order."""
+def subsample(samples: Sequence[Sample], limit: int = MAX_PHOTOS) -> list[Sample]:
+    """All samples, or `limit` random ones in their order; the same ones on every call."""
     if len(samples) <= limit:
         return list(samples)
     drawn = random.Random(0).sample(range(len(samples)), limit)
@@ -127,46 +133,47 @@ def gate(
         preprocess: Saved with the checkpoint.
         graphs: Name -> predictor, each with its own runtime.
         samples: Photos and the indices of their classes.
-        workers: Threads that score side by side.
-        say: Takes lines about the worst photos, where the gate does not open.
+        workers: Number of threads.
+        log: Is called with lines about the worst photos if the gate fails.
 
     Raises:
-        GateError: A probability is off by more than the tolerance, or a top-1 differs; names the
-            worst photo.
-        DataError: No photo, or more than 5 % of them can't be decoded.
+        GateError: A probability differs by more than the tolerance, or a predicted class differs;
+            names the worst photo.
+        DataError: There are no photos, or more than 5 % of them can't be decoded.
     """
     agreements = {name: Agreement() for name in graphs}
-    broken: list[Path] = []
-    seen, right = Counter[int](), Counter[int]()
-    chunks = [samples[start : start + _AT_ONCE] for start in range(0, len(samples), _AT_ONCE)]
+    unreadable: list[Path] = []
+    photos, right = Counter[int](), Counter[int]()
+    chunks = [samples[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK)]
     with ThreadPoolExecutor(workers) as pool:
         for scored in pool.map(lambda chunk: _score(chunk, checkpoint, preprocess, graphs), chunks):
-            broken += scored.broken
+            unreadable += scored.unreadable
             if not scored.paths:
                 continue
-            seen.update(scored.labels)
-            best = scored.truth.argmax(axis=1)
-            right.update(y for y, found in zip(scored.labels, best, strict=True) if y == found)
-            for name, found in agreements.items():
+            photos.update(scored.labels)
+            predicted = scored.truth.argmax(axis=1)
+            right.update(y for y, top in zip(scored.labels, predicted, strict=True) if y == top)
+            for name, agreement in agreements.items():
                 for answers in scored.answers[name]:
-                    _compare(found, scored.truth, answers, scored.paths)
-                found.right += _right(scored.answers[name][0], scored.labels)
-    _check_photos(seen.total(), broken)
-    classes = {label: (count, right[label]) for label, count in seen.items()}
-    outcome = ParityReport(seen.total(), len(broken), right.total(), agreements, classes)
-    _check_agreement(outcome, log)
-    return outcome
+                    _compare(agreement, scored.truth, answers, scored.paths)
+                agreement.right += _count_right(scored.answers[name][0], scored.labels)
+    _check_photos(photos.total(), unreadable)
+    classes = {label: (count, right[label]) for label, count in photos.items()}
+    report = ParityReport(photos.total(), len(unreadable), right.total(), agreements, classes)
+    _check_agreement(report, log)
+    return report
 
 
-def golden(
+def write_golden(
     payload: Path,
-    original: Runtime,
+    checkpoint: Runtime,
     manifest: Manifest,
     samples: Sequence[Sample],
 ) -> tuple[dict[str, Any], ...]:
-    """Copy a few photos into `payload`, one a class, and state what they must give.
+    """Copy a few photos into `payload`, one per class; the manifest's `golden` entries.
 
-    That is what the checkpoint says; graphs have to stay within the tolerance of it everywhere.
+    Their expected probabilities are the checkpoint's. A service refuses a graph whose probabilities
+    differ by more than the tolerance.
     """
     preprocess = manifest.preprocess
     by_class: dict[int, list[Path]] = {}
@@ -174,7 +181,7 @@ def golden(
         if path.is_file():
             by_class.setdefault(label, []).append(path)
     labels = sorted(by_class)
-    if len(labels) > GOLDEN_IMAGES:  # spread over the classes
+    if len(labels) > GOLDEN_IMAGES:
         labels = [labels[i * len(labels) // GOLDEN_IMAGES] for i in range(GOLDEN_IMAGES)]
     (payload / "golden").mkdir()
     chosen: list[dict[str, Any]] = []
@@ -183,7 +190,7 @@ def golden(
         for path in sorted(by_class[label], key=lambda p: (p.stat().st_size, p.name)):
             try:
                 content = path.read_bytes()
-                decoded = images.decode(content, background=preprocess.background)
+                decoded = decode(content, background=preprocess.background)
             except (ImageError, OSError):
                 continue
             total += len(content)
@@ -191,19 +198,22 @@ def golden(
                 return tuple(chosen)
             file = f"golden/{len(chosen)}{path.suffix.lower()}"
             (payload / file).write_bytes(content)
-            logits, _ = original.run(preprocess(decoded.image)[None])
-            truth = views.softmax(logits, manifest.temperature)[0]
+            logits, _ = checkpoint.run(preprocess(decoded.image)[None])
+            truth = softmax(logits, manifest.temperature)[0]
             chosen.append({"file": file, "probabilities": {"fp32": truth.tolist()}})
             break
     return tuple(chosen)
 
 
 class _Scored(NamedTuple):
-    """What all say to one chunk: probabilities [N, classes], of each graph for each batch size."""
+    """The outputs for one chunk.
+
+    truth: the checkpoint's probabilities [N, classes]. answers: each graph's, for each batch size.
+    """
 
     paths: list[Path]
     labels: list[int]
-    broken: list[Path]
+    unreadable: list[Path]
     truth: Probabilities
     answers: dict[str, list[Probabilities]]
 
@@ -219,9 +229,9 @@ def _score(
     for path, label in chunk:
         try:
             content = path.read_bytes()
-            decoded = images.decode(content, background=preprocess.background)
+            decoded = decode(content, background=preprocess.background)
         except (ImageError, OSError):
-            scored.broken.append(path)
+            scored.unreadable.append(path)
             continue
         scored.paths.append(path)
         scored.labels.append(label)
@@ -230,7 +240,7 @@ def _score(
     if not data:
         return scored
     temperature = next(iter(graphs.values())).manifest.temperature
-    truth = views.softmax(checkpoint.run(np.stack(pixels))[0], temperature)
+    truth = softmax(checkpoint.run(np.stack(pixels))[0], temperature)
     for name, predictor in graphs.items():
         prepared = [predictor.prepare(content) for content in data]
         scored.answers[name] += [_predict(predictor, prepared, size) for size in BATCHES]
@@ -244,49 +254,53 @@ def _predict(predictor: Predictor, prepared: Sequence[Prepared], size: int) -> P
     return np.stack([answer.probabilities for answer in answers])
 
 
-def _right(answers: Probabilities, labels: Sequence[int]) -> int:
+def _count_right(answers: Probabilities, labels: Sequence[int]) -> int:
     return sum(int(row.argmax()) == label for row, label in zip(answers, labels, strict=True))
 
 
 def _compare(
-    found: Agreement, truth: Probabilities, answers: Probabilities, paths: Sequence[Path]
+    agreement: Agreement, truth: Probabilities, answers: Probabilities, paths: Sequence[Path]
 ) -> None:
     for expected, actual, path in zip(truth, answers, paths, strict=True):
-        off = float(np.abs(expected - actual).max())
-        found.off[path] = max(off, found.off.get(path, 0.0)) if off == off else np.inf
-        if not off <= found.difference:  # so that "not a number" is the worst of all
-            found.difference, found.worst = off, path
+        difference = float(np.abs(expected - actual).max())
+        # NaN compares false with every number, and counts as the largest difference.
+        of_photo = max(difference, agreement.differences.get(path, 0.0))
+        agreement.differences[path] = np.inf if np.isnan(difference) else of_photo
+        if not difference <= agreement.difference:
+            agreement.difference, agreement.worst = difference, path
         best, other = int(expected.argmax()), int(actual.argmax())
         if best != other:
             tie = expected[best] - expected[other] < TOLERANCE
-            (found.ties if tie else found.changed).add(path)
+            (agreement.ties if tie else agreement.changed).add(path)
 
 
-def _check_photos(photos: int, broken: Sequence[Path]) -> None:
-    total = photos + len(broken)
+def _check_photos(photos: int, unreadable: Sequence[Path]) -> None:
+    total = photos + len(unreadable)
     if not total:
         raise DataError("there are no validation photos to check the export on; use --data")
-    if len(broken) > BROKEN_SHARE * total:
+    if len(unreadable) > MAX_UNREADABLE_SHARE * total:
         raise DataError(
-            f"{len(broken)} of {total} validation photos can't be decoded, as {broken[0]}; "
-            "replace them"
+            f"{len(unreadable)} of {total} validation photos can't be decoded, for example "
+            f"{unreadable[0]}; replace them"
         )
 
 
-def _check_agreement(outcome: ParityReport, log: Callable[[str], None]) -> None:
-    for name, found in outcome.graphs.items():
+def _check_agreement(report: ParityReport, log: Callable[[str], None]) -> None:
+    for name, agreement in report.graphs.items():
         reason = None
-        if not found.difference <= TOLERANCE:
-            reason = f"a probability of {found.worst} is off by {found.difference:.2g}"
+        if not agreement.difference <= TOLERANCE:
+            reason = f"a probability of {agreement.worst} is off by {agreement.difference:.2g}"
             reason += f", tolerance {TOLERANCE:.0e}"
-        elif found.changed:
-            reason = f"the best class of {min(found.changed)} is another"
+        elif agreement.changed:
+            reason = f"the best class of {min(agreement.changed)} changed"
         if reason:
-            log(f"{name}: the photos that are furthest off")
-            for path, off in sorted(found.off.items(), key=lambda item: -item[1])[:WORST]:
-                log(f"  {off:.2g}  {path}{', another best class' if path in found.changed else ''}")
+            log(f"{name}: the photos with the largest differences")
+            by_difference = sorted(agreement.differences.items(), key=lambda item: -item[1])
+            for path, difference in by_difference[:WORST_SHOWN]:
+                changed = ", another best class" if path in agreement.changed else ""
+                log(f"  {difference:.2g}  {path}{changed}")
             raise GateError(
-                f"{name} does not answer as the checkpoint does: {reason} "
-                f"({len(found.changed)} of {outcome.photos} photos change their best class); "
+                f"{name} and the checkpoint give different answers: {reason} "
+                f"({len(agreement.changed)} of {report.photos} photos change their best class); "
                 "no bundle was written"
             )

@@ -1,9 +1,10 @@
-"""Checkpoint -> bundle: fuse, write, prove equal, and only then go live.
+"""Export pipeline: fuse BatchNorms, write the graphs, calibrate, check parity, publish the bundle.
 
-    checkpoint ─fuse─> graph ─write─> OUT/.partial-PID/ ─calibrate, gate─> OUT/VERSION/
-    ─> OUT/manifest.json
+    checkpoint -fuse-> graph -write-> OUT/.partial-PID/ -calibrate, parity gate-> OUT/VERSION/
+    -> OUT/manifest.json
 
-Everything is written aside; until the last rename an older bundle in OUT is what it was.
+All files are written to a partial folder. Until the last rename an older bundle in OUT is
+unchanged.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from export import calibration, publish, torchvision_checkpoint
-from export import graph as contract
-from export import parity as verify
+from export import calibration, parity, torchvision_checkpoint
+from export.graph import CheckpointRuntime, Exportable, assemble, contract
 from export.model_card import card
-from export.precision import select as precisions
-from export.precision.verdict import BUDGET
-from export.writers import onnx, torchscript
-from export.writers import torch_export as pt2
+from export.precision.select import FILES, PrecisionRequest, check_request, select_precisions
+from export.precision.verdict import DEFAULT_BUDGET
+from export.publish import check_target, partial_payload, publish
+from export.writers import onnx, torch_export, torchscript
 from serving.bundle import signing, storage
 from serving.bundle.manifest import Manifest, content_version
 from serving.errors import OptionError, WorkError
@@ -33,32 +33,34 @@ from serving.inference.predictor import Predictor
 from serving.inference.runtime import OnnxRuntime, Runtime
 from serving.inference.torchscript import TorchScriptRuntime
 from training.run import checkpoint
-from training.run.dataset import of_run
+from training.run.dataset import load_run_dataset
 
-ONNX: Final = precisions.FILES["fp32"]
+ONNX: Final = FILES["fp32"]
 TORCHSCRIPT: Final = "model.ts"
 TORCH_EXPORT: Final = "model.pt2"
 
 _WORKERS: Final = 4
-"""Each holds a chunk's activations; more would need memory more than they save time."""
+"""Each holds the activations of a chunk of photos; more would use much memory for little time."""
 _PACKAGES: Final = ("fledge", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an export may be asked for.
+    """Options of an export.
 
-    name: of the model; the run's own name by default.
-    confident: what the service shall call a confident answer; it says nothing by default.
-    precision: "fp32" tries no other; "int8" and "fp16" fail where they are refused.
-    accuracy_budget: points of accuracy that a faster precision may cost.
-    sign: a PEM file with the private key that signs the manifest.
+    Attributes:
+        name: Of the model; None: the recipe's name.
+        confident: The goal of the confidence threshold; None: no threshold.
+        precision: "fp32" tries no other; "int8" and "fp16" fail where they are refused; "auto"
+            tries all and keeps what is faster and accurate enough.
+        accuracy_budget: Percentage points of accuracy that a faster precision may cost.
+        sign: A PEM file with the private key that signs the manifest.
     """
 
     name: str | None = None
     confident: calibration.ConfidenceTarget | None = None
     precision: str = "auto"
-    accuracy_budget: float = BUDGET
+    accuracy_budget: float = DEFAULT_BUDGET
     sign: Path | None = None
 
 
@@ -70,29 +72,29 @@ def export(
     data: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Manifest:
-    """Export a run's best checkpoint to a bundle that has proved to answer as it does.
+    """Export a run's best checkpoint to a bundle and check that both give the same answers.
 
     Args:
         run: The run's folder, or its checkpoint.
-        out: The bundle's folder; made if it is not there, and superseded if it is.
-        options: As `Options`.
-        data: Where the photos are now, if they have moved since training.
-        say: Takes one line about each step.
+        out: The bundle's folder; created, or updated to the new version.
+        options: As `ExportOptions`.
+        data: The photos' folder, if they were moved after training.
+        log: Is called with one line per step.
 
     Raises:
-        DataError: No checkpoint or no photos there.
-        OptionError: `out` or an option can't be used; no threshold is as precise as is asked;
+        DataError: There is no checkpoint, or the photos are missing.
+        OptionError: `out` or an option can't be used; no threshold reaches the requested precision;
             fp16 without a GPU.
-        GateError: The exported graphs do not answer as the checkpoint does, or the precision that
-            was asked for is refused; no bundle is written.
+        GateError: The exported graphs and the checkpoint give different answers, or the requested
+            precision is refused; no bundle is written.
         WorkError: Weights that are not finite, a network that can't be exported, a full disk.
     """
-    publish.check_target(out)
+    check_target(out)
     classifier, info = checkpoint.load(run)
-    dataset = of_run(run, data)
+    dataset = load_run_dataset(run, data)
     train, valid = ([(s.path, s.label) for s in part] for part in (dataset.train, dataset.valid))
-    source = checkpoint.folder_of(run).resolve().name
-    return _export(_Model(classifier, info, source, train, valid), run, out, options, log)
+    source = checkpoint.run_folder_of(run).resolve().name
+    return _export(_Source(classifier, info, source, train, valid), run, out, options, log)
 
 
 def export_checkpoint(
@@ -108,54 +110,59 @@ def export_checkpoint(
     crop: float | None = None,
     log: Callable[[str], None] = print,
 ) -> Manifest:
-    """Export a torchvision checkpoint that was made elsewhere, proved on photos that one names.
+    """Export a torchvision checkpoint that Fledge did not train.
 
     Args:
-        path, arch, arch_args, size, crop: As `foreign.load`.
-        labels: A file of class names, one a line, in the order of the logits.
-        photos: A folder a class, of photos that it was not trained on.
-        out, options, say: As `export`.
+        path, arch, arch_args, size, crop: As `torchvision_checkpoint.load`.
+        labels: Text file with one class name per line, in the order of the logits.
+        photos: Held-out photos, one folder per class.
+        out, options, log: As `export`.
 
     Raises:
-        FledgeError: As `export`, `foreign.load` and `foreign.photos`.
+        FledgeError: As `export`, `torchvision_checkpoint.load` and `torchvision_checkpoint.photos`.
     """
-    publish.check_target(out)
+    check_target(out)
     names = torchvision_checkpoint.read_labels(labels)
     classifier, info = torchvision_checkpoint.load(
         path, arch, names, arch_args=arch_args, size=size, crop=crop
     )
     train, valid = torchvision_checkpoint.photos(photos, names)
-    facts = {"source": str(photos), "train": 0, "valid": len(valid)}
-    info = replace(info, data=facts)
-    return _export(_Model(classifier, info, path.name, train, valid), path, out, options, log)
+    info = replace(info, data={"source": str(photos), "train": 0, "valid": len(valid)})
+    return _export(_Source(classifier, info, path.name, train, valid), path, out, options, log)
 
 
-class _Model(NamedTuple):
-    """What is exported. source: the name of the run or the file; photos to calibrate, to decide."""
+class _Source(NamedTuple):
+    """A network to export and its photos.
 
-    classifier: contract.Exportable
+    name: of the run's folder or the file. train: photos to calibrate int8 on. valid: held-out
+    photos.
+    """
+
+    classifier: Exportable
     info: checkpoint.CheckpointInfo
-    source: str
-    train: Sequence[verify.Sample]
-    valid: Sequence[verify.Sample]
+    name: str
+    train: Sequence[parity.Sample]
+    valid: Sequence[parity.Sample]
 
 
 def _export(
-    model: _Model, origin: Path, out: Path, options: ExportOptions, log: Callable[[str], None]
+    source: _Source, path: Path, out: Path, options: ExportOptions, log: Callable[[str], None]
 ) -> Manifest:
-    _check_finite(model.classifier, origin)
-    name = _check_name(model.info.name if options.name is None else options.name)
-    precisions.check(options.precision, options.accuracy_budget)
+    _check_finite(source.classifier, path)
+    name = _check_name(source.info.name if options.name is None else options.name)
+    check_request(options.precision, options.accuracy_budget)
     sign = signing.signer(options.sign) if options.sign else None
-    signing.trusted()  # it reads what is live at the end, and a mistake in that is better known now
-    model = model._replace(valid=verify.held_out(model.valid))
+    signing.trusted()  # `publish` reads these keys after minutes of work: report errors in them now
+    source = source._replace(valid=parity.subsample(source.valid))
     try:
-        with publish.aside(out) as payload:
-            manifest = _build(payload, model, name, options, log)
-            manifest = replace(manifest, provenance=_provenance(model.source, model.info))
+        with partial_payload(out) as payload:
+            manifest = _build(payload, source, name, options, log)
+            provenance = _provenance(source.name, source.info)
+            manifest = manifest.model_copy(update={"provenance": provenance})
             (payload / "README.md").write_text(card(manifest), encoding="utf-8")
-            manifest = replace(manifest, files=storage.describe_files(payload))
-            manifest = publish.go_live(payload, manifest, out, sign)
+            files = storage.describe_files(payload)
+            manifest = manifest.model_copy(update={"files": files})
+            manifest = publish(payload, manifest, out, sign)
     except OSError as error:
         reason = error.strerror or error
         raise WorkError(f"--out {out} can't be written: {reason}; nothing was changed") from error
@@ -164,20 +171,20 @@ def _export(
 
 
 def _build(
-    payload: Path, model: _Model, name: str, options: ExportOptions, log: Callable[[str], None]
+    payload: Path, source: _Source, name: str, options: ExportOptions, log: Callable[[str], None]
 ) -> Manifest:
-    """Fill `payload` with graphs and golden images that passed the gate; all but card and files."""
-    classifier, info, samples = model.classifier, model.info, model.valid
-    graph, report = contract.assemble(classifier, info.preprocess)
-    log(f"{info.arch}: folded {len(report.folded)} of {report.before} BatchNorms")
+    """Write graphs and golden images to `payload`; the manifest without `files` and provenance."""
+    classifier, info, samples = source.classifier, source.info, source.valid
+    graph, fusion = assemble(classifier, info.preprocess)
+    log(f"{info.arch}: folded {len(fusion.folded)} of {fusion.before} BatchNorms")
     for write, file in (
         (onnx.write, ONNX),
         (torchscript.write, TORCHSCRIPT),
-        (pt2.write, TORCH_EXPORT),
+        (torch_export.write, TORCH_EXPORT),
     ):
         write(graph, payload / file, name=name, labels=info.classes, preprocess=info.preprocess)
         log(f"wrote {file}, {(payload / file).stat().st_size / 1e6:.1f} MB")
-    entry: dict[str, Any] = {"file": ONNX, "accuracy": None, "tolerance": verify.TOLERANCE}
+    entry: dict[str, Any] = {"file": ONNX, "accuracy": None, "tolerance": parity.TOLERANCE}
     manifest = Manifest(
         name=name,
         version="",
@@ -186,52 +193,53 @@ def _build(
         preprocess=info.preprocess,
         precisions={"fp32": entry},
         files={},
-        graph=contract.contract(graph, info.preprocess),
+        graph=contract(graph, info.preprocess),
         torchscript=TORCHSCRIPT,
         torch_export=TORCH_EXPORT,
-        batchnorm=report.to_dict(),
+        batchnorm=fusion.to_dict(),
     )
-    original = contract.CheckpointRuntime(classifier, info.preprocess)
+    original = CheckpointRuntime(classifier, info.preprocess)
     engines: dict[str, Runtime] = {
         "onnx": OnnxRuntime(payload / ONNX, device="cpu"),
         "torchscript": TorchScriptRuntime(payload / TORCHSCRIPT, device="cpu"),
-        "torch.export": pt2.ExportedRuntime(payload / TORCH_EXPORT),
+        "torch.export": torch_export.ExportedRuntime(payload / TORCH_EXPORT),
     }
-    with _one_thread_each() as workers:
-        held = calibration.predict_views(Predictor(manifest, engines["onnx"]), samples, workers)
-        manifest = calibration.calibrated(manifest, held, options.confident, log)
+    with _single_threaded_torch() as workers:
+        held_out = calibration.predict_views(Predictor(manifest, engines["onnx"]), samples, workers)
+        manifest = calibration.calibrate(manifest, held_out, options.confident, log)
         predictors = {key: Predictor(manifest, engine) for key, engine in engines.items()}
-        outcome = verify.gate(original, info.preprocess, predictors, samples, workers, log)
-        entry["accuracy"] = outcome.accuracy["onnx"]
-        manifest = replace(
-            manifest,
-            precisions={"fp32": entry},
-            parity=outcome.to_dict(),
-            golden=verify.golden(payload, original, manifest, samples),
+        report = parity.gate(original, info.preprocess, predictors, samples, workers, log)
+        entry["accuracy"] = report.accuracy["onnx"]
+        manifest = manifest.model_copy(
+            update={
+                "precisions": {"fp32": entry},
+                "parity": report.to_dict(),
+                "golden": parity.write_golden(payload, original, manifest, samples),
+            }
         )
-    largest = max(found.difference for found in outcome.graphs.values())
+    largest = max(agreement.difference for agreement in report.graphs.values())
     log(
-        f"checked on {outcome.photos} held-out photos: largest difference {largest:.1e}, "
-        f"accuracy {outcome.accuracy['onnx']:.1%}"
+        f"checked on {report.photos} held-out photos: largest difference {largest:.1e}, "
+        f"accuracy {report.accuracy['onnx']:.1%}"
     )
-    commonest = max(photos for photos, _ in outcome.classes.values()) / outcome.photos
-    if outcome.accuracy["onnx"] <= commonest:
+    commonest = max(photos for photos, _ in report.classes.values()) / report.photos
+    if report.accuracy["onnx"] <= commonest:
         log(
-            f"careful: the commonest class alone would be right in {commonest:.1%}; "
+            f"warning: always predicting the most common class would be right in {commonest:.1%}; "
             "are the labels in the order of the logits?"
         )
-    wanted = precisions.PrecisionRequest(options.precision, options.accuracy_budget, model.train)
-    manifest = precisions.select_precisions(payload, manifest, held, samples, wanted, log)
+    request = PrecisionRequest(options.precision, options.accuracy_budget, source.train)
+    manifest = select_precisions(payload, manifest, held_out, samples, request, log)
     digests = {file: storage.sha256(payload / file) for file in manifest.graphs}
-    return replace(manifest, version=content_version(manifest, digests))
+    return manifest.model_copy(update={"version": content_version(manifest, digests)})
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[int]:
-    """How many workers to score with, while torch uses one thread in each, as production does.
+def _single_threaded_torch() -> Iterator[int]:
+    """Set torch to one thread, as in production; yields the number of workers to use instead.
 
-    Torch's own threads spin while they wait for each other: where something else wants the cores
-    too, that made the gate ten times slower.
+    Torch's own threads spin while they wait for each other: with other load on the cores that made
+    the parity gate ten times slower.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -242,7 +250,7 @@ def _one_thread_each() -> Iterator[int]:
 
 
 def _provenance(source: str, info: checkpoint.CheckpointInfo) -> dict[str, Any]:
-    """Where the model comes from, without a path or a host's name in it."""
+    """The manifest's `provenance` entry; it has no paths or host names."""
     photos = {key: value for key, value in info.data.items() if key != "root"}
     photos["source"] = Path(str(photos.get("source", ""))).name
     return {
@@ -252,7 +260,7 @@ def _provenance(source: str, info: checkpoint.CheckpointInfo) -> dict[str, Any]:
         "data": photos,
         "trained": dict(info.metrics),
         "trained_with": dict(info.versions),
-        "exported_with": {name: found for name in _PACKAGES if (found := _version(name))},
+        "exported_with": {name: version for name in _PACKAGES if (version := _version(name))},
     }
 
 
@@ -265,10 +273,10 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _check_finite(classifier: contract.Exportable, origin: Path) -> None:
+def _check_finite(classifier: Exportable, path: Path) -> None:
     for key, value in classifier.state_dict().items():
         if not torch.isfinite(value).all():
-            raise WorkError(f"{origin}: {key} holds NaN or infinity: its training diverged")
+            raise WorkError(f"{path}: {key} holds NaN or infinity: its training diverged")
 
 
 def _check_name(name: str) -> str:

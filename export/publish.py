@@ -1,4 +1,4 @@
-"""The bundle's folder while an export works in it: written aside, then live by one rename."""
+"""Publish a bundle version: build it in a partial folder, then replace the manifest atomically."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -15,14 +14,19 @@ from serving.bundle import storage
 from serving.bundle.manifest import Manifest
 from serving.bundle.signing import Sign
 from serving.errors import BundleError, OptionError
-from serving.utils.files import is_running, lock, sync
+from serving.utils.files import lock, sync
+from serving.utils.process import is_running
 
 _PARTIAL: Final = re.compile(r"\.partial-(\d+)")
 _VERSION: Final = re.compile(r"[0-9a-f]{12}")
 
 
 def check_target(out: Path) -> None:
-    """Refuse a file, and a folder that holds other things: an export deletes what it supersedes."""
+    """Refuse a file and a folder with other content, because an export deletes old versions.
+
+    Raises:
+        OptionError: `out` is neither free nor a bundle.
+    """
     if not out.exists():
         return
     if not out.is_dir():
@@ -30,78 +34,86 @@ def check_target(out: Path) -> None:
     present = {path.name for path in out.iterdir()}
     if {storage.MANIFEST, storage.CHECKSUM} <= present:
         return
-    # What an export that was killed may leave behind is no stranger.
-    beside = {storage.CHECKSUM, storage.SIGNATURE}
-    left = beside | {f".{name}.partial" for name in (storage.MANIFEST, *beside)}
-    strange = sorted(
+    # Files that a killed export may leave behind are accepted.
+    companions = {storage.CHECKSUM, storage.SIGNATURE}
+    accepted = companions | {f".{name}.partial" for name in (storage.MANIFEST, *companions)}
+    foreign = sorted(
         name
-        for name in present - left
+        for name in present - accepted
         if not (_PARTIAL.fullmatch(name) or _VERSION.fullmatch(name))
     )
-    if strange:
+    if foreign:
         raise OptionError(
-            f"--out {out} is no bundle and holds {strange[0]}; name an empty or a new folder"
+            f"--out {out} is no bundle and holds {foreign[0]}; name an empty or a new folder"
         )
 
 
 @contextmanager
-def aside(out: Path) -> Iterator[Path]:
-    """A folder in `out` to build the payload in; gone at the end unless it was renamed."""
-    made = not out.exists()
+def partial_payload(out: Path) -> Iterator[Path]:
+    """A new folder in `out` to build the payload in; deleted at the end unless it was renamed.
+
+    Partial folders of exports that no longer run are deleted, too.
+    """
+    is_new = not out.exists()
     payload = out / f".partial-{os.getpid()}"
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path in out.iterdir():
-            found = _PARTIAL.fullmatch(path.name)
-            if found and (int(found[1]) == os.getpid() or not is_running(int(found[1]))):
+            match = _PARTIAL.fullmatch(path.name)
+            if match and (int(match[1]) == os.getpid() or not is_running(int(match[1]))):
                 shutil.rmtree(path, ignore_errors=True)
         payload.mkdir()
         yield payload
     finally:
         shutil.rmtree(payload, ignore_errors=True)
-        if made:
+        if is_new:
             with suppress(OSError):
-                out.rmdir()  # only if it is empty
+                out.rmdir()  # fails if it is not empty
 
 
-def go_live(payload: Path, manifest: Manifest, out: Path, sign: Sign | None = None) -> Manifest:
-    """Give the payload its place, switch the manifest, and remove what is superseded for good."""
-    with _alone(out):
-        return _go_live(payload, manifest, out, sign)
+def publish(payload: Path, manifest: Manifest, out: Path, sign: Sign | None = None) -> Manifest:
+    """Rename the payload to its version, replace the manifest, and delete older versions.
+
+    The version that was live before is kept until the next export, for services that still read it.
+    """
+    with _locked(out):
+        return _publish(payload, manifest, out, sign)
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep other exports on this machine out: they delete what is neither live nor just replaced.
+def _locked(out: Path) -> Iterator[None]:
+    """Lock `out` against other exports on this machine.
 
-    That is what a payload looks like that has its place and no manifest yet.
+    An export deletes all versions but the live one and the one before. Without the lock that
+    includes a payload that another export has renamed but not yet named in the manifest.
     """
-    opened = os.open(out, os.O_RDONLY)
+    descriptor = os.open(out, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a system or a disk without locks keeps nobody out
-            lock(opened, wait=True)
+        with suppress(OSError):  # a system or a file system without locks: go on unlocked
+            lock(descriptor, wait=True)
         yield
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
-def _go_live(payload: Path, manifest: Manifest, out: Path, sign: Sign | None) -> Manifest:
+def _publish(payload: Path, manifest: Manifest, out: Path, sign: Sign | None) -> Manifest:
     try:
-        live = storage.read(out, whoever=True).manifest
+        live = storage.read(out, require_trusted=False).manifest
     except BundleError:
         live = None
     same = live is not None and live.version == manifest.version
     if live is not None and same and (sign is None or live.files == manifest.files):
-        # The same graphs. Somebody may be reading that folder: it stays as it is, with its golden
-        # images, and only the manifest is new. What is to be signed is what this export made.
-        manifest = replace(manifest, files=live.files, golden=live.golden)
+        # The same graphs: a service may be reading that folder, so it stays as it is, with its
+        # golden images, and only the manifest is new. A manifest that is to be signed must describe
+        # the files of this export.
+        manifest = manifest.model_copy(update={"files": live.files, "golden": live.golden})
     else:
         for path in payload.rglob("*"):
             if path.is_file():
                 sync(path)
-        place = out / manifest.version
-        shutil.rmtree(place, ignore_errors=True)  # of an export that never went live, or broken
-        payload.rename(place)
+        version = out / manifest.version
+        shutil.rmtree(version, ignore_errors=True)  # never published, or damaged
+        payload.rename(version)
     storage.publish(manifest, out, sign)
     keep = {manifest.version, live.version if live else None}
     for path in out.iterdir():

@@ -1,4 +1,4 @@
-"""A torchvision checkpoint that was made elsewhere: whole, with its own classifier."""
+"""Load a torchvision checkpoint that Fledge did not train, with its own classifier layer."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from training.models import backbones, weights
 from training.run import checkpoint
 
 HELD_OUT: Final = 2 / 3
-"""Share of the photos that decide; int8 is calibrated on the rest."""
+"""Share of the photos for the parity gate and accuracies; int8 is calibrated on the rest."""
 
 _AUXILIARY: Final = ("aux", "AuxLogits")
 
 
 class WholeNetwork(nn.Module):
-    """A torchvision network, cut before its classifier.
+    """A torchvision network, split into `features` and `head`.
 
-    That is its last Linear; or of SqueezeNet, which has none, the convolution and what follows: it
-    takes feature maps. `pool` makes vectors of what `features` gives, for the graph's contract.
+    The head is the last Linear. SqueezeNet has none: its head is the classifier, which begins with
+    a convolution and takes feature maps. `pool` turns the output of `features` into the vectors of
+    the graph contract.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        """Take the network, which is changed."""
+        """Take the network; it is modified."""
         super().__init__()
         self.pool: nn.Module = nn.Identity()
         if isinstance(network, SqueezeNet):
@@ -49,7 +50,7 @@ class WholeNetwork(nn.Module):
         self.network = network
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised images [N, 3, H, W] -> what the head takes: [N, D] or [N, D, H, W]."""
+        """Normalised images [N, 3, H, W] -> input of the head, [N, D] or [N, D, H, W]."""
         features: Tensor = self.network(images)
         return features
 
@@ -59,22 +60,24 @@ class WholeNetwork(nn.Module):
         return logits
 
 
-def read_args(given: Sequence[str]) -> dict[str, Any]:
-    """Options of torchvision's builder, from `KEY=VALUE` each, the value as in TOML.
+def read_args(texts: Sequence[str]) -> dict[str, Any]:
+    """Arguments of torchvision's builder from `KEY=VALUE` texts, with the value as in TOML.
+
+    A value that is not valid TOML is a string.
 
     Raises:
-        OptionError: Not of that form.
+        OptionError: A text has another form.
     """
-    found = {}
-    for text in given:
+    args = {}
+    for text in texts:
         key, equals, value = text.partition("=")
         if not (key.isidentifier() and equals):
             raise OptionError(f"--arch-args {text}: use KEY=VALUE, such as transform_input=true")
         try:
-            found[key] = tomllib.loads(f"v = {value}")["v"]
+            args[key] = tomllib.loads(f"v = {value}")["v"]
         except tomllib.TOMLDecodeError:
-            found[key] = value
-    return found
+            args[key] = value
+    return args
 
 
 def load(
@@ -86,19 +89,19 @@ def load(
     size: int | None = None,
     crop: float | None = None,
 ) -> tuple[WholeNetwork, checkpoint.CheckpointInfo]:
-    """Load a state dict: eval mode, float32, on the CPU. Nothing in the file is run.
+    """Load a state dict: eval mode, float32, on the CPU. Code in the file is not executed.
 
     Args:
-        path: As torchvision's references save it (`model` or `state_dict` in it is taken), as
-            `torch.save` of a state dict, or as safetensors.
-        arch: torchvision's name.
+        path: A state dict saved by `torch.save` or as safetensors, or a checkpoint of torchvision's
+            reference scripts or of Lightning, with the state dict under `model` or `state_dict`.
+        arch: torchvision's name of the network.
         labels: Class names in the order of the logits.
-        arch_args: Of torchvision's builder.
-        size, crop: Of the preprocessing that it was trained for; the network's size, and 0.875.
+        arch_args: Arguments of torchvision's builder.
+        size, crop: Of the preprocessing in training; None: the network's default size, and 0.875.
 
     Raises:
-        DataError: No state dict, or one of another network, or of another number of classes.
-        OptionError: No such network, or no such options of it; a size that does not fit.
+        DataError: No state dict, or one of another network or another number of classes.
+        OptionError: An unknown network or argument; a size that does not fit the network.
     """
     family = backbones.family_of(arch)
     args = dict(arch_args or {})
@@ -120,24 +123,25 @@ def load(
     except OptionError as error:
         raise OptionError(str(error).replace("arch_args", "--arch-args", 1)) from error
     try:
-        state = weights.read(arch, str(path), preprocess.size)
+        state = weights.read_state_dict(arch, str(path), preprocess.size)
     except DataError as error:
-        said = str(error).replace("weights = ", "--checkpoint ", 1)
-        raise DataError(said.replace("; use imagenet, none, auto or a path", "")) from error
-    state = weights.renamed(state, family)
+        message = str(error).replace("weights = ", "--checkpoint ", 1)
+        raise DataError(message.replace("; use imagenet, none, auto or a path", "")) from error
+    state = weights.rename_keys(state, family)
     options = dict(family.fixed)
     if "aux_logits" in options:
         options["aux_logits"] = any(key.startswith(_AUXILIARY) for key in state)
-        options["init_weights"] = False  # it takes long, and they are replaced
+        options["init_weights"] = False  # slow, and all weights are replaced
     try:
         network = torchvision.models.get_model(
             arch, weights=None, num_classes=len(labels), **options | args
         )
-    except Exception as error:  # builders check their options in many ways
+    except Exception as error:  # builders raise exceptions of many classes
         reason = str(error).partition("\n")[0]
         raise OptionError(f"--arch-args {args} does not fit {arch}: {reason}") from error
-    _check(network, state, path, arch, len(labels))
-    network.load_state_dict(state, strict=False)  # `_check` is stricter where it matters
+    _check_state(network, state, path, arch, len(labels))
+    # Not strict: old files lack `num_batches_tracked`. `_check_state` checked all other keys.
+    network.load_state_dict(state, strict=False)
     info = checkpoint.CheckpointInfo(
         name=path.stem,
         arch=arch,
@@ -150,10 +154,10 @@ def load(
 
 
 def read_labels(path: Path) -> list[str]:
-    """Class names, one a line, in the order of the logits.
+    """Class names, one per line, in the order of the logits.
 
     Raises:
-        DataError: Not to be read, empty, or a name twice.
+        DataError: The file can't be read or is empty, or has an empty line or a name twice.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -166,14 +170,19 @@ def read_labels(path: Path) -> list[str]:
     for number, label in enumerate(labels, 1):
         if not label or labels.index(label) < number - 1:
             what = f"{label!r} a second time" if label else "nothing"
-            raise DataError(f"--labels {path}: line {number} holds {what}; a name a line, once")
+            raise DataError(
+                f"--labels {path}: line {number} holds {what}; write each class name once, one per "
+                "line"
+            )
     if not labels:
-        raise DataError(f"--labels {path} is empty; a class name a line, in the order of logits")
+        raise DataError(
+            f"--labels {path} is empty; write one class name per line, in the order of the logits"
+        )
     return labels
 
 
 def photos(folder: Path, labels: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
-    """Photos of a folder a class: a third to calibrate on, the others to decide.
+    """Photos in one folder per class: a third to calibrate on, and the held-out rest.
 
     Raises:
         DataError: As `load_dataset`; a folder whose name is no label.
@@ -185,13 +194,13 @@ def photos(folder: Path, labels: Sequence[str]) -> tuple[list[Sample], list[Samp
             f"--photos {folder}: {unknown[0]} is no label ({len(unknown)} of "
             f"{len(dataset.classes)} folders are none); name each folder as --labels has it"
         )
-    place = [list(labels).index(name) for name in dataset.classes]
+    indices = [list(labels).index(name) for name in dataset.classes]
     parts = dataset.train, dataset.valid
-    calibrate, decide = ([(s.path, place[s.label]) for s in part] for part in parts)
-    return calibrate, decide
+    calibrate, held_out = ([(s.path, indices[s.label]) for s in part] for part in parts)
+    return calibrate, held_out
 
 
-def _check(
+def _check_state(
     network: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str, classes: int
 ) -> None:
     own = network.state_dict()
@@ -204,6 +213,5 @@ def _check(
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     extra = [k for k in state if k not in own]
     if missing or wrong or extra:
-        raise DataError(
-            f"--checkpoint {path} is not for {arch}: {weights.misfit(missing, wrong, extra)}"
-        )
+        mismatch = weights.describe_mismatch(missing, wrong, extra)
+        raise DataError(f"--checkpoint {path} is not for {arch}: {mismatch}")

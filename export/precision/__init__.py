@@ -1,1 +1,1 @@
-"""Reduced precisions: int8 and fp16 variants of the graph, and the choice which to keep."""
+"""Reduced precisions: int8 and fp16 graphs, and the choice of those to keep."""

@@ -1,4 +1,4 @@
-"""float16 for GPUs: the graph with half-wide numbers, and float32 where those would overflow."""
+"""float16 for GPUs: the converted graph, with float32 for layers whose values could overflow."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from export.precision.int8 import CALIBRATE, ranges
 from serving.errors import WorkError
 from serving.imaging.preprocess import Pixels
 
-LARGEST: Final = 65504.0 / 4
-"""A layer that came across a larger number stays in float32: float16 ends at four times that, and
-photos that nobody has seen may go further than those that were tried."""
+MAX_VALUE: Final = 65504.0 / 4
+"""Largest absolute value of a float16 layer on the calibration photos; above it stays in float32.
+
+A quarter of float16's maximum, because other photos may reach larger values.
+"""
 
 
 def convert(source: Path, pixels: Pixels) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """The graph in float16, inputs and outputs as they were, and what the manifest says of it.
+    """Convert a graph to float16; inputs and outputs keep their dtypes.
 
     Args:
         source: The fp32 graph.
-        pixels: Training photos, uint8 [N, size, size, 3]; the first hundred tell the ranges.
+        pixels: Training photos, uint8 [N, size, size, 3]; the first 100 give the value ranges.
+
+    Returns:
+        The graph, and facts for the manifest: {"float_layers": names of layers left in float32}.
 
     Raises:
         WorkError: The graph can't be converted.
@@ -32,29 +37,29 @@ def convert(source: Path, pixels: Pixels) -> tuple[onnx.ModelProto, dict[str, An
     graph = onnx.load(source)
     large = {
         name
-        for name, found in ranges(source, pixels[:CALIBRATE], "minmax", every=True).items()
-        if np.abs(found.range_value).max() > LARGEST
+        for name, data in ranges(source, pixels[:CALIBRATE], "minmax", all_tensors=True).items()
+        if np.abs(data.range_value).max() > MAX_VALUE
     }
-    kept = [node.name for node in graph.graph.node if large & {*node.input, *node.output}]
+    float_layers = [node.name for node in graph.graph.node if large & {*node.input, *node.output}]
     try:
-        model = convert_float_to_float16(graph, keep_io_types=True, node_block_list=kept)
-    except Exception as error:  # the converter has no exceptions of its own
+        model = convert_float_to_float16(graph, keep_io_types=True, node_block_list=float_layers)
+    except Exception as error:  # the converter has no exception class of its own
         raise WorkError(f"the graph can't be converted to float16: {error}") from error
-    _straighten(model.graph)
-    return model, {"float_layers": kept}
+    _remove_cast_pairs(model.graph)
+    return model, {"float_layers": float_layers}
 
 
-def _straighten(graph: onnx.GraphProto) -> None:
-    """Take out what goes float32 -> float16 -> float32 and would overflow on the way.
+def _remove_cast_pairs(graph: onnx.GraphProto) -> None:
+    """Bypass casts float32 -> float16 -> float32, in which a large value would overflow.
 
-    The converter has it between two layers that stay, and before an output.
+    The converter inserts them between two float32 layers, and before an output.
     """
-    narrowed = {
+    sources = {
         node.output[0]: node.input[0] for node in graph.node if _casts_to(node, TensorProto.FLOAT16)
     }
     for node in graph.node:
-        if _casts_to(node, TensorProto.FLOAT) and node.input[0] in narrowed:
-            node.input[0] = narrowed[node.input[0]]
+        if _casts_to(node, TensorProto.FLOAT) and node.input[0] in sources:
+            node.input[0] = sources[node.input[0]]
 
 
 def _casts_to(node: onnx.NodeProto, kind: int) -> bool:

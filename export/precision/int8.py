@@ -1,10 +1,10 @@
-"""Static int8: which of several ways to quantise the graph stays near to it, found on photos.
+"""Static int8 quantisation: search for the configuration with the least divergence from fp32.
 
-    model.onnx ─ranges of 100 training photos─> QDQ, per tensor or per channel ─200 others─> a way
+    model.onnx -> ranges of 100 training photos -> QDQ graphs -> compared on 200 other photos
 
-Nothing is decided here: `precision.py` keeps what this finds, or refuses it, on held-out photos.
-Activations are uint8 and weights int8, as processors with VNNI multiply them. Weights keep to
--64 … 64: others add two products in 16 bits, where larger ones saturate.
+`select.py` then keeps or refuses the result by its accuracy on held-out photos. Activations are
+uint8 and weights int8, as VNNI instructions multiply them. Weights use the range -64 to 64: CPUs
+without VNNI add two products in 16 bits, which saturates for larger weights.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.registry import QDQRegistry
 
 from export.parity import Sample
-from export.precision import pooling
 from serving.errors import ImageError, WorkError
 from serving.imaging import decode
 from serving.imaging.preprocess import Pixels, Preprocess
 from serving.imaging.tta import softmax
 from serving.utils.progress import progress_bar
 
-CALIBRATE: Final = 100
-SEARCH: Final = 200
-_LOOK: Final = 50  # photos by which layers are ranked
+CALIBRATE: Final = 100  # photos for activation ranges
+SEARCH: Final = 200  # photos on which configurations are compared
+_RANKING: Final = 50  # photos on which single layers are ranked
 _CHUNK: Final = 8  # photos whose activations are in memory at once
-_AS_NEAR: Final = 1.5  # times the least divergence: not worth a layer in float
+_SIMILAR: Final = 1.5  # times the least divergence: too little gain for a layer in float
 _LAYERS: Final = ("Conv", "Gemm", "MatMul")
 _METHODS: Final = {
     "minmax": CalibrationMethod.MinMax,
@@ -50,47 +49,50 @@ Floats = npt.NDArray[np.float32]
 
 
 class QuantConfig(NamedTuple):
-    """One way to quantise.
+    """A quantisation configuration, and how it compares with fp32.
 
-    method: how ranges come from activations. per_channel: a scale for each channel of a weight.
-    leave: layers that stay in float32. divergence: mean Kullback-Leibler divergence of its
-    probabilities from the graph's, in nats. agreement: share of photos with the same best class.
+    Attributes:
+        method: How ranges are taken from activations.
+        per_channel: One scale per output channel of a weight, instead of one per tensor.
+        float_layers: Names of layers that stay in float32.
+        divergence: Mean Kullback-Leibler divergence of its probabilities from fp32's, in nats.
+        agreement: Share of photos with the same predicted class.
     """
 
     method: str
     per_channel: bool
-    leave: tuple[str, ...]
+    float_layers: tuple[str, ...]
     divergence: float = 0.0
     agreement: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """An entry of the manifest's `tried.int8.ways`."""
         return {
             "calibration": self.method,
             "scales": "per channel" if self.per_channel else "per tensor",
-            "float_layers": list(self.leave),
+            "float_layers": list(self.float_layers),
             "divergence": float(f"{self.divergence:.4g}"),
             "agreement": self.agreement,
         }
 
 
 class QuantSearch(NamedTuple):
-    """The way that was taken, its graph, and all that were tried."""
+    """The chosen configuration, its graph, and all that were compared."""
 
-    way: QuantConfig
+    config: QuantConfig
     model: onnx.ModelProto
     tried: tuple[QuantConfig, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As the manifest has it."""
-        return {"way": self.way.to_dict(), "ways": [way.to_dict() for way in self.tried]}
+        """Facts for the manifest's `tried.int8`."""
+        return {"way": self.config.to_dict(), "ways": [config.to_dict() for config in self.tried]}
 
 
 def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) -> Pixels:
-    """Photos to calibrate and search on, the same every time: uint8 [N, size, size, 3].
+    """Photos to calibrate and compare on: uint8 [N, size, size, 3], the same on every call.
 
-    As many of each class as there are of the rarest, as far as that goes. N is at most 300; broken
-    photos are passed over.
+    Classes take turns, so that they are balanced as far as the photos suffice. N is at most 300;
+    unreadable photos are skipped.
 
     Raises:
         WorkError: Fewer than 20 can be read.
@@ -111,8 +113,8 @@ def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) ->
             return None
 
     with ThreadPoolExecutor(workers) as pool:
-        read_ones = pool.map(read, order[: CALIBRATE + SEARCH])
-        pixels = [found for found in read_ones if found is not None]
+        images = pool.map(read, order[: CALIBRATE + SEARCH])
+        pixels = [image for image in images if image is not None]
     if len(pixels) < 20:
         raise WorkError(
             f"{len(pixels)} training photos can be read, and 20 are needed to calibrate on: "
@@ -121,13 +123,13 @@ def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) ->
     return np.stack(pixels)
 
 
-def search(source: Path, pixels: Pixels, enough: float) -> QuantSearch:
-    """Try the ways, and leave more layers in float while fewer than `enough` best classes agree.
+def search(source: Path, pixels: Pixels, min_agreement: float) -> QuantSearch:
+    """Compare configurations; leave further layers in float32 while too few photos agree.
 
     Args:
         source: The fp32 graph.
-        pixels: As `draw`; a third to calibrate on.
-        enough: Share of the photos whose best class must stay.
+        pixels: As `draw`; a third is used to calibrate on.
+        min_agreement: Share of the photos whose predicted class must stay the same.
 
     Raises:
         WorkError: The graph can't be quantised.
@@ -138,85 +140,91 @@ def search(source: Path, pixels: Pixels, enough: float) -> QuantSearch:
     ends = [(), tuple(layers[-1:]), tuple(dict.fromkeys([*layers[:1], *layers[-1:]]))]
     total = len(_METHODS) * 2 * len(ends)
     with progress_bar() as bar:
-        task = bar.add_task("int8: ways to quantise", total=total)
-        ask = _Judge(source, pixels[calibrating:])
-        found = {name: ranges(source, pixels[:calibrating], name) for name in _METHODS}
+        task = bar.add_task("int8: configurations", total=total)
+        compare = _Comparison(source, pixels[calibrating:])
+        by_method = {name: ranges(source, pixels[:calibrating], name) for name in _METHODS}
         tried: list[QuantConfig] = []
 
-        def attempt(way: QuantConfig, photos: int | None = None) -> QuantConfig:
-            model = _quantised(graph, found[way.method], way)
-            return ask(way, model, photos)
+        def evaluate(config: QuantConfig, photos: int | None = None) -> QuantConfig:
+            model = _quantised(graph, by_method[config.method], config)
+            return compare(config, model, photos)
 
         for method in _METHODS:
             for per_channel in (False, True):
-                for leave in ends:
-                    tried.append(attempt(QuantConfig(method, per_channel, leave)))
+                for float_layers in ends:
+                    tried.append(evaluate(QuantConfig(method, per_channel, float_layers)))
                     bar.advance(task)
-        if all(way.agreement < enough for way in tried):
-            tried += _with_worst_in_float(_choose(tried), layers, enough, attempt, bar)
-        near = [way for way in tried if way.agreement >= enough]
-        best = _choose(near) if near else min(tried, key=lambda way: way.divergence)
-    return QuantSearch(best, _quantised(graph, found[best.method], best), tuple(tried))
+        if all(config.agreement < min_agreement for config in tried):
+            tried += _leave_sensitive_layers(_choose(tried), layers, min_agreement, evaluate, bar)
+        agreeing = [config for config in tried if config.agreement >= min_agreement]
+        best = _choose(agreeing) if agreeing else min(tried, key=lambda config: config.divergence)
+    return QuantSearch(best, _quantised(graph, by_method[best.method], best), tuple(tried))
 
 
 def _choose(tried: Sequence[QuantConfig]) -> QuantConfig:
-    """The nearest way, or one about as near that leaves fewer layers in float, which is faster.
+    """Of the configurations with about the least divergence the one with fewest float layers.
 
-    Nothing is timed: timings differ, and the same run shall give the same bytes.
+    Fewer float layers are faster. Nothing is timed, because timings differ from run to run, and the
+    same run must give the same bytes.
     """
-    limit = _AS_NEAR * min(way.divergence for way in tried)
-    near = [way for way in tried if way.divergence <= limit]
-    return min(near, key=lambda way: (len(way.leave), way.divergence))
+    limit = _SIMILAR * min(config.divergence for config in tried)
+    near = [config for config in tried if config.divergence <= limit]
+    return min(near, key=lambda config: (len(config.float_layers), config.divergence))
 
 
-def _with_worst_in_float(
+def _leave_sensitive_layers(
     best: QuantConfig,
     layers: Sequence[str],
-    enough: float,
-    attempt: Callable[[QuantConfig, int | None], QuantConfig],
+    min_agreement: float,
+    evaluate: Callable[[QuantConfig, int | None], QuantConfig],
     bar: Any,
 ) -> Iterator[QuantConfig]:
-    """The same way with the layers in float that gain most by it: 1, 2, 4, … a quarter of all."""
-    rest = [name for name in layers if name not in best.leave]
-    task = bar.add_task("int8: layers that mind", total=len(rest))
-    alone = []
+    """`best` with the most sensitive layers in float32: 1, 2, 4, ... up to a quarter of all.
+
+    A layer is sensitive if the divergence falls most when it alone is left in float32.
+    """
+    rest = [name for name in layers if name not in best.float_layers]
+    task = bar.add_task("int8: sensitive layers", total=len(rest))
+    by_divergence = []
     for name in rest:
-        found = attempt(best._replace(leave=(*best.leave, name)), _LOOK)
-        alone.append((found.divergence, name))
+        config = evaluate(best._replace(float_layers=(*best.float_layers, name)), _RANKING)
+        by_divergence.append((config.divergence, name))
         bar.advance(task)
-    ranked = [name for _, name in sorted(alone)]
+    ranked = [name for _, name in sorted(by_divergence)]
     count = 1
     while count <= max(1, len(layers) // 4):
-        found = attempt(best._replace(leave=(*best.leave, *ranked[:count])), None)
-        yield found
-        if found.agreement >= enough:
+        float_layers = (*best.float_layers, *ranked[:count])
+        config = evaluate(best._replace(float_layers=float_layers), None)
+        yield config
+        if config.agreement >= min_agreement:
             return
         count *= 2
 
 
-class _Judge:
-    """Compares a quantised graph with the one it came from."""
+class _Comparison:
+    """Compares quantised graphs with the fp32 graph on fixed photos."""
 
     def __init__(self, source: Path, pixels: Pixels) -> None:
         self._pixels = pixels
         self._logits = _logits(source.read_bytes(), pixels)
 
     def __call__(
-        self, way: QuantConfig, model: onnx.ModelProto, photos: int | None = None
+        self, config: QuantConfig, model: onnx.ModelProto, photos: int | None = None
     ) -> QuantConfig:
+        """`config` with divergence and agreement, measured on the first `photos`."""
         pixels, expected = self._pixels[:photos], self._logits[:photos]
         actual = _logits(model.SerializeToString(), pixels)
         if not np.isfinite(actual).all():
-            return way._replace(divergence=float("inf"))
+            return config._replace(divergence=float("inf"))
         p, q = (np.maximum(softmax(logits), 1e-12) for logits in (expected, actual))
-        return way._replace(
+        return config._replace(
             divergence=max(0.0, float((p * np.log(p / q)).sum(axis=1).mean())),
             agreement=float((expected.argmax(axis=1) == actual.argmax(axis=1)).mean()),
         )
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Hands photos out one by one."""
+    """Feeds photos one by one."""
 
     def __init__(self, pixels: Pixels) -> None:
         self._rows = iter(pixels)
@@ -226,32 +234,37 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
         return None if row is None else {"pixels": row[None]}
 
 
-def ranges(source: Path, pixels: Pixels, method: str, *, every: bool = False) -> TensorsData:
-    """What activations range over, a few photos at a time: histograms keep all of them.
+def ranges(source: Path, pixels: Pixels, method: str, *, all_tensors: bool = False) -> TensorsData:
+    """Ranges of activations over some photos.
 
-    `method`: "minmax" or "percentile"; `every`: not only of the layers that can be quantised.
+    Args:
+        source: The fp32 graph.
+        pixels: uint8 [N, size, size, 3].
+        method: "minmax" or "percentile".
+        all_tensors: Not only the tensors of operators that can be quantised.
     """
-    # It prints what it does.
+    # The calibrator prints its progress.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         calibrator = create_calibrator(
             source,
-            None if every else list(QDQRegistry),
+            None if all_tensors else list(QDQRegistry),
             augmented_model_path=str(Path(folder) / "augmented.onnx"),
             calibrate_method=_METHODS[method],
             extra_options={"symmetric": False, "percentile": 99.99},
         )
+        # In chunks, because the histograms of "percentile" hold all activations of a call.
         for start in range(0, len(pixels), _CHUNK):
             calibrator.collect_data(_Reader(pixels[start : start + _CHUNK]))
-        found: TensorsData = calibrator.compute_data()
-        return found
+        data: TensorsData = calibrator.compute_data()
+        return data
 
 
-def _quantised(graph: onnx.ModelProto, ranges: TensorsData, way: QuantConfig) -> onnx.ModelProto:
+def _quantised(graph: onnx.ModelProto, ranges: TensorsData, config: QuantConfig) -> onnx.ModelProto:
     copy = onnx.ModelProto()
-    copy.CopyFrom(graph)  # the quantiser changes what it is given
+    copy.CopyFrom(graph)  # the quantiser changes its input
     layers = [node for node in graph.graph.node if node.op_type in _LAYERS]
     multiplied = {name for layer in layers for name in layer.input[1:]}
-    # Gains of a LayerNorm and constants that are added are in no sum of products.
+    # Weights outside of sums of products (LayerNorm gains, added constants) may use all 8 bits.
     others = [
         one.name
         for one in graph.graph.initializer
@@ -259,24 +272,59 @@ def _quantised(graph: onnx.ModelProto, ranges: TensorsData, way: QuantConfig) ->
     ]
     quantizer = QDQQuantizer(
         copy,
-        way.per_channel,
+        config.per_channel,
         True,  # weights from -64 to 64
         QuantType.QInt8,
         QuantType.QUInt8,
         ranges,
         [],
-        list(way.leave),
+        list(config.float_layers),
         list(QDQRegistry),
         {"TensorQuantOverrides": {name: [{"reduce_range": False}] for name in others}},
     )
     try:
         quantizer.quantize_model()
-        quantizer.model.topological_sort()  # nodes that it adds stand at the end
-    except Exception as error:  # the quantiser has no exceptions of its own
+        quantizer.model.topological_sort()  # the quantiser appends its nodes at the end
+    except Exception as error:  # the quantiser has no exception class of its own
         raise WorkError(f"the graph can't be quantised: {error}") from error
     model: onnx.ModelProto = quantizer.model.model
-    pooling.relu_behind(model)
+    _move_relu_after_pooling(model)
     return model
+
+
+def _move_relu_after_pooling(model: onnx.ModelProto) -> None:
+    """Swap Relu and MaxPool where they are between a float layer and a quantised one.
+
+    The values are the same: max and Relu commute. ONNX Runtime moves a quantisation from after a
+    MaxPool to before it, and then pools integers with channels first, which takes half of the time
+    of a SqueezeNet. It moves no quantisation before a Relu, and removes that Relu, because the
+    quantisation clips at zero, too.
+    """
+    nodes = model.graph.node
+    made_by = {name: index for index, node in enumerate(nodes) for name in node.output}
+    outputs = {one.name for one in model.graph.output}
+    users: dict[str, list[int]] = {}
+    for index, node in enumerate(nodes):
+        for name in node.input:
+            users.setdefault(name, []).append(index)
+    for later, node in enumerate(nodes):
+        earlier = made_by.get(node.input[0], -1) if node.op_type == "MaxPool" else -1
+        if earlier < 0 or nodes[earlier].op_type != "Relu" or len(node.output) != 1:
+            continue
+        between, pooled = node.input[0], node.output[0]
+        readers = {nodes[index].op_type for index in users.get(pooled, ())}
+        if between in outputs or users[between] != [later] or readers != {"QuantizeLinear"}:
+            continue
+        relu, pool = onnx.NodeProto(), onnx.NodeProto()
+        relu.CopyFrom(nodes[earlier])
+        pool.CopyFrom(node)
+        pool.input[0], pool.output[0] = relu.input[0], between
+        relu.input[0], relu.output[0] = between, pooled
+        nodes[earlier].CopyFrom(pool)
+        nodes[later].CopyFrom(relu)
+        shapes = model.graph.value_info
+        for stale in [one for one in shapes if one.name == between]:
+            shapes.remove(stale)
 
 
 def _logits(graph: bytes, pixels: Pixels) -> Floats:

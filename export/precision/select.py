@@ -1,10 +1,10 @@
-"""Which precisions a bundle keeps: tried, scored on held-out photos, and kept or refused."""
+"""Choice of precisions: int8 and fp16 are converted, compared with fp32, and kept or refused."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache as once
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
@@ -16,7 +16,7 @@ from export import benchmark
 from export.calibration import HeldOut, predict_views
 from export.parity import Sample
 from export.precision import fp16, int8
-from export.precision.verdict import Verdict, judge
+from export.precision.verdict import Verdict, accuracy_verdict
 from export.writers import onnx
 from serving.bundle.manifest import Manifest
 from serving.errors import FledgeError, GateError, OptionError
@@ -30,36 +30,36 @@ FILES: Final = {"fp32": "model.onnx", "int8": "model.int8.onnx", "fp16": "model.
 
 
 class PrecisionKind(NamedTuple):
-    """A precision beside fp32.
+    """A precision other than fp32.
 
-    device: what it is for, and is judged on. tolerance: of a golden probability.
-    make: the fp32 graph, training photos, points of accuracy -> a graph, and facts about it.
+    device: on which it is used and compared. tolerance: of a golden probability.
+    convert: fp32 graph, training photos, points of accuracy -> converted graph, facts about it.
     """
 
     device: str
     tolerance: float
-    make: Callable[[Path, Pixels, float], tuple[ModelProto, dict[str, Any]]]
+    convert: Callable[[Path, Pixels, float], tuple[ModelProto, dict[str, Any]]]
 
 
 def _int8(source: Path, pixels: Pixels, budget: float) -> tuple[ModelProto, dict[str, Any]]:
-    found = int8.search(source, pixels, 1 - budget / 100)
-    return found.model, found.to_dict()
+    result = int8.search(source, pixels, 1 - budget / 100)
+    return result.model, result.to_dict()
 
 
 KINDS: Final = {
-    # GPUs differ in the order in which they add up.
+    # GPUs differ in the order of their sums.
     "fp16": PrecisionKind("cuda", 0.01, lambda source, pixels, _: fp16.convert(source, pixels)),
-    # Processors round differently, and a value at the edge of a step falls on its other side.
+    # CPUs round differently, so that a value near a step boundary gets the next integer.
     "int8": PrecisionKind("cpu", 0.05, _int8),
 }
 
 
 @dataclass(frozen=True)
 class PrecisionRequest:
-    """What was asked for.
+    """The precisions to try.
 
-    precision: one of `KINDS`, "fp32" or "auto"; budget: points of accuracy; train: photos to
-    calibrate on.
+    precision: one of `KINDS`, "fp32" (tries none) or "auto" (tries all). budget: points of
+    accuracy. train: photos to calibrate on.
     """
 
     precision: str
@@ -67,11 +67,11 @@ class PrecisionRequest:
     train: Sequence[Sample]
 
 
-def check(precision: str, budget: float) -> None:
-    """Refuse what can't be tried, before the work.
+def check_request(precision: str, budget: float) -> None:
+    """Check the options before the export starts.
 
     Raises:
-        OptionError: fp16 without a GPU; a budget that is no number of points.
+        OptionError: fp16 without a GPU; a budget outside of 0 to 100.
     """
     if not 0 <= budget <= 100:
         raise OptionError(f"--accuracy-budget {budget:g}: use points of accuracy, 0 to 100")
@@ -82,45 +82,45 @@ def check(precision: str, budget: float) -> None:
 def select_precisions(
     payload: Path,
     manifest: Manifest,
-    held: HeldOut,
+    held_out: HeldOut,
     samples: Sequence[Sample],
-    wanted: PrecisionRequest,
+    request: PrecisionRequest,
     log: Callable[[str], None],
 ) -> Manifest:
-    """Try what is wanted beside fp32, and keep what is worth it; the manifest that says so.
+    """Try the requested precisions; a copy of the manifest with the results and what is kept.
 
     Args:
-        payload: Holds the fp32 graph, and gets what is kept.
+        payload: Folder with the fp32 graph; the graphs that are kept are written to it.
         manifest: Of the bundle so far.
-        held: What the fp32 graph says of `samples`.
+        held_out: Outputs of the fp32 graph for `samples`.
         samples: Held-out photos.
-        wanted: As there.
-        say: Takes a line about each.
+        request: The precisions to try.
+        log: Is called with one line per precision.
 
     Raises:
-        GateError: The precision that was asked for by name is refused.
-        WorkError, OptionError: It could not be tried.
+        GateError: A precision that was requested by name is refused.
+        WorkError, OptionError: It can't be tried.
     """
     tried: dict[str, Any] = {}
-    tuned: dict[str, Any] = {}
+    tuning: dict[str, Any] = {}
     for name, kind in KINDS.items():
-        if why_not := _why_not(name, kind, wanted.precision):
-            tried[name] = {"kept": False, "why_not": f"not tried: {why_not}"}
+        if reason := _skip_reason(name, kind, request.precision):
+            tried[name] = {"kept": False, "why_not": f"not tried: {reason}"}
             continue
         path = payload / FILES[name]
         try:
-            verdict, facts, rates = _attempt(name, kind, payload, manifest, held, samples, wanted)
+            verdict, facts, rates = _try(name, kind, payload, manifest, held_out, samples, request)
             if not verdict.refusal:
-                manifest = _with(name, kind, payload, manifest, verdict)
+                manifest = _add_precision(name, kind, payload, manifest, verdict)
         except FledgeError as error:
-            path.unlink(missing_ok=True)  # nothing that was not judged is shipped
-            if wanted.precision == name:
+            path.unlink(missing_ok=True)  # a graph without a verdict must not be in the bundle
+            if request.precision == name:
                 raise
             tried[name] = {"kept": False, "why_not": f"not tried: {error}"}
             log(f"{name} not tried: {error}")
             continue
-        log(verdict.told(name))
-        if verdict.refusal and wanted.precision == name:
+        log(verdict.summary(name))
+        if verdict.refusal and request.precision == name:
             raise GateError(
                 f"--precision {name} is refused: {verdict.refusal}; no bundle was written"
             )
@@ -128,17 +128,16 @@ def select_precisions(
         if verdict.refusal:
             path.unlink()
             del rates[name]
-        tuned[kind.device] = benchmark.advice(rates)
-    for device in {kind.device for kind in KINDS.values() if _usable(kind.device)} - set(tuned):
-        alone = {"fp32": payload / FILES["fp32"]}
-        rates = _rates(alone, payload, manifest, device)
-        tuned[device] = benchmark.advice(rates)
-    return replace(manifest, tried=tried, tuning=dict(sorted(tuned.items())))
+        tuning[kind.device] = benchmark.advice(rates)
+    for device in {kind.device for kind in KINDS.values() if _usable(kind.device)} - set(tuning):
+        rates = _rates({"fp32": payload / FILES["fp32"]}, payload, manifest, device)
+        tuning[device] = benchmark.advice(rates)
+    return manifest.model_copy(update={"tried": tried, "tuning": dict(sorted(tuning.items()))})
 
 
-@once
+@cache
 def _usable(device: str) -> bool:
-    """Whether a graph runs on it here: a driver and a wheel that promise it are not enough."""
+    """Whether a graph runs on the device here; a driver and a GPU build alone don't prove it."""
     if device == "cpu":
         return True
     if runtime.expected("auto") != runtime.PROVIDERS[device]:
@@ -153,26 +152,27 @@ def _usable(device: str) -> bool:
     return True
 
 
-def _why_not(name: str, kind: PrecisionKind, wanted: str) -> str:
-    if wanted not in ("auto", name):
-        return f"--precision {wanted}"
+def _skip_reason(name: str, kind: PrecisionKind, requested: str) -> str:
+    """Why a precision is not tried; empty if it is."""
+    if requested not in ("auto", name):
+        return f"--precision {requested}"
     return "" if _usable(kind.device) else "no GPU here"
 
 
-def _attempt(
+def _try(
     name: str,
     kind: PrecisionKind,
     payload: Path,
     manifest: Manifest,
-    held: HeldOut,
+    held_out: HeldOut,
     samples: Sequence[Sample],
-    wanted: PrecisionRequest,
+    request: PrecisionRequest,
 ) -> tuple[Verdict, dict[str, Any], benchmark.Rates]:
-    """Make a graph, score it, time it beside fp32, and remove it where it is refused."""
+    """Write a precision's graph, and compare its accuracy and speed with fp32."""
     source, path = payload / FILES["fp32"], payload / FILES[name]
     workers = cores()
-    pixels = int8.draw(wanted.train, manifest.preprocess, workers)
-    model, facts = kind.make(source, pixels, wanted.budget)
+    pixels = int8.draw(request.train, manifest.preprocess, workers)
+    model, facts = kind.convert(source, pixels, request.budget)
     onnx.save(
         model,
         path,
@@ -181,19 +181,19 @@ def _attempt(
         preprocess=manifest.preprocess,
     )
     predictor = Predictor(manifest, runtime.OnnxRuntime(path, device=kind.device))
-    mine = predict_views(predictor, samples, workers, views=1)
+    outputs = predict_views(predictor, samples, workers, views=1)
     rates = _rates({"fp32": source, name: path}, payload, manifest, kind.device)
-    best = {graph: by[benchmark.fastest(by)] for graph, by in rates.items()}
-    facts |= _thresholds_hold(manifest, mine)
-    verdict = judge(
-        held.logits[:, 0].argmax(axis=1).tolist(),
-        mine.logits[:, 0].argmax(axis=1).tolist(),
-        held.labels.tolist(),
-        faster=best[name] / best["fp32"],
-        budget=wanted.budget,
+    best = {graph: by_setting[benchmark.fastest(by_setting)] for graph, by_setting in rates.items()}
+    facts |= _threshold_facts(manifest, outputs)
+    verdict = accuracy_verdict(
+        held_out.logits[:, 0].argmax(axis=1).tolist(),
+        outputs.logits[:, 0].argmax(axis=1).tolist(),
+        held_out.labels.tolist(),
+        speedup=best[name] / best["fp32"],
+        budget=request.budget,
     )
-    broken = int((~np.isfinite(mine.logits).all(axis=(1, 2))).sum())
-    return replace(verdict, broken=broken), facts, rates
+    not_finite = int((~np.isfinite(outputs.logits).all(axis=(1, 2))).sum())
+    return replace(verdict, not_finite=not_finite), facts, rates
 
 
 def _rates(
@@ -203,26 +203,26 @@ def _rates(
     return benchmark.measure(graphs, manifest.preprocess, photos, device)
 
 
-def _thresholds_hold(manifest: Manifest, mine: HeldOut) -> dict[str, Any]:
-    """What the thresholds, fitted on fp32, give with this graph on the same photos."""
-    plain = mine.logits[:, 0]
+def _threshold_facts(manifest: Manifest, outputs: HeldOut) -> dict[str, Any]:
+    """Coverage and precision at the thresholds fitted on fp32, for this graph's outputs."""
+    plain = outputs.logits[:, 0]
     energy, confident = (manifest.thresholds[name] for name in ("energy", "confident"))
     facts: dict[str, Any] = {}
     if energy is not None:
         facts["within_energy"] = float((energies(plain) <= energy).mean())
     if confident is not None:
         probabilities = softmax(plain, manifest.temperature)
-        sure = probabilities.max(axis=1) >= confident
-        right = probabilities.argmax(axis=1) == mine.labels
-        facts["confident_coverage"] = float(sure.mean())
-        facts["confident_precision"] = float(right[sure].mean()) if sure.any() else None
+        is_confident = probabilities.max(axis=1) >= confident
+        right = (probabilities.argmax(axis=1) == outputs.labels)[is_confident]
+        facts["confident_coverage"] = float(is_confident.mean())
+        facts["confident_precision"] = float(right.mean()) if len(right) else None
     return facts
 
 
-def _with(
+def _add_precision(
     name: str, kind: PrecisionKind, payload: Path, manifest: Manifest, verdict: Verdict
 ) -> Manifest:
-    """The manifest with the precision and what golden photos give in it, which is its own truth."""
+    """A copy of the manifest with the precision, and with its own golden probabilities."""
     engine = runtime.OnnxRuntime(payload / FILES[name], device=kind.device)
     predictor = Predictor(manifest, engine, name)
     golden = []
@@ -232,4 +232,4 @@ def _with(
         golden.append({**item, "probabilities": {**item["probabilities"], name: answer.tolist()}})
     entry = {"file": FILES[name], "accuracy": verdict.accuracy, "tolerance": kind.tolerance}
     precisions = {**manifest.precisions, name: entry}
-    return replace(manifest, precisions=precisions, golden=tuple(golden))
+    return manifest.model_copy(update={"precisions": precisions, "golden": tuple(golden)})

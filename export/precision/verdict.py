@@ -1,4 +1,4 @@
-"""Whether a faster graph is worth what it costs, on the same photos."""
+"""Whether to keep a faster graph: its accuracy and speed against fp32 on the same photos."""
 
 from __future__ import annotations
 
@@ -9,99 +9,104 @@ from typing import Any, Final
 
 import numpy as np
 
-BUDGET: Final = 0.5
-"""Points of accuracy that a faster precision may cost."""
+DEFAULT_BUDGET: Final = 0.5
+"""Percentage points of accuracy that a faster precision may cost."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a precision that was tried.
+    """The comparison of a precision with fp32.
 
-    accuracy, of_fp32: fractions of 1 on the same photos. fell: points; interval: its 95 %.
-    faster: photos a second as a multiple of fp32's, each in its best setting.
-    broken: photos whose logits are not finite.
+    Attributes:
+        photos: Number of held-out photos.
+        accuracy: Of the precision, a share of 1.
+        accuracy_fp32: Of fp32 on the same photos.
+        drop: Fall in accuracy, percentage points.
+        interval: 95 % confidence interval of `drop`.
+        speedup: Photos per second divided by fp32's, each in its best setting.
+        budget: Largest accepted `drop`.
+        not_finite: Number of photos with logits that are not finite.
     """
 
     photos: int
     accuracy: float
-    of_fp32: float
-    fell: float
+    accuracy_fp32: float
+    drop: float
     interval: tuple[float, float]
-    faster: float
+    speedup: float
     budget: float
-    broken: int = 0
+    not_finite: int = 0
 
     @property
     def refusal(self) -> str | None:
-        """Why it is not kept; None where it is."""
-        if self.broken:
-            return f"of {self.broken} photos the logits are not finite"
-        if self.fell > self.budget:
-            return f"accuracy falls by {self.fell:.2f} points, and the budget is {self.budget:g}"
-        if self.faster <= 1:
-            return f"it is no faster here: {self.faster:.2f} times fp32"
+        """The reason for leaving the precision out; None if it is kept."""
+        if self.not_finite:
+            return f"the logits of {self.not_finite} photos are not finite"
+        if self.drop > self.budget:
+            return f"accuracy falls by {self.drop:.2f} points, and the budget is {self.budget:g}"
+        if self.speedup <= 1:
+            return f"it is no faster here: {self.speedup:.2f} times fp32"
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """As the manifest has it under `tried`."""
+        """An entry of the manifest's `tried`."""
         return {
             "kept": self.refusal is None,
             "why_not": self.refusal,
             "photos": self.photos,
             "accuracy": self.accuracy,
-            "accuracy_fp32": self.of_fp32,
-            "fell_points": round(self.fell, 3),
+            "accuracy_fp32": self.accuracy_fp32,
+            "fell_points": round(self.drop, 3),
             "fell_interval": [round(end, 3) for end in self.interval],
             "budget_points": self.budget,
-            "times_fp32": float(f"{self.faster:.3g}"),
+            "times_fp32": float(f"{self.speedup:.3g}"),
         }
 
-    def told(self, name: str) -> str:
-        """In a line, for a person."""
+    def summary(self, name: str) -> str:
+        """The verdict on the precision `name` in one line."""
         low, high = self.interval
-        kept = f"refused: {self.refusal}" if self.refusal else "kept"
+        result = f"refused: {self.refusal}" if self.refusal else "kept"
         return (
-            f"{name} {kept}; on {self.photos} held-out photos {self.accuracy:.2%}, fp32 "
-            f"{self.of_fp32:.2%} (falls by {self.fell:.2f} points, {low:.2f} to {high:.2f}), "
-            f"{self.faster:.2f} times as fast"
+            f"{name} {result}; on {self.photos} held-out photos {self.accuracy:.2%}, fp32 "
+            f"{self.accuracy_fp32:.2%} (falls by {self.drop:.2f} points, {low:.2f} to {high:.2f}), "
+            f"{self.speedup:.2f} times as fast"
         )
 
 
-def judge(
+def accuracy_verdict(
     fp32: Sequence[int],
     other: Sequence[int],
     labels: Sequence[int],
     *,
-    faster: float,
-    budget: float = BUDGET,
+    speedup: float,
+    budget: float = DEFAULT_BUDGET,
 ) -> Verdict:
-    """Compare best classes of the same photos.
+    """Compare the predicted classes of two graphs on the same photos.
 
     Args:
-        fp32, other: Best class of each photo, by each graph.
-        labels: Of each photo; at least one.
-        faster: As in `Verdict`.
-        budget: Points that may be lost.
+        fp32, other: Predicted class of each photo, by each graph.
+        labels: True class of each photo; at least one.
+        speedup, budget: As in `Verdict`.
     """
     truth = np.asarray(labels)
-    was, now = np.asarray(fp32) == truth, np.asarray(other) == truth
-    lost, won = int((was & ~now).sum()), int((now & ~was).sum())
+    right_fp32, right = np.asarray(fp32) == truth, np.asarray(other) == truth
+    lost, won = int((right_fp32 & ~right).sum()), int((right & ~right_fp32).sum())
     return Verdict(
         photos=len(truth),
-        accuracy=float(now.mean()),
-        of_fp32=float(was.mean()),
-        fell=100 * (lost - won) / len(truth),
+        accuracy=float(right.mean()),
+        accuracy_fp32=float(right_fp32.mean()),
+        drop=100 * (lost - won) / len(truth),
         interval=_paired_interval(lost, won, len(truth)),
-        faster=faster,
+        speedup=speedup,
         budget=budget,
     )
 
 
 def _paired_interval(lost: int, won: int, photos: int) -> tuple[float, float]:
-    """95 % interval of the fall in points, photos being paired.
+    """95 % interval of the fall in points, for paired photos.
 
     Agresti & Min, 2005, "Simple improved confidence intervals for comparing matched proportions":
-    half a photo is added to each cell, so that it has a width where nothing changed.
+    half a photo is added to each cell, so that the width is positive where nothing changed.
     """
     count = photos + 2
     middle = (lost - won) / count

@@ -1,13 +1,12 @@
-"""Write the graph as ONNX: one file, dynamic batch, labels inside, and nothing about this machine.
+"""Write the graph as ONNX: one file with a dynamic batch axis and the labels in its metadata.
 
-The exporter records a Python stack trace with file paths for every node. Those would leak where the
-model was made and change its bytes from one place to another, so all metadata of nodes and values
-goes; what is written depends on the graph and the versions of the packages alone.
+The exporter records a Python stack trace with file paths for every node. They would leak paths of
+this machine and change the bytes from one machine to another, so all metadata of nodes and values
+is removed: the bytes depend only on the graph and the versions of the packages.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,27 +17,28 @@ import onnx
 import torch
 
 from export.graph import Graph, example
+from export.writers.metadata import metadata
 from serving.errors import WorkError
 from serving.imaging.preprocess import Preprocess
 
 OPSET: Final = 18
-_LARGEST: Final = 2**31 - 2**24  # bytes of weights: protobuf's own limit, less room for the nodes
+_MAX_BYTES: Final = 2**31 - 2**24  # of weights: protobuf's limit minus a reserve for the nodes
 
 
 def write(
     graph: Graph, path: Path, *, name: str, labels: Sequence[str], preprocess: Preprocess
 ) -> None:
-    """Export `graph` to `path`; name, labels and preprocess go into the file's metadata as JSON.
+    """Export `graph` to `path`; name, labels and preprocess go into the file's metadata.
 
     Raises:
-        WorkError: The exporter has no translation for part of the network, the weights are more
-            than a file of this kind holds, or the file is no valid ONNX.
+        WorkError: The exporter has no translation for an operator, the weights exceed the file
+            format's limit, or the result is not valid ONNX.
     """
     weights = sum(one.numel() * one.element_size() for one in graph.state_dict().values())
-    if weights > _LARGEST:
+    if weights > _MAX_BYTES:
         raise WorkError(
             f"the network can't be written as ONNX: its weights take {weights / 1e9:.1f} GB, and a "
-            f"file holds {_LARGEST / 1e9:.1f}; choose a smaller arch"
+            f"file holds {_MAX_BYTES / 1e9:.1f}; choose a smaller arch"
         )
     save(_translate(graph, preprocess), path, name=name, labels=labels, preprocess=preprocess)
 
@@ -51,14 +51,10 @@ def save(
     labels: Sequence[str],
     preprocess: Preprocess,
 ) -> None:
-    """Check a graph and write it with these facts and no others; all as `write`."""
-    _strip(model)
-    facts = {"name": name, "labels": list(labels), "preprocess": preprocess.to_dict()}
-    values = {
-        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in facts.items()
-    }
-    onnx.helper.set_model_props(model, values)
+    """Check a graph and write it with this metadata alone; arguments and errors as `write`."""
+    _remove_metadata(model)
+    # The name is a plain text here, and JSON in the other two file formats.
+    onnx.helper.set_model_props(model, metadata(name, labels, preprocess) | {"name": name})
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -67,7 +63,7 @@ def save(
 
 
 def probe() -> bytes:
-    """The least graph that is in the contract: to see whether a device runs any."""
+    """A minimal graph that meets the graph contract, to test whether a device runs graphs."""
     kind, shape = onnx.TensorProto, ["batch", "values"]
     nodes = [
         onnx.helper.make_node("Cast", ["pixels"], ["floats"], to=kind.FLOAT),
@@ -75,11 +71,11 @@ def probe() -> bytes:
         onnx.helper.make_node("Relu", ["features"], ["logits"]),
     ]
     pixels = onnx.helper.make_tensor_value_info("pixels", kind.UINT8, ["batch", 8, 8, 3])
-    gives = [
+    outputs = [
         onnx.helper.make_tensor_value_info(name, kind.FLOAT, shape)
         for name in ("logits", "features")
     ]
-    graph = onnx.helper.make_graph(nodes, "probe", [pixels], gives)
+    graph = onnx.helper.make_graph(nodes, "probe", [pixels], outputs)
     opset = onnx.helper.make_opsetid("", OPSET)
     model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
     data: bytes = model.SerializeToString()
@@ -87,11 +83,11 @@ def probe() -> bytes:
 
 
 def _translate(graph: Graph, preprocess: Preprocess) -> onnx.ModelProto:
-    # A batch of 2 to trace with: at 1 the exporter would take the axis for a constant.
+    # Traced with a batch of 2: the exporter takes a batch axis of size 1 for a constant.
     pixels = example(preprocess, batch=2)
     try:
         with warnings.catch_warnings():
-            # The exporter's own use of what Python and torch deprecate; nothing here can change it.
+            # The exporter itself uses deprecated functions of Python and torch.
             for kind in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
                 warnings.simplefilter("ignore", kind)
             program = torch.onnx.export(
@@ -105,35 +101,35 @@ def _translate(graph: Graph, preprocess: Preprocess) -> onnx.ModelProto:
                 external_data=False,
                 verbose=False,
             )
-    except RuntimeError as error:  # the base of every error of the exporter
-        reason = _untranslated(graph, error) or _first_line(error)
+    except RuntimeError as error:  # the base class of the exporter's errors
+        reason = _unsupported_operator(graph, error) or _first_line(error)
         raise WorkError(f"the network can't be written as ONNX: {reason}") from error
-    if program is None:  # only the exporter's type says that it may be
-        raise WorkError("the network can't be written as ONNX: the exporter gave nothing")
+    if program is None:  # only for the type checker
+        raise WorkError("the network can't be written as ONNX: the exporter returned nothing")
     model: onnx.ModelProto = program.model_proto
     return model
 
 
-def _untranslated(graph: Graph, error: BaseException | None) -> str | None:
-    """Which operator of which module the exporter has no translation for, if it is that."""
+def _unsupported_operator(graph: Graph, error: BaseException | None) -> str | None:
+    """The operator without a translation and its modules; None if the error has another cause."""
     while error:
-        found = re.search(r"OpOverload\(op='\w+\.(\w+)'", str(error))
-        if found:
-            where = _modules_with(graph, found[1])
-            return f"no translation for {found[1]}, in {', '.join(where) or 'a module unknown'}"
+        match = re.search(r"OpOverload\(op='\w+\.(\w+)'", str(error))
+        if match:
+            modules = ", ".join(_modules_with(graph, match[1])) or "an unknown module"
+            return f"no translation for {match[1]}, in {modules}"
         error = error.__cause__
     return None
 
 
 def _modules_with(graph: Graph, operator: str) -> list[str]:
-    """The modules, as the checkpoint names them, that call an operator under some such name."""
+    """Names of the modules in the checkpoint that call an operator of this or a similar name."""
 
     def plain(name: str) -> str:
         return name.replace("_", "").lower()
 
-    wanted = plain(operator)
+    searched = plain(operator)
     exact: list[str] = []
-    like: list[str] = []
+    similar: list[str] = []
     for node in graph.core.graph.nodes:
         is_module = node.op == "call_module"
         called = graph.core.get_submodule(node.target) if is_module else node.target
@@ -141,29 +137,29 @@ def _modules_with(graph: Graph, operator: str) -> list[str]:
             type(called).__name__ if is_module else getattr(called, "__name__", str(called))
         )
         stack = node.meta.get("nn_module_stack") or {str(node.target): None}
-        where = list(stack)[-1].removeprefix("classifier.")
-        if name == wanted:
-            exact.append(where)
-        elif wanted in name or (len(name) > 3 and name in wanted):
-            like.append(where)
-    return list(dict.fromkeys(exact or like))
+        module = list(stack)[-1].removeprefix("classifier.")
+        if name == searched:
+            exact.append(module)
+        elif searched in name or (len(name) > 3 and name in searched):
+            similar.append(module)
+    return list(dict.fromkeys(exact or similar))
 
 
-def _strip(model: onnx.ModelProto) -> None:
-    """Remove what the exporter notes about its own run: traces, paths, names of its passes."""
-    holders = [model, *model.functions]
+def _remove_metadata(model: onnx.ModelProto) -> None:
+    """Remove the exporter's records of its run: stack traces, paths, names of passes."""
+    protos = [model, *model.functions]
     for graph in _graphs(model.graph):
-        holders += [graph, *graph.node, *graph.input, *graph.output]
-        holders += [*graph.value_info, *graph.initializer]
+        protos += [graph, *graph.node, *graph.input, *graph.output]
+        protos += [*graph.value_info, *graph.initializer]
     for function in model.functions:
-        holders += [*function.node, *function.value_info]
-    for holder in holders:
-        holder.ClearField("metadata_props")
-        holder.ClearField("doc_string")
+        protos += [*function.node, *function.value_info]
+    for proto in protos:
+        proto.ClearField("metadata_props")
+        proto.ClearField("doc_string")
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph and those inside its nodes."""
+    """A graph and the subgraphs of its nodes."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:

@@ -1,13 +1,13 @@
-"""Write the graph as TorchScript: traced, frozen, and with nothing about this machine in it.
+"""Write the graph as TorchScript: traced, frozen, and without data about this machine.
 
-`torch.jit.save` puts the Python stack of every operation beside the code, and numbers the class by
-how many were traced before in the same process. Both go, so the same graph gives the same bytes.
+`torch.jit.save` writes the Python stack of every operation beside the code, and a class name with
+the number of modules traced before in the same process. Both are removed, so that the same graph
+gives the same bytes.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import re
 import struct
 import warnings
@@ -19,60 +19,59 @@ from typing import Any, Final
 import torch
 
 from export.graph import Graph, example
+from export.writers.metadata import metadata
 from serving.errors import WorkError
 from serving.imaging.preprocess import Preprocess
 
 _ALIGNMENT: Final = 64
-"""Tensors in the archive start at multiples of this, so that libtorch may map them."""
+"""Tensors in the archive start at multiples of this many bytes, so that libtorch can map them."""
 
 
 def write(
     graph: Graph, path: Path, *, name: str, labels: Sequence[str], preprocess: Preprocess
 ) -> None:
-    """Trace `graph` and save it; name, labels and preprocess become `extra` files as JSON.
+    """Trace `graph` and save it; name, labels and preprocess become extra files with JSON.
 
     Raises:
         WorkError: The network can't be traced.
     """
-    facts = {"name": name, "labels": list(labels), "preprocess": preprocess.to_dict()}
-    extra = {key: json.dumps(value, ensure_ascii=False) for key, value in facts.items()}
     archive = io.BytesIO()
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-        # TorchScript is deprecated as a whole; those who asked for the file know.
+        # All of TorchScript is deprecated; the file is written for runtimes that still need it.
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.")
-        # Swin asks whether a window fits the map: the contract fixes the size, so once is enough.
+        # Swin branches on the size of the feature map, which the graph contract fixes.
         warnings.filterwarnings("ignore", message="Converting a tensor to a Python")
         try:
             trace: Any = torch.jit.trace  # untyped in some releases
-            # The gate compares far more than the tracer's own check would.
+            # The parity gate compares more than the tracer's own check does.
             traced = trace(graph, example(preprocess), check_trace=False)
             frozen = torch.jit.freeze(traced)
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             raise WorkError(f"the network can't be written as TorchScript: {reason}") from error
-        torch.jit.save(frozen, archive, _extra_files=extra)
+        torch.jit.save(frozen, archive, _extra_files=metadata(name, labels, preprocess))
     path.write_bytes(_clean(archive))
 
 
 def _clean(archive: io.BytesIO) -> bytes:
-    """The archive again without stack traces and without the number in the class's name."""
+    """A copy of the archive without stack traces and without the number in the class name."""
     out = io.BytesIO()
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(out, "w") as new:
         for entry in old.infolist():
             if entry.filename.endswith((".debug_pkl", "/serialization_id")):
-                continue  # the second is a hash of the file as it was
+                continue  # serialization_id is a hash of the original archive
             data = old.read(entry)
             if entry.filename.endswith((".py", ".pkl")):
                 data = re.sub(rb"\.___torch_mangle_\d+", b".___graph", data)
             name = re.sub(r"___torch_mangle_\d+\.py$", "___graph.py", entry.filename)
-            info = zipfile.ZipInfo(name)  # its date is 1980
+            info = zipfile.ZipInfo(name)  # dated 1980
             info.extra = _padding(out.tell(), name)
             new.writestr(info, data)
     return out.getvalue()
 
 
 def _padding(position: int, name: str) -> bytes:
-    """An extra field that makes the data of an entry begin at a multiple of the alignment."""
-    begin = position + 30 + len(name.encode()) + 4  # the local header is 30 bytes
+    """An extra field after which the entry's data begins at a multiple of the alignment."""
+    begin = position + 30 + len(name.encode()) + 4  # 30: local file header; 4: extra field's header
     size = -begin % _ALIGNMENT
     return b"FB" + struct.pack("<H", size) + bytes(size)

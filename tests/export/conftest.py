@@ -1,3 +1,5 @@
+"""Runs with a small untrained classifier, and a cache of written ONNX files."""
+
 import colorsys
 import hashlib
 import io
@@ -10,17 +12,17 @@ from PIL import Image
 from export.writers import onnx
 from serving.imaging import decode
 from serving.imaging.preprocess import Preprocess
-from tests.support.random_batchnorms import lively, speaking
+from tests.support.random_batchnorms import randomise_batchnorms, scale_logits
 from training.config.sections import DataConfig
 from training.data.dataset import SPLIT_FILE, load_dataset, write_split
-from training.models import classifier as model
+from training.models.classifier import create_classifier, normalise
 from training.run import checkpoint
 
 
 def pixels(count, size, seed=0):
-    """Photo-like squares over the whole range of values: uint8 [count, size, size, 3].
+    """Photo-like images over the whole range of values: uint8 [count, size, size, 3].
 
-    Some are coarse and some fine, some dark, bright or of one hue, as photos are.
+    They vary in coarseness, brightness and hue.
     """
     rng = np.random.default_rng(seed)
     squares = []
@@ -42,7 +44,7 @@ def jpeg(hue, rng, size=(44, 40)):
 
 
 class Run:
-    """A run's folder with a small classifier that was never trained, and its photos."""
+    """A run's folder with a small untrained classifier, and its photos."""
 
     classes = ("blue", "green", "red")
 
@@ -60,8 +62,8 @@ class Run:
         self.dataset = load_dataset(str(self.photos), config=DataConfig(valid=0.5))
         torch.manual_seed(0)
         options = {"arch_args": {"width_mult": 0.25}, "head": {"hidden": 16}}
-        self.classifier = model.build("mobilenet_v2", 3, **options)
-        self.liven()
+        self.classifier = create_classifier("mobilenet_v2", 3, **options)
+        self.randomise()
         self.info = checkpoint.CheckpointInfo(
             name="tiny",
             arch="mobilenet_v2",
@@ -80,11 +82,11 @@ class Run:
         self.save()
         write_split(self.dataset, self.folder / SPLIT_FILE)
 
-    def liven(self, *, centred=True):
-        """Make the network answer differently to its photos; `centred` as in `speaking`."""
+    def randomise(self, *, centred=True):
+        """Randomise the network; its outputs depend on the photo. `centred`: as `scale_logits`."""
         squares = [self.preprocess(decode.read(s.path).image) for s in self.dataset.valid]
-        x = model.normalise(torch.from_numpy(np.stack(squares)), self.preprocess)
-        speaking(lively(self.classifier, x), x, centred=centred)
+        x = normalise(torch.from_numpy(np.stack(squares)), self.preprocess)
+        scale_logits(randomise_batchnorms(self.classifier, x), x, centred=centred)
 
     def save(self):
         checkpoint.save(self.folder / checkpoint.BEST, self.classifier, self.info)
@@ -97,7 +99,7 @@ def run(tmp_path):
 
 @pytest.fixture(scope="session")
 def shared_run(tmp_path_factory):
-    """For tests that only read it."""
+    """A run for tests that do not change it."""
     return Run(tmp_path_factory.mktemp("shared"))
 
 
@@ -105,8 +107,8 @@ _WRITTEN = {}
 
 
 @pytest.fixture
-def remembered(monkeypatch):
-    """The exporter takes seconds: what it gave for these very weights is used again."""
+def cached_onnx_export(monkeypatch):
+    """Reuse the exporter's output for equal weights and metadata, because it takes seconds."""
 
     def write(graph, path, **facts):
         digest = hashlib.sha256(repr(sorted(facts.items())).encode())
@@ -124,7 +126,7 @@ def remembered(monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Small networks gain nothing from more, and threads that wait for each other spin."""
+    """One torch thread: small networks gain nothing from more, and waiting threads spin."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

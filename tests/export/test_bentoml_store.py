@@ -1,4 +1,4 @@
-"""Registered in BentoML's store: found there by its own commands, and served from there."""
+"""A bundle in BentoML's store is found by BentoML's commands and can be served from there."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def bento(tmp_path):
-    """Runs a command with a store of its own, and gives what it says."""
+    """Runs Python with a new store; returns its stdout."""
     env = {**os.environ, "BENTOML_HOME": str(tmp_path / "store"), "BENTOML_DO_NOT_TRACK": "True"}
 
     def run(*arguments):
@@ -33,28 +33,28 @@ def bento(tmp_path):
     return run
 
 
-def test_a_bundle_is_stored_found_and_read_again_and_again(bento, tmp_path):
+def test_a_bundle_is_stored_found_and_read_and_can_be_stored_again(bento, tmp_path):
     folder = tiny_bundle(tmp_path / "bundle")
     manifest = storage.read(folder).manifest
     register = (
         f"import pathlib, export.bentoml_store as s; s.register(pathlib.Path({str(folder)!r}))"
     )
-    for _ in range(2):  # the second replaces the first
-        said = bento("-c", register)
-        assert f"tiny:{manifest.version}" in said
-    ask = "import bentoml; print(bentoml.models.get('tiny:latest').path)"
-    place = Path(bento("-c", ask).strip())
-    assert str(place) in said
+    for _ in range(2):  # the second finds the first
+        output = bento("-c", register)
+        assert f"tiny:{manifest.version}" in output
+    show = "import bentoml; print(bentoml.models.get('tiny:latest').path)"
+    copy = Path(bento("-c", show).strip())
+    assert str(copy) in output
     assert f"tiny:{manifest.version}" in bento("-m", "bentoml", "models", "list", "-o", "json")
-    assert storage.read(place).manifest == manifest
-    assert "fp32 on CPUExecutionProvider" in bento("-m", "fledge", "verify", place)
+    assert storage.read(copy).manifest == manifest
+    assert "fp32 on CPUExecutionProvider" in bento("-m", "fledge", "verify", copy)
 
 
 @pytest.mark.parametrize(
     ("name", "tag"),
     [("Blüten 2026", "bl-ten-2026"), ("a/b", "a-b"), ("...", "model"), ("x" * 99, "x" * 63)],
 )
-def test_any_name_becomes_one_that_bentoml_takes(name, tag):
+def test_any_name_becomes_a_valid_bentoml_name(name, tag):
     from bentoml import Tag
 
     from export.bentoml_store import _name

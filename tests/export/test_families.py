@@ -1,4 +1,4 @@
-"""The smallest network of each family: exported, and through the gate."""
+"""The smallest network of each family is exported and passes the parity gate."""
 
 import dataclasses
 
@@ -8,8 +8,8 @@ import torch
 
 from export import benchmark, pipeline
 from serving.bundle import storage
-from training.models import classifier as model
 from training.models import families
+from training.models.classifier import create_classifier
 
 SMALLEST = {
     "AlexNet": "alexnet",
@@ -36,16 +36,16 @@ SMALLEST = {
 }
 SIZES = {"inception_v3": 96, "maxvit_t": 224}
 LEFT = {"densenet121": 62}
-"""BatchNorms that no algebra folds: of DenseNet, those before a ReLU whose input others read."""
+"""BatchNorms that can't be folded: in DenseNet after a concatenation and before a ReLU."""
 
 
-def test_every_family_takes_part() -> None:
+def test_every_family_is_covered() -> None:
     assert list(SMALLEST) == [family.title for family in families.FAMILIES]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SMALLEST.values())
-def test_it_passes_the_gate(run, tmp_path, monkeypatch, arch):
+def test_it_passes_the_parity_gate(run, tmp_path, monkeypatch, arch):
     monkeypatch.setattr(benchmark, "measure", lambda *_: {})
     monkeypatch.setattr(benchmark, "advice", lambda *_: {})
     size = SIZES.get(arch, 64)
@@ -53,15 +53,15 @@ def test_it_passes_the_gate(run, tmp_path, monkeypatch, arch):
     head = {"kind": "deep" if arch in ("vit_b_32", "maxvit_t") else "concat_pool", "hidden": 32}
     run.preprocess = dataclasses.replace(run.preprocess, size=size)
     torch.manual_seed(0)
-    run.classifier = model.build(arch, 3, arch_args=args, head=head)
-    run.liven(centred=False)  # float32 alone moves a deep random network's centred answers by 1e-4
+    run.classifier = create_classifier(arch, 3, arch_args=args, head=head)
+    run.randomise(centred=False)  # float32 rounding moves centred logits by more than 1e-4
     run.info = dataclasses.replace(
         run.info, arch=arch, arch_args=args, head=head, preprocess=run.preprocess
     )
     run.save()
     out = tmp_path / "bundle"
-    wanted = pipeline.ExportOptions(precision="fp32")
-    manifest = pipeline.export(run.folder, out, wanted, log=lambda line: None)
+    options = pipeline.ExportOptions(precision="fp32")
+    manifest = pipeline.export(run.folder, out, options, log=lambda line: None)
     assert set(manifest.parity["graphs"]) == {"onnx", "torchscript", "torch.export"}
     assert len(manifest.batchnorm["left"]) == LEFT.get(arch, 0)
     graph = onnx.load(storage.read(out).graph("fp32")).graph

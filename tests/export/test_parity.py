@@ -1,4 +1,4 @@
-"""The gate lets through what agrees and stops what does not."""
+"""The parity gate accepts equal answers and refuses others."""
 
 import subprocess
 import sys
@@ -16,11 +16,20 @@ from tests.export.conftest import jpeg
 
 PREPROCESS = Preprocess(size=16)
 LABELS = ("blue", "green", "red")
-MANIFEST = Manifest("m", "v", "a", LABELS, PREPROCESS, {}, {}, temperature=1.5)
+MANIFEST = Manifest(
+    name="m",
+    version="v",
+    arch="a",
+    labels=LABELS,
+    preprocess=PREPROCESS,
+    precisions={},
+    files={},
+    temperature=1.5,
+)
 
 
 class Colours:
-    """A network for grown-ups: logits are the mean colours, plus what a test does to them."""
+    """A runtime whose logits are the mean colours, changed by `spoil`."""
 
     provider = "numpy"
 
@@ -33,7 +42,7 @@ class Colours:
 
 
 def predictor(engine):
-    return Predictor(Manifest("m", "v", "a", LABELS, PREPROCESS, {}, {}), engine)
+    return Predictor(MANIFEST.model_copy(update={"temperature": 1.0}), engine)
 
 
 @pytest.fixture
@@ -54,11 +63,10 @@ def gate(samples, spoil=lambda logits: logits, workers=1, log=lambda line: None)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_same_network_passes_whoever_scores(samples, workers):
-    outcome = gate(samples, workers=workers)
-    found = outcome.to_dict()
-    assert found["graphs"]["onnx"].pop("largest_difference") <= 1e-12
-    assert found == {
+def test_the_same_network_passes_with_any_number_of_workers(samples, workers):
+    report = gate(samples, workers=workers).to_dict()
+    assert report["graphs"]["onnx"].pop("largest_difference") <= 1e-12
+    assert report == {
         "photos": 40,
         "skipped": 0,
         "batches": [1, 2, 7],
@@ -72,20 +80,20 @@ def test_the_same_network_passes_whoever_scores(samples, workers):
     }
 
 
-def test_the_worst_photo_and_its_figure_are_named(samples):
+def test_the_worst_photo_and_its_difference_are_named(samples):
     worst = Colours().run(square(samples[17][0])[None])[0]
 
     def spoil(logits):
         off = np.abs(logits - worst).max(axis=1, keepdims=True) < 1e-9
         return logits + off * [0.5, 0, 0]
 
-    said = []
+    lines = []
     with pytest.raises(GateError, match=r"onnx .*17\.jpg is off by 0\.\d+, tolerance 1e-04"):
-        gate(samples, spoil, log=said.append)
-    assert said[0] == "onnx: the photos that are furthest off"
-    assert len(said) == 1 + parity.WORST
-    assert str(samples[17][0]) in said[1]
-    shown = [float(line.split()[0]) for line in said[1:]]
+        gate(samples, spoil, log=lines.append)
+    assert lines[0] == "onnx: the photos with the largest differences"
+    assert len(lines) == 1 + parity.WORST_SHOWN
+    assert str(samples[17][0]) in lines[1]
+    shown = [float(line.split()[0]) for line in lines[1:]]
     assert shown == sorted(shown, reverse=True)
 
 
@@ -96,7 +104,7 @@ def square(path):
 
 
 @pytest.mark.parametrize("size", parity.BATCHES)
-def test_a_fault_at_one_batch_size_alone_is_found(samples, size):
+def test_a_difference_at_one_batch_size_only_is_found(samples, size):
     with pytest.raises(GateError):
         gate(samples, lambda logits: logits + np.array([1.0, 0, 0]) * (len(logits) == size))
 
@@ -106,17 +114,17 @@ def test_not_a_number_does_not_pass(samples):
         gate(samples, lambda logits: logits * np.nan)
 
 
-def test_a_best_class_may_change_only_between_ties():
+def test_the_predicted_class_may_change_only_between_ties():
     truth = np.array([[0.5, 0.49999, 0.00001], [0.6, 0.3, 0.1]])
-    found = parity.Agreement()
-    parity._compare(found, truth, truth[:, [1, 0, 2]], ["tie", "change"])
-    assert (found.ties, found.changed, found.worst) == ({"tie"}, {"change"}, "change")
+    agreement = parity.Agreement()
+    parity._compare(agreement, truth, truth[:, [1, 0, 2]], ["tie", "change"])
+    assert (agreement.ties, agreement.changed, agreement.worst) == ({"tie"}, {"change"}, "change")
 
 
-def test_a_photo_that_does_not_decode_is_counted_and_many_are_an_error(samples):
+def test_unreadable_photos_are_counted_and_many_are_an_error(samples):
     samples[3][0].write_bytes(b"\xff\xd8\xff\xe0 no photo at all")
-    outcome = gate(samples)
-    assert (outcome.photos, outcome.skipped) == (39, 1)
+    report = gate(samples)
+    assert (report.photos, report.skipped) == (39, 1)
     for index in (4, 5):
         samples[index][0].unlink()
     with pytest.raises(DataError, match="3 of 40 validation photos can't be decoded"):
@@ -125,18 +133,18 @@ def test_a_photo_that_does_not_decode_is_counted_and_many_are_an_error(samples):
         gate([])
 
 
-def test_more_than_the_limit_is_a_draw_that_stays_the_same(samples):
-    drawn = parity.held_out(samples, 10)
-    assert drawn == parity.held_out(samples, 10)
+def test_the_subsample_is_the_same_on_every_call(samples):
+    drawn = parity.subsample(samples, 10)
+    assert drawn == parity.subsample(samples, 10)
     assert drawn == sorted(drawn, key=samples.index)
     assert len(set(drawn)) == 10
-    assert parity.held_out(samples, 40) == samples
+    assert parity.subsample(samples, 40) == samples
 
 
-def test_golden_images_are_whole_files_one_a_class_with_the_checkpoint_s_answers(samples, tmp_path):
+def test_golden_images_are_copies_one_per_class_with_the_checkpoint_s_answers(samples, tmp_path):
     samples[1][0].write_bytes(b"the smallest of its class, and broken")
     (tmp_path / "payload").mkdir()
-    golden = parity.golden(tmp_path / "payload", Colours(), MANIFEST, samples)
+    golden = parity.write_golden(tmp_path / "payload", Colours(), MANIFEST, samples)
     assert len(golden) == 3
     originals = {path.read_bytes(): path for path, _ in samples}
     for item in golden:
@@ -145,15 +153,15 @@ def test_golden_images_are_whole_files_one_a_class_with_the_checkpoint_s_answers
         assert item["probabilities"]["fp32"] == tta.softmax(logits, 1.5)[0].tolist()
 
 
-def test_golden_images_stay_small(samples, tmp_path, monkeypatch):
+def test_the_size_of_golden_images_is_limited(samples, tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "GOLDEN_BYTES", 100)
-    assert len(parity.golden(tmp_path, Colours(), MANIFEST, samples)) == 1
+    assert len(parity.write_golden(tmp_path, Colours(), MANIFEST, samples)) == 1
 
 
 def test_verifying_a_bundle_needs_no_torch(tmp_path):
     code = (
         "import sys, pathlib; from tests.support.tiny_bundle import tiny_bundle; "
-        "from serving.inference.verify import verify; "
+        "from serving.inference.load import verify; "
         f"print(verify(tiny_bundle(pathlib.Path({str(tmp_path / 'b')!r})))); "
         "sys.exit('torch' in sys.modules)"
     )

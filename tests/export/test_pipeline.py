@@ -1,6 +1,5 @@
-"""Checkpoint to bundle: what goes live is proved, and what fails leaves no trace."""
+"""Export pipeline: a published bundle was checked, and a failed export changes nothing."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -13,23 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from export import benchmark, pipeline
-from export import calibration as confidence
-from export import parity as verify
-from export import publish as live
-from export.writers import torchscript as torchscript_writer
+from export import benchmark, calibration, parity, pipeline, publish
+from export.writers import torchscript
 from serving.bundle import storage
 from serving.errors import BundleError, DataError, GateError, OptionError, WorkError
-from serving.inference.load import open_predictor
-from serving.inference.verify import verify as verify_bundle
-from training.models import classifier as model
+from serving.inference.load import open_predictor, verify
+from training.models.classifier import normalise
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs/manifest.schema.json").read_text())
 
 
 def export(run, out, *, log=lambda line: None, data=None, **options):
-    wanted = pipeline.ExportOptions(**{"precision": "fp32"} | options)
-    return pipeline.export(run.folder, out, wanted, data=data, log=log)
+    export_options = pipeline.ExportOptions(**{"precision": "fp32"} | options)
+    return pipeline.export(run.folder, out, export_options, data=data, log=log)
 
 
 def contents(folder):
@@ -42,18 +37,18 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def exported(shared_run, tmp_path_factory):
-    """A bundle, its manifest, and what was said. Only to be read."""
-    said = []
+    """A bundle, its manifest and the log lines; not to be changed."""
+    lines = []
     out = tmp_path_factory.mktemp("exported") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "measure", rates)
-        manifest = export(shared_run, out, log=said.append)
-    return out, manifest, said
+        manifest = export(shared_run, out, log=lines.append)
+    return out, manifest, lines
 
 
 @pytest.fixture(autouse=True)
 def same_speed(monkeypatch):
-    """Timings are of no matter here, and differ; int8 is twice as fast."""
+    """Replace the timings, which differ from run to run; int8 is twice as fast."""
     monkeypatch.setattr(benchmark, "measure", rates)
 
 
@@ -70,8 +65,8 @@ def rates(graphs, preprocess, photos=(), device="cpu"):
 
 
 @pytest.fixture
-def out(exported, tmp_path, remembered):
-    """A copy of that bundle, to be harmed."""
+def out(exported, tmp_path, cached_onnx_export):
+    """A copy of that bundle, to be changed."""
     return shutil.copytree(exported[0], tmp_path / "bundle")
 
 
@@ -84,15 +79,15 @@ def test_the_bundle_reads_back_and_answers_as_the_checkpoint(exported, shared_ru
     answers = np.stack([answer.probabilities for answer in predictor.predict(prepared)])
     pixels = torch.from_numpy(np.concatenate([item.pixels for item in prepared]))
     with torch.no_grad():
-        logits = shared_run.classifier(model.normalise(pixels, shared_run.preprocess))
+        logits = shared_run.classifier(normalise(pixels, shared_run.preprocess))
     expected = (logits.double() / manifest.temperature).softmax(1).numpy()
     assert np.abs(answers - expected).max() <= 1e-4
     right = answers.argmax(1) == [sample.label for sample in samples]
     assert manifest.precisions["fp32"]["accuracy"] == right.mean()
 
 
-def test_the_manifest_says_what_was_done(exported, shared_run):
-    out, manifest, said = exported
+def test_the_manifest_describes_the_export(exported, shared_run):
+    out, manifest, lines = exported
     assert (manifest.name, manifest.arch) == ("tiny", "mobilenet_v2")
     assert manifest.labels == shared_run.classes
     assert manifest.parity["photos"] == len(shared_run.dataset.valid)
@@ -106,20 +101,20 @@ def test_the_manifest_says_what_was_done(exported, shared_run):
     assert manifest.calibration["temperature"] == manifest.temperature != 1
     assert [row["views"] for row in manifest.tta["views"]] == [*range(2, len(manifest.views) + 1)]
     for words in ("calibrated on 12 held-out photos: temperature", "views: "):
-        assert any(line.startswith(words) for line in said)
+        assert any(line.startswith(words) for line in lines)
     assert len(manifest.golden) == 3
     assert manifest.provenance["seed"] == 7
     assert manifest.provenance["data"]["fingerprint"] == shared_run.dataset.fingerprint
-    # Nothing about this machine: no absolute path, no host's name.
+    # No absolute paths and no host name.
     for path in (out / "manifest.json", out / manifest.version / "README.md"):
         text = path.read_text()
         assert str(shared_run.photos.parent) not in text
         assert os.uname().nodename not in text
-    assert any("54 of 54" in line for line in said)
-    assert manifest.version in said[-1]
+    assert any("54 of 54" in line for line in lines)
+    assert manifest.version in lines[-1]
 
 
-def test_the_model_card_speaks_of_this_model(exported):
+def test_the_model_card_describes_this_model(exported):
     out, manifest, _ = exported
     card = (out / manifest.version / "README.md").read_text()
     for word in ("# tiny", "blue, green, red", manifest.version, "uint8 `[batch, 32, 32, 3]`"):
@@ -143,7 +138,7 @@ def test_the_model_card_has_the_accuracy_of_each_class(exported, shared_run):
     assert shares == sorted(shares)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # deprecated, not gone
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # deprecated
 def test_the_torchscript_graph_is_served_on_request(exported, out, shared_run):
     onnx = open_predictor(exported[0], device="cpu")
     script = open_predictor(exported[0], device="cpu", kind="torchscript")
@@ -159,24 +154,26 @@ def test_the_torchscript_graph_is_served_on_request(exported, out, shared_run):
         open_predictor(out, device="cpu", kind="torchscript")
 
 
-def test_what_confident_means_is_asked_for(shared_run, exported, tmp_path, remembered):
-    wanted = confidence.ConfidenceTarget.parse("coverage=0.5")
-    said = []
+def test_the_confidence_threshold_reaches_its_target(
+    shared_run, exported, tmp_path, cached_onnx_export
+):
+    target = calibration.ConfidenceTarget.parse("coverage=0.5")
+    lines = []
     out = tmp_path / "bundle"
-    manifest = export(shared_run, out, confident=wanted, log=said.append)
+    manifest = export(shared_run, out, confident=target, log=lines.append)
     assert manifest.version != exported[1].version
-    found = manifest.calibration["confident"]
-    assert found["threshold"] == manifest.thresholds["confident"]
-    assert any(line.startswith("confident from probability 0.") for line in said)
+    chosen = manifest.calibration["confident"]
+    assert chosen["threshold"] == manifest.thresholds["confident"]
+    assert any(line.startswith("confident from probability 0.") for line in lines)
     assert "is called confident from" in (out / manifest.version / "README.md").read_text()
     predictor = open_predictor(out, device="cpu")
     photos = [predictor.prepare(s.path.read_bytes()) for s in shared_run.dataset.valid]
     answers = [predictor.answer(answer)["confident"] for answer in predictor.predict(photos)]
-    assert sum(answers) == found["coverage"] * len(photos) == 6
+    assert sum(answers) == chosen["coverage"] * len(photos) == 6
 
 
-def test_golden_answers_are_verified_without_the_checkpoint(exported):
-    *_, line = verify_bundle(exported[0])
+def test_golden_images_are_verified_without_the_checkpoint(exported):
+    *_, line = verify(exported[0])
     assert "3 golden images" in line
 
 
@@ -194,15 +191,15 @@ def test_the_same_version_again_keeps_its_payload(shared_run, exported, out):
     storage.read(out)
 
 
-def test_a_harmed_bundle_is_made_anew(shared_run, exported, out):
-    (out / exported[1].version / "model.onnx").write_bytes(b"harmed")
+def test_a_damaged_bundle_is_replaced(shared_run, exported, out):
+    (out / exported[1].version / "model.onnx").write_bytes(b"damaged")
     with pytest.raises(BundleError):
         storage.read(out)
     export(shared_run, out)
     assert contents(out) == contents(exported[0])
 
 
-def test_a_superseded_version_goes_at_the_next_export(run, exported, out):
+def test_an_export_deletes_all_versions_but_the_last_two(run, exported, out):
     versions = [exported[1].version]
     for _ in range(2):
         with torch.no_grad():
@@ -215,7 +212,7 @@ def test_a_superseded_version_goes_at_the_next_export(run, exported, out):
     assert len(set(versions)) == 3
 
 
-def test_exports_at_once_go_live_one_after_the_other(run, out, tmp_path, monkeypatch):
+def test_concurrent_exports_are_published_one_after_the_other(run, out, tmp_path, monkeypatch):
     made = []
     for number in range(2):
         with torch.no_grad():
@@ -223,27 +220,27 @@ def test_exports_at_once_go_live_one_after_the_other(run, out, tmp_path, monkeyp
         run.save()
         manifest = export(run, tmp_path / f"{number}")
         made.append((tmp_path / f"{number}" / manifest.version, manifest))
-    publish, between, other = storage.publish, threading.Event(), []
+    publish_manifest, started, other = storage.publish, threading.Event(), []
 
     def meanwhile(*args):
-        """Before the first one's manifest is there, the second one comes."""
-        if not between.is_set():
-            between.set()
-            other.append(threading.Thread(target=live.go_live, args=(*made[1], out)))
+        """Start the second export before the first one's manifest is written."""
+        if not started.is_set():
+            started.set()
+            other.append(threading.Thread(target=publish.publish, args=(*made[1], out)))
             other[0].start()
-            other[0].join(3)  # it would be done by then
-        publish(*args)
+            other[0].join(3)  # without the lock it would have finished
+        publish_manifest(*args)
 
     monkeypatch.setattr(storage, "publish", meanwhile)
-    live.go_live(*made[0], out)
+    publish.publish(*made[0], out)
     other[0].join()
     assert storage.read(out).manifest.version == made[1][1].version
     folders = {path.name for path in out.iterdir() if path.is_dir()}
     assert folders == {manifest.version for _, manifest in made}
 
 
-def spoilt(write):
-    """A writer that first moves one weight of the fused graph."""
+def with_wrong_weight(write):
+    """A writer that first changes one weight of the fused graph."""
 
     def wrapper(graph, path, **facts):
         with torch.no_grad():
@@ -254,9 +251,9 @@ def spoilt(write):
     return wrapper
 
 
-def test_a_wrong_graph_stops_at_the_gate(run, exported, out, tmp_path, monkeypatch):
-    write = torchscript_writer.write
-    monkeypatch.setattr(torchscript_writer, "write", spoilt(write))
+def test_a_wrong_graph_fails_the_parity_gate(run, exported, out, tmp_path, monkeypatch):
+    write = torchscript.write
+    monkeypatch.setattr(torchscript, "write", with_wrong_weight(write))
     before = contents(out)
     with pytest.raises(GateError, match=r"torchscript .*\.jpg is off by 0\.0"):
         export(run, out)
@@ -268,7 +265,7 @@ def test_a_wrong_graph_stops_at_the_gate(run, exported, out, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_full_disk_or_an_interrupt_leaves_the_old_bundle(
+def test_a_full_disk_or_an_interrupt_leaves_the_old_bundle_unchanged(
     shared_run, exported, out, monkeypatch, error
 ):
     def fail(*_, **__):
@@ -284,15 +281,15 @@ def test_a_full_disk_or_an_interrupt_leaves_the_old_bundle(
     assert not list(out.glob(".partial*"))
 
 
-def test_what_a_dead_export_left_is_swept_and_what_a_live_one_writes_is_not(shared_run, out):
+def test_partial_folders_of_dead_exports_are_deleted_and_of_running_ones_kept(shared_run, out):
     done = subprocess.Popen(["true"])
     done.wait()
-    dead, alive = out / f".partial-{done.pid}", out / f".partial-{os.getppid()}"
-    for folder in (dead, alive):
+    dead, running = out / f".partial-{done.pid}", out / f".partial-{os.getppid()}"
+    for folder in (dead, running):
         folder.mkdir()
     export(shared_run, out)
     assert not dead.exists()
-    assert alive.exists()
+    assert running.exists()
 
 
 def test_weights_that_are_not_finite_are_named(run, tmp_path):
@@ -303,7 +300,7 @@ def test_weights_that_are_not_finite_are_named(run, tmp_path):
         export(run, tmp_path / "bundle")
 
 
-def test_what_can_not_be_used_is_one_line_and_writes_nothing(run, tmp_path, remembered):
+def test_unusable_arguments_are_one_line_and_write_nothing(run, tmp_path, cached_onnx_export):
     out = tmp_path / "bundle"
     with pytest.raises(DataError, match="fledge train"):
         pipeline.export(tmp_path / "nothing", out)
@@ -318,9 +315,9 @@ def test_what_can_not_be_used_is_one_line_and_writes_nothing(run, tmp_path, reme
     assert export(run, out, data=moved).parity["photos"] == len(run.dataset.valid)
 
 
-def test_an_output_that_is_something_else_is_refused(run, tmp_path):
+def test_an_output_that_is_no_bundle_is_refused(run, tmp_path):
     file = tmp_path / "file"
-    file.write_text("mine")
+    file.write_text("text")
     with pytest.raises(OptionError, match="is a file"):
         export(run, file)
     folder = tmp_path / "folder"
@@ -331,8 +328,8 @@ def test_an_output_that_is_something_else_is_refused(run, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["manifest.json"]
 
 
-def test_a_photo_that_does_not_decode_is_skipped(run, tmp_path, monkeypatch, remembered):
-    monkeypatch.setattr(verify, "BROKEN_SHARE", 0.5)
+def test_an_unreadable_photo_is_skipped(run, tmp_path, monkeypatch, cached_onnx_export):
+    monkeypatch.setattr(parity, "MAX_UNREADABLE_SHARE", 0.5)
     run.dataset.valid[0].path.write_bytes(b"no photo")
     manifest = export(run, tmp_path / "bundle")
     assert manifest.parity["skipped"] == 1
@@ -342,32 +339,32 @@ def test_a_photo_that_does_not_decode_is_skipped(run, tmp_path, monkeypatch, rem
 @pytest.fixture
 def key(tmp_path):
     path = tmp_path / "key.pem"
-    made = ["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(path)]
-    subprocess.run(made, check=True, capture_output=True)
+    command = ["openssl", "genpkey", "-algorithm", "ed25519", "-out", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
     return path
 
 
-def test_what_is_signed_is_what_this_export_made(shared_run, exported, out, key):
+def test_the_signed_files_are_those_of_this_export(shared_run, exported, out, key):
     manifest = storage.read(out).manifest
     card = out / manifest.version / "README.md"
-    honest = card.read_bytes()
+    original = card.read_bytes()
     card.write_text("# Forged")
     files = storage.describe_files(out / manifest.version)
-    storage.publish(dataclasses.replace(manifest, files=files), out)
+    storage.publish(manifest.model_copy(update={"files": files}), out)
     export(shared_run, out, sign=key)
-    assert card.read_bytes() == honest
+    assert card.read_bytes() == original
     assert storage.read(out).signers
 
 
-def test_keys_that_the_live_version_lacks_are_no_reason_to_harm_it(
+def test_a_live_version_without_a_trusted_signature_is_not_rewritten(
     shared_run, exported, out, key, monkeypatch
 ):
     public = key.with_suffix(".pub")
-    told = ["openssl", "pkey", "-in", str(key), "-pubout", "-out", str(public)]
-    subprocess.run(told, check=True, capture_output=True)
+    command = ["openssl", "pkey", "-in", str(key), "-pubout", "-out", str(public)]
+    subprocess.run(command, check=True, capture_output=True)
     graph = out / exported[1].version / "model.onnx"
     before = graph.stat().st_ino
-    monkeypatch.setenv("FLEDGE_TRUSTED_KEYS", str(public))  # the live version is signed by nobody
+    monkeypatch.setenv("FLEDGE_TRUSTED_KEYS", str(public))  # the live version is not signed
     with pytest.raises(BundleError):
         storage.read(out)
     export(shared_run, out, sign=key)

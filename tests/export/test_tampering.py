@@ -1,4 +1,4 @@
-"""Whatever is changed in a real bundle, `fledge verify` and the service refuse it by name."""
+"""`fledge verify` and `fledge serve` refuse a changed bundle and name the file."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from serving.bundle import storage
 
 @pytest.fixture(scope="module")
 def exported(shared_run, tmp_path_factory):
-    """A whole export, of which every test takes a copy."""
+    """An exported bundle; tests change copies of it."""
     out = tmp_path_factory.mktemp("tampering") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "measure", lambda graphs, *_: {})
@@ -26,18 +26,18 @@ def exported(shared_run, tmp_path_factory):
 
 @pytest.fixture
 def refused(capsys):
-    """Both doors refuse a folder with 78 and one line, which is returned."""
+    """Check that both subcommands refuse a folder with exit code 78; returns their one line."""
 
-    def ask(folder):
-        said = set()
+    def run(folder):
+        lines = set()
         for verb in ("verify", "serve"):
             assert fledge.main([verb, str(folder)]) == 78
-            said.add(capsys.readouterr().err.strip())
-        (line,) = said  # the same words
+            lines.add(capsys.readouterr().err.strip())
+        (line,) = lines  # the same text from both
         assert "\n" not in line
         return line
 
-    return ask
+    return run
 
 
 def test_a_changed_byte_in_any_file(exported, tmp_path, refused):
@@ -46,11 +46,11 @@ def test_a_changed_byte_in_any_file(exported, tmp_path, refused):
     kinds = {".onnx", ".ts", ".pt2", ".jpg", ".md", ".json", ".sha256"}
     assert {path.suffix for path in files} == kinds
     for path in files:
-        whole = path.read_bytes()
-        at = min(len(whole) // 2, 63)  # of the checksum: the last digit
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        data = path.read_bytes()
+        at = min(len(data) // 2, 63)  # in the checksum file: its last digit
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         assert path.name in refused(folder)
-        path.write_bytes(whole)
+        path.write_bytes(data)
     assert fledge.main(["verify", str(folder)]) == 0
 
 
@@ -62,19 +62,19 @@ def remove_view(values):
     del values["views"][-1]
 
 
-def sharpen(values):
+def halve_temperature(values):
     values["temperature"] /= 2
 
 
-@pytest.mark.parametrize("mended", [False, True], ids=["as it is", "checksum mended"])
-@pytest.mark.parametrize("change", [swap_labels, remove_view, sharpen])
-def test_another_answer(exported, tmp_path, refused, change, mended):
+@pytest.mark.parametrize("new_checksum", [False, True], ids=["old checksum", "new checksum"])
+@pytest.mark.parametrize("change", [swap_labels, remove_view, halve_temperature])
+def test_a_changed_manifest(exported, tmp_path, refused, change, new_checksum):
     folder = shutil.copytree(exported, tmp_path / "bundle")
     path = folder / storage.MANIFEST
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
-    if mended:
+    if new_checksum:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         (folder / storage.CHECKSUM).write_text(f"{digest}  {storage.MANIFEST}\n")
     line = refused(folder)

@@ -1,4 +1,4 @@
-"""Checkpoints that were made elsewhere: loaded without trust, exported, proved."""
+"""torchvision checkpoints: loaded without executing code, exported, compared."""
 
 import argparse
 import pickle
@@ -17,8 +17,8 @@ from serving.imaging.preprocess import Preprocess
 from serving.inference.load import open_predictor
 from tests.export.conftest import pixels
 from tests.export.test_pipeline import rates
-from tests.support.random_batchnorms import lively
-from training.models import classifier
+from tests.support.random_batchnorms import randomise_batchnorms
+from training.models.classifier import normalise
 
 LABELS = ["green", "unseen", "blue", "red"]
 PREPROCESS = Preprocess(size=64)
@@ -28,8 +28,8 @@ PREPROCESS = Preprocess(size=64)
 def network():
     torch.manual_seed(0)
     made = torchvision.models.get_model("resnet18", weights=None, num_classes=4)
-    x = classifier.normalise(pixels(16, 64), PREPROCESS)
-    lively(made, x)
+    x = normalise(pixels(16, 64), PREPROCESS)
+    randomise_batchnorms(made, x)
     with torch.no_grad():
         logits = made(x)
         made.fc.weight.div_(logits.std())
@@ -56,7 +56,7 @@ def load(path, arch="resnet18", labels=LABELS, size=64):
 
 
 @pytest.mark.parametrize("kind", ["plain", "reference", "lightning", "ddp", "safetensors"])
-def test_the_usual_ways_to_save_are_read(network, tmp_path, kind):
+def test_the_usual_file_formats_are_read(network, tmp_path, kind):
     state = network.state_dict()
     path = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.pth")
     if kind == "safetensors":
@@ -70,11 +70,11 @@ def test_the_usual_ways_to_save_are_read(network, tmp_path, kind):
             "ddp": {f"module.{key}": value for key, value in state.items()},
         }
         torch.save(wrapped[kind], path)
-    whole, info = load(path)
-    x = classifier.normalise(pixels(3, 64, seed=1), PREPROCESS)
+    loaded, info = load(path)
+    x = normalise(pixels(3, 64, seed=1), PREPROCESS)
     with torch.no_grad():
-        assert torch.equal(whole(x), network(x))
-        assert whole.features(x).shape == (3, 512)
+        assert torch.equal(loaded(x), network(x))
+        assert loaded.features(x).shape == (3, 512)
     assert (info.name, info.arch, info.classes) == ("x", "resnet18", tuple(LABELS))
     assert (info.preprocess.size, info.preprocess.crop) == (64, 0.875)
 
@@ -86,35 +86,35 @@ def test_the_usual_ways_to_save_are_read(network, tmp_path, kind):
         "squeezenet1_1",
     ],
 )
-def test_other_families_keep_what_they_compute(arch, tmp_path):
+def test_other_families_give_the_network_s_outputs(arch, tmp_path):
     torch.manual_seed(0)
     options = {"init_weights": False} if arch == "googlenet" else {}
     made = torchvision.models.get_model(arch, weights=None, num_classes=4, **options).eval()
     torch.save(made.state_dict(), tmp_path / "x.pth")
     size = 224 if arch == "vit_b_32" else 64
-    whole, _ = load(tmp_path / "x.pth", arch, size=size)
-    x = classifier.normalise(pixels(2, size), PREPROCESS)
+    loaded, _ = load(tmp_path / "x.pth", arch, size=size)
+    x = normalise(pixels(2, size), PREPROCESS)
     with torch.no_grad():
-        assert torch.equal(whole(x), made(x))
-        graph, _ = assemble(whole, Preprocess(size=size))
+        assert torch.equal(loaded(x), made(x))
+        graph, _ = assemble(loaded, Preprocess(size=size))
         logits, features = graph(pixels(2, size))
     assert torch.allclose(logits, made(x), rtol=1e-4, atol=1e-5)
     assert features.ndim == 2
 
 
-def test_options_of_the_builder_are_taken_and_checked(tmp_path):
+def test_arguments_of_the_builder_are_used_and_checked(tmp_path):
     torch.manual_seed(0)
     made = torchvision.models.googlenet(num_classes=4, init_weights=False).eval()
     torch.save(made.state_dict(), tmp_path / "x.pth")
     args = torchvision_checkpoint.read_args(["transform_input=true"])
-    whole, info = torchvision_checkpoint.load(
+    loaded, info = torchvision_checkpoint.load(
         tmp_path / "x.pth", "googlenet", LABELS, size=64, arch_args=args
     )
     assert info.arch_args == {"transform_input": True}
     made.transform_input = True
-    x = classifier.normalise(pixels(2, 64), PREPROCESS)
+    x = normalise(pixels(2, 64), PREPROCESS)
     with torch.no_grad():
-        assert torch.equal(whole(x), made(x))
+        assert torch.equal(loaded(x), made(x))
     with pytest.raises(OptionError, match=r"--arch-args .*wings.* does not fit googlenet"):
         torchvision_checkpoint.load(tmp_path / "x.pth", "googlenet", LABELS, arch_args={"wings": 2})
     args = torchvision_checkpoint.read_args(
@@ -134,7 +134,7 @@ def test_options_of_the_builder_are_taken_and_checked(tmp_path):
         torchvision_checkpoint.read_args(["wings"])
 
 
-def test_it_is_exported_and_answers_as_it_did(network, file, labels, shared_run, tmp_path):
+def test_the_bundle_gives_the_network_s_answers(network, file, labels, shared_run, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "measure", rates)
         words = ["--checkpoint", file, "--arch", "resnet18", "--labels", labels]
@@ -150,7 +150,7 @@ def test_it_is_exported_and_answers_as_it_did(network, file, labels, shared_run,
     photo = next(shared_run.photos.glob("*/*.jpg")).read_bytes()
     prepared = predictor.prepare(photo)
     with torch.no_grad():
-        x = classifier.normalise(torch.from_numpy(prepared.pixels.copy()), PREPROCESS)
+        x = normalise(torch.from_numpy(prepared.pixels.copy()), PREPROCESS)
         expected = (network(x).double() / manifest.temperature).softmax(1).numpy()
     answer = predictor.predict([prepared])[0].probabilities
     assert np.abs(answer - expected[0]).max() <= 1e-4
@@ -170,7 +170,7 @@ class Evil:
         (["--accuracy-budget", "-1"], "--accuracy-budget -1: use points"),
     ],
 )
-def test_a_number_that_is_none_is_told_at_once(
+def test_an_invalid_number_is_refused_before_the_export(
     file, labels, shared_run, tmp_path, capsys, words, message
 ):
     given = ["--checkpoint", file, "--arch", "resnet18", "--labels", labels]
@@ -180,7 +180,7 @@ def test_a_number_that_is_none_is_told_at_once(
     assert not (tmp_path / "b").exists()
 
 
-def test_what_is_no_better_than_chance_is_suspected(
+def test_a_network_no_better_than_the_most_common_class_gets_a_warning(
     network, labels, shared_run, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(benchmark, "measure", rates)
@@ -197,15 +197,15 @@ def test_what_is_no_better_than_chance_is_suspected(
 def test_a_pickle_with_code_is_refused(tmp_path, capsys):
     path = tmp_path / "evil.pth"
     path.write_bytes(pickle.dumps({"fc.weight": Evil()}))
-    with pytest.raises(DataError, match=r"--checkpoint .*evil\.pth' is no state dict"):
+    with pytest.raises(DataError, match=r"--checkpoint .*evil\.pth' is not a state dict"):
         load(path)
     torch.save({"fc.weight": Evil()}, path)
-    with pytest.raises(DataError, match="is no state dict"):
+    with pytest.raises(DataError, match="is not a state dict"):
         load(path)
     assert "code ran" not in capsys.readouterr().out
 
 
-def test_what_does_not_fit_is_named(file, tmp_path):
+def test_a_mismatch_is_named(file, tmp_path):
     with pytest.raises(DataError, match=r"has 4 classes and --labels 3"):
         load(file, labels=LABELS[:3])
     with pytest.raises(DataError, match=r"is not for resnet34: it lacks layer1\.2\.conv1\.weight"):
@@ -229,7 +229,7 @@ def test_what_does_not_fit_is_named(file, tmp_path):
         ("a\nb\na", "line 3 holds 'a' a second"),
     ],
 )
-def test_labels_that_are_none_are_refused(tmp_path, text, why):
+def test_invalid_label_files_are_refused(tmp_path, text, why):
     path = tmp_path / "labels.txt"
     path.write_text(text)
     with pytest.raises(DataError, match=why):

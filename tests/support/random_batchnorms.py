@@ -1,15 +1,16 @@
-"""Networks that say something although nobody trained them."""
+"""Untrained networks with random BatchNorms, whose outputs depend on the input."""
 
 import torch
 from torch import nn
 
 
-def lively(network, x=None, seed=0):
-    """Give a network BatchNorms that do something: a fresh one's are the identity.
+def randomise_batchnorms(network, x=None, seed=0):
+    """Give a network random BatchNorms: those of a fresh network are the identity.
 
-    Gains have both signs, variances are drawn from 0.5 to 2. Drawn so, a deep network soon says
-    nearly the same to every input. With `x`, means and variances are therefore what each layer sees
-    for `x`, moved by up to half a standard deviation and by a factor of 0.5 to 2.
+    Gains have both signs, variances are drawn from 0.5 to 2. With such values a deep network gives
+    nearly the same output for every input. With `x`, means and variances are therefore those of
+    each layer's inputs for `x`, moved by up to half a standard deviation and by a factor of 0.5 to
+    2.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -22,7 +23,7 @@ def lively(network, x=None, seed=0):
         for norm in norms:
             norm.running_mean.copy_(uniform(norm.running_mean, -1, 1))
             norm.running_var.copy_(uniform(norm.running_var, 0.5, 2))
-            norm.momentum = 1.0  # the statistics of one very batch
+            norm.momentum = 1.0  # the statistics become those of the next batch
             if norm.affine:
                 sign = uniform(norm.weight, -1, 3).sign()  # a quarter is negative
                 norm.weight.copy_(uniform(norm.weight, 0.5, 1.5) * sign)
@@ -35,15 +36,15 @@ def lively(network, x=None, seed=0):
         for norm in norms:
             norm.running_mean += uniform(norm.running_mean, -0.5, 0.5) * norm.running_var.sqrt()
             norm.running_var *= uniform(norm.running_var, 0.5, 2)
-            # A channel that hardly varies would be blown up, and its rounding with it.
+            # A tiny variance would amplify a nearly constant channel, and with it its rounding.
             norm.running_var.clamp_(min=norm.running_mean.square() / 4)
     return network.eval()
 
 
-def speaking(classifier, x, *, centred=False):
+def scale_logits(classifier, x, *, centred=False):
     """Rescale the last layer so that logits have a standard deviation of 2 over `x`.
 
-    `centred`: each class for itself and around zero, so that answers differ from photo to photo.
+    `centred`: each class on its own and with mean 0, so that predictions differ between photos.
     """
     with torch.no_grad():
         last, logits = classifier.head[-1], classifier(x)

@@ -1,4 +1,4 @@
-"""float16: half the bytes, the same answers, and float32 where numbers would overflow."""
+"""float16: half the size, equal outputs but for rounding, float32 where values could overflow."""
 
 import numpy as np
 import onnx
@@ -6,12 +6,10 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from export import benchmark
-from export.precision import fp16 as half
-from export.precision import int8, select
+from export.precision import fp16, int8, select
 from serving.bundle import storage
-from serving.inference.load import open_predictor
+from serving.inference.load import open_predictor, verify
 from serving.inference.runtime import OnnxRuntime
-from serving.inference.verify import verify
 from tests.export.conftest import Run, pixels
 from tests.export.test_pipeline import export, rates
 
@@ -23,39 +21,39 @@ def larger_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(larger_run, tmp_path_factory):
-    """A bundle with fp16 in it: judged on the CPU, which has no use for it, in a GPU's place."""
-    out, said = tmp_path_factory.mktemp("half") / "bundle", []
+    """A bundle with fp16, compared on the CPU in place of a GPU, and the log lines."""
+    out, lines = tmp_path_factory.mktemp("half") / "bundle", []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "measure", rates)
         kind = select.KINDS["fp16"]._replace(device="cpu")
         patch.setattr(select, "KINDS", {"fp16": kind})
-        export(larger_run, out, precision="fp16", accuracy_budget=50, log=said.append)
-    return out, said
+        export(larger_run, out, precision="fp16", accuracy_budget=50, log=lines.append)
+    return out, lines
 
 
-def test_it_is_kept_said_and_verified(exported):
-    out, said = exported
+def test_it_is_kept_logged_and_verified(exported):
+    out, lines = exported
     manifest = storage.read(out).manifest
     assert list(manifest.precisions) == ["fp32", "fp16"]
     assert manifest.tried["fp16"]["kept"]
     assert manifest.tried["fp16"]["float_layers"] == []
-    assert any(line.startswith("fp16 kept; on 21 held-out photos") for line in said)
+    assert any(line.startswith("fp16 kept; on 21 held-out photos") for line in lines)
     assert any(line.startswith("fp16 on CPUExecutionProvider") for line in verify(out))
-    assert open_predictor(out, device="cpu").precision == "fp32"  # a CPU has no use for it
+    assert open_predictor(out, device="cpu").precision == "fp32"  # not used on CPUs
     sizes = [manifest.files[manifest.precisions[p]["file"]]["bytes"] for p in ("fp32", "fp16")]
     assert sizes[1] < 0.6 * sizes[0]
 
 
-def test_answers_stay_within_rounding(exported):
+def test_outputs_differ_by_rounding(exported):
     opened = storage.read(exported[0])
     x = pixels(7, 32).numpy()
-    fp32, fp16 = (OnnxRuntime(opened.graph(p), device="cpu").run(x) for p in ("fp32", "fp16"))
-    for one, other in zip(fp32, fp16, strict=True):
+    expected, actual = (OnnxRuntime(opened.graph(p), device="cpu").run(x) for p in ("fp32", "fp16"))
+    for one, other in zip(expected, actual, strict=True):
         assert other.dtype == np.float32
         assert 0 < np.abs(one - other).max() <= 0.05 * np.abs(one).max()
 
 
-def test_what_would_overflow_stays_in_float32(exported, tmp_path):
+def test_layers_that_would_overflow_stay_in_float32(exported, tmp_path):
     graph = onnx.load(storage.read(exported[0]).graph("fp32"))
     last = [node for node in graph.graph.node if node.op_type == "Gemm"][-1]
     weights = {tensor.name: tensor for tensor in graph.graph.initializer}
@@ -64,11 +62,11 @@ def test_what_would_overflow_stays_in_float32(exported, tmp_path):
         weights[name].CopyFrom(numpy_helper.from_array(large, name))
     onnx.save(graph, tmp_path / "large.onnx")
     x = pixels(30, 32).numpy()
-    model, facts = half.convert(tmp_path / "large.onnx", x)
+    model, facts = fp16.convert(tmp_path / "large.onnx", x)
     assert facts["float_layers"] == [last.name]
-    kept = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    assert TensorProto.FLOAT16 in kept.values()
-    assert kept[last.input[1]] == TensorProto.FLOAT
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert TensorProto.FLOAT16 in types.values()
+    assert types[last.input[1]] == TensorProto.FLOAT
     onnx.save(model, tmp_path / "half.onnx")
     expected, actual = (
         OnnxRuntime(tmp_path / name, device="cpu").run(x)[0] for name in ("large.onnx", "half.onnx")
@@ -76,9 +74,9 @@ def test_what_would_overflow_stays_in_float32(exported, tmp_path):
     assert np.abs(expected - actual).max() <= 0.05 * np.abs(expected).max()
 
 
-def test_ranges_are_of_every_layer(exported):
+def test_all_tensors_gives_the_ranges_of_every_layer(exported):
     source = storage.read(exported[0]).graph("fp32")
-    found = int8.ranges(source, pixels(9, 32).numpy(), "minmax", every=True)
+    every = int8.ranges(source, pixels(9, 32).numpy(), "minmax", all_tensors=True)
     some = int8.ranges(source, pixels(9, 32).numpy(), "minmax")
-    assert "logits" in dict(found.items())
-    assert set(dict(some.items())) <= set(dict(found.items()))
+    assert "logits" in dict(every.items())
+    assert set(dict(some.items())) <= set(dict(every.items()))

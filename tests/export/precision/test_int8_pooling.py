@@ -1,4 +1,4 @@
-"""Pooling behind a layer that was left in float."""
+"""Max pooling between a float layer and a quantised one."""
 
 import numpy as np
 import onnx
@@ -6,7 +6,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.precision import int8, pooling
+from export.precision import int8
 
 NODES = [
     helper.make_node("Cast", ["pixels"], ["cast"], to=TensorProto.FLOAT),
@@ -49,20 +49,20 @@ def write(nodes, path):
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
 
 
-def quantised(source, pixels, leave):
+def quantised(source, pixels, float_layers):
     graph = onnx.shape_inference.infer_shapes(onnx.load(source))
-    found = int8.ranges(source, pixels, "minmax")
-    return int8._quantised(graph, found, int8.QuantConfig("minmax", True, leave))
+    ranges = int8.ranges(source, pixels, "minmax")
+    return int8._quantised(graph, ranges, int8.QuantConfig("minmax", True, float_layers))
 
 
 def before(graph, operator):
-    """Operators from which the first input of the first node of a kind comes, nearest first."""
+    """Operators before the first node of a kind, along first inputs, nearest first."""
     made_by = {name: node for node in graph.node for name in node.output}
-    name, found = next(node.input[0] for node in graph.node if node.op_type == operator), []
+    name, operators = next(node.input[0] for node in graph.node if node.op_type == operator), []
     while name in made_by:
-        found.append(made_by[name].op_type)
+        operators.append(made_by[name].op_type)
         name = made_by[name].input[0]
-    return found
+    return operators
 
 
 def run(model, pixels, optimised=None):
@@ -71,7 +71,7 @@ def run(model, pixels, optimised=None):
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     else:
         options.optimized_model_filepath = str(optimised)
-        # What is behind it depends on the processor.
+        # Higher levels depend on the processor.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -79,7 +79,7 @@ def run(model, pixels, optimised=None):
     return session.run(["logits"], {"pixels": pixels})[0]
 
 
-def test_pooling_behind_a_float_layer_stays_in_float_and_says_the_same(
+def test_pooling_after_a_float_layer_stays_in_float_with_equal_outputs(
     source, pixels, tmp_path, monkeypatch
 ):
     model = quantised(source, pixels, ("stem",))
@@ -88,29 +88,29 @@ def test_pooling_behind_a_float_layer_stays_in_float_and_says_the_same(
     optimised = tmp_path / "optimised.onnx"
     run(model, pixels, optimised)
     assert "QuantizeLinear" not in before(onnx.load(optimised).graph, "MaxPool")
-    monkeypatch.setattr(pooling, "relu_behind", lambda model: None)
-    as_it_was = quantised(source, pixels, ("stem",))
-    assert before(as_it_was.graph, "QuantizeLinear")[:3] == ["MaxPool", "Relu", "Conv"]
-    run(as_it_was, pixels, optimised)
-    # Once this fails, ONNX Runtime has mended it, and `export/precision/pooling.py` can go.
+    monkeypatch.setattr(int8, "_move_relu_after_pooling", lambda model: None)
+    unchanged = quantised(source, pixels, ("stem",))
+    assert before(unchanged.graph, "QuantizeLinear")[:3] == ["MaxPool", "Relu", "Conv"]
+    run(unchanged, pixels, optimised)
+    # If this fails, ONNX Runtime no longer moves it: remove `int8._move_relu_after_pooling`.
     assert "QuantizeLinear" in before(onnx.load(optimised).graph, "MaxPool")
-    assert np.array_equal(run(model, pixels), run(as_it_was, pixels))
+    assert np.array_equal(run(model, pixels), run(unchanged, pixels))
 
 
-def test_pooling_that_is_quantised_itself_is_left_alone(source, pixels, monkeypatch):
+def test_pooling_between_quantised_layers_is_unchanged(source, pixels, monkeypatch):
     model = quantised(source, pixels, ())
-    monkeypatch.setattr(pooling, "relu_behind", lambda model: None)
+    monkeypatch.setattr(int8, "_move_relu_after_pooling", lambda model: None)
     assert model == quantised(source, pixels, ())
 
 
-@pytest.mark.parametrize("reader", ["a node", "the caller"])
-def test_a_map_that_others_read_is_left_alone(tmp_path, pixels, reader):
+@pytest.mark.parametrize("reader", ["node", "output"])
+def test_a_relu_with_another_reader_is_unchanged(tmp_path, pixels, reader):
     source = tmp_path / "shared.onnx"
     mean = helper.make_node("ReduceMean", ["relu1"], ["mean"], axes=[2, 3], keepdims=0)
     both = helper.make_node("Add", ["mean", "features"], ["sum"])
     last = helper.make_node("MatMul", ["sum", "w3"], ["logits"], "last")
-    write([*NODES[:8], mean, both, last] if reader == "a node" else NODES, source)
-    if reader == "the caller":
+    write([*NODES[:8], mean, both, last] if reader == "node" else NODES, source)
+    if reader == "output":
         model = onnx.load(source)
         shape = ["batch", 16, 17, 17]
         model.graph.output.append(helper.make_tensor_value_info("relu1", TensorProto.FLOAT, shape))

@@ -1,4 +1,4 @@
-"""Faster precisions: kept where they are worth it, refused with figures where not."""
+"""Faster precisions: kept if accurate and faster, else refused with figures."""
 
 import json
 
@@ -9,33 +9,32 @@ import pytest
 
 from export import benchmark, parity
 from export.precision import int8, select
-from export.precision.verdict import judge
+from export.precision.verdict import accuracy_verdict
 from serving.bundle import storage
 from serving.errors import BundleError, GateError, OptionError, WorkError
 from serving.inference import runtime
-from serving.inference.load import open_predictor
-from serving.inference.verify import verify as verify_bundle
+from serving.inference.load import open_predictor, verify
 from tests.export.conftest import Run
 from tests.export.test_pipeline import contents, export, rates
 
 # ---- the verdict
 
 
-def told(lost, won, photos=200, **options):
+def verdict_of(lost, won, photos=200, **options):
     labels = [0] * photos
     fp32 = [1] * won + [0] * (photos - won)
     other = [0] * (photos - lost) + [1] * lost
-    return judge(fp32, other, labels, **{"faster": 2.0, "budget": 0.5} | options)
+    return accuracy_verdict(fp32, other, labels, **{"speedup": 2.0, "budget": 0.5} | options)
 
 
-def test_it_is_kept_where_it_is_faster_and_as_good():
-    verdict = told(lost=3, won=3)
+def test_a_faster_precision_of_equal_accuracy_is_kept():
+    verdict = verdict_of(lost=3, won=3)
     assert verdict.refusal is None
-    assert (verdict.fell, verdict.accuracy, verdict.of_fp32) == (0, 197 / 200, 197 / 200)
+    assert (verdict.drop, verdict.accuracy, verdict.accuracy_fp32) == (0, 197 / 200, 197 / 200)
     low, high = verdict.interval
     assert low < 0 < high
     assert low == pytest.approx(-high)
-    assert "kept; on 200 held-out photos 98.50%, fp32 98.50%" in verdict.told("int8")
+    assert "kept; on 200 held-out photos 98.50%, fp32 98.50%" in verdict.summary("int8")
 
 
 @pytest.mark.parametrize(
@@ -44,34 +43,36 @@ def test_it_is_kept_where_it_is_faster_and_as_good():
         (5, 3, {}, "falls by 1.00 points, and the budget is 0.5"),
         (5, 3, {"budget": 1.0}, None),
         (1, 0, {}, None),  # half a point is within half a point
-        (0, 0, {"faster": 0.97}, "no faster here: 0.97 times fp32"),
+        (0, 0, {"speedup": 0.97}, "no faster here: 0.97 times fp32"),
     ],
 )
-def test_what_it_costs_decides(lost, won, options, why):
-    refusal = told(lost, won, **options).refusal
+def test_a_precision_is_refused_by_accuracy_and_speed(lost, won, options, why):
+    refusal = verdict_of(lost, won, **options).refusal
     assert refusal is None if why is None else why in refusal
 
 
-def test_logits_that_are_not_finite_are_refused(larger_run, tmp_path, monkeypatch, remembered):
+def test_a_precision_with_logits_that_are_not_finite_is_refused(
+    larger_run, tmp_path, monkeypatch, cached_onnx_export
+):
     monkeypatch.setattr(benchmark, "measure", rates)
-    real, said = select.ask, []
+    real, lines = select.predict_views, []
 
     def overflowing(*args, **options):
-        held = real(*args, **options)
+        held_out = real(*args, **options)
         if options.get("views") == 1:
-            held.logits[0] = np.nan
-        return held
+            held_out.logits[0] = np.nan
+        return held_out
 
-    monkeypatch.setattr(select, "ask", overflowing)
+    monkeypatch.setattr(select, "predict_views", overflowing)
     options = {"precision": "auto", "accuracy_budget": 90}
-    manifest = export(larger_run, tmp_path / "bundle", log=said.append, **options)
-    assert "of 1 photos the logits are not finite" in manifest.tried["int8"]["why_not"]
+    manifest = export(larger_run, tmp_path / "bundle", log=lines.append, **options)
+    assert "the logits of 1 photos are not finite" in manifest.tried["int8"]["why_not"]
     assert set(manifest.precisions) == {"fp32"}
     assert "model.int8.onnx" not in manifest.files
 
 
-def test_a_precision_that_can_not_be_tried_leaves_nothing(
-    larger_run, tmp_path, monkeypatch, remembered
+def test_a_precision_that_can_not_be_tried_leaves_no_file(
+    larger_run, tmp_path, monkeypatch, cached_onnx_export
 ):
     def out_of_memory(graphs, *args):
         if len(graphs) > 1:
@@ -84,8 +85,8 @@ def test_a_precision_that_can_not_be_tried_leaves_nothing(
     assert "model.int8.onnx" not in manifest.files
 
 
-def test_a_gpu_that_is_seen_and_does_not_load_is_none(
-    larger_run, tmp_path, monkeypatch, remembered
+def test_a_gpu_on_which_no_graph_loads_is_not_used(
+    larger_run, tmp_path, monkeypatch, cached_onnx_export
 ):
     monkeypatch.setattr(benchmark, "measure", rates)
     monkeypatch.setattr(runtime, "_why_not", lambda device: None)
@@ -100,12 +101,12 @@ def test_a_gpu_that_is_seen_and_does_not_load_is_none(
 
 
 @pytest.mark.parametrize("photos", [50, 500])
-def test_the_interval_covers_what_it_should(photos):
-    """Photos drawn so that accuracy really falls by one point, many times."""
+def test_the_interval_covers_the_true_drop(photos):
+    """In at least 93 % of 600 samples whose true drop is one point."""
     rng, covered, times = np.random.default_rng(0), 0, 600
     for _ in range(times):
         kinds = rng.choice(3, p=[0.03, 0.02, 0.95], size=photos)  # lost, won, neither
-        low, high = told((kinds == 0).sum(), (kinds == 1).sum(), photos).interval
+        low, high = verdict_of((kinds == 0).sum(), (kinds == 1).sum(), photos).interval
         covered += low <= 1 <= high
     assert covered / times >= 0.93
 
@@ -126,15 +127,15 @@ def pixels(larger_run):
 
 @pytest.fixture(scope="module")
 def exported(larger_run, tmp_path_factory):
-    """A bundle with int8, and what was said; nearly any loss is within the budget."""
-    said, out = [], tmp_path_factory.mktemp("exported") / "bundle"
+    """A bundle with int8 and the log lines; nearly any loss is within the budget."""
+    lines, out = [], tmp_path_factory.mktemp("exported") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "measure", rates)
-        manifest = export(larger_run, out, precision="auto", accuracy_budget=90, log=said.append)
-    return out, manifest, said
+        manifest = export(larger_run, out, precision="auto", accuracy_budget=90, log=lines.append)
+    return out, manifest, lines
 
 
-def test_photos_are_drawn_class_by_class_and_the_same_each_time(shared_run):
+def test_photos_are_drawn_class_by_class_and_the_same_on_every_call(shared_run):
     samples = [(sample.path, sample.label) for sample in shared_run.dataset.train * 2]
     assert len(samples) == 24
     first, again = (int8.draw(samples, shared_run.preprocess, n) for n in (1, 3))
@@ -144,21 +145,21 @@ def test_photos_are_drawn_class_by_class_and_the_same_each_time(shared_run):
         int8.draw(samples[:12], shared_run.preprocess)
 
 
-def test_a_near_way_is_found(exported, pixels):
+def test_a_configuration_near_fp32_is_found(exported, pixels):
     out, manifest, _ = exported
     source = out / manifest.version / "model.onnx"
-    found = int8.search(source, pixels, enough=0.0)
-    assert len(found.tried) == len({way[:3] for way in found.tried}) == 12
-    limit = 1.5 * min(way.divergence for way in found.tried)
-    assert 0 < found.way.divergence <= min(limit, 1)
-    near = [way for way in found.tried if way.divergence <= limit]
-    assert len(found.way.leave) == min(len(way.leave) for way in near)
-    operators = [node.op_type for node in found.model.graph.node]
+    result = int8.search(source, pixels, min_agreement=0.0)
+    assert len(result.tried) == len({config[:3] for config in result.tried}) == 12
+    limit = 1.5 * min(config.divergence for config in result.tried)
+    assert 0 < result.config.divergence <= min(limit, 1)
+    near = [config for config in result.tried if config.divergence <= limit]
+    assert len(result.config.float_layers) == min(len(config.float_layers) for config in near)
+    operators = [node.op_type for node in result.model.graph.node]
     assert operators.count("DequantizeLinear") > 50
-    onnx.checker.check_model(found.model, full_check=True)
+    onnx.checker.check_model(result.model, full_check=True)
 
 
-def test_of_ways_about_as_near_the_one_with_fewest_layers_in_float_is_taken():
+def test_of_similar_configurations_the_one_with_fewest_float_layers_is_chosen():
     far = int8.QuantConfig("minmax", False, (), 0.031, 1.0)
     wholly = int8.QuantConfig("minmax", True, (), 0.029, 1.0)
     ends = int8.QuantConfig("minmax", True, ("first", "last"), 0.020, 1.0)
@@ -168,40 +169,43 @@ def test_of_ways_about_as_near_the_one_with_fewest_layers_in_float_is_taken():
     assert int8._choose([far, ends]) is ends
 
 
-def test_a_way_that_is_far_enough_off_is_not_taken_where_another_agrees(
+def test_a_configuration_with_too_little_agreement_is_not_chosen_if_another_has_enough(
     exported, pixels, monkeypatch
 ):
-    """Though it is nearer by divergence: a best class is what is asked for."""
+    """Although its divergence is smaller."""
     out, manifest, _ = exported
 
-    def only_percentiles(self, way, model, photos=None):
-        far = way.method == "percentile"
-        return way._replace(agreement=float(far), divergence=0.05 if far else 0.01)
+    def only_percentiles(self, config, model, photos=None):
+        agrees = config.method == "percentile"
+        return config._replace(agreement=float(agrees), divergence=0.05 if agrees else 0.01)
 
-    monkeypatch.setattr(int8._Judge, "__call__", only_percentiles)
-    monkeypatch.setattr(int8, "_quantised", lambda graph, ranges, way: graph)
+    monkeypatch.setattr(int8._Comparison, "__call__", only_percentiles)
+    monkeypatch.setattr(int8, "_quantised", lambda graph, ranges, config: graph)
     source = out / manifest.version / "model.onnx"
-    found = int8.search(source, pixels[:30], enough=1.0)
-    assert len(found.tried) == 12  # no layer was looked at on its own
-    assert found.way[:3] == ("percentile", False, ())
-    # Where none agrees, the nearest is taken, however many layers it leaves.
+    result = int8.search(source, pixels[:30], min_agreement=1.0)
+    assert len(result.tried) == 12  # no layer was ranked
+    assert result.config[:3] == ("percentile", False, ())
+    # If none has enough, the least divergence decides, with any number of float layers.
     monkeypatch.setattr(
-        int8._Judge,
+        int8._Comparison,
         "__call__",
-        lambda self, way, model, photos=None: way._replace(divergence=1 / (50 + len(way.leave))),
+        lambda self, config, model, photos=None: config._replace(
+            divergence=1 / (50 + len(config.float_layers))
+        ),
     )
-    found = int8.search(source, pixels[:30], enough=1.0)
-    assert len(found.way.leave) == max(len(way.leave) for way in found.tried) > 2
+    result = int8.search(source, pixels[:30], min_agreement=1.0)
+    most = max(len(config.float_layers) for config in result.tried)
+    assert len(result.config.float_layers) == most > 2
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_products_of_two_weights_never_saturate(exported, pixels, per_channel):
-    """Where a processor without VNNI adds two of them, in 16 bits, beside activations of 255."""
+    """CPUs without VNNI add two products of a weight and an activation up to 255 in 16 bits."""
     out, manifest, _ = exported
     source = out / manifest.version / "model.onnx"
-    found = int8.ranges(source, pixels[:8], "minmax")
-    way = int8.QuantConfig("minmax", per_channel, ())
-    graph = int8._quantised(onnx.load(source), found, way).graph
+    ranges = int8.ranges(source, pixels[:8], "minmax")
+    config = int8.QuantConfig("minmax", per_channel, ())
+    graph = int8._quantised(onnx.load(source), ranges, config).graph
     stored = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
     weights = [stored[one] for one in stored if one.endswith("weight_quantized")]
     assert len(weights) > 50
@@ -210,25 +214,24 @@ def test_products_of_two_weights_never_saturate(exported, pixels, per_channel):
     assert 2 * 255 * largest.pop() in range(32_000, np.iinfo(np.int16).max + 1)
 
 
-def test_layers_stay_in_float_until_enough_agree(exported, pixels, monkeypatch):
+def test_layers_are_left_in_float_until_enough_photos_agree(exported, pixels, monkeypatch):
     out, manifest, _ = exported
     monkeypatch.setattr(int8, "_METHODS", {"minmax": int8._METHODS["minmax"]})
-    asked = []
-    real = int8._Judge.__call__
+    real = int8._Comparison.__call__
 
-    def never_enough(self, way, model, photos=None):
-        asked.append(way)
-        return real(self, way, model, photos)._replace(agreement=0.1 * len(way.leave))
+    def agreement_by_layers(self, config, model, photos=None):
+        agreement = 0.1 * len(config.float_layers)
+        return real(self, config, model, photos)._replace(agreement=agreement)
 
-    monkeypatch.setattr(int8._Judge, "__call__", never_enough)
-    found = int8.search(out / manifest.version / "model.onnx", pixels[:30], enough=0.55)
-    assert found.way.agreement >= 0.55
-    assert len(found.way.leave) >= 6
-    names = {node.name for node in found.model.graph.node}
-    left = [name for name in found.way.leave if name in names]
-    inputs = {node.name: node.input for node in found.model.graph.node}
-    made_by = {name: node.op_type for node in found.model.graph.node for name in node.output}
-    assert len(left) == len(found.way.leave)
+    monkeypatch.setattr(int8._Comparison, "__call__", agreement_by_layers)
+    result = int8.search(out / manifest.version / "model.onnx", pixels[:30], min_agreement=0.55)
+    assert result.config.agreement >= 0.55
+    assert len(result.config.float_layers) >= 6
+    names = {node.name for node in result.model.graph.node}
+    left = [name for name in result.config.float_layers if name in names]
+    inputs = {node.name: node.input for node in result.model.graph.node}
+    made_by = {name: node.op_type for node in result.model.graph.node for name in node.output}
+    assert len(left) == len(result.config.float_layers)
     for name in left:
         assert made_by.get(inputs[name][1]) != "DequantizeLinear"  # its weight is float
 
@@ -238,8 +241,8 @@ def test_before_a_quantised_layer_the_mean_is_subtracted_a_row_at_a_time(
 ):
     out, manifest, _ = exported
     source = onnx.load(out / manifest.version / "model.onnx")
-    found = int8.ranges(out / manifest.version / "model.onnx", pixels[:8], "minmax")
-    quantised = int8._quantised(source, found, int8.QuantConfig("minmax", False, ()))
+    ranges = int8.ranges(out / manifest.version / "model.onnx", pixels[:8], "minmax")
+    quantised = int8._quantised(source, ranges, int8.QuantConfig("minmax", False, ()))
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     session = ort.InferenceSession(
@@ -249,7 +252,7 @@ def test_before_a_quantised_layer_the_mean_is_subtracted_a_row_at_a_time(
     (subtraction,) = [node for node in graph.node if node.op_type == "Sub"]
     stored = {one.name: tuple(one.dims) for one in graph.initializer}
     (mean,) = [stored[name] for name in subtraction.input if name in stored]
-    # Channels last: what ONNX Runtime does to all that stands before a quantised convolution.
+    # Channels last, as ONNX Runtime computes everything before a quantised convolution.
     assert mean[-2:] == (manifest.preprocess.size, 3)
     assert session.get_inputs()[0].name == "pixels"
 
@@ -257,25 +260,24 @@ def test_before_a_quantised_layer_the_mean_is_subtracted_a_row_at_a_time(
 # ---- the bundle
 
 
-def test_a_kept_precision_is_in_the_bundle_and_proves_itself(exported):
-    out, manifest, said = exported
+def test_a_kept_precision_is_in_the_bundle_and_passes_its_golden_images(exported):
+    out, manifest, lines = exported
     assert set(manifest.precisions) == {"fp32", "int8"}
     assert manifest.tried["int8"]["kept"]
     assert manifest.tried["fp16"]["why_not"] == "not tried: no GPU here"
     assert manifest.tried["int8"]["times_fp32"] == pytest.approx(208 / 108, rel=0.01)
     assert "model.int8.onnx" in manifest.files
-    assert any(line.startswith("int8 kept; on 21 held-out photos") for line in said)
+    assert any(line.startswith("int8 kept; on 21 held-out photos") for line in lines)
     fp32 = (out / manifest.version / "model.onnx").stat().st_size
     assert (out / manifest.version / "model.int8.onnx").stat().st_size < 0.7 * fp32
     predictor = open_predictor(out, device="cpu")
     assert predictor.precision == "int8"
-    lines = verify_bundle(out)
+    lines = verify(out)
     assert [line.partition(" ")[0] for line in lines[2:]] == ["fp32", "int8"]
-    name = {"model": manifest.name, "labels": list(manifest.labels)}
     graph = onnx.load(out / manifest.version / "model.int8.onnx")
     facts = {item.key: item.value for item in graph.metadata_props}
-    assert facts["name"] == name["model"]
-    assert json.loads(facts["labels"]) == name["labels"]
+    assert facts["name"] == manifest.name
+    assert json.loads(facts["labels"]) == list(manifest.labels)
 
 
 def test_the_same_run_gives_the_same_int8(exported, larger_run, tmp_path, monkeypatch):
@@ -286,7 +288,7 @@ def test_the_same_run_gives_the_same_int8(exported, larger_run, tmp_path, monkey
     assert contents(tmp_path / "other") == contents(out)
 
 
-def test_a_byte_of_it_is_missed(exported, tmp_path):
+def test_a_changed_byte_of_it_is_refused(exported, tmp_path):
     import shutil
 
     out = shutil.copytree(exported[0], tmp_path / "bundle")
@@ -296,30 +298,32 @@ def test_a_byte_of_it_is_missed(exported, tmp_path):
         open_predictor(out, device="cpu", precision="fp32")
 
 
-@pytest.mark.parametrize("asked", ["auto", "int8"])
-def test_what_costs_too_much_is_refused(tmp_path, monkeypatch, remembered, asked):
-    run, out, said = Run(tmp_path, per_class=14), tmp_path / "bundle", []
+@pytest.mark.parametrize("requested", ["auto", "int8"])
+def test_a_precision_that_costs_too_much_accuracy_is_refused(
+    tmp_path, monkeypatch, cached_onnx_export, requested
+):
+    run, out, lines = Run(tmp_path, per_class=14), tmp_path / "bundle", []
     monkeypatch.setattr(benchmark, "measure", rates)
 
     def worse(fp32, other, labels, **options):
-        return judge(labels, [-1] * len(labels), labels, **options)
+        return accuracy_verdict(labels, [-1] * len(labels), labels, **options)
 
-    monkeypatch.setattr(select, "judge", worse)
-    if asked == "int8":
+    monkeypatch.setattr(select, "accuracy_verdict", worse)
+    if requested == "int8":
         with pytest.raises(GateError, match=r"--precision int8 is refused: accuracy falls by 100"):
-            export(run, out, precision=asked, log=said.append)
+            export(run, out, precision=requested, log=lines.append)
         assert not out.exists()
         return
-    manifest = export(run, out, precision=asked, log=said.append)
+    manifest = export(run, out, precision=requested, log=lines.append)
     assert set(manifest.precisions) == {"fp32"}
     assert not (out / manifest.version / "model.int8.onnx").exists()
     assert "accuracy falls by 100.00 points" in manifest.tried["int8"]["why_not"]
     assert set(manifest.tuning["cpu"]["throughput"]) == {"fp32"}
-    assert any(line.startswith("int8 refused: accuracy falls") for line in said)
+    assert any(line.startswith("int8 refused: accuracy falls") for line in lines)
     assert storage.read(out).manifest == manifest
 
 
-def test_too_few_photos_leave_fp32_alone(run, tmp_path, monkeypatch, remembered):
+def test_with_too_few_photos_only_fp32_is_kept(run, tmp_path, monkeypatch, cached_onnx_export):
     monkeypatch.setattr(benchmark, "measure", rates)
     manifest = export(run, tmp_path / "bundle", precision="auto")
     assert "12 training photos can be read" in manifest.tried["int8"]["why_not"]
@@ -338,50 +342,56 @@ def test_speed_is_measured_in_every_setting(exported, monkeypatch):
     payload = out / manifest.version
     graphs = {"fp32": payload / "model.onnx", "int8": payload / "model.int8.onnx"}
     photos = [(payload / item["file"]).read_bytes() for item in manifest.golden]
-    found = benchmark.measure(graphs, manifest.preprocess, photos)
-    assert set(found) == {"fp32", "int8"}
-    for by in found.values():
-        splits = {(setting.workers, setting.threads) for setting in by}
+    rates = benchmark.measure(graphs, manifest.preprocess, photos)
+    assert set(rates) == {"fp32", "int8"}
+    for by_setting in rates.values():
+        splits = {(setting.workers, setting.threads) for setting in by_setting}
         assert splits == {(2, 1), (1, 2), (1, 1)}
-        assert {setting.batch for setting in by if not setting.decoding} == set(benchmark.BATCHES)
-        between = {
-            benchmark.ThreadSetting(2, 1, batch, decoding=True) for batch in benchmark.DECODED
+        assert {setting.batch for setting in by_setting if not setting.decoding} == set(
+            benchmark.BATCHES
+        )
+        decoding = {
+            benchmark.ThreadSetting(2, 1, batch, decoding=True)
+            for batch in benchmark.DECODING_BATCHES
         }
-        assert {setting for setting in by if setting.decoding} == between
-        assert all(rate > 0 for rate in by.values())
-    advice = benchmark.advice(found)
+        assert {setting for setting in by_setting if setting.decoding} == decoding
+        assert all(rate > 0 for rate in by_setting.values())
+    advice = benchmark.advice(rates)
     assert advice["cores"] == 2
     assert set(advice["throughput"]) == set(advice["latency"]) == {"fp32", "int8"}
     assert len(advice["measured"]) == 2 * (11 + 4)
 
 
 @pytest.mark.parametrize(
-    ("batched", "cap"), [(105.0, 1), (150.0, 8)], ids=["hardly faster", "faster"]
+    ("batched", "max_batch"), [(105.0, 1), (150.0, 8)], ids=["hardly faster", "faster"]
 )
-def test_the_cap_is_one_unless_batches_pay(batched, cap):
-    by = {benchmark.ThreadSetting(1, 1, 1): 100.0, benchmark.ThreadSetting(1, 1, 8): batched}
-    assert benchmark.advice({"fp32": by})["max_batch"] == cap
-    assert benchmark.advice({"fp32": by})["latency"]["fp32"] == {"threads": 1, "ms": 10.0}
+def test_the_batch_size_is_one_unless_batches_are_clearly_faster(batched, max_batch):
+    rates = {benchmark.ThreadSetting(1, 1, 1): 100.0, benchmark.ThreadSetting(1, 1, 8): batched}
+    assert benchmark.advice({"fp32": rates})["max_batch"] == max_batch
+    assert benchmark.advice({"fp32": rates})["latency"]["fp32"] == {"threads": 1, "ms": 10.0}
 
 
-def test_what_pays_between_decoding_decides_the_cap_and_nothing_else():
-    alone = {benchmark.ThreadSetting(2, 1, batch): 200.0 for batch in (1, 4)} | {
+def test_rates_with_decoding_decide_max_batch_and_nothing_else():
+    without_decoding = {benchmark.ThreadSetting(2, 1, batch): 200.0 for batch in (1, 4)} | {
         benchmark.ThreadSetting(1, 1, 1): 99
     }
-    for found, cap in (
+    for with_decoding, max_batch in (
         ([100, 118, 122, 121], 4),
         ([100, 121, 122, 121], 2),
         ([100, 105, 104, 99], 1),
     ):
         settings = [
-            benchmark.ThreadSetting(2, 1, batch, decoding=True) for batch in benchmark.DECODED
+            benchmark.ThreadSetting(2, 1, batch, decoding=True)
+            for batch in benchmark.DECODING_BATCHES
         ]
-        advice = benchmark.advice({"fp32": alone | dict(zip(settings, found, strict=True))})
-        assert advice["max_batch"] == cap
+        advice = benchmark.advice(
+            {"fp32": without_decoding | dict(zip(settings, with_decoding, strict=True))}
+        )
+        assert advice["max_batch"] == max_batch
         assert advice["throughput"]["fp32"]["images_per_second"] == 200
 
 
-def test_verify_has_the_limit_of_the_predictor():
+def test_all_tolerances_are_within_the_limit_of_a_service():
     from serving.inference.load import MAX_TOLERANCE
 
     tolerances = [kind.tolerance for kind in select.KINDS.values()]

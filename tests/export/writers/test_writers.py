@@ -1,4 +1,4 @@
-"""The two files: in the contract, the same bytes every time, silent about where they were made."""
+"""ONNX and TorchScript files: graph contract, equal bytes, no data about this machine."""
 
 import json
 import re
@@ -19,14 +19,14 @@ from serving.imaging.preprocess import Preprocess
 from serving.inference.runtime import OnnxRuntime
 from serving.inference.torchscript import TorchScriptRuntime
 from tests.export.conftest import pixels
-from training.models import classifier as model
+from training.models.classifier import create_classifier
 
 LABELS = ("blau", "grün", "rot")
 
 
 @pytest.fixture(scope="module")
 def files(shared_run, tmp_path_factory):
-    """Both files, written twice."""
+    """Both files, each written twice."""
     folder = tmp_path_factory.mktemp("graphs")
     written = []
     for number in range(2):
@@ -44,7 +44,7 @@ def test_the_same_graph_gives_the_same_bytes(files):
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_nothing_tells_where_it_was_made(files):
+def test_the_files_have_no_paths_or_stack_traces(files):
     for path in files[0]:
         data = path.read_bytes()
         if path.suffix == ".ts":
@@ -57,7 +57,7 @@ def test_nothing_tells_where_it_was_made(files):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
-def test_both_answer_as_the_checkpoint_at_any_batch(files, batch, shared_run):
+def test_both_give_the_checkpoint_s_outputs_at_any_batch_size(files, batch, shared_run):
     x = pixels(batch, 32).numpy()
     checkpoint = graph.CheckpointRuntime(shared_run.classifier, shared_run.preprocess)
     expected = checkpoint.run(x)
@@ -80,10 +80,12 @@ def test_both_answer_as_the_checkpoint_at_any_batch(files, batch, shared_run):
         ("maxvit_t", 224),
     ],
 )
-def test_families_with_odd_bodies_are_written(arch, size, tmp_path):
+def test_families_with_unusual_bodies_are_written(arch, size, tmp_path):
     torch.manual_seed(0)
     args = {"image_size": size} if arch == "vit_b_32" else {}
-    classifier = model.build(arch, 5, arch_args=args, head={"kind": "deep", "hidden": 16}).eval()
+    classifier = create_classifier(
+        arch, 5, arch_args=args, head={"kind": "deep", "hidden": 16}
+    ).eval()
     preprocess = Preprocess(size=size)
     checkpoint = graph.CheckpointRuntime(classifier, preprocess)
     assembled, _ = graph.assemble(classifier, preprocess)
@@ -103,7 +105,7 @@ def test_families_with_odd_bodies_are_written(arch, size, tmp_path):
                 assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
 
 
-def test_the_onnx_file_is_whole_and_says_what_it_is(files):
+def test_the_onnx_file_is_self_contained_and_has_metadata(files):
     loaded = onnx.load(files[0][0], load_external_data=False)
     assert loaded.opset_import[0].version >= 17
     assert not [node for node in loaded.graph.node if node.op_type == "BatchNormalization"]
@@ -116,7 +118,7 @@ def test_the_onnx_file_is_whole_and_says_what_it_is(files):
     assert json.loads(facts["preprocess"])["size"] == 32
 
 
-def test_tensors_in_the_torchscript_file_can_be_mapped(files):
+def test_tensors_in_the_torchscript_file_are_aligned(files):
     path = files[0][1]
     data = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
@@ -128,14 +130,14 @@ def test_tensors_in_the_torchscript_file_can_be_mapped(files):
             assert (entry.header_offset + 30 + name + extra) % 64 == 0
 
 
-class Odd(torch.nn.Module):
+class Unsupported(torch.nn.Module):
     def forward(self, x):
         return torch.special.bessel_j0(x)
 
 
 @pytest.mark.parametrize(
     ("layer", "operator"),
-    [(Odd(), "bessel_j0"), (torch.nn.FractionalMaxPool2d(2, 2), "fractional_max_pool2d")],
+    [(Unsupported(), "bessel_j0"), (torch.nn.FractionalMaxPool2d(2, 2), "fractional_max_pool2d")],
 )
 def test_an_operator_without_a_translation_is_named_with_its_module(tmp_path, layer, operator):
     network = torch.nn.Sequential(
@@ -152,21 +154,21 @@ def test_an_operator_without_a_translation_is_named_with_its_module(tmp_path, la
         writer.write(assembled, tmp_path / "model.onnx", **facts)
 
 
-def test_a_network_too_large_for_the_file_is_refused_before_the_work(
+def test_a_network_too_large_for_the_file_is_refused_before_the_export(
     shared_run, tmp_path, monkeypatch
 ):
     assembled, _ = graph.assemble(shared_run.classifier, shared_run.preprocess)
     weights = sum(one.numel() * 4 for one in assembled.state_dict().values())
     facts = {"name": "tiny", "labels": LABELS, "preprocess": shared_run.preprocess}
-    monkeypatch.setattr(writer, "_LARGEST", weights)
+    monkeypatch.setattr(writer, "_MAX_BYTES", weights)
     writer.write(assembled, tmp_path / "model.onnx", **facts)
-    monkeypatch.setattr(writer, "_LARGEST", weights - 1)
+    monkeypatch.setattr(writer, "_MAX_BYTES", weights - 1)
     monkeypatch.setattr(writer.torch.onnx, "export", None)
     with pytest.raises(WorkError, match=r"its weights take 0\.0 GB, and a file holds 0\.0"):
         writer.write(assembled, tmp_path / "model.onnx", **facts)
 
 
-def test_what_the_exporter_can_not_translate_is_one_line(shared_run, tmp_path, monkeypatch):
+def test_an_exporter_error_is_one_line(shared_run, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise writer.torch.onnx.OnnxExporterError("no translation for aten::odd\nmore\nlines")
 

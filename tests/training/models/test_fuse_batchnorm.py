@@ -1,19 +1,21 @@
-"""Fusing changes nothing but rounding, and says what it did."""
+"""BatchNorm fusion changes only rounding, and reports each BatchNorm."""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental import optimization
 
 from serving.errors import WorkError
 from serving.imaging.preprocess import Preprocess
 from tests.export.conftest import pixels
-from tests.support.random_batchnorms import lively, speaking
-from training.models import classifier as model
+from tests.support.random_batchnorms import randomise_batchnorms, scale_logits
+from training.models.classifier import create_classifier, normalise
 from training.models.fuse_batchnorm import Affine, fuse
 
-# Smallest of a family: BatchNorms before and left. The head has two, both folded.
+# Smallest network of each family: number of BatchNorms, and of those that can't be folded.
+# The head has two, both folded.
 FAST = {"resnet18": (22, 0), "mobilenet_v2": (54, 0), "squeezenet1_1": (2, 0)}
 SLOW = {
     "mobilenet_v3_small": (36, 0),
@@ -41,10 +43,10 @@ def network(arch, *, drawn=False):
     torch.manual_seed(0)
     small = {"arch_args": {"image_size": 64}} if arch == "vit_b_32" else {}
     size = SIZES.get(arch, 64)
-    images = model.normalise(pixels(12, size), Preprocess(size=size))
+    images = normalise(pixels(12, size), Preprocess(size=size))
     kind = "deep" if arch in ("vit_b_32", "maxvit_t") else "concat_pool"
-    built = model.build(arch, 5, head={"kind": kind, "hidden": 32}, **small)
-    return speaking(lively(built, None if drawn else images), images), images
+    built = create_classifier(arch, 5, head={"kind": kind, "hidden": 32}, **small)
+    return scale_logits(randomise_batchnorms(built, None if drawn else images), images), images
 
 
 def same(one, other):
@@ -67,18 +69,18 @@ def test_fused_equals_unfused(arch, expected):
 
 @torch.no_grad()
 @pytest.mark.parametrize("arch", [*FAST, *(pytest.param(a, marks=pytest.mark.slow) for a in SLOW)])
-def test_fusing_costs_no_more_than_rounding_where_every_layer_counts(arch):
+def test_fusion_error_is_rounding_error_where_outputs_depend_on_every_layer(arch):
     classifier, images = network(arch)
     fused, _ = fuse(classifier)
     double = copy.deepcopy(classifier).double()
     truth = double(images.double())
     assert same(truth, fuse(double)[0](images.double())) <= 1e-10
-    # Such a network blows up rounding, its own too: that is the measure for float32.
+    # Such a network amplifies rounding: its own float32 error is the reference.
     own = same(truth, classifier(images).double())
     assert same(truth, fused(images).double()) <= max(1e-5, 10 * own)
 
 
-def test_the_model_itself_is_not_touched():
+def test_the_model_itself_is_not_changed():
     classifier, _ = network("squeezenet1_1")
     classifier.train()
     before = {key: value.clone() for key, value in classifier.state_dict().items()}
@@ -108,10 +110,10 @@ def test_the_head_folds_through_dropout_into_its_linears():
         ([nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)], (3, 4, 4)),
     ],
 )
-def test_what_algebra_allows_is_folded(layers, shape):
+def test_adjacent_linear_layers_are_folded(layers, shape):
     torch.manual_seed(0)
     x = torch.randn(3, *shape, dtype=torch.float64)
-    net = lively(nn.Sequential(*layers).double(), x)
+    net = randomise_batchnorms(nn.Sequential(*layers).double(), x)
     fused, report = fuse(net)
     assert report.before
     assert report.left == {}
@@ -119,7 +121,7 @@ def test_what_algebra_allows_is_folded(layers, shape):
 
 
 class Forked(nn.Module):
-    """The convolution's output is read past the BatchNorm."""
+    """The convolution's output is also read by another node."""
 
     def __init__(self):
         super().__init__()
@@ -131,21 +133,21 @@ class Forked(nn.Module):
 
 
 class ConvTwice(Forked):
-    """The same convolution works elsewhere too."""
+    """The convolution is called twice."""
 
     def forward(self, x):
         return self.norm(self.conv(x)) + self.conv(x * 2)
 
 
 class NormTwice(Forked):
-    """One BatchNorm behind two calls."""
+    """The BatchNorm is called twice."""
 
     def forward(self, x):
         return self.norm(self.conv(x)) + self.norm(x)
 
 
 class Padded(Forked):
-    """Zeros are padded in between."""
+    """Zeros are padded between the BatchNorm and the convolution."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +158,7 @@ class Padded(Forked):
 
 
 class Columns(nn.Module):
-    """The BatchNorm works on another axis than the Linear."""
+    """The BatchNorm normalises another axis than the Linear's."""
 
     def __init__(self):
         super().__init__()
@@ -167,10 +169,10 @@ class Columns(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Forked, ConvTwice, NormTwice, Padded, Columns])
-def test_what_can_not_be_folded_becomes_a_multiply_add_with_a_reason(kind):
+def test_a_batchnorm_that_can_not_be_folded_becomes_a_multiply_add_with_a_reason(kind):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    net = lively(kind().double(), x)
+    net = randomise_batchnorms(kind().double(), x)
     fused, report = fuse(net)
     assert report.folded == {}
     assert list(report.left) == ["norm"]
@@ -192,6 +194,35 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-def test_a_network_that_can_not_be_traced_is_named():
+def test_the_error_for_an_untraceable_network_names_it():
     with pytest.raises(WorkError, match="Branching can't be traced"):
         fuse(Branching())
+
+
+def torch_fused(net):
+    """The weights of torch's own fusion; the reference for training."""
+    return [value for value in optimization.fuse(net).state_dict().values() if value.dim()]
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v2", "densenet121", "googlenet", "regnet_y_400mf"])
+def test_in_the_weights_dtype_the_bits_are_those_of_torch_s_fusion(arch):
+    classifier, _ = network(arch, drawn=True)
+    fused, report = fuse(classifier, dtype=None, into_previous_only=True)
+    weights = [value for value in fused.state_dict().values() if value.dim()]
+    expected = torch_fused(classifier)
+    assert len(weights) == len(expected)
+    assert all(map(torch.equal, weights, expected))
+    kinds = [type(module) for module in fused.modules()]
+    assert Affine not in kinds
+    assert sum(issubclass(kind, nn.modules.batchnorm._BatchNorm) for kind in kinds) == len(
+        report.left
+    )
+
+
+def test_into_previous_only_leaves_batchnorms_before_a_layer():
+    net = randomise_batchnorms(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 4)))
+    fused, report = fuse(net, into_previous_only=True)
+    assert report.folded == {}
+    assert list(report.left) == ["0"]
+    x = torch.randn(3, 6)
+    assert torch.equal(net(x), fused(x))
