@@ -16,7 +16,7 @@ import yaml
 
 from serving.errors import FledgeError
 from serving.http.problems import HttpError
-from tests.support.deploy_tools import program, said
+from tests.support.deploy_tools import find_program, output_of
 from tests.support.live_server import Live, free_port, get, live, post
 from tests.support.tiny_bundle import photo, tiny_bundle
 from tests.test_readme import below
@@ -86,7 +86,7 @@ def test_panels_have_names_and_do_not_overlap() -> None:
 
 def test_prometheus_answers_every_query(replicas: list[Live], tmp_path: Path) -> None:
     """With the configuration of compose.yaml, except targets and intervals."""
-    prometheus = program("prometheus")
+    prometheus = find_program("prometheus")
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
     assert job.pop("dns_sd_configs") == [
@@ -132,4 +132,6 @@ def answer(port: int, query: str) -> list[dict]:
 
 
 def test_promtool_accepts_the_configuration() -> None:
-    assert "SUCCESS" in said(program("promtool"), "check", "config", f"{DEPLOY}/prometheus.yml")
+    assert "SUCCESS" in output_of(
+        find_program("promtool"), "check", "config", f"{DEPLOY}/prometheus.yml"
+    )

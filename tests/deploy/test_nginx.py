@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from serving.bundle import storage
-from tests.support.deploy_tools import program, said
+from tests.support.deploy_tools import find_program, output_of
 from tests.support.live_server import Live, free_port, get, launch, live, post
 from tests.support.tiny_bundle import photo, tiny_bundle
 
@@ -42,7 +42,8 @@ def local_config(tmp_path: Path, port: int, servers: list[int]) -> Path:
 def nginx(tmp_path: Path, servers: list[int]) -> Iterator[str]:
     port = free_port()
     file = local_config(tmp_path, port, servers)
-    command = [program("nginx"), "-c", str(file), "-e", "stderr", "-g", "daemon off; user root;"]
+    command = [find_program("nginx"), "-c", str(file), "-e", "stderr"]
+    command += ["-g", "daemon off; user root;"]
     with (tmp_path / "nginx.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -71,7 +72,7 @@ def replicas(tmp_path: Path) -> Iterator[list[Live]]:
 def test_nginx_accepts_the_configuration(tmp_path: Path) -> None:
     file = tmp_path / "nginx.conf"
     file.write_text(CONFIG.read_text().replace("/tmp/", f"{tmp_path}/"))
-    output = said(program("nginx"), "-t", "-c", str(file), "-e", "stderr")
+    output = output_of(find_program("nginx"), "-t", "-c", str(file), "-e", "stderr")
     assert "test is successful" in output
 
 

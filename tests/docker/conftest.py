@@ -16,7 +16,7 @@ from tests.support.tiny_bundle import tiny_bundle
 @pytest.fixture(scope="session")
 def build_seconds() -> float:
     """Build the image; the seconds that it took."""
-    container_engine.need(container_engine.why_no_engine())
+    container_engine.skip_or_fail(container_engine.missing_engine())
     begun = time.monotonic()
     container_engine.build()
     return time.monotonic() - begun
@@ -24,7 +24,7 @@ def build_seconds() -> float:
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return container_engine.readable(tiny_bundle(tmp_path_factory.mktemp("docker") / "bundle"))
+    return container_engine.make_readable(tiny_bundle(tmp_path_factory.mktemp("docker") / "bundle"))
 
 
 @pytest.fixture(scope="session")

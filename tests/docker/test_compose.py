@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.container_engine import DOCKER, IMAGE, ROOT, need, run
+from tests.support.container_engine import DOCKER, IMAGE, ROOT, run, skip_or_fail
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("build_seconds")]
 
@@ -24,7 +24,9 @@ CONFIG = yaml.safe_load((ROOT / "compose.yaml").read_text())
 def compose_command(build_seconds: float) -> list[str]:
     if run(DOCKER, "compose", "version", check=False).returncode == 0:
         return [DOCKER, "compose"]
-    need("" if shutil.which("docker-compose") else "neither docker compose nor docker-compose")
+    skip_or_fail(
+        "" if shutil.which("docker-compose") else "neither docker compose nor docker-compose"
+    )
     return ["docker-compose"]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import serving
 from serving.inference.load import open_predictor
-from tests.support.container_engine import DOCKER, IMAGE, Container, ended_run, run
+from tests.support.container_engine import DOCKER, IMAGE, Container, run, run_to_end
 from tests.support.tiny_bundle import photo
 
 pytestmark = pytest.mark.docker
@@ -140,6 +140,6 @@ def test_labels_name_version_and_licence(container: Container) -> None:
     assert labels[f"{prefix}licenses"] == "Apache-2.0"
     assert labels[f"{prefix}version"] == serving.__version__
     assert labels[f"{prefix}revision"]
-    ended = ended_run(IMAGE, "--version")
+    ended = run_to_end(IMAGE, "--version")
     assert ended.stdout == f"fledge {serving.__version__}\n", ended.stderr
     assert container.get("/model")["serving"]["fledge"] == serving.__version__

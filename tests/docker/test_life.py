@@ -19,9 +19,9 @@ from tests.support.container_engine import (
     HARDENED,
     IMAGE,
     Container,
-    ended_run,
-    readable,
+    make_readable,
     run,
+    run_to_end,
 )
 from tests.support.live_server import free_port
 from tests.support.load_clients import CLIENTS, REFUSED, outcomes_around
@@ -33,7 +33,7 @@ STOP_SECONDS = 10.0  # the default of `docker stop`
 
 
 def broken(folder: Path) -> Path:
-    bundle = readable(tiny_bundle(folder))
+    bundle = make_readable(tiny_bundle(folder))
     graph = next(bundle.rglob("model.onnx"))
     data = bytearray(graph.read_bytes())
     data[len(data) // 2] ^= 1
@@ -60,7 +60,7 @@ def exit_status(container: Container, limit: float = 30) -> int:
 
 
 def test_without_a_bundle_it_exits_with_78_and_a_reason() -> None:
-    ended = ended_run(IMAGE)
+    ended = run_to_end(IMAGE)
     assert ended.returncode == 78, ended.stderr
     assert ended.stdout == ""
     assert ended.stderr.count("\n") == 1
@@ -68,7 +68,7 @@ def test_without_a_bundle_it_exits_with_78_and_a_reason() -> None:
 
 
 def test_with_a_changed_byte_it_exits_with_78_and_names_the_file(tmp_path: Path) -> None:
-    ended = ended_run("--volume", f"{broken(tmp_path / 'bundle')}:/bundle:ro", IMAGE)
+    ended = run_to_end("--volume", f"{broken(tmp_path / 'bundle')}:/bundle:ro", IMAGE)
     assert ended.returncode == 78, ended.stderr
     assert ended.stderr.count("\n") == 1
     assert "model.onnx" in ended.stderr

@@ -1,4 +1,4 @@
-"""A real browser: headless Chromium, told what to do over its DevTools pipe."""
+"""Headless Chromium, controlled over its DevTools pipe."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-PATIENCE = 60
-"""Seconds, for a machine under load."""
+TIMEOUT = 60
+"""Seconds; long enough for a machine under load."""
 
-# Chromium reads from file 3 and writes to file 4.
+# Chromium reads commands from file descriptor 3 and writes to 4.
 _START = (
     "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4);"
     "os.execv(sys.argv[3], sys.argv[3:])"
@@ -40,12 +40,12 @@ _OPTIONS = (
 
 
 class Browser:
-    """Sends commands, gathers what Chromium tells meanwhile."""
+    """Sends commands; collects the events that arrive in between."""
 
-    def __init__(self, process: subprocess.Popen[bytes], told: int, tell: int) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], read_fd: int, write_fd: int) -> None:
         self.process = process
         self.events: list[dict[str, Any]] = []
-        self._told, self._tell = told, tell
+        self._read_fd, self._write_fd = read_fd, write_fd
         self._rest = b""
         self._last = 0
 
@@ -54,31 +54,32 @@ class Browser:
         message = {"id": self._last, "method": method, "params": params}
         data = json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0"
         while data:
-            data = data[os.write(self._tell, data) :]
+            data = data[os.write(self._write_fd, data) :]
         while True:
-            got = self._next()
-            if got.get("id") != self._last:
-                self.events.append(got)
-            elif "error" in got:
-                raise AssertionError(f"{method}: {got['error']['message']}")
+            answer = self._next()
+            if answer.get("id") != self._last:
+                self.events.append(answer)
+            elif "error" in answer:
+                raise AssertionError(f"{method}: {answer['error']['message']}")
             else:
-                return got["result"]
+                return answer["result"]
 
     def _next(self) -> dict[str, Any]:
-        until = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while b"\0" not in self._rest:
-            ready, _, _ = select.select([self._told], [], [], max(0, until - time.monotonic()))
-            chunk = os.read(self._told, 2**16) if ready else b""
+            left = max(0, deadline - time.monotonic())
+            ready, _, _ = select.select([self._read_fd], [], [], left)
+            chunk = os.read(self._read_fd, 2**16) if ready else b""
             if not chunk:
-                raise AssertionError("Chromium says nothing any more")
+                raise AssertionError("no answer from Chromium")
             self._rest += chunk
         line, _, self._rest = self._rest.partition(b"\0")
-        got: dict[str, Any] = json.loads(line)
-        return got
+        message: dict[str, Any] = json.loads(line)
+        return message
 
     @contextmanager
     def page(self, url: str, width: int = 1280, **media: str) -> Iterator[Page]:
-        """`url` in a tab of its own; `media` such as prefers_color_scheme="dark"."""
+        """Open `url` in a new tab; `media`: features such as prefers_color_scheme="dark"."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         page = Page(self, attached["sessionId"])
@@ -88,8 +89,8 @@ class Browser:
             {"name": name.replace("_", "-"), "value": value} for name, value in media.items()
         ]
         page.call("Emulation.setEmulatedMedia", features=features)
-        phone = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        page.call("Emulation.setDeviceMetricsOverride", **phone)
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        page.call("Emulation.setDeviceMetricsOverride", **screen)
         page.call("Emulation.setTouchEmulationEnabled", enabled=width < 600)
         try:
             page.call("Page.navigate", url=url)
@@ -110,23 +111,24 @@ class Page:
         return self.browser.call(method, self.session, **params)
 
     def value(self, expression: str) -> Any:
-        """What JavaScript makes of `expression`."""
-        asked = {"returnByValue": True, "awaitPromise": True, "userGesture": True}
-        got = self.call("Runtime.evaluate", expression=expression, **asked)
-        assert "exceptionDetails" not in got, got["exceptionDetails"]
-        return got["result"].get("value")
+        """The value of a JavaScript expression."""
+        options = {"returnByValue": True, "awaitPromise": True, "userGesture": True}
+        answer = self.call("Runtime.evaluate", expression=expression, **options)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
 
     def until(self, condition: str) -> None:
-        """Wait until `condition` holds."""
-        until = time.monotonic() + PATIENCE
+        """Wait until a JavaScript condition holds."""
+        deadline = time.monotonic() + TIMEOUT
         while not self.value(f"Boolean({condition})"):
-            if time.monotonic() > until:
-                raise AssertionError(f"never: {condition}\n{self.value('document.body.innerText')}")
+            if time.monotonic() > deadline:
+                text = self.value("document.body.innerText")
+                raise AssertionError(f"not within {TIMEOUT} s: {condition}\n{text}")
             time.sleep(0.05)
 
     def text(self, selector: str) -> str:
-        """What a person reads there; nothing where it is hidden."""
-        script = "((found) => found.checkVisibility() ? found.innerText : '')"
+        """The visible text of an element; empty if it is hidden."""
+        script = "((element) => element.checkVisibility() ? element.innerText : '')"
         return str(self.value(f"{script}(document.querySelector({selector!r}))"))
 
     def choose(self, selector: str, path: Path) -> None:
@@ -142,39 +144,40 @@ class Page:
             more = {"windowsVirtualKeyCode": codes[key], "text": text}
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key.strip(), **more)
 
-    def picture(self, path: Path) -> None:
-        """The whole page as PNG."""
+    def screenshot(self, path: Path) -> None:
+        """Save the whole page as PNG."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 
-    def complaints(self) -> list[str]:
-        """Exceptions of scripts, and what the policy refused."""
+    def errors(self) -> list[str]:
+        """Uncaught exceptions of scripts, and errors such as violations of the CSP."""
         ours = [event for event in self.browser.events if event.get("sessionId") == self.session]
         thrown = [str(e["params"]) for e in ours if e["method"] == "Runtime.exceptionThrown"]
         entries = [e["params"]["entry"] for e in ours if e["method"] == "Log.entryAdded"]
-        # A 4xx is an entry of the network's, and an answer of ours.
+        # Answers with a status 4xx are logged by source `network`; tests provoke them.
         logged = [e["text"] for e in entries if e["level"] == "error" and e["source"] != "network"]
         return thrown + logged
 
 
 @contextmanager
 def chromium(folder: Path) -> Iterator[Browser]:
-    """Start Chromium with its profile in `folder`, and end it."""
+    """Run Chromium with its profile in `folder`."""
     assert CHROMIUM
-    (theirs, tell), (told, back) = _pipe(), _pipe()
+    (command_read, command_write), (event_read, event_write) = _pipe(), _pipe()
     root = ["--no-sandbox"] if os.geteuid() == 0 else []
-    start = (sys.executable, "-I", "-S", "-c", _START, str(theirs), str(back), CHROMIUM)
+    pipes = (str(command_read), str(event_write))
+    start = (sys.executable, "-I", "-S", "-c", _START, *pipes, CHROMIUM)
     process = subprocess.Popen(
         [*start, *_OPTIONS, *root, f"--user-data-dir={folder}"],
-        pass_fds=(theirs, back),
+        pass_fds=(command_read, event_write),
         env={**os.environ, "HOME": str(folder)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    os.close(theirs)
-    os.close(back)
-    browser = Browser(process, told, tell)
+    os.close(command_read)
+    os.close(event_write)
+    browser = Browser(process, event_read, command_write)
     try:
         yield browser
     finally:
@@ -184,12 +187,12 @@ def chromium(folder: Path) -> Iterator[Browser]:
         except (AssertionError, OSError, subprocess.TimeoutExpired):
             process.kill()
             process.wait()
-        os.close(told)
-        os.close(tell)
+        os.close(event_read)
+        os.close(command_write)
 
 
 def _pipe() -> tuple[int, int]:
-    """A pipe with both ends above 4: those up to it are overwritten at the start."""
+    """A pipe with both descriptors above 4, since 3 and 4 are overwritten by _START."""
     ends = os.pipe()
     high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends]
     for end in ends:

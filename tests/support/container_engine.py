@@ -1,4 +1,4 @@
-"""The container engine, and containers as an operator starts them: by `make run-image`."""
+"""Build images and start containers through the make targets, as an operator does."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ DOCKER = os.environ.get("DOCKER", "docker")
 REQUIRED = os.environ.get("FLEDGE_REQUIRE_DOCKER") == "1"
 IMAGE = "fledge:test"
 HARDENED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL")
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # 127.0.0.1 needs no proxy
-# What the make that started these tests was told is not for the make that they start.
-TOLD = ("ARGS", "BUNDLE", "TARGET", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS")
-ENV = {name: value for name, value in os.environ.items() if name not in TOLD}
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy for 127.0.0.1
+# Settings of the make that started these tests must not reach the make that they start.
+MAKE_VARIABLES = ("ARGS", "BUNDLE", "TARGET", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS")
+ENV = {name: value for name, value in os.environ.items() if name not in MAKE_VARIABLES}
 
 
 def run(
@@ -55,36 +55,36 @@ def make(
 
 
 def build(*variables: str, image: str = IMAGE, check: bool = True) -> str:
-    """`make image`; what it said."""
+    """Run `make image`; returns its output."""
     base = os.environ.get("BASE_IMAGE")
-    given = (*([f"BASE_IMAGE={base}"] if base else []), *variables)
-    done = make("image", *given, image=image, check=check, limit=900)
+    variables = (*([f"BASE_IMAGE={base}"] if base else []), *variables)
+    done = make("image", *variables, image=image, check=check, limit=900)
     return done.stdout + done.stderr
 
 
-def ended_run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A container that is expected to end by itself."""
+def run_to_end(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a container that exits by itself."""
     return run(DOCKER, "run", "--rm", *HARDENED, *arguments, check=False)
 
 
-def need(problem: str) -> None:
-    """Skip by name where something is missing, or fail where FLEDGE_REQUIRE_DOCKER=1."""
+def skip_or_fail(problem: str) -> None:
+    """Skip the test with the problem, if there is one; fail if FLEDGE_REQUIRE_DOCKER=1."""
     if problem and REQUIRED:
         pytest.fail(f"FLEDGE_REQUIRE_DOCKER=1, but {problem}")
     if problem:
         pytest.skip(problem)
 
 
-def why_no_engine() -> str:
-    """Empty where an engine answers."""
+def missing_engine() -> str:
+    """The problem if no container engine answers, else an empty string."""
     if not shutil.which(DOCKER):
         return f"no container engine answers: no command {DOCKER!r}"
     answer = run(DOCKER, "info", check=False)
     return f"no container engine answers: {answer.stderr.strip()}" if answer.returncode else ""
 
 
-def readable(bundle: Path) -> Path:
-    """Let the container's user in, as an operator must."""
+def make_readable(bundle: Path) -> Path:
+    """Make a bundle readable for the container's user, as an operator must."""
     for path in (bundle, *bundle.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return bundle
@@ -94,7 +94,7 @@ def readable(bundle: Path) -> Path:
 class Container:
     name: str
     port: int
-    ready_after: float = 0.0  # s, from `docker run` to the first yes of /readyz
+    ready_after: float = 0.0  # seconds from `docker run` to the first 200 of /readyz
 
     @property
     def address(self) -> str:
@@ -133,9 +133,9 @@ class Container:
                     return self
             except OSError:
                 time.sleep(0.02)
-        said = self.logs()
+        logs = self.logs()
         self.remove()
-        pytest.fail(f"not ready within {limit:.0f} s\n{said}")
+        pytest.fail(f"not ready within {limit:.0f} s\n{logs}")
 
     def remove(self) -> None:
         run(DOCKER, "rm", "--force", self.name, check=False)
@@ -147,10 +147,10 @@ def start(
     *,
     options: Sequence[str] = (),
 ) -> Container:
-    """`make run-image`, and wait until it is ready; `watch` is told its name before."""
+    """Run `make run-image` and wait until it is ready; `watch` gets the container's name first."""
     container = Container(f"fledge-test-{uuid.uuid4().hex[:8]}", free_port())
-    given = shlex.join(["--detach", "--name", container.name, *options])
+    arguments = shlex.join(["--detach", "--name", container.name, *options])
     begun = time.monotonic()
-    make("run-image", f"BUNDLE={bundle}", f"PORT={container.port}", f"DOCKER_RUN_ARGS={given}")
+    make("run-image", f"BUNDLE={bundle}", f"PORT={container.port}", f"DOCKER_RUN_ARGS={arguments}")
     watch(container.name)
     return container.wait_until_ready(begun)

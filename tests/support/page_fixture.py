@@ -32,7 +32,7 @@ def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
     """The page; at the end it must have reported no errors to the browser."""
     with browser.page(url, **options) as page:
         yield page
-        assert page.complaints() == []
+        assert page.errors() == []
 
 
 def written(path: Path, data: bytes) -> Path:
