@@ -183,7 +183,7 @@ def test_trusted_keys_apply_to_each_version(served: ModelManager, monkeypatch, t
     storage.publish(manifest, folder)
     wait_until(lambda: "it is not signed" in served.refusal)
     storage.publish(manifest, folder, signing.signer(tmp_path / "theirs.pem"))
-    wait_until(lambda: "which is none of" in served.refusal)
+    wait_until(lambda: "which is not in" in served.refusal)
     assert served.model is old
     storage.publish(manifest, folder, signing.signer(tmp_path / "ours.pem"))
     wait_until(lambda: served.model is not old)
