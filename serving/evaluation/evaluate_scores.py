@@ -177,8 +177,8 @@ def _log_loss(figures: Mapping[str, Any]) -> list[str]:
         lines[0] += f", over {_rows(loss['rows'])} whose true label the model has"
     if loss["at_least"]:
         lines.append(
-            f"only a bound is known for {_rows(loss['bounded_rows'])}; exact with `fledge score "
-            "--probabilities` and the class order"
+            f"only a bound is known for {_rows(loss['bounded_rows'])}; `fledge score "
+            "--probabilities` makes it exact"
         )
     return lines
 

@@ -1,9 +1,9 @@
 """Accuracy, log loss, calibration and confusions of scored rows, accumulated row by row.
 
-The log loss is exact for a row with the probability of its true label: in the column
-`probabilities`, if the order of the classes is known, or in `top_k`. For another row the
-probability is at most the smallest one in `top_k`, and at most 1 minus their sum, so the log loss
-is a lower bound.
+The log loss uses the column `probabilities`, which needs the order of the classes: without the
+order it is left out. A table without that column has the probabilities in `top_k`: another true
+label's is at most the smallest one there, and at most 1 minus their sum, so the log loss is a lower
+bound.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ClassOrder:
 
     Attributes:
         places: Class name -> index; empty if the order is not known.
-        count: Number of classes; None if it is not known (yet).
+        count: Number of classes; without names from the first `probabilities`, until then None.
     """
 
     def __init__(self, labels: Sequence[str] | None = None, source: str = "") -> None:
@@ -166,7 +166,7 @@ class StreamingMetrics:
         log loss. If the class names are not known, "unknown_labels" are those that no answer names.
         """
         evaluated = self.confusion.total()
-        right = sum(rows for (truth, said), rows in self.confusion.items() if truth == said)
+        right = sum(rows for (truth, label), rows in self.confusion.items() if truth == label)
         truths = Counter[str]()
         for (truth, _), rows in self.confusion.items():
             truths[truth] += rows
@@ -213,6 +213,9 @@ class StreamingMetrics:
         return self.top[True] / evaluated
 
     def _log_loss(self, left_out: Container[str]) -> dict[str, Any] | None:
+        """None if no true label is a class, or `probabilities` can't be assigned to classes."""
+        if self.order.count and not self.order.known:
+            return None
         sums = [values for label, values in self.losses.items() if label not in left_out]
         if not sums:
             return None
