@@ -1,14 +1,14 @@
-"""What holds for every test."""
+"""Settings for all tests: one thread, and a cache of their own."""
 
 import os
 import tempfile
 
-# Before torch is loaded. The networks of the tests are so small that a second thread only gets in
-# the way, and threads that spin while they wait starve whoever else has work here.
+# Set before torch is imported. The tests' networks are so small that a second thread makes them
+# slower, and threads that spin while they wait slow down parallel test processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Nor is the cache of whoever runs the tests; processes that they start inherit this.
+# The tests, and the processes that they start, must not use the user's cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="fledge-tests-")
 os.environ["FLEDGE_CACHE"] = _CACHE.name
 os.environ.pop("FLEDGE_CACHE_GB", None)

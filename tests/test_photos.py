@@ -1,4 +1,4 @@
-"""The whole way on real photographs; needs FLEDGE_PHOTOS and FLEDGE_WEIGHTS."""
+"""Training, export and serving with real photos; needs FLEDGE_PHOTOS and FLEDGE_WEIGHTS."""
 
 import os
 from pathlib import Path
@@ -12,11 +12,11 @@ from serving.imaging.tta import softmax
 from serving.inference.load import open_predictor
 from serving.utils.cpu import cores
 from tests.support.live_server import live
-from training.config import load as config
+from training.config import load
 from training.engine import finetune
 from training.evaluation import evaluate
 from training.run import checkpoint
-from training.run.dataset import of_run
+from training.run.dataset import load_run_dataset
 
 pytestmark = [pytest.mark.photos, pytest.mark.e2e]
 
@@ -30,7 +30,7 @@ def folder_of(variable):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A short fine-tune of the small MobileNetV2 on ants and bees."""
+    """A short fine-tuning of the small MobileNetV2 on ants and bees."""
     photos, weights = folder_of("FLEDGE_PHOTOS"), folder_of("FLEDGE_WEIGHTS")
     torch.set_num_threads(cores())
     overrides = [
@@ -41,7 +41,7 @@ def run(tmp_path_factory):
         "stage.tail.cycles=1",
     ]
     return finetune.run(
-        config.read(Path("training/recipes/quick.toml"), overrides),
+        load.read(Path("training/recipes/quick.toml"), overrides),
         str(photos / "hymenoptera"),
         split=photos / "splits" / "hymenoptera.csv",
         out=tmp_path_factory.mktemp("photos") / "run",
@@ -59,16 +59,16 @@ def bundle(run):
     return out
 
 
-def test_a_short_fine_tune_learns(run):
+def test_a_short_fine_tuning_reaches_80_percent(run):
     metrics = checkpoint.read_info(run / "best.json").metrics
     assert metrics["accuracy"] >= 0.8
     assert evaluate.evaluate(run).accuracy == metrics["accuracy"]
-    assert len(of_run(run).test) > 0
+    assert len(load_run_dataset(run).test) > 0
 
 
-def test_http_answers_are_the_checkpoints_own(run, bundle, tmp_path):
+def test_http_answers_equal_the_checkpoints(run, bundle, tmp_path):
     classifier, info = checkpoint.load(run)
-    samples = of_run(run).valid
+    samples = load_run_dataset(run).valid
     predictor = open_predictor(bundle, device="cpu", precision="fp32")
     pixels = np.concatenate([predictor.prepare(s.path.read_bytes()).pixels for s in samples])
     logits = evaluate.logits_of(classifier, torch.from_numpy(pixels), info.preprocess)
@@ -80,15 +80,15 @@ def test_http_answers_are_the_checkpoints_own(run, bundle, tmp_path):
         url = f"{server.url}/predict?top_k={len(info.classes)}"
         for sample, row in zip(samples, expected, strict=True):
             answer = client.post(url, content=sample.path.read_bytes()).json()
-            got = {p["label"]: p["probability"] for p in answer["predictions"]}
+            probabilities = {p["label"]: p["probability"] for p in answer["predictions"]}
             for name, probability in zip(info.classes, row, strict=True):
-                assert got[name] == pytest.approx(probability, abs=1e-4)
+                assert probabilities[name] == pytest.approx(probability, abs=1e-4)
             assert answer["predictions"][0]["label"] == info.classes[int(row.argmax())]
 
 
-def test_what_is_said_of_int8_is_found_again(run, bundle):
+def test_the_manifest_states_the_accuracy_of_the_chosen_precision(run, bundle):
     predictor = open_predictor(bundle, device="cpu")
-    manifest, samples = predictor.manifest, of_run(run).valid
+    manifest, samples = predictor.manifest, load_run_dataset(run).valid
     tried = manifest.tried["int8"]
     assert tried["photos"] == len(samples)
     assert tried["kept"] == (tried["why_not"] is None) == ("int8" in manifest.precisions)
@@ -96,10 +96,12 @@ def test_what_is_said_of_int8_is_found_again(run, bundle):
     answers = predictor.predict([predictor.prepare(s.path.read_bytes()) for s in samples])
     right = [a.probabilities.argmax() == s.label for a, s in zip(answers, samples, strict=True)]
     expected = manifest.precisions[predictor.precision]["accuracy"]
-    assert np.mean(right) == pytest.approx(expected, abs=1.01 / len(samples))  # of a batch: a tie
+    assert np.mean(right) == pytest.approx(
+        expected, abs=1.01 / len(samples)
+    )  # a tie may be broken differently in a batch
 
 
-def test_calibration_is_better_than_none(bundle):
+def test_calibration_reduces_loss_and_calibration_error(bundle):
     manifest = open_predictor(bundle, device="cpu").manifest
     assert manifest.calibration["after"]["loss"] < manifest.calibration["before"]["loss"]
     assert manifest.calibration["after"]["ece"] < manifest.calibration["before"]["ece"]

@@ -26,7 +26,7 @@ CLASSES: Final = 40
 """Most classes in the confusion matrix."""
 
 
-class Photo(NamedTuple):
+class GalleryPhoto(NamedTuple):
     """A photo of a gallery.
 
     picture: JPEG as a data URL. actual, predicted: class names. confidence: of the predicted class.
@@ -82,7 +82,7 @@ def _most_involved(matrix: metrics.Labels) -> metrics.Labels:
 
 def _gallery(
     preprocess: Preprocess, result: EvaluationResult, chosen: metrics.Labels, log: Log
-) -> list[Photo]:
+) -> list[GalleryPhoto]:
     losses = metrics.losses(result.probabilities, result.labels)
     photos = []
     for index in chosen:
@@ -95,7 +95,7 @@ def _gallery(
         first, second = np.argsort(-row, kind="stable")[:2]
         other = second if first == label else label
         photos.append(
-            Photo(
+            GalleryPhoto(
                 picture,
                 path.name,
                 result.classes[label],
