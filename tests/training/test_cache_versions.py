@@ -1,7 +1,8 @@
-"""Cached pixels and activations: a change of their values needs a new version number.
+"""Versions of cached pixels and activations: changed values need a new version number.
 
-After such a change raise `PIXELS_VERSION` or `ACTIVATIONS_VERSION`, run `python -m tests.training.test_cache_versions`
-and commit the recorded values. New versions of the libraries need the second and third step alone.
+After a change of values: increase `PIXELS_VERSION` or `ACTIVATIONS_VERSION`, run
+`python -m tests.training.test_cache_versions`, and commit `cache_versions.json`. After an update of
+the libraries only: run it and commit.
 """
 
 import hashlib
@@ -13,16 +14,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from serving.imaging import decode as images
+from serving.imaging.decode import decode
 from serving.imaging.preprocess import Preprocess
 from tests.robustness import corpus
-from training.activations import cache
+from training.activations.cache import ACTIVATIONS_VERSION
 from training.activations.frozen_prefix import fused
 from training.activations.loaders import run_frozen
 from training.augmentation import transforms
 from training.config.sections import AugmentConfig
 from training.models.classifier import normalise
-from training.pixels import transform as pixel_making
+from training.pixels import transform
 from training.pixels.transform import PixelTransform
 from training.utils.device import CPU
 from training.utils.precision import Precision
@@ -46,23 +47,25 @@ CONFIGS = {
 
 
 def pixel_values() -> dict[str, list]:
-    """By image and part: a digest, and the mean of each channel."""
+    """Image and part -> digest of the pixels, and the mean of each channel."""
     found: dict[str, list] = {}
-    makings = [PixelTransform(part, Preprocess(size=SIZE), 1.25) for part in ("train", "valid")]
+    pixel_transforms = [
+        PixelTransform(part, Preprocess(size=SIZE), 1.25) for part in ("train", "valid")
+    ]
     for item in corpus.items():
         if item.code:
             continue
-        image = images.decode(item.data).image
-        for making in makings:
-            pixels = making(image)
+        image = decode(item.data).image
+        for pixel_transform in pixel_transforms:
+            pixels = pixel_transform(image)
             means = [round(float(mean), 1) for mean in pixels.mean(axis=(0, 1))]
             digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
-            found[f"{item.name} {making.part}"] = [digest, means]
+            found[f"{item.name} {pixel_transform.part}"] = [digest, means]
     return found
 
 
 def activation_values() -> dict[str, list[float]]:
-    """By augmentation: what a small frozen network gives, in float32."""
+    """Augmentation -> outputs of a small frozen network, in float32."""
     ramp = np.arange(2 * 40 * 40 * 3, dtype=np.int64).reshape(2, 40, 40, 3)
     pixels = torch.from_numpy((ramp * ramp // 7 % 256).astype(np.uint8))
     network = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU6()).eval()
@@ -72,9 +75,9 @@ def activation_values() -> dict[str, list[float]]:
             parameter.copy_(wave.reshape(parameter.shape))
     preprocess, found = Preprocess(size=SIZE), {}
     for name, config in CONFIGS.items():
-        draws = transforms.draw(config, torch.tensor([1.0, 1.5]), 3, 1, crop=preprocess.crop)
-        cut = normalise(transforms.apply(pixels, draws, config, SIZE), preprocess)
-        maps = run_frozen(fused(network), cut, Precision(torch.float32, CPU))
+        params = transforms.draw(config, torch.tensor([1.0, 1.5]), 3, 1, crop=preprocess.crop)
+        images = normalise(transforms.apply(pixels, params, config, SIZE), preprocess)
+        maps = run_frozen(fused(network), images, Precision(torch.float32, CPU))
         means = torch.nn.functional.adaptive_avg_pool2d(maps.float(), 2).flatten()
         found[name] = [round(value, 5) for value in means.tolist()]
     return found
@@ -86,23 +89,23 @@ def recorded() -> dict:
 
 def test_changed_pixels_have_a_new_version() -> None:
     known, values = recorded()["pixels"], pixel_values()
-    assert known["version"] == pixel_making.PIXELS_VERSION
+    assert known["version"] == transform.PIXELS_VERSION
     assert known["values"].keys() == values.keys()
-    same = known["libraries"] == pixel_making._decoder()
+    same = known["libraries"] == transform._versions()
     changed = []
     for name, (digest, means) in values.items():
         digest_then, means_then = known["values"][name]
-        # Its encoder need not write the same file on every processor.
+        # The AVIF encoder may write different files on different processors.
         exact = same and "avif" not in name
         near = np.abs(np.subtract(means, means_then)).max() < 3
         if not near or (exact and digest != digest_then):
             changed.append(name)
-    assert changed == [], "raise training's PIXELS and record the values, as told above"
+    assert changed == [], "increase PIXELS_VERSION and record the values: see the head of this file"
 
 
 def test_changed_activations_have_a_new_version() -> None:
     known, values = recorded()["activations"], activation_values()
-    assert known["version"] == cache.ACTIVATIONS_VERSION
+    assert known["version"] == ACTIVATIONS_VERSION
     assert known["values"].keys() == values.keys()
     for name, value in values.items():
         assert np.allclose(value, known["values"][name], atol=2e-3), name
@@ -114,12 +117,12 @@ if __name__ == "__main__":
         json.dumps(
             {
                 "pixels": {
-                    "version": pixel_making.PIXELS_VERSION,
-                    "libraries": pixel_making._decoder(),
+                    "version": transform.PIXELS_VERSION,
+                    "libraries": transform._versions(),
                     "values": pixel_values(),
                 },
                 "activations": {
-                    "version": cache.ACTIVATIONS_VERSION,
+                    "version": ACTIVATIONS_VERSION,
                     "values": activation_values(),
                 },
             },

@@ -1,1 +1,1 @@
-"""Cached outputs of frozen layers, and the data loaders that read them."""
+"""Cached outputs of frozen layers, and the data loaders that use them."""

@@ -1,16 +1,16 @@
-"""What frozen layers compute is computed once, and kept.
+"""Cache of the outputs of frozen layers.
 
 A frozen prefix is a function without state, so its output for a given view of a photo never
-changes. For a few views of every photo it is computed once and kept, and the epochs take turns with
-the views. Stages that follow one another, see the same views and have a prefix in common share it;
-a stage that freezes more runs its further layers on what is kept.
+changes. It is computed once for a few views of every photo, and the epochs cycle through these
+views. Consecutive stages that see the same views share the outputs of the prefix they have in
+common; a stage that freezes more layers runs these on the shared outputs.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
@@ -27,46 +27,103 @@ from training.activations.loaders import (
     run_frozen,
 )
 from training.activations.sharing import SharedPrefix
-from training.activations.store import CachedViews, DiskStore, Part, Shape
+from training.activations.store import (
+    CachedViews,
+    ComputeView,
+    DiskStore,
+    IndexedRows,
+    ViewShape,
+)
 from training.config.schema import Recipe, Stage
 from training.models.classifier import Classifier
 from training.optim.ema import Ema
-from training.pixels.decoded import Photos, PixelSet
-from training.pixels.gpu_rows import placed
+from training.pixels.decoded import DecodedPhotos, PixelSet
+from training.pixels.gpu_rows import place_rows
 from training.utils import disk_cache
-from training.utils.device import CPU, filled, free
+from training.utils.console import Log
+from training.utils.device import CPU, free_memory, pad_on_gpu
 from training.utils.precision import Precision
 from training.utils.timer import Timer
 
 MEMORY_BYTES: Final = 2 * 2**30
-"""Of what is kept in memory because it can't be kept in the cache."""
+"""Largest size of outputs that are kept in memory instead of in the disk cache."""
 
 ACTIVATIONS_VERSION: Final = 1
-"""Version of what is kept. Raise it when a change to augmentation, mixing of views, the frozen
-layers' forward pass or the layout of the arrays changes the values; `test_cache_versions.py` fails
-until then."""
+"""Version of the cached values, part of the cache key. Increase it when a change to augmentation,
+the frozen layers' forward pass or the layout of the arrays changes the values;
+`test_cache_versions.py` fails until then."""
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a stage caches: views of the outputs of each frozen part.
+
+    Attributes:
+        names: Name of the cache entry of each part.
+        shapes: Shape of a view of each part.
+        requested: Views that the recipe sets.
+        views: The epochs cycle through this many views; 0: a new view each epoch.
+        cached: Whether the outputs for these views are cached.
+    """
+
+    names: tuple[str, ...] = ()
+    shapes: tuple[ViewShape, ...] = ()
+    requested: int = 0
+    views: int = 0
+    cached: bool = False
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of a view of all parts."""
+        return sum(shape.size for shape in self.shapes)
+
+
+def plan_views(
+    names: Sequence[str],
+    shapes: Sequence[ViewShape],
+    requested: int,
+    budget: int,
+    fixed: int | None = None,
+) -> CachePlan:
+    """As many of the `requested` views as fit the budget.
+
+    Args:
+        names, shapes: As in `CachePlan`.
+        requested: Views that the recipe sets.
+        budget: Bytes.
+        fixed: Number of views, decided before; not cached if they exceed the budget.
+    """
+    plan = CachePlan(tuple(names), tuple(shapes), requested)
+    fitting = min(requested, budget // max(plan.view_bytes, 1))
+    views = fitting if fixed is None else fixed
+    return replace(plan, views=views, cached=0 < views <= fitting)
 
 
 @dataclass
 class ActivationCache:
-    """Opens the streams of batches of a run's stages, and keeps what they share.
+    """Makes the data loaders of a run's stages, and caches the outputs of their frozen layers.
 
-    room: where it is kept; its budget bounds what is kept in memory, too. say: takes lines for a
-    person.
+    Attributes:
+        photos: The dataset.
+        recipe: The recipe of the run.
+        precision: Device and dtype.
+        cache: The disk cache; its budget also limits what is kept in memory.
+        log: Takes log lines.
+        timer: Counts decoding, augmentation and the frozen layers.
     """
 
-    photos: Photos
+    photos: DecodedPhotos
     recipe: Recipe
     precision: Precision
-    room: disk_cache.DiskCache
-    log: Callable[[str], None]
+    cache: disk_cache.DiskCache
+    log: Log
     timer: Timer = field(default_factory=Timer)
-    _open: dict[str, CachedViews] = field(default_factory=dict)
-    _sets: tuple[PixelSet, PixelSet] | None = None
-    _near: tuple[PixelSet, PixelSet] | None = None
-    _below: ValidLoader | None = None
+    _views: dict[str, CachedViews] = field(default_factory=dict)
+    _pixel_sets: tuple[PixelSet, PixelSet] | None = None
+    _placed_sets: tuple[PixelSet, PixelSet] | None = None
+    _shared_valid: ValidLoader | None = None
 
-    def feeds(
+    def loaders(
         self,
         classifier: Classifier,
         stage: Stage,
@@ -75,201 +132,215 @@ class ActivationCache:
         views: int | None = None,
         ema: Ema | None = None,
     ) -> tuple[TrainLoader, ValidLoader]:
-        """Open the stage's two streams of batches.
+        """The training and validation loader of a stage.
 
         Args:
             classifier: On the device, frozen for the stage.
-            stage, share: What to do.
+            stage: The stage.
+            share: Its shared prefix.
             first_view: Number of the first view.
-            views: How many there are, if that was decided before; else as many as there is room
-                for, at most `share.views`.
-            ema: Its averages are validated: what an earlier stage trained and this one freezes goes
-                on moving among them, and its outputs are not kept.
+            views: Number of views if it was decided before; by default as many of `share.views` as
+                fit the budget.
+            ema: Its averages are validated. Layers that an earlier stage trained and this one
+                freezes may still have other averages than weights; then the validation loader
+                caches nothing.
         """
         classifier.eval()
         preprocess, config = self.recipe.preprocess_of(stage), self.recipe.augment_of(stage)
         with self.timer("decoding"):
-            train, valid = self._placed(preprocess)
-        layers = [frozen_prefix.fused(part) for part in _parts(classifier, share)]
-        frozen = nn.Sequential(*layers)
-        draws = AugmentedPhotos(
+            train, valid = self._place(preprocess)
+        parts = _frozen_parts(classifier, share)
+        layers = [frozen_prefix.fused(part) for part in parts]
+        augmented = AugmentedPhotos(
             train, preprocess, config, self.precision, self.recipe.seed, self.timer
         )
-        feed = TrainLoader(draws, frozen, first_view, classes=len(self.photos.dataset.classes))
-        if share.why:
-            self.log(f"{stage.name:>8}  {share.why}: no views are kept")
+        if share.reason:
+            self.log(f"{stage.name:>8}  {share.reason}: no views are cached")
+        protected = {train.name, valid.name}
+        plan = CachePlan()
         if share.depth:
-            self._keep(feed, classifier, stage, share, views, {train.name, valid.name}, layers)
-        else:
-            self._open = {}
-        return feed, self._held_out(classifier, stage, share, valid, layers, ema)
+            plan = self._plan(augmented, parts, layers, share, views, protected)
+            self.log(f"{stage.name:>8}  {_summary(plan, share, classifier.freezing.prefix)}")
+        train_loader = TrainLoader(
+            augmented,
+            nn.Sequential(*layers),
+            first_view,
+            plan.views,
+            len(self.photos.dataset.classes),
+            self._open_views(plan, augmented, layers, protected),
+        )
+        return train_loader, self._valid_loader(classifier, share, preprocess, valid, layers, ema)
 
-    def _held_out(
+    def _valid_loader(
         self,
         classifier: Classifier,
-        stage: Stage,
         share: SharedPrefix,
+        preprocess: Preprocess,
         photos: PixelSet,
         layers: list[nn.Module],
         ema: Ema | None,
     ) -> ValidLoader:
-        """The validation batches: what is frozen runs once where there is room for its outputs."""
-        preprocess = self.recipe.preprocess_of(stage)
-        if not share.follows:
-            self._below = None
-        if ema and not _settled(classifier, ema):
-            return ValidLoader(photos, classifier.prefix, preprocess, self.precision, keep=False)
-        room = min(MEMORY_BYTES // 2, self.room.budget)
-        frozen = nn.Sequential(*layers)
-        size = self._shape(frozen, preprocess, len(photos)).size
-        feed = ValidLoader(photos, frozen, preprocess, self.precision, bool(share.depth))
-        feed.keep = feed.keep and size <= room
-        if not (feed.keep and share.with_):
-            return feed
-        if self._below is None:
+        """The validation loader; the frozen layers run once if their outputs fit in memory."""
+        if share.is_first:
+            self._shared_valid = None
+        if ema and not _equals_average(classifier, ema):
+            return ValidLoader(photos, classifier.prefix, preprocess, self.precision, False)
+        budget = min(MEMORY_BYTES // 2, self.cache.budget)
+        prefix = nn.Sequential(*layers)
+        size = self._shape(prefix, preprocess, len(photos)).size
+        fits = bool(share.depth) and size <= budget
+        loader = ValidLoader(photos, prefix, preprocess, self.precision, fits)
+        if not (fits and share.shared_with):
+            return loader
+        if self._shared_valid is None:
             size += self._shape(layers[0], preprocess, len(photos)).size
-            if size > room:
-                return feed
-            self._below = ValidLoader(photos, layers[0], preprocess, self.precision, keep=True)
+            if size > budget:
+                return loader
+            self._shared_valid = ValidLoader(photos, layers[0], preprocess, self.precision, True)
         if len(layers) == 1:
-            return self._below
-        feed.prefix, feed.below = layers[1], self._below
-        return feed
+            return self._shared_valid
+        loader.prefix, loader.source = layers[1], self._shared_valid
+        return loader
 
-    def _placed(self, preprocess: Preprocess) -> tuple[PixelSet, PixelSet]:
-        """The photos where the device reaches them best, those of another size gone first."""
-        sets = self.photos.at(preprocess)
-        if self._near is None or sets is not self._sets:
-            self._near, self._open, device = None, {}, self.precision.device
-            train = placed(sets[0], "training", device, self.log)
-            self._near = train, placed(sets[1], "validation", device, self.log)
-            self._sets = sets
-        return self._near
+    def _place(self, preprocess: Preprocess) -> tuple[PixelSet, PixelSet]:
+        """The photos for `preprocess`, on the device; those of another size are freed first."""
+        sets = self.photos.pixel_sets(preprocess)
+        if self._placed_sets is None or sets is not self._pixel_sets:
+            self._placed_sets, self._views, device = None, {}, self.precision.device
+            train = place_rows(sets[0], "training", device, self.log)
+            self._placed_sets = train, place_rows(sets[1], "validation", device, self.log)
+            self._pixel_sets = sets
+        return self._placed_sets
 
-    def _keep(
+    @property
+    def _on_disk(self) -> bool:
+        """Whether views are stored in the disk cache; on a GPU they are kept in memory."""
+        return self.precision.device.type == "cpu"
+
+    def _plan(
         self,
-        feed: TrainLoader,
-        classifier: Classifier,
-        stage: Stage,
+        augmented: AugmentedPhotos,
+        parts: list[nn.Sequential],
+        layers: list[nn.Module],
         share: SharedPrefix,
         views: int | None,
-        pixels: set[str],
-        fused: list[nn.Module],
-    ) -> None:
-        """Have the feed take its batches from kept views, as far as there is room for them."""
+        protected: set[str],
+    ) -> CachePlan:
         names, shapes = [], []
-        inputs = torch.zeros(1, 3, *[feed.draws.preprocess.size] * 2)
-        known = _known(feed.draws)
-        for part, layers in zip(_parts(classifier, share), fused, strict=True):
-            known = hashlib.sha256(known + frozen_prefix.digest(part)).digest()
-            names.append(f"activations-{known.hex()[:32]}")
-            inputs = self._run(layers, inputs.to(self.precision.device))
-            shapes.append(Shape(len(feed.draws.photos), tuple(inputs.shape[1:]), inputs.dtype))
-        on_disk = self.precision.device.type == "cpu"
-        keep = {*pixels, *names}
-        budget = self.room.left(pixels) if on_disk else min(MEMORY_BYTES, self.room.budget)
-        a_view = sum(shape.size for shape in shapes)
-        fits = min(share.views, budget // max(a_view, 1))
-        feed.views = fits if views is None else views
-        if not feed.views or fits < feed.views:
-            self.log(
-                f"{stage.name:>8}  no views are kept: one takes {disk_cache.gigabytes(a_view)}"
+        inputs = torch.zeros(1, 3, *[augmented.preprocess.size] * 2)
+        key = _input_key(augmented)
+        for part, layer in zip(parts, layers, strict=True):
+            key = hashlib.sha256(key + frozen_prefix.digest(part)).digest()
+            names.append(f"activations-{key.hex()[:32]}")
+            inputs = self._run(layer, inputs.to(self.precision.device))
+            shapes.append(ViewShape(len(augmented.photos), tuple(inputs.shape[1:]), inputs.dtype))
+        budget = self.cache.budget
+        budget = self.cache.available(protected) if self._on_disk else min(MEMORY_BYTES, budget)
+        return plan_views(names, shapes, share.views, budget, views)
+
+    def _open_views(
+        self,
+        plan: CachePlan,
+        augmented: AugmentedPhotos,
+        layers: list[nn.Module],
+        protected: set[str],
+    ) -> CachedViews | None:
+        """The cached views of the last part; those of the stage before are used again."""
+        before, self._views = self._views, {}
+        if not plan.cached:
+            return None
+        device = self._memory_device(plan.view_bytes * plan.views)
+        views: CachedViews | None = None
+        for name, shape, layer in zip(plan.names, plan.shapes, layers, strict=True):
+            compute = (
+                self._from_photos(augmented, layer)
+                if views is None
+                else self._from_views(views, layer)
             )
-            self._open = {}
-            return
-        where = self._home(a_view * feed.views)
-        before, self._open = self._open, {}
-        below: CachedViews | None = None
-        for name, shape, layers in zip(names, shapes, fused, strict=True):
-            make = self._on_photos(feed.draws, layers) if below is None else self._on(below, layers)
-            what = f"{self.recipe.arch}, {share.views} views of {shape.photos:,} photos"
-            store = DiskStore(self.room, name, what, keep, self.log) if on_disk else None
-            below = before.get(name) or CachedViews(shape, make, store, below, where)
-            self._open[name] = below
-        feed.kept = below
-        self.log(f"{stage.name:>8}  {_told(feed.views, share, classifier.freezing.prefix, a_view)}")
+            store = None
+            if self._on_disk:
+                what = f"{self.recipe.arch}, {plan.requested} views of {shape.photos:,} photos"
+                store = DiskStore(self.cache, name, what, {*protected, *plan.names}, self.log)
+            views = before.get(name) or CachedViews(shape, compute, store, views, device)
+            self._views[name] = views
+        return views
 
-    def _home(self, size: int) -> torch.device:
-        """Where views are kept that are kept in memory: on a GPU that has room to spare."""
+    def _memory_device(self, size: int) -> torch.device:
+        """Where views in memory are stored: on the GPU if they take at most 1/4 of what is free."""
         device = self.precision.device
-        return device if device.type == "cuda" and 4 * size <= free(device) else CPU
+        return device if device.type == "cuda" and 4 * size <= free_memory(device) else CPU
 
-    def _on_photos(
-        self, draws: AugmentedPhotos, layers: nn.Module
-    ) -> Callable[[int], Iterator[Part]]:
-        def make(number: int) -> Iterator[Part]:
+    def _from_photos(self, augmented: AugmentedPhotos, layers: nn.Module) -> ComputeView:
+        def compute(number: int) -> Iterator[IndexedRows]:
             size = frozen_batch(self.precision.device)
-            for index, images in draws(number, torch.arange(len(draws.photos)).split(size)):
+            parts = torch.arange(len(augmented.photos)).split(size)
+            for index, images in augmented(number, parts):
                 with self.timer(FROZEN):
                     rows = self._run(layers, images)
                 yield index, rows
 
-        return make
+        return compute
 
-    def _on(self, below: CachedViews, layers: nn.Module) -> Callable[[int], Iterator[Part]]:
-        def make(number: int) -> Iterator[Part]:
+    def _from_views(self, source: CachedViews, layers: nn.Module) -> ComputeView:
+        def compute(number: int) -> Iterator[IndexedRows]:
             size = frozen_batch(self.precision.device)
-            for index in torch.arange(below.shape.photos).split(size):
+            for index in torch.arange(source.shape.photos).split(size):
                 with self.timer(FROZEN):
-                    inputs = below[number][index].to(self.precision.device)
+                    inputs = source[number][index].to(self.precision.device)
                     rows = self._run(layers, inputs)
                 yield index, rows
 
-        return make
+        return compute
 
-    def _shape(self, layers: nn.Module, preprocess: Preprocess, photos: int) -> Shape:
+    def _shape(self, layers: nn.Module, preprocess: Preprocess, photos: int) -> ViewShape:
+        """The shape of the outputs for the validation photos."""
         device, side = self.precision.device, preprocess.size
         rows = self._run(layers, torch.zeros(1, 3, side, side, device=device))
         if device.type != "cpu":
-            photos += -photos % frozen_batch(device)  # those that fill the last batch up
-        return Shape(photos, tuple(rows.shape[1:]), rows.dtype)
+            photos += -photos % frozen_batch(device)  # padding of the last batch
+        return ViewShape(photos, tuple(rows.shape[1:]), rows.dtype)
 
     def _run(self, layers: nn.Module, inputs: Tensor) -> Tensor:
-        """A batch, or less, through frozen layers, which see the size of whole batches."""
-        whole = filled(inputs, frozen_batch(self.precision.device))
-        return run_frozen(layers, whole, self.precision)[: len(inputs)]
+        """Run frozen layers on a batch, on a GPU padded to a full batch."""
+        batch = pad_on_gpu(inputs, frozen_batch(self.precision.device))
+        return run_frozen(layers, batch, self.precision)[: len(inputs)]
 
 
-def _parts(classifier: Classifier, share: SharedPrefix) -> list[nn.Sequential]:
-    """What is frozen: what other stages share, and what only this one has behind it."""
-    whole, cut = classifier.prefix, share.depth
-    if not 0 < cut < classifier.freezing.prefix:
-        return [whole]
-    return [nn.Sequential(*whole[:cut]), nn.Sequential(*whole[cut:])]
+def _frozen_parts(classifier: Classifier, share: SharedPrefix) -> list[nn.Sequential]:
+    """The frozen prefix, split into the part shared with other stages and the rest, if any."""
+    prefix, depth = classifier.prefix, share.depth
+    if not 0 < depth < classifier.freezing.prefix:
+        return [prefix]
+    return [nn.Sequential(*prefix[:depth]), nn.Sequential(*prefix[depth:])]
 
 
-def _settled(classifier: Classifier, ema: Ema) -> bool:
-    """Whether what is frozen equals its averages."""
+def _equals_average(classifier: Classifier, ema: Ema) -> bool:
+    """Whether the frozen weights equal their moving averages."""
     frozen = {id(tensor) for tensor in classifier.prefix.state_dict(keep_vars=True).values()}
     state = classifier.state_dict(keep_vars=True)
-    return ema.settled(name for name, value in state.items() if id(value) in frozen)
+    return ema.equal_weights(name for name, value in state.items() if id(value) in frozen)
 
 
-def _told(views: int, share: SharedPrefix, own: int, size: int) -> str:
-    """What is kept, in a line."""
-    count = "a view" if views == 1 else f"{views} views"
-    short = f" ({share.views} asked for: more don't fit into --cache-gb)"
-    more = short if views < share.views else ""
-    others = f", shared with {' and '.join(share.with_)}" if share.with_ else ""
-    return (
-        f"{own} frozen layers run once on {count} of each photo{others}; "
-        f"{disk_cache.gigabytes(size)} a view{more}"
-    )
+def _summary(plan: CachePlan, share: SharedPrefix, layers: int) -> str:
+    """The log line of a plan. layers: number of frozen layers."""
+    size = disk_cache.format_size(plan.view_bytes)
+    if not plan.cached:
+        return f"no views are cached: one takes {size}"
+    count = "1 view" if plan.views == 1 else f"{plan.views} views"
+    reduced = f" (of {plan.requested}: more don't fit into --cache-gb)"
+    note = reduced if plan.views < plan.requested else ""
+    others = f", shared with {' and '.join(share.shared_with)}" if share.shared_with else ""
+    return f"{layers} frozen layers run once on {count} of each photo{others}; {size} a view{note}"
 
 
-def _known(draws: AugmentedPhotos) -> bytes:
-    """What decides the inputs of the first layer, view by view."""
-    p, dtype = draws.preprocess, draws.precision
-    decides = [
-        *(
-            ACTIVATIONS_VERSION,
-            p.size,
-            p.crop,
-            p.mean,
-            p.std,
-            draws.config.model_dump(mode="json"),
-            draws.seed,
-        ),
-        *(str(dtype.dtype), str(dtype.device), draws.photos.key.hex()),
+def _input_key(augmented: AugmentedPhotos) -> bytes:
+    """Hash of everything that determines the inputs of the first layer for a given view number."""
+    p, precision = augmented.preprocess, augmented.precision
+    inputs = [
+        ACTIVATIONS_VERSION,
+        *(p.size, p.crop, p.mean, p.std),
+        augmented.config.model_dump(mode="json"),
+        augmented.seed,
+        *(str(precision.dtype), str(precision.device), augmented.photos.key.hex()),
     ]
-    return hashlib.sha256(repr(decides).encode()).digest()
+    return hashlib.sha256(repr(inputs).encode()).digest()

@@ -1,4 +1,4 @@
-"""Which stages share what they have frozen, and the views that it is run on."""
+"""Which consecutive stages share the cached outputs of frozen layers."""
 
 from __future__ import annotations
 
@@ -11,56 +11,64 @@ from training.models.classifier import Classifier
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """What a stage computes once, with the stages before and behind it that can share it.
+    """The frozen layers whose outputs a stage caches, shared with neighbouring stages.
 
-    depth: children of the body that all of them have frozen; 0 keeps nothing. views: that the
-    epochs of the one that needs most take turns with. follows: the stage before saw these views;
-    last: the next one sees others. with_: names of the other stages. why: why nothing is kept
-    though views were asked for.
+    Stages that share are consecutive and see the same views.
+
+    Attributes:
+        depth: Number of children of the body that are frozen in all of these stages; 0: no cache.
+        views: Cached views of each photo; the largest number that one of these stages needs.
+        is_first, is_last: Position of the stage among these stages.
+        shared_with: Names of the other stages.
+        reason: Why nothing is cached although the recipe sets `views`; "" otherwise.
     """
 
     depth: int = 0
     views: int = 0
-    last: bool = True
-    follows: bool = False
-    with_: tuple[str, ...] = ()
-    why: str = ""
+    is_first: bool = True
+    is_last: bool = True
+    shared_with: tuple[str, ...] = ()
+    reason: str = ""
 
 
-def shares(classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]) -> list[SharedPrefix]:
-    """What each stage shares with its neighbours."""
-    found: list[SharedPrefix] = []
-    for stage in stages:
-        why, wanted, depth = "", stage.wanted_views, classifier.freezing_for(stage).prefix
-        if wanted and recipe.augment_of(stage).mixes:
-            why = "mixup and cutmix blend photos"
-        elif wanted and not depth and stage.frozen_batchnorm != "eval":
-            why = "the frozen BatchNorms move"
-        found.append(
-            SharedPrefix(why=why) if why or not (wanted and depth) else SharedPrefix(depth, wanted)
-        )
+def plan_sharing(
+    classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]
+) -> list[SharedPrefix]:
+    """The shared prefix of each stage."""
+    prefixes = [_own_prefix(classifier, recipe, stage) for stage in stages]
     start = 0
     for end in range(1, len(stages) + 1):
-        if end < len(stages) and found[end].depth and _alike(recipe, stages[start], stages[end]):
+        can_share = end < len(stages) and prefixes[end].depth
+        if can_share and _same_pictures(recipe, stages[start], stages[end]):
             continue
         group = range(start, end)
-        depth, views = (min(found[i].depth for i in group), max(found[i].views for i in group))
+        depth = min(prefixes[i].depth for i in group)
+        views = max(prefixes[i].views for i in group)
         for i in group:
-            others = tuple(stages[k].name for k in group if k != i)
-            found[i] = replace(
-                found[i],
+            prefixes[i] = replace(
+                prefixes[i],
                 depth=depth,
                 views=views,
-                last=i == end - 1,
-                follows=i > start,
-                with_=others,
+                is_first=i == start,
+                is_last=i == end - 1,
+                shared_with=tuple(stages[k].name for k in group if k != i),
             )
         start = end
-    return found
+    return prefixes
 
 
-def _alike(recipe: Recipe, one: Stage, other: Stage) -> bool:
-    """Whether two stages see the same pictures in a view of the same number."""
+def _own_prefix(classifier: Classifier, recipe: Recipe, stage: Stage) -> SharedPrefix:
+    """The prefix of a stage by itself."""
+    views, depth = stage.wanted_views, classifier.freezing_for(stage).prefix
+    if views and recipe.augment_of(stage).mixes:
+        return SharedPrefix(reason="mixup and cutmix blend photos")
+    if views and not depth and stage.frozen_batchnorm != "eval":
+        return SharedPrefix(reason="the statistics of frozen BatchNorms change")
+    return SharedPrefix(depth, views) if views and depth else SharedPrefix()
+
+
+def _same_pictures(recipe: Recipe, one: Stage, other: Stage) -> bool:
+    """Whether a view with the same number has the same pictures in both stages."""
     return (recipe.preprocess_of(one), recipe.augment_of(one)) == (
         recipe.preprocess_of(other),
         recipe.augment_of(other),

@@ -1,11 +1,12 @@
-"""What frozen layers make of numbered views of every photo, each view computed once and kept.
+"""Outputs of frozen layers for numbered views of every photo; each view is computed once.
 
-An entry of the cache is the views of one frozen network on one list of photos:
+On disk, one entry of the cache holds the views of one frozen network on one list of photos:
 
-    view-NUMBER.bin  rows of one view in the order of the photos, channels last
+    view-NUMBER.bin  the rows of one view in the order of the photos, channels last
 
-A file gets its name when all of it is on the disk and never changes afterwards, so readers need no
-lock. What decides the rows decides the name of the entry, so they are never stale.
+A file is renamed to this name when all of it is on disk, and never changes afterwards; readers need
+no lock. The name of the entry is a hash of everything that determines the rows, so they are never
+stale.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ from torch import Tensor
 from serving.utils.progress import progress_bar
 from training.pixels.store import reserve
 from training.utils import disk_cache
+from training.utils.console import Log
 from training.utils.device import CPU
 
-Part = tuple[Tensor, Tensor]
-"""Index of some photos, int64 [n], and their rows, [n, ...]."""
+IndexedRows = tuple[Tensor, Tensor]
+"""Indices of some photos, int64 [n], and their rows, [n, ...]."""
 
-Make = Callable[[int], Iterator[Part]]
-"""A view's number -> its rows, part by part, in any order."""
+ComputeView = Callable[[int], Iterator[IndexedRows]]
+"""Number of a view -> its rows in batches, in any order."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of the rows of a view: how many, [N, ...] of one, and their dtype."""
+class ViewShape:
+    """Shape and dtype of the rows of a view: [photos, *row]."""
 
     photos: int
     row: tuple[int, ...]
@@ -47,11 +49,11 @@ class Shape:
 
     @property
     def count(self) -> int:
-        """Numbers of a view."""
+        """Number of elements of a view."""
         return self.photos * math.prod(self.row)
 
-    def tensor(self, flat: Tensor) -> Tensor:
-        """The rows [N, ...] that lie as `flat`, feature maps being channels-last."""
+    def unflatten(self, flat: Tensor) -> Tensor:
+        """A view of the flat storage as rows [N, ...]; feature maps are channels-last."""
         if len(self.row) != 3:
             return flat.view(self.photos, *self.row)
         channels, height, width = self.row
@@ -60,52 +62,62 @@ class Shape:
 
 @dataclass(frozen=True)
 class DiskStore:
-    """Where views outlive the run. keep: names of entries that do not go to make room for them."""
+    """Views in the disk cache.
 
-    room: disk_cache.DiskCache
+    Attributes:
+        cache: The disk cache.
+        name: Name of the entry.
+        description: For `fledge cache` and the log.
+        protected: Names of entries that are not evicted for new views.
+        log: Takes log lines.
+    """
+
+    cache: disk_cache.DiskCache
     name: str
-    what: str
-    keep: Set[str]
-    log: Callable[[str], None]
+    description: str
+    protected: Set[str]
+    log: Log
 
     @property
     def folder(self) -> Path:
-        """Of the entry."""
-        return self.room.folder / self.name
+        """Folder of the entry."""
+        return self.cache.folder / self.name
 
-    def find(self, number: int, shape: Shape) -> Tensor | None:
-        """A view that is kept; None where it is not, or is not whole."""
+    def find(self, number: int, shape: ViewShape) -> Tensor | None:
+        """A stored view; None if it does not exist or is incomplete."""
         path = self._path(number)
         try:
             if path.stat().st_size != shape.size:
                 return None
-            flat = _mapped(path, shape, shared=False)
+            flat = _map_file(path, shape, shared=False)
         except (OSError, RuntimeError):
             return None
-        disk_cache.touch(self.folder)
-        return shape.tensor(flat)
+        disk_cache.mark_used(self.folder)
+        return shape.unflatten(flat)
 
-    def put(self, number: int, shape: Shape, parts: Iterator[Part]) -> Tensor | None:
-        """Compute and keep a view; None where there is no room for it.
+    def find_or_add(
+        self, number: int, shape: ViewShape, parts: Iterator[IndexedRows]
+    ) -> Tensor | None:
+        """A stored view, else compute and store it; None if it does not fit the budget.
 
         Raises:
             OSError: The cache can't be written.
         """
-        with disk_cache.held(self.folder, self.what, self._wait):
-            found = self.find(number, shape)  # whoever held it before may have made it
+        with disk_cache.locked_entry(self.folder, self.description, self._log_waiting):
+            found = self.find(number, shape)  # another process may have stored it meanwhile
             if found is not None:
                 return found
-            for left in self.folder.glob("partial-*.bin"):  # its writer was killed
-                left.unlink()
+            for stale in self.folder.glob("partial-*.bin"):  # left by a killed process
+                stale.unlink()
             partial = self.folder / f"partial-{secrets.token_hex(8)}.bin"
             try:
-                with self.room.alone():
-                    if not self.room.make_room(shape.size, {*self.keep, self.name}):
+                with self.cache.locked():
+                    if not self.cache.evict(shape.size, {*self.protected, self.name}):
                         return None
                     with partial.open("w+b") as file:
-                        # A full disk is known now: in a mapped file it would end the process.
+                        # A full disk is an error here; in a mapped file it would kill the process.
                         reserve(file, shape.size, self.folder)
-                rows = fill(shape.tensor(_mapped(partial, shape, shared=True)), parts)
+                rows = fill(shape.unflatten(_map_file(partial, shape, shared=True)), parts)
                 with partial.open("r+b") as file:
                     os.fsync(file.fileno())
                 partial.rename(self._path(number))
@@ -116,37 +128,41 @@ class DiskStore:
     def _path(self, number: int) -> Path:
         return self.folder / f"view-{number:016x}.bin"
 
-    def _wait(self) -> None:
-        self.log(f"frozen part: another run computes {self.what}: waiting for it")
+    def _log_waiting(self) -> None:
+        self.log(f"frozen layers: waiting for another run that computes {self.description}")
 
 
 @dataclass
 class CachedViews:
-    """The views of one frozen network, each computed when it is first asked for.
+    """The views of one frozen network, each computed at its first use.
 
-    shelf: where they are kept between runs; None keeps them in memory, that of `device`. below: the
-    views that `make` works on.
+    Attributes:
+        shape: Of the rows of a view.
+        compute: Computes a view.
+        store: Stores views on disk; None keeps them in memory.
+        source: The views that `compute` takes as inputs, if it does not start from photos.
+        device: Where views in memory are stored.
     """
 
-    shape: Shape
-    make: Make
+    shape: ViewShape
+    compute: ComputeView
     store: DiskStore | None = None
-    below: CachedViews | None = None
+    source: CachedViews | None = None
     device: torch.device = CPU
-    _open: dict[int, Tensor] = field(default_factory=dict)
+    _views: dict[int, Tensor] = field(default_factory=dict)
     _advance: Callable[[int], object] = field(default=lambda photos: None)
 
     def __getitem__(self, number: int) -> Tensor:
-        """Rows [N, ...] of a view, not to be written to."""
-        if number not in self._open:
-            self._open[number] = self._get(number)
-        return self._open[number]
+        """Rows [N, ...] of a view; read-only."""
+        if number not in self._views:
+            self._views[number] = self._get(number)
+        return self._views[number]
 
     def prepare(self, numbers: Iterable[int]) -> None:
-        """Compute the views that are missing, under a bar."""
-        missing = [number for number in numbers if not self._have(number)]
-        if self.below:
-            self.below.prepare(missing)
+        """Compute the missing views, with a progress bar."""
+        missing = [number for number in numbers if not self._is_available(number)]
+        if self.source:
+            self.source.prepare(missing)
         if not missing:
             return
         with progress_bar() as bar:
@@ -156,38 +172,39 @@ class CachedViews:
                 self[number]
         self._advance = lambda photos: None
 
-    def _have(self, number: int) -> bool:
-        if number not in self._open and self.store:
+    def _is_available(self, number: int) -> bool:
+        if number not in self._views and self.store:
             found = self.store.find(number, self.shape)
             if found is not None:
-                self._open[number] = found
-        return number in self._open
+                self._views[number] = found
+        return number in self._views
 
     def _get(self, number: int) -> Tensor:
         if self.store:
             try:
-                found = self.store.put(number, self.shape, self._parts(number))
+                found = self.store.find_or_add(number, self.shape, self._parts(number))
                 if found is not None:
                     return found
             except OSError as error:
-                where, why = disk_cache.shown(self.store.room.folder), error.strerror or error
-                self.store.log(f"warning: the cache {where} can't be used: {why}")
+                where = disk_cache.abbreviate_home(self.store.cache.folder)
+                reason = error.strerror or error
+                self.store.log(f"warning: the cache {where} can't be used: {reason}")
             self.store = None
         flat = torch.empty(self.shape.count, dtype=self.shape.dtype, device=self.device)
-        return fill(self.shape.tensor(flat), self._parts(number))
+        return fill(self.shape.unflatten(flat), self._parts(number))
 
-    def _parts(self, number: int) -> Iterator[Part]:
-        for index, rows in self.make(number):
+    def _parts(self, number: int) -> Iterator[IndexedRows]:
+        for index, rows in self.compute(number):
             yield index, rows
             self._advance(len(index))
 
 
-def fill(rows: Tensor, parts: Iterable[Part]) -> Tensor:
-    """Write the parts into `rows`, and return them."""
+def fill(rows: Tensor, parts: Iterable[IndexedRows]) -> Tensor:
+    """Write the parts into `rows`, and return it."""
     for index, part in parts:
         rows[index] = part.to(rows.device)
     return rows
 
 
-def _mapped(path: Path, shape: Shape, *, shared: bool) -> Tensor:
+def _map_file(path: Path, shape: ViewShape, *, shared: bool) -> Tensor:
     return torch.from_file(str(path), shared=shared, size=shape.count, dtype=shape.dtype)

@@ -1,1 +1,1 @@
-"""Networks: backbones, layer groups, heads, freezing, pretrained weights."""
+"""Networks: backbones, layer groups, heads, freezing, pretrained weights, BatchNorm fusion."""

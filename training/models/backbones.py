@@ -1,8 +1,8 @@
-"""torchvision architectures -> a body that is one flat Sequential, cut into ordered layer groups.
+"""Backbones from torchvision: one flat nn.Sequential, divided into ordered layer groups.
 
-A new layer group begins wherever the resolution falls, which reproduces the usual hand-made cuts
-(ResNet's layer1 to layer4, MobileNetV2's features at 2, 4, 7 and 14) without a table of them. In a
-ViT, where it never falls, the blocks are cut into quarters.
+A new layer group starts wherever the resolution drops. This gives the usual groups (layer1 to
+layer4 of ResNet, features 2, 4, 7 and 14 of MobileNetV2) without a table. A ViT has one
+resolution; its blocks are divided into four groups.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from serving.errors import OptionError
-from training.models import families as bodies
 from training.models import weights
-from training.models.families import Family
+from training.models.families import Family, find_family
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A body without its classifier.
+    """A network without its classifier.
 
-    body: float32 [N, 3, H, W] -> [N, width, h, w], or [N, width] where it pools by itself; a flat
-        Sequential.
-    groups: for each layer group the index of its first child of `body`, ascending from 0.
-    width: channels of the output.
-    pooled: how the body pools by itself; "" where it does not.
+    Attributes:
+        body: A flat Sequential: float32 [N, 3, H, W] -> [N, width, h, w], or [N, width] if it pools
+            by itself.
+        groups: Index of the first child of each layer group, ascending from 0.
+        width: Channels of the output.
+        pooled: How the body pools by itself; "" if it does not.
     """
 
     body: nn.Sequential
@@ -42,84 +42,85 @@ class Backbone:
 
 
 def names() -> list[str]:
-    """Every architecture that can be built here."""
+    """All supported architectures."""
     known = torchvision.models.list_models(module=torchvision.models)
-    return [name for name in known if bodies.family(name) is not None]
+    return [name for name in known if find_family(name) is not None]
 
 
-def build(arch: str, arch_args: Mapping[str, Any], given: str = "none") -> Backbone:
-    """Build a body, with weights if asked.
+def build(arch: str, arch_args: Mapping[str, Any], pretrained: str = "none") -> Backbone:
+    """Build a backbone, optionally with pretrained weights.
 
     Args:
-        arch: A name from `names()`.
+        arch: One of `names()`.
         arch_args: Options of torchvision's builder, such as `width_mult`.
-        given: Weights: "none"; "imagenet", by torchvision's own cached download; or a path to a
-            state dict of the whole torchvision network (its classifier may be missing).
+        pretrained: "none"; "imagenet": torchvision's download and its cache; or the path of a state
+            dict of the torchvision network (the classifier may be missing).
 
     Raises:
         OptionError: Unknown architecture or option.
-        DataError: Weights that can't be had, or that belong to another architecture.
+        DataError: The weights can't be read or downloaded, or belong to another architecture.
     """
     family = family_of(arch)
     network = _network(arch, arch_args, family)
     body = _body(network, arch, arch_args, family)
-    if given != "none":
-        state = weights.read(arch, given, family.image_size(arch_args))
-        weights.load(body, network, state, family, arch, given)
-    return _cut(body, family, arch_args)
+    if pretrained != "none":
+        state = weights.read_state_dict(arch, pretrained, family.image_size(arch_args))
+        weights.load_into_body(body, network, state, family, arch, pretrained)
+    return _split_groups(body, family, arch_args)
 
 
 def build_on_meta(arch: str, arch_args: Mapping[str, Any]) -> Backbone:
-    """As `build`, on the meta device: shapes without numbers, in no time; errors likewise."""
+    """As `build`, on the meta device: shapes without values, and therefore fast."""
     family = family_of(arch)
     with _ShapesOnly():
         network = _network(arch, arch_args, family)
-    return _cut(_body(network, arch, arch_args, family).to("meta"), family, arch_args)
+    body = _body(network, arch, arch_args, family).to("meta")
+    return _split_groups(body, family, arch_args)
 
 
 def check_size(
     arch: str, arch_args: Mapping[str, Any], size: int, option: str = "preprocess.size"
 ) -> None:
-    """Refuse a size of images that the architecture can't take.
+    """Check that the architecture supports an image size.
 
     Args:
-        arch: As `build`.
-        arch_args: As `build`.
+        arch: As in `build`.
+        arch_args: As in `build`.
         size: Side in pixels.
-        option: What the error names.
+        option: Name of the option in the error.
 
     Raises:
-        OptionError: It does not fit; names one that does.
+        OptionError: It does not; the message names a size that it supports.
     """
     family = family_of(arch)
-    made_for = family.image_size(arch_args)
+    default_size = family.image_size(arch_args)
     wrong = f"{option} = {size} does not fit {arch}: "
     if family.size_option:
-        if size != made_for:
+        if size != default_size:
             change = f"arch_args.{family.size_option} changes it"
             change += f": {family.sizes}" if family.sizes else ""
-            raise OptionError(f"{wrong}use {made_for} ({change})")
+            raise OptionError(f"{wrong}use {default_size} ({change})")
         return
     body = build_on_meta(arch, arch_args).body
-    if _takes(body, size):
+    if _supports_size(body, size):
         return
-    low, high = size, made_for
+    low, high = size, default_size
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _takes(body, middle) else (middle, high)
+        low, high = (low, middle) if _supports_size(body, middle) else (middle, high)
     raise OptionError(f"{wrong}use {high} or more")
 
 
-def outputs(body: nn.Sequential, size: int) -> Iterator[Tensor]:
-    """What each child gives for one image [1, 3, size, size]: meta tensors, nothing is computed."""
+def meta_outputs(body: nn.Sequential, size: int) -> Iterator[Tensor]:
+    """The output of each child for an image [1, 3, size, size], as meta tensors."""
     x = torch.empty(1, 3, size, size, device="meta")
     training = {module: module.training for module in body.modules()}
     body.eval()
     try:
         for child in body:
-            shadow = {name: tensor.to("meta") for name, tensor in child.state_dict().items()}
+            state = {name: tensor.to("meta") for name, tensor in child.state_dict().items()}
             with torch.no_grad(), _ShapesOnly():
-                x = torch.func.functional_call(child, shadow, x)
+                x = torch.func.functional_call(child, state, x)
             yield x
     finally:
         for module, mode in training.items():
@@ -130,9 +131,9 @@ def family_of(arch: str) -> Family:
     """The family of an architecture.
 
     Raises:
-        OptionError: There is none of that name.
+        OptionError: Unknown architecture.
     """
-    family = bodies.family(arch)
+    family = find_family(arch)
     if family is None or arch not in names():
         near = difflib.get_close_matches(arch, names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else "`fledge layers` lists them all"
@@ -141,15 +142,15 @@ def family_of(arch: str) -> Family:
 
 
 class _ShapesOnly(TorchFunctionMode):
-    """Builds and runs networks on the meta device, and leaves out what changes no shape.
+    """Builds and runs networks on the meta device; skips functions that do not change shapes.
 
-    `with torch.device("meta")` would also take the small tensors that RegNet computes its widths
-    with, and is ten times slower.
+    `with torch.device("meta")` is ten times slower, and also affects the tensors that RegNet
+    computes its widths with.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:  # what weights are made of
+        if func is torch.empty and kwargs.get("device") is None:  # allocates weights
             kwargs["device"] = "meta"
         elif func in _SAME_SHAPE or (func.__name__ in _FILLS and args and args[0].is_meta):
             return args[0]
@@ -171,26 +172,26 @@ _FILLS: Final = ("normal_", "uniform_", "fill_", "zero_", "erfinv_", "mul_", "ad
 
 def _network(arch: str, arch_args: Mapping[str, Any], family: Family) -> nn.Module:
     for name in arch_args:
-        if name in family.fixed or name in _ELSEWHERE:
-            remedy = _ELSEWHERE.get(name, "leave it out")
-            raise OptionError(f"arch_args.{name} is not to be set for {arch}: {remedy}")
+        if name in family.fixed or name in _NO_EFFECT:
+            remedy = _NO_EFFECT.get(name, "remove it")
+            raise OptionError(f"arch_args.{name} can't be set for {arch}: {remedy}")
     try:
         network: nn.Module = torchvision.models.get_model(
             arch, weights=None, **arch_args, **family.fixed
         )
-    except Exception as error:  # builders check their options in many ways
+    except Exception as error:  # builders raise many types of errors
         reason = str(error).partition("\n")[0]
         if family.sizes and family.size_option in arch_args:
             reason = f"{reason}; use {family.sizes}"
         raise OptionError(
             f"arch_args = {dict(arch_args)!r} does not fit {arch}: {reason}"
         ) from None
-    # Some classes take any option and pass over those that they don't know.
-    takes = inspect.signature(type(network)).parameters
-    swallows = any(one.kind is one.VAR_KEYWORD for one in takes.values())
+    # Classes with **kwargs ignore unknown options.
+    parameters = inspect.signature(type(network)).parameters
+    has_kwargs = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     for name in arch_args:
-        if swallows and name not in (*takes, *family.options):
-            raise OptionError(f"arch_args.{name}: {arch} has no such option; leave it out")
+        if has_kwargs and name not in (*parameters, *family.options):
+            raise OptionError(f"arch_args.{name}: {arch} has no such option; remove it")
     return network
 
 
@@ -199,40 +200,42 @@ def _body(
 ) -> nn.Sequential:
     body = family.body(network)
     if "dropout" in arch_args and not any(isinstance(m, nn.Dropout) for m in body.modules()):
-        raise OptionError(f"arch_args.dropout is of {arch}'s own head: set head.dropout instead")
+        raise OptionError(
+            f"arch_args.dropout belongs to {arch}'s own classifier: set head.dropout instead"
+        )
     return body
 
 
-_ELSEWHERE: Final = {
-    "num_classes": "the photos' classes decide, and [head]; leave it out",
-    "progress": "leave it out",
+_NO_EFFECT: Final = {
+    "num_classes": "the photos determine the classes, and [head] the layers; remove it",
+    "progress": "remove it",
     "weights": "set weights = 'imagenet', or a file, at the top of the recipe",
 }
-"""Options of every builder that have no effect on a body."""
+"""Options of all builders that have no effect on a body, and the remedy."""
 
 
-def _takes(body: nn.Sequential, size: int) -> bool:
+def _supports_size(body: nn.Sequential, size: int) -> bool:
     try:
-        return all(0 not in x.shape for x in outputs(body, size))
+        return all(0 not in x.shape for x in meta_outputs(body, size))
     except RuntimeError:
         return False
 
 
-def _cut(body: nn.Sequential, family: Family, arch_args: Mapping[str, Any]) -> Backbone:
-    """Layer groups and output width, by a run on the meta device."""
-    maps = list(outputs(body, family.image_size(arch_args)))
-    trains = [any(True for _ in child.parameters()) for child in body]
+def _split_groups(body: nn.Sequential, family: Family, arch_args: Mapping[str, Any]) -> Backbone:
+    """Layer groups and output width, from a forward pass on the meta device."""
+    maps = list(meta_outputs(body, family.image_size(arch_args)))
+    has_parameters = [any(True for _ in child.parameters()) for child in body]
     if family.side:
         sides = [x.shape[family.side] for x in maps]
-        # Convolutions without padding, as Inception's, take off a few pixels: that is no fall.
+        # Smaller drops come from unpadded convolutions, as in Inception.
         starts = [i for i in range(1, len(sides)) if sides[i] < 0.7 * sides[i - 1]]
     else:
-        blocks = sum(trains) - 2  # what makes tokens before them, and the norm behind
+        blocks = sum(has_parameters) - 2  # without patch embedding and final norm
         starts = [1 + blocks * quarter // 4 for quarter in range(4)]
-    # A bare pooling layer has nothing to train, so it is no group of its own: it joins the one
-    # behind it, or at the end of the body (VGG, AlexNet) the one before.
+    # A pooling layer has no parameters and is no group: it joins the next group, or the previous
+    # one at the end of the body (VGG, AlexNet).
     groups = [0]
     for start in starts:
-        if any(trains[groups[-1] : start]) and any(trains[start:]):
+        if any(has_parameters[groups[-1] : start]) and any(has_parameters[start:]):
             groups.append(start)
     return Backbone(body, tuple(groups), maps[-1].shape[1], family.pooled)

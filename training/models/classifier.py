@@ -1,4 +1,4 @@
-"""The classifier: a torchvision body, pooling, and a head of our own."""
+"""The classifier: a torchvision body, pooling and a new head; it applies freezing."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from training.utils.device import constant
 
 
 class Classifier(nn.Module):
-    """body -> pool -> head; `freeze` says what trains."""
+    """body -> pool -> head. `freeze` sets which parameters train."""
 
     def __init__(
         self, body: nn.Sequential, groups: tuple[int, ...], pool: nn.Module, head: nn.Sequential
     ) -> None:
-        """Take the parts; `groups` as in `backbones.Backbone`. All of it trains."""
+        """groups: as in `Backbone`. All parameters train until `freeze` is called."""
         super().__init__()
         self.body, self.pool, self.head = body, pool, head
         self.groups = groups
@@ -47,10 +47,10 @@ class Classifier(nn.Module):
     ) -> None:
         """Freeze the body but for `unfreeze`; the head always trains.
 
-        Replaces any earlier freezing. Arguments and errors as `freezing.decide`.
+        Replaces any earlier freezing. Arguments and errors as `freezing.plan_freezing`.
         """
         self._set_freezing(
-            freezing.decide(
+            freezing.plan_freezing(
                 self.body,
                 self.groups,
                 unfreeze,
@@ -60,8 +60,8 @@ class Classifier(nn.Module):
         )
 
     def freezing_for(self, stage: Stage) -> Freezing:
-        """What `stage` trains and freezes. Changes nothing; errors as `freezing.decide`."""
-        return freezing.decide(
+        """What `stage` trains and freezes. Changes nothing; errors as `freezing.plan_freezing`."""
+        return freezing.plan_freezing(
             self.body,
             self.groups,
             stage.unfreeze,
@@ -76,16 +76,16 @@ class Classifier(nn.Module):
     def _set_freezing(self, decided: Freezing) -> None:
         self.freezing = decided
         for name, parameter in self.body.named_parameters():
-            parameter.requires_grad_(name in self.freezing.trains)
-            if name not in self.freezing.trains:
+            parameter.requires_grad_(name in self.freezing.trainable)
+            if name not in self.freezing.trainable:
                 parameter.grad = None
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Classifier:
-        """As usual, but what is held in eval mode stays there."""
+        """As `nn.Module.train`, but `freezing.eval_modules` stay in eval mode."""
         super().train(mode)
         for name, module in self.body.named_modules():
-            if name in self.freezing.held:
+            if name in self.freezing.eval_modules:
                 module.training = False
         return self
 
@@ -100,7 +100,7 @@ class Classifier(nn.Module):
         Args:
             freezing: From `freezing_for`; the current one if not given.
         """
-        trains = (freezing or self.freezing).trains
+        trains = (freezing or self.freezing).trainable
         children = list(self.body.named_children())
         found = []
         for start, end in pairwise((*self.groups, len(children))):
@@ -112,32 +112,32 @@ class Classifier(nn.Module):
                 if f"{name}.{own}" in trains
             ]
             if parameters:
-                found.append((span(name for name, _ in parts), parameters))
+                found.append((name_range(name for name, _ in parts), parameters))
         return [*found, ("head", list(self.head.parameters()))]
 
     @property
     def prefix(self) -> nn.Sequential:
-        """What is frozen: images [N, 3, H, W] -> a feature map, a function without state.
+        """The frozen layers, a function without state: images [N, 3, H, W] -> feature map.
 
-        With the whole body frozen the pooling belongs to it: -> [N, D].
+        If the whole body is frozen, the pooling is part of it: -> [N, D].
         """
         pool = [self.pool] if self.freezing.prefix == len(self.body) else []
         return nn.Sequential(*self.body[: self.freezing.prefix], *pool)
 
     @property
     def suffix(self) -> nn.Sequential:
-        """What trains: the prefix's output -> logits. Shares its modules with this classifier."""
+        """The layers after the prefix: output of the prefix -> logits. Modules are shared."""
         pool = [] if self.freezing.prefix == len(self.body) else [self.pool]
         return nn.Sequential(*self.body[self.freezing.prefix :], *pool, self.head)
 
 
-def span(names: Iterable[str]) -> str:
-    """First and last of some names: "14..18"."""
+def name_range(names: Iterable[str]) -> str:
+    """The first and last name: "14..18"; a single name as it is."""
     first, *rest = names
     return f"{first}..{rest[-1]}" if rest else first
 
 
-def build(
+def create_classifier(
     arch: str,
     classes: int,
     *,
@@ -145,18 +145,18 @@ def build(
     head: Mapping[str, Any] | HeadConfig | None = None,
     weights: str = "none",
 ) -> Classifier:
-    """Build a classifier; arguments and errors as in `backbones.build` and `HeadConfig`."""
+    """Build a classifier. Arguments and errors as in `backbones.build` and `HeadConfig`."""
     config = head if isinstance(head, HeadConfig) else HeadConfig(**(head or {}))
-    pool = heads.pooling(config, arch, backbones.family_of(arch).pooled)
+    pool = heads.build_pool(config, arch, backbones.family_of(arch).pooled)
     backbone = backbones.build(arch, arch_args or {}, weights)
     layers = heads.build(config, backbone.width, classes)
     return Classifier(backbone.body, backbone.groups, pool, layers)
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
-    """Pixels uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in channels-last layout.
+    """Pixels uint8 [N, H, W, 3] -> float32 [N, 3, H, W], channels-last.
 
-    (x / 255 - mean) / std per channel: what every exported graph does inside.
+    (x / 255 - mean) / std per channel, as in exported graphs.
     """
     mean = constant(preprocess.mean, pixels.device) * 255
     std = constant(preprocess.std, pixels.device) * 255

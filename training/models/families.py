@@ -1,7 +1,7 @@
-"""The table of architectures: how the body of each torchvision family is taken out.
+"""Table of the torchvision architectures: how the body of each family is extracted.
 
-A body is one flat Sequential of torchvision's own layers, so that a frozen prefix is `body[:n]` and
-what trains is `body[n:]`.
+A body is one flat Sequential of torchvision's layers, so that a frozen prefix is `body[:n]`, and
+the rest `body[n:]`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from serving.errors import OptionError
 
 @dataclass(frozen=True)
 class Family:
-    """Architectures that are built alike.
+    """Architectures with the same structure.
 
-    archs: regular expression for their names.
-    body: takes the body out of the whole network; the layers are shared.
-    side: axis of the body's maps that shrinks where the resolution falls; 0 for none, as in ViT.
-    pooled: how the body pools by itself; "" where it gives a map.
-    fixed: options of torchvision's builder that are not for the recipe to choose.
-    size_option: the builder's option that fixes the size of images; "" where any will do.
-    sizes: what that option may be, where torchvision does not say so itself.
-    options: of the builder, beside those of the network's class, where that class swallows any.
-    old_names: (pattern, replacement) of names in weights files that are older than the code.
+    Attributes:
+        title: Name of the family.
+        archs: Regular expression of their names.
+        body: Extracts the body from the network; the layers are shared.
+        side: Axis of the feature maps that shrinks when the resolution drops; 0: none, as in ViT.
+        pooled: How the body pools by itself; "" if its output is a feature map.
+        fixed: Options of torchvision's builder that recipes can't set.
+        size_option: Option of the builder that fixes the image size; "" if any size works.
+        sizes: Allowed values of that option, if torchvision's error does not name them.
+        options: Further options of the builder, if the network's class takes **kwargs.
+        old_names: (pattern, replacement) for keys of older weights files.
     """
 
     title: str
@@ -45,10 +47,10 @@ class Family:
     old_names: tuple[tuple[str, str], ...] = ()
 
     def image_size(self, arch_args: Mapping[str, Any]) -> int:
-        """The side of images that the body is made for; 224 where any will do.
+        """The image size of the body in pixels; 224 if any size works.
 
         Raises:
-            OptionError: The option that fixes it is no number of pixels.
+            OptionError: The option that fixes it is not a number of pixels.
         """
         given = arch_args.get(self.size_option, 224)
         size = given[0] if isinstance(given, list | tuple) and given else given
@@ -58,8 +60,8 @@ class Family:
         return size
 
 
-def family(arch: str) -> Family | None:
-    """The family of an architecture."""
+def find_family(arch: str) -> Family | None:
+    """The family of an architecture; None if it is not supported."""
     return next((one for one in FAMILIES if re.fullmatch(one.archs, arch)), None)
 
 
@@ -76,8 +78,8 @@ def _layers(network: nn.Module) -> nn.Sequential:
 
 
 def _children(network: nn.Module) -> nn.Sequential:
-    outside = ("avgpool", "dropout", "fc")
-    return _flat((name, part) for name, part in network.named_children() if name not in outside)
+    classifier = ("avgpool", "dropout", "fc")
+    return _flat((name, part) for name, part in network.named_children() if name not in classifier)
 
 
 def _densenet(network: nn.Module) -> nn.Sequential:
@@ -98,8 +100,8 @@ def _swin(network: nn.Module) -> nn.Sequential:
 
 def _vit(network: Any) -> nn.Sequential:
     blocks = network.encoder.layers.named_children()
-    start, end = ("tokens", Tokens(network)), ("ln", network.encoder.ln)
-    return _flat([start, *blocks, end, ("class_token", ClassToken())])
+    start, end = ("tokens", PatchEmbedding(network)), ("ln", network.encoder.ln)
+    return _flat([start, *blocks, end, ("class_token", SelectClassToken())])
 
 
 def _maxvit(network: Any) -> nn.Sequential:
@@ -109,8 +111,8 @@ def _maxvit(network: Any) -> nn.Sequential:
     return _flat([("stem", network.stem), *blocks, ("pool", nn.Sequential(pool, flatten)), *after])
 
 
-class Tokens(nn.Module):
-    """What a ViT does before its blocks: images [N, 3, H, W] -> tokens [N, 1 + patches, D]."""
+class PatchEmbedding(nn.Module):
+    """The input layers of a ViT: images [N, 3, H, W] -> tokens [N, 1 + patches, D]."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -120,22 +122,21 @@ class Tokens(nn.Module):
         self.dropout = network.encoder.dropout
 
     def forward(self, images: Tensor) -> Tensor:
-        """Cut into patches; put the class token before them and add each one's position."""
+        """Embed the patches, prepend the class token and add the position embedding."""
         patches = self.conv_proj(images).flatten(2).transpose(1, 2)
         first = self.class_token.expand(patches.shape[0], -1, -1)
         tokens: Tensor = self.dropout(torch.cat([first, patches], dim=1) + self.pos_embedding)
         return tokens
 
 
-class ClassToken(nn.Module):
-    """Tokens [N, 1 + patches, D] -> the first of each [N, D]."""
+class SelectClassToken(nn.Module):
+    """Tokens [N, 1 + patches, D] -> the class token [N, D]."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Take it."""
         return tokens[:, 0]
 
 
-# Nothing of the second and third classifier that these two train with.
+# Without the auxiliary classifiers of GoogLeNet and Inception v3.
 _NO_AUX: Final = {"aux_logits": False, "transform_input": False, "init_weights": True}
 _DENSENET_OLD: Final = ((r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2"),)
 _VIT_OLD: Final = ((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3."))

@@ -1,4 +1,4 @@
-"""What trains: which parameters of the body, and what its BatchNorms do meanwhile."""
+"""Freezing: which parameters of a body train, and which modules stay in eval mode."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from serving.errors import OptionError
 
 @dataclass(frozen=True)
 class Freezing:
-    """What a stage does to a body; names are relative to it.
+    """How a body is frozen. Names are relative to the body.
 
-    trains: parameters with gradients.
-    held: modules that stay in eval mode whatever `train()` says.
-    prefix: how many of its first children are frozen, and functions without state.
+    Attributes:
+        trainable: Names of parameters with gradients.
+        eval_modules: Names of modules that stay in eval mode after `train()`.
+        prefix: Number of leading children that are frozen and have no state that changes.
     """
 
-    trains: frozenset[str]
-    held: frozenset[str]
+    trainable: frozenset[str]
+    eval_modules: frozenset[str]
     prefix: int
 
 
-def decide(
+def plan_freezing(
     body: nn.Sequential,
     groups: Sequence[int],
     unfreeze: int | Sequence[str],
@@ -36,24 +37,24 @@ def decide(
     batchnorm: Literal["fixed", "train"] = "fixed",
     frozen_batchnorm: Literal["eval", "stats", "train"] = "eval",
 ) -> Freezing:
-    """Decide what trains; nothing is touched.
+    """Determine what trainable. Changes nothing.
 
-    A module none of whose parameters are unfrozen is frozen, with all that is in it: dropout and
-    stochastic depth are off there. One without parameters is as what holds it, or at the top of
-    the body as the child before it, so that what trains never begins with an in-place activation.
+    A module without unfrozen parameters is frozen, including its children: dropout and stochastic
+    depth are off in it. A module without parameters follows its parent, or, as a child of the body,
+    the child before it, so the trainable part never starts with an in-place activation.
 
     Args:
-        body: As `backbones.Backbone`.
-        groups: As `backbones.Backbone`.
-        unfreeze: The last so many layer groups, more than there are being all; or patterns of
-            `fnmatch` for names of parameters, or of modules with all that is in them.
-        batchnorm: Of unfrozen BatchNorms: "fixed" keeps the statistics, scale and shift train.
-        frozen_batchnorm: Of frozen ones: "eval" fixes all; with "stats" the statistics move; with
-            "train" scale and shift train, too (Frankle et al., 2021, "Training BatchNorm and Only
+        body: As in `backbones.Backbone`.
+        groups: As in `backbones.Backbone`.
+        unfreeze: Number of layer groups to train, counted from the end; all if there are fewer. Or
+            `fnmatch` patterns for names of parameters, or of modules with everything inside.
+        batchnorm: Unfrozen BatchNorms: with "fixed" the statistics are kept; scale and shift train.
+        frozen_batchnorm: Frozen BatchNorms: "eval" changes nothing; "stats" updates the statistics;
+            "train" also trains scale and shift (Frankle et al., 2021, "Training BatchNorm and Only
             BatchNorm").
 
     Raises:
-        OptionError: A pattern that matches nothing.
+        OptionError: A pattern matches no parameter.
     """
     parameters = [name for name, _ in body.named_parameters()]
     if isinstance(unfreeze, int):
@@ -63,35 +64,35 @@ def decide(
     else:
         unfrozen = {name for pattern in unfreeze for name in _matching(pattern, parameters)}
     frozen = _frozen_modules(body, parameters, unfrozen)
-    trains, held = set(unfrozen), set(frozen)
+    trainable, eval_modules = set(unfrozen), set(frozen)
     for name, module in body.named_modules():
         if not is_batchnorm(module):
             continue
         if name not in frozen:
-            held |= {name} if batchnorm == "fixed" else set()
+            eval_modules |= {name} if batchnorm == "fixed" else set()
         elif frozen_batchnorm != "eval":
-            held.discard(name)
+            eval_modules.discard(name)
             if frozen_batchnorm == "train":
-                trains |= {f"{name}.{own}" for own, _ in module.named_parameters()}
+                trainable |= {f"{name}.{own}" for own, _ in module.named_parameters()}
     children = [name for name, _ in body.named_children()]
     prefix = next((i for i, name in enumerate(children) if name not in frozen), len(body))
     if frozen_batchnorm != "eval" and has_batchnorm(body[:prefix]):
         prefix = 0
-    return Freezing(frozenset(trains), frozenset(held), prefix)
+    return Freezing(frozenset(trainable), frozenset(eval_modules), prefix)
 
 
 def is_batchnorm(module: nn.Module) -> bool:
-    """Whether it is a BatchNorm of any dimension."""
+    """Whether a module is a BatchNorm of any dimension."""
     return isinstance(module, _BatchNorm)
 
 
 def has_batchnorm(module: nn.Module) -> bool:
-    """Whether there is any inside."""
+    """Whether a module contains a BatchNorm."""
     return any(map(is_batchnorm, module.modules()))
 
 
 def _child(body: nn.Sequential, name: str) -> int:
-    """The index of the body's child that holds a parameter."""
+    """Index of the child of the body that contains a parameter."""
     return list(body._modules).index(name.partition(".")[0])
 
 
@@ -110,7 +111,7 @@ def _matching(pattern: str, parameters: Iterable[str]) -> list[str]:
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    """a.b.c -> a, a.b, a.b.c."""
+    """`a.b.c` -> `a`, `a.b`, `a.b.c`."""
     parts = name.split(".")
     return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
@@ -118,18 +119,18 @@ def _prefixes(name: str) -> Iterator[str]:
 def _frozen_modules(
     body: nn.Module, parameters: Iterable[str], unfrozen: Iterable[str]
 ) -> set[str]:
-    holds = {part for name in parameters for part in _prefixes(name)}
-    alive = {part for name in unfrozen for part in _prefixes(name)}
+    with_parameters = {part for name in parameters for part in _prefixes(name)}
+    with_unfrozen = {part for name in unfrozen for part in _prefixes(name)}
     frozen: set[str] = set()
-    before_is_frozen = True
+    previous_is_frozen = True
     for name, _ in body.named_modules():
         parent = name.rpartition(".")[0]
-        if name in holds:
-            is_frozen = name not in alive
+        if name in with_parameters:
+            is_frozen = name not in with_unfrozen
         else:
-            is_frozen = parent in frozen if parent else before_is_frozen
+            is_frozen = parent in frozen if parent else previous_is_frozen
         if name and is_frozen:
             frozen.add(name)
         if name and not parent:
-            before_is_frozen = is_frozen
+            previous_is_frozen = is_frozen
     return frozen

@@ -1,4 +1,4 @@
-"""What stands on a body: pooling, and the layers that end in the logits."""
+"""Pooling and classification heads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from serving.errors import OptionError
 from training.config.sections import HeadConfig
 
 
-@fx.wrap  # no part of an exported or folded graph
+@fx.wrap  # a leaf for torch.fx, so graphs for export and fusion do not contain the hook
 def keep_layout(x: Tensor) -> Tensor:
-    """The same map, whose gradient will lie in memory as the map itself does.
+    """Identity whose gradient is made channels-last if `x` is.
 
-    The gradient of a mean is one value seen everywhere, which lies like no map: behind it BatchNorm
-    works on in the slow layout. On MobileNetV2's last four blocks that is a quarter of a step.
+    The gradient of a mean is an expanded tensor, not channels-last: the BatchNorm before the
+    pooling would then compute its gradient in the slow memory format. On the last four blocks of
+    MobileNetV2 this takes a quarter of a training step.
     """
     if x.requires_grad and x.is_contiguous(memory_format=torch.channels_last):
         x.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
@@ -24,10 +25,9 @@ def keep_layout(x: Tensor) -> Tensor:
 
 
 class ConcatPool(nn.Module):
-    """Average and max pooling side by side: [N, C, h, w] -> [N, 2 C]."""
+    """Concatenated average and max pooling: [N, C, h, w] -> [N, 2 C]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pool over the whole map."""
         x = keep_layout(x)
         return torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1)
 
@@ -36,17 +36,16 @@ class AvgPool(nn.Module):
     """Average pooling: [N, C, h, w] -> [N, C]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pool over the whole map."""
         return keep_layout(x).mean(dim=(2, 3))
 
 
 def build(config: HeadConfig, width: int, classes: int) -> nn.Sequential:
-    """The layers: pooled features [N, D] -> logits [N, classes], D as `pooling` makes it.
+    """The head: pooled features [N, D] -> logits [N, classes].
 
     Args:
-        config: As `HeadConfig` says.
-        width: Channels of the body's output; `concat_pool` takes twice as many.
-        classes: Length of the logits.
+        config: Kind, hidden widths and dropout.
+        width: Channels of the body's output; D is twice as large with `concat_pool`.
+        classes: Number of logits.
     """
     hidden = () if config.kind == "linear" else config.hidden
     widths = (2 * width if config.kind == "concat_pool" else width, *hidden, classes)
@@ -58,20 +57,20 @@ def build(config: HeadConfig, width: int, classes: int) -> nn.Sequential:
         if config.kind == "deep":
             layers.append(nn.BatchNorm1d(after))
         layers.append(nn.ReLU(inplace=True))
-    # The last Linear gives the logits: nothing stands behind it.
+    # Remove what follows the last Linear, whose outputs are the logits.
     return nn.Sequential(*layers[: -2 if config.kind == "deep" else -1])
 
 
-def pooling(config: HeadConfig, arch: str, pooled: str) -> nn.Module:
-    """What turns the body's output into the head's input.
+def build_pool(config: HeadConfig, arch: str, pooled: str) -> nn.Module:
+    """The pooling between body and head.
 
     Args:
-        config: Its kind decides.
-        arch: For the error.
-        pooled: How the body pools by itself; "" where it does not.
+        config: `kind` selects it.
+        arch: For the error message.
+        pooled: How the body pools by itself; "" if it does not.
 
     Raises:
-        OptionError: concat_pool on a body that gives no map.
+        OptionError: concat_pool with a body that pools by itself.
     """
     if pooled and config.kind == "concat_pool":
         raise OptionError(f"{arch} pools by itself ({pooled}); use head.kind = 'linear' or 'deep'")
@@ -81,7 +80,7 @@ def pooling(config: HeadConfig, arch: str, pooled: str) -> nn.Module:
 
 
 def _dropouts(config: HeadConfig, hidden: tuple[int, ...]) -> tuple[float, ...]:
-    """One before every Linear."""
+    """Dropout probability before each Linear."""
     if isinstance(config.dropout, tuple):
         return config.dropout
     return (*[config.dropout / 2] * len(hidden), config.dropout)

@@ -1,4 +1,4 @@
-"""Weights files: read without trusting them, and loaded into a body."""
+"""Pretrained weights: read state dicts without running code, load them into a body."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from serving.errors import DataError
 from training.models.families import Family
 
 
-def read(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
-    """The state dict of a whole network.
+def read_state_dict(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
+    """Read the state dict of a torchvision network.
 
     Args:
-        arch: For "imagenet".
-        weights: "imagenet", by torchvision's own cached download; or a path.
-        size: Side of the images, where there are imagenet weights for several.
+        arch: The architecture, for "imagenet".
+        weights: "imagenet": torchvision's download and its cache; or a path.
+        size: Image size; selects among several imagenet weights.
 
     Raises:
-        DataError: It can't be had, or is none.
+        DataError: It can't be downloaded or read, or is not a state dict.
     """
     if weights == "imagenet":
         every = torchvision.models.get_model_weights(arch)
@@ -37,10 +37,10 @@ def read(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
             return entry.get_state_dict(progress=False, check_hash=True)  # type: ignore[no-any-return]
         except Exception as error:  # no network, or a damaged file in the cache
             raise DataError(
-                f"weights = 'imagenet': {entry.url} can't be fetched ({error}); "
+                f"weights = 'imagenet': {entry.url} can't be downloaded ({error}); "
                 "give a file (weights = 'PATH.pth') or weights = 'none'"
             ) from error
-    # os.path, since pathlib raises over users that are not there and names that are too long.
+    # pathlib raises an error for unknown users and for names that are too long; os.path does not.
     path = Path(os.path.expanduser(weights))
     if os.path.isdir(path):
         raise DataError(f"weights = {weights!r}: a folder, not a file of weights")
@@ -51,37 +51,37 @@ def read(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        # torchvision's references put the options of the training beside the weights.
+        # Checkpoints of torchvision's reference scripts also contain the training options.
         with (
             torch.serialization.safe_globals([argparse.Namespace]),
             warnings.catch_warnings(),
         ):
-            warnings.simplefilter("ignore")  # about what it refuses a moment later
+            warnings.simplefilter("ignore")  # torch warns, then raises an error
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # for a file not its own torch.load raises a zoo of types
+    except Exception as error:  # torch.load raises many types of errors
         if "weights_only" in str(error) or "Unsupported" in str(error):
-            reason = "it holds code, which is not run; save `model.state_dict()` instead"
+            reason = "it contains code, which is not run; save `model.state_dict()` instead"
         else:
-            reason = "the file is damaged, cut short, or of another kind"
-        raise DataError(f"weights = {weights!r} is no state dict: {reason}") from error
+            reason = "the file is damaged, truncated, or of another kind"
+        raise DataError(f"weights = {weights!r} is not a state dict: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
     ):
-        raise DataError(f"weights = {weights!r} is no state dict: it must map names to tensors")
-    return {key.removeprefix("module."): value for key, value in state.items()}  # of DDP
+        raise DataError(f"weights = {weights!r} is not a state dict: it must map names to tensors")
+    return {key.removeprefix("module."): value for key, value in state.items()}  # prefix of DDP
 
 
-def renamed(state: Mapping[str, Tensor], family: Family) -> Mapping[str, Tensor]:
-    """The same with the names of today, where the file is older than the code."""
+def rename_keys(state: Mapping[str, Tensor], family: Family) -> Mapping[str, Tensor]:
+    """The state dict with current keys, for weights files of older torchvision versions."""
     for old, new in family.old_names:
         state = {re.sub(old, new, key): value for key, value in state.items()}
     return state
 
 
-def load(
+def load_into_body(
     body: nn.Sequential,
     network: nn.Module,
     state: Mapping[str, Tensor],
@@ -89,46 +89,46 @@ def load(
     arch: str,
     weights: str,
 ) -> None:
-    """Copy a whole network's state dict into a body that was taken out of `network`.
+    """Copy the state dict of a network into the body that was extracted from `network`.
 
-    Classifiers in it, main and auxiliary, are of no interest.
+    Ignores the weights of classifiers, main and auxiliary.
 
     Raises:
         DataError: It belongs to another architecture.
     """
-    state = renamed(state, family)
-    # The body shares its tensors with the network, which tells how they are called there.
+    state = rename_keys(state, family)
+    # Body and network share tensors: the identity of a tensor maps its name in one to the other.
     names = {id(tensor): name for name, tensor in network.state_dict(keep_vars=True).items()}
     own = {names[id(v)]: (k, v) for k, v in body.state_dict(keep_vars=True).items()}
-    # Old files have no num_batches_tracked; it matters to nobody with a fixed momentum.
+    # Old files have no num_batches_tracked; it is unused with a fixed momentum.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     wrong = [k for k, (_, v) in own.items() if k in state and v.shape != state[k].shape]
-    # A deeper network of the same family has all keys of a shallower one, and more.
+    # A deeper network of the same family has all keys of a shallower one, and further ones.
     tops = {k.partition(".")[0] for k in own}
     known = network.state_dict()
     extra = [k for k in state if k.partition(".")[0] in tops and k not in known]
     if missing or wrong or extra:
         raise DataError(
-            f"weights = {weights!r} is not for {arch}: {misfit(missing, wrong, extra)}"
+            f"weights = {weights!r} is not for {arch}: {describe_mismatch(missing, wrong, extra)}"
             f"{_other_size(state, wrong)}"
         )
     body.load_state_dict({key: state.get(name, v) for name, (key, v) in own.items()})
 
 
-def misfit(missing: list[str], wrong: list[str], extra: list[str]) -> str:
-    """Why a state dict does not fit: names that it lacks, that differ in shape, that are too many.
+def describe_mismatch(missing: list[str], wrong: list[str], extra: list[str]) -> str:
+    """Why a state dict does not fit: missing keys, other shapes, unexpected keys.
 
-    At least one of the three lists has a name.
+    At least one of the lists is not empty.
     """
-    why = "lacks" if missing else "has another shape for" if wrong else "also holds"
+    why = "lacks" if missing else "has another shape for" if wrong else "also has"
     return (
         f"it {why} {(missing or wrong or extra)[0]} ({len(missing)} missing, {len(wrong)} of "
-        f"another shape, {len(extra)} too many)"
+        f"another shape, {len(extra)} unexpected)"
     )
 
 
 def _other_size(state: Mapping[str, Tensor], wrong: list[str]) -> str:
-    """The size of images that a ViT's weights are for, where that alone is wrong."""
+    """The image size of ViT weights, if only the position embedding has another shape."""
     if wrong != ["encoder.pos_embedding"] or state[wrong[0]].ndim != 3:
         return ""
     if "conv_proj.weight" not in state:

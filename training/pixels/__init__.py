@@ -1,1 +1,1 @@
-"""Decoded photos as uint8 arrays: cached on disk, in memory or on the GPU."""
+"""Decoded photos as uint8 arrays: the disk cache, row sources, copies to the GPU."""

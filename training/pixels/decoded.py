@@ -1,137 +1,148 @@
-"""Photos are decoded once: encoded files -> rows of uint8 that every later run finds again.
+"""Decode a dataset once: encoded files -> rows of uint8 pixels in the disk cache.
 
-Training photos are kept whole, squeezed to a square `presize` times the training size, with their
-aspect ratio beside them; augmentation undoes the squeeze when it cuts ("presizing"). Validation
-photos go through the service's own preprocessing and are final.
+Training photos are resized to squares `presize` times the training size ("presizing"); their aspect
+ratios are stored beside them, and augmentation restores them when it crops. Validation photos go
+through the preprocessing of serving and are final.
 
-Rows are kept by the content of a photo, which every run reads, and by all that decides its pixels;
-so they are never stale. Photos that are too many for the budget are decoded as they are needed.
+The key of a row is the hash of the photo's bytes and of everything else that determines its pixels,
+so cached rows are never stale. Parts that exceed the cache budget are decoded on the fly.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from serving.errors import DataError, WorkError
 from serving.imaging.preprocess import Preprocess
-from training.data.dataset import MAX_BROKEN, Dataset
+from training.data.dataset import MAX_UNREADABLE_SHARE, Dataset
 from training.pixels.part import PixelPart, PixelSet
 from training.pixels.rows import StreamingRows
 from training.pixels.transform import PixelTransform
 from training.utils import disk_cache
+from training.utils.console import Log
 
-__all__ = ["Photos", "PixelSet", "decode"]
+__all__ = ["DecodedPhotos", "PixelSet", "decode_dataset"]
 
 
-class Photos:
-    """The decoded photos of a data set, at one image size at a time.
+class DecodedPhotos:
+    """The decoded photos of a dataset, for one `Preprocess` at a time.
 
     dataset: without the photos that turned out to be unreadable.
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        presize: float,
-        log: Callable[[str], None],
-        cache_gb: float | None = None,
+        self, dataset: Dataset, presize: float, log: Log, cache_gb: float | None = None
     ) -> None:
-        """Nothing is decoded yet; all as `decode`. A wrong `cache_gb` is refused here."""
-        disk_cache.wanted(cache_gb)
-        self.dataset, self._presize, self._say, self._cache_gb = dataset, presize, log, cache_gb
+        """Arguments as `decode_dataset`. Nothing is decoded yet.
+
+        Raises:
+            OptionError: `cache_gb` is negative or not a number.
+        """
+        disk_cache.budget_gb(cache_gb)
+        self.dataset, self._presize, self._log, self._cache_gb = dataset, presize, log, cache_gb
         self._preprocess: Preprocess | None = None
         self._sets: tuple[PixelSet, PixelSet] | None = None
 
-    def at(self, preprocess: Preprocess) -> tuple[PixelSet, PixelSet]:
-        """The training and the validation part; errors as `decode`."""
+    def pixel_sets(self, preprocess: Preprocess) -> tuple[PixelSet, PixelSet]:
+        """The (training, validation) part; errors as `decode_dataset`."""
         if self._sets is None or preprocess != self._preprocess:
-            self._sets = None  # the old ones go first: both would take twice the room
+            self._sets = None  # release the old pixels first: both would take twice the memory
             before = self.dataset
-            self.dataset, *sets = decode(
-                before, preprocess, self._presize, self._say, self._cache_gb
+            self.dataset, *sets = decode_dataset(
+                before, preprocess, self._presize, self._log, self._cache_gb
             )
             if self._preprocess is not None and self.dataset is not before:
-                raise WorkError("photos that could be read at first can't be any more: mend them")
+                raise WorkError("photos became unreadable during the run: restore them")
             self._preprocess, self._sets = preprocess, (sets[0], sets[1])
         return self._sets
 
 
-def decode(
+def decode_dataset(
     dataset: Dataset,
     preprocess: Preprocess,
     presize: float,
-    log: Callable[[str], None],
+    log: Log,
     cache_gb: float | None = None,
 ) -> tuple[Dataset, PixelSet, PixelSet]:
-    """Decode the training and the validation part, or find them decoded.
+    """Decode the training and the validation part, or take them from the cache.
 
-    Unreadable photos are named, counted and left out of the data set that comes back. A part that
-    is larger than what is left of the budget is not kept: its photos are decoded when needed.
+    Unreadable photos are logged and removed from the returned dataset. A part that exceeds the
+    remaining budget is not cached; its photos are decoded on the fly.
 
     Args:
-        dataset: What to decode.
-        preprocess: Decides the pixels.
-        presize: Side of the training photos, in image sizes.
-        say: Takes lines for a person.
-        cache_gb: Budget of the cache, in GB; as `cache.wanted`.
+        dataset: Photos to decode.
+        preprocess: Determines the pixels.
+        presize: Side of the training photos as a multiple of the image size.
+        log: Takes log lines.
+        cache_gb: Budget of the cache in GB; as in `disk_cache.budget_gb`.
+
+    Returns:
+        The dataset, the training part and the validation part, all without unreadable photos.
 
     Raises:
         DataError: More than 5 % of the photos are unreadable, or too few are left.
-        OptionError: As `cache.wanted`.
+        OptionError: As `disk_cache.budget_gb`.
         WorkError: The disk is full.
     """
-    room = disk_cache.open_cache(cache_gb)
+    cache = disk_cache.open_cache(cache_gb)
     started = time.perf_counter()
     parts = (
         PixelPart(dataset.train, PixelTransform("train", preprocess, presize), log),
         PixelPart(dataset.valid, PixelTransform("valid", preprocess, presize), log),
     )
-    names = {part.making.name for part in parts}
-    left, refused = room.budget, False
+    names = {part.transform.name for part in parts}
+    budget_left, cache_failed = cache.budget, False
     for part in parts:
-        part.scan()
-        if part.size <= left and part.size:
+        part.read_digests()
+        if part.size <= budget_left and part.size:
             try:
-                part.keep(room, names)
+                part.store_in_cache(cache, names)
             except OSError as error:
-                if not refused:
+                if not cache_failed:
                     why = f"can't be used: {error.strerror or error}"
-                    where = f"the cache {disk_cache.shown(room.folder)}"
+                    where = f"the cache {disk_cache.abbreviate_home(cache.folder)}"
                     log(f"warning: {where} {why}; decoded photos go to a temporary file")
-                refused = True
-                part.keep_aside()
-            left -= part.size
+                cache_failed = True
+                part.store_in_temporary_file()
+            budget_left -= part.size
         if part.rows is None:
             part.stream()
-    log(_told(parts, None if refused else room, time.perf_counter() - started))
-    broken = {path: reason for part in parts for path, reason in part.broken.items()}
-    if broken:
-        for path, reason in broken.items():
+    seconds = time.perf_counter() - started
+    log(_summary(parts, None if cache_failed else cache, seconds))
+    unreadable = {path: reason for part in parts for path, reason in part.unreadable.items()}
+    if unreadable:
+        for path, reason in unreadable.items():
             log(f"skipped {path}: {reason}")
         total = len(dataset.train) + len(dataset.valid)
-        worst = f"{len(broken)} of {total} photos can't be read, as {next(iter(broken))}"
-        if len(broken) > MAX_BROKEN * total:
-            raise DataError(f"{worst}: more than {MAX_BROKEN:.0%}; mend or remove them")
-        log(f"warning: {worst}; going on without them")
-        dataset = dataset.without(broken)
-    return dataset, parts[0].set(), parts[1].set()
+        what = f"{len(unreadable)} of {total} photos can't be read"
+        if len(unreadable) > MAX_UNREADABLE_SHARE * total:
+            raise DataError(
+                f"{what}, for example {next(iter(unreadable))}: more than "
+                f"{MAX_UNREADABLE_SHARE:.0%}; replace or remove them"
+            )
+        log(f"warning: {what}, for example {next(iter(unreadable))}; they are left out")
+        dataset = dataset.without(unreadable)
+    return dataset, parts[0].pixel_set(), parts[1].pixel_set()
 
 
-def _told(parts: Sequence[PixelPart], room: disk_cache.DiskCache | None, seconds: float) -> str:
-    """What was done, in a line; `room` where rows can be kept."""
-    photos, fresh = sum(len(part.good) for part in parts), sum(part.fresh for part in parts)
-    streamed = [part for part in parts if isinstance(part.rows, StreamingRows)]
-    stream = sum(len(part.good) for part in streamed)
+def _summary(parts: Sequence[PixelPart], cache: disk_cache.DiskCache | None, seconds: float) -> str:
+    """The log line: how many photos were cached, decoded and streamed. cache: None if unusable."""
+    photos, decoded = sum(len(p.readable) for p in parts), sum(p.decoded for p in parts)
+    streamed_parts = [part for part in parts if isinstance(part.rows, StreamingRows)]
+    streamed = sum(len(part.readable) for part in streamed_parts)
     words = [f"{photos:,} photos"]
-    if photos > stream + fresh:
-        words.append(f"{photos - stream - fresh:,} from the cache")
-    words.append(f"{fresh:,} decoded in {seconds:.1f} s" if fresh else f"read in {seconds:.1f} s")
-    if streamed:
-        size = disk_cache.gigabytes(sum(part.size for part in streamed))
-        words.append(f"{stream:,} streamed: their {size} are more than --cache-gb allows")
+    if photos > streamed + decoded:
+        words.append(f"{photos - streamed - decoded:,} from the cache")
+    words.append(
+        f"{decoded:,} decoded in {seconds:.1f} s" if decoded else f"read in {seconds:.1f} s"
+    )
+    if streamed_parts:
+        size = disk_cache.format_size(sum(part.size for part in streamed_parts))
+        words.append(f"{streamed:,} streamed: their {size} are more than --cache-gb allows")
     where = ""
-    if room and room.budget:
-        have = f"{disk_cache.gigabytes(room.size())} of {disk_cache.gigabytes(room.budget)}"
-        where = f"; {have} in {disk_cache.shown(room.folder)}"
+    if cache and cache.budget:
+        used = disk_cache.format_size(cache.size())
+        limit = disk_cache.format_size(cache.budget)
+        where = f"; {used} of {limit} in {disk_cache.abbreviate_home(cache.folder)}"
     return f"pixels: {', '.join(words)}{where}"

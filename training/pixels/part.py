@@ -1,4 +1,4 @@
-"""One part of a data set on its way to pixels: from the cache, from a file of its own, streamed."""
+"""Decode one part of a dataset: into the disk cache, into a temporary file, or streamed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,29 +16,35 @@ from torch import Tensor
 
 from serving.errors import ImageError, WorkError
 from serving.imaging.preprocess import Pixels
+from serving.utils.parallel import map_ordered
 from serving.utils.progress import progress_bar
 from training.data.dataset import Sample
 from training.pixels.rows import (
     MemmapRows,
-    Result,
     Rows,
     StreamingRows,
-    ahead,
-    content,
-    digest_of,
-    read,
+    content_digest,
+    read_content,
+    read_photo,
 )
-from training.pixels.store import PixelStore, PixelWriter, StoreIndex, in_file, reserve
+from training.pixels.store import PixelStore, PixelWriter, StoreIndex, map_rows, reserve
 from training.pixels.transform import PixelTransform
 from training.utils import disk_cache
+from training.utils.console import Log
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class PixelSet:
-    """Decoded photos of one part of a data set.
+    """The decoded photos of one part of a dataset.
 
-    pixels: rows of uint8 [S, S, 3]; aspect: float32 [N], width over height; labels: int64 [N].
-    name: of the entry of the cache that has such rows. key: 32 bytes that decide all pixels.
+    Attributes:
+        pixels: Rows of uint8 [S, S, 3].
+        aspect: float32 [N], width / height of the photos.
+        labels: int64 [N].
+        name: Name of the entry in the pixel cache.
+        key: 32 bytes: a hash of everything that determines the pixels.
     """
 
     pixels: Rows
@@ -47,95 +54,111 @@ class PixelSet:
     key: bytes = b""
 
     def __len__(self) -> int:
-        """How many photos."""
+        """Number of photos."""
         return len(self.labels)
 
 
 @dataclass
 class PixelPart:
-    """The photos of a part, on their way to rows.
+    """The photos of a part while they are decoded.
 
-    digests: of each photo; those that broke keep none. broken: why. fresh: how many were decoded to
-    be kept. aspect: of the photos that did not break. rows: of those, too.
+    Call `read_digests`, then one of `store_in_cache`, `store_in_temporary_file` and `stream`, then
+    `pixel_set`.
+
+    Attributes:
+        samples: The photos.
+        transform: From a photo to a row.
+        log: Takes log lines.
+        digests: `content_digest` of each photo, b"" if unreadable.
+        unreadable: Path -> reason.
+        decoded: Number of photos that were decoded and stored.
+        aspect: float32, width / height of the readable photos.
+        rows: Rows of the readable photos.
     """
 
     samples: Sequence[Sample]
-    making: PixelTransform
-    log: Callable[[str], None]
+    transform: PixelTransform
+    log: Log
     digests: list[bytes] = field(default_factory=list)
-    broken: dict[Path, str] = field(default_factory=dict)
-    fresh: int = 0
+    unreadable: dict[Path, str] = field(default_factory=dict)
+    decoded: int = 0
     aspect: Tensor = field(default_factory=lambda: torch.empty(0))
     rows: Rows | None = None
 
     @property
-    def good(self) -> list[int]:
-        """The photos that did not break."""
-        return [i for i, sample in enumerate(self.samples) if sample.path not in self.broken]
+    def readable(self) -> list[int]:
+        """Indices of the photos that are not known to be unreadable."""
+        return [i for i, sample in enumerate(self.samples) if sample.path not in self.unreadable]
 
     @property
     def size(self) -> int:
-        """Bytes of the rows, those of equal photos once."""
-        return len({self.digests[i] for i in self.good}) * 3 * self.making.side**2
+        """Bytes of the rows; identical photos share a row."""
+        return len({self.digests[i] for i in self.readable}) * 3 * self.transform.side**2
 
-    def scan(self) -> None:
-        """Read every photo: what it holds is what it is known by."""
+    def read_digests(self) -> None:
+        """Read every photo and hash its bytes."""
 
-        def one(index: int) -> bytes:
+        def digest(index: int) -> bytes:
             path = self.samples[index].path
             try:
-                return digest_of(content(path))
+                return content_digest(read_content(path))
             except ImageError as error:
-                self.broken[path] = _why(path, error)
+                self.unreadable[path] = _reason(path, error)
                 return b""
 
-        self.digests = list(self._each("reading", one, range(len(self.samples))))
+        self.digests = list(self._map("reading", digest, range(len(self.samples))))
 
-    def keep(self, room: disk_cache.DiskCache, names: set[str]) -> None:
-        """Rows from the cache, filled where some are missing; undone where there is no room left.
+    def store_in_cache(self, cache: disk_cache.DiskCache, protected: set[str]) -> None:
+        """Take the rows from the cache, after adding missing ones to it.
+
+        `rows` stays None if they don't fit. protected: names of entries that are not evicted.
 
         Raises:
             OSError: The cache can't be written.
         """
-        pack = PixelStore(room.folder / self.making.name, self.making.side)
-        listed = pack.read()
-        if self._missing(listed.rows):
-            with disk_cache.held(pack.folder, str(self.making), self._wait):
-                listed = self._grow(pack, pack.read(), room, names)
-        if not self._missing(listed.rows):
-            disk_cache.touch(pack.folder)
-            self._cut(listed)
+        store = PixelStore(cache.folder / self.transform.name, self.transform.side)
+        index = store.read()
+        if self._missing(index.rows):
+            with disk_cache.locked_entry(store.folder, str(self.transform), self._log_waiting):
+                index = self._add_missing(store, store.read(), cache, protected)
+        if not self._missing(index.rows):
+            disk_cache.mark_used(store.folder)
+            self._select_rows(index)
 
-    def _grow(
-        self, pack: PixelStore, listed: StoreIndex, room: disk_cache.DiskCache, names: set[str]
+    def _add_missing(
+        self,
+        store: PixelStore,
+        index: StoreIndex,
+        cache: disk_cache.DiskCache,
+        protected: set[str],
     ) -> StoreIndex:
-        """Add the missing rows; where room is short, what other photos left in the pack goes."""
-        with room.alone():
-            more = len({self.digests[i] for i in self._missing(listed.rows)})
-            needed = pack.room_needed(listed, more)
-            wasted = len(listed.rows) + more - self.size // pack.row_bytes
-            if not room.make_room(needed, names) and wasted:
-                pack.begin_anew()
-                listed, more = StoreIndex(), self.size // pack.row_bytes
+        """Add the missing rows. If space is short, drop the rows of photos of other datasets."""
+        with cache.locked():
+            more = len({self.digests[i] for i in self._missing(index.rows)})
+            needed = store.bytes_needed(index, more)
+            unused = len(index.rows) + more - self.size // store.row_bytes
+            if not cache.evict(needed, protected) and unused:
+                store.reset()
+                index, more = StoreIndex(), self.size // store.row_bytes
                 needed = self.size
-            # The other part's rows may go: they are open already.
-            if not room.make_room(needed, {self.making.name}):
-                return listed
-            writer = pack.writer(listed, more)
+            # The entry of the other part may be evicted: its files are open already.
+            if not cache.evict(needed, {self.transform.name}):
+                return index
+            writer = store.writer(index, more)
         with closing(writer):
-            self._fill(writer)
-        return pack.read()
+            self._decode_missing(writer)
+        return store.read()
 
-    def _wait(self) -> None:
-        self.log(f"pixels: another run decodes {self.making}: waiting for it")
+    def _log_waiting(self) -> None:
+        self.log(f"pixels: waiting for another run that decodes {self.transform}")
 
-    def keep_aside(self) -> None:
-        """Rows in a file without a name, which the system takes back however this process ends.
+    def store_in_temporary_file(self) -> None:
+        """Decode into an unnamed file; the operating system frees it when the process ends.
 
         Raises:
             WorkError: The disk is full.
         """
-        self.fresh = 0
+        self.decoded = 0
         with tempfile.TemporaryFile(prefix="fledge-pixels-") as file:
             try:
                 reserve(file, self.size, Path(tempfile.gettempdir()))
@@ -144,81 +167,81 @@ class PixelPart:
                     f"decoded photos need {self.size / 1e9:.1f} GB in {tempfile.gettempdir()}: "
                     f"{error.strerror or error}; free some, set TMPDIR, or use --cache-gb 0"
                 ) from error
-            writer = PixelWriter(file, None, 3 * self.making.side**2, {}, [])
-            self._fill(writer)
-            pixels = in_file(file, len(writer.rows), self.making.side)
-            self._cut(StoreIndex(pixels, writer.rows, np.array(writer.aspect, np.float32)))
+            writer = PixelWriter(file, None, 3 * self.transform.side**2, {}, [])
+            self._decode_missing(writer)
+            pixels = map_rows(file, len(writer.rows), self.transform.side)
+            self._select_rows(StoreIndex(pixels, writer.rows, np.array(writer.aspect, np.float32)))
 
-    def _fill(self, writer: PixelWriter) -> None:
-        """Decode the photos that have no row, in parallel; those that break are noted."""
-        missing = self._missing(writer.rows)
+    def _decode_missing(self, writer: PixelWriter) -> None:
+        """Decode the photos without a row in parallel; record those that can't be decoded."""
 
-        def one(index: int) -> tuple[int, bytes, Pixels, float] | None:
+        def decode(index: int) -> tuple[int, bytes, Pixels, float] | None:
             path = self.samples[index].path
             try:
-                digest, image = read(path, self.making.preprocess.background)
-                return index, digest, self.making(image), image.width / image.height
+                digest, image = read_photo(path, self.transform.preprocess.background)
+                return index, digest, self.transform(image), image.width / image.height
             except ImageError as error:
-                self.broken[path] = _why(path, error)
+                self.unreadable[path] = _reason(path, error)
                 return None
 
-        for done in self._each("decoding", one, missing):
-            if done:
-                index, digest, pixels, aspect = done
-                self.digests[index] = digest  # it may have been changed since it was read
+        for row in self._map("decoding", decode, self._missing(writer.rows)):
+            if row:
+                index, digest, pixels, aspect = row
+                self.digests[index] = digest  # the file may have changed since `read_digests`
                 writer.add(digest, pixels, aspect)
-                self.fresh += 1
+                self.decoded += 1
         writer.flush()
 
     def _missing(self, rows: dict[bytes, int]) -> list[int]:
-        return [i for i in self.good if self.digests[i] not in rows]
+        """Indices of the readable photos that have no row."""
+        return [i for i in self.readable if self.digests[i] not in rows]
 
-    def _cut(self, listed: StoreIndex) -> None:
-        rows = np.array([listed.rows[self.digests[i]] for i in self.good], np.int64)
-        self.aspect = torch.from_numpy(listed.aspect[rows])
-        self.rows = MemmapRows(listed.pixels, rows)
+    def _select_rows(self, index: StoreIndex) -> None:
+        rows = np.array([index.rows[self.digests[i]] for i in self.readable], np.int64)
+        self.aspect = torch.from_numpy(index.aspect[rows])
+        self.rows = MemmapRows(index.pixels, rows)
 
     def stream(self) -> None:
-        """Rows that are not kept; every photo is decoded once to find those that are broken."""
-        background = self.making.preprocess.background
+        """Use rows that are decoded at each access. Decodes each photo once to find broken ones."""
+        background = self.transform.preprocess.background
 
-        def one(index: int) -> tuple[bytes, float]:
+        def check(index: int) -> tuple[bytes, float]:
             path = self.samples[index].path
             try:
-                digest, image = read(path, background)
+                digest, image = read_photo(path, background)
                 return digest, image.width / image.height
             except ImageError as error:
-                self.broken[path] = _why(path, error)
+                self.unreadable[path] = _reason(path, error)
                 return b"", 1.0
 
-        good = self.good
-        found = list(self._each("checking", one, good))
-        for index, (digest, _) in zip(good, found, strict=True):
+        indices = self.readable
+        checked = list(self._map("checking", check, indices))
+        for index, (digest, _) in zip(indices, checked, strict=True):
             self.digests[index] = digest
-        still = set(self.good)
-        aspect = [ratio for index, (_, ratio) in zip(good, found, strict=True) if index in still]
+        still = set(self.readable)
+        aspect = [ratio for i, (_, ratio) in zip(indices, checked, strict=True) if i in still]
         self.aspect = torch.tensor(aspect, dtype=torch.float32)
-        paths = [self.samples[i].path for i in self.good]
-        digests = [self.digests[i] for i in self.good]
-        self.rows = StreamingRows(paths, digests, self.making, background)
+        paths = [self.samples[i].path for i in self.readable]
+        digests = [self.digests[i] for i in self.readable]
+        self.rows = StreamingRows(paths, digests, self.transform, background)
 
-    def _each(
-        self, what: str, function: Callable[[int], Result], photos: Sequence[int]
+    def _map(
+        self, verb: str, function: Callable[[int], Result], photos: Sequence[int]
     ) -> Iterator[Result]:
-        """`function` of some photos, in order, in parallel and under a bar."""
-        with progress_bar() as bar, closing(ahead(function, photos)) as results:
-            title = f"{what} {self.making.part}"
+        """`function` of each photo, in order, computed in parallel, with a progress bar."""
+        with progress_bar() as bar, closing(map_ordered(function, photos)) as results:
+            title = f"{verb} {self.transform.part}"
             yield from bar.track(results, total=len(photos), description=title)
 
-    def set(self) -> PixelSet:
-        """What training works with."""
-        assert self.rows is not None  # kept or streamed
-        labels = torch.tensor([self.samples[i].label for i in self.good], dtype=torch.int64)
-        name = self.making.name
-        known = hashlib.sha256(name.encode() + b"".join(self.digests[i] for i in self.good))
-        return PixelSet(self.rows, self.aspect, labels, name, known.digest())
+    def pixel_set(self) -> PixelSet:
+        """The readable photos."""
+        assert self.rows is not None  # stored or streamed before
+        labels = torch.tensor([self.samples[i].label for i in self.readable], dtype=torch.int64)
+        name = self.transform.name
+        key = hashlib.sha256(name.encode() + b"".join(self.digests[i] for i in self.readable))
+        return PixelSet(self.rows, self.aspect, labels, name, key.digest())
 
 
-def _why(path: Path, error: ImageError) -> str:
-    """What is wrong with a photo, without its name, which stands before it."""
+def _reason(path: Path, error: ImageError) -> str:
+    """The message of `error` without the path before it."""
     return str(error).removeprefix(f"{path}: ")

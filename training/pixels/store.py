@@ -1,11 +1,12 @@
-"""A file of decoded photos that outlives runs, whatever kills them.
+"""On-disk store of decoded photos, safe against crashes at any moment.
 
-    index            header, then a record for every row: whose pixels it holds
-    rows-NUMBER.bin  uint8 [rows, S, S, 3]; the header names which file
+    index            header, then one record per row: digest of the photo, aspect ratio, checksum
+    rows-NUMBER.bin  uint8 [rows, S, S, 3]; the header of the index contains NUMBER
 
-A row is listed when it is safely on the disk, and never changes afterwards; so readers need no
-lock. Rows behind the last one listed are free. A pack that is begun anew has another file of rows:
-who reads the old one goes on, and no index is ever read with the rows of another.
+A record is appended to the index after its row was synced to disk, and never changes afterwards;
+readers need no lock. Rows after the last record are unused. `PixelStore.reset` starts a new rows
+file with a new number: readers of the old file continue, and an index never refers to the rows of
+another file.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.imaging.preprocess import Pixels
-from serving.utils.files import write_aside
+from serving.utils.files import atomic_write
 
 FORMAT: Final = 1
 FLUSH_BYTES: Final = 32 * 2**20
-"""Rows of so many bytes are brought to the disk before they are listed together."""
+"""A writer syncs its rows and adds them to the index whenever they reach this size."""
 
 _MAGIC: Final = b"fledge pixels %d\n" % FORMAT
 _HEADER: Final = re.compile(re.escape(_MAGIC) + rb"([0-9a-f]{16})\n")
@@ -38,11 +39,14 @@ _PRIMES: Final = np.array([3, 5, 7, 11, 13], np.uint32)
 
 @dataclass(frozen=True)
 class StoreIndex:
-    """What a pack holds.
+    """The rows in a store.
 
-    pixels: uint8 [rows, S, S, 3], a view of the file. rows: a photo's digest -> its row. aspect:
-    float32 [rows], width over height. path: of the file; None where there is none. size: of the
-    file in bytes, with what is free at its end.
+    Attributes:
+        pixels: uint8 [rows, S, S, 3], mapped from the file.
+        rows: Digest of a photo -> its row.
+        aspect: float32 [rows], width / height.
+        path: The rows file, or None if the store is empty.
+        size: Bytes of the file, including unused space at its end.
     """
 
     pixels: Pixels = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
@@ -54,10 +58,13 @@ class StoreIndex:
 
 @dataclass
 class PixelWriter:
-    """Adds rows behind those that are there.
+    """Appends rows to a rows file, and their records to the index.
 
-    file: open to write. index: takes the records; None where nobody else will read them. row_bytes:
-    of a row. rows, aspect: as `StoreIndex`, and grow.
+    Attributes:
+        file: The rows file, open for writing.
+        index: The index, open for writing; None for a temporary file without one.
+        row_bytes: Size of a row.
+        rows, aspect: As in `StoreIndex`; updated by `add`.
     """
 
     file: BinaryIO
@@ -68,13 +75,13 @@ class PixelWriter:
     _listed: int = 0
 
     def __post_init__(self) -> None:
-        """Those that are there are listed already."""
+        """Rows given at the start are in the index already."""
         self._listed = len(self.aspect)
         self._digests = list(self.rows)
         self.file.seek(self._listed * self.row_bytes)
 
     def add(self, digest: bytes, pixels: Pixels, aspect: float) -> None:
-        """One more row; nothing where the same photo has one."""
+        """Append a row, unless the photo has one already."""
         if digest in self.rows:
             return
         self.file.write(np.ascontiguousarray(pixels).data)
@@ -85,7 +92,7 @@ class PixelWriter:
             self.flush()
 
     def flush(self) -> None:
-        """List what was added, once it is on the disk."""
+        """Sync the added rows to disk, then append their records to the index."""
         self.file.flush()
         if self.index is None:
             return
@@ -99,7 +106,7 @@ class PixelWriter:
         self._listed = len(self.aspect)
 
     def close(self) -> None:
-        """Give back the room that was reserved and not used, and rows that were not listed."""
+        """Close the files; truncate reserved space and rows that are not in the index."""
         with self.file, self.index or nullcontext():
             self.file.flush()
             self.file.truncate(self._listed * self.row_bytes)
@@ -107,21 +114,20 @@ class PixelWriter:
 
 @dataclass(frozen=True)
 class PixelStore:
-    """The rows of one way of making pixels. folder: an entry of the cache; side: S, in pixels."""
+    """The store of one `PixelTransform`. folder: an entry of the cache; side: S, in pixels."""
 
     folder: Path
     side: int
 
     @property
     def row_bytes(self) -> int:
-        """Of one photo."""
         return 3 * self.side**2
 
     def read(self) -> StoreIndex:
-        """What is there now; nothing where anything is damaged.
+        """The current index; empty if it does not exist or is damaged.
 
         Raises:
-            OSError: It is there and can't be read.
+            OSError: The files exist but can't be read.
         """
         try:
             data = (self.folder / "index").read_bytes()
@@ -129,51 +135,53 @@ class PixelStore:
             if not header:
                 return StoreIndex()
             path = self.folder / f"rows-{header[1].decode()}.bin"
-            # A writer that was killed may have left a part of a record at the end.
+            # A killed writer may have left an incomplete record at the end.
             count = (len(data) - _HEADER_BYTES) // _RECORD.itemsize
             records = np.frombuffer(data, _RECORD, count, _HEADER_BYTES)
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size < count * self.row_bytes or (_checks(records) != records["check"]).any():
                     return StoreIndex()
-                pixels = in_file(file, count, self.side)
+                pixels = map_rows(file, count, self.side)
         except FileNotFoundError:
             return StoreIndex()
         digests = (digest.tobytes() for digest in records["digest"])
         rows = {digest: row for row, digest in enumerate(digests)}
         return StoreIndex(pixels, rows, records["aspect"].astype(np.float32), path, size)
 
-    def room_needed(self, listed: StoreIndex, more: int) -> int:
+    def bytes_needed(self, index: StoreIndex, more: int) -> int:
         """Bytes by which the file grows when `more` rows are added."""
-        return max(0, (len(listed.rows) + more) * self.row_bytes - listed.size)
+        return max(0, (len(index.rows) + more) * self.row_bytes - index.size)
 
-    def begin_anew(self) -> None:
-        """Without rows; only for who holds the entry."""
+    def reset(self) -> None:
+        """Start an empty rows file. The caller holds the lock of the cache entry."""
         number = secrets.token_hex(8)
         path = self.folder / f"rows-{number}.bin"
         path.touch()
-        with write_aside(self.folder / "index") as aside:
-            aside.write_bytes(_MAGIC + number.encode() + b"\n")
+        with atomic_write(self.folder / "index") as partial:
+            partial.write_bytes(_MAGIC + number.encode() + b"\n")
         for old in self.folder.glob("rows-*.bin"):
             if old != path:
                 old.unlink()
 
-    def writer(self, listed: StoreIndex, more: int) -> PixelWriter:
-        """Go on behind `listed`, as read by who holds the entry, with room for `more` rows.
+    def writer(self, index: StoreIndex, more: int) -> PixelWriter:
+        """Append after the rows of `index`, with disk space reserved for `more` rows.
+
+        The caller holds the lock of the cache entry, and read `index` under it.
 
         Raises:
             OSError: The disk is full, or can't be written.
         """
-        if listed.path is None:
-            self.begin_anew()
-            listed = self.read()
-        assert listed.path is not None  # just made
-        end = len(listed.rows) * self.row_bytes
-        index = (self.folder / "index").open("r+b")
-        index.truncate(_HEADER_BYTES + len(listed.rows) * _RECORD.itemsize)
-        index.seek(0, os.SEEK_END)
-        file = listed.path.open("r+b")
-        writer = PixelWriter(file, index, self.row_bytes, dict(listed.rows), listed.aspect.tolist())
+        if index.path is None:
+            self.reset()
+            index = self.read()
+        assert index.path is not None  # created by reset()
+        end = len(index.rows) * self.row_bytes
+        records = (self.folder / "index").open("r+b")
+        records.truncate(_HEADER_BYTES + len(index.rows) * _RECORD.itemsize)
+        records.seek(0, os.SEEK_END)
+        file = index.path.open("r+b")
+        writer = PixelWriter(file, records, self.row_bytes, dict(index.rows), index.aspect.tolist())
         try:
             reserve(file, end + more * self.row_bytes, self.folder)
         except OSError:
@@ -182,31 +190,31 @@ class PixelStore:
         return writer
 
 
-def in_file(file: BinaryIO, count: int, side: int) -> Pixels:
-    """Its first `count` rows, uint8 [count, side, side, 3], read as they are asked for."""
+def map_rows(file: BinaryIO, count: int, side: int) -> Pixels:
+    """Memory-map the first `count` rows: uint8 [count, side, side, 3]."""
     shape = (count, side, side, 3)
-    if not count:  # what is empty can't be mapped
+    if not count:  # mmap refuses empty files
         return np.empty(shape, np.uint8)
     return np.asarray(np.memmap(file, np.uint8, "r", shape=shape))
 
 
 def reserve(file: BinaryIO, size: int, folder: Path) -> None:
-    """Take room for `size` bytes now, so that a full disk is known before the work.
+    """Allocate disk space for `size` bytes, so that a full disk is an error before the work.
 
     Raises:
-        OSError: There is too little. folder: where the file is.
+        OSError: Too little free space. folder: the folder of the file.
     """
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, max(size, 1))
         return
     have = os.fstat(file.fileno()).st_size
     if shutil.disk_usage(folder).free < size - have:
-        raise OSError("too little room")
+        raise OSError("too little disk space")
     file.truncate(max(size, have))
 
 
 def _checks(records: npt.NDArray[np.void]) -> npt.NDArray[np.uint32]:
-    """A sum for each record that a torn or empty one does not have."""
+    """A checksum per record; it differs for incomplete and for all-zero records."""
     words = np.frombuffer(records.tobytes(), "<u4").reshape(len(records), len(_PRIMES) + 1)
     sums = (words[:, :-1] * _PRIMES).sum(axis=1, dtype=np.uint32) ^ np.uint32(0x5EED)
     return np.asarray(sums)

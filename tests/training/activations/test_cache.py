@@ -1,5 +1,6 @@
-"""What frozen layers compute is kept: exactly, shared by stages and runs, never stale or torn."""
+"""Cached outputs of frozen layers: exact, shared by stages and runs, never stale or incomplete."""
 
+import signal
 import subprocess
 import sys
 
@@ -12,14 +13,14 @@ from torch import nn
 from training.activations import frozen_prefix
 from training.activations.cache import ActivationCache
 from training.activations.loaders import AugmentedPhotos, TrainLoader, ValidLoader
-from training.activations.sharing import SharedPrefix, shares
-from training.activations.store import CachedViews, DiskStore, Shape
-from training.config import load as config
+from training.activations.sharing import SharedPrefix, plan_sharing
+from training.activations.store import CachedViews, DiskStore, ViewShape
+from training.config import load
 from training.data.dataset import load_dataset
 from training.engine import plan
 from training.models.classifier import normalise
 from training.optim.ema import Ema
-from training.pixels import decoded as pixels
+from training.pixels.decoded import DecodedPhotos
 from training.utils import disk_cache
 from training.utils.precision import Precision
 
@@ -32,17 +33,17 @@ def lines():
 
 
 @pytest.fixture
-def room(tmp_path):
-    return disk_cache.DiskCache(tmp_path / "room", 10**9)
+def cache(tmp_path):
+    return disk_cache.DiskCache(tmp_path / "cache", 10**9)
 
 
 @pytest.fixture
-def open_run(recipe, photos, lines, room, two_stages):
-    """Opens a run's activations as `fledge train` does."""
+def open_run(recipe, photos, lines, cache, two_stages):
+    """Makes the activation cache of a run as `fledge train` does."""
 
-    def opened(*overrides, stages=two_stages, there=room, precision=CPU):
-        settings = config.read(recipe(stages), overrides)
-        decoded = pixels.Photos(load_dataset(str(photos)), settings.data.presize, lines.append)
+    def opened(*overrides, stages=two_stages, there=cache, precision=CPU):
+        settings = load.read(recipe(stages), overrides)
+        decoded = DecodedPhotos(load_dataset(str(photos)), settings.data.presize, lines.append)
         classifier, _ = plan.build_classifier(settings, 3, lines.append)
         activations = ActivationCache(decoded, settings, precision, there, lines.append)
         return settings, classifier, activations
@@ -50,19 +51,19 @@ def open_run(recipe, photos, lines, room, two_stages):
     return opened
 
 
-def first_feed(opened, stage=0, **given):
+def open_loaders(opened, stage=0, **given):
     settings, classifier, activations = opened
-    found = shares(classifier, settings, settings.stage)
+    found = plan_sharing(classifier, settings, settings.stage)
     classifier.freeze_for(settings.stage[stage])
-    return activations.feeds(classifier, settings.stage[stage], found[stage], **given)
+    return activations.loaders(classifier, settings.stage[stage], found[stage], **given)
 
 
-def rows(feed, epoch=0):
-    return torch.cat([inputs for inputs, _ in feed.epoch(epoch, 8)])
+def rows(loader, epoch=0):
+    return torch.cat([inputs for inputs, _ in loader.epoch(epoch, 8)])
 
 
-def entries(room):
-    return {entry.path.name for entry in room.entries() if entry.path.name.startswith("act")}
+def entries(cache):
+    return {entry.path.name for entry in cache.entries() if entry.path.name.startswith("act")}
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "densenet121", "squeezenet1_1"])
@@ -87,8 +88,8 @@ def test_fusing_changes_rounding_only(arch):
     assert folded < max(1, sum(isinstance(module, nn.BatchNorm2d) for module in body.modules()))
 
 
-class Joined(nn.Module):
-    """A convolution before each activation, and two that must stay apart from theirs."""
+class ConvsAndActivations(nn.Module):
+    """Four convolutions that can be joined with their activations, and two that can't."""
 
     def __init__(self):
         super().__init__()
@@ -108,9 +109,9 @@ class Joined(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_activations_join_the_convolutions_before_them(dtype, layout):
+def test_activations_are_joined_with_the_convolutions_before_them(dtype, layout):
     torch.manual_seed(0)
-    network = Joined().eval()
+    network = ConvsAndActivations().eval()
     images = torch.randn(3, 4, 9, 9).contiguous(memory_format=layout)
     folded = frozen_prefix.fused(network)
     joined = [m for m in folded.modules() if isinstance(m, frozen_prefix.ConvActivation)]
@@ -123,13 +124,13 @@ def test_activations_join_the_convolutions_before_them(dtype, layout):
     assert expected.abs().max() > 0.1
 
 
-def test_without_one_dnn_they_stay_apart(monkeypatch):
+def test_without_onednn_activations_are_not_joined(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    folded = frozen_prefix.fused(Joined().eval())
+    folded = frozen_prefix.fused(ConvsAndActivations().eval())
     assert not any(isinstance(m, frozen_prefix.ConvActivation) for m in folded.modules())
 
 
-def test_what_cannot_be_traced_runs_as_it_is():
+def test_a_network_that_can_not_be_traced_is_not_fused():
     class Odd(nn.Module):
         def forward(self, x):
             return x if x.sum() > 0 else -x
@@ -138,13 +139,13 @@ def test_what_cannot_be_traced_runs_as_it_is():
     assert frozen_prefix.fused(network) is network
 
 
-def test_kept_views_give_the_losses_of_running_the_frozen_layers(open_run):
-    """In float32 with a view for every epoch: 1e-4 relative."""
-    kept, _ = first_feed(open_run("head.dropout=0"), stage=1)
+def test_cached_views_give_the_losses_of_running_the_frozen_layers(open_run):
+    """In float32, one view per epoch, relative tolerance 1e-4."""
+    kept, _ = open_loaders(open_run("head.dropout=0"), stage=1)
     _, classifier, _ = opened = open_run("head.dropout=0")
-    live, _ = first_feed(opened, stage=1, views=0)
-    live.kept, live.prefix = None, classifier.prefix
-    assert kept.kept
+    live, _ = open_loaders(opened, stage=1, views=0)
+    live.cached, live.prefix = None, classifier.prefix
+    assert kept.cached
     assert kept.views == 3
     for epoch in range(3):
         for (a, same), (b, labels) in zip(kept.epoch(epoch, 8), live.epoch(epoch, 8), strict=True):
@@ -156,25 +157,25 @@ def test_kept_views_give_the_losses_of_running_the_frozen_layers(open_run):
     assert not torch.allclose(rows(kept, 0), rows(kept, 1))
 
 
-def test_stages_share_what_they_can(open_run):
+def test_stages_share_the_prefix_they_have_in_common(open_run):
     settings, classifier, _ = opened = open_run()
-    found = shares(classifier, settings, settings.stage)
+    found = plan_sharing(classifier, settings, settings.stage)
     depth = found[1].depth
     assert 0 < depth < len(classifier.body)
     assert found == [
-        SharedPrefix(depth, 3, last=False, with_=("tail",)),
-        SharedPrefix(depth, 3, follows=True, with_=("head",)),
+        SharedPrefix(depth, 3, is_last=False, shared_with=("tail",)),
+        SharedPrefix(depth, 3, is_first=False, shared_with=("head",)),
     ]
-    head, _ = first_feed(opened)
+    head, _ = open_loaders(opened)
     assert rows(head).shape == (36, 2 * 1280)
-    below = head.kept.below
-    tail, _ = first_feed(opened, stage=1)
-    assert tail.kept is below  # the head's first view is the tail's, and was computed for it
-    assert list(below._open) == [0]
+    shared = head.cached.source
+    tail, _ = open_loaders(opened, stage=1)
+    assert tail.cached is shared  # computed by the head stage
+    assert list(shared._views) == [0]
 
 
 @pytest.mark.parametrize(
-    ("changes", "whole"),
+    ("changes", "groups"),
     [
         ((), 1),
         (("stage.tail.image_size=24",), 2),
@@ -186,36 +187,36 @@ def test_stages_share_what_they_can(open_run):
         (("stage.tail.views=0", "stage.head.views=0"), 0),
     ],
 )
-def test_what_is_not_alike_is_not_shared(open_run, changes, whole):
+def test_stages_with_other_pictures_or_views_do_not_share(open_run, changes, groups):
     settings, classifier, _ = open_run(*changes)
-    found = shares(classifier, settings, settings.stage)
-    assert sum(share.last for share in found if share.depth) == whole
-    if whole != 1 or changes:
-        assert all(share.last and not share.with_ for share in found)
+    found = plan_sharing(classifier, settings, settings.stage)
+    assert sum(share.is_last for share in found if share.depth) == groups
+    if groups != 1 or changes:
+        assert all(share.is_first and share.is_last and not share.shared_with for share in found)
 
 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         ("stage.tail.augment.cutmix=1", "mixup and cutmix"),
-        ("stage.tail.frozen_batchnorm=stats", "move"),
+        ("stage.tail.frozen_batchnorm=stats", "BatchNorms change"),
     ],
 )
-def test_a_stage_that_keeps_nothing_says_why(open_run, lines, change, why):
-    feed, _ = first_feed(open_run(change), stage=1)
-    assert feed.kept is None
-    assert [line for line in lines if "no views are kept" in line and why in line]
+def test_a_stage_that_caches_nothing_logs_the_reason(open_run, lines, change, why):
+    loader, _ = open_loaders(open_run(change), stage=1)
+    assert loader.cached is None
+    assert [line for line in lines if "no views are cached" in line and why in line]
 
 
-def test_another_run_finds_the_views(open_run, room, monkeypatch):
-    first, _ = first_feed(open_run(), stage=1)
+def test_another_run_finds_the_views(open_run, cache, monkeypatch):
+    first, _ = open_loaders(open_run(), stage=1)
     expected = [rows(first, epoch) for epoch in range(3)]
-    second, _ = first_feed(open_run(), stage=1)
+    second, _ = open_loaders(open_run(), stage=1)
     monkeypatch.setattr(
         "training.augmentation.transforms.apply", lambda *_: pytest.fail("computed again")
     )
     assert all(torch.equal(rows(second, epoch), expected[epoch]) for epoch in range(3))
-    assert len(entries(room)) == 1
+    assert len(entries(cache)) == 1
 
 
 @pytest.mark.parametrize(
@@ -229,43 +230,43 @@ def test_another_run_finds_the_views(open_run, room, monkeypatch):
         "photo",
     ],
 )
-def test_what_is_changed_is_computed_anew(open_run, room, photos, weights, change):
+def test_changed_inputs_are_computed_again(open_run, cache, photos, weights, change):
     trained = torch.load(weights)
     torch.save({name: value * 2 for name, value in trained.items()}, weights)
-    first, _ = first_feed(open_run("augment.max_rotate=5"), stage=1)
+    first, _ = open_loaders(open_run("augment.max_rotate=5"), stage=1)
     before = rows(first)
     if change == "photo":
         (photos / "blue" / "0.jpg").write_bytes((photos / "red" / "3.jpg").read_bytes())
     overrides = {"weights": (f"weights={weights}",), "photo": ()}.get(change, (change,))
-    second, _ = first_feed(open_run("augment.max_rotate=5", *overrides), stage=1)
+    second, _ = open_loaders(open_run("augment.max_rotate=5", *overrides), stage=1)
     assert not torch.equal(before, rows(second))
-    assert len(entries(room)) == 2
+    assert len(entries(cache)) == 2
 
 
-def test_views_shrink_to_the_budget(open_run, tmp_path, lines):
-    kept, _ = first_feed(open_run(), stage=1)
-    a_view = kept.kept.shape.size
+def test_the_number_of_views_is_limited_by_the_budget(open_run, tmp_path, lines):
+    kept, _ = open_loaders(open_run(), stage=1)
+    a_view = kept.cached.shape.size
     for number, (budget, views) in enumerate(
         [(10 * a_view, 3), (2.5 * a_view, 2), (0.5 * a_view, 0), (0, 0)]
     ):
         there = disk_cache.DiskCache(tmp_path / str(number), int(budget))
-        feed, _ = first_feed(open_run(there=there), stage=1)
-        assert feed.views == views
-        assert bool(feed.kept) == bool(views)
+        loader, _ = open_loaders(open_run(there=there), stage=1)
+        assert loader.views == views
+        assert bool(loader.cached) == bool(views)
         for epoch in range(3):
-            rows(feed, epoch)
+            rows(loader, epoch)
         assert there.size() == views * a_view
-        assert not torch.equal(rows(feed, 0), rows(feed, 1))
-    assert [line for line in lines if "2 views of each photo" in line and "3 asked for" in line]
-    assert [line for line in lines if "no views are kept" in line]
+        assert not torch.equal(rows(loader, 0), rows(loader, 1))
+    assert [line for line in lines if "2 views of each photo" in line and "of 3: more" in line]
+    assert [line for line in lines if "no views are cached" in line]
 
 
-def test_other_peoples_views_go_first_but_never_the_pixels(open_run, tmp_path):
+def test_views_of_other_runs_are_evicted_before_the_pixels(open_run, tmp_path):
     there = disk_cache.DiskCache(tmp_path / "small", 10**9)
-    feed, _ = first_feed(open_run(there=there), stage=1)
-    rows(feed)
+    loader, _ = open_loaders(open_run(there=there), stage=1)
+    rows(loader)
     there = disk_cache.DiskCache(there.folder, there.size())
-    other, _ = first_feed(
+    other, _ = open_loaders(
         open_run("seed=3", "stage.tail.views=1", "stage.head.views=0", there=there), stage=1
     )
     rows(other)
@@ -273,51 +274,51 @@ def test_other_peoples_views_go_first_but_never_the_pixels(open_run, tmp_path):
     assert len(entries(there)) == 1
 
 
-def test_a_cache_that_cannot_be_used_leaves_memory(open_run, tmp_path, lines):
+def test_with_an_unusable_cache_views_are_kept_in_memory(open_run, tmp_path, lines):
     (tmp_path / "file").write_text("")
     there = disk_cache.DiskCache(tmp_path / "file" / "cache", 10**9)
-    feed, _ = first_feed(open_run(there=there), stage=1)
-    expected, _ = first_feed(open_run(), stage=1)
-    assert torch.equal(rows(feed), rows(expected))
+    loader, _ = open_loaders(open_run(there=there), stage=1)
+    expected, _ = open_loaders(open_run(), stage=1)
+    assert torch.equal(rows(loader), rows(expected))
     assert [line for line in lines if "can't be used" in line]
 
 
-def test_a_resumed_run_takes_turns_with_as_many_views(open_run, tmp_path):
+def test_a_resumed_run_has_the_same_number_of_views(open_run, tmp_path):
     small = disk_cache.DiskCache(tmp_path / "small", 0)
-    feed, _ = first_feed(open_run(there=small), stage=1, views=2)
-    whole, _ = first_feed(open_run(), stage=1, views=2)
-    assert (feed.views, whole.views) == (2, 2)
+    loader, _ = open_loaders(open_run(there=small), stage=1, views=2)
+    enough, _ = open_loaders(open_run(), stage=1, views=2)
+    assert (loader.views, enough.views) == (2, 2)
     for epoch in range(3):
-        assert torch.allclose(rows(feed, epoch), rows(whole, epoch), rtol=1e-4, atol=1e-5)
-    assert torch.equal(rows(whole, 0).sort(0)[0], rows(whole, 2).sort(0)[0])
+        assert torch.allclose(rows(loader, epoch), rows(enough, epoch), rtol=1e-4, atol=1e-5)
+    assert torch.equal(rows(enough, 0).sort(0)[0], rows(enough, 2).sort(0)[0])
 
 
-def test_averages_that_still_move_are_validated_live(open_run):
+def test_frozen_layers_with_other_averages_are_not_cached_for_validation(open_run):
     settings, classifier, activations = open_run()
-    share = shares(classifier, settings, settings.stage)[0]
+    share = plan_sharing(classifier, settings, settings.stage)[0]
     classifier.freeze_for(settings.stage[0])
     ema = Ema(classifier, 0.9)
-    _, held_out = activations.feeds(classifier, settings.stage[0], share, ema=ema)
-    assert held_out.keep
+    _, held_out = activations.loaders(classifier, settings.stage[0], share, ema=ema)
+    assert held_out.cache_outputs
     ema.averages["body.0.0.weight"] += 1
-    _, held_out = activations.feeds(classifier, settings.stage[0], share, ema=ema)
-    assert not held_out.keep
+    _, held_out = activations.loaders(classifier, settings.stage[0], share, ema=ema)
+    assert not held_out.cache_outputs
     before = torch.cat([inputs for inputs, _ in held_out])
     with ema.swapped():
         assert not torch.allclose(before, torch.cat([inputs for inputs, _ in held_out]))
 
 
-def test_validation_is_run_once_and_is_the_services(open_run, photos):
+def test_validation_photos_are_preprocessed_as_in_serving(open_run, photos):
     settings, _, activations = open_run()
-    _, valid = activations.photos.at(settings.preprocess)
+    _, valid = activations.photos.pixel_sets(settings.preprocess)
     for keep in (True, False):
-        feed = ValidLoader(valid, nn.Sequential(), settings.preprocess, CPU, keep)
+        loader = ValidLoader(valid, nn.Sequential(), settings.preprocess, CPU, keep)
         for _ in range(2):
-            inputs = torch.cat([batch for batch, _ in feed])
+            inputs = torch.cat([batch for batch, _ in loader])
             assert torch.equal(inputs, normalise(valid.pixels[:], settings.preprocess))
 
 
-SHAPE = Shape(100, (3, 4, 4), torch.bfloat16)
+SHAPE = ViewShape(100, (3, 4, 4), torch.bfloat16)
 
 
 def numbered(number):
@@ -333,78 +334,83 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
-from tests.training.activations.test_cache import SHAPE, Shelf, Views, cache, numbered
+from tests.training.activations.test_cache import SHAPE, numbered
+from training.activations.store import CachedViews, DiskStore
+from training.utils.disk_cache import DiskCache
 left = int(sys.argv[1])
-def make(number):
+def compute(number):
     global left
     for part in numbered(number):
         left -= 1
         if not left:
             os.kill(os.getpid(), signal.SIGKILL)
         yield part
-room = cache.Room(Path({room!r}), 10**6)
-views = Views(SHAPE, make, Shelf(room, {name!r}, "test", set(), print))
+cache = DiskCache(Path({cache!r}), 10**6)
+views = CachedViews(SHAPE, compute, DiskStore(cache, {name!r}, "test", set(), print))
 views.prepare(range(3))
 """
 NAME = "activations-" + "0" * 32
 
 
-def test_killed_at_any_part_nothing_is_torn(room, pytestconfig):
-    """Each part of each of three views, in a process of its own, over what the last one left."""
-    code = KILLED.format(here=str(pytestconfig.rootpath), room=str(room.folder), name=NAME)
+def test_a_kill_at_any_part_leaves_only_complete_views(cache, pytestconfig):
+    """Each process is killed at another part, and starts from the files that the last one left."""
+    code = KILLED.format(here=str(pytestconfig.rootpath), cache=str(cache.folder), name=NAME)
     for part in (1, 8, 15, 16, 3):
-        subprocess.run([sys.executable, "-c", code, str(part)], check=False, capture_output=True)
-        for path in room.folder.glob("*/view-*.bin"):
+        killed = subprocess.run(
+            [sys.executable, "-c", code, str(part)], check=False, capture_output=True, text=True
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        for path in cache.folder.glob("*/view-*.bin"):
             number = int(path.stem.partition("-")[2], 16)
-            found = DiskStore(room, NAME, "test", set(), print).find(number, SHAPE)
+            found = DiskStore(cache, NAME, "test", set(), print).find(number, SHAPE)
             assert is_right(found, number)
-    views = CachedViews(SHAPE, numbered, DiskStore(room, NAME, "test", set(), print))
+    views = CachedViews(SHAPE, numbered, DiskStore(cache, NAME, "test", set(), print))
     views.prepare(range(3))
     assert all(is_right(views[number], number) for number in range(3))
-    assert not list(room.folder.glob("*/partial-*"))
-    assert len(list(room.folder.glob("*/view-*.bin"))) == 3
+    assert not list(cache.folder.glob("*/partial-*"))
+    assert len(list(cache.folder.glob("*/view-*.bin"))) == 3
 
 
-def test_a_file_that_was_cut_is_computed_again(room):
-    store = DiskStore(room, NAME, "test", set(), print)
+def test_a_truncated_file_is_computed_again(cache):
+    store = DiskStore(cache, NAME, "test", set(), print)
     CachedViews(SHAPE, numbered, store).prepare([0])
-    (path,) = room.folder.glob("*/view-*.bin")
+    (path,) = cache.folder.glob("*/view-*.bin")
     path.write_bytes(path.read_bytes()[:-1])
     assert store.find(0, SHAPE) is None
     assert is_right(CachedViews(SHAPE, numbered, store)[0], 0)
 
 
-def test_views_in_memory_are_the_same():
+def test_views_in_memory_equal_those_on_disk():
     assert all(is_right(CachedViews(SHAPE, numbered)[number], number) for number in range(2))
 
 
-def test_a_feed_says_where_its_seconds_went(open_run):
-    feed, _ = first_feed(open_run(), stage=1)
-    rows(feed)
-    seconds = feed.timer.read()
+def test_a_loader_counts_the_seconds_of_its_activities(open_run):
+    loader, _ = open_loaders(open_run(), stage=1)
+    rows(loader)
+    seconds = loader.timer.read()
     assert seconds["frozen layers"] > 0
     assert seconds["augmentation"] > 0
-    assert isinstance(feed, TrainLoader)
-    assert isinstance(feed.draws, AugmentedPhotos)
+    assert isinstance(loader, TrainLoader)
+    assert isinstance(loader.augmented, AugmentedPhotos)
 
 
-def test_validation_is_shared_and_stays_what_it_is(open_run):
-    """The shared layers run once on the held-out photos, and each stage sees its own outputs."""
+def test_shared_validation_outputs_equal_those_of_a_stage_alone(open_run):
+    """The shared layers run once on the validation photos; each stage gets its own outputs."""
     settings, classifier, activations = open_run()
-    found = shares(classifier, settings, settings.stage)
+    found = plan_sharing(classifier, settings, settings.stage)
     classifier.freeze_for(settings.stage[0])
-    _, head = activations.feeds(classifier, settings.stage[0], found[0])
+    _, head = activations.loaders(classifier, settings.stage[0], found[0])
     first = [inputs for inputs, _ in head]
-    below = head.below
+    shared = head.source
     classifier.freeze_for(settings.stage[1])
-    _, tail = activations.feeds(classifier, settings.stage[1], found[1])
-    assert below is tail
-    assert tail._kept
+    _, tail = activations.loaders(classifier, settings.stage[1], found[1])
+    assert shared is tail
+    assert tail._cached
     for stage, share, shared in zip(settings.stage, found, (torch.cat(first), None), strict=True):
         alone = open_run()[2]
         classifier.freeze_for(stage)
-        _, own = alone.feeds(classifier, stage, SharedPrefix(share.depth, share.views))
-        assert own.below is None
+        _, own = alone.loaders(classifier, stage, SharedPrefix(share.depth, share.views))
+        assert own.source is None
         expected = torch.cat([inputs for inputs, _ in own])
         got = shared if shared is not None else torch.cat([inputs for inputs, _ in tail])
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)

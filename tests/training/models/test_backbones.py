@@ -7,9 +7,9 @@ from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 from serving.errors import DataError, OptionError
 from training.config.schema import Recipe
 from training.models import backbones, families, weights
-from training.models import classifier as model
+from training.models.classifier import create_classifier, normalise
 
-GROUPS = {  # layer groups of every network of a family
+GROUPS = {  # family -> number of layer groups
     "AlexNet": 3,
     "VGG": 5,
     "ResNet": 5,
@@ -32,7 +32,7 @@ GROUPS = {  # layer groups of every network of a family
     "ViT": 5,
     "MaxViT": 5,
 }
-SMALLEST = {  # of each family -> builder's options, a small size of images that it takes
+SMALLEST = {  # builder's options and a small image size
     "resnet18": ({}, 32),
     "densenet121": ({}, 32),
     "squeezenet1_1": ({}, 32),
@@ -47,7 +47,7 @@ SMALLEST = {  # of each family -> builder's options, a small size of images that
     "vit_b_32": ({"image_size": 32}, 32),
     "maxvit_t": ({}, 224),
 }
-SLOW = {  # large, or nearly a sister of one above
+SLOW = {  # large, or similar to one above
     "alexnet": ({}, 63),
     "inception_v3": ({}, 75),
     "convnext_tiny": ({}, 32),
@@ -64,7 +64,7 @@ FAMILIES = [
 
 
 def classifier_of(network):
-    """What a torchvision network has behind the features that are used here."""
+    """The classifier of a torchvision network, after the features."""
     if isinstance(network, torchvision.models.MaxVit):
         return network.classifier[-1]
     names = ("classifier", "fc", "heads", "head")
@@ -77,7 +77,7 @@ def in_features(network):
     return layers[0].weight.shape[1] // whole.get(type(network), 1)
 
 
-def test_every_architecture_of_torchvision_has_its_groups_and_its_width(monkeypatch):
+def test_every_architecture_has_its_layer_groups_and_width(monkeypatch):
     built = []
     real = torchvision.models.get_model
 
@@ -101,7 +101,7 @@ def test_every_architecture_of_torchvision_has_its_groups_and_its_width(monkeypa
             assert list(backbone.body[start:end].parameters()), name
 
 
-def test_usual_cuts_by_hand_are_found():
+def test_layer_groups_equal_the_usual_ones():
     def first_of_groups(arch):
         backbone = backbones.build_on_meta(arch, {})
         names = [name for name, _ in backbone.body.named_children()]
@@ -115,23 +115,23 @@ def test_usual_cuts_by_hand_are_found():
     assert first_of_groups("vit_l_16") == ["tokens", *blocks]
 
 
-def test_a_hollow_network_is_the_real_one_without_its_numbers():
+def test_a_network_on_the_meta_device_has_the_shapes_of_the_real_one():
     real = backbones.build("regnet_y_400mf", {})
-    hollow = backbones.build_on_meta("regnet_y_400mf", {})
-    shapes = [{k: v.shape for k, v in b.body.state_dict().items()} for b in (real, hollow)]
+    on_meta = backbones.build_on_meta("regnet_y_400mf", {})
+    shapes = [{k: v.shape for k, v in b.body.state_dict().items()} for b in (real, on_meta)]
     assert shapes[0] == shapes[1]
-    assert (real.groups, real.width) == (hollow.groups, hollow.width)
+    assert (real.groups, real.width) == (on_meta.groups, on_meta.width)
     assert all(m.training for m in real.body.modules())
     out = real.body(torch.randn(2, 3, 64, 64))
-    *_, last = backbones.outputs(real.body, 64)
+    *_, last = backbones.meta_outputs(real.body, 64)
     assert out.shape[1:] == last.shape[1:]
 
 
 @pytest.mark.parametrize(("arch", "arch_args", "size"), FAMILIES)
-def test_a_step_moves_every_group(arch, arch_args, size):
+def test_a_training_step_changes_every_group(arch, arch_args, size):
     torch.manual_seed(0)
     kind = "deep" if backbones.family_of(arch).pooled else "concat_pool"
-    classifier = model.build(arch, 3, arch_args=arch_args, head={"kind": kind, "hidden": 8})
+    classifier = create_classifier(arch, 3, arch_args=arch_args, head={"kind": kind, "hidden": 8})
     groups = classifier.trainable_groups()
     assert len(groups) == len(classifier.groups) + 1
     before = [[p.detach().clone() for p in parameters] for _, parameters in groups]
@@ -147,11 +147,13 @@ def test_a_step_moves_every_group(arch, arch_args, size):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("arch", "arch_args", "size"), FAMILIES)
-def test_torchvisions_weights_give_torchvisions_features(arch, arch_args, size, monkeypatch):
+def test_torchvision_weights_give_torchvision_features(arch, arch_args, size, monkeypatch):
     torch.manual_seed(0)
-    whole = {"init_weights": True} if backbones.family_of(arch).fixed else {}  # with its aux
+    whole = (
+        {"init_weights": True} if backbones.family_of(arch).fixed else {}
+    )  # with auxiliary classifiers
     network = torchvision.models.get_model(arch, **arch_args, **whole).eval()
-    monkeypatch.setattr(weights, "read", lambda *_: network.state_dict())
+    monkeypatch.setattr(weights, "read_state_dict", lambda *_: network.state_dict())
     backbone = backbones.build(arch, arch_args, "imagenet")
     seen = []
     classifier_of(network).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -168,25 +170,25 @@ def test_torchvisions_weights_give_torchvisions_features(arch, arch_args, size, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("arch", ["googlenet", "inception_v3"])
-def test_half_normalised_pixels_are_what_transform_input_makes(arch, monkeypatch):
+def test_preprocessing_with_mean_one_half_replaces_transform_input(arch, monkeypatch):
     torch.manual_seed(0)
     network = torchvision.models.get_model(arch, transform_input=True, init_weights=True).eval()
-    monkeypatch.setattr(weights, "read", lambda *_: network.state_dict())
+    monkeypatch.setattr(weights, "read_state_dict", lambda *_: network.state_dict())
     body = backbones.build(arch, {}, "imagenet").body.eval()
     recipe = Recipe.model_validate({"name": "x", "arch": arch, "stage": [{"name": "head"}]})
     pixels = torch.randint(0, 256, (2, 96, 96, 3), dtype=torch.uint8)
-    ours = body(model.normalise(pixels, recipe.preprocess))
+    ours = body(normalise(pixels, recipe.preprocess))
     seen = []
     network.avgpool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     other = Recipe.model_validate({"name": "x", "arch": "resnet18", "stage": [{"name": "head"}]})
-    network(model.normalise(pixels, other.preprocess))
+    network(normalise(pixels, other.preprocess))
     assert (ours - seen[0]).abs().max() <= 1e-4 * seen[0].abs().max()
-    unlike = body(model.normalise(pixels, other.preprocess))
+    unlike = body(normalise(pixels, other.preprocess))
     assert (unlike - seen[0]).abs().max() > 1e-2 * seen[0].abs().max()
 
 
-def test_what_is_fixed_can_not_be_set():
-    with pytest.raises(OptionError, match=r"arch_args\.transform_input is not to be set"):
+def test_fixed_options_can_not_be_set():
+    with pytest.raises(OptionError, match=r"arch_args\.transform_input can't be set"):
         backbones.build_on_meta("inception_v3", {"transform_input": True})
 
 
@@ -201,7 +203,7 @@ def test_what_is_fixed_can_not_be_set():
         ("resnet18", {}, 0, "use 1 or more"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_with_one_that_does(arch, arch_args, size, remedy):
+def test_errors_for_unsupported_sizes_name_a_supported_one(arch, arch_args, size, remedy):
     with pytest.raises(
         OptionError, match=f"preprocess.size = {size} does not fit {arch}: {remedy}"
     ):
@@ -219,13 +221,13 @@ def test_sizes_that_do_not_fit_are_refused_with_one_that_does(arch, arch_args, s
         ("swin_t", {}, 201),
     ],
 )
-def test_sizes_that_fit(arch, arch_args, size):
+def test_supported_sizes(arch, arch_args, size):
     backbones.check_size(arch, arch_args, size)
-    *_, last = backbones.outputs(backbones.build_on_meta(arch, arch_args).body, size)
+    *_, last = backbones.meta_outputs(backbones.build_on_meta(arch, arch_args).body, size)
     assert 0 not in last.shape
 
 
-def test_maxvits_own_multiples_are_named():
+def test_the_error_for_maxvit_sizes_names_the_multiple():
     for wrong in ([256, 256], 448):
         with pytest.raises(OptionError, match=r"use \[N, N\], N a multiple of 224"):
             backbones.build_on_meta("maxvit_t", {"input_size": wrong})
@@ -237,37 +239,37 @@ def vit():
     return torchvision.models.vit_b_32(image_size=64).state_dict()
 
 
-def test_the_old_names_of_vits_weights_are_read(vit, monkeypatch):
+def test_weights_with_old_vit_keys_are_read(vit, monkeypatch):
     old = {
         key.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): value
         for key, value in vit.items()
     }
     assert old.keys() != vit.keys()
-    monkeypatch.setattr(weights, "read", lambda *_: old)
+    monkeypatch.setattr(weights, "read_state_dict", lambda *_: old)
     body = backbones.build("vit_b_32", {"image_size": 64}, "imagenet").body
     key = "encoder_layer_3.mlp.3.weight"
     assert torch.equal(body.state_dict()[key], vit[f"encoder.layers.{key}"])
 
 
-def test_weights_for_another_size_of_images_say_which(vit, monkeypatch):
-    monkeypatch.setattr(weights, "read", lambda *_: vit)
+def test_the_error_for_vit_weights_names_their_image_size(vit, monkeypatch):
+    monkeypatch.setattr(weights, "read_state_dict", lambda *_: vit)
     with pytest.raises(DataError, match=r"pos_embedding .*for arch_args\.image_size = 64"):
         backbones.build("vit_b_32", {}, "imagenet")
 
 
-def test_imagenet_weights_are_those_for_the_size(monkeypatch):
-    asked = []
+def test_imagenet_weights_are_selected_by_image_size(monkeypatch):
+    requested = []
 
     def get(entry, **_):
-        asked.append(entry.name)
+        requested.append(entry.name)
         raise OSError("no network")
 
     kind = torchvision.models.ViT_H_14_Weights
     monkeypatch.setattr(kind, "get_state_dict", get)
     for size in (224, 518):
-        with pytest.raises(DataError, match="can't be fetched"):
-            weights.read("vit_h_14", "imagenet", size)
-    assert asked == ["IMAGENET1K_SWAG_LINEAR_V1", "IMAGENET1K_SWAG_E2E_V1"]
+        with pytest.raises(DataError, match="can't be downloaded"):
+            weights.read_state_dict("vit_h_14", "imagenet", size)
+    assert requested == ["IMAGENET1K_SWAG_LINEAR_V1", "IMAGENET1K_SWAG_E2E_V1"]
 
 
 def test_every_architecture_is_in_one_family_only():
@@ -286,7 +288,7 @@ def test_pixels_are_normalised_as_the_weights_were_trained():
         entry = every.DEFAULT if every.DEFAULT in fitting or not fitting else fitting[0]
         theirs = entry.transforms()
         wanted = tuple(theirs.mean), tuple(theirs.std)
-        if "transform_input" in family.fixed:  # the net itself would bring them to -1 to 1
+        if "transform_input" in family.fixed:  # the network would scale them to [-1, 1]
             wanted = (0.5,) * 3, (0.5,) * 3
         recipe = Recipe.model_validate({"name": "x", "arch": name, "stage": [{"name": "head"}]})
         assert (recipe.preprocess.mean, recipe.preprocess.std) == wanted, name
@@ -303,7 +305,7 @@ def test_pixels_are_normalised_as_the_weights_were_trained():
         ("mobilenet_v3_small", {"width": 2}, r"arch_args\.width: .* has no such option"),
     ],
 )
-def test_builders_options_without_an_effect_are_refused(arch, arch_args, message):
+def test_builder_options_without_an_effect_are_errors(arch, arch_args, message):
     for make in (backbones.build, backbones.build_on_meta):
         with pytest.raises(OptionError, match=message):
             make(arch, arch_args)
@@ -319,23 +321,23 @@ def test_builders_options_without_an_effect_are_refused(arch, arch_args, message
         ("mobilenet_v3_small", {"width_mult": 0.5, "reduced_tail": True, "dilated": False}),
     ],
 )
-def test_options_that_have_one_are_taken(arch, arch_args):
+def test_builder_options_with_an_effect_are_accepted(arch, arch_args):
     backbones.build_on_meta(arch, arch_args)
 
 
 @pytest.mark.parametrize("size", ["x", [], [[]], None, 0, True, {}])
-def test_a_size_that_is_no_number_is_refused_by_name(size):
+def test_an_image_size_that_is_not_a_number_is_an_error(size):
     with pytest.raises(OptionError, match=r"arch_args\.image_size = .*a number of pixels"):
         backbones.check_size("vit_b_16", {"image_size": size}, 224)
 
 
-def test_weights_with_keys_that_are_no_names_are_refused(tmp_path):
+def test_weights_with_keys_that_are_not_strings_are_an_error(tmp_path):
     torch.save({0: torch.zeros(1)}, tmp_path / "w.pth")
     with pytest.raises(DataError, match="must map names to tensors"):
-        weights.read("resnet18", str(tmp_path / "w.pth"), 224)
+        weights.read_state_dict("resnet18", str(tmp_path / "w.pth"), 224)
 
 
-@pytest.mark.parametrize("path", ["~nobody-of-this-name/x.pth", "n" * 300])
-def test_weights_that_can_not_be_there_are_told(path):
+@pytest.mark.parametrize("path", ["~no-such-user/x.pth", "n" * 300])
+def test_impossible_paths_of_weights_are_errors(path):
     with pytest.raises(DataError, match="no such file"):
-        weights.read("resnet18", path, 224)
+        weights.read_state_dict("resnet18", path, 224)

@@ -1,4 +1,4 @@
-"""What trains, what is held, and that history leaves no trace."""
+"""Freezing: what trains, what stays in eval mode, and that earlier freezing has no effect."""
 
 import itertools
 
@@ -8,8 +8,8 @@ from torch import nn
 
 from serving.errors import OptionError
 from training.config.schema import Stage
-from training.models import classifier as model
-from training.models import freezing as freeze
+from training.models.classifier import create_classifier
+from training.models.freezing import is_batchnorm, plan_freezing
 
 SIZE = 64
 MODES = [
@@ -23,18 +23,18 @@ CHOICES = [0, 1, 3, 99, ("18",), ("17.conv.*", "*.bias"), ("3.*",), ()]
 def small(kind="concat_pool", arch="mobilenet_v2"):
     torch.manual_seed(0)
     args = {"width_mult": 0.25} if arch == "mobilenet_v2" else {}
-    return model.build(arch, 3, arch_args=args, head={"kind": kind, "hidden": 16})
+    return create_classifier(arch, 3, arch_args=args, head={"kind": kind, "hidden": 16})
 
 
 def state_of(classifier):
-    """All that `freeze` decides."""
+    """Everything that `freeze` sets."""
     modes = {name: m.training for name, m in classifier.named_modules()}
     grads = {name: p.requires_grad for name, p in classifier.named_parameters()}
     return modes, grads, classifier.freezing
 
 
 def steps(classifier, count=2, lr=0.1):
-    """Train a little; returns the names in the state dict that moved."""
+    """Train for some steps; returns the keys of the state dict that changed."""
     before = {k: v.clone() for k, v in classifier.state_dict().items()}
     classifier.train()
     parameters = [p for _, group in classifier.trainable_groups() for p in group]
@@ -48,29 +48,29 @@ def steps(classifier, count=2, lr=0.1):
 
 
 def norms(classifier):
-    """Names of the body's BatchNorms, relative to it."""
-    return {n for n, m in classifier.body.named_modules() if freeze.is_batchnorm(m)}
+    """Names of the BatchNorms, relative to the body."""
+    return {n for n, m in classifier.body.named_modules() if is_batchnorm(m)}
 
 
 @pytest.mark.parametrize("arch", ["mobilenet_v2", "resnet18", "squeezenet1_1"])
 @pytest.mark.parametrize("kind", ["concat_pool", "deep", "linear"])
 @pytest.mark.parametrize("unfreeze", [0, 1, 3, 99, ["*.bias"]])
-def test_prefix_and_suffix_make_the_whole(arch, kind, unfreeze):
+def test_prefix_and_suffix_compute_the_classifier(arch, kind, unfreeze):
     classifier = small(kind, arch).eval()
     images = torch.randn(2, 3, SIZE, SIZE)
     with torch.no_grad():
-        whole = classifier(images)
+        expected_logits = classifier(images)
         classifier.freeze(unfreeze)
         inputs = classifier.prefix(images)
-        kept = inputs.clone()
-        assert torch.equal(classifier.suffix(inputs), whole)
-        assert torch.equal(inputs, kept)  # so outputs of the prefix can be kept
-        assert torch.equal(classifier.head(classifier.features(images)), whole)
+        copy = inputs.clone()
+        assert torch.equal(classifier.suffix(inputs), expected_logits)
+        assert torch.equal(inputs, copy)  # the suffix does not modify its inputs
+        assert torch.equal(classifier.head(classifier.features(images)), expected_logits)
 
 
 @pytest.mark.parametrize("modes", MODES)
 @pytest.mark.parametrize("unfreeze", [0, 2, 99, ("17", "3.*")])
-def test_what_moves_is_what_was_asked_for(unfreeze, modes):
+def test_training_changes_exactly_what_is_unfrozen(unfreeze, modes):
     classifier = small()
     classifier.freeze(unfreeze, **modes)
     body, names = classifier.body, norms(classifier)
@@ -79,7 +79,7 @@ def test_what_moves_is_what_was_asked_for(unfreeze, modes):
         children = {str(i) for i in range(first, len(body))}
     else:
         children = {"17", "3"}
-    moved = {k.removeprefix("body.") for k in steps(classifier) if k.startswith("body.")}
+    changed = {k.removeprefix("body.") for k in steps(classifier) if k.startswith("body.")}
     for key in body.state_dict():
         module, _, own = key.rpartition(".")
         live, affine = key.partition(".")[0] in children, own in ("weight", "bias")
@@ -89,7 +89,7 @@ def test_what_moves_is_what_was_asked_for(unfreeze, modes):
             expected = modes["frozen_batchnorm"] in (("train",) if affine else ("stats", "train"))
         else:
             expected = live
-        assert (key in moved) == expected, key
+        assert (key in changed) == expected, key
 
 
 @pytest.mark.parametrize("unfreeze", CHOICES)
@@ -111,7 +111,7 @@ def test_freezing_for_a_stage_changes_nothing_until_it_is_applied(unfreeze):
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.pairwise([*CHOICES, *CHOICES[::2]])))
-def test_history_leaves_no_trace(one, other):
+def test_earlier_freezing_has_no_effect(one, other):
     fresh, used = small(), small()
     for modes in MODES:
         used.freeze(one, **modes)
@@ -125,7 +125,7 @@ def test_history_leaves_no_trace(one, other):
             assert state_of(used) == state_of(fresh)
 
 
-def test_freezing_touches_no_number_and_leaves_no_gradient():
+def test_freezing_changes_no_weight_and_clears_gradients():
     classifier = small()
     before = {k: v.clone() for k, v in classifier.state_dict().items()}
     classifier(torch.randn(2, 3, SIZE, SIZE)).sum().backward()
@@ -137,8 +137,8 @@ def test_freezing_touches_no_number_and_leaves_no_gradient():
     assert all(p.requires_grad or p.grad is None for p in classifier.parameters())
 
 
-def test_dropout_and_stochastic_depth_are_off_where_it_is_frozen():
-    classifier = model.build("efficientnet_b0", 3, head={"hidden": 16})
+def test_dropout_and_stochastic_depth_are_off_in_frozen_layers():
+    classifier = create_classifier("efficientnet_b0", 3, head={"hidden": 16})
     classifier.freeze(1, frozen_batchnorm="train")
     classifier.train()
     start = classifier.groups[-1]
@@ -153,7 +153,7 @@ def test_dropout_and_stochastic_depth_are_off_where_it_is_frozen():
     assert all(m.training for m in classifier.head.modules())
 
 
-def test_all_of_it_is_in_eval_mode_for_evaluation():
+def test_all_modules_are_in_eval_mode_for_evaluation():
     classifier = small()
     for unfreeze, modes in itertools.product(CHOICES, MODES):
         classifier.freeze(unfreeze, **modes)
@@ -172,14 +172,16 @@ def test_all_of_it_is_in_eval_mode_for_evaluation():
         (("conv0",), "eval", 0),
     ],
 )
-def test_the_prefix_is_what_is_frozen_and_has_no_state(unfreeze, frozen_batchnorm, prefix):
-    classifier = model.build("densenet121", 3, head={"hidden": 16})
+def test_the_prefix_has_the_frozen_layers_without_changing_state(
+    unfreeze, frozen_batchnorm, prefix
+):
+    classifier = create_classifier("densenet121", 3, head={"hidden": 16})
     classifier.freeze(unfreeze, frozen_batchnorm=frozen_batchnorm)
     assert classifier.freezing.prefix == prefix
     assert (len(classifier.prefix) > 0) == (prefix > 0)
 
 
-def test_without_batchnorm_the_prefix_stays_whatever_the_mode():
+def test_without_batchnorm_the_prefix_does_not_depend_on_the_mode():
     classifier = small(arch="squeezenet1_1")
     for frozen in ("eval", "stats", "train"):
         classifier.freeze(0, frozen_batchnorm=frozen)
@@ -191,7 +193,7 @@ def test_patterns_name_parameters_or_modules():
     body, groups = small(arch="resnet18").body, (0,)
 
     def trains(*patterns):
-        return freeze.decide(body, groups, patterns).trains
+        return plan_freezing(body, groups, patterns).trainable
 
     parameters = {name for name, _ in body.named_parameters()}
     fourth = {name for name in parameters if name.startswith("layer4.")}
@@ -203,19 +205,19 @@ def test_patterns_name_parameters_or_modules():
     assert trains() == set()
 
 
-def test_a_pattern_for_nothing_names_the_nearest():
+def test_the_error_for_a_pattern_without_match_names_similar_ones():
     classifier = small(arch="resnet18")
     with pytest.raises(OptionError, match=r"'layer5\.\*' matches no parameter.*use 'layer[1-4]'"):
         classifier.freeze(["layer4", "layer5.*"])
     with pytest.raises(OptionError, match="use one of conv1, bn1, layer1, "):
         classifier.freeze(["denseblock9999"])
     before = state_of(small(arch="resnet18"))
-    assert state_of(classifier) == before  # a mistake changes nothing
+    assert state_of(classifier) == before  # an error changes nothing
 
 
 @pytest.mark.parametrize("unfreeze", CHOICES)
 @pytest.mark.parametrize("frozen", ["eval", "train"])
-def test_groups_hold_each_parameter_that_trains_once(unfreeze, frozen):
+def test_groups_contain_each_trainable_parameter_once(unfreeze, frozen):
     classifier = small()
     classifier.freeze(unfreeze, frozen_batchnorm=frozen)
     groups = classifier.trainable_groups()
@@ -239,13 +241,13 @@ def test_groups_are_named_after_their_layers():
     assert [name for name, _ in classifier.trainable_groups()] == names
 
 
-def test_a_new_classifier_trains_wholly():
+def test_all_parameters_of_a_new_classifier_train():
     classifier = small()
     assert all(p.requires_grad for p in classifier.parameters())
     assert all(m.training for m in classifier.modules())
     assert len(classifier.prefix) == 0
 
 
-def test_batchnorms_of_any_dimension_count():
-    assert all(map(freeze.is_batchnorm, (nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2))))
-    assert not freeze.is_batchnorm(nn.LayerNorm(2))
+def test_batchnorms_of_any_dimension_are_found():
+    assert all(map(is_batchnorm, (nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2))))
+    assert not is_batchnorm(nn.LayerNorm(2))

@@ -1,7 +1,6 @@
-"""Rows on their way to a GPU: the same pixels in the same order, and no thread left behind.
+"""Rows on a GPU: the same pixels in the same order, and every thread ends.
 
-The CPU stands in for the GPU: its "copies" are the tensors themselves. What only a GPU can show is
-marked so.
+Most tests run on the CPU, where a "copy" is the tensor itself; the others are marked `gpu`.
 """
 
 import gc
@@ -18,27 +17,26 @@ import torch
 import torch.nn.functional as F
 
 from serving.errors import WorkError
-from training.activations import cache as activations
-from training.activations import loaders as feeds
+from training.activations import cache, loaders
 from training.activations.cache import ActivationCache
 from training.activations.loaders import AugmentedPhotos
-from training.activations.sharing import shares
-from training.config import load as config
+from training.activations.sharing import plan_sharing
+from training.config import load
+from training.config.schema import Recipe
 from training.config.sections import AugmentConfig
 from training.data.dataset import load_dataset
 from training.distributed.process_group import SINGLE_PROCESS
-from training.engine import finetune as fine_tune
-from training.engine import plan
+from training.engine import finetune, plan
 from training.engine.epoch import _backward
 from training.evaluation import evaluate
-from training.optim import optimizer as optim
-from training.pixels import decoded as pixels
-from training.pixels import gpu_rows as device_rows
-from training.pixels.gpu_rows import GpuRows, PrefetchedRows, moved, placed
+from training.optim.optimizer import build_optimizer, optimizer_step
+from training.pixels import gpu_rows
+from training.pixels.decoded import DecodedPhotos
+from training.pixels.gpu_rows import GpuRows, PrefetchedRows, place_rows, upload_indices
 from training.pixels.part import PixelSet
 from training.pixels.rows import AHEAD, MemmapRows
 from training.utils import device, disk_cache
-from training.utils.device import CpuCopy, constant, fill_up, filled, upload
+from training.utils.device import CpuCopy, constant, pad_batch, pad_on_gpu, upload
 from training.utils.precision import Precision
 
 CPU = torch.device("cpu")
@@ -61,7 +59,7 @@ lr = 0.01
 """
 
 
-def mapped(count=COUNT):
+def memmap_rows(count=COUNT):
     found = np.random.default_rng(0).integers(0, 256, (2 * count, SIDE, SIDE, 3), dtype=np.uint8)
     return MemmapRows(found, np.random.default_rng(1).permutation(2 * count)[:count])
 
@@ -79,11 +77,11 @@ def threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("pixels")]
 
 
-class Noted:
-    """Rows that note what is asked of them, and may break at one batch."""
+class RecordingRows:
+    """Rows that record the thread of each access, and may raise an error at one batch."""
 
-    def __init__(self, rows, breaks=None):
-        self.rows, self.breaks, self.taken, self.closed = rows, breaks, [], False
+    def __init__(self, rows, fails_at=None):
+        self.rows, self.fails_at, self.taken, self.closed = rows, fails_at, [], False
 
     def __len__(self):
         return len(self.rows)
@@ -94,7 +92,7 @@ class Noted:
     def batches(self, order):
         try:
             for number, index in enumerate(order):
-                if number == self.breaks:
+                if number == self.fails_at:
                     raise WorkError("photo.jpg can't be read any more")
                 self.taken.append(threading.current_thread())
                 yield self.rows[index]
@@ -103,9 +101,9 @@ class Noted:
 
 
 @pytest.mark.parametrize("make", [GpuRows, PrefetchedRows])
-def test_rows_are_those_that_were_given(make, monkeypatch):
-    monkeypatch.setattr(device_rows, "CHUNK", 4 * 3 * SIDE**2)  # several pieces
-    rows = mapped()
+def test_rows_equal_the_source_rows(make, monkeypatch):
+    monkeypatch.setattr(gpu_rows, "CHUNK_BYTES", 4 * 3 * SIDE**2)  # several chunks
+    rows = memmap_rows()
     near = make(rows, CPU)
     assert len(near) == len(rows)
     for index in order():
@@ -114,13 +112,13 @@ def test_rows_are_those_that_were_given(make, monkeypatch):
         assert got.dtype == torch.uint8
         assert torch.equal(got, rows[index])
     assert list(near.batches([])) == []
-    near[:2].zero_()  # the caller's own
+    near[:2].zero_()  # a copy
     assert torch.equal(near[:2], rows[:2])
     assert threads() == []
 
 
-def test_a_thread_of_its_own_works_ahead():
-    class Lane(CpuCopy):
+def test_a_thread_reads_and_copies_ahead():
+    class RecordingCopier(CpuCopy):
         def __init__(self):
             self.sent, self.received = [], []
 
@@ -132,8 +130,8 @@ def test_a_thread_of_its_own_works_ahead():
             self.received.append(threading.current_thread())
             return super().receive(sent)
 
-    rows, lane = Noted(mapped()), Lane()
-    batches = PrefetchedRows(rows, CPU, lane).batches(order())
+    rows, copier = RecordingRows(memmap_rows()), RecordingCopier()
+    batches = PrefetchedRows(rows, CPU, copier).batches(order())
     for number in range(1, 4):
         next(batches)
         until = time.monotonic() + 20
@@ -141,14 +139,14 @@ def test_a_thread_of_its_own_works_ahead():
             time.sleep(0.01)
         assert len(rows.taken) == number + AHEAD
     assert len(list(batches)) == len(order()) - 3
-    assert {*rows.taken, *lane.sent}.isdisjoint({threading.main_thread()})
-    assert set(lane.received) == {threading.main_thread()}
+    assert {*rows.taken, *copier.sent}.isdisjoint({threading.main_thread()})
+    assert set(copier.received) == {threading.main_thread()}
     assert rows.closed
     assert threads() == []
 
 
-def test_an_error_in_the_thread_comes_out_where_it_belongs():
-    rows = Noted(mapped(), breaks=3)
+def test_an_error_in_the_thread_is_raised_at_its_batch():
+    rows = RecordingRows(memmap_rows(), fails_at=3)
     batches = PrefetchedRows(rows, CPU).batches(order())
     for index in order()[:3]:
         assert torch.equal(next(batches), rows[index])
@@ -159,7 +157,7 @@ def test_an_error_in_the_thread_comes_out_where_it_belongs():
 
 
 def test_closing_early_ends_the_thread():
-    rows = Noted(mapped())
+    rows = RecordingRows(memmap_rows())
     batches = PrefetchedRows(rows, CPU).batches(order())
     next(batches)
     assert threads()
@@ -167,37 +165,38 @@ def test_closing_early_ends_the_thread():
     assert rows.closed
     assert len(rows.taken) <= 1 + AHEAD
     assert threads() == []
-    PrefetchedRows(rows, CPU).batches(order()).close()  # never begun
+    PrefetchedRows(rows, CPU).batches(order()).close()  # closed before the first batch
     assert threads() == []
 
 
-def test_rows_that_fit_lie_on_the_device_and_others_are_copied_ahead(monkeypatch):
-    """torch's device without memory stands in for a GPU."""
-    far, lines, rows = torch.device("meta"), [], mapped()
+def test_rows_that_fit_are_on_the_gpu_and_others_are_copied_ahead(monkeypatch):
+    """With the meta device instead of a GPU."""
+    far, lines, rows = torch.device("meta"), [], memmap_rows()
     size = COUNT * 3 * SIDE**2
-    assert placed(part(rows), "training", CPU, lines.append).pixels is rows
+    assert place_rows(part(rows), "training", CPU, lines.append).pixels is rows
     assert lines == []
-    kept = placed(part(rows), "training", far, lines.append, lambda _: 2 * size)
+    kept = place_rows(part(rows), "training", far, lines.append, lambda _: 2 * size)
     assert isinstance(kept.pixels, GpuRows)
     assert (kept.name, kept.key) == ("pixels-x", b"key")
-    sent = placed(part(rows), "training", far, lines.append, lambda _: 2 * size - 2)
+    sent = place_rows(part(rows), "training", far, lines.append, lambda _: 2 * size - 2)
     assert isinstance(sent.pixels, PrefetchedRows)
-    assert "23 training photos lie on the GPU" in lines[0]
+    assert "23 training photos are in GPU memory" in lines[0]
     assert "batch by batch: their" in lines[1]
 
     def full(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(device_rows, "Resident", full)
+    monkeypatch.setattr(gpu_rows, "GpuRows", full)
     assert isinstance(
-        placed(part(rows), "training", far, lines.append, lambda _: 2**40).pixels, PrefetchedRows
+        place_rows(part(rows), "training", far, lines.append, lambda _: 2**40).pixels,
+        PrefetchedRows,
     )
     assert len(lines) == 3
 
 
-def test_augmented_photos_are_the_same_wherever_rows_lie(recipe):
-    settings = config.read(recipe(), ["preprocess.size=8", "augment.erase=0.5"])
-    rows = mapped()
+def test_augmented_photos_are_the_same_for_every_row_source(recipe):
+    settings = load.read(recipe(), ["preprocess.size=8", "augment.erase=0.5"])
+    rows = memmap_rows()
     found = []
     for pixels_of in (rows, GpuRows(rows, CPU), PrefetchedRows(rows, CPU)):
         draws = AugmentedPhotos(
@@ -210,10 +209,10 @@ def test_augmented_photos_are_the_same_wherever_rows_lie(recipe):
             assert torch.equal(images, same)
 
 
-def test_rows_of_one_size_are_placed_once_and_go_before_the_next(
+def test_rows_of_one_size_are_placed_once_and_freed_before_the_next(
     recipe, photos, tmp_path, monkeypatch
 ):
-    settings = config.read(recipe(TWO_SIZES))
+    settings = load.read(recipe(TWO_SIZES))
     old = []
 
     def on_device(of, name, where, log):
@@ -224,40 +223,40 @@ def test_rows_of_one_size_are_placed_once_and_go_before_the_next(
         old.append(weakref.ref(near))
         return replace(of, pixels=near)
 
-    monkeypatch.setattr("training.activations.cache.placed", on_device)
-    decoded = pixels.Photos(load_dataset(str(photos)), settings.data.presize, str)
+    monkeypatch.setattr("training.activations.cache.place_rows", on_device)
+    decoded = DecodedPhotos(load_dataset(str(photos)), settings.data.presize, str)
     classifier, _ = plan.build_classifier(settings, 3, str)
     activations = ActivationCache(
         decoded, settings, Precision(torch.float32, CPU), disk_cache.DiskCache(tmp_path, 0), str
     )
     for stage, share in zip(
-        settings.stage, shares(classifier, settings, settings.stage), strict=True
+        settings.stage, plan_sharing(classifier, settings, settings.stage), strict=True
     ):
         classifier.freeze_for(stage)
-        feed, held_out = activations.feeds(classifier, stage, share)
-        assert isinstance(feed.draws.photos.pixels, GpuRows)
-        assert len(list(feed.epoch(0, 16))) == 3
+        loader, held_out = activations.loaders(classifier, stage, share)
+        assert isinstance(loader.augmented.photos.pixels, GpuRows)
+        assert len(list(loader.epoch(0, 16))) == 3
         assert sum(len(labels) for _, labels in held_out) == 9
-        del feed, held_out
+        del loader, held_out
     assert len(old) == 4
 
 
-def test_what_is_on_the_cpu_is_not_copied_there():
+def test_tensors_on_the_cpu_are_not_copied():
     tensor, parts = torch.arange(3), [torch.tensor([1]), slice(0, 2)]
     assert upload(tensor, CPU) is tensor
-    assert moved(parts, CPU) == parts
-    assert moved(iter([slice(1)]), torch.device("meta")) == [slice(1)]
+    assert upload_indices(parts, CPU) == parts
+    assert upload_indices(iter([slice(1)]), torch.device("meta")) == [slice(1)]
     assert constant((1, 2.5), CPU) is constant((1, 2.5), CPU)
     with torch.inference_mode():
         assert not constant((7.0,), CPU).is_inference()
 
 
-def test_a_small_batch_is_filled_up_in_its_own_layout_on_a_gpu_alone():
+def test_a_small_batch_is_padded_in_its_memory_format_on_a_gpu_only():
     batch = torch.rand(3, 4, 5, 6).contiguous(memory_format=torch.channels_last)
-    assert filled(batch, 8) is batch
-    assert filled(batch.to("meta"), 8).shape == (8, 4, 5, 6)
-    assert fill_up(batch, 3) is batch
-    whole = fill_up(batch, 8)
+    assert pad_on_gpu(batch, 8) is batch
+    assert pad_on_gpu(batch.to("meta"), 8).shape == (8, 4, 5, 6)
+    assert pad_batch(batch, 3) is batch
+    whole = pad_batch(batch, 8)
     assert torch.equal(whole, torch.cat([batch, torch.zeros(5, 4, 5, 6)]))
     assert whole.is_contiguous(memory_format=torch.channels_last)
 
@@ -265,51 +264,54 @@ def test_a_small_batch_is_filled_up_in_its_own_layout_on_a_gpu_alone():
 WHOLE = '[[stage]]\nname = "all"\nunfreeze = "all"\nlr = 0.01\n'
 
 
-def test_filling_up_changes_no_figure(recipe, photos, weights, two_stages, tmp_path, monkeypatch):
+def test_padding_does_not_change_the_metrics(
+    recipe, photos, weights, two_stages, tmp_path, monkeypatch
+):
     seen, found = set(), []
 
-    def watched(room):
-        def fill(batch, size):
-            caller = sys._getframe(2).f_code.co_qualname.removesuffix(".<locals>.make")
-            seen.add((room.__name__.rpartition(".")[2], caller.rpartition(".")[2]))
-            return fill_up(batch, size)
+    def recording(module):
+        def pad(batch, size):
+            caller = sys._getframe(2).f_code.co_qualname.removesuffix(".<locals>.compute")
+            seen.add((module.__name__.rpartition(".")[2], caller.rpartition(".")[2]))
+            return pad_batch(batch, size)
 
-        return fill
+        return pad
 
-    for name in ("plain", "filled"):
-        if name == "filled":
-            for room in (feeds, activations, evaluate):
-                monkeypatch.setattr(room, "filled", watched(room))
+    for name in ("plain", "pad_on_gpu"):
+        if name == "pad_on_gpu":
+            for module in (loaders, cache, evaluate):
+                monkeypatch.setattr(module, "pad_on_gpu", recording(module))
         monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path / f"{name}-cache"))
         options = ["head.dropout=0", f"weights={weights}"]
-        settings = config.read(recipe(two_stages + WHOLE), options)
-        folder = fine_tune.run(
+        settings = load.read(recipe(two_stages + WHOLE), options)
+        folder = finetune.run(
             settings, str(photos), out=tmp_path / name, device="cpu", cache_gb=0.5, log=str
         )
         rows = (folder / "metrics.csv").read_text().splitlines()[1:]
         best = json.loads((folder / "best.json").read_text())["metrics"]
         found.append([float(v) for row in rows for v in row.split(",")[3:6]] + [best["loss"]])
-    # Other batch sizes round in other ways, and training goes on from there.
+    # Other batch sizes round differently, and training amplifies the differences.
     assert found[0] == pytest.approx(found[1], rel=2e-3)
-    where = {room for room, _ in seen}
-    assert where == {"feeds", "activations", "evaluate"}, seen
-    callers = {caller for room, caller in seen if room == "activations"}
-    assert callers == {"_keep", "_shape", "_on_photos", "_on"}, seen
+    assert {module for module, _ in seen} == {"loaders", "cache", "evaluate"}, seen
+    callers = {caller for module, caller in seen if module == "cache"}
+    assert callers == {"_plan", "_shape", "_from_photos", "_from_views"}, seen
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch's, of its own tool
+@pytest.mark.filterwarnings(
+    "ignore:Synchronization debug mode"
+)  # torch warns that the mode is a prototype
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("free", [0, 2**40])
 @pytest.mark.parametrize("changes", [(), ("augment.mixup=0.2",), ("stage.all.unfreeze=1",)])
-def test_nothing_in_an_epoch_waits_for_the_gpu(
+def test_an_epoch_never_synchronises_with_the_gpu(
     where, recipe, photos, tmp_path, monkeypatch, free, changes
 ):
-    settings = config.read(recipe(), ["precision=auto", "augment.erase=0.5", *changes])
-    where = torch.device(where)  # on the CPU the same steps, with nothing to wait for
+    settings = load.read(recipe(), ["precision=auto", "augment.erase=0.5", *changes])
+    where = torch.device(where)  # on the CPU: the same steps, without the check
     monkeypatch.setattr(
-        "training.activations.cache.placed", lambda *args: placed(*args, lambda _: free)
+        "training.activations.cache.place_rows", lambda *args: place_rows(*args, lambda _: free)
     )
-    decoded = pixels.Photos(load_dataset(str(photos)), settings.data.presize, str)
+    decoded = DecodedPhotos(load_dataset(str(photos)), settings.data.presize, str)
     classifier, _ = plan.build_classifier(settings, 3, str)
     precision = Precision(torch.bfloat16, where)
     activations = ActivationCache(
@@ -317,19 +319,19 @@ def test_nothing_in_an_epoch_waits_for_the_gpu(
     )
     classifier.to(where).to(memory_format=torch.channels_last)
     (stage,) = settings.stage
-    (share,) = shares(classifier, settings, settings.stage)
+    (share,) = plan_sharing(classifier, settings, settings.stage)
     classifier.freeze_for(stage)
-    feed, _ = activations.feeds(classifier, stage, share)
-    optimizer = optim.build(classifier, settings.optimizer, stage, 0.01)
+    loader, _ = activations.loaders(classifier, stage, share)
+    optimizer = build_optimizer(classifier, settings.optimizer, stage, 0.01)
     classifier.train()
 
     def epoch():
-        feed.prepare([0])
-        for batch in feed.epoch(0, 8):
+        loader.prepare([0])
+        for batch in loader.epoch(0, 8):
             _backward(classifier.suffix, [(batch, len(batch[1]))], precision, 0.1, SINGLE_PROCESS)
-            optim.step(optimizer, settings.optimizer)
+            optimizer_step(optimizer, settings.optimizer)
 
-    epoch()  # what is made once: constants, kernels, memory
+    epoch()  # first-use work: constants, kernels, memory
     on_gpu = where.type == "cuda"
     try:
         torch.cuda.set_sync_debug_mode("error") if on_gpu else None
@@ -339,18 +341,18 @@ def test_nothing_in_an_epoch_waits_for_the_gpu(
 
 
 @pytest.mark.gpu
-def test_a_gpu_sees_the_photos_that_the_cpu_sees():
-    cuda, rows = torch.device("cuda"), mapped()
+def test_photos_on_a_gpu_equal_those_on_the_cpu():
+    cuda, rows = torch.device("cuda"), memmap_rows()
     for near in (GpuRows(rows, cuda), PrefetchedRows(rows, cuda)):
         for got, index in zip(near.batches(order()), order(), strict=True):
             assert got.device.type == "cuda"
             assert torch.equal(got.cpu(), rows[index])
-    assert device.free(cuda) > 0
-    preprocess = config.Recipe(name="x", arch="resnet18", stage=[{"name": "a"}]).preprocess
+    assert device.free_memory(cuda) > 0
+    preprocess = Recipe(name="x", arch="resnet18", stage=[{"name": "a"}]).preprocess
     found = []
     for where in (CPU, cuda):
         draws = AugmentedPhotos(
-            placed(part(rows), "training", where, str), replace(preprocess, size=8),
+            place_rows(part(rows), "training", where, str), replace(preprocess, size=8),
             AugmentConfig(erase=0.5), Precision(torch.float32, where), seed=3,
         )  # fmt: skip
         found.append(torch.cat([i.cpu() for _, i in draws(1, torch.arange(COUNT).split(5))]))
