@@ -1,9 +1,8 @@
-"""What is wrong with a recipe, told so that it can be mended: where, what, and the nearest name."""
+"""Error messages for a recipe: the option, what is wrong, and the nearest valid name."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from serving.errors import OptionError
 from serving.imaging.preprocess import Preprocess
+from training.config.forms import did_you_mean
 from training.config.schema import Recipe, Spread, Stage
 from training.config.sections import AugmentConfig
 from training.config.toml_lines import Path
@@ -28,66 +28,26 @@ SECTIONS: Final[dict[str, type]] = {
     "stage.lr": Spread,
     "stage.augment": AugmentConfig,
 }
-"""Dotted name of a table, without the stages' numbers -> what it may hold."""
-
-TAKES: Final = {
-    "name": "use letters, digits, '.', '_' and '-'",
-    "arch_args": "write a table [arch_args]",
-    "compile": "use true, false or 'cuda_graphs'",
-    "data.columns": "use the names of two columns, of the id and of the label",
-    "head.hidden": "use a width or a list of widths, each at least 1",
-    "head.dropout": "use a share in [0, 1), or a list with one for every Linear layer",
-    "augment.scale": "use [smallest, largest], both shares in (0, 1]",
-    "stage": "write a table [[stage]] for each, at least one",
-    "stage.name": "use small letters, digits, '_' and '-', such as 'head'",
-    "stage.unfreeze": "use a number of layer groups, 'all', 'gradual', "
-    "or a list of patterns such as ['layer4.*']",
-    "stage.lr": "use 'find', a number above 0, a list with one for each group, "
-    "or { low = 1e-5, high = 1e-3 }",
-}
-"""What options of several forms take, in one sentence instead of one for each form."""
-
-WORDS: Final = {
-    "compile": ("cuda_graphs",),
-    "stage.lr": ("find",),
-    "stage.unfreeze": ("all", "gradual"),
-}
-"""The words among those forms."""
+"""Dotted name of a table, without the numbers of stages -> the class with its options."""
 
 
-def found(error: ValidationError, values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """(path, sentence) of every mistake that pydantic found in a recipe's values."""
-    told = set()
+def describe_errors(
+    error: ValidationError, values: Mapping[str, Any]
+) -> Iterator[tuple[Path, str]]:
+    """(path, sentence) of every error that pydantic found in a recipe's values."""
     for item in error.errors():
-        path, value = _resolve(item, values)
-        if item["type"] == "too_short" and value:
-            continue  # stages with mistakes don't count; their mistakes are told
-        option = _plain(path)
-        form = option if option in TAKES else ""
+        path = item["loc"]
+        value = _at(values, path)
         if path == ("preprocess",) and isinstance(value, Mapping):
-            mistakes = list(_preprocess(value))
-        elif option.split(".")[:2] == ["stage", "lr"] and isinstance(
-            _at(values, path[:3]), Mapping
-        ):
-            # Of the forms that were tried, only the table's mistakes are of use.
-            mistakes = [(path, _sentence(item, path, value, values))] if _is_spread(item) else []
-        elif form and item["type"] != "value_error" and _at(values, path, _NOTHING) is not _NOTHING:
-            path = path[: _depth(path, form)]
-            value = _at(values, path)
-            hint = _near(value, WORDS.get(form, ()))
-            mistakes = [(path, f"{_shown(path, value, values)}: {TAKES[form]}{hint}")]
+            yield from _preprocess(value)
         else:
-            mistakes = [(path, _sentence(item, path, value, values))]
-        for mistake in mistakes:
-            if mistake not in told:
-                told.add(mistake)
-                yield mistake
+            yield path, _sentence(item, path, value, values)
 
 
-def of_names(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """Names that are taken."""
+def check_names(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    """(path, sentence) for a reserved name of the recipe and for equal names of stages."""
     if values.get("name") == "latest":
-        yield ("name",), "name = 'latest' is what runs/latest is for; choose another"
+        yield ("name",), "name = 'latest' is reserved for the link runs/latest; choose another"
     stages = values.get("stage")
     seen: dict[object, int] = {}
     for number, stage in enumerate(stages if isinstance(stages, list | tuple) else ()):
@@ -96,10 +56,10 @@ def of_names(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
             yield ("stage", number, "name"), f"stage names must differ, {name!r} is there twice"
 
 
-def of_arch(
+def check_architecture(
     values: Mapping[str, Any], check_arch: Callable[[str], object]
 ) -> Iterator[tuple[Path, str]]:
-    """An architecture that `check_arch` refuses."""
+    """(path, sentence) for an architecture that `check_arch` refuses."""
     arch = values.get("arch")
     if isinstance(arch, str):
         try:
@@ -108,59 +68,26 @@ def of_arch(
             yield ("arch",), str(error)
 
 
-def called(path: Sequence[str | int], values: Mapping[str, Any]) -> str:
-    """A path as overrides write it: a stage by its name, where it has one."""
+def option_name(path: Sequence[str | int], values: Mapping[str, Any]) -> str:
+    """A path in the notation of overrides: `stage.NAME.lr`, or `stage.1.lr` without a name."""
     name = _at(values, (*path[:2], "name")) if path[:1] == ("stage",) else None
     parts = [path[0], name, *path[2:]] if len(path) > 1 and isinstance(name, str) else path
     return ".".join(map(str, parts))
 
 
-def _resolve(item: Any, values: Mapping[str, Any]) -> tuple[Path, Any]:
-    """Where in the file an error stands; pydantic's own names for the forms tried are left out."""
-    path: Path = ()
-    value: Any = values
-    for number, part in enumerate(item["loc"], start=1):
-        below = _at(value, (part,), _NOTHING)
-        if below is not _NOTHING:
-            path, value = (*path, part), below
-        elif item["type"] == "missing" and number == len(item["loc"]) and isinstance(part, str):
-            path = (*path, part)
-    return path, value
-
-
-_NOTHING: Final = object()
-
-
-def _at(values: Any, path: Sequence[str | int], default: Any = None) -> Any:
+def _at(values: Any, path: Sequence[str | int]) -> Any:
+    """The value at a path; None if there is none."""
     for part in path:
         in_table = isinstance(values, Mapping) and part in values
         in_list = isinstance(values, list | tuple) and isinstance(part, int) and part < len(values)
         if not (in_table or in_list):
-            return default
+            return None
         values = values[part]
     return values
 
 
-def _plain(path: Path) -> str:
-    """The dotted name of an option, without numbers; a stage's [augment] is the recipe's."""
-    return ".".join(str(part) for part in path if isinstance(part, str)).replace(
-        "stage.augment.", "augment."
-    )
-
-
-def _depth(path: Path, form: str) -> int:
-    """How much of a path an option's name takes."""
-    depths = range(1, len(path) + 1)
-    return next((n for n in depths if _plain(path[:n]) == form), len(path))
-
-
-def _is_spread(item: Any) -> bool:
-    # A form with a validator of its own is called "function-after[…, Spread]".
-    return any(Spread.__name__ in str(part) for part in item["loc"])
-
-
 def _sentence(item: Any, path: Path, value: Any, values: Mapping[str, Any]) -> str:
-    name = called(path, values)
+    name = option_name(path, values)
     if item["type"] == "extra_forbidden":
         return f"{name} is unknown{_nearest_option(path)}"
     if item["type"] == "missing":
@@ -172,26 +99,22 @@ def _sentence(item: Any, path: Path, value: Any, values: Mapping[str, Any]) -> s
         message = f"write a table [{name}]"
     elif message.startswith("Input should be "):
         message = f"must be {message.removeprefix('Input should be ').partition(',')[0]}"
-    hint = _near(value, _words(path))
+    hint = did_you_mean(value, _words(path))
     return f"{_shown(path, value, values)}: {message[0].lower()}{message[1:]}{hint}"
 
 
 def _shown(path: Path, value: Any, values: Mapping[str, Any]) -> str:
+    """`OPTION = VALUE`; long values and tables are left out."""
     text = repr(value)
     short = not isinstance(value, Mapping) and len(text) <= 60
-    return called(path, values) + (f" = {text}" if short else "")
-
-
-def _near(given: Any, words: Sequence[str]) -> str:
-    near = difflib.get_close_matches(given, words, n=1) if isinstance(given, str) else []
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return option_name(path, values) + (f" = {text}" if short else "")
 
 
 def _nearest_option(path: Path) -> str:
-    """The nearest name in the same table, or else the same name in another one."""
+    """Suggest the nearest name in the same table, or else the same name in another table."""
     table = ".".join(str(part) for part in path[:-1] if isinstance(part, str))
     name = str(path[-1])
-    hint = _near(name, _names(table))
+    hint = did_you_mean(name, _names(table))
     if hint:
         return hint
     elsewhere = (f"{other}.{name}" for other in SECTIONS if other and name in _names(other))
@@ -207,7 +130,7 @@ def _names(table: str) -> list[str]:
 
 
 def _words(path: Path) -> list[str]:
-    """The words that an option may be, where it is a choice of words."""
+    """The words that an option accepts, if it accepts only words."""
     table = SECTIONS.get(".".join(str(part) for part in path[:-1] if isinstance(part, str)))
     field = getattr(table, "model_fields", {}).get(path[-1]) if path else None
     words = typing.get_args(field.annotation) if field is not None else ()
@@ -215,7 +138,7 @@ def _words(path: Path) -> list[str]:
 
 
 def _preprocess(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """Its options are checked one by one: the dataclass stops at the first mistake."""
+    """Check the options one by one, because the dataclass stops at the first error."""
     for name, value in values.items():
         path: Path = ("preprocess", name)
         if name not in _names("preprocess"):
@@ -225,4 +148,4 @@ def _preprocess(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
             Preprocess.from_dict({name: value})
         except OptionError as error:
             words = ("bilinear", "bicubic", "lanczos") if name == "interpolation" else ()
-            yield path, f"{error}{_near(value, words)}"
+            yield path, f"{error}{did_you_mean(value, words)}"

@@ -1,4 +1,4 @@
-"""A function of x, written as text in a recipe: arithmetic, and nothing that could do harm."""
+"""Compile a formula in x, as a recipe may contain, to a function: arithmetic only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPERATORS: Final[dict[type[ast.AST], Callable[[float, float], float]]] = {
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
-    # Of floats, in constant time: overflow is an error, and so is a root of a negative number.
+    # math.pow takes constant time; overflow and roots of negative numbers raise.
     ast.Pow: math.pow,
 }
 _OF_ONE: Final[dict[str, Function]] = {
@@ -40,11 +40,12 @@ _OF_MANY: Final[dict[str, Callable[..., float]]] = {"min": min, "max": max}
 def compile_formula(text: str) -> Function:
     """Turn text such as `1 / (1 + 0.1 * x)` into a function of x.
 
-    Nothing is handed to Python's `eval`: the text's syntax tree is turned into closures, part by
-    part, and any part that is not listed in `ALLOWED` is refused. All arithmetic is in floats.
+    `eval` is not used: the syntax tree is translated to closures node by node, and nodes other than
+    those in `ALLOWED` are refused. All arithmetic is in floats.
 
     Raises:
-        ValueError: The text is no such formula; or, from the function, it has no finite value at x.
+        ValueError: The text is not such a formula. The function raises it, too, where its value is
+            not finite.
     """
     if len(text) > LONGEST:
         raise ValueError(f"a formula has at most {LONGEST} characters")

@@ -1,4 +1,4 @@
-"""Recipe files and overrides -> a `Recipe`. Validated once, all mistakes reported together."""
+"""Read recipe files and overrides into a `Recipe`; all errors are reported together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from serving.errors import OptionError
 from training.config import diagnostics, toml_lines
 from training.config.schema import Recipe
-from training.utils.console import listed
+from training.utils.console import format_mistakes
 
 
 def read(
@@ -25,8 +25,8 @@ def read(
     """Read a recipe file and apply `key=value` overrides such as `stage.head.lr=0.01`.
 
     Raises:
-        OptionError: The file can't be read, or there are mistakes in it or in the overrides: all of
-            them in one message, each with its line.
+        OptionError: The file can't be read, or it or the overrides have errors: one message with
+            all errors, each with its line number.
     """
     text = ""
     try:
@@ -43,17 +43,17 @@ def read(
     except OSError as error:
         raise OptionError(f"{path}: {error.strerror or error}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise OptionError(f"{path} is no TOML file: {_named(error, text)}") from None
+        raise OptionError(f"{path} is no TOML file: {_describe_toml_error(error, text)}") from None
 
 
-def _named(error: ValueError, text: str) -> str:
-    """What tomllib says, and which key it speaks of where it does not say."""
+def _describe_toml_error(error: ValueError, text: str) -> str:
+    """The message of tomllib, with the key's name added if a key is there twice."""
     found = re.match(r"Cannot overwrite a value \(at (?:line ([0-9]+)|end)", str(error))
     if not found:
         return str(error)
-    every = text.split("\n")
-    line = int(found[1] or len(every))
-    key, equals, _ = every[line - 1].partition("=")
+    lines = text.split("\n")
+    line = int(found[1] or len(lines))
+    key, equals, _ = lines[line - 1].partition("=")
     return f"{key.strip()} is there twice (line {line})" if equals else str(error)
 
 
@@ -63,16 +63,16 @@ def read_text(
     overrides: Sequence[str] = (),
     check_arch: Callable[[str], object] | None = None,
 ) -> Recipe:
-    """As `read`, of a recipe's text; `where` is named in the errors."""
+    """As `read`, for the text of a recipe; errors begin with `where`."""
     values = tomllib.loads(text)
     overridden: list[toml_lines.Path] = []
-    refused: list[str] = []
+    failed: list[str] = []
     for override in overrides:
         try:
             overridden.append(_apply(values, override))
         except OptionError as error:
-            refused.append(str(error))
-    return parse(values, where, toml_lines.lines_of(text), overridden, refused, check_arch)
+            failed.append(str(error))
+    return parse(values, where, toml_lines.lines_of(text), overridden, failed, check_arch)
 
 
 def parse(
@@ -80,40 +80,43 @@ def parse(
     where: str,
     lines_of: Mapping[toml_lines.Path, int] | None = None,
     overridden: Sequence[toml_lines.Path] = (),
-    refused: Sequence[str] = (),
+    failed: Sequence[str] = (),
     check_arch: Callable[[str], object] | None = None,
 ) -> Recipe:
     """Validate a recipe's values.
 
     Args:
-        values: As TOML gives them, overrides applied.
-        where: Named in the errors.
-        lines_of: Path -> line of the file.
-        overridden: Paths that the command line has set.
-        refused: What is wrong with overrides that could not be applied.
-        check_arch: Raises OptionError for an unknown architecture; asked only when the recipe has
-            other mistakes, so that valid recipes load without torchvision.
+        values: The values of the file, with overrides applied.
+        where: Name of the file, for the error message.
+        lines_of: Path -> line in the file.
+        overridden: Paths that overrides have set.
+        failed: Errors of overrides that could not be applied.
+        check_arch: Raises OptionError for an unknown architecture. It is called only if the recipe
+            has other errors, so that valid recipes load without torchvision.
 
     Raises:
-        OptionError: All mistakes, one message with a line for each.
+        OptionError: One message with all errors, one per line.
     """
-    wrong = list(diagnostics.of_names(values))
+    errors = list(diagnostics.check_names(values))
     recipe = None
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        wrong = [*diagnostics.found(error, values), *wrong]
-    if recipe is not None and not wrong and not refused:
+        errors = [*diagnostics.describe_errors(error, values), *errors]
+    if recipe is not None and not errors and not failed:
         return recipe
     if check_arch:
-        wrong += diagnostics.of_arch(values, check_arch)
-    places = [(_line(path, lines_of or {}, overridden), sentence) for path, sentence in wrong]
-    places = sorted(places, key=lambda found: found[0]) + [(_LAST, text) for text in refused]
-    raise OptionError(listed(where, [f"{_called(line)}{sentence}" for line, sentence in places]))
+        errors += diagnostics.check_architecture(values, check_arch)
+    located = [(_line(path, lines_of or {}, overridden), sentence) for path, sentence in errors]
+    located.sort(key=lambda item: item[0])
+    located += [(_COMMAND_LINE, text) for text in failed]
+    raise OptionError(
+        format_mistakes(where, [f"{_place(line)}{sentence}" for line, sentence in located])
+    )
 
 
-_LAST = 2**62
-"""Behind every line: the command line."""
+_COMMAND_LINE = 2**62
+"""Line number of overrides, larger than any in a file."""
 
 
 def _line(
@@ -122,19 +125,19 @@ def _line(
     overridden: Sequence[toml_lines.Path],
 ) -> int:
     for given in overridden:
-        # A table's own mistake may come from any of its options.
+        # An error of a table may be caused by any of its options.
         if given[: len(path)] == path or path[: len(given)] == given:
-            return _LAST
+            return _COMMAND_LINE
     depths = range(len(path), 0, -1)
     return next((lines_of[path[:n]] for n in depths if path[:n] in lines_of), 0)
 
 
-def _called(line: int) -> str:
-    return "on the command line: " if line == _LAST else f"line {line}: " if line else ""
+def _place(line: int) -> str:
+    return "on the command line: " if line == _COMMAND_LINE else f"line {line}: " if line else ""
 
 
 def _apply(values: dict[str, Any], override: str) -> toml_lines.Path:
-    """Set what an override names; returns its path."""
+    """Apply an override to `values`; returns the path it sets."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise OptionError(f"{override!r}: use key=value, such as stage.head.lr=0.01")
@@ -142,25 +145,25 @@ def _apply(values: dict[str, Any], override: str) -> toml_lines.Path:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         value = text
-    place: Any = values
+    table: Any = values
     path: toml_lines.Path = ()
     *tables, last = key.split(".")
     for part in tables:
-        if isinstance(place, list):
-            number = _stage(place, part, override)
-            path, place = (*path, number), place[number]
+        if isinstance(table, list):
+            number = _stage(table, part, override)
+            path, table = (*path, number), table[number]
         else:
-            path, place = (*path, part), place.setdefault(part, {})
-        if not isinstance(place, dict | list):
+            path, table = (*path, part), table.setdefault(part, {})
+        if not isinstance(table, dict | list):
             raise OptionError(f"{override!r}: {part} is no section")
-    if isinstance(place, list):
+    if isinstance(table, list):
         raise OptionError(f"{override!r}: name the option too, as stage.{last}.lr")
-    place[last] = value
+    table[last] = value
     return (*path, last)
 
 
 def _stage(stages: list[Any], name: str, override: str) -> int:
-    """Which of the stages has a name."""
+    """The index of the stage with this name."""
     names = [str(stage.get("name")) if isinstance(stage, dict) else "" for stage in stages]
     if name in names:
         return names.index(name)

@@ -1,6 +1,6 @@
-"""What a recipe may say: its stages, and all its tables together.
+"""The recipe: its stages and top-level options, their defaults and valid values.
 
-How a file becomes a `Recipe`, and how mistakes are told, is in `training.config.load`.
+`training.config.load` reads recipe files; `training.config.diagnostics` words their errors.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pydantic import (
 
 from serving.errors import OptionError
 from serving.imaging.preprocess import Preprocess
+from training.config.forms import accepts
 from training.config.formula import compile_formula
 from training.config.sections import (
     AugmentConfig,
@@ -35,16 +36,19 @@ from training.config.sections import (
 )
 
 ALL: Final = 99
-"""More layer groups than any network has."""
+"""Value of `unfreeze = "all"`: more layer groups than any network has."""
 
 AUTO: Final = 0
-"""A batch size that is still to be found: "auto" until `training.engine.auto_batch_size.settle`."""
+"""Value of `batch_size = "auto"`, until `training.engine.auto_batch_size` finds the size."""
 
 Rate = Annotated[float, Field(gt=0)]
 
 
 class Spread(Section):
-    """A range of learning rates, geometric from the deepest group that trains to the head."""
+    """Learning rates from `low` for the deepest trained layer group to `high` for the head.
+
+    The rates between are spaced geometrically.
+    """
 
     low: Rate
     high: Rate
@@ -58,6 +62,18 @@ class Spread(Section):
 
 def _unfreeze(value: Any) -> Any:
     return ALL if value == "all" else value
+
+
+def _lr(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    # The errors of a table are those of `low` and `high`, not one about the forms of lr.
+    return Spread.model_validate(value) if isinstance(value, Mapping) else check(value)
+
+
+def _tables(value: Any) -> Any:
+    tables = isinstance(value, list | tuple) and value
+    if not tables or not all(isinstance(stage, Mapping | Stage) for stage in value):
+        raise ValueError("write a table [[stage]] for each, at least one")
+    return value
 
 
 def _batch(value: Any, check: ValidatorFunctionWrapHandler) -> int:
@@ -74,48 +90,68 @@ BatchSize = Annotated[
     WrapValidator(_batch),
     PlainSerializer(lambda size: size or "auto", return_type=int | str),
 ]
-"""Photos a step; `AUTO` is written as "auto"."""
+"""Photos per step; `AUTO` is written as "auto"."""
 
 
 def _augment(value: dict[str, Any]) -> dict[str, Any]:
-    AugmentConfig.model_validate(value)  # pydantic tells its mistakes as this table's
+    AugmentConfig.model_validate(value)  # pydantic adds its errors to those of the recipe
     return value
 
 
 def cycle_lengths(cycles: int, cycle_len: float, cycle_mult: float) -> list[float]:
-    """The length of every cycle, in epochs: cycle_len, cycle_len * cycle_mult, and on."""
+    """Length of every cycle in epochs; each is `cycle_mult` times as long as the one before."""
     return [cycle_len * cycle_mult**i for i in range(cycles)]
 
 
 class Stage(Section):
-    """One stage of a fine-tune; docs/recipe.md says what each option does.
+    """One stage of a fine-tuning run; docs/recipe.md describes each option.
 
-    unfreeze: how many of the body's last layer groups train beside the head; 0 is the head alone,
-        "all" the whole network, "gradual" one group more than the stage before; or patterns of
-        parameter names of the body, such as "denseblock4.*".
-    lr: the head's learning rate; "find" runs lr_find first; a list has one for each group that
-        trains, the head's last; { low, high } spreads them geometrically.
-    lr_divide: every group's rate is that of the group behind it divided by this, where `lr` is one
-        number or "find".
-    groups: how many groups, the head being one, what trains is merged into; 0 keeps the
-        architecture's own layer groups.
-    floor, gamma, step_every, warm_up, scale, scale_per, momentum_low: see `optim.schedules`.
-    batchnorm: of unfrozen BatchNorms: "fixed" keeps their statistics and trains scale and shift.
-    frozen_batchnorm: of frozen ones: "eval" fixes all of it, "stats" lets the statistics move,
-        "train" trains scale and shift, too.
-    views: augmented views of each photo that a frozen prefix is run on; "auto" is one for each
-        epoch, as far as there is room to keep them; 0 keeps none.
-    image_size: of this stage; 0 is preprocess.size. patience: epochs without a lower validation
-        loss before the stage ends and its best epoch is restored; 0 never ends early.
-    augment: options of [augment] that are different in this stage.
+    Attributes:
+        name: Name in overrides, logs and files.
+        unfreeze: Number of the body's last layer groups that train besides the head; 0 is only the
+            head, "all" the whole network, "gradual" one group more than the stage before; or
+            patterns of parameter names of the body, such as "denseblock4.*".
+        lr: Learning rate of the head; "find" runs the range test first; a list has one rate for
+            each trained group, the head's last; { low, high } spaces them geometrically.
+        lr_divide: Ratio of the rates of adjacent groups, if `lr` is one number or "find".
+        groups: Number of parameter groups, the head included, into which the trained layers are
+            merged; 0 keeps the architecture's layer groups.
+        schedule: With cycles, cycle_len, cycle_mult, warm_up, floor, gamma, step_every, scale,
+            scale_per and momentum_low, see `training.optim.schedules`.
+        batchnorm: Unfrozen BatchNorms: "fixed" keeps their statistics and trains scale and shift.
+        frozen_batchnorm: Frozen BatchNorms: "eval" fixes them, "stats" updates the statistics,
+            "train" trains scale and shift, too.
+        views: Augmented views of each photo whose frozen outputs are cached; "auto" is one for each
+            epoch, as far as the cache has room; 0 caches none.
+        image_size: Image size of this stage; 0 is preprocess.size.
+        patience: Epochs without a lower validation loss after which the stage ends and its best
+            epoch is restored; 0 never ends it early.
+        augment: Options of [augment] that differ in this stage.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    name: Annotated[
+        str,
+        Field(pattern=r"^[a-z0-9][a-z0-9_-]*$"),
+        accepts("use small letters, digits, '_' and '-', such as 'head'"),
+    ]
     unfreeze: Annotated[
         Annotated[int, Field(ge=0)] | Literal["gradual"] | tuple[str, ...],
         BeforeValidator(_unfreeze),
+        accepts(
+            "use a number of layer groups, 'all', 'gradual', "
+            "or a list of patterns such as ['layer4.*']",
+            *("all", "gradual"),
+        ),
     ] = 0
-    lr: Literal["find"] | Rate | Annotated[tuple[Rate, ...], Field(min_length=1)] | Spread = "find"
+    lr: Annotated[
+        Literal["find"] | Rate | Annotated[tuple[Rate, ...], Field(min_length=1)] | Spread,
+        accepts(
+            "use 'find', a number above 0, a list with one for each group, "
+            "or { low = 1e-5, high = 1e-3 }",
+            "find",
+        ),
+        WrapValidator(_lr),
+    ] = "find"
     lr_divide: float = Field(3.0, ge=1)
     groups: int = Field(0, ge=0, le=ALL)
     schedule: Literal[
@@ -134,7 +170,10 @@ class Stage(Section):
     momentum_low: float = Field(0.85, ge=0, lt=1)
     batchnorm: Literal["fixed", "train"] = "fixed"
     frozen_batchnorm: Literal["eval", "stats", "train"] = "eval"
-    views: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    views: Annotated[
+        Annotated[int, Field(ge=0)] | Literal["auto"],
+        accepts("use a number, 0 or more, or 'auto'", "auto"),
+    ] = "auto"
     image_size: int = Field(0, ge=0, le=4096)
     patience: int = Field(0, ge=0)
     augment: Annotated[dict[str, Any], AfterValidator(_augment)] = Field(default_factory=dict)
@@ -165,12 +204,12 @@ class Stage(Section):
 
     @property
     def wanted_views(self) -> int:
-        """How many views of each photo its epochs take turns with, if there is room for them."""
+        """Number of cached views of each photo that its epochs cycle through, if there is room."""
         return self.epochs if self.views == "auto" else min(self.views, self.epochs)
 
     @property
     def epochs(self) -> int:
-        """Whole epochs of all cycles."""
+        """Number of epochs: the sum of all cycles, rounded."""
         return max(1, round(sum(cycle_lengths(self.cycles, self.cycle_len, self.cycle_mult))))
 
 
@@ -184,16 +223,28 @@ def _preprocess(value: Any) -> Any:
 
 
 class Recipe(Section):
-    """A whole recipe; see `recipes/quick.toml` for one with comments.
+    """A recipe; `recipes/quick.toml` is one with comments.
 
-    weights: "imagenet", "none", "auto" (imagenet if it can be had, else none, said aloud), a path.
-    batch_size: photos a step; "auto" is the largest that fits, found before the run.
-    precision: of the forward and backward pass; auto is bf16 on GPUs and CPUs that have it, fp32
-        elsewhere.
-    compile: whether what trains is compiled; "cuda_graphs" replays its kernels as one instead.
+    Attributes:
+        name: Name of the run's folder and of the model.
+        arch: torchvision's name of the network.
+        arch_args: Arguments of torchvision's builder.
+        weights: "imagenet", "none", "auto" (imagenet if available, else none, with a log line), or
+            a path.
+        seed: Of all random numbers.
+        batch_size: Photos per step; "auto" finds the largest that fits before the run.
+        label_smoothing: Of the cross-entropy.
+        precision: Of the forward and backward pass; "auto" is bf16 on GPUs and CPUs that support
+            it, fp32 on others.
+        compile: Whether the trained layers are compiled; "cuda_graphs" captures them in a CUDA
+            graph instead.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[
+        str,
+        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"),
+        accepts("use letters, digits, '.', '_' and '-'"),
+    ]
     arch: str
     arch_args: dict[str, Any] = Field(default_factory=dict)
     weights: str = "auto"
@@ -201,7 +252,10 @@ class Recipe(Section):
     batch_size: BatchSize = 32
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: StrictBool | Literal["cuda_graphs"] = False
+    compile: Annotated[
+        StrictBool | Literal["cuda_graphs"],
+        accepts("use true, false or 'cuda_graphs'", "cuda_graphs"),
+    ] = False
     head: HeadConfig = HeadConfig()
     preprocess: Annotated[Preprocess, BeforeValidator(_preprocess)] = Preprocess()
     data: DataConfig = DataConfig()
@@ -209,12 +263,12 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_find: LrFindConfig = LrFindConfig()
     tta: TtaConfig = TtaConfig()
-    stage: tuple[Stage, ...] = Field(min_length=1)
+    stage: Annotated[tuple[Stage, ...], BeforeValidator(_tables)]
 
     @model_validator(mode="before")
     @classmethod
     def _normalised_as_trained(cls, values: Any) -> Any:
-        """Nets ported from TensorFlow come with weights for pixels in -1 to 1."""
+        """Weights ported from TensorFlow expect pixels in -1..1."""
         if not isinstance(values, Mapping) or values.get("arch") not in HALF_NORMALISED:
             return values
         given = values.get("preprocess", {})
@@ -228,10 +282,11 @@ class Recipe(Section):
         return replace(self.preprocess, size=stage.image_size or self.preprocess.size)
 
     def augment_of(self, stage: Stage) -> AugmentConfig:
-        """The augmentation of a stage: the recipe's, with the stage's own options over it."""
+        """The augmentation of a stage: the recipe's, with the options of the stage replaced."""
         if "preset" in stage.augment:
             return AugmentConfig.model_validate(stage.augment)
         return AugmentConfig.model_validate({**self.augment.model_dump(), **stage.augment})
 
 
 HALF_NORMALISED: Final = ("efficientnet_v2_l", "googlenet", "inception_v3")
+"""Architectures whose weights expect mean 0.5 and standard deviation 0.5."""

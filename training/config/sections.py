@@ -1,4 +1,4 @@
-"""What the tables of a recipe may say, beside its stages: options, defaults and legal values."""
+"""The tables of a recipe except its stages: options, defaults and valid values."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from pydantic import (
 )
 
 from serving.imaging.tta import VIEWS
+from training.config.forms import accepts
 
 
 class Section(BaseModel):
-    """A table of the recipe: unknown names are mistakes."""
+    """A table of a recipe; unknown names are errors."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False
@@ -28,21 +29,25 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Labels and split, where folders and `--split` don't say them; how large photos are kept.
+    """Labels and split, if folders and `--split` do not define them; size of cached photos.
 
-    pattern: regular expression searched in file names; its first group is the label.
-    csv: a table below the data folder with a line a photo; columns: of the photo's id and its
-        label; suffix: added to the id.
-    images: folder of the photos below the data folder, for pattern and csv.
-    valid: share of each class that is held out.
-    folds: cut each class into so many parts instead; fold: the one to validate on, from 0, also in
-        a `--split` file.
-    presize: side at which training photos are kept, in image sizes.
+    Attributes:
+        pattern: Regular expression that is searched in file names; its first group is the label.
+        csv: Table in the data folder with one line per photo.
+        columns: Columns of `csv` with the photo's id and its label.
+        suffix: Appended to the id to get the file name.
+        images: Folder of the photos in the data folder, for `pattern` and `csv`.
+        valid: Share of each class that is held out for validation.
+        folds: Number of parts to split each class into, instead of `valid`.
+        fold: The part to validate on, from 0; also in a `--split` file.
+        presize: Side at which training photos are cached, in image sizes.
     """
 
     pattern: str = ""
     csv: str = ""
-    columns: tuple[str, str] = ("id", "label")
+    columns: Annotated[
+        tuple[str, str], accepts("use the names of two columns, of the id and of the label")
+    ] = ("id", "label")
     images: str = ""
     suffix: str = ""
     valid: float = Field(0.2, gt=0, lt=1)
@@ -95,36 +100,53 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
         "max_saturation": 0.2,
     },
 }
-"""Options that a preset sets beside the neutral defaults; the recipe's own win over both.
+"""Options that a preset changes from their defaults; options in the recipe override both.
 
 basic, side_on and top_down are the transforms_basic, _side_on and _top_down of fast.ai 0.7.
 """
 
 
-def _share(value: tuple[float, float]) -> tuple[float, float]:
+_SCALE: Final = "use [smallest, largest], both shares in (0, 1]"
+
+
+def _check_scale(value: tuple[float, float]) -> tuple[float, float]:
     if not 0 < value[0] <= value[1] <= 1:
-        raise ValueError("use [smallest, largest], both shares in (0, 1]")
+        raise ValueError(_SCALE)
     return value
 
 
 class AugmentConfig(Section):
-    """Random changes to training photos; what is not given comes from the preset.
+    """Random augmentation of training photos; the preset supplies options that are not set.
 
-    crop: "random" cuts anywhere in the photo, "center" where validation does.
-    scale: smallest and largest area of the random crop, as a share of the photo's largest square.
-    ratio: widest stretch of the crop's sides; 1 is none.
-    flip: "horizontal" mirrors half of the views; "dihedral" takes one of the 8 symmetries of the
-        square. max_rotate: degrees either way. max_zoom: closer by up to this factor.
-    max_shift: as a share of the crop's side. max_warp: perspective, as a share of the side.
-    max_lighting: largest change of brightness and contrast. max_saturation: of saturation.
-    policy: "rand_augment" or "trivial_augment"; policy_ops, policy_magnitude: of rand_augment.
-    erase: probability that a rectangle is erased. mixup, cutmix: their Beta's alpha; 0 is off.
+    Attributes:
+        preset: Name of a set of options, see `PRESETS`.
+        crop: "random" crops anywhere in the photo, "center" as in validation.
+        flip: "horizontal" mirrors half of the photos; "dihedral" draws one of the 8 symmetries of
+            the square.
+        scale: Smallest and largest area of the random crop, as a share of the photo's largest
+            square.
+        ratio: Largest aspect ratio of the crop; 1 keeps it square.
+        max_rotate: Degrees in either direction.
+        max_zoom: Largest factor.
+        max_shift: Share of the crop's side.
+        max_warp: Perspective, as a share of the side.
+        max_lighting: Largest relative change of brightness and contrast.
+        max_saturation: Largest relative change of saturation.
+        policy: "rand_augment" or "trivial_augment".
+        policy_ops: Operations of rand_augment.
+        policy_magnitude: Magnitude of rand_augment, of 30.
+        erase: Probability that a rectangle is erased.
+        mixup: Alpha of the Beta distribution; 0 is off.
+        cutmix: Likewise.
     """
 
     preset: Literal["none", "basic", "side_on", "top_down", "photo"] = "photo"
     crop: Literal["random", "center"] = "random"
     flip: Literal["none", "horizontal", "dihedral"] = "none"
-    scale: Annotated[tuple[float, float], AfterValidator(_share)] = (1.0, 1.0)
+    scale: Annotated[tuple[float, float], AfterValidator(_check_scale), accepts(_SCALE)] = (
+        1.0,
+        1.0,
+    )
     ratio: float = Field(1.0, ge=1, le=2)
     max_rotate: float = Field(0.0, ge=0, le=180)
     max_zoom: float = Field(1.0, ge=1, le=10)
@@ -149,7 +171,7 @@ class AugmentConfig(Section):
 
     @property
     def mixes(self) -> bool:
-        """Whether photos are mixed with each other, so that nothing of one photo can be cached."""
+        """Whether photos are mixed, so that activations can't be cached per photo."""
         return self.mixup > 0 or self.cutmix > 0
 
 
@@ -158,23 +180,29 @@ def _widths(value: Any) -> Any:
 
 
 class HeadConfig(Section):
-    """What stands on the body.
+    """The classifier head.
 
-    kind: "concat_pool" is average and max pooling side by side, then BatchNorm, dropout, Linear,
-        ReLU for each hidden layer, and BatchNorm, dropout, Linear (fast.ai, "Practical Deep
-        Learning for Coders", 2018); "deep" is average pooling, then dropout, Linear, BatchNorm,
-        ReLU for each hidden layer, and dropout, Linear; "linear" is average pooling, dropout and
-        one Linear.
-    hidden: width of each hidden layer of concat_pool and deep.
-    dropout: in [0, 1): before the last Linear, half of it before the others; or a list with one
-        for every Linear.
+    Attributes:
+        kind: "concat_pool" is average and max pooling concatenated, then BatchNorm, dropout,
+            Linear, ReLU for each hidden layer, and BatchNorm, dropout, Linear (fast.ai, "Practical
+            Deep Learning for Coders", 2018); "deep" is average pooling, then dropout, Linear,
+            BatchNorm, ReLU for each hidden layer, and dropout, Linear; "linear" is average pooling,
+            dropout and one Linear.
+        hidden: Width of each hidden layer of concat_pool and deep.
+        dropout: In [0, 1): before the last Linear, and half of it before the others; or a list with
+            one value for every Linear.
     """
 
     kind: Literal["concat_pool", "deep", "linear"] = "concat_pool"
-    hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_widths)] = (512,)
-    dropout: (
-        Annotated[float, Field(ge=0, lt=1)] | tuple[Annotated[float, Field(ge=0, lt=1)], ...]
-    ) = 0.5
+    hidden: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...],
+        BeforeValidator(_widths),
+        accepts("use a width or a list of widths, each at least 1"),
+    ] = (512,)
+    dropout: Annotated[
+        Annotated[float, Field(ge=0, lt=1)] | tuple[Annotated[float, Field(ge=0, lt=1)], ...],
+        accepts("use a share in [0, 1), or a list with one for every Linear layer"),
+    ] = 0.5
 
     @model_validator(mode="after")
     def _one_for_each(self) -> HeadConfig:
@@ -185,14 +213,21 @@ class HeadConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """How weights move.
+    """The optimizer.
 
-    momentum: of sgd; first beta of adam and adamw. nesterov: of sgd.
-    decay: "l2" adds weight_decay to the gradient, "decoupled" shrinks the weights by lr times it;
-        "auto" is decoupled for adamw, l2 for the others. decay_norms: norms and biases, too.
-    l1: added to the gradient as its sign. clip_norm: largest norm of all gradients; 0 is none.
-    accumulate: batches a step. ema: decay of the moving average of weights that is validated and
-        saved instead of the weights themselves; 0 is off.
+    Attributes:
+        kind: The algorithm.
+        momentum: Of sgd; first beta of adam and adamw.
+        nesterov: Of sgd.
+        weight_decay: Its factor.
+        decay: "l2" adds weight_decay times the weights to the gradient, "decoupled" shrinks the
+            weights by lr times weight_decay; "auto" is decoupled for adamw, l2 for the others.
+        decay_norms: Whether norms and biases are decayed, too.
+        l1: Factor of the weights' sign that is added to the gradient.
+        clip_norm: Largest norm of all gradients together; 0 is off.
+        accumulate: Batches per optimizer step.
+        ema: Decay of the moving average of the weights, which is validated and saved instead of the
+            weights; 0 is off.
     """
 
     kind: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -214,10 +249,14 @@ class OptimizerConfig(Section):
 
 
 class LrFindConfig(Section):
-    """The range test of stages with `lr = "find"`.
+    """The learning rate range test of stages with `lr = "find"`.
 
-    pick: which suggestion is taken; never past minimum / 10 unless "minimum" is asked for.
-    direction: "up" from low to high, or "down" from high to low.
+    Attributes:
+        pick: The suggestion to use; limited to minimum / 10, unless it is "minimum".
+        direction: "up" from low to high, or "down" from high to low.
+        low: Lowest rate.
+        high: Highest rate.
+        steps: Number of rates.
     """
 
     pick: Literal["valley", "steepest", "minimum/10", "minimum"] = "valley"
@@ -234,13 +273,14 @@ class LrFindConfig(Section):
 
 
 class TtaConfig(Section):
-    """Test-time augmentation of the evaluation that ends a run.
+    """Test-time augmentation (TTA) of the evaluation at the end of a run.
 
-    kind: "views" are the service's fixed views, "flip", "five_crop" and "multi_scale" fixed ones of
-        one sort, "draws" random draws of the training augmentation beside the plain view.
-    count: of views, or of draws; the other kinds have a number of their own. 0 is off.
-    average: of probabilities or of their logarithms.
-    plain_weight: weight of the plain view, the others share the rest; 0 weighs all alike.
+    Attributes:
+        kind: "views" are the fixed views of the service, "flip", "five_crop" and "multi_scale"
+            other fixed views, "draws" the plain view and random draws of the training augmentation.
+        count: Number of views, or of draws; the other kinds fix it. 0 is off.
+        average: Mean of probabilities or of their logarithms.
+        plain_weight: Weight of the plain view, the others share the rest; 0 weighs all equally.
     """
 
     kind: Literal["views", "flip", "five_crop", "multi_scale", "draws"] = "views"

@@ -1,7 +1,7 @@
-"""Where things stand in a TOML file: the path of every key and value -> its line.
+"""Line numbers of a TOML file: path of every key and value -> its line.
 
-`tomllib` reads values and forgets where they stood. This scanner knows only as much of TOML as
-finding lines needs, and is for text that `tomllib` has already accepted.
+`tomllib` does not report positions. This scanner handles as much of TOML as finding lines needs; it
+is for text that `tomllib` has parsed without errors.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _BARE: Final = re.compile(r"[^,\]}#\n]*")
 
 
 def lines_of(text: str) -> dict[Path, int]:
-    """The line, from 1, on which each key and each element of an array first stands.
+    """The line, from 1, of the first occurrence of each key and each array element.
 
-    The paths are those of what `tomllib.loads(text)` returns. A table stands where its header or
-    its first key does.
+    Paths are those in the result of `tomllib.loads(text)`. The line of a table is that of its
+    header or of its first key.
     """
     return _Scanner(text).scan()
 
 
 class _Scanner:
-    """One walk over the text; `at` is where it has come to."""
+    """One pass over the text; `at` is the current position."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
@@ -54,7 +54,7 @@ class _Scanner:
         return self.lines
 
     def skip(self) -> bool:
-        """Pass blanks and comments; false at the end."""
+        """Skip blanks and comments; false at the end of the text."""
         self.take(_SKIP)
         return self.at < len(self.text)
 
@@ -69,7 +69,7 @@ class _Scanner:
         self.lines.setdefault(path, self.text.count("\n", 0, self.at) + 1)
 
     def keys(self) -> list[str]:
-        """A dotted key."""
+        """Parse a dotted key."""
         keys = []
         while True:
             key = self.take(_KEY)[1]
@@ -79,7 +79,7 @@ class _Scanner:
             self.at += 1
 
     def header(self, keys: list[str], *, array: bool) -> Path:
-        """The table that a header opens; keys of arrays of tables mean their last table."""
+        """Path of the table that a header opens; an array of tables stands for its last table."""
         path: Path = ()
         for depth, key in enumerate(keys, start=1):
             path = (*path, key)

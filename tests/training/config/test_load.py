@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from serving.errors import OptionError
-from training.config import diagnostics as sections
-from training.config import load
+from training.cli.options import check_arch
+from training.config import diagnostics, load
 
 GOOD = """
 name = "x"
@@ -48,11 +48,11 @@ def test_overrides_reach_every_level(recipe):
 
 
 def mistakes(path, text="", overrides=()):
-    """What is said of a file with this text, or with these overrides."""
+    """The errors of a file with this text, or with these overrides."""
     if text:
         path.write_text(text)
     with pytest.raises(OptionError) as caught:
-        load.read(path, overrides)
+        load.read(path, overrides, check_arch)
     head, *lines = str(caught.value).split("\n  ")
     if not lines:
         assert head.startswith(f"{path}: ")
@@ -99,7 +99,7 @@ high = 1
 """
 
 
-def test_all_mistakes_are_told_together_each_with_its_line_and_the_nearest_name(recipe):
+def test_all_errors_are_reported_with_line_and_nearest_name(recipe):
     lr = (
         "use 'find', a number above 0, a list with one for each group, "
         "or { low = 1e-5, high = 1e-3 }"
@@ -171,21 +171,25 @@ def test_all_mistakes_are_told_together_each_with_its_line_and_the_nearest_name(
         ("head=linear", "head = 'linear': write a table [head]"),
         ("preprocess=3", "preprocess = 3: "),
         ("head.dropout=[0.1, 0.2, 0.3]", "head: dropout has 3 values for 2 Linear layers"),
-        ("name=latest", "name = 'latest' is what runs/latest is for"),
+        ("name=latest", "name = 'latest' is reserved for the link runs/latest"),
         ("data.folds=1", "data: folds = 1: use 2 or more"),
         ("lr=0.1", "lr is unknown; did you mean 'stage.lr'?"),
+        ("stage.all.views=some", "stage.all.views = 'some': use a number, 0 or more, or 'auto'"),
+        ("stage.all.views=-1", "stage.all.views = -1: use a number, 0 or more, or 'auto'"),
+        ("compile=cuda_graph", "or 'cuda_graphs'; did you mean 'cuda_graphs'?"),
+        ("stage.all.lr=fin", "or { low = 1e-5, high = 1e-3 }; did you mean 'find'?"),
         ("batch_size=1", "batch_size = 1: must be greater than or equal to 2"),
         ("augmnt.flip=none", "augmnt is unknown; did you mean 'augment'?"),
     ],
 )
 def test_bad_overrides(recipe, override, message):
-    said = mistakes(recipe, overrides=[override])
-    assert said.startswith("on the command line: ")
-    assert message in said
+    text = mistakes(recipe, overrides=[override])
+    assert text.startswith("on the command line: ")
+    assert message in text
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         ("0.5", "0.5: must be greater than or equal to 1"),
         ("4.1", "4.1: must be less than or equal to 4"),
@@ -193,16 +197,16 @@ def test_bad_overrides(recipe, override, message):
         ('"big"', "'big': must be a valid number"),
     ],
 )
-def test_a_presize_that_is_none_is_refused(recipe, value, said):
+def test_an_invalid_presize_is_refused(recipe, value, message):
     assert mistakes(recipe, f"{GOOD}[data]\npresize = {value}\n") == (
-        f"line 13: data.presize = {said}"
+        f"line 13: data.presize = {message}"
     )
     assert mistakes(recipe, GOOD, [f"data.presize={value}"]) == (
-        f"on the command line: data.presize = {said}"
+        f"on the command line: data.presize = {message}"
     )
 
 
-def test_a_good_override_mends_a_bad_line(recipe):
+def test_a_valid_override_replaces_an_invalid_line(recipe):
     recipe.write_text(GOOD.replace("lr = 0.01", "lr = -1"))
     assert mistakes(recipe).startswith("line 6: stage.head.lr = -1: use 'find'")
     assert load.read(recipe, ["stage.head.lr=1"]).stage[0].lr == 1
@@ -238,9 +242,9 @@ def test_bad_files(tmp_path, monkeypatch):
     )
 
 
-def test_every_section_of_the_recipe_has_near_names(recipe):
-    for table in sections.SECTIONS:
-        for name in sections._names(table):
+def test_every_option_has_a_nearest_name(recipe):
+    for table in diagnostics.SECTIONS:
+        for name in diagnostics._names(table):
             if table == "stage.augment":
                 override = f"stage.head.augment.{name}_=1"
             elif table == "stage.lr":
@@ -249,12 +253,12 @@ def test_every_section_of_the_recipe_has_near_names(recipe):
                 override = f"stage.head.{name}_=1"
             else:
                 override = f"{table}.{name}_=1".lstrip(".")
-            said = mistakes(recipe, overrides=[override])
-            assert f"{name}_ is unknown; did you mean '{name}'?" in said
+            text = mistakes(recipe, overrides=[override])
+            assert f"{name}_ is unknown; did you mean '{name}'?" in text
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("tta.count=50", "there are 10 fixed views"),
         ("stage.head.lr={low=1e-2,high=1e-4}", "must not be above high"),
@@ -265,6 +269,6 @@ def test_every_section_of_the_recipe_has_near_names(recipe):
         ('preprocess.interpolation=["bilinear"]', "use bilinear, bicubic, lanczos"),
     ],
 )
-def test_what_would_fail_or_do_nothing_later_is_told_at_once(recipe, override, said):
-    with pytest.raises(OptionError, match=said):
+def test_options_that_contradict_each_other_are_refused(recipe, override, message):
+    with pytest.raises(OptionError, match=message):
         load.read(recipe, [override])

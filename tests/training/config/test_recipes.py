@@ -1,4 +1,4 @@
-"""The recipes that are shipped: each is valid, says how it is run, and runs."""
+"""The shipped recipes: each is valid, has its command in the header, and runs."""
 
 import csv
 import re
@@ -14,8 +14,9 @@ import fledge
 from tests.training.conftest import coloured
 from training.config import diagnostics, load, sections
 from training.engine import finetune, plan
-from training.models import backbones, classifier
-from training.optim import optimizer as optim
+from training.models import backbones
+from training.models.classifier import create_classifier
+from training.optim.optimizer import build_optimizer
 from training.run import checkpoint
 
 FOLDER = Path("training/recipes")
@@ -25,7 +26,7 @@ MOBILE = (
     "batch_size=4", "tta.count=2",
 )  # fmt: skip
 COUNTS = {"Abyssinian": 6, "great_pyrenees": 6, "pug": 6}
-"""Photos of each class, coloured one way."""
+"""Photos of each class; each class has one colour."""
 
 TINY = {
     "demo": ("preprocess.size=32", "stage.all.cycle_len=1", "tta.count=2"),
@@ -47,7 +48,7 @@ TINY = {
 
 
 def layout(name, root):
-    """The photos as the recipe's header says that they lie; returns what --data is."""
+    """Make the folder layout that the recipe's header describes; returns the value of --data."""
     photos = coloured(root / "classes", COUNTS)
     if name in ("flowers", "dogs-vs-cats"):
         photos.rename(root / "train")
@@ -73,19 +74,19 @@ def layout(name, root):
     return photos
 
 
-def test_all_that_was_promised_is_there():
+def test_the_shipped_recipes():
     assert {"flowers", "pets", "dogs-vs-cats", "dog-breeds", "tricks", "quick"} <= set(NAMES)
     assert set(TINY) == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_is_valid_and_its_header_says_how_to_run_it(name):
+def test_each_is_valid_and_has_its_command_in_the_header(name):
     path = FOLDER / f"{name}.toml"
     assert load.read(path).name == name
     header = path.read_text().partition("\nname =")[0]
-    told = [line[1:].strip() for line in header.splitlines() if line.startswith("#   fledge ")]
-    assert told
-    for line in told:
+    commands = [line[1:].strip() for line in header.splitlines() if line.startswith("#   fledge ")]
+    assert commands
+    for line in commands:
         words = shlex.split(line)
         assert words[0] == "fledge"
         given, rest = fledge._parser().parse_known_args(words[1:])
@@ -95,12 +96,12 @@ def test_each_is_valid_and_its_header_says_how_to_run_it(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_fits_its_own_network(name):
-    """Sizes, patterns and rates against the real architecture, without its weights."""
+    """Check sizes, patterns and rates against the real architecture, without its weights."""
     read = load.read(FOLDER / f"{name}.toml")
     classes = {"flowers": 102, "pets": 37, "dog-breeds": 120}.get(name, 2)
     with torch.device("meta"):
         backbone = backbones.build(read.arch, read.arch_args)
-        network = classifier.build(read.arch, classes, arch_args=read.arch_args, head=read.head)
+        network = create_classifier(read.arch, classes, arch_args=read.arch_args, head=read.head)
         plan.check(network, read, plan.stages_of(read, pretrained=True))
     widths = [layer.in_features for layer in network.head if isinstance(layer, torch.nn.Linear)]
     if name == "flowers":
@@ -109,20 +110,20 @@ def test_each_fits_its_own_network(name):
 
 
 def rates(name, stage):
-    """(parameter, rate) of all that trains in a stage."""
+    """Parameter -> rate of all parameters that a stage trains."""
     read = load.read(FOLDER / f"{name}.toml")
     stage = next(item for item in read.stage if item.name == stage)
     with torch.device("meta"):
-        network = classifier.build(read.arch, 3, arch_args=read.arch_args, head=read.head)
+        network = create_classifier(read.arch, 3, arch_args=read.arch_args, head=read.head)
     network.freeze(
         stage.unfreeze, batchnorm=stage.batchnorm, frozen_batchnorm=stage.frozen_batchnorm
     )
-    groups = optim.build(network, read.optimizer, stage, stage.lr).param_groups
+    groups = build_optimizer(network, read.optimizer, stage, stage.lr).param_groups
     rate = {id(p): group["base_lr"] for group in groups for p in group["params"]}
     return {key: rate[id(p)] for key, p in network.named_parameters() if id(p) in rate}
 
 
-def test_the_rates_are_the_traditions():
+def test_the_rates_are_those_of_the_sources():
     flowers = rates("flowers", "block")
     assert {key.split(".")[1] for key in flowers if key.startswith("body")} == {"denseblock4"}
     assert {v for k, v in flowers.items() if k.startswith("body")} == {0.02 / 50}
@@ -137,7 +138,7 @@ def test_the_rates_are_the_traditions():
 
 @pytest.fixture
 def one_thread():
-    """Batches of four photos are soonest done by one."""
+    """One thread is fastest for batches of four photos."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -176,7 +177,7 @@ def technique_rows():
     ][1:]
 
 
-def test_the_table_of_techniques_lists_every_option_that_is_one():
+def test_the_table_of_techniques_lists_every_option():
     defaults = {}
     for name, section in diagnostics.SECTIONS.items():
         if name in ("preprocess", "stage.lr", "stage.augment"):
@@ -186,14 +187,14 @@ def test_the_table_of_techniques_lists_every_option_that_is_one():
             default = filled.get(key, field.get_default(call_default_factory=True))
             default = list(default) if isinstance(default, tuple) else default
             defaults[f"{name}.{key}".lstrip(".")] = default
-    told = set()
+    documented = set()
     for technique, option, *rest in technique_rows():
         assert rest[0], technique
         names = re.findall(r"`([a-z][a-z_.0-9]+)`", option)
         stated = re.findall(r"`([^`]*)`", rest[1]) if len(rest) > 1 else []
         values = [tomllib.loads(f"v = {text}")["v"] for text in stated]
         assert values == [defaults[name] for name in names], technique
-        told |= set(names)
+        documented |= set(names)
     plain = {"name", "arch", "arch_args", "seed", "batch_size", "stage.name", "stage"}
     plain |= {"data.columns", "data.images", "data.suffix"} | set(diagnostics.SECTIONS)
-    assert defaults.keys() - told - plain == set()
+    assert defaults.keys() - documented - plain == set()
