@@ -110,8 +110,8 @@ def decode(
     try:
         if getattr(image, "is_animated", False):
             applied.append("first-frame")
-        # Pillow turns a TIFF upright while it loads it, so its orientation is read before. For others
-        # it is read after: of a PNG it may load the pixels, and `_orientation` hides their errors.
+        # Pillow turns a TIFF upright while it loads it, so its orientation is read before. That of
+        # others is read after: for a PNG it may load the pixels, whose errors `_orientation` hides.
         stored = _orientation(image) if image.format == "TIFF" else 1
         frame = _load(image)
         remaining = _orientation(image)

@@ -1,4 +1,4 @@
-"""A whole bundle in milliseconds: a real ONNX graph in the graph contract, untrained but lively."""
+"""Make a complete small bundle in milliseconds: an ONNX graph with random weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GRID = 4
 
 
 def photo(seed: int, size: tuple[int, int] = (80, 60)) -> bytes:
-    """A JPEG of coloured blobs, `size` = (width, height); another picture for every seed."""
+    """A JPEG of coloured discs, `size` = (width, height); a different image for each seed."""
     rng = np.random.default_rng(seed)
     width, height = size
     image = Image.new("RGB", size, _colour(rng))
@@ -43,24 +43,24 @@ def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0
     """Publish a bundle in `folder` and return it.
 
     Args:
-        folder: Made if it is not there; a bundle in it is superseded.
+        folder: Created if it is missing; a bundle in it is replaced.
         classes: Length of the logits.
         size: Side of the graph's square input, a multiple of 4.
-        seed: Decides the weights, so other seeds are other versions.
+        seed: Of the weights: each seed gives another version.
     """
     preprocess = Preprocess(size=size)
     labels = tuple(NAMES[i] if i < len(NAMES) else f"class-{i}" for i in range(classes))
     graph = _graph(classes, preprocess, seed).SerializeToString()
-    aside = folder / ".payload.partial"
-    (aside / "golden").mkdir(parents=True)
-    (aside / "model.onnx").write_bytes(graph)
-    (aside / "README.md").write_text(f"# tiny\n\nRandom weights of seed {seed}, for tests.\n")
+    partial = folder / ".payload.partial"
+    (partial / "golden").mkdir(parents=True)
+    (partial / "model.onnx").write_bytes(graph)
+    (partial / "README.md").write_text(f"# tiny\n\nRandom weights of seed {seed}, for tests.\n")
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     golden = []
     for number, shape in enumerate(((80, 60), (60, 80), (97, 33))):
         name = f"golden/{number}.jpg"
         data = photo(1000 + number, shape)
-        (aside / name).write_bytes(data)
+        (partial / name).write_bytes(data)
         pixels = preprocess(decode(data).image)
         logits = session.run(["logits"], {"pixels": pixels[None]})[0]
         golden.append({"file": name, "probabilities": {"fp32": tta.softmax(logits)[0].tolist()}})
@@ -71,7 +71,7 @@ def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0
         labels=labels,
         preprocess=preprocess,
         precisions={"fp32": {"file": "model.onnx", "accuracy": None, "tolerance": TOLERANCE}},
-        files=storage.describe_files(aside),
+        files=storage.describe_files(partial),
         golden=tuple(golden),
         graph={
             "input": {"name": "pixels", "dtype": "uint8", "shape": ["batch", size, size, 3]},
@@ -81,19 +81,19 @@ def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0
             },
         },
     )
-    graphs = {"model.onnx": storage.sha256(aside / "model.onnx")}
+    graphs = {"model.onnx": storage.sha256(partial / "model.onnx")}
     manifest = manifest.model_copy(update={"version": content_version(manifest, graphs)})
     payload = folder / manifest.version
     if payload.exists():
-        shutil.rmtree(aside)  # the same arguments again
+        shutil.rmtree(partial)  # published before with the same arguments
     else:
-        aside.rename(payload)
+        partial.rename(payload)
     storage.publish(manifest, folder)
     return folder
 
 
 def altered(folder: Path, **changes: Any) -> Manifest:
-    """Change fields of a bundle's manifest as an export would have it: with another version."""
+    """Change fields of a bundle's manifest, and its version to match, as an export would."""
     old = storage.read(folder).manifest
     manifest = old.model_copy(update=changes)
     digests = {name: manifest.files[name]["sha256"] for name in manifest.graphs}
@@ -104,13 +104,13 @@ def altered(folder: Path, **changes: Any) -> Manifest:
 
 
 def _graph(classes: int, preprocess: Preprocess, seed: int) -> onnx.ModelProto:
-    """Cast, normalise, average over a 4 x 4 grid, one linear layer."""
+    """A network: cast, normalise, average over a 4 x 4 grid, one linear layer."""
     size, cell = preprocess.size, preprocess.size // _GRID
     if size % _GRID:
         raise ValueError(f"size = {size}: use a multiple of {_GRID}")
     width = 3 * _GRID * _GRID
     rng = np.random.default_rng(seed)
-    # Features vary by about 1 between pictures, so logits do by about 3: answers differ clearly.
+    # Features vary by about 1 between images, so logits vary by about 3 and answers differ clearly.
     weight = rng.normal(scale=3 / np.sqrt(width), size=(width, classes)).astype(np.float32)
     constants = {
         "mean": 255 * np.array(preprocess.mean, np.float32).reshape(1, 3, 1, 1),

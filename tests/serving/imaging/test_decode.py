@@ -1,4 +1,4 @@
-"""Laws of the decoder. What each odd file must give stands in tests/robustness."""
+"""The decoder: formats, errors, limits. tests/robustness has unusual files and their pixels."""
 
 import contextlib
 import io
@@ -73,7 +73,7 @@ def test_every_served_format_gives_rgb_pixels(kind: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
-def test_deep_samples_are_scaled_in_strips_as_at_once(
+def test_scaling_in_strips_equals_scaling_at_once(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(1)
@@ -98,7 +98,7 @@ def test_deep_samples_are_scaled_in_strips_as_at_once(
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("alpha", [0, 128, 255])
-def test_transparency_lies_over_the_background(kind: str, alpha: int) -> None:
+def test_transparent_pixels_are_blended_with_the_background(kind: str, alpha: int) -> None:
     image = Image.new("RGBA", (8, 8), (200, 40, 0, alpha))
     data = encode(image, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
     for background in ((255, 255, 255), (0, 10, 20)):
@@ -117,7 +117,7 @@ def test_transparency_lies_over_the_background(kind: str, alpha: int) -> None:
             assert decoded.applied == ("alpha-on-background",)
 
 
-def test_the_background_is_srgb_whatever_profile_a_photo_has() -> None:
+def test_a_color_profile_does_not_change_the_background() -> None:
     image = Image.new("RGBA", (8, 8), (200, 40, 0, 0))
     data = encode(image, "PNG", icc_profile=icc_profiles.rgb())
     decoded = decode.decode(data, background=(9, 90, 200))
@@ -125,7 +125,7 @@ def test_the_background_is_srgb_whatever_profile_a_photo_has() -> None:
     assert (np.asarray(decoded.image) == (9, 90, 200)).all()
 
 
-def test_the_name_of_a_file_never_matters(tmp_path: Path) -> None:
+def test_the_name_of_a_file_is_ignored(tmp_path: Path) -> None:
     for kind, data in every_format().items():
         for suffix in (".jpg", ".png", ".txt", ""):
             path = tmp_path / f"{kind}{suffix}"
@@ -133,16 +133,18 @@ def test_the_name_of_a_file_never_matters(tmp_path: Path) -> None:
             assert np.array_equal(np.asarray(decode.read(path).image), pixels(data))
 
 
-def test_an_unreadable_file_is_broken_and_its_name_is_the_callers(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_a_broken_image_without_its_name_in_the_message(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(BrokenImage, match=r"^No such file or directory$"):
-        decode.read(tmp_path / "gone.jpg")
+        decode.read(tmp_path / "missing.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
-    for path in (tmp_path / "pipe.jpg", tmp_path):  # opening a pipe would wait for ever
+    for path in (tmp_path / "pipe.jpg", tmp_path):  # opening a pipe would block
         with pytest.raises(BrokenImage, match="no regular file"):
             decode.read(path)
 
 
-def test_no_bytes_are_no_image() -> None:
+def test_no_bytes_are_an_empty_body() -> None:
     with pytest.raises(EmptyBody, match="it is empty"):
         decode.decode(b"")
 
@@ -153,7 +155,7 @@ def test_other_bytes_are_not_an_image(data: bytes) -> None:
         decode.decode(data)
 
 
-FOREIGN = {
+UNSUPPORTED = {
     "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n",
     "PSD": encode(Image.new("RGB", (4, 4)), "TIFF").replace(b"II*\0", b"8BPS", 1),
     "PDF": b"%PDF-1.7\n",
@@ -172,23 +174,25 @@ SVGS = (
 )
 
 
-@pytest.mark.parametrize(("name", "data"), [*FOREIGN.items(), *(("SVG", data) for data in SVGS)])
+@pytest.mark.parametrize(
+    ("name", "data"), [*UNSUPPORTED.items(), *(("SVG", data) for data in SVGS)]
+)
 def test_a_format_that_is_not_served_is_named(name: str, data: bytes) -> None:
     with pytest.raises(UnsupportedFormat, match=name):
         decode.decode(data)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "BMP"])
-def test_a_truncated_image_is_broken_wherever_it_ends(kind: str) -> None:
+def test_a_truncated_image_is_broken_at_any_length(kind: str) -> None:
     data = every_format()[kind]
-    # Some formats end with bytes that carry no pixels; BMP's magic is too short to tell.
+    # Some formats end with bytes without pixels; BMP's signature is too short to recognise.
     for length in range(14 if kind != "BMP" else 60, len(data) * 9 // 10, 7):
         with pytest.raises(BrokenImage, match=r"^the image is broken: "):
             decode.decode(data[:length])
 
 
 def test_more_pixels_than_allowed_are_refused_before_decoding() -> None:
-    # Any decoding of these would find them broken.
+    # Decoding any of these would fail with BrokenImage.
     with pytest.raises(TooLarge, match="1000 x 1001"):
         decode.decode(bomb(1000, 1001), max_pixels=1_000_000)
     with pytest.raises(BrokenImage):
@@ -206,20 +210,20 @@ def test_the_pixel_cap_is_inclusive() -> None:
 
 
 @pytest.mark.parametrize("kind", decode.FORMATS)
-def test_no_hurt_bytes_raise_anything_else(kind: str) -> None:
+def test_corrupt_bytes_raise_only_fledge_errors(kind: str) -> None:
     rng = random.Random(kind)
-    whole = every_format()[kind]
+    intact = every_format()[kind]
     for _ in range(150):
-        data = bytearray(whole)
+        data = bytearray(intact)
         for _ in range(rng.randint(1, 6)):
             near = min(len(data), 300 if rng.random() < 0.7 else len(data))
             data[rng.randrange(near)] = rng.choice([0, 1, 127, 128, 255, rng.randrange(256)])
-        # Anything else that is raised fails the test.
+        # Any other exception fails the test.
         with contextlib.suppress(FledgeError):
             assert decode.decode(bytes(data), max_pixels=1_000_000).image.mode == "RGB"
 
 
-def test_errors_of_plug_ins_that_are_no_os_errors() -> None:
+def test_plug_in_errors_other_than_os_errors_are_broken_images() -> None:
     animated = encode(as_image(SCENE), "GIF", save_all=True, append_images=[as_image(SCENE // 2)])
     second = animated.index(b",", animated.index(b",") + 1)
     with pytest.raises(BrokenImage):  # struct.error inside
@@ -231,7 +235,7 @@ def test_errors_of_plug_ins_that_are_no_os_errors() -> None:
         decode.decode(bytes(avif))
 
 
-def test_threads_leave_the_warning_filters_alone() -> None:
+def test_decoding_in_threads_does_not_change_the_warning_filters() -> None:
     before = list(warnings.filters)
     data = [photo(seed) for seed in range(20)]
     threads = [

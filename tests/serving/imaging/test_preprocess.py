@@ -24,50 +24,50 @@ def scene(width: int, height: int, seed: int = 0) -> Image.Image:
     ("width", "height", "crop", "size"),
     [(64, 64, 0.875, 28), (64, 64, 0.875, 56), (160, 64, 0.75, 24), (64, 96, 1.0, 128)],
 )
-def test_plain_view_is_pils_own_resize_then_centre_crop(
+def test_the_plain_view_equals_pillow_resize_then_centre_crop(
     width: int, height: int, crop: float, size: int, interpolation: str
 ) -> None:
-    """The usual evaluation: the whole picture is scaled, then its centre is cut.
+    """As in the usual evaluation: resize the whole image, then crop its centre.
 
-    Cutting first would differ at the edges, where a filter reaches beyond the box.
+    Cropping first would differ at the edges, where the filter reaches beyond the box.
     """
     image = scene(width, height)
     scale = size / (min(width, height) * crop)
     wide, high = round(width * scale), round(height * scale)
     left, top = (wide - size) // 2, (high - size) // 2
-    whole = image.resize((wide, high), FILTERS[interpolation])
-    expected = np.asarray(whole.crop((left, top, left + size, top + size)))
+    resized = image.resize((wide, high), FILTERS[interpolation])
+    expected = np.asarray(resized.crop((left, top, left + size, top + size)))
     assert np.array_equal(Preprocess(size, crop, interpolation)(image), expected)
 
 
 @pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize("size", [8, 32, 100])
-def test_a_whole_square_is_pils_own_resize(size: int, interpolation: str) -> None:
+def test_a_square_without_crop_equals_pillow_resize(size: int, interpolation: str) -> None:
     image = scene(64, 64)
     expected = np.asarray(image.resize((size, size), FILTERS[interpolation]))
     assert np.array_equal(Preprocess(size, 1.0, interpolation)(image), expected)
 
 
-def test_away_from_the_edges_cutting_first_is_the_same() -> None:
+def test_away_from_the_edges_cropping_first_is_the_same() -> None:
     image = scene(160, 64)
     square = image.crop((56, 8, 104, 56)).resize((24, 24), Image.Resampling.BILINEAR)
     actual = Preprocess(24, 0.75)(image)
     assert np.array_equal(actual[1:-1, 1:-1], np.asarray(square)[1:-1, 1:-1])
 
 
-def test_a_square_of_the_right_size_passes_untouched() -> None:
+def test_a_square_of_the_right_size_is_unchanged() -> None:
     image = scene(32, 32)
     assert np.array_equal(Preprocess(32, crop=1.0)(image), np.asarray(image))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 900), (900, 1), (7, 5), (33, 97)])
-def test_any_picture_gives_a_uint8_square(width: int, height: int) -> None:
+def test_any_image_size_gives_a_uint8_square(width: int, height: int) -> None:
     for crop in (0.1, 1 / 3, 0.875, 1.0):
         pixels = Preprocess(16, crop)(scene(width, height))
         assert (pixels.shape, pixels.dtype) == ((16, 16, 3), np.uint8)
 
 
-def test_box_is_centred_within_the_picture() -> None:
+def test_the_box_is_centred_within_the_image() -> None:
     rng = np.random.default_rng(1)
     for _ in range(200):
         width, height = rng.integers(1, 3000, 2).tolist()

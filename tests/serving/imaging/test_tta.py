@@ -36,13 +36,13 @@ def test_flip_is_an_involution(view: View) -> None:
     assert not np.array_equal(pair[0], pair[1])
 
 
-def test_views_are_named_once_and_all_differ() -> None:
+def test_views_have_unique_names_and_pixels() -> None:
     assert len({view.name for view in VIEWS}) == len(VIEWS)
     rendered = render(SCENE, Preprocess(32), VIEWS)
     assert len({pixels.tobytes() for pixels in rendered}) == len(VIEWS)
 
 
-def test_corner_views_look_at_their_corners() -> None:
+def test_corner_views_show_their_corners() -> None:
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[:4, :4], pixels[:4, -4:], pixels[-4:, :4], pixels[-4:, -4:] = 50, 100, 150, 200
     corners = {"top-left": 50, "top-right": 100, "bottom-left": 150, "bottom-right": 200}
@@ -53,15 +53,15 @@ def test_corner_views_look_at_their_corners() -> None:
 
 
 def test_zoom_is_the_ratio_of_the_sides() -> None:
-    """A view of zoom z is the plain view of a crop divided by z, as far as the picture reaches."""
+    """A view of zoom z equals the plain view with crop / z, limited by the image."""
     for zoom in (0.9, 1.15, 2.0):
         seen = render(SCENE, Preprocess(32, 0.8), (View("x", zoom=zoom),))[0]
         assert np.array_equal(seen, Preprocess(32, 0.8 / zoom)(SCENE))
-    whole = render(SCENE, Preprocess(32, 0.8), (View("x", zoom=0.1),))[0]
-    assert np.array_equal(whole, Preprocess(32, 1.0)(SCENE))
+    widest = render(SCENE, Preprocess(32, 0.8), (View("x", zoom=0.1),))[0]
+    assert np.array_equal(widest, Preprocess(32, 1.0)(SCENE))
 
 
-def test_every_view_of_every_picture_can_be_cut() -> None:
+def test_every_view_of_any_image_size_can_be_rendered() -> None:
     for _ in range(100):
         width, height = RNG.integers(1, 400, 2).tolist()
         crop = float(RNG.uniform(0.05, 1))
@@ -69,7 +69,7 @@ def test_every_view_of_every_picture_can_be_cut() -> None:
         assert rendered.shape == (len(VIEWS), 8, 8, 3)
 
 
-def test_count_takes_zero_and_one_as_plain() -> None:
+def test_count_views_takes_zero_and_one_as_plain() -> None:
     counts = [count_views(tta, VIEWS) for tta in range(len(VIEWS) + 1)]
     assert counts == [1, 1, *range(2, len(VIEWS) + 1)]
 
@@ -81,7 +81,7 @@ def test_more_views_than_there_are_is_a_wrong_option(tta: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["mean", "log_mean"])
-def test_averages_are_distributions_blind_to_order(how: str) -> None:
+def test_averages_are_distributions_that_ignore_the_order(how: str) -> None:
     for rows in (1, 2, 7):
         probabilities = draw(rows)
         mean = average(probabilities, how)
@@ -99,7 +99,7 @@ def test_means_are_the_arithmetic_and_the_geometric() -> None:
     assert average(probabilities, "log_mean") == pytest.approx(geometric / geometric.sum())
 
 
-def test_log_mean_survives_certain_and_contrary_views() -> None:
+def test_log_mean_is_finite_for_contradicting_certain_views() -> None:
     certain = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     mean = average(certain, "log_mean")
     assert mean == pytest.approx([0.5, 0.5, 0], abs=1e-5)
@@ -110,7 +110,7 @@ def test_another_average_is_a_wrong_option() -> None:
         average(draw(2), "median")
 
 
-def test_softmax_is_a_distribution_that_shifts_and_huge_logits_leave_alone() -> None:
+def test_softmax_is_invariant_to_shifts_and_finite_for_huge_logits() -> None:
     logits = RNG.normal(scale=5, size=(6, 4)).astype(np.float32)
     probabilities = softmax(logits)
     assert probabilities.dtype == np.float64
