@@ -55,8 +55,8 @@ _BARE = (
     *("--precision", "{precision}", "--batch", "{batch}", "--out", "{out}"),
 )
 _LIMITS = (
-    Setting("a process a core", (*_BARE, "--processes", "{threads}")),
-    Setting("a thread a core", (*_BARE, "--threads", "{threads}")),
+    Setting("a process per core", (*_BARE, "--processes", "{threads}")),
+    Setting("a thread per core", (*_BARE, "--threads", "{threads}")),
 )
 
 
@@ -69,7 +69,7 @@ def _settings(program: tuple[str, ...], other: str, *arguments: str) -> tuple[Se
     """Two settings that differ much, since the documentation recommends none."""
     per_core = ("--workers", "{threads}", "--batch", "64")
     return (
-        Setting("a worker a core, batches of 64", (*program, *per_core)),
+        Setting("a worker per core, batches of 64", (*program, *per_core)),
         Setting(f"{other}, batches of 8", (*program, *arguments, "--batch", "8")),
     )
 
@@ -87,13 +87,13 @@ _PEERS: Final = (
         "fledge-fp32",
         "`fledge score`",
         "fp32",
-        (Setting("as it comes", (*_FLEDGE, "--precision", "fp32")),),
+        (Setting("default", (*_FLEDGE, "--precision", "fp32")),),
     ),
     Peer("limit-fp32", "*in-process limit*", "fp32", _LIMITS),
     Peer("torch", "plain torch `DataLoader`", "fp32", _TORCH, _SLOW),
     Peer("timm", "timm", "fp32", _TIMM, _SLOW),
     Peer("transformers", "transformers pipeline", "fp32", _TRANSFORMERS, _SLOW),
-    Peer("fledge", "`fledge score`", "default", (Setting("as it comes", _FLEDGE),)),
+    Peer("fledge", "`fledge score`", "default", (Setting("default", _FLEDGE),)),
     Peer("limit", "*in-process limit*", "default", _LIMITS),
 )
 PEERS: Final = {peer.name: peer for peer in _PEERS}

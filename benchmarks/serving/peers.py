@@ -62,14 +62,14 @@ _BENTOML = (
 _WORKER_PER_CORE = {"PEER_WORKERS": "{threads}", "PEER_THREADS": "1"}
 
 _LITSERVE_SETTINGS: Final = (
-    Setting("a worker a core", _LITSERVE, _WORKER_PER_CORE),
+    Setting("a worker per core", _LITSERVE, _WORKER_PER_CORE),
     Setting(
-        "a worker a core, fast queue, one API server",
+        "a worker per core, fast queue, one API server",
         _LITSERVE,
         {**_WORKER_PER_CORE, "PEER_FAST_QUEUE": "1", "PEER_SERVERS": "1"},
     ),
     Setting(
-        "a worker a core, fast queue, one API server, batches of up to 8 within 5 ms",
+        "a worker per core, fast queue, one API server, batches of up to 8 within 5 ms",
         _LITSERVE,
         {
             **_WORKER_PER_CORE,
@@ -90,26 +90,26 @@ _LITSERVE_SETTINGS: Final = (
 _PEERS: Final = (
     Peer(
         *("fledge-fp32", "Fledge", "fp32"),
-        (Setting("as it comes", (*_FLEDGE, "--precision", "fp32")),),
+        (Setting("default", (*_FLEDGE, "--precision", "fp32")),),
         "/readyz",
     ),
     Peer(
         *("fledge-form", "Fledge, multipart", "fp32"),
-        (Setting("as it comes", (*_FLEDGE, "--precision", "fp32")),),
+        (Setting("default", (*_FLEDGE, "--precision", "fp32")),),
         *("/readyz", "image"),
     ),
     Peer(
         *("torch", "FastAPI + eager PyTorch", "fp32"),
-        (Setting("as tutorials write it", (*_UVICORN, "fastapi_torch:app")),),
+        (Setting("as in tutorials", (*_UVICORN, "fastapi_torch:app")),),
         *("/docs", "file"),
     ),
     Peer(
         *("onnx", "FastAPI + ONNX Runtime", "fp32"),
         (
-            Setting("as it comes", (*_UVICORN, "fastapi_onnx:app")),
-            Setting("one thread a run", (*_UVICORN, "fastapi_onnx:app"), {"PEER_THREADS": "1"}),
+            Setting("default", (*_UVICORN, "fastapi_onnx:app")),
+            Setting("one thread per run", (*_UVICORN, "fastapi_onnx:app"), {"PEER_THREADS": "1"}),
             Setting(
-                "a worker a core, one thread a run",
+                "a worker per core, one thread per run",
                 (*_UVICORN, "--workers", "{threads}", "fastapi_onnx:app"),
                 {"PEER_THREADS": "1"},
             ),
@@ -130,7 +130,7 @@ _PEERS: Final = (
     Peer("limit-fp32", "*in-process limit*", "fp32", (Setting("bare loop"),)),
     Peer(
         *("fledge", "Fledge", "default"),
-        (Setting("as it comes", _FLEDGE),),
+        (Setting("default", _FLEDGE),),
         "/readyz",
     ),
     Peer("limit", "*in-process limit*", "default", (Setting("bare loop"),)),

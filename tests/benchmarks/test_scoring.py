@@ -29,13 +29,13 @@ def row(peer: str, setting: str, number: int, rate: float, **values: Any) -> Row
 
 
 def test_the_rate_excludes_start_and_end() -> None:
-    one = row("fledge", "as it comes", 0, 200)
+    one = row("fledge", "default", 0, 200)
     assert (one.rate, one.start, one.cpu_ms) == pytest.approx((200, 1, 1))
 
 
 def test_tables_show_the_fastest_setting_and_ratios_within_a_round() -> None:
     rates = (90, 60, 300)
-    rows = [row("fledge-fp32", "as it comes", number, rate) for number, rate in enumerate(rates)]
+    rows = [row("fledge-fp32", "default", number, rate) for number, rate in enumerate(rates)]
     rows += [row("timm", "slow", number, rate) for number, rate in enumerate((20, 20, 500))]
     rows += [
         row("timm", "fast", number, rate, images=400, seconds=1 + 400 / rate, others=number)

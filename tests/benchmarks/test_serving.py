@@ -120,7 +120,7 @@ def test_tables_show_the_fastest_setting_and_ratios_within_a_round() -> None:
         return Row(peer, setting, number, 16, 100, rps=rps, p50=1, p99=2, cpu=3, own_cpu=0.1)
 
     rates = (90, 60, 300)
-    ours = [row("fledge-fp32", "as it comes", n, rps) for n, rps in enumerate(rates)]
+    ours = [row("fledge-fp32", "default", n, rps) for n, rps in enumerate(rates)]
     slow = [row("onnx", "slow", n, rps) for n, rps in enumerate((20, 20, 500))]
     fast = [row("onnx", "fast", n, rps) for n, rps in enumerate((30, 30, 60))]
     results = Results([*ours, *slow, *fast])
