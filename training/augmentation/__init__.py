@@ -1,1 +1,1 @@
-"""Data augmentation of batches: warps, colour, policies, mixup and cutmix."""
+"""Augmentation of batches: geometric and colour transforms, policies, mixup and cutmix."""

@@ -1,4 +1,4 @@
-"""Training on two photos at once: mixup and cutmix, with targets mixed in the same proportion."""
+"""mixup and cutmix: blend pairs of photos, and their targets in the same proportion."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from torch import Tensor
 from training.config.sections import AugmentConfig
 from training.utils.device import upload
 
-_STREAM = 1  # other random numbers than `training.augmentation.transforms` draws from the same seed
+_STREAM = 1  # a random stream apart from that of `training.augmentation.transforms`
 
 
 def mix(
     config: AugmentConfig, images: Tensor, labels: Tensor, classes: int, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Mix every photo of a batch with another of the same batch.
+    """Mix every photo of a batch with another photo of the batch.
 
     mixup (Zhang et al., 2018, "mixup: Beyond Empirical Risk Minimization") blends whole photos;
-    cutmix (Yun et al., 2019) puts a rectangle of the other photo into the first. Where both are on,
-    each batch has one of them by the toss of a coin. The share of the first photo comes from
-    Beta(alpha, alpha), one draw a batch; cutmix takes it as it is after the rectangle was cut off
-    at the edges and rounded to whole pixels.
+    cutmix (Yun et al., 2019) pastes a rectangle of the other photo. If both are on, each batch uses
+    one of them with probability 0.5. The share of the first photo is drawn from Beta(alpha, alpha)
+    once per batch; for cutmix it is computed again from the rectangle, after clipping and rounding.
 
     Args:
-        config: `mixup` and `cutmix`, each its alpha; 0 is off.
+        config: `mixup` and `cutmix` are the alphas; 0: off.
         images: float [N, 3, H, W].
         labels: int64 [N], below `classes`.
-        classes: How many there are.
-        seed, step: All that the randomness depends on, beside the shape of the batch.
+        classes: Number of classes.
+        seed, step: Determine the random numbers, with the shape of the batch.
 
     Returns:
-        images: like the ones given, which stay as they are.
-        targets: float32 [N, classes], each row sums to 1.
+        images: float [N, 3, H, W]; the input is not modified.
+        targets: float32 [N, classes]; each row sums to 1.
     """
     targets = F.one_hot(labels, classes).float()
     if not config.mixes:
@@ -60,7 +59,10 @@ def mix(
 def _rectangle(
     area: float, height: int, width: int, x: float, y: float
 ) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of a share of the picture about (x, y), cut off at the edges."""
+    """Top, bottom, left, right of a rectangle around (x, y), clipped to the picture.
+
+    area: its share of the picture before clipping.
+    """
     half = math.sqrt(area) / 2
     top, bottom = (round((y + side) * height) for side in (-half, half))
     left, right = (round((x + side) * width) for side in (-half, half))

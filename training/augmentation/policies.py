@@ -1,7 +1,7 @@
-"""Ready-made sequences of strong changes, torchvision's, with randomness of their own.
+"""Augmentation policies of torchvision, seeded per image: RandAugment and TrivialAugment.
 
-RandAugment: a few random operations of one strength (Cubuk et al., 2020). TrivialAugment: one
-operation of random strength (Müller & Hutter, 2021), in its wide variant.
+RandAugment: a few random operations of one magnitude (Cubuk et al., 2020). TrivialAugment: one
+operation of random magnitude (Müller & Hutter, 2021), the wide variant.
 """
 
 from __future__ import annotations
@@ -17,30 +17,34 @@ from torchvision.transforms import v2
 from training.config.sections import AugmentConfig
 
 
-def run(images: Tensor, seeds: Tensor, config: AugmentConfig, *, fill: tuple[int, ...]) -> Tensor:
-    """Change each image by its own seed, in place; the global random state stays as it was.
+def apply_policy(
+    images: Tensor, seeds: Tensor, config: AugmentConfig, *, fill: tuple[int, ...]
+) -> Tensor:
+    """Apply the policy to each image with its own seed, in place.
+
+    Restores the global random state.
 
     Args:
-        images: float32 [N, 3, H, W] in 0..255; rounded, as the operations work on whole numbers.
+        images: float32 [N, 3, H, W] in 0..255; rounded to integers for the operations.
         seeds: int64 [N].
-        config: `policy`, which is not "none", `policy_ops` and `policy_magnitude`.
-        fill: Colour of what comes in from outside the picture, RGB.
+        config: `policy` (not "none"), `policy_ops` and `policy_magnitude`.
+        fill: RGB colour of pixels from outside the picture.
 
     Returns:
-        float32 [N, 3, H, W], whole numbers.
+        `images`, with integer values.
     """
     policy = _policy(config, fill)
     pixels = images.round().to(torch.uint8)
-    # torchvision draws from the CPU's global generator, wherever the images are.
+    # torchvision draws from the global CPU generator, also for images on a GPU.
     with torch.random.fork_rng(devices=[]):
         for row, seed in enumerate(seeds.tolist()):
             torch.default_generator.manual_seed(seed)
-            images[row] = _run(policy, pixels[row])
+            images[row] = _apply_to_image(policy, pixels[row])
     return images
 
 
-def _run(policy: Callable[..., Tensor], image: Tensor) -> Tensor:
-    """uint8 [3, H, W] -> the same; on the CPU by Pillow, which is the faster there."""
+def _apply_to_image(policy: Callable[..., Tensor], image: Tensor) -> Tensor:
+    """uint8 [3, H, W] -> uint8 [3, H, W]; on the CPU with Pillow, which is faster there."""
     if image.device.type != "cpu":
         return policy(image)
     changed = policy(Image.fromarray(image.permute(1, 2, 0).numpy()))

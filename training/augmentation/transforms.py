@@ -1,10 +1,10 @@
-"""Random changes to training photos, a whole batch at a time: one warp, one colour change, a hole.
+"""Random augmentation of batches: one geometric warp, policy, colour change, random erasing.
 
-Every draw is a function of (seed, view, photo), never of the order of batches: the same view of a
-photo is the same picture whenever it is asked for, which is what lets its activations be cached.
-Each option has random numbers of its own, so switching one on leaves the others' draws as they are.
+Random parameters are a function of (seed, view, photo), not of the order of batches: a view of a
+photo is always the same picture, so its activations can be cached. Each option has its own random
+numbers; switching one on does not change the draws of the others.
 
-Order: crop, flip, perspective, zoom, rotation and shift are one warp of one resampling; then the
+Order: crop, flip, perspective, zoom, rotation and shift are combined into one resampling; then the
 policy (`training.augmentation.policies`), brightness, contrast and saturation, and erasing.
 """
 
@@ -19,31 +19,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.augmentation import policies
+from training.augmentation.policies import apply_policy
 from training.config.sections import AugmentConfig
 from training.utils.device import constant, upload
 
 MEAN_COLOUR: Final = (124, 116, 104)
-"""ImageNet's, in RGB: what an erased rectangle is filled with. Normalised, it is about 0."""
+"""ImageNet's mean colour, RGB: fills erased rectangles. About 0 after normalisation."""
 
 ERASED_AREA: Final = (0.02, 0.33)
-"""Area of the erased rectangle as a share of the picture: torchvision's (Zhong et al.: to 0.4)."""
+"""Range of the erased area as a share of the picture; as torchvision (Zhong et al.: to 0.4)."""
 ERASED_RATIO: Final = 10 / 3
-"""Its longest stretch (Zhong et al.)."""
+"""Largest aspect ratio of the erased rectangle (Zhong et al.)."""
 
 _LUMA: Final = (0.299, 0.587, 0.114)  # ITU-R BT.601
-_NUMBERS: Final = 24  # uniform random numbers that a photo gets
+_NUMBERS: Final = 24  # uniform random numbers per photo
 
 
 @dataclass(frozen=True)
 class AugmentationParams:
-    """What is done to each of N photos.
+    """Random parameters of N photos.
 
-    warp: float32 [N, 3, 3], a homography, output square -> photo, both in [-1, 1] coordinates.
-    colour: float32 [N, 3], contrast factor, brightness shift as a share of the full range, and
-        saturation factor.
-    hole: float32 [N, 4], left, top, right and bottom as shares of the side; all 0 for no hole.
-    seed: int64 [N], of the policy's own random choices.
+    Attributes:
+        warp: float32 [N, 3, 3], homography from output square to photo, both in [-1, 1].
+        colour: float32 [N, 3]: contrast factor, brightness shift as a share of the full range,
+            saturation factor.
+        hole: float32 [N, 4]: left, top, right, bottom of the erased rectangle as shares of the
+            side; all 0: nothing is erased.
+        seed: int64 [N], for the policy.
     """
 
     warp: Tensor
@@ -52,17 +54,17 @@ class AugmentationParams:
     seed: Tensor
 
     def __len__(self) -> int:
-        """How many photos."""
+        """Number of photos."""
         return len(self.seed)
 
     def __getitem__(self, index: Tensor | slice) -> AugmentationParams:
-        """The draws of some of the photos."""
+        """The parameters of some of the photos."""
         return AugmentationParams(
             self.warp[index], self.colour[index], self.hole[index], self.seed[index]
         )
 
     def to(self, device: torch.device) -> AugmentationParams:
-        """The same on another device."""
+        """A copy on another device."""
         parts = (self.warp, self.colour, self.hole, self.seed)
         return AugmentationParams(*(upload(part, device) for part in parts))
 
@@ -70,18 +72,18 @@ class AugmentationParams:
 def draw(
     config: AugmentConfig, aspect: Tensor, seed: int, view: int, *, crop: float = 1.0
 ) -> AugmentationParams:
-    """Draw one view of every photo.
+    """Draw the parameters of one view of every photo.
 
     Args:
-        config: Ranges.
-        aspect: float32 [N], width over height.
-        seed, view: Which draw, both at least 0. A photo's draw depends on its place in `aspect` and
-            on nothing else of the others.
-        crop: `Preprocess.crop`; with `config.crop = "center"` the crop is this share of what
-            `config.scale` says, so that an unchanged view is the validation picture.
+        config: Ranges of the parameters.
+        aspect: float32 [N], width / height. Row i of the result depends on `aspect[i]` and i, not
+            on the other photos.
+        seed, view: Select the draw; both at least 0.
+        crop: `Preprocess.crop`; with `config.crop = "center"` it multiplies the side of the crop,
+            so that a view without random changes is the validation picture.
     """
     numbers = np.random.default_rng([seed, view]).random((len(aspect), _NUMBERS))
-    u = list(torch.from_numpy(numbers).T)  # [0, 1); each use below has columns of its own
+    u = list(torch.from_numpy(numbers).T)  # [0, 1); each use below has its own columns
     s = [2 * column - 1 for column in u]  # [-1, 1)
     colour = torch.stack(
         [
@@ -102,10 +104,10 @@ def draw(
 def _warp(
     config: AugmentConfig, aspect: Tensor, u: list[Tensor], s: list[Tensor], crop: float
 ) -> Tensor:
-    """float64 [N, 3, 3]; lengths are in units of the photo's short side."""
+    """Homographies, float64 [N, 3, 3]; lengths in units of the photo's short side."""
     low, high = config.scale
-    closer = 1 + u[6] * (config.max_zoom - 1)
-    side = torch.sqrt(low + u[0] * (high - low)) / closer
+    zoom = 1 + u[6] * (config.max_zoom - 1)
+    side = torch.sqrt(low + u[0] * (high - low)) / zoom
     if config.crop == "center":
         side = side * crop
     stretch = torch.exp(s[1] * math.log(config.ratio) / 2)
@@ -137,7 +139,7 @@ def _rows(*rows: list[Tensor]) -> Tensor:
 
 
 def _symmetries() -> Tensor:
-    """The 8 symmetries of the square, float64 [8, 3, 3]; the first 2 are none and left to right."""
+    """The 8 symmetries of the square, float64 [8, 3, 3]: first identity, then horizontal flip."""
     matrices = torch.zeros(8, 3, 3, dtype=torch.float64)
     for i in range(8):
         x, y = (1 - 2 * (i & 1), 1 - (i & 2))
@@ -150,13 +152,13 @@ def _symmetries() -> Tensor:
 _SYMMETRIES: Final = _symmetries()
 
 
-def _tilt(less: Tensor) -> Tensor:
-    """Look at the square from its left or right: a homography into the square.
+def _tilt(shrink: Tensor) -> Tensor:
+    """Homographies [N, 3, 3] into the square, for a perspective from its left or right.
 
-    less: [N], how much shorter than the near edge the far edge is, as a share; positive has the far
-    edge on the right.
+    shrink: [N], by which share the far edge is shorter than the near edge; positive: the far edge
+    is on the right.
     """
-    p = less / (2 - less.abs())
+    p = shrink / (2 - shrink.abs())
     zero, one = torch.zeros_like(p), torch.ones_like(p)
     return _rows([one, zero, p], [zero, 1 - p.abs(), zero], [p, zero, one])
 
@@ -164,9 +166,9 @@ def _tilt(less: Tensor) -> Tensor:
 def _hole(
     probability: float, chance: Tensor, area: Tensor, ratio: Tensor, x: Tensor, y: Tensor
 ) -> Tensor:
-    """Where "Random Erasing" erases (Zhong et al., 2020), from uniform numbers: float64 [N, 4].
+    """Rectangles of "Random Erasing" (Zhong et al., 2020) from uniform numbers: float64 [N, 4].
 
-    The ratio of its sides is spread evenly over its logarithm, and only as far as it fits.
+    The aspect ratio is log-uniform within the range that fits into the picture.
     """
     low, high = ERASED_AREA
     area = low + area * (high - low)
@@ -178,42 +180,43 @@ def _hole(
     return hole * (chance < probability)[:, None]
 
 
-def apply(pixels: Tensor, draws: AugmentationParams, config: AugmentConfig, size: int) -> Tensor:
-    """Change a batch: uint8 [N, S, S, 3] -> float32 [N, size, size, 3] in 0..255.
+def apply(pixels: Tensor, params: AugmentationParams, config: AugmentConfig, size: int) -> Tensor:
+    """Augment a batch: uint8 [N, S, S, 3] -> float32 [N, size, size, 3] in 0..255.
 
-    On the CPU a photo comes out the same, bit for bit, whatever batch it is in.
+    On the CPU the result for a photo does not depend on the batch, bit for bit.
 
     Args:
-        pixels: Whole photos, squeezed to a square; the warp undoes the squeeze.
-        draws: Of these photos, on the device of `pixels`.
-        config: As the draws were drawn with.
+        pixels: Whole photos resized to squares; the warp restores their aspect ratios.
+        params: Of these photos, on the device of `pixels`.
+        config: The one that `params` was drawn with.
         size: Side of the result in pixels.
     """
     images = pixels.permute(0, 3, 1, 2).float()
-    grid = _grid(draws.warp, size, projective=config.max_warp > 0)
-    # Rotation looks past the edge; a mirrored edge is a picture, a black corner is a clue.
-    cut = F.grid_sample(
+    grid = _grid(params.warp, size, projective=config.max_warp > 0)
+    # Rotation samples beyond the edge; reflection avoids black corners, which reveal the rotation.
+    images = F.grid_sample(
         images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
     )
     if config.policy != "none":
-        cut = policies.run(cut, draws.seed, config, fill=MEAN_COLOUR)
+        images = apply_policy(images, params.seed, config, fill=MEAN_COLOUR)
     if config.max_lighting or config.max_saturation:
-        cut = _recolour(cut, draws.colour, saturation=config.max_saturation > 0)
+        images = _recolour(images, params.colour, saturation=config.max_saturation > 0)
     if config.erase:
-        fill = constant(MEAN_COLOUR, cut.device)[:, None, None]
-        cut = torch.where(_inside(draws.hole, size), fill, cut)
-    return cut.permute(0, 2, 3, 1)
+        fill = constant(MEAN_COLOUR, images.device)[:, None, None]
+        images = torch.where(_inside(params.hole, size), fill, images)
+    return images.permute(0, 2, 3, 1)
 
 
 def _centres(size: int, device: torch.device) -> Tensor:
-    """Middles of `size` pixels between 0 and 1."""
+    """Centres of `size` pixels in [0, 1]."""
     return (torch.arange(size, device=device) + 0.5) / size
 
 
 def _grid(warp: Tensor, size: int, *, projective: bool) -> Tensor:
-    """Where each pixel of the result looks: float32 [N, size, size, 2].
+    """Sampling positions of each output pixel: float32 [N, size, size, 2].
 
-    As `affine_grid`, whose matrix product is slower and rounds differently in other batches.
+    Replaces `affine_grid`, whose matrix product is slower and rounds differently for different
+    batch sizes.
     """
     at = _centres(size, warp.device) * 2 - 1
     along = warp[:, :, 0, None, None] * at  # [N, 3, 1, size]
@@ -227,12 +230,13 @@ def _grid(warp: Tensor, size: int, *, projective: bool) -> Tensor:
 
 
 def _recolour(images: Tensor, colour: Tensor, *, saturation: bool) -> Tensor:
-    """Saturation about each pixel's grey, contrast about the photo's mean, brightness; in place.
+    """Change saturation (around each pixel's grey), contrast (around the mean) and brightness.
 
-    images: float32 [N, 3, H, W] in 0..255, as is what comes back.
+    images: float32 [N, 3, H, W] in 0..255; modified in place and returned.
     """
     contrast, shift, saturate = colour[:, :, None, None, None].unbind(1)
-    # In two steps, of which none is split among threads in one batch and not in another.
+    # Reduce in two steps: a single mean over both axes is parallelised differently for different
+    # batch sizes, and would round differently.
     means = images.mean(dim=3).mean(dim=2)[..., None, None]  # [N, 3, 1, 1]
     middle = means.mean(dim=1, keepdim=True)
     if saturation:
@@ -245,13 +249,13 @@ def _recolour(images: Tensor, colour: Tensor, *, saturation: bool) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    """[N, 3, ...] -> [N, 1, ...]."""
+    """Luma: [N, 3, ...] -> [N, 1, ...]."""
     red, green, blue = images[:, :1], images[:, 1:2], images[:, 2:]
     return red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
 
 
 def _inside(hole: Tensor, size: int) -> Tensor:
-    """Which pixels have their middle in the hole: bool [N, 1, size, size]."""
+    """Whether the centre of each pixel is in the hole: bool [N, 1, size, size]."""
     at = _centres(size, hole.device)
     left, top, right, bottom = hole[:, :, None].unbind(1)
     across, down = (left <= at) & (at < right), (top <= at) & (at < bottom)

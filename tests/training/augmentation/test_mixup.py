@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-from training.augmentation import mixup as mixing
+from training.augmentation.mixup import mix
 from training.config.sections import AugmentConfig
 
 N, CLASSES, SIDE = 6, 4, 20
@@ -12,17 +12,17 @@ BOTH = AugmentConfig(mixup=0.4, cutmix=1.0)
 
 
 def batch(n=N):
-    """Photos of one value each, so that every pixel tells from which photo it is."""
+    """Photos of one value each: every pixel identifies its photo."""
     values = torch.arange(n).float()[:, None, None, None]
     return values.expand(n, 3, SIDE, SIDE) / n, torch.arange(n) % CLASSES
 
 
 def run(config, step=0, seed=0, n=N):
     images, labels = batch(n)
-    return mixing.mix(config, images, labels, CLASSES, seed, step)
+    return mix(config, images, labels, CLASSES, seed, step)
 
 
-def test_nothing_asked_for_is_the_photos_and_their_labels():
+def test_without_mixing_photos_and_labels_are_unchanged():
     images, labels = batch()
     mixed, targets = run(AugmentConfig())
     assert torch.equal(mixed, images)
@@ -41,7 +41,7 @@ def test_targets_are_float32_and_sum_to_one(config):
 
 
 @pytest.mark.parametrize("config", [MIXUP, CUTMIX, BOTH])
-def test_a_batch_is_a_function_of_seed_and_step_alone(config):
+def test_a_batch_depends_on_seed_and_step_only(config):
     torch.manual_seed(1)
     before = torch.get_rng_state()
     one = run(config, step=3)
@@ -54,64 +54,64 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(config):
 
 
 @pytest.mark.parametrize("config", [MIXUP, CUTMIX])
-def test_what_was_given_stays_as_it_was(config):
+def test_the_inputs_are_not_modified(config):
     images, labels = (value.clone() for value in batch())
     before = images.clone()
-    mixing.mix(config, images, labels, CLASSES, 0, 0)
+    mix(config, images, labels, CLASSES, 0, 0)
     assert torch.equal(images, before)
 
 
-def told_by_targets(targets):
-    """(share of the first photo, partner of each), where each photo has a class of its own."""
+def share_and_partners(targets):
+    """(share of the first photo, partner of each); each photo has its own class."""
     own = torch.eye(len(targets), dtype=torch.bool)
     partner = targets.masked_fill(own, 0).argmax(dim=1)
-    alone = targets.diag() == 1
-    return float(targets.diag().min()), torch.where(alone, torch.arange(len(targets)), partner)
+    unmixed = targets.diag() == 1
+    return float(targets.diag().min()), torch.where(unmixed, torch.arange(len(targets)), partner)
 
 
-def run_told(config, step=0):
-    """Photos given, photos mixed, targets, share, partners."""
+def run_with_partners(config, step=0):
+    """Input photos, mixed photos, targets, share, partners."""
     images, _ = batch()
-    mixed, targets = mixing.mix(config, images, torch.arange(N), N, 0, step)
-    return images, mixed, targets, *told_by_targets(targets)
+    mixed, targets = mix(config, images, torch.arange(N), N, 0, step)
+    return images, mixed, targets, *share_and_partners(targets)
 
 
 @pytest.mark.parametrize("config", [MIXUP, CUTMIX, BOTH])
 def test_targets_are_mixed_in_the_proportion_of_the_pixels(config):
     for step in range(30):
-        images, mixed, _, share, partner = run_told(config, step)
+        images, mixed, _, share, partner = run_with_partners(config, step)
         expected = share * images + (1 - share) * images[partner]
         assert torch.allclose(mixed.mean(dim=(1, 2, 3)), expected.mean(dim=(1, 2, 3)), atol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
-def test_mixup_shares_follow_their_beta(alpha):
+def test_mixup_shares_have_the_beta_distribution(alpha):
     config = AugmentConfig(mixup=alpha)
     images, labels = torch.zeros(3, 1, 1, 1), torch.arange(3)
-    rows = [mixing.mix(config, images, labels, 3, 0, step)[1] for step in range(500)]
-    found = torch.tensor([told_by_targets(row)[0] for row in rows])
-    found = found[found < 1]  # nobody changed places, one time in six
+    rows = [mix(config, images, labels, 3, 0, step)[1] for step in range(500)]
+    found = torch.tensor([share_and_partners(row)[0] for row in rows])
+    found = found[found < 1]  # 1 in 6 permutations of 3 is the identity
     assert float(found.mean()) == pytest.approx(0.5, abs=0.06)
     variance = 1 / (4 * (2 * alpha + 1))
     assert float(found.var()) == pytest.approx(variance, rel=0.2)
 
 
-def test_mixup_is_that_of_torchvision(monkeypatch):
-    """With the same share and the same partners."""
-    images, mixed, targets, share, partner = run_told(MIXUP)
+def test_mixup_equals_torchvision(monkeypatch):
+    """For the same share and partners."""
+    images, mixed, targets, share, partner = run_with_partners(MIXUP)
     theirs = v2.MixUp(num_classes=N)
     monkeypatch.setattr(theirs, "make_params", lambda _: {"lam": share})
     for i in range(N):
-        pair = [i, int(partner[i])]  # it mixes each with the one before
+        pair = [i, int(partner[i])]  # torchvision mixes each photo with the previous one
         expected, target = theirs(images[pair], torch.tensor(pair))
         assert torch.allclose(mixed[i], expected[0], atol=1e-6)
         assert torch.allclose(targets[i], target[0], atol=1e-6)
 
 
-def test_cutmix_is_that_of_torchvision(monkeypatch):
-    """With the same rectangle and the same partners: so the share is that of its exact area."""
+def test_cutmix_equals_torchvision(monkeypatch):
+    """For the same rectangle and partners, so the share equals its exact area."""
     for step in range(10):
-        images, mixed, targets, _, partner = run_told(CUTMIX, step)
+        images, mixed, targets, _, partner = run_with_partners(CUTMIX, step)
         rows, columns = (mixed != images)[:, 0].any(dim=0).nonzero().T
         if not len(rows):
             continue
@@ -128,17 +128,17 @@ def test_cutmix_is_that_of_torchvision(monkeypatch):
             assert torch.allclose(targets[i], target[0], atol=1e-6)
 
 
-def test_cutmix_cuts_half_away_on_average_when_its_alpha_is_one():
-    """Less what falls off the edges: of a rectangle about a random point, of random area."""
-    kept = [run_told(CUTMIX, step)[3] for step in range(300)]
+def test_cutmix_with_alpha_one_has_the_mean_share_of_torchvision():
+    """About one half, plus what is clipped at the edges."""
+    shares = [run_with_partners(CUTMIX, step)[3] for step in range(300)]
     torch.manual_seed(0)
     theirs = v2.CutMix(num_classes=2)
     picture = [torch.zeros(1, SIDE, SIDE)]
     expected = [theirs.make_params(picture)["lam_adjusted"] for _ in range(300)]
-    assert sum(kept) / 300 == pytest.approx(sum(expected) / 300, abs=0.06)
+    assert sum(shares) / 300 == pytest.approx(sum(expected) / 300, abs=0.06)
 
 
-def test_cutmix_puts_one_rectangle_of_the_same_place_into_every_photo():
+def test_cutmix_pastes_the_same_rectangle_into_every_photo():
     for step in range(20):
         mixed, _ = run(CUTMIX, step)
         images, _ = batch()
@@ -150,21 +150,21 @@ def test_cutmix_puts_one_rectangle_of_the_same_place_into_every_photo():
                 assert len(one.unique()) <= 2
 
 
-def test_everyone_is_mixed_into_someone_exactly_once():
+def test_every_photo_is_mixed_into_exactly_one_photo():
     for step in range(20):
-        mixed, targets = mixing.mix(MIXUP, batch()[0], torch.arange(N), N, 0, step)
+        mixed, targets = mix(MIXUP, batch()[0], torch.arange(N), N, 0, step)
         assert torch.allclose(targets.sum(dim=0), torch.ones(N), atol=1e-6)
         assert torch.allclose(mixed.mean(), batch()[0].mean(), atol=1e-6)
 
 
-def test_where_both_are_on_half_of_the_batches_have_each():
-    cut = 0
+def test_with_both_options_each_is_used_for_half_of_the_batches():
+    with_cutmix = 0
     for step in range(200):
         mixed, _ = run(BOTH, step)
         if all(float(one.std()) < 1e-5 for one in mixed):
             continue
-        cut += 1
-    assert 60 < cut < 130  # a rectangle outside leaves a few cutmix batches whole
+        with_cutmix += 1
+    assert 60 < with_cutmix < 130  # some rectangles are empty after clipping
 
 
 def test_soft_targets_train_with_label_smoothing():

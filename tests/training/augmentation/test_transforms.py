@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from serving.imaging.preprocess import Preprocess
-from training.augmentation import transforms as augment
+from training.augmentation import policies, transforms
 from training.config.sections import PRESETS, AugmentConfig
 from training.pixels.transform import PixelTransform
 
@@ -29,7 +29,7 @@ def squares(n=3, side=16):
 
 
 def smooth(n=3, side=32):
-    """Photos without detail, that resampling hardly changes; float32 [n, 3, side, side]."""
+    """Photos without detail, so resampling changes little: float32 [n, 3, side, side]."""
     return F.interpolate(
         squares(n, 4).permute(0, 3, 1, 2).float(), size=side, mode="bicubic"
     ).clamp(0, 255)
@@ -40,13 +40,13 @@ def channels_last(images):
 
 
 def run(config, pixels, size=None, *, aspect=1.0, seed=0, view=0):
-    draws = augment.draw(config, torch.full((len(pixels),), aspect), seed, view)
-    return augment.apply(pixels, draws, config, size or pixels.shape[1])
+    params = transforms.draw(config, torch.full((len(pixels),), aspect), seed, view)
+    return transforms.apply(pixels, params, config, size or pixels.shape[1])
 
 
 def corners(config, n=200, aspect=1.0, seed=0, **more):
-    """Where the corners of the result lie: float32 [n, 4, 2] in units of half the photo's sides."""
-    warp = augment.draw(config, torch.full((n,), aspect), seed, 0, **more).warp
+    """Corners of the result in the photo: float32 [n, 4, 2], in units of half its sides."""
+    warp = transforms.draw(config, torch.full((n,), aspect), seed, 0, **more).warp
     square = torch.tensor([[-1.0, -1, 1], [1, -1, 1], [1, 1, 1], [-1, 1, 1]])
     at = square @ warp.transpose(1, 2)
     return at[..., :2] / at[..., 2:]
@@ -57,74 +57,74 @@ def sides(at):
     return (at - at.roll(-1, dims=1)).norm(dim=2)
 
 
-# -- draws
+# -- random parameters
 
 
-def test_no_change_changes_nothing():
+def test_the_plain_config_changes_nothing():
     pixels = squares()
     assert torch.allclose(run(plain(), pixels), pixels.float(), atol=1e-3)
 
 
 @pytest.mark.parametrize("aspect", [1.0, 1.5, 0.6])
 @pytest.mark.parametrize("presize", [1, 1.5, 3])
-def test_without_augmentation_training_sees_what_validation_sees(aspect, presize):
+def test_without_augmentation_training_photos_equal_validation_photos(aspect, presize):
     preprocess = Preprocess(size=64)
     photo = Image.fromarray(channels_last(smooth(1, 240))[0].numpy())
     photo = photo.resize((round(200 * aspect), 200))
     whole = PixelTransform("train", preprocess, presize)(photo).copy()
-    draws = augment.draw(
+    params = transforms.draw(
         plain(), torch.tensor([photo.width / photo.height]), 0, 0, crop=preprocess.crop
     )
-    seen = augment.apply(torch.from_numpy(whole)[None], draws, plain(), preprocess.size)[0]
+    seen = transforms.apply(torch.from_numpy(whole)[None], params, plain(), preprocess.size)[0]
     apart = (seen - torch.from_numpy(preprocess(photo).copy()).float()).abs()
     assert float(apart.max()) < 8
     assert float(apart.mean()) < 1
 
 
 @pytest.mark.parametrize("preset", PRESET)
-def test_a_draw_is_a_function_of_seed_view_and_photo_alone(preset):
+def test_parameters_depend_on_seed_view_and_photo_only(preset):
     config = EVERYTHING.model_copy(
         update=AugmentConfig(preset=preset).model_dump(include={"scale"})
     )
     aspect = torch.tensor([1.0, 1.5, 0.7, 1.0])
-    many = augment.draw(config, aspect, 1, 2)
-    few = augment.draw(config, aspect[:2], 1, 2)
-    other = {(s, v): augment.draw(config, aspect, s, v) for s, v in ((2, 2), (1, 3))}
+    many = transforms.draw(config, aspect, 1, 2)
+    few = transforms.draw(config, aspect[:2], 1, 2)
+    other = {(s, v): transforms.draw(config, aspect, s, v) for s, v in ((2, 2), (1, 3))}
     for name in ("warp", "colour", "hole", "seed"):
         assert torch.equal(getattr(many, name)[:2], getattr(few, name))
         assert torch.equal(getattr(many, name)[:2], getattr(many[torch.arange(2)], name))
-    for draws in other.values():
-        assert not torch.equal(many.warp, draws.warp)
-        assert not torch.equal(many.seed, draws.seed)
+    for params in other.values():
+        assert not torch.equal(many.warp, params.warp)
+        assert not torch.equal(many.seed, params.seed)
     assert not torch.equal(many.warp[0], many.warp[3])  # the same aspect, another photo
     assert len(many) == 4
     assert many.to(torch.device("meta")).warp.device.type == "meta"
 
 
-def test_an_option_leaves_the_draws_of_the_others_as_they_are():
-    """What makes a comparison of one augmentation at a time a paired one."""
+def test_an_option_does_not_change_the_draws_of_the_others():
+    """So a comparison with and without an option is paired."""
     base = plain(scale=(0.5, 1.0), crop="random", flip="horizontal")
     before = corners(base)
     assert torch.equal(before, corners(base.model_copy(update={"erase": 0.5, "max_lighting": 0.3})))
-    turned = corners(base.model_copy(update={"max_rotate": 20.0}))
-    assert not torch.equal(before, turned)
-    assert torch.allclose(before.mean(dim=1), turned.mean(dim=1), atol=1e-6)
-    assert torch.allclose(sides(before), sides(turned), atol=1e-6)
+    rotated = corners(base.model_copy(update={"max_rotate": 20.0}))
+    assert not torch.equal(before, rotated)
+    assert torch.allclose(before.mean(dim=1), rotated.mean(dim=1), atol=1e-6)
+    assert torch.allclose(sides(before), sides(rotated), atol=1e-6)
 
 
 @pytest.mark.parametrize("config", [AugmentConfig(), EVERYTHING], ids=["photo", "everything"])
-def test_batches_do_not_decide(config):
-    """Bit for bit, where a batch is large enough that its work is split among threads."""
+def test_a_photo_does_not_depend_on_its_batch(config):
+    """Bit for bit, with batches large enough for several threads."""
     pixels = channels_last(smooth(12, 150))
-    draws = augment.draw(config, torch.full((12,), 1.3), 0, 0)
-    whole = augment.apply(pixels, draws, config, 120)
+    params = transforms.draw(config, torch.full((12,), 1.3), 0, 0)
+    whole = transforms.apply(pixels, params, config, 120)
     for index in (torch.tensor([5]), torch.tensor([11, 0, 5])):
-        part = augment.apply(pixels[index], draws[index], config, 120)
+        part = transforms.apply(pixels[index], params[index], config, 120)
         assert torch.equal(part, whole[index])
 
 
 @pytest.mark.parametrize("preset", PRESET)
-def test_every_preset_gives_pixels(preset):
+def test_every_preset_returns_valid_pixels(preset):
     config = AugmentConfig(preset=preset)
     out = run(config, squares(), 8, aspect=1.4)
     assert out.shape == (3, 8, 8, 3)
@@ -137,7 +137,7 @@ def test_every_preset_gives_pixels(preset):
 
 
 @pytest.mark.parametrize(("flip", "symmetries"), [("none", 1), ("horizontal", 2), ("dihedral", 8)])
-def test_flips_are_symmetries_each_as_often_as_the_others(flip, symmetries):
+def test_flips_draw_all_symmetries_equally_often(flip, symmetries):
     count = 400
     one = squares(1)
     out = run(plain(flip=flip), one.expand(count, -1, -1, -1))
@@ -146,13 +146,13 @@ def test_flips_are_symmetries_each_as_often_as_the_others(flip, symmetries):
     all_eight = turned + [image.flip(1) for image in turned]
     known = {1: all_eight[:1], 2: [picture, picture.flip(1)], 8: all_eight}[symmetries]
     seen = torch.stack([(out - image).abs().amax(dim=(1, 2, 3)) < 1e-2 for image in known])
-    assert bool((seen.sum(dim=0) == 1).all())  # exactly one of them, each time
+    assert bool((seen.sum(dim=0) == 1).all())  # exactly one each time
     often = seen.sum(dim=1) / count * symmetries
     assert bool(((often > 0.6) & (often < 1.4)).all())
 
 
-def test_random_crops_stay_inside_the_photo_and_undo_the_squeeze():
-    """The box in pixels of the photo is square however wide the photo is."""
+def test_random_crops_stay_inside_and_restore_the_aspect_ratio():
+    """In pixels of the photo the crop is square for every aspect ratio."""
     config = plain(crop="random", scale=(0.2, 1.0))
     for aspect in (3.0, 0.4, 1.0):
         at = corners(config, aspect=aspect)
@@ -162,13 +162,13 @@ def test_random_crops_stay_inside_the_photo_and_undo_the_squeeze():
         area = (lengths[:, 0] / 2) ** 2
         assert 0.2 - 1e-5 <= float(area.min()) < 0.25
         assert 0.95 < float(area.max()) <= 1 + 1e-5
-        assert area.mean() == pytest.approx(0.6, abs=0.05)  # evenly over the area
+        assert area.mean() == pytest.approx(0.6, abs=0.05)  # uniform in the area
         middle = at.mean(dim=1)
-        assert float(middle.amax()) > 0.3  # and anywhere
+        assert float(middle.amax()) > 0.3  # at any position
         assert float(middle.amin()) < -0.3
 
 
-def test_centre_crops_lie_where_validation_cuts():
+def test_centre_crops_equal_the_crop_of_validation():
     at = corners(plain(), aspect=2.0, crop=0.8)
     expected = torch.tensor([[-0.4, -0.8], [0.4, -0.8], [0.4, 0.8], [-0.4, 0.8]])
     assert torch.allclose(at, expected.expand(200, 4, 2), atol=1e-6)
@@ -176,7 +176,7 @@ def test_centre_crops_lie_where_validation_cuts():
     assert float(smaller.abs().max()) == pytest.approx(0.4)
 
 
-def test_crops_are_stretched_no_further_than_their_ratio():
+def test_the_aspect_ratio_of_crops_is_limited():
     lengths = sides(corners(plain(crop="random", scale=(0.3, 0.5), ratio=1.5)))
     ratio = lengths[:, 0] / lengths[:, 1]
     assert 1 / 1.5 - 1e-4 < float(ratio.min()) < 0.7
@@ -184,7 +184,7 @@ def test_crops_are_stretched_no_further_than_their_ratio():
     assert float((lengths[:, 0] * lengths[:, 1] / 4).min()) > 0.3 - 1e-4  # of the same area
 
 
-def test_rotation_is_by_so_many_degrees_either_way():
+def test_rotation_is_limited_in_both_directions():
     at = corners(plain(max_rotate=30))
     edge = at[:, 1] - at[:, 0]
     angle = torch.rad2deg(torch.atan2(edge[:, 1], edge[:, 0]))
@@ -200,30 +200,30 @@ def test_rotation_is_by_so_many_degrees_either_way():
     assert float((out - same)[..., middle, middle].abs().max()) < 2
 
 
-def test_zoom_and_shift_keep_to_their_ranges():
+def test_zoom_and_shift_stay_in_their_ranges():
     reach = corners(plain(max_zoom=2.0)).abs().amax(dim=(1, 2))
     assert 0.5 <= float(reach.min()) < 0.53
     assert 0.95 < float(reach.max()) <= 1
     middle = corners(plain(max_shift=0.3, scale=(0.25, 0.25))).mean(dim=1)
-    # a share of the crop's side, which is 1 in these units
+    # in shares of the crop's side, which is 1 here
     assert 0.28 < float(middle.max()) <= 0.3
     assert -0.3 <= float(middle.min()) < -0.28
 
 
-def test_what_comes_in_from_outside_is_the_photo_mirrored_at_its_edge():
+def test_pixels_from_outside_are_reflected_at_the_edge():
     pixels = squares(1)
     config = plain(max_shift=0.5)
     warp = torch.eye(3)[None].clone()
     warp[0, 0, 2] = 1.0  # half the photo to the right
-    draws = augment.AugmentationParams(
+    params = transforms.AugmentationParams(
         warp, torch.ones(1, 3), torch.zeros(1, 4), torch.zeros(1).long()
     )
-    out = augment.apply(pixels, draws, config, 16)
+    out = transforms.apply(pixels, params, config, 16)
     right = pixels[:, :, 8:].float()
     assert torch.allclose(out, torch.cat([right, right.flip(2)], dim=2), atol=1e-3)
 
 
-def test_perspective_stays_in_the_photo_with_one_side_shorter_by_its_share():
+def test_perspective_stays_inside_and_shortens_one_side():
     most = 0.4
     at = corners(plain(max_warp=most))
     assert float(at.abs().max()) <= 1 + 1e-5
@@ -233,7 +233,7 @@ def test_perspective_stays_in_the_photo_with_one_side_shorter_by_its_share():
         shorter = 1 - pair.amin(dim=1) / pair.amax(dim=1)
         assert float(shorter.max()) > 0.3
         assert 0.4 < float((pair[:, 0] > pair[:, 1]).float().mean()) < 0.6
-    only_sideways = augment._tilt(torch.tensor([most, -most, 0.0]))
+    only_sideways = transforms._tilt(torch.tensor([most, -most, 0.0]))
     square = torch.tensor([[-1.0, -1, 1], [1, -1, 1], [1, 1, 1], [-1, 1, 1]])
     seen = square @ only_sideways.transpose(1, 2)
     up_and_down = sides(seen[..., :2] / seen[..., 2:])[:, [1, 3]]
@@ -241,7 +241,7 @@ def test_perspective_stays_in_the_photo_with_one_side_shorter_by_its_share():
     assert torch.allclose(up_and_down, expected, atol=1e-6)
 
 
-def test_perspective_is_that_of_torchvision():
+def test_perspective_equals_torchvision():
     side, config = 64, plain(max_warp=0.3)
     picture = smooth(1, side)
     at = corners(config, n=1)[0]
@@ -259,7 +259,7 @@ def _perspective(seen, source):
     """The linear equations of a homography from four pairs of points."""
     rows, right = [], []
     for (x, y), (u, v) in zip(seen, source, strict=True):
-        # torchvision adds half a pixel to what it samples at, and takes it off again
+        # torchvision's coordinates are shifted by half a pixel
         x, y, u, v = x + 0.5, y + 0.5, u + 0.5, v + 0.5
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
         right += [u, v]
@@ -269,11 +269,11 @@ def _perspective(seen, source):
 # -- colour
 
 
-def test_contrast_and_brightness_are_about_the_mean_of_the_photo():
-    picture = smooth(4) * 0.2 + 100  # far from black and white
+def test_contrast_and_brightness_are_relative_to_the_mean_of_the_photo():
+    picture = smooth(4) * 0.2 + 100  # no clipping
     config = plain(max_lighting=0.1)
     out = run(config, channels_last(picture)).permute(0, 3, 1, 2)
-    colour = augment.draw(config, torch.ones(4), 0, 0).colour
+    colour = transforms.draw(config, torch.ones(4), 0, 0).colour
     whole = channels_last(picture).permute(0, 3, 1, 2).float()
     mean = whole.mean(dim=(1, 2, 3))
     contrast, shift = colour[:, 0], colour[:, 1]
@@ -282,20 +282,20 @@ def test_contrast_and_brightness_are_about_the_mean_of_the_photo():
     assert torch.allclose(out.std(dim=(1, 2, 3)), contrast * spread, atol=1e-2)
 
 
-def test_saturation_is_that_of_torchvision():
+def test_saturation_equals_torchvision():
     picture = channels_last(smooth(4) * 0.3 + 90)
     config = plain(max_saturation=0.5)
     out = run(config, picture).permute(0, 3, 1, 2)
-    factors = augment.draw(config, torch.ones(4), 0, 0).colour[:, 2]
+    factors = transforms.draw(config, torch.ones(4), 0, 0).colour[:, 2]
     assert float(factors.max() - factors.min()) > 0.2
     for one, image, factor in zip(out, picture.permute(0, 3, 1, 2), factors, strict=True):
         same = TF.adjust_saturation(image.float() / 255, float(factor)) * 255
         assert torch.allclose(one, same, atol=0.1)  # torchvision's weights have four digits
 
 
-def test_colour_keeps_to_its_ranges_and_pixels_to_theirs():
+def test_colour_parameters_and_pixels_stay_in_their_ranges():
     config = plain(max_lighting=0.9, max_saturation=1.0)
-    colour = augment.draw(config, torch.ones(500), 0, 0).colour
+    colour = transforms.draw(config, torch.ones(500), 0, 0).colour
     for column, middle, most in ((0, 1, 0.9), (1, 0, 0.9), (2, 1, 1.0)):
         away = colour[:, column] - middle
         assert 0.95 * most < float(away.max()) <= most + 1e-6
@@ -308,20 +308,20 @@ def test_colour_keeps_to_its_ranges_and_pixels_to_theirs():
 def test_without_saturation_a_photo_is_grey():
     hue = torch.tensor(colorsys.hsv_to_rgb(0.1, 0.9, 0.8)) * 255
     pixels = hue.round().to(torch.uint8).expand(1, 8, 8, 3)
-    draws = augment.AugmentationParams(
+    params = transforms.AugmentationParams(
         torch.eye(3)[None], torch.tensor([[1.0, 0, 0]]), torch.zeros(1, 4), torch.zeros(1).long()
     )
-    out = augment.apply(pixels, draws, plain(max_saturation=1), 8)
+    out = transforms.apply(pixels, params, plain(max_saturation=1), 8)
     assert float((out.amax(3) - out.amin(3)).max()) < 1e-3
 
 
 # -- erasing and policies
 
 
-def test_erasing_takes_one_rectangle_of_a_legal_size_from_so_many_photos():
+def test_erasing_removes_one_rectangle_of_a_valid_size_with_its_probability():
     config = plain(erase=0.3)
     side = 100
-    holes = augment.draw(config, torch.ones(1000), 0, 0).hole
+    holes = transforms.draw(config, torch.ones(1000), 0, 0).hole
     width, height = holes[:, 2] - holes[:, 0], holes[:, 3] - holes[:, 1]
     erased = width > 0
     assert float(erased.float().mean()) == pytest.approx(0.3, abs=0.05)
@@ -331,22 +331,22 @@ def test_erasing_takes_one_rectangle_of_a_legal_size_from_so_many_photos():
     area, ratio = (width * height)[erased], (width / height)[erased]
     assert 0.02 <= float(area.min()) < 0.05
     assert 0.3 < float(area.max()) <= 0.33 + 1e-5
-    assert v2.RandomErasing().scale == augment.ERASED_AREA
+    assert v2.RandomErasing().scale == transforms.ERASED_AREA
     assert 0.3 - 1e-4 <= float(ratio.min()) < 0.5
     assert 2 < float(ratio.max()) <= 10 / 3 + 1e-4
 
     pixels = torch.zeros(60, side, side, 3, dtype=torch.uint8)
     out = run(config, pixels)
-    gone = (out == torch.tensor(augment.MEAN_COLOUR)).all(dim=3)
-    assert bool((gone | (out == 0).all(dim=3)).all())
+    erased_pixels = (out == torch.tensor(transforms.MEAN_COLOUR)).all(dim=3)
+    assert bool((erased_pixels | (out == 0).all(dim=3)).all())
     expected = ((width * side).round() * (height * side).round())[:60]
-    counted = gone.sum(dim=(1, 2))
+    counted = erased_pixels.sum(dim=(1, 2))
     assert torch.allclose(counted.float(), expected, atol=2.0 * side)
     assert bool(((counted > 0) == erased[:60]).all())
 
 
 @pytest.mark.parametrize("policy", ["rand_augment", "trivial_augment"])
-def test_a_policy_changes_photos_and_leaves_the_global_random_state_alone(policy):
+def test_a_policy_changes_photos_and_keeps_the_global_random_state(policy):
     config = plain(policy=policy)
     pixels = channels_last(smooth(12))
     torch.manual_seed(3)
@@ -361,19 +361,19 @@ def test_a_policy_changes_photos_and_leaves_the_global_random_state_alone(policy
     assert not torch.equal(run(config, pixels, view=1), out)
 
 
-def test_the_global_random_state_is_given_back_after_an_error(monkeypatch):
+def test_the_global_random_state_is_restored_after_an_error(monkeypatch):
     def fails(*_):
         torch.rand(1)
         raise RuntimeError("no")
 
-    monkeypatch.setattr(augment.policies, "_run", fails)
+    monkeypatch.setattr(policies, "_apply_to_image", fails)
     before = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="no"):
         run(plain(policy="rand_augment"), squares())
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_rand_augment_has_its_number_of_operations_and_strength():
+def test_rand_augment_depends_on_number_and_magnitude_of_operations():
     pixels = channels_last(smooth(12))
     unchanged = run(plain(), pixels).round()
     weak = run(plain(policy="rand_augment", policy_ops=1, policy_magnitude=0), pixels)

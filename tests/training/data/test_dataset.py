@@ -9,7 +9,7 @@ from tests.support.tiny_bundle import photo
 from training.config.sections import DataConfig
 from training.data import layouts
 from training.data.dataset import SPLIT_FILE, load_dataset, photos_changed, read_split, write_split
-from training.run.dataset import of_run
+from training.run.dataset import load_run_dataset
 
 
 def make(root, counts, size=(20, 16)):
@@ -129,19 +129,19 @@ def test_a_written_split_is_read_back(tmp_path):
         '{"schema": 1, "name": "n", "arch": "x", "classes": ["a", "b, \\"quoted\\""],'
         f'"preprocess": {{}}, "data": {{"source": "{root}", "root": "{root}"}}}}'
     )
-    assert of_run(tmp_path) == found
+    assert load_run_dataset(tmp_path) == found
     found.valid[0].path.rename(tmp_path / "away")
     with pytest.raises(
         DataError,
         match=r"1 valid photo is missing in .*; restore the missing photos, or train again",
     ):
-        of_run(tmp_path)
-    assert of_run(tmp_path, part="") == of_run(tmp_path, part="train") == found
+        load_run_dataset(tmp_path)
+    assert load_run_dataset(tmp_path, part="") == load_run_dataset(tmp_path, part="train") == found
     (tmp_path / "away").rename(found.valid[0].path)
     moved = root.rename(tmp_path / "moved")
     with pytest.raises(DataError, match="--data"):
-        of_run(tmp_path)
-    assert of_run(tmp_path, moved).fingerprint == load_dataset(str(moved)).fingerprint
+        load_run_dataset(tmp_path)
+    assert load_run_dataset(tmp_path, moved).fingerprint == load_dataset(str(moved)).fingerprint
 
 
 def test_the_fingerprint_changes_with_the_photos(tmp_path):
