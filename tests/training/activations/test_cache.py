@@ -141,20 +141,22 @@ def test_a_network_that_can_not_be_traced_is_not_fused():
 
 def test_cached_views_give_the_losses_of_running_the_frozen_layers(open_run):
     """In float32, one view per epoch, relative tolerance 1e-4."""
-    kept, _ = open_loaders(open_run("head.dropout=0"), stage=1)
+    loader, _ = open_loaders(open_run("head.dropout=0"), stage=1)
     _, classifier, _ = opened = open_run("head.dropout=0")
     live, _ = open_loaders(opened, stage=1, views=0)
     live.cached, live.prefix = None, classifier.prefix
-    assert kept.cached
-    assert kept.views == 3
+    assert loader.cached
+    assert loader.views == 3
     for epoch in range(3):
-        for (a, same), (b, labels) in zip(kept.epoch(epoch, 8), live.epoch(epoch, 8), strict=True):
+        for (a, same), (b, labels) in zip(
+            loader.epoch(epoch, 8), live.epoch(epoch, 8), strict=True
+        ):
             assert torch.equal(labels, same)
             with torch.no_grad():
                 losses = [F.cross_entropy(classifier.suffix(x), labels) for x in (a, b)]
             assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4)
-    assert torch.equal(rows(kept), rows(kept))
-    assert not torch.allclose(rows(kept, 0), rows(kept, 1))
+    assert torch.equal(rows(loader), rows(loader))
+    assert not torch.allclose(rows(loader, 0), rows(loader, 1))
 
 
 def test_stages_share_the_prefix_they_have_in_common(open_run):
@@ -244,8 +246,8 @@ def test_changed_inputs_are_computed_again(open_run, cache, photos, weights, cha
 
 
 def test_the_number_of_views_is_limited_by_the_budget(open_run, tmp_path, lines):
-    kept, _ = open_loaders(open_run(), stage=1)
-    a_view = kept.cached.shape.size
+    loader, _ = open_loaders(open_run(), stage=1)
+    a_view = loader.cached.shape.size
     for number, (budget, views) in enumerate(
         [(10 * a_view, 3), (2.5 * a_view, 2), (0.5 * a_view, 0), (0, 0)]
     ):
@@ -407,9 +409,9 @@ def test_shared_validation_outputs_equal_those_of_a_stage_alone(open_run):
     assert shared is tail
     assert tail._cached
     for stage, share, shared in zip(settings.stage, found, (torch.cat(first), None), strict=True):
-        alone = open_run()[2]
+        unshared = open_run()[2]
         classifier.freeze_for(stage)
-        _, own = alone.loaders(classifier, stage, SharedPrefix(share.depth, share.views))
+        _, own = unshared.loaders(classifier, stage, SharedPrefix(share.depth, share.views))
         assert own.source is None
         expected = torch.cat([inputs for inputs, _ in own])
         got = shared if shared is not None else torch.cat([inputs for inputs, _ in tail])

@@ -71,11 +71,11 @@ def test_without_augmentation_training_photos_equal_validation_photos(aspect, pr
     preprocess = Preprocess(size=64)
     photo = Image.fromarray(channels_last(smooth(1, 240))[0].numpy())
     photo = photo.resize((round(200 * aspect), 200))
-    whole = PixelTransform("train", preprocess, presize)(photo).copy()
+    squeezed = PixelTransform("train", preprocess, presize)(photo).copy()
     params = transforms.draw(
         plain(), torch.tensor([photo.width / photo.height]), 0, 0, crop=preprocess.crop
     )
-    seen = transforms.apply(torch.from_numpy(whole)[None], params, plain(), preprocess.size)[0]
+    seen = transforms.apply(torch.from_numpy(squeezed)[None], params, plain(), preprocess.size)[0]
     apart = (seen - torch.from_numpy(preprocess(photo).copy()).float()).abs()
     assert float(apart.max()) < 8
     assert float(apart.mean()) < 1
@@ -117,10 +117,10 @@ def test_a_photo_does_not_depend_on_its_batch(config):
     """Bit for bit, with batches large enough for several threads."""
     pixels = channels_last(smooth(12, 150))
     params = transforms.draw(config, torch.full((12,), 1.3), 0, 0)
-    whole = transforms.apply(pixels, params, config, 120)
+    together = transforms.apply(pixels, params, config, 120)
     for index in (torch.tensor([5]), torch.tensor([11, 0, 5])):
         part = transforms.apply(pixels[index], params[index], config, 120)
-        assert torch.equal(part, whole[index])
+        assert torch.equal(part, together[index])
 
 
 @pytest.mark.parametrize("preset", PRESET)
@@ -274,11 +274,11 @@ def test_contrast_and_brightness_are_relative_to_the_mean_of_the_photo():
     config = plain(max_lighting=0.1)
     out = run(config, channels_last(picture)).permute(0, 3, 1, 2)
     colour = transforms.draw(config, torch.ones(4), 0, 0).colour
-    whole = channels_last(picture).permute(0, 3, 1, 2).float()
-    mean = whole.mean(dim=(1, 2, 3))
+    original = channels_last(picture).permute(0, 3, 1, 2).float()
+    mean = original.mean(dim=(1, 2, 3))
     contrast, shift = colour[:, 0], colour[:, 1]
     assert torch.allclose(out.mean(dim=(1, 2, 3)), mean + 255 * shift, atol=1e-2)
-    spread = whole.std(dim=(1, 2, 3))
+    spread = original.std(dim=(1, 2, 3))
     assert torch.allclose(out.std(dim=(1, 2, 3)), contrast * spread, atol=1e-2)
 
 

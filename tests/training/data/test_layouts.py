@@ -193,8 +193,8 @@ def test_split_files_with_labels_from_names_or_a_table(tmp_path, layout):
     labels = {s.path: plain.classes[s.label] for s in plain.train + plain.valid}
     for path, label in found.train + found.valid:
         assert labels[path] == found.classes[label]
-    held = [s.path.relative_to(found.root).as_posix() for s in found.valid]
-    assert held == [row[:-2] for row in rows if row.endswith(",1")]
+    held_out = [s.path.relative_to(found.root).as_posix() for s in found.valid]
+    assert held_out == [row[:-2] for row in rows if row.endswith(",1")]
     assert len(found.unlabelled) == (2 if layout == "csv" else 0)
     write_split(found, tmp_path / SPLIT_FILE)
     again = read_split(tmp_path / SPLIT_FILE, found.root, found.classes, root)
@@ -232,9 +232,9 @@ def test_folds_are_a_partition_and_need_a_dataset_without_a_split(tmp_path):
         load_dataset(root, config=DataConfig(pattern=PETS, folds=4, fold=i), seed=2)
         for i in range(4)
     ]
-    held = [s for found in parts for s in found.valid]
-    assert sorted(held) == sorted(parts[0].train + parts[0].valid)
-    assert len(set(held)) == len(held) == 30
+    held_out = [s for found in parts for s in found.valid]
+    assert sorted(held_out) == sorted(parts[0].train + parts[0].valid)
+    assert len(set(held_out)) == len(held_out) == 30
     for found in parts:
         assert not set(found.train) & set(found.valid)
     with pytest.raises(OptionError, match=r"data\.fold = 1 has no effect alone"):

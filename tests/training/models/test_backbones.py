@@ -73,8 +73,8 @@ def classifier_of(network):
 
 def in_features(network):
     layers = [m for m in classifier_of(network).modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    whole = {torchvision.models.AlexNet: 6 * 6, torchvision.models.VGG: 7 * 7}
-    return layers[0].weight.shape[1] // whole.get(type(network), 1)
+    positions = {torchvision.models.AlexNet: 6 * 6, torchvision.models.VGG: 7 * 7}
+    return layers[0].weight.shape[1] // positions.get(type(network), 1)
 
 
 def test_every_architecture_has_its_layer_groups_and_width(monkeypatch):
@@ -149,10 +149,10 @@ def test_a_training_step_changes_every_group(arch, arch_args, size):
 @pytest.mark.parametrize(("arch", "arch_args", "size"), FAMILIES)
 def test_torchvision_weights_give_torchvision_features(arch, arch_args, size, monkeypatch):
     torch.manual_seed(0)
-    whole = (
+    options = (
         {"init_weights": True} if backbones.family_of(arch).fixed else {}
     )  # with auxiliary classifiers
-    network = torchvision.models.get_model(arch, **arch_args, **whole).eval()
+    network = torchvision.models.get_model(arch, **arch_args, **options).eval()
     monkeypatch.setattr(weights, "read_state_dict", lambda *_: network.state_dict())
     backbone = backbones.build(arch, arch_args, "imagenet")
     seen = []

@@ -94,20 +94,20 @@ def test_training_changes_exactly_what_is_unfrozen(unfreeze, modes):
 
 @pytest.mark.parametrize("unfreeze", CHOICES)
 def test_freezing_for_a_stage_changes_nothing_until_it_is_applied(unfreeze):
-    asked, frozen = small(), small()
+    planned, frozen = small(), small()
     for modes in MODES:
         stage = Stage(name="one", unfreeze=unfreeze, **modes)
         frozen.freeze(unfreeze, **modes)
-        before = state_of(asked)
-        decided = asked.freezing_for(stage)
-        groups = asked.trainable_groups(decided)
-        assert state_of(asked) == before
+        before = state_of(planned)
+        decided = planned.freezing_for(stage)
+        groups = planned.trainable_groups(decided)
+        assert state_of(planned) == before
         assert decided == frozen.freezing
         shapes = [[(name, [p.shape for p in ps]) for name, ps in own]
                   for own in (groups, frozen.trainable_groups())]  # fmt: skip
         assert shapes[0] == shapes[1]
-    asked.freeze_for(stage)
-    assert state_of(asked) == state_of(frozen)
+    planned.freeze_for(stage)
+    assert state_of(planned) == state_of(frozen)
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.pairwise([*CHOICES, *CHOICES[::2]])))
@@ -221,13 +221,13 @@ def test_groups_contain_each_trainable_parameter_once(unfreeze, frozen):
     classifier = small()
     classifier.freeze(unfreeze, frozen_batchnorm=frozen)
     groups = classifier.trainable_groups()
-    listed = [id(p) for _, parameters in groups for p in parameters]
-    assert len(listed) == len(set(listed))
-    assert set(listed) == {id(p) for p in classifier.parameters() if p.requires_grad}
+    ids = [id(p) for _, parameters in groups for p in parameters]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == {id(p) for p in classifier.parameters() if p.requires_grad}
     assert all(parameters for _, parameters in groups)
     assert groups[-1][0] == "head"
     order = [id(p) for p in classifier.parameters()]
-    assert listed == sorted(listed, key=order.index)  # deepest first
+    assert ids == sorted(ids, key=order.index)  # deepest first
 
 
 def test_groups_are_named_after_their_layers():

@@ -10,7 +10,7 @@ from torch import nn, optim
 from serving.errors import OptionError
 from training.config.schema import ALL, Spread, Stage
 from training.config.sections import OptimizerConfig
-from training.models.classifier import build as build_classifier
+from training.models.classifier import create_classifier
 from training.optim.optimizer import (
     apply_schedule,
     build_optimizer,
@@ -25,7 +25,7 @@ from training.optim.schedules import SchedulePoint
 @pytest.fixture(scope="module")
 def resnet34():
     with torch.device("meta"):
-        return build_classifier("resnet34", 3, head={"hidden": 8})
+        return create_classifier("resnet34", 3, head={"hidden": 8})
 
 
 def stage(**options):
@@ -199,7 +199,7 @@ def test_it_holds_what_trains_once_and_nothing_else():
 @pytest.mark.parametrize("arch", ["convnext_tiny", "swin_t", "vit_b_16"])
 def test_norms_biases_and_layer_scales_do_not_decay(arch):
     with torch.device("meta"):
-        classifier = build_classifier(arch, 3, head={"kind": "linear"})
+        classifier = create_classifier(arch, 3, head={"kind": "linear"})
     exempt = norms_and_biases(classifier)
     for module in classifier.modules():
         own = dict(module.named_parameters(recurse=False))

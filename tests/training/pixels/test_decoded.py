@@ -194,22 +194,22 @@ def test_presize_sets_the_size_and_the_cache_has_an_entry_for_each(
 
 def test_rows_are_returned_for_any_indices_and_slices(photos, lines):
     found = load_dataset(str(photos))
-    _, kept, _ = decode_dataset(found, SMALL, PRESIZE, lines.append)
+    _, mapped, _ = decode_dataset(found, SMALL, PRESIZE, lines.append)
     _, streamed, _ = decode_dataset(found, SMALL, PRESIZE, lines.append, 0)
-    assert isinstance(kept.pixels, MemmapRows)
+    assert isinstance(mapped.pixels, MemmapRows)
     assert isinstance(streamed.pixels, StreamingRows)
-    whole = kept.pixels[:]
-    assert torch.equal(kept.aspect, streamed.aspect)
-    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(1)).split(7)
-    slices = [slice(start, start + 5) for start in range(0, len(kept), 5)]
+    all_rows = mapped.pixels[:]
+    assert torch.equal(mapped.aspect, streamed.aspect)
+    order = torch.randperm(len(mapped), generator=torch.Generator().manual_seed(1)).split(7)
+    slices = [slice(start, start + 5) for start in range(0, len(mapped), 5)]
     for indices in (order, slices, [torch.tensor([3, 3, 0])], []):
-        expected = [whole[index] for index in indices]
-        for rows in (kept.pixels, streamed.pixels):
+        expected = [all_rows[index] for index in indices]
+        for rows in (mapped.pixels, streamed.pixels):
             batches = list(rows.batches(indices))
             assert all(map(torch.equal, batches, expected))
             assert len(batches) == len(expected)
-    whole[0] = 0  # a copy
-    assert not torch.equal(kept.pixels[:1], whole[:1])
+    all_rows[0] = 0  # a copy
+    assert not torch.equal(mapped.pixels[:1], all_rows[:1])
     threads = threading.active_count()
     batches = streamed.pixels.batches(order)
     next(batches)
@@ -306,12 +306,12 @@ def test_the_budget_is_kept_and_the_oldest_entry_is_evicted(photos, cache, lines
         assert isinstance(sets[0].pixels, MemmapRows)
         assert cache.size() <= budget * 1e9
         if preprocess is first:
-            kept = sets[0]
+            first_train = sets[0]
     names = {entry.path.name for entry in cache.entries()}
     assert PixelTransform("train", first, PRESIZE).name not in names
     assert PixelTransform("train", last, PRESIZE).name in names
     _, _, valid = decode_dataset(found, first, PRESIZE, lines.append)
-    assert_right(found, (kept, valid), first)  # the evicted file is still mapped
+    assert_right(found, (first_train, valid), first)  # the evicted file is still mapped
     _, *sets = decode_dataset(found, Preprocess(size=256), PRESIZE, lines.append, budget)
     assert isinstance(sets[0].pixels, StreamingRows)
 
@@ -396,7 +396,7 @@ def begin():
 
 started = time.perf_counter()
 os.waitpid(begin(), 0)
-whole = time.perf_counter() - started
+duration = time.perf_counter() - started
 disk_cache.open_cache().clear()
 random.seed(0)
 partial = 0
@@ -404,7 +404,7 @@ for _ in range(200):
     if partial == 8:  # count only kills during writing
         break
     child = begin()
-    time.sleep(random.uniform(0, whole))
+    time.sleep(random.uniform(0, duration))
     os.kill(child, signal.SIGKILL)
     killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
     for name, pixel_store in stores.items():

@@ -175,9 +175,9 @@ def test_rows_that_fit_are_on_the_gpu_and_others_are_copied_ahead(monkeypatch):
     size = COUNT * 3 * SIDE**2
     assert place_rows(part(rows), "training", CPU, lines.append).pixels is rows
     assert lines == []
-    kept = place_rows(part(rows), "training", far, lines.append, lambda _: 2 * size)
-    assert isinstance(kept.pixels, GpuRows)
-    assert (kept.name, kept.key) == ("pixels-x", b"key")
+    on_gpu = place_rows(part(rows), "training", far, lines.append, lambda _: 2 * size)
+    assert isinstance(on_gpu.pixels, GpuRows)
+    assert (on_gpu.name, on_gpu.key) == ("pixels-x", b"key")
     sent = place_rows(part(rows), "training", far, lines.append, lambda _: 2 * size - 2)
     assert isinstance(sent.pixels, PrefetchedRows)
     assert "23 training photos are in GPU memory" in lines[0]
@@ -256,12 +256,12 @@ def test_a_small_batch_is_padded_in_its_memory_format_on_a_gpu_only():
     assert pad_on_gpu(batch, 8) is batch
     assert pad_on_gpu(batch.to("meta"), 8).shape == (8, 4, 5, 6)
     assert pad_batch(batch, 3) is batch
-    whole = pad_batch(batch, 8)
-    assert torch.equal(whole, torch.cat([batch, torch.zeros(5, 4, 5, 6)]))
-    assert whole.is_contiguous(memory_format=torch.channels_last)
+    padded = pad_batch(batch, 8)
+    assert torch.equal(padded, torch.cat([batch, torch.zeros(5, 4, 5, 6)]))
+    assert padded.is_contiguous(memory_format=torch.channels_last)
 
 
-WHOLE = '[[stage]]\nname = "all"\nunfreeze = "all"\nlr = 0.01\n'
+UNFROZEN = '[[stage]]\nname = "all"\nunfreeze = "all"\nlr = 0.01\n'
 
 
 def test_padding_does_not_change_the_metrics(
@@ -283,7 +283,7 @@ def test_padding_does_not_change_the_metrics(
                 monkeypatch.setattr(module, "pad_on_gpu", recording(module))
         monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path / f"{name}-cache"))
         options = ["head.dropout=0", f"weights={weights}"]
-        settings = load.read(recipe(two_stages + WHOLE), options)
+        settings = load.read(recipe(two_stages + UNFROZEN), options)
         folder = finetune.run(
             settings, str(photos), out=tmp_path / name, device="cpu", cache_gb=0.5, log=str
         )
