@@ -158,8 +158,8 @@ def test_a_missing_package_of_the_train_extra_is_named(name, monkeypatch, capsys
 @pytest.mark.parametrize(
     "error",
     [
-        ModuleNotFoundError("No module named 'training.gone'", name="training.gone"),
-        ImportError("cannot import name 'gone' from 'torch'", name="torch"),
+        ModuleNotFoundError("No module named 'training.missing'", name="training.missing"),
+        ImportError("cannot import name 'missing' from 'torch'", name="torch"),
         ImportError("without a name"),
     ],
 )

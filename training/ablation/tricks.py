@@ -86,22 +86,22 @@ def _augment(**options: Any) -> Mapping[str, Any]:
 ROWS: Final = (
     Trick(
         "features", "first", "",
-        "feature extractor: a linear head on a frozen body whose BatchNorm statistics move",
+        "feature extractor: a linear head on a frozen body whose BatchNorm statistics are updated",
         _frozen,
     ),
     Trick(
         "bn_eval", "first", "features",
-        "its BatchNorm in eval mode: ImageNet's statistics stay",
+        "its BatchNorm in eval mode: ImageNet's statistics are kept",
         {"stage": {"frozen_batchnorm": "eval"}},
     ),
     Trick(
         "bn_alone", "first", "features",
-        "BatchNorm alone trained: its scale and shift beside the head",
+        "only BatchNorm's scale and shift train besides the head",
         {"stage": {"frozen_batchnorm": "train"}},
     ),
     Trick(
         "bn_moves", "first", "bn_alone",
-        "everything trains, the body at a hundredth of the head's rate, BatchNorm too",
+        "the whole network trains, the body at a hundredth of the head's rate, BatchNorm too",
         {
             "stage": {
                 "unfreeze": "all", "groups": 2, "lr_divide": 100.0,
@@ -116,7 +116,7 @@ ROWS: Final = (
     ),
     Trick(
         "concat_pool", "first", "bn_fixed",
-        "average and max pooling side by side, and BatchNorm",
+        "average and max pooling concatenated, and BatchNorm",
         {"head": {"kind": "concat_pool", "hidden": [], "dropout": 0.0}},
     ),
     Trick(

@@ -34,7 +34,7 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     if result.views > 1:
         accuracy, loss = score(result.plain, result.labels)
-        log_to_stderr(f"plain view alone: accuracy {accuracy:.6f}  loss {loss:.6f}")
+        log_to_stderr(f"plain view: accuracy {accuracy:.6f}  loss {loss:.6f}")
     if options.csv is not None:
         write_csv(result, options.csv)
     print(

@@ -177,7 +177,7 @@ def add_to(add_verb: AddVerb) -> None:
     add.add_argument(
         "--rows", metavar="A,B", help="names of rows or groups (first, onoff, augment, all)"
     )
-    add.add_argument("--augment", action="store_true", help="each augmentation alone against none")
+    add.add_argument("--augment", action="store_true", help="compare each augmentation with none")
     add.add_argument("--against", default="", metavar="ROW", help="compare every row with this one")
     add.add_argument("--out", type=Path, metavar="DIR", help="default: runs/ablation-RECIPE")
     add.add_argument("--keep", action="store_true", help="keep the weights of every trial")

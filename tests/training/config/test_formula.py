@@ -6,7 +6,7 @@ from training.config.formula import LONGEST, compile_formula
 
 
 @pytest.mark.parametrize(
-    ("text", "law"),
+    ("text", "expected"),
     [
         ("0.5 * (1 + sin(x * pi / 2))", lambda x: 0.5 * (1 + math.sin(x * math.pi / 2))),
         ("1 / (5 ** (x * 0.0001))", lambda x: 1 / (5 ** (x * 0.0001))),
@@ -19,8 +19,8 @@ from training.config.formula import LONGEST, compile_formula
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("x", [0, 1, 2.5, 300])
-def test_it_computes_what_python_does(text, law, x):
-    assert compile_formula(text)(x) == pytest.approx(law(x), rel=1e-14)
+def test_values_equal_pythons(text, expected, x):
+    assert compile_formula(text)(x) == pytest.approx(expected(x), rel=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -33,18 +33,18 @@ def test_it_computes_what_python_does(text, law, x):
         "(" * 60 + "x",
     ],
 )  # fmt: skip
-def test_everything_else_is_refused_and_told_what_is_allowed(text):
+def test_other_syntax_is_refused_with_a_list_of_what_is_allowed(text):
     with pytest.raises(ValueError, match="use numbers, x, pi"):
         compile_formula(text)
 
 
 @pytest.mark.parametrize("text", ["9 ** 9 ** 9 ** 9", "log(x)", "1 / x", "(x - 1) ** 0.5", "1e999"])
-def test_no_value_is_an_error_that_names_x(text):
+def test_values_that_are_not_finite_are_an_error(text):
     with pytest.raises(ValueError, match="no finite value at x = 0"):
         compile_formula(text)(0)
 
 
-def test_a_long_text_is_refused_before_it_is_read():
+def test_a_long_text_is_refused_before_parsing():
     with pytest.raises(ValueError, match=f"at most {LONGEST}"):
         compile_formula("-" * LONGEST + "x")
     assert compile_formula("-" * (LONGEST - 2) + "x")(3) == 3

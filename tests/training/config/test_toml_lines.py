@@ -67,11 +67,11 @@ def paths(values, here=()):
     [ODD, ODD.replace("\n", "\r\n"), "", "# nothing", "x=1", "x = {}\ny = []", "[a]\n[[b]]\n[[b]]"]
     + [path.read_text() for path in sorted(Path("training/recipes").glob("*.toml"))],
 )
-def test_the_paths_are_those_that_tomllib_finds(text):
+def test_paths_equal_those_of_tomllib(text):
     assert set(lines_of(text)) == set(paths(tomllib.loads(text)))
 
 
-def test_each_key_is_on_the_line_found():
+def test_each_key_is_on_its_line():
     lines = ODD.splitlines()
     found = lines_of(ODD)
     for path, line in found.items():
@@ -87,5 +87,5 @@ def test_each_key_is_on_the_line_found():
     assert found["table",] == found["table", "below"] - 1
 
 
-def test_windows_line_ends_change_nothing():
+def test_windows_line_ends_do_not_change_the_lines():
     assert lines_of(ODD.replace("\n", "\r\n")) == lines_of(ODD)

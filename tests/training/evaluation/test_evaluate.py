@@ -164,7 +164,7 @@ def test_the_csv_has_a_row_for_every_photo(run, tmp_path, capsys):
         f"photos {result.photos}  views 2  broken 0\n"
     )
     plain, loss = evaluate.score(result.plain, result.labels)
-    assert output.err == f"plain view alone: accuracy {plain:.6f}  loss {loss:.6f}\n"
+    assert output.err == f"plain view: accuracy {plain:.6f}  loss {loss:.6f}\n"
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["path"] for row in rows] == [
