@@ -1,4 +1,4 @@
-"""A run's folder without the training: an untrained network with all that stands beside it."""
+"""A finished run folder without training: an untrained network and the usual files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ tail,1,0.01,0.5,0.25,0.9375,70.0
 
 
 def finished(folder, photos, valid=0.5, name="tiny"):
-    """Make `folder` a run on `photos`; the weights say nothing, but not the same of every photo."""
+    """Write a run folder on `photos` whose network has different outputs for different photos."""
     folder.mkdir(parents=True)
     found = load_dataset(str(photos), config=DataConfig(valid=valid))
     torch.manual_seed(0)
@@ -37,7 +37,7 @@ def finished(folder, photos, valid=0.5, name="tiny"):
     classifier = create_classifier(
         "mobilenet_v2", len(found.classes), arch_args=arch_args, head=head
     )
-    with torch.no_grad():  # untrained statistics let nothing through
+    with torch.no_grad():  # with initial statistics the outputs would hardly differ
         for module in classifier.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_var.fill_(0.05)

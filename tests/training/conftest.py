@@ -33,7 +33,7 @@ cycle_len = 3
 
 
 def coloured(root, counts, side=40):
-    """A folder a class, each class of one hue: what a network learns in seconds."""
+    """Write photos of one hue per class: a task that a network learns in seconds."""
     for number, (name, count) in enumerate(counts.items()):
         rng = np.random.default_rng(number)
         colour = np.array(colorsys.hsv_to_rgb(number / len(counts), 0.8, 0.8)) * 255
@@ -64,7 +64,7 @@ def recipe(tmp_path):
 
 @pytest.fixture
 def weights(tmp_path):
-    """A file of weights for the recipe's network, as if it had been trained."""
+    """A file of pretrained weights for the recipe's network."""
     torch.manual_seed(0)
     path = tmp_path / "w.pth"
     torch.save(torchvision.models.mobilenet_v2(width_mult=0.25).state_dict(), path)
@@ -73,5 +73,5 @@ def weights(tmp_path):
 
 @pytest.fixture
 def two_stages():
-    """The head alone, then the last layer group with it: stages that share what is frozen."""
+    """Stages that share frozen layers: the head, then head and last layer group."""
     return TWO_STAGES

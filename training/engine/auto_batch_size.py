@@ -39,14 +39,14 @@ MARGIN: Final = 0.9
 """Share of the free memory that may be used; the rest is for libraries and fragmentation."""
 
 CUDA_GRAPH_FACTOR: Final = 2
-"""Memory of training with CUDA graphs, relative to the trial's peak: the smaller batch at the end
+"""DeviceMemory of training with CUDA graphs, relative to the trial's peak: the smaller batch at the end
 of an epoch can't use the memory that the graphs hold."""
 
 STEPS: Final = 2
 """Steps of a trial: the optimizer allocates its state in the first."""
 
 
-class Memory(Protocol):
+class DeviceMemory(Protocol):
     """A device's memory. free: bytes that could be allocated before the trials."""
 
     free: int
@@ -84,7 +84,7 @@ def resolve_batch_size(
     log: Log,
     process_group: ProcessGroup = SINGLE_PROCESS,
     *,
-    memory: Memory | None = None,
+    memory: DeviceMemory | None = None,
 ) -> Recipe:
     """The recipe with a number as its batch size; unchanged if it has one already.
 
@@ -101,7 +101,7 @@ def resolve_batch_size(
         log: Takes log lines.
         process_group: The processes that split a batch, each with a GPU of the same kind. Process 0
             measures; the result is the batch of all processes together.
-        memory: Memory of the device; by default of the GPU.
+        memory: DeviceMemory of the device; by default of the GPU.
 
     Raises:
         WorkError: The smallest batch does not fit.
@@ -142,7 +142,7 @@ def _largest_batch(
     stages: Sequence[Stage],
     classes: int,
     precision: Precision,
-    memory: Memory,
+    memory: DeviceMemory,
     available: int,
     most: int,
 ) -> tuple[int, int]:
@@ -167,7 +167,7 @@ def _largest_batch(
 
 
 def largest_fitting(
-    trial: Callable[[int], object], memory: Memory, available: int, most: int
+    trial: Callable[[int], object], memory: DeviceMemory, available: int, most: int
 ) -> tuple[int, int]:
     """(largest batch found by doubling, its peak in bytes); (0, 0) if the smallest does not fit."""
     best, size = (0, 0), SMALLEST

@@ -1,4 +1,4 @@
-"""Several processes train as one: gloo, on a CPU, started by torchrun as a person starts them."""
+"""Data-parallel training: gloo on a CPU, in processes started by torchrun."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ from training.run import checkpoint
 
 ROOT = Path(__file__).parents[3]
 
-# Starts `fledge` with a fault: each process ends, or fails, or writes down what it sees.
+# Runs `fledge` with a fault: a process is killed or fails; validation results are written down.
 WORKER = """
 import hashlib, json, os, signal, sys
 import fledge
@@ -67,21 +67,21 @@ sys.exit(fledge.main(sys.argv[1:]))
 
 
 def torchrun(*words, **env):
-    """What a person sees of a command that torchrun starts in two processes."""
+    """Run a command in two processes by torchrun."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
         [*start, *map(str, words)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         text=True,
-        timeout=STEP_TIMEOUT.total_seconds() / 2,  # one that hangs takes longer
+        timeout=STEP_TIMEOUT.total_seconds() / 2,  # shorter than the timeout of a hanging process
         check=False,
     )
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """A folder with photos, weights for a network whose BatchNorms have seen some, and a worker."""
+    """A folder with photos, weights with trained BatchNorm statistics, and the worker script."""
     root = tmp_path_factory.mktemp("distributed")
     coloured(root / "photos", {"blue": 28, "green": 28, "red": 28})
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def setting(tmp_path_factory):
 
 
 def write(setting, name, stages, *overrides):
-    """A recipe's file, and the overrides that its runs have in common."""
+    """(recipe file, overrides of all its runs)."""
     path = setting / f"{name}.toml"
     path.write_text(RECIPE.format(stages=stages))
     return path, (f"weights={setting / 'w.pth'}", "data.valid=0.5", *overrides)
@@ -106,13 +106,13 @@ def rows(folder, name):
         return list(csv.DictReader(file))
 
 
-def said(done):
-    """The lines of ours on stderr."""
+def stderr_lines(done):
+    """The lines on stderr."""
     return [line for line in done.stderr.splitlines() if line]
 
 
 def worker(setting, folder, fault, *words):
-    """A run with a fault, and what each of its processes wrote down."""
+    """(completed process of a run with a fault, notes of each of its processes)."""
     notes = folder.with_name(f"{folder.name}-notes")
     notes.mkdir(exist_ok=True)
     done = torchrun(setting / "worker.py", *words, FAULT=fault, NOTES=str(notes))
@@ -120,9 +120,9 @@ def worker(setting, folder, fault, *words):
     return done, [path.read_text().splitlines() if path.exists() else [] for path in paths]
 
 
-# 42 photos to train on in batches of 13: 7 and 6 for the processes, and a last one of 3, which is
-# too small to be shared out. 42 to validate: 32 and 10.
-ALIKE = """
+# 42 training photos in batches of 13: shards of 7 and 6 photos, and a last batch of 3, which is too
+# small to be split. 42 validation photos: 32 and 10.
+EQUAL = """
 [[stage]]
 name = "head"
 lr = 0.01
@@ -142,9 +142,9 @@ EXACT = (
 
 
 @pytest.fixture(scope="module")
-def alike(setting):
-    """A run of one process, and the same one of two, with what it said."""
-    path, overrides = write(setting, "alike", ALIKE, *EXACT)
+def equal_runs(setting):
+    """(folder of a run in one process, of the same run in two, completed process of the latter)."""
+    path, overrides = write(setting, "equal_runs", EQUAL, *EXACT)
     one, two = setting / "one", setting / "two"
     request = load.read(path, overrides)
     finetune.run(request, str(setting / "photos"), out=one, device="cpu", log=lambda line: None)
@@ -154,8 +154,8 @@ def alike(setting):
     return one, two, done
 
 
-def test_two_processes_make_the_losses_of_one(alike):
-    one, two, _ = alike
+def test_two_processes_have_the_losses_of_one(equal_runs):
+    one, two, _ = equal_runs
     for name, columns in {
         "steps.csv": ("loss",),
         "metrics.csv": ("train_loss", "valid_loss"),
@@ -172,8 +172,8 @@ def test_two_processes_make_the_losses_of_one(alike):
         assert torch.allclose(value, theirs[name], rtol=1e-4, atol=1e-6), name
 
 
-def test_one_process_writes_and_speaks(alike):
-    one, two, done = alike
+def test_only_one_process_writes_files_and_log_lines(equal_runs):
+    one, two, done = equal_runs
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
     assert len(list((two / "events").iterdir())) == 1
     for name, key in (
@@ -182,7 +182,7 @@ def test_one_process_writes_and_speaks(alike):
     ):
         seen = [tuple(row[k] for k in key) for row in rows(two, name)]
         assert len(seen) == len(set(seen))
-    lines = said(done)
+    lines = stderr_lines(done)
     assert len(lines) == len(set(lines)), done.stderr
     assert sum(", 2 processes" in line for line in lines) == 1
     assert sum("next: fledge export" in line for line in lines) == 1
@@ -201,8 +201,8 @@ cycle_len = 6
 """
 
 
-def test_batchnorms_that_train_end_where_one_process_ends(setting):
-    """And lr_find picks the same rate everywhere, and all keep the same weights."""
+def test_training_batchnorms_reach_the_accuracy_of_one_process(setting):
+    """lr_find picks the same rate in all processes, and all have the same weights."""
     network = ("arch=resnet18", "arch_args={}", "weights=none", "optimizer.kind=adamw")
     path, overrides = write(setting, "moving", MOVING, "lr_find.steps=30", "optimizer.ema=0.5")
     overrides += network
@@ -212,18 +212,18 @@ def test_batchnorms_that_train_end_where_one_process_ends(setting):
     words = ("train", path, "--data", setting / "photos", "--out", two, "--device", "cpu")
     done, (first, second) = worker(setting, two, "none", *words, *overrides)
     assert done.returncode == 0, done.stderr
-    assert len(first) == 8  # a curve, and seven epochs
+    assert len(first) == 8  # one curve and seven epochs
     assert first == second
     picked = json.loads(first[0])[2]
     assert float(rows(two, "steps.csv")[0]["lr"].split()[-1]) == pytest.approx(picked)
     a, b = (float(rows(folder, "metrics.csv")[-1]["accuracy"]) for folder in (one, two))
-    # Two standard errors of a difference, of 42 photos at the accuracy of both.
+    # Two standard errors of the difference of two accuracies on 42 photos.
     p = min(max((a + b) / 2, 0.1), 0.9)
     assert abs(a - b) <= 2 * (2 * p * (1 - p) / 42) ** 0.5, (a, b)
     assert b > 0.8
 
 
-# Everything that has a state, in each process: masks of dropout, moving statistics, averages.
+# Everything with a state in each process: dropout masks, BatchNorm statistics, averages.
 STATES = """
 [[stage]]
 name = "head"
@@ -245,40 +245,44 @@ STATE_OVERRIDES = ("batch_size=9", "optimizer.ema=0.8", "head.dropout=0.5")
 
 
 @pytest.fixture(scope="module")
-def whole(setting):
-    """How a run of two processes ends that nothing happened to."""
+def reference_run(setting):
+    """(command, folder) of an uninterrupted run in two processes."""
     path, overrides = write(setting, "states", STATES, *STATE_OVERRIDES)
     words = ("train", path, "--data", setting / "photos", "--device", "cpu", *overrides)
-    done = torchrun("-m", "fledge", *words, "--out", setting / "whole")
+    done = torchrun("-m", "fledge", *words, "--out", setting / "reference_run")
     assert done.returncode == 0, done.stderr
-    return words, setting / "whole"
+    return words, setting / "reference_run"
 
 
-def test_killed_it_goes_on_to_the_same_bits(whole, setting):
-    words, reference = whole
+def test_a_killed_run_is_resumed_to_the_same_bits(reference_run, setting):
+    words, reference = reference_run
     folder = setting / "killed"
     done, _ = worker(setting, folder, "kill", *words, "--out", folder)
     assert done.returncode != 0
     assert len(rows(folder, "metrics.csv")) == 2
     done = torchrun("-m", "fledge", "train", "--resume", folder)
     assert done.returncode == 0, done.stderr
-    assert sum("resuming after 2 finished epochs" in line for line in said(done)) == 1
+    assert sum("resuming after 2 finished epochs" in line for line in stderr_lines(done)) == 1
     assert result(folder) == result(reference)
 
 
-def test_a_process_that_fails_ends_the_run_in_a_line(whole, setting):
-    words, _ = whole
+def test_an_error_in_one_process_ends_the_run_with_one_message(reference_run, setting):
+    words, _ = reference_run
     folder = setting / "failed"
     done, _ = worker(setting, folder, "fail", *words, "--out", folder)
     assert done.returncode != 0
-    ours = [line for line in said(done) if line.startswith(("fledge:", "stopped:", "interrupted:"))]
+    ours = [
+        line
+        for line in stderr_lines(done)
+        if line.startswith(("fledge:", "stopped:", "interrupted:"))
+    ]
     assert ours == [
         "stopped: 2 finished epochs are saved; resume with: torchrun … -m fledge train "
         f"--resume {folder}",
         "fledge: rose.jpg can't be read any more: mend it",
     ]
     lines = []
-    finetune.resume(folder, log=lines.append)  # by one process
+    finetune.resume(folder, log=lines.append)  # in one process
     warning = (
         "warning: the run was started with 2 processes and continues with 1: the weights will not "
         "be bit-equal"
@@ -287,11 +291,11 @@ def test_a_process_that_fails_ends_the_run_in_a_line(whole, setting):
     assert len(rows(folder, "metrics.csv")) == 5
 
 
-def test_a_mistake_is_told_once(setting):
-    path, overrides = write(setting, "mistaken", ALIKE, *EXACT)
+def test_an_error_in_all_processes_is_reported_once(setting):
+    path, overrides = write(setting, "wrong", EQUAL, *EXACT)
     words = ("-m", "fledge", "train", path, "--data", setting / "photos", *overrides)
     done = torchrun(*words, "batch_size=3")
-    assert [line for line in said(done) if "fledge:" in line] == [
+    assert [line for line in stderr_lines(done) if "fledge:" in line] == [
         "fledge: batch_size = 3: it is split among 2 processes, with at least 2 photos each: use 4 "
         "or more, or fewer processes"
     ]
@@ -299,7 +303,7 @@ def test_a_mistake_is_told_once(setting):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("photos", [2, 3, 4, 5, 15, 16, 17, 33])
-def test_parts_make_up_a_batch_and_weights_its_mean(size, photos):
+def test_shards_make_up_a_batch_and_their_weighted_losses_its_mean(size, photos):
     index, values = torch.arange(photos) * 10, torch.rand(photos, dtype=torch.float64)
     parts = [ProcessGroup(rank, size).shard(index) // 10 for rank in range(size)]
     assert all(len(part) >= 2 for part in parts)
@@ -309,7 +313,7 @@ def test_parts_make_up_a_batch_and_weights_its_mean(size, photos):
     assert torch.stack(weighted).mean().item() == pytest.approx(values.mean().item(), rel=1e-12)
 
 
-def test_alone_nothing_is_copied_or_wrapped(tmp_path):
+def test_a_single_process_copies_and_wraps_nothing(tmp_path):
     net, values = torch.nn.Linear(2, 2), torch.ones(3)
     assert SINGLE_PROCESS.wrap(net) is net
     assert SINGLE_PROCESS.total(values) is values
@@ -321,7 +325,7 @@ def test_alone_nothing_is_copied_or_wrapped(tmp_path):
         assert process_group is SINGLE_PROCESS
 
 
-def test_synchronised_batchnorms_are_the_same_but_for_the_frozen_ones():
+def test_sync_batchnorms_replaces_all_but_frozen_ones():
     torch.manual_seed(0)
     classifier = create_classifier("mobilenet_v2", 3, arch_args={"width_mult": 0.25})
     classifier.freeze(2)
@@ -343,7 +347,7 @@ def test_synchronised_batchnorms_are_the_same_but_for_the_frozen_ones():
     assert not any(classifier.body.get_submodule(name).training for name in held)
 
 
-def test_what_differs_is_named(monkeypatch):
+def test_a_difference_between_processes_is_named(monkeypatch):
     monkeypatch.setattr(
         ProcessGroup, "broadcast_object", lambda self, choose: {"the recipe": "other"}
     )
@@ -353,8 +357,8 @@ def test_what_differs_is_named(monkeypatch):
         ProcessGroup(1, 2).check_same({"the recipe": "own"})
 
 
-def test_only_the_first_process_shows_bars(monkeypatch):
+def test_only_the_first_process_shows_progress_bars(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    for rank, shown in (("0", True), ("1", False)):
+    for rank, visible in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
-        assert progress.progress_bar().disable is not shown
+        assert progress.progress_bar().disable is not visible

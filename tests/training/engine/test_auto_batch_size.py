@@ -1,4 +1,4 @@
-"""The batch size that is found: the largest that fits, by real steps, which leave no trace.
+"""`batch_size = "auto"`: the largest batch that fits; the trials leave the run unchanged.
 
 A memory that is made up stands in for a GPU's, and the CPU does the steps.
 """
@@ -22,7 +22,7 @@ from training.run.folder import read_run
 from training.utils.precision import Precision
 
 CPU = Precision(torch.float32, torch.device("cpu"))
-A_PHOTO = 1000  # bytes that one takes in a step
+A_PHOTO = 1000  # bytes that a photo needs in a step
 STAGES = """
 [[stage]]
 name = "head"
@@ -44,8 +44,8 @@ image_size = 40
 """
 
 
-class Memory:
-    """As large as is said; `full` photos in a step are more than the device has at all."""
+class FakeMemory:
+    """Fake memory for `photos` photos; more than `full` photos in a step raise OutOfMemoryError."""
 
     def __init__(self, photos, full=10**6):
         self.free, self.full, self.seen, self._peak = photos * A_PHOTO, full, [], 0
@@ -71,7 +71,7 @@ def lines():
 
 @pytest.fixture
 def opened(recipe, photos, lines, monkeypatch):
-    """A recipe that asks for it, its classifier and stages, and photos of made-up number."""
+    """A recipe with batch_size = "auto", its classifier and stages, and `count` photos."""
 
     def made(*overrides, count=10_000):
         settings = load.read(recipe(STAGES), ["batch_size=auto", *overrides])
@@ -89,7 +89,7 @@ def watched(memory):
 
 
 @pytest.mark.parametrize(
-    ("room", "full", "most", "expected"),
+    ("available", "full", "most", "expected"),
     [
         (100, 10**6, 1024, 64),
         (64, 10**6, 1024, 64),
@@ -101,18 +101,18 @@ def watched(memory):
         (10**6, 7, 1024, 0),
     ],
 )
-def test_the_largest_power_of_two_that_fits(room, full, most, expected):
-    memory = Memory(10**6, full)
-    found, peak = largest_fitting(watched(memory), memory, room * A_PHOTO, most)
+def test_the_largest_power_of_two_that_fits(available, full, most, expected):
+    memory = FakeMemory(10**6, full)
+    found, peak = largest_fitting(watched(memory), memory, available * A_PHOTO, most)
     assert (found, peak) == (expected, expected * A_PHOTO)
     assert memory.seen == [8 * 2**n for n in range(len(memory.seen))]
 
 
-def test_recorded_steps_count_on_half(opened, lines):
+def test_cuda_graphs_get_half_the_memory(opened, lines):
     found = []
     for compiled in ("false", "cuda_graphs"):
         settings, classifier, stages, photos = opened(f"compile={compiled}")
-        memory = Memory(72)
+        memory = FakeMemory(72)
         classifier.head.register_forward_pre_hook(lambda *given, m=memory: m.watch(*given))
         settled = resolve_batch_size(
             settings, classifier, stages, photos, CPU, lines.append, memory=memory
@@ -121,21 +121,21 @@ def test_recorded_steps_count_on_half(opened, lines):
     assert found == [64, 32]
 
 
-def test_other_errors_are_not_taken_for_a_full_memory():
+def test_other_errors_are_raised():
     def broken(size):
         raise RuntimeError("a fault")
 
     with pytest.raises(RuntimeError, match="a fault"):
-        largest_fitting(broken, Memory(100), 10**9, 1024)
+        largest_fitting(broken, FakeMemory(100), 10**9, 1024)
 
 
 @pytest.mark.parametrize("full", [10**6, 40])
-def test_real_steps_decide_and_leave_no_trace(opened, lines, full):
+def test_trials_leave_classifier_and_random_state_unchanged(opened, lines, full):
     settings, classifier, stages, found = opened(
         "optimizer.accumulate=2", "optimizer.ema=0.9", "optimizer.kind=adam", "augment.erase=0.5"
     )
-    memory = Memory(72, full)
-    # A method of its own would be copied with the classifier.
+    memory = FakeMemory(72, full)
+    # A bound method as hook would be deep-copied with the classifier, memory included.
     classifier.head.register_forward_pre_hook(lambda *given: memory.watch(*given))
     before = copy.deepcopy(classifier.state_dict())
     modes = [module.training for module in classifier.modules()]
@@ -144,9 +144,9 @@ def test_real_steps_decide_and_leave_no_trace(opened, lines, full):
     settled = resolve_batch_size(
         settings, classifier, stages, found, CPU, lines.append, memory=memory
     )
-    assert settled.batch_size == (64 if full > 64 else 32)  # 72 photos less a tenth
+    assert settled.batch_size == (64 if full > 64 else 32)  # 90 % of 72 photos
     assert settled == settings.model_copy(update={"batch_size": settled.batch_size})
-    assert len(memory.seen) >= 4 * 4  # two steps of two batches
+    assert len(memory.seen) >= 4 * 4  # at least four trials of two steps with two batches each
     after = classifier.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -166,33 +166,35 @@ def test_the_most_demanding_stages_are_tried(opened):
 
 
 @pytest.mark.parametrize(("count", "size", "expected"), [(100, 1, 64), (100, 3, 96), (3, 1, 8)])
-def test_no_more_than_there_are_photos(opened, lines, monkeypatch, count, size, expected):
+def test_the_batch_is_not_larger_than_the_training_part(
+    opened, lines, monkeypatch, count, size, expected
+):
     monkeypatch.setattr(ProcessGroup, "broadcast_object", lambda process_group, choose: choose())
     opened = opened(count=count)
     settled = resolve_batch_size(
-        *opened, CPU, lines.append, ProcessGroup(size=size), memory=Memory(10**6)
+        *opened, CPU, lines.append, ProcessGroup(size=size), memory=FakeMemory(10**6)
     )
     assert settled.batch_size == expected
 
 
-def test_nothing_that_fits_is_told_with_what_to_do(opened, lines):
+def test_no_fitting_batch_is_an_error_with_a_remedy(opened, lines):
     settings, classifier, stages, found = opened()
-    memory = Memory(10**6, full=SMALLEST - 1)
+    memory = FakeMemory(10**6, full=SMALLEST - 1)
     classifier.head.register_forward_pre_hook(lambda *given: memory.watch(*given))
     with pytest.raises(WorkError, match=r"^batch_size = 'auto': stage all does not fit[^\n]+$"):
         resolve_batch_size(settings, classifier, stages, found, CPU, lines.append, memory=memory)
 
 
-def test_a_number_stays_and_a_cpu_has_32(opened, lines):
+def test_a_number_is_unchanged_and_on_a_cpu_auto_is_32(opened, lines):
     settings, *rest = opened()
     numbered = settings.model_copy(update={"batch_size": 7})
-    assert resolve_batch_size(numbered, *rest, CPU, lines.append, memory=Memory(1)) is numbered
+    assert resolve_batch_size(numbered, *rest, CPU, lines.append, memory=FakeMemory(1)) is numbered
     assert lines == []
     assert resolve_batch_size(settings, *rest, CPU, lines.append).batch_size == 32
     assert lines == ["batch_size = 'auto': 32; on a CPU"]
 
 
-def test_room_is_left_pixel_bytes_that_will_lie_there(opened, monkeypatch):
+def test_memory_is_reserved_for_pixels_on_the_gpu(opened, monkeypatch):
     monkeypatch.undo()
     settings, _, stages, found = opened(count=1000)
     train, valid = 1000 * 3 * 60**2, 9 * 3 * 40**2
@@ -201,7 +203,7 @@ def test_room_is_left_pixel_bytes_that_will_lie_there(opened, monkeypatch):
     assert auto_batch_size._pixel_bytes(settings, stages, found, 1000) == 0
 
 
-def test_the_run_has_the_number_in_its_recipe(recipe, photos, tmp_path, lines):
+def test_the_recipe_of_the_run_has_the_number(recipe, photos, tmp_path, lines):
     settings = load.read(recipe(), ["batch_size=auto", "stage.all.cycle_len=1", "tta.count=0"])
     assert settings.batch_size == AUTO
     folder = finetune.run(
@@ -213,8 +215,8 @@ def test_the_run_has_the_number_in_its_recipe(recipe, photos, tmp_path, lines):
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_filled_and_given_back(opened, lines):
-    # A ResNet: for MobileNetV2's layers cuDNN makes kernels anew for every batch size, for seconds.
+def test_the_trials_free_the_memory_of_the_gpu(opened, lines):
+    # A ResNet: for MobileNetV2 cuDNN compiles kernels for every batch size, which takes seconds.
     settings, classifier, stages, found = opened("precision=bf16", "arch=resnet18", "arch_args={}")
     where = Precision(torch.bfloat16, torch.device("cuda"))
     torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda"))  # cuBLAS keeps some memory

@@ -1,4 +1,4 @@
-"""What trains, compiled: the same function, the same weights, and one line where it can't be."""
+"""`compile` by torch.compile and CUDA graphs: same outputs, same weights, one-line errors."""
 
 import copy
 import shutil
@@ -31,7 +31,7 @@ lr = 0.01
 cycle_len = 2
 """
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
-quietly = pytest.mark.filterwarnings("ignore")  # torch's own, of its own parts
+ignore_warnings = pytest.mark.filterwarnings("ignore")  # torch.compile's own
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def run(path, photos, out, lines, *overrides, device="cpu"):
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """torch.compile without the compiling: says what is compiled, and how often it is run."""
+def fake_compile(monkeypatch):
+    """Replaces torch.compile; lists its options and the batch sizes of the calls."""
     seen = []
 
     def compile(function, **options):
@@ -63,20 +63,20 @@ def counted(monkeypatch):
     return seen
 
 
-def test_whole_batches_run_compiled_and_the_odd_one_as_ever(counted):
+def test_only_batches_of_the_first_size_run_compiled(fake_compile):
     network = nn.Sequential(nn.Linear(4, 2))
     fast = FullBatchAccelerator(network, compiled)
     for size in (8, 8, 3, 8, 16):
         inputs = torch.randn(size, 4)
         assert torch.equal(fast(inputs), network(inputs))
-    assert [entry["sizes"] for entry in counted] == [[8, 8, 8]]
-    assert counted[0]["options"] == {"dynamic": False}
+    assert [entry["sizes"] for entry in fake_compile] == [[8, 8, 8]]
+    assert fake_compile[0]["options"] == {"dynamic": False}
     assert [*fast.parameters()] == [*network.parameters()]
 
 
 @pytest.fixture
-def recorder(monkeypatch):
-    """torch.cuda's recording without a GPU: warms up as it does, then says what was replayed."""
+def fake_capture(monkeypatch):
+    """Replaces make_graphed_callables: runs its warm-up passes, lists the sizes of replays."""
     seen = {"replayed": [], "random": torch.zeros(1)}
 
     def record(module, samples, **_):
@@ -99,7 +99,7 @@ def recorder(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
-def test_a_recording_leaves_statistics_and_random_state_as_they_are(recorder):
+def test_a_capture_restores_statistics_and_random_state(fake_capture):
     network, plain = (
         nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)) for _ in range(2)
     )
@@ -108,14 +108,14 @@ def test_a_recording_leaves_statistics_and_random_state_as_they_are(recorder):
     for size in (8, 8, 3):
         inputs = torch.randn(size, 4)
         assert torch.equal(fast(inputs), plain(inputs))
-    assert recorder == {"replayed": [8, 8], "random": torch.zeros(1)}
+    assert fake_capture == {"replayed": [8, 8], "random": torch.zeros(1)}
     for name, value in plain.state_dict().items():
         assert torch.equal(network.state_dict()[name], value), name
     assert [*fast.parameters()] == [*network.parameters()]
 
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
-def test_what_cannot_be_recorded_says_what_to_do(recorder):
+def test_a_failed_capture_is_an_error_with_a_remedy(fake_capture):
     class Odd(nn.Module):
         def forward(self, _):
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
@@ -124,10 +124,10 @@ def test_what_cannot_be_recorded_says_what_to_do(recorder):
         FullBatchAccelerator(nn.Sequential(Odd(), nn.Linear(4, 2)), captured)(torch.ones(8, 4))
     head = FullBatchAccelerator(nn.Sequential(nn.Linear(4, 2)), captured)
     assert head(torch.ones(8, 4)).shape == (8, 2)
-    assert not recorder["replayed"]
+    assert not fake_capture["replayed"]
 
 
-def test_a_stage_is_compiled_once_and_the_classifier_stays_as_it_was(counted, recipe, lines):
+def test_a_stage_is_compiled_once_and_the_classifier_does_not_change(fake_compile, recipe, lines):
     settings = load.read(recipe(STAGES), ["compile=true"])
     classifier, _ = plan.build_classifier(settings, 3, lines.append)
     keys, (head, body) = list(classifier.state_dict()), settings.stage
@@ -139,14 +139,14 @@ def test_a_stage_is_compiled_once_and_the_classifier_stays_as_it_was(counted, re
     assert second is not first
     second(images)
     second(images)
-    assert [entry["sizes"] for entry in counted] == [[4], [4, 4]]
+    assert [entry["sizes"] for entry in fake_compile] == [[4], [4, 4]]
     assert list(classifier.state_dict()) == keys
     off = settings.model_copy(update={"compile": False})
     assert isinstance(accelerated_suffix(classifier, body, off), nn.Sequential)
-    assert len(counted) == 2
+    assert len(fake_compile) == 2
 
 
-def test_a_network_that_cannot_be_compiled_says_what_to_do(monkeypatch):
+def test_a_failed_compilation_is_an_error_with_a_remedy(monkeypatch):
     def broken(*_, **__):
         def run(inputs):
             raise torch._dynamo.exc.TorchDynamoException("an odd layer\nand a long story")
@@ -165,7 +165,7 @@ def test_a_network_that_cannot_be_compiled_says_what_to_do(monkeypatch):
         (["compile=true"], r"compile: there is no C\+\+ compiler here; install g\+\+, or use comp"),
     ],
 )
-def test_what_is_not_there_is_known_before_the_work(
+def test_a_missing_gpu_or_compiler_is_an_error_before_the_work_begins(
     recipe, photos, tmp_path, lines, monkeypatch, options, message
 ):
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
@@ -174,7 +174,7 @@ def test_what_is_not_there_is_known_before_the_work(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tool_that_does_not_work_is_known_before_the_work(recipe, monkeypatch):
+def test_a_broken_compiler_is_an_error_before_the_work_begins(recipe, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("ld: cannot find -lgomp\ncollect2: error")
 
@@ -195,9 +195,9 @@ def test_a_tool_that_does_not_work_is_known_before_the_work(recipe, monkeypatch)
 
 @pytest.mark.slow
 @needs_compiler
-@quietly
-def test_compiled_gradients_are_those_of_the_network(recipe, lines):
-    """Of whole batches and odd ones, in float32: to rounding."""
+@ignore_warnings
+def test_compiled_gradients_equal_those_of_the_network(recipe, lines):
+    """In float32, up to rounding, for full and smaller batches."""
     settings = load.read(recipe(STAGES), ["compile=true", "head.dropout=0"])
     classifier, _ = plan.build_classifier(settings, 3, lines.append)
     stage = settings.stage[1]
@@ -211,15 +211,15 @@ def test_compiled_gradients_are_those_of_the_network(recipe, lines):
             network(images).square().sum().backward()
             found.append({n: p.grad.clone() for n, p in classifier.named_parameters()})
         whole = max(gradient.abs().max() for gradient in found[0].values())
-        for name, gradient in found[0].items():  # 0 but for rounding, before a BatchNorm
+        for name, gradient in found[0].items():  # before a BatchNorm it is 0 up to rounding
             near = 1e-3 * gradient.abs().max() + 1e-5 * whole
             assert (gradient - found[1][name]).abs().max() <= near, name
 
 
 @pytest.mark.slow
 @needs_compiler
-@quietly
-def test_a_compiled_run_ends_as_any_other(recipe, photos, tmp_path, lines):
+@ignore_warnings
+def test_a_compiled_run_writes_the_usual_checkpoint(recipe, photos, tmp_path, lines):
     folder = run(recipe(STAGES), photos, tmp_path / "run", lines, "compile=true")
     trained, _ = checkpoint.load(folder / "stages" / "all.safetensors")
     plain, _ = plan.build_classifier(load.read(recipe(STAGES)), 3, lines.append)
@@ -228,9 +228,9 @@ def test_a_compiled_run_ends_as_any_other(recipe, photos, tmp_path, lines):
 
 
 @pytest.mark.gpu
-@quietly
+@ignore_warnings
 @pytest.mark.parametrize("compiled", ["true", "cuda_graphs"])
-def test_a_gpu_learns_compiled(recipe, photos, tmp_path, lines, compiled):
+def test_a_compiled_run_on_a_gpu_has_the_same_losses(recipe, photos, tmp_path, lines, compiled):
     options = ["arch=resnet18", "arch_args={}", "head.dropout=0", "precision=fp32"]
     losses = []
     for number, value in enumerate(("false", compiled)):
@@ -244,7 +244,7 @@ def test_a_gpu_learns_compiled(recipe, photos, tmp_path, lines, compiled):
 
 
 @pytest.mark.gpu
-def test_replayed_gradients_are_those_of_the_network():
+def test_replayed_gradients_equal_those_of_the_network():
     cuda = torch.device("cuda")
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)]

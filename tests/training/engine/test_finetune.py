@@ -47,7 +47,7 @@ def run(path, photos, out, lines, *overrides):
     )
 
 
-def test_a_run_leaves_what_the_contract_says(recipe, photos, tmp_path, lines):
+def test_a_run_writes_the_documented_files(recipe, photos, tmp_path, lines):
     path = recipe(STAGE.format(epochs=10))
     learns = ("arch=squeezenet1_1", "arch_args={}", "optimizer.kind=adamw", "stage.all.lr=0.001",
               "data.presize=1.25")  # fmt: skip
@@ -68,12 +68,12 @@ def test_a_run_leaves_what_the_contract_says(recipe, photos, tmp_path, lines):
     text = (folder / "recipe.toml").read_text()
     again = load.parse(tomllib.loads(text), "recipe.toml")
     assert again == load.read(path, learns)
-    older = text.replace("presize = 1.25\n", "")  # a run from before the option
+    older = text.replace("presize = 1.25\n", "")  # a run of a version without this option
     assert older != text
     assert load.parse(tomllib.loads(older), "recipe.toml") == load.read(path, learns[:-1])
 
 
-def test_evaluate_finds_again_what_best_json_says(recipe, photos, tmp_path, lines):
+def test_evaluate_reproduces_the_metrics_of_best_json(recipe, photos, tmp_path, lines):
     folder = run(recipe(), photos, tmp_path / "run", lines)
     metrics = checkpoint.read_info(folder / "best.json").metrics
     result = evaluate.evaluate(folder)
@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_weights(recipe, photos, tmp_path, lines):
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_frozen_stages_after_a_pretrained_start(recipe, photos, tmp_path, lines, weights):
+def test_stages_freeze_pretrained_layers(recipe, photos, tmp_path, lines, weights):
     folder = run(
         recipe(FROZEN.format(views=2)), photos, tmp_path / "run", lines, f"weights={weights}"
     )
@@ -102,7 +102,7 @@ def test_frozen_stages_after_a_pretrained_start(recipe, photos, tmp_path, lines,
     assert torch.equal(trained.state_dict()["body.0.0.weight"], start["features.0.0.weight"])
 
 
-def test_validation_pixels_are_the_services(photos):
+def test_validation_pixels_equal_those_of_the_service(photos):
     settings = schema.Recipe.model_validate(
         {"name": "x", "arch": "resnet18", "stage": [{"name": "s"}], "preprocess": {"size": 24}}
     )
@@ -113,7 +113,7 @@ def test_validation_pixels_are_the_services(photos):
         assert (row.numpy() == served).all()
 
 
-def test_broken_photos_are_named_counted_and_left_out(recipe, photos, tmp_path, lines):
+def test_broken_photos_are_listed_counted_and_skipped(recipe, photos, tmp_path, lines):
     broken = photos / "red" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
     (photos / "red" / "4.jpg").write_text("not a photo")
@@ -129,7 +129,7 @@ def test_broken_photos_are_named_counted_and_left_out(recipe, photos, tmp_path, 
     assert not (tmp_path / "second").exists()
 
 
-def test_nothing_is_written_when_the_request_is_wrong(recipe, photos, tmp_path, lines):
+def test_nothing_is_written_if_an_option_is_wrong(recipe, photos, tmp_path, lines):
     for override, error in (
         ("arch=resnet999", OptionError),
         ("weights=nowhere.pth", DataError),
@@ -148,7 +148,7 @@ def test_nothing_is_written_when_the_request_is_wrong(recipe, photos, tmp_path, 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_an_error_when_it_was_asked_for():
+def test_device_cuda_without_a_gpu_is_an_error():
     with pytest.raises(OptionError, match="--device cuda: no usable GPU"):
         precision.choose_precision("cuda", "auto")
     assert precision.choose_precision("auto", "auto").device.type == "cpu"
@@ -163,19 +163,19 @@ def test_a_missing_gpu_is_an_error_when_it_was_asked_for():
         ({}, torch.float32),
     ],
 )
-def test_auto_is_bfloat16_on_processors_that_compute_in_it(monkeypatch, has, expected):
+def test_auto_precision_is_bfloat16_on_cpus_with_bfloat16_instructions(monkeypatch, has, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     assert precision.choose_precision("cpu", "auto").dtype == expected
     assert precision.choose_precision("cpu", "fp32").dtype == torch.float32
 
 
-def test_runs_that_start_together_get_folders_of_their_own(tmp_path, monkeypatch):
+def test_concurrent_runs_get_different_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = [create_run_folder(None, "quick") for _ in range(3)]
     assert [str(f) for f in folders] == ["runs/quick", "runs/quick-2", "runs/quick-3"]
 
 
-def test_weights_that_broke_in_the_last_step_are_noticed(
+def test_a_validation_loss_that_is_not_finite_ends_the_run(
     recipe, photos, tmp_path, lines, monkeypatch
 ):
     original = epoch.validate
@@ -191,7 +191,7 @@ def test_weights_that_broke_in_the_last_step_are_noticed(
     assert not (tmp_path / "run" / "best.json").exists()
 
 
-def test_a_disk_too_small_for_the_photos_is_said(photos, monkeypatch):
+def test_a_full_disk_while_decoding_is_an_error(photos, monkeypatch):
     def full(_file, _start, _size):
         raise OSError(28, "No space left on device")
 
@@ -200,7 +200,7 @@ def test_a_disk_too_small_for_the_photos_is_said(photos, monkeypatch):
         decode_dataset(load_dataset(str(photos)), Preprocess(size=32), 1.5, print)
 
 
-def test_a_loss_that_is_no_number_ends_with_stage_step_and_rate(recipe, photos, tmp_path, lines):
+def test_a_diverged_loss_is_an_error_with_stage_step_and_rate(recipe, photos, tmp_path, lines):
     with pytest.raises(WorkError, match=r"stage all: the loss is \w+ at epoch \d, step \d+, rate"):
         run(recipe(), photos, tmp_path / "run", lines, "stage.all.lr=1e30")
     assert lines[-1].endswith(
@@ -208,7 +208,7 @@ def test_a_loss_that_is_no_number_ends_with_stage_step_and_rate(recipe, photos, 
     )
 
 
-def test_auto_weights_fall_back_aloud(recipe, lines, tmp_path, monkeypatch):
+def test_auto_weights_fall_back_to_random_ones_with_a_warning(recipe, lines, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(
         "torchvision.models._api.load_state_dict_from_url", _no_network, raising=True
@@ -227,13 +227,13 @@ def _no_network(*_args, **_options):
     raise URLError("no network")
 
 
-def test_the_best_epoch_is_the_most_accurate_then_the_one_of_lower_loss():
+def test_the_best_epoch_has_the_highest_accuracy_then_the_lowest_loss():
     figures = [(0.5, 1.0), (0.8, 0.7), (0.8, 0.6), (0.7, 0.1), (0.8, 0.65)]
     rows = [Epoch("all", n, 0.1, 1.0, loss, acc, 0.0) for n, (acc, loss) in enumerate(figures)]
     assert max(rows, key=best_checkpoint.rank).epoch == 2
 
 
-def test_the_best_epoch_is_kept_not_the_last(recipe, photos, tmp_path, lines, monkeypatch):
+def test_the_best_checkpoint_is_of_the_best_epoch(recipe, photos, tmp_path, lines, monkeypatch):
     figures, biases = iter([(0.5, 1.0), (0.8, 0.7), (0.8, 0.6), (0.7, 0.1), (0.8, 0.65)]), []
 
     def validate(classifier, *_):
@@ -249,7 +249,7 @@ def test_the_best_epoch_is_kept_not_the_last(recipe, photos, tmp_path, lines, mo
     assert torch.equal(last.head[-1].bias, biases[4])
 
 
-def test_patience_ends_a_stage_and_gives_its_best_epoch_back(
+def test_early_stopping_ends_a_stage_and_restores_its_best_epoch(
     recipe, photos, tmp_path, lines, monkeypatch
 ):
     figures, biases = iter([(0.5, 1.0), (0.5, 0.7), (0.6, 0.8), (0.6, 0.9), (0.6, 0.1)]), []
@@ -272,12 +272,12 @@ def test_patience_ends_a_stage_and_gives_its_best_epoch_back(
     [([], 1, False), ([1.0], 1, False), ([1.0, 2.0], 1, True), ([1.0, 1.0], 1, True),
      ([1.0, 2.0, 0.5], 2, False), ([1.0, 2.0, 3.0], 2, True), ([1.0, 2.0, 3.0], 0, False)],
 )  # fmt: skip
-def test_over_fitting_is_no_lower_loss_for_so_many_epochs(losses, patience, over):
+def test_overfitting_is_no_lower_loss_for_patience_epochs(losses, patience, over):
     assert is_overfitting(losses, patience) is over
 
 
-def test_accumulated_batches_are_as_one_large_batch(recipe, photos, tmp_path, lines):
-    """Without BatchNorm in the way: gradients of the mean over all photos of the step."""
+def test_accumulated_batches_equal_one_large_batch(recipe, photos, tmp_path, lines):
+    """A network without BatchNorm: gradients of the mean over all photos of the step."""
     path = recipe(STAGE.format(epochs=1))
     same = ("arch=squeezenet1_1", "arch_args={}", "head.kind=linear", "head.dropout=0",
             "stage.all.lr=0.01", "optimizer.kind=sgd", "batch_size=16")  # fmt: skip
@@ -293,7 +293,9 @@ def test_accumulated_batches_are_as_one_large_batch(recipe, photos, tmp_path, li
         assert torch.allclose(value, states[1][name], rtol=1e-4, atol=1e-6), name
 
 
-def test_progressive_resizing_ends_with_the_size_of_its_best_stage(recipe, photos, tmp_path, lines):
+def test_checkpoints_of_progressive_resizing_have_the_size_of_their_stage(
+    recipe, photos, tmp_path, lines
+):
     stages = """
 [[stage]]
 name = "small"
@@ -316,7 +318,7 @@ image_size = 48
     assert evaluate.evaluate(folder).accuracy == info.metrics["accuracy"]
 
 
-def test_gradual_unfreezing_is_one_group_more_a_stage(recipe, tmp_path):
+def test_gradual_unfreezing_adds_one_group_per_stage(recipe, tmp_path):
     stages = "".join(
         f'[[stage]]\nname = "s{n}"\nunfreeze = {u}\n'
         for n, u in enumerate(["0", *['"gradual"'] * 3])
@@ -332,7 +334,7 @@ def test_gradual_unfreezing_is_one_group_more_a_stage(recipe, tmp_path):
         )
 
 
-def test_steps_are_written_exactly_as_run(recipe, photos, tmp_path, lines):
+def test_steps_csv_has_every_step(recipe, photos, tmp_path, lines):
     path = recipe(STAGE.format(epochs=2) + 'schedule = "one_cycle"\nmomentum_low = 0.8\n')
     folder = run(path, photos, tmp_path / "run", lines)
     with (folder / "steps.csv").open() as file:
@@ -345,13 +347,13 @@ def test_steps_are_written_exactly_as_run(recipe, photos, tmp_path, lines):
     assert (folder / "schedule.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_would_stop_a_later_stage_stops_the_run_at_once(
+def test_wrong_options_of_a_later_stage_are_errors_at_the_start(
     recipe, photos, tmp_path, lines, weights
 ):
-    for override, said in (
+    for override, message in (
         ("stage.all.lr=[0.1,0.2]", "lr has 2 rates"),
         ('stage.all.unfreeze=["nonsense*"]', "nonsense"),
     ):
-        with pytest.raises(OptionError, match=said):
+        with pytest.raises(OptionError, match=message):
             run(recipe(), photos, tmp_path / "run", lines, override, f"weights={weights}")
     assert not (tmp_path / "run").exists()

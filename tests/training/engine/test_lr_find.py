@@ -15,7 +15,7 @@ def _quiet(_line):
     pass
 
 
-def test_every_suggestion_is_trained_from_the_same_start(recipe, photos, tmp_path, weights):
+def test_trials_of_all_suggestions_start_from_the_same_weights(recipe, photos, tmp_path, weights):
     curve, trials = lr_find(
         load.read(recipe(TWO), [f"weights={weights}", "lr_find.steps=30", "lr_find.low=0.001"]),
         str(photos),
@@ -34,7 +34,7 @@ def test_every_suggestion_is_trained_from_the_same_start(recipe, photos, tmp_pat
     assert all(0 <= trial.accuracy <= 1 for trial in trials if not math.isnan(trial.accuracy))
 
 
-def test_a_rate_that_diverges_is_shown_as_such(recipe, photos, tmp_path, weights, monkeypatch):
+def test_a_trial_that_diverges_has_nan_losses(recipe, photos, tmp_path, weights, monkeypatch):
     from training.optim import lr_range_test
 
     original = lr_range_test.Curve.pick
@@ -54,21 +54,21 @@ def test_a_rate_that_diverges_is_shown_as_such(recipe, photos, tmp_path, weights
     assert not math.isnan(trials[0].valid_loss)
 
 
-def test_a_later_stage_starts_from_what_came_before(recipe, photos, tmp_path, weights):
-    path, said = recipe(TWO.replace('"head"', '"head"\nlr = 0.01')), []
+def test_a_later_stage_starts_from_a_checkpoint(recipe, photos, tmp_path, weights):
+    path, lines = recipe(TWO.replace('"head"', '"head"\nlr = 0.01')), []
     settings = load.read(
         path, [f"weights={weights}", "lr_find.steps=30", "lr_find.low=0.001", "stage.tail.lr=0.01"]
     )
     run = _train(settings, photos, tmp_path)
-    options = {"stage": "tail", "out": tmp_path / "c.png", "log": said.append}
+    options = {"stage": "tail", "out": tmp_path / "c.png", "log": lines.append}
     untrained, _ = lr_find(settings, str(photos), **options)
-    assert "stage tail starts without the stages before it" in " ".join(said)
+    assert "stage tail starts without the stages before it" in " ".join(lines)
     start = run / "stages" / "head.safetensors"
     trained, _ = lr_find(settings, str(photos), start=start, **options)
     assert trained.losses != untrained.losses
     with pytest.raises(OptionError, match="--stage nose: no such stage; the recipe has head, tail"):
         lr_find(settings, str(photos), **{**options, "stage": "nose"})
-    for changes, told in (
+    for changes, message in (
         (["arch=squeezenet1_1", "arch_args={}"],
          "arch is mobilenet_v2 there, squeezenet1_1 here, "
          "arch_args.width_mult is 0.25 there, none here"),
@@ -78,19 +78,19 @@ def test_a_later_stage_starts_from_what_came_before(recipe, photos, tmp_path, we
         other = load.read(path, [*changes, "weights=none"])
         with pytest.raises(OptionError) as caught:
             lr_find(other, str(photos), start=start, **options)
-        assert str(caught.value) == f"--from {start} does not fit: {told}"
+        assert str(caught.value) == f"--from {start} does not fit: {message}"
 
 
 def _train(settings, photos, tmp_path):
     return finetune.run(settings, str(photos), out=tmp_path / "run", device="cpu", log=_quiet)
 
 
-def test_the_command_prints_what_can_be_taken(
+def test_the_command_prints_all_suggestions_and_trials(
     recipe, photos, tmp_path, weights, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     words = ["lr-find", str(recipe(TWO)), "--data", str(photos), "--weights", str(weights)]
-    # Rates that are large enough to be told from the noise of so few photos.
+    # Small rates would not differ from the noise of so few photos.
     assert fledge.main([*words, "--compare", "lr_find.steps=60", "lr_find.low=0.001"]) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
@@ -112,7 +112,7 @@ def test_the_command_prints_what_can_be_taken(
         (["--out", "x.txt"], "--out x.txt: use a name that ends in .png"),
     ],
 )
-def test_what_can_not_be_is_told_before_the_work(
+def test_wrong_options_are_errors_before_the_work_begins(
     recipe, photos, tmp_path, monkeypatch, capsys, words, message
 ):
     monkeypatch.chdir(tmp_path)

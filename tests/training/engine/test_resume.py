@@ -1,4 +1,4 @@
-"""A run that was killed, and went on, ends as one that was not."""
+"""A run that was killed and resumed ends with the same bits as an uninterrupted run."""
 
 import csv
 import json
@@ -20,8 +20,8 @@ from training.run.folder import LAST_FOLDER, RUN_FILE
 from training.run.history import Epoch, Step
 from training.run.metric_log import MetricLog, read_steps
 
-# Everything that has a state: lr_find, cached views, momentum, dropout, moving average, patience,
-# plateau, mixing, accumulation, another size.
+# Everything with a state: lr_find, cached views, momentum, dropout, moving average, early stopping,
+# plateau schedule, mixup, accumulation, another image size.
 STAGES = """
 [[stage]]
 name = "head"
@@ -60,8 +60,8 @@ def request_of(recipe, photos, weights):
     return recipe(STAGES), str(photos), (*OVERRIDES, f"weights={weights}")
 
 
-def go(path, photos, overrides, out, training=None):
-    """Begin a run, or go on with it; set the event `training` when it is about to train."""
+def start_or_resume(path, photos, overrides, out, training=None):
+    """Start or resume a run; sets the event `training` when training begins."""
 
     def log(_line):
         if training is not None and (out / RUN_FILE).exists():
@@ -79,13 +79,13 @@ def _quiet(_line):
 
 
 def epochs(folder):
-    """How many epochs the last state holds."""
+    """Number of epochs in the resume state."""
     found = resume_state.load(folder / LAST_FOLDER, torch.device("cpu"))
     return len(found[0].history) if found else 0
 
 
 def result(folder):
-    """All that must be the same, whatever happened on the way."""
+    """Everything that must equal that of an uninterrupted run."""
     with (folder / "metrics.csv").open() as file:
         metrics = [[v for k, v in row.items() if k != "seconds"] for row in csv.DictReader(file)]
     files = [checkpoint.BEST, "steps.csv", *(f"stages/{n}.safetensors" for n in STAGE_NAMES)]
@@ -100,28 +100,28 @@ def result(folder):
 STAGE_NAMES = ("head", "tail", "all")
 
 
-def test_killed_at_twenty_moments_it_ends_with_the_same_bits(request_of, tmp_path):
-    # A server that has torch loaded: a child of it begins in milliseconds.
+def test_runs_killed_at_random_times_end_with_the_same_bits(request_of, tmp_path):
+    # A fork server that has imported torch starts a child process in milliseconds.
     spawn = multiprocessing.get_context("forkserver")
     spawn.set_forkserver_preload(["training.engine.finetune", "matplotlib.backends.backend_agg"])
     dice = random.Random(20)
 
     def start(out, training=None):
-        child = spawn.Process(target=go, args=(*request_of, out, training))
+        child = spawn.Process(target=start_or_resume, args=(*request_of, out, training))
         child.start()
         return child
 
     reference = tmp_path / "reference"
     training = spawn.Event()
-    whole = start(reference, training)
+    uninterrupted = start(reference, training)
     assert training.wait(300)
     began = time.perf_counter()
-    whole.join(300)
+    uninterrupted.join(300)
     span = time.perf_counter() - began
-    assert whole.exitcode == 0
+    assert uninterrupted.exitcode == 0
     expected = result(reference)
     kills, compared, number = 0, 0, 0
-    done = set()  # how many epochs were finished when a kill came
+    done = set()  # numbers of finished epochs at the kills
 
     def enough():
         return kills >= 60 or (kills >= 20 and len(done - {0}) >= 3)
@@ -133,7 +133,7 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_bits(request_of, tmp_pat
             training = spawn.Event()
             child = start(folder, training)
             if not enough():
-                if dice.random() < 0.8:  # most while it trains, the others while it begins
+                if dice.random() < 0.8:  # most kills during training, others during the start
                     training.wait(60)
                 child.join(dice.uniform(0, 0.6 * span))
             else:
@@ -150,13 +150,13 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_bits(request_of, tmp_pat
         for name, value in expected.items():
             assert found[name] == value, name
         compared += 1
-    assert len(done - {0}) >= 3, (done, span)  # kills before the first epoch resume nothing
+    assert len(done - {0}) >= 3, (done, span)  # a kill before the first epoch has nothing to resume
     assert not (reference / LAST_FOLDER).exists()
 
 
 @pytest.fixture
 def interrupted(request_of, tmp_path, monkeypatch):
-    """A run that somebody stopped in its second stage."""
+    """A run that was interrupted in its second stage."""
     return stopped(*request_of, tmp_path / "stopped", monkeypatch)
 
 
@@ -175,22 +175,22 @@ def stopped(path, photos, overrides, out, monkeypatch):
     return out, lines
 
 
-def test_an_interrupt_keeps_what_is_done_and_says_how_to_go_on(interrupted, request_of):
+def test_an_interrupt_saves_finished_epochs_and_logs_the_resume_command(interrupted, request_of):
     folder, lines = interrupted
     assert lines[-1] == (
         f"interrupted: 3 finished epochs are saved; resume with: fledge train --resume {folder}"
     )
-    said = []
-    finetune.resume(folder, log=said.append)
-    assert f"{folder}: resuming after 3 finished epochs" in said
-    whole = folder.parent / "whole"
-    go(*request_of, whole)
-    assert result(folder) == result(whole)
-    finetune.resume(folder, log=said.append)
-    assert "is finished already" in said[-1]
+    messages = []
+    finetune.resume(folder, log=messages.append)
+    assert f"{folder}: resuming after 3 finished epochs" in messages
+    uninterrupted = folder.parent / "uninterrupted"
+    start_or_resume(*request_of, uninterrupted)
+    assert result(folder) == result(uninterrupted)
+    finetune.resume(folder, log=messages.append)
+    assert "is finished already" in messages[-1]
 
 
-def test_an_epoch_counts_when_it_is_on_the_disk(request_of, tmp_path, monkeypatch):
+def test_only_epochs_on_disk_are_counted_as_saved(request_of, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -203,12 +203,12 @@ def test_an_epoch_counts_when_it_is_on_the_disk(request_of, tmp_path, monkeypatc
         finetune.run(load.read(path, overrides), photos, out=out, device="cpu", log=lines.append)
     monkeypatch.setattr(stages, "_save_state", original)
     (count,) = (int(line.split()[1]) for line in lines if line.startswith("interrupted: "))
-    said = []
-    finetune.resume(out, log=said.append)
-    assert [line for line in said if f"resuming after {count} finished" in line]
+    messages = []
+    finetune.resume(out, log=messages.append)
+    assert [line for line in messages if f"resuming after {count} finished" in line]
 
 
-def test_a_run_without_its_state_is_not_called_finished(interrupted):
+def test_a_run_without_resume_state_and_report_is_an_error(interrupted):
     folder, _ = interrupted
     shutil.rmtree(folder / LAST_FOLDER)
     with pytest.raises(DataError, match="last/ is missing, and the run is not finished; start a n"):
@@ -216,19 +216,19 @@ def test_a_run_without_its_state_is_not_called_finished(interrupted):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_every_optimiser_goes_on_as_it_was(kind, request_of, tmp_path, monkeypatch):
+def test_the_state_of_every_optimizer_is_resumed(kind, request_of, tmp_path, monkeypatch):
     path, photos, overrides = request_of
     own = (*overrides, f"optimizer.kind={kind}", "optimizer.momentum=0")
     folder, _ = stopped(path, photos, own, tmp_path / "stopped", monkeypatch)
     finetune.resume(folder, log=_quiet)
-    go(path, photos, own, tmp_path / "whole")
-    assert result(folder) == result(tmp_path / "whole")
+    start_or_resume(path, photos, own, tmp_path / "uninterrupted")
+    assert result(folder) == result(tmp_path / "uninterrupted")
 
 
-def test_averages_of_what_is_frozen_later_are_validated_as_they_move(
+def test_averages_of_layers_that_a_later_stage_freezes_are_resumed(
     recipe, photos, weights, tmp_path, monkeypatch
 ):
-    """An earlier stage trained what this one freezes: its averages are still on their way."""
+    """Averages of layers that an earlier stage trained still approach the frozen weights."""
     stages = """
 [[stage]]
 name = "all"
@@ -243,16 +243,16 @@ cycle_len = 3
     request = recipe(stages), str(photos), ("optimizer.ema=0.98", f"weights={weights}")
     folder, _ = stopped(*request, tmp_path / "stopped", monkeypatch)
     finetune.resume(folder, log=_quiet)
-    go(*request, tmp_path / "whole")
+    start_or_resume(*request, tmp_path / "uninterrupted")
     for name in ("metrics.csv", "best.json"):
-        assert _without_times(folder / name) == _without_times(tmp_path / "whole" / name)
+        assert _without_times(folder / name) == _without_times(tmp_path / "uninterrupted" / name)
 
 
 def _without_times(path):
     return [line.rpartition(",")[0] for line in path.read_text().splitlines()]
 
 
-def test_photos_may_have_moved(interrupted, photos, tmp_path):
+def test_a_run_is_resumed_with_moved_photos(interrupted, photos, tmp_path):
     folder, _ = interrupted
     photos.rename(tmp_path / "elsewhere")
     with pytest.raises(DataError):
@@ -263,7 +263,7 @@ def test_photos_may_have_moved(interrupted, photos, tmp_path):
     assert evaluate.evaluate(folder).accuracy == info.metrics["accuracy"]
 
 
-def test_resume_refuses_other_photos(interrupted, photos):
+def test_changed_photos_are_an_error(interrupted, photos):
     folder, _ = interrupted
     victim = next((photos / "red").iterdir())
     victim.write_bytes((photos / "blue" / "1.jpg").read_bytes() + b"more")
@@ -271,7 +271,7 @@ def test_resume_refuses_other_photos(interrupted, photos):
         finetune.resume(folder, log=_quiet)
 
 
-def test_resume_says_what_is_wrong_with_a_folder(interrupted, tmp_path):
+def test_missing_and_damaged_files_are_errors(interrupted, tmp_path):
     folder, _ = interrupted
     with pytest.raises(DataError, match=r"run\.json is missing.*start it with fledge train"):
         finetune.resume(tmp_path / "nothing", log=_quiet)
@@ -280,21 +280,21 @@ def test_resume_says_what_is_wrong_with_a_folder(interrupted, tmp_path):
         finetune.resume(folder, log=_quiet)
 
 
-def test_a_folder_in_use_names_the_way_on(interrupted, request_of):
+def test_an_out_folder_with_a_run_is_an_error_that_names_resume(interrupted, request_of):
     folder, _ = interrupted
     path, photos, overrides = request_of
     with pytest.raises(OptionError, match=f"--resume {folder}"):
         finetune.run(load.read(path, overrides), photos, out=folder, log=_quiet)
 
 
-def test_going_on_drops_what_a_kill_left(tmp_path):
+def test_rows_of_epochs_after_the_resume_point_are_removed(tmp_path):
     rows = [Epoch("a", n, 0.1, 1.0, 1.0, 0.5, 2.0) for n in (1, 2)]
     steps = [Step("a", n, 1, 1.0, 0.9, (0.1, 0.2)) for n in (1, 2)]
     with MetricLog(tmp_path, []) as metric_log:
         for row, step in zip(rows, steps, strict=True):
             metric_log.add(row, [step])
     with (tmp_path / "steps.csv").open("a") as file:
-        file.write("a,3,1,0.")  # cut short
+        file.write("a,3,1,0.")  # cut short by a kill
     with MetricLog(tmp_path, rows[:1]) as metric_log:
         assert metric_log.steps == 1
     assert read_steps(tmp_path) == steps[:1]

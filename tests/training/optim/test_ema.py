@@ -32,7 +32,7 @@ def floats(model):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
-def test_it_is_the_exponential_mean_of_the_weights(decay):
+def test_averages_are_the_exponential_mean_of_the_weights(decay):
     model = network()
     ema = Ema(model, decay)
     expected = floats(model)
@@ -51,7 +51,7 @@ def test_it_is_the_exponential_mean_of_the_weights(decay):
         assert not torch.equal(ema.averages["1.running_mean"], model[1].running_mean)
 
 
-def test_what_does_not_move_stays_equal_bit_for_bit():
+def test_averages_of_frozen_weights_stay_bit_equal():
     model = network()
     frozen = copy.deepcopy(model[0].state_dict())
     ema = Ema(model, 0.99)
@@ -62,14 +62,14 @@ def test_what_does_not_move_stays_equal_bit_for_bit():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_swapped_shows_the_averages_and_gives_the_weights_back_bit_for_bit(fails):
+def test_swapped_sets_the_averages_and_restores_the_weights_bit_for_bit(fails):
     model = network()
     ema = Ema(model, 0.9)
     steps(model, 5, ema.update)
     before = copy.deepcopy(model.state_dict())
     parameters = [id(p) for p in model.parameters()]
 
-    def look():
+    def use_averages():
         with ema.swapped():
             for name, value in floats(model).items():
                 assert torch.equal(value, ema.averages[name])
@@ -80,22 +80,22 @@ def test_swapped_shows_the_averages_and_gives_the_weights_back_bit_for_bit(fails
 
     if fails:
         with pytest.raises(RuntimeError, match="disk"):
-            look()
+            use_averages()
     else:
-        look()
+        use_averages()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert parameters == [id(p) for p in model.parameters()]
 
 
-def test_looking_does_not_change_the_run():
+def test_swapped_does_not_change_the_training():
     models = []
-    for looks in (False, True):
+    for swaps in (False, True):
         model = network()
         ema = Ema(model, 0.9)
 
-        def each(ema=ema, looks=looks):
+        def each(ema=ema, swaps=swaps):
             ema.update()
-            if looks:
+            if swaps:
                 with ema.swapped():
                     pass
 
@@ -105,7 +105,7 @@ def test_looking_does_not_change_the_run():
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_it_goes_on_from_its_state_as_if_never_stopped():
+def test_a_loaded_state_continues_exactly():
     whole = network()
     ema = Ema(whole, 0.9)
     steps(whole, 3, ema.update)
@@ -122,12 +122,12 @@ def test_it_goes_on_from_its_state_as_if_never_stopped():
     assert all(torch.equal(again.averages[name], value) for name, value in ema.averages.items())
 
 
-def test_the_state_of_another_module_is_refused():
+def test_the_state_of_another_module_is_an_error():
     with pytest.raises(KeyError):
         Ema(network(), 0.9).load(Ema(nn.Linear(2, 2), 0.9).state())
 
 
-def test_settled_are_weights_that_equal_their_averages():
+def test_equal_weights_compares_weights_and_averages():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     ema = Ema(module, 0.9)

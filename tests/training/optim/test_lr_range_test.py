@@ -32,7 +32,7 @@ def optimizer_of(model):
 
 
 def stepped(model, optimizer):
-    """One real step, so that the optimiser has momentum to lose."""
+    """One step, so that the optimizer has momentum buffers."""
     inputs, labels = next(batches())
     F.cross_entropy(model(inputs), labels).backward()
     optimizer.step()
@@ -46,8 +46,8 @@ def assert_same(a, b):
         assert same, key
 
 
-def test_it_sees_the_weights_move_under_autocast():
-    """A cast that outlives a step would show the first weights for ever."""
+def test_autocast_uses_the_updated_weights_in_every_step():
+    """A cached cast of the weights that outlived a step would use the initial weights."""
 
     def autocast():
         return torch.autocast("cpu", dtype=torch.bfloat16)
@@ -73,11 +73,11 @@ def test_it_sees_the_weights_move_under_autocast():
 
 @pytest.mark.parametrize("direction", ["up", "down"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_everything_is_given_back_bit_for_bit(fails, direction):
+def test_everything_is_restored_bit_for_bit(fails, direction):
     model = network()
     optimizer = optimizer_of(model)
     stepped(model, optimizer)
-    model[3].eval()  # a mode of its own must survive too
+    model[3].eval()  # the mode of each module is restored, too
     weights = copy.deepcopy(model.state_dict())
     state = copy.deepcopy(optimizer.state_dict())
     rng = torch.get_rng_state()
@@ -107,14 +107,14 @@ def test_everything_is_given_back_bit_for_bit(fails, direction):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_loss_that_never_falls_is_no_curve():
+def test_a_loss_that_never_falls_is_an_error():
     with pytest.raises(ValueError, match="never falls"):
         lr_range_test.suggest([1e-5, 1e-4, 1e-3], [1.0, 1.1, 1.2])
     with pytest.raises(ValueError, match="within two steps"):
         lr_range_test.suggest([1e-5], [1.0])
 
 
-def test_the_model_trains_as_its_owner_says():
+def test_the_given_train_function_sets_the_modes():
     model = network()
     modes = []
 
@@ -151,7 +151,7 @@ def test_it_stops_when_the_loss_diverges():
     assert len(curve.rates) < 200
 
 
-def test_the_suggestion_lies_on_the_descent_and_never_past_a_tenth_of_the_minimum():
+def test_the_valley_is_on_the_descent_and_at_most_a_tenth_of_the_minimum():
     rates = [10 ** (-5 + i / 10) for i in range(60)]
     losses = [2.0] * 20 + [2.0 - 0.05 * i for i in range(30)] + [0.5 + 0.5 * i for i in range(10)]
     curve = lr_range_test.suggest(rates, losses)
@@ -159,11 +159,11 @@ def test_the_suggestion_lies_on_the_descent_and_never_past_a_tenth_of_the_minimu
     assert rates[20] <= curve.steepest <= rates[50]
     assert curve.valley <= curve.minimum / 10
     assert rates[20] <= curve.valley <= rates[50]
-    late = lr_range_test.suggest(rates, losses[:40])  # still falling: its end is the minimum
+    late = lr_range_test.suggest(rates, losses[:40])  # still falling: the last rate is the minimum
     assert late.valley == rates[26]
 
 
-def test_the_cap_holds_where_the_descent_is_a_cliff():
+def test_the_limit_applies_to_a_sudden_descent():
     rates = [10 ** (-5 + i / 10) for i in range(60)]
     losses = [1.5] * 45 + [2.0] * 5 + [0.5] * 10
     curve = lr_range_test.suggest(rates, losses)
@@ -172,7 +172,7 @@ def test_the_cap_holds_where_the_descent_is_a_cliff():
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])
-def test_only_the_minimum_is_taken_past_a_tenth_of_it(direction):
+def test_only_the_minimum_exceeds_a_tenth_of_it(direction):
     rates = [10 ** (-5 + i / 10) for i in range(60)]
     losses = [2.0] * 45 + [2.0 - 0.15 * i for i in range(11)] + [3.0] * 4
     if direction == "down":
@@ -184,20 +184,20 @@ def test_only_the_minimum_is_taken_past_a_tenth_of_it(direction):
     assert curve.pick("valley") == curve.valley <= curve.tenth_of_minimum
     assert curve.pick("steepest") == min(curve.steepest, curve.tenth_of_minimum)
     if direction == "up":
-        assert curve.steepest > curve.tenth_of_minimum  # so the cap is what is taken
+        assert curve.steepest > curve.tenth_of_minimum  # so the limit applies
 
 
-def test_steepest_is_where_the_loss_falls_fastest_and_not_noise_at_the_ends():
+def test_steepest_is_the_fastest_fall_and_not_noise_at_the_start():
     rates = [10 ** (-5 + i / 15) for i in range(90)]
     # 2 until 1e-2, falling fastest at 1e-2.5 by a logistic curve, then up
     losses = [2 / (1 + math.exp(4 * (math.log10(r) + 2.5))) + max(0, math.log10(r)) for r in rates]
     clean = lr_range_test.suggest(rates, losses)
     assert math.log10(clean.steepest) == pytest.approx(-2.5, abs=0.1)
-    losses[0], losses[1], losses[2] = 3.0, 2.5, 2.0  # a first batch that is off
+    losses[0], losses[1], losses[2] = 3.0, 2.5, 2.0  # an outlier in the first batch
     assert lr_range_test.suggest(rates, losses).steepest == clean.steepest
 
 
-def test_downwards_the_trap_is_where_the_loss_begins_to_fall():
+def test_downwards_the_minimum_is_where_the_loss_starts_to_fall():
     rates = [10 ** (1 - i / 10) for i in range(60)]
     losses = [2.0 + 0.01 * i for i in range(20)] + [2.2 - 0.1 * i for i in range(20)] + [0.2] * 20
     curve = lr_range_test.suggest(rates, losses, "down")
@@ -216,14 +216,14 @@ def test_downwards_the_trap_is_where_the_loss_begins_to_fall():
         ([1.0] * 5, "never falls"),
     ],
 )
-def test_a_curve_that_can_not_be_read_says_why(losses, reason):
+def test_a_curve_without_descent_is_an_error(losses, reason):
     with pytest.raises(ValueError, match=reason):
         lr_range_test.suggest([10.0 ** (i - 5) for i in range(len(losses))], losses)
 
 
 @pytest.mark.parametrize("count", range(2, 12))
 @pytest.mark.parametrize("direction", ["up", "down"])
-def test_short_curves_have_suggestions_within_them(count, direction):
+def test_suggestions_of_short_curves_are_tested_rates(count, direction):
     rates = [10.0 ** (i / 2 - 5) for i in range(count)]
     if direction == "down":
         rates = rates[::-1]
@@ -232,7 +232,7 @@ def test_short_curves_have_suggestions_within_them(count, direction):
         assert curve.rates[0] <= curve.pick(name) <= curve.rates[-1]
 
 
-def test_downwards_it_takes_back_what_blows_up_and_still_sees_the_loss_fall():
+def test_downwards_a_diverged_model_is_restored_and_the_test_continues():
     model = network()
     before = copy.deepcopy(model.state_dict())
     seen = []
@@ -249,14 +249,14 @@ def test_downwards_it_takes_back_what_blows_up_and_still_sees_the_loss_fall():
     )
     assert len(seen) == 150
     assert curve.rates[0] == pytest.approx(1e-4)
-    assert curve.rates[-1] < 1e6  # the first ones are not part of it
+    assert curve.rates[-1] < 1e6  # the largest rates diverged and are not part of the curve
     assert curve.rates == tuple(sorted(curve.rates))
     assert all(math.isfinite(loss) for loss in curve.losses)
     assert min(curve.losses) < 0.5 * curve.losses[-1]
     assert_same(model.state_dict(), before)
 
 
-def test_groups_keep_their_proportion_and_the_largest_is_swept():
+def test_groups_keep_their_proportions_to_the_tested_rate():
     model = network()
     optimizer = optim.SGD(
         [

@@ -33,12 +33,12 @@ def stage(**options):
 
 
 def named(classifier, stage, lr=1.0, **config):
-    """The rate of each group of a fresh optimiser."""
+    """The learning rate of each group of a new optimizer."""
     return current_rates(build_optimizer(classifier, OptimizerConfig(**config), stage, lr))
 
 
 class Small(nn.Module):
-    """A network with the parts of a Classifier that an optimiser needs."""
+    """A network with the methods of a Classifier that `build_optimizer` calls."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,7 @@ def trained(config, count=8, lr=0.1, **stage_options):
 
 
 def reference(make, count=8, before=lambda model: None, decay=1e-2, all_decay=False):
-    """The same network trained by an optimiser of torch, its groups written out by hand."""
+    """The same network trained by a torch optimizer with explicit parameter groups."""
     model = Small()
     groups = []
     for part, lr in ((model.stem, 0.05), (model.head, 0.1)):
@@ -97,7 +97,7 @@ def sgd(**options):
     return lambda groups: optim.SGD(groups, **options)
 
 
-# Fused as ours: a gradient that is nothing but rounding moves Adam by a whole step.
+# Fused as in `build_optimizer`: rounding differences in a gradient near 0 change Adam's whole step.
 ADAMW = functools.partial(optim.AdamW, fused=True)
 adam = functools.partial(functools.partial, optim.Adam, fused=True)
 EQUAL = [
@@ -117,12 +117,12 @@ EQUAL = [
 
 
 @pytest.mark.parametrize(("options", "make"), EQUAL)
-def test_it_equals_torch(options, make):
+def test_optimizers_equal_torch(options, make):
     config = OptimizerConfig(weight_decay=1e-2, **options)
     assert_same(trained(config), reference(make), rtol=1e-6, atol=1e-7)
 
 
-def test_norms_and_biases_decay_where_asked_for():
+def test_decay_norms_applies_decay_to_norms_and_biases():
     config = OptimizerConfig(weight_decay=1e-2, decay_norms=True)
     make = sgd(momentum=0.9, nesterov=True)
     assert_same(trained(config), reference(make, all_decay=True), rtol=1e-6, atol=1e-7)
@@ -130,7 +130,7 @@ def test_norms_and_biases_decay_where_asked_for():
         assert_same(trained(config), reference(make), rtol=1e-6, atol=1e-7)
 
 
-def test_decoupled_decay_of_sgd_shrinks_weights_by_lr_times_it():
+def test_decoupled_decay_of_sgd_multiplies_weights_by_1_minus_lr_times_decay():
     config = OptimizerConfig(decay="decoupled", weight_decay=0.1)
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ def test_decoupled_decay_of_sgd_shrinks_weights_by_lr_times_it():
     assert_same(trained(config), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_decoupled_and_l2_decay_are_the_same_for_plain_sgd_alone():
+def test_decoupled_and_l2_decay_are_equal_only_without_momentum():
     for momentum, same in ((0.0, True), (0.9, False)):
         models = [
             trained(OptimizerConfig(decay=decay, weight_decay=0.1, momentum=momentum))
@@ -152,7 +152,7 @@ def test_decoupled_and_l2_decay_are_the_same_for_plain_sgd_alone():
         assert (difference < 1e-6) == same
 
 
-def test_l1_adds_its_sign_to_the_gradient_of_what_decays():
+def test_l1_adds_the_sign_of_decaying_weights_to_their_gradients():
     config = OptimizerConfig(l1=0.01, weight_decay=0)
 
     def add(model):
@@ -186,12 +186,12 @@ def test_a_small_gradient_is_not_clipped():
     assert_same(trained(config), trained(OptimizerConfig()), rtol=0, atol=0)
 
 
-def test_it_holds_what_trains_once_and_nothing_else():
+def test_parameters_are_exactly_the_trainable_ones():
     model = Small()
     optimizer = build_optimizer(model, OptimizerConfig(), stage(), 0.1)
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    assert {id(p) for p in held} == {id(p) for p in model.parameters() if p.requires_grad}
-    assert len(held) == 6
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(parameters) == 6
     optimizer = build_optimizer(model, OptimizerConfig(decay_norms=True), stage(), 0.1)
     assert [len(group["params"]) for group in optimizer.param_groups] == [4, 2]
 
@@ -212,7 +212,7 @@ def test_norms_biases_and_layer_scales_do_not_decay(arch):
                 assert parameter in exempt
 
 
-def test_groups_run_from_the_deepest_to_the_head_each_rate_divided(resnet34):
+def test_rates_are_divided_from_the_head_to_the_deepest_group(resnet34):
     resnet34.freeze(2)
     made = named(resnet34, stage(lr_divide=10))
     assert list(made) == ["layer3", "layer4", "head"]
@@ -230,16 +230,18 @@ def test_groups_run_from_the_deepest_to_the_head_each_rate_divided(resnet34):
         (4, ["conv1..layer1", "layer2..layer3", "layer4", "head"]),
     ],
 )
-def test_groups_are_merged_as_evenly_as_can_be(resnet34, groups, names):
+def test_groups_are_merged_as_evenly_as_possible(resnet34, groups, names):
     resnet34.freeze(ALL)
     made = named(resnet34, stage(groups=groups, lr_divide=2))
     assert list(made) == names
     assert list(made.values()) == [0.5**i for i in reversed(range(groups))]
-    held = build_optimizer(resnet34, OptimizerConfig(), stage(groups=groups), 1.0).param_groups
-    assert sum(len(g["params"]) for g in held) == len(list(resnet34.parameters()))
+    parameters = build_optimizer(
+        resnet34, OptimizerConfig(), stage(groups=groups), 1.0
+    ).param_groups
+    assert sum(len(g["params"]) for g in parameters) == len(list(resnet34.parameters()))
 
 
-def test_a_list_has_one_rate_for_each_group(resnet34):
+def test_a_list_needs_one_rate_per_group(resnet34):
     resnet34.freeze(ALL)
     made = named(resnet34, stage(groups=3), (1e-4, 1e-3, 1e-2))
     assert list(made.values()) == [1e-4, 1e-3, 1e-2]
@@ -259,7 +261,7 @@ def test_a_spread_is_geometric_from_low_to_high(count):
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
-def test_a_point_sets_every_rate_and_the_momentum_where_it_moves(kind):
+def test_apply_schedule_sets_rates_and_momentum(kind):
     optimizer = build_optimizer(Small(), OptimizerConfig(kind=kind), stage(lr_divide=4), 0.4)
 
     def momenta():
@@ -274,7 +276,7 @@ def test_a_point_sets_every_rate_and_the_momentum_where_it_moves(kind):
     assert all(g["betas"][1] == 0.999 for g in optimizer.param_groups if "betas" in g)
 
 
-def test_a_state_loaded_into_a_fresh_optimiser_goes_on_the_same():
+def test_a_state_loaded_into_a_new_optimizer_continues_exactly():
     config = OptimizerConfig(decay="decoupled", l1=1e-3, clip_norm=1.0)
     whole = trained(config, 6)
     model = Small()

@@ -40,7 +40,7 @@ def stage(**options):
 
 
 def rates_of_torch(make, steps, lr=1.0, **options):
-    """The rate at every step by a scheduler of torch, and the momentum."""
+    """Rate and momentum at every step of a torch scheduler."""
     optimizer = optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr, momentum=0.9)
     scheduler = make(optimizer, **options)
     rates, momenta = [], []
@@ -54,11 +54,11 @@ def rates_of_torch(make, steps, lr=1.0, **options):
     return rates, momenta
 
 
-def test_every_schedule_of_the_options_is_here():
+def test_every_schedule_of_the_schema_is_tested():
     assert set(SCHEDULES) == set(Stage.model_fields["schedule"].annotation.__args__)
 
 
-def test_cosine_has_its_ends_and_its_middle():
+def test_cosine_at_its_ends_and_its_middle():
     assert cosine(1, 0, 0) == 1
     assert cosine(1, 0, 1) == pytest.approx(0, abs=1e-15)
     assert cosine(1, 0, 0.5) == pytest.approx(0.5)
@@ -75,7 +75,7 @@ CYCLES = [
 
 
 @pytest.mark.parametrize(("cycles", "length", "mult", "lengths"), CYCLES)
-def test_cycles_have_the_lengths_of_the_paper(cycles, length, mult, lengths):
+def test_cycle_lengths(cycles, length, mult, lengths):
     assert cycle_lengths(cycles, length, mult) == pytest.approx(lengths)
     start = 0.0
     for index, each in enumerate(lengths):
@@ -94,7 +94,7 @@ def test_cycles_have_the_lengths_of_the_paper(cycles, length, mult, lengths):
     assert cycle_at(-1, cycles, length, mult) == (0, 0)
 
 
-def test_sgdr_falls_within_a_cycle_and_stays_within_0_and_1():
+def test_sgdr_falls_within_a_cycle_and_is_between_0_and_1():
     for i in range(300):
         here, there = sgdr(i / 100, 2, 1, 2), sgdr((i + 1) / 100, 2, 1, 2)
         assert 0 <= here <= 1
@@ -147,7 +147,7 @@ def test_cyclical_rates_equal_torch(options, theirs):
     assert [schedule_at(stage_, i / 10, 10).factor for i in range(80)] == pytest.approx(expected)
 
 
-def test_a_scale_of_ones_own_is_kept_within_0_and_1():
+def test_a_scale_formula_is_clamped_to_0_and_1():
     up = stage(schedule="cyclical", cycles=3, scale="x - 1")
     assert [schedule_at(up, i + 0.5, 10).factor for i in range(3)] == [0, 1, 1]
     late = stage(schedule="cyclical", cycles=1, scale="1 / (x - 3)", scale_per="step")
@@ -165,7 +165,7 @@ def test_a_scale_of_ones_own_is_kept_within_0_and_1():
         ({"schedule": "exp_range"}, "every step"),
     ],
 )
-def test_schedules_that_can_not_run_are_refused_by_the_recipe(options, reason):
+def test_wrong_schedule_options_are_errors_of_the_recipe(options, reason):
     with pytest.raises(ValueError, match=reason):
         stage(**options)
 
@@ -176,7 +176,7 @@ def test_one_cycle_rises_then_falls():
     assert one_cycle(4, 4) == pytest.approx(0, abs=1e-15)
     assert one_cycle(0.5, 4) == pytest.approx(0.52)
     assert math.isclose(one_cycle(2.5, 4), 0.5)
-    assert one_cycle(0, 0) == pytest.approx(0, abs=1e-15)  # zero epochs divide by nothing
+    assert one_cycle(0, 0) == pytest.approx(0, abs=1e-15)  # no division by zero epochs
 
 
 def test_one_cycle_and_its_momentum_equal_torch():
@@ -192,7 +192,7 @@ def test_one_cycle_and_its_momentum_equal_torch():
         base_momentum=0.85,
         max_momentum=0.95,
     )
-    peak = 0.25 * (total + 1) - 1  # theirs: at the step before a quarter, and the end at the last
+    peak = 0.25 * (total + 1) - 1  # torch: one step before a quarter
     stage_ = stage(schedule="one_cycle", cycle_len=4)
     for i, (rate, momentum) in enumerate(zip(expected, momenta, strict=True)):
         share = i / peak / 4 if i < peak else 0.25 + 0.75 * (i - peak) / (total - peak)
@@ -201,13 +201,13 @@ def test_one_cycle_and_its_momentum_equal_torch():
         assert point.momentum == pytest.approx(momentum)
 
 
-def test_one_cycle_leaves_a_momentum_below_its_lowest_alone():
+def test_one_cycle_does_not_raise_a_momentum_below_momentum_low():
     stage_ = stage(schedule="one_cycle", cycle_len=4, momentum_low=0.85)
     assert {schedule_at(stage_, i / 10, 10, momentum=0.5).momentum for i in range(40)} == {0.5}
 
 
 @pytest.mark.parametrize("name", sorted({*SCHEDULES} - {"one_cycle"}))
-def test_only_one_cycle_moves_momentum(name):
+def test_only_one_cycle_changes_momentum(name):
     assert schedule_at(stage(schedule=name, **SCHEDULES[name]), 0.3, 10).momentum is None
 
 
@@ -224,7 +224,7 @@ def test_plateau_equals_torch(seed):
     patience, gamma = rng.randint(0, 3), rng.choice([0.1, 0.5])
     losses = [math.exp(-0.05 * i) + rng.gauss(0, 0.1) for i in range(60)]
     losses[7] = losses[6]
-    losses[9] = min(losses[:9]) * (1 - 0.5e-4)  # not lower by enough
+    losses[9] = min(losses[:9]) * (1 - 0.5e-4)  # lower by less than the threshold
     optimizer = optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, factor=gamma, patience=patience, threshold=1e-4, eps=0
@@ -238,7 +238,7 @@ def test_plateau_equals_torch(seed):
     assert len(factors) > 2
 
 
-def test_plateau_looks_at_the_losses_of_the_stage_alone():
+def test_plateau_depends_on_the_losses_and_the_floor():
     stage_ = stage(schedule="plateau", cycle_len=6, step_every=1, gamma=0.5, floor=0.4)
     assert schedule_at(stage_, 5, 10).factor == 1
     assert schedule_at(stage_, 3, 10, [1.0, 1.0, 1.0]).factor == 0.5
@@ -248,7 +248,7 @@ def test_plateau_looks_at_the_losses_of_the_stage_alone():
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("floor", [0.0, 0.25])
 @pytest.mark.parametrize("steps", [1, 7])
-def test_every_schedule_stays_within_its_floor_and_1(name, floor, steps):
+def test_every_schedule_is_between_its_floor_and_1(name, floor, steps):
     stage_ = stage(schedule=name, floor=floor, **SCHEDULES[name])
     flat = [1.0] * stage_.epochs
     here = [
@@ -259,7 +259,7 @@ def test_every_schedule_stays_within_its_floor_and_1(name, floor, steps):
     assert min(here) >= floor
     assert max(here) <= 1
     end = schedule_at(stage_, stage_.epochs, steps, flat)
-    assert schedule_at(stage_, stage_.epochs + 3, steps, flat) == end  # beyond the end is the end
+    assert schedule_at(stage_, stage_.epochs + 3, steps, flat) == end
     assert schedule_at(stage_, -1.0, steps) == schedule_at(stage_, 0.0, steps)
     if name in ("sgdr", "cosine", "one_cycle", "triangular", "triangular2", "cyclical"):
         assert end.factor == pytest.approx(floor, abs=1e-12)
@@ -275,7 +275,7 @@ def test_fractional_cycles_end_with_whole_epochs():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("length", [0.5, 2.0])
-def test_warm_up_multiplies_and_ends(name, length):
+def test_warm_up_multiplies_the_schedule(name, length):
     plain = stage(schedule=name, **SCHEDULES[name])
     warm = plain.model_copy(update={"warm_up": length})
     ratios = []
@@ -288,6 +288,6 @@ def test_warm_up_multiplies_and_ends(name, length):
     assert set(ratios[warming:]) == {1}
 
 
-def test_a_warm_up_shorter_than_a_step_is_none():
+def test_a_warm_up_shorter_than_a_step_has_no_effect():
     assert warm_up(0.0, 0.05, 10) == 1
     assert warm_up(0.0, 0.5, 1) == 1
