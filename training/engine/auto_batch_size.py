@@ -39,7 +39,7 @@ MARGIN: Final = 0.9
 """Share of the free memory that may be used; the rest is for libraries and fragmentation."""
 
 CUDA_GRAPH_FACTOR: Final = 2
-"""DeviceMemory of training with CUDA graphs, relative to the trial's peak: the smaller batch at the end
+"""Memory of training with CUDA graphs, relative to the trial's peak: the smaller batch at the end
 of an epoch can't use the memory that the graphs hold."""
 
 STEPS: Final = 2
@@ -101,7 +101,7 @@ def resolve_batch_size(
         log: Takes log lines.
         process_group: The processes that split a batch, each with a GPU of the same kind. Process 0
             measures; the result is the batch of all processes together.
-        memory: DeviceMemory of the device; by default of the GPU.
+        memory: Memory of the device; by default of the GPU.
 
     Raises:
         WorkError: The smallest batch does not fit.

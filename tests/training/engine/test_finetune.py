@@ -12,7 +12,6 @@ from tests.training.conftest import STAGE
 from training.config import load, schema, sections
 from training.data.dataset import load_dataset
 from training.engine import best_checkpoint, epoch, finetune, plan
-from training.engine.early_stopping import is_overfitting
 from training.evaluation import evaluate
 from training.pixels.decoded import decode_dataset
 from training.run import checkpoint
@@ -265,15 +264,6 @@ def test_early_stopping_ends_a_stage_and_restores_its_best_epoch(
     assert len(biases) == 4
     last, _ = checkpoint.load(folder / "stages" / "all.safetensors")
     assert torch.equal(last.head[-1].bias, biases[1])
-
-
-@pytest.mark.parametrize(
-    ("losses", "patience", "over"),
-    [([], 1, False), ([1.0], 1, False), ([1.0, 2.0], 1, True), ([1.0, 1.0], 1, True),
-     ([1.0, 2.0, 0.5], 2, False), ([1.0, 2.0, 3.0], 2, True), ([1.0, 2.0, 3.0], 0, False)],
-)  # fmt: skip
-def test_overfitting_is_no_lower_loss_for_patience_epochs(losses, patience, over):
-    assert is_overfitting(losses, patience) is over
 
 
 def test_accumulated_batches_equal_one_large_batch(recipe, photos, tmp_path, lines):
