@@ -20,6 +20,7 @@ from deploy.demo import free_port, running, sample_photo, wait_until_ready
 from tests.support.browser import CHROMIUM, Page, chromium
 
 DOCS = Path(__file__).parent
+MEDIA = {"prefers_color_scheme": "light", "prefers_reduced_motion": "reduce"}
 WIDTH, HEIGHT = 900, 760
 """Pixels of a page, and how much of it the picture shows."""
 
@@ -41,10 +42,10 @@ def main() -> None:
         running([fledge, "serve", str(options.bundle), "--port", str(port)]) as service,
     ):
         report = (options.run / "report.html").resolve().as_uri()
-        with browser.page(report, WIDTH, prefers_color_scheme="light") as page:
+        with browser.page(report, WIDTH, **MEDIA) as page:
             save(page, DOCS / "report.webp")
         wait_until_ready(service, address)
-        with browser.page(address, WIDTH, prefers_color_scheme="light") as page:
+        with browser.page(address, WIDTH, **MEDIA) as page:
             page.until("!document.getElementById('views').hidden")
             page.choose("#file", sample_photo())
             page.until("document.querySelector('#facts').innerText")
@@ -54,7 +55,7 @@ def main() -> None:
 def save(page: Page, path: Path) -> None:
     """Write the upper part of a page as WebP."""
     with tempfile.TemporaryDirectory() as folder:
-        page.picture(Path(folder) / "page.png")
+        page.screenshot(Path(folder) / "page.png")
         data = (Path(folder) / "page.png").read_bytes()
     with Image.open(io.BytesIO(data)) as image:
         image.crop((0, 0, image.width, min(image.height, HEIGHT))).save(path, quality=82, method=6)

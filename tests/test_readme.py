@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import json
 import re
@@ -18,7 +19,7 @@ import fledge
 from serving import errors
 from serving.bundle.manifest import Manifest
 from serving.http import problems
-from serving.imaging import decode as images
+from serving.imaging.decode import decode
 from serving.inference.load import open_predictor
 from serving.settings import Settings
 from tests.support.tiny_bundle import photo, tiny_bundle
@@ -130,7 +131,7 @@ def test_answers_have_the_documented_fields(tmp_path: Path) -> None:
     assert list(answer) == list(in_readme) == list(real)
     assert list(answer["predictions"][0]) == list(real["predictions"][0])
     with pytest.raises(errors.NotAnImage) as caught:
-        images.decode(b"no image")
+        decode(b"no image")
     assert problem == problems.problem(caught.value, "")
 
 
@@ -178,28 +179,55 @@ def test_recipes_told_are_recipes() -> None:
 
 def test_the_bundle_page_lists_every_field_of_the_manifest() -> None:
     told = [row[0] for row in rows("docs/bundle.md", "## The manifest")]
-    assert told == [field.name for field in dataclasses.fields(Manifest)]
+    assert told == [field.alias or name for name, field in Manifest.model_fields.items()]
 
 
-@pytest.mark.parametrize("room", ["serving", "training", "export"])
-def test_the_design_page_names_files_that_exist(room: str) -> None:
-    section = re.split(r"\n\*\*|\n## ", PAGES["docs/design.md"].partition(f"**{room}/**")[2])[0]
-    told = re.findall(r"`(\w+\.py|\w+/)`", section)
-    assert told
-    assert [name for name in told if not (ROOT / room / name).exists()] == []
+def test_the_design_page_names_definitions_that_exist() -> None:
+    """Each link of the form [`name`](../file.py) leads to a definition of that name."""
+    links = re.findall(r"\[`([\w.]+)`\]\(\.\./([\w/]+\.py)\)", PAGES["docs/design.md"])
+    assert len(links) > 60
+    for name, path in links:
+        assert name in definitions(ROOT / path), (name, path)
+
+
+@pytest.mark.parametrize("area", ["serving", "training", "export"])
+def test_the_design_page_names_every_package_and_files_that_exist(area: str) -> None:
+    section = PAGES["docs/design.md"].partition(f"\n## {area}/")[2].partition("\n## ")[0]
+    packages = {path.parent.name for path in (ROOT / area).glob("*/__init__.py")}
+    assert packages == set(re.findall(r"\*\*(\w+)/\*\*", section))
+    for name in re.findall(r"(\w+\.py)", section):
+        assert list((ROOT / area).rglob(name)), name
+
+
+def definitions(path: Path) -> set[str]:
+    """Names of a module's classes, functions, methods and assigned constants."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+            body = node.body if isinstance(node, ast.ClassDef) else []
+            found |= {
+                f"{node.name}.{item.name}"
+                for item in body
+                if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)
+            }
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
+    return found
 
 
 def assert_understood(words: list[str]) -> None:
     """Fledge takes the words, and where they change a recipe that is there, so does the recipe."""
     known, rest = fledge._parser().parse_known_args(words)
     assert rest == []
-    overrides = getattr(known, "overrides", [])
-    if overrides and known.recipe and (ROOT / known.recipe).is_file():
+    if not hasattr(known, "overrides"):
+        return
+    if known.recipe and (ROOT / known.recipe).is_file():
         from training.config import load as config
 
-        config.read(ROOT / known.recipe, rest)
+        config.read(ROOT / known.recipe, known.overrides)
     else:
-        assert all(re.fullmatch(r"[\w.]+=.+", word) for word in rest), rest
+        assert all(re.fullmatch(r"[\w.]+=.+", word) for word in known.overrides), known.overrides
 
 
 def verbs() -> set[str]:
