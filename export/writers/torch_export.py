@@ -38,6 +38,7 @@ def write(
     Raises:
         WorkError: The network can't be exported.
     """
+    extra = metadata(name, labels, preprocess)
     archive = io.BytesIO()
     try:
         with warnings.catch_warnings():
@@ -50,7 +51,6 @@ def write(
             for node in program.graph.nodes:
                 for key in _TRACING_METADATA:
                     node.meta.pop(key, None)
-            extra = metadata(name, labels, preprocess)
             torch.export.save(program, archive, extra_files=extra)
     except Exception as error:  # the exporter's exceptions have no common base class
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -43,9 +43,9 @@ def fused(prefix: nn.Module) -> nn.Module:
     if not has_batchnorm(prefix):
         return prefix
     try:
-        # In the weights' own dtype, and nothing but the layer before: the cached activations and
-        # the validation losses of runs made so far hold these bits, and a BatchNorm that stays is
-        # one pass over the map, a multiply-add in eager mode two.
+        # In the weights' dtype, so that activations, losses and trained weights keep the bits of
+        # earlier versions. A BatchNorm that is left stays one: in eager mode it is one pass over
+        # the map, a multiply-add is two.
         folded, _ = fuse(prefix, dtype=None, into_previous_only=True)
     except WorkError:
         return prefix
