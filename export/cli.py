@@ -28,7 +28,7 @@ def export(options: argparse.Namespace) -> None:
         for name in ("arch", "arch_args", "labels", "photos", "size", "crop"):
             if getattr(options, name) is not None:
                 option = f"--{name.replace('_', '-')}"
-                raise OptionError(f"{option} needs --checkpoint FILE; a run has no use for it")
+                raise OptionError(f"{option} goes with --checkpoint FILE, not with a run")
         if options.run is None:
             raise OptionError("name a run, as runs/latest; or a torchvision --checkpoint FILE")
         pipeline.export(options.run, options.out, export_options, data=options.data)

@@ -36,7 +36,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 def verify(options: argparse.Namespace) -> None:
     """Check a bundle's bytes and run its golden images through the runtime. Needs no torch."""
-    from serving.inference.verify import verify
+    from serving.inference.load import verify
 
     for line in verify(options.bundle, options.device):
         print(line)
@@ -60,7 +60,8 @@ def score(options: argparse.Namespace) -> None:
     """Score many images into a table, one row per image; called again it resumes."""
     from dataclasses import fields
 
-    from serving.scoring.score import ScoringOptions, score
+    from serving.scoring.options import ScoringOptions
+    from serving.scoring.score import score
 
     values = {field.name: getattr(options, field.name) for field in fields(ScoringOptions)}
     score(options.inputs, options.bundle, options.out, ScoringOptions(**values))

@@ -1,1 +1,1 @@
-"""A look at data and network before training."""
+"""Inspect data and network before training."""
