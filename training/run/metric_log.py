@@ -83,7 +83,7 @@ class _EventFile:
             first_step: Readers drop events of older files at this step and later: steps of a killed
                 run beyond the point where the run resumes.
         """
-        # Here, as evaluation and reports need no writer: the import takes a quarter of a second.
+        # Imported here: only runs need the writer, and `read_steps` is used without it.
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import RecordWriter
 
