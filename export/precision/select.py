@@ -16,7 +16,7 @@ from export import benchmark
 from export.calibration import HeldOut, predict_views
 from export.parity import Sample
 from export.precision import fp16, int8
-from export.precision.verdict import Verdict, accuracy_verdict
+from export.precision.verdict import Verdict, compare_with_fp32
 from export.writers import onnx
 from serving.bundle.manifest import Manifest
 from serving.errors import FledgeError, GateError, OptionError
@@ -110,7 +110,7 @@ def select_precisions(
         path = payload / FILES[name]
         try:
             verdict, facts, rates = _try(name, kind, payload, manifest, held_out, samples, request)
-            if not verdict.refusal:
+            if verdict.kept:
                 manifest = _add_precision(name, kind, payload, manifest, verdict)
         except FledgeError as error:
             path.unlink(missing_ok=True)  # a graph without a verdict must not be in the bundle
@@ -120,12 +120,12 @@ def select_precisions(
             log(f"{name} not tried: {error}")
             continue
         log(verdict.summary(name))
-        if verdict.refusal and request.precision == name:
+        if not verdict.kept and request.precision == name:
             raise GateError(
-                f"--precision {name} is refused: {verdict.refusal}; no bundle was written"
+                f"--precision {name} is refused: {verdict.refusal_reason}; no bundle was written"
             )
         tried[name] = {**verdict.to_dict(), **facts}
-        if verdict.refusal:
+        if not verdict.kept:
             path.unlink()
             del rates[name]
         tuning[kind.device] = benchmark.advice(rates)
@@ -185,7 +185,7 @@ def _try(
     rates = _rates({"fp32": source, name: path}, payload, manifest, kind.device)
     best = {graph: by_setting[benchmark.fastest(by_setting)] for graph, by_setting in rates.items()}
     facts |= _threshold_facts(manifest, outputs)
-    verdict = accuracy_verdict(
+    verdict = compare_with_fp32(
         held_out.logits[:, 0].argmax(axis=1).tolist(),
         outputs.logits[:, 0].argmax(axis=1).tolist(),
         held_out.labels.tolist(),

@@ -1,4 +1,4 @@
-"""Whether to keep a faster graph: its accuracy and speed against fp32 on the same photos."""
+"""Decide whether to keep a reduced-precision graph, by accuracy and speed against fp32."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ class Verdict:
     not_finite: int = 0
 
     @property
-    def refusal(self) -> str | None:
+    def kept(self) -> bool:
+        """Whether the precision goes into the bundle."""
+        return self.refusal_reason is None
+
+    @property
+    def refusal_reason(self) -> str | None:
         """The reason for leaving the precision out; None if it is kept."""
         if self.not_finite:
             return f"the logits of {self.not_finite} photos are not finite"
@@ -51,8 +56,8 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """An entry of the manifest's `tried`."""
         return {
-            "kept": self.refusal is None,
-            "why_not": self.refusal,
+            "kept": self.kept,
+            "why_not": self.refusal_reason,
             "photos": self.photos,
             "accuracy": self.accuracy,
             "accuracy_fp32": self.accuracy_fp32,
@@ -65,7 +70,7 @@ class Verdict:
     def summary(self, name: str) -> str:
         """The verdict on the precision `name` in one line."""
         low, high = self.interval
-        result = f"refused: {self.refusal}" if self.refusal else "kept"
+        result = "kept" if self.kept else f"refused: {self.refusal_reason}"
         return (
             f"{name} {result}; on {self.photos} held-out photos {self.accuracy:.2%}, fp32 "
             f"{self.accuracy_fp32:.2%} (falls by {self.drop:.2f} points, {low:.2f} to {high:.2f}), "
@@ -73,7 +78,7 @@ class Verdict:
         )
 
 
-def accuracy_verdict(
+def compare_with_fp32(
     fp32: Sequence[int],
     other: Sequence[int],
     labels: Sequence[int],

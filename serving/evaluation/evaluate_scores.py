@@ -1,7 +1,7 @@
 """`fledge evaluate-scores`: compares a table of scores with true labels, without the model.
 
-    score_table.read --paths--> TrueLabels                                   first pass
-    score_table.read --rows---> StreamingMetrics --figures--> text, JSON, CSV  second pass
+    table_reader.read --paths--> TrueLabels                                   first pass
+    table_reader.read --rows---> StreamingMetrics --figures--> text, JSON, CSV  second pass
 
 Two passes, because labels may be matched by file name, which requires that the name is unique.
 """
@@ -16,11 +16,11 @@ from typing import Any, Final
 
 from serving.bundle import storage
 from serving.errors import DataError, OptionError, WorkError
-from serving.evaluation.score_table import read
 from serving.evaluation.streaming_metrics import BINS, ClassOrder, StreamingMetrics
+from serving.evaluation.table_reader import read
 from serving.evaluation.true_labels import FolderLabels, LabelFile, TrueLabels
+from serving.scoring.row_writers import csv_line
 from serving.scoring.summary import read_classes, summary_path
-from serving.scoring.writers import csv_line
 from serving.utils.files import atomic_write, check_file
 
 _CLASSES: Final = 20

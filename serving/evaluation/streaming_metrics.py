@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from serving.errors import DataError
-from serving.evaluation.score_table import ParsedRow
+from serving.evaluation.table_reader import ParsedRow
 from serving.imaging.tta import Probabilities
 
 SMALLEST: Final = 1e-12

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from serving.errors import DataError
-from serving.evaluation.score_table import csv_rows
+from serving.evaluation.table_reader import csv_rows
 
 # Names of members as in serving.inputs.tar: a.tar::cat/1.jpg, a.tar::2::cat/1.jpg.
 _ARCHIVE: Final = re.compile(r"\.(?:tar|tar\.\w+|t(?:gz|bz2|xz|zst))::(?:[0-9]+::)?", re.IGNORECASE)

@@ -16,9 +16,9 @@ from serving import __version__
 from serving.bundle import storage
 from serving.errors import FledgeError, NotReady
 from serving.http.telemetry import Telemetry
-from serving.inference.batching import Engine, build
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
+from serving.inference.scheduling import Engine, build_engine
 from serving.settings import Settings
 from serving.utils import malloc
 
@@ -147,7 +147,7 @@ class ModelManager:
     def _build(self) -> LoadedModel:
         settings = self.settings
         predictor = _open(settings)
-        engine = build(
+        engine = build_engine(
             predictor,
             cap=settings.max_batch or predictor.cap,
             threads=settings.threads,

@@ -111,19 +111,18 @@ def decode(
         if getattr(image, "is_animated", False):
             applied.append("first-frame")
         # Pillow turns a TIFF upright while it loads it, so its orientation is read before. That of
-        # others is read after: for a PNG it may load the pixels, whose errors `_orientation` hides.
-        stored = _orientation(image) if image.format == "TIFF" else 1
+        # others is read after: for a PNG it may load the pixels, whose errors `_read_orientation` hides.
+        turned_by_pillow = _read_orientation(image) if image.format == "TIFF" else 1
         frame = _load(image)
-        remaining = _orientation(image)
+        orientation = _read_orientation(image)
         rgb = _to_rgb(image.crop(frame) if frame else image, background, applied)
         if frame:
             applied.append("alpha-on-background")
             canvas = Image.new("RGB", image.size, background)
             canvas.paste(rgb, frame)
             rgb = canvas
-        if remaining in _UPRIGHT:
-            rgb = rgb.transpose(_UPRIGHT[remaining])
-        if stored in _UPRIGHT or remaining in _UPRIGHT:
+        rgb = _apply_orientation(rgb, orientation)
+        if turned_by_pillow in _UPRIGHT or orientation in _UPRIGHT:
             applied.append("exif-orientation")
     except _CORRUPT as error:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
@@ -177,7 +176,13 @@ def _open(data: bytes) -> Image.Image:
     raise NotAnImage(f"no image that Fledge reads ({', '.join(FORMATS)})")
 
 
-def _orientation(image: Image.Image) -> int:
+def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
+    """The upright image; 1 and unknown values of EXIF's orientation change nothing."""
+    turn = _UPRIGHT.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _read_orientation(image: Image.Image) -> int:
     """The EXIF orientation; 1, upright, if EXIF is missing, broken or has an invalid value."""
     try:
         stated = image.getexif().get(_ORIENTATION, 1)

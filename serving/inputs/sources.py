@@ -22,7 +22,7 @@ from typing import IO, Final
 
 from serving.errors import BrokenImage, DataError, OptionError, RequestError, TooLarge
 from serving.imaging.decode import SUFFIXES
-from serving.inputs import folders, lists, remote, tar, tar_members
+from serving.inputs import folders, lists, open_archives, remote, tar
 from serving.inputs.compression import MAX_FILE
 from serving.inputs.folders import Note
 
@@ -98,7 +98,7 @@ class Reader:
     def __init__(self, protocols: Collection[str] = ()) -> None:
         """`protocols`: those that addresses may have; local files are always allowed."""
         self._protocols = {*protocols, "file", "local"}
-        self._archives: tar_members.OpenArchives | None = None
+        self._archives: open_archives.OpenArchives | None = None
 
     def load(self, name: str) -> bytes:
         """The bytes of one input.
@@ -116,7 +116,7 @@ class Reader:
         if member is None:
             return load_file(name)
         if self._archives is None:
-            self._archives = tar_members.shared()
+            self._archives = open_archives.process_archives()
         return self._archives.load(*member)
 
     def close(self) -> None:

@@ -125,10 +125,10 @@ def members(path: str) -> Iterator[TarMember]:
         for tar, info in _headers(source):
             if not info.isdir() and is_image(info.name) and not _is_hidden(info.name):
                 name = _unique(info.name, counts)
-                yield TarMember(name, info.offset, partial(_data, tar, info))
+                yield TarMember(name, info.offset, partial(_read_member, tar, info))
 
 
-def read_at(file: BinaryIO, offset: int) -> bytes:
+def read_member_at(file: BinaryIO, offset: int) -> bytes:
     """The bytes of the member whose header is at `offset` of an uncompressed archive.
 
     Raises:
@@ -143,7 +143,7 @@ def read_at(file: BinaryIO, offset: int) -> bytes:
         raise BrokenImage(f"can't be read: {_reason(error)}") from error
     if info is None:
         raise BrokenImage("the archive has changed")
-    return _data(tar, info)
+    return _read_member(tar, info)
 
 
 def _headers(source: PeekableStream) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
@@ -175,7 +175,7 @@ def _tar(file: BinaryIO | PeekableStream) -> tarfile.TarFile:
     return tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
 
 
-def _data(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     if not info.isreg():
         kind = "a link" if info.issym() or info.islnk() else "a device or a pipe"
         raise BrokenImage(f"not a file but {kind} in an archive")

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 
 from serving.errors import OptionError, WorkError
+from serving.scoring.row_writers import FORMATS, RowWriter
 from serving.scoring.rows import COLUMNS, Features, ScoreRow
-from serving.scoring.writers import FORMATS, RowWriter
 from serving.utils.files import atomic_write, check_file
 from serving.utils.optional_packages import require
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from serving.errors import OptionError
+from serving.scoring.row_writers import ParquetWriter
 from serving.scoring.rows import Features, ScoreRow
 from serving.scoring.table import AtomicTable
-from serving.scoring.writers import ParquetWriter
 from serving.utils.files import atomic_folder, check_folder, sync
 from serving.utils.optional_packages import require
 

@@ -65,12 +65,14 @@ class GracefulShutdown:
             server.handle_exit(signal.SIGTERM, None)
 
         def handle(*_: Any) -> None:
-            loop.call_soon_threadsafe(self._start, loop, server, stop_server, _MAX_ACCEPT_TURNS)
+            loop.call_soon_threadsafe(
+                self._stop_accepting, loop, server, stop_server, _MAX_ACCEPT_TURNS
+            )
 
         for number in _STOP_SIGNALS:
             signal.signal(number, handle)
 
-    def _start(
+    def _stop_accepting(
         self,
         loop: asyncio.AbstractEventLoop,
         server: uvicorn.Server,
@@ -80,11 +82,13 @@ class GracefulShutdown:
         if self.started:  # a second signal, from the launcher or sent to the process group
             return
         if not server.started:  # it does not listen yet
-            loop.call_later(_START_POLL_SECONDS, self._start, loop, server, stop_server, turns)
+            loop.call_later(
+                _START_POLL_SECONDS, self._stop_accepting, loop, server, stop_server, turns
+            )
             return
         sockets = [listener for one in server.servers for listener in one.sockets]
         if turns and _has_pending_connections(sockets):  # the loop accepts them at its next turn
-            loop.call_soon(self._start, loop, server, stop_server, turns - 1)
+            loop.call_soon(self._stop_accepting, loop, server, stop_server, turns - 1)
             return
         self.started = True
         # `close` of a server closes the socket of this process only; `shutdown` on a duplicate

@@ -17,9 +17,9 @@ from torch import nn
 from serving.imaging.decode import decode
 from serving.imaging.preprocess import Preprocess
 from tests.robustness import corpus
-from training.activations.cache import ACTIVATIONS_VERSION
 from training.activations.frozen_prefix import fused
 from training.activations.loaders import run_frozen
+from training.activations.stage_loaders import ACTIVATIONS_VERSION
 from training.augmentation import transforms
 from training.config.sections import AugmentConfig
 from training.models.classifier import normalise

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from serving.imaging.preprocess import Preprocess
-from training.activations.store import CachedViews
+from training.activations.cached_views import CachedViews
 from training.augmentation import mixup, transforms
 from training.config.sections import AugmentConfig
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from serving.errors import DataError, OptionError
-from training.activations.cache import ActivationCache
+from training.activations.stage_loaders import StageLoaders
 from training.config.schema import Recipe
 from training.data.dataset import SPLIT_FILE, load_dataset, read_split
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -97,7 +97,7 @@ def run(
     if process_group.is_main_process:
         start_run(folder, recipe, dataset, run_info)
     info = plan.info(recipe, dataset)
-    activations = ActivationCache(
+    activations = StageLoaders(
         photos, recipe, precision, disk_cache.open_cache(cache_gb), log, timer
     )
     return train(
@@ -175,7 +175,7 @@ def resume(
                 f"warning: the run was started with {position.processes} processes and continues "
                 f"with {process_group.size}: the weights will not be bit-equal"
             )
-    activations = ActivationCache(
+    activations = StageLoaders(
         photos, recipe, precision, disk_cache.open_cache(cache_gb), log, timer
     )
     info = plan.info(recipe, dataset)

@@ -13,9 +13,9 @@ import torch
 
 from serving.errors import OptionError, WorkError
 from serving.utils.files import check_file
-from training.activations.cache import ActivationCache
 from training.activations.loaders import TrainLoader, ValidLoader
 from training.activations.sharing import plan_sharing
+from training.activations.stage_loaders import StageLoaders
 from training.config.schema import Recipe, Stage
 from training.data.dataset import load_dataset
 from training.engine import auto_batch_size, compile, epoch, plan
@@ -142,7 +142,7 @@ def _set_up(
     recipe = auto_batch_size.resolve_batch_size(recipe, classifier, stages, dataset, precision, log)
     photos = DecodedPhotos(dataset, recipe.data.presize, log, cache_gb)
     classifier.to(precision.device).to(memory_format=torch.channels_last)
-    activations = ActivationCache(photos, recipe, precision, disk_cache.open_cache(cache_gb), log)
+    activations = StageLoaders(photos, recipe, precision, disk_cache.open_cache(cache_gb), log)
     (share,) = plan_sharing(classifier, recipe, [stage])
     classifier.freeze_for(stage)
     train_loader, valid_loader = activations.loaders(classifier, stage, share)

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from serving.errors import Diverged, WorkError
-from training.activations.cache import ActivationCache
 from training.activations.loaders import TrainLoader, ValidLoader
 from training.activations.sharing import SharedPrefix, plan_sharing
+from training.activations.stage_loaders import StageLoaders
 from training.config.schema import Recipe, Stage
 from training.distributed import torchrun
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -54,7 +54,7 @@ class Run:
     recipe: Recipe
     stages: list[Stage]
     classifier: Classifier
-    activations: ActivationCache
+    activations: StageLoaders
     folder: Path
     info: checkpoint.CheckpointInfo
     log: Log

@@ -104,6 +104,18 @@ def random_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
     return {_random_name(rank, kind): value for kind, value in states.items()}
 
 
+def restore_random_state(states: Mapping[str, Tensor], device: torch.device, rank: int = 0) -> None:
+    """Set a process's random number generators to the states that `random_state` returned.
+
+    Without a state for this rank they stay as they are.
+    """
+    cpu, cuda = _random_name(rank, "cpu"), _random_name(rank, "cuda")
+    if cpu in states:
+        torch.set_rng_state(states[cpu])
+    if device.type == "cuda" and cuda in states:
+        torch.cuda.set_rng_state(states[cuda], device)
+
+
 def _random_name(rank: int, kind: str) -> str:
     return f"{kind}.{rank}" if rank else kind
 
@@ -138,11 +150,7 @@ def load(
         raise DataError(f"{path} can't be read: {error}; start the run again") from error
     values["best"] = tuple(values["best"])
     values["history"] = [Epoch(**row) for row in values["history"]]
-    cpu, cuda = _random_name(rank, "cpu"), _random_name(rank, "cuda")
-    if cpu in tensors.random:
-        torch.set_rng_state(tensors.random[cpu])
-    if device.type == "cuda" and cuda in tensors.random:
-        torch.cuda.set_rng_state(tensors.random[cuda], device)
+    restore_random_state(tensors.random, device, rank)
     return Position(**values), tensors
 
 

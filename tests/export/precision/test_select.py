@@ -9,7 +9,7 @@ import pytest
 
 from export import benchmark, parity
 from export.precision import int8, select
-from export.precision.verdict import accuracy_verdict
+from export.precision.verdict import compare_with_fp32
 from serving.bundle import storage
 from serving.errors import BundleError, GateError, OptionError, WorkError
 from serving.inference import runtime
@@ -24,12 +24,12 @@ def verdict_of(lost, won, photos=200, **options):
     labels = [0] * photos
     fp32 = [1] * won + [0] * (photos - won)
     other = [0] * (photos - lost) + [1] * lost
-    return accuracy_verdict(fp32, other, labels, **{"speedup": 2.0, "budget": 0.5} | options)
+    return compare_with_fp32(fp32, other, labels, **{"speedup": 2.0, "budget": 0.5} | options)
 
 
 def test_a_faster_precision_of_equal_accuracy_is_kept():
     verdict = verdict_of(lost=3, won=3)
-    assert verdict.refusal is None
+    assert verdict.refusal_reason is None
     assert (verdict.drop, verdict.accuracy, verdict.accuracy_fp32) == (0, 197 / 200, 197 / 200)
     low, high = verdict.interval
     assert low < 0 < high
@@ -47,8 +47,8 @@ def test_a_faster_precision_of_equal_accuracy_is_kept():
     ],
 )
 def test_a_precision_is_refused_by_accuracy_and_speed(lost, won, options, why):
-    refusal = verdict_of(lost, won, **options).refusal
-    assert refusal is None if why is None else why in refusal
+    refusal_reason = verdict_of(lost, won, **options).refusal_reason
+    assert refusal_reason is None if why is None else why in refusal_reason
 
 
 def test_a_precision_with_logits_that_are_not_finite_is_refused(
@@ -306,9 +306,9 @@ def test_a_precision_that_costs_too_much_accuracy_is_refused(
     monkeypatch.setattr(benchmark, "measure", rates)
 
     def worse(fp32, other, labels, **options):
-        return accuracy_verdict(labels, [-1] * len(labels), labels, **options)
+        return compare_with_fp32(labels, [-1] * len(labels), labels, **options)
 
-    monkeypatch.setattr(select, "accuracy_verdict", worse)
+    monkeypatch.setattr(select, "compare_with_fp32", worse)
     if requested == "int8":
         with pytest.raises(GateError, match=r"--precision int8 is refused: accuracy falls by 100"):
             export(run, out, precision=requested, log=lines.append)

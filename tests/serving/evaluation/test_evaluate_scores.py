@@ -16,7 +16,7 @@ from sklearn import metrics as sk
 
 import fledge
 from serving.errors import DataError, FledgeError, OptionError, WorkError
-from serving.evaluation import evaluate_scores, score_table, streaming_metrics
+from serving.evaluation import evaluate_scores, streaming_metrics, table_reader
 from serving.evaluation.evaluate_scores import EvaluationOptions, evaluate
 from serving.inference.load import open_predictor
 from serving.scoring.rows import COLUMNS
@@ -442,7 +442,7 @@ def test_a_table_is_streamed(tmp_path: Path) -> None:
     path = write(tmp_path / "s.jsonl", [confident_row("rose", "rose/x.jpg")] * 1000)
     with path.open("a") as file:
         file.write('{"path": "torn')
-    rows = score_table.read(path)
+    rows = table_reader.read(path)
     assert next(rows).label == "rose"
     with pytest.raises(DataError, match=r"s\.jsonl, line 1001: no JSON"):
         list(rows)

@@ -12,9 +12,9 @@ import pytest
 from serving.errors import WorkError
 from serving.http.app import App
 from serving.http.model_manager import LoadedModel, ModelManager
-from serving.inference.batching import DynamicBatcher, build
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Prediction, Predictor
+from serving.inference.scheduling import DynamicBatcher, build_engine
 from serving.settings import Settings
 from tests.support.tiny_bundle import photo, tiny_bundle
 
@@ -78,7 +78,7 @@ def run_client(
 
 
 def engine_of(predictor: Predictor, cap: int, max_queue: int = 64):
-    return build(
+    return build_engine(
         predictor,
         cap=cap,
         threads=2,

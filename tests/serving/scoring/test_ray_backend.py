@@ -19,7 +19,7 @@ import pytest
 
 import fledge
 from serving.errors import OptionError, WorkError
-from serving.evaluation import score_table
+from serving.evaluation import table_reader
 from serving.inference import runtime
 from serving.scoring import ray_backend, ray_cluster, score
 from serving.scoring.options import ScoringOptions
@@ -327,7 +327,7 @@ def test_on_one_machine_ray_prints_nothing_and_ctrl_c_ends_all_processes(
     assert lines[-1] == f"wrote {tmp_path / 'scores'}"
     assert len(lines) == 5
     first, second = (
-        [(one.path.removeprefix("file://"), one) for one in score_table.read(tmp_path / name)]
+        [(one.path.removeprefix("file://"), one) for one in table_reader.read(tmp_path / name)]
         for name in ("here.parquet", "scores")
     )
     assert len(first) == 9000

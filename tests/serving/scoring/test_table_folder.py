@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from serving.errors import OptionError, WorkError
-from serving.evaluation import score_table
+from serving.evaluation import table_reader
 from serving.scoring import table_folder
 from serving.scoring.rows import ScoreRow
 from serving.scoring.table_folder import TableFolder, check_table_folder
@@ -38,10 +38,10 @@ def test_rows_are_split_into_files_and_read_in_order(
     write(tmp_path / "scores", 21)
     names = [f"part-0000{number}.parquet" for number in range(3)]
     assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == names
-    answers = list(score_table.read(tmp_path / "scores"))
+    answers = list(table_reader.read(tmp_path / "scores"))
     assert [answer.path for answer in answers] == [f"{number}.jpg" for number in range(21)]
     write(tmp_path / "scores", 5)
-    assert len(list(score_table.read(tmp_path / "scores"))) == 5
+    assert len(list(table_reader.read(tmp_path / "scores"))) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
 
 
@@ -50,7 +50,7 @@ def test_an_error_keeps_the_older_table(tmp_path: Path) -> None:
     write(out, 3)
     with pytest.raises(RuntimeError):
         interrupted(out)
-    assert len(list(score_table.read(out))) == 3
+    assert len(list(table_reader.read(out))) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
 
 
@@ -68,7 +68,7 @@ def test_a_failed_rename_keeps_the_older_table(
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(WorkError, match="No space left"):
         write(out, 5)
-    assert len(list(score_table.read(out))) == 3
+    assert len(list(table_reader.read(out))) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
 
 

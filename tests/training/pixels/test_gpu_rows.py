@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from serving.errors import WorkError
-from training.activations import cache, loaders
-from training.activations.cache import ActivationCache
+from training.activations import loaders, stage_loaders
 from training.activations.loaders import AugmentedPhotos
 from training.activations.sharing import plan_sharing
+from training.activations.stage_loaders import StageLoaders
 from training.config import load
 from training.config.schema import Recipe
 from training.config.sections import AugmentConfig
@@ -223,10 +223,10 @@ def test_rows_of_one_size_are_placed_once_and_freed_before_the_next(
         old.append(weakref.ref(near))
         return replace(of, pixels=near)
 
-    monkeypatch.setattr("training.activations.cache.place_rows", on_device)
+    monkeypatch.setattr("training.activations.stage_loaders.place_rows", on_device)
     decoded = DecodedPhotos(load_dataset(str(photos)), settings.data.presize, str)
     classifier, _ = plan.build_classifier(settings, 3, str)
-    activations = ActivationCache(
+    activations = StageLoaders(
         decoded, settings, Precision(torch.float32, CPU), disk_cache.DiskCache(tmp_path, 0), str
     )
     for stage, share in zip(
@@ -279,7 +279,7 @@ def test_padding_does_not_change_the_metrics(
 
     for name in ("plain", "pad_on_gpu"):
         if name == "pad_on_gpu":
-            for module in (loaders, cache, evaluate):
+            for module in (loaders, stage_loaders, evaluate):
                 monkeypatch.setattr(module, "pad_on_gpu", recording(module))
         monkeypatch.setenv("FLEDGE_CACHE", str(tmp_path / f"{name}-cache"))
         options = ["head.dropout=0", f"weights={weights}"]
@@ -309,12 +309,13 @@ def test_an_epoch_never_synchronises_with_the_gpu(
     settings = load.read(recipe(), ["precision=auto", "augment.erase=0.5", *changes])
     where = torch.device(where)  # on the CPU: the same steps, without the check
     monkeypatch.setattr(
-        "training.activations.cache.place_rows", lambda *args: place_rows(*args, lambda _: free)
+        "training.activations.stage_loaders.place_rows",
+        lambda *args: place_rows(*args, lambda _: free),
     )
     decoded = DecodedPhotos(load_dataset(str(photos)), settings.data.presize, str)
     classifier, _ = plan.build_classifier(settings, 3, str)
     precision = Precision(torch.bfloat16, where)
-    activations = ActivationCache(
+    activations = StageLoaders(
         decoded, settings, precision, disk_cache.DiskCache(tmp_path, 10**9), str
     )
     classifier.to(where).to(memory_format=torch.channels_last)

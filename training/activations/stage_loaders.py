@@ -18,6 +18,13 @@ from torch import Tensor, nn
 
 from serving.imaging.preprocess import Preprocess
 from training.activations import frozen_prefix
+from training.activations.cached_views import (
+    CachedViews,
+    ComputeView,
+    DiskStore,
+    IndexedRows,
+    ViewShape,
+)
 from training.activations.loaders import (
     FROZEN,
     AugmentedPhotos,
@@ -27,13 +34,6 @@ from training.activations.loaders import (
     run_frozen,
 )
 from training.activations.sharing import SharedPrefix
-from training.activations.store import (
-    CachedViews,
-    ComputeView,
-    DiskStore,
-    IndexedRows,
-    ViewShape,
-)
 from training.config.schema import Recipe, Stage
 from training.models.classifier import Classifier
 from training.optim.ema import Ema
@@ -100,7 +100,7 @@ def plan_views(
 
 
 @dataclass
-class ActivationCache:
+class StageLoaders:
     """Makes the data loaders of a run's stages, and caches the outputs of their frozen layers.
 
     Attributes:

@@ -82,7 +82,7 @@ _SHARED: weakref.WeakValueDictionary[int, OpenArchives] = weakref.WeakValueDicti
 _LOCK: Final = threading.Lock()
 
 
-def shared() -> OpenArchives:
+def process_archives() -> OpenArchives:
     """The archives of this process; closed when the last reference to them is deleted."""
     with _LOCK:
         # By process id: a forked process shares file positions with its parent.
@@ -127,7 +127,7 @@ class _PlainArchive:
                 found = self._members.next()
                 self.names[found.name] = found.offset
             offset = self.names[member]
-        return tar.read_at(io.BufferedReader(_PositionedFile(self._file)), offset)
+        return tar.read_member_at(io.BufferedReader(_PositionedFile(self._file)), offset)
 
 
 class _CompressedArchive:

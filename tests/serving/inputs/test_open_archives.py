@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serving.inputs import sources, tar_members
+from serving.inputs import open_archives, sources
 from serving.inputs import tar as tar_module
 from tests.support.tar_files import KINDS, find_all, only_images, shard_members, write_tar
 
@@ -70,7 +70,7 @@ def test_a_compressed_archive_is_read_again_for_an_earlier_member(
 def test_without_a_cache_each_earlier_member_starts_a_new_pass(
     folder: Path, reader: sources.Reader, passes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tar_members, "_CACHE_BYTES", 0)
+    monkeypatch.setattr(open_archives, "_CACHE_BYTES", 0)
     names = find_all(write_tar("a.tar.gz", only_images(shard_members(10)).items(), "w:gz"))
     del passes[:]
     for place, times in ((0, 1), (5, 1), (9, 1), (2, 2), (3, 2), (1, 3)):
@@ -88,8 +88,8 @@ def test_a_replaced_archive_is_opened_again(folder: Path, reader: sources.Reader
 
 
 def test_the_cache_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar_members, "_CACHE_BYTES", 5000)
-    cache = tar_members._MemberCache()
+    monkeypatch.setattr(open_archives, "_CACHE_BYTES", 5000)
+    cache = open_archives._MemberCache()
     for number in range(100):
         cache.put(("a.tar", f"{number}"), b"x" * 1000)
     cache.put(("a.tar", "99"), b"y" * 1000)
@@ -110,7 +110,7 @@ def test_few_archives_are_open_and_none_after_the_last_reader(
         )
         return sum(str(folder) in link for link in links)
 
-    monkeypatch.setattr(tar_members, bound, most)
+    monkeypatch.setattr(open_archives, bound, most)
     for number in range(20):
         write_tar(
             f"{number}.tar{'.gz' * (number % 2)}",
@@ -134,7 +134,7 @@ def test_few_archives_are_open_and_none_after_the_last_reader(
 def test_the_least_recently_used_archive_is_closed(
     folder: Path, reader: sources.Reader, passes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tar_members, "_MAX_OPEN", 3)
+    monkeypatch.setattr(open_archives, "_MAX_OPEN", 3)
     for name in "abcd":
         write_tar(f"{name}.tar", [("x.jpg", b"x")])
     for name in "abcad":

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from serving.errors import BrokenImage, Overloaded, WorkError
-from serving.inference.batching import DynamicBatcher, PerImageEngine, QueueLimit
 from serving.inference.predictor import Prediction, Prepared
+from serving.inference.scheduling import DynamicBatcher, PerImageEngine, QueueLimit
 
 
 class Stub:

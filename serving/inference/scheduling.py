@@ -52,7 +52,7 @@ class Engine(Protocol):
         ...
 
 
-def build(
+def build_engine(
     predictor: Predictor,
     *,
     cap: int,

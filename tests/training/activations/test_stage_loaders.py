@@ -11,10 +11,10 @@ import torchvision
 from torch import nn
 
 from training.activations import frozen_prefix
-from training.activations.cache import ActivationCache
+from training.activations.cached_views import CachedViews, DiskStore, ViewShape
 from training.activations.loaders import AugmentedPhotos, TrainLoader, ValidLoader
 from training.activations.sharing import SharedPrefix, plan_sharing
-from training.activations.store import CachedViews, DiskStore, ViewShape
+from training.activations.stage_loaders import StageLoaders
 from training.config import load
 from training.data.dataset import load_dataset
 from training.engine import plan
@@ -45,7 +45,7 @@ def open_run(recipe, photos, lines, cache, two_stages):
         settings = load.read(recipe(stages), overrides)
         decoded = DecodedPhotos(load_dataset(str(photos)), settings.data.presize, lines.append)
         classifier, _ = plan.build_classifier(settings, 3, lines.append)
-        activations = ActivationCache(decoded, settings, precision, there, lines.append)
+        activations = StageLoaders(decoded, settings, precision, there, lines.append)
         return settings, classifier, activations
 
     return opened
@@ -336,8 +336,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
-from tests.training.activations.test_cache import SHAPE, numbered
-from training.activations.store import CachedViews, DiskStore
+from tests.training.activations.test_stage_loaders import SHAPE, numbered
+from training.activations.cached_views import CachedViews, DiskStore
 from training.utils.disk_cache import DiskCache
 left = int(sys.argv[1])
 def compute(number):

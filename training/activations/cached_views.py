@@ -155,7 +155,7 @@ class CachedViews:
     def __getitem__(self, number: int) -> Tensor:
         """Rows [N, ...] of a view; read-only."""
         if number not in self._views:
-            self._views[number] = self._get(number)
+            self._views[number] = self._find_or_compute(number)
         return self._views[number]
 
     def prepare(self, numbers: Iterable[int]) -> None:
@@ -179,7 +179,7 @@ class CachedViews:
                 self._views[number] = found
         return number in self._views
 
-    def _get(self, number: int) -> Tensor:
+    def _find_or_compute(self, number: int) -> Tensor:
         if self.store:
             try:
                 found = self.store.find_or_add(number, self.shape, self._parts(number))
