@@ -110,8 +110,9 @@ def decode(
     try:
         if getattr(image, "is_animated", False):
             applied.append("first-frame")
-        # Pillow turns a TIFF upright while it loads it, so its orientation is read before. That of
-        # others is read after: for a PNG it may load the pixels, whose errors `_read_orientation` hides.
+        # Pillow turns a TIFF upright while it loads it, so its orientation is read before. The
+        # orientation of other formats is read after: for a PNG, reading it may load the pixels, and
+        # `_read_orientation` hides errors.
         turned_by_pillow = _read_orientation(image) if image.format == "TIFF" else 1
         frame = _load(image)
         orientation = _read_orientation(image)
