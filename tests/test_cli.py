@@ -23,7 +23,7 @@ def test_help_is_quick_to_load_and_loads_no_torch():
         assert f"'{heavy}'" not in modules
 
 
-def test_importing_the_module_imports_no_area():
+def test_importing_fledge_imports_no_package_of_the_project():
     # `bentoml serve fledge:latest` imports fledge.py before the Bento's own `serving`.
     look = "import sys, fledge; print({'serving', 'training', 'export'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
@@ -67,7 +67,7 @@ def test_every_command_has_an_example(verb, capsys):
         (["score", "/nowhere", "--bundle", "b", "--out", "s.csv"], 2, "/nowhere"),
     ],
 )
-def test_mistakes_are_one_line_on_stderr(words, status, message, capsys):
+def test_wrong_arguments_give_an_exit_status_and_one_line_on_stderr(words, status, message, capsys):
     assert fledge.main(words) == status
     error = capsys.readouterr().err
     assert error.startswith("fledge: ")
@@ -86,7 +86,7 @@ def test_the_usage_of_layers_shows_overrides(capsys):
     assert "fledge layers [ARCH] [--recipe FILE [key=value …]]" in capsys.readouterr().out
 
 
-def test_every_mistake_of_a_recipe_is_a_line(tmp_path, capsys):
+def test_every_error_in_a_recipe_has_one_line(tmp_path, capsys):
     recipe = tmp_path / "r.toml"
     recipe.write_text('name = "x"\narch = "resnet19"\nsize = 9\n[[stage]]\nname = "head"\n')
     assert fledge.main(["train", str(recipe), "--data", "x"]) == 2
@@ -97,7 +97,7 @@ def test_every_mistake_of_a_recipe_is_a_line(tmp_path, capsys):
     )
 
 
-def test_overrides_may_stand_anywhere_among_the_options():
+def test_overrides_are_accepted_anywhere_among_the_options():
     parts = ["r.toml", "a=1", "--data d", "--seed=3", "stage.head.lr=0.1"]
     for ordered in itertools.permutations(parts):
         options, rest = fledge._parser().parse_known_args(["train", *" ".join(ordered).split()])
@@ -118,7 +118,7 @@ def test_overrides_may_stand_anywhere_among_the_options():
         (["train", "--resume", "run"], {"recipe": None, "overrides": []}),
     ],
 )
-def test_overrides_after_other_arguments(words, expected):
+def test_overrides_are_accepted_after_other_arguments(words, expected):
     options, rest = fledge._parser().parse_known_args(words)
     assert {name: getattr(options, name) for name in expected} == expected
     assert rest == []
@@ -132,7 +132,7 @@ def test_overrides_after_other_arguments(words, expected):
         (["inspect", "bundle", "a=1"], "a=1"),
     ],
 )
-def test_words_that_are_no_overrides_are_refused(words, wrong, capsys):
+def test_arguments_that_are_not_overrides_are_refused(words, wrong, capsys):
     assert fledge.main(words) == 2
     assert f"{wrong!r} is no option of fledge {words[0]}" in capsys.readouterr().err
 
@@ -177,7 +177,7 @@ def test_the_train_extra_is_complete():
     assert modules == set(fledge.TRAIN_EXTRA)
 
 
-def test_an_image_that_only_serves_has_the_commands_of_serving(monkeypatch):
+def test_without_training_and_export_the_commands_are_those_of_serving(monkeypatch):
     for area in ("training", "training.cli", "export", "export.cli"):
         monkeypatch.setitem(sys.modules, area, None)
     actions = fledge._parser()._actions

@@ -63,7 +63,7 @@ def every(name: str) -> list[tuple[str, list[str]]]:
     return [(page, words) for page in PAGES for words in commands(page, name)]
 
 
-def test_the_pages_are_found() -> None:
+def test_the_pages_contain_commands_and_python_code() -> None:
     assert {"README.md", "docs/recipe.md", "docs/bundle.md", "docs/design.md"} <= set(PAGES)
     assert len(every("make")) > 20
     assert len(every("fledge")) > 20
@@ -71,14 +71,14 @@ def test_the_pages_are_found() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
+def test_the_targets_of_relative_links_exist(page: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
         if not re.match(r"[a-z]+:|#", target):
             assert ((ROOT / page).parent / target.partition("#")[0]).exists(), target
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_make_has_the_targets_and_variables_told(page: str) -> None:
+def test_documented_make_targets_and_variables_exist(page: str) -> None:
     for _, target, *given in commands(page, "make"):
         assert target in TARGETS
         for word in given:
@@ -87,7 +87,7 @@ def test_make_has_the_targets_and_variables_told(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_fledge_understands_the_commands_told(page: str) -> None:
+def test_fledge_parses_the_documented_commands(page: str) -> None:
     for words in commands(page, "fledge"):
         if words[1:] in (["--help"], ["--version"]):
             continue
@@ -97,7 +97,7 @@ def test_fledge_understands_the_commands_told(page: str) -> None:
         assert_understood(words[1:])
 
 
-def test_make_train_hands_on_what_fledge_understands() -> None:
+def test_fledge_parses_the_args_of_documented_make_train_commands() -> None:
     told = [word for _, words in every("make") for word in words if word.startswith("ARGS=-")]
     assert told
     for _, words in every("make"):
@@ -169,7 +169,7 @@ def test_the_recipe_page_lists_every_option_with_its_default() -> None:
     assert stated == dict(options())
 
 
-def test_recipes_told_are_recipes() -> None:
+def test_the_recipes_in_the_recipe_page_are_valid() -> None:
     from training.config import load as config
 
     assert blocks("docs/recipe.md", "toml")

@@ -75,7 +75,7 @@ def measure(echo: Echo, callers: int) -> Window:
     return uvloop.run(serve_and_load())
 
 
-def test_each_caller_sends_its_requests_one_after_the_other_on_one_connection() -> None:
+def test_each_caller_sends_its_requests_sequentially_on_one_connection() -> None:
     echo = Echo()
     window = measure(echo, 4)
     assert echo.connections == echo.most_open == 4
@@ -105,7 +105,7 @@ def test_requests_without_an_answer_are_counted_as_lost() -> None:
     assert broken / 2 < window.lost <= broken  # the others broke outside the window
 
 
-def test_answers_have_their_status() -> None:
+def test_answers_have_the_status_that_the_server_sent() -> None:
     assert {answer.status for answer in measure(Echo(status=503), 2).answers} == {503}
 
 

@@ -126,7 +126,7 @@ def test_the_bento_gives_the_answers_of_its_bundle(url: str, bento: Path, bundle
     assert not list(bento.rglob("training")) + list(bento.rglob("tests"))
 
 
-def test_the_requirements_are_the_locked_ones(bento: Path) -> None:
+def test_the_requirements_of_the_bento_equal_the_lock_file(bento: Path) -> None:
     def pins(path: Path) -> set[str]:
         # BentoML reformats the markers, and adds a line for itself.
         return set(re.findall(r"^[\w.-]+==[^\s;]+|sha256:\w+", path.read_text(), re.MULTILINE))

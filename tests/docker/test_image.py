@@ -23,7 +23,7 @@ MAX_IDLE_MB = 350  # of memory, with a tiny bundle
 MAX_READY_SECONDS = 10.0  # less than 2 on an idle machine
 
 
-def test_size_and_time_to_ready(
+def test_size_memory_and_start_time_are_within_their_limits(
     container: Container, build_seconds: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     size = int(run(DOCKER, "image", "inspect", "--format", "{{.Size}}", IMAGE).stdout) / 1e6
@@ -78,7 +78,7 @@ def test_a_bad_photo_is_refused_and_the_service_goes_on(
     assert container.post("/predict", photo(7))[0] == 200
 
 
-def test_it_runs_unprivileged(container: Container) -> None:
+def test_the_container_runs_unprivileged(container: Container) -> None:
     status = container.python("print(open('/proc/1/status').read())")
     fields = dict(line.split(":", 1) for line in status.splitlines())
     assert fields["Uid"].split() == ["10001"] * 4

@@ -59,7 +59,7 @@ def exit_status(container: Container, limit: float = 30) -> int:
     return int(run(DOCKER, "wait", container.name, limit=limit).stdout)
 
 
-def test_without_a_bundle_it_exits_with_78_and_a_reason() -> None:
+def test_a_container_without_a_bundle_exits_with_78_and_a_reason() -> None:
     ended = run_to_end(IMAGE)
     assert ended.returncode == 78, ended.stderr
     assert ended.stdout == ""
@@ -67,7 +67,7 @@ def test_without_a_bundle_it_exits_with_78_and_a_reason() -> None:
     assert "/bundle" in ended.stderr
 
 
-def test_with_a_changed_byte_it_exits_with_78_and_names_the_file(tmp_path: Path) -> None:
+def test_a_container_with_a_changed_bundle_exits_with_78_and_names_the_file(tmp_path: Path) -> None:
     ended = run_to_end("--volume", f"{broken(tmp_path / 'bundle')}:/bundle:ro", IMAGE)
     assert ended.returncode == 78, ended.stderr
     assert ended.stderr.count("\n") == 1
@@ -122,7 +122,9 @@ def test_the_threads_match_the_cpus_of_the_container(
         container.remove()
 
 
-def test_stop_under_load_loses_no_request(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopping_a_container_under_load_loses_no_request(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with host_network_container(bundle) as container:
         seconds: list[float] = []
 

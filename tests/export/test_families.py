@@ -39,13 +39,13 @@ LEFT = {"densenet121": 62}
 """BatchNorms that can't be folded: in DenseNet after a concatenation and before a ReLU."""
 
 
-def test_every_family_is_covered() -> None:
+def test_the_tested_networks_cover_every_family() -> None:
     assert list(SMALLEST) == [family.title for family in families.FAMILIES]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SMALLEST.values())
-def test_it_passes_the_parity_gate(run, tmp_path, monkeypatch, arch):
+def test_the_smallest_network_of_a_family_passes_the_parity_gate(run, tmp_path, monkeypatch, arch):
     monkeypatch.setattr(benchmark, "measure", lambda *_: {})
     monkeypatch.setattr(benchmark, "advice", lambda *_: {})
     size = SIZES.get(arch, 64)

@@ -109,7 +109,7 @@ def test_a_difference_at_one_batch_size_only_is_found(samples, size):
         gate(samples, lambda logits: logits + np.array([1.0, 0, 0]) * (len(logits) == size))
 
 
-def test_not_a_number_does_not_pass(samples):
+def test_logits_that_are_nan_fail_the_gate(samples):
     with pytest.raises(Exception, match="not finite"):
         gate(samples, lambda logits: logits * np.nan)
 

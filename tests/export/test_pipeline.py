@@ -344,7 +344,9 @@ def key(tmp_path):
     return path
 
 
-def test_the_signed_files_are_those_of_this_export(shared_run, exported, out, key):
+def test_a_signed_export_replaces_files_changed_since_the_last_export(
+    shared_run, exported, out, key
+):
     manifest = storage.read(out).manifest
     card = out / manifest.version / "README.md"
     original = card.read_bytes()

@@ -40,7 +40,7 @@ def refused(capsys):
     return run
 
 
-def test_a_changed_byte_in_any_file(exported, tmp_path, refused):
+def test_a_changed_byte_in_any_file_is_refused_naming_the_file(exported, tmp_path, refused):
     folder = shutil.copytree(exported, tmp_path / "bundle")
     files = [path for path in folder.rglob("*") if path.is_file()]
     kinds = {".onnx", ".ts", ".pt2", ".jpg", ".md", ".json", ".sha256"}
@@ -68,7 +68,9 @@ def halve_temperature(values):
 
 @pytest.mark.parametrize("new_checksum", [False, True], ids=["old checksum", "new checksum"])
 @pytest.mark.parametrize("change", [swap_labels, remove_view, halve_temperature])
-def test_a_changed_manifest(exported, tmp_path, refused, change, new_checksum):
+def test_a_changed_manifest_is_refused_with_its_old_and_with_a_new_checksum(
+    exported, tmp_path, refused, change, new_checksum
+):
     folder = shutil.copytree(exported, tmp_path / "bundle")
     path = folder / storage.MANIFEST
     values = json.loads(path.read_text())

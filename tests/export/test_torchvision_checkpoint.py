@@ -86,7 +86,7 @@ def test_the_usual_file_formats_are_read(network, tmp_path, kind):
         "squeezenet1_1",
     ],
 )
-def test_other_families_give_the_network_s_outputs(arch, tmp_path):
+def test_networks_of_other_families_give_the_same_outputs_after_loading(arch, tmp_path):
     torch.manual_seed(0)
     options = {"init_weights": False} if arch == "googlenet" else {}
     made = torchvision.models.get_model(arch, weights=None, num_classes=4, **options).eval()
@@ -205,7 +205,7 @@ def test_a_pickle_with_code_is_refused(tmp_path, capsys):
     assert "code ran" not in capsys.readouterr().out
 
 
-def test_a_mismatch_is_named(file, tmp_path):
+def test_the_error_for_a_checkpoint_of_another_network_names_the_mismatch(file, tmp_path):
     with pytest.raises(DataError, match=r"has 4 classes and --labels 3"):
         load(file, labels=LABELS[:3])
     with pytest.raises(DataError, match=r"is not for resnet34: it lacks layer1\.2\.conv1\.weight"):
@@ -255,6 +255,6 @@ def test_a_folder_that_is_no_label_is_named(shared_run):
         ),
     ],
 )
-def test_options_that_do_not_go_together(words, message, tmp_path, capsys):
+def test_missing_and_contradicting_options_are_refused(words, message, tmp_path, capsys):
     assert fledge.main(["export", *words, "--out", str(tmp_path / "b")]) == 2
     assert message in capsys.readouterr().err

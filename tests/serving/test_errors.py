@@ -9,7 +9,7 @@ def tree(root: type[FledgeError] = FledgeError, depth: int = 0) -> list[tuple[in
     return [(depth, root), *below]
 
 
-def test_the_docstring_draws_the_tree_of_classes() -> None:
+def test_the_tree_in_the_docstring_equals_the_class_hierarchy() -> None:
     drawn = []
     for line in (errors.__doc__ or "").splitlines():
         stem = line.replace("├── ", "│   ").replace("└── ", "│   ")
@@ -25,7 +25,7 @@ def test_codes_are_unique_and_readable() -> None:
     assert all(code == code.lower() and " " not in code and ":" not in code for code in codes)
 
 
-def test_the_status_says_who_is_at_fault() -> None:
+def test_request_and_image_errors_have_a_4xx_status_and_others_5xx() -> None:
     for _, kind in tree():
         if issubclass(kind, errors.RequestError | errors.ImageError):
             assert 400 <= kind.http_status < 500, kind

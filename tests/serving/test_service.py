@@ -86,7 +86,9 @@ def check_problem(response: httpx.Response, status: int, code: str) -> None:
 
 
 @pytest.mark.parametrize("tta", [0, 1, 4, 10])
-def test_the_answer_is_that_of_the_predictor(client: httpx.Client, predictor: Predictor, tta: int):
+def test_the_service_gives_the_answer_of_the_predictor(
+    client: httpx.Client, predictor: Predictor, tta: int
+):
     data = photo(1)
     response = client.post("/predict", params={"tta": tta, "top_k": 7}, content=data)
     assert response.status_code == 200
@@ -121,7 +123,7 @@ def test_the_media_type_has_no_effect(client: httpx.Client, media_type: str):
     assert response.json() == client.post("/predict", content=data).json()
 
 
-def test_tta_1_is_one_plain_view(client: httpx.Client):
+def test_tta_1_gives_the_answer_of_tta_0(client: httpx.Client):
     data = photo(3)
     answers = [client.post("/predict", params={"tta": tta}, content=data).json() for tta in (0, 1)]
     assert answers[0] == answers[1]
@@ -133,7 +135,9 @@ def test_conversions_are_in_the_answer(client: httpx.Client):
     assert client.post("/predict", content=png((40, 40), "RGBA")).json()["applied"]
 
 
-def test_sixteen_clients_each_get_their_own_answer(server: Live, predictor: Predictor):
+def test_each_of_sixteen_clients_gets_the_answer_for_its_own_photo(
+    server: Live, predictor: Predictor
+):
     def call(seed: int) -> None:
         with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
             for step in range(4):
@@ -159,7 +163,9 @@ TRUNCATED = photo(5, (200, 200))[:1500]
     ],
     ids=["empty", "text", "postscript", "truncated", "bytes", "pixels"],
 )
-def test_bad_images(client: httpx.Client, data: bytes, status: int, code: str):
+def test_an_unusable_image_gives_the_status_and_code_of_its_error(
+    client: httpx.Client, data: bytes, status: int, code: str
+):
     check_problem(client.post("/predict", content=data), status, code)
     form = client.post("/predict", files={"image": data})
     check_problem(form, status, code)
@@ -181,11 +187,11 @@ def test_a_body_without_content_length_is_limited_too(client: httpx.Client):
         *("url=http", "a=1&" * 20),
     ],
 )
-def test_bad_options(client: httpx.Client, query: str):
+def test_an_invalid_query_option_is_400_bad_option(client: httpx.Client, query: str):
     check_problem(client.post(f"/predict?{query}", content=photo(1)), 400, "bad-option")
 
 
-def test_bad_forms(client: httpx.Client):
+def test_an_invalid_form_gives_the_status_and_code_of_its_error(client: httpx.Client):
     form = "multipart/form-data; boundary=b"
     head = b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\n'
     for body, content_type, code in (
@@ -239,7 +245,9 @@ def test_a_batch_with_wrong_options_is_refused(client: httpx.Client):
         ("GET", "/static_content/nowhere.js", 404, "not-found"),
     ],
 )
-def test_wrong_paths_and_methods(client: httpx.Client, method, path, status, code):
+def test_an_unknown_path_is_404_and_a_wrong_method_405(
+    client: httpx.Client, method, path, status, code
+):
     response = client.request(method, path)
     check_problem(response, status, code)
     assert ("allow" in response.headers) == (status == 405)
@@ -255,7 +263,9 @@ def test_request_ids_are_taken_over_or_generated(client: httpx.Client):
     assert hostile.headers["x-request-id"] != "a b<script>"
 
 
-def test_health_and_description(client: httpx.Client, predictor: Predictor):
+def test_the_routes_for_health_model_page_and_openapi_answer(
+    client: httpx.Client, predictor: Predictor
+):
     assert client.get("/livez").status_code == 200
     ready = client.get("/readyz")
     assert ready.status_code == 200
@@ -310,7 +320,7 @@ def test_the_page_on_http_lists_every_metric(client: httpx.Client):
     assert f'fledge_predictions_total{{class="{best}"}}' in text
 
 
-def test_bentomls_client_works(server: Live, folder: Path, tmp_path: Path):
+def test_the_client_of_bentoml_gets_the_same_answer(server: Live, folder: Path, tmp_path: Path):
     import subprocess
     import sys
 

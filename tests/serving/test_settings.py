@@ -9,7 +9,7 @@ from serving.settings import Settings
 from serving.utils.cpu import cores
 
 
-def test_nothing_set_gives_the_defaults():
+def test_unset_and_empty_variables_give_the_defaults():
     assert Settings.from_env({}) == Settings()
     assert Settings.from_env({"FLEDGE_DEVICE": "", "FLEDGE_MAX_BATCH": " "}) == Settings()
 

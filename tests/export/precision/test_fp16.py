@@ -31,7 +31,7 @@ def exported(larger_run, tmp_path_factory):
     return out, lines
 
 
-def test_it_is_kept_logged_and_verified(exported):
+def test_a_kept_fp16_graph_is_in_the_bundle_logged_and_verified(exported):
     out, lines = exported
     manifest = storage.read(out).manifest
     assert list(manifest.precisions) == ["fp32", "fp16"]
@@ -44,7 +44,7 @@ def test_it_is_kept_logged_and_verified(exported):
     assert sizes[1] < 0.6 * sizes[0]
 
 
-def test_outputs_differ_by_rounding(exported):
+def test_fp16_outputs_differ_from_fp32_by_rounding_only(exported):
     opened = storage.read(exported[0])
     x = pixels(7, 32).numpy()
     expected, actual = (OnnxRuntime(opened.graph(p), device="cpu").run(x) for p in ("fp32", "fp16"))
@@ -74,7 +74,7 @@ def test_layers_that_would_overflow_stay_in_float32(exported, tmp_path):
     assert np.abs(expected - actual).max() <= 0.05 * np.abs(expected).max()
 
 
-def test_all_tensors_gives_the_ranges_of_every_layer(exported):
+def test_ranges_with_all_tensors_include_every_layer(exported):
     source = storage.read(exported[0]).graph("fp32")
     every = int8.ranges(source, pixels(9, 32).numpy(), "minmax", all_tensors=True)
     some = int8.ranges(source, pixels(9, 32).numpy(), "minmax")

@@ -236,7 +236,7 @@ def test_layers_are_left_in_float_until_enough_photos_agree(exported, pixels, mo
         assert made_by.get(inputs[name][1]) != "DequantizeLinear"  # its weight is float
 
 
-def test_before_a_quantised_layer_the_mean_is_subtracted_a_row_at_a_time(
+def test_the_mean_before_a_quantised_layer_has_a_value_per_column_and_channel(
     exported, pixels, tmp_path
 ):
     out, manifest, _ = exported
@@ -280,7 +280,9 @@ def test_a_kept_precision_is_in_the_bundle_and_passes_its_golden_images(exported
     assert json.loads(facts["labels"]) == list(manifest.labels)
 
 
-def test_the_same_run_gives_the_same_int8(exported, larger_run, tmp_path, monkeypatch):
+def test_exporting_a_run_twice_gives_the_same_int8_bundle(
+    exported, larger_run, tmp_path, monkeypatch
+):
     out, manifest, _ = exported
     monkeypatch.setattr(benchmark, "measure", rates)
     options = {"precision": "auto", "accuracy_budget": 90}
@@ -288,7 +290,7 @@ def test_the_same_run_gives_the_same_int8(exported, larger_run, tmp_path, monkey
     assert contents(tmp_path / "other") == contents(out)
 
 
-def test_a_changed_byte_of_it_is_refused(exported, tmp_path):
+def test_a_bundle_with_a_changed_byte_in_the_int8_graph_is_refused(exported, tmp_path):
     import shutil
 
     out = shutil.copytree(exported[0], tmp_path / "bundle")

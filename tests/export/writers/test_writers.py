@@ -57,7 +57,9 @@ def test_the_files_have_no_paths_or_stack_traces(files):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
-def test_both_give_the_checkpoint_s_outputs_at_any_batch_size(files, batch, shared_run):
+def test_onnx_and_torchscript_give_the_checkpoint_s_outputs_at_any_batch_size(
+    files, batch, shared_run
+):
     x = pixels(batch, 32).numpy()
     checkpoint = graph.CheckpointRuntime(shared_run.classifier, shared_run.preprocess)
     expected = checkpoint.run(x)

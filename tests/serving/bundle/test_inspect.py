@@ -16,7 +16,7 @@ def folder(tmp_path: Path) -> Path:
     return tiny_bundle(tmp_path / "bundle", classes=10)
 
 
-def test_missing_reports_are_named(folder: Path) -> None:
+def test_reports_that_a_bundle_lacks_are_named(folder: Path) -> None:
     manifest = storage.read(folder).manifest
     text = "\n".join(describe(folder))
     assert text.startswith(f"tiny {manifest.version}: tiny, 10 classes\n")
@@ -32,7 +32,7 @@ def test_missing_reports_are_named(folder: Path) -> None:
         assert words in text
 
 
-def test_reports_are_described(folder: Path) -> None:
+def test_reports_of_a_bundle_are_described(folder: Path) -> None:
     manifest = storage.read(folder).manifest
     worth = {"accuracy": 0.9, "loss": 0.3, "ece": 0.123}
     row = {"views": 4, "fixed": 3, "broken": 1, "p": 0.625, **worth}

@@ -54,7 +54,7 @@ def test_a_bundle_with_a_trusted_signature_is_read_and_names_the_key(tmp_path, k
     assert any(line.endswith(f"by {signer}") for line in describe(folder))
 
 
-def test_one_of_several_trusted_keys_is_enough(tmp_path, keys, trust) -> None:
+def test_a_signature_by_any_trusted_key_is_accepted(tmp_path, keys, trust) -> None:
     both = tmp_path / "both.pem"
     both.write_text(keys[1].public.read_text() + keys[0].public.read_text())
     trust(both)

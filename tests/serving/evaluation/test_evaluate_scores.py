@@ -120,7 +120,7 @@ def write_summary(path: Path) -> None:
 @pytest.mark.parametrize(
     ("k", "probabilities"), [(CLASSES, False), (1, True), (3, True), (6, True)]
 )
-def test_the_figures_are_those_of_scikit_learn(
+def test_metrics_of_a_table_equal_those_of_scikit_learn(
     tmp_path: Path, suffix: str, k: int, probabilities: bool
 ) -> None:
     every, truth = random_predictions()
@@ -477,7 +477,7 @@ GOOD = "path,status,label,probability\nrose/x.jpg,ok,rose,0.5\n"
         ("s.parquet", GOOD, FledgeError, "no Parquet file that can be read|needs pyarrow: pip"),
     ],
 )
-def test_a_wrong_table_is_one_line_with_the_place(
+def test_an_invalid_table_is_a_one_line_error_with_the_file_and_line(
     tmp_path: Path, name: str, text: str, kind: type[Exception], words: str
 ) -> None:
     (tmp_path / name).write_text(text)
@@ -490,7 +490,9 @@ def test_a_wrong_table_is_one_line_with_the_place(
 
 @pytest.mark.parametrize("column", ["top_k", "probabilities"])
 @pytest.mark.parametrize("value", ["[0.5", "7", '[["rose"]]', '[["rose", 2]]', "[2, 3]", "[]x"])
-def test_a_wrong_list_in_a_row_names_the_line(tmp_path: Path, column: str, value: str) -> None:
+def test_the_error_for_an_invalid_list_in_a_row_names_the_line(
+    tmp_path: Path, column: str, value: str
+) -> None:
     row = confident_row("rose", "rose/x.jpg", probabilities="") | {column: value}
     with pytest.raises(DataError, match=r"s\.csv, line 2: "):
         run_evaluation(write(tmp_path / "s.csv", [row]))
@@ -506,9 +508,7 @@ def test_a_wrong_list_in_a_row_names_the_line(tmp_path: Path, column: str, value
         (None, "can't be read: No such file or directory; give a CSV file with the columns path"),
     ],
 )
-def test_wrong_labels_are_one_line_with_the_place(
-    tmp_path: Path, text: str | None, words: str
-) -> None:
+def test_invalid_labels_are_a_one_line_error(tmp_path: Path, text: str | None, words: str) -> None:
     path = write(tmp_path / "s.csv", [confident_row("rose", "rose/x.jpg")])
     if text is not None:
         (tmp_path / "l.csv").write_text(text)
@@ -559,7 +559,7 @@ def test_wrong_options_are_refused_before_any_work(
         (".parquet", ("--probabilities",)),
     ],
 )
-def test_the_figures_of_a_real_run_are_those_of_the_predictor(
+def test_metrics_of_a_scored_folder_equal_those_of_the_predictor(
     tmp_path: Path, suffix: str, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     if suffix == ".parquet":

@@ -166,7 +166,7 @@ def test_photos_can_be_dropped_and_pasted(page: Page, server: Live):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_small_screen(browser: Browser, server: Live, tmp_path: Path, scheme: str):
+def test_the_page_fits_a_small_screen(browser: Browser, server: Live, tmp_path: Path, scheme: str):
     with opened(browser, f"{server.url}/", width=320, prefers_color_scheme=scheme) as page:
         page.choose("#camera", written(tmp_path / f"{'long' * 30}.jpg", photo(6)))
         page.until(ANSWERED)

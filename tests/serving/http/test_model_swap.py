@@ -82,7 +82,7 @@ def publish_wrong(folder: Path) -> None:
     storage.publish(manifest, folder)
 
 
-def test_clients_notice_only_the_version(folder: Path, tmp_path: Path) -> None:
+def test_a_new_version_under_load_loses_no_request(folder: Path, tmp_path: Path) -> None:
     names, answers, stop = [version(folder)], [], threading.Event()
     data = photo(1)
     with live(folder, tmp_path / "log") as server:

@@ -144,13 +144,13 @@ def test_an_unreadable_file_is_a_broken_image_without_its_name_in_the_message(
             decode.read(path)
 
 
-def test_no_bytes_are_an_empty_body() -> None:
+def test_zero_bytes_raise_empty_body() -> None:
     with pytest.raises(EmptyBody, match="it is empty"):
         decode.decode(b"")
 
 
 @pytest.mark.parametrize("data", [b"hello", b"\0" * 100, b"<html></html>", b"BMW", photo(0)[2:]])
-def test_other_bytes_are_not_an_image(data: bytes) -> None:
+def test_bytes_that_are_no_image_raise_not_an_image(data: bytes) -> None:
     with pytest.raises(NotAnImage, match=r"no image that Fledge reads \(JPEG, .*AVIF\)"):
         decode.decode(data)
 

@@ -93,7 +93,7 @@ def test_an_empty_batch_gives_no_predictions(predictor: Predictor):
     assert predictor.predict([]) == []
 
 
-def test_tta_one_is_tta_zero(predictor: Predictor):
+def test_tta_1_gives_the_probabilities_of_tta_0(predictor: Predictor):
     plain = probabilities(predictor, photo(1), 0)
     np.testing.assert_array_equal(probabilities(predictor, photo(1), 1), plain)
 
@@ -120,7 +120,7 @@ def test_the_manifest_decides_temperature_and_average(predictor: Predictor):
     np.testing.assert_allclose(probabilities(softened, photo(1)), expected, rtol=1e-12)
 
 
-def test_the_answer(predictor: Predictor):
+def test_the_answer_has_the_model_and_the_five_most_probable_classes(predictor: Predictor):
     data = photo(3)
     prediction = predictor.predict([predictor.prepare(data)])[0]
     answer = predictor.answer(prediction)
@@ -231,7 +231,7 @@ def test_a_tolerance_that_checks_nothing_is_refused(tmp_path: Path, tolerance: f
         open_predictor(folder, device="cpu")
 
 
-def test_another_number_of_labels_is_refused(tmp_path: Path):
+def test_a_bundle_with_more_labels_than_probabilities_is_refused(tmp_path: Path):
     folder = tiny_bundle(tmp_path)
     republish(folder, labels=(*storage.read(folder).manifest.labels, "one more"))
     with pytest.raises(BundleError, match="3 probabilities stated for 4 labels"):

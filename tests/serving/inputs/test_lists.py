@@ -117,7 +117,9 @@ def test_a_parquet_list_has_a_column_of_paths(folder: Path) -> None:
     assert found(parquet("one.parquet", file=[b"latin-\xff.jpg", b"a.jpg"])) == [LATIN, "a.jpg"]
 
 
-def test_parquet_without_pyarrow_says_what_to_install(folder: Path, monkeypatch: Any) -> None:
+def test_the_error_for_parquet_without_pyarrow_names_the_extra(
+    folder: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match=r"fledge\[parquet\]"):
         found(write("list.parquet", ""))
@@ -174,7 +176,7 @@ def test_rows_without_a_path_of_parquet_are_counted_and_noted(folder: Path) -> N
         found(name, column="number")
 
 
-def test_the_rest_of_a_broken_list_is_noted(folder: Path) -> None:
+def test_the_rows_of_a_list_after_a_broken_one_are_left_out_with_a_note(folder: Path) -> None:
     notes: list[str] = []
     assert found(write("a.csv", 'path\na.jpg\nb.jpg\n"c.jpg\n'), notes=notes) == ["a.jpg", "b.jpg"]
     assert notes == ["a.csv: broken after row 2; what follows is left out (unexpected end of data)"]
@@ -216,7 +218,9 @@ def test_standard_input_is_separated_by_line_breaks_or_nul(data: bytes, paths: l
     assert found("-", stdin=text) == paths
 
 
-def test_standard_input_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_is_read_from_sys_stdin_or_a_given_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a.jpg\n")))
     assert found("-") == ["a.jpg"]
     assert found("-", stdin=io.StringIO("ü.jpg\n")) == ["ü.jpg"]
@@ -236,7 +240,7 @@ def test_a_pipe_is_streamed(folder: Path) -> None:
         assert list(names) == ["a.jpg"] * 999 + ["b.jpg"]
 
 
-def test_the_first_nul_of_a_slow_pipe_may_come_late() -> None:
+def test_a_first_nul_that_arrives_late_on_a_pipe_still_separates_the_paths() -> None:
     out, into = os.pipe()
     with os.fdopen(into, "wb", buffering=0) as writer, os.fdopen(out, "rb") as reader:
         writer.write(b"line\n")

@@ -46,7 +46,7 @@ def found(*words: str) -> list[str]:
 
 
 @pytest.mark.parametrize("start", ["memory://photos", "file://{}", "local://{}/"])
-def test_names_and_order_are_those_of_a_local_folder(photos_folder: Path, start: str) -> None:
+def test_names_and_order_equal_those_of_a_local_folder(photos_folder: Path, start: str) -> None:
     here = [os.path.relpath(name, photos_folder) for name in found(str(photos_folder))]
     there = found(start.format(photos_folder))
     assert all(remote.is_address(name) for name in there)
@@ -54,7 +54,7 @@ def test_names_and_order_are_those_of_a_local_folder(photos_folder: Path, start:
     assert len(here) == 5
 
 
-def test_the_bytes_are_those_of_the_name(photos_folder: Path) -> None:
+def test_each_name_is_read_to_the_bytes_of_its_file(photos_folder: Path) -> None:
     reader = sources.Reader(sources.protocols(["memory://photos"]))
     for start in ("memory://photos", f"file://{photos_folder}"):
         for name in found(start):

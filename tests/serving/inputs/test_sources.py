@@ -54,7 +54,7 @@ def test_hidden_files_lists_and_archives_in_a_folder_are_left_out(folder: Path) 
     assert found("in") == ["in/x.jpg"]
 
 
-def test_links_are_followed_and_loops_end(folder: Path) -> None:
+def test_symlinks_are_followed_except_in_loops(folder: Path) -> None:
     create(folder / "in", ["a/x.jpg"])
     (folder / "in/a/up").symlink_to(folder / "in")
     (folder / "in/a/self").symlink_to("self")
@@ -183,7 +183,9 @@ TREE = (
         ("P/*.jpg", ""),
     ],
 )
-def test_patterns(folder: Path, pattern: str, names: str) -> None:
+def test_a_pattern_finds_the_matching_images_in_natural_order(
+    folder: Path, pattern: str, names: str
+) -> None:
     create(folder, TREE)
     if names:
         assert found(pattern) == names.split(" ")
@@ -194,7 +196,7 @@ def test_patterns(folder: Path, pattern: str, names: str) -> None:
             found(pattern)
 
 
-def test_a_pattern_finds_nothing_twice_and_loops_end(folder: Path) -> None:
+def test_a_pattern_finds_each_image_once_and_ends_in_symlink_loops(folder: Path) -> None:
     create(folder, TREE)
     (folder / "p/a/up").symlink_to(folder / "p")
     names = found("**/**/*")

@@ -58,7 +58,9 @@ def test_the_first_bytes_determine_the_compression(folder: Path, reader: sources
     assert [reader.load(name) for name in names] == [b"x", b"b", b"c"]
 
 
-def test_zstd_with_its_package(folder: Path, reader: sources.Reader) -> None:
+def test_zstd_archives_are_read_if_zstandard_is_installed(
+    folder: Path, reader: sources.Reader
+) -> None:
     zstandard = pytest.importorskip("zstandard")
     members = shard_members()
     data = zstandard.compress(Path(write_tar("a.tar", members.items())).read_bytes())
@@ -72,7 +74,9 @@ def test_zstd_with_its_package(folder: Path, reader: sources.Reader) -> None:
             reader.load(f"{name}::039.jpg")
 
 
-def test_zstd_without_its_package_names_the_remedy(folder: Path, monkeypatch: Any) -> None:
+def test_the_error_for_zstd_without_zstandard_names_the_remedy(
+    folder: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     Path("a.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + b"\0" * 600)
     with pytest.raises(

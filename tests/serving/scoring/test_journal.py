@@ -64,7 +64,7 @@ def start(many: Path, bundle: Path, out: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True)
 
 
-def test_killed_twenty_times_it_writes_the_same_table(many, bundle, tmp_path) -> None:
+def test_a_job_killed_twenty_times_writes_the_same_table(many, bundle, tmp_path) -> None:
     uninterrupted = start(many, bundle, tmp_path / "expected.csv")
     started = time.monotonic()
     assert uninterrupted.wait(120) == 0, (tmp_path / "log").read_text()

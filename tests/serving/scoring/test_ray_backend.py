@@ -73,7 +73,7 @@ def command(*words: object) -> list[str]:
     return [sys.executable, str(ROOT / "fledge.py"), "score", *map(str, words), "--engine", "ray"]
 
 
-def test_without_ray_it_is_one_line_and_exit_2(
+def test_a_missing_ray_package_is_one_line_and_exit_2(
     photos: Path,
     bundle: Path,
     tmp_path: Path,

@@ -128,7 +128,7 @@ def test_each_input_is_a_row_with_the_answer_of_the_predictor(
     }
 
 
-def test_error_codes_are_those_of_the_service(
+def test_error_codes_equal_those_of_the_service(
     photos: Path, bundle: Path, predictor: Predictor, tmp_path: Path
 ) -> None:
     _, found = run(photos, bundle, tmp_path / "out.csv")
@@ -222,7 +222,9 @@ def test_max_errors_fails_the_run_after_the_table_is_complete(
     assert len(rows(out)) == 19
 
 
-def test_no_answer_at_all_is_a_failure_with_a_complete_table(bundle: Path, tmp_path: Path) -> None:
+def test_a_job_without_any_prediction_fails_with_a_complete_table(
+    bundle: Path, tmp_path: Path
+) -> None:
     (tmp_path / "in").mkdir()
     for number in range(3):
         (tmp_path / "in" / f"{number}.jpg").write_text("hello")
@@ -371,7 +373,7 @@ def test_hidden_files_and_other_files_are_left_out(bundle: Path, tmp_path: Path)
     assert names == ["sub.jpg/z.png", "x.jpg"]
 
 
-def test_links_are_followed_and_loops_end(bundle: Path, tmp_path: Path) -> None:
+def test_symlinks_are_followed_except_in_loops(bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     (folder / "a").mkdir(parents=True)
     (folder / "a" / "x.jpg").write_bytes(photo(1))
@@ -462,7 +464,7 @@ def test_a_summary_without_class_names_has_none(tmp_path: Path, text: str) -> No
     assert read_classes(tmp_path / "scores") == ("b", "a")
 
 
-def test_summary_is_a_few_lines() -> None:
+def test_the_summary_has_at_most_three_lines() -> None:
     summary = Summary(10, 7, {"broken-image": 2, "no-image": 1}, {"rose": 7}, 2.0, 10)
     assert str(summary).splitlines() == [
         "10 images in 2.0 s, 5 images/s",

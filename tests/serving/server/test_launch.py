@@ -43,14 +43,14 @@ def refused(folder: Path, tmp_path: Path, port: int | None = None, **env: str) -
     return status, log.read_text()
 
 
-def test_no_bundle_is_one_line_and_status_78(tmp_path: Path):
+def test_a_missing_bundle_is_one_line_and_status_78(tmp_path: Path):
     status, output = refused(tmp_path / "nothing", tmp_path)
     assert status == 78
     assert output.count("\n") == 1
     assert "manifest.json is missing" in output
 
 
-def test_a_changed_byte_is_status_78(tmp_path: Path):
+def test_a_changed_byte_in_the_bundle_is_status_78(tmp_path: Path):
     folder = tiny_bundle(tmp_path / "bundle")
     graph = storage.read(folder).graph("fp32")
     data = bytearray(graph.read_bytes())
@@ -80,7 +80,9 @@ def test_wrong_settings_are_reported_together(folder: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(("env", "status"), [({}, 78), ({"FLEDGE_MAX_QUEUE": "x"}, 2)])
-def test_bentoml_serve_refuses_the_same(tmp_path: Path, env: dict[str, str], status: int):
+def test_bentoml_serve_refuses_what_fledge_serve_refuses(
+    tmp_path: Path, env: dict[str, str], status: int
+):
     command = [sys.executable, "-m", "bentoml", "serve", "serving.service:ImageClassifier"]
     done = subprocess.run(
         [*command, "--port", str(free_port()), "--working-dir", str(ROOT)],
@@ -171,7 +173,7 @@ def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
     }
 
 
-def test_hosts_and_ports():
+def test_bind_listens_on_the_given_host_and_port_or_names_the_wrong_option():
     port = free_port()
     for host, address in (("localhost", ("127.0.0.1", "::1")), ("0.0.0.0", ("0.0.0.0",))):
         with bind(host, port) as listener:
@@ -196,7 +198,7 @@ def test_hosts_and_ports():
         ("fd00::5", "http://[fd00::5]:80"),
     ],
 )
-def test_the_printed_url_is_one_that_answers(address: str, url: str):
+def test_the_printed_url_answers(address: str, url: str):
     assert client_url(address, 80) == url
 
 

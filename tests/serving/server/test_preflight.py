@@ -21,7 +21,7 @@ def test_a_precision_that_the_bundle_lacks_is_refused(folder: Path):
         check(Settings(bundle=folder, precision="int8"))
 
 
-def test_no_bundle_is_refused(folder: Path):
+def test_a_missing_bundle_is_refused(folder: Path):
     with pytest.raises(BundleError):
         check(Settings(bundle=folder / "nothing"))
 

@@ -68,7 +68,7 @@ def test_a_single_worker_runs_in_the_main_process(tmp_path: Path):
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("wait", [0.1, 0.4, 0.8])
-def test_a_signal_during_the_start_ends_it_with_0(tmp_path: Path, sent: int, wait: float):
+def test_a_signal_during_the_start_ends_the_service_with_0(tmp_path: Path, sent: int, wait: float):
     folder, log = tiny_bundle(tmp_path / "bundle"), tmp_path / "log"
     process = launch(folder, free_port(), log)
     until = time.monotonic() + 60
@@ -93,7 +93,7 @@ def test_sighup_stops_the_service(tmp_path: Path, workers: str):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_an_ignored_sighup_does_not_stop_it(tmp_path: Path, workers: str):
+def test_an_ignored_sighup_does_not_stop_the_service(tmp_path: Path, workers: str):
     folder = tiny_bundle(tmp_path / "bundle")
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does; inherited
     try:

@@ -48,7 +48,7 @@ def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path: Path):
     assert caught.value.filename == str(tmp_path / "another")
 
 
-def test_what_can_not_be_written_is_refused_before_the_work(
+def test_an_output_that_can_not_be_written_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)

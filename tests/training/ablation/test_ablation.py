@@ -55,7 +55,7 @@ def test_the_recipe_tricks_is_the_row_bn_fixed():
     assert row.model_copy(update={"tta": BASE.tta}) == BASE
 
 
-def test_each_of_the_first_rows_changes_one_thing():
+def test_each_of_the_first_rows_changes_one_technique():
     assert [row.name for row in FIRST] == [
         "features", "bn_eval", "bn_alone", "bn_moves", "bn_fixed", "concat_pool", "deep_head",
     ]  # fmt: skip
@@ -76,7 +76,7 @@ def test_each_of_the_first_rows_changes_one_thing():
     assert changed("deep_head") == {"head.hidden": [512], "head.dropout": 0.5}
 
 
-def test_the_other_rows_switch_one_thing_on():
+def test_each_onoff_row_changes_only_the_options_of_its_technique():
     assert {key.partition(".")[0] for key in changed("augmentation")} == {"augment"}
     assert changed("sgdr") == {"stage.0.schedule": "sgdr", "stage.0.cycles": 2,
                                "stage.0.cycle_len": 1}  # fmt: skip
@@ -88,7 +88,7 @@ def test_the_other_rows_switch_one_thing_on():
 
 @pytest.mark.parametrize("row", [row for row in tricks.ROWS if row.on == "none"],
                          ids=lambda row: row.name)  # fmt: skip
-def test_one_augmentation_at_a_time(row):
+def test_each_augment_row_changes_only_the_options_of_its_augmentation(row):
     none = tricks.recipe_of(tricks.BY_NAME["none"], BASE)
     assert none.augment.preset == "none"
     assert none.augment_of(none.stage[0]) == none.augment
@@ -105,7 +105,7 @@ def test_one_augmentation_at_a_time(row):
 
 @pytest.mark.parametrize("base", OTHERS, ids=lambda base: base.name)
 @pytest.mark.parametrize("row", tricks.ROWS, ids=lambda row: row.name)
-def test_every_row_fits_every_recipe_and_trains_as_long(base, row):
+def test_every_row_is_valid_for_every_recipe_and_keeps_the_number_of_epochs(base, row):
     found = tricks.recipe_of(row, base)
     assert sum(s.epochs for s in found.stage) == sum(s.epochs for s in base.stage)
     assert found.data == base.data
@@ -350,7 +350,7 @@ def figures(rows=FIRST, seeds=3):
     return trials
 
 
-def test_screen_markdown_and_csv_agree(tmp_path, capsys):
+def test_the_tables_on_screen_in_markdown_and_in_csv_agree(tmp_path, capsys):
     found = table.lines(FIRST, figures())
     how = table.about(BASE, "some/photos", figures(), "cpu")
     assert "resnet34 at 224 px, 2 epochs, on 24 photos of `photos`, validated on 6" in how
@@ -415,7 +415,7 @@ def test_every_row_can_be_compared_with_one_row():
         assert line.difference.mean == pytest.approx(line.accuracy.mean - found[1].accuracy.mean)
 
 
-def test_fledge_ablate(photos, tmp_path, capsys):
+def test_the_ablate_command_writes_its_files_and_names_unknown_rows(photos, tmp_path, capsys):
     weights = tmp_path / "w.pth"
     torch.save(torchvision.models.mobilenet_v2(width_mult=0.25).state_dict(), weights)
     words = [

@@ -210,7 +210,7 @@ def test_a_stage_that_caches_nothing_logs_the_reason(open_run, lines, change, wh
     assert [line for line in lines if "no views are cached" in line and why in line]
 
 
-def test_another_run_finds_the_views(open_run, cache, monkeypatch):
+def test_another_run_reads_the_cached_views(open_run, cache, monkeypatch):
     first, _ = open_loaders(open_run(), stage=1)
     expected = [rows(first, epoch) for epoch in range(3)]
     second, _ = open_loaders(open_run(), stage=1)

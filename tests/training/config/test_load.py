@@ -27,7 +27,7 @@ def recipe(tmp_path):
     return path
 
 
-def test_defaults_and_epochs(recipe):
+def test_omitted_options_have_defaults_and_cycles_give_the_epochs(recipe):
     read = load.read(recipe)
     assert [s.epochs for s in read.stage] == [1, 7]
     assert read.stage[1].unfreeze >= 99
@@ -36,7 +36,7 @@ def test_defaults_and_epochs(recipe):
     assert read.data.presize == 1.5
 
 
-def test_overrides_reach_every_level(recipe):
+def test_overrides_set_options_at_every_level(recipe):
     read = load.read(
         recipe,
         ["batch_size=8", "stage.head.lr=0.5", "preprocess.size=96", "arch_args.width_mult=0.5",
@@ -182,7 +182,7 @@ def test_all_errors_are_reported_with_line_and_nearest_name(recipe):
         ("augmnt.flip=none", "augmnt is unknown; did you mean 'augment'?"),
     ],
 )
-def test_bad_overrides(recipe, override, message):
+def test_an_invalid_override_is_an_error_that_names_the_command_line(recipe, override, message):
     text = mistakes(recipe, overrides=[override])
     assert text.startswith("on the command line: ")
     assert message in text
@@ -212,7 +212,7 @@ def test_a_valid_override_replaces_an_invalid_line(recipe):
     assert load.read(recipe, ["stage.head.lr=1"]).stage[0].lr == 1
 
 
-def test_bad_files(tmp_path, monkeypatch):
+def test_an_unreadable_or_invalid_recipe_file_is_an_error_with_the_reason(tmp_path, monkeypatch):
     path = tmp_path / "r.toml"
     with pytest.raises(OptionError, match=r"no such recipe; training/recipes has .*quick.toml"):
         load.read(path)

@@ -74,13 +74,13 @@ def layout(name, root):
     return photos
 
 
-def test_the_shipped_recipes():
+def test_every_shipped_recipe_has_a_miniature():
     assert {"flowers", "pets", "dogs-vs-cats", "dog-breeds", "tricks", "quick"} <= set(NAMES)
     assert set(TINY) == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_is_valid_and_has_its_command_in_the_header(name):
+def test_each_recipe_is_valid_and_has_its_command_in_the_header(name):
     path = FOLDER / f"{name}.toml"
     assert load.read(path).name == name
     header = path.read_text().partition("\nname =")[0]
@@ -95,7 +95,7 @@ def test_each_is_valid_and_has_its_command_in_the_header(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_fits_its_own_network(name):
+def test_each_recipe_fits_its_network(name):
     """Check sizes, patterns and rates against the real architecture, without its weights."""
     read = load.read(FOLDER / f"{name}.toml")
     classes = {"flowers": 102, "pets": 37, "dog-breeds": 120}.get(name, 2)
@@ -123,7 +123,7 @@ def rates(name, stage):
     return {key: rate[id(p)] for key, p in network.named_parameters() if id(p) in rate}
 
 
-def test_the_rates_are_those_of_the_sources():
+def test_learning_rates_equal_those_of_the_sources():
     flowers = rates("flowers", "block")
     assert {key.split(".")[1] for key in flowers if key.startswith("body")} == {"denseblock4"}
     assert {v for k, v in flowers.items() if k.startswith("body")} == {0.02 / 50}
@@ -147,7 +147,7 @@ def one_thread():
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", NAMES)
-def test_each_runs_on_a_miniature(name, tmp_path, monkeypatch):
+def test_each_recipe_trains_on_a_miniature_data_set(name, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     read = load.read(FOLDER / f"{name}.toml", TINY[name])
     if read.weights == "w.pth":

@@ -48,7 +48,7 @@ def test_class_names_are_in_natural_order(tmp_path):
 
 
 @pytest.mark.parametrize("valid", ["valid", "val"])
-def test_train_and_valid_folders(tmp_path, valid):
+def test_the_folders_train_valid_and_test_are_the_parts(tmp_path, valid):
     make(tmp_path / "d" / "train", {"a": 3, "b": 3})
     make(tmp_path / "d" / valid, {"a": 1, "b": 2})
     make(tmp_path / "d" / "test", {"a": 1})
@@ -237,7 +237,7 @@ def test_missing_folders_and_files_are_named(tmp_path):
         ("path,fold\na/0.jpg,²\n", "line 2: fold"),
     ],
 )
-def test_bad_split_files(tmp_path, text, message):
+def test_an_invalid_split_file_is_an_error_with_the_reason(tmp_path, text, message):
     root = make(tmp_path / "d", {"a": 3, "b": 3})
     (tmp_path / "s.csv").write_text(text)
     with pytest.raises(DataError, match=message):

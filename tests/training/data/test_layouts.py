@@ -44,7 +44,7 @@ def breeds(root, rows=None, train="train/"):
     return str(root)
 
 
-def test_labels_from_file_names(tmp_path):
+def test_labels_are_read_from_file_names(tmp_path):
     found = load_dataset(pets(tmp_path / "d"), config=DataConfig(pattern=PETS, valid=0.5), seed=73)
     assert found.classes == ("Abyssinian", "great_pyrenees", "pug")
     assert Counter(s.label for s in found.valid) == {0: 5, 1: 5, 2: 5}
@@ -77,7 +77,7 @@ def test_unmatched_file_names_are_counted_and_one_is_named(tmp_path):
         load_dataset(str(tmp_path / "empty"), config=DataConfig(pattern=PETS))
 
 
-def test_parts_and_file_names(tmp_path):
+def test_with_a_pattern_the_folders_train_valid_and_test_are_the_parts(tmp_path):
     kinds = [f"{kind}.{i}.jpg" for kind in ("cat", "dog") for i in range(4)]
     config = DataConfig(pattern=r"^(cat|dog)\.\d+")
     root = photos(tmp_path / "d", *(f"train/{n}" for n in kinds), "test/1.jpg", "test/2.jpg")
@@ -98,7 +98,7 @@ def test_parts_and_file_names(tmp_path):
     assert found.unlabelled == ()
 
 
-def test_labels_from_a_table(tmp_path):
+def test_labels_are_read_from_a_table(tmp_path):
     found = load_dataset(breeds(tmp_path / "d"), config=BREEDS, seed=1)
     assert found.classes == ("9", "10")  # natural order
     assert len(found.train) + len(found.valid) == 12
@@ -109,7 +109,7 @@ def test_labels_from_a_table(tmp_path):
     assert found.test == ()
 
 
-def test_a_table_from_a_spreadsheet_with_other_columns_and_photos_beside_it(tmp_path):
+def test_a_table_of_a_spreadsheet_with_other_column_names_is_read(tmp_path):
     photos(tmp_path / "d", *(f"{i}.png" for i in range(4)))
     text = "file,size,breed\r\n" + "".join(f" {i}.png ,9,{'ab'[i % 2]} \r\n" for i in range(4))
     (tmp_path / "d" / "t.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -119,7 +119,7 @@ def test_a_table_from_a_spreadsheet_with_other_columns_and_photos_beside_it(tmp_
     assert len(found.train) == len(found.valid) == 2
 
 
-def test_the_images_folder_of_a_table(tmp_path):
+def test_the_option_images_names_the_photo_folder_of_a_table(tmp_path):
     root = breeds(tmp_path / "d", train="pictures/all/")
     with pytest.raises(DataError, match=r"no photo '000\.jpg'.*12 of 12 rows.*data\.images"):
         load_dataset(root, config=BREEDS)
@@ -179,7 +179,7 @@ def test_a_table_in_another_encoding_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["pattern", "csv"])
-def test_split_files_with_labels_from_names_or_a_table(tmp_path, layout):
+def test_a_split_file_takes_labels_from_names_or_a_table(tmp_path, layout):
     if layout == "csv":
         root, config = breeds(tmp_path / "d"), BREEDS
         rows = [f"train/{i:03d}.jpg,{i % 3}" for i in range(12)]

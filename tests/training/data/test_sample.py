@@ -27,24 +27,24 @@ def picture(label: str, *key: int, size: int = 64) -> bytes:
 
 
 @pytest.mark.parametrize("label", sample.CLASSES)
-def test_same_seed_same_bytes(label: str) -> None:
+def test_equal_seeds_give_equal_pictures_and_other_seeds_different_ones(label: str) -> None:
     assert picture(label, 3, 1) == picture(label, 3, 1)
     assert picture(label, 3, 1) != picture(label, 3, 2)
 
 
 @pytest.mark.parametrize("size", [32, 97, 160])
-def test_paints_rgb_of_the_requested_size(size: int) -> None:
+def test_paint_gives_an_rgb_image_of_the_requested_size(size: int) -> None:
     painted = sample.paint("lily", np.random.default_rng(0), size)
     assert (painted.mode, painted.size) == ("RGB", (size, size))
     assert np.asarray(painted).std() > 5
 
 
-def test_there_are_classes_in_order() -> None:
+def test_class_names_are_unique_and_sorted() -> None:
     assert len(set(sample.CLASSES)) == len(sample.CLASSES) >= 8
     assert list(sample.CLASSES) == sorted(sample.CLASSES)  # the order of the class indices
 
 
-def test_unknown_class_is_a_key_error() -> None:
+def test_an_unknown_class_is_a_key_error() -> None:
     with pytest.raises(KeyError):
         sample.paint("cactus", np.random.default_rng(0))
 
@@ -53,7 +53,7 @@ def read(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.jpg")}
 
 
-def test_write_counts_and_repeats(tmp_path: Path) -> None:
+def test_equal_seeds_write_equal_photos_and_other_seeds_different_ones(tmp_path: Path) -> None:
     first = read(sample.write_sample(tmp_path / "a", per_class=3, size=48))
     assert set(first) == {f"{c}/{i:04d}.jpg" for c in sample.CLASSES for i in range(3)}
     assert len(set(first.values())) == len(first)
@@ -69,7 +69,9 @@ def test_a_picture_does_not_depend_on_how_many_are_written(tmp_path: Path) -> No
     assert few.items() <= many.items()
 
 
-def test_write_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     painted = []
 
     def fails_at_the_fifth(label: str, rng: np.random.Generator, size: int) -> Image.Image:
@@ -168,7 +170,7 @@ def test_cached_sample_raises_errors_of_write(
         sample.cached_sample(seed=-1)
 
 
-def test_contact_sheet_has_a_row_a_class() -> None:
+def test_the_contact_sheet_has_one_row_per_class() -> None:
     sheet = sample.contact_sheet(columns=2, size=48)
     assert sheet.width == 96
     assert sheet.height % len(sample.CLASSES) == 0

@@ -154,7 +154,7 @@ def equal_runs(setting):
     return one, two, done
 
 
-def test_two_processes_have_the_losses_of_one(equal_runs):
+def test_losses_with_two_processes_equal_those_with_one(equal_runs):
     one, two, _ = equal_runs
     for name, columns in {
         "steps.csv": ("loss",),
@@ -201,7 +201,7 @@ cycle_len = 6
 """
 
 
-def test_training_batchnorms_reach_the_accuracy_of_one_process(setting):
+def test_with_trained_batchnorms_two_processes_reach_the_accuracy_of_one(setting):
     """lr_find picks the same rate in all processes, and all have the same weights."""
     network = ("arch=resnet18", "arch_args={}", "weights=none", "optimizer.kind=adamw")
     path, overrides = write(setting, "moving", MOVING, "lr_find.steps=30", "optimizer.ema=0.5")

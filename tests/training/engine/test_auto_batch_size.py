@@ -101,7 +101,7 @@ def watched(memory):
         (10**6, 7, 1024, 0),
     ],
 )
-def test_the_largest_power_of_two_that_fits(available, full, most, expected):
+def test_the_batch_size_is_the_largest_power_of_two_that_fits(available, full, most, expected):
     memory = FakeMemory(10**6, full)
     found, peak = largest_fitting(watched(memory), memory, available * A_PHOTO, most)
     assert (found, peak) == (expected, expected * A_PHOTO)

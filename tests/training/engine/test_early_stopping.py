@@ -34,7 +34,7 @@ def equal(a, b):
     [([], 1, False), ([1.0], 1, False), ([1.0, 2.0], 1, True), ([1.0, 1.0], 1, True),
      ([1.0, 2.0, 0.5], 2, False), ([1.0, 2.0, 3.0], 2, True), ([1.0, 2.0, 3.0], 0, False)],
 )  # fmt: skip
-def test_overfitting_is_no_lower_loss_for_patience_epochs(losses, patience, over):
+def test_is_overfitting_after_patience_epochs_without_a_lower_loss(losses, patience, over):
     assert is_overfitting(losses, patience) is over
 
 

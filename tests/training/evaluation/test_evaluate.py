@@ -50,7 +50,7 @@ def valid(run):
     return load_run_dataset(run).valid
 
 
-def test_the_plain_view_is_what_training_scored(run, lines):
+def test_without_tta_the_probabilities_are_those_of_the_plain_view(run, lines):
     result = evaluate.evaluate(run, log=lines.append)
     samples = valid(run)
     assert (result.probabilities == expected(run, samples, VIEWS[0])).all()
@@ -78,7 +78,7 @@ def test_photos_after_a_broken_one_fill_its_batch(run, lines):
 
 
 @pytest.mark.parametrize("how", ["mean", "log_mean"])
-def test_views_are_averaged_as_the_service_does(run, how):
+def test_views_are_averaged_as_in_the_service(run, how):
     result = evaluate.evaluate(run, tta=TtaConfig(count=3, average=how))
     by_view = np.stack([expected(run, valid(run), view) for view in VIEWS[:3]], axis=1)
     assert (result.probabilities == np.stack([average(rows, how) for rows in by_view])).all()

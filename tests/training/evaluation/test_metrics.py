@@ -51,7 +51,7 @@ def test_recall_without_photos_and_precision_without_predictions_are_nan():
     assert found.support.tolist() == [1, 1, 1, 0]
 
 
-def test_one_photo():
+def test_metrics_of_a_single_photo_are_defined():
     probabilities, labels = np.array([[0.25, 0.75]]), np.array([1])
     assert metrics.accuracy(probabilities, labels) == 1
     assert metrics.log_loss(probabilities, labels) == pytest.approx(-math.log(0.75))

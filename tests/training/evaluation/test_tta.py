@@ -21,7 +21,7 @@ def rows(views=5, photos=6, classes=4, seed=0):
     [("views", 4, 4), ("views", 10, 10), ("views", 1, 1), ("flip", 4, 2), ("five_crop", 1, 5),
      ("multi_scale", 4, 4), ("draws", 4, 1), ("flip", 0, 1), ("views", 0, 1)],
 )  # fmt: skip
-def test_number_of_views(kind, count, views):
+def test_the_number_of_views_depends_on_kind_and_count(kind, count, views):
     found = tta.fixed_views(TtaConfig(kind=kind, count=count))
     assert len(found) == len(set(found)) == views
     assert found[0] == VIEWS[0]

@@ -101,7 +101,7 @@ def test_every_architecture_has_its_layer_groups_and_width(monkeypatch):
             assert list(backbone.body[start:end].parameters()), name
 
 
-def test_layer_groups_equal_the_usual_ones():
+def test_layer_groups_begin_at_the_expected_layers():
     def first_of_groups(arch):
         backbone = backbones.build_on_meta(arch, {})
         names = [name for name, _ in backbone.body.named_children()]
@@ -221,7 +221,7 @@ def test_errors_for_unsupported_sizes_name_a_supported_one(arch, arch_args, size
         ("swin_t", {}, 201),
     ],
 )
-def test_supported_sizes(arch, arch_args, size):
+def test_supported_image_sizes_are_accepted(arch, arch_args, size):
     backbones.check_size(arch, arch_args, size)
     *_, last = backbones.meta_outputs(backbones.build_on_meta(arch, arch_args).body, size)
     assert 0 not in last.shape

@@ -34,7 +34,7 @@ def widths(head):
     return [(m.in_features, m.out_features) for m in head if isinstance(m, nn.Linear)]
 
 
-def test_the_layers_and_keys_of_the_concat_pool_head():
+def test_the_concat_pool_head_has_the_expected_layers_and_state_dict_keys():
     head = heads.build(HeadConfig(), 100, 7)
     norm, drop, linear = "BatchNorm1d", "Dropout", "Linear"
     assert kinds(head) == [norm, drop, linear, "ReLU", norm, drop, linear]
@@ -77,7 +77,7 @@ def test_the_gradient_of_the_pooling_has_the_memory_format_of_its_input(pool, la
 
 @pytest.mark.parametrize("kind", ["concat_pool", "deep"])
 @pytest.mark.parametrize("hidden", [(), (16,), (32, 16), (8, 8, 8)])
-def test_heads_of_several_widths(kind, hidden):
+def test_heads_have_the_requested_layers_and_widths(kind, hidden):
     head = heads.build(HeadConfig(kind=kind, hidden=hidden, dropout=0.4), 10, 3)
     chain = [20 if kind == "concat_pool" else 10, *hidden, 3]
     assert widths(head) == list(pairwise(chain))
@@ -91,7 +91,7 @@ def test_heads_of_several_widths(kind, hidden):
     assert head(torch.randn(2, chain[0])).shape == (2, 3)
 
 
-def test_dropout_of_each_layer():
+def test_a_list_of_dropouts_has_one_value_per_linear_layer():
     config = HeadConfig(kind="deep", hidden=(32, 16), dropout=(0.0, 0.1, 0.35))
     assert dropouts(heads.build(config, 10, 3)) == [0.0, 0.1, 0.35]
     linear = HeadConfig(kind="linear", dropout=(0.2,))
@@ -136,7 +136,7 @@ def test_normalise_equals_torchvision():
     assert torch.allclose(normalise(pixels, preprocess), theirs, atol=1e-6)
 
 
-def test_weights_from_a_file(tmp_path):
+def test_weights_are_loaded_from_a_file(tmp_path):
     import torchvision
 
     torch.manual_seed(1)

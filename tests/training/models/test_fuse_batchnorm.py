@@ -56,7 +56,7 @@ def same(one, other):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("arch", "expected"), ALL)
-def test_fused_equals_unfused(arch, expected):
+def test_a_fused_network_gives_the_outputs_of_the_unfused_one(arch, expected):
     classifier, images = network(arch, drawn=True)
     fused, report = fuse(classifier)
     assert (report.before, len(report.left)) == expected
@@ -205,7 +205,7 @@ def torch_fused(net):
 
 
 @pytest.mark.parametrize("arch", ["mobilenet_v2", "densenet121", "googlenet", "regnet_y_400mf"])
-def test_in_the_weights_dtype_the_bits_are_those_of_torch_s_fusion(arch):
+def test_fusion_in_the_dtype_of_the_weights_equals_torch_s_bit_for_bit(arch):
     classifier, _ = network(arch, drawn=True)
     fused, report = fuse(classifier, dtype=None, into_previous_only=True)
     weights = [value for value in fused.state_dict().values() if value.dim()]

@@ -143,7 +143,7 @@ def test_rates_grow_exponentially_from_low_to_high():
     assert len(ratios) == 1
 
 
-def test_it_stops_when_the_loss_diverges():
+def test_the_range_test_stops_when_the_loss_diverges():
     model = network()
     curve = lr_range_test.range_test(
         model, optimizer_of(model), batches(1000), F.cross_entropy, high=1e6, steps=200

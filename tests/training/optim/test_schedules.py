@@ -58,7 +58,7 @@ def test_every_schedule_of_the_schema_is_tested():
     assert set(SCHEDULES) == set(Stage.model_fields["schedule"].annotation.__args__)
 
 
-def test_cosine_at_its_ends_and_its_middle():
+def test_cosine_has_the_given_values_at_its_ends_and_their_mean_in_the_middle():
     assert cosine(1, 0, 0) == 1
     assert cosine(1, 0, 1) == pytest.approx(0, abs=1e-15)
     assert cosine(1, 0, 0.5) == pytest.approx(0.5)
@@ -75,7 +75,7 @@ CYCLES = [
 
 
 @pytest.mark.parametrize(("cycles", "length", "mult", "lengths"), CYCLES)
-def test_cycle_lengths(cycles, length, mult, lengths):
+def test_each_cycle_is_cycle_mult_times_as_long_as_the_one_before(cycles, length, mult, lengths):
     assert cycle_lengths(cycles, length, mult) == pytest.approx(lengths)
     start = 0.0
     for index, each in enumerate(lengths):

@@ -77,7 +77,9 @@ def assert_right(found, sets, preprocess=SMALL, presize=PRESIZE):
         assert of.aspect.tolist() == ratios
 
 
-def test_cold_warm_and_without_a_cache_give_the_same_weights(recipe, photos, tmp_path, cache):
+def test_weights_are_the_same_with_a_cold_cache_a_warm_cache_and_none(
+    recipe, photos, tmp_path, cache
+):
     path, log, weights = recipe(STAGES), [], []
     for number, cache_gb in enumerate((None, None, 0, 0.0001)):
         folder = finetune.run(

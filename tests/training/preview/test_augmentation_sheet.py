@@ -101,7 +101,7 @@ def test_an_unreadable_photo_is_an_error(tmp_path):
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_presets_in_words():
+def test_presets_are_described_in_words():
     describe = augmentation_sheet.describe
     assert describe(AugmentConfig()) == (
         "photo: random crop of 35-100 % of the largest square, sides up to 1.2 : 1, flip, "
@@ -134,7 +134,7 @@ def test_presets_in_words():
         ("cutmix", 1.0, "cutmix 1"),
     ],
 )
-def test_every_changed_option_in_words(option, value, words):
+def test_every_changed_option_is_described_in_words(option, value, words):
     plain = augmentation_sheet.describe(AugmentConfig(preset="none"))
     changed = augmentation_sheet.describe(AugmentConfig(preset="none", **{option: value}))
     assert words in changed
@@ -142,7 +142,7 @@ def test_every_changed_option_in_words(option, value, words):
     assert changed.startswith("none, changed: ")
 
 
-def test_every_option_has_words():
+def test_the_described_options_are_all_options():
     tried = {mark for mark in AugmentConfig.model_fields} - {"preset", "policy_ops"}
     assert tried - {"policy_magnitude"} == {
         "crop", "flip", "scale", "ratio", "max_rotate", "max_zoom", "max_shift", "max_warp",

@@ -75,7 +75,7 @@ def test_a_stages_line_agrees_with_freezing():
         ({"unfreeze": ["17.*"]}, "0..16: "),
     ],
 )
-def test_batchnorm_modes_and_cached_outputs_in_words(values, text):
+def test_batchnorm_modes_and_cached_outputs_are_described_in_words(values, text):
     assert text in layer_groups.stages(recipe(stage=[{"name": "one", **values}]))[-1]
 
 
@@ -92,7 +92,7 @@ def test_every_architecture_is_listed_once():
     )
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_layers_command_prints_names_groups_and_stages(tmp_path, capsys):
     path = tmp_path / "r.toml"
     path.write_text('name = "x"\narch = "resnet18"\n[[stage]]\nname = "only"\n')
     assert fledge.main(["layers"]) == 0
@@ -114,7 +114,7 @@ def test_the_command(tmp_path, capsys):
         (["resnet18", "seed=3"], "--recipe FILE"),
     ],
 )
-def test_the_commands_errors_are_one_line(words, message, capsys):
+def test_errors_of_the_layers_command_are_one_line(words, message, capsys):
     assert fledge.main(["layers", *words]) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -48,7 +48,7 @@ def photos(tmp_path):
     return root
 
 
-def test_statistics_are_those_of_the_upright_photo(tmp_path):
+def test_statistics_are_measured_on_the_upright_photo(tmp_path):
     pixels = np.zeros((30, 50, 3), np.uint8)
     pixels[:, :25] = (200, 10, 10)
     path = tmp_path / "x.png"
@@ -119,7 +119,7 @@ def test_unlabelled_photos_are_scanned(photos):
     assert [one.path.name for one in found if one.part == "unlabelled"] == ["x.jpg"]
 
 
-def test_hints_on_duplicates_labels_and_imbalance(tmp_path):
+def test_hints_report_duplicates_contradicting_labels_and_imbalance(tmp_path):
     paths = [save_photo(tmp_path / f"{i}.jpg", (60 + i, 50)) for i in range(12)]
     shutil.copyfile(paths[0], tmp_path / "same.jpg")
     same = tmp_path / "same.jpg"
@@ -145,7 +145,7 @@ def test_hints_on_duplicates_labels_and_imbalance(tmp_path):
     assert "b has 1 photo to train on" in text
 
 
-def test_hint_on_one_class_without_colour(tmp_path):
+def test_a_hint_reports_a_class_without_colour(tmp_path):
     colour = [stats(save_photo(tmp_path / f"{i}.jpg", (60 + i, 50))) for i in range(10)]
     grey = [
         stats(save_photo(tmp_path / f"{i}.png", (60, 50), "L", 9 + i), label="b") for i in range(10)
@@ -273,7 +273,7 @@ def test_the_command_draws_an_augmentation(photos, tmp_path, capsys, monkeypatch
     assert calls[0][:2] == (mine, AugmentConfig(max_rotate=33.0))
 
 
-def test_hints_on_photos_that_training_refuses(tmp_path):
+def test_hints_report_photos_that_training_refuses(tmp_path):
     fine = [stats(save_photo(tmp_path / f"{i}.jpg", (60 + i, 50))) for i in range(38)]
     (tmp_path / "x.jpg").write_bytes(b"no photo")
     valid = stats(save_photo(tmp_path / "valid.jpg", (99, 90)), "valid")
@@ -324,7 +324,7 @@ def test_a_file_as_output_folder_is_refused(photos, tmp_path, monkeypatch, capsy
     assert error == f"fledge: --out {out}: {out} can't be written to; choose another\n"
 
 
-def test_photo_without_augment_is_refused(photos, capsys):
+def test_the_option_photo_without_augment_is_refused(photos, capsys):
     words = ["preview", str(photos), "--photo", str(photos / "b" / "2.jpg")]
     assert fledge.main(words) == 2
     assert "has no effect without --augment" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def test_the_lines_of_a_schedule_are_the_recorded_rates(tmp_path, figure):
     assert boundaries == [2.0]  # start of the second stage, in epochs
 
 
-def test_one_group_has_a_linear_axis_and_constant_momentum_no_panel(tmp_path, figure):
+def test_one_group_has_a_linear_axis_and_constant_momentum_has_no_panel(tmp_path, figure):
     lr_plots.schedule(HEAD, tmp_path / "schedule.png", "tiny")
     (axes,) = figure[0].axes
     assert axes.get_yscale() == "linear"

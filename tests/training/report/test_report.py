@@ -106,7 +106,7 @@ def test_the_page_needs_no_other_file(run, answers, lines):
     assert len(text) < 500_000
 
 
-def test_the_figures_are_those_of_the_metrics(run, answers, lines):
+def test_the_figures_of_the_page_equal_the_metrics(run, answers, lines):
     text = " ".join(Page(written(run, lines, result=answers)).text)
     plain = metrics.accuracy(answers.plain, answers.labels)
     low, high = metrics.interval(round(answers.accuracy * answers.photos), answers.photos)
@@ -133,7 +133,7 @@ def test_files_that_the_run_lacks_are_left_out(run, answers, lines, tmp_path):
     assert "How it was trained" not in written(bare, lines, result=answers)
 
 
-def test_names_are_never_markup(tmp_path, lines):
+def test_hostile_names_are_escaped(tmp_path, lines):
     photos = tmp_path / "photos"
     coloured(photos, dict.fromkeys([n.replace("/", "") for n in HOSTILE], 4))
     for folder in photos.iterdir():
@@ -184,7 +184,7 @@ def test_the_checkpoint_of_a_stage_has_a_separate_page(run, lines, tmp_path):
     assert b"best epoch" in best
 
 
-def test_two_classes_all_right_and_many_classes(run, answers, lines):
+def test_pages_without_mistakes_and_with_many_classes_are_written(run, answers, lines):
     right = np.eye(3)[answers.labels] * 0.7 + 0.1
     done = {**vars(answers), "probabilities": right, "plain": right, "accuracy": 1.0, "views": 1}
     text = written(run, lines, result=evaluate.EvaluationResult(**done))
@@ -206,7 +206,7 @@ def test_two_classes_all_right_and_many_classes(run, answers, lines):
     assert len(heads) == many
 
 
-def test_the_worst_mistakes_are_all_mistakes(run, answers, monkeypatch, lines):
+def test_the_worst_mistakes_contain_no_right_prediction(run, answers, monkeypatch, lines):
     # A right prediction may have a larger loss than a wrong one.
     monkeypatch.setattr(mistakes, "PHOTOS", 2)
     probabilities = np.full((answers.photos, 3), [0.34, 0.33, 0.33])
@@ -218,7 +218,7 @@ def test_the_worst_mistakes_are_all_mistakes(run, answers, monkeypatch, lines):
     assert len([attrs for attrs in page.all("figure") if attrs.get("class") == "wrong"]) == 1
 
 
-def test_the_command_writes_it(run, capsys):
+def test_the_report_command_writes_the_page(run, capsys):
     assert fledge.main(["report", str(run), "--tta", "3", "--average", "log_mean"]) == 0
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
     assert "TTA over 3 views" in (run / "report.html").read_text()
@@ -246,7 +246,7 @@ def test_batch_losses_are_placed_in_their_epochs(tmp_path):
     [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.93, 0.98, [0.93, 0.94, 0.95, 0.96, 0.97, 0.98]),
      (0, 12, [0, 2, 4, 6, 8, 10, 12]), (3, 3, [3])],
 )  # fmt: skip
-def test_ticks_are_round_and_inside(low, high, expected):
+def test_ticks_are_round_numbers_within_the_range(low, high, expected):
     assert charts.ticks(low, high, 5) == pytest.approx(expected)
 
 
@@ -279,7 +279,7 @@ def test_losses_that_are_not_finite_do_not_break_the_page(run, answers, lines, t
         (0.6, "under-confident by 10.0"),
     ],
 )
-def test_over_and_under_confidence_in_words(answers, accuracy, lean):
+def test_over_and_under_confidence_are_described_in_words(answers, accuracy, lean):
     even = np.full((answers.photos, 2), 0.5)
     done = {**vars(answers), "probabilities": even, "labels": answers.labels % 2}
     found = report._calibration(evaluate.EvaluationResult(**{**done, "accuracy": accuracy}))
