@@ -1,4 +1,4 @@
-"""The command line: builds the parser from the subcommands of each area and runs one of them."""
+"""The `fledge` command: build the parser from the packages' subcommands, and run one of them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ TRAIN_EXTRA: Final = (
 class _VerbParser(argparse.ArgumentParser):
     """The parser of a subcommand: overrides (`key=value`) may stand anywhere among its options.
 
-    argparse calls `parse_known_args` for a subcommand. That takes RECIPE as absent in
+    argparse calls `parse_known_args` for a subcommand. This method treats RECIPE as absent in
     `--data DIR RECIPE`, and a=1 as unknown in `RECIPE --data DIR a=1`. Parsing the options first
-    and the positional arguments afterwards has neither fault.
+    and the positional arguments afterwards avoids both errors.
     """
 
     _parsing = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # Python 3.11 to 3.13 call this method again for each of the two parts.
+        # Python 3.11 to 3.13 call this method again for the options and for the positionals.
         if self._parsing or all(action.dest != "overrides" for action in self._actions):
             return super().parse_known_args(args, namespace)
         self._parsing = True
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         train.add_to(add_verb)
         data.add_to(add_verb)
         runs.add_to(add_verb)
-    with suppress(ModuleNotFoundError):  # and no export/
+    with suppress(ModuleNotFoundError):  # nor export/
         from export import cli as export_cli
 
         export_cli.add_to(add_verb)
@@ -79,12 +79,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status.
 
-    0 done, 1 the work failed or did not pass a gate, 2 the request was wrong, 78 no usable
-    bundle, 130 interrupted.
+    The status is 0 if the command succeeded, 1 if the work failed or did not pass a gate, 2 if an
+    option or the data can't be used, 78 without a usable bundle, and 130 after an interrupt.
     """
-    # Not at the top: `bentoml serve fledge:latest` looks for a module of this name before it looks
-    # for a Bento. It would import this file, and the `serving` imported here would be used instead
-    # of the Bento's own.
+    # Not at the top, because `bentoml serve fledge:latest` looks for a module of this name before
+    # it looks for a Bento. It would import this file, and then the `serving` imported here would be
+    # used instead of the Bento's own.
     from serving.errors import FledgeError, OptionError
 
     # OpenMP threads that spin while they wait take a core from other processes.
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def program() -> None:
     """Run `main` as a process of its own and exit with its status."""
     # Imports create several hundred thousand objects that stay. With the default threshold of 700
-    # the garbage collector searches them so often that it takes a sixth of the start of training.
+    # the garbage collector searches these objects so often that training starts a sixth slower.
     gc.set_threshold(10_000)
     status = main()
     if "torch" in sys.modules:

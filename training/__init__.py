@@ -1,1 +1,4 @@
-"""Photos in, checkpoint out. Imports serving's decoder and preprocessing, never export."""
+"""Training: fine-tune a network on labelled photos and save a checkpoint.
+
+Imports serving's decoder and preprocessing, never export.
+"""

@@ -1,1 +1,1 @@
-"""Ablation: one recipe trained with each technique left out, as a table."""
+"""Ablation: train a recipe with one technique added, removed or changed per row of a table."""

@@ -1,7 +1,8 @@
-"""Run an ablation: train each row of the table of tricks on the same seeds or folds.
+"""Run an ablation: train the recipe of each row with the same seeds or folds.
 
-Each trial is one short training run, and its result is a JSON file in `OUT/trials`. An ablation
-that was interrupted resumes from these files. A trial whose recipe or photos changed is run again.
+A row is one technique, see `training.ablation.tricks`. A trial is the training run of one row with
+one seed or fold; its result is a JSON file in `OUT/trials`. An ablation that was interrupted
+resumes from these files. A trial whose recipe or photos changed is run again.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ class AblationOptions:
     """How an ablation is run.
 
     Attributes:
-        split: As in `load_dataset`.
-        seeds: Number of seeds, counted from the recipe's. A seed also draws the split, if neither
+        split: CSV file that defines the split; see `load_dataset`.
+        seeds: Number of seeds, starting with the recipe's. A seed also draws the split if neither
             the folders nor `split` define it.
-        folds: Number of folds to use instead of seeds: those of `split`, or of the photos cut into
-            that many. 0 uses seeds.
-        device: As in `finetune.run`.
-        keep: Keep the weights of trials.
-        cache_gb: As in `finetune.run`.
+        folds: Number of cross-validation folds to use instead of seeds: folds of the file `split`
+            if it is given, else of the photos, which are cut into this many. 0 uses seeds.
+        device: "auto", "cpu" or "cuda".
+        keep: Whether to keep the weights of the trials.
+        cache_gb: Budget of the disk cache in GB; see `disk_cache.budget_gb`.
     """
 
     split: Path | None = None
@@ -63,7 +64,7 @@ class PlannedRun:
         unit: "seed 3" or "fold 3".
         recipe: The row's recipe with that seed or fold.
         key: Hash of the recipe and the photos, in hex digits.
-        tta: Test-time augmentation to evaluate besides the plain view.
+        tta: Test-time augmentation (TTA) to evaluate, too; None evaluates without TTA only.
     """
 
     row: str
@@ -84,10 +85,10 @@ class AblationRun:
 
     Attributes:
         key: `PlannedRun.key`.
-        seconds: Of the training run.
-        accuracy: A fraction of 1; None if the trial failed.
-        accuracy_tta: Likewise with test-time augmentation; None if it was not evaluated.
-        loss: In nats.
+        seconds: Duration of the training run.
+        accuracy: Validation accuracy, a fraction of 1; None if the trial failed.
+        accuracy_tta: Validation accuracy with TTA; None if it was not evaluated.
+        loss: Validation loss in nats; None if the trial failed.
         train: Number of training photos.
         valid: Number of validation photos.
         error: Why the trial failed; empty if it did not.
@@ -119,16 +120,16 @@ def run(
 
     Args:
         base: The recipe that rows change.
-        source: As in `load_dataset`.
-        out: Folder of the trials: a new one, or that of an earlier ablation.
-        rows: As `tricks.choose` returns them.
-        options: How to run them.
+        source: Value of `--data`; see `load_dataset`.
+        out: Folder of the ablation: a new folder, or that of an earlier ablation.
+        rows: Result of `tricks.choose`.
+        options: How to run the trials.
         log: Receives progress and warnings.
 
     Raises:
-        OptionError: An option is out of range, a row does not fit the recipe, or `out` is another
-            folder than an ablation's.
-        DataError: As in `load_dataset`.
+        OptionError: An option is out of range, a row does not fit the recipe, or `out` exists and
+            contains no ablation.
+        DataError: Raised by `load_dataset`.
         WorkError: Every row failed.
     """
     if options.folds == 1 or options.folds < 0:
@@ -185,7 +186,10 @@ def run(
 def _plan(
     base: Recipe, source: str, rows: Sequence[Trick], options: AblationOptions
 ) -> list[PlannedRun]:
-    """All rows with the first seed or fold, then all with the next: a partial table is complete."""
+    """Plan all rows with the first seed or fold, then all rows with the next one.
+
+    In this order the trials done before an interruption cover all rows.
+    """
     plans = []
     for number in range(options.folds or options.seeds):
         if options.folds:
@@ -245,7 +249,7 @@ def _warnings_once(log: Log) -> Log:
 def _run_trial(
     plan: PlannedRun, source: str, folder: Path, options: AblationOptions, log: Log
 ) -> AblationRun:
-    """Train and evaluate; an error that concerns only this row becomes the trial's result."""
+    """Train and evaluate; an `OptionError` or `WorkError` becomes the trial's result."""
     shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted trial
     started = time.perf_counter()
     try:

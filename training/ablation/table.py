@@ -39,13 +39,13 @@ class TableRow:
     """The statistics of a row.
 
     Attributes:
-        row: Its name.
+        row: Name of the row.
         against: Name of the row it is compared with, or empty.
-        what: The change in words.
+        what: Description of the change.
         accuracies: Seed or fold -> accuracy, a fraction of 1.
-        accuracy: Their mean and interval.
-        difference: Paired difference to `against`.
-        seconds: Mean time of a run.
+        accuracy: Mean of the accuracies, and its interval.
+        difference: Mean paired difference to the accuracies of `against`, and its interval.
+        seconds: Mean duration of a run.
         error: Error of the first run that failed, or empty.
     """
 
@@ -64,9 +64,10 @@ def interval(values: Sequence[float], overlap: float = 0.0) -> Interval:
 
     Args:
         values: Accuracies or differences, one for each run.
-        overlap: 0 for seeds. For folds, held-out photos divided by training photos: the training
-            sets of folds share photos, so their values are correlated and the variance of the mean
-            is larger (Nadeau & Bengio, 2003, "Inference for the Generalization Error", section 3).
+        overlap: 0 for seeds. For folds, the number of held-out photos divided by that of training
+            photos: because the training sets of folds share photos, the values are correlated and
+            the variance of the mean is larger (Nadeau & Bengio, 2003, "Inference for the
+            Generalization Error", section 3).
     """
     from scipy import stats  # takes a second to import
 
@@ -84,8 +85,8 @@ def difference(
 ) -> Interval:
     """The mean paired difference `values - others` over the units (seeds, folds) of both.
 
-    Runs with the same seed or fold share their photos and the order of them, so the paired
-    difference varies less than the difference of the two means.
+    Runs with the same seed or fold use the same photos in the same order, so the paired difference
+    varies less than the difference of the two means.
     """
     return interval([values[unit] - others[unit] for unit in values if unit in others], overlap)
 
@@ -95,8 +96,9 @@ def lines(rows: Sequence[Trick], trials: Trials, against: str = "") -> list[Tabl
 
     Args:
         rows: The rows that were run.
-        trials: As `ablation.run` returns them.
-        against: Compare every row with this one, instead of each with the row that it changes.
+        trials: Result of `ablation.run`.
+        against: Name of the row that all rows are compared with; "" compares each row with the row
+            that it changes.
     """
     values = {row.name: _accuracies(row, trials[row.name]) for row in rows}
     table_rows = []
@@ -128,7 +130,10 @@ def _accuracies(row: Trick, trials: dict[str, AblationRun]) -> dict[str, float]:
 
 
 def percent(value: Interval, signed: bool = False) -> str:
-    """`95.31 ± 1.20`, in percent; without ± for one run or equal runs; empty without runs."""
+    """A value in percent, such as `95.31 ± 1.20`; "" without runs.
+
+    "±" is left out if there is only one run, or if all runs have equal values.
+    """
     if not value.runs:
         return ""
     mean = f"{100 * value.mean:{'+' if signed else ''}.2f}"
@@ -196,7 +201,7 @@ def write(found: Sequence[TableRow], folder: Path, title: str, how: str) -> None
         found: The rows of the table.
         folder: Folder to write to.
         title: Title of the page and of the picture.
-        how: A sentence on how it was measured, such as that of `about`.
+        how: A sentence that says how the figures were measured, such as the result of `about`.
     """
     with atomic_write(folder / CSV) as partial, partial.open("w", newline="") as file:
         out = csv.writer(file, lineterminator="\n")

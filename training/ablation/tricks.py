@@ -1,4 +1,4 @@
-"""The rows of an ablation: what each trick changes in a recipe."""
+"""The rows of an ablation: techniques of fine-tuning, each as a change of a recipe's options."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ TTA_VIEWS: Final = 4
 
 @dataclass(frozen=True)
 class Trick:
-    """One row of the table.
+    """A technique of fine-tuning, one row of an ablation's table.
 
     Attributes:
         name: Name of the row.
         group: Name by which `--rows` selects several rows.
-        on: The row that it changes and is compared with; "" is the recipe itself.
+        on: Name of the row whose recipe is changed and with whose accuracy this row's is compared;
+            "" is the base recipe.
         what: The change in a few words.
-        change: The changed options, or a function that computes them from the recipe of `on`.
-            Tables are merged, [augment] is replaced, one table for [[stage]] changes every stage.
-        metric: "accuracy" of the plain view, or "accuracy_tta".
+        change: The changed options, or a function that computes them from the recipe of `on`. A
+            table of options is merged into the recipe's table, except [augment], which is replaced.
+            One table for [[stage]] changes every stage.
+        metric: "accuracy" (without test-time augmentation) or "accuracy_tta" (with it).
     """
 
     name: str
@@ -56,7 +58,7 @@ def _frozen(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _restarts(recipe: Recipe) -> Mapping[str, Any]:
-    """Every stage of unchanged length, with a restart every epoch."""
+    """Every stage with a restart every epoch; the stages keep their lengths."""
     stages = zip(recipe.stage, values_of(recipe)["stage"], strict=True)
     cycles = {"schedule": "sgdr", "cycle_len": 1, "cycle_mult": 1.0}
     return {"stage": [{**values, **cycles, "cycles": stage.epochs} for stage, values in stages]}
@@ -79,7 +81,7 @@ def _small_first(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _augment(**options: Any) -> Mapping[str, Any]:
-    """The preset none with these options."""
+    """The augmentation preset "none" with these options."""
     return {"augment": {"preset": "none", **options}, "stage": {"augment": {}}}
 
 
@@ -173,7 +175,7 @@ def choose(words: Iterable[str], option: str = "--rows") -> tuple[Trick, ...]:
     """The rows with these names or groups, and the rows they are compared with, in table order.
 
     Raises:
-        OptionError: A name is unknown; the message has the nearest name.
+        OptionError: A name is unknown; the message suggests the nearest name.
     """
     chosen: set[str] = set()
     for word in words:
@@ -188,7 +190,7 @@ def choose(words: Iterable[str], option: str = "--rows") -> tuple[Trick, ...]:
 
 
 def recipe_of(row: Trick, base: Recipe) -> Recipe:
-    """The recipe of a row: the base with its changes and those of the row it is based on.
+    """The recipe of a row: `base` with the changes of the row that `row.on` names, then of `row`.
 
     Raises:
         OptionError: The changes are not valid for the base.
@@ -212,7 +214,7 @@ def values_of(recipe: Recipe) -> Values:
 
 
 def merged(values: Values, change: Mapping[str, Any]) -> Values:
-    """Values with a change applied as `Trick.change` says; a list of stages replaces all stages."""
+    """Values with a change applied (see `Trick.change`). A list of stages replaces all stages."""
     result = dict(values)
     for key, new in change.items():
         if key == "stage" and isinstance(new, Mapping):

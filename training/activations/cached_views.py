@@ -1,12 +1,13 @@
-"""Outputs of frozen layers for numbered views of every photo; each view is computed once.
+"""Cache of the outputs of frozen layers, for numbered views of every photo.
 
-On disk, one entry of the cache holds the views of one frozen network on one list of photos:
+A view is one random augmentation of a photo. The outputs for a view are computed once. On disk, one
+entry of the cache holds the outputs of one frozen network for the views of one list of photos:
 
     view-NUMBER.bin  the rows of one view in the order of the photos, channels last
 
-A file is renamed to this name when all of it is on disk, and never changes afterwards; readers need
-no lock. The name of the entry is a hash of everything that determines the rows, so they are never
-stale.
+A file is renamed to this name when all of it is on disk, and never changes afterwards, so readers
+need no lock. The name of the entry is a hash of everything that determines the rows, so rows are
+never stale.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from training.utils.console import Log
 from training.utils.device import CPU
 
 IndexedRows = tuple[Tensor, Tensor]
-"""Indices of some photos, int64 [n], and their rows, [n, ...]."""
+"""Indices of some photos, int64 [n], and the rows of these photos, [n, ...]."""
 
 ComputeView = Callable[[int], Iterator[IndexedRows]]
 """Number of a view -> its rows in batches, in any order."""
@@ -53,7 +54,7 @@ class ViewShape:
         return self.photos * math.prod(self.row)
 
     def unflatten(self, flat: Tensor) -> Tensor:
-        """A view of the flat storage as rows [N, ...]; feature maps are channels-last."""
+        """The flat storage as rows [N, ...], without a copy; feature maps are channels-last."""
         if len(self.row) != 3:
             return flat.view(self.photos, *self.row)
         channels, height, width = self.row
@@ -67,7 +68,7 @@ class DiskStore:
     Attributes:
         cache: The disk cache.
         name: Name of the entry.
-        description: For `fledge cache` and the log.
+        description: What the entry contains, for `fledge cache` and the log.
         protected: Names of entries that are not evicted for new views.
         log: Takes log lines.
     """
@@ -98,7 +99,9 @@ class DiskStore:
     def find_or_add(
         self, number: int, shape: ViewShape, parts: Iterator[IndexedRows]
     ) -> Tensor | None:
-        """A stored view, else compute and store it; None if it does not fit the budget.
+        """The stored view if there is one, else compute and store it from `parts`.
+
+        Returns None if the view does not fit the budget.
 
         Raises:
             OSError: The cache can't be written.
@@ -137,10 +140,10 @@ class CachedViews:
     """The views of one frozen network, each computed at its first use.
 
     Attributes:
-        shape: Of the rows of a view.
-        compute: Computes a view.
+        shape: Shape and dtype of a view's rows.
+        compute: Computes the rows of a view.
         store: Stores views on disk; None keeps them in memory.
-        source: The views that `compute` takes as inputs, if it does not start from photos.
+        source: The views that `compute` takes as inputs; None: it takes photos.
         device: Where views in memory are stored.
     """
 
@@ -200,7 +203,7 @@ class CachedViews:
 
 
 def fill(rows: Tensor, parts: Iterable[IndexedRows]) -> Tensor:
-    """Write the parts into `rows`, and return it."""
+    """Write the parts into `rows`, and return `rows`."""
     for index, part in parts:
         rows[index] = part.to(rows.device)
     return rows

@@ -1,4 +1,4 @@
-"""The frozen part of a network: a faster copy for inference, and a digest for its cache key."""
+"""The prefix of a network, its frozen layers: a faster copy of it, and a digest for cache keys."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ _ACTIVATIONS: Final[dict[type[nn.Module], str]] = {
     nn.Hardswish: "hardswish",
     nn.SiLU: "swish",
 }
-"""Activations that oneDNN computes in one pass with the convolution before, and its names."""
+"""Activations that oneDNN computes together with the preceding convolution -> oneDNN's names."""
 
 FUSE_VERSION: Final = 2
-"""Part of the cache key. To be raised when `fused` computes in another way: other rounding."""
+"""Part of the cache key. Increase it when a change of `fused` makes outputs round differently."""
 
 
 def fused(prefix: nn.Module) -> nn.Module:
-    """A copy with its BatchNorms folded into the layers before them, where torch.fx can trace it.
+    """A copy with its BatchNorms folded into the layers before them, if torch.fx can trace it.
 
-    On a CPU the following activations are joined to the convolutions, too: writing and reading a
-    feature map takes longer than clamping it. MobileNetV2 runs a fifth faster so.
+    On a CPU, convolutions are also joined with the activations that follow, because writing and
+    reading a feature map takes longer than clamping it. This makes MobileNetV2 a fifth faster.
 
     Args:
         prefix: A network without state, all of it in eval mode.
 
     Returns:
-        Equal to `prefix` but for rounding, at its current weights: channels last, in eval mode,
-        without gradients. `prefix` itself if it has no BatchNorm or torch.fx can't trace it.
+        A network whose outputs equal those of `prefix` at its current weights, except for rounding.
+        It is channels-last, in eval mode and without gradients. Without a BatchNorm, or if torch.fx
+        can't trace it, `prefix` itself.
     """
     if not has_batchnorm(prefix):
         return prefix
     try:
         # In the weights' dtype, so that activations, losses and trained weights keep the bits of
-        # earlier versions. A BatchNorm that is left stays one: in eager mode it is one pass over
-        # the map, a multiply-add is two.
+        # earlier versions. A BatchNorm that can't be folded stays a BatchNorm, because in eager
+        # mode it takes one pass over the feature map, and a multiply-add takes two.
         folded, _ = fuse(prefix, dtype=None, into_previous_only=True)
     except WorkError:
         return prefix
@@ -55,9 +56,10 @@ def fused(prefix: nn.Module) -> nn.Module:
 
 
 class ConvActivation(nn.Module):
-    """A convolution and its activation in one pass over the map; on CPUs, and without gradients.
+    """A convolution and its activation in one pass over the feature map.
 
-    It calls the operator that `torch.compile` generates for the two.
+    Works only on CPUs and without gradients. Calls the operator that `torch.compile` generates for
+    the two layers.
     """
 
     def __init__(self, conv: nn.Conv2d, activation: nn.Module) -> None:
@@ -69,7 +71,7 @@ class ConvActivation(nn.Module):
         self.limits = [activation.min_val, activation.max_val] if is_clamp else []
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [N, C, h, w] -> [N, D, h', w'], under autocast in its dtype."""
+        """Feature map [N, C, h, w] -> [N, D, h', w']; under autocast, in autocast's dtype."""
         conv, dtype = self.conv, self.conv.weight.dtype
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")

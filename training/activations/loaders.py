@@ -1,4 +1,8 @@
-"""Data loaders of a stage: augmented photos after the frozen layers, computed or from a cache."""
+"""Data loaders of a stage: frozen layers' outputs for augmented photos, computed or cached.
+
+The frozen layers at the start of a network are its prefix; the layers that train are its suffix. A
+view is one random augmentation of a photo.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from training.utils.precision import Precision
 from training.utils.timer import Timer
 
 FROZEN: Final = "frozen layers"
-"""The activity of the timer for the forward pass of frozen layers."""
+"""Timer activity: forward passes of the frozen layers."""
 
 
 def frozen_batch(device: torch.device) -> int:
@@ -63,13 +67,13 @@ class TrainLoader:
     """Training batches of one stage.
 
     Attributes:
-        augmented: The photos.
+        augmented: The augmented training photos.
         prefix: The frozen layers.
         first_view: Number of the first view.
         views: The epochs cycle through this many views of each photo; 0: a new view each epoch.
         classes: Number of classes, for the soft labels of mixed photos.
         cached: Outputs of `prefix` for these views; None: `prefix` runs on every batch.
-        process_group: This process gets its shard of each batch.
+        process_group: The processes that share each batch; this process gets its shard.
     """
 
     augmented: AugmentedPhotos
@@ -93,8 +97,8 @@ class TrainLoader:
     def epoch(self, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's shards of the shuffled batches: (inputs of the suffix, labels int64 [N]).
 
-        With mixup or cutmix, labels are float32 [N, classes]. A last batch of one photo is dropped:
-        BatchNorm can't train on it.
+        With mixup or cutmix, labels are float32 [N, classes]. A last batch of one photo is dropped,
+        because BatchNorm can't train on it.
         """
         position = self.first_view + epoch
         photos, device = self.augmented.photos, self.precision.device
@@ -143,17 +147,20 @@ def run_frozen(prefix: nn.Module, inputs: Tensor, precision: Precision) -> Tenso
 
 @dataclass
 class ValidLoader:
-    """Validation batches as inputs of the suffix. Can be iterated many times.
+    """Validation batches after the frozen layers, ready for the layers that train.
+
+    A loader can be iterated many times.
 
     Attributes:
-        photos: The validation part.
+        photos: The validation photos.
         prefix: The frozen layers.
         preprocess: Normalises the photos.
         precision: Device and dtype.
         cache_outputs: Keep the outputs of `prefix` in memory after the first pass.
         source: A loader whose batches are the inputs of `prefix`, shared with other stages;
             None: `prefix` takes photos.
-        process_group: Each process takes every n-th batch, so the batches are those of one process.
+        process_group: Process i of n takes batches i, i + n, ..., so the batches are the same as
+            with one process.
     """
 
     photos: PixelSet
@@ -166,7 +173,7 @@ class ValidLoader:
     _cached: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(inputs, labels int64 [N]); on a GPU inputs may be padded to more rows: `pad_on_gpu`."""
+        """(inputs, labels int64 [N]); on a GPU `pad_on_gpu` may have added rows to the inputs."""
         if self._cached:
             yield from self._cached
             return

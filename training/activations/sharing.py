@@ -1,4 +1,4 @@
-"""Which consecutive stages share the cached outputs of frozen layers."""
+"""Which consecutive stages share the cached outputs of their frozen layers (the prefix)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from training.models.classifier import Classifier
 class SharedPrefix:
     """The frozen layers whose outputs a stage caches, shared with neighbouring stages.
 
-    Stages that share are consecutive and see the same views.
+    Stages that share are consecutive and have the same preprocessing and augmentation.
 
     Attributes:
         depth: Number of children of the body that are frozen in all of these stages; 0: no cache.
-        views: Cached views of each photo; the largest number that one of these stages needs.
-        is_first, is_last: Position of the stage among these stages.
+        views: Number of cached views (random augmentations) of each photo: the largest number that
+            one of these stages needs.
+        is_first, is_last: Whether the stage is the first, or the last, of these stages.
         shared_with: Names of the other stages.
         reason: Why nothing is cached although the recipe sets `views`; "" otherwise.
     """
@@ -58,7 +59,7 @@ def plan_sharing(
 
 
 def _own_prefix(classifier: Classifier, recipe: Recipe, stage: Stage) -> SharedPrefix:
-    """The prefix of a stage by itself."""
+    """The prefix whose outputs a stage would cache if it shared them with no other stage."""
     views, depth = stage.wanted_views, classifier.freezing_for(stage).prefix
     if views and recipe.augment_of(stage).mixes:
         return SharedPrefix(reason="mixup and cutmix blend photos")

@@ -1,9 +1,10 @@
-"""Cache of the outputs of frozen layers.
+"""Data loaders for every stage of a run, with a cache of the outputs of the frozen layers.
 
-A frozen prefix is a function without state, so its output for a given view of a photo never
-changes. It is computed once for a few views of every photo, and the epochs cycle through these
-views. Consecutive stages that see the same views share the outputs of the prefix they have in
-common; a stage that freezes more layers runs these on the shared outputs.
+The frozen layers at the start of a network, its prefix, are a function without state. Their output
+for a given view (one random augmentation) of a photo therefore never changes. It is computed once
+for a few views of every photo, and the epochs cycle through these views. Consecutive stages with
+the same views share the outputs of the frozen layers they have in common. A stage that freezes
+additional layers runs them on the shared outputs.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ the frozen layers' forward pass or the layout of the arrays changes the values;
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a stage caches: views of the outputs of each frozen part.
+    """What a stage caches.
+
+    The frozen layers have one or two parts: the layers shared with other stages, and the rest.
 
     Attributes:
         names: Name of the cache entry of each part.
@@ -85,13 +88,14 @@ def plan_views(
     budget: int,
     fixed: int | None = None,
 ) -> CachePlan:
-    """As many of the `requested` views as fit the budget.
+    """Plan to cache as many of the `requested` views as fit the budget.
 
     Args:
         names, shapes: As in `CachePlan`.
         requested: Views that the recipe sets.
         budget: Bytes.
-        fixed: Number of views, decided before; not cached if they exceed the budget.
+        fixed: Number of views, if it was decided before. They are not cached if they exceed the
+            budget.
     """
     plan = CachePlan(tuple(names), tuple(shapes), requested)
     fitting = min(requested, budget // max(plan.view_bytes, 1))
@@ -104,7 +108,7 @@ class StageLoaders:
     """Makes the data loaders of a run's stages, and caches the outputs of their frozen layers.
 
     Attributes:
-        photos: The dataset.
+        photos: The decoded photos.
         recipe: The recipe of the run.
         precision: Device and dtype.
         cache: The disk cache; its budget also limits what is kept in memory.
@@ -135,15 +139,15 @@ class StageLoaders:
         """The training and validation loader of a stage.
 
         Args:
-            classifier: On the device, frozen for the stage.
+            classifier: The network, on the device and frozen for the stage.
             stage: The stage.
-            share: Its shared prefix.
+            share: The shared prefix of the stage.
             first_view: Number of the first view.
             views: Number of views if it was decided before; by default as many of `share.views` as
                 fit the budget.
-            ema: Its averages are validated. Layers that an earlier stage trained and this one
-                freezes may still have other averages than weights; then the validation loader
-                caches nothing.
+            ema: Moving average of the weights, which is validated instead of them. In layers that
+                an earlier stage trained and this stage freezes, it may differ from the weights;
+                then the validation loader caches nothing.
         """
         classifier.eval()
         preprocess, config = self.recipe.preprocess_of(stage), self.recipe.augment_of(stage)
@@ -203,7 +207,10 @@ class StageLoaders:
         return loader
 
     def _place(self, preprocess: Preprocess) -> tuple[PixelSet, PixelSet]:
-        """The photos for `preprocess`, on the device; those of another size are freed first."""
+        """The training and validation photos for `preprocess`, on the device.
+
+        Photos placed for another `preprocess` are freed first.
+        """
         sets = self.photos.pixel_sets(preprocess)
         if self._placed_sets is None or sets is not self._pixel_sets:
             self._placed_sets, self._views, device = None, {}, self.precision.device
@@ -245,7 +252,7 @@ class StageLoaders:
         layers: list[nn.Module],
         protected: set[str],
     ) -> CachedViews | None:
-        """The cached views of the last part; those of the stage before are used again."""
+        """The cached views of the last part; views that the previous stage opened are reused."""
         before, self._views = self._views, {}
         if not plan.cached:
             return None
@@ -266,7 +273,7 @@ class StageLoaders:
         return views
 
     def _memory_device(self, size: int) -> torch.device:
-        """Where views in memory are stored: on the GPU if they take at most 1/4 of what is free."""
+        """The device for views in memory: the GPU if they take at most 1/4 of its free memory."""
         device = self.precision.device
         return device if device.type == "cuda" and 4 * size <= free_memory(device) else CPU
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from training.config.sections import AugmentConfig
 from training.utils.device import upload
 
-_STREAM = 1  # a random stream apart from that of `training.augmentation.transforms`
+_STREAM = 1  # selects another random stream than that of `training.augmentation.transforms`
 
 
 def mix(
@@ -30,7 +30,7 @@ def mix(
         images: float [N, 3, H, W].
         labels: int64 [N], below `classes`.
         classes: Number of classes.
-        seed, step: Determine the random numbers, with the shape of the batch.
+        seed, step: Determine the random numbers, together with the shape of the batch.
 
     Returns:
         images: float [N, 3, H, W]; the input is not modified.
@@ -61,7 +61,7 @@ def _rectangle(
 ) -> tuple[int, int, int, int]:
     """Top, bottom, left, right of a rectangle around (x, y), clipped to the picture.
 
-    area: its share of the picture before clipping.
+    area: area of the rectangle before clipping, as a share of the picture's area.
     """
     half = math.sqrt(area) / 2
     top, bottom = (round((y + side) * height) for side in (-half, half))

@@ -1,7 +1,7 @@
 """Augmentation policies of torchvision, seeded per image: RandAugment and TrivialAugment.
 
-RandAugment: a few random operations of one magnitude (Cubuk et al., 2020). TrivialAugment: one
-operation of random magnitude (Müller & Hutter, 2021), the wide variant.
+RandAugment applies a few random operations of one magnitude (Cubuk et al., 2020). TrivialAugment,
+here in its wide variant, applies one operation of random magnitude (Müller & Hutter, 2021).
 """
 
 from __future__ import annotations

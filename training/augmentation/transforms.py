@@ -1,11 +1,13 @@
-"""Random augmentation of batches: one geometric warp, policy, colour change, random erasing.
+"""Random augmentation of batches: a geometric warp, a policy, a colour change, random erasing.
 
-Random parameters are a function of (seed, view, photo), not of the order of batches: a view of a
-photo is always the same picture, so its activations can be cached. Each option has its own random
-numbers; switching one on does not change the draws of the others.
+Random parameters are a function of (seed, view, photo), not of the order of batches. A view (one
+numbered augmentation) of a photo is therefore always the same picture, and its activations can be
+cached. Each option has its own random numbers, so that switching one on does not change the draws
+of the others.
 
-Order: crop, flip, perspective, zoom, rotation and shift are combined into one resampling; then the
-policy (`training.augmentation.policies`), brightness, contrast and saturation, and erasing.
+Order: crop, flip, perspective, zoom, rotation and shift are combined into one geometric warp. Then
+follow the policy (RandAugment or TrivialAugment, see `training.augmentation.policies`), brightness,
+contrast and saturation, and erasing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ MEAN_COLOUR: Final = (124, 116, 104)
 """ImageNet's mean colour, RGB: fills erased rectangles. About 0 after normalisation."""
 
 ERASED_AREA: Final = (0.02, 0.33)
-"""Range of the erased area as a share of the picture; as torchvision (Zhong et al.: to 0.4)."""
+"""Range of the erased area as a share of the picture, as in torchvision (Zhong et al.: to 0.4)."""
 ERASED_RATIO: Final = 10 / 3
 """Largest aspect ratio of the erased rectangle (Zhong et al.)."""
 
@@ -44,7 +46,7 @@ class AugmentationParams:
         colour: float32 [N, 3]: contrast factor, brightness shift as a share of the full range,
             saturation factor.
         hole: float32 [N, 4]: left, top, right, bottom of the erased rectangle as shares of the
-            side; all 0: nothing is erased.
+            side; all 0 if nothing is erased.
         seed: int64 [N], for the policy.
     """
 
@@ -83,7 +85,7 @@ def draw(
             so that a view without random changes is the validation picture.
     """
     numbers = np.random.default_rng([seed, view]).random((len(aspect), _NUMBERS))
-    u = list(torch.from_numpy(numbers).T)  # [0, 1); each use below has its own columns
+    u = list(torch.from_numpy(numbers).T)  # [0, 1); each option below has its own columns
     s = [2 * column - 1 for column in u]  # [-1, 1)
     colour = torch.stack(
         [
@@ -155,8 +157,8 @@ _SYMMETRIES: Final = _symmetries()
 def _tilt(shrink: Tensor) -> Tensor:
     """Homographies [N, 3, 3] into the square, for a perspective from its left or right.
 
-    shrink: [N], by which share the far edge is shorter than the near edge; positive: the far edge
-    is on the right.
+    shrink: [N], the share by which the far edge is shorter than the near edge. If it is positive,
+    the far edge is on the right.
     """
     p = shrink / (2 - shrink.abs())
     zero, one = torch.zeros_like(p), torch.ones_like(p)
@@ -187,8 +189,8 @@ def apply(pixels: Tensor, params: AugmentationParams, config: AugmentConfig, siz
 
     Args:
         pixels: Whole photos resized to squares; the warp restores their aspect ratios.
-        params: Of these photos, on the device of `pixels`.
-        config: The one that `params` was drawn with.
+        params: Parameters of these photos, on the device of `pixels`.
+        config: The configuration that `params` was drawn with.
         size: Side of the result in pixels.
     """
     images = pixels.permute(0, 3, 1, 2).float()
@@ -235,8 +237,8 @@ def _recolour(images: Tensor, colour: Tensor, *, saturation: bool) -> Tensor:
     images: float32 [N, 3, H, W] in 0..255; modified in place and returned.
     """
     contrast, shift, saturate = colour[:, :, None, None, None].unbind(1)
-    # Reduce in two steps: a single mean over both axes is parallelised differently for different
-    # batch sizes, and would round differently.
+    # Reduce in two steps, because a single mean over both axes is parallelised differently for
+    # different batch sizes, and would round differently.
     means = images.mean(dim=3).mean(dim=2)[..., None, None]  # [N, 3, 1, 1]
     middle = means.mean(dim=1, keepdim=True)
     if saturation:
