@@ -1,6 +1,6 @@
 """Subcommands of `fledge` that need only serving: inspect, verify, serve, score, evaluate-scores.
 
-Functions import what they need when they run, so that `fledge --help` stays fast.
+Each function imports its modules when it runs, so that `fledge --help` stays fast.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Protocol
 
 
 class AddVerb(Protocol):
-    """Adds a subcommand to `fledge`.
+    """Function that adds a subcommand to `fledge`.
 
-    Its name is the function's name, its help is the first line of the function's docstring.
+    The subcommand has the name of `function`, and its help is the first line of the docstring of
+    `function`.
     """
 
     def __call__(
@@ -96,7 +97,7 @@ def add_to(add_verb: AddVerb) -> None:
     )
     add.add_argument("--port", type=int, default=3000, metavar="N", help="default: 3000")
     add.add_argument("--workers", type=int, metavar="N", help="processes; default: 1")
-    _runtime_options(add, default=None)  # without an option the environment variable decides
+    _runtime_options(add, default=None)  # None: the environment variable applies
 
     add = add_verb(score, "fledge score photos --bundle bundle --out scores.csv")
     _score_options(add)

@@ -18,11 +18,11 @@ FledgeError
 ├── BundleError           no usable bundle
 ├── GateError             the result missed a required value
 └── WorkError             the work failed
-    └── Diverged          the loss is NaN; a resumed run would reach it again
+    └── Diverged          the loss is NaN or infinite; a resumed run would diverge again
 
 Each class has the stable `code` of HTTP answers and score tables, the HTTP status, and the exit
-status of the command line. A message is one line: what is wrong, where, and what to do. Several
-errors of one file are one line each.
+status of the command line. A message is one line: what is wrong, where, and what to do. If a file
+has several errors, the message has one line for each.
 """
 
 from __future__ import annotations
@@ -154,6 +154,6 @@ class WorkError(FledgeError):
 
 
 class Diverged(WorkError):
-    """The loss is NaN or infinite; a resumed run would reach it again."""
+    """The loss is NaN or infinite; a resumed run would diverge again."""
 
     code = "diverged"

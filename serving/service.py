@@ -34,7 +34,7 @@ class AppService(bentoml_compat.service_class()):  # type: ignore[misc]
         return traced(App(super().to_asgi(is_main), lambda: self._instance.model_manager))
 
     def __call__(self) -> Any:
-        """Make the instance of `ImageClassifier`; BentoML calls it once per worker."""
+        """Create the instance of `ImageClassifier`; BentoML calls this once per worker."""
         self._instance = super().__call__()
         return self._instance
 
@@ -56,10 +56,10 @@ class ImageClassifier:
     """Classifies images with the model of a Fledge bundle."""
 
     def __init__(self) -> None:
-        """Start to load the bundle; `/readyz` answers 200 when that is done.
+        """Start to load the bundle; `/readyz` answers 200 when it is loaded.
 
-        With several workers, a worker loads before it accepts connections: once `/readyz` answers
-        200, no request reaches a worker that has no model yet.
+        With several workers, each one loads the bundle before it accepts connections, so that once
+        `/readyz` answers 200, no request reaches a worker that has no model yet.
         """
         malloc.return_large_blocks()
         settings = Settings.from_env()
@@ -108,6 +108,6 @@ class ImageClassifier:
 
 
 if not isinstance(ImageClassifier, AppService):
-    # Without `App` BentoML would download addresses that are sent in place of files, and apply no
-    # limits.
+    # Without `App`, BentoML would download addresses that clients send in place of files, and would
+    # apply no limits.
     raise RuntimeError("this BentoML ignores `service_class`; install the pinned version")

@@ -29,7 +29,7 @@ _OTHER_VARIABLES: Final = re.compile(
 
 
 def bundle_folder(environ: Mapping[str, str]) -> Path:
-    """FLEDGE_BUNDLE, else the Bento's bundle, else `bundle` here or beside this package."""
+    """The path in FLEDGE_BUNDLE; if it is empty, the default of `Settings.bundle`."""
     path = environ.get("FLEDGE_BUNDLE", "").strip()
     return Path(path) if path else _default_bundle()
 
@@ -46,18 +46,20 @@ class Settings:
     """Settings of the service; the rest is in the bundle.
 
     Attributes:
-        bundle: Folder that holds `manifest.json`; in a Bento its own, else `bundle` in the current
-            folder or beside this package.
-        device: auto, cpu, cuda or tensorrt; only auto may fall back to another device, and the log
-            says so.
+        bundle: Folder that contains `manifest.json`. Default: the bundle of the Bento, else
+            `bundle` in the current folder or beside this package.
+        device: auto, cpu, cuda or tensorrt. Only auto may fall back to another device, which is
+            logged.
         precision: auto, fp32, int8 or fp16; auto takes the fastest that the bundle has.
-        runtime: onnx; or torchscript, which needs torch and has fp32 only.
+        runtime: onnx or torchscript. TorchScript needs torch and has fp32 only.
         workers: Processes that share the port; each has its own copy of the model.
         max_batch: Graph rows (images times views) of one run; None takes the bundle's tuning.
-        max_queue: Images that a worker has accepted and not answered yet; one more gets 429.
-        max_bytes: Of an image, and of a whole request.
-        max_pixels: Of an image, width times height.
-        deadline: Seconds from queueing an image to its answer; later is a 504.
+        max_queue: Largest number of images that a worker has accepted and not answered yet; a
+            request for one more gets 429.
+        max_bytes: Largest size of an image, and of all images of a request.
+        max_pixels: Largest width times height of an image.
+        deadline: Largest time from queueing an image to its answer, in seconds; after it the
+            response is 504.
         api_keys: sha256 digests of the accepted keys; if empty, no key is needed.
     """
 
@@ -83,7 +85,8 @@ class Settings:
         """Read the variables `FLEDGE_*`; an empty one counts as not set.
 
         Raises:
-            OptionError: One line that names every wrong variable and its value.
+            OptionError: A variable is wrong. The message names every wrong variable and its value
+                in one line.
         """
         reader = _Reader(os.environ if environ is None else environ)
         settings = cls(
@@ -107,7 +110,7 @@ class Settings:
 
 
 class _Reader:
-    """Reads variables and collects the errors."""
+    """Reads environment variables and collects the errors."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.environ = environ
@@ -128,7 +131,7 @@ class _Reader:
         text = self.text(name, "")
         if not text:
             return default
-        # At most 12 digits: int() raises ValueError for a text of more than 4300.
+        # At most 12 digits, because int() raises ValueError for more than 4300.
         if re.fullmatch("[0-9]{1,12}", text) and low <= int(text) <= high:
             return int(text)
         self.errors.append(f"{name} = {text[:20]!r}: use a whole number, {low} to {high}")

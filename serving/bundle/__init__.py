@@ -1,1 +1,1 @@
-"""The bundle folder: manifest, storage, signatures."""
+"""Bundles, the folders that hold exported models: manifest, storage, signatures."""

@@ -1,7 +1,8 @@
-"""The JSON objects inside `manifest.json`, as types that pydantic checks.
+"""The JSON objects inside `manifest.json`, as types that pydantic validates.
 
-In memory they stay dictionaries. A constraint in `json_schema_extra` is only published in the JSON
-schema: `serving.bundle.storage` checks it, or bundles of earlier versions don't meet it.
+The validated objects stay dictionaries in memory. A constraint in `json_schema_extra` appears in
+the published JSON schema, but pydantic does not check it, because either other code does, such as
+`serving.bundle.storage`, or bundles of other versions break it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pydantic import (
     with_config,
 )
 from pydantic_core import CoreSchema, core_schema
-from typing_extensions import TypedDict  # pydantic accepts typing's only from Python 3.12 on
+from typing_extensions import TypedDict  # pydantic accepts `typing.TypedDict` from Python 3.12 on
 
 PATH: Final[dict[str, Any]] = {"pattern": r"^(?!/)(?!.*\.\.(/|$)).+$"}
 """JSON schema of a relative path without `..`."""
@@ -32,16 +33,17 @@ Rgb = Annotated[list[Number], Field(min_length=3, max_length=3)]
 FilePath = Annotated[
     str, Field(description="path below the payload folder, with /", json_schema_extra=PATH)
 ]
-"""`storage.read` refuses a path outside the payload folder."""
+"""Path of a file below the payload folder; `storage.read` refuses a path outside that folder."""
 
-# Readers accept fields that they don't know; the published schema has only those of an export.
+# Readers accept unknown fields, but the published schema has only the fields that an export writes.
 _OPEN: Final = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
 
 
 def _as_given(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """Check `value` and keep it as it is.
+    """Validate `value` and return it unchanged.
 
-    pydantic's own result has 1.0 for 1 in a field of floats: other bytes, and another version.
+    pydantic would turn 1 into 1.0 in a float field. That would change the manifest's bytes and its
+    version.
     """
     check(value)
     return value
@@ -154,7 +156,7 @@ class Thresholds(TypedDict):
     """Limits of `confident` and `out_of_distribution` in answers; null leaves the field null."""
 
     confident: Annotated[Share | None, Field(description="least probability of a confident answer")]
-    # The first bundles have none.
+    # The first bundles have no `energy`.
     energy: NotRequired[
         Annotated[
             Number | None,

@@ -17,7 +17,7 @@ def describe(folder: Path) -> list[str]:
     """Lines about a bundle: a title, then a topic and its text on each line.
 
     Raises:
-        BundleError: As `storage.read`.
+        BundleError, OptionError: What `storage.read` raises.
     """
     bundle = storage.read(folder)
     manifest = bundle.manifest

@@ -1,6 +1,6 @@
-"""The manifest of a bundle: the model of `manifest.json`, its version hash and its JSON schema.
+"""The manifest of a bundle: pydantic model of `manifest.json`, version hash and JSON schema.
 
-`from_json` checks every field; `to_json` writes the same bytes back.
+`from_json` checks every field, and `to_json` writes the same bytes back.
 
 `python -m serving.bundle.manifest > docs/manifest.schema.json` writes the published JSON schema.
 """
@@ -47,7 +47,7 @@ def _plain_first(views: tuple[View, ...]) -> tuple[View, ...]:
 
 
 def _publish(schema: JsonSchemaValue) -> None:
-    """Require every field, as an export writes all; the first bundles have no `torch_export`."""
+    """Require every field that all bundles have; the first bundles have no `torch_export`."""
     schema["description"] = "Everything that decides or describes the answers of an exported model"
     schema["required"] = [name for name in schema["properties"] if name != "torch_export"]
 
@@ -55,8 +55,8 @@ def _publish(schema: JsonSchemaValue) -> None:
 class Manifest(BaseModel):
     """Everything that decides or describes the answers of one exported model.
 
-    The fields stand in the order of the file. `model_copy(update=...)` gives a changed manifest,
-    without checks. Fields that are described as reports don't change answers.
+    The fields are in the order of the file. `model_copy(update=...)` returns a changed manifest
+    without checking it. Fields that are described as reports don't change answers.
     """
 
     model_config = ConfigDict(
@@ -139,12 +139,12 @@ class Manifest(BaseModel):
     provenance: Mapping[str, Any] = Field(
         default_factory=dict, description="run, recipe, data, versions" + _REPORT
     )
-    # BaseModel has a method `schema`.
+    # Not named `schema`, because BaseModel has a method of that name.
     schema_version: Literal[1] = Field(SCHEMA, alias="schema", description="version of this format")
 
     @property
     def graphs(self) -> list[str]:
-        """The files that hold graphs."""
+        """Paths of the files that hold graphs, below the payload folder."""
         files = [entry["file"] for entry in self.precisions.values()]
         return files + [file for file in (self.torchscript, self.torch_export) if file]
 
@@ -165,7 +165,7 @@ class Manifest(BaseModel):
         """The inverse of `to_json`.
 
         Raises:
-            BundleError: Not a manifest of this schema; names the field.
+            BundleError: The text is not a manifest of this schema; the message names the field.
         """
         try:
             values = json.loads(text)
@@ -192,7 +192,7 @@ def _reason(error: ValidationError) -> str:
         reason = f"{field} is an unknown field"
     else:
         message = found["msg"].removeprefix("Value error, ")
-        message = message.replace("dictionary", "object").replace("tuple", "array")  # JSON's words
+        message = message.replace("dictionary", "object").replace("tuple", "array")  # JSON's terms
         short = value is None or isinstance(value, str | int | float)
         given = f" = {value!r:.80}" if short else ""
         reason = f"{field}{given}: {message[0].lower()}{message[1:]}"
@@ -200,11 +200,11 @@ def _reason(error: ValidationError) -> str:
 
 
 def content_version(manifest: Manifest, graphs: Mapping[str, str]) -> str:
-    """Twelve hex digits that change when, and only when, something that decides answers does.
+    """Hash of everything that determines answers: the first twelve hex digits of a sha256.
 
     Args:
-        manifest: Its labels, preprocess, temperature, thresholds, views and average count.
-        graphs: File name -> sha256 of every graph.
+        manifest: Its labels, preprocess, temperature, thresholds, views and average are hashed.
+        graphs: File name -> sha256 of every graph; these are hashed too.
     """
     decides = {
         "graphs": dict(sorted(graphs.items())),
@@ -221,7 +221,7 @@ def content_version(manifest: Manifest, graphs: Mapping[str, str]) -> str:
 class Parallelism(NamedTuple):
     """How runs of the graph share the cores of a CPU.
 
-    runs: runs at the same time; threads: of each run.
+    runs: number of concurrent runs; threads: number of threads of each run.
     """
 
     runs: int
@@ -231,7 +231,7 @@ class Parallelism(NamedTuple):
 def measured_parallelism(manifest: Manifest, precision: str, cores: int) -> Parallelism:
     """The setting with the most images per second at export, if that machine had `cores` cores.
 
-    Otherwise, or if nothing was measured: one run of one thread for each core.
+    If it had another number, or nothing was measured: `cores` runs of one thread each.
     """
     tuned = manifest.tuning.get("cpu", {})
     best = tuned.get("throughput", {}).get(precision)
@@ -241,9 +241,10 @@ def measured_parallelism(manifest: Manifest, precision: str, cores: int) -> Para
 
 
 def multithreading_pays(manifest: Manifest, precision: str, cores: int) -> bool:
-    """Whether several threads answer a single image sooner than one.
+    """Whether several threads process a single image faster than one thread.
 
-    True unless the export measured otherwise on as many cores.
+    True unless the export, on a machine with `cores` cores, measured the lowest latency with one
+    thread.
     """
     tuned = manifest.tuning.get("cpu", {})
     found = tuned.get("latency", {}).get(precision)
@@ -251,7 +252,7 @@ def multithreading_pays(manifest: Manifest, precision: str, cores: int) -> bool:
 
 
 class _PublishedSchema(GenerateJsonSchema):
-    """Without the defaults, which only readers use, and without titles that repeat field names."""
+    """Generator that omits defaults, which only readers use, and titles that repeat field names."""
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])

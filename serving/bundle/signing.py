@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from nacl.signing import SigningKey
 
 TRUSTED: Final = "FLEDGE_TRUSTED_KEYS"
-"""Environment variable: the path of a PEM file of public keys. Unset, any key is accepted."""
+"""Environment variable with the path of a PEM file of trusted public keys.
+
+If it is not set, any key is accepted."""
 
 Sign = Callable[[bytes], str]
 """Bytes to sign -> a line for `manifest.sig`."""
@@ -41,7 +43,7 @@ def signer(path: Path) -> Sign:
     """A function that signs with the private key of a PEM file.
 
     Raises:
-        OptionError: No such file, or it holds no unencrypted Ed25519 private key.
+        OptionError: The file can't be read, or it holds no unencrypted Ed25519 private key.
     """
     from nacl.signing import SigningKey
 
@@ -62,7 +64,8 @@ def trusted(environ: Mapping[str, str] | None = None) -> Mapping[bytes, str] | N
     """The trusted public keys, 32 bytes each, and their names; None if the variable is not set.
 
     Raises:
-        OptionError: FLEDGE_TRUSTED_KEYS is empty, or not a file of Ed25519 public keys.
+        OptionError: FLEDGE_TRUSTED_KEYS is empty, or its file can't be read or contains anything
+            but Ed25519 public keys.
     """
     path = (os.environ if environ is None else environ).get(TRUSTED)
     if path is None:
@@ -83,12 +86,12 @@ def trusted(environ: Mapping[str, str] | None = None) -> Mapping[bytes, str] | N
 
 
 def check(data: bytes, signatures: str | None, keys: Mapping[bytes, str] | None) -> list[str]:
-    """Names of the keys that signed `data`; with trusted keys, of those only.
+    """Names of the keys that signed `data`, without those that are not in `keys`.
 
     Args:
         data: The bytes of the manifest.
         signatures: The text of `manifest.sig`, or None if there is no such file.
-        keys: From `trusted`.
+        keys: The trusted keys, from `trusted`. None accepts any key, and data without a signature.
 
     Raises:
         BundleError: No signature is valid for `data`, or none is by a trusted key.
@@ -139,10 +142,10 @@ def _blocks(path: Path, option: str) -> list[tuple[str, bytes]]:
 
     Args:
         path: The file.
-        option: The option or variable that named it, for messages.
+        option: The option or variable that names the file, for messages.
 
     Raises:
-        OptionError: The file can't be read, or a block is broken.
+        OptionError: The file can't be read, or a block is malformed.
     """
     try:
         text = path.read_text(encoding="ascii")

@@ -26,7 +26,7 @@ from serving.utils.files import atomic_write
 MANIFEST: Final = "manifest.json"
 CHECKSUM: Final = "manifest.sha256"
 SIGNATURE: Final = "manifest.sig"
-_TRIES: Final = 5  # of reading a manifest and its checksum of the same version
+_TRIES: Final = 5  # attempts to read the manifest and the checksum of the same version
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Bundle:
 
     Attributes:
         folder: The folder of `manifest.json`.
-        manifest: Its content.
-        signers: Names of the keys that signed it, from `signing.check`.
+        manifest: Content of that file.
+        signers: Names of the keys that signed the manifest, from `signing.check`.
         trusted: Whether the signers were checked against trusted keys.
     """
 
@@ -70,10 +70,11 @@ class Bundle:
     def load(self, name: str) -> bytes:
         """The bytes of a payload file, checked against the manifest.
 
-        The bytes in use are the checked ones, even if the file changed after the bundle was read.
+        The sha256 is that of the returned bytes, so a file that changed after the bundle was read
+        is refused.
 
         Raises:
-            BundleError: The file can't be read, or its sha256 is not the manifest's.
+            BundleError: The file can't be read, or its sha256 differs from the manifest's.
         """
         path = self.payload / name
         try:
@@ -91,12 +92,12 @@ def read(folder: Path, *, require_trusted: bool = True) -> Bundle:
     Args:
         folder: The bundle.
         require_trusted: Whether one of the keys of FLEDGE_TRUSTED_KEYS, if it is set, must have
-            signed the manifest. False is for an export that replaces the bundle.
+            signed the manifest. An export that replaces the bundle passes False.
 
     Raises:
-        BundleError: There is no bundle; a file is missing, changed or not listed; no trusted key
-            signed it. Names the file.
-        OptionError: FLEDGE_TRUSTED_KEYS can't be used.
+        BundleError: There is no bundle, a file is missing, changed or not listed in the manifest,
+            or no trusted key signed the manifest. The message names the file.
+        OptionError: The file of FLEDGE_TRUSTED_KEYS can't be used.
     """
     keys = signing.trusted() if require_trusted else None
     path = folder / MANIFEST
@@ -104,7 +105,7 @@ def read(folder: Path, *, require_trusted: bool = True) -> Bundle:
         for attempt in range(_TRIES):
             last = attempt == _TRIES - 1
             raw = path.read_bytes()
-            # A version published between two reads makes them disagree; try again.
+            # The files disagree if a version was published between the two reads, so try again.
             stated = (folder / CHECKSUM).read_text().split()[::2]
             if hashlib.sha256(raw).hexdigest() not in stated:
                 continue
@@ -190,10 +191,10 @@ def describe_files(payload: Path) -> dict[str, FileEntry]:
 def publish(manifest: Manifest, folder: Path, sign: signing.Sign | None = None) -> None:
     """Make `manifest` the live version of `folder`; its payload must already be there.
 
-    The rename of the manifest switches the version. Before it, the checksum and signature files get
-    entries of both the old and the new manifest, so that a kill at any point leaves a bundle that
-    reads as one of them. One exception: if only one of the two is signed, a reader that requires
-    trusted keys may find neither.
+    The rename of the manifest switches the version. Before the rename, the checksum and signature
+    files get entries of both the old and the new manifest. A kill at any point therefore leaves a
+    bundle that can be read as the old or the new version, with one exception: if only one of the
+    two versions is signed, a reader that requires trusted keys may be able to read neither.
     """
     text = manifest.to_json().encode()
     path, checksum, signature = folder / MANIFEST, folder / CHECKSUM, folder / SIGNATURE

@@ -1,9 +1,10 @@
-"""`fledge evaluate-scores`: compares a table of scores with true labels, without the model.
+"""`fledge evaluate-scores`: compare a table of scores with true labels, without the model.
 
     table_reader.read --paths--> TrueLabels                                   first pass
     table_reader.read --rows---> StreamingMetrics --figures--> text, JSON, CSV  second pass
 
-Two passes, because labels may be matched by file name, which requires that the name is unique.
+The table is read twice, because a label may be matched by file name, and the first pass finds out
+whether that name is unique.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from serving.scoring.summary import read_classes, summary_path
 from serving.utils.files import atomic_write, check_file
 
 _CLASSES: Final = 20
-"""Classes that are printed."""
+"""Largest number of classes that are printed."""
 _CONFUSIONS: Final = 10
-"""Pairs of confused labels that are printed."""
+"""Largest number of pairs of confused labels that are printed."""
 _WIDEST_MATRIX: Final = 10_000
-"""Largest number of labels of a confusion matrix; more are probably no labels."""
+"""Largest number of labels of a confusion matrix; more distinct values are probably not labels."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,13 @@ class EvaluationOptions:
 
     Attributes:
         labels_from_folders: The true label is the name of the folder that contains the image.
-        labels: Otherwise a CSV file of true labels.
-        labels_column: Its column of labels; None: "label".
-        path_column: Its column of paths; None: "path".
-        bundle: The model, for its class names in order; None: from the table's summary.
-        json: File for all figures.
-        confusion: File for the confusion matrix as CSV, a row for each true label.
-        mistakes: File for the wrong answers as CSV, the most probable first, at most
+        labels: CSV file of true labels, the alternative to `labels_from_folders`.
+        labels_column: Column of the labels in that file; None: "label".
+        path_column: Column of the paths in that file; None: "path".
+        bundle: The bundle that gives the order of the classes; None: the table's summary gives it.
+        json: Output file for all figures.
+        confusion: Output file for the confusion matrix as CSV, a row for each true label.
+        mistakes: Output file for the wrong answers as CSV, highest probability first, at most
             `streaming_metrics.MISTAKES`.
     """
 
@@ -63,14 +64,15 @@ def evaluate(
     """Compare a table of scores with true labels; returns the figures as JSON.
 
     Args:
-        scores: A `.csv`, `.jsonl` or `.parquet` file of `fledge score`, or its folder of them.
+        scores: A `.csv`, `.jsonl` or `.parquet` file of `fledge score`, or a folder of Parquet
+            files that it wrote.
         options: True labels and outputs.
         log: Called with each line for the user.
 
     Raises:
-        OptionError: An option that can't be used.
-        DataError: A table or labels that can't be read, or that have no image in common.
-        BundleError: No usable bundle.
+        OptionError: An option can't be used.
+        DataError: The table or the labels can't be read, or they have no image in common.
+        BundleError: `bundle` is not a usable bundle.
         WorkError: No row has an answer.
     """
     _check_outputs(scores, options)
@@ -260,7 +262,7 @@ def _true_labels(options: EvaluationOptions) -> TrueLabels:
 
 
 def _class_order(scores: Path, bundle: Path | None) -> ClassOrder:
-    """The class names of the bundle, else of the summary beside the table, else none."""
+    """The class names of the bundle, else of the summary beside the table; may be unknown."""
     if bundle is not None:
         return ClassOrder(storage.read(bundle).manifest.labels, f"--bundle {bundle}")
     return ClassOrder(read_classes(scores), str(summary_path(scores)))

@@ -1,9 +1,9 @@
 """Accuracy, log loss, calibration and confusions of scored rows, accumulated row by row.
 
-The log loss uses the column `probabilities`, which needs the order of the classes: without the
-order it is left out. A table without that column has the probabilities in `top_k`: another true
-label's is at most the smallest one there, and at most 1 minus their sum, so the log loss is a lower
-bound.
+The log loss uses the column `probabilities` and needs the order of the classes for it. If the order
+is unknown, the log loss is omitted. In a table without that column, the log loss uses `top_k`. If
+the true label is not in `top_k`, its probability is at most the smallest one listed and at most 1
+minus their sum. The smaller of these two bounds is used, so the log loss is a lower bound.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from serving.evaluation.table_reader import ParsedRow
 from serving.imaging.tta import Probabilities
 
 SMALLEST: Final = 1e-12
-"""Smaller probabilities are raised to this, so that a loss is finite; also in training."""
+"""Smaller probabilities are replaced by this, so that a loss is finite. Training uses it too."""
 MISTAKES: Final = 1000
-"""Number of mistakes that are kept, the most probable ones."""
+"""Largest number of mistakes in memory, those with the highest probability."""
 BINS: Final = 15
 _EDGES: Final = [number / BINS for number in range(BINS + 1)]
 _TOP: Final = 5
@@ -35,15 +35,16 @@ class ClassOrder:
 
     Attributes:
         places: Class name -> index; empty if the order is not known.
-        count: Number of classes; without names from the first `probabilities`, until then None.
+        count: Number of classes. If the names are not known, it is the length of the first
+            `probabilities`, and None before that.
     """
 
     def __init__(self, labels: Sequence[str] | None = None, source: str = "") -> None:
-        """Take the names.
+        """Store the class names.
 
         Args:
-            labels: In order; None if they are not known.
-            source: Where they are from, for error messages.
+            labels: The class names in order; None if they are not known.
+            source: Where the names come from, for error messages.
         """
         self.places = {label: place for place, label in enumerate(labels or ())}
         self.count = len(labels) if labels else None
@@ -57,7 +58,7 @@ class ClassOrder:
         """Check that a row is an answer of this model.
 
         Raises:
-            DataError: Its label, or its probabilities, contradict the order of the classes.
+            DataError: The label or the probabilities of the row contradict the class order.
         """
         if self.count is None and probabilities is not None:
             self.count = len(probabilities)
@@ -83,14 +84,16 @@ class StreamingMetrics:
 
     Attributes:
         rows: Number of rows.
-        errors: Error code -> rows.
-        errors_with_label: Rows with an error and a true label.
-        without_label: Rows with an answer and no true label.
-        confident: (confident, right) -> rows.
-        confusion: (true label, predicted label) -> rows.
-        bins: For each bin of probability: rows, right ones, sum of probabilities.
-        losses: True label -> sum of losses, rows, rows of which only a bound is known.
-        top: Whether the true label is among the first five -> rows; None if it is not known.
+        errors: Error code -> number of rows.
+        errors_with_label: Number of rows with an error and a true label.
+        without_label: Number of rows with an answer and no true label.
+        confident: (confident, right) -> number of rows.
+        confusion: (true label, predicted label) -> number of rows.
+        bins: For each bin of probability: number of rows, number of right ones, sum of the
+            probabilities.
+        losses: True label -> sum of losses, number of rows, number of rows whose loss is only a
+            lower bound.
+        top: Whether the true label is among the first five (None: not known) -> number of rows.
         mistakes: Heap of (probability, -row, path, true label, predicted label).
         named: Labels in `top_k` of any row.
     """
@@ -110,7 +113,7 @@ class StreamingMetrics:
         """Add a row; `truth` is its true label, None if that is not known.
 
         Raises:
-            DataError: As `ClassOrder.check`.
+            DataError: The row contradicts the class order.
         """
         self.rows += 1
         if row.code is not None:
@@ -162,8 +165,9 @@ class StreamingMetrics:
     def figures(self) -> dict[str, Any]:
         """All figures, as JSON. Needs at least one row with an answer and a true label.
 
-        A true label that the model does not have counts as a wrong answer, and is left out of the
-        log loss. If the class names are not known, "unknown_labels" are those that no answer names.
+        A row whose true label the model does not have counts as a wrong answer, and is left out of
+        the log loss. If the class names are not known, "unknown_labels" are the true labels that
+        occur in no `top_k`.
         """
         evaluated = self.confusion.total()
         right = sum(rows for (truth, label), rows in self.confusion.items() if truth == label)
@@ -207,13 +211,13 @@ class StreamingMetrics:
         }
 
     def _top_5(self, evaluated: int) -> float | None:
-        """None if it is not known for every row, or the model has at most five classes."""
+        """Top-5 accuracy; None if a row's rank is unknown or the model has at most five classes."""
         if self.top[None] or 0 < (self.order.count or 0) <= _TOP:
             return None
         return self.top[True] / evaluated
 
     def _log_loss(self, left_out: Container[str]) -> dict[str, Any] | None:
-        """None if no true label is a class, or `probabilities` can't be assigned to classes."""
+        """None if no true label is a class, or `probabilities` can't be matched to the classes."""
         if self.order.count and not self.order.known:
             return None
         sums = [values for label, values in self.losses.items() if label not in left_out]

@@ -23,9 +23,9 @@ from serving.utils.optional_packages import require
 _REQUIRED: Final = ("path", "status", "label", "probability")
 _COLUMNS: Final = (*_REQUIRED, "confident", "top_k", "error", "probabilities")
 _LONGEST_FIELD: Final = 2**27
-"""Characters of the longest CSV field: the probabilities of very many classes."""
+"""Largest number of characters of a CSV field, enough for the probabilities of many classes."""
 _ONE: Final = 1 + 1e-6
-"""Largest probability: rounding can make a mean over views slightly more than 1."""
+"""Largest accepted probability, because rounding can make a mean slightly larger than 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,10 @@ class ParsedRow:
 
     Attributes:
         where: File and line, for error messages.
-        path: The scored input.
+        path: Name of the scored image.
         code: Error code; None if the row has an answer.
         label: The predicted label.
-        probability: Of `label`.
+        probability: Probability of `label`.
         confident: None if the bundle has no threshold.
     """
 
@@ -51,7 +51,7 @@ class ParsedRow:
     _probabilities: Any = None
 
     def top_k(self) -> tuple[tuple[str, float], ...]:
-        """(label, probability), most probable first; only `label` if the table lacks the column."""
+        """(label, probability) pairs, most probable first; one if the table lacks the column."""
         listed = _parsed(self._top_k, self.where, "top_k")
         if not listed:
             return ((self.label, self.probability),)
@@ -67,7 +67,7 @@ class ParsedRow:
             raise DataError(f"{self.where}: top_k is no list of labels and probabilities") from None
 
     def probabilities(self) -> Probabilities | None:
-        """Of all classes, in the model's order, float64 [C]; None if the table lacks the column."""
+        """float64 [C], in the model's order of classes; None if the table lacks the column."""
         listed = _parsed(self._probabilities, self.where, "probabilities")
         if listed is None:
             return None
@@ -84,8 +84,9 @@ def read(path: Path) -> Iterator[ParsedRow]:
     """The rows of a table in order; the table may be a folder of Parquet files.
 
     Raises:
-        OptionError: An unknown suffix; Parquet without pyarrow.
-        DataError: The table is missing or incomplete, or is no table of scores; names the line.
+        OptionError: The suffix is unknown, or a Parquet file needs pyarrow.
+        DataError: The table is missing, incomplete or not a table of scores; the message names the
+            line.
     """
     if path.is_dir() and part_files(path):
         for part in part_files(path):
@@ -128,10 +129,10 @@ def _row(where: str, values: Mapping[str, Any]) -> ParsedRow:
 
 
 def parse_probability(value: Any, where: str) -> float:
-    """Parse a probability, at most 1.
+    """Parse a probability. A value up to 1e-6 above 1 comes from rounding and is returned as 1.
 
     Raises:
-        DataError: It is no number from 0 to 1.
+        DataError: The value is not a number from 0 to 1.
     """
     try:
         number = float(value)
@@ -152,18 +153,18 @@ def _parsed(value: Any, where: str, column: str) -> Any:
 
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
-"""(line, column -> value)."""
+"""Pairs of the line, for error messages, and a mapping of columns to values."""
 
 
 def csv_rows(path: Path) -> Rows:
     """The rows of a CSV file whose first line names the columns.
 
     Raises:
-        DataError: A line with fewer or more fields; an unclosed quote.
-        OSError: It can't be read.
+        DataError: A line has fewer or more fields than the first one, or a quote is not closed.
+        OSError: The file can't be read.
     """
     csv.field_size_limit(_LONGEST_FIELD)
-    # utf-8-sig: spreadsheets write a byte-order mark. surrogateescape: as the table was written.
+    # utf-8-sig, because spreadsheets write a byte-order mark; surrogateescape, as `row_writers`.
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.reader(file, strict=True)
         try:
@@ -210,7 +211,7 @@ def _parquet_rows(path: Path) -> Rows:
                 for number, values in enumerate(batch.to_pylist(), done + 1):
                     yield f"row {number}", values
                 done += len(batch)
-    except ValueError as error:  # base of pyarrow's errors that are no OSError
+    except ValueError as error:  # base class of pyarrow's errors except OSError
         raise DataError(f"{path}: no Parquet file that can be read: {error}") from error
 
 

@@ -10,12 +10,12 @@ from typing import Final, Protocol
 from serving.errors import DataError
 from serving.evaluation.table_reader import csv_rows
 
-# Names of members as in serving.inputs.tar: a.tar::cat/1.jpg, a.tar::2::cat/1.jpg.
+# The archive in the name of a member (`serving.inputs.tar`): a.tar::cat/1.jpg, a.tar::2::cat/1.jpg.
 _ARCHIVE: Final = re.compile(r"\.(?:tar|tar\.\w+|t(?:gz|bz2|xz|zst))::(?:[0-9]+::)?", re.IGNORECASE)
 
 
 class TrueLabels(Protocol):
-    """Gives the true label of an image."""
+    """Source of the true labels of images."""
 
     def register(self, path: str) -> None:
         """Register a row's path; called for every row before the first `label_of`."""
@@ -26,7 +26,7 @@ class TrueLabels(Protocol):
         ...
 
     def match_counts(self) -> dict[str, int]:
-        """Numbers of rows that were matched otherwise than by their path, for the figures."""
+        """Number of rows matched by file name, and of rows whose file name is ambiguous."""
         ...
 
     def no_match_message(self, example: str) -> str:
@@ -54,9 +54,9 @@ class FolderLabels:
 class LabelFile:
     """Labels from a CSV file with a column of paths and a column of labels.
 
-    An image is matched by its path; if the file lacks it, by its file name. That requires that only
-    one path of the file has the name, that this path is not in the table itself, and that no other
-    image of the table would be matched by the same name.
+    An image is matched by its path or, if the CSV file does not list that path, by its file name. A
+    match by file name requires that only one path of the CSV file has this name, that this path is
+    not in the table itself, and that no other image of the table would be matched by this name.
     """
 
     def __init__(
@@ -65,12 +65,13 @@ class LabelFile:
         """Read the file.
 
         Args:
-            path: The file.
-            column: Of the labels; default "label".
-            path_column: Of the paths; default "path".
+            path: The CSV file.
+            column: Column of the labels; default "label".
+            path_column: Column of the paths; default "path".
 
         Raises:
-            DataError: It is missing or incomplete, lacks a column, or has two labels for a path.
+            DataError: The file is missing or incomplete, lacks a column, or has two labels for a
+                path.
         """
         self._file = path
         column, path_column = column or "label", path_column or "path"
@@ -167,6 +168,6 @@ def _key(path: str) -> str:
     """The path with bytes that are not UTF-8 escaped as in a Parquet table."""
     if path.isascii():
         return path
-    with suppress(UnicodeEncodeError):  # of surrogates that do not come from surrogateescape
+    with suppress(UnicodeEncodeError):  # for surrogates that do not come from surrogateescape
         return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return path

@@ -1,8 +1,9 @@
 """The ASGI app: answers the routes of the model, and passes BentoML's own routes on to BentoML.
 
 BentoML's middleware costs ten times as much per request as this app, adds a metrics label for every
-path that it sees, and has its own format of errors. So prediction, readiness, the manifest and the
-demo page are answered here, and `/livez`, `/metrics`, `/docs.json` and the lifespan by BentoML.
+path that it sees, and has its own format of errors. Therefore this app answers prediction,
+readiness, the manifest and the demo page. BentoML answers `/livez`, `/metrics` and `/docs.json`,
+and handles the lifespan.
 """
 
 from __future__ import annotations
@@ -39,22 +40,22 @@ READ_TIMEOUT: Final = 60.0
 
 _READ_METHODS: Final = ("GET", "HEAD")
 _SMALL_FORM: Final = 2**18
-"""Bytes of a form that is parsed on the event loop; a larger one is parsed in a thread."""
+"""Largest form, in bytes, that is parsed on the event loop; a larger form is parsed in a thread."""
 _log = logging.getLogger("bentoml.fledge")
 
 Handler = Callable[["App", Request], Awaitable[Response]]
 
 
 class App:
-    """Routes of the model, in front of `inner`, which is BentoML's app."""
+    """ASGI app with the routes of the model; passes other requests on to BentoML's app."""
 
     def __init__(self, inner: ASGIApp, model_manager: Callable[[], ModelManager]) -> None:
         """Build the app.
 
         Args:
-            inner: Answers what this app does not.
-            model_manager: Called for each request: the manager exists only after BentoML has
-                started the service.
+            inner: BentoML's ASGI app.
+            model_manager: Returns the model manager. Called for each request, because the manager
+                exists only after BentoML has started the service.
         """
         self._inner = inner
         self._model_manager = model_manager
@@ -106,7 +107,7 @@ class App:
             return await handler(self, request)
         except ClientDisconnect:
             raise
-        except Exception as error:  # the client gets a problem, the log gets the traceback
+        except Exception as error:  # the client gets a problem document, the log the traceback
             if problems.is_fault(error):
                 _log.exception("request %s failed", request.id)
             return Response.problem(error, request)
@@ -140,7 +141,7 @@ class App:
             return Response.of(answers)
 
     async def model(self, request: Request) -> Response:
-        """`GET /model`: the manifest, and how it is served here."""
+        """`GET /model`: the manifest, and the precision and provider in use."""
         model_manager = self._model_manager()
         _authorise(request, model_manager)
         return Response(200, model_manager.model.manifest)
@@ -148,7 +149,7 @@ class App:
     async def ready(self, request: Request) -> Response:
         """`GET /readyz`: 200 and the model that is served, or 503 and the reason."""
         model_manager = self._model_manager()
-        # Without paths of this machine; the log has the full text.
+        # Clients get the reason without paths of this machine; the log has the full text.
         refusal = model_manager.refusal.replace(str(model_manager.settings.bundle), "the bundle")
         refusal = re.sub(rf"({signing.TRUSTED} =) \S+", r"\1 …", refusal)
         try:
@@ -164,7 +165,7 @@ class App:
         return Response.of(state | ({"refused": refusal} if refusal else {}))
 
     async def demo_page(self, request: Request) -> Response:
-        """`GET /`: the demo page. Without a model it is sent too, and polls until there is one."""
+        """`GET /`: the demo page. If no model is loaded yet, the page polls until one is."""
         try:
             model = self._model_manager().model.predictor.model
         except FledgeError:
@@ -193,7 +194,7 @@ _ROUTES: Final[dict[str, dict[str, Handler]]] = {
 
 
 async def _parse_form(body: bytes, request: Request) -> forms.Form:
-    # A thread for a large form: one with many false boundaries takes long to parse.
+    # A large form is parsed in a thread, because one with many false boundaries takes long.
     if len(body) <= _SMALL_FORM:
         return forms.parse(body, request.content_type)
     return await asyncio.to_thread(forms.parse, body, request.content_type)
@@ -201,7 +202,10 @@ async def _parse_form(body: bytes, request: Request) -> forms.Form:
 
 @contextmanager
 def _count_errors(model_manager: ModelManager) -> Iterator[None]:
-    """Count an error of the block by its code, and raise it again."""
+    """Count an exception of the `with` block under its error code, then re-raise it.
+
+    Disconnects of the client are not counted.
+    """
     try:
         yield
     except ClientDisconnect:

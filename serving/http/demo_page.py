@@ -1,8 +1,8 @@
 """The demo page of `GET /`: one HTML document with its style and its script inline.
 
-The Content-Security-Policy allows both by their sha256, so the browser runs no other script,
-whatever a label or a model's name contains, and connects to no other host. BentoML's OpenAPI page
-at `/docs` gets a policy too.
+The Content-Security-Policy allows both by their sha256. The browser therefore runs no other script,
+even if a label or a model's name contains one, and connects to no other host. BentoML's OpenAPI
+page at `/docs` gets a policy too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _read(name: str) -> str:
 
 
 def _csp_hash(text: str) -> str:
-    """The source expression by which a policy allows an inline script or style."""
+    """The source expression that allows the inline script or style `text` in a policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
@@ -60,12 +60,12 @@ DOCS_POLICY: Final = "; ".join(
         "frame-ancestors 'none'",
     )
 )
-"""Content-Security-Policy of BentoML's OpenAPI page, which would load a tracker from another host
-without it."""
+"""Content-Security-Policy of BentoML's OpenAPI page. Without the policy, the page would load a
+tracker from another host."""
 
 
 def with_policy(send: Send, policy: str) -> Send:
-    """`send` that adds `policy` as the Content-Security-Policy of the response."""
+    """Wrap `send` so that the response gets the Content-Security-Policy `policy`."""
 
     async def send_with_policy(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -77,7 +77,7 @@ def with_policy(send: Send, policy: str) -> Send:
 
 
 def render(model: str = "") -> Response:
-    """The page for `model`, as NAME:VERSION; empty if there is none yet."""
+    """The page for `model`, given as NAME:VERSION; "" if no model is loaded yet."""
     name, _, version = model.rpartition(":")
     text = _TEMPLATE.render(
         title=f"{model} · Fledge" if model else "Fledge",

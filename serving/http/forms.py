@@ -1,6 +1,7 @@
 """Parsing of requests: query strings and multipart bodies become images and options.
 
-All input is untrusted: names, lengths and media types of parts decide nothing without a check.
+All input is untrusted. Names and values of options are validated. Lengths and media types that a
+multipart body states for its parts are ignored.
 """
 
 from __future__ import annotations
@@ -26,17 +27,21 @@ _INTEGER: Final = re.compile(r"-?[0-9]{1,9}", re.ASCII)
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Options of a request. tta: views; top_k: classes in the answer, None for the default."""
+    """Options of a request.
+
+    tta: number of views (crops or flips of the photo) whose probabilities are averaged.
+    top_k: number of classes in the answer; None for the default.
+    """
 
     tta: int = 0
     top_k: int | None = None
 
 
 def options(pairs: Iterable[tuple[str, str]]) -> PredictOptions:
-    """The options that (name, value) pairs state.
+    """Parse (name, value) pairs.
 
     Raises:
-        OptionError: An unknown name, a name given twice, or not a whole number.
+        OptionError: A name is unknown or given twice, or a value is not a whole number.
     """
     values: dict[str, int] = {}
     for name, text in pairs:
@@ -54,7 +59,7 @@ def query(raw: bytes) -> list[tuple[str, str]]:
     """(name, value) pairs of a query string.
 
     Raises:
-        OptionError: More pairs than there are options.
+        OptionError: There are more than eight pairs.
     """
     try:
         return parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=8)
@@ -64,14 +69,18 @@ def query(raw: bytes) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Form:
-    """A multipart body. images: each field `image`, in order; pairs: the other fields."""
+    """A multipart body.
+
+    images: contents of the fields `image`, in order.
+    pairs: (name, value) of every other field.
+    """
 
     images: tuple[bytes, ...]
     pairs: tuple[tuple[str, str], ...]
 
 
 def is_multipart(content_type: bytes) -> bool:
-    """Whether a Content-Type announces a form; any other body is taken as one image."""
+    """Whether a Content-Type is multipart/form-data; any other body is treated as one image."""
     return content_type[:19].lower() == b"multipart/form-data"
 
 
@@ -79,8 +88,8 @@ def parse(body: bytes, content_type: bytes) -> Form:
     """Parse a multipart body, in memory.
 
     Raises:
-        RequestError: Not well formed, or more than `MAX_PARTS` parts.
-        EmptyBody: No field `image`.
+        RequestError: The body is not well formed, or has more than `MAX_PARTS` parts.
+        EmptyBody: The body has no field `image`.
     """
     collector = _Collector()
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")

@@ -35,13 +35,13 @@ class Request:
     """The head of a request; `body` reads the rest.
 
     Attributes:
-        method: Of HTTP, in upper case.
-        path: Decoded, without the query string.
+        method: HTTP method, in upper case.
+        path: Decoded path, without the query string.
         query: The query string.
-        headers: By name in lower case; of repeated ones the last.
-        receive: The ASGI channel of the body.
-        id: The client's X-Request-ID, or a random one.
-        body_complete: The whole body has been read.
+        headers: Values by name in lower case; of a repeated header, the last value.
+        receive: ASGI callable that receives the body.
+        id: The client's X-Request-ID, or a random id.
+        body_complete: Whether the whole body has been read.
         started: `time.perf_counter()` when the head arrived.
     """
 
@@ -65,7 +65,7 @@ class Request:
 
     @property
     def content_type(self) -> bytes:
-        """As the client states it; it decides only whether the body is a form."""
+        """The Content-Type that the client sent; used only to tell whether the body is a form."""
         return self.headers.get(b"content-type", b"")
 
     @property
@@ -74,10 +74,11 @@ class Request:
         return time.perf_counter() - self.started
 
     async def body(self, limit: int) -> bytes:
-        """The whole body, refused as soon as it is known to be longer than `limit` bytes.
+        """Read the whole body.
 
         Raises:
-            TooLarge: It is longer; the rest is not read.
+            TooLarge: The body is longer than `limit` bytes. Raised as soon as this is known,
+                without reading the rest.
             ClientDisconnect: The client closed the connection.
         """
         message = f"more than the {limit} bytes allowed"
@@ -102,8 +103,8 @@ class Request:
     async def drop_rest(self) -> None:
         """Read the rest of the body and drop it, within limits.
 
-        A connection that is closed with unread bytes is reset, and a client that sends its whole
-        body before it reads would not receive the response.
+        A connection that is closed with unread bytes is reset. A client that sends its whole body
+        before it reads would then not receive the response.
         """
         if b"expect" in self.headers:
             return  # the client sends no body before it gets a response
@@ -118,7 +119,7 @@ class Request:
 
 @dataclass
 class Response:
-    """A response. code: "ok", or the code of the error, for the log."""
+    """A response; its field `code` is "ok" or the code of the error, for the log."""
 
     status: int
     body: bytes
@@ -146,7 +147,7 @@ class Response:
         return cls(body["status"], _json(body), problems.MEDIA_TYPE, headers, body["code"])
 
     async def send(self, request: Request, send: Send) -> None:
-        """Send it, with the headers that every response has."""
+        """Send the response, with the headers that every response has."""
         headers = [
             (b"content-type", self.media_type.encode()),
             (b"content-length", str(len(self.body)).encode()),

@@ -26,7 +26,8 @@ WATCH_SECONDS: Final = 1.0
 """Time between two checks of the manifest."""
 FIRST_RETRY_SECONDS: Final = 10.0
 MAX_RETRY_SECONDS: Final = 300.0
-"""Time until a refused bundle is tried again: at first, and at most. It doubles each time."""
+"""Time until a refused bundle is tried again. It starts at the first value, and doubles with each
+attempt up to the second value."""
 _RELEASE_POLL_SECONDS: Final = 0.02
 
 _log = logging.getLogger("bentoml.fledge")
@@ -37,10 +38,10 @@ class LoadedModel:
     """A predictor, and the engine that runs it.
 
     Attributes:
-        predictor: Of the bundle.
+        predictor: The bundle's predictor.
         engine: Queues the images of requests and runs the predictor on them.
         manifest: The body of `GET /model`.
-        users: Requests that use it; only the event loop's thread changes it.
+        users: Number of requests that use the model; only the event loop's thread changes it.
     """
 
     predictor: Predictor
@@ -49,22 +50,24 @@ class LoadedModel:
     users: int = 0
 
     def close(self) -> None:
-        """Wait until no request uses it, then stop the engine."""
+        """Wait until no request uses the model, then stop the engine."""
         while self.users:
             time.sleep(_RELEASE_POLL_SECONDS)
         self.engine.close()
 
 
 class ModelManager:
-    """Holds the model that is served, and follows the bundle's manifest.
+    """Holds the model that is served, and replaces it when the bundle's manifest changes.
 
-    A model is served only if its golden images give the answers that the manifest states. A new
-    manifest is loaded beside the current model, checked in the same way, and replaces it between
-    two requests. If it can't be served, it is refused and reported, and the current model stays.
+    A model is served only if it predicts the expected probabilities for its golden images, which
+    are photos in the bundle whose expected probabilities are in the manifest. When the manifest
+    changes, the new model is loaded and checked while the current model is served, and then
+    replaces it between two requests. If the new model can't be served, the current one stays, and
+    `refusal` has the reason.
     """
 
     def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
-        """Loads nothing; `load` and `start` do."""
+        """Store the arguments; `load` or `start` loads the bundle."""
         self.settings = settings
         self.telemetry = telemetry
         self.refusal = "the bundle is still being loaded"
@@ -79,7 +82,7 @@ class ModelManager:
         threading.Thread(target=self._watch, name="fledge-watch", daemon=True).start()
 
     def close(self) -> None:
-        """Stop; call it when no answer is awaited any more."""
+        """Stop the thread and the engine; call it when no prediction is in progress."""
         self._closing.set()
         with self._swap_lock:
             model, self._model, self.refusal = self._model, None, "the service is stopping"
@@ -91,8 +94,8 @@ class ModelManager:
         """The model that is served now.
 
         Raises:
-            NotReady: There is none. `refusal` has the reason, with paths that are not for clients;
-                it also has the reason why a newer bundle was refused.
+            NotReady: No model is loaded. `refusal` has the reason, which may contain paths that
+                clients must not see.
         """
         if self._model is None:
             raise NotReady("no model is being served now; GET /readyz says why")
@@ -100,14 +103,16 @@ class ModelManager:
 
     @contextmanager
     def acquire(self) -> Iterator[LoadedModel]:
-        """The model that is served now; while it is in use, a replacement does not close it.
+        """Context manager of the model that is served now.
+
+        If the model is replaced inside the `with` block, it is closed only after the block.
 
         Raises:
-            NotReady: There is none.
+            NotReady: No model is loaded.
         """
         model = self.model
         model.users += 1
-        while self._model is not model:  # replaced before `users` was raised
+        while self._model is not model:  # replaced before `users` was increased
             model.users -= 1
             model = self.model
             model.users += 1
@@ -117,7 +122,7 @@ class ModelManager:
             model.users -= 1
 
     def load(self) -> None:
-        """Load and check the bundle now, and serve it; an error becomes `refusal`."""
+        """Load the bundle, check it and serve it; the text of an error is stored in `refusal`."""
         self._manifest_state = self._read_manifest_state()
         try:
             model = self._build()
@@ -139,8 +144,8 @@ class ModelManager:
             del old
             malloc.trim()
             return
-        # The garbage collector need not scan the loaded modules again. Only before the first
-        # request: frozen objects are never collected, and a failed request leaves a cycle.
+        # Exclude the loaded modules from garbage collection. Only before the first request, because
+        # frozen objects are never collected and a failed request leaves a reference cycle.
         gc.collect()
         gc.freeze()
 
@@ -163,13 +168,13 @@ class ModelManager:
         pause, last_try = FIRST_RETRY_SECONDS, time.monotonic()
         while not self._closing.wait(WATCH_SECONDS):
             changed = self._read_manifest_state() != self._manifest_state
-            # A refused bundle may be a folder that is still being copied: try it again.
+            # Try a refused bundle again, because its folder may have been incomplete.
             if not changed and not (self.refusal and time.monotonic() - last_try > pause):
                 continue
             pause = FIRST_RETRY_SECONDS if changed else min(2 * pause, MAX_RETRY_SECONDS)
             try:
                 self.load()
-            except Exception:  # the thread must go on: the next bundle may be a good one
+            except Exception:  # the thread must continue: the next bundle may be valid
                 _log.exception("the new bundle can't be served")
             last_try = time.monotonic()
 
@@ -208,7 +213,7 @@ def _labels(predictor: Predictor) -> tuple[str, str, str]:
 
 
 def _open(settings: Settings) -> Predictor:
-    # One core per run: with several images in flight, concurrent runs fill the cores.
+    # One thread per run, because concurrent runs use all cores when several images are in progress.
     return open_predictor(
         settings.bundle,
         device=settings.device,
@@ -220,7 +225,7 @@ def _open(settings: Settings) -> Predictor:
 
 
 def _describe(predictor: Predictor) -> bytes:
-    """The body of `GET /model`: the manifest, and how it is served here."""
+    """The body of `GET /model`: the manifest, and the precision and provider in use."""
     values = json.loads(predictor.manifest.to_json())
     provider = predictor.runtime.provider
     values["serving"] = {

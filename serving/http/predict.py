@@ -25,7 +25,7 @@ _log = logging.getLogger("bentoml.fledge")
 async def predict_image(
     model_manager: ModelManager, data: bytes, options: PredictOptions
 ) -> dict[str, Any]:
-    """The answer to one image, as `Predictor.answer` gives it.
+    """The answer to one image, in the format of `Predictor.answer`.
 
     Raises:
         FledgeError: Wrong options, a bad image, overload, a missed deadline, or no model.
@@ -42,13 +42,14 @@ async def predict_images(
 ) -> list[dict[str, Any]]:
     """An answer, or {"error": problem}, for each image, in order.
 
-    An image that fails does not affect the others. One version of the model answers all of them.
+    An image that fails does not affect the others. All images are predicted by the same version of
+    the model.
 
     Raises:
-        FledgeError: Wrong options, or no model; no image was processed then.
+        FledgeError: The options are wrong, or no model is loaded. No image was processed.
     """
     settings, telemetry = model_manager.settings, model_manager.telemetry
-    # A long list may fill only a part of the queue, so that other requests are still accepted.
+    # The images of one request may fill only a part of the queue, so that others are accepted.
     concurrency = asyncio.Semaphore(max(1, settings.max_queue // 4))
 
     with model_manager.acquire() as model:

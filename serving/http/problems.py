@@ -11,7 +11,7 @@ MEDIA_TYPE: Final = "application/problem+json"
 
 
 class HttpError(Exception):
-    """Base of the errors that only HTTP has; scoring and the command line have none of them."""
+    """Base class of the errors that occur only over HTTP, not in scoring or on the command line."""
 
     code: ClassVar[str]
     http_status: ClassVar[int]
@@ -39,19 +39,20 @@ class SlowRequest(HttpError):
 
 
 def is_fault(error: Exception) -> bool:
-    """Whether the service is at fault: the log gets a traceback, and the client no detail."""
+    """Whether the service is at fault; then the log gets a traceback, and the client no details."""
     return not isinstance(error, (FledgeError, HttpError)) or error.http_status == 500
 
 
 def code_of(error: Exception) -> str:
-    """The stable code; `internal` for an unexpected exception."""
+    """The stable code of an error; `internal` for an unexpected exception."""
     return error.code if isinstance(error, (FledgeError, HttpError)) else "internal"
 
 
 def problem(error: Exception, request_id: str) -> dict[str, Any]:
     """The body for `error`: type, title, status, detail, code.
 
-    For a fault of the service the detail has the request's id only, no paths or class names.
+    For a fault of the service, `detail` contains the id of the request, and no paths or class
+    names.
     """
     status = error.http_status if isinstance(error, (FledgeError, HttpError)) else 500
     detail = str(error)

@@ -1,10 +1,10 @@
 """Telemetry: Prometheus metrics, the access log, and OpenTelemetry spans.
 
-`Telemetry` registers the metrics of BentoML's `/metrics` and writes one JSON line per request.
-`traced` adds spans to the routes that `App` answers: BentoML's middleware traces only the requests
-that reach BentoML. They use BentoML's tracer provider and its setting `services.tracing`, and the
-middleware is added only where tracing is on: it costs more time per request than everything else
-apart from the model.
+`Telemetry` registers metrics that BentoML's `/metrics` reports, and writes one JSON line per
+request. `traced` adds spans to the routes that `App` answers, because BentoML's middleware traces
+only the requests that reach BentoML. The spans use BentoML's tracer provider and its setting
+`services.tracing`. The middleware is added only if tracing is on, because it costs more time per
+request than everything else apart from the model.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 CLASSES: Final = 100
 """Number of classes that are counted by label; the others are counted as `other`."""
 
-# BentoML traces its own routes; probes and scrapes need no span.
+# Paths without spans here: BentoML traces its own routes, and probes and scrapes need no span.
 _UNTRACED: Final = "/(livez|healthz|readyz|metrics|docs|docs.json|schema.json)$,/static_content/"
 _FLUSH_MS: Final = 5000
 
 
 class Telemetry:
-    """The metrics of this process; BentoML's `/metrics` adds those of all workers.
+    """The metrics of this process; BentoML's `/metrics` combines those of all workers.
 
-    Create it once, in the worker: prometheus_client reads PROMETHEUS_MULTIPROC_DIR when it is
-    imported, and BentoML sets that variable just before it starts several workers. No label value
-    comes from a request: labels are constants or come from a bundle, so their number is bounded.
+    Create it once, in the worker, because prometheus_client reads PROMETHEUS_MULTIPROC_DIR when it
+    is imported, and BentoML sets that variable just before it starts several workers. Label values
+    are constants or come from a bundle, never from a request, so their number is bounded.
     """
 
     def __init__(self) -> None:
@@ -87,8 +87,9 @@ class Telemetry:
         """Record a value.
 
         Args:
-            phase: read, queue, decode, infer or total, in seconds; or rows or waiting, a count.
-            value: Of the phase.
+            phase: `read`, `queue`, `decode`, `infer` or `total`, whose value is in seconds; or
+                `rows` or `waiting`, whose value is a count.
+            value: The measured value.
         """
         self._phases[phase](value)
 
@@ -168,7 +169,7 @@ def flush_spans() -> None:
 
 
 def trace_id() -> str:
-    """Trace id of the current request, 32 hexadecimal digits, or empty."""
+    """Trace id of the current request, 32 hexadecimal digits; "" if it is not traced."""
     context = trace.get_current_span().get_span_context()
     return trace.format_trace_id(context.trace_id) if context.is_valid else ""
 

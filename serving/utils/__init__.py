@@ -1,1 +1,1 @@
-"""Helpers without knowledge of models: files, processes, CPUs, memory, progress."""
+"""Helpers that don't depend on models: files, processes, CPUs, memory, progress."""

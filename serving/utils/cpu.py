@@ -25,8 +25,8 @@ def quotas(own: Path = _OWN_CGROUP, mount: Path = _CGROUP_MOUNT) -> Iterator[flo
     """CPU quotas, in cores, of this process's control group and of each visible parent group.
 
     Groups without a limit are left out. Version 2 stores the quota in `cpu.max`, version 1 in
-    `cpu/cpu.cfs_quota_us` and `cpu/cpu.cfs_period_us`. In a container its own group is mounted at
-    the root, although `own` may name the path that it has on the host.
+    `cpu/cpu.cfs_quota_us` and `cpu/cpu.cfs_period_us`. In a container, the group of the container
+    is mounted at `mount`, although `own` may contain the group's path on the host.
     """
     try:
         lines = own.read_text().splitlines()

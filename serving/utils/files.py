@@ -17,7 +17,7 @@ def check_file(path: Path, option: str = "--out") -> None:
     """Check that a result file can be written, before the work that produces it.
 
     Raises:
-        OptionError: It can't; names `option`.
+        OptionError: The file can't be written; the message names `option`.
     """
     folder = path.absolute().parent
     if path.is_dir():
@@ -35,7 +35,7 @@ def check_folder(path: Path, option: str = "--out") -> None:
         option: "" if no option names the folder.
 
     Raises:
-        OptionError: They can't; names `option`.
+        OptionError: Files can't be written there; the message names `option`.
     """
     existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     _check_writable(existing, f"{option} {path}".lstrip())
@@ -47,7 +47,7 @@ def _check_writable(folder: Path, named: str) -> None:
 
 
 def user_cache_folder() -> Path:
-    """Folder for what can be computed or downloaded again: `$XDG_CACHE_HOME/fledge`."""
+    """Folder for data that can be computed or downloaded again: `$XDG_CACHE_HOME/fledge`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fledge"
 
 
@@ -59,7 +59,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     `.NAME.partial` behind, which the next write of `path` replaces.
 
     Raises:
-        OSError: The file can't be written; names `path`.
+        OSError: The file can't be written; the error's file name is `path`.
     """
     partial = _partial(path)
     try:

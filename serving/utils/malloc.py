@@ -14,7 +14,7 @@ from typing import Final
 
 LARGE: Final = 4 * 2**20
 """Size in bytes from which a block gets its own memory mapping. Smaller blocks, such as most
-decoded photos, stay on the heap: a new mapping for each image would cost more than it saves."""
+decoded photos, stay on the heap, because a mapping for each image would cost more than it saves."""
 
 # Parameters of mallopt, from glibc's <malloc.h>.
 _M_TRIM_THRESHOLD: Final = -1
@@ -26,8 +26,8 @@ _INT_MAX: Final = 2**31 - 1
 def return_large_blocks() -> None:
     """Fix glibc's mmap threshold at `LARGE`, so that freed large blocks go back to the system.
 
-    By default the threshold rises to the size of the largest freed block, up to 32 MiB: after a
-    few large images all later ones are allocated on the heap, which rarely shrinks.
+    By default the threshold rises to the size of the largest freed block, up to 32 MiB. After a few
+    large images, all later images would therefore be on the heap, which rarely shrinks.
     The environment variable MALLOC_MMAP_THRESHOLD_ takes precedence.
     """
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:

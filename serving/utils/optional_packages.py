@@ -1,4 +1,4 @@
-"""Optional packages: a clear error where one is needed and not installed."""
+"""Optional packages: a clear error message if a needed package is not installed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def require(
     """Check that a package is installed.
 
     Args:
-        package: Its import name.
-        purpose: Begins the sentence, such as "Parquet" or "--engine ray".
-        remedy: What to do, such as "pip install 'fledge[parquet]'; or use .csv".
+        package: Import name of the package.
+        purpose: Start of the message, such as "Parquet" or "--engine ray".
+        remedy: What the user can do, such as "pip install 'fledge[parquet]'; or use .csv".
         error: Class of the error.
 
     Raises:
-        FledgeError: An `error`, if the package is missing.
+        FledgeError: The package is not installed; the error's class is `error`.
     """
     if importlib.util.find_spec(package) is None:
         raise error(f"{purpose} needs {package}: {remedy}")

@@ -30,8 +30,8 @@ def map_ordered(
         function: Called by several threads at once.
         items: Read by the calling thread, as far ahead as `window` allows.
         workers: Number of threads; default: one for each core.
-        window: Largest number of calls that are submitted and whose results are not yielded yet;
-            bounds the memory, and hides a slow call. At least two for each thread.
+        window: Largest number of calls that are submitted and whose results are not yielded yet.
+            A larger window hides slow calls and needs more memory. At least two for each thread.
         name: Prefix of the threads' names.
     """
     workers = workers or cores()

@@ -29,7 +29,7 @@ class Progress(AbstractContextManager["Progress"]):
         Args:
             total: Images of the job.
             done: Of these, images that earlier runs processed.
-            stream: Default: standard error.
+            stream: Where the progress is shown; default: standard error.
         """
         self._total, self._stream = total, stream or sys.stderr
         self._before, self.now, self._errors = done, 0, 0
@@ -85,7 +85,7 @@ def progress_bar(stream: TextIO | None = None) -> Bar:
     Disabled where `stream` (default: standard error) is no terminal, and on all processes of
     torchrun except rank 0.
     """
-    from rich import progress  # here, as few commands show a bar and the import takes time
+    from rich import progress  # imported here, because it takes time and few commands need it
     from rich.console import Console
 
     console = Console(file=stream or sys.stderr)
