@@ -1,1 +1,1 @@
-"""Subcommands of `fledge` that need training."""
+"""Subcommands of `fledge` that use the package `training`."""

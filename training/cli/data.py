@@ -40,7 +40,7 @@ def layers(options: argparse.Namespace) -> None:
 
 
 def preview(options: argparse.Namespace) -> None:
-    """Show the data: counts, sizes and odd photos; with --augment, photos as training sees them."""
+    """Show the data: counts, sizes, odd photos; with --augment, a photo as training augments it."""
     from serving.errors import OptionError
     from training.config import load
     from training.preview.preview import DEFAULTS, augmented, preview

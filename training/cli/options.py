@@ -27,10 +27,10 @@ def add_cache_option(add: argparse.ArgumentParser) -> None:
 
 
 def check_arch(arch: str) -> None:
-    """Refuse an unknown architecture. Loads torchvision.
+    """Check that an architecture is known. Imports torchvision.
 
     Raises:
-        OptionError: Names the nearest one.
+        OptionError: The architecture is unknown; the message suggests the nearest name.
     """
     from training.models import backbones
 

@@ -86,7 +86,7 @@ def add_to(add_verb: AddVerb) -> None:
 
 
 def _run_options(add: argparse.ArgumentParser) -> None:
-    """Add a run, its photos, and test-time augmentation."""
+    """Add the options for a run, its photos, and test-time augmentation (TTA)."""
     add.add_argument("run", type=Path, metavar="RUN")
     add.add_argument("--part", default="valid", choices=["train", "valid", "test"])
     add.add_argument("--tta", type=int, metavar="N", help="views or draws to average; 0 is off")
@@ -107,7 +107,7 @@ def _run_options(add: argparse.ArgumentParser) -> None:
 
 
 def _tta_config(options: argparse.Namespace) -> TtaConfig | None:
-    """The test-time augmentation of the command line; None if it has no option for it."""
+    """The test-time augmentation of the command line; None if none of its options is given."""
     from pydantic import ValidationError
 
     from serving.errors import OptionError

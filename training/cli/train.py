@@ -85,7 +85,7 @@ def lr_find(options: argparse.Namespace) -> None:
 
 
 def ablate(options: argparse.Namespace) -> None:
-    """Measure the tricks of fine-tuning on your own photos, one row per trick."""
+    """Measure techniques of fine-tuning on your own photos, one row per technique."""
     from serving.errors import OptionError
     from serving.utils.malloc import retain_freed_blocks
     from training.ablation import ablation, table, tricks

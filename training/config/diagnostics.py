@@ -76,7 +76,7 @@ def option_name(path: Sequence[str | int], values: Mapping[str, Any]) -> str:
 
 
 def _at(values: Any, path: Sequence[str | int]) -> Any:
-    """The value at a path; None if there is none."""
+    """The value at a path; None if there is no such path."""
     for part in path:
         in_table = isinstance(values, Mapping) and part in values
         in_list = isinstance(values, list | tuple) and isinstance(part, int) and part < len(values)

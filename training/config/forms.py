@@ -17,8 +17,8 @@ def accepts(forms: str, *words: str) -> WrapValidator:
     """An annotation for an option of several forms.
 
     Args:
-        forms: The error message: "use a number or 'auto'".
-        words: The words among the forms; the nearest one is suggested for a misspelled word.
+        forms: The error message, such as "use a number or 'auto'".
+        words: The words that the option accepts; the nearest one is suggested for a misspelled one.
     """
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:

@@ -1,4 +1,7 @@
-"""Compile a formula in x, as a recipe may contain, to a function: arithmetic only."""
+"""Compile a formula in x, written in a recipe, to a Python function.
+
+Only arithmetic and a few math functions are allowed.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +47,8 @@ def compile_formula(text: str) -> Function:
     those in `ALLOWED` are refused. All arithmetic is in floats.
 
     Raises:
-        ValueError: The text is not such a formula. The function raises it, too, where its value is
-            not finite.
+        ValueError: The text is not such a formula. The returned function raises it, too, if the
+            value is not finite.
     """
     if len(text) > LONGEST:
         raise ValueError(f"a formula has at most {LONGEST} characters")

@@ -25,8 +25,8 @@ def read(
     """Read a recipe file and apply `key=value` overrides such as `stage.head.lr=0.01`.
 
     Raises:
-        OptionError: The file can't be read, or it or the overrides have errors: one message with
-            all errors, each with its line number.
+        OptionError: The file can't be read, or the file or the overrides have errors. One message
+            has all errors, each with its line number.
     """
     text = ""
     try:
@@ -47,7 +47,7 @@ def read(
 
 
 def _describe_toml_error(error: ValueError, text: str) -> str:
-    """The message of tomllib, with the key's name added if a key is there twice."""
+    """The message of tomllib; if a key is there twice, a message with the name of the key."""
     found = re.match(r"Cannot overwrite a value \(at (?:line ([0-9]+)|end)", str(error))
     if not found:
         return str(error)
@@ -63,7 +63,14 @@ def read_text(
     overrides: Sequence[str] = (),
     check_arch: Callable[[str], object] | None = None,
 ) -> Recipe:
-    """As `read`, for the text of a recipe; errors begin with `where`."""
+    """Parse the text of a recipe and apply overrides, as `read` does for a file.
+
+    Error messages begin with `where`.
+
+    Raises:
+        OptionError: The text or the overrides have errors.
+        tomllib.TOMLDecodeError: The text is no TOML.
+    """
     values = tomllib.loads(text)
     overridden: list[toml_lines.Path] = []
     failed: list[str] = []

@@ -1,6 +1,7 @@
 """The recipe: its stages and top-level options, their defaults and valid values.
 
-`training.config.load` reads recipe files; `training.config.diagnostics` words their errors.
+`training.config.load` reads recipe files, and `training.config.diagnostics` writes the messages for
+their errors.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def _unfreeze(value: Any) -> Any:
 
 
 def _lr(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    # The errors of a table are those of `low` and `high`, not one about the forms of lr.
+    # For a table pydantic then reports the errors of `low` and `high`, not one about forms of lr.
     return Spread.model_validate(value) if isinstance(value, Mapping) else check(value)
 
 
@@ -108,21 +109,25 @@ class Stage(Section):
 
     Attributes:
         name: Name in overrides, logs and files.
-        unfreeze: Number of the body's last layer groups that train besides the head; 0 is only the
-            head, "all" the whole network, "gradual" one group more than the stage before; or
-            patterns of parameter names of the body, such as "denseblock4.*".
-        lr: Learning rate of the head; "find" runs the range test first; a list has one rate for
-            each trained group, the head's last; { low, high } spaces them geometrically.
+        unfreeze: Number of the body's last layer groups that train besides the head: 0 trains only
+            the head, "all" the whole network, "gradual" one group more than the previous stage. Or
+            a list of patterns for names of the body's parameters, such as "denseblock4.*".
+        lr: Learning rate of the head. "find" finds it by the range test before the stage. A list
+            has one rate for each trained group, the head's last; { low, high } spaces the rates of
+            the groups geometrically.
         lr_divide: Ratio of the rates of adjacent groups, if `lr` is one number or "find".
         groups: Number of parameter groups, the head included, into which the trained layers are
             merged; 0 keeps the architecture's layer groups.
-        schedule: With cycles, cycle_len, cycle_mult, warm_up, floor, gamma, step_every, scale,
-            scale_per and momentum_low, see `training.optim.schedules`.
-        batchnorm: Unfrozen BatchNorms: "fixed" keeps their statistics and trains scale and shift.
-        frozen_batchnorm: Frozen BatchNorms: "eval" fixes them, "stats" updates the statistics,
-            "train" trains scale and shift, too.
-        views: Augmented views of each photo whose frozen outputs are cached; "auto" is one for each
-            epoch, as far as the cache has room; 0 caches none.
+        schedule: Learning-rate schedule. It uses the options cycles, cycle_len, cycle_mult,
+            warm_up, floor, gamma, step_every, scale, scale_per and momentum_low; see
+            `training.optim.schedules`.
+        batchnorm: Mode of unfrozen BatchNorms: "fixed" keeps their statistics and trains scale and
+            shift; "train" updates the statistics, too.
+        frozen_batchnorm: Mode of frozen BatchNorms: "eval" fixes them, "stats" updates the
+            statistics, "train" trains scale and shift, too.
+        views: Number of views (random augmentations) of each photo for which the outputs of the
+            frozen layers are cached. "auto" is one for each epoch, or as many as fit the cache; 0
+            caches none.
         image_size: Image size of this stage; 0 is preprocess.size.
         patience: Epochs without a lower validation loss after which the stage ends and its best
             epoch is restored; 0 never ends it early.
@@ -204,7 +209,7 @@ class Stage(Section):
 
     @property
     def wanted_views(self) -> int:
-        """Number of cached views of each photo that its epochs cycle through, if there is room."""
+        """Number of cached views that the epochs cycle through, if the cache has room for them."""
         return self.epochs if self.views == "auto" else min(self.views, self.epochs)
 
     @property
@@ -223,7 +228,7 @@ def _preprocess(value: Any) -> Any:
 
 
 class Recipe(Section):
-    """A recipe; `recipes/quick.toml` is one with comments.
+    """A recipe; `recipes/quick.toml` is an example with comments.
 
     Attributes:
         name: Name of the run's folder and of the model.
@@ -231,11 +236,11 @@ class Recipe(Section):
         arch_args: Arguments of torchvision's builder.
         weights: "imagenet", "none", "auto" (imagenet if available, else none, with a log line), or
             a path.
-        seed: Of all random numbers.
+        seed: Seed of all random numbers.
         batch_size: Photos per step; "auto" finds the largest that fits before the run.
-        label_smoothing: Of the cross-entropy.
-        precision: Of the forward and backward pass; "auto" is bf16 on GPUs and CPUs that support
-            it, fp32 on others.
+        label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
+        precision: Dtype of the forward and backward pass; "auto" is bf16 on GPUs and CPUs that
+            support it, fp32 on others.
         compile: Whether the trained layers are compiled; "cuda_graphs" captures them in a CUDA
             graph instead.
     """
@@ -268,7 +273,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _normalised_as_trained(cls, values: Any) -> Any:
-        """Weights ported from TensorFlow expect pixels in -1..1."""
+        """Set the default mean and std of `HALF_NORMALISED`: their weights expect -1..1."""
         if not isinstance(values, Mapping) or values.get("arch") not in HALF_NORMALISED:
             return values
         given = values.get("preprocess", {})

@@ -1,4 +1,7 @@
-"""The tables of a recipe except its stages: options, defaults and valid values."""
+"""The TOML tables of a recipe other than `[[stage]]`, such as `[data]` and `[augment]`.
+
+Each class has the options of one table, their defaults and their valid values.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Labels and split, if folders and `--split` do not define them; size of cached photos.
+    """Labels and split if folders and `--split` do not define them, and the size of cached photos.
 
     Attributes:
         pattern: Regular expression that is searched in file names; its first group is the label.
@@ -38,9 +41,9 @@ class DataConfig(Section):
         suffix: Appended to the id to get the file name.
         images: Folder of the photos in the data folder, for `pattern` and `csv`.
         valid: Share of each class that is held out for validation.
-        folds: Number of parts to split each class into, instead of `valid`.
-        fold: The part to validate on, from 0; also in a `--split` file.
-        presize: Side at which training photos are cached, in image sizes.
+        folds: Number of folds to split each class into, instead of `valid`.
+        fold: Number of the fold to validate on, from 0; also selects a fold of a `--split` file.
+        presize: Side of the cached training photos, as a multiple of the image size.
     """
 
     pattern: str = ""
@@ -126,18 +129,18 @@ class AugmentConfig(Section):
         scale: Smallest and largest area of the random crop, as a share of the photo's largest
             square.
         ratio: Largest aspect ratio of the crop; 1 keeps it square.
-        max_rotate: Degrees in either direction.
-        max_zoom: Largest factor.
-        max_shift: Share of the crop's side.
-        max_warp: Perspective, as a share of the side.
+        max_rotate: Largest rotation in either direction, in degrees.
+        max_zoom: Largest zoom factor.
+        max_shift: Largest shift, as a share of the crop's side.
+        max_warp: Largest perspective change, as a share of the side.
         max_lighting: Largest relative change of brightness and contrast.
         max_saturation: Largest relative change of saturation.
-        policy: "rand_augment" or "trivial_augment".
-        policy_ops: Operations of rand_augment.
-        policy_magnitude: Magnitude of rand_augment, of 30.
+        policy: Policy of random operations: "rand_augment", "trivial_augment" or "none".
+        policy_ops: Number of operations of rand_augment.
+        policy_magnitude: Magnitude of rand_augment, from 0 to 30.
         erase: Probability that a rectangle is erased.
-        mixup: Alpha of the Beta distribution; 0 is off.
-        cutmix: Likewise.
+        mixup: Alpha of mixup's Beta distribution; 0 is off.
+        cutmix: Alpha of cutmix's Beta distribution; 0 is off.
     """
 
     preset: Literal["none", "basic", "side_on", "top_down", "photo"] = "photo"
@@ -189,8 +192,8 @@ class HeadConfig(Section):
             BatchNorm, ReLU for each hidden layer, and dropout, Linear; "linear" is average pooling,
             dropout and one Linear.
         hidden: Width of each hidden layer of concat_pool and deep.
-        dropout: In [0, 1): before the last Linear, and half of it before the others; or a list with
-            one value for every Linear.
+        dropout: Dropout probability in [0, 1) before the last Linear; the others have half of it.
+            Or a list with one probability for every Linear.
     """
 
     kind: Literal["concat_pool", "deep", "linear"] = "concat_pool"
@@ -217,9 +220,9 @@ class OptimizerConfig(Section):
 
     Attributes:
         kind: The algorithm.
-        momentum: Of sgd; first beta of adam and adamw.
-        nesterov: Of sgd.
-        weight_decay: Its factor.
+        momentum: Momentum of sgd; first beta of adam and adamw.
+        nesterov: Whether sgd uses Nesterov momentum.
+        weight_decay: Factor of the weight decay.
         decay: "l2" adds weight_decay times the weights to the gradient, "decoupled" shrinks the
             weights by lr times weight_decay; "auto" is decoupled for adamw, l2 for the others.
         decay_norms: Whether norms and biases are decayed, too.
@@ -252,11 +255,11 @@ class LrFindConfig(Section):
     """The learning rate range test of stages with `lr = "find"`.
 
     Attributes:
-        pick: The suggestion to use; limited to minimum / 10, unless it is "minimum".
+        pick: The suggestion to use; its rate is limited to minimum / 10, unless it is "minimum".
         direction: "up" from low to high, or "down" from high to low.
-        low: Lowest rate.
-        high: Highest rate.
-        steps: Number of rates.
+        low: Lowest tested rate.
+        high: Highest tested rate.
+        steps: Number of tested rates.
     """
 
     pick: Literal["valley", "steepest", "minimum/10", "minimum"] = "valley"
@@ -275,12 +278,18 @@ class LrFindConfig(Section):
 class TtaConfig(Section):
     """Test-time augmentation (TTA) of the evaluation at the end of a run.
 
+    The predictions for several views (crops or flips) of a photo are averaged. The plain view is
+    the photo as in validation.
+
     Attributes:
-        kind: "views" are the fixed views of the service, "flip", "five_crop" and "multi_scale"
-            other fixed views, "draws" the plain view and random draws of the training augmentation.
-        count: Number of views, or of draws; the other kinds fix it. 0 is off.
-        average: Mean of probabilities or of their logarithms.
-        plain_weight: Weight of the plain view, the others share the rest; 0 weighs all equally.
+        kind: "views" are the fixed views of the service; "flip", "five_crop" and "multi_scale" are
+            other fixed views; "draws" are the plain view and random draws of the training
+            augmentation.
+        count: Number of views or draws; the kinds flip, five_crop and multi_scale have a fixed
+            number. 0 switches TTA off for every kind.
+        average: "mean" averages probabilities, "log_mean" their logarithms.
+        plain_weight: Weight of the plain view; the other views share the rest. 0 weighs all views
+            equally.
     """
 
     kind: Literal["views", "flip", "five_crop", "multi_scale", "draws"] = "views"

@@ -1,7 +1,7 @@
 """Line numbers of a TOML file: path of every key and value -> its line.
 
-`tomllib` does not report positions. This scanner handles as much of TOML as finding lines needs; it
-is for text that `tomllib` has parsed without errors.
+`tomllib` does not report positions. This scanner parses only as much of TOML as it needs to find
+lines, and it requires text that `tomllib` has parsed without errors.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _BARE: Final = re.compile(r"[^,\]}#\n]*")
 def lines_of(text: str) -> dict[Path, int]:
     """The line, from 1, of the first occurrence of each key and each array element.
 
-    Paths are those in the result of `tomllib.loads(text)`. The line of a table is that of its
-    header or of its first key.
+    Paths refer to the result of `tomllib.loads(text)`. The line of a table is that of its header or
+    of its first key.
     """
     return _Scanner(text).scan()
 
@@ -36,7 +36,7 @@ class _Scanner:
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
         self.lines: dict[Path, int] = {}
-        self.lengths: dict[Path, int] = {}  # of arrays of tables
+        self.lengths: dict[Path, int] = {}  # array of tables -> its length so far
 
     def scan(self) -> dict[Path, int]:
         here: Path = ()
@@ -79,7 +79,7 @@ class _Scanner:
             self.at += 1
 
     def header(self, keys: list[str], *, array: bool) -> Path:
-        """Path of the table that a header opens; an array of tables stands for its last table."""
+        """Path of the table that a header opens, with the index of the last table of an array."""
         path: Path = ()
         for depth, key in enumerate(keys, start=1):
             path = (*path, key)

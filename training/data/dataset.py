@@ -36,14 +36,14 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A labelled set of photos, split into parts.
+    """A labelled set of photos, split into parts: train, valid and test.
 
     Attributes:
         source: The value of `--data`.
         root: Data folder; every photo lies below it.
         classes: Class names in natural order: 1, 2, 10.
-        train, valid: Used for training and for choosing the best epoch.
-        test: Used for neither.
+        train, valid: Photos for training, and for choosing the best epoch.
+        test: Photos that a run uses for neither.
         unlabelled: Photos of `test/` without labels.
     """
 
@@ -57,7 +57,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits: hash of photo names, file sizes, labels and parts, not of contents."""
+        """Hash of photo names, file sizes, labels and parts, not of contents; 16 hex digits."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for part in PARTS:
             for path, label in getattr(self, part):
@@ -70,7 +70,7 @@ class Dataset:
         """A copy without some photos.
 
         Raises:
-            DataError: A part or a class of the train part is empty now.
+            DataError: The train part, the valid part, or a class in the train part becomes empty.
         """
         removed = set(broken)
         parts: dict[str, Any] = {
@@ -97,7 +97,7 @@ def load_dataset(
         seed: Seed of that split.
 
     Raises:
-        DataError: No usable photos; the message says what layout was expected.
+        DataError: No usable photos; the message has the expected layout.
         OptionError: An option does not fit the data.
     """
     try:
@@ -206,11 +206,11 @@ def read_split(
         path: The split file of a run.
         root: Folder that holds the photos now.
         classes: Class names in label order.
-        source: As `load_dataset`.
+        source: Value of `--data`.
         needed: Parts whose photos must all exist.
 
     Raises:
-        DataError: The file can't be read, or photos are missing; the message names `--data`.
+        DataError: The file can't be read, or photos are missing.
     """
     root = root.resolve()
     if not os.path.isdir(root):

@@ -1,7 +1,7 @@
 """Dataset layouts on disk: one folder per class, train/valid/test folders, file names, CSV tables.
 
-Every layout is read into a list of `Photo`: path, class name, and the part if the folder of the
-photo decides it.
+Every layout is read into a list of `Photo`: path, class name, and part (train, valid or test; "" if
+the layout doesn't define it).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def find_labelled(root: Path, config: DataConfig) -> list[Photo]:
     """All labelled photos below `root`, in the layout of `config`; by default in class folders.
 
     Raises:
-        DataError: No usable photos; the message says what layout was expected.
+        DataError: No usable photos; the message has the expected layout.
     """
     if config.csv:
         return _from_table(root, config)
@@ -62,7 +62,7 @@ def labeller(root: Path, config: DataConfig) -> Callable[[str], str]:
 
 
 def find_unlabelled(root: Path, labelled: Iterable[Path], config: DataConfig) -> tuple[Path, ...]:
-    """The photos of `test/` if none of them has a label and it has no class folders.
+    """The photos of `test/`, if none of them has a label and `test/` has no class folders.
 
     With `data.pattern`, `test/` is searched below `data.images`, where the photos are.
     """
@@ -173,14 +173,14 @@ def _class_names(root: Path) -> list[str]:
             kinds = ", ".join(sorted(SUFFIXES))
             name = quoted(folder.name)
             raise DataError(f"{root}: {name} contains no readable photo ({kinds}); remove it")
-    # A flat test/ next to two or more class folders holds unlabelled photos, else it is a class.
+    # A flat test/ next to two or more class folders has unlabelled photos; otherwise it is a class.
     if len([name for name in names if name not in PART_FOLDERS]) > 1 and "test" in names:
         names.remove("test")
     return names
 
 
 def _from_names(root: Path, config: DataConfig) -> list[Photo]:
-    """Labels from file names. `test/` is a part; `train/` and `valid/` are if both exist."""
+    """Labels from file names. `test/` is a part; `train/` and `valid/` are parts if both exist."""
     folder = _images(root, config)
     labelled: list[tuple[Path, str]] = []
     unmatched: list[tuple[Path, str]] = []

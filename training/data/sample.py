@@ -36,8 +36,8 @@ def write_sample(
 ) -> Path:
     """Write the dataset as one folder of JPEG files per class: `folder/CLASS/0000.jpg`.
 
-    The files are written to a hidden folder next to `folder`, which is renamed at the end: `folder`
-    is complete or absent. The same arguments give the same pictures.
+    The files are written to a hidden folder next to `folder`, which is renamed at the end, so that
+    `folder` is either complete or absent. The same arguments give the same pictures.
 
     Args:
         folder: Must not exist.
@@ -81,7 +81,8 @@ def write_sample(
 def cached_sample(seed: int = 0) -> Path:
     """The folder of the default dataset in the user's cache, written at first use.
 
-    Several processes may call it at once: all return the folder of the first one that finishes.
+    Several processes may call this function at the same time. All of them return the folder of the
+    process that finishes first.
 
     Raises:
         DataError: `seed` is negative.
@@ -106,7 +107,7 @@ def contact_sheet(columns: int = 8, size: int = 128, seed: int = 0) -> Image.Ima
     Args:
         columns: Pictures per row.
         size: Side of each picture in pixels.
-        seed: As for `write_sample`.
+        seed: Seed of the pictures, 0 or more.
 
     Returns:
         An RGB picture, `columns` pictures wide.

@@ -16,14 +16,14 @@ from training.data.layouts import Photo
 from training.utils.console import MAX_MISTAKES, format_mistakes, quoted
 
 PARTS: Final = ("train", "valid", "test")
-_MAX_DIGITS: Final = 9  # of a fold number; `int` refuses strings of thousands of digits
+_MAX_DIGITS: Final = 9  # in a fold number, because `int` refuses strings of thousands of digits
 
 
 def stratified_holdout(labels: Sequence[str], share: float, seed: int) -> list[bool]:
-    """Whether each photo is held out: `share` of every class, at least 1 photo, never all.
+    """Whether each photo is held out. Of every class `share` is, at least 1 photo, never all.
 
-    Each class has its own random stream, seeded by its name: adding a class does not change the
-    draws of the others.
+    Each class has its own random stream, seeded by its name, so that adding a class does not change
+    the draws of the others.
     """
     held_out = [False] * len(labels)
     for order in _shuffled(labels, seed).values():
@@ -36,8 +36,8 @@ def stratified_holdout(labels: Sequence[str], share: float, seed: int) -> list[b
 def stratified_folds(labels: Sequence[str], k: int, seed: int) -> list[int]:
     """The fold, 0 to k - 1, of each photo. Fold sizes of a class differ by at most 1.
 
-    Each class has its own random stream, seeded by its name. The first fold is drawn too: the
-    remainders of the classes do not all go to fold 0.
+    Each class has its own random stream, seeded by its name. The first fold is random, too, so that
+    the remainders of the classes do not all go to fold 0.
     """
     fold = [0] * len(labels)
     for label, order in _shuffled(labels, seed).items():
@@ -192,7 +192,7 @@ def check_class_names(labels: Iterable[str]) -> None:
     """Check that every class name can be encoded as UTF-8.
 
     Raises:
-        DataError: The first name that can't.
+        DataError: A name can't be encoded; the message has the first such name.
     """
     for name in labels:
         try:

@@ -20,7 +20,7 @@ from training.data.layouts import Photo
 
 
 def find(name: str) -> tuple[Path, list[Photo]]:
-    """The folder of a dataset and its photos. Downloads to the user's cache if it is not there.
+    """The folder of a dataset in the user's cache, and its photos. Downloads it at first use.
 
     Raises:
         DataError: No network, or damaged files; the message names the folder and the remedy.

@@ -1,9 +1,9 @@
-"""Data-parallel training: what the processes of one run share and exchange.
+"""Data-parallel training: the processes of one run, and what they send each other.
 
 Every process executes the same code on its own shard of every batch. Random draws come from the
-recipe's seed, so they need not be sent. What depends on the machine (a learning rate that lr_find
-picked, the number of cached views, the run's folder) is decided by process 0 and broadcast. Only
-process 0, the main process, writes files and log lines.
+recipe's seed, so they need not be sent. Values that depend on the machine (a learning rate that
+lr_find picked, the number of cached views, the run's folder) are decided by process 0 and
+broadcast. Only process 0, the main process, writes files and log lines.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 REPORT_DELAY: Final = 0.5
-"""Seconds that other processes wait before they report an error, so that process 0 reports errors
-that occur in all processes."""
+"""Seconds that all processes but process 0 wait before they report an error, so that process 0
+reports errors that occur in all processes."""
 
 _FAILED: Final = "fledge/failed"
 _NEW: Final = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
 _NO_BUFFERS: Final[dict[str, Any]] = {
-    # torch 2.15 warns of the old name; earlier versions do not have the new one.
+    # torch 2.15 warns of the old name; earlier versions do not have the new name.
     "forward_sync_buffers" if _NEW else "broadcast_buffers": False
 }
 
@@ -69,7 +69,7 @@ class ProcessGroup:
 
     @property
     def gpu(self) -> int | None:
-        """Index of this process's GPU on its machine; None in a single process: the current GPU."""
+        """Index of this process's GPU on its machine; None (the current GPU) in a single process."""
         return self.local_rank if self.size > 1 else None
 
     def shard(self, index: Tensor) -> Tensor:
@@ -84,24 +84,25 @@ class ProcessGroup:
         """Weight of this rank's mean loss, such that the mean over ranks is the batch's mean.
 
         Args:
-            count: Photos of this process's shard.
-            batch: Photos of the whole batch.
+            count: Number of photos in this process's shard.
+            batch: Number of photos in the whole batch.
         """
         return 1.0 if batch < 2 * self.size else self.size * count / batch
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """`DistributedDataParallel` around the module; the module itself in a single process.
 
-        Wrap it anew for every epoch: DDP sums gradients in buckets, in the order in which the first
-        step produced them. A resumed run must use the same order.
+        Wrap the module anew for every epoch, because DDP sums gradients in buckets, in the order in
+        which its first step produced them, and a resumed run must use the same order.
         """
         if self.size == 1:
             return module
-        # Not broadcast at each step: the training loop averages BatchNorm statistics each epoch.
+        # No broadcast of BatchNorm statistics at each step: the training loop averages them after
+        # each epoch.
         return DistributedDataParallel(module, **_NO_BUFFERS)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over the processes; the same bits in each process."""
+        """The sum over the processes, bit-identical in all of them."""
         if self.size == 1:
             return values
         found = values.detach().clone()
@@ -109,21 +110,22 @@ class ProcessGroup:
         return found
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over the processes; the same bits in each process."""
+        """The mean over the processes, bit-identical in all of them."""
         return values if self.size == 1 else self.total(values) / self.size
 
     def global_loss(self, loss: Tensor, count: int) -> Tensor:
         """The mean loss over the batch of all processes, with the gradient of this shard's share.
 
         Args:
-            loss: Mean over the photos of this process's shard; a scalar.
-            count: Photos of this process's shard.
+            loss: Mean loss over the photos of this process's shard; a scalar.
+            count: Number of photos in this process's shard.
         """
         if self.size == 1:
             return loss
         sums = self.total(torch.stack([loss.detach() * count, loss.new_tensor(count)]).double())
         own = loss * (self.size * count / sums[1].item())
-        # The second term is exactly 0: the value is the same in all processes.
+        # The second term is exactly 0 and only adds its gradient, so that the loss is the same in
+        # all processes.
         return (sums[0] / sums[1]).to(loss.dtype) + (own - own.detach())
 
     def any_true(self, flag: bool) -> bool:
@@ -146,7 +148,7 @@ class ProcessGroup:
         """Check that values are the same as in process 0; `own` is description -> value.
 
         Raises:
-            DataError: A value differs; names it, and the machine.
+            DataError: A value differs; the message names the value and the machine.
         """
         expected = self.broadcast_object(lambda: own)
         different = [what for what, value in own.items() if value != expected[what]]
@@ -242,7 +244,7 @@ SINGLE_PROCESS: Final = ProcessGroup()
 
 
 def no_sync(module: nn.Module) -> AbstractContextManager[None]:
-    """A context in which gradients accumulate locally; a later backward pass sends them."""
+    """A context in which gradients accumulate locally; a later backward pass sends their sum."""
     if isinstance(module, DistributedDataParallel):
         return cast(AbstractContextManager[None], module.no_sync())
     return nullcontext()

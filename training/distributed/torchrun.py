@@ -61,7 +61,7 @@ def require_single_process(verb: str) -> None:
     """Exit if torchrun started several processes; only process 0 prints the error.
 
     Raises:
-        OptionError: Names the verb.
+        OptionError: Several processes were started; the message names the subcommand.
     """
     if not _has_several_processes():
         return
@@ -71,10 +71,10 @@ def require_single_process(verb: str) -> None:
 
 
 def sync_batchnorms(classifier: Classifier) -> None:
-    """Replace the BatchNorms behind the frozen prefix by `SyncBatchNorm`, which needs GPUs.
+    """Replace the BatchNorms after the frozen layers by `SyncBatchNorm`, which needs GPUs.
 
-    Weights, statistics and their names stay the same. The prefix keeps plain BatchNorms, because
-    only those can be fused into the preceding layers.
+    Weights, statistics and their names stay the same. The frozen layers keep plain BatchNorms,
+    because only those can be fused into the preceding layers.
     """
     body = classifier.body
     for name in list(body._modules)[classifier.freezing.prefix :]:

@@ -18,7 +18,7 @@ Rng = np.random.Generator
 
 _FINE = 3  # supersampling factor: masks are drawn this much larger, then reduced (antialiasing)
 
-# The same colours for all classes.
+# All classes use the same colours.
 BLOOMS = (
     (0.98, 0.96, 0.92),  # white
     (0.99, 0.90, 0.66),  # cream
@@ -65,7 +65,7 @@ def mix(a: Array, b: Array, t: Array | float) -> Array:
 
 
 def clip(x: Array, low: float, high: float) -> Array:
-    """As np.clip, but several times faster on small arrays."""
+    """Equal to np.clip, but several times faster on small arrays."""
     return np.minimum(np.maximum(x, np.float32(low)), np.float32(high))
 
 
@@ -88,7 +88,7 @@ def inverse(m: Array) -> Array:
 
 
 def bow(start: Array, end: Array, sag: float, steps: int = 16) -> Array:
-    """Points [steps, 2] on a parabola from `start` to `end`; height: `sag` times its length."""
+    """Points [steps, 2] on a parabola from `start` to `end`, `sag` times as high as long."""
     t = np.linspace(0, 1, steps, dtype=np.float32)[:, None]
     chord = end - start
     side = np.array([-chord[1], chord[0]], np.float32)

@@ -102,14 +102,14 @@ def lay_petal(
     """Draw one petal (or leaf) with shading, veins and highlight.
 
     Args:
-        canvas: Drawn on.
+        canvas: The canvas to draw on.
         rng: Randomises bend and waves.
         colours: Colours of the picture.
-        petal: Shape.
-        foot: Position of its base [2].
+        petal: Shape of the petal.
+        foot: Position [2] of the petal's base.
         frame: Matrix [2, 2] from (along, across) to (x, y), including the length.
         lit: Brightness factor.
-        shadow: As in `Canvas.lay`.
+        shadow: Darkness of the shadow; see `Canvas.lay`.
         leaf: Use the leaf colours.
     """
     bend = rng.normal(0, 0.06)
