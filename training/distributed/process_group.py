@@ -69,7 +69,7 @@ class ProcessGroup:
 
     @property
     def gpu(self) -> int | None:
-        """Index of this process's GPU on its machine; None (the current GPU) in a single process."""
+        """Index of this process's GPU on its machine; in a single process None: the current GPU."""
         return self.local_rank if self.size > 1 else None
 
     def shard(self, index: Tensor) -> Tensor:

@@ -39,15 +39,15 @@ MARGIN: Final = 0.9
 """Share of the free memory that may be used; the rest is for libraries and fragmentation."""
 
 CUDA_GRAPH_FACTOR: Final = 2
-"""Memory of training with CUDA graphs, relative to the trial's peak: the smaller batch at the end
-of an epoch can't use the memory that the graphs hold."""
+"""Memory of training with CUDA graphs, relative to the trial's peak. It is larger because the
+smaller batch at the end of an epoch can't use the memory that the graphs hold."""
 
 STEPS: Final = 2
-"""Steps of a trial: the optimizer allocates its state in the first."""
+"""Steps of a trial: two, because the optimizer allocates its state at the end of the first."""
 
 
 class DeviceMemory(Protocol):
-    """A device's memory. free: bytes that could be allocated before the trials."""
+    """The memory of a device. free: bytes that could be allocated before the trials."""
 
     free: int
 
@@ -95,13 +95,13 @@ def resolve_batch_size(
     Args:
         recipe: The recipe.
         classifier: On the CPU.
-        stages: As they are trained.
+        stages: The stages as they are trained; see `plan.stages_of`.
         dataset: The photos.
         precision: Device and dtype.
         log: Takes log lines.
         process_group: The processes that split a batch, each with a GPU of the same kind. Process 0
             measures; the result is the batch of all processes together.
-        memory: Memory of the device; by default of the GPU.
+        memory: Memory of the device; by default that of the GPU.
 
     Raises:
         WorkError: The smallest batch does not fit.
@@ -182,7 +182,7 @@ def largest_fitting(
 
 
 def _fits(trial: Callable[[int], object], size: int) -> bool:
-    # In a function of its own: at its end the error, which references the tensors, is freed.
+    # A separate function, because the error, which references the tensors, is freed at its end.
     try:
         trial(size)
     except torch.OutOfMemoryError:
@@ -193,7 +193,10 @@ def _fits(trial: Callable[[int], object], size: int) -> bool:
 def most_demanding(
     classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]
 ) -> Iterator[Stage]:
-    """Stages unless another one trains at least as many layers at images at least as large."""
+    """The stages whose training may need the most memory.
+
+    A stage is left out if another one trains at least as many layers on images at least as large.
+    """
     demands: list[tuple[int, int]] = []
     for stage in stages:
         prefix = classifier.freezing_for(stage).prefix
@@ -245,7 +248,7 @@ class BatchSizeTrial:
         """(inputs of the suffix, labels) from random pixels, computed as in training."""
         recipe, where = self.recipe, self.precision.device
         preprocess = recipe.preprocess_of(self.stage)
-        # Policies work on one photo at a time: they need time, and hardly any memory.
+        # Without the policy, which processes one photo at a time and needs hardly any memory.
         config = recipe.augment_of(self.stage).model_copy(update={"policy": "none"})
         side = PixelTransform("train", preprocess, recipe.data.presize).side
         pixels = torch.randint(256, (size, side, side, 3), dtype=torch.uint8, device=where)

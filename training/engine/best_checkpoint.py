@@ -19,7 +19,7 @@ Rank = tuple[float, float]
 
 
 def rank(row: Epoch) -> Rank:
-    """The key by which the best epoch is the largest."""
+    """Sort key of an epoch; the best epoch has the largest key."""
     return row.accuracy, -row.valid_loss
 
 
@@ -41,7 +41,7 @@ def save(
 def evaluate_best(
     folder: Path, dataset: Dataset, tta: TtaConfig, log: Log, device: str = "auto"
 ) -> evaluate.EvaluationResult:
-    """Evaluate the best checkpoint in float32, as `fledge evaluate`; update its metrics."""
+    """Evaluate the best checkpoint in float32, as `fledge evaluate` does; update its metrics."""
     result = evaluate.evaluate(
         folder,
         tta=tta if tta.count else None,

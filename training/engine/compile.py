@@ -2,8 +2,8 @@
 
 `torch.compile` (Ansel et al., 2024, "PyTorch 2") generates new kernels. A CUDA graph (Nguyen et
 al., 2021, "Accelerating PyTorch with CUDA Graphs") launches a recorded sequence of the existing
-kernels at once, which helps if the GPU waits for the program. Both wrap the layers in a function:
-the classifier, its weights and their names do not change.
+kernels at once, which helps if the GPU waits for the CPU. Both wrap the layers in a function, so
+that the classifier, its weights and their names do not change.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Forward = Callable[[Tensor], Tensor]
 class FullBatchAccelerator(nn.Module):
     """A network with an accelerated forward pass for batches of the size of the first one.
 
-    The smaller batch at the end of an epoch runs without it: preparation for another size would
-    take longer than one batch per epoch can save. Parameters are the network's own.
+    The smaller batch at the end of an epoch is not accelerated, because preparing for another size
+    would take longer than one batch per epoch can save. Parameters are the network's own.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class FullBatchAccelerator(nn.Module):
         """The network's forward pass.
 
         Raises:
-            OptionError: The network can't be accelerated; names the option.
+            OptionError: The network can't be accelerated; the message names the option.
         """
         if not self._size:
             self._size, self._accelerated = len(inputs), self._accelerate(self.network, inputs)
@@ -81,8 +81,8 @@ def captured(network: nn.Sequential, inputs: Tensor) -> Forward:
     are restored after the capture. A backward pass overwrites gradients that were not used before.
 
     Raises:
-        OptionError: A layer can't be captured, or the memory is too small. After that the device's
-            random number generator can't be used any more.
+        OptionError: A layer can't be captured, or the memory is too small. After this error the
+            device's random number generator can't be used any more.
     """
     body, head = network[:-1], network[-1]
     if not len(body):
@@ -115,16 +115,16 @@ def captured(network: nn.Sequential, inputs: Tensor) -> Forward:
 
 
 _accelerators: WeakKeyDictionary[Classifier, tuple[str, FullBatchAccelerator]] = WeakKeyDictionary()
-"""classifier -> (name of the stage, its accelerated suffix)."""
+"""classifier -> (name of the stage, accelerated suffix). The suffix is the layers that train."""
 
 
 def accelerated_suffix(classifier: Classifier, stage: Stage, recipe: Recipe) -> nn.Module:
-    """The classifier's suffix, accelerated as the recipe says; created once per stage."""
+    """The classifier's suffix, accelerated by the recipe's `compile`; created once per stage."""
     if not recipe.compile:
         return classifier.suffix
     if classifier in _accelerators and _accelerators[classifier][0] == stage.name:
         return _accelerators[classifier][1]
-    # Free the memory of the previous stage's; a CUDA graph is in a reference cycle.
+    # Free the memory of the previous stage's accelerator. A CUDA graph is in a reference cycle.
     _accelerators.pop(classifier, None)
     torch.compiler.reset()
     gc.collect()
@@ -138,7 +138,7 @@ def check(recipe: Recipe, device: torch.device, processes: int = 1) -> None:
     """Check before the work begins that `compile` works here, by compiling a small function.
 
     Raises:
-        OptionError: It does not; names the option.
+        OptionError: `compile` does not work here; the message names the option.
     """
     if recipe.compile == "cuda_graphs" and device.type != "cuda":
         raise OptionError("compile = 'cuda_graphs' needs a GPU; use compile = true or false")

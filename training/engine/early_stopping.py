@@ -13,16 +13,16 @@ from training.run.resume_state import ResumeTensors
 
 
 def is_overfitting(losses: Sequence[float], patience: int) -> bool:
-    """Whether the lowest validation loss is `patience` or more epochs old; never if it is 0."""
+    """Whether the lowest loss is `patience` or more epochs old; False if `patience` is 0."""
     if not patience or not losses:
         return False
     return len(losses) - 1 - list(losses).index(min(losses)) >= patience
 
 
 class EarlyStopping:
-    """Keeps copies of the weights and averages of a stage's epoch with the lowest validation loss.
+    """Keeps copies of a stage's weights and averages at the epoch with the lowest validation loss.
 
-    With `patience` 0 it never stops, keeps nothing and restores nothing.
+    With `patience` 0 it never stops the stage, copies nothing and restores nothing.
 
     Attributes:
         kept: State dict of the classifier after that epoch; {} if there is none yet.
@@ -49,7 +49,7 @@ class EarlyStopping:
             self.kept_ema = _copies(self._ema.state()) if self._ema else {}
 
     def restore(self) -> None:
-        """Load the copies into the classifier and the moving average, and drop them."""
+        """Load the saved weights into the classifier and the moving average; delete the copies."""
         if not self._patience:
             return
         self._classifier.load_state_dict(self.kept)

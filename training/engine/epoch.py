@@ -30,7 +30,7 @@ from training.run.history import Step
 from training.utils.precision import Precision
 
 READ_LOSS_EVERY: Final = 32
-"""Steps between two reads of the loss: a read waits for the GPU and for the other processes."""
+"""Steps between two reads of the loss. A read waits for the GPU and for the other processes."""
 
 STEPS: Final = "steps"
 """Timer activity: forward and backward passes and optimizer steps."""
@@ -38,7 +38,7 @@ STEPS: Final = "steps"
 
 Batch = tuple[Tensor, Tensor]
 SizedBatch = tuple[Batch, int]
-"""(this process's shard of a batch, photos of the whole batch)."""
+"""(this process's shard of a batch, number of photos in the whole batch)."""
 
 Batches = Iterable[Batch]
 
@@ -49,7 +49,7 @@ def find_lr(
     """Learning-rate range test of a stage; restores the classifier.
 
     Raises:
-        WorkError: The curve has no usable descent; names the stage.
+        WorkError: The curve has no usable descent; the message names the stage.
     """
     optimizer = build_optimizer(classifier, recipe.optimizer, stage, 1.0)
     config = recipe.lr_find
@@ -102,28 +102,28 @@ def train_epoch(
     Each process trains on its shard of every batch; all processes return the same values.
 
     Args:
-        classifier: Frozen for the stage.
-        stage, recipe: Schedule, batch size, accumulation, label smoothing.
-        optimizer: From `build_optimizer`.
+        classifier: The network, frozen for the stage.
+        stage, recipe: Define schedule, batch size, accumulation and label smoothing.
+        optimizer: Result of `build_optimizer`.
         train_loader: The stage's training batches.
         epoch: Number of the epoch in its stage, from 0.
-        valid_losses: Of the stage's finished epochs, for the plateau schedule.
-        ema: Updated after each step.
+        valid_losses: Validation losses of the stage's finished epochs, for the plateau schedule.
+        ema: Moving average of the weights, updated after each step.
 
     Returns:
         The mean loss over the epoch's photos, and the steps.
 
     Raises:
-        Diverged: The loss is not finite; names stage, epoch, step and learning rate.
+        Diverged: The loss is not finite; the message names stage, epoch, step and learning rate.
     """
     config, size, process_group = recipe.optimizer, recipe.batch_size, train_loader.process_group
     precision = train_loader.precision
     sizes = train_loader.batch_sizes(size)
     steps = -(-len(sizes) // config.accumulate)
     rows: list[Step] = []
-    unread: list[Tensor] = []  # losses on the device of the steps since the last read
+    unread: list[Tensor] = []  # losses of the steps since the last read, on the device
     photos: list[int] = []
-    _prepare(train_loader, [epoch])  # it shows a progress bar of its own
+    _prepare(train_loader, [epoch])  # before the bar below, because it shows its own
     net = process_group.wrap(compile.accelerated_suffix(classifier, stage, recipe))
     classifier.train()
     with progress_bar() as bar:
@@ -155,7 +155,7 @@ def train_epoch(
 
 
 def _prepare(train_loader: TrainLoader, epochs: Iterable[int]) -> None:
-    """Compute the cached views of these epochs that are missing."""
+    """Compute the views (random augmentations) of these epochs that are not in the cache yet."""
     process_group = train_loader.process_group
     # On a CPU the first process of a machine fills the disk cache that the others read.
     on_disk = train_loader.precision.device.type == "cpu"
@@ -190,10 +190,11 @@ def _backward(
     smoothing: float,
     process_group: ProcessGroup,
 ) -> Tensor:
-    """Backward passes of the mean loss over all photos of the batches, of all processes.
+    """Accumulate gradients of the loss averaged over all photos in `batches` of all processes.
 
     Returns:
-        A scalar on the device whose mean over the processes is that loss.
+        This process's share of the loss, a scalar on the device. The mean over the processes is the
+        loss.
     """
     photos = sum(size for _, size in batches)
     total = torch.zeros((), device=precision.device)
@@ -217,8 +218,8 @@ def _average_statistics(
 ) -> None:
     """Average the BatchNorm statistics that train, and their moving averages, over the processes.
 
-    Once per epoch is exact: the update of a step is linear, so the mean of the statistics follows
-    the mean of the batches.
+    Averaging once per epoch is exact, because the update of a step is linear: the mean of the
+    statistics over the processes follows the mean of their batches.
     """
     if process_group.size == 1:
         return
@@ -239,7 +240,7 @@ def validate(
     precision: Precision,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[float, float]:
-    """Accuracy and mean loss over the batches of all processes; leaves eval mode on."""
+    """Accuracy and mean loss over the batches of all processes. Sets the classifier to eval mode."""
     classifier.eval()
     suffix: nn.Module = classifier.suffix
     # Fusing the BatchNorms of a whole network saves time on a CPU; on a GPU it takes more time.

@@ -48,10 +48,10 @@ def run(
 
     Args:
         recipe: The recipe.
-        source, split: As `load_dataset`.
+        source, split: Values of `--data` and `--split`; see `load_dataset`.
         out: The run folder, new or empty; by default runs/NAME, or runs/NAME-2 and so on.
         device: "auto", "cpu" or "cuda".
-        cache_gb: Budget of the disk cache in GB; as `disk_cache.budget_gb`.
+        cache_gb: Budget of the disk cache in GB; see `disk_cache.budget_gb`.
         log: Takes log lines.
         process_group: The processes that train, all with the same recipe and the same photos.
 
@@ -59,14 +59,15 @@ def run(
         The run folder.
 
     Raises:
-        FledgeError: An option or the data is wrong, before anything is written; the loss diverged.
+        FledgeError: An option or the data is wrong, which is found before anything is written; or
+            the loss diverged.
     """
     timer = Timer()
     log = process_group.on_main_process(log)
     if process_group.is_main_process:
         check_out(out)
     precision = _precision(recipe, device, process_group)
-    with process_group.local_main_process_first():  # it may have to download the dataset
+    with process_group.local_main_process_first():  # may download the dataset
         dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
     process_group.check_same({"the split of the photos": dataset.fingerprint})
     classifier, pretrained = _classifier(recipe, len(dataset.classes), log, process_group)
@@ -116,14 +117,14 @@ def resume(
 ) -> Path:
     """Resume a run that was killed or interrupted, after its last finished epoch.
 
-    On the same machine, with as many threads and processes, it ends with the same weights, bit for
-    bit, as a run that was never interrupted.
+    On the same machine, with as many threads and processes, the final weights are bit-identical to
+    those of an uninterrupted run.
 
     Args:
         folder: The run folder; only the main process reads it.
         device: "auto", "cpu" or "cuda"; by default the one that the run was started with.
         root: The photos' folder, if it has moved.
-        cache_gb, log, process_group: As `run`.
+        cache_gb, log, process_group: As in `run`.
 
     Returns:
         The run folder.
@@ -200,7 +201,8 @@ def _precision(recipe: Recipe, device: str, process_group: ProcessGroup) -> Prec
 
     Raises:
         DataError: The processes differ in recipe, versions or kind of device.
-        OptionError: As `choose_precision` and `compile.check`; the batch is too small to be split.
+        OptionError: The batch is too small to be split among the processes; also raised by
+            `choose_precision` and `compile.check`.
     """
     if 0 < recipe.batch_size < 2 * process_group.size:  # 0 is "auto"
         raise OptionError(
@@ -222,7 +224,7 @@ def _precision(recipe: Recipe, device: str, process_group: ProcessGroup) -> Prec
 def _classifier(
     recipe: Recipe, classes: int, log: Log, process_group: ProcessGroup
 ) -> tuple[Classifier, bool]:
-    """As `plan.build_classifier`, with the weights of the main process in all processes."""
+    """Call `plan.build_classifier`, and copy the main process's weights to all processes."""
     own = recipe if process_group.is_main_process else recipe.model_copy(update={"weights": "none"})
     classifier, pretrained = plan.build_classifier(own, classes, log)
     pretrained = process_group.broadcast_object(lambda: pretrained)

@@ -1,4 +1,7 @@
-"""`fledge lr-find`: the range test of one stage, optionally a short training at each suggestion."""
+"""`fledge lr-find`: the learning-rate range test of one stage.
+
+Optionally it also trains briefly at each suggested learning rate.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,8 @@ class LearningRateTrial:
     Attributes:
         pick: Name of the suggestion.
         lr: The head's learning rate.
-        train_loss, valid_loss: In nats, of the last epoch; NaN if the training diverged.
-        accuracy: On the validation part, a fraction of 1; NaN if the training diverged.
+        train_loss, valid_loss: Losses of the last epoch in nats; NaN if the training diverged.
+        accuracy: Validation accuracy, a fraction of 1; NaN if the training diverged.
     """
 
     pick: str
@@ -78,7 +81,7 @@ def lr_find(
     """Learning-rate range test of one stage of a recipe; writes only the picture of the curve.
 
     Args:
-        recipe, source, split, device, cache_gb, log: As `finetune.run`.
+        recipe, source, split, device, cache_gb, log: As in `finetune.run`.
         stage: Name of the stage; by default the first.
         start: Checkpoint that the stage starts from, such as `runs/NAME/stages/head.safetensors`.
         out: Path of the PNG file; by default `lr_find-STAGE.png` in the current folder.
@@ -88,8 +91,8 @@ def lr_find(
         The curve, and the trials in the order of `PICKS`.
 
     Raises:
-        FledgeError: As `finetune.run`; the recipe has no such stage; the curve has no usable
-            descent.
+        FledgeError: An option or the data is wrong, the recipe has no such stage, or the curve has
+            no usable descent.
     """
     if compare is not None and compare < 1:
         raise OptionError(f"--epochs {compare}: use 1 or more")
@@ -164,7 +167,7 @@ def _differences(theirs: checkpoint.CheckpointInfo, ours: checkpoint.CheckpointI
 
 
 def _plain(value: object) -> str:
-    """A value as text; the same for a value from a checkpoint's .json file and from a recipe."""
+    """A value as text, the same whether it comes from a checkpoint's .json file or a recipe."""
     return "none" if value is None else json.dumps(value).strip('"')
 
 

@@ -1,4 +1,4 @@
-"""What a run will do: its stages, its network, checks before the work begins."""
+"""Preparation of a run: its stages, its network, and checks before the work begins."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def stages_of(recipe: Recipe, pretrained: bool) -> list[Stage]:
 
 
 def _from_scratch(stage: Stage) -> Stage:
-    """The stage with all layers trained at one rate: frozen random layers have no use."""
+    """The stage with all layers trained at one rate, because frozen random layers are useless."""
     lr = stage.lr
     head = lr[-1] if isinstance(lr, tuple) else lr.high if isinstance(lr, Spread) else lr
     changes = {
@@ -45,7 +45,7 @@ def _from_scratch(stage: Stage) -> Stage:
 
 
 def check(classifier: Classifier, recipe: Recipe, stages: list[Stage]) -> None:
-    """Check all stages before the work begins; leaves the classifier as it is.
+    """Check all stages before the work begins; the classifier is not changed.
 
     Raises:
         OptionError: The architecture does not support an image size, a pattern of `unfreeze`

@@ -38,14 +38,14 @@ class Run:
     """A run in progress; `train` executes it.
 
     Attributes:
-        recipe: Its recipe, with a number for `batch_size`.
+        recipe: The recipe, with a number for `batch_size`.
         stages: The stages as they are trained; see `plan.stages_of`.
         classifier: The network.
         activations: Makes the data loaders.
         folder: The run folder.
         info: Description of the run's checkpoints, without metrics.
         log: Takes log lines; discards them in all processes but the main process.
-        position: How far the run is.
+        position: The progress of the run.
         resumed: Tensors of the resume state that the run starts from; empty for a new run.
         process_group: The processes that train.
         saved: Number of epochs in the resume state on disk.
@@ -72,7 +72,7 @@ class Run:
 def train(run: Run) -> Path:
     """Train the remaining epochs, evaluate the best checkpoint, write the report.
 
-    All processes train; the main process does the rest.
+    All processes train; the main process alone evaluates and writes the report.
 
     Returns:
         The run folder.
@@ -137,7 +137,7 @@ def _train_stage(
     if run.resumed.optimizer:
         resume_state.load_optimizer_state(optimizer, run.resumed.optimizer)
     early_stopping = EarlyStopping(stage.patience, classifier, ema, run.resumed)
-    run.resumed = ResumeTensors()  # frees the memory; they apply to the first stage only
+    run.resumed = ResumeTensors()  # frees the memory; used by the first stage only
     losses = position.losses(stage.name)
     while position.epoch < stage.epochs and not early_stopping.should_stop(losses):
         row, steps = _run_epoch(run, stage, optimizer, train_loader, valid_loader, ema)

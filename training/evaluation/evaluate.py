@@ -1,4 +1,9 @@
-"""Evaluate a checkpoint in float32, on the pixels that the service computes, with optional TTA."""
+"""Evaluate a checkpoint in float32 with the preprocessing code of the service.
+
+Optionally with test-time augmentation (TTA): the predictions for several views of a photo (crops,
+flips or random augmentations) are averaged. The plain view is the photo as the service sees it
+without TTA.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +43,7 @@ from training.utils.device import pad_on_gpu
 from training.utils.precision import choose_precision
 
 BATCH = 32
-"""Batch size of the network and of reading ahead. Results round differently with another size."""
+"""Batch size, and number of photos read ahead. With another size results round differently."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +53,11 @@ class EvaluationResult:
     Attributes:
         accuracy: A fraction of 1.
         loss: Mean cross-entropy in nats.
-        photos: N.
+        photos: The number N.
         views: Views per photo that were averaged, the plain view included.
         broken: Photos that can't be read; they are not among the N.
         probabilities: [N, C], averaged over the views.
-        plain: [N, C], of the plain view only.
+        plain: [N, C], probabilities of the plain view only.
         labels: [N].
         paths: The N files.
         classes: The C class names.
@@ -116,9 +121,9 @@ def evaluate(
         log: Receives one line per photo that is missing or can't be read.
 
     Raises:
-        DataError: There is no checkpoint, or all its photos are missing; names `--data`.
-        OptionError: `tta` needs random draws and the run's recipe can't be read; or the device is
-            missing.
+        DataError: There is no checkpoint, or all photos of the part are missing or broken.
+        OptionError: `tta` needs random draws and the run's recipe can't be read, or `device` is not
+            available.
     """
     views, draws = fixed_views(tta), random_views(tta)
     recipe = recipe_of(run) if draws else None
@@ -172,7 +177,7 @@ def recipe_of(run: Path) -> Recipe:
     """The recipe of a run.
 
     Raises:
-        OptionError: It is missing, or invalid in this version.
+        OptionError: The recipe is missing, or invalid in this version.
     """
     return load.read(checkpoint.run_folder_of(run) / "recipe.toml")
 
@@ -216,7 +221,7 @@ def _batches(
     pixel_transform: PixelTransform | None,
     log: Callable[[str], None],
 ) -> Iterator[_Batch]:
-    """Read photos in batches of `BATCH` readable ones; log the others."""
+    """Read the photos and yield batches of `BATCH` readable ones; log the unreadable ones."""
 
     def read(sample: Sample) -> tuple[Pixels, Pixels, float] | ImageError:
         try:

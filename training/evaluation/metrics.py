@@ -103,9 +103,9 @@ class Calibration(NamedTuple):
 
     Attributes:
         edges: float64 [B + 1], bounds of the bins, 0 to 1.
-        confidence: float64 [B], mean of each bin; NaN if it is empty.
-        accuracy: float64 [B], of each bin; NaN if it is empty.
-        photos: int64 [B], number in each bin.
+        confidence: float64 [B], mean confidence of each bin; NaN if the bin is empty.
+        accuracy: float64 [B], accuracy of each bin; NaN if the bin is empty.
+        photos: int64 [B], number of photos in each bin.
         ece: Expected calibration error, a fraction of 1: mean over photos of the distance between
             the accuracy and the confidence of their bin.
     """
@@ -118,7 +118,7 @@ class Calibration(NamedTuple):
 
 
 def calibration(probabilities: Probabilities, labels: Labels, bins: int = 10) -> Calibration:
-    """Bins of equal width, upper bound included (Guo et al., 2017, "On Calibration")."""
+    """Calibration in bins of equal width, upper bound included (Guo et al., 2017)."""
     edges = np.linspace(0, 1, bins + 1)
     confidences = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == labels

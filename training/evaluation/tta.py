@@ -1,4 +1,8 @@
-"""Test-time augmentation at evaluation: views of a photo, and the average of their predictions."""
+"""Test-time augmentation (TTA) in evaluation: views of a photo, and the mean of predictions.
+
+A view is one crop, flip or random augmentation of a photo. The plain view is the photo as the
+service sees it without TTA.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ FIXED: Final = {
         View("closer", zoom=1.3),
     ),
 }
-"""Views of the kinds with a fixed number of them; the first is the plain view."""
+"""Kind -> its views, for the kinds with a fixed number of views; the first is the plain view."""
 
 
 def fixed_views(config: TtaConfig | None) -> tuple[View, ...]:
@@ -58,7 +62,8 @@ def draw(
 ) -> Tensor:
     """One random draw of every photo, as in training: float32 [N, size, size, 3] in 0..255.
 
-    Without random erasing: it regularises training, but here it would only hide the subject.
+    Random erasing is switched off, because it regularises training but would only hide the subject
+    here.
 
     Args:
         pixels: uint8 [N, S, S, 3], whole photos squeezed to squares.
@@ -78,7 +83,7 @@ def combine(probabilities: Probabilities, how: str, plain_weight: float = 0.0) -
     """Average over views: [V, N, classes] -> [N, classes], rows summing to 1.
 
     Args:
-        probabilities: Of each view, the plain view first.
+        probabilities: Probabilities of each view, the plain view first.
         how: "mean" or "log_mean", as in `serving.imaging.tta.average`.
         plain_weight: Weight of the plain view, in [0, 1]; the others share the rest equally. 0
             weighs all views equally.
