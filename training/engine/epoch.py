@@ -240,7 +240,7 @@ def validate(
     precision: Precision,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[float, float]:
-    """Accuracy and mean loss over the batches of all processes. Sets the classifier to eval mode."""
+    """Accuracy and mean loss over the batches of all processes. Puts the network into eval mode."""
     classifier.eval()
     suffix: nn.Module = classifier.suffix
     # Fusing the BatchNorms of a whole network saves time on a CPU; on a GPU it takes more time.

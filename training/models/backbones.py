@@ -1,8 +1,8 @@
 """Backbones from torchvision: one flat nn.Sequential, divided into ordered layer groups.
 
 A new layer group starts wherever the resolution drops. This gives the usual groups (layer1 to
-layer4 of ResNet, features 2, 4, 7 and 14 of MobileNetV2) without a table. A ViT has one
-resolution; its blocks are divided into four groups.
+layer4 of ResNet, features 2, 4, 7 and 14 of MobileNetV2) without listing layers per architecture.
+A ViT has one resolution, so its blocks are divided into four groups.
 """
 
 from __future__ import annotations
@@ -70,7 +70,11 @@ def build(arch: str, arch_args: Mapping[str, Any], pretrained: str = "none") -> 
 
 
 def build_on_meta(arch: str, arch_args: Mapping[str, Any]) -> Backbone:
-    """As `build`, on the meta device: shapes without values, and therefore fast."""
+    """Build a backbone on the meta device, where tensors have shapes but no values; this is fast.
+
+    Raises:
+        OptionError: Unknown architecture or option.
+    """
     family = family_of(arch)
     with _ShapesOnly():
         network = _network(arch, arch_args, family)
@@ -90,7 +94,7 @@ def check_size(
         option: Name of the option in the error.
 
     Raises:
-        OptionError: It does not; the message names a size that it supports.
+        OptionError: The size is not supported; the message names a size that is.
     """
     family = family_of(arch)
     default_size = family.image_size(arch_args)

@@ -47,7 +47,8 @@ class Classifier(nn.Module):
     ) -> None:
         """Freeze the body but for `unfreeze`; the head always trains.
 
-        Replaces any earlier freezing. Arguments and errors as `freezing.plan_freezing`.
+        Replaces any earlier freezing. Takes the arguments of `freezing.plan_freezing`, and raises
+        what it raises.
         """
         self._set_freezing(
             freezing.plan_freezing(
@@ -60,7 +61,10 @@ class Classifier(nn.Module):
         )
 
     def freezing_for(self, stage: Stage) -> Freezing:
-        """What `stage` trains and freezes. Changes nothing; errors as `freezing.plan_freezing`."""
+        """Which parameters `stage` trains and which modules it freezes.
+
+        The network is not changed. Raises what `freezing.plan_freezing` raises.
+        """
         return freezing.plan_freezing(
             self.body,
             self.groups,
@@ -70,7 +74,7 @@ class Classifier(nn.Module):
         )
 
     def freeze_for(self, stage: Stage) -> None:
-        """Freeze what `stage` freezes."""
+        """Freeze the network as `freezing_for(stage)` plans it, and raise what that raises."""
         self._set_freezing(self.freezing_for(stage))
 
     def _set_freezing(self, decided: Freezing) -> None:
@@ -82,7 +86,7 @@ class Classifier(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Classifier:
-        """As `nn.Module.train`, but `freezing.eval_modules` stay in eval mode."""
+        """Set the mode like `nn.Module.train`; `freezing.eval_modules` stay in eval mode."""
         super().train(mode)
         for name, module in self.body.named_modules():
             if name in self.freezing.eval_modules:
@@ -98,7 +102,7 @@ class Classifier(nn.Module):
         as "layer4" or "14..18".
 
         Args:
-            freezing: From `freezing_for`; the current one if not given.
+            freezing: Result of `freezing_for`; default: the current freezing.
         """
         trains = (freezing or self.freezing).trainable
         children = list(self.body.named_children())
@@ -119,14 +123,14 @@ class Classifier(nn.Module):
     def prefix(self) -> nn.Sequential:
         """The frozen layers, a function without state: images [N, 3, H, W] -> feature map.
 
-        If the whole body is frozen, the pooling is part of it: -> [N, D].
+        If the whole body is frozen, the prefix includes the pooling, and its output is [N, D].
         """
         pool = [self.pool] if self.freezing.prefix == len(self.body) else []
         return nn.Sequential(*self.body[: self.freezing.prefix], *pool)
 
     @property
     def suffix(self) -> nn.Sequential:
-        """The layers after the prefix: output of the prefix -> logits. Modules are shared."""
+        """The layers after the prefix: output of the prefix -> logits. Modules are not copied."""
         pool = [] if self.freezing.prefix == len(self.body) else [self.pool]
         return nn.Sequential(*self.body[self.freezing.prefix :], *pool, self.head)
 
@@ -145,7 +149,10 @@ def create_classifier(
     head: Mapping[str, Any] | HeadConfig | None = None,
     weights: str = "none",
 ) -> Classifier:
-    """Build a classifier. Arguments and errors as in `backbones.build` and `HeadConfig`."""
+    """Build a classifier. For the arguments see `backbones.build` and `HeadConfig`.
+
+    Raises what `backbones.build` and `heads.build_pool` raise.
+    """
     config = head if isinstance(head, HeadConfig) else HeadConfig(**(head or {}))
     pool = heads.build_pool(config, arch, backbones.family_of(arch).pooled)
     backbone = backbones.build(arch, arch_args or {}, weights)

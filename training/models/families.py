@@ -50,7 +50,7 @@ class Family:
         """The image size of the body in pixels; 224 if any size works.
 
         Raises:
-            OptionError: The option that fixes it is not a number of pixels.
+            OptionError: The option that fixes the size is not a number of pixels.
         """
         given = arch_args.get(self.size_option, 224)
         size = given[0] if isinstance(given, list | tuple) and given else given

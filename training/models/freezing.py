@@ -37,21 +37,23 @@ def plan_freezing(
     batchnorm: Literal["fixed", "train"] = "fixed",
     frozen_batchnorm: Literal["eval", "stats", "train"] = "eval",
 ) -> Freezing:
-    """Determine what trainable. Changes nothing.
+    """Determine which parameters train and which modules stay in eval mode.
 
-    A module without unfrozen parameters is frozen, including its children: dropout and stochastic
-    depth are off in it. A module without parameters follows its parent, or, as a child of the body,
-    the child before it, so the trainable part never starts with an in-place activation.
+    The body is not changed. A module is frozen if it has parameters and all of them are frozen; its
+    dropout and stochastic depth are then off. A module without parameters is frozen if its parent
+    is. If it is a child of the body, it is frozen if the child before it is, so that the trainable
+    layers never start with an in-place activation.
 
     Args:
         body: As in `backbones.Backbone`.
         groups: As in `backbones.Backbone`.
         unfreeze: Number of layer groups to train, counted from the end; all if there are fewer. Or
             `fnmatch` patterns for names of parameters, or of modules with everything inside.
-        batchnorm: Unfrozen BatchNorms: with "fixed" the statistics are kept; scale and shift train.
-        frozen_batchnorm: Frozen BatchNorms: "eval" changes nothing; "stats" updates the statistics;
-            "train" also trains scale and shift (Frankle et al., 2021, "Training BatchNorm and Only
-            BatchNorm").
+        batchnorm: Mode of unfrozen BatchNorms, whose scale and shift train: "fixed" keeps the
+            statistics; "train" updates them.
+        frozen_batchnorm: Mode of frozen BatchNorms: "eval" changes nothing; "stats" updates the
+            statistics; "train" also trains scale and shift (Frankle et al., 2021, "Training
+            BatchNorm and Only BatchNorm").
 
     Raises:
         OptionError: A pattern matches no parameter.

@@ -38,8 +38,8 @@ class FusionReport:
     """The result for every BatchNorm of a network.
 
     folded: name of the BatchNorm -> name of the layer that it was folded into.
-    left: name of the BatchNorm -> why it could not be folded. In a bundle each of these is one
-        multiply-add, unless the reason says that it is still a BatchNorm.
+    left: name of the BatchNorm -> why it could not be folded. In a bundle each BatchNorm of `left`
+        is one multiply-add, unless the reason says that it is still a BatchNorm.
     """
 
     folded: dict[str, str]
@@ -84,8 +84,8 @@ def fuse(
     Args:
         model: A network that torch.fx can trace, of any floating dtype. A BatchNorm1d next to a
             Linear is assumed to normalise rows [N, C].
-        dtype: The weights are folded in this dtype and then rounded once to their own. None: in
-            their own dtype, which in float32 gives the same bits as
+        dtype: The weights are folded in this dtype and then rounded once to their own. None folds
+            in their own dtype, which in float32 gives the same bits as
             `torch.fx.experimental.optimization.fuse`.
         into_previous_only: Fold a BatchNorm only into the layer before it; all other BatchNorms
             stay BatchNorms.
@@ -135,7 +135,7 @@ def _fold(
     dtype: torch.dtype | None,
     into_previous_only: bool,
 ) -> str | None:
-    """Fold one BatchNorm into a neighbouring layer; the layer's name, None where it can't be."""
+    """Fold one BatchNorm into a neighbouring layer; returns its name, None if none is suitable."""
     source = node.all_input_nodes[0]
     if uses[node.target] != 1:
         return None
@@ -161,7 +161,7 @@ def _remove_no_ops(traced: fx.GraphModule) -> None:
 
 
 def _statistics(norm: _BatchNorm, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    """Running mean, running variance, weight and bias, each [C]; 1 and 0 without affine."""
+    """Running mean, running variance, weight (default 1) and bias (default 0), each [C]."""
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None
     assert var is not None
@@ -184,7 +184,7 @@ def _single_use_layer(traced: fx.GraphModule, node: fx.Node, uses: Counter[Any])
 
 
 def _fold_into_previous(layer: nn.Module, norm: _BatchNorm, dtype: torch.dtype | None) -> bool:
-    """Scale the output channels of the layer before. False for other kinds of layers."""
+    """Fold a BatchNorm into the outputs of the layer before it; False if its kind forbids that."""
     if not isinstance(layer, Conv | nn.Linear):
         return False
     if isinstance(layer, nn.Linear) and not _normalises_rows(norm, layer.out_features):
@@ -197,7 +197,10 @@ def _fold_into_previous(layer: nn.Module, norm: _BatchNorm, dtype: torch.dtype |
 
 
 def _fold_into_next(layer: nn.Module, norm: _BatchNorm, dtype: torch.dtype | None) -> bool:
-    """Scale the input channels of the layer after. False where its kind or padding forbids it."""
+    """Fold a BatchNorm into the inputs of the layer after it.
+
+    Returns False if the layer's kind or padding forbids it.
+    """
     if isinstance(layer, nn.Linear) and _normalises_rows(norm, layer.in_features):
         groups = 1
     elif isinstance(layer, Conv) and not _pads_with_zeros(layer):
@@ -225,9 +228,10 @@ def _normalises_rows(norm: _BatchNorm, width: int) -> bool:
 
 
 def _pads_with_zeros(layer: Conv) -> bool:
-    """Whether zeros are padded in: before the fold those zeros are not shifted, after it they are.
+    """Whether the layer pads with zeros, which forbids folding a BatchNorm before it into it.
 
-    Padding that repeats pixels ("reflect", "replicate", "circular") does no harm.
+    The BatchNorm does not shift these zeros, but the folded layer would. Padding that repeats
+    pixels ("reflect", "replicate", "circular") does not forbid folding.
     """
     if layer.padding_mode != "zeros" or layer.padding == "valid":
         return False

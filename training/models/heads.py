@@ -15,9 +15,9 @@ from training.config.sections import HeadConfig
 def keep_layout(x: Tensor) -> Tensor:
     """Identity whose gradient is made channels-last if `x` is.
 
-    The gradient of a mean is an expanded tensor, not channels-last: the BatchNorm before the
-    pooling would then compute its gradient in the slow memory format. On the last four blocks of
-    MobileNetV2 this takes a quarter of a training step.
+    The gradient of a mean is an expanded tensor, not channels-last. Without this function the
+    BatchNorm before the pooling would therefore compute its gradient in the slow memory format,
+    which takes a quarter of a training step of the last four blocks of MobileNetV2.
     """
     if x.requires_grad and x.is_contiguous(memory_format=torch.channels_last):
         x.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
@@ -65,8 +65,8 @@ def build_pool(config: HeadConfig, arch: str, pooled: str) -> nn.Module:
     """The pooling between body and head.
 
     Args:
-        config: `kind` selects it.
-        arch: For the error message.
+        config: Its `kind` selects the pooling.
+        arch: Name of the architecture, for the error message.
         pooled: How the body pools by itself; "" if it does not.
 
     Raises:

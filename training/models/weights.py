@@ -27,7 +27,7 @@ def read_state_dict(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
         size: Image size; selects among several imagenet weights.
 
     Raises:
-        DataError: It can't be downloaded or read, or is not a state dict.
+        DataError: The weights can't be downloaded or read, or are not a state dict.
     """
     if weights == "imagenet":
         every = torchvision.models.get_model_weights(arch)
@@ -94,13 +94,13 @@ def load_into_body(
     Ignores the weights of classifiers, main and auxiliary.
 
     Raises:
-        DataError: It belongs to another architecture.
+        DataError: The state dict belongs to another architecture.
     """
     state = rename_keys(state, family)
     # Body and network share tensors: the identity of a tensor maps its name in one to the other.
     names = {id(tensor): name for name, tensor in network.state_dict(keep_vars=True).items()}
     own = {names[id(v)]: (k, v) for k, v in body.state_dict(keep_vars=True).items()}
-    # Old files have no num_batches_tracked; it is unused with a fixed momentum.
+    # Old files have no num_batches_tracked, which is unused if the momentum is fixed.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     wrong = [k for k, (_, v) in own.items() if k in state and v.shape != state[k].shape]
     # A deeper network of the same family has all keys of a shallower one, and further ones.

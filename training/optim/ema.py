@@ -12,12 +12,13 @@ UPDATES = "updates"
 
 
 class Ema:
-    """The exponential mean of a module's weights and BatchNorm statistics over its steps.
+    """Moving average of a module's weights and BatchNorm statistics over the optimizer steps.
 
     Polyak & Juditsky, 1992, "Acceleration of Stochastic Approximation by Averaging"; Tarvainen &
     Valpola, 2017, "Mean teachers are better role models". The decay is at most
-    (1 + updates) / (10 + updates), so that the initial weights lose their influence soon. Tensors
-    that do not change, such as frozen weights, stay bit-equal; integer tensors are not averaged.
+    (1 + updates) / (10 + updates), so that the initial weights lose their influence within the
+    first updates. Tensors that do not change, such as frozen weights, stay bit-equal. Integer
+    tensors are not averaged.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -37,12 +38,12 @@ class Ema:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         averages, weights = list(self.averages.values()), list(self._weights.values())
-        # One call: a call for each of some hundred tensors takes longer than the arithmetic.
+        # A single call, because one for each of some hundred tensors takes longer than arithmetic.
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The module has the averages inside the context, and its own weights again after it."""
+        """A context in which the module has the averages; afterwards it has its own weights."""
         own = {name: value.clone() for name, value in self._weights.items()}
         try:
             self._put(self.averages)
@@ -51,7 +52,7 @@ class Ema:
             self._put(own)
 
     def equal_weights(self, names: Iterable[str]) -> bool:
-        """Whether the named weights equal their averages: `swapped` does not change them."""
+        """Whether the named weights equal their averages, so that `swapped` doesn't change them."""
         weights = self._weights
         return all(torch.equal(self.averages[n], weights[n]) for n in names if n in weights)
 

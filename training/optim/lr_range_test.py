@@ -29,9 +29,9 @@ class Curve:
         valley: Two thirds along the descent to the minimum, on the log scale of the rates, as
             fast.ai's suggestion of that name; at most `tenth_of_minimum`.
         steepest: Rate at which the loss falls fastest.
-        minimum: Too large to train with. Upwards, the rate of the lowest loss, where training is
-            about to diverge. Downwards, the largest rate at which the loss started to fall: the
-            loss is lowest at the end of such a test whatever the rates.
+        minimum: Too large to train with. In an upward test, the rate of the lowest loss, where
+            training is about to diverge. In a downward test, the largest rate at which the loss
+            started to fall, because there the loss is always lowest at the end.
         direction: Order in which the rates were tested.
     """
 
@@ -74,9 +74,9 @@ def range_test(
 ) -> Curve:
     """Increase the learning rate exponentially, one step per batch, until the loss diverges.
 
-    Downwards the rate decreases from `high` to `low`. If the loss is then not finite, or above four
-    times the loss of the initial weights, the initial weights are restored and the curve restarts
-    at the next lower rate: a diverged model says nothing about lower rates.
+    In a downward test the rate decreases from `high` to `low`. If the loss is then not finite, or
+    above four times the loss of the initial weights, the initial weights are restored and the curve
+    restarts at the rate of this step, because a diverged model's losses say nothing about it.
 
     Weights, buffers, modes, optimiser state and random state are restored bit for bit at the end,
     also after an error.
@@ -84,17 +84,17 @@ def range_test(
     Args:
         model: Maps a batch's inputs to logits [N, classes].
         optimizer: Its groups have a `base_lr`. The group with the largest one gets the tested rate,
-            the others in proportion.
+            the others a rate in proportion to their `base_lr`.
         batches: (inputs, labels); at most `steps` are used.
         loss_of: (logits, labels) -> scalar.
         low, high: Smallest and largest tested rate.
         steps: Number of rates from `low` to `high`.
         direction: "up" or "down".
-        beta: Smoothing of the loss: exponential mean with bias correction.
-        autocast: Entered for every forward pass separately: autocast caches cast weights, which
-            must not outlive a step.
-        train: Puts the model into training mode; `model.train` if not given.
-        take_step: Updates the weights; with `optimizer_step` clipping and decay are as in training.
+        beta: Decay of the exponential mean (with bias correction) that smooths the loss.
+        autocast: Entered for every forward pass separately, because autocast caches cast weights,
+            which must not outlive a step.
+        train: Puts the model into training mode; default: `model.train`.
+        take_step: Updates the weights; `optimizer_step` clips and decays as in training.
         on_step: Called after every step, for a progress bar.
 
     Raises:
@@ -110,7 +110,7 @@ def range_test(
     def restore() -> None:
         optimizer.zero_grad(set_to_none=True)
         model.load_state_dict(weights)
-        # A copy: the optimiser updates the tensors that it loads in place.
+        # A copy, because the optimiser updates the tensors that it loads in place.
         optimizer.load_state_dict(copy.deepcopy(optimizer_state))
 
     def forward(inputs: Tensor, labels: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def suggest(rates: list[float], losses: list[float], direction: Direction = "up"
     if lowest == 0:
         raise ValueError(f"the loss never falls from {rates[0]:.2g} to {rates[-1]:.2g}")
     start = int(np.argmax(losses[: lowest + 1]))  # the descent starts at the highest loss
-    if direction == "down":  # the descent ends at 95 % of its height: a long flat tail follows
+    if direction == "down":  # the descent ends at 95 % of its height, before a flat tail
         left = losses[lowest] + 0.05 * (losses[start] - losses[lowest])
         lowest = next(i for i in range(start, lowest + 1) if losses[i] <= left)
     minimum = rates[lowest if direction == "up" else start]

@@ -29,13 +29,13 @@ def build_optimizer(
     becomes two parameter groups, the second with norms and biases, unless one would be empty.
 
     Args:
-        classifier: Frozen for the stage.
-        config: Kind, momentum, weight decay.
-        stage: Its name, `lr_divide` and `groups`.
-        lr: As `group_rates`; the stage's own, or the rate that lr_find picked.
+        classifier: The network, frozen for the stage.
+        config: Kind, momentum and weight decay are used.
+        stage: Its name, `lr_divide` and `groups` are used.
+        lr: Learning rates as in `group_rates`: the stage's own, or the rate that lr_find picked.
 
     Raises:
-        OptionError: As `check_rates` and `layer_groups`.
+        OptionError: Raised by `check_rates` and `layer_groups`.
     """
     layers = layer_groups(classifier.trainable_groups(), stage)
     check_rates(layers, stage, lr)
@@ -87,7 +87,7 @@ def check_rates(layers: Sequence[LayerGroup], stage: Stage, lr: Rates) -> None:
     """Check that a list of rates has one for each layer group.
 
     Raises:
-        OptionError: It has more or fewer; names the groups.
+        OptionError: The list has more or fewer rates; the message names the groups.
     """
     if isinstance(lr, tuple) and len(lr) != len(layers):
         raise OptionError(
@@ -98,7 +98,7 @@ def check_rates(layers: Sequence[LayerGroup], stage: Stage, lr: Rates) -> None:
 
 
 def layer_groups(layers: list[LayerGroup], stage: Stage) -> list[LayerGroup]:
-    """`Classifier.trainable_groups`, deepest first, merged into `stage.groups` groups.
+    """Merge `layers`, the result of `Classifier.trainable_groups`, into `stage.groups` groups.
 
     The body's groups are split into `groups - 1` runs of neighbours, as even as possible, longer
     runs first; the head is a group of its own. With `groups = 1` all parameters form one group.
@@ -175,7 +175,7 @@ def optimizer_step(optimizer: optim.Optimizer, config: OptimizerConfig) -> None:
         nn.utils.clip_grad_norm_(parameters, config.clip_norm)
     for group in optimizer.param_groups:
         parameters = _with_gradient(group)
-        # One call for all: on a GPU a call takes longer than its arithmetic.
+        # A single call for all parameters, because on a GPU a call takes longer than arithmetic.
         if group["decoupled_decay"] and parameters:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["decoupled_decay"])
     optimizer.step()

@@ -1,7 +1,7 @@
 """Learning-rate schedules as pure functions of the position in a stage.
 
 Positions are counted in epochs, as floats, so that a schedule does not depend on the batch size.
-Each returns the factor in [0, 1] that multiplies every group's learning rate.
+Each schedule returns the factor in [0, 1] that multiplies every group's learning rate.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def schedule_at(
         position: Epochs since the start of the stage; limited to [0, `stage.epochs`].
         steps: Steps per epoch.
         losses: Validation losses of the stage's finished epochs, for `plateau`.
-        momentum: The optimiser's; one_cycle lowers it to `stage.momentum_low`.
+        momentum: The optimiser's momentum; one_cycle lowers it to `stage.momentum_low`.
 
     Raises:
         OptionError: `stage.scale` has no finite value at this position, such as log(x) at 0.
@@ -161,7 +161,7 @@ def cyclical(
 
     Args:
         position: In epochs, like the cycle lengths.
-        cycles, cycle_len, cycle_mult: As `cycle_lengths`.
+        cycles, cycle_len, cycle_mult: As in `cycle_lengths`.
         scale: Function of `step_number` if that is given, else of the cycle's number, from 1.
         step_number: Steps since the start of the stage, from 0.
     """
