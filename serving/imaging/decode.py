@@ -1,6 +1,6 @@
 """Decode encoded images to upright RGB pixels. Training, export, scoring and serving all use it.
 
-Every conversion beyond plain decoding is named in `Decoded.applied`, which becomes part of the
+Every conversion beyond plain decoding is named in `Decoded.applied`, which is reported in the JSON
 answer.
 """
 
@@ -29,12 +29,12 @@ FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 SUFFIXES: Final = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 )
-"""File extensions by which folders are searched. Decoding itself ignores file names."""
+"""File extensions that folders are searched for. Decoding itself ignores file names."""
 
 MAX_PIXELS: Final = 100_000_000
 MAX_BYTES: Final = 20_000_000
 
-# A truncated file must be an error, whatever another library in the process has set.
+# A truncated file must be an error, even if another library in the process has allowed it.
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 # Pillow warns about unusual metadata, which is irrelevant here. The filter is global because
@@ -95,9 +95,9 @@ def decode(
     Raises:
         EmptyBody: `data` is empty.
         NotAnImage: `data` is of no known image format.
-        UnsupportedFormat: A format outside `FORMATS`.
-        TooLarge: More than `max_pixels` pixels, or too much memory is needed.
-        BrokenImage: Truncated or corrupt data.
+        UnsupportedFormat: The format is not one of `FORMATS`.
+        TooLarge: The image has more than `max_pixels` pixels, or needs too much memory.
+        BrokenImage: The data is truncated or corrupt.
     """
     if not data:
         raise EmptyBody("it is empty: 0 bytes, where an image should be")
@@ -110,9 +110,9 @@ def decode(
     try:
         if getattr(image, "is_animated", False):
             applied.append("first-frame")
-        # Pillow turns a TIFF upright while it loads it, so its orientation is read before. The
-        # orientation of other formats is read after: for a PNG, reading it may load the pixels, and
-        # `_read_orientation` hides errors.
+        # Pillow turns a TIFF upright while it loads it, so its orientation is read before loading.
+        # The orientation of other formats is read after loading, because reading it may load the
+        # pixels of a PNG, and `_read_orientation` would hide the errors.
         turned_by_pillow = _read_orientation(image) if image.format == "TIFF" else 1
         frame = _load(image)
         orientation = _read_orientation(image)
@@ -141,7 +141,7 @@ def read(
     """Decode the file at `path`. Messages don't name the path.
 
     Raises:
-        ImageError: As `decode`; `BrokenImage` also if the file can't be read.
+        ImageError: What `decode` raises; `BrokenImage` also if the file can't be read.
     """
     try:
         data = read_bytes(path)
@@ -151,7 +151,7 @@ def read(
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a regular file; not of a pipe or device, which might never end.
+    """Read a regular file; a pipe or device is refused, because its data might never end.
 
     Raises:
         OSError: The file can't be read or is not a regular file.
@@ -196,8 +196,8 @@ def _load(image: Image.Image) -> tuple[int, int, int, int] | None:
     """Load the pixels, and scale the transparent colour of a PNG to 8 bits.
 
     Returns:
-        The box of a GIF's first frame if it does not fill the image: the rest is transparent, but
-        Pillow fills it with the first colour. None otherwise.
+        The box of a GIF's first frame if the frame does not fill the image; else None. The rest of
+        such an image is transparent, but Pillow fills it with the first colour.
     """
     tile = next(iter(getattr(image, "tile", ())), None)
     if image.mode == "P" and image.palette is None:
@@ -234,7 +234,7 @@ def _to_rgb(
         image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA") if image.mode != "RGBA" else image
         alpha = image.getchannel("A")
-        if profile:  # it applies to the image's colours, not to the background
+        if profile:  # the profile applies to the image, not to the background
             image = image.getchannel("R") if grey else image.convert("RGB")
     elif image.mode == "P" and profile:
         image = image.convert("RGB")
@@ -243,7 +243,7 @@ def _to_rgb(
         if converted is not None:
             applied.append("icc-to-srgb")
             image = converted
-    if image.mode not in ("RGB", "RGBA", "L", "1", "P"):  # those convert without loss
+    if image.mode not in ("RGB", "RGBA", "L", "1", "P"):  # these convert without loss
         applied.append(f"{image.mode.lower()}-to-rgb")
     if alpha is None:
         return image.convert("RGB")
@@ -261,7 +261,8 @@ def _scale_deep(image: Image.Image) -> Image.Image:
         if not np.isfinite(ends).all():
             raise ValueError("samples are not finite")
         low, high = min(0.0, ends.min()), ends.max()
-        # The smallest usual range that fits: scaling by the maximum would brighten dark photos.
+        # The smallest usual range that fits, because scaling by the maximum would brighten dark
+        # photos.
         high = next((top for top in (1.0, 255.0, 65535.0) if high <= top), high)
     if tags.get(_PHOTOMETRIC) == 0:  # WhiteIsZero, which Pillow applies only up to 8 bits
         low, high = high, low
@@ -275,7 +276,7 @@ def _scale_deep(image: Image.Image) -> Image.Image:
 
 
 def _by_strips(image: Image.Image, change: Callable[[Samples], Samples]) -> npt.NDArray[np.uint8]:
-    """`change` applied to the samples [H, W], which must give 0 to 255."""
+    """Apply `change` to the samples [H, W], strip by strip; it must return values of 0 to 255."""
     changed = np.empty((image.height, image.width), np.uint8)
     for rows, strip in _strips(image):
         changed[rows] = change(strip)
@@ -283,11 +284,11 @@ def _by_strips(image: Image.Image, change: Callable[[Samples], Samples]) -> npt.
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[slice, Samples]]:
-    """The samples in float64, some rows at a time: the whole image would take 8 bytes per pixel."""
+    """Yield the samples in float64, some rows at a time, because float64 takes 8 bytes a pixel."""
     step = max(1, _STRIP // image.width)
     for top in range(0, image.height, step):
         rows = slice(top, min(top + step, image.height))
-        with np.errstate(invalid="ignore"):  # of a signalling NaN; `_scale_deep` rejects NaN
+        with np.errstate(invalid="ignore"):  # a signalling NaN; `_scale_deep` rejects NaN
             strip = np.array(image.crop((0, rows.start, image.width, rows.stop)), np.float64)
         yield rows, strip
 

@@ -1,6 +1,7 @@
 """Recognise image formats by their first bytes, for the error message when no decoder accepts them.
 
-Only regular expressions over the first 4 KB: a format that is not served is never parsed.
+Only the first 4 KB are searched, with regular expressions. A format that is not served is never
+parsed.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-# BMP is not among them: its signature is two letters, with which a text may begin.
+# BMP is left out, because its signature is two letters, with which a text may begin.
 _SERVED: Final = {
     "JPEG": re.compile(rb"\xff\xd8\xff"),
     "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -43,12 +44,12 @@ _UNSUPPORTED: Final = {
 
 
 def served(data: bytes) -> str | None:
-    """The served format that `data` begins like, or None."""
+    """The served format whose signature `data` begins with, or None."""
     return _first(_SERVED, data)
 
 
 def unsupported(data: bytes) -> str | None:
-    """The format that `data` begins like and that is not served, or None."""
+    """The format, one that is not served, whose signature `data` begins with, or None."""
     return _first(_UNSUPPORTED, data)
 
 

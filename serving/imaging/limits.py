@@ -1,8 +1,9 @@
 """Decompression bombs: reject files whose structure would cost hours or gigabytes to decode.
 
 `serving.imaging.decode.decode` checks width times height after Pillow has opened a file. The limits
-here concern what Pillow and its libraries do while they open a file, or whatever the number of
-pixels. Each is far above what image encoders write.
+here cover what that check can't: work and memory that Pillow spends while it opens a file, and
+costs that don't depend on the number of pixels. Each limit is far above the values in files that
+image encoders write.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from serving.errors import BrokenImage, TooLarge
 # images: some programs store whole projects there.
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 
-# Pillow raises DecompressionBombError at opening above twice this number; for some formats it
-# allocates memory there. The setting is global, so `check_limits` only raises it.
+# Pillow raises DecompressionBombError when it opens an image of more than twice this number of
+# pixels; for some formats it allocates memory at that point. The setting is global, so
+# `check_limits` only increases it.
 Image.MAX_IMAGE_PIXELS = 50_000_000
 
 SEGMENTS: Final = 1_000
 """Most segments before the pixels of a JPEG. Pillow keeps all, and joins EXIF in quadratic time."""
 
 SCANS: Final = 100
-"""Most scans of a JPEG. Each scan visits all pixels and needs only 30 bytes; encoders write ten."""
+"""Most scans of a JPEG. A scan of 30 bytes may cover all pixels; encoders write about ten scans."""
 
 CHUNKS: Final = 65_536
 """Most chunks of a PNG. Pillow needs some microseconds and a hundred bytes for each."""
@@ -48,8 +50,9 @@ def check_limits(data: bytes, max_pixels: int) -> None:
         max_pixels: Largest accepted width times height.
 
     Raises:
-        TooLarge: More pixels than allowed, in a tile or in run-length encoding.
-        BrokenImage: More parts than any encoder writes.
+        TooLarge: A tile or a run-length encoded image has more pixels than allowed.
+        BrokenImage: The file has more segments, scans, chunks, strips or tiles than any encoder
+            writes.
     """
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, -(-max_pixels // 2))
     if data.startswith(b"\xff\xd8\xff"):
@@ -94,7 +97,7 @@ _PROGRESSIVE: Final = (0xC2, 0xC6, 0xCA, 0xCE)
 
 
 def _markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """The markers of a JPEG up to the end of the image, and the offset of each one's length.
+    """The markers of a JPEG up to the end of the image, each with the offset of its length field.
 
     An end marker before the first scan is skipped, as Pillow does.
     """
@@ -119,12 +122,12 @@ def _png(data: bytes) -> None:
 
 def _tiff(data: bytes, max_pixels: int) -> None:
     width = height = 0
-    # Pillow reads a BigTIFF of the other byte order as a 32-bit one, libtiff does not: check both.
+    # Pillow reads a BigTIFF of the other byte order as 32-bit, but libtiff doesn't, so check both.
     variants = {data[2:3] == b"+", b"+" in data[2:4]}
     for tag, count, value in (entry for big in variants for entry in _entries(data, big)):
         if tag in (273, 324):
             _check_count("strips or tiles", STRIPS, count)
-        # If a tag is repeated, Pillow takes its last entry and libtiff its first: take the largest.
+        # If a tag is repeated, Pillow takes its last entry and libtiff its first: use the largest.
         width = max(width, value * (tag == 322))
         height = max(height, value * (tag == 323))
     if width * height > max_pixels:

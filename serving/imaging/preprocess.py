@@ -1,4 +1,4 @@
-"""Preprocessing: crop an upright image and resize it to the square of uint8 pixels of the graph."""
+"""Preprocessing: crop an upright image and resize it to the graph's input, a square uint8 array."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Preprocess:
         crop: Side of the centre square divided by the short side of the image, in (0, 1].
         interpolation: bilinear, bicubic or lanczos; always antialiased.
         mean: Per RGB channel, in units of pixel / 255; applied inside the graph.
-        std: As `mean`.
+        std: Per RGB channel, in the same units; applied inside the graph.
         background: RGB put under transparent images.
     """
 
@@ -51,7 +51,7 @@ class Preprocess:
         """Check every field.
 
         Raises:
-            OptionError: A value is out of range; names the field and the value.
+            OptionError: A value is out of range; the message names the field and the value.
         """
         if not (isinstance(self.size, int) and 8 <= self.size <= 4096):
             raise OptionError(f"preprocess.size = {self.size!r}: use 8 to 4096 pixels")
@@ -72,7 +72,7 @@ class Preprocess:
             raise OptionError(f"preprocess.background = {self.background!r}: use 0 to 255")
 
     def centre(self, image: Image.Image) -> Box:
-        """The box (left, top, right, bottom) of the plain view, in pixels of the image."""
+        """The box (left, top, right, bottom) of the centre crop, in pixels of the image."""
         side = min(image.size) * self.crop
         left, top = (image.width - side) / 2, (image.height - side) / 2
         return (left, top, left + side, top + side)
@@ -83,7 +83,7 @@ class Preprocess:
         return np.asarray(square)
 
     def __call__(self, image: Image.Image) -> Pixels:
-        """The plain view of an RGB image: uint8 [size, size, 3]."""
+        """The centre crop of an RGB image: uint8 [size, size, 3]."""
         return self.cut(image, self.centre(image))
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Preprocess:
         """The inverse of `to_dict`.
 
         Raises:
-            OptionError: An unknown field or a bad value.
+            OptionError: A field is unknown, or a value is out of range.
         """
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:

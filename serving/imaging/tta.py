@@ -1,7 +1,8 @@
-"""Test-time augmentation: render fixed views of an image, average their probabilities.
+"""Test-time augmentation (TTA): render fixed views of an image, average their probabilities.
 
-View 0 is always the plain view. `tta=N` takes the first N views of a bundle, so their order is part
-of the bundle. Nothing is random.
+A view is one crop of the image, possibly mirrored. View 0 is always the plain view, the centre
+crop. `tta=N` takes the first N views of a bundle, so their order is part of the bundle. Nothing is
+random.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ AVERAGES: Final = ("mean", "log_mean")
 
 
 def count_views(tta: int, views: Sequence[View]) -> int:
-    """The number of views for a value of `tta`: 0 and 1 mean the plain one.
+    """The number of views for a value of `tta`, where 0 and 1 both mean the plain view only.
 
     Raises:
         OptionError: `tta` is negative or larger than the number of views.

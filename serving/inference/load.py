@@ -1,4 +1,8 @@
-"""Open a bundle for inference: choose precision and runtime, and check the golden images."""
+"""Open a bundle for inference: choose precision and runtime, and check the golden images.
+
+Golden images are photos in the bundle whose expected probabilities are in its manifest. Opening a
+bundle predicts them and compares the results with the expected ones.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from serving.inference.runtime import OnnxRuntime, PaddedBatchRuntime, Runtime
 from serving.utils.cpu import cores
 
 MAX_TOLERANCE: Final = 0.05
-"""Largest tolerance of a golden probability that a manifest may state; more would check nothing."""
+"""Largest tolerance that a manifest may state; with a larger one the check would be meaningless."""
 
 
 def open_predictor(
@@ -35,17 +39,17 @@ def open_predictor(
 
     Args:
         folder: The bundle.
-        device: As for `OnnxRuntime`.
-        precision: fp32, int8 or fp16; auto takes int8 on a CPU and fp16 on a GPU if the bundle has
-            them, else fp32.
+        device: cpu, cuda, tensorrt or auto, as for `OnnxRuntime`.
+        precision: fp32, int8, fp16 or auto, which takes int8 on a CPU and fp16 on a GPU if the
+            bundle has them, else fp32.
         threads: CPU threads of one run; None takes the bundle's tuning.
         low_latency_threads: CPU threads of a run while no other request is in progress. Ignored if
             the bundle's tuning measured no gain from several threads.
-        kind: The runtime: onnx; or torchscript, which has fp32 only and needs torch.
+        kind: The runtime, onnx or torchscript. TorchScript has fp32 only and needs torch.
 
     Raises:
         BundleError: A file is missing or changed, or the golden images give other probabilities
-            than the manifest states.
+            than those in the manifest.
         OptionError: The device is not available, or the bundle lacks the precision.
     """
     bundle = storage.read(folder)
@@ -55,10 +59,11 @@ def open_predictor(
 
 
 def verify(folder: Path, device: str = "cpu") -> list[str]:
-    """Check every file and, at each precision, the golden images; one line of text for each.
+    """Check all files, and the golden images at each precision. Returns the lines of a report.
 
     Raises:
-        BundleError: A file was changed, or a probability is outside its tolerance here.
+        BundleError: A file was changed, or a probability differs by more than its tolerance on this
+            machine.
         OptionError: The device is not available.
     """
     bundle = storage.read(folder)
@@ -80,10 +85,10 @@ def verify(folder: Path, device: str = "cpu") -> list[str]:
 
 
 def choose(bundle: Bundle, precision: str, provider: str) -> str:
-    """The precision that `open_predictor` takes with a provider.
+    """The precision that `open_predictor` chooses for a provider.
 
     Raises:
-        OptionError: The bundle lacks it.
+        OptionError: The bundle lacks the requested precision.
     """
     available = bundle.manifest.precisions
     if precision not in ("auto", *available):
@@ -99,8 +104,8 @@ def check_golden(predictor: Predictor, bundle: Bundle) -> float:
         The largest difference of a probability.
 
     Raises:
-        BundleError: There are none, the runtime fails on one, a difference is above the stated
-            tolerance, or that tolerance is above `MAX_TOLERANCE`.
+        BundleError: The bundle has no golden images, the runtime fails on one, a difference is
+            above the stated tolerance, or that tolerance is above `MAX_TOLERANCE`.
     """
     manifest, precision = bundle.manifest, predictor.precision
     if not manifest.golden:
@@ -126,7 +131,7 @@ def check_golden(predictor: Predictor, bundle: Bundle) -> float:
 def _check_image(
     predictor: Predictor, bundle: Bundle, name: str, expected: Probabilities, tolerance: float
 ) -> float:
-    """The largest difference of one golden image, by all runtimes of the predictor."""
+    """The largest difference of a probability of one image, over the predictor's runtimes."""
     classes = len(bundle.manifest.labels)
     if expected.shape != (classes,):
         raise BundleError(
@@ -163,14 +168,14 @@ def _open(
     low_latency_threads: int = 1,
     kind: str = "onnx",
 ) -> Predictor:
-    """`open_predictor` without the check."""
+    """`open_predictor` without the check of the golden images."""
     chosen = choose(bundle, precision, runtime.expected(device))
     if kind == "torchscript":
         return _predictor(bundle, _torchscript(bundle, device, precision, threads or 1), "fp32")
     engine = _onnx(bundle, chosen, device, threads)
     available = bundle.manifest.precisions
     if precision == "auto" and chosen != _fastest(available, engine.provider):
-        # Auto expected a GPU that did not load and fell back to the CPU; choose for the CPU.
+        # `auto` expected a GPU, but its provider did not load, so choose for the CPU.
         chosen = _fastest(available, engine.provider)
         engine = _onnx(bundle, chosen, "cpu", threads)
     low_latency = None
@@ -186,14 +191,14 @@ def _open(
 def _predictor(
     bundle: Bundle, engine: Runtime, precision: str, low_latency_runtime: Runtime | None = None
 ) -> Predictor:
-    """A predictor that runs batches of warmed-up sizes only on a GPU."""
+    """A predictor; on a GPU its batches are padded to a few sizes (`PaddedBatchRuntime`)."""
     if not runtime.on_cpu(engine.provider):
         engine = PaddedBatchRuntime(engine, bundle.manifest.preprocess.size)
     return Predictor(bundle.manifest, engine, precision, low_latency_runtime)
 
 
 def _torchscript(bundle: Bundle, device: str, precision: str, threads: int) -> Runtime:
-    # It imports torch, which is not installed with the service.
+    # Imported only when used, because it needs torch, which is not installed with the service.
     from serving.inference.torchscript import TorchScriptRuntime
 
     if precision not in ("auto", "fp32"):
@@ -214,6 +219,9 @@ def _onnx(bundle: Bundle, precision: str, device: str, threads: int | None) -> O
 
 
 def _fastest(available: Container[str], provider: str) -> str:
-    """int8 is faster on CPUs, fp16 on GPUs; the export keeps them only if accuracy allows."""
+    """The fastest available precision: int8 on CPUs and fp16 on GPUs if available, else fp32.
+
+    An export includes int8 and fp16 only if their accuracy is acceptable.
+    """
     faster = "int8" if runtime.on_cpu(provider) else "fp16"
     return faster if faster in available else "fp32"

@@ -3,7 +3,8 @@
     bytes --prepare--> Prepared --predict--> Prediction --answer--> JSON
            decode, views        graph, average           labels
 
-`prepare` raises the errors of a single image; `predict` runs a batch of valid ones.
+A view is one crop of an image, possibly mirrored. `prepare` raises the errors of a single image;
+`predict` runs a batch of prepared images.
 """
 
 from __future__ import annotations
@@ -68,14 +69,14 @@ class Predictor:
         precision: str = "fp32",
         low_latency_runtime: runtime.Runtime | None = None,
     ) -> None:
-        """Join a manifest and its runtime; `open_predictor` also checks them.
+        """Store the manifest and the runtimes; `open_predictor` also checks them.
 
         Args:
-            manifest: Of the bundle.
+            manifest: The bundle's manifest.
             engine: Runs the graph.
-            precision: Of the graph; answers report it.
-            low_latency_runtime: Runs the graph on more threads, for an image that has the cores to
-                itself; None uses `engine` for all.
+            precision: Precision of the graph, which answers report.
+            low_latency_runtime: Runs the graph on more threads, for an image while no other image
+                is in progress; None: `engine` runs all images.
         """
         self.manifest = manifest
         self.runtime = engine
@@ -111,7 +112,7 @@ class Predictor:
 
         Raises:
             OptionError: `tta` is out of range.
-            ImageError: As `decode`.
+            ImageError: What `decode` raises.
         """
         preprocess, views = self.manifest.preprocess, self.manifest.views
         views = views[: count_views(tta, views)]
@@ -125,7 +126,8 @@ class Predictor:
 
         Args:
             prepared: Images from `prepare`.
-            low_latency: Use `low_latency_runtime`, if there is one: no other work needs the cores.
+            low_latency: Use `low_latency_runtime` if there is one. For calls while no other work
+                needs the cores.
 
         Raises:
             WorkError: The runtime failed or gave logits that are not finite.
@@ -160,7 +162,7 @@ class Predictor:
         """The JSON of `POST /predict`.
 
         Args:
-            prediction: Of one image.
+            prediction: The prediction of one image.
             top_k: Number of classes; None means five, or all if there are fewer.
 
         Raises:

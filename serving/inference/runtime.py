@@ -1,4 +1,4 @@
-"""Runtimes: run a graph on uint8 pixels, by ONNX Runtime on CPU, CUDA or TensorRT.
+"""Runtimes: run a graph on uint8 pixels, with ONNX Runtime on CPU, CUDA or TensorRT.
 
 All graphs have the same inputs and outputs (see `Runtime.run`), so that callers don't depend on the
 device. `PaddedBatchRuntime` limits batches to a few sizes, for GPUs.
@@ -41,7 +41,7 @@ class Runtime(Protocol):
     """Runs a graph; `run` is thread-safe."""
 
     provider: str
-    """The backend in use: an ONNX Runtime execution provider, or such as "torchscript-cpu"."""
+    """Execution provider of ONNX Runtime, or "torchscript-cpu" or "torchscript-cuda"."""
 
     def run(self, pixels: Pixels) -> tuple[Floats, Floats]:
         """Run the graph on a batch.
@@ -53,7 +53,7 @@ class Runtime(Protocol):
             logits float32 [N, classes], features float32 [N, width].
 
         Raises:
-            WorkError: The backend failed: out of memory, a lost device.
+            WorkError: The backend failed, for example because memory ran out or a device was lost.
         """
         ...
 
@@ -71,8 +71,10 @@ class OnnxRuntime:
 
         Args:
             graph: An ONNX file with the inputs and outputs of `run`.
-            data: Its bytes, if they are already in memory; the path is then used in messages only.
-            device: cpu, cuda, tensorrt; auto takes CUDA if it works, else the CPU, and logs it.
+            data: The bytes of the file, if they are in memory already. The path is then used in
+                messages only.
+            device: cpu, cuda, tensorrt or auto, which takes CUDA if it works; otherwise it takes
+                the CPU and logs the reason.
             threads: CPU threads of one `run`.
 
         Raises:
@@ -95,7 +97,7 @@ class OnnxRuntime:
 
 
 class PaddedBatchRuntime:
-    """Runs another runtime at a few batch sizes only, for devices that prepare for every new shape.
+    """Runs another runtime at a few batch sizes only, because a GPU prepares for every new shape.
 
     For a new input shape CUDA searches its fastest convolution and TensorRT builds an engine, which
     takes seconds. So each size is run once at the start, and batches are padded to the next size.
@@ -106,11 +108,12 @@ class PaddedBatchRuntime:
 
         Args:
             inner: Runs the graph.
-            size: Side of its square input, in pixels.
+            size: Side of the graph's square input, in pixels.
             sizes: Batch sizes, ascending; a larger batch is padded to a multiple of the last.
 
         Raises:
-            WorkError: The runtime failed, such as for lack of memory for the largest batch.
+            WorkError: The runtime failed, for example because the largest batch needs too much
+                memory.
         """
         self._inner, self._sizes = inner, tuple(sizes)
         self.provider = inner.provider
@@ -135,16 +138,16 @@ def on_cpu(provider: str) -> bool:
 
 
 def expected(device: str) -> str:
-    """The provider that `OnnxRuntime` will most likely have; loads nothing."""
+    """The provider that an `OnnxRuntime` on `device` most likely gets; loads no graph."""
     if device == "auto":
         device = "cpu" if _why_not("cuda") else "cuda"
     return PROVIDERS.get(device, device)
 
 
 def require(device: str) -> None:
-    """Check, without loading anything, whether a GPU device can be available.
+    """Check whether a GPU device can be available, without loading a graph.
 
-    A device that passes may still fail to load a graph.
+    Loading a graph on a device that passes may still fail.
 
     Raises:
         OptionError: `device` is cuda or tensorrt and not available.

@@ -1,13 +1,13 @@
 """Request scheduling: a bounded queue, then one thread per image, or dynamic batching.
 
-`PerImageEngine`: each of several threads decodes and predicts one image at a time. Best if a batch
-    costs as much per image as a single image does, as on most CPUs.
-`DynamicBatcher`: some threads decode; others run the graph on all images that are ready, up to the
-    largest batch, as soon as they are free. A single image never waits for others; batches form
-    while the device is busy.
+`PerImageEngine`: each of several threads decodes and predicts one image at a time. Best where
+    batching doesn't reduce the time per image, as on most CPUs.
+`DynamicBatcher`: some threads decode, others run the graph. A thread that becomes free runs the
+    graph on all decoded images, up to the largest batch. A single image never waits for others,
+    because batches form only while the device is busy.
 
 Both reject an image at once if the queue is full, skip images whose request was cancelled, and
-report an error only to the image that caused it.
+report an error only to the request of the image that caused it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Observe = Callable[[str, float], None]
 every run of the graph; ("waiting", count) of the images in the queue and in progress."""
 
 EXTRA_THREADS: Final = 1
-"""Threads of `PerImageEngine` beyond one per core: a thread that waits for the GIL or for its next
-image leaves a core idle. On 2 cores a third thread gains about 5 %, a fourth nothing more."""
+"""Threads of `PerImageEngine` beyond one per core, because a thread that waits for the GIL or for
+its next image leaves a core idle. On 2 cores a third thread gains about 5 %, a fourth nothing."""
 
 
 class Engine(Protocol):
@@ -43,12 +43,12 @@ class Engine(Protocol):
 
         Raises:
             Overloaded: The queue is full.
-            FledgeError: As `Predictor.prepare` and `Predictor.predict`.
+            FledgeError: What `Predictor.prepare` and `Predictor.predict` raise.
         """
         ...
 
     def close(self) -> None:
-        """Stop the threads; call it when no prediction is awaited any more."""
+        """Stop the threads; call it when no prediction is in progress."""
         ...
 
 
@@ -66,9 +66,10 @@ def build_engine(
     Args:
         predictor: Called from several threads at once.
         cap: Largest batch, in rows (images times views).
-        threads: Cores to use: for decoding and, if the graph runs on the CPU, for as many
-            concurrent runs of the graph, one core each.
-        max_queue: Most images that are queued or in progress; one more is `Overloaded`.
+        threads: Number of cores to use. As many threads decode and, if the graph runs on the CPU,
+            as many runs of the graph are concurrent, with one core each.
+        max_queue: Largest number of images that are queued or in progress; one more image raises
+            `Overloaded`.
         max_pixels: Largest accepted width times height of an image.
         observe: Receives measurements; called from several threads.
     """
@@ -84,7 +85,10 @@ def build_engine(
 
 
 class QueueLimit:
-    """Counts images that are queued or in progress. Used only in the event loop: needs no lock."""
+    """Counts images that are queued or in progress.
+
+    Only the event loop's thread uses it, so it needs no lock.
+    """
 
     def __init__(self, limit: int, observe: Observe) -> None:
         self.limit = limit
@@ -93,7 +97,7 @@ class QueueLimit:
 
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """Count one image until the context ends.
+        """Context manager: count one image until the `with` block ends.
 
         Raises:
             Overloaded: The limit is reached.
@@ -113,7 +117,7 @@ Prepare = Callable[[bytes, int], Prepared]
 
 
 class Predict(Protocol):
-    """`Predictor.predict`."""
+    """Signature of `Predictor.predict`."""
 
     def __call__(self, prepared: list[Prepared], *, low_latency: bool) -> list[Prediction]: ...
 
@@ -169,13 +173,13 @@ class PerImageEngine:
         result: Prediction | BaseException
         try:
             result = self._decode_and_predict(image.data, image.tta, image.queued)
-        except BaseException as error:  # of any kind: the caller gets it, and the thread goes on
+        except BaseException as error:  # any: the caller gets it, and the thread continues
             result = error
         with suppress(RuntimeError):  # the event loop is closed
             image.future.get_loop().call_soon_threadsafe(_set_result, image.future, result)
         del image, result  # break the reference cycle through the error's traceback
 
-    # Without the future among its arguments: the traceback of an error keeps this frame.
+    # The future is not an argument, because an error's traceback keeps this frame alive.
     def _decode_and_predict(self, data: bytes, tta: int, queued: float) -> Prediction:
         start = time.perf_counter()
         prepared = self._prepare(data, tta)
@@ -223,11 +227,11 @@ class DynamicBatcher:
         Args:
             prepare: Decodes one image.
             predict: Runs the graph on a batch.
-            limit: Of the images that are queued or in progress.
-            threads: Threads that decode.
+            limit: Limits the images that are queued or in progress.
+            threads: Number of threads that decode.
             observe: Receives measurements.
             cap: Largest batch, in rows.
-            runners: Threads that run the graph.
+            runners: Number of threads that run the graph.
         """
         self._prepare, self._predict = prepare, predict
         self._limit, self._observe, self._cap = limit, observe, cap
@@ -270,7 +274,7 @@ class DynamicBatcher:
 
     def _run(self) -> None:
         while batch := self._next_batch():
-            # False for a future that was cancelled.
+            # `set_running_or_notify_cancel` returns False for a cancelled future.
             batch = [image for image in batch if image.future.set_running_or_notify_cancel()]
             if batch:
                 self._process(batch)
@@ -278,7 +282,8 @@ class DynamicBatcher:
     def _next_batch(self) -> list[_DecodedImage]:
         """The ready images in order, up to `cap` rows but at least one image.
 
-        Waits for the first; empty once the batcher is closed and no image is left.
+        Waits for the first image. Returns an empty list once the batcher is closed and no image is
+        left.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._ready or not self._open)

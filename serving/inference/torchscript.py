@@ -30,9 +30,10 @@ class TorchScriptRuntime:
 
         Args:
             graph: A TorchScript file; uint8 [N, H, W, 3] -> (logits, features).
-            device: cpu or cuda; auto takes CUDA if torch sees a GPU.
+            device: cpu, cuda or auto, which takes CUDA if torch finds a GPU.
             threads: CPU threads of one `run`, set for the whole process; 0: torch's default.
-            data: Its bytes, if they are already in memory; the path is then used in messages only.
+            data: The bytes of the file, if they are in memory already. The path is then used in
+                messages only.
 
         Raises:
             OptionError: The device is not available, or torch is not installed.
@@ -57,7 +58,7 @@ class TorchScriptRuntime:
         self._device = torch.device(device)
         try:
             with warnings.catch_warnings():
-                # Deprecated in torch's newest releases, but mobile and C++ users still load it.
+                # The newest torch releases deprecate TorchScript, but mobile and C++ users load it.
                 warnings.simplefilter("ignore", FutureWarning)
                 load: Any = torch.jit.load  # untyped in some releases
                 source = str(graph) if data is None else io.BytesIO(data)

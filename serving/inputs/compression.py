@@ -1,4 +1,4 @@
-"""Sequential reading of a tar file that may be compressed, as the stream that tarfile needs."""
+"""Open a tar file, compressed or not, as a stream that the module tarfile can read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from serving.utils.optional_packages import require
 BLOCK: Final = tarfile.BLOCKSIZE
 
 MAX_FILE: Final = 4 * MAX_PIXELS
-"""Largest size in bytes of a file that is read: that of the largest allowed image in RGBA."""
+"""Largest file that is read, in bytes: the largest allowed image, uncompressed in RGBA."""
 
 _PIECE: Final = 2**16
 
@@ -28,7 +28,8 @@ class PeekableStream(io.BufferedIOBase):
     """A binary stream that can peek one block, and seeks by reading if it is compressed.
 
     Attributes:
-        seekable_file: Whether `seek` can jump; if not, it reads and only goes forward.
+        seekable_file: Whether the file can seek. If not, `seek` reads up to the new position, and
+            can't go back.
     """
 
     def __init__(self, raw: BinaryIO, *, seekable_file: bool) -> None:
@@ -44,7 +45,7 @@ class PeekableStream(io.BufferedIOBase):
         """Read `size` bytes.
 
         Raises:
-            ValueError: More than `MAX_FILE`, which only a corrupt header asks for.
+            ValueError: `size` is not from 0 to `MAX_FILE`, which a corrupt header causes.
         """
         if size is None or not 0 <= size <= MAX_FILE:
             raise ValueError("a size out of range")
@@ -58,7 +59,7 @@ class PeekableStream(io.BufferedIOBase):
         return self._position
 
     def seek(self, to: int, whence: int = 0, /) -> int:
-        """Go to a position from the start; a compressed stream only goes forward."""
+        """Go to a position from the start; a compressed stream can't go back."""
         if self.seekable_file and to != self._position:
             self._raw.seek(to)
             self._position, self._peeked = to, b""
@@ -72,13 +73,13 @@ def open_tar(path: str) -> Iterator[PeekableStream]:
     """Open a tar file; its first bytes, not its name, determine the compression.
 
     Raises:
-        DataError: A compression whose package is missing.
-        OSError: It can't be opened.
+        DataError: The package for the compression is not installed.
+        OSError: The file can't be opened.
     """
     with open(path, "rb") as file:
         start = file.read(BLOCK)
         file.seek(0)
-        # A plain tar starts with a file name, which may equal the magic bytes of a compression.
+        # A plain tar starts with a file name, which may begin with a compression's magic bytes.
         plain = start[257:262] == b"ustar"
         kinds = (opener for magic, opener in _COMPRESSIONS.items() if start.startswith(magic))
         opener = None if plain else next(kinds, None)

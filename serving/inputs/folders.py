@@ -1,7 +1,8 @@
 """Folders and glob patterns -> image paths, in natural order; links are followed, loops detected.
 
-A pattern is matched part by part while the folders are walked, so nothing is found twice. A folder
-that matches stands for all images in it: `photos/2024-*` is all images of those folders.
+A pattern is split at each "/" into parts, which are matched while the folders are walked, so
+nothing is found twice. A folder that matches stands for all images in it and below: `photos/2024-*`
+means all images of those folders.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _items(text: str) -> Iterator[str] | None:
 
 
 def is_pattern(word: str) -> bool:
-    """Whether it contains `*`, `?` or `[`."""
+    """Whether `word` contains `*`, `?` or `[`."""
     return bool(_WILDCARD.search(word))
 
 
@@ -110,7 +111,8 @@ class _Walk:
     """A depth-first walk along a pattern.
 
     Attributes:
-        parts: Of the pattern, None for `**`; the last is None and matches all below a match.
+        parts: Parts of the pattern, None for `**`. The last one is always None, and matches
+            everything below a match.
         folders_only: Whether the pattern itself matches only folders.
         any_suffix: Whether files match regardless of their suffix.
     """
@@ -120,7 +122,10 @@ class _Walk:
     any_suffix: bool
 
     def run(self, start: str, note: Note) -> Iterator[str]:
-        """Yield files. Uses its own stack: folders may be nested deeper than Python's limit."""
+        """Yield files.
+
+        Uses an explicit stack, because folders may be nested deeper than Python's recursion limit.
+        """
         levels: list[_Level] = []
         self._enter(levels, start, frozenset({0}), note)
         while levels:
@@ -141,7 +146,7 @@ class _Walk:
             status = os.stat(folder or ".")
             identity = (status.st_dev, status.st_ino)
             if any(identity == level.identity for level in levels):
-                return  # a loop
+                return  # a link to a folder on the current path
             with os.scandir(folder or ".") as entries:
                 found = (self._name(entry, states) for entry in entries)
                 names = sorted(filter(None, found), key=lambda name: natural(name.rstrip("/")))
@@ -190,4 +195,4 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:
-        return False  # a link to itself: listed as an input that can't be read
+        return False  # a link to itself, which is listed as an input that can't be read

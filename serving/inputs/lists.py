@@ -25,9 +25,9 @@ DEFAULT: Final = "path"
 
 _PIECE: Final = 2**16
 _LONGEST_PATH: Final = 4096
-"""Bytes of the longest path: if NUL separates the paths, one comes before this position."""
+"""Bytes of the longest path. If NUL separates the paths, the first NUL is before this position."""
 _LONGEST_FIELD: Final = 2**27
-"""Characters of the longest CSV field: a table may have other, longer columns."""
+"""Largest number of characters of a CSV field; columns other than the paths may be long."""
 
 _BLANK: Final = object()
 """Value of an empty row."""
@@ -89,8 +89,9 @@ class _Format:
     """A file format.
 
     Attributes:
-        columns: Path -> names of the columns.
-        values: Path, column -> its value in every row, or `_BLANK`.
+        columns: Function: path of the list -> names of its columns.
+        values: Function: path of the list, column -> the column's value in every row, `_BLANK` for
+            an empty row.
     """
 
     columns: Callable[[str], list[str]]
@@ -98,10 +99,11 @@ class _Format:
 
 
 def path_column(path: str, requested: str | None) -> str:
-    """The column of a list that has the paths: the requested one, else `path`, else the only one.
+    """The column of a list that has the paths: the requested one, else the only one, else `path`.
 
     Raises:
-        DataError: There is none; names the columns.
+        DataError: The list can't be read or has not exactly one column of that name; the message
+            names the columns.
     """
     try:
         names = _format(path).columns(path)
@@ -122,7 +124,7 @@ def path_column(path: str, requested: str | None) -> str:
 
 
 def read_column(path: str, column: str, note: Note) -> Iterator[str]:
-    """The paths in a column of a list. The number of rows without one is noted at the end."""
+    """The paths in a column of a list. At the end, notes the number of rows without a path."""
     row = missing = first = 0
     try:
         for row, value in enumerate(_format(path).values(path, column), 1):

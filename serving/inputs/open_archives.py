@@ -1,9 +1,10 @@
 """Reading members of tar archives by name; each archive is opened once for all threads.
 
-A plain tar allows random access: its headers are read once, as far as needed, and then a member
-costs one header and its bytes. A compressed tar is read sequentially: requested in order it is
-decompressed once, and an earlier member starts it again. Members that are passed on the way to a
-requested one are cached for a while, because parallel threads request them slightly out of order.
+A plain tar allows random access: its headers are read once, as far as needed, and from then on
+loading a member reads only its header and its bytes. A compressed tar is read sequentially. Members
+requested in order need one pass; a request for an earlier member starts decompression again from
+the beginning. Members that are passed on the way to a requested one are cached for a while, because
+parallel threads request members slightly out of order.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from serving.errors import BrokenImage, DataError, ImageError
 from serving.inputs import tar
 
 _CACHE_BYTES: Final = 2**28
-"""Size of the cache of passed members."""
+"""Largest size of the cache of passed members."""
 
 _MAX_NAMES: Final = 1_000_000
 _MAX_OPEN: Final = 200
-"""Largest numbers of member names in memory and of open archives; two archives are always open."""
+"""Largest numbers of member names in memory and of open archives. The two most recently used
+archives stay open in any case."""
 
 FileIdentity = tuple[int, int, int, int]
-"""Device, inode, size and time of change: a path may refer to another file later."""
+"""Device, inode, size and modification time, because a path may refer to another file later."""
 
 
 class Archive(Protocol):
@@ -43,7 +45,7 @@ class Archive(Protocol):
 
 
 class OpenArchives:
-    """The open archives of a process, the least recently used closed first; thread-safe."""
+    """The open archives of a process; closes the least recently used ones. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -54,7 +56,7 @@ class OpenArchives:
         """The bytes of a member.
 
         Raises:
-            ImageError: It can't be read, or is too large.
+            ImageError: The member can't be read, or is too large.
         """
         try:
             status = os.stat(path)
@@ -85,7 +87,7 @@ _LOCK: Final = threading.Lock()
 def process_archives() -> OpenArchives:
     """The archives of this process; closed when the last reference to them is deleted."""
     with _LOCK:
-        # By process id: a forked process shares file positions with its parent.
+        # One object per process id, because a forked process shares file positions with its parent.
         found = _SHARED.get(os.getpid())
         if found is None:
             found = _SHARED[os.getpid()] = OpenArchives()
@@ -93,14 +95,18 @@ def process_archives() -> OpenArchives:
 
 
 class _MemberIterator:
-    """The members of an archive in order, with BrokenImage at the end."""
+    """The members of an archive in order.
+
+    After the last one, `next` raises BrokenImage with the reason: the archive has no such member,
+    or can't be read.
+    """
 
     def __init__(self, path: str) -> None:
         self._members = tar.members(path)
         self._end = "no image of that name in the archive"
 
     def next(self) -> tar.TarMember:
-        """The next member; BrokenImage with the reason if there is none."""
+        """The next member; raises BrokenImage if there is none."""
         try:
             for member in self._members:
                 return member
@@ -131,7 +137,7 @@ class _PlainArchive:
 
 
 class _CompressedArchive:
-    """A compressed `Archive`; `names` has the number of members before each one."""
+    """A compressed `Archive`; `names` has the number of members before each member."""
 
     def __init__(self, path: str, cache: _MemberCache) -> None:
         self._path, self._cache, self._key = path, cache, object()
@@ -163,7 +169,10 @@ class _CompressedArchive:
 
 
 class _MemberCache:
-    """Passed members, until they are requested; the oldest are evicted. Keys: archive, member."""
+    """Passed members, until they are requested or evicted, the oldest first.
+
+    The keys are (archive, member).
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

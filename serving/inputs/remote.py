@@ -1,7 +1,7 @@
-"""Images at addresses such as `s3://bucket/photos`, by fsspec.
+"""Images at addresses such as `s3://bucket/photos`, read with fsspec.
 
-Which protocols exist, and where credentials come from, is defined by fsspec and its packages:
-s3fs, gcsfs, adlfs, …
+fsspec and its packages (s3fs, gcsfs, adlfs, …) define the protocols and where credentials come
+from.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Entry = dict[str, Any]
 
 
 def is_address(name: str) -> bool:
-    """Whether it starts with a protocol, such as `s3://`."""
+    """Whether `name` starts with a protocol, such as `s3://`."""
     return _ADDRESS.match(name) is not None
 
 
@@ -36,10 +36,11 @@ def protocol(name: str) -> str:
 
 
 def find(address: str) -> Callable[[Note], Iterator[str]]:
-    """The images at an address: the file itself, those in a folder and below, or a pattern's.
+    """Find the images at an address, which may be that of a file, a folder or a pattern.
 
-    Checks that the address exists; the returned function lists the images. Order and hidden files
-    are handled as in `folders`; patterns match only files.
+    Checks that the address exists; the returned function lists the images, those of a folder also
+    in folders below it. Order and hidden files are handled as in `folders`; patterns match only
+    files.
 
     Raises:
         DataError: The address does not exist, or can't be listed.
@@ -65,7 +66,7 @@ def find(address: str) -> Callable[[Note], Iterator[str]]:
 
 
 def _with_protocol(address: str, names: Iterator[str]) -> Iterator[str]:
-    """Names with the protocol of `address`, where a file system has several: s3 and s3a."""
+    """Names with the protocol of `address`; a file system may have several, such as s3 and s3a."""
     kind = protocol(address)
     for name in names:
         found = protocol(name)
@@ -76,12 +77,12 @@ def load(address: str, load_file: Callable[[str], bytes]) -> bytes:
     """The bytes at an address.
 
     Args:
-        address: May also be a local file, as `file://`.
-        load_file: Loads a local path.
+        address: The address; `file://` addresses are local files.
+        load_file: Loads a local file.
 
     Raises:
-        BrokenImage: It can't be read.
-        TooLarge: It has more than `MAX_FILE` bytes.
+        BrokenImage: The file can't be read.
+        TooLarge: The file has more than `MAX_FILE` bytes.
     """
     if "::" in address:
         raise BrokenImage("'::' has no meaning in an address")
@@ -100,7 +101,7 @@ def load(address: str, load_file: Callable[[str], bytes]) -> bytes:
 
 
 def _read(file: Any) -> bytes:
-    """At most `MAX_FILE` + 1 bytes: a server may not announce the length."""
+    """Read at most `MAX_FILE` + 1 bytes, because a server may not announce the length."""
     pieces, left = [], MAX_FILE + 1
     while left > 0 and (piece := file.read(left)):
         pieces.append(piece)
@@ -109,14 +110,17 @@ def _read(file: Any) -> bytes:
 
 
 def _open(address: str) -> tuple[Any, str]:
-    """File system and path, without fsspec's listing cache: there may be millions of names."""
+    """File system and path, without fsspec's listing cache, which could hold millions of names."""
     core: Any = importlib.import_module("fsspec.core")
     fs, path = core.url_to_fs(address, use_listings_cache=False)
     return fs, str(path)
 
 
 def _below(fs: Any, folder: Entry, note: Note) -> Iterator[str]:
-    """Depth-first, with its own stack: folders may be nested deeper than Python's limit."""
+    """Addresses of all images below `folder`, depth-first.
+
+    Uses an explicit stack, because folders may be nested deeper than Python's recursion limit.
+    """
     levels = [iter([folder])]
     while levels:
         entry = next(levels[-1], None)
@@ -149,7 +153,7 @@ def _name(entry: Entry) -> str:
 
 
 def _matching(fs: Any, pattern: str, found: Any) -> Iterator[str]:
-    """All files that match a pattern with a literal suffix; of other patterns the images."""
+    """The files of `found` if the pattern has a literal suffix, else only the images."""
     suffix = re.search(r"\.[^./*?[\]]+$", pattern)
     hidden = "/." in pattern
     names = [str(entry["name"]) for entry in found if entry["type"] != "directory"]

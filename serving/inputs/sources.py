@@ -4,10 +4,11 @@
     lists, pipes       lists     every line, in its order
     tar archives       tar       every image in them, as ARCHIVE::MEMBER
     addresses          remote    as folders, patterns and files, by fsspec
-    a file             -         an image, whatever its name
+    a file             -         an image, even without the suffix of one
 
-A name is the value of the table's column `path`. It identifies the bytes in any process at any
-time, may be a line of a list, and may be an input itself.
+Each image has a name, which is the value of the column `path` in the table of scores. The name
+identifies the bytes of the image in any process at any time. A name may also be a line of a list,
+or an input itself.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ _SUFFIXES: Final = f"; looked for files ending in {', '.join(sorted(SUFFIXES))}"
 
 @dataclass(frozen=True)
 class InputSource:
-    """One of the inputs.
+    """One input, such as a folder, a list or an archive.
 
     Attributes:
-        names: Yields the names of its images, and notes what can't be read.
-        if_empty: The message if there are none.
+        names: Function that yields the names of the input's images, and calls its argument with a
+            line about what can't be read.
+        if_empty: The message if the input has no images.
     """
 
     names: Callable[[Note], Iterator[str]]
@@ -57,21 +59,21 @@ def find(
     """Find the images of `inputs`, in their order, streamed.
 
     An input that exists under exactly that name is a folder, a list (by its suffix), a tar archive
-    (by its suffix) or an image. Otherwise `{000..012}` is expanded, `*`, `?`, `[` and `**` match,
-    and `ARCHIVE::MEMBER` is a member. Repeated inputs give repeated names.
+    (by its suffix) or an image. Otherwise `{000..012}` is expanded, `*`, `?`, `[` and `**` are
+    wildcards, and `ARCHIVE::MEMBER` is a member. Repeated inputs give repeated names.
 
     Args:
         inputs: As on the command line; "-" is standard input.
         column: The column of paths in lists that have columns.
         stdin: Replaces standard input.
-        note: Called with a line about each thing that is skipped: a folder that can't be read, rows
-            without a path, the rest of a broken archive, an input without images. Each line comes
-            once. The other inputs are not affected.
+        note: Called once with each line about something that is skipped: a folder that can't be
+            read, rows without a path, the rest of a broken archive, an input without images. The
+            other inputs are not affected.
 
     Raises:
-        DataError: An input does not exist; a list lacks the column; there is no image at all.
+        DataError: An input does not exist, a list lacks the column, or there is no image at all.
             Raised by the call itself, before the first name.
-        OptionError: A column, but no list that has columns.
+        OptionError: `column` is given, but no input is a list with columns.
     """
     sources = [source for word in inputs for source in _sources(word, column, stdin)]
     words = (expanded for word in inputs for expanded in folders.expand_braces(word))
@@ -89,23 +91,24 @@ def protocols(inputs: Sequence[str], also: str = "") -> list[str]:
 
 
 class Reader:
-    """Loads the bytes of names. Thread-safe; the readers of a process share its open archives.
+    """Loads the bytes of images. Thread-safe; the readers of a process share its open archives.
 
-    A member of a plain tar costs one read of its header, at any position. A compressed tar is read
-    sequentially: in order it is decompressed once, in reverse order once for each member.
+    A member of a plain tar is read directly, at any position. A compressed tar is read
+    sequentially. It is decompressed once if its members are requested in order, and once for each
+    member if they are requested in reverse order.
     """
 
     def __init__(self, protocols: Collection[str] = ()) -> None:
-        """`protocols`: those that addresses may have; local files are always allowed."""
+        """`protocols`: protocols that addresses may have; local files are always allowed."""
         self._protocols = {*protocols, "file", "local"}
         self._archives: open_archives.OpenArchives | None = None
 
     def load(self, name: str) -> bytes:
-        """The bytes of one input.
+        """The bytes of one image.
 
         Raises:
-            BrokenImage: It can't be read.
-            TooLarge: It has more than `MAX_FILE` bytes.
+            BrokenImage: The image can't be read, or its protocol is not allowed.
+            TooLarge: The image has more than `MAX_FILE` bytes.
         """
         if remote.is_address(name) and not os.path.exists(name):
             kind = remote.protocol(name)
@@ -128,8 +131,8 @@ def load_file(path: str) -> bytes:
     """The bytes of a local file.
 
     Raises:
-        BrokenImage: It can't be read.
-        TooLarge: It has more than `MAX_FILE` bytes.
+        BrokenImage: The file can't be read.
+        TooLarge: The file has more than `MAX_FILE` bytes.
     """
     try:
         # Opening a named pipe would block until a process writes to it.
@@ -189,7 +192,7 @@ def _existing(word: str, column: str | None) -> InputSource:
         except DataError as error:
             raise DataError(f"{word}: {error}") from error
         except OSError:
-            pass  # noted when its members are listed
+            pass  # the error is noted when the members are listed
         return InputSource(partial(tar.names, word), f"{word}: no images in it{_SUFFIXES}")
     return InputSource(partial(_itself, word), "")
 
@@ -222,7 +225,7 @@ def _read_stdin(stdin: Stream | None, note: Note) -> Iterator[str]:
         return
     try:
         yield from lists.read_stream(stream)
-    except (OSError, ValueError) as error:  # ValueError: it is closed
+    except (OSError, ValueError) as error:  # ValueError: the stream is closed
         note(f"{STDIN}: standard input can't be read: {error}")
 
 
@@ -247,10 +250,10 @@ def _names(sources: Sequence[InputSource], note: _UniqueNotes) -> Iterator[str]:
 
 
 class _UniqueNotes:
-    """Passes each line on once, with bytes that are not UTF-8 escaped.
+    """Calls `note` once for each distinct line, with bytes that are not UTF-8 escaped.
 
     Attributes:
-        first: The first line; "" before it.
+        first: The first line; "" if there is none yet.
     """
 
     def __init__(self, note: Note) -> None:

@@ -53,10 +53,10 @@ class TarMember:
     """One image of an archive.
 
     Attributes:
-        name: Unique in the archive.
-        offset: Of its header, in bytes of the uncompressed tar.
-        read: Returns its bytes, or raises BrokenImage or TooLarge; valid until the iterator
-            advances to the next member.
+        name: Name of the member, unique in the archive.
+        offset: Offset of the member's header, in bytes of the uncompressed tar.
+        read: Returns the member's bytes, or raises BrokenImage or TooLarge; valid until the
+            iterator advances to the next member.
     """
 
     name: str
@@ -104,8 +104,8 @@ def is_compressed(path: str) -> bool:
     """Whether an archive is compressed, and so can only be read sequentially.
 
     Raises:
-        DataError: A compression whose package is missing.
-        OSError: It can't be opened.
+        DataError: The package for the compression is not installed.
+        OSError: The archive can't be opened.
     """
     with open_tar(path) as source:
         return not source.seekable_file
@@ -114,11 +114,11 @@ def is_compressed(path: str) -> bool:
 def members(path: str) -> Iterator[TarMember]:
     """The images of an archive in its order.
 
-    The names are kept in memory: a repeated name gets a number.
+    The names are kept in memory, because a repeated name gets a number.
 
     Raises:
-        DataError: The archive is corrupt or truncated; the members before that are valid.
-        OSError: It can't be opened.
+        DataError: The archive is corrupt or truncated; the members before that point are valid.
+        OSError: The archive can't be opened.
     """
     counts: dict[str, int] = {}
     with open_tar(path) as source:
@@ -132,8 +132,8 @@ def read_member_at(file: BinaryIO, offset: int) -> bytes:
     """The bytes of the member whose header is at `offset` of an uncompressed archive.
 
     Raises:
-        BrokenImage: It can't be read.
-        TooLarge: It has more than `MAX_FILE` bytes.
+        BrokenImage: The member can't be read.
+        TooLarge: The member has more than `MAX_FILE` bytes.
     """
     file.seek(offset)
     try:
@@ -147,7 +147,7 @@ def read_member_at(file: BinaryIO, offset: int) -> bytes:
 
 
 def _headers(source: PeekableStream) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Each header. Not by iterating TarFile, which keeps all headers and ignores corrupt ones."""
+    """Yield each header. Does not iterate TarFile, which keeps all and ignores corrupt headers."""
     tar: tarfile.TarFile | None = None
     offset, place = 0, "at its start: no tar archive"
     while True:
@@ -198,7 +198,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _unique(name: str, counts: dict[str, int]) -> str:
-    """The name, or `2::name` and so on if it occurred before."""
+    """The name; if it occurred before, `2::name` and so on."""
     unique = name
     while unique in counts:
         counts[name] += 1
