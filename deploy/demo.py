@@ -2,7 +2,8 @@
 
     python deploy/demo.py BUNDLE [PHOTO]
 
-Without PHOTO it takes one of the embedded data set. Uses only the standard library.
+Without PHOTO, it uses a photo of the embedded data set, which needs the package `training`. All
+else needs only the standard library.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def predict(address: str, photo: Path) -> dict[str, object]:
     """Return the service's answer to one photo.
 
     Raises:
-        DemoError: It answered with an error.
+        DemoError: The service answered with an error.
     """
     request = urllib.request.Request(
         f"{address}/predict", data=photo.read_bytes(), headers={"Content-Type": "image/jpeg"}

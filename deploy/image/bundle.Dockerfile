@@ -1,4 +1,4 @@
-# An image that contains a bundle, whose folder is the build context: `make image BUNDLE=…`.
+# An image that contains a bundle. The build context is the bundle's folder: `make image BUNDLE=…`.
 ARG IMAGE=fledge
 FROM ${IMAGE} AS bundle
 USER 0

@@ -9,11 +9,11 @@ find . -depth \( -type d \( -name tests -o -name test -o -path './nvidia/*/inclu
   -o -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.a' \) -exec rm -rf {} +
 rm -rf numpy/f2py numpy/distutils \
   onnxruntime/transformers onnxruntime/quantization onnxruntime/tools onnxruntime/datasets
-# The library for C programs; the Python module has its own copy, which the CUDA provider uses too.
+# Only C programs use this library; the Python module has its own copy, also for the CUDA provider.
 rm -f onnxruntime/capi/libonnxruntime.so*
 
 echo /app >fledge.pth
 printf '#!/opt/venv/bin/python\nimport sys\nfrom fledge import main\nsys.exit(main())\n' >/opt/venv/bin/fledge
 chmod 755 /opt/venv/bin/fledge
-# unchecked-hash: the files never change, so Python need not compare them with their sources.
+# unchecked-hash, because the sources never change, so Python need not compare them.
 /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash "$PWD"

@@ -27,8 +27,8 @@ const POLL_MS = 3000; // between two checks of readiness
 
 let key = "";
 let photo, preview, timer;
-let model, provider; // that are served
-let threshold; // probability from which an answer is confident
+let model, provider; // the model that is served, and its provider
+let threshold; // least probability of a confident answer
 let pending = false; // send the photo once there is a model or a key
 let request = new AbortController();
 
@@ -56,7 +56,7 @@ const views = () => Number(document.querySelector("[name=tta]:checked")?.value ?
 const path = () => views() > 1 ? `predict?tta=${views()}` : "predict";
 
 function call(url, options) {
-  // A header value is bytes: the key in UTF-8, as the service expects.
+  // The service expects the key in UTF-8; each byte becomes one character of the header value.
   const bytes = String.fromCharCode(...new TextEncoder().encode(key));
   return fetch(url, { ...options, headers: key ? { authorization: `Bearer ${bytes}` } : {} });
 }

@@ -36,7 +36,7 @@ def copy_by_label(folder: Path, rows: Iterable[ScoreRow], protocols: Sequence[st
             target = _target(folder, row, names)
             try:
                 data = reader.load(row.path)
-            except FledgeError:  # an unreadable image, which the table has as an error
+            except FledgeError:  # an unreadable image, whose row in the table is an error
                 missing += 1
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def copy_by_label(folder: Path, rows: Iterable[ScoreRow], protocols: Sequence[st
 
 
 def _target(folder: Path, row: ScoreRow, names: Counter[Path]) -> Path:
-    """A path that no row before has; `names` counts the rows of each name."""
+    """A path that no earlier row has; `names` counts the rows of each path."""
     parent = folder / (ERRORS if row.label is None else _folder_name(row.label))
     name = Path(row.path.rpartition("::")[2]).name or "image"
     wanted = target = parent / name

@@ -1,4 +1,4 @@
-"""One scoring job, as the local and the Ray engine get it."""
+"""The input of a scoring engine, local or Ray: journal, model and options of one job."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from serving.utils.progress import Progress
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """What an engine needs to score the incomplete shards of a job.
+    """Input of an engine that scores the incomplete shards of a job.
 
     Attributes:
-        journal: Has the inputs, takes the rows.
+        journal: Provides the shards (1,000 inputs each) and stores their rows.
         predictor: The model.
         options: The user's options.
         batch: Rows (images times views) of one run of the graph.
         protocols: Protocols that addresses may have.
-        progress: Counts the images.
+        progress: Counts and shows the images that are done.
     """
 
     journal: ScoringJournal

@@ -1,14 +1,14 @@
-"""Journal of a scoring job: an interrupted job resumes after its last complete shard.
+"""Journal of a scoring job, by which an interrupted job resumes with its incomplete shards.
 
     .OUT.parts/
-      job.json            what determines the rows: the bundle, the options, the requested inputs
+      job.json            values that determine the rows: bundle, options, requested inputs
       inputs.jsonl        the inputs that were found, one a line, in order
       skipped.json        number of folders, archives and lists that could not be read
       00000.jsonl         rows of the first 1,000 inputs; exists only when complete
       00000.npy           their features, if requested; written before the rows
 
-An incomplete shard is scored again from its first input, so the same inputs always form the same
-batches.
+A shard is 1,000 inputs. An incomplete shard is scored again from its first input, so the same
+inputs always form the same batches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from serving.scoring.rows import Features, ScoreRow
 from serving.utils.files import NoLocks, atomic_write, lock
 
 SIZE: Final = 1000
-"""Inputs of a shard."""
+"""Number of inputs of a shard; the last shard may have fewer."""
 
 _JOB: Final = "job.json"
 _INPUTS: Final = "inputs.jsonl"
@@ -48,7 +48,7 @@ class ScoringJournal:
     """The folder of one job; a context manager that releases its lock on exit.
 
     Attributes:
-        folder: The folder.
+        folder: Folder of the journal.
         total: Number of inputs; 0 until they are known.
         skipped: Number of folders, archives and lists that could not be read.
     """
@@ -58,11 +58,11 @@ class ScoringJournal:
 
         Args:
             out: The table.
-            facts: What determines its rows; JSON.
-            restart: Discard what is done.
+            facts: Values that determine the rows, as JSON.
+            restart: Whether to discard an unfinished job.
 
         Raises:
-            OptionError: Another process holds the lock; the unfinished job has other `facts`.
+            OptionError: Another process holds the lock, or the unfinished job has other `facts`.
             WorkError: The folder can't be written.
         """
         self.folder = _folder(out)
@@ -88,7 +88,7 @@ class ScoringJournal:
         self._release()
 
     def _release(self) -> None:
-        # Without a job the folder is removed. A process that waits for the lock creates it again.
+        # Remove the folder if it has no job. The next run creates it again.
         if not (self.folder / _JOB).exists():
             (self.folder / _LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
@@ -146,8 +146,8 @@ class ScoringJournal:
         """Write a shard. It is complete once the file of its rows is renamed.
 
         Args:
-            number: Of the shard.
-            rows: Of its inputs, in order.
+            number: Number of the shard.
+            rows: Rows of the shard's inputs, in order.
             features: float32 [rows, D]; nan for a broken image.
         """
         with self._work_errors():
@@ -197,7 +197,7 @@ class ScoringJournal:
             self.skipped = int(json.loads((self.folder / _SKIPPED).read_text()))
 
     def _acquire_lock(self) -> None:
-        """Lock the job: two processes would score it twice and clear each other's folder."""
+        """Lock the job, because a second process would score it again and clear the folder."""
         with contextlib.ExitStack() as opened:  # closes the file, unless it gets locked
             file = opened.enter_context((self.folder / _LOCK).open("w"))
             try:
@@ -211,7 +211,8 @@ class ScoringJournal:
             self._lock = opened.pop_all()
 
     def _clear(self) -> None:
-        # job.json first: without it `_begin` discards the other files, so a kill here is harmless.
+        # Delete job.json first. Without it, `_begin` discards the other files, so a kill here is
+        # harmless.
         (self.folder / _JOB).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.name != _LOCK:

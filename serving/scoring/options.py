@@ -19,15 +19,16 @@ class ScoringOptions:
     """How to score; the names are those of the command line's options.
 
     Attributes:
-        tta: Number of the bundle's views to average; 0 and 1 are the plain view.
+        tta: Number of the bundle's views (crops or flips of a photo) to average; 0 and 1 both mean
+            the plain view only.
         top_k: Number of classes in a row; all classes if there are fewer.
         device: auto, cpu, cuda or tensorrt.
         precision: auto, fp32, int8 or fp16.
-        workers: Threads, each with its own run of the graph. None: one for each core, and as many
-            concurrent runs as the bundle's measured tuning.
-            With `engine` ray: actors; None: one for each core, or for each GPU.
+        workers: Number of threads, each with its own run of the graph. None: one for each core, and
+            as many concurrent runs as the bundle's tuning has.
+            With `engine` ray: number of actors; None: one for each core, or for each GPU.
         batch: Rows (images times views) of one run of the graph; None: the bundle's tuning.
-        max_errors: "N" or "P%": with more broken images the run is completed and then fails.
+        max_errors: "N" or "P%". With more broken images, the run writes its table and then fails.
         probabilities: Add a column with the probabilities of all classes.
         embeddings: Add a column with the network's features; Parquet only.
         column: Column of the paths in CSV, JSON and Parquet lists of inputs.
@@ -62,10 +63,10 @@ class ScoringOptions:
         return max(1, batch // max(1, self.tta))
 
     def check(self, inputs: Sequence[str], out: Path) -> None:
-        """Check all values, before the work.
+        """Check all values before any image is scored.
 
         Raises:
-            OptionError: A value that can't be used.
+            OptionError: A value can't be used.
         """
         for name, least in (("top_k", 1), ("workers", 1), ("batch", 1)):
             value = getattr(self, name)

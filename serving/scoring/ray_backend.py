@@ -2,9 +2,10 @@
 
     journal ─tasks─> Ray Data: actors with a model each: load, decode, views, graph ─rows─> journal
 
-Inputs are found, and the journal and the table are written, on the machine of the command, as in
-`score`. A task is a part of a shard, in whole batches, so the rows are those of one machine. If a
-machine is lost, Ray starts its actor on another one and repeats the unfinished tasks.
+The inputs are found, and the journal and the table are written, on the machine where the command
+runs. A task is a part of a shard (1,000 inputs) with whole batches only. The batches are therefore
+the same as in a run on one machine, and so are the rows. If a machine is lost, Ray starts its actor
+on another machine and repeats the unfinished tasks.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ from serving.scoring.rows import Features, ScoreRow
 from serving.scoring.scorer import Chunk, ScoredChunk, Scorer, score_chunks
 
 _IO_THREADS: Final = 8
-"""Threads for each computing one where images come from addresses: most of them wait for data."""
+"""Threads per computing thread if images come from addresses, because most wait for data."""
 _TASKS: Final = 16
-"""Least number of tasks for each actor, if there are enough images, so that all end together."""
+"""Least number of tasks for each actor if there are enough images, so that all actors end at about
+the same time."""
 _TASK_IMAGES: Final = 32
-"""Least number of images of a task, if there are enough: handing one over takes milliseconds."""
+"""Least number of images of a task, because the transfer of a task takes milliseconds."""
 
 _ERRORS: Final[dict[str, type[FledgeError]]] = {
     "BundleError": BundleError,
@@ -52,7 +54,8 @@ _ERRORS: Final[dict[str, type[FledgeError]]] = {
 """Errors that an actor reports when it can't open the model, by name; others are WorkErrors."""
 
 Task = dict[str, Any]
-"""What Ray transfers: shard and part; to the actor with names, from it with rows or an error."""
+"""What Ray transfers: shard and part, with names on the way to the actor, and with rows or an error
+on the way back."""
 
 
 class RemoteRuntime:
@@ -68,7 +71,7 @@ class RemoteRuntime:
 
 @dataclass(frozen=True)
 class RayWorkerConfig:
-    """What an actor needs to know.
+    """Configuration of an actor.
 
     Attributes:
         bundle: The bundle's path on the machine of the command, for messages.
@@ -77,8 +80,8 @@ class RayWorkerConfig:
         precision: auto, fp32, int8 or fp16.
         threads: Threads of an actor.
         folder: Folder that relative paths start from.
-        sample: A local input that exists on the machine of the command, and so must exist on that
-            of the actor; "" for none.
+        sample: A local input that exists on the machine of the command and must therefore exist on
+            the actor's machine; "" if there is none.
         options: The user's options.
         batch: Rows (images times views) of one run of the graph.
         protocols: Protocols that addresses may have.
@@ -97,10 +100,13 @@ class RayWorkerConfig:
 
 
 class RayWorker:
-    """The class of the actors: loads the model once and scores one task at a time."""
+    """An actor: loads the model once and scores one task at a time."""
 
     def __init__(self, config: RayWorkerConfig) -> None:
-        """Open the model. An error is returned by every task, because Ray would hide it here."""
+        """Open the model.
+
+        If this fails, every task returns the error, because Ray would hide an exception here.
+        """
         self._config, self._error = config, ""
         try:
             self._scorer = Scorer(
@@ -113,7 +119,7 @@ class RayWorker:
             self._error = f"{type(error).__name__}:{error} (on {socket.gethostname()})"
 
     def __call__(self, task: Task) -> Task:
-        """Score a task: rows as lines of JSON, features as bytes."""
+        """Score a task; returns the rows as lines of JSON and the features as bytes."""
         rows: list[ScoreRow] = []
         features: list[Features] = []
         if not self._error:
@@ -176,16 +182,17 @@ class RayBackend:
         ray_cluster.disconnect()
 
     def open(self, bundle: Path, *, device: str, precision: str, threads: int | None) -> Predictor:
-        """Connect to the cluster; a predictor with the actors' properties, without its graph.
+        """Connect to the cluster; returns a predictor that describes those of the actors.
 
         Args:
-            bundle: Its files are sent to the actors.
-            device: auto takes GPUs if the cluster has any; actors that can't use theirs fail.
-            precision: As `open_predictor`.
-            threads: Ignored: an actor on a CPU has one core.
+            bundle: The bundle, whose files are sent to the actors.
+            device: auto takes GPUs if the cluster has any; an actor that can't use its GPU fails.
+            precision: As for `open_predictor`.
+            threads: Ignored, because an actor on a CPU has one core.
 
         Raises:
-            BundleError, OptionError: What can be checked here; the actors check the rest.
+            BundleError, OptionError: The bundle or an option can't be used. Only what can be
+                checked on this machine is checked here; the actors check the rest.
             WorkError: No cluster at the address, or no CPUs or GPUs in it.
         """
         if device not in ("auto", *runtime.PROVIDERS):
@@ -197,10 +204,10 @@ class RayBackend:
         return Predictor(self._bundle.manifest, RemoteRuntime(provider), self._precision)
 
     def run(self, job: ScoringJob) -> None:
-        """Score the incomplete shards by the actors.
+        """Score the incomplete shards on the actors.
 
         Raises:
-            FledgeError: The error of an actor; complete shards are kept.
+            FledgeError: An actor failed; complete shards are kept.
         """
         images_per_run = job.options.images_per_run(job.batch)
         tasks = list(_tasks(job.journal, images_per_run, self._pool.workers))
@@ -218,7 +225,7 @@ class RayBackend:
                         job.progress.step(failed=row.status == "error")
         except OptionError:
             if not job.journal.done:
-                job.journal.remove()  # the next command has other options
+                job.journal.remove()  # so that the next command may have other options
             raise
 
     def _worker_config(self, job: ScoringJob, task: Task) -> RayWorkerConfig:
@@ -248,7 +255,7 @@ class _ShardAssembler:
         self._received: dict[int, dict[int, tuple[list[ScoreRow], Features | None]]] = {}
 
     def add(self, result: Task) -> list[ScoreRow]:
-        """Add a part, write its shard if that is complete, and return the part's rows."""
+        """Add a part, write the shard if it is complete now, and return the part's rows."""
         rows = [ScoreRow.from_json(line) for line in result["rows"].splitlines()]
         features = np.frombuffer(result["features"], np.float32).reshape(len(rows), -1)
         shard, part = result["shard"], result["part"]

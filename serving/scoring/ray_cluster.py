@@ -39,20 +39,20 @@ def check_installed() -> None:
     """Check that ray is installed.
 
     Raises:
-        OptionError: It is not.
+        OptionError: ray is not installed.
     """
     require("ray", "--engine ray", "pip install 'fledge[ray]'")
 
 
 def connect(device: str, workers: int | None) -> ActorPool:
-    """Connect to the cluster at RAY_ADDRESS, or start one on this machine.
+    """Connect to the cluster at RAY_ADDRESS, or start a cluster on this machine.
 
     Args:
         device: cpu, cuda or tensorrt; auto takes GPUs if the cluster has any.
         workers: Number of actors; None: one for each core, or for each GPU.
 
     Raises:
-        OptionError: An unsupported kind of address.
+        OptionError: The kind of address is not supported.
         WorkError: No cluster at the address, or no CPUs or GPUs in it.
     """
     address = os.environ.get(ADDRESS) or LOCAL
@@ -102,7 +102,7 @@ def connect(device: str, workers: int | None) -> ActorPool:
 
 
 def disconnect() -> None:
-    """Stop all actors of this job, also in the middle of a task, and a cluster started for it."""
+    """Stop all actors of this job, even during a task, and the cluster if `connect` started it."""
     if _connections:
         _connections.clear()
         sys.modules["ray"].shutdown()
@@ -126,7 +126,7 @@ class ActorPool:
         device: cpu, cuda or tensorrt.
         workers: Number of actors.
         threads: Threads of each actor.
-        resources: Of each actor, by Ray's option names.
+        resources: Resources of each actor, by Ray's option names.
     """
 
     device: str
@@ -160,7 +160,7 @@ class ActorPool:
                     compute=data.ActorPoolStrategy(size=workers),
                     **self.resources,
                 )
-                tasks.clear()  # frees the memory: Ray has a copy
+                tasks.clear()  # frees the memory, as Ray has a copy
                 for result in results.iter_rows():
                     check_nodes()
                     yield result
@@ -233,7 +233,7 @@ def _check_reachable(address: str) -> None:
 
 
 def _token_hint() -> str:
-    """The likely cause where Ray only reports that it could not connect."""
+    """How to set the cluster's token; appended to Ray's connection error, which names no cause."""
     if os.environ.get(AUTH, "").lower() == "token":
         return (
             f"; {AUTH}=token: compare the token with that of the head, "
@@ -243,7 +243,7 @@ def _token_hint() -> str:
 
 
 def _threads(nodes: list[dict[str, Any]], per_gpu: int) -> int:
-    """Cores for each of the actors that share a GPU, on the machine with the fewest."""
+    """Number of cores per actor if `per_gpu` actors share a GPU; the smallest over the machines."""
     shares = [
         node["Resources"].get("CPU", 1) / (node["Resources"]["GPU"] * per_gpu)
         for node in nodes

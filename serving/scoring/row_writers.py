@@ -34,7 +34,7 @@ class TextWriter:
         Args:
             path: The file.
             header: Text before the rows.
-            record: A row -> its text, including the line break.
+            record: Function that returns the text of a row, including the line break.
         """
         # surrogateescape writes the bytes of file names that are not UTF-8 unchanged.
         self._file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
@@ -52,7 +52,7 @@ class ParquetWriter:
     """A `RowWriter` of a Parquet file with one row group per `write`."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        import pyarrow as pa  # optional
+        import pyarrow as pa  # an optional package
         import pyarrow.parquet as pq
 
         types: dict[str, Any] = {

@@ -21,16 +21,17 @@ class ScoreRow:
     """The result of one input. The fields are the table's columns, in this order.
 
     Attributes:
-        path: The input as given or found.
+        path: Name of the input, as given or found.
         status: "ok" or "error".
-        label: The first of `top_k`.
-        probability: Of `label`.
+        label: The most probable label.
+        probability: Probability of `label`.
         confident: None if the bundle has no threshold.
         top_k: (label, probability) pairs, most probable first; in CSV as JSON.
         views: Number of views that were averaged.
         applied: Pixel conversions of the image, joined by ";".
         error: "code: message", with the code that the HTTP service returns.
-        probabilities: Of all classes, in the order of the model's labels; None if not requested.
+        probabilities: Probabilities of all classes, in the order of the model's labels; None if not
+            requested.
     """
 
     path: str

@@ -50,17 +50,17 @@ def score(
     and writes the same table as an uninterrupted run.
 
     Args:
-        inputs: As `sources.find`.
-        bundle: The model.
+        inputs: Folders, images, lists and so on, as for `sources.find`.
+        bundle: Folder of the bundle.
         out: A `.csv`, `.jsonl` or `.parquet` file, or with ray a folder of Parquet files as in
             `table_folder`; replaced when the new table is complete.
         options: The other options; None: their defaults.
         log: Called with each line for the user.
 
     Raises:
-        OptionError: An option that can't be used; another unfinished job at `out`.
-        DataError: No inputs.
-        BundleError: No usable bundle.
+        OptionError: An option can't be used, or `out` has an unfinished job with other options.
+        DataError: There are no inputs.
+        BundleError: The bundle can't be used.
         WorkError: No image could be scored, or the table can't be written.
         GateError: More errors than `max_errors`; the table is complete.
     """
@@ -88,9 +88,9 @@ def _score(
     skipped: list[str] = []
     names: Iterator[str] | None = None
     if "-" not in inputs and (options.restart or not has_inputs(out)):
-        # Before the model is loaded, so that a wrong name is reported at once.
+        # Find the inputs before the model is loaded, so that a wrong name is reported at once.
         names = _find(inputs, options.column, log, skipped)
-    # One thread a run if `workers` is given, else as measured.
+    # One thread per run if `workers` is given, else the number measured at export.
     threads = 1 if options.workers else None
     predictor = open_model(
         bundle, device=options.device, precision=options.precision, threads=threads
@@ -104,7 +104,7 @@ def _score(
                 names = names or _find(inputs, options.column, log, skipped)
                 journal.write_inputs(names, skipped)
             except BaseException:
-                journal.remove()  # nothing is done yet that could be resumed
+                journal.remove()  # no image is scored yet, so there is nothing to resume
                 raise
         if journal.done:
             log(f"going on: {journal.done} of {journal.total} images are done")
@@ -147,7 +147,7 @@ def _find(
 def _facts(
     inputs: Sequence[str], predictor: Predictor, options: ScoringOptions, batch: int
 ) -> dict[str, object]:
-    """All that determines the rows: an unfinished job with other facts is not resumed."""
+    """Values that determine the rows; an unfinished job with other values is not resumed."""
     names = ("tta", "top_k", "probabilities", "embeddings", "column", "addresses")
     return {
         "bundle": predictor.model,
@@ -160,7 +160,7 @@ def _facts(
 
 
 def _run_locally(job: ScoringJob) -> None:
-    """Score the incomplete shards by threads of this process."""
+    """Score the incomplete shards in threads of this process."""
     workers = job.options.workers or cores()
     predictor = job.predictor
     tuned = measured_parallelism(predictor.manifest, predictor.precision, workers)
@@ -202,7 +202,7 @@ def _all_rows(journal: ScoringJournal) -> Iterator[ScoreRow]:
 def _write_table(
     journal: ScoringJournal, out: Path, options: ScoringOptions
 ) -> tuple[Counter[str], Counter[str]]:
-    """Write the table from the shards; the numbers of labels and of error codes."""
+    """Write the table from the shards; returns the number of rows by label and by error code."""
     columns = [*COLUMNS]
     columns += [PROBABILITIES] if options.probabilities else []
     columns += [FEATURES] if options.embeddings else []

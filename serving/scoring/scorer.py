@@ -17,15 +17,16 @@ from serving.scoring.rows import Features, ScoreRow
 from serving.utils.parallel import map_ordered
 
 _WINDOW: Final = 8
-"""Pending chunks for each thread: hides a slow chunk, and bounds the memory."""
+"""Pending chunks for each thread: enough to hide a slow chunk, and few enough for the memory."""
 _CHUNK: Final = 8
-"""Least number of images of a chunk, in whole batches."""
+"""Largest number of images of a chunk of several batches; a larger batch is one chunk."""
 
 
 class Chunk(NamedTuple):
     """Inputs that one thread scores in one call.
 
-    last: whether they are the last ones of the shard.
+    shard: number of the shard, a part of the job with 1,000 inputs.
+    last: whether this is the last chunk of the shard.
     """
 
     shard: int
@@ -45,7 +46,7 @@ class Scorer:
     """Scores chunks; thread-safe.
 
     Attributes:
-        chunk_size: Number of inputs of a chunk: whole batches.
+        chunk_size: Number of inputs of a chunk, a multiple of the images of a batch.
     """
 
     def __init__(
@@ -57,11 +58,11 @@ class Scorer:
         protocols: Sequence[str] = (),
         runs: int | None = None,
     ) -> None:
-        """Prepare to score.
+        """Store the arguments; nothing is loaded yet.
 
         Args:
             predictor: The model.
-            options: Their `tta`, `top_k`, `probabilities` and `embeddings` are used.
+            options: Of these, `tta`, `top_k`, `probabilities` and `embeddings` are used.
             batch: Rows (images times views) of one run of the graph.
             protocols: Protocols that addresses may have.
             runs: Largest number of concurrent runs of the graph, while other threads decode;
@@ -104,7 +105,8 @@ class Scorer:
                 predictions = self._predictor.predict(list(prepared.values()))
             answers.update(zip(prepared, predictions, strict=True))
         except FledgeError as error:
-            # An image that makes the whole batch fail must not affect the others: run each alone.
+            # Run each image separately, because one that makes the batch fail must not affect the
+            # others.
             for index, one in prepared.items():
                 answers[index] = self._predict_one(one) if len(prepared) > 1 else error
         for index, name in enumerate(names):
@@ -141,5 +143,5 @@ class Scorer:
 def score_chunks(
     scorer: Scorer, chunks: Iterable[Chunk], workers: int
 ) -> Generator[ScoredChunk, None, None]:
-    """Score chunks by `workers` threads; results come in the order of the chunks."""
+    """Score chunks in `workers` threads; yields the results in the order of the chunks."""
     return map_ordered(scorer, chunks, workers=workers, window=_WINDOW * workers, name="score")

@@ -21,13 +21,13 @@ class Summary:
     """Figures of a run.
 
     Attributes:
-        images: Rows of the table.
-        scored: Rows with an answer.
-        errors: Error code -> rows, most frequent first.
-        labels: Predicted label -> rows, most frequent first.
+        images: Number of rows of the table.
+        scored: Number of rows with an answer.
+        errors: Error code -> number of rows, most frequent first.
+        labels: Predicted label -> number of rows, most frequent first.
         seconds: Duration of this run, without loading the model.
-        now: Images that this run scored itself, not an interrupted one before it.
-        skipped: Folders, archives and lists that could not be read, or not to their end.
+        now: Number of images that this run scored, without those of earlier interrupted runs.
+        skipped: Number of folders, archives and lists that could not be read completely.
     """
 
     images: int
@@ -53,7 +53,7 @@ class Summary:
         """Write the summary of the table `out`, with the model's class names in their order.
 
         Raises:
-            WorkError: It can't be written.
+            WorkError: The file can't be written.
         """
         content = {
             "model": predictor.model,
@@ -91,7 +91,7 @@ class Summary:
 
 
 def summary_path(out: Path) -> Path:
-    """Where the summary of a table lies: `scores.summary.json` beside `scores.csv` or `scores/`."""
+    """Path of a table's summary: `scores.summary.json` beside `scores.csv` or `scores/`."""
     named = out if out.name else out.absolute()  # "." has no name
     return named.parent / f"{named.stem}.summary.json"
 
@@ -99,7 +99,7 @@ def summary_path(out: Path) -> Path:
 def read_classes(out: Path) -> tuple[str, ...] | None:
     """The model's class names in their order, from the summary of a table.
 
-    None if there is no summary, or one without class names, as older versions wrote it.
+    None if there is no summary, or if an older version wrote it without class names.
     """
     try:
         content = json.loads(summary_path(out).read_text(encoding="utf-8"))
@@ -112,10 +112,10 @@ def read_classes(out: Path) -> tuple[str, ...] | None:
 
 
 def parse_error_limit(max_errors: str | None) -> Callable[[int], float] | None:
-    """Number of images -> number of errors that `--max-errors` allows; None without a limit.
+    """Function: number of images -> number of errors that `--max-errors` allows; None: no limit.
 
     Raises:
-        OptionError: Neither a number nor a percentage.
+        OptionError: `max_errors` is neither a number nor a percentage.
     """
     if max_errors is None:
         return None

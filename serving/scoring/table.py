@@ -18,8 +18,8 @@ from serving.utils.optional_packages import require
 class AtomicTable:
     """Base of `TableFile` and `TableFolder`: writes to a temporary path, renamed at the end.
 
-    A context manager: an exception within it removes the temporary path and leaves an older table
-    unchanged.
+    A context manager. An exception in the `with` block removes the temporary path and leaves an
+    older table unchanged.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class AtomicTable:
             writer: Opens a writer at the temporary path.
 
         Raises:
-            OptionError: It can't be written there.
+            OptionError: The table can't be written there.
         """
         self._out = out
         try:
@@ -52,7 +52,7 @@ class AtomicTable:
         """Write rows, and their features [rows, D] if the table has that column.
 
         Raises:
-            WorkError: They can't be written, for example because the disk is full.
+            WorkError: The rows can't be written, for example because the disk is full.
         """
         self._or_discard(lambda: self._writer.write(rows, features))
 
@@ -75,7 +75,7 @@ class AtomicTable:
         self._stack.close()
 
     def _discard(self, error: BaseException) -> None:
-        with contextlib.suppress(OSError):  # the data that can't be flushed is discarded anyway
+        with contextlib.suppress(OSError):  # data that can't be flushed is discarded anyway
             self._writer.close()
         self._stack.__exit__(type(error), error, error.__traceback__)
 
@@ -94,7 +94,7 @@ class TableFile(AtomicTable):
         """Open a temporary file.
 
         Raises:
-            OptionError: As `check_table`; it can't be written there.
+            OptionError: `check_table` fails, or the file can't be written there.
         """
         check_table(out)
         open_writer = FORMATS[out.suffix.lower()]
@@ -105,8 +105,8 @@ def check_table(out: Path, *, features: bool = False) -> None:
     """Check that the table can be written, before the work.
 
     Raises:
-        OptionError: An unknown suffix; a place that can't be written to; Parquet without pyarrow;
-            features in another format.
+        OptionError: The suffix is unknown, the file can't be written there, Parquet needs pyarrow,
+            or features need Parquet.
     """
     suffix = out.suffix.lower()
     if suffix not in FORMATS:

@@ -22,7 +22,7 @@ from serving.utils.files import atomic_folder, check_folder, sync
 from serving.utils.optional_packages import require
 
 ROWS: Final = 100_000
-"""Rows from which a file is closed and the next one begun."""
+"""Number of rows at which a file is closed."""
 
 _NAME: Final = re.compile(r"part-[0-9]{5,}\.parquet")
 
@@ -34,7 +34,7 @@ class TableFolder(AtomicTable):
         """Create a temporary folder.
 
         Raises:
-            OptionError: As `check_table_folder`; it can't be written there.
+            OptionError: `check_table_folder` fails, or the folder can't be written there.
         """
         check_table_folder(out)
         super().__init__(out, atomic_folder(out), lambda folder: _PartWriter(folder, columns))
@@ -81,8 +81,8 @@ def check_table_folder(out: Path) -> None:
     """Check that the folder can be written, before the work.
 
     Raises:
-        OptionError: pyarrow is missing; the parent folder is missing or not writable; `out` exists
-            and contains other files.
+        OptionError: pyarrow is missing, the parent folder is missing or not writable, or `out`
+            exists and contains other files.
     """
     require("pyarrow", "Parquet", "pip install 'fledge[parquet]'; or use .csv")
     parent = out.absolute().parent

@@ -49,10 +49,10 @@ STATIC_FILES: Final = frozenset(
 
 
 def service_class() -> Any:
-    """The class of what `bentoml.service` makes, to be subclassed for its `service_class` option.
+    """Base class for the option `service_class` of `bentoml.service`, which is not documented.
 
     `_bentoml_sdk.Service`: `to_asgi(is_main)` builds the ASGI app of a worker, and a call of the
-    service makes the instance of the decorated class. `service_class` is not documented.
+    service creates the instance of the decorated class.
     """
     from _bentoml_sdk import Service  # type: ignore[import-untyped]
 
@@ -70,7 +70,7 @@ def run_worker(arguments: Sequence[str]) -> None:
 
 
 def keep_metrics_in_memory() -> None:
-    """Have `/metrics` report only this process; call it before the worker starts.
+    """Make `/metrics` report only this process; call it before the worker starts.
 
     `BentoMLContainer.metrics_client` and `PrometheusClient(multiproc=False)`: by default BentoML
     keeps the metrics of all workers in files of `PROMETHEUS_MULTIPROC_DIR`.
@@ -82,7 +82,7 @@ def keep_metrics_in_memory() -> None:
 
 
 def tracing_sample_rate() -> float:
-    """Share of the requests to be traced, 0 to 1; 0 where tracing is off.
+    """Share of the requests to trace, 0 to 1; 0 if tracing is off.
 
     `BentoMLContainer.tracing.sample_rate`: BentoML's own configuration, `services.tracing`.
     """
@@ -95,7 +95,7 @@ def tracing_sample_rate() -> float:
 def tracer_provider() -> TracerProvider:
     """BentoML's provider, with the sampler and the exporter of `services.tracing`.
 
-    `BentoMLContainer.tracer_provider`: a singleton that is made at its first use.
+    `BentoMLContainer.tracer_provider`: a singleton that is created at its first use.
     """
     from bentoml._internal.configuration.containers import BentoMLContainer
 
@@ -104,11 +104,11 @@ def tracer_provider() -> TracerProvider:
 
 
 def set_launcher_hangup_action(*, stop: bool) -> None:
-    """Have the launcher stop at SIGHUP as at SIGTERM, or ignore it; call it before it starts.
+    """Make the launcher stop on SIGHUP as on SIGTERM, or ignore SIGHUP; call it before the start.
 
-    `circus.sighandler.SysHandler.handle_hup`: circus would restart the workers, but their
-    predecessors have shut down the listening socket that all of them share. SIGHUP can't be blocked
-    by a signal mask instead: a thread of numpy that started earlier would receive it.
+    `circus.sighandler.SysHandler.handle_hup`: circus would restart the workers, but the stopped
+    workers have shut down the listening socket that all workers share. SIGHUP can't be blocked by a
+    signal mask instead, because a thread of numpy that started earlier would receive it.
     """
     from circus.sighandler import SysHandler  # type: ignore[import-untyped]
 
@@ -119,8 +119,8 @@ def set_launcher_hangup_action(*, stop: bool) -> None:
 def running_uvicorn_server() -> uvicorn.Server | None:
     """The server that handles SIGTERM in this process, or None.
 
-    `uvicorn.Server.handle_exit`: uvicorn installs this bound method as the signal handler, which
-    is the only way to its server from inside the app. `GracefulShutdown` also reads its attributes
+    `uvicorn.Server.handle_exit`: uvicorn installs this bound method as the signal handler. An app
+    has no other reference to its server. `GracefulShutdown` also reads the server's attributes
     `started` and `servers`, and calls `handle_exit`.
     """
     import uvicorn

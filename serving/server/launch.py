@@ -1,4 +1,4 @@
-"""`fledge serve`: check the configuration, print the address, become the server."""
+"""`fledge serve`: check the configuration, print the address, run the server as this process."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ def serve(
     precision: str | None = None,
     workers: int | None = None,
 ) -> NoReturn:
-    """Turn this process into the server; with several workers, into BentoML's launcher.
+    """Run the server as this process; with several workers, run BentoML's launcher as this process.
 
-    Signals and exit status are then the server's.
+    The process id stays the same, so signals reach the server, and its exit status is that of the
+    command.
 
     Args:
         folder: The bundle.
@@ -48,8 +49,8 @@ def serve(
         workers: As in `Settings`; None leaves the choice to FLEDGE_WORKERS.
 
     Raises:
-        OptionError: A wrong setting, or the port is in use.
-        BundleError: No usable bundle.
+        OptionError: A setting is wrong, or the port is in use.
+        BundleError: The bundle can't be used.
     """
     options = {"FLEDGE_DEVICE": device, "FLEDGE_PRECISION": precision, "FLEDGE_WORKERS": workers}
     env = {
@@ -65,7 +66,7 @@ def serve(
     listener = bind(host, port)
     address = listener.getsockname()[0]
     url = client_url(address, port)
-    if settings.workers == 1:  # with several, `ImageClassifier.check` does it in the launcher
+    if settings.workers == 1:  # with several, `ImageClassifier.check` does this
         preflight.check_gpu(settings, env)
     print(f"{manifest.name}:{manifest.version} on {url} (ready when {url}/readyz answers 200)")
     key = '-H "Authorization: Bearer KEY" ' if settings.api_keys else ""
@@ -75,7 +76,7 @@ def serve(
     if settings.workers == 1:
         remove_scratch_at_exit(env)
         single_process.serve(listener, env, GRACE_SECONDS)
-    listener.close()  # BentoML's launcher binds its own
+    listener.close()  # BentoML's launcher binds a socket itself
     # -P: modules must not come from the current folder.
     command = [sys.executable, "-P", "-m", "bentoml", "serve", single_process.SERVICE]
     command += ["--working-dir", str(single_process.ROOT), "--host", address, "--port", str(port)]
@@ -84,8 +85,9 @@ def serve(
 
 
 def make_paths_absolute(env: MutableMapping[str, str]) -> None:
-    """Make the paths in `env` absolute: launcher and workers may run in different folders."""
-    # Symbolic links stay: one may be pointed at new keys or another bundle while the service runs.
+    """Make the paths in `env` absolute, as launcher and workers may run in different folders."""
+    # Symbolic links are not resolved, because the user may replace a link to switch to new keys or
+    # another bundle while the service runs.
     env["FLEDGE_BUNDLE"] = str(bundle_folder(env).absolute())
     for name in ("FLEDGE_API_KEYS_FILE", signing.TRUSTED):
         path = env.get(name, "").strip()
@@ -94,10 +96,10 @@ def make_paths_absolute(env: MutableMapping[str, str]) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: connections are refused until the server is up.
+    """A bound socket that does not listen yet, so connections are refused until the server is up.
 
     Raises:
-        OptionError: An unknown host, or a port that is out of range or in use.
+        OptionError: The host is unknown, or the port is out of range or in use.
     """
     if not 1 <= port <= 65535:
         raise OptionError(f"--port {port}: use 1 to 65535")
@@ -129,7 +131,7 @@ def client_url(address: str, port: int) -> str:
 
 
 def _use_private_bentoml_home(env: dict[str, str]) -> None:
-    """Give this server a BENTOML_HOME of its own: BentoML clears the metrics of other servers."""
+    """Give this server its own BENTOML_HOME, because BentoML clears all metrics in that folder."""
     env.pop(SCRATCH, None)
     try:
         scratch = tempfile.mkdtemp(prefix="fledge-")
@@ -142,7 +144,7 @@ def _use_private_bentoml_home(env: dict[str, str]) -> None:
 def remove_scratch_at_exit(env: Mapping[str, str]) -> None:
     """Remove this process's scratch folder at exit.
 
-    The variable counts only if it names this process: otherwise the folder may be any other.
+    FLEDGE_SCRATCH is used only if it names this process, because otherwise it may name any folder.
     """
     pid, _, scratch = env.get(SCRATCH, "").partition(":")
     if scratch and pid == str(os.getpid()):

@@ -1,7 +1,8 @@
 """Checks before the service starts: bundle, precision, runtime and device.
 
-Each refuses a configuration that no worker could serve. As a command, `python -m
-serving.server.preflight` opens the bundle on the device that FLEDGE_DEVICE names and exits.
+Each check raises an error for a configuration that no worker could serve. As a command, `python -m
+serving.server.preflight` opens the bundle on the device that FLEDGE_DEVICE names and exits. Opening
+a bundle predicts its golden images, which are photos with stored expected probabilities.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def check(settings: Settings) -> None:
     """Run all checks; BentoML's launcher calls it before it starts its workers.
 
     Raises:
-        BundleError: No usable bundle.
+        BundleError: The bundle can't be used.
         OptionError: The GPU can't be used, or the bundle lacks the precision.
     """
     check_bundle(settings)
@@ -31,10 +32,10 @@ def check(settings: Settings) -> None:
 
 
 def check_bundle(settings: Settings) -> Manifest:
-    """Check what needs no loaded graph, and return the manifest.
+    """Check all that can be checked without loading a graph, and return the manifest.
 
     Raises:
-        BundleError: No usable bundle.
+        BundleError: The bundle can't be used.
         OptionError: The bundle lacks the precision, or the runtime can't use the device.
     """
     manifest = storage.read(settings.bundle).manifest
@@ -48,17 +49,17 @@ def check_bundle(settings: Settings) -> Manifest:
     if settings.runtime == "torchscript":
         _check_torchscript(settings, manifest)
     if settings.device in ("cuda", "tensorrt") and settings.runtime == "onnx":
-        from serving.inference import runtime  # it imports ONNX Runtime, which takes long
+        from serving.inference import runtime  # imports ONNX Runtime, which takes long
 
         runtime.require(settings.device)
     return manifest
 
 
 def check_gpu(settings: Settings, env: Mapping[str, str]) -> None:
-    """Open the bundle on the GPU where FLEDGE_DEVICE names one.
+    """Open the bundle on the GPU, if FLEDGE_DEVICE names one.
 
     Raises:
-        BundleError: The golden images give other answers there.
+        BundleError: On the GPU, the golden images give other probabilities than the stored ones.
         OptionError: The GPU can't be used.
     """
     if settings.device not in ("cuda", "tensorrt"):
@@ -86,7 +87,7 @@ def _check_torchscript(settings: Settings, manifest: Manifest) -> None:
 
 
 def _open_on_device() -> int:
-    """Open the bundle as a worker would; return the exit status, the error on stderr."""
+    """Open the bundle as a worker would; print an error to stderr and return the exit status."""
     from serving.inference.load import open_predictor
 
     try:

@@ -1,14 +1,15 @@
-"""Graceful shutdown: stop accepting, then drain. Exit of the service when a worker process exits.
+"""Graceful shutdown of a worker, and exit of the service when a worker fails.
 
-In a worker, `GracefulShutdown` shuts the listening socket down for all processes before the server
-stops. BentoML's launcher keeps that socket open until its workers have exited: until then the
-kernel would accept connections that no process serves, and reset them at the end. With the socket
-shut down, a new connection is refused at once, and the client can use another replica.
+In a worker, `GracefulShutdown` stops accepting connections and lets open requests finish. It shuts
+the listening socket down for all processes before the server stops, because BentoML's launcher
+keeps that socket open until its workers have exited. Until then, the kernel would accept
+connections that no process serves, and reset them at the end. With the socket shut down, a new
+connection is refused at once, and the client can use another replica.
 
 In BentoML's launcher, `watch_workers` stops the service when a worker exits unexpectedly, or on
 SIGHUP. The launcher itself would start another worker within ten seconds, and meanwhile some or all
-requests would get no answer. What runs the service, a restart policy or Kubernetes, sees the exit
-at once and counts it.
+requests would get no answer. The supervisor that runs the service, such as systemd or Kubernetes,
+sees the exit at once and can restart the service.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ DRAIN_SECONDS: Final = 0.3
 can send their request."""
 
 _MAX_ACCEPT_TURNS: Final = 1000
-"""Turns of the event loop that a backlog of connections may take to be accepted."""
+"""Largest number of turns of the event loop in which pending connections are accepted."""
 _START_POLL_SECONDS: Final = 0.02
 _SCAN_SECONDS: Final = 1.0
 """Time between two scans for new workers. A worker takes longer than that to start; once it is
@@ -49,7 +50,7 @@ _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 class GracefulShutdown:
     """Handles the signals that stop a worker.
 
-    started: from then on every response says `Connection: close`.
+    started: whether the shutdown has begun; from then on every response has `Connection: close`.
     """
 
     started = False
@@ -61,7 +62,7 @@ class GracefulShutdown:
             return
 
         def stop_server() -> None:
-            # SIGTERM in any case: at a second SIGINT uvicorn would drop the open requests.
+            # Always SIGTERM, because at a second SIGINT uvicorn would drop the open requests.
             server.handle_exit(signal.SIGTERM, None)
 
         def handle(*_: Any) -> None:
@@ -91,8 +92,8 @@ class GracefulShutdown:
             loop.call_soon(self._stop_accepting, loop, server, stop_server, turns - 1)
             return
         self.started = True
-        # `close` of a server closes the socket of this process only; `shutdown` on a duplicate
-        # stops the launcher's as well.
+        # `close` of a server closes the socket in this process only; `shutdown` of a duplicate also
+        # stops the launcher's socket.
         duplicates = [socket.socket(fileno=os.dup(listener.fileno())) for listener in sockets]
         for one in server.servers:
             one.close()
@@ -113,9 +114,9 @@ def _has_pending_connections(sockets: Iterable[socket.socket]) -> bool:
 def watch_workers() -> None:
     """Stop the launcher, with exit status 1, when a worker exits unexpectedly. On Linux only.
 
-    The launcher calls it once, before it starts its workers. Exit handlers that must run are to be
-    registered with `atexit` after this call: they run last to first, and the one registered here
-    ends the process with status 1, where the launcher would exit with 0.
+    Call it once, in the launcher, before it starts its workers. Register other `atexit` handlers
+    after this call, because handlers run in reverse order, and after a failure the handler
+    registered here ends the process with status 1, where the launcher would exit with 0.
     """
     if not psutil.LINUX:
         return

@@ -1,8 +1,8 @@
-"""One worker without a launcher: this process becomes BentoML's worker.
+"""Run the service as one process, without BentoML's launcher.
 
-BentoML's launcher would import all that its worker imports, hold that memory, and wait. What it
-does for a single worker is done here: bind the socket, and exit with 0 after a stop signal. A
-crash ends the service without a launcher's help.
+The launcher would use the memory of a second worker only to wait for the first. This module does
+what the launcher does for one worker: pass it the bound socket, and exit with 0 after a stop
+signal. If the worker crashes, the service ends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from serving.server import bentoml_compat
 from serving.utils.process import exit_process
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-"""The folder that holds the package `serving`."""
+"""The folder that contains the package `serving`."""
 SERVICE: Final = "serving.service:ImageClassifier"
 
 
@@ -29,8 +29,8 @@ def serve(listener: socket.socket, environ: Mapping[str, str], grace: int) -> No
     """Serve until a stop signal, then exit with 0; with 1 if the server failed.
 
     Args:
-        listener: Bound, and not listening yet.
-        environ: What `serving.settings` reads, with absolute paths.
+        listener: A bound socket that does not listen yet.
+        environ: Environment variables for `serving.settings`, with absolute paths.
         grace: Seconds that requests in flight have after SIGTERM.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -39,17 +39,17 @@ def serve(listener: socket.socket, environ: Mapping[str, str], grace: int) -> No
     if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:  # `nohup` ignores it
         signal.signal(hangup, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     os.environ.update(environ)
-    # Keeps metrics in memory; with the variable, prometheus_client writes files that survive a
-    # crash.
+    # Without this variable, prometheus_client keeps metrics in memory; with it, in files that
+    # survive a crash.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
-    # BentoML adds the current folder to sys.path: modules must not come from the user's folder.
+    # BentoML adds the current folder to sys.path, and no module must come from the user's folder.
     os.chdir(ROOT)
     gc.set_threshold(700, 10, 10)  # Python's defaults; the command line collects less often
     try:
         _run_worker(listener, grace)
     except SystemExit as error:  # uvicorn's, if it could not start
         exit_process(1 if error.code else 0)
-    except Exception:  # a fault of the server: the log gets the traceback
+    except Exception:  # a fault of the server; the log gets the traceback
         traceback.print_exc()
         exit_process(1)
     exit_process(0)
@@ -67,13 +67,13 @@ def _run_worker(listener: socket.socket, grace: int) -> None:
 
 
 def _exit_during_start(*_: Any) -> None:
-    """Exit at once while the process starts.
+    """Signal handler that exits at once, until uvicorn installs its own handlers.
 
-    Later uvicorn handles the signals. It raises them again when it has stopped, from within its
-    event loop, which must end in order: then this handler does nothing.
+    When uvicorn has stopped, it raises the signals again from within its event loop. This handler
+    then does nothing, so that the event loop ends in order.
     """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        # Not by an exception: raised in the middle of an import, it may be lost.
+        # Not by raising an exception, which may be lost in the middle of an import.
         exit_process(0)
