@@ -1,1 +1,1 @@
-"""Export of a checkpoint to a verified bundle."""
+"""Export: convert a checkpoint to ONNX, TorchScript and torch.export, and verify the bundle."""

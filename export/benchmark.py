@@ -1,7 +1,7 @@
 """Speed of the exported graphs on this machine, by threads and batch size.
 
-The manifest's `tuning` entry holds the measurements and the settings that they suggest; a service
-may override them.
+The manifest's `tuning` entry holds the measurements and the settings that they suggest. A service
+uses these settings unless its own options override them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ DECODING_BATCHES: Final = (1, 2, 4, 8)
 """Batch sizes that are also measured with decoding in the loop."""
 ROUNDS: Final = 3
 SECONDS: Final = 0.25
-"""Length of one measurement; a round has one for every graph and setting."""
+"""Length of one measurement; a round measures every graph in every setting once."""
 MIN_SPEEDUP: Final = 1.2
 """Required speedup of a batch size above 1 over size 1.
 
-Batches make requests wait for each other, and on a busy machine rates differ from one second to the
-next.
+A smaller gain is not worth a batch, because requests of a batch wait for each other, and because
+rates differ from one second to the next on a busy machine.
 """
 NEAR_BEST: Final = 0.97
 """The smallest batch size that reaches this share of the best rate is chosen."""
@@ -42,11 +42,13 @@ NEAR_BEST: Final = 0.97
 class ThreadSetting(NamedTuple):
     """One setting to measure.
 
-    workers: threads that run the graph side by side. threads: intra-op threads of each. batch:
-    images per run.
-    decoding: each worker decodes the images of a batch before it runs the graph. Decoding evicts
-    the weights from the core's cache; a batch loads them once for several images, which a benchmark
-    of the graph alone does not show.
+    Attributes:
+        workers: Number of threads that run the graph concurrently.
+        threads: Number of intra-op threads of each run.
+        batch: Images per run.
+        decoding: Each worker decodes the images of a batch before it runs the graph. Decoding
+            evicts the weights from the core's cache, and a batch loads them once for several
+            images. A benchmark of the graph alone does not show this advantage of batches.
     """
 
     workers: int
@@ -56,7 +58,7 @@ class ThreadSetting(NamedTuple):
 
 
 Rates = dict[str, dict[ThreadSetting, float]]
-"""By graph and setting: images per second, the median over the rounds."""
+"""Images per second by graph and setting: the median over the rounds."""
 
 
 def measure(
@@ -65,9 +67,11 @@ def measure(
     photos: Sequence[bytes] = (),
     device: str = "cpu",
 ) -> Rates:
-    """Measure every graph in every setting, in turns: on noise, and on a CPU on `photos`, too.
+    """Measure every graph in every setting, in turns.
 
-    On a CPU the cores are used by one worker each with one thread, and by one worker with all.
+    The input is noise. On a CPU there are also settings in which `photos` are decoded, and the
+    cores are divided in two ways: one worker per core with one thread each, or one worker with as
+    many threads as there are cores.
     """
     count, size = cores(), preprocess.size
     splits = sorted({(count, 1), (1, count)}) if device == "cpu" else [(1, 1)]
@@ -109,8 +113,8 @@ def measure(
 def advice(rates: Rates) -> dict[str, Any]:
     """The manifest's `tuning` entry of one device: the best settings and all measurements.
 
-    max_batch belongs to the fastest graph: 1 unless a larger batch is clearly faster, with decoding
-    in the loop where that was measured.
+    `max_batch` is that of the fastest graph. It is 1 unless a larger batch is clearly faster; rates
+    with decoding decide if they were measured.
     """
     best = {name: fastest(by_setting) for name, by_setting in rates.items()}
     fastest_graph = max(best, key=lambda name: rates[name][best[name]])
@@ -150,7 +154,7 @@ def _max_batch(rates: Mapping[ThreadSetting, float]) -> int:
 
 
 def _latency(rates: Mapping[ThreadSetting, float]) -> dict[str, Any]:
-    """Of a single image: the better of one thread and all."""
+    """Threads and milliseconds for a single image: the faster of one thread and all threads."""
     single = [s for s in rates if s.workers == s.batch == 1 and not s.decoding]
     best = max(single, key=lambda setting: rates[setting])
     return {"threads": best.threads, "ms": _round(1000 / rates[best])}

@@ -17,13 +17,13 @@ _METADATA_FILES: Final = (storage.MANIFEST, storage.CHECKSUM, storage.SIGNATURE)
 
 
 def register(folder: Path, log: Callable[[str], None] = print) -> str:
-    """Copy a bundle into this user's model store, or BENTOML_HOME's; returns its tag.
+    """Copy a bundle into the model store of this user, or of BENTOML_HOME; returns its tag.
 
-    The tag is `NAME:VERSION`, with the name in the characters that BentoML allows. A different
-    bundle of the same tag is replaced.
+    The tag is `NAME:VERSION`; characters that BentoML does not allow in a name are replaced. A
+    different bundle with the same tag is replaced.
 
     Raises:
-        BundleError: As `storage.read`.
+        BundleError: The bundle is missing, damaged or not trusted.
         WorkError: The store can't be written.
     """
     opened = storage.read(folder)
@@ -48,7 +48,8 @@ def register(folder: Path, log: Callable[[str], None] = print) -> str:
                     if (folder / name).exists():
                         shutil.copy2(folder / name, copy)
                 shutil.copytree(opened.payload, copy / manifest.version)
-                storage.read(copy)  # verifies it: an export may have replaced `folder` meanwhile
+                # Verify the copy, because an export may have replaced `folder` meanwhile.
+                storage.read(copy)
     except (BentoMLException, OSError) as error:
         raise WorkError(f"BentoML's model store: {error}; the bundle itself is complete") from error
     log(f"registered as {tag} in BentoML's model store, {bentoml.models.get(tag).path}")
@@ -56,12 +57,19 @@ def register(folder: Path, log: Callable[[str], None] = print) -> str:
 
 
 def _is_stored(stored: Sequence[Any], folder: Path) -> bool:
-    """Whether the store has this very bundle; a service may be reading that copy."""
+    """Whether the store has this bundle already; it is not copied again then.
+
+    A service may be reading the stored copy.
+    """
     paths = [Path(model.path) / storage.MANIFEST for model in stored]
     manifest = (folder / storage.MANIFEST).read_bytes()
     return any(path.exists() and path.read_bytes() == manifest for path in paths)
 
 
 def _name(name: str) -> str:
-    """A valid BentoML name: a-z, 0-9, and inside also `-`, `_` and `.`; 63 characters at most."""
+    """Convert to a valid BentoML name.
+
+    It has at most 63 characters of a-z, 0-9, `-`, `_` and `.`, and begins and ends with a letter or
+    digit.
+    """
     return re.sub(r"[^a-z0-9_.-]+", "-", name.lower()).strip("-_.")[:63].rstrip("-_.") or "model"

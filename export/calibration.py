@@ -1,7 +1,8 @@
-"""Confidence calibration on held-out photos: temperature, thresholds, and the benefit of TTA.
+"""Confidence calibration on held-out photos: temperature, thresholds, benefit of TTA.
 
-Everything is fitted or counted on the outputs of the exported graph for the encoded photos. The
-same photos chose the best epoch, so the figures are slightly optimistic.
+TTA is test-time augmentation: probabilities are averaged over several views (crops, flips) of a
+photo. All figures come from the exported graph, run on photos decoded as in the service. The same
+photos were used to choose the best epoch, so the figures are slightly optimistic.
 """
 
 from __future__ import annotations
@@ -48,8 +49,10 @@ class HeldOut(NamedTuple):
 class ConfidenceTarget:
     """The goal of the confidence threshold.
 
-    kind: "precision": this share of the confident answers is right. "coverage": this share of all
-    answers is confident.
+    Attributes:
+        kind: "precision" or "coverage".
+        share: For "precision", the share of the confident answers that must be right; for
+            "coverage", the share of all answers that must be confident.
     """
 
     kind: Literal["precision", "coverage"]
@@ -77,7 +80,10 @@ class ConfidenceTarget:
 def predict_views(
     predictor: Predictor, samples: Sequence[Sample], workers: int = 1, views: int | None = None
 ) -> HeldOut:
-    """Run the first `views` views of each photo, all by default; unreadable photos are left out."""
+    """Run the graph on the first `views` views of each photo (None: all views).
+
+    Photos that can't be read are left out.
+    """
     count = len(predictor.manifest.views) if views is None else views
 
     def run(sample: Sample) -> npt.NDArray[np.float32] | None:
@@ -85,7 +91,8 @@ def predict_views(
             pixels = predictor.prepare(sample[0].read_bytes(), count).pixels
         except (ImageError, OSError):
             return None
-        # In batches of 1, as a service runs a single request: other batch sizes round differently.
+        # In batches of 1, as in a service with single requests, because other batch sizes round
+        # differently.
         return np.concatenate([predictor.runtime.run(pixels[i : i + 1])[0] for i in range(count)])
 
     logits, labels = [], []
@@ -141,9 +148,9 @@ def calibrate(
 def fit_temperature(logits: npt.NDArray[np.float32], labels: Labels) -> float:
     """The temperature with the least log loss (Guo et al., 2017, "On Calibration").
 
-    The target is 1 - 1 / (N + 2) for the label and the rest spread over the other classes, after
-    Platt (1999, "Probabilistic outputs for support vector machines", 2.2). With hard targets the
-    best temperature would be 0 where all N photos are right.
+    The target of the true class is 1 - 1 / (N + 2), and the rest is spread over the other classes,
+    after Platt (1999, "Probabilistic outputs for support vector machines", 2.2). With hard targets
+    the best temperature would be 0 if all N photos were classified correctly.
 
     Args:
         logits: [N, C], N at least 1.
@@ -172,8 +179,8 @@ def fit_temperature(logits: npt.NDArray[np.float32], labels: Labels) -> float:
 def calibration_report(held_out: HeldOut, temperature: float) -> dict[str, Any]:
     """The manifest's `calibration` entry: accuracy, log loss and ECE before and after calibration.
 
-    "After" is cross-validated: each fifth of the photos gets the temperature that was fitted on the
-    other four.
+    The metrics "after" are cross-validated: for each fifth of the photos, the temperature is fitted
+    on the other four fifths.
     """
     plain, labels = held_out.logits[:, 0], held_out.labels
     calibrated = softmax(plain, temperature)
@@ -193,7 +200,7 @@ def calibration_report(held_out: HeldOut, temperature: float) -> dict[str, Any]:
 def confidence_threshold(
     held_out: HeldOut, temperature: float, target: ConfidenceTarget
 ) -> dict[str, Any]:
-    """The least probability of a confident answer, with its coverage and precision on the photos.
+    """The lowest probability of a confident answer, with its coverage and precision on the photos.
 
     Raises:
         OptionError: No threshold reaches the precision.
@@ -229,7 +236,10 @@ def confidence_threshold(
 
 
 def energy_threshold(held_out: HeldOut) -> float:
-    """The 95 % quantile of the held-out photos' energies; more suggests an input of no class."""
+    """The 95 % quantile of the held-out photos' energies.
+
+    A higher energy suggests that an image belongs to no class.
+    """
     quantile = np.quantile(energies(held_out.logits[:, 0]), IN_DISTRIBUTION_SHARE)
     return float(f"{quantile:.4g}")
 
@@ -239,9 +249,10 @@ def tta_advice(held_out: HeldOut, temperature: float, how: str = "mean") -> dict
 
     Returns:
         {"photos", "advised", "plain": {...}, "views": [{"views", "accuracy", "loss", "ece",
-        "fixed", "broken", "p"}]}. fixed, broken: photos that become right, or wrong. p: of the
-        exact two-sided McNemar test (1947) of the two counts. advised: the fewest views with the
-        most right answers, 0 if none has more than the plain view. N views cost N times the work.
+        "fixed", "broken", "p"}]}. fixed: number of photos that the plain view classifies wrongly
+        and N views correctly. broken: the opposite. p: p-value of the exact two-sided McNemar test
+        (1947) of the two counts. advised: the smallest N with the most correct answers; 0 if no N
+        has more than the plain view. N views take N times the work.
     """
     by_view = softmax(held_out.logits, temperature)
     plain, labels = by_view[:, 0], held_out.labels

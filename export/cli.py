@@ -1,4 +1,4 @@
-"""The subcommand `fledge export`. It imports torch only when it runs."""
+"""The subcommand `fledge export`. Torch is imported only when the subcommand runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The graph contract: uint8 pixels in, logits and features out; normalisation is in the graph."""
+"""The graph contract: input uint8 pixels, outputs logits and features, normalisation in the graph.
+
+Also the checkpoint as a runtime, which is the reference of the parity gate.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ from training.models.classifier import Classifier, normalise
 from training.models.fuse_batchnorm import FusionReport, fuse
 
 Exportable = Classifier | WholeNetwork
-"""Has `features`, normalised images [N, 3, H, W] -> [N, D], and `head`, [N, D] -> logits."""
+"""Has `features`, normalised images [N, 3, H, W] -> [N, D], and `head`, [N, D] -> logits.
+
+For SqueezeNet, `features` returns feature maps, which `WholeNetwork.pool` converts to [N, D].
+"""
 
 
 class _Core(nn.Module):
@@ -25,7 +31,7 @@ class _Core(nn.Module):
     def __init__(self, classifier: Exportable) -> None:
         super().__init__()
         self.classifier = classifier
-        # SqueezeNet's classifier takes feature maps; of all other networks `features` are vectors.
+        # The head of SqueezeNet takes feature maps; in all other networks `features` are vectors.
         self.pool = classifier.pool if isinstance(classifier, WholeNetwork) else nn.Identity()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,17 +43,17 @@ class _Core(nn.Module):
 class Graph(nn.Module):
     """Pixels uint8 [N, size, size, 3], RGB -> logits [N, classes], features [N, D].
 
-    Features are the pooled input of the head. The graph casts, normalises and permutes the pixels:
-    it subtracts the mean, and the division by 255 std is folded into the first convolution's
-    weights. That is exact at the borders, too, because zero padding follows the subtraction. In a
-    network that does not begin with a convolution it is a multiplication of its own.
+    Features are the pooled input of the head. The graph casts, permutes and normalises the pixels.
+    It subtracts the mean, and the division by 255 std is folded into the weights of the first
+    convolution. Folding is exact at the borders, too, because zero padding follows the subtraction.
+    In a network that does not begin with a convolution, the division is a separate multiplication.
     """
 
     mean: Tensor
     scale: Tensor | None
 
     def __init__(self, core: fx.GraphModule, preprocess: Preprocess) -> None:
-        """Take a fused core: normalised images [N, 3, H, W] -> logits, features; modified."""
+        """Take a fused core, normalised images [N, 3, H, W] -> logits, features; it is modified."""
         super().__init__()
         dtype = next(core.parameters()).dtype
         mean = torch.tensor(preprocess.mean, dtype=torch.float64) * 255
@@ -73,15 +79,15 @@ class Graph(nn.Module):
 def _by_row(channels: Tensor, size: int) -> Tensor:
     """One value per channel [3], repeated to [1, 3, 1, size].
 
-    Before a quantised first layer ONNX Runtime subtracts in channels-last layout. With one value
-    per channel its inner loop has three elements, which takes a sixth of a small network's time;
-    with a row of values it has 3 * size.
+    If the first layer is quantised, ONNX Runtime subtracts in channels-last layout. With one value
+    per channel its inner loop has only three elements, which takes a sixth of a small network's
+    time. With a row of values the inner loop has 3 * size elements.
     """
     return channels.reshape(1, 3, 1, 1).expand(1, 3, 1, size).contiguous()
 
 
 def assemble(classifier: Exportable, preprocess: Preprocess) -> tuple[Graph, FusionReport]:
-    """The fused graph of a classifier and the result for its BatchNorms; `classifier` is unchanged.
+    """The fused graph of a classifier, and which BatchNorms were folded; `classifier` is unchanged.
 
     Raises:
         WorkError: torch.fx can't trace the network.
@@ -119,7 +125,7 @@ def contract(graph: Graph, preprocess: Preprocess) -> Mapping[str, Any]:
 class CheckpointRuntime:
     """The checkpoint as a `Runtime`: eager, float32, unfused, on the CPU.
 
-    The reference of the parity gate.
+    It is the reference of the parity gate.
     """
 
     provider = "checkpoint"
@@ -131,14 +137,17 @@ class CheckpointRuntime:
     def run(self, pixels: Pixels) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Pixels uint8 [N, size, size, 3] -> logits [N, classes], features [N, D]."""
         with torch.inference_mode():
-            # Copied, because torch warns about Pillow's read-only arrays.
+            # A copy, because torch warns about read-only arrays, which Pillow returns.
             images = normalise(torch.from_numpy(pixels.copy()), self._preprocess)
             logits, features = self._core(images)
         return logits.numpy(), features.numpy()
 
 
 def _first_convolution(core: fx.GraphModule) -> nn.Conv2d | None:
-    """The convolution that is the input's only reader, if its weights can take the scale."""
+    """The convolution whose weights can be scaled instead of the input; None if there is none.
+
+    It must be the only module that reads the input, called once, with 3 input channels.
+    """
     source = next(node for node in core.graph.nodes if node.op == "placeholder")
     users = list(source.users)
     if len(users) != 1 or users[0].op != "call_module":

@@ -1,4 +1,4 @@
-"""The model card of a bundle: its README.md, written from the manifest."""
+"""Write the model card of a bundle, its README.md, from the manifest."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _confident(threshold: Mapping[str, Any] | None) -> str:
 
 
 def _lines(values: object) -> str:
-    """A nested dict as a list: `- data: photos 1088, source flowers`."""
+    """A nested dict as a Markdown list, such as `- data: photos 1088, source flowers`."""
     assert isinstance(values, dict)
     return "\n".join(f"- {key}: {_plain(value)}" for key, value in values.items())
 

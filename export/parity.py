@@ -1,7 +1,7 @@
 """The parity gate: exported graphs must give the checkpoint's probabilities on held-out photos.
 
-Both sides use production's code, from encoded photos to probabilities: `serving`'s decoder,
-preprocessing, runtimes and softmax. Only the network differs. This module does not import torch.
+Both sides use the code of `serving` from encoded photos to probabilities (decoder, preprocessing,
+softmax). Only the network differs. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOLERANCE: Final = 1e-4
 BATCHES: Final = (1, 2, 7)
 MAX_PHOTOS: Final = 500
 WORST_SHOWN: Final = 5
-"""Number of photos that are logged if the gate fails."""
+"""Number of photos that are logged if the gate fails: those with the largest differences."""
 GOLDEN_IMAGES: Final = 8
 GOLDEN_BYTES: Final = 4_000_000
 MAX_UNREADABLE_SHARE: Final = 0.05
@@ -47,11 +47,11 @@ class Agreement:
     Attributes:
         difference: Largest difference of a probability, over all photos and batch sizes.
         worst: The photo with that difference.
-        changed: Photos whose predicted class differs at any batch size.
-        ties: Photos whose predicted class differs, too, but whose two classes the checkpoint itself
-            separates by less than the tolerance. They are not in `changed`.
+        changed: Photos whose predicted class differs at any batch size, except ties.
+        ties: Photos whose predicted class differs at any batch size, but whose two classes have
+            probabilities within the tolerance of each other in the checkpoint.
         right: Number of photos that the graph classifies correctly.
-        differences: Largest difference of each photo.
+        differences: Largest difference of each photo, over all batch sizes.
     """
 
     difference: float = 0.0
@@ -71,7 +71,7 @@ class ParityReport:
         skipped: Number of photos that could not be decoded.
         checkpoint: Number of photos that the checkpoint classifies correctly.
         graphs: Agreement of each graph, by its name.
-        classes: By class index: number of photos, and of those that the checkpoint classifies
+        classes: Class index -> number of photos, and number of those that the checkpoint classifies
             correctly.
     """
 
@@ -83,7 +83,7 @@ class ParityReport:
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """By graph, and "checkpoint": the share of photos that are classified correctly."""
+        """Name of a graph, or "checkpoint" -> share of photos that it classifies correctly."""
         right = {"checkpoint": self.checkpoint, **{k: v.right for k, v in self.graphs.items()}}
         return {name: count / self.photos for name, count in right.items()}
 
@@ -111,7 +111,7 @@ class ParityReport:
 
 
 def subsample(samples: Sequence[Sample], limit: int = MAX_PHOTOS) -> list[Sample]:
-    """All samples, or `limit` random ones in their order; the same ones on every call."""
+    """All samples, or `limit` random ones in their original order; the same on every call."""
     if len(samples) <= limit:
         return list(samples)
     drawn = random.Random(0).sample(range(len(samples)), limit)
@@ -130,15 +130,15 @@ def gate(
 
     Args:
         checkpoint: The network as trained: eager, float32, unfused.
-        preprocess: Saved with the checkpoint.
-        graphs: Name -> predictor, each with its own runtime.
+        preprocess: The preprocessing saved with the checkpoint.
+        graphs: Name of each graph -> predictor with its runtime.
         samples: Photos and the indices of their classes.
         workers: Number of threads.
-        log: Is called with lines about the worst photos if the gate fails.
+        log: Called with lines about the worst photos if the gate fails.
 
     Raises:
-        GateError: A probability differs by more than the tolerance, or a predicted class differs;
-            names the worst photo.
+        GateError: A probability differs by more than the tolerance, or a predicted class differs
+            without a tie. The message names a photo.
         DataError: There are no photos, or more than 5 % of them can't be decoded.
     """
     agreements = {name: Agreement() for name in graphs}
@@ -170,10 +170,10 @@ def write_golden(
     manifest: Manifest,
     samples: Sequence[Sample],
 ) -> tuple[dict[str, Any], ...]:
-    """Copy a few photos into `payload`, one per class; the manifest's `golden` entries.
+    """Copy a few photos, at most one per class, into `payload`; returns the `golden` entries.
 
-    Their expected probabilities are the checkpoint's. A service refuses a graph whose probabilities
-    differ by more than the tolerance.
+    The entries of the manifest have each photo's expected probabilities, which are those of the
+    checkpoint. A service refuses a graph whose probabilities differ by more than the tolerance.
     """
     preprocess = manifest.preprocess
     by_class: dict[int, list[Path]] = {}
@@ -206,9 +206,10 @@ def write_golden(
 
 
 class _Scored(NamedTuple):
-    """The outputs for one chunk.
+    """The outputs for one chunk of photos.
 
-    truth: the checkpoint's probabilities [N, classes]. answers: each graph's, for each batch size.
+    truth: probabilities of the checkpoint [N, classes]. answers: name of each graph -> its
+    probabilities [N, classes] at each batch size.
     """
 
     paths: list[Path]
@@ -248,7 +249,7 @@ def _score(
 
 
 def _predict(predictor: Predictor, prepared: Sequence[Prepared], size: int) -> Probabilities:
-    """Probabilities [N, classes], `size` images at a time."""
+    """Probabilities [N, classes], predicted in batches of `size` images."""
     starts = range(0, len(prepared), size)
     answers = (a for start in starts for a in predictor.predict(prepared[start : start + size]))
     return np.stack([answer.probabilities for answer in answers])
@@ -263,7 +264,7 @@ def _compare(
 ) -> None:
     for expected, actual, path in zip(truth, answers, paths, strict=True):
         difference = float(np.abs(expected - actual).max())
-        # NaN compares false with every number, and counts as the largest difference.
+        # NaN counts as the largest difference; comparisons with NaN are false.
         of_photo = max(difference, agreement.differences.get(path, 0.0))
         agreement.differences[path] = np.inf if np.isnan(difference) else of_photo
         if not difference <= agreement.difference:

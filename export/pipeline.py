@@ -3,8 +3,8 @@
     checkpoint -fuse-> graph -write-> OUT/.partial-PID/ -calibrate, parity gate-> OUT/VERSION/
     -> OUT/manifest.json
 
-All files are written to a partial folder. Until the last rename an older bundle in OUT is
-unchanged.
+All files are written to a partial folder, so an older bundle in OUT stays unchanged until the last
+rename. The parity gate compares the exported graphs with the checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ TORCHSCRIPT: Final = "model.ts"
 TORCH_EXPORT: Final = "model.pt2"
 
 _WORKERS: Final = 4
-"""Each holds the activations of a chunk of photos; more would use much memory for little time."""
+"""Threads of the parity gate.
+
+Each holds the activations of a chunk of photos in memory. More threads would need much more memory
+and save little time.
+"""
 _PACKAGES: Final = ("fledge", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -49,12 +53,13 @@ class ExportOptions:
     """Options of an export.
 
     Attributes:
-        name: Of the model; None: the recipe's name.
+        name: Name of the model; None: the recipe's name.
         confident: The goal of the confidence threshold; None: no threshold.
-        precision: "fp32" tries no other; "int8" and "fp16" fail where they are refused; "auto"
-            tries all and keeps what is faster and accurate enough.
-        accuracy_budget: Percentage points of accuracy that a faster precision may cost.
-        sign: A PEM file with the private key that signs the manifest.
+        precision: "fp32": no other precision is tried. "int8" or "fp16": this one is tried, and the
+            export fails if it is refused. "auto": all are tried, and those that are faster and
+            accurate enough are kept.
+        accuracy_budget: Percentage points of accuracy that a faster precision may lose.
+        sign: PEM file with the private key that signs the manifest; None: no signature.
     """
 
     name: str | None = None
@@ -72,22 +77,22 @@ def export(
     data: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Manifest:
-    """Export a run's best checkpoint to a bundle and check that both give the same answers.
+    """Export a run's best checkpoint to a bundle and check that both give the same probabilities.
 
     Args:
-        run: The run's folder, or its checkpoint.
-        out: The bundle's folder; created, or updated to the new version.
-        options: As `ExportOptions`.
+        run: The run's folder, or one of its checkpoints.
+        out: The bundle's folder. It is created, or the new version replaces the one in it.
+        options: See `ExportOptions`.
         data: The photos' folder, if they were moved after training.
-        log: Is called with one line per step.
+        log: Called with one line per step.
 
     Raises:
         DataError: There is no checkpoint, or the photos are missing.
-        OptionError: `out` or an option can't be used; no threshold reaches the requested precision;
-            fp16 without a GPU.
-        GateError: The exported graphs and the checkpoint give different answers, or the requested
-            precision is refused; no bundle is written.
-        WorkError: Weights that are not finite, a network that can't be exported, a full disk.
+        OptionError: `out` or an option can't be used, no threshold reaches the requested precision,
+            or fp16 was requested and there is no GPU.
+        GateError: A graph's probabilities differ too much from those of the checkpoint, or the
+            requested precision is refused. No bundle is written.
+        WorkError: Weights are not finite, the network can't be exported, or the disk is full.
     """
     check_target(out)
     classifier, info = checkpoint.load(run)
@@ -113,13 +118,13 @@ def export_checkpoint(
     """Export a torchvision checkpoint that Fledge did not train.
 
     Args:
-        path, arch, arch_args, size, crop: As `torchvision_checkpoint.load`.
+        path, arch, arch_args, size, crop: See `torchvision_checkpoint.load`.
         labels: Text file with one class name per line, in the order of the logits.
-        photos: Held-out photos, one folder per class.
-        out, options, log: As `export`.
+        photos: Photos that the network was not trained on, one folder per class.
+        out, options, log: See `export`.
 
     Raises:
-        FledgeError: As `export`, `torchvision_checkpoint.load` and `torchvision_checkpoint.photos`.
+        FledgeError: What `export` and the functions of `torchvision_checkpoint` raise.
     """
     check_target(out)
     names = torchvision_checkpoint.read_labels(labels)
@@ -134,8 +139,8 @@ def export_checkpoint(
 class _Source(NamedTuple):
     """A network to export and its photos.
 
-    name: of the run's folder or the file. train: photos to calibrate int8 on. valid: held-out
-    photos.
+    name: name of the run's folder or of the checkpoint file. train: photos to calibrate int8 on.
+    valid: held-out photos.
     """
 
     classifier: Exportable
@@ -152,7 +157,7 @@ def _export(
     name = _check_name(source.info.name if options.name is None else options.name)
     check_request(options.precision, options.accuracy_budget)
     sign = signing.signer(options.sign) if options.sign else None
-    signing.trusted()  # `publish` reads these keys after minutes of work: report errors in them now
+    signing.trusted()  # raises errors in the trusted keys now, not after minutes of work
     source = source._replace(valid=parity.subsample(source.valid))
     try:
         with partial_payload(out) as payload:
@@ -173,7 +178,11 @@ def _export(
 def _build(
     payload: Path, source: _Source, name: str, options: ExportOptions, log: Callable[[str], None]
 ) -> Manifest:
-    """Write graphs and golden images to `payload`; the manifest without `files` and provenance."""
+    """Write graphs and golden images to `payload`.
+
+    Golden images are photos stored with their expected probabilities. Returns the manifest without
+    `files` and `provenance`.
+    """
     classifier, info, samples = source.classifier, source.info, source.valid
     graph, fusion = assemble(classifier, info.preprocess)
     log(f"{info.arch}: folded {len(fusion.folded)} of {fusion.before} BatchNorms")
@@ -238,8 +247,8 @@ def _build(
 def _single_threaded_torch() -> Iterator[int]:
     """Set torch to one thread, as in production; yields the number of workers to use instead.
 
-    Torch's own threads spin while they wait for each other: with other load on the cores that made
-    the parity gate ten times slower.
+    Torch's own threads busy-wait for each other. When other programs used the cores, this made the
+    parity gate ten times slower.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -22,10 +22,10 @@ _VERSION: Final = re.compile(r"[0-9a-f]{12}")
 
 
 def check_target(out: Path) -> None:
-    """Refuse a file and a folder with other content, because an export deletes old versions.
+    """Check that `out` is missing, empty or a bundle, because an export deletes old versions in it.
 
     Raises:
-        OptionError: `out` is neither free nor a bundle.
+        OptionError: `out` is a file, or a folder with other content.
     """
     if not out.exists():
         return
@@ -34,7 +34,7 @@ def check_target(out: Path) -> None:
     present = {path.name for path in out.iterdir()}
     if {storage.MANIFEST, storage.CHECKSUM} <= present:
         return
-    # Files that a killed export may leave behind are accepted.
+    # Files that a killed export can leave in the folder are accepted.
     companions = {storage.CHECKSUM, storage.SIGNATURE}
     accepted = companions | {f".{name}.partial" for name in (storage.MANIFEST, *companions)}
     foreign = sorted(
@@ -50,9 +50,10 @@ def check_target(out: Path) -> None:
 
 @contextmanager
 def partial_payload(out: Path) -> Iterator[Path]:
-    """A new folder in `out` to build the payload in; deleted at the end unless it was renamed.
+    """Create a folder in `out` for building the payload, and delete it at the end.
 
-    Partial folders of exports that no longer run are deleted, too.
+    If `publish` has renamed the folder, it is not deleted. Partial folders of exports that no
+    longer run are deleted, too.
     """
     is_new = not out.exists()
     payload = out / f".partial-{os.getpid()}"
@@ -74,7 +75,7 @@ def partial_payload(out: Path) -> Iterator[Path]:
 def publish(payload: Path, manifest: Manifest, out: Path, sign: Sign | None = None) -> Manifest:
     """Rename the payload to its version, replace the manifest, and delete older versions.
 
-    The version that was live before is kept until the next export, for services that still read it.
+    The replaced version is kept until the next export, because running services may still read it.
     """
     with _locked(out):
         return _publish(payload, manifest, out, sign)
@@ -84,12 +85,12 @@ def publish(payload: Path, manifest: Manifest, out: Path, sign: Sign | None = No
 def _locked(out: Path) -> Iterator[None]:
     """Lock `out` against other exports on this machine.
 
-    An export deletes all versions but the live one and the one before. Without the lock that
-    includes a payload that another export has renamed but not yet named in the manifest.
+    An export deletes all versions except the live one and the one before it. Without the lock it
+    could delete a payload that another export has renamed but not yet written to the manifest.
     """
     descriptor = os.open(out, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a system or a file system without locks: go on unlocked
+        with suppress(OSError):  # without support for locks, the export runs unlocked
             lock(descriptor, wait=True)
         yield
     finally:
@@ -103,16 +104,17 @@ def _publish(payload: Path, manifest: Manifest, out: Path, sign: Sign | None) ->
         live = None
     same = live is not None and live.version == manifest.version
     if live is not None and same and (sign is None or live.files == manifest.files):
-        # The same graphs: a service may be reading that folder, so it stays as it is, with its
-        # golden images, and only the manifest is new. A manifest that is to be signed must describe
-        # the files of this export.
+        # The graphs are the same. A service may be reading the published folder, so its files,
+        # including the golden images (photos stored with their expected probabilities), stay, and
+        # only the manifest is replaced. A signed manifest must describe the files of this export,
+        # so with `sign` the folder is kept only if its files are identical.
         manifest = manifest.model_copy(update={"files": live.files, "golden": live.golden})
     else:
         for path in payload.rglob("*"):
             if path.is_file():
                 sync(path)
         version = out / manifest.version
-        shutil.rmtree(version, ignore_errors=True)  # never published, or damaged
+        shutil.rmtree(version, ignore_errors=True)  # interrupted, damaged, or other files
         payload.rename(version)
     storage.publish(manifest, out, sign)
     keep = {manifest.version, live.version if live else None}

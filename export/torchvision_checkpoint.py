@@ -1,4 +1,4 @@
-"""Load a torchvision checkpoint that Fledge did not train, with its own classifier layer."""
+"""Load a torchvision checkpoint that Fledge did not train, with the classifier layer in it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from training.models import backbones, weights
 from training.run import checkpoint
 
 HELD_OUT: Final = 2 / 3
-"""Share of the photos for the parity gate and accuracies; int8 is calibrated on the rest."""
+"""Share of the photos for the parity gate and accuracies; the others calibrate int8."""
 
 _AUXILIARY: Final = ("aux", "AuxLogits")
 
@@ -30,9 +30,9 @@ _AUXILIARY: Final = ("aux", "AuxLogits")
 class WholeNetwork(nn.Module):
     """A torchvision network, split into `features` and `head`.
 
-    The head is the last Linear. SqueezeNet has none: its head is the classifier, which begins with
-    a convolution and takes feature maps. `pool` turns the output of `features` into the vectors of
-    the graph contract.
+    The head is the last Linear. SqueezeNet has no Linear; its head is its classifier, which begins
+    with a convolution and takes feature maps. `pool` converts the output of `features` to the
+    vectors that the graph contract requires.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -50,7 +50,7 @@ class WholeNetwork(nn.Module):
         self.network = network
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised images [N, 3, H, W] -> input of the head, [N, D] or [N, D, H, W]."""
+        """Normalised images [N, 3, H, W] -> input of the head: [N, D], or [N, D, h, w]."""
         features: Tensor = self.network(images)
         return features
 
@@ -61,12 +61,12 @@ class WholeNetwork(nn.Module):
 
 
 def read_args(texts: Sequence[str]) -> dict[str, Any]:
-    """Arguments of torchvision's builder from `KEY=VALUE` texts, with the value as in TOML.
+    """Parse `KEY=VALUE` texts to arguments of torchvision's builder.
 
-    A value that is not valid TOML is a string.
+    The value is parsed as TOML; if it is not valid TOML, it is a string.
 
     Raises:
-        OptionError: A text has another form.
+        OptionError: A text does not have the form KEY=VALUE.
     """
     args = {}
     for text in texts:
@@ -97,11 +97,12 @@ def load(
         arch: torchvision's name of the network.
         labels: Class names in the order of the logits.
         arch_args: Arguments of torchvision's builder.
-        size, crop: Of the preprocessing in training; None: the network's default size, and 0.875.
+        size, crop: Preprocessing in training; None: the network's default size, and crop 0.875.
 
     Raises:
-        DataError: No state dict, or one of another network or another number of classes.
-        OptionError: An unknown network or argument; a size that does not fit the network.
+        DataError: The file has no state dict, or its state dict is that of another network or has
+            another number of classes.
+        OptionError: The network or an argument is unknown, or the size does not fit the network.
     """
     family = backbones.family_of(arch)
     args = dict(arch_args or {})
@@ -140,7 +141,7 @@ def load(
         reason = str(error).partition("\n")[0]
         raise OptionError(f"--arch-args {args} does not fit {arch}: {reason}") from error
     _check_state(network, state, path, arch, len(labels))
-    # Not strict: old files lack `num_batches_tracked`. `_check_state` checked all other keys.
+    # Not strict, because old files lack `num_batches_tracked`; `_check_state` checked other keys.
     network.load_state_dict(state, strict=False)
     info = checkpoint.CheckpointInfo(
         name=path.stem,
@@ -154,10 +155,10 @@ def load(
 
 
 def read_labels(path: Path) -> list[str]:
-    """Class names, one per line, in the order of the logits.
+    """Read class names from a file with one name per line, in the order of the logits.
 
     Raises:
-        DataError: The file can't be read or is empty, or has an empty line or a name twice.
+        DataError: The file can't be read, is empty, or contains an empty line or a duplicate name.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -182,10 +183,10 @@ def read_labels(path: Path) -> list[str]:
 
 
 def photos(folder: Path, labels: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
-    """Photos in one folder per class: a third to calibrate on, and the held-out rest.
+    """Photos from one folder per class: a third to calibrate on, and the held-out rest.
 
     Raises:
-        DataError: As `load_dataset`; a folder whose name is no label.
+        DataError: What `load_dataset` raises, or the name of a folder is not among `labels`.
     """
     dataset = load_dataset(str(folder), config=DataConfig(valid=HELD_OUT))
     unknown = sorted(set(dataset.classes) - set(labels))

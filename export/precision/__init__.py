@@ -1,1 +1,1 @@
-"""Reduced precisions: int8 and fp16 graphs, and the choice of those to keep."""
+"""Reduced precisions: make int8 and fp16 graphs, and choose which of them to keep."""

@@ -1,4 +1,4 @@
-"""float16 for GPUs: the converted graph, with float32 for layers whose values could overflow."""
+"""Convert a graph to float16 for GPUs; layers whose values could overflow stay in float32."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from serving.errors import WorkError
 from serving.imaging.preprocess import Pixels
 
 MAX_VALUE: Final = 65504.0 / 4
-"""Largest absolute value of a float16 layer on the calibration photos; above it stays in float32.
+"""A layer with a larger absolute value on the calibration photos stays in float32.
 
-A quarter of float16's maximum, because other photos may reach larger values.
+The limit is a quarter of float16's maximum, because other photos may reach larger values.
 """
 
 
@@ -26,7 +26,8 @@ def convert(source: Path, pixels: Pixels) -> tuple[onnx.ModelProto, dict[str, An
 
     Args:
         source: The fp32 graph.
-        pixels: Training photos, uint8 [N, size, size, 3]; the first 100 give the value ranges.
+        pixels: Training photos, uint8 [N, size, size, 3]; value ranges are measured on the first
+            100.
 
     Returns:
         The graph, and facts for the manifest: {"float_layers": names of layers left in float32}.
@@ -50,9 +51,9 @@ def convert(source: Path, pixels: Pixels) -> tuple[onnx.ModelProto, dict[str, An
 
 
 def _remove_cast_pairs(graph: onnx.GraphProto) -> None:
-    """Bypass casts float32 -> float16 -> float32, in which a large value would overflow.
+    """Bypass pairs of casts float32 -> float16 -> float32, in which a large value would overflow.
 
-    The converter inserts them between two float32 layers, and before an output.
+    The converter inserts such pairs between two float32 layers, and before an output.
     """
     sources = {
         node.output[0]: node.input[0] for node in graph.node if _casts_to(node, TensorProto.FLOAT16)

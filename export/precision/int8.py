@@ -1,10 +1,10 @@
-"""Static int8 quantisation: search for the configuration with the least divergence from fp32.
+"""Static int8 quantisation: find the configuration whose probabilities diverge least from fp32.
 
     model.onnx -> ranges of 100 training photos -> QDQ graphs -> compared on 200 other photos
 
 `select.py` then keeps or refuses the result by its accuracy on held-out photos. Activations are
-uint8 and weights int8, as VNNI instructions multiply them. Weights use the range -64 to 64: CPUs
-without VNNI add two products in 16 bits, which saturates for larger weights.
+uint8 and weights int8, which are the operands of VNNI instructions. Weights are limited to -64 to
+64, because CPUs without VNNI add two products in 16 bits, which saturates with larger weights.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CALIBRATE: Final = 100  # photos for activation ranges
 SEARCH: Final = 200  # photos on which configurations are compared
 _RANKING: Final = 50  # photos on which single layers are ranked
 _CHUNK: Final = 8  # photos whose activations are in memory at once
-_SIMILAR: Final = 1.5  # times the least divergence: too little gain for a layer in float
+_SIMILAR: Final = 1.5  # divergences up to this multiple of the smallest one are considered similar
 _LAYERS: Final = ("Conv", "Gemm", "MatMul")
 _METHODS: Final = {
     "minmax": CalibrationMethod.MinMax,
@@ -55,8 +55,8 @@ class QuantConfig(NamedTuple):
         method: How ranges are taken from activations.
         per_channel: One scale per output channel of a weight, instead of one per tensor.
         float_layers: Names of layers that stay in float32.
-        divergence: Mean Kullback-Leibler divergence of its probabilities from fp32's, in nats.
-        agreement: Share of photos with the same predicted class.
+        divergence: Mean Kullback-Leibler divergence from the probabilities of fp32, in nats.
+        agreement: Share of photos for which both graphs predict the same class.
     """
 
     method: str
@@ -77,7 +77,7 @@ class QuantConfig(NamedTuple):
 
 
 class QuantSearch(NamedTuple):
-    """The chosen configuration, its graph, and all that were compared."""
+    """The chosen configuration, its graph, and all configurations that were compared (`tried`)."""
 
     config: QuantConfig
     model: onnx.ModelProto
@@ -91,11 +91,11 @@ class QuantSearch(NamedTuple):
 def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) -> Pixels:
     """Photos to calibrate and compare on: uint8 [N, size, size, 3], the same on every call.
 
-    Classes take turns, so that they are balanced as far as the photos suffice. N is at most 300;
-    unreadable photos are skipped.
+    Photos are taken from each class in turn, so that classes are balanced as far as they have
+    enough photos. N is at most 300. Photos that can't be read are skipped.
 
     Raises:
-        WorkError: Fewer than 20 can be read.
+        WorkError: Fewer than 20 photos can be read.
     """
     by_class: dict[int, list[Path]] = {}
     for path, label in samples:
@@ -124,12 +124,14 @@ def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) ->
 
 
 def search(source: Path, pixels: Pixels, min_agreement: float) -> QuantSearch:
-    """Compare configurations; leave further layers in float32 while too few photos agree.
+    """Compare configurations and choose one.
+
+    If no configuration has enough agreement, further layers are left in float32.
 
     Args:
         source: The fp32 graph.
-        pixels: As `draw`; a third is used to calibrate on.
-        min_agreement: Share of the photos whose predicted class must stay the same.
+        pixels: The photos that `draw` returns; up to a third of them is used to calibrate on.
+        min_agreement: Share of the photos for which the predicted class must be that of fp32.
 
     Raises:
         WorkError: The graph can't be quantised.
@@ -162,10 +164,10 @@ def search(source: Path, pixels: Pixels, min_agreement: float) -> QuantSearch:
 
 
 def _choose(tried: Sequence[QuantConfig]) -> QuantConfig:
-    """Of the configurations with about the least divergence the one with fewest float layers.
+    """Among the configurations with about the least divergence, the one with fewest float layers.
 
-    Fewer float layers are faster. Nothing is timed, because timings differ from run to run, and the
-    same run must give the same bytes.
+    A graph with fewer float layers is faster. Speed is not measured here, because timings vary, and
+    exporting the same run again must give the same bytes.
     """
     limit = _SIMILAR * min(config.divergence for config in tried)
     near = [config for config in tried if config.divergence <= limit]
@@ -179,9 +181,10 @@ def _leave_sensitive_layers(
     evaluate: Callable[[QuantConfig, int | None], QuantConfig],
     bar: Any,
 ) -> Iterator[QuantConfig]:
-    """`best` with the most sensitive layers in float32: 1, 2, 4, ... up to a quarter of all.
+    """Yield `best` with its 1, 2, 4, ... most sensitive layers in float32, up to a quarter of all.
 
-    A layer is sensitive if the divergence falls most when it alone is left in float32.
+    The most sensitive layer is the one that reduces the divergence most when it alone is left in
+    float32 in addition. The search ends at the first configuration with enough agreement.
     """
     rest = [name for name in layers if name not in best.float_layers]
     task = bar.add_task("int8: sensitive layers", total=len(rest))
@@ -211,7 +214,7 @@ class _Comparison:
     def __call__(
         self, config: QuantConfig, model: onnx.ModelProto, photos: int | None = None
     ) -> QuantConfig:
-        """`config` with divergence and agreement, measured on the first `photos`."""
+        """`config` with its divergence and agreement on the first `photos` photos (None: all)."""
         pixels, expected = self._pixels[:photos], self._logits[:photos]
         actual = _logits(model.SerializeToString(), pixels)
         if not np.isfinite(actual).all():
@@ -224,7 +227,7 @@ class _Comparison:
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Feeds photos one by one."""
+    """Returns photos one by one, each as a batch of 1."""
 
     def __init__(self, pixels: Pixels) -> None:
         self._rows = iter(pixels)
@@ -235,13 +238,13 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def ranges(source: Path, pixels: Pixels, method: str, *, all_tensors: bool = False) -> TensorsData:
-    """Ranges of activations over some photos.
+    """Value ranges of the activations over the given photos.
 
     Args:
         source: The fp32 graph.
         pixels: uint8 [N, size, size, 3].
         method: "minmax" or "percentile".
-        all_tensors: Not only the tensors of operators that can be quantised.
+        all_tensors: Measure all tensors instead of only those of operators that can be quantised.
     """
     # The calibrator prints its progress.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -252,7 +255,7 @@ def ranges(source: Path, pixels: Pixels, method: str, *, all_tensors: bool = Fal
             calibrate_method=_METHODS[method],
             extra_options={"symmetric": False, "percentile": 99.99},
         )
-        # In chunks, because the histograms of "percentile" hold all activations of a call.
+        # In chunks, because "percentile" holds all activations of a call in memory.
         for start in range(0, len(pixels), _CHUNK):
             calibrator.collect_data(_Reader(pixels[start : start + _CHUNK]))
         data: TensorsData = calibrator.compute_data()
@@ -264,7 +267,8 @@ def _quantised(graph: onnx.ModelProto, ranges: TensorsData, config: QuantConfig)
     copy.CopyFrom(graph)  # the quantiser changes its input
     layers = [node for node in graph.graph.node if node.op_type in _LAYERS]
     multiplied = {name for layer in layers for name in layer.input[1:]}
-    # Weights outside of sums of products (LayerNorm gains, added constants) may use all 8 bits.
+    # Weights that are not factors in sums of products (LayerNorm gains, added constants) may use
+    # all 8 bits.
     others = [
         one.name
         for one in graph.graph.initializer
@@ -295,10 +299,10 @@ def _quantised(graph: onnx.ModelProto, ranges: TensorsData, config: QuantConfig)
 def _move_relu_after_pooling(model: onnx.ModelProto) -> None:
     """Swap Relu and MaxPool where they are between a float layer and a quantised one.
 
-    The values are the same: max and Relu commute. ONNX Runtime moves a quantisation from after a
-    MaxPool to before it, and then pools integers with channels first, which takes half of the time
-    of a SqueezeNet. It moves no quantisation before a Relu, and removes that Relu, because the
-    quantisation clips at zero, too.
+    The values are the same, because max and Relu commute. Without the swap ONNX Runtime moves the
+    quantisation from after the MaxPool to before it, and then pools integers with channels first,
+    which takes half of the time of a SqueezeNet. ONNX Runtime does not move a quantisation before a
+    Relu. It removes that Relu instead, because the quantisation clips at zero, too.
     """
     nodes = model.graph.node
     made_by = {name: index for index, node in enumerate(nodes) for name in node.output}

@@ -1,4 +1,7 @@
-"""Choice of precisions: int8 and fp16 are converted, compared with fp32, and kept or refused."""
+"""Choose precisions: convert to int8 and fp16, compare with fp32, and keep the acceptable ones.
+
+A precision is kept if its accuracy is within the budget and it is faster than fp32.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,12 @@ FILES: Final = {"fp32": "model.onnx", "int8": "model.int8.onnx", "fp16": "model.
 class PrecisionKind(NamedTuple):
     """A precision other than fp32.
 
-    device: on which it is used and compared. tolerance: of a golden probability.
-    convert: fp32 graph, training photos, points of accuracy -> converted graph, facts about it.
+    Attributes:
+        device: The device on which the precision is served, and compared with fp32.
+        tolerance: Largest accepted difference of a probability of a golden image (a photo that is
+            stored in the bundle with its expected probabilities).
+        convert: Function of the path of the fp32 graph, training photos and the accuracy budget in
+            points. Returns the converted graph and facts for the manifest.
     """
 
     device: str
@@ -47,9 +54,10 @@ def _int8(source: Path, pixels: Pixels, budget: float) -> tuple[ModelProto, dict
 
 
 KINDS: Final = {
-    # GPUs differ in the order of their sums.
+    # Tolerance: GPUs add in different orders.
     "fp16": PrecisionKind("cuda", 0.01, lambda source, pixels, _: fp16.convert(source, pixels)),
-    # CPUs round differently, so that a value near a step boundary gets the next integer.
+    # Tolerance: CPUs round differently, so a value near the boundary of a step may become the next
+    # integer.
     "int8": PrecisionKind("cpu", 0.05, _int8),
 }
 
@@ -58,8 +66,10 @@ KINDS: Final = {
 class PrecisionRequest:
     """The precisions to try.
 
-    precision: one of `KINDS`, "fp32" (tries none) or "auto" (tries all). budget: points of
-    accuracy. train: photos to calibrate on.
+    Attributes:
+        precision: One of `KINDS`; "fp32" tries none of them, "auto" tries all.
+        budget: Points of accuracy that a precision may lose.
+        train: Training photos to calibrate on.
     """
 
     precision: str
@@ -71,7 +81,7 @@ def check_request(precision: str, budget: float) -> None:
     """Check the options before the export starts.
 
     Raises:
-        OptionError: fp16 without a GPU; a budget outside of 0 to 100.
+        OptionError: fp16 was requested and there is no GPU, or the budget is not from 0 to 100.
     """
     if not 0 <= budget <= 100:
         raise OptionError(f"--accuracy-budget {budget:g}: use points of accuracy, 0 to 100")
@@ -87,19 +97,19 @@ def select_precisions(
     request: PrecisionRequest,
     log: Callable[[str], None],
 ) -> Manifest:
-    """Try the requested precisions; a copy of the manifest with the results and what is kept.
+    """Try the requested precisions; returns the manifest with all results and the kept precisions.
 
     Args:
         payload: Folder with the fp32 graph; the graphs that are kept are written to it.
-        manifest: Of the bundle so far.
+        manifest: Manifest of the bundle with the fp32 graph.
         held_out: Outputs of the fp32 graph for `samples`.
         samples: Held-out photos.
         request: The precisions to try.
-        log: Is called with one line per precision.
+        log: Called with one line per precision that is tried.
 
     Raises:
         GateError: A precision that was requested by name is refused.
-        WorkError, OptionError: It can't be tried.
+        WorkError, OptionError: A precision that was requested by name can't be tried.
     """
     tried: dict[str, Any] = {}
     tuning: dict[str, Any] = {}
@@ -113,7 +123,7 @@ def select_precisions(
             if verdict.kept:
                 manifest = _add_precision(name, kind, payload, manifest, verdict)
         except FledgeError as error:
-            path.unlink(missing_ok=True)  # a graph without a verdict must not be in the bundle
+            path.unlink(missing_ok=True)  # a graph that was not compared must not be in the bundle
             if request.precision == name:
                 raise
             tried[name] = {"kept": False, "why_not": f"not tried: {error}"}
@@ -137,7 +147,11 @@ def select_precisions(
 
 @cache
 def _usable(device: str) -> bool:
-    """Whether a graph runs on the device here; a driver and a GPU build alone don't prove it."""
+    """Whether a graph can run on the device of this machine.
+
+    A minimal graph is loaded, because a GPU driver and a GPU build of ONNX Runtime may be installed
+    and still not work together.
+    """
     if device == "cpu":
         return True
     if runtime.expected("auto") != runtime.PROVIDERS[device]:
@@ -153,7 +167,7 @@ def _usable(device: str) -> bool:
 
 
 def _skip_reason(name: str, kind: PrecisionKind, requested: str) -> str:
-    """Why a precision is not tried; empty if it is."""
+    """Why a precision is not tried; "" if it is tried."""
     if requested not in ("auto", name):
         return f"--precision {requested}"
     return "" if _usable(kind.device) else "no GPU here"
@@ -168,7 +182,7 @@ def _try(
     samples: Sequence[Sample],
     request: PrecisionRequest,
 ) -> tuple[Verdict, dict[str, Any], benchmark.Rates]:
-    """Write a precision's graph, and compare its accuracy and speed with fp32."""
+    """Write the graph of a precision, and compare its accuracy and speed with fp32."""
     source, path = payload / FILES["fp32"], payload / FILES[name]
     workers = cores()
     pixels = int8.draw(request.train, manifest.preprocess, workers)
@@ -222,7 +236,7 @@ def _threshold_facts(manifest: Manifest, outputs: HeldOut) -> dict[str, Any]:
 def _add_precision(
     name: str, kind: PrecisionKind, payload: Path, manifest: Manifest, verdict: Verdict
 ) -> Manifest:
-    """A copy of the manifest with the precision, and with its own golden probabilities."""
+    """A copy of the manifest with the precision and its probabilities for the golden images."""
     engine = runtime.OnnxRuntime(payload / FILES[name], device=kind.device)
     predictor = Predictor(manifest, engine, name)
     golden = []

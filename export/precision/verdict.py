@@ -19,11 +19,11 @@ class Verdict:
 
     Attributes:
         photos: Number of held-out photos.
-        accuracy: Of the precision, a share of 1.
-        accuracy_fp32: Of fp32 on the same photos.
-        drop: Fall in accuracy, percentage points.
+        accuracy: Accuracy of the precision, from 0 to 1.
+        accuracy_fp32: Accuracy of fp32 on the same photos, from 0 to 1.
+        drop: Accuracy of fp32 minus that of the precision, in percentage points.
         interval: 95 % confidence interval of `drop`.
-        speedup: Photos per second divided by fp32's, each in its best setting.
+        speedup: Photos per second divided by those of fp32, each graph in its fastest setting.
         budget: Largest accepted `drop`.
         not_finite: Number of photos with logits that are not finite.
     """
@@ -110,8 +110,9 @@ def compare_with_fp32(
 def _paired_interval(lost: int, won: int, photos: int) -> tuple[float, float]:
     """95 % interval of the fall in points, for paired photos.
 
-    Agresti & Min, 2005, "Simple improved confidence intervals for comparing matched proportions":
-    half a photo is added to each cell, so that the width is positive where nothing changed.
+    After Agresti & Min, 2005, "Simple improved confidence intervals for comparing matched
+    proportions": half a photo is added to each cell of the table, so that the interval has a
+    positive width even if no prediction changed.
     """
     count = photos + 2
     middle = (lost - won) / count

@@ -1,1 +1,1 @@
-"""Writers of the exported graph: ONNX, TorchScript and torch.export."""
+"""Write the exported graph as ONNX, TorchScript and torch.export files."""

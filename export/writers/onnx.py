@@ -1,8 +1,8 @@
 """Write the graph as ONNX: one file with a dynamic batch axis and the labels in its metadata.
 
-The exporter records a Python stack trace with file paths for every node. They would leak paths of
-this machine and change the bytes from one machine to another, so all metadata of nodes and values
-is removed: the bytes depend only on the graph and the versions of the packages.
+The exporter records a Python stack trace with file paths for every node. The paths would reveal
+directories of this machine and make the bytes differ between machines. All metadata of nodes and
+values is therefore removed, so that the bytes depend only on the graph and on package versions.
 """
 
 from __future__ import annotations
@@ -51,9 +51,13 @@ def save(
     labels: Sequence[str],
     preprocess: Preprocess,
 ) -> None:
-    """Check a graph and write it with this metadata alone; arguments and errors as `write`."""
+    """Check a graph and write it with no metadata but name, labels and preprocess.
+
+    Raises:
+        WorkError: The graph is not valid ONNX.
+    """
     _remove_metadata(model)
-    # The name is a plain text here, and JSON in the other two file formats.
+    # In ONNX the name is plain text; in the other two file formats it is JSON.
     onnx.helper.set_model_props(model, metadata(name, labels, preprocess) | {"name": name})
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -83,7 +87,7 @@ def probe() -> bytes:
 
 
 def _translate(graph: Graph, preprocess: Preprocess) -> onnx.ModelProto:
-    # Traced with a batch of 2: the exporter takes a batch axis of size 1 for a constant.
+    # Traced with a batch of 2, because the exporter treats a batch axis of size 1 as a constant.
     pixels = example(preprocess, batch=2)
     try:
         with warnings.catch_warnings():
@@ -111,7 +115,7 @@ def _translate(graph: Graph, preprocess: Preprocess) -> onnx.ModelProto:
 
 
 def _unsupported_operator(graph: Graph, error: BaseException | None) -> str | None:
-    """The operator without a translation and its modules; None if the error has another cause."""
+    """The operator without a translation and its modules; None if `error` has another cause."""
     while error:
         match = re.search(r"OpOverload\(op='\w+\.(\w+)'", str(error))
         if match:

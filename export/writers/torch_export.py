@@ -1,7 +1,7 @@
 """Write the graph with `torch.export` as `model.pt2`, and run that file for the parity gate.
 
-Metadata of the tracing (stack traces, source lines, file names) is removed, as from the other
-files, so that the same graph gives the same bytes.
+Metadata of the tracing (stack traces, source lines, file names) is removed, as in the other export
+formats, so that the same graph gives the same bytes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ExportedRuntime:
     provider = "torch.export"
 
     def __init__(self, path: Path) -> None:
-        """Load the file. It may hold code, so it must be this process's own."""
+        """Load the file. Loading can run code in it, so load only files that this process wrote."""
         self._module = torch.export.load(path).module()
 
     def run(self, pixels: Pixels) -> tuple[Floats, Floats]:

@@ -1,8 +1,7 @@
 """Write the graph as TorchScript: traced, frozen, and without data about this machine.
 
-`torch.jit.save` writes the Python stack of every operation beside the code, and a class name with
-the number of modules traced before in the same process. Both are removed, so that the same graph
-gives the same bytes.
+`torch.jit.save` also writes the Python stack of every operation, and class names numbered by how
+many modules the process has traced. Both are removed, so that the same graph gives the same bytes.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def write(
 
 
 def _clean(archive: io.BytesIO) -> bytes:
-    """A copy of the archive without stack traces and without the number in the class name."""
+    """A copy of the archive without stack traces and without the numbers in class names."""
     out = io.BytesIO()
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(out, "w") as new:
         for entry in old.infolist():
@@ -71,7 +70,7 @@ def _clean(archive: io.BytesIO) -> bytes:
 
 
 def _padding(position: int, name: str) -> bytes:
-    """An extra field after which the entry's data begins at a multiple of the alignment."""
+    """A zip extra field that makes the entry's data begin at a multiple of the alignment."""
     begin = position + 30 + len(name.encode()) + 4  # 30: local file header; 4: extra field's header
     size = -begin % _ALIGNMENT
     return b"FB" + struct.pack("<H", size) + bytes(size)
