@@ -1,11 +1,12 @@
 """Decode a dataset once: encoded files -> rows of uint8 pixels in the disk cache.
 
-Training photos are resized to squares `presize` times the training size ("presizing"); their aspect
-ratios are stored beside them, and augmentation restores them when it crops. Validation photos go
-through the preprocessing of serving and are final.
+Training photos are resized to squares `presize` times the training size ("presizing"). Their aspect
+ratios are stored beside the pixels, and augmentation restores the ratios when it crops. Validation
+photos go through the preprocessing of serving and are used unchanged.
 
 The key of a row is the hash of the photo's bytes and of everything else that determines its pixels,
-so cached rows are never stale. Parts that exceed the cache budget are decoded on the fly.
+so cached rows are never stale. A part (train or valid) that exceeds the cache budget is decoded on
+the fly.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class DecodedPhotos:
     def __init__(
         self, dataset: Dataset, presize: float, log: Log, cache_gb: float | None = None
     ) -> None:
-        """Arguments as `decode_dataset`. Nothing is decoded yet.
+        """Takes the arguments of `decode_dataset`. Nothing is decoded yet.
 
         Raises:
             OptionError: `cache_gb` is negative or not a number.
@@ -45,9 +46,13 @@ class DecodedPhotos:
         self._sets: tuple[PixelSet, PixelSet] | None = None
 
     def pixel_sets(self, preprocess: Preprocess) -> tuple[PixelSet, PixelSet]:
-        """The (training, validation) part; errors as `decode_dataset`."""
+        """The decoded training and validation photos.
+
+        Raises what `decode_dataset` raises, and WorkError if photos became unreadable since the
+        first call.
+        """
         if self._sets is None or preprocess != self._preprocess:
-            self._sets = None  # release the old pixels first: both would take twice the memory
+            self._sets = None  # first release the old pixels: both take twice the memory
             before = self.dataset
             self.dataset, *sets = decode_dataset(
                 before, preprocess, self._presize, self._log, self._cache_gb
@@ -65,24 +70,24 @@ def decode_dataset(
     log: Log,
     cache_gb: float | None = None,
 ) -> tuple[Dataset, PixelSet, PixelSet]:
-    """Decode the training and the validation part, or take them from the cache.
+    """Decode the training and the validation photos, or take their pixels from the cache.
 
     Unreadable photos are logged and removed from the returned dataset. A part that exceeds the
     remaining budget is not cached; its photos are decoded on the fly.
 
     Args:
         dataset: Photos to decode.
-        preprocess: Determines the pixels.
+        preprocess: Preprocessing of the model, which determines the pixels.
         presize: Side of the training photos as a multiple of the image size.
         log: Takes log lines.
-        cache_gb: Budget of the cache in GB; as in `disk_cache.budget_gb`.
+        cache_gb: Budget of the cache in GB; see `disk_cache.budget_gb`.
 
     Returns:
         The dataset, the training part and the validation part, all without unreadable photos.
 
     Raises:
         DataError: More than 5 % of the photos are unreadable, or too few are left.
-        OptionError: As `disk_cache.budget_gb`.
+        OptionError: `cache_gb` is negative or not a number.
         WorkError: The disk is full.
     """
     cache = disk_cache.open_cache(cache_gb)

@@ -1,4 +1,4 @@
-"""Row sources for a GPU: all rows in its memory if they fit, else batches copied ahead."""
+"""Row sources for a GPU: all rows in GPU memory if they fit, else batches copied in advance."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class GpuRows:
         return len(self._pixels)
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """As `Rows`, on the device."""
+        """A copy of some rows, on the device; see `Rows`."""
         if isinstance(index, slice):
             return self._pixels[index].clone()
         return self._pixels.index_select(0, upload(index, self._pixels.device))
 
     def batches(self, order: Sequence[Tensor | slice]) -> Generator[Tensor, None, None]:
-        """As `Rows`, on the device."""
+        """`self[index]` for each index in `order`."""
         for index in upload_indices(order, self._pixels.device):
             yield self[index]
 
@@ -67,13 +67,14 @@ class PrefetchedRows:
         return len(self._rows)
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """As `Rows`, on the device."""
+        """A copy of some rows, on the device; see `Rows`."""
         return self._copier.receive(self._copier.send(self._rows[index]))
 
     def batches(self, order: Sequence[Tensor | slice]) -> Generator[Tensor, None, None]:
-        """As `Rows`, on the device; the next `AHEAD` batches are read and copied meanwhile.
+        """`self[index]` for each index in `order`.
 
-        Errors of the thread are raised here. The thread ends when the generator is closed.
+        A background thread reads and copies the next `AHEAD` batches. Errors in the thread are
+        raised here; the thread ends when the generator is closed.
         """
         batches = self._rows.batches(order)
 
@@ -106,7 +107,7 @@ def place_rows(
     """The part with `GpuRows` if they fit, else with `PrefetchedRows`; unchanged on the CPU.
 
     Args:
-        part: Rows on the CPU.
+        part: The photos of a part of the dataset, with rows on the CPU.
         name: Name of the part in the log.
         where: Training device.
         log: Takes log lines.

@@ -1,4 +1,4 @@
-"""Decode one part of a dataset: into the disk cache, into a temporary file, or streamed."""
+"""Decode one part (train or valid) of a dataset: cached, in a temporary file, or streamed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class PixelPart:
 
     Attributes:
         samples: The photos.
-        transform: From a photo to a row.
+        transform: Computes the row of a photo.
         log: Takes log lines.
         digests: `content_digest` of each photo, b"" if unreadable.
         unreadable: Path -> reason.
@@ -109,9 +109,10 @@ class PixelPart:
         self.digests = list(self._map("reading", digest, range(len(self.samples))))
 
     def store_in_cache(self, cache: disk_cache.DiskCache, protected: set[str]) -> None:
-        """Take the rows from the cache, after adding missing ones to it.
+        """Add the missing rows to the cache, and use the rows of the cache.
 
-        `rows` stays None if they don't fit. protected: names of entries that are not evicted.
+        `rows` stays None if they don't fit the budget. protected: names of entries that are not
+        evicted.
 
         Raises:
             OSError: The cache can't be written.
@@ -141,7 +142,7 @@ class PixelPart:
                 store.reset()
                 index, more = StoreIndex(), self.size // store.row_bytes
                 needed = self.size
-            # The entry of the other part may be evicted: its files are open already.
+            # The entry of the other part may be evicted, because its files are open already.
             if not cache.evict(needed, {self.transform.name}):
                 return index
             writer = store.writer(index, more)
@@ -234,8 +235,8 @@ class PixelPart:
             yield from bar.track(results, total=len(photos), description=title)
 
     def pixel_set(self) -> PixelSet:
-        """The readable photos."""
-        assert self.rows is not None  # stored or streamed before
+        """The readable photos as a `PixelSet`; their rows must have been stored or streamed."""
+        assert self.rows is not None  # set when the rows were stored or streamed
         labels = torch.tensor([self.samples[i].label for i in self.readable], dtype=torch.int64)
         name = self.transform.name
         key = hashlib.sha256(name.encode() + b"".join(self.digests[i] for i in self.readable))

@@ -71,7 +71,7 @@ class StreamingRows:
         to_pixels: ToPixels,
         background: tuple[int, int, int],
     ) -> None:
-        """digests: `content_digest` of each photo; a photo that has another one is an error."""
+        """digests: `content_digest` of each photo. A photo that was changed since is an error."""
         self._paths, self._digests = paths, digests
         self._to_pixels, self._background = to_pixels, background
 
@@ -82,10 +82,10 @@ class StreamingRows:
         return next(self.batches([index]))
 
     def batches(self, order: Sequence[Tensor | slice]) -> Generator[Tensor, None, None]:
-        """As `Rows`.
+        """`self[index]` for each index in `order`; several threads read ahead.
 
         Raises:
-            WorkError: A photo became unreadable, is missing or has changed; names it.
+            WorkError: A photo became unreadable, is missing or has changed; the message names it.
         """
         everything = torch.arange(len(self))
         indices = [everything[index].tolist() for index in order]

@@ -3,10 +3,10 @@
     index            header, then one record per row: digest of the photo, aspect ratio, checksum
     rows-NUMBER.bin  uint8 [rows, S, S, 3]; the header of the index contains NUMBER
 
-A record is appended to the index after its row was synced to disk, and never changes afterwards;
+A record is appended to the index after its row was synced to disk, and never changes afterwards, so
 readers need no lock. Rows after the last record are unused. `PixelStore.reset` starts a new rows
-file with a new number: readers of the old file continue, and an index never refers to the rows of
-another file.
+file with a new number, so that readers of the old file can continue, and an index never refers to
+the rows of another file.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class PixelWriter:
     _listed: int = 0
 
     def __post_init__(self) -> None:
-        """Rows given at the start are in the index already."""
+        """Continue after the given rows, which are in the index already."""
         self._listed = len(self.aspect)
         self._digests = list(self.rows)
         self.file.seek(self._listed * self.row_bytes)
@@ -154,7 +154,7 @@ class PixelStore:
         return max(0, (len(index.rows) + more) * self.row_bytes - index.size)
 
     def reset(self) -> None:
-        """Start an empty rows file. The caller holds the lock of the cache entry."""
+        """Start an empty rows file. The caller must hold the lock of the cache entry."""
         number = secrets.token_hex(8)
         path = self.folder / f"rows-{number}.bin"
         path.touch()
@@ -167,7 +167,8 @@ class PixelStore:
     def writer(self, index: StoreIndex, more: int) -> PixelWriter:
         """Append after the rows of `index`, with disk space reserved for `more` rows.
 
-        The caller holds the lock of the cache entry, and read `index` under it.
+        The caller must hold the lock of the cache entry, and must have read `index` while holding
+        it.
 
         Raises:
             OSError: The disk is full, or can't be written.
@@ -199,10 +200,12 @@ def map_rows(file: BinaryIO, count: int, side: int) -> Pixels:
 
 
 def reserve(file: BinaryIO, size: int, folder: Path) -> None:
-    """Allocate disk space for `size` bytes, so that a full disk is an error before the work.
+    """Allocate disk space for `size` bytes, so that a full disk raises an error before the work.
+
+    folder: the folder of the file.
 
     Raises:
-        OSError: Too little free space. folder: the folder of the file.
+        OSError: There is too little free space.
     """
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, max(size, 1))

@@ -35,11 +35,11 @@ def squeeze(image: Image.Image, side: int) -> Pixels:
 
 @dataclass(frozen=True)
 class PixelTransform:
-    """From a photo to the pixels of a part. The fields determine the pixels of a given photo.
+    """Transform from a photo to its pixels. The fields determine the pixels of a given photo.
 
     Attributes:
-        part: Training photos are squeezed to a square; validation photos are preprocessed as in
-            serving.
+        part: Part of the dataset: training photos are squeezed to a square, validation photos are
+            preprocessed as in serving.
         preprocess: Preprocessing of the model.
         presize: Side of the training squares as a multiple of the image size.
     """

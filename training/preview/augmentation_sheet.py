@@ -1,4 +1,4 @@
-"""A contact sheet of an augmentation: one photo, random draws of it, and the options in words."""
+"""A contact sheet of an augmentation: a photo, random augmentations of it, and the options."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ def write(
 ) -> None:
     """Write the contact sheet as PNG.
 
-    The first picture, with a frame, is the photo as in validation and in the service; the others
-    are random draws as in training. The text below is `describe(config)`.
+    The first picture, with a frame, is the photo as in validation and in the service. The others,
+    the draws, are random augmentations as in training. The text below is `describe(config)`.
 
     Args:
         photo: An image file.
-        config: The augmentation. Mixup and cutmix combine two photos: they are only in the text.
-        preprocess: Draws have its size.
-        presize: Side at which training keeps photos, in image sizes.
+        config: The augmentation. Mixup and cutmix are only in the text, because they combine two
+            photos.
+        preprocess: Preprocessing of the model; draws have its image size.
+        presize: Side of the cached training photos, as a multiple of the image size.
         path: File to write.
         draws: Number of draws.
         seed: Seed of the draws.
@@ -65,7 +66,7 @@ def _draws(
     count: int,
     seed: int,
 ) -> Pixels:
-    """Random draws as in training: uint8 [count, size, size, 3]."""
+    """Random augmentations as in training: uint8 [count, size, size, 3]."""
     square = pixel_transform(image).copy()  # torch needs a writable array
     pixels = torch.from_numpy(square).expand(count, -1, -1, -1)
     aspect = torch.full((count,), image.width / image.height)

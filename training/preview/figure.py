@@ -1,4 +1,4 @@
-"""The PNG of `fledge preview`: photos per class, their sizes and short sides."""
+"""The PNG of `fledge preview`: photos per class, width against height, lengths of the sides."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ _NAMED: Final = 120  # the names of more classes would overlap
 
 
 def draw(photos: Sequence[PhotoStats], classes: Sequence[str], path: Path) -> None:
-    """Write a PNG: photos by class and part, width against height, and histograms of the sides."""
+    """Write a PNG with three plots.
+
+    They show the number of photos by class and part, width against height, and histograms of the
+    lengths of short and long sides.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

@@ -19,7 +19,7 @@ from training.models.families import FAMILIES
 from training.models.freezing import Freezing, has_batchnorm, is_batchnorm
 
 CLASSES = 2
-"""Classes of the head whose parameters are counted; a recipe does not say how many there are."""
+"""Number of classes of the head whose parameters are counted; a recipe does not define it."""
 
 
 def families() -> list[str]:
@@ -39,7 +39,7 @@ def describe(recipe: Recipe) -> list[str]:
     width, or tokens x channels, for one image of `preprocess.size`.
 
     Raises:
-        OptionError: As in `backbones.build` and `backbones.check_size`.
+        OptionError: Raised by `backbones.build_on_meta` and `backbones.check_size`.
     """
     size = recipe.preprocess.size
     backbones.check_size(recipe.arch, recipe.arch_args, size)
@@ -69,7 +69,8 @@ def stages(recipe: Recipe) -> list[str]:
     """What each stage of a recipe trains and freezes, one line per stage.
 
     Raises:
-        OptionError: As in `backbones.build`, `heads.build_pool` and `freezing.plan_freezing`.
+        OptionError: Raised by `backbones.build_on_meta`, `heads.build_pool` and
+            `freezing.plan_freezing`.
     """
     pool = heads.build_pool(recipe.head, recipe.arch, backbones.family_of(recipe.arch).pooled)
     backbone = backbones.build_on_meta(recipe.arch, recipe.arch_args)

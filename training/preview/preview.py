@@ -1,4 +1,4 @@
-"""`fledge preview`: report on a data set before training, or draw one photo as training sees it."""
+"""`fledge preview`: report on a data set, or draw one photo many times as training augments it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PICTURE: Final = "preview.png"
 AUGMENTED: Final = "augment.png"
 
 DEFAULTS: Final = 'name = "preview"\narch = "resnet18"\n[[stage]]\nname = "all"\n'
-"""The recipe that is used without `--recipe`: the options that matter here have their defaults."""
+"""The recipe used without `--recipe`; the options that `fledge preview` reads have defaults."""
 
 EDGES: Final = (0, 64, 128, 224, 320, 480, 640, 1024, 2048, 4096)
 """Lower bounds of the bars in the text histogram of short sides, in pixels."""
@@ -43,13 +43,13 @@ def preview(source: str, recipe: Recipe, out: Path, *, split: Path | None = None
     """Read every photo of `source`; yields the lines of the report and writes `out`/preview.png.
 
     Args:
-        source: As in `load_dataset`.
+        source: Value of `--data`; see `load_dataset`.
         recipe: Supplies [data], the seed and the image size.
         out: Folder of the picture; it is created if missing.
-        split: As in `load_dataset`.
+        split: Value of `--split`; see `load_dataset`.
 
     Raises:
-        DataError: As in `load_dataset`. Photos that can't be read are listed in the report.
+        DataError: Raised by `load_dataset`. Photos that can't be read are listed in the report.
     """
     check_folder(out)
     dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
@@ -68,14 +68,14 @@ def augmented(
     """Write `out`/augment.png: many random augmentations of one photo.
 
     Args:
-        source: As in `load_dataset`; it is not read if `photo` is given.
+        source: Value of `--data`; see `load_dataset`. It is not read if `photo` is given.
         recipe: Supplies the augmentation, the preprocessing and the presize.
         out: Folder of the picture; it is created if missing.
-        split: As in `load_dataset`.
+        split: Value of `--split`; see `load_dataset`.
         photo: The file to draw; default: the first training photo that can be read.
 
     Raises:
-        DataError: The photo can't be read; or as in `load_dataset`.
+        DataError: The photo can't be read. Also raised by `load_dataset`.
     """
     from training.preview import augmentation_sheet
 

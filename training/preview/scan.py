@@ -1,4 +1,7 @@
-"""Statistics of every photo of a data set: size, bytes, colour, duplicates; and hints from them."""
+"""Statistics of every photo of a data set, and warnings (hints) derived from them.
+
+The statistics are size, bytes, colour and duplicates.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,11 @@ from training.utils.console import pluralize
 UNLABELLED: Final = "unlabelled"
 
 LONG: Final = 3.0
-"""Long side over short side above which a photo is unusual: a square crop shows little of it."""
+"""Long side over short side above which a photo is unusual, as a square crop shows little of it."""
 TINY: Final = 64
 """Short side in pixels below which a photo is unusual."""
 HUGE: Final = 25_000_000
-"""Pixels above which a photo is unusual: training decodes them and uses few of them."""
+"""Number of pixels above which a photo is unusual; training decodes all of them and uses few."""
 _GREY: Final = 4
 """Largest difference between the channels of a grey pixel, 0..255."""
 _FEW: Final = 10
@@ -46,13 +49,13 @@ class PhotoStats:
         path: The file.
         part: One of `PARTS`, or "unlabelled".
         label: Name of its class, or "".
-        size: Of the file, in bytes.
-        width: In pixels, after applying the EXIF orientation; 0 if the photo can't be read.
-        height: Likewise.
+        size: Size of the file in bytes.
+        width: Width in pixels, after applying the EXIF orientation; 0 if the photo can't be read.
+        height: Height in pixels, like `width`.
         mode: Pillow's mode of the file, such as RGB, L or CMYK.
-        grey: No pixel has a colour, in any mode.
-        digest: Of the decoded pixels: copies with other metadata have the same.
-        error: Why it can't be read, or "".
+        grey: Whether no pixel has a colour, whatever the mode is.
+        digest: Hash of the decoded pixels, so that copies with other metadata have the same one.
+        error: Why the photo can't be read, or "".
     """
 
     path: Path
@@ -133,7 +136,7 @@ UNUSUAL: Final[Mapping[str, Callable[[PhotoStats], bool]]] = {
 
 
 def unusual_photos(photos: Sequence[PhotoStats]) -> Iterator[tuple[str, list[PhotoStats]]]:
-    """Pairs of a kind of `UNUSUAL` and its photos, the most unusual first; no empty kinds."""
+    """(kind, photos) of each kind of `UNUSUAL` that has photos; the most unusual photo first."""
     for name, is_unusual in UNUSUAL.items():
         found = [photo for photo in photos if is_unusual(photo)]
         found.sort(key=lambda photo: (photo.short, -photo.stretch, str(photo.path)))
@@ -143,10 +146,10 @@ def unusual_photos(photos: Sequence[PhotoStats]) -> Iterator[tuple[str, list[Pho
 
 @dataclass(frozen=True)
 class Scan:
-    """The photos of a data set, as hints see them.
+    """The photos of a data set, and the figures that the hints need.
 
     Attributes:
-        photos: All of them.
+        photos: Statistics of all photos.
         classes: Names of the classes.
         size: Side of the images that training will use, in pixels.
     """
@@ -304,4 +307,4 @@ HINTS: Final[Sequence[Callable[[Scan], Iterator[str]]]] = (
     _small_photos,
     _colour_differs,
 )
-"""In the order in which they are printed."""
+"""All hints, in the order in which they are printed."""
