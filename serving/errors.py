@@ -148,7 +148,7 @@ class GateError(FledgeError):
 
 
 class WorkError(FledgeError):
-    """The work failed: a NaN loss, a full disk, an operator that can't be exported."""
+    """The work failed, for example by a NaN loss, a full disk or an operator without export."""
 
     code = "failed"
 

@@ -49,7 +49,7 @@ def served(data: bytes) -> str | None:
 
 
 def unsupported(data: bytes) -> str | None:
-    """The format, one that is not served, whose signature `data` begins with, or None."""
+    """The unsupported format whose signature `data` begins with, or None."""
     return _first(_UNSUPPORTED, data)
 
 

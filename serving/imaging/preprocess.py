@@ -36,7 +36,7 @@ class Preprocess:
         crop: Side of the centre square divided by the short side of the image, in (0, 1].
         interpolation: bilinear, bicubic or lanczos; always antialiased.
         mean: Per RGB channel, in units of pixel / 255; applied inside the graph.
-        std: Per RGB channel, in the same units; applied inside the graph.
+        std: Per RGB channel, above 0, in the same units; applied inside the graph.
         background: RGB put under transparent images.
     """
 

@@ -230,7 +230,7 @@ def _why_not(device: str) -> str | None:
     if PROVIDERS[device] not in ort.get_available_providers():
         return f"this onnxruntime is built without {PROVIDERS[device]}"
     if sys.platform == "win32":
-        return None  # the driver's library has another name there; the session will fail instead
+        return None  # the driver's library has another name on Windows; the session will fail
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -102,8 +102,8 @@ def path_column(path: str, requested: str | None) -> str:
     """The column of a list that has the paths: the requested one, else the only one, else `path`.
 
     Raises:
-        DataError: The list can't be read or has not exactly one column of that name; the message
-            names the columns.
+        DataError: The list can't be read, or lacks the column or has it twice; the message names
+            the columns.
     """
     try:
         names = _format(path).columns(path)

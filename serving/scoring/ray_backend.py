@@ -164,7 +164,7 @@ def _open_model(config: RayWorkerConfig) -> Predictor:
 
 
 class RayBackend:
-    """Actors on the cluster at RAY_ADDRESS, or on one that is started here for this job."""
+    """Actors on the cluster at RAY_ADDRESS, or on a cluster that is started for this job."""
 
     def __init__(self, options: ScoringOptions, log: Callable[[str], None]) -> None:
         """Check the installation; nothing is started yet.
@@ -182,7 +182,7 @@ class RayBackend:
         ray_cluster.disconnect()
 
     def open(self, bundle: Path, *, device: str, precision: str, threads: int | None) -> Predictor:
-        """Connect to the cluster; returns a predictor that describes those of the actors.
+        """Connect to the cluster; returns a predictor with the properties of those in the actors.
 
         Args:
             bundle: The bundle, whose files are sent to the actors.
