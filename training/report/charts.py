@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from training.evaluation.metrics import Calibration, Labels
 
 WIDTH: Final = 360.0
-"""Width of a chart in its own units, about the pixels of a phone, so that text is legible there."""
+"""Width of a chart in its own units. A phone has about as many pixels, so text is legible there."""
 
 DOTS: Final = 60
 """Curves with more points are drawn without dots."""
@@ -31,7 +31,7 @@ class Series(NamedTuple):
 
 
 def printable(value: str) -> str:
-    """Control characters become U+FFFD, and bytes that are no UTF-8 question marks."""
+    """A copy with U+FFFD for control characters and "?" for bytes that are not UTF-8."""
     return re.sub("[\x00-\x1f\x7f-\x9f]", "\ufffd", value.encode("utf-8", "replace").decode())
 
 
@@ -53,9 +53,9 @@ def lines(
     Args:
         curves: Points that are not finite, or outside 0..1 with `percent`, are left out.
         title: Text alternative for screen readers.
-        bounds: (epoch at which it ends, name) of each stage.
+        bounds: For each stage the epoch at which the stage ends, and its name.
         percent: y is a fraction of 1, shown in percent.
-        height: In the units of `WIDTH`.
+        height: Height of the chart, in the units of `WIDTH`.
     """
     least, most = (0.0, 1.0) if percent else (-_MOST, _MOST)
     curves = [c._replace(points=[p for p in c.points if least <= p[1] <= most]) for c in curves]

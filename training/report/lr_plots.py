@@ -30,8 +30,8 @@ STYLE: Final[Any] = {
 class RateRow(NamedTuple):
     """The learning rates of one training step.
 
-    epoch: position in the stage, in epochs from 0. rates: of each parameter group, the head's
-    last. momentum: of SGD, or Adam's first beta.
+    epoch: position in the stage, in epochs from 0. rates: the rate of each parameter group, the
+    head's last. momentum: momentum of SGD, or Adam's first beta.
     """
 
     stage: str
@@ -54,7 +54,10 @@ def _picture(path: Path, height: float) -> Iterator[Figure]:
 
 
 def lr_find(curve: Curve, path: Path, title: str, picked: Pick) -> None:
-    """Plot loss against learning rate, with all suggestions and the rate `picked` selects."""
+    """Plot loss against learning rate, with all suggestions and the rate that `picked` selects.
+
+    The plot calls the rate of the minimum a trap, because it looks best but is too large.
+    """
     up = curve.direction == "up"
     trap = "minimum: a trap, too large" if up else "begins to fall: a trap, too large"
     marks = (
@@ -107,7 +110,7 @@ def schedule(taken: Sequence[RateRow], path: Path, title: str) -> None:
     """Plot the learning rate of every group at every step, the stages side by side.
 
     The axis is logarithmic if the groups' largest rates differ by more than a factor of 30.
-    Momentum has a second panel if it changes. Without steps the plot is empty.
+    If the momentum changes, a second panel shows it. Without steps the plot is empty.
     """
     stages = [(name, list(part)) for name, part in groupby(taken, key=lambda row: row.stage)]
     moves = len({row.momentum for row in taken}) > 1
@@ -186,7 +189,7 @@ def _name(axes: Any, name: str, centre: float, width: float) -> None:
 
 
 def _shade(depth: int, deepest: int) -> tuple[float, ...]:
-    """Dark for the head, lighter with depth."""
+    """Line colour of a layer group: darkest for the head (depth 0), lighter further from it."""
     from matplotlib import colormaps
 
     colour: tuple[float, ...] = colormaps["viridis"](0.85 * depth / max(deepest - 1, 1))

@@ -1,4 +1,4 @@
-"""The mistakes of a run for its report: photos of the worst ones, confused classes, the matrix."""
+"""The report's section on mistakes: worst photos, most confused classes, confusion matrix."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ CLASSES: Final = 40
 class GalleryPhoto(NamedTuple):
     """A photo of a gallery.
 
-    picture: JPEG as a data URL. actual, predicted: class names. confidence: of the predicted class.
-    other, other_confidence: the second class where the prediction is right, else the actual class.
+    picture: JPEG as a data URL. actual, predicted: class names. confidence: probability of the
+    predicted class. other, other_confidence: the second most probable class if the prediction is
+    right, else the actual class; and its probability.
     """
 
     picture: str
@@ -74,7 +75,7 @@ def section(result: EvaluationResult, preprocess: Preprocess, log: Log) -> dict[
 
 
 def _most_involved(matrix: metrics.Labels) -> metrics.Labels:
-    """The classes to show, in order of classes: all, or those with most mistakes."""
+    """Indices of the classes to show, ascending: all, or the `CLASSES` with most mistakes."""
     wrong = matrix - np.diag(np.diag(matrix))
     order = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")
     return np.sort(order[:CLASSES])
@@ -110,7 +111,7 @@ def _gallery(
 
 
 def _thumbnail(path: Path, preprocess: Preprocess) -> str:
-    """The part of a photo that the plain view shows to the network, as a data URL."""
+    """The centre crop of a photo that the network gets without augmentation, as a data URL."""
     image = decode.read(path, background=preprocess.background).image
     side = (THUMBNAIL, THUMBNAIL)
     square = image.resize(side, Image.Resampling.LANCZOS, box=preprocess.centre(image))

@@ -1,6 +1,6 @@
 """The HTML report of a run: accuracy, mistakes, calibration, training curves and the recipe.
 
-`report.html.jinja` is the page; the functions here compute the values it shows.
+`report.html.jinja` is the template of the page; the functions here compute the values it shows.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def write(
         tta: Test-time augmentation; None is off.
         data_folder: The photos, if they were moved.
         result: The result of `evaluate` for the same arguments, if it exists already.
-        device: As `evaluate`.
+        device: "auto", "cpu" or "cuda".
 
     Raises:
-        FledgeError: As `evaluate`.
+        FledgeError: Raised by `evaluate`.
     """
     folder = checkpoint.run_folder_of(run)
     weights = checkpoint.weights_path(run)

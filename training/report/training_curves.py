@@ -40,7 +40,7 @@ class Figure(NamedTuple):
 
 
 def figures(folder: Path, log: Log) -> list[Figure]:
-    """Losses, accuracy, the schedule and lr_find of a run; what the run lacks is left out."""
+    """Losses, accuracy, the schedule and lr_find of a run; figures without data are left out."""
     found = [*_curves(folder)]
     schedule = folder / "schedule.png"
     if schedule.is_file():

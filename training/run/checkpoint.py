@@ -28,16 +28,17 @@ class CheckpointInfo:
     """Description of a checkpoint; the content of its .json file.
 
     Attributes:
-        name: Of the recipe.
+        name: Name of the recipe.
         arch, arch_args, head: Arguments of `create_classifier`.
         classes: Names in the order of the logits.
-        preprocess: Of the images that the network was trained with.
-        seed: Of the recipe.
-        data: {"source", "root", "fingerprint", "train", "valid"}: the photos' folder and counts.
+        preprocess: Preprocessing of the images that the network was trained with.
+        seed: Seed of the recipe.
+        data: {"source", "root", "fingerprint", "train", "valid"}: value of `--data`, folder of the
+            photos, hash of the dataset, and the number of training and of validation photos.
         metrics: {"accuracy", "loss", "stage", "epoch"} on the validation part in float32, without
             test-time augmentation; accuracy is a fraction of 1, loss is cross-entropy in nats. If
             the recipe has test-time augmentation also {"accuracy_tta", "loss_tta", "views"}.
-        versions: Of Python, torch and torchvision.
+        versions: Versions of Python, torch and torchvision.
         schema: Version of this format.
     """
 
@@ -121,7 +122,11 @@ def load(run: Path) -> tuple[Classifier, CheckpointInfo]:
 
 
 def read_info(path: Path) -> CheckpointInfo:
-    """Read the .json file of a checkpoint; errors as `load`."""
+    """Read the .json file of a checkpoint.
+
+    Raises:
+        DataError: The file is missing, damaged or of another version.
+    """
     try:
         values = json.loads(path.read_text())
         if values.get("schema") != SCHEMA:

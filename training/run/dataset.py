@@ -16,11 +16,11 @@ def load_run_dataset(run: Path, data: Path | None = None, part: str = "valid") -
 
     Args:
         run: The run folder, or a checkpoint in it.
-        data: Folder of the photos; None: where they were at training time.
-        part: "train", "valid" or "test": all photos of this part must exist. "": none needs to.
+        data: Folder of the photos; None: their folder at training time.
+        part: "train", "valid" or "test": all photos of this part must exist. "": none has to exist.
 
     Raises:
-        DataError: Photos are missing; names `--data`.
+        DataError: `data` is no folder, photos are missing, or the split file can't be read.
     """
     if data is not None and not os.path.isdir(data):
         raise DataError(f"--data {data}: no such folder")

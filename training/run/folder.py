@@ -1,4 +1,4 @@
-"""The run folder: create it, record what resuming needs, read it back, mark the run as finished."""
+"""The run folder: create it, write and read the files for resuming, mark the run as finished."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ STAGES_FOLDER: Final = "stages"
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a run was started with, beside recipe and split; the content of `run.json`.
+    """Options and data that a run was started with, besides recipe and split: `run.json`.
 
     Attributes:
         source: The `--data` argument.
         root: The photos' folder.
-        fingerprint: Of the dataset.
+        fingerprint: Result of `Dataset.fingerprint`.
         classes: Names in the order of the logits.
         pretrained: Whether the body started with pretrained weights.
         device: "auto", "cpu" or "cuda".
-        versions: Of Python, torch and torchvision.
+        versions: Versions of Python, torch and torchvision.
     """
 
     source: str
@@ -50,7 +50,7 @@ def check_out(out: Path | None) -> None:
     """Check before the work begins that the run folder can be created, or exists and is empty.
 
     Raises:
-        OptionError: Names `--out`.
+        OptionError: The folder can't be used; the message names `--out`.
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         resumable = (out / RUN_FILE).exists() and (out / LAST_FOLDER).exists()
@@ -94,13 +94,13 @@ def finish_run(folder: Path) -> None:
     """Mark a run as finished by removing the resume state."""
     removed = folder / f".{LAST_FOLDER}.partial"
     shutil.rmtree(removed, ignore_errors=True)
-    # A rename is atomic: a partly removed state would make a resumed run start from the beginning.
+    # A rename is atomic. After a partial removal a resumed run would start from the beginning.
     (folder / LAST_FOLDER).rename(removed)
     shutil.rmtree(removed)
 
 
 def read_run(folder: Path) -> tuple[Recipe, RunInfo]:
-    """Read what `start_run` wrote.
+    """Read the recipe and `run.json` that `start_run` wrote.
 
     Raises:
         DataError: `folder` contains no started run, or its files can't be read.

@@ -10,13 +10,13 @@ class Epoch:
     """One row of metrics.csv.
 
     Attributes:
-        stage: Its name.
-        epoch: Number in the stage, from 1.
+        stage: Name of the stage.
+        epoch: Number of the epoch in the stage, from 1.
         lr: The head's learning rate at the last step.
-        train_loss: Mean cross-entropy in nats, with label smoothing.
-        valid_loss: Mean cross-entropy in nats.
-        accuracy: On the validation part without test-time augmentation, a fraction of 1.
-        seconds: Wall-clock time.
+        train_loss: Mean cross-entropy of the training photos in nats, with label smoothing.
+        valid_loss: Mean cross-entropy of the validation photos in nats.
+        accuracy: Validation accuracy without test-time augmentation, a fraction of 1.
+        seconds: Wall-clock time of the epoch.
     """
 
     stage: str
@@ -33,11 +33,11 @@ class Step:
     """One row of steps.csv: an optimizer step.
 
     Attributes:
-        stage: Its name.
-        epoch: Number in the stage, from 1.
-        step: Number in the epoch, from 1.
-        loss: Mean over the step's photos, in nats.
-        momentum: Of sgd, or Adam's first beta.
+        stage: Name of the stage.
+        epoch: Number of the epoch in the stage, from 1.
+        step: Number of the step in the epoch, from 1.
+        loss: Mean loss of the step's photos, in nats.
+        momentum: Momentum of sgd, or Adam's first beta.
         lr: Learning rate of each trainable layer group, the head's last.
     """
 

@@ -22,7 +22,7 @@ EVENTS: Final = "events"
 
 
 class MetricLog:
-    """Writes metrics.csv, steps.csv and an event file, which the context manager closes."""
+    """Writes metrics.csv, steps.csv and an event file; a context manager closes the event file."""
 
     def __init__(self, folder: Path, history: Sequence[Epoch]) -> None:
         """Reduce the CSV files to the epochs of `history`; start an event file.
@@ -63,7 +63,8 @@ class MetricLog:
         for step in steps:
             self._events.add(self.steps, _step_scalars(step))
             self.steps += 1
-        # At the epoch's last step: readers drop events at the first step of a resumed run.
+        # Step number of the epoch's last step, because readers drop events at the first step of a
+        # resumed run.
         self._events.add(self.steps - 1, _epoch_scalars(epoch))
         self._events.flush()
 
@@ -71,8 +72,8 @@ class MetricLog:
 class _EventFile:
     """A TensorBoard event file, written synchronously.
 
-    tensorboardX's `SummaryWriter` is not used: it writes in a thread of its own, and replaces the
-    spaces in tags.
+    tensorboardX's `SummaryWriter` is not used, because it writes in a thread of its own and
+    replaces the spaces in tags.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -80,10 +81,10 @@ class _EventFile:
 
         Args:
             folder: Created if it does not exist.
-            first_step: Readers drop events of older files at this step and later: steps of a killed
-                run beyond the point where the run resumes.
+            first_step: Readers drop events of older files at this step and later. These are the
+                steps of a killed run beyond the point where the run resumes.
         """
-        # Imported here: only runs need the writer, and `read_steps` is used without it.
+        # Imported here, because only runs need the writer, and `read_steps` is used without it.
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import RecordWriter
 
@@ -149,7 +150,10 @@ def read_steps(folder: Path) -> list[Step]:
 
 
 def _read_rows(path: Path) -> list[list[str]]:
-    """The complete rows of steps.csv: a kill may have cut the last one short."""
+    """The complete rows of steps.csv.
+
+    A last row that is incomplete, because the process was killed while writing it, is dropped.
+    """
     if not path.exists():
         return []
     with path.open(newline="") as file:

@@ -1,6 +1,7 @@
-"""Resume state: everything that a resumed run needs to end with the same bits.
+"""Resume state: everything that a run needs to be resumed.
 
-Written after each epoch, atomically, as one safetensors file: weights, optimizer state, moving
+The results of a resumed run are bit-identical to those of an uninterrupted run. The state is
+written after each epoch, atomically, as one safetensors file: weights, optimizer state, moving
 average and random state as tensors, the `Position` as JSON in the header.
 """
 
@@ -33,8 +34,9 @@ class Position:
 
     Attributes:
         stage: Index of the stage in progress.
-        epoch: Number of its finished epochs.
-        first_view: Number of the first view of each photo that the stage uses.
+        epoch: Number of the stage's finished epochs.
+        first_view: Number of the first view (random augmentation) of each photo that the stage
+            uses.
         views: Number of cached views that the stage's epochs cycle through; None: not decided yet.
         lr: Learning rate that lr_find picked for the stage; None: not picked yet.
         best: Accuracy and negative loss of the best epoch.
@@ -58,15 +60,15 @@ class Position:
 
 @dataclass
 class ResumeTensors:
-    """The tensors of a resume state; each field is a group of the file, {} if it has none.
+    """The tensors of a resume state. Each field is a group of the file, {} if the group is empty.
 
     Attributes:
         model: State dict of the classifier.
-        ema: `Ema.state`.
-        optimizer: `optimizer_state`.
+        ema: Result of `Ema.state`.
+        optimizer: Result of `optimizer_state`.
         kept, kept_ema: Weights and averages of the stage's epoch with the lowest validation loss,
             for early stopping.
-        random: `random_state` of all processes.
+        random: Results of `random_state` in all processes.
     """
 
     model: Tensors = field(default_factory=dict)
@@ -81,7 +83,7 @@ def save(folder: Path, position: Position, tensors: ResumeTensors) -> None:
     """Write the state into `folder`.
 
     Raises:
-        WorkError: The file can't be written, such as on a full disk; the previous state stays.
+        WorkError: The file can't be written, such as on a full disk. The previous state is kept.
     """
     flat = {
         f"{group.name}/{key}": value.detach().contiguous()
@@ -107,7 +109,7 @@ def random_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
 def restore_random_state(states: Mapping[str, Tensor], device: torch.device, rank: int = 0) -> None:
     """Set a process's random number generators to the states that `random_state` returned.
 
-    Without a state for this rank they stay as they are.
+    Without a state for this rank, the generators are not changed.
     """
     cpu, cuda = _random_name(rank, "cpu"), _random_name(rank, "cuda")
     if cpu in states:
@@ -155,7 +157,10 @@ def load(
 
 
 def optimizer_state(optimizer: optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors, named "PARAMETER NUMBER.NAME"; the schedule sets the rates anew."""
+    """The optimizer's tensors, named "PARAMETER NUMBER.NAME".
+
+    Learning rates are not included, because the schedule sets them at every step.
+    """
     return {
         f"{number}.{name}": value
         for number, entry in optimizer.state_dict()["state"].items()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 MAX_MISTAKES: Final = 5
-"""Mistakes of one table that an error message lists."""
+"""Largest number of a table's mistakes that an error message lists."""
 
 Log = Callable[[str], None]
 """A function that takes one log line."""
@@ -19,14 +19,14 @@ def log_to_stderr(line: str) -> None:
 
 
 def pluralize(count: int, noun: str) -> str:
-    """`1 photo`, `2 photos`."""
+    """The count with the noun in singular or plural: `1 photo`, `2 photos`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def format_mistakes(
     where: object, mistakes: Sequence[str], *, between: str = ": ", most: int = 10**6
 ) -> str:
-    """One mistake: "WHERE: MISTAKE". Several: a line each, the first `most` of them."""
+    """The message "WHERE: MISTAKE" for one mistake; for several, a line each for the first `most`."""
     if len(mistakes) == 1:
         return f"{where}{between}{mistakes[0]}"
     more = [f"and {len(mistakes) - most} more"] if len(mistakes) > most else []

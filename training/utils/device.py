@@ -1,4 +1,4 @@
-"""Copies from the CPU to a GPU that do not block the program, and padding of batches.
+"""Copies from the CPU to a GPU that do not block the CPU, and padding of batches.
 
 A `.to(device)` from pageable memory blocks until the GPU has finished all work queued before. A
 copy from page-locked ("pinned") memory is queued like a kernel.
@@ -36,10 +36,11 @@ def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def pad_on_gpu(batch: Tensor, size: int) -> Tensor:
-    """On a GPU `pad_batch`; on a CPU the batch unchanged.
+    """The batch, padded by `pad_batch` if it is on a GPU; unchanged on a CPU.
 
-    cuDNN selects kernels for each new shape, and compiles those of depthwise convolutions: two
-    seconds for MobileNetV2 (H100). Only for networks in eval mode, where rows are independent.
+    For each new shape cuDNN selects kernels and compiles those of depthwise convolutions, which
+    takes two seconds for MobileNetV2 on an H100. Padding avoids this. Use it only for networks in
+    eval mode, where rows are independent.
     """
     return batch if batch.device.type == "cpu" else pad_batch(batch, size)
 
@@ -47,7 +48,7 @@ def pad_on_gpu(batch: Tensor, size: int) -> Tensor:
 def pad_batch(batch: Tensor, size: int) -> Tensor:
     """The batch, padded by zeros to `size` rows; unchanged if it has as many or more.
 
-    Keeps the memory layout, which cuDNN's choice of kernels depends on, too.
+    Keeps the memory layout, because cuDNN's choice of kernels also depends on it.
     """
     if len(batch) >= size:
         return batch

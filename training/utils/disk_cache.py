@@ -90,10 +90,10 @@ class DiskCache:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock of the whole cache: no other process checks the budget meanwhile."""
+        """Hold the lock of the whole cache, so that no other process can check the budget."""
         file = os.open(self.folder, os.O_RDONLY)
         try:
-            # File systems without locks on folders: concurrent runs may exceed the budget.
+            # On file systems without locks on folders, concurrent runs may exceed the budget.
             with suppress(OSError):
                 lock(file, wait=True)
             yield
@@ -111,7 +111,8 @@ def budget_gb(gb: float | None = None) -> float:
     """The budget in gigabytes: `gb`, else `FLEDGE_CACHE_GB`, else 10.
 
     Raises:
-        OptionError: It is not a finite number of 0 or more; names the option or the variable.
+        OptionError: The budget is not a finite number of 0 or more; the message names the option or
+            the environment variable.
     """
     setting = os.environ.get("FLEDGE_CACHE_GB", "").strip()
     name, text = "--cache-gb", str(gb)
@@ -132,7 +133,7 @@ def open_cache(gb: float | None = None) -> DiskCache:
     The space of existing entries counts as free.
 
     Raises:
-        OptionError: As `budget_gb`.
+        OptionError: Raised by `budget_gb`.
     """
     cache = DiskCache(cache_folder(), int(budget_gb(gb) * GB))
     existing = next((path for path in (cache.folder, *cache.folder.parents) if path.exists()), None)
@@ -186,7 +187,7 @@ def remove(path: Path) -> bool:
         if file is None:
             return True
         with file:
-            # The index first: after a kill half-way the rest is a valid, empty entry.
+            # The index first, so that after a kill half-way the rest is a valid, empty entry.
             own = [name for name in os.listdir(path) if _OWN_FILES.fullmatch(name)]
             for name in (*sorted(own, key=lambda name: name != "index"), ENTRY_FILE):
                 (path / name).unlink(missing_ok=True)
@@ -240,7 +241,7 @@ def _read_entry(path: Path) -> CacheEntry | None:
         return None
     try:
         content = (path / ENTRY_FILE).read_bytes()
-        # An empty file: the process that created the entry was killed before it wrote to it.
+        # The file is empty if the process that created the entry was killed before writing to it.
         values = json.loads(content) if content else {"fledge-cache": 1}
         if "fledge-cache" not in values:
             return None

@@ -13,8 +13,8 @@ class Timer:
     """Adds up wall-clock seconds by activity; time outside any activity counts as "other".
 
     In nested contexts only the innermost activity is counted, so the seconds of all activities add
-    up to the whole. On a GPU, which computes asynchronously, an activity gets the time that the
-    program waited in it.
+    up to the whole time. A GPU computes asynchronously, so an activity gets the time that the CPU
+    spent in it, not the GPU's time for it.
     """
 
     def __init__(self) -> None:
