@@ -94,7 +94,7 @@ def resolve_batch_size(
 
     Args:
         recipe: The recipe.
-        classifier: On the CPU.
+        classifier: The network, on the CPU.
         stages: The stages as they are trained; see `plan.stages_of`.
         dataset: The photos.
         precision: Device and dtype.

@@ -236,8 +236,8 @@ def _split_groups(body: nn.Sequential, family: Family, arch_args: Mapping[str, A
     else:
         blocks = sum(has_parameters) - 2  # without patch embedding and final norm
         starts = [1 + blocks * quarter // 4 for quarter in range(4)]
-    # A pooling layer has no parameters and is no group: it joins the next group, or the previous
-    # one at the end of the body (VGG, AlexNet).
+    # A pooling layer has no parameters and is therefore no group. It joins the next group, or the
+    # previous group at the end of the body (VGG, AlexNet).
     groups = [0]
     for start in starts:
         if any(has_parameters[groups[-1] : start]) and any(has_parameters[start:]):

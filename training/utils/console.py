@@ -26,7 +26,7 @@ def pluralize(count: int, noun: str) -> str:
 def format_mistakes(
     where: object, mistakes: Sequence[str], *, between: str = ": ", most: int = 10**6
 ) -> str:
-    """The message "WHERE: MISTAKE" for one mistake; for several, a line each for the first `most`."""
+    """The message "WHERE: MISTAKE" for one mistake, or a line for each of the first `most`."""
     if len(mistakes) == 1:
         return f"{where}{between}{mistakes[0]}"
     more = [f"and {len(mistakes) - most} more"] if len(mistakes) > most else []
