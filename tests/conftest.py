@@ -1,4 +1,4 @@
-"""Settings for all tests: one thread, and a cache of their own."""
+"""Settings for all tests: one torch thread, and a temporary cache folder."""
 
 import os
 import tempfile

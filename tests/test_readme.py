@@ -1,4 +1,4 @@
-"""What the pages tell is so: their commands, their code, their tables and their links."""
+"""The documentation agrees with the code: commands, Python code, tables and links."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str, name: str) -> list[list[str]]:
-    """The words of every command called `name`, from `sh` blocks and from backticks."""
+    """The arguments of every command called `name` in `sh` blocks and in backticks."""
     lines = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
     lines += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", PAGES[page])
     words = (shlex.split(re.sub(r"\[[^\]]*…\]", "", line)) for line in lines if name in line)
@@ -53,7 +53,7 @@ def commands(page: str, name: str) -> list[list[str]]:
 
 
 def rows(page: str, heading: str = "") -> list[list[str]]:
-    """The cells of the tables behind a heading; backticks are taken off."""
+    """The cells of the tables after a heading, without backticks."""
     text = PAGES[page].partition(heading)[2] if heading else PAGES[page]
     lines = re.findall(r"^\| (`.*) \|$", text, re.MULTILINE)
     return [[cell.strip().strip("`") for cell in line.split(" | ")] for line in lines]
@@ -91,7 +91,7 @@ def test_fledge_parses_the_documented_commands(page: str) -> None:
     for words in commands(page, "fledge"):
         if words[1:] in (["--help"], ["--version"]):
             continue
-        if len(words) == 2:  # the verb alone is a mention
+        if len(words) == 2:  # the name of a subcommand without arguments
             assert words[1] in verbs()
             continue
         assert_understood(words[1:])
@@ -217,7 +217,7 @@ def definitions(path: Path) -> set[str]:
 
 
 def assert_understood(words: list[str]) -> None:
-    """Fledge takes the words, and where they change a recipe that is there, so does the recipe."""
+    """`fledge` parses the arguments; overrides of a recipe that exists are valid for it."""
     known, rest = fledge._parser().parse_known_args(words)
     assert rest == []
     if not hasattr(known, "overrides"):

@@ -1,4 +1,4 @@
-"""One image for all tests of this folder, and one container for those that don't change it."""
+"""Fixtures: one image for all tests here, and one container for tests that don't change it."""
 
 from __future__ import annotations
 

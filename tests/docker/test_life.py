@@ -1,4 +1,4 @@
-"""Start, resources and stop of a container."""
+"""A container from its start to its end: bundle checks, resources, stop, crash."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def broken(folder: Path) -> Path:
 
 @contextmanager
 def host_network_container(bundle: Path) -> Iterator[Container]:
-    """A container without the engine's proxy: a refused connection is the service's doing."""
+    """A container on the host's network: no proxy of the engine can refuse connections."""
     container = Container(f"fledge-test-{uuid.uuid4().hex[:8]}", free_port())
     options = ("--detach", "--name", container.name, "--network", "host", *HARDENED)
     command = ("serve", "/bundle", "--port", str(container.port))

@@ -126,7 +126,7 @@ def cached_onnx_export(monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """One torch thread: small networks gain nothing from more, and waiting threads spin."""
+    """Use one torch thread, because more don't speed up small networks, and threads busy-wait."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

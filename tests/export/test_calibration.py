@@ -16,7 +16,7 @@ from tests.export.conftest import jpeg
 
 
 def drawn(temperature, count=4000, classes=5, views=1, seed=0):
-    """Logits whose labels are drawn from softmax(logits / temperature): calibrated there."""
+    """Logits, and labels drawn from softmax(logits / temperature); calibrated at `temperature`."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(scale=3, size=(count, views, classes)).astype(np.float32)
     shares = softmax(logits[:, 0], temperature)

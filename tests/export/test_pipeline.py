@@ -37,7 +37,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def exported(shared_run, tmp_path_factory):
-    """A bundle, its manifest and the log lines; not to be changed."""
+    """A bundle, its manifest and the log lines; tests must not change the bundle."""
     lines = []
     out = tmp_path_factory.mktemp("exported") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +66,7 @@ def rates(graphs, preprocess, photos=(), device="cpu"):
 
 @pytest.fixture
 def out(exported, tmp_path, cached_onnx_export):
-    """A copy of that bundle, to be changed."""
+    """A copy of the bundle of `exported`, which the test may change."""
     return shutil.copytree(exported[0], tmp_path / "bundle")
 
 

@@ -32,7 +32,7 @@ class Answer:
 def check(
     case: Case, answer: Answer | None, good: tuple[Any, ...], max_pixels: int
 ) -> tuple[str | None, list[str]]:
-    """The fault of an answer, or None; and the outcome of each picture or of the request.
+    """The fault of an answer (None: no fault), and the outcome of each picture or of the request.
 
     good: The answers of the valid photos in a batch, when each is sent as a single request.
     """

@@ -84,8 +84,8 @@ class Case:
 
     kind: "images", a batch of pictures; "single", one picture; "form", a malformed form; "head", a
         malformed head.
-    pictures: Of the body; in a batch every second one, from the first, is a valid photo.
-    method: That the request was built with.
+    pictures: The pictures in the body; in a batch the first, third, ... are valid photos.
+    method: The HTTP method in the request line.
     """
 
     kind: str

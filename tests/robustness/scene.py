@@ -28,9 +28,9 @@ class Item:
     """A file and its expected result in the library, the service and the scorer.
 
     Attributes:
-        name: Unique.
+        name: Unique name.
         data: The file.
-        code: Of the expected error; None if the file must be decoded.
+        code: Code of the expected error; None if the file must be decoded.
         applied: Expected conversions of the decoded image.
         size: Expected width and height after applying the orientation.
         colours: Expected colours in the middle of each quarter, in the order of `QUARTERS`.

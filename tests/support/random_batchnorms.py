@@ -5,7 +5,7 @@ from torch import nn
 
 
 def randomise_batchnorms(network, x=None, seed=0):
-    """Give a network random BatchNorms: those of a fresh network are the identity.
+    """Give a network random BatchNorms, because those of a new network are the identity.
 
     Gains have both signs, variances are drawn from 0.5 to 2. With such values a deep network gives
     nearly the same output for every input. With `x`, means and variances are therefore those of
@@ -44,7 +44,7 @@ def randomise_batchnorms(network, x=None, seed=0):
 def scale_logits(classifier, x, *, centred=False):
     """Rescale the last layer so that logits have a standard deviation of 2 over `x`.
 
-    `centred`: each class on its own and with mean 0, so that predictions differ between photos.
+    `centred`: rescale each class separately and to mean 0, so that predictions differ by photo.
     """
     with torch.no_grad():
         last, logits = classifier.head[-1], classifier(x)

@@ -92,7 +92,8 @@ def test_pooling_after_a_float_layer_stays_in_float_with_equal_outputs(
     unchanged = quantised(source, pixels, ("stem",))
     assert before(unchanged.graph, "QuantizeLinear")[:3] == ["MaxPool", "Relu", "Conv"]
     run(unchanged, pixels, optimised)
-    # If this fails, ONNX Runtime no longer moves it: remove `int8._move_relu_after_pooling`.
+    # If this fails, ONNX Runtime no longer moves the quantisation before the pooling, and
+    # `int8._move_relu_after_pooling` can be removed.
     assert "QuantizeLinear" in before(onnx.load(optimised).graph, "MaxPool")
     assert np.array_equal(run(model, pixels), run(unchanged, pixels))
 

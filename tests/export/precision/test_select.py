@@ -102,7 +102,7 @@ def test_a_gpu_on_which_no_graph_loads_is_not_used(
 
 @pytest.mark.parametrize("photos", [50, 500])
 def test_the_interval_covers_the_true_drop(photos):
-    """In at least 93 % of 600 samples whose true drop is one point."""
+    """It must do so in at least 93 % of 600 samples whose true drop is one point."""
     rng, covered, times = np.random.default_rng(0), 0, 600
     for _ in range(times):
         kinds = rng.choice(3, p=[0.03, 0.02, 0.95], size=photos)  # lost, won, neither
@@ -127,7 +127,7 @@ def pixels(larger_run):
 
 @pytest.fixture(scope="module")
 def exported(larger_run, tmp_path_factory):
-    """A bundle with int8 and the log lines; nearly any loss is within the budget."""
+    """A bundle with int8, its manifest and the log lines; nearly any drop is within the budget."""
     lines, out = [], tmp_path_factory.mktemp("exported") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "measure", rates)
@@ -172,7 +172,7 @@ def test_of_similar_configurations_the_one_with_fewest_float_layers_is_chosen():
 def test_a_configuration_with_too_little_agreement_is_not_chosen_if_another_has_enough(
     exported, pixels, monkeypatch
 ):
-    """Although its divergence is smaller."""
+    """The divergence of that configuration is smaller."""
     out, manifest, _ = exported
 
     def only_percentiles(self, config, model, photos=None):

@@ -26,7 +26,7 @@ LABELS = ("blau", "grün", "rot")
 
 @pytest.fixture(scope="module")
 def files(shared_run, tmp_path_factory):
-    """Both files, each written twice."""
+    """The ONNX and the TorchScript file, each written twice."""
     folder = tmp_path_factory.mktemp("graphs")
     written = []
     for number in range(2):

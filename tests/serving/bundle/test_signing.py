@@ -131,7 +131,7 @@ def test_an_unsigned_version_removes_the_old_signature(tmp_path, keys) -> None:
 
 
 class Killed(BaseException):
-    """Stands for kill -9: no handler of Exception catches it."""
+    """Simulates kill -9: it is not an Exception, so no handler in the code catches it."""
 
 
 @pytest.mark.parametrize("step", range(4))

@@ -215,7 +215,7 @@ def test_the_error_of_a_missing_precision_names_the_existing_ones(folder: Path) 
 
 
 class Killed(BaseException):
-    """Stands for kill -9: no handler of Exception catches it."""
+    """Simulates kill -9: it is not an Exception, so no handler in the code catches it."""
 
 
 @pytest.mark.parametrize("step", range(3))
@@ -246,7 +246,7 @@ def test_a_kill_during_a_publish_leaves_the_old_or_the_new_version(
     version = storage.read(folder).manifest.version
     renamed = step == 2 or (step == 1 and moment == "after")
     assert (version != old.version) == renamed
-    # What the kill left behind does not disturb the next export.
+    # Files that the killed export left do not affect the next export.
     tiny_bundle(folder, seed=2)
     assert storage.read(folder).manifest.version not in (old.version, version)
     assert len((folder / storage.CHECKSUM).read_text().split()) == 2
@@ -338,7 +338,7 @@ SCHEMA = json.loads(SCHEMA_FILE.read_text())
 
 
 def test_the_published_schema_is_current() -> None:
-    """If not: python -m serving.bundle.manifest > docs/manifest.schema.json."""
+    """To update it: python -m serving.bundle.manifest > docs/manifest.schema.json."""
     command = [sys.executable, "-m", "serving.bundle.manifest"]
     root = SCHEMA_FILE.parents[1]
     printed = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout

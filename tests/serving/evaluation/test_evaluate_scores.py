@@ -111,7 +111,7 @@ def table(
 
 
 def write_summary(path: Path) -> None:
-    """The part of the summary beside a table that is read here."""
+    """Write the part of a table's summary that `evaluate-scores` reads."""
     summary = path.with_name(f"{path.stem}.summary.json")
     summary.write_text(json.dumps({"model": "m:1", "classes": LABELS}))
 

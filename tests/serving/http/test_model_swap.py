@@ -27,7 +27,7 @@ from tests.support.tiny_bundle import altered, photo, tiny_bundle
 
 
 class RecordingTelemetry(Telemetry):
-    """Registers no metrics: that is possible only once per process."""
+    """Registers no metrics, because a process can register them only once."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -73,7 +73,7 @@ def version(folder: Path) -> str:
 
 
 def publish_wrong(folder: Path) -> None:
-    """Publish a version whose golden answers are not what it gives."""
+    """Publish a version whose graph does not give the stored golden probabilities."""
     other = tiny_bundle(folder.with_name("other"), seed=9)
     golden = [dict(item) for item in storage.read(other).manifest.golden]
     golden[1]["probabilities"] = {"fp32": [1.0, 0.0, 0.0]}

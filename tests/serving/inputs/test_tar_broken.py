@@ -202,7 +202,7 @@ def test_a_stream_reads_the_bytes_at_a_position(folder: Path, seekable: bool) ->
 
 
 def test_random_corruption_raises_only_known_errors_and_ends(folder: Path) -> None:
-    """Headers of all kinds, with random bytes changed."""
+    """Random bytes are changed in archives with headers of all kinds."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for number, name in enumerate(["a.jpg", "b" * 200 + ".jpg", "ü.jpg", "c.jpg"]):

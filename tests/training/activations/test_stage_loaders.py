@@ -140,7 +140,7 @@ def test_a_network_that_can_not_be_traced_is_not_fused():
 
 
 def test_cached_views_give_the_losses_of_running_the_frozen_layers(open_run):
-    """In float32, one view per epoch, relative tolerance 1e-4."""
+    """Losses are in float32, with one view per epoch; the relative tolerance is 1e-4."""
     loader, _ = open_loaders(open_run("head.dropout=0"), stage=1)
     _, classifier, _ = opened = open_run("head.dropout=0")
     live, _ = open_loaders(opened, stage=1, views=0)

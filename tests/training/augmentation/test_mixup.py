@@ -97,7 +97,7 @@ def test_mixup_shares_have_the_beta_distribution(alpha):
 
 
 def test_mixup_equals_torchvision(monkeypatch):
-    """For the same share and partners."""
+    """Share and partners are the same in both."""
     images, mixed, targets, share, partner = run_with_partners(MIXUP)
     theirs = v2.MixUp(num_classes=N)
     monkeypatch.setattr(theirs, "make_params", lambda _: {"lam": share})
@@ -109,7 +109,7 @@ def test_mixup_equals_torchvision(monkeypatch):
 
 
 def test_cutmix_equals_torchvision(monkeypatch):
-    """For the same rectangle and partners, so the share equals its exact area."""
+    """Rectangle and partners are the same in both, so the share equals the exact area."""
     for step in range(10):
         images, mixed, targets, _, partner = run_with_partners(CUTMIX, step)
         rows, columns = (mixed != images)[:, 0].any(dim=0).nonzero().T
@@ -129,7 +129,7 @@ def test_cutmix_equals_torchvision(monkeypatch):
 
 
 def test_cutmix_with_alpha_one_has_the_mean_share_of_torchvision():
-    """About one half, plus what is clipped at the edges."""
+    """The mean is about one half, plus the area that is clipped at the edges."""
     shares = [run_with_partners(CUTMIX, step)[3] for step in range(300)]
     torch.manual_seed(0)
     theirs = v2.CutMix(num_classes=2)

@@ -102,7 +102,7 @@ def test_parameters_depend_on_seed_view_and_photo_only(preset):
 
 
 def test_an_option_does_not_change_the_draws_of_the_others():
-    """So a comparison with and without an option is paired."""
+    """Comparisons with and without an option are therefore paired."""
     base = plain(scale=(0.5, 1.0), crop="random", flip="horizontal")
     before = corners(base)
     assert torch.equal(before, corners(base.model_copy(update={"erase": 0.5, "max_lighting": 0.3})))
@@ -114,7 +114,7 @@ def test_an_option_does_not_change_the_draws_of_the_others():
 
 @pytest.mark.parametrize("config", [AugmentConfig(), EVERYTHING], ids=["photo", "everything"])
 def test_a_photo_does_not_depend_on_its_batch(config):
-    """Bit for bit, with batches large enough for several threads."""
+    """Pixels are equal bit for bit, with batches large enough for several threads."""
     pixels = channels_last(smooth(12, 150))
     params = transforms.draw(config, torch.full((12,), 1.3), 0, 0)
     together = transforms.apply(pixels, params, config, 120)

@@ -124,7 +124,7 @@ def test_the_split_of_a_run_is_read_back(pets, tmp_path):
 
 
 def test_a_missing_set_is_downloaded_by_torchvision(cache, monkeypatch):
-    """With torchvision's own download code; archives replace the network."""
+    """The download code is torchvision's; local archives replace the network."""
     images = {
         f"images/{breed}_{i}.jpg": photo(i, (20, 16)) for breed in BREEDS for i in range(1, 9)
     }

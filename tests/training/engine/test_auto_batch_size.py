@@ -1,6 +1,6 @@
 """`batch_size = "auto"`: the largest batch that fits; the trials leave the run unchanged.
 
-A memory that is made up stands in for a GPU's, and the CPU does the steps.
+Most tests run the steps on the CPU and replace the memory of a GPU by a fake.
 """
 
 import copy

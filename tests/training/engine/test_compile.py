@@ -197,7 +197,7 @@ def test_a_broken_compiler_is_an_error_before_the_work_begins(recipe, monkeypatc
 @needs_compiler
 @ignore_warnings
 def test_compiled_gradients_equal_those_of_the_network(recipe, lines):
-    """In float32, up to rounding, for full and smaller batches."""
+    """They are compared in float32, up to rounding, for full and smaller batches."""
     settings = load.read(recipe(STAGES), ["compile=true", "head.dropout=0"])
     classifier, _ = plan.build_classifier(settings, 3, lines.append)
     stage = settings.stage[1]

@@ -267,7 +267,7 @@ def test_early_stopping_ends_a_stage_and_restores_its_best_epoch(
 
 
 def test_accumulated_batches_equal_one_large_batch(recipe, photos, tmp_path, lines):
-    """A network without BatchNorm: gradients of the mean over all photos of the step."""
+    """The network has no BatchNorm; gradients are of the mean over all photos of the step."""
     path = recipe(STAGE.format(epochs=1))
     same = ("arch=squeezenet1_1", "arch_args={}", "head.kind=linear", "head.dropout=0",
             "stage.all.lr=0.01", "optimizer.kind=sgd", "batch_size=16")  # fmt: skip

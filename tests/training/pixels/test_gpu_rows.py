@@ -170,7 +170,7 @@ def test_closing_early_ends_the_thread():
 
 
 def test_rows_that_fit_are_on_the_gpu_and_others_are_copied_ahead(monkeypatch):
-    """With the meta device instead of a GPU."""
+    """The meta device replaces the GPU."""
     far, lines, rows = torch.device("meta"), [], memmap_rows()
     size = COUNT * 3 * SIDE**2
     assert place_rows(part(rows), "training", CPU, lines.append).pixels is rows

@@ -1,4 +1,4 @@
-"""metrics.csv, steps.csv and the TensorBoard events of a run, read by code of the test's own."""
+"""metrics.csv, steps.csv and TensorBoard events of a run, read by parsers in this file."""
 
 import struct
 import threading
