@@ -169,13 +169,13 @@ class Manifest(BaseModel):
         """
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"not a manifest: {error}") from error
         if not isinstance(values, dict):
             raise BundleError("not a manifest: it is not a JSON object")
         if values.get("schema") != SCHEMA:
             found = values.get("schema")
-            raise BundleError(f"schema {found!r} is not {SCHEMA}; export the model again")
+            raise BundleError(f"schema {found!r:.80} is not {SCHEMA}; export the model again")
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -185,7 +185,7 @@ class Manifest(BaseModel):
 def _reason(error: ValidationError) -> str:
     """The first mistake in one line: the field, its value if it is short, and the rule."""
     found = error.errors(include_url=False)[0]
-    field, value = ".".join(map(str, found["loc"])), found["input"]
+    field, value = f"{'.'.join(map(str, found['loc'])):.200}", found["input"]
     if found["type"] == "missing":
         reason = f"{field} is missing"
     elif found["type"] == "extra_forbidden":

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from serving.bundle import storage
 from serving.errors import DataError, OptionError, WorkError
 from serving.evaluation.streaming_metrics import BINS, ClassOrder, StreamingMetrics
 from serving.evaluation.table_reader import read
@@ -82,6 +81,8 @@ def evaluate(
     for row in read(scores):
         true_labels.register(row.path)
         example = example or row.path
+        if options.bundle is None and row.code is None and row.label not in order.places:
+            order = ClassOrder()  # there is no summary, or it belongs to another table
     metrics = StreamingMetrics(order)
     for row in read(scores):
         metrics.add(row, true_labels.label_of(row.path))
@@ -104,8 +105,8 @@ def evaluate(
         log(line.encode("utf-8", "backslashreplace").decode())  # a path may not be UTF-8
     if not order.known:
         log(
-            f"  class order unknown: {summary_path(scores)} is missing or has no classes; figures "
-            "that need it are left out: add --bundle BUNDLE"
+            f"  class order unknown: {summary_path(scores)} is missing, or has no class names "
+            "of this table; figures that need them are left out: add --bundle BUNDLE"
         )
     for path, lines in (
         (options.json, [json.dumps(figures, indent=2), "\n"]),
@@ -264,6 +265,8 @@ def _true_labels(options: EvaluationOptions) -> TrueLabels:
 def _class_order(scores: Path, bundle: Path | None) -> ClassOrder:
     """The class names of the bundle, else of the summary beside the table; may be unknown."""
     if bundle is not None:
+        from serving.bundle import storage  # pydantic takes 0.2 s to import
+
         return ClassOrder(storage.read(bundle).manifest.labels, f"--bundle {bundle}")
     return ClassOrder(read_classes(scores), str(summary_path(scores)))
 

@@ -1,9 +1,10 @@
 """Accuracy, log loss, calibration and confusions of scored rows, accumulated row by row.
 
-The log loss uses the column `probabilities` and needs the order of the classes for it. If the order
-is unknown, the log loss is omitted. In a table without that column, the log loss uses `top_k`. If
-the true label is not in `top_k`, its probability is at most the smallest one listed and at most 1
-minus their sum. The smaller of these two bounds is used, so the log loss is a lower bound.
+The log loss uses the column `probabilities` and needs the order of the classes for it. In a table
+without that column, it uses `top_k`. If the true label is a class that is not in `top_k`, its
+probability is at most the smallest one listed and at most 1 minus their sum. The smaller of these
+two bounds is used, so the log loss is a lower bound. If the classes are unknown, the log loss is
+omitted, unless `top_k` has the true label of every row.
 """
 
 from __future__ import annotations
@@ -211,14 +212,18 @@ class StreamingMetrics:
         }
 
     def _top_5(self, evaluated: int) -> float | None:
-        """Top-5 accuracy; None if a row's rank is unknown or the model has at most five classes."""
-        if self.top[None] or 0 < (self.order.count or 0) <= _TOP:
+        """Top-5 accuracy; None if a row's rank is unknown or the model has at most five classes.
+
+        If the classes are not known, the labels in `top_k` of all rows are counted instead.
+        """
+        if self.top[None] or 0 < (self.order.count or len(self.named)) <= _TOP:
             return None
         return self.top[True] / evaluated
 
     def _log_loss(self, left_out: Container[str]) -> dict[str, Any] | None:
         """None if no true label is a class, or `probabilities` can't be matched to the classes."""
-        if self.order.count and not self.order.known:
+        if not self.order.known and (self.order.count or any(v[2] for v in self.losses.values())):
+            # `probabilities` can't be read, or a true label outside `top_k` may be no class at all.
             return None
         sums = [values for label, values in self.losses.items() if label not in left_out]
         if not sums:

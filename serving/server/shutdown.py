@@ -140,11 +140,12 @@ def _watch(failed: threading.Event) -> None:
 
 
 def _workers() -> Iterator[int]:
-    with contextlib.suppress(psutil.Error):  # /proc can't be read here
-        for child in psutil.Process().children():
-            with contextlib.suppress(psutil.Error):  # it has just exited
-                if bentoml_compat.WORKER_MODULE in child.cmdline():
-                    yield child.pid
+    # Not `Process.children`: it fails as a whole if the kernel hides one process of another user.
+    for process in psutil.process_iter(["ppid"]):
+        with contextlib.suppress(psutil.Error, OSError):  # it has just exited
+            is_child = process.info["ppid"] == os.getpid()
+            if is_child and bentoml_compat.WORKER_MODULE in process.cmdline():
+                yield process.pid
 
 
 def _wait_for_exit(pid: int, failed: threading.Event) -> None:

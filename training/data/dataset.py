@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from serving.errors import DataError, OptionError
 from serving.utils.files import atomic_write
-from serving.utils.natural_sort import natural
+from serving.utils.natural_sort import natural_letters_first
 from training.config.sections import DataConfig
 from training.data import layouts, sample, torchvision_sets
 from training.data.layouts import Photo
@@ -150,7 +150,7 @@ def _look_up(labels: Mapping[str, str], path: str) -> str:
 def _dataset(
     source: str, root: Path, photos: Sequence[Photo], unlabelled: tuple[Path, ...]
 ) -> Dataset:
-    classes = tuple(sorted({photo.label for photo in photos}, key=natural))
+    classes = tuple(sorted({photo.label for photo in photos}, key=natural_letters_first))
     index = {name: i for i, name in enumerate(classes)}
     parts: dict[str, list[Sample]] = {part: [] for part in PARTS}
     for path, label, part in photos:

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from serving.errors import DataError, OptionError
 from serving.imaging.decode import SUFFIXES
-from serving.utils.natural_sort import natural
+from serving.utils.natural_sort import natural_letters_first
 from training.config.sections import DataConfig
 from training.utils.console import MAX_MISTAKES, format_mistakes, quoted
 
@@ -79,8 +79,9 @@ def photos_below(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         return  # a part may lack some classes
     for here, folders, files in os.walk(folder, onerror=_raise_unreadable):
-        folders[:] = sorted((f for f in folders if not f.startswith(".")), key=natural)
-        for name in sorted(files, key=natural):
+        shown = (folder for folder in folders if not folder.startswith("."))
+        folders[:] = sorted(shown, key=natural_letters_first)
+        for name in sorted(files, key=natural_letters_first):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
                 yield Path(here, name)
 
@@ -156,7 +157,7 @@ def _class_folders(root: Path) -> list[Path]:
         found = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
     except OSError as error:
         raise DataError(f"{root} can't be read: {error.strerror}") from error
-    return sorted(found, key=lambda path: natural(path.name))
+    return sorted(found, key=lambda path: natural_letters_first(path.name))
 
 
 def _class_names(root: Path) -> list[str]:

@@ -81,7 +81,10 @@ def run(
     if dataset.unlabelled:
         log(f"{len(dataset.unlabelled)} unlabelled photos: score them with fledge score")
     if not pretrained and stages != plan.stages_of(recipe, True):
-        log("no pretrained weights: every stage trains the whole network at one learning rate")
+        log(
+            "warning: no pretrained weights: every stage trains the whole network at one learning "
+            "rate"
+        )
     recipe = auto_batch_size.resolve_batch_size(
         recipe, classifier, stages, dataset, precision, log, process_group
     )

@@ -109,6 +109,8 @@ def fuse(
         norm = traced.get_submodule(node.target) if node.op == "call_module" else None
         if not isinstance(norm, _BatchNorm):
             continue
+        if into_previous_only and isinstance(norm, nn.SyncBatchNorm):
+            continue  # as `torch.fx.experimental.optimization.fuse`
         if norm.running_mean is None or norm.running_var is None:
             reason = "keeps no running statistics; still a BatchNorm"
             report.left[str(node.target)] = reason

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from serving.utils.natural_sort import natural
+from serving.utils.natural_sort import natural_letters_first
 from training.config.schema import Recipe, Stage
 from training.engine.plan import stages_of
 from training.models import backbones, heads
@@ -24,7 +24,7 @@ CLASSES = 2
 
 def families() -> list[str]:
     """Every architecture, one line per family."""
-    names = sorted(backbones.names(), key=natural)
+    names = sorted(backbones.names(), key=natural_letters_first)
     rows = [
         (family.title, " ".join(name for name in names if backbones.family_of(name) is family))
         for family in FAMILIES

@@ -92,7 +92,8 @@ class _EventFile:
         # Readers sort files by name: time, then number.
         number = len(list(folder.glob("events.out.tfevents.*")))
         name = f"events.out.tfevents.{int(time.time()):010d}.{number:06d}.fledge"
-        self._records = RecordWriter(str(folder / name))
+        # Absolute, because tensorboardX takes a path that begins with "s3:" for an address.
+        self._records = RecordWriter(str((folder / name).absolute()))
         self._write(Event(file_version="brain.Event:2"))
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
         self.flush()

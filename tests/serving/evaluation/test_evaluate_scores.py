@@ -171,7 +171,8 @@ def test_interval_and_calibration_equal_those_of_training(tmp_path: Path) -> Non
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_without_all_probabilities_the_loss_is_a_lower_bound(tmp_path: Path, k: int) -> None:
     every, truth = random_predictions(seed=k)
-    found = run_evaluation(table(tmp_path / "s.csv", every, truth, k=k, probabilities=False))
+    path = table(tmp_path / "s.csv", every, truth, k=k, probabilities=False, summary=True)
+    found = run_evaluation(path)
     first = np.sort(every, 1)[:, ::-1][:, :k]
     own = every[range(400), truth]
     bounded = own < first[:, -1]
@@ -182,6 +183,19 @@ def test_without_all_probabilities_the_loss_is_a_lower_bound(tmp_path: Path, k: 
     assert found["log_loss"]["value"] < sk.log_loss(truth, every, labels=range(CLASSES))
     known = sk.top_k_accuracy_score(truth, every, k=5, labels=range(CLASSES)) if k >= 5 else None
     assert found["top_5"] == pytest.approx(known)
+
+
+def test_without_class_names_a_loss_that_is_only_bounded_is_left_out(tmp_path: Path) -> None:
+    """A true label outside `top_k` may be a class of low probability, or no class at all."""
+    every, truth = random_predictions()
+    found = run_evaluation(table(tmp_path / "s.csv", every, truth, k=5, probabilities=False))
+    assert found["log_loss"] is None
+    assert found["top_5"] is not None
+
+
+def test_without_class_names_top_5_of_five_labels_is_left_out(tmp_path: Path) -> None:
+    rows = [answered(f"{LABELS[i % 5]}/{i}.jpg", np.eye(5)[i % 5] * 0.5 + 0.1, 5) for i in range(9)]
+    assert run_evaluation(write(tmp_path / "s.csv", rows))["top_5"] is None
 
 
 def test_without_class_names_the_loss_is_left_out_and_a_bundle_gives_it(
@@ -204,7 +218,7 @@ def test_without_class_names_the_loss_is_left_out_and_a_bundle_gives_it(
     assert found["accuracy"]["value"] == (predicted == truth).mean()
     hint = [line for line in lines if "class order unknown" in line]
     assert len(hint) == 1
-    assert f"{tmp_path / 's.summary.json'} is missing or has no classes" in hint[0]
+    assert f"{tmp_path / 's.summary.json'} is missing, or has no class names" in hint[0]
     assert hint[0].endswith("add --bundle BUNDLE")
     bundle = tiny_bundle(tmp_path / "bundle", classes=CLASSES)
     for more in ({"bundle": bundle}, {}):  # then by the summary
@@ -238,8 +252,8 @@ def test_the_bundle_takes_precedence_over_the_summary(tmp_path: Path) -> None:
     every, truth = random_predictions(50)
     path = table(tmp_path / "s.csv", every, truth, k=5, probabilities=True, summary=True)
     (tmp_path / "s.summary.json").write_text('{"classes": ["a", "b"]}')
-    with pytest.raises(DataError, match=r"names from .*s\.summary\.json.*separately, with its --b"):
-        run_evaluation(path)
+    # A summary of another table, such as s.parquet of another model, is not used.
+    assert run_evaluation(path)["log_loss"] is None
     bundle = tiny_bundle(tmp_path / "bundle", classes=CLASSES)
     exact = sk.log_loss(truth, every, labels=range(CLASSES))
     assert run_evaluation(path, bundle=bundle)["log_loss"]["value"] == pytest.approx(exact)

@@ -104,8 +104,20 @@ def test_a_class_without_a_readable_photo_is_not_dropped_silently(tmp_path):
         load_dataset(str(root))
 
 
+def test_names_with_letters_come_before_numbers(tmp_path):
+    """The order decides class indices and splits, so it must never change."""
+    names = ["7up", "cola", "10", "9", "a2", "a10"]
+    root = make(tmp_path / "d", dict.fromkeys(names, 5))
+    found = load_dataset(str(root))
+    assert found.classes == ("a2", "a10", "cola", "7up", "9", "10")
+    files = ["b.jpg", "1.jpg", "a.jpg", "10.jpg", "2.jpg"]
+    assert sorted(files, key=layouts.natural_letters_first) == [
+        *("a.jpg", "b.jpg", "1.jpg", "2.jpg", "10.jpg")
+    ]
+
+
 def test_order_does_not_depend_on_the_file_system():
-    assert sorted(["01.jpg", "1.jpg", "10.jpg", "2.jpg"], key=layouts.natural) == [
+    assert sorted(["01.jpg", "1.jpg", "10.jpg", "2.jpg"], key=layouts.natural_letters_first) == [
         "01.jpg", "1.jpg", "2.jpg", "10.jpg",
     ]  # fmt: skip
 

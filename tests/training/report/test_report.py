@@ -1,4 +1,5 @@
 import base64
+import html
 import io
 import re
 import shutil
@@ -118,6 +119,12 @@ def test_the_figures_of_the_page_equal_the_metrics(run, answers, lines):
     assert 'name = "tiny"' in text
     for version in ("python", "torch", "torchvision"):
         assert version in text
+
+
+def test_the_recipe_stands_on_the_page_line_by_line(run, answers, lines):
+    text = written(run, lines, result=answers)
+    recipe = text.partition("<pre>")[2].partition("</pre>")[0]
+    assert html.unescape(recipe) == (run / "recipe.toml").read_text().rstrip("\n")
 
 
 def test_files_that_the_run_lacks_are_left_out(run, answers, lines, tmp_path):
