@@ -239,7 +239,7 @@ def _warnings_once(log: Log) -> Log:
     logged: set[str] = set()
 
     def log_warning(line: str) -> None:
-        if line.startswith("warning") and line not in logged:
+        if line.startswith(("warning", finetune.UNPRETRAINED)) and line not in logged:
             logged.add(line)
             log(line)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from serving.errors import DataError, OptionError
 from training.activations.stage_loaders import StageLoaders
@@ -31,6 +32,11 @@ from training.utils import disk_cache
 from training.utils.console import Log, log_to_stderr
 from training.utils.precision import Precision, choose_precision
 from training.utils.timer import Timer
+
+UNPRETRAINED: Final = (
+    "no pretrained weights: every stage trains the whole network at one learning rate"
+)
+"""Logged for a recipe whose stages freeze layers, if there are no pretrained weights."""
 
 
 def run(
@@ -81,10 +87,7 @@ def run(
     if dataset.unlabelled:
         log(f"{len(dataset.unlabelled)} unlabelled photos: score them with fledge score")
     if not pretrained and stages != plan.stages_of(recipe, True):
-        log(
-            "warning: no pretrained weights: every stage trains the whole network at one learning "
-            "rate"
-        )
+        log(UNPRETRAINED)
     recipe = auto_batch_size.resolve_batch_size(
         recipe, classifier, stages, dataset, precision, log, process_group
     )

@@ -19,6 +19,7 @@ from training.ablation import ablation, table, tricks
 from training.config import load
 from training.config.schema import Recipe
 from training.config.sections import HeadConfig
+from training.engine import finetune
 from training.models.classifier import create_classifier
 from training.optim.optimizer import build_optimizer
 from training.run.checkpoint import CheckpointInfo, read_info
@@ -130,6 +131,7 @@ def runs(monkeypatch):
         done.append(recipe)
         out.mkdir(parents=True)
         log("warning: repeated")
+        log(finetune.UNPRETRAINED)
         log("noise")
         error = next((e for key, e in results.items() if key(recipe)), None)
         if error is not None:
@@ -170,6 +172,7 @@ def test_every_row_is_run_on_every_seed_and_not_again(runs, photos, tmp_path):
     assert list(trials["features"]) == ["seed 0", "seed 1"]
     assert [recipe.seed for recipe in runs.done] == [0] * 7 + [1] * 7
     assert lines.count("warning: repeated") == 1
+    assert lines.count(finetune.UNPRETRAINED) == 1
     assert "noise" not in lines
     assert any(line.startswith("14 of 14  deep_head, seed 1: accuracy 91.00%") for line in lines)
     again, lines = ablate(photos, tmp_path)
