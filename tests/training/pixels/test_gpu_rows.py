@@ -292,8 +292,8 @@ def test_padding_does_not_change_the_metrics(
         found.append([float(v) for row in rows for v in row.split(",")[3:6]] + [best["loss"]])
     # Other batch sizes round differently, and training amplifies the differences.
     assert found[0] == pytest.approx(found[1], rel=2e-3)
-    assert {module for module, _ in seen} == {"loaders", "cache", "evaluate"}, seen
-    callers = {caller for module, caller in seen if module == "cache"}
+    assert {module for module, _ in seen} == {"loaders", "stage_loaders", "evaluate"}, seen
+    callers = {caller for module, caller in seen if module == "stage_loaders"}
     assert callers == {"_plan", "_shape", "_from_photos", "_from_views"}, seen
 
 
