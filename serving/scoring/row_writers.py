@@ -121,7 +121,7 @@ def _jsonl(path: Path, columns: Sequence[str]) -> RowWriter:
     )
 
 
-FORMATS: Final[dict[str, Callable[[Path, Sequence[str]], RowWriter]]] = {
+WRITERS: Final[dict[str, Callable[[Path, Sequence[str]], RowWriter]]] = {
     ".csv": _csv,
     ".jsonl": _jsonl,
     ".parquet": ParquetWriter,

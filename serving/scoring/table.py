@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from serving.errors import OptionError, WorkError
-from serving.scoring.row_writers import FORMATS, RowWriter
+from serving.scoring.row_writers import WRITERS, RowWriter
 from serving.scoring.rows import COLUMNS, Features, ScoreRow
 from serving.utils.files import atomic_write, check_file
 from serving.utils.optional_packages import require
@@ -97,7 +97,7 @@ class TableFile(AtomicTable):
             OptionError: `check_table` fails, or the file can't be written there.
         """
         check_table(out)
-        open_writer = FORMATS[out.suffix.lower()]
+        open_writer = WRITERS[out.suffix.lower()]
         super().__init__(out, atomic_write(out), lambda path: open_writer(path, columns))
 
 
@@ -109,8 +109,8 @@ def check_table(out: Path, *, features: bool = False) -> None:
             or features need Parquet.
     """
     suffix = out.suffix.lower()
-    if suffix not in FORMATS:
-        raise OptionError(f"--out {out}: use a name that ends in {', '.join(FORMATS)}")
+    if suffix not in WRITERS:
+        raise OptionError(f"--out {out}: use a name that ends in {', '.join(WRITERS)}")
     if features and suffix != ".parquet":
         raise OptionError(f"--embeddings go into Parquet; use --out {out.stem}.parquet")
     if suffix == ".parquet":

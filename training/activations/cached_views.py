@@ -163,7 +163,7 @@ class CachedViews:
 
     def prepare(self, numbers: Iterable[int]) -> None:
         """Compute the missing views, with a progress bar."""
-        missing = [number for number in numbers if not self._is_available(number)]
+        missing = [number for number in numbers if not self._load_if_stored(number)]
         if self.source:
             self.source.prepare(missing)
         if not missing:
@@ -175,7 +175,7 @@ class CachedViews:
                 self[number]
         self._advance = lambda photos: None
 
-    def _is_available(self, number: int) -> bool:
+    def _load_if_stored(self, number: int) -> bool:
         if number not in self._views and self.store:
             found = self.store.find(number, self.shape)
             if found is not None:
