@@ -1,1 +1,1 @@
-"""Image sources of batch scoring: folders, lists, tar archives, object stores."""
+"""Inputs of batch scoring: folders, lists of paths, tar archives and object stores."""

@@ -1,4 +1,4 @@
-"""Open a tar file, compressed or not, as a stream that the module tarfile can read."""
+"""Open a tar file, compressed or not, as a stream that Python's module `tarfile` can read."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _PIECE: Final = 2**16
 
 
 class PeekableStream(io.BufferedIOBase):
-    """A binary stream that can peek one block, and seeks by reading if it is compressed.
+    """Binary stream whose next block can be read without advancing.
 
     Attributes:
-        seekable_file: Whether the file can seek. If not, `seek` reads up to the new position, and
-            can't go back.
+        seekable_file: Whether the underlying file can seek. If False, `seek` can only go forward,
+            by reading the bytes up to the new position.
     """
 
     def __init__(self, raw: BinaryIO, *, seekable_file: bool) -> None:
@@ -37,15 +37,15 @@ class PeekableStream(io.BufferedIOBase):
         self._position, self._peeked = 0, b""
 
     def peek(self) -> bytes:
-        """The next `BLOCK` bytes without advancing; fewer at the end."""
+        """Return the next `BLOCK` (512) bytes without advancing; fewer at the end of the stream."""
         self._peeked += self._raw.read(BLOCK - len(self._peeked))
         return self._peeked
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read `size` bytes.
+        """Read `size` bytes; fewer at the end of the stream.
 
         Raises:
-            ValueError: `size` is not from 0 to `MAX_FILE`, which a corrupt header causes.
+            ValueError: `size` is not from 0 to `MAX_FILE`. A corrupt tar header can request this.
         """
         if size is None or not 0 <= size <= MAX_FILE:
             raise ValueError("a size out of range")
@@ -59,7 +59,10 @@ class PeekableStream(io.BufferedIOBase):
         return self._position
 
     def seek(self, to: int, whence: int = 0, /) -> int:
-        """Go to a position from the start; a compressed stream can't go back."""
+        """Go to position `to`, in bytes from the start, and return the position reached.
+
+        A compressed stream can't go back; a smaller `to` then leaves the position unchanged.
+        """
         if self.seekable_file and to != self._position:
             self._raw.seek(to)
             self._position, self._peeked = to, b""
@@ -70,10 +73,10 @@ class PeekableStream(io.BufferedIOBase):
 
 @contextlib.contextmanager
 def open_tar(path: str) -> Iterator[PeekableStream]:
-    """Open a tar file; its first bytes, not its name, determine the compression.
+    """Open a tar file. The compression is detected from the first bytes of the file, not its name.
 
     Raises:
-        DataError: The package for the compression is not installed.
+        DataError: The archive is compressed by zstd, and the package zstandard is not installed.
         OSError: The file can't be opened.
     """
     with open(path, "rb") as file:
@@ -101,7 +104,7 @@ def _zstd(file: BinaryIO) -> Any:
 
 
 class _ZstdReader(io.RawIOBase):
-    """zstandard's reader, with OSError in place of its own error class."""
+    """Stream decompressed by zstandard. Errors of that package are raised as OSError."""
 
     def __init__(self, package: Any, file: BinaryIO) -> None:
         self._error = package.ZstdError
@@ -123,4 +126,4 @@ _COMPRESSIONS: Final[dict[bytes, Callable[[BinaryIO], Any]]] = {
     b"\xfd7zXZ\0": lzma.LZMAFile,
     b"\x28\xb5\x2f\xfd": _zstd,
 }
-"""Magic bytes -> opener."""
+"""Maps the first bytes of a compressed file to a function that opens it."""

@@ -1,8 +1,11 @@
-"""Folders and glob patterns -> image paths, in natural order; links are followed, loops detected.
+"""Find the images in folders, or those that match a glob pattern.
 
-A pattern is split at each "/" into parts, which are matched while the folders are walked, so
-nothing is found twice. A folder that matches stands for all images in it and below: `photos/2024-*`
-means all images of those folders.
+Images are listed in natural order (`2.jpg` before `10.jpg`). Symbolic links are followed, and loops
+of links are detected. A folder that matches a pattern stands for all images in that folder and
+below: `photos/2024-*` lists all images of those folders.
+
+A pattern is matched one path component at a time during a single walk of the folders. Each image is
+therefore listed only once, even if several components of the pattern (such as `**`) match it.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from serving.imaging.decode import SUFFIXES
 from serving.utils.natural_sort import natural
 
 Note = Callable[[str], None]
-"""Called with a line about each source that can't be read."""
+"""Function that is called with a message about each input that can't be read."""
 
 _WILDCARD: Final = re.compile(r"[*?[]")
 _BRACES: Final = re.compile(r"\{([^{}]*)\}")
@@ -26,7 +29,7 @@ _RANGE: Final = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
 
 
 def expand_braces(word: str) -> Iterator[str]:
-    """Expand `data-{000..012}.tar` and `{a,b}.jpg`, as shells and WebDataset do."""
+    """Yield the words that `data-{000..012}.tar` or `{a,b}.jpg` stands for, as a shell does."""
     for match in _BRACES.finditer(word):
         items = _items(match[1])
         if items is not None:
@@ -48,25 +51,35 @@ def _items(text: str) -> Iterator[str] | None:
 
 
 def is_pattern(word: str) -> bool:
-    """Whether `word` contains `*`, `?` or `[`."""
+    """Check whether `word` contains a wildcard: `*`, `?` or `[`."""
     return bool(_WILDCARD.search(word))
 
 
 def images_below(folder: str, note: Note) -> Iterator[str]:
-    """Images in a folder and below, by suffix (`decode.SUFFIXES`), without hidden ones.
+    """Yield the paths of all images in a folder and below.
 
-    The order in each folder is natural: `2.jpg` before `10.jpg`. Links are followed. Only the names
-    of one folder for each level are in memory.
+    The order is natural (`2.jpg` before `10.jpg`). An image is recognized by its suffix
+    (`decode.SUFFIXES`). Hidden files and folders are left out. Symbolic links are followed. Memory
+    holds only the names of the current folder and its parents.
+
+    Args:
+        folder: Path of the folder.
+        note: Called with a message for each folder that can't be read.
     """
     return _Walk((None,), folders_only=True, any_suffix=False).run(folder, note)
 
 
 def images_matching(pattern: str, note: Note) -> Iterator[str]:
-    """Files that a pattern matches; `**` matches any number of folders.
+    """Yield the paths of the files that match a glob pattern; `**` matches any number of folders.
 
-    Hidden names match only if the pattern has the dot. A pattern with a literal suffix, such as
-    `*.bin`, matches all files of that suffix, any other pattern only images. Leading parts that
-    exist under exactly that name are not treated as patterns: `photos [1]/*.jpg`.
+    A wildcard does not match the leading dot of a hidden name. A pattern with a literal suffix,
+    such as `*.bin`, matches all files with that suffix. Any other pattern matches only images.
+    Leading path components that exist under exactly that name are taken literally, even if they
+    contain wildcards: `photos [1]/*.jpg` lists the folder `photos [1]`.
+
+    Args:
+        pattern: The glob pattern.
+        note: Called with a message for each folder that can't be read.
     """
     start = "/" if pattern.startswith("/") else ""
     parts = [part for part in pattern.split("/") if part]
@@ -93,12 +106,19 @@ def _part(text: str) -> re.Pattern[str] | None:
 
 
 States = frozenset[int]
-"""Numbers of pattern parts that may be matched by the path so far: states of an NFA."""
+"""Indices of the pattern components that the next name may match: states of an NFA."""
 
 
 @dataclass(frozen=True)
 class _Level:
-    """A folder on the current path; folders among `names` end in "/"."""
+    """State of the walk in one folder on the current path.
+
+    Attributes:
+        folder: Path of the folder.
+        identity: Device and inode of the folder.
+        states: Pattern components that the next name may match.
+        names: Names in the folder that are still to be visited. Names of folders end in "/".
+    """
 
     folder: str
     identity: tuple[int, int]
@@ -108,13 +128,13 @@ class _Level:
 
 @dataclass(frozen=True)
 class _Walk:
-    """A depth-first walk along a pattern.
+    """Depth-first walk of the folders and files that match a pattern.
 
     Attributes:
-        parts: Parts of the pattern, None for `**`. The last one is always None, and matches
-            everything below a match.
-        folders_only: Whether the pattern itself matches only folders.
-        any_suffix: Whether files match regardless of their suffix.
+        parts: Regular expression for each path component of the pattern; None for `**`. The last
+            item is always None, because everything below a matching folder is visited.
+        folders_only: Whether only folders can match the pattern itself.
+        any_suffix: Whether files of any suffix can match the pattern; if False, only images can.
     """
 
     parts: tuple[re.Pattern[str] | None, ...]
@@ -122,9 +142,10 @@ class _Walk:
     any_suffix: bool
 
     def run(self, start: str, note: Note) -> Iterator[str]:
-        """Yield files.
+        """Yield the paths of the matching files below the folder `start`.
 
-        Uses an explicit stack, because folders may be nested deeper than Python's recursion limit.
+        An explicit stack replaces recursion, because folders may be nested deeper than Python's
+        recursion limit.
         """
         levels: list[_Level] = []
         self._enter(levels, start, frozenset({0}), note)
@@ -156,7 +177,7 @@ class _Walk:
         levels.append(_Level(folder, identity, states, iter(names)))
 
     def _skip(self, states: States) -> States:
-        """Add the states after each `**`, which also matches zero folders."""
+        """Add the component after each `**` to `states`, because `**` also matches zero folders."""
         last, skipped = len(self.parts) - 1, set(states)
         for at in range(last):
             if at in skipped and self.parts[at] is None:
@@ -174,7 +195,10 @@ class _Walk:
         return frozenset(after)
 
     def _name(self, entry: os.DirEntry[str], states: States) -> str:
-        """The entry's name, with "/" if it is a folder to enter; "" if it does not match."""
+        """Return the name of a folder entry that is to be visited, or "" if there is no match.
+
+        The name of a folder gets a "/" at the end.
+        """
         after, last = self._step(states, entry.name), len(self.parts) - 1
         if after and _is_folder(entry):
             return entry.name + "/"
@@ -187,7 +211,7 @@ class _Walk:
 
 
 def is_image(name: str) -> bool:
-    """Whether a name has the suffix of an image."""
+    """Check whether a name has the suffix of an image, such as `.jpg`."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 

@@ -1,7 +1,8 @@
-"""Lists of inputs -> their paths, streamed.
+"""Read lists of image paths as a stream: text files, standard input, and tables with columns.
 
-A `.txt` file and standard input have a path in each line; blank lines are skipped. `.csv`, `.tsv`,
-`.jsonl` and `.parquet` files have a column of paths. Paths are relative to the current folder.
+A `.txt` file and standard input have one path in each line; blank lines are skipped. `.csv`,
+`.tsv`, `.jsonl` and `.parquet` files have a column of paths. Relative paths start from the current
+working directory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from serving.utils.optional_packages import require
 
 LINES: Final = ".txt"
 DEFAULT: Final = "path"
-"""The column that is used if none is named and there are several."""
+"""Column of the paths in a list with several columns, unless the user names another."""
 
 _PIECE: Final = 2**16
 _LONGEST_PATH: Final = 4096
@@ -30,13 +31,18 @@ _LONGEST_FIELD: Final = 2**27
 """Largest number of characters of a CSV field; columns other than the paths may be long."""
 
 _BLANK: Final = object()
-"""Value of an empty row."""
+"""Value that stands for an empty table row."""
 
 _CORRUPT: Final = (OSError, ValueError, csv.Error)  # pyarrow's errors are subclasses of these
 
 
 def read_lines(path: str, note: Note) -> Iterator[str]:
-    """The paths in the lines of a text file."""
+    """Yield the paths in a text file, one from each line.
+
+    Args:
+        path: The text file.
+        note: Called with a message if the file can't be read.
+    """
     try:
         with open(path, "rb") as file:
             yield from _paths(_split(_pieces(file), b"\n"), "\r")
@@ -45,9 +51,9 @@ def read_lines(path: str, note: Note) -> Iterator[str]:
 
 
 def read_stream(stream: IO[bytes] | IO[str]) -> Iterator[str]:
-    """The paths in a stream: one in each line, or separated by NUL as by `find -print0`.
+    """Yield the paths in a stream, separated by line breaks or, as by `find -print0`, by NUL.
 
-    NUL is the separator if one occurs in the first `_LONGEST_PATH` bytes.
+    NUL is the separator if a NUL byte occurs in the first 4096 bytes; otherwise the line break is.
     """
     pieces, start = _pieces(stream), b""
     for piece in pieces:
@@ -86,12 +92,12 @@ def _paths(lines: Iterable[bytes], ending: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Format:
-    """A file format.
+    """Functions that read one file format of lists with columns.
 
     Attributes:
-        columns: Function: path of the list -> names of its columns.
-        values: Function: path of the list, column -> the column's value in every row, `_BLANK` for
-            an empty row.
+        columns: Function that takes the path of a list and returns the names of the columns.
+        values: Function that takes the path of a list and a column name, and yields the value of
+            that column in every table row. The value is `_BLANK` for an empty row.
     """
 
     columns: Callable[[str], list[str]]
@@ -99,11 +105,16 @@ class _Format:
 
 
 def path_column(path: str, requested: str | None) -> str:
-    """The column of a list that has the paths: the requested one, else the only one, else `path`.
+    """Return the name of the column that has the image paths.
+
+    Args:
+        path: A list with columns.
+        requested: The column name that the user gave. None: the only column if there is just one,
+            else the column "path".
 
     Raises:
-        DataError: The list can't be read, or lacks the column or has it twice; the message names
-            the columns.
+        DataError: The list can't be read or is empty, lacks the column, has two columns of that
+            name, or starts with an image path instead of column names.
     """
     try:
         names = _format(path).columns(path)
@@ -124,7 +135,14 @@ def path_column(path: str, requested: str | None) -> str:
 
 
 def read_column(path: str, column: str, note: Note) -> Iterator[str]:
-    """The paths in a column of a list. At the end, notes the number of rows without a path."""
+    """Yield the image paths in one column of a list.
+
+    Args:
+        path: A list with columns.
+        column: Name of the column.
+        note: Called at the end with the number of table rows without a path, and with an error
+            message if the list is corrupt.
+    """
     row = missing = first = 0
     try:
         for row, value in enumerate(_format(path).values(path, column), 1):
@@ -142,7 +160,7 @@ def read_column(path: str, column: str, note: Note) -> Iterator[str]:
 
 
 def is_table(path: str) -> bool:
-    """Whether a name has the suffix of a list with columns."""
+    """Check whether a file name has the suffix of a list with columns, such as `.csv`."""
     return os.path.splitext(path)[1].lower() in TABLES
 
 
@@ -223,4 +241,4 @@ TABLES: Final[dict[str, _Format]] = {
     ".jsonl": _Format(_json_columns, _json_values),
     ".parquet": _Format(_parquet_columns, _parquet_values),
 }
-"""Suffix -> format of a list with columns."""
+"""Maps a suffix to the format of a list with columns."""

@@ -1,10 +1,12 @@
-"""Reading members of tar archives by name; each archive is opened once for all threads.
+"""Load members of tar archives by name. Each archive is opened once per process, for all threads.
 
-A plain tar allows random access: its headers are read once, as far as needed, and from then on
-loading a member reads only its header and its bytes. A compressed tar is read sequentially. Members
-requested in order need one pass; a request for an earlier member starts decompression again from
-the beginning. Members that are passed on the way to a requested one are cached for a while, because
-parallel threads request members slightly out of order.
+An uncompressed tar allows random access. The headers up to the requested member are read once;
+after that, loading a member reads only the header and the bytes of that member.
+
+A compressed tar can only be read sequentially. If the members are requested in the order of the
+archive, one pass is enough. A request for an earlier member restarts decompression from the
+beginning. Parallel threads request members slightly out of order. Therefore members read before the
+requested one are kept in a cache of limited size.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from serving.errors import BrokenImage, DataError, ImageError
 from serving.inputs import tar
 
 _CACHE_BYTES: Final = 2**28
-"""Largest size of the cache of passed members."""
+"""Largest size of `_MemberCache`, in bytes."""
 
 _MAX_NAMES: Final = 1_000_000
 _MAX_OPEN: Final = 200
@@ -28,24 +30,31 @@ _MAX_OPEN: Final = 200
 archives stay open in any case."""
 
 FileIdentity = tuple[int, int, int, int]
-"""Device, inode, size and modification time, because a path may refer to another file later."""
+"""Device, inode, size and modification time. A path alone may refer to another file later."""
 
 
 class Archive(Protocol):
-    """An open archive.
+    """An open tar archive.
 
     Attributes:
-        names: The members found so far.
+        names: Maps the name of each member found so far to the position of the member.
     """
 
     names: dict[str, int]
 
     def load(self, member: str) -> bytes:
-        """The bytes of a member; raises ImageError if it can't be read."""
+        """Return the bytes of a member.
+
+        Raises:
+            ImageError: The member can't be read or is too large.
+        """
 
 
 class OpenArchives:
-    """The open archives of a process; closes the least recently used ones. Thread-safe."""
+    """Open archives of a process. Thread-safe.
+
+    When there are too many, the least recently used archive is closed.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -53,10 +62,14 @@ class OpenArchives:
         self._cache = _MemberCache()
 
     def load(self, path: str, member: str) -> bytes:
-        """The bytes of a member.
+        """Return the bytes of one member of an archive.
+
+        Args:
+            path: The archive.
+            member: Name of the member.
 
         Raises:
-            ImageError: The member can't be read, or is too large.
+            ImageError: The archive or the member can't be read, or the member is too large.
         """
         try:
             status = os.stat(path)
@@ -85,7 +98,10 @@ _LOCK: Final = threading.Lock()
 
 
 def process_archives() -> OpenArchives:
-    """The archives of this process; closed when the last reference to them is deleted."""
+    """Return the `OpenArchives` of this process, one object for all callers.
+
+    The archives are closed when the last reference to this object is deleted.
+    """
     with _LOCK:
         # One object per process id, because a forked process shares file positions with its parent.
         found = _SHARED.get(os.getpid())
@@ -95,18 +111,19 @@ def process_archives() -> OpenArchives:
 
 
 class _MemberIterator:
-    """The members of an archive in order.
-
-    After the last one, `next` raises BrokenImage with the reason: the archive has no such member,
-    or can't be read.
-    """
+    """Iterator over the members of an archive, in order."""
 
     def __init__(self, path: str) -> None:
         self._members = tar.members(path)
         self._end = "no image of that name in the archive"
 
     def next(self) -> tar.TarMember:
-        """The next member; raises BrokenImage if there is none."""
+        """Return the next member.
+
+        Raises:
+            BrokenImage: There are no more members, or the rest of the archive can't be read.
+                Further calls raise the same error.
+        """
         try:
             for member in self._members:
                 return member
@@ -118,7 +135,7 @@ class _MemberIterator:
 
 
 class _PlainArchive:
-    """An uncompressed `Archive`; `names` has the offset of each member's header."""
+    """Uncompressed `Archive`. `names` maps each member's name to the byte offset of the header."""
 
     def __init__(self, path: str) -> None:
         self._file = os.open(path, os.O_RDONLY)
@@ -137,7 +154,10 @@ class _PlainArchive:
 
 
 class _CompressedArchive:
-    """A compressed `Archive`; `names` has the number of members before each member."""
+    """Compressed `Archive`.
+
+    `names` maps each member's name to its position in the archive, counted from 0.
+    """
 
     def __init__(self, path: str, cache: _MemberCache) -> None:
         self._path, self._cache, self._key = path, cache, object()
@@ -155,7 +175,10 @@ class _CompressedArchive:
         return found
 
     def _read_to(self, member: str) -> bytes | ImageError:
-        """Read sequentially up to `member`, from the start if it was passed already."""
+        """Read the archive sequentially up to `member`, and cache the members before it.
+
+        Reading starts at the beginning of the archive again if `member` was read already.
+        """
         if self.names.get(member, self._passed) < self._passed:
             self._members, self._passed = _MemberIterator(self._path), 0
         while True:
@@ -169,9 +192,10 @@ class _CompressedArchive:
 
 
 class _MemberCache:
-    """Passed members, until they are requested or evicted, the oldest first.
+    """Thread-safe cache of members that were read but not yet requested.
 
-    The keys are (archive, member).
+    The keys are pairs of archive and member name. When the cache is full, the oldest member is
+    evicted.
     """
 
     def __init__(self) -> None:
@@ -188,7 +212,7 @@ class _MemberCache:
                 self._bytes -= _size(self._members.popitem(last=False)[1])
 
     def pop(self, key: tuple[object, str]) -> bytes | ImageError | None:
-        """Remove a member and return it; None if it is not cached."""
+        """Remove a member from the cache and return it; None if it is not cached."""
         with self._lock:
             found = self._members.pop(key, None)
             if found is not None:
@@ -197,7 +221,10 @@ class _MemberCache:
 
 
 class _PositionedFile(io.RawIOBase):
-    """An open file with its own position, so that threads can share the file descriptor."""
+    """View of an open file with a position of its own.
+
+    Several threads can therefore read through the same file descriptor.
+    """
 
     def __init__(self, file: int) -> None:
         self._file, self._position = file, 0
@@ -223,7 +250,7 @@ class _PositionedFile(io.RawIOBase):
 
 
 def _size(found: bytes | ImageError) -> int:
-    """Bytes in memory; an estimate for an error."""
+    """Return the number of bytes that a cached item takes; for an error, a rough estimate."""
     return len(found) if isinstance(found, bytes) else 1000
 
 

@@ -1,7 +1,7 @@
-"""Images at addresses such as `s3://bucket/photos`, read with fsspec.
+"""Find and load images at addresses such as `s3://bucket/photos`, through the package fsspec.
 
-fsspec and its packages (s3fs, gcsfs, adlfs, …) define the protocols and where credentials come
-from.
+Available protocols and the source of credentials depend on the installed fsspec packages (s3fs,
+gcsfs, adlfs, …).
 """
 
 from __future__ import annotations
@@ -22,28 +22,30 @@ from serving.utils.natural_sort import natural
 _ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 Entry = dict[str, Any]
-"""fsspec's description of a file or folder: name, type, …"""
+"""Description of a file or folder by fsspec: name, type, …"""
 
 
 def is_address(name: str) -> bool:
-    """Whether `name` starts with a protocol, such as `s3://`."""
+    """Check whether `name` starts with a protocol, such as `s3://`."""
     return _ADDRESS.match(name) is not None
 
 
 def protocol(name: str) -> str:
-    """The protocol of an address in lower case; "" for other names."""
+    """Return the protocol of an address in lower case, such as "s3"; "" for other names."""
     return name.partition("://")[0].lower() if is_address(name) else ""
 
 
 def find(address: str) -> Callable[[Note], Iterator[str]]:
-    """Find the images at an address, which may be that of a file, a folder or a pattern.
+    """Check that an address exists, and return a function that lists the images there.
 
-    Checks that the address exists; the returned function lists the images, those of a folder also
-    in folders below it. Order and hidden files are handled as in `folders`; patterns match only
-    files.
+    The address may be that of a file, a folder or a glob pattern. The images of a folder include
+    those in subfolders. The order is natural (`2.jpg` before `10.jpg`), and hidden files are left
+    out. A pattern matches only files, not folders. The returned function takes a function `note`,
+    which it calls with a message for each folder that can't be read.
 
     Raises:
-        DataError: The address does not exist, or can't be listed.
+        DataError: The address does not exist, can't be listed, contains `::`, or is that of a list
+            or a tar archive.
     """
     if "::" in address:
         raise DataError(f"{address}: '::' has no meaning in an address; copy archives here")
@@ -66,7 +68,11 @@ def find(address: str) -> Callable[[Note], Iterator[str]]:
 
 
 def _with_protocol(address: str, names: Iterator[str]) -> Iterator[str]:
-    """Names with the protocol of `address`; a file system may have several, such as s3 and s3a."""
+    """Yield `names` with their protocol replaced by that of `address`.
+
+    A file system may have several protocols, such as s3 and s3a. `http` and `file` addresses are
+    not changed.
+    """
     kind = protocol(address)
     for name in names:
         found = protocol(name)
@@ -74,11 +80,11 @@ def _with_protocol(address: str, names: Iterator[str]) -> Iterator[str]:
 
 
 def load(address: str, load_file: Callable[[str], bytes]) -> bytes:
-    """The bytes at an address.
+    """Return the bytes at an address.
 
     Args:
-        address: The address; `file://` addresses are local files.
-        load_file: Loads a local file.
+        address: The address. A `file://` address names a local file.
+        load_file: Function that returns the bytes of a local file.
 
     Raises:
         BrokenImage: The file can't be read.
@@ -101,7 +107,10 @@ def load(address: str, load_file: Callable[[str], bytes]) -> bytes:
 
 
 def _read(file: Any) -> bytes:
-    """Read at most `MAX_FILE` + 1 bytes, because a server may not announce the length."""
+    """Read at most `MAX_FILE` + 1 bytes.
+
+    Checking the file size beforehand is not enough, because a server may not announce the length.
+    """
     pieces, left = [], MAX_FILE + 1
     while left > 0 and (piece := file.read(left)):
         pieces.append(piece)
@@ -110,16 +119,20 @@ def _read(file: Any) -> bytes:
 
 
 def _open(address: str) -> tuple[Any, str]:
-    """File system and path, without fsspec's listing cache, which could hold millions of names."""
+    """Return the fsspec file system of an address, and the path in that file system.
+
+    fsspec's cache of folder listings is turned off, because it could hold millions of names.
+    """
     core: Any = importlib.import_module("fsspec.core")
     fs, path = core.url_to_fs(address, use_listings_cache=False)
     return fs, str(path)
 
 
 def _below(fs: Any, folder: Entry, note: Note) -> Iterator[str]:
-    """Addresses of all images below `folder`, depth-first.
+    """Yield the addresses of all images below `folder`, depth-first.
 
-    Uses an explicit stack, because folders may be nested deeper than Python's recursion limit.
+    An explicit stack replaces recursion, because folders may be nested deeper than Python's
+    recursion limit.
     """
     levels = [iter([folder])]
     while levels:
@@ -139,7 +152,10 @@ def _below(fs: Any, folder: Entry, note: Note) -> Iterator[str]:
 
 
 def _sorted(entries: list[Entry], folder: str) -> list[Entry]:
-    """Visible entries of a folder, sorted; some file systems also list the folder itself."""
+    """Return the entries of a folder in natural order, without hidden ones.
+
+    The folder itself, which some file systems list too, is removed.
+    """
     visible = [
         entry
         for entry in entries
@@ -153,7 +169,11 @@ def _name(entry: Entry) -> str:
 
 
 def _matching(fs: Any, pattern: str, found: Any) -> Iterator[str]:
-    """The files of `found` if the pattern has a literal suffix, else only the images."""
+    """Yield the sorted addresses of the files in `found`, the result of the glob pattern `pattern`.
+
+    If the pattern has a literal suffix, such as `.bin`, all files are yielded; otherwise only
+    images.
+    """
     suffix = re.search(r"\.[^./*?[\]]+$", pattern)
     hidden = "/." in pattern
     names = [str(entry["name"]) for entry in found if entry["type"] != "directory"]

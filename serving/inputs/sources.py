@@ -1,14 +1,15 @@
-"""Inputs of scoring: find the names of the images, and load the bytes of a name.
+"""Find the names of the images to score, and load the bytes of an image by its name.
 
-    folders, patterns  folders   every image, natural order
-    lists, pipes       lists     every line, in its order
-    tar archives       tar       every image in them, as ARCHIVE::MEMBER
-    addresses          remote    as folders, patterns and files, by fsspec
-    a file             -         an image, even without the suffix of one
+    Input                          Module     Images
+    folder or glob pattern         folders    all images, in natural order
+    list or standard input         lists      one for every line or table row, in order
+    tar archive                    tar        all images in the archive, as ARCHIVE::MEMBER
+    address such as s3://bucket    remote     images of the file, folder or pattern
+    other file                     -          the file itself, whatever its suffix
 
-Each image has a name, which is the value of the column `path` in the table of scores. The name
-identifies the bytes of the image in any process at any time. A name may also be a line of a list,
-or an input itself.
+The name of an image is the value of the column `path` in the table of scores: a path, an address or
+ARCHIVE::MEMBER. Any process can load the image from the name alone. Lines of a list may also have
+any of these forms.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ class InputSource:
     """One input, such as a folder, a list or an archive.
 
     Attributes:
-        names: Function that yields the names of the input's images, and calls its argument with a
-            line about what can't be read.
-        if_empty: The message if the input has no images.
+        names: Function that yields the names of the input's images. Takes a function `note`, which
+            is called with a message about anything that can't be read.
+        if_empty: Error message for an input without images.
     """
 
     names: Callable[[Note], Iterator[str]]
@@ -56,23 +57,23 @@ def find(
     stdin: Stream | None = None,
     note: Note = lambda line: None,
 ) -> Iterator[str]:
-    """Find the images of `inputs`, in their order, streamed.
+    """Find the images of `inputs` and yield their names, in the order of the inputs.
 
     An input that exists under exactly that name is a folder, a list (by its suffix), a tar archive
-    (by its suffix) or an image. Otherwise `{000..012}` is expanded, `*`, `?`, `[` and `**` are
-    wildcards, and `ARCHIVE::MEMBER` is a member. Repeated inputs give repeated names.
+    (by its suffix) or an image. Otherwise `{000..012}` and `{a,b}` are expanded, `*`, `?`, `[` and
+    `**` are wildcards, and `ARCHIVE::MEMBER` is a member of a tar archive. An input that is given
+    twice yields its images twice.
 
     Args:
-        inputs: As on the command line; "-" is standard input.
-        column: The column of paths in lists that have columns.
-        stdin: Replaces standard input.
-        note: Called once with each line about something that is skipped: a folder that can't be
-            read, rows without a path, the rest of a broken archive, an input without images. The
-            other inputs are not affected.
+        inputs: Paths, patterns and addresses, as on the command line; "-" is standard input.
+        column: Name of the column that has the paths, for lists with columns.
+        stdin: Stream that is read instead of standard input.
+        note: Called once with each message about something that is skipped: a folder that can't be
+            read, table rows without a path, the rest of a corrupt archive, an input without images.
 
     Raises:
-        DataError: An input does not exist, a list lacks the column, or there is no image at all.
-            Raised by the call itself, before the first name.
+        DataError: An input does not exist or can't be listed, a list lacks the column, or no input
+            has any image. Raised by the call itself, before the first name is requested.
         OptionError: `column` is given, but no input is a list with columns.
     """
     sources = [source for word in inputs for source in _sources(word, column, stdin)]
@@ -85,29 +86,42 @@ def find(
 
 
 def protocols(inputs: Sequence[str], also: str = "") -> list[str]:
-    """Protocols of the addresses among `inputs`, and those of `also`, such as "s3,https"."""
+    """Return the protocols of the addresses among `inputs` and those listed in `also`, sorted.
+
+    Args:
+        inputs: Paths and addresses.
+        also: More protocols, separated by commas: "s3,https".
+    """
     named = {remote.protocol(word) for word in inputs if not os.path.exists(word)}
     return sorted((named | {kind.strip().lower() for kind in also.split(",")}) - {""})
 
 
 class Reader:
-    """Loads the bytes of images. Thread-safe; the readers of a process share its open archives.
+    """Loads the bytes of images. Thread-safe.
 
-    A member of a plain tar is read directly, at any position. A compressed tar is read
-    sequentially. It is decompressed once if its members are requested in order, and once for each
-    member if they are requested in reverse order.
+    All readers of a process share the same open tar archives. A member of an uncompressed tar is
+    read directly at its offset. A compressed tar is read sequentially: it is decompressed once if
+    the members are requested in order, and once for each member if they are requested in reverse
+    order.
     """
 
     def __init__(self, protocols: Collection[str] = ()) -> None:
-        """`protocols`: protocols that addresses may have; local files are always allowed."""
+        """Set the protocols that may be read.
+
+        Args:
+            protocols: Allowed protocols of addresses, such as "s3". Local files are always allowed.
+        """
         self._protocols = {*protocols, "file", "local"}
         self._archives: open_archives.OpenArchives | None = None
 
     def load(self, name: str) -> bytes:
-        """The bytes of one image.
+        """Return the bytes of one image.
+
+        Args:
+            name: Path, address or ARCHIVE::MEMBER.
 
         Raises:
-            BrokenImage: The image can't be read, or its protocol is not allowed.
+            BrokenImage: The image can't be read, or the protocol of its address is not allowed.
             TooLarge: The image has more than `MAX_FILE` bytes.
         """
         if remote.is_address(name) and not os.path.exists(name):
@@ -123,12 +137,12 @@ class Reader:
         return self._archives.load(*member)
 
     def close(self) -> None:
-        """Release the archives; they are closed when no reader of the process uses them."""
+        """Release the shared archives. They are closed when all readers have released them."""
         self._archives = None
 
 
 def load_file(path: str) -> bytes:
-    """The bytes of a local file.
+    """Return the bytes of a local file.
 
     Raises:
         BrokenImage: The file can't be read.
@@ -206,7 +220,10 @@ def _remote(address: str) -> InputSource:
 
 
 def _matching(pattern: str, column: str | None, note: Note) -> Iterator[str]:
-    """Images that match, and the images of the archives and lists that match by their suffix."""
+    """Yield the images that match `pattern`.
+
+    For an archive or a list that matches, the images in it are yielded.
+    """
     for path in folders.images_matching(pattern, note):
         if folders.is_image(path):
             yield path
@@ -250,10 +267,12 @@ def _names(sources: Sequence[InputSource], note: _UniqueNotes) -> Iterator[str]:
 
 
 class _UniqueNotes:
-    """Calls `note` once for each distinct line, with bytes that are not UTF-8 escaped.
+    """Wrapper of a `note` function that passes on each distinct message once.
+
+    Bytes that are not UTF-8 are escaped.
 
     Attributes:
-        first: The first line; "" if there is none yet.
+        first: The first message; "" if there is none yet.
     """
 
     def __init__(self, note: Note) -> None:

@@ -1,12 +1,13 @@
-"""Tar archives, such as WebDataset's shards: list and read the images in them without unpacking.
+"""List and read the images in tar archives, such as WebDataset shards, without unpacking.
 
     a.tar::cat/1.jpg      the member cat/1.jpg of a.tar
     a.tar::2::cat/1.jpg   the second member of that name
 
-No member is written to disk, so a name such as `../../x.jpg` is harmless. Members with the suffix
-of an image are listed, except hidden ones, such as macOS's `._x.jpg`, in the order of the archive.
-An archive may be compressed by gzip, bzip2, xz, or zstd if the package zstandard is installed; its
-first bytes determine the compression.
+Lists the members that have an image suffix, in archive order. Hidden members, such as macOS's
+`._x.jpg`, are left out. No member is written to disk, so a name such as `../../x.jpg` is harmless.
+
+An archive may be compressed by gzip, bzip2 or xz, or by zstd if the package zstandard is installed.
+The compression is detected from the first bytes of the file.
 """
 
 from __future__ import annotations
@@ -50,13 +51,14 @@ _CORRUPT: Final = (
 
 @dataclass(frozen=True)
 class TarMember:
-    """One image of an archive.
+    """One image in a tar archive.
 
     Attributes:
-        name: Name of the member, unique in the archive.
+        name: Name of the member, unique in the archive. A repeated name starts with `2::` and so
+            on.
         offset: Offset of the member's header, in bytes of the uncompressed tar.
-        read: Returns the member's bytes, or raises BrokenImage or TooLarge; valid until the
-            iterator advances to the next member.
+        read: Function that returns the bytes of the image. It can only be called until the iterator
+            returned by `members` advances. Raises BrokenImage or TooLarge.
     """
 
     name: str
@@ -65,7 +67,12 @@ class TarMember:
 
 
 def names(path: str, note: Note) -> Iterator[str]:
-    """`ARCHIVE::MEMBER` for every image of an archive; only the headers are read."""
+    """Yield `ARCHIVE::MEMBER` for every image in an archive. Only the headers are read.
+
+    Args:
+        path: The archive.
+        note: Called with a message about anything that is left out.
+    """
     try:
         for member in members(path):
             name = f"{path}{SEPARATOR}{member.name}"
@@ -80,10 +87,13 @@ def names(path: str, note: Note) -> Iterator[str]:
 
 
 def split(name: str) -> tuple[str, str] | None:
-    """(archive, member), or None if the name is a plain path.
+    """Split `ARCHIVE::MEMBER` into the path of the archive and the name of the member.
 
-    An existing file of exactly that name takes precedence. Otherwise the archive is the shortest
-    prefix before a `::` that has the suffix of an archive and exists.
+    If `name` contains several `::`, the archive is the shortest prefix that exists and has the
+    suffix of a tar archive.
+
+    Returns:
+        None if a file of exactly this name exists, or if `name` contains no such archive.
     """
     at = name.find(SEPARATOR)
     if at < 0 or os.path.lexists(name):
@@ -96,15 +106,15 @@ def split(name: str) -> tuple[str, str] | None:
 
 
 def is_archive(path: str) -> bool:
-    """Whether a name has the suffix of a tar archive."""
+    """Check whether a name has the suffix of a tar archive, such as `.tar.gz`."""
     return path.lower().endswith(SUFFIXES)
 
 
 def is_compressed(path: str) -> bool:
-    """Whether an archive is compressed, and so can only be read sequentially.
+    """Check whether an archive is compressed. A compressed archive can only be read sequentially.
 
     Raises:
-        DataError: The package for the compression is not installed.
+        DataError: The archive is compressed by zstd, and the package zstandard is not installed.
         OSError: The archive can't be opened.
     """
     with open_tar(path) as source:
@@ -112,12 +122,13 @@ def is_compressed(path: str) -> bool:
 
 
 def members(path: str) -> Iterator[TarMember]:
-    """The images of an archive in its order.
+    """Yield the images of an archive, in archive order.
 
-    The names are kept in memory, because a repeated name gets a number.
+    The names of all images so far are kept in memory, because a repeated name gets a number.
 
     Raises:
-        DataError: The archive is corrupt or truncated; the members before that point are valid.
+        DataError: The archive is corrupt or truncated. The members yielded before are valid. Or the
+            archive is compressed by zstd, and the package zstandard is not installed.
         OSError: The archive can't be opened.
     """
     counts: dict[str, int] = {}
@@ -129,7 +140,11 @@ def members(path: str) -> Iterator[TarMember]:
 
 
 def read_member_at(file: BinaryIO, offset: int) -> bytes:
-    """The bytes of the member whose header is at `offset` of an uncompressed archive.
+    """Return the bytes of one member of an uncompressed archive.
+
+    Args:
+        file: The archive.
+        offset: Offset of the member's header, in bytes.
 
     Raises:
         BrokenImage: The member can't be read.
@@ -147,7 +162,10 @@ def read_member_at(file: BinaryIO, offset: int) -> bytes:
 
 
 def _headers(source: PeekableStream) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Yield each header. Does not iterate TarFile, which keeps all and ignores corrupt headers."""
+    """Yield the header of each member, with the TarFile that it was read from.
+
+    Iterating over a TarFile instead would keep all headers in memory and ignore corrupt ones.
+    """
     tar: tarfile.TarFile | None = None
     offset, place = 0, "at its start: no tar archive"
     while True:
@@ -198,7 +216,10 @@ def _is_hidden(name: str) -> bool:
 
 
 def _unique(name: str, counts: dict[str, int]) -> str:
-    """The name; if it occurred before, `2::name` and so on."""
+    """Return `name`, or a numbered name such as `2::name` if `name` occurred before in the archive.
+
+    `counts` maps each name so far to its number of occurrences, and is updated.
+    """
     unique = name
     while unique in counts:
         counts[name] += 1
