@@ -1,11 +1,11 @@
-"""The exceptions that Fledge raises, and what they mean for HTTP and the command line.
+"""All exceptions that Fledge raises, with their HTTP status and exit status.
 
 FledgeError
-├── RequestError          the request is wrong; sending it again won't help
-│   ├── OptionError       an option, setting or recipe line
-│   ├── DataError         a folder, split, list or weights file
-│   └── Unauthorized      no API key, or a wrong one
-├── ImageError            one image can't be used; others of the request can
+├── RequestError          the request is wrong; the same request would fail again
+│   ├── OptionError       an option, setting or recipe line is wrong
+│   ├── DataError         a data folder, split file, list or weights file can't be used
+│   └── Unauthorized      the API key is missing or wrong
+├── ImageError            one image can't be used; other images of the request are not affected
 │   ├── EmptyBody         no bytes
 │   ├── NotAnImage        not an image that Pillow knows
 │   ├── UnsupportedFormat an image of a format that is not served
@@ -15,14 +15,14 @@ FledgeError
 │   ├── Overloaded        the queue is full
 │   ├── NotReady          no verified bundle is loaded
 │   └── DeadlineExceeded  the answer came too late
-├── BundleError           no usable bundle
-├── GateError             the result missed a required value
+├── BundleError           the bundle is missing or can't be used
+├── GateError             a result is below a required value
 └── WorkError             the work failed
     └── Diverged          the loss is NaN or infinite; a resumed run would diverge again
 
-Each class has the stable `code` of HTTP answers and score tables, the HTTP status, and the exit
-status of the command line. A message is one line: what is wrong, where, and what to do. If a file
-has several errors, the message has one line for each.
+The class attribute `code` is a stable string that appears in HTTP responses and score tables;
+`exit_status` is the exit status of the command line. A message is one line: what is wrong, where,
+and what to do. If a file has several errors, the message has one line for each error.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class DataError(RequestError):
 
 
 class Unauthorized(RequestError):
-    """No API key, or one that is not in the key file."""
+    """The request has no API key, or a key that is not in the key file."""
 
     code = "unauthorized"
     http_status = 401
@@ -73,7 +73,7 @@ class ImageError(FledgeError):
 
 
 class EmptyBody(ImageError):
-    """An empty file, or a request without an image."""
+    """The file is empty, or the request has no image."""
 
     code = "no-image"
     http_status = 400
@@ -87,7 +87,7 @@ class NotAnImage(ImageError):
 
 
 class UnsupportedFormat(ImageError):
-    """An image of a format that is not served."""
+    """The image has a known format that Fledge does not decode."""
 
     code = "unsupported-format"
     http_status = 415
@@ -134,7 +134,7 @@ class DeadlineExceeded(ServiceError):
 
 
 class BundleError(FledgeError):
-    """No bundle, or one that must not be served."""
+    """The bundle is missing, damaged, or must not be served."""
 
     code = "bad-bundle"
     http_status = 503
@@ -142,13 +142,13 @@ class BundleError(FledgeError):
 
 
 class GateError(FledgeError):
-    """The result misses a value that an option or the export requires."""
+    """A result, such as the accuracy, is below the value that an option or the export requires."""
 
     code = "gate"
 
 
 class WorkError(FledgeError):
-    """The work failed, for example by a NaN loss, a full disk or an operator without export."""
+    """The work failed, for example on a NaN loss, a full disk or a failed export."""
 
     code = "failed"
 

@@ -1,6 +1,7 @@
-"""`serving.service:ImageClassifier`: the service that `bentoml serve` and `bentoml build` load.
+"""The BentoML service `serving.service:ImageClassifier`, which `bentoml serve` and `build` load.
 
-It connects BentoML to `App`, which answers HTTP, and to `ModelManager`, which holds the model.
+The service connects BentoML to `App`, the ASGI app that answers HTTP requests, and to
+`ModelManager`, which loads the bundle and replaces the model when a new version is published.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class AppService(bentoml_compat.service_class()):  # type: ignore[misc]
     """A BentoML service that puts `App` in front of BentoML's own app."""
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
-        """The ASGI app that a worker runs."""
+        """Return the ASGI app that a worker runs."""
         return traced(App(super().to_asgi(is_main), lambda: self._instance.model_manager))
 
     def __call__(self) -> Any:
@@ -56,10 +57,11 @@ class ImageClassifier:
     """Classifies images with the model of a Fledge bundle."""
 
     def __init__(self) -> None:
-        """Start to load the bundle; `/readyz` answers 200 when it is loaded.
+        """Start loading the bundle; `/readyz` answers 200 once the bundle is loaded.
 
-        With several workers, each one loads the bundle before it accepts connections, so that once
-        `/readyz` answers 200, no request reaches a worker that has no model yet.
+        With one worker, the bundle is loaded in a thread. With several workers, every worker loads
+        the bundle before it accepts connections. Otherwise, after one worker has answered
+        `/readyz` with 200, a request could reach another worker that has no model yet.
         """
         malloc.return_large_blocks()
         settings = Settings.from_env()
@@ -71,7 +73,7 @@ class ImageClassifier:
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
     @staticmethod
     def check() -> None:
-        """Refuse to start on wrong settings or without a bundle; runs before any worker starts."""
+        """Check settings and bundle before any worker starts; exit if one of them is wrong."""
         launch.make_paths_absolute(os.environ)
         watch_workers()
         launch.remove_scratch_at_exit(os.environ)
@@ -83,7 +85,7 @@ class ImageClassifier:
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:
-        """Stop the threads, and export the last spans."""
+        """Stop the threads, and export the last OpenTelemetry spans."""
         self.model_manager.close()
         flush_spans()
 

@@ -1,4 +1,7 @@
-"""Settings of the service, from environment variables; all errors are reported at once."""
+"""Settings of the HTTP service, read from the environment variables `FLEDGE_*`.
+
+All wrong variables are reported in one error.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _OTHER_VARIABLES: Final = re.compile(
 
 
 def bundle_folder(environ: Mapping[str, str]) -> Path:
-    """The path in FLEDGE_BUNDLE; if it is empty, the default of `Settings.bundle`."""
+    """Return the path in FLEDGE_BUNDLE or, if the variable is empty, the default bundle folder."""
     path = environ.get("FLEDGE_BUNDLE", "").strip()
     return Path(path) if path else _default_bundle()
 
@@ -43,24 +46,25 @@ def _default_bundle() -> Path:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the service; the rest is in the bundle.
+    """Settings of the HTTP service. Everything that decides answers is in the bundle instead.
 
     Attributes:
-        bundle: Folder that contains `manifest.json`. Default: the bundle of the Bento, else
-            `bundle` in the current folder or beside this package.
+        bundle: Folder that contains `manifest.json`. Default: the bundle inside the Bento; without
+            a Bento, `bundle` in the current folder or beside this package.
         device: auto, cpu, cuda or tensorrt. Only auto may fall back to another device, which is
             logged.
-        precision: auto, fp32, int8 or fp16; auto takes the fastest that the bundle has.
+        precision: auto, fp32, int8 or fp16; auto takes the fastest precision in the bundle.
         runtime: onnx or torchscript. TorchScript needs torch and has fp32 only.
         workers: Processes that share the port; each has its own copy of the model.
-        max_batch: Graph rows (images times views) of one run; None takes the bundle's tuning.
+        max_batch: Largest batch of one run of the graph, in rows (images times TTA views). None
+            takes the value that was measured at export.
         max_queue: Largest number of images that a worker has accepted and not answered yet; a
             request for one more gets 429.
-        max_bytes: Largest size of an image, and of all images of a request.
+        max_bytes: Largest size in bytes of one image, and of all images of a request together.
         max_pixels: Largest width times height of an image.
-        deadline: Largest time from queueing an image to its answer, in seconds; after it the
-            response is 504.
-        api_keys: sha256 digests of the accepted keys; if empty, no key is needed.
+        deadline: Largest time from queueing an image to its answer, in seconds. A slower answer
+            becomes a response with status 504.
+        api_keys: sha256 digests of the accepted API keys; if empty, no key is needed.
     """
 
     bundle: Path = field(default_factory=_default_bundle)
@@ -77,16 +81,19 @@ class Settings:
 
     @property
     def threads(self) -> int:
-        """Cores that one worker may use."""
+        """Number of CPU cores that one worker process may use."""
         return max(1, cores() // self.workers)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read the variables `FLEDGE_*`; an empty one counts as not set.
+        """Read the variables `FLEDGE_*`; an empty variable counts as not set.
+
+        Args:
+            environ: Environment variables. None: those of this process.
 
         Raises:
-            OptionError: A variable is wrong. The message names every wrong variable and its value
-                in one line.
+            OptionError: A variable has a wrong value or a misspelt name. The message names all
+                wrong variables in one line.
         """
         reader = _Reader(os.environ if environ is None else environ)
         settings = cls(
@@ -110,7 +117,7 @@ class Settings:
 
 
 class _Reader:
-    """Reads environment variables and collects the errors."""
+    """Reads environment variables and collects the error messages in `errors`."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.environ = environ
@@ -163,14 +170,17 @@ class _Reader:
         return frozenset(hashlib.sha256(key.encode()).digest() for key in keys)
 
     def check_trusted_keys(self) -> None:
-        """Check the file of trusted keys; `serving.bundle.storage` reads it with each bundle."""
+        """Report an unusable FLEDGE_TRUSTED_KEYS now, not only when a bundle is opened."""
         try:
             signing.trusted(self.environ)
         except OptionError as error:
             self.errors.append(str(error))
 
     def check_misspelt(self) -> None:
-        """Report unknown variables: a misspelt limit or key file would have no effect."""
+        """Report unknown variables whose name resembles that of a setting.
+
+        Without the report, a misspelt limit or key file would be ignored silently.
+        """
         for name, value in self.environ.items():
             if not name.startswith("FLEDGE_") or not value.strip():
                 continue

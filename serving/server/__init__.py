@@ -1,1 +1,1 @@
-"""The server process: start, checks before the start, shutdown."""
+"""The server process: checks before the start, start, graceful shutdown."""

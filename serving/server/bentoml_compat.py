@@ -1,11 +1,12 @@
-"""Adapter for the private parts of BentoML, circus and uvicorn that Fledge uses.
+"""Adapter for the private APIs of BentoML, circus and uvicorn that Fledge uses.
 
-Every use of such a part is in this file, one function or constant each. A release may change any of
-them without notice: `CHECKED_VERSIONS` names the releases on which they were checked, and after an
-upgrade `tests/serving/server/test_bentoml_compat.py` is the first test to fail.
+Every private API is used in this file only, in one function or constant. A new release of these
+packages may change a private API without notice. `CHECKED_VERSIONS` names the releases for which
+this file was checked, and `tests/serving/server/test_bentoml_compat.py` fails after an incompatible
+upgrade.
 
-The functions import these packages when called: BentoML takes seconds to import, and `fledge serve`
-checks the bundle and the port before it needs BentoML.
+BentoML takes seconds to import. Therefore the functions import these packages only when called, and
+`fledge serve` checks the bundle and the port before that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 CHECKED_VERSIONS: Final = {"bentoml": "1.4.39", "kantoku": "0.18.3", "uvicorn": "0.54.0"}
-"""Distribution -> release. The package `circus` comes from the distribution `kantoku`."""
+"""Release of each PyPI distribution. `kantoku` provides the package `circus`."""
 
 # `_bentoml_impl.server.serving._SERVICE_WORKER_SCRIPT`: the launcher starts each worker as
 # `python -m` with this module; its name distinguishes workers from other child processes.
@@ -49,10 +50,11 @@ STATIC_FILES: Final = frozenset(
 
 
 def service_class() -> Any:
-    """Base class for the option `service_class` of `bentoml.service`, which is not documented.
+    """Return the base class to subclass for `bentoml.service(service_class=...)`.
 
-    `_bentoml_sdk.Service`: `to_asgi(is_main)` builds the ASGI app of a worker, and a call of the
-    service creates the instance of the decorated class.
+    The option `service_class` is not documented. The base class is `_bentoml_sdk.Service`: its
+    `to_asgi(is_main)` builds the ASGI app of a worker, and its `__call__` creates the instance of
+    the decorated class.
     """
     from _bentoml_sdk import Service  # type: ignore[import-untyped]
 
@@ -60,9 +62,13 @@ def service_class() -> Any:
 
 
 def run_worker(arguments: Sequence[str]) -> None:
-    """Run a BentoML worker in this process, without the launcher.
+    """Run a BentoML worker in this process, without BentoML's launcher.
 
-    `_bentoml_impl.worker.service.main`: the click command that the launcher starts as a child.
+    Calls `_bentoml_impl.worker.service.main`, the click command that the launcher runs in each
+    child process.
+
+    Args:
+        arguments: Command-line arguments of the click command.
     """
     from _bentoml_impl.worker.service import main  # type: ignore[import-untyped]
 
@@ -72,8 +78,9 @@ def run_worker(arguments: Sequence[str]) -> None:
 def keep_metrics_in_memory() -> None:
     """Make `/metrics` report only this process; call it before the worker starts.
 
-    `BentoMLContainer.metrics_client` and `PrometheusClient(multiproc=False)`: by default BentoML
-    keeps the metrics of all workers in files of `PROMETHEUS_MULTIPROC_DIR`.
+    By default BentoML keeps the metrics of all workers in files in the folder
+    `PROMETHEUS_MULTIPROC_DIR`. This function sets `BentoMLContainer.metrics_client` to
+    `PrometheusClient(multiproc=False)`.
     """
     from bentoml._internal.configuration.containers import BentoMLContainer
     from bentoml._internal.server.metrics.prometheus import PrometheusClient
@@ -82,9 +89,10 @@ def keep_metrics_in_memory() -> None:
 
 
 def tracing_sample_rate() -> float:
-    """Share of the requests to trace, 0 to 1; 0 if tracing is off.
+    """Return the fraction of requests to trace, 0 to 1; 0 if tracing is off.
 
-    `BentoMLContainer.tracing.sample_rate`: BentoML's own configuration, `services.tracing`.
+    The value is `BentoMLContainer.tracing.sample_rate`, which the user sets in BentoML's
+    configuration under `services.tracing`.
     """
     from bentoml._internal.configuration.containers import BentoMLContainer
 
@@ -93,9 +101,10 @@ def tracing_sample_rate() -> float:
 
 
 def tracer_provider() -> TracerProvider:
-    """BentoML's provider, with the sampler and the exporter of `services.tracing`.
+    """Return BentoML's OpenTelemetry tracer provider, `BentoMLContainer.tracer_provider`.
 
-    `BentoMLContainer.tracer_provider`: a singleton that is created at its first use.
+    Its sampler and exporter are configured under `services.tracing` in BentoML's configuration. The
+    provider is a singleton that BentoML creates at the first use.
     """
     from bentoml._internal.configuration.containers import BentoMLContainer
 
@@ -104,11 +113,15 @@ def tracer_provider() -> TracerProvider:
 
 
 def set_launcher_hangup_action(*, stop: bool) -> None:
-    """Make the launcher stop on SIGHUP as on SIGTERM, or ignore SIGHUP; call it before the start.
+    """Set what BentoML's launcher does on SIGHUP; call it before the launcher starts its workers.
 
-    `circus.sighandler.SysHandler.handle_hup`: circus would restart the workers, but the stopped
-    workers have shut down the listening socket that all workers share. SIGHUP can't be blocked by a
-    signal mask instead, because a thread of numpy that started earlier would receive it.
+    Replaces `circus.sighandler.SysHandler.handle_hup`, which would restart the workers. A restart
+    fails, because stopped workers have shut down the listening socket that all workers share.
+    Blocking SIGHUP with a signal mask fails too, because a thread of numpy that started earlier
+    would receive the signal.
+
+    Args:
+        stop: Whether SIGHUP stops the launcher as SIGTERM does. False: SIGHUP is ignored.
     """
     from circus.sighandler import SysHandler  # type: ignore[import-untyped]
 
@@ -117,11 +130,12 @@ def set_launcher_hangup_action(*, stop: bool) -> None:
 
 
 def running_uvicorn_server() -> uvicorn.Server | None:
-    """The server that handles SIGTERM in this process, or None.
+    """Return the uvicorn server that runs in this process, or None.
 
-    `uvicorn.Server.handle_exit`: uvicorn installs this bound method as the signal handler. An app
-    has no other reference to its server. `GracefulShutdown` also reads the server's attributes
-    `started` and `servers`, and calls `handle_exit`.
+    uvicorn installs the bound method `uvicorn.Server.handle_exit` as handler of SIGTERM. The server
+    is found through this handler, because an ASGI app has no reference to its server.
+    `GracefulShutdown` also reads the server's attributes `started` and `servers`, and calls
+    `handle_exit`.
     """
     import uvicorn
 

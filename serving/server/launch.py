@@ -1,4 +1,8 @@
-"""`fledge serve`: check the configuration, print the address, run the server as this process."""
+"""Start the HTTP server for `fledge serve`: check the settings, print the URL, run the server.
+
+One worker runs in this process. For several workers, BentoML's launcher replaces this process
+(`execve`) and starts the workers.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,10 @@ from serving.server import preflight, single_process
 from serving.settings import Settings, bundle_folder
 
 SCRATCH: Final = "FLEDGE_SCRATCH"
-"""Environment variable PID:FOLDER: the server with that process id removes FOLDER at exit."""
+"""Environment variable with the value PID:FOLDER. The server process PID removes FOLDER at exit."""
 
 GRACE_SECONDS: Final = 30
-"""Time that requests in flight have after SIGTERM; BentoML's default is a day."""
+"""Time that open requests have to finish after SIGTERM. BentoML's default is a day."""
 
 
 def serve(
@@ -35,22 +39,23 @@ def serve(
     precision: str | None = None,
     workers: int | None = None,
 ) -> NoReturn:
-    """Run the server as this process; with several workers, run BentoML's launcher as this process.
+    """Serve a bundle over HTTP until a stop signal; never returns.
 
-    The process id stays the same, so signals reach the server, and its exit status is that of the
-    command.
+    One worker runs in this process. For several workers, BentoML's launcher replaces this process.
+    In both cases the process id stays the same: signals to this process reach the server, and the
+    server's exit status is the exit status of the command.
 
     Args:
         folder: The bundle.
         port: TCP port to listen on.
-        host: Name or address to listen on; 0.0.0.0 for every interface.
-        device: As in `Settings`; None leaves the choice to FLEDGE_DEVICE.
-        precision: As in `Settings`; None leaves the choice to FLEDGE_PRECISION.
-        workers: As in `Settings`; None leaves the choice to FLEDGE_WORKERS.
+        host: Host name or address to listen on; 0.0.0.0 for every interface.
+        device: auto, cpu, cuda or tensorrt. None: the value of FLEDGE_DEVICE.
+        precision: auto, fp32, int8 or fp16. None: the value of FLEDGE_PRECISION.
+        workers: Number of worker processes. None: the value of FLEDGE_WORKERS.
 
     Raises:
         OptionError: A setting is wrong, or the port is in use.
-        BundleError: The bundle can't be used.
+        BundleError: The bundle is missing, damaged, or must not be served.
     """
     options = {"FLEDGE_DEVICE": device, "FLEDGE_PRECISION": precision, "FLEDGE_WORKERS": workers}
     env = {
@@ -85,7 +90,10 @@ def serve(
 
 
 def make_paths_absolute(env: MutableMapping[str, str]) -> None:
-    """Make the paths in `env` absolute, as launcher and workers may run in different folders."""
+    """Make the paths in the environment variables `env` absolute.
+
+    BentoML's launcher and its workers may run in different folders.
+    """
     # Symbolic links are not resolved, because the user may replace a link to switch to new keys or
     # another bundle while the service runs.
     env["FLEDGE_BUNDLE"] = str(bundle_folder(env).absolute())
@@ -96,7 +104,9 @@ def make_paths_absolute(env: MutableMapping[str, str]) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet, so connections are refused until the server is up.
+    """Return a TCP socket that is bound to `host` and `port` but does not listen yet.
+
+    Connections are refused until the server listens on the socket.
 
     Raises:
         OptionError: The host is unknown, or the port is out of range or in use.
@@ -123,7 +133,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def client_url(address: str, port: int) -> str:
-    """The URL by which clients on this machine reach a server that listens on `address`."""
+    """Return the URL by which clients on this machine reach a server that listens on `address`."""
     ip = ipaddress.ip_address(address)
     if ip.is_unspecified:  # every interface; clients need one address
         ip = ipaddress.ip_address("127.0.0.1" if ip.version == 4 else "::1")
@@ -131,7 +141,10 @@ def client_url(address: str, port: int) -> str:
 
 
 def _use_private_bentoml_home(env: dict[str, str]) -> None:
-    """Give this server its own BENTOML_HOME, because BentoML clears all metrics in that folder."""
+    """Set BENTOML_HOME in `env` to a new temporary folder.
+
+    BentoML clears all metrics in its home folder at the start, also those of other servers.
+    """
     env.pop(SCRATCH, None)
     try:
         scratch = tempfile.mkdtemp(prefix="fledge-")
@@ -142,9 +155,10 @@ def _use_private_bentoml_home(env: dict[str, str]) -> None:
 
 
 def remove_scratch_at_exit(env: Mapping[str, str]) -> None:
-    """Remove this process's scratch folder at exit.
+    """Register removal at exit of the temporary folder that FLEDGE_SCRATCH in `env` names.
 
-    FLEDGE_SCRATCH is used only if it names this process, because otherwise it may name any folder.
+    The variable is ignored unless its process id is that of this process. A variable that the user
+    or another server has set could name any folder.
     """
     pid, _, scratch = env.get(SCRATCH, "").partition(":")
     if scratch and pid == str(os.getpid()):

@@ -1,8 +1,10 @@
 """Checks before the service starts: bundle, precision, runtime and device.
 
-Each check raises an error for a configuration that no worker could serve. As a command, `python -m
-serving.server.preflight` opens the bundle on the device that FLEDGE_DEVICE names and exits. Opening
-a bundle predicts its golden images, which are photos with stored expected probabilities.
+A check raises an error if no worker could serve with the settings.
+
+The command `python -m serving.server.preflight` opens the bundle on the device in FLEDGE_DEVICE,
+compares the predictions of the golden images (photos stored with expected probabilities), and
+exits.
 """
 
 from __future__ import annotations
@@ -21,22 +23,23 @@ from serving.utils.optional_packages import require
 
 
 def check(settings: Settings) -> None:
-    """Run all checks; BentoML's launcher calls it before it starts its workers.
+    """Run all checks of this module. BentoML's launcher calls this before it starts its workers.
 
     Raises:
-        BundleError: The bundle can't be used.
-        OptionError: The GPU can't be used, or the bundle lacks the precision.
+        BundleError: The bundle is missing, damaged, or must not be served.
+        OptionError: The device can't be used, or the bundle has no graph of the precision.
     """
     check_bundle(settings)
     check_gpu(settings, os.environ)
 
 
 def check_bundle(settings: Settings) -> Manifest:
-    """Check all that can be checked without loading a graph, and return the manifest.
+    """Check bundle, precision, runtime and device without loading a graph; return the manifest.
 
     Raises:
-        BundleError: The bundle can't be used.
-        OptionError: The bundle lacks the precision, or the runtime can't use the device.
+        BundleError: The bundle is missing or damaged, or has no golden images (photos stored with
+            expected probabilities) or no TorchScript graph where the settings need it.
+        OptionError: The bundle has no graph of the precision, or the runtime can't use the device.
     """
     manifest = storage.read(settings.bundle).manifest
     precisions = manifest.precisions
@@ -56,10 +59,15 @@ def check_bundle(settings: Settings) -> Manifest:
 
 
 def check_gpu(settings: Settings, env: Mapping[str, str]) -> None:
-    """Open the bundle on the GPU, if FLEDGE_DEVICE names one.
+    """Open the bundle on the GPU in a child process; does nothing if the device is not a GPU.
+
+    Args:
+        settings: Settings of the service; `device` decides whether the check runs.
+        env: Environment variables of the child process.
 
     Raises:
-        BundleError: On the GPU, the golden images give other probabilities than the stored ones.
+        BundleError: The bundle can't be opened, or on the GPU the golden images (photos stored with
+            expected probabilities) get other probabilities.
         OptionError: The GPU can't be used.
     """
     if settings.device not in ("cuda", "tensorrt"):
@@ -87,7 +95,10 @@ def _check_torchscript(settings: Settings, manifest: Manifest) -> None:
 
 
 def _open_on_device() -> int:
-    """Open the bundle as a worker would; print an error to stderr and return the exit status."""
+    """Open the bundle with the settings of the environment, as a worker does.
+
+    An error is printed to stderr. Returns the exit status of the command.
+    """
     from serving.inference.load import open_predictor
 
     try:

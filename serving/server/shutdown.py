@@ -1,15 +1,15 @@
-"""Graceful shutdown of a worker, and exit of the service when a worker fails.
+"""Graceful shutdown of a worker process, and exit of the service when a worker crashes.
 
-In a worker, `GracefulShutdown` stops accepting connections and lets open requests finish. It shuts
-the listening socket down for all processes before the server stops, because BentoML's launcher
-keeps that socket open until its workers have exited. Until then, the kernel would accept
-connections that no process serves, and reset them at the end. With the socket shut down, a new
-connection is refused at once, and the client can use another replica.
+`GracefulShutdown` runs in each worker. On a stop signal it stops accepting connections and lets
+open requests finish. BentoML's launcher process keeps the listening socket open until all workers
+have exited; meanwhile the kernel would accept connections that no process serves. Therefore the
+worker calls `shutdown` on the socket, which affects all processes. From then on, the kernel refuses
+new connections, and a client can connect to another replica of the service.
 
-In BentoML's launcher, `watch_workers` stops the service when a worker exits unexpectedly, or on
-SIGHUP. The launcher itself would start another worker within ten seconds, and meanwhile some or all
-requests would get no answer. The supervisor that runs the service, such as systemd or Kubernetes,
-sees the exit at once and can restart the service.
+`watch_workers` runs in BentoML's launcher. It stops the service when a worker exits unexpectedly.
+Without it, the launcher would start another worker within ten seconds, and requests in these
+seconds could get no answer. A supervisor such as systemd or Kubernetes notices the exit of the
+service immediately and can restart it.
 """
 
 from __future__ import annotations
@@ -35,28 +35,30 @@ if TYPE_CHECKING:
     import uvicorn
 
 DRAIN_SECONDS: Final = 0.3
-"""Time between closing the listening socket and stopping the server, so that accepted connections
-can send their request."""
+"""Time between closing the listening socket and stopping the server. In this time, clients whose
+connection was already accepted can send their request."""
 
 _MAX_ACCEPT_TURNS: Final = 1000
-"""Largest number of turns of the event loop in which pending connections are accepted."""
+"""Largest number of event loop iterations in which pending connections are accepted."""
 _START_POLL_SECONDS: Final = 0.02
 _SCAN_SECONDS: Final = 1.0
-"""Time between two scans for new workers. A worker takes longer than that to start; once it is
-seen, its exit is noticed at once."""
+"""Time between two scans for new worker processes. A worker takes longer than this to start, so
+each worker is found before it serves. The exit of a worker that was found is noticed at once."""
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 class GracefulShutdown:
-    """Handles the signals that stop a worker.
+    """Handler of the signals that stop a worker process (SIGTERM and SIGINT).
 
-    started: whether the shutdown has begun; from then on every response has `Connection: close`.
+    Attributes:
+        started: Whether the shutdown has begun. `App` then adds `Connection: close` to every
+            response.
     """
 
     started = False
 
     def install(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Replace uvicorn's signal handlers; does nothing in a process that runs no uvicorn."""
+        """Replace uvicorn's signal handlers. Does nothing in a process without uvicorn server."""
         server = bentoml_compat.running_uvicorn_server()
         if server is None:
             return
@@ -112,11 +114,13 @@ def _has_pending_connections(sockets: Iterable[socket.socket]) -> bool:
 
 
 def watch_workers() -> None:
-    """Stop the launcher, with exit status 1, when a worker exits unexpectedly. On Linux only.
+    """Stop BentoML's launcher with exit status 1 when a worker exits unexpectedly; only on Linux.
 
-    Call it once, in the launcher, before it starts its workers. Register other `atexit` handlers
-    after this call, because handlers run in reverse order, and after a failure the handler
-    registered here ends the process with status 1, where the launcher would exit with 0.
+    Also makes SIGHUP stop the launcher, unless SIGHUP is ignored, as under `nohup`.
+
+    Call this function once, in the launcher, before the launcher starts its workers. Register other
+    `atexit` handlers after this call: handlers run in reverse order, and the handler that is
+    registered here ends the process, so handlers registered earlier would not run.
     """
     if not psutil.LINUX:
         return

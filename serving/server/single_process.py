@@ -1,8 +1,8 @@
-"""Run the service as one process, without BentoML's launcher.
+"""Run the service as a single process, without BentoML's launcher.
 
-The launcher would use the memory of a second worker only to wait for the first. This module does
-what the launcher does for one worker: pass it the bound socket, and exit with 0 after a stop
-signal. If the worker crashes, the service ends.
+The launcher is a process of its own, which takes as much memory as a worker and only waits for the
+worker. This module replaces the launcher if there is one worker: it passes the bound socket to the
+worker code, and exits with status 0 after a stop signal. If the worker crashes, the process ends.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ SERVICE: Final = "serving.service:ImageClassifier"
 
 
 def serve(listener: socket.socket, environ: Mapping[str, str], grace: int) -> NoReturn:
-    """Serve until a stop signal, then exit with 0; with 1 if the server failed.
+    """Serve until a stop signal, then exit with status 0; exit with status 1 if the server failed.
 
     Args:
         listener: A bound socket that does not listen yet.
         environ: Environment variables for `serving.settings`, with absolute paths.
-        grace: Seconds that requests in flight have after SIGTERM.
+        grace: Seconds that open requests have to finish after SIGTERM.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _exit_during_start)
@@ -67,10 +67,10 @@ def _run_worker(listener: socket.socket, grace: int) -> None:
 
 
 def _exit_during_start(*_: Any) -> None:
-    """Signal handler that exits at once, until uvicorn installs its own handlers.
+    """Handle a stop signal that arrives before uvicorn has installed its handlers: exit at once.
 
-    When uvicorn has stopped, it raises the signals again from within its event loop. This handler
-    then does nothing, so that the event loop ends in order.
+    When uvicorn has stopped, it raises the signals that it received once more, inside its event
+    loop. In this case the handler does nothing, and the event loop ends normally.
     """
     try:
         asyncio.get_running_loop()
