@@ -1,1 +1,1 @@
-"""Export: convert a checkpoint to ONNX, TorchScript and torch.export, and verify the bundle."""
+"""Export a checkpoint as ONNX, TorchScript and torch.export files, and verify the bundle."""

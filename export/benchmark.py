@@ -1,7 +1,7 @@
-"""Speed of the exported graphs on this machine, by threads and batch size.
+"""Measure the exported graphs' images per second on this machine, by thread count and batch size.
 
-The manifest's `tuning` entry holds the measurements and the settings that they suggest. A service
-uses these settings unless its own options override them.
+The measurements and the settings derived from them are stored in the manifest's `tuning` entry. A
+service uses these settings unless its own options override them.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ NEAR_BEST: Final = 0.97
 
 
 class ThreadSetting(NamedTuple):
-    """One setting to measure.
+    """A combination of thread counts and batch size to measure.
 
     Attributes:
         workers: Number of threads that run the graph concurrently.
         threads: Number of intra-op threads of each run.
-        batch: Images per run.
-        decoding: Each worker decodes the images of a batch before it runs the graph. Decoding
-            evicts the weights from the core's cache, and a batch loads them once for several
-            images. A benchmark of the graph alone does not show this advantage of batches.
+        batch: Number of images per run.
+        decoding: Whether each worker decodes the images of a batch before it runs the graph.
+            Decoding evicts the weights from the core's cache, and a batch loads them once for
+            several images. A benchmark of the graph alone does not show this advantage of batches.
     """
 
     workers: int
@@ -67,11 +67,11 @@ def measure(
     photos: Sequence[bytes] = (),
     device: str = "cpu",
 ) -> Rates:
-    """Measure every graph in every setting, in turns.
+    """Measure the images per second of every graph in every thread and batch setting.
 
-    The input is noise. On a CPU there are also settings in which `photos` are decoded, and the
-    cores are divided in two ways: one worker per core with one thread each, or one worker with as
-    many threads as there are cores.
+    Each of several rounds measures all graphs once, and the median is returned. The input is noise.
+    On a CPU, some settings also decode `photos` (encoded images). The CPU cores are divided in two
+    ways: one worker per core with one thread each, or one worker with a thread for every core.
     """
     count, size = cores(), preprocess.size
     splits = sorted({(count, 1), (1, count)}) if device == "cpu" else [(1, 1)]
@@ -111,10 +111,10 @@ def measure(
 
 
 def advice(rates: Rates) -> dict[str, Any]:
-    """The manifest's `tuning` entry of one device: the best settings and all measurements.
+    """Return the manifest's `tuning` entry of one device: the best settings and all measurements.
 
-    `max_batch` is that of the fastest graph. It is 1 unless a larger batch is clearly faster; rates
-    with decoding decide if they were measured.
+    The entry's `max_batch` is the best batch size of the fastest graph. It is 1 unless a larger
+    batch is clearly faster. If rates with decoding were measured, `max_batch` is based on them.
     """
     best = {name: fastest(by_setting) for name, by_setting in rates.items()}
     fastest_graph = max(best, key=lambda name: rates[name][best[name]])
@@ -140,7 +140,7 @@ def advice(rates: Rates) -> dict[str, Any]:
 
 
 def fastest(rates: Mapping[ThreadSetting, float]) -> ThreadSetting:
-    """The setting with the highest rate of the graph alone, without decoding."""
+    """Return the setting with the highest rate among those without decoding."""
     return max((s for s in rates if not s.decoding), key=lambda setting: rates[setting])
 
 
@@ -154,7 +154,10 @@ def _max_batch(rates: Mapping[ThreadSetting, float]) -> int:
 
 
 def _latency(rates: Mapping[ThreadSetting, float]) -> dict[str, Any]:
-    """Threads and milliseconds for a single image: the faster of one thread and all threads."""
+    """Return threads and milliseconds for a single image.
+
+    One thread is compared with all threads, and the faster setting is returned.
+    """
     single = [s for s in rates if s.workers == s.batch == 1 and not s.decoding]
     best = max(single, key=lambda setting: rates[setting])
     return {"threads": best.threads, "ms": _round(1000 / rates[best])}

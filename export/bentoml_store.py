@@ -17,10 +17,10 @@ _METADATA_FILES: Final = (storage.MANIFEST, storage.CHECKSUM, storage.SIGNATURE)
 
 
 def register(folder: Path, log: Callable[[str], None] = print) -> str:
-    """Copy a bundle into the model store of this user, or of BENTOML_HOME; returns its tag.
+    """Copy a bundle into BentoML's model store and return its tag, `NAME:VERSION`.
 
-    The tag is `NAME:VERSION`; characters that BentoML does not allow in a name are replaced. A
-    different bundle with the same tag is replaced.
+    The store is in BENTOML_HOME if set, else in the user's home directory. Characters that BentoML
+    does not allow in a name are replaced. A different bundle with the same tag is replaced.
 
     Raises:
         BundleError: The bundle is missing, damaged or not trusted.
@@ -57,9 +57,9 @@ def register(folder: Path, log: Callable[[str], None] = print) -> str:
 
 
 def _is_stored(stored: Sequence[Any], folder: Path) -> bool:
-    """Whether the store has this bundle already; it is not copied again then.
+    """Check whether one of the stored models is this bundle.
 
-    A service may be reading the stored copy.
+    Such a model is not copied again, because a service may be reading the stored copy.
     """
     paths = [Path(model.path) / storage.MANIFEST for model in stored]
     manifest = (folder / storage.MANIFEST).read_bytes()
@@ -67,9 +67,9 @@ def _is_stored(stored: Sequence[Any], folder: Path) -> bool:
 
 
 def _name(name: str) -> str:
-    """Convert to a valid BentoML name.
+    """Convert a name to a valid BentoML name.
 
-    It has at most 63 characters of a-z, 0-9, `-`, `_` and `.`, and begins and ends with a letter or
-    digit.
+    The result has at most 63 characters of a-z, 0-9, `-`, `_` and `.`, and begins and ends with a
+    letter or digit.
     """
     return re.sub(r"[^a-z0-9_.-]+", "-", name.lower()).strip("-_.")[:63].rstrip("-_.") or "model"

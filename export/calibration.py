@@ -1,6 +1,6 @@
-"""Confidence calibration on held-out photos: temperature, thresholds, benefit of TTA.
+"""Calibrate confidence on held-out photos: temperature, thresholds, benefit of TTA.
 
-TTA is test-time augmentation: probabilities are averaged over several views (crops, flips) of a
+TTA is test-time augmentation: probabilities are averaged over several views (crops or flips) of a
 photo. All figures come from the exported graph, run on photos decoded as in the service. The same
 photos were used to choose the best epoch, so the figures are slightly optimistic.
 """
@@ -36,9 +36,9 @@ _FOLDS: Final = 5
 
 
 class HeldOut(NamedTuple):
-    """The graph's outputs for held-out photos: logits float32 [N, V, C], labels int64 [N].
+    """Outputs of the graph for N held-out photos, with V TTA views (crops or flips) of each photo.
 
-    The first of the V views is the plain one.
+    The first view is the unaugmented one. logits: float32 [N, V, classes]. labels: int64 [N].
     """
 
     logits: npt.NDArray[np.float32]
@@ -47,11 +47,11 @@ class HeldOut(NamedTuple):
 
 @dataclass(frozen=True)
 class ConfidenceTarget:
-    """The goal of the confidence threshold.
+    """The precision or coverage that the confidence threshold must reach.
 
     Attributes:
         kind: "precision" or "coverage".
-        share: For "precision", the share of the confident answers that must be right; for
+        share: For "precision", the share of the confident answers that must be right. For
             "coverage", the share of all answers that must be confident.
     """
 
@@ -60,10 +60,10 @@ class ConfidenceTarget:
 
     @classmethod
     def parse(cls, text: str) -> ConfidenceTarget:
-        """Read `precision=0.99` or `coverage=0.9`.
+        """Parse an option value, `precision=SHARE` or `coverage=SHARE`.
 
         Raises:
-            OptionError: `text` has another form.
+            OptionError: The text has another form, or the share is not in (0, 1].
         """
         kind, _, number = text.partition("=")
         try:
@@ -80,7 +80,7 @@ class ConfidenceTarget:
 def predict_views(
     predictor: Predictor, samples: Sequence[Sample], workers: int = 1, views: int | None = None
 ) -> HeldOut:
-    """Run the graph on the first `views` views of each photo (None: all views).
+    """Run the graph on the first `views` TTA views (crops or flips) of each photo; None: all views.
 
     Photos that can't be read are left out.
     """
@@ -114,7 +114,11 @@ def calibrate(
     target: ConfidenceTarget | None,
     log: Callable[[str], None],
 ) -> Manifest:
-    """A copy of the manifest with temperature, thresholds and TTA advice from held-out photos."""
+    """Return a copy of the manifest with temperature, thresholds and TTA advice.
+
+    All of them are computed from the graph's outputs for held-out photos. Without photos, the
+    manifest is returned unchanged. Without a target, no confidence threshold is set.
+    """
     if not len(held_out.labels):  # the parity gate raises the error
         return manifest
     temperature = fit_temperature(held_out.logits[:, 0], held_out.labels)
@@ -146,18 +150,18 @@ def calibrate(
 
 
 def fit_temperature(logits: npt.NDArray[np.float32], labels: Labels) -> float:
-    """The temperature with the least log loss (Guo et al., 2017, "On Calibration").
+    """Return the temperature with the lowest log loss (Guo et al., 2017, "On Calibration").
 
-    The target of the true class is 1 - 1 / (N + 2), and the rest is spread over the other classes,
-    after Platt (1999, "Probabilistic outputs for support vector machines", 2.2). With hard targets
-    the best temperature would be 0 if all N photos were classified correctly.
+    The target probability of the true class is 1 - 1 / (N + 2), and the rest is divided among the
+    other classes, as in Platt (1999, "Probabilistic outputs for support vector machines", 2.2).
+    With a target of 1, the best temperature would be 0 if all N photos were classified correctly.
 
     Args:
-        logits: [N, C], N at least 1.
-        labels: [N].
+        logits: Logits [N, classes], with N at least 1.
+        labels: True classes [N].
 
     Returns:
-        From 0.05 to 20, to three significant digits.
+        A temperature from 0.05 to 20, rounded to three significant digits.
     """
     count, classes = logits.shape
     if classes < 2:
@@ -177,10 +181,10 @@ def fit_temperature(logits: npt.NDArray[np.float32], labels: Labels) -> float:
 
 
 def calibration_report(held_out: HeldOut, temperature: float) -> dict[str, Any]:
-    """The manifest's `calibration` entry: accuracy, log loss and ECE before and after calibration.
+    """Return the manifest's `calibration` entry: accuracy, log loss and ECE before and after.
 
-    The metrics "after" are cross-validated: for each fifth of the photos, the temperature is fitted
-    on the other four fifths.
+    ECE is the expected calibration error. The metrics "after" are cross-validated: for each fifth
+    of the photos, the temperature is fitted on the other four fifths.
     """
     plain, labels = held_out.logits[:, 0], held_out.labels
     calibrated = softmax(plain, temperature)
@@ -200,10 +204,12 @@ def calibration_report(held_out: HeldOut, temperature: float) -> dict[str, Any]:
 def confidence_threshold(
     held_out: HeldOut, temperature: float, target: ConfidenceTarget
 ) -> dict[str, Any]:
-    """The lowest probability of a confident answer, with its coverage and precision on the photos.
+    """Return the lowest probability from which an answer counts as confident.
+
+    The dict also has the coverage and precision of this threshold on the held-out photos.
 
     Raises:
-        OptionError: No threshold reaches the precision.
+        OptionError: No threshold reaches the requested precision.
     """
     probabilities = softmax(held_out.logits[:, 0], temperature)
     highest = probabilities.max(axis=1)
@@ -236,23 +242,27 @@ def confidence_threshold(
 
 
 def energy_threshold(held_out: HeldOut) -> float:
-    """The 95 % quantile of the held-out photos' energies.
+    """Return the 95 % quantile of the held-out photos' energies.
 
-    A higher energy suggests that an image belongs to no class.
+    Energy is -log sum exp of the logits. An image with a higher energy often belongs to no class.
     """
     quantile = np.quantile(energies(held_out.logits[:, 0]), IN_DISTRIBUTION_SHARE)
     return float(f"{quantile:.4g}")
 
 
 def tta_advice(held_out: HeldOut, temperature: float, how: str = "mean") -> dict[str, Any]:
-    """The manifest's `tta` entry: metrics of averaging the first N views, for every N.
+    """Return the manifest's `tta` entry: metrics of averaging the first N views, for every N.
+
+    A view is a crop or flip of a photo, and N is at least 2.
 
     Returns:
-        {"photos", "advised", "plain": {...}, "views": [{"views", "accuracy", "loss", "ece",
-        "fixed", "broken", "p"}]}. fixed: number of photos that the plain view classifies wrongly
-        and N views correctly. broken: the opposite. p: p-value of the exact two-sided McNemar test
-        (1947) of the two counts. advised: the smallest N with the most correct answers; 0 if no N
-        has more than the plain view. N views take N times the work.
+        A dict with these keys. photos: number of held-out photos. plain: metrics of the unaugmented
+        view. views: for every N, a dict with the number of views, the metrics, "fixed", "broken"
+        and "p". fixed: number of photos that only the average classifies correctly. broken: number
+        of photos that only the unaugmented view classifies correctly. p: p-value of the exact
+        two-sided McNemar test (1947) of these two counts. advised: the smallest N with the most
+        correct answers, or 0 if no N has more of them than the unaugmented view. Averaging N views
+        takes N times as long.
     """
     by_view = softmax(held_out.logits, temperature)
     plain, labels = by_view[:, 0], held_out.labels
@@ -283,7 +293,7 @@ def tta_advice(held_out: HeldOut, temperature: float, how: str = "mean") -> dict
 
 
 def tta_summary(advice: Mapping[str, Any]) -> str:
-    """The result of `tta_advice` in one line."""
+    """Describe the result of `tta_advice` in one line."""
     if not advice["advised"]:
         return f"no number of them gets more of {advice['photos']} held-out photos right"
     best = next(row for row in advice["views"] if row["views"] == advice["advised"])

@@ -1,4 +1,4 @@
-"""The subcommand `fledge export`. Torch is imported only when the subcommand runs."""
+"""Define the subcommand `fledge export`. Torch is imported only when the subcommand runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def add_to(add_verb: AddVerb) -> None:
-    """Add the subcommand and its options."""
+    """Add the subcommand `fledge export` and its options to the command line."""
     add = add_verb(export, "fledge export runs/latest --out bundle")
     add.add_argument("run", type=Path, nargs="?", metavar="RUN")
     add.add_argument("--out", type=Path, required=True, metavar="BUNDLE")

@@ -1,6 +1,7 @@
-"""The graph contract: input uint8 pixels, outputs logits and features, normalisation in the graph.
+"""Build the network that is exported: uint8 pixels in, logits and features out.
 
-Also the checkpoint as a runtime, which is the reference of the parity gate.
+Normalisation is part of the graph. `CheckpointRuntime` runs the checkpoint itself, as the reference
+with which exported graphs are compared (the parity gate).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ For SqueezeNet, `features` returns feature maps, which `WholeNetwork.pool` conve
 
 
 class _Core(nn.Module):
-    """A classifier that returns both outputs of the contract."""
+    """A classifier with two outputs: logits [N, classes] and feature vectors [N, D]."""
 
     def __init__(self, classifier: Exportable) -> None:
         super().__init__()
@@ -41,19 +42,25 @@ class _Core(nn.Module):
 
 
 class Graph(nn.Module):
-    """Pixels uint8 [N, size, size, 3], RGB -> logits [N, classes], features [N, D].
+    """The exported network: uint8 RGB pixels -> logits [N, classes], features [N, D].
 
-    Features are the pooled input of the head. The graph casts, permutes and normalises the pixels.
-    It subtracts the mean, and the division by 255 std is folded into the weights of the first
-    convolution. Folding is exact at the borders, too, because zero padding follows the subtraction.
-    In a network that does not begin with a convolution, the division is a separate multiplication.
+    Pixels have the shape [N, size, size, 3], and features are the pooled input of the head. The
+    graph casts, permutes and normalises the pixels: it subtracts the mean, and the division by
+    255 std is folded into the weights of the first convolution. Folding is exact at the image
+    borders, too, because zero padding comes after the subtraction. If the network does not begin
+    with a convolution, a multiplication is used instead.
     """
 
     mean: Tensor
     scale: Tensor | None
 
     def __init__(self, core: fx.GraphModule, preprocess: Preprocess) -> None:
-        """Take a fused core, normalised images [N, 3, H, W] -> logits, features; it is modified."""
+        """Add normalisation to a network; the network is modified.
+
+        Args:
+            core: Network with fused BatchNorms: normalised images [N, 3, H, W] -> logits, features.
+            preprocess: Mean, std and image size of the network's input.
+        """
         super().__init__()
         dtype = next(core.parameters()).dtype
         mean = torch.tensor(preprocess.mean, dtype=torch.float64) * 255
@@ -77,17 +84,19 @@ class Graph(nn.Module):
 
 
 def _by_row(channels: Tensor, size: int) -> Tensor:
-    """One value per channel [3], repeated to [1, 3, 1, size].
+    """Repeat one value per channel, [3], to the shape [1, 3, 1, size].
 
     If the first layer is quantised, ONNX Runtime subtracts in channels-last layout. With one value
-    per channel its inner loop has only three elements, which takes a sixth of a small network's
-    time. With a row of values the inner loop has 3 * size elements.
+    per channel its inner loop has only three elements, and the subtraction takes a sixth of a small
+    network's time. With one value per channel and column the inner loop has 3 * size elements.
     """
     return channels.reshape(1, 3, 1, 1).expand(1, 3, 1, size).contiguous()
 
 
 def assemble(classifier: Exportable, preprocess: Preprocess) -> tuple[Graph, FusionReport]:
-    """The fused graph of a classifier, and which BatchNorms were folded; `classifier` is unchanged.
+    """Build the graph of a classifier, with BatchNorms folded into other layers where possible.
+
+    `classifier` is unchanged. The report says which BatchNorms were folded.
 
     Raises:
         WorkError: torch.fx can't trace the network.
@@ -102,14 +111,14 @@ def assemble(classifier: Exportable, preprocess: Preprocess) -> tuple[Graph, Fus
 
 
 def example(preprocess: Preprocess, batch: int = 2) -> Tensor:
-    """Noise to trace with: uint8 [batch, size, size, 3], the same on every call."""
+    """Return noise for tracing the graph: uint8 [batch, size, size, 3], the same on every call."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, preprocess.size, preprocess.size, 3)
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
 
 def contract(graph: Graph, preprocess: Preprocess) -> Mapping[str, Any]:
-    """The manifest's `graph` entry: names, dtypes and shapes of inputs and outputs."""
+    """Return the manifest's `graph` entry: names, dtypes and shapes of inputs and outputs."""
     with torch.inference_mode():
         logits, features = graph(example(preprocess))
     size = preprocess.size
@@ -123,19 +132,19 @@ def contract(graph: Graph, preprocess: Preprocess) -> Mapping[str, Any]:
 
 
 class CheckpointRuntime:
-    """The checkpoint as a `Runtime`: eager, float32, unfused, on the CPU.
+    """A `Runtime` that runs the checkpoint's network in eager mode: float32, not fused, on the CPU.
 
-    It is the reference of the parity gate.
+    The probabilities of exported graphs are compared with those of this runtime (the parity gate).
     """
 
     provider = "checkpoint"
 
     def __init__(self, classifier: Exportable, preprocess: Preprocess) -> None:
-        """Take a classifier in eval mode and the Preprocess saved with it."""
+        """Store a classifier in eval mode and the preprocessing that was saved with it."""
         self._core, self._preprocess = _Core(classifier), preprocess
 
     def run(self, pixels: Pixels) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Pixels uint8 [N, size, size, 3] -> logits [N, classes], features [N, D]."""
+        """Compute logits [N, classes] and features [N, D] of pixels, uint8 [N, size, size, 3]."""
         with torch.inference_mode():
             # A copy, because torch warns about read-only arrays, which Pillow returns.
             images = normalise(torch.from_numpy(pixels.copy()), self._preprocess)
@@ -144,9 +153,9 @@ class CheckpointRuntime:
 
 
 def _first_convolution(core: fx.GraphModule) -> nn.Conv2d | None:
-    """The convolution whose weights can be scaled instead of the input; None if there is none.
+    """Return the convolution whose weights can be scaled instead of the network's input, or None.
 
-    It must be the only module that reads the input, called once, with 3 input channels.
+    It must be the only module that reads the input, have 3 input channels, and be called once.
     """
     source = next(node for node in core.graph.nodes if node.op == "placeholder")
     users = list(source.users)

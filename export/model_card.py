@@ -1,4 +1,4 @@
-"""Write the model card of a bundle, its README.md, from the manifest."""
+"""Write a bundle's model card (README.md) from its manifest."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ antialiased), and take the softmax of the logits{by}.
 
 
 def card(manifest: Manifest) -> str:
-    """The text of README.md; equal manifests give equal texts."""
+    """Return the text of the bundle's README.md; equal manifests give equal texts."""
     labels, report, norm = manifest.labels, manifest.parity, manifest.batchnorm
     more = f", and {len(labels) - _MAX_ROWS} more" if len(labels) > _MAX_ROWS else ""
     left = dict(norm["left"])
@@ -160,7 +160,7 @@ def _confident(threshold: Mapping[str, Any] | None) -> str:
 
 
 def _lines(values: object) -> str:
-    """A nested dict as a Markdown list, such as `- data: photos 1088, source flowers`."""
+    """Format a nested dict as a Markdown list, such as `- data: photos 1088, source flowers`."""
     assert isinstance(values, dict)
     return "\n".join(f"- {key}: {_plain(value)}" for key, value in values.items())
 

@@ -1,7 +1,7 @@
 """The parity gate: exported graphs must give the checkpoint's probabilities on held-out photos.
 
-Both sides use the code of `serving` from encoded photos to probabilities (decoder, preprocessing,
-softmax). Only the network differs. This module does not import torch.
+The checkpoint and the graphs are run with the same decoder, preprocessing and softmax (from
+`serving`). Only the network differs. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ Sample = tuple[Path, int]
 
 @dataclass
 class Agreement:
-    """The differences between one graph and the checkpoint.
+    """The differences between one graph's answers and the checkpoint's answers.
 
     Attributes:
         difference: Largest difference of a probability, over all photos and batch sizes.
-        worst: The photo with that difference.
+        worst: Path of the photo with the largest difference.
         changed: Photos whose predicted class differs at any batch size, except ties.
-        ties: Photos whose predicted class differs at any batch size, but whose two classes have
-            probabilities within the tolerance of each other in the checkpoint.
+        ties: Photos whose predicted class differs at any batch size, but for which the checkpoint
+            gives the two classes nearly equal probabilities (within `TOLERANCE`).
         right: Number of photos that the graph classifies correctly.
-        differences: Largest difference of each photo, over all batch sizes.
+        differences: For each photo, the largest difference of a probability at any batch size.
     """
 
     difference: float = 0.0
@@ -70,9 +70,9 @@ class ParityReport:
         photos: Number of photos that were compared.
         skipped: Number of photos that could not be decoded.
         checkpoint: Number of photos that the checkpoint classifies correctly.
-        graphs: Agreement of each graph, by its name.
-        classes: Class index -> number of photos, and number of those that the checkpoint classifies
-            correctly.
+        graphs: Name of each graph -> its differences from the checkpoint.
+        classes: Class index -> number of photos of the class, and number of those that the
+            checkpoint classifies correctly.
     """
 
     photos: int
@@ -83,12 +83,12 @@ class ParityReport:
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """Name of a graph, or "checkpoint" -> share of photos that it classifies correctly."""
+        """Accuracy (0 to 1) by graph name; the key "checkpoint" has the checkpoint's accuracy."""
         right = {"checkpoint": self.checkpoint, **{k: v.right for k, v in self.graphs.items()}}
         return {name: count / self.photos for name, count in right.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """The manifest's `parity` entry."""
+        """Return the manifest's `parity` entry."""
         return {
             "photos": self.photos,
             "skipped": self.skipped,
@@ -111,7 +111,10 @@ class ParityReport:
 
 
 def subsample(samples: Sequence[Sample], limit: int = MAX_PHOTOS) -> list[Sample]:
-    """All samples, or `limit` random ones in their original order; the same on every call."""
+    """Return all samples, or `limit` random ones in their original order.
+
+    The result is the same on every call.
+    """
     if len(samples) <= limit:
         return list(samples)
     drawn = random.Random(0).sample(range(len(samples)), limit)
@@ -129,12 +132,12 @@ def gate(
     """Compare every graph with the checkpoint on held-out photos, at several batch sizes.
 
     Args:
-        checkpoint: The network as trained: eager, float32, unfused.
+        checkpoint: Runtime of the network as trained: eager, float32, not fused.
         preprocess: The preprocessing saved with the checkpoint.
-        graphs: Name of each graph -> predictor with its runtime.
+        graphs: Name of each graph -> predictor that runs the graph.
         samples: Photos and the indices of their classes.
         workers: Number of threads.
-        log: Called with lines about the worst photos if the gate fails.
+        log: Function that is called with lines about the worst photos if the gate fails.
 
     Raises:
         GateError: A probability differs by more than the tolerance, or a predicted class differs
@@ -170,10 +173,11 @@ def write_golden(
     manifest: Manifest,
     samples: Sequence[Sample],
 ) -> tuple[dict[str, Any], ...]:
-    """Copy a few photos, at most one per class, into `payload`; returns the `golden` entries.
+    """Copy a few photos (golden images) into `payload`, and return the manifest's `golden` entries.
 
-    The entries of the manifest have each photo's expected probabilities, which are those of the
-    checkpoint. A service refuses a graph whose probabilities differ by more than the tolerance.
+    At most one photo per class is copied. Each entry has the photo's expected probabilities,
+    computed with the checkpoint. A service refuses to load a graph whose probabilities for the
+    golden images differ by more than the tolerance.
     """
     preprocess = manifest.preprocess
     by_class: dict[int, list[Path]] = {}
@@ -206,10 +210,10 @@ def write_golden(
 
 
 class _Scored(NamedTuple):
-    """The outputs for one chunk of photos.
+    """The probabilities for one chunk of photos.
 
-    truth: probabilities of the checkpoint [N, classes]. answers: name of each graph -> its
-    probabilities [N, classes] at each batch size.
+    truth: Probabilities of the checkpoint [N, classes]. answers: For each graph's name, a list of
+    probabilities [N, classes], one per batch size.
     """
 
     paths: list[Path]
@@ -249,7 +253,7 @@ def _score(
 
 
 def _predict(predictor: Predictor, prepared: Sequence[Prepared], size: int) -> Probabilities:
-    """Probabilities [N, classes], predicted in batches of `size` images."""
+    """Return probabilities [N, classes], computed in batches of `size` images."""
     starts = range(0, len(prepared), size)
     answers = (a for start in starts for a in predictor.predict(prepared[start : start + size]))
     return np.stack([answer.probabilities for answer in answers])

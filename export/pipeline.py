@@ -4,7 +4,7 @@
     -> OUT/manifest.json
 
 All files are written to a partial folder, so an older bundle in OUT stays unchanged until the last
-rename. The parity gate compares the exported graphs with the checkpoint.
+rename. The parity gate checks that the exported graphs give the checkpoint's probabilities.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class ExportOptions:
 
     Attributes:
         name: Name of the model; None: the recipe's name.
-        confident: The goal of the confidence threshold; None: no threshold.
-        precision: "fp32": no other precision is tried. "int8" or "fp16": this one is tried, and the
-            export fails if it is refused. "auto": all are tried, and those that are faster and
-            accurate enough are kept.
+        confident: Precision or coverage to reach with the confidence threshold; None: no threshold.
+        precision: "fp32": no other precision is tried. "int8" or "fp16": this precision is tried,
+            and the export fails if it is refused. "auto": both are tried, and each is kept if it is
+            faster than fp32 and accurate enough.
         accuracy_budget: Percentage points of accuracy that a faster precision may lose.
         sign: PEM file with the private key that signs the manifest; None: no signature.
     """
@@ -77,14 +77,14 @@ def export(
     data: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Manifest:
-    """Export a run's best checkpoint to a bundle and check that both give the same probabilities.
+    """Export a run's best checkpoint to a bundle, and check that both give the same probabilities.
 
     Args:
-        run: The run's folder, or one of its checkpoints.
-        out: The bundle's folder. It is created, or the new version replaces the one in it.
-        options: See `ExportOptions`.
+        run: The run's folder, or one of its checkpoint files.
+        out: The bundle's folder. If it has a bundle, the new version replaces the old one.
+        options: Name, precisions, confidence target and signing key.
         data: The photos' folder, if they were moved after training.
-        log: Called with one line per step.
+        log: Function that is called with one line per step.
 
     Raises:
         DataError: There is no checkpoint, or the photos are missing.
@@ -115,16 +115,16 @@ def export_checkpoint(
     crop: float | None = None,
     log: Callable[[str], None] = print,
 ) -> Manifest:
-    """Export a torchvision checkpoint that Fledge did not train.
+    """Export a torchvision checkpoint that was trained outside Fledge.
 
     Args:
         path, arch, arch_args, size, crop: See `torchvision_checkpoint.load`.
         labels: Text file with one class name per line, in the order of the logits.
-        photos: Photos that the network was not trained on, one folder per class.
+        photos: Folder of photos that the network was not trained on, with one folder per class.
         out, options, log: See `export`.
 
     Raises:
-        FledgeError: What `export` and the functions of `torchvision_checkpoint` raise.
+        FledgeError: `export` or a function of `torchvision_checkpoint` failed.
     """
     check_target(out)
     names = torchvision_checkpoint.read_labels(labels)
@@ -137,10 +137,10 @@ def export_checkpoint(
 
 
 class _Source(NamedTuple):
-    """A network to export and its photos.
+    """A network to export, and photos of its classes.
 
-    name: name of the run's folder or of the checkpoint file. train: photos to calibrate int8 on.
-    valid: held-out photos.
+    name: Name of the run's folder or of the checkpoint file. train: Photos for int8 calibration.
+    valid: Held-out photos.
     """
 
     classifier: Exportable
@@ -178,10 +178,10 @@ def _export(
 def _build(
     payload: Path, source: _Source, name: str, options: ExportOptions, log: Callable[[str], None]
 ) -> Manifest:
-    """Write graphs and golden images to `payload`.
+    """Write graphs and golden images to `payload`, and return the manifest.
 
-    Golden images are photos stored with their expected probabilities. Returns the manifest without
-    `files` and `provenance`.
+    Golden images are photos stored with their expected probabilities. The manifest's `files` and
+    `provenance` are still empty.
     """
     classifier, info, samples = source.classifier, source.info, source.valid
     graph, fusion = assemble(classifier, info.preprocess)
@@ -245,7 +245,7 @@ def _build(
 
 @contextmanager
 def _single_threaded_torch() -> Iterator[int]:
-    """Set torch to one thread, as in production; yields the number of workers to use instead.
+    """Set torch to one thread during the context, and yield the number of worker threads to use.
 
     Torch's own threads busy-wait for each other. When other programs used the cores, this made the
     parity gate ten times slower.
@@ -259,7 +259,7 @@ def _single_threaded_torch() -> Iterator[int]:
 
 
 def _provenance(source: str, info: checkpoint.CheckpointInfo) -> dict[str, Any]:
-    """The manifest's `provenance` entry; it has no paths or host names."""
+    """Return the manifest's `provenance` entry, without paths and host names."""
     photos = {key: value for key, value in info.data.items() if key != "root"}
     photos["source"] = Path(str(photos.get("source", ""))).name
     return {

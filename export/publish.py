@@ -22,7 +22,9 @@ _VERSION: Final = re.compile(r"[0-9a-f]{12}")
 
 
 def check_target(out: Path) -> None:
-    """Check that `out` is missing, empty or a bundle, because an export deletes old versions in it.
+    """Check that `out` is missing, an empty folder or a bundle.
+
+    Other folders are refused, because an export deletes old bundle versions in `out`.
 
     Raises:
         OptionError: `out` is a file, or a folder with other content.
@@ -50,10 +52,10 @@ def check_target(out: Path) -> None:
 
 @contextmanager
 def partial_payload(out: Path) -> Iterator[Path]:
-    """Create a folder in `out` for building the payload, and delete it at the end.
+    """Create a partial folder in `out` for the files of a new version, and delete it at the end.
 
-    If `publish` has renamed the folder, it is not deleted. Partial folders of exports that no
-    longer run are deleted, too.
+    The folder is not deleted if `publish` has renamed it. Partial folders of exports that are no
+    longer running are deleted, too.
     """
     is_new = not out.exists()
     payload = out / f".partial-{os.getpid()}"
@@ -73,9 +75,10 @@ def partial_payload(out: Path) -> Iterator[Path]:
 
 
 def publish(payload: Path, manifest: Manifest, out: Path, sign: Sign | None = None) -> Manifest:
-    """Rename the payload to its version, replace the manifest, and delete older versions.
+    """Rename the folder `payload` to its version, replace the manifest, and delete older versions.
 
-    The replaced version is kept until the next export, because running services may still read it.
+    The version that was live before is kept until the next export, because running services may
+    still read it.
     """
     with _locked(out):
         return _publish(payload, manifest, out, sign)
@@ -85,8 +88,8 @@ def publish(payload: Path, manifest: Manifest, out: Path, sign: Sign | None = No
 def _locked(out: Path) -> Iterator[None]:
     """Lock `out` against other exports on this machine.
 
-    An export deletes all versions except the live one and the one before it. Without the lock it
-    could delete a payload that another export has renamed but not yet written to the manifest.
+    An export deletes all versions except the live one and the previous one. Without the lock it
+    could delete a folder that another export has renamed but not yet written to the manifest.
     """
     descriptor = os.open(out, os.O_RDONLY)
     try:

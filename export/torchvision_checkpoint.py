@@ -1,4 +1,4 @@
-"""Load a torchvision checkpoint that Fledge did not train, with the classifier layer in it."""
+"""Load a torchvision checkpoint trained outside Fledge, and keep its own classifier layer."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _AUXILIARY: Final = ("aux", "AuxLogits")
 class WholeNetwork(nn.Module):
     """A torchvision network, split into `features` and `head`.
 
-    The head is the last Linear. SqueezeNet has no Linear; its head is its classifier, which begins
-    with a convolution and takes feature maps. `pool` converts the output of `features` to the
-    vectors that the graph contract requires.
+    The head is the last Linear layer. SqueezeNet has no Linear layer: its head is its classifier,
+    which begins with a convolution and takes feature maps. For SqueezeNet, `pool` converts feature
+    maps [N, D, h, w] to vectors [N, D]; for other networks it is the identity.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        """Take the network; it is modified."""
+        """Split a network; the network is modified."""
         super().__init__()
         self.pool: nn.Module = nn.Identity()
         if isinstance(network, SqueezeNet):
@@ -50,20 +50,20 @@ class WholeNetwork(nn.Module):
         self.network = network
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised images [N, 3, H, W] -> input of the head: [N, D], or [N, D, h, w]."""
+        """Compute the head's input, [N, D] or [N, D, h, w], from normalised images [N, 3, H, W]."""
         features: Tensor = self.network(images)
         return features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images [N, 3, H, W] -> logits [N, classes]."""
+        """Compute logits [N, classes] from normalised images [N, 3, H, W]."""
         logits: Tensor = self.head(self.features(images))
         return logits
 
 
 def read_args(texts: Sequence[str]) -> dict[str, Any]:
-    """Parse `KEY=VALUE` texts to arguments of torchvision's builder.
+    """Parse `KEY=VALUE` texts to keyword arguments of torchvision's model builder.
 
-    The value is parsed as TOML; if it is not valid TOML, it is a string.
+    A value is parsed as TOML; if it is not valid TOML, it is used as a string.
 
     Raises:
         OptionError: A text does not have the form KEY=VALUE.
@@ -89,15 +89,19 @@ def load(
     size: int | None = None,
     crop: float | None = None,
 ) -> tuple[WholeNetwork, checkpoint.CheckpointInfo]:
-    """Load a state dict: eval mode, float32, on the CPU. Code in the file is not executed.
+    """Load a checkpoint as a network in eval mode, float32, on the CPU.
+
+    Code in the file is not executed.
 
     Args:
-        path: A state dict saved by `torch.save` or as safetensors, or a checkpoint of torchvision's
-            reference scripts or of Lightning, with the state dict under `model` or `state_dict`.
+        path: File with a state dict, saved by `torch.save` or as safetensors. Checkpoints of
+            torchvision's reference scripts and of Lightning are accepted, too; their state dict is
+            under the key `model` or `state_dict`.
         arch: torchvision's name of the network.
         labels: Class names in the order of the logits.
-        arch_args: Arguments of torchvision's builder.
-        size, crop: Preprocessing in training; None: the network's default size, and crop 0.875.
+        arch_args: Keyword arguments of torchvision's model builder.
+        size: Side of the input in training, in pixels; None: the network's default size.
+        crop: Share of the photo's short side that the centre crop keeps; None: 0.875.
 
     Raises:
         DataError: The file has no state dict, or its state dict is that of another network or has
@@ -183,10 +187,14 @@ def read_labels(path: Path) -> list[str]:
 
 
 def photos(folder: Path, labels: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
-    """Photos from one folder per class: a third to calibrate on, and the held-out rest.
+    """List the photos in a folder with one folder per class, and split them into two lists.
+
+    Returns:
+        A third of the photos for int8 calibration, and the other two thirds as held-out photos.
 
     Raises:
-        DataError: What `load_dataset` raises, or the name of a folder is not among `labels`.
+        DataError: `load_dataset` can't read the folder, or the name of a class folder is not in
+            `labels`.
     """
     dataset = load_dataset(str(folder), config=DataConfig(valid=HELD_OUT))
     unknown = sorted(set(dataset.classes) - set(labels))

@@ -25,12 +25,12 @@ def convert(source: Path, pixels: Pixels) -> tuple[onnx.ModelProto, dict[str, An
     """Convert a graph to float16; inputs and outputs keep their dtypes.
 
     Args:
-        source: The fp32 graph.
-        pixels: Training photos, uint8 [N, size, size, 3]; value ranges are measured on the first
-            100.
+        source: File of the fp32 graph.
+        pixels: Training photos, uint8 [N, size, size, 3]. Value ranges are measured on the first
+            100 of them.
 
     Returns:
-        The graph, and facts for the manifest: {"float_layers": names of layers left in float32}.
+        The graph, and a dict for the manifest: {"float_layers": names of layers left in float32}.
 
     Raises:
         WorkError: The graph can't be converted.
@@ -53,7 +53,7 @@ def convert(source: Path, pixels: Pixels) -> tuple[onnx.ModelProto, dict[str, An
 def _remove_cast_pairs(graph: onnx.GraphProto) -> None:
     """Bypass pairs of casts float32 -> float16 -> float32, in which a large value would overflow.
 
-    The converter inserts such pairs between two float32 layers, and before an output.
+    The converter inserts these pairs between two float32 layers, and before an output.
     """
     sources = {
         node.output[0]: node.input[0] for node in graph.node if _casts_to(node, TensorProto.FLOAT16)

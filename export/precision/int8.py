@@ -4,7 +4,8 @@
 
 `select.py` then keeps or refuses the result by its accuracy on held-out photos. Activations are
 uint8 and weights int8, which are the operands of VNNI instructions. Weights are limited to -64 to
-64, because CPUs without VNNI add two products in 16 bits, which saturates with larger weights.
+64, because CPUs without VNNI add two products in 16 bits, and this sum saturates with larger
+weights.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ Floats = npt.NDArray[np.float32]
 
 
 class QuantConfig(NamedTuple):
-    """A quantisation configuration, and how it compares with fp32.
+    """A quantisation configuration, and how its outputs compare with those of the fp32 graph.
 
     Attributes:
-        method: How ranges are taken from activations.
-        per_channel: One scale per output channel of a weight, instead of one per tensor.
+        method: How ranges are computed from activations: "minmax" or "percentile".
+        per_channel: Whether a weight has one scale per output channel instead of one per tensor.
         float_layers: Names of layers that stay in float32.
         divergence: Mean Kullback-Leibler divergence from the probabilities of fp32, in nats.
         agreement: Share of photos for which both graphs predict the same class.
@@ -66,7 +67,7 @@ class QuantConfig(NamedTuple):
     agreement: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """An entry of the manifest's `tried.int8.ways`."""
+        """Return an entry for the manifest's list `tried.int8.ways`."""
         return {
             "calibration": self.method,
             "scales": "per channel" if self.per_channel else "per tensor",
@@ -77,22 +78,25 @@ class QuantConfig(NamedTuple):
 
 
 class QuantSearch(NamedTuple):
-    """The chosen configuration, its graph, and all configurations that were compared (`tried`)."""
+    """The result of a search for a quantisation configuration.
+
+    config: The chosen configuration. model: Its graph. tried: All configurations that were compared.
+    """
 
     config: QuantConfig
     model: onnx.ModelProto
     tried: tuple[QuantConfig, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Facts for the manifest's `tried.int8`."""
+        """Return the search's values for the manifest's entry `tried.int8`."""
         return {"way": self.config.to_dict(), "ways": [config.to_dict() for config in self.tried]}
 
 
 def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) -> Pixels:
-    """Photos to calibrate and compare on: uint8 [N, size, size, 3], the same on every call.
+    """Draw photos for calibration and comparison: uint8 [N, size, size, 3], the same on every call.
 
-    Photos are taken from each class in turn, so that classes are balanced as far as they have
-    enough photos. N is at most 300. Photos that can't be read are skipped.
+    Photos are taken from each class in turn, to balance the classes as far as they have enough
+    photos. N is at most 300. Photos that can't be read are skipped.
 
     Raises:
         WorkError: Fewer than 20 photos can be read.
@@ -124,14 +128,14 @@ def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) ->
 
 
 def search(source: Path, pixels: Pixels, min_agreement: float) -> QuantSearch:
-    """Compare configurations and choose one.
+    """Compare quantisation configurations, and return the best one.
 
-    If no configuration has enough agreement, further layers are left in float32.
+    If no configuration agrees with fp32 on enough photos, further layers are left in float32.
 
     Args:
-        source: The fp32 graph.
-        pixels: The photos that `draw` returns; up to a third of them is used to calibrate on.
-        min_agreement: Share of the photos for which the predicted class must be that of fp32.
+        source: File of the fp32 graph.
+        pixels: The photos that `draw` returns. Up to a third of them are used for calibration.
+        min_agreement: Required share of photos for which the predicted class is that of fp32.
 
     Raises:
         WorkError: The graph can't be quantised.
@@ -164,10 +168,11 @@ def search(source: Path, pixels: Pixels, min_agreement: float) -> QuantSearch:
 
 
 def _choose(tried: Sequence[QuantConfig]) -> QuantConfig:
-    """Among the configurations with about the least divergence, the one with fewest float layers.
+    """Choose the configuration with the fewest float32 layers among those with low divergence.
 
-    A graph with fewer float layers is faster. Speed is not measured here, because timings vary, and
-    exporting the same run again must give the same bytes.
+    Divergence is low if it is at most 1.5 times the smallest one. A graph with fewer float32 layers
+    is faster. Speed is not measured here, because timings vary, and exporting the same run again
+    must give the same bytes.
     """
     limit = _SIMILAR * min(config.divergence for config in tried)
     near = [config for config in tried if config.divergence <= limit]
@@ -183,8 +188,8 @@ def _leave_sensitive_layers(
 ) -> Iterator[QuantConfig]:
     """Yield `best` with its 1, 2, 4, ... most sensitive layers in float32, up to a quarter of all.
 
-    The most sensitive layer is the one that reduces the divergence most when it alone is left in
-    float32 in addition. The search ends at the first configuration with enough agreement.
+    A layer is more sensitive if leaving this one layer in float32 reduces the divergence more. The
+    search ends at the first configuration with enough agreement.
     """
     rest = [name for name in layers if name not in best.float_layers]
     task = bar.add_task("int8: sensitive layers", total=len(rest))
@@ -205,7 +210,7 @@ def _leave_sensitive_layers(
 
 
 class _Comparison:
-    """Compares quantised graphs with the fp32 graph on fixed photos."""
+    """Function object that compares quantised graphs with the fp32 graph on fixed photos."""
 
     def __init__(self, source: Path, pixels: Pixels) -> None:
         self._pixels = pixels
@@ -214,7 +219,13 @@ class _Comparison:
     def __call__(
         self, config: QuantConfig, model: onnx.ModelProto, photos: int | None = None
     ) -> QuantConfig:
-        """`config` with its divergence and agreement on the first `photos` photos (None: all)."""
+        """Return `config` with its divergence and agreement on the first photos.
+
+        Args:
+            config: The configuration with which `model` was quantised.
+            model: The quantised graph.
+            photos: Number of photos to compare on; None: all.
+        """
         pixels, expected = self._pixels[:photos], self._logits[:photos]
         actual = _logits(model.SerializeToString(), pixels)
         if not np.isfinite(actual).all():
@@ -227,7 +238,7 @@ class _Comparison:
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Returns photos one by one, each as a batch of 1."""
+    """Data reader for ONNX Runtime's calibrator: returns one photo at a time, as a batch of 1."""
 
     def __init__(self, pixels: Pixels) -> None:
         self._rows = iter(pixels)
@@ -238,13 +249,14 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def ranges(source: Path, pixels: Pixels, method: str, *, all_tensors: bool = False) -> TensorsData:
-    """Value ranges of the activations over the given photos.
+    """Measure the value ranges of the activations over the given photos.
 
     Args:
-        source: The fp32 graph.
-        pixels: uint8 [N, size, size, 3].
+        source: File of the fp32 graph.
+        pixels: Photos, uint8 [N, size, size, 3].
         method: "minmax" or "percentile".
-        all_tensors: Measure all tensors instead of only those of operators that can be quantised.
+        all_tensors: Whether to measure all tensors, or only those of operators that can be
+            quantised.
     """
     # The calibrator prints its progress.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -297,12 +309,12 @@ def _quantised(graph: onnx.ModelProto, ranges: TensorsData, config: QuantConfig)
 
 
 def _move_relu_after_pooling(model: onnx.ModelProto) -> None:
-    """Swap Relu and MaxPool where they are between a float layer and a quantised one.
+    """Swap Relu and MaxPool if Relu comes first and a quantisation follows MaxPool.
 
-    The values are the same, because max and Relu commute. Without the swap ONNX Runtime moves the
-    quantisation from after the MaxPool to before it, and then pools integers with channels first,
-    which takes half of the time of a SqueezeNet. ONNX Runtime does not move a quantisation before a
-    Relu. It removes that Relu instead, because the quantisation clips at zero, too.
+    The values are the same, because max and Relu commute. Without the swap, ONNX Runtime moves the
+    quantisation from after the MaxPool to before it, and then pools integers with channels first.
+    This pooling takes half of the time of a SqueezeNet. ONNX Runtime does not move a quantisation
+    before a Relu. It removes that Relu instead, because the quantisation clips at zero, too.
     """
     nodes = model.graph.node
     made_by = {name: index for index, node in enumerate(nodes) for name in node.output}

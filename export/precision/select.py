@@ -1,6 +1,6 @@
 """Choose precisions: convert to int8 and fp16, compare with fp32, and keep the acceptable ones.
 
-A precision is kept if its accuracy is within the budget and it is faster than fp32.
+A precision is kept if it loses at most the accepted amount of accuracy and is faster than fp32.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class PrecisionKind(NamedTuple):
     """A precision other than fp32.
 
     Attributes:
-        device: The device on which the precision is served, and compared with fp32.
+        device: The device on which graphs of this precision are served and compared with fp32.
         tolerance: Largest accepted difference of a probability of a golden image (a photo that is
             stored in the bundle with its expected probabilities).
-        convert: Function of the path of the fp32 graph, training photos and the accuracy budget in
-            points. Returns the converted graph and facts for the manifest.
+        convert: Function of the fp32 graph's path, training photos and the accuracy budget in
+            percentage points. It returns the converted graph and a dict for the manifest.
     """
 
     device: str
@@ -67,9 +67,10 @@ class PrecisionRequest:
     """The precisions to try.
 
     Attributes:
-        precision: One of `KINDS`; "fp32" tries none of them, "auto" tries all.
-        budget: Points of accuracy that a precision may lose.
-        train: Training photos to calibrate on.
+        precision: "fp32": no other precision is tried. "int8" or "fp16": this one is tried.
+            "auto": both are tried.
+        budget: Percentage points of accuracy that a precision may lose.
+        train: Training photos for calibration.
     """
 
     precision: str
@@ -78,7 +79,7 @@ class PrecisionRequest:
 
 
 def check_request(precision: str, budget: float) -> None:
-    """Check the options before the export starts.
+    """Check the options about precisions before the export starts.
 
     Raises:
         OptionError: fp16 was requested and there is no GPU, or the budget is not from 0 to 100.
@@ -97,7 +98,9 @@ def select_precisions(
     request: PrecisionRequest,
     log: Callable[[str], None],
 ) -> Manifest:
-    """Try the requested precisions; returns the manifest with all results and the kept precisions.
+    """Try the requested precisions, and return the manifest with the results.
+
+    The results of all tried precisions are in the manifest, including those that are not kept.
 
     Args:
         payload: Folder with the fp32 graph; the graphs that are kept are written to it.
@@ -105,7 +108,7 @@ def select_precisions(
         held_out: Outputs of the fp32 graph for `samples`.
         samples: Held-out photos.
         request: The precisions to try.
-        log: Called with one line per precision that is tried.
+        log: Function that is called with one line per precision that is tried.
 
     Raises:
         GateError: A precision that was requested by name is refused.
@@ -147,7 +150,7 @@ def select_precisions(
 
 @cache
 def _usable(device: str) -> bool:
-    """Whether a graph can run on the device of this machine.
+    """Check whether this machine can run a graph on the device.
 
     A minimal graph is loaded, because a GPU driver and a GPU build of ONNX Runtime may be installed
     and still not work together.
@@ -167,7 +170,7 @@ def _usable(device: str) -> bool:
 
 
 def _skip_reason(name: str, kind: PrecisionKind, requested: str) -> str:
-    """Why a precision is not tried; "" if it is tried."""
+    """Return why a precision is not tried, or "" if it is tried."""
     if requested not in ("auto", name):
         return f"--precision {requested}"
     return "" if _usable(kind.device) else "no GPU here"
@@ -218,7 +221,7 @@ def _rates(
 
 
 def _threshold_facts(manifest: Manifest, outputs: HeldOut) -> dict[str, Any]:
-    """Coverage and precision at the thresholds fitted on fp32, for this graph's outputs."""
+    """Return a graph's coverage and precision at the thresholds that were fitted on fp32."""
     plain = outputs.logits[:, 0]
     energy, confident = (manifest.thresholds[name] for name in ("energy", "confident"))
     facts: dict[str, Any] = {}
@@ -236,7 +239,10 @@ def _threshold_facts(manifest: Manifest, outputs: HeldOut) -> dict[str, Any]:
 def _add_precision(
     name: str, kind: PrecisionKind, payload: Path, manifest: Manifest, verdict: Verdict
 ) -> Manifest:
-    """A copy of the manifest with the precision and its probabilities for the golden images."""
+    """Return a copy of the manifest with a precision and its probabilities for the golden images.
+
+    Golden images are photos that are stored in the bundle with their expected probabilities.
+    """
     engine = runtime.OnnxRuntime(payload / FILES[name], device=kind.device)
     predictor = Predictor(manifest, engine, name)
     golden = []

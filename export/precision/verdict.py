@@ -1,4 +1,4 @@
-"""Decide whether to keep a reduced-precision graph, by accuracy and speed against fp32."""
+"""Decide whether to keep a reduced-precision graph, by accuracy and speed compared with fp32."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ DEFAULT_BUDGET: Final = 0.5
 
 @dataclass(frozen=True)
 class Verdict:
-    """The comparison of a precision with fp32.
+    """The comparison of a reduced-precision graph with the fp32 graph.
 
     Attributes:
         photos: Number of held-out photos.
-        accuracy: Accuracy of the precision, from 0 to 1.
-        accuracy_fp32: Accuracy of fp32 on the same photos, from 0 to 1.
-        drop: Accuracy of fp32 minus that of the precision, in percentage points.
-        interval: 95 % confidence interval of `drop`.
+        accuracy: Accuracy of the reduced-precision graph, from 0 to 1.
+        accuracy_fp32: Accuracy of the fp32 graph on the same photos, from 0 to 1.
+        drop: `accuracy_fp32` minus `accuracy`, in percentage points.
+        interval: 95 % confidence interval of `drop`, in percentage points.
         speedup: Photos per second divided by those of fp32, each graph in its fastest setting.
         budget: Largest accepted `drop`.
         not_finite: Number of photos with logits that are not finite.
@@ -39,12 +39,12 @@ class Verdict:
 
     @property
     def kept(self) -> bool:
-        """Whether the precision goes into the bundle."""
+        """Whether the reduced-precision graph is kept in the bundle."""
         return self.refusal_reason is None
 
     @property
     def refusal_reason(self) -> str | None:
-        """The reason for leaving the precision out; None if it is kept."""
+        """The reason for leaving the graph out of the bundle; None if it is kept."""
         if self.not_finite:
             return f"the logits of {self.not_finite} photos are not finite"
         if self.drop > self.budget:
@@ -54,7 +54,7 @@ class Verdict:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """An entry of the manifest's `tried`."""
+        """Return the precision's entry for the manifest's dict `tried`."""
         return {
             "kept": self.kept,
             "why_not": self.refusal_reason,
@@ -68,7 +68,7 @@ class Verdict:
         }
 
     def summary(self, name: str) -> str:
-        """The verdict on the precision `name` in one line."""
+        """Describe the verdict on the precision `name` in one line."""
         low, high = self.interval
         result = "kept" if self.kept else f"refused: {self.refusal_reason}"
         return (
@@ -86,12 +86,14 @@ def compare_with_fp32(
     speedup: float,
     budget: float = DEFAULT_BUDGET,
 ) -> Verdict:
-    """Compare the predicted classes of two graphs on the same photos.
+    """Compare the predicted classes of a reduced-precision graph and the fp32 graph.
 
     Args:
-        fp32, other: Predicted class of each photo, by each graph.
-        labels: True class of each photo; at least one.
-        speedup, budget: As in `Verdict`.
+        fp32: Class that the fp32 graph predicts for each photo.
+        other: Class that the reduced-precision graph predicts for each photo.
+        labels: True class of each photo; at least one photo.
+        speedup: Photos per second of the reduced-precision graph divided by those of fp32.
+        budget: Largest accepted loss of accuracy, in percentage points.
     """
     truth = np.asarray(labels)
     right_fp32, right = np.asarray(fp32) == truth, np.asarray(other) == truth
@@ -108,11 +110,11 @@ def compare_with_fp32(
 
 
 def _paired_interval(lost: int, won: int, photos: int) -> tuple[float, float]:
-    """95 % interval of the fall in points, for paired photos.
+    """Return the 95 % confidence interval of the accuracy drop, in percentage points.
 
-    After Agresti & Min, 2005, "Simple improved confidence intervals for comparing matched
-    proportions": half a photo is added to each cell of the table, so that the interval has a
-    positive width even if no prediction changed.
+    The method is that of Agresti & Min, 2005, "Simple improved confidence intervals for comparing
+    matched proportions": half a photo is added to each cell of the 2 x 2 table of right and wrong
+    answers. The interval therefore has a positive width even if no prediction changed.
     """
     count = photos + 2
     middle = (lost - won) / count

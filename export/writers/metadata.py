@@ -1,4 +1,4 @@
-"""Metadata inside an exported file: name, labels and preprocessing of the model."""
+"""Build the metadata that is stored in an exported file: model name, labels and preprocessing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from serving.imaging.preprocess import Preprocess
 
 
 def metadata(name: str, labels: Sequence[str], preprocess: Preprocess) -> dict[str, str]:
-    """The values as JSON texts, by key: "name", "labels", "preprocess"."""
+    """Return the values as JSON texts under the keys "name", "labels" and "preprocess"."""
     values = {"name": name, "labels": list(labels), "preprocess": preprocess.to_dict()}
     return {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}

@@ -1,8 +1,8 @@
 """Write the graph as ONNX: one file with a dynamic batch axis and the labels in its metadata.
 
-The exporter records a Python stack trace with file paths for every node. The paths would reveal
-directories of this machine and make the bytes differ between machines. All metadata of nodes and
-values is therefore removed, so that the bytes depend only on the graph and on package versions.
+PyTorch's exporter records a Python stack trace with file paths for every node. The paths would
+reveal directories of this machine and make the bytes differ between machines. All metadata of nodes
+and values is therefore removed. The bytes depend only on the graph and on package versions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_BYTES: Final = 2**31 - 2**24  # of weights: protobuf's limit minus a reserv
 def write(
     graph: Graph, path: Path, *, name: str, labels: Sequence[str], preprocess: Preprocess
 ) -> None:
-    """Export `graph` to `path`; name, labels and preprocess go into the file's metadata.
+    """Export `graph` to `path`; name, labels and preprocessing are stored in the file's metadata.
 
     Raises:
         WorkError: The exporter has no translation for an operator, the weights exceed the file
@@ -51,7 +51,9 @@ def save(
     labels: Sequence[str],
     preprocess: Preprocess,
 ) -> None:
-    """Check a graph and write it with no metadata but name, labels and preprocess.
+    """Check an ONNX graph and write it to `path`.
+
+    All its metadata is removed, and then name, labels and preprocessing are stored as metadata.
 
     Raises:
         WorkError: The graph is not valid ONNX.
@@ -67,7 +69,10 @@ def save(
 
 
 def probe() -> bytes:
-    """A minimal graph that meets the graph contract, to test whether a device runs graphs."""
+    """Return a minimal ONNX graph, to test whether a device can run graphs.
+
+    Its input and outputs have the names and dtypes of an exported graph.
+    """
     kind, shape = onnx.TensorProto, ["batch", "values"]
     nodes = [
         onnx.helper.make_node("Cast", ["pixels"], ["floats"], to=kind.FLOAT),
@@ -115,7 +120,10 @@ def _translate(graph: Graph, preprocess: Preprocess) -> onnx.ModelProto:
 
 
 def _unsupported_operator(graph: Graph, error: BaseException | None) -> str | None:
-    """The operator without a translation and its modules; None if `error` has another cause."""
+    """Describe the operator that the exporter can't translate, and the modules that use it.
+
+    Returns None if the error has another cause.
+    """
     while error:
         match = re.search(r"OpOverload\(op='\w+\.(\w+)'", str(error))
         if match:
@@ -126,7 +134,7 @@ def _unsupported_operator(graph: Graph, error: BaseException | None) -> str | No
 
 
 def _modules_with(graph: Graph, operator: str) -> list[str]:
-    """Names of the modules in the checkpoint that call an operator of this or a similar name."""
+    """Return names of the modules that call an operator with this or a similar name."""
 
     def plain(name: str) -> str:
         return name.replace("_", "").lower()
@@ -150,7 +158,7 @@ def _modules_with(graph: Graph, operator: str) -> list[str]:
 
 
 def _remove_metadata(model: onnx.ModelProto) -> None:
-    """Remove the exporter's records of its run: stack traces, paths, names of passes."""
+    """Remove the exporter's records of the export: stack traces, paths, names of passes."""
     protos = [model, *model.functions]
     for graph in _graphs(model.graph):
         protos += [graph, *graph.node, *graph.input, *graph.output]
@@ -163,7 +171,7 @@ def _remove_metadata(model: onnx.ModelProto) -> None:
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph and the subgraphs of its nodes."""
+    """Yield a graph and, recursively, the subgraphs of its nodes."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:

@@ -1,7 +1,7 @@
 """Write the graph with `torch.export` as `model.pt2`, and run that file for the parity gate.
 
-Metadata of the tracing (stack traces, source lines, file names) is removed, as in the other export
-formats, so that the same graph gives the same bytes.
+The parity gate compares the file's probabilities with the checkpoint's. Metadata of the tracing
+(stack traces, source lines, file names) is removed: the same graph must give the same bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TRACING_METADATA: Final = (
 def write(
     graph: Graph, path: Path, *, name: str, labels: Sequence[str], preprocess: Preprocess
 ) -> None:
-    """Export `graph` and save it; name, labels and preprocess become extra files with JSON.
+    """Export `graph` to `path`; name, labels and preprocessing are stored as JSON extra files.
 
     Raises:
         WorkError: The network can't be exported.
@@ -59,16 +59,16 @@ def write(
 
 
 class ExportedRuntime:
-    """`model.pt2` as a `serving.inference.runtime.Runtime` on the CPU, for the parity gate."""
+    """A runtime that runs `model.pt2` on the CPU, for the comparison with the checkpoint."""
 
     provider = "torch.export"
 
     def __init__(self, path: Path) -> None:
-        """Load the file. Loading can run code in it, so load only files that this process wrote."""
+        """Load the file; only load files that this process wrote, because loading can execute code."""
         self._module = torch.export.load(path).module()
 
     def run(self, pixels: Pixels) -> tuple[Floats, Floats]:
-        """Pixels uint8 [N, size, size, 3] -> logits [N, classes], features [N, D]."""
+        """Compute logits [N, classes] and features [N, D] of pixels, uint8 [N, size, size, 3]."""
         with torch.inference_mode():
             logits, features = self._module(torch.from_numpy(np.array(pixels)))
         return logits.numpy(), features.numpy()

@@ -1,7 +1,8 @@
 """Write the graph as TorchScript: traced, frozen, and without data about this machine.
 
-`torch.jit.save` also writes the Python stack of every operation, and class names numbered by how
-many modules the process has traced. Both are removed, so that the same graph gives the same bytes.
+`torch.jit.save` also writes the Python stack of every operation, and class names with a number that
+depends on how many modules the process has traced. Both are removed: the same graph must give the
+same bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _ALIGNMENT: Final = 64
 def write(
     graph: Graph, path: Path, *, name: str, labels: Sequence[str], preprocess: Preprocess
 ) -> None:
-    """Trace `graph` and save it; name, labels and preprocess become extra files with JSON.
+    """Trace `graph` and save it; name, labels and preprocessing are stored as JSON extra files.
 
     Raises:
         WorkError: The network can't be traced.
@@ -53,7 +54,7 @@ def write(
 
 
 def _clean(archive: io.BytesIO) -> bytes:
-    """A copy of the archive without stack traces and without the numbers in class names."""
+    """Return a copy of the archive without stack traces and without the numbers in class names."""
     out = io.BytesIO()
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(out, "w") as new:
         for entry in old.infolist():
@@ -70,7 +71,7 @@ def _clean(archive: io.BytesIO) -> bytes:
 
 
 def _padding(position: int, name: str) -> bytes:
-    """A zip extra field that makes the entry's data begin at a multiple of the alignment."""
+    """Return a zip extra field that makes the entry's data begin at a multiple of the alignment."""
     begin = position + 30 + len(name.encode()) + 4  # 30: local file header; 4: extra field's header
     size = -begin % _ALIGNMENT
     return b"FB" + struct.pack("<H", size) + bytes(size)
