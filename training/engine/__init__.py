@@ -1,1 +1,1 @@
-"""The fine-tuning loop: stages, epochs, learning-rate search, best checkpoint."""
+"""Fine-tuning loop: stages, epochs, learning-rate range test, best checkpoint."""

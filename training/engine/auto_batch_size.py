@@ -1,4 +1,7 @@
-"""`batch_size = "auto"`: the largest batch that fits into the GPU's memory, found by trials."""
+"""Implementation of `batch_size = "auto"`: find the largest batch that fits into GPU memory.
+
+Training steps are run on random pixels, with a batch size that doubles until memory runs out.
+"""
 
 from __future__ import annotations
 
@@ -39,29 +42,38 @@ MARGIN: Final = 0.9
 """Share of the free memory that may be used; the rest is for libraries and fragmentation."""
 
 CUDA_GRAPH_FACTOR: Final = 2
-"""Memory of training with CUDA graphs, relative to the trial's peak. It is larger because the
-smaller batch at the end of an epoch can't use the memory that the graphs hold."""
+"""Peak memory of training with CUDA graphs, divided by the peak of a trial without CUDA graphs. The
+factor is above 1 because the smaller last batch of an epoch can't use the memory that the graphs
+hold."""
 
 STEPS: Final = 2
-"""Steps of a trial: two, because the optimizer allocates its state at the end of the first."""
+"""Optimizer steps of a trial. The first step allocates the optimizer's state at its end, so only
+the second step shows the peak."""
 
 
 class DeviceMemory(Protocol):
-    """The memory of a device. free: bytes that could be allocated before the trials."""
+    """Memory statistics of a device.
+
+    Attributes:
+        free: Number of bytes that could be allocated before the trials.
+    """
 
     free: int
 
     def begin(self) -> None:
-        """Reset the peak."""
+        """Reset the peak that `peak` reports."""
         ...
 
     def peak(self) -> int:
-        """Most bytes allocated at once since `begin`, less those allocated before the trials."""
+        """Return the peak of allocated bytes since `begin`.
+
+        Bytes that were allocated before the trials are not counted.
+        """
         ...
 
 
 class CudaMemory:
-    """A GPU's memory."""
+    """Memory statistics of a GPU, from torch's CUDA allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -86,25 +98,27 @@ def resolve_batch_size(
     *,
     memory: DeviceMemory | None = None,
 ) -> Recipe:
-    """The recipe with a number as its batch size; unchanged if it has one already.
+    """Return the recipe with `batch_size = "auto"` replaced by a number.
 
-    On a GPU: the largest power of two from 8 to 1024, not above the number of training photos, for
-    which training steps of the most demanding stages fit into the memory beside the pixels. The
-    classifier and the random state stay unchanged, bit for bit.
+    A recipe that has a number already is returned unchanged. On a CPU the number is 32. On a GPU
+    each process gets the largest power of two from 8 to 1024 with which training fits into the GPU
+    memory; the decoded photos that training stores there are taken into account. The batch is not
+    larger than the training split, unless the split has fewer than 8 photos per process. The
+    weights of `classifier` and the random state do not change.
 
     Args:
         recipe: The recipe.
         classifier: The network, on the CPU.
-        stages: The stages as they are trained; see `plan.stages_of`.
+        stages: The stages, as `plan.stages_of` returns them.
         dataset: The photos.
-        precision: Device and dtype.
-        log: Takes log lines.
-        process_group: The processes that split a batch, each with a GPU of the same kind. Process 0
-            measures; the result is the batch of all processes together.
-        memory: Memory of the device; by default that of the GPU.
+        precision: Device and dtype of the training.
+        log: Function that is called with each log line.
+        process_group: The processes that split a batch. Their GPUs must be of the same kind,
+            because only process 0 measures. The batch size is the total over all processes.
+        memory: Memory statistics of the device. None: those of the GPU.
 
     Raises:
-        WorkError: The smallest batch does not fit.
+        WorkError: Training with 8 photos per batch does not fit into the GPU memory.
     """
     if recipe.batch_size != AUTO:
         return recipe
@@ -146,9 +160,13 @@ def _largest_batch(
     available: int,
     most: int,
 ) -> tuple[int, int]:
-    """(largest batch up to `most` whose steps need `available` bytes or less in all stages; peak).
+    """Return the largest batch size up to `most` that fits in all stages, and its peak in bytes.
 
-    The trials train `classifier`.
+    A batch size fits if its training steps need at most `available` bytes. The trials change the
+    weights of `classifier`.
+
+    Raises:
+        WorkError: The smallest batch size does not fit.
     """
     device, peak = precision.device, 0
     classifier.to(device).to(memory_format=torch.channels_last)
@@ -169,7 +187,17 @@ def _largest_batch(
 def largest_fitting(
     trial: Callable[[int], object], memory: DeviceMemory, available: int, most: int
 ) -> tuple[int, int]:
-    """(largest batch found by doubling, its peak in bytes); (0, 0) if the smallest does not fit."""
+    """Double the batch size, from 8 up to `most`, until a trial does not fit into memory.
+
+    Args:
+        trial: Function that trains with a given batch size.
+        memory: Memory statistics of the device.
+        available: Number of bytes that a trial may need.
+        most: Upper limit of the batch size.
+
+    Returns:
+        The largest batch size that fits, and its peak in bytes; (0, 0) if 8 does not fit.
+    """
     best, size = (0, 0), SMALLEST
     while size <= most:
         memory.begin()
@@ -193,9 +221,9 @@ def _fits(trial: Callable[[int], object], size: int) -> bool:
 def most_demanding(
     classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]
 ) -> Iterator[Stage]:
-    """The stages whose training may need the most memory.
+    """Yield the stages whose training may need the most memory.
 
-    A stage is left out if another one trains at least as many layers on images at least as large.
+    A stage is left out if another stage trains at least as many layers on images at least as large.
     """
     demands: list[tuple[int, int]] = []
     for stage in stages:
@@ -210,9 +238,14 @@ def most_demanding(
 
 @dataclass
 class BatchSizeTrial:
-    """Training steps of a stage on random pixels; call it with a batch size.
+    """Callable that trains a stage on random pixels with a given batch size.
 
-    classifier: on the device; the steps change its weights.
+    Attributes:
+        recipe: The recipe that the stage belongs to.
+        classifier: The network, on the device. The training steps change its weights.
+        stage: The stage.
+        classes: Number of classes.
+        precision: Device and dtype of the training.
     """
 
     recipe: Recipe
@@ -231,7 +264,7 @@ class BatchSizeTrial:
         self._ema = Ema(self.classifier, config.ema) if config.ema else None
 
     def __call__(self, size: int) -> None:
-        """Run `STEPS` optimizer steps."""
+        """Run `STEPS` optimizer steps with batches of `size` photos."""
         config, suffix = self.recipe.optimizer, self.classifier.suffix
         for _ in range(STEPS):
             for inputs, labels in [self._batch(size) for _ in range(config.accumulate)]:
@@ -245,7 +278,11 @@ class BatchSizeTrial:
 
     @torch.no_grad()
     def _batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """(inputs of the suffix, labels) from random pixels, computed as in training."""
+        """Return inputs of the trainable layers, and labels.
+
+        The inputs are computed from random pixels by the same augmentation and frozen layers as in
+        training.
+        """
         recipe, where = self.recipe, self.precision.device
         preprocess = recipe.preprocess_of(self.stage)
         # Without the policy, which processes one photo at a time and needs hardly any memory.
@@ -263,7 +300,11 @@ class BatchSizeTrial:
 
 
 def _pixel_bytes(recipe: Recipe, stages: Sequence[Stage], dataset: Dataset, free: int) -> int:
-    """Bytes of the decoded photos that training will store on the GPU, at the largest size."""
+    """Return the number of bytes of decoded photos that training will store in GPU memory.
+
+    The photos are counted at the largest image size of all stages. A split (train or valid) that is
+    too large for GPU memory counts as 0, because it stays in CPU memory.
+    """
     taken = 0
     size = max((recipe.preprocess_of(stage) for stage in stages), key=lambda p: p.size)
     for part, photos in (("train", dataset.train), ("valid", dataset.valid)):

@@ -1,4 +1,8 @@
-"""The best checkpoint of a run: highest validation accuracy, then lowest validation loss."""
+"""Choose, save and evaluate the best checkpoint of a run.
+
+The best epoch has the highest validation accuracy. Among epochs with equal accuracy, the epoch with
+the lowest validation loss is the best.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,22 @@ Rank = tuple[float, float]
 
 
 def rank(row: Epoch) -> Rank:
-    """Sort key of an epoch; the best epoch has the largest key."""
+    """Return the sort key of an epoch; the best epoch has the largest key."""
     return row.accuracy, -row.valid_loss
 
 
 def save(
     folder: Path, row: Epoch, classifier: Classifier, info: CheckpointInfo, preprocess: Preprocess
 ) -> None:
-    """Write the weights of an epoch as the run's best checkpoint."""
+    """Write the classifier's weights as the run's best checkpoint.
+
+    Args:
+        folder: The run folder.
+        row: Metrics of the epoch after which the classifier is saved.
+        classifier: The network.
+        info: Description of the run's checkpoints, without metrics.
+        preprocess: Preprocessing of the images in the epoch's stage.
+    """
     metrics = {
         "accuracy": row.accuracy,
         "loss": row.valid_loss,
@@ -41,7 +53,15 @@ def save(
 def evaluate_best(
     folder: Path, dataset: Dataset, tta: TtaConfig, log: Log, device: str = "auto"
 ) -> evaluate.EvaluationResult:
-    """Evaluate the best checkpoint in float32, as `fledge evaluate` does; update its metrics."""
+    """Evaluate the best checkpoint in float32, and write the results into its .json file.
+
+    Args:
+        folder: The run folder.
+        dataset: The run's photos; those of the validation split are evaluated.
+        tta: Test-time augmentation; `count = 0` turns it off.
+        log: Function that is called with each log line.
+        device: "auto", "cpu" or "cuda".
+    """
     result = evaluate.evaluate(
         folder,
         tta=tta if tta.count else None,

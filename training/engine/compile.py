@@ -2,8 +2,9 @@
 
 `torch.compile` (Ansel et al., 2024, "PyTorch 2") generates new kernels. A CUDA graph (Nguyen et
 al., 2021, "Accelerating PyTorch with CUDA Graphs") launches a recorded sequence of the existing
-kernels at once, which helps if the GPU waits for the CPU. Both wrap the layers in a function, so
-that the classifier, its weights and their names do not change.
+kernels with a single launch. CUDA graphs save time if the GPU waits for the CPU. Both options only
+wrap the layers in a function: the classifier, the weights and the names of the weights stay the
+same.
 """
 
 from __future__ import annotations
@@ -27,31 +28,39 @@ from training.utils.device import cuda_capture_lock
 REMEDY: Final = "use compile = false"
 
 _STREAMS: Final = "set_warn_on_accumulate_grad_stream_mismatch"
-"""Function of torch.autograd.graph, in newer versions of torch, that turns a warning off."""
+"""Name of a function of torch.autograd.graph that turns a warning off. Older versions of torch do
+not have this function."""
 
 Forward = Callable[[Tensor], Tensor]
 
 
 class FullBatchAccelerator(nn.Module):
-    """A network with an accelerated forward pass for batches of the size of the first one.
+    """Wrapper that accelerates a network's forward pass for batches as large as the first batch.
 
-    The smaller batch at the end of an epoch is not accelerated, because preparing for another size
-    would take longer than one batch per epoch can save. Parameters are the network's own.
+    The smaller last batch of an epoch is not accelerated: the preparation for another batch size
+    takes longer than one accelerated batch per epoch saves. The wrapper shares the network's
+    parameters.
     """
 
     def __init__(
         self, network: nn.Sequential, accelerate: Callable[[nn.Sequential, Tensor], Forward]
     ) -> None:
-        """`accelerate(network, first batch)` is called at the first forward pass."""
+        """Wrap a network.
+
+        Args:
+            network: The network.
+            accelerate: `compiled` or `captured`. The first forward pass calls this function with
+                the network and the first batch, and uses the forward function that it returns.
+        """
         super().__init__()
         self.network, self._accelerate, self._size = network, accelerate, 0
         self._accelerated: Forward = network.forward
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The network's forward pass.
+        """Return the network's outputs.
 
         Raises:
-            OptionError: The network can't be accelerated; the message names the option.
+            OptionError: The network can't be accelerated; the message names the option `compile`.
         """
         if not self._size:
             self._size, self._accelerated = len(inputs), self._accelerate(self.network, inputs)
@@ -65,7 +74,10 @@ class FullBatchAccelerator(nn.Module):
 
 
 def compiled(network: nn.Sequential, _: Tensor) -> Forward:
-    """The network with `torch.compile`, which compiles it at the first call."""
+    """Return the network's forward function, wrapped by `torch.compile`.
+
+    The compilation takes place at the first call of the returned function.
+    """
 
     def run(inputs: Tensor) -> Tensor:
         outputs: Tensor = network(inputs)
@@ -75,14 +87,22 @@ def compiled(network: nn.Sequential, _: Tensor) -> Forward:
 
 
 def captured(network: nn.Sequential, inputs: Tensor) -> Forward:
-    """Capture forward and backward pass as CUDA graphs for batches of the size of `inputs`.
+    """Capture the network's forward and backward passes as CUDA graphs.
 
-    The last layer, a classifier's head, is not captured. BatchNorm statistics and the random state
-    are restored after the capture. A backward pass overwrites gradients that were not used before.
+    The last child of the network, a classifier's head, is not captured. BatchNorm statistics and
+    the random state are restored after the capture. A backward pass of the captured layers
+    overwrites existing gradients instead of adding to them.
+
+    Args:
+        network: The layers that train, on a GPU.
+        inputs: A batch. The graphs only accept batches of the same shape.
+
+    Returns:
+        A function from a batch to logits, used instead of the network's forward pass.
 
     Raises:
-        OptionError: A layer can't be captured, or the memory is too small. After this error the
-            device's random number generator can't be used any more.
+        OptionError: A layer can't be captured, or the GPU memory is too small. After this error the
+            GPU's random number generator can't be used any more.
     """
     body, head = network[:-1], network[-1]
     if not len(body):
@@ -115,11 +135,15 @@ def captured(network: nn.Sequential, inputs: Tensor) -> Forward:
 
 
 _accelerators: WeakKeyDictionary[Classifier, tuple[str, FullBatchAccelerator]] = WeakKeyDictionary()
-"""classifier -> (name of the stage, accelerated suffix). The suffix is the layers that train."""
+"""For each classifier, the name of the current stage and its accelerated trainable layers."""
 
 
 def accelerated_suffix(classifier: Classifier, stage: Stage, recipe: Recipe) -> nn.Module:
-    """The classifier's suffix, accelerated by the recipe's `compile`; created once per stage."""
+    """Return the classifier's trainable layers, accelerated as the recipe's `compile` says.
+
+    The accelerated layers are created at the first call for a stage; later calls return the same
+    module.
+    """
     if not recipe.compile:
         return classifier.suffix
     if classifier in _accelerators and _accelerators[classifier][0] == stage.name:
@@ -135,10 +159,18 @@ def accelerated_suffix(classifier: Classifier, stage: Stage, recipe: Recipe) -> 
 
 
 def check(recipe: Recipe, device: torch.device, processes: int = 1) -> None:
-    """Check before the work begins that `compile` works here, by compiling a small function.
+    """Check before training that the recipe's `compile` option works on this machine.
+
+    With `compile = true` a small function is compiled as a test.
+
+    Args:
+        recipe: The recipe.
+        device: The device to train on.
+        processes: Number of processes that train.
 
     Raises:
-        OptionError: `compile` does not work here; the message names the option.
+        OptionError: `compile` does not work with this device, number of processes or
+            `optimizer.accumulate`, or the test compilation fails.
     """
     if recipe.compile == "cuda_graphs" and device.type != "cuda":
         raise OptionError("compile = 'cuda_graphs' needs a GPU; use compile = true or false")
@@ -164,13 +196,16 @@ def check(recipe: Recipe, device: torch.device, processes: int = 1) -> None:
 
 
 def _has_compiler() -> bool:
-    """Whether the C++ compiler that torch would call is installed."""
+    """Return whether the C++ compiler that `torch.compile` calls on a CPU is installed."""
     default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     return shutil.which((os.environ.get("CXX") or default).split()[0]) is not None
 
 
 def _not_possible(what: str, error: BaseException) -> OptionError:
-    """An error with the first line of another error, or its type if it has no text."""
+    """Return an OptionError whose message contains the first line of `error`.
+
+    If `error` has no text, the message contains the name of the exception class instead.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     why = lines[0].rstrip(".:") if lines else type(error).__name__
     return OptionError(f"compile: torch can't {what} here: {why}; {REMEDY}")

@@ -1,4 +1,4 @@
-"""One epoch of training, one of validation, and the learning-rate range test of a stage."""
+"""Functions that train one epoch, validate, and run the learning-rate range test of a stage."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ from training.run.history import Step
 from training.utils.precision import Precision
 
 READ_LOSS_EVERY: Final = 32
-"""Steps between two reads of the loss. A read waits for the GPU and for the other processes."""
+"""Number of steps after which the losses are read from the GPU. A read is rare because it waits for
+the GPU and for the other processes."""
 
 STEPS: Final = "steps"
-"""Timer activity: forward and backward passes and optimizer steps."""
+"""Name of the timer's activity for forward passes, backward passes and optimizer steps."""
 
 
 Batch = tuple[Tensor, Tensor]
@@ -46,10 +47,16 @@ Batches = Iterable[Batch]
 def find_lr(
     classifier: Classifier, stage: Stage, recipe: Recipe, train_loader: TrainLoader
 ) -> lr_range_test.Curve:
-    """Learning-rate range test of a stage; restores the classifier.
+    """Run the learning-rate range test of a stage, then restore the classifier's weights.
+
+    Args:
+        classifier: The network, with layers frozen for the stage.
+        stage: The stage.
+        recipe: The recipe. Its table `lr_find` has the options of the test.
+        train_loader: The stage's training batches.
 
     Raises:
-        WorkError: The curve has no usable descent; the message names the stage.
+        WorkError: The loss diverges at once or never falls; the message names the stage.
     """
     optimizer = build_optimizer(classifier, recipe.optimizer, stage, 1.0)
     config = recipe.lr_find
@@ -102,16 +109,17 @@ def train_epoch(
     Each process trains on its shard of every batch; all processes return the same values.
 
     Args:
-        classifier: The network, frozen for the stage.
-        stage, recipe: Define schedule, batch size, accumulation and label smoothing.
+        classifier: The network, with layers frozen for the stage.
+        stage: The stage; it has the learning-rate schedule.
+        recipe: The recipe; it has batch size, gradient accumulation and label smoothing.
         optimizer: Result of `build_optimizer`.
         train_loader: The stage's training batches.
         epoch: Number of the epoch in its stage, from 0.
         valid_losses: Validation losses of the stage's finished epochs, for the plateau schedule.
-        ema: Moving average of the weights, updated after each step.
+        ema: Moving average of the weights, updated after each optimizer step.
 
     Returns:
-        The mean loss over the epoch's photos, and the steps.
+        The mean loss over the epoch's photos in nats, and a record of each optimizer step.
 
     Raises:
         Diverged: The loss is not finite; the message names stage, epoch, step and learning rate.
@@ -155,7 +163,10 @@ def train_epoch(
 
 
 def _prepare(train_loader: TrainLoader, epochs: Iterable[int]) -> None:
-    """Compute the views (random augmentations) of these epochs that are not in the cache yet."""
+    """Compute the augmented views of the photos for the given epochs and store them in the cache.
+
+    Views that are in the cache already are not computed again.
+    """
     process_group = train_loader.process_group
     # On a CPU the first process of a machine fills the disk cache that the others read.
     on_disk = train_loader.precision.device.type == "cpu"
@@ -165,7 +176,11 @@ def _prepare(train_loader: TrainLoader, epochs: Iterable[int]) -> None:
 
 
 def _read_losses(rows: list[Step], unread: list[Tensor], process_group: ProcessGroup) -> None:
-    """Read the losses of the last steps from the device into `rows`, and clear `unread`."""
+    """Read the losses of the last steps from the device into `rows`, and clear `unread`.
+
+    Raises:
+        Diverged: A loss is not finite.
+    """
     losses = process_group.mean(torch.stack(unread)).tolist()
     for index, loss in enumerate(losses, len(rows) - len(unread)):
         rows[index] = row = replace(rows[index], loss=loss)
@@ -178,7 +193,7 @@ def _read_losses(rows: list[Step], unread: list[Tensor], process_group: ProcessG
 
 
 def _groups(batches: Iterator[SizedBatch], count: int) -> Iterator[list[SizedBatch]]:
-    """Batches in groups of `count`; the last group may be shorter."""
+    """Yield the batches in groups of `count`; the last group may be shorter."""
     while group := list(itertools.islice(batches, count)):
         yield group
 
@@ -190,11 +205,20 @@ def _backward(
     smoothing: float,
     process_group: ProcessGroup,
 ) -> Tensor:
-    """Accumulate gradients of the loss averaged over all photos in `batches` of all processes.
+    """Run the forward and backward passes of one optimizer step, and accumulate the gradients.
+
+    The loss is averaged over all photos in `batches` of all processes.
+
+    Args:
+        net: The layers that train.
+        batches: The batches whose gradients are accumulated.
+        precision: Device and dtype of the forward pass.
+        smoothing: Label smoothing, in [0, 1].
+        process_group: The processes that train.
 
     Returns:
-        This process's share of the loss, a scalar on the device. The mean over the processes is the
-        loss.
+        This process's share of the loss, a scalar on the device. The mean of the shares over the
+        processes is the loss.
     """
     photos = sum(size for _, size in batches)
     total = torch.zeros((), device=precision.device)
@@ -216,10 +240,10 @@ def _backward(
 def _average_statistics(
     classifier: Classifier, ema: Ema | None, process_group: ProcessGroup
 ) -> None:
-    """Average the BatchNorm statistics that train, and their moving averages, over the processes.
+    """Average the BatchNorm statistics over the processes, and likewise their EMA.
 
-    Averaging once per epoch is exact, because the update of a step is linear: the mean of the
-    statistics over the processes follows the mean of their batches.
+    Statistics of BatchNorms in eval mode are left out. Averaging once per epoch gives the same
+    result as averaging after every step, because the update of running statistics is linear.
     """
     if process_group.size == 1:
         return
@@ -240,7 +264,19 @@ def validate(
     precision: Precision,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[float, float]:
-    """Accuracy and mean loss over the batches of all processes. Puts the network into eval mode."""
+    """Return validation accuracy and mean loss over the batches of all processes.
+
+    The network is left in eval mode.
+
+    Args:
+        classifier: The network.
+        valid: Batches of this process's shard: inputs of the trainable layers, and labels.
+        precision: Device and dtype of the forward pass.
+        process_group: The processes that validate.
+
+    Returns:
+        Accuracy as a fraction of 1, and cross-entropy in nats.
+    """
     classifier.eval()
     suffix: nn.Module = classifier.suffix
     # Fusing the BatchNorms of a whole network saves time on a CPU; on a GPU it takes more time.

@@ -1,4 +1,4 @@
-"""Start or resume a fine-tuning run; all options and data are checked before training begins."""
+"""Start a new fine-tuning run, or resume one. Options and data are checked before training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from training.utils.timer import Timer
 UNPRETRAINED: Final = (
     "no pretrained weights: every stage trains the whole network at one learning rate"
 )
-"""Logged for a recipe whose stages freeze layers, if there are no pretrained weights."""
+"""Log line for a run without pretrained weights whose recipe has stages with frozen layers."""
 
 
 def run(
@@ -50,23 +50,25 @@ def run(
     log: Log = log_to_stderr,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
-    """Fine-tune a network by a recipe on the photos of `source`.
+    """Fine-tune a network on the photos of `source`, with the options of a recipe.
 
     Args:
         recipe: The recipe.
-        source, split: Values of `--data` and `--split`; see `load_dataset`.
-        out: The run folder, new or empty; by default runs/NAME, or runs/NAME-2 and so on.
+        source: Value of `--data`: a folder of photos or the name of a dataset.
+        split: Value of `--split`: a CSV file that assigns each photo to a fold. None: no such file.
+        out: The run folder, new or empty. None: runs/NAME, or runs/NAME-2 and so on, where NAME is
+            the name of the recipe.
         device: "auto", "cpu" or "cuda".
-        cache_gb: Budget of the disk cache in GB; see `disk_cache.budget_gb`.
-        log: Takes log lines.
-        process_group: The processes that train, all with the same recipe and the same photos.
+        cache_gb: Size limit of the disk cache in GB; None: see `disk_cache.budget_gb`.
+        log: Function that is called with each log line.
+        process_group: The processes that train. All must have the same recipe and the same photos.
 
     Returns:
         The run folder.
 
     Raises:
-        FledgeError: An option or the data is wrong, which is found before anything is written; or
-            the loss diverged.
+        FledgeError: An option or the data is wrong, or the loss diverged. Wrong options and data
+            are reported before the run folder is written.
     """
     timer = Timer()
     log = process_group.on_main_process(log)
@@ -121,22 +123,25 @@ def resume(
     log: Log = log_to_stderr,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Path:
-    """Resume a run that was killed or interrupted, after its last finished epoch.
+    """Resume a killed or interrupted run after the last epoch that was finished.
 
-    On the same machine, with as many threads and processes, the final weights are bit-identical to
-    those of an uninterrupted run.
+    The final weights are bit-identical to those of an uninterrupted run if the machine and the
+    numbers of threads and processes are the same.
 
     Args:
         folder: The run folder; only the main process reads it.
-        device: "auto", "cpu" or "cuda"; by default the one that the run was started with.
-        root: The photos' folder, if it has moved.
-        cache_gb, log, process_group: As in `run`.
+        device: "auto", "cpu" or "cuda". None: the value that the run was started with.
+        root: Folder of the photos. None: the folder that the run was started with.
+        cache_gb: Size limit of the disk cache in GB; None: see `disk_cache.budget_gb`.
+        log: Function that is called with each log line.
+        process_group: The processes that train.
 
     Returns:
         The run folder.
 
     Raises:
-        DataError: `folder` contains no started run, or its photos have changed.
+        FledgeError: No run was started in `folder`, files of the run can't be read, the photos have
+            changed since the run was started, an option is wrong, or the loss diverged.
     """
     timer = Timer()
     log = process_group.on_main_process(log)
@@ -203,12 +208,12 @@ def resume(
 
 
 def _precision(recipe: Recipe, device: str, process_group: ProcessGroup) -> Precision:
-    """Device and dtype of this process, after checks across all processes.
+    """Return the device and dtype of this process, after checks of all processes.
 
     Raises:
-        DataError: The processes differ in recipe, versions or kind of device.
-        OptionError: The batch is too small to be split among the processes; also raised by
-            `choose_precision` and `compile.check`.
+        DataError: The processes differ in recipe, software versions or kind of device.
+        OptionError: The batch has fewer than 2 photos per process, `device` is not available, or
+            the recipe's `compile` option does not work here.
     """
     if 0 < recipe.batch_size < 2 * process_group.size:  # 0 is "auto"
         raise OptionError(
@@ -230,7 +235,11 @@ def _precision(recipe: Recipe, device: str, process_group: ProcessGroup) -> Prec
 def _classifier(
     recipe: Recipe, classes: int, log: Log, process_group: ProcessGroup
 ) -> tuple[Classifier, bool]:
-    """Call `plan.build_classifier`, and copy the main process's weights to all processes."""
+    """Create the network with the same initial weights in all processes.
+
+    Returns:
+        The network, and whether its body has pretrained weights.
+    """
     own = recipe if process_group.is_main_process else recipe.model_copy(update={"weights": "none"})
     classifier, pretrained = plan.build_classifier(own, classes, log)
     pretrained = process_group.broadcast_object(lambda: pretrained)

@@ -1,6 +1,6 @@
-"""`fledge lr-find`: the learning-rate range test of one stage.
+"""Implementation of `fledge lr-find`: the learning-rate range test of one stage.
 
-Optionally it also trains briefly at each suggested learning rate.
+Optionally, the stage is then trained for a few epochs at each suggested learning rate.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ class LearningRateTrial:
     """Result of a short training at a suggested learning rate.
 
     Attributes:
-        pick: Name of the suggestion.
-        lr: The head's learning rate.
-        train_loss, valid_loss: Losses of the last epoch in nats; NaN if the training diverged.
-        accuracy: Validation accuracy, a fraction of 1; NaN if the training diverged.
+        pick: Name of the suggestion, one of `PICKS`.
+        lr: Suggested learning rate, used for the head.
+        train_loss: Training loss of the last epoch in nats; NaN if the training diverged.
+        valid_loss: Validation loss of the last epoch in nats; NaN if the training diverged.
+        accuracy: Validation accuracy after the last epoch, as a fraction of 1; NaN if the training
+            diverged.
     """
 
     pick: str
@@ -55,7 +57,7 @@ class LearningRateTrial:
 
 @dataclass
 class _StageSetup:
-    """A stage with its network and data loaders."""
+    """One stage of a recipe, with the network and the data loaders for training the stage."""
 
     recipe: Recipe
     stage: Stage
@@ -78,21 +80,27 @@ def lr_find(
     cache_gb: float | None = None,
     log: Log = log_to_stderr,
 ) -> tuple[lr_range_test.Curve, list[LearningRateTrial]]:
-    """Learning-rate range test of one stage of a recipe; writes only the picture of the curve.
+    """Run the learning-rate range test of one stage, and write a plot of the loss curve.
 
     Args:
-        recipe, source, split, device, cache_gb, log: As in `finetune.run`.
-        stage: Name of the stage; by default the first.
+        recipe: The recipe.
+        source: Value of `--data`: a folder of photos or the name of a dataset.
+        split: Value of `--split`: a CSV file that assigns each photo to a fold. None: no such file.
+        stage: Name of the stage. None: the first stage.
         start: Checkpoint that the stage starts from, such as `runs/NAME/stages/head.safetensors`.
-        out: Path of the PNG file; by default `lr_find-STAGE.png` in the current folder.
-        compare: Epochs to train at each suggestion; None: no trials.
+            None: the weights that the recipe starts from.
+        out: Path of the PNG file. None: `lr_find-STAGE.png` in the current folder.
+        device: "auto", "cpu" or "cuda".
+        compare: Number of epochs to train at each suggested rate. None: no such trials.
+        cache_gb: Size limit of the disk cache in GB; None: see `disk_cache.budget_gb`.
+        log: Function that is called with each log line.
 
     Returns:
-        The curve, and the trials in the order of `PICKS`.
+        The loss curve, and the trials in the order of `PICKS`.
 
     Raises:
-        FledgeError: An option or the data is wrong, the recipe has no such stage, or the curve has
-            no usable descent.
+        FledgeError: An option or the data is wrong, the recipe has no stage of this name, or the
+            loss diverges at once or never falls.
     """
     if compare is not None and compare < 1:
         raise OptionError(f"--epochs {compare}: use 1 or more")
@@ -153,7 +161,7 @@ def _set_up(
 
 
 def _differences(theirs: checkpoint.CheckpointInfo, ours: checkpoint.CheckpointInfo) -> str:
-    """The options in which two networks differ, as text."""
+    """Return a text that lists the options in which the networks of two checkpoints differ."""
 
     def network_options(info: checkpoint.CheckpointInfo) -> dict[str, object]:
         tables = {"arch_args": info.arch_args, "head": info.head}
@@ -167,14 +175,14 @@ def _differences(theirs: checkpoint.CheckpointInfo, ours: checkpoint.CheckpointI
 
 
 def _plain(value: object) -> str:
-    """A value as text, the same whether it comes from a checkpoint's .json file or a recipe."""
+    """Return a value as text. Equal values from a .json file and from a recipe give equal texts."""
     return "none" if value is None else json.dumps(value).strip('"')
 
 
 def _trials(
     setup: _StageSetup, curve: lr_range_test.Curve, epochs: int
 ) -> Iterator[LearningRateTrial]:
-    """Train the stage for some epochs at each suggestion, each time from the same weights."""
+    """Train the stage for `epochs` epochs at each suggested rate, always from the same weights."""
     stage = setup.stage.model_copy(
         update={"cycles": 1, "cycle_len": epochs, "cycle_mult": 1.0, "patience": 0}
     )

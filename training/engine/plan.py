@@ -1,4 +1,4 @@
-"""Preparation of a run: its stages, its network, and checks before the work begins."""
+"""Preparation of a run: determine the stages, create the network, check the stages."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ from training.utils.console import Log
 
 
 def stages_of(recipe: Recipe, pretrained: bool) -> list[Stage]:
-    """The stages as they are trained.
+    """Return the recipe's stages with the options that training uses.
 
-    "gradual" is replaced by a number of layer groups. Without pretrained weights no stage freezes
-    layers.
+    `unfreeze = "gradual"` is replaced by a number of layer groups: one more than in the stage
+    before. Without pretrained weights, all stages are changed to train all layers.
+
+    Args:
+        recipe: The recipe.
+        pretrained: Whether the body has pretrained weights.
+
+    Raises:
+        OptionError: The stage before a "gradual" stage unfreezes layers by name, not by number.
     """
     stages: list[Stage] = []
     for stage in recipe.stage:
@@ -34,7 +41,10 @@ def stages_of(recipe: Recipe, pretrained: bool) -> list[Stage]:
 
 
 def _from_scratch(stage: Stage) -> Stage:
-    """The stage with all layers trained at one rate, because frozen random layers are useless."""
+    """Return a copy of the stage that trains all layers at one learning rate.
+
+    It is used without pretrained weights: random layers must not be frozen.
+    """
     lr = stage.lr
     head = lr[-1] if isinstance(lr, tuple) else lr.high if isinstance(lr, Spread) else lr
     changes = {
@@ -45,11 +55,12 @@ def _from_scratch(stage: Stage) -> Stage:
 
 
 def check(classifier: Classifier, recipe: Recipe, stages: list[Stage]) -> None:
-    """Check all stages before the work begins; the classifier is not changed.
+    """Check the options of all stages before training; the classifier is not changed.
 
     Raises:
-        OptionError: The architecture does not support an image size, a pattern of `unfreeze`
-            matches nothing, or a list of rates has the wrong length.
+        OptionError: The architecture does not support the image size of a stage, a pattern in
+            `unfreeze` matches no layer, or `lr` is a list whose length is not the number of layer
+            groups that train.
     """
     for stage in stages:
         option = f"stage.{stage.name}.image_size" if stage.image_size else "preprocess.size"
@@ -61,9 +72,13 @@ def check(classifier: Classifier, recipe: Recipe, stages: list[Stage]) -> None:
 
 
 def build_classifier(recipe: Recipe, classes: int, log: Log) -> tuple[Classifier, bool]:
-    """The recipe's network, and whether its body has pretrained weights.
+    """Create the recipe's network. Torch's global random state is set from the recipe's seed.
 
-    Sets the global random state from the recipe's seed.
+    With `weights = "auto"`, the network starts from random weights if the ImageNet weights are not
+    available.
+
+    Returns:
+        The network, and whether its body has pretrained weights.
     """
 
     def with_weights(weights: str) -> Classifier:
@@ -82,7 +97,7 @@ def build_classifier(recipe: Recipe, classes: int, log: Log) -> tuple[Classifier
 
 
 def info(recipe: Recipe, dataset: Dataset) -> checkpoint.CheckpointInfo:
-    """Description of a run's checkpoints, without metrics."""
+    """Return the description of a run's checkpoints, without metrics."""
     return checkpoint.CheckpointInfo(
         name=recipe.name,
         arch=recipe.arch,

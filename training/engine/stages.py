@@ -1,4 +1,4 @@
-"""The training loop of a run: stages, their epochs, and the report at the end."""
+"""Training loop of a run: train the epochs of all stages, then evaluate and write the report."""
 
 from __future__ import annotations
 
@@ -35,20 +35,21 @@ from training.utils.precision import Precision
 
 @dataclass
 class Run:
-    """A run in progress; `train` executes it.
+    """Everything that `train` needs for a new or resumed run.
 
     Attributes:
         recipe: The recipe, with a number for `batch_size`.
-        stages: The stages as they are trained; see `plan.stages_of`.
+        stages: The stages, as `plan.stages_of` returns them.
         classifier: The network.
-        activations: Makes the data loaders.
+        activations: Factory of the data loaders.
         folder: The run folder.
         info: Description of the run's checkpoints, without metrics.
-        log: Takes log lines; discards them in all processes but the main process.
-        position: The progress of the run.
+        log: Function that is called with each log line; in processes other than the main process it
+            discards the line.
+        position: Progress of the run.
         resumed: Tensors of the resume state that the run starts from; empty for a new run.
         process_group: The processes that train.
-        saved: Number of epochs in the resume state on disk.
+        saved: Number of finished epochs in the resume state on disk.
     """
 
     recipe: Recipe
@@ -65,21 +66,20 @@ class Run:
 
     @property
     def precision(self) -> Precision:
-        """Device and dtype."""
+        """Device and dtype of the training."""
         return self.activations.precision
 
 
 def train(run: Run) -> Path:
-    """Train the remaining epochs, evaluate the best checkpoint, write the report.
+    """Train the remaining epochs, evaluate the best checkpoint, and write the report.
 
-    All processes train; the main process alone evaluates and writes the report.
+    All processes train; only the main process evaluates and writes the report.
 
     Returns:
         The run folder.
 
     Raises:
-        WorkError: The loss diverged, or the disk is full. In the latter case the run can be
-            resumed.
+        WorkError: The loss diverged, or the disk is full. After a full disk the run can be resumed.
     """
     position, timer = run.position, run.activations.timer
     _log_start(run)
@@ -123,7 +123,7 @@ def _open_metric_log(run: Run) -> AbstractContextManager[MetricLog | None]:
 def _train_stage(
     run: Run, share: SharedPrefix, metric_log: MetricLog | None, ema: Ema | None
 ) -> None:
-    """Train the remaining epochs of the current stage, and advance the position to the next one."""
+    """Train the remaining epochs of the current stage, then set the position to the next stage."""
     classifier, position = run.classifier, run.position
     stage = run.stages[position.stage]
     classifier.freeze_for(stage)
@@ -156,7 +156,10 @@ def _train_stage(
 def _open_loaders(
     run: Run, stage: Stage, share: SharedPrefix, ema: Ema | None
 ) -> tuple[TrainLoader, ValidLoader]:
-    """The stage's data loaders, with the same number of cached views in all processes."""
+    """Return the training and validation loaders of the stage.
+
+    All processes use the same number of cached augmented views per photo, decided by process 0.
+    """
     position, process_group = run.position, run.process_group
 
     def open_loaders(views: int | None) -> tuple[TrainLoader, ValidLoader]:
@@ -183,7 +186,10 @@ def _run_epoch(
     valid_loader: ValidLoader,
     ema: Ema | None,
 ) -> tuple[Epoch, list[Step]]:
-    """Train and validate one epoch, and save its checkpoint if it is the best so far.
+    """Train and validate one epoch, and save the best checkpoint if this epoch is the best so far.
+
+    Returns:
+        The record of the epoch, and a record of each optimizer step.
 
     Raises:
         Diverged: The training or validation loss is not finite.
@@ -222,7 +228,7 @@ def _keep_best(run: Run, stage: Stage, row: Epoch) -> None:
 
 
 def _finish_stage(run: Run, stage: Stage, share: SharedPrefix, ema: Ema | None) -> None:
-    """Save the stage's checkpoint, advance the position, plot the schedule so far."""
+    """Save the stage's checkpoint, set the position to the next stage, and plot the schedule."""
     position = run.position
     if run.process_group.is_main_process:
         with ema.swapped() if ema else nullcontext():
@@ -242,7 +248,11 @@ def _finish_stage(run: Run, stage: Stage, share: SharedPrefix, ema: Ema | None) 
 
 
 def _find_lr(run: Run, stage: Stage, train_loader: TrainLoader) -> float:
-    """The learning rate that the range test picks; process 0 decides."""
+    """Run the learning-rate range test of the stage, and plot the loss curve.
+
+    Returns:
+        The learning rate that `lr_find.pick` of the recipe selects, the same in all processes.
+    """
     with run.activations.timer("lr_find"):
         curve = epoch.find_lr(run.classifier, stage, run.recipe, train_loader)
         pick = run.recipe.lr_find.pick
@@ -263,7 +273,14 @@ def _save_state(
     optimizer: torch.optim.Optimizer | None = None,
     early_stopping: EarlyStopping | None = None,
 ) -> None:
-    """Save the resume state; between two stages there is no optimizer and no early stopping."""
+    """Save the resume state.
+
+    Args:
+        run: The run.
+        ema: Moving average of the weights, if there is one.
+        optimizer: Optimizer of the stage in progress; None after the end of a stage.
+        early_stopping: Early stopping of the stage in progress; None after the end of a stage.
+    """
     with run.activations.timer("saving"):
         random = resume_state.random_state(run.precision.device, run.process_group.rank)
         tensors = ResumeTensors(
