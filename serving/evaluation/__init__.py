@@ -1,1 +1,1 @@
-"""Comparison of a table of scores with true labels."""
+"""Compare the predictions in a table of scores with true labels."""

@@ -1,10 +1,14 @@
-"""`fledge evaluate-scores`: compare a table of scores with true labels, without the model.
+"""Compare a table of scores with true labels, without the model (`fledge evaluate-scores`).
 
-    table_reader.read --paths--> TrueLabels                                   first pass
-    table_reader.read --rows---> StreamingMetrics --figures--> text, JSON, CSV  second pass
+A table of scores has one row for each image, with the predicted label and probability. The table is
+read twice, as a stream:
 
-The table is read twice, because a label may be matched by file name, and the first pass finds out
-whether that name is unique.
+    1. The paths go to a `TrueLabels` object.
+    2. The rows and their true labels go to `StreamingMetrics`. The resulting figures are printed,
+       and written as JSON and CSV if requested.
+
+The first pass is needed because an image may be matched with a true label by its file name, and
+only the complete table shows whether that file name is unique.
 """
 
 from __future__ import annotations
@@ -28,23 +32,25 @@ _CLASSES: Final = 20
 _CONFUSIONS: Final = 10
 """Largest number of pairs of confused labels that are printed."""
 _WIDEST_MATRIX: Final = 10_000
-"""Largest number of labels of a confusion matrix; more distinct values are probably not labels."""
+"""Largest number of labels in a confusion matrix. More distinct values are hardly class labels."""
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Source of the true labels, and the output files.
+    """Options of `fledge evaluate-scores`: the source of the true labels, and the output files.
 
     Attributes:
-        labels_from_folders: The true label is the name of the folder that contains the image.
-        labels: CSV file of true labels, the alternative to `labels_from_folders`.
-        labels_column: Column of the labels in that file; None: "label".
-        path_column: Column of the paths in that file; None: "path".
-        bundle: The bundle that gives the order of the classes; None: the table's summary gives it.
+        labels_from_folders: Whether the true label is the name of the folder that contains the
+            image.
+        labels: CSV file of true labels; must be None if `labels_from_folders` is True.
+        labels_column: Name of the column of `labels` that has the labels; None: "label".
+        path_column: Name of the column of `labels` that has the paths; None: "path".
+        bundle: Bundle from which the class names are read, in the order of the model's outputs.
+            None: they are read from the summary file beside the table.
         json: Output file for all figures.
-        confusion: Output file for the confusion matrix as CSV, a row for each true label.
-        mistakes: Output file for the wrong answers as CSV, highest probability first, at most
-            `streaming_metrics.MISTAKES`.
+        confusion: Output CSV file for the confusion matrix, with one line for each true label.
+        mistakes: Output CSV file for the wrong predictions, highest probability first, at most
+            `streaming_metrics.MISTAKES` (1000).
     """
 
     labels_from_folders: bool = False
@@ -60,19 +66,22 @@ class EvaluationOptions:
 def evaluate(
     scores: Path, options: EvaluationOptions, *, log: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Compare a table of scores with true labels; returns the figures as JSON.
+    """Compare a table of scores with true labels, and return all figures.
+
+    The result is the content of the JSON output. The figures are also logged as text, and written
+    to the output files in `options`.
 
     Args:
-        scores: A `.csv`, `.jsonl` or `.parquet` file of `fledge score`, or a folder of Parquet
-            files that it wrote.
-        options: True labels and outputs.
-        log: Called with each line for the user.
+        scores: A `.csv`, `.jsonl` or `.parquet` file written by `fledge score`, or a folder of
+            Parquet files written by it.
+        options: Source of the true labels, and output files.
+        log: Function that is called with each line of the printed result.
 
     Raises:
-        OptionError: An option can't be used.
-        DataError: The table or the labels can't be read, or they have no image in common.
-        BundleError: `bundle` is not a usable bundle.
-        WorkError: No row has an answer.
+        OptionError: An option has an invalid value.
+        DataError: The table or the labels can't be read, or no image of the table has a true label.
+        BundleError: `options.bundle` is not a valid bundle.
+        WorkError: Every row of the table is an error.
     """
     _check_outputs(scores, options)
     true_labels = _true_labels(options)
@@ -120,7 +129,7 @@ def evaluate(
 
 
 def describe(figures: Mapping[str, Any]) -> Iterator[str]:
-    """The figures as lines of text."""
+    """Yield the figures returned by `evaluate` as lines of text."""
     rows, answers, evaluated = (figures[name] for name in ("rows", "answers", "evaluated"))
     yield f"{figures['scores']}: {_rows(rows)}, {answers} with an answer, {evaluated} evaluated"
     named = {
@@ -263,7 +272,10 @@ def _true_labels(options: EvaluationOptions) -> TrueLabels:
 
 
 def _class_order(scores: Path, bundle: Path | None) -> ClassOrder:
-    """The class names of the bundle, else of the summary beside the table; may be unknown."""
+    """Return the class names of the bundle, or else of the summary file beside the table.
+
+    If there is neither, the result is an empty `ClassOrder`.
+    """
     if bundle is not None:
         from serving.bundle import storage  # pydantic takes 0.2 s to import
 

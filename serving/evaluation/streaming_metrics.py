@@ -1,10 +1,15 @@
-"""Accuracy, log loss, calibration and confusions of scored rows, accumulated row by row.
+"""Accuracy, log loss, calibration and confusion counts of scored images, accumulated row by row.
 
-The log loss uses the column `probabilities` and needs the order of the classes for it. In a table
-without that column, it uses `top_k`. If the true label is a class that is not in `top_k`, its
-probability is at most the smallest one listed and at most 1 minus their sum. The smaller of these
-two bounds is used, so the log loss is a lower bound. If the classes are unknown, the log loss is
-omitted, unless `top_k` has the true label of every row.
+The log loss of a table row is computed from the column `probabilities` (all classes) if the table
+has it, and otherwise from `top_k` (the most probable classes). `probabilities` can only be read if
+the order of the model's classes is known.
+
+If the true label is not in `top_k`, only an upper bound of its probability is known: the smaller of
+the lowest probability in `top_k` and 1 minus the sum of `top_k`. The log loss is then a lower
+bound.
+
+If the class names are unknown, the log loss is only computed if the table has no column
+`probabilities` and `top_k` contains the true label of every row.
 """
 
 from __future__ import annotations
@@ -23,29 +28,29 @@ from serving.evaluation.table_reader import ParsedRow
 from serving.imaging.tta import Probabilities
 
 SMALLEST: Final = 1e-12
-"""Smaller probabilities are replaced by this, so that a loss is finite. Training uses it too."""
+"""Lower bound of a probability in the log loss, which keeps the loss finite. Same in training."""
 MISTAKES: Final = 1000
-"""Largest number of mistakes in memory, those with the highest probability."""
+"""Number of wrong answers kept in memory. Those with the highest probability are kept."""
 BINS: Final = 15
 _EDGES: Final = [number / BINS for number in range(BINS + 1)]
 _TOP: Final = 5
 
 
 class ClassOrder:
-    """The model's class names, in the order of the column `probabilities`.
+    """Class names of the model, in the order of the column `probabilities`.
 
     Attributes:
-        places: Class name -> index; empty if the order is not known.
-        count: Number of classes. If the names are not known, it is the length of the first
-            `probabilities`, and None before that.
+        places: Maps each class name to its index in `probabilities`; empty if the order is unknown.
+        count: Number of classes. If the names are unknown, the length of the first `probabilities`
+            that was checked; None before that.
     """
 
     def __init__(self, labels: Sequence[str] | None = None, source: str = "") -> None:
         """Store the class names.
 
         Args:
-            labels: The class names in order; None if they are not known.
-            source: Where the names come from, for error messages.
+            labels: Class names in order; None if they are unknown.
+            source: Where the names were read from, for error messages.
         """
         self.places = {label: place for place, label in enumerate(labels or ())}
         self.count = len(labels) if labels else None
@@ -56,10 +61,16 @@ class ClassOrder:
         return bool(self.places)
 
     def check(self, row: ParsedRow, probabilities: Probabilities | None) -> None:
-        """Check that a row is an answer of this model.
+        """Check that a table row can be a prediction of this model.
+
+        Args:
+            row: A row without an error.
+            probabilities: Parsed column `probabilities`, float64 [C]; None if the table lacks it.
 
         Raises:
-            DataError: The label or the probabilities of the row contradict the class order.
+            DataError: The label is not a class of the model, the number of probabilities differs
+                from the number of classes, or the probability at the label's index differs from
+                `row.probability`.
         """
         if self.count is None and probabilities is not None:
             self.count = len(probabilities)
@@ -81,22 +92,27 @@ class ClassOrder:
 
 
 class StreamingMetrics:
-    """Figures of the rows so far, in memory that does not grow with the number of rows.
+    """Counts and sums of the table rows added so far.
+
+    Memory does not grow with the number of rows. An answer is a row without an error.
 
     Attributes:
-        rows: Number of rows.
-        errors: Error code -> number of rows.
-        errors_with_label: Number of rows with an error and a true label.
-        without_label: Number of rows with an answer and no true label.
-        confident: (confident, right) -> number of rows.
-        confusion: (true label, predicted label) -> number of rows.
-        bins: For each bin of probability: number of rows, number of right ones, sum of the
-            probabilities.
-        losses: True label -> sum of losses, number of rows, number of rows whose loss is only a
-            lower bound.
-        top: Whether the true label is among the first five (None: not known) -> number of rows.
-        mistakes: Heap of (probability, -row, path, true label, predicted label).
-        named: Labels in `top_k` of any row.
+        order: The model's class names.
+        rows: Number of table rows.
+        errors: For each error code, the number of rows.
+        errors_with_label: Number of rows that have an error and a true label.
+        without_label: Number of answers without a true label.
+        confident: Number of answers for each pair of booleans (confident, correct).
+        confusion: Number of answers for each pair (true label, predicted label).
+        bins: For each of the `BINS` intervals of predicted probability, the number of answers, the
+            number of correct ones, and the sum of predicted probabilities.
+        losses: For each true label, the sum of losses, the number of answers, and the number of
+            answers whose loss is only a lower bound.
+        top: Number of answers whose true label is among the five most probable classes (key True),
+            is not (False), or for which this is unknown (None).
+        mistakes: Heap of the wrong answers with the highest probability, as tuples (probability,
+            -number of the row, path, true label, predicted label).
+        named: All labels that occur in `top_k` of any row.
     """
 
     def __init__(self, order: ClassOrder) -> None:
@@ -111,10 +127,15 @@ class StreamingMetrics:
         self.named: set[str] = set()
 
     def add(self, row: ParsedRow, truth: str | None) -> None:
-        """Add a row; `truth` is its true label, None if that is not known.
+        """Add a table row.
+
+        Args:
+            row: The row.
+            truth: True label of the image; None if it is unknown.
 
         Raises:
-            DataError: The row contradicts the class order.
+            DataError: The row can't be a prediction of this model (see `ClassOrder.check`), or its
+                probabilities can't be parsed.
         """
         self.rows += 1
         if row.code is not None:
@@ -144,7 +165,13 @@ class StreamingMetrics:
     def _add_loss(
         self, truth: str, top_k: dict[str, float], probabilities: Probabilities | None
     ) -> None:
-        """Add the loss or its lower bound, and whether the true label is among the first five."""
+        """Add the loss of one answer, and count whether the true label is in the top five.
+
+        Args:
+            truth: True label.
+            top_k: Probabilities of the most probable classes, by label.
+            probabilities: Probabilities of all classes, float64 [C]; None if the table lacks them.
+        """
         place, bound = self.order.places.get(truth), False
         first: bool | None
         if probabilities is not None and place is not None:
@@ -164,11 +191,11 @@ class StreamingMetrics:
             self.losses[truth][index] += value
 
     def figures(self) -> dict[str, Any]:
-        """All figures, as JSON. Needs at least one row with an answer and a true label.
+        """Return all figures in the form of the JSON output.
 
-        A row whose true label the model does not have counts as a wrong answer, and is left out of
-        the log loss. If the class names are not known, "unknown_labels" are the true labels that
-        occur in no `top_k`.
+        At least one added row must have an answer and a true label. If a true label is not a class
+        of the model, the answer counts as wrong and is left out of the log loss. If the class names
+        are unknown, "unknown_labels" has the true labels that occur in no `top_k`.
         """
         evaluated = self.confusion.total()
         right = sum(rows for (truth, label), rows in self.confusion.items() if truth == label)
@@ -212,16 +239,25 @@ class StreamingMetrics:
         }
 
     def _top_5(self, evaluated: int) -> float | None:
-        """Top-5 accuracy; None if a row's rank is unknown or the model has at most five classes.
+        """Return the top-5 accuracy.
 
-        If the classes are not known, the labels in `top_k` of all rows are counted instead.
+        None if the top five classes of any row are unknown, or if the model has at most five
+        classes. If the number of classes is unknown, the distinct labels in all `top_k` are counted
+        instead.
         """
         if self.top[None] or 0 < (self.order.count or len(self.named)) <= _TOP:
             return None
         return self.top[True] / evaluated
 
     def _log_loss(self, left_out: Container[str]) -> dict[str, Any] | None:
-        """None if no true label is a class, or `probabilities` can't be matched to the classes."""
+        """Return the mean log loss and the number of answers it covers.
+
+        None if no true label is a class of the model. If the class names are unknown, also None if
+        the table has the column `probabilities`, or if `top_k` of any row lacks the true label.
+
+        Args:
+            left_out: True labels that are not classes of the model.
+        """
         if not self.order.known and (self.order.count or any(v[2] for v in self.losses.values())):
             # `probabilities` can't be read, or a true label outside `top_k` may be no class at all.
             return None
@@ -237,7 +273,11 @@ class StreamingMetrics:
         }
 
     def _calibration(self, evaluated: int) -> dict[str, Any]:
-        """Expected calibration error (Guo et al., 2017): bins of equal width, closed above."""
+        """Return the expected calibration error (Guo et al., 2017) and the figures of each bin.
+
+        All bins have the same width. A probability on the edge of two bins belongs to the lower
+        one.
+        """
         return {
             "error": sum(abs(right - total) for _, right, total in self.bins) / evaluated,
             "rows": evaluated,
@@ -266,7 +306,7 @@ class StreamingMetrics:
         }
 
     def _classes(self, truths: Counter[str]) -> list[dict[str, Any]]:
-        """Accuracy of each true label, lowest first."""
+        """Return the accuracy for each true label, lowest first."""
         hits = {label: self.confusion[label, label] for label in truths}
         worst_first = sorted(
             truths, key=lambda label: (hits[label] / truths[label], -truths[label], label)
@@ -283,7 +323,13 @@ class StreamingMetrics:
 
 
 def interval(right: int, rows: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson, 1927); 95 % with the default `z`."""
+    """Return Wilson's score interval (Wilson, 1927) of the proportion `right / rows`.
+
+    Args:
+        right: Number of correct answers.
+        rows: Number of answers, at least 1.
+        z: Quantile of the normal distribution; the default gives a 95% interval.
+    """
     share, z2 = right / rows, z * z
     middle = (share + z2 / (2 * rows)) / (1 + z2 / rows)
     half = z / (1 + z2 / rows) * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows**2))

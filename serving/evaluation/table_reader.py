@@ -1,6 +1,6 @@
-"""Reader of tables of scores: streams the rows of CSV, JSON lines and Parquet.
+"""Read a table of scores (CSV, JSON lines or Parquet) as a stream of rows.
 
-The columns `top_k` and `probabilities` are parsed only when they are used.
+The columns `top_k` and `probabilities` are parsed only when the methods of those names are called.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ _ONE: Final = 1 + 1e-6
 
 @dataclass(frozen=True, slots=True)
 class ParsedRow:
-    """A row of a table of scores.
+    """One row of a table of scores: the result for one image.
 
     Attributes:
-        where: File and line, for error messages.
+        where: File and line of the row, for error messages.
         path: Name of the scored image.
-        code: Error code; None if the row has an answer.
-        label: The predicted label.
+        code: Error code; None if the image was scored.
+        label: Predicted label; "" if the row has an error.
         probability: Probability of `label`.
-        confident: None if the bundle has no threshold.
+        confident: Whether the probability reaches the bundle's threshold; None if it has no
+            threshold.
     """
 
     where: str
@@ -51,7 +52,13 @@ class ParsedRow:
     _probabilities: Any = None
 
     def top_k(self) -> tuple[tuple[str, float], ...]:
-        """(label, probability) pairs, most probable first; one if the table lacks the column."""
+        """Return the most probable classes as (label, probability) pairs, most probable first.
+
+        If the table has no column `top_k`, only the predicted label is returned.
+
+        Raises:
+            DataError: The column is not a list of labels and probabilities.
+        """
         listed = _parsed(self._top_k, self.where, "top_k")
         if not listed:
             return ((self.label, self.probability),)
@@ -67,7 +74,13 @@ class ParsedRow:
             raise DataError(f"{self.where}: top_k is no list of labels and probabilities") from None
 
     def probabilities(self) -> Probabilities | None:
-        """float64 [C], in the model's order of classes; None if the table lacks the column."""
+        """Return the probabilities of all classes in the model's order, float64 [C].
+
+        None if the table has no such column.
+
+        Raises:
+            DataError: The column is not a list of numbers from 0 to 1.
+        """
         listed = _parsed(self._probabilities, self.where, "probabilities")
         if listed is None:
             return None
@@ -81,12 +94,16 @@ class ParsedRow:
 
 
 def read(path: Path) -> Iterator[ParsedRow]:
-    """The rows of a table in order; the table may be a folder of Parquet files.
+    """Yield the rows of a table of scores, in order.
+
+    Args:
+        path: A `.csv`, `.jsonl` or `.parquet` file, or a folder of Parquet files written by `fledge
+            score`.
 
     Raises:
-        OptionError: The suffix is unknown, or a Parquet file needs pyarrow.
-        DataError: The table is missing, incomplete or not a table of scores; the message names the
-            line.
+        OptionError: The suffix of the file is unknown, or the file is Parquet and pyarrow is not
+            installed.
+        DataError: The file does not exist, is truncated, or is not a table of scores.
     """
     if path.is_dir() and part_files(path):
         for part in part_files(path):
@@ -129,7 +146,13 @@ def _row(where: str, values: Mapping[str, Any]) -> ParsedRow:
 
 
 def parse_probability(value: Any, where: str) -> float:
-    """Parse a probability. A value up to 1e-6 above 1 comes from rounding and is returned as 1.
+    """Convert a value to a probability.
+
+    A value up to 1e-6 above 1 comes from rounding and is returned as 1.
+
+    Args:
+        value: A number or its text.
+        where: File and line, for the error message.
 
     Raises:
         DataError: The value is not a number from 0 to 1.
@@ -153,14 +176,16 @@ def _parsed(value: Any, where: str, column: str) -> Any:
 
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
-"""Pairs of the line, for error messages, and a mapping of columns to values."""
+"""Iterator of pairs: position such as "line 3", and a mapping from column name to value."""
 
 
 def csv_rows(path: Path) -> Rows:
-    """The rows of a CSV file whose first line names the columns.
+    """Yield the line number and the values of each row of a CSV file.
+
+    The first line of the file names the columns. The values are a mapping from column name to text.
 
     Raises:
-        DataError: A line has fewer or more fields than the first one, or a quote is not closed.
+        DataError: A line has fewer or more fields than the first line, or a quote is not closed.
         OSError: The file can't be read.
     """
     csv.field_size_limit(_LONGEST_FIELD)

@@ -1,4 +1,4 @@
-"""True labels of the images in a table of scores: from their folders, or from a CSV file."""
+"""Find the true label of each image in a table of scores: by its folder, or in a CSV file."""
 
 from __future__ import annotations
 
@@ -15,27 +15,40 @@ _ARCHIVE: Final = re.compile(r"\.(?:tar|tar\.\w+|t(?:gz|bz2|xz|zst))::(?:[0-9]+:
 
 
 class TrueLabels(Protocol):
-    """Source of the true labels of images."""
+    """Source of the true labels of images.
+
+    Call `register` for every path of the table first, and then `label_of`.
+    """
 
     def register(self, path: str) -> None:
-        """Register a row's path; called for every row before the first `label_of`."""
+        """Add the path of an image in the table; needed before the first `label_of`."""
         ...
 
     def label_of(self, path: str) -> str | None:
-        """The true label; None if it is not known."""
+        """Return the true label of the image at `path`; None if it is unknown."""
         ...
 
     def match_counts(self) -> dict[str, int]:
-        """Number of rows matched by file name, and of rows whose file name is ambiguous."""
+        """Return the number of images matched by file name only, and of those with ambiguous names.
+
+        An ambiguous file name matches several paths, so the true label is unknown.
+        """
         ...
 
     def no_match_message(self, example: str) -> str:
-        """The error text if no row has a true label; `example` is a row's path."""
+        """Return the error message for a table in which no image has a true label.
+
+        Args:
+            example: Path of one image of the table.
+        """
         ...
 
 
 class FolderLabels:
-    """The label is the name of the folder that contains the image, also within an archive."""
+    """True labels from folder names: the label is the name of the folder that contains the image.
+
+    For an image in a tar archive, the folder is the one inside the archive.
+    """
 
     def register(self, path: str) -> None:
         pass
@@ -52,26 +65,29 @@ class FolderLabels:
 
 
 class LabelFile:
-    """Labels from a CSV file with a column of paths and a column of labels.
+    """True labels from a CSV file with a column of paths and a column of labels.
 
     An image is matched by its path or, if the CSV file does not list that path, by its file name. A
-    match by file name requires that only one path of the CSV file has this name, that this path is
-    not in the table itself, and that no other image of the table would be matched by this name.
+    match by file name is only made if all of these hold:
+
+        - The CSV file lists only one path with this file name.
+        - The table has no image at that path.
+        - The table has no other image that would be matched by this file name.
     """
 
     def __init__(
         self, path: Path, column: str | None = None, path_column: str | None = None
     ) -> None:
-        """Read the file.
+        """Read the CSV file.
 
         Args:
             path: The CSV file.
-            column: Column of the labels; default "label".
-            path_column: Column of the paths; default "path".
+            column: Name of the column of labels; None: "label".
+            path_column: Name of the column of paths; None: "path".
 
         Raises:
-            DataError: The file is missing or incomplete, lacks a column, or has two labels for a
-                path.
+            DataError: The file can't be read or has no rows, lacks a column, or gives two different
+                labels for one path.
         """
         self._file = path
         column, path_column = column or "label", path_column or "path"
@@ -146,7 +162,10 @@ class LabelFile:
         )
 
     def _names(self) -> dict[str, int | None]:
-        """File name -> index of its label; None if several paths have that name."""
+        """Return a mapping from file name to the index of the label in `_labels`.
+
+        The index is None if several paths have the same file name.
+        """
         if not self._by_name:
             for path, place in self._places.items():
                 name = _name(path)
@@ -155,7 +174,10 @@ class LabelFile:
 
 
 def _inside(path: str) -> str:
-    """The path within the archive if the image is a member: `a.tar::cat/1.jpg` -> `cat/1.jpg`."""
+    """Return the path within a tar archive: `cat/1.jpg` for `a.tar::cat/1.jpg`.
+
+    A path outside archives is returned unchanged.
+    """
     found = _ARCHIVE.search(path)
     return path[found.end() :] if found else path
 
@@ -165,7 +187,7 @@ def _name(path: str) -> str:
 
 
 def _key(path: str) -> str:
-    """The path with bytes that are not UTF-8 escaped as in a Parquet table."""
+    """Return the path with bytes that are not UTF-8 escaped, as in a Parquet table of scores."""
     if path.isascii():
         return path
     with suppress(UnicodeEncodeError):  # for surrogates that do not come from surrogateescape
