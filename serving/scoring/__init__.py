@@ -1,1 +1,4 @@
-"""Batch scoring: many images -> one table of scores, resumable, locally or on a Ray cluster."""
+"""Batch scoring: predict the class of many images, and write one table of scores.
+
+An interrupted run can be resumed. The model runs on this machine or on a Ray cluster.
+"""

@@ -1,4 +1,4 @@
-"""Copy each scored image into a folder for its label: `--copy-to`."""
+"""Copy each scored image into a folder for its predicted label (`fledge score --copy-to`)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from serving.scoring.rows import ScoreRow
 from serving.utils.files import atomic_write
 
 ERRORS: Final = "_errors"
-"""Folder of the images that could not be scored."""
+"""Name of the subfolder for images that could not be scored."""
 
 
 def copy_by_label(folder: Path, rows: Iterable[ScoreRow], protocols: Sequence[str] = ()) -> str:
-    """Copy each row's image to folder/LABEL/NAME, and images without a label to folder/_errors.
+    """Copy the image of each table row to `folder`/LABEL/NAME.
 
-    A repeated name gets a number. The same rows give the same names, so a second call overwrites
-    the files of the first.
+    An image without a predicted label is copied to `folder`/_errors/NAME. If several images have
+    the same target path, a number is added to the name. The same rows always give the same paths,
+    so a second call overwrites the files of the first.
+
+    Args:
+        folder: The target folder.
+        rows: Rows of the table of scores.
+        protocols: Protocols that addresses of images may have, such as "s3".
 
     Returns:
-        A line with the number of copies, to print.
+        A line to print, with the number of copied images.
 
     Raises:
         WorkError: A file can't be written.
@@ -52,7 +58,10 @@ def copy_by_label(folder: Path, rows: Iterable[ScoreRow], protocols: Sequence[st
 
 
 def _target(folder: Path, row: ScoreRow, names: Counter[Path]) -> Path:
-    """A path that no earlier row has; `names` counts the rows of each path."""
+    """Return the target path of a row's image, different from the target path of every earlier row.
+
+    `names` has the target paths so far and is updated.
+    """
     parent = folder / (ERRORS if row.label is None else _folder_name(row.label))
     name = Path(row.path.rpartition("::")[2]).name or "image"
     wanted = target = parent / name
@@ -64,6 +73,6 @@ def _target(folder: Path, row: ScoreRow, names: Counter[Path]) -> Path:
 
 
 def _folder_name(label: str) -> str:
-    """A label as a valid folder name without separators."""
+    """Return the label with characters that are invalid in a folder name replaced by `_`."""
     name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", label).strip(". ")
     return name or "_"

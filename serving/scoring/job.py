@@ -1,4 +1,4 @@
-"""The input of a scoring engine, local or Ray: journal, model and options of one job."""
+"""Input of both scoring engines (threads on this machine, or Ray): journal, model and options."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from serving.utils.progress import Progress
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """Input of an engine that scores the incomplete shards of a job.
+    """Input of a scoring engine. The engine scores all shards of the journal that are not complete.
 
     Attributes:
-        journal: Provides the shards (1,000 inputs each) and stores their rows.
+        journal: Journal of the job, with the shards (1,000 images each) and the rows already
+            written.
         predictor: The model.
-        options: The user's options.
-        batch: Rows (images times views) of one run of the graph.
-        protocols: Protocols that addresses may have.
-        progress: Counts and shows the images that are done.
+        options: Options of `fledge score`.
+        batch: Number of TTA views (of all images together) in one run of the ONNX graph.
+        protocols: Protocols that addresses of images may have, such as "s3".
+        progress: Progress display, which counts the scored images.
     """
 
     journal: ScoringJournal

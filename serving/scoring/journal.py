@@ -1,14 +1,14 @@
-"""Journal of a scoring job, by which an interrupted job resumes with its incomplete shards.
+"""Journal of a scoring job: a folder beside the table, from which an interrupted job is resumed.
 
     .OUT.parts/
       job.json            values that determine the rows: bundle, options, requested inputs
-      inputs.jsonl        the inputs that were found, one a line, in order
+      inputs.jsonl        names of the images that were found, one in each line, in order
       skipped.json        number of folders, archives and lists that could not be read
-      00000.jsonl         rows of the first 1,000 inputs; exists only when complete
-      00000.npy           their features, if requested; written before the rows
+      00000.jsonl         table rows of the first 1,000 images; exists only when complete
+      00000.npy           features of these images, if requested; written before the rows
 
-A shard is 1,000 inputs. An incomplete shard is scored again from its first input, so the same
-inputs always form the same batches.
+OUT is the name of the table. A shard is 1,000 images. A resumed job scores an incomplete shard
+again from its first image. The same images therefore always form the same batches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from serving.scoring.rows import Features, ScoreRow
 from serving.utils.files import NoLocks, atomic_write, lock
 
 SIZE: Final = 1000
-"""Number of inputs of a shard; the last shard may have fewer."""
+"""Number of images in a shard; the last shard may have fewer."""
 
 _JOB: Final = "job.json"
 _INPUTS: Final = "inputs.jsonl"
@@ -36,7 +36,7 @@ _LOCK: Final = "lock"
 
 
 def has_inputs(out: Path) -> bool:
-    """Whether an unfinished job of the table `out` has a complete list of its inputs."""
+    """Check whether an unfinished job for the table `out` has the complete list of its images."""
     return (_folder(out) / _INPUTS).exists()
 
 
@@ -45,24 +45,25 @@ def _folder(out: Path) -> Path:
 
 
 class ScoringJournal:
-    """The folder of one job; a context manager that releases its lock on exit.
+    """Journal folder of one job. A context manager that holds a lock on the folder.
 
     Attributes:
-        folder: Folder of the journal.
-        total: Number of inputs; 0 until they are known.
+        folder: The journal folder.
+        total: Number of images; 0 until `write_inputs` was called.
         skipped: Number of folders, archives and lists that could not be read.
     """
 
     def __init__(self, out: Path, facts: Mapping[str, Any], *, restart: bool = False) -> None:
-        """Resume the job of the table `out`, or begin it, and lock it.
+        """Lock the journal folder, and resume the job in it or begin a new one.
 
         Args:
-            out: The table.
-            facts: Values that determine the rows, as JSON.
+            out: Path of the table.
+            facts: Values that determine the rows, such as the bundle and the options, as JSON.
             restart: Whether to discard an unfinished job.
 
         Raises:
-            OptionError: Another process holds the lock, or the unfinished job has other `facts`.
+            OptionError: Another process holds the lock, or the unfinished job has different
+                `facts`.
             WorkError: The folder can't be written.
         """
         self.folder = _folder(out)
@@ -97,16 +98,19 @@ class ScoringJournal:
 
     @property
     def known(self) -> bool:
-        """Whether the list of inputs is complete."""
+        """Whether the list of images is complete."""
         return (self.folder / _INPUTS).exists()
 
     def write_inputs(self, names: Iterable[str], skipped: Sequence[str] = ()) -> None:
-        """Write the list of inputs.
+        """Write the list of images.
 
         Args:
-            names: The inputs.
-            skipped: A line for each folder, archive or list that could not be read; may grow while
-                `names` is iterated.
+            names: Names of the images, in order.
+            skipped: Messages about folders, archives and lists that could not be read. Read after
+                `names` is exhausted, so it may grow during the iteration.
+
+        Raises:
+            WorkError: The list can't be written.
         """
         path = self.folder / _INPUTS
         with self._work_errors():
@@ -117,7 +121,7 @@ class ScoringJournal:
             self._read_counts()
 
     def todo(self) -> Iterator[tuple[int, list[str]]]:
-        """Number and inputs of each incomplete shard, in order."""
+        """Yield the number and the image names of each incomplete shard, in order."""
         with self._work_errors(), (self.folder / _INPUTS).open(encoding="ascii") as file:
             for number in range(self.shards):
                 lines = list(islice(file, SIZE))
@@ -126,12 +130,12 @@ class ScoringJournal:
 
     @property
     def shards(self) -> int:
-        """Number of shards of the whole job."""
+        """Number of shards of the job, complete or not."""
         return -(-self.total // SIZE)
 
     @property
     def done(self) -> int:
-        """Number of inputs in complete shards."""
+        """Number of images in complete shards."""
         last = self.shards - 1
         sizes = (
             SIZE if number < last else self.total - last * SIZE
@@ -143,12 +147,16 @@ class ScoringJournal:
     def write(
         self, number: int, rows: Sequence[ScoreRow], features: Features | None = None
     ) -> None:
-        """Write a shard. It is complete once the file of its rows is renamed.
+        """Write the rows of a shard, which completes the shard.
 
         Args:
-            number: Number of the shard.
-            rows: Rows of the shard's inputs, in order.
-            features: float32 [rows, D]; nan for a broken image.
+            number: Number of the shard, from 0.
+            rows: Table rows of the shard's images, in order.
+            features: Features of the images, float32 [rows, D], with nan for an image that could
+                not be scored. None: not requested.
+
+        Raises:
+            WorkError: A file can't be written.
         """
         with self._work_errors():
             if features is not None:
@@ -160,7 +168,7 @@ class ScoringJournal:
                 file.writelines(row.to_json() for row in rows)
 
     def read(self, number: int) -> tuple[list[ScoreRow], Features | None]:
-        """Rows and features of a complete shard."""
+        """Return the rows and the features (None if not requested) of a complete shard."""
         with self._work_errors():
             with self._rows(number).open(encoding="ascii") as file:
                 rows = [ScoreRow.from_json(line) for line in file]
@@ -168,7 +176,7 @@ class ScoringJournal:
             return rows, np.load(path) if path.exists() else None
 
     def remove(self) -> None:
-        """Delete the job; called when the table is complete."""
+        """Delete the job's files. To be called when the table is complete."""
         with self._work_errors():
             self._clear()
 
@@ -197,7 +205,10 @@ class ScoringJournal:
             self.skipped = int(json.loads((self.folder / _SKIPPED).read_text()))
 
     def _acquire_lock(self) -> None:
-        """Lock the job, because a second process would score it again and clear the folder."""
+        """Lock the journal folder.
+
+        Without the lock, a second process could score the same job and delete the folder.
+        """
         with contextlib.ExitStack() as opened:  # closes the file, unless it gets locked
             file = opened.enter_context((self.folder / _LOCK).open("w"))
             try:
@@ -226,7 +237,7 @@ class ScoringJournal:
 
     @contextlib.contextmanager
     def _work_errors(self) -> Iterator[None]:
-        """Turn each OSError into a WorkError that names the folder."""
+        """Convert an OSError in the block to a WorkError that names the table and the folder."""
         try:
             yield
         except OSError as error:

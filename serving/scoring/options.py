@@ -1,4 +1,4 @@
-"""Options of batch scoring."""
+"""Options of batch scoring (`fledge score`)."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ from serving.utils.files import check_folder
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How to score; the names are those of the command line's options.
+    """Options of `fledge score`; each field has the name of the command-line option.
 
     Attributes:
-        tta: Number of the bundle's views (crops or flips of a photo) to average; 0 and 1 both mean
-            the plain view only.
-        top_k: Number of classes in a row; all classes if there are fewer.
+        tta: Number of the bundle's TTA views (crops or flips of an image) to average. 0 and 1 both
+            mean that only the unaugmented view is used.
+        top_k: Number of classes in a table row; all classes if the model has fewer.
         device: auto, cpu, cuda or tensorrt.
         precision: auto, fp32, int8 or fp16.
-        workers: Number of threads, each with its own run of the graph. None: one for each core, and
-            as many concurrent runs as the bundle's tuning has.
-            With `engine` ray: number of actors; None: one for each core, or for each GPU.
-        batch: Rows (images times views) of one run of the graph; None: the bundle's tuning.
-        max_errors: "N" or "P%". With more broken images, the run writes its table and then fails.
-        probabilities: Add a column with the probabilities of all classes.
-        embeddings: Add a column with the network's features; Parquet only.
-        column: Column of the paths in CSV, JSON and Parquet lists of inputs.
-        addresses: Protocols of addresses that lists may contain besides those of the inputs, such
-            as "s3,https".
-        copy_to: Folder for a copy of every image, in a folder for each label.
-        restart: Discard the rows of an unfinished run.
+        workers: Number of threads, all of which may run the ONNX graph at the same time. None: one
+            thread for each CPU core; on a CPU, the number of simultaneous runs of the graph is then
+            the one measured at export. With `engine` "ray": number of actors; None: one for each
+            core, or for each GPU.
+        batch: Number of TTA views (of all images together) in one run of the graph. None: the
+            number measured at export, if the bundle has it, else 1 on a CPU and 16 on a GPU.
+        max_errors: Allowed number ("N") or percentage ("P%") of images that can't be scored. With
+            more, the run writes its table and then fails. None: no limit.
+        probabilities: Whether the table has a column with the probabilities of all classes.
+        embeddings: Whether the table has a column with the network's features; Parquet only.
+        column: Name of the column that has the paths, in inputs that are CSV, JSON or Parquet
+            lists.
+        addresses: Protocols that addresses in lists may have, in addition to those of the inputs;
+            separated by commas, such as "s3,https".
+        copy_to: Folder into which every image is copied, in a subfolder for each label.
+        restart: Whether to discard the rows of an unfinished run.
         engine: "local", or "ray" to run on a Ray cluster.
     """
 
@@ -55,18 +59,22 @@ class ScoringOptions:
     engine: str = "local"
 
     def protocols(self, inputs: Sequence[str]) -> list[str]:
-        """Protocols that addresses may have: those of `inputs` and of `addresses`."""
+        """Return the protocols that addresses may have: those in `inputs` and in `addresses`."""
         return sources.protocols(inputs, self.addresses)
 
     def images_per_run(self, batch: int) -> int:
-        """Images of one run of the graph with `batch` rows; at least 1."""
+        """Return the number of images in one run of the graph with `batch` views; at least 1."""
         return max(1, batch // max(1, self.tta))
 
     def check(self, inputs: Sequence[str], out: Path) -> None:
-        """Check all values before any image is scored.
+        """Check all options. Called before any image is scored.
+
+        Args:
+            inputs: Inputs as on the command line.
+            out: Path of the table.
 
         Raises:
-            OptionError: A value can't be used.
+            OptionError: An option has an invalid value, or the table can't be written to `out`.
         """
         for name, least in (("top_k", 1), ("workers", 1), ("batch", 1)):
             value = getattr(self, name)

@@ -1,11 +1,12 @@
-"""Batch scoring on Ray Data: the same job on all machines of a cluster.
+"""Batch scoring on Ray Data: one job runs on all machines of a Ray cluster.
 
-    journal ─tasks─> Ray Data: actors with a model each: load, decode, views, graph ─rows─> journal
+    1. The machine that runs the command finds the images and divides them into tasks.
+    2. Ray actors, each with a copy of the model, load, decode and score the images of a task.
+    3. The machine that runs the command writes the rows to the journal, and then the table.
 
-The inputs are found, and the journal and the table are written, on the machine where the command
-runs. A task is a part of a shard (1,000 inputs) with whole batches only. The batches are therefore
-the same as in a run on one machine, and so are the rows. If a machine is lost, Ray starts its actor
-on another machine and repeats the unfinished tasks.
+A task is a slice of a shard (1,000 images) and contains only complete batches, except at the end of
+the shard. The batches are therefore the same as on a single machine, and so are the rows. If a
+machine is lost, Ray starts its actor on another machine and repeats the unfinished tasks.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from serving.scoring.rows import Features, ScoreRow
 from serving.scoring.scorer import Chunk, ScoredChunk, Scorer, score_chunks
 
 _IO_THREADS: Final = 8
-"""Threads per computing thread if images come from addresses, because most wait for data."""
+"""Factor for the number of threads if images are downloaded, because most threads then wait."""
 _TASKS: Final = 16
-"""Least number of tasks for each actor if there are enough images, so that all actors end at about
-the same time."""
+"""Smallest number of tasks for each actor if there are enough images. With many small tasks, all
+actors finish at about the same time."""
 _TASK_IMAGES: Final = 32
-"""Least number of images of a task, because the transfer of a task takes milliseconds."""
+"""Smallest number of images in a task, because the transfer of a task takes milliseconds."""
 
 _ERRORS: Final[dict[str, type[FledgeError]]] = {
     "BundleError": BundleError,
@@ -51,18 +52,26 @@ _ERRORS: Final[dict[str, type[FledgeError]]] = {
     "OptionError": OptionError,
     "WorkError": WorkError,
 }
-"""Errors that an actor reports when it can't open the model, by name; others are WorkErrors."""
+"""Error classes by name, for errors that an actor reports when it can't open the model. Other
+errors are reported as WorkError."""
 
 Task = dict[str, Any]
-"""What Ray transfers: shard and part, with names on the way to the actor, and with rows or an error
-on the way back."""
+"""A slice of a shard, as transferred by Ray. A task sent to an actor has the names of the images.
+A task returned by an actor has the rows or an error."""
 
 
 class RemoteRuntime:
-    """The `runtime.Runtime` of a predictor whose graph runs in the actors only."""
+    """Placeholder runtime for the local predictor.
+
+    It describes the model, but the ONNX graph itself runs only in the Ray actors.
+    """
 
     def __init__(self, provider: str) -> None:
-        """`provider`: the ONNX Runtime provider of the actors."""
+        """Store the provider.
+
+        Args:
+            provider: Name of the ONNX Runtime execution provider that the actors use.
+        """
         self.provider = provider
 
     def run(self, pixels: Any) -> Any:
@@ -71,20 +80,20 @@ class RemoteRuntime:
 
 @dataclass(frozen=True)
 class RayWorkerConfig:
-    """Configuration of an actor.
+    """Configuration of the Ray actors.
 
     Attributes:
-        bundle: The bundle's path on the machine of the command, for messages.
-        files: Reference to the bundle's files, for `ray_cluster.get`.
+        bundle: Path of the bundle on the machine that runs the command, for error messages.
+        files: Ray object reference to the contents of the bundle's files.
         device: cpu, cuda or tensorrt.
-        precision: auto, fp32, int8 or fp16.
-        threads: Threads of an actor.
-        folder: Folder that relative paths start from.
-        sample: A local input that exists on the machine of the command and must therefore exist on
-            the actor's machine; "" if there is none.
-        options: The user's options.
-        batch: Rows (images times views) of one run of the graph.
-        protocols: Protocols that addresses may have.
+        precision: fp32, int8 or fp16.
+        threads: Number of threads of each actor.
+        folder: Working directory of the command, from which relative paths start.
+        sample: Path of a local input. Each actor checks that the path exists on its machine too. ""
+            if there are no local inputs.
+        options: Options of `fledge score`.
+        batch: Number of TTA views (of all images together) in one run of the graph.
+        protocols: Protocols that addresses of images may have, such as "s3".
     """
 
     bundle: str
@@ -100,12 +109,13 @@ class RayWorkerConfig:
 
 
 class RayWorker:
-    """An actor: loads the model once and scores one task at a time."""
+    """Ray actor that opens the model once and then scores one task at a time."""
 
     def __init__(self, config: RayWorkerConfig) -> None:
         """Open the model.
 
-        If this fails, every task returns the error, because Ray would hide an exception here.
+        If this fails, the error is stored and returned for every task. Ray would hide an exception
+        that is raised here.
         """
         self._config, self._error = config, ""
         try:
@@ -119,7 +129,11 @@ class RayWorker:
             self._error = f"{type(error).__name__}:{error} (on {socket.gethostname()})"
 
     def __call__(self, task: Task) -> Task:
-        """Score a task; returns the rows as lines of JSON and the features as bytes."""
+        """Score the images of a task.
+
+        Returns:
+            The task with its rows as lines of JSON and its features as bytes, or with an error.
+        """
         rows: list[ScoreRow] = []
         features: list[Features] = []
         if not self._error:
@@ -144,7 +158,7 @@ class RayWorker:
 
 
 def _open_model(config: RayWorkerConfig) -> Predictor:
-    """The predictor of an actor, from the bundle's files in Ray's object store."""
+    """Return the predictor of an actor, opened from the bundle's files in Ray's object store."""
     if os.path.isdir(config.folder):
         os.chdir(config.folder)
     if config.sample and not os.path.exists(config.sample):
@@ -164,13 +178,21 @@ def _open_model(config: RayWorkerConfig) -> Predictor:
 
 
 class RayBackend:
-    """Actors on the cluster at RAY_ADDRESS, or on a cluster that is started for this job."""
+    """Scoring engine that runs on a Ray cluster.
+
+    A context manager. The cluster is the one at the address in the environment variable
+    RAY_ADDRESS. If it is not set, a cluster is started on this machine for this job.
+    """
 
     def __init__(self, options: ScoringOptions, log: Callable[[str], None]) -> None:
-        """Check the installation; nothing is started yet.
+        """Check that ray is installed. No connection is made yet.
+
+        Args:
+            options: Options of `fledge score`.
+            log: Function that is called with each line for the user.
 
         Raises:
-            OptionError: ray is not installed.
+            OptionError: The package ray is not installed.
         """
         ray_cluster.check_installed()
         self._options, self._log = options, log
@@ -182,18 +204,24 @@ class RayBackend:
         ray_cluster.disconnect()
 
     def open(self, bundle: Path, *, device: str, precision: str, threads: int | None) -> Predictor:
-        """Connect to the cluster; returns a predictor with the properties of those in the actors.
+        """Connect to the cluster, and return a placeholder predictor.
+
+        The placeholder has the properties of the actors' predictors (labels, precision, provider),
+        but can't run the model.
 
         Args:
             bundle: The bundle, whose files are sent to the actors.
-            device: auto takes GPUs if the cluster has any; an actor that can't use its GPU fails.
-            precision: As for `open_predictor`.
-            threads: Ignored, because an actor on a CPU has one core.
+            device: auto, cpu, cuda or tensorrt; auto uses GPUs if the cluster has any.
+            precision: auto, fp32, int8 or fp16; auto uses the fastest one in the bundle for the
+                device.
+            threads: Ignored. An actor on a CPU has one thread.
 
         Raises:
-            BundleError, OptionError: The bundle or an option can't be used. Only what can be
-                checked on this machine is checked here; the actors check the rest.
-            WorkError: No cluster at the address, or no CPUs or GPUs in it.
+            BundleError: The bundle is invalid. Errors that only show when the model is opened are
+                raised by `run`.
+            OptionError: An option has an invalid value.
+            WorkError: No cluster can be reached at the address, or the cluster has no CPUs or no
+                GPUs.
         """
         if device not in ("auto", *runtime.PROVIDERS):
             raise OptionError(f"device = {device!r}: use auto, {', '.join(runtime.PROVIDERS)}")
@@ -204,10 +232,10 @@ class RayBackend:
         return Predictor(self._bundle.manifest, RemoteRuntime(provider), self._precision)
 
     def run(self, job: ScoringJob) -> None:
-        """Score the incomplete shards on the actors.
+        """Score the incomplete shards of a job on the actors.
 
         Raises:
-            FledgeError: An actor failed; complete shards are kept.
+            FledgeError: An actor failed. The complete shards stay in the journal.
         """
         images_per_run = job.options.images_per_run(job.batch)
         tasks = list(_tasks(job.journal, images_per_run, self._pool.workers))
@@ -247,15 +275,26 @@ class RayBackend:
 
 
 class _ShardAssembler:
-    """Collects the parts of shards, which arrive in any order, and writes complete shards."""
+    """Joins the task results of each shard, and writes complete shards to the journal.
+
+    The results may arrive in any order.
+    """
 
     def __init__(self, journal: ScoringJournal, parts: Counter[int]) -> None:
-        """`parts`: shard -> number of its parts."""
+        """Store the arguments.
+
+        Args:
+            journal: Journal of the job.
+            parts: For each shard number, the number of tasks that the shard was divided into.
+        """
         self._journal, self._parts = journal, parts
         self._received: dict[int, dict[int, tuple[list[ScoreRow], Features | None]]] = {}
 
     def add(self, result: Task) -> list[ScoreRow]:
-        """Add a part, write the shard if it is complete now, and return the part's rows."""
+        """Add the result of a task, and return its rows.
+
+        If all results of the shard are now present, the shard is written to the journal.
+        """
         rows = [ScoreRow.from_json(line) for line in result["rows"].splitlines()]
         features = np.frombuffer(result["features"], np.float32).reshape(len(rows), -1)
         shard, part = result["shard"], result["part"]
@@ -273,9 +312,14 @@ class _ShardAssembler:
 
 
 def _tasks(journal: ScoringJournal, batch: int, workers: int) -> Iterator[Task]:
-    """Parts of the incomplete shards, in whole batches of `batch` images.
+    """Divide the incomplete shards into tasks of whole batches.
 
-    The names are JSON, because Ray can't transfer strings that are not UTF-8.
+    The image names are encoded as JSON, because Ray can't transfer strings that are not UTF-8.
+
+    Args:
+        journal: Journal of the job.
+        batch: Number of images in a batch.
+        workers: Number of actors.
     """
     left = journal.total - journal.done
     images = min(max(_TASK_IMAGES, left // (workers * _TASKS)), SIZE)
@@ -287,7 +331,7 @@ def _tasks(journal: ScoringJournal, batch: int, workers: int) -> Iterator[Task]:
 
 
 def _bundle_files(bundle: storage.Bundle) -> dict[str, bytes]:
-    """All files of a bundle, by their paths in its folder."""
+    """Return the contents of all files of a bundle, by path relative to the bundle's folder."""
     top = (storage.MANIFEST, storage.CHECKSUM, storage.SIGNATURE)
     files = {
         name: (bundle.folder / name).read_bytes() for name in top if (bundle.folder / name).exists()

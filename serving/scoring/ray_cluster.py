@@ -1,6 +1,7 @@
-"""Connection to a Ray cluster, and a pool of actors on it. The only module that imports ray.
+"""Connect to a Ray cluster, and run tasks in a pool of Ray actors.
 
-Ray's own messages are suppressed; the important ones are logged here in one line each.
+This is the only module that imports ray. Ray's own messages are suppressed. Errors and lost
+machines are reported in one line each.
 """
 
 from __future__ import annotations
@@ -28,32 +29,36 @@ ADDRESS: Final = "RAY_ADDRESS"
 AUTH: Final = "RAY_AUTH_MODE"
 LOCAL: Final = "local"
 _connections: Final[list[str]] = []
-"""The address of the cluster that this module connected to, which `disconnect` may shut down."""
+"""Address of the cluster that this module connected to; empty if there is no connection."""
 _CONNECT_SECONDS: Final = 5.0
-"""Time to wait for a TCP connection to the cluster's head."""
+"""Timeout of the TCP connection to the head node of the cluster."""
 _NODE_CHECK_SECONDS: Final = 2.0
-"""Time between two checks for lost machines."""
+"""Shortest time between two checks for lost machines."""
 
 
 def check_installed() -> None:
-    """Check that ray is installed.
+    """Check that the package ray is installed.
 
     Raises:
-        OptionError: ray is not installed.
+        OptionError: The package ray is not installed.
     """
     require("ray", "--engine ray", "pip install 'fledge[ray]'")
 
 
 def connect(device: str, workers: int | None) -> ActorPool:
-    """Connect to the cluster at RAY_ADDRESS, or start a cluster on this machine.
+    """Connect to the cluster at RAY_ADDRESS, or start a cluster on this machine if that is not set.
 
     Args:
-        device: cpu, cuda or tensorrt; auto takes GPUs if the cluster has any.
-        workers: Number of actors; None: one for each core, or for each GPU.
+        device: auto, cpu, cuda or tensorrt; auto uses GPUs if the cluster has any.
+        workers: Number of actors; None: one for each CPU core, or for each GPU.
+
+    Returns:
+        The size and resources of the actor pool. The actors are started by `ActorPool.map`.
 
     Raises:
-        OptionError: The kind of address is not supported.
-        WorkError: No cluster at the address, or no CPUs or GPUs in it.
+        OptionError: RAY_ADDRESS is a URL. Only HOST:PORT is supported.
+        WorkError: The cluster can't be reached or has no CPUs or no GPUs, or this process is
+            already connected to a cluster.
     """
     address = os.environ.get(ADDRESS) or LOCAL
     # Ray reads these when it is imported or starts its processes.
@@ -102,31 +107,34 @@ def connect(device: str, workers: int | None) -> ActorPool:
 
 
 def disconnect() -> None:
-    """Stop all actors of this job, even during a task, and the cluster if `connect` started it."""
+    """Stop all actors of this job, even if they are running a task.
+
+    A cluster that was started by `connect` is stopped too.
+    """
     if _connections:
         _connections.clear()
         sys.modules["ray"].shutdown()
 
 
 def put(value: Any) -> Any:
-    """Copy a value to Ray's object store, which all machines can read; returns a reference."""
+    """Copy a value to Ray's object store, and return a reference that all machines can read."""
     return importlib.import_module("ray").put(value)
 
 
 def get(reference: Any) -> Any:
-    """The value of a reference that `put` returned."""
+    """Return the value of a reference that `put` returned."""
     return importlib.import_module("ray").get(reference)
 
 
 @dataclass(frozen=True)
 class ActorPool:
-    """Size and resources of a pool of actors, which `map` creates.
+    """Size and resources of a pool of Ray actors. The actors are started by `map`.
 
     Attributes:
         device: cpu, cuda or tensorrt.
         workers: Number of actors.
-        threads: Threads of each actor.
-        resources: Resources of each actor, by Ray's option names.
+        threads: Number of threads of each actor.
+        resources: Resources of each actor, as keyword arguments of Ray (`num_cpus`, `num_gpus`).
     """
 
     device: str
@@ -141,7 +149,14 @@ class ActorPool:
         tasks: list[dict[str, Any]],
         log: Callable[[str], None],
     ) -> Generator[dict[str, Any], None, None]:
-        """Yield `worker(config)(task)` for each task, in the order of completion.
+        """Run tasks on the actors, and yield the results in the order of completion.
+
+        Args:
+            worker: Class of the actors. Each actor calls `worker(config)` once, and the resulting
+                object with each task.
+            config: Argument of `worker`.
+            tasks: The tasks. The list is cleared.
+            log: Function that is called with each line for the user.
 
         Raises:
             WorkError: An actor or the cluster failed, and Ray's retries failed too.
@@ -169,7 +184,10 @@ class ActorPool:
 
 
 class _LostNodes:
-    """Logs each machine that left the cluster; checks every `_NODE_CHECK_SECONDS`."""
+    """Callable that logs each machine that has left the cluster.
+
+    At most one check is made in `_NODE_CHECK_SECONDS`.
+    """
 
     def __init__(self, log: Callable[[str], None]) -> None:
         self._log, self._next = log, 0.0
@@ -185,13 +203,16 @@ class _LostNodes:
         self._nodes = nodes
 
     def _alive(self) -> dict[str, str]:
-        """Id -> address."""
+        """Return the address of each machine in the cluster, by node id."""
         nodes = importlib.import_module("ray").nodes()
         return {node["NodeID"]: node["NodeManagerAddress"] for node in nodes if node["Alive"]}
 
 
 class _SilentStream(io.TextIOBase):
-    """Standard output without the text of Ray's threads, which report retries there."""
+    """Wrapper of standard output that discards text written by Ray's threads.
+
+    Ray reports retries there.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -207,7 +228,10 @@ class _SilentStream(io.TextIOBase):
 
 @contextmanager
 def _silence_stderr() -> Iterator[None]:
-    """Redirect file descriptor 2 to /dev/null: Ray's start writes to it despite its log level."""
+    """Redirect file descriptor 2 (standard error) to /dev/null within the block.
+
+    Ray's start writes messages to it, whatever log level is set.
+    """
     sys.stderr.flush()
     stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -220,7 +244,13 @@ def _silence_stderr() -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Fail at once if no TCP connection is possible; Ray would retry for a long time."""
+    """Check that a TCP connection to the cluster is possible.
+
+    Ray itself would retry for a long time before it reports an error.
+
+    Raises:
+        WorkError: No connection is possible.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         return
@@ -233,7 +263,10 @@ def _check_reachable(address: str) -> None:
 
 
 def _token_hint() -> str:
-    """How to set the cluster's token; appended to Ray's connection error, which names no cause."""
+    """Return a hint about the cluster's authentication token.
+
+    It is appended to connection errors, because Ray's message does not mention the token.
+    """
     if os.environ.get(AUTH, "").lower() == "token":
         return (
             f"; {AUTH}=token: compare the token with that of the head, "
@@ -243,7 +276,10 @@ def _token_hint() -> str:
 
 
 def _threads(nodes: list[dict[str, Any]], per_gpu: int) -> int:
-    """Number of cores per actor if `per_gpu` actors share a GPU; the smallest over the machines."""
+    """Return the number of CPU cores per actor, if `per_gpu` actors share each GPU.
+
+    If the machines differ, the smallest number is returned.
+    """
     shares = [
         node["Resources"].get("CPU", 1) / (node["Resources"]["GPU"] * per_gpu)
         for node in nodes

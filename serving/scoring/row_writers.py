@@ -1,4 +1,4 @@
-"""Writers of rows, one for each table format: CSV, JSON lines, Parquet.
+"""Write the rows of a table of scores in one of three formats: CSV, JSON lines or Parquet.
 
 Parquet needs the optional package pyarrow.
 """
@@ -16,24 +16,29 @@ from serving.scoring.rows import FEATURES, Features, ScoreRow
 
 
 class RowWriter(Protocol):
-    """Appends rows to an output."""
+    """Writer that appends rows to a table file."""
 
     def write(self, rows: Sequence[ScoreRow], features: Features | None) -> None:
-        """Append rows; `features` [rows, D] if the table has that column."""
+        """Append rows.
+
+        Args:
+            rows: The table rows.
+            features: Features of the rows, float32 [rows, D]; None if the table has no such column.
+        """
         ...
 
     def close(self) -> None: ...
 
 
 class TextWriter:
-    """A `RowWriter` of a text file with one record per row."""
+    """`RowWriter` for a text file with one record for each row."""
 
     def __init__(self, path: Path, header: str, record: Callable[[ScoreRow], str]) -> None:
-        """Create the file.
+        """Create the file and write the header.
 
         Args:
             path: The file.
-            header: Text before the rows.
+            header: Text before the first row.
             record: Function that returns the text of a row, including the line break.
         """
         # surrogateescape writes the bytes of file names that are not UTF-8 unchanged.
@@ -49,7 +54,7 @@ class TextWriter:
 
 
 class ParquetWriter:
-    """A `RowWriter` of a Parquet file with one row group per `write`."""
+    """`RowWriter` for a Parquet file. Each call of `write` creates one row group."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         import pyarrow as pa  # an optional package
@@ -94,7 +99,7 @@ def _or_null(vector: Any) -> Any:
 
 
 def csv_line(values: Sequence[Any]) -> str:
-    """One CSV record; fields with commas, quotes or line breaks are quoted."""
+    """Return one CSV record. Values with commas, quotes or line breaks are quoted."""
     buffer = io.StringIO()
     # csv quotes a field with a lone \r only if the line terminator contains \r.
     csv.writer(buffer, lineterminator="\r\n").writerow(values)
@@ -126,4 +131,4 @@ WRITERS: Final[dict[str, Callable[[Path, Sequence[str]], RowWriter]]] = {
     ".jsonl": _jsonl,
     ".parquet": ParquetWriter,
 }
-"""Suffix of a table -> its writer."""
+"""Maps the suffix of a table to the class or function that opens a writer."""

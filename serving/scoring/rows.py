@@ -1,4 +1,4 @@
-"""A row of the table of scores, and the names of its columns."""
+"""Rows and column names of the table of scores. A row is the result for one image."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ import numpy.typing as npt
 from serving.errors import FledgeError
 
 Features = npt.NDArray[np.float32]
-"""The network's features, float32 [N, D]; nan for a broken image."""
+"""Features of N images, float32 [N, D]; nan for an image that could not be scored."""
 
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """The result of one input. The fields are the table's columns, in this order.
+    """Result for one image. The fields are the columns of the table, in this order.
 
     Attributes:
-        path: Name of the input, as given or found.
+        path: Name of the image: a path, an address, or ARCHIVE::MEMBER.
         status: "ok" or "error".
-        label: The most probable label.
+        label: The most probable label; None for an error.
         probability: Probability of `label`.
-        confident: None if the bundle has no threshold.
-        top_k: (label, probability) pairs, most probable first; in CSV as JSON.
-        views: Number of views that were averaged.
-        applied: Pixel conversions of the image, joined by ";".
-        error: "code: message", with the code that the HTTP service returns.
+        confident: Whether `probability` reaches the bundle's threshold; None if the bundle has
+            none.
+        top_k: (label, probability) pairs of the most probable classes, most probable first. Written
+            as JSON in CSV files.
+        views: Number of TTA views (crops or flips) whose predictions were averaged.
+        applied: Pixel conversions that were applied to the image, joined by ";".
+        error: "code: message", with the error code that the HTTP service returns; "" if the image
+            was scored.
         probabilities: Probabilities of all classes, in the order of the model's labels; None if not
             requested.
     """
@@ -49,7 +52,13 @@ class ScoreRow:
     def of_answer(
         cls, path: str, answer: dict[str, Any], probabilities: Sequence[float] | None = None
     ) -> ScoreRow:
-        """The row of an answer in the format of `Predictor.answer`."""
+        """Create the row of a scored image.
+
+        Args:
+            path: Name of the image.
+            answer: Answer returned by `Predictor.answer`.
+            probabilities: Probabilities of all classes; None if not requested.
+        """
         top_k = tuple((item["label"], item["probability"]) for item in answer["predictions"])
         label, probability = top_k[0]
         return cls(
@@ -66,17 +75,20 @@ class ScoreRow:
 
     @classmethod
     def of_error(cls, path: str, error: FledgeError) -> ScoreRow:
-        """The row of an input that can't be scored."""
+        """Create the row of an image that could not be scored."""
         message = " ".join(str(error).split())
         return cls(path, "error", error=f"{error.code}: {message}")
 
     def to_json(self) -> str:
-        """A line of JSON. ASCII only, so that a path that is not UTF-8 remains valid JSON."""
+        """Return the row as a line of JSON.
+
+        The line is ASCII, so a path that is not UTF-8 remains valid JSON.
+        """
         return json.dumps(vars(self)) + "\n"
 
     @classmethod
     def from_json(cls, line: str) -> ScoreRow:
-        """The inverse of `to_json`."""
+        """Create a row from a line written by `to_json`."""
         values = json.loads(line)
         probabilities = values["probabilities"]
         values["probabilities"] = None if probabilities is None else tuple(probabilities)
@@ -85,8 +97,8 @@ class ScoreRow:
 
 
 PROBABILITIES: Final = "probabilities"
-"""An optional column."""
+"""Name of the optional column of all class probabilities."""
 FEATURES: Final = "features"
-"""An optional column, of Parquet only; its values are not part of `ScoreRow`."""
+"""Name of the optional column of features, in Parquet only. `ScoreRow` does not contain it."""
 COLUMNS: Final = tuple(item.name for item in fields(ScoreRow) if item.name != PROBABILITIES)
-"""The columns that every table has."""
+"""Names of the columns that every table has."""

@@ -1,11 +1,13 @@
-"""Batch scoring: many images -> one table with a row for each input, in their order.
+"""Score many images and write one table, with a row for each image in the order of the inputs.
 
-    sources.find ─names─> journal ─shards─> threads: load, decode, views, graph ─rows─> journal
-    ─all shards, in order─> table
+    1. The inputs are searched for images, whose names are written to the journal of the job.
+    2. Threads load, decode and score the images. Rows are written to the journal in shards of 1,000
+       images.
+    3. When all shards are complete, the table is written from the journal.
 
-A broken image becomes a row with the error code that the HTTP service returns. Batches depend only
-on the order of the inputs, so the rows depend neither on the number of threads nor on where an
-earlier run was interrupted.
+An image that can't be scored becomes a row with the error code that the HTTP service returns.
+Batches depend only on the order of the images. The rows therefore depend neither on the number of
+threads nor on interruptions of the run.
 """
 
 from __future__ import annotations
@@ -44,25 +46,26 @@ def score(
     *,
     log: Callable[[str], None] = print,
 ) -> Summary:
-    """Score every image of `inputs` and write the table `out`, with `OUT.summary.json` beside it.
+    """Score every image of `inputs`, and write the table `out` and a summary file beside it.
 
-    A run that was interrupted at any time resumes when it is called again with the same arguments,
-    and writes the same table as an uninterrupted run.
+    A run that was interrupted at any time resumes when `score` is called again with the same
+    arguments. The resulting table is the same as that of an uninterrupted run.
 
     Args:
-        inputs: Folders, images, lists and so on, as for `sources.find`.
+        inputs: Folders, images, lists, tar archives, patterns and addresses, as for `sources.find`.
         bundle: Folder of the bundle.
-        out: A `.csv`, `.jsonl` or `.parquet` file, or with ray a folder of Parquet files as in
-            `table_folder`; replaced when the new table is complete.
-        options: The other options; None: their defaults.
-        log: Called with each line for the user.
+        out: A `.csv`, `.jsonl` or `.parquet` file. With the engine "ray", also a folder, in which
+            Parquet files are written. An existing table is replaced when the new one is complete.
+        options: Further options; None: the defaults.
+        log: Function that is called with each line for the user.
 
     Raises:
-        OptionError: An option can't be used, or `out` has an unfinished job with other options.
-        DataError: There are no inputs.
-        BundleError: The bundle can't be used.
+        OptionError: An option has an invalid value, or `out` has an unfinished job with other
+            options.
+        DataError: An input can't be used, or there are no images.
+        BundleError: The bundle is invalid.
         WorkError: No image could be scored, or the table can't be written.
-        GateError: More errors than `max_errors`; the table is complete.
+        GateError: More images than `max_errors` could not be scored. The table is complete.
     """
     options = options or ScoringOptions()
     if options.engine == "local":
@@ -134,7 +137,10 @@ def _score(
 def _find(
     inputs: Sequence[str], column: str | None, log: Callable[[str], None], skipped: list[str]
 ) -> Iterator[str]:
-    """The names of the inputs; each source that can't be read is logged and added to `skipped`."""
+    """Return the names of the images in `inputs`.
+
+    A message about each input that can't be read is logged and appended to `skipped`.
+    """
 
     def note(line: str) -> None:
         skipped.append(line)
@@ -147,7 +153,10 @@ def _find(
 def _facts(
     inputs: Sequence[str], predictor: Predictor, options: ScoringOptions, batch: int
 ) -> dict[str, object]:
-    """Values that determine the rows; an unfinished job with other values is not resumed."""
+    """Return the values that determine the rows.
+
+    An unfinished job is only resumed if it has the same values.
+    """
     names = ("tta", "top_k", "probabilities", "embeddings", "column", "addresses")
     return {
         "bundle": predictor.model,
@@ -160,7 +169,7 @@ def _facts(
 
 
 def _run_locally(job: ScoringJob) -> None:
-    """Score the incomplete shards in threads of this process."""
+    """Score the incomplete shards of a job in threads of this process."""
     workers = job.options.workers or cores()
     predictor = job.predictor
     tuned = measured_parallelism(predictor.manifest, predictor.precision, workers)
@@ -202,7 +211,11 @@ def _all_rows(journal: ScoringJournal) -> Iterator[ScoreRow]:
 def _write_table(
     journal: ScoringJournal, out: Path, options: ScoringOptions
 ) -> tuple[Counter[str], Counter[str]]:
-    """Write the table from the shards; returns the number of rows by label and by error code."""
+    """Write the table from the shards in the journal.
+
+    Returns:
+        The number of rows by predicted label, and the number of rows by error code.
+    """
     columns = [*COLUMNS]
     columns += [PROBABILITIES] if options.probabilities else []
     columns += [FEATURES] if options.embeddings else []

@@ -1,4 +1,4 @@
-"""Scorer: loads and decodes images, runs the model on batches, returns a row for each image."""
+"""Score images in batches: load, decode, run the model, and return a table row for each image."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from serving.scoring.rows import Features, ScoreRow
 from serving.utils.parallel import map_ordered
 
 _WINDOW: Final = 8
-"""Pending chunks for each thread: enough to hide a slow chunk, and few enough for the memory."""
+"""Number of pending chunks for each thread. More would hide slower chunks, but need more memory."""
 _CHUNK: Final = 8
-"""Largest number of images of a chunk of several batches; a larger batch is one chunk."""
+"""Largest number of images in a chunk. A larger batch is a chunk of its own."""
 
 
 class Chunk(NamedTuple):
-    """Inputs that one thread scores in one call.
+    """Images that one thread scores in one call.
 
-    shard: number of the shard, a part of the job with 1,000 inputs.
-    last: whether this is the last chunk of the shard.
+    Attributes:
+        shard: Number of the shard (1,000 images of the job) that the images belong to.
+        names: Names of the images.
+        last: Whether this is the last chunk of the shard.
     """
 
     shard: int
@@ -35,7 +37,13 @@ class Chunk(NamedTuple):
 
 
 class ScoredChunk(NamedTuple):
-    """A chunk's rows, and its features [inputs, D] if requested."""
+    """Result of a chunk.
+
+    Attributes:
+        chunk: The chunk.
+        rows: Table rows of the images, in order.
+        features: Features of the images, float32 [images, D]; None if not requested.
+    """
 
     chunk: Chunk
     rows: list[ScoreRow]
@@ -43,10 +51,10 @@ class ScoredChunk(NamedTuple):
 
 
 class Scorer:
-    """Scores chunks; thread-safe.
+    """Callable that scores chunks of images. Thread-safe.
 
     Attributes:
-        chunk_size: Number of inputs of a chunk, a multiple of the images of a batch.
+        chunk_size: Number of images in a chunk, a multiple of the number of images in a batch.
     """
 
     def __init__(
@@ -62,11 +70,12 @@ class Scorer:
 
         Args:
             predictor: The model.
-            options: Of these, `tta`, `top_k`, `probabilities` and `embeddings` are used.
-            batch: Rows (images times views) of one run of the graph.
-            protocols: Protocols that addresses may have.
-            runs: Largest number of concurrent runs of the graph, while other threads decode;
-                None: one for each thread.
+            options: Options of `fledge score`; only `tta`, `top_k`, `probabilities` and
+                `embeddings` are used.
+            batch: Number of TTA views (of all images together) in one run of the ONNX graph.
+            protocols: Protocols that addresses of images may have, such as "s3".
+            runs: How many threads may run the graph at the same time; the others decode meanwhile.
+                None: no limit.
         """
         self._predictor, self._options = predictor, options
         self._images = options.images_per_run(batch)
@@ -77,7 +86,7 @@ class Scorer:
         self._readers: list[sources.Reader] = []
 
     def __call__(self, chunk: Chunk) -> ScoredChunk:
-        """Score the inputs of a chunk, in batches."""
+        """Score the images of a chunk, in batches."""
         rows: list[ScoreRow] = []
         features: list[Features] = []
         for start in range(0, len(chunk.names), self._images):
@@ -87,7 +96,7 @@ class Scorer:
         return ScoredChunk(chunk, rows, np.stack(features) if features else None)
 
     def close(self) -> None:
-        """Close the open archives."""
+        """Close the tar archives opened by the readers of all threads."""
         for reader in self._readers:
             reader.close()
 
@@ -132,7 +141,7 @@ class Scorer:
         return np.full(int(shape[1]), np.nan, np.float32)
 
     def _reader(self) -> sources.Reader:
-        """The calling thread's reader."""
+        """Return the image reader of the calling thread."""
         reader: sources.Reader | None = getattr(self._of_thread, "reader", None)
         if reader is None:
             reader = self._of_thread.reader = sources.Reader(self._protocols)
@@ -143,5 +152,11 @@ class Scorer:
 def score_chunks(
     scorer: Scorer, chunks: Iterable[Chunk], workers: int
 ) -> Generator[ScoredChunk, None, None]:
-    """Score chunks in `workers` threads; yields the results in the order of the chunks."""
+    """Score chunks in parallel threads, and yield the results in the order of the chunks.
+
+    Args:
+        scorer: The scorer.
+        chunks: The chunks.
+        workers: Number of threads.
+    """
     return map_ordered(scorer, chunks, workers=workers, window=_WINDOW * workers, name="score")

@@ -1,4 +1,7 @@
-"""Summary of a scoring run: printed lines, a JSON file beside the table, the exit status."""
+"""Summary of a scoring run: lines to print, and a JSON file beside the table.
+
+The summary also determines whether the run fails because too few images could be scored.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,15 @@ if TYPE_CHECKING:  # `fledge evaluate-scores` reads summaries and needs no model
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of a run.
+    """Counts and duration of a scoring run.
 
     Attributes:
-        images: Number of rows of the table.
-        scored: Number of rows with an answer.
-        errors: Error code -> number of rows, most frequent first.
-        labels: Predicted label -> number of rows, most frequent first.
-        seconds: Duration of this run, without loading the model.
-        now: Number of images that this run scored, without those of earlier interrupted runs.
+        images: Number of rows in the table.
+        scored: Number of rows without an error.
+        errors: Number of rows for each error code, most frequent first.
+        labels: Number of rows for each predicted label, most frequent first.
+        seconds: Duration of this run in seconds, without loading the model.
+        now: Number of images scored in this run, without those of earlier interrupted runs.
         skipped: Number of folders, archives and lists that could not be read completely.
     """
 
@@ -39,7 +42,7 @@ class Summary:
     skipped: int = 0
 
     def __str__(self) -> str:
-        """The lines to print."""
+        """Return the lines to print."""
         rate = self.now / max(self.seconds, 1e-9)
         lines = [f"{self.now} images in {self.seconds:.1f} s, {rate:.0f} images/s"]
         lines.append(f"scored: {self.scored}{_counts(self.labels)}")
@@ -50,7 +53,9 @@ class Summary:
         return "\n".join(lines)
 
     def write(self, out: Path, predictor: Predictor) -> None:
-        """Write the summary of the table `out`, with the model's class names in their order.
+        """Write the summary file of the table `out`.
+
+        The file also has the model's class names, in the order of the model's outputs.
 
         Raises:
             WorkError: The file can't be written.
@@ -69,12 +74,17 @@ class Summary:
             raise WorkError(f"{path}: {error.strerror or error}") from error
 
     def check(self, out: Path, max_errors: str | None) -> None:
-        """Raise an error if too few images were scored; the table is complete anyway.
+        """Raise an error if too few images were scored. The table is complete in any case.
+
+        Args:
+            out: Path of the table, for the error message.
+            max_errors: Allowed number ("N") or percentage ("P%") of images with an error; None: no
+                limit.
 
         Raises:
-            DataError: There was no input.
+            DataError: There were no images.
             WorkError: No image could be scored.
-            GateError: More errors than `max_errors`.
+            GateError: More images than `max_errors` could not be scored.
         """
         if not self.images:
             raise DataError("there was nothing to score")
@@ -91,15 +101,19 @@ class Summary:
 
 
 def summary_path(out: Path) -> Path:
-    """Path of a table's summary: `scores.summary.json` beside `scores.csv` or `scores/`."""
+    """Return the path of a table's summary file: `a.summary.json` beside `a.csv` or `a/`."""
     named = out if out.name else out.absolute()  # "." has no name
     return named.parent / f"{named.stem}.summary.json"
 
 
 def read_classes(out: Path) -> tuple[str, ...] | None:
-    """The model's class names in their order, from the summary of a table.
+    """Return the model's class names from the summary file of a table, in the order of the outputs.
 
-    None if there is no summary, or if an older version wrote it without class names.
+    Args:
+        out: Path of the table.
+
+    Returns:
+        None if there is no summary file, or if the file has no class names.
     """
     try:
         content = json.loads(summary_path(out).read_text(encoding="utf-8"))
@@ -112,7 +126,13 @@ def read_classes(out: Path) -> tuple[str, ...] | None:
 
 
 def parse_error_limit(max_errors: str | None) -> Callable[[int], float] | None:
-    """Function: number of images -> number of errors that `--max-errors` allows; None: no limit.
+    """Return a function that computes the allowed number of errors from the number of images.
+
+    Args:
+        max_errors: Value of `--max-errors`: a number such as "5", or a percentage such as "5%".
+
+    Returns:
+        None if `max_errors` is None, which means no limit.
 
     Raises:
         OptionError: `max_errors` is neither a number nor a percentage.

@@ -1,4 +1,4 @@
-"""The table of scores as one file, which appears under its name only when it is complete."""
+"""Write the table of scores as one file. The file appears at its path only when it is complete."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from serving.utils.optional_packages import require
 
 
 class AtomicTable:
-    """Base of `TableFile` and `TableFolder`: writes to a temporary path, renamed at the end.
+    """Base class of `TableFile` and `TableFolder`: a table that is written to a temporary path.
 
-    A context manager. An exception in the `with` block removes the temporary path and leaves an
-    older table unchanged.
+    A context manager. At the end of the `with` block, the temporary path is renamed to the final
+    path. If the block raises an exception, the temporary path is removed, and an existing table is
+    unchanged.
     """
 
     def __init__(
@@ -28,15 +29,16 @@ class AtomicTable:
         temporary: AbstractContextManager[Path],
         writer: Callable[[Path], RowWriter],
     ) -> None:
-        """Create the temporary path.
+        """Create the temporary path, and open a writer there.
 
         Args:
-            out: The table.
-            temporary: Yields the temporary path, and renames it to `out` on exit.
-            writer: Opens a writer at the temporary path.
+            out: Final path of the table.
+            temporary: Context manager that yields the temporary path, and renames it to `out` on
+                exit.
+            writer: Function that opens a writer at the temporary path.
 
         Raises:
-            OptionError: The table can't be written there.
+            OptionError: The temporary path can't be written.
         """
         self._out = out
         try:
@@ -49,7 +51,11 @@ class AtomicTable:
             ) from error
 
     def append(self, rows: Sequence[ScoreRow], features: Features | None = None) -> None:
-        """Write rows, and their features [rows, D] if the table has that column.
+        """Append rows.
+
+        Args:
+            rows: The table rows.
+            features: Features of the rows, float32 [rows, D]; None if the table has no such column.
 
         Raises:
             WorkError: The rows can't be written, for example because the disk is full.
@@ -88,13 +94,18 @@ class AtomicTable:
 
 
 class TableFile(AtomicTable):
-    """A `.csv`, `.jsonl` or `.parquet` file."""
+    """Table of scores in a `.csv`, `.jsonl` or `.parquet` file."""
 
     def __init__(self, out: Path, columns: Sequence[str] = COLUMNS) -> None:
         """Open a temporary file.
 
+        Args:
+            out: Final path of the table.
+            columns: Names of the columns.
+
         Raises:
-            OptionError: `check_table` fails, or the file can't be written there.
+            OptionError: The suffix is unknown, the file can't be written, or pyarrow is needed for
+                Parquet and not installed.
         """
         check_table(out)
         open_writer = WRITERS[out.suffix.lower()]
@@ -102,11 +113,15 @@ class TableFile(AtomicTable):
 
 
 def check_table(out: Path, *, features: bool = False) -> None:
-    """Check that the table can be written, before the work.
+    """Check that the table can be written. Called before any image is scored.
+
+    Args:
+        out: Path of the table.
+        features: Whether the table has a column of features.
 
     Raises:
-        OptionError: The suffix is unknown, the file can't be written there, Parquet needs pyarrow,
-            or features need Parquet.
+        OptionError: The suffix is unknown, the file can't be written, pyarrow is needed for Parquet
+            and not installed, or the table has features and is not Parquet.
     """
     suffix = out.suffix.lower()
     if suffix not in WRITERS:

@@ -1,10 +1,10 @@
-"""The table of scores as a folder of Parquet files, an output of `--engine ray`.
+"""Write the table of scores as a folder of Parquet files, an output of `fledge score --engine ray`.
 
-    scores/part-00000.parquet     the first 100,000 rows
-    scores/part-00001.parquet     the next ones, and so on
+    scores/part-00000.parquet     about the first 100,000 rows
+    scores/part-00001.parquet     the next 100,000 rows, and so on
 
-The folder appears under its name only when it is complete, and replaces an older one. It must
-contain no other files.
+The folder appears at its path only when it is complete, and then replaces an older table. An older
+folder is only replaced if it contains no other files.
 """
 
 from __future__ import annotations
@@ -22,26 +22,31 @@ from serving.utils.files import atomic_folder, check_folder, sync
 from serving.utils.optional_packages import require
 
 ROWS: Final = 100_000
-"""Number of rows at which a file is closed."""
+"""Number of rows after which the next file is started."""
 
 _NAME: Final = re.compile(r"part-[0-9]{5,}\.parquet")
 
 
 class TableFolder(AtomicTable):
-    """A folder of Parquet files."""
+    """Table of scores in a folder of Parquet files."""
 
     def __init__(self, out: Path, columns: Sequence[str]) -> None:
         """Create a temporary folder.
 
+        Args:
+            out: Final path of the folder.
+            columns: Names of the columns.
+
         Raises:
-            OptionError: `check_table_folder` fails, or the folder can't be written there.
+            OptionError: pyarrow is not installed, the folder can't be written, or `out` exists and
+                contains other files.
         """
         check_table_folder(out)
         super().__init__(out, atomic_folder(out), lambda folder: _PartWriter(folder, columns))
 
 
 class _PartWriter:
-    """A `RowWriter` that begins a new file after `ROWS` rows."""
+    """`RowWriter` that starts a new Parquet file after every `ROWS` rows."""
 
     def __init__(self, folder: Path, columns: Sequence[str]) -> None:
         self._folder, self._columns = folder, columns
@@ -67,22 +72,22 @@ class _PartWriter:
 
 
 def is_table_folder(out: Path) -> bool:
-    """Whether `out` names a folder, not a file: it has no suffix."""
+    """Check whether `out` is meant as a folder: a path without a suffix."""
     return not out.suffix
 
 
 def part_files(folder: Path) -> list[Path]:
-    """The Parquet files of a table, in the order of their rows."""
+    """Return the Parquet files in a table folder, in the order of the rows."""
     found = (path for path in folder.iterdir() if _NAME.fullmatch(path.name))
     return sorted(found, key=lambda path: int(path.stem.rpartition("-")[2]))
 
 
 def check_table_folder(out: Path) -> None:
-    """Check that the folder can be written, before the work.
+    """Check that the table folder can be written. Called before any image is scored.
 
     Raises:
-        OptionError: pyarrow is missing, the parent folder is missing or not writable, or `out`
-            exists and contains other files.
+        OptionError: pyarrow is not installed, the parent folder does not exist or is not writable,
+            or `out` exists and contains other files.
     """
     require("pyarrow", "Parquet", "pip install 'fledge[parquet]'; or use .csv")
     parent = out.absolute().parent
