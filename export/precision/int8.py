@@ -80,7 +80,8 @@ class QuantConfig(NamedTuple):
 class QuantSearch(NamedTuple):
     """The result of a search for a quantisation configuration.
 
-    config: The chosen configuration. model: Its graph. tried: All configurations that were compared.
+    config: The chosen configuration. model: The quantised graph. tried: All configurations that
+    were compared.
     """
 
     config: QuantConfig

@@ -64,7 +64,10 @@ class ExportedRuntime:
     provider = "torch.export"
 
     def __init__(self, path: Path) -> None:
-        """Load the file; only load files that this process wrote, because loading can execute code."""
+        """Load the file.
+
+        Only load files that this process wrote, because loading can execute code in the file.
+        """
         self._module = torch.export.load(path).module()
 
     def run(self, pixels: Pixels) -> tuple[Floats, Floats]:

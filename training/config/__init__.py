@@ -1,1 +1,1 @@
-"""Recipes: schema, defaults, loading, error messages."""
+"""Recipes (training options in TOML files): schema, defaults, loading and error messages."""

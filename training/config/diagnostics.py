@@ -1,4 +1,4 @@
-"""Error messages for a recipe: the option, what is wrong, and the nearest valid name."""
+"""Write error messages for a recipe: the option, what is wrong, and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECTIONS: Final[dict[str, type]] = {
 def describe_errors(
     error: ValidationError, values: Mapping[str, Any]
 ) -> Iterator[tuple[Path, str]]:
-    """(path, sentence) of every error that pydantic found in a recipe's values."""
+    """Yield the option's path and a sentence for every error that pydantic found in a recipe."""
     for item in error.errors():
         path = item["loc"]
         value = _at(values, path)
@@ -45,7 +45,7 @@ def describe_errors(
 
 
 def check_names(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """(path, sentence) for a reserved name of the recipe and for equal names of stages."""
+    """Yield path and sentence for a recipe named "latest" and for stages with equal names."""
     if values.get("name") == "latest":
         yield ("name",), "name = 'latest' is reserved for the link runs/latest; choose another"
     stages = values.get("stage")
@@ -59,7 +59,7 @@ def check_names(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
 def check_architecture(
     values: Mapping[str, Any], check_arch: Callable[[str], object]
 ) -> Iterator[tuple[Path, str]]:
-    """(path, sentence) for an architecture that `check_arch` refuses."""
+    """Yield path and sentence if `check_arch` raises OptionError for the recipe's architecture."""
     arch = values.get("arch")
     if isinstance(arch, str):
         try:
@@ -69,14 +69,14 @@ def check_architecture(
 
 
 def option_name(path: Sequence[str | int], values: Mapping[str, Any]) -> str:
-    """A path in the notation of overrides: `stage.NAME.lr`, or `stage.1.lr` without a name."""
+    """Format a path as in an override: `stage.NAME.lr`, or `stage.1.lr` if the stage has no name."""
     name = _at(values, (*path[:2], "name")) if path[:1] == ("stage",) else None
     parts = [path[0], name, *path[2:]] if len(path) > 1 and isinstance(name, str) else path
     return ".".join(map(str, parts))
 
 
 def _at(values: Any, path: Sequence[str | int]) -> Any:
-    """The value at a path; None if there is no such path."""
+    """Return the value at a path; None if the path does not exist."""
     for part in path:
         in_table = isinstance(values, Mapping) and part in values
         in_list = isinstance(values, list | tuple) and isinstance(part, int) and part < len(values)
@@ -104,7 +104,7 @@ def _sentence(item: Any, path: Path, value: Any, values: Mapping[str, Any]) -> s
 
 
 def _shown(path: Path, value: Any, values: Mapping[str, Any]) -> str:
-    """`OPTION = VALUE`; long values and tables are left out."""
+    """Format an option as `OPTION = VALUE`; long values and tables are left out."""
     text = repr(value)
     short = not isinstance(value, Mapping) and len(text) <= 60
     return option_name(path, values) + (f" = {text}" if short else "")
@@ -130,7 +130,7 @@ def _names(table: str) -> list[str]:
 
 
 def _words(path: Path) -> list[str]:
-    """The words that an option accepts, if it accepts only words."""
+    """Return the words that an option accepts; empty if the option also accepts other values."""
     table = SECTIONS.get(".".join(str(part) for part in path[:-1] if isinstance(part, str)))
     field = getattr(table, "model_fields", {}).get(path[-1]) if path else None
     words = typing.get_args(field.annotation) if field is not None else ()
@@ -138,7 +138,10 @@ def _words(path: Path) -> list[str]:
 
 
 def _preprocess(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """Check the options one by one, because the dataclass stops at the first error."""
+    """Check the options of [preprocess] one by one, and yield a path and a sentence for each error.
+
+    The dataclass `Preprocess` itself stops at the first error.
+    """
     for name, value in values.items():
         path: Path = ("preprocess", name)
         if name not in _names("preprocess"):

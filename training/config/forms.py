@@ -1,7 +1,7 @@
-"""Options that accept several forms: one error sentence instead of one for each form.
+"""Error messages for recipe options that accept several forms: one sentence for all forms.
 
-A stage's `lr`, for example, is a number, "find", a list or a table. Pydantic reports why each form
-of such a union failed; `accepts` replaces that by a sentence that lists the forms.
+A stage's `lr`, for example, is a number, "find", a list or a table. For a wrong value, pydantic
+reports one error per form; `accepts` replaces them by one sentence that lists the forms.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pydantic import ValidationError, ValidatorFunctionWrapHandler, WrapValidato
 
 
 def accepts(forms: str, *words: str) -> WrapValidator:
-    """An annotation for an option of several forms.
+    """Return an annotation that replaces pydantic's errors for an option by one error message.
 
     Args:
         forms: The error message, such as "use a number or 'auto'".
-        words: The words that the option accepts; the nearest one is suggested for a misspelled one.
+        words: The words that the option accepts. For a misspelled word, the nearest one is
+            suggested.
     """
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -31,6 +32,6 @@ def accepts(forms: str, *words: str) -> WrapValidator:
 
 
 def did_you_mean(value: Any, words: Sequence[str]) -> str:
-    """`; did you mean 'WORD'?` with the word nearest to `value`, or nothing."""
+    """Return `; did you mean 'WORD'?` with the word nearest to `value`; "" if no word is near."""
     near = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -41,14 +41,14 @@ _OF_MANY: Final[dict[str, Callable[..., float]]] = {"min": min, "max": max}
 
 @lru_cache(maxsize=64)
 def compile_formula(text: str) -> Function:
-    """Turn text such as `1 / (1 + 0.1 * x)` into a function of x.
+    """Compile a formula such as `1 / (1 + 0.1 * x)` to a function of x.
 
-    `eval` is not used: the syntax tree is translated to closures node by node, and nodes other than
-    those in `ALLOWED` are refused. All arithmetic is in floats.
+    `eval` is not used: the syntax tree is translated to closures node by node, and anything not
+    listed in `ALLOWED` is refused. All arithmetic is in floats.
 
     Raises:
-        ValueError: The text is not such a formula. The returned function raises it, too, if the
-            value is not finite.
+        ValueError: The text is not a valid formula. The returned function also raises ValueError if
+            its result is not finite.
     """
     if len(text) > LONGEST:
         raise ValueError(f"a formula has at most {LONGEST} characters")

@@ -1,4 +1,4 @@
-"""Read recipe files and overrides into a `Recipe`; all errors are reported together."""
+"""Load a `Recipe` from a TOML file and command-line overrides; all errors are reported together."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def read(
     """Read a recipe file and apply `key=value` overrides such as `stage.head.lr=0.01`.
 
     Raises:
-        OptionError: The file can't be read, or the file or the overrides have errors. One message
-            has all errors, each with its line number.
+        OptionError: The file can't be read, or the file or the overrides have errors. The message
+            lists all errors with their line numbers.
     """
     text = ""
     try:
@@ -47,7 +47,7 @@ def read(
 
 
 def _describe_toml_error(error: ValueError, text: str) -> str:
-    """The message of tomllib; if a key is there twice, a message with the name of the key."""
+    """Return tomllib's message, or, for a duplicate key, a message with the name of the key."""
     found = re.match(r"Cannot overwrite a value \(at (?:line ([0-9]+)|end)", str(error))
     if not found:
         return str(error)
@@ -63,13 +63,13 @@ def read_text(
     overrides: Sequence[str] = (),
     check_arch: Callable[[str], object] | None = None,
 ) -> Recipe:
-    """Parse the text of a recipe and apply overrides, as `read` does for a file.
+    """Parse the text of a recipe and apply `key=value` overrides.
 
     Error messages begin with `where`.
 
     Raises:
         OptionError: The text or the overrides have errors.
-        tomllib.TOMLDecodeError: The text is no TOML.
+        tomllib.TOMLDecodeError: The text is not valid TOML.
     """
     values = tomllib.loads(text)
     overridden: list[toml_lines.Path] = []
@@ -95,14 +95,14 @@ def parse(
     Args:
         values: The values of the file, with overrides applied.
         where: Name of the file, for the error message.
-        lines_of: Path -> line in the file.
-        overridden: Paths that overrides have set.
-        failed: Errors of overrides that could not be applied.
-        check_arch: Raises OptionError for an unknown architecture. It is called only if the recipe
-            has other errors, so that valid recipes load without torchvision.
+        lines_of: Path of each option -> its line in the file.
+        overridden: Paths of the options that overrides have set.
+        failed: Error messages of overrides that could not be applied.
+        check_arch: Function that raises OptionError for an unknown architecture. It is called only
+            if the recipe has other errors, because valid recipes must load without torchvision.
 
     Raises:
-        OptionError: One message with all errors, one per line.
+        OptionError: The values or the overrides have errors. The message has one line per error.
     """
     errors = list(diagnostics.check_names(values))
     recipe = None
@@ -144,7 +144,7 @@ def _place(line: int) -> str:
 
 
 def _apply(values: dict[str, Any], override: str) -> toml_lines.Path:
-    """Apply an override to `values`; returns the path it sets."""
+    """Apply an override to `values`, and return the path of the option that it sets."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise OptionError(f"{override!r}: use key=value, such as stage.head.lr=0.01")
@@ -170,7 +170,7 @@ def _apply(values: dict[str, Any], override: str) -> toml_lines.Path:
 
 
 def _stage(stages: list[Any], name: str, override: str) -> int:
-    """The index of the stage with this name."""
+    """Return the index of the stage with this name."""
     names = [str(stage.get("name")) if isinstance(stage, dict) else "" for stage in stages]
     if name in names:
         return names.index(name)

@@ -1,7 +1,7 @@
-"""The recipe: its stages and top-level options, their defaults and valid values.
+"""The recipe (training options from a TOML file): stages, top-level options and their defaults.
 
 `training.config.load` reads recipe files, and `training.config.diagnostics` writes the messages for
-their errors.
+errors in them.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ Rate = Annotated[float, Field(gt=0)]
 
 
 class Spread(Section):
-    """Learning rates from `low` for the deepest trained layer group to `high` for the head.
+    """A range of learning rates: `low` for the deepest trained layer group, `high` for the head.
 
-    The rates between are spaced geometrically.
+    The learning rates of the layer groups in between are spaced geometrically.
     """
 
     low: Rate
@@ -100,7 +100,10 @@ def _augment(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def cycle_lengths(cycles: int, cycle_len: float, cycle_mult: float) -> list[float]:
-    """Length of every cycle in epochs; each is `cycle_mult` times as long as the one before."""
+    """Return the length of every cycle in epochs.
+
+    Each cycle is `cycle_mult` times as long as the previous one.
+    """
     return [cycle_len * cycle_mult**i for i in range(cycles)]
 
 
@@ -109,28 +112,28 @@ class Stage(Section):
 
     Attributes:
         name: Name in overrides, logs and files.
-        unfreeze: Number of the body's last layer groups that train besides the head: 0 trains only
-            the head, "all" the whole network, "gradual" one group more than the previous stage. Or
-            a list of patterns for names of the body's parameters, such as "denseblock4.*".
+        unfreeze: Number of the body's last layer groups that train in addition to the head. 0
+            trains only the head, "all" the whole network, "gradual" one group more than the
+            previous stage. A list has patterns for names of the body's parameters, such as
+            "denseblock4.*".
         lr: Learning rate of the head. "find" finds it by the range test before the stage. A list
-            has one rate for each trained group, the head's last; { low, high } spaces the rates of
-            the groups geometrically.
+            has one rate for each trained group, with the head's rate last. { low, high } spaces the
+            rates of the groups geometrically.
         lr_divide: Ratio of the rates of adjacent groups, if `lr` is one number or "find".
-        groups: Number of parameter groups, the head included, into which the trained layers are
-            merged; 0 keeps the architecture's layer groups.
+        groups: Number of parameter groups, including the head, into which the trained layers are
+            merged. 0 keeps the architecture's layer groups.
         schedule: Learning-rate schedule. It uses the options cycles, cycle_len, cycle_mult,
             warm_up, floor, gamma, step_every, scale, scale_per and momentum_low; see
             `training.optim.schedules`.
-        batchnorm: Mode of unfrozen BatchNorms: "fixed" keeps their statistics and trains scale and
-            shift; "train" updates the statistics, too.
-        frozen_batchnorm: Mode of frozen BatchNorms: "eval" fixes them, "stats" updates the
-            statistics, "train" trains scale and shift, too.
-        views: Number of views (random augmentations) of each photo for which the outputs of the
-            frozen layers are cached. "auto" is one for each epoch, or as many as fit the cache; 0
-            caches none.
-        image_size: Image size of this stage; 0 is preprocess.size.
-        patience: Epochs without a lower validation loss after which the stage ends and its best
-            epoch is restored; 0 never ends it early.
+        batchnorm: Mode of unfrozen BatchNorms. "fixed" keeps their statistics and trains scale and
+            shift; "train" also updates the statistics.
+        frozen_batchnorm: Mode of frozen BatchNorms. "eval" changes nothing, "stats" updates the
+            statistics, "train" also trains scale and shift.
+        views: Number of augmented views of each photo for which the outputs of the frozen layers
+            are cached. "auto" is one view per epoch, or as many as fit the cache; 0 caches none.
+        image_size: Side of the images in this stage, in pixels; 0 uses preprocess.size.
+        patience: Number of epochs without a lower validation loss after which the stage ends and
+            its best epoch is restored. 0 never ends the stage early.
         augment: Options of [augment] that differ in this stage.
     """
 
@@ -209,12 +212,12 @@ class Stage(Section):
 
     @property
     def wanted_views(self) -> int:
-        """Number of cached views that the epochs cycle through, if the cache has room for them."""
+        """Number of augmented views per photo to cache, if the cache is large enough."""
         return self.epochs if self.views == "auto" else min(self.views, self.epochs)
 
     @property
     def epochs(self) -> int:
-        """Number of epochs: the sum of all cycles, rounded."""
+        """Number of epochs: the sum of all cycle lengths, rounded, at least 1."""
         return max(1, round(sum(cycle_lengths(self.cycles, self.cycle_len, self.cycle_mult))))
 
 
@@ -228,19 +231,20 @@ def _preprocess(value: Any) -> Any:
 
 
 class Recipe(Section):
-    """A recipe; `recipes/quick.toml` is an example with comments.
+    """All options of a training run; `recipes/quick.toml` is an example with comments.
 
     Attributes:
         name: Name of the run's folder and of the model.
         arch: torchvision's name of the network.
-        arch_args: Arguments of torchvision's builder.
-        weights: "imagenet", "none", "auto" (imagenet if available, else none, with a log line), or
-            a path.
+        arch_args: Keyword arguments of torchvision's model builder.
+        weights: Initial weights: "imagenet", "none", a path, or "auto" (imagenet if available, else
+            none, with a log line).
         seed: Seed of all random numbers.
-        batch_size: Photos per step; "auto" finds the largest that fits before the run.
+        batch_size: Photos per step. "auto" finds the largest size that fits in memory before the
+            run.
         label_smoothing: Label smoothing of the cross-entropy, in [0, 1).
-        precision: Dtype of the forward and backward pass; "auto" is bf16 on GPUs and CPUs that
-            support it, fp32 on others.
+        precision: Dtype of the forward and backward pass. "auto" is bf16 on GPUs and CPUs that
+            support it, and fp32 on others.
         compile: Whether the trained layers are compiled; "cuda_graphs" captures them in a CUDA
             graph instead.
     """
@@ -273,7 +277,10 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _normalised_as_trained(cls, values: Any) -> Any:
-        """Set the default mean and std of `HALF_NORMALISED`: their weights expect -1..1."""
+        """Set the default mean and std to 0.5 for architectures in `HALF_NORMALISED`.
+
+        Their pretrained weights expect inputs from -1 to 1.
+        """
         if not isinstance(values, Mapping) or values.get("arch") not in HALF_NORMALISED:
             return values
         given = values.get("preprocess", {})
@@ -283,11 +290,14 @@ class Recipe(Section):
         return {**values, "preprocess": {**half, **given}}
 
     def preprocess_of(self, stage: Stage) -> Preprocess:
-        """The preprocessing at a stage's image size."""
+        """Return the preprocessing with the image size of a stage."""
         return replace(self.preprocess, size=stage.image_size or self.preprocess.size)
 
     def augment_of(self, stage: Stage) -> AugmentConfig:
-        """The augmentation of a stage: the recipe's, with the options of the stage replaced."""
+        """Return a stage's augmentation: the recipe's options, overridden by the stage's options.
+
+        If the stage sets a preset, the recipe's augmentation is not used.
+        """
         if "preset" in stage.augment:
             return AugmentConfig.model_validate(stage.augment)
         return AugmentConfig.model_validate({**self.augment.model_dump(), **stage.augment})

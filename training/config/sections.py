@@ -1,6 +1,6 @@
 """The TOML tables of a recipe other than `[[stage]]`, such as `[data]` and `[augment]`.
 
-Each class has the options of one table, their defaults and their valid values.
+Each class defines the options of one table, with their defaults and valid values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from training.config.forms import accepts
 
 
 class Section(BaseModel):
-    """A table of a recipe; unknown names are errors."""
+    """Base class for a table of a recipe; unknown option names are errors."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False
@@ -32,17 +32,20 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Labels and split if folders and `--split` do not define them, and the size of cached photos.
+    """How to get labels and splits from the data folder, and the size of cached photos.
+
+    The options about splits are used only if neither the folders nor `--split` define the splits.
 
     Attributes:
         pattern: Regular expression that is searched in file names; its first group is the label.
-        csv: Table in the data folder with one line per photo.
-        columns: Columns of `csv` with the photo's id and its label.
-        suffix: Appended to the id to get the file name.
-        images: Folder of the photos in the data folder, for `pattern` and `csv`.
-        valid: Share of each class that is held out for validation.
-        folds: Number of folds to split each class into, instead of `valid`.
-        fold: Number of the fold to validate on, from 0; also selects a fold of a `--split` file.
+        csv: CSV file in the data folder with one line per photo.
+        columns: Names of two columns of `csv`: the photo's id and its label.
+        suffix: Text that is appended to the id to get the file name.
+        images: Folder of the photos inside the data folder, for `pattern` and `csv`.
+        valid: Share of each class that is held out for validation, in (0, 1).
+        folds: Number of cross-validation folds to split each class into; 0 uses `valid` instead.
+        fold: Number of the fold to validate on, counted from 0. It also selects a fold of a
+            `--split` file.
         presize: Side of the cached training photos, as a multiple of the image size.
     """
 
@@ -119,11 +122,11 @@ def _check_scale(value: tuple[float, float]) -> tuple[float, float]:
 
 
 class AugmentConfig(Section):
-    """Random augmentation of training photos; the preset supplies options that are not set.
+    """Random augmentation of training photos; the preset supplies the options that are not set.
 
     Attributes:
         preset: Name of a set of options, see `PRESETS`.
-        crop: "random" crops anywhere in the photo, "center" as in validation.
+        crop: "random" crops anywhere in the photo, "center" crops as in validation.
         flip: "horizontal" mirrors half of the photos; "dihedral" draws one of the 8 symmetries of
             the square.
         scale: Smallest and largest area of the random crop, as a share of the photo's largest
@@ -174,7 +177,7 @@ class AugmentConfig(Section):
 
     @property
     def mixes(self) -> bool:
-        """Whether photos are mixed, so that activations can't be cached per photo."""
+        """Whether mixup or cutmix is on; activations can't be cached per photo then."""
         return self.mixup > 0 or self.cutmix > 0
 
 
@@ -183,17 +186,17 @@ def _widths(value: Any) -> Any:
 
 
 class HeadConfig(Section):
-    """The classifier head.
+    """Options of the classifier head.
 
     Attributes:
-        kind: "concat_pool" is average and max pooling concatenated, then BatchNorm, dropout,
-            Linear, ReLU for each hidden layer, and BatchNorm, dropout, Linear (fast.ai, "Practical
-            Deep Learning for Coders", 2018); "deep" is average pooling, then dropout, Linear,
-            BatchNorm, ReLU for each hidden layer, and dropout, Linear; "linear" is average pooling,
-            dropout and one Linear.
-        hidden: Width of each hidden layer of concat_pool and deep.
-        dropout: Dropout probability in [0, 1) before the last Linear; the others have half of it.
-            Or a list with one probability for every Linear.
+        kind: "concat_pool": average and max pooling, concatenated; then BatchNorm, dropout, Linear,
+            ReLU for each hidden layer; then BatchNorm, dropout, Linear (fast.ai, "Practical Deep
+            Learning for Coders", 2018). "deep": average pooling; then dropout, Linear, BatchNorm,
+            ReLU for each hidden layer; then dropout, Linear. "linear": average pooling, dropout and
+            one Linear.
+        hidden: Width of each hidden layer, for "concat_pool" and "deep".
+        dropout: Dropout probability in [0, 1) before the last Linear; half of it is used before the
+            other Linear layers. A list has one probability for every Linear.
     """
 
     kind: Literal["concat_pool", "deep", "linear"] = "concat_pool"
@@ -216,21 +219,22 @@ class HeadConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """The optimizer.
+    """Options of the optimizer.
 
     Attributes:
-        kind: The algorithm.
+        kind: The algorithm: "sgd", "adam" or "adamw".
         momentum: Momentum of sgd; first beta of adam and adamw.
         nesterov: Whether sgd uses Nesterov momentum.
         weight_decay: Factor of the weight decay.
-        decay: "l2" adds weight_decay times the weights to the gradient, "decoupled" shrinks the
-            weights by lr times weight_decay; "auto" is decoupled for adamw, l2 for the others.
-        decay_norms: Whether norms and biases are decayed, too.
+        decay: "l2" adds weight_decay times the weights to the gradient. "decoupled" subtracts lr
+            times weight_decay times the weights from the weights. "auto" is decoupled for adamw and
+            l2 for the others.
+        decay_norms: Whether weight decay is also applied to norm layers and biases.
         l1: Factor of the weights' sign that is added to the gradient.
         clip_norm: Largest norm of all gradients together; 0 is off.
-        accumulate: Batches per optimizer step.
-        ema: Decay of the moving average of the weights, which is validated and saved instead of the
-            weights; 0 is off.
+        accumulate: Number of batches per optimizer step.
+        ema: Decay of the exponential moving average of the weights; 0 is off. The average is
+            validated and saved instead of the weights.
     """
 
     kind: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -252,11 +256,12 @@ class OptimizerConfig(Section):
 
 
 class LrFindConfig(Section):
-    """The learning rate range test of stages with `lr = "find"`.
+    """Options of the learning rate range test, used by stages with `lr = "find"`.
 
     Attributes:
-        pick: The suggestion to use; its rate is limited to minimum / 10, unless it is "minimum".
-        direction: "up" from low to high, or "down" from high to low.
+        pick: Name of the suggested rate to use. Except for "minimum", the rate is limited to a
+            tenth of the rate with the lowest loss.
+        direction: "up" tests from low to high rates, "down" from high to low rates.
         low: Lowest tested rate.
         high: Highest tested rate.
         steps: Number of tested rates.
@@ -279,17 +284,16 @@ class TtaConfig(Section):
     """Test-time augmentation (TTA) of the evaluation at the end of a run.
 
     The predictions for several views (crops or flips) of a photo are averaged. The plain view is
-    the photo as in validation.
+    the unaugmented photo, as in validation.
 
     Attributes:
-        kind: "views" are the fixed views of the service; "flip", "five_crop" and "multi_scale" are
-            other fixed views; "draws" are the plain view and random draws of the training
-            augmentation.
-        count: Number of views or draws; the kinds flip, five_crop and multi_scale have a fixed
-            number. 0 switches TTA off for every kind.
-        average: "mean" averages probabilities, "log_mean" their logarithms.
-        plain_weight: Weight of the plain view; the other views share the rest. 0 weighs all views
-            equally.
+        kind: "views" uses the fixed views of the service. "flip", "five_crop" and "multi_scale" use
+            other fixed views. "draws" uses the plain view and random training augmentations.
+        count: Number of views or random augmentations; 0 switches TTA off for every kind. The kinds
+            flip, five_crop and multi_scale have a fixed number of views.
+        average: "mean" averages probabilities, "log_mean" averages their logarithms.
+        plain_weight: Weight of the plain view, from 0 to 1; the other views share the rest. 0 gives
+            all views the same weight.
     """
 
     kind: Literal["views", "flip", "five_crop", "multi_scale", "draws"] = "views"

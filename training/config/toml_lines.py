@@ -1,4 +1,4 @@
-"""Line numbers of a TOML file: path of every key and value -> its line.
+"""Find the line number of every key and array element of a TOML file.
 
 `tomllib` does not report positions. This scanner parses only as much of TOML as it needs to find
 lines, and it requires text that `tomllib` has parsed without errors.
@@ -22,16 +22,16 @@ _BARE: Final = re.compile(r"[^,\]}#\n]*")
 
 
 def lines_of(text: str) -> dict[Path, int]:
-    """The line, from 1, of the first occurrence of each key and each array element.
+    """Return the line, counted from 1, of the first occurrence of each key and each array element.
 
-    Paths refer to the result of `tomllib.loads(text)`. The line of a table is that of its header or
-    of its first key.
+    The keys of the dict are paths in the result of `tomllib.loads(text)`. The line of a table is
+    that of its header or of its first key.
     """
     return _Scanner(text).scan()
 
 
 class _Scanner:
-    """One pass over the text; `at` is the current position."""
+    """Scanner that goes through the text once; `at` is the current position."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
@@ -54,7 +54,7 @@ class _Scanner:
         return self.lines
 
     def skip(self) -> bool:
-        """Skip blanks and comments; false at the end of the text."""
+        """Skip blanks and comments, and return False at the end of the text."""
         self.take(_SKIP)
         return self.at < len(self.text)
 
@@ -79,7 +79,10 @@ class _Scanner:
             self.at += 1
 
     def header(self, keys: list[str], *, array: bool) -> Path:
-        """Path of the table that a header opens, with the index of the last table of an array."""
+        """Return the key path of the table that a header line opens.
+
+        For an array of tables, `[[a]]`, the path also has the index of the element just opened.
+        """
         path: Path = ()
         for depth, key in enumerate(keys, start=1):
             path = (*path, key)
