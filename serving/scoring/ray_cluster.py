@@ -186,7 +186,7 @@ class ActorPool:
 class _LostNodes:
     """Callable that logs each machine that has left the cluster.
 
-    At most one check is made in `_NODE_CHECK_SECONDS`.
+    The cluster is checked at most every `_NODE_CHECK_SECONDS` (2 s).
     """
 
     def __init__(self, log: Callable[[str], None]) -> None:
