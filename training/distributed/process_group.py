@@ -1,9 +1,9 @@
-"""Data-parallel training: the processes of one run, and what they send each other.
+"""Communication between the processes of a run in data-parallel training.
 
-Every process executes the same code on its own shard of every batch. Random draws come from the
-recipe's seed, so they need not be sent. Values that depend on the machine (a learning rate that
-lr_find picked, the number of cached views, the run's folder) are decided by process 0 and
-broadcast. Only process 0, the main process, writes files and log lines.
+Every process executes the same code on its own shard of every batch. Random draws are not sent,
+because every process computes the same draws from the recipe's seed. Process 0 decides and
+broadcasts the values that depend on the machine, such as the run folder or the learning rate that a
+range test selected. Only process 0, the main process, writes files and log lines.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 REPORT_DELAY: Final = 0.5
-"""Seconds that all processes but process 0 wait before they report an error, so that process 0
-reports errors that occur in all processes."""
+"""Number of seconds that all processes but process 0 wait before they report an error. If the error
+occurs in all processes, process 0 is therefore the one that reports it."""
 
 _FAILED: Final = "fledge/failed"
 _NEW: Final = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
@@ -46,14 +46,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """One process's view of the processes of a run; `SINGLE_PROCESS` is a group of one.
+    """The processes of a run, and the rank of the current process among them.
+
+    `SINGLE_PROCESS` is the group for training without torchrun.
 
     Attributes:
-        rank: This process's number, from 0.
+        rank: Number of this process among all processes, from 0.
         size: Number of processes.
-        local_rank: This process's number on its machine, from 0.
-        cpu_group: gloo group with a long timeout, for control messages.
-        store: Key-value store of the rendezvous; the first process that fails registers there.
+        local_rank: Number of this process among the processes of its machine, from 0.
+        cpu_group: gloo group with a long timeout, for messages other than gradients and losses.
+            None in a single process.
+        store: Key-value store of the rendezvous. The first process that fails stores its rank
+            there. None in a single process.
     """
 
     rank: int = 0
@@ -64,24 +68,29 @@ class ProcessGroup:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process writes the run's files and log lines."""
+        """Whether this is process 0, the only process that writes files and log lines."""
         return self.rank == 0
 
     @property
     def gpu(self) -> int | None:
-        """Index of this process's GPU on its machine; in a single process None: the current GPU."""
+        """Index of the GPU that this process uses; None in a single process: the current GPU."""
         return self.local_rank if self.size > 1 else None
 
     def shard(self, index: Tensor) -> Tensor:
-        """This process's shard of a batch of photos `index`, int64 [n].
+        """Return this process's shard of a batch.
 
-        BatchNorm needs at least two photos. A batch with fewer than two per process is not split:
-        every process gets the whole batch, and the mean over the processes is the same.
+        A batch with fewer than two photos per process is not split, because BatchNorm needs at
+        least two photos. Every process then gets the whole batch.
+
+        Args:
+            index: Indices of the batch's photos, int64 [n].
         """
         return index if len(index) < 2 * self.size else index[self.rank :: self.size]
 
     def loss_weight(self, count: int, batch: int) -> float:
-        """Weight of this rank's mean loss, such that the mean over ranks is the batch's mean.
+        """Return the factor for the mean loss over this process's shard of a batch.
+
+        With these factors, the mean over the processes is the mean loss over the whole batch.
 
         Args:
             count: Number of photos in this process's shard.
@@ -90,10 +99,11 @@ class ProcessGroup:
         return 1.0 if batch < 2 * self.size else self.size * count / batch
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """`DistributedDataParallel` around the module; the module itself in a single process.
+        """Wrap the module in `DistributedDataParallel` (DDP); return it as it is in one process.
 
-        Wrap the module anew for every epoch, because DDP sums gradients in buckets, in the order in
-        which its first step produced them, and a resumed run must use the same order.
+        Call this method at the start of every epoch. DDP sums gradients in an order that it
+        determines in its first steps, and a run that is resumed after an epoch must use the same
+        order as an uninterrupted run.
         """
         if self.size == 1:
             return module
@@ -102,7 +112,7 @@ class ProcessGroup:
         return DistributedDataParallel(module, **_NO_BUFFERS)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over the processes, bit-identical in all of them."""
+        """Return the sum of the tensor over all processes, bit-identical in all processes."""
         if self.size == 1:
             return values
         found = values.detach().clone()
@@ -110,11 +120,13 @@ class ProcessGroup:
         return found
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over the processes, bit-identical in all of them."""
+        """Return the mean of the tensor over all processes, bit-identical in all processes."""
         return values if self.size == 1 else self.total(values) / self.size
 
     def global_loss(self, loss: Tensor, count: int) -> Tensor:
-        """The mean loss over the batch of all processes, with the gradient of this shard's share.
+        """Return the mean loss over the whole batch, with the gradient of this process's shard.
+
+        The mean of the gradients over the processes is the gradient of the mean loss.
 
         Args:
             loss: Mean loss over the photos of this process's shard; a scalar.
@@ -129,7 +141,7 @@ class ProcessGroup:
         return (sums[0] / sums[1]).to(loss.dtype) + (own - own.detach())
 
     def any_true(self, flag: bool) -> bool:
-        """Whether `flag` is true in any of the processes."""
+        """Return whether `flag` is true in any of the processes."""
         if self.size == 1:
             return flag
         count = torch.tensor(int(flag))
@@ -137,7 +149,7 @@ class ProcessGroup:
         return bool(count.item())
 
     def broadcast_object(self, make: Callable[[], T]) -> T:
-        """The result of `make()` in process 0; the other processes do not call `make`."""
+        """Call `make` in process 0 only, and return its result in all processes."""
         if self.size == 1:
             return make()
         objects: list[Any] = [make() if self.is_main_process else None]
@@ -145,7 +157,10 @@ class ProcessGroup:
         return cast(T, objects[0])
 
     def check_same(self, own: Mapping[str, str]) -> None:
-        """Check that values are the same as in process 0; `own` is description -> value.
+        """Check that this process has the same values as process 0.
+
+        Args:
+            own: The values of this process. Each key describes its value in the error message.
 
         Raises:
             DataError: A value differs; the message names the value and the machine.
@@ -159,13 +174,19 @@ class ProcessGroup:
             )
 
     def wait_for_everyone(self) -> None:
-        """A barrier, with the long timeout of `cpu_group`."""
+        """Wait until all processes have called this method, with the long timeout of `cpu_group`.
+
+        In a single process, nothing is done.
+        """
         if self.size > 1:
             dist.barrier(group=self.cpu_group)
 
     @contextmanager
     def local_main_process_first(self) -> Iterator[None]:
-        """The first process of each machine runs the block before the others of that machine."""
+        """Return a context manager that runs its block first in one process of each machine.
+
+        The other processes wait until the block has ended there, then run it too.
+        """
         if self.local_rank:
             self.wait_for_everyone()
         yield
@@ -173,18 +194,31 @@ class ProcessGroup:
             self.wait_for_everyone()
 
     def broadcast_module(self, module: nn.Module) -> None:
-        """Overwrite the weights and buffers of a module on the CPU by those of process 0."""
+        """Copy the weights and buffers of process 0's module to the modules of all processes.
+
+        The module must be on the CPU.
+        """
         if self.size > 1:
             for value in module.state_dict().values():
                 dist.broadcast(value, src=0, group=self.cpu_group)
 
     def seed(self, seed: int) -> None:
-        """Seed torch differently in each process (dropout masks); unchanged in process 0."""
+        """Seed torch with a different number in each process, for different dropout masks.
+
+        In process 0 the random state is not changed.
+        """
         if self.rank:
             torch.manual_seed(seed + self.rank * 2**32)  # a recipe's seed is below 2**32
 
     def gather(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of all processes, in process 0; the names must differ between processes."""
+        """Collect the named tensors of all processes in process 0.
+
+        Args:
+            own: The tensors of this process. No two processes may use the same name.
+
+        Returns:
+            In process 0 the tensors of all processes; {} in the other processes.
+        """
         if self.size == 1:
             return dict(own)
         found: list[Any] | None = [None] * self.size if self.is_main_process else None
@@ -193,10 +227,14 @@ class ProcessGroup:
 
     @contextmanager
     def broadcast_files(self, folder: Path, names: Sequence[str]) -> Iterator[Path]:
-        """Copy files of process 0's `folder` to the other processes; yields where they can be read.
+        """Return a context manager that copies files from process 0 to the other processes.
 
-        Process 0 reads its own folder; the other processes get a temporary folder. Files that do
-        not exist in process 0 are skipped.
+        Inside the context, the yielded folder contains the files. In process 0 it is `folder`
+        itself; in the other processes it is a temporary folder.
+
+        Args:
+            folder: Folder of the files in process 0.
+            names: Names of the files. Files that do not exist in process 0 are skipped.
         """
         if self.size == 1:
             yield folder
@@ -218,17 +256,20 @@ class ProcessGroup:
             yield here
 
     def destroy(self) -> None:
-        """Wait for all processes, then end communication between them."""
+        """Wait for all processes, then end the communication between the processes."""
         if self.size > 1:
             self.wait_for_everyone()
             dist.destroy_process_group()
 
     def on_main_process(self, log: Log) -> Log:
-        """`log` in process 0; a function that discards the line in other processes."""
+        """Return `log` in process 0, and a function that discards its argument in the others."""
         return log if self.is_main_process else _discard
 
     def should_report_error(self) -> bool:
-        """Whether this is the first process that failed, which reports the error."""
+        """Return whether this process is the first that failed and so must report its error.
+
+        Call this method once, after an error.
+        """
         if self.store is None:
             return True
         if not self.is_main_process:
@@ -244,7 +285,10 @@ SINGLE_PROCESS: Final = ProcessGroup()
 
 
 def no_sync(module: nn.Module) -> AbstractContextManager[None]:
-    """A context in which gradients accumulate locally; a later backward pass sends their sum."""
+    """Return a context in which backward passes do not synchronise gradients between processes.
+
+    The gradients are accumulated; the first backward pass after the context synchronises their sum.
+    """
     if isinstance(module, DistributedDataParallel):
         return cast(AbstractContextManager[None], module.no_sync())
     return nullcontext()

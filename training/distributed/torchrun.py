@@ -1,7 +1,7 @@
-"""Processes started by torchrun: join the process group, report errors once, exit.
+"""Functions for processes started by torchrun: join the process group, report errors only once.
 
-torchrun sets the rank and the address of the rendezvous in each process's environment, and ends all
-processes when one fails.
+torchrun sets environment variables with the rank of the process and the address of the rendezvous.
+If one process fails, torchrun ends all processes.
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.models.classifier import Classifier
 
 STEP_TIMEOUT: Final = timedelta(minutes=10)
-"""Timeout of collectives within an epoch, where all processes have the same work."""
+"""Timeout of collective operations within an epoch, where all processes have equal work."""
 
 CONTROL_TIMEOUT: Final = timedelta(hours=12)
-"""Timeout of control messages, which wait while another process decodes photos or saves."""
+"""Timeout of all other messages. It is long because a process can wait for another process that
+decodes photos or saves a checkpoint."""
 
 
 @contextmanager
 def init_process_group() -> Iterator[ProcessGroup]:
-    """The process group of torchrun's processes; `SINGLE_PROCESS` without torchrun.
+    """Return a context manager that yields the process group of the processes torchrun started.
 
-    An error that occurs in several processes is raised in the first of them; the others exit
-    without a message.
+    Without torchrun, or with a single process, it yields `SINGLE_PROCESS`. If the block fails in
+    several processes, only the first of these processes raises its error; the others exit without a
+    message.
 
     Raises:
-        WorkError: The connection to another process is lost.
+        WorkError: The connection to another process was lost inside the block.
+        OptionError: This build of torch has no `torch.distributed`.
     """
     if not _has_several_processes():
         yield SINGLE_PROCESS
@@ -58,10 +61,14 @@ def init_process_group() -> Iterator[ProcessGroup]:
 
 
 def require_single_process(verb: str) -> None:
-    """Exit if torchrun started several processes; only process 0 prints the error.
+    """Check that torchrun did not start several processes.
+
+    Args:
+        verb: Name of the subcommand, for the error message.
 
     Raises:
-        OptionError: Several processes were started; the message names the subcommand.
+        OptionError: Several processes were started; raised in process 0.
+        SystemExit: Several processes were started; raised in the other processes.
     """
     if not _has_several_processes():
         return
@@ -71,10 +78,10 @@ def require_single_process(verb: str) -> None:
 
 
 def sync_batchnorms(classifier: Classifier) -> None:
-    """Replace the BatchNorms after the frozen layers by `SyncBatchNorm`, which needs GPUs.
+    """Replace the BatchNorms after the frozen layers by `SyncBatchNorm`, which needs a GPU.
 
-    Weights, statistics and their names stay the same. The frozen layers keep plain BatchNorms,
-    because only those can be fused into the preceding layers.
+    Names and values of weights and statistics stay the same. The frozen layers keep their
+    BatchNorms, because a SyncBatchNorm can't be fused with the layer before it.
     """
     body = classifier.body
     for name in list(body._modules)[classifier.freezing.prefix :]:
@@ -83,7 +90,7 @@ def sync_batchnorms(classifier: Classifier) -> None:
 
 
 def is_connection_error(error: BaseException) -> bool:
-    """Whether the error means that another process can't be reached any more."""
+    """Return whether the error means that the connection to another process was lost."""
     backend = isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
     return backend or isinstance(error, dist.DistError)
 

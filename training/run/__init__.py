@@ -1,1 +1,1 @@
-"""The run directory: checkpoints, resume state, metric logs."""
+"""Files of a run folder: checkpoints, resume state, metric logs."""

@@ -1,4 +1,8 @@
-"""Checkpoints: weights in a .safetensors file, a description in a .json file beside it."""
+"""Write and read checkpoints.
+
+A checkpoint is a .safetensors file with the weights, and a .json file of the same name with a
+description of the network.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +29,25 @@ BEST: Final = "best.safetensors"
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """Description of a checkpoint; the content of its .json file.
+    """Content of a checkpoint's .json file.
 
     Attributes:
         name: Name of the recipe.
-        arch, arch_args, head: Arguments of `create_classifier`.
-        classes: Names in the order of the logits.
+        arch: Name of the architecture.
+        classes: Class names in the order of the logits.
         preprocess: Preprocessing of the images that the network was trained with.
+        arch_args: Options of the architecture.
+        head: Options of the head.
         seed: Seed of the recipe.
-        data: {"source", "root", "fingerprint", "train", "valid"}: value of `--data`, folder of the
-            photos, hash of the dataset, and the number of training and of validation photos.
-        metrics: {"accuracy", "loss", "stage", "epoch"} on the validation part in float32, without
-            test-time augmentation; accuracy is a fraction of 1, loss is cross-entropy in nats. If
-            the recipe has test-time augmentation also {"accuracy_tta", "loss_tta", "views"}.
+        data: Dictionary with the keys "source" (value of `--data`), "root" (folder of the photos),
+            "fingerprint" (hash of the dataset), and "train" and "valid" (number of photos in the
+            training and validation split).
+        metrics: Dictionary with the keys "accuracy" (fraction of 1) and "loss" (cross-entropy in
+            nats) on the validation split without test-time augmentation, and "stage" and "epoch"
+            (origin of the weights). If the recipe has test-time augmentation (TTA), also
+            "accuracy_tta", "loss_tta" and "views" (number of TTA views). Some keys may be missing.
         versions: Versions of Python, torch and torchvision.
-        schema: Version of this format.
+        schema: Version of the format of this file.
     """
 
     name: str
@@ -56,7 +64,7 @@ class CheckpointInfo:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the software that a result depends on."""
+    """Return the installed versions of Python, torch and torchvision."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -65,7 +73,16 @@ def versions() -> dict[str, str]:
 
 
 def save(path: Path, classifier: Classifier, info: CheckpointInfo) -> None:
-    """Write `path` (.safetensors) and its .json file, each atomically."""
+    """Write a checkpoint. Each of the two files is written atomically.
+
+    Args:
+        path: The .safetensors file. The .json file gets the same name.
+        classifier: The network.
+        info: Content of the .json file.
+
+    Raises:
+        WorkError: The .safetensors file can't be written.
+    """
     state = {key: value.detach().contiguous() for key, value in classifier.state_dict().items()}
     with atomic_write(path) as partial:
         try:
@@ -82,25 +99,32 @@ def write_info(path: Path, info: CheckpointInfo) -> None:
 
 
 def weights_path(run: Path) -> Path:
-    """The best checkpoint of a run folder; `run` itself if it is a .safetensors file."""
+    """Return the path of a run's best checkpoint; `run` itself if it is a .safetensors file."""
     return run if run.suffix == ".safetensors" else run / BEST
 
 
 def run_folder_of(run: Path) -> Path:
-    """The run folder that a checkpoint belongs to; checkpoints of stages are in a subfolder."""
+    """Return the run folder of a checkpoint.
+
+    Args:
+        run: A run folder, or a .safetensors file in it or in its subfolder `stages`.
+    """
     folder = weights_path(run).parent
     return folder.parent if folder.name == "stages" else folder
 
 
 def load(run: Path) -> tuple[Classifier, CheckpointInfo]:
-    """Load a checkpoint: eval mode, float32, on the CPU.
+    """Load a checkpoint.
 
     Args:
-        run: A run folder, or a .safetensors file with its .json file beside it.
+        run: A run folder (its best checkpoint is loaded), or the .safetensors file of a checkpoint.
+
+    Returns:
+        The network on the CPU, in float32 and eval mode, and the description of the checkpoint.
 
     Raises:
-        DataError: A file is missing, damaged or of another version, or the weights do not fit the
-            architecture.
+        DataError: A file is missing or damaged, the .json file has another format version, or the
+            weights do not fit the architecture.
     """
     path = weights_path(run)
     info = read_info(path.with_suffix(".json"))
@@ -125,7 +149,7 @@ def read_info(path: Path) -> CheckpointInfo:
     """Read the .json file of a checkpoint.
 
     Raises:
-        DataError: The file is missing, damaged or of another version.
+        DataError: The file is missing or damaged, or has another format version.
     """
     try:
         values = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""The dataset that a run was trained on, read from its split file."""
+"""Load the dataset that a run was trained on, from the split file in the run folder."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from training.run import checkpoint
 
 
 def load_run_dataset(run: Path, data: Path | None = None, part: str = "valid") -> Dataset:
-    """The dataset of a run, with the split that the run used.
+    """Load the dataset of a run, with the training/validation split that the run used.
 
     Args:
-        run: The run folder, or a checkpoint in it.
-        data: Folder of the photos; None: their folder at training time.
-        part: "train", "valid" or "test": all photos of this part must exist. "": none has to exist.
+        run: The run folder, or the .safetensors file of a checkpoint in the run folder.
+        data: Folder of the photos. None: the folder that the run was trained on. If this folder is
+            gone and the dataset is the sample or a torchvision dataset, the local copy is found.
+        part: The split whose photos must all exist: "train", "valid" or "test". "": no photo has to
+            exist.
 
     Raises:
-        DataError: `data` is no folder, photos are missing, or the split file can't be read.
+        DataError: `data` is not a folder, photos of `part` are missing, or the split file can't be
+            read.
     """
     if data is not None and not os.path.isdir(data):
         raise DataError(f"--data {data}: no such folder")

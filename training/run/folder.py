@@ -1,4 +1,4 @@
-"""The run folder: create it, write and read the files for resuming, mark the run as finished."""
+"""Create the run folder, write and read the files for resuming, mark the run as finished."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ STAGES_FOLDER: Final = "stages"
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Options and data that a run was started with, besides recipe and split: `run.json`.
+    """Content of `run.json`: command-line options and facts about the dataset of a run.
 
     Attributes:
-        source: The `--data` argument.
-        root: The photos' folder.
-        fingerprint: Result of `Dataset.fingerprint`.
-        classes: Names in the order of the logits.
+        source: Value of `--data`.
+        root: Folder of the photos.
+        fingerprint: Hash of the dataset; see `Dataset.fingerprint`.
+        classes: Class names in the order of the logits.
         pretrained: Whether the body started with pretrained weights.
-        device: "auto", "cpu" or "cuda".
-        versions: Versions of Python, torch and torchvision.
+        device: Value of `--device`: "auto", "cpu" or "cuda".
+        versions: Versions of Python, torch and torchvision at the start of the run.
     """
 
     source: str
@@ -47,10 +47,13 @@ class RunInfo:
 
 
 def check_out(out: Path | None) -> None:
-    """Check before the work begins that the run folder can be created, or exists and is empty.
+    """Check before training that the run folder can be created, or exists and is empty.
+
+    Args:
+        out: Value of `--out`. None: the run folder will be created in `runs`.
 
     Raises:
-        OptionError: The folder can't be used; the message names `--out`.
+        OptionError: `out` is a file or a folder with content, or the folder can't be created.
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         resumable = (out / RUN_FILE).exists() and (out / LAST_FOLDER).exists()
@@ -60,7 +63,16 @@ def check_out(out: Path | None) -> None:
 
 
 def create_run_folder(out: Path | None, name: str) -> Path:
-    """Create the run folder: `out`, else the first free one of runs/NAME, runs/NAME-2, ..."""
+    """Create the run folder and return its path.
+
+    Args:
+        out: Value of `--out`. None: the first of runs/NAME, runs/NAME-2, runs/NAME-3, ... that does
+            not exist yet.
+        name: Name of the recipe, which replaces NAME.
+
+    Raises:
+        OptionError: `out` is a file or a folder with content, or the folder can't be created.
+    """
     if out is not None:
         check_out(out)
         out.mkdir(parents=True, exist_ok=True)
@@ -76,7 +88,10 @@ def create_run_folder(out: Path | None, name: str) -> Path:
 
 
 def start_run(folder: Path, recipe: Recipe, dataset: Dataset, info: RunInfo) -> None:
-    """Write recipe, split and `run.json`; once `run.json` exists, the run can be resumed."""
+    """Write the recipe, the training/validation split and `run.json` into the run folder.
+
+    `run.json` is written last. The run can be resumed from then on.
+    """
     import tomli_w
 
     values = recipe.model_dump(mode="json", exclude={"preprocess"})
@@ -91,7 +106,7 @@ def start_run(folder: Path, recipe: Recipe, dataset: Dataset, info: RunInfo) -> 
 
 
 def finish_run(folder: Path) -> None:
-    """Mark a run as finished by removing the resume state."""
+    """Mark a run as finished by removing the resume state from the run folder."""
     removed = folder / f".{LAST_FOLDER}.partial"
     shutil.rmtree(removed, ignore_errors=True)
     # A rename is atomic. After a partial removal a resumed run would start from the beginning.
@@ -100,10 +115,10 @@ def finish_run(folder: Path) -> None:
 
 
 def read_run(folder: Path) -> tuple[Recipe, RunInfo]:
-    """Read the recipe and `run.json` that `start_run` wrote.
+    """Read the recipe and `run.json` from a run folder.
 
     Raises:
-        DataError: `folder` contains no started run, or its files can't be read.
+        DataError: `recipe.toml` or `run.json` is missing in `folder`, or can't be read.
     """
     try:
         values: dict[str, Any] = json.loads((folder / RUN_FILE).read_text())
@@ -121,7 +136,10 @@ def read_run(folder: Path) -> tuple[Recipe, RunInfo]:
 
 
 def update_latest_link(folder: Path) -> None:
-    """Point `runs/latest` at a run folder in `runs/`; does nothing for other folders."""
+    """Set the symbolic link `runs/latest` to the run folder.
+
+    Nothing is done if the run folder is not in `runs`, or if `runs/latest` is not a link.
+    """
     link = folder.parent / "latest"
     if folder.parent.name != "runs" or (link.exists() and not link.is_symlink()):
         return

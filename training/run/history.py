@@ -1,4 +1,4 @@
-"""Records of a run: one per epoch (metrics.csv) and one per optimizer step (steps.csv)."""
+"""Records of a run: table rows of metrics.csv (one per epoch) and steps.csv (one per step)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Epoch:
-    """One row of metrics.csv.
+    """One table row of metrics.csv: an epoch.
 
     Attributes:
         stage: Name of the stage.
         epoch: Number of the epoch in the stage, from 1.
-        lr: The head's learning rate at the last step.
+        lr: Learning rate of the head at the last step of the epoch.
         train_loss: Mean cross-entropy of the training photos in nats, with label smoothing.
         valid_loss: Mean cross-entropy of the validation photos in nats.
-        accuracy: Validation accuracy without test-time augmentation, a fraction of 1.
-        seconds: Wall-clock time of the epoch.
+        accuracy: Validation accuracy without test-time augmentation, as a fraction of 1.
+        seconds: Wall-clock time of training and validation.
     """
 
     stage: str
@@ -30,15 +30,15 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Step:
-    """One row of steps.csv: an optimizer step.
+    """One table row of steps.csv: an optimizer step.
 
     Attributes:
         stage: Name of the stage.
         epoch: Number of the epoch in the stage, from 1.
         step: Number of the step in the epoch, from 1.
-        loss: Mean loss of the step's photos, in nats.
-        momentum: Momentum of sgd, or Adam's first beta.
-        lr: Learning rate of each trainable layer group, the head's last.
+        loss: Mean loss of the photos in the step, in nats.
+        momentum: Momentum of SGD, or the first beta of Adam.
+        lr: Learning rate of each trainable layer group; that of the head is last.
     """
 
     stage: str

@@ -1,4 +1,8 @@
-"""Metric files of a run: metrics.csv (epochs), steps.csv (optimizer steps), TensorBoard events."""
+"""Write and read the metric files of a run.
+
+These files are metrics.csv (one row per epoch), steps.csv (one row per optimizer step) and
+TensorBoard event files.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +26,20 @@ EVENTS: Final = "events"
 
 
 class MetricLog:
-    """Writes metrics.csv, steps.csv and an event file; a context manager closes the event file."""
+    """Writer of metrics.csv, steps.csv and a TensorBoard event file.
+
+    It is a context manager that closes the event file at the end.
+    """
 
     def __init__(self, folder: Path, history: Sequence[Epoch]) -> None:
-        """Reduce the CSV files to the epochs of `history`; start an event file.
+        """Start the files of a new run, or continue those of a resumed run.
 
-        Rows of an epoch that a killed run did not finish are removed.
+        The CSV files keep only the rows of the epochs in `history`. Rows of an epoch that the run
+        had not finished when it was killed are removed. A new event file is started.
 
         Args:
             folder: The run folder.
-            history: The epochs that are finished.
+            history: The finished epochs.
         """
         self.folder = folder
         finished = {(row.stage, str(row.epoch)) for row in history}
@@ -53,7 +61,7 @@ class MetricLog:
         self._events.close()
 
     def add(self, epoch: Epoch, steps: Sequence[Step]) -> None:
-        """Append an epoch and its steps, and flush all files."""
+        """Append a finished epoch and its optimizer steps to all files."""
         with (self.folder / STEPS).open("a", newline="") as file:
             csv.writer(file).writerows(
                 (*astuple(step)[:-1], " ".join(repr(rate) for rate in step.lr)) for step in steps
@@ -70,19 +78,20 @@ class MetricLog:
 
 
 class _EventFile:
-    """A TensorBoard event file, written synchronously.
+    """Writer of a TensorBoard event file.
 
-    tensorboardX's `SummaryWriter` is not used, because it writes in a thread of its own and
-    replaces the spaces in tags.
+    tensorboardX's `SummaryWriter` is not used because it writes in a thread of its own and replaces
+    the spaces in tags.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Start a file in `folder`.
+        """Start an event file.
 
         Args:
-            folder: Created if it does not exist.
-            first_step: Readers drop events of older files at this step and later. These are the
-                steps of a killed run beyond the point where the run resumes.
+            folder: Folder of the event files; it is created if it does not exist.
+            first_step: Number of the next optimizer step of the run, from 0. In a resumed run,
+                TensorBoard drops the events of earlier files from this step on, because these steps
+                are run again.
         """
         # Imported here, because only runs need the writer, and `read_steps` is used without it.
         from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -99,7 +108,7 @@ class _EventFile:
         self.flush()
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Append scalars, tag -> value."""
+        """Append the scalars of one step; `scalars` maps each tag to its value."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
@@ -133,7 +142,7 @@ def _epoch_scalars(epoch: Epoch) -> dict[str, float]:
 
 
 def read_steps(folder: Path) -> list[Step]:
-    """The steps of a run so far; empty if the run folder has no steps.csv."""
+    """Read the optimizer steps of a run from steps.csv; an empty list if there is no such file."""
     if not (folder / STEPS).exists():
         return []
     with (folder / STEPS).open(newline="") as file:
@@ -151,9 +160,10 @@ def read_steps(folder: Path) -> list[Step]:
 
 
 def _read_rows(path: Path) -> list[list[str]]:
-    """The complete rows of steps.csv.
+    """Read the rows of steps.csv, including the header.
 
-    A last row that is incomplete, because the process was killed while writing it, is dropped.
+    An incomplete row is dropped. If the process was killed during a write, the last row can be
+    incomplete.
     """
     if not path.exists():
         return []

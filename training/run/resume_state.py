@@ -1,8 +1,9 @@
-"""Resume state: everything that a run needs to be resumed.
+"""Write and read the state from which a killed or interrupted run is resumed.
 
-The results of a resumed run are bit-identical to those of an uninterrupted run. The state is
-written after each epoch, atomically, as one safetensors file: weights, optimizer state, moving
-average and random state as tensors, the `Position` as JSON in the header.
+The state is one safetensors file, written atomically after each epoch. It contains weights,
+optimizer state, moving average of the weights and random state as tensors, and the progress of the
+run (`Position`) as JSON in the header. The results of a resumed run are bit-identical to those of
+an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -30,17 +31,19 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass
 class Position:
-    """The progress of a run.
+    """Progress of a run.
 
     Attributes:
-        stage: Index of the stage in progress.
-        epoch: Number of the stage's finished epochs.
-        first_view: Number of the first view (random augmentation) of each photo that the stage
-            uses.
-        views: Number of cached views that the stage's epochs cycle through; None: not decided yet.
-        lr: Learning rate that lr_find picked for the stage; None: not picked yet.
-        best: Accuracy and negative loss of the best epoch.
-        history: All finished epochs.
+        stage: Index of the current stage, from 0.
+        epoch: Number of finished epochs of the current stage.
+        first_view: Number of the first augmented view of each photo that the current stage uses.
+            Every view number stands for one random augmentation.
+        views: Number of augmented views of each photo that the epochs of the current stage use in
+            turn; 0: every epoch uses a new view; None: not decided yet.
+        lr: Learning rate that the range test selected for the current stage; None: not selected
+            yet, or the recipe sets the rate.
+        best: Validation accuracy and negative validation loss of the best epoch of the run.
+        history: Records of all finished epochs.
         processes: Number of processes that train.
     """
 
@@ -54,21 +57,22 @@ class Position:
     processes: int = 1
 
     def losses(self, stage: str) -> list[float]:
-        """Validation losses of a stage's finished epochs."""
+        """Return the validation losses of the finished epochs of a stage."""
         return [row.valid_loss for row in self.history if row.stage == stage]
 
 
 @dataclass
 class ResumeTensors:
-    """The tensors of a resume state. Each field is a group of the file, {} if the group is empty.
+    """Tensors of a resume state. Each field maps names to tensors; {} if there are none.
 
     Attributes:
         model: State dict of the classifier.
-        ema: Result of `Ema.state`.
-        optimizer: Result of `optimizer_state`.
-        kept, kept_ema: Weights and averages of the stage's epoch with the lowest validation loss,
-            for early stopping.
-        random: Results of `random_state` in all processes.
+        ema: Moving average of the weights, as `Ema.state` returns it.
+        optimizer: State of the optimizer, as `optimizer_state` returns it.
+        kept: Weights after the epoch of the current stage with the lowest validation loss, for
+            early stopping.
+        kept_ema: Moving average of the weights after the same epoch.
+        random: States of the random number generators of all processes.
     """
 
     model: Tensors = field(default_factory=dict)
@@ -80,10 +84,11 @@ class ResumeTensors:
 
 
 def save(folder: Path, position: Position, tensors: ResumeTensors) -> None:
-    """Write the state into `folder`.
+    """Write the resume state into `folder`, replacing the previous state.
 
     Raises:
-        WorkError: The file can't be written, such as on a full disk. The previous state is kept.
+        WorkError: The file can't be written, for example because the disk is full. The previous
+            state is kept.
     """
     flat = {
         f"{group.name}/{key}": value.detach().contiguous()
@@ -99,7 +104,12 @@ def save(folder: Path, position: Position, tensors: ResumeTensors) -> None:
 
 
 def random_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
-    """State of a process's random number generators; the names contain its rank."""
+    """Return the states of the random number generators of this process.
+
+    Args:
+        device: Device of the training; for a GPU, the state of its generator is included.
+        rank: Number of this process, from 0. Unless it is 0, it is part of the names.
+    """
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -107,9 +117,9 @@ def random_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
 
 
 def restore_random_state(states: Mapping[str, Tensor], device: torch.device, rank: int = 0) -> None:
-    """Set a process's random number generators to the states that `random_state` returned.
+    """Set the random number generators of this process to the states that `random_state` returned.
 
-    Without a state for this rank, the generators are not changed.
+    If `states` has no entry for this rank, the generators are not changed.
     """
     cpu, cuda = _random_name(rank, "cpu"), _random_name(rank, "cuda")
     if cpu in states:
@@ -125,12 +135,20 @@ def _random_name(rank: int, kind: str) -> str:
 def load(
     folder: Path, device: torch.device, rank: int = 0
 ) -> tuple[Position, ResumeTensors] | None:
-    """Read the state and restore the random state of a process; None if no epoch was finished.
+    """Read the resume state, and set the random number generators of this process from it.
 
-    If the state was saved by fewer processes, the others keep their current random state.
+    If the state has no random state for this rank, the generators are not changed.
+
+    Args:
+        folder: Folder that contains the state file.
+        device: Device of the training.
+        rank: Number of this process, from 0.
+
+    Returns:
+        The progress and the tensors of the run; None if there is no state file.
 
     Raises:
-        DataError: The file is damaged, or of another version.
+        DataError: The file is damaged, or was written by another version of Fledge.
     """
     path = folder / STATE_FILE
     if not path.exists():
@@ -157,9 +175,10 @@ def load(
 
 
 def optimizer_state(optimizer: optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors, named "PARAMETER NUMBER.NAME".
+    """Return the tensors of an optimizer's state.
 
-    Learning rates are not included, because the schedule sets them at every step.
+    A name in the result is the number of the parameter, a dot, and the name in the optimizer's
+    state: "0.exp_avg". Learning rates are left out because the schedule sets them at every step.
     """
     return {
         f"{number}.{name}": value
@@ -170,7 +189,7 @@ def optimizer_state(optimizer: optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_state(optimizer: optim.Optimizer, tensors: Tensors) -> None:
-    """Load an `optimizer_state` into an optimizer with the same parameters."""
+    """Load the result of `optimizer_state` into an optimizer that has the same parameters."""
     values = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
