@@ -1,1 +1,1 @@
-"""Cached outputs of frozen layers, and the data loaders that use them."""
+"""Cache of the outputs of frozen layers, and the data loaders of training, which use this cache."""

@@ -1,13 +1,15 @@
-"""Cache of the outputs of frozen layers, for numbered views of every photo.
+"""Cache of the outputs of frozen layers for augmented photos.
 
-A view is one random augmentation of a photo. The outputs for a view are computed once. On disk, one
-entry of the cache holds the outputs of one frozen network for the views of one list of photos:
+Augmented view number n of a list of photos contains every photo once, each with the random
+augmentation number n. The frozen layers run once per view. Their outputs are stored in memory or in
+the disk cache. On disk, a folder (a cache entry) belongs to one frozen network and one list of
+photos, and contains one file per view:
 
-    view-NUMBER.bin  the rows of one view in the order of the photos, channels last
+    view-NUMBER.bin  one row (the outputs for one photo) per photo, channels last
 
-A file is renamed to this name when all of it is on disk, and never changes afterwards, so readers
-need no lock. The name of the entry is a hash of everything that determines the rows, so rows are
-never stale.
+The file is written under a temporary name, then renamed, and never changes afterwards. Readers
+therefore need no lock. The folder's name is a hash of everything that determines the outputs. After
+a change of weights or augmentation, another folder is used.
 """
 
 from __future__ import annotations
@@ -29,15 +31,15 @@ from training.utils.console import Log
 from training.utils.device import CPU
 
 IndexedRows = tuple[Tensor, Tensor]
-"""Indices of some photos, int64 [n], and the rows of these photos, [n, ...]."""
+"""Indices of n photos, int64 [n], and the outputs of the frozen layers for them, [n, ...]."""
 
 ComputeView = Callable[[int], Iterator[IndexedRows]]
-"""Number of a view -> its rows in batches, in any order."""
+"""A function: number of an augmented view -> batches of all its rows, in any order."""
 
 
 @dataclass(frozen=True)
 class ViewShape:
-    """Shape and dtype of the rows of a view: [photos, *row]."""
+    """Shape and dtype of a view's array, [photos, *row]: one row per photo."""
 
     photos: int
     row: tuple[int, ...]
@@ -45,16 +47,19 @@ class ViewShape:
 
     @property
     def size(self) -> int:
-        """Bytes of a view."""
+        """Size of the array in bytes."""
         return self.count * self.dtype.itemsize
 
     @property
     def count(self) -> int:
-        """Number of elements of a view."""
+        """Number of elements of the array."""
         return self.photos * math.prod(self.row)
 
     def unflatten(self, flat: Tensor) -> Tensor:
-        """The flat storage as rows [N, ...], without a copy; feature maps are channels-last."""
+        """Reshape a flat tensor to [photos, *row] without a copy.
+
+        If a row is a feature map [C, H, W], the flat tensor is in the order H, W, C.
+        """
         if len(self.row) != 3:
             return flat.view(self.photos, *self.row)
         channels, height, width = self.row
@@ -63,14 +68,14 @@ class ViewShape:
 
 @dataclass(frozen=True)
 class DiskStore:
-    """Views in the disk cache.
+    """Reads and writes the views of one frozen network in one entry (folder) of the disk cache.
 
     Attributes:
         cache: The disk cache.
         name: Name of the entry.
-        description: What the entry contains, for `fledge cache` and the log.
-        protected: Names of entries that are not evicted for new views.
-        log: Takes log lines.
+        description: Content of the entry in words, for `fledge cache` and the log.
+        protected: Names of entries that are not evicted to make space for new views.
+        log: Function that writes a log line.
     """
 
     cache: disk_cache.DiskCache
@@ -85,7 +90,7 @@ class DiskStore:
         return self.cache.folder / self.name
 
     def find(self, number: int, shape: ViewShape) -> Tensor | None:
-        """A stored view; None if it does not exist or is incomplete."""
+        """Return a stored view; None if the view is not stored or the file is incomplete."""
         path = self._path(number)
         try:
             if path.stat().st_size != shape.size:
@@ -99,12 +104,12 @@ class DiskStore:
     def find_or_add(
         self, number: int, shape: ViewShape, parts: Iterator[IndexedRows]
     ) -> Tensor | None:
-        """The stored view if there is one, else compute and store it from `parts`.
+        """Return the stored view. If it is not stored yet, first store the batches `parts`.
 
-        Returns None if the view does not fit the budget.
+        Returns None if the view does not fit into the size limit of the cache.
 
         Raises:
-            OSError: The cache can't be written.
+            OSError: The cache folder can't be written.
         """
         with disk_cache.locked_entry(self.folder, self.description, self._log_waiting):
             found = self.find(number, shape)  # another process may have stored it meanwhile
@@ -137,14 +142,14 @@ class DiskStore:
 
 @dataclass
 class CachedViews:
-    """The views of one frozen network, each computed at its first use.
+    """Outputs of one frozen network for augmented views; each view is computed at its first use.
 
     Attributes:
-        shape: Shape and dtype of a view's rows.
-        compute: Computes the rows of a view.
-        store: Stores views on disk; None keeps them in memory.
-        source: The views that `compute` takes as inputs; None: it takes photos.
-        device: Where views in memory are stored.
+        shape: Shape and dtype of a view's array.
+        compute: Function that computes a view.
+        store: Storage on disk; None: views are stored in memory.
+        source: Cached views whose rows `compute` reads; None: `compute` reads photos.
+        device: Device of views that are stored in memory.
     """
 
     shape: ViewShape
@@ -156,13 +161,13 @@ class CachedViews:
     _advance: Callable[[int], object] = field(default=lambda photos: None)
 
     def __getitem__(self, number: int) -> Tensor:
-        """Rows [N, ...] of a view; read-only."""
+        """Return view `number`, [photos, ...]. Callers must not modify the tensor."""
         if number not in self._views:
             self._views[number] = self._find_or_compute(number)
         return self._views[number]
 
     def prepare(self, numbers: Iterable[int]) -> None:
-        """Compute the missing views, with a progress bar."""
+        """Compute the views in `numbers` that are not stored yet, with a progress bar."""
         missing = [number for number in numbers if not self._load_if_stored(number)]
         if self.source:
             self.source.prepare(missing)
@@ -203,7 +208,7 @@ class CachedViews:
 
 
 def fill(rows: Tensor, parts: Iterable[IndexedRows]) -> Tensor:
-    """Write the parts into `rows`, and return `rows`."""
+    """Write batches of rows into the tensor `rows` at their indices, and return `rows`."""
     for index, part in parts:
         rows[index] = part.to(rows.device)
     return rows

@@ -1,4 +1,7 @@
-"""The prefix of a network, its frozen layers: a faster copy of it, and a digest for cache keys."""
+"""A faster copy of a network's frozen layers, and a hash of these layers for cache keys.
+
+The frozen layers are the first layers of the network, also called its prefix.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +24,25 @@ _ACTIVATIONS: Final[dict[type[nn.Module], str]] = {
     nn.Hardswish: "hardswish",
     nn.SiLU: "swish",
 }
-"""Activations that oneDNN computes together with the preceding convolution -> oneDNN's names."""
+"""oneDNN's names of the activations that it can compute together with the convolution before."""
 
 FUSE_VERSION: Final = 2
-"""Part of the cache key. Increase it when a change of `fused` makes outputs round differently."""
+"""Version number in the cache key. Increase it if a change of `fused` changes the rounding."""
 
 
 def fused(prefix: nn.Module) -> nn.Module:
-    """A copy with its BatchNorms folded into the layers before them, if torch.fx can trace it.
+    """Return a faster copy of frozen layers: each BatchNorm is folded into the layer before it.
 
-    On a CPU, convolutions are also joined with the activations that follow, because writing and
-    reading a feature map takes longer than clamping it. This makes MobileNetV2 a fifth faster.
+    On a CPU, convolutions are also joined with the activations that follow. This avoids writing and
+    reading the feature map between the two layers, and makes MobileNetV2 a fifth faster.
 
     Args:
-        prefix: A network without state, all of it in eval mode.
+        prefix: The frozen layers, in eval mode.
 
     Returns:
-        A network whose outputs equal those of `prefix` at its current weights, except for rounding.
-        It is channels-last, in eval mode and without gradients. Without a BatchNorm, or if torch.fx
-        can't trace it, `prefix` itself.
+        A network with the same outputs as `prefix`, except for rounding. The network is
+        channels-last, in eval mode and without gradients. If `prefix` has no BatchNorm, or if
+        torch.fx can't trace it, `prefix` itself is returned.
     """
     if not has_batchnorm(prefix):
         return prefix
@@ -56,14 +59,14 @@ def fused(prefix: nn.Module) -> nn.Module:
 
 
 class ConvActivation(nn.Module):
-    """A convolution and its activation in one pass over the feature map.
+    """A convolution and the activation after it, computed in one pass over the feature map.
 
-    Works only on CPUs and without gradients. Calls the operator that `torch.compile` generates for
-    the two layers.
+    Works only on CPUs and without gradients. The forward pass calls the oneDNN operator that
+    `torch.compile` also uses for these two layers.
     """
 
     def __init__(self, conv: nn.Conv2d, activation: nn.Module) -> None:
-        """Share the weights of `conv`; `activation` is one of `_ACTIVATIONS`."""
+        """Use `conv` without copying its weights. The type of `activation` is in `_ACTIVATIONS`."""
         super().__init__()
         self.conv, self.activation = conv, activation
         self.kind = _ACTIVATIONS[type(activation)]
@@ -71,7 +74,7 @@ class ConvActivation(nn.Module):
         self.limits = [activation.min_val, activation.max_val] if is_clamp else []
 
     def forward(self, x: Tensor) -> Tensor:
-        """Feature map [N, C, h, w] -> [N, D, h', w']; under autocast, in autocast's dtype."""
+        """Convolve and activate: [N, C, h, w] -> [N, D, h', w']. Autocast sets the dtype."""
         conv, dtype = self.conv, self.conv.weight.dtype
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
@@ -95,12 +98,12 @@ class ConvActivation(nn.Module):
 
 @cache
 def _onednn_has_bf16() -> bool:
-    """Whether oneDNN computes bfloat16 on this CPU; elsewhere its operator raises."""
+    """Whether oneDNN supports bfloat16 on this CPU. Without support, oneDNN's operator fails."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _can_join_activations(network: nn.Module) -> bool:
-    """Whether the network is on a CPU and this build of torch has oneDNN's joined operator."""
+    """Whether the network is on a CPU and this build of torch has oneDNN's fused operator."""
     on_cpu = all(parameter.device.type == "cpu" for parameter in network.parameters())
     has_operator = torch.backends.mkldnn.is_available() and hasattr(
         torch.ops.mkldnn, "_convolution_pointwise"
@@ -109,7 +112,7 @@ def _can_join_activations(network: nn.Module) -> bool:
 
 
 def _join_activations(network: fx.GraphModule) -> None:
-    """Replace each convolution whose only reader is an activation by a `ConvActivation`."""
+    """Replace each convolution by a `ConvActivation` if only an activation uses the output."""
     modules = dict(network.named_modules())
     calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
     for node in list(network.graph.nodes):
@@ -132,9 +135,10 @@ def _join_activations(network: fx.GraphModule) -> None:
 
 
 def digest(prefix: nn.Module) -> bytes:
-    """Hash of everything that determines a frozen network's outputs.
+    """Hash everything that determines the outputs of frozen layers.
 
-    That is its layers and weights, and the versions, thread count and CPU that compute them.
+    The hash covers the layers, the weights, the versions of torch and torchvision, the number of
+    threads and the instruction set of the CPU.
     """
     hashed = hashlib.sha256()
     machine = [FUSE_VERSION, torch.__version__, torchvision.__version__, torch.get_num_threads()]

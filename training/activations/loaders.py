@@ -1,7 +1,8 @@
-"""Data loaders of a stage: frozen layers' outputs for augmented photos, computed or cached.
+"""Data loaders of a training stage: batches of inputs of the trainable layers, and labels.
 
-The frozen layers at the start of a network are its prefix; the layers that train are its suffix. A
-view is one random augmentation of a photo.
+The first layers of the network may be frozen (the prefix). In this case the loaders run the frozen
+layers, or read their outputs from the cache. The remaining layers are the suffix. An augmented view
+of a photo is the photo after one random augmentation.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ from training.utils.precision import Precision
 from training.utils.timer import Timer
 
 FROZEN: Final = "frozen layers"
-"""Timer activity: forward passes of the frozen layers."""
+"""Name under which the timer counts the forward passes of the frozen layers."""
 
 
 def frozen_batch(device: torch.device) -> int:
-    """Batch size of the frozen layers. On a CPU, small enough for its cache."""
+    """Return the batch size for the frozen layers. On a CPU, a batch must fit the CPU's cache."""
     return 16 if device.type == "cpu" else 128
 
 
 @dataclass
 class AugmentedPhotos:
-    """Augmented photos of one stage. A view of a photo is the same picture at every call."""
+    """Augmented photos of one training stage.
+
+    Augmentation is deterministic: view number n of a photo is always the same picture.
+    """
 
     photos: PixelSet
     preprocess: Preprocess
@@ -47,7 +51,15 @@ class AugmentedPhotos:
     timer: Timer = field(default_factory=Timer)
 
     def __call__(self, view: int, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each index in `parts`, int64 [n]: (index, normalised photos [n, 3, H, W])."""
+        """Augment photos batch by batch.
+
+        Args:
+            view: Number of the augmented view.
+            parts: Indices of the photos of each batch, int64 [n].
+
+        Yields:
+            The indices of a batch, and its augmented and normalised photos, [n, 3, H, W].
+        """
         device, size, crop = self.precision.device, self.preprocess.size, self.preprocess.crop
         params = transforms.draw(self.config, self.photos.aspect, self.seed, view, crop=crop).to(
             device
@@ -69,11 +81,12 @@ class TrainLoader:
     Attributes:
         augmented: The augmented training photos.
         prefix: The frozen layers.
-        first_view: Number of the first view.
-        views: The epochs cycle through this many views of each photo; 0: a new view each epoch.
-        classes: Number of classes, for the soft labels of mixed photos.
-        cached: Outputs of `prefix` for these views; None: `prefix` runs on every batch.
-        process_group: The processes that share each batch; this process gets its shard.
+        first_view: Number of the augmented view of the first epoch.
+        views: Number of augmented views of each photo. The epochs cycle through these views; 0:
+            every epoch uses a new view.
+        classes: Number of classes, for the soft labels of mixup and cutmix.
+        cached: Cached outputs of `prefix` for the views; None: `prefix` runs on every batch.
+        process_group: The group of training processes. Each process gets a shard of every batch.
     """
 
     augmented: AugmentedPhotos
@@ -91,14 +104,15 @@ class TrainLoader:
 
     @property
     def timer(self) -> Timer:
-        """The timer of the photos."""
+        """Timer of decoding, augmentation and the frozen layers."""
         return self.augmented.timer
 
     def epoch(self, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's shards of the shuffled batches: (inputs of the suffix, labels int64 [N]).
+        """Yield the shuffled batches of an epoch: (inputs of the trainable layers, labels [N]).
 
-        With mixup or cutmix, labels are float32 [N, classes]. A last batch of one photo is dropped,
-        because BatchNorm can't train on it.
+        Labels are int64 [N]; with mixup or cutmix, float32 [N, classes]. If training runs in
+        several processes, only this process's shard of each batch is returned. If the last batch
+        has only one photo, it is dropped: BatchNorm can't train on a single photo.
         """
         position = self.first_view + epoch
         photos, device = self.augmented.photos, self.precision.device
@@ -124,12 +138,12 @@ class TrainLoader:
             yield inputs, labels
 
     def batch_sizes(self, batch_size: int) -> list[int]:
-        """The size of each batch of an epoch, over all processes."""
+        """Return the size of each batch of an epoch: the sum of the shards of all processes."""
         full, rest = divmod(len(self.augmented.photos), batch_size)
         return [batch_size] * full + [rest] * (rest >= 2)
 
     def prepare(self, epochs: Iterable[int]) -> None:
-        """Compute the missing cached views of these epochs, with a progress bar."""
+        """Compute the views of these epochs that are not in the cache, with a progress bar."""
         if self.cached:
             self.cached.prepare(dict.fromkeys(self._view(epoch) for epoch in epochs))
 
@@ -139,7 +153,7 @@ class TrainLoader:
 
 @torch.no_grad()
 def run_frozen(prefix: nn.Module, inputs: Tensor, precision: Precision) -> Tensor:
-    """The outputs of the frozen layers; the inputs themselves if `prefix` is empty."""
+    """Return the outputs of the frozen layers; the inputs themselves if `prefix` is empty."""
     with precision.autocast():
         outputs: Tensor = prefix(inputs)
     return outputs
@@ -147,20 +161,20 @@ def run_frozen(prefix: nn.Module, inputs: Tensor, precision: Precision) -> Tenso
 
 @dataclass
 class ValidLoader:
-    """Validation batches after the frozen layers, ready for the layers that train.
+    """Validation batches: the outputs of the frozen layers, and labels.
 
     A loader can be iterated many times.
 
     Attributes:
         photos: The validation photos.
         prefix: The frozen layers.
-        preprocess: Normalises the photos.
+        preprocess: Preprocessing of the model; here only its normalisation is applied.
         precision: Device and dtype.
-        cache_outputs: Keep the outputs of `prefix` in memory after the first pass.
-        source: A loader whose batches are the inputs of `prefix`, shared with other stages;
-            None: `prefix` takes photos.
-        process_group: Process i of n takes batches i, i + n, ..., so the batches are the same as
-            with one process.
+        cache_outputs: Whether the outputs of `prefix` are kept in memory after the first pass.
+        source: Another loader, shared with other stages. Its batches are the inputs of `prefix`.
+            None: the inputs are photos.
+        process_group: The group of training processes. Process i of n takes batches i, i + n, ...;
+            the batches are the same for every n.
     """
 
     photos: PixelSet
@@ -173,7 +187,10 @@ class ValidLoader:
     _cached: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(inputs, labels int64 [N]); on a GPU `pad_on_gpu` may have added rows to the inputs."""
+        """Yield batches: (inputs of the trainable layers, labels int64 [N]).
+
+        On a GPU the inputs may have more than N rows, because `pad_on_gpu` fills the last batch.
+        """
         if self._cached:
             yield from self._cached
             return
@@ -188,7 +205,7 @@ class ValidLoader:
         self._cached = cached
 
     def _images(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(normalised photos [N, 3, H, W], labels)."""
+        """Yield batches: (normalised photos [N, 3, H, W], labels int64 [N])."""
         device = self.precision.device
         step = frozen_batch(device) * (2 if device.type == "cpu" else 1)
         parts = [slice(start, start + step) for start in range(0, len(self.photos), step)]

@@ -1,4 +1,4 @@
-"""Which consecutive stages share the cached outputs of their frozen layers (the prefix)."""
+"""Plan which consecutive training stages share cached outputs of frozen layers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from training.models.classifier import Classifier
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """The frozen layers whose outputs a stage caches, shared with neighbouring stages.
+    """The frozen layers whose outputs a stage shares with a group of neighbouring stages.
 
-    Stages that share are consecutive and have the same preprocessing and augmentation.
+    The stages of a group are consecutive and have the same preprocessing and augmentation.
 
     Attributes:
-        depth: Number of children of the body that are frozen in all of these stages; 0: no cache.
-        views: Number of cached views (random augmentations) of each photo: the largest number that
-            one of these stages needs.
-        is_first, is_last: Whether the stage is the first, or the last, of these stages.
-        shared_with: Names of the other stages.
-        reason: Why nothing is cached although the recipe sets `views`; "" otherwise.
+        depth: Number of children of the body that are frozen in all stages of the group; 0: nothing
+            is cached.
+        views: Number of cached augmented views of each photo: the largest number that a stage of
+            the group needs.
+        is_first, is_last: Whether this stage is the first, or the last, stage of the group.
+        shared_with: Names of the other stages of the group.
+        reason: Why nothing is cached although the recipe sets `views`; "" in all other cases.
     """
 
     depth: int = 0
@@ -35,7 +36,7 @@ class SharedPrefix:
 def plan_sharing(
     classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]
 ) -> list[SharedPrefix]:
-    """The shared prefix of each stage."""
+    """Return the shared frozen layers of each stage."""
     prefixes = [_own_prefix(classifier, recipe, stage) for stage in stages]
     start = 0
     for end in range(1, len(stages) + 1):
@@ -59,7 +60,7 @@ def plan_sharing(
 
 
 def _own_prefix(classifier: Classifier, recipe: Recipe, stage: Stage) -> SharedPrefix:
-    """The prefix whose outputs a stage would cache if it shared them with no other stage."""
+    """Return the frozen layers that a stage caches if no other stage shares them."""
     views, depth = stage.wanted_views, classifier.freezing_for(stage).prefix
     if views and recipe.augment_of(stage).mixes:
         return SharedPrefix(reason="mixup and cutmix blend photos")
@@ -69,7 +70,7 @@ def _own_prefix(classifier: Classifier, recipe: Recipe, stage: Stage) -> SharedP
 
 
 def _same_pictures(recipe: Recipe, one: Stage, other: Stage) -> bool:
-    """Whether a view with the same number has the same pictures in both stages."""
+    """Whether both stages have the same preprocessing and augmentation."""
     return (recipe.preprocess_of(one), recipe.augment_of(one)) == (
         recipe.preprocess_of(other),
         recipe.augment_of(other),

@@ -1,10 +1,10 @@
-"""Data loaders for every stage of a run, with a cache of the outputs of the frozen layers.
+"""Make the data loaders of every training stage, and cache the outputs of the frozen layers.
 
-The frozen layers at the start of a network, its prefix, are a function without state. Their output
-for a given view (one random augmentation) of a photo therefore never changes. It is computed once
-for a few views of every photo, and the epochs cycle through these views. Consecutive stages with
-the same views share the outputs of the frozen layers they have in common. A stage that freezes
-additional layers runs them on the shared outputs.
+The first layers of a network may be frozen (the prefix). The outputs of frozen layers for a given
+augmented view of a photo never change. They are computed once for a few views of every photo, and
+the epochs cycle through these views. Consecutive stages with the same augmentation share the
+outputs of the layers that are frozen in all of these stages. A stage with additional frozen layers
+runs those on the shared outputs.
 """
 
 from __future__ import annotations
@@ -47,25 +47,27 @@ from training.utils.precision import Precision
 from training.utils.timer import Timer
 
 MEMORY_BYTES: Final = 2 * 2**30
-"""Largest size of outputs that are kept in memory instead of in the disk cache."""
+"""Largest number of bytes of outputs that are kept in memory instead of in the disk cache."""
 
 ACTIVATIONS_VERSION: Final = 1
-"""Version of the cached values, part of the cache key. Increase it when a change to augmentation,
-the frozen layers' forward pass or the layout of the arrays changes the values;
-`test_cache_versions.py` fails until then."""
+"""Version number of the cached outputs, in the cache key. Increase it if a change to augmentation,
+to the forward pass of the frozen layers or to the layout of the arrays changes the outputs. Without
+the increase, `test_cache_versions.py` fails."""
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a stage caches.
+    """Plan of the cached outputs of one stage.
 
-    The frozen layers have one or two parts: the layers shared with other stages, and the rest.
+    The frozen layers consist of one or two blocks: the layers shared with other stages, and any
+    further frozen layers. Every block has its own cache entry.
 
     Attributes:
-        names: Name of the cache entry of each part.
-        shapes: Shape of a view of each part.
-        requested: Views that the recipe sets.
-        views: The epochs cycle through this many views; 0: a new view each epoch.
+        names: Name of the cache entry of each block.
+        shapes: Shape of the outputs of each block for one augmented view of all photos.
+        requested: Number of augmented views that the recipe sets.
+        views: Number of augmented views that the epochs cycle through; 0: every epoch uses a new
+            view.
         cached: Whether the outputs for these views are cached.
     """
 
@@ -77,7 +79,7 @@ class CachePlan:
 
     @property
     def view_bytes(self) -> int:
-        """Bytes of a view of all parts."""
+        """Bytes of the outputs of all blocks for one augmented view of all photos."""
         return sum(shape.size for shape in self.shapes)
 
 
@@ -88,14 +90,15 @@ def plan_views(
     budget: int,
     fixed: int | None = None,
 ) -> CachePlan:
-    """Plan to cache as many of the `requested` views as fit the budget.
+    """Plan to cache as many of the `requested` augmented views as fit into `budget`.
 
     Args:
-        names, shapes: As in `CachePlan`.
-        requested: Views that the recipe sets.
-        budget: Bytes.
-        fixed: Number of views, if it was decided before. They are not cached if they exceed the
-            budget.
+        names, shapes: Name of the cache entry and shape of the outputs of each block; see
+            `CachePlan`.
+        requested: Number of views that the recipe sets.
+        budget: Size limit in bytes.
+        fixed: Number of views that an earlier start of the run used, and that must be used again.
+            If the views exceed the budget, none is cached. None: not fixed.
     """
     plan = CachePlan(tuple(names), tuple(shapes), requested)
     fitting = min(requested, budget // max(plan.view_bytes, 1))
@@ -105,15 +108,15 @@ def plan_views(
 
 @dataclass
 class StageLoaders:
-    """Makes the data loaders of a run's stages, and caches the outputs of their frozen layers.
+    """Makes the data loaders of all stages of a run, and caches the outputs of frozen layers.
 
     Attributes:
         photos: The decoded photos.
         recipe: The recipe of the run.
         precision: Device and dtype.
-        cache: The disk cache; its budget also limits what is kept in memory.
-        log: Takes log lines.
-        timer: Counts decoding, augmentation and the frozen layers.
+        cache: The disk cache. Its size limit also applies to outputs in memory.
+        log: Function that writes a log line.
+        timer: Timer of decoding, augmentation and the frozen layers.
     """
 
     photos: DecodedPhotos
@@ -136,18 +139,18 @@ class StageLoaders:
         views: int | None = None,
         ema: Ema | None = None,
     ) -> tuple[TrainLoader, ValidLoader]:
-        """The training and validation loader of a stage.
+        """Make the training loader and the validation loader of a stage.
 
         Args:
-            classifier: The network, on the device and frozen for the stage.
+            classifier: The network, on the training device and frozen for the stage.
             stage: The stage.
-            share: The shared prefix of the stage.
-            first_view: Number of the first view.
-            views: Number of views if it was decided before; by default as many of `share.views` as
-                fit the budget.
-            ema: Moving average of the weights, which is validated instead of them. In layers that
-                an earlier stage trained and this stage freezes, it may differ from the weights;
-                then the validation loader caches nothing.
+            share: The frozen layers that the stage shares with other stages.
+            first_view: Number of the augmented view of the first epoch.
+            views: Number of augmented views that an earlier start of the run used. None: up to
+                `share.views`, as many as fit into the size limit of the cache.
+            ema: Moving averages of the weights. Validation uses the averages instead of the
+                weights. If the averages of frozen layers differ from their weights (an earlier
+                stage trained these layers), the validation loader caches nothing.
         """
         classifier.eval()
         preprocess, config = self.recipe.preprocess_of(stage), self.recipe.augment_of(stage)
@@ -184,7 +187,7 @@ class StageLoaders:
         layers: list[nn.Module],
         ema: Ema | None,
     ) -> ValidLoader:
-        """The validation loader; the frozen layers run once if their outputs fit in memory."""
+        """Make the validation loader. The frozen layers run once if the outputs fit in memory."""
         if share.is_first:
             self._shared_valid = None
         if ema and not _equals_average(classifier, ema):
@@ -207,9 +210,9 @@ class StageLoaders:
         return loader
 
     def _place(self, preprocess: Preprocess) -> tuple[PixelSet, PixelSet]:
-        """The training and validation photos for `preprocess`, on the device.
+        """Return the training and validation photos for `preprocess`, on the training device.
 
-        Photos placed for another `preprocess` are freed first.
+        Photos that were decoded for another `preprocess` are freed first.
         """
         sets = self.photos.pixel_sets(preprocess)
         if self._placed_sets is None or sets is not self._pixel_sets:
@@ -221,7 +224,7 @@ class StageLoaders:
 
     @property
     def _on_disk(self) -> bool:
-        """Whether views are stored in the disk cache; on a GPU they are kept in memory."""
+        """Whether outputs are stored on disk (on a CPU) or kept in memory (on a GPU)."""
         return self.precision.device.type == "cpu"
 
     def _plan(
@@ -252,7 +255,10 @@ class StageLoaders:
         layers: list[nn.Module],
         protected: set[str],
     ) -> CachedViews | None:
-        """The cached views of the last part; views that the previous stage opened are reused."""
+        """Open the cached outputs of the last block of frozen layers; None if nothing is cached.
+
+        Outputs that the previous stage opened are reused.
+        """
         before, self._views = self._views, {}
         if not plan.cached:
             return None
@@ -273,7 +279,7 @@ class StageLoaders:
         return views
 
     def _memory_device(self, size: int) -> torch.device:
-        """The device for views in memory: the GPU if they take at most 1/4 of its free memory."""
+        """Return the GPU if `size` is at most 1/4 of the free GPU memory, else the CPU."""
         device = self.precision.device
         return device if device.type == "cuda" and 4 * size <= free_memory(device) else CPU
 
@@ -300,7 +306,7 @@ class StageLoaders:
         return compute
 
     def _shape(self, layers: nn.Module, preprocess: Preprocess, photos: int) -> ViewShape:
-        """The shape of the outputs for the validation photos."""
+        """Return the shape of the outputs of `layers` for this number of validation photos."""
         device, side = self.precision.device, preprocess.size
         rows = self._run(layers, torch.zeros(1, 3, side, side, device=device))
         if device.type != "cpu":
@@ -308,13 +314,13 @@ class StageLoaders:
         return ViewShape(photos, tuple(rows.shape[1:]), rows.dtype)
 
     def _run(self, layers: nn.Module, inputs: Tensor) -> Tensor:
-        """Run frozen layers on a batch, on a GPU padded to a full batch."""
+        """Run frozen layers on a batch. On a GPU, an incomplete batch is padded for the run."""
         batch = pad_on_gpu(inputs, frozen_batch(self.precision.device))
         return run_frozen(layers, batch, self.precision)[: len(inputs)]
 
 
 def _frozen_parts(classifier: Classifier, share: SharedPrefix) -> list[nn.Sequential]:
-    """The frozen prefix, split into the part shared with other stages and the rest, if any."""
+    """Split the frozen layers: the layers shared with other stages, then the rest, if any."""
     prefix, depth = classifier.prefix, share.depth
     if not 0 < depth < classifier.freezing.prefix:
         return [prefix]
@@ -329,7 +335,7 @@ def _equals_average(classifier: Classifier, ema: Ema) -> bool:
 
 
 def _summary(plan: CachePlan, share: SharedPrefix, layers: int) -> str:
-    """The log line of a plan. layers: number of frozen layers."""
+    """Return the log line of a plan. layers: number of frozen layers."""
     size = disk_cache.format_size(plan.view_bytes)
     if not plan.cached:
         return f"no views are cached: one takes {size}"
@@ -341,7 +347,7 @@ def _summary(plan: CachePlan, share: SharedPrefix, layers: int) -> str:
 
 
 def _input_key(augmented: AugmentedPhotos) -> bytes:
-    """Hash of everything that determines the inputs of the first layer for a given view number."""
+    """Hash everything that determines the augmented photos of a view, except the view's number."""
     p, precision = augmented.preprocess, augmented.precision
     inputs = [
         ACTIVATIONS_VERSION,

@@ -1,1 +1,1 @@
-"""Augmentation of batches: geometric and colour transforms, policies, mixup and cutmix."""
+"""Augmentation of training batches: geometric and colour transforms, RandAugment, mixup, cutmix."""

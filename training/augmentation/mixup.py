@@ -1,4 +1,4 @@
-"""mixup and cutmix: blend pairs of photos, and their targets in the same proportion."""
+"""Augmentation by mixup and cutmix: blend pairs of photos, and their labels in proportion."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ _STREAM = 1  # selects another random stream than that of `training.augmentation
 def mix(
     config: AugmentConfig, images: Tensor, labels: Tensor, classes: int, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Mix every photo of a batch with another photo of the batch.
+    """Mix every photo of a batch with another photo of the batch by mixup or cutmix.
 
     mixup (Zhang et al., 2018, "mixup: Beyond Empirical Risk Minimization") blends whole photos;
-    cutmix (Yun et al., 2019) pastes a rectangle of the other photo. If both are on, each batch uses
-    one of them with probability 0.5. The share of the first photo is drawn from Beta(alpha, alpha)
-    once per batch; for cutmix it is computed again from the rectangle, after clipping and rounding.
+    cutmix (Yun et al., 2019) pastes a rectangle of the other photo. If both are switched on, each
+    batch uses either of them with probability 0.5. The share of the first photo is drawn from
+    Beta(alpha, alpha) once per batch. For cutmix, the share is then computed again from the area of
+    the rectangle after clipping and rounding.
 
     Args:
-        config: `mixup` and `cutmix` are the alphas; 0: off.
-        images: float [N, 3, H, W].
-        labels: int64 [N], below `classes`.
+        config: Augmentation options: `mixup` and `cutmix` are the alphas; 0: off.
+        images: Photos, float [N, 3, H, W]; not modified.
+        labels: Class indices, int64 [N].
         classes: Number of classes.
-        seed, step: Determine the random numbers, together with the shape of the batch.
+        seed, step: Seeds of the random numbers.
 
     Returns:
-        images: float [N, 3, H, W]; the input is not modified.
-        targets: float32 [N, classes]; each row sums to 1.
+        images: Mixed photos, float [N, 3, H, W].
+        targets: Class shares of each photo, float32 [N, classes]; every row sums to 1.
     """
     targets = F.one_hot(labels, classes).float()
     if not config.mixes:
@@ -59,9 +60,12 @@ def mix(
 def _rectangle(
     area: float, height: int, width: int, x: float, y: float
 ) -> tuple[int, int, int, int]:
-    """Top, bottom, left, right of a rectangle around (x, y), clipped to the picture.
+    """Return top, bottom, left, right of a rectangle in pixels, clipped to the picture.
 
-    area: area of the rectangle before clipping, as a share of the picture's area.
+    Args:
+        area: Area of the rectangle before clipping, as a share of the picture's area.
+        height, width: Size of the picture in pixels.
+        x, y: Centre of the rectangle as shares of width and height.
     """
     half = math.sqrt(area) / 2
     top, bottom = (round((y + side) * height) for side in (-half, half))

@@ -1,7 +1,7 @@
-"""Augmentation policies of torchvision, seeded per image: RandAugment and TrivialAugment.
+"""RandAugment and TrivialAugment from torchvision, with a separate random seed for each image.
 
-RandAugment applies a few random operations of one magnitude (Cubuk et al., 2020). TrivialAugment,
-here in its wide variant, applies one operation of random magnitude (Müller & Hutter, 2021).
+RandAugment (Cubuk et al., 2020) applies a few random operations of one fixed magnitude.
+TrivialAugmentWide (Müller & Hutter, 2021) applies one operation of random magnitude.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from training.config.sections import AugmentConfig
 def apply_policy(
     images: Tensor, seeds: Tensor, config: AugmentConfig, *, fill: tuple[int, ...]
 ) -> Tensor:
-    """Apply the policy to each image with its own seed, in place.
+    """Apply RandAugment or TrivialAugment to each image, in place.
 
-    Restores the global random state.
+    The state of torch's global random generator is the same before and after the call.
 
     Args:
-        images: float32 [N, 3, H, W] in 0..255; rounded to integers for the operations.
-        seeds: int64 [N].
-        config: `policy` (not "none"), `policy_ops` and `policy_magnitude`.
-        fill: RGB colour of pixels from outside the picture.
+        images: Images, float32 [N, 3, H, W] in 0..255; first rounded to integers.
+        seeds: Random seed of each image, int64 [N].
+        config: Augmentation options: `policy` (not "none"), `policy_ops` and `policy_magnitude`.
+        fill: RGB colour of output pixels that come from outside the image, 0 to 255.
 
     Returns:
         `images`, with integer values.
@@ -44,7 +44,7 @@ def apply_policy(
 
 
 def _apply_to_image(policy: Callable[..., Tensor], image: Tensor) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, H, W]; on the CPU with Pillow, which is faster there."""
+    """Apply the policy to an image, uint8 [3, H, W]. On a CPU, Pillow is used: it is faster."""
     if image.device.type != "cpu":
         return policy(image)
     changed = policy(Image.fromarray(image.permute(1, 2, 0).numpy()))

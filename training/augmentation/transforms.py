@@ -1,13 +1,13 @@
-"""Random augmentation of batches: a geometric warp, a policy, a colour change, random erasing.
+"""Random augmentation of batches: a geometric warp, RandAugment, a colour change, random erasing.
 
-Random parameters are a function of (seed, view, photo), not of the order of batches. A view (one
-numbered augmentation) of a photo is therefore always the same picture, and its activations can be
-cached. Each option has its own random numbers, so that switching one on does not change the draws
-of the others.
+The random parameters are a function of the seed, the number of the augmented view, and the photo's
+index. They do not depend on the order of batches. View number n of a photo is therefore always the
+same picture, and outputs of frozen layers for it can be cached. Each option has its own random
+numbers. Switching on one option does not change the random numbers of the others.
 
-Order: crop, flip, perspective, zoom, rotation and shift are combined into one geometric warp. Then
-follow the policy (RandAugment or TrivialAugment, see `training.augmentation.policies`), brightness,
-contrast and saturation, and erasing.
+Crop, flip, perspective, zoom, rotation and shift are combined into one geometric warp, which comes
+first. The next steps are RandAugment or TrivialAugment (see `training.augmentation.policies`), then
+the change of brightness, contrast and saturation, then random erasing.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from training.config.sections import AugmentConfig
 from training.utils.device import constant, upload
 
 MEAN_COLOUR: Final = (124, 116, 104)
-"""ImageNet's mean colour, RGB: fills erased rectangles. About 0 after normalisation."""
+"""Colour of erased rectangles: ImageNet's mean RGB colour, about 0 after normalisation."""
 
 ERASED_AREA: Final = (0.02, 0.33)
-"""Range of the erased area as a share of the picture, as in torchvision (Zhong et al.: to 0.4)."""
+"""Range of the erased area as a share of the picture: torchvision's default.
+
+The paper (Zhong et al., 2020, "Random Erasing") uses 0.02 to 0.4.
+"""
 ERASED_RATIO: Final = 10 / 3
 """Largest aspect ratio of the erased rectangle (Zhong et al.)."""
 
@@ -39,15 +42,16 @@ _NUMBERS: Final = 24  # uniform random numbers per photo
 
 @dataclass(frozen=True)
 class AugmentationParams:
-    """Random parameters of N photos.
+    """Random augmentation parameters of N photos.
 
     Attributes:
-        warp: float32 [N, 3, 3], homography from output square to photo, both in [-1, 1].
-        colour: float32 [N, 3]: contrast factor, brightness shift as a share of the full range,
-            saturation factor.
-        hole: float32 [N, 4]: left, top, right, bottom of the erased rectangle as shares of the
-            side; all 0 if nothing is erased.
-        seed: int64 [N], for the policy.
+        warp: Homography of each photo, float32 [N, 3, 3]: coordinates in the output image ->
+            coordinates in the photo, both in [-1, 1].
+        colour: Contrast factor, brightness shift as a share of the full range, and saturation
+            factor, float32 [N, 3].
+        hole: Left, top, right and bottom of the erased rectangle as shares of the side, float32
+            [N, 4]; all 0 if nothing is erased.
+        seed: Random seed of RandAugment or TrivialAugment for each photo, int64 [N].
     """
 
     warp: Tensor
@@ -60,13 +64,13 @@ class AugmentationParams:
         return len(self.seed)
 
     def __getitem__(self, index: Tensor | slice) -> AugmentationParams:
-        """The parameters of some of the photos."""
+        """Return the parameters of the selected photos. index: int64 [n], or a slice."""
         return AugmentationParams(
             self.warp[index], self.colour[index], self.hole[index], self.seed[index]
         )
 
     def to(self, device: torch.device) -> AugmentationParams:
-        """A copy on another device."""
+        """Copy the parameters to a device."""
         parts = (self.warp, self.colour, self.hole, self.seed)
         return AugmentationParams(*(upload(part, device) for part in parts))
 
@@ -74,15 +78,16 @@ class AugmentationParams:
 def draw(
     config: AugmentConfig, aspect: Tensor, seed: int, view: int, *, crop: float = 1.0
 ) -> AugmentationParams:
-    """Draw the parameters of one view of every photo.
+    """Draw the random parameters of one augmented view of every photo.
+
+    The parameters of photo i depend on i and `aspect[i]`, not on the other photos.
 
     Args:
-        config: Ranges of the parameters.
-        aspect: float32 [N], width / height. Row i of the result depends on `aspect[i]` and i, not
-            on the other photos.
-        seed, view: Select the draw; both at least 0.
-        crop: `Preprocess.crop`; with `config.crop = "center"` it multiplies the side of the crop,
-            so that a view without random changes is the validation picture.
+        config: Augmentation options, which are the ranges of the parameters.
+        aspect: Width / height of each photo, float32 [N].
+        seed, view: Random seed and number of the view; both at least 0.
+        crop: Crop share of the validation preprocessing (`Preprocess.crop`). If `config.crop` is
+            "center", the side of the crop is multiplied by this share.
     """
     numbers = np.random.default_rng([seed, view]).random((len(aspect), _NUMBERS))
     u = list(torch.from_numpy(numbers).T)  # [0, 1); each option below has its own columns
@@ -106,7 +111,10 @@ def draw(
 def _warp(
     config: AugmentConfig, aspect: Tensor, u: list[Tensor], s: list[Tensor], crop: float
 ) -> Tensor:
-    """Homographies, float64 [N, 3, 3]; lengths in units of the photo's short side."""
+    """Compute the homographies `AugmentationParams.warp` in float64, [N, 3, 3].
+
+    Inside this function, lengths are in units of the photo's short side.
+    """
     low, high = config.scale
     zoom = 1 + u[6] * (config.max_zoom - 1)
     side = torch.sqrt(low + u[0] * (high - low)) / zoom
@@ -141,7 +149,7 @@ def _rows(*rows: list[Tensor]) -> Tensor:
 
 
 def _symmetries() -> Tensor:
-    """The 8 symmetries of the square, float64 [8, 3, 3]: first identity, then horizontal flip."""
+    """Return the 8 symmetries of the square, float64 [8, 3, 3]. 0: identity; 1: horizontal flip."""
     matrices = torch.zeros(8, 3, 3, dtype=torch.float64)
     for i in range(8):
         x, y = (1 - 2 * (i & 1), 1 - (i & 2))
@@ -155,10 +163,10 @@ _SYMMETRIES: Final = _symmetries()
 
 
 def _tilt(shrink: Tensor) -> Tensor:
-    """Homographies [N, 3, 3] into the square, for a perspective from its left or right.
+    """Return homographies [N, 3, 3] of a perspective seen from the left or right.
 
-    shrink: [N], the share by which the far edge is shorter than the near edge. If it is positive,
-    the far edge is on the right.
+    shrink: Share by which the far edge is shorter than the near edge, [N]. Positive values put the
+    far edge on the right, negative values on the left.
     """
     p = shrink / (2 - shrink.abs())
     zero, one = torch.zeros_like(p), torch.ones_like(p)
@@ -168,9 +176,14 @@ def _tilt(shrink: Tensor) -> Tensor:
 def _hole(
     probability: float, chance: Tensor, area: Tensor, ratio: Tensor, x: Tensor, y: Tensor
 ) -> Tensor:
-    """Rectangles of "Random Erasing" (Zhong et al., 2020) from uniform numbers: float64 [N, 4].
+    """Compute the rectangles of "Random Erasing" (Zhong et al., 2020), float64 [N, 4].
 
-    The aspect ratio is log-uniform within the range that fits into the picture.
+    The logarithm of the aspect ratio is uniform. Aspect ratios whose rectangle does not fit into
+    the picture are excluded.
+
+    Args:
+        probability: Probability that a photo gets a rectangle.
+        chance, area, ratio, x, y: Uniform random numbers in [0, 1) for each photo, [N].
     """
     low, high = ERASED_AREA
     area = low + area * (high - low)
@@ -183,14 +196,14 @@ def _hole(
 
 
 def apply(pixels: Tensor, params: AugmentationParams, config: AugmentConfig, size: int) -> Tensor:
-    """Augment a batch: uint8 [N, S, S, 3] -> float32 [N, size, size, 3] in 0..255.
+    """Augment a batch of photos: uint8 [N, S, S, 3] -> float32 [N, size, size, 3] in 0..255.
 
-    On the CPU the result for a photo does not depend on the batch, bit for bit.
+    On a CPU, the result for a photo is bit for bit the same in every batch.
 
     Args:
-        pixels: Whole photos resized to squares; the warp restores their aspect ratios.
-        params: Parameters of these photos, on the device of `pixels`.
-        config: The configuration that `params` was drawn with.
+        pixels: Whole photos, resized to squares. The warp restores their aspect ratios.
+        params: Augmentation parameters of these photos, on the device of `pixels`.
+        config: The augmentation options that `params` was drawn with.
         size: Side of the result in pixels.
     """
     images = pixels.permute(0, 3, 1, 2).float()
@@ -210,15 +223,15 @@ def apply(pixels: Tensor, params: AugmentationParams, config: AugmentConfig, siz
 
 
 def _centres(size: int, device: torch.device) -> Tensor:
-    """Centres of `size` pixels in [0, 1]."""
+    """Return the centres of `size` pixels that divide [0, 1] equally."""
     return (torch.arange(size, device=device) + 0.5) / size
 
 
 def _grid(warp: Tensor, size: int, *, projective: bool) -> Tensor:
-    """Sampling positions of each output pixel: float32 [N, size, size, 2].
+    """Compute the sampling positions for `grid_sample`: float32 [N, size, size, 2].
 
-    Replaces `affine_grid`, whose matrix product is slower and rounds differently for different
-    batch sizes.
+    torch's `affine_grid` is not used, because it is slower and its rounding depends on the batch
+    size. projective: Whether the warps have a perspective.
     """
     at = _centres(size, warp.device) * 2 - 1
     along = warp[:, :, 0, None, None] * at  # [N, 3, 1, size]
@@ -232,9 +245,12 @@ def _grid(warp: Tensor, size: int, *, projective: bool) -> Tensor:
 
 
 def _recolour(images: Tensor, colour: Tensor, *, saturation: bool) -> Tensor:
-    """Change saturation (around each pixel's grey), contrast (around the mean) and brightness.
+    """Change saturation (relative to grey), contrast (relative to the mean) and brightness.
 
-    images: float32 [N, 3, H, W] in 0..255; modified in place and returned.
+    Args:
+        images: Images, float32 [N, 3, H, W] in 0..255; modified in place and returned.
+        colour: Contrast, brightness and saturation of each image; see `AugmentationParams`.
+        saturation: Whether to change the saturation.
     """
     contrast, shift, saturate = colour[:, :, None, None, None].unbind(1)
     # Reduce in two steps, because a single mean over both axes is parallelised differently for
@@ -251,13 +267,13 @@ def _recolour(images: Tensor, colour: Tensor, *, saturation: bool) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    """Luma: [N, 3, ...] -> [N, 1, ...]."""
+    """Compute the luma (grey value) of RGB images: [N, 3, ...] -> [N, 1, ...]."""
     red, green, blue = images[:, :1], images[:, 1:2], images[:, 2:]
     return red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
 
 
 def _inside(hole: Tensor, size: int) -> Tensor:
-    """Whether the centre of each pixel is in the hole: bool [N, 1, size, size]."""
+    """Whether the centre of each pixel is in the erased rectangle: bool [N, 1, size, size]."""
     at = _centres(size, hole.device)
     left, top, right, bottom = hole[:, :, None].unbind(1)
     across, down = (left <= at) & (at < right), (top <= at) & (at < bottom)

@@ -1,1 +1,1 @@
-"""Decoded photos as uint8 arrays: the disk cache, row sources, copies to the GPU."""
+"""Decoded photos as uint8 arrays: decoding, the cache on disk, and copies in GPU memory."""

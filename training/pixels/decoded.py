@@ -1,12 +1,12 @@
-"""Decode a dataset once: encoded files -> rows of uint8 pixels in the disk cache.
+"""Decode the photos of a dataset once, and store the uint8 pixels in the disk cache.
 
-Training photos are resized to squares `presize` times the training size ("presizing"). Their aspect
-ratios are stored beside the pixels, and augmentation restores the ratios when it crops. Validation
-photos go through the preprocessing of serving and are used unchanged.
+Training photos are resized to squares that are `presize` times as large as the training images
+("presizing"). The aspect ratios of the photos are stored beside the pixels. Augmentation restores
+these ratios when it crops. Validation photos go through the same preprocessing as in serving.
 
-The key of a row is the hash of the photo's bytes and of everything else that determines its pixels,
-so cached rows are never stale. A part (train or valid) that exceeds the cache budget is decoded on
-the fly.
+The cache key of a photo is a hash of the file's bytes and of everything else that determines the
+pixels. A changed photo therefore gets a new key and is decoded again. If the photos of a split
+(train or valid) exceed the size limit of the cache, they are decoded at each access.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ __all__ = ["DecodedPhotos", "PixelSet", "decode_dataset"]
 class DecodedPhotos:
     """The decoded photos of a dataset, for one `Preprocess` at a time.
 
-    dataset: without the photos that turned out to be unreadable.
+    dataset: The dataset. After decoding, it no longer contains unreadable photos.
     """
 
     def __init__(
         self, dataset: Dataset, presize: float, log: Log, cache_gb: float | None = None
     ) -> None:
-        """Takes the arguments of `decode_dataset`. Nothing is decoded yet.
+        """Store the arguments for `decode_dataset`. Nothing is decoded yet.
 
         Raises:
             OptionError: `cache_gb` is negative or not a number.
@@ -46,10 +46,11 @@ class DecodedPhotos:
         self._sets: tuple[PixelSet, PixelSet] | None = None
 
     def pixel_sets(self, preprocess: Preprocess) -> tuple[PixelSet, PixelSet]:
-        """The decoded training and validation photos.
+        """Return the decoded training photos and the decoded validation photos.
 
-        Raises what `decode_dataset` raises, and WorkError if photos became unreadable since the
-        first call.
+        Raises:
+            DataError: More than 5 % of the photos are unreadable, or too few are left.
+            WorkError: The disk is full, or photos became unreadable since the first call.
         """
         if self._sets is None or preprocess != self._preprocess:
             self._sets = None  # first release the old pixels: both take twice the memory
@@ -70,20 +71,20 @@ def decode_dataset(
     log: Log,
     cache_gb: float | None = None,
 ) -> tuple[Dataset, PixelSet, PixelSet]:
-    """Decode the training and the validation photos, or take their pixels from the cache.
+    """Decode the training and validation photos, or take their pixels from the cache.
 
-    Unreadable photos are logged and removed from the returned dataset. A part that exceeds the
-    remaining budget is not cached; its photos are decoded on the fly.
+    Unreadable photos are logged and removed from the returned dataset. If the photos of a split
+    (train or valid) exceed the remaining space in the cache, they are decoded at each access.
 
     Args:
         dataset: Photos to decode.
-        preprocess: Preprocessing of the model, which determines the pixels.
-        presize: Side of the training photos as a multiple of the image size.
-        log: Takes log lines.
-        cache_gb: Budget of the cache in GB; see `disk_cache.budget_gb`.
+        preprocess: Preprocessing of the model; determines the pixels.
+        presize: Side of the training squares as a multiple of the model's image size.
+        log: Function that writes a log line.
+        cache_gb: Size limit of the cache in GB; None: the default of `disk_cache.budget_gb`.
 
     Returns:
-        The dataset, the training part and the validation part, all without unreadable photos.
+        The dataset, the training photos and the validation photos, all without unreadable photos.
 
     Raises:
         DataError: More than 5 % of the photos are unreadable, or too few are left.
@@ -132,7 +133,10 @@ def decode_dataset(
 
 
 def _summary(parts: Sequence[PixelPart], cache: disk_cache.DiskCache | None, seconds: float) -> str:
-    """The log line: how many photos were cached, decoded and streamed. cache: None if unusable."""
+    """Return the log line with the numbers of cached, decoded and streamed photos.
+
+    Streamed photos are decoded at each access. cache: The disk cache; None if it can't be used.
+    """
     photos, decoded = sum(len(p.readable) for p in parts), sum(p.decoded for p in parts)
     streamed_parts = [part for part in parts if isinstance(part.rows, StreamingRows)]
     streamed = sum(len(part.readable) for part in streamed_parts)

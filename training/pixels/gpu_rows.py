@@ -1,4 +1,7 @@
-"""Row sources for a GPU: all rows in GPU memory if they fit, else batches copied in advance."""
+"""Move decoded photos to a GPU: all at once if they fit in its memory, else batch by batch.
+
+A row is the uint8 pixels of one photo, [S, S, 3].
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,25 @@ from training.utils.console import Log
 from training.utils.device import DeviceCopier, Transfer, upload
 
 GPU_MEMORY_SHARE: Final = 0.5
-"""Share of the GPU's free memory that the rows of a part may take; training needs the rest."""
+"""Share of the free GPU memory that the photos of a split may take; training needs the rest."""
 
 CHUNK_BYTES: Final = 64 * 2**20
-"""Bytes per copy while `GpuRows` is filled."""
+"""Number of bytes that `GpuRows` copies to the GPU at a time."""
 
 
 class GpuRows:
-    """Rows in the memory of the device, copied there once."""
+    """Rows (the uint8 pixels of one photo each) that are all stored in GPU memory."""
 
     def __init__(self, rows: Rows, where: torch.device, copier: DeviceCopier | None = None) -> None:
-        """Copy `rows` in chunks; `copier` defaults to `device_copier(where)`.
+        """Copy all rows to the device `where`, in chunks.
+
+        Args:
+            rows: Rows on the CPU.
+            where: Device to copy to.
+            copier: Copies tensors to the device; None: `device_copier(where)`.
 
         Raises:
-            torch.OutOfMemoryError: The rows don't fit.
+            torch.OutOfMemoryError: The rows don't fit in the memory of the device.
         """
         first, count = rows[:1], len(rows)
         self._pixels = torch.empty(count, *first.shape[1:], dtype=first.dtype, device=where)
@@ -45,36 +53,42 @@ class GpuRows:
         return len(self._pixels)
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """A copy of some rows, on the device; see `Rows`."""
+        """Return a copy of the selected rows, uint8 [N, S, S, 3], on the device."""
         if isinstance(index, slice):
             return self._pixels[index].clone()
         return self._pixels.index_select(0, upload(index, self._pixels.device))
 
     def batches(self, order: Sequence[Tensor | slice]) -> Generator[Tensor, None, None]:
-        """`self[index]` for each index in `order`."""
+        """Yield `self[index]` for each index in `order`."""
         for index in upload_indices(order, self._pixels.device):
             yield self[index]
 
 
 class PrefetchedRows:
-    """Rows copied to the device batch by batch, by a thread that works ahead."""
+    """Rows on the CPU; a background thread copies the next batches to the device in advance."""
 
     def __init__(self, rows: Rows, where: torch.device, copier: DeviceCopier | None = None) -> None:
-        """rows: on the CPU; `copier` defaults to `device_copier(where)`."""
+        """Store the arguments.
+
+        Args:
+            rows: Rows (the uint8 pixels of one photo each) on the CPU.
+            where: Device to copy to.
+            copier: Copies tensors to the device; None: `device_copier(where)`.
+        """
         self._rows, self._copier = rows, copier or device.device_copier(where)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """A copy of some rows, on the device; see `Rows`."""
+        """Return a copy of the selected rows, uint8 [N, S, S, 3], on the device."""
         return self._copier.receive(self._copier.send(self._rows[index]))
 
     def batches(self, order: Sequence[Tensor | slice]) -> Generator[Tensor, None, None]:
-        """`self[index]` for each index in `order`.
+        """Yield `self[index]` for each index in `order`.
 
-        A background thread reads and copies the next `AHEAD` batches. Errors in the thread are
-        raised here; the thread ends when the generator is closed.
+        A background thread reads and copies the next `AHEAD` batches. An error in the thread is
+        raised by this generator. The thread ends when the generator is closed.
         """
         batches = self._rows.batches(order)
 
@@ -88,7 +102,7 @@ class PrefetchedRows:
 
 
 def upload_indices(order: Iterable[Tensor | slice], where: torch.device) -> list[Tensor | slice]:
-    """The same indices on the device, with one copy for all tensors."""
+    """Copy index tensors to the device in a single transfer. Slices are returned unchanged."""
     order = list(order)
     tensors = [index for index in order if isinstance(index, Tensor)]
     if where.type == "cpu" or not tensors:
@@ -104,14 +118,17 @@ def place_rows(
     log: Log,
     free: Callable[[torch.device], int] = device.free_memory,
 ) -> PixelSet:
-    """The part with `GpuRows` if they fit, else with `PrefetchedRows`; unchanged on the CPU.
+    """Return `part` with its rows moved to GPU memory (`GpuRows`) if they fit.
+
+    If they don't fit, the rows become `PrefetchedRows`: they are copied to the GPU batch by batch.
+    If the device is the CPU, `part` is returned unchanged.
 
     Args:
-        part: The photos of a part of the dataset, with rows on the CPU.
-        name: Name of the part in the log.
+        part: The photos of one split (train or valid), with rows on the CPU.
+        name: Name of the split in the log.
         where: Training device.
-        log: Takes log lines.
-        free: Free memory of a device, in bytes.
+        log: Function that writes a log line.
+        free: Function that returns the free memory of a device in bytes.
     """
     if where.type == "cpu" or not len(part):
         return part

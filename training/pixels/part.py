@@ -1,4 +1,8 @@
-"""Decode one part (train or valid) of a dataset: cached, in a temporary file, or streamed."""
+"""Decode the photos of one split (train or valid) of a dataset.
+
+The pixels are stored in the disk cache or in a temporary file, or the photos are decoded at each
+access ("streamed"). A row is the uint8 pixels of one photo.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +41,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class PixelSet:
-    """The decoded photos of one part of a dataset.
+    """The decoded photos of one split (train or valid) of a dataset.
 
     Attributes:
-        pixels: Rows of uint8 [S, S, 3].
-        aspect: float32 [N], width / height of the photos.
-        labels: int64 [N].
-        name: Name of the entry in the pixel cache.
-        key: 32 bytes: a hash of everything that determines the pixels.
+        pixels: Rows: the pixels of each photo, uint8 [S, S, 3].
+        aspect: Width / height of each photo, float32 [N].
+        labels: Class index of each photo, int64 [N].
+        name: Name of the entry in the disk cache.
+        key: Hash of everything that determines the pixels, 32 bytes.
     """
 
     pixels: Rows
@@ -60,20 +64,20 @@ class PixelSet:
 
 @dataclass
 class PixelPart:
-    """The photos of a part while they are decoded.
+    """Decoder of the photos of one split (train or valid) of a dataset.
 
     Call `read_digests`, then one of `store_in_cache`, `store_in_temporary_file` and `stream`, then
     `pixel_set`.
 
     Attributes:
-        samples: The photos.
-        transform: Computes the row of a photo.
-        log: Takes log lines.
-        digests: `content_digest` of each photo, b"" if unreadable.
-        unreadable: Path -> reason.
+        samples: The photos and their class indices.
+        transform: Computes the pixels of a photo.
+        log: Function that writes a log line.
+        digests: Hash of the bytes of each photo; b"" if the photo is unreadable.
+        unreadable: Path of each unreadable photo -> reason.
         decoded: Number of photos that were decoded and stored.
-        aspect: float32, width / height of the readable photos.
-        rows: Rows of the readable photos.
+        aspect: Width / height of each readable photo, float32 [N].
+        rows: Pixels of the readable photos; None until they are stored or streamed.
     """
 
     samples: Sequence[Sample]
@@ -87,16 +91,16 @@ class PixelPart:
 
     @property
     def readable(self) -> list[int]:
-        """Indices of the photos that are not known to be unreadable."""
+        """Indices of all photos except those in `unreadable`."""
         return [i for i, sample in enumerate(self.samples) if sample.path not in self.unreadable]
 
     @property
     def size(self) -> int:
-        """Bytes of the rows; identical photos share a row."""
+        """Number of bytes of the pixels. Identical photos are stored and counted once."""
         return len({self.digests[i] for i in self.readable}) * 3 * self.transform.side**2
 
     def read_digests(self) -> None:
-        """Read every photo and hash its bytes."""
+        """Read every photo and set `digests` to the hashes of the files' bytes."""
 
         def digest(index: int) -> bytes:
             path = self.samples[index].path
@@ -109,13 +113,16 @@ class PixelPart:
         self.digests = list(self._map("reading", digest, range(len(self.samples))))
 
     def store_in_cache(self, cache: disk_cache.DiskCache, protected: set[str]) -> None:
-        """Add the missing rows to the cache, and use the rows of the cache.
+        """Decode the photos that the disk cache lacks into it, and set `rows` to the cached pixels.
 
-        `rows` stays None if they don't fit the budget. protected: names of entries that are not
-        evicted.
+        If the pixels don't fit into the size limit of the cache, `rows` stays None.
+
+        Args:
+            cache: The disk cache.
+            protected: Names of cache entries that are not evicted to make space.
 
         Raises:
-            OSError: The cache can't be written.
+            OSError: The cache folder can't be written.
         """
         store = PixelStore(cache.folder / self.transform.name, self.transform.side)
         index = store.read()
@@ -133,7 +140,10 @@ class PixelPart:
         cache: disk_cache.DiskCache,
         protected: set[str],
     ) -> StoreIndex:
-        """Add the missing rows. If space is short, drop the rows of photos of other datasets."""
+        """Add the missing rows to the store.
+
+        If space is short, first delete rows that this dataset does not use.
+        """
         with cache.locked():
             more = len({self.digests[i] for i in self._missing(index.rows)})
             needed = store.bytes_needed(index, more)
@@ -154,10 +164,12 @@ class PixelPart:
         self.log(f"pixels: waiting for another run that decodes {self.transform}")
 
     def store_in_temporary_file(self) -> None:
-        """Decode into an unnamed file; the operating system frees it when the process ends.
+        """Decode all photos into an unnamed temporary file, and set `rows` to its pixels.
+
+        The operating system deletes the file when the process ends.
 
         Raises:
-            WorkError: The disk is full.
+            WorkError: The disk has too little free space.
         """
         self.decoded = 0
         with tempfile.TemporaryFile(prefix="fledge-pixels-") as file:
@@ -174,7 +186,10 @@ class PixelPart:
             self._select_rows(StoreIndex(pixels, writer.rows, np.array(writer.aspect, np.float32)))
 
     def _decode_missing(self, writer: PixelWriter) -> None:
-        """Decode the photos without a row in parallel; record those that can't be decoded."""
+        """Decode the photos that `writer` does not have yet, with several threads.
+
+        Photos that can't be decoded are added to `unreadable`.
+        """
 
         def decode(index: int) -> tuple[int, bytes, Pixels, float] | None:
             path = self.samples[index].path
@@ -194,7 +209,7 @@ class PixelPart:
         writer.flush()
 
     def _missing(self, rows: dict[bytes, int]) -> list[int]:
-        """Indices of the readable photos that have no row."""
+        """Return the indices of the readable photos whose hash is not in `rows`."""
         return [i for i in self.readable if self.digests[i] not in rows]
 
     def _select_rows(self, index: StoreIndex) -> None:
@@ -203,7 +218,10 @@ class PixelPart:
         self.rows = MemmapRows(index.pixels, rows)
 
     def stream(self) -> None:
-        """Use rows that are decoded at each access. Decodes each photo once to find broken ones."""
+        """Set `rows` to a source that decodes photos at each access and stores nothing.
+
+        Every photo is decoded once in advance to find unreadable photos.
+        """
         background = self.transform.preprocess.background
 
         def check(index: int) -> tuple[bytes, float]:
@@ -229,13 +247,16 @@ class PixelPart:
     def _map(
         self, verb: str, function: Callable[[int], Result], photos: Sequence[int]
     ) -> Iterator[Result]:
-        """`function` of each photo, in order, computed in parallel, with a progress bar."""
+        """Yield `function(photo)` of each photo, in order, with several threads and a progress bar.
+
+        verb: Text of the progress bar, such as "decoding".
+        """
         with progress_bar() as bar, closing(map_ordered(function, photos)) as results:
             title = f"{verb} {self.transform.part}"
             yield from bar.track(results, total=len(photos), description=title)
 
     def pixel_set(self) -> PixelSet:
-        """The readable photos as a `PixelSet`; their rows must have been stored or streamed."""
+        """Return the readable photos as a `PixelSet`. `rows` must be set before."""
         assert self.rows is not None  # set when the rows were stored or streamed
         labels = torch.tensor([self.samples[i].label for i in self.readable], dtype=torch.int64)
         name = self.transform.name
@@ -244,5 +265,5 @@ class PixelPart:
 
 
 def _reason(path: Path, error: ImageError) -> str:
-    """The message of `error` without the path before it."""
+    """Return the message of `error` without the leading path."""
     return str(error).removeprefix(f"{path}: ")

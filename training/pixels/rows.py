@@ -1,4 +1,7 @@
-"""Row sources on the CPU: pixels memory-mapped from a file, or decoded on the fly."""
+"""Sources of photos on the CPU: memory-mapped from a file of pixels, or decoded at each access.
+
+A row is the uint8 pixels of one photo, [S, S, 3].
+"""
 
 from __future__ import annotations
 
@@ -20,33 +23,38 @@ from serving.imaging.preprocess import Pixels
 from serving.utils.parallel import map_ordered
 
 AHEAD: Final = 2
-"""Batches that are read ahead."""
+"""Number of batches that are read in advance."""
 
 ToPixels = Callable[[Image.Image], Pixels]
-"""An upright RGB image -> uint8 [S, S, 3]."""
+"""A function: upright RGB image -> pixels, uint8 [S, S, 3]."""
 
 
 class Rows(Protocol):
-    """The pixels of a list of photos, one row per photo, in the order of the list."""
+    """Interface of a source of photos: row i is the pixels of photo i, uint8 [S, S, 3]."""
 
     def __len__(self) -> int:
         """Number of photos."""
         ...
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        """A copy of some rows: uint8 [N, S, S, 3]. index: int64 [N], or a slice."""
+        """Return a copy of the selected rows, uint8 [N, S, S, 3]. index: int64 [N], or a slice."""
         ...
 
     def batches(self, order: Sequence[Tensor | slice]) -> Generator[Tensor, None, None]:
-        """`self[index]` for each index in `order`; implementations may read ahead."""
+        """Yield `self[index]` for each index in `order`. Later batches may be read in advance."""
         ...
 
 
 class MemmapRows:
-    """Rows of a memory-mapped file; the operating system reads and evicts the pages."""
+    """Rows of a memory-mapped file. The operating system loads and evicts the memory pages."""
 
     def __init__(self, pixels: Pixels, rows: npt.NDArray[np.int64]) -> None:
-        """pixels: uint8 [R, S, S, 3], mapped from the file; rows: the row of each photo."""
+        """Store the arguments.
+
+        Args:
+            pixels: Memory-mapped pixels, uint8 [R, S, S, 3].
+            rows: Position in `pixels` of each photo, int64 [N].
+        """
         self._pixels, self._rows = pixels, rows
 
     def __len__(self) -> int:
@@ -62,7 +70,7 @@ class MemmapRows:
 
 
 class StreamingRows:
-    """Rows decoded at each access, by several threads that read ahead; nothing is stored."""
+    """Rows that several threads decode at each access. Decoded pixels are not stored."""
 
     def __init__(
         self,
@@ -71,7 +79,15 @@ class StreamingRows:
         to_pixels: ToPixels,
         background: tuple[int, int, int],
     ) -> None:
-        """digests: `content_digest` of each photo. A photo that was changed since is an error."""
+        """Store the arguments.
+
+        Args:
+            paths: Files of the photos.
+            digests: `content_digest` of each file. If a file has changed when it is decoded, a
+                WorkError is raised.
+            to_pixels: Computes the pixels of a decoded image.
+            background: RGB colour behind transparent pixels, 0 to 255.
+        """
         self._paths, self._digests = paths, digests
         self._to_pixels, self._background = to_pixels, background
 
@@ -82,10 +98,10 @@ class StreamingRows:
         return next(self.batches([index]))
 
     def batches(self, order: Sequence[Tensor | slice]) -> Generator[Tensor, None, None]:
-        """`self[index]` for each index in `order`; several threads read ahead.
+        """Yield `self[index]` for each index in `order`. Several threads decode in advance.
 
         Raises:
-            WorkError: A photo became unreadable, is missing or has changed; the message names it.
+            WorkError: A photo is missing, is unreadable or has changed; the message has its path.
         """
         everything = torch.arange(len(self))
         indices = [everything[index].tolist() for index in order]
@@ -107,7 +123,9 @@ class StreamingRows:
 
 
 def read_photo(path: Path, background: tuple[int, int, int]) -> tuple[bytes, Image.Image]:
-    """Read a file once: its `content_digest`, and the upright image decoded from the same bytes.
+    """Read a photo, and return the hash of its bytes (`content_digest`) and the upright image.
+
+    The file is read only once: hash and image are computed from the same bytes.
 
     Raises:
         ImageError: The photo can't be read or decoded.
@@ -117,7 +135,7 @@ def read_photo(path: Path, background: tuple[int, int, int]) -> tuple[bytes, Ima
 
 
 def read_content(path: Path) -> bytes:
-    """The bytes of a photo.
+    """Read the bytes of a photo.
 
     Raises:
         BrokenImage: The file can't be read.
@@ -129,5 +147,5 @@ def read_content(path: Path) -> bytes:
 
 
 def content_digest(data: bytes) -> bytes:
-    """The first 16 bytes of the SHA-256 of a photo's bytes: its key in the pixel cache."""
+    """Return the first 16 bytes of the SHA-256 of a file's bytes: the photo's key in the cache."""
     return hashlib.sha256(data).digest()[:16]

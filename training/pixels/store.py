@@ -1,12 +1,14 @@
-"""On-disk store of decoded photos, safe against crashes at any moment.
+"""Store of decoded photos on disk. It stays valid if a process is killed at any moment.
 
-    index            header, then one record per row: digest of the photo, aspect ratio, checksum
-    rows-NUMBER.bin  uint8 [rows, S, S, 3]; the header of the index contains NUMBER
+A row is the uint8 pixels of one photo, [S, S, 3]. The store is a folder with two files:
 
-A record is appended to the index after its row was synced to disk, and never changes afterwards, so
-readers need no lock. Rows after the last record are unused. `PixelStore.reset` starts a new rows
-file with a new number, so that readers of the old file can continue, and an index never refers to
-the rows of another file.
+    index            header, then one record per row: hash of the photo, aspect ratio, checksum
+    rows-NUMBER.bin  the rows, uint8 [rows, S, S, 3]; the header of the index contains NUMBER
+
+A row is first synced to disk, then its record is appended to the index. Records and rows never
+change afterwards. Readers therefore need no lock. Rows without a record are ignored.
+`PixelStore.reset` starts a new rows file with a new number. Readers of the old file can continue,
+and an index never refers to the rows of another file.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from serving.utils.files import atomic_write
 
 FORMAT: Final = 1
 FLUSH_BYTES: Final = 32 * 2**20
-"""A writer syncs its rows and adds them to the index whenever they reach this size."""
+"""Size of new rows, in bytes, at which a writer syncs them to disk and adds them to the index."""
 
 _MAGIC: Final = b"fledge pixels %d\n" % FORMAT
 _HEADER: Final = re.compile(re.escape(_MAGIC) + rb"([0-9a-f]{16})\n")
@@ -39,14 +41,14 @@ _PRIMES: Final = np.array([3, 5, 7, 11, 13], np.uint32)
 
 @dataclass(frozen=True)
 class StoreIndex:
-    """The rows in a store.
+    """The rows that a store contains.
 
     Attributes:
-        pixels: uint8 [rows, S, S, 3], mapped from the file.
-        rows: Digest of a photo -> its row.
-        aspect: float32 [rows], width / height.
-        path: The rows file, or None if the store is empty.
-        size: Bytes of the file, including unused space at its end.
+        pixels: Memory-mapped pixels, uint8 [rows, S, S, 3].
+        rows: Hash of each photo -> its position in `pixels`.
+        aspect: Width / height of each photo, float32 [rows].
+        path: Path of the rows file; None if the store is empty.
+        size: Size of the rows file in bytes, including unused space at the end.
     """
 
     pixels: Pixels = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
@@ -58,13 +60,14 @@ class StoreIndex:
 
 @dataclass
 class PixelWriter:
-    """Appends rows to a rows file, and their records to the index.
+    """Appends rows to a rows file, and a record of each row to the index.
 
     Attributes:
         file: The rows file, open for writing.
-        index: The index, open for writing; None for a temporary file without one.
-        row_bytes: Size of a row.
-        rows, aspect: As in `StoreIndex`; updated by `add`.
+        index: The index, open for writing; None if the rows file is temporary and has no index.
+        row_bytes: Size of a row in bytes.
+        rows: Hash of each photo -> position of its row; `add` adds an entry.
+        aspect: Width / height of the photo of each row; `add` appends a value.
     """
 
     file: BinaryIO
@@ -75,13 +78,13 @@ class PixelWriter:
     _listed: int = 0
 
     def __post_init__(self) -> None:
-        """Continue after the given rows, which are in the index already."""
+        """Seek to the end of the rows that the index lists already."""
         self._listed = len(self.aspect)
         self._digests = list(self.rows)
         self.file.seek(self._listed * self.row_bytes)
 
     def add(self, digest: bytes, pixels: Pixels, aspect: float) -> None:
-        """Append a row, unless the photo has one already."""
+        """Append the row of a photo, unless a row with the same hash exists already."""
         if digest in self.rows:
             return
         self.file.write(np.ascontiguousarray(pixels).data)
@@ -92,7 +95,7 @@ class PixelWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Sync the added rows to disk, then append their records to the index."""
+        """Sync the new rows to disk, then append their records to the index."""
         self.file.flush()
         if self.index is None:
             return
@@ -106,7 +109,10 @@ class PixelWriter:
         self._listed = len(self.aspect)
 
     def close(self) -> None:
-        """Close the files; truncate reserved space and rows that are not in the index."""
+        """Close the files, after cutting off reserved space and rows that the index does not list.
+
+        Such rows are always at the end of the file.
+        """
         with self.file, self.index or nullcontext():
             self.file.flush()
             self.file.truncate(self._listed * self.row_bytes)
@@ -114,7 +120,10 @@ class PixelWriter:
 
 @dataclass(frozen=True)
 class PixelStore:
-    """The store of one `PixelTransform`. folder: an entry of the cache; side: S, in pixels."""
+    """Store of the decoded photos of one `PixelTransform`.
+
+    folder: Folder of the store, an entry of the disk cache. side: Side S of the photos in pixels.
+    """
 
     folder: Path
     side: int
@@ -124,7 +133,7 @@ class PixelStore:
         return 3 * self.side**2
 
     def read(self) -> StoreIndex:
-        """The current index; empty if it does not exist or is damaged.
+        """Read the index and map the rows; empty if the files don't exist or are damaged.
 
         Raises:
             OSError: The files exist but can't be read.
@@ -150,11 +159,11 @@ class PixelStore:
         return StoreIndex(pixels, rows, records["aspect"].astype(np.float32), path, size)
 
     def bytes_needed(self, index: StoreIndex, more: int) -> int:
-        """Bytes by which the file grows when `more` rows are added."""
+        """Return the number of bytes by which the rows file grows when `more` rows are added."""
         return max(0, (len(index.rows) + more) * self.row_bytes - index.size)
 
     def reset(self) -> None:
-        """Start an empty rows file. The caller must hold the lock of the cache entry."""
+        """Replace the rows file by a new, empty one. The caller must hold the entry's lock."""
         number = secrets.token_hex(8)
         path = self.folder / f"rows-{number}.bin"
         path.touch()
@@ -165,13 +174,16 @@ class PixelStore:
                 old.unlink()
 
     def writer(self, index: StoreIndex, more: int) -> PixelWriter:
-        """Append after the rows of `index`, with disk space reserved for `more` rows.
+        """Return a writer that appends rows, and reserve disk space for `more` rows.
 
-        The caller must hold the lock of the cache entry, and must have read `index` while holding
-        it.
+        The caller must hold the lock of the cache entry.
+
+        Args:
+            index: The current index, read after the lock was acquired.
+            more: Number of rows to reserve space for.
 
         Raises:
-            OSError: The disk is full, or can't be written.
+            OSError: The disk is full, or the files can't be written.
         """
         if index.path is None:
             self.reset()
@@ -192,7 +204,7 @@ class PixelStore:
 
 
 def map_rows(file: BinaryIO, count: int, side: int) -> Pixels:
-    """Memory-map the first `count` rows: uint8 [count, side, side, 3]."""
+    """Memory-map the first `count` rows of a rows file: uint8 [count, side, side, 3]."""
     shape = (count, side, side, 3)
     if not count:  # mmap refuses empty files
         return np.empty(shape, np.uint8)
@@ -200,12 +212,15 @@ def map_rows(file: BinaryIO, count: int, side: int) -> Pixels:
 
 
 def reserve(file: BinaryIO, size: int, folder: Path) -> None:
-    """Allocate disk space for `size` bytes, so that a full disk raises an error before the work.
+    """Allocate disk space for a file, to detect a full disk before anything is written.
 
-    folder: the folder of the file.
+    Args:
+        file: The file, open for writing.
+        size: Size of the file in bytes.
+        folder: Folder that contains the file.
 
     Raises:
-        OSError: There is too little free space.
+        OSError: The disk has too little free space.
     """
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, max(size, 1))
@@ -217,7 +232,7 @@ def reserve(file: BinaryIO, size: int, folder: Path) -> None:
 
 
 def _checks(records: npt.NDArray[np.void]) -> npt.NDArray[np.uint32]:
-    """A checksum per record; it differs for incomplete and for all-zero records."""
+    """Compute the checksum of each record. Incomplete and all-zero records fail the check."""
     words = np.frombuffer(records.tobytes(), "<u4").reshape(len(records), len(_PRIMES) + 1)
     sums = (words[:, :-1] * _PRIMES).sum(axis=1, dtype=np.uint32) ^ np.uint32(0x5EED)
     return np.asarray(sums)

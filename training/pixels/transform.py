@@ -1,4 +1,7 @@
-"""The transform from a decoded photo to training or validation pixels, and its cache key."""
+"""Resize or preprocess decoded photos to uint8 squares for training and validation.
+
+The module also computes the name of the cache entry that stores these squares.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,9 @@ _LIBRARIES: Final = (
 
 
 PIXELS_VERSION: Final = 1
-"""Version of the pixels, part of the cache key. Increase it when a change to decoding, to the image
-policy, to `Preprocess` or to `squeeze` changes any pixel; `test_cache_versions.py` fails until
-then."""
+"""Version number of the cached pixels, in the cache key. Increase it if a change to decoding, to
+`Preprocess` or to `squeeze` changes a pixel. Without the increase, `test_cache_versions.py` fails.
+"""
 
 
 def squeeze(image: Image.Image, side: int) -> Pixels:
@@ -35,13 +38,13 @@ def squeeze(image: Image.Image, side: int) -> Pixels:
 
 @dataclass(frozen=True)
 class PixelTransform:
-    """Transform from a photo to its pixels. The fields determine the pixels of a given photo.
+    """Transform from a decoded photo to a uint8 square.
 
     Attributes:
-        part: Part of the dataset: training photos are squeezed to a square, validation photos are
-            preprocessed as in serving.
+        part: Split of the dataset: photos of "train" are resized to a square, which changes their
+            aspect ratio; photos of "valid" are preprocessed as in serving.
         preprocess: Preprocessing of the model.
-        presize: Side of the training squares as a multiple of the image size.
+        presize: Side of the training squares as a multiple of the model's image size.
     """
 
     part: Literal["train", "valid"]
@@ -55,14 +58,14 @@ class PixelTransform:
         return round(size * self.presize) if self.part == "train" else size
 
     def __call__(self, image: Image.Image) -> Pixels:
-        """An upright RGB image -> uint8 [side, side, 3]."""
+        """Transform an upright RGB image to pixels, uint8 [side, side, 3]."""
         if self.part == "train":
             return squeeze(image, self.side)
         return self.preprocess(image)
 
     @property
     def name(self) -> str:
-        """Name of the cache entry: a hash of everything that can change a pixel."""
+        """Name of the cache entry, with a hash of everything that can change a pixel."""
         p = self.preprocess
         crop = [p.crop, p.interpolation] if self.part == "valid" else []
         inputs = [self.part, self.side, p.background, crop, _versions()]
@@ -75,7 +78,7 @@ class PixelTransform:
 
 @cache
 def _versions() -> list[str]:
-    """Versions of the format, of the pixels, of the machine type and of Pillow's libraries."""
+    """Return the versions of file format, pixels and Pillow's libraries, and the machine type."""
     known = {*features.modules, *features.codecs, *features.features}
     versions = [f"{name} {features.version(name)}" for name in _LIBRARIES if name in known]
     return [f"format {FORMAT}", f"pixels {PIXELS_VERSION}", platform.machine(), *versions]
