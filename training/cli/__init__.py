@@ -1,1 +1,1 @@
-"""Subcommands of `fledge` that use the package `training`."""
+"""Subcommands of `fledge` for training: train, evaluate, report, preview and others."""

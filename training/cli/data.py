@@ -1,6 +1,6 @@
-"""Subcommands of `fledge` that show data and networks before training: layers, preview, sample.
+"""Subcommands of `fledge` for data and networks before training: layers, preview, sample.
 
-Functions import what they need when they run, so that `fledge --help` stays fast.
+Imports of large packages are inside the functions. This keeps `fledge --help` fast.
 """
 
 from __future__ import annotations
@@ -72,7 +72,11 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def add_to(add_verb: AddVerb) -> None:
-    """Add these subcommands and their options."""
+    """Add the subcommands layers, preview and sample, with their options, to the parser.
+
+    Args:
+        add_verb: Function that adds a subcommand, given its function and an example.
+    """
     add = add_verb(layers, "fledge layers densenet121")
     add.add_argument("arch", nargs="?", metavar="ARCH", help="default: list all architectures")
     add_overrides(add)

@@ -1,4 +1,4 @@
-"""Options that several subcommands of training share."""
+"""Command-line options that several subcommands share, and a check of `arch`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import argparse
 
 
 def add_overrides(add: argparse.ArgumentParser) -> None:
-    """Add the positional arguments `key=value`. Call it after other positionals are added."""
+    """Add the positional arguments `key=value` (recipe options) to the parser of a subcommand.
+
+    Call this function after all other positional arguments have been added.
+    """
     add.add_argument(
         "overrides",
         nargs="*",
@@ -17,7 +20,7 @@ def add_overrides(add: argparse.ArgumentParser) -> None:
 
 
 def add_cache_option(add: argparse.ArgumentParser) -> None:
-    """Add `--cache-gb`."""
+    """Add the option `--cache-gb` to the parser of a subcommand."""
     add.add_argument(
         "--cache-gb",
         type=float,
@@ -27,7 +30,7 @@ def add_cache_option(add: argparse.ArgumentParser) -> None:
 
 
 def check_arch(arch: str) -> None:
-    """Check that an architecture is known. Imports torchvision.
+    """Check that an architecture is known. This imports torchvision.
 
     Raises:
         OptionError: The architecture is unknown; the message suggests the nearest name.

@@ -1,6 +1,6 @@
 """Subcommands of `fledge` that read finished runs or the cache: evaluate, report, cache.
 
-Functions import what they need when they run, so that `fledge --help` stays fast.
+Imports of large packages are inside the functions. This keeps `fledge --help` fast.
 """
 
 from __future__ import annotations
@@ -72,7 +72,11 @@ def cache(options: argparse.Namespace) -> None:
 
 
 def add_to(add_verb: AddVerb) -> None:
-    """Add these subcommands and their options."""
+    """Add the subcommands evaluate, report and cache, with their options, to the parser.
+
+    Args:
+        add_verb: Function that adds a subcommand, given its function and an example.
+    """
     add = add_verb(evaluate, "fledge evaluate runs/latest --tta 4")
     _run_options(add)
     add.add_argument("--csv", type=Path, metavar="FILE", help="write a row for every photo")
@@ -86,7 +90,7 @@ def add_to(add_verb: AddVerb) -> None:
 
 
 def _run_options(add: argparse.ArgumentParser) -> None:
-    """Add the options for a run, its photos, and test-time augmentation (TTA)."""
+    """Add the options for a run, for the photos, and for test-time augmentation (TTA)."""
     add.add_argument("run", type=Path, metavar="RUN")
     add.add_argument("--part", default="valid", choices=["train", "valid", "test"])
     add.add_argument("--tta", type=int, metavar="N", help="views or draws to average; 0 is off")
@@ -107,7 +111,14 @@ def _run_options(add: argparse.ArgumentParser) -> None:
 
 
 def _tta_config(options: argparse.Namespace) -> TtaConfig | None:
-    """The test-time augmentation of the command line; None if none of its options is given."""
+    """Return the test-time augmentation (TTA) that the command-line options set.
+
+    Returns:
+        The options; None if no option for TTA is given.
+
+    Raises:
+        OptionError: The value of an option for TTA is wrong.
+    """
     from pydantic import ValidationError
 
     from serving.errors import OptionError

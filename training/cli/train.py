@@ -1,6 +1,6 @@
-"""Subcommands of `fledge` that train a recipe: train, lr-find, ablate.
+"""Subcommands of `fledge` that train with a recipe: train, lr-find, ablate.
 
-Functions import what they need when they run, so that `fledge --help` stays fast.
+Imports of large packages are inside the functions. This keeps `fledge --help` fast.
 """
 
 from __future__ import annotations
@@ -123,7 +123,11 @@ def ablate(options: argparse.Namespace) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    """The recipe that the command line names, with its overrides."""
+    """Read the recipe that the command line names, and apply the overrides `key=value`.
+
+    Raises:
+        OptionError: No recipe or no `--data` is given, or the recipe or an override is wrong.
+    """
     from serving.errors import OptionError
     from training.config import load
 
@@ -141,7 +145,11 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def add_to(add_verb: AddVerb) -> None:
-    """Add these subcommands and their options."""
+    """Add the subcommands train, lr-find and ablate, with their options, to the parser.
+
+    Args:
+        add_verb: Function that adds a subcommand, given its function and an example.
+    """
     add = add_verb(train, "fledge train training/recipes/quick.toml --data photos batch_size=16")
     _recipe_options(add)
     add.add_argument("--out", type=Path, metavar="RUN", help="default: runs/RECIPE")

@@ -1,1 +1,1 @@
-"""Optimizers, learning-rate schedules, weight averaging, the learning-rate range test."""
+"""Optimizers, learning-rate schedules, weight averaging, and the learning-rate range test."""

@@ -1,4 +1,4 @@
-"""Exponential moving average of weights and BatchNorm statistics."""
+"""Exponential moving average (EMA) of weights and BatchNorm statistics during training."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ UPDATES = "updates"
 
 
 class Ema:
-    """Moving average of a module's weights and BatchNorm statistics over the optimizer steps.
+    """Exponential moving average of a module's weights and BatchNorm statistics.
 
     Polyak & Juditsky, 1992, "Acceleration of Stochastic Approximation by Averaging"; Tarvainen &
-    Valpola, 2017, "Mean teachers are better role models". The decay is at most
-    (1 + updates) / (10 + updates), so that the initial weights lose their influence within the
-    first updates. Tensors that do not change, such as frozen weights, stay bit-equal. Integer
-    tensors are not averaged.
+    Valpola, 2017, "Mean teachers are better role models".
+
+    The decay is at most (1 + updates) / (10 + updates). With this limit the initial weights lose
+    their influence within the first updates. Averages of tensors that do not change, such as frozen
+    weights, stay bit-equal to the tensors. Integer tensors are not averaged.
+
+    Attributes:
+        decay: Factor of the average in an update, in [0, 1); the new weights have 1 - decay.
+        updates: Number of updates so far.
+        averages: Average of each floating-point tensor, by the name in the module's state dict.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        """Start from the module's current weights; `decay` is in [0, 1).
+        """Start with the module's current weights as the averages.
 
-        The module must not be moved to another device or memory layout afterwards.
+        Args:
+            module: The module. From now on it must stay on its device and in its memory layout.
+            decay: Factor of the average in an update, in [0, 1).
         """
         self.decay, self.updates = decay, 0
         # References are kept: `state_dict()` takes a millisecond, too long for every step.
@@ -34,7 +42,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the module's current weights to the average; call it after every step."""
+        """Update the averages from the module's current weights. Call it after every step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         averages, weights = list(self.averages.values()), list(self._weights.values())
@@ -43,7 +51,10 @@ class Ema:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """A context in which the module has the averages; afterwards it has its own weights."""
+        """Return a context in which the module's weights are replaced by the averages.
+
+        At the end of the context the module gets its own weights back.
+        """
         own = {name: value.clone() for name, value in self._weights.items()}
         try:
             self._put(self.averages)
@@ -52,17 +63,25 @@ class Ema:
             self._put(own)
 
     def equal_weights(self, names: Iterable[str]) -> bool:
-        """Whether the named weights equal their averages, so that `swapped` doesn't change them."""
+        """Return whether the named weights equal their averages.
+
+        If they do, `swapped` does not change these weights. Names that are not averaged are
+        ignored.
+        """
         weights = self._weights
         return all(torch.equal(self.averages[n], weights[n]) for n in names if n in weights)
 
     def state(self) -> dict[str, Tensor]:
-        """The state for `load`: the averages, not copied, and the number of updates."""
+        """Return the averages (not copied) and the number of updates, as tensors for `load`."""
         return {UPDATES: torch.tensor(self.updates), **self.averages}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Restore a `state`; raises KeyError if it belongs to another module."""
+        """Restore averages and number of updates from the result of `state`.
+
+        Raises:
+            KeyError: `state` lacks a tensor of this module.
+        """
         for name, average in self.averages.items():
             average.copy_(state[name])
         self.updates = int(state[UPDATES])

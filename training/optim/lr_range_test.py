@@ -1,4 +1,7 @@
-"""The learning-rate range test (Smith, 2017, "Cyclical Learning Rates", section 3.3)."""
+"""Learning-rate range test: train with a changing rate, and suggest rates from the loss curve.
+
+Smith, 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,19 @@ Pick = Literal["valley", "steepest", "minimum/10", "minimum"]
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss curve of a range test, and the learning rates that it suggests.
+    """Loss curve of a learning-rate range test, and the rates suggested from the curve.
 
     Attributes:
-        rates: Tested rates, ascending.
-        losses: Smoothed loss at each rate.
-        valley: Two thirds along the descent to the minimum, on the log scale of the rates, as
-            fast.ai's suggestion of that name; at most `tenth_of_minimum`.
-        steepest: Rate at which the loss falls fastest.
-        minimum: Too large to train with. In an upward test, the rate of the lowest loss, where
-            training is about to diverge. In a downward test, the largest rate at which the loss
-            started to fall, because there the loss is always lowest at the end.
-        direction: Order in which the rates were tested.
+        rates: Tested learning rates, ascending.
+        losses: Smoothed loss at each of the rates.
+        valley: Suggested rate. It lies, on a log scale, two thirds of the way from the smallest to
+            the largest rate at which the loss falls, and is at most `tenth_of_minimum`. fast.ai has
+            a suggestion of the same name.
+        steepest: Suggested rate: the rate at which the loss falls fastest.
+        minimum: A rate that is too large for training. In an upward test, the rate with the lowest
+            loss; at larger rates the loss rises. In a downward test, the rate at which the loss
+            started to fall.
+        direction: "up" if the rates were tested in ascending order, else "down".
     """
 
     rates: tuple[float, ...]
@@ -44,11 +48,14 @@ class Curve:
 
     @property
     def tenth_of_minimum(self) -> float:
-        """The upper limit of all suggestions except the minimum itself."""
+        """`minimum` / 10, but at least the smallest tested rate.
+
+        It is the upper limit of all suggestions except `minimum` itself.
+        """
         return max(self.minimum / 10, self.rates[0])
 
     def pick(self, name: Pick) -> float:
-        """The learning rate that the suggestion `name` selects."""
+        """Return the suggested learning rate with the given name."""
         if name == "minimum":
             return self.minimum
         limit = self.tenth_of_minimum
@@ -72,33 +79,40 @@ def range_test(
     take_step: Callable[[optim.Optimizer], object] = lambda optimizer: optimizer.step(),
     on_step: Callable[[], object] | None = None,
 ) -> Curve:
-    """Increase the learning rate exponentially, one step per batch, until the loss diverges.
+    """Run a learning-rate range test: change the rate after every step, and record the losses.
 
-    In a downward test the rate decreases from `high` to `low`. If the loss is then not finite, or
-    above four times the loss of the initial weights, the initial weights are restored and the curve
-    restarts at the rate of this step, because a diverged model's losses say nothing about it.
+    In an upward test, the rate increases exponentially from `low` to `high`. The test ends when the
+    loss diverges.
 
-    Weights, buffers, modes, optimiser state and random state are restored bit for bit at the end,
-    also after an error.
+    In a downward test, the rate decreases from `high` to `low`. A diverged model is useless for
+    testing smaller rates. If the loss is not finite, or is above four times the loss of the initial
+    weights, the initial weights are restored, the losses so far are discarded, and the test
+    continues at the current rate.
+
+    At the end, also after an error, the model's weights, buffers and modes, the optimizer state and
+    the random state are restored bit for bit.
 
     Args:
-        model: Maps a batch's inputs to logits [N, classes].
-        optimizer: Its groups have a `base_lr`. The group with the largest one gets the tested rate,
-            the others a rate in proportion to their `base_lr`.
-        batches: (inputs, labels); at most `steps` are used.
-        loss_of: (logits, labels) -> scalar.
-        low, high: Smallest and largest tested rate.
-        steps: Number of rates from `low` to `high`.
+        model: The network, from inputs to logits [N, classes].
+        optimizer: Optimizer whose parameter groups have a `base_lr`. The group with the largest
+            `base_lr` gets the tested rate; the rates of the other groups are in proportion to their
+            `base_lr`.
+        batches: Pairs of inputs and labels; at most `steps` batches are used.
+        loss_of: Function from logits and labels to the loss, a scalar.
+        low: Smallest tested rate.
+        high: Largest tested rate.
+        steps: Number of tested rates.
         direction: "up" or "down".
         beta: Decay of the exponential mean (with bias correction) that smooths the loss.
-        autocast: Entered for every forward pass separately, because autocast caches cast weights,
-            which must not outlive a step.
-        train: Puts the model into training mode; default: `model.train`.
-        take_step: Updates the weights; `optimizer_step` clips and decays as in training.
-        on_step: Called after every step, for a progress bar.
+        autocast: Function that returns a context for one forward pass. A new context is needed for
+            every step, because autocast caches the cast weights.
+        train: Function that puts the model into training mode. None: `model.train`.
+        take_step: Function that updates the weights. `optimizer_step` clips gradients and decays
+            weights as in training.
+        on_step: Function that is called after every step, such as for a progress bar.
 
     Raises:
-        ValueError: The curve has no usable descent; see `suggest`.
+        ValueError: The loss diverges within two steps, or never falls.
     """
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     modes = {module: module.training for module in model.modules()}
@@ -167,10 +181,15 @@ def range_test(
 
 
 def suggest(rates: list[float], losses: list[float], direction: Direction = "up") -> Curve:
-    """The suggestions of a curve, given in the order in which the rates were tested.
+    """Determine the suggested rates from the results of a range test.
+
+    Args:
+        rates: Learning rates in the order of the test.
+        losses: Smoothed loss at each of the rates.
+        direction: "up" if the rates are ascending, else "down".
 
     Raises:
-        ValueError: The curve has fewer than two points, or the loss never falls.
+        ValueError: There are fewer than two rates, or the loss never falls.
     """
     if len(rates) < 2:
         raise ValueError("the loss diverges within two steps")
@@ -190,10 +209,17 @@ def suggest(rates: list[float], losses: list[float], direction: Direction = "up"
 
 
 def _steepest(rates: list[float], losses: list[float], start: int, lowest: int) -> int:
-    """Index of the steepest descent of the loss, measured across a tenth of the curve.
+    """Return the index of the rate at which the loss falls fastest.
 
-    The first fifth of the curve is skipped if the descent reaches beyond it. Differences of single
-    steps are noise, and so is the smoothed loss of the first steps.
+    The slope is measured over a tenth of the curve, because single steps are noisy. If the loss
+    still falls after the first fifth of the curve, that fifth is ignored, because the smoothed loss
+    of the first steps is noisy too.
+
+    Args:
+        rates: Learning rates in the order of the test.
+        losses: Smoothed loss at each of the rates.
+        start: Index at which the loss starts to fall.
+        lowest: Index at which the loss stops falling.
     """
     around = min(max(len(rates) // 20, 1), (lowest - start) // 2)
     if not around:

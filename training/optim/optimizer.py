@@ -1,4 +1,7 @@
-"""Optimizers with a learning rate per layer group, three kinds of weight decay, and clipping."""
+"""Create and step optimizers with a learning rate per layer group.
+
+The optimizer step also does L1 decay, decoupled weight decay for SGD, and gradient clipping.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +20,29 @@ from training.optim.schedules import SchedulePoint
 
 Rates = float | tuple[float, ...] | Spread
 LayerGroup = tuple[str, list[nn.Parameter]]
-"""(name, trainable parameters of the layer group)."""
+"""Name and trainable parameters of a layer group."""
 
 
 def build_optimizer(
     classifier: Classifier, config: OptimizerConfig, stage: Stage, lr: Rates
 ) -> optim.Optimizer:
-    """An optimiser over the trainable parameters: the deepest layer group first, the head last.
+    """Create the optimizer of a stage.
 
-    Each parameter group has its layer group's `name`, its `base_lr`, and `decays`. A layer group
-    becomes two parameter groups, the second with norms and biases, unless one would be empty.
+    Its parameter groups are ordered from the layer group next to the input to the head. A layer
+    group becomes one or two parameter groups: parameters with weight decay, then parameters without
+    (normalisation layers and biases). Each parameter group has three additional entries: `name` (of
+    the layer group), `base_lr` (learning rate before the schedule) and `decays` (whether its
+    parameters have weight decay).
 
     Args:
-        classifier: The network, frozen for the stage.
-        config: Kind, momentum and weight decay are used.
-        stage: Its name, `lr_divide` and `groups` are used.
-        lr: Learning rates as in `group_rates`: the stage's own, or the rate that lr_find picked.
+        classifier: The network, with layers frozen for the stage.
+        config: Kind of optimizer, momentum and weight decay.
+        stage: The stage, whose options `lr_divide` and `groups` are used.
+        lr: Learning rates, as described in `group_rates`.
 
     Raises:
-        OptionError: Raised by `check_rates` and `layer_groups`.
+        OptionError: `lr` is a list with a wrong number of rates, or `stage.groups` is more than the
+            number of trainable layer groups.
     """
     layers = layer_groups(classifier.trainable_groups(), stage)
     check_rates(layers, stage, lr)
@@ -68,11 +75,15 @@ def build_optimizer(
 
 
 def group_rates(count: int, lr: Rates, lr_divide: float) -> list[float]:
-    """The learning rate of each of `count` layer groups, deepest first.
+    """Return the learning rate of each layer group, from the group next to the input to the head.
 
-    A number is the head's rate; each deeper group has the next group's rate divided by `lr_divide`
-    (Howard & Ruder, 2018, section 3.2). A tuple has all rates. A `Spread` goes from `low` to `high`
-    in equal factors; a single group has `high`.
+    Args:
+        count: Number of layer groups.
+        lr: The rates. A number is the rate of the head; from group to group towards the input, the
+            rate is divided by `lr_divide` (Howard & Ruder, 2018, section 3.2). A tuple has the rate
+            of each group. A `Spread` has the rates of the first group (`low`) and of the head
+            (`high`); the rates in between are spaced geometrically.
+        lr_divide: Divisor, used if `lr` is a number.
     """
     if isinstance(lr, tuple):
         return list(lr)
@@ -84,10 +95,10 @@ def group_rates(count: int, lr: Rates, lr_divide: float) -> list[float]:
 
 
 def check_rates(layers: Sequence[LayerGroup], stage: Stage, lr: Rates) -> None:
-    """Check that a list of rates has one for each layer group.
+    """Check that `lr`, if it is a tuple, has one learning rate for each layer group.
 
     Raises:
-        OptionError: The list has more or fewer rates; the message names the groups.
+        OptionError: `lr` is a tuple with more or fewer rates; the message names the layer groups.
     """
     if isinstance(lr, tuple) and len(lr) != len(layers):
         raise OptionError(
@@ -98,13 +109,17 @@ def check_rates(layers: Sequence[LayerGroup], stage: Stage, lr: Rates) -> None:
 
 
 def layer_groups(layers: list[LayerGroup], stage: Stage) -> list[LayerGroup]:
-    """Merge `layers`, the result of `Classifier.trainable_groups`, into `stage.groups` groups.
+    """Merge neighbouring layer groups until `stage.groups` groups are left.
 
-    The body's groups are split into `groups - 1` runs of neighbours, as even as possible, longer
-    runs first; the head is a group of its own. With `groups = 1` all parameters form one group.
+    The head stays a group of its own, unless `stage.groups` is 1. The groups of the body are merged
+    as evenly as possible. If `stage.groups` is 0, nothing is merged.
+
+    Args:
+        layers: Layer groups from `Classifier.trainable_groups`; the head is last.
+        stage: The stage.
 
     Raises:
-        OptionError: `stage.groups` is more than the number of trainable groups.
+        OptionError: `stage.groups` is more than the number of layer groups.
     """
     wanted, names = stage.groups, [name for name, _ in layers]
     if wanted > len(layers):
@@ -121,9 +136,10 @@ def layer_groups(layers: list[LayerGroup], stage: Stage) -> list[LayerGroup]:
 
 
 def norms_and_biases(module: nn.Module) -> set[nn.Parameter]:
-    """Parameters without weight decay: norms, biases, and other vectors (ConvNeXt's layer scale).
+    """Return the parameters that usually have no weight decay.
 
-    Tables of relative position biases (Swin, MaxViT) are recognised by their name.
+    These are all vectors (weights of normalisation layers, biases, ConvNeXt's layer scale) and all
+    parameters with "bias" in their name (tables of relative position biases in Swin and MaxViT).
     """
     return {
         parameter
@@ -133,18 +149,21 @@ def norms_and_biases(module: nn.Module) -> set[nn.Parameter]:
 
 
 def current_rates(optimizer: optim.Optimizer) -> dict[str, float]:
-    """The current learning rate of each layer group, deepest first."""
+    """Return the current learning rate of each layer group, by name; the head is last."""
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
 def set_lr_factor(optimizer: optim.Optimizer, factor: float) -> None:
-    """Set every group's rate to `base_lr * factor`."""
+    """Set the learning rate of every parameter group to `base_lr * factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
 
 def apply_schedule(optimizer: optim.Optimizer, point: SchedulePoint) -> None:
-    """Set every group's learning rate, and momentum (Adam's first beta) if the schedule has one."""
+    """Set the learning rate and momentum of every parameter group to the values of the schedule.
+
+    For Adam, the momentum is the first beta. If `point.momentum` is None, it is not changed.
+    """
     set_lr_factor(optimizer, point.factor)
     if point.momentum is None:
         return
@@ -157,13 +176,16 @@ def apply_schedule(optimizer: optim.Optimizer, point: SchedulePoint) -> None:
 
 @torch.no_grad()
 def optimizer_step(optimizer: optim.Optimizer, config: OptimizerConfig) -> None:
-    """Update the weights by their gradients, and reset the gradients.
+    """Update the weights from the gradients, then reset the gradients.
 
-    In this order: L1 adds l1 * sign(weight) to the gradients of parameters that decay; the norm of
-    all gradients together is clipped (Pascanu et al., 2013, "On the difficulty of training
-    recurrent neural networks"); decoupled decay multiplies the weights of sgd by 1 - lr * decay
-    (Loshchilov & Hutter, 2019, "Decoupled Weight Decay Regularization", algorithm 1); the optimiser
-    steps.
+    The order is:
+
+    1. L1 decay: l1 * sign(weight) is added to the gradients of parameters with weight decay.
+    2. Clipping of the norm of all gradients together (Pascanu et al., 2013, "On the difficulty of
+       training recurrent neural networks").
+    3. Decoupled decay for SGD: weights are multiplied by 1 - lr * decay (Loshchilov & Hutter, 2019,
+       "Decoupled Weight Decay Regularization", algorithm 1).
+    4. The optimizer's own step.
     """
     for group in optimizer.param_groups:
         if config.l1 and group["decays"]:

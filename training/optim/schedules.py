@@ -1,7 +1,8 @@
-"""Learning-rate schedules as pure functions of the position in a stage.
+"""Learning-rate schedules, as functions without state.
 
-Positions are counted in epochs, as floats, so that a schedule does not depend on the batch size.
-Each schedule returns the factor in [0, 1] that multiplies every group's learning rate.
+A schedule maps a position to a factor in [0, 1], by which the base learning rate of every parameter
+group is multiplied. A position is the number of epochs since the start of a stage, as a float, and
+therefore does not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from training.config.schema import Stage, cycle_lengths
 
 
 class SchedulePoint(NamedTuple):
-    """The value of a schedule at a position.
+    """Value of a schedule at a position.
 
-    factor: multiplies every group's rate; in [0, 1]. momentum: None leaves the optimiser's.
+    Attributes:
+        factor: Factor of the base learning rates, in [0, 1].
+        momentum: Momentum of the optimizer. None: the optimizer's momentum is not changed.
     """
 
     factor: float
@@ -32,20 +35,23 @@ def schedule_at(
     losses: Sequence[float] = (),
     momentum: float = 0.9,
 ) -> SchedulePoint:
-    """The schedule of a stage at a position.
+    """Return the value of a stage's schedule at a position.
 
-    `stage.floor` is the lowest factor of every schedule; only the warm-up goes below it. Cycles of
-    fractional length are stretched to end with the stage's whole epochs.
+    `stage.floor` is the lowest factor of every schedule, except during the warm-up. If the cycle
+    lengths don't add up to the stage's number of epochs, they are stretched: the last cycle ends
+    with the stage.
 
     Args:
-        stage: The schedule and its options.
+        stage: The stage; it has the name and the options of the schedule.
         position: Epochs since the start of the stage; limited to [0, `stage.epochs`].
-        steps: Steps per epoch.
-        losses: Validation losses of the stage's finished epochs, for `plateau`.
-        momentum: The optimiser's momentum; one_cycle lowers it to `stage.momentum_low`.
+        steps: Number of optimizer steps per epoch.
+        losses: Validation losses of the stage's finished epochs, for the schedule `plateau`.
+        momentum: Momentum of the optimizer. The schedule `one_cycle` lowers it to
+            `stage.momentum_low` and raises it again.
 
     Raises:
-        OptionError: `stage.scale` has no finite value at this position, such as log(x) at 0.
+        OptionError: The formula `stage.scale` has no finite value at this position; for example
+            log(x) at 0.
     """
     position = min(max(position, 0.0), float(stage.epochs))
     factor = _shape(stage, position, steps, losses)
@@ -59,7 +65,7 @@ def schedule_at(
 
 
 def _shape(stage: Stage, position: float, steps: int, losses: Sequence[float]) -> float:
-    """The schedule without its warm-up."""
+    """Return the factor of the stage's schedule, without the warm-up."""
     cycles = (stage.cycles, stage.cycle_len, stage.cycle_mult)
     stretched = position * sum(cycle_lengths(*cycles)) / stage.epochs
     step_number = round(position * steps)
@@ -94,16 +100,24 @@ def _shape(stage: Stage, position: float, steps: int, losses: Sequence[float]) -
 
 
 def cosine(start: float, end: float, position: float) -> float:
-    """From `start` at position 0 to `end` at position 1 along half a cosine."""
+    """Interpolate from `start` at position 0 to `end` at position 1 along half a cosine period."""
     return end + (start - end) * (1 + math.cos(math.pi * position)) / 2
 
 
 def cycle_at(
     position: float, cycles: int, cycle_len: float, cycle_mult: float = 1.0
 ) -> tuple[int, float]:
-    """(number of the cycle at a position, from 0; elapsed share of the cycle, in [0, 1]).
+    """Find the cycle at a position.
 
-    Positions beyond the last cycle count as its end.
+    Args:
+        position: Epochs since the start of the stage. After the last cycle, it counts as the end of
+            the last cycle.
+        cycles: Number of cycles.
+        cycle_len: Length of the first cycle in epochs.
+        cycle_mult: Factor from the length of a cycle to the length of the next cycle.
+
+    Returns:
+        The number of the cycle, from 0, and the elapsed share of the cycle, in [0, 1].
     """
     for index, length in enumerate(cycle_lengths(cycles, cycle_len, cycle_mult)):
         if position < length - 1e-10:  # sums of fractional lengths are not exact
@@ -113,25 +127,25 @@ def cycle_at(
 
 
 def sgdr(position: float, cycles: int, cycle_len: float, cycle_mult: float = 1.0) -> float:
-    """Stochastic gradient descent with warm restarts.
+    """Return the factor of a schedule that falls from 1 to 0 along half a cosine in every cycle.
 
-    Cosine from 1 to 0 in every cycle, restarting at 1 (Loshchilov & Hutter, 2017,
-    "SGDR: Stochastic Gradient Descent with Warm Restarts", equation 5, with eta_min = 0).
+    Loshchilov & Hutter, 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts", equation 5,
+    with eta_min = 0. The arguments are those of `cycle_at`.
     """
     return cosine(1.0, 0.0, cycle_at(position, cycles, cycle_len, cycle_mult)[1])
 
 
 def triangular(position: float, cycles: int, cycle_len: float, cycle_mult: float = 1.0) -> float:
-    """Linear from 0 to 1 and back to 0 in every cycle.
+    """Return the factor of a schedule that rises linearly from 0 to 1 and falls back in each cycle.
 
-    Smith, 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.1; a cycle is
-    twice the paper's step size.
+    Smith, 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.1. A cycle is
+    twice as long as the paper's step size. The arguments are those of `cycle_at`.
     """
     return 1 - abs(2 * cycle_at(position, cycles, cycle_len, cycle_mult)[1] - 1)
 
 
 def triangular2(position: float, cycles: int, cycle_len: float, cycle_mult: float = 1.0) -> float:
-    """`triangular` with the amplitude halved after each cycle (Smith, 2017, section 3.1)."""
+    """Return `triangular`, with the height halved after each cycle (Smith, 2017, section 3.1)."""
     return cyclical(position, cycles, cycle_len, cycle_mult, scale=lambda cycle: 0.5 ** (cycle - 1))
 
 
@@ -144,7 +158,7 @@ def exp_range(
     gamma: float,
     step_number: int,
 ) -> float:
-    """`triangular` times gamma ** step number (Smith, 2017, section 3.1)."""
+    """Return `triangular` times gamma ** step_number (Smith, 2017, section 3.1)."""
     return triangular(position, cycles, cycle_len, cycle_mult) * gamma**step_number
 
 
@@ -157,13 +171,16 @@ def cyclical(
     scale: Callable[[float], float],
     step_number: int | None = None,
 ) -> float:
-    """`triangular` times a user-defined scale, clamped to [0, 1].
+    """Return `triangular` times the value of the function `scale`, clamped to [0, 1].
 
     Args:
-        position: In epochs, like the cycle lengths.
-        cycles, cycle_len, cycle_mult: As in `cycle_lengths`.
-        scale: Function of `step_number` if that is given, else of the cycle's number, from 1.
-        step_number: Steps since the start of the stage, from 0.
+        position: Epochs since the start of the stage.
+        cycles: Number of cycles.
+        cycle_len: Length of the first cycle in epochs.
+        cycle_mult: Factor from the length of a cycle to the length of the next cycle.
+        scale: Function of one number: of `step_number`, or of the number of the cycle, from 1, if
+            `step_number` is None.
+        step_number: Number of the optimizer step in the stage, from 0.
     """
     number = cycle_at(position, cycles, cycle_len, cycle_mult)[0] + 1
     height = scale(number if step_number is None else step_number)
@@ -171,9 +188,16 @@ def cyclical(
 
 
 def one_cycle(position: float, epochs: float, warm_up: float = 0.25, start: float = 0.04) -> float:
-    """Cosine from `start` to 1 in the first `warm_up` share of the epochs, then cosine to 0.
+    """Return the factor of a schedule that rises from `start` to 1, then falls to 0.
 
-    Smith & Topin, 2018, "Super-Convergence", with cosine instead of linear ramps, as in fast.ai.
+    Smith & Topin, 2018, "Super-Convergence". As in fast.ai, both ramps are half a cosine instead of
+    linear.
+
+    Args:
+        position: Epochs since the start of the stage.
+        epochs: Number of epochs of the stage.
+        warm_up: Share of the epochs in which the factor rises.
+        start: Factor at position 0.
     """
     share = min(max(position / epochs, 0.0), 1.0) if epochs else 1.0
     if share < warm_up:
@@ -182,15 +206,21 @@ def one_cycle(position: float, epochs: float, warm_up: float = 0.25, start: floa
 
 
 def step(position: float, every: int, gamma: float) -> float:
-    """Multiply by `gamma` after every `every` epochs."""
+    """Return the factor of a schedule that is multiplied by `gamma` after every `every` epochs."""
     return gamma ** int(position // every)
 
 
 def plateau(losses: Sequence[float], patience: int, gamma: float) -> float:
-    """Multiply by `gamma` when the loss has not improved for more than `patience` epochs.
+    """Return the factor of a schedule that is reduced when the loss stops improving.
 
-    Improved means lower by a relative 1e-4 or more; the count restarts after each reduction. Equal
-    to torch's ReduceLROnPlateau, as a function of all losses so far.
+    The factor is multiplied by `gamma` when the loss has not improved for more than `patience`
+    epochs; then the count of epochs starts again. The loss has improved if it is below the best
+    loss by more than a relative 1e-4. The result equals that of torch's ReduceLROnPlateau.
+
+    Args:
+        losses: Loss of each finished epoch.
+        patience: Number of epochs.
+        gamma: Factor of each reduction.
     """
     factor, best, waited = 1.0, math.inf, 0
     for loss in losses:
@@ -204,9 +234,15 @@ def plateau(losses: Sequence[float], patience: int, gamma: float) -> float:
 
 
 def warm_up(position: float, epochs: float, steps: int) -> float:
-    """Linear warm-up to 1 in the first `epochs`; starts at one step's share instead of 0.
+    """Return the factor of a linear warm-up to 1.
 
-    Goyal et al., 2017, "Accurate, Large Minibatch SGD", section 2.2.
+    The first step has the factor 1 / (number of warm-up steps), not 0. Goyal et al., 2017,
+    "Accurate, Large Minibatch SGD", section 2.2.
+
+    Args:
+        position: Epochs since the start of the stage.
+        epochs: Length of the warm-up in epochs.
+        steps: Number of optimizer steps per epoch.
     """
     length = epochs * steps
     return min((position * steps + 1) / length, 1.0) if length > 1 else 1.0

@@ -1,1 +1,1 @@
-"""Helpers of training: devices, precision, disk cache, timers, console output."""
+"""Helpers for training: devices, precision, disk cache, timers, console output."""

@@ -1,4 +1,4 @@
-"""Log lines on stderr, and helpers that word log lines and error messages."""
+"""Print log lines on stderr, and format text for log lines and error messages."""
 
 from __future__ import annotations
 
@@ -7,26 +7,36 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 MAX_MISTAKES: Final = 5
-"""Largest number of a table's mistakes that an error message lists."""
+"""Largest number of mistakes in a file that an error message lists."""
 
 Log = Callable[[str], None]
 """A function that takes one log line."""
 
 
 def log_to_stderr(line: str) -> None:
-    """Print one line on stderr; stdout is for results."""
+    """Print one line on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def pluralize(count: int, noun: str) -> str:
-    """The count with the noun in singular or plural: `1 photo`, `2 photos`."""
+    """Return the count and the noun in singular or plural: `1 photo`, `2 photos`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def format_mistakes(
     where: object, mistakes: Sequence[str], *, between: str = ": ", most: int = 10**6
 ) -> str:
-    """The message "WHERE: MISTAKE" for one mistake, or a line for each of the first `most`."""
+    """Return an error message that lists mistakes.
+
+    A single mistake gives one line: "WHERE: MISTAKE". Several mistakes give a heading and one line
+    for each mistake.
+
+    Args:
+        where: What contains the mistakes, such as a path.
+        mistakes: Description of each mistake.
+        between: Text between `where` and a single mistake.
+        most: Largest number of mistakes to list; further mistakes are only counted.
+    """
     if len(mistakes) == 1:
         return f"{where}{between}{mistakes[0]}"
     more = [f"and {len(mistakes) - most} more"] if len(mistakes) > most else []
@@ -34,6 +44,6 @@ def format_mistakes(
 
 
 def quoted(name: object, most: int = 80) -> str:
-    """The `repr` of a name, shortened in the middle to about `most` characters."""
+    """Return the `repr` of a name; the middle is cut out if it is longer than `most` characters."""
     text = repr(str(name))
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"

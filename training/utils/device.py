@@ -1,7 +1,7 @@
-"""Copies from the CPU to a GPU that do not block the CPU, and padding of batches.
+"""Helpers for GPUs: copy tensors to a GPU without blocking the CPU, pad batches, read free memory.
 
-A `.to(device)` from pageable memory blocks until the GPU has finished all work queued before. A
-copy from page-locked ("pinned") memory is queued like a kernel.
+`tensor.to(device)` from pageable memory blocks until the GPU has finished all work that is already
+in its queue. A copy from page-locked ("pinned") memory is only added to the queue, like a kernel.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from torch import Tensor
 CPU = torch.device("cpu")
 
 cuda_capture_lock: Final = threading.Lock()
-"""Held during CUDA graph capture; other threads must not use the device."""
+"""Lock held during the capture of a CUDA graph, when other threads must not use the GPU."""
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to the device, queued behind its other work; no copy if it is there already."""
+    """Copy a tensor to a device without blocking the CPU.
+
+    The copy is added to the queue of the GPU. A tensor that is on the device already is returned as
+    it is.
+    """
     if tensor.device.type == device.type or device.type != "cuda":
         return tensor.to(device)
     # The pinned copy may be dropped at once: torch reuses it only after the GPU has read it.
@@ -29,26 +33,30 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A float32 tensor [n] of `values`, cached for each device; read-only."""
+    """Return a float32 tensor [n] with the given values on the device.
+
+    The tensor is cached and shared between callers, and so must not be changed.
+    """
     # A tensor made in inference mode could not be used in training later.
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def pad_on_gpu(batch: Tensor, size: int) -> Tensor:
-    """The batch, padded by `pad_batch` if it is on a GPU; unchanged on a CPU.
+    """Pad a batch on a GPU with zeros to `size` photos; return a batch on a CPU unchanged.
 
-    For each new shape cuDNN selects kernels and compiles those of depthwise convolutions, which
-    takes two seconds for MobileNetV2 on an H100. Padding avoids this. Use it only for networks in
-    eval mode, where rows are independent.
+    Padding avoids new batch shapes. For each new shape cuDNN selects kernels, and compiles those of
+    depthwise convolutions; this takes two seconds for MobileNetV2 on an H100. Pad only inputs of
+    networks in eval mode, where the photos of a batch do not influence each other's outputs.
     """
     return batch if batch.device.type == "cpu" else pad_batch(batch, size)
 
 
 def pad_batch(batch: Tensor, size: int) -> Tensor:
-    """The batch, padded by zeros to `size` rows; unchanged if it has as many or more.
+    """Pad a batch with zeros to `size` photos; return it unchanged if it has `size` or more.
 
-    Keeps the memory layout, because cuDNN's choice of kernels also depends on it.
+    The padded batch has the same memory layout (such as channels-last), because the layout also
+    influences which kernels cuDNN selects.
     """
     if len(batch) >= size:
         return batch
@@ -58,29 +66,36 @@ def pad_batch(batch: Tensor, size: int) -> Tensor:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU's memory that can be allocated now, torch's unused reserve included."""
+    """Return the number of bytes of GPU memory that can be allocated now.
+
+    Memory that torch has reserved but does not use is included.
+    """
     in_reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + in_reserve
 
 
 Transfer = tuple[Tensor, torch.Event | None]
-"""The target tensor of a copy in progress, and the event recorded at its end."""
+"""The target tensor of a copy in progress, and the CUDA event that marks the end of the copy (None
+on a CPU)."""
 
 
 class DeviceCopier(Protocol):
-    """Copies tensors to a device; one thread calls `send`, another one `receive`."""
+    """Copier of CPU tensors to a device; one thread may call `send` and another one `receive`."""
 
     def send(self, tensor: Tensor) -> Transfer:
-        """Start the copy of a CPU tensor."""
+        """Start the copy of a CPU tensor to the device."""
         ...
 
     def receive(self, transfer: Transfer) -> Tensor:
-        """The copy, ordered before all work that this thread queues on the device from now on."""
+        """Return the copy on the device.
+
+        Work that this thread queues on the device from now on is executed after the copy has ended.
+        """
         ...
 
 
 class CpuCopy:
-    """No-op copier for CPU tensors."""
+    """Copier for the device "cpu": it returns the tensors without a copy."""
 
     def send(self, tensor: Tensor) -> Transfer:
         return tensor, None
@@ -90,7 +105,7 @@ class CpuCopy:
 
 
 class StreamCopier:
-    """Copies from pinned memory on a CUDA stream of its own, in parallel with computation."""
+    """Copier to a GPU that uses a CUDA stream of its own, in parallel with computation."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
@@ -111,5 +126,5 @@ class StreamCopier:
 
 
 def device_copier(device: torch.device) -> DeviceCopier:
-    """The copier for a device."""
+    """Return a copier for the given device."""
     return StreamCopier(device) if device.type == "cuda" else CpuCopy()

@@ -1,8 +1,9 @@
-"""Disk cache of decoded pixels and activations: a folder of entries within a size budget.
+"""Disk cache of decoded pixels and activations, with a size limit.
 
-An entry is a folder `KIND-KEY` that contains `entry.json`. That file describes the entry, its
-modification time is the time of last use, and a lock on it gives the right to write to the entry.
-Other files and folders in the cache folder are never touched.
+An entry of the cache is a folder `KIND-KEY`, where KIND is `pixels` or `activations` and KEY is a
+hash. Its file `entry.json` has a description of the entry. The modification time of `entry.json` is
+the time of the entry's last use. A process must hold a lock on `entry.json` to write to the entry.
+Other files and folders in the cache folder are never changed or removed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ _OWN_FILES: Final = re.compile(r"index|\.index\.partial|[a-z]+-[0-9a-f]{16}\.bin
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A folder of the cache. size: in bytes; used: time of last use, seconds since 1970."""
+    """An entry of the cache.
+
+    Attributes:
+        path: Folder of the entry.
+        description: Content of the entry, as text for `fledge cache`.
+        size: Size of the entry's files in bytes.
+        used: Time of last use, in seconds since 1970.
+    """
 
     path: Path
     description: str
@@ -42,13 +50,18 @@ class CacheEntry:
 
 @dataclass(frozen=True)
 class DiskCache:
-    """A folder of entries. budget: bytes that all entries together may take."""
+    """The disk cache.
+
+    Attributes:
+        folder: Folder that contains the entries.
+        budget: Size limit of all entries together, in bytes.
+    """
 
     folder: Path
     budget: int
 
     def entries(self) -> list[CacheEntry]:
-        """All entries, the least recently used first."""
+        """Return all entries; the least recently used entry is first."""
         try:
             found = [_read_entry(Path(item.path)) for item in os.scandir(self.folder)]
         except OSError:
@@ -56,22 +69,32 @@ class DiskCache:
         return sorted((entry for entry in found if entry), key=lambda entry: entry.used)
 
     def size(self) -> int:
-        """Total size of the entries, in bytes."""
+        """Return the total size of the entries, in bytes."""
         return sum(entry.size for entry in self.entries())
 
     def available(self, keep: Set[str]) -> int:
-        """Bytes of the budget that are left if only the entries named in `keep` stay."""
+        """Return the number of free bytes after removing all entries that are not in `keep`.
+
+        No entry is removed by this method.
+
+        Args:
+            keep: Folder names of entries.
+        """
         kept = sum(entry.size for entry in self.entries() if entry.path.name in keep)
         return max(0, self.budget - kept)
 
     def evict(self, size: int, keep: Set[str]) -> bool:
-        """Remove the least recently used entries until `size` more bytes fit the budget.
+        """Remove the least recently used entries until `size` more bytes fit into the size limit.
 
-        Entries named in `keep` and entries that are being written stay. Processes that have a
-        removed entry open can still read it.
+        Entries that another process is writing are not removed. Processes that have opened the
+        files of a removed entry can still read these files.
+
+        Args:
+            size: Number of bytes that will be added to the cache.
+            keep: Folder names of entries that must not be removed.
 
         Returns:
-            Whether `size` bytes fit now.
+            Whether `size` bytes fit into the size limit now.
         """
         entries = self.entries()
         total = sum(entry.size for entry in entries) + size
@@ -83,14 +106,22 @@ class DiskCache:
         return total <= self.budget
 
     def clear(self) -> tuple[int, list[CacheEntry]]:
-        """Remove all entries; returns the bytes freed and the entries that could not be removed."""
+        """Remove all entries, except those that can't be removed.
+
+        Returns:
+            The number of bytes freed, and the entries that could not be removed.
+        """
         entries = self.entries()
         busy = [entry for entry in entries if not remove(entry.path)]
         return sum(entry.size for entry in entries if entry not in busy), busy
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock of the whole cache, so that no other process can check the budget."""
+        """Return a context in which this process holds the lock of the whole cache.
+
+        Hold the lock from the check of the size limit until the space is used. It prevents two
+        processes from using the same free space.
+        """
         file = os.open(self.folder, os.O_RDONLY)
         try:
             # On file systems without locks on folders, concurrent runs may exceed the budget.
@@ -102,17 +133,20 @@ class DiskCache:
 
 
 def cache_folder() -> Path:
-    """`FLEDGE_CACHE`, else Fledge's folder in the user's cache folder."""
+    """Return the cache folder: the environment variable `FLEDGE_CACHE`, else the user's default."""
     setting = os.environ.get("FLEDGE_CACHE", "").strip()
     return Path(os.path.expanduser(setting)).absolute() if setting else user_cache_folder()
 
 
 def budget_gb(gb: float | None = None) -> float:
-    """The budget in gigabytes: `gb`, else `FLEDGE_CACHE_GB`, else 10.
+    """Return the size limit of the cache in gigabytes.
+
+    Args:
+        gb: Value of `--cache-gb`. None: the environment variable `FLEDGE_CACHE_GB`, else 10.
 
     Raises:
-        OptionError: The budget is not a finite number of 0 or more; the message names the option or
-            the environment variable.
+        OptionError: The size limit is negative or not a finite number; the message names the option
+            or the environment variable.
     """
     setting = os.environ.get("FLEDGE_CACHE_GB", "").strip()
     name, text = "--cache-gb", str(gb)
@@ -128,12 +162,15 @@ def budget_gb(gb: float | None = None) -> float:
 
 
 def open_cache(gb: float | None = None) -> DiskCache:
-    """The cache with the budget of `budget_gb`, at most half of the disk's free space.
+    """Open the cache. Its size limit comes from `budget_gb`, but is at most half of the free space.
 
-    The space of existing entries counts as free.
+    The free space is that of the disk; the size of the existing entries is added to it.
+
+    Args:
+        gb: Value of `--cache-gb`; None: not given.
 
     Raises:
-        OptionError: Raised by `budget_gb`.
+        OptionError: The size limit is negative or not a finite number.
     """
     cache = DiskCache(cache_folder(), int(budget_gb(gb) * GB))
     existing = next((path for path in (cache.folder, *cache.folder.parents) if path.exists()), None)
@@ -146,15 +183,17 @@ def open_cache(gb: float | None = None) -> DiskCache:
 
 @contextmanager
 def locked_entry(path: Path, description: str, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold the write lock of an entry; creates the entry if it does not exist.
+    """Return a context in which this process holds the write lock of an entry.
+
+    The entry is created if it does not exist.
 
     Args:
-        path: The entry's folder.
-        description: What the entry contains, for `fledge cache`.
-        on_wait: Called once if another process holds the lock, before waiting for it.
+        path: Folder of the entry.
+        description: Content of the entry, as text for `fledge cache`.
+        on_wait: Function that is called before waiting, if another process holds the lock.
 
     Raises:
-        OSError: The entry can't be written, or can't be locked.
+        OSError: The entry can't be written or can't be locked.
     """
     file: BinaryIO | None = None
     while file is None:
@@ -175,13 +214,17 @@ def locked_entry(path: Path, description: str, on_wait: Callable[[], None]) -> I
 
 
 def mark_used(path: Path) -> None:
-    """Set an entry's time of last use to now."""
+    """Set the time of last use of an entry to now."""
     with suppress(OSError):  # a cache without write permission
         os.utime(path / ENTRY_FILE)
 
 
 def remove(path: Path) -> bool:
-    """Remove an entry unless another process is writing it; returns whether it was removed."""
+    """Remove an entry, unless another process is writing it.
+
+    Returns:
+        Whether the entry was removed.
+    """
     try:
         file = _open_locked(path, "r+b", wait=False)
         if file is None:
@@ -199,7 +242,11 @@ def remove(path: Path) -> bool:
 
 
 def describe(cache: DiskCache) -> list[str]:
-    """Lines for `fledge cache`: folder and budget, then the entries, the last used first."""
+    """Return the output lines of `fledge cache`.
+
+    The first line has the folder, size and size limit of the cache. Each further line describes an
+    entry; the most recently used entry is first.
+    """
     size, budget = format_size(cache.size()), format_size(cache.budget)
     lines = [f"{abbreviate_home(cache.folder)}: {size} of {budget}"]
     for entry in reversed(cache.entries()):
@@ -212,7 +259,10 @@ def describe(cache: DiskCache) -> list[str]:
 
 
 def clear(cache: DiskCache) -> list[str]:
-    """Remove all entries; lines on the bytes freed and on entries that could not be removed."""
+    """Remove all entries, and return the output lines of `fledge cache --clear`.
+
+    The first line has the size freed. Each further line names an entry that could not be removed.
+    """
     freed, remaining = cache.clear()
     lines = [f"{format_size(freed)} freed in {abbreviate_home(cache.folder)}"]
     return lines + [
@@ -222,21 +272,21 @@ def clear(cache: DiskCache) -> list[str]:
 
 
 def format_size(size: float) -> str:
-    """Bytes as text: "0.3 GB"; below 0.1 GB in megabytes."""
+    """Return a number of bytes as text in gigabytes ("0.3 GB"), or below 0.1 GB in megabytes."""
     if 0 < size < 0.1 * GB:
         return f"{size / 1e6:.1f} MB"
     return f"{size / GB:.1f}".removesuffix(".0") + " GB"
 
 
 def abbreviate_home(path: Path) -> str:
-    """The path with `~` for the user's home folder."""
+    """Return the path as text, with `~` in place of the user's home folder."""
     with suppress(RuntimeError, ValueError):
         return str(Path("~") / path.relative_to(Path.home()))
     return str(path)
 
 
 def _read_entry(path: Path) -> CacheEntry | None:
-    """The entry at `path`; None if the folder is not an entry of this cache."""
+    """Return the entry in the folder `path`; None if the folder is not an entry of the cache."""
     if not _NAME.fullmatch(path.name) or path.is_symlink():
         return None
     try:
@@ -254,7 +304,19 @@ def _read_entry(path: Path) -> CacheEntry | None:
 
 
 def _open_locked(path: Path, mode: str, *, wait: bool) -> BinaryIO | None:
-    """`entry.json` of an entry, open and locked; None if the entry was removed meanwhile."""
+    """Open and lock the file `entry.json` of an entry.
+
+    Args:
+        path: Folder of the entry.
+        mode: Mode for `open`.
+        wait: Whether to wait if another process holds the lock.
+
+    Returns:
+        The locked file; None if the entry does not exist or was removed during the wait.
+
+    Raises:
+        BlockingIOError: Another process holds the lock, and `wait` is false.
+    """
     try:
         file: BinaryIO = open(path / ENTRY_FILE, mode)  # type: ignore[assignment] # noqa: SIM115
     except FileNotFoundError:

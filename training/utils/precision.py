@@ -1,4 +1,4 @@
-"""The device and dtype that a run computes with."""
+"""Choose the device and the floating-point dtype of a run."""
 
 from __future__ import annotations
 
@@ -12,28 +12,33 @@ from serving.errors import OptionError
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype of the forward pass, float32 or bfloat16, and the device."""
+    """Device and dtype of a run.
+
+    Attributes:
+        dtype: dtype of the forward pass: float32 or bfloat16.
+        device: The device.
+    """
 
     dtype: torch.dtype
     device: torch.device
 
     def autocast(self) -> AbstractContextManager[None]:
-        """A context in which layers run in `dtype`."""
+        """Return a context in which torch runs the layers in `dtype`."""
         return torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
         )
 
 
 def choose_precision(device: str, precision: str, gpu: int | None = None) -> Precision:
-    """Choose device and dtype by the options and the hardware.
+    """Choose the device and dtype by options and hardware.
 
     Args:
-        device: "auto", "cpu" or "cuda".
-        precision: "auto", "fp32" or "bf16".
-        gpu: Index of the GPU to use, which becomes the current one; None uses the current one.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        precision: "auto" (bfloat16 if the device has bfloat16 instructions), "fp32" or "bf16".
+        gpu: Index of the GPU to use; it is made the current GPU. None: the current GPU.
 
     Raises:
-        OptionError: `device` is "cuda" and no GPU is usable; `gpu` is not below the number of GPUs.
+        OptionError: `device` is "cuda" but no GPU is usable, or there is no GPU with index `gpu`.
     """
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
@@ -54,9 +59,9 @@ def choose_precision(device: str, precision: str, gpu: int | None = None) -> Pre
 
 
 def _has_native_bf16(device: torch.device) -> bool:
-    """Whether `device` has bfloat16 instructions; emulated bfloat16 is slower than float32.
+    """Return whether `device` has bfloat16 instructions; emulated bfloat16 is slower than float32.
 
-    False if this version of torch can't tell what the CPU supports.
+    The result is False if this version of torch can't tell what the CPU supports.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -1,4 +1,4 @@
-"""Wall-clock seconds of a run, by activity."""
+"""Measure how many wall-clock seconds of a run are spent in each activity."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ OTHER = "other"
 
 
 class Timer:
-    """Adds up wall-clock seconds by activity; time outside any activity counts as "other".
+    """Timer that adds up wall-clock seconds by activity; all other time counts as "other".
 
-    In nested contexts only the innermost activity is counted, so the seconds of all activities add
-    up to the whole time. A GPU computes asynchronously, so an activity gets the time that the CPU
-    spent in it, not the GPU's time for it.
+    In nested contexts, time counts only for the innermost activity. The seconds of all activities
+    therefore add up to the whole time. A GPU computes asynchronously: the measured time is that of
+    the CPU, not that of the GPU.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Timer:
 
     @contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
-        """Count the time inside the context as `activity`."""
+        """Return a context; the time inside it is counted as `activity`."""
         previous = self._switch(activity)
         try:
             yield
@@ -31,7 +31,7 @@ class Timer:
             self._switch(previous)
 
     def read(self) -> dict[str, float]:
-        """Seconds of each activity so far, the largest first."""
+        """Return the seconds of each activity so far; the longest activity is first."""
         self._switch(self._activity)
         return dict(sorted(self.seconds.items(), key=lambda item: -item[1]))
 
