@@ -1,1 +1,1 @@
-"""Data-parallel training under torchrun."""
+"""Data-parallel training in several processes, started by torchrun."""

@@ -43,7 +43,7 @@ def stages_of(recipe: Recipe, pretrained: bool) -> list[Stage]:
 def _from_scratch(stage: Stage) -> Stage:
     """Return a copy of the stage that trains all layers at one learning rate.
 
-    It is used without pretrained weights: random layers must not be frozen.
+    The copy is used without pretrained weights, because random layers must not be frozen.
     """
     lr = stage.lr
     head = lr[-1] if isinstance(lr, tuple) else lr.high if isinstance(lr, Spread) else lr

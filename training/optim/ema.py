@@ -65,7 +65,7 @@ class Ema:
     def equal_weights(self, names: Iterable[str]) -> bool:
         """Return whether the named weights equal their averages.
 
-        If they do, `swapped` does not change these weights. Names that are not averaged are
+        If the result is true, `swapped` does not change these weights. Names without an average are
         ignored.
         """
         weights = self._weights

@@ -162,7 +162,8 @@ def set_lr_factor(optimizer: optim.Optimizer, factor: float) -> None:
 def apply_schedule(optimizer: optim.Optimizer, point: SchedulePoint) -> None:
     """Set the learning rate and momentum of every parameter group to the values of the schedule.
 
-    For Adam, the momentum is the first beta. If `point.momentum` is None, it is not changed.
+    For Adam, the momentum is the first beta. If `point.momentum` is None, only the learning rate is
+    set.
     """
     set_lr_factor(optimizer, point.factor)
     if point.momentum is None:

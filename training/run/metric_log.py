@@ -28,7 +28,7 @@ EVENTS: Final = "events"
 class MetricLog:
     """Writer of metrics.csv, steps.csv and a TensorBoard event file.
 
-    It is a context manager that closes the event file at the end.
+    The writer is a context manager: the end of the context closes the event file.
     """
 
     def __init__(self, folder: Path, history: Sequence[Epoch]) -> None:
