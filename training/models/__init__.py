@@ -1,1 +1,1 @@
-"""Networks: backbones, layer groups, heads, freezing, pretrained weights, BatchNorm fusion."""
+"""Networks: torchvision bodies, heads, frozen layers, pretrained weights, BatchNorm folding."""

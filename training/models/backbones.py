@@ -1,8 +1,9 @@
-"""Backbones from torchvision: one flat nn.Sequential, divided into ordered layer groups.
+"""Build backbones: torchvision networks without classifier, divided into layer groups.
 
-A new layer group starts wherever the resolution drops. This gives the usual groups (layer1 to
-layer4 of ResNet, features 2, 4, 7 and 14 of MobileNetV2) without listing layers per architecture.
-A ViT has one resolution, so its blocks are divided into four groups.
+A backbone is one flat nn.Sequential. A layer group is a range of its children that is frozen or
+trained as a whole. A new group starts wherever the resolution drops. This gives the usual groups
+(layer1 to layer4 of ResNet; features 2, 4, 7 and 14 of MobileNetV2) without a table of layers for
+each architecture. In a ViT all blocks have the same resolution, and are divided into four groups.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ class Backbone:
     """A network without its classifier.
 
     Attributes:
-        body: A flat Sequential: float32 [N, 3, H, W] -> [N, width, h, w], or [N, width] if it pools
-            by itself.
+        body: The layers as a flat Sequential: float32 [N, 3, H, W] -> feature map [N, width, h, w],
+            or [N, width] if the body contains the pooling.
         groups: Index of the first child of each layer group, ascending from 0.
-        width: Channels of the output.
-        pooled: How the body pools by itself; "" if it does not.
+        width: Number of channels of the output.
+        pooled: Name of the pooling that the body contains; "" if the body has none.
     """
 
     body: nn.Sequential
@@ -42,7 +43,7 @@ class Backbone:
 
 
 def names() -> list[str]:
-    """All supported architectures."""
+    """Return the names of all supported architectures."""
     known = torchvision.models.list_models(module=torchvision.models)
     return [name for name in known if find_family(name) is not None]
 
@@ -53,11 +54,11 @@ def build(arch: str, arch_args: Mapping[str, Any], pretrained: str = "none") -> 
     Args:
         arch: One of `names()`.
         arch_args: Options of torchvision's builder, such as `width_mult`.
-        pretrained: "none"; "imagenet": torchvision's download and its cache; or the path of a state
-            dict of the torchvision network (the classifier may be missing).
+        pretrained: "none"; "imagenet" (downloaded by torchvision at first use); or the path of a
+            state dict of the torchvision network. The file may lack the classifier.
 
     Raises:
-        OptionError: Unknown architecture or option.
+        OptionError: The architecture or an option is unknown.
         DataError: The weights can't be read or downloaded, or belong to another architecture.
     """
     family = family_of(arch)
@@ -70,10 +71,14 @@ def build(arch: str, arch_args: Mapping[str, Any], pretrained: str = "none") -> 
 
 
 def build_on_meta(arch: str, arch_args: Mapping[str, Any]) -> Backbone:
-    """Build a backbone on the meta device, where tensors have shapes but no values; this is fast.
+    """Build a backbone on the meta device: its tensors have shapes but no values. This is fast.
+
+    Args:
+        arch: One of `names()`.
+        arch_args: Options of torchvision's builder, such as `width_mult`.
 
     Raises:
-        OptionError: Unknown architecture or option.
+        OptionError: The architecture or an option is unknown.
     """
     family = family_of(arch)
     with _ShapesOnly():
@@ -88,13 +93,13 @@ def check_size(
     """Check that the architecture supports an image size.
 
     Args:
-        arch: As in `build`.
-        arch_args: As in `build`.
-        size: Side in pixels.
-        option: Name of the option in the error.
+        arch: One of `names()`.
+        arch_args: Options of torchvision's builder, such as `width_mult`.
+        size: Side of the images in pixels.
+        option: Name of the size's option in the error message.
 
     Raises:
-        OptionError: The size is not supported; the message names a size that is.
+        OptionError: The size is not supported. The message contains a supported size.
     """
     family = family_of(arch)
     default_size = family.image_size(arch_args)
@@ -116,7 +121,7 @@ def check_size(
 
 
 def meta_outputs(body: nn.Sequential, size: int) -> Iterator[Tensor]:
-    """The output of each child for an image [1, 3, size, size], as meta tensors."""
+    """Yield the output of each child of `body` for an image [1, 3, size, size] as a meta tensor."""
     x = torch.empty(1, 3, size, size, device="meta")
     training = {module: module.training for module in body.modules()}
     body.eval()
@@ -132,10 +137,10 @@ def meta_outputs(body: nn.Sequential, size: int) -> Iterator[Tensor]:
 
 
 def family_of(arch: str) -> Family:
-    """The family of an architecture.
+    """Return the family of an architecture.
 
     Raises:
-        OptionError: Unknown architecture.
+        OptionError: The architecture is unknown.
     """
     family = find_family(arch)
     if family is None or arch not in names():
@@ -146,10 +151,10 @@ def family_of(arch: str) -> Family:
 
 
 class _ShapesOnly(TorchFunctionMode):
-    """Builds and runs networks on the meta device; skips functions that do not change shapes.
+    """Context in which networks are built and run on the meta device.
 
-    `with torch.device("meta")` is ten times slower, and also affects the tensors that RegNet
-    computes its widths with.
+    Functions that do not change shapes are skipped. `with torch.device("meta")` is ten times
+    slower. It would also affect tensors whose values RegNet's builder needs to compute widths.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -215,7 +220,7 @@ _NO_EFFECT: Final = {
     "progress": "remove it",
     "weights": "set weights = 'imagenet', or a file, at the top of the recipe",
 }
-"""Options of all builders that have no effect on a body, and the remedy."""
+"""Builder options without effect on a body -> remedy in the error message."""
 
 
 def _supports_size(body: nn.Sequential, size: int) -> bool:
@@ -226,7 +231,7 @@ def _supports_size(body: nn.Sequential, size: int) -> bool:
 
 
 def _split_groups(body: nn.Sequential, family: Family, arch_args: Mapping[str, Any]) -> Backbone:
-    """Layer groups and output width, from a forward pass on the meta device."""
+    """Determine layer groups and output width by a forward pass on the meta device."""
     maps = list(meta_outputs(body, family.image_size(arch_args)))
     has_parameters = [any(True for _ in child.parameters()) for child in body]
     if family.side:

@@ -1,4 +1,4 @@
-"""The classifier: a torchvision body, pooling and a new head; it applies freezing."""
+"""The trained network: a torchvision body, pooling and a new head. Its layers can be frozen."""
 
 from __future__ import annotations
 
@@ -17,24 +17,31 @@ from training.utils.device import constant
 
 
 class Classifier(nn.Module):
-    """body -> pool -> head. `freeze` sets which parameters train."""
+    """Image classifier: body, pooling and head. `freeze` sets which parameters train."""
 
     def __init__(
         self, body: nn.Sequential, groups: tuple[int, ...], pool: nn.Module, head: nn.Sequential
     ) -> None:
-        """groups: as in `Backbone`. All parameters train until `freeze` is called."""
+        """Assemble the network. All parameters train until `freeze` is called.
+
+        Args:
+            body: Layers of a torchvision network without classifier.
+            groups: Index of the first child of each layer group of the body, ascending from 0.
+            pool: Pooling between body and head.
+            head: Layers from pooled features to logits.
+        """
         super().__init__()
         self.body, self.pool, self.head = body, pool, head
         self.groups = groups
         self.freeze(len(groups), batchnorm="train")
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised images [N, 3, H, W] -> the head's input [N, D]."""
+        """Compute the input of the head: normalised images [N, 3, H, W] -> features [N, D]."""
         pooled: Tensor = self.pool(self.body(images))
         return pooled
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images [N, 3, H, W] -> logits [N, classes]."""
+        """Compute the logits: normalised images [N, 3, H, W] -> [N, classes]."""
         logits: Tensor = self.head(self.features(images))
         return logits
 
@@ -45,10 +52,12 @@ class Classifier(nn.Module):
         batchnorm: Literal["fixed", "train"] = "fixed",
         frozen_batchnorm: Literal["eval", "stats", "train"] = "eval",
     ) -> None:
-        """Freeze the body but for `unfreeze`; the head always trains.
+        """Freeze all layers of the body except `unfreeze`. The head always trains.
 
-        Replaces any earlier freezing. Takes the arguments of `freezing.plan_freezing`, and raises
-        what it raises.
+        Any earlier freezing is replaced. For the arguments see `freezing.plan_freezing`.
+
+        Raises:
+            OptionError: A pattern in `unfreeze` matches no parameter.
         """
         self._set_freezing(
             freezing.plan_freezing(
@@ -61,9 +70,12 @@ class Classifier(nn.Module):
         )
 
     def freezing_for(self, stage: Stage) -> Freezing:
-        """Which parameters `stage` trains and which modules it freezes.
+        """Determine which parameters `stage` trains and which modules stay in eval mode.
 
-        The network is not changed. Raises what `freezing.plan_freezing` raises.
+        The network is not changed.
+
+        Raises:
+            OptionError: A pattern in the stage's `unfreeze` matches no parameter.
         """
         return freezing.plan_freezing(
             self.body,
@@ -74,7 +86,11 @@ class Classifier(nn.Module):
         )
 
     def freeze_for(self, stage: Stage) -> None:
-        """Freeze the network as `freezing_for(stage)` plans it, and raise what that raises."""
+        """Freeze the network for a stage.
+
+        Raises:
+            OptionError: A pattern in the stage's `unfreeze` matches no parameter.
+        """
         self._set_freezing(self.freezing_for(stage))
 
     def _set_freezing(self, decided: Freezing) -> None:
@@ -86,7 +102,7 @@ class Classifier(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Classifier:
-        """Set the mode like `nn.Module.train`; `freezing.eval_modules` stay in eval mode."""
+        """Set the mode like `nn.Module.train`, but keep `freezing.eval_modules` in eval mode."""
         super().train(mode)
         for name, module in self.body.named_modules():
             if name in self.freezing.eval_modules:
@@ -96,13 +112,13 @@ class Classifier(nn.Module):
     def trainable_groups(
         self, freezing: Freezing | None = None
     ) -> list[tuple[str, list[nn.Parameter]]]:
-        """(name, parameters that train) of each layer group, deepest first, "head" last.
+        """Return (name, trainable parameters) of each layer group, from the input to the head.
 
-        Groups in which nothing trains are left out. Names are those of the body's children, such
-        as "layer4" or "14..18".
+        Groups without trainable parameters are left out. A group is named after its children in
+        the body, such as "layer4" or "14..18". The last group is "head".
 
         Args:
-            freezing: Result of `freezing_for`; default: the current freezing.
+            freezing: Result of `freezing_for`; None: the current freezing of the network.
         """
         trains = (freezing or self.freezing).trainable
         children = list(self.body.named_children())
@@ -121,22 +137,22 @@ class Classifier(nn.Module):
 
     @property
     def prefix(self) -> nn.Sequential:
-        """The frozen layers, a function without state: images [N, 3, H, W] -> feature map.
+        """Frozen layers at the start of the network: images [N, 3, H, W] -> feature map.
 
-        If the whole body is frozen, the prefix includes the pooling, and its output is [N, D].
+        If the whole body is frozen, the pooling is included, and the output is [N, D].
         """
         pool = [self.pool] if self.freezing.prefix == len(self.body) else []
         return nn.Sequential(*self.body[: self.freezing.prefix], *pool)
 
     @property
     def suffix(self) -> nn.Sequential:
-        """The layers after the prefix: output of the prefix -> logits. Modules are not copied."""
+        """Layers after the frozen layers: output of `prefix` -> logits. Modules are not copied."""
         pool = [] if self.freezing.prefix == len(self.body) else [self.pool]
         return nn.Sequential(*self.body[self.freezing.prefix :], *pool, self.head)
 
 
 def name_range(names: Iterable[str]) -> str:
-    """The first and last name: "14..18"; a single name as it is."""
+    """Join the first and last name, such as "14..18"; return a single name unchanged."""
     first, *rest = names
     return f"{first}..{rest[-1]}" if rest else first
 
@@ -149,9 +165,18 @@ def create_classifier(
     head: Mapping[str, Any] | HeadConfig | None = None,
     weights: str = "none",
 ) -> Classifier:
-    """Build a classifier. For the arguments see `backbones.build` and `HeadConfig`.
+    """Build a classifier.
 
-    Raises what `backbones.build` and `heads.build_pool` raise.
+    Args:
+        arch: Name of the torchvision architecture.
+        classes: Number of classes.
+        arch_args: Options of torchvision's builder, such as `width_mult`.
+        head: Kind, hidden widths and dropout of the head; None: the defaults of `HeadConfig`.
+        weights: "none", "imagenet", or the path of a state dict of the torchvision network.
+
+    Raises:
+        OptionError: The architecture or an option is unknown, or the head does not fit the body.
+        DataError: The weights can't be read or downloaded, or belong to another architecture.
     """
     config = head if isinstance(head, HeadConfig) else HeadConfig(**(head or {}))
     pool = heads.build_pool(config, arch, backbones.family_of(arch).pooled)
@@ -161,9 +186,9 @@ def create_classifier(
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
-    """Pixels uint8 [N, H, W, 3] -> float32 [N, 3, H, W], channels-last.
+    """Normalise pixels: values 0..255, [N, H, W, 3] -> float32 [N, 3, H, W], channels-last.
 
-    (x / 255 - mean) / std per channel, as in exported graphs.
+    The formula is (x / 255 - mean) / std for each channel, as in exported graphs.
     """
     mean = constant(preprocess.mean, pixels.device) * 255
     std = constant(preprocess.std, pixels.device) * 255

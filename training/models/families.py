@@ -1,7 +1,7 @@
-"""Table of the torchvision architectures: how the body of each family is extracted.
+"""Table of the supported families of torchvision architectures, such as ResNet or ViT.
 
-A body is one flat Sequential of torchvision's layers, so that a frozen prefix is `body[:n]`, and
-the rest `body[n:]`.
+For every family, the table contains a function that extracts the body: all layers except the
+classifier, as one flat Sequential. `body[:n]` is then a network of the first n layers.
 """
 
 from __future__ import annotations
@@ -20,19 +20,24 @@ from serving.errors import OptionError
 
 @dataclass(frozen=True)
 class Family:
-    """Architectures with the same structure.
+    """A family of torchvision architectures with the same structure.
 
     Attributes:
         title: Name of the family.
-        archs: Regular expression of their names.
-        body: Extracts the body from the network; the layers are shared.
-        side: Axis of the feature maps that shrinks when the resolution drops; 0: none, as in ViT.
-        pooled: How the body pools by itself; "" if its output is a feature map.
-        fixed: Options of torchvision's builder that recipes can't set.
-        size_option: Option of the builder that fixes the image size; "" if any size works.
-        sizes: Allowed values of that option, if torchvision's error does not name them.
-        options: Further options of the builder, if the network's class takes **kwargs.
-        old_names: (pattern, replacement) for keys of older weights files.
+        archs: Regular expression that matches the names of the architectures.
+        body: Function that extracts the body from a torchvision network without copying layers.
+        side: Axis of the feature maps that shrinks when the resolution drops; 0: the resolution
+            never drops, as in ViT.
+        pooled: Name of the pooling that the body contains; "" if the output is a feature map.
+        fixed: Options of torchvision's builder that are always set, and that recipes can't change.
+        size_option: Option of torchvision's builder that sets the image size; "" if the network
+            takes images of any size.
+        sizes: Allowed values of `size_option` for error messages; "" if torchvision's own error
+            message contains the allowed values.
+        options: Further option names of torchvision's builder, if the network's class takes
+            **kwargs.
+        old_names: (regular expression, replacement) pairs that rename the keys of state dicts of
+            older torchvision versions.
     """
 
     title: str
@@ -47,10 +52,10 @@ class Family:
     old_names: tuple[tuple[str, str], ...] = ()
 
     def image_size(self, arch_args: Mapping[str, Any]) -> int:
-        """The image size of the body in pixels; 224 if any size works.
+        """Return the image size of the body in pixels; 224 if the body takes any size.
 
         Raises:
-            OptionError: The option that fixes the size is not a number of pixels.
+            OptionError: The value of `size_option` in `arch_args` is not a number of pixels.
         """
         given = arch_args.get(self.size_option, 224)
         size = given[0] if isinstance(given, list | tuple) and given else given
@@ -61,7 +66,7 @@ class Family:
 
 
 def find_family(arch: str) -> Family | None:
-    """The family of an architecture; None if it is not supported."""
+    """Return the family of an architecture; None if the architecture is not supported."""
     return next((one for one in FAMILIES if re.fullmatch(one.archs, arch)), None)
 
 
@@ -112,7 +117,7 @@ def _maxvit(network: Any) -> nn.Sequential:
 
 
 class PatchEmbedding(nn.Module):
-    """The input layers of a ViT: images [N, 3, H, W] -> tokens [N, 1 + patches, D]."""
+    """Input layers of a ViT: images [N, 3, H, W] -> tokens [N, 1 + patches, D]."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -130,7 +135,7 @@ class PatchEmbedding(nn.Module):
 
 
 class SelectClassToken(nn.Module):
-    """Tokens [N, 1 + patches, D] -> the class token [N, D]."""
+    """Last layer of a ViT body: tokens [N, 1 + patches, D] -> class token [N, D]."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens[:, 0]

@@ -1,4 +1,7 @@
-"""Freezing: which parameters of a body train, and which modules stay in eval mode."""
+"""Determine which parameters of a body train, and which modules stay in eval mode.
+
+A body is the network without pooling and head.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,13 @@ from serving.errors import OptionError
 
 @dataclass(frozen=True)
 class Freezing:
-    """How a body is frozen. Names are relative to the body.
+    """Trainable parameters and frozen modules of a body. Names are relative to the body.
 
     Attributes:
-        trainable: Names of parameters with gradients.
-        eval_modules: Names of modules that stay in eval mode after `train()`.
-        prefix: Number of leading children that are frozen and have no state that changes.
+        trainable: Names of the parameters that train.
+        eval_modules: Names of the modules that stay in eval mode after `train()`.
+        prefix: Number of children at the start of the body whose outputs do not change in training:
+            all their parameters are frozen, and no BatchNorm updates its statistics.
     """
 
     trainable: frozenset[str]
@@ -39,20 +43,22 @@ def plan_freezing(
 ) -> Freezing:
     """Determine which parameters train and which modules stay in eval mode.
 
-    The body is not changed. A module is frozen if it has parameters and all of them are frozen; its
-    dropout and stochastic depth are then off. A module without parameters is frozen if its parent
-    is. If it is a child of the body, it is frozen if the child before it is, so that the trainable
-    layers never start with an in-place activation.
+    The body is not changed. A module with parameters is frozen if all its parameters are frozen.
+    Dropout and stochastic depth are switched off in frozen modules. A module without parameters is
+    frozen if its parent module is frozen. A child of the body without parameters is frozen if the
+    child before it is frozen. Therefore the trainable layers never start with an in-place
+    activation.
 
     Args:
-        body: As in `backbones.Backbone`.
-        groups: As in `backbones.Backbone`.
-        unfreeze: Number of layer groups to train, counted from the end; all if there are fewer. Or
-            `fnmatch` patterns for names of parameters, or of modules with everything inside.
-        batchnorm: Mode of unfrozen BatchNorms, whose scale and shift train: "fixed" keeps the
-            statistics; "train" updates them.
+        body: The network without pooling and head.
+        groups: Index of the first child of each layer group of the body, ascending from 0.
+        unfreeze: Number of layer groups to train, counted from the end; if the body has fewer
+            groups, all train. Or `fnmatch` patterns: a pattern matches the name of a parameter, or
+            the name of a module with all its parameters.
+        batchnorm: Mode of BatchNorms that are not frozen: "fixed" trains scale and shift but keeps
+            the running statistics; "train" also updates the statistics.
         frozen_batchnorm: Mode of frozen BatchNorms: "eval" changes nothing; "stats" updates the
-            statistics; "train" also trains scale and shift (Frankle et al., 2021, "Training
+            running statistics; "train" also trains scale and shift (Frankle et al., 2021, "Training
             BatchNorm and Only BatchNorm").
 
     Raises:
@@ -94,7 +100,7 @@ def has_batchnorm(module: nn.Module) -> bool:
 
 
 def _child(body: nn.Sequential, name: str) -> int:
-    """Index of the child of the body that contains a parameter."""
+    """Return the index of the child of `body` that contains the parameter `name`."""
     return list(body._modules).index(name.partition(".")[0])
 
 
@@ -113,7 +119,7 @@ def _matching(pattern: str, parameters: Iterable[str]) -> list[str]:
 
 
 def _prefixes(name: str) -> Iterator[str]:
-    """`a.b.c` -> `a`, `a.b`, `a.b.c`."""
+    """Yield the names of all parent modules, then the name itself: `a`, `a.b`, `a.b.c`."""
     parts = name.split(".")
     return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 

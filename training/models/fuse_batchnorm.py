@@ -1,9 +1,10 @@
-"""Fold BatchNorms in eval mode into neighbouring layers; used by training and export.
+"""Fold BatchNorms into neighbouring layers, for frozen layers in training and for exported graphs.
 
-In eval mode a BatchNorm computes `x * scale + shift` per channel. After a convolution or a Linear
-it folds into that layer's weight and bias. Before a Linear, or before a convolution without zero
-padding, it folds into the layer that follows. A BatchNorm in any other place (in DenseNet: after a
-concatenation and before a ReLU) becomes one multiply-add, or stays as it is.
+In eval mode a BatchNorm computes `x * scale + shift` for each channel. If the layer before it is a
+convolution or a Linear, scale and shift are folded into the weight and bias of that layer. If not,
+and the layer after it is a Linear or a convolution without zero padding, they are folded into the
+weight and bias of that layer. Any other BatchNorm (in DenseNet: between a concatenation and a ReLU)
+is replaced by one multiply-add, or stays a BatchNorm.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ _NO_OPS_IN_EVAL: Final = (
 
 @dataclass(frozen=True)
 class FusionReport:
-    """The result for every BatchNorm of a network.
+    """Result of the folding for every BatchNorm of a network.
 
-    folded: name of the BatchNorm -> name of the layer that it was folded into.
-    left: name of the BatchNorm -> why it could not be folded. In a bundle each BatchNorm of `left`
-        is one multiply-add, unless the reason says that it is still a BatchNorm.
+    Attributes:
+        folded: Name of each folded BatchNorm -> name of the layer that contains it now.
+        left: Name of each BatchNorm that could not be folded -> reason. In a bundle, a multiply-add
+            replaces the BatchNorm unless the reason says "still a BatchNorm".
     """
 
     folded: dict[str, str]
@@ -47,16 +49,16 @@ class FusionReport:
 
     @property
     def before(self) -> int:
-        """Number of BatchNorms before the fusion."""
+        """Number of BatchNorms before folding."""
         return len(self.folded) + len(self.left)
 
     def to_dict(self) -> dict[str, Any]:
-        """The manifest's `batchnorm` entry."""
+        """Return the entry `batchnorm` of the bundle's manifest."""
         return {"before": self.before, "folded": len(self.folded), "left": dict(self.left)}
 
 
 class Affine(nn.Module):
-    """One multiply-add per channel; replaces a BatchNorm that can't be folded."""
+    """Layer `x * scale + shift` for each channel. It replaces a BatchNorm that can't be folded."""
 
     scale: Tensor
     shift: Tensor
@@ -68,7 +70,7 @@ class Affine(nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale and shift x [N, C, ...]."""
+        """Compute `x * scale + shift` for x [N, C, ...]."""
         shape = (1, -1) + (1,) * (x.dim() - 2)
         return x * self.scale.reshape(shape) + self.shift.reshape(shape)
 
@@ -79,19 +81,19 @@ def fuse(
     dtype: torch.dtype | None = torch.float64,
     into_previous_only: bool = False,
 ) -> tuple[fx.GraphModule, FusionReport]:
-    """Fold the BatchNorms of a copy of `model`; `model` itself does not change.
+    """Copy `model` and fold the BatchNorms of the copy.
 
     Args:
-        model: A network that torch.fx can trace, of any floating dtype. A BatchNorm1d next to a
-            Linear is assumed to normalise rows [N, C].
-        dtype: The weights are folded in this dtype and then rounded once to their own. None folds
-            in their own dtype, which in float32 gives the same bits as
-            `torch.fx.experimental.optimization.fuse`.
-        into_previous_only: Fold a BatchNorm only into the layer before it; all other BatchNorms
+        model: A network that torch.fx can trace, of any floating-point dtype. The input of a
+            BatchNorm1d next to a Linear is assumed to be [N, C].
+        dtype: Dtype of the computation of the folded weights, which are then rounded to the dtype
+            of `model`. None: the dtype of `model`; for float32 the results are then bit for bit
+            those of `torch.fx.experimental.optimization.fuse`.
+        into_previous_only: Fold a BatchNorm only into the layer before it. All other BatchNorms
             stay BatchNorms.
 
     Returns:
-        The fused copy in eval mode, and the result for each BatchNorm.
+        The copy, in eval mode, and the result for each BatchNorm.
 
     Raises:
         WorkError: torch.fx can't trace the network.
@@ -137,7 +139,10 @@ def _fold(
     dtype: torch.dtype | None,
     into_previous_only: bool,
 ) -> str | None:
-    """Fold one BatchNorm into a neighbouring layer; returns its name, None if none is suitable."""
+    """Fold one BatchNorm into a neighbouring layer.
+
+    Returns the name of that layer; None if the BatchNorm can't be folded.
+    """
     source = node.all_input_nodes[0]
     if uses[node.target] != 1:
         return None
@@ -153,7 +158,7 @@ def _fold(
 
 
 def _remove_no_ops(traced: fx.GraphModule) -> None:
-    """Remove dropouts and identities, so that a BatchNorm and its layer are adjacent nodes."""
+    """Remove dropout and identity layers. A BatchNorm and its layer are then adjacent nodes."""
     for node in list(traced.graph.nodes):
         if node.op != "call_module":
             continue
@@ -163,7 +168,7 @@ def _remove_no_ops(traced: fx.GraphModule) -> None:
 
 
 def _statistics(norm: _BatchNorm, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    """Running mean, running variance, weight (default 1) and bias (default 0), each [C]."""
+    """Return running mean, running variance, weight (1 if None) and bias (0 if None), all [C]."""
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None
     assert var is not None
@@ -173,20 +178,20 @@ def _statistics(norm: _BatchNorm, dtype: torch.dtype | None) -> tuple[Tensor, ..
 
 
 def _affine(norm: _BatchNorm, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """The BatchNorm as scale [C] and shift [C]."""
+    """Return scale [C] and shift [C] that equal the BatchNorm in eval mode."""
     mean, var, weight, bias = _statistics(norm, dtype)
     scale = (var + norm.eps).rsqrt() * weight
     return scale, -mean * scale + bias
 
 
 def _single_use_layer(traced: fx.GraphModule, node: fx.Node, uses: Counter[Any]) -> str | None:
-    """The name of the module that `node` calls, if no other node calls it."""
+    """Return the name of the module that only `node` calls; None if there is no such module."""
     is_single = node.op == "call_module" and uses[node.target] == 1
     return str(node.target) if is_single else None
 
 
 def _fold_into_previous(layer: nn.Module, norm: _BatchNorm, dtype: torch.dtype | None) -> bool:
-    """Fold a BatchNorm into the outputs of the layer before it; False if its kind forbids that."""
+    """Fold a BatchNorm into the layer before it. Return False if that layer's type forbids it."""
     if not isinstance(layer, Conv | nn.Linear):
         return False
     if isinstance(layer, nn.Linear) and not _normalises_rows(norm, layer.out_features):
@@ -199,9 +204,9 @@ def _fold_into_previous(layer: nn.Module, norm: _BatchNorm, dtype: torch.dtype |
 
 
 def _fold_into_next(layer: nn.Module, norm: _BatchNorm, dtype: torch.dtype | None) -> bool:
-    """Fold a BatchNorm into the inputs of the layer after it.
+    """Fold a BatchNorm into the layer after it.
 
-    Returns False if the layer's kind or padding forbids it.
+    Returns False if the type or the padding of that layer forbids folding.
     """
     if isinstance(layer, nn.Linear) and _normalises_rows(norm, layer.in_features):
         groups = 1
@@ -225,15 +230,16 @@ def _fold_into_next(layer: nn.Module, norm: _BatchNorm, dtype: torch.dtype | Non
 
 
 def _normalises_rows(norm: _BatchNorm, width: int) -> bool:
-    """Whether the BatchNorm normalises the axis that a Linear of this width works on."""
+    """Whether the BatchNorm is a BatchNorm1d with `width` features, as next to a Linear."""
     return isinstance(norm, nn.BatchNorm1d) and norm.num_features == width
 
 
 def _pads_with_zeros(layer: Conv) -> bool:
-    """Whether the layer pads with zeros, which forbids folding a BatchNorm before it into it.
+    """Whether a convolution pads with zeros.
 
-    The BatchNorm does not shift these zeros, but the folded layer would. Padding that repeats
-    pixels ("reflect", "replicate", "circular") does not forbid folding.
+    If it does, a BatchNorm before the convolution can't be folded into it: the padding is not
+    normalised, but after folding it would be. Padding with pixels of the image ("reflect",
+    "replicate", "circular") allows folding.
     """
     if layer.padding_mode != "zeros" or layer.padding == "valid":
         return False
@@ -255,7 +261,7 @@ def _set(layer: Conv | nn.Linear, weight: Tensor, bias: Tensor) -> None:
 
 
 def _neighbours(traced: fx.GraphModule, node: fx.Node) -> str:
-    """The nodes around a BatchNorm that stays: "between cat and ReLU"."""
+    """Return the layers around a BatchNorm in words, such as "between cat and ReLU"."""
 
     def kind(other: fx.Node) -> str:
         if other.op == "call_module":

@@ -1,4 +1,4 @@
-"""Pooling and classification heads."""
+"""Pooling layers and classification heads: the layers between the body and the logits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from training.config.sections import HeadConfig
 
 @fx.wrap  # a leaf for torch.fx, so graphs for export and fusion do not contain the hook
 def keep_layout(x: Tensor) -> Tensor:
-    """Identity whose gradient is made channels-last if `x` is.
+    """Return `x` unchanged; if `x` is channels-last, make its gradient channels-last, too.
 
-    The gradient of a mean is an expanded tensor, not channels-last. Without this function the
-    BatchNorm before the pooling would therefore compute its gradient in the slow memory format,
-    which takes a quarter of a training step of the last four blocks of MobileNetV2.
+    The gradient of average pooling is an expanded tensor, which is not channels-last. Without this
+    function, the BatchNorm before the pooling would run backward in a slow memory format. When the
+    last four blocks of MobileNetV2 train, this would be a quarter of the time of a step.
     """
     if x.requires_grad and x.is_contiguous(memory_format=torch.channels_last):
         x.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
@@ -25,7 +25,7 @@ def keep_layout(x: Tensor) -> Tensor:
 
 
 class ConcatPool(nn.Module):
-    """Concatenated average and max pooling: [N, C, h, w] -> [N, 2 C]."""
+    """Average pooling and max pooling, concatenated: [N, C, h, w] -> [N, 2 C]."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = keep_layout(x)
@@ -40,12 +40,13 @@ class AvgPool(nn.Module):
 
 
 def build(config: HeadConfig, width: int, classes: int) -> nn.Sequential:
-    """The head: pooled features [N, D] -> logits [N, classes].
+    """Build the head: pooled features [N, D] -> logits [N, classes].
 
     Args:
-        config: Kind, hidden widths and dropout.
-        width: Channels of the body's output; D is twice as large with `concat_pool`.
-        classes: Number of logits.
+        config: Kind, hidden widths and dropout of the head.
+        width: Number of channels of the body's output. D is `width`; for the kind "concat_pool",
+            2 * `width`.
+        classes: Number of classes.
     """
     hidden = () if config.kind == "linear" else config.hidden
     widths = (2 * width if config.kind == "concat_pool" else width, *hidden, classes)
@@ -62,15 +63,15 @@ def build(config: HeadConfig, width: int, classes: int) -> nn.Sequential:
 
 
 def build_pool(config: HeadConfig, arch: str, pooled: str) -> nn.Module:
-    """The pooling between body and head.
+    """Build the pooling between body and head.
 
     Args:
-        config: Its `kind` selects the pooling.
+        config: Options of the head; `kind` selects the pooling.
         arch: Name of the architecture, for the error message.
-        pooled: How the body pools by itself; "" if it does not.
+        pooled: Name of the pooling that the body contains; "" if the body has none.
 
     Raises:
-        OptionError: concat_pool with a body that pools by itself.
+        OptionError: The head is "concat_pool", but the body contains a pooling.
     """
     if pooled and config.kind == "concat_pool":
         raise OptionError(f"{arch} pools by itself ({pooled}); use head.kind = 'linear' or 'deep'")
@@ -80,7 +81,7 @@ def build_pool(config: HeadConfig, arch: str, pooled: str) -> nn.Module:
 
 
 def _dropouts(config: HeadConfig, hidden: tuple[int, ...]) -> tuple[float, ...]:
-    """Dropout probability before each Linear."""
+    """Return the dropout probability before each Linear of the head."""
     if isinstance(config.dropout, tuple):
         return config.dropout
     return (*[config.dropout / 2] * len(hidden), config.dropout)

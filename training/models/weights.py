@@ -1,4 +1,4 @@
-"""Pretrained weights: read state dicts without running code, load them into a body."""
+"""Read pretrained weights without running code from the file, and load them into a body."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def read_state_dict(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
     """Read the state dict of a torchvision network.
 
     Args:
-        arch: The architecture, for "imagenet".
-        weights: "imagenet": torchvision's download and its cache; or a path.
-        size: Image size; selects among several imagenet weights.
+        arch: Name of the architecture whose ImageNet weights are downloaded.
+        weights: "imagenet" (downloaded by torchvision at first use), or the path of a file.
+        size: Image size in pixels. If torchvision has several ImageNet weights, those for this
+            size are used.
 
     Raises:
-        DataError: The weights can't be downloaded or read, or are not a state dict.
+        DataError: The weights can't be downloaded or read, or the file is not a state dict.
     """
     if weights == "imagenet":
         every = torchvision.models.get_model_weights(arch)
@@ -75,7 +76,7 @@ def read_state_dict(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
 
 
 def rename_keys(state: Mapping[str, Tensor], family: Family) -> Mapping[str, Tensor]:
-    """The state dict with current keys, for weights files of older torchvision versions."""
+    """Rename the keys of a state dict of an older torchvision version to the current keys."""
     for old, new in family.old_names:
         state = {re.sub(old, new, key): value for key, value in state.items()}
     return state
@@ -89,9 +90,15 @@ def load_into_body(
     arch: str,
     weights: str,
 ) -> None:
-    """Copy the state dict of a network into the body that was extracted from `network`.
+    """Copy a state dict into a body. The weights of classifiers are ignored.
 
-    Ignores the weights of classifiers, main and auxiliary.
+    Args:
+        body: Layers of `network` without the classifier; shares its tensors with `network`.
+        network: The torchvision network that the body was extracted from.
+        state: State dict of a network of the same architecture.
+        family: Family of the architecture.
+        arch: Name of the architecture, for the error message.
+        weights: Name or path of the weights, for the error message.
 
     Raises:
         DataError: The state dict belongs to another architecture.
@@ -116,9 +123,12 @@ def load_into_body(
 
 
 def describe_mismatch(missing: list[str], wrong: list[str], extra: list[str]) -> str:
-    """Why a state dict does not fit: missing keys, other shapes, unexpected keys.
+    """Return a text that says why a state dict does not fit. At least one list must not be empty.
 
-    At least one of the lists is not empty.
+    Args:
+        missing: Keys that the state dict lacks.
+        wrong: Keys whose tensors have another shape.
+        extra: Keys that the network does not have.
     """
     why = "lacks" if missing else "has another shape for" if wrong else "also has"
     return (
@@ -128,7 +138,7 @@ def describe_mismatch(missing: list[str], wrong: list[str], extra: list[str]) ->
 
 
 def _other_size(state: Mapping[str, Tensor], wrong: list[str]) -> str:
-    """The image size of ViT weights, if only the position embedding has another shape."""
+    """Return a hint with the image size of ViT weights; "" if not only the size is different."""
     if wrong != ["encoder.pos_embedding"] or state[wrong[0]].ndim != 3:
         return ""
     if "conv_proj.weight" not in state:
