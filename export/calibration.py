@@ -116,8 +116,8 @@ def calibrate(
 ) -> Manifest:
     """Return a copy of the manifest with temperature, thresholds and TTA advice.
 
-    All of them are computed from the graph's outputs for held-out photos. Without photos, the
-    manifest is returned unchanged. Without a target, no confidence threshold is set.
+    These values are computed from the graph's outputs for held-out photos. Without photos, the
+    manifest is returned unchanged. If `target` is None, no confidence threshold is set.
     """
     if not len(held_out.labels):  # the parity gate raises the error
         return manifest

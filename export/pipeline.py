@@ -118,13 +118,20 @@ def export_checkpoint(
     """Export a torchvision checkpoint that was trained outside Fledge.
 
     Args:
-        path, arch, arch_args, size, crop: See `torchvision_checkpoint.load`.
+        path: File with a state dict, such as a `.pth` or `.safetensors` file.
+        out: The bundle's folder. If it has a bundle, the new version replaces the old one.
+        options: Name, precisions, confidence target and signing key.
+        arch: torchvision's name of the network.
         labels: Text file with one class name per line, in the order of the logits.
         photos: Folder of photos that the network was not trained on, with one folder per class.
-        out, options, log: See `export`.
+        arch_args: Keyword arguments of torchvision's model builder.
+        size: Side of the input in training, in pixels; None: the network's default size.
+        crop: Share of the photo's short side that the centre crop keeps; None: 0.875.
+        log: Function that is called with one line per step.
 
     Raises:
-        FledgeError: `export` or a function of `torchvision_checkpoint` failed.
+        FledgeError: The checkpoint, the labels or the photos can't be read, or the export fails
+            for one of the reasons listed in `export`.
     """
     check_target(out)
     names = torchvision_checkpoint.read_labels(labels)

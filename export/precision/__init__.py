@@ -1,1 +1,1 @@
-"""Reduced precisions: make int8 and fp16 graphs, and choose which of them to keep."""
+"""Reduced precisions: make int8 and fp16 graphs, and keep those that are accurate and fast."""

@@ -3,9 +3,8 @@
     model.onnx -> ranges of 100 training photos -> QDQ graphs -> compared on 200 other photos
 
 `select.py` then keeps or refuses the result by its accuracy on held-out photos. Activations are
-uint8 and weights int8, which are the operands of VNNI instructions. Weights are limited to -64 to
-64, because CPUs without VNNI add two products in 16 bits, and this sum saturates with larger
-weights.
+uint8 and weights int8, as VNNI instructions of CPUs require. Weights are limited to -64 to 64,
+because CPUs without VNNI add two products in 16 bits, and this sum saturates with larger weights.
 """
 
 from __future__ import annotations
