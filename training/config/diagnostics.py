@@ -69,7 +69,10 @@ def check_architecture(
 
 
 def option_name(path: Sequence[str | int], values: Mapping[str, Any]) -> str:
-    """Format a path as in an override: `stage.NAME.lr`, or `stage.1.lr` if the stage has no name."""
+    """Format a path as in an override, such as `stage.head.lr`.
+
+    If the stage has no name, its index is used instead: `stage.1.lr`.
+    """
     name = _at(values, (*path[:2], "name")) if path[:1] == ("stage",) else None
     parts = [path[0], name, *path[2:]] if len(path) > 1 and isinstance(name, str) else path
     return ".".join(map(str, parts))
