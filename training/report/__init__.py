@@ -1,1 +1,1 @@
-"""The HTML report of a run, and its charts."""
+"""Write the HTML report of a training run, with its charts."""

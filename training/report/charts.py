@@ -1,4 +1,4 @@
-"""The report's charts as SVG. Colours are CSS variables of the page, for light and dark mode."""
+"""Draw the report's charts as SVG. Colours are CSS variables, for light and dark mode."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ _MOST: Final = 1e100  # differences of larger numbers overflow
 
 
 class Series(NamedTuple):
-    """A curve: its points, its name in the legend, and the CSS variable of its colour."""
+    """A curve of a line chart.
+
+    points: (x, y) of each point. name: Name in the legend. colour: Name of the CSS variable of its
+    colour. width: Stroke width.
+    """
 
     points: Sequence[tuple[float, float]]
     name: str
@@ -31,12 +35,12 @@ class Series(NamedTuple):
 
 
 def printable(value: str) -> str:
-    """A copy with U+FFFD for control characters and "?" for bytes that are not UTF-8."""
+    """Replace control characters by U+FFFD, and bytes that are not UTF-8 by "?"."""
     return re.sub("[\x00-\x1f\x7f-\x9f]", "\ufffd", value.encode("utf-8", "replace").decode())
 
 
 def text(value: str) -> Markup:
-    """A string escaped for SVG, in elements and in attributes."""
+    """Escape a string for SVG elements and attributes, and replace unprintable characters."""
     return escape(printable(value))
 
 
@@ -48,13 +52,14 @@ def lines(
     percent: bool = False,
     height: float = 220.0,
 ) -> Markup:
-    """Line chart over epochs.
+    """Draw a line chart over epochs.
 
     Args:
-        curves: Points that are not finite, or outside 0..1 with `percent`, are left out.
+        curves: The curves. Points that are not finite are left out, and with `percent` also points
+            outside 0..1.
         title: Text alternative for screen readers.
-        bounds: For each stage the epoch at which the stage ends, and its name.
-        percent: y is a fraction of 1, shown in percent.
+        bounds: For each stage, the epoch at which the stage ends, and its name.
+        percent: Whether y is a fraction of 1 that is shown in percent.
         height: Height of the chart, in the units of `WIDTH`.
     """
     least, most = (0.0, 1.0) if percent else (-_MOST, _MOST)
@@ -113,7 +118,10 @@ def lines(
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """About `about` round numbers in [low, high], 1, 2 or 5 times a power of ten apart."""
+    """Return about `about` round numbers in [low, high].
+
+    They are spaced by 1, 2 or 5 times a power of ten.
+    """
     raw = (high - low) / max(about, 1)
     if not raw > 0:
         return [low]
@@ -124,7 +132,7 @@ def ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def calibration(found: Calibration, title: str, height: float = 260.0) -> Markup:
-    """Reliability diagram: accuracy of each confidence bin against the diagonal."""
+    """Draw a reliability diagram: the accuracy of each confidence bin, and the diagonal."""
     left, right, top, bottom = 46.0, WIDTH - 10, 14.0, height - 38
     wide, high = right - left, bottom - top
     out = []
@@ -153,7 +161,7 @@ def calibration(found: Calibration, title: str, height: float = 260.0) -> Markup
 
 
 def confusion(matrix: Labels, names: Sequence[str], title: str) -> Markup:
-    """Confusion matrix, a row per actual class; the diagonal has another colour."""
+    """Draw a confusion matrix, with a row per actual class; the diagonal has another colour."""
     count = len(names)
     short = [name if len(name) <= 14 else f"{name[:7]}…{name[-6:]}" for name in names]
     margin = 14 + 6.2 * max(len(name) for name in short)
@@ -182,7 +190,12 @@ def confusion(matrix: Labels, names: Sequence[str], title: str) -> Markup:
 
 
 def intervals(rows: Sequence[tuple[str, float, tuple[float, float]]], title: str) -> Markup:
-    """Accuracies with their intervals, in rows on a common scale."""
+    """Draw accuracies with their confidence intervals, one per line, on a common scale.
+
+    Args:
+        rows: For each line, the name, the accuracy (0 to 1) and the ends of its interval.
+        title: Text alternative for screen readers.
+    """
     low = min(ends[0] for _, _, ends in rows)
     low = max(0.0, math.floor((low - 0.005) * 50) / 50)
     left, right, height = 96.0, WIDTH - 16, 30.0 * len(rows) + 26

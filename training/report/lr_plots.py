@@ -1,4 +1,4 @@
-"""PNG plots of learning rates: the range test and the schedule of a run."""
+"""Plot learning rates as PNG: the curve of the range test, and the schedule of a run."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ STYLE: Final[Any] = {
 class RateRow(NamedTuple):
     """The learning rates of one training step.
 
-    epoch: position in the stage, in epochs from 0. rates: the rate of each parameter group, the
-    head's last. momentum: momentum of SGD, or Adam's first beta.
+    stage: Name of the stage. epoch: Position in the stage, in epochs from 0. rates: Learning rate
+    of each parameter group, with the head's last. momentum: Momentum of SGD, or Adam's first beta.
     """
 
     stage: str
@@ -42,7 +42,7 @@ class RateRow(NamedTuple):
 
 @contextmanager
 def _picture(path: Path, height: float) -> Iterator[Figure]:
-    """An empty figure; it is saved to `path` as PNG when the block ends."""
+    """Yield an empty figure, and save it to `path` as PNG at the end of the context."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -54,9 +54,10 @@ def _picture(path: Path, height: float) -> Iterator[Figure]:
 
 
 def lr_find(curve: Curve, path: Path, title: str, picked: Pick) -> None:
-    """Plot loss against learning rate, with all suggestions and the rate that `picked` selects.
+    """Plot the learning rate range test: loss against rate, suggested rates, and the rate used.
 
-    The plot calls the rate of the minimum a trap, because it looks best but is too large.
+    `picked` is the name of the suggestion that is used. The plot marks the rate with the lowest
+    loss as a trap, because it looks best but is too large.
     """
     up = curve.direction == "up"
     trap = "minimum: a trap, too large" if up else "begins to fall: a trap, too large"
@@ -93,7 +94,7 @@ def lr_find(curve: Curve, path: Path, title: str, picked: Pick) -> None:
 
 
 def rows(steps: Sequence[Step]) -> list[RateRow]:
-    """The steps of a run, in order, in the form that `schedule` plots."""
+    """Convert the steps of a run, in order, to the rows that `schedule` plots."""
     of_epoch = Counter((step.stage, step.epoch) for step in steps)
     return [
         RateRow(
@@ -107,10 +108,10 @@ def rows(steps: Sequence[Step]) -> list[RateRow]:
 
 
 def schedule(taken: Sequence[RateRow], path: Path, title: str) -> None:
-    """Plot the learning rate of every group at every step, the stages side by side.
+    """Plot the learning rate of every parameter group at every step, with the stages side by side.
 
-    The axis is logarithmic if the groups' largest rates differ by more than a factor of 30.
-    If the momentum changes, a second panel shows it. Without steps the plot is empty.
+    The axis is logarithmic if the groups' largest rates differ by more than a factor of 30. If the
+    momentum changes, a second panel shows it. Without steps the plot is empty.
     """
     stages = [(name, list(part)) for name, part in groupby(taken, key=lambda row: row.stage)]
     moves = len({row.momentum for row in taken}) > 1
@@ -163,17 +164,17 @@ def schedule(taken: Sequence[RateRow], path: Path, title: str) -> None:
 
 
 def _by_group(rows: Sequence[RateRow]) -> list[list[float]]:
-    """The rates of each group over the steps of a stage."""
+    """Return one list per parameter group: the group's learning rate at each step of a stage."""
     return [list(rates) for rates in zip(*(row.rates for row in rows), strict=True)]
 
 
 def _epochs(rows: Sequence[RateRow]) -> int:
-    """Epochs of a stage, an unfinished one counted as a whole epoch."""
+    """Return the number of epochs of a stage; an unfinished epoch counts as one."""
     return max(1, math.ceil(rows[-1].epoch + 1e-6))
 
 
 def _name(axes: Any, name: str, centre: float, width: float) -> None:
-    """Write a stage's name above its span, rotated where the span is too narrow."""
+    """Write a stage's name above its part of the plot, rotated if that part is too narrow."""
     axes.annotate(
         name,
         (centre, 1.0),
@@ -189,7 +190,10 @@ def _name(axes: Any, name: str, centre: float, width: float) -> None:
 
 
 def _shade(depth: int, deepest: int) -> tuple[float, ...]:
-    """Line colour of a layer group: darkest for the head (depth 0), lighter further from it."""
+    """Return a layer group's line colour.
+
+    The colour is darkest for the head (depth 0), and lighter at larger depths.
+    """
     from matplotlib import colormaps
 
     colour: tuple[float, ...] = colormaps["viridis"](0.85 * depth / max(deepest - 1, 1))

@@ -1,4 +1,4 @@
-"""The report's section on mistakes: worst photos, most confused classes, confusion matrix."""
+"""Collect the report's data on mistakes: worst photos, confused classes, confusion matrix."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ CLASSES: Final = 40
 
 
 class GalleryPhoto(NamedTuple):
-    """A photo of a gallery.
+    """A photo in a gallery of the report.
 
-    picture: JPEG as a data URL. actual, predicted: class names. confidence: probability of the
-    predicted class. other, other_confidence: the second most probable class if the prediction is
-    right, else the actual class; and its probability.
+    picture: JPEG as a data URL. file: File name. actual, predicted: Class names. confidence:
+    Probability of the predicted class. other: The second most probable class if the prediction is
+    right, else the actual class. other_confidence: Probability of `other`. loss: Cross-entropy.
     """
 
     picture: str
@@ -49,7 +49,10 @@ class GalleryPhoto(NamedTuple):
 
 
 def section(result: EvaluationResult, preprocess: Preprocess, log: Log) -> dict[str, Any]:
-    """The values of the page's section on mistakes; photos that can't be read are logged."""
+    """Return the template's values for the report's section on mistakes.
+
+    Photos that can't be read are left out and logged.
+    """
     probabilities, labels = result.probabilities, result.labels
     predicted = probabilities.argmax(axis=1)
     matrix = metrics.confusion(predicted, labels, len(result.classes))
@@ -75,7 +78,10 @@ def section(result: EvaluationResult, preprocess: Preprocess, log: Log) -> dict[
 
 
 def _most_involved(matrix: metrics.Labels) -> metrics.Labels:
-    """Indices of the classes to show, ascending: all, or the `CLASSES` with most mistakes."""
+    """Return the indices of the classes to show, in ascending order.
+
+    If there are more than `CLASSES` classes, only those with the most mistakes are shown.
+    """
     wrong = matrix - np.diag(np.diag(matrix))
     order = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")
     return np.sort(order[:CLASSES])
@@ -111,7 +117,7 @@ def _gallery(
 
 
 def _thumbnail(path: Path, preprocess: Preprocess) -> str:
-    """The centre crop of a photo that the network gets without augmentation, as a data URL."""
+    """Return a photo's centre crop (the unaugmented input of the network) as a JPEG data URL."""
     image = decode.read(path, background=preprocess.background).image
     side = (THUMBNAIL, THUMBNAIL)
     square = image.resize(side, Image.Resampling.LANCZOS, box=preprocess.centre(image))

@@ -1,6 +1,6 @@
-"""The HTML report of a run: accuracy, mistakes, calibration, training curves and the recipe.
+"""Write the HTML report of a run: accuracy, mistakes, calibration, training curves and the recipe.
 
-`report.html.jinja` is the template of the page; the functions here compute the values it shows.
+`report.html.jinja` is the template of the page. The functions here compute the template's values.
 """
 
 from __future__ import annotations
@@ -52,22 +52,22 @@ def write(
     result: EvaluationResult | None = None,
     device: str = "auto",
 ) -> Path:
-    """Write `report.html` into a run's folder; returns its path.
+    """Write the HTML report of a run into its folder, and return the report's path.
 
-    The report of another checkpoint than the run's best is `report-STAGE.html`. Photos that are
-    missing or broken are left out and logged.
+    The report of the best checkpoint is `report.html`, that of a stage's checkpoint
+    `report-STAGE.html`. Photos that are missing or broken are left out and logged.
 
     Args:
-        run: Run folder or checkpoint.
-        log: Receives one line per photo or picture that is left out.
-        part: "valid", "test" or "train".
+        run: Run folder or checkpoint file.
+        log: Function that is called with one line per photo or picture that is left out.
+        part: Split to evaluate: "valid", "test" or "train".
         tta: Test-time augmentation; None is off.
-        data_folder: The photos, if they were moved.
-        result: The result of `evaluate` for the same arguments, if it exists already.
+        data_folder: Folder of the photos, if they were moved after training.
+        result: The result of `evaluate` for the same arguments; None: `evaluate` is called.
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        FledgeError: Raised by `evaluate`.
+        FledgeError: The checkpoint can't be loaded or evaluated.
     """
     folder = checkpoint.run_folder_of(run)
     weights = checkpoint.weights_path(run)
@@ -113,7 +113,10 @@ def _template() -> Template:
 
 
 def tta_of(run: Path, log: Log) -> TtaConfig:
-    """The test-time augmentation of a run's recipe; the default if the recipe can't be read."""
+    """Return the test-time augmentation of a run's recipe.
+
+    If the recipe can't be read, the default is returned and a warning is logged.
+    """
     # A missing run raises its own error here, without the warning.
     checkpoint.read_info(checkpoint.weights_path(run).with_suffix(".json"))
     try:

@@ -1,4 +1,4 @@
-"""The training figures of a report: losses, accuracy and learning rates from the run's files."""
+"""Draw the report's training figures: losses, accuracy and learning rates from the run's files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Epoch(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A figure of the page: an SVG `chart`, or a `picture` as a data URL."""
+    """A figure of the report: either an SVG `chart`, or a `picture` as a PNG data URL."""
 
     title: str
     caption: str
@@ -40,7 +40,10 @@ class Figure(NamedTuple):
 
 
 def figures(folder: Path, log: Log) -> list[Figure]:
-    """Losses, accuracy, the schedule and lr_find of a run; figures without data are left out."""
+    """Return the figures of a run folder: losses, accuracy, schedule and learning rate range tests.
+
+    Figures without data are left out.
+    """
     found = [*_curves(folder)]
     schedule = folder / "schedule.png"
     if schedule.is_file():
@@ -56,7 +59,10 @@ def figures(folder: Path, log: Log) -> list[Figure]:
 
 
 def seconds(folder: Path) -> float:
-    """Seconds of all epochs; 0 if metrics.csv is missing or their sum is not finite."""
+    """Return the total duration of all epochs in seconds.
+
+    The result is 0 if metrics.csv is missing or the total is not finite.
+    """
     total = sum(epoch.seconds for epoch in _epochs(folder))
     return total if math.isfinite(total) else 0.0
 
@@ -121,7 +127,10 @@ def _epochs(folder: Path) -> list[_Epoch]:
 
 
 def _batches(folder: Path, epochs: Sequence[_Epoch]) -> list[tuple[float, float]]:
-    """(position in epochs, mean loss) of groups of steps, about `POINTS` of them."""
+    """Return about `POINTS` points (position in epochs, mean batch loss) for the loss curve.
+
+    Each point is the mean of several successive steps.
+    """
     by_epoch: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in _rows(folder / "steps.csv"):
         if loss := _numbers(row, ("loss",)):
@@ -147,7 +156,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _numbers(row: dict[str, Any], names: Sequence[str]) -> tuple[float, ...]:
-    """The named columns as numbers; empty if one of them is not a number."""
+    """Return the named columns as numbers; an empty tuple if one of them is not a number."""
     try:
         return tuple(float(row[name]) for name in names)
     except (KeyError, TypeError, ValueError):
