@@ -1,1 +1,1 @@
-"""Inspect data and network before training."""
+"""Inspect a data set, an augmentation or the layers of a network before training."""

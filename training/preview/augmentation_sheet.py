@@ -1,4 +1,4 @@
-"""A contact sheet of an augmentation: a photo, random augmentations of it, and the options."""
+"""Draw an augmentation as a contact sheet: a photo, random augmentations of it, and the options."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def write(
     draws: int = 24,
     seed: int = 0,
 ) -> None:
-    """Write the contact sheet as PNG.
+    """Write a contact sheet of one photo as PNG.
 
-    The first picture, with a frame, is the photo as in validation and in the service. The others,
-    the draws, are random augmentations as in training. The text below is `describe(config)`.
+    The first picture, with a frame, is the photo as in validation and in the service. The other
+    pictures are random augmentations as in training. The text below is `describe(config)`.
 
     Args:
-        photo: An image file.
-        config: The augmentation. Mixup and cutmix are only in the text, because they combine two
-            photos.
-        preprocess: Preprocessing of the model; draws have its image size.
+        photo: Path of an image file.
+        config: The augmentation. Mixup and cutmix are only named in the text, because they combine
+            two photos.
+        preprocess: Preprocessing of the model, with the size of the pictures.
         presize: Side of the cached training photos, as a multiple of the image size.
         path: File to write.
-        draws: Number of draws.
-        seed: Seed of the draws.
+        draws: Number of random augmentations.
+        seed: Seed of the random augmentations.
 
     Raises:
         ImageError: The photo can't be read.
@@ -66,7 +66,7 @@ def _draws(
     count: int,
     seed: int,
 ) -> Pixels:
-    """Random augmentations as in training: uint8 [count, size, size, 3]."""
+    """Return random augmentations of an image, as in training: uint8 [count, size, size, 3]."""
     square = pixel_transform(image).copy()  # torch needs a writable array
     pixels = torch.from_numpy(square).expand(count, -1, -1, -1)
     aspect = torch.full((count,), image.width / image.height)
@@ -94,7 +94,7 @@ def _lay_out(tiles: list[Pixels], mark: str, text: str) -> Image.Image:
 
 
 def _wrapped(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """Break the text into lines that fit, only after the comma between two options."""
+    """Break the text into lines that fit, only after commas between options."""
     lines = [""]
     for part in text.split(", "):
         longer = f"{lines[-1]}, {part}" if lines[-1] else part
@@ -107,7 +107,7 @@ def _wrapped(text: str, fits: Callable[[str], bool]) -> list[str]:
 
 
 def describe(config: AugmentConfig) -> str:
-    """The preset and its options in words: "photo: random crop 35-100 %, flip, …"."""
+    """Describe an augmentation in words: preset and options, as "photo: random crop, flip, …"."""
     c = config
     low, high = c.scale
     area = "" if low == 1 else f" of {low * 100:.0f}-{high * 100:.0f} % of the largest square"

@@ -1,4 +1,4 @@
-"""The PNG of `fledge preview`: photos per class, width against height, lengths of the sides."""
+"""Draw the PNG of `fledge preview`: photos per class, widths and heights, lengths of sides."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _NAMED: Final = 120  # the names of more classes would overlap
 
 
 def draw(photos: Sequence[PhotoStats], classes: Sequence[str], path: Path) -> None:
-    """Write a PNG with three plots.
+    """Write a PNG with three plots about the photos of a data set.
 
-    They show the number of photos by class and part, width against height, and histograms of the
-    lengths of short and long sides.
+    The plots show the number of photos by class and split (train, valid or test), width against
+    height, and histograms of the lengths of short and long sides.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -47,7 +47,7 @@ def draw(photos: Sequence[PhotoStats], classes: Sequence[str], path: Path) -> No
 
 
 def _bars(axes: Any, photos: Sequence[PhotoStats], classes: Sequence[str]) -> None:
-    """Stacked bars, the first class at the top."""
+    """Plot the number of photos per class as stacked bars, with the first class at the top."""
     counts = Counter((photo.label, photo.part) for photo in photos)
     left = np.zeros(len(classes), np.int64)
     for part in ("train", "valid", "test"):
@@ -106,7 +106,10 @@ def _histogram(axes: Any, photos: Sequence[PhotoStats]) -> None:
 
 
 def _range(photos: Sequence[PhotoStats]) -> tuple[int, int]:
-    """Range of the axes, without up to 1 % of photos that exceed the rest by a factor of 2."""
+    """Return the smallest and largest side for the axes, without outliers.
+
+    Outliers are up to 1 % of the photos, if they differ from the rest by more than a factor of 2.
+    """
     short = sorted(photo.short for photo in photos) or [1]
     long = sorted(max(photo.width, photo.height) for photo in photos) or [1]
     left_out = 1 + math.ceil(len(short) / 100) if len(short) >= 10 else 0
@@ -115,12 +118,18 @@ def _range(photos: Sequence[PhotoStats]) -> tuple[int, int]:
 
 
 def _is_wide(low: int, high: int) -> bool:
-    """Whether a linear axis would squeeze most photos into a corner."""
+    """Whether the range needs a logarithmic axis.
+
+    On a linear axis, most photos would be in one corner of the plot.
+    """
     return high > 8 * low
 
 
 def _short(name: str, number: int) -> str:
-    """A class's name, or its number from 1 if the font lacks one of its characters."""
+    """Return a class's name, cut to 28 characters.
+
+    If the font lacks a character of the name, the class's number (from 1) is returned instead.
+    """
     plain = "".join(c if c.isprintable() else "�" for c in name)
     if not all(_glyphs().get_char_index(ord(c)) for c in plain):
         return f"no. {number + 1}"

@@ -1,4 +1,4 @@
-"""`fledge layers`: the layers of an architecture, and which of them the stages of a recipe train.
+"""Implement `fledge layers`: list the layers of a network, and the layers that each stage trains.
 
 Networks are built on the meta device, without weights.
 """
@@ -23,7 +23,7 @@ CLASSES = 2
 
 
 def families() -> list[str]:
-    """Every architecture, one line per family."""
+    """List all architectures, one line per family."""
     names = sorted(backbones.names(), key=natural_letters_first)
     rows = [
         (family.title, " ".join(name for name in names if backbones.family_of(name) is family))
@@ -33,13 +33,14 @@ def families() -> list[str]:
 
 
 def describe(recipe: Recipe) -> list[str]:
-    """Groups, layers, parameters and outputs of a recipe's body, one line per layer.
+    """Describe the body of a recipe's network, with one line per layer.
 
-    The first column is the smallest `unfreeze` that trains a layer. Outputs are channels x height x
-    width, or tokens x channels, for one image of `preprocess.size`.
+    A line has the smallest value of `unfreeze` that trains the layer, the layer's name and kind,
+    its number of parameters, and its output shape for one image of `preprocess.size`. A shape is
+    channels x height x width, or tokens x channels.
 
     Raises:
-        OptionError: Raised by `backbones.build_on_meta` and `backbones.check_size`.
+        OptionError: The network can't be built, or the image size does not fit the network.
     """
     size = recipe.preprocess.size
     backbones.check_size(recipe.arch, recipe.arch_args, size)
@@ -66,11 +67,11 @@ def describe(recipe: Recipe) -> list[str]:
 
 
 def stages(recipe: Recipe) -> list[str]:
-    """What each stage of a recipe trains and freezes, one line per stage.
+    """Describe the layers that each stage of a recipe trains and freezes, with one line per stage.
 
     Raises:
-        OptionError: Raised by `backbones.build_on_meta`, `heads.build_pool` and
-            `freezing.plan_freezing`.
+        OptionError: The network can't be built, or an option of the head or of a stage does not fit
+            the network.
     """
     pool = heads.build_pool(recipe.head, recipe.arch, backbones.family_of(recipe.arch).pooled)
     backbone = backbones.build_on_meta(recipe.arch, recipe.arch_args)
@@ -91,10 +92,10 @@ def stages(recipe: Recipe) -> list[str]:
 
 
 def of_arch(arch: str) -> Recipe:
-    """A recipe with this architecture, its usual image size, and defaults.
+    """Return a recipe with this architecture, its usual image size, and defaults.
 
     Raises:
-        OptionError: There is no such architecture.
+        OptionError: The architecture is unknown.
     """
     size = {"inception_v3": 299}.get(arch, backbones.family_of(arch).image_size({}))
     stage = {"name": "head"}
@@ -104,7 +105,7 @@ def of_arch(arch: str) -> Recipe:
 
 
 def _batchnorms(classifier: Classifier, freezing: Freezing) -> str:
-    """Number of BatchNorm layers in each mode, in words."""
+    """Describe how many BatchNorm layers are in each mode, such as "20 fixed"."""
     counts: dict[str, int] = {}
     for name, module in classifier.body.named_modules():
         if not is_batchnorm(module):
@@ -144,7 +145,7 @@ def _shape(output: Tensor, side: int) -> str:
 
 
 def _thousands(parameters: Iterable[nn.Parameter]) -> str:
-    """A number of parameters: 832, 14.3 k, 2.22 M."""
+    """Format the number of parameters: 832, 14.3 k, 2.22 M."""
     count = sum(p.numel() for p in parameters)
     if count < 1000:
         return str(count)

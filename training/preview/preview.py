@@ -1,4 +1,4 @@
-"""`fledge preview`: report on a data set, or draw one photo many times as training augments it."""
+"""Implement `fledge preview`: report on a data set, or draw random augmentations of one photo."""
 
 from __future__ import annotations
 
@@ -40,16 +40,17 @@ _SHOWN: Final = 5
 
 
 def preview(source: str, recipe: Recipe, out: Path, *, split: Path | None = None) -> Iterator[str]:
-    """Read every photo of `source`; yields the lines of the report and writes `out`/preview.png.
+    """Read every photo of `source`, write `out`/preview.png, and yield the lines of the report.
 
     Args:
         source: Value of `--data`; see `load_dataset`.
-        recipe: Supplies [data], the seed and the image size.
+        recipe: Recipe with the options of [data], the seed and the image size.
         out: Folder of the picture; it is created if missing.
         split: Value of `--split`; see `load_dataset`.
 
     Raises:
-        DataError: Raised by `load_dataset`. Photos that can't be read are listed in the report.
+        DataError: `load_dataset` can't read the data set. Photos that can't be read are listed in
+            the report instead.
     """
     check_folder(out)
     dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
@@ -65,17 +66,17 @@ def preview(source: str, recipe: Recipe, out: Path, *, split: Path | None = None
 def augmented(
     source: str, recipe: Recipe, out: Path, *, split: Path | None = None, photo: Path | None = None
 ) -> Path:
-    """Write `out`/augment.png: many random augmentations of one photo.
+    """Write `out`/augment.png, with many random augmentations of one photo, and return its path.
 
     Args:
-        source: Value of `--data`; see `load_dataset`. It is not read if `photo` is given.
-        recipe: Supplies the augmentation, the preprocessing and the presize.
+        source: Value of `--data`; see `load_dataset`. It is not used if `photo` is given.
+        recipe: Recipe with the augmentation, the preprocessing and `data.presize`.
         out: Folder of the picture; it is created if missing.
         split: Value of `--split`; see `load_dataset`.
-        photo: The file to draw; default: the first training photo that can be read.
+        photo: Path of the photo; None: the first training photo that can be read.
 
     Raises:
-        DataError: The photo can't be read. Also raised by `load_dataset`.
+        DataError: The photo can't be read, or `load_dataset` can't read the data set.
     """
     from training.preview import augmentation_sheet
 
@@ -106,13 +107,13 @@ def _read_error(photo: Path) -> str:
 def report(
     dataset: Dataset, photos: Sequence[PhotoStats], size: int, empty: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The lines of the report.
+    """Yield the lines of the report on a data set.
 
     Args:
         dataset: The data set.
-        photos: Statistics of its photos.
+        photos: Statistics of all photos of the data set.
         size: Side of the images that training will use, in pixels.
-        empty: Folders of classes without a photo.
+        empty: Names of class folders without a photo.
     """
     total = sum(photo.size for photo in photos)
     count = f"{len(dataset.classes)} classes, {len(photos)} photos"
@@ -149,7 +150,7 @@ def report(
 
 
 def _counts(photos: Sequence[PhotoStats], classes: Sequence[str]) -> Iterator[str]:
-    """The table of photos by class and part."""
+    """Yield the lines of a table: number of photos by class and split (train, valid or test)."""
     counts = Counter((photo.label, photo.part) for photo in photos)
     totals = Counter(photo.part for photo in photos)
     parts = [part for part in (*PARTS, UNLABELLED) if totals[part]]
@@ -167,7 +168,7 @@ def _counts(photos: Sequence[PhotoStats], classes: Sequence[str]) -> Iterator[st
 
 
 def _sizes(shorts: Sequence[int]) -> Iterator[str]:
-    """A histogram of short sides, without empty bars at both ends."""
+    """Yield the lines of a histogram of short sides, without empty bars at both ends."""
     ends = [*EDGES[1:], float("inf")]
     bars = [
         sum(low <= short < high for short in shorts) for low, high in zip(EDGES, ends, strict=True)
@@ -198,5 +199,5 @@ def _name(photo: PhotoStats, root: Path) -> str:
 
 
 def _plain(text: str) -> str:
-    """Replace line breaks and bytes that a terminal can't print."""
+    """Replace line breaks and other characters that a terminal can't print."""
     return "".join(c if c.isprintable() else "�" for c in text)

@@ -1,6 +1,6 @@
-"""Statistics of every photo of a data set, and warnings (hints) derived from them.
+"""Compute statistics of every photo of a data set, and warnings (hints) derived from them.
 
-The statistics are size, bytes, colour and duplicates.
+The statistics are image size, file size, colour, and a hash that finds duplicates.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class PhotoStats:
     """Statistics of one photo.
 
     Attributes:
-        path: The file.
-        part: One of `PARTS`, or "unlabelled".
-        label: Name of its class, or "".
+        path: Path of the image file.
+        part: The photo's split: "train", "valid" or "test"; or "unlabelled".
+        label: Name of the photo's class, or "".
         size: Size of the file in bytes.
         width: Width in pixels, after applying the EXIF orientation; 0 if the photo can't be read.
-        height: Height in pixels, like `width`.
+        height: Height in pixels, after applying the EXIF orientation; 0 if the photo can't be read.
         mode: Pillow's mode of the file, such as RGB, L or CMYK.
-        grey: Whether no pixel has a colour, whatever the mode is.
-        digest: Hash of the decoded pixels, so that copies with other metadata have the same one.
+        grey: Whether all pixels are grey, in any mode.
+        digest: Hash of the decoded pixels; it does not depend on metadata.
         error: Why the photo can't be read, or "".
     """
 
@@ -76,12 +76,15 @@ class PhotoStats:
 
     @property
     def stretch(self) -> float:
-        """Long side over short side, at least 1."""
+        """Ratio of the long side to the short side, at least 1."""
         return max(self.width, self.height) / max(self.short, 1)
 
 
 def scan_photos(dataset: Dataset) -> list[PhotoStats]:
-    """Read every photo, in the order of the parts; those that can't be read have an `error`."""
+    """Read every photo, and return statistics in the order train, valid, test, unlabelled.
+
+    The statistics of a photo that can't be read have an `error`.
+    """
     labelled = [
         (path, part, dataset.classes[label])
         for part in PARTS
@@ -116,7 +119,7 @@ def photo_stats(path: Path, part: str, label: str) -> PhotoStats:
 
 
 def duplicates(photos: Iterable[PhotoStats]) -> list[list[PhotoStats]]:
-    """Groups of photos with identical pixels, in the order of their first photo."""
+    """Return groups of photos with identical pixels, ordered by the first photo of each group."""
     groups: dict[bytes, list[PhotoStats]] = {}
     for photo in photos:
         if photo.digest:
@@ -136,7 +139,10 @@ UNUSUAL: Final[Mapping[str, Callable[[PhotoStats], bool]]] = {
 
 
 def unusual_photos(photos: Sequence[PhotoStats]) -> Iterator[tuple[str, list[PhotoStats]]]:
-    """(kind, photos) of each kind of `UNUSUAL` that has photos; the most unusual photo first."""
+    """Yield the name and the photos of each kind of `UNUSUAL`, with the most unusual photo first.
+
+    Kinds without photos are left out.
+    """
     for name, is_unusual in UNUSUAL.items():
         found = [photo for photo in photos if is_unusual(photo)]
         found.sort(key=lambda photo: (photo.short, -photo.stretch, str(photo.path)))
@@ -146,7 +152,7 @@ def unusual_photos(photos: Sequence[PhotoStats]) -> Iterator[tuple[str, list[Pho
 
 @dataclass(frozen=True)
 class Scan:
-    """The photos of a data set, and the figures that the hints need.
+    """The photos of a data set, and figures about them that are used by several hints.
 
     Attributes:
         photos: Statistics of all photos.
@@ -160,7 +166,7 @@ class Scan:
 
     @cached_property
     def groups(self) -> list[list[PhotoStats]]:
-        """Groups of exact duplicates."""
+        """Groups of photos with identical pixels."""
         return duplicates(self.photos)
 
     @cached_property
@@ -169,23 +175,26 @@ class Scan:
 
     @cached_property
     def used(self) -> list[PhotoStats]:
-        """The photos that training reads, of the parts train and valid."""
+        """The photos that training reads: those of the splits train and valid."""
         return [photo for photo in self.photos if photo.part in ("train", "valid")]
 
     @cached_property
     def counts(self) -> list[int]:
-        """Readable training photos of each class."""
+        """Number of readable training photos of each class."""
         counts = Counter(photo.label for photo in self.readable if photo.part == "train")
         return [counts[name] for name in self.classes]
 
     @property
     def smallest(self) -> str:
-        """The class with the fewest training photos."""
+        """Name of the class with the fewest readable training photos."""
         return self.classes[int(np.argmin(self.counts))]
 
 
 def hints(photos: Sequence[PhotoStats], classes: Sequence[str], size: int) -> Iterator[str]:
-    """Problems to know before training at `size` pixels, one line each, most urgent first."""
+    """Yield a line for each problem of the data set, most urgent first.
+
+    `size` is the side of the images that training will use, in pixels.
+    """
     scan = Scan(photos, classes, size)
     for hint in HINTS:
         yield from hint(scan)
