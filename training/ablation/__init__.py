@@ -1,1 +1,1 @@
-"""Ablation: train a recipe with one technique added, removed or changed per row of a table."""
+"""Run ablations: train a recipe with single techniques changed, and compare the accuracies."""

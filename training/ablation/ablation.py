@@ -1,7 +1,7 @@
-"""Run an ablation: train the recipe of each row with the same seeds or folds.
+"""Run an ablation: train the recipe of each table row with the same seeds or folds.
 
-A row is one technique, see `training.ablation.tricks`. A trial is the training run of one row with
-one seed or fold; its result is a JSON file in `OUT/trials`. An ablation that was interrupted
+A table row is one technique, see `training.ablation.tricks`. A trial is the training run of one row
+with one seed or fold. The result of a trial is a JSON file in `OUT/trials`. An interrupted ablation
 resumes from these files. A trial whose recipe or photos changed is run again.
 """
 
@@ -34,17 +34,17 @@ TRIALS: Final = "trials"
 
 @dataclass(frozen=True)
 class AblationOptions:
-    """How an ablation is run.
+    """Options of an ablation.
 
     Attributes:
-        split: CSV file that defines the split; see `load_dataset`.
-        seeds: Number of seeds, starting with the recipe's. A seed also draws the split if neither
-            the folders nor `split` define it.
-        folds: Number of cross-validation folds to use instead of seeds: folds of the file `split`
-            if it is given, else of the photos, which are cut into this many. 0 uses seeds.
+        split: CSV file that defines the training and validation splits; see `load_dataset`.
+        seeds: Number of seeds, starting with the recipe's seed. If neither the folders nor `split`
+            define the splits, they are drawn with the seed, too.
+        folds: Number of cross-validation folds to use instead of seeds; 0 uses seeds. The file
+            `split` defines the folds if it is given; else the photos are divided into this many.
         device: "auto", "cpu" or "cuda".
         keep: Whether to keep the weights of the trials.
-        cache_gb: Budget of the disk cache in GB; see `disk_cache.budget_gb`.
+        cache_gb: Size limit of the disk cache in GB; see `disk_cache.budget_gb`.
     """
 
     split: Path | None = None
@@ -57,14 +57,14 @@ class AblationOptions:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A trial to run.
+    """A trial to run: one table row with one seed or fold.
 
     Attributes:
-        row: Name of the row.
-        unit: "seed 3" or "fold 3".
-        recipe: The row's recipe with that seed or fold.
+        row: Name of the table row.
+        unit: Name of the seed or fold, such as "seed 3" or "fold 3".
+        recipe: The table row's recipe with this seed or fold.
         key: Hash of the recipe and the photos, in hex digits.
-        tta: Test-time augmentation (TTA) to evaluate, too; None evaluates without TTA only.
+        tta: Test-time augmentation (TTA) for a second evaluation; None: no evaluation with TTA.
     """
 
     row: str
@@ -75,7 +75,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """Name of the trial's folder and, with `.json`, of its file."""
+        """Name of the trial's folder; the name of its result file has `.json` appended."""
         return f"{self.row}-{self.unit.replace(' ', '')}"
 
 
@@ -84,10 +84,10 @@ class AblationRun:
     """The result of a trial.
 
     Attributes:
-        key: `PlannedRun.key`.
-        seconds: Duration of the training run.
-        accuracy: Validation accuracy, a fraction of 1; None if the trial failed.
-        accuracy_tta: Validation accuracy with TTA; None if it was not evaluated.
+        key: Hash of the recipe and the photos, as in `PlannedRun`.
+        seconds: Duration of the training run in seconds.
+        accuracy: Validation accuracy from 0 to 1; None if the trial failed.
+        accuracy_tta: Validation accuracy with TTA, from 0 to 1; None if it was not evaluated.
         loss: Validation loss in nats; None if the trial failed.
         train: Number of training photos.
         valid: Number of validation photos.
@@ -116,20 +116,20 @@ def run(
     options: AblationOptions,
     log: Log = log_to_stderr,
 ) -> Trials:
-    """Run every trial that has no result yet; returns the results of all.
+    """Run every trial that has no result yet, and return the results of all trials.
 
     Args:
-        base: The recipe that rows change.
+        base: The recipe that the table rows change.
         source: Value of `--data`; see `load_dataset`.
         out: Folder of the ablation: a new folder, or that of an earlier ablation.
-        rows: Result of `tricks.choose`.
-        options: How to run the trials.
-        log: Receives progress and warnings.
+        rows: Table rows, as returned by `tricks.choose`.
+        options: Seeds or folds, device and cache of the trials.
+        log: Function that is called with lines about progress and warnings.
 
     Raises:
         OptionError: An option is out of range, a row does not fit the recipe, or `out` exists and
             contains no ablation.
-        DataError: Raised by `load_dataset`.
+        DataError: `load_dataset` can't read the data set.
         WorkError: Every row failed.
     """
     if options.folds == 1 or options.folds < 0:
@@ -186,9 +186,9 @@ def run(
 def _plan(
     base: Recipe, source: str, rows: Sequence[Trick], options: AblationOptions
 ) -> list[PlannedRun]:
-    """Plan all rows with the first seed or fold, then all rows with the next one.
+    """Plan all table rows with the first seed or fold, then all rows with the next one.
 
-    In this order the trials done before an interruption cover all rows.
+    In this order, the trials done before an interruption cover all rows.
     """
     plans = []
     for number in range(options.folds or options.seeds):
@@ -211,7 +211,7 @@ def _plan(
 
 
 def _trials_folder(out: Path) -> Path:
-    """Make the folder of the trials in `out`, unless `out` holds something else."""
+    """Create the folder of the trials in `out`; raise OptionError if `out` has other content."""
     folder = out / TRIALS
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not folder.is_dir())):
         raise OptionError(f"--out {out} exists already and is no ablation; choose another")
@@ -221,7 +221,10 @@ def _trials_folder(out: Path) -> Path:
 
 
 def _load_finished(folder: Path, planned: Mapping[str, PlannedRun]) -> dict[str, AblationRun]:
-    """Key -> result of the planned trials that succeeded earlier; failed ones are run again."""
+    """Return key -> result of the planned trials that succeeded earlier.
+
+    Failed trials are not in the dict, because they are run again.
+    """
     finished = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -235,7 +238,7 @@ def _load_finished(folder: Path, planned: Mapping[str, PlannedRun]) -> dict[str,
 
 
 def _warnings_once(log: Log) -> Log:
-    """A log for trials: passes each warning on once and drops all other lines."""
+    """Return a log function that passes each warning on to `log` once and drops all other lines."""
     logged: set[str] = set()
 
     def log_warning(line: str) -> None:
@@ -249,7 +252,7 @@ def _warnings_once(log: Log) -> Log:
 def _run_trial(
     plan: PlannedRun, source: str, folder: Path, options: AblationOptions, log: Log
 ) -> AblationRun:
-    """Train and evaluate; an `OptionError` or `WorkError` becomes the trial's result."""
+    """Train and evaluate; after an OptionError or WorkError, return a result with the error."""
     shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted trial
     started = time.perf_counter()
     try:

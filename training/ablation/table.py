@@ -1,4 +1,4 @@
-"""The table of an ablation: its statistics, and its output to screen, CSV, Markdown and PNG."""
+"""Compute the table of an ablation, and write it to the screen and as CSV, Markdown and PNG."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ COLUMNS: Final = (
 
 
 class Interval(NamedTuple):
-    """A mean and half the width of its 95 % confidence interval; NaN where undefined."""
+    """A mean of several runs and its 95 % confidence interval.
+
+    mean: The mean; NaN without runs. half: Half the width of the interval; NaN with less than 2
+    runs. runs: Number of runs.
+    """
 
     mean: float
     half: float
@@ -36,16 +40,16 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class TableRow:
-    """The statistics of a row.
+    """The statistics of a table row.
 
     Attributes:
         row: Name of the row.
-        against: Name of the row it is compared with, or empty.
+        against: Name of the row with which this row is compared, or empty.
         what: Description of the change.
-        accuracies: Seed or fold -> accuracy, a fraction of 1.
-        accuracy: Mean of the accuracies, and its interval.
-        difference: Mean paired difference to the accuracies of `against`, and its interval.
-        seconds: Mean duration of a run.
+        accuracies: Name of each seed or fold -> accuracy from 0 to 1.
+        accuracy: Mean of the accuracies, with its interval.
+        difference: Mean paired difference to the accuracies of `against`, with its interval.
+        seconds: Mean duration of a run in seconds.
         error: Error of the first run that failed, or empty.
     """
 
@@ -60,13 +64,13 @@ class TableRow:
 
 
 def interval(values: Sequence[float], overlap: float = 0.0) -> Interval:
-    """The mean of values and its 95 % interval by Student's t.
+    """Return the mean of values and its 95 % interval by Student's t.
 
     Args:
         values: Accuracies or differences, one for each run.
-        overlap: 0 for seeds. For folds, the number of held-out photos divided by that of training
-            photos: because the training sets of folds share photos, the values are correlated and
-            the variance of the mean is larger (Nadeau & Bengio, 2003, "Inference for the
+        overlap: 0 for seeds. For folds, the number of held-out photos divided by the number of
+            training photos: the training sets of folds share photos, so the values are correlated
+            and the variance of the mean is larger (Nadeau & Bengio, 2003, "Inference for the
             Generalization Error", section 3).
     """
     from scipy import stats  # takes a second to import
@@ -83,22 +87,23 @@ def interval(values: Sequence[float], overlap: float = 0.0) -> Interval:
 def difference(
     values: Mapping[str, float], others: Mapping[str, float], overlap: float = 0.0
 ) -> Interval:
-    """The mean paired difference `values - others` over the units (seeds, folds) of both.
+    """Return the mean of the paired differences `values - others`, with its 95 % interval.
 
-    Runs with the same seed or fold use the same photos in the same order, so the paired difference
-    varies less than the difference of the two means.
+    Values are paired by seed or fold. Runs with the same seed or fold use the same photos in the
+    same order, so a paired difference varies less than the difference of the two means. `overlap`
+    is explained in `interval`.
     """
     return interval([values[unit] - others[unit] for unit in values if unit in others], overlap)
 
 
 def lines(rows: Sequence[Trick], trials: Trials, against: str = "") -> list[TableRow]:
-    """The statistics of every row.
+    """Return the statistics of every table row.
 
     Args:
-        rows: The rows that were run.
+        rows: The table rows that were run.
         trials: Result of `ablation.run`.
-        against: Name of the row that all rows are compared with; "" compares each row with the row
-            that it changes.
+        against: Name of the row with which all rows are compared. "" compares each row with the row
+            whose recipe it changes.
     """
     values = {row.name: _accuracies(row, trials[row.name]) for row in rows}
     table_rows = []
@@ -130,7 +135,7 @@ def _accuracies(row: Trick, trials: dict[str, AblationRun]) -> dict[str, float]:
 
 
 def percent(value: Interval, signed: bool = False) -> str:
-    """A value in percent, such as `95.31 ± 1.20`; "" without runs.
+    """Format a mean and its interval in percent, such as `95.31 ± 1.20`; "" without runs.
 
     "±" is left out if there is only one run, or if all runs have equal values.
     """
@@ -175,7 +180,7 @@ def _ends(value: Interval) -> tuple[float, float]:
 
 
 def about(base: Recipe, source: str, trials: Trials, device: str) -> str:
-    """A sentence on recipe, data, machine and versions, for `write`."""
+    """Return a paragraph on recipe, data, machine and package versions, for the Markdown page."""
     import torch
 
     runs = [trial for row in trials.values() for trial in row.values() if not trial.error]
@@ -199,9 +204,9 @@ def write(found: Sequence[TableRow], folder: Path, title: str, how: str) -> None
 
     Args:
         found: The rows of the table.
-        folder: Folder to write to.
-        title: Title of the page and of the picture.
-        how: A sentence that says how the figures were measured, such as the result of `about`.
+        folder: Folder for the three files.
+        title: Title of the Markdown page and of the picture.
+        how: Text on how the figures were measured, such as the result of `about`.
     """
     with atomic_write(folder / CSV) as partial, partial.open("w", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
@@ -222,7 +227,7 @@ def _number(value: float) -> str:
 
 
 def page(found: Sequence[TableRow], title: str, how: str) -> str:
-    """The table as Markdown."""
+    """Format the table as a Markdown page."""
     text = [
         f"# {title}\n",
         f"{how}\n",
@@ -273,7 +278,10 @@ def _draw(found: Sequence[TableRow], path: Path, title: str) -> None:
 
 
 def _readable(limits: tuple[float, float], found: Sequence[TableRow]) -> tuple[float, float]:
-    """Limits of the accuracy axis; an interval much wider than the range of dots is cut off."""
+    """Return the limits of the accuracy axis.
+
+    Intervals that are much wider than the range of the dots are cut off.
+    """
     dots = [100 * value for line in found for value in line.accuracies.values()]
     margin = 3 * max(max(dots, default=0.0) - min(dots, default=0.0), 1.0)
     low = max(limits[0], min(dots, default=0.0) - margin, -0.5)
@@ -281,7 +289,7 @@ def _readable(limits: tuple[float, float], found: Sequence[TableRow]) -> tuple[f
 
 
 def _mark(axes: Any, value: Interval, y: int, colour: str, ends: tuple[float, float]) -> None:
-    """Plot a mean and its interval, clipped to the possible values, `ends`."""
+    """Plot a mean and its interval, clipped to the range of possible values, `ends`."""
     if value.runs:
         half = 0.0 if math.isnan(value.half) else value.half
         below, above = min(half, value.mean - ends[0]), min(half, ends[1] - value.mean)

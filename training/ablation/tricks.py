@@ -1,4 +1,4 @@
-"""The rows of an ablation: techniques of fine-tuning, each as a change of a recipe's options."""
+"""Define the table rows of an ablation: fine-tuning techniques as changes of a recipe's options."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ TTA_VIEWS: Final = 4
 
 @dataclass(frozen=True)
 class Trick:
-    """A technique of fine-tuning, one row of an ablation's table.
+    """A fine-tuning technique; one row of an ablation's table.
 
     Attributes:
         name: Name of the row.
-        group: Name by which `--rows` selects several rows.
-        on: Name of the row whose recipe is changed and with whose accuracy this row's is compared;
-            "" is the base recipe.
+        group: Name of a group of rows that `--rows` can select together.
+        on: Name of the row whose recipe this row changes; "" is the base recipe. The accuracies of
+            the two rows are compared.
         what: The change in a few words.
         change: The changed options, or a function that computes them from the recipe of `on`. A
             table of options is merged into the recipe's table, except [augment], which is replaced.
-            One table for [[stage]] changes every stage.
+            A table for [[stage]] changes every stage.
         metric: "accuracy" (without test-time augmentation) or "accuracy_tta" (with it).
     """
 
@@ -45,7 +45,7 @@ class Trick:
 
 
 def _frozen(recipe: Recipe) -> Mapping[str, Any]:
-    """A linear head with one learning rate on a frozen body."""
+    """Return the changes for a linear head with one learning rate on a frozen body."""
     stages = []
     for stage, values in zip(recipe.stage, values_of(recipe)["stage"], strict=True):
         lr = stage.lr
@@ -58,14 +58,14 @@ def _frozen(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _restarts(recipe: Recipe) -> Mapping[str, Any]:
-    """Every stage with a restart every epoch; the stages keep their lengths."""
+    """Return the changes for a restart every epoch; the stages keep their lengths."""
     stages = zip(recipe.stage, values_of(recipe)["stage"], strict=True)
     cycles = {"schedule": "sgdr", "cycle_len": 1, "cycle_mult": 1.0}
     return {"stage": [{**values, **cycles, "cycles": stage.epochs} for stage, values in stages]}
 
 
 def _small_first(recipe: Recipe) -> Mapping[str, Any]:
-    """Split every stage of two epochs or more in two halves, the first with smaller images."""
+    """Split every stage of two or more epochs in two halves, the first half with smaller images."""
     halves: list[Values] = []
     for stage, values in zip(recipe.stage, values_of(recipe)["stage"], strict=True):
         size = recipe.preprocess_of(stage).size
@@ -81,7 +81,7 @@ def _small_first(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _augment(**options: Any) -> Mapping[str, Any]:
-    """The augmentation preset "none" with these options."""
+    """Return the change to the augmentation preset "none" with these options."""
     return {"augment": {"preset": "none", **options}, "stage": {"augment": {}}}
 
 
@@ -172,7 +172,9 @@ GROUPS: Final = ("first", "onoff", "augment")
 
 
 def choose(words: Iterable[str], option: str = "--rows") -> tuple[Trick, ...]:
-    """The rows with these names or groups, and the rows they are compared with, in table order.
+    """Select table rows by name or group, and return them in table order.
+
+    The rows with which selected rows are compared are returned, too.
 
     Raises:
         OptionError: A name is unknown; the message suggests the nearest name.
@@ -190,10 +192,12 @@ def choose(words: Iterable[str], option: str = "--rows") -> tuple[Trick, ...]:
 
 
 def recipe_of(row: Trick, base: Recipe) -> Recipe:
-    """The recipe of a row: `base` with the changes of the row that `row.on` names, then of `row`.
+    """Return the recipe of a table row.
+
+    The changes of the row that `row.on` names are applied to `base` first, then those of `row`.
 
     Raises:
-        OptionError: The changes are not valid for the base.
+        OptionError: The changes are not valid for `base`.
     """
     below = recipe_of(BY_NAME[row.on], base) if row.on else base
     change = row.change(below) if callable(row.change) else row.change
@@ -203,18 +207,24 @@ def recipe_of(row: Trick, base: Recipe) -> Recipe:
 
 
 def views_of(base: Recipe) -> TtaConfig:
-    """The test-time augmentation of the row `tta`."""
+    """Return the test-time augmentation (TTA) of the table row `tta`.
+
+    It is the recipe's; if the recipe has TTA off, it averages 4 views (crops or flips) of a photo.
+    """
     return base.tta if base.tta.count else TtaConfig(count=TTA_VIEWS)
 
 
 def values_of(recipe: Recipe) -> Values:
-    """The values of a recipe as in its file, with all defaults filled in."""
+    """Return the values of a recipe as in its TOML file, with all defaults filled in."""
     values = recipe.model_dump(mode="json", exclude={"preprocess"})
     return {**values, "preprocess": asdict(recipe.preprocess)}
 
 
 def merged(values: Values, change: Mapping[str, Any]) -> Values:
-    """Values with a change applied (see `Trick.change`). A list of stages replaces all stages."""
+    """Return a recipe's values with a change applied (see `Trick.change`).
+
+    A list of stages replaces all stages.
+    """
     result = dict(values)
     for key, new in change.items():
         if key == "stage" and isinstance(new, Mapping):
