@@ -1,1 +1,1 @@
-"""Evaluation of a checkpoint on held-out photos."""
+"""Evaluate a checkpoint on held-out photos: metrics, test-time augmentation, CSV output."""

@@ -1,8 +1,7 @@
-"""Evaluate a checkpoint in float32 with the preprocessing code of the service.
+"""Evaluate a checkpoint in float32, with the preprocessing code of the service.
 
-Optionally with test-time augmentation (TTA): the predictions for several views of a photo (crops,
-flips or random augmentations) are averaged. The plain view is the photo as the service sees it
-without TTA.
+With test-time augmentation (TTA), the predictions for several views of a photo (crops, flips or
+random augmentations) are averaged. The plain view is the photo as the service sees it without TTA.
 """
 
 from __future__ import annotations
@@ -51,16 +50,16 @@ class EvaluationResult:
     """Predictions for N photos and C classes, and their metrics.
 
     Attributes:
-        accuracy: A fraction of 1.
+        accuracy: Accuracy from 0 to 1.
         loss: Mean cross-entropy in nats.
-        photos: The number N.
-        views: Views per photo that were averaged, the plain view included.
-        broken: Photos that can't be read; they are not among the N.
-        probabilities: [N, C], averaged over the views.
-        plain: [N, C], probabilities of the plain view only.
-        labels: [N].
-        paths: The N files.
-        classes: The C class names.
+        photos: The number N of photos.
+        views: Number of views per photo that were averaged, including the unaugmented view.
+        broken: Number of photos that can't be read; they are not counted in `photos`.
+        probabilities: Probabilities [N, C], averaged over the views.
+        plain: Probabilities [N, C] of the unaugmented view only.
+        labels: True classes [N].
+        paths: Paths of the N photos.
+        classes: Names of the C classes.
         root: The data folder.
     """
 
@@ -79,7 +78,7 @@ class EvaluationResult:
 
 @torch.inference_mode()
 def logits_of(classifier: nn.Module, pixels: Tensor, preprocess: Preprocess) -> Tensor:
-    """Float32 logits [N, classes] of pixels [N, H, W, 3] in 0..255, in eval mode."""
+    """Compute float32 logits [N, classes] of pixels [N, H, W, 3] in 0..255, in eval mode."""
     was_training = classifier.training
     classifier.eval()
     try:
@@ -97,7 +96,7 @@ def logits_of(classifier: nn.Module, pixels: Tensor, preprocess: Preprocess) -> 
 
 
 def score(probabilities: Probabilities, labels: Labels) -> tuple[float, float]:
-    """Accuracy and cross-entropy of probabilities [N, classes]."""
+    """Return accuracy and mean cross-entropy of probabilities [N, classes]."""
     return metrics.accuracy(probabilities, labels), metrics.log_loss(probabilities, labels)
 
 
@@ -110,20 +109,20 @@ def evaluate(
     device: str = "auto",
     log: Callable[[str], None] = log_to_stderr,
 ) -> EvaluationResult:
-    """Evaluate a run's checkpoint on its own validation (or test) photos.
+    """Evaluate a run's checkpoint on the photos of one split of its data set.
 
     Args:
-        run: Run folder or checkpoint.
-        part: "valid", "test" or "train".
+        run: Run folder or checkpoint file.
+        part: Split to evaluate: "valid", "test" or "train".
         tta: Test-time augmentation; None is off.
-        data_folder: The photos, if they were moved.
+        data_folder: Folder of the photos, if they were moved after training.
         device: "auto", "cpu" or "cuda".
-        log: Receives one line per photo that is missing or can't be read.
+        log: Function that is called with one line per photo that is missing or can't be read.
 
     Raises:
-        DataError: There is no checkpoint, or all photos of the part are missing or broken.
-        OptionError: `tta` needs random draws and the run's recipe can't be read, or `device` is not
-            available.
+        DataError: There is no checkpoint, or the split has no photo that can be read.
+        OptionError: `tta` needs random augmentations and the run's recipe can't be read, or
+            `device` is not available.
     """
     views, draws = fixed_views(tta), random_views(tta)
     recipe = recipe_of(run) if draws else None
@@ -174,16 +173,19 @@ def evaluate(
 
 
 def recipe_of(run: Path) -> Recipe:
-    """The recipe of a run.
+    """Read the recipe of a run.
 
     Raises:
-        OptionError: The recipe is missing, or invalid in this version.
+        OptionError: The recipe is missing, or not valid in this version.
     """
     return load.read(checkpoint.run_folder_of(run) / "recipe.toml")
 
 
 def write_csv(result: EvaluationResult, path: Path) -> None:
-    """Write a row for every photo: path below the data folder, label, predicted, probability."""
+    """Write a CSV file with one line per photo.
+
+    The columns are the path in the data folder, the label, the predicted class and its probability.
+    """
     best = result.probabilities.argmax(axis=1)
     with (
         atomic_write(path) as partial,
@@ -201,11 +203,11 @@ def write_csv(result: EvaluationResult, path: Path) -> None:
 
 
 class _Batch(NamedTuple):
-    """At most `BATCH` photos that were read.
+    """A batch of n photos, at most `BATCH`.
 
-    views: uint8 [V, n, H, W, 3], the fixed views. squares: uint8 [n, S, S, 3], whole photos
-    squeezed to squares as in training, and aspect: float32 [n], width over height; random draws
-    are made from these two.
+    views: The fixed views of the photos, uint8 [V, n, H, W, 3]. squares: The photos resized to
+    squares, uint8 [n, S, S, 3]. aspect: Width divided by height, float32 [n]. Random augmentations
+    are computed from `squares` and `aspect`, as in training.
     """
 
     samples: list[Sample]
@@ -221,7 +223,7 @@ def _batches(
     pixel_transform: PixelTransform | None,
     log: Callable[[str], None],
 ) -> Iterator[_Batch]:
-    """Read the photos and yield batches of `BATCH` readable ones; log the unreadable ones."""
+    """Read the photos and yield batches of `BATCH` readable ones; unreadable photos are logged."""
 
     def read(sample: Sample) -> tuple[Pixels, Pixels, float] | ImageError:
         try:
@@ -258,9 +260,9 @@ def _batches(
 def _views_of(
     batch: _Batch, number: int, recipe: Recipe | None, draws: int, info: checkpoint.CheckpointInfo
 ) -> Iterator[Tensor]:
-    """The views of batch `number`, one at a time: [n, H, W, 3] in 0..255.
+    """Yield the views of batch `number`, one view at a time: [n, H, W, 3] in 0..255.
 
-    Random draws use the augmentation of the stage in which the checkpoint was saved.
+    Random augmentations have the options of the stage in which the checkpoint was saved.
     """
     yield from batch.views
     if recipe is not None:

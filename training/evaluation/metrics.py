@@ -1,4 +1,4 @@
-"""Classification metrics as pure functions of probabilities and labels.
+"""Compute classification metrics from probabilities and labels.
 
 In all functions, probabilities are float64 [N, C] with rows that sum to 1, and labels int64 [N] in
 0..C-1. N is at least 1.
@@ -20,29 +20,32 @@ Floats = npt.NDArray[np.float64]
 
 
 def accuracy(probabilities: Probabilities, labels: Labels) -> float:
-    """Share of photos whose most probable class is the label."""
+    """Return the share of photos whose most probable class is the label."""
     return float((probabilities.argmax(axis=1) == labels).mean())
 
 
 def top_k(probabilities: Probabilities, labels: Labels, k: int) -> float:
-    """Share of photos whose label is among the `k` most probable classes; ties by index."""
+    """Return the share of photos whose label is among the `k` most probable classes.
+
+    Of classes with equal probability, those with smaller indices come first.
+    """
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
     return float((order == labels[:, None]).any(axis=1).mean())
 
 
 def losses(probabilities: Probabilities, labels: Labels) -> Floats:
-    """Cross-entropy of each photo in nats, float64 [N]."""
+    """Return the cross-entropy of each photo in nats, float64 [N]."""
     true = probabilities[np.arange(len(labels)), labels]
     return np.asarray(-np.log(np.maximum(true, SMALLEST)))
 
 
 def log_loss(probabilities: Probabilities, labels: Labels) -> float:
-    """Mean cross-entropy in nats."""
+    """Return the mean cross-entropy in nats."""
     return float(losses(probabilities, labels).mean())
 
 
 def confusion(predicted: Labels, labels: Labels, classes: int) -> Labels:
-    """Confusion matrix: int64 [C, C], a row per label, a column per prediction, summing to N."""
+    """Return the confusion matrix, int64 [C, C]: a row per label, a column per predicted class."""
     pairs = np.bincount(labels * classes + predicted, minlength=classes * classes)
     return pairs.reshape(classes, classes).astype(np.int64)
 
@@ -56,7 +59,10 @@ class ConfusedPair(NamedTuple):
 
 
 def most_confused(matrix: Labels, at_most: int) -> list[ConfusedPair]:
-    """The pairs of classes confused most often, in descending order; ties in order of classes."""
+    """Return the pairs of classes that are confused most often, in descending order.
+
+    Pairs with equal numbers of photos are in the order of their classes.
+    """
     wrong = [
         ConfusedPair(int(i), int(j), int(matrix[i, j]))
         for i, j in np.argwhere(matrix > 0)
@@ -66,13 +72,13 @@ def most_confused(matrix: Labels, at_most: int) -> list[ConfusedPair]:
 
 
 class PerClass(NamedTuple):
-    """Metrics of each class, [C] each; NaN where undefined (0 / 0).
+    """Metrics of each class, one array [C] per metric; NaN where undefined (0 / 0).
 
     Attributes:
         precision: Share of the photos predicted as the class that belong to it.
-        recall: Share of the class's photos that were predicted as it.
-        f1: Harmonic mean of both.
-        support: Photos of the class.
+        recall: Share of the class's photos that were predicted as the class.
+        f1: Harmonic mean of precision and recall.
+        support: Number of photos of the class.
     """
 
     precision: Floats
@@ -82,7 +88,7 @@ class PerClass(NamedTuple):
 
 
 def per_class(matrix: Labels) -> PerClass:
-    """Precision, recall and F1 of each class, from a confusion matrix."""
+    """Compute precision, recall and F1 of each class from a confusion matrix."""
     hits, support, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
     return PerClass(
         _ratio(hits, predicted),
@@ -99,15 +105,15 @@ def _ratio(above: Labels, below: Labels) -> Floats:
 
 
 class Calibration(NamedTuple):
-    """Reliability of the predicted class's probability, the confidence, in B bins.
+    """Accuracy by confidence, in B bins; confidence is the probability of the predicted class.
 
     Attributes:
-        edges: float64 [B + 1], bounds of the bins, 0 to 1.
-        confidence: float64 [B], mean confidence of each bin; NaN if the bin is empty.
-        accuracy: float64 [B], accuracy of each bin; NaN if the bin is empty.
-        photos: int64 [B], number of photos in each bin.
-        ece: Expected calibration error, a fraction of 1: mean over photos of the distance between
-            the accuracy and the confidence of their bin.
+        edges: Bounds of the bins from 0 to 1, float64 [B + 1].
+        confidence: Mean confidence of each bin, float64 [B]; NaN if the bin is empty.
+        accuracy: Accuracy of each bin, float64 [B]; NaN if the bin is empty.
+        photos: Number of photos in each bin, int64 [B].
+        ece: Expected calibration error from 0 to 1: the difference between accuracy and mean
+            confidence of a bin, averaged over all photos.
     """
 
     edges: Floats
@@ -118,7 +124,10 @@ class Calibration(NamedTuple):
 
 
 def calibration(probabilities: Probabilities, labels: Labels, bins: int = 10) -> Calibration:
-    """Calibration in bins of equal width, upper bound included (Guo et al., 2017)."""
+    """Compare accuracy with confidence in bins of equal width (Guo et al., 2017).
+
+    A bin includes its upper bound, but not its lower bound.
+    """
     edges = np.linspace(0, 1, bins + 1)
     confidences = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == labels
@@ -134,12 +143,15 @@ def calibration(probabilities: Probabilities, labels: Labels, bins: int = 10) ->
 
 
 def top_losses(probabilities: Probabilities, labels: Labels, at_most: int) -> Labels:
-    """Indices of the photos with the largest losses, largest first."""
+    """Return indices of the photos with the largest losses, largest first."""
     return np.argsort(-losses(probabilities, labels), kind="stable")[:at_most]
 
 
 def unsure(probabilities: Probabilities, labels: Labels, at_most: int) -> Labels:
-    """Indices of the correct photos with the lowest confidence, lowest first."""
+    """Return indices of the correctly classified photos with the lowest confidence.
+
+    The photo with the lowest confidence comes first.
+    """
     right = np.flatnonzero(probabilities.argmax(axis=1) == labels)
     order = np.argsort(probabilities[right].max(axis=1), kind="stable")
     return right[order][:at_most]

@@ -1,4 +1,4 @@
-"""Test-time augmentation (TTA) in evaluation: views of a photo, and the mean of predictions.
+"""Test-time augmentation (TTA) in evaluation: make views of a photo and average their predictions.
 
 A view is one crop, flip or random augmentation of a photo. The plain view is the photo as the
 service sees it without TTA.
@@ -37,7 +37,10 @@ FIXED: Final = {
 
 
 def fixed_views(config: TtaConfig | None) -> tuple[View, ...]:
-    """The deterministic views, the plain view first; only the plain view if TTA is off."""
+    """Return the deterministic views, with the unaugmented view first.
+
+    If TTA is off or uses random augmentations, only the unaugmented view is returned.
+    """
     if config is None or config.count == 0 or config.kind == "draws":
         return VIEWS[:1]
     if config.kind != "views":
@@ -46,7 +49,7 @@ def fixed_views(config: TtaConfig | None) -> tuple[View, ...]:
 
 
 def random_views(config: TtaConfig | None) -> int:
-    """Number of random draws besides the plain view."""
+    """Return the number of random augmentations of each photo; 0 if none are used."""
     return config.count if config is not None and config.kind == "draws" else 0
 
 
@@ -60,18 +63,18 @@ def draw(
     crop: float,
     size: int,
 ) -> Tensor:
-    """One random draw of every photo, as in training: float32 [N, size, size, 3] in 0..255.
+    """Augment every photo at random, as in training: float32 [N, size, size, 3] in 0..255.
 
-    Random erasing is switched off, because it regularises training but would only hide the subject
-    here.
+    Random erasing is switched off: it regularises training, but here it would only hide the
+    subject.
 
     Args:
-        pixels: uint8 [N, S, S, 3], whole photos squeezed to squares.
-        aspect: float32 [N], width over height.
+        pixels: Photos resized to squares, uint8 [N, S, S, 3].
+        aspect: Width divided by height of each photo, float32 [N].
         config: The training augmentation.
-        seed: Seed of the draws.
-        view: Number of the draw; equal seed and number give equal pixels.
-        crop: Share of the short side that the plain view keeps.
+        seed: Seed of the random augmentation.
+        view: Number of the augmentation; equal seeds and numbers give equal pixels.
+        crop: Share of the photo's short side that the centre crop of the unaugmented view keeps.
         size: Side of the result in pixels.
     """
     config = config.model_copy(update={"erase": 0.0})
@@ -80,13 +83,13 @@ def draw(
 
 
 def combine(probabilities: Probabilities, how: str, plain_weight: float = 0.0) -> Probabilities:
-    """Average over views: [V, N, classes] -> [N, classes], rows summing to 1.
+    """Average probabilities over views: [V, N, classes] -> [N, classes], with rows that sum to 1.
 
     Args:
-        probabilities: Probabilities of each view, the plain view first.
-        how: "mean" or "log_mean", as in `serving.imaging.tta.average`.
-        plain_weight: Weight of the plain view, in [0, 1]; the others share the rest equally. 0
-            weighs all views equally.
+        probabilities: Probabilities of each view, with the unaugmented view first.
+        how: "mean" averages probabilities, "log_mean" averages their logarithms.
+        plain_weight: Weight of the unaugmented view, in [0, 1]; the other views share the rest
+            equally. 0 gives all views the same weight.
     """
     if len(probabilities) == 1:
         return np.asarray(probabilities[0])
