@@ -1,1 +1,1 @@
-"""Labelled photo datasets: folder layouts, label tables, splits, torchvision sets, sample set."""
+"""Labelled photo datasets: find and split photos, torchvision's datasets, the sample dataset."""

@@ -1,4 +1,4 @@
-"""Labelled photo datasets: load one, split it, write the split to a run folder and read it back."""
+"""Load a labelled photo dataset and split it; write the split to a run folder and read it back."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from training.utils.console import quoted
 SAMPLE: Final = "sample"
 SPLIT_FILE: Final = "split.csv"
 MAX_UNREADABLE_SHARE: Final = 0.05
-"""Training refuses a dataset with a larger share of unreadable photos."""
+"""Largest share of unreadable photos. Training stops with an error if more are unreadable."""
 
 
 class Sample(NamedTuple):
-    """A photo and the index of its class."""
+    """Path of a photo, and the index of the photo's class."""
 
     path: Path
     label: int
@@ -36,15 +36,16 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A labelled set of photos, split into parts: train, valid and test.
+    """A dataset of labelled photos, divided into the splits train, valid and test.
 
     Attributes:
         source: The value of `--data`.
-        root: Data folder; every photo lies below it.
-        classes: Class names in natural order: 1, 2, 10.
-        train, valid: Photos for training, and for choosing the best epoch.
-        test: Photos that a run uses for neither.
-        unlabelled: Photos of `test/` without labels.
+        root: Data folder, which contains all photos.
+        classes: Class names in natural order, such as 1, 2, 10.
+        train: Photos for training.
+        valid: Photos for validation after every epoch.
+        test: Labelled photos that training and validation do not use.
+        unlabelled: Photos in the folder `test/` that have no labels.
     """
 
     source: str
@@ -57,7 +58,10 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of photo names, file sizes, labels and parts, not of contents; 16 hex digits."""
+        """Hash of all photos' names, file sizes, labels and splits, 16 hex digits.
+
+        The contents of the files are not read.
+        """
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for part in PARTS:
             for path, label in getattr(self, part):
@@ -67,10 +71,11 @@ class Dataset:
         return digest.hexdigest()[:16]
 
     def without(self, broken: Iterable[Path]) -> Dataset:
-        """A copy without some photos.
+        """Return a copy without the photos in `broken`.
 
         Raises:
-            DataError: The train part, the valid part, or a class in the train part becomes empty.
+            DataError: The copy has no training or no validation photos, or a class has no training
+                photos.
         """
         removed = set(broken)
         parts: dict[str, Any] = {
@@ -89,16 +94,17 @@ def load_dataset(
     """Find the photos of `source` and split them.
 
     Args:
-        source: "sample" for the built-in set, a name in `torchvision_sets.NAMES`, or a folder. The
-            folder holds one folder per class, or `train/` and `valid/` (and `test/`) with one
-            folder per class each, or a layout that `config` describes.
-        split: CSV `path,fold`; fold is train, valid, test or a number.
-        config: Where labels come from, and how photos without a part are split.
-        seed: Seed of that split.
+        source: "sample" for the built-in dataset, a name in `torchvision_sets.NAMES`, or a folder.
+            The folder contains one folder per class, or `train/`, `valid/` and optionally `test/`,
+            all with one folder per class. Or `config` describes another layout.
+        split: CSV file with the columns `path` and `fold`; fold is train, valid, test or a number.
+            None: the split comes from the folders or is drawn at random.
+        config: Data options: where labels come from, and how photos are split at random.
+        seed: Seed of the random split.
 
     Raises:
-        DataError: No usable photos; the message has the expected layout.
-        OptionError: An option does not fit the data.
+        DataError: The folder or the split file has no usable photos, or can't be read.
+        OptionError: An option in `config` does not fit the data.
     """
     try:
         return _load(source, split, config, seed)
@@ -178,7 +184,7 @@ def _checked(dataset: Dataset, split: Path | None = None) -> Dataset:
 
 
 def write_split(dataset: Dataset, path: Path) -> None:
-    """Write every photo's part as CSV `path,fold,label`; paths are relative to the data folder."""
+    """Write the split to a CSV file `path,fold,label`; paths are relative to the data folder."""
     with (
         atomic_write(path) as partial_path,
         partial_path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
@@ -203,14 +209,14 @@ def read_split(
     """Read a split that `write_split` wrote.
 
     Args:
-        path: The split file of a run.
-        root: Folder that holds the photos now.
-        classes: Class names in label order.
-        source: Value of `--data`.
-        needed: Parts whose photos must all exist.
+        path: The split file in a run folder.
+        root: Folder that contains the photos now.
+        classes: Class names in the order of the class indices.
+        source: The value of `--data`.
+        needed: Splits (train, valid or test) of which all photos must exist.
 
     Raises:
-        DataError: The file can't be read, or photos are missing.
+        DataError: The split file can't be read, or photos are missing.
     """
     root = root.resolve()
     if not os.path.isdir(root):
@@ -234,7 +240,14 @@ def read_split(
 def missing_photos_error(
     missing: Sequence[Sample], samples: Sequence[Sample], part: str, root: Path
 ) -> DataError:
-    """The error for the `missing` photos among the `samples` of a part."""
+    """Return the error for missing photos of a split.
+
+    Args:
+        missing: The missing photos, at least one.
+        samples: All photos of the split.
+        part: Name of the split: train, valid or test.
+        root: Data folder.
+    """
     if len(missing) == len(samples):
         return DataError(
             f"none of the {len(samples)} {part} photos is in {root}; say where with --data"
@@ -247,5 +260,8 @@ def missing_photos_error(
 
 
 def photos_changed(info_data: Mapping[str, Any], dataset: Dataset) -> bool:
-    """Whether names, sizes, labels or parts differ from those in a checkpoint's `info.data`."""
+    """Whether a dataset's photos, labels or splits have changed since a checkpoint was written.
+
+    info_data: The entry `info.data` of the checkpoint.
+    """
     return info_data.get("fingerprint") not in (None, dataset.fingerprint)

@@ -1,7 +1,7 @@
-"""Dataset layouts on disk: one folder per class, train/valid/test folders, file names, CSV tables.
+"""Find the photos of a dataset and their labels in one of the supported layouts on disk.
 
-Every layout is read into a list of `Photo`: path, class name, and part (train, valid or test; "" if
-the layout doesn't define it).
+Labels are the names of class folders (optionally inside `train/`, `valid/` and `test/`), parts of
+file names, or values in a CSV table. The result is a list of `Photo`: path, class name and split.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ from training.utils.console import MAX_MISTAKES, format_mistakes, quoted
 
 _IGNORED_FOLDERS: Final = ("__MACOSX", "@eaDir")
 PART_FOLDERS: Final = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
-"""Folder name -> part. These folders are parts of the dataset, not classes."""
+"""Folder name -> split (train, valid or test). Folders of these names are not classes."""
 
 
 class Photo(NamedTuple):
-    """A photo, its class name, and its part ("" until a split is drawn)."""
+    """A labelled photo.
+
+    Attributes:
+        path: Path of the file.
+        label: Class name.
+        part: Split: train, valid or test; "" if the photo is not assigned to a split yet.
+    """
 
     path: Path
     label: str
@@ -33,10 +39,16 @@ class Photo(NamedTuple):
 
 
 def find_labelled(root: Path, config: DataConfig) -> list[Photo]:
-    """All labelled photos below `root`, in the layout of `config`; by default in class folders.
+    """Find all labelled photos below `root`.
+
+    Args:
+        root: Data folder.
+        config: Data options: the label table, or the pattern of file names. By default every class
+            has a folder.
 
     Raises:
-        DataError: No usable photos; the message has the expected layout.
+        DataError: The layout is wrong or contains no photos, or a file or folder can't be read.
+        OptionError: `data.images` is not below `root`.
     """
     if config.csv:
         return _from_table(root, config)
@@ -46,7 +58,10 @@ def find_labelled(root: Path, config: DataConfig) -> list[Photo]:
 
 
 def labeller(root: Path, config: DataConfig) -> Callable[[str], str]:
-    """A function: path of a photo relative to `root` -> its label, or "" if it has none."""
+    """Return a function that maps a photo's path relative to `root` to the photo's label.
+
+    The function returns "" for a photo without a label.
+    """
     if config.csv:
         labels = {path.as_posix(): label for path, label, _ in _table(root, config)}
         return lambda path: labels.get(Path(path).as_posix(), "")
@@ -62,9 +77,9 @@ def labeller(root: Path, config: DataConfig) -> Callable[[str], str]:
 
 
 def find_unlabelled(root: Path, labelled: Iterable[Path], config: DataConfig) -> tuple[Path, ...]:
-    """The photos of `test/`, if none of them has a label and `test/` has no class folders.
+    """Return the photos in `test/` if none of them has a label and `test/` has no class folders.
 
-    With `data.pattern`, `test/` is searched below `data.images`, where the photos are.
+    The folder is `root/test`; if `data.pattern` is set, `test` below the folder `data.images`.
     """
     test = (root / config.images if config.pattern else root) / "test"
     if not test.is_dir() or any(path.is_relative_to(test) for path in labelled):
@@ -75,7 +90,10 @@ def find_unlabelled(root: Path, labelled: Iterable[Path], config: DataConfig) ->
 
 
 def photos_below(folder: Path) -> Iterator[Path]:
-    """Image files below `folder`, selected by extension, in natural order, without hidden ones."""
+    """Yield the image files below `folder` in natural order.
+
+    Image files are recognised by their extension. Hidden files and folders are left out.
+    """
     if not folder.is_dir():
         return  # a part may lack some classes
     for here, folders, files in os.walk(folder, onerror=_raise_unreadable):
@@ -87,7 +105,7 @@ def photos_below(folder: Path) -> Iterator[Path]:
 
 
 def empty_class_folders(root: Path) -> list[str]:
-    """Class folders without photos in the train part, or in `root` if there are no parts."""
+    """Return the class folders without photos in `train/`; in `root` if there is no `train/`."""
     train = _parts(root).get("train", root)
     other = () if train != root else (*PART_FOLDERS, *_IGNORED_FOLDERS)
     empty = [f for f in _class_folders(train) if f.name not in other and not _has_photos(f)]
@@ -128,7 +146,7 @@ def _from_folders(root: Path) -> list[Photo]:
 
 
 def _parts(root: Path) -> dict[str, Path]:
-    """Part -> its folder, for the part folders that contain class folders."""
+    """Return the folder of each split (train, valid, test) that contains class folders."""
     parts: dict[str, Path] = {}
     for name, part in PART_FOLDERS.items():
         if _has_classes(root / name):
@@ -181,7 +199,11 @@ def _class_names(root: Path) -> list[str]:
 
 
 def _from_names(root: Path, config: DataConfig) -> list[Photo]:
-    """Labels from file names. `test/` is a part; `train/` and `valid/` are parts if both exist."""
+    """Find photos whose labels are in the file names.
+
+    A `test/` folder is used as the test split. `train/` and `valid/` are used as splits only if
+    both exist.
+    """
     folder = _images(root, config)
     labelled: list[tuple[Path, str]] = []
     unmatched: list[tuple[Path, str]] = []
@@ -234,7 +256,7 @@ def _from_table(root: Path, config: DataConfig) -> list[Photo]:
 
 
 def _table(root: Path, config: DataConfig) -> list[tuple[Path, str, int]]:
-    """(path relative to `root`, label, line) of every row of the label table."""
+    """Read the label table: (path relative to `root`, label, line number) of every table row."""
     table = root / config.csv
     if config.images or not (root / "train").is_dir():
         images = _images(root, config).relative_to(root)

@@ -1,4 +1,4 @@
-"""The built-in sample dataset: flowers painted from a seed, for tests and demos without downloads.
+"""Built-in sample dataset: computer-drawn flowers for tests and demos without downloads.
 
     >>> folder = cached_sample()  # one folder per class: daisy/0000.jpg, daisy/0001.jpg, ...
 
@@ -36,20 +36,20 @@ def write_sample(
 ) -> Path:
     """Write the dataset as one folder of JPEG files per class: `folder/CLASS/0000.jpg`.
 
-    The files are written to a hidden folder next to `folder`, which is renamed at the end, so that
-    `folder` is either complete or absent. The same arguments give the same pictures.
+    The files are first written to a hidden folder next to `folder`. This folder is renamed at the
+    end. Therefore `folder` is either complete or absent. The same arguments give the same pictures.
 
     Args:
-        folder: Must not exist.
-        per_class: Pictures per class, at least 1.
-        seed: Seed of the pictures, 0 or more.
+        folder: Folder to create; must not exist.
+        per_class: Number of pictures per class, at least 1.
+        seed: Random seed of the pictures, 0 or more.
         size: Side of a picture in pixels, at least 32.
 
     Returns:
         `folder`.
 
     Raises:
-        DataError: `folder` exists, or a number is out of range.
+        DataError: `folder` exists, or `per_class`, `seed` or `size` is too small.
     """
     minimums = {"per_class": (per_class, 1), "seed": (seed, 0), "size": (size, 32)}
     for name, (value, low) in minimums.items():
@@ -79,10 +79,9 @@ def write_sample(
 
 
 def cached_sample(seed: int = 0) -> Path:
-    """The folder of the default dataset in the user's cache, written at first use.
+    """Return the folder of the sample dataset in the user's cache; write it at first use.
 
-    Several processes may call this function at the same time. All of them return the folder of the
-    process that finishes first.
+    Several processes may call this function at the same time. They all return the same folder.
 
     Raises:
         DataError: `seed` is negative.
@@ -102,15 +101,15 @@ def cached_sample(seed: int = 0) -> Path:
 
 
 def contact_sheet(columns: int = 8, size: int = 128, seed: int = 0) -> Image.Image:
-    """The first pictures of every class on one sheet, one row per class with its name above.
+    """Draw the first pictures of every class on one sheet: a line of pictures below the class name.
 
     Args:
-        columns: Pictures per row.
+        columns: Number of pictures per class.
         size: Side of each picture in pixels.
-        seed: Seed of the pictures, 0 or more.
+        seed: Random seed of the pictures, 0 or more.
 
     Returns:
-        An RGB picture, `columns` pictures wide.
+        An RGB image, `columns * size` pixels wide.
     """
     band = max(size // 6, 12)
     sheet = Image.new("RGB", (columns * size, len(CLASSES) * (size + band)), (250, 247, 240))
@@ -126,7 +125,7 @@ def contact_sheet(columns: int = 8, size: int = 128, seed: int = 0) -> Image.Ima
 
 
 def _remove_stale_partials(folder: Path) -> None:
-    """Remove partial folders of `folder` whose process has ended."""
+    """Remove hidden folders that `write_sample` left behind when it was killed."""
     head = f".{folder.name}.partial-"
     for path in folder.parent.glob(f"{glob.escape(head)}*"):
         process = path.name.removeprefix(head)
@@ -142,5 +141,5 @@ def _names(per_class: int) -> Iterator[tuple[str, int]]:
 
 
 def _rng(seed: int, label: str, index: int) -> np.random.Generator:
-    """The random generator of one picture, independent of the other pictures."""
+    """Return the random generator of one picture. It does not depend on other pictures."""
     return np.random.default_rng([seed, CLASSES.index(label), index])

@@ -1,4 +1,4 @@
-"""Train/valid/test splits: drawn at random by share or by folds, or read from a split file."""
+"""Assign photos to the splits train, valid and test: at random, by folds, or from a CSV file."""
 
 from __future__ import annotations
 
@@ -20,10 +20,18 @@ _MAX_DIGITS: Final = 9  # in a fold number, because `int` refuses strings of tho
 
 
 def stratified_holdout(labels: Sequence[str], share: float, seed: int) -> list[bool]:
-    """Whether each photo is held out. Of every class `share` is, at least 1 photo, never all.
+    """Choose at random which photos are held out for validation.
 
-    Each class has its own random stream, seeded by its name, so that adding a class does not change
-    the draws of the others.
+    Every class has its own random generator, seeded by the class name. Adding a class does not
+    change the choice in the other classes.
+
+    Args:
+        labels: Class name of each photo.
+        share: Share of each class to hold out. At least 1 photo of a class is held out, never all.
+        seed: Random seed.
+
+    Returns:
+        For each photo, whether it is held out.
     """
     held_out = [False] * len(labels)
     for order in _shuffled(labels, seed).values():
@@ -34,10 +42,19 @@ def stratified_holdout(labels: Sequence[str], share: float, seed: int) -> list[b
 
 
 def stratified_folds(labels: Sequence[str], k: int, seed: int) -> list[int]:
-    """The fold, 0 to k - 1, of each photo. Fold sizes of a class differ by at most 1.
+    """Assign each photo at random to one of k folds for cross-validation.
 
-    Each class has its own random stream, seeded by its name. The first fold is random, too, so that
-    the remainders of the classes do not all go to fold 0.
+    The photos of a class are distributed evenly: fold sizes differ by at most 1. Every class has
+    its own random generator, seeded by the class name. Each class starts at a random fold;
+    otherwise the left-over photos of every class would land in fold 0.
+
+    Args:
+        labels: Class name of each photo.
+        k: Number of folds.
+        seed: Random seed.
+
+    Returns:
+        The fold of each photo, 0 to k - 1.
     """
     fold = [0] * len(labels)
     for label, order in _shuffled(labels, seed).items():
@@ -48,7 +65,7 @@ def stratified_folds(labels: Sequence[str], k: int, seed: int) -> list[int]:
 
 
 def _shuffled(labels: Sequence[str], seed: int) -> dict[str, list[int]]:
-    """The photos of each class, as indices in random order."""
+    """Return for each class the indices of the class's photos in random order."""
     by_class: dict[str, list[int]] = {}
     for index, label in enumerate(labels):
         by_class.setdefault(label, []).append(index)
@@ -65,18 +82,20 @@ def read_split_file(
     *,
     class_folders: bool,
 ) -> list[Photo]:
-    """The photos listed in a split file, with their labels and parts.
+    """Read a split file, and return the listed photos with their labels and splits.
 
     Args:
         root: Data folder.
-        split: CSV `path,fold`; fold is train, valid, test or a number.
-        config: `fold` is the number of the validation fold.
-        label_of: Path relative to `root` -> label, or "" if there is none.
+        split: CSV file with the columns `path` and `fold`; fold is train, valid, test or a number.
+        config: Data options. Photos of fold number `config.fold` are used for validation, those of
+            other numbers for training.
+        label_of: Function that maps a photo's path relative to `root` to the photo's label, or to
+            "" if the photo has no label.
         class_folders: Whether paths must have the form CLASS/photo.
 
     Raises:
-        DataError: The file is missing or malformed, or photos are missing or have no label.
-        OptionError: The file has no fold `config.fold`, or `config.folds` is set.
+        DataError: The split file is missing or malformed, or photos are missing or have no label.
+        OptionError: The split file has no fold `config.fold`, or `config.folds` is set.
     """
     if config.folds:
         raise OptionError(
@@ -99,11 +118,18 @@ def read_split_file(
 
 
 def draw_split(root: Path, photos: list[Photo], config: DataConfig, seed: int) -> list[Photo]:
-    """Assign train or valid to the photos that have no part.
+    """Assign the photos without a split to train or valid, at random.
+
+    Args:
+        root: Data folder, for error messages.
+        photos: All labelled photos of the dataset.
+        config: Data options: share of validation photos, or number of folds.
+        seed: Random seed.
 
     Raises:
-        DataError: A class has one photo, so it can't be in both parts.
-        OptionError: `folds` or `fold` is set but does not apply.
+        DataError: A class has only one photo, but needs one for training and one for validation.
+        OptionError: `data.folds` is set, but all photos have a split already; or `data.fold` is set
+            without `data.folds`.
     """
     check_class_names(photo.label for photo in photos)
     free = [photo for photo in photos if not photo.part]
@@ -136,7 +162,10 @@ def draw_split(root: Path, photos: list[Photo], config: DataConfig, seed: int) -
 
 
 def _parts_of_rows(split: Path, fold: int, *, class_folders: bool) -> list[tuple[str, str]]:
-    """(path relative to the data folder, part) of every row of a split file."""
+    """Read a split file: (path relative to the data folder, split) of every table row.
+
+    fold: Number of the fold that is used for validation.
+    """
     rows = _rows(split, class_folders)
     numbers = {int(where) for _, where in rows if where.isdecimal()}
     if fold not in (numbers or {0}):
@@ -192,7 +221,7 @@ def check_class_names(labels: Iterable[str]) -> None:
     """Check that every class name can be encoded as UTF-8.
 
     Raises:
-        DataError: A name can't be encoded; the message has the first such name.
+        DataError: A class name can't be encoded as UTF-8; the message contains the first such name.
     """
     for name in labels:
         try:

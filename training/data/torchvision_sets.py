@@ -1,9 +1,9 @@
-"""Datasets available by name, downloaded and split by torchvision.
+"""Two datasets that torchvision downloads; `--data` takes their names.
 
 - `flowers102`: Nilsback & Zisserman, 2008, "Automated Flower Classification over a Large Number of
-  Classes"; 102 classes, official train, validation and test parts.
-- `oxford-iiit-pet`: Parkhi et al., 2012, "Cats and Dogs"; 37 breeds, an official test part; the
-  validation part is drawn from the rest.
+  Classes"; 102 classes. Training, validation and test split are the official ones.
+- `oxford-iiit-pet`: Parkhi et al., 2012, "Cats and Dogs"; 37 breeds. The test split is the official
+  one. The validation split is drawn at random from the remaining photos.
 """
 
 from __future__ import annotations
@@ -20,10 +20,16 @@ from training.data.layouts import Photo
 
 
 def find(name: str) -> tuple[Path, list[Photo]]:
-    """The folder of a dataset in the user's cache, and its photos. Downloads it at first use.
+    """Return the folder of a dataset in the user's cache, and the photos of the dataset.
+
+    The dataset is downloaded at first use.
+
+    Args:
+        name: One of `NAMES`.
 
     Raises:
-        DataError: No network, or damaged files; the message names the folder and the remedy.
+        DataError: The dataset can't be downloaded or read, or photos are missing. The message
+            contains the folder and a remedy.
     """
     folder, read = _SETS[name]
     cache = user_cache_folder()

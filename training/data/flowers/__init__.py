@@ -1,7 +1,7 @@
-"""Painted flowers: ten classes that differ in shape, not in colour.
+"""Draw random pictures of flowers, in ten classes that differ in shape and not in colour.
 
-All classes draw colours, light, position and background from the same distributions. Only the
-number, shape and arrangement of the petals differ.
+Colours, light, position and background of all classes are random with the same distributions. Only
+the number, shape and arrangement of the petals differ.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ CLASSES: Final = tuple(_SPECIES)
 
 
 def paint(label: str, rng: Rng, size: int = 160) -> Image.Image:
-    """Paint one flower.
+    """Draw the picture of one flower.
 
     Args:
-        label: One of `CLASSES`.
-        rng: Source of all randomness; the same state gives the same picture.
-        size: Side in pixels.
+        label: Class of the flower, one of `CLASSES`.
+        rng: Random generator. The same state gives the same picture.
+        size: Side of the picture in pixels.
 
     Returns:
         An RGB picture of `size` x `size` pixels.

@@ -1,7 +1,7 @@
-"""Drawing primitives: a canvas for antialiased, shaded shapes; colours, curves and ribbons.
+"""Drawing functions: a canvas for antialiased and shaded shapes, random colours, and curves.
 
-Lengths and positions are fractions of the image's side, x to the right and y down, so a picture
-looks the same at every size. Colours are float32 RGB in [0, 1].
+Lengths and positions are fractions of the image's side, with x to the right and y down. A picture
+therefore looks the same at every size. Colours are float32 RGB in [0, 1].
 """
 
 from __future__ import annotations
@@ -53,42 +53,45 @@ GREENS = (
 def colour(
     rng: Rng, choices: tuple[tuple[float, float, float], ...], spread: float = 0.05
 ) -> Array:
-    """A random colour out of `choices`, with normal noise of standard deviation `spread`."""
+    """Choose a random colour of `choices`, and add normal noise of standard deviation `spread`."""
     chosen = np.asarray(choices[int(rng.integers(len(choices)))])
     return np.clip(chosen + rng.normal(0, spread, 3), 0.02, 1).astype(np.float32)
 
 
 def mix(a: Array, b: Array, t: Array | float) -> Array:
-    """Interpolate from colour `a` to colour `b`: t [...] in [0, 1] -> [..., 3]."""
+    """Interpolate from colour `a` (t = 0) to colour `b` (t = 1): weights t [...] -> [..., 3]."""
     weight = np.asarray(t, np.float32)[..., None]
     return np.asarray(a + (b - a) * weight, np.float32)
 
 
 def clip(x: Array, low: float, high: float) -> Array:
-    """Equal to np.clip, but several times faster on small arrays."""
+    """Limit values to [low, high] like np.clip, but several times faster on small arrays."""
     return np.minimum(np.maximum(x, np.float32(low)), np.float32(high))
 
 
 def smooth(x: Array, low: float, high: float) -> Array:
-    """Smoothstep: 0 up to `low`, 1 from `high`, cubic between."""
+    """Return the smoothstep of x: 0 for x <= `low`, 1 for x >= `high`, a cubic in between."""
     t = clip((x - low) * np.float32(1 / (high - low)), 0, 1)
     return np.asarray(t * t * (3 - 2 * t), np.float32)
 
 
 def turn(angle: float) -> Array:
-    """The rotation matrix [2, 2] by `angle` (radians)."""
+    """Return the matrix [2, 2] of a rotation by `angle` (radians)."""
     c, s = np.cos(angle), np.sin(angle)
     return np.array([[c, -s], [s, c]], np.float32)
 
 
 def inverse(m: Array) -> Array:
-    """The inverse of a matrix [2, 2]; faster than np.linalg.inv at this size."""
+    """Return the inverse of a matrix [2, 2]. This is faster than np.linalg.inv."""
     (a, b), (c, d) = m.tolist()
     return np.array([[d, -b], [-c, a]], np.float32) / np.float32(a * d - b * c)
 
 
 def bow(start: Array, end: Array, sag: float, steps: int = 16) -> Array:
-    """Points [steps, 2] on a parabola from `start` to `end`, `sag` times as high as long."""
+    """Return points [steps, 2] on a parabola from `start` to `end`.
+
+    The height of the parabola is `sag` times the distance from `start` to `end`.
+    """
     t = np.linspace(0, 1, steps, dtype=np.float32)[:, None]
     chord = end - start
     side = np.array([-chord[1], chord[0]], np.float32)
@@ -96,7 +99,7 @@ def bow(start: Array, end: Array, sag: float, steps: int = 16) -> Array:
 
 
 def ribbon(path: Array, width: Array) -> Array:
-    """The outline [2n, 2] of a band of half-width `width` [n] along `path` [n, 2]."""
+    """Return the outline [2n, 2] of a band with half-width `width` [n] along `path` [n, 2]."""
     ahead = np.gradient(path, axis=0)
     ahead /= np.linalg.norm(ahead, axis=1, keepdims=True) + 1e-9
     side = np.stack([-ahead[:, 1], ahead[:, 0]], axis=1) * width[:, None]
@@ -104,13 +107,15 @@ def ribbon(path: Array, width: Array) -> Array:
 
 
 class Canvas:
-    """A square picture; shapes are drawn over the earlier ones.
+    """A square picture to draw on. Every shape covers the shapes that were drawn before.
 
-    pixels: float32 [size, size, 3], RGB in [0, 1].
+    Attributes:
+        pixels: RGB values in [0, 1], float32 [size, size, 3].
+        size: Side of the picture in pixels.
     """
 
     def __init__(self, pixels: Array) -> None:
-        """Paint on `pixels`, which is changed in place."""
+        """Draw on `pixels`. The array is changed in place."""
         self.pixels = pixels
         self.size = len(pixels)
 
@@ -125,7 +130,8 @@ class Canvas:
 
         Args:
             outline: Corners [n, 2].
-            paint: A colour [3], or a function of x [1, w] and y [h, 1] that returns [h, w, 3].
+            paint: A colour [3], or a function of positions x [1, w] and y [h, 1] that returns
+                colours [h, w, 3].
             shadow: Darkness of a soft shadow around the shape, 0 to 1.
             opacity: Opacity of the shape, 0 to 1.
         """
@@ -151,14 +157,14 @@ class Canvas:
         box += (paint - box) * (np.asarray(mask, np.float32)[..., None] * (opacity / 255))
 
     def dots(self, places: Points, radii: Points, paint: Array, opacity: float = 1.0) -> None:
-        """Draw round dots: places [n, 2], radii [n], one colour [3]."""
+        """Draw dots of one colour `paint` [3] at `places` [n, 2] with `radii` [n]."""
         pen, mask, fine = self._new_mask()
         for (x, y), r in zip(places * fine, radii * fine, strict=True):
             pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
         self._blend(mask, paint, opacity)
 
     def lines(self, segments: Points, width: float, paint: Array, opacity: float = 1.0) -> None:
-        """Draw line segments [n, 4] as x, y, x, y, all of one width and colour."""
+        """Draw lines of one width and colour. segments: x, y of start and end, [n, 4]."""
         pen, mask, fine = self._new_mask()
         for segment in (segments * fine).tolist():
             pen.line(segment, fill=255, width=max(1, round(width * fine)))

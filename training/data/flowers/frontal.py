@@ -1,4 +1,4 @@
-"""Flowers drawn from the front: petals around a centre."""
+"""Draw the classes of flowers that are seen from the front: petals around a centre."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _GOLDEN = np.pi * (3 - np.sqrt(5))
 
 
 def _pose(rng: Rng) -> tuple[Array, Array]:
-    """Random centre [2] and matrix [2, 2] (size, tilt, rotation) for a flower of radius 1."""
+    """Return a random centre [2] and a random matrix [2, 2] that scales and tilts a unit circle."""
     radius = rng.uniform(0.31, 0.43)
     slack = max(0.5 - radius, 0.06)
     centre = 0.5 + rng.uniform(-slack, slack, 2)
@@ -49,7 +49,22 @@ def _whorl(
     loose: float = 0.1,
     leaf: bool = False,
 ) -> None:
-    """Draw `count` petals around `centre`, with small random differences."""
+    """Draw a ring of `count` petals around `centre`, with small random differences.
+
+    Args:
+        canvas: The canvas to draw on.
+        rng: Random generator.
+        colours: Colours of the picture.
+        petal: Shape of the petals.
+        count: Number of petals.
+        centre: Centre of the ring [2].
+        pose: Matrix [2, 2] that scales and tilts the ring.
+        reach: Length of the petals as a multiple of the flower's radius.
+        phase: Angle of the first petal in radians.
+        lit: Brightness factor.
+        loose: Amount of the random differences.
+        leaf: Whether to use the leaf colours.
+    """
     step = 2 * np.pi / count
     for i in range(count):
         angle = phase + step * (i + rng.normal(0, loose * 0.5))
@@ -60,7 +75,7 @@ def _whorl(
 
 
 def _disc(canvas: Canvas, colours: Palette, centre: Array, pose: Array, reach: float) -> None:
-    """Draw a domed centre with seeds on a golden-angle spiral."""
+    """Draw a domed disc at the centre of a flower, with seeds on a golden-angle spiral."""
     t = np.linspace(0, 2 * np.pi, 40)
     rim = (np.stack([np.cos(t), np.sin(t)], axis=1) * reach) @ pose.T + centre
     sun = np.array([np.cos(colours.light), np.sin(colours.light)])
@@ -87,7 +102,7 @@ def _disc(canvas: Canvas, colours: Palette, centre: Array, pose: Array, reach: f
 def _stamens(
     canvas: Canvas, rng: Rng, colours: Palette, centre: Array, pose: Array, count: int, reach: float
 ) -> None:
-    """Draw stamens: lines from the centre, each with a dot of pollen at its end."""
+    """Draw stamens: `count` lines from the centre with a dot of pollen at the end."""
     angle = np.arange(count) * 2 * np.pi / count + rng.normal(0, 0.15, count)
     length = reach * rng.uniform(0.75, 1.1, count)
     ends = (np.stack([np.cos(angle), np.sin(angle)], 1) * length[:, None]) @ pose.T + centre
@@ -100,7 +115,7 @@ def _stamens(
 
 
 def daisy(canvas: Canvas, rng: Rng, colours: Palette) -> None:
-    """Two rings of 15 to 21 narrow petals around a small disc."""
+    """Draw a daisy: two rings of 15 to 21 narrow petals around a small disc."""
     centre, pose = _pose(rng)
     _stem(canvas, rng, colours, centre)
     count, start = int(rng.integers(15, 22)), rng.uniform(0, 6)
@@ -111,7 +126,7 @@ def daisy(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def sunflower(canvas: Canvas, rng: Rng, colours: Palette) -> None:
-    """Two rings of 15 to 19 broad pointed petals around a disc half as wide as the flower."""
+    """Draw a sunflower: two rings of 15 to 19 broad pointed petals around a large disc."""
     centre, pose = _pose(rng)
     _stem(canvas, rng, colours, centre)
     count, start = int(rng.integers(15, 20)), rng.uniform(0, 6)
@@ -122,7 +137,7 @@ def sunflower(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def trillium(canvas: Canvas, rng: Rng, colours: Palette) -> None:
-    """Three broad petals with three green sepals between them."""
+    """Draw a trillium: three broad petals and three green sepals between the petals."""
     centre, pose = _pose(rng)
     _stem(canvas, rng, colours, centre)
     start = rng.uniform(0, 6)
@@ -136,7 +151,7 @@ def trillium(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def dogwood(canvas: Canvas, rng: Rng, colours: Palette) -> None:
-    """Four notched petals around a small disc."""
+    """Draw a dogwood: four notched petals around a small disc."""
     centre, pose = _pose(rng)
     _stem(canvas, rng, colours, centre)
     petal = Petal(rng.uniform(0.38, 0.44), 0.75, 0.33, notch=rng.uniform(0.14, 0.2), veins=7)
@@ -145,7 +160,7 @@ def dogwood(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def buttercup(canvas: Canvas, rng: Rng, colours: Palette) -> None:
-    """Five round petals around a ring of stamens."""
+    """Draw a buttercup: five round petals around a ring of stamens."""
     centre, pose = _pose(rng)
     _stem(canvas, rng, colours, centre)
     petal = Petal(rng.uniform(0.44, 0.5), 0.6, 0.3, veins=6)
@@ -155,7 +170,7 @@ def buttercup(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def lily(canvas: Canvas, rng: Rng, colours: Palette) -> None:
-    """Two rings of three pointed, spotted petals, and six long stamens."""
+    """Draw a lily: two rings of three pointed, spotted petals, and six long stamens."""
     centre, pose = _pose(rng)
     _stem(canvas, rng, colours, centre)
     start = rng.uniform(0, 6)
@@ -166,7 +181,7 @@ def lily(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def dandelion(canvas: Canvas, rng: Rng, colours: Palette) -> None:
-    """A ball of 84 thin lines that end in tufts."""
+    """Draw a dandelion: a ball of 84 thin lines that end in tufts."""
     centre, pose = _pose(rng)
     _stem(canvas, rng, colours, centre)
     _haze(canvas, colours, centre, pose)
@@ -194,7 +209,7 @@ def dandelion(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def _haze(canvas: Canvas, colours: Palette, centre: Array, pose: Array) -> None:
-    """Draw translucent discs: the haze of a dandelion's many hairs."""
+    """Draw translucent discs that look like the many fine hairs of a dandelion."""
     t = np.linspace(0, 2 * np.pi, 48)
     for reach in (1.0, 0.92, 0.8, 0.6):
         rim = (np.stack([np.cos(t), np.sin(t)], axis=1) * reach) @ pose.T + centre

@@ -1,4 +1,4 @@
-"""Flowers drawn from the side: tulip, bluebell and lavender, on stems."""
+"""Draw the classes of flowers that are seen from the side: tulip, bluebell and lavender."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DOWN = np.array([0.0, 1.0], np.float32)
 
 
 def tulip(canvas: Canvas, rng: Rng, colours: Palette) -> None:
-    """A closed cup of five petals on a stem between two leaves."""
+    """Draw a tulip: a closed cup of five petals on a stem between two leaves."""
     height = rng.uniform(0.42, 0.6)
     foot = np.array([rng.uniform(0.36, 0.64), rng.uniform(0.66, 0.8)], np.float32)
     lean = -np.pi / 2 + rng.normal(0, 0.22)
@@ -36,7 +36,15 @@ def tulip(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def _bell(canvas: Canvas, rng: Rng, colours: Palette, top: Array, frame: Array) -> None:
-    """Draw one hanging bell with curled lobes; `frame` [2, 2] maps (down, across) to (x, y)."""
+    """Draw one hanging bell with curled lobes.
+
+    Args:
+        canvas: The canvas to draw on.
+        rng: Random generator.
+        colours: Colours of the picture.
+        top: Position [2] of the upper end of the bell.
+        frame: Matrix [2, 2] from coordinates (along, across) of the bell to (x, y).
+    """
     lobe = Petal(0.2, 0.55, 0.7, veins=2)
     for angle, lit in ((-0.75, 0.75), (0.75, 0.78)):
         at = top + frame @ np.array([0.62, 0.28 * np.sign(angle)], np.float32)
@@ -66,7 +74,7 @@ def _bell(canvas: Canvas, rng: Rng, colours: Palette, top: Array, frame: Array) 
 
 
 def bluebell(canvas: Canvas, rng: Rng, colours: Palette) -> None:
-    """Four to six bells hanging from a curved stem."""
+    """Draw a bluebell: four to six bells that hang from a curved stem."""
     side = rng.choice([-1.0, 1.0])
     foot = np.array([0.5 - side * rng.uniform(0.1, 0.3), 1.1], np.float32)
     peak = np.array([0.5 + rng.uniform(-0.12, 0.12), rng.uniform(0.08, 0.2)], np.float32)
@@ -92,7 +100,7 @@ def bluebell(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def lavender(canvas: Canvas, rng: Rng, colours: Palette) -> None:
-    """One to three upright spikes of florets."""
+    """Draw lavender: one to three upright spikes of florets (small flowers)."""
     spikes = int(rng.integers(1, 4))
     middle = rng.uniform(0.4, 0.6)
     for i in rng.permutation(spikes):
@@ -109,7 +117,7 @@ def lavender(canvas: Canvas, rng: Rng, colours: Palette) -> None:
 
 
 def _spike(canvas: Canvas, rng: Rng, colours: Palette, path: Array) -> None:
-    """Draw rows of four florets along `path` [n, 2], smaller towards its end."""
+    """Draw groups of four florets along `path` [n, 2]. Their size decreases towards the end."""
     floret = Petal(0.3, 0.6, 0.5, veins=2)
     rows = int(rng.integers(8, 11))
     for row, at in enumerate(np.linspace(0, len(path) - 2, rows).astype(int)):

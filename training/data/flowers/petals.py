@@ -1,4 +1,4 @@
-"""Petals, leaves and stems, and the colour palette of a picture."""
+"""Draw petals, leaves and stems, and choose the random colours of a picture."""
 
 from __future__ import annotations
 
@@ -25,11 +25,19 @@ from training.data.flowers.brush import (
 
 @dataclass(frozen=True)
 class Petal:
-    """The shape of a petal: half-width proportional to `u**base * (1-u)**tip`, `width` at most.
+    """Shape of a petal or leaf of length 1.
 
-    u: position along the petal, 0 at the foot, 1 at the tip. A small `base` makes a broad foot, a
-    large one a narrow foot; a `tip` below 0.6 is round, above 0.9 pointed. `notch` cuts into the
-    tip, `ruffle` makes the edge wavy, `spots` adds dots near the foot.
+    At position u along the petal (0: foot, 1: tip) the half-width is proportional to
+    `u**base * (1-u)**tip`.
+
+    Attributes:
+        width: Largest half-width.
+        base: Exponent at the foot; small values make a broad foot.
+        tip: Exponent at the tip; values below 0.6 make a round tip, values above 0.9 a pointed one.
+        notch: Depth of the notch in the tip; 0: none.
+        ruffle: Height of the waves of the edge; 0: none.
+        veins: Number of veins.
+        spots: Whether dots are drawn near the foot.
     """
 
     width: float
@@ -41,7 +49,7 @@ class Petal:
     spots: bool = False
 
     def half(self, u: Array) -> Array:
-        """Half-width at `u` of a petal of length 1."""
+        """Return the half-width at the positions `u` (0: foot, 1: tip)."""
         u = clip(u, 0, 1)
         peak = self.base / (self.base + self.tip)
         top = peak**self.base * (1 - peak) ** self.tip
@@ -50,7 +58,7 @@ class Petal:
 
 @lru_cache(maxsize=16)
 def petal_outline(petal: Petal) -> tuple[Array, Array]:
-    """Outline of a petal of length 1 on the x axis: (along [2n], across [2n])."""
+    """Return the outline of a petal of length 1: coordinates (along [2n], across [2n])."""
     u = ((1 - np.cos(np.linspace(0, np.pi, 22))) / 2).astype(np.float32)
     half = petal.half(u)
     return np.concatenate([u, u[::-1]]), np.concatenate([half, -half[::-1]])
@@ -58,7 +66,16 @@ def petal_outline(petal: Petal) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Palette:
-    """The colours [3] of one picture, and the direction of its light (radians)."""
+    """Colours of one picture.
+
+    Attributes:
+        petal: Main colour of the petals.
+        deep: Colour of the petals at the foot.
+        pale: Colour of the petals at the tip.
+        heart: Colour of the centre and the stamens.
+        green: Colour of leaves and stems.
+        light: Direction of the light in radians.
+    """
 
     petal: Array
     deep: Array
@@ -69,7 +86,7 @@ class Palette:
 
     @staticmethod
     def draw(rng: Rng, ground: Array) -> Palette:
-        """Random colours; the petals contrast with the background colour `ground` [3]."""
+        """Draw random colours. The petals contrast with the background colour `ground` [3]."""
         for _ in range(12):
             petal = colour(rng, BLOOMS)
             if np.abs(petal - ground).sum() > 0.55:
@@ -99,18 +116,19 @@ def lay_petal(
     shadow: float = 0.3,
     leaf: bool = False,
 ) -> None:
-    """Draw one petal (or leaf) with shading, veins and highlight.
+    """Draw one petal or leaf with shading, veins and highlight.
 
     Args:
         canvas: The canvas to draw on.
-        rng: Randomises bend and waves.
+        rng: Random generator for the bend and the waves of the edge.
         colours: Colours of the picture.
         petal: Shape of the petal.
         foot: Position [2] of the petal's base.
-        frame: Matrix [2, 2] from (along, across) to (x, y), including the length.
+        frame: Matrix [2, 2] from coordinates (along, across) of the petal to (x, y). It includes
+            the length of the petal.
         lit: Brightness factor.
-        shadow: Darkness of the shadow; see `Canvas.lay`.
-        leaf: Use the leaf colours.
+        shadow: Darkness of the soft shadow around the petal, 0 to 1.
+        leaf: Whether to use the leaf colours.
     """
     bend = rng.normal(0, 0.06)
     swing = rng.uniform(0, 1)

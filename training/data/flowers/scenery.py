@@ -1,4 +1,4 @@
-"""The blurred background behind a flower, and the light, grain and noise over the picture."""
+"""Draw the blurred background of a picture, and apply light, grain and noise at the end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GROUNDS = (
 
 
 def background(rng: Rng, size: int) -> tuple[Array, Array]:
-    """Paint a blurred background.
+    """Draw a random blurred background of `size` x `size` pixels.
 
     Returns:
         The picture, float32 [size, size, 3], and its mean colour [3].
@@ -57,7 +57,15 @@ def background(rng: Rng, size: int) -> tuple[Array, Array]:
 
 
 def _clutter(kind: str, rng: Rng, pen: ImageDraw.ImageDraw, side: int, base: Array) -> None:
-    """Draw many objects of one kind with hard edges; the caller blurs them."""
+    """Draw many objects of one kind, such as leaves, with hard edges. The caller blurs them.
+
+    Args:
+        kind: "grass", "leaves", "stones", "bokeh" or "blooms".
+        rng: Random generator.
+        pen: Draws on the background.
+        side: Side of the background in pixels.
+        base: Mean colour of the background [3].
+    """
 
     def ink(paint: Array, low: float = 0.65, high: float = 1.25) -> tuple[int, int, int]:
         r, g, b = np.clip(paint * rng.uniform(low, high) * 255, 0, 255).astype(int).tolist()
