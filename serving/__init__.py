@@ -1,6 +1,7 @@
-"""Inference: bundles, the HTTP service and scoring.
+"""Inference: bundles, the HTTP service, and scoring of many images.
 
-Does not import training or export. Only `inference.torchscript` imports torch, when it is used.
+This package does not import `training` or `export`. Only `serving.inference.torchscript` imports
+torch, and only when a TorchScript graph is loaded.
 """
 
 __version__ = "0.1.0"

@@ -1,6 +1,7 @@
-"""Subcommands of `fledge` that need only serving: inspect, verify, serve, score, evaluate-scores.
+"""Subcommands of `fledge` for bundles: inspect, verify, serve, score, evaluate-scores.
 
-Each function imports its modules when it runs, so that `fledge --help` stays fast.
+The modules that a subcommand needs are imported when the subcommand runs. This keeps
+`fledge --help` fast.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Protocol
 
 
 class AddVerb(Protocol):
-    """Function that adds a subcommand to `fledge`.
+    """Signature of a function that adds a subcommand to `fledge` and returns its argument parser.
 
-    The subcommand has the name of `function`, and its help is the first line of the docstring of
-    `function`.
+    The name of the subcommand is the name of `function`; its help text is the first line of the
+    docstring of `function`. `example` is a command line to show in the help.
     """
 
     def __call__(
@@ -79,7 +80,7 @@ def evaluate_scores(options: argparse.Namespace) -> None:
 
 
 def add_to(add_verb: AddVerb) -> None:
-    """Add the subcommands of serving and their options."""
+    """Add the subcommands of this module, with their options, through `add_verb`."""
     add = add_verb(inspect, "fledge inspect bundle")
     add.add_argument("bundle", type=Path, metavar="BUNDLE")
     add.add_argument("--json", action="store_true", help="print the manifest unchanged")

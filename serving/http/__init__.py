@@ -1,1 +1,1 @@
-"""HTTP: the ASGI app, requests and responses, the demo page, telemetry."""
+"""HTTP API of the service: ASGI app, requests and responses, demo page, telemetry."""

@@ -1,9 +1,11 @@
-"""The ASGI app: answers the routes of the model, and passes BentoML's own routes on to BentoML.
+"""The ASGI app of the service, which wraps BentoML's ASGI app.
 
-BentoML's middleware costs ten times as much per request as this app, adds a metrics label for every
-path that it sees, and has its own format of errors. Therefore this app answers prediction,
-readiness, the manifest and the demo page. BentoML answers `/livez`, `/metrics` and `/docs.json`,
-and handles the lifespan.
+This app answers the routes for prediction, readiness, the manifest and the demo page. BentoML
+answers `/livez`, `/metrics` and `/docs.json`, and handles the ASGI lifespan.
+
+Prediction does not go through BentoML's middleware, because the middleware takes ten times as long
+per request as this app, adds a metrics label for every requested path, and has its own format of
+errors.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from serving.server import bentoml_compat
 from serving.server.shutdown import GracefulShutdown
 
 READ_TIMEOUT: Final = 60.0
-"""Seconds that a client may take to send a body."""
+"""Seconds that a client may take to send the body of a request."""
 
 _READ_METHODS: Final = ("GET", "HEAD")
 _SMALL_FORM: Final = 2**18
@@ -47,7 +49,7 @@ Handler = Callable[["App", Request], Awaitable[Response]]
 
 
 class App:
-    """ASGI app with the routes of the model; passes other requests on to BentoML's app."""
+    """ASGI app that answers Fledge's routes and passes BentoML's routes on to BentoML's app."""
 
     def __init__(self, inner: ASGIApp, model_manager: Callable[[], ModelManager]) -> None:
         """Build the app.
@@ -62,7 +64,7 @@ class App:
         self._shutdown = GracefulShutdown()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer the request, or pass it on to BentoML."""
+        """Answer a request, or pass it on to BentoML's app."""
         if scope["type"] == "websocket":  # not supported, and BentoML would add its path as a label
             await receive()
             await send({"type": "websocket.close", "code": 1000})
@@ -113,7 +115,10 @@ class App:
             return Response.problem(error, request)
 
     async def predict(self, request: Request) -> Response:
-        """`POST /predict`: one image, as the raw body or as the multipart field `image`."""
+        """Answer `POST /predict`: classify one image.
+
+        The image is the raw body, or the multipart field `image`.
+        """
         model_manager = self._model_manager()
         with _count_errors(model_manager):
             pairs = forms.query(request.query)
@@ -129,7 +134,10 @@ class App:
         return Response.of(answer)
 
     async def predict_batch(self, request: Request) -> Response:
-        """`POST /predict/batch`: several multipart fields `image`; an answer or error for each."""
+        """Answer `POST /predict/batch`: classify the images in several multipart fields `image`.
+
+        The response has one answer or error per image.
+        """
         model_manager = self._model_manager()
         with _count_errors(model_manager):
             if not forms.is_multipart(request.content_type):
@@ -141,13 +149,13 @@ class App:
             return Response.of(answers)
 
     async def model(self, request: Request) -> Response:
-        """`GET /model`: the manifest, and the precision and provider in use."""
+        """Answer `GET /model`: the bundle's manifest, and the precision and provider in use."""
         model_manager = self._model_manager()
         _authorise(request, model_manager)
         return Response(200, model_manager.model.manifest)
 
     async def ready(self, request: Request) -> Response:
-        """`GET /readyz`: 200 and the model that is served, or 503 and the reason."""
+        """Answer `GET /readyz`: 200 and the served model, or 503 and the reason."""
         model_manager = self._model_manager()
         # Clients get the reason without paths of this machine; the log has the full text.
         refusal = model_manager.refusal.replace(str(model_manager.settings.bundle), "the bundle")
@@ -165,7 +173,7 @@ class App:
         return Response.of(state | ({"refused": refusal} if refusal else {}))
 
     async def demo_page(self, request: Request) -> Response:
-        """`GET /`: the demo page. If no model is loaded yet, the page polls until one is."""
+        """Answer `GET /` with the demo page. The page polls until a model is loaded."""
         try:
             model = self._model_manager().model.predictor.model
         except FledgeError:
@@ -202,9 +210,9 @@ async def _parse_form(body: bytes, request: Request) -> forms.Form:
 
 @contextmanager
 def _count_errors(model_manager: ModelManager) -> Iterator[None]:
-    """Count an exception of the `with` block under its error code, then re-raise it.
+    """Count an exception of the `with` block in the metrics, by error code, and re-raise it.
 
-    Disconnects of the client are not counted.
+    `ClientDisconnect` is not counted.
     """
     try:
         yield

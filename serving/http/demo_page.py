@@ -1,8 +1,8 @@
-"""The demo page of `GET /`: one HTML document with its style and its script inline.
+"""The demo page at `GET /`: one HTML document with inline style and inline script.
 
-The Content-Security-Policy allows both by their sha256. The browser therefore runs no other script,
-even if a label or a model's name contains one, and connects to no other host. BentoML's OpenAPI
-page at `/docs` gets a policy too.
+The Content-Security-Policy header allows only this style and this script, by their sha256, and no
+other host. A script in a label or in the model's name therefore does not run. This module also has
+the policy of BentoML's OpenAPI page at `/docs`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _read(name: str) -> str:
 
 
 def _csp_hash(text: str) -> str:
-    """The source expression that allows the inline script or style `text` in a policy."""
+    """Return the Content-Security-Policy source that allows the inline script or style `text`."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
@@ -65,7 +65,7 @@ tracker from another host."""
 
 
 def with_policy(send: Send, policy: str) -> Send:
-    """Wrap `send` so that the response gets the Content-Security-Policy `policy`."""
+    """Return an ASGI `send` that adds the Content-Security-Policy header `policy` to a response."""
 
     async def send_with_policy(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -77,7 +77,11 @@ def with_policy(send: Send, policy: str) -> Send:
 
 
 def render(model: str = "") -> Response:
-    """The page for `model`, given as NAME:VERSION; "" if no model is loaded yet."""
+    """Return the response with the demo page.
+
+    Args:
+        model: The served model as NAME:VERSION; "" if no model is loaded yet.
+    """
     name, _, version = model.rpartition(":")
     text = _TEMPLATE.render(
         title=f"{model} · Fledge" if model else "Fledge",

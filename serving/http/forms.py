@@ -1,7 +1,7 @@
-"""Parsing of requests: query strings and multipart bodies become images and options.
+"""Parse the query strings and multipart bodies of prediction requests into images and options.
 
-All input is untrusted. Names and values of options are validated. Lengths and media types that a
-multipart body states for its parts are ignored.
+All input is untrusted. Names and values of options are validated. In a multipart body, the headers
+Content-Length and Content-Type of the parts are ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from serving.errors import EmptyBody, OptionError, RequestError
 
 MAX_OVERHEAD: Final = 65_536
-"""Bytes that a multipart body may have in addition to its images."""
+"""Bytes that a multipart body may have in addition to the size limit of its images."""
 
 MAX_PARTS: Final = 64
 _NAMES: Final = ("tta", "top_k")
@@ -27,10 +27,13 @@ _INTEGER: Final = re.compile(r"-?[0-9]{1,9}", re.ASCII)
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Options of a request.
+    """Options of a prediction request.
 
-    tta: number of views (crops or flips of the photo) whose probabilities are averaged.
-    top_k: number of classes in the answer; None for the default.
+    Attributes:
+        tta: Number of TTA views (crops or flips of the photo) whose probabilities are averaged; 0
+            and 1 both mean the centre crop only.
+        top_k: Number of classes in the answer, best first; None means five, or all if there are
+            fewer.
     """
 
     tta: int = 0
@@ -38,7 +41,7 @@ class PredictOptions:
 
 
 def options(pairs: Iterable[tuple[str, str]]) -> PredictOptions:
-    """Parse (name, value) pairs.
+    """Parse the (name, value) pairs of a query string or form into `PredictOptions`.
 
     Raises:
         OptionError: A name is unknown or given twice, or a value is not a whole number.
@@ -56,10 +59,10 @@ def options(pairs: Iterable[tuple[str, str]]) -> PredictOptions:
 
 
 def query(raw: bytes) -> list[tuple[str, str]]:
-    """(name, value) pairs of a query string.
+    """Split a query string into (name, value) pairs.
 
     Raises:
-        OptionError: There are more than eight pairs.
+        OptionError: The query string has more than eight pairs.
     """
     try:
         return parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=8)
@@ -69,10 +72,11 @@ def query(raw: bytes) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Form:
-    """A multipart body.
+    """The fields of a multipart body.
 
-    images: contents of the fields `image`, in order.
-    pairs: (name, value) of every other field.
+    Attributes:
+        images: Contents of the fields named `image`, in order.
+        pairs: (name, value) of each other field, in order.
     """
 
     images: tuple[bytes, ...]
@@ -80,12 +84,16 @@ class Form:
 
 
 def is_multipart(content_type: bytes) -> bool:
-    """Whether a Content-Type is multipart/form-data; any other body is treated as one image."""
+    """Return whether a Content-Type is multipart/form-data."""
     return content_type[:19].lower() == b"multipart/form-data"
 
 
 def parse(body: bytes, content_type: bytes) -> Form:
-    """Parse a multipart body, in memory.
+    """Parse a multipart body.
+
+    Args:
+        body: The whole body of the request.
+        content_type: The Content-Type header, which states the boundary.
 
     Raises:
         RequestError: The body is not well formed, or has more than `MAX_PARTS` parts.
@@ -115,7 +123,7 @@ def parse(body: bytes, content_type: bytes) -> Form:
 
 
 class _Collector:
-    """Callbacks of the parser; collects the names and contents of the parts."""
+    """Callbacks for `MultipartParser` that collect the (name, content) of each part in `parts`."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[bytes, bytes]] = []

@@ -1,4 +1,4 @@
-"""HTTP messages over ASGI: a request with its body, and a response."""
+"""Classes of HTTP requests and responses, implemented on top of ASGI."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ASGIApp = Callable[[Message, Receive, Send], Awaitable[None]]
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _MAX_DROP_SECONDS: Final = 2.0
 _MAX_DROP_BYTES: Final = 64 * 2**20
-"""Limits on reading and dropping the rest of a refused body."""
+"""Limits, in seconds and bytes, on reading and discarding the rest of a refused request body."""
 
 
 class ClientDisconnect(Exception):
@@ -32,17 +32,17 @@ class ClientDisconnect(Exception):
 
 @dataclass
 class Request:
-    """The head of a request; `body` reads the rest.
+    """Method, path and headers of an HTTP request; the method `body` reads the body.
 
     Attributes:
         method: HTTP method, in upper case.
         path: Decoded path, without the query string.
-        query: The query string.
-        headers: Values by name in lower case; of a repeated header, the last value.
+        query: Query string, not decoded.
+        headers: Header values by lower-case name; if a header is repeated, its last value.
         receive: ASGI callable that receives the body.
-        id: The client's X-Request-ID, or a random id.
+        id: The client's X-Request-ID if it is valid, else a random id.
         body_complete: Whether the whole body has been read.
-        started: `time.perf_counter()` when the head arrived.
+        started: `time.perf_counter()` when the headers arrived.
     """
 
     method: str
@@ -56,7 +56,7 @@ class Request:
 
     @classmethod
     def of(cls, scope: Message, receive: Receive) -> Request:
-        """The request of an ASGI scope."""
+        """Create the request from an ASGI scope of type "http"."""
         headers = dict(scope["headers"])
         sent_id = headers.get(b"x-request-id", b"")
         id_ = sent_id.decode() if _REQUEST_ID.fullmatch(sent_id) else os.urandom(8).hex()
@@ -65,21 +65,23 @@ class Request:
 
     @property
     def content_type(self) -> bytes:
-        """The Content-Type that the client sent; used only to tell whether the body is a form."""
+        """The Content-Type header, or b"" if there is none."""
         return self.headers.get(b"content-type", b"")
 
     @property
     def seconds(self) -> float:
-        """Seconds since the head arrived."""
+        """Seconds since the headers of the request arrived."""
         return time.perf_counter() - self.started
 
     async def body(self, limit: int) -> bytes:
         """Read the whole body.
 
+        Args:
+            limit: Largest accepted length, in bytes.
+
         Raises:
-            TooLarge: The body is longer than `limit` bytes. Raised as soon as this is known,
-                without reading the rest.
-            ClientDisconnect: The client closed the connection.
+            TooLarge: The body is longer than `limit`. The rest of the body is not read.
+            ClientDisconnect: The client closed the connection before the end of the body.
         """
         message = f"more than the {limit} bytes allowed"
         stated = self.headers.get(b"content-length", b"0")
@@ -101,10 +103,10 @@ class Request:
                 return b"".join(chunks)
 
     async def drop_rest(self) -> None:
-        """Read the rest of the body and drop it, within limits.
+        """Read and discard the rest of the body, up to a limit in seconds and in bytes.
 
-        A connection that is closed with unread bytes is reset. A client that sends its whole body
-        before it reads would then not receive the response.
+        Closing a connection that has unread bytes resets the connection. Many clients send the
+        whole body before they read the response, and after a reset they can't read it.
         """
         if b"expect" in self.headers:
             return  # the client sends no body before it gets a response
@@ -119,7 +121,15 @@ class Request:
 
 @dataclass
 class Response:
-    """A response; its field `code` is "ok" or the code of the error, for the log."""
+    """An HTTP response.
+
+    Attributes:
+        status: HTTP status.
+        body: Content of the body.
+        media_type: Value of the Content-Type header.
+        headers: Additional headers; `send` adds those that every response has.
+        code: "ok" or the code of the error, for the access log.
+    """
 
     status: int
     body: bytes
@@ -129,12 +139,15 @@ class Response:
 
     @classmethod
     def of(cls, value: Any) -> Response:
-        """Status 200 with `value` as JSON."""
+        """Return a response with status 200 and `value` as JSON."""
         return cls(200, _json(value))
 
     @classmethod
     def problem(cls, error: Exception, request: Request) -> Response:
-        """`error` as `application/problem+json`, with the headers that its status needs."""
+        """Return the response for an error: `application/problem+json` and matching headers.
+
+        For example, status 429 gets the header `Retry-After`.
+        """
         body = problems.problem(error, request.id)
         headers = []
         if isinstance(error, Overloaded):
@@ -147,7 +160,11 @@ class Response:
         return cls(body["status"], _json(body), problems.MEDIA_TYPE, headers, body["code"])
 
     async def send(self, request: Request, send: Send) -> None:
-        """Send the response, with the headers that every response has."""
+        """Send the response through the ASGI callable `send`.
+
+        Adds headers such as Content-Length and X-Request-ID. For the method HEAD, the body is left
+        out.
+        """
         headers = [
             (b"content-type", self.media_type.encode()),
             (b"content-length", str(len(self.body)).encode()),

@@ -1,4 +1,4 @@
-"""Model manager: loads a bundle, replaces it when its manifest changes, reports readiness."""
+"""Load the bundle that is served, and load it again when its manifest file changes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ WATCH_SECONDS: Final = 1.0
 """Time between two checks of the manifest."""
 FIRST_RETRY_SECONDS: Final = 10.0
 MAX_RETRY_SECONDS: Final = 300.0
-"""Time until a refused bundle is tried again. It starts at the first value, and doubles with each
-attempt up to the second value."""
+"""Least and largest time until a refused bundle is tried again. The time doubles with each attempt.
+"""
 _RELEASE_POLL_SECONDS: Final = 0.02
 
 _log = logging.getLogger("bentoml.fledge")
@@ -35,13 +35,13 @@ _log = logging.getLogger("bentoml.fledge")
 
 @dataclass
 class LoadedModel:
-    """A predictor, and the engine that runs it.
+    """A loaded bundle: its predictor, and the engine that runs the predictor.
 
     Attributes:
-        predictor: The bundle's predictor.
-        engine: Queues the images of requests and runs the predictor on them.
-        manifest: The body of `GET /model`.
-        users: Number of requests that use the model; only the event loop's thread changes it.
+        predictor: Predictor of the bundle.
+        engine: Queue and threads that run the predictor on the images of requests.
+        manifest: Body of the response to `GET /model`.
+        users: Number of requests that use the model; changed only in the event loop's thread.
     """
 
     predictor: Predictor
@@ -57,13 +57,17 @@ class LoadedModel:
 
 
 class ModelManager:
-    """Holds the model that is served, and replaces it when the bundle's manifest changes.
+    """Owner of the served model: loads it, and replaces it when the bundle's manifest changes.
 
-    A model is served only if it predicts the expected probabilities for its golden images, which
-    are photos in the bundle whose expected probabilities are in the manifest. When the manifest
-    changes, the new model is loaded and checked while the current model is served, and then
-    replaces it between two requests. If the new model can't be served, the current one stays, and
-    `refusal` has the reason.
+    A model is served only if it predicts the expected probabilities of the golden images (photos in
+    the bundle whose expected probabilities are in the manifest). When the manifest file changes, a
+    thread loads and checks the new model while the current model is still served. If the check
+    passes, new requests use the new model. If it fails, the current model stays.
+
+    Attributes:
+        settings: Settings of the service.
+        telemetry: Metrics and access log.
+        refusal: Why the newest bundle is not served; "" if it is served.
     """
 
     def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
@@ -78,11 +82,11 @@ class ModelManager:
         self._swap_lock = threading.Lock()
 
     def start(self) -> None:
-        """Start the thread that loads the bundle, if none is loaded yet, and watches it."""
+        """Start the thread that watches the manifest; it first loads the bundle if needed."""
         threading.Thread(target=self._watch, name="fledge-watch", daemon=True).start()
 
     def close(self) -> None:
-        """Stop the thread and the engine; call it when no prediction is in progress."""
+        """Stop the threads; call this method when no prediction is in progress."""
         self._closing.set()
         with self._swap_lock:
             model, self._model, self.refusal = self._model, None, "the service is stopping"
@@ -94,8 +98,8 @@ class ModelManager:
         """The model that is served now.
 
         Raises:
-            NotReady: No model is loaded. `refusal` has the reason, which may contain paths that
-                clients must not see.
+            NotReady: No model is loaded. The message does not contain the reason in `refusal`,
+                because clients must not see the paths in it.
         """
         if self._model is None:
             raise NotReady("no model is being served now; GET /readyz says why")
@@ -103,9 +107,9 @@ class ModelManager:
 
     @contextmanager
     def acquire(self) -> Iterator[LoadedModel]:
-        """Context manager of the model that is served now.
+        """Yield the served model, which stays open during the `with` block.
 
-        If the model is replaced inside the `with` block, it is closed only after the block.
+        A model that is replaced meanwhile is closed after the block.
 
         Raises:
             NotReady: No model is loaded.
@@ -122,7 +126,11 @@ class ModelManager:
             model.users -= 1
 
     def load(self) -> None:
-        """Load the bundle, check it and serve it; the text of an error is stored in `refusal`."""
+        """Load and check the bundle, and serve it from now on.
+
+        If the bundle can't be served, no exception is raised: the current model stays, and
+        `refusal` has the reason.
+        """
         self._manifest_state = self._read_manifest_state()
         try:
             model = self._build()
@@ -179,7 +187,7 @@ class ModelManager:
             last_try = time.monotonic()
 
     def _read_manifest_state(self) -> object:
-        """A value that changes when the manifest is replaced."""
+        """Return a value that changes when the manifest file is replaced."""
         try:
             status = (self.settings.bundle / storage.MANIFEST).stat()
         except OSError:
@@ -225,7 +233,7 @@ def _open(settings: Settings) -> Predictor:
 
 
 def _describe(predictor: Predictor) -> bytes:
-    """The body of `GET /model`: the manifest, and the precision and provider in use."""
+    """Return the body of `GET /model`: the manifest, and the precision and provider in use."""
     values = json.loads(predictor.manifest.to_json())
     provider = predictor.runtime.provider
     values["serving"] = {

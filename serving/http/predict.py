@@ -1,9 +1,10 @@
-"""Prediction requests: from the bytes of images to JSON answers.
+"""Handle the images of prediction requests: from encoded bytes to the objects of the JSON answers.
 
-    bytes --check options, size--> engine.predict --> Prediction --> JSON
+    bytes --check options, size--> engine.predict --> Prediction --> JSON object
                                    within the deadline
 
-`App` calls these functions for HTTP, `ImageClassifier` for BentoML's own clients.
+These functions are called by `App` for HTTP requests, and by `ImageClassifier` for BentoML's own
+clients.
 """
 
 from __future__ import annotations
@@ -25,10 +26,16 @@ _log = logging.getLogger("bentoml.fledge")
 async def predict_image(
     model_manager: ModelManager, data: bytes, options: PredictOptions
 ) -> dict[str, Any]:
-    """The answer to one image, in the format of `Predictor.answer`.
+    """Classify one image and return the JSON object of the answer.
+
+    Args:
+        model_manager: Provides the model and the limits.
+        data: The encoded image file.
+        options: Options of the request.
 
     Raises:
-        FledgeError: Wrong options, a bad image, overload, a missed deadline, or no model.
+        FledgeError: An option is wrong, the image can't be used, the queue is full, the deadline
+            has passed, or no model is loaded.
     """
     with model_manager.acquire() as model:
         return await _predict(model, model_manager.settings, data, options)
@@ -40,13 +47,19 @@ async def predict_images(
     options: PredictOptions,
     request_id: str,
 ) -> list[dict[str, Any]]:
-    """An answer, or {"error": problem}, for each image, in order.
+    """Classify several images; return an answer or {"error": problem document} for each, in order.
 
-    An image that fails does not affect the others. All images are predicted by the same version of
-    the model.
+    A failed image does not affect the others. All images are predicted by the same version of the
+    model.
+
+    Args:
+        model_manager: Provides the model and the limits.
+        images: The encoded image files.
+        options: Options of the request, for all images.
+        request_id: Id of the request, for problem documents and the log.
 
     Raises:
-        FledgeError: The options are wrong, or no model is loaded. No image was processed.
+        FledgeError: An option is wrong, or no model is loaded. No image was processed.
     """
     settings, telemetry = model_manager.settings, model_manager.telemetry
     # The images of one request may fill only a part of the queue, so that others are accepted.

@@ -1,4 +1,4 @@
-"""Errors as HTTP responses: `application/problem+json` bodies (RFC 9457) with a stable code."""
+"""Errors that occur only over HTTP, and problem documents (RFC 9457) for all errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ MEDIA_TYPE: Final = "application/problem+json"
 
 
 class HttpError(Exception):
-    """Base class of the errors that occur only over HTTP, not in scoring or on the command line."""
+    """Base class of the errors that occur only over HTTP; all others are a `FledgeError`.
+
+    Attributes:
+        code: Stable error code of the problem document.
+        http_status: HTTP status of the response.
+    """
 
     code: ClassVar[str]
     http_status: ClassVar[int]
@@ -25,7 +30,7 @@ class NotFound(HttpError):
 
 
 class MethodNotAllowed(HttpError):
-    """The path exists, but not for this method."""
+    """The path exists, but does not support the method of the request."""
 
     code = "method-not-allowed"
     http_status = 405
@@ -39,20 +44,23 @@ class SlowRequest(HttpError):
 
 
 def is_fault(error: Exception) -> bool:
-    """Whether the service is at fault; then the log gets a traceback, and the client no details."""
+    """Return whether an error is a fault of the service, not of the request.
+
+    The log gets the traceback of a fault, and the client gets no details.
+    """
     return not isinstance(error, (FledgeError, HttpError)) or error.http_status == 500
 
 
 def code_of(error: Exception) -> str:
-    """The stable code of an error; `internal` for an unexpected exception."""
+    """Return the stable code of an error; "internal" for an unexpected exception."""
     return error.code if isinstance(error, (FledgeError, HttpError)) else "internal"
 
 
 def problem(error: Exception, request_id: str) -> dict[str, Any]:
-    """The body for `error`: type, title, status, detail, code.
+    """Return the problem document of an error: type, title, status, detail and code.
 
-    For a fault of the service, `detail` contains the id of the request, and no paths or class
-    names.
+    For a fault of the service, `detail` contains only the id of the request. The exception's text
+    could contain paths or class names.
     """
     status = error.http_status if isinstance(error, (FledgeError, HttpError)) else 500
     detail = str(error)

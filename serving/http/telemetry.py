@@ -1,10 +1,12 @@
-"""Telemetry: Prometheus metrics, the access log, and OpenTelemetry spans.
+"""Prometheus metrics, the access log, and OpenTelemetry spans of the service.
 
-`Telemetry` registers metrics that BentoML's `/metrics` reports, and writes one JSON line per
-request. `traced` adds spans to the routes that `App` answers, because BentoML's middleware traces
-only the requests that reach BentoML. The spans use BentoML's tracer provider and its setting
-`services.tracing`. The middleware is added only if tracing is on, because it costs more time per
-request than everything else apart from the model.
+`Telemetry` registers the metrics, which BentoML reports at `/metrics`, and writes one JSON line per
+request to the access log.
+
+`traced` wraps the ASGI app `App` in OpenTelemetry's middleware. BentoML's own tracing covers only
+requests that are passed on to BentoML. The spans go to BentoML's tracer provider, which is
+configured under `services.tracing`. If tracing is off, no middleware is added, because the
+middleware takes more time per request than all other work except the model.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 CLASSES: Final = 100
-"""Number of classes that are counted by label; the others are counted as `other`."""
+"""Number of classes with a metric of their own; predictions of the others count as `other`."""
 
 # Paths without spans here: BentoML traces its own routes, and probes and scrapes need no span.
 _UNTRACED: Final = "/(livez|healthz|readyz|metrics|docs|docs.json|schema.json)$,/static_content/"
@@ -37,11 +39,14 @@ _FLUSH_MS: Final = 5000
 
 
 class Telemetry:
-    """The metrics of this process; BentoML's `/metrics` combines those of all workers.
+    """The metrics and the access log of this process.
 
-    Create it once, in the worker, because prometheus_client reads PROMETHEUS_MULTIPROC_DIR when it
-    is imported, and BentoML sets that variable just before it starts several workers. Label values
-    are constants or come from a bundle, never from a request, so their number is bounded.
+    BentoML's `/metrics` combines the metrics of all workers. Create one instance in each worker,
+    not in the launcher: prometheus_client reads the variable PROMETHEUS_MULTIPROC_DIR when it is
+    imported, and BentoML sets this variable just before it starts several workers.
+
+    The values of metric labels are constants or come from a bundle, never from a request. Their
+    number is therefore bounded.
     """
 
     def __init__(self) -> None:
@@ -84,21 +89,25 @@ class Telemetry:
         self._log = _access_log()
 
     def observe(self, phase: str, value: float) -> None:
-        """Record a value.
+        """Record a duration or a count.
 
         Args:
-            phase: `read`, `queue`, `decode`, `infer` or `total`, whose value is in seconds; or
-                `rows` or `waiting`, whose value is a count.
-            value: The measured value.
+            phase: Name of the metric. `read`, `queue`, `decode`, `infer` and `total` are durations;
+                `rows` (the batch size of a run) and `waiting` (images not answered yet) are counts.
+            value: Seconds for a duration, else the count.
         """
         self._phases[phase](value)
 
     def count(self, outcome: str) -> None:
-        """Count one image by outcome: `ok`, or the code of the error."""
+        """Count one image by its outcome: "ok" or an error code."""
         self._outcomes.labels(outcome).inc()
 
     def answered(self, answer: Mapping[str, Any]) -> None:
-        """Count one answered image, its best class, and the probability of that class."""
+        """Record the answer to one image: its best class, the probability of this class, and flags.
+
+        Args:
+            answer: JSON object from `Predictor.answer`.
+        """
         self.count("ok")
         best = answer["predictions"][0]
         self._probability(best["probability"])
@@ -108,12 +117,19 @@ class Telemetry:
             self._out_of_distribution()
 
     def serving(self, model: str, precision: str, provider: str, labels: Sequence[str]) -> None:
-        """Set the model that is served now; its first `CLASSES` labels get a counter each."""
+        """Mark a model as served.
+
+        Args:
+            model: The model as NAME:VERSION.
+            precision: Precision of its graph, such as fp32.
+            provider: Execution provider of its runtime.
+            labels: Class names; each of the first `CLASSES` gets a counter.
+        """
         self._by_label = {label: self._predictions.labels(label) for label in labels[:CLASSES]}
         self._model.labels(model, precision, provider).set(1)
 
     def retired(self, model: str, precision: str, provider: str) -> None:
-        """Mark a model as no longer served."""
+        """Mark a model as no longer served; the arguments are those of `serving`."""
         self._model.labels(model, precision, provider).set(0)
 
     def refused(self) -> None:
@@ -123,7 +139,18 @@ class Telemetry:
     def log(
         self, request_id: str, method: str, path: str, status: int, code: str, seconds: float
     ) -> None:
-        """Write the request's line of the access log, with `trace` if the request is traced."""
+        """Write one request to the access log, as a JSON line.
+
+        If the request is traced, the line has its trace id in the field `trace`.
+
+        Args:
+            request_id: Id of the request.
+            method: HTTP method.
+            path: Path of the request.
+            status: HTTP status of the response.
+            code: "ok" or an error code.
+            seconds: Time from the request's headers to the response.
+        """
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "request": request_id,
@@ -150,7 +177,7 @@ def _access_log() -> logging.Logger:
 
 
 def traced(app: ASGIApp) -> ASGIApp:
-    """`app` with one span per request if tracing is on, else `app` itself."""
+    """Wrap `app` in middleware that creates one span per request, if tracing is on."""
     if not _tracing_is_on():
         return app
     return OpenTelemetryMiddleware(
@@ -163,13 +190,13 @@ def traced(app: ASGIApp) -> ASGIApp:
 
 
 def flush_spans() -> None:
-    """Export the spans that are still buffered; a worker calls it before it exits."""
+    """Export the spans that are still buffered. Call this function before the worker exits."""
     if _tracing_is_on():
         bentoml_compat.tracer_provider().force_flush(_FLUSH_MS)
 
 
 def trace_id() -> str:
-    """Trace id of the current request, 32 hexadecimal digits; "" if it is not traced."""
+    """Return the trace id of the current request: 32 hex digits, or "" if it is not traced."""
     context = trace.get_current_span().get_span_context()
     return trace.format_trace_id(context.trace_id) if context.is_valid else ""
 

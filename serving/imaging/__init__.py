@@ -1,1 +1,1 @@
-"""From encoded bytes to model input: decoding, limits, preprocessing, test-time augmentation."""
+"""Turn encoded images into model input: decoding, limits, preprocessing, TTA views."""

@@ -1,7 +1,7 @@
-"""Decode encoded images to upright RGB pixels. Training, export, scoring and serving all use it.
+"""Decode encoded images to upright RGB pixels, for training, export, scoring and serving.
 
-Every conversion beyond plain decoding is named in `Decoded.applied`, which is reported in the JSON
-answer.
+Conversions such as rotating by the EXIF orientation or scaling from 16 bits are listed in
+`Decoded.applied`, which is part of the JSON answer.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from serving.imaging import formats
 from serving.imaging.limits import check_limits
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-"""The Pillow plug-ins that may open a file. Others, such as EPS and PSD, are never used."""
+"""Names of the Pillow plug-ins that may open a file. Others, such as EPS, are never used."""
 
 SUFFIXES: Final = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 )
-"""File extensions that folders are searched for. Decoding itself ignores file names."""
+"""File extensions by which images are found in folders. Decoding itself ignores file names."""
 
 MAX_PIXELS: Final = 100_000_000
 MAX_BYTES: Final = 20_000_000
@@ -69,10 +69,11 @@ _SRGB: Final = ImageCms.createProfile("sRGB")
 
 @dataclass(frozen=True)
 class Decoded:
-    """An upright image and the conversions that were applied to it.
+    """A decoded image and the conversions that were applied to it.
 
-    image: mode RGB, 8 bits per channel, EXIF orientation applied.
-    applied: names such as "exif-orientation", "alpha-on-background", "16-bit-scaled".
+    Attributes:
+        image: Image of mode RGB, 8 bits per channel, with the EXIF orientation applied.
+        applied: Names of the conversions, such as "exif-orientation" or "16-bit-scaled".
     """
 
     image: Image.Image
@@ -85,17 +86,17 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Decoded:
-    """Decode one image of any of `FORMATS`, recognised by its content.
+    """Decode one image. The format is recognised by the content.
 
     Args:
         data: The encoded file.
-        max_pixels: Largest accepted width times height; checked before any pixel is decoded.
-        background: RGB, 0 to 255, put under transparent images.
+        max_pixels: Largest accepted width times height, checked before any pixel is decoded.
+        background: RGB colour, 0 to 255, on which transparent images are composited.
 
     Raises:
         EmptyBody: `data` is empty.
-        NotAnImage: `data` is of no known image format.
-        UnsupportedFormat: The format is not one of `FORMATS`.
+        NotAnImage: `data` is not in a known image format.
+        UnsupportedFormat: The format is known, but is not one of `FORMATS`.
         TooLarge: The image has more than `max_pixels` pixels, or needs too much memory.
         BrokenImage: The data is truncated or corrupt.
     """
@@ -138,10 +139,15 @@ def read(
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Decoded:
-    """Decode the file at `path`. Messages don't name the path.
+    """Decode an image file, like `decode`. Error messages don't contain the path.
+
+    Args:
+        path: Path of the file.
+        max_pixels: Largest accepted width times height.
+        background: RGB colour, 0 to 255, on which transparent images are composited.
 
     Raises:
-        ImageError: What `decode` raises; `BrokenImage` also if the file can't be read.
+        ImageError: The file can't be read (`BrokenImage`), or `decode` raises an error.
     """
     try:
         data = read_bytes(path)
@@ -151,10 +157,11 @@ def read(
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a regular file; a pipe or device is refused, because its data might never end.
+    """Read the content of a regular file.
 
     Raises:
-        OSError: The file can't be read or is not a regular file.
+        OSError: The file can't be read, or is not a regular file. Reading a pipe or device might
+            never end.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("no regular file")
@@ -178,13 +185,13 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
-    """The upright image; 1 and unknown values of EXIF's orientation change nothing."""
+    """Rotate or mirror an image by its EXIF orientation; 1 and unknown values change nothing."""
     turn = _UPRIGHT.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 
 def _read_orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1, upright, if EXIF is missing, broken or has an invalid value."""
+    """Return the EXIF orientation, or 1 (upright) if EXIF is missing, broken or invalid."""
     try:
         stated = image.getexif().get(_ORIENTATION, 1)
         return int(stated) if stated in _UPRIGHT else 1
@@ -193,11 +200,12 @@ def _read_orientation(image: Image.Image) -> int:
 
 
 def _load(image: Image.Image) -> tuple[int, int, int, int] | None:
-    """Load the pixels, and scale the transparent colour of a PNG to 8 bits.
+    """Load the pixels, and convert the transparent colour of a PNG to 8 bits.
 
     Returns:
-        The box of a GIF's first frame if the frame does not fill the image; else None. The rest of
-        such an image is transparent, but Pillow fills it with the first colour.
+        The box of a GIF's first frame if it is smaller than the image; else None. The area outside
+        the box should be transparent, but Pillow paints it with palette colour 0, so the caller
+        needs the box.
     """
     tile = next(iter(getattr(image, "tile", ())), None)
     if image.mode == "P" and image.palette is None:
@@ -253,7 +261,7 @@ def _to_rgb(
 
 
 def _scale_deep(image: Image.Image) -> Image.Image:
-    """Scale samples of more than 8 bits to 0..255 by their range; Pillow's `convert` would clip."""
+    """Scale samples of more than 8 bits linearly to 0..255. Pillow's `convert` would clip them."""
     tags = getattr(image, "tag_v2", {})
     low, high = 0.0, 4095.0 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535.0
     if image.mode in ("F", "I"):
@@ -276,7 +284,15 @@ def _scale_deep(image: Image.Image) -> Image.Image:
 
 
 def _by_strips(image: Image.Image, change: Callable[[Samples], Samples]) -> npt.NDArray[np.uint8]:
-    """Apply `change` to the samples [H, W], strip by strip; it must return values of 0 to 255."""
+    """Apply `change` to the samples of an image, some rows at a time, to limit memory.
+
+    Args:
+        image: Image with one channel.
+        change: Function of float64 samples [rows, W] that returns values of 0 to 255.
+
+    Returns:
+        The changed samples, uint8 [H, W].
+    """
     changed = np.empty((image.height, image.width), np.uint8)
     for rows, strip in _strips(image):
         changed[rows] = change(strip)
@@ -284,7 +300,7 @@ def _by_strips(image: Image.Image, change: Callable[[Samples], Samples]) -> npt.
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[slice, Samples]]:
-    """Yield the samples in float64, some rows at a time, because float64 takes 8 bytes a pixel."""
+    """Yield slices of the row numbers, with the samples of these rows as float64 [rows, W]."""
     step = max(1, _STRIP // image.width)
     for top in range(0, image.height, step):
         rows = slice(top, min(top + step, image.height))

@@ -1,7 +1,7 @@
-"""Recognise image formats by their first bytes, for the error message when no decoder accepts them.
+"""Recognise image formats by their first bytes.
 
-Only the first 4 KB are searched, with regular expressions. A format that is not served is never
-parsed.
+The names of the formats appear in error messages about files that could not be decoded. Only the
+first 4 KB of a file are matched, with regular expressions. Unsupported formats are never parsed.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _UNSUPPORTED: Final = {
 
 
 def served(data: bytes) -> str | None:
-    """The served format whose signature `data` begins with, or None."""
+    """Return the name of the supported format whose signature `data` begins with, or None."""
     return _first(_SERVED, data)
 
 
 def unsupported(data: bytes) -> str | None:
-    """The unsupported format whose signature `data` begins with, or None."""
+    """Return the name of the unsupported format whose signature `data` begins with, or None."""
     return _first(_UNSUPPORTED, data)
 
 

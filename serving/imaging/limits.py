@@ -1,9 +1,9 @@
-"""Decompression bombs: reject files whose structure would cost hours or gigabytes to decode.
+"""Reject images that would take hours or gigabytes to decode (decompression bombs).
 
 `serving.imaging.decode.decode` checks width times height after Pillow has opened a file. The limits
-here cover what that check can't: work and memory that Pillow spends while it opens a file, and
-costs that don't depend on the number of pixels. Each limit is far above the values in files that
-image encoders write.
+in this module also cover time and memory that Pillow needs while opening a file, and costs that
+don't depend on the number of pixels. All limits are far above the values in files that image
+encoders write.
 """
 
 from __future__ import annotations
@@ -27,32 +27,35 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 Image.MAX_IMAGE_PIXELS = 50_000_000
 
 SEGMENTS: Final = 1_000
-"""Most segments before the pixels of a JPEG. Pillow keeps all, and joins EXIF in quadratic time."""
+"""Largest number of segments before the pixels of a JPEG. Pillow keeps all segments in memory, and
+joins EXIF segments in quadratic time."""
 
 SCANS: Final = 100
-"""Most scans of a JPEG. A scan of 30 bytes may cover all pixels; encoders write about ten scans."""
+"""Largest number of scans of a JPEG. A scan of 30 bytes may cover all pixels. Encoders write about
+ten scans."""
 
 CHUNKS: Final = 65_536
-"""Most chunks of a PNG. Pillow needs some microseconds and a hundred bytes for each."""
+"""Largest number of chunks of a PNG. Pillow needs some microseconds and a hundred bytes per chunk.
+"""
 
 STRIPS: Final = 131_072
-"""Most strips or tiles of a TIFF. Pillow creates a decoder for each, even beyond the image."""
+"""Largest number of strips or tiles of a TIFF. Pillow creates a decoder for every strip and tile,
+even outside the image."""
 
 RUN_LENGTH_PIXELS: Final = 10_000_000
-"""Most pixels of a run-length encoded BMP, which Pillow decodes in Python."""
+"""Largest number of pixels of a run-length encoded BMP. Pillow decodes such a file in Python."""
 
 
 def check_limits(data: bytes, max_pixels: int) -> None:
-    """Check the structure of a JPEG, PNG, TIFF or BMP; other or broken data passes.
+    """Check the structure of a JPEG, PNG, TIFF or BMP. Other and broken data passes the check.
 
     Args:
         data: The encoded file.
         max_pixels: Largest accepted width times height.
 
     Raises:
-        TooLarge: A tile or a run-length encoded image has more pixels than allowed.
-        BrokenImage: The file has more segments, scans, chunks, strips or tiles than any encoder
-            writes.
+        TooLarge: A tile of a TIFF or a run-length encoded BMP has too many pixels.
+        BrokenImage: The number of segments, scans, chunks, strips or tiles is above the limit.
     """
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, -(-max_pixels // 2))
     if data.startswith(b"\xff\xd8\xff"):
@@ -97,9 +100,12 @@ _PROGRESSIVE: Final = (0xC2, 0xC6, 0xCA, 0xCE)
 
 
 def _markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """The markers of a JPEG up to the end of the image, each with the offset of its length field.
+    """Yield the segment markers of a JPEG up to the end of the image.
 
-    An end marker before the first scan is skipped, as Pillow does.
+    An end marker before the first scan is skipped, as in Pillow.
+
+    Yields:
+        The marker's second byte, and the offset of the segment's length field in `data`.
     """
     at, scanning = 2, False
     while found := _MARKER.search(data, at):
@@ -135,9 +141,13 @@ def _tiff(data: bytes, max_pixels: int) -> None:
 
 
 def _entries(data: bytes, big: bool) -> Iterator[tuple[int, int, int]]:
-    """Tag, number of values, and the value if it is a single one, of a TIFF's first directory.
+    """Yield the entries of a TIFF's first directory: tag, number of values, value.
 
-    `big`: BigTIFF, with 64-bit offsets.
+    The value is meaningful only if the number of values is 1.
+
+    Args:
+        data: The encoded file.
+        big: Whether to read the file as BigTIFF, with 64-bit offsets.
     """
     order = "<" if data[0] == 73 else ">"
     if big:

@@ -1,4 +1,4 @@
-"""Preprocessing: crop an upright image and resize it to the graph's input, a square uint8 array."""
+"""Preprocessing: crop an upright image and resize it to a square uint8 array, the model's input."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Parameters of preprocessing, saved with the checkpoint and with the bundle.
+    """Parameters of preprocessing. They are saved in the checkpoint and in the bundle.
 
     Attributes:
         size: Side of the network's square input, in pixels.
         crop: Side of the centre square divided by the short side of the image, in (0, 1].
-        interpolation: bilinear, bicubic or lanczos; always antialiased.
-        mean: Per RGB channel, in units of pixel / 255; applied inside the graph.
-        std: Per RGB channel, above 0, in the same units; applied inside the graph.
-        background: RGB put under transparent images.
+        interpolation: Filter of the resize: bilinear, bicubic or lanczos; always antialiased.
+        mean: Mean of each RGB channel, for pixels scaled to 0..1. The graph subtracts it.
+        std: Standard deviation of each RGB channel, above 0, for pixels scaled to 0..1. The graph
+            divides by it.
+        background: RGB colour, 0 to 255, on which transparent images are composited.
     """
 
     size: int = 224
@@ -48,7 +49,7 @@ class Preprocess:
     background: tuple[int, int, int] = (255, 255, 255)
 
     def __post_init__(self) -> None:
-        """Check every field.
+        """Check all fields.
 
         Raises:
             OptionError: A value is out of range; the message names the field and the value.
@@ -72,30 +73,30 @@ class Preprocess:
             raise OptionError(f"preprocess.background = {self.background!r}: use 0 to 255")
 
     def centre(self, image: Image.Image) -> Box:
-        """The box (left, top, right, bottom) of the centre crop, in pixels of the image."""
+        """Return the box (left, top, right, bottom) of the centre crop, in pixels of the image."""
         side = min(image.size) * self.crop
         left, top = (image.width - side) / 2, (image.height - side) / 2
         return (left, top, left + side, top + side)
 
     def cut(self, image: Image.Image, box: Box) -> Pixels:
-        """Crop `box` and resize it to uint8 [size, size, 3] in one pass."""
+        """Crop an RGB image to `box` and resize the crop to uint8 [size, size, 3]."""
         square = image.resize((self.size, self.size), _FILTERS[self.interpolation], box=box)
         return np.asarray(square)
 
     def __call__(self, image: Image.Image) -> Pixels:
-        """The centre crop of an RGB image: uint8 [size, size, 3]."""
+        """Return the resized centre crop of an RGB image: uint8 [size, size, 3]."""
         return self.cut(image, self.centre(image))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
+        """Return the fields as a dictionary for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
-        """The inverse of `to_dict`.
+        """Create an instance from a dictionary that `to_dict` returned.
 
         Raises:
-            OptionError: A field is unknown, or a value is out of range.
+            OptionError: A key is not the name of a field, or a value is out of range.
         """
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:

@@ -1,7 +1,7 @@
-"""Test-time augmentation (TTA): render fixed views of an image, average their probabilities.
+"""Test-time augmentation (TTA): render fixed views of an image and average the probabilities.
 
-A view is one crop of the image, possibly mirrored. View 0 is always the plain view, the centre
-crop. `tta=N` takes the first N views of a bundle, so their order is part of the bundle. Nothing is
+A view is one crop of the image, possibly mirrored. The first view, "plain", is always the centre
+crop. The option `tta=N` takes the first N views in the order of the bundle's manifest. Nothing is
 random.
 """
 
@@ -21,11 +21,11 @@ Probabilities = npt.NDArray[np.float64]
 
 
 class View(NamedTuple):
-    """One crop of an image, possibly mirrored.
+    """A TTA view: one crop of an image, possibly mirrored.
 
     Attributes:
-        name: Its name in the manifest.
-        zoom: Side of the plain crop divided by the side of this crop.
+        name: Name of the view in the manifest.
+        zoom: Side of the centre crop (`Preprocess.centre`) divided by the side of this crop.
         x: Horizontal position of the crop: 0 left edge, 0.5 centre, 1 right edge.
         y: Vertical position of the crop: 0 top edge, 0.5 centre, 1 bottom edge.
         flip: Whether the crop is mirrored left to right.
@@ -56,7 +56,11 @@ AVERAGES: Final = ("mean", "log_mean")
 
 
 def count_views(tta: int, views: Sequence[View]) -> int:
-    """The number of views for a value of `tta`, where 0 and 1 both mean the plain view only.
+    """Return the number of views to average for the option `tta`.
+
+    Args:
+        tta: Value of the option; 0 and 1 both mean the centre crop only.
+        views: All views of the bundle.
 
     Raises:
         OptionError: `tta` is negative or larger than the number of views.
@@ -67,19 +71,22 @@ def count_views(tta: int, views: Sequence[View]) -> int:
 
 
 def render(image: Image.Image, preprocess: Preprocess, views: Sequence[View]) -> Pixels:
-    """The views of an upright RGB image: uint8 [V, size, size, 3]."""
+    """Cut the views of an upright RGB image: uint8 [V, size, size, 3]."""
     return np.stack([_cut(image, preprocess, view) for view in views])
 
 
 def average(probabilities: Probabilities, how: str = "mean") -> Probabilities:
-    """Average over views: [V, classes] -> [classes], summing to 1.
+    """Average the probabilities of an image over its views: [V, classes] -> [classes].
 
     Args:
-        probabilities: Each row sums to 1.
-        how: "mean", or "log_mean", the renormalised geometric mean.
+        probabilities: Probabilities of the V views; every row sums to 1.
+        how: "mean" for the arithmetic mean, "log_mean" for the renormalised geometric mean.
+
+    Returns:
+        Probabilities that sum to 1.
 
     Raises:
-        OptionError: `how` is another value.
+        OptionError: `how` is neither "mean" nor "log_mean".
     """
     if how == "mean":
         mean = probabilities.mean(axis=0)
@@ -92,7 +99,7 @@ def average(probabilities: Probabilities, how: str = "mean") -> Probabilities:
 
 
 def softmax(logits: npt.NDArray[np.float32], temperature: float = 1.0) -> Probabilities:
-    """Probabilities of logits [N, classes], in float64."""
+    """Return the softmax of logits [N, classes] divided by `temperature`, in float64."""
     scaled = logits.astype(np.float64) / temperature
     scaled -= scaled.max(axis=-1, keepdims=True)
     exps = np.exp(scaled)
@@ -100,9 +107,10 @@ def softmax(logits: npt.NDArray[np.float32], temperature: float = 1.0) -> Probab
 
 
 def energies(logits: npt.NDArray[np.float32]) -> Probabilities:
-    """-log sum exp of logits [..., C], in float64: low for images like the training photos.
+    """Return the energy of logits [..., classes]: -log sum exp, in float64.
 
-    Liu et al., 2020, "Energy-based Out-of-distribution Detection", at temperature 1.
+    The energy is low for images like the training photos (Liu et al., 2020, "Energy-based
+    Out-of-distribution Detection", at temperature 1).
     """
     most = logits.max(axis=-1).astype(np.float64)
     sums = np.exp(logits - most[..., None]).sum(axis=-1)

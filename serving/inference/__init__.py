@@ -1,1 +1,1 @@
-"""Model execution: runtimes, predictor, request batching."""
+"""Model execution: runtimes for ONNX and TorchScript graphs, predictor, dynamic batching."""

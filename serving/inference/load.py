@@ -1,7 +1,8 @@
 """Open a bundle for inference: choose precision and runtime, and check the golden images.
 
-Golden images are photos in the bundle whose expected probabilities are in its manifest. Opening a
-bundle predicts them and compares the results with the expected ones.
+Golden images are photos in the bundle whose expected probabilities are stored in the manifest. When
+a bundle is opened, the golden images are predicted, and the results are compared with the stored
+probabilities.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from serving.inference.runtime import OnnxRuntime, PaddedBatchRuntime, Runtime
 from serving.utils.cpu import cores
 
 MAX_TOLERANCE: Final = 0.05
-"""Largest tolerance that a manifest may state; with a larger one the check would be meaningless."""
+"""Largest tolerance that a manifest may state. A larger tolerance would make the check useless."""
 
 
 def open_predictor(
@@ -35,22 +36,23 @@ def open_predictor(
     low_latency_threads: int = 1,
     kind: str = "onnx",
 ) -> Predictor:
-    """Open a bundle and check that it gives the same answers here as at export.
+    """Open a bundle, and check that it gives the same answers on this machine as at export.
 
     Args:
         folder: The bundle.
-        device: cpu, cuda, tensorrt or auto, as for `OnnxRuntime`.
-        precision: fp32, int8, fp16 or auto, which takes int8 on a CPU and fp16 on a GPU if the
-            bundle has them, else fp32.
-        threads: CPU threads of one run; None takes the bundle's tuning.
-        low_latency_threads: CPU threads of a run while no other request is in progress. Ignored if
-            the bundle's tuning measured no gain from several threads.
+        device: cpu, cuda, tensorrt or auto. auto: CUDA if it works, else the CPU.
+        precision: fp32, int8, fp16 or auto. auto: int8 on a CPU and fp16 on a GPU if the bundle has
+            a graph of this precision, else fp32.
+        threads: CPU threads of one run of the graph. None: the number that was fastest at
+            export, or 1 if none was measured.
+        low_latency_threads: CPU threads of a run while only one image is in progress. Ignored if
+            several threads were not faster than one in the measurements at export.
         kind: The runtime, onnx or torchscript. TorchScript has fp32 only and needs torch.
 
     Raises:
-        BundleError: A file is missing or changed, or the golden images give other probabilities
-            than those in the manifest.
-        OptionError: The device is not available, or the bundle lacks the precision.
+        BundleError: A file is missing or was changed, or the golden images (photos stored with
+            expected probabilities) get other probabilities.
+        OptionError: The device is not available, or the bundle has no graph of the precision.
     """
     bundle = storage.read(folder)
     predictor = _open(bundle, device, precision, threads, low_latency_threads, kind)
@@ -59,11 +61,20 @@ def open_predictor(
 
 
 def verify(folder: Path, device: str = "cpu") -> list[str]:
-    """Check all files, and the golden images at each precision. Returns the lines of a report.
+    """Check all files of a bundle, and the golden images at each precision; return a report.
+
+    Golden images are photos stored with expected probabilities.
+
+    Args:
+        folder: The bundle.
+        device: cpu, cuda, tensorrt or auto. auto: CUDA if it works, else the CPU.
+
+    Returns:
+        The lines of the report.
 
     Raises:
-        BundleError: A file was changed, or a probability differs by more than its tolerance on this
-            machine.
+        BundleError: A file was changed, or a probability of a golden image differs on this machine
+            from the stored one by more than the tolerance.
         OptionError: The device is not available.
     """
     bundle = storage.read(folder)
@@ -85,10 +96,15 @@ def verify(folder: Path, device: str = "cpu") -> list[str]:
 
 
 def choose(bundle: Bundle, precision: str, provider: str) -> str:
-    """The precision that `open_predictor` chooses for a provider.
+    """Return the precision of the graph to run.
+
+    Args:
+        bundle: The bundle.
+        precision: fp32, int8 or fp16, returned as is; or auto, the fastest precision of the bundle.
+        provider: Execution provider that will run the graph.
 
     Raises:
-        OptionError: The bundle lacks the requested precision.
+        OptionError: The bundle has no graph of the requested precision.
     """
     available = bundle.manifest.precisions
     if precision not in ("auto", *available):
@@ -98,14 +114,17 @@ def choose(bundle: Bundle, precision: str, provider: str) -> str:
 
 
 def check_golden(predictor: Predictor, bundle: Bundle) -> float:
-    """Compare the golden images with the probabilities that the manifest states for this precision.
+    """Predict the golden images and compare the results with the probabilities in the manifest.
+
+    Golden images are photos in the bundle, stored with expected probabilities for each precision.
 
     Returns:
-        The largest difference of a probability.
+        The largest absolute difference between a predicted and an expected probability.
 
     Raises:
-        BundleError: The bundle has no golden images, the runtime fails on one, a difference is
-            above the stated tolerance, or that tolerance is above `MAX_TOLERANCE`.
+        BundleError: The bundle has no golden images, a golden image can't be predicted, a
+            difference is above the tolerance in the manifest, or the tolerance is above
+            `MAX_TOLERANCE`.
     """
     manifest, precision = bundle.manifest, predictor.precision
     if not manifest.golden:
@@ -131,7 +150,10 @@ def check_golden(predictor: Predictor, bundle: Bundle) -> float:
 def _check_image(
     predictor: Predictor, bundle: Bundle, name: str, expected: Probabilities, tolerance: float
 ) -> float:
-    """The largest difference of a probability of one image, over the predictor's runtimes."""
+    """Return the largest difference between predicted and expected probabilities of one image.
+
+    If the predictor has a second runtime for low latency, both runtimes are checked.
+    """
     classes = len(bundle.manifest.labels)
     if expected.shape != (classes,):
         raise BundleError(
@@ -168,7 +190,7 @@ def _open(
     low_latency_threads: int = 1,
     kind: str = "onnx",
 ) -> Predictor:
-    """`open_predictor` without the check of the golden images."""
+    """Open a bundle like `open_predictor`, but without predicting the golden images."""
     chosen = choose(bundle, precision, runtime.expected(device))
     if kind == "torchscript":
         return _predictor(bundle, _torchscript(bundle, device, precision, threads or 1), "fp32")
@@ -191,7 +213,7 @@ def _open(
 def _predictor(
     bundle: Bundle, engine: Runtime, precision: str, low_latency_runtime: Runtime | None = None
 ) -> Predictor:
-    """A predictor; on a GPU its batches are padded to a few sizes (`PaddedBatchRuntime`)."""
+    """Create the predictor. On a GPU, batches are padded to a few sizes (`PaddedBatchRuntime`)."""
     if not runtime.on_cpu(engine.provider):
         engine = PaddedBatchRuntime(engine, bundle.manifest.preprocess.size)
     return Predictor(bundle.manifest, engine, precision, low_latency_runtime)
@@ -219,9 +241,10 @@ def _onnx(bundle: Bundle, precision: str, device: str, threads: int | None) -> O
 
 
 def _fastest(available: Container[str], provider: str) -> str:
-    """The fastest available precision: int8 on CPUs and fp16 on GPUs if available, else fp32.
+    """Return int8 on a CPU or fp16 on a GPU if available, else fp32.
 
-    An export includes int8 and fp16 only if their accuracy is acceptable.
+    The accuracy need not be compared here: an export includes int8 and fp16 graphs only if their
+    accuracy is acceptable.
     """
     faster = "int8" if runtime.on_cpu(provider) else "fp16"
     return faster if faster in available else "fp32"

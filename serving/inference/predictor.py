@@ -1,10 +1,11 @@
-"""Inference without HTTP: encoded images -> probabilities -> the JSON of the answer.
+"""Inference without HTTP: from encoded images to probabilities and JSON answers.
 
     bytes --prepare--> Prepared --predict--> Prediction --answer--> JSON
            decode, views        graph, average           labels
 
-A view is one crop of an image, possibly mirrored. `prepare` raises the errors of a single image;
-`predict` runs a batch of prepared images.
+`prepare` decodes a single image and cuts its TTA views (crops of the image, possibly mirrored).
+`predict` runs the graph on a batch of prepared images and averages over the views. `answer` adds
+the labels and flags.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from serving.inference import runtime
 
 TOP_K: Final = 5
 GPU_BATCH: Final = 16
-"""Largest batch on a GPU if the bundle has no tuning for it."""
+"""Largest batch on a GPU, in rows, if the bundle has no measurement of the best size."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Input of the graph for one image.
+    """A decoded image, ready for the graph.
 
-    pixels: uint8 [views, size, size, 3].
-    applied: conversions of the image, from `Decoded.applied`.
+    Attributes:
+        pixels: uint8 [views, size, size, 3], the TTA views (crops or flips) of the image.
+        applied: Names of the conversions made while decoding, from `Decoded.applied`.
     """
 
     pixels: Pixels
@@ -45,11 +47,11 @@ class Prediction:
 
     Attributes:
         probabilities: float64 [classes], summing to 1, in the order of the labels.
-        features: float32 [D] of the plain view: the head's input.
-        energy: -log sum exp of the plain view's logits; higher for images unlike the training
-            photos (Liu et al., 2020).
-        views: Number of views that were averaged.
-        applied: Conversions of the image, from `Decoded.applied`.
+        features: float32 [D], the input of the classifier layer for the centre crop.
+        energy: -log sum exp of the logits of the centre crop. Images unlike the training photos
+            have a higher energy (Liu et al., 2020).
+        views: Number of TTA views (crops or flips) over which `probabilities` is the average.
+        applied: Names of the conversions made while decoding, from `Decoded.applied`.
     """
 
     probabilities: Probabilities
@@ -60,7 +62,15 @@ class Prediction:
 
 
 class Predictor:
-    """A bundle's manifest and a runtime of its graph. Holds no state between calls."""
+    """Predicts images with the graph of a bundle. No state is kept between calls.
+
+    Attributes:
+        manifest: Manifest of the bundle.
+        runtime: Runtime of the graph.
+        low_latency_runtime: Runtime with more threads, or None; see `__init__`.
+        precision: Precision of the graph, such as fp32.
+        model: Name and version of the model as NAME:VERSION.
+    """
 
     def __init__(
         self,
@@ -69,14 +79,14 @@ class Predictor:
         precision: str = "fp32",
         low_latency_runtime: runtime.Runtime | None = None,
     ) -> None:
-        """Store the manifest and the runtimes; `open_predictor` also checks them.
+        """Store the manifest and the runtimes without checking them; see `open_predictor`.
 
         Args:
-            manifest: The bundle's manifest.
-            engine: Runs the graph.
-            precision: Precision of the graph, which answers report.
-            low_latency_runtime: Runs the graph on more threads, for an image while no other image
-                is in progress; None: `engine` runs all images.
+            manifest: Manifest of the bundle.
+            engine: Runtime of the graph.
+            precision: Precision of the graph; part of each answer.
+            low_latency_runtime: Runtime with more threads than `engine`, used when only one image
+                is in progress. None: `engine` runs every image.
         """
         self.manifest = manifest
         self.runtime = engine
@@ -86,16 +96,23 @@ class Predictor:
 
     @property
     def cap(self) -> int:
-        """Largest batch, in rows: from the bundle's tuning, else 1 on a CPU and 16 on a GPU."""
+        """Largest batch of one run, in rows (images times TTA views).
+
+        The value was measured at export; without a measurement it is 1 on a CPU and 16 on a GPU.
+        """
         on_cpu = runtime.on_cpu(self.runtime.provider)
         tuning = self.manifest.tuning.get("cpu" if on_cpu else "cuda", {})
         return max(1, int(tuning.get("max_batch", 1 if on_cpu else GPU_BATCH)))
 
     def check(self, tta: int = 0, top_k: int | None = None) -> None:
-        """Check options before any work is done.
+        """Check the options of a request.
+
+        Args:
+            tta: Number of TTA views (crops or flips) to average, 0 to the bundle's number of views.
+            top_k: Number of classes in the answer, 1 to the number of classes; None: the default.
 
         Raises:
-            OptionError: A value is out of range.
+            OptionError: `tta` or `top_k` is out of range.
         """
         count_views(tta, self.manifest.views)
         classes = len(self.manifest.labels)
@@ -103,16 +120,17 @@ class Predictor:
             raise OptionError(f"top_k = {top_k}: use 1 to {classes}, the number of classes")
 
     def prepare(self, data: bytes, tta: int = 0, *, max_pixels: int = MAX_PIXELS) -> Prepared:
-        """Decode one image and cut its views.
+        """Decode one image and cut its TTA views (crops or flips).
 
         Args:
-            data: The encoded file's bytes.
-            tta: Number of the bundle's views; 0 and 1 mean the plain one.
+            data: The encoded image file.
+            tta: Number of views, the first of those in the manifest; 0 and 1 both mean the centre
+                crop only.
             max_pixels: Largest accepted width times height.
 
         Raises:
             OptionError: `tta` is out of range.
-            ImageError: What `decode` raises.
+            ImageError: The image can't be decoded or is too large; see `decode`.
         """
         preprocess, views = self.manifest.preprocess, self.manifest.views
         views = views[: count_views(tta, views)]
@@ -122,15 +140,17 @@ class Predictor:
     def predict(
         self, prepared: Sequence[Prepared], *, low_latency: bool = False
     ) -> list[Prediction]:
-        """Run the graph once on all rows, then average over each image's views.
+        """Predict a batch of images in one run of the graph.
+
+        The probabilities of an image are the average over the TTA views (crops or flips).
 
         Args:
             prepared: Images from `prepare`.
-            low_latency: Use `low_latency_runtime` if there is one. For calls while no other work
-                needs the cores.
+            low_latency: Whether to use `low_latency_runtime`, if there is one. True is for calls
+                while no other work needs the CPU cores.
 
         Raises:
-            WorkError: The runtime failed or gave logits that are not finite.
+            WorkError: The runtime failed, or a logit is not finite.
         """
         if not prepared:
             return []
@@ -159,11 +179,11 @@ class Predictor:
         ]
 
     def answer(self, prediction: Prediction, top_k: int | None = None) -> dict[str, Any]:
-        """The JSON of `POST /predict`.
+        """Return the answer for one image as the JSON object that `POST /predict` sends.
 
         Args:
-            prediction: The prediction of one image.
-            top_k: Number of classes; None means five, or all if there are fewer.
+            prediction: Prediction of the image.
+            top_k: Number of classes in the answer; None means five, or all if there are fewer.
 
         Raises:
             OptionError: `top_k` is out of range.

@@ -1,7 +1,7 @@
-"""Runtimes: run a graph on uint8 pixels, with ONNX Runtime on CPU, CUDA or TensorRT.
+"""Run ONNX graphs on uint8 pixels, with ONNX Runtime on CPU, CUDA or TensorRT.
 
-All graphs have the same inputs and outputs (see `Runtime.run`), so that callers don't depend on the
-device. `PaddedBatchRuntime` limits batches to a few sizes, for GPUs.
+All graphs have the inputs and outputs that `Runtime.run` describes. `OnnxRuntime` runs a graph;
+`PaddedBatchRuntime` pads the batches for a GPU to a few sizes.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ PROVIDERS: Final = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 BATCH_SIZES: Final = (1, 2, 4, 8, 16)
-"""Batch sizes of `PaddedBatchRuntime`."""
+"""Default batch sizes of `PaddedBatchRuntime`."""
 _ERRORS_ONLY: Final = 3  # log_severity_level
 _log = logging.getLogger("bentoml.fledge")
 
 
 class Runtime(Protocol):
-    """Runs a graph; `run` is thread-safe."""
+    """Interface of the classes that run a graph. `run` is thread-safe."""
 
     provider: str
     """Execution provider of ONNX Runtime, or "torchscript-cpu" or "torchscript-cuda"."""
@@ -50,7 +50,8 @@ class Runtime(Protocol):
             pixels: uint8 [N, H, W, 3], RGB, N at least 1.
 
         Returns:
-            logits float32 [N, classes], features float32 [N, width].
+            Logits, float32 [N, classes], and features (the input of the classifier layer), float32
+            [N, D].
 
         Raises:
             WorkError: The backend failed, for example because memory ran out or a device was lost.
@@ -59,9 +60,10 @@ class Runtime(Protocol):
 
 
 class OnnxRuntime:
-    """An ONNX graph in ONNX Runtime.
+    """An ONNX graph in an inference session of ONNX Runtime.
 
-    provider: the execution provider that runs the graph.
+    Attributes:
+        provider: Execution provider that runs the graph, such as "CPUExecutionProvider".
     """
 
     def __init__(
@@ -70,16 +72,16 @@ class OnnxRuntime:
         """Load `graph`.
 
         Args:
-            graph: An ONNX file with the inputs and outputs of `run`.
-            data: The bytes of the file, if they are in memory already. The path is then used in
-                messages only.
-            device: cpu, cuda, tensorrt or auto, which takes CUDA if it works; otherwise it takes
-                the CPU and logs the reason.
+            graph: Path of an ONNX file whose graph has the inputs and outputs of `Runtime.run`.
+            data: Content of the file, if it is in memory already; the path is then used in messages
+                only. None: the file is read.
+            device: cpu, cuda, tensorrt or auto. auto: CUDA if it works, else the CPU; the reason
+                for the CPU is logged.
             threads: CPU threads of one `run`.
 
         Raises:
             OptionError: The device is not available.
-            BundleError: The file is not an ONNX graph, or has other inputs or outputs.
+            BundleError: The file is not an ONNX graph, or the graph has other inputs or outputs.
         """
         if device not in ("auto", *PROVIDERS):
             raise OptionError(f"device = {device!r}: use auto, {', '.join(PROVIDERS)}")
@@ -97,19 +99,23 @@ class OnnxRuntime:
 
 
 class PaddedBatchRuntime:
-    """Runs another runtime at a few batch sizes only, because a GPU prepares for every new shape.
+    """Wrapper of a GPU runtime that pads every batch to one of a few batch sizes.
 
-    For a new input shape CUDA searches its fastest convolution and TensorRT builds an engine, which
-    takes seconds. So each size is run once at the start, and batches are padded to the next size.
+    For each new input shape, CUDA searches the fastest convolutions or TensorRT builds an engine,
+    which takes seconds. Therefore all batch sizes are run once at the start.
+
+    Attributes:
+        provider: Execution provider of the wrapped runtime.
     """
 
     def __init__(self, inner: Runtime, size: int, sizes: Sequence[int] = BATCH_SIZES) -> None:
-        """Run every batch size once.
+        """Run the graph once at every batch size, on zeros.
 
         Args:
-            inner: Runs the graph.
+            inner: Runtime of the graph.
             size: Side of the graph's square input, in pixels.
-            sizes: Batch sizes, ascending; a larger batch is padded to a multiple of the last.
+            sizes: Batch sizes, ascending. A batch larger than the last size is padded to a multiple
+                of the last size.
 
         Raises:
             WorkError: The runtime failed, for example because the largest batch needs too much
@@ -133,24 +139,28 @@ class PaddedBatchRuntime:
 
 
 def on_cpu(provider: str) -> bool:
-    """Whether a runtime with this `provider` computes on the CPU."""
+    """Return whether a runtime with this `provider` computes on the CPU."""
     return provider in (PROVIDERS["cpu"], "torchscript-cpu")
 
 
 def expected(device: str) -> str:
-    """The provider that an `OnnxRuntime` on `device` most likely gets; loads no graph."""
+    """Predict which execution provider `OnnxRuntime` will use on `device`, without loading a graph.
+
+    The prediction is wrong if a provider that is installed fails to load.
+    """
     if device == "auto":
         device = "cpu" if _why_not("cuda") else "cuda"
     return PROVIDERS.get(device, device)
 
 
 def require(device: str) -> None:
-    """Check whether a GPU device can be available, without loading a graph.
+    """Check without loading a graph that a device is available.
 
-    Loading a graph on a device that passes may still fail.
+    The check looks for the execution provider, the NVIDIA driver and a GPU. Loading a graph may
+    still fail afterwards.
 
     Raises:
-        OptionError: `device` is cuda or tensorrt and not available.
+        OptionError: `device` is cuda or tensorrt, and it is not available.
     """
     reason = _why_not(device) if device in ("cuda", "tensorrt") else None
     if reason is not None:
@@ -165,7 +175,7 @@ def _missing(device: str, reason: str) -> OptionError:
 
 
 def _open(graph: Path, data: bytes | str, device: str, threads: int) -> ort.InferenceSession:
-    """A session on `device`; with device cpu no GPU is touched."""
+    """Create an inference session on `device`. For device cpu, no GPU library is loaded."""
     if device == "cpu":
         return _session(graph, data, "cpu", threads)
     wanted = "cuda" if device == "auto" else device
@@ -207,7 +217,10 @@ def _session(graph: Path, data: bytes | str, device: str, threads: int) -> ort.I
 
 
 def _tensorrt_options() -> dict[str, str]:
-    """Cache TensorRT engines, which take minutes to build, in a folder of this user only."""
+    """Return the provider options that cache TensorRT engines in the user's cache folder.
+
+    An engine takes minutes to build. Without a private cache folder, the options are empty.
+    """
     try:
         folder = user_cache_folder() / "tensorrt"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -226,7 +239,10 @@ def _tensorrt_options() -> dict[str, str]:
 
 
 def _why_not(device: str) -> str | None:
-    """Why a GPU device is not available; None if it may be. Does not try ONNX Runtime itself."""
+    """Return the reason why a GPU device is not available, or None if no reason is found.
+
+    No inference session is created. Therefore the device may still fail if the result is None.
+    """
     if PROVIDERS[device] not in ort.get_available_providers():
         return f"this onnxruntime is built without {PROVIDERS[device]}"
     if sys.platform == "win32":

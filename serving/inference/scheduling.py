@@ -1,13 +1,15 @@
-"""Request scheduling: a bounded queue, then one thread per image, or dynamic batching.
+"""Run the images of concurrent requests in threads, one by one or in dynamic batches.
 
-`PerImageEngine`: each of several threads decodes and predicts one image at a time. Best where
+There are two engines:
+
+`PerImageEngine`: Each of several threads decodes and predicts one image at a time. Best where
     batching doesn't reduce the time per image, as on most CPUs.
-`DynamicBatcher`: some threads decode, others run the graph. A thread that becomes free runs the
-    graph on all decoded images, up to the largest batch. A single image never waits for others,
-    because batches form only while the device is busy.
+`DynamicBatcher`: Some threads decode images, others run the graph. When a thread of the second kind
+    is free, it runs the graph on all decoded images, up to the largest batch. An image never waits
+    for more images to arrive: batches form only while the graph is running.
 
-Both reject an image at once if the queue is full, skip images whose request was cancelled, and
-report an error only to the request of the image that caused it.
+Both engines reject an image if too many images are queued or in progress, skip images whose request
+was cancelled, and report an error only to the request of the image that caused the error.
 """
 
 from __future__ import annotations
@@ -27,28 +29,34 @@ from serving.inference.predictor import Prediction, Predictor, Prepared
 from serving.inference.runtime import on_cpu
 
 Observe = Callable[[str, float], None]
-"""Callback for measurements: (phase, seconds) of "queue", "decode" and "infer"; ("rows", count) for
-every run of the graph; ("waiting", count) of the images in the queue and in progress."""
+"""Callback for measurements: (name, value). The names "queue", "decode" and "infer" have a value in
+seconds. "rows" is the batch size of a run of the graph. "waiting" is the number of images that are
+queued or in progress."""
 
 EXTRA_THREADS: Final = 1
-"""Threads of `PerImageEngine` beyond one per core, because a thread that waits for the GIL or for
-its next image leaves a core idle. On 2 cores a third thread gains about 5 %, a fourth nothing."""
+"""Number of threads of `PerImageEngine` in addition to one per core. While a thread waits for the
+GIL or for the next image, an additional thread uses the core. On 2 cores a third thread gains about
+5 %, a fourth thread nothing."""
 
 
 class Engine(Protocol):
-    """Predicts encoded images in threads of its own."""
+    """Interface of the classes that predict encoded images in background threads."""
 
     async def predict(self, data: bytes, tta: int = 0) -> Prediction:
-        """Predict one image; cancelling the call removes the image from the queue.
+        """Predict one image. If this call is cancelled while the image is queued, it is skipped.
+
+        Args:
+            data: The encoded image file.
+            tta: Number of TTA views (crops or flips) to average; 0 and 1 both mean the centre crop.
 
         Raises:
-            Overloaded: The queue is full.
-            FledgeError: What `Predictor.prepare` and `Predictor.predict` raise.
+            Overloaded: Too many images are queued or in progress.
+            FledgeError: `Predictor.prepare` or `Predictor.predict` failed on this image.
         """
         ...
 
     def close(self) -> None:
-        """Stop the threads; call it when no prediction is in progress."""
+        """Stop the threads; call this method when no prediction is in progress."""
         ...
 
 
@@ -61,17 +69,17 @@ def build_engine(
     max_pixels: int,
     observe: Observe,
 ) -> Engine:
-    """A `PerImageEngine` if `cap` is 1, else a `DynamicBatcher`.
+    """Create a `PerImageEngine` if `cap` is 1, else a `DynamicBatcher`.
 
     Args:
-        predictor: Called from several threads at once.
-        cap: Largest batch, in rows (images times views).
-        threads: Number of cores to use. As many threads decode and, if the graph runs on the CPU,
-            as many runs of the graph are concurrent, with one core each.
-        max_queue: Largest number of images that are queued or in progress; one more image raises
-            `Overloaded`.
+        predictor: Predictor to run; called from several threads at the same time.
+        cap: Largest batch, in rows (images times TTA views).
+        threads: Number of CPU cores to use. This is the number of threads that decode and, if the
+            graph runs on the CPU, also of concurrent runs of the graph.
+        max_queue: Largest number of images that are queued or in progress. Any further image is
+            rejected with `Overloaded`.
         max_pixels: Largest accepted width times height of an image.
-        observe: Receives measurements; called from several threads.
+        observe: Callback for measurements; called from several threads.
     """
     limit = QueueLimit(max_queue, observe)
 
@@ -85,9 +93,13 @@ def build_engine(
 
 
 class QueueLimit:
-    """Counts images that are queued or in progress.
+    """Counter of the images that are queued or in progress, with an upper limit.
 
-    Only the event loop's thread uses it, so it needs no lock.
+    `admit` may be called only in the thread of the event loop, because there is no lock.
+
+    Attributes:
+        limit: Largest number of images.
+        count: Number of images now.
     """
 
     def __init__(self, limit: int, observe: Observe) -> None:
@@ -97,7 +109,7 @@ class QueueLimit:
 
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """Context manager: count one image until the `with` block ends.
+        """Count one more image during the `with` block.
 
         Raises:
             Overloaded: The limit is reached.
@@ -130,7 +142,7 @@ class _EncodedImage(NamedTuple):
 
 
 class PerImageEngine:
-    """Several threads, each of which decodes and predicts one image at a time."""
+    """Engine whose threads each decode and predict one image at a time."""
 
     def __init__(
         self, prepare: Prepare, predict: Predict, limit: QueueLimit, threads: int, observe: Observe
@@ -210,7 +222,7 @@ class _DecodedImage(NamedTuple):
 
 
 class DynamicBatcher:
-    """Threads that decode, and threads that run the graph on all images that are ready."""
+    """Engine with threads that decode, and threads that run the graph on all decoded images."""
 
     def __init__(
         self,
@@ -225,12 +237,12 @@ class DynamicBatcher:
         """Start the threads.
 
         Args:
-            prepare: Decodes one image.
-            predict: Runs the graph on a batch.
-            limit: Limits the images that are queued or in progress.
+            prepare: Function that decodes one image.
+            predict: Function that runs the graph on a batch.
+            limit: Counter of the images that are queued or in progress.
             threads: Number of threads that decode.
-            observe: Receives measurements.
-            cap: Largest batch, in rows.
+            observe: Callback for measurements.
+            cap: Largest batch, in rows (images times TTA views).
             runners: Number of threads that run the graph.
         """
         self._prepare, self._predict = prepare, predict
@@ -280,10 +292,10 @@ class DynamicBatcher:
                 self._process(batch)
 
     def _next_batch(self) -> list[_DecodedImage]:
-        """The ready images in order, up to `cap` rows but at least one image.
+        """Wait for a decoded image; return all decoded images up to `cap` rows, in order.
 
-        Waits for the first image. Returns an empty list once the batcher is closed and no image is
-        left.
+        An image with more than `cap` rows is returned alone. The list is empty if the batcher was
+        closed and no image is left.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._ready or not self._open)

@@ -1,4 +1,7 @@
-"""TorchScript runtime: the only module of `serving` that imports torch, and only when used."""
+"""Runtime for TorchScript graphs. It imports torch when a graph is loaded.
+
+No other module of `serving` imports torch.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,13 @@ from serving.inference.runtime import Floats
 
 
 class TorchScriptRuntime:
-    """A TorchScript graph with the same inputs and outputs as the ONNX one.
+    """A TorchScript graph with the inputs and outputs of `Runtime.run`.
 
-    TorchScript files contain code: open one only after its sha256 matched a trusted manifest
-    (`serving.bundle.storage.read` checks it).
+    A TorchScript file contains code. Load only a file whose sha256 matches a trusted manifest;
+    `serving.bundle.storage.read` checks this.
 
-    provider: "torchscript-cpu" or "torchscript-cuda".
+    Attributes:
+        provider: "torchscript-cpu" or "torchscript-cuda".
     """
 
     def __init__(
@@ -29,11 +33,11 @@ class TorchScriptRuntime:
         """Load `graph`.
 
         Args:
-            graph: A TorchScript file; uint8 [N, H, W, 3] -> (logits, features).
-            device: cpu, cuda or auto, which takes CUDA if torch finds a GPU.
+            graph: Path of a TorchScript file: uint8 [N, H, W, 3] -> (logits, features).
+            device: cpu, cuda or auto. auto: CUDA if torch finds a GPU, else the CPU.
             threads: CPU threads of one `run`, set for the whole process; 0: torch's default.
-            data: The bytes of the file, if they are in memory already. The path is then used in
-                messages only.
+            data: Content of the file, if it is in memory already; the path is then used in messages
+                only. None: the file is read.
 
         Raises:
             OptionError: The device is not available, or torch is not installed.
