@@ -39,7 +39,7 @@ ComputeView = Callable[[int], Iterator[IndexedRows]]
 
 @dataclass(frozen=True)
 class ViewShape:
-    """Shape and dtype of a view's array, [photos, *row]: one row per photo."""
+    """Shape and dtype of the outputs for an augmented view, [photos, *row]: one row per photo."""
 
     photos: int
     row: tuple[int, ...]
@@ -68,7 +68,9 @@ class ViewShape:
 
 @dataclass(frozen=True)
 class DiskStore:
-    """Reads and writes the views of one frozen network in one entry (folder) of the disk cache.
+    """Storage of the outputs of one frozen network in one entry (folder) of the disk cache.
+
+    A view is the outputs for one numbered random augmentation of all photos.
 
     Attributes:
         cache: The disk cache.
@@ -90,7 +92,7 @@ class DiskStore:
         return self.cache.folder / self.name
 
     def find(self, number: int, shape: ViewShape) -> Tensor | None:
-        """Return a stored view; None if the view is not stored or the file is incomplete."""
+        """Return the stored outputs for augmented view `number`; None if missing or incomplete."""
         path = self._path(number)
         try:
             if path.stat().st_size != shape.size:
@@ -104,9 +106,15 @@ class DiskStore:
     def find_or_add(
         self, number: int, shape: ViewShape, parts: Iterator[IndexedRows]
     ) -> Tensor | None:
-        """Return the stored view. If it is not stored yet, first store the batches `parts`.
+        """Return an augmented view; if the cache lacks the view, first store its outputs.
 
-        Returns None if the view does not fit into the size limit of the cache.
+        Args:
+            number: Number of the view.
+            shape: Shape and dtype of the view's array.
+            parts: Batches of all rows of the view; read only if the view is not stored.
+
+        Returns:
+            The array, or None if the view does not fit into the size limit of the cache.
 
         Raises:
             OSError: The cache folder can't be written.
@@ -161,13 +169,13 @@ class CachedViews:
     _advance: Callable[[int], object] = field(default=lambda photos: None)
 
     def __getitem__(self, number: int) -> Tensor:
-        """Return view `number`, [photos, ...]. Callers must not modify the tensor."""
+        """Return the outputs for augmented view `number`, [photos, ...]; do not modify them."""
         if number not in self._views:
             self._views[number] = self._find_or_compute(number)
         return self._views[number]
 
     def prepare(self, numbers: Iterable[int]) -> None:
-        """Compute the views in `numbers` that are not stored yet, with a progress bar."""
+        """Compute the outputs for augmented views that are not stored yet, with a progress bar."""
         missing = [number for number in numbers if not self._load_if_stored(number)]
         if self.source:
             self.source.prepare(missing)

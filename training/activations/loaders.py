@@ -111,8 +111,8 @@ class TrainLoader:
         """Yield the shuffled batches of an epoch: (inputs of the trainable layers, labels [N]).
 
         Labels are int64 [N]; with mixup or cutmix, float32 [N, classes]. If training runs in
-        several processes, only this process's shard of each batch is returned. If the last batch
-        has only one photo, it is dropped: BatchNorm can't train on a single photo.
+        several processes, only this process's shard of each batch is yielded. A last batch of only
+        one photo is dropped: BatchNorm can't train on a single photo.
         """
         position = self.first_view + epoch
         photos, device = self.augmented.photos, self.precision.device
@@ -143,7 +143,7 @@ class TrainLoader:
         return [batch_size] * full + [rest] * (rest >= 2)
 
     def prepare(self, epochs: Iterable[int]) -> None:
-        """Compute the views of these epochs that are not in the cache, with a progress bar."""
+        """Compute the augmented views of these epochs that the cache lacks, with a progress bar."""
         if self.cached:
             self.cached.prepare(dict.fromkeys(self._view(epoch) for epoch in epochs))
 

@@ -1,10 +1,11 @@
 """Make the data loaders of every training stage, and cache the outputs of the frozen layers.
 
 The first layers of a network may be frozen (the prefix). The outputs of frozen layers for a given
-augmented view of a photo never change. They are computed once for a few views of every photo, and
-the epochs cycle through these views. Consecutive stages with the same augmentation share the
-outputs of the layers that are frozen in all of these stages. A stage with additional frozen layers
-runs those on the shared outputs.
+augmented view of a photo never change. An augmented view is the photo after one numbered random
+augmentation. The outputs are computed once for a few views of every photo, and the epochs cycle
+through these views. Consecutive stages with the same augmentation share the outputs of the layers
+that are frozen in all of these stages. If a stage has additional frozen layers, the inputs of these
+layers are the shared outputs.
 """
 
 from __future__ import annotations

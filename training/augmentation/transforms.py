@@ -163,7 +163,7 @@ _SYMMETRIES: Final = _symmetries()
 
 
 def _tilt(shrink: Tensor) -> Tensor:
-    """Return homographies [N, 3, 3] of a perspective seen from the left or right.
+    """Return homographies [N, 3, 3] that make the left or right edge of a square shorter.
 
     shrink: Share by which the far edge is shorter than the near edge, [N]. Positive values put the
     far edge on the right, negative values on the left.

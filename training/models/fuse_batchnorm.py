@@ -1,10 +1,10 @@
 """Fold BatchNorms into neighbouring layers, for frozen layers in training and for exported graphs.
 
 In eval mode a BatchNorm computes `x * scale + shift` for each channel. If the layer before it is a
-convolution or a Linear, scale and shift are folded into the weight and bias of that layer. If not,
-and the layer after it is a Linear or a convolution without zero padding, they are folded into the
-weight and bias of that layer. Any other BatchNorm (in DenseNet: between a concatenation and a ReLU)
-is replaced by one multiply-add, or stays a BatchNorm.
+convolution or a Linear, scale and shift are folded into the weight and bias of that layer.
+Otherwise, if the layer after the BatchNorm is a Linear or a convolution without zero padding, scale
+and shift are folded into that layer. Any other BatchNorm (in DenseNet: between a concatenation and
+a ReLU) is replaced by one multiply-add, or stays a BatchNorm.
 """
 
 from __future__ import annotations

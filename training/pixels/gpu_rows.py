@@ -59,7 +59,7 @@ class GpuRows:
         return self._pixels.index_select(0, upload(index, self._pixels.device))
 
     def batches(self, order: Sequence[Tensor | slice]) -> Generator[Tensor, None, None]:
-        """Yield `self[index]` for each index in `order`."""
+        """Yield the selected rows, uint8 [N, S, S, 3], for each index in `order`."""
         for index in upload_indices(order, self._pixels.device):
             yield self[index]
 
@@ -85,7 +85,7 @@ class PrefetchedRows:
         return self._copier.receive(self._copier.send(self._rows[index]))
 
     def batches(self, order: Sequence[Tensor | slice]) -> Generator[Tensor, None, None]:
-        """Yield `self[index]` for each index in `order`.
+        """Yield the selected rows, uint8 [N, S, S, 3], on the device, for each index in `order`.
 
         A background thread reads and copies the next `AHEAD` batches. An error in the thread is
         raised by this generator. The thread ends when the generator is closed.
@@ -120,7 +120,7 @@ def place_rows(
 ) -> PixelSet:
     """Return `part` with its rows moved to GPU memory (`GpuRows`) if they fit.
 
-    If they don't fit, the rows become `PrefetchedRows`: they are copied to the GPU batch by batch.
+    Otherwise the rows become `PrefetchedRows`: a thread copies them to the GPU batch by batch.
     If the device is the CPU, `part` is returned unchanged.
 
     Args:

@@ -113,7 +113,7 @@ class PixelPart:
         self.digests = list(self._map("reading", digest, range(len(self.samples))))
 
     def store_in_cache(self, cache: disk_cache.DiskCache, protected: set[str]) -> None:
-        """Decode the photos that the disk cache lacks into it, and set `rows` to the cached pixels.
+        """Store missing photos in the disk cache, and set `rows` to the cached pixels.
 
         If the pixels don't fit into the size limit of the cache, `rows` stays None.
 
@@ -140,9 +140,10 @@ class PixelPart:
         cache: disk_cache.DiskCache,
         protected: set[str],
     ) -> StoreIndex:
-        """Add the missing rows to the store.
+        """Decode the photos that the store lacks into it.
 
-        If space is short, first delete rows that this dataset does not use.
+        If space is short, rows (pixels of one photo each) that this dataset does not use are
+        deleted first.
         """
         with cache.locked():
             more = len({self.digests[i] for i in self._missing(index.rows)})

@@ -41,7 +41,10 @@ class Rows(Protocol):
         ...
 
     def batches(self, order: Sequence[Tensor | slice]) -> Generator[Tensor, None, None]:
-        """Yield `self[index]` for each index in `order`. Later batches may be read in advance."""
+        """Yield the selected rows, uint8 [N, S, S, 3], for each index in `order`.
+
+        Later batches may be read in advance.
+        """
         ...
 
 
@@ -98,7 +101,9 @@ class StreamingRows:
         return next(self.batches([index]))
 
     def batches(self, order: Sequence[Tensor | slice]) -> Generator[Tensor, None, None]:
-        """Yield `self[index]` for each index in `order`. Several threads decode in advance.
+        """Yield decoded photos, uint8 [N, S, S, 3], for each index in `order`.
+
+        Several threads decode later batches in advance.
 
         Raises:
             WorkError: A photo is missing, is unreadable or has changed; the message has its path.

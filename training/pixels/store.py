@@ -41,7 +41,7 @@ _PRIMES: Final = np.array([3, 5, 7, 11, 13], np.uint32)
 
 @dataclass(frozen=True)
 class StoreIndex:
-    """The rows that a store contains.
+    """The rows (pixels of one photo each) that a store contains.
 
     Attributes:
         pixels: Memory-mapped pixels, uint8 [rows, S, S, 3].
@@ -60,13 +60,13 @@ class StoreIndex:
 
 @dataclass
 class PixelWriter:
-    """Appends rows to a rows file, and a record of each row to the index.
+    """Appends rows (pixels of one photo each) to a rows file, and their records to the index.
 
     Attributes:
         file: The rows file, open for writing.
         index: The index, open for writing; None if the rows file is temporary and has no index.
         row_bytes: Size of a row in bytes.
-        rows: Hash of each photo -> position of its row; `add` adds an entry.
+        rows: Hash of each photo -> position of the photo's row; `add` adds an entry.
         aspect: Width / height of the photo of each row; `add` appends a value.
     """
 
@@ -84,7 +84,13 @@ class PixelWriter:
         self.file.seek(self._listed * self.row_bytes)
 
     def add(self, digest: bytes, pixels: Pixels, aspect: float) -> None:
-        """Append the row of a photo, unless a row with the same hash exists already."""
+        """Append the pixels of a photo, unless a photo with the same hash is stored already.
+
+        Args:
+            digest: Hash of the photo's bytes.
+            pixels: Pixels, uint8 [S, S, 3].
+            aspect: Width / height of the photo.
+        """
         if digest in self.rows:
             return
         self.file.write(np.ascontiguousarray(pixels).data)
@@ -95,7 +101,7 @@ class PixelWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Sync the new rows to disk, then append their records to the index."""
+        """Sync the new rows (decoded photos) to disk, then append their records to the index."""
         self.file.flush()
         if self.index is None:
             return
@@ -159,11 +165,11 @@ class PixelStore:
         return StoreIndex(pixels, rows, records["aspect"].astype(np.float32), path, size)
 
     def bytes_needed(self, index: StoreIndex, more: int) -> int:
-        """Return the number of bytes by which the rows file grows when `more` rows are added."""
+        """Return how many bytes the rows file grows when `more` rows (photos) are added."""
         return max(0, (len(index.rows) + more) * self.row_bytes - index.size)
 
     def reset(self) -> None:
-        """Replace the rows file by a new, empty one. The caller must hold the entry's lock."""
+        """Replace the store's files by empty ones. The caller must hold the cache entry's lock."""
         number = secrets.token_hex(8)
         path = self.folder / f"rows-{number}.bin"
         path.touch()
@@ -174,7 +180,7 @@ class PixelStore:
                 old.unlink()
 
     def writer(self, index: StoreIndex, more: int) -> PixelWriter:
-        """Return a writer that appends rows, and reserve disk space for `more` rows.
+        """Return a writer that appends rows (photos), and reserve disk space for `more` rows.
 
         The caller must hold the lock of the cache entry.
 
@@ -232,7 +238,7 @@ def reserve(file: BinaryIO, size: int, folder: Path) -> None:
 
 
 def _checks(records: npt.NDArray[np.void]) -> npt.NDArray[np.uint32]:
-    """Compute the checksum of each record. Incomplete and all-zero records fail the check."""
+    """Compute checksums of index records. Incomplete and all-zero records fail the check."""
     words = np.frombuffer(records.tobytes(), "<u4").reshape(len(records), len(_PRIMES) + 1)
     sums = (words[:, :-1] * _PRIMES).sum(axis=1, dtype=np.uint32) ^ np.uint32(0x5EED)
     return np.asarray(sums)
