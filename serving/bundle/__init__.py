@@ -1,1 +1,1 @@
-"""Bundles, the folders that hold exported models: manifest, storage, signatures."""
+"""Bundles (folders with an exported model): manifest, files, signatures."""

@@ -1,8 +1,8 @@
-"""The JSON objects inside `manifest.json`, as types that pydantic validates.
+"""Types of the JSON objects inside `manifest.json`, validated by pydantic.
 
-The validated objects stay dictionaries in memory. A constraint in `json_schema_extra` appears in
-the published JSON schema, but pydantic does not check it, because either other code does, such as
-`serving.bundle.storage`, or bundles of other versions break it.
+The validated objects stay dictionaries in memory. Constraints in `json_schema_extra` are published
+in the JSON schema but not checked by pydantic. Some are checked elsewhere (for example in
+`serving.bundle.storage`); others are not met by bundles of other versions, which must still load.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pydantic_core import CoreSchema, core_schema
 from typing_extensions import TypedDict  # pydantic accepts `typing.TypedDict` from Python 3.12 on
 
 PATH: Final[dict[str, Any]] = {"pattern": r"^(?!/)(?!.*\.\.(/|$)).+$"}
-"""JSON schema of a relative path without `..`."""
+"""JSON schema of a string that is a relative path without `..`."""
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Share = Annotated[Number, Field(ge=0, le=1)]
@@ -33,17 +33,17 @@ Rgb = Annotated[list[Number], Field(min_length=3, max_length=3)]
 FilePath = Annotated[
     str, Field(description="path below the payload folder, with /", json_schema_extra=PATH)
 ]
-"""Path of a file below the payload folder; `storage.read` refuses a path outside that folder."""
+"""Path relative to the payload folder. `storage.read` refuses a path that leaves this folder."""
 
 # Readers accept unknown fields, but the published schema has only the fields that an export writes.
 _OPEN: Final = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
 
 
 def _as_given(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    """Validate `value` and return it unchanged.
+    """Validate `value` with pydantic, but return it unchanged.
 
-    pydantic would turn 1 into 1.0 in a float field. That would change the manifest's bytes and its
-    version.
+    In a float field, pydantic would turn 1 into 1.0. The manifest's bytes and version hash would
+    then change.
     """
     check(value)
     return value
@@ -54,7 +54,12 @@ AsGiven: Final = WrapValidator(_as_given)
 
 @dataclass(frozen=True)
 class BuiltFrom:
-    """Annotation of a field whose value is built from a JSON object of the type `entry`."""
+    """Pydantic annotation of a field whose value is an object built from a JSON object.
+
+    Attributes:
+        entry: Type that validates the JSON object.
+        build: Function that builds the value from the validated JSON object.
+    """
 
     entry: Any
     build: Callable[[dict[str, Any]], Any]

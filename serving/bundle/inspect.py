@@ -1,4 +1,4 @@
-"""`fledge inspect`: describe a bundle as text. Needs no torch and no ONNX Runtime."""
+"""Describe a bundle as text, for `fledge inspect`. Needs neither torch nor ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ _MAX_LABELS: Final = 8
 
 
 def describe(folder: Path) -> list[str]:
-    """Lines about a bundle: a title, then a topic and its text on each line.
+    """Check a bundle and return lines of text about it.
+
+    The first line is a title. Each of the others has a topic, such as "graphs", and its text.
 
     Raises:
-        BundleError, OptionError: What `storage.read` raises.
+        BundleError: The bundle is missing or damaged, or no trusted key signed it.
+        OptionError: The file of trusted keys can't be used.
     """
     bundle = storage.read(folder)
     manifest = bundle.manifest
@@ -102,7 +105,7 @@ def _views(manifest: Manifest) -> str:
 
 
 def _tuning(tuning: Mapping[str, Any]) -> list[str]:
-    """The best settings of each graph, measured on the machine of the export."""
+    """Return one line per graph with its fastest settings, as measured at export."""
     lines = []
     for name, best in tuning.get("throughput", {}).items():
         single = tuning["latency"][name]

@@ -1,8 +1,9 @@
 """The manifest of a bundle: pydantic model of `manifest.json`, version hash and JSON schema.
 
-`from_json` checks every field, and `to_json` writes the same bytes back.
+`Manifest.from_json` checks all fields, and `Manifest.to_json` returns the same text again.
 
-`python -m serving.bundle.manifest > docs/manifest.schema.json` writes the published JSON schema.
+The command `python -m serving.bundle.manifest > docs/manifest.schema.json` writes the published
+JSON schema.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from serving.imaging.preprocess import Preprocess
 from serving.imaging.tta import VIEWS, View
 
 SCHEMA: Final = 1
-"""Version of the file format."""
+"""Version of the format of `manifest.json`."""
 
 _REPORT: Final = "; a report, not used for answers"
 
@@ -47,16 +48,19 @@ def _plain_first(views: tuple[View, ...]) -> tuple[View, ...]:
 
 
 def _publish(schema: JsonSchemaValue) -> None:
-    """Require every field that all bundles have; the first bundles have no `torch_export`."""
+    """Mark fields as required in the published schema, except `torch_export`.
+
+    The earliest bundles lack `torch_export`.
+    """
     schema["description"] = "Everything that decides or describes the answers of an exported model"
     schema["required"] = [name for name in schema["properties"] if name != "torch_export"]
 
 
 class Manifest(BaseModel):
-    """Everything that decides or describes the answers of one exported model.
+    """Content of `manifest.json`: everything that decides or describes the answers of a model.
 
-    The fields are in the order of the file. `model_copy(update=...)` returns a changed manifest
-    without checking it. Fields that are described as reports don't change answers.
+    The fields are in the order of the file. Fields whose description says "a report" have no effect
+    on answers. `model_copy(update=...)` returns a changed manifest without checking the changes.
     """
 
     model_config = ConfigDict(
@@ -144,12 +148,12 @@ class Manifest(BaseModel):
 
     @property
     def graphs(self) -> list[str]:
-        """Paths of the files that hold graphs, below the payload folder."""
+        """Paths of all graph files, relative to the payload folder."""
         files = [entry["file"] for entry in self.precisions.values()]
         return files + [file for file in (self.torchscript, self.torch_export) if file]
 
     def to_json(self) -> str:
-        """Indented JSON, keys in the order of the fields.
+        """Return the manifest as indented JSON, with the keys in the order of the fields.
 
         Raises:
             ValueError: A number is not finite.
@@ -162,10 +166,11 @@ class Manifest(BaseModel):
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """The inverse of `to_json`.
+        """Parse and check the text of `manifest.json`.
 
         Raises:
-            BundleError: The text is not a manifest of this schema; the message names the field.
+            BundleError: The text is not valid JSON, a field is wrong, or the format has another
+                version than `SCHEMA`. The message names the field.
         """
         try:
             values = json.loads(text)
@@ -183,7 +188,7 @@ class Manifest(BaseModel):
 
 
 def _reason(error: ValidationError) -> str:
-    """The first mistake in one line: the field, its value if it is short, and the rule."""
+    """Describe the first validation error in one line: field, value if short, and broken rule."""
     found = error.errors(include_url=False)[0]
     field, value = f"{'.'.join(map(str, found['loc'])):.200}", found["input"]
     if found["type"] == "missing":
@@ -200,11 +205,15 @@ def _reason(error: ValidationError) -> str:
 
 
 def content_version(manifest: Manifest, graphs: Mapping[str, str]) -> str:
-    """Hash of everything that determines answers: the first twelve hex digits of a sha256.
+    """Return the version of a bundle: a hash of everything that determines answers.
 
     Args:
-        manifest: Its labels, preprocess, temperature, thresholds, views and average are hashed.
-        graphs: File name -> sha256 of every graph; these are hashed too.
+        manifest: The manifest, of which labels, preprocess, temperature, thresholds, views and
+            average are hashed.
+        graphs: The sha256 of each graph file, by path; names and values are hashed.
+
+    Returns:
+        The first twelve hex digits of a sha256.
     """
     decides = {
         "graphs": dict(sorted(graphs.items())),
@@ -219,9 +228,11 @@ def content_version(manifest: Manifest, graphs: Mapping[str, str]) -> str:
 
 
 class Parallelism(NamedTuple):
-    """How runs of the graph share the cores of a CPU.
+    """How concurrent runs of the graph share the cores of a CPU.
 
-    runs: number of concurrent runs; threads: number of threads of each run.
+    Attributes:
+        runs: Number of concurrent runs.
+        threads: Number of threads of each run.
     """
 
     runs: int
@@ -229,9 +240,15 @@ class Parallelism(NamedTuple):
 
 
 def measured_parallelism(manifest: Manifest, precision: str, cores: int) -> Parallelism:
-    """The setting with the most images per second at export, if that machine had `cores` cores.
+    """Return the parallelism that was measured as the fastest at export, in images per second.
 
-    If it had another number, or nothing was measured: `cores` runs of one thread each.
+    The measurement is used only if the machine of the export had the same number of cores. Without
+    a usable measurement, the result is `cores` runs with one thread each.
+
+    Args:
+        manifest: Manifest of the bundle.
+        precision: Precision of the graph.
+        cores: Number of CPU cores of this machine.
     """
     tuned = manifest.tuning.get("cpu", {})
     best = tuned.get("throughput", {}).get(precision)
@@ -241,10 +258,10 @@ def measured_parallelism(manifest: Manifest, precision: str, cores: int) -> Para
 
 
 def multithreading_pays(manifest: Manifest, precision: str, cores: int) -> bool:
-    """Whether several threads process a single image faster than one thread.
+    """Return whether several threads run the graph on a single image faster than one thread.
 
-    True unless the export, on a machine with `cores` cores, measured the lowest latency with one
-    thread.
+    The result is False only if the export, on a machine with `cores` CPU cores, measured the lowest
+    latency with one thread.
     """
     tuned = manifest.tuning.get("cpu", {})
     found = tuned.get("latency", {}).get(precision)
@@ -252,7 +269,11 @@ def multithreading_pays(manifest: Manifest, precision: str, cores: int) -> bool:
 
 
 class _PublishedSchema(GenerateJsonSchema):
-    """Generator that omits defaults, which only readers use, and titles that repeat field names."""
+    """Generator of the published JSON schema, without default values and titles of fields.
+
+    Default values are omitted because an export writes all fields. A title would only repeat the
+    name of the field.
+    """
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])
@@ -262,7 +283,10 @@ class _PublishedSchema(GenerateJsonSchema):
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of the `manifest.json` that an export writes; readers accept a little more."""
+    """Return the JSON schema of the `manifest.json` that an export writes.
+
+    `Manifest.from_json` accepts a little more, for example missing fields that have a default.
+    """
     schema = Manifest.model_json_schema(schema_generator=_PublishedSchema)
     return {"$schema": _PublishedSchema.schema_dialect, **schema}
 

@@ -1,9 +1,10 @@
-"""Ed25519 signatures of manifests (RFC 8032): sign with a private key, check against trusted keys.
+"""Ed25519 signatures (RFC 8032) of manifests: sign with a private key, check with trusted keys.
 
-Keys are PEM files as `openssl genpkey -algorithm ed25519` writes them. A manifest has the sha256 of
-every file of the bundle, so its signature covers all of them.
+Keys are PEM files in the format of `openssl genpkey -algorithm ed25519`. A manifest contains the
+sha256 of all files of the bundle, so a signature of the manifest covers the files too.
 
-`manifest.sig` has one line per signature: `ed25519 PUBLIC-KEY SIGNATURE`, both in base64.
+The file `manifest.sig` has one line per signature: `ed25519 PUBLIC-KEY SIGNATURE`, with key and
+signature in base64.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 TRUSTED: Final = "FLEDGE_TRUSTED_KEYS"
 """Environment variable with the path of a PEM file of trusted public keys.
 
-If it is not set, any key is accepted."""
+If the variable is not set, signatures by any key and unsigned manifests are accepted."""
 
 Sign = Callable[[bytes], str]
-"""Bytes to sign -> a line for `manifest.sig`."""
+"""Function that signs bytes and returns a line for `manifest.sig`."""
 
 _KIND: Final = "ed25519"
 _MAKE: Final = "make one with `openssl genpkey -algorithm ed25519`"
@@ -40,10 +41,10 @@ _PEM: Final = re.compile(r"-----BEGIN ([A-Z ]+)-----([^-]*)-----END \1-----")
 
 
 def signer(path: Path) -> Sign:
-    """A function that signs with the private key of a PEM file.
+    """Return a function that signs with the private key in a PEM file.
 
     Raises:
-        OptionError: The file can't be read, or it holds no unencrypted Ed25519 private key.
+        OptionError: The file can't be read, or has no unencrypted Ed25519 private key.
     """
     from nacl.signing import SigningKey
 
@@ -61,11 +62,17 @@ def signer(path: Path) -> Sign:
 
 
 def trusted(environ: Mapping[str, str] | None = None) -> Mapping[bytes, str] | None:
-    """The trusted public keys, 32 bytes each, and their names; None if the variable is not set.
+    """Read the trusted public keys from the file that FLEDGE_TRUSTED_KEYS names.
+
+    Args:
+        environ: Environment variables. None: those of this process.
+
+    Returns:
+        The display name of each key, by the 32 bytes of the key; None if the variable is not set.
 
     Raises:
-        OptionError: FLEDGE_TRUSTED_KEYS is empty, or its file can't be read or contains anything
-            but Ed25519 public keys.
+        OptionError: The variable is set but empty, or the file can't be read, or the file does not
+            consist of Ed25519 public keys in PEM.
     """
     path = (os.environ if environ is None else environ).get(TRUSTED)
     if path is None:
@@ -86,15 +93,16 @@ def trusted(environ: Mapping[str, str] | None = None) -> Mapping[bytes, str] | N
 
 
 def check(data: bytes, signatures: str | None, keys: Mapping[bytes, str] | None) -> list[str]:
-    """Names of the keys that signed `data`, without those that are not in `keys`.
+    """Check the signatures of a manifest and return the names of the keys that signed it.
 
     Args:
         data: The bytes of the manifest.
-        signatures: The text of `manifest.sig`, or None if there is no such file.
-        keys: The trusted keys, from `trusted`. None accepts any key, and data without a signature.
+        signatures: The text of `manifest.sig`, or None if the file does not exist.
+        keys: The trusted keys, from `trusted`; signatures by other keys are ignored. None: any key
+            is accepted, and a manifest without signatures too.
 
     Raises:
-        BundleError: No signature is valid for `data`, or none is by a trusted key.
+        BundleError: No signature is valid for `data`, or no valid signature is by a trusted key.
     """
     if signatures is None:
         if keys is None:
@@ -112,7 +120,7 @@ def check(data: bytes, signatures: str | None, keys: Mapping[bytes, str] | None)
 
 
 def name(key: bytes) -> str:
-    """Display name of a public key: `key` and the first 16 hex digits of its sha256."""
+    """Return the display name of a public key: `key` and the first 16 hex digits of its sha256."""
     return f"key {hashlib.sha256(key).hexdigest()[:16]}"
 
 
@@ -122,7 +130,12 @@ def _line(key: SigningKey, data: bytes) -> str:
 
 
 def _verified(line: str, data: bytes) -> bytes | None:
-    """The public key of a line of `manifest.sig`; None if its signature of `data` is not valid."""
+    """Return the public key in a line of `manifest.sig`, or None if the signature is not valid.
+
+    Args:
+        line: The line.
+        data: The bytes of the manifest that were signed.
+    """
     from nacl.exceptions import CryptoError
     from nacl.signing import VerifyKey
 
@@ -138,11 +151,14 @@ def _verified(line: str, data: bytes) -> bytes | None:
 
 
 def _blocks(path: Path, option: str) -> list[tuple[str, bytes]]:
-    """Kind and content of every block of a PEM file.
+    """Read the blocks of a PEM file.
 
     Args:
         path: The file.
-        option: The option or variable that names the file, for messages.
+        option: The option or variable that names the file, for error messages.
+
+    Returns:
+        For each block, the kind, such as "PUBLIC KEY", and the decoded content.
 
     Raises:
         OptionError: The file can't be read, or a block is malformed.
@@ -160,6 +176,6 @@ def _blocks(path: Path, option: str) -> list[tuple[str, bytes]]:
 
 
 def _key(data: bytes, prefix: bytes) -> bytes | None:
-    """The 32 bytes after `prefix`; None for a key of another kind."""
+    """Return the 32 bytes of a key in DER; None if it does not begin with the bytes `prefix`."""
     key = data.removeprefix(prefix)
     return key if len(key) == 32 and data != key else None

@@ -1,13 +1,13 @@
-"""Bundle folders: read and verify a bundle, publish a new version.
+"""Read and verify the folder of a bundle, and publish a new version in it.
 
     bundle/
-      manifest.json         everything about the live version; see `serving.bundle.manifest`
-      manifest.sha256       checksum of the manifest; detects accidental changes
-      manifest.sig          signatures of the manifest; detect forgery if trusted keys are set
+      manifest.json         describes the current version; see `serving.bundle.manifest`
+      manifest.sha256       checksum of the manifest, detects accidental changes
+      manifest.sig          signatures of the manifest, detect forgery if trusted keys are set
       VERSION/              the payload: model.onnx, model.ts, model.pt2, golden/, README.md
 
-A new version is a new payload folder. Publishing replaces `manifest.json` by one rename, so a
-concurrent reader gets the old version or the new one, never a mixture.
+Each version has its own payload folder. Publishing a version replaces `manifest.json` by a rename.
+A concurrent reader therefore sees either the old version or the new version, never a mixture.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _TRIES: Final = 5  # attempts to read the manifest and the checksum of the same 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle.
+    """A bundle that was read and verified.
 
     Attributes:
-        folder: The folder of `manifest.json`.
-        manifest: Content of that file.
+        folder: Folder that contains `manifest.json`.
+        manifest: Content of `manifest.json`.
         signers: Names of the keys that signed the manifest, from `signing.check`.
-        trusted: Whether the signers were checked against trusted keys.
+        trusted: Whether the signatures were checked against trusted keys.
     """
 
     folder: Path
@@ -47,14 +47,14 @@ class Bundle:
 
     @property
     def payload(self) -> Path:
-        """The folder of this version's files."""
+        """Payload folder: the folder with the files of this version."""
         return self.folder / self.manifest.version
 
     def graph(self, precision: str) -> Path:
-        """The ONNX file of a precision.
+        """Return the path of the ONNX graph of a precision.
 
         Raises:
-            BundleError: The bundle has no such precision.
+            BundleError: The bundle has no graph of this precision.
         """
         entry = self.manifest.precisions.get(precision)
         if entry is None:
@@ -64,17 +64,19 @@ class Bundle:
 
     @property
     def signature_warning(self) -> str:
-        """Text to put after the signers' names; empty if their keys are trusted."""
+        """Warning to print after the names of the signers; empty if their keys are trusted."""
         return "" if self.trusted else f" (key not verified: {signing.TRUSTED} is not set)"
 
     def load(self, name: str) -> bytes:
-        """The bytes of a payload file, checked against the manifest.
+        """Read a payload file and check its sha256 against the manifest.
 
-        The sha256 is that of the returned bytes, so a file that changed after the bundle was read
-        is refused.
+        The check detects a file that was changed after the bundle was verified.
+
+        Args:
+            name: Path of the file, relative to the payload folder.
 
         Raises:
-            BundleError: The file can't be read, or its sha256 differs from the manifest's.
+            BundleError: The file can't be read, or its sha256 is not the one in the manifest.
         """
         path = self.payload / name
         try:
@@ -87,17 +89,17 @@ class Bundle:
 
 
 def read(folder: Path, *, require_trusted: bool = True) -> Bundle:
-    """Read a bundle, check every file against the manifest, and check the signatures.
+    """Read a bundle, check all files against the manifest, and check the signatures.
 
     Args:
         folder: The bundle.
-        require_trusted: Whether one of the keys of FLEDGE_TRUSTED_KEYS, if it is set, must have
-            signed the manifest. An export that replaces the bundle passes False.
+        require_trusted: Whether the manifest must be signed by a trusted key if FLEDGE_TRUSTED_KEYS
+            is set. An export that replaces the bundle passes False.
 
     Raises:
-        BundleError: There is no bundle, a file is missing, changed or not listed in the manifest,
-            or no trusted key signed the manifest. The message names the file.
-        OptionError: The file of FLEDGE_TRUSTED_KEYS can't be used.
+        BundleError: There is no bundle; or a file is missing, changed or not listed in the
+            manifest; or no trusted key signed the manifest. The message names the file.
+        OptionError: The file that FLEDGE_TRUSTED_KEYS names can't be used.
     """
     keys = signing.trusted() if require_trusted else None
     path = folder / MANIFEST
@@ -174,13 +176,13 @@ def _verify_files(bundle: Bundle) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the sha256 of a file as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_files(payload: Path) -> dict[str, FileEntry]:
-    """The value of `Manifest.files` for a payload folder."""
+    """Return sha256 and size of all files in a payload folder, as needed for `Manifest.files`."""
     return {
         path.relative_to(payload).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(payload.rglob("*"))
@@ -189,12 +191,20 @@ def describe_files(payload: Path) -> dict[str, FileEntry]:
 
 
 def publish(manifest: Manifest, folder: Path, sign: signing.Sign | None = None) -> None:
-    """Make `manifest` the live version of `folder`; its payload must already be there.
+    """Make `manifest` the current version of the bundle in `folder`.
 
-    The rename of the manifest switches the version. Before the rename, the checksum and signature
-    files get entries of both the old and the new manifest. A kill at any point therefore leaves a
-    bundle that can be read as the old or the new version, with one exception: if only one of the
-    two versions is signed, a reader that requires trusted keys may be able to read neither.
+    The payload folder of the version must already exist.
+
+    A rename of the manifest file switches the version. Before the rename, entries of both the old
+    and the new manifest are written to the checksum and signature files. If the process is killed
+    at any point, the bundle can therefore be read as the old or the new version. There is one
+    exception: if only one of the two versions is signed, a reader that requires trusted keys may
+    refuse the bundle.
+
+    Args:
+        manifest: The new manifest.
+        folder: The bundle.
+        sign: Function that signs the manifest, from `signing.signer`; None: not signed.
     """
     text = manifest.to_json().encode()
     path, checksum, signature = folder / MANIFEST, folder / CHECKSUM, folder / SIGNATURE

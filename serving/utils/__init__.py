@@ -1,1 +1,1 @@
-"""Helpers that don't depend on models: files, processes, CPUs, memory, progress."""
+"""General helpers: files, processes, CPU cores, memory allocation, progress display."""

@@ -1,4 +1,4 @@
-"""Number of usable CPU cores: the process's affinity, limited by the container's CPU quota."""
+"""Number of CPU cores that this process may use, from its affinity and its container's quota."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _OWN_CGROUP: Final = Path("/proc/self/cgroup")
 
 
 def cores() -> int:
-    """Cores that this process may use, at least 1; a quota of 1.5 counts as 2."""
+    """Return the number of CPU cores that this process may use, at least 1.
+
+    A quota that is not a whole number is rounded up: 1.5 cores count as 2.
+    """
     try:
         usable = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
@@ -22,11 +25,15 @@ def cores() -> int:
 
 
 def quotas(own: Path = _OWN_CGROUP, mount: Path = _CGROUP_MOUNT) -> Iterator[float]:
-    """CPU quotas, in cores, of this process's control group and of each visible parent group.
+    """Yield the CPU quotas, in cores, of this process's control group and of its parent groups.
 
-    Groups without a limit are left out. Version 2 stores the quota in `cpu.max`, version 1 in
-    `cpu/cpu.cfs_quota_us` and `cpu/cpu.cfs_period_us`. In a container, the group of the container
-    is mounted at `mount`, although `own` may contain the group's path on the host.
+    Groups without a quota are left out. Control groups version 2 store the quota in `cpu.max`,
+    version 1 in `cpu/cpu.cfs_quota_us` and `cpu/cpu.cfs_period_us`.
+
+    Args:
+        own: File with the path of this process's control group. In a container, this may be a path
+            on the host, which does not exist in the container.
+        mount: Folder where the control groups are mounted; in a container, the container's group.
     """
     try:
         lines = own.read_text().splitlines()

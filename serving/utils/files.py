@@ -1,4 +1,4 @@
-"""Atomic writes, checks of output paths, file locks and the cache folder."""
+"""Files: atomic writes, checks of output paths, locks, and the path of the cache folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from serving.errors import OptionError
 
 
 def check_file(path: Path, option: str = "--out") -> None:
-    """Check that a result file can be written, before the work that produces it.
+    """Check that an output file can be written. Call this before the work that produces the file.
+
+    Args:
+        path: Path of the output file.
+        option: The option that names the file, for error messages.
 
     Raises:
-        OptionError: The file can't be written; the message names `option`.
+        OptionError: The path is a folder, or its parent folder is missing or not writable.
     """
     folder = path.absolute().parent
     if path.is_dir():
@@ -28,14 +32,14 @@ def check_file(path: Path, option: str = "--out") -> None:
 
 
 def check_folder(path: Path, option: str = "--out") -> None:
-    """Check that files can be written in a folder that exists or will be created.
+    """Check that files can be written to a folder, which may not exist yet.
 
     Args:
         path: The folder.
-        option: "" if no option names the folder.
+        option: The option that names the folder, for error messages; "" if there is none.
 
     Raises:
-        OptionError: Files can't be written there; the message names `option`.
+        OptionError: The folder, or the nearest parent folder that exists, is not writable.
     """
     existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     _check_writable(existing, f"{option} {path}".lstrip())
@@ -47,19 +51,23 @@ def _check_writable(folder: Path, named: str) -> None:
 
 
 def user_cache_folder() -> Path:
-    """Folder for data that can be computed or downloaded again: `$XDG_CACHE_HOME/fledge`."""
+    """Return the folder for data that can be recomputed: `$XDG_CACHE_HOME/fledge`.
+
+    If XDG_CACHE_HOME is not set, it is `~/.cache/fledge`.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fledge"
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write a file to; at the end flush it to disk, rename it to `path`.
+    """Write a file atomically: yield a temporary path, and rename the file to `path` at the end.
 
-    On an error the temporary file is removed and an older `path` stays. A killed process leaves
-    `.NAME.partial` behind, which the next write of `path` replaces.
+    Before the rename, the file is flushed to disk. On an error the temporary file is removed, and
+    an older file at `path` stays. A killed process leaves the temporary file `.NAME.partial`; the
+    next write of `path` replaces it.
 
     Raises:
-        OSError: The file can't be written; the error's file name is `path`.
+        OSError: The file can't be written. The error has the file name `path`.
     """
     partial = _partial(path)
     try:
@@ -76,11 +84,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a new temporary folder; at the end rename it to `path`, replacing an older folder.
+    """Write a folder atomically: yield a temporary folder, and rename it to `path` at the end.
 
-    The files in it must be flushed to disk by their writer. On an error the temporary folder is
-    removed and an older `path` stays. A killed process leaves `.NAME.partial` or `.NAME.older`
-    behind, which the next call for `path` removes.
+    An older folder at `path` is replaced. The caller must flush the files in the folder to disk. On
+    an error the temporary folder is removed, and an older folder at `path` stays. A killed process
+    leaves the folders `.NAME.partial` or `.NAME.older`; the next call for `path` removes them.
 
     Raises:
         OSError: The folder can't be created or renamed.
@@ -110,7 +118,7 @@ def _partial(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to disk."""
+    """Flush the content of a file, or the entries of a folder, to disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -122,16 +130,16 @@ _UNSUPPORTED: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSU
 
 
 def lock(file: int, *, wait: bool) -> None:
-    """Take an exclusive lock on an open file or folder; closing the file releases it.
+    """Take an exclusive lock on an open file or folder. Closing the file releases the lock.
 
     Args:
         file: File descriptor.
         wait: Whether to wait until the lock is free.
 
     Raises:
-        BlockingIOError, PermissionError: Another process holds the lock, and `wait` is false.
-        NoLocks: This system or file system does not support locks.
-        OSError: Another error.
+        BlockingIOError, PermissionError: Another process holds the lock, and `wait` is False.
+        NoLocks: The operating system or the file system does not support locks.
+        OSError: The lock failed for another reason.
     """
     try:
         import fcntl
@@ -146,4 +154,4 @@ def lock(file: int, *, wait: bool) -> None:
 
 
 class NoLocks(OSError):
-    """File locks are not supported on this system or file system."""
+    """The operating system or the file system does not support file locks."""

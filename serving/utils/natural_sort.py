@@ -1,7 +1,8 @@
-"""Natural sort order: file2 before file10.
+"""Sort keys for natural order, in which file2 comes before file10.
 
-Two keys, because both orders are part of existing results: scoring puts digits before letters, and
-training puts letters first, which decides the class indices and the splits of a data set.
+Scoring uses `natural`, where digits sort before letters. Training uses `natural_letters_first`,
+where letters sort before digits; this order decides class indices and data splits. Both keys are
+kept, because using one key everywhere would change existing results.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import re
 
 
 def natural(name: str) -> tuple[str, str]:
-    """Sort key: numbers by value, all else by code point; equal values by spelling."""
+    """Return a sort key that orders numbers by value, and other text by code point.
+
+    Numbers sort before letters. Names that differ only in leading zeros are ordered by code point.
+    """
     return re.sub("[0-9]+", _number, name), name
 
 
 def natural_letters_first(name: str) -> tuple[list[tuple[int, str]], str]:
-    """Sort key like `natural`, but text before numbers: cola, 7up."""
+    """Return a sort key like `natural`, but with text before numbers: cola, 7up."""
     parts = [part for part in re.split("([0-9]+)", name) if part]
     # Not int(): Python refuses numbers of thousands of digits.
     numbers = [part.lstrip("0") if part.isdecimal() else None for part in parts]
@@ -27,6 +31,6 @@ def natural_letters_first(name: str) -> tuple[list[tuple[int, str]], str]:
 
 
 def _number(match: re.Match[str]) -> str:
-    """A string that sorts by the number's value, and before every letter."""
+    """Return a replacement for a matched number that sorts by value, and before every letter."""
     digits = match[0].lstrip("0")
     return f"\0{chr(len(digits))}{digits}"

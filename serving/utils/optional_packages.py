@@ -1,4 +1,4 @@
-"""Optional packages: a clear error message if a needed package is not installed."""
+"""Check that an optional package is installed, with a helpful error message if not."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from serving.errors import FledgeError, OptionError
 def require(
     package: str, purpose: str, remedy: str, *, error: type[FledgeError] = OptionError
 ) -> None:
-    """Check that a package is installed.
+    """Check that a package is installed, without importing it.
 
     Args:
         package: Import name of the package.
-        purpose: Start of the message, such as "Parquet" or "--engine ray".
-        remedy: What the user can do, such as "pip install 'fledge[parquet]'; or use .csv".
-        error: Class of the error.
+        purpose: What needs the package, such as "Parquet" or "--engine ray"; starts the message.
+        remedy: What the user can do, such as "pip install 'fledge[parquet]'; or use .csv"; ends the
+            message.
+        error: Class of the error to raise.
 
     Raises:
-        FledgeError: The package is not installed; the error's class is `error`.
+        FledgeError: The package is not installed. The class of the error is `error`.
     """
     if importlib.util.find_spec(package) is None:
         raise error(f"{purpose} needs {package}: {remedy}")

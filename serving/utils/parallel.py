@@ -1,4 +1,4 @@
-"""Ordered parallel map over a stream, with a bounded number of pending results."""
+"""Parallel `map` with threads: results in order, and a limited number of pending calls."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ def map_ordered(
     window: int = 0,
     name: str = "",
 ) -> Generator[Result, None, None]:
-    """Yield `function(item)` for each item, in the order of the items, computed by threads.
+    """Compute `function(item)` for all items in threads, and yield the results in order.
 
-    The first error of `function` or `items` is raised here and ends the map. Closing the
-    generator drops the calls that have not started and waits for those that run.
+    The first error of `function` or `items` is raised to the consumer and ends the generator.
+    Closing the generator cancels calls that have not started, and waits for running calls.
 
     Args:
-        function: Called by several threads at once.
-        items: Read by the calling thread, as far ahead as `window` allows.
-        workers: Number of threads; default: one for each core.
-        window: Largest number of calls that are submitted and whose results are not yielded yet.
-            A larger window hides slow calls and needs more memory. At least two for each thread.
-        name: Prefix of the threads' names.
+        function: Function to call; several threads call it at the same time.
+        items: Items, which the calling thread reads ahead by at most `window`.
+        workers: Number of threads; None or 0: one per CPU core.
+        window: Largest number of calls whose results have not been yielded. A larger window needs
+            more memory, but a slow call then holds up fewer other calls. Values below two per
+            thread are raised to two per thread.
+        name: Prefix of the names of the threads.
     """
     workers = workers or cores()
     window = max(window, 2 * workers)

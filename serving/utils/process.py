@@ -1,4 +1,4 @@
-"""Processes: exit without waiting for threads, and check whether a process id is running."""
+"""Exit this process without waiting for threads, and check whether a process is running."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import NoReturn
 
 
 def exit_process(status: int) -> NoReturn:
-    """Run the exit handlers, flush the output, and exit without waiting for threads.
+    """Run the `atexit` handlers, flush stdout and stderr, and exit without waiting for threads.
 
-    Skips the teardown of loaded modules, which takes a second with torch.
+    The teardown of loaded modules is skipped, because with torch it takes a second.
+
+    Args:
+        status: Exit status. If it is 0 and flushing fails, the exit status is 120, as in Python.
     """
     atexit._run_exitfuncs()
     try:
@@ -26,7 +29,7 @@ def exit_process(status: int) -> NoReturn:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process with this id is running on this machine."""
+    """Return whether a process with this process id is running on this machine."""
     try:
         os.kill(pid, 0)
     except PermissionError:

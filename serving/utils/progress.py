@@ -1,4 +1,4 @@
-"""Progress display: a bar on a terminal, otherwise a plain line every few seconds."""
+"""Progress display: a progress bar on a terminal, or else a line of text every few seconds."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 EVERY: Final = 10.0
-"""Seconds between plain lines."""
+"""Seconds between two lines of text."""
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Counts images and errors of a scoring job and shows them on `stream`.
+    """Counter of the images and errors of a scoring job, shown on a stream.
 
     Attributes:
-        now: Images processed by this run.
+        now: Number of images that this run has processed, without those of earlier runs.
     """
 
     def __init__(self, total: int, done: int = 0, stream: TextIO | None = None) -> None:
         """Start the clock.
 
         Args:
-            total: Images of the job.
-            done: Of these, images that earlier runs processed.
-            stream: Where the progress is shown; default: standard error.
+            total: Number of images of the job.
+            done: Number of these images that earlier runs have processed.
+            stream: Stream on which the progress is shown; None: standard error.
         """
         self._total, self._stream = total, stream or sys.stderr
         self._before, self.now, self._errors = done, 0, 0
@@ -40,11 +40,11 @@ class Progress(AbstractContextManager["Progress"]):
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start."""
+        """Seconds since this object was created."""
         return time.monotonic() - self._start
 
     def __enter__(self) -> Progress:
-        """Show the bar."""
+        """Show the progress bar, if the stream is a terminal."""
         if self._bar:
             self._bar.start()
         return self
@@ -55,12 +55,16 @@ class Progress(AbstractContextManager["Progress"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Remove the bar and restore the cursor."""
+        """Remove the progress bar and restore the cursor."""
         if self._bar:
             self._bar.stop()
 
     def step(self, failed: bool) -> None:
-        """Count one image."""
+        """Count one processed image and update the display.
+
+        Args:
+            failed: Whether the image could not be scored.
+        """
         self.now += 1
         self._errors += failed
         done = self._before + self.now
@@ -80,10 +84,13 @@ class Progress(AbstractContextManager["Progress"]):
 
 
 def progress_bar(stream: TextIO | None = None) -> Bar:
-    """Progress bars that disappear when they end.
+    """Create a progress display of `rich` that disappears at the end.
 
-    Disabled where `stream` (default: standard error) is no terminal, and on all processes of
-    torchrun except rank 0.
+    The display is disabled if the stream is not a terminal, and in processes of torchrun other than
+    rank 0.
+
+    Args:
+        stream: Stream on which the progress is shown; None: standard error.
     """
     from rich import progress  # imported here, because it takes time and few commands need it
     from rich.console import Console
