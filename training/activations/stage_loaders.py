@@ -98,8 +98,8 @@ def plan_views(
             `CachePlan`.
         requested: Number of views that the recipe sets.
         budget: Size limit in bytes.
-        fixed: Number of views that an earlier start of the run used, and that must be used again.
-            If the views exceed the budget, none is cached. None: not fixed.
+        fixed: Number of views that is already decided, by another process or before the run was
+            resumed. If the views exceed the budget, none is cached. None: not decided.
     """
     plan = CachePlan(tuple(names), tuple(shapes), requested)
     fitting = min(requested, budget // max(plan.view_bytes, 1))
@@ -147,8 +147,8 @@ class StageLoaders:
             stage: The stage.
             share: The frozen layers that the stage shares with other stages.
             first_view: Number of the augmented view of the first epoch.
-            views: Number of augmented views that an earlier start of the run used. None: up to
-                `share.views`, as many as fit into the size limit of the cache.
+            views: Number of augmented views that is already decided, by another process or before
+                the run was resumed. None: up to `share.views`, as many as the cache can store.
             ema: Moving averages of the weights. Validation uses the averages instead of the
                 weights. If the averages of frozen layers differ from their weights (an earlier
                 stage trained these layers), the validation loader caches nothing.

@@ -142,8 +142,8 @@ class PixelPart:
     ) -> StoreIndex:
         """Decode the photos that the store lacks into it.
 
-        If space is short, rows (pixels of one photo each) that this dataset does not use are
-        deleted first.
+        If space is short and the store contains photos of other datasets, the store is emptied
+        first, and all photos of this dataset are decoded.
         """
         with cache.locked():
             more = len({self.digests[i] for i in self._missing(index.rows)})
