@@ -73,7 +73,7 @@ class ImageClassifier:
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
     @staticmethod
     def check() -> None:
-        """Check settings and bundle before any worker starts; exit if one of them is wrong."""
+        """Check settings and bundle before any worker starts; exit if the check fails."""
         launch.make_paths_absolute(os.environ)
         watch_workers()
         launch.remove_scratch_at_exit(os.environ)

@@ -55,11 +55,11 @@ class Settings:
             logged.
         precision: auto, fp32, int8 or fp16; auto takes the fastest precision in the bundle.
         runtime: onnx or torchscript. TorchScript needs torch and has fp32 only.
-        workers: Processes that share the port; each has its own copy of the model.
+        workers: Number of processes that share the port. Every process has a copy of the model.
         max_batch: Largest batch of one run of the graph, in rows (images times TTA views). None
             takes the value that was measured at export.
-        max_queue: Largest number of images that a worker has accepted and not answered yet; a
-            request for one more gets 429.
+        max_queue: Largest number of images that a worker has accepted and not answered yet. Further
+            images are rejected with status 429.
         max_bytes: Largest size in bytes of one image, and of all images of a request together.
         max_pixels: Largest width times height of an image.
         deadline: Largest time from queueing an image to its answer, in seconds. A slower answer

@@ -16,7 +16,7 @@ _MAX_LABELS: Final = 8
 def describe(folder: Path) -> list[str]:
     """Check a bundle and return lines of text about it.
 
-    The first line is a title. Each of the others has a topic, such as "graphs", and its text.
+    The first line is a title. Every other line has a topic, such as "graphs", and facts about it.
 
     Raises:
         BundleError: The bundle is missing or damaged, or no trusted key signed it.

@@ -210,7 +210,7 @@ def content_version(manifest: Manifest, graphs: Mapping[str, str]) -> str:
     Args:
         manifest: The manifest, of which labels, preprocess, temperature, thresholds, views and
             average are hashed.
-        graphs: The sha256 of each graph file, by path; names and values are hashed.
+        graphs: Path of each graph file -> sha256 of the file. Paths and sha256 are hashed.
 
     Returns:
         The first twelve hex digits of a sha256.

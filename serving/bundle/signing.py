@@ -68,7 +68,7 @@ def trusted(environ: Mapping[str, str] | None = None) -> Mapping[bytes, str] | N
         environ: Environment variables. None: those of this process.
 
     Returns:
-        The display name of each key, by the 32 bytes of the key; None if the variable is not set.
+        A mapping from each key (32 bytes) to its display name; None if the variable is not set.
 
     Raises:
         OptionError: The variable is set but empty, or the file can't be read, or the file does not
@@ -176,6 +176,11 @@ def _blocks(path: Path, option: str) -> list[tuple[str, bytes]]:
 
 
 def _key(data: bytes, prefix: bytes) -> bytes | None:
-    """Return the 32 bytes of a key in DER; None if it does not begin with the bytes `prefix`."""
+    """Return the last 32 bytes of a key in DER format; None if the key is not an Ed25519 key.
+
+    Args:
+        data: The key in DER format.
+        prefix: The bytes before the last 32 of every Ed25519 key.
+    """
     key = data.removeprefix(prefix)
     return key if len(key) == 32 and data != key else None

@@ -64,7 +64,7 @@ class Bundle:
 
     @property
     def signature_warning(self) -> str:
-        """Warning to print after the names of the signers; empty if their keys are trusted."""
+        """Warning to print after the names of the signers; "" if trusted keys are set."""
         return "" if self.trusted else f" (key not verified: {signing.TRUSTED} is not set)"
 
     def load(self, name: str) -> bytes:
@@ -197,9 +197,9 @@ def publish(manifest: Manifest, folder: Path, sign: signing.Sign | None = None) 
 
     A rename of the manifest file switches the version. Before the rename, entries of both the old
     and the new manifest are written to the checksum and signature files. If the process is killed
-    at any point, the bundle can therefore be read as the old or the new version. There is one
-    exception: if only one of the two versions is signed, a reader that requires trusted keys may
-    refuse the bundle.
+    at any point, the bundle can therefore be read as the old or the new version. There is an
+    exception: if one version is signed and the other is not, a reader that requires trusted keys
+    may refuse the bundle.
 
     Args:
         manifest: The new manifest.

@@ -210,7 +210,7 @@ async def _parse_form(body: bytes, request: Request) -> forms.Form:
 
 @contextmanager
 def _count_errors(model_manager: ModelManager) -> Iterator[None]:
-    """Count an exception of the `with` block in the metrics, by error code, and re-raise it.
+    """Count an exception of the `with` block in the metrics, by error code; then re-raise it.
 
     `ClientDisconnect` is not counted.
     """

@@ -106,7 +106,7 @@ class Request:
         """Read and discard the rest of the body, up to a limit in seconds and in bytes.
 
         Closing a connection that has unread bytes resets the connection. Many clients send the
-        whole body before they read the response, and after a reset they can't read it.
+        whole body before they read the response. After a reset, the response can't be read.
         """
         if b"expect" in self.headers:
             return  # the client sends no body before it gets a response

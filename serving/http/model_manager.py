@@ -62,7 +62,7 @@ class ModelManager:
     A model is served only if it predicts the expected probabilities of the golden images (photos in
     the bundle whose expected probabilities are in the manifest). When the manifest file changes, a
     thread loads and checks the new model while the current model is still served. If the check
-    passes, new requests use the new model. If it fails, the current model stays.
+    passes, new requests use the new model. If the check fails, the current model stays.
 
     Attributes:
         settings: Settings of the service.
@@ -82,7 +82,7 @@ class ModelManager:
         self._swap_lock = threading.Lock()
 
     def start(self) -> None:
-        """Start the thread that watches the manifest; it first loads the bundle if needed."""
+        """Start the thread that loads the bundle, if not loaded yet, and watches the manifest."""
         threading.Thread(target=self._watch, name="fledge-watch", daemon=True).start()
 
     def close(self) -> None:

@@ -103,7 +103,9 @@ class Telemetry:
         self._outcomes.labels(outcome).inc()
 
     def answered(self, answer: Mapping[str, Any]) -> None:
-        """Record the answer to one image: its best class, the probability of this class, and flags.
+        """Count an answered image by best class, probability of this class, and flag.
+
+        The flag is `out_of_distribution`.
 
         Args:
             answer: JSON object from `Predictor.answer`.
@@ -141,7 +143,7 @@ class Telemetry:
     ) -> None:
         """Write one request to the access log, as a JSON line.
 
-        If the request is traced, the line has its trace id in the field `trace`.
+        The line of a traced request has the trace id in the field `trace`.
 
         Args:
             request_id: Id of the request.

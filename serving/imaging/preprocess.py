@@ -35,9 +35,10 @@ class Preprocess:
         size: Side of the network's square input, in pixels.
         crop: Side of the centre square divided by the short side of the image, in (0, 1].
         interpolation: Filter of the resize: bilinear, bicubic or lanczos; always antialiased.
-        mean: Mean of each RGB channel, for pixels scaled to 0..1. The graph subtracts it.
-        std: Standard deviation of each RGB channel, above 0, for pixels scaled to 0..1. The graph
-            divides by it.
+        mean: Mean of each RGB channel, for pixels scaled to 0..1. The subtraction is part of the
+            graph.
+        std: Standard deviation of each RGB channel, above 0, for pixels scaled to 0..1. The
+            division is part of the graph.
         background: RGB colour, 0 to 255, on which transparent images are composited.
     """
 

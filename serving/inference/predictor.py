@@ -98,7 +98,8 @@ class Predictor:
     def cap(self) -> int:
         """Largest batch of one run, in rows (images times TTA views).
 
-        The value was measured at export; without a measurement it is 1 on a CPU and 16 on a GPU.
+        The value was measured at export. Without a measurement, the value is 1 on a CPU and 16 on a
+        GPU.
         """
         on_cpu = runtime.on_cpu(self.runtime.provider)
         tuning = self.manifest.tuning.get("cpu" if on_cpu else "cuda", {})

@@ -43,7 +43,7 @@ class Engine(Protocol):
     """Interface of the classes that predict encoded images in background threads."""
 
     async def predict(self, data: bytes, tta: int = 0) -> Prediction:
-        """Predict one image. If this call is cancelled while the image is queued, it is skipped.
+        """Predict one image. An image whose call is cancelled while queued is not predicted.
 
         Args:
             data: The encoded image file.

@@ -1,10 +1,10 @@
 """Graceful shutdown of a worker process, and exit of the service when a worker crashes.
 
-`GracefulShutdown` runs in each worker. On a stop signal it stops accepting connections and lets
-open requests finish. BentoML's launcher process keeps the listening socket open until all workers
-have exited; meanwhile the kernel would accept connections that no process serves. Therefore the
-worker calls `shutdown` on the socket, which affects all processes. From then on, the kernel refuses
-new connections, and a client can connect to another replica of the service.
+`GracefulShutdown` runs in each worker. On a stop signal, the worker stops accepting connections and
+lets open requests finish. BentoML's launcher process keeps the listening socket open until all
+workers have exited; meanwhile the kernel would accept connections that no process serves. Therefore
+the worker calls `socket.shutdown`, which affects the socket in all processes. From then on, the
+kernel refuses new connections, and a client can connect to another replica of the service.
 
 `watch_workers` runs in BentoML's launcher. It stops the service when a worker exits unexpectedly.
 Without it, the launcher would start another worker within ten seconds, and requests in these

@@ -53,7 +53,7 @@ def _check_writable(folder: Path, named: str) -> None:
 def user_cache_folder() -> Path:
     """Return the folder for data that can be recomputed: `$XDG_CACHE_HOME/fledge`.
 
-    If XDG_CACHE_HOME is not set, it is `~/.cache/fledge`.
+    Without XDG_CACHE_HOME, the folder is `~/.cache/fledge`.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fledge"
 
@@ -63,8 +63,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, and rename the file to `path` at the end.
 
     Before the rename, the file is flushed to disk. On an error the temporary file is removed, and
-    an older file at `path` stays. A killed process leaves the temporary file `.NAME.partial`; the
-    next write of `path` replaces it.
+    an older file at `path` stays. A killed process leaves the temporary file `.NAME.partial`, which
+    the next write of `path` replaces.
 
     Raises:
         OSError: The file can't be written. The error has the file name `path`.
