@@ -70,8 +70,8 @@ def measure(
     """Measure the images per second of every graph in every thread and batch setting.
 
     Each of several rounds measures all graphs once, and the median is returned. The input is noise.
-    On a CPU, some settings also decode `photos` (encoded images). The CPU cores are divided in two
-    ways: one worker per core with one thread each, or one worker with a thread for every core.
+    On a CPU, two ways to use the cores are measured: one worker per core with one thread each, and
+    one worker with a thread for every core. Some settings also decode `photos` (encoded images).
     """
     count, size = cores(), preprocess.size
     splits = sorted({(count, 1), (1, count)}) if device == "cpu" else [(1, 1)]
@@ -154,9 +154,9 @@ def _max_batch(rates: Mapping[ThreadSetting, float]) -> int:
 
 
 def _latency(rates: Mapping[ThreadSetting, float]) -> dict[str, Any]:
-    """Return threads and milliseconds for a single image.
+    """Return the faster number of threads for a single image, and the time in milliseconds.
 
-    One thread is compared with all threads, and the faster setting is returned.
+    A run with one thread is compared with a run with a thread for every CPU core.
     """
     single = [s for s in rates if s.workers == s.batch == 1 and not s.decoding]
     best = max(single, key=lambda setting: rates[setting])

@@ -38,7 +38,9 @@ _FOLDS: Final = 5
 class HeldOut(NamedTuple):
     """Outputs of the graph for N held-out photos, with V TTA views (crops or flips) of each photo.
 
-    The first view is the unaugmented one. logits: float32 [N, V, classes]. labels: int64 [N].
+    Attributes:
+        logits: Logits, float32 [N, V, classes]. The first view is the unaugmented photo.
+        labels: True classes, int64 [N].
     """
 
     logits: npt.NDArray[np.float32]
@@ -181,10 +183,11 @@ def fit_temperature(logits: npt.NDArray[np.float32], labels: Labels) -> float:
 
 
 def calibration_report(held_out: HeldOut, temperature: float) -> dict[str, Any]:
-    """Return the manifest's `calibration` entry: accuracy, log loss and ECE before and after.
+    """Return the manifest's `calibration` entry: metrics with and without the temperature.
 
-    ECE is the expected calibration error. The metrics "after" are cross-validated: for each fifth
-    of the photos, the temperature is fitted on the other four fifths.
+    The metrics are accuracy, log loss and ECE (expected calibration error). Those under "before"
+    are computed without a temperature. Those under "after" are cross-validated: for each fifth of
+    the photos, the temperature is fitted on the other four fifths.
     """
     plain, labels = held_out.logits[:, 0], held_out.labels
     calibrated = softmax(plain, temperature)
@@ -204,9 +207,16 @@ def calibration_report(held_out: HeldOut, temperature: float) -> dict[str, Any]:
 def confidence_threshold(
     held_out: HeldOut, temperature: float, target: ConfidenceTarget
 ) -> dict[str, Any]:
-    """Return the lowest probability from which an answer counts as confident.
+    """Choose the probability from which an answer counts as confident.
 
-    The dict also has the coverage and precision of this threshold on the held-out photos.
+    Returns:
+        A dict with these keys:
+
+            - asked: the target as text, such as "precision=0.99".
+            - threshold: the lowest probability of a confident answer.
+            - coverage: share of the held-out photos with a confident answer.
+            - precision: share of these confident answers that are right.
+            - precision_interval: confidence interval of `precision`, as [low, high].
 
     Raises:
         OptionError: No threshold reaches the requested precision.
@@ -251,18 +261,24 @@ def energy_threshold(held_out: HeldOut) -> float:
 
 
 def tta_advice(held_out: HeldOut, temperature: float, how: str = "mean") -> dict[str, Any]:
-    """Return the manifest's `tta` entry: metrics of averaging the first N views, for every N.
+    """Return the manifest's `tta` entry: how accurate the average of several views is.
 
-    A view is a crop or flip of a photo, and N is at least 2.
+    A view is a crop or flip of a photo. The average of the first N views is computed for every N
+    from 2 on, and compared with the unaugmented view. It takes N times as long.
 
     Returns:
-        A dict with these keys. photos: number of held-out photos. plain: metrics of the unaugmented
-        view. views: for every N, a dict with the number of views, the metrics, "fixed", "broken"
-        and "p". fixed: number of photos that only the average classifies correctly. broken: number
-        of photos that only the unaugmented view classifies correctly. p: p-value of the exact
-        two-sided McNemar test (1947) of these two counts. advised: the smallest N with the most
-        correct answers, or 0 if no N has more of them than the unaugmented view. Averaging N views
-        takes N times as long.
+        A dict with these keys:
+
+            - photos: number of held-out photos.
+            - advised: the N with the most correct answers, the smallest one of several. 0 if no N
+              has more correct answers than the unaugmented view.
+            - plain: metrics of the unaugmented view.
+            - views: a list with a dict for every N:
+                - views: the number N.
+                - accuracy, loss, ece: metrics of the average.
+                - fixed: number of photos that only the average classifies correctly.
+                - broken: number of photos that only the unaugmented view classifies correctly.
+                - p: p-value of the exact two-sided McNemar test (1947) of `fixed` and `broken`.
     """
     by_view = softmax(held_out.logits, temperature)
     plain, labels = by_view[:, 0], held_out.labels

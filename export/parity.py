@@ -47,9 +47,9 @@ class Agreement:
     Attributes:
         difference: Largest difference of a probability, over all photos and batch sizes.
         worst: Path of the photo with the largest difference.
-        changed: Photos whose predicted class differs at any batch size, except ties.
-        ties: Photos whose predicted class differs at any batch size, but for which the checkpoint
-            gives the two classes nearly equal probabilities (within `TOLERANCE`).
+        ties: Paths of the photos whose predicted class differs at any batch size, but for which
+            the checkpoint gives the two classes nearly equal probabilities (within `TOLERANCE`).
+        changed: Paths of the other photos whose predicted class differs at any batch size.
         right: Number of photos that the graph classifies correctly.
         differences: For each photo, the largest difference of a probability at any batch size.
     """
@@ -212,8 +212,13 @@ def write_golden(
 class _Scored(NamedTuple):
     """The probabilities for one chunk of photos.
 
-    truth: Probabilities of the checkpoint [N, classes]. answers: For each graph's name, a list of
-    probabilities [N, classes], one per batch size.
+    Attributes:
+        paths: Paths of the N photos that could be decoded.
+        labels: Indices of their true classes.
+        unreadable: Paths of the photos that could not be decoded.
+        truth: Probabilities that the checkpoint gives, [N, classes].
+        answers: Graph name -> list of the probabilities that the graph gives, [N, classes], one
+            array for each batch size.
     """
 
     paths: list[Path]

@@ -146,8 +146,12 @@ def export_checkpoint(
 class _Source(NamedTuple):
     """A network to export, and photos of its classes.
 
-    name: Name of the run's folder or of the checkpoint file. train: Photos for int8 calibration.
-    valid: Held-out photos.
+    Attributes:
+        classifier: The network.
+        info: Metadata of the checkpoint.
+        name: Name of the run's folder or of the checkpoint file.
+        train: Photos for int8 calibration.
+        valid: Held-out photos.
     """
 
     classifier: Exportable

@@ -79,8 +79,10 @@ class QuantConfig(NamedTuple):
 class QuantSearch(NamedTuple):
     """The result of a search for a quantisation configuration.
 
-    config: The chosen configuration. model: The quantised graph. tried: All configurations that
-    were compared.
+    Attributes:
+        config: The chosen configuration.
+        model: The graph quantised with that configuration.
+        tried: All configurations that were compared.
     """
 
     config: QuantConfig

@@ -41,8 +41,8 @@ class ClassOrder:
 
     Attributes:
         places: Maps each class name to its index in `probabilities`; empty if the order is unknown.
-        count: Number of classes. If the names are unknown, the length of the first `probabilities`
-            that was checked; None before that.
+        count: Number of classes. If the names are unknown: None until a row with `probabilities` is
+            checked, and then the number of probabilities in that row.
     """
 
     def __init__(self, labels: Sequence[str] | None = None, source: str = "") -> None:
@@ -112,7 +112,7 @@ class StreamingMetrics:
             is not (False), or for which this is unknown (None).
         mistakes: Heap of the wrong answers with the highest probability, as tuples (probability,
             -number of the row, path, true label, predicted label).
-        named: All labels that occur in `top_k` of any row.
+        named: All labels that occur in the column `top_k` of any row.
     """
 
     def __init__(self, order: ClassOrder) -> None:
@@ -194,8 +194,10 @@ class StreamingMetrics:
         """Return all figures in the form of the JSON output.
 
         At least one added row must have an answer and a true label. If a true label is not a class
-        of the model, the answer counts as wrong and is left out of the log loss. If the class names
-        are unknown, "unknown_labels" has the true labels that occur in no `top_k`.
+        of the model, the answer counts as wrong and is left out of the log loss.
+
+        "unknown_labels" lists the true labels that are not classes of the model. If the class names
+        are unknown, it lists the true labels that are not in the column `top_k` of any row.
         """
         evaluated = self.confusion.total()
         right = sum(rows for (truth, label), rows in self.confusion.items() if truth == label)
@@ -239,21 +241,21 @@ class StreamingMetrics:
         }
 
     def _top_5(self, evaluated: int) -> float | None:
-        """Return the top-5 accuracy.
+        """Return the share of answers whose true label is among the five most probable classes.
 
-        None if the top five classes of any row are unknown, or if the model has at most five
-        classes. If the number of classes is unknown, the distinct labels in all `top_k` are counted
-        instead.
+        None if this is unknown for any answer, or if the model has at most five classes. If the
+        number of classes is unknown, the number of distinct labels in the column `top_k` of all
+        rows is used instead.
         """
         if self.top[None] or 0 < (self.order.count or len(self.named)) <= _TOP:
             return None
         return self.top[True] / evaluated
 
     def _log_loss(self, left_out: Container[str]) -> dict[str, Any] | None:
-        """Return the mean log loss and the number of answers it covers.
+        """Return the mean log loss and the number of answers from which it was computed.
 
         None if no true label is a class of the model. If the class names are unknown, also None if
-        the table has the column `probabilities`, or if `top_k` of any row lacks the true label.
+        the table has the column `probabilities`, or if any row lacks the true label in its `top_k`.
 
         Args:
             left_out: True labels that are not classes of the model.
@@ -275,8 +277,8 @@ class StreamingMetrics:
     def _calibration(self, evaluated: int) -> dict[str, Any]:
         """Return the expected calibration error (Guo et al., 2017) and the figures of each bin.
 
-        All bins have the same width. A probability on the edge of two bins belongs to the lower
-        one.
+        A bin is an interval of predicted probability. All bins have the same width. A probability
+        on the edge of two bins belongs to the lower bin.
         """
         return {
             "error": sum(abs(right - total) for _, right, total in self.bins) / evaluated,
@@ -306,7 +308,7 @@ class StreamingMetrics:
         }
 
     def _classes(self, truths: Counter[str]) -> list[dict[str, Any]]:
-        """Return the accuracy for each true label, lowest first."""
+        """Return the accuracy for each true label, lowest accuracy first."""
         hits = {label: self.confusion[label, label] for label in truths}
         worst_first = sorted(
             truths, key=lambda label: (hits[label] / truths[label], -truths[label], label)

@@ -29,9 +29,11 @@ class TrueLabels(Protocol):
         ...
 
     def match_counts(self) -> dict[str, int]:
-        """Return the number of images matched by file name only, and of those with ambiguous names.
+        """Return two numbers of images, under the keys of the JSON output.
 
-        An ambiguous file name matches several paths, so the true label is unknown.
+        - by_file_name: images whose true label was found by the file name alone.
+        - ambiguous_file_name: images without a true label, because the file name matches
+          several paths.
         """
         ...
 
@@ -187,7 +189,7 @@ def _name(path: str) -> str:
 
 
 def _key(path: str) -> str:
-    """Return the path with bytes that are not UTF-8 escaped, as in a Parquet table of scores."""
+    """Return the path in the form of a Parquet table of scores: invalid UTF-8 bytes are escaped."""
     if path.isascii():
         return path
     with suppress(UnicodeEncodeError):  # for surrogates that do not come from surrogateescape

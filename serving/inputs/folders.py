@@ -29,7 +29,10 @@ _RANGE: Final = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
 
 
 def expand_braces(word: str) -> Iterator[str]:
-    """Yield the words that `data-{000..012}.tar` or `{a,b}.jpg` stands for, as a shell does."""
+    """Expand braces as a shell does: `{a,b}.jpg` yields `a.jpg` and `b.jpg`.
+
+    Ranges such as `data-{000..012}.tar` are expanded, too.
+    """
     for match in _BRACES.finditer(word):
         items = _items(match[1])
         if items is not None:
@@ -116,7 +119,8 @@ class _Level:
     Attributes:
         folder: Path of the folder.
         identity: Device and inode of the folder.
-        states: Pattern components that the next name may match.
+        states: Indices in `_Walk.parts` of the pattern components that a name in this folder may
+            match.
         names: Names in the folder that are still to be visited. Names of folders end in "/".
     """
 
@@ -133,7 +137,7 @@ class _Walk:
     Attributes:
         parts: Regular expression for each path component of the pattern; None for `**`. The last
             item is always None, because everything below a matching folder is visited.
-        folders_only: Whether only folders can match the pattern itself.
+        folders_only: Whether the pattern can only match folders, as `photos/*/` does.
         any_suffix: Whether files of any suffix can match the pattern; if False, only images can.
     """
 
@@ -177,7 +181,7 @@ class _Walk:
         levels.append(_Level(folder, identity, states, iter(names)))
 
     def _skip(self, states: States) -> States:
-        """Add the component after each `**` to `states`, because `**` also matches zero folders."""
+        """Return `states` with the index after each `**` added, as `**` may match no folder."""
         last, skipped = len(self.parts) - 1, set(states)
         for at in range(last):
             if at in skipped and self.parts[at] is None:

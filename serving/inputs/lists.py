@@ -51,9 +51,10 @@ def read_lines(path: str, note: Note) -> Iterator[str]:
 
 
 def read_stream(stream: IO[bytes] | IO[str]) -> Iterator[str]:
-    """Yield the paths in a stream, separated by line breaks or, as by `find -print0`, by NUL.
+    """Yield the paths in a stream. The separator is a line break or a NUL byte.
 
-    NUL is the separator if a NUL byte occurs in the first 4096 bytes; otherwise the line break is.
+    The separator is NUL if a NUL byte occurs in the first 4096 bytes, as in the output of
+    `find -print0`.
     """
     pieces, start = _pieces(stream), b""
     for piece in pieces:

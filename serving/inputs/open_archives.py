@@ -53,7 +53,7 @@ class Archive(Protocol):
 class OpenArchives:
     """Open archives of a process. Thread-safe.
 
-    When there are too many, the least recently used archive is closed.
+    If too many archives are open, the least recently used one is closed.
     """
 
     def __init__(self) -> None:

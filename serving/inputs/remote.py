@@ -169,10 +169,15 @@ def _name(entry: Entry) -> str:
 
 
 def _matching(fs: Any, pattern: str, found: Any) -> Iterator[str]:
-    """Yield the sorted addresses of the files in `found`, the result of the glob pattern `pattern`.
+    """Yield the addresses of the files that fsspec found for a glob pattern, in natural order.
 
     If the pattern has a literal suffix, such as `.bin`, all files are yielded; otherwise only
     images.
+
+    Args:
+        fs: The fsspec file system.
+        pattern: The glob pattern.
+        found: Entries of the file system that match the pattern, including folders.
     """
     suffix = re.search(r"\.[^./*?[\]]+$", pattern)
     hidden = "/." in pattern

@@ -8,8 +8,8 @@
     other file                     -          the file itself, whatever its suffix
 
 The name of an image is the value of the column `path` in the table of scores: a path, an address or
-ARCHIVE::MEMBER. Any process can load the image from the name alone. Lines of a list may also have
-any of these forms.
+ARCHIVE::MEMBER. Any process can load the image from the name alone. A line of a list also
+has one of these three forms.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def _names(sources: Sequence[InputSource], note: _UniqueNotes) -> Iterator[str]:
 class _UniqueNotes:
     """Wrapper of a `note` function that passes on each distinct message once.
 
-    Bytes that are not UTF-8 are escaped.
+    Invalid UTF-8 bytes in a message are escaped.
 
     Attributes:
         first: The first message; "" if there is none yet.

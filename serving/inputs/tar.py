@@ -3,7 +3,7 @@
     a.tar::cat/1.jpg      the member cat/1.jpg of a.tar
     a.tar::2::cat/1.jpg   the second member of that name
 
-Lists the members that have an image suffix, in archive order. Hidden members, such as macOS's
+Members that have an image suffix are listed in archive order. Hidden members, such as macOS's
 `._x.jpg`, are left out. No member is written to disk, so a name such as `../../x.jpg` is harmless.
 
 An archive may be compressed by gzip, bzip2 or xz, or by zstd if the package zstandard is installed.
@@ -54,8 +54,8 @@ class TarMember:
     """One image in a tar archive.
 
     Attributes:
-        name: Name of the member, unique in the archive. A repeated name starts with `2::` and so
-            on.
+        name: Name of the member, unique in the archive. The second member of the same name
+            has the prefix `2::`, the third `3::`.
         offset: Offset of the member's header, in bytes of the uncompressed tar.
         read: Function that returns the bytes of the image. It can only be called until the iterator
             returned by `members` advances. Raises BrokenImage or TooLarge.

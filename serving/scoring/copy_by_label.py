@@ -58,9 +58,9 @@ def copy_by_label(folder: Path, rows: Iterable[ScoreRow], protocols: Sequence[st
 
 
 def _target(folder: Path, row: ScoreRow, names: Counter[Path]) -> Path:
-    """Return the target path of a row's image, different from the target path of every earlier row.
+    """Return the path to which the image of a row is copied, and add the path to `names`.
 
-    `names` has the target paths so far and is updated.
+    `names` has the paths returned for earlier rows. The new path differs from all of them.
     """
     parent = folder / (ERRORS if row.label is None else _folder_name(row.label))
     name = Path(row.path.rpartition("::")[2]).name or "image"

@@ -20,7 +20,7 @@ class ScoringJob:
             written.
         predictor: The model.
         options: Options of `fledge score`.
-        batch: Number of TTA views (of all images together) in one run of the ONNX graph.
+        batch: Number of TTA views in one run of the ONNX graph, counted over all images.
         protocols: Protocols that addresses of images may have, such as "s3".
         progress: Progress display, which counts the scored images.
     """

@@ -21,14 +21,14 @@ class ScoringOptions:
     Attributes:
         tta: Number of the bundle's TTA views (crops or flips of an image) to average. 0 and 1 both
             mean that only the unaugmented view is used.
-        top_k: Number of classes in a table row; all classes if the model has fewer.
+        top_k: Number of most probable classes in a table row; all classes if the model has fewer.
         device: auto, cpu, cuda or tensorrt.
         precision: auto, fp32, int8 or fp16.
         workers: Number of threads, all of which may run the ONNX graph at the same time. None: one
             thread for each CPU core; on a CPU, the number of simultaneous runs of the graph is then
             the one measured at export. With `engine` "ray": number of actors; None: one for each
             core, or for each GPU.
-        batch: Number of TTA views (of all images together) in one run of the graph. None: the
+        batch: Number of TTA views in one run of the graph, counted over all images. None: the
             number measured at export, if the bundle has it, else 1 on a CPU and 16 on a GPU.
         max_errors: Allowed number ("N") or percentage ("P%") of images that can't be scored. With
             more, the run writes its table and then fails. None: no limit.
@@ -63,7 +63,7 @@ class ScoringOptions:
         return sources.protocols(inputs, self.addresses)
 
     def images_per_run(self, batch: int) -> int:
-        """Return the number of images in one run of the graph with `batch` views; at least 1."""
+        """Return how many images fit in a run of the graph with `batch` TTA views; at least 1."""
         return max(1, batch // max(1, self.tta))
 
     def check(self, inputs: Sequence[str], out: Path) -> None:

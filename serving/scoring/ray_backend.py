@@ -92,7 +92,7 @@ class RayWorkerConfig:
         sample: Path of a local input. Each actor checks that the path exists on its machine too. ""
             if there are no local inputs.
         options: Options of `fledge score`.
-        batch: Number of TTA views (of all images together) in one run of the graph.
+        batch: Number of TTA views in one run of the graph, counted over all images.
         protocols: Protocols that addresses of images may have, such as "s3".
     """
 

@@ -46,7 +46,10 @@ def check_installed() -> None:
 
 
 def connect(device: str, workers: int | None) -> ActorPool:
-    """Connect to the cluster at RAY_ADDRESS, or start a cluster on this machine if that is not set.
+    """Connect to a Ray cluster, or start one on this machine.
+
+    The environment variable RAY_ADDRESS has the address of the cluster. If it is not set, a cluster
+    is started.
 
     Args:
         device: auto, cpu, cuda or tensorrt; auto uses GPUs if the cluster has any.
@@ -209,10 +212,7 @@ class _LostNodes:
 
 
 class _SilentStream(io.TextIOBase):
-    """Wrapper of standard output that discards text written by Ray's threads.
-
-    Ray reports retries there.
-    """
+    """Wrapper of standard output that discards the reports of Ray's threads about retries."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -276,9 +276,9 @@ def _token_hint() -> str:
 
 
 def _threads(nodes: list[dict[str, Any]], per_gpu: int) -> int:
-    """Return the number of CPU cores per actor, if `per_gpu` actors share each GPU.
+    """Return the number of CPU cores for each actor, with `per_gpu` actors on each GPU.
 
-    If the machines differ, the smallest number is returned.
+    If this number differs between the machines with GPUs, the smallest is returned.
     """
     shares = [
         node["Resources"].get("CPU", 1) / (node["Resources"]["GPU"] * per_gpu)

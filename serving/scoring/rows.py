@@ -26,7 +26,7 @@ class ScoreRow:
         label: The most probable label; None for an error.
         probability: Probability of `label`.
         confident: Whether `probability` reaches the bundle's threshold; None if the bundle has
-            none.
+            no threshold.
         top_k: (label, probability) pairs of the most probable classes, most probable first. Written
             as JSON in CSV files.
         views: Number of TTA views (crops or flips) whose predictions were averaged.

@@ -65,7 +65,8 @@ def score(
         DataError: An input can't be used, or there are no images.
         BundleError: The bundle is invalid.
         WorkError: No image could be scored, or the table can't be written.
-        GateError: More images than `max_errors` could not be scored. The table is complete.
+        GateError: More images than `options.max_errors` allows could not be scored. The table is
+            complete.
     """
     options = options or ScoringOptions()
     if options.engine == "local":

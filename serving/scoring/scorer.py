@@ -72,7 +72,7 @@ class Scorer:
             predictor: The model.
             options: Options of `fledge score`; only `tta`, `top_k`, `probabilities` and
                 `embeddings` are used.
-            batch: Number of TTA views (of all images together) in one run of the ONNX graph.
+            batch: Number of TTA views in one run of the ONNX graph, counted over all images.
             protocols: Protocols that addresses of images may have, such as "s3".
             runs: How many threads may run the graph at the same time; the others decode meanwhile.
                 None: no limit.

@@ -84,7 +84,7 @@ class Summary:
         Raises:
             DataError: There were no images.
             WorkError: No image could be scored.
-            GateError: More images than `max_errors` could not be scored.
+            GateError: More images than `max_errors` allows could not be scored.
         """
         if not self.images:
             raise DataError("there was nothing to score")
@@ -126,7 +126,7 @@ def read_classes(out: Path) -> tuple[str, ...] | None:
 
 
 def parse_error_limit(max_errors: str | None) -> Callable[[int], float] | None:
-    """Return a function that computes the allowed number of errors from the number of images.
+    """Return a function: number of images -> number of images that may have an error.
 
     Args:
         max_errors: Value of `--max-errors`: a number such as "5", or a percentage such as "5%".
