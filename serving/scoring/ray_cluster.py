@@ -212,7 +212,10 @@ class _LostNodes:
 
 
 class _SilentStream(io.TextIOBase):
-    """Wrapper of standard output that discards the reports of Ray's threads about retries."""
+    """Wrapper of standard output that discards text written by Ray's threads.
+
+    For example, these threads report when Ray retries a task.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
