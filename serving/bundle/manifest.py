@@ -48,9 +48,9 @@ def _plain_first(views: tuple[View, ...]) -> tuple[View, ...]:
 
 
 def _publish(schema: JsonSchemaValue) -> None:
-    """Mark fields as required in the published schema, except `torch_export`.
+    """Mark every field as required in the published schema, except `torch_export`.
 
-    The earliest bundles lack `torch_export`.
+    Bundles of the earliest versions have no `torch_export`.
     """
     schema["description"] = "Everything that decides or describes the answers of an exported model"
     schema["required"] = [name for name in schema["properties"] if name != "torch_export"]
@@ -208,9 +208,9 @@ def content_version(manifest: Manifest, graphs: Mapping[str, str]) -> str:
     """Return the version of a bundle: a hash of everything that determines answers.
 
     Args:
-        manifest: The manifest, of which labels, preprocess, temperature, thresholds, views and
-            average are hashed.
-        graphs: Path of each graph file -> sha256 of the file. Paths and sha256 are hashed.
+        manifest: The manifest. Only the fields labels, preprocess, temperature, thresholds, views
+            and average are hashed.
+        graphs: Mapping from the path of each graph file to the sha256 of the file. Both are hashed.
 
     Returns:
         The first twelve hex digits of a sha256.
@@ -240,10 +240,10 @@ class Parallelism(NamedTuple):
 
 
 def measured_parallelism(manifest: Manifest, precision: str, cores: int) -> Parallelism:
-    """Return the parallelism that was measured as the fastest at export, in images per second.
+    """Return the parallelism that processed the most images per second in a measurement at export.
 
-    The measurement is used only if the machine of the export had the same number of cores. Without
-    a usable measurement, the result is `cores` runs with one thread each.
+    The measurement is used only if the machine of the export also had `cores` CPU cores. Without a
+    usable measurement, the result is `cores` runs with one thread each.
 
     Args:
         manifest: Manifest of the bundle.
@@ -260,8 +260,8 @@ def measured_parallelism(manifest: Manifest, precision: str, cores: int) -> Para
 def multithreading_pays(manifest: Manifest, precision: str, cores: int) -> bool:
     """Return whether several threads run the graph on a single image faster than one thread.
 
-    The result is False only if the export, on a machine with `cores` CPU cores, measured the lowest
-    latency with one thread.
+    The answer comes from a measurement at export. Without a measurement, or if the machine of the
+    export did not have `cores` CPU cores, the result is True.
     """
     tuned = manifest.tuning.get("cpu", {})
     found = tuned.get("latency", {}).get(precision)

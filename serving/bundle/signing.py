@@ -98,11 +98,12 @@ def check(data: bytes, signatures: str | None, keys: Mapping[bytes, str] | None)
     Args:
         data: The bytes of the manifest.
         signatures: The text of `manifest.sig`, or None if the file does not exist.
-        keys: The trusted keys, from `trusted`; signatures by other keys are ignored. None: any key
-            is accepted, and a manifest without signatures too.
+        keys: The trusted keys, from `trusted`; signatures by other keys are ignored. None:
+            signatures by any key are accepted, and `signatures` may be None too.
 
     Raises:
-        BundleError: No signature is valid for `data`, or no valid signature is by a trusted key.
+        BundleError: `signatures` contains no valid signature of `data`. Or `keys` is given, and
+            none of these keys signed the manifest.
     """
     if signatures is None:
         if keys is None:
@@ -176,11 +177,11 @@ def _blocks(path: Path, option: str) -> list[tuple[str, bytes]]:
 
 
 def _key(data: bytes, prefix: bytes) -> bytes | None:
-    """Return the last 32 bytes of a key in DER format; None if the key is not an Ed25519 key.
+    """Return the raw 32 bytes of an Ed25519 key, or None if `data` is another kind of key.
 
     Args:
         data: The key in DER format.
-        prefix: The bytes before the last 32 of every Ed25519 key.
+        prefix: The DER header, which is the same for all Ed25519 keys.
     """
     key = data.removeprefix(prefix)
     return key if len(key) == 32 and data != key else None

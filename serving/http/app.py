@@ -56,8 +56,8 @@ class App:
 
         Args:
             inner: BentoML's ASGI app.
-            model_manager: Returns the model manager. Called for each request, because the manager
-                exists only after BentoML has started the service.
+            model_manager: Function that returns the model manager. Each request calls this
+                function, because the manager exists only after BentoML has started the service.
         """
         self._inner = inner
         self._model_manager = model_manager

@@ -32,8 +32,8 @@ class PredictOptions:
     Attributes:
         tta: Number of TTA views (crops or flips of the photo) whose probabilities are averaged; 0
             and 1 both mean the centre crop only.
-        top_k: Number of classes in the answer, best first; None means five, or all if there are
-            fewer.
+        top_k: Number of classes in the answer, best first. None: five classes, or all classes if
+            the model has fewer than five.
     """
 
     tta: int = 0

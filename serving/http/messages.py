@@ -127,7 +127,7 @@ class Response:
         status: HTTP status.
         body: Content of the body.
         media_type: Value of the Content-Type header.
-        headers: Additional headers; `send` adds those that every response has.
+        headers: Headers of this response only; `send` adds the headers that all responses have.
         code: "ok" or the code of the error, for the access log.
     """
 

@@ -82,7 +82,10 @@ class ModelManager:
         self._swap_lock = threading.Lock()
 
     def start(self) -> None:
-        """Start the thread that loads the bundle, if not loaded yet, and watches the manifest."""
+        """Start a thread that loads the bundle and then watches its manifest file for changes.
+
+        A bundle that `load` has already loaded is not loaded again.
+        """
         threading.Thread(target=self._watch, name="fledge-watch", daemon=True).start()
 
     def close(self) -> None:
@@ -98,8 +101,8 @@ class ModelManager:
         """The model that is served now.
 
         Raises:
-            NotReady: No model is loaded. The message does not contain the reason in `refusal`,
-                because clients must not see the paths in it.
+            NotReady: No model is loaded. The message leaves out `refusal`, which may contain paths
+                that clients must not see.
         """
         if self._model is None:
             raise NotReady("no model is being served now; GET /readyz says why")

@@ -11,7 +11,10 @@ MEDIA_TYPE: Final = "application/problem+json"
 
 
 class HttpError(Exception):
-    """Base class of the errors that occur only over HTTP; all others are a `FledgeError`.
+    """Base class of the errors that occur only over HTTP.
+
+    Errors that can also occur without HTTP, such as a broken image, are subclasses of
+    `FledgeError`.
 
     Attributes:
         code: Stable error code of the problem document.

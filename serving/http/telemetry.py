@@ -103,9 +103,10 @@ class Telemetry:
         self._outcomes.labels(outcome).inc()
 
     def answered(self, answer: Mapping[str, Any]) -> None:
-        """Count an answered image by best class, probability of this class, and flag.
+        """Record the answer for one image in the metrics.
 
-        The flag is `out_of_distribution`.
+        The metrics are the number of answers for each best class, the distribution of the best
+        class's probability, and the number of answers with `out_of_distribution` set.
 
         Args:
             answer: JSON object from `Predictor.answer`.
@@ -123,9 +124,10 @@ class Telemetry:
 
         Args:
             model: The model as NAME:VERSION.
-            precision: Precision of its graph, such as fp32.
-            provider: Execution provider of its runtime.
-            labels: Class names; each of the first `CLASSES` gets a counter.
+            precision: Precision of the model's graph, such as fp32.
+            provider: Execution provider that runs the graph.
+            labels: Class names. Each of the first `CLASSES` classes gets a counter of its own;
+                all other classes share one.
         """
         self._by_label = {label: self._predictions.labels(label) for label in labels[:CLASSES]}
         self._model.labels(model, precision, provider).set(1)

@@ -300,7 +300,7 @@ def _by_strips(image: Image.Image, change: Callable[[Samples], Samples]) -> npt.
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[slice, Samples]]:
-    """Yield slices of the row numbers, with the samples of these rows as float64 [rows, W]."""
+    """Yield each strip of an image: a slice of row numbers, and samples as float64 [rows, W]."""
     step = max(1, _STRIP // image.width)
     for top in range(0, image.height, step):
         rows = slice(top, min(top + step, image.height))

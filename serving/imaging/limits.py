@@ -47,7 +47,9 @@ RUN_LENGTH_PIXELS: Final = 10_000_000
 
 
 def check_limits(data: bytes, max_pixels: int) -> None:
-    """Check the structure of a JPEG, PNG, TIFF or BMP. Other and broken data passes the check.
+    """Check that the structure of a JPEG, PNG, TIFF or BMP stays within the limits.
+
+    Data in other formats, and data that is broken in other ways, pass without an error.
 
     Args:
         data: The encoded file.

@@ -125,8 +125,8 @@ class Predictor:
 
         Args:
             data: The encoded image file.
-            tta: Number of views, the first of those in the manifest; 0 and 1 both mean the centre
-                crop only.
+            tta: Number of views to cut: the first `tta` views in the manifest. 0 and 1 both mean
+                the centre crop only.
             max_pixels: Largest accepted width times height.
 
         Raises:
@@ -147,8 +147,8 @@ class Predictor:
 
         Args:
             prepared: Images from `prepare`.
-            low_latency: Whether to use `low_latency_runtime`, if there is one. True is for calls
-                while no other work needs the CPU cores.
+            low_latency: Whether to use `low_latency_runtime`, if there is one. Pass True
+                only while no other work needs the CPU cores.
 
         Raises:
             WorkError: The runtime failed, or a logit is not finite.
@@ -184,7 +184,8 @@ class Predictor:
 
         Args:
             prediction: Prediction of the image.
-            top_k: Number of classes in the answer; None means five, or all if there are fewer.
+            top_k: Number of classes in the answer. None: five classes, or all classes if the model
+                has fewer than five.
 
         Raises:
             OptionError: `top_k` is out of range.

@@ -101,8 +101,9 @@ class OnnxRuntime:
 class PaddedBatchRuntime:
     """Wrapper of a GPU runtime that pads every batch to one of a few batch sizes.
 
-    For each new input shape, CUDA searches the fastest convolutions or TensorRT builds an engine,
-    which takes seconds. Therefore all batch sizes are run once at the start.
+    The first run of a batch size is slow: CUDA searches for the fastest convolutions, which takes
+    seconds, or TensorRT builds an engine, which can take minutes. Therefore all batch sizes are run
+    once at the start.
 
     Attributes:
         provider: Execution provider of the wrapped runtime.

@@ -74,8 +74,9 @@ def build_engine(
     Args:
         predictor: Predictor to run; called from several threads at the same time.
         cap: Largest batch, in rows (images times TTA views).
-        threads: Number of CPU cores to use. This is the number of threads that decode and, if the
-            graph runs on the CPU, also of concurrent runs of the graph.
+        threads: Number of CPU cores to use. `DynamicBatcher` starts as many threads that decode,
+            and on a CPU also as many threads that run the graph.
+            `PerImageEngine` starts `EXTRA_THREADS` more threads than cores.
         max_queue: Largest number of images that are queued or in progress. Any further image is
             rejected with `Overloaded`.
         max_pixels: Largest accepted width times height of an image.

@@ -5,8 +5,8 @@ packages may change a private API without notice. `CHECKED_VERSIONS` names the r
 this file was checked, and `tests/serving/server/test_bentoml_compat.py` fails after an incompatible
 upgrade.
 
-BentoML takes seconds to import. Therefore the functions import these packages only when called, and
-`fledge serve` checks the bundle and the port before that.
+BentoML takes seconds to import. Therefore each function imports these packages only when it is
+called, and `fledge serve` checks the bundle and the port before it calls any of these functions.
 """
 
 from __future__ import annotations

@@ -90,9 +90,10 @@ def serve(
 
 
 def make_paths_absolute(env: MutableMapping[str, str]) -> None:
-    """Make the paths in the environment variables `env` absolute.
+    """Replace relative paths of files and folders by absolute paths in the variables `env`.
 
-    BentoML's launcher and its workers may run in different folders.
+    BentoML's launcher and its workers may run in different folders, where a relative path would
+    lead to different files.
     """
     # Symbolic links are not resolved, because the user may replace a link to switch to new keys or
     # another bundle while the service runs.
@@ -155,10 +156,11 @@ def _use_private_bentoml_home(env: dict[str, str]) -> None:
 
 
 def remove_scratch_at_exit(env: Mapping[str, str]) -> None:
-    """Register removal at exit of the temporary folder that FLEDGE_SCRATCH in `env` names.
+    """Arrange that the temporary folder of this process is removed when the process exits.
 
-    The variable is ignored unless its process id is that of this process. A variable that the user
-    or another server has set could name any folder.
+    The variable FLEDGE_SCRATCH in `env` names the folder, as PID:FOLDER. If PID is not the id of
+    this process, nothing is removed: the user or another server has set the variable, and FOLDER
+    could be any folder.
     """
     pid, _, scratch = env.get(SCRATCH, "").partition(":")
     if scratch and pid == str(os.getpid()):

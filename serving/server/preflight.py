@@ -37,8 +37,9 @@ def check_bundle(settings: Settings) -> Manifest:
     """Check bundle, precision, runtime and device without loading a graph; return the manifest.
 
     Raises:
-        BundleError: The bundle is missing or damaged, or has no golden images (photos stored with
-            expected probabilities) or no TorchScript graph where the settings need it.
+        BundleError: The bundle is missing or damaged. Or the bundle has no golden images (photos
+            stored with expected probabilities). Or the settings choose TorchScript, and the bundle
+            has no TorchScript graph.
         OptionError: The bundle has no graph of the precision, or the runtime can't use the device.
     """
     manifest = storage.read(settings.bundle).manifest
@@ -66,8 +67,8 @@ def check_gpu(settings: Settings, env: Mapping[str, str]) -> None:
         env: Environment variables of the child process.
 
     Raises:
-        BundleError: The bundle can't be opened, or on the GPU the golden images (photos stored with
-            expected probabilities) get other probabilities.
+        BundleError: The bundle can't be opened. Or the probabilities that the GPU computes for the
+            golden images differ from the expected probabilities in the bundle.
         OptionError: The GPU can't be used.
     """
     if settings.device not in ("cuda", "tensorrt"):

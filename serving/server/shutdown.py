@@ -118,9 +118,9 @@ def watch_workers() -> None:
 
     Also makes SIGHUP stop the launcher, unless SIGHUP is ignored, as under `nohup`.
 
-    Call this function once, in the launcher, before the launcher starts its workers. Register other
-    `atexit` handlers after this call: handlers run in reverse order, and the handler that is
-    registered here ends the process, so handlers registered earlier would not run.
+    Call this function once, in the launcher, before the launcher starts its workers. The function
+    registers an `atexit` handler that ends the process after a crash of a worker. Register other
+    `atexit` handlers after this call: `atexit` runs the latest handler first.
     """
     if not psutil.LINUX:
         return

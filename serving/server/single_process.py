@@ -69,8 +69,8 @@ def _run_worker(listener: socket.socket, grace: int) -> None:
 def _exit_during_start(*_: Any) -> None:
     """Handle a stop signal that arrives before uvicorn has installed its handlers: exit at once.
 
-    When uvicorn stops, it raises again the signals that it has received, inside its event loop. In
-    this case the handler does nothing, and the event loop ends normally.
+    When uvicorn stops, it raises the signals that it has received a second time, inside its event
+    loop. This handler ignores a signal inside an event loop, and the loop ends normally.
     """
     try:
         asyncio.get_running_loop()

@@ -25,15 +25,16 @@ def cores() -> int:
 
 
 def quotas(own: Path = _OWN_CGROUP, mount: Path = _CGROUP_MOUNT) -> Iterator[float]:
-    """Yield the CPU quotas, in cores, of this process's control group and of its parent groups.
+    """Yield the CPU quota, in cores, of this process's control group and of every parent group.
 
     Groups without a quota are left out. Control groups version 2 store the quota in `cpu.max`,
     version 1 in `cpu/cpu.cfs_quota_us` and `cpu/cpu.cfs_period_us`.
 
     Args:
-        own: File with the path of this process's control group. In a container, this may be a path
-            on the host, which does not exist in the container.
-        mount: Folder where the control groups are mounted; in a container, the container's group.
+        own: File that contains the path of this process's control group, relative to `mount`. In a
+            container, the folder of this path may be missing; folders that exist are still read.
+        mount: Folder where the control groups are mounted. In a container, this folder has the
+            quota of the container.
     """
     try:
         lines = own.read_text().splitlines()

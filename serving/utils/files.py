@@ -67,7 +67,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     the next write of `path` replaces.
 
     Raises:
-        OSError: The file can't be written. The error has the file name `path`.
+        OSError: The file can't be written. The error names `path`, not the temporary file.
     """
     partial = _partial(path)
     try:

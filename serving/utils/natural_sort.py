@@ -19,7 +19,7 @@ def natural(name: str) -> tuple[str, str]:
 
 
 def natural_letters_first(name: str) -> tuple[list[tuple[int, str]], str]:
-    """Return a sort key like `natural`, but with text before numbers: cola, 7up."""
+    """Return a sort key like `natural`, but text sorts before numbers: first cola, then 7up."""
     parts = [part for part in re.split("([0-9]+)", name) if part]
     # Not int(): Python refuses numbers of thousands of digits.
     numbers = [part.lstrip("0") if part.isdecimal() else None for part in parts]
@@ -31,6 +31,6 @@ def natural_letters_first(name: str) -> tuple[list[tuple[int, str]], str]:
 
 
 def _number(match: re.Match[str]) -> str:
-    """Return a replacement for a matched number that sorts by value, and before every letter."""
+    """Return text that replaces a number in a sort key: it sorts by value, before all letters."""
     digits = match[0].lstrip("0")
     return f"\0{chr(len(digits))}{digits}"
