@@ -34,7 +34,10 @@ SECTIONS: Final[dict[str, type]] = {
 def describe_errors(
     error: ValidationError, values: Mapping[str, Any]
 ) -> Iterator[tuple[Path, str]]:
-    """Yield the option's path and a sentence for every error that pydantic found in a recipe."""
+    """Describe every error that pydantic found in a recipe.
+
+    For each error, the path of the wrong option and a sentence about the error are yielded.
+    """
     for item in error.errors():
         path = item["loc"]
         value = _at(values, path)
@@ -45,7 +48,10 @@ def describe_errors(
 
 
 def check_names(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """Yield path and sentence for a recipe named "latest" and for stages with equal names."""
+    """Check the names of the recipe and its stages, and yield a path and a sentence per error.
+
+    A recipe must not be named "latest", and all stages must have different names.
+    """
     if values.get("name") == "latest":
         yield ("name",), "name = 'latest' is reserved for the link runs/latest; choose another"
     stages = values.get("stage")
@@ -59,7 +65,10 @@ def check_names(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
 def check_architecture(
     values: Mapping[str, Any], check_arch: Callable[[str], object]
 ) -> Iterator[tuple[Path, str]]:
-    """Yield path and sentence if `check_arch` raises OptionError for the recipe's architecture."""
+    """Check the recipe's architecture by `check_arch`.
+
+    If `check_arch` raises OptionError, yield the path of the option `arch` and the error message.
+    """
     arch = values.get("arch")
     if isinstance(arch, str):
         try:
@@ -107,7 +116,7 @@ def _sentence(item: Any, path: Path, value: Any, values: Mapping[str, Any]) -> s
 
 
 def _shown(path: Path, value: Any, values: Mapping[str, Any]) -> str:
-    """Format an option as `OPTION = VALUE`; long values and tables are left out."""
+    """Format an option as `OPTION = VALUE`, or as `OPTION` if the value is long or a table."""
     text = repr(value)
     short = not isinstance(value, Mapping) and len(text) <= 60
     return option_name(path, values) + (f" = {text}" if short else "")

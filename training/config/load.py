@@ -95,7 +95,7 @@ def parse(
     Args:
         values: The values of the file, with overrides applied.
         where: Name of the file, for the error message.
-        lines_of: Path of each option -> its line in the file.
+        lines_of: Line number of each option in the file, by the option's path.
         overridden: Paths of the options that overrides have set.
         failed: Error messages of overrides that could not be applied.
         check_arch: Function that raises OptionError for an unknown architecture. It is called only

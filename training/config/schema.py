@@ -279,7 +279,7 @@ class Recipe(Section):
     def _normalised_as_trained(cls, values: Any) -> Any:
         """Set the default mean and std to 0.5 for architectures in `HALF_NORMALISED`.
 
-        Their pretrained weights expect inputs from -1 to 1.
+        The pretrained weights of these architectures expect inputs from -1 to 1.
         """
         if not isinstance(values, Mapping) or values.get("arch") not in HALF_NORMALISED:
             return values

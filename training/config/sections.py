@@ -32,9 +32,10 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """How to get labels and splits from the data folder, and the size of cached photos.
+    """Options for reading labels from the data folder, for splitting, and for caching photos.
 
-    The options about splits are used only if neither the folders nor `--split` define the splits.
+    `valid` and `folds` draw the training/validation split at random. They concern only photos whose
+    split is not defined already, by a folder such as `train` or by a `--split` file.
 
     Attributes:
         pattern: Regular expression that is searched in file names; its first group is the label.
@@ -44,8 +45,8 @@ class DataConfig(Section):
         images: Folder of the photos inside the data folder, for `pattern` and `csv`.
         valid: Share of each class that is held out for validation, in (0, 1).
         folds: Number of cross-validation folds to split each class into; 0 uses `valid` instead.
-        fold: Number of the fold to validate on, counted from 0. It also selects a fold of a
-            `--split` file.
+        fold: Number of the fold to validate on, from 0; training uses all other folds. The folds
+            are those that `folds` draws, or the numbered folds of a `--split` file.
         presize: Side of the cached training photos, as a multiple of the image size.
     """
 
@@ -189,11 +190,14 @@ class HeadConfig(Section):
     """Options of the classifier head.
 
     Attributes:
-        kind: "concat_pool": average and max pooling, concatenated; then BatchNorm, dropout, Linear,
-            ReLU for each hidden layer; then BatchNorm, dropout, Linear (fast.ai, "Practical Deep
-            Learning for Coders", 2018). "deep": average pooling; then dropout, Linear, BatchNorm,
-            ReLU for each hidden layer; then dropout, Linear. "linear": average pooling, dropout and
-            one Linear.
+        kind: The layers of the head:
+
+            - "concat_pool": average and max pooling, concatenated; then BatchNorm, dropout, Linear,
+              ReLU for each hidden layer; then BatchNorm, dropout, Linear (fast.ai, "Practical Deep
+              Learning for Coders", 2018).
+            - "deep": average pooling; then dropout, Linear, BatchNorm, ReLU for each hidden layer;
+              then dropout, Linear.
+            - "linear": average pooling, dropout and one Linear.
         hidden: Width of each hidden layer, for "concat_pool" and "deep".
         dropout: Dropout probability in [0, 1) before the last Linear; half of it is used before the
             other Linear layers. A list has one probability for every Linear.
@@ -230,7 +234,7 @@ class OptimizerConfig(Section):
             times weight_decay times the weights from the weights. "auto" is decoupled for adamw and
             l2 for the others.
         decay_norms: Whether weight decay is also applied to norm layers and biases.
-        l1: Factor of the weights' sign that is added to the gradient.
+        l1: Factor of the L1 decay: `l1` times the sign of each weight is added to the gradient.
         clip_norm: Largest norm of all gradients together; 0 is off.
         accumulate: Number of batches per optimizer step.
         ema: Decay of the exponential moving average of the weights; 0 is off. The average is

@@ -73,7 +73,10 @@ class ProcessGroup:
 
     @property
     def gpu(self) -> int | None:
-        """Index of the GPU that this process uses; None in a single process: the current GPU."""
+        """Index of the GPU that this process uses.
+
+        In a single process the index is None, which stands for torch's current GPU.
+        """
         return self.local_rank if self.size > 1 else None
 
     def shard(self, index: Tensor) -> Tensor:
@@ -88,9 +91,9 @@ class ProcessGroup:
         return index if len(index) < 2 * self.size else index[self.rank :: self.size]
 
     def loss_weight(self, count: int, batch: int) -> float:
-        """Return the factor for the mean loss over this process's shard of a batch.
+        """Return the factor by which to multiply the mean loss over this process's shard.
 
-        With these factors, the mean over the processes is the mean loss over the whole batch.
+        The mean of the multiplied losses over the processes is the mean loss over the whole batch.
 
         Args:
             count: Number of photos in this process's shard.
@@ -99,11 +102,14 @@ class ProcessGroup:
         return 1.0 if batch < 2 * self.size else self.size * count / batch
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Wrap the module in `DistributedDataParallel` (DDP); return it as it is in one process.
+        """Wrap the module in `DistributedDataParallel` (DDP).
 
-        Call this method at the start of every epoch. DDP sums gradients in an order that it
-        determines in its first steps, and a run that is resumed after an epoch must use the same
-        order as an uninterrupted run.
+        If there is only one process, the module is returned unchanged.
+
+        Wrap the module anew at the start of every epoch. DDP chooses the order in which it sums
+        gradients during its first steps, and rounding depends on this order. A run that is resumed
+        after an epoch starts with a new DDP wrapper; the uninterrupted run must do the same to
+        reach bit-identical weights.
         """
         if self.size == 1:
             return module
@@ -124,9 +130,11 @@ class ProcessGroup:
         return values if self.size == 1 else self.total(values) / self.size
 
     def global_loss(self, loss: Tensor, count: int) -> Tensor:
-        """Return the mean loss over the whole batch, with the gradient of this process's shard.
+        """Return the mean loss over the whole batch, for a backward pass in this process.
 
-        The mean of the gradients over the processes is the gradient of the mean loss.
+        The value is the same in all processes. The backward pass computes a gradient from the
+        photos of this process's shard only; the mean of these gradients over the processes is the
+        gradient of the mean loss.
 
         Args:
             loss: Mean loss over the photos of this process's shard; a scalar.
@@ -174,18 +182,18 @@ class ProcessGroup:
             )
 
     def wait_for_everyone(self) -> None:
-        """Wait until all processes have called this method, with the long timeout of `cpu_group`.
+        """Wait until all processes have called this method.
 
-        In a single process, nothing is done.
+        The timeout is the long one of `cpu_group`. In a single process, nothing is done.
         """
         if self.size > 1:
             dist.barrier(group=self.cpu_group)
 
     @contextmanager
     def local_main_process_first(self) -> Iterator[None]:
-        """Return a context manager that runs its block first in one process of each machine.
+        """Return a context manager whose block is run first by one process of each machine.
 
-        The other processes wait until the block has ended there, then run it too.
+        The other processes wait until these processes have left the block, then run it too.
         """
         if self.local_rank:
             self.wait_for_everyone()

@@ -30,11 +30,11 @@ decodes photos or saves a checkpoint."""
 
 @contextmanager
 def init_process_group() -> Iterator[ProcessGroup]:
-    """Return a context manager that yields the process group of the processes torchrun started.
+    """Join the group of the processes that torchrun started, and return a context manager.
 
-    Without torchrun, or with a single process, it yields `SINGLE_PROCESS`. If the block fails in
-    several processes, only the first of these processes raises its error; the others exit without a
-    message.
+    The context manager yields the group; without torchrun, or with a single process, it yields
+    `SINGLE_PROCESS`. If the block fails in several processes, only the first of these processes
+    raises its error; the others exit without a message.
 
     Raises:
         WorkError: The connection to another process was lost inside the block.

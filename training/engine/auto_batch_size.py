@@ -100,11 +100,13 @@ def resolve_batch_size(
 ) -> Recipe:
     """Return the recipe with `batch_size = "auto"` replaced by a number.
 
-    A recipe that has a number already is returned unchanged. On a CPU the number is 32. On a GPU
-    each process gets the largest power of two from 8 to 1024 with which training fits into the GPU
-    memory; the decoded photos that training stores there are taken into account. The batch is not
-    larger than the training split, unless the split has fewer than 8 photos per process. The
-    weights of `classifier` and the random state do not change.
+    A recipe that has a number already is returned unchanged. On a CPU the number is 32. On GPUs it
+    is the number of processes times the photos per process. The photos per process are the largest
+    power of two for which training fits into GPU memory together with the decoded photos stored
+    there. This power of two is at least 8, and at most 1024 and the process's share of the training
+    split; a share below 8 photos counts as 8.
+
+    The weights of `classifier` and the random state do not change.
 
     Args:
         recipe: The recipe.
@@ -114,8 +116,8 @@ def resolve_batch_size(
         precision: Device and dtype of the training.
         log: Function that is called with each log line.
         process_group: The processes that split a batch. Their GPUs must be of the same kind,
-            because only process 0 measures. The batch size is the total over all processes.
-        memory: Memory statistics of the device. None: those of the GPU.
+            because only process 0 measures.
+        memory: Memory statistics of the device, used instead of the GPU's own. None: the GPU's own.
 
     Raises:
         WorkError: Training with 8 photos per batch does not fit into the GPU memory.
@@ -160,10 +162,11 @@ def _largest_batch(
     available: int,
     most: int,
 ) -> tuple[int, int]:
-    """Return the largest batch size up to `most` that fits in all stages, and its peak in bytes.
+    """Return the largest batch size, up to `most`, with which every stage fits into memory.
 
-    A batch size fits if its training steps need at most `available` bytes. The trials change the
-    weights of `classifier`.
+    A stage fits if its training steps need at most `available` bytes. The second value returned is
+    the peak memory of the last stage tried, in bytes. The trials change the weights of
+    `classifier`.
 
     Raises:
         WorkError: The smallest batch size does not fit.
@@ -187,7 +190,7 @@ def _largest_batch(
 def largest_fitting(
     trial: Callable[[int], object], memory: DeviceMemory, available: int, most: int
 ) -> tuple[int, int]:
-    """Double the batch size, from 8 up to `most`, until a trial does not fit into memory.
+    """Find the largest batch size that fits into memory, by trials with 8, 16, 32, ... photos.
 
     Args:
         trial: Function that trains with a given batch size.
@@ -196,7 +199,7 @@ def largest_fitting(
         most: Upper limit of the batch size.
 
     Returns:
-        The largest batch size that fits, and its peak in bytes; (0, 0) if 8 does not fit.
+        The batch size, and the peak memory of its trial in bytes; (0, 0) if 8 does not fit.
     """
     best, size = (0, 0), SMALLEST
     while size <= most:

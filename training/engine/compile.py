@@ -1,10 +1,10 @@
 """The recipe's `compile` option: `torch.compile` or CUDA graphs for the layers that train.
 
 `torch.compile` (Ansel et al., 2024, "PyTorch 2") generates new kernels. A CUDA graph (Nguyen et
-al., 2021, "Accelerating PyTorch with CUDA Graphs") launches a recorded sequence of the existing
-kernels with a single launch. CUDA graphs save time if the GPU waits for the CPU. Both options only
-wrap the layers in a function: the classifier, the weights and the names of the weights stay the
-same.
+al., 2021, "Accelerating PyTorch with CUDA Graphs") keeps the existing kernels: it records their
+sequence, and the CPU then starts the whole sequence with a single launch. CUDA graphs save time if
+the GPU waits for the CPU. Both options only wrap the layers in a function: the classifier, the
+weights and the names of the weights stay the same.
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ from training.run.resume_state import ResumeTensors
 
 
 def is_overfitting(losses: Sequence[float], patience: int) -> bool:
-    """Return whether the lowest loss is `patience` or more epochs old; False if `patience` is 0.
+    """Return whether at least `patience` epochs have passed since the epoch with the lowest loss.
+
+    The result is False if `patience` is 0.
 
     Args:
         losses: Validation loss of each epoch, in order.

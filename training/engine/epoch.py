@@ -47,7 +47,9 @@ Batches = Iterable[Batch]
 def find_lr(
     classifier: Classifier, stage: Stage, recipe: Recipe, train_loader: TrainLoader
 ) -> lr_range_test.Curve:
-    """Run the learning-rate range test of a stage, then restore the classifier's weights.
+    """Run the learning-rate range test of a stage, and return the loss curve.
+
+    The classifier's weights are restored after the test.
 
     Args:
         classifier: The network, with layers frozen for the stage.
@@ -176,7 +178,10 @@ def _prepare(train_loader: TrainLoader, epochs: Iterable[int]) -> None:
 
 
 def _read_losses(rows: list[Step], unread: list[Tensor], process_group: ProcessGroup) -> None:
-    """Read the losses of the last steps from the device into `rows`, and clear `unread`.
+    """Read losses from the device, and write them into the records of the last steps.
+
+    `unread` has the losses on the device, one per step, and is emptied. `rows` has the records of
+    all steps of the epoch so far; the last records get the losses.
 
     Raises:
         Diverged: A loss is not finite.
@@ -207,7 +212,7 @@ def _backward(
 ) -> Tensor:
     """Run the forward and backward passes of one optimizer step, and accumulate the gradients.
 
-    The loss is averaged over all photos in `batches` of all processes.
+    The loss of the step is the mean over all photos in the `batches` of all processes.
 
     Args:
         net: The layers that train.
@@ -217,8 +222,7 @@ def _backward(
         process_group: The processes that train.
 
     Returns:
-        This process's share of the loss, a scalar on the device. The mean of the shares over the
-        processes is the loss.
+        A scalar on the device. Its mean over all processes is the loss of the step.
     """
     photos = sum(size for _, size in batches)
     total = torch.zeros((), device=precision.device)
@@ -240,10 +244,11 @@ def _backward(
 def _average_statistics(
     classifier: Classifier, ema: Ema | None, process_group: ProcessGroup
 ) -> None:
-    """Average the BatchNorm statistics over the processes, and likewise their EMA.
+    """Replace the BatchNorm statistics of each process by their mean over all processes.
 
-    Statistics of BatchNorms in eval mode are left out. Averaging once per epoch gives the same
-    result as averaging after every step, because the update of running statistics is linear.
+    The same is done with the exponential moving averages of these statistics in `ema`. BatchNorms
+    in eval mode are left out. Averaging once per epoch gives the same result as averaging after
+    every step, because the update of running statistics is linear.
     """
     if process_group.size == 1:
         return

@@ -208,7 +208,7 @@ def resume(
 
 
 def _precision(recipe: Recipe, device: str, process_group: ProcessGroup) -> Precision:
-    """Return the device and dtype of this process, after checks of all processes.
+    """Choose the device and dtype of this process, and check that the processes fit together.
 
     Raises:
         DataError: The processes differ in recipe, software versions or kind of device.

@@ -17,12 +17,13 @@ class Ema:
     Polyak & Juditsky, 1992, "Acceleration of Stochastic Approximation by Averaging"; Tarvainen &
     Valpola, 2017, "Mean teachers are better role models".
 
-    The decay is at most (1 + updates) / (10 + updates). With this limit the initial weights lose
-    their influence within the first updates. Averages of tensors that do not change, such as frozen
-    weights, stay bit-equal to the tensors. Integer tensors are not averaged.
+    An update sets each average to decay * average + (1 - decay) * weight. The decay used is at most
+    (1 + updates) / (10 + updates). With this limit the initial weights lose their influence within
+    the first updates. Averages of tensors that do not change, such as frozen weights, stay
+    bit-equal to the tensors. Integer tensors are not averaged.
 
     Attributes:
-        decay: Factor of the average in an update, in [0, 1); the new weights have 1 - decay.
+        decay: Upper limit of the decay used, in [0, 1).
         updates: Number of updates so far.
         averages: Average of each floating-point tensor, by the name in the module's state dict.
     """
@@ -32,7 +33,7 @@ class Ema:
 
         Args:
             module: The module. From now on it must stay on its device and in its memory layout.
-            decay: Factor of the average in an update, in [0, 1).
+            decay: Upper limit of the decay used, in [0, 1).
         """
         self.decay, self.updates = decay, 0
         # References are kept: `state_dict()` takes a millisecond, too long for every step.

@@ -29,10 +29,10 @@ class Curve:
     Attributes:
         rates: Tested learning rates, ascending.
         losses: Smoothed loss at each of the rates.
-        valley: Suggested rate. It lies, on a log scale, two thirds of the way from the smallest to
-            the largest rate at which the loss falls, and is at most `tenth_of_minimum`. fast.ai has
-            a suggestion of the same name.
-        steepest: Suggested rate: the rate at which the loss falls fastest.
+        valley: Suggested rate in the range of rates where the loss falls: on a log scale, two
+            thirds of the way from the smallest to the largest rate of this range. It is at most
+            `tenth_of_minimum`. fast.ai has a suggestion of the same name.
+        steepest: Suggested rate, at which the loss falls fastest.
         minimum: A rate that is too large for training. In an upward test, the rate with the lowest
             loss; at larger rates the loss rises. In a downward test, the rate at which the loss
             started to fall.

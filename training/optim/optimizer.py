@@ -79,10 +79,14 @@ def group_rates(count: int, lr: Rates, lr_divide: float) -> list[float]:
 
     Args:
         count: Number of layer groups.
-        lr: The rates. A number is the rate of the head; from group to group towards the input, the
-            rate is divided by `lr_divide` (Howard & Ruder, 2018, section 3.2). A tuple has the rate
-            of each group. A `Spread` has the rates of the first group (`low`) and of the head
-            (`high`); the rates in between are spaced geometrically.
+        lr: The rates, in one of three forms:
+
+            - A number is the rate of the head. The group before the head has this rate divided by
+              `lr_divide`, the group before that is divided again, and so on (Howard & Ruder, 2018,
+              section 3.2).
+            - A tuple has the rate of each group.
+            - A `Spread` has the rates of the first group (`low`) and of the head (`high`). The
+              rates in between are spaced geometrically.
         lr_divide: Divisor, used if `lr` is a number.
     """
     if isinstance(lr, tuple):

@@ -158,7 +158,11 @@ def exp_range(
     gamma: float,
     step_number: int,
 ) -> float:
-    """Return `triangular` times gamma ** step_number (Smith, 2017, section 3.1)."""
+    """Return `triangular` times gamma ** step_number (Smith, 2017, section 3.1).
+
+    `gamma` is a factor per optimizer step, and `step_number` is the number of the step in the
+    stage, from 0. The other arguments are those of `cycle_at`.
+    """
     return triangular(position, cycles, cycle_len, cycle_mult) * gamma**step_number
 
 
@@ -171,15 +175,15 @@ def cyclical(
     scale: Callable[[float], float],
     step_number: int | None = None,
 ) -> float:
-    """Return `triangular` times the value of the function `scale`, clamped to [0, 1].
+    """Return `triangular` times the value of `scale`; this value is clamped to [0, 1] first.
 
     Args:
         position: Epochs since the start of the stage.
         cycles: Number of cycles.
         cycle_len: Length of the first cycle in epochs.
         cycle_mult: Factor from the length of a cycle to the length of the next cycle.
-        scale: Function of one number: of `step_number`, or of the number of the cycle, from 1, if
-            `step_number` is None.
+        scale: Function that is called with `step_number`. If `step_number` is None, it is called
+            with the number of the cycle, from 1.
         step_number: Number of the optimizer step in the stage, from 0.
     """
     number = cycle_at(position, cycles, cycle_len, cycle_mult)[0] + 1
@@ -213,9 +217,10 @@ def step(position: float, every: int, gamma: float) -> float:
 def plateau(losses: Sequence[float], patience: int, gamma: float) -> float:
     """Return the factor of a schedule that is reduced when the loss stops improving.
 
-    The factor is multiplied by `gamma` when the loss has not improved for more than `patience`
-    epochs; then the count of epochs starts again. The loss has improved if it is below the best
-    loss by more than a relative 1e-4. The result equals that of torch's ReduceLROnPlateau.
+    The factor starts at 1. It is multiplied by `gamma` when the loss has not improved for more than
+    `patience` epochs; the count of epochs without improvement then starts again at 0. The loss has
+    improved if it is below the best loss by more than a relative 1e-4. The result equals that of
+    torch's ReduceLROnPlateau.
 
     Args:
         losses: Loss of each finished epoch.

@@ -39,13 +39,19 @@ class CheckpointInfo:
         arch_args: Options of the architecture.
         head: Options of the head.
         seed: Seed of the recipe.
-        data: Dictionary with the keys "source" (value of `--data`), "root" (folder of the photos),
-            "fingerprint" (hash of the dataset), and "train" and "valid" (number of photos in the
-            training and validation split).
-        metrics: Dictionary with the keys "accuracy" (fraction of 1) and "loss" (cross-entropy in
-            nats) on the validation split without test-time augmentation, and "stage" and "epoch"
-            (origin of the weights). If the recipe has test-time augmentation (TTA), also
-            "accuracy_tta", "loss_tta" and "views" (number of TTA views). Some keys may be missing.
+        data: Facts about the dataset, with these keys:
+
+            - "source": Value of `--data`.
+            - "root": Folder of the photos.
+            - "fingerprint": Hash of the dataset.
+            - "train", "valid": Number of photos in the training and in the validation split.
+        metrics: Results on the validation split, with these keys, some of which may be missing:
+
+            - "accuracy": Accuracy as a fraction of 1, without test-time augmentation (TTA).
+            - "loss": Cross-entropy in nats, without TTA.
+            - "stage", "epoch": Stage and epoch after which the weights were saved.
+            - "accuracy_tta", "loss_tta": Accuracy and loss with TTA, if the recipe has TTA.
+            - "views": Number of TTA views, if the recipe has TTA.
         versions: Versions of Python, torch and torchvision.
         schema: Version of the format of this file.
     """

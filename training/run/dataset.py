@@ -16,10 +16,11 @@ def load_run_dataset(run: Path, data: Path | None = None, part: str = "valid") -
 
     Args:
         run: The run folder, or the .safetensors file of a checkpoint in the run folder.
-        data: Folder of the photos. None: the folder that the run was trained on. If this folder is
-            gone and the dataset is the sample or a torchvision dataset, the local copy is found.
-        part: The split whose photos must all exist: "train", "valid" or "test". "": no photo has to
-            exist.
+        data: Folder of the photos. None: the folder that the run was trained on. If that folder is
+            gone and the dataset is the sample dataset or a torchvision dataset, the copy in the
+            user's cache is used.
+        part: The split whose photos must all exist: "train", "valid" or "test"; "" if no photo has
+            to exist.
 
     Raises:
         DataError: `data` is not a folder, photos of `part` are missing, or the split file can't be

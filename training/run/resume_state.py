@@ -108,7 +108,8 @@ def random_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
 
     Args:
         device: Device of the training; for a GPU, the state of its generator is included.
-        rank: Number of this process, from 0. Unless it is 0, it is part of the names.
+        rank: Number of this process, from 0. The names in the result contain it, except for
+            process 0.
     """
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":

@@ -45,9 +45,10 @@ def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 def pad_on_gpu(batch: Tensor, size: int) -> Tensor:
     """Pad a batch on a GPU with zeros to `size` photos; return a batch on a CPU unchanged.
 
-    Padding avoids new batch shapes. For each new shape cuDNN selects kernels, and compiles those of
-    depthwise convolutions; this takes two seconds for MobileNetV2 on an H100. Pad only inputs of
-    networks in eval mode, where the photos of a batch do not influence each other's outputs.
+    Padding avoids new batch shapes. For each new shape cuDNN selects kernels, and must compile the
+    kernels for depthwise convolutions. This takes two seconds for MobileNetV2 on an H100. Pad only
+    inputs of networks in eval mode, where the photos of a batch do not influence each other's
+    outputs.
     """
     return batch if batch.device.type == "cpu" else pad_batch(batch, size)
 

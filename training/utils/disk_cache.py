@@ -162,9 +162,10 @@ def budget_gb(gb: float | None = None) -> float:
 
 
 def open_cache(gb: float | None = None) -> DiskCache:
-    """Open the cache. Its size limit comes from `budget_gb`, but is at most half of the free space.
+    """Open the cache, with the size limit that `budget_gb` returns.
 
-    The free space is that of the disk; the size of the existing entries is added to it.
+    The limit is lowered if necessary to half of the disk space that would be free without the
+    cache.
 
     Args:
         gb: Value of `--cache-gb`; None: not given.
