@@ -40,8 +40,8 @@ class AblationOptions:
         split: CSV file that defines the training and validation splits; see `load_dataset`.
         seeds: Number of seeds, starting with the recipe's seed. If neither the folders nor `split`
             define the splits, they are drawn with the seed, too.
-        folds: Number of cross-validation folds to use instead of seeds; 0 uses seeds. The file
-            `split` defines the folds if it is given; else the photos are divided into this many.
+        folds: Number of cross-validation folds to use instead of seeds; 0 uses seeds. If `split` is
+            given, this file defines the folds. Otherwise photos are assigned to folds at random.
         device: "auto", "cpu" or "cuda".
         keep: Whether to keep the weights of the trials.
         cache_gb: Size limit of the disk cache in GB; see `disk_cache.budget_gb`.

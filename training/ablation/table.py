@@ -68,10 +68,11 @@ def interval(values: Sequence[float], overlap: float = 0.0) -> Interval:
 
     Args:
         values: Accuracies or differences, one for each run.
-        overlap: 0 for seeds. For folds, the number of held-out photos divided by the number of
-            training photos: the training sets of folds share photos, so the values are correlated
-            and the variance of the mean is larger (Nadeau & Bengio, 2003, "Inference for the
-            Generalization Error", section 3).
+        overlap: Correction for training photos that several runs share. For folds: the number of
+            validation photos divided by the number of training photos. For seeds: 0, no correction.
+            The training sets of folds share photos. The values are therefore correlated, and the
+            variance of the mean is larger (Nadeau & Bengio, 2003, "Inference for the Generalization
+            Error", section 3).
     """
     from scipy import stats  # takes a second to import
 
@@ -289,7 +290,10 @@ def _readable(limits: tuple[float, float], found: Sequence[TableRow]) -> tuple[f
 
 
 def _mark(axes: Any, value: Interval, y: int, colour: str, ends: tuple[float, float]) -> None:
-    """Plot a mean and its interval, clipped to the range of possible values, `ends`."""
+    """Plot a mean and its interval. The interval is cut off at `ends`.
+
+    ends: Lowest and highest possible value.
+    """
     if value.runs:
         half = 0.0 if math.isnan(value.half) else value.half
         below, above = min(half, value.mean - ends[0]), min(half, ends[1] - value.mean)

@@ -30,9 +30,12 @@ class Trick:
         on: Name of the row whose recipe this row changes; "" is the base recipe. The accuracies of
             the two rows are compared.
         what: The change in a few words.
-        change: The changed options, or a function that computes them from the recipe of `on`. A
-            table of options is merged into the recipe's table, except [augment], which is replaced.
-            A table for [[stage]] changes every stage.
+        change: The changed options, or a function that computes them from the recipe of `on`:
+
+            - The options of a table, such as [head], replace only the same options of the recipe.
+            - [augment] replaces the whole table of the recipe.
+            - A table for [[stage]] changes these options in every stage.
+            - A list for [[stage]] replaces all stages.
         metric: "accuracy" (without test-time augmentation) or "accuracy_tta" (with it).
     """
 
@@ -58,7 +61,10 @@ def _frozen(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _restarts(recipe: Recipe) -> Mapping[str, Any]:
-    """Return the changes for a restart every epoch; the stages keep their lengths."""
+    """Return the changes that restart the learning-rate schedule after every epoch.
+
+    The number of epochs of each stage stays the same.
+    """
     stages = zip(recipe.stage, values_of(recipe)["stage"], strict=True)
     cycles = {"schedule": "sgdr", "cycle_len": 1, "cycle_mult": 1.0}
     return {"stage": [{**values, **cycles, "cycles": stage.epochs} for stage, values in stages]}
@@ -81,7 +87,7 @@ def _small_first(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _augment(**options: Any) -> Mapping[str, Any]:
-    """Return the change to the augmentation preset "none" with these options."""
+    """Return the change that sets the augmentation of all stages: preset "none" and `options`."""
     return {"augment": {"preset": "none", **options}, "stage": {"augment": {}}}
 
 
@@ -194,7 +200,8 @@ def choose(words: Iterable[str], option: str = "--rows") -> tuple[Trick, ...]:
 def recipe_of(row: Trick, base: Recipe) -> Recipe:
     """Return the recipe of a table row.
 
-    The changes of the row that `row.on` names are applied to `base` first, then those of `row`.
+    A row may build on another row, named in `row.on`. That row's changes are applied to `base`
+    first, then the changes of `row` itself. Test-time augmentation is off in the result.
 
     Raises:
         OptionError: The changes are not valid for `base`.
@@ -207,9 +214,10 @@ def recipe_of(row: Trick, base: Recipe) -> Recipe:
 
 
 def views_of(base: Recipe) -> TtaConfig:
-    """Return the test-time augmentation (TTA) of the table row `tta`.
+    """Return the options of test-time augmentation (TTA) for the table row `tta`.
 
-    It is the recipe's; if the recipe has TTA off, it averages 4 views (crops or flips) of a photo.
+    If TTA is on in the recipe `base`, the options of `base` are used. Otherwise the predictions for
+    4 views (crops or flips) of a photo are averaged.
     """
     return base.tta if base.tta.count else TtaConfig(count=TTA_VIEWS)
 
@@ -221,10 +229,7 @@ def values_of(recipe: Recipe) -> Values:
 
 
 def merged(values: Values, change: Mapping[str, Any]) -> Values:
-    """Return a recipe's values with a change applied (see `Trick.change`).
-
-    A list of stages replaces all stages.
-    """
+    """Return a recipe's values with a change applied (see `Trick.change`)."""
     result = dict(values)
     for key, new in change.items():
         if key == "stage" and isinstance(new, Mapping):

@@ -1,9 +1,9 @@
 """Cache of the outputs of frozen layers for augmented photos.
 
-Augmented view number n of a list of photos contains every photo once, each with the random
-augmentation number n. The frozen layers run once per view. Their outputs are stored in memory or in
-the disk cache. On disk, a folder (a cache entry) belongs to one frozen network and one list of
-photos, and contains one file per view:
+Random augmentations are numbered. Augmented view number n of a list of photos contains every photo
+once, after augmentation number n. The frozen layers run once per view. Their outputs are stored in
+memory or in the disk cache. On disk, a folder (a cache entry) belongs to one frozen network and one
+list of photos, and contains one file per view:
 
     view-NUMBER.bin  one row (the outputs for one photo) per photo, channels last
 
@@ -39,7 +39,13 @@ ComputeView = Callable[[int], Iterator[IndexedRows]]
 
 @dataclass(frozen=True)
 class ViewShape:
-    """Shape and dtype of the outputs for an augmented view, [photos, *row]: one row per photo."""
+    """Shape and dtype of the outputs for one augmented view: an array [photos, *row].
+
+    Attributes:
+        photos: Number of photos.
+        row: Shape of the outputs for one photo.
+        dtype: Dtype of the outputs.
+    """
 
     photos: int
     row: tuple[int, ...]
@@ -106,15 +112,16 @@ class DiskStore:
     def find_or_add(
         self, number: int, shape: ViewShape, parts: Iterator[IndexedRows]
     ) -> Tensor | None:
-        """Return an augmented view; if the cache lacks the view, first store its outputs.
+        """Return the outputs for an augmented view. If the cache lacks them, first add them.
 
         Args:
             number: Number of the view.
             shape: Shape and dtype of the view's array.
-            parts: Batches of all rows of the view; read only if the view is not stored.
+            parts: Batches of (indices of photos, outputs for these photos) that cover all photos.
+                Not read if the cache has the outputs.
 
         Returns:
-            The array, or None if the view does not fit into the size limit of the cache.
+            The array of outputs; None if it does not fit into the size limit of the cache.
 
         Raises:
             OSError: The cache folder can't be written.
@@ -154,10 +161,11 @@ class CachedViews:
 
     Attributes:
         shape: Shape and dtype of a view's array.
-        compute: Function that computes a view.
+        compute: Function that computes the outputs for a view.
         store: Storage on disk; None: views are stored in memory.
-        source: Cached views whose rows `compute` reads; None: `compute` reads photos.
-        device: Device of views that are stored in memory.
+        source: Cached outputs of the layers before this network, which are the inputs of `compute`.
+            None: the inputs are photos.
+        device: Device of outputs that are stored in memory.
     """
 
     shape: ViewShape

@@ -1,8 +1,9 @@
-"""Data loaders of a training stage: batches of inputs of the trainable layers, and labels.
+"""Data loaders of a training stage. A batch is a pair: inputs of the trainable layers, and labels.
 
-The first layers of the network may be frozen (the prefix). In this case the loaders run the frozen
-layers, or read their outputs from the cache. The remaining layers are the suffix. An augmented view
-of a photo is the photo after one random augmentation.
+The frozen layers at the start of the network are called the prefix. The loaders run the prefix on
+the photos, or read the outputs of the prefix from a cache. If no layer is frozen, the inputs are
+the photos themselves. The training photos are augmented: view number n of a photo is the photo
+after the random augmentation number n.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class AugmentedPhotos:
 
         Args:
             view: Number of the augmented view.
-            parts: Indices of the photos of each batch, int64 [n].
+            parts: For each batch, the indices of its photos, int64 [n].
 
         Yields:
             The indices of a batch, and its augmented and normalised photos, [n, 3, H, W].
@@ -138,12 +139,15 @@ class TrainLoader:
             yield inputs, labels
 
     def batch_sizes(self, batch_size: int) -> list[int]:
-        """Return the size of each batch of an epoch: the sum of the shards of all processes."""
+        """Return the size of each batch of an epoch, summed over all training processes."""
         full, rest = divmod(len(self.augmented.photos), batch_size)
         return [batch_size] * full + [rest] * (rest >= 2)
 
     def prepare(self, epochs: Iterable[int]) -> None:
-        """Compute the augmented views of these epochs that the cache lacks, with a progress bar."""
+        """Compute and cache the outputs of `prefix` for these epochs, with a progress bar.
+
+        Outputs that are cached already are not computed again.
+        """
         if self.cached:
             self.cached.prepare(dict.fromkeys(self._view(epoch) for epoch in epochs))
 
@@ -173,8 +177,8 @@ class ValidLoader:
         cache_outputs: Whether the outputs of `prefix` are kept in memory after the first pass.
         source: Another loader, shared with other stages. Its batches are the inputs of `prefix`.
             None: the inputs are photos.
-        process_group: The group of training processes. Process i of n takes batches i, i + n, ...;
-            the batches are the same for every n.
+        process_group: The group of training processes. Process i of n takes batches i, i + n, ...
+            The division of the photos into batches does not depend on n.
     """
 
     photos: PixelSet

@@ -11,9 +11,10 @@ from training.models.classifier import Classifier
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """The frozen layers whose outputs a stage shares with a group of neighbouring stages.
+    """Frozen layers at the start of the network that a group of stages has in common.
 
-    The stages of a group are consecutive and have the same preprocessing and augmentation.
+    The outputs of these layers are cached once for all stages of the group. The stages of a group
+    are consecutive and have the same preprocessing and augmentation.
 
     Attributes:
         depth: Number of children of the body that are frozen in all stages of the group; 0: nothing
@@ -36,7 +37,7 @@ class SharedPrefix:
 def plan_sharing(
     classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]
 ) -> list[SharedPrefix]:
-    """Return the shared frozen layers of each stage."""
+    """Determine for each stage the frozen layers that it shares with neighbouring stages."""
     prefixes = [_own_prefix(classifier, recipe, stage) for stage in stages]
     start = 0
     for end in range(1, len(stages) + 1):

@@ -1,11 +1,11 @@
 """Make the data loaders of every training stage, and cache the outputs of the frozen layers.
 
-The first layers of a network may be frozen (the prefix). The outputs of frozen layers for a given
-augmented view of a photo never change. An augmented view is the photo after one numbered random
-augmentation. The outputs are computed once for a few views of every photo, and the epochs cycle
-through these views. Consecutive stages with the same augmentation share the outputs of the layers
-that are frozen in all of these stages. If a stage has additional frozen layers, the inputs of these
-layers are the shared outputs.
+The first layers of a network may be frozen (the prefix). An augmented view is a photo after one
+numbered random augmentation. The outputs of frozen layers for a view never change. They are
+computed once for a few views of every photo, and the epochs cycle through these views. Some layers
+may be frozen in several consecutive stages with the same augmentation. These stages share the
+outputs of such layers. If a stage has additional frozen layers, the inputs of these layers are the
+shared outputs.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def plan_views(
             `CachePlan`.
         requested: Number of views that the recipe sets.
         budget: Size limit in bytes.
-        fixed: Number of views that is already decided, by another process or before the run was
-            resumed. If the views exceed the budget, none is cached. None: not decided.
+        fixed: Number of views that another process, or the run before it was interrupted, has
+            chosen. If this number does not fit into `budget`, no view is cached. None: choose here.
     """
     plan = CachePlan(tuple(names), tuple(shapes), requested)
     fitting = min(requested, budget // max(plan.view_bytes, 1))
@@ -147,8 +147,8 @@ class StageLoaders:
             stage: The stage.
             share: The frozen layers that the stage shares with other stages.
             first_view: Number of the augmented view of the first epoch.
-            views: Number of augmented views that is already decided, by another process or before
-                the run was resumed. None: up to `share.views`, as many as the cache can store.
+            views: Number of augmented views that another process, or the run before it was
+                interrupted, has chosen. None: as many as the cache can store, up to `share.views`.
             ema: Moving averages of the weights. Validation uses the averages instead of the
                 weights. If the averages of frozen layers differ from their weights (an earlier
                 stage trained these layers), the validation loader caches nothing.
@@ -307,7 +307,7 @@ class StageLoaders:
         return compute
 
     def _shape(self, layers: nn.Module, preprocess: Preprocess, photos: int) -> ViewShape:
-        """Return the shape of the outputs of `layers` for this number of validation photos."""
+        """Return shape and dtype of the outputs of `layers` for `photos` validation photos."""
         device, side = self.precision.device, preprocess.size
         rows = self._run(layers, torch.zeros(1, 3, side, side, device=device))
         if device.type != "cpu":

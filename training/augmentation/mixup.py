@@ -27,7 +27,7 @@ def mix(
     the rectangle after clipping and rounding.
 
     Args:
-        config: Augmentation options: `mixup` and `cutmix` are the alphas; 0: off.
+        config: Augmentation options: `mixup` and `cutmix` are the alpha of each technique; 0: off.
         images: Photos, float [N, 3, H, W]; not modified.
         labels: Class indices, int64 [N].
         classes: Number of classes.

@@ -83,7 +83,7 @@ def draw(
     The parameters of photo i depend on i and `aspect[i]`, not on the other photos.
 
     Args:
-        config: Augmentation options, which are the ranges of the parameters.
+        config: Augmentation options; they set the ranges of the random parameters.
         aspect: Width / height of each photo, float32 [N].
         seed, view: Random seed and number of the view; both at least 0.
         crop: Crop share of the validation preprocessing (`Preprocess.crop`). If `config.crop` is
@@ -165,8 +165,8 @@ _SYMMETRIES: Final = _symmetries()
 def _tilt(shrink: Tensor) -> Tensor:
     """Return homographies [N, 3, 3] that make the left or right edge of a square shorter.
 
-    shrink: Share by which the far edge is shorter than the near edge, [N]. Positive values put the
-    far edge on the right, negative values on the left.
+    shrink: Share by which an edge becomes shorter, [N]. Positive values shorten the right edge,
+    negative values the left edge.
     """
     p = shrink / (2 - shrink.abs())
     zero, one = torch.zeros_like(p), torch.ones_like(p)
@@ -176,14 +176,18 @@ def _tilt(shrink: Tensor) -> Tensor:
 def _hole(
     probability: float, chance: Tensor, area: Tensor, ratio: Tensor, x: Tensor, y: Tensor
 ) -> Tensor:
-    """Compute the rectangles of "Random Erasing" (Zhong et al., 2020), float64 [N, 4].
-
-    The logarithm of the aspect ratio is uniform. Aspect ratios whose rectangle does not fit into
-    the picture are excluded.
+    """Compute the erased rectangles of "Random Erasing" (Zhong et al., 2020).
 
     Args:
         probability: Probability that a photo gets a rectangle.
-        chance, area, ratio, x, y: Uniform random numbers in [0, 1) for each photo, [N].
+        chance, area, ratio, x, y: Uniform random numbers in [0, 1), one per photo, [N]. They are
+            not the final values. This function computes from them whether a photo gets a rectangle
+            (`chance`), and the area, aspect ratio and position of the rectangle.
+
+    Returns:
+        `AugmentationParams.hole` in float64, [N, 4]. The logarithm of the aspect ratio is uniformly
+        distributed over the ratios, up to `ERASED_RATIO`, for which the rectangle fits into the
+        picture.
     """
     low, high = ERASED_AREA
     area = low + area * (high - low)

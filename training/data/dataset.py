@@ -95,8 +95,11 @@ def load_dataset(
 
     Args:
         source: "sample" for the built-in dataset, a name in `torchvision_sets.NAMES`, or a folder.
-            The folder contains one folder per class, or `train/`, `valid/` and optionally `test/`,
-            all with one folder per class. Or `config` describes another layout.
+            A folder has one of these layouts:
+
+            - one folder per class;
+            - `train/`, `valid/` and optionally `test/`, each with one folder per class;
+            - the layout that `config` describes.
         split: CSV file with the columns `path` and `fold`; fold is train, valid, test or a number.
             None: the split comes from the folders or is drawn at random.
         config: Data options: where labels come from, and how photos are split at random.

@@ -205,9 +205,12 @@ def write_csv(result: EvaluationResult, path: Path) -> None:
 class _Batch(NamedTuple):
     """A batch of n photos, at most `BATCH`.
 
-    views: The fixed views of the photos, uint8 [V, n, H, W, 3]. squares: The photos resized to
-    squares, uint8 [n, S, S, 3]. aspect: Width divided by height, float32 [n]. Random augmentations
-    are computed from `squares` and `aspect`, as in training.
+    Random augmentations are computed from `squares` and `aspect`, as in training.
+
+    Attributes:
+        views: The views without random augmentation (crops, flips), uint8 [V, n, H, W, 3].
+        squares: The photos resized to squares, uint8 [n, S, S, 3].
+        aspect: Width divided by height of each photo, float32 [n].
     """
 
     samples: list[Sample]

@@ -75,8 +75,8 @@ class PerClass(NamedTuple):
     """Metrics of each class, one array [C] per metric; NaN where undefined (0 / 0).
 
     Attributes:
-        precision: Share of the photos predicted as the class that belong to it.
-        recall: Share of the class's photos that were predicted as the class.
+        precision: Of the photos predicted as the class, the share that belongs to the class.
+        recall: Of the photos that belong to the class, the share predicted as the class.
         f1: Harmonic mean of precision and recall.
         support: Number of photos of the class.
     """

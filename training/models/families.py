@@ -34,8 +34,8 @@ class Family:
             takes images of any size.
         sizes: Allowed values of `size_option` for error messages; "" if torchvision's own error
             message contains the allowed values.
-        options: Further option names of torchvision's builder, if the network's class takes
-            **kwargs.
+        options: Names of options that torchvision's builder accepts, but that are hidden behind
+            **kwargs in the signature of the network's class.
         old_names: (regular expression, replacement) pairs that rename the keys of state dicts of
             older torchvision versions.
     """

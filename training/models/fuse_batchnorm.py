@@ -86,7 +86,7 @@ def fuse(
     Args:
         model: A network that torch.fx can trace, of any floating-point dtype. The input of a
             BatchNorm1d next to a Linear is assumed to be [N, C].
-        dtype: Dtype of the computation of the folded weights, which are then rounded to the dtype
+        dtype: Dtype in which the folded weights are computed. They are then rounded to the dtype
             of `model`. None: the dtype of `model`; for float32 the results are then bit for bit
             those of `torch.fx.experimental.optimization.fuse`.
         into_previous_only: Fold a BatchNorm only into the layer before it. All other BatchNorms
@@ -158,7 +158,7 @@ def _fold(
 
 
 def _remove_no_ops(traced: fx.GraphModule) -> None:
-    """Remove dropout and identity layers. A BatchNorm and its layer are then adjacent nodes."""
+    """Remove dropout and identity layers, which may separate a BatchNorm from its neighbour."""
     for node in list(traced.graph.nodes):
         if node.op != "call_module":
             continue
@@ -185,7 +185,10 @@ def _affine(norm: _BatchNorm, dtype: torch.dtype | None) -> tuple[Tensor, Tensor
 
 
 def _single_use_layer(traced: fx.GraphModule, node: fx.Node, uses: Counter[Any]) -> str | None:
-    """Return the name of the module that only `node` calls; None if there is no such module."""
+    """Return the name of the module that `node` calls.
+
+    The result is None if `node` calls no module, or if other nodes call the same module.
+    """
     is_single = node.op == "call_module" and uses[node.target] == 1
     return str(node.target) if is_single else None
 
@@ -230,7 +233,10 @@ def _fold_into_next(layer: nn.Module, norm: _BatchNorm, dtype: torch.dtype | Non
 
 
 def _normalises_rows(norm: _BatchNorm, width: int) -> bool:
-    """Whether the BatchNorm is a BatchNorm1d with `width` features, as next to a Linear."""
+    """Whether `norm` is a BatchNorm1d with `width` features.
+
+    Only such a BatchNorm can be folded into a Linear whose inputs or outputs are [N, width].
+    """
     return isinstance(norm, nn.BatchNorm1d) and norm.num_features == width
 
 

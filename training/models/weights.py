@@ -138,7 +138,10 @@ def describe_mismatch(missing: list[str], wrong: list[str], extra: list[str]) ->
 
 
 def _other_size(state: Mapping[str, Tensor], wrong: list[str]) -> str:
-    """Return a hint with the image size of ViT weights; "" if not only the size is different."""
+    """Return a hint that contains the image size for which the weights of a ViT were trained.
+
+    The result is "" if the weights differ from the network in more than the image size.
+    """
     if wrong != ["encoder.pos_embedding"] or state[wrong[0]].ndim != 3:
         return ""
     if "conv_proj.weight" not in state:

@@ -1,8 +1,9 @@
 """Decode the photos of a dataset once, and store the uint8 pixels in the disk cache.
 
-Training photos are resized to squares that are `presize` times as large as the training images
-("presizing"). The aspect ratios of the photos are stored beside the pixels. Augmentation restores
-these ratios when it crops. Validation photos go through the same preprocessing as in serving.
+Training photos are resized to squares ("presizing"). The side of a square is `presize` times the
+side of the training images. The aspect ratios of the photos are stored beside the pixels.
+Augmentation restores these ratios when it crops. Validation photos go through the same
+preprocessing as in serving.
 
 The cache key of a photo is a hash of the file's bytes and of everything else that determines the
 pixels. A changed photo therefore gets a new key and is decoded again. If the photos of a split

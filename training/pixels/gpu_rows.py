@@ -59,7 +59,7 @@ class GpuRows:
         return self._pixels.index_select(0, upload(index, self._pixels.device))
 
     def batches(self, order: Sequence[Tensor | slice]) -> Generator[Tensor, None, None]:
-        """Yield the selected rows, uint8 [N, S, S, 3], for each index in `order`."""
+        """For each index (int64 [N] or slice) in `order`, yield the rows, uint8 [N, S, S, 3]."""
         for index in upload_indices(order, self._pixels.device):
             yield self[index]
 
@@ -85,10 +85,11 @@ class PrefetchedRows:
         return self._copier.receive(self._copier.send(self._rows[index]))
 
     def batches(self, order: Sequence[Tensor | slice]) -> Generator[Tensor, None, None]:
-        """Yield the selected rows, uint8 [N, S, S, 3], on the device, for each index in `order`.
+        """For each index (int64 [N] or slice) in `order`, yield the rows, on the device.
 
-        A background thread reads and copies the next `AHEAD` batches. An error in the thread is
-        raised by this generator. The thread ends when the generator is closed.
+        The rows are uint8 [N, S, S, 3]. A background thread reads and copies the next `AHEAD`
+        batches. An error in the thread is raised by this generator. The thread ends when the
+        generator is closed.
         """
         batches = self._rows.batches(order)
 

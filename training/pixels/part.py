@@ -140,7 +140,7 @@ class PixelPart:
         cache: disk_cache.DiskCache,
         protected: set[str],
     ) -> StoreIndex:
-        """Decode the photos that the store lacks into it.
+        """Decode the photos that `store` lacks, add them to the store, and return the new index.
 
         If space is short and the store contains photos of other datasets, the store is emptied
         first, and all photos of this dataset are decoded.
@@ -257,7 +257,7 @@ class PixelPart:
             yield from bar.track(results, total=len(photos), description=title)
 
     def pixel_set(self) -> PixelSet:
-        """Return the readable photos as a `PixelSet`. `rows` must be set before."""
+        """Return the readable photos as a `PixelSet`. Call a method that sets `rows` first."""
         assert self.rows is not None  # set when the rows were stored or streamed
         labels = torch.tensor([self.samples[i].label for i in self.readable], dtype=torch.int64)
         name = self.transform.name

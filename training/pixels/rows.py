@@ -41,7 +41,7 @@ class Rows(Protocol):
         ...
 
     def batches(self, order: Sequence[Tensor | slice]) -> Generator[Tensor, None, None]:
-        """Yield the selected rows, uint8 [N, S, S, 3], for each index in `order`.
+        """For each index (int64 [N] or slice) in `order`, yield the rows, uint8 [N, S, S, 3].
 
         Later batches may be read in advance.
         """
@@ -101,7 +101,7 @@ class StreamingRows:
         return next(self.batches([index]))
 
     def batches(self, order: Sequence[Tensor | slice]) -> Generator[Tensor, None, None]:
-        """Yield decoded photos, uint8 [N, S, S, 3], for each index in `order`.
+        """For each index (int64 [N] or slice) in `order`, yield the rows, uint8 [N, S, S, 3].
 
         Several threads decode later batches in advance.
 

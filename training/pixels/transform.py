@@ -78,7 +78,7 @@ class PixelTransform:
 
 @cache
 def _versions() -> list[str]:
-    """Return the versions of file format, pixels and Pillow's libraries, and the machine type."""
+    """Return the machine type, and the versions of file format, pixels and Pillow's libraries."""
     known = {*features.modules, *features.codecs, *features.features}
     versions = [f"{name} {features.version(name)}" for name in _LIBRARIES if name in known]
     return [f"format {FORMAT}", f"pixels {PIXELS_VERSION}", platform.machine(), *versions]

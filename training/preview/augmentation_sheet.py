@@ -107,7 +107,7 @@ def _wrapped(text: str, fits: Callable[[str], bool]) -> list[str]:
 
 
 def describe(config: AugmentConfig) -> str:
-    """Describe an augmentation in words: preset and options, as "photo: random crop, flip, …"."""
+    """Describe an augmentation in words: preset and options, such as "photo: random crop, flip"."""
     c = config
     low, high = c.scale
     area = "" if low == 1 else f" of {low * 100:.0f}-{high * 100:.0f} % of the largest square"

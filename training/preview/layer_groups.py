@@ -35,9 +35,13 @@ def families() -> list[str]:
 def describe(recipe: Recipe) -> list[str]:
     """Describe the body of a recipe's network, with one line per layer.
 
-    A line has the smallest value of `unfreeze` that trains the layer, the layer's name and kind,
-    its number of parameters, and its output shape for one image of `preprocess.size`. A shape is
-    channels x height x width, or tokens x channels.
+    A line contains:
+
+    - the smallest value of `unfreeze` that trains the layer; only for the first layer of a group;
+    - name and kind of the layer;
+    - number of parameters;
+    - shape of the output for one image of side `preprocess.size`: channels x height x width, or
+      tokens x channels.
 
     Raises:
         OptionError: The network can't be built, or the image size does not fit the network.
@@ -92,7 +96,7 @@ def stages(recipe: Recipe) -> list[str]:
 
 
 def of_arch(arch: str) -> Recipe:
-    """Return a recipe with this architecture, its usual image size, and defaults.
+    """Return a recipe with this architecture and its usual image size; the rest is default.
 
     Raises:
         OptionError: The architecture is unknown.

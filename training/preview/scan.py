@@ -139,9 +139,10 @@ UNUSUAL: Final[Mapping[str, Callable[[PhotoStats], bool]]] = {
 
 
 def unusual_photos(photos: Sequence[PhotoStats]) -> Iterator[tuple[str, list[PhotoStats]]]:
-    """Yield the name and the photos of each kind of `UNUSUAL`, with the most unusual photo first.
+    """Yield the name and the photos of each kind of unusual photo in `UNUSUAL`.
 
-    Kinds without photos are left out.
+    The photos of a kind are in ascending order of their short sides. Kinds without photos are left
+    out.
     """
     for name, is_unusual in UNUSUAL.items():
         found = [photo for photo in photos if is_unusual(photo)]

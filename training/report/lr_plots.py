@@ -30,8 +30,11 @@ STYLE: Final[Any] = {
 class RateRow(NamedTuple):
     """The learning rates of one training step.
 
-    stage: Name of the stage. epoch: Position in the stage, in epochs from 0. rates: Learning rate
-    of each parameter group, with the head's last. momentum: Momentum of SGD, or Adam's first beta.
+    Attributes:
+        stage: Name of the stage.
+        epoch: Position in the stage, in epochs from 0.
+        rates: Learning rate of each parameter group; the last group is the head.
+        momentum: Momentum of SGD, or Adam's first beta.
     """
 
     stage: str

@@ -29,9 +29,14 @@ CLASSES: Final = 40
 class GalleryPhoto(NamedTuple):
     """A photo in a gallery of the report.
 
-    picture: JPEG as a data URL. file: File name. actual, predicted: Class names. confidence:
-    Probability of the predicted class. other: The second most probable class if the prediction is
-    right, else the actual class. other_confidence: Probability of `other`. loss: Cross-entropy.
+    Attributes:
+        picture: JPEG as a data URL.
+        file: File name.
+        actual, predicted: Names of the actual and of the predicted class.
+        confidence: Probability of the predicted class.
+        other: The second most probable class if the prediction is right, else the actual class.
+        other_confidence: Probability of `other`.
+        loss: Cross-entropy.
     """
 
     picture: str
