@@ -127,8 +127,8 @@ def members(path: str) -> Iterator[TarMember]:
     The names of all images so far are kept in memory, because a repeated name gets a number.
 
     Raises:
-        DataError: The archive is corrupt or truncated. The members yielded before are valid. Or the
-            archive is compressed by zstd, and the package zstandard is not installed.
+        DataError: The archive is corrupt or truncated (members yielded before are valid), or it is
+            compressed by zstd and the package zstandard is not installed.
         OSError: The archive can't be opened.
     """
     counts: dict[str, int] = {}

@@ -68,11 +68,10 @@ def interval(values: Sequence[float], overlap: float = 0.0) -> Interval:
 
     Args:
         values: Accuracies or differences, one for each run.
-        overlap: Correction for training photos that several runs share. For folds: the number of
-            validation photos divided by the number of training photos. For seeds: 0, no correction.
-            The training sets of folds share photos. The values are therefore correlated, and the
-            variance of the mean is larger (Nadeau & Bengio, 2003, "Inference for the Generalization
-            Error", section 3).
+        overlap: Correction of the variance for runs on folds: their training sets share photos, so
+            the values are correlated and the variance of the mean is larger (Nadeau & Bengio, 2003,
+            "Inference for the Generalization Error", section 3). Pass the number of validation
+            photos divided by the number of training photos for folds, and 0 for seeds.
     """
     from scipy import stats  # takes a second to import
 

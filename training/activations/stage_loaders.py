@@ -1,11 +1,10 @@
 """Make the data loaders of every training stage, and cache the outputs of the frozen layers.
 
-The first layers of a network may be frozen (the prefix). An augmented view is a photo after one
-numbered random augmentation. The outputs of frozen layers for a view never change. They are
-computed once for a few views of every photo, and the epochs cycle through these views. Some layers
-may be frozen in several consecutive stages with the same augmentation. These stages share the
-outputs of such layers. If a stage has additional frozen layers, the inputs of these layers are the
-shared outputs.
+An augmented view is a photo after one numbered random augmentation. The outputs of frozen layers
+for a view never change. They are computed once for a few views of every photo, and the epochs cycle
+through these views. Consecutive stages with the same augmentation share the outputs of the layers
+that are frozen in all of them. A stage that freezes more layers computes only these further layers,
+from the shared outputs.
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ def resolve_batch_size(
     A recipe that has a number already is returned unchanged. On a CPU the number is 32. On GPUs it
     is the number of processes times the photos per process. The photos per process are the largest
     power of two for which training fits into GPU memory together with the decoded photos stored
-    there. This power of two is at least 8, and at most 1024 and the process's share of the training
-    split; a share below 8 photos counts as 8.
+    there. This power of two is at least 8. It is at most 1024, and at most the number of training
+    photos per process, unless that number is below 8.
 
     The weights of `classifier` and the random state do not change.
 

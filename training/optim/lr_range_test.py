@@ -48,9 +48,9 @@ class Curve:
 
     @property
     def tenth_of_minimum(self) -> float:
-        """`minimum` / 10, but at least the smallest tested rate.
+        """A tenth of the rate with the lowest loss, but at least the smallest tested rate.
 
-        It is the upper limit of all suggestions except `minimum` itself.
+        No suggestion is above it, except `minimum` itself.
         """
         return max(self.minimum / 10, self.rates[0])
 

@@ -136,7 +136,8 @@ def decode_dataset(
 def _summary(parts: Sequence[PixelPart], cache: disk_cache.DiskCache | None, seconds: float) -> str:
     """Return the log line with the numbers of cached, decoded and streamed photos.
 
-    Streamed photos are decoded at each access. cache: The disk cache; None if it can't be used.
+    Streamed photos are decoded at each access. `cache` is the disk cache, or None if it can't be
+    used.
     """
     photos, decoded = sum(len(p.readable) for p in parts), sum(p.decoded for p in parts)
     streamed_parts = [part for part in parts if isinstance(part.rows, StreamingRows)]
