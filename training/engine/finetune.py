@@ -29,7 +29,7 @@ from training.run.folder import (
 )
 from training.run.resume_state import STATE_FILE, Position, ResumeTensors
 from training.utils import disk_cache
-from training.utils.console import Log, log_to_stderr
+from training.utils.console import Log, log_to_stderr, pluralize
 from training.utils.precision import Precision, choose_precision
 from training.utils.timer import Timer
 
@@ -181,7 +181,7 @@ def resume(
     if state:
         classifier.load_state_dict(tensors.model)
         tensors.model = {}  # frees the memory
-        log(f"{folder}: resuming after {len(position.history)} finished epochs")
+        log(f"{folder}: resuming after {pluralize(len(position.history), 'finished epoch')}")
         if position.processes != process_group.size:
             log(
                 f"warning: the run was started with {position.processes} processes and continues "
