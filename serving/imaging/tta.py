@@ -52,9 +52,6 @@ VIEWS: Final = (
 )
 
 
-AVERAGES: Final = ("mean", "log_mean")
-
-
 def count_views(tta: int, views: Sequence[View]) -> int:
     """Return the number of views to average for the option `tta`.
 

@@ -18,7 +18,7 @@ from typing import IO, Any, Final
 
 from serving.errors import DataError
 from serving.inputs.folders import Note, is_image
-from serving.utils.optional_packages import require
+from serving.utils.optional_packages import require_parquet
 
 LINES: Final = ".txt"
 DEFAULT: Final = "path"
@@ -221,7 +221,7 @@ def _json_values(path: str, column: str) -> Iterator[object]:
 
 
 def _parquet_file(path: str) -> Any:
-    require("pyarrow", "Parquet", "pip install 'fledge[parquet]'; or use .csv")
+    require_parquet()
     return importlib.import_module("pyarrow.parquet").ParquetFile(path)
 
 

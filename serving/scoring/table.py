@@ -12,7 +12,7 @@ from serving.errors import OptionError, WorkError
 from serving.scoring.row_writers import WRITERS, RowWriter
 from serving.scoring.rows import COLUMNS, Features, ScoreRow
 from serving.utils.files import atomic_write, check_file
-from serving.utils.optional_packages import require
+from serving.utils.optional_packages import require_parquet
 
 
 class AtomicTable:
@@ -129,5 +129,5 @@ def check_table(out: Path, *, features: bool = False) -> None:
     if features and suffix != ".parquet":
         raise OptionError(f"--embeddings go into Parquet; use --out {out.stem}.parquet")
     if suffix == ".parquet":
-        require("pyarrow", "Parquet", "pip install 'fledge[parquet]'; or use .csv")
+        require_parquet()
     check_file(out)

@@ -19,7 +19,7 @@ from serving.scoring.row_writers import ParquetWriter
 from serving.scoring.rows import Features, ScoreRow
 from serving.scoring.table import AtomicTable
 from serving.utils.files import atomic_folder, check_folder, sync
-from serving.utils.optional_packages import require
+from serving.utils.optional_packages import require_parquet
 
 ROWS: Final = 100_000
 """Number of rows after which the next file is started."""
@@ -89,7 +89,7 @@ def check_table_folder(out: Path) -> None:
         OptionError: pyarrow is not installed, the parent folder does not exist or is not writable,
             or `out` exists and contains other files.
     """
-    require("pyarrow", "Parquet", "pip install 'fledge[parquet]'; or use .csv")
+    require_parquet()
     parent = out.absolute().parent
     if not parent.is_dir():
         raise OptionError(f"--out {out}: there is no folder {out.parent}; make it first")

@@ -24,3 +24,12 @@ def require(
     """
     if importlib.util.find_spec(package) is None:
         raise error(f"{purpose} needs {package}: {remedy}")
+
+
+def require_parquet() -> None:
+    """Check that Parquet files can be read and written.
+
+    Raises:
+        OptionError: pyarrow is not installed.
+    """
+    require("pyarrow", "Parquet", "pip install 'fledge[parquet]'; or use .csv")
