@@ -56,7 +56,7 @@ const views = () => Number(document.querySelector("[name=tta]:checked")?.value ?
 const path = () => views() > 1 ? `predict?tta=${views()}` : "predict";
 
 function call(url, options) {
-  // The service expects the key in UTF-8; each byte becomes one character of the header value.
+  // UTF-8: each byte becomes one character of the header value.
   const bytes = String.fromCharCode(...new TextEncoder().encode(key));
   return fetch(url, { ...options, headers: key ? { authorization: `Bearer ${bytes}` } : {} });
 }
