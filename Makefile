@@ -132,4 +132,5 @@ lock: install ## Renew the lock files; ARGS=--upgrade takes the newest versions
 	$(COMPILE) pyproject.toml --overrides requirements/cpu-overrides.txt --output-file requirements/serving-cpu.txt
 	$(COMPILE) pyproject.toml --extra gpu --constraints requirements/serving.txt --no-annotate \
 	  --output-file requirements/serving-gpu.txt
+	$(COMPILE) --group fuzz --constraints requirements/dev.txt --no-annotate --output-file requirements/fuzz.txt
 	$(COMPILE) requirements/uv.in --constraints requirements/dev.txt --no-annotate --output-file requirements/uv.txt
