@@ -14,13 +14,16 @@ BASE_IMAGE ?= python:3.11-slim
 BIN := .venv/bin
 FLEDGE := $(BIN)/fledge
 INSTALLED := .venv/.installed
+FUZZER := .venv/.fuzzer
 VERSION = $(shell sed -nE 's/^__version__ = "(.*)"/\1/p' serving/__init__.py)
 REVISION = $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header $(ARGS)
-OFFLINE := not slow and not docker and not gpu and not network
+# COVERAGE=1 measures the branch coverage of a test command, child processes included; see `make coverage`.
+PYTEST := $(BIN)/$(if $(COVERAGE),coverage run -m )pytest
+OFFLINE := not docker and not gpu and not network
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train export serve score test test-slow test-docker check format bench soak fuzz pictures \
+.PHONY: help install demo train export serve score test test-process test-slow test-docker coverage check format bench soak fuzz fuzz-service pictures \
   bento image run-image sbom audit lock
 .DELETE_ON_ERROR:
 
@@ -60,14 +63,26 @@ score: install ## Score every image of INPUT=folder into OUT=scores.csv
 	@test -n "$(INPUT)" || { echo "make: name the images, as in make score INPUT=photos" >&2; exit 2; }
 	$(FLEDGE) score "$(INPUT)" --bundle "$(BUNDLE)" --out "$(OUT)" $(ARGS)
 
-test: install ## Run the tests: offline, no GPU
-	$(BIN)/pytest -n auto --dist loadfile -m "$(OFFLINE)" $(ARGS)
+test: install ## Run the quick tests: offline, no GPU
+	$(PYTEST) -n auto --dist loadfile -m "not process and not slow and $(OFFLINE)" $(ARGS)
 
-test-slow: install ## Run the tests marked slow: every network family and others
-	$(BIN)/pytest -n auto --dist worksteal -m "slow and not docker and not gpu" $(ARGS)
+test-process: install ## Run the tests marked process: kills, torchrun, servers, trainings on photos
+	$(PYTEST) -n auto --dist loadfile -m "process and not slow and $(OFFLINE)" $(ARGS)
+
+test-slow: install ## Run the tests marked slow: every network family, Ray
+	$(PYTEST) -n auto --dist worksteal -m "slow and $(OFFLINE)" $(ARGS)
 
 test-docker: install ## Test the image and deploy/; needs a container engine (DOCKER=docker)
 	DOCKER="$(DOCKER)" BASE_IMAGE="$(BASE_IMAGE)" $(BIN)/pytest tests/docker tests/deploy $(ARGS)
+
+coverage: install ## Report the branch coverage of the tests that ran with COVERAGE=1
+	@$(BIN)/coverage combine --quiet --keep
+	@$(BIN)/coverage report --show-missing --skip-covered
+	@# Floors: the measured percentages, rounded down. They only rise.
+	@for floor in serving=95 training=90 export=90; do \
+	  echo "$${floor%=*}: $$($(BIN)/coverage report --include="$${floor%=*}/*" --format=total) %, floor $${floor#*=} %"; \
+	  $(BIN)/coverage report --include="$${floor%=*}/*" --fail-under="$${floor#*=}" >/dev/null || exit; \
+	done
 
 check: install ## Check format, lint, types and import contracts
 	$(BIN)/ruff format --check
@@ -86,7 +101,14 @@ soak: install ## Ten minutes of overload, bad input and disconnects: BUNDLE=bund
 	@test -n "$(DATA)" || { echo "make: name some photos, as in make soak DATA=photos" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.serving.soak --bundle "$(BUNDLE)" --photos "$(DATA)" $(ARGS)
 
-fuzz: install ## Mutated odd images against a running service: ARGS="--cases 100000 --seed 1"
+fuzz: $(FUZZER) ## Fuzz every parser, guided by coverage: ARGS="--seconds 60"
+	$(BIN)/python -m tests.fuzz --all $(ARGS)
+
+$(FUZZER): $(INSTALLED) requirements/fuzz.txt
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --require-hashes --requirement requirements/fuzz.txt
+	@touch $@
+
+fuzz-service: install ## Mutated odd images against a running service: ARGS="--cases 100000 --seed 1"
 	$(BIN)/python -m tests.robustness.fuzz $(ARGS)
 
 pictures: demo ## Draw the pictures of the README again; needs Chromium

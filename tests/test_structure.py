@@ -22,8 +22,8 @@ MAX_README = 10_240  # bytes
 MAX_TOP_LEVEL = 20  # of the three packages together, without subfolders
 TARGETS = (
     *("help", "install", "demo", "train", "export", "serve", "score"),
-    *("test", "test-slow", "test-docker", "check", "bento", "image", "run-image"),
-    *("sbom", "audit"),
+    *("test", "test-process", "test-slow", "test-docker", "coverage", "fuzz", "check"),
+    *("bento", "image", "run-image", "sbom", "audit"),
 )
 MAKEFILE = (ROOT / "Makefile").read_text()
 DEFINED = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
@@ -74,6 +74,7 @@ def test_an_unsupported_python_version_is_reported_in_one_line(tmp_path: Path) -
 def test_the_lock_files_exist() -> None:
     assert {path.name for path in LOCKS} == {
         "dev.txt",
+        "fuzz.txt",
         "serving.txt",
         "serving-cpu.txt",
         "serving-gpu.txt",
