@@ -1,0 +1,163 @@
+"""Images: decoding and preprocessing of encoded bytes."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+import zlib
+from collections.abc import Iterator
+
+from PIL import Image
+
+from serving.imaging import tta
+from serving.imaging.decode import decode
+from serving.imaging.preprocess import Preprocess
+from tests.fuzz.known import DECODED_PIXELS
+from tests.fuzz.target import Target
+
+_PREPROCESS = Preprocess(size=16)
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def seeds() -> Iterator[bytes]:
+    from tests.robustness import corpus
+
+    for item in corpus.items():
+        if len(item.data) <= 6000:
+            yield item.data
+
+
+def check(data: bytes) -> None:
+    image = decode(data, max_pixels=DECODED_PIXELS).image
+    if image.mode != "RGB" or image.width * image.height > DECODED_PIXELS:
+        raise AssertionError(f"{image.mode}, {image.size}")
+    pixels = _PREPROCESS(image)
+    views = tta.render(image, _PREPROCESS, tta.VIEWS[1:3])
+    if pixels.shape != (16, 16, 3) or views.shape != (2, 16, 16, 3):
+        raise AssertionError("not [16, 16, 3]")
+
+
+def mutate(rng: random.Random, data: bytes) -> bytes:
+    from tests.robustness.mutate import parts, words
+
+    return rng.choice((parts, parts, words))(rng, data, data)
+
+
+def repair(data: bytes) -> bytes:
+    """Correct the checksums of a PNG's chunks, and the length of a RIFF file."""
+    if data.startswith(b"RIFF") and len(data) >= 12:
+        return data[:4] + struct.pack("<I", len(data) - 8) + data[8:]
+    if not data.startswith(_PNG):
+        return data
+    out, at = [_PNG], len(_PNG)
+    while at + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        if at + 12 + length > len(data):
+            break
+        body = data[at + 4 : at + 8 + length]
+        out += [data[at : at + 4], body, struct.pack(">I", zlib.crc32(body))]
+        at += 12 + length
+    return b"".join(out) + data[at:]
+
+
+WORDS = (
+    *(b"IHDR", b"PLTE", b"IDAT", b"tRNS", b"iCCP", b"eXIf", b"acTL", b"fcTL", b"zTXt", b"iTXt"),
+    *(b"IEND", b"\xff\xd8\xff", b"\xff\xda", b"\xff\xc0", b"\xff\xc2", b"\xff\xc4", b"\xff\xdb"),
+    *(b"\xff\xe1", b"\xff\xe2", b"Exif\0\0", b"ICC_PROFILE\0", b"Adobe", b"VP8 ", b"VP8L", b"VP8X"),
+    *(b"ALPH", b"ANIM", b"ANMF", b"ICCP", b"GIF89a", b"GIF87a", b"NETSCAPE2.0", b"II*\0", b"MM\0*"),
+    *(b"BM", b"ftypavif", b"meta", b"iloc", b"iprp", b"ispe", b"av1C", b"acsp", b"mft2", b"mpet"),
+)
+
+
+def profile_seeds() -> Iterator[bytes]:
+    from tests.robustness import icc_profiles
+
+    yield icc_profiles.rgb()
+    yield icc_profiles.rgb(2.2, swapped=True)
+    yield icc_profiles.grey(1.8)
+    yield icc_profiles.cmyk()
+
+
+def check_profile(data: bytes) -> None:
+    """Decode pictures with `data` as their ICC profile: a PNG in RGB or grey, a JPEG in CMYK."""
+    space = data[16:20]
+    if space == b"CMYK":
+        head = b"\xff\xd8\xff\xe2" + struct.pack(">H", len(data[:65_000]) + 16)
+        decode(head + b"ICC_PROFILE\0\1\1" + data[:65_000] + _CMYK_JPEG[2:])
+        return
+    colour, row = (
+        (0, b"\0" + bytes(range(8))) if space == b"GRAY" else (2, b"\0" + bytes(range(24)))
+    )
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, colour, 0, 0, 0)),
+        (b"iCCP", b"x\0\0" + zlib.compress(data, 1)),
+        (b"IDAT", zlib.compress(row * 8, 1)),
+        (b"IEND", b""),
+    )
+    decode(
+        _PNG
+        + b"".join(
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+            for kind, body in chunks
+        )
+    )
+
+
+def _cmyk_jpeg() -> bytes:
+    file = io.BytesIO()
+    Image.new("CMYK", (8, 8), (10, 200, 30, 40)).save(file, "JPEG")
+    return file.getvalue()
+
+
+_CMYK_JPEG = _cmyk_jpeg()
+
+
+def mutate_profile(rng: random.Random, data: bytes) -> bytes:
+    """Change the table of tags: kinds, offsets and lengths; or the type of a tag's data."""
+    if len(data) < 144:
+        return data
+    out = bytearray(data)
+    (count,) = struct.unpack_from(">I", data, 128)
+    at = 132 + 12 * rng.randrange(max(1, min(count, (len(data) - 132) // 12)))
+    _, offset, length = struct.unpack_from(">4sII", data, at)
+    choice = rng.randrange(6)
+    if choice == 0:
+        out[at : at + 4] = rng.choice(_TAGS)
+    elif choice == 1:
+        other = 132 + 12 * rng.randrange(max(1, min(count, (len(data) - 132) // 12)))
+        out[at + 4 : at + 12] = data[other + 4 : other + 12]
+    elif choice == 2:
+        struct.pack_into(">I", out, at + 8, rng.choice((0, 8, 12, length // 2, len(data), 2**31)))
+    elif choice == 3 and offset + 4 <= len(out):
+        out[offset : offset + 4] = rng.choice(_TYPES)
+    elif choice == 4 and offset + 12 <= len(out):
+        struct.pack_into(">I", out, offset + 8, rng.choice((0, 1, 2, 3, 255, 4096, 65_535, 2**31)))
+    else:
+        out[12:24] = rng.choice(_CLASSES) + rng.choice(_SPACES) + rng.choice((b"XYZ ", b"Lab "))
+    return bytes(out)
+
+
+def repair_profile(data: bytes) -> bytes:
+    """State the true length, and the mark that each profile has."""
+    if len(data) < 132:
+        return data
+    return struct.pack(">I", len(data)) + data[4:36] + b"acsp" + data[40:]
+
+
+_TAGS = (b"A2B0", b"A2B1", b"B2A0", b"D2B0", b"rTRC", b"kTRC", b"rXYZ", b"chad", b"desc", b"wtpt")
+_TYPES = (b"mft1", b"mft2", b"mAB ", b"mBA ", b"curv", b"para", b"mpet", b"XYZ ", b"sf32", b"mluc")
+_CLASSES = (b"mntr", b"prtr", b"scnr", b"link", b"abst", b"spac", b"nmcl")
+_SPACES = (b"RGB ", b"GRAY", b"CMYK", b"Lab ", b"XYZ ", b"HSV ", b"6CLR")
+
+TARGETS = (
+    Target("decode", check, seeds, mutate, repair, words=WORDS),
+    Target(
+        "profile",
+        check_profile,
+        profile_seeds,
+        mutate_profile,
+        repair_profile,
+        words=(*_TAGS, *_TYPES, *_CLASSES, *_SPACES),
+    ),
+)
