@@ -19,6 +19,7 @@ from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
 from tests.robustness import corpus
 from tests.robustness.scene import Item
+from tests.support import live_server
 from tests.support.live_server import ROOT, Live, live
 from tests.support.tiny_bundle import tiny_bundle
 
@@ -57,7 +58,7 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
 
 @pytest.fixture(scope="module")
 def client(server: Live) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+    with live_server.client(server.url) as client:
         yield client
 
 

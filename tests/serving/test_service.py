@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,7 @@ import serving
 from serving.bundle.manifest import Manifest
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
+from tests.support import live_server
 from tests.support.live_server import Live, live, post
 from tests.support.tiny_bundle import photo, tiny_bundle
 
@@ -41,9 +44,9 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
         yield server
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(server: Live) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+    with live_server.client(server.url) as client:
         yield client
 
 
@@ -139,7 +142,7 @@ def test_each_of_sixteen_clients_gets_the_answer_for_its_own_photo(
     server: Live, predictor: Predictor
 ):
     def call(seed: int) -> None:
-        with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+        with live_server.client(server.url) as client:
             for step in range(4):
                 data = photo(100 + seed * 4 + step)
                 check(client.post("/predict", content=data).json(), expected(predictor, data))
@@ -321,9 +324,6 @@ def test_the_page_on_http_lists_every_metric(client: httpx.Client):
 
 
 def test_the_client_of_bentoml_gets_the_same_answer(server: Live, folder: Path, tmp_path: Path):
-    import subprocess
-    import sys
-
     path = tmp_path / "photo.jpg"
     path.write_bytes(photo(1))
     code = (

@@ -30,7 +30,7 @@ def find_all(*words: str, notes: list[str] | None = None) -> list[str]:
 def shard_members(count: int = 40) -> dict[str, bytes]:
     """Members of a WebDataset shard: the files of a sample are adjacent, all images differ."""
     return {
-        f"{number:03}.{kind}": b"%d %s" % (number, kind.encode()) * (number + 1) * 37
+        f"{number:03}.{kind}": b"%d %s" % (number, kind.encode()) * (number % 40 + 1) * 37
         for number in range(count)
         for kind in ("jpg", "cls", "json", "seg.png")
     }

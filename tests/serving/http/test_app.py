@@ -71,7 +71,9 @@ def run_client(
 ) -> None:
     async def run() -> None:
         transport = httpx.ASGITransport(app=App(no_bentoml, lambda: model_manager))
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://x", trust_env=False
+        ) as client:
             await asyncio.wait_for(work(client), 20)
 
     asyncio.run(run())

@@ -56,7 +56,9 @@ def request_page(method: str) -> httpx.Response:
     async def send() -> httpx.Response:
         model_manager = ModelManager(Settings(bundle=Path("nowhere")), NoTelemetry())
         transport = httpx.ASGITransport(app=App(no_bentoml, lambda: model_manager))
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://x", trust_env=False
+        ) as client:
             return await client.request(method, "/")
 
     return asyncio.run(send())

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import pytest
 
 from serving.bundle import signing, storage
@@ -22,7 +21,7 @@ from serving.http.model_manager import ModelManager
 from serving.http.predict import predict_image, predict_images
 from serving.http.telemetry import Telemetry
 from serving.settings import Settings
-from tests.support.live_server import get, live, post
+from tests.support.live_server import client, get, live, post
 from tests.support.tiny_bundle import altered, photo, tiny_bundle
 
 
@@ -88,13 +87,13 @@ def test_a_new_version_under_load_loses_no_request(folder: Path, tmp_path: Path)
     with live(folder, tmp_path / "log") as server:
 
         def run_client() -> None:
-            with httpx.Client(trust_env=False, timeout=60) as client:
+            with client(server.url) as connection:
                 while not stop.is_set():
-                    answers.append(client.post(f"{server.url}/predict", content=data))
+                    answers.append(connection.post("/predict", content=data))
 
         clients = [threading.Thread(target=run_client) for _ in range(4)]
-        for client in clients:
-            client.start()
+        for one in clients:
+            one.start()
         for seed in (1, 2):
             tiny_bundle(folder, seed=seed)
             names.append(version(folder))
@@ -111,8 +110,8 @@ def test_a_new_version_under_load_loses_no_request(folder: Path, tmp_path: Path)
         wait_until(lambda: get(f"{server.url}/readyz").json()["model"] == names[-1])
         assert "refused" not in get(f"{server.url}/readyz").json()
         stop.set()
-        for client in clients:
-            client.join()
+        for one in clients:
+            one.join()
         metrics = get(f"{server.url}/metrics").text
         log = (tmp_path / "log").read_text()
         last = post(f"{server.url}/predict", data).json()

@@ -4,7 +4,6 @@ import atexit
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -200,38 +199,6 @@ def test_bind_listens_on_the_given_host_and_port_or_names_the_wrong_option():
 )
 def test_the_printed_url_answers(address: str, url: str):
     assert client_url(address, 80) == url
-
-
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_request_in_flight_is_answered_before_the_exit(folder: Path, tmp_path: Path, sent: int):
-    data = photo(1)
-    foreign = tmp_path.with_name(f"{tmp_path.name}-foreign")
-    foreign.mkdir()
-    env = {"FLEDGE_WORKERS": "2", "FLEDGE_SCRATCH": str(foreign)}
-    with live(folder, tmp_path / "log", **env) as server:
-        # Once one worker is ready, all are: a worker loads before it accepts.
-        assert {get(f"{server.url}/readyz").status_code for _ in range(20)} == {200}
-        expected = post(f"{server.url}/predict", data).content
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
-            head = "POST /predict HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
-            client.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode())
-            interim = b""
-            while b"\r\n\r\n" not in interim:  # a worker has the head and waits for the body
-                interim += client.recv(1)
-            assert interim.startswith(b"HTTP/1.1 100")
-            server.process.send_signal(sent)
-            time.sleep(0.5)
-            client.sendall(data)
-            response = b"".join(iter(lambda: client.recv(65536), b""))
-        assert response.startswith(b"HTTP/1.1 200")
-        assert response.endswith(expected)
-        assert server.process.wait(30) == 0
-    output = (tmp_path / "log").read_text()
-    assert re.search(rf"curl .*{server.url}/predict", output)
-    assert "Traceback" not in output
-    left = [path.name for path in tmp_path.iterdir() if path.name != "log"]
-    assert left == []
-    assert foreign.is_dir()
 
 
 def test_a_bundle_with_wrong_golden_answers_is_not_served(tmp_path: Path):
