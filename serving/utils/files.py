@@ -67,7 +67,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     the next write of `path` replaces.
 
     Raises:
-        OSError: The file can't be written. The error names `path`, not the temporary file.
+        OSError: The file can't be written. The error names `path`, not the temporary file. So does
+            an error of the block that names no file, because a failed write names none.
     """
     partial = _partial(path)
     try:
@@ -75,7 +76,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         sync(partial)
         partial.replace(path)
     except OSError as error:
-        if error.filename is None or os.fspath(error.filename) != str(partial):
+        named = error.filename is not None and os.fspath(error.filename) != str(partial)
+        if named or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:

@@ -16,6 +16,7 @@ from training.ablation.tricks import Trick
 from training.config.schema import Recipe
 from training.run import checkpoint
 from training.utils.console import pluralize
+from training.utils.pictures import write_picture
 
 CSV: Final = "ablation.csv"
 PAGE: Final = "ablation.md"
@@ -273,8 +274,7 @@ def _draw(found: Sequence[TableRow], path: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     right.tick_params(left=False)
     figure.suptitle(f"{title}: mean and 95 % interval", fontsize=11)
-    with atomic_write(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+    write_picture(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
 def _readable(limits: tuple[float, float], found: Sequence[TableRow]) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -65,8 +66,10 @@ def write_sample(
         for label in CLASSES:
             (partial / label).mkdir(parents=True)
         for label, index in _names(per_class):
-            picture = paint(label, _rng(seed, label, index), size)
-            picture.save(partial / label / f"{index:04d}.jpg", quality=_QUALITY)
+            # Into memory first: Pillow's error for a full disk does not say what went wrong.
+            picture = io.BytesIO()
+            paint(label, _rng(seed, label, index), size).save(picture, "JPEG", quality=_QUALITY)
+            (partial / label / f"{index:04d}.jpg").write_bytes(picture.getvalue())
         try:
             partial.rename(folder)
         except OSError as error:

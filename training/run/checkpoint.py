@@ -15,13 +15,15 @@ from typing import Any, Final
 
 import torch
 import torchvision
+from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from serving.errors import DataError, OptionError, WorkError
+from serving.errors import DataError, OptionError
 from serving.imaging.preprocess import Preprocess
 from serving.utils.files import atomic_write
 from training.models.classifier import Classifier, create_classifier
+from training.run import tensor_file
 
 SCHEMA: Final = 1
 BEST: Final = "best.safetensors"
@@ -90,11 +92,7 @@ def save(path: Path, classifier: Classifier, info: CheckpointInfo) -> None:
         WorkError: The .safetensors file can't be written.
     """
     state = {key: value.detach().contiguous() for key, value in classifier.state_dict().items()}
-    with atomic_write(path) as partial:
-        try:
-            save_file(state, partial)
-        except SafetensorError as error:
-            raise WorkError(f"{path} can't be written: {error}") from error
+    tensor_file.write(path, state)
     write_info(path.with_suffix(".json"), info)
 
 
@@ -140,9 +138,13 @@ def load(run: Path) -> tuple[Classifier, CheckpointInfo]:
         raise DataError(f"{path} is missing; make one with `fledge train`") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path} can't be read: {error}") from error
-    classifier = create_classifier(
-        info.arch, len(info.classes), arch_args=info.arch_args, head=info.head
-    )
+    try:
+        classifier = create_classifier(
+            info.arch, len(info.classes), arch_args=info.arch_args, head=info.head
+        )
+    except (OptionError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path.with_suffix('.json')} can't be used: {reason:.300}") from error
     try:
         classifier.load_state_dict(state)
     except RuntimeError as error:
@@ -160,11 +162,22 @@ def read_info(path: Path) -> CheckpointInfo:
     try:
         values = json.loads(path.read_text())
         if values.get("schema") != SCHEMA:
-            raise DataError(f"{path}: schema {values.get('schema')!r} is not {SCHEMA}; train again")
-        values["classes"] = tuple(values["classes"])
+            found = f"{values.get('schema')!r:.80}"
+            raise DataError(f"{path}: schema {found} is not {SCHEMA}; train again")
+        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()  # no lone surrogates
         values["preprocess"] = Preprocess.from_dict(values["preprocess"])
-        return CheckpointInfo(**values)
+        return _INFO.validate_python(values)
     except FileNotFoundError:
         raise DataError(f"{path} is missing; make one with `fledge train`") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OptionError) as error:
-        raise DataError(f"{path} is not a checkpoint description: {error}") from error
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} is not a checkpoint description: {reason:.300}") from error
+
+
+# What reading a description raises, if a value is missing or has another type.
+_DAMAGED: Final = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OptionError),
+)
+_INFO: Final = TypeAdapter(
+    CheckpointInfo, config=ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+)

@@ -9,7 +9,9 @@ import shutil
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+from pydantic import TypeAdapter
 
 from serving.errors import DataError, OptionError
 from serving.utils.files import atomic_write, check_folder
@@ -44,6 +46,9 @@ class RunInfo:
     pretrained: bool
     device: str
     versions: dict[str, str]
+
+
+_INFO: Final = TypeAdapter(RunInfo)
 
 
 def check_out(out: Path | None) -> None:
@@ -121,8 +126,7 @@ def read_run(folder: Path) -> tuple[Recipe, RunInfo]:
         DataError: `recipe.toml` or `run.json` is missing in `folder`, or can't be read.
     """
     try:
-        values: dict[str, Any] = json.loads((folder / RUN_FILE).read_text())
-        info = RunInfo(**{**values, "classes": tuple(values["classes"])})
+        info = _INFO.validate_python(json.loads((folder / RUN_FILE).read_text()))
         path = folder / RECIPE_FILE
         recipe = load.parse(tomllib.loads(path.read_text()), str(path))
     except FileNotFoundError as error:
@@ -130,8 +134,9 @@ def read_run(folder: Path) -> tuple[Recipe, RunInfo]:
             f"--resume {folder}: {Path(error.filename).name} is missing: no run was started in "
             "this folder; start it with fledge train"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"--resume {folder}: its files can't be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"--resume {folder}: its files can't be read: {reason:.300}") from error
     return recipe, info
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
+from serving.errors import DataError
 from serving.utils.files import atomic_write
 from training.run.history import Epoch, Step
 
@@ -142,21 +143,30 @@ def _epoch_scalars(epoch: Epoch) -> dict[str, float]:
 
 
 def read_steps(folder: Path) -> list[Step]:
-    """Read the optimizer steps of a run from steps.csv; an empty list if there is no such file."""
-    if not (folder / STEPS).exists():
+    """Read the optimizer steps of a run from steps.csv; an empty list if there is no such file.
+
+    Raises:
+        DataError: The file can't be read, or has other columns or values.
+    """
+    path = folder / STEPS
+    if not path.exists():
         return []
-    with (folder / STEPS).open(newline="") as file:
-        return [
-            Step(
-                row["stage"],
-                int(row["epoch"]),
-                int(row["step"]),
-                float(row["loss"]),
-                float(row["momentum"]),
-                tuple(map(float, row["lr"].split())),
-            )
-            for row in csv.DictReader(file)
-        ]
+    try:
+        with path.open(newline="") as file:
+            return [
+                Step(
+                    row["stage"],
+                    int(row["epoch"]),
+                    int(row["step"]),
+                    float(row["loss"]),
+                    float(row["momentum"]),
+                    tuple(map(float, row["lr"].split())),
+                )
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        # AttributeError, TypeError: a row has fewer fields than the first line names.
+        raise DataError(f"{path} can't be read: {error}") from error
 
 
 def _read_rows(path: Path) -> list[list[str]]:
@@ -167,8 +177,11 @@ def _read_rows(path: Path) -> list[list[str]]:
     """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [row for row in csv.reader(file) if len(row) == len(fields(Step))]
+    try:
+        with path.open(newline="") as file:
+            return [row for row in csv.reader(file) if len(row) == len(fields(Step))]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path} can't be read: {error}") from error
 
 
 def _write(path: Path, kind: type, rows: Iterable[Sequence[Any]]) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, optim
 
-from serving.errors import DataError, WorkError
-from serving.utils.files import atomic_write
+from serving.errors import DataError
+from training.run import tensor_file
 from training.run.history import Epoch
 
 STATE_FILE: Final = "state.safetensors"
@@ -96,11 +96,7 @@ def save(folder: Path, position: Position, tensors: ResumeTensors) -> None:
         for key, value in getattr(tensors, group.name).items()
     }
     header = {"schema": SCHEMA, "position": json.dumps(asdict(position))}
-    with atomic_write(folder / STATE_FILE) as partial:
-        try:
-            save_file(flat, partial, metadata=header)
-        except SafetensorError as error:
-            raise WorkError(f"{folder / STATE_FILE} can't be written: {error}") from error
+    tensor_file.write(folder / STATE_FILE, flat, header)
 
 
 def random_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
@@ -161,18 +157,28 @@ def load(
                 raise DataError(
                     f"{path} was written by another version of Fledge; start the run again"
                 )
-            values = json.loads(header["position"])
+            position = _position(json.loads(header["position"]))
             groups: dict[str, dict[str, Tensor]] = {}
             for name in file.keys():  # noqa: SIM118
                 group, _, key = name.partition("/")
                 groups.setdefault(group, {})[key] = file.get_tensor(name)
         tensors = ResumeTensors(**groups)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} can't be read: {error}; start the run again") from error
-    values["best"] = tuple(values["best"])
-    values["history"] = [Epoch(**row) for row in values["history"]]
-    restore_random_state(tensors.random, device, rank)
-    return Position(**values), tensors
+        restore_random_state(tensors.random, device, rank)
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        # RuntimeError: torch does not know the random state, or JSON is nested too deep.
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} can't be read: {reason:.200}; start the run again") from error
+    return position, tensors
+
+
+def _position(values: object) -> Position:
+    position = _POSITION.validate_python(values)
+    if min(position.stage, position.epoch, position.first_view, position.processes - 1) < 0:
+        raise ValueError(f"{position} has a negative number")
+    return position
+
+
+_POSITION: Final = TypeAdapter(Position)
 
 
 def optimizer_state(optimizer: optim.Optimizer) -> dict[str, Tensor]:
@@ -190,12 +196,18 @@ def optimizer_state(optimizer: optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_state(optimizer: optim.Optimizer, tensors: Tensors) -> None:
-    """Load the result of `optimizer_state` into an optimizer that has the same parameters."""
+    """Load the result of `optimizer_state` into an optimizer that has the same parameters.
+
+    Raises:
+        DataError: The tensors belong to other parameters.
+    """
     values = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, _, name = key.partition(".")
+        if not (number.isdecimal() and int(number) < len(parameters)):
+            raise DataError(f"{STATE_FILE} has no optimizer state of this run: {key:.60}")
         parameter = parameters[int(number)]
         # In the parameter's memory layout, so that the arithmetic rounds as before.
         same_shape = value.shape == parameter.shape
