@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,10 @@ from serving.utils.files import atomic_write
 
 ERRORS: Final = "_errors"
 """Name of the subfolder for images that could not be scored."""
+
+_LONGEST: Final = 240
+"""Bytes of the longest name that is created. File systems allow 255; the name of a temporary file
+has 9 more, and a repeated name gets a number."""
 
 
 def copy_by_label(folder: Path, rows: Iterable[ScoreRow], protocols: Sequence[str] = ()) -> str:
@@ -63,8 +68,10 @@ def _target(folder: Path, row: ScoreRow, names: Counter[Path]) -> Path:
     `names` has the paths returned for earlier rows. The new path differs from all of them.
     """
     parent = folder / (ERRORS if row.label is None else _folder_name(row.label))
-    name = Path(row.path.rpartition("::")[2]).name or "image"
-    wanted = target = parent / name
+    name = Path(row.path.rpartition("::")[2]).name.replace("\0", "_")
+    if name in ("", ".."):
+        name = "image"
+    wanted = target = parent / _shortened(Path(name).stem, Path(name).suffix)
     while target in names:
         names[wanted] += 1
         target = parent / f"{wanted.stem}-{names[wanted]}{wanted.suffix}"
@@ -75,4 +82,14 @@ def _target(folder: Path, row: ScoreRow, names: Counter[Path]) -> Path:
 def _folder_name(label: str) -> str:
     """Return the label with characters that are invalid in a folder name replaced by `_`."""
     name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", label).strip(". ")
-    return name or "_"
+    return _shortened(name or "_")
+
+
+def _shortened(stem: str, suffix: str = "") -> str:
+    """Return the name of a file or folder, with its stem cut so that the name is short enough."""
+    if len(os.fsencode(suffix)) > _LONGEST // 2:
+        stem, suffix = stem + suffix, ""
+    stem = stem[:_LONGEST]
+    while len(os.fsencode(stem + suffix)) > _LONGEST:
+        stem = stem[:-1]
+    return stem + suffix
