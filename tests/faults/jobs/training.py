@@ -1,0 +1,172 @@
+"""Jobs that train, resume a run, or write its report."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import matplotlib.figure
+import torch
+import torchvision
+from safetensors import safe_open
+
+import fledge
+from tests.faults.jobs.base import CommandJob
+from tests.support.finished_run import finished
+from tests.training.conftest import coloured
+from training.run.folder import LAST_FOLDER, RUN_FILE
+
+# What a child process would import.
+for _name in (
+    "matplotlib.backends.backend_agg",
+    "serving.inference.predictor",
+    "tensorboardX.proto.event_pb2",
+    "tensorboardX.record_writer",
+    "tomli_w",
+    "training.cli.train",
+    "training.distributed.torchrun",
+    "training.engine.finetune",
+):
+    importlib.import_module(_name)
+
+torch.set_num_threads(1)
+_PNG = b"\x89PNG" + bytes(20_000)
+_BLOCKS = [[1, 16, 1, 1], [6, 24, 1, 2], [6, 32, 1, 2]]
+_RECIPE = f"""
+name = "tiny"
+arch = "mobilenet_v2"
+batch_size = 4
+precision = "fp32"
+arch_args = {{ width_mult = 0.25, inverted_residual_setting = {_BLOCKS} }}
+preprocess = {{ size = 32, crop = 1.0 }}
+head = {{ hidden = 8 }}
+[[stage]]
+name = "head"
+lr = 0.01
+cycle_len = 1
+[[stage]]
+name = "tail"
+unfreeze = 1
+lr = 0.01
+cycle_len = 1
+"""
+
+
+class Train(CommandJob):
+    """Two stages of one epoch, with caches, checkpoints, resume state, plots and report."""
+
+    ignored = ("cache", "tmp")  # a cache that fails is not used
+
+    def prepare(self) -> None:
+        coloured(self.inputs / "photos", {"blue": 4, "red": 4})
+        (self.inputs / "tiny.toml").write_text(_RECIPE)
+        torch.manual_seed(0)
+        state = torchvision.models.mobilenet_v2(
+            width_mult=0.25, inverted_residual_setting=_BLOCKS
+        ).state_dict()
+        torch.save(state, self.inputs / "weights.pth")
+        (self.work / "runs").mkdir()
+        (self.work / "tmp").mkdir()
+
+    @property
+    def folder(self) -> Path:
+        return self.work / "runs" / "tiny"
+
+    @property
+    def swept(self) -> Path:
+        return self.work / "runs"  # jobs of their own sweep the caches
+
+    def command(self) -> list[str]:
+        return [
+            "train", str(self.inputs / "tiny.toml"), "--data", str(self.inputs / "photos"),
+            "--out", str(self.folder), "--device", "cpu",
+            "--weights", str(self.inputs / "weights.pth"),
+        ]  # fmt: skip
+
+    def run(self) -> int:
+        return self.main(self.command())
+
+    def main(self, command: list[str]) -> int:
+        tempfile.tempdir = str(self.work / "tmp")
+        os.environ["FLEDGE_CACHE"] = str(self.work / "cache")
+
+        def savefig(_figure: Any, file: Any, **_options: Any) -> None:
+            file.write(_PNG)
+
+        with (
+            mock.patch.object(matplotlib.figure.Figure, "savefig", savefig),  # takes long
+            mock.patch.object(time, "perf_counter", return_value=0.0),
+            mock.patch.object(time, "time", return_value=1.6e9),
+        ):
+            return fledge.main(command)
+
+    def again(self) -> int:
+        if (self.folder / RUN_FILE).exists():
+            return self.main(["train", "--resume", str(self.folder)])
+        return self.run()
+
+    def result(self) -> dict[str, Any]:
+        run = self.folder
+        for path in run.rglob("[!.]*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                assert file.keys()
+        if not (run / RUN_FILE).exists() or (run / LAST_FOLDER).exists():
+            return {}
+        return {
+            path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(run.rglob("*"))
+            if path.is_file()
+            and path.suffix in (".safetensors", ".json", ".csv", ".html", ".toml", ".png")
+        }
+
+
+class Report(Train):
+    """The report of a finished run, which replaces an older one."""
+
+    ignored = ()
+
+    def prepare(self) -> None:
+        coloured(self.inputs / "photos", {"blue": 3, "red": 3})
+        (self.work / "tmp").mkdir()
+        finished(self.folder, self.inputs / "photos")
+        (self.folder / "report.html").write_text("older")
+
+    @property
+    def swept(self) -> Path:
+        return self.work / "runs"  # jobs of their own sweep the caches
+
+    def command(self) -> list[str]:
+        return ["report", str(self.folder), "--device", "cpu"]
+
+    def again(self) -> int:
+        return self.run()
+
+    def result(self) -> dict[str, Any]:
+        return self.read("runs/tiny/report.html")
+
+
+class Resume(Train):
+    """The second stage of a run that was killed after its first."""
+
+    def prepare(self) -> None:
+        super().prepare()
+
+        class Killed(BaseException):
+            pass
+
+        def kill(*_: Any) -> None:
+            raise Killed
+
+        finishing = mock.patch("training.engine.stages._finish_stage", kill)
+        with finishing, contextlib.suppress(Killed):
+            super().run()
+
+    def run(self) -> int:
+        return self.main(["train", "--resume", str(self.folder)])

@@ -1,0 +1,342 @@
+"""Sweep the faults of a job: every file operation fails once, and ends the process once.
+
+`python -m tests.faults.sweep score-csv` sweeps one job and prints what it found; without a name it
+lists the jobs. `--all` fails each operation with each error number; without it, the error number
+changes from operation to operation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from tests.faults import children
+from tests.faults.children import Outcome
+from tests.faults.file_operations import (
+    ERRNOS,
+    KILLED,
+    READING,
+    UNCHANGING,
+    FileOperations,
+    Operation,
+)
+
+
+class Job(Protocol):
+    """A job whose file operations are swept. Its methods are called in child processes.
+
+    Attributes:
+        inputs: Folder of what the job reads and does not change; its operations don't fail.
+        work: Folder that the job changes; it has the same path in every run.
+        swept: Folder in `work` whose operations fail.
+        ignored: Folders in `work` whose names of files may differ.
+    """
+
+    inputs: Path
+    work: Path
+    ignored: Sequence[str]
+
+    @property
+    def swept(self) -> Path: ...
+
+    def prepare(self) -> None:
+        """Make the inputs, and an old result in `work`."""
+        ...
+
+    def run(self) -> int:
+        """Run the job, and return its exit status."""
+        ...
+
+    def again(self) -> int:
+        """Run the job again after a fault, as a user would, and return its exit status."""
+        ...
+
+    def result(self) -> dict[str, Any]:
+        """Read the result as a user would; raise an exception if it is not whole.
+
+        Returns:
+            The parts of the result by name. Equal parts of different runs must be equal values.
+        """
+        ...
+
+    def tolerates(self, operation: Operation) -> bool:
+        """Whether the job may succeed after this operation failed, with a result that differs."""
+        ...
+
+
+@dataclass
+class Report:
+    """What a sweep did and found.
+
+    Attributes:
+        job: Name of the job.
+        operations: Number of file operations of the job without a fault.
+        errors: Number of runs in which an operation failed.
+        kills: Number of operations before or in which the process ended. Where the operation before
+            changed nothing, the run of that operation counts for this one.
+        kill_runs: Number of runs that were killed.
+        found: A line for each violated law.
+        seconds: CPU seconds of the sweep, with its child processes.
+    """
+
+    job: str
+    operations: int = 0
+    errors: int = 0
+    kills: int = 0
+    kill_runs: int = 0
+    found: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass
+class _After:
+    """State after a run: exit status, printed text, result, names of the files in `work`."""
+
+    status: int
+    output: str
+    result: dict[str, Any]
+    names: list[str]
+
+
+class Sweep:
+    """The sweep of one job, in a temporary folder."""
+
+    def __init__(self, name: str, job: Job, base: Path) -> None:
+        self.job, self.base = job, base
+        self.report = Report(name)
+        job.inputs, job.work = base / "inputs", base / "work"
+        self._prepared = base / "prepared"
+        self._checked: set[str] = set()
+
+    def start(self) -> None:
+        """Prepare the job, and record its operations and its result."""
+        job = self.job
+        job.inputs.mkdir()
+        job.work.mkdir()
+        _must(children.call(job.prepare))
+        job.work.rename(self._prepared)
+        self._fresh()
+        self.old = _must(children.call(job.result)).value
+
+        def record() -> tuple[_After, list[Operation]]:
+            with FileOperations(job.swept) as operations:
+                status = job.run()
+            return self._look(status), operations.operations
+
+        done = _must(children.call(record))
+        after, self.operations = done.value
+        self.new, self.names = after.result, after.names
+        self.report.operations = len(self.operations)
+        if after.status or self.new == self.old:
+            raise RuntimeError(f"without a fault: {after}\n{done.output}")
+
+    def errors(self, every: bool) -> None:
+        """Let each operation fail, and run the job again in the same process."""
+        for number, operation in enumerate(self.operations):
+            for error in ERRNOS if every else ERRNOS[number % len(ERRNOS) :][:1]:
+                self.report.errors += 1
+                self._fresh()
+                found = list(self._error(number, operation, error))
+                at = f"{operation.kind} {operation.path} [{number}] {errno.errorcode[error]}"
+                self.report.found += [f"{self.report.job}: {at}: {line}" for line in found]
+
+    def kills(self) -> None:
+        """End the process at each operation, and run the job again in another process."""
+        before = ""
+        for number, operation in enumerate(self.operations):
+            self.report.kills += 1
+            if number and before in UNCHANGING and operation.kind != "write":
+                before = operation.kind
+                continue
+            before = operation.kind
+            self.report.kill_runs += 1
+            self._fresh()
+            found = list(self._kill(number))
+            at = f"{operation.kind} {operation.path} [{number}] killed"
+            self.report.found += [f"{self.report.job}: {at}: {line}" for line in found]
+
+    def _error(self, number: int, operation: Operation, error: int) -> Iterator[str]:
+        def run() -> tuple[bool, _After, _After]:
+            with FileOperations(self.job.swept, number, error) as operations:
+                status = self.job.run()
+            after = self._look(status)
+            sys.stdout.seek(0)
+            sys.stdout.truncate()
+            return operations.failed, after, self._look(self.job.again())
+
+        done = children.call(run)
+        if done.status:
+            yield f"exception\n{done.output}\n{done.trace}"
+            return
+        failed, after, again = done.value
+        if not failed:
+            yield "the operation was not reached"
+        yield from self._laws(after, operation, error)
+        yield from self._again(again, done.output)
+
+    def _laws(self, after: _After, operation: Operation, error: int) -> Iterator[str]:
+        """Yield the laws that the run with the fault violated."""
+        if not self.job.tolerates(operation):
+            yield from self._whole(after.result)
+        lines = [line for line in after.output.splitlines() if line.startswith("fledge: ")]
+        if after.status == 0:
+            if after.result != self.new and not self.job.tolerates(operation):
+                yield f"exit status 0 without the new result\n{after.output}"
+            if lines:
+                yield f"exit status 0 with an error: {lines}"
+            return
+        if len(lines) != 1:
+            yield f"exit status {after.status} with {len(lines)} lines of error\n{after.output}"
+            return
+        allowed = {1} if error != errno.EACCES and operation.kind not in READING else {1, 2, 78}
+        if after.status not in allowed:
+            yield f"exit status {after.status}: {lines[0]}"
+        if str(self.job.work) not in lines[0]:
+            yield f"the error names no file: {lines[0]}"
+        # flock's EACCES means that another process holds the lock, which the error says.
+        if os.strerror(error) not in lines[0] and operation.kind != "lock":
+            yield f"the error does not say why: {lines[0]}"
+
+    def _whole(self, result: dict[str, Any]) -> Iterator[str]:
+        """Yield the parts of a result that are neither the old nor the new one."""
+        for name in sorted({*result, *self.old, *self.new}):
+            if result.get(name) not in (self.old.get(name), self.new.get(name)):
+                yield f"{name} is neither the old nor the new one: {str(result.get(name))[:200]}"
+
+    def _again(self, again: _After, output: str) -> Iterator[str]:
+        """Yield the laws that the run after the fault violated."""
+        if again.status:
+            yield f"again: exit status {again.status}\n{output}"
+        elif again.result != self.new:
+            yield f"again: another result in {_difference(again.result, self.new)}"
+        elif again.names != self.names:
+            stray, missing = set(again.names) - set(self.names), set(self.names) - set(again.names)
+            yield f"again: left over {sorted(stray)}, missing {sorted(missing)}"
+
+    def _kill(self, number: int) -> Iterator[str]:
+        def run() -> None:
+            with FileOperations(self.job.swept, number):
+                self.job.run()
+
+        done = children.call(run)
+        if done.status != KILLED:
+            yield f"was not killed: {done}"
+            return
+        key = _key(self.job.work, done.pid)
+        if key in self._checked:  # the same files as after another operation
+            return
+        self._checked.add(key)
+
+        def look_and_run() -> tuple[dict[str, Any], _After]:
+            return self.job.result(), self._look(self.job.again())
+
+        again = children.call(look_and_run)
+        if again.status:
+            yield f"exception\n{again.output}\n{again.trace}"
+            return
+        result, after = again.value
+        yield from self._whole(result)
+        yield from self._again(after, again.output)
+
+    def _fresh(self) -> None:
+        """Put the prepared folder at the place of the work folder."""
+        shutil.rmtree(self.job.work, ignore_errors=True)
+        shutil.copytree(self._prepared, self.job.work, symlinks=True)
+
+    def _look(self, status: int) -> _After:
+        output = sys.stdout.getvalue()  # type: ignore[attr-defined]
+        return _After(status, output, self.job.result(), _names(self.job.work, self.job.ignored))
+
+
+def _names(folder: Path, ignored: Sequence[str]) -> list[str]:
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    found = [path.as_posix() for path in paths if path.parts[0] not in ignored]
+    # Names that differ from run to run.
+    return sorted({re.sub(r"[0-9a-f]{12,}|\d{10}\.\d{6}", "*", name) for name in found})
+
+
+def _key(folder: Path, pid: int) -> str:
+    """Hash the names and contents of all files, without process ids and random numbers."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix().replace(f"-{pid}", "-PID")
+        digest.update(re.sub(r"\b[0-9a-f]{16}\b", "*", name).encode("utf-8", "surrogateescape"))
+        if path.is_file():
+            content = path.read_bytes()
+            digest.update(re.sub(rb"\b[0-9a-f]{16}\b", b"*", content) + b"\0%d" % len(content))
+    return digest.hexdigest()
+
+
+def _difference(value: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [key for key in sorted({*value, *other}) if value.get(key) != other.get(key)]
+
+
+def _must(done: Outcome) -> Outcome:
+    if done.status:
+        raise RuntimeError(f"{done.output}\n{done.trace}")
+    return done
+
+
+def sweep(
+    name: str, job: Job, *, every: bool, kinds: Sequence[str] = ("errors", "kills")
+) -> Report:
+    """Sweep a job, and return what was found."""
+    before = _cpu_seconds()
+    with tempfile.TemporaryDirectory(prefix="fledge-faults-") as folder:
+        run = Sweep(name, job, Path(folder).resolve())
+        run.start()
+        if "errors" in kinds:
+            run.errors(every)
+        if "kills" in kinds:
+            run.kills()
+    run.report.seconds = round(_cpu_seconds() - before, 1)
+    return run.report
+
+
+def _cpu_seconds() -> float:
+    return sum(os.times()[:4])
+
+
+def main() -> None:
+    """Sweep jobs by hand."""
+    from tests.faults.jobs import JOBS, create
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("jobs", nargs="*", metavar="JOB", help=", ".join(JOBS))
+    parser.add_argument("--all", action="store_true", help="each operation with each error number")
+    parser.add_argument("--kinds", default="errors,kills")
+    parser.add_argument("--operations", action="store_true", help="only list the operations")
+    options = parser.parse_args()
+    if not options.jobs:
+        print(*JOBS, sep="\n")
+    for name in options.jobs:
+        job = create(name)
+        if options.operations:
+            with tempfile.TemporaryDirectory() as folder:
+                run = Sweep(name, job, Path(folder).resolve())
+                run.start()
+                print(
+                    *(f"{n} {kind} {path}" for n, (kind, path) in enumerate(run.operations)),
+                    sep="\n",
+                )
+            continue
+        began = time.perf_counter()
+        report = sweep(name, job, every=options.all, kinds=options.kinds.split(","))
+        values = asdict(report)
+        print(*values.pop("found"), sep="\n")
+        print(values, f"wall {time.perf_counter() - began:.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
