@@ -1,8 +1,7 @@
 """Cached outputs of frozen layers: exact, shared by stages and runs, never stale or incomplete."""
 
+import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from tests.training.conftest import small_network
 from training.activations import frozen_prefix
 from training.activations.cached_views import CachedViews, DiskStore, ViewShape
 from training.activations.loaders import AugmentedPhotos, TrainLoader, ValidLoader
@@ -66,11 +66,27 @@ def entries(cache):
     return {entry.path.name for entry in cache.entries() if entry.path.name.startswith("act")}
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "densenet121", "squeezenet1_1"])
-def test_fusing_changes_rounding_only(arch):
+def small_resnet():
+    network = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    return nn.Sequential(*list(network.children())[:-2])
+
+
+def small_densenet():
+    return torchvision.models.DenseNet(8, (2, 2), num_init_features=16).features
+
+
+BODIES = {
+    "resnet": small_resnet,
+    "mobilenet_v2": lambda: small_network().features,
+    "densenet": small_densenet,
+    "squeezenet": lambda: torchvision.models.squeezenet1_1().features,  # no BatchNorm
+}
+
+
+@pytest.mark.parametrize("family", BODIES)
+def test_fusing_changes_rounding_only(family):
     torch.manual_seed(0)
-    body = torchvision.models.get_model(arch, weights=None).features if arch != "resnet18" else None
-    body = body or nn.Sequential(*list(torchvision.models.resnet18().children())[:-2])
+    body = BODIES[family]()
     for module in body.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -79,13 +95,15 @@ def test_fusing_changes_rounding_only(arch):
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     body = body.eval()
     images = torch.randn(2, 3, 64, 64)
+    folded = frozen_prefix.fused(body)
     with torch.no_grad():
-        expected, got = body(images), frozen_prefix.fused(body)(images)
+        expected, got = body(images), folded(images)
     assert (expected - got).abs().max() <= 1e-4 * expected.abs().max()
-    folded = sum(
-        isinstance(module, nn.BatchNorm2d) for module in frozen_prefix.fused(body).modules()
+    before, after = (
+        sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+        for network in (body, folded)
     )
-    assert folded < max(1, sum(isinstance(module, nn.BatchNorm2d) for module in body.modules()))
+    assert after < max(1, before)
 
 
 class ConvsAndActivations(nn.Module):
@@ -332,36 +350,36 @@ def is_right(view, number):
     return bool((view == (torch.arange(100) + number)[:, None, None, None].bfloat16()).all())
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {here!r})
-from tests.training.activations.test_stage_loaders import SHAPE, numbered
-from training.activations.cached_views import CachedViews, DiskStore
-from training.utils.disk_cache import DiskCache
-left = int(sys.argv[1])
-def compute(number):
-    global left
-    for part in numbered(number):
-        left -= 1
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield part
-cache = DiskCache(Path({cache!r}), 10**6)
-views = CachedViews(SHAPE, compute, DiskStore(cache, {name!r}, "test", set(), print))
-views.prepare(range(3))
-"""
 NAME = "activations-" + "0" * 32
 
 
-def test_a_kill_at_any_part_leaves_only_complete_views(cache, pytestconfig):
-    """Each process is killed at another part, and starts from the files that the last one left."""
-    code = KILLED.format(here=str(pytestconfig.rootpath), cache=str(cache.folder), name=NAME)
-    for part in (1, 8, 15, 16, 3):
-        killed = subprocess.run(
-            [sys.executable, "-c", code, str(part)], check=False, capture_output=True, text=True
-        )
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_kill_at_any_part_leaves_only_complete_views(cache):
+    """Each process is killed at another part, and starts from the files that the last one left.
+
+    `tests.faults` ends a process at every file operation.
+    """
+
+    def killed_at(last):
+        parts = iter(range(1, last + 1))
+
+        def compute(number):
+            for part in numbered(number):
+                if next(parts) == last:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield part
+
+        store = DiskStore(cache, NAME, "test", set(), print)
+        CachedViews(SHAPE, compute, store).prepare(range(3))
+
+    for last in (1, 8, 15, 16, 3):
+        child = os.fork()
+        if not child:
+            try:
+                killed_at(last)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         for path in cache.folder.glob("*/view-*.bin"):
             number = int(path.stem.partition("-")[2], 16)
             found = DiskStore(cache, NAME, "test", set(), print).find(number, SHAPE)
