@@ -41,3 +41,30 @@ def test_exit_statuses_of_the_command_line() -> None:
         errors.Unauthorized: 2,
         errors.BundleError: 78,
     }
+
+
+def test_codes_and_statuses_are_those_that_clients_and_scripts_rely_on() -> None:
+    """Code, HTTP status and exit status of every class; docs/http.md has those that HTTP shows."""
+    assert {
+        kind.__name__: (kind.code, kind.http_status, kind.exit_status) for _, kind in tree()
+    } == {
+        "FledgeError": ("error", 500, 1),
+        "RequestError": ("bad-request", 400, 2),
+        "OptionError": ("bad-option", 400, 2),
+        "DataError": ("bad-data", 400, 2),
+        "Unauthorized": ("unauthorized", 401, 2),
+        "ImageError": ("bad-image", 422, 1),
+        "EmptyBody": ("no-image", 400, 1),
+        "NotAnImage": ("not-an-image", 415, 1),
+        "UnsupportedFormat": ("unsupported-format", 415, 1),
+        "BrokenImage": ("broken-image", 422, 1),
+        "TooLarge": ("too-large", 413, 1),
+        "ServiceError": ("unavailable", 503, 1),
+        "Overloaded": ("overloaded", 429, 1),
+        "NotReady": ("not-ready", 503, 1),
+        "DeadlineExceeded": ("deadline-exceeded", 504, 1),
+        "BundleError": ("bad-bundle", 503, 78),
+        "GateError": ("gate", 500, 1),
+        "WorkError": ("failed", 500, 1),
+        "Diverged": ("diverged", 500, 1),
+    }
