@@ -25,19 +25,17 @@ from export.model_card import card
 from export.precision.select import FILES, PrecisionRequest, check_request, select_precisions
 from export.precision.verdict import DEFAULT_BUDGET
 from export.publish import check_target, partial_payload, publish
-from export.writers import onnx, torch_export, torchscript
+from export.writers import onnx
+from export.writers.formats import FORMATS, GraphFormat
 from serving.bundle import signing, storage
 from serving.bundle.manifest import Manifest, content_version
 from serving.errors import OptionError, WorkError
 from serving.inference.predictor import Predictor
 from serving.inference.runtime import OnnxRuntime, Runtime
-from serving.inference.torchscript import TorchScriptRuntime
 from training.run import checkpoint
 from training.run.dataset import load_run_dataset
 
 ONNX: Final = FILES["fp32"]
-TORCHSCRIPT: Final = "model.ts"
-TORCH_EXPORT: Final = "model.pt2"
 
 _WORKERS: Final = 4
 """Threads of the parity gate.
@@ -75,6 +73,7 @@ def export(
     options: ExportOptions = ExportOptions(),
     *,
     data: Path | None = None,
+    formats: Sequence[GraphFormat] = FORMATS,
     log: Callable[[str], None] = print,
 ) -> Manifest:
     """Export a run's best checkpoint to a bundle, and check that both give the same probabilities.
@@ -84,6 +83,7 @@ def export(
         out: The bundle's folder. If it has a bundle, the new version replaces the old one.
         options: Name, precisions, confidence target and signing key.
         data: The photos' folder, if they were moved after training.
+        formats: File formats in which the graph is written besides ONNX.
         log: Function that is called with one line per step.
 
     Raises:
@@ -99,7 +99,8 @@ def export(
     dataset = load_run_dataset(run, data)
     train, valid = ([(s.path, s.label) for s in part] for part in (dataset.train, dataset.valid))
     source = checkpoint.run_folder_of(run).resolve().name
-    return _export(_Source(classifier, info, source, train, valid), run, out, options, log)
+    exported = _Source(classifier, info, source, train, valid)
+    return _export(exported, run, out, options, formats, log)
 
 
 def export_checkpoint(
@@ -113,6 +114,7 @@ def export_checkpoint(
     arch_args: Mapping[str, Any] | None = None,
     size: int | None = None,
     crop: float | None = None,
+    formats: Sequence[GraphFormat] = FORMATS,
     log: Callable[[str], None] = print,
 ) -> Manifest:
     """Export a torchvision checkpoint that was trained outside Fledge.
@@ -127,6 +129,7 @@ def export_checkpoint(
         arch_args: Keyword arguments of torchvision's model builder.
         size: Side of the input in training, in pixels; None: the network's default size.
         crop: Share of the photo's short side that the centre crop keeps; None: 0.875.
+        formats: File formats in which the graph is written besides ONNX.
         log: Function that is called with one line per step.
 
     Raises:
@@ -140,7 +143,8 @@ def export_checkpoint(
     )
     train, valid = torchvision_checkpoint.photos(photos, names)
     info = replace(info, data={"source": str(photos), "train": 0, "valid": len(valid)})
-    return _export(_Source(classifier, info, path.name, train, valid), path, out, options, log)
+    exported = _Source(classifier, info, path.name, train, valid)
+    return _export(exported, path, out, options, formats, log)
 
 
 class _Source(NamedTuple):
@@ -162,7 +166,12 @@ class _Source(NamedTuple):
 
 
 def _export(
-    source: _Source, path: Path, out: Path, options: ExportOptions, log: Callable[[str], None]
+    source: _Source,
+    path: Path,
+    out: Path,
+    options: ExportOptions,
+    formats: Sequence[GraphFormat],
+    log: Callable[[str], None],
 ) -> Manifest:
     _check_finite(source.classifier, path)
     name = _check_name(source.info.name if options.name is None else options.name)
@@ -172,7 +181,7 @@ def _export(
     source = source._replace(valid=parity.subsample(source.valid))
     try:
         with partial_payload(out) as payload:
-            manifest = _build(payload, source, name, options, log)
+            manifest = _build(payload, source, name, options, formats, log)
             provenance = _provenance(source.name, source.info)
             manifest = manifest.model_copy(update={"provenance": provenance})
             (payload / "README.md").write_text(card(manifest), encoding="utf-8")
@@ -187,7 +196,12 @@ def _export(
 
 
 def _build(
-    payload: Path, source: _Source, name: str, options: ExportOptions, log: Callable[[str], None]
+    payload: Path,
+    source: _Source,
+    name: str,
+    options: ExportOptions,
+    formats: Sequence[GraphFormat],
+    log: Callable[[str], None],
 ) -> Manifest:
     """Write graphs and golden images to `payload`, and return the manifest.
 
@@ -197,11 +211,7 @@ def _build(
     classifier, info, samples = source.classifier, source.info, source.valid
     graph, fusion = assemble(classifier, info.preprocess)
     log(f"{info.arch}: folded {len(fusion.folded)} of {fusion.before} BatchNorms")
-    for write, file in (
-        (onnx.write, ONNX),
-        (torchscript.write, TORCHSCRIPT),
-        (torch_export.write, TORCH_EXPORT),
-    ):
+    for write, file in ((onnx.write, ONNX), *((one.write, one.file) for one in formats)):
         write(graph, payload / file, name=name, labels=info.classes, preprocess=info.preprocess)
         log(f"wrote {file}, {(payload / file).stat().st_size / 1e6:.1f} MB")
     entry: dict[str, Any] = {"file": ONNX, "accuracy": None, "tolerance": parity.TOLERANCE}
@@ -214,15 +224,12 @@ def _build(
         precisions={"fp32": entry},
         files={},
         graph=contract(graph, info.preprocess),
-        torchscript=TORCHSCRIPT,
-        torch_export=TORCH_EXPORT,
         batchnorm=fusion.to_dict(),
-    )
+    ).model_copy(update={one.field: one.file for one in formats})
     original = CheckpointRuntime(classifier, info.preprocess)
     engines: dict[str, Runtime] = {
         "onnx": OnnxRuntime(payload / ONNX, device="cpu"),
-        "torchscript": TorchScriptRuntime(payload / TORCHSCRIPT, device="cpu"),
-        "torch.export": torch_export.ExportedRuntime(payload / TORCH_EXPORT),
+        **{one.name: one.open(payload / one.file) for one in formats},
     }
     with _single_threaded_torch() as workers:
         held_out = calibration.predict_views(Predictor(manifest, engines["onnx"]), samples, workers)
