@@ -15,6 +15,8 @@ from tests.robustness.oracle import Answer, check
 from tests.robustness.requests import Case
 from tests.support.tiny_bundle import photo
 
+PROCESS = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fuzz.Fuzzer]:
@@ -22,10 +24,14 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fuzz.Fuzzer]:
         yield fuzz.Fuzzer(server, tmp_path_factory.mktemp("failures"))
 
 
-def test_the_service_handles_mutated_images_and_malformed_requests(fuzzer: fuzz.Fuzzer) -> None:
-    report = fuzz.run(fuzzer, cases=1500, seed=1)
+@pytest.mark.parametrize(("seed", "cases"), [(1, 720), pytest.param(2, 3000, marks=PROCESS)])
+def test_the_service_handles_mutated_images_and_malformed_requests(
+    fuzzer: fuzz.Fuzzer, monkeypatch: pytest.MonkeyPatch, seed: int, cases: int
+) -> None:
+    monkeypatch.setattr(fuzzer, "report", fuzz.Report())
+    report = fuzz.run(fuzzer, cases, seed)
     assert report.faults == []
-    assert report.cases >= 1500
+    assert report.cases >= cases
     # All of these outcomes occurred.
     for outcome in ("ok", "broken-image", "not-an-image", "too-large", "bad-request", "bad-option"):
         assert report.outcomes[outcome] > 0, report.outcomes

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from serving.errors import FledgeError
 from serving.imaging.decode import SUFFIXES, decode
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
+from serving.scoring.options import ScoringOptions
+from serving.scoring.score import score
 from tests.robustness import corpus
 from tests.robustness.scene import Item
 from tests.support import live_server
@@ -141,28 +143,10 @@ def test_a_batch_gives_the_same_results_in_order(
     assert wrong == {}
 
 
-@pytest.mark.parametrize("options", ["", "--batch 7 --workers 3"])
-def test_the_scorer_gives_the_same_results_in_order(
-    bundle: Path, expected: dict[str, Any], tmp_path: Path, options: str
-) -> None:
-    folder, out = tmp_path / "in", tmp_path / "scores.csv"
-    folder.mkdir()
-    # Every 13th item, so that the batches have valid and broken files.
-    mixed = [item for start in range(13) for item in ITEMS[start::13]]
-    for number, (item, suffix) in enumerate(zip(mixed, itertools.cycle(EXTENSIONS), strict=False)):
-        (folder / f"{number}{suffix}").write_bytes(item.data)
-    arguments = [
-        "score",
-        str(folder),
-        "--bundle",
-        str(bundle),
-        "--out",
-        str(out),
-        "--device",
-        "cpu",
-    ]
+def score_by_command(source: Path, bundle: Path, out: Path) -> None:
+    arguments = ["--bundle", str(bundle), "--out", str(out), "--device", "cpu"]
     done = subprocess.run(
-        [sys.executable, "-m", "fledge", *arguments, *options.split()],
+        [sys.executable, "-m", "fledge", "score", str(source), *arguments],
         cwd=ROOT,
         env={key: value for key, value in os.environ.items() if key != "FLEDGE_BUNDLE"},
         capture_output=True,
@@ -170,6 +154,24 @@ def test_the_scorer_gives_the_same_results_in_order(
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def score_in_batches(source: Path, bundle: Path, out: Path) -> None:
+    options = ScoringOptions(device="cpu", batch=7, workers=3)
+    score([str(source)], bundle, out, options, log=lambda _: None)
+
+
+@pytest.mark.parametrize("run", [score_by_command, score_in_batches])
+def test_the_scorer_gives_the_same_results_in_order(
+    bundle: Path, expected: dict[str, Any], tmp_path: Path, run: Callable[..., None]
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "scores.csv"
+    folder.mkdir()
+    # Every 13th item, so that the batches have valid and broken files.
+    mixed = [item for start in range(13) for item in ITEMS[start::13]]
+    for number, (item, suffix) in enumerate(zip(mixed, itertools.cycle(EXTENSIONS), strict=False)):
+        (folder / f"{number}{suffix}").write_bytes(item.data)
+    run(folder, bundle, out)
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     wrong = {}

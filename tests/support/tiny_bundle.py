@@ -1,7 +1,12 @@
-"""Make a complete small bundle in milliseconds: an ONNX graph with random weights."""
+"""Make a complete small bundle in milliseconds: an ONNX graph with random weights.
+
+Photos, graphs and their probabilities are functions of the arguments, so a process computes each
+once.
+"""
 
 from __future__ import annotations
 
+import functools
 import io
 import shutil
 from pathlib import Path
@@ -24,6 +29,7 @@ TOLERANCE = 1e-4
 _GRID = 4
 
 
+@functools.lru_cache(1000)
 def photo(seed: int, size: tuple[int, int] = (80, 60)) -> bytes:
     """A JPEG of coloured discs, `size` = (width, height); a different image for each seed."""
     rng = np.random.default_rng(seed)
@@ -50,20 +56,16 @@ def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0
     """
     preprocess = Preprocess(size=size)
     labels = tuple(NAMES[i] if i < len(NAMES) else f"class-{i}" for i in range(classes))
-    graph = _graph(classes, preprocess, seed).SerializeToString()
+    graph, probabilities = _graph_and_probabilities(classes, size, seed)
     partial = folder / ".payload.partial"
     (partial / "golden").mkdir(parents=True)
     (partial / "model.onnx").write_bytes(graph)
     (partial / "README.md").write_text(f"# tiny\n\nRandom weights of seed {seed}, for tests.\n")
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     golden = []
-    for number, shape in enumerate(((80, 60), (60, 80), (97, 33))):
+    for number, (data, values) in enumerate(zip(_golden(), probabilities, strict=True)):
         name = f"golden/{number}.jpg"
-        data = photo(1000 + number, shape)
         (partial / name).write_bytes(data)
-        pixels = preprocess(decode(data).image)
-        logits = session.run(["logits"], {"pixels": pixels[None]})[0]
-        golden.append({"file": name, "probabilities": {"fp32": tta.softmax(logits)[0].tolist()}})
+        golden.append({"file": name, "probabilities": {"fp32": list(values)}})
     manifest = Manifest(
         name="tiny",
         version="",
@@ -101,6 +103,23 @@ def altered(folder: Path, **changes: Any) -> Manifest:
     (folder / old.version).rename(folder / manifest.version)
     storage.publish(manifest, folder)
     return manifest
+
+
+def _golden() -> list[bytes]:
+    return [photo(1000 + n, size) for n, size in enumerate(((80, 60), (60, 80), (97, 33)))]
+
+
+@functools.cache
+def _graph_and_probabilities(
+    classes: int, size: int, seed: int
+) -> tuple[bytes, tuple[tuple[float, ...], ...]]:
+    """The graph, and its answers to the golden images."""
+    preprocess = Preprocess(size=size)
+    graph = _graph(classes, preprocess, seed).SerializeToString()
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    pixels = np.stack([preprocess(decode(data).image) for data in _golden()])
+    logits = [session.run(["logits"], {"pixels": one[None]})[0] for one in pixels]
+    return graph, tuple(tuple(tta.softmax(one)[0].tolist()) for one in logits)
 
 
 def _graph(classes: int, preprocess: Preprocess, seed: int) -> onnx.ModelProto:

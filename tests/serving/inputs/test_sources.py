@@ -266,14 +266,14 @@ def test_a_named_pipe_is_no_image_and_is_not_opened(folder: Path) -> None:
         sources.Reader().load("pipe.tar::x.jpg")
 
 
-def test_a_hundred_thousand_names_take_less_than_2_mb(folder: Path) -> None:
+def test_thirty_thousand_names_take_less_than_1_mb(folder: Path) -> None:
     create(
         folder / "one", [f"{number:03}-a-name-that-is-long-enough.jpg" for number in range(1000)]
     )
     (folder / "in").mkdir()
-    for number in range(100):
+    for number in range(30):
         (folder / "in" / f"{number}").symlink_to(folder / "one")
-    (folder / "list.txt").write_text("".join(f"in/some/where/{n}.jpg\n" for n in range(100_000)))
+    (folder / "list.txt").write_text("".join(f"in/some/where/{n}.jpg\n" for n in range(30_000)))
     for word in ("in", "list.txt"):
         tracemalloc.start()
         try:
@@ -281,5 +281,5 @@ def test_a_hundred_thousand_names_take_less_than_2_mb(folder: Path) -> None:
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        assert count == 100_000
-        assert peak < 2_000_000
+        assert count == 30_000
+        assert peak < 1_000_000
