@@ -1,11 +1,9 @@
 import hashlib
-import json
 import os
 import re
-import subprocess
-import sys
+import shutil
 import threading
-from pathlib import Path
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -25,25 +23,19 @@ from training.pixels.decoded import decode_dataset
 from training.pixels.rows import MemmapRows, StreamingRows
 from training.pixels.store import PixelStore
 from training.pixels.transform import PixelTransform
+from training.report import lr_plots
 from training.run import checkpoint
 from training.utils import disk_cache
 
-ROOT = Path(__file__).parents[3]
 SMALL = Preprocess(size=32)
 PRESIZE = 1.5
 SIDE = PixelTransform("train", SMALL, PRESIZE).side
 ROW = 3 * SIDE**2  # bytes of a training photo
-STAGES = """
-[[stage]]
-name = "head"
-lr = 0.01
-cycle_len = 2
-views = 1
+ONE_EPOCH = """
 [[stage]]
 name = "all"
 unfreeze = "all"
 lr = 0.02
-cycle_len = 2
 augment = { mixup = 0.2 }
 """
 
@@ -58,6 +50,19 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def lines():
     return []
+
+
+@pytest.fixture
+def few(tmp_path):
+    """A data set of 12 training and 3 validation photos."""
+    return coloured(tmp_path / "few", {"blue": 5, "green": 5, "red": 5})
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs draw no learning rates: it takes longer than their training."""
+    monkeypatch.setattr(lr_plots, "schedule", lambda *_: None)
+    monkeypatch.setattr(lr_plots, "lr_find", lambda *_: None)
 
 
 def expected_pixels(sample, transform):
@@ -78,23 +83,23 @@ def assert_right(found, sets, preprocess=SMALL, presize=PRESIZE):
 
 
 def test_weights_are_the_same_with_a_cold_cache_a_warm_cache_and_none(
-    recipe, photos, tmp_path, cache
+    recipe, few, tmp_path, cache, no_pictures
 ):
-    path, log, weights = recipe(STAGES), [], []
-    for number, cache_gb in enumerate((None, None, 0, 0.0001)):
+    path, log, weights = recipe(ONE_EPOCH), [], []
+    for number, cache_gb in enumerate((None, None, 0, 0.00005)):
         folder = finetune.run(
-            load.read(path), str(photos), out=tmp_path / str(number), device="cpu",
+            load.read(path), str(few), out=tmp_path / str(number), device="cpu",
             cache_gb=cache_gb, log=log.append,
         )  # fmt: skip
         weights += [(folder / checkpoint.BEST).read_bytes()]
     assert len(set(weights)) == 1
     summaries = [line.partition(";")[0] for line in log if line.startswith("pixels: ")]
     for line, pattern in zip(summaries, (
-        r"45 photos, 45 decoded in \S+ s",
-        r"45 photos, 45 from the cache, read in \S+ s",
-        r"45 photos, read in \S+ s, 45 streamed: their \S+ MB are more than --cache-gb allows",
+        r"15 photos, 15 decoded in \S+ s",
+        r"15 photos, 15 from the cache, read in \S+ s",
+        r"15 photos, read in \S+ s, 15 streamed: their \S+ MB are more than --cache-gb allows",
         # The rest of the budget is enough for the validation part.
-        r"45 photos, 9 from the cache, read in \S+ s, 36 streamed: their \S+ MB .*",
+        r"15 photos, 3 from the cache, read in \S+ s, 12 streamed: their \S+ MB .*",
     ), strict=True):  # fmt: skip
         assert re.fullmatch(f"pixels: {pattern}", line), line
     assert len(cache.entries()) == 2
@@ -167,29 +172,27 @@ def test_the_entry_name_depends_on_what_determines_the_pixels_only():
 
 
 def test_presize_sets_the_size_and_the_cache_has_an_entry_for_each(
-    recipe, photos, tmp_path, cache, lines
+    recipe, few, tmp_path, cache, lines, no_pictures
 ):
-    path, weights = recipe(), []
-    for presize in (1.5, 2, 1.5):
+    path, weights = recipe(ONE_EPOCH), []
+    for presize in (1.5, 2):
         settings = load.read(path, [f"data.presize={presize}"])
         folder = finetune.run(
-            settings, str(photos), out=tmp_path / f"run-{len(weights)}", device="cpu",
-            log=lines.append,
-        )  # fmt: skip
+            settings, str(few), out=tmp_path / f"run-{presize}", device="cpu", log=lines.append
+        )
         weights.append((folder / checkpoint.BEST).read_bytes())
-    assert weights[0] == weights[2] != weights[1]
-    assert any(line.startswith("pixels: 45 photos, 45 from the cache") for line in lines)
+    assert weights[0] != weights[1]
     lr_find.lr_find(
-        load.read(path, ["data.presize=1"]), str(photos), out=tmp_path / "curve.png",
-        device="cpu", log=lines.append,
+        load.read(path, ["data.presize=1", "lr_find.steps=10"]), str(few),
+        out=tmp_path / "curve.png", device="cpu", log=lines.append,
     )  # fmt: skip
     parts = sorted(entry.description for entry in cache.entries())
     assert parts == [*(f"train photos at {side} px" for side in (32, 48, 64)),
                      "valid photos at 32 px"]  # fmt: skip
     for presize in (1, 1.5, 2):
-        found = load_dataset(str(photos))
+        found = load_dataset(str(few))
         _, *sets = decode_dataset(found, settings.preprocess, presize, lines.append)
-        assert "45 from the cache" in lines[-1]
+        assert "15 from the cache" in lines[-1]
         assert_right(found, sets, settings.preprocess, presize)
         assert sets[0].pixels[:1].shape == (1, 32 * presize, 32 * presize, 3)
 
@@ -371,145 +374,195 @@ def test_an_invalid_budget_is_an_error_before_anything_is_written(recipe, photos
     assert not (tmp_path / "run").exists()
 
 
-KILLS = """
-import os, random, signal, sys, time
-from serving.imaging.preprocess import Preprocess
-from serving.utils.progress import progress_bar
-from training.data.dataset import load_dataset
-from training.pixels import store
-from training.pixels.decoded import decode_dataset
-from training.pixels.store import PixelStore
-from training.pixels.transform import PixelTransform
-from training.utils import disk_cache
-store.FLUSH_BYTES = 20_000  # many flushes: kills hit every step
-found, small = load_dataset(sys.argv[1]), Preprocess(size=32)
-stores = {}
-for part in ("train", "valid"):
-    transform = PixelTransform(part, small, 1.5)
-    stores[part] = PixelStore(disk_cache.cache_folder() / transform.name, transform.side)
-progress_bar()  # import what it needs here, not in every child
-
-def begin():
+def forked(function):
+    """Call a function in a child process, which then ends without any cleanup."""
     child = os.fork()
-    if not child:
-        decode_dataset(found, small, 1.5, lambda line: None)
-        os._exit(0)
-    return child
-
-started = time.perf_counter()
-os.waitpid(begin(), 0)
-duration = time.perf_counter() - started
-disk_cache.open_cache().clear()
-random.seed(0)
-partial = 0
-for _ in range(200):
-    if partial == 8:  # count only kills during writing
-        break
-    child = begin()
-    time.sleep(random.uniform(0, duration))
-    os.kill(child, signal.SIGKILL)
-    killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    for name, pixel_store in stores.items():
-        index = pixel_store.read()
-        for digest, row in index.rows.items():
-            print("row", name, digest.hex(), index.pixels[row].tobytes().hex())
-        print("killed" if killed else "ended", name, len(index.rows))
-    partial += killed and 0 < len(stores["train"].read().rows) < len(found.train)
-    if not killed:
-        disk_cache.open_cache().clear()
-"""
+    if child:
+        return child
+    status = 1
+    try:
+        function()
+        status = 0
+    finally:
+        os._exit(status)
 
 
-def test_a_kill_at_any_moment_leaves_only_complete_rows(tmp_path, cache, lines):
-    photos = coloured(tmp_path / "many", {"blue": 60, "green": 60}, side=120)
-    found = load_dataset(str(photos))
+def ended(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class StepsOfTheStore:
+    """Copies the cache before each step that changes a file: what a kill at this step would leave.
+
+    A row and a record are also copied half written. What Python buffers is in no copy.
+    """
+
+    def __init__(self, folder, copies):
+        self.folder, self.copies, self.names = folder, copies, []
+
+    def step(self, name):
+        shutil.copytree(self.folder, self.copies / str(len(self.names)))
+        self.names.append(name)
+
+    def __enter__(self):
+        self.patches = pytest.MonkeyPatch()
+        for name in ("fsync", "posix_fallocate", "replace", "unlink"):
+            self.patches.setattr(os, name, self.counted(getattr(os, name), name))
+        writer = PixelStore.writer
+
+        def open_writer(pixel_store, index, more):
+            opened = writer(pixel_store, index, more)
+            opened.file = CountedFile(opened.file, self, "row")
+            opened.index = CountedFile(opened.index, self, "record")
+            return opened
+
+        self.patches.setattr(PixelStore, "writer", open_writer)
+        return self
+
+    def __exit__(self, *_):
+        self.patches.undo()
+
+    def counted(self, function, name):
+        def replaced(*args, **named):
+            self.step(name)
+            return function(*args, **named)
+
+        return replaced
+
+
+class CountedFile:
+    """A file whose `write` and `truncate` are steps of a `StepsOfTheStore`."""
+
+    def __init__(self, file, steps, name):
+        self.file, self.steps, self.name = file, steps, name
+
+    def write(self, data):
+        view = memoryview(data).cast("B")
+        self.steps.step(f"write {self.name}")
+        self.file.write(view[: len(view) // 2])
+        self.file.flush()
+        self.steps.step(f"write half {self.name}")
+        self.file.write(view[len(view) // 2 :])
+
+    def truncate(self, size):
+        self.steps.step("truncate")
+        self.file.truncate(size)
+
+    def __enter__(self):
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.file.__exit__(*error)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_kill_at_any_step_leaves_only_complete_rows(tmp_path, cache, lines, monkeypatch):
+    monkeypatch.setattr(store, "FLUSH_BYTES", 2 * ROW)
+    found = load_dataset(str(coloured(tmp_path / "four", {"blue": 3, "green": 3})))
+    assert (len(found.train), len(found.valid)) == (4, 2)
+    transforms = {part: PixelTransform(part, SMALL, PRESIZE) for part in ("train", "valid")}
     right = {
-        (part, hashlib.sha256(sample.path.read_bytes()).hexdigest()[:32]): expected_pixels(
-            sample, PixelTransform(part, SMALL, PRESIZE)
+        (part, hashlib.sha256(sample.path.read_bytes()).digest()[:16]): expected_pixels(
+            sample, transform
         )
-        .tobytes()
-        .hex()
-        for part in ("train", "valid")
+        for part, transform in transforms.items()
         for sample in getattr(found, part)
     }
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(photos)], cwd=ROOT, capture_output=True, text=True,
-        check=True,
-    )  # fmt: skip
-    killed, checked = [], 0
-    for line in done.stdout.splitlines():
-        word, *rest = line.split()
-        if word == "row":
-            assert right[rest[0], rest[1]] == rest[2]
-            checked += 1
-        elif word == "killed" and rest[0] == "train":
-            killed.append(int(rest[1]))
-    assert checked > 100
-    assert sum(0 < rows < 96 for rows in killed) == 8, killed
-    for _ in range(2):
-        _, *sets = decode_dataset(found, SMALL, PRESIZE, lines.append)
-        assert_right(found, sets)
-    assert "120 from the cache" in lines[-1]
-    assert cache.size() < 96 * ROW + 24 * 3 * 32**2 + 120 * 24 + 1000  # reserved space was released
+
+    def rows_of(folder):
+        """The number of rows in the store of each part; each must be right."""
+        counts = []
+        for part, transform in transforms.items():
+            index = PixelStore(folder / transform.name, transform.side).read()
+            for digest, row in index.rows.items():
+                assert (index.pixels[row] == right[part, digest]).all()
+            counts.append(len(index.rows))
+        return tuple(counts)
+
+    def decode():
+        decode_dataset(found, SMALL, PRESIZE, lines.append)
+        assert rows_of(cache.folder) == (4, 2)  # and all are right
+        assert cache.size() < 4 * ROW + 2 * 3 * 32**2 + 6 * 24 + 200  # no reserved space is left
+
+    with StepsOfTheStore(cache.folder, tmp_path / "copies") as steps:
+        decode()
+    names = steps.names
+    assert {*names} == {
+        "fsync", "replace", "unlink", "posix_fallocate", "write row", "write half row",
+        "write record", "write half record", "truncate",
+    }  # fmt: skip
+    assert names.count("write row") == 6
+    seen = set()
+    for number, name in enumerate(names):
+        left = tmp_path / "copies" / str(number)
+        seen.add(rows_of(left))
+        shutil.rmtree(cache.folder)
+        shutil.copytree(left, cache.folder)
+        if seen == {(0, 0), (1, 0)} and name == "write half record":  # killed a second time
+            with StepsOfTheStore(cache.folder, tmp_path / "again") as again:
+                decode()
+            found_again = [rows_of(tmp_path / "again" / str(i)) for i in range(len(again.names))]
+            assert sorted(found_again) == found_again
+            assert found_again[0] == (1, 0)
+        else:
+            decode()
+    # Records are written by two; half of them is one record.
+    assert seen == {*((rows, 0) for rows in range(5)), (4, 1), (4, 2)}
 
 
-FILL = """
-import hashlib, json, sys
-from serving.imaging.preprocess import Preprocess
-from training.data.dataset import load_dataset
-from training.pixels.decoded import decode_dataset
-log = []
-_, train, valid = decode_dataset(load_dataset(sys.argv[1]), Preprocess(size=32), 1.5, log.append)
-sums = [hashlib.sha256(of.pixels[:].numpy().tobytes()).hexdigest() for of in (train, valid)]
-print(json.dumps([sums, log[-1]]))
-"""
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_two_runs_that_fill_one_cache_at_once_get_the_same_rows(few, cache, lines):
+    """The second begins while the first writes; the first goes on when the second waits."""
+    found = load_dataset(str(few))
+    writing, going_on = os.pipe(), os.pipe()
 
+    def first():
+        def flush(writer, flush=store.PixelWriter.flush):
+            os.write(writing[1], b"1")
+            os.read(going_on[0], 1)
+            flush(writer)
 
-def test_two_runs_that_fill_one_cache_at_once_get_the_same_rows(tmp_path, cache, lines):
-    photos = coloured(tmp_path / "many", {"blue": 100, "green": 100}, side=100)
-    command = [sys.executable, "-c", FILL, str(photos)]
-    runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
-    (sums, _), (others, _) = (json.loads(run.communicate()[0]) for run in runs)
-    assert [run.returncode for run in runs] == [0, 0]
-    assert sums == others
-    found = load_dataset(str(photos))
-    _, *sets = decode_dataset(found, SMALL, PRESIZE, lines.append)
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr(store.PixelWriter, "flush", flush)
+            log = []
+            _, *sets = decode_dataset(found, SMALL, PRESIZE, log.append)
+            assert_right(found, sets)
+            assert "15 decoded" in log[-1]
+
+    def log(line):
+        lines.append(line)
+        if "waiting" in line:
+            os.write(going_on[1], b"11")
+
+    child = forked(first)
+    assert os.read(writing[0], 1) == b"1"
+    _, *sets = decode_dataset(found, SMALL, PRESIZE, log)
+    assert ended(child) == 0
+    for end in (*writing, *going_on):
+        os.close(end)
     assert_right(found, sets)
-    assert [hashlib.sha256(s.pixels[:].numpy().tobytes()).hexdigest() for s in sets] == sums
-    assert "200 from the cache" in lines[-1]
+    transform = PixelTransform("train", SMALL, PRESIZE)
+    assert lines[0] == f"pixels: waiting for another run that decodes {transform}"
     entry = next(e for e in cache.entries() if "train" in e.description)
     index = PixelStore(entry.path, SIDE).read()
     assert len(index.rows) == len(index.pixels) == len({s.path.read_bytes() for s in found.train})
 
 
-MEMORY = """
-import re, sys
-from pathlib import Path
-import torch
-from serving.imaging.preprocess import Preprocess
-from training.data.dataset import load_dataset
-from training.pixels.decoded import decode_dataset
-def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-found = load_dataset(sys.argv[1])
-small = Preprocess(size=32)
-decode_dataset(found, small, 1.5, print, 0)[1].pixels[:4]  # imports and first-use memory
-Path("/proc/self/clear_refs").write_text("5")
-before = peak()
-_, train, _ = decode_dataset(found, Preprocess(size=512), 1.5, lambda line: None, 0)
-for _ in train.pixels.batches(torch.randperm(len(train)).split(4)):
-    pass
-print(peak() - before)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc of Linux")
 def test_streaming_needs_memory_for_a_few_batches_only(tmp_path):
-    photos = coloured(tmp_path / "many", {"blue": 100, "green": 100})
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(photos)], cwd=ROOT, stdout=subprocess.PIPE, check=True
-    )
-    row = (
-        3 * PixelTransform("train", Preprocess(size=512), PRESIZE).side ** 2
-    )  # all are 160 of them
-    assert int(done.stdout.split()[-1]) < 40 * row, done.stdout
+    """Of 96 rows, about 3 batches of 4 are in memory, and one for each thread."""
+    photos = coloured(tmp_path / "many", {"blue": 60, "green": 60}, side=20)
+    found, large = load_dataset(str(photos)), Preprocess(size=128)
+    row = 3 * PixelTransform("train", large, PRESIZE).side ** 2
+    tracemalloc.start()  # numpy tells it of each array
+    try:
+        _, train, _ = decode_dataset(found, large, PRESIZE, lambda line: None, 0)
+        assert len(train) == 96
+        for _ in train.pixels.batches(torch.randperm(len(train)).split(4)):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 40 * row
