@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.support.browser import CHROMIUM, NAMES, Browser, Page, chromium
+from tests.support.browser import CHROMIUM, NAMES, Browser, Page
 from tests.support.live_server import Live, live
 from tests.support.page_fixture import (
     ANSWERED,
@@ -28,12 +28,6 @@ from tests.support.page_fixture import (
 from tests.support.tiny_bundle import altered, photo, tiny_bundle
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} here")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with chromium(tmp_path_factory.mktemp("chromium")) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,7 @@
 
 import asyncio
 import hashlib
-import time
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from serving.http.model_manager import ModelManager
 from serving.inference.predictor import Prediction
 from serving.settings import Settings
-from tests.support.browser import CHROMIUM, NAMES, Browser, chromium
+from tests.support.browser import CHROMIUM, NAMES, Browser
 from tests.support.page_fixture import (
     ANSWERED,
     LABELS,
@@ -27,12 +26,6 @@ from tests.support.page_fixture import (
 from tests.support.tiny_bundle import altered, photo, tiny_bundle
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} here")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with chromium(tmp_path_factory.mktemp("chromium")) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -88,21 +81,32 @@ def test_a_late_response_does_not_replace_a_newer_one(
     model_manager = ModelManager(Settings(bundle=folder, device="cpu"), NoTelemetry())
     model_manager.load()
     slow, quick = photo(7), photo(8)
+    entered = {data: threading.Event() for data in (slow, quick)}
+    go = {data: threading.Event() for data in (slow, quick)}
+    ended = threading.Event()
     predict = model_manager.model.engine.predict
 
     async def delayed(data: bytes, tta: int = 0) -> Prediction:
-        await asyncio.sleep(1 if data == slow else 0.4)
-        return await predict(data, tta)
+        entered[data].set()
+        try:
+            await asyncio.to_thread(go[data].wait, 60)
+            return await predict(data, tta)
+        finally:
+            if data == slow:
+                ended.set()
 
     monkeypatch.setattr(model_manager.model.engine, "predict", delayed)
     with served(model_manager) as (url, stop), opened(browser, url) as page:
         page.choose("#file", written(tmp_path / "slow.jpg", slow))
-        page.until("document.querySelector('.busy')")
+        assert entered[slow].wait(60)
         page.choose("#file", written(tmp_path / "quick.jpg", quick))
-        time.sleep(0.2)
+        assert entered[quick].wait(60)
         assert page.value("document.body.matches('.busy')")  # the cancelled request shows no error
+        go[quick].set()
         page.until(ANSWERED)
-        time.sleep(1.5)
+        go[slow].set()
+        assert ended.wait(60)
+        page.value("new Promise((resolve) => setTimeout(resolve, 100))")
         check(page, url, quick)
         stop()
         page.choose("#file", written(tmp_path / "last.jpg", quick))
