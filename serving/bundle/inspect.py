@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,11 +12,15 @@ from serving.bundle.storage import Bundle
 
 _MAX_LABELS: Final = 8
 
+# What the functions of this module raise for a report with other fields or types.
+_OTHER_FORM: Final = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
 
 def describe(folder: Path) -> list[str]:
     """Check a bundle and return lines of text about it.
 
-    The first line is a title. Every other line has a topic, such as "graphs", and facts about it.
+    The first line is a title. Every other line has a topic, such as "graphs", and facts about it. A
+    report of an unknown form is named as such: reports don't decide answers, and are not validated.
 
     Raises:
         BundleError: The bundle is missing or damaged, or no trusted key signed it.
@@ -25,19 +29,25 @@ def describe(folder: Path) -> list[str]:
     bundle = storage.read(folder)
     manifest = bundle.manifest
     lines = [f"{manifest.name} {manifest.version}: {manifest.arch}, {len(manifest.labels)} classes"]
-    topics: dict[str, list[str]] = {
-        "classes": [_classes(manifest.labels)],
-        "input": [_input(manifest)],
-        "graphs": list(_graphs(manifest)),
-        "parity": [_parity(manifest.parity)],
-        "confidence": [_confidence(manifest)],
-        "views": [_views(manifest)],
-        "tuning": _tuning(manifest.tuning.get("cpu", {})),
-        "source": [_source(manifest.provenance)],
-        "files": [f"{len(manifest.files)}, unchanged since the export; {_size(_bytes(manifest))}"],
-        "signed": [_signed(bundle)],
+    topics: dict[str, Callable[[], list[str]]] = {
+        "classes": lambda: [_classes(manifest.labels)],
+        "input": lambda: [_input(manifest)],
+        "graphs": lambda: list(_graphs(manifest)),
+        "parity": lambda: [_parity(manifest.parity)],
+        "confidence": lambda: [_confidence(manifest)],
+        "views": lambda: [_views(manifest)],
+        "tuning": lambda: _tuning(manifest.tuning.get("cpu", {})),
+        "source": lambda: [_source(manifest.provenance)],
+        "files": lambda: [
+            f"{len(manifest.files)}, unchanged since the export; {_size(_bytes(manifest))}"
+        ],
+        "signed": lambda: [_signed(bundle)],
     }
-    for topic, texts in topics.items():
+    for topic, describe_topic in topics.items():
+        try:
+            texts = describe_topic()
+        except _OTHER_FORM:
+            texts = ["in a form that this version of Fledge does not know"]
         for number, text in enumerate(texts):
             lines.append(f"  {'' if number else topic:<12}{text}")
     return lines
@@ -97,7 +107,7 @@ def _views(manifest: Manifest) -> str:
         return number
     if not tta["advised"]:
         return f"{number}; tta does not correct more of {tta['photos']} held-out photos"
-    best = next(row for row in tta["views"] if row["views"] == tta["advised"])
+    (best,) = (row for row in tta["views"] if row["views"] == tta["advised"])
     return (
         f"{number}; tta={best['views']} corrects {best['fixed']} of {tta['photos']} held-out "
         f"photos and breaks {best['broken']} (p = {best['p']:.2f})"

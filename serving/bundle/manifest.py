@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeGuard
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
@@ -38,6 +38,7 @@ from serving.imaging.tta import VIEWS, View
 SCHEMA: Final = 1
 """Version of the format of `manifest.json`."""
 
+_LARGEST_BATCH: Final = 65_536
 _REPORT: Final = "; a report, not used for answers"
 
 
@@ -174,6 +175,8 @@ class Manifest(BaseModel):
         """
         try:
             values = json.loads(text)
+            # Lone surrogates, infinite numbers and very deep arrays can be read, but not written.
+            json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError) as error:
             raise BundleError(f"not a manifest: {error}") from error
         if not isinstance(values, dict):
@@ -250,11 +253,11 @@ def measured_parallelism(manifest: Manifest, precision: str, cores: int) -> Para
         precision: Precision of the graph.
         cores: Number of CPU cores of this machine.
     """
-    tuned = manifest.tuning.get("cpu", {})
-    best = tuned.get("throughput", {}).get(precision)
-    if best is None or tuned.get("cores") != cores:
+    best = _measured(manifest, "throughput", precision, cores)
+    runs, threads = best.get("workers"), best.get("threads")
+    if not (_is_count(runs, cores) and _is_count(threads, cores)):
         return Parallelism(cores, 1)
-    return Parallelism(int(best["workers"]), int(best["threads"]))
+    return Parallelism(runs, threads)
 
 
 def multithreading_pays(manifest: Manifest, precision: str, cores: int) -> bool:
@@ -263,9 +266,39 @@ def multithreading_pays(manifest: Manifest, precision: str, cores: int) -> bool:
     The answer comes from a measurement at export. Without a measurement, or if the machine of the
     export did not have `cores` CPU cores, the result is True.
     """
-    tuned = manifest.tuning.get("cpu", {})
-    found = tuned.get("latency", {}).get(precision)
-    return found is None or tuned.get("cores") != cores or int(found["threads"]) > 1
+    return bool(_measured(manifest, "latency", precision, cores).get("threads") != 1)
+
+
+def measured_max_batch(manifest: Manifest, device: str) -> int | None:
+    """Return the batch, in rows, at which more rows were no faster in a measurement at export.
+
+    Args:
+        manifest: Manifest of the bundle.
+        device: "cpu" or "cuda".
+
+    Returns:
+        None if there is no usable measurement.
+    """
+    found = _object(manifest.tuning.get(device)).get("max_batch")
+    return found if _is_count(found, _LARGEST_BATCH) else None
+
+
+def _measured(manifest: Manifest, what: str, precision: str, cores: int) -> Mapping[str, Any]:
+    """Return a measurement on a machine of `cores` CPU cores; empty if there is none.
+
+    `tuning` is a report, so bundles of other versions may have other objects in it.
+    """
+    tuned = _object(manifest.tuning.get("cpu"))
+    found = _object(tuned.get(what)).get(precision)
+    return _object(found) if tuned.get("cores") == cores else {}
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _is_count(value: Any, most: int) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
 class _PublishedSchema(GenerateJsonSchema):

@@ -171,7 +171,7 @@ def _parsed(value: Any, where: str, column: str) -> Any:
         return None
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: {column} is no JSON: {error}") from None
 
 
@@ -216,7 +216,7 @@ def _json_rows(path: Path) -> Rows:
                 continue
             try:
                 values = json.loads(line)
-            except ValueError as error:  # also invalid UTF-8
+            except (ValueError, RecursionError) as error:  # ValueError: also invalid UTF-8
                 raise DataError(
                     f"{path}, line {number}: no JSON: {error}; is the file whole?"
                 ) from None

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from serving.bundle.manifest import Manifest
+from serving.bundle.manifest import Manifest, measured_max_batch
 from serving.errors import OptionError, WorkError
 from serving.imaging.decode import MAX_PIXELS, decode
 from serving.imaging.preprocess import Pixels
@@ -102,8 +102,8 @@ class Predictor:
         GPU.
         """
         on_cpu = runtime.on_cpu(self.runtime.provider)
-        tuning = self.manifest.tuning.get("cpu" if on_cpu else "cuda", {})
-        return max(1, int(tuning.get("max_batch", 1 if on_cpu else GPU_BATCH)))
+        measured = measured_max_batch(self.manifest, "cpu" if on_cpu else "cuda")
+        return measured or (1 if on_cpu else GPU_BATCH)
 
     def check(self, tta: int = 0, top_k: int | None = None) -> None:
         """Check the options of a request.

@@ -217,7 +217,20 @@ def _json_columns(path: str) -> list[str]:
 
 def _json_values(path: str, column: str) -> Iterator[object]:
     for value in _objects(path):
-        yield value.get(column) if isinstance(value, dict) else value if value is _BLANK else None
+        if value is _BLANK:
+            yield value
+        else:
+            found = value.get(column) if isinstance(value, dict) else None
+            yield found if isinstance(found, str) and _is_path(found) else None
+
+
+def _is_path(text: str) -> bool:
+    """Check whether a text can be the name of a file: JSON may have lone surrogates."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet_file(path: str) -> Any:

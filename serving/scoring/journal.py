@@ -117,16 +117,22 @@ class ScoringJournal:
             with atomic_write(path) as partial, partial.open("w", encoding="ascii") as file:
                 file.writelines(json.dumps(name) + "\n" for name in names)
                 with atomic_write(self.folder / _SKIPPED) as partial_count:
-                    partial_count.write_text(json.dumps(len(skipped)))
+                    partial_count.write_text(str(len(skipped)))
             self._read_counts()
 
     def todo(self) -> Iterator[tuple[int, list[str]]]:
-        """Yield the number and the image names of each incomplete shard, in order."""
-        with self._work_errors(), (self.folder / _INPUTS).open(encoding="ascii") as file:
+        """Yield the number and the image names of each incomplete shard, in order.
+
+        Raises:
+            OptionError: The list of images is damaged.
+            WorkError: The list of images can't be read.
+        """
+        path = self.folder / _INPUTS
+        with self._work_errors(), self._damage(path), path.open(encoding="ascii") as file:
             for number in range(self.shards):
                 lines = list(islice(file, SIZE))
                 if not self._rows(number).exists():
-                    yield number, [json.loads(line) for line in lines]
+                    yield number, [_name(line) for line in lines]
 
     @property
     def shards(self) -> int:
@@ -168,12 +174,23 @@ class ScoringJournal:
                 file.writelines(row.to_json() for row in rows)
 
     def read(self, number: int) -> tuple[list[ScoreRow], Features | None]:
-        """Return the rows and the features (None if not requested) of a complete shard."""
+        """Return the rows and the features (None if not requested) of a complete shard.
+
+        Raises:
+            OptionError: A file of the shard is damaged.
+            WorkError: A file of the shard can't be read.
+        """
+        path, array = self._rows(number), self._features(number)
         with self._work_errors():
-            with self._rows(number).open(encoding="ascii") as file:
+            with self._damage(path), path.open(encoding="ascii") as file:
                 rows = [ScoreRow.from_json(line) for line in file]
-            path = self._features(number)
-            return rows, np.load(path) if path.exists() else None
+            if not array.exists():
+                return rows, None
+            with self._damage(array):
+                features = np.load(array)
+                if features.dtype != np.float32 or features.shape[:-1] != (len(rows),):
+                    raise ValueError(f"it is {features.dtype} {list(features.shape)}")
+        return rows, features
 
     def remove(self) -> None:
         """Delete the job's files. To be called when the table is complete."""
@@ -189,7 +206,7 @@ class ScoringJournal:
             return
         try:
             before = dict(json.loads(path.read_text()))
-        except ValueError:
+        except (ValueError, TypeError, RecursionError):
             before = {"job": "unreadable"}
         for key in [key for key in {**before, **facts} if before.get(key) != facts.get(key)]:
             raise OptionError(
@@ -202,7 +219,9 @@ class ScoringJournal:
         if self.known:
             with (self.folder / _INPUTS).open("rb") as file:
                 self.total = sum(1 for _ in file)
-            self.skipped = int(json.loads((self.folder / _SKIPPED).read_text()))
+            path = self.folder / _SKIPPED
+            with self._damage(path):
+                self.skipped = int(path.read_text())
 
     def _acquire_lock(self) -> None:
         """Lock the journal folder.
@@ -236,6 +255,22 @@ class ScoringJournal:
         return self.folder / f"{number:05}.npy"
 
     @contextlib.contextmanager
+    def _damage(self, path: Path) -> Iterator[None]:
+        """Convert errors of the block that damaged content causes to an OptionError with a remedy.
+
+        Args:
+            path: The file that the block reads.
+        """
+        try:
+            yield
+        except (ValueError, TypeError, EOFError, MemoryError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise OptionError(
+                f"--out {self._out}: an unfinished job exists there, and {path} is damaged: "
+                f"{reason:.200}; add --restart"
+            ) from error
+
+    @contextlib.contextmanager
     def _work_errors(self) -> Iterator[None]:
         """Convert an OSError in the block to a WorkError that names the table and the folder."""
         try:
@@ -245,6 +280,13 @@ class ScoringJournal:
                 f"--out {self._out}: {error.strerror or error}; complete shards are kept in "
                 f"{self.folder}"
             ) from error
+
+
+def _name(line: str) -> str:
+    name = json.loads(line)
+    if not isinstance(name, str):
+        raise ValueError(f"{line.strip():.60} is no name of an image")
+    return name
 
 
 def _short(value: object) -> str:

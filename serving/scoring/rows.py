@@ -88,13 +88,42 @@ class ScoreRow:
 
     @classmethod
     def from_json(cls, line: str) -> ScoreRow:
-        """Create a row from a line written by `to_json`."""
-        values = json.loads(line)
-        probabilities = values["probabilities"]
-        values["probabilities"] = None if probabilities is None else tuple(probabilities)
-        values["top_k"] = tuple((label, probability) for label, probability in values["top_k"])
-        return cls(**values)
+        """Create a row from a line written by `to_json`.
 
+        Raises:
+            ValueError: The line is damaged.
+        """
+        try:
+            values = json.loads(line)
+            probabilities = values["probabilities"]
+            values["probabilities"] = None if probabilities is None else tuple(probabilities)
+            values["top_k"] = tuple((label, probability) for label, probability in values["top_k"])
+            row = cls(**values)
+        except (TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"not a row of scores: {error}") from error
+        numbers = (*(row.probabilities or ()), *(probability for _, probability in row.top_k))
+        if (
+            not all(isinstance(getattr(row, name), kind) for name, kind in _KINDS.items())
+            or not all(isinstance(label, str) for label, _ in row.top_k)
+            or not all(isinstance(number, float | int) for number in numbers)
+        ):
+            raise ValueError("not a row of scores: a value has another type")
+        if "\\u" in line:  # a table can have an escaped byte of a path, but no other surrogate
+            json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogateescape")
+        return row
+
+
+_KINDS: Final = {
+    "path": str,
+    "status": str,
+    "label": str | None,
+    "probability": float | int | None,
+    "confident": bool | None,
+    "views": int | None,
+    "applied": str,
+    "error": str,
+}
+"""Types of the fields of a `ScoreRow`, except for the pairs and the list of probabilities."""
 
 PROBABILITIES: Final = "probabilities"
 """Name of the optional column of all class probabilities."""

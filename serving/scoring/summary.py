@@ -117,7 +117,7 @@ def read_classes(out: Path) -> tuple[str, ...] | None:
     """
     try:
         content = json.loads(summary_path(out).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     classes = content.get("classes") if isinstance(content, dict) else None
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):

@@ -42,11 +42,12 @@ def read(
         raise OptionError(f"{path}: a folder, not a recipe") from None
     except OSError as error:
         raise OptionError(f"{path}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # Also what tomllib raises for bytes that are not UTF-8 and for numbers of 5,000 digits.
         raise OptionError(f"{path} is no TOML file: {_describe_toml_error(error, text)}") from None
 
 
-def _describe_toml_error(error: ValueError, text: str) -> str:
+def _describe_toml_error(error: Exception, text: str) -> str:
     """Return tomllib's message, or, for a duplicate key, a message with the name of the key."""
     found = re.match(r"Cannot overwrite a value \(at (?:line ([0-9]+)|end)", str(error))
     if not found:
@@ -69,7 +70,8 @@ def read_text(
 
     Raises:
         OptionError: The text or the overrides have errors.
-        tomllib.TOMLDecodeError: The text is not valid TOML.
+        ValueError: The text is not valid TOML.
+        RecursionError: The text has hundreds of nested arrays or tables.
     """
     values = tomllib.loads(text)
     overridden: list[toml_lines.Path] = []
@@ -150,7 +152,7 @@ def _apply(values: dict[str, Any], override: str) -> toml_lines.Path:
         raise OptionError(f"{override!r}: use key=value, such as stage.head.lr=0.01")
     try:
         value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     table: Any = values
     path: toml_lines.Path = ()

@@ -230,7 +230,8 @@ def read_split(
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             for row in csv.DictReader(file):
                 parts[row["fold"]].append(Sample(root / row["path"], index[row["label"]]))
-    except (OSError, KeyError, csv.Error) as error:
+    except (OSError, KeyError, TypeError, csv.Error) as error:
+        # TypeError: a row has fewer fields than the first line names.
         raise DataError(f"{path} can't be read: {error}") from error
     for part in needed:
         missing = [sample for sample in parts[part] if not os.path.isfile(sample.path)]

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import torch
 import torchvision
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -178,6 +178,4 @@ def read_info(path: Path) -> CheckpointInfo:
 _DAMAGED: Final = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OptionError),
 )
-_INFO: Final = TypeAdapter(
-    CheckpointInfo, config=ConfigDict(arbitrary_types_allowed=True, extra="forbid")
-)
+_INFO: Final = TypeAdapter(CheckpointInfo)

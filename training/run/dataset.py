@@ -30,9 +30,18 @@ def load_run_dataset(run: Path, data: Path | None = None, part: str = "valid") -
         raise DataError(f"--data {data}: no such folder")
     path = checkpoint.weights_path(run)
     info = checkpoint.read_info(path.with_suffix(".json"))
-    root = (data or Path(str(info.data["root"]))).resolve()
+    stated = info.data.get("root")
+    try:
+        if data is None and not isinstance(stated, str):
+            raise ValueError(f"data.root = {stated!r:.80}")
+        root = (data or Path(str(stated))).resolve()
+        found = root.is_dir()
+    except (OSError, ValueError) as error:  # also a name that is too long, or has a NUL
+        raise DataError(
+            f"{path.with_suffix('.json')} has no folder of photos; say where with --data"
+        ) from error
     source = str(info.data.get("source", root))
-    if data is None and not root.is_dir():
+    if data is None and not found:
         if source == SAMPLE:
             root = sample.cached_sample()
         elif source in torchvision_sets.NAMES:

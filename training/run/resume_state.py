@@ -213,4 +213,7 @@ def load_optimizer_state(optimizer: optim.Optimizer, tensors: Tensors) -> None:
         same_shape = value.shape == parameter.shape
         own = torch.empty_like(parameter).copy_(value) if same_shape else value
         entries.setdefault(int(number), {})[name] = own
-    optimizer.load_state_dict({**values, "state": entries})
+    try:
+        optimizer.load_state_dict({**values, "state": entries})
+    except (LookupError, ValueError, TypeError, RuntimeError) as error:
+        raise DataError(f"{STATE_FILE} has no optimizer state of this run: {error}") from error

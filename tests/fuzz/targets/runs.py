@@ -110,7 +110,7 @@ def tensors_change(rng: random.Random, data: bytes) -> bytes:
     text, body = found
     try:
         header = json.loads(text)
-        position = header["__metadata__"]["position"]
+        position = str(header["__metadata__"]["position"])
     except (ValueError, KeyError, TypeError, RecursionError):
         position = None
     if position is not None and rng.random() < 0.6:
@@ -146,6 +146,8 @@ _POSITION = (*_STATE, *_EPOCH)
 
 
 def state_seeds() -> Iterator[bytes]:
+    import torch
+
     tensor = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     for names in (["model/a"], ["model/a", "optimizer/0.exp_avg"], ["ema/a"], []):
         header: dict[str, Any] = {
@@ -155,7 +157,10 @@ def state_seeds() -> Iterator[bytes]:
         yield _safetensors(header, bytes(8 * len(names)))
     short = {"__metadata__": {"schema": "1", "position": json.dumps({**_STATE, "history": []})}}
     generator = {"dtype": "U8", "shape": [5056], "data_offsets": [0, 5056]}
-    yield _safetensors({**short, "random/cpu": generator}, bytes(5056))
+    yield _safetensors({**short, "random/cpu": generator}, torch.get_rng_state().numpy().tobytes())
+
+
+_optimizer: Any = None
 
 
 def prepare_torch() -> None:
@@ -166,8 +171,14 @@ def prepare_torch() -> None:
 
 
 def prepare_state() -> None:
+    global _optimizer
     prepare_torch()
+    import torch
+
     from training.run import resume_state  # noqa: F401
+
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    _optimizer = torch.optim.Adam(parameters)  # the first one of a process imports the compiler
 
 
 def check_state(data: bytes) -> None:
@@ -182,11 +193,9 @@ def check_state(data: bytes) -> None:
         raise AssertionError("there is a state")
     position, tensors = found
     position.losses("head")
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.Adam([parameter])
     if not isinstance(position.stage + position.epoch + position.processes, int):
         raise AssertionError(f"{position}")
-    del tensors, optimizer
+    resume_state.load_optimizer_state(_optimizer, tensors.optimizer)
 
 
 _INFO = {
@@ -202,7 +211,7 @@ _INFO = {
         "background": [255, 255, 255],
     },
     "arch_args": {},
-    "head": {"dropout": [0.1]},
+    "head": {"dropout": [0.1, 0.2]},
     "seed": 0,
     "data": {"source": "photos", "root": "photos", "fingerprint": "0", "train": 2, "valid": 2},
     "metrics": {"accuracy": 0.5, "loss": 0.7, "stage": "head", "epoch": 1},
@@ -214,7 +223,7 @@ _INFO = {
 def checkpoint_seeds() -> Iterator[bytes]:
     tensor = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     head = _safetensors({"a": tensor, "__metadata__": {"format": "pt"}}, bytes(8))
-    for info in (_INFO, {**_INFO, "head": {}, "arch_args": {"dropout": 0.1}}):
+    for info in (_INFO, {**_INFO, "head": {"kind": "linear"}}):
         yield mutators.join_files({"a.json": json.dumps(info).encode(), "a.safetensors": head})
 
 

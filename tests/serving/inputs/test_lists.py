@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from serving.errors import DataError, RequestError
-from serving.inputs import sources
+from serving.inputs import lists, sources
 
 LATIN = os.fsdecode(b"latin-\xff.jpg")
 
@@ -253,3 +253,11 @@ def test_a_first_nul_that_arrives_late_on_a_pipe_still_separates_the_paths() -> 
 def test_the_table_of_scores_is_a_list(folder: Path) -> None:
     write("scores.csv", f'path,status,top_k\n{LATIN},ok,"[[""a"", 1]]"\nb.jpg,error,\n')
     assert found("scores.csv") == [LATIN, "b.jpg"]
+
+
+def test_a_name_that_no_file_can_have_counts_as_a_row_without_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "list.jsonl"
+    path.write_text('{"path": "\\ud800.jpg"}\n{"path": "\\udcff.jpg"}\n')
+    notes: list[str] = []
+    assert list(lists.read_column(str(path), "path", notes.append)) == ["\udcff.jpg"]
+    assert notes == [f"{path}: rows without a path in path are left out: 1, the first is 1"]

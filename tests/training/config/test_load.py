@@ -272,3 +272,15 @@ def test_every_option_has_a_nearest_name(recipe):
 def test_options_that_contradict_each_other_are_refused(recipe, override, message):
     with pytest.raises(OptionError, match=message):
         load.read(recipe, [override])
+
+
+@pytest.mark.parametrize("text", ["a = " + "9" * 5000, "a = " + "[" * 5000, "a = " + "{a=" * 2000])
+def test_a_text_that_no_parser_takes_is_no_toml(recipe, text):
+    recipe.write_text(text)
+    with pytest.raises(OptionError, match="is no TOML file: "):
+        load.read(recipe)
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "[" * 5000])
+def test_an_override_that_no_parser_takes_is_a_text(recipe, text):
+    assert load.read(recipe, [f"weights={text}"]).weights == text
