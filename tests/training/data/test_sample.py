@@ -53,20 +53,25 @@ def read(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.jpg")}
 
 
-def test_equal_seeds_write_equal_photos_and_other_seeds_different_ones(tmp_path: Path) -> None:
-    first = read(sample.write_sample(tmp_path / "a", per_class=3, size=48))
-    assert set(first) == {f"{c}/{i:04d}.jpg" for c in sample.CLASSES for i in range(3)}
-    assert len(set(first.values())) == len(first)
-    assert read(sample.write_sample(tmp_path / "b", per_class=3, size=48)) == first
-    other = read(sample.write_sample(tmp_path / "c", per_class=3, size=48, seed=1))
-    assert not set(first.values()) & set(other.values())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
+@pytest.fixture(scope="module")
+def twenty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of two pictures of each class."""
+    folder = tmp_path_factory.mktemp("sample") / "set"
+    return read(sample.write_sample(folder, per_class=2, size=48))
 
 
-def test_a_picture_does_not_depend_on_how_many_are_written(tmp_path: Path) -> None:
-    few = read(sample.write_sample(tmp_path / "few", per_class=1, size=48))
-    many = read(sample.write_sample(tmp_path / "many", per_class=2, size=48))
-    assert few.items() <= many.items()
+def test_equal_seeds_write_equal_photos_and_other_seeds_different_ones(
+    tmp_path: Path, twenty: dict[str, bytes]
+) -> None:
+    assert set(twenty) == {f"{c}/{i:04d}.jpg" for c in sample.CLASSES for i in range(2)}
+    assert len(set(twenty.values())) == len(twenty)
+    # A picture does not depend on how many are written.
+    first = read(sample.write_sample(tmp_path / "a", per_class=1, size=48))
+    assert first == {name: twenty[name] for name in twenty if name.endswith("0000.jpg")}
+    other = read(sample.write_sample(tmp_path / "b", per_class=1, size=48, seed=1))
+    assert first.keys() == other.keys()
+    assert not set(twenty.values()) & set(other.values())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_an_interrupted_write_leaves_no_files(
@@ -182,8 +187,8 @@ def test_the_contact_sheet_has_one_row_per_class() -> None:
 
 @pytest.fixture(scope="module")
 def pictures() -> tuple[list[Image.Image], NDArray[np.int64]]:
-    """40 pictures of each class and their labels [400]."""
-    count = 40
+    """12 pictures of each class and their labels [120]."""
+    count = 12
     painted = [
         sample.paint(label, np.random.default_rng([7, row, index]), 64)
         for row, label in enumerate(sample.CLASSES)
@@ -205,18 +210,18 @@ def thumbnail(image: Image.Image) -> Features:
 
 
 def linear_accuracy(features: Features, labels: NDArray[np.int64]) -> tuple[float, float]:
-    """(train, validation) accuracy of a logistic regression; every fourth picture is validation."""
+    """(train, validation) accuracy of a logistic regression, the mean of four folds."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_validate
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    valid = np.arange(len(labels)) % 4 == 0
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=500))
-    model.fit(features[~valid], labels[~valid])
-    fitted = model.score(features[~valid], labels[~valid])
-    return float(fitted), float(model.score(features[valid], labels[valid]))
+    found = cross_validate(model, features, labels, cv=4, return_train_score=True)
+    return float(found["train_score"].mean()), float(found["test_score"].mean())
 
 
+@pytest.mark.process  # painting takes 30 ms a picture
 @pytest.mark.parametrize("describe", [histogram, thumbnail])
 def test_a_linear_model_can_not_separate_the_classes(
     pictures: tuple[list[Image.Image], NDArray[np.int64]], describe: object
@@ -225,4 +230,5 @@ def test_a_linear_model_can_not_separate_the_classes(
     images, labels = pictures
     fitted, valid = linear_accuracy(np.stack([describe(image) for image in images]), labels)
     assert fitted > 0.6, "the regression must fit, else the validation accuracy means nothing"
-    assert CHANCE < valid < 0.5  # documented: below 0.6
+    # Documented: below 0.6. With 12 pictures of each class, a tint of each class gives 0.4.
+    assert CHANCE < valid < 0.35
