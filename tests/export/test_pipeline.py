@@ -13,59 +13,23 @@ import pytest
 import torch
 
 from export import benchmark, calibration, parity, pipeline, publish
-from export.writers import torchscript
+from export.writers.formats import FORMATS, TORCHSCRIPT
 from serving.bundle import storage
 from serving.errors import BundleError, DataError, GateError, OptionError, WorkError
 from serving.inference.load import open_predictor, verify
+from tests.export.conftest import contents, export, rates
 from training.models.classifier import normalise
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs/manifest.schema.json").read_text())
 
 
-def export(run, out, *, log=lambda line: None, data=None, **options):
-    export_options = pipeline.ExportOptions(**{"precision": "fp32"} | options)
-    return pipeline.export(run.folder, out, export_options, data=data, log=log)
-
-
-def contents(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-@pytest.fixture(scope="module")
-def exported(shared_run, tmp_path_factory):
-    """A bundle, its manifest and the log lines; tests must not change the bundle."""
-    lines = []
-    out = tmp_path_factory.mktemp("exported") / "bundle"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "measure", rates)
-        manifest = export(shared_run, out, log=lines.append)
-    return out, manifest, lines
-
-
 @pytest.fixture(autouse=True)
 def same_speed(monkeypatch):
-    """Replace the timings, which differ from run to run; int8 is twice as fast."""
     monkeypatch.setattr(benchmark, "measure", rates)
 
 
-def rates(graphs, preprocess, photos=(), device="cpu"):
-    settings = [
-        benchmark.ThreadSetting(1, 1, 1),
-        benchmark.ThreadSetting(1, 1, 8),
-        benchmark.ThreadSetting(1, 2, 1),
-    ]
-    return {
-        name: {setting: 100.0 * (1 + (name != "fp32")) + setting.batch for setting in settings}
-        for name in graphs
-    }
-
-
 @pytest.fixture
-def out(exported, tmp_path, cached_onnx_export):
+def out(exported, tmp_path, recorded_exporters):
     """A copy of the bundle of `exported`, which the test may change."""
     return shutil.copytree(exported[0], tmp_path / "bundle")
 
@@ -86,21 +50,21 @@ def test_the_bundle_reads_back_and_answers_as_the_checkpoint(exported, shared_ru
     assert manifest.precisions["fp32"]["accuracy"] == right.mean()
 
 
-def test_the_manifest_describes_the_export(exported, shared_run):
-    out, manifest, lines = exported
+def test_the_manifest_describes_the_export(exported_in_all_formats, shared_run):
+    out, manifest, lines = exported_in_all_formats
     assert (manifest.name, manifest.arch) == ("tiny", "mobilenet_v2")
     assert manifest.labels == shared_run.classes
     assert manifest.parity["photos"] == len(shared_run.dataset.valid)
     assert set(manifest.parity["graphs"]) == {"onnx", "torchscript", "torch.export"}
     jsonschema.validate(json.loads((out / "manifest.json").read_text()), SCHEMA)
-    assert manifest.batchnorm == {"before": 54, "folded": 54, "left": {}}
+    assert manifest.batchnorm == {"before": 9, "folded": 9, "left": {}}
     assert manifest.tuning["cpu"]["max_batch"] == 1
     for name in ("fp16", "int8"):
         assert manifest.tried[name] == {"kept": False, "why_not": "not tried: --precision fp32"}
     assert manifest.thresholds["confident"] is None
     assert manifest.calibration["temperature"] == manifest.temperature != 1
     assert [row["views"] for row in manifest.tta["views"]] == [*range(2, len(manifest.views) + 1)]
-    for words in ("calibrated on 12 held-out photos: temperature", "views: "):
+    for words in ("calibrated on 21 held-out photos: temperature", "views: "):
         assert any(line.startswith(words) for line in lines)
     assert len(manifest.golden) == 3
     assert manifest.provenance["seed"] == 7
@@ -110,7 +74,7 @@ def test_the_manifest_describes_the_export(exported, shared_run):
         text = path.read_text()
         assert str(shared_run.photos.parent) not in text
         assert os.uname().nodename not in text
-    assert any("54 of 54" in line for line in lines)
+    assert any("9 of 9" in line for line in lines)
     assert manifest.version in lines[-1]
 
 
@@ -139,23 +103,25 @@ def test_the_model_card_has_the_accuracy_of_each_class(exported, shared_run):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # deprecated
-def test_the_torchscript_graph_is_served_on_request(exported, out, shared_run):
-    onnx = open_predictor(exported[0], device="cpu")
-    script = open_predictor(exported[0], device="cpu", kind="torchscript")
+def test_the_torchscript_graph_is_served_on_request(exported_in_all_formats, tmp_path, shared_run):
+    exported, manifest, _ = exported_in_all_formats
+    onnx = open_predictor(exported, device="cpu")
+    script = open_predictor(exported, device="cpu", kind="torchscript")
     assert (script.runtime.provider, script.precision) == ("torchscript-cpu", "fp32")
     assert script.cap == 1
     sample = shared_run.dataset.valid[0].path.read_bytes()
     answers = [one.predict([one.prepare(sample)])[0].probabilities for one in (onnx, script)]
     assert np.abs(answers[0] - answers[1]).max() <= 1e-4
     with pytest.raises(OptionError, match="TorchScript runs on cpu or cuda"):
-        open_predictor(exported[0], device="tensorrt", kind="torchscript")
-    (out / exported[1].version / "model.ts").write_bytes(b"code")
+        open_predictor(exported, device="tensorrt", kind="torchscript")
+    out = shutil.copytree(exported, tmp_path / "bundle")
+    (out / manifest.version / "model.ts").write_bytes(b"code")
     with pytest.raises(BundleError, match=r"model\.ts was changed"):
         open_predictor(out, device="cpu", kind="torchscript")
 
 
 def test_the_confidence_threshold_reaches_its_target(
-    shared_run, exported, tmp_path, cached_onnx_export
+    shared_run, exported, tmp_path, recorded_exporters
 ):
     target = calibration.ConfidenceTarget.parse("coverage=0.5")
     lines = []
@@ -169,7 +135,7 @@ def test_the_confidence_threshold_reaches_its_target(
     predictor = open_predictor(out, device="cpu")
     photos = [predictor.prepare(s.path.read_bytes()) for s in shared_run.dataset.valid]
     answers = [predictor.answer(answer)["confident"] for answer in predictor.predict(photos)]
-    assert sum(answers) == chosen["coverage"] * len(photos) == 6
+    assert sum(answers) == chosen["coverage"] * len(photos) == 11  # of 21
 
 
 def test_golden_images_are_verified_without_the_checkpoint(exported):
@@ -177,10 +143,29 @@ def test_golden_images_are_verified_without_the_checkpoint(exported):
     assert "3 golden images" in line
 
 
-def test_exporting_twice_gives_the_same_version_and_the_same_bytes(exported, shared_run, tmp_path):
-    out, manifest, _ = exported
-    assert export(shared_run, tmp_path / "other") == manifest
+def test_exporting_twice_gives_the_same_version_and_the_same_bytes(
+    exported_in_all_formats, shared_run, tmp_path, recorded_exporters
+):
+    out, manifest, _ = exported_in_all_formats
+    assert export(shared_run, tmp_path / "other", formats=FORMATS) == manifest
     assert contents(tmp_path / "other") == contents(out)
+
+
+@pytest.mark.process
+def test_a_whole_export_twice_gives_the_same_version_and_the_same_bytes(shared_run, tmp_path):
+    """With the search for int8, and nothing that another test has recorded."""
+    options = {"precision": "auto", "accuracy_budget": 90, "formats": FORMATS}
+    first, second = (export(shared_run, tmp_path / name, **options) for name in "ab")
+    assert first == second
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert {"model.onnx", "model.int8.onnx", "model.ts", "model.pt2"} < first.files.keys()
+
+
+def test_a_format_that_is_not_asked_for_is_not_written(exported):
+    out, manifest, _ = exported
+    assert (manifest.torchscript, manifest.torch_export) == (None, None)
+    assert set(manifest.parity["graphs"]) == {"onnx"}
+    assert not [name for name in contents(out) if name.endswith((".ts", ".pt2"))]
 
 
 def test_the_same_version_again_keeps_its_payload(shared_run, exported, out):
@@ -199,27 +184,29 @@ def test_a_damaged_bundle_is_replaced(shared_run, exported, out):
     assert contents(out) == contents(exported[0])
 
 
-def test_an_export_deletes_all_versions_but_the_last_two(run, exported, out):
+def other_version(run, out, coverage):
+    """A version with the same graph and a threshold."""
+    target = calibration.ConfidenceTarget.parse(f"coverage={coverage}")
+    return export(run, out, confident=target)
+
+
+def test_an_export_deletes_all_versions_but_the_last_two(shared_run, exported, out):
     versions = [exported[1].version]
-    for _ in range(2):
-        with torch.no_grad():
-            run.classifier.head[-1].bias.add_(torch.tensor([0.1, 0, 0]))
-        run.save()
-        versions.append(export(run, out).version)
+    for coverage in (0.3, 0.6):
+        versions.append(other_version(shared_run, out, coverage).version)
         storage.read(out)
         folders = {path.name for path in out.iterdir() if path.is_dir()}
         assert folders == set(versions[-2:])
     assert len(set(versions)) == 3
 
 
-def test_concurrent_exports_are_published_one_after_the_other(run, out, tmp_path, monkeypatch):
+def test_concurrent_exports_are_published_one_after_the_other(
+    shared_run, out, tmp_path, monkeypatch
+):
     made = []
-    for number in range(2):
-        with torch.no_grad():
-            run.classifier.head[-1].bias.add_(torch.tensor([0.1, 0, 0]))
-        run.save()
-        manifest = export(run, tmp_path / f"{number}")
-        made.append((tmp_path / f"{number}" / manifest.version, manifest))
+    for coverage in (0.3, 0.6):
+        manifest = other_version(shared_run, tmp_path / f"{coverage}", coverage)
+        made.append((tmp_path / f"{coverage}" / manifest.version, manifest))
     publish_manifest, started, other = storage.publish, threading.Event(), []
 
     def meanwhile(*args):
@@ -228,7 +215,7 @@ def test_concurrent_exports_are_published_one_after_the_other(run, out, tmp_path
             started.set()
             other.append(threading.Thread(target=publish.publish, args=(*made[1], out)))
             other[0].start()
-            other[0].join(3)  # without the lock it would have finished
+            other[0].join(1)  # without the lock it would have finished
         publish_manifest(*args)
 
     monkeypatch.setattr(storage, "publish", meanwhile)
@@ -251,16 +238,15 @@ def with_wrong_weight(write):
     return wrapper
 
 
-def test_a_wrong_graph_fails_the_parity_gate(run, exported, out, tmp_path, monkeypatch):
-    write = torchscript.write
-    monkeypatch.setattr(torchscript, "write", with_wrong_weight(write))
+def test_a_wrong_graph_fails_the_parity_gate(shared_run, exported, out, tmp_path):
+    wrong = [TORCHSCRIPT._replace(write=with_wrong_weight(TORCHSCRIPT.write))]
     before = contents(out)
     with pytest.raises(GateError, match=r"torchscript .*\.jpg is off by 0\.0"):
-        export(run, out)
+        export(shared_run, out, formats=wrong)
     assert contents(out) == before
     assert {path.name for path in out.iterdir()} == {path.name for path in exported[0].iterdir()}
     with pytest.raises(GateError):
-        export(run, tmp_path / "new")
+        export(shared_run, tmp_path / "new", formats=wrong)
     assert not (tmp_path / "new").exists()
 
 
@@ -300,7 +286,7 @@ def test_weights_that_are_not_finite_are_named(run, tmp_path):
         export(run, tmp_path / "bundle")
 
 
-def test_unusable_arguments_are_one_line_and_write_nothing(run, tmp_path, cached_onnx_export):
+def test_unusable_arguments_are_one_line_and_write_nothing(run, tmp_path, recorded_exporters):
     out = tmp_path / "bundle"
     with pytest.raises(DataError, match="fledge train"):
         pipeline.export(tmp_path / "nothing", out)
@@ -328,7 +314,7 @@ def test_an_output_that_is_no_bundle_is_refused(run, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["manifest.json"]
 
 
-def test_an_unreadable_photo_is_skipped(run, tmp_path, monkeypatch, cached_onnx_export):
+def test_an_unreadable_photo_is_skipped(run, tmp_path, monkeypatch, recorded_exporters):
     monkeypatch.setattr(parity, "MAX_UNREADABLE_SHARE", 0.5)
     run.dataset.valid[0].path.write_bytes(b"no photo")
     manifest = export(run, tmp_path / "bundle")

@@ -7,21 +7,13 @@ import shutil
 import pytest
 
 import fledge
-from export import benchmark, pipeline
 from serving.bundle import storage
 
 
-@pytest.fixture(scope="module")
-def exported(shared_run, tmp_path_factory):
-    """An exported bundle; tests change copies of it."""
-    out = tmp_path_factory.mktemp("tampering") / "bundle"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "measure", lambda graphs, *_: {})
-        patch.setattr(benchmark, "advice", lambda *_: {})
-        pipeline.export(
-            shared_run.folder, out, pipeline.ExportOptions(precision="fp32"), log=lambda line: None
-        )
-    return out
+@pytest.fixture
+def folder(exported_in_all_formats, tmp_path):
+    """A copy of an exported bundle."""
+    return shutil.copytree(exported_in_all_formats.out, tmp_path / "bundle")
 
 
 @pytest.fixture
@@ -40,8 +32,7 @@ def refused(capsys):
     return run
 
 
-def test_a_changed_byte_in_any_file_is_refused_naming_the_file(exported, tmp_path, refused):
-    folder = shutil.copytree(exported, tmp_path / "bundle")
+def test_a_changed_byte_in_any_file_is_refused_naming_the_file(folder, refused):
     files = [path for path in folder.rglob("*") if path.is_file()]
     kinds = {".onnx", ".ts", ".pt2", ".jpg", ".md", ".json", ".sha256"}
     assert {path.suffix for path in files} == kinds
@@ -69,9 +60,8 @@ def halve_temperature(values):
 @pytest.mark.parametrize("new_checksum", [False, True], ids=["old checksum", "new checksum"])
 @pytest.mark.parametrize("change", [swap_labels, remove_view, halve_temperature])
 def test_a_changed_manifest_is_refused_with_its_old_and_with_a_new_checksum(
-    exported, tmp_path, refused, change, new_checksum
+    folder, refused, change, new_checksum
 ):
-    folder = shutil.copytree(exported, tmp_path / "bundle")
     path = folder / storage.MANIFEST
     values = json.loads(path.read_text())
     change(values)

@@ -15,8 +15,7 @@ from export.graph import assemble
 from serving.errors import DataError, OptionError
 from serving.imaging.preprocess import Preprocess
 from serving.inference.load import open_predictor
-from tests.export.conftest import pixels
-from tests.export.test_pipeline import rates
+from tests.export.conftest import pixels, rates
 from tests.support.random_batchnorms import randomise_batchnorms
 from training.models.classifier import normalise
 

@@ -10,24 +10,19 @@ from export.precision import fp16, int8, select
 from serving.bundle import storage
 from serving.inference.load import open_predictor, verify
 from serving.inference.runtime import OnnxRuntime
-from tests.export.conftest import Run, pixels
-from tests.export.test_pipeline import export, rates
+from tests.export.conftest import export, pixels, rates
 
 
 @pytest.fixture(scope="module")
-def larger_run(tmp_path_factory):
-    return Run(tmp_path_factory.mktemp("larger"), per_class=14)
-
-
-@pytest.fixture(scope="module")
-def exported(larger_run, tmp_path_factory):
+def exported(shared_run, recorded, tmp_path_factory):
     """A bundle with fp16, compared on the CPU in place of a GPU, and the log lines."""
     out, lines = tmp_path_factory.mktemp("half") / "bundle", []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "measure", rates)
+        recorded.patch(patch)
         kind = select.KINDS["fp16"]._replace(device="cpu")
         patch.setattr(select, "KINDS", {"fp16": kind})
-        export(larger_run, out, precision="fp16", accuracy_budget=50, log=lines.append)
+        export(shared_run, out, precision="fp16", accuracy_budget=50, log=lines.append)
     return out, lines
 
 

@@ -1,4 +1,4 @@
-"""ONNX and TorchScript files: graph contract, equal bytes, no data about this machine."""
+"""Files of all formats: graph contract, equal bytes, no data about this machine."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import torch
 from export import graph
 from export.torchvision_checkpoint import WholeNetwork
 from export.writers import onnx as writer
-from export.writers import torchscript
+from export.writers import torch_export, torchscript
 from serving.errors import WorkError
 from serving.imaging.preprocess import Preprocess
 from serving.inference.runtime import OnnxRuntime
@@ -25,17 +25,20 @@ LABELS = ("blau", "grün", "rot")
 
 
 @pytest.fixture(scope="module")
-def files(shared_run, tmp_path_factory):
-    """The ONNX and the TorchScript file, each written twice."""
+def files(shared_run, recorded, tmp_path_factory):
+    """The file of each format, written twice; once with a recorded translation to ONNX."""
     folder = tmp_path_factory.mktemp("graphs")
     written = []
     for number in range(2):
         assembled, _ = graph.assemble(shared_run.classifier, shared_run.preprocess)
         facts = {"name": "tiny", "labels": LABELS, "preprocess": shared_run.preprocess}
-        pair = folder / f"{number}.onnx", folder / f"{number}.ts"
-        writer.write(assembled, pair[0], **facts)
-        torchscript.write(assembled, pair[1], **facts)
-        written.append(pair)
+        paths = [folder / f"{number}.{suffix}" for suffix in ("onnx", "ts", "pt2")]
+        with pytest.MonkeyPatch.context() as patch:
+            if number == 0:
+                recorded.patch(patch)
+            for one, path in zip((writer, torchscript, torch_export), paths, strict=True):
+                one.write(assembled, path, **facts)
+        written.append(paths)
     return written
 
 
@@ -47,7 +50,7 @@ def test_the_same_graph_gives_the_same_bytes(files):
 def test_the_files_have_no_paths_or_stack_traces(files):
     for path in files[0]:
         data = path.read_bytes()
-        if path.suffix == ".ts":
+        if path.suffix != ".onnx":
             with zipfile.ZipFile(path) as archive:
                 data = b"".join(archive.read(name) for name in archive.namelist())
                 assert not [name for name in archive.namelist() if "debug" in name]
@@ -57,13 +60,13 @@ def test_the_files_have_no_paths_or_stack_traces(files):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
-def test_onnx_and_torchscript_give_the_checkpoint_s_outputs_at_any_batch_size(
-    files, batch, shared_run
-):
+def test_the_files_give_the_checkpoint_s_outputs_at_any_batch_size(files, batch, shared_run):
     x = pixels(batch, 32).numpy()
     checkpoint = graph.CheckpointRuntime(shared_run.classifier, shared_run.preprocess)
     expected = checkpoint.run(x)
-    for engine in (OnnxRuntime(files[0][0], device="cpu"), TorchScriptRuntime(files[0][1])):
+    onnx_file, script, program = files[1]
+    engines = [OnnxRuntime(onnx_file, device="cpu"), TorchScriptRuntime(script)]
+    for engine in (*engines, torch_export.ExportedRuntime(program)):
         for one, other in zip(expected, engine.run(x), strict=True):
             assert (one.shape, one.dtype) == (other.shape, other.dtype)
             assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
@@ -157,7 +160,7 @@ def test_an_operator_without_a_translation_is_named_with_its_module(tmp_path, la
 
 
 def test_a_network_too_large_for_the_file_is_refused_before_the_export(
-    shared_run, tmp_path, monkeypatch
+    shared_run, tmp_path, monkeypatch, recorded_exporters
 ):
     assembled, _ = graph.assemble(shared_run.classifier, shared_run.preprocess)
     weights = sum(one.numel() * 4 for one in assembled.state_dict().values())
@@ -165,7 +168,7 @@ def test_a_network_too_large_for_the_file_is_refused_before_the_export(
     monkeypatch.setattr(writer, "_MAX_BYTES", weights)
     writer.write(assembled, tmp_path / "model.onnx", **facts)
     monkeypatch.setattr(writer, "_MAX_BYTES", weights - 1)
-    monkeypatch.setattr(writer.torch.onnx, "export", None)
+    monkeypatch.setattr(writer, "_translate", None)
     with pytest.raises(WorkError, match=r"its weights take 0\.0 GB, and a file holds 0\.0"):
         writer.write(assembled, tmp_path / "model.onnx", **facts)
 
