@@ -6,13 +6,16 @@ import torch
 import torchvision
 from PIL import Image
 
+# [expansion, channels, repeats, stride]: MobileNetV2 with 5 blocks in place of 17, one of them a
+# residual block, and with the five layer groups 0..1, 2, 3..4, 5..6 and the head.
+BLOCKS = [[1, 16, 1, 1], [6, 24, 1, 2], [6, 32, 2, 2], [6, 64, 1, 2]]
 RECIPE = """
 name = "tiny"
 arch = "mobilenet_v2"
 weights = "none"
 batch_size = 8
 precision = "fp32"
-arch_args = {{ width_mult = 0.25 }}
+arch_args = {{ width_mult = 0.25, inverted_residual_setting = {blocks} }}
 preprocess = {{ size = 32, crop = 1.0 }}
 head = {{ hidden = 16, dropout = 0.1 }}
 {stages}
@@ -30,6 +33,16 @@ unfreeze = 1
 lr = 0.01
 cycle_len = 3
 """
+
+
+def recipe_text(stages):
+    """A recipe for the small network."""
+    return RECIPE.format(stages=stages, blocks=BLOCKS)
+
+
+def small_network():
+    """The network of the recipe as torchvision builds it, with random weights."""
+    return torchvision.models.mobilenet_v2(width_mult=0.25, inverted_residual_setting=BLOCKS)
 
 
 def coloured(root, counts, side=40):
@@ -56,7 +69,7 @@ def recipe(tmp_path):
 
     def write(stages=SHORT):
         path = tmp_path / "tiny.toml"
-        path.write_text(RECIPE.format(stages=stages))
+        path.write_text(recipe_text(stages))
         return path
 
     return write
@@ -67,7 +80,7 @@ def weights(tmp_path):
     """A file of pretrained weights for the recipe's network."""
     torch.manual_seed(0)
     path = tmp_path / "w.pth"
-    torch.save(torchvision.models.mobilenet_v2(width_mult=0.25).state_dict(), path)
+    torch.save(small_network().state_dict(), path)
     return path
 
 

@@ -67,7 +67,7 @@ def build(arch: str, arch_args: Mapping[str, Any], pretrained: str = "none") -> 
     if pretrained != "none":
         state = weights.read_state_dict(arch, pretrained, family.image_size(arch_args))
         weights.load_into_body(body, network, state, family, arch, pretrained)
-    return _split_groups(body, family, arch_args)
+    return _split_groups(body, arch, arch_args, family)
 
 
 def build_on_meta(arch: str, arch_args: Mapping[str, Any]) -> Backbone:
@@ -84,7 +84,7 @@ def build_on_meta(arch: str, arch_args: Mapping[str, Any]) -> Backbone:
     with _ShapesOnly():
         network = _network(arch, arch_args, family)
     body = _body(network, arch, arch_args, family).to("meta")
-    return _split_groups(body, family, arch_args)
+    return _split_groups(body, arch, arch_args, family)
 
 
 def check_size(
@@ -110,8 +110,12 @@ def check_size(
             change += f": {family.sizes}" if family.sizes else ""
             raise OptionError(f"{wrong}use {default_size} ({change})")
         return
+    known = arch, repr(arch_args), size
+    if known in _FITTING_SIZES:
+        return
     body = build_on_meta(arch, arch_args).body
     if _supports_size(body, size):
+        _FITTING_SIZES.add(known)
         return
     low, high = size, default_size
     while high - low > 1:
@@ -171,6 +175,7 @@ _SAME_SHAPE: Final = {
     nn.functional.layer_norm,
     nn.functional.relu,
     nn.functional.relu6,
+    nn.functional.hardtanh,  # of nn.ReLU6; its meta implementation is slow
     nn.functional.silu,
     nn.functional.gelu,
     nn.functional.hardswish,
@@ -223,6 +228,13 @@ _NO_EFFECT: Final = {
 """Builder options without effect on a body -> remedy in the error message."""
 
 
+_GROUPS_AND_WIDTH: Final[dict[tuple[str, str], tuple[tuple[int, ...], int]]] = {}
+"""(architecture, text of its options) -> layer groups and output width."""
+
+_FITTING_SIZES: Final[set[tuple[str, str, int]]] = set()
+"""(architecture, text of its options, image size) of all sizes that were found to be supported."""
+
+
 def _supports_size(body: nn.Sequential, size: int) -> bool:
     try:
         return all(0 not in x.shape for x in meta_outputs(body, size))
@@ -230,8 +242,16 @@ def _supports_size(body: nn.Sequential, size: int) -> bool:
         return False
 
 
-def _split_groups(body: nn.Sequential, family: Family, arch_args: Mapping[str, Any]) -> Backbone:
-    """Determine layer groups and output width by a forward pass on the meta device."""
+def _split_groups(
+    body: nn.Sequential, arch: str, arch_args: Mapping[str, Any], family: Family
+) -> Backbone:
+    """Determine layer groups and output width by a forward pass on the meta device.
+
+    The pass is done once for each architecture and set of options.
+    """
+    key = arch, repr(arch_args)
+    if key in _GROUPS_AND_WIDTH:
+        return Backbone(body, *_GROUPS_AND_WIDTH[key], family.pooled)
     maps = list(meta_outputs(body, family.image_size(arch_args)))
     has_parameters = [any(True for _ in child.parameters()) for child in body]
     if family.side:
@@ -247,4 +267,5 @@ def _split_groups(body: nn.Sequential, family: Family, arch_args: Mapping[str, A
     for start in starts:
         if any(has_parameters[groups[-1] : start]) and any(has_parameters[start:]):
             groups.append(start)
-    return Backbone(body, tuple(groups), maps[-1].shape[1], family.pooled)
+    _GROUPS_AND_WIDTH[key] = tuple(groups), maps[-1].shape[1]
+    return Backbone(body, *_GROUPS_AND_WIDTH[key], family.pooled)

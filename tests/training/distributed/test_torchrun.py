@@ -1,103 +1,44 @@
-"""Data-parallel training: gloo on a CPU, in processes started by torchrun."""
+"""Data-parallel training: gloo on a CPU, in two processes with the environment of torchrun."""
 
 import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 
+import fledge
 from serving.errors import DataError
 from serving.utils import progress
-from tests.training.conftest import RECIPE, coloured
+from tests.training.conftest import coloured, recipe_text, small_network
+from tests.training.distributed import worker
 from tests.training.engine.test_resume import result
+from tests.training.forked import two_processes
 from training.config import load
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from training.distributed.torchrun import STEP_TIMEOUT, init_process_group, sync_batchnorms
+from training.distributed.torchrun import init_process_group, sync_batchnorms
 from training.engine import finetune
 from training.models.classifier import create_classifier
 from training.run import checkpoint
 
-ROOT = Path(__file__).parents[3]
-
-# Runs `fledge` with a fault: a process is killed or fails; validation results are written down.
-WORKER = """
-import hashlib, json, os, signal, sys
-import fledge
-from serving.errors import WorkError
-from training.engine import epoch as trainer
-
-fault, folder = os.environ["FAULT"], os.environ["NOTES"]
-rank = os.environ["RANK"]
-train_epoch, validate, find_lr = trainer.train_epoch, trainer.validate, trainer.find_lr
-
-def note(what):
-    with open(f"{folder}/{rank}.jsonl", "a") as file:
-        file.write(json.dumps(what) + "\\n")
-
-def epoch_with_fault(classifier, stage, recipe, optimizer, feed, epoch, *rest):
-    if stage.name == "all" and epoch == 1 and fault == "fail" and rank == "1":
-        raise WorkError("rose.jpg can't be read any more: mend it")
-    if stage.name == "all" and epoch == 1 and fault == "kill":
-        step = trainer.optimizer_step
-        trainer.optimizer_step = lambda *args: (step(*args), os.kill(os.getpid(), signal.SIGKILL))
-    return train_epoch(classifier, stage, recipe, optimizer, feed, epoch, *rest)
-
-def noted_validate(classifier, *rest):
-    known = hashlib.sha256()
-    for value in classifier.state_dict().values():
-        known.update(value.contiguous().numpy().tobytes())
-    found = validate(classifier, *rest)
-    note([known.hexdigest(), *found])
-    return found
-
-def noted_find_lr(*args):
-    curve = find_lr(*args)
-    note([curve.rates, curve.losses, curve.valley])
-    return curve
-
-trainer.train_epoch = epoch_with_fault
-trainer.validate, trainer.find_lr = noted_validate, noted_find_lr
-sys.exit(fledge.main(sys.argv[1:]))
-"""
-
-
-def torchrun(*words, **env):
-    """Run a command in two processes by torchrun."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*start, *map(str, words)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
-        capture_output=True,
-        text=True,
-        timeout=STEP_TIMEOUT.total_seconds() / 2,  # shorter than the timeout of a hanging process
-        check=False,
-    )
-
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """A folder with photos, weights with trained BatchNorm statistics, and the worker script."""
+    """A folder with photos, and weights with trained BatchNorm statistics."""
     root = tmp_path_factory.mktemp("distributed")
     coloured(root / "photos", {"blue": 28, "green": 28, "red": 28})
     torch.manual_seed(0)
-    network = torchvision.models.mobilenet_v2(width_mult=0.25).train()
+    network = small_network().train()
     with torch.no_grad():
         for _ in range(20):
             network(torch.randn(16, 3, 32, 32))
     torch.save(network.state_dict(), root / "w.pth")
-    (root / "worker.py").write_text(WORKER)
     return root
 
 
 def write(setting, name, stages, *overrides):
     """(recipe file, overrides of all its runs)."""
     path = setting / f"{name}.toml"
-    path.write_text(RECIPE.format(stages=stages))
+    path.write_text(recipe_text(stages))
     return path, (f"weights={setting / 'w.pth'}", "data.valid=0.5", *overrides)
 
 
@@ -106,18 +47,31 @@ def rows(folder, name):
         return list(csv.DictReader(file))
 
 
-def stderr_lines(done):
-    """The lines on stderr."""
-    return [line for line in done.stderr.splitlines() if line]
+def run_two(folder, *words, fault=None):
+    """Run a command in two processes; returns (both ended processes, the lines of their stderr).
+
+    With a fault the command is run by `worker`, and each process has notes: see `notes`.
+    """
+    words = [str(word) for word in words]
+    if fault is None:
+        done = two_processes(folder, _command, *words)
+    else:
+        folder.mkdir()
+        done = two_processes(folder, worker.main, fault, str(folder), *words)
+    return done, [line for one in done for line in one.stderr.splitlines() if line]
 
 
-def worker(setting, folder, fault, *words):
-    """(completed process of a run with a fault, notes of each of its processes)."""
-    notes = folder.with_name(f"{folder.name}-notes")
-    notes.mkdir(exist_ok=True)
-    done = torchrun(setting / "worker.py", *words, FAULT=fault, NOTES=str(notes))
-    paths = [notes / f"{rank}.jsonl" for rank in (0, 1)]
-    return done, [path.read_text().splitlines() if path.exists() else [] for path in paths]
+def _command(*words):
+    return fledge.main(words)
+
+
+def ended_well(done):
+    assert [one.status for one in done] == [0, 0], done
+
+
+def notes(folder):
+    """The lines that each process of a run with a fault has noted."""
+    return [(folder / f"{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
 
 
 # 42 training photos in batches of 13: shards of 7 and 6 photos, and a last batch of 3, which is too
@@ -143,19 +97,19 @@ EXACT = (
 
 @pytest.fixture(scope="module")
 def equal_runs(setting):
-    """(folder of a run in one process, of the same run in two, completed process of the latter)."""
+    """(folder of a run in one process, of the same run in two, ended processes and their lines)."""
     path, overrides = write(setting, "equal_runs", EQUAL, *EXACT)
     one, two = setting / "one", setting / "two"
     request = load.read(path, overrides)
     finetune.run(request, str(setting / "photos"), out=one, device="cpu", log=lambda line: None)
     words = ("train", path, "--data", setting / "photos", "--out", two, "--device", "cpu")
-    done = torchrun("-m", "fledge", *words, *overrides)
-    assert done.returncode == 0, done.stderr
-    return one, two, done
+    done, lines = run_two(setting / "equal", *words, *overrides)
+    ended_well(done)
+    return one, two, done, lines
 
 
 def test_losses_with_two_processes_equal_those_with_one(equal_runs):
-    one, two, _ = equal_runs
+    one, two, *_ = equal_runs
     for name, columns in {
         "steps.csv": ("loss",),
         "metrics.csv": ("train_loss", "valid_loss"),
@@ -173,7 +127,7 @@ def test_losses_with_two_processes_equal_those_with_one(equal_runs):
 
 
 def test_only_one_process_writes_files_and_log_lines(equal_runs):
-    one, two, done = equal_runs
+    one, two, done, lines = equal_runs
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
     assert len(list((two / "events").iterdir())) == 1
     for name, key in (
@@ -182,11 +136,10 @@ def test_only_one_process_writes_files_and_log_lines(equal_runs):
     ):
         seen = [tuple(row[k] for k in key) for row in rows(two, name)]
         assert len(seen) == len(set(seen))
-    lines = stderr_lines(done)
-    assert len(lines) == len(set(lines)), done.stderr
+    assert len(lines) == len(set(lines)), lines
     assert sum(", 2 processes" in line for line in lines) == 1
     assert sum("next: fledge export" in line for line in lines) == 1
-    assert done.stdout == ""
+    assert [one.stdout for one in done] == ["", ""]
 
 
 MOVING = """
@@ -196,23 +149,23 @@ lr = "find"
 [[stage]]
 name = "all"
 unfreeze = "all"
-lr = 0.001
-cycle_len = 6
+lr = 0.01
+cycle_len = 8
 """
 
 
 def test_with_trained_batchnorms_two_processes_reach_the_accuracy_of_one(setting):
     """lr_find picks the same rate in all processes, and all have the same weights."""
-    network = ("arch=resnet18", "arch_args={}", "weights=none", "optimizer.kind=adamw")
-    path, overrides = write(setting, "moving", MOVING, "lr_find.steps=30", "optimizer.ema=0.5")
-    overrides += network
+    path, overrides = write(setting, "moving", MOVING, "lr_find.steps=20", "optimizer.ema=0.5")
+    overrides += ("weights=none", "optimizer.kind=adamw")
     one, two = setting / "moving-one", setting / "moving-two"
     request = load.read(path, overrides)
     finetune.run(request, str(setting / "photos"), out=one, device="cpu", log=lambda line: None)
     words = ("train", path, "--data", setting / "photos", "--out", two, "--device", "cpu")
-    done, (first, second) = worker(setting, two, "none", *words, *overrides)
-    assert done.returncode == 0, done.stderr
-    assert len(first) == 8  # one curve and seven epochs
+    done, _ = run_two(setting / "moving", *words, *overrides, fault="none")
+    ended_well(done)
+    first, second = notes(setting / "moving")
+    assert len(first) == 10  # one curve and nine epochs
     assert first == second
     picked = json.loads(first[0])[2]
     assert float(rows(two, "steps.csv")[0]["lr"].split()[-1]) == pytest.approx(picked)
@@ -249,34 +202,30 @@ def reference_run(setting):
     """(command, folder) of an uninterrupted run in two processes."""
     path, overrides = write(setting, "states", STATES, *STATE_OVERRIDES)
     words = ("train", path, "--data", setting / "photos", "--device", "cpu", *overrides)
-    done = torchrun("-m", "fledge", *words, "--out", setting / "reference_run")
-    assert done.returncode == 0, done.stderr
+    done, _ = run_two(setting / "states", *words, "--out", setting / "reference_run")
+    ended_well(done)
     return words, setting / "reference_run"
 
 
 def test_a_killed_run_is_resumed_to_the_same_bits(reference_run, setting):
     words, reference = reference_run
     folder = setting / "killed"
-    done, _ = worker(setting, folder, "kill", *words, "--out", folder)
-    assert done.returncode != 0
+    done, _ = run_two(setting / "kill", *words, "--out", folder, fault="kill")
+    assert [one.status for one in done] == [-9, -9]
     assert len(rows(folder, "metrics.csv")) == 2
-    done = torchrun("-m", "fledge", "train", "--resume", folder)
-    assert done.returncode == 0, done.stderr
-    assert sum("resuming after 2 finished epochs" in line for line in stderr_lines(done)) == 1
+    done, lines = run_two(setting / "resumed", "train", "--resume", folder)
+    ended_well(done)
+    assert sum("resuming after 2 finished epochs" in line for line in lines) == 1
     assert result(folder) == result(reference)
 
 
 def test_an_error_in_one_process_ends_the_run_with_one_message(reference_run, setting):
     words, _ = reference_run
     folder = setting / "failed"
-    done, _ = worker(setting, folder, "fail", *words, "--out", folder)
-    assert done.returncode != 0
-    ours = [
-        line
-        for line in stderr_lines(done)
-        if line.startswith(("fledge:", "stopped:", "interrupted:"))
-    ]
-    assert ours == [
+    done, lines = run_two(setting / "fail", *words, "--out", folder, fault="fail")
+    assert [one.status for one in done] == [1, 1]
+    assert done[0].stderr.splitlines() == lines[:-2]
+    assert lines[-2:] == [
         "stopped: 2 finished epochs are saved; resume with: torchrun … -m fledge train "
         f"--resume {folder}",
         "fledge: rose.jpg can't be read any more: mend it",
@@ -293,9 +242,10 @@ def test_an_error_in_one_process_ends_the_run_with_one_message(reference_run, se
 
 def test_an_error_in_all_processes_is_reported_once(setting):
     path, overrides = write(setting, "wrong", EQUAL, *EXACT)
-    words = ("-m", "fledge", "train", path, "--data", setting / "photos", *overrides)
-    done = torchrun(*words, "batch_size=3")
-    assert [line for line in stderr_lines(done) if "fledge:" in line] == [
+    words = ("train", path, "--data", setting / "photos", *overrides)
+    done, lines = run_two(setting / "both", *words, "batch_size=3")
+    assert [one.status for one in done] == [2, 2]
+    assert lines == [
         "fledge: batch_size = 3: it is split among 2 processes, with at least 2 photos each: use 4 "
         "or more, or fewer processes"
     ]
