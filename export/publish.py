@@ -121,7 +121,8 @@ def _publish(payload: Path, manifest: Manifest, out: Path, sign: Sign | None) ->
         payload.rename(version)
     storage.publish(manifest, out, sign)
     keep = {manifest.version, live.version if live else None}
-    for path in out.iterdir():
-        if _VERSION.fullmatch(path.name) and path.name not in keep:
-            shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # the next export deletes them
+        for path in out.iterdir():
+            if _VERSION.fullmatch(path.name) and path.name not in keep:
+                shutil.rmtree(path, ignore_errors=True)
     return manifest

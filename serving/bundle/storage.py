@@ -13,6 +13,7 @@ A concurrent reader therefore sees either the old version or the new version, ne
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -219,9 +220,10 @@ def publish(manifest: Manifest, folder: Path, sign: signing.Sign | None = None) 
         signature.unlink(missing_ok=True)
     _replace(checksum, (new + old).encode())
     _replace(path, text)
-    _replace(checksum, new.encode())
-    if signed:
-        _replace(signature, signed.encode())
+    with suppress(OSError):  # `manifest` is live; the entries of the old one do no harm
+        _replace(checksum, new.encode())
+        if signed:
+            _replace(signature, signed.encode())
 
 
 def _signatures(folder: Path) -> str | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from serving.errors import DataError
+from serving.errors import DataError, WorkError
 from serving.utils.files import check_folder, user_cache_folder
 from serving.utils.process import is_running
 from training.data.flowers import CLASSES, paint
@@ -51,6 +51,7 @@ def write_sample(
 
     Raises:
         DataError: `folder` exists, or `per_class`, `seed` or `size` is too small.
+        WorkError: The files can't be written.
     """
     minimums = {"per_class": (per_class, 1), "seed": (seed, 0), "size": (size, 32)}
     for name, (value, low) in minimums.items():
@@ -76,6 +77,8 @@ def write_sample(
             if folder.exists():
                 raise DataError(f"{folder} was made by another process meanwhile") from error
             raise
+    except OSError as error:  # a failed write names no file
+        raise WorkError(f"{folder} can't be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -25,6 +25,7 @@ from training.run.folder import (
     check_out,
     create_run_folder,
     read_run,
+    remove_leftovers,
     start_run,
 )
 from training.run.resume_state import STATE_FILE, Position, ResumeTensors
@@ -155,6 +156,8 @@ def resume(
                     f"--resume {folder}: its folder {LAST_FOLDER}/ is missing, and the run is not "
                     "finished; start a new run"
                 )
+            if process_group.is_main_process:
+                remove_leftovers(folder)
             log(f"{folder} is finished already; next: fledge export {folder} --out bundle")
             return folder
         precision = _precision(recipe, device or run_info.device, process_group)

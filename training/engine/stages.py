@@ -108,8 +108,11 @@ def train(run: Run) -> Path:
         if torchrun.is_connection_error(error):
             _log_how_to_resume(run, error)
         raise
+    try:
+        update_latest_link(run.folder)
+    except OSError as error:  # a convenience, and not every file system has links
+        run.log(f"warning: {run.folder.parent / 'latest'} can't be set: {error.strerror or error}")
     finish_run(run.folder)
-    update_latest_link(run.folder)
     _log_result(run, result)
     return run.folder
 

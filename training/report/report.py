@@ -80,12 +80,12 @@ def write(
         stage=stage,
         style=Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8")),
         thumbnail=mistakes.THUMBNAIL,
-        headline=_headline(folder, info, result, part, tta, stage),
+        headline=_headline(folder, info, result, part, tta, stage, log),
         mistakes=mistakes.section(result, info.preprocess, log),
         classes=_classes(result),
         calibration=_calibration(result),
         training=training_curves.figures(folder, log),
-        origin=_origin(folder, info, result, stage),
+        origin=_origin(folder, info, result, stage, log),
     )
     path = folder / (f"report-{stage}.html" if stage else REPORT)
     with atomic_write(path) as partial:
@@ -133,6 +133,7 @@ def _headline(
     part: str,
     tta: TtaConfig | None,
     stage: str,
+    log: Log,
 ) -> dict[str, Any]:
     plain = metrics.accuracy(result.plain, result.labels)
     rows = [("plain", plain, metrics.interval(round(plain * result.photos), result.photos))]
@@ -152,7 +153,7 @@ def _headline(
         facts["among the first 5"] = f"{metrics.top_k(result.probabilities, result.labels, 5):.1%}"
     else:
         facts["mean confidence"] = f"{result.probabilities.max(axis=1).mean():.1%}"
-    seconds = training_curves.seconds(folder)
+    seconds = training_curves.seconds(folder, log)
     if seconds:
         facts["training epochs"] = _duration(seconds)
     return {
@@ -212,7 +213,7 @@ def _calibration(result: EvaluationResult) -> dict[str, Any]:
 
 
 def _origin(
-    folder: Path, info: CheckpointInfo, result: EvaluationResult, stage: str
+    folder: Path, info: CheckpointInfo, result: EvaluationResult, stage: str, log: Log
 ) -> dict[str, Any]:
     best = f"{info.metrics.get('stage', '?')} {info.metrics.get('epoch', '?')}"
     facts = {
@@ -228,8 +229,11 @@ def _origin(
     }
     try:
         recipe = (folder / "recipe.toml").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    except FileNotFoundError:
         recipe = "recipe.toml is missing"
+    except OSError as error:
+        recipe = f"recipe.toml can't be read: {error.strerror or error}"
+        log(f"skipped {folder / 'recipe.toml'}: {error.strerror or error}")
     return {"facts": facts, "recipe": recipe.splitlines()}
 
 

@@ -44,7 +44,7 @@ def figures(folder: Path, log: Log) -> list[Figure]:
 
     Figures without data are left out.
     """
-    found = [*_curves(folder)]
+    found = [*_curves(folder, log)]
     schedule = folder / "schedule.png"
     if schedule.is_file():
         caption = "Every step's rate and momentum, as run."
@@ -58,17 +58,17 @@ def figures(folder: Path, log: Log) -> list[Figure]:
     return found
 
 
-def seconds(folder: Path) -> float:
+def seconds(folder: Path, log: Log) -> float:
     """Return the total duration of all epochs in seconds.
 
-    The result is 0 if metrics.csv is missing or the total is not finite.
+    The result is 0 if metrics.csv is missing or unreadable, or if the total is not finite.
     """
-    total = sum(epoch.seconds for epoch in _epochs(folder))
+    total = sum(epoch.seconds for epoch in _epochs(folder, log))
     return total if math.isfinite(total) else 0.0
 
 
-def _curves(folder: Path) -> Iterator[Figure]:
-    epochs = _epochs(folder)
+def _curves(folder: Path, log: Log) -> Iterator[Figure]:
+    epochs = _epochs(folder, log)
     if not epochs:
         return
     bounds = [
@@ -82,7 +82,7 @@ def _curves(folder: Path) -> Iterator[Figure]:
         return Series(points, label, colour)
 
     losses = [curve("train_loss", "training", "first"), curve("valid_loss", "validation", "second")]
-    batches = _batches(folder, epochs)
+    batches = _batches(folder, epochs, log)
     if batches:
         losses.insert(0, Series(batches, "batches", "faint", 1.5))
     yield Figure(
@@ -117,22 +117,22 @@ def _picture(path: Path, title: str, caption: str, log: Log) -> Iterator[Figure]
     yield Figure(title, caption, picture=url)
 
 
-def _epochs(folder: Path) -> list[_Epoch]:
+def _epochs(folder: Path, log: Log) -> list[_Epoch]:
     names = _Epoch._fields[1:]
     return [
         _Epoch(row["stage"], *numbers)
-        for row in _rows(folder / "metrics.csv")
+        for row in _rows(folder / "metrics.csv", log)
         if (numbers := _numbers(row, names)) and row.get("stage")
     ]
 
 
-def _batches(folder: Path, epochs: Sequence[_Epoch]) -> list[tuple[float, float]]:
+def _batches(folder: Path, epochs: Sequence[_Epoch], log: Log) -> list[tuple[float, float]]:
     """Return about `POINTS` points (position in epochs, mean batch loss) for the loss curve.
 
     Each point is the mean of several successive steps.
     """
     by_epoch: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in _rows(folder / "steps.csv"):
+    for row in _rows(folder / "steps.csv", log):
         if loss := _numbers(row, ("loss",)):
             by_epoch[row.get("stage") or "", row.get("epoch") or ""].append(loss[0])
     # steps.csv counts epochs within a stage, from 1; metrics.csv lists them in the same order.
@@ -147,11 +147,14 @@ def _batches(folder: Path, epochs: Sequence[_Epoch]) -> list[tuple[float, float]
     return [(g[-1][0], sum(loss for _, loss in g) / len(g)) for g in groups]
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path, log: Log) -> list[dict[str, Any]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error):
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, csv.Error) as error:
+        log(f"skipped {path}: {getattr(error, 'strerror', None) or error}")
         return []
 
 

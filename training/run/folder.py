@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from serving.errors import DataError, OptionError
 from serving.utils.files import atomic_write, check_folder
+from serving.utils.process import is_running
 from training.config import load
 from training.config.schema import Recipe
 from training.data.dataset import SPLIT_FILE, Dataset, write_split
@@ -54,17 +55,31 @@ _INFO: Final = TypeAdapter(RunInfo)
 def check_out(out: Path | None) -> None:
     """Check before training that the run folder can be created, or exists and is empty.
 
+    A folder that only has what a killed `start_run` left is as good as an empty one.
+
     Args:
         out: Value of `--out`. None: the run folder will be created in `runs`.
 
     Raises:
         OptionError: `out` is a file or a folder with content, or the folder can't be created.
     """
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out is not None and out.exists() and not (out.is_dir() and _is_unused(out)):
         resumable = (out / RUN_FILE).exists() and (out / LAST_FOLDER).exists()
         hint = f"resume that run with --resume {out}, or " if resumable else ""
         raise OptionError(f"--out {out} exists already; {hint}choose another folder or remove it")
     check_folder(out or Path("runs"))
+
+
+def _is_unused(folder: Path) -> bool:
+    present = {path.name for path in folder.iterdir()}
+    folders, files = {LAST_FOLDER, STAGES_FOLDER}, {RECIPE_FILE, SPLIT_FILE}
+    files |= {f".{name}.partial" for name in (RECIPE_FILE, SPLIT_FILE, RUN_FILE)}
+    if not present <= folders | files or any(
+        not (folder / name).is_dir() or any((folder / name).iterdir()) for name in present & folders
+    ):
+        return False
+    # `start_run` creates both folders first. A recipe without them is the user's own file.
+    return present >= folders or not present & files
 
 
 def create_run_folder(out: Path | None, name: str) -> Path:
@@ -99,24 +114,32 @@ def start_run(folder: Path, recipe: Recipe, dataset: Dataset, info: RunInfo) -> 
     """
     import tomli_w
 
+    (folder / STAGES_FOLDER).mkdir(exist_ok=True)
+    (folder / LAST_FOLDER).mkdir(exist_ok=True)
     values = recipe.model_dump(mode="json", exclude={"preprocess"})
     values["preprocess"] = asdict(recipe.preprocess)
     with atomic_write(folder / RECIPE_FILE) as partial:
         partial.write_text(tomli_w.dumps(values), encoding="utf-8")
     write_split(dataset, folder / SPLIT_FILE)
-    (folder / STAGES_FOLDER).mkdir(exist_ok=True)
-    (folder / LAST_FOLDER).mkdir(exist_ok=True)
     with atomic_write(folder / RUN_FILE) as partial:
         partial.write_text(json.dumps(asdict(info), indent=2) + "\n")
 
 
 def finish_run(folder: Path) -> None:
     """Mark a run as finished by removing the resume state from the run folder."""
-    removed = folder / f".{LAST_FOLDER}.partial"
-    shutil.rmtree(removed, ignore_errors=True)
+    remove_leftovers(folder)
     # A rename is atomic. After a partial removal a resumed run would start from the beginning.
-    (folder / LAST_FOLDER).rename(removed)
-    shutil.rmtree(removed)
+    (folder / LAST_FOLDER).rename(_removed_state(folder))
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a `finish_run` that was killed left; a file that can't be removed stays."""
+    shutil.rmtree(_removed_state(folder), ignore_errors=True)
+
+
+def _removed_state(folder: Path) -> Path:
+    return folder / f".{LAST_FOLDER}.partial"
 
 
 def read_run(folder: Path) -> tuple[Recipe, RunInfo]:
@@ -144,11 +167,22 @@ def update_latest_link(folder: Path) -> None:
     """Set the symbolic link `runs/latest` to the run folder.
 
     Nothing is done if the run folder is not in `runs`, or if `runs/latest` is not a link.
+
+    Raises:
+        OSError: The link can't be made, for example because the file system has no links.
     """
     link = folder.parent / "latest"
     if folder.parent.name != "runs" or (link.exists() and not link.is_symlink()):
         return
-    partial = folder.parent / f".latest.partial-{os.getpid()}"
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(folder.name)
-    partial.replace(link)
+    head = ".latest.partial-"
+    for stale in folder.parent.glob(f"{head}*"):  # left by a killed process
+        process = stale.name.removeprefix(head)
+        if process.isdecimal() and not is_running(int(process)):
+            stale.unlink(missing_ok=True)
+    partial = folder.parent / f"{head}{os.getpid()}"
+    try:
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(folder.name)
+        partial.replace(link)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
-from serving.errors import DataError
+from serving.errors import DataError, WorkError
 from serving.utils.files import atomic_write
 from training.run.history import Epoch, Step
 
@@ -62,7 +62,18 @@ class MetricLog:
         self._events.close()
 
     def add(self, epoch: Epoch, steps: Sequence[Step]) -> None:
-        """Append a finished epoch and its optimizer steps to all files."""
+        """Append a finished epoch and its optimizer steps to all files.
+
+        Raises:
+            WorkError: A file can't be written.
+        """
+        try:
+            self._add(epoch, steps)
+        except OSError as error:  # a failed write names no file
+            reason = error.strerror or error
+            raise WorkError(f"the metrics in {self.folder} can't be written: {reason}") from error
+
+    def _add(self, epoch: Epoch, steps: Sequence[Step]) -> None:
         with (self.folder / STEPS).open("a", newline="") as file:
             csv.writer(file).writerows(
                 (*astuple(step)[:-1], " ".join(repr(rate) for rate in step.lr)) for step in steps

@@ -243,9 +243,9 @@ def test_batch_losses_are_placed_in_their_epochs(tmp_path):
         "stage,epoch,step,loss,momentum,lr\n"
         + "".join(f"{stage},{epoch},1,{loss},0.9,0.1 0.2\n" for stage, epoch, loss in rows)
     )
-    found = training_curves._batches(tmp_path, training_curves._epochs(tmp_path))
+    found = training_curves._batches(tmp_path, training_curves._epochs(tmp_path, print), print)
     assert found == [(0.5, 4.0), (1.0, 2.0), (2.0, 2.0), (3.0, 1.0)]
-    assert training_curves.seconds(tmp_path) == 3
+    assert training_curves.seconds(tmp_path, print) == 3
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_losses_that_are_not_finite_do_not_break_the_page(run, answers, lines, t
         )
         page = Page(written(folder, lines, result=answers))
         assert "How it was trained" in " ".join(page.text)
-        assert training_curves.seconds(folder) == 0
+        assert training_curves.seconds(folder, print) == 0
     Page(charts.lines([], "nothing"))
 
 
