@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import pickle
@@ -34,6 +35,7 @@ class Outcome:
 def call(function: Callable[[], Any]) -> Outcome:
     """Call a function in a forked child process; its return value must be picklable."""
     read, write = os.pipe()
+    gc.freeze()  # else the children's collections would copy all memory that they share
     pid = os.fork()
     if not pid:
         os.close(read)

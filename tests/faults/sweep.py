@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import errno
 import hashlib
+import importlib
+import json
 import os
 import re
 import shutil
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,7 +74,10 @@ class Job(Protocol):
         ...
 
     def tolerates(self, operation: Operation) -> bool:
-        """Whether the job may succeed after this operation failed, with a result that differs."""
+        """Whether the job may succeed after this operation failed, with a result that differs.
+
+        It must then print why.
+        """
         ...
 
 
@@ -117,6 +123,7 @@ class Sweep:
         self.report = Report(name)
         job.inputs, job.work = base / "inputs", base / "work"
         self._prepared = base / "prepared"
+        # Hashes of the contents of `work` from which the job was run again.
         self._checked: set[str] = set()
 
     def start(self) -> None:
@@ -129,20 +136,26 @@ class Sweep:
         self._fresh()
         self.old = _must(children.call(job.result)).value
 
-        def record() -> tuple[_After, list[Operation]]:
+        def record() -> tuple[_After, list[Operation], list[str]]:
             with FileOperations(job.swept) as operations:
                 status = job.run()
-            return self._look(status), operations.operations
+            return self._look(status), operations.operations, list(sys.modules)
 
         done = _must(children.call(record))
-        after, self.operations = done.value
+        after, self.operations, modules = done.value
+        for name in modules:  # so that no other child has to import them
+            with suppress(ImportError):
+                importlib.import_module(name)
         self.new, self.names = after.result, after.names
         self.report.operations = len(self.operations)
         if after.status or self.new == self.old:
             raise RuntimeError(f"without a fault: {after}\n{done.output}")
 
     def errors(self, every: bool) -> None:
-        """Let each operation fail, and run the job again in the same process."""
+        """Let each operation fail, and run the job again in the same process.
+
+        The job is run again once for the same files in `work`.
+        """
         for number, operation in enumerate(self.operations):
             for error in ERRNOS if every else ERRNOS[number % len(ERRNOS) :][:1]:
                 self.report.errors += 1
@@ -167,32 +180,38 @@ class Sweep:
             self.report.found += [f"{self.report.job}: {at}: {line}" for line in found]
 
     def _error(self, number: int, operation: Operation, error: int) -> Iterator[str]:
-        def run() -> tuple[bool, _After, _After]:
+        def run() -> tuple[bool, _After, str, _After | None]:
             with FileOperations(self.job.swept, number, error) as operations:
                 status = self.job.run()
-            after = self._look(status)
+            after, key = self._look(status), _key(self.job.work, os.getpid())
             sys.stdout.seek(0)
             sys.stdout.truncate()
-            return operations.failed, after, self._look(self.job.again())
+            again = None if key in self._checked else self._look(self.job.again())
+            return operations.failed, after, key, again
 
         done = children.call(run)
         if done.status:
             yield f"exception\n{done.output}\n{done.trace}"
             return
-        failed, after, again = done.value
+        failed, after, key, again = done.value
+        self._checked.add(key)
         if not failed:
             yield "the operation was not reached"
         yield from self._laws(after, operation, error)
-        yield from self._again(again, done.output)
+        if again:
+            yield from self._again(again, done.output)
 
     def _laws(self, after: _After, operation: Operation, error: int) -> Iterator[str]:
         """Yield the laws that the run with the fault violated."""
-        if not self.job.tolerates(operation):
+        tolerated = self.job.tolerates(operation)
+        if not tolerated:
             yield from self._whole(after.result)
         lines = [line for line in after.output.splitlines() if line.startswith("fledge: ")]
         if after.status == 0:
-            if after.result != self.new and not self.job.tolerates(operation):
-                yield f"exit status 0 without the new result\n{after.output}"
+            said = os.strerror(error) in after.output
+            if after.result != self.new and not (tolerated and said):
+                parts = _difference(after.result, self.new)
+                yield f"exit status 0 without the new result in {parts}\n{after.output}"
             if lines:
                 yield f"exit status 0 with an error: {lines}"
             return
@@ -204,6 +223,8 @@ class Sweep:
             yield f"exit status {after.status}: {lines[0]}"
         if str(self.job.work) not in lines[0]:
             yield f"the error names no file: {lines[0]}"
+        if "nothing was changed" in lines[0] and after.result != self.old:
+            yield f"something was changed: {lines[0]}"
         # flock's EACCES means that another process holds the lock, which the error says.
         if os.strerror(error) not in lines[0] and operation.kind != "lock":
             yield f"the error does not say why: {lines[0]}"
@@ -317,7 +338,13 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="each operation with each error number")
     parser.add_argument("--kinds", default="errors,kills")
     parser.add_argument("--operations", action="store_true", help="only list the operations")
+    parser.add_argument("--serve", action="store_true", help="sweep the jobs named on stdin")
     options = parser.parse_args()
+    if options.serve:
+        for line in sys.stdin:
+            name = line.strip()
+            print(json.dumps(asdict(sweep(name, create(name), every=options.all))), flush=True)
+        return
     if not options.jobs:
         print(*JOBS, sep="\n")
     for name in options.jobs:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from serving.errors import FledgeError
 from serving.imaging.preprocess import Preprocess
@@ -28,15 +29,17 @@ torch.set_num_threads(1)
 
 
 class Sample(CommandJob):
-    """The painted sample data set, one small picture of each class."""
+    """The sample data set, one picture of each class."""
 
     def prepare(self) -> None:
         pass
 
     def command(self) -> list[str]:
-        assert sample.write_sample.__kwdefaults__
-        sample.write_sample.__kwdefaults__["size"] = 32
+        sample.paint = self.paint  # the real pictures take long
         return ["sample", str(self.work / "flowers"), "--per-class", "1"]
+
+    def paint(self, label: str, rng: Any, size: int) -> Image.Image:
+        return Image.new("RGB", (16, 16), tuple(rng.integers(0, 256, 3).tolist()))
 
     def again(self) -> int:
         # A complete folder is refused.
@@ -44,8 +47,6 @@ class Sample(CommandJob):
 
     def result(self) -> dict[str, Any]:
         folder = self.work / "flowers"
-        files = {path.name: path for path in folder.rglob("*.jpg")}
-        assert not folder.exists() or len(files) >= 1
         return {"pictures": _hash(folder) if folder.exists() else None}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +15,7 @@ from nacl.signing import SigningKey
 
 import fledge
 from export import benchmark, pipeline
-from export.writers import onnx, torch_export, torchscript
+from export.writers import formats, onnx
 from serving.bundle import signing, storage
 from serving.inference.runtime import OnnxRuntime
 from tests.export.conftest import Run
@@ -62,16 +63,15 @@ class ExportFirst(CommandJob):
         def write(_graph: Any, path: Path, **_facts: Any) -> None:
             path.write_bytes(data)
 
-        def runtime(path: Path, **_options: Any) -> OnnxRuntime:
+        def runtime(path: Path) -> OnnxRuntime:
             return OnnxRuntime(path.with_name(pipeline.ONNX), device="cpu")
 
         rates = {"fp32": {_SETTING: 100.0}}
+        others = [one._replace(write=write, open=runtime) for one in formats.FORMATS]
+        export = partial(pipeline.export, formats=others)
         with (
             mock.patch.object(onnx, "write", write),
-            mock.patch.object(torchscript, "write", write),
-            mock.patch.object(torch_export, "write", write),
-            mock.patch.object(torch_export, "ExportedRuntime", runtime),
-            mock.patch.object(pipeline, "TorchScriptRuntime", runtime),
+            mock.patch.object(pipeline, "export", export),
             mock.patch.object(benchmark, "measure", return_value=rates),
         ):
             return fledge.main(self.command())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy  # noqa: F401
@@ -87,16 +88,17 @@ class ScoreParquet(ScoreCsv):
 
     def table(self) -> Any:
         path = self.work / self.out
-        return pq.read_table(path).to_pylist() if path.exists() else None
+        return _rows(path) if path.exists() else None
+
+
+def _rows(path: Path) -> list[Any]:
+    return pq.ParquetFile(path).read(use_threads=False).to_pylist()
 
 
 class ScoreFolder(ScoreCsv):
     """A folder of Parquet files, as of `--engine ray`, scored in this process."""
 
     out = "scores"
-
-    def prepare(self) -> None:
-        super().prepare()
 
     def score(self, bundle: str = "bundle", *options: str) -> None:
         if self._score(bundle):
@@ -124,11 +126,7 @@ class ScoreFolder(ScoreCsv):
         folder = self.work / self.out
         if not folder.exists():
             return None
-        rows = [
-            row
-            for path in table_folder.part_files(folder)
-            for row in pq.read_table(path).to_pylist()
-        ]
+        rows = [row for path in table_folder.part_files(folder) for row in _rows(path)]
         assert len(rows) == 3, rows
         return rows
 
