@@ -1,7 +1,7 @@
 """Settings of Hypothesis for the property tests.
 
 By default every run tries the same examples and keeps no database of failures. With
-FLEDGE_HYPOTHESIS=deep each run draws new examples, a hundred times as many:
+FLEDGE_HYPOTHESIS=deep each run draws new examples, twenty times as many:
 
     FLEDGE_HYPOTHESIS=deep .venv/bin/pytest tests/serving/inputs/test_tar_properties.py
 """
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
 DEEP = os.environ.get("FLEDGE_HYPOTHESIS", "") == "deep"
-_FACTOR = 100 if DEEP else 1
+_FACTOR = 20 if DEEP else 1
 
 # Hypothesis stores tables of Unicode there, by default in the current folder.
 set_hypothesis_home_dir(Path(os.environ["FLEDGE_CACHE"]) / "hypothesis")
