@@ -81,8 +81,6 @@ def _fuzz(names: tuple[str, ...], options: argparse.Namespace) -> int:
         _log(str(result))
         for fault, path in result.faults:
             _log(f"    {fault.kind} in {fault.place}: {path}")
-        for fault, reason in result.excused:
-            _log(f"    known: {fault.kind} in {fault.place}: {reason}")
     faults = sum(len(result.faults) for result in results)
     total = sum(result.executions for result in results)
     cpu = sum(result.cpu for result in results)
@@ -106,6 +104,7 @@ def _run_here(name: str, path: Path, folder: Path) -> int:
 
     resource.setrlimit(resource.RLIMIT_DATA, (_MAX_DATA, _MAX_DATA))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (campaign.CPU_SECONDS, campaign.CPU_SECONDS + 5))
     data = path.read_bytes()
     checker = Checker(load(name), folder)
     fault = checker.run(data)

@@ -74,7 +74,7 @@ class Checker:
         target.prepare()
         self._guard = Guard(folder)
         self._slow_place = ""
-        signal.signal(signal.SIGVTALRM, self._alarm)
+        signal.signal(signal.SIGPROF, self._alarm)
 
     def run(self, data: bytes) -> Fault | None:
         """Run one input, and return the fault that it reveals."""
@@ -82,7 +82,7 @@ class Checker:
         self._slow_place = ""
         with _memory() as grown:
             start = time.process_time()
-            signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS, GIVE_UP_SECONDS - MAX_SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS, GIVE_UP_SECONDS - MAX_SECONDS)
             try:
                 with self._guard.active():
                     self._target.check(data)
@@ -93,7 +93,7 @@ class Checker:
             except BaseException as error:
                 raised = error
             finally:
-                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
             seconds = time.process_time() - start
         return self._fault(raised, seconds, grown[0])
 

@@ -239,16 +239,23 @@ _PACK = {
 _MOST = 2**22  # bytes that a change unpacks
 
 
-def _unpack(data: bytes) -> bytes:
-    if data.startswith(b"\x1f\x8b"):
-        return zlib.decompressobj(31).decompress(data, _MOST)
-    if data.startswith(b"BZh"):
-        return bz2.BZ2Decompressor().decompress(data, _MOST)
-    if data.startswith(b"\xfd7zXZ\0"):
-        return lzma.LZMADecompressor(memlimit=2**26).decompress(data, _MOST)
+def unpack(data: bytes, most: int = _MOST) -> bytes:
+    """Return at most `most` bytes of what a compressed archive holds; of another one, itself."""
     import zstandard
 
-    return zstandard.ZstdDecompressor().stream_reader(data).read(_MOST)
+    try:
+        if data.startswith(b"\x1f\x8b"):
+            return zlib.decompressobj(31).decompress(data, most)
+        if data.startswith(b"BZh"):
+            return bz2.BZ2Decompressor().decompress(data, most)
+        if data.startswith(b"\xfd7zXZ\0"):
+            return lzma.LZMADecompressor(memlimit=2**26).decompress(data, most)
+        if data.startswith(_ZSTD):
+            reader = zstandard.ZstdDecompressor(max_window_size=2**26).stream_reader(data)
+            return reader.read(most)
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError):
+        return b""
+    return data
 
 
 def compressed_seeds() -> Iterator[bytes]:
@@ -262,14 +269,9 @@ def compressed_seeds() -> Iterator[bytes]:
 
 def mutate_compressed(rng: random.Random, data: bytes) -> bytes:
     """Change the archive inside, pack it in another way, or join packed pieces."""
-    import zstandard
-
     magic = next((one for one in _PACK if data.startswith(one)), None)
-    if magic is None:
-        return data
-    try:
-        plain = _unpack(data)
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError):
+    plain = unpack(data)
+    if magic is None or not plain:
         return data
     choice = rng.randrange(8)
     if choice == 0:
