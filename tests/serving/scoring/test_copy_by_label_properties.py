@@ -8,7 +8,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serving.inputs import tar
@@ -62,6 +62,7 @@ def test_each_photo_is_copied_once_into_a_folder_of_its_label(photos) -> None:
         max_size=5,
     ),
 )
+@example([("n" * 300, "a"), ("a\0b", None), ("..", "é" * 200), ("n" * 300, "a")])
 @examples(60)
 def test_members_of_an_archive_are_copied_into_the_folder(members) -> None:
     with tempfile.TemporaryDirectory() as name:
