@@ -11,31 +11,41 @@ from serving.errors import WorkError
 from serving.imaging.preprocess import Preprocess
 from tests.export.conftest import pixels
 from tests.support.random_batchnorms import randomise_batchnorms, scale_logits
+from tests.support.shallow_networks import replace_networks
 from training.models.classifier import create_classifier, normalise
 from training.models.fuse_batchnorm import Affine, fuse
 
-# Smallest network of each family: number of BatchNorms, and of those that can't be folded.
-# The head has two, both folded.
+# Number of BatchNorms, and of those that can't be folded. The head has two, both folded.
 FAST = {"resnet18": (22, 0), "mobilenet_v2": (54, 0), "squeezenet1_1": (2, 0)}
-SLOW = {
-    "mobilenet_v3_small": (36, 0),
-    "efficientnet_b0": (51, 0),
-    "vgg11_bn": (10, 0),
-    "shufflenet_v2_x0_5": (58, 0),
-    "mnasnet0_5": (54, 0),
-    "regnet_y_400mf": (55, 0),
+SHALLOW = {  # of `tests.support.shallow_networks`
+    "mobilenet_v3_small": (12, 0),
+    "efficientnet_b0": (12, 0),
+    "efficientnet_v2_s": (13, 0),
+    "vgg11_bn": (6, 0),
+    "shufflenet_v2_x0_5": (28, 0),
+    "mnasnet0_5": (23, 0),
+    "regnet_y_400mf": (21, 0),
     "alexnet": (2, 0),
     "convnext_tiny": (2, 0),
-    "densenet121": (123, 62),
-    "googlenet": (59, 0),
-    "inception_v3": (96, 0),
+    "densenet121": (23, 12),
+    "googlenet": (23, 0),
+    "inception_v3": (50, 0),
+    "resnext50_32x4d": (19, 0),
+    "wide_resnet50_2": (19, 0),
     "swin_t": (2, 0),
     "swin_v2_t": (2, 0),
     "vit_b_32": (1, 0),
-    "maxvit_t": (35, 0),
+    "maxvit_t": (8, 0),
 }
 SIZES = {"inception_v3": 75, "maxvit_t": 224}
-ALL = [*FAST.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in SLOW.items())]
+ALL = [*FAST.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in SHALLOW.items())]
+
+
+@pytest.fixture
+def networks(request, monkeypatch):
+    """Shallow networks, unless the test's network is in `FAST`."""
+    if request.getfixturevalue("arch") not in FAST:
+        replace_networks(monkeypatch)
 
 
 def network(arch, *, drawn=False):
@@ -55,6 +65,7 @@ def same(one, other):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("networks")
 @pytest.mark.parametrize(("arch", "expected"), ALL)
 def test_a_fused_network_gives_the_outputs_of_the_unfused_one(arch, expected):
     classifier, images = network(arch, drawn=True)
@@ -68,7 +79,10 @@ def test_a_fused_network_gives_the_outputs_of_the_unfused_one(arch, expected):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("arch", [*FAST, *(pytest.param(a, marks=pytest.mark.slow) for a in SLOW)])
+@pytest.mark.usefixtures("networks")
+@pytest.mark.parametrize(
+    "arch", [*FAST, *(pytest.param(a, marks=pytest.mark.slow) for a in SHALLOW)]
+)
 def test_fusion_error_is_rounding_error_where_outputs_depend_on_every_layer(arch):
     classifier, images = network(arch)
     fused, _ = fuse(classifier)
