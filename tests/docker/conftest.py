@@ -1,7 +1,12 @@
-"""Fixtures: one image for all tests here, and one container for tests that don't change it."""
+"""Fixtures: one image for all tests here, and one container for tests that don't change it.
+
+Processes of pytest-xdist build the image one after the other; all but the first find it built.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +19,20 @@ from tests.support.tiny_bundle import tiny_bundle
 
 
 @pytest.fixture(scope="session")
-def build_seconds() -> float:
+def build_seconds(tmp_path_factory: pytest.TempPathFactory) -> float:
     """Build the image; the seconds that it took."""
     container_engine.skip_or_fail(container_engine.missing_engine())
-    begun = time.monotonic()
-    container_engine.build()
-    return time.monotonic() - begun
+    shared = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    seconds = shared / "build-seconds"
+    with (shared / "build-lock").open("w") as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        if not seconds.exists():
+            begun = time.monotonic()
+            container_engine.build()
+            seconds.write_text(str(time.monotonic() - begun))
+    return float(seconds.read_text())
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +42,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def container(build_seconds: float, bundle: Path) -> Iterator[Container]:
-    started = container_engine.start(bundle)
+    started = container_engine.start(bundle, options=["--health-interval", "1s"])
     yield started
     started.remove()

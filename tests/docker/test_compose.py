@@ -30,12 +30,17 @@ def compose_command(build_seconds: float) -> list[str]:
     return ["docker-compose"]
 
 
-@pytest.fixture
-def replicas(compose_command: list[str], bundle: Path) -> Iterator[list[str]]:
+@pytest.fixture(scope="module")
+def replicas(
+    compose_command: list[str], bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[str]]:
     """The names of the two containers, healthy."""
     project = f"fledgetest{uuid.uuid4().hex[:8]}"
     env = {"FLEDGE_IMAGE": IMAGE, "FLEDGE_BUNDLE_DIR": str(bundle)}
-    compose = (*compose_command, "--project-name", project)
+    often = tmp_path_factory.mktemp("compose") / "often.yaml"
+    often.write_text(yaml.safe_dump({"services": {"fledge": {"healthcheck": {"interval": "1s"}}}}))
+    compose = (*compose_command, "--project-name", project, "--project-directory", str(ROOT))
+    compose += ("--file", str(ROOT / "compose.yaml"), "--file", str(often))
     run(*compose, "up", "--detach", "fledge", env=env, limit=120)
     try:
         names = run(*compose, "ps", "--quiet", "fledge", env=env).stdout.split()

@@ -124,6 +124,11 @@ for root in roots:
 
 
 def test_the_container_becomes_healthy(container: Container) -> None:
+    """Checked each second here, each ten seconds by default."""
+    default = json.loads(
+        run(DOCKER, "image", "inspect", "--format", "{{json .Config.Healthcheck}}", IMAGE).stdout
+    )
+    assert default["Interval"] == 10e9
     end = time.monotonic() + 30
     status = ""
     while status != "healthy" and time.monotonic() < end:

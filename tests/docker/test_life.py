@@ -111,15 +111,21 @@ def test_a_broken_bundle_stops_the_build(tmp_path: Path) -> None:
     assert leftover.returncode == 78, "the tag must not name an image with the broken bundle inside"
 
 
-@pytest.mark.parametrize(("cpus", "threads"), [("1", 1), ("0.5", 1), (None, cores())])
-def test_the_threads_match_the_cpus_of_the_container(
-    bundle: Path, cpus: str | None, threads: int
-) -> None:
-    container = container_engine.start(bundle, options=["--cpus", cpus] if cpus else [])
+def test_the_threads_match_the_cpus_of_the_container(bundle: Path, container: Container) -> None:
+    assert f", {cores()} threads, " in container.logs()
+    limited = container_engine.start(bundle, options=["--cpus", "1"])
     try:
-        assert f", {threads} threads, " in container.logs()
+        assert ", 1 threads, " in limited.logs()
     finally:
-        container.remove()
+        limited.remove()
+
+
+@pytest.mark.parametrize(("cpus", "expected"), [("0.5", "1"), ("1", "1"), (None, str(cores()))])
+def test_the_cores_are_those_of_the_container(cpus: str | None, expected: str) -> None:
+    options = ["--cpus", cpus] if cpus else []
+    code = "from serving.utils.cpu import cores; print(cores())"
+    ended = run_to_end(*options, "--entrypoint", "python", IMAGE, "-c", code)
+    assert ended.stdout.split() == [expected], ended.stderr
 
 
 def test_stopping_a_container_under_load_loses_no_request(

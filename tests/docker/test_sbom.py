@@ -20,7 +20,7 @@ def normalized(name: str) -> str:
 
 
 def test_the_sbom_lists_the_packages_of_the_image(container: Container) -> None:
-    make("sbom", limit=120)
+    make("sbom", limit=300)
     sbom = json.loads((ROOT / "build" / "sbom.json").read_text())
     assert sbom["bomFormat"] == "CycloneDX"
     assert sbom["metadata"]["component"]["name"] == "fledge"

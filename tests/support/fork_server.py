@@ -82,6 +82,7 @@ class ForkServer:
     def start(
         self, folder: Path, port: int, log: Path, env: Mapping[str, str], signals: Signals
     ) -> ForkedProcess:
+        log.write_text("")  # it is there at once, as after `Popen`
         request = {"folder": str(folder), "port": port, "log": str(log), "env": dict(env)}
         return ForkedProcess(self.ask(**request, signals=asdict(signals)), self)
 
@@ -172,7 +173,7 @@ def _run(request: dict[str, Any]) -> None:
 
     os.setsid()
     null = os.open(os.devnull, os.O_RDONLY)
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    log = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
     for source, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
         os.set_inheritable(target, True)

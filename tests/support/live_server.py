@@ -27,7 +27,7 @@ Process = subprocess.Popen[str] | ForkedProcess
 
 # By default each client of httpx reads the certificates of all authorities, which takes longer than
 # the request.
-_NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 DEFAULTS = Signals()
 # BentoML and others read such variables when they are imported.
 _READ_AT_IMPORT = ("BENTOML_", "PROMETHEUS_", "OTEL_")
@@ -53,18 +53,18 @@ class Live:
 
 def get(url: str) -> httpx.Response:
     """GET without a proxy; the timeout allows for a machine under load."""
-    return httpx.get(url, timeout=60, trust_env=False, verify=_NO_TLS)
+    return httpx.get(url, timeout=60, trust_env=False, verify=NO_TLS)
 
 
 def post(url: str, data: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
     """POST; see `get`."""
-    options: dict[str, Any] = {"timeout": 60, "trust_env": False, "verify": _NO_TLS}
+    options: dict[str, Any] = {"timeout": 60, "trust_env": False, "verify": NO_TLS}
     return httpx.post(url, content=data, headers=headers, **options)
 
 
 def client(url: str) -> httpx.Client:
     """A client that keeps its connection; see `get`."""
-    return httpx.Client(base_url=url, timeout=60, trust_env=False, verify=_NO_TLS)
+    return httpx.Client(base_url=url, timeout=60, trust_env=False, verify=NO_TLS)
 
 
 def free_port() -> int:
