@@ -6,6 +6,7 @@ The checkpoint and the graphs are run with the same decoder, preprocessing and s
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +46,8 @@ class Agreement:
     """The differences between one graph's answers and the checkpoint's answers.
 
     Attributes:
-        difference: Largest difference of a probability, over all photos and batch sizes.
+        difference: Largest difference of a probability, over all photos and batch sizes; infinite
+            if a probability is NaN.
         worst: Path of the photo with the largest difference.
         ties: Paths of the photos whose predicted class differs at any batch size, but for which
             the checkpoint gives the two classes nearly equal probabilities (within `TOLERANCE`).
@@ -273,10 +275,10 @@ def _compare(
 ) -> None:
     for expected, actual, path in zip(truth, answers, paths, strict=True):
         difference = float(np.abs(expected - actual).max())
-        # NaN counts as the largest difference; comparisons with NaN are false.
-        of_photo = max(difference, agreement.differences.get(path, 0.0))
-        agreement.differences[path] = np.inf if np.isnan(difference) else of_photo
-        if not difference <= agreement.difference:
+        if math.isnan(difference):  # any comparison with NaN is false
+            difference = math.inf
+        agreement.differences[path] = max(difference, agreement.differences.get(path, 0.0))
+        if difference > agreement.difference:
             agreement.difference, agreement.worst = difference, path
         best, other = int(expected.argmax()), int(actual.argmax())
         if best != other:
@@ -298,7 +300,7 @@ def _check_photos(photos: int, unreadable: Sequence[Path]) -> None:
 def _check_agreement(report: ParityReport, log: Callable[[str], None]) -> None:
     for name, agreement in report.graphs.items():
         reason = None
-        if not agreement.difference <= TOLERANCE:
+        if agreement.difference > TOLERANCE:
             reason = f"a probability of {agreement.worst} is off by {agreement.difference:.2g}"
             reason += f", tolerance {TOLERANCE:.0e}"
         elif agreement.changed:
