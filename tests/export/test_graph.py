@@ -17,9 +17,9 @@ ODD = Preprocess(size=64, mean=(0.1, 0.5, 0.7), std=(0.1, 0.3, 0.9))
 def classifier(arch="mobilenet_v2", **head):
     torch.manual_seed(0)
     x = normalise(pixels(8, 64), ODD)
-    return scale_logits(
-        randomise_batchnorms(create_classifier(arch, 5, head={"hidden": 16, **head}), x), x
-    )
+    args = {"width_mult": 0.25} if arch == "mobilenet_v2" else {}
+    network = create_classifier(arch, 5, arch_args=args, head={"hidden": 16, **head})
+    return scale_logits(randomise_batchnorms(network, x), x)
 
 
 def reference(original, x):
