@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,12 @@ _JOB: Final = "job.json"
 _INPUTS: Final = "inputs.jsonl"
 _SKIPPED: Final = "skipped.json"
 _LOCK: Final = "lock"
+
+# What JSON, text and numpy's array files raise for damaged content.
+_DAMAGED: Final = (
+    *(ValueError, TypeError, EOFError, MemoryError, RecursionError, SyntaxError),
+    tokenize.TokenError,
+)
 
 
 def has_inputs(out: Path) -> bool:
@@ -91,8 +98,8 @@ class ScoringJournal:
     def _release(self) -> None:
         # Remove the folder if it has no job. The next run creates it again.
         if not (self.folder / _JOB).exists():
-            (self.folder / _LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
+                (self.folder / _LOCK).unlink(missing_ok=True)
                 self.folder.rmdir()
         self._lock.close()
 
@@ -263,7 +270,7 @@ class ScoringJournal:
         """
         try:
             yield
-        except (ValueError, TypeError, EOFError, MemoryError, RecursionError) as error:
+        except _DAMAGED as error:
             reason = " ".join(str(error).split())
             raise OptionError(
                 f"--out {self._out}: an unfinished job exists there, and {path} is damaged: "

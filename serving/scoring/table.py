@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 from serving.errors import OptionError, WorkError
 from serving.scoring.row_writers import WRITERS, RowWriter
 from serving.scoring.rows import COLUMNS, Features, ScoreRow
 from serving.utils.files import atomic_write, check_file
 from serving.utils.optional_packages import require_parquet
+
+_OF_THE_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Numbers of errors that another path on the same disk would have, too."""
 
 
 class AtomicTable:
@@ -39,6 +44,7 @@ class AtomicTable:
 
         Raises:
             OptionError: The temporary path can't be written.
+            WorkError: The disk is full or broken.
         """
         self._out = out
         try:
@@ -46,7 +52,8 @@ class AtomicTable:
                 self._writer = writer(stack.enter_context(temporary))
                 self._stack = stack.pop_all()
         except OSError as error:
-            raise OptionError(
+            kind = WorkError if error.errno in _OF_THE_DISK else OptionError
+            raise kind(
                 f"--out {out}: can't write in {out.parent}: {error.strerror or error}"
             ) from error
 
@@ -83,7 +90,8 @@ class AtomicTable:
     def _discard(self, error: BaseException) -> None:
         with contextlib.suppress(OSError):  # data that can't be flushed is discarded anyway
             self._writer.close()
-        self._stack.__exit__(type(error), error, error.__traceback__)
+        with contextlib.suppress(OSError):  # `error` is raised, and not what follows from it
+            self._stack.__exit__(type(error), error, error.__traceback__)
 
     def _or_discard(self, write: Callable[[], object]) -> None:
         try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,6 +93,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     An older folder at `path` is replaced. The caller must flush the files in the folder to disk. On
     an error the temporary folder is removed, and an older folder at `path` stays. A killed process
     leaves the folders `.NAME.partial` or `.NAME.older`; the next call for `path` removes them.
+    Where the system can't exchange folders (see `exchange`), nothing is at `path` for a moment.
 
     Raises:
         OSError: The folder can't be created or renamed.
@@ -103,6 +106,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(older, ignore_errors=True)
         sync(partial)
         if path.exists():
+            if exchange(partial, path):
+                return  # the older folder is at `partial` now
             path.rename(older)
         try:
             partial.rename(path)
@@ -113,6 +118,35 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two files or folders in one step: at any moment both paths exist.
+
+    Returns:
+        Whether they were exchanged; False if the operating system or the file system can't.
+
+    Raises:
+        OSError: The exchange failed for another reason.
+    """
+    names = os.fsencode(one), os.fsencode(other)
+    library = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "darwin":
+        function, arguments = "renamex_np", (*names, _EXCHANGE)
+    else:
+        function, arguments = "renameat2", (_HERE, names[0], _HERE, names[1], _EXCHANGE)
+    if not hasattr(library, function):
+        return False
+    if getattr(library, function)(*arguments) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.EINVAL, *_UNSUPPORTED):
+        return False
+    raise OSError(error, os.strerror(error), str(other))
+
+
+_EXCHANGE: Final = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
+_HERE: Final = -100  # AT_FDCWD: relative paths begin in the current folder
 
 
 def _partial(path: Path) -> Path:

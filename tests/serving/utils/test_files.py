@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from serving.errors import OptionError
-from serving.utils.files import atomic_folder, atomic_write, check_file, check_folder
+from serving.utils import files
+from serving.utils.files import (
+    atomic_folder,
+    atomic_write,
+    check_file,
+    check_folder,
+    exchange,
+)
 
 
 @pytest.mark.parametrize("older", [None, "old"])
@@ -75,11 +82,30 @@ def test_an_output_that_can_not_be_written_is_refused_before_the_work(
         check_folder(Path("a/b"), "")
 
 
+def test_two_folders_are_exchanged_in_one_step(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if exchange(tmp_path / "a", tmp_path / "b"):  # tmpfs, ext4, xfs, btrfs, APFS
+        assert (tmp_path / "a" / "b").exists()
+        assert (tmp_path / "b" / "a").exists()
+    with pytest.raises(FileNotFoundError) as caught:
+        exchange(tmp_path / "none", tmp_path / "b")
+    assert caught.value.filename == str(tmp_path / "b")
+
+
+@pytest.mark.parametrize("exchanges", [False, True])
 @pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("fault", [None, RuntimeError, KeyboardInterrupt])
 def test_a_folder_is_complete_or_unchanged(
-    tmp_path: Path, older: bool, fault: type[BaseException] | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    exchanges: bool,
+    older: bool,
+    fault: type[BaseException] | None,
 ):
+    if not exchanges:  # such as NFS
+        monkeypatch.setattr(files, "exchange", lambda *_: False)
     path = tmp_path / "folder"
     for name in (".folder.partial", ".folder.older", *(["folder"] if older else [])):
         (tmp_path / name).mkdir()
