@@ -159,7 +159,7 @@ class _File(io.FileIO):
 @contextmanager
 def _replacements(operations: FileOperations) -> Iterator[None]:
     """Replace the functions that work on files."""
-    with mock.patch.multiple(os, **_os_functions(operations)), _native_writers():
+    with mock.patch.multiple(os, **_os_functions(operations)), _native(operations):
         opened = _open(operations)
         flock = fcntl.flock
 
@@ -268,8 +268,8 @@ def _os_functions(operations: FileOperations) -> dict[str, Callable[..., Any]]:
 
 
 @contextmanager
-def _native_writers() -> Iterator[None]:
-    """Let the writers in native code write through Python's files.
+def _native(operations: FileOperations) -> Iterator[None]:
+    """Let the writers in native code write through Python's files; count the exchanges of folders.
 
     Only libraries that are loaded already are changed.
     """
@@ -279,6 +279,15 @@ def _native_writers() -> Iterator[None]:
         patches.append(
             mock.patch.object(modules["numpy.lib._format_impl"], "isfileobj", return_value=False)
         )
+    if "serving.utils.files" in modules:
+        files = modules["serving.utils.files"]
+        real_exchange = files.exchange
+
+        def exchange(one: Path, other: Path) -> bool:
+            operations.meet("exchange", operations.below(other))
+            return real_exchange(one, other)
+
+        patches.append(mock.patch.object(files, "exchange", exchange))
     if "pyarrow.parquet" in modules:
         real_writer = modules["pyarrow.parquet"].ParquetWriter
         patches.append(

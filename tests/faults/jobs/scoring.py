@@ -120,6 +120,9 @@ class ScoreFolder(ScoreCsv):
         except FledgeError as error:  # as fledge.main
             print(f"fledge: {error}", file=sys.stderr)
             return error.exit_status
+        except OSError as error:
+            print(f"fledge: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 1
         return 0
 
     def table(self) -> Any:
