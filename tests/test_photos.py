@@ -18,7 +18,7 @@ from training.evaluation import evaluate
 from training.run import checkpoint
 from training.run.dataset import load_run_dataset
 
-pytestmark = [pytest.mark.photos, pytest.mark.e2e]
+pytestmark = [pytest.mark.photos, pytest.mark.e2e, pytest.mark.process]
 
 
 def folder_of(variable):
