@@ -112,8 +112,10 @@ def _pax_digits() -> bytes:
 
 
 def _large_header(data: bytes) -> bool:
-    """Return whether a header states a large size that is not on the disk, or a long name."""
+    """Return whether a header states a large size or a long name, or the content is large."""
     plain = _unpacked(data)
+    if len(plain) >= _UNPACKED:
+        return True
     if any(int(size) > _SIZE for size in _SPARSE.findall(plain)):
         return True
     for at in range(0, len(plain) - 511, 512):
@@ -155,7 +157,7 @@ KNOWN = (
     ),
     Known(
         ("compressed", "tar"),
-        "names of megabytes and sparse files of any size are read into memory",
+        "names of megabytes, sparse files and packed zeros are read into memory",
         _large_header,
         _long_name,
     ),

@@ -146,7 +146,8 @@ def _check_formula(data: bytes) -> None:
     """A recipe with the input as its formula."""
     import json
 
-    text = json.dumps(data.decode("utf-8", "replace"))
+    text = json.dumps(data.decode("utf-8", "replace"), ensure_ascii=False)
+    text = text.replace("\x7f", "\\u007f")  # TOML wants an escape where JSON does not
     stage = f'name = "h"\nschedule = "cyclical"\ncycles = 2\nscale = {text}\n'
     load.read_text(f'name = "a"\narch = "b"\n[[stage]]\n{stage}', "formula")
 

@@ -73,6 +73,8 @@ def row(**changes: Any) -> bytes:
         ("00000.npy", array(np.float32(0))),
         ("00000.npy", array(np.zeros((1, 3), np.float32)).replace(b"(1, 3)", b"(9**9)")),
         ("00000.npy", array(np.zeros((1, 3), np.float32)).replace(b"False", b"None ")),
+        ("00000.npy", array(np.zeros((1, 3), np.float32)).replace(b"(1, 3)", b"((1, 3")),
+        ("00000.npy", array(np.zeros((1, 3), np.float32)).replace(b"{", b"\n {", 1)[:-1]),
     ],
 )
 def test_damage_is_refused_with_its_file_and_the_remedy(out: Path, name: str, data: bytes) -> None:
