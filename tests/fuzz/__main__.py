@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import resource
 import sys
@@ -43,6 +44,9 @@ def main() -> int:
     if unknown or not names:
         print(f"no target {unknown[0]!r}" if unknown else "name a target, or --all", end="; ")
         print(f"there are {', '.join(NAMES)}")
+        return 2
+    if importlib.util.find_spec("atheris") is None:
+        print("Atheris is not installed; `make fuzz` installs it (on Linux, its only platform)")
         return 2
     return _fuzz(names, options)
 

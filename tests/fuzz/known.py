@@ -105,7 +105,7 @@ def _digits(data: bytes) -> bool:
 
 
 def _pax_digits() -> bytes:
-    body = b"9" * 40_000
+    body = b"9" * 30_000
     info = tarfile.TarInfo("PaxHeaders/x")
     info.type, info.size = b"x", len(body)
     return info.tobuf(tarfile.USTAR_FORMAT) + body + bytes(-len(body) % 512)
