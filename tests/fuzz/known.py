@@ -18,7 +18,11 @@ from dataclasses import dataclass
 DECODED_PIXELS = 4_000_000
 """`max_pixels` of the targets that decode. With the default of 100 million, pictures of a few bytes
 take more than 300 MB and 1 s: use `serving.imaging.decode.MAX_PIXELS` once decoding is limited by
-its cost. `PIXELS` is the entry for this number."""
+its cost."""
+
+BATCH_PIXELS = 100_000
+"""`max_pixels` of the target that sends whole requests: 64 pictures of one body have no limit of
+cost together, so that a body of 64 KB takes many seconds. Use `DECODED_PIXELS` once they have."""
 
 _UNPACKED = 2**24  # bytes of a compressed archive that are searched
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from serving.http import forms
 from tests.fuzz import mutators
-from tests.fuzz.known import DECODED_PIXELS
+from tests.fuzz.known import BATCH_PIXELS
 from tests.fuzz.target import Target
 
 _BOUNDARY = b"multipart/form-data; boundary=b"
@@ -131,7 +131,7 @@ def prepare_app() -> None:
     from tests.support.tiny_bundle import tiny_bundle
 
     bundle = tiny_bundle(Path("bundle").absolute())
-    settings = Settings(bundle=bundle, device="cpu", max_pixels=DECODED_PIXELS)
+    settings = Settings(bundle=bundle, device="cpu", max_pixels=BATCH_PIXELS)
     manager = ModelManager(settings, Telemetry())
     manager.load()
     if manager.refusal:
