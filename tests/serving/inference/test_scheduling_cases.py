@@ -172,3 +172,21 @@ def test_the_only_image_in_progress_has_low_latency(cap: int) -> None:
     finally:
         engine.close()
     assert predictor.calls == [(1, True), (1, True)]
+
+
+@pytest.mark.parametrize("cap", [1, 4])
+def test_a_missing_prediction_is_an_error_of_its_image(cap: int) -> None:
+    engine = built(FakePredictor(), cap)
+    predict = engine._predict
+    engine._predict = lambda prepared, **options: predict(prepared, **options)[:-1]
+
+    async def work() -> None:
+        with pytest.raises((ValueError, IndexError)):
+            await engine.predict(b"x")
+        engine._predict = predict
+        assert (await engine.predict(b"x")).views == 1
+
+    try:
+        asyncio.run(asyncio.wait_for(work(), 20))
+    finally:
+        engine.close()
