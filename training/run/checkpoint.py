@@ -142,7 +142,8 @@ def load(run: Path) -> tuple[Classifier, CheckpointInfo]:
         classifier = create_classifier(
             info.arch, len(info.classes), arch_args=info.arch_args, head=info.head
         )
-    except (OptionError, ValueError, TypeError) as error:
+    except (OptionError, ValueError, TypeError, RuntimeError) as error:
+        # RuntimeError: a layer of the stated width takes more memory than there is.
         reason = " ".join(str(error).split())
         raise DataError(f"{path.with_suffix('.json')} can't be used: {reason:.300}") from error
     try:
