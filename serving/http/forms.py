@@ -22,7 +22,7 @@ MAX_OVERHEAD: Final = 65_536
 
 MAX_PARTS: Final = 64
 _NAMES: Final = ("tta", "top_k")
-_INTEGER: Final = re.compile(r"-?[0-9]{1,9}", re.ASCII)
+_INTEGER: Final = re.compile(r"-?[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
