@@ -82,7 +82,7 @@ def test_the_paths_of_a_stream_do_not_depend_on_its_pieces(data, pieces) -> None
 
 
 @given(PATHS, st.sampled_from([".csv", ".tsv", ".jsonl", ".parquet"]), st.integers(0, 2))
-@examples(60)
+@examples(40)
 def test_a_column_of_paths_is_read_back(paths, suffix, place) -> None:
     if suffix == ".parquet":  # its texts are UTF-8
         paths = [path for path in paths if path.isprintable()]

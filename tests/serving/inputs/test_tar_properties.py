@@ -48,7 +48,7 @@ def write(path: Path, names: list[str], form: int) -> None:
     st.sampled_from(["x.tar", "x.tar.gz", "x.tar::y.tar"]),
     st.randoms(use_true_random=False),
 )
-@examples(60)
+@examples(40)
 def test_each_listed_name_loads_its_own_member(names, form, archive, random) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, archive)

@@ -63,7 +63,7 @@ def test_each_photo_is_copied_once_into_a_folder_of_its_label(photos) -> None:
     ),
 )
 @example([("n" * 300, "a"), ("a\0b", None), ("..", "é" * 200), ("n" * 300, "a")])
-@examples(60)
+@examples(40)
 def test_members_of_an_archive_are_copied_into_the_folder(members) -> None:
     with tempfile.TemporaryDirectory() as name:
         path, target = Path(name, "x.tar"), Path(name, "out")

@@ -50,7 +50,7 @@ def plain(text: str) -> str:
 
 
 @given(st.lists(rows(), max_size=5), st.sampled_from([".csv", ".jsonl", ".parquet"]))
-@examples(100)
+@examples(50)
 def test_a_table_has_the_rows_that_were_written(rows, suffix) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, f"scores{suffix}")
@@ -79,7 +79,7 @@ def test_a_row_of_the_journal_is_read_back(row) -> None:
 
 
 @given(st.lists(st.lists(texts(surrogates=True), min_size=2, max_size=4), max_size=4))
-@examples(100)
+@examples(60)
 def test_csv_cells_are_read_back(records) -> None:
     text = "".join(map(csv_line, records))
     assert list(csv.reader(io.StringIO(text, newline=""), strict=True)) == records
