@@ -89,7 +89,7 @@ def _fuzz(names: tuple[str, ...], options: argparse.Namespace) -> int:
     total = sum(result.executions for result in results)
     cpu = sum(result.cpu for result in results)
     _log(f"{len(results)} targets, {total} executions, {cpu:.0f} s of CPU time, {faults} faults")
-    return 1 if faults else 0
+    return 1 if faults or any(result.failure for result in results) else 0
 
 
 def _log(line: str) -> None:

@@ -22,7 +22,7 @@ from tests.fuzz.laws import CRASH, HANG, MEMORY, PACKAGES, SLOW, Fault
 CPU_SECONDS = 60
 """CPU time at which the process of one input is ended by the system."""
 _REPLAY_SECONDS = 900  # wall time; a busy machine may need long to import torch
-_START_SECONDS = 300  # until a process that doesn't end is killed, beyond its time
+_START_SECONDS = 1800  # until a process that doesn't end is killed, beyond its time
 _MAX_CRASHES = 20
 
 _STATUS = re.compile(r"^#\d+\s.* cov: (\d+) ft: (\d+) corp: (\d+)/", re.MULTILINE)
@@ -43,6 +43,7 @@ class Result:
         corpus: Number of inputs in the corpus at the end.
         faults: Faults, with the file of the input.
         dismissed: Faults of time or memory that a fresh process did not confirm.
+        failure: Why the target could not run; "" if it did.
     """
 
     target: str
@@ -54,8 +55,11 @@ class Result:
     corpus: int = 0
     faults: list[tuple[Fault, Path]] = field(default_factory=list)
     dismissed: list[Fault] = field(default_factory=list)
+    failure: str = ""
 
     def __str__(self) -> str:
+        if self.failure:
+            return f"{self.target:<11} {self.failure}"
         rate = self.executions / max(self.seconds, 1e-9)
         more = f", {len(self.dismissed)} not confirmed" if self.dismissed else ""
         return (
@@ -82,19 +86,33 @@ def fuzz(
         folder = Path(temporary)
         (folder / "corpus").mkdir()
         (folder / "work").mkdir()
-        _write_seeds(name, folder / "corpus")
-        left, crashes = seconds, 0
-        while left >= 1 and crashes < _MAX_CRASHES:
-            used, ended = _run(name, folder, left, seed + crashes, result)
-            left -= used
-            if ended is None:
-                break
-            crashes += 1
-            log(f"{name}: the process ended: {ended}")
-            _record_crash(name, folder, ended)
+        try:
+            _write_seeds(name, folder / "corpus")
+            _run_for(seconds, folder, seed, result, log)
+        except CouldNotStart as error:
+            result.failure = f"could not start: {error}"
         result.corpus = len(list((folder / "corpus").iterdir()))
         _verify(name, folder, failures, result, log)
     return result
+
+
+class CouldNotStart(Exception):
+    """A target can't be imported or prepared."""
+
+
+def _run_for(
+    seconds: float, folder: Path, seed: int, result: Result, log: Callable[[str], None]
+) -> None:
+    """Run processes, one after another, until the time is over."""
+    left, crashes = seconds, 0
+    while left >= 1 and crashes < _MAX_CRASHES:
+        used, ended = _run(result.target, folder, left, seed + crashes, result)
+        left -= used
+        if ended is None:
+            break
+        crashes += 1
+        log(f"{result.target}: the process ended: {ended}")
+        _record_crash(result.target, folder, ended)
 
 
 def _write_seeds(name: str, corpus: Path) -> None:
@@ -104,7 +122,7 @@ def _write_seeds(name: str, corpus: Path) -> None:
         cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"{name}: no seeds\n{done.stderr}")
+        raise CouldNotStart(f"no seeds\n{done.stderr}")
 
 
 def _environment() -> dict[str, str]:
@@ -143,7 +161,7 @@ def _run(
     if status == 0:
         return seconds, None
     if "INFO: Seed" not in text:
-        raise RuntimeError(f"{name}: the process could not start\n{text[-3000:]}")
+        raise CouldNotStart(text[-3000:])
     return max(1.0, fuzzed), _reason(status, text)
 
 
