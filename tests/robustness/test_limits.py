@@ -7,6 +7,7 @@ import sys
 import zlib
 
 import pytest
+from PIL import Image
 
 from serving.errors import BrokenImage, TooLarge
 from serving.imaging import limits
@@ -100,7 +101,8 @@ def test_bombs_are_refused_within_half_a_second_and_30_mb() -> None:
     assert measured["grown"] < 30_000_000
 
 
-def test_max_pixels_also_raises_the_limit_of_pillow() -> None:
+def test_max_pixels_also_raises_the_limit_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # restored at the end
     large = sizes.png_claiming(11_000, 10_000)
     with pytest.raises(TooLarge):
         decode(large)

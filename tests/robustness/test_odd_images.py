@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from serving.errors import FledgeError
 from serving.imaging.decode import SUFFIXES, decode
@@ -62,6 +63,12 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
 def client(server: Live) -> Iterator[httpx.Client]:
     with live_server.client(server.url) as client:
         yield client
+
+
+@pytest.fixture(autouse=True)
+def pillows_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process; `decode` raises it for good, and the words of an error depend on it."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000_000)
 
 
 def result_of(answer: dict[str, Any]) -> tuple[Any, ...]:
