@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -153,17 +154,23 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def _serve_requests(control: socket.socket) -> dict[str, Any] | None:
     """Answer requests; returns the request in a forked child, and None at the end."""
+    running: set[int] = set()
     with control, control.makefile("r") as lines:
         for line in lines:
             request = json.loads(line)
             if "status" in request:
                 pid, status = os.waitpid(request["status"], os.WNOHANG)
                 answer = os.waitstatus_to_exitcode(status) if pid else None
+                running.discard(pid)
             else:
                 answer = os.fork()
                 if not answer:
                     return request  # type: ignore[no-any-return]
+                running.add(answer)
             control.sendall(json.dumps(answer).encode() + b"\n")
+    for pid in running:  # left by a test that failed
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
     return None
 
 
