@@ -14,7 +14,7 @@ from serving.bundle import storage
 from serving.bundle.manifest import Manifest
 from serving.bundle.signing import Sign
 from serving.errors import BundleError, OptionError
-from serving.utils.files import lock, sync
+from serving.utils.files import files_below, lock, sync
 from serving.utils.process import is_running
 
 _PARTIAL: Final = re.compile(r"\.partial-(\d+)")
@@ -113,9 +113,8 @@ def _publish(payload: Path, manifest: Manifest, out: Path, sign: Sign | None) ->
         # so with `sign` the folder is kept only if its files are identical.
         manifest = manifest.model_copy(update={"files": live.files, "golden": live.golden})
     else:
-        for path in payload.rglob("*"):
-            if path.is_file():
-                sync(path)
+        for path in files_below(payload):
+            sync(path)
         version = out / manifest.version
         shutil.rmtree(version, ignore_errors=True)  # interrupted, damaged, or other files
         payload.rename(version)

@@ -22,7 +22,7 @@ from serving.bundle import signing
 from serving.bundle.entries import FileEntry
 from serving.bundle.manifest import Manifest, content_version
 from serving.errors import BundleError
-from serving.utils.files import atomic_write
+from serving.utils.files import atomic_write, files_below
 
 MANIFEST: Final = "manifest.json"
 CHECKSUM: Final = "manifest.sha256"
@@ -158,9 +158,10 @@ def _verify_files(bundle: Bundle) -> None:
             raise BundleError(f"{path} is listed in the manifest and can't be read") from error
         if actual != facts["sha256"]:
             raise BundleError(f"{path} was changed after export: its sha256 is not the manifest's")
-    present = {
-        path.relative_to(payload).as_posix() for path in payload.rglob("*") if path.is_file()
-    }
+    try:
+        present = {path.relative_to(payload).as_posix() for path in files_below(payload)}
+    except OSError as error:
+        raise BundleError(f"{payload} can't be read: {error.strerror or error}") from error
     extra = sorted(present - set(listed))
     if extra:
         raise BundleError(f"{payload / extra[0]} is not listed in the manifest; remove it")
@@ -186,8 +187,7 @@ def describe_files(payload: Path) -> dict[str, FileEntry]:
     """Return sha256 and size of all files in a payload folder, as needed for `Manifest.files`."""
     return {
         path.relative_to(payload).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
-        for path in sorted(payload.rglob("*"))
-        if path.is_file()
+        for path in files_below(payload)
     }
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -77,13 +77,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield partial
         sync(partial)
         partial.replace(path)
-    except OSError as error:
-        named = error.filename is not None and os.fspath(error.filename) != str(partial)
-        if named or error.errno is None:
+    except BaseException as error:
+        with suppress(OSError):  # the first error is told, not the one of the removal
+            partial.unlink(missing_ok=True)
+        if not isinstance(error, OSError) or error.errno is None:
+            raise
+        if error.filename is not None and os.fspath(error.filename) != str(partial):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -151,6 +152,21 @@ _HERE: Final = -100  # AT_FDCWD: relative paths begin in the current folder
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return the paths of all files in a folder and its subfolders, sorted.
+
+    Raises:
+        OSError: A folder can't be read. `Path.rglob` would leave out its files without a word.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    walked = os.walk(folder, onerror=fail)
+    paths = (Path(parent) / name for parent, _, names in walked for name in names)
+    return sorted(path for path in paths if path.is_file())
 
 
 def sync(path: Path) -> None:

@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -44,11 +45,13 @@ class Job(Protocol):
         work: Folder that the job changes; it has the same path in every run.
         swept: Folder in `work` whose operations fail.
         ignored: Folders in `work` whose names of files may differ.
+        optional: Files that a job may not make, if it says why.
     """
 
     inputs: Path
     work: Path
     ignored: Sequence[str]
+    optional: Sequence[str]
 
     @property
     def swept(self) -> Path: ...
@@ -156,13 +159,24 @@ class Sweep:
 
         The job is run again once for the same files in `work`.
         """
-        for number, operation in enumerate(self.operations):
-            for error in ERRNOS if every else ERRNOS[number % len(ERRNOS) :][:1]:
-                self.report.errors += 1
-                self._fresh()
-                found = list(self._error(number, operation, error))
-                at = f"{operation.kind} {operation.path} [{number}] {errno.errorcode[error]}"
-                self.report.found += [f"{self.report.job}: {at}: {line}" for line in found]
+        cases = [
+            (number, error)
+            for number in range(len(self.operations))
+            for error in (ERRNOS if every else ERRNOS[number % len(ERRNOS) :][:1])
+        ]
+
+        def run() -> tuple[list[str], set[str]]:
+            found = []
+            for number, error in cases:
+                kind, path = self.operations[number]
+                at = f"{self.report.job}: {kind} {path} [{number}] {errno.errorcode[error]}"
+                found += [f"{at}: {line}" for line in self._error(number, error)]
+            return found, self._checked
+
+        self.report.errors += len(cases)
+        # One child for all: a fork takes longer than many a job.
+        found, self._checked = _must(children.call(run)).value
+        self.report.found += found
 
     def kills(self) -> None:
         """End the process at each operation, and run the job again in another process."""
@@ -179,27 +193,23 @@ class Sweep:
             at = f"{operation.kind} {operation.path} [{number}] killed"
             self.report.found += [f"{self.report.job}: {at}: {line}" for line in found]
 
-    def _error(self, number: int, operation: Operation, error: int) -> Iterator[str]:
-        def run() -> tuple[bool, _After, str, _After | None]:
+    def _error(self, number: int, error: int) -> Iterator[str]:
+        self._fresh()
+        _printed()
+        try:
             with FileOperations(self.job.swept, number, error) as operations:
                 status = self.job.run()
-            after, key = self._look(status), _key(self.job.work, os.getpid())
-            sys.stdout.seek(0)
-            sys.stdout.truncate()
-            again = None if key in self._checked else self._look(self.job.again())
-            return operations.failed, after, key, again
-
-        done = children.call(run)
-        if done.status:
-            yield f"exception\n{done.output}\n{done.trace}"
+            after = self._look(status)
+        except BaseException:
+            yield f"exception\n{_printed()}\n{traceback.format_exc()}"
             return
-        failed, after, key, again = done.value
-        self._checked.add(key)
-        if not failed:
+        if not operations.failed:
             yield "the operation was not reached"
-        yield from self._laws(after, operation, error)
-        if again:
-            yield from self._again(again, done.output)
+        yield from self._laws(after, self.operations[number], error)
+        key = _key(self.job.work, os.getpid())
+        if key not in self._checked:
+            self._checked.add(key)
+            yield from self._again(self._look(self.job.again()))
 
     def _laws(self, after: _After, operation: Operation, error: int) -> Iterator[str]:
         """Yield the laws that the run with the fault violated."""
@@ -235,15 +245,16 @@ class Sweep:
             if result.get(name) not in (self.old.get(name), self.new.get(name)):
                 yield f"{name} is neither the old nor the new one: {str(result.get(name))[:200]}"
 
-    def _again(self, again: _After, output: str) -> Iterator[str]:
+    def _again(self, again: _After) -> Iterator[str]:
         """Yield the laws that the run after the fault violated."""
         if again.status:
-            yield f"again: exit status {again.status}\n{output}"
+            yield f"again: exit status {again.status}\n{again.output}"
         elif again.result != self.new:
             yield f"again: another result in {_difference(again.result, self.new)}"
         elif again.names != self.names:
             stray, missing = set(again.names) - set(self.names), set(self.names) - set(again.names)
-            yield f"again: left over {sorted(stray)}, missing {sorted(missing)}"
+            if stray or missing - set(self.job.optional):
+                yield f"again: left over {sorted(stray)}, missing {sorted(missing)}"
 
     def _kill(self, number: int) -> Iterator[str]:
         def run() -> None:
@@ -268,7 +279,7 @@ class Sweep:
             return
         result, after = again.value
         yield from self._whole(result)
-        yield from self._again(after, again.output)
+        yield from self._again(after)
 
     def _fresh(self) -> None:
         """Put the prepared folder at the place of the work folder."""
@@ -276,8 +287,17 @@ class Sweep:
         shutil.copytree(self._prepared, self.job.work, symlinks=True)
 
     def _look(self, status: int) -> _After:
-        output = sys.stdout.getvalue()  # type: ignore[attr-defined]
-        return _After(status, output, self.job.result(), _names(self.job.work, self.job.ignored))
+        return _After(
+            status, _printed(), self.job.result(), _names(self.job.work, self.job.ignored)
+        )
+
+
+def _printed() -> str:
+    """Return what was printed since the last call."""
+    output: str = sys.stdout.getvalue()  # type: ignore[attr-defined]
+    sys.stdout.seek(0)
+    sys.stdout.truncate()
+    return output
 
 
 def _names(folder: Path, ignored: Sequence[str]) -> list[str]:

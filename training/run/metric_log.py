@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, fields
 from pathlib import Path
 from types import TracebackType
@@ -41,8 +42,17 @@ class MetricLog:
         Args:
             folder: The run folder.
             history: The finished epochs.
+
+        Raises:
+            DataError: A file of the run can't be read.
+            WorkError: A file can't be written.
         """
         self.folder = folder
+        with self._work_errors():
+            self._start(history)
+
+    def _start(self, history: Sequence[Epoch]) -> None:
+        folder = self.folder
         finished = {(row.stage, str(row.epoch)) for row in history}
         steps = [row for row in _read_rows(folder / STEPS) if (row[0], row[1]) in finished]
         _write(folder / METRICS, Epoch, [astuple(row) for row in history])
@@ -59,7 +69,17 @@ class MetricLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._events.close()
+        with self._work_errors() if error is None else suppress(OSError):
+            self._events.close()
+
+    @contextmanager
+    def _work_errors(self) -> Iterator[None]:
+        """Convert an OSError in the block, which may name no file, to a WorkError."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise WorkError(f"the metrics in {self.folder} can't be written: {reason}") from error
 
     def add(self, epoch: Epoch, steps: Sequence[Step]) -> None:
         """Append a finished epoch and its optimizer steps to all files.
@@ -67,11 +87,8 @@ class MetricLog:
         Raises:
             WorkError: A file can't be written.
         """
-        try:
+        with self._work_errors():
             self._add(epoch, steps)
-        except OSError as error:  # a failed write names no file
-            reason = error.strerror or error
-            raise WorkError(f"the metrics in {self.folder} can't be written: {reason}") from error
 
     def _add(self, epoch: Epoch, steps: Sequence[Step]) -> None:
         with (self.folder / STEPS).open("a", newline="") as file:

@@ -15,6 +15,7 @@ class CommandJob:
     inputs: Path
     work: Path
     ignored: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
     @property
     def swept(self) -> Path:

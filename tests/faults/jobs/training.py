@@ -62,6 +62,7 @@ class Train(CommandJob):
 
     epochs = 1
     ignored = ("cache", "tmp")  # a cache that fails is not used
+    optional = ("runs/latest",)
 
     def prepare(self) -> None:
         coloured(self.inputs / "photos", {"blue": 4, "red": 4})
@@ -108,9 +109,16 @@ class Train(CommandJob):
             return fledge.main(command)
 
     def again(self) -> int:
-        if (self.folder / RUN_FILE).exists():
-            return self.main(["train", "--resume", str(self.folder)])
-        return self.run()
+        if not (self.folder / RUN_FILE).exists():
+            return self.run()
+        finished = not (self.folder / LAST_FOLDER).exists()
+        status = self.main(["train", "--resume", str(self.folder)])
+        if finished and not status:  # its report may lack what could not be read
+            status = self.main(["report", str(self.folder), "--device", "cpu"])
+        return status
+
+    def tolerates(self, operation: Operation) -> bool:
+        return operation.kind in READING  # a report is made without what can't be read
 
     def result(self) -> dict[str, Any]:
         run = self.folder
@@ -121,8 +129,9 @@ class Train(CommandJob):
             return {}
         return {
             path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(run.rglob("*"))
+            for path in sorted(run.rglob("[!.]*"))
             if path.is_file()
+            and path.parent.name[0] != "."
             and path.suffix in (".safetensors", ".json", ".csv", ".html", ".toml", ".png")
         }
 
@@ -144,9 +153,6 @@ class Report(Train):
 
     def command(self) -> list[str]:
         return ["report", str(self.folder), "--device", "cpu"]
-
-    def tolerates(self, operation: Operation) -> bool:
-        return operation.kind in READING  # the report is made without what can't be read
 
     def again(self) -> int:
         return self.run()

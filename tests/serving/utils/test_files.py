@@ -13,6 +13,7 @@ from serving.utils.files import (
     check_file,
     check_folder,
     exchange,
+    files_below,
 )
 
 
@@ -80,6 +81,25 @@ def test_an_output_that_can_not_be_written_is_refused_before_the_work(
         check_file(Path("x.csv"))
     with pytest.raises(OptionError, match=f"^a/b: {closed}$"):
         check_folder(Path("a/b"), "")
+
+
+def test_the_files_of_a_folder_that_can_not_be_read_are_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("b", "a/c"):
+        (tmp_path / name).touch()
+    assert files_below(tmp_path) == [tmp_path / "a" / "c", tmp_path / "b"]
+    scandir = os.scandir
+
+    def closed(path: str) -> object:
+        if Path(path).name == "a":  # root may read every folder
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError):
+        files_below(tmp_path)
 
 
 def test_two_folders_are_exchanged_in_one_step(tmp_path: Path) -> None:
