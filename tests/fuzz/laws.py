@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -73,6 +71,7 @@ class Checker:
         os.chdir(folder)
         target.prepare()
         self._guard = Guard(folder)
+        self._memory = _Memory()
         self._slow_place = ""
         signal.signal(signal.SIGPROF, self._alarm)
 
@@ -80,7 +79,7 @@ class Checker:
         """Run one input, and return the fault that it reveals."""
         raised: BaseException | None = None
         self._slow_place = ""
-        with _memory() as grown:
+        with self._memory.growth() as grown:
             start = time.process_time()
             signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS, GIVE_UP_SECONDS - MAX_SECONDS)
             try:
@@ -145,32 +144,35 @@ def _place(frames: list[tuple[str, str]]) -> str:
     return f"{os.path.relpath(file, ROOT)}:{name}"
 
 
-@contextmanager
-def _memory() -> Iterator[list[int]]:
-    """Measure the growth of the resident memory, at its peak. The value is set at the end."""
-    grown = [0]
-    peak, before = _peak(), _resident()
-    yield grown
-    after = _peak()
-    if after > peak:  # else the input needed no more than an earlier one
-        grown[0] = after - before
-    if after - before > MAX_GROWTH // 2:
-        # Lets the next large input raise the peak again.
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+class _Memory:
+    """Measures the growth of this process's resident memory, at its peak. Linux alone."""
 
+    def __init__(self) -> None:
+        # Not `ru_maxrss`: that also counts what the process was before it started Python.
+        self._status = os.open("/proc/self/status", os.O_RDONLY)
 
-def _peak() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    @contextmanager
+    def growth(self) -> Iterator[list[int]]:
+        """Measure the `with` block. The value of the list is set at its end, in bytes."""
+        grown = [0]
+        peak, before = self._read()
+        yield grown
+        after, _ = self._read()
+        if after > peak:  # else the block needed no more than an earlier one
+            grown[0] = after - before
+        if after - before > MAX_GROWTH // 2:
+            # Lets the next large input raise the peak again.
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
 
-
-def _resident() -> int:
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return _peak()
+    def _read(self) -> tuple[int, int]:
+        """Return peak and current resident memory, in bytes."""
+        text = os.pread(self._status, 4096, 0)
+        peak, resident = (
+            int(text.partition(name)[2].split(maxsplit=1)[0]) * 1024
+            for name in (b"VmHWM:", b"VmRSS:")
+        )
+        return peak, resident
 
 
 def _short(error: BaseException) -> str:
