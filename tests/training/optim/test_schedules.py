@@ -211,6 +211,13 @@ def test_only_one_cycle_changes_momentum(name):
     assert schedule_at(stage(schedule=name, **SCHEDULES[name]), 0.3, 10).momentum is None
 
 
+def test_cosine_equals_torch():
+    stage_ = stage(schedule="cosine", cycle_len=5, floor=0.01)
+    expected, _ = rates_of_torch(optim.lr_scheduler.CosineAnnealingLR, 51, T_max=50, eta_min=0.01)
+    found = [schedule_at(stage_, i / 10, 10).factor for i in range(51)]
+    assert found == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_step_equals_torch(every):
     stage_ = stage(schedule="step", cycle_len=8, step_every=every, gamma=0.3)
