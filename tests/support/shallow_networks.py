@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import (
     convnext,
     densenet,
@@ -34,26 +34,33 @@ from training.models import backbones
 
 
 class Features(nn.Module):
-    """What a body is made of in several families, without a large classifier."""
+    """Layers of AlexNet, VGG or SqueezeNet with a small classifier."""
 
-    def __init__(self, features: nn.Sequential) -> None:
+    def __init__(self, features: nn.Sequential, channels: int) -> None:
         super().__init__()
         self.features = features
+        self.avgpool = nn.AdaptiveAvgPool2d(2)
+        self.classifier = nn.Linear(4 * channels, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.classifier(self.avgpool(self.features(x)).flatten(1))
+        return logits
 
 
 def _alexnet(**_: Any) -> nn.Module:
     conv = [nn.Conv2d(3, 8, 11, 4, 2), nn.ReLU(True), nn.MaxPool2d(3, 2)]
     conv += [nn.Conv2d(8, 16, 5, padding=2), nn.ReLU(True), nn.MaxPool2d(3, 2)]
-    return Features(nn.Sequential(*conv))
+    return Features(nn.Sequential(*conv), 16)
 
 
 def _vgg(**_: Any) -> nn.Module:
     layers: list[str | int] = [8, "M", 16, "M", 16, 16, "M"]
-    return Features(vgg.make_layers(layers, batch_norm=True))
+    return Features(vgg.make_layers(layers, batch_norm=True), 16)
 
 
 def _squeezenet(**_: Any) -> nn.Module:
-    return Features(squeezenet.squeezenet1_1().features[:6])
+    return Features(squeezenet.squeezenet1_1().features[:6], 128)
 
 
 def _without(network: nn.Module, *names: str) -> nn.Module:
@@ -107,7 +114,7 @@ def _efficientnet_v2(**_: Any) -> nn.Module:
 
 
 def _regnet(**_: Any) -> nn.Module:
-    parameters = regnet.BlockParams.from_init_params(5, 16, 12, 2.2, 8, se_ratio=0.25)
+    parameters = regnet.BlockParams.from_init_params(3, 16, 12, 2.2, 8, se_ratio=0.25)
     return regnet.RegNet(parameters, stem_width=16)
 
 

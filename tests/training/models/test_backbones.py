@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 
 from serving.errors import DataError, OptionError
+from tests.support.shallow_networks import replace_networks
 from training.config.schema import Recipe
 from training.models import backbones, families, weights
 from training.models.classifier import create_classifier, normalise
@@ -47,20 +48,24 @@ SMALLEST = {  # builder's options and a small image size
     "vit_b_32": ({"image_size": 32}, 32),
     "maxvit_t": ({}, 224),
 }
-SLOW = {  # large, or similar to one above
+SHALLOW = {  # large, or similar to one above: of `tests.support.shallow_networks`
     "alexnet": ({}, 63),
     "inception_v3": ({}, 75),
     "convnext_tiny": ({}, 32),
-    "vgg11": ({}, 32),
+    "vgg11_bn": ({}, 32),
     "resnext50_32x4d": ({}, 32),
     "wide_resnet50_2": ({}, 32),
     "efficientnet_v2_s": ({}, 32),
     "swin_v2_t": ({}, 32),
 }
-FAMILIES = [
-    *((arch, *values) for arch, values in SMALLEST.items()),
-    *(pytest.param(arch, *values, marks=pytest.mark.slow) for arch, values in SLOW.items()),
-]
+FAMILIES = [(arch, *values) for arch, values in (SMALLEST | SHALLOW).items()]
+
+
+@pytest.fixture
+def networks(request, monkeypatch):
+    """Shallow networks if the test's network is in `SHALLOW`."""
+    if request.getfixturevalue("arch") in SHALLOW:
+        replace_networks(monkeypatch)
 
 
 def classifier_of(network):
@@ -127,6 +132,7 @@ def test_a_network_on_the_meta_device_has_the_shapes_of_the_real_one():
     assert out.shape[1:] == last.shape[1:]
 
 
+@pytest.mark.usefixtures("networks")
 @pytest.mark.parametrize(("arch", "arch_args", "size"), FAMILIES)
 def test_a_training_step_changes_every_group(arch, arch_args, size):
     torch.manual_seed(0)
@@ -146,6 +152,7 @@ def test_a_training_step_changes_every_group(arch, arch_args, size):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("networks")
 @pytest.mark.parametrize(("arch", "arch_args", "size"), FAMILIES)
 def test_torchvision_weights_give_torchvision_features(arch, arch_args, size, monkeypatch):
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ SHALLOW = {  # of `tests.support.shallow_networks`
     "vgg11_bn": (6, 0),
     "shufflenet_v2_x0_5": (28, 0),
     "mnasnet0_5": (23, 0),
-    "regnet_y_400mf": (21, 0),
+    "regnet_y_400mf": (14, 0),
     "alexnet": (2, 0),
     "convnext_tiny": (2, 0),
     "densenet121": (23, 12),
