@@ -19,36 +19,33 @@ from serving.imaging.preprocess import Preprocess
 from serving.inference.runtime import OnnxRuntime
 from serving.inference.torchscript import TorchScriptRuntime
 from tests.export.conftest import pixels
-from training.models.classifier import create_classifier
 
 LABELS = ("blau", "grün", "rot")
 
 
+WRITERS = {"onnx": writer, "ts": torchscript, "pt2": torch_export}
+
+
+def write(run, folder):
+    """Write the file of each format."""
+    assembled, _ = graph.assemble(run.classifier, run.preprocess)
+    facts = {"name": "tiny", "labels": LABELS, "preprocess": run.preprocess}
+    paths = [folder / f"model.{suffix}" for suffix in WRITERS]
+    for one, path in zip(WRITERS.values(), paths, strict=True):
+        one.write(assembled, path, **facts)
+    return paths
+
+
 @pytest.fixture(scope="module")
 def files(shared_run, recorded, tmp_path_factory):
-    """The file of each format, written twice; once with a recorded translation to ONNX."""
-    folder = tmp_path_factory.mktemp("graphs")
-    written = []
-    for number in range(2):
-        assembled, _ = graph.assemble(shared_run.classifier, shared_run.preprocess)
-        facts = {"name": "tiny", "labels": LABELS, "preprocess": shared_run.preprocess}
-        paths = [folder / f"{number}.{suffix}" for suffix in ("onnx", "ts", "pt2")]
-        with pytest.MonkeyPatch.context() as patch:
-            if number == 0:
-                recorded.patch(patch)
-            for one, path in zip((writer, torchscript, torch_export), paths, strict=True):
-                one.write(assembled, path, **facts)
-        written.append(paths)
-    return written
-
-
-def test_the_same_graph_gives_the_same_bytes(files):
-    for first, second in zip(*files, strict=True):
-        assert first.read_bytes() == second.read_bytes()
+    """The file of each format; the translation to ONNX is recorded."""
+    with pytest.MonkeyPatch.context() as patch:
+        recorded.patch(patch)
+        return write(shared_run, tmp_path_factory.mktemp("graphs"))
 
 
 def test_the_files_have_no_paths_or_stack_traces(files):
-    for path in files[0]:
+    for path in files:
         data = path.read_bytes()
         if path.suffix != ".onnx":
             with zipfile.ZipFile(path) as archive:
@@ -59,12 +56,17 @@ def test_the_files_have_no_paths_or_stack_traces(files):
         assert not re.search(rb'File "|stack_trace', data)
 
 
+def test_the_same_graph_gives_the_same_bytes(files, shared_run, tmp_path):
+    again = write(shared_run, tmp_path)
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in files]
+
+
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_the_files_give_the_checkpoint_s_outputs_at_any_batch_size(files, batch, shared_run):
     x = pixels(batch, 32).numpy()
     checkpoint = graph.CheckpointRuntime(shared_run.classifier, shared_run.preprocess)
     expected = checkpoint.run(x)
-    onnx_file, script, program = files[1]
+    onnx_file, script, program = files
     engines = [OnnxRuntime(onnx_file, device="cpu"), TorchScriptRuntime(script)]
     for engine in (*engines, torch_export.ExportedRuntime(program)):
         for one, other in zip(expected, engine.run(x), strict=True):
@@ -72,46 +74,8 @@ def test_the_files_give_the_checkpoint_s_outputs_at_any_batch_size(files, batch,
             assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arch", "size"),
-    [
-        ("googlenet", 64),
-        ("inception_v3", 75),
-        ("convnext_tiny", 64),
-        ("swin_t", 64),
-        ("swin_v2_t", 64),
-        ("vit_b_32", 64),
-        ("maxvit_t", 224),
-    ],
-)
-def test_families_with_unusual_bodies_are_written(arch, size, tmp_path):
-    torch.manual_seed(0)
-    args = {"image_size": size} if arch == "vit_b_32" else {}
-    classifier = create_classifier(
-        arch, 5, arch_args=args, head={"kind": "deep", "hidden": 16}
-    ).eval()
-    preprocess = Preprocess(size=size)
-    checkpoint = graph.CheckpointRuntime(classifier, preprocess)
-    assembled, _ = graph.assemble(classifier, preprocess)
-    facts = {"name": arch, "labels": tuple("abcde"), "preprocess": preprocess}
-    writer.write(assembled, tmp_path / "model.onnx", **facts)
-    torchscript.write(assembled, tmp_path / "model.ts", **facts)
-    engines = [
-        OnnxRuntime(tmp_path / "model.onnx", device="cpu"),
-        TorchScriptRuntime(tmp_path / "model.ts"),
-    ]
-    for batch in (1, 7):
-        x = pixels(batch, size).numpy()
-        expected = checkpoint.run(x)
-        for engine in engines:
-            for one, other in zip(expected, engine.run(x), strict=True):
-                assert one.shape == other.shape
-                assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
-
-
 def test_the_onnx_file_is_self_contained_and_has_metadata(files):
-    loaded = onnx.load(files[0][0], load_external_data=False)
+    loaded = onnx.load(files[0], load_external_data=False)
     assert loaded.opset_import[0].version >= 17
     assert not [node for node in loaded.graph.node if node.op_type == "BatchNormalization"]
     assert not any(tensor.external_data for tensor in loaded.graph.initializer)
@@ -124,7 +88,7 @@ def test_the_onnx_file_is_self_contained_and_has_metadata(files):
 
 
 def test_tensors_in_the_torchscript_file_are_aligned(files):
-    path = files[0][1]
+    path = files[1]
     data = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
