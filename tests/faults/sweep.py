@@ -1,8 +1,8 @@
 """Sweep the faults of a job: every file operation fails once, and ends the process once.
 
-`python -m tests.faults.sweep score-csv` sweeps one job and prints what it found; without a name it
+`python -m tests.faults.sweep score-csv` sweeps a job and prints what it found; without a name it
 lists the jobs. `--all` fails each operation with each error number; without it, the error number
-changes from operation to operation.
+changes from operation to operation. `--operations` lists a job's operations with their numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -35,6 +34,7 @@ from tests.faults.file_operations import (
     FileOperations,
     Operation,
 )
+from tests.faults.jobs import JOBS, create
 
 
 class Job(Protocol):
@@ -92,8 +92,8 @@ class Report:
         job: Name of the job.
         operations: Number of file operations of the job without a fault.
         errors: Number of runs in which an operation failed.
-        kills: Number of operations before or in which the process ended. Where the operation before
-            changed nothing, the run of that operation counts for this one.
+        kills: Number of operations before or in which the process ended. If the operation before
+            changes nothing on the disk, its run counts for this one.
         kill_runs: Number of runs that were killed.
         found: A line for each violated law.
         seconds: CPU seconds of the sweep, with its child processes.
@@ -154,15 +154,19 @@ class Sweep:
         if after.status or self.new == self.old:
             raise RuntimeError(f"without a fault: {after}\n{done.output}")
 
-    def errors(self, every: bool) -> None:
+    def errors(self, step: int, every_error: bool) -> None:
         """Let each operation fail, and run the job again in the same process.
 
         The job is run again once for the same files in `work`.
+
+        Args:
+            step: 1 takes every operation, 3 every third one.
+            every_error: Fail with each error number, and not with one in turn.
         """
         cases = [
             (number, error)
-            for number in range(len(self.operations))
-            for error in (ERRNOS if every else ERRNOS[number % len(ERRNOS) :][:1])
+            for place, number in enumerate(range(0, len(self.operations), step))
+            for error in (ERRNOS if every_error else ERRNOS[place % len(ERRNOS) :][:1])
         ]
 
         def run() -> tuple[list[str], set[str]]:
@@ -178,20 +182,25 @@ class Sweep:
         found, self._checked = _must(children.call(run)).value
         self.report.found += found
 
-    def kills(self) -> None:
-        """End the process at each operation, and run the job again in another process."""
-        before = ""
-        for number, operation in enumerate(self.operations):
-            self.report.kills += 1
-            if number and before in UNCHANGING and operation.kind != "write":
-                before = operation.kind
-                continue
-            before = operation.kind
-            self.report.kill_runs += 1
+    def kills(self, step: int) -> None:
+        """End the process at each operation, and run the job again in another process.
+
+        Args:
+            step: 1 takes every operation, 3 every third one.
+        """
+        kinds = [operation.kind for operation in self.operations]
+        places = [
+            number
+            for number, kind in enumerate(kinds)
+            if not number or kinds[number - 1] not in UNCHANGING or kind == "write"
+        ][::step]
+        self.report.kills = len(kinds) if step == 1 else len(places)
+        self.report.kill_runs = len(places)
+        for number in places:
             self._fresh()
-            found = list(self._kill(number))
-            at = f"{operation.kind} {operation.path} [{number}] killed"
-            self.report.found += [f"{self.report.job}: {at}: {line}" for line in found]
+            kind, path = self.operations[number]
+            at = f"{self.report.job}: {kind} {path} [{number}] killed"
+            self.report.found += [f"{at}: {line}" for line in self._kill(number)]
 
     def _error(self, number: int, error: int) -> Iterator[str]:
         self._fresh()
@@ -206,7 +215,7 @@ class Sweep:
         if not operations.failed:
             yield "the operation was not reached"
         yield from self._laws(after, self.operations[number], error)
-        key = _key(self.job.work, os.getpid())
+        key = content_key(self.job.work, os.getpid())
         if key not in self._checked:
             self._checked.add(key)
             yield from self._again(self._look(self.job.again()))
@@ -265,7 +274,7 @@ class Sweep:
         if done.status != KILLED:
             yield f"was not killed: {done}"
             return
-        key = _key(self.job.work, done.pid)
+        key = content_key(self.job.work, done.pid)
         if key in self._checked:  # the same files as after another operation
             return
         self._checked.add(key)
@@ -307,7 +316,7 @@ def _names(folder: Path, ignored: Sequence[str]) -> list[str]:
     return sorted({re.sub(r"[0-9a-f]{12,}|\d{10}\.\d{6}", "*", name) for name in found})
 
 
-def _key(folder: Path, pid: int) -> str:
+def content_key(folder: Path, pid: int) -> str:
     """Hash the names and contents of all files, without process ids and random numbers."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
@@ -330,17 +339,30 @@ def _must(done: Outcome) -> Outcome:
 
 
 def sweep(
-    name: str, job: Job, *, every: bool, kinds: Sequence[str] = ("errors", "kills")
+    name: str,
+    job: Job,
+    *,
+    step: int = 1,
+    every_error: bool = False,
+    kinds: Sequence[str] = ("errors", "kills"),
 ) -> Report:
-    """Sweep a job, and return what was found."""
+    """Sweep a job, and return what was found.
+
+    Args:
+        name: Name of the job.
+        job: The job.
+        step: 1 takes every operation, 3 every third one.
+        every_error: Fail with each error number, and not with one in turn.
+        kinds: "errors", "kills" or both.
+    """
     before = _cpu_seconds()
     with tempfile.TemporaryDirectory(prefix="fledge-faults-") as folder:
         run = Sweep(name, job, Path(folder).resolve())
         run.start()
         if "errors" in kinds:
-            run.errors(every)
+            run.errors(step, every_error)
         if "kills" in kinds:
-            run.kills()
+            run.kills(step)
     run.report.seconds = round(_cpu_seconds() - before, 1)
     return run.report
 
@@ -350,39 +372,42 @@ def _cpu_seconds() -> float:
 
 
 def main() -> None:
-    """Sweep jobs by hand."""
-    from tests.faults.jobs import JOBS, create
-
+    """Sweep jobs by hand, or those that a test names on stdin."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("jobs", nargs="*", metavar="JOB", help=", ".join(JOBS))
     parser.add_argument("--all", action="store_true", help="each operation with each error number")
-    parser.add_argument("--kinds", default="errors,kills")
+    parser.add_argument("--step", type=int, default=1, metavar="N", help="each N-th operation")
+    parser.add_argument("--kinds", default="errors,kills", help="default: errors,kills")
     parser.add_argument("--operations", action="store_true", help="only list the operations")
     parser.add_argument("--serve", action="store_true", help="sweep the jobs named on stdin")
     options = parser.parse_args()
-    if options.serve:
-        for line in sys.stdin:
-            name = line.strip()
-            print(json.dumps(asdict(sweep(name, create(name), every=options.all))), flush=True)
-        return
-    if not options.jobs:
+    for line in sys.stdin if options.serve else ():
+        name, step = line.split()
+        report = sweep(name, create(name), step=int(step), every_error=options.all)
+        print(json.dumps(asdict(report)), flush=True)
+    if not (options.jobs or options.serve):
         print(*JOBS, sep="\n")
     for name in options.jobs:
-        job = create(name)
         if options.operations:
-            with tempfile.TemporaryDirectory() as folder:
-                run = Sweep(name, job, Path(folder).resolve())
-                run.start()
-                print(
-                    *(f"{n} {kind} {path}" for n, (kind, path) in enumerate(run.operations)),
-                    sep="\n",
-                )
+            _list_operations(name)
             continue
-        began = time.perf_counter()
-        report = sweep(name, job, every=options.all, kinds=options.kinds.split(","))
+        report = sweep(
+            name,
+            create(name),
+            step=options.step,
+            every_error=options.all,
+            kinds=options.kinds.split(","),
+        )
         values = asdict(report)
-        print(*values.pop("found"), sep="\n")
-        print(values, f"wall {time.perf_counter() - began:.1f}", flush=True)
+        print(*values.pop("found"), values, sep="\n", flush=True)
+
+
+def _list_operations(name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = Sweep(name, create(name), Path(folder).resolve())
+        run.start()
+        for number, (kind, path) in enumerate(run.operations):
+            print(number, kind, path)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from serving.scoring import journal, score
 from serving.scoring.options import ScoringOptions
 from serving.utils.files import atomic_folder, atomic_write
 from tests.faults.file_operations import ERRNOS, FileOperations, Operation
+from tests.faults.sweep import content_key
 from tests.support.tiny_bundle import photo, tiny_bundle
 
 
@@ -44,6 +45,12 @@ def faults(
     assert recorded.operations
 
 
+def again(work: Path, run: Callable[[], object]) -> None:
+    """Run the job again. No operation fails; nothing waits for the disk."""
+    with FileOperations(work):
+        run()
+
+
 def test_a_written_file_is_the_old_or_the_new_one_and_the_error_names_it(tmp_path: Path) -> None:
     path = tmp_path / "work" / "file"
     path.parent.mkdir()
@@ -58,7 +65,7 @@ def test_a_written_file_is_the_old_or_the_new_one_and_the_error_names_it(tmp_pat
         assert caught.errno == error
         assert path.read_text() in ("old", "new")
         assert str(path) in str(caught) or operation.kind == "unlink"
-        write()
+        again(path.parent, write)
         assert [(one.name, one.read_text()) for one in path.parent.iterdir()] == [("file", "new")]
 
 
@@ -74,7 +81,7 @@ def test_a_written_folder_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     for _operation, error, caught in faults(path.parent, write):
         assert [one.name for one in path.iterdir()] in (["old"], ["new"])
         assert caught is None or caught.errno == error
-        write()
+        again(path.parent, write)
         assert [one.name for one in path.parent.iterdir()] == ["folder"]
         assert [one.name for one in path.iterdir()] == ["new"]
 
@@ -87,7 +94,7 @@ def test_a_bundle_is_the_old_or_the_new_one(tmp_path: Path) -> None:
         name = storage.read(folder).manifest.name
         assert name in (old.name, "new")
         assert caught is not None or name == "new", operation
-        storage.publish(new, folder)
+        again(folder, lambda: storage.publish(new, folder))
         assert storage.read(folder).manifest == new
         assert len((folder / storage.CHECKSUM).read_text().split()) == 2
 
@@ -114,7 +121,7 @@ def test_three_photos_are_scored_or_the_error_says_why_not(
     def shown() -> list[str]:
         return sorted(path.name for path in work.iterdir())
 
-    complete = None
+    complete, checked = None, set()
     for operation, error, caught in faults(work, run):
         left = out.read_text()
         if caught:
@@ -125,7 +132,11 @@ def test_three_photos_are_scored_or_the_error_says_why_not(
         else:
             assert left == complete
             assert operation.path in (".scores.csv.parts/lock", ".scores.csv.parts")
-        run()
+        key = content_key(work, os.getpid())
+        if key in checked:  # the job was run again from the same files before
+            continue
+        checked.add(key)
+        again(work, run)
         complete = complete or out.read_text()
         assert left in ("old", complete)
         assert out.read_text() == complete

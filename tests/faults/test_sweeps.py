@@ -1,9 +1,10 @@
 """Each file operation of a job fails once, and the process ends once before it.
 
 After every fault the old result is whole or the new one is, the exit status and the one line of
-error are right, and the job run again ends with the same result and no other files. With
-`FLEDGE_FAULTS=all` each operation fails with each of the three error numbers, and not with one of
-them in turn.
+error are right, and the job run again ends with the same result and no other files.
+
+The environment variable FLEDGE_FAULTS is for runs by hand: "every" takes every operation also of
+the jobs in `STEPS`, "all" fails every operation with each of the three error numbers.
 """
 
 import json
@@ -19,6 +20,9 @@ from tests.faults.jobs import JOBS
 pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parents[2]
+FAULTS = os.environ.get("FLEDGE_FAULTS", "")
+STEPS = {"train": 3, "resume": 3, "export": 3, "export-first": 4, "score-restart": 2}
+"""Jobs that take long, or whose operations others have, too: 3 is every third operation."""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def sweeper():
     # The thousands of forked children would write a file of coverage data each.
     env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     command = [sys.executable, "-m", "tests.faults.sweep", "--serve"]
-    if os.environ.get("FLEDGE_FAULTS") == "all":
+    if FAULTS == "all":
         command.append("--all")
     with subprocess.Popen(
         command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -40,11 +44,14 @@ def sweeper():
 def test_every_fault_of_a_job_leaves_a_whole_result_and_a_job_that_can_run_again(
     sweeper, job, record_property
 ):
-    print(job, file=sweeper.stdin, flush=True)
+    step = 1 if FAULTS else STEPS.get(job, 1)
+    print(job, step, file=sweeper.stdin, flush=True)
     report = json.loads(sweeper.stdout.readline())
-    for name in ("operations", "errors", "kills", "kill_runs", "seconds"):
-        record_property(name, report[name])
-    print({name: value for name, value in report.items() if name != "found"})
-    assert report["job"] == job
-    assert report["errors"] >= report["operations"] == report["kills"] > 0
-    assert not report["found"], "\n".join(report["found"])
+    assert report.pop("job") == job
+    found = report.pop("found")
+    for name, value in report.items():
+        record_property(name, value)
+    print(job, report)
+    assert report["errors"] >= report["operations"] // step > 0
+    assert report["kills"] > 0
+    assert not found, "\n".join(found)
