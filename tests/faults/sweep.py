@@ -1,17 +1,10 @@
-"""Sweep the faults of a job: every file operation fails once, and ends the process once.
-
-`python -m tests.faults.sweep score-csv` sweeps a job and prints what it found; without a name it
-lists the jobs. `--all` fails each operation with each error number; without it, the error number
-changes from operation to operation. `--operations` lists a job's operations with their numbers.
-"""
+"""Sweep the faults of a job: every file operation fails once, and ends the process once."""
 
 from __future__ import annotations
 
-import argparse
 import errno
 import hashlib
 import importlib
-import json
 import os
 import re
 import shutil
@@ -20,7 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +27,6 @@ from tests.faults.file_operations import (
     FileOperations,
     Operation,
 )
-from tests.faults.jobs import JOBS, create
 
 
 class Job(Protocol):
@@ -369,46 +361,3 @@ def sweep(
 
 def _cpu_seconds() -> float:
     return sum(os.times()[:4])
-
-
-def main() -> None:
-    """Sweep jobs by hand, or those that a test names on stdin."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("jobs", nargs="*", metavar="JOB", help=", ".join(JOBS))
-    parser.add_argument("--all", action="store_true", help="each operation with each error number")
-    parser.add_argument("--step", type=int, default=1, metavar="N", help="each N-th operation")
-    parser.add_argument("--kinds", default="errors,kills", help="default: errors,kills")
-    parser.add_argument("--operations", action="store_true", help="only list the operations")
-    parser.add_argument("--serve", action="store_true", help="sweep the jobs named on stdin")
-    options = parser.parse_args()
-    for line in sys.stdin if options.serve else ():
-        name, step = line.split()
-        report = sweep(name, create(name), step=int(step), every_error=options.all)
-        print(json.dumps(asdict(report)), flush=True)
-    if not (options.jobs or options.serve):
-        print(*JOBS, sep="\n")
-    for name in options.jobs:
-        if options.operations:
-            _list_operations(name)
-            continue
-        report = sweep(
-            name,
-            create(name),
-            step=options.step,
-            every_error=options.all,
-            kinds=options.kinds.split(","),
-        )
-        values = asdict(report)
-        print(*values.pop("found"), values, sep="\n", flush=True)
-
-
-def _list_operations(name: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        run = Sweep(name, create(name), Path(folder).resolve())
-        run.start()
-        for number, (kind, path) in enumerate(run.operations):
-            print(number, kind, path)
-
-
-if __name__ == "__main__":
-    main()

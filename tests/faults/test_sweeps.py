@@ -30,7 +30,7 @@ def sweeper():
     """A process that sweeps the jobs whose names it reads; it imports what they need once."""
     # The thousands of forked children would write a file of coverage data each.
     env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-    command = [sys.executable, "-m", "tests.faults.sweep", "--serve"]
+    command = [sys.executable, "-m", "tests.faults", "--serve"]
     if FAULTS == "all":
         command.append("--all")
     with subprocess.Popen(
