@@ -1,9 +1,9 @@
 """Count the file operations of a job, and make one of them fail or end the process there.
 
 The functions of `os`, `open` and the written bytes of Python's files are replaced while a
-`FileOperations` is active. Operations outside of its folder are not counted and never fail. Two
+`FileOperations` is active. Operations outside of its folder are not counted and never fail. Three
 libraries would write by native code, which these replacements don't see. They are made to write
-through Python's files: pyarrow's Parquet writer, and `np.save`.
+through Python's files: pyarrow's Parquet writer, `np.save`, and Pillow's encoders.
 
 Not counted are memory-mapped files (`torch.from_file`, `np.memmap`), what native code reads
 (ONNX Runtime, safetensors), and calls that ask for a file's size or existence.
@@ -279,6 +279,13 @@ def _native(operations: FileOperations) -> Iterator[None]:
         patches.append(
             mock.patch.object(modules["numpy.lib._format_impl"], "isfileobj", return_value=False)
         )
+    if "PIL.ImageFile" in modules:
+        encode = modules["PIL.ImageFile"]._encode_tile
+
+        def encode_tile(im: Any, fp: Any, tile: Any, size: int, *_: Any) -> None:
+            encode(im, fp, tile, size, None, io.UnsupportedOperation())
+
+        patches.append(mock.patch.object(modules["PIL.ImageFile"], "_encode_tile", encode_tile))
     if "serving.utils.files" in modules:
         files = modules["serving.utils.files"]
         real_exchange = files.exchange

@@ -16,7 +16,6 @@ from training.ablation.tricks import Trick
 from training.config.schema import Recipe
 from training.run import checkpoint
 from training.utils.console import pluralize
-from training.utils.pictures import write_picture
 
 CSV: Final = "ablation.csv"
 PAGE: Final = "ablation.md"
@@ -274,7 +273,8 @@ def _draw(found: Sequence[TableRow], path: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     right.tick_params(left=False)
     figure.suptitle(f"{title}: mean and 95 % interval", fontsize=11)
-    write_picture(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _readable(limits: tuple[float, float], found: Sequence[TableRow]) -> tuple[float, float]:

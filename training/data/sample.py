@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -67,10 +66,8 @@ def write_sample(
         for label in CLASSES:
             (partial / label).mkdir(parents=True)
         for label, index in _names(per_class):
-            # Into memory first: Pillow's error for a full disk does not say what went wrong.
-            picture = io.BytesIO()
-            paint(label, _rng(seed, label, index), size).save(picture, "JPEG", quality=_QUALITY)
-            (partial / label / f"{index:04d}.jpg").write_bytes(picture.getvalue())
+            picture = paint(label, _rng(seed, label, index), size)
+            picture.save(partial / label / f"{index:04d}.jpg", quality=_QUALITY)
         try:
             partial.rename(folder)
         except OSError as error:

@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from serving.imaging import decode
 from serving.imaging.preprocess import Pixels, Preprocess
+from serving.utils.files import atomic_write
 from training.augmentation import transforms
 from training.config.sections import AugmentConfig
 from training.pixels.transform import PixelTransform
-from training.utils.pictures import write_picture
 
 COLUMNS: Final = 5
 TILE: Final = 192  # pixels
@@ -55,7 +55,8 @@ def write(
     pixel_transform = PixelTransform("train", preprocess, presize)
     tiles = [preprocess(image), *_draws(image, config, pixel_transform, draws, seed)]
     sheet = _lay_out(tiles, "marked: the photo as validation sees it", describe(config))
-    write_picture(path, lambda file: sheet.save(file, format="PNG"))
+    with atomic_write(path) as partial:
+        sheet.save(partial, format="PNG")
 
 
 def _draws(

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from serving.utils.files import atomic_write
 from training.preview.scan import UNLABELLED, PhotoStats
-from training.utils.pictures import write_picture
 
 COLOURS: Final = {
     "train": "#33658a",
@@ -42,7 +42,8 @@ def draw(photos: Sequence[PhotoStats], classes: Sequence[str], path: Path) -> No
     parts = [part for part in COLOURS if any(photo.part == part for photo in photos)]
     patches = [Patch(color=COLOURS[part], label=part) for part in parts]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
-    write_picture(path, lambda file: figure.savefig(file, dpi=110, format="png"))
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
 
 
 def _bars(axes: Any, photos: Sequence[PhotoStats], classes: Sequence[str]) -> None:

@@ -10,8 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from serving.utils.files import atomic_write
 from training.optim.lr_range_test import Curve, Pick
-from training.utils.pictures import write_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,8 @@ def _picture(path: Path, height: float) -> Iterator[Figure]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, height), layout="constrained")
         yield figure
-        write_picture(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+        with atomic_write(path) as partial:
+            figure.savefig(partial, dpi=150, format="png")
 
 
 def lr_find(curve: Curve, path: Path, title: str, picked: Pick) -> None:

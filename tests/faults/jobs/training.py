@@ -17,6 +17,7 @@ import torchvision
 from safetensors import safe_open
 
 import fledge
+from serving.utils.files import atomic_write
 from tests.faults.file_operations import READING, Operation
 from tests.faults.jobs.base import CommandJob
 from tests.support.finished_run import finished
@@ -25,7 +26,6 @@ from training.activations import frozen_prefix
 from training.engine import stages
 from training.report import lr_plots, report
 from training.run.folder import LAST_FOLDER, RUN_FILE
-from training.utils.pictures import write_picture
 
 # What a child process would import.
 for _name in (
@@ -98,7 +98,8 @@ class Train(CommandJob):
         os.environ["FLEDGE_CACHE"] = str(self.work / "cache")
 
         def draw(_rows: Any, path: Path, _title: str) -> None:
-            write_picture(path, lambda file: file.write(_PNG))
+            with atomic_write(path) as partial:
+                partial.write_bytes(_PNG)
 
         with (
             mock.patch.object(frozen_prefix, "fused", lambda prefix: prefix),

@@ -211,7 +211,7 @@ def test_count_axes_have_integer_ticks(photos, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "matplotlib.figure.Figure.savefig",
-        lambda self, file, **_: seen.append(self) or file.write(b"x"),
+        lambda self, path, **_: seen.append(self) or path.write_bytes(b"x"),
     )
     draw([stats(photos / "a" / "0.jpg"), stats(photos / "b" / "0.jpg")], ("a", "b"), tmp_path / "p")
     bars, _, sides = seen[0].axes
