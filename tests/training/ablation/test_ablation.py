@@ -381,7 +381,7 @@ def test_the_accuracy_axis_is_limited_to_possible_values(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "matplotlib.figure.Figure.savefig",
-        lambda self, file, **_: seen.append(self) or file.write(b"x"),
+        lambda self, path, **_: seen.append(self) or path.write_bytes(b"x"),
     )
 
     def picture(*accuracies):
