@@ -1,0 +1,137 @@
+"""The text of every refusal of `decode` and `read`, and what `read` passes on."""
+
+from __future__ import annotations
+
+import errno
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from serving.errors import (
+    BrokenImage,
+    EmptyBody,
+    FledgeError,
+    NotAnImage,
+    TooLarge,
+    UnsupportedFormat,
+)
+from serving.imaging import decode as decode_module
+from serving.imaging.decode import decode, read
+
+FORMATS = "JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF"
+MEMORY = "the image needs more memory than is allowed"
+
+
+def png(mode: str = "RGB", size: tuple[int, int] = (20, 10), colour: Any = 0) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "kind", "message"),
+    [
+        (b"", {}, EmptyBody, "it is empty: 0 bytes, where an image should be"),
+        (b"hello", {}, NotAnImage, f"no image that Fledge reads ({FORMATS})"),
+        (b"%PDF-1.7", {}, UnsupportedFormat, f"PDF is not read; use one of {FORMATS}"),
+        (
+            b"RIFF\0\0\0\0WEBP",
+            {},
+            BrokenImage,
+            "the image is broken: of WEBP, but cut short or of an unknown kind",
+        ),
+        (
+            png(),
+            {"max_pixels": 199},
+            TooLarge,
+            "20 x 10 pixels are more than the 199 allowed",
+        ),
+        (png()[:44], {}, BrokenImage, "the image is broken: image file is truncated"),
+    ],
+)
+def test_refused_data(
+    data: bytes, options: dict[str, int], kind: type[FledgeError], message: str
+) -> None:
+    with pytest.raises(kind) as refused:
+        decode(data, **options)
+    assert type(refused.value) is kind
+    assert str(refused.value).startswith(message)
+
+
+def test_an_image_that_pillow_refuses_for_its_size_is_too_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    file = io.BytesIO()
+    Image.new("RGB", (10, 10)).save(file, "BMP")
+    with pytest.raises(TooLarge, match=f"^{MEMORY}$"):
+        decode(file.getvalue(), max_pixels=30)
+
+
+@pytest.mark.parametrize("step", ["_load", "_to_rgb", "_apply_orientation"])
+def test_a_lack_of_memory_is_an_image_that_is_too_large(
+    monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(decode_module, step, fail)
+    with pytest.raises(TooLarge, match=f"^{MEMORY}$"):
+        decode(png())
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError(), "ValueError"),
+        (KeyError(), "KeyError"),
+        (OSError("x" * 121), "x" * 120),
+        (OSError("y" * 120), "y" * 120),
+    ],
+)
+def test_the_reason_is_one_short_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    for owner, step in ((decode_module, "_load"), (Image, "open")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, step, fail)
+            with pytest.raises(BrokenImage) as refused:
+                decode(png())
+        assert str(refused.value) == f"the image is broken: {reason}"
+
+
+def test_a_file_is_read_with_the_options(tmp_path: Path) -> None:
+    path = tmp_path / "photo.txt"
+    path.write_bytes(png("RGBA", colour=(0, 0, 0, 0)))
+    assert (np.asarray(read(path).image) == 255).all()
+    found = read(path, background=(1, 2, 3), max_pixels=200)
+    assert (np.asarray(found.image) == (1, 2, 3)).all()
+    assert found.applied == ("alpha-on-background",)
+    with pytest.raises(TooLarge, match="than the 199 allowed"):
+        read(path, max_pixels=199)
+
+
+def test_a_file_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, message in (
+        (tmp_path / "none", "No such file or directory"),
+        (tmp_path, "no regular"),
+    ):
+        with pytest.raises(BrokenImage, match=f"^{message}"):
+            read(path)
+    path = tmp_path / "file"
+    path.write_bytes(png())
+
+    def fail(_: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(BrokenImage, match=r"^Input/output error$"):
+        read(path)
