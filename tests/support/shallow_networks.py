@@ -70,6 +70,12 @@ def _without(network: nn.Module, *names: str) -> nn.Module:
     return network
 
 
+def _resnet(block: Any, **options: Any) -> nn.Module:
+    network = resnet.ResNet(block, [1, 1, 1, 1], **options)
+    network.fc = nn.Linear(128 * block.expansion, 10)
+    return _without(network, "layer3", "layer4")
+
+
 def _googlenet(**options: Any) -> nn.Module:
     names = ("inception4b", "inception4c", "inception4d", "inception4e", "inception5a")
     return _without(
@@ -124,29 +130,26 @@ def _convnext(**_: Any) -> nn.Module:
 
 
 def _swin(**options: Any) -> nn.Module:
-    """Each stage has a block with shifted windows and one without."""
+    """With two blocks, of which one shifts its windows, and a third at half the resolution."""
     return swin_transformer.SwinTransformer(
-        [4, 4], 16, [2, 2], [2, 4], options.pop("window"), **options
+        [4, 4], 16, [2, 1], [2, 4], options.pop("window"), **options
     )
 
 
 def _vit(image_size: int = 224, **_: Any) -> nn.Module:
-    return vision_transformer.VisionTransformer(image_size, 32, 4, 4, 32, 64)
+    return vision_transformer.VisionTransformer(image_size, 32, 2, 4, 32, 64)
 
 
 def _maxvit(**_: Any) -> nn.Module:
-    return maxvit.MaxVit((224, 224), 8, 7, [8, 16], [1, 1], 8, 0.1)
+    return maxvit.MaxVit((224, 224), 8, 7, [8], [1], 8, 0.1)
 
 
-_ONE_EACH = [1, 1, 1, 1]
 BUILDERS: dict[str, Any] = {
     "alexnet": _alexnet,
     "vgg11_bn": _vgg,
-    "resnet18": lambda **_: resnet.ResNet(resnet.BasicBlock, _ONE_EACH),
-    "resnext50_32x4d": lambda **_: resnet.ResNet(
-        resnet.Bottleneck, _ONE_EACH, groups=4, width_per_group=8
-    ),
-    "wide_resnet50_2": lambda **_: resnet.ResNet(resnet.Bottleneck, _ONE_EACH, width_per_group=96),
+    "resnet18": lambda **_: _resnet(resnet.BasicBlock),
+    "resnext50_32x4d": lambda **_: _resnet(resnet.Bottleneck, groups=4, width_per_group=8),
+    "wide_resnet50_2": lambda **_: _resnet(resnet.Bottleneck, width_per_group=96),
     "densenet121": lambda **_: densenet.DenseNet(8, (2, 2, 2, 2), num_init_features=16),
     "squeezenet1_1": _squeezenet,
     "googlenet": _googlenet,
