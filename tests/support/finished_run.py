@@ -14,7 +14,7 @@ RECIPE = """
 name = "tiny"
 arch = "mobilenet_v2"
 seed = 3
-arch_args = { width_mult = 0.25 }
+arch_args = { width_mult = 0.25, inverted_residual_setting = [[1, 16, 1, 1], [6, 32, 1, 2]] }
 preprocess = { size = 32, crop = 0.875 }
 tta = { kind = "flip" }
 [[stage]]
@@ -33,7 +33,9 @@ def finished(folder, photos, valid=0.5, name="tiny"):
     folder.mkdir(parents=True)
     found = load_dataset(str(photos), config=DataConfig(valid=valid))
     torch.manual_seed(0)
-    arch_args, head = {"width_mult": 0.25}, HeadConfig(hidden=16)
+    blocks = [[1, 16, 1, 1], [6, 32, 1, 2]]  # [expansion, channels, repeats, stride]
+    arch_args = {"width_mult": 0.25, "inverted_residual_setting": blocks}
+    head = HeadConfig(hidden=16)
     classifier = create_classifier(
         "mobilenet_v2", len(found.classes), arch_args=arch_args, head=head
     )

@@ -110,10 +110,10 @@ def check_size(
             change += f": {family.sizes}" if family.sizes else ""
             raise OptionError(f"{wrong}use {default_size} ({change})")
         return
-    known = arch, repr(arch_args), size
+    body = build_on_meta(arch, arch_args).body
+    known = *_key(body, arch, arch_args), size
     if known in _FITTING_SIZES:
         return
-    body = build_on_meta(arch, arch_args).body
     if _supports_size(body, size):
         _FITTING_SIZES.add(known)
         return
@@ -228,11 +228,19 @@ _NO_EFFECT: Final = {
 """Builder options without effect on a body -> remedy in the error message."""
 
 
-_GROUPS_AND_WIDTH: Final[dict[tuple[str, str], tuple[tuple[int, ...], int]]] = {}
-"""(architecture, text of its options) -> layer groups and output width."""
+_Key = tuple[str, str, int]
 
-_FITTING_SIZES: Final[set[tuple[str, str, int]]] = set()
-"""(architecture, text of its options, image size) of all sizes that were found to be supported."""
+_GROUPS_AND_WIDTH: Final[dict[_Key, tuple[tuple[int, ...], int]]] = {}
+"""Layer groups and output width of the bodies that were built in this process."""
+
+_FITTING_SIZES: Final[set[tuple[str, str, int, int]]] = set()
+"""The bodies that were built in this process, and the image sizes that they support."""
+
+
+def _key(body: nn.Sequential, arch: str, arch_args: Mapping[str, Any]) -> _Key:
+    """Return what decides the shapes of a body's outputs: architecture, options and weights."""
+    shapes = tuple((name, value.shape) for name, value in body.state_dict().items())
+    return arch, repr(arch_args), hash(shapes)
 
 
 def _supports_size(body: nn.Sequential, size: int) -> bool:
@@ -249,7 +257,7 @@ def _split_groups(
 
     The pass is done once for each architecture and set of options.
     """
-    key = arch, repr(arch_args)
+    key = _key(body, arch, arch_args)
     if key in _GROUPS_AND_WIDTH:
         return Backbone(body, *_GROUPS_AND_WIDTH[key], family.pooled)
     maps = list(meta_outputs(body, family.image_size(arch_args)))

@@ -8,13 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torchvision
 from scipy import stats
 
 import fledge
 from serving.errors import DataError, OptionError, WorkError
 from serving.imaging.preprocess import Preprocess
-from tests.training.conftest import coloured
+from tests.training.conftest import BLOCKS, coloured, small_network
 from training.ablation import ablation, table, tricks
 from training.config import load
 from training.config.schema import Recipe
@@ -420,11 +419,12 @@ def test_every_row_can_be_compared_with_one_row():
 
 def test_the_ablate_command_writes_its_files_and_names_unknown_rows(photos, tmp_path, capsys):
     weights = tmp_path / "w.pth"
-    torch.save(torchvision.models.mobilenet_v2(width_mult=0.25).state_dict(), weights)
+    torch.save(small_network().state_dict(), weights)
     words = [
         "ablate", "training/recipes/tricks.toml", "--data", str(photos), "--seeds", "2",
         "--rows", "tta", "--out", str(tmp_path / "out"), "--weights", str(weights),
-        "arch=mobilenet_v2", "arch_args.width_mult=0.25", "preprocess.size=32", "batch_size=8",
+        "arch=mobilenet_v2", "arch_args.width_mult=0.25",
+        f"arch_args.inverted_residual_setting={BLOCKS}", "preprocess.size=32", "batch_size=8",
         "stage.all.cycle_len=1",
     ]  # fmt: skip
     threads = torch.get_num_threads()

@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 import fledge
-from tests.training.conftest import coloured
+from tests.training.conftest import BLOCKS, coloured
 from training.config import diagnostics, load, sections
 from training.engine import finetune, plan
 from training.models import backbones
@@ -22,14 +22,18 @@ from training.run import checkpoint
 FOLDER = Path("training/recipes")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
 MOBILE = (
-    "arch=mobilenet_v2", "arch_args.width_mult=0.25", "weights=w.pth", "preprocess.size=32",
+    "arch=mobilenet_v2", "arch_args.width_mult=0.25",
+    f"arch_args.inverted_residual_setting={BLOCKS}", "weights=w.pth", "preprocess.size=32",
     "batch_size=4", "tta.count=2",
 )  # fmt: skip
 COUNTS = {"Abyssinian": 6, "great_pyrenees": 6, "pug": 6}
 """Photos of each class; each class has one colour."""
 
 TINY = {
-    "demo": ("preprocess.size=32", "stage.all.cycle_len=1", "tta.count=2"),
+    "demo": (
+        "preprocess.size=32", f"arch_args.inverted_residual_setting={BLOCKS}",
+        "stage.all.cycle_len=1", "tta.count=2",
+    ),
     "dog-breeds": (
         *MOBILE, "stage.larger.image_size=40", "stage.longer.image_size=40",
         "stage.plain.cycle_len=1", "stage.augmented.cycles=1", "stage.larger.cycles=1",
@@ -37,11 +41,12 @@ TINY = {
     ),
     "dogs-vs-cats": (*MOBILE, "stage.head.cycles=1", "stage.all.cycles=1"),
     "flowers": (
-        *MOBILE, "stage.head.cycles=1", "stage.block.cycles=1", "stage.block.unfreeze=['18.*']",
+        *MOBILE, "stage.head.cycles=1", "stage.block.cycles=1", "stage.block.unfreeze=['6.*']",
     ),
     "pets": (*MOBILE, "stage.head.cycle_len=1", "stage.all.cycle_len=1"),
     "quick": (
         *MOBILE, "stage.head.cycle_len=1", "stage.head.lr=0.01", "stage.tail.cycle_len=1",
+        "stage.tail.unfreeze=['5.*', '6.*']",
     ),
     "tricks": (*MOBILE, "stage.all.cycle_len=1"),
 }  # fmt: skip

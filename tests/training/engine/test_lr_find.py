@@ -4,6 +4,7 @@ import pytest
 
 import fledge
 from serving.errors import OptionError
+from tests.training.conftest import BLOCKS
 from training.config import load
 from training.engine import finetune
 from training.engine.lr_find import PICKS, lr_find
@@ -71,7 +72,8 @@ def test_a_later_stage_starts_from_a_checkpoint(recipe, photos, tmp_path, weight
     for changes, message in (
         (["arch=squeezenet1_1", "arch_args={}"],
          "arch is mobilenet_v2 there, squeezenet1_1 here, "
-         "arch_args.width_mult is 0.25 there, none here"),
+         "arch_args.width_mult is 0.25 there, none here, "
+         f"arch_args.inverted_residual_setting is {BLOCKS} there, none here"),
         (["arch_args.width_mult=0.5"], "arch_args.width_mult is 0.25 there, 0.5 here"),
         (["head.hidden=[8, 8]"], "head.hidden is [16] there, [8, 8] here"),
     ):  # fmt: skip

@@ -46,7 +46,6 @@ SMALLEST = {  # builder's options and a small image size
     "regnet_y_400mf": ({}, 32),
     "swin_t": ({}, 32),
     "vit_b_32": ({"image_size": 32}, 32),
-    "maxvit_t": ({}, 224),
 }
 SHALLOW = {  # large, or similar to one above: of `tests.support.shallow_networks`
     "alexnet": ({}, 63),
@@ -57,6 +56,7 @@ SHALLOW = {  # large, or similar to one above: of `tests.support.shallow_network
     "wide_resnet50_2": ({}, 32),
     "efficientnet_v2_s": ({}, 32),
     "swin_v2_t": ({}, 32),
+    "maxvit_t": ({}, 224),
 }
 FAMILIES = [(arch, *values) for arch, values in (SMALLEST | SHALLOW).items()]
 
@@ -82,7 +82,20 @@ def in_features(network):
     return layers[0].weight.shape[1] // positions.get(type(network), 1)
 
 
-def test_every_architecture_has_its_layer_groups_and_width(monkeypatch):
+NAMES = torchvision.models.list_models(module=torchvision.models)
+
+
+def test_every_architecture_of_torchvision_is_known():
+    assert backbones.names() == NAMES
+    assert {backbones.family_of(name).title for name in NAMES} == set(GROUPS)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [[*SMALLEST, *SHALLOW], pytest.param(NAMES, marks=pytest.mark.process)],
+    ids=["families", "all"],
+)
+def test_every_architecture_has_its_layer_groups_and_width(names, monkeypatch):
     built = []
     real = torchvision.models.get_model
 
@@ -91,8 +104,6 @@ def test_every_architecture_has_its_layer_groups_and_width(monkeypatch):
         return built[-1]
 
     monkeypatch.setattr(torchvision.models, "get_model", get_model)
-    names = torchvision.models.list_models(module=torchvision.models)
-    assert backbones.names() == names
     assert {backbones.family_of(name).title for name in names} == set(GROUPS)
     for name in names:
         backbone = backbones.build_on_meta(name, {})
@@ -122,6 +133,7 @@ def test_layer_groups_begin_at_the_expected_layers():
 
 def test_a_network_on_the_meta_device_has_the_shapes_of_the_real_one():
     real = backbones.build("regnet_y_400mf", {})
+    backbones._GROUPS_AND_WIDTH.clear()
     on_meta = backbones.build_on_meta("regnet_y_400mf", {})
     shapes = [{k: v.shape for k, v in b.body.state_dict().items()} for b in (real, on_meta)]
     assert shapes[0] == shapes[1]
@@ -240,7 +252,7 @@ def test_the_error_for_maxvit_sizes_names_the_multiple():
             backbones.build_on_meta("maxvit_t", {"input_size": wrong})
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def vit():
     torch.manual_seed(0)
     return torchvision.models.vit_b_32(image_size=64).state_dict()
@@ -282,7 +294,7 @@ def test_imagenet_weights_are_selected_by_image_size(monkeypatch):
 def test_every_architecture_is_in_one_family_only():
     import re
 
-    for name in torchvision.models.list_models(module=torchvision.models):
+    for name in NAMES:
         assert sum(bool(re.fullmatch(f.archs, name)) for f in families.FAMILIES) == 1, name
 
 

@@ -61,7 +61,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def answers(run):
     """Random predictions, mostly right, with every kind of mistake."""
     result = evaluate.evaluate(run)
