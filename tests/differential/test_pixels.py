@@ -63,7 +63,6 @@ REFUSED = {
     "bmp-invalid-fields": "masks of colours that overlap; the colours are open",
     "bmp-rle8-*": "OpenCV leaves missing pixels black",
     "bmp-unknown-header": "a header of a length that no version of the format has",
-    "bomb-avif": "the limit of pixels",
     "jpeg-hundreds-of-scans": "the limit of scans",
     "jpeg-thousands-of-segments": "the limit of segments",
     "other-format-*": "formats that are not served",
@@ -128,7 +127,8 @@ def matching(name: str, table: dict[str, str]) -> list[str]:
 
 ITEMS = corpus.items()
 GOOD = [item for item in ITEMS if item.code is None]
-BAD = [item for item in ITEMS if item.code is not None]
+# Files beyond a limit of size would only take time and memory in OpenCV.
+BAD = [item for item in ITEMS if item.code not in (None, "too-large")]
 
 
 @pytest.fixture(scope="module")
