@@ -19,6 +19,7 @@ from serving.inference import runtime
 from serving.scoring import score
 from serving.scoring.options import ScoringOptions
 from serving.utils.progress import Progress
+from tests.support.ray_patience import patient
 
 # A lost node is detected after two seconds instead of fifteen.
 QUICK = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
@@ -27,8 +28,8 @@ QUICK = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
 def main() -> None:
     bundle, listed, out = map(Path, sys.argv[1:])
     head = {"num_cpus": 1, "num_gpus": 1, "include_dashboard": False, "_system_config": QUICK}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    node = cluster.add_node(num_cpus=1)
+    cluster = patient(lambda: Cluster(initialize_head=True, head_node_args=head))
+    node = patient(lambda: cluster.add_node(num_cpus=1))
     os.environ["RAY_ADDRESS"] = cluster.address
     logged: list[str] = []
     killed: dict[str, int] = {}
