@@ -139,12 +139,22 @@ class _File(io.FileIO):
     def __init__(self, operations: FileOperations, path: str, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
         self._operations, self._path = operations, path
+        self._failure: OSError | None = None
         operations.opened(self.fileno(), path)
 
     def write(self, data: Any) -> int:
         view, write = memoryview(data).cast("B"), super().write
-        self._operations.meet("write", self._path, lambda: write(view[: len(view) // 2]))
-        return write(data)
+        half = view[: len(view) // 2]
+        if self._failure is None:
+            try:
+                self._operations.meet("write", self._path, lambda: write(half))
+            except OSError as error:
+                # As of the system: the call that wrote half succeeds, and the next one fails.
+                self._failure = error
+                return len(half) or self.write(data)
+            return write(data)
+        failure, self._failure = self._failure, None
+        raise failure
 
     def truncate(self, size: int | None = None) -> int:
         self._operations.meet("truncate", self._path)

@@ -71,8 +71,12 @@ class Job(Protocol):
     def tolerates(self, operation: Operation) -> bool:
         """Whether the job may succeed after this operation failed, with a result that differs.
 
-        It must then print why.
+        It must then print why, if `says_why`.
         """
+        ...
+
+    def says_why(self, operation: Operation) -> bool:
+        """Whether a job that succeeds with a result that differs prints why."""
         ...
 
 
@@ -219,7 +223,7 @@ class Sweep:
             yield from self._whole(after.result)
         lines = [line for line in after.output.splitlines() if line.startswith("fledge: ")]
         if after.status == 0:
-            said = os.strerror(error) in after.output
+            said = os.strerror(error) in after.output or not self.job.says_why(operation)
             if after.result != self.new and not (tolerated and said):
                 parts = _difference(after.result, self.new)
                 yield f"exit status 0 without the new result in {parts}\n{after.output}"

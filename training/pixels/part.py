@@ -145,6 +145,7 @@ class PixelPart:
         If space is short and the store contains photos of other datasets, the store is emptied
         first, and all photos of this dataset are decoded.
         """
+        store.remove_stale(index)
         with cache.locked():
             more = len({self.digests[i] for i in self._missing(index.rows)})
             needed = store.bytes_needed(index, more)
@@ -172,15 +173,18 @@ class PixelPart:
         Raises:
             WorkError: The disk has too little free space.
         """
+        try:
+            self._store_in_temporary_file()
+        except OSError as error:
+            raise WorkError(
+                f"decoded photos need {self.size / 1e9:.1f} GB in {tempfile.gettempdir()}: "
+                f"{error.strerror or error}; free some, set TMPDIR, or use --cache-gb 0"
+            ) from error
+
+    def _store_in_temporary_file(self) -> None:
         self.decoded = 0
         with tempfile.TemporaryFile(prefix="fledge-pixels-") as file:
-            try:
-                reserve(file, self.size, Path(tempfile.gettempdir()))
-            except OSError as error:
-                raise WorkError(
-                    f"decoded photos need {self.size / 1e9:.1f} GB in {tempfile.gettempdir()}: "
-                    f"{error.strerror or error}; free some, set TMPDIR, or use --cache-gb 0"
-                ) from error
+            reserve(file, self.size, Path(tempfile.gettempdir()))
             writer = PixelWriter(file, None, 3 * self.transform.side**2, {}, [])
             self._decode_missing(writer)
             pixels = map_rows(file, len(writer.rows), self.transform.side)

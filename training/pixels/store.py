@@ -17,8 +17,9 @@ import os
 import re
 import secrets
 import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -64,14 +65,15 @@ class PixelWriter:
 
     Attributes:
         file: The rows file, open for writing.
-        index: The index, open for writing; None if the rows file is temporary and has no index.
+        index: The index, open for writing without a buffer; None if the rows file is temporary and
+            has no index.
         row_bytes: Size of a row in bytes.
         rows: Hash of each photo -> position of the photo's row; `add` adds an entry.
         aspect: Width / height of the photo of each row; `add` appends a value.
     """
 
     file: BinaryIO
-    index: BinaryIO | None
+    index: FileIO | None
     row_bytes: int
     rows: dict[bytes, int]
     aspect: list[float]
@@ -110,8 +112,15 @@ class PixelWriter:
         records["digest"] = np.array(self._digests[self._listed :], "V16")
         records["aspect"] = self.aspect[self._listed :]
         records["check"] = _checks(records)
-        self.index.write(records.tobytes())
-        self.index.flush()
+        data = records.tobytes()
+        try:
+            while data:
+                data = data[self.index.write(data) :]
+        except OSError:
+            # Else the index would list rows that `close` cuts off, and all rows would be discarded.
+            with suppress(OSError):
+                self.index.truncate(_HEADER_BYTES + self._listed * _RECORD.itemsize)
+            raise
         self._listed = len(self.aspect)
 
     def close(self) -> None:
@@ -179,6 +188,15 @@ class PixelStore:
             if old != path:
                 old.unlink()
 
+    def remove_stale(self, index: StoreIndex) -> None:
+        """Remove the files that a killed `reset` left, because they count as a part of the store.
+
+        The caller must hold the cache entry's lock, and have read `index` since.
+        """
+        for path in (*self.folder.glob("rows-*.bin"), self.folder / ".index.partial"):
+            if path != index.path:
+                path.unlink(missing_ok=True)
+
     def writer(self, index: StoreIndex, more: int) -> PixelWriter:
         """Return a writer that appends rows (photos), and reserve disk space for `more` rows.
 
@@ -196,7 +214,7 @@ class PixelStore:
             index = self.read()
         assert index.path is not None  # created by reset()
         end = len(index.rows) * self.row_bytes
-        records = (self.folder / "index").open("r+b")
+        records = (self.folder / "index").open("r+b", buffering=0)
         records.truncate(_HEADER_BYTES + len(index.rows) * _RECORD.itemsize)
         records.seek(0, os.SEEK_END)
         file = index.path.open("r+b")

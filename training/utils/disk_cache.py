@@ -96,6 +96,7 @@ class DiskCache:
         Returns:
             Whether `size` bytes fit into the size limit now.
         """
+        self._remove_empty_folders()
         entries = self.entries()
         total = sum(entry.size for entry in entries) + size
         for entry in entries:
@@ -111,9 +112,18 @@ class DiskCache:
         Returns:
             The number of bytes freed, and the entries that could not be removed.
         """
+        self._remove_empty_folders()
         entries = self.entries()
         busy = [entry for entry in entries if not remove(entry.path)]
         return sum(entry.size for entry in entries if entry not in busy), busy
+
+    def _remove_empty_folders(self) -> None:
+        """Remove the folders of entries whose removal was killed after the last file."""
+        with suppress(OSError):
+            for item in os.scandir(self.folder):
+                if _NAME.fullmatch(item.name):
+                    with suppress(OSError):  # it is not empty
+                        os.rmdir(item.path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -38,6 +38,10 @@ class CommandJob:
         """Tolerate nothing."""
         return False
 
+    def says_why(self, operation: Operation) -> bool:
+        """Say why, always."""
+        return True
+
     def read(self, *names: str) -> dict[str, Any]:
         """Return the bytes of files in `work`; None for a missing file."""
         paths = {name: self.work / name for name in names}

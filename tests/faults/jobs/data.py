@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from PIL import Image
 
 from serving.errors import FledgeError
 from serving.imaging.preprocess import Preprocess
-from tests.faults.file_operations import Operation
+from tests.faults.file_operations import READING, Operation
 from tests.faults.jobs.base import CommandJob
 from tests.support.tiny_bundle import photo
 from training.activations.cached_views import CachedViews, DiskStore, ViewShape
@@ -78,6 +79,9 @@ class CacheJob(CommandJob):
     def tolerates(self, operation: Operation) -> bool:
         return True
 
+    def says_why(self, operation: Operation) -> bool:
+        return operation.kind not in READING
+
 
 class Pixels(CacheJob):
     """Decoded photos are added to a cache that has those of another data set."""
@@ -95,6 +99,8 @@ class Pixels(CacheJob):
         os.environ["FLEDGE_CACHE"] = str(self.work / "cache")
         self.decode("old", self.gigabytes)
         torch.save(self.decode("new", 0), self.inputs / "expected")
+        rows = self.rows()
+        (self.inputs / "old.json").write_text(json.dumps(rows))
 
     def decode(self, name: str, gigabytes: float | None) -> list[Any]:
         """Return pixels, aspect ratios and labels of both parts."""
@@ -115,8 +121,15 @@ class Pixels(CacheJob):
                 assert torch.equal(tensor, other)
 
     def result(self) -> dict[str, Any]:
+        """Return the photos of the new data set in the cache. Those of the old one may be lost."""
+        old = json.loads((self.inputs / "old.json").read_text())
+        rows = self.rows()
+        assert all(value == old.get(key, value) for key, value in rows.items())
+        return {key: value for key, value in rows.items() if key not in old}
+
+    def rows(self) -> dict[str, str]:
         """Return a hash of the pixels of each photo in the cache."""
-        rows: dict[str, Any] = {}
+        rows: dict[str, str] = {}
         for part in ("train", "valid"):
             transform = PixelTransform(part, self.preprocess, 1.5)
             index = store.PixelStore(self.work / "cache" / transform.name, transform.side).read()
