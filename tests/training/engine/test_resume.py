@@ -67,6 +67,7 @@ STAGE_NAMES = ("head", "tail", "all")
 SHORT = """
 [[stage]]
 name = "head"
+lr = 0.01
 views = 2
 [[stage]]
 name = "all"
@@ -155,7 +156,7 @@ def moments(tmp_path_factory):
     this file after one epoch in metrics.csv. The copies after a rename are those of the next
     moment, or of the run's end.
     """
-    settings = folder_of(tmp_path_factory, SHORT, 8, "lr_find.steps=10", "optimizer.ema=0.8")
+    settings = folder_of(tmp_path_factory, SHORT, 8, "optimizer.ema=0.8")
     root = tmp_path_factory.mktemp("moments")
     run, copies = root / "run", {}
 
@@ -236,7 +237,7 @@ def test_a_run_killed_at_any_flush_or_rename_ends_with_the_same_bits(moments, tm
     _, copies, expected = moments
     different = {content(copies[name]): name for name in (*copies, *NAMED)}
     left = [name for name in different.values() if name not in NAMED]
-    assert len(left) > 15
+    assert len(left) > 12
     for number, name in enumerate(left):
         assert resumed(moments, name, tmp_path / str(number)) == expected, name
 
@@ -357,11 +358,11 @@ def test_averages_of_layers_that_a_later_stage_freezes_are_resumed(
 name = "all"
 unfreeze = "all"
 lr = 0.01
-cycle_len = 2
+cycle_len = 1
 [[stage]]
 name = "tail"
 lr = 0.01
-cycle_len = 3
+cycle_len = 2
 """
     request = recipe(stages), str(photos), ("optimizer.ema=0.98", f"weights={weights}")
     folder, _ = stopped(*request, tmp_path / "stopped")
