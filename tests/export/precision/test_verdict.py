@@ -16,7 +16,7 @@ KEPT = Verdict(
     photos=200,
     accuracy=0.97,
     accuracy_fp32=0.98,
-    drop=1.0004,
+    drop=1.2344,
     interval=(-0.5004, 2.5006),
     speedup=2.3456,
     budget=1.5,
@@ -101,12 +101,12 @@ def test_the_entry_of_the_manifest_and_the_line_of_the_log() -> None:
         "photos": 200,
         "accuracy": 0.97,
         "accuracy_fp32": 0.98,
-        "fell_points": 1.0,
+        "fell_points": 1.234,
         "fell_interval": [-0.5, 2.501],
         "budget_points": 1.5,
         "times_fp32": 2.35,
     }
     assert KEPT.summary("fp16") == (
-        "fp16 kept; on 200 held-out photos 97.00%, fp32 98.00% (falls by 1.00 points, -0.50 to "
+        "fp16 kept; on 200 held-out photos 97.00%, fp32 98.00% (falls by 1.23 points, -0.50 to "
         "2.50), 2.35 times as fast"
     )
