@@ -21,8 +21,12 @@ pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parents[2]
 FAULTS = os.environ.get("FLEDGE_FAULTS", "")
-STEPS = {"train": 3, "resume": 3, "export": 3, "export-first": 4, "score-restart": 2}
-"""Jobs that take long, or whose operations others have, too: 3 is every third operation."""
+STEPS = {
+    **{"train": 3, "resume": 4, "export": 3, "export-first": 6},
+    **{"score-parquet": 2, "score-folder": 2, "score-copy": 2, "score-restart": 3},
+    "pixels-evict": 2,
+}
+"""Jobs that take long or have the operations of other jobs: 3 is every third operation."""
 
 
 @pytest.fixture(scope="module")
