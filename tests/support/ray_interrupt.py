@@ -10,7 +10,7 @@ import fledge
 from serving.scoring import journal, ray_backend, ray_cluster
 from tests.support.ray_patience import patient
 
-IMAGES = 100
+IMAGES = 50
 """Images of a shard."""
 
 connect = ray_cluster.connect

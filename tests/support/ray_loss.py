@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private.state import actors
@@ -28,8 +29,12 @@ QUICK = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
 def main() -> None:
     bundle, listed, out = map(Path, sys.argv[1:])
     head = {"num_cpus": 1, "num_gpus": 1, "include_dashboard": False, "_system_config": QUICK}
-    cluster = patient(lambda: Cluster(initialize_head=True, head_node_args=head))
-    node = patient(lambda: cluster.add_node(num_cpus=1))
+
+    def start() -> tuple[Any, Any]:
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        return cluster, cluster.add_node(num_cpus=1)
+
+    cluster, node = patient(start)
     os.environ["RAY_ADDRESS"] = cluster.address
     logged: list[str] = []
     killed: dict[str, int] = {}

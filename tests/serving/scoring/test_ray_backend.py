@@ -24,7 +24,7 @@ from serving.inference import runtime
 from serving.scoring import ray_backend, ray_cluster, score
 from serving.scoring.options import ScoringOptions
 from tests.support import ray_interrupt
-from tests.support.ray_patience import ATTEMPTS, LATE
+from tests.support.ray_patience import ATTEMPTS, COVERAGE, LATE, PORTS, free_ports
 from tests.support.tiny_bundle import photo, tiny_bundle
 
 ROOT = Path(__file__).parents[3]
@@ -351,11 +351,15 @@ def head_node(environment: dict[str, str], log: Path) -> Iterator[str]:
     """The address of a cluster of one node. On a busy machine it is started more than once."""
     start = "import sys; from ray.scripts.scripts import main; main()"
     options = ["--num-cpus=1", "--disable-usage-stats", "--include-dashboard=false"]
+    environment = {name: text for name, text in environment.items() if name != COVERAGE}
     for attempt in range(ATTEMPTS):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         words = ["start", "--head", "--block", f"--port={port}", *options]
+        words += [
+            f"{name}={number}" for name, number in zip(PORTS.values(), free_ports(), strict=True)
+        ]
         with (
             log.open("w") as output,
             subprocess.Popen(
