@@ -4,10 +4,6 @@ import importlib
 import os
 from typing import Any, Final
 
-# Set before numpy and torch are imported, because a process with threads must not fork.
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_name] = "1"
-
 JOBS: Final = {
     "score-csv": "scoring:ScoreCsv",
     "score-parquet": "scoring:ScoreParquet",
@@ -29,6 +25,11 @@ JOBS: Final = {
 
 
 def create(name: str) -> Any:
-    """Import a job's module, and return a new job."""
+    """Import a job's module, and return a new job.
+
+    Numpy and torch get one thread each, because a process with threads must not fork.
+    """
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[variable] = "1"
     module, _, cls = JOBS[name].partition(":")
     return getattr(importlib.import_module(f"tests.faults.jobs.{module}"), cls)()
