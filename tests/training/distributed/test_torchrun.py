@@ -165,6 +165,7 @@ cycle_len = 10
 """
 
 
+@pytest.mark.process
 def test_with_trained_batchnorms_two_processes_reach_the_accuracy_of_one(setting):
     """lr_find picks the same rate in all processes, and all have the same weights."""
     path, overrides = write(setting, "moving", MOVING, "lr_find.steps=20", "optimizer.ema=0.5")
