@@ -244,16 +244,18 @@ def test_a_run_killed_at_any_flush_or_rename_ends_with_the_same_bits(moments, tm
 
 @pytest.mark.process
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(settings, uninterrupted, tmp_path):
-    """Each process is killed at a random time after it has saved a further epoch."""
+    """Each process is killed at a random time in the epoch after those that it has saved."""
     dice, folder, finished = random.Random(20), tmp_path / "run", []
     for number in itertools.count():
         log = folder.with_suffix(".log")
         log.write_text("")
         child = forked.start(tmp_path / str(number), logging, *settings, folder)
         before = epochs(folder)
-        while child.is_alive() and log.read_text().count(" accuracy ") < 2:
+        seen = [time.monotonic()]
+        while child.is_alive() and len(seen) <= 2:
             time.sleep(0.01)
-        child.join(dice.uniform(0, 1))
+            seen += [time.monotonic()] * (log.read_text().count(" accuracy ") - len(seen) + 1)
+        child.join(dice.uniform(0, seen[-1] - seen[-2]) if len(seen) > 2 else None)
         child.kill()
         child.join()
         if child.exitcode == 0:
