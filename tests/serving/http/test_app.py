@@ -86,6 +86,7 @@ def engine_of(predictor: Predictor, cap: int, max_queue: int = 64):
         threads=2,
         max_queue=max_queue,
         max_pixels=10_000_000,
+        memory=2**29,
         observe=lambda phase, value: None,
     )
 
