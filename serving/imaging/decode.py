@@ -17,7 +17,7 @@ from typing import Final, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from serving.errors import BrokenImage, EmptyBody, NotAnImage, TooLarge, UnsupportedFormat
 from serving.imaging import cost, formats, icc, isolated
@@ -63,8 +63,6 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF
 
 _STRIP: Final = 2**20  # samples that are scaled at once
 Samples = npt.NDArray[np.float64]
-
-_SRGB: Final = ImageCms.createProfile("sRGB")
 
 NEEDS_MEMORY: Final = "decoding the image needs more memory than is allowed"
 
@@ -327,7 +325,7 @@ def _to_rgb(
     elif image.mode == "P" and profile:
         image = image.convert("RGB")
     if profile and image.mode in ("RGB", "CMYK", "L"):
-        converted = _to_srgb(image, profile)
+        converted = icc.to_srgb(image, profile)
         if converted is not None:
             applied.append("icc-to-srgb")
             image = converted
@@ -387,16 +385,6 @@ def _strips(image: Image.Image) -> Iterator[tuple[slice, Samples]]:
         with np.errstate(invalid="ignore"):  # a signalling NaN; `_scale_deep` rejects NaN
             strip = np.array(image.crop((0, rows.start, image.width, rows.stop)), np.float64)
         yield rows, strip
-
-
-def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source):
-            return None
-        return ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return None  # a broken profile is ignored, like other broken metadata
 
 
 def _reason(error: Exception) -> str:

@@ -9,9 +9,12 @@ them within the file and of the size that its own head states.
 
 from __future__ import annotations
 
+import io
 import struct
 from collections import Counter
 from typing import Final
+
+from PIL import Image, ImageCms
 
 MAX_BYTES: Final = 2**20
 MAX_CMYK_BYTES: Final = 2**22
@@ -24,6 +27,8 @@ one element."""
 
 MAX_RECORDS: Final = 256
 """Largest number of languages in which a text is given."""
+
+_SRGB: Final = ImageCms.createProfile("sRGB")
 
 _HEADER: Final = 128
 _CHANNELS: Final = 4  # CMYK is the largest colour space that images are converted from
@@ -52,6 +57,20 @@ def is_safe(profile: bytes) -> bool:
         and _is_safe_tag(name, profile[offset : offset + size])
         for name, offset, size in tags
     )
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
+    """Convert an image of mode RGB, CMYK or L from its safe profile to sRGB, mode RGB.
+
+    Returns None if the profile is sRGB already, or does not fit the image.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return None
+        return ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None  # a broken profile is ignored, like other broken metadata
 
 
 def _is_safe_tag(name: bytes, element: bytes) -> bool:

@@ -57,9 +57,14 @@ class DecoderPool:
         Args:
             processes: Largest number of processes.
         """
-        self._free = threading.Semaphore(processes)
+        self._number = processes
+        self._reset()
+        # A forked process must not talk to the decoder processes of its parent.
+        os.register_at_fork(after_in_child=self._reset)
+
+    def _reset(self) -> None:
+        self._free = threading.Semaphore(self._number)
         self._idle: list[_Process] = []
-        self._owner = os.getpid()
 
     def decode(
         self,
@@ -92,7 +97,7 @@ class DecoderPool:
         while not self._free.acquire(timeout=_POLL_SECONDS):
             _check(end, seconds, cancelled)
         try:
-            process = self._idle.pop() if self._idle and self._owner == os.getpid() else _Process()
+            process = self._idle.pop() if self._idle else _Process()
             try:
                 answer = process.run(data, request, memory, end, seconds, cancelled)
             except BaseException:

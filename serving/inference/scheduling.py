@@ -46,7 +46,14 @@ CLOSE_SECONDS: Final = 10.0
 
 
 class Engine(Protocol):
-    """Interface of the classes that predict encoded images in background threads."""
+    """Interface of the classes that predict encoded images in background threads.
+
+    Attributes:
+        share: Number of images of one request that may be in progress together. It is just enough
+            to keep all threads busy, so that other requests wait for few of them.
+    """
+
+    share: int
 
     async def predict(self, data: bytes, tta: int = 0) -> Prediction:
         """Predict one image. An image whose call is cancelled while queued is not predicted.
@@ -162,6 +169,7 @@ class PerImageEngine:
     ) -> None:
         self._decoder, self._predict = decoder, predict
         self._limit, self._observe = limit, observe
+        self.share = threads + 1
         # A ThreadPoolExecutor, with its futures wrapped for asyncio, would double the overhead.
         self._queue: SimpleQueue[_EncodedImage | None] = SimpleQueue()
         self._isolated: SimpleQueue[tuple[_EncodedImage, Cost] | None] = SimpleQueue()
@@ -287,6 +295,7 @@ class DynamicBatcher:
         """
         self._decoder, self._predict = decoder, predict
         self._limit, self._observe, self._cap = limit, observe, cap
+        self.share = max(2 * cap, threads + 1)
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="fledge-decode")
         self._isolated = ThreadPoolExecutor(decoder.threads, thread_name_prefix="fledge-isolated")
         self._ready: deque[_DecodedImage] = deque()

@@ -39,6 +39,8 @@ class RecordingTelemetry:
 
 
 class FakeEngine:
+    share = 4
+
     def __init__(self, work: Callable[[bytes], Awaitable[Prediction]]) -> None:
         self.work = work
 
