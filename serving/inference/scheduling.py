@@ -17,24 +17,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Condition, Event, Thread
 from typing import Final, NamedTuple, Protocol
 
-from serving.errors import Overloaded
 from serving.imaging.cost import Cost
+from serving.inference.admission import Observe, OverdueCount, QueueLimit
 from serving.inference.decoding import ImageDecoder, NeedsIsolation, Prepare, image_decoder
 from serving.inference.predictor import Prediction, Predictor, Prepared
 from serving.inference.runtime import on_cpu
-
-Observe = Callable[[str, float], None]
-"""Callback for measurements: (name, value). The names "queue", "decode" and "infer" have a value in
-seconds. "rows" is the batch size of a run of the graph. "waiting" is the number of images that are
-queued or in progress."""
 
 EXTRA_THREADS: Final = 1
 """Number of threads of `PerImageEngine` in addition to one per core. While a thread waits for the
@@ -51,9 +46,11 @@ class Engine(Protocol):
     Attributes:
         share: Number of images of one request that may be in progress together. It is just enough
             to keep all threads busy, so that other requests wait for few of them.
+        overdue: Count of the threads that work on an image whose request has ended.
     """
 
     share: int
+    overdue: OverdueCount
 
     async def predict(self, data: bytes, tta: int = 0) -> Prediction:
         """Predict one image. An image whose call is cancelled while queued is not predicted.
@@ -106,39 +103,6 @@ def build_engine(
     return DynamicBatcher(decoder, predictor.predict, limit, threads, observe, cap, runners)
 
 
-class QueueLimit:
-    """Counter of the images that are queued or in progress, with an upper limit.
-
-    `admit` may be called only in the thread of the event loop, because there is no lock.
-
-    Attributes:
-        limit: Largest number of images.
-        count: Number of images now.
-    """
-
-    def __init__(self, limit: int, observe: Observe) -> None:
-        self.limit = limit
-        self.count = 0
-        self._observe = observe
-
-    @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Count one more image during the `with` block.
-
-        Raises:
-            Overloaded: The limit is reached.
-        """
-        if self.count >= self.limit:
-            raise Overloaded(f"{self.limit} images are waiting already; ask again in a second")
-        self.count += 1
-        self._observe("waiting", self.count)
-        try:
-            yield
-        finally:
-            self.count -= 1
-            self._observe("waiting", self.count)
-
-
 class Predict(Protocol):
     """Signature of `Predictor.predict`."""
 
@@ -151,6 +115,8 @@ class _EncodedImage:
     tta: int
     queued: float  # time.perf_counter()
     future: asyncio.Future[Prediction]
+    started: bool = False
+    overdue: bool = False
 
 
 class PerImageEngine:
@@ -170,6 +136,7 @@ class PerImageEngine:
         self._decoder, self._predict = decoder, predict
         self._limit, self._observe = limit, observe
         self.share = threads + 1
+        self.overdue = OverdueCount(threads, observe)
         # A ThreadPoolExecutor, with its futures wrapped for asyncio, would double the overhead.
         self._queue: SimpleQueue[_EncodedImage | None] = SimpleQueue()
         self._isolated: SimpleQueue[tuple[_EncodedImage, Cost] | None] = SimpleQueue()
@@ -191,6 +158,9 @@ class PerImageEngine:
             self._queue.put(image)
             try:
                 return await future
+            except asyncio.CancelledError:
+                self.overdue.add(image)
+                raise
             finally:
                 image.data = b""  # a cancelled image may stay in the queue
                 # Break the reference cycle: future -> error -> traceback -> this frame -> future.
@@ -225,17 +195,23 @@ class PerImageEngine:
     def _process(self, image: _EncodedImage, prepare: Prepare) -> None:
         if image.future.cancelled():
             return
+        image.started = True
         result: Prediction | BaseException
         try:
             result = self._decode_and_predict(prepare, image.data, image.tta, image.queued)
         except NeedsIsolation as need:
+            image.started = False
             self._isolated.put((image, need.cost))
             return
         except BaseException as error:  # any: the caller gets it, and the thread continues
             result = error
         with suppress(RuntimeError):  # the event loop is closed
-            image.future.get_loop().call_soon_threadsafe(_set_result, image.future, result)
+            image.future.get_loop().call_soon_threadsafe(self._finish, image, result)
         del image, result  # break the reference cycle through the error's traceback
+
+    def _finish(self, image: _EncodedImage, result: Prediction | BaseException) -> None:
+        self.overdue.remove(image)
+        _set_result(image.future, result)
 
     # The future is not an argument, because an error's traceback keeps this frame alive.
     def _decode_and_predict(
@@ -296,6 +272,7 @@ class DynamicBatcher:
         self._decoder, self._predict = decoder, predict
         self._limit, self._observe, self._cap = limit, observe, cap
         self.share = max(2 * cap, threads + 1)
+        self.overdue = OverdueCount(threads, observe)
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="fledge-decode")
         self._isolated = ThreadPoolExecutor(decoder.threads, thread_name_prefix="fledge-isolated")
         self._ready: deque[_DecodedImage] = deque()

@@ -12,6 +12,7 @@ import pytest
 from serving.errors import WorkError
 from serving.http.app import App
 from serving.http.model_manager import LoadedModel, ModelManager
+from serving.inference.admission import OverdueCount
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Prediction, Predictor
 from serving.inference.scheduling import DynamicBatcher, build_engine
@@ -40,6 +41,7 @@ class RecordingTelemetry:
 
 class FakeEngine:
     share = 4
+    overdue = OverdueCount(2, lambda *_: None)
 
     def __init__(self, work: Callable[[bytes], Awaitable[Prediction]]) -> None:
         self.work = work

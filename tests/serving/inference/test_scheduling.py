@@ -8,9 +8,10 @@ import pytest
 
 from serving.errors import BrokenImage, Overloaded, WorkError
 from serving.imaging.cost import Cost
+from serving.inference.admission import QueueLimit
 from serving.inference.decoding import ImageDecoder, NeedsIsolation
 from serving.inference.predictor import Prediction, Prepared
-from serving.inference.scheduling import DynamicBatcher, PerImageEngine, QueueLimit
+from serving.inference.scheduling import DynamicBatcher, PerImageEngine
 
 
 class Stub:
@@ -336,3 +337,22 @@ def test_expensive_images_are_isolated_and_others_do_not_wait_for_them(make: Mak
 
     stub = run(make, work)
     assert len(stub.isolated) in (3, 4)  # an image that is cancelled while queued is left out
+
+
+def test_threads_of_cancelled_images_are_overdue_until_they_end():
+    async def work(stub: Stub, engine: PerImageEngine) -> None:
+        stub.gate.clear()
+        running = [asyncio.ensure_future(engine.predict(b"x")) for _ in range(3)]
+        await until(lambda: stub.started == 2)
+        assert engine.overdue.count == 0
+        for one in running:
+            one.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        assert engine.overdue.count == 2  # the third was waiting
+        assert engine.overdue.all
+        stub.gate.set()
+        await until(lambda: engine.overdue.count == 0)
+        assert not engine.overdue.all
+        assert (await engine.predict(b"xx")).probabilities == [2.0]
+
+    assert ("overdue", 2) in run(per_image, work).seen

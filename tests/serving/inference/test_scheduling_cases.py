@@ -16,12 +16,12 @@ import pytest
 from serving.errors import Overloaded
 from serving.imaging.cost import Cost
 from serving.inference import scheduling
+from serving.inference.admission import QueueLimit
 from serving.inference.predictor import Prediction, Prepared
 from serving.inference.scheduling import (
     EXTRA_THREADS,
     DynamicBatcher,
     PerImageEngine,
-    QueueLimit,
     build_engine,
 )
 
