@@ -28,6 +28,9 @@ _ROTATED: Final = 2 * _RGB
 _CONVERTED: Final = 14.5
 # Bytes per encoded byte: the buffer of the file, and Pillow's copies of its metadata.
 _COPIES: Final = 2
+# Bytes per pixel of the float64 samples of a strip, and of the largest strip.
+_STRIP_SAMPLE: Final = 16
+_STRIP_BYTES: Final = 2**24
 # Decompressed metadata of a PNG: at most 1032 bytes per byte, and Pillow's own limits.
 _INFLATED: Final = 1032
 _METADATA_BYTES: Final = 96 * 2**20
@@ -108,7 +111,8 @@ def estimate(data: bytes, views: int = 1) -> Cost:
     )
     nanoseconds = head.nanoseconds + 30 * head.converted + 5 * head.rotated + 4 * views
     seconds = pixels * nanoseconds * 1e-9 + len(data) * 20e-9
-    size = int(pixels * peak) + _COPIES * len(data) + head.metadata
+    strips = min(_STRIP_SAMPLE * pixels, _STRIP_BYTES) if head.converted else 0
+    size = int(pixels * peak) + strips + _COPIES * len(data) + head.metadata
     return Cost(head.width, head.height, size, seconds, head.unusual)
 
 

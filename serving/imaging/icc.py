@@ -83,16 +83,16 @@ def _is_safe_tag(name: bytes, element: bytes) -> bool:
         return _is_safe_table(element, kind)
     if kind in (b"mAB ", b"mBA "):
         return _is_safe_pipeline(element)
+    # Of these tags, lcms needs no other kind.
+    if name[:3] in (b"A2B", b"B2A", b"pre", b"gam") or kind == b"mpet":
+        return False
     if kind == b"mluc":
         records = element[8:12]
         return len(records) == 4 and int.from_bytes(records, "big") <= MAX_RECORDS
     if kind == b"curv":
         count = int.from_bytes(element[8:12], "big")
         return len(element) >= 12 + 2 * count
-    # Of the other kinds, lcms needs these for a conversion; their size is fixed or that of the tag.
-    if name[:3] in (b"A2B", b"B2A", b"pre", b"gam"):
-        return False
-    return kind != b"mpet"
+    return True  # the size of other kinds is fixed, or that of the tag
 
 
 def _is_safe_table(element: bytes, kind: bytes) -> bool:
