@@ -196,7 +196,7 @@ def _webp(data: bytes) -> _Head | None:
     else:
         return None
     # Two canvases of RGBA, the decoder's own buffers, and copies of the frame.
-    return _Head(width, height, 18.5, True, True, 30.0)
+    return _Head(width, height, 18.5, False, True, 60.0)
 
 
 def _gif(data: bytes) -> _Head | None:
@@ -249,7 +249,7 @@ def _avif(data: bytes) -> _Head | None:
         wide, tall = struct.unpack(">II", data[at : at + 8].ljust(8, b"\0"))
         if wide * tall > width * height:
             width, height = wide, tall
-    return _Head(width, height, 20.0, True, True, 60.0, 0, True)
+    return _Head(width, height, 20.0, False, True, 90.0, 0, True)
 
 
 _READERS: Final[dict[bytes, Callable[[bytes], _Head | None]]] = {
