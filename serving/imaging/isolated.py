@@ -14,6 +14,7 @@ No answer is trusted more than the image: its head is JSON, and its size is chec
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import selectors
@@ -61,6 +62,7 @@ class DecoderPool:
         self._reset()
         # A forked process must not talk to the decoder processes of its parent.
         os.register_at_fork(after_in_child=self._reset)
+        atexit.register(self.close)
 
     def _reset(self) -> None:
         self._free = threading.Semaphore(self._number)
