@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from serving.bundle.manifest import measured_parallelism
-from serving.errors import OptionError
+from serving.errors import OptionError, WorkError
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
 from serving.inference.runtime import on_cpu
@@ -110,6 +110,8 @@ def _score(
             except BaseException:
                 journal.remove()  # no image is scored yet, so there is nothing to resume
                 raise
+        if journal.damaged:
+            log(f"damaged: {journal.damaged} parts of the unfinished job; they are scored again")
         if journal.done:
             log(f"going on: {journal.done} of {journal.total} images are done")
         with Progress(journal.total, journal.done) as progress:
@@ -227,4 +229,6 @@ def _write_table(
             table.append(rows, features)
             labels.update(row.label for row in rows if row.label is not None)
             errors.update(row.error.partition(":")[0] for row in rows if row.label is None)
+        if labels.total() + errors.total() != journal.total:
+            raise WorkError(f"--out {out}: there are not as many rows as images; add --restart")
     return labels, errors

@@ -137,7 +137,7 @@ class DiskStore:
                 with self.cache.locked():
                     if not self.cache.evict(shape.size, {*self.protected, self.name}):
                         return None
-                    with partial.open("w+b") as file:
+                    with partial.open("x+b") as file:
                         # A full disk is an error here; in a mapped file it would kill the process.
                         reserve(file, shape.size, self.folder)
                 rows = fill(shape.unflatten(_map_file(partial, shape, shared=True)), parts)

@@ -63,8 +63,9 @@ def write_sample(
     _remove_stale_partials(folder)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     try:
+        partial.mkdir()  # fails where something else has the name, such as a link
         for label in CLASSES:
-            (partial / label).mkdir(parents=True)
+            (partial / label).mkdir()
         for label, index in _names(per_class):
             picture = paint(label, _rng(seed, label, index), size)
             picture.save(partial / label / f"{index:04d}.jpg", quality=_QUALITY)

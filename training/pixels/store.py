@@ -193,7 +193,7 @@ class PixelStore:
 
         The caller must hold the cache entry's lock, and have read `index` since.
         """
-        for path in (*self.folder.glob("rows-*.bin"), self.folder / ".index.partial"):
+        for path in (*self.folder.glob("rows-*.bin"), *self.folder.glob(".index.*.partial")):
             if path != index.path:
                 path.unlink(missing_ok=True)
 

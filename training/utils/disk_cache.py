@@ -28,7 +28,7 @@ DEFAULT_GB: Final = 10.0
 ENTRY_FILE: Final = "entry.json"
 
 _NAME: Final = re.compile(r"(pixels|activations)-[0-9a-f]{32}")
-_OWN_FILES: Final = re.compile(r"index|\.index\.partial|[a-z]+-[0-9a-f]{16}\.bin")
+_OWN_FILES: Final = re.compile(r"index|\.index\.[0-9a-f]{16}\.partial|[a-z]+-[0-9a-f]{16}\.bin")
 
 
 @dataclass(frozen=True)
