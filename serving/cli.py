@@ -137,6 +137,12 @@ def _score_options(add: argparse.ArgumentParser) -> None:
         help="kinds of addresses that lists may contain, such as s3,https; "
         "default: only those of the inputs",
     )
+    add.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="read local files only within DIR, links followed; for lists from elsewhere",
+    )
     add.add_argument("--tta", type=int, default=0, metavar="N", help="views to average; 0 is off")
     add.add_argument("--top-k", type=int, default=5, metavar="K", help="classes in a row")
     add.add_argument(

@@ -38,6 +38,8 @@ class ScoringOptions:
             lists.
         addresses: Protocols that addresses in lists may have, in addition to those of the inputs;
             separated by commas, such as "s3,https".
+        root: Folder that must contain all local files, links followed; others become rows with an
+            error. None: no limit.
         copy_to: Folder into which every image is copied, in a subfolder for each label.
         restart: Whether to discard the rows of an unfinished run.
         engine: "local", or "ray" to run on a Ray cluster.
@@ -54,6 +56,7 @@ class ScoringOptions:
     embeddings: bool = False
     column: str | None = None
     addresses: str = ""
+    root: Path | None = None
     copy_to: Path | None = None
     restart: bool = False
     engine: str = "local"
@@ -80,6 +83,8 @@ class ScoringOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise OptionError(f"--{name.replace('_', '-')} {value}: use {least} or more")
+        if self.root is not None and not self.root.is_dir():
+            raise OptionError(f"--root {self.root}: no folder; name one that has all images")
         parse_error_limit(self.max_errors)
         if self.engine == "ray" and is_table_folder(out):
             check_table_folder(out)

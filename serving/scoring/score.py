@@ -12,6 +12,7 @@ threads nor on interruptions of the run.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -25,7 +26,7 @@ from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
 from serving.inference.runtime import on_cpu
 from serving.inputs import sources
-from serving.scoring.copy_by_label import copy_by_label
+from serving.scoring.copy_by_label import check_copies, copy_by_label
 from serving.scoring.job import ScoringJob
 from serving.scoring.journal import ScoringJournal, has_inputs
 from serving.scoring.options import ScoringOptions
@@ -100,6 +101,8 @@ def _score(
         bundle, device=options.device, precision=options.precision, threads=threads
     )
     predictor.check(options.tta)
+    if options.copy_to is not None:
+        check_copies(options.copy_to, predictor.manifest.labels)
     batch = options.batch or predictor.cap
     facts = _facts(inputs, predictor, options, batch)
     with ScoringJournal(out, facts, restart=options.restart) as journal:
@@ -130,7 +133,8 @@ def _score(
         )
         summary.write(out, predictor)
         if options.copy_to is not None:
-            log(copy_by_label(options.copy_to, _all_rows(journal), protocols))
+            rows, model = _all_rows(journal), predictor.manifest.labels
+            log(copy_by_label(options.copy_to, rows, protocols, labels=model, root=options.root))
         journal.remove()
     log(f"{summary}\nwrote {out}")
     summary.check(out, options.max_errors)
@@ -167,6 +171,7 @@ def _facts(
         "provider": predictor.runtime.provider,
         "batch": batch,
         "inputs": list(inputs),
+        "root": None if options.root is None else os.path.realpath(options.root),
         **{name: getattr(options, name) for name in names},
     }
 
