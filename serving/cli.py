@@ -155,6 +155,12 @@ def _score_options(add: argparse.ArgumentParser) -> None:
         action="store_true",
         help="add a column with the network's features; Parquet only",
     )
+    _csv_safe_option(add)
+    add.add_argument(
+        "--csv-bom",
+        action="store_true",
+        help="begin CSV with a byte-order mark, by which spreadsheets recognise UTF-8",
+    )
     add.add_argument(
         "--copy-to",
         type=Path,
@@ -185,6 +191,14 @@ def _score_options(add: argparse.ArgumentParser) -> None:
     )
 
 
+def _csv_safe_option(add: argparse.ArgumentParser) -> None:
+    add.add_argument(
+        "--csv-safe",
+        action="store_true",
+        help="put an apostrophe before texts in CSV that a spreadsheet takes for formulas",
+    )
+
+
 def _evaluate_scores_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("scores", type=Path, metavar="SCORES", help="a table of `fledge score`")
     truth = add.add_argument_group("the true labels: one of these")
@@ -209,3 +223,4 @@ def _evaluate_scores_options(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--mistakes", type=Path, metavar="FILE", help="write wrong answers, most confident first"
     )
+    _csv_safe_option(add)

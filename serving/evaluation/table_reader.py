@@ -17,6 +17,8 @@ import numpy as np
 
 from serving.errors import DataError, OptionError
 from serving.imaging.tta import Probabilities
+from serving.scoring.row_writers import unescape_formula
+from serving.scoring.summary import read_csv_safe
 from serving.scoring.table_folder import part_files
 from serving.utils.optional_packages import require
 
@@ -96,6 +98,8 @@ class ParsedRow:
 def read(path: Path) -> Iterator[ParsedRow]:
     """Yield the rows of a table of scores, in order.
 
+    Texts in CSV that `--csv-safe` escaped are given as they were.
+
     Args:
         path: A `.csv`, `.jsonl` or `.parquet` file, or a folder of Parquet files written by `fledge
             score`.
@@ -112,13 +116,19 @@ def read(path: Path) -> Iterator[ParsedRow]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise OptionError(f"{path}: no table of scores; use one in {', '.join(_READERS)}")
+    escaped = reader is csv_rows and read_csv_safe(path)
     try:
         for where, values in reader(path):
-            yield _row(f"{path}, {where}", values)
+            yield _row(f"{path}, {where}", _unescaped(values) if escaped else values)
     except FileNotFoundError:
         raise DataError(f"{path}: not there; make one with `fledge score`") from None
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def _unescaped(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the texts as they were before `fledge score --csv-safe` escaped them."""
+    return {name: unescape_formula(text) for name, text in values.items()}
 
 
 def _row(where: str, values: Mapping[str, Any]) -> ParsedRow:

@@ -34,6 +34,9 @@ class ScoringOptions:
             more, the run writes its table and then fails. None: no limit.
         probabilities: Whether the table has a column with the probabilities of all classes.
         embeddings: Whether the table has a column with the network's features; Parquet only.
+        csv_safe: Whether an apostrophe is put before texts in CSV that a spreadsheet would take for
+            formulas.
+        csv_bom: Whether CSV begins with a byte-order mark, by which spreadsheets recognise UTF-8.
         column: Name of the column that has the paths, in inputs that are CSV, JSON or Parquet
             lists.
         addresses: Protocols that addresses in lists may have, in addition to those of the inputs;
@@ -54,6 +57,8 @@ class ScoringOptions:
     max_errors: str | None = None
     probabilities: bool = False
     embeddings: bool = False
+    csv_safe: bool = False
+    csv_bom: bool = False
     column: str | None = None
     addresses: str = ""
     root: Path | None = None
@@ -90,6 +95,10 @@ class ScoringOptions:
             check_table_folder(out)
         else:
             check_table(out, features=self.embeddings)
+        for name in ("csv_safe", "csv_bom"):
+            if getattr(self, name) and out.suffix.lower() != ".csv":
+                option = f"--{name.replace('_', '-')}"
+                raise OptionError(f"{option} is for CSV; use --out {out.stem}.csv")
         if self.copy_to is not None:
             check_folder(self.copy_to, "--copy-to")
             target = self.copy_to.resolve()

@@ -131,7 +131,7 @@ def _score(
             now,
             journal.skipped,
         )
-        summary.write(out, predictor)
+        summary.write(out, predictor, csv_safe=options.csv_safe)
         if options.copy_to is not None:
             rows, model = _all_rows(journal), predictor.manifest.labels
             log(copy_by_label(options.copy_to, rows, protocols, labels=model, root=options.root))
@@ -228,7 +228,11 @@ def _write_table(
     columns += [PROBABILITIES] if options.probabilities else []
     columns += [FEATURES] if options.embeddings else []
     labels, errors = Counter[str](), Counter[str]()
-    with TableFolder(out, columns) if is_table_folder(out) else TableFile(out, columns) as table:
+    with (
+        TableFolder(out, columns)
+        if is_table_folder(out)
+        else TableFile(out, columns, csv_safe=options.csv_safe, csv_bom=options.csv_bom)
+    ) as table:
         for number in range(journal.shards):
             rows, features = journal.read(number)
             table.append(rows, features)
