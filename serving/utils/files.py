@@ -63,6 +63,17 @@ def user_cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fledge"
 
 
+def make_user_cache_folder() -> Path:
+    """Create the folder for data that can be recomputed, for this user alone, and return it.
+
+    Raises:
+        OSError: The folder can't be created.
+    """
+    folder = user_cache_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
 @contextmanager
 def atomic_write(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, and rename the file to `path` at the end.
