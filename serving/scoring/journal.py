@@ -31,7 +31,7 @@ from typing import Any, Final
 import numpy as np
 
 from serving.errors import OptionError, WorkError
-from serving.scoring.journal_folder import JOB, JournalFolder, folder_of
+from serving.scoring.journal_folder import JOB, JournalFolder, folder_of, open_file
 from serving.scoring.rows import Features, ScoreRow
 from serving.utils.files import atomic_write
 
@@ -151,7 +151,7 @@ class ScoringJournal:
         Raises:
             ValueError: The list was cut or changed.
         """
-        with (self.folder / _INPUTS).open("rb") as file:
+        with open_file(self.folder / _INPUTS) as file:
             for number, digest in enumerate(self._digests):
                 lines = list(islice(file, self._size(number)))
                 if _sha256(b"".join(lines)) != digest:
@@ -250,7 +250,7 @@ class ScoringJournal:
         Raises:
             ValueError: The file was cut or changed, or belongs to other images.
         """
-        first, _, body = self._rows(number).read_bytes().partition(b"\n")
+        first, _, body = _read(self._rows(number)).partition(b"\n")
         head = json.loads(first)
         features = head.get("features") if isinstance(head, dict) else None
         if head != self._head(number, body, features):
@@ -258,7 +258,8 @@ class ScoringJournal:
         return body, features
 
     def _read_features(self, number: int, digest: str) -> Features:
-        features: Features = np.load(self._features(number))
+        with open_file(self._features(number)) as file:
+            features: Features = np.load(file)
         if features.dtype != np.float32 or features.shape[:-1] != (self._size(number),):
             raise ValueError(f"it is {features.dtype} {list(features.shape)}")
         if _sha256(np.ascontiguousarray(features).data) != digest:
@@ -278,7 +279,7 @@ class ScoringJournal:
                 partial.write_text(json.dumps(facts))
             return
         try:
-            before = dict(json.loads(path.read_text()))
+            before = dict(json.loads(_read(path)))
         except (ValueError, TypeError, RecursionError):
             before = {"job": "unreadable"}
         if "job" not in before and before.get("journal") != VERSION:
@@ -297,7 +298,7 @@ class ScoringJournal:
         """Read the counts, compare the list of images with them, and find the complete shards."""
         path = self.folder / _COUNTS
         with self._damage(path):
-            values = json.loads(path.read_bytes() if path.exists() else b"")
+            values = json.loads(_read(path) if path.exists() else b"")
             images, skipped, digests = (values[key] for key in ("images", "skipped", "sha256"))
             if not all(type(value) is int and value >= 0 for value in (images, skipped)):
                 raise ValueError("its counts are no numbers")
@@ -352,6 +353,11 @@ class ScoringJournal:
                 f"--out {self._out}: {error.strerror or error}; complete shards are kept in "
                 f"{self.folder}"
             ) from error
+
+
+def _read(path: Path) -> bytes:
+    with open_file(path) as file:
+        return file.read()
 
 
 def _lines(names: Iterable[str]) -> bytes:

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from serving.errors import OptionError
 from serving.utils.files import NoLocks, lock, partial_of
@@ -83,18 +83,27 @@ class JournalFolder:
             raise self._refused("a link" if stat.S_ISLNK(status.st_mode) else "no folder")
         if status.st_uid != os.geteuid():
             raise self._refused("a folder of another user")
-        names = os.listdir(self.path)
-        foreign = sorted(name for name in names if not _is_own(name))
-        if foreign and not self._is_marked():
-            raise self._refused(f"no journal of fledge score: it has {foreign[0]!r}")
+        names = sorted(os.listdir(self.path))
+        if names and not self._is_marked(all(map(_is_own, names))):
+            raise self._refused(f"no journal of fledge score: it has {names[0]!r}")
+        if status.st_mode & 0o077:  # made by an earlier version
+            with contextlib.suppress(OSError):  # on a disk without permissions
+                self.path.chmod(0o700)
 
-    def _is_marked(self) -> bool:
+    def _is_marked(self, only_own: bool) -> bool:
+        """Check whether the folder, which is not empty, has the mark of a journal.
+
+        Args:
+            only_own: Whether all names in it are those of a journal's files. The mark may then be
+                cut, because a killed process has written it, or empty, as of an earlier version.
+        """
         try:
             opened = self._open_lock(os.O_RDONLY)
         except FileNotFoundError:
             return False
         with open(opened, "rb") as file:
-            return file.read(len(_MARK)) == _MARK
+            mark = file.read(len(_MARK) + 1)
+        return mark == _MARK or (only_own and _MARK.startswith(mark))
 
     def _acquire_lock(self) -> None:
         """Lock the folder, and mark it as a journal.
@@ -137,6 +146,20 @@ class JournalFolder:
 def folder_of(out: Path) -> Path:
     """Return the path of the journal folder for the table `out`."""
     return out.with_name(f".{out.name}.parts")
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file of the journal for reading.
+
+    Raises:
+        ValueError: It is no regular file; reading a named pipe might never end.
+        OSError: It can't be opened, or is a link.
+    """
+    opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(opened).st_mode):
+        return os.fdopen(opened, "rb")
+    os.close(opened)
+    raise ValueError("it is no file")
 
 
 def _is_own(name: str) -> bool:

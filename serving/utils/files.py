@@ -144,11 +144,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if older.exists():
                 older.rename(path)
             raise
-        _discard(older, lambda: shutil.rmtree(older))
+        _discard(older, lambda: _remove_folder(older))
     finally:
         if opened is not None:
             os.close(opened)
-        _discard(partial, lambda: shutil.rmtree(partial))
+        _discard(partial, lambda: _remove_folder(partial))
 
 
 def partial_of(name: str) -> str:
@@ -189,6 +189,14 @@ def _hold(partial: Path, flags: int, mode: int = 0o666) -> int | None:
         pass
     os.close(opened)
     return None
+
+
+def _remove_folder(path: Path) -> None:
+    """Remove a folder, or a link to one: `path` was the older folder, which the user may link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _discard(path: Path, remove: Callable[[], object]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import fledge
+from serving.errors import OptionError
 from serving.scoring import journal
 from tests.support.tiny_bundle import photo, tiny_bundle
 
@@ -27,6 +28,7 @@ IMAGES = 13
 KILLED = """
 import os, signal, sys
 import fledge
+from serving.errors import OptionError
 from serving.scoring import journal
 journal.SIZE = 5
 write, count = journal.ScoringJournal.write, []
@@ -205,7 +207,10 @@ def test_links_at_the_guessable_names_are_not_followed(killed: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("restart", [False, True])
-@pytest.mark.parametrize("kind", ["link", "file", "foreign", "other", "fifo", "locked by a link"])
+@pytest.mark.parametrize(
+    "kind",
+    ["link", "file", "foreign", "other", "fifo", "locked by a link", "unmarked", "pretended"],
+)
 def test_a_folder_that_is_not_ours_is_refused_and_untouched(
     killed: Path, tmp_path: Path, kind: str, restart: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,6 +230,13 @@ def test_a_folder_that_is_not_ours_is_refused_and_untouched(
     elif kind == "locked by a link":
         parts.mkdir()
         (parts / "lock").symlink_to(mine / "letter.txt")
+    elif kind == "unmarked":
+        parts.mkdir()
+        (parts / "00000.npy").write_text("mine")
+    elif kind == "pretended":
+        parts.mkdir()
+        for name in ("00000.npy", "lock"):
+            (parts / name).write_text("mine")
     elif os.geteuid():
         pytest.skip("needs root")
     else:
@@ -239,6 +251,42 @@ def test_a_folder_that_is_not_ours_is_refused_and_untouched(
     assert "remove it, or name another file" in error
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert after == before
+
+
+@pytest.mark.parametrize(
+    "name", ["job.json", "inputs.json", "inputs.jsonl", "00000.jsonl", "00001.jsonl"]
+)
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
+def test_what_is_no_file_in_the_folder_of_a_job_is_not_read(
+    killed: Path, left: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = left / ".out.csv.parts"
+    (parts / name).rename(left / "kept")
+    if kind == "fifo":
+        os.mkfifo(parts / name)
+    elif kind == "folder":
+        (parts / name).mkdir()
+    else:
+        (parts / name).symlink_to(left / "kept")
+    status = fledge.main(command(killed, "out.csv", left))
+    error = capsys.readouterr().err
+    assert status in (0, 1, 2)
+    assert error.count("\n") == (status != 0)
+    if status == 0:
+        assert (left / "out.csv").read_bytes() == (killed / "right.csv").read_bytes()
+    else:
+        assert not (left / "out.csv").exists()
+    assert (left / "kept").exists()
+
+
+def test_the_folder_of_a_job_becomes_private(killed: Path, left: Path) -> None:
+    parts = left / ".out.csv.parts"
+    parts.chmod(0o777)
+    with journal.ScoringJournal(left / "other.csv", {}) as other:
+        assert other.folder.stat().st_mode & 0o777 == 0o700
+    with pytest.raises(OptionError):
+        journal.ScoringJournal(left / "out.csv", {})
+    assert parts.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_file_of_the_user_in_the_folder_of_a_job_stays(killed: Path, left: Path) -> None:

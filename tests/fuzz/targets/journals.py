@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.scoring import journal
+from serving.scoring import journal, journal_folder
 from serving.scoring.row_writers import WRITERS
 from serving.scoring.rows import ScoreRow
 from tests.fuzz import mutators
@@ -93,6 +93,7 @@ def check(data: bytes) -> None:
     for name in _NAMES:
         if name in files:
             (folder / name).write_bytes(_content(files[name]))
+    (folder / journal_folder.LOCK).write_bytes(journal_folder._MARK)
     journal.has_inputs(_OUT)
     with journal.ScoringJournal(_OUT, _FACTS) as opened:
         if not opened.known:

@@ -193,6 +193,23 @@ def test_a_link_at_the_path_is_replaced_and_not_followed(tmp_path: Path) -> None
     assert (path.read_text(), path.is_symlink(), target.read_text()) == ("new", False, "mine")
 
 
+@pytest.mark.parametrize("exchanges", [False, True])
+def test_a_link_at_the_path_of_a_folder_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(files, "exchange", lambda *_: False)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "old").touch()
+    (tmp_path / "x").symlink_to(tmp_path / "target")
+    with atomic_folder(tmp_path / "x") as partial:
+        (partial / "new").touch()
+    assert not (tmp_path / "x").is_symlink()
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["new"]
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["old"]
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "target"}
+
+
 def test_a_name_of_255_bytes_is_written(tmp_path: Path) -> None:
     for name in ("n" * 255, "\xe4" * 127, os.fsdecode(b"\xff" * 255)):
         with atomic_write(tmp_path / name) as partial:
