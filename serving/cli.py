@@ -155,7 +155,7 @@ def _score_options(add: argparse.ArgumentParser) -> None:
         action="store_true",
         help="add a column with the network's features; Parquet only",
     )
-    _csv_safe_option(add)
+    csv_safe_option(add)
     add.add_argument(
         "--csv-bom",
         action="store_true",
@@ -191,7 +191,8 @@ def _score_options(add: argparse.ArgumentParser) -> None:
     )
 
 
-def _csv_safe_option(add: argparse.ArgumentParser) -> None:
+def csv_safe_option(add: argparse.ArgumentParser) -> None:
+    """Add the option --csv-safe to a subcommand."""
     add.add_argument(
         "--csv-safe",
         action="store_true",
@@ -223,4 +224,4 @@ def _evaluate_scores_options(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--mistakes", type=Path, metavar="FILE", help="write wrong answers, most confident first"
     )
-    _csv_safe_option(add)
+    csv_safe_option(add)
