@@ -88,7 +88,7 @@ class ParsedRow:
             return None
         try:
             values = np.asarray(listed, np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             values = np.empty(0)
         if values.ndim != 1 or not values.size or not ((values >= 0) & (values <= _ONE)).all():
             raise DataError(f"{self.where}: probabilities is no list of numbers from 0 to 1")
@@ -169,10 +169,10 @@ def parse_probability(value: Any, where: str) -> float:
     """
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1.0
     if not 0 <= number <= _ONE:
-        raise DataError(f"{where}: {value!r} is no probability; use a number from 0 to 1")
+        raise DataError(f"{where}: {value!r:.60} is no probability; use a number from 0 to 1")
     return min(number, 1.0)
 
 
