@@ -90,7 +90,7 @@ class PeekableStream(io.BufferedIOBase):
         if self._compressed and self._position > _ALLOWANCE:
             size = self._compressed.tell()
             if self._position > _ALLOWANCE + MAX_RATIO * size:
-                raise ValueError(f"it expands to more than {MAX_RATIO} times its size")
+                raise ValueError(f"it expands to more than {MAX_RATIO} times its size; unpack it")
         if self.change_next:
             data, self.change_next = self.change_next(data), None
         return data

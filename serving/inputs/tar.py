@@ -12,6 +12,7 @@ The compression is detected from the first bytes of the file.
 
 from __future__ import annotations
 
+import io
 import lzma
 import os
 import tarfile
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from tarfile import XGLTYPE
-from typing import Any, BinaryIO, Final
+from typing import IO, Any, BinaryIO, Final
 
 from serving.errors import BrokenImage, DataError, TooLarge
 from serving.inputs.compression import BLOCK, MAX_FILE, MAX_RATIO, PeekableStream, open_tar
@@ -297,12 +298,23 @@ def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     try:
         file = tar.extractfile(info)
         if file is not None:
-            data = b"".join(iter(partial(file.read, _PIECE), b""))
+            data = file.read(_PIECE)
+            if len(data) < info.size:
+                data = _rest(data, file)
     except _CORRUPT as error:
         raise BrokenImage(f"can't be read: {_reason(error)}") from error
     if len(data) != info.size:
         raise BrokenImage(f"the archive has {len(data)} of its {info.size} bytes")
     return data
+
+
+def _rest(data: bytes, file: IO[bytes]) -> bytes:
+    """Return `data` and what follows it in a file. A join of pieces would hold the bytes twice."""
+    buffer = io.BytesIO()
+    while data:
+        buffer.write(data)
+        data = file.read(_PIECE)
+    return buffer.getvalue()
 
 
 def _checked_sparse(blocks: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
