@@ -1,4 +1,4 @@
-"""Tables of scores with JSON that is nested too deep are refused like other broken JSON."""
+"""Tables of scores with hostile JSON are refused like other broken JSON."""
 
 import json
 from pathlib import Path
