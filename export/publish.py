@@ -14,7 +14,7 @@ from serving.bundle import storage
 from serving.bundle.manifest import Manifest
 from serving.bundle.signing import Sign
 from serving.errors import BundleError, OptionError
-from serving.utils.files import files_below, lock, sync
+from serving.utils.files import files_below, lock, partial_of, sync
 from serving.utils.process import is_running
 
 _PARTIAL: Final = re.compile(r"\.partial-(\d+)")
@@ -38,11 +38,11 @@ def check_target(out: Path) -> None:
         return
     # Files that a killed export can leave in the folder are accepted.
     companions = {storage.CHECKSUM, storage.SIGNATURE}
-    accepted = companions | {f".{name}.partial" for name in (storage.MANIFEST, *companions)}
     foreign = sorted(
         name
-        for name in present - accepted
-        if not (_PARTIAL.fullmatch(name) or _VERSION.fullmatch(name))
+        for name in present - companions
+        if partial_of(name) not in (storage.MANIFEST, *companions)
+        and not (_PARTIAL.fullmatch(name) or _VERSION.fullmatch(name))
     )
     if foreign:
         raise OptionError(

@@ -137,6 +137,12 @@ def _score_options(add: argparse.ArgumentParser) -> None:
         help="kinds of addresses that lists may contain, such as s3,https; "
         "default: only those of the inputs",
     )
+    add.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="read local files only within DIR, links followed; for lists from elsewhere",
+    )
     add.add_argument("--tta", type=int, default=0, metavar="N", help="views to average; 0 is off")
     add.add_argument("--top-k", type=int, default=5, metavar="K", help="classes in a row")
     add.add_argument(
@@ -148,6 +154,12 @@ def _score_options(add: argparse.ArgumentParser) -> None:
         "--embeddings",
         action="store_true",
         help="add a column with the network's features; Parquet only",
+    )
+    csv_safe_option(add)
+    add.add_argument(
+        "--csv-bom",
+        action="store_true",
+        help="begin CSV with a byte-order mark, by which spreadsheets recognise UTF-8",
     )
     add.add_argument(
         "--copy-to",
@@ -179,6 +191,15 @@ def _score_options(add: argparse.ArgumentParser) -> None:
     )
 
 
+def csv_safe_option(add: argparse.ArgumentParser) -> None:
+    """Add the option --csv-safe to a subcommand."""
+    add.add_argument(
+        "--csv-safe",
+        action="store_true",
+        help="put an apostrophe before texts in CSV that a spreadsheet takes for formulas",
+    )
+
+
 def _evaluate_scores_options(add: argparse.ArgumentParser) -> None:
     add.add_argument("scores", type=Path, metavar="SCORES", help="a table of `fledge score`")
     truth = add.add_argument_group("the true labels: one of these")
@@ -203,3 +224,4 @@ def _evaluate_scores_options(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--mistakes", type=Path, metavar="FILE", help="write wrong answers, most confident first"
     )
+    csv_safe_option(add)

@@ -27,6 +27,7 @@ TIERS = {"process", "slow", "docker", "gpu", "network"}
 KNOWN_SKIPS = (
     "root may read every folder",
     "root ignores file permissions",
+    "needs root",
 )
 """Reasons to skip that `--strict-skips` lets pass: each holds on some machines by design."""
 

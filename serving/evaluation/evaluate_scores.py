@@ -51,6 +51,8 @@ class EvaluationOptions:
         confusion: Output CSV file for the confusion matrix, with one line for each true label.
         mistakes: Output CSV file for the wrong predictions, highest probability first, at most
             `streaming_metrics.MISTAKES` (1000).
+        csv_safe: Whether an apostrophe is put before texts in CSV that a spreadsheet would take for
+            formulas.
     """
 
     labels_from_folders: bool = False
@@ -61,6 +63,7 @@ class EvaluationOptions:
     json: Path | None = None
     confusion: Path | None = None
     mistakes: Path | None = None
+    csv_safe: bool = False
 
 
 def evaluate(
@@ -119,8 +122,8 @@ def evaluate(
         )
     for path, lines in (
         (options.json, [json.dumps(figures, indent=2), "\n"]),
-        (options.confusion, _matrix(metrics)),
-        (options.mistakes, _mistakes(metrics)),
+        (options.confusion, _matrix(metrics, options.csv_safe)),
+        (options.mistakes, _mistakes(metrics, options.csv_safe)),
     ):
         if path is not None:
             _write(path, lines)
@@ -287,17 +290,18 @@ def _names(metrics: StreamingMetrics) -> list[str]:
     return sorted({label for pair in metrics.confusion for label in pair})
 
 
-def _matrix(metrics: StreamingMetrics) -> Iterator[str]:
+def _matrix(metrics: StreamingMetrics, safe: bool) -> Iterator[str]:
     names = _names(metrics)
-    yield csv_line(["label", *names])
+    yield csv_line(["label", *names], safe=safe)
     for label in names:
-        yield csv_line([label, *(metrics.confusion[label, said] for said in names)])
+        counts = (metrics.confusion[label, said] for said in names)
+        yield csv_line([label, *counts], safe=safe)
 
 
-def _mistakes(metrics: StreamingMetrics) -> Iterator[str]:
+def _mistakes(metrics: StreamingMetrics, safe: bool) -> Iterator[str]:
     yield csv_line(["path", "truth", "label", "probability"])
     for probability, _, path, truth, label in sorted(metrics.mistakes, reverse=True):
-        yield csv_line([path, truth, label, probability])
+        yield csv_line([path, truth, label, probability], safe=safe)
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:

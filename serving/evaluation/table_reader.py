@@ -17,6 +17,8 @@ import numpy as np
 
 from serving.errors import DataError, OptionError
 from serving.imaging.tta import Probabilities
+from serving.scoring.row_writers import unescape_formula
+from serving.scoring.summary import read_csv_safe
 from serving.scoring.table_folder import part_files
 from serving.utils.optional_packages import require
 
@@ -86,7 +88,7 @@ class ParsedRow:
             return None
         try:
             values = np.asarray(listed, np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             values = np.empty(0)
         if values.ndim != 1 or not values.size or not ((values >= 0) & (values <= _ONE)).all():
             raise DataError(f"{self.where}: probabilities is no list of numbers from 0 to 1")
@@ -95,6 +97,8 @@ class ParsedRow:
 
 def read(path: Path) -> Iterator[ParsedRow]:
     """Yield the rows of a table of scores, in order.
+
+    Texts in CSV that `--csv-safe` escaped are given as they were.
 
     Args:
         path: A `.csv`, `.jsonl` or `.parquet` file, or a folder of Parquet files written by `fledge
@@ -112,13 +116,19 @@ def read(path: Path) -> Iterator[ParsedRow]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise OptionError(f"{path}: no table of scores; use one in {', '.join(_READERS)}")
+    escaped = reader is csv_rows and read_csv_safe(path)
     try:
         for where, values in reader(path):
-            yield _row(f"{path}, {where}", values)
+            yield _row(f"{path}, {where}", _unescaped(values) if escaped else values)
     except FileNotFoundError:
         raise DataError(f"{path}: not there; make one with `fledge score`") from None
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def _unescaped(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the texts as they were before `fledge score --csv-safe` escaped them."""
+    return {name: unescape_formula(text) for name, text in values.items()}
 
 
 def _row(where: str, values: Mapping[str, Any]) -> ParsedRow:
@@ -162,7 +172,7 @@ def parse_probability(value: Any, where: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = -1.0
     if not 0 <= number <= _ONE:
-        raise DataError(f"{where}: {value!r} is no probability; use a number from 0 to 1")
+        raise DataError(f"{where}: {value!r:.60} is no probability; use a number from 0 to 1")
     return min(number, 1.0)
 
 

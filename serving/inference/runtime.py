@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from serving.errors import BundleError, OptionError, WorkError
 from serving.imaging.preprocess import Pixels
-from serving.utils.files import user_cache_folder
+from serving.utils.files import make_user_cache_folder
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # must be set before the import
 import onnxruntime as ort
@@ -223,8 +223,8 @@ def _tensorrt_options() -> dict[str, str]:
     An engine takes minutes to build. Without a private cache folder, the options are empty.
     """
     try:
-        folder = user_cache_folder() / "tensorrt"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = make_user_cache_folder() / "tensorrt"
+        folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.stat()
         # Engines are executable code: other users must not be able to write them.
         if status.st_uid != os.getuid() or status.st_mode & 0o077:

@@ -21,6 +21,13 @@ BLOCK: Final = tarfile.BLOCKSIZE
 MAX_FILE: Final = 4 * MAX_PIXELS
 """Largest file that is read, in bytes: the largest allowed image, uncompressed in RGBA."""
 
+MAX_HEADER: Final = 2**20
+"""Largest size in bytes of all headers of a member: long names, pax headers, sparse maps."""
+
+MAX_RATIO: Final = 250
+_ALLOWANCE: Final = 2**25
+"""A compressed archive may expand to `MAX_RATIO` times its size, and this many bytes more."""
+
 _PIECE: Final = 2**16
 
 
@@ -30,11 +37,33 @@ class PeekableStream(io.BufferedIOBase):
     Attributes:
         seekable_file: Whether the underlying file can seek. If False, `seek` can only go forward,
             by reading the bytes up to the new position.
+        change_next: Function whose result the next `read` returns in place of the bytes that were
+            read. None: the bytes themselves.
     """
 
-    def __init__(self, raw: BinaryIO, *, seekable_file: bool) -> None:
-        self._raw, self.seekable_file = raw, seekable_file
+    def __init__(
+        self, raw: BinaryIO, *, seekable_file: bool, compressed: BinaryIO | None = None
+    ) -> None:
+        """Store the files.
+
+        Args:
+            raw: The file, or the stream of decompressed bytes.
+            seekable_file: Whether `raw` can seek.
+            compressed: The compressed file that `raw` reads. None: it is not compressed.
+        """
+        self._raw, self.seekable_file, self._compressed = raw, seekable_file, compressed
         self._position, self._peeked = 0, b""
+        self._header_left: int | None = None
+        self.change_next: Callable[[bytes], bytes] | None = None
+
+    @contextlib.contextmanager
+    def header(self) -> Iterator[None]:
+        """Return a context in which the headers of one member are read, of limited size."""
+        self._header_left = MAX_HEADER + 16 * BLOCK
+        try:
+            yield
+        finally:
+            self._header_left = self.change_next = None
 
     def peek(self) -> bytes:
         """Return the next `BLOCK` (512) bytes without advancing; fewer at the end of the stream."""
@@ -45,14 +74,25 @@ class PeekableStream(io.BufferedIOBase):
         """Read `size` bytes; fewer at the end of the stream.
 
         Raises:
-            ValueError: `size` is not from 0 to `MAX_FILE`. A corrupt tar header can request this.
+            ValueError: `size` is not from 0 to `MAX_FILE`, which a corrupt tar header can request;
+                the header of a member is too large; or the archive expands too much.
         """
         if size is None or not 0 <= size <= MAX_FILE:
             raise ValueError("a size out of range")
+        if self._header_left is not None:
+            self._header_left -= size
+            if self._header_left < 0:
+                raise ValueError(f"a header of more than {MAX_HEADER} bytes")
         data, self._peeked = self._peeked[:size], self._peeked[size:]
         if len(data) < size:
             data += self._raw.read(size - len(data))
         self._position += len(data)
+        if self._compressed and self._position > _ALLOWANCE:
+            size = self._compressed.tell()
+            if self._position > _ALLOWANCE + MAX_RATIO * size:
+                raise ValueError(f"it expands to more than {MAX_RATIO} times its size; unpack it")
+        if self.change_next:
+            data, self.change_next = self.change_next(data), None
         return data
 
     def tell(self) -> int:
@@ -90,7 +130,7 @@ def open_tar(path: str) -> Iterator[PeekableStream]:
             yield PeekableStream(file, seekable_file=True)
         else:
             with opener(file) as stream:
-                yield PeekableStream(stream, seekable_file=False)
+                yield PeekableStream(stream, seekable_file=False, compressed=file)
 
 
 def _gzip(file: BinaryIO) -> Any:

@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 from serving.errors import BrokenImage, DataError, TooLarge
@@ -79,12 +80,11 @@ def _with_protocol(address: str, names: Iterator[str]) -> Iterator[str]:
         yield name if found.startswith(("http", "file")) else kind + name[len(found) :]
 
 
-def load(address: str, load_file: Callable[[str], bytes]) -> bytes:
-    """Return the bytes at an address.
+def load(address: str) -> bytes | Path:
+    """Return the bytes at an address; for a `file://` address, the path of the local file.
 
     Args:
-        address: The address. A `file://` address names a local file.
-        load_file: Function that returns the bytes of a local file.
+        address: The address.
 
     Raises:
         BrokenImage: The file can't be read.
@@ -94,13 +94,12 @@ def load(address: str, load_file: Callable[[str], bytes]) -> bytes:
         raise BrokenImage("'::' has no meaning in an address")
     try:
         fs, path = _open(address)
-        if "file" not in fs.protocol:
-            with fs.open(path, "rb") as file:
-                data = _read(file)
+        if "file" in fs.protocol:
+            return Path(path)
+        with fs.open(path, "rb") as file:
+            data = _read(file)
     except Exception as error:  # each package behind fsspec has its own error classes
         raise BrokenImage(f"can't be read: {_reason(error)}") from error
-    if "file" in fs.protocol:
-        return load_file(path)
     if len(data) > MAX_FILE:
         raise TooLarge(f"more than the {MAX_FILE} bytes allowed")
     return data

@@ -22,11 +22,11 @@ from functools import partial
 from itertools import chain
 from typing import IO, Final
 
-from serving.errors import BrokenImage, DataError, OptionError, RequestError, TooLarge
+from serving.errors import BrokenImage, DataError, OptionError, RequestError
 from serving.imaging.decode import SUFFIXES
 from serving.inputs import folders, lists, open_archives, remote, tar
-from serving.inputs.compression import MAX_FILE
 from serving.inputs.folders import Note
+from serving.inputs.local_files import check_inside, read_file
 
 STDIN: Final = "-"
 """The input that stands for standard input."""
@@ -105,13 +105,17 @@ class Reader:
     order.
     """
 
-    def __init__(self, protocols: Collection[str] = ()) -> None:
-        """Set the protocols that may be read.
+    def __init__(
+        self, protocols: Collection[str] = (), root: str | os.PathLike[str] | None = None
+    ) -> None:
+        """Set what may be read.
 
         Args:
             protocols: Allowed protocols of addresses, such as "s3". Local files are always allowed.
+            root: Folder that must contain all local files, links followed. None: no limit.
         """
         self._protocols = {*protocols, "file", "local"}
+        self._root = None if root is None else os.path.realpath(root)
         self._archives: open_archives.OpenArchives | None = None
 
     def load(self, name: str) -> bytes:
@@ -121,47 +125,43 @@ class Reader:
             name: Path, address or ARCHIVE::MEMBER.
 
         Raises:
-            BrokenImage: The image can't be read, or the protocol of its address is not allowed.
+            BrokenImage: The image can't be read, the protocol of its address is not allowed, or it
+                lies outside of the root folder.
             TooLarge: The image has more than `MAX_FILE` bytes.
+        """
+        return self.read(name)[0]
+
+    def read(self, name: str) -> tuple[bytes, int | None]:
+        """Return the bytes of one image, and the permissions of its file; see `load`.
+
+        The permissions of a member of an archive are those of the archive, without the right to
+        execute. At an address that is no local file, they are None.
         """
         if remote.is_address(name) and not os.path.exists(name):
             kind = remote.protocol(name)
             if kind not in self._protocols:
                 raise BrokenImage(f"an address in a list: to read those, give --addresses {kind}")
-            return remote.load(name, load_file)
+            found = remote.load(name)
+            return (found, None) if isinstance(found, bytes) else read_file(str(found), self._root)
         member = tar.split(name)
         if member is None:
-            return load_file(name)
+            return read_file(name, self._root)
+        check_inside(member[0], self._root)
         if self._archives is None:
             self._archives = open_archives.process_archives()
-        return self._archives.load(*member)
+        data = self._archives.load(*member)
+        return data, _permissions(member[0])
 
     def close(self) -> None:
         """Release the shared archives. They are closed when all readers have released them."""
         self._archives = None
 
 
-def load_file(path: str) -> bytes:
-    """Return the bytes of a local file.
-
-    Raises:
-        BrokenImage: The file can't be read.
-        TooLarge: The file has more than `MAX_FILE` bytes.
-    """
+def _permissions(archive: str) -> int | None:
     try:
-        # Opening a named pipe would block until a process writes to it.
-        if not os.path.isfile(path):
-            os.stat(path)  # raises the reason if the path does not exist or can't be accessed
-            raise BrokenImage("not a file")
-        size = os.path.getsize(path)
-        if size > MAX_FILE:
-            raise TooLarge(f"{size} bytes are more than the {MAX_FILE} allowed")
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise BrokenImage(f"can't be read: {error.strerror or error}") from error
-    except ValueError as error:  # a NUL in the path
-        raise BrokenImage(f"not a path: {error}") from error
+        return os.stat(archive).st_mode & 0o666
+    except OSError:  # it was removed meanwhile
+        return 0o600
 
 
 def _sources(word: str, column: str | None, stdin: Stream | None) -> Iterator[InputSource]:

@@ -12,6 +12,7 @@ The compression is detected from the first bytes of the file.
 
 from __future__ import annotations
 
+import io
 import lzma
 import os
 import tarfile
@@ -19,10 +20,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import BinaryIO, Final
+from tarfile import XGLTYPE
+from typing import IO, Any, BinaryIO, Final
 
 from serving.errors import BrokenImage, DataError, TooLarge
-from serving.inputs.compression import BLOCK, MAX_FILE, PeekableStream, open_tar
+from serving.inputs.compression import BLOCK, MAX_FILE, MAX_RATIO, PeekableStream, open_tar
 from serving.inputs.folders import Note, is_image
 
 SEPARATOR: Final = "::"
@@ -33,6 +35,9 @@ SUFFIXES: Final = (
 )
 
 _PIECE: Final = 2**16
+
+_HOLES: Final = 2**20
+"""Bytes that a sparse member may have beyond `MAX_RATIO` times those in the archive."""
 
 # What tarfile and the decompressors raise for corrupt data.
 _CORRUPT: Final = (
@@ -150,10 +155,12 @@ def read_member_at(file: BinaryIO, offset: int) -> bytes:
         BrokenImage: The member can't be read.
         TooLarge: The member has more than `MAX_FILE` bytes.
     """
-    file.seek(offset)
+    source = PeekableStream(file, seekable_file=True)
     try:
-        tar = _tar(file)
-        info = tar.next()
+        source.seek(offset)
+        with source.header():
+            tar = _tar(source)
+            info = tar.next()
     except _CORRUPT as error:
         raise BrokenImage(f"can't be read: {_reason(error)}") from error
     if info is None:
@@ -174,11 +181,12 @@ def _headers(source: PeekableStream) -> Iterator[tuple[tarfile.TarFile, tarfile.
             block = source.peek()
             if not block.strip(b"\0"):
                 break
-            if tar is None:
-                tar = _tar(source)
-                info = tar.next()
-            else:
-                info = tarfile.TarInfo.fromtarfile(tar)
+            with source.header():
+                if tar is None:
+                    tar = _tar(source)
+                    info = tar.next()
+                else:
+                    info = _TarInfo.fromtarfile(tar)
         except _CORRUPT as error:
             raise DataError(f"broken {place} ({_reason(error)})") from error
         if info is None or tar.offset <= offset:
@@ -189,8 +197,92 @@ def _headers(source: PeekableStream) -> Iterator[tuple[tarfile.TarFile, tarfile.
         raise DataError("cut off, it has no end mark; its last image may be broken")
 
 
-def _tar(file: BinaryIO | PeekableStream) -> tarfile.TarFile:
-    return tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
+class _TarInfo(tarfile.TarInfo):
+    """Header of a member, whose pax headers are checked before `tarfile` parses them."""
+
+    def _proc_member(self, tarfile: Any) -> Any:
+        # `tarfile` names this method as the one to override. Its first read is the pax header.
+        if self.type in _PAX_TYPES:
+            charset = tarfile.pax_headers.get("hdrcharset", _UTF8)
+            is_global = self.type == XGLTYPE
+            tarfile.fileobj.change_next = partial(_used_records, charset, is_global)
+        return super()._proc_member(tarfile)  # type: ignore[misc]
+
+
+_PAX_TYPES: Final = (tarfile.XHDTYPE, XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_UTF8: Final = "ISO-IR 10646 2000 UTF-8"
+_USED: Final = frozenset({b"path", b"linkpath", b"size"})
+_MAP: Final = b"GNU.sparse.map"
+_SPARSE_SIZE: Final = b"GNU.sparse.size"
+_USED_SPARSE: Final = frozenset(
+    {
+        _MAP,
+        _SPARSE_SIZE,
+        *(b"GNU.sparse." + key for key in (b"major", b"minor", b"name", b"realsize")),
+    }
+)
+_SPARSE_BLOCKS: Final = (b"GNU.sparse.offset", b"GNU.sparse.numbytes")
+
+
+def _used_records(charset: str, is_global: bool, body: bytes) -> bytes:
+    """Return a pax header with only the records that matter for reading a member.
+
+    `tarfile` searches a pax header by regular expressions that take quadratic time for a run of
+    digits. They find nothing to search in what is returned: the character set comes first, and a
+    sparse map of format 0.0 is made one of format 0.1.
+
+    Args:
+        charset: Value of `hdrcharset` if the header has none.
+        is_global: Whether the header applies to all further members.
+        body: The pax header, padded with zeros.
+
+    Raises:
+        ValueError: The header is no list of records.
+    """
+    used: list[bytes] = []
+    keys: set[bytes] = set()
+    blocks: dict[bytes, list[bytes]] = {key: [] for key in _SPARSE_BLOCKS}
+    charsets: list[bytes] = []
+    for key, value in _records(body):
+        if key in _USED or (key in _USED_SPARSE and not is_global):
+            used.append(_record(key, value))
+            keys.add(key)
+        elif key in blocks and not is_global:
+            blocks[key].append(value)
+        elif key == b"hdrcharset" and value:
+            charsets.append(value)
+    if _SPARSE_SIZE in keys and _MAP not in keys:
+        pairs = [b",".join(pair) for pair in zip(*blocks.values(), strict=False)]
+        used.append(_record(_MAP, b",".join(pairs) or b"0,0"))
+    first = charsets[0] if charsets else charset.encode()
+    return b"".join([_record(b"hdrcharset", first), *used])
+
+
+def _records(body: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the key and the value of each record of a pax header: LENGTH KEY=VALUE, line break."""
+    at = 0
+    while at < len(body) and body[at]:
+        space = body.find(b" ", at, at + 8)
+        digits = body[at : max(space, at)]
+        end = at + (int(digits) if digits.isdigit() else 0)
+        if not at < space < end <= len(body) or body[end - 1] != ord("\n"):
+            raise ValueError("a pax header that is no list of records")
+        key, equals, value = body[space + 1 : end - 1].partition(b"=")
+        if not (key and equals):
+            raise ValueError("a pax record that has no key or no value")
+        yield key, value
+        at = end
+
+
+def _record(key: bytes, value: bytes) -> bytes:
+    rest = b" " + key + b"=" + value + b"\n"
+    return b"%d" % (len(rest) + len(str(len(rest) + len(str(len(rest)))))) + rest
+
+
+def _tar(file: PeekableStream) -> tarfile.TarFile:
+    return tarfile.TarFile(
+        fileobj=file, tarinfo=_TarInfo, encoding="utf-8", errors="surrogateescape"
+    )
 
 
 def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
@@ -199,16 +291,57 @@ def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
         raise BrokenImage(f"not a file but {kind} in an archive")
     if info.size > MAX_FILE:
         raise TooLarge(f"{info.size} bytes are more than the {MAX_FILE} allowed")
+    if info.sparse is not None:
+        header: Any = info
+        header.sparse = _checked_sparse(header.sparse, info.size)
     data = b""
     try:
         file = tar.extractfile(info)
         if file is not None:
-            data = b"".join(iter(partial(file.read, _PIECE), b""))
+            data = file.read(_PIECE)
+            if len(data) < info.size:
+                data = _rest(data, file)
     except _CORRUPT as error:
         raise BrokenImage(f"can't be read: {_reason(error)}") from error
     if len(data) != info.size:
         raise BrokenImage(f"the archive has {len(data)} of its {info.size} bytes")
     return data
+
+
+def _rest(data: bytes, file: IO[bytes]) -> bytes:
+    """Return `data` and what follows it in a file. A join of pieces would hold the bytes twice."""
+    buffer = io.BytesIO()
+    while data:
+        buffer.write(data)
+        data = file.read(_PIECE)
+    return buffer.getvalue()
+
+
+def _checked_sparse(blocks: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """Check the map of a sparse member, whose holes are zeros that are not in the archive.
+
+    Args:
+        blocks: Offset and size of each block of data.
+        size: Size of the member with its holes, in bytes.
+
+    Returns:
+        The blocks that are not empty.
+
+    Raises:
+        BrokenImage: The blocks are not in order, or lie behind the end.
+        TooLarge: The member is almost nothing but holes.
+    """
+    blocks = [(offset, length) for offset, length in blocks if length]
+    end = stored = 0
+    for offset, length in blocks:
+        if offset < end or length < 0:
+            raise BrokenImage("a sparse file whose blocks are not in order")
+        end, stored = offset + length, stored + length
+    if end > size:
+        raise BrokenImage("a sparse file whose blocks lie behind its end")
+    if size > _HOLES + MAX_RATIO * stored:
+        raise TooLarge(f"{size} bytes from {stored}: more than {MAX_RATIO} times as many")
+    return blocks
 
 
 def _is_hidden(name: str) -> bool:

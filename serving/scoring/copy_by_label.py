@@ -2,94 +2,147 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import re
-from collections import Counter
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from serving.errors import FledgeError, WorkError
+from PIL import Image
+
+from serving.errors import FledgeError, OptionError, WorkError
+from serving.imaging import formats
+from serving.imaging.decode import FORMATS
 from serving.inputs.sources import Reader
 from serving.scoring.rows import ScoreRow
+from serving.utils.file_names import UniqueNames, folder_names, longest_name
 from serving.utils.files import atomic_write
 
 ERRORS: Final = "_errors"
 """Name of the subfolder for images that could not be scored."""
 
-_LONGEST: Final = 240
-"""Bytes of the longest name that is created. File systems allow 255; the name of a temporary file
-has 9 more, and a repeated name gets a number."""
+_LONGEST_PATH: Final = 4096 - 2 * 256 - 1
+"""Bytes of the longest target folder: below it are a label and a name of 255 bytes each."""
+
+_SHORT_SIGNATURES: Final = (b"BM", b"II", b"MM")
+"""First bytes of images with which a text may begin, too."""
 
 
-def copy_by_label(folder: Path, rows: Iterable[ScoreRow], protocols: Sequence[str] = ()) -> str:
-    """Copy the image of each table row to `folder`/LABEL/NAME.
+def check_copies(folder: Path, labels: Sequence[str]) -> None:
+    """Check that images can be copied into a folder for each label. Called before any is scored.
 
-    An image without a predicted label is copied to `folder`/_errors/NAME. If several images have
-    the same target path, a number is added to the name. The same rows always give the same paths,
-    so a second call overwrites the files of the first.
+    Args:
+        folder: The target folder, which may not exist yet.
+        labels: Labels of the model.
+
+    Raises:
+        OptionError: The path is too long, or a folder of a label can't be one.
+    """
+    if len(os.fsencode(folder)) > _LONGEST_PATH:
+        raise OptionError(f"--copy-to {folder!s:.60}...: the path is too long; choose another")
+    names = UniqueNames(longest_name(folder), [ERRORS])
+    for name in (ERRORS, *folder_names(labels, names).values()):
+        _check_folder(folder / name)
+
+
+def copy_by_label(
+    folder: Path,
+    rows: Iterable[ScoreRow],
+    protocols: Sequence[str] = (),
+    *,
+    labels: Sequence[str] = (),
+    root: Path | None = None,
+) -> str:
+    """Copy the image of each table row to `folder`/LABEL/NAME, with the permissions of the image.
+
+    An image without a predicted label is copied to `folder`/_errors/NAME. A file that is no image
+    is not copied. If several images have the same target path, a number is added to the name. The
+    same rows always give the same paths, so a second call overwrites the files of the first.
 
     Args:
         folder: The target folder.
         rows: Rows of the table of scores.
         protocols: Protocols that addresses of images may have, such as "s3".
+        labels: Labels of the model, which determine the names of the folders. Other labels in
+            `rows` follow in their order.
+        root: Folder that must contain all local images. None: no limit.
 
     Returns:
-        A line to print, with the number of copied images.
+        A line to print, with the number of copied images and the folders with other names than
+        their labels.
 
     Raises:
+        OptionError: A folder of a label is a link of another user, or a file.
         WorkError: A file can't be written.
     """
-    names, copied, missing = Counter[Path](), 0, 0
-    reader = Reader(protocols)
+    longest = longest_name(folder)
+    taken = UniqueNames(longest, [ERRORS])
+    folders = folder_names(labels, taken)
+    names: dict[str, UniqueNames] = {}
+    copied = missing = foreign = 0
+    reader = Reader(protocols, root)
     try:
         for row in rows:
-            target = _target(folder, row, names)
+            if row.label is not None and row.label not in folders:
+                folders |= folder_names([row.label], taken)
+            parent = ERRORS if row.label is None else folders[row.label]
+            name = _add_name(names.setdefault(parent, UniqueNames(longest)), row.path)
             try:
-                data = reader.load(row.path)
+                data, mode = reader.read(row.path)
             except FledgeError:  # an unreadable image, whose row in the table is an error
                 missing += 1
                 continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(target) as partial:
-                partial.write_bytes(data)
+            if not _is_image(data):
+                foreign += 1
+                continue
+            _write(folder / parent / name, data, mode)
             copied += 1
     except OSError as error:
         raise WorkError(f"--copy-to {folder}: {error.strerror or error}") from error
     finally:
         reader.close()
-    note = f"; {missing} could not be read" if missing else ""
-    return f"copied {copied} images to {folder}{note}"
+    notes = [f"copied {copied} images to {folder}"]
+    notes += [f"{missing} could not be read"] if missing else []
+    notes += [f"{foreign} are no images and were not copied"] if foreign else []
+    renamed = [f"{label!r} is in {name}" for label, name in folders.items() if label != name]
+    return "; ".join(notes + renamed)
 
 
-def _target(folder: Path, row: ScoreRow, names: Counter[Path]) -> Path:
-    """Return the path to which the image of a row is copied, and add the path to `names`.
-
-    `names` has the paths returned for earlier rows. The new path differs from all of them.
-    """
-    parent = folder / (ERRORS if row.label is None else _folder_name(row.label))
-    name = Path(row.path.rpartition("::")[2]).name.replace("\0", "_")
+def _add_name(names: UniqueNames, path: str) -> str:
+    name = Path(path.rpartition("::")[2]).name.replace("\0", "_")
     if name in ("", ".."):
         name = "image"
-    wanted = target = parent / _shortened(Path(name).stem, Path(name).suffix)
-    while target in names:
-        names[wanted] += 1
-        target = parent / f"{wanted.stem}-{names[wanted]}{wanted.suffix}"
-    names[target] = 1
-    return target
+    return names.add(Path(name).stem, Path(name).suffix)
 
 
-def _folder_name(label: str) -> str:
-    """Return the label with characters that are invalid in a folder name replaced by `_`."""
-    name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", label).strip(". ")
-    return _shortened(name or "_")
+def _write(target: Path, data: bytes, mode: int | None) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _check_folder(target.parent)
+    with atomic_write(target, 0o666 if mode is None else 0o600) as partial:
+        partial.write_bytes(data)
+        if mode is not None:
+            partial.chmod(mode)
 
 
-def _shortened(stem: str, suffix: str = "") -> str:
-    """Return the name of a file or folder, with its stem cut so that the name is short enough."""
-    if len(os.fsencode(suffix)) > _LONGEST // 2:
-        stem, suffix = stem + suffix, ""
-    stem = stem[:_LONGEST]
-    while len(os.fsencode(stem + suffix)) > _LONGEST:
-        stem = stem[:-1]
-    return stem + suffix
+def _check_folder(folder: Path) -> None:
+    """Check that a folder does not exist, or is one, and no link that another user has made."""
+    try:
+        status = os.lstat(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OptionError(f"--copy-to {folder}: {error.strerror or error}") from error
+    if stat.S_ISLNK(status.st_mode) and status.st_uid != os.geteuid():
+        raise OptionError(f"--copy-to {folder} is a link of another user; remove it")
+    if not folder.is_dir():
+        raise OptionError(f"--copy-to {folder} is no folder; remove it, or choose another place")
+
+
+def _is_image(data: bytes) -> bool:
+    """Check whether a file is an image, of a served format or not, by its first bytes."""
+    if data.startswith(_SHORT_SIGNATURES):
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS):
+            return True
+    return bool(formats.served(data) or formats.unsupported(data))

@@ -1,19 +1,26 @@
 """Journal of a scoring job: a folder beside the table, from which an interrupted job is resumed.
 
     .OUT.parts/
+      lock                held by the running process; its content marks the folder as a journal
       job.json            values that determine the rows: bundle, options, requested inputs
       inputs.jsonl        names of the images that were found, one in each line, in order
-      skipped.json        number of folders, archives and lists that could not be read
-      00000.jsonl         table rows of the first 1,000 images; exists only when complete
+      inputs.json         number of images, checksum of the names of each shard, and number of
+                          folders, archives and lists that could not be read
+      00000.jsonl         a line with checksums, and the table rows of the first 1,000 images;
+                          exists only when complete
       00000.npy           features of these images, if requested; written before the rows
 
 OUT is the name of the table. A shard is 1,000 images. A resumed job scores an incomplete shard
 again from its first image. The same images therefore always form the same batches.
+
+A list of images that was cut or changed is refused. A shard that was cut or changed when the job is
+resumed is scored again. The rows of a shard are read only if they are those of its images.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,31 +31,30 @@ from typing import Any, Final
 import numpy as np
 
 from serving.errors import OptionError, WorkError
+from serving.scoring.journal_folder import JOB, JournalFolder, folder_of, open_file
 from serving.scoring.rows import Features, ScoreRow
-from serving.utils.files import NoLocks, atomic_write, lock
+from serving.utils.files import atomic_write
 
 SIZE: Final = 1000
 """Number of images in a shard; the last shard may have fewer."""
 
-_JOB: Final = "job.json"
+VERSION: Final = 2
+"""Version of the files' content. A job of another version can't be resumed."""
+
 _INPUTS: Final = "inputs.jsonl"
-_SKIPPED: Final = "skipped.json"
-_LOCK: Final = "lock"
+_COUNTS: Final = "inputs.json"
+_MODE: Final = 0o600
 
 # What JSON, text and numpy's array files raise for damaged content.
 _DAMAGED: Final = (
-    *(ValueError, TypeError, EOFError, MemoryError, RecursionError, SyntaxError),
+    *(ValueError, TypeError, LookupError, EOFError, MemoryError, RecursionError, SyntaxError),
     tokenize.TokenError,
 )
 
 
 def has_inputs(out: Path) -> bool:
     """Check whether an unfinished job for the table `out` has the complete list of its images."""
-    return (_folder(out) / _INPUTS).exists()
-
-
-def _folder(out: Path) -> Path:
-    return out.with_name(f".{out.name}.parts")
+    return (folder_of(out) / _INPUTS).exists()
 
 
 class ScoringJournal:
@@ -58,6 +64,7 @@ class ScoringJournal:
         folder: The journal folder.
         total: Number of images; 0 until `write_inputs` was called.
         skipped: Number of folders, archives and lists that could not be read.
+        damaged: Number of shards that were found cut or changed, and are scored again.
     """
 
     def __init__(self, out: Path, facts: Mapping[str, Any], *, restart: bool = False) -> None:
@@ -69,39 +76,32 @@ class ScoringJournal:
             restart: Whether to discard an unfinished job.
 
         Raises:
-            OptionError: Another process holds the lock, or the unfinished job has different
-                `facts`.
+            OptionError: Another process holds the lock, the unfinished job has different `facts` or
+                is damaged, or what lies at the path of the folder is no journal of this user.
             WorkError: The folder can't be written.
         """
-        self.folder = _folder(out)
-        self.total = self.skipped = 0
+        self.folder = folder_of(out)
+        self.total = self.skipped = self.damaged = 0
         self._out = out
-        self._lock = contextlib.ExitStack()
+        self._digests: list[str] = []
+        self._complete: set[int] = set()
         with self._work_errors():
-            self.folder.mkdir(exist_ok=True)
-            self._acquire_lock()
+            self._locked = JournalFolder(out)
             try:
                 if restart:
-                    self._clear()
-                self._begin(json.loads(json.dumps(facts)))
-                self._read_counts()
+                    self._locked.clear()
+                self._begin({"journal": VERSION, **json.loads(json.dumps(facts))})
+                if self.known:
+                    self._verify()
             except BaseException:
-                self._release()
+                self._locked.release()
                 raise
 
     def __enter__(self) -> ScoringJournal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        # Remove the folder if it has no job. The next run creates it again.
-        if not (self.folder / _JOB).exists():
-            with contextlib.suppress(OSError):
-                (self.folder / _LOCK).unlink(missing_ok=True)
-                self.folder.rmdir()
-        self._lock.close()
+        self._locked.release()
 
     @property
     def known(self) -> bool:
@@ -119,13 +119,19 @@ class ScoringJournal:
         Raises:
             WorkError: The list can't be written.
         """
-        path = self.folder / _INPUTS
+        path, iterator = self.folder / _INPUTS, iter(names)
+        total, digests = 0, list[str]()
         with self._work_errors():
-            with atomic_write(path) as partial, partial.open("w", encoding="ascii") as file:
-                file.writelines(json.dumps(name) + "\n" for name in names)
-                with atomic_write(self.folder / _SKIPPED) as partial_count:
-                    partial_count.write_text(str(len(skipped)))
-            self._read_counts()
+            with atomic_write(path, _MODE) as partial, partial.open("wb") as file:
+                while shard := list(islice(iterator, SIZE)):
+                    lines = _lines(shard)
+                    file.write(lines)
+                    total += len(shard)
+                    digests.append(_sha256(lines))
+                counts = {"images": total, "skipped": len(skipped), "sha256": digests}
+                with atomic_write(self.folder / _COUNTS, _MODE) as partial_counts:
+                    partial_counts.write_text(json.dumps(counts))
+            self.total, self.skipped, self._digests = total, len(skipped), digests
 
     def todo(self) -> Iterator[tuple[int, list[str]]]:
         """Yield the number and the image names of each incomplete shard, in order.
@@ -134,12 +140,29 @@ class ScoringJournal:
             OptionError: The list of images is damaged.
             WorkError: The list of images can't be read.
         """
-        path = self.folder / _INPUTS
-        with self._work_errors(), self._damage(path), path.open(encoding="ascii") as file:
-            for number in range(self.shards):
-                lines = list(islice(file, SIZE))
-                if not self._rows(number).exists():
+        with self._work_errors(), self._damage(self.folder / _INPUTS):
+            for number, lines in self._read_inputs():
+                if number not in self._complete:
                     yield number, [_name(line) for line in lines]
+
+    def _read_inputs(self) -> Iterator[tuple[int, list[bytes]]]:
+        """Yield the number and the lines of each shard of the list of images.
+
+        Raises:
+            ValueError: The list was cut or changed.
+        """
+        with open_file(self.folder / _INPUTS) as file:
+            for number, digest in enumerate(self._digests):
+                lines = list(islice(file, self._size(number)))
+                if _sha256(b"".join(lines)) != digest:
+                    raise ValueError(f"it was cut or changed after {number * SIZE} images")
+                yield number, lines
+            if file.read(1):
+                raise ValueError(f"it has more than its {self.total} images")
+
+    def _size(self, number: int) -> int:
+        """Return the number of images of a shard."""
+        return min(SIZE, self.total - number * SIZE)
 
     @property
     def shards(self) -> int:
@@ -149,13 +172,7 @@ class ScoringJournal:
     @property
     def done(self) -> int:
         """Number of images in complete shards."""
-        last = self.shards - 1
-        sizes = (
-            SIZE if number < last else self.total - last * SIZE
-            for number in range(self.shards)
-            if self._rows(number).exists()
-        )
-        return sum(sizes)
+        return sum(map(self._size, self._complete))
 
     def write(
         self, number: int, rows: Sequence[ScoreRow], features: Features | None = None
@@ -169,19 +186,29 @@ class ScoringJournal:
                 not be scored. None: not requested.
 
         Raises:
-            WorkError: A file can't be written.
+            WorkError: A file can't be written, or the rows are not those of the shard's images.
         """
+        if not self._are_rows_of(number, rows):
+            raise WorkError(
+                f"--out {self._out}: the rows of shard {number} are not those of its images; this "
+                "is a fault of Fledge, please report it"
+            )
+        digest = None if features is None else _sha256(np.ascontiguousarray(features).data)
+        body = "".join(row.to_json() for row in rows).encode("ascii")
+        head = json.dumps(self._head(number, body, digest)).encode("ascii")
         with self._work_errors():
             if features is not None:
                 path = self._features(number)
-                with atomic_write(path) as partial, partial.open("wb") as array_file:
+                with atomic_write(path, _MODE) as partial, partial.open("wb") as array_file:
                     np.save(array_file, features)
-            path = self._rows(number)
-            with atomic_write(path) as partial, partial.open("w", encoding="ascii") as file:
-                file.writelines(row.to_json() for row in rows)
+            with atomic_write(self._rows(number), _MODE) as partial:
+                partial.write_bytes(head + b"\n" + body)
+        self._complete.add(number)
 
     def read(self, number: int) -> tuple[list[ScoreRow], Features | None]:
         """Return the rows and the features (None if not requested) of a complete shard.
+
+        The rows are those of the shard's images, in order.
 
         Raises:
             OptionError: A file of the shard is damaged.
@@ -189,32 +216,77 @@ class ScoringJournal:
         """
         path, array = self._rows(number), self._features(number)
         with self._work_errors():
-            with self._damage(path), path.open(encoding="ascii") as file:
-                rows = [ScoreRow.from_json(line) for line in file]
-            if not array.exists():
+            with self._damage(path):
+                body, digest = self._read_rows(number)
+                rows = [ScoreRow.from_json(line) for line in body.decode("ascii").splitlines()]
+                if not self._are_rows_of(number, rows):
+                    raise ValueError("its rows are not those of the images")
+            if digest is None:
                 return rows, None
             with self._damage(array):
-                features = np.load(array)
-                if features.dtype != np.float32 or features.shape[:-1] != (len(rows),):
-                    raise ValueError(f"it is {features.dtype} {list(features.shape)}")
-        return rows, features
+                return rows, self._read_features(number, digest)
+
+    def _are_rows_of(self, number: int, rows: Sequence[ScoreRow]) -> bool:
+        return _sha256(_lines([row.path for row in rows])) == self._digests[number]
+
+    def _head(self, number: int, body: bytes, features: str | None) -> dict[str, object]:
+        """Return the first line of a shard's file, as JSON.
+
+        Args:
+            number: Number of the shard.
+            body: The other lines.
+            features: Checksum of the features; None: not requested.
+        """
+        return {
+            "rows": self._size(number),
+            "inputs": self._digests[number],
+            "sha256": _sha256(body),
+            "features": features,
+        }
+
+    def _read_rows(self, number: int) -> tuple[bytes, str | None]:
+        """Return the lines of a shard's rows, and the checksum of the features.
+
+        Raises:
+            ValueError: The file was cut or changed, or belongs to other images.
+        """
+        first, _, body = _read(self._rows(number)).partition(b"\n")
+        head = json.loads(first)
+        features = head.get("features") if isinstance(head, dict) else None
+        if head != self._head(number, body, features):
+            raise ValueError("it was cut or changed")
+        return body, features
+
+    def _read_features(self, number: int, digest: str) -> Features:
+        with open_file(self._features(number)) as file:
+            features: Features = np.load(file)
+        if features.dtype != np.float32 or features.shape[:-1] != (self._size(number),):
+            raise ValueError(f"it is {features.dtype} {list(features.shape)}")
+        if _sha256(np.ascontiguousarray(features).data) != digest:
+            raise ValueError("it was changed")
+        return features
 
     def remove(self) -> None:
         """Delete the job's files. To be called when the table is complete."""
         with self._work_errors():
-            self._clear()
+            self._locked.clear()
 
     def _begin(self, facts: Any) -> None:
-        path = self.folder / _JOB
+        path = self.folder / JOB
         if not path.exists():
-            self._clear()  # files of a removal that was killed
-            with atomic_write(path) as partial:
+            self._locked.clear()  # files of a removal that was killed
+            with atomic_write(path, _MODE) as partial:
                 partial.write_text(json.dumps(facts))
             return
         try:
-            before = dict(json.loads(path.read_text()))
+            before = dict(json.loads(_read(path)))
         except (ValueError, TypeError, RecursionError):
             before = {"job": "unreadable"}
+        if "job" not in before and before.get("journal") != VERSION:
+            raise OptionError(
+                f"--out {self._out}: an unfinished job of another version of Fledge exists there; "
+                "finish it with that version, or add --restart"
+            )
         for key in [key for key in {**before, **facts} if before.get(key) != facts.get(key)]:
             raise OptionError(
                 f"--out {self._out}: an unfinished job exists there with {key} = "
@@ -222,38 +294,32 @@ class ScoringJournal:
                 "and inputs, or add --restart"
             )
 
-    def _read_counts(self) -> None:
-        if self.known:
-            with (self.folder / _INPUTS).open("rb") as file:
-                self.total = sum(1 for _ in file)
-            path = self.folder / _SKIPPED
-            with self._damage(path):
-                self.skipped = int(path.read_text())
-
-    def _acquire_lock(self) -> None:
-        """Lock the journal folder.
-
-        Without the lock, a second process could score the same job and delete the folder.
-        """
-        with contextlib.ExitStack() as opened:  # closes the file, unless it gets locked
-            file = opened.enter_context((self.folder / _LOCK).open("w"))
+    def _verify(self) -> None:
+        """Read the counts, compare the list of images with them, and find the complete shards."""
+        path = self.folder / _COUNTS
+        with self._damage(path):
+            values = json.loads(_read(path) if path.exists() else b"")
+            images, skipped, digests = (values[key] for key in ("images", "skipped", "sha256"))
+            if not all(type(value) is int and value >= 0 for value in (images, skipped)):
+                raise ValueError("its counts are no numbers")
+            if not isinstance(digests, list) or len(digests) != -(-images // SIZE):
+                raise ValueError(f"it has no checksums of {images} images")
+            self.total, self.skipped, self._digests = images, skipped, digests
+        path = self.folder / _INPUTS
+        with self._damage(path):
+            for _ in self._read_inputs():
+                pass
+        for number in range(self.shards):
             try:
-                lock(file.fileno(), wait=False)
-            except NoLocks:  # run without protection
-                return
-            except (BlockingIOError, PermissionError) as error:
-                raise OptionError(
-                    f"--out {self._out}: another process is writing it; wait, or name another file"
-                ) from error
-            self._lock = opened.pop_all()
-
-    def _clear(self) -> None:
-        # Delete job.json first. Without it, `_begin` discards the other files, so a kill here is
-        # harmless.
-        (self.folder / _JOB).unlink(missing_ok=True)
-        for path in self.folder.iterdir():
-            if path.name != _LOCK:
-                path.unlink()
+                _, digest = self._read_rows(number)
+                if digest is not None:
+                    self._read_features(number, digest)
+            except FileNotFoundError:
+                continue
+            except _DAMAGED:
+                self.damaged += 1
+            else:
+                self._complete.add(number)
 
     def _rows(self, number: int) -> Path:
         return self.folder / f"{number:05}.jsonl"
@@ -289,11 +355,25 @@ class ScoringJournal:
             ) from error
 
 
-def _name(line: str) -> str:
+def _read(path: Path) -> bytes:
+    with open_file(path) as file:
+        return file.read()
+
+
+def _lines(names: Iterable[str]) -> bytes:
+    """Return the lines of names in the list of images: JSON in ASCII."""
+    return "".join(json.dumps(name) + "\n" for name in names).encode("ascii")
+
+
+def _name(line: bytes) -> str:
     name = json.loads(line)
     if not isinstance(name, str):
-        raise ValueError(f"{line.strip():.60} is no name of an image")
+        raise ValueError(f"{line.decode('ascii', 'replace').strip():.60} is no name of an image")
     return name
+
+
+def _sha256(data: Any) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _short(value: object) -> str:

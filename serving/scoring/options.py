@@ -34,10 +34,15 @@ class ScoringOptions:
             more, the run writes its table and then fails. None: no limit.
         probabilities: Whether the table has a column with the probabilities of all classes.
         embeddings: Whether the table has a column with the network's features; Parquet only.
+        csv_safe: Whether an apostrophe is put before texts in CSV that a spreadsheet would take for
+            formulas.
+        csv_bom: Whether CSV begins with a byte-order mark, by which spreadsheets recognise UTF-8.
         column: Name of the column that has the paths, in inputs that are CSV, JSON or Parquet
             lists.
         addresses: Protocols that addresses in lists may have, in addition to those of the inputs;
             separated by commas, such as "s3,https".
+        root: Folder that must contain all local files, links followed; others become rows with an
+            error. None: no limit.
         copy_to: Folder into which every image is copied, in a subfolder for each label.
         restart: Whether to discard the rows of an unfinished run.
         engine: "local", or "ray" to run on a Ray cluster.
@@ -52,8 +57,11 @@ class ScoringOptions:
     max_errors: str | None = None
     probabilities: bool = False
     embeddings: bool = False
+    csv_safe: bool = False
+    csv_bom: bool = False
     column: str | None = None
     addresses: str = ""
+    root: Path | None = None
     copy_to: Path | None = None
     restart: bool = False
     engine: str = "local"
@@ -80,11 +88,17 @@ class ScoringOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise OptionError(f"--{name.replace('_', '-')} {value}: use {least} or more")
+        if self.root is not None and not self.root.is_dir():
+            raise OptionError(f"--root {self.root}: no folder; name one that has all images")
         parse_error_limit(self.max_errors)
         if self.engine == "ray" and is_table_folder(out):
             check_table_folder(out)
         else:
             check_table(out, features=self.embeddings)
+        for name in ("csv_safe", "csv_bom"):
+            if getattr(self, name) and out.suffix.lower() != ".csv":
+                option = f"--{name.replace('_', '-')}"
+                raise OptionError(f"{option} is for CSV; use --out {out.stem}.csv")
         if self.copy_to is not None:
             check_folder(self.copy_to, "--copy-to")
             target = self.copy_to.resolve()

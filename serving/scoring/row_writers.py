@@ -8,7 +8,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -98,15 +99,51 @@ def _or_null(vector: Any) -> Any:
     return None if vector[0] != vector[0] else vector  # nan: a broken image has no features
 
 
-def csv_line(values: Sequence[Any]) -> str:
-    """Return one CSV record. Values with commas, quotes or line breaks are quoted."""
+_FORMULA: Final = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+"""Start of a text that a spreadsheet takes for a formula (ASCII or full width), or of one that
+`escape_formula` has returned."""
+
+BYTE_ORDER_MARK: Final = "\ufeff"
+"""First character of a CSV file that spreadsheets open as UTF-8."""
+
+
+def escape_formula(text: str) -> str:
+    """Return a text with an apostrophe before it if a spreadsheet would take it for a formula."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def unescape_formula(text: str) -> str:
+    """Return the text of which `escape_formula` returned `text`."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+def csv_line(values: Iterable[Any], *, safe: bool = False) -> str:
+    """Return one CSV record. Values with commas, quotes or line breaks are quoted.
+
+    Args:
+        values: Texts, numbers, or None.
+        safe: Whether texts are passed through `escape_formula`.
+    """
+    if safe:
+        values = (escape_formula(value) if isinstance(value, str) else value for value in values)
     buffer = io.StringIO()
     # csv quotes a field with a lone \r only if the line terminator contains \r.
     csv.writer(buffer, lineterminator="\r\n").writerow(values)
     return buffer.getvalue().removesuffix("\r\n") + "\n"
 
 
-def _csv(path: Path, columns: Sequence[str]) -> RowWriter:
+def csv_writer(
+    path: Path, columns: Sequence[str], *, safe: bool = False, mark: bool = False
+) -> RowWriter:
+    """Open a writer of CSV.
+
+    Args:
+        path: The file.
+        columns: Names of the columns.
+        safe: Whether texts that a spreadsheet takes for formulas are escaped.
+        mark: Whether the file begins with a byte-order mark.
+    """
+
     def field(row: ScoreRow, name: str) -> Any:
         value = getattr(row, name)
         if isinstance(value, bool):
@@ -115,8 +152,9 @@ def _csv(path: Path, columns: Sequence[str]) -> RowWriter:
             return json.dumps(value, ensure_ascii=False) if value else ""
         return value
 
+    header = BYTE_ORDER_MARK * mark + csv_line(columns)
     return TextWriter(
-        path, csv_line(columns), lambda row: csv_line([field(row, name) for name in columns])
+        path, header, lambda row: csv_line([field(row, name) for name in columns], safe=safe)
     )
 
 
@@ -127,7 +165,7 @@ def _jsonl(path: Path, columns: Sequence[str]) -> RowWriter:
 
 
 WRITERS: Final[dict[str, Callable[[Path, Sequence[str]], RowWriter]]] = {
-    ".csv": _csv,
+    ".csv": csv_writer,
     ".jsonl": _jsonl,
     ".parquet": ParquetWriter,
 }

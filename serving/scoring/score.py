@@ -12,6 +12,7 @@ threads nor on interruptions of the run.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -20,12 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from serving.bundle.manifest import measured_parallelism
-from serving.errors import OptionError
+from serving.errors import OptionError, WorkError
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
 from serving.inference.runtime import on_cpu
 from serving.inputs import sources
-from serving.scoring.copy_by_label import copy_by_label
+from serving.scoring.copy_by_label import check_copies, copy_by_label
 from serving.scoring.job import ScoringJob
 from serving.scoring.journal import ScoringJournal, has_inputs
 from serving.scoring.options import ScoringOptions
@@ -100,6 +101,8 @@ def _score(
         bundle, device=options.device, precision=options.precision, threads=threads
     )
     predictor.check(options.tta)
+    if options.copy_to is not None:
+        check_copies(options.copy_to, predictor.manifest.labels)
     batch = options.batch or predictor.cap
     facts = _facts(inputs, predictor, options, batch)
     with ScoringJournal(out, facts, restart=options.restart) as journal:
@@ -110,6 +113,8 @@ def _score(
             except BaseException:
                 journal.remove()  # no image is scored yet, so there is nothing to resume
                 raise
+        if journal.damaged:
+            log(f"damaged: {journal.damaged} parts of the unfinished job; they are scored again")
         if journal.done:
             log(f"going on: {journal.done} of {journal.total} images are done")
         with Progress(journal.total, journal.done) as progress:
@@ -126,9 +131,10 @@ def _score(
             now,
             journal.skipped,
         )
-        summary.write(out, predictor)
+        summary.write(out, predictor, csv_safe=options.csv_safe)
         if options.copy_to is not None:
-            log(copy_by_label(options.copy_to, _all_rows(journal), protocols))
+            rows, model = _all_rows(journal), predictor.manifest.labels
+            log(copy_by_label(options.copy_to, rows, protocols, labels=model, root=options.root))
         journal.remove()
     log(f"{summary}\nwrote {out}")
     summary.check(out, options.max_errors)
@@ -165,6 +171,7 @@ def _facts(
         "provider": predictor.runtime.provider,
         "batch": batch,
         "inputs": list(inputs),
+        "root": None if options.root is None else os.path.realpath(options.root),
         **{name: getattr(options, name) for name in names},
     }
 
@@ -221,10 +228,16 @@ def _write_table(
     columns += [PROBABILITIES] if options.probabilities else []
     columns += [FEATURES] if options.embeddings else []
     labels, errors = Counter[str](), Counter[str]()
-    with TableFolder(out, columns) if is_table_folder(out) else TableFile(out, columns) as table:
+    with (
+        TableFolder(out, columns)
+        if is_table_folder(out)
+        else TableFile(out, columns, csv_safe=options.csv_safe, csv_bom=options.csv_bom)
+    ) as table:
         for number in range(journal.shards):
             rows, features = journal.read(number)
             table.append(rows, features)
             labels.update(row.label for row in rows if row.label is not None)
             errors.update(row.error.partition(":")[0] for row in rows if row.label is None)
+        if labels.total() + errors.total() != journal.total:
+            raise WorkError(f"--out {out}: there are not as many rows as images; add --restart")
     return labels, errors

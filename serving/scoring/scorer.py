@@ -70,8 +70,8 @@ class Scorer:
 
         Args:
             predictor: The model.
-            options: Options of `fledge score`; only `tta`, `top_k`, `probabilities` and
-                `embeddings` are used.
+            options: Options of `fledge score`; only `tta`, `top_k`, `probabilities`, `embeddings`
+                and `root` are used.
             batch: Number of TTA views in one run of the ONNX graph, counted over all images.
             protocols: Protocols that addresses of images may have, such as "s3".
             runs: How many threads may run the graph at the same time; the others decode meanwhile.
@@ -144,7 +144,7 @@ class Scorer:
         """Return the image reader of the calling thread."""
         reader: sources.Reader | None = getattr(self._of_thread, "reader", None)
         if reader is None:
-            reader = self._of_thread.reader = sources.Reader(self._protocols)
+            reader = self._of_thread.reader = sources.Reader(self._protocols, self._options.root)
             self._readers.append(reader)
         return reader
 

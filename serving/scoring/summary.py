@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serving.errors import DataError, GateError, OptionError, WorkError
 from serving.utils.files import atomic_write
@@ -52,10 +52,11 @@ class Summary:
             lines.append(f"skipped: {self.skipped} (could not be read)")
         return "\n".join(lines)
 
-    def write(self, out: Path, predictor: Predictor) -> None:
+    def write(self, out: Path, predictor: Predictor, *, csv_safe: bool = False) -> None:
         """Write the summary file of the table `out`.
 
-        The file also has the model's class names, in the order of the model's outputs.
+        The file also has the model's class names, in the order of the model's outputs, and whether
+        texts in the table are escaped for spreadsheets (`csv_safe`).
 
         Raises:
             WorkError: The file can't be written.
@@ -65,7 +66,7 @@ class Summary:
             "precision": predictor.precision,
             **asdict(self),
             "classes": list(predictor.manifest.labels),
-        }
+        } | ({"csv_safe": True} if csv_safe else {})
         path = summary_path(out)
         try:
             with atomic_write(path) as partial:
@@ -115,14 +116,29 @@ def read_classes(out: Path) -> tuple[str, ...] | None:
     Returns:
         None if there is no summary file, or if the file has no class names.
     """
+    content = _read(out)
+    classes = None if content is None else content.get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        return None
+    return tuple(classes) or None
+
+
+def read_csv_safe(out: Path) -> bool:
+    """Return whether texts in a table may be escaped for spreadsheets: unknown without a summary.
+
+    Args:
+        out: Path of the table.
+    """
+    content = _read(out)
+    return content is None or content.get("csv_safe") is True
+
+
+def _read(out: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(summary_path(out).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    classes = content.get("classes") if isinstance(content, dict) else None
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        return None
-    return tuple(classes) or None
+    return content if isinstance(content, dict) else None
 
 
 def parse_error_limit(max_errors: str | None) -> Callable[[int], float] | None:

@@ -6,12 +6,13 @@ import contextlib
 import errno
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 from serving.errors import OptionError, WorkError
-from serving.scoring.row_writers import WRITERS, RowWriter
+from serving.scoring.row_writers import WRITERS, RowWriter, csv_writer
 from serving.scoring.rows import COLUMNS, Features, ScoreRow
 from serving.utils.files import atomic_write, check_file
 from serving.utils.optional_packages import require_parquet
@@ -104,12 +105,21 @@ class AtomicTable:
 class TableFile(AtomicTable):
     """Table of scores in a `.csv`, `.jsonl` or `.parquet` file."""
 
-    def __init__(self, out: Path, columns: Sequence[str] = COLUMNS) -> None:
+    def __init__(
+        self,
+        out: Path,
+        columns: Sequence[str] = COLUMNS,
+        *,
+        csv_safe: bool = False,
+        csv_bom: bool = False,
+    ) -> None:
         """Open a temporary file.
 
         Args:
             out: Final path of the table.
             columns: Names of the columns.
+            csv_safe: Whether texts in CSV that a spreadsheet takes for formulas are escaped.
+            csv_bom: Whether CSV begins with a byte-order mark.
 
         Raises:
             OptionError: The suffix is unknown, the file can't be written, or pyarrow is needed for
@@ -117,6 +127,8 @@ class TableFile(AtomicTable):
         """
         check_table(out)
         open_writer = WRITERS[out.suffix.lower()]
+        if open_writer is csv_writer:
+            open_writer = partial(csv_writer, safe=csv_safe, mark=csv_bom)
         super().__init__(out, atomic_write(out), lambda path: open_writer(path, columns))
 
 

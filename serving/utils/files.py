@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
+import secrets
 import shutil
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -60,31 +63,54 @@ def user_cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fledge"
 
 
+def make_user_cache_folder() -> Path:
+    """Create the folder for data that can be recomputed, for this user alone, and return it.
+
+    Raises:
+        OSError: The folder can't be created.
+    """
+    folder = user_cache_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, and rename the file to `path` at the end.
 
-    Before the rename, the file is flushed to disk. On an error the temporary file is removed, and
-    an older file at `path` stays. A killed process leaves the temporary file `.NAME.partial`, which
-    the next write of `path` replaces.
+    The temporary file `.NAME.RANDOM.partial` is created here, so it can't be a link or a file of
+    someone else; the caller opens it again by its name. Before the rename, the file is flushed to
+    disk. On an error the temporary file is removed, and an older file at `path` stays. A killed
+    process leaves the temporary file, which a later process removes at its first write to the
+    folder.
+
+    Args:
+        path: Path of the file. A link at this path is replaced, not followed.
+        mode: Permissions of the file, from which the umask is taken off.
 
     Raises:
         OSError: The file can't be written. The error names `path`, not the temporary file. So does
             an error of the block that names no file, because a failed write names none.
     """
     partial = _partial(path)
+    opened: int | None = None
     try:
+        while opened is None:
+            _remove_stale(path.parent)
+            opened = _hold(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
         yield partial
         sync(partial)
         partial.replace(path)
     except BaseException as error:
-        with suppress(OSError):  # the first error is told, not the one of the removal
-            partial.unlink(missing_ok=True)
+        _discard(partial, partial.unlink)
         if not isinstance(error, OSError) or error.errno is None:
             raise
         if error.filename is not None and os.fspath(error.filename) != str(partial):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        if opened is not None:
+            os.close(opened)
 
 
 @contextmanager
@@ -93,18 +119,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     An older folder at `path` is replaced. The caller must flush the files in the folder to disk. On
     an error the temporary folder is removed, and an older folder at `path` stays. A killed process
-    leaves the folders `.NAME.partial` or `.NAME.older`; the next call for `path` removes them.
-    Where the system can't exchange folders (see `exchange`), nothing is at `path` for a moment.
+    leaves folders `.NAME.RANDOM.partial`, which are removed as those of `atomic_write`. Where the
+    system can't exchange folders (see `exchange`), nothing is at `path` for a moment.
 
     Raises:
         OSError: The folder can't be created or renamed.
     """
-    partial, older = _partial(path), path.with_name(f".{path.name}.older")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial, older = _partial(path), _partial(path)
+    opened: int | None = None
     try:
+        while opened is None:
+            _remove_stale(path.parent)
+            partial.mkdir()
+            opened = _hold(partial, os.O_RDONLY)
         yield partial
-        shutil.rmtree(older, ignore_errors=True)
         sync(partial)
         if path.exists():
             if exchange(partial, path):
@@ -116,9 +144,107 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if older.exists():
                 older.rename(path)
             raise
-        shutil.rmtree(older, ignore_errors=True)
+        _discard(older, lambda: _remove_folder(older))
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if opened is not None:
+            os.close(opened)
+        _discard(partial, lambda: _remove_folder(partial))
+
+
+def partial_of(name: str) -> str:
+    """Return NAME if `name` is that of a temporary file of `atomic_write` for NAME; else ""."""
+    found = _PARTIAL.fullmatch(name)
+    return found[1] if found else ""
+
+
+def _partial(path: Path) -> Path:
+    stem = path.name
+    while len(os.fsencode(stem)) > _LONGEST_STEM:
+        stem = stem[:-1]
+    return path.with_name(f".{stem}.{secrets.token_hex(8)}.partial")
+
+
+_PARTIAL: Final = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial", re.DOTALL)
+_LONGEST_STEM: Final = 100
+"""Bytes of the longest stem in the name of a temporary file, so that any file system takes it."""
+
+_swept: Final[set[str]] = set()
+"""Folders in which this process has looked for temporary files of killed processes."""
+
+
+def _hold(partial: Path, flags: int, mode: int = 0o666) -> int | None:
+    """Open a new temporary file or folder, and lock it as a sign that it is in use.
+
+    Returns:
+        The descriptor. None if another process took the path for a leftover before it was locked,
+        and removed it.
+    """
+    opened = os.open(partial, flags | _SAFELY, mode)
+    with suppress(OSError):  # without support for locks, leftovers are never removed
+        lock(opened, wait=True)
+    try:
+        if os.path.samestat(os.fstat(opened), os.lstat(partial)):
+            return opened
+    except FileNotFoundError:
+        pass
+    os.close(opened)
+    return None
+
+
+def _remove_folder(path: Path) -> None:
+    """Remove a folder, or a link to one: `path` was the older folder, which the user may link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def _discard(path: Path, remove: Callable[[], object]) -> None:
+    """Remove a temporary file or folder. If that fails, the next write to its folder tries again.
+
+    The error is not raised, because another one is raised already.
+    """
+    try:
+        remove()
+    except FileNotFoundError:
+        pass
+    except OSError:
+        _swept.discard(os.path.abspath(path.parent))
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove temporary files and folders that killed processes of this user left in a folder.
+
+    A process searches a folder once. Files are recognised by their name and by the lock, which a
+    running process holds.
+    """
+    key = os.path.abspath(folder)
+    if key in _swept:
+        return
+    _swept.add(key)
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if _PARTIAL.fullmatch(name):
+                with suppress(OSError):  # in use, a link, or not ours: it stays
+                    _remove_unlocked(folder / name)
+
+
+def _remove_unlocked(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | _SAFELY)
+    try:
+        status = os.fstat(opened)
+        if status.st_uid != os.geteuid():
+            return
+        lock(opened, wait=False)
+        if stat.S_ISREG(status.st_mode):
+            path.unlink()
+        elif stat.S_ISDIR(status.st_mode):
+            shutil.rmtree(path)
+    finally:
+        os.close(opened)
+
+
+_SAFELY: Final = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -148,10 +274,6 @@ def exchange(one: Path, other: Path) -> bool:
 
 _EXCHANGE: Final = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 _HERE: Final = -100  # AT_FDCWD: relative paths begin in the current folder
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
 
 
 def files_below(folder: Path) -> list[Path]:

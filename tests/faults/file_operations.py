@@ -298,6 +298,8 @@ def _native(operations: FileOperations) -> Iterator[None]:
         patches.append(mock.patch.object(modules["PIL.ImageFile"], "_encode_tile", encode_tile))
     if "serving.utils.files" in modules:
         files = modules["serving.utils.files"]
+        # As in a new process, which looks for leftovers in each folder once.
+        files._swept.clear()
         real_exchange = files.exchange
 
         def exchange(one: Path, other: Path) -> bool:
@@ -317,6 +319,8 @@ def _native(operations: FileOperations) -> Iterator[None]:
     finally:
         for patch in patches:
             patch.stop()
+        if "serving.utils.files" in modules:
+            modules["serving.utils.files"]._swept.clear()
 
 
 def _parquet(real: Any) -> Callable[..., Any]:

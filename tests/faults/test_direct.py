@@ -61,6 +61,10 @@ def test_a_written_file_is_the_old_or_the_new_one_and_the_error_names_it(tmp_pat
             partial.write_text("new")
 
     for operation, error, caught in faults(path.parent, write):
+        if caught is None:
+            assert operation.kind in ("lock", "list")
+            assert path.read_text() == "new"
+            continue
         assert isinstance(caught, OSError)
         assert caught.errno == error
         assert path.read_text() in ("old", "new")
@@ -131,7 +135,8 @@ def test_three_photos_are_scored_or_the_error_says_why_not(
             assert os.strerror(error) in str(caught) or operation.kind == "lock"
         else:
             assert left == complete
-            assert operation.path in (".scores.csv.parts/lock", ".scores.csv.parts")
+            own = operation.path in (".scores.csv.parts/lock", ".scores.csv.parts")
+            assert own or operation.kind in ("lock", "list")
         key = content_key(work, os.getpid())
         if key in checked:  # the job was run again from the same files before
             continue

@@ -5,11 +5,12 @@ once, after augmentation number n. The frozen layers run once per view. Their ou
 memory or in the disk cache. On disk, a folder (a cache entry) belongs to one frozen network and one
 list of photos, and contains one file per view:
 
-    view-NUMBER.bin  one row (the outputs for one photo) per photo, channels last
+    view-NUMBER.bin  one row (the outputs for one photo) per photo, channels last; then a checksum
 
 The file is written under a temporary name, then renamed, and never changes afterwards. Readers
 therefore need no lock. The folder's name is a hash of everything that determines the outputs. After
-a change of weights or augmentation, another folder is used.
+a change of weights or augmentation, another folder is used. A view that was changed on the disk is
+noticed by its checksum when a run opens it, and computed again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -29,6 +31,9 @@ from training.pixels.store import reserve
 from training.utils import disk_cache
 from training.utils.console import Log
 from training.utils.device import CPU
+
+TRAILER_BYTES: Final = 8
+"""Bytes that follow the outputs for a view in its file."""
 
 IndexedRows = tuple[Tensor, Tensor]
 """Indices of n photos, int64 [n], and the outputs of the frozen layers for them, [n, ...]."""
@@ -98,13 +103,23 @@ class DiskStore:
         return self.cache.folder / self.name
 
     def find(self, number: int, shape: ViewShape) -> Tensor | None:
-        """Return the stored outputs for augmented view `number`; None if missing or incomplete."""
+        """Return the stored outputs for augmented view `number`; None if missing or damaged."""
         path = self._path(number)
         try:
-            if path.stat().st_size != shape.size:
+            disk_cache.check_private(self.folder)
+            if path.stat().st_size != shape.size + TRAILER_BYTES:
                 return None
+            with path.open("rb") as file:
+                file.seek(shape.size)
+                trailer = file.read()
             flat = _map_file(path, shape, shared=False)
         except (OSError, RuntimeError):
+            return None
+        if trailer != _trailer(flat):
+            self.log(
+                f"warning: a cached view of {self.description} was changed on the disk; it is "
+                "computed again"
+            )
             return None
         disk_cache.mark_used(self.folder)
         return shape.unflatten(flat)
@@ -135,13 +150,18 @@ class DiskStore:
             partial = self.folder / f"partial-{secrets.token_hex(8)}.bin"
             try:
                 with self.cache.locked():
-                    if not self.cache.evict(shape.size, {*self.protected, self.name}):
+                    size = shape.size + TRAILER_BYTES
+                    if not self.cache.evict(size, {*self.protected, self.name}):
                         return None
-                    with partial.open("w+b") as file:
+                    with open(partial, "x+b", opener=disk_cache.private) as file:
                         # A full disk is an error here; in a mapped file it would kill the process.
-                        reserve(file, shape.size, self.folder)
-                rows = fill(shape.unflatten(_map_file(partial, shape, shared=True)), parts)
+                        reserve(file, size, self.folder)
+                flat = _map_file(partial, shape, shared=True)
+                rows = fill(shape.unflatten(flat), parts)
                 with partial.open("r+b") as file:
+                    file.seek(shape.size)
+                    file.write(_trailer(flat))
+                    file.flush()
                     os.fsync(file.fileno())
                 partial.rename(self._path(number))
             finally:
@@ -232,3 +252,9 @@ def fill(rows: Tensor, parts: Iterable[IndexedRows]) -> Tensor:
 
 def _map_file(path: Path, shape: ViewShape, *, shared: bool) -> Tensor:
     return torch.from_file(str(path), shared=shared, size=shape.count, dtype=shape.dtype)
+
+
+def _trailer(flat: Tensor) -> bytes:
+    """Return what follows the outputs in a file: a mark and a checksum."""
+    value = disk_cache.checksum(flat.view(torch.uint8).numpy().data)
+    return b"crc\n" + value.to_bytes(4, "little")

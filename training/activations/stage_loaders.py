@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from serving.imaging.preprocess import Preprocess
 from training.activations import frozen_prefix
 from training.activations.cached_views import (
+    TRAILER_BYTES,
     CachedViews,
     ComputeView,
     DiskStore,
@@ -80,7 +81,7 @@ class CachePlan:
     @property
     def view_bytes(self) -> int:
         """Bytes of the outputs of all blocks for one augmented view of all photos."""
-        return sum(shape.size for shape in self.shapes)
+        return sum(shape.size + TRAILER_BYTES for shape in self.shapes)
 
 
 def plan_views(

@@ -36,7 +36,7 @@ def evaluate(options: argparse.Namespace) -> None:
         accuracy, loss = score(result.plain, result.labels)
         log_to_stderr(f"plain view: accuracy {accuracy:.6f}  loss {loss:.6f}")
     if options.csv is not None:
-        write_csv(result, options.csv)
+        write_csv(result, options.csv, safe=options.csv_safe)
     print(
         f"accuracy {result.accuracy:.6f}  loss {result.loss:.6f}  "
         f"photos {result.photos}  views {result.views}  broken {result.broken}"
@@ -77,9 +77,12 @@ def add_to(add_verb: AddVerb) -> None:
     Args:
         add_verb: Function that adds a subcommand, given its function and an example.
     """
+    from serving.cli import csv_safe_option
+
     add = add_verb(evaluate, "fledge evaluate runs/latest --tta 4")
     _run_options(add)
     add.add_argument("--csv", type=Path, metavar="FILE", help="write a row for every photo")
+    csv_safe_option(add)
 
     add = add_verb(report, "fledge report runs/latest --part test")
     _run_options(add)

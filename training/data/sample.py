@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from serving.errors import DataError, WorkError
-from serving.utils.files import check_folder, user_cache_folder
+from serving.utils.files import check_folder, make_user_cache_folder, user_cache_folder
 from serving.utils.process import is_running
 from training.data.flowers import CLASSES, paint
 
@@ -63,8 +63,9 @@ def write_sample(
     _remove_stale_partials(folder)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     try:
+        partial.mkdir()  # fails where something else has the name, such as a link
         for label in CLASSES:
-            (partial / label).mkdir(parents=True)
+            (partial / label).mkdir()
         for label, index in _names(per_class):
             picture = paint(label, _rng(seed, label, index), size)
             picture.save(partial / label / f"{index:04d}.jpg", quality=_QUALITY)
@@ -95,6 +96,7 @@ def cached_sample(seed: int = 0) -> Path:
     if folder.is_dir():
         _remove_stale_partials(folder)
     else:
+        make_user_cache_folder()
         try:
             write_sample(folder, seed=seed)
         except DataError:

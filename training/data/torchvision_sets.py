@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from serving.errors import DataError
-from serving.utils.files import user_cache_folder
+from serving.utils.files import make_user_cache_folder, user_cache_folder
 from training.data.layouts import Photo
 
 
@@ -35,7 +35,7 @@ def find(name: str) -> tuple[Path, list[Photo]]:
     cache = user_cache_folder()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is reserved for results
-            photos = read(cache)
+            photos = read(make_user_cache_folder())
     except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(

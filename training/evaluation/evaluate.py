@@ -22,6 +22,7 @@ from serving.errors import DataError, ImageError
 from serving.imaging import decode
 from serving.imaging.preprocess import Pixels, Preprocess
 from serving.imaging.tta import View, render, softmax
+from serving.scoring.row_writers import escape_formula
 from serving.utils.files import atomic_write
 from serving.utils.parallel import map_ordered
 from serving.utils.progress import progress_bar
@@ -181,11 +182,17 @@ def recipe_of(run: Path) -> Recipe:
     return load.read(checkpoint.run_folder_of(run) / "recipe.toml")
 
 
-def write_csv(result: EvaluationResult, path: Path) -> None:
+def write_csv(result: EvaluationResult, path: Path, *, safe: bool = False) -> None:
     """Write a CSV file with one line per photo.
 
     The columns are the path in the data folder, the label, the predicted class and its probability.
+
+    Args:
+        result: The answers.
+        path: The file.
+        safe: Whether texts that a spreadsheet takes for formulas are escaped.
     """
+    escape = escape_formula if safe else str
     best = result.probabilities.argmax(axis=1)
     with (
         atomic_write(path) as partial,
@@ -198,8 +205,8 @@ def write_csv(result: EvaluationResult, path: Path) -> None:
             result.paths, result.labels, best, result.probabilities, strict=True
         ):
             name = Path(os.path.relpath(photo, result.root)).as_posix()
-            names = result.classes[label], result.classes[index]
-            out.writerow([name, *names, f"{row[index]:.6f}"])
+            texts = name, result.classes[label], result.classes[index]
+            out.writerow([*map(escape, texts), f"{row[index]:.6f}"])
 
 
 class _Batch(NamedTuple):

@@ -122,11 +122,12 @@ class PixelPart:
             protected: Names of cache entries that are not evicted to make space.
 
         Raises:
-            OSError: The cache folder can't be written.
+            OSError: The cache folder can't be written, or others can write to it.
         """
         store = PixelStore(cache.folder / self.transform.name, self.transform.side)
+        disk_cache.check_private(store.folder)
         index = store.read()
-        if self._missing(index.rows):
+        if self._missing(index.rows) or self._count_damaged(index):
             with disk_cache.locked_entry(store.folder, str(self.transform), self._log_waiting):
                 index = self._add_missing(store, store.read(), cache, protected)
         if not self._missing(index.rows):
@@ -142,9 +143,17 @@ class PixelPart:
     ) -> StoreIndex:
         """Decode the photos that `store` lacks, add them to the store, and return the new index.
 
-        If space is short and the store contains photos of other datasets, the store is emptied
-        first, and all photos of this dataset are decoded.
+        If rows of this dataset are damaged, or if space is short and the store contains photos of
+        other datasets, the store is emptied first, and all photos of this dataset are decoded.
         """
+        damaged = self._count_damaged(index)
+        if damaged:
+            self.log(
+                f"warning: {damaged} of the cached {self.transform.part} photos were changed on "
+                "the disk; all are decoded again"
+            )
+            store.reset()
+            index = store.read()
         store.remove_stale(index)
         with cache.locked():
             more = len({self.digests[i] for i in self._missing(index.rows)})
@@ -161,6 +170,11 @@ class PixelPart:
         with closing(writer):
             self._decode_missing(writer)
         return store.read()
+
+    def _count_damaged(self, index: StoreIndex) -> int:
+        """Return how many of the cached photos of this dataset differ from their checksums."""
+        own = {self.digests[i] for i in self.readable}
+        return index.count_damaged(index.rows[digest] for digest in own & index.rows.keys())
 
     def _log_waiting(self) -> None:
         self.log(f"pixels: waiting for another run that decodes {self.transform}")

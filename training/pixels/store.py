@@ -2,11 +2,14 @@
 
 A row is the uint8 pixels of one photo, [S, S, 3]. The store is a folder with two files:
 
-    index            header, then one record per row: hash of the photo, aspect ratio, checksum
+    index            header, then one record per row: hash of the photo, aspect ratio, checksum of
+                     the row, checksum of the record
     rows-NUMBER.bin  the rows, uint8 [rows, S, S, 3]; the header of the index contains NUMBER
 
 A row is first synced to disk, then its record is appended to the index. Records and rows never
 change afterwards. Readers therefore need no lock. Rows without a record are ignored.
+The rows that a run needs are compared with their checksums when it opens the store, so that rows
+that were changed on the disk are noticed.
 `PixelStore.reset` starts a new rows file with a new number. Readers of the old file can continue,
 and an index never refers to the rows of another file.
 """
@@ -17,6 +20,8 @@ import os
 import re
 import secrets
 import shutil
+import zlib
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from io import FileIO
@@ -28,16 +33,20 @@ import numpy.typing as npt
 
 from serving.imaging.preprocess import Pixels
 from serving.utils.files import atomic_write
+from serving.utils.parallel import map_ordered
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 FLUSH_BYTES: Final = 32 * 2**20
 """Size of new rows, in bytes, at which a writer syncs them to disk and adds them to the index."""
 
 _MAGIC: Final = b"fledge pixels %d\n" % FORMAT
 _HEADER: Final = re.compile(re.escape(_MAGIC) + rb"([0-9a-f]{16})\n")
 _HEADER_BYTES: Final = len(_MAGIC) + 17
-_RECORD: Final = np.dtype([("digest", "V16"), ("aspect", "<f4"), ("check", "<u4")])
-_PRIMES: Final = np.array([3, 5, 7, 11, 13], np.uint32)
+_RECORD: Final = np.dtype(
+    [("digest", "V16"), ("aspect", "<f4"), ("pixels", "<u4"), ("check", "<u4")]
+)
+_PRIMES: Final = np.array([3, 5, 7, 11, 13, 17], np.uint32)
+_GROUP: Final = 64  # rows that a thread compares in one call
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class StoreIndex:
         pixels: Memory-mapped pixels, uint8 [rows, S, S, 3].
         rows: Hash of each photo -> its position in `pixels`.
         aspect: Width / height of each photo, float32 [rows].
+        checksums: CRC-32 of the pixels of each photo, uint32 [rows].
         path: Path of the rows file; None if the store is empty.
         size: Size of the rows file in bytes, including unused space at the end.
     """
@@ -55,8 +65,23 @@ class StoreIndex:
     pixels: Pixels = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
     rows: dict[bytes, int] = field(default_factory=dict)
     aspect: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    checksums: npt.NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
     path: Path | None = None
     size: int = 0
+
+    def count_damaged(self, rows: Iterable[int]) -> int:
+        """Return how many of some rows differ from their checksums. Several threads read them.
+
+        Args:
+            rows: Positions in `pixels`.
+        """
+
+        def count(group: Sequence[int]) -> int:
+            return sum(zlib.crc32(self.pixels[row]) != self.checksums[row] for row in group)
+
+        ordered = sorted(set(rows))
+        groups = (ordered[at : at + _GROUP] for at in range(0, len(ordered), _GROUP))
+        return sum(map_ordered(count, groups))
 
 
 @dataclass
@@ -70,6 +95,7 @@ class PixelWriter:
         row_bytes: Size of a row in bytes.
         rows: Hash of each photo -> position of the photo's row; `add` adds an entry.
         aspect: Width / height of the photo of each row; `add` appends a value.
+        checksums: CRC-32 of the pixels of each row; `add` appends a value.
     """
 
     file: BinaryIO
@@ -77,6 +103,7 @@ class PixelWriter:
     row_bytes: int
     rows: dict[bytes, int]
     aspect: list[float]
+    checksums: list[int] = field(default_factory=list)
     _listed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,9 +122,11 @@ class PixelWriter:
         """
         if digest in self.rows:
             return
-        self.file.write(np.ascontiguousarray(pixels).data)
+        data = np.ascontiguousarray(pixels).data
+        self.file.write(data)
         self.rows[digest] = len(self.aspect)
         self.aspect.append(aspect)
+        self.checksums.append(zlib.crc32(data))
         self._digests.append(digest)
         if (len(self.aspect) - self._listed) * self.row_bytes >= FLUSH_BYTES:
             self.flush()
@@ -111,6 +140,7 @@ class PixelWriter:
         records = np.empty(len(self.aspect) - self._listed, _RECORD)
         records["digest"] = np.array(self._digests[self._listed :], "V16")
         records["aspect"] = self.aspect[self._listed :]
+        records["pixels"] = self.checksums[self._listed :]
         records["check"] = _checks(records)
         data = records.tobytes()
         try:
@@ -171,7 +201,8 @@ class PixelStore:
             return StoreIndex()
         digests = (digest.tobytes() for digest in records["digest"])
         rows = {digest: row for row, digest in enumerate(digests)}
-        return StoreIndex(pixels, rows, records["aspect"].astype(np.float32), path, size)
+        aspect, checksums = records["aspect"].astype(np.float32), records["pixels"].copy()
+        return StoreIndex(pixels, rows, aspect, checksums, path, size)
 
     def bytes_needed(self, index: StoreIndex, more: int) -> int:
         """Return how many bytes the rows file grows when `more` rows (photos) are added."""
@@ -181,8 +212,8 @@ class PixelStore:
         """Replace the store's files by empty ones. The caller must hold the cache entry's lock."""
         number = secrets.token_hex(8)
         path = self.folder / f"rows-{number}.bin"
-        path.touch()
-        with atomic_write(self.folder / "index") as partial:
+        path.touch(mode=0o600, exist_ok=False)
+        with atomic_write(self.folder / "index", 0o600) as partial:
             partial.write_bytes(_MAGIC + number.encode() + b"\n")
         for old in self.folder.glob("rows-*.bin"):
             if old != path:
@@ -193,7 +224,7 @@ class PixelStore:
 
         The caller must hold the cache entry's lock, and have read `index` since.
         """
-        for path in (*self.folder.glob("rows-*.bin"), self.folder / ".index.partial"):
+        for path in (*self.folder.glob("rows-*.bin"), *self.folder.glob(".index.*.partial")):
             if path != index.path:
                 path.unlink(missing_ok=True)
 
@@ -218,7 +249,14 @@ class PixelStore:
         records.truncate(_HEADER_BYTES + len(index.rows) * _RECORD.itemsize)
         records.seek(0, os.SEEK_END)
         file = index.path.open("r+b")
-        writer = PixelWriter(file, records, self.row_bytes, dict(index.rows), index.aspect.tolist())
+        writer = PixelWriter(
+            file,
+            records,
+            self.row_bytes,
+            dict(index.rows),
+            index.aspect.tolist(),
+            index.checksums.tolist(),
+        )
         try:
             reserve(file, end + more * self.row_bytes, self.folder)
         except OSError:

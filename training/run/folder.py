@@ -14,7 +14,7 @@ from typing import Final
 from pydantic import TypeAdapter
 
 from serving.errors import DataError, OptionError
-from serving.utils.files import atomic_write, check_folder
+from serving.utils.files import atomic_write, check_folder, partial_of
 from serving.utils.process import is_running
 from training.config import load
 from training.config.schema import Recipe
@@ -72,8 +72,8 @@ def check_out(out: Path | None) -> None:
 
 def _is_unused(folder: Path) -> bool:
     present = {path.name for path in folder.iterdir()}
+    present -= {name for name in present if partial_of(name) in (RECIPE_FILE, SPLIT_FILE, RUN_FILE)}
     folders, files = {LAST_FOLDER, STAGES_FOLDER}, {RECIPE_FILE, SPLIT_FILE}
-    files |= {f".{name}.partial" for name in (RECIPE_FILE, SPLIT_FILE, RUN_FILE)}
     if not present <= folders | files or any(
         not (folder / name).is_dir() or any((folder / name).iterdir()) for name in present & folders
     ):

@@ -4,16 +4,22 @@ An entry of the cache is a folder `KIND-KEY`, where KIND is `pixels` or `activat
 hash. Its file `entry.json` has a description of the entry. The modification time of `entry.json` is
 the time of the entry's last use. A process must hold a lock on `entry.json` to write to the entry.
 Other files and folders in the cache folder are never changed or removed.
+
+Folders and files are for this user alone. A cache folder that other users can write to, or that
+belongs to another user, is not used: whoever writes to it decides what a network is trained on.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import shutil
+import stat
 import time
+import zlib
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,13 +28,16 @@ from typing import BinaryIO, Final
 
 from serving.errors import OptionError
 from serving.utils.files import lock, user_cache_folder
+from serving.utils.parallel import map_ordered
 
 GB: Final = 1e9
 DEFAULT_GB: Final = 10.0
 ENTRY_FILE: Final = "entry.json"
 
+_PIECE: Final = 2**23  # bytes
+
 _NAME: Final = re.compile(r"(pixels|activations)-[0-9a-f]{32}")
-_OWN_FILES: Final = re.compile(r"index|\.index\.partial|[a-z]+-[0-9a-f]{16}\.bin")
+_OWN_FILES: Final = re.compile(r"index|\.index\.[0-9a-f]{16}\.partial|[a-z]+-[0-9a-f]{16}\.bin")
 
 
 @dataclass(frozen=True)
@@ -204,11 +213,13 @@ def locked_entry(path: Path, description: str, on_wait: Callable[[], None]) -> I
         on_wait: Function that is called before waiting, if another process holds the lock.
 
     Raises:
-        OSError: The entry can't be written or can't be locked.
+        OSError: The entry can't be written or can't be locked, or others can write to it.
     """
     file: BinaryIO | None = None
     while file is None:
-        path.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        check_private(path)
         try:
             file = _open_locked(path, "a+b", wait=False)
         except BlockingIOError:
@@ -222,6 +233,42 @@ def locked_entry(path: Path, description: str, on_wait: Callable[[], None]) -> I
             file.write(content)
             file.flush()
         yield
+
+
+def check_private(path: Path) -> None:
+    """Check that only this user can write to an entry and to the cache folder, if they exist.
+
+    Args:
+        path: Folder of the entry.
+
+    Raises:
+        PermissionError: The folder of the entry is a link, or one of the folders belongs to another
+            user or can be written to by others.
+    """
+    for folder, status_of in ((path.parent, os.stat), (path, os.lstat)):
+        try:
+            status = status_of(folder)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISDIR(status.st_mode):
+            raise PermissionError(errno.EPERM, "it is no folder, or a link", str(folder))
+        if status.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "it belongs to another user", str(folder))
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            reason = "others can write to it; use chmod go-w, or FLEDGE_CACHE for another folder"
+            raise PermissionError(errno.EPERM, reason, str(folder))
+
+
+def private(path: str, flags: int) -> int:
+    """Open a file of the cache, for this user alone; a link is an error. An `opener` for `open`."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def checksum(data: memoryview) -> int:
+    """Return the CRC-32 of the CRC-32s of all pieces of `data`; several threads compute it."""
+    pieces = (data[at : at + _PIECE] for at in range(0, len(data), _PIECE))
+    sums = map_ordered(zlib.crc32, pieces)
+    return zlib.crc32(b"".join(value.to_bytes(4, "little") for value in sums))
 
 
 def mark_used(path: Path) -> None:
@@ -329,7 +376,7 @@ def _open_locked(path: Path, mode: str, *, wait: bool) -> BinaryIO | None:
         BlockingIOError: Another process holds the lock, and `wait` is false.
     """
     try:
-        file: BinaryIO = open(path / ENTRY_FILE, mode)  # type: ignore[assignment] # noqa: SIM115
+        file: BinaryIO = open(path / ENTRY_FILE, mode, opener=private)  # type: ignore[assignment] # noqa: SIM115
     except FileNotFoundError:
         return None
     try:

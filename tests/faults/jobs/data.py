@@ -190,6 +190,7 @@ class Activations(CacheJob):
         found = {path.name: path.read_bytes() for path in folder.glob("view-*.bin")}
         for number in (0, 1):
             data = found.get(f"view-{number:016x}.bin")
+            data = data and data[: self.shape.size]  # a checksum follows
             flat = self.rows(number).permute(0, 2, 3, 1).contiguous().numpy().tobytes()
             assert data in (None, flat), f"view {number} is damaged"
         return dict(found)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from serving.scoring import journal
+from serving.scoring import journal, journal_folder
 from serving.scoring.row_writers import WRITERS
 from serving.scoring.rows import ScoreRow
 from tests.fuzz import mutators
@@ -18,7 +20,7 @@ from tests.fuzz.target import Target
 
 _OUT = Path("out.csv")
 _FACTS = {"bundle": "a", "options": {"tta": 0, "top_k": 5}, "inputs": ["photos"]}
-_NAMES = ("job.json", "inputs.jsonl", "skipped.json", "00000.jsonl", "00000.npy", "00001.jsonl")
+_NAMES = ("job.json", "inputs.jsonl", "inputs.json", "00000.jsonl", "00000.npy", "00001.jsonl")
 
 _GOOD = ScoreRow("a.jpg", "ok", "x", 0.5, True, (("x", 0.5), ("y", 0.25)), 1, "", "", (0.5, 0.25))
 _BAD = ScoreRow("\udcff.jpg", "error", error="broken-image: cut")
@@ -31,20 +33,55 @@ def _array(shape: tuple[int, ...] = (2, 3)) -> bytes:
 
 
 def seeds() -> Iterator[bytes]:
-    rows = (_GOOD.to_json() + _BAD.to_json()).encode().rstrip()
+    rows = (_GOOD.to_json() + _BAD.to_json()).encode()
     files = {
-        "job.json": json.dumps(_FACTS).encode(),
-        "inputs.jsonl": b'"a.jpg"\n"\\udcff.jpg"',
-        "skipped.json": b"0",
-        "00000.jsonl": rows,
+        "job.json": json.dumps({"journal": journal.VERSION, **_FACTS}).encode(),
+        "inputs.jsonl": b'"a.jpg"\n"\\udcff.jpg"\n',
+        "inputs.json": b'{"images": 2, "skipped": 0, "sha256": []}',
+        "00000.jsonl": b"{}\n" + rows,
         "00000.npy": _array(),
     }
-    yield mutators.join_files(files)
+    yield repair(mutators.join_files(files))
     for left_out in files:
-        yield mutators.join_files({name: data for name, data in files.items() if name != left_out})
-    many = b"\n".join(b'"%d.jpg"' % number for number in range(1200))
-    yield mutators.join_files({**files, "inputs.jsonl": many, "00001.jsonl": rows})
-    yield mutators.join_files({**files, "job.json": b'{"bundle": "b"}'})
+        kept = {name: data for name, data in files.items() if name != left_out}
+        yield repair(mutators.join_files(kept))
+    many = b"".join(b'"%d.jpg"\n' % number for number in range(1200))
+    yield repair(
+        mutators.join_files({**files, "inputs.jsonl": many, "00001.jsonl": b"{}\n" + rows})
+    )
+    yield repair(mutators.join_files({**files, "job.json": b'{"bundle": "b"}'}))
+
+
+def repair(data: bytes) -> bytes:
+    """Give the list of images and the rows the right checksums, so that they are read."""
+    files = {name: _content(content) for name, content in mutators.split_files(data).items()}
+    lines = files.get("inputs.jsonl", b"").splitlines(keepends=True)
+    shards = [b"".join(lines[at : at + 1000]) for at in range(0, len(lines), 1000)]
+    digests = [_sha256(shard) for shard in shards]
+    if "inputs.json" in files:
+        counts = {"images": len(lines), "skipped": 0, "sha256": digests}
+        files["inputs.json"] = json.dumps(counts).encode()
+    for number, digest in enumerate(digests[:2]):
+        name = f"{number:05}.jsonl"
+        if name in files:
+            _, _, body = files[name].partition(b"\n")
+            head = {"rows": shards[number].count(b"\n"), "inputs": digest, "sha256": _sha256(body)}
+            head["features"] = _features_digest(files.get(f"{number:05}.npy"))
+            files[name] = json.dumps(head).encode() + b"\n" + body
+    return mutators.join_files(files)
+
+
+def _features_digest(data: bytes | None) -> str | None:
+    if data is None:
+        return None
+    try:
+        return _sha256(np.ascontiguousarray(np.load(io.BytesIO(data))).data)
+    except Exception:  # what numpy raises for damaged files
+        return "0" * 64
+
+
+def _sha256(data: Any) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def check(data: bytes) -> None:
@@ -56,20 +93,26 @@ def check(data: bytes) -> None:
     for name in _NAMES:
         if name in files:
             (folder / name).write_bytes(_content(files[name]))
+    (folder / journal_folder.LOCK).write_bytes(journal_folder._MARK)
     journal.has_inputs(_OUT)
     with journal.ScoringJournal(_OUT, _FACTS) as opened:
         if not opened.known:
             opened.write_inputs(["a.jpg"], [])
-        todo = dict(opened.todo())
+        todo, done = dict(opened.todo()), set[int]()
+        count = 0
         for number in range(opened.shards):
             if number in todo:
                 opened.write(number, [ScoreRow(name, "ok") for name in todo[number]])
+                done.add(number)
             rows, features = opened.read(number)
             _write(rows)
+            count += len(rows)
             if features is not None and features.dtype.hasobject:
                 raise AssertionError("an array of objects")
-        if opened.done != opened.total:
+        if opened.done != opened.total or done != todo.keys():
             raise AssertionError("not done, and nothing to do")
+        if count != opened.total:
+            raise AssertionError(f"{count} rows of {opened.total} images")
 
 
 def _content(data: bytes) -> bytes:
@@ -124,6 +167,7 @@ TARGETS = (
         check,
         seeds,
         mutators.files_change(_CHANGES),
+        repair,
         words=tuple(f"%% {name}\n".encode() for name in _NAMES),
     ),
 )

@@ -34,8 +34,13 @@ def test_a_summary_nested_too_deep_has_no_classes(tmp_path: Path) -> None:
     assert read_classes(tmp_path / "t.csv") is None
 
 
-def test_a_probability_too_large_for_a_float_is_refused(tmp_path: Path) -> None:
+def test_a_number_too_large_for_a_float_is_no_probability(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({**ROW, "probability": 10**400}) + "\n")
-    with pytest.raises(DataError, match="line 1: "):
+    with pytest.raises(DataError, match="is no probability") as caught:
         list(read(path))
+    assert len(str(caught.value)) < 300
+    path.write_text(json.dumps({**ROW, "probabilities": [10**400]}) + "\n")
+    (row,) = read(path)
+    with pytest.raises(DataError, match="no list of numbers"):
+        row.probabilities()

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 
 from serving.errors import BrokenImage, DataError, TooLarge, WorkError
-from serving.inputs import remote, sources
+from serving.inputs import local_files, remote, sources
 from serving.scoring import score
 from serving.scoring.options import ScoringOptions
 from tests.support.tiny_bundle import photo, tiny_bundle
@@ -121,7 +121,7 @@ def test_a_local_address_is_checked_like_a_path(
 ) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "big.jpg").write_bytes(b"12345")
-    monkeypatch.setattr(sources, "MAX_FILE", 4)
+    monkeypatch.setattr(local_files, "MAX_FILE", 4)
     for start in ("file://", "local://"):
         with pytest.raises(BrokenImage, match="not a file"):
             sources.Reader().load(f"{start}{tmp_path}/pipe.jpg")  # opening it would block

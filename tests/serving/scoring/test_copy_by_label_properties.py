@@ -31,6 +31,11 @@ def row(path: str, label: str | None) -> ScoreRow:
     return ScoreRow(path, "error" if label is None else "ok", label)
 
 
+def content(number: int) -> bytes:
+    """The first bytes of a photo, and a number."""
+    return b"\xff\xd8\xff%d" % number
+
+
 def files_below(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -44,13 +49,16 @@ def test_each_photo_is_copied_once_into_a_folder_of_its_label(photos) -> None:
         for number, (photo, label) in enumerate(photos):
             path = source / str(number) / f"{photo}.jpg"
             path.parent.mkdir(parents=True)
-            path.write_bytes(str(number).encode())
+            path.write_bytes(content(number))
             rows.append(row(str(path), label))
         line = copy_by_label(target, rows)
-        assert line == f"copied {len(rows)} images to {target}"
+        assert f"{line};".startswith(f"copied {len(rows)} images to {target};")
         copies = files_below(target)
-        assert sorted(copies.values()) == sorted(str(i).encode() for i in range(len(rows)))
+        assert sorted(copies.values()) == sorted(map(content, range(len(rows))))
         assert {path.parent.parent for path in copies} <= {target}
+        labels = {label for _, label in photos}
+        assert len({path.parent for path in copies}) == len(labels)  # none is merged
+        assert len({str(path).casefold() for path in copies}) == len(copies)
         assert files_below(Path(name)).keys() == files_below(source).keys() | copies.keys()
         copy_by_label(target, rows)
         assert files_below(target) == copies
@@ -70,8 +78,8 @@ def test_members_of_an_archive_are_copied_into_the_folder(members) -> None:
         with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as file:
             for number, (member, _) in enumerate(members):
                 info = tarfile.TarInfo(f"a/{member}.jpg")
-                info.size = len(str(number))
-                file.addfile(info, io.BytesIO(str(number).encode()))
+                info.size = len(content(number))
+                file.addfile(info, io.BytesIO(content(number)))
         listed = list(tar.names(str(path), lambda line: None))
         rows = [row(one, label) for one, (_, label) in zip(listed, members, strict=False)]
         copy_by_label(target, rows)

@@ -1,5 +1,6 @@
 """A journal that was damaged on disk is refused in one line, with the remedy."""
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -39,6 +40,13 @@ def read_all(out: Path) -> None:
         journal.read(0)
 
 
+def with_head(folder: Path, body: bytes) -> bytes:
+    """The rows of a shard with the right checksum, so that they are parsed."""
+    head = json.loads((folder / "00000.jsonl").read_bytes().partition(b"\n")[0])
+    head["sha256"] = hashlib.sha256(body).hexdigest()
+    return json.dumps(head).encode() + b"\n" + body
+
+
 def row(**changes: Any) -> bytes:
     return json.dumps(json.loads(ROW.to_json()) | changes).encode() + b"\n"
 
@@ -46,10 +54,18 @@ def row(**changes: Any) -> bytes:
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("skipped.json", b"[]"),
-        ("skipped.json", b"x"),
-        ("skipped.json", b"\xff"),
-        ("skipped.json", b""),
+        ("inputs.json", b"[]"),
+        ("inputs.json", b"x"),
+        ("inputs.json", b"\xff"),
+        ("inputs.json", b""),
+        ("inputs.json", b"{}"),
+        ("inputs.json", DEEP.encode()),
+        ("inputs.json", b'{"images": 1, "skipped": 0, "sha256": 7}'),
+        ("inputs.json", b'{"images": 1, "skipped": 0, "sha256": []}'),
+        ("inputs.json", b'{"images": 1, "skipped": 0, "sha256": [7]}'),
+        ("inputs.json", b'{"images": true, "skipped": 0, "sha256": ["a"]}'),
+        ("inputs.json", b'{"images": 1, "skipped": -1, "sha256": ["a"]}'),
+        ("inputs.json", b'{"images": 1%s, "skipped": 0, "sha256": []}' % (b"0" * 5000)),
         ("00000.jsonl", b"{"),
         ("00000.jsonl", b"[]\n"),
         ("00000.jsonl", b"3\n"),
@@ -80,8 +96,10 @@ def row(**changes: Any) -> bytes:
 def test_damage_is_refused_with_its_file_and_the_remedy(out: Path, name: str, data: bytes) -> None:
     read_all(out)
     folder = out.with_name(".out.csv.parts")
+    if name == "00000.jsonl":
+        data = with_head(folder, data)
     (folder / name).write_bytes(data)
-    with pytest.raises(OptionError, match=rf"{name} is damaged: .*; add --restart") as refused:
+    with pytest.raises(OptionError, match=rf"{name}l? is damaged: .*; add --restart") as refused:
         read_all(out)
     assert "\n" not in str(refused.value)
 
@@ -91,6 +109,11 @@ def test_a_damaged_list_of_images_is_refused(out: Path, line: bytes) -> None:
     folder = out.with_name(".out.csv.parts")
     (folder / "00000.jsonl").unlink()
     (folder / "inputs.jsonl").write_bytes(line)
+    counts = json.loads((folder / "inputs.json").read_bytes())
+    with pytest.raises(OptionError, match=r"inputs\.jsonl is damaged: it was cut or changed"):
+        ScoringJournal(out, FACTS)
+    counts["sha256"] = [hashlib.sha256(line).hexdigest()]
+    (folder / "inputs.json").write_text(json.dumps(counts))
     with (
         ScoringJournal(out, FACTS) as journal,
         pytest.raises(OptionError, match=r"inputs\.jsonl is damaged"),

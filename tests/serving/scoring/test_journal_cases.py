@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -65,12 +66,22 @@ def test_the_folder_has_the_documented_files(tmp_path: Path) -> None:
         journal.write(0, rows("a", "\xe4\n"), np.zeros((2, 3), np.float32))
         journal.write(1, rows("c"))
         assert sorted(path.name for path in folder.iterdir()) == [
-            *("00000.jsonl", "00000.npy", "00001.jsonl", "inputs.jsonl", "job.json", "lock"),
-            "skipped.json",
+            *("00000.jsonl", "00000.npy", "00001.jsonl", "inputs.json", "inputs.jsonl"),
+            *("job.json", "lock"),
         ]
-        assert json.loads((folder / "job.json").read_text()) == FACTS
-        assert (folder / "inputs.jsonl").read_bytes() == b'"a"\n"\\u00e4\\n"\n"c"\n'
-        assert (folder / "skipped.json").read_text() == "1"
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert json.loads((folder / "job.json").read_text()) == {"journal": 2, **FACTS}
+        names = [b'"a"\n"\\u00e4\\n"\n', b'"c"\n']
+        assert (folder / "inputs.jsonl").read_bytes() == b"".join(names)
+        digests = [hashlib.sha256(lines).hexdigest() for lines in names]
+        counts = {"images": 3, "skipped": 1, "sha256": digests}
+        assert json.loads((folder / "inputs.json").read_text()) == counts
+        head, _, body = (folder / "00001.jsonl").read_bytes().partition(b"\n")
+        digest = hashlib.sha256(body).hexdigest()
+        assert json.loads(head) == {
+            "rows": 1, "inputs": digests[1], "sha256": digest, "features": None
+        }  # fmt: skip
         journal.remove()
         assert [path.name for path in folder.iterdir()] == ["lock"]
     assert list(tmp_path.iterdir()) == []
@@ -137,13 +148,11 @@ def test_facts_are_compared_as_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("skipped.json", b"many", "invalid literal for int() with base 10: 'many'"),
-        ("inputs.jsonl", b'"a"\n7\n"c"\n', "7 is no name of an image"),
-        (
-            "inputs.jsonl",
-            b'"a"\n[%s]\n"c"\n' % (b"1, " * 99 + b"1"),
-            f"[{'1, ' * 19}1, is no name of an image",
-        ),
+        ("inputs.json", b"many", "Expecting value: line 1 column 1 (char 0)"),
+        ("inputs.jsonl", b'"a"\n"b"\n', "it was cut or changed after 2 images"),
+        ("inputs.jsonl", b'"a"\n', "it was cut or changed after 0 images"),
+        ("inputs.jsonl", b'"a"\n7\n"c"\n', "it was cut or changed after 0 images"),
+        ("inputs.jsonl", b'"a"\n"b"\n"c"\n"d"\n', "it has more than its 3 images"),
     ],
 )
 def test_a_damaged_list_is_refused_with_a_remedy(
@@ -188,7 +197,7 @@ def test_a_failed_operation_names_the_table_and_the_folder(tmp_path: Path) -> No
         missing = f"--out {out}: No such file or directory{kept}"
         assert message(WorkError, lambda: journal.read(0)) == missing
         assert message(WorkError, lambda: list(journal.todo())) == missing
-        (journal.folder / "folder").mkdir()
+        (journal.folder / "00000.npy").mkdir()
         assert message(WorkError, journal.remove).endswith(kept)
     elsewhere = tmp_path / "none" / "out.csv"
     assert message(WorkError, lambda: ScoringJournal(elsewhere, FACTS)).startswith(

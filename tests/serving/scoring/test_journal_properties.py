@@ -21,6 +21,7 @@ from serving.scoring import score
 from serving.scoring.journal import ScoringJournal
 from serving.scoring.options import ScoringOptions
 from serving.scoring.rows import ScoreRow
+from serving.utils.files import partial_of
 from tests.support import file_events
 from tests.support.hypothesis_profiles import examples
 from tests.support.odd_names import file_names
@@ -104,5 +105,5 @@ def test_the_kills_reach_every_kind_of_file(tmp_path, monkeypatch) -> None:
         run(tmp_path / "scores.parquet", ["a", "bb", "ccc", "dddd", "e"])
     assert 20 < len(seen) <= OPERATIONS
     names = set().union(*seen)
-    assert {"job.json", "inputs.jsonl", "skipped.json", "00002.jsonl", "00002.npy"} <= names
-    assert {".scores.parquet.partial", ".00001.jsonl.partial", "scores.parquet"} <= names
+    assert {"job.json", "inputs.jsonl", "inputs.json", "00002.jsonl", "00002.npy"} <= names
+    assert {"scores.parquet", "00001.jsonl"} <= {partial_of(name) for name in names}

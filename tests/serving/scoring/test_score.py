@@ -26,6 +26,7 @@ from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
 from serving.inference.runtime import OnnxRuntime
 from serving.inputs import sources
+from serving.inputs.compression import MAX_FILE
 from serving.scoring import journal, score, scorer, table
 from serving.scoring.options import ScoringOptions
 from serving.scoring.scorer import Chunk, ScoredChunk
@@ -425,7 +426,7 @@ def test_a_too_large_file_is_refused_without_reading(
     photos: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (photos / "8x-giant.jpg").open("wb") as file:
-        file.truncate(sources.MAX_FILE + 1)
+        file.truncate(MAX_FILE + 1)
     summary, _ = run(photos, bundle, tmp_path / "out.csv")
     assert summary.errors["too-large"] == 1
 

@@ -61,8 +61,11 @@ def test_a_failed_rename_keeps_the_older_table(
     out, rename = tmp_path / "scores", Path.rename
     write(out, 3)
 
+    failed: list[Path] = []
+
     def failing(self: Path, target: Path) -> Path:
-        if self.name == ".scores.partial":
+        if files.partial_of(self.name) == "scores" and not failed:
+            failed.append(self)
             raise OSError(28, "No space left on device")
         return rename(self, target)
 
@@ -76,7 +79,7 @@ def test_a_failed_rename_keeps_the_older_table(
 
 def test_leftovers_of_a_killed_process_are_replaced(tmp_path: Path) -> None:
     out = tmp_path / "scores"
-    for name in (".scores.partial", ".scores.older"):
+    for name in (".scores.0123456789abcdef.partial", ".scores.fedcba9876543210.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "part-00007.parquet").write_text("half")
     write(out, 3)

@@ -1,6 +1,8 @@
 """Atomic writes: the complete new file or the old one, and no temporary files left."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,10 @@ from serving.utils.files import (
     check_folder,
     exchange,
     files_below,
+    partial_of,
 )
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("older", [None, "old"])
@@ -25,7 +30,7 @@ def test_a_file_is_complete_or_unchanged(
     path = tmp_path / "file"
     if older:
         path.write_text(older)
-    (tmp_path / ".file.partial").write_text("longer, and left by a killed process")
+    (tmp_path / ".file.0123456789abcdef.partial").write_text("longer, of a killed process")
 
     def write() -> None:
         with atomic_write(path) as partial:
@@ -127,7 +132,8 @@ def test_a_folder_is_complete_or_unchanged(
     if not exchanges:  # such as NFS
         monkeypatch.setattr(files, "exchange", lambda *_: False)
     path = tmp_path / "folder"
-    for name in (".folder.partial", ".folder.older", *(["folder"] if older else [])):
+    left = ".folder.0123456789abcdef.partial", ".folder.fedcba9876543210.partial"
+    for name in (*left, *(["folder"] if older else [])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old").touch()
 
@@ -145,5 +151,70 @@ def test_a_folder_is_complete_or_unchanged(
     assert [file.name for file in path.glob("*")] == (
         ["new"] if not fault else ["old"] if older else []
     )
-    assert {entry.name for entry in tmp_path.iterdir()} <= {"folder", ".folder.older"}
-    assert fault or not (tmp_path / ".folder.older").exists()
+    assert {entry.name for entry in tmp_path.iterdir()} <= {"folder"}
+
+
+def test_only_unlocked_files_of_this_user_are_taken_for_leftovers(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").touch()
+    link, other = (tmp_path / f".{name}.0123456789abcdef.partial" for name in ("link", "other"))
+    link.symlink_to(kept)
+    (tmp_path / ".file.partial").touch()  # no random number
+    other.touch()
+    if os.geteuid() == 0:
+        os.chown(other, 12345, 12345)
+    else:
+        other.unlink()
+    with atomic_write(tmp_path / "used") as used:
+        code = f"""if True:
+            from pathlib import Path
+            from serving.utils.files import atomic_write
+            with atomic_write(Path({str(tmp_path / "file")!r})) as partial:
+                partial.write_text("x")
+        """
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+        assert used.exists()  # another process has looked for leftovers
+    assert link.is_symlink()
+    assert (kept / "file").exists()
+    assert (tmp_path / ".file.partial").exists()
+    assert other.exists() or os.geteuid()
+    assert [path.name for path in tmp_path.glob("*")].count("file") == 1
+
+
+def test_a_link_at_the_path_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("mine")
+    path = tmp_path / "x"
+    path.symlink_to(target)
+    with atomic_write(path, 0o600) as partial:
+        assert (partial.stat().st_mode & 0o777) == 0o600
+        partial.write_text("new")
+    assert (path.read_text(), path.is_symlink(), target.read_text()) == ("new", False, "mine")
+
+
+@pytest.mark.parametrize("exchanges", [False, True])
+def test_a_link_at_the_path_of_a_folder_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(files, "exchange", lambda *_: False)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "old").touch()
+    (tmp_path / "x").symlink_to(tmp_path / "target")
+    with atomic_folder(tmp_path / "x") as partial:
+        (partial / "new").touch()
+    assert not (tmp_path / "x").is_symlink()
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["new"]
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["old"]
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "target"}
+
+
+def test_a_name_of_255_bytes_is_written(tmp_path: Path) -> None:
+    for name in ("n" * 255, "\xe4" * 127, os.fsdecode(b"\xff" * 255)):
+        with atomic_write(tmp_path / name) as partial:
+            partial.touch()
+        assert (tmp_path / name).exists()
+    assert partial_of(partial.name)
+    assert partial_of(".a.b.0123456789abcdef.partial") == "a.b"
+    assert partial_of(".a.partial") == partial_of("a.0123456789abcdef.partial") == ""

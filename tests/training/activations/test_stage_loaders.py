@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.training.conftest import small_network
 from training.activations import frozen_prefix
-from training.activations.cached_views import CachedViews, DiskStore, ViewShape
+from training.activations.cached_views import TRAILER_BYTES, CachedViews, DiskStore, ViewShape
 from training.activations.loaders import AugmentedPhotos, TrainLoader, ValidLoader
 from training.activations.sharing import SharedPrefix, plan_sharing
 from training.activations.stage_loaders import StageLoaders
@@ -265,7 +265,7 @@ def test_changed_inputs_are_computed_again(open_run, cache, photos, weights, cha
 
 def test_the_number_of_views_is_limited_by_the_budget(open_run, tmp_path, lines):
     loader, _ = open_loaders(open_run(), stage=1)
-    a_view = loader.cached.shape.size
+    a_view = loader.cached.shape.size + TRAILER_BYTES
     for number, (budget, views) in enumerate(
         [(10 * a_view, 3), (2.5 * a_view, 2), (0.5 * a_view, 0), (0, 0)]
     ):

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from serving.errors import DataError, OptionError
+from serving.utils.files import partial_of
 from tests.training import forked
 from tests.training.conftest import coloured, recipe_text, small_network
 from training.config import load
@@ -166,7 +167,8 @@ def moments(tmp_path_factory):
             return
         metrics = run / "metrics.csv"
         done = len(metrics.read_text().splitlines()) - 1 if metrics.exists() else 0
-        file = path.name.removeprefix(".").removesuffix(".partial").partition(".out.")[0]
+        file = partial_of(path.name) or path.name.strip(".")
+        file = file.removesuffix(".partial").partition(".out.")[0]
         name = f"{done} {what} {file}"
         while name in copies:
             name += ", again"

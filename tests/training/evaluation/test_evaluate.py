@@ -252,3 +252,17 @@ def test_the_csv_quotes_any_name(run, tmp_path):
         rows = list(csv.DictReader(file))
     assert rows[0]["path"] == "a\r,b\n.jpg"
     assert [row["label"] for row in rows] == [named.classes[label] for label in result.labels]
+
+
+def test_the_csv_can_be_made_safe_for_spreadsheets(run, tmp_path):
+    result = evaluate.evaluate(run)
+    strange = (result.root / "=1+1.jpg", *result.paths[1:])
+    named = dataclasses.replace(result, paths=strange, classes=("@a", "-b", "c"))
+    for safe in (True, False):
+        evaluate.write_csv(named, tmp_path / "a.csv", safe=safe)
+        with (tmp_path / "a.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert rows[0]["path"] == "'=1+1.jpg"[not safe :]
+        quoted = [("'" * safe) + "@a", ("'" * safe) + "-b", "c"]
+        assert [row["label"] for row in rows] == [quoted[label] for label in result.labels]
+        assert all(0 <= float(row["probability"]) <= 1 for row in rows)

@@ -27,8 +27,8 @@ def run_folder(folder: Path, *names: str) -> Path:
         [],
         ["stages/"],
         ["stages/", "last/"],
-        ["stages/", "last/", ".recipe.toml.partial"],
-        ["stages/", "last/", "recipe.toml", "split.csv", ".run.json.partial"],
+        ["stages/", "last/", ".recipe.toml.0123456789abcdef.partial"],
+        ["stages/", "last/", "recipe.toml", "split.csv", ".run.json.0123456789abcdef.partial"],
     ],
 )
 def test_a_folder_in_which_a_run_almost_started_can_be_used(tmp_path: Path, names: list) -> None:
