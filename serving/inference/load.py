@@ -168,7 +168,8 @@ def _check_image(
         if predictor.low_latency_runtime:
             answers += [predictor.predict([prepared], low_latency=True)[0].probabilities]
     except WorkError as error:
-        raise BundleError(f"{bundle.folder} must not be served here: {error}") from error
+        text = f"{bundle.folder} must not be served here: its graph can't be run"
+        raise BundleError(text, details=str(error)) from error
     if answers[0].shape != expected.shape:
         raise BundleError(
             f"{bundle.folder}: the graph gives {answers[0].size} probabilities for {classes} labels"

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from serving.errors import BundleError, OptionError, WorkError
 from serving.imaging.preprocess import Pixels
+from serving.inference import onnx_check
 from serving.utils.files import user_cache_folder
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # must be set before the import
@@ -81,11 +82,14 @@ class OnnxRuntime:
 
         Raises:
             OptionError: The device is not available.
-            BundleError: The file is not an ONNX graph, or the graph has other inputs or outputs.
+            BundleError: The file is not an ONNX graph, keeps weights in another file, or has other
+                inputs or outputs.
         """
         if device not in ("auto", *PROVIDERS):
             raise OptionError(f"device = {device!r}: use auto, {', '.join(PROVIDERS)}")
-        self._session = _open(graph, data or str(graph), device, threads)
+        data = graph.read_bytes() if data is None else data
+        onnx_check.check(graph, data)
+        self._session = _open(graph, data, device, threads)
         self.provider: str = self._session.get_providers()[0]
         _check_contract(graph, self._session)
 
@@ -175,7 +179,7 @@ def _missing(device: str, reason: str) -> OptionError:
     )
 
 
-def _open(graph: Path, data: bytes | str, device: str, threads: int) -> ort.InferenceSession:
+def _open(graph: Path, data: bytes, device: str, threads: int) -> ort.InferenceSession:
     """Create an inference session on `device`. For device cpu, no GPU library is loaded."""
     if device == "cpu":
         return _session(graph, data, "cpu", threads)
@@ -194,13 +198,15 @@ def _open(graph: Path, data: bytes | str, device: str, threads: int) -> ort.Infe
     raise _missing(device, reason)
 
 
-def _session(graph: Path, data: bytes | str, device: str, threads: int) -> ort.InferenceSession:
+def _session(graph: Path, data: bytes, device: str, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
     # Threads that spin between runs would take the cores from the threads that decode.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # ONNX Runtime would recognise its own format, too, which `onnx_check` does not know.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     providers: list[Any] = [PROVIDERS["cpu"]]
     if device != "cpu":
         # TF32 would move fp32 probabilities beyond the bundle's tolerance. The exhaustive search
@@ -214,7 +220,7 @@ def _session(graph: Path, data: bytes | str, device: str, threads: int) -> ort.I
     try:
         return ort.InferenceSession(data, options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
-        raise BundleError(f"{graph} can't be loaded: {_first_line(error)}") from error
+        raise BundleError(f"{graph} can't be loaded", details=_first_line(error)) from error
 
 
 def _tensorrt_options() -> dict[str, str]:

@@ -120,7 +120,7 @@ def parse(
     located.sort(key=lambda item: item[0])
     located += [(_COMMAND_LINE, text) for text in failed]
     raise OptionError(
-        format_mistakes(where, [f"{_place(line)}{sentence}" for line, sentence in located])
+        *format_mistakes(where, [f"{_place(line)}{sentence}" for line, sentence in located])
     )
 
 
