@@ -8,21 +8,22 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 # Without O_NONBLOCK, `open` of a FIFO waits for a writer. It has no effect on regular files.
 _FLAGS: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file, or a link to one, for reading.
 
     Raises:
         OSError: The file can't be opened, or it is a FIFO, device, socket or folder.
     """
     _check(path, os.stat(path))  # first without opening: opening a device can have effects
-    file = open(os.open(path, _FLAGS), "rb")  # noqa: SIM115
+    file = os.fdopen(os.open(path, _FLAGS), "rb")
     try:
         _check(path, os.fstat(file.fileno()))
     except BaseException:
