@@ -38,9 +38,11 @@ def inspect(options: argparse.Namespace) -> None:
 
 def verify(options: argparse.Namespace) -> None:
     """Check a bundle's bytes and run its golden images through the runtime. Needs no torch."""
-    from serving.inference.load import verify
+    from serving.inference import isolated_load
+    from serving.settings import load_timeout
 
-    for line in verify(options.bundle, options.device):
+    arguments = {"seconds": load_timeout(), "device": options.device}
+    for line in isolated_load.run("verify", options.bundle, **arguments):
         print(line)
 
 

@@ -7,7 +7,7 @@ probabilities.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +35,7 @@ def open_predictor(
     threads: int | None = 1,
     low_latency_threads: int = 1,
     kind: str = "onnx",
+    before_load: Callable[[Bundle], object] | None = None,
 ) -> Predictor:
     """Open a bundle, and check that it gives the same answers on this machine as at export.
 
@@ -48,6 +49,8 @@ def open_predictor(
         low_latency_threads: CPU threads of a run while only one image is in progress. Ignored if
             several threads were not faster than one in the measurements at export.
         kind: The runtime, onnx or torchscript. TorchScript has fp32 only and needs torch.
+        before_load: Function that is called after the files were verified and before a graph is
+            loaded; see `isolated_load.limits`.
 
     Raises:
         BundleError: A file is missing or was changed, or the golden images (photos stored with
@@ -55,12 +58,16 @@ def open_predictor(
         OptionError: The device is not available, or the bundle has no graph of the precision.
     """
     bundle = storage.read(folder)
+    if before_load:
+        before_load(bundle)
     predictor = _open(bundle, device, precision, threads, low_latency_threads, kind)
     check_golden(predictor, bundle)
     return predictor
 
 
-def verify(folder: Path, device: str = "cpu") -> list[str]:
+def verify(
+    folder: Path, device: str = "cpu", before_load: Callable[[Bundle], object] | None = None
+) -> list[str]:
     """Check all files of a bundle, and the golden images at each precision; return a report.
 
     Golden images are photos stored with expected probabilities.
@@ -68,6 +75,7 @@ def verify(folder: Path, device: str = "cpu") -> list[str]:
     Args:
         folder: The bundle.
         device: cpu, cuda, tensorrt or auto. auto: CUDA if it works, else the CPU.
+        before_load: See `open_predictor`.
 
     Returns:
         The lines of the report.
@@ -78,6 +86,8 @@ def verify(folder: Path, device: str = "cpu") -> list[str]:
         OptionError: The device is not available.
     """
     bundle = storage.read(folder)
+    if before_load:
+        before_load(bundle)
     manifest = bundle.manifest
     lines = [
         f"{folder}: {manifest.name}:{manifest.version}, {len(manifest.files)} files are as exported"

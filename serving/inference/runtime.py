@@ -34,7 +34,9 @@ PROVIDERS: Final = {
 }
 BATCH_SIZES: Final = (1, 2, 4, 8, 16)
 """Default batch sizes of `PaddedBatchRuntime`."""
-_ERRORS_ONLY: Final = 3  # log_severity_level
+_FATAL_ONLY: Final = (
+    4  # log_severity_level; errors are raised, and their text has names of the graph
+)
 _log = logging.getLogger("bentoml.fledge")
 
 
@@ -202,7 +204,7 @@ def _session(graph: Path, data: bytes, device: str, threads: int) -> ort.Inferen
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     # Threads that spin between runs would take the cores from the threads that decode.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # ONNX Runtime would recognise its own format, too, which `onnx_check` does not know.

@@ -16,11 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from serving.bundle.manifest import measured_parallelism
 from serving.errors import OptionError
+from serving.inference import isolated_load
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
 from serving.inference.runtime import on_cpu
@@ -34,6 +36,7 @@ from serving.scoring.scorer import Chunk, Scorer, score_chunks
 from serving.scoring.summary import Summary
 from serving.scoring.table import TableFile
 from serving.scoring.table_folder import TableFolder, is_table_folder
+from serving.settings import load_timeout
 from serving.utils.cpu import cores
 from serving.utils.progress import Progress
 
@@ -70,13 +73,18 @@ def score(
     """
     options = options or ScoringOptions()
     if options.engine == "local":
-        return _score(inputs, bundle, out, options, log, open_predictor, _run_locally)
+        return _score(inputs, bundle, out, options, log, _open_locally, _run_locally)
     if options.engine != "ray":
         raise OptionError(f"--engine {options.engine}: use local or ray")
     from serving.scoring.ray_backend import RayBackend  # ray is an optional package
 
     with RayBackend(options, log) as backend:
         return _score(inputs, bundle, out, options, log, backend.open, backend.run)
+
+
+def _open_locally(bundle: Path, *, device: str, **options: Any) -> Predictor:
+    with isolated_load.limits(bundle, device, load_timeout()) as before_load:
+        return open_predictor(bundle, device=device, before_load=before_load, **options)
 
 
 def _score(

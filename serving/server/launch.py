@@ -72,7 +72,7 @@ def serve(
     address = listener.getsockname()[0]
     url = client_url(address, port)
     if settings.workers == 1:  # with several, `ImageClassifier.check` does this
-        preflight.check_gpu(settings, env)
+        preflight.check_gpu(settings)
     print(f"{manifest.name}:{manifest.version} on {url} (ready when {url}/readyz answers 200)")
     key = '-H "Authorization: Bearer KEY" ' if settings.api_keys else ""
     photo = '--data-binary @photo.jpg -H "Content-Type: image/jpeg"'
