@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from serving.bundle import storage
-from serving.bundle.manifest import content_version
+from serving.bundle.manifest import Manifest, content_version
 from tests.support.tiny_bundle import tiny_bundle
 
 
@@ -125,3 +125,13 @@ def fifo(path: Path) -> None:
     """Replace a file by a FIFO without a writer."""
     path.unlink(missing_ok=True)
     os.mkfifo(path)
+
+
+def in_place_of(folder: Path, other: Path, manifest: Manifest | None = None) -> None:
+    """Publish the bundle `other` in `folder`, as an export does: the payload, then the manifest."""
+    manifest = manifest or storage.read(other).manifest
+    target = folder / manifest.version
+    if not target.exists():
+        # Not `copytree`, which would wait for the writer of a FIFO.
+        (other / manifest.version).rename(target)
+    storage.publish(manifest, folder)
