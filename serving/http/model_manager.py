@@ -31,8 +31,8 @@ FIRST_RETRY_SECONDS: Final = 10.0
 MAX_RETRY_SECONDS: Final = 300.0
 """Least and largest time until a refused bundle is tried again. The time doubles with each attempt.
 """
-_REPLACEABLE_SECONDS: Final = 5.0
-"""Time after which loading is stopped when a newer bundle is published."""
+_SLOW_SECONDS: Final = 5.0
+"""A load that takes longer is stopped when a newer bundle is published, and seldom repeated."""
 _RELEASE_POLL_SECONDS: Final = 0.02
 
 _log = logging.getLogger("bentoml.fledge")
@@ -178,7 +178,7 @@ class ModelManager:
         started = time.monotonic()
 
         def stop() -> bool:
-            late = time.monotonic() - started > _REPLACEABLE_SECONDS
+            late = time.monotonic() - started > _SLOW_SECONDS
             return self._closing.is_set() or (
                 late and self._read_manifest_state() != self._manifest_state
             )
@@ -224,8 +224,9 @@ class ModelManager:
             except Exception:  # the thread must continue: the next bundle may be valid
                 _log.exception("the new bundle can't be served")
             last_try = time.monotonic()
-            # Attempts that take long are rare, because they take a core.
-            pause = min(max(pause, 10 * (last_try - started)), MAX_RETRY_SECONDS)
+            if last_try - started > _SLOW_SECONDS:  # slow attempts are rare: they take a core
+                pause = max(pause, 10 * (last_try - started))
+            pause = min(pause, MAX_RETRY_SECONDS)
 
     def _read_manifest_state(self) -> object:
         """Return a value that changes when the manifest file is replaced."""

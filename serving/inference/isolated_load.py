@@ -74,6 +74,7 @@ def run(
     """
     limit = seconds or load_seconds(options.get("device", "cpu"))
     request = {"task": task, "folder": str(folder), "seconds": limit, "share": share}
+    request["parent"] = os.getpid()
     command = [sys.executable, "-P", "-c", _CODE, str(_ROOT), json.dumps(request | options)]
     child = subprocess.Popen(
         command,
@@ -145,9 +146,8 @@ def main(arguments: str) -> None:
     request = json.loads(arguments)
     out = os.dup(1)
     os.dup2(2, 1)  # libraries print, too
-    parent = os.getppid()
     _end_with_parent()
-    if os.getppid() != parent:
+    if os.getppid() != request.pop("parent"):
         return  # it has ended before
     error, lines, details = "", [], ""
     try:
