@@ -26,13 +26,12 @@ from serving.bundle.entries import FileEntry
 from serving.bundle.manifest import Manifest, content_version
 from serving.errors import BundleError
 from serving.utils.files import atomic_write, files_below
+from serving.utils.json_reader import MAX_BYTES
 from serving.utils.regular_files import open_regular, read_limited
 
 MANIFEST: Final = "manifest.json"
 CHECKSUM: Final = "manifest.sha256"
 SIGNATURE: Final = "manifest.sig"
-MAX_MANIFEST: Final = 2**24
-"""Largest manifest in bytes: 8 golden images with 20,000 classes in three precisions."""
 MAX_COMPANION: Final = 2**16
 """Largest `manifest.sha256` or `manifest.sig` in bytes. An export writes two lines at most."""
 MAX_PAYLOAD: Final = 2**34
@@ -119,7 +118,7 @@ def read(folder: Path, *, require_trusted: bool = True) -> Bundle:
     try:
         for attempt in range(_TRIES):
             last = attempt == _TRIES - 1
-            raw = read_limited(path, MAX_MANIFEST)
+            raw = read_limited(path, MAX_BYTES)
             # The files disagree if a version was published between the two reads, so try again.
             stated = read_limited(folder / CHECKSUM, MAX_COMPANION).decode().split()[::2]
             if hashlib.sha256(raw).hexdigest() not in stated:

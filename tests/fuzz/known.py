@@ -146,21 +146,6 @@ def _long_name() -> bytes:
     return gzip.compress(whole + tarfile.TarInfo("1.jpg").tobuf() + bytes(1024), mtime=0)
 
 
-# Checkpoints: the network is built as described, before it is compared with the weights.
-
-_WIDTHS = re.compile(rb'"(?:hidden|width_mult|width_per_group|growth_rate|init_channels)"')
-
-
-def _stated_width(data: bytes) -> bool:
-    return _WIDTHS.search(data) is not None
-
-
-def _wide_head() -> bytes:
-    from tests.fuzz.targets.runs import wide_checkpoint
-
-    return wide_checkpoint(200_000)
-
-
 KNOWN = (
     Known(
         ("profile", "decode", "request"),
@@ -179,11 +164,5 @@ KNOWN = (
         "names of megabytes, sparse files and packed zeros are read into memory",
         _large_header,
         _long_name,
-    ),
-    Known(
-        ("checkpoint",),
-        "a description of a few bytes states layers of gigabytes, which are built",
-        _stated_width,
-        _wide_head,
     ),
 )
