@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from serving.terminal import show, show_json
+
 
 class AddVerb(Protocol):
     """Signature of a function that adds a subcommand to `fledge` and returns its argument parser.
@@ -30,10 +32,10 @@ def inspect(options: argparse.Namespace) -> None:
     from serving.bundle.storage import read
 
     if options.json:
-        print(read(options.bundle).manifest.to_json(), end="")
+        show_json(read(options.bundle).manifest.to_json())
         return
     for line in describe(options.bundle):
-        print(line)
+        show(line)
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -43,7 +45,7 @@ def verify(options: argparse.Namespace) -> None:
 
     arguments = {"seconds": load_timeout(), "device": options.device}
     for line in isolated_load.run("verify", options.bundle, **arguments):
-        print(line)
+        show(line)
 
 
 def serve(options: argparse.Namespace) -> None:

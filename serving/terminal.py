@@ -7,7 +7,8 @@ title, hides text or moves the cursor.
 from __future__ import annotations
 
 import re
-from typing import Final
+import sys
+from typing import Final, TextIO
 
 # Control characters, line and paragraph separators, characters that change the direction of the
 # text after them, and lone surrogates, which can't be encoded.
@@ -19,6 +20,26 @@ def escape(text: object) -> str:
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(text))
 
 
-def escape_lines(text: object) -> str:
-    """Return text like `escape`, but keep its line breaks."""
-    return "\n".join(map(escape, str(text).split("\n")))
+def escape_json(text: str) -> str:
+    """Escape control characters in a JSON text, which has the same value afterwards."""
+    return _CONTROL.sub(lambda found: _json_escape(found[0]), text)
+
+
+def show(text: object = "", stream: TextIO | None = None, *, flush: bool = False) -> None:
+    """Print one line, with control characters escaped.
+
+    Args:
+        text: The line.
+        stream: Where to print; None: standard output.
+        flush: As for `print`.
+    """
+    print(escape(text), file=stream or sys.stdout, flush=flush)
+
+
+def show_json(text: str) -> None:
+    """Print a JSON text that ends with a line break, with control characters escaped."""
+    print(escape_json(text), end="")
+
+
+def _json_escape(character: str) -> str:
+    return character if character == "\n" else f"\\u{ord(character):04x}"

@@ -37,6 +37,7 @@ from serving.scoring.summary import Summary
 from serving.scoring.table import TableFile
 from serving.scoring.table_folder import TableFolder, is_table_folder
 from serving.settings import load_timeout
+from serving.terminal import escape, show
 from serving.utils.cpu import cores
 from serving.utils.progress import Progress
 
@@ -47,7 +48,7 @@ def score(
     out: Path,
     options: ScoringOptions | None = None,
     *,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = show,
 ) -> Summary:
     """Score every image of `inputs`, and write the table `out` and a summary file beside it.
 
@@ -138,7 +139,8 @@ def _score(
         if options.copy_to is not None:
             log(copy_by_label(options.copy_to, _all_rows(journal), protocols))
         journal.remove()
-    log(f"{summary}\nwrote {out}")
+    for line in (*str(summary).split("\n"), f"wrote {out}"):
+        log(line)
     summary.check(out, options.max_errors)
     return summary
 
@@ -153,8 +155,7 @@ def _find(
 
     def note(line: str) -> None:
         skipped.append(line)
-        # A terminal may not be able to print a name that is not UTF-8.
-        log(f"skipped: {line}".encode("utf-8", "backslashreplace").decode())
+        log(escape(f"skipped: {line}"))
 
     return sources.find(inputs, column=column, note=note)
 

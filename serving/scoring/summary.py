@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serving.errors import DataError, GateError, OptionError, WorkError
+from serving.terminal import escape
 from serving.utils.files import atomic_write
 
 if TYPE_CHECKING:  # `fledge evaluate-scores` reads summaries and needs no model
@@ -150,7 +151,7 @@ def parse_error_limit(max_errors: str | None) -> Callable[[int], float] | None:
 
 
 def _counts(counts: Mapping[str, int], most: int = 10) -> str:
-    shown = [f"{name} {count}" for name, count in list(counts.items())[:most]]
+    shown = [f"{escape(name)} {count}" for name, count in list(counts.items())[:most]]
     if len(counts) > most:
         shown.append(f"and {len(counts) - most} more")
     return f" ({', '.join(shown)})" if shown else ""

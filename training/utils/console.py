@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from serving.terminal import show
+
 MAX_MISTAKES: Final = 5
 """Largest number of mistakes in a file that an error message lists."""
 
@@ -15,7 +17,7 @@ Log = Callable[[str], None]
 
 def log_to_stderr(line: str) -> None:
     """Print one line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    show(line, sys.stderr, flush=True)
 
 
 def pluralize(count: int, noun: str) -> str:
