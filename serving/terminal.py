@@ -36,6 +36,12 @@ def show(text: object = "", stream: TextIO | None = None, *, flush: bool = False
     print(escape(text), file=stream or sys.stdout, flush=flush)
 
 
+def show_lines(text: str) -> None:
+    """Print several lines, with other control characters escaped."""
+    for line in text.split("\n"):
+        show(line)
+
+
 def show_json(text: str) -> None:
     """Print a JSON text that ends with a line break, with control characters escaped."""
     print(escape_json(text), end="")

@@ -19,6 +19,7 @@ from serving.errors import DataError, OptionError
 from serving.imaging.tta import Probabilities
 from serving.scoring.table_folder import part_files
 from serving.utils.optional_packages import require
+from serving.utils.regular_files import limited_lines
 
 _REQUIRED: Final = ("path", "status", "label", "probability")
 _COLUMNS: Final = (*_REQUIRED, "confident", "top_k", "error", "probabilities")
@@ -211,7 +212,7 @@ def csv_rows(path: Path) -> Rows:
 
 def _json_rows(path: Path) -> Rows:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(limited_lines(file), 1):
             if not line.strip():
                 continue
             try:

@@ -37,7 +37,7 @@ from serving.scoring.summary import Summary
 from serving.scoring.table import TableFile
 from serving.scoring.table_folder import TableFolder, is_table_folder
 from serving.settings import load_timeout
-from serving.terminal import escape, show
+from serving.terminal import escape, show_lines
 from serving.utils.cpu import cores
 from serving.utils.progress import Progress
 
@@ -48,7 +48,7 @@ def score(
     out: Path,
     options: ScoringOptions | None = None,
     *,
-    log: Callable[[str], None] = show,
+    log: Callable[[str], None] = show_lines,
 ) -> Summary:
     """Score every image of `inputs`, and write the table `out` and a summary file beside it.
 
@@ -139,8 +139,7 @@ def _score(
         if options.copy_to is not None:
             log(copy_by_label(options.copy_to, _all_rows(journal), protocols))
         journal.remove()
-    for line in (*str(summary).split("\n"), f"wrote {out}"):
-        log(line)
+    log(f"{summary}\nwrote {out}")
     summary.check(out, options.max_errors)
     return summary
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from serving.errors import DataError, GateError, OptionError, WorkError
 from serving.terminal import escape
+from serving.utils import json_reader
 from serving.utils.files import atomic_write
+from serving.utils.regular_files import read_limited
 
 if TYPE_CHECKING:  # `fledge evaluate-scores` reads summaries and needs no model
     from serving.inference.predictor import Predictor
@@ -117,8 +119,8 @@ def read_classes(out: Path) -> tuple[str, ...] | None:
         None if there is no summary file, or if the file has no class names.
     """
     try:
-        content = json.loads(summary_path(out).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = json_reader.parse(read_limited(summary_path(out), json_reader.MAX_BYTES))
+    except (OSError, ValueError):
         return None
     classes = content.get("classes") if isinstance(content, dict) else None
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):

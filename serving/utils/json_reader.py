@@ -17,8 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from serving.utils.regular_files import read_limited
 
-MAX_BYTES: Final = 2**24
-"""Largest text. A manifest with 20,000 classes, 8 golden images and three precisions has 16 MB."""
+MAX_BYTES: Final = 2**25
+"""Largest text. A manifest with 22,000 classes, 8 golden images and three precisions has 18 MB."""
 
 _MAX_DEPTH: Final = 100
 _MAX_CONTAINERS: Final = 50_000  # objects and arrays; an object takes 200 bytes or more

@@ -8,12 +8,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Final
+from typing import IO, AnyStr, Final
 
 # Without O_NONBLOCK, `open` of a FIFO waits for a writer. It has no effect on regular files.
 _FLAGS: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+
+
+MAX_LINE: Final = 2**24
+"""Largest line of a table in JSON lines, in characters or bytes."""
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -46,6 +51,20 @@ def read_limited(path: Path, most: int) -> bytes:
         if len(data) > size:
             raise OSError(errno.EIO, "changed while it was read", str(path))
         return data
+
+
+def limited_lines(file: IO[AnyStr], most: int = MAX_LINE) -> Iterator[AnyStr]:
+    """Yield the lines of an open file.
+
+    Raises:
+        OSError: A line has more than `most` characters or bytes.
+    """
+    number = 0
+    while line := file.readline(most + 1):
+        number += 1
+        if len(line) > most:
+            raise OSError(errno.EFBIG, f"line {number} is longer than {most:,} bytes")
+        yield line
 
 
 def _check(path: Path, status: os.stat_result) -> None:
