@@ -154,7 +154,7 @@ def read_run(folder: Path) -> tuple[Recipe, RunInfo]:
     try:
         info = json_reader.read_json(folder / RUN_FILE, _INFO, _MAX_FILE)
         path = folder / RECIPE_FILE
-        text = read_limited(path, _MAX_FILE).decode()
+        text = read_limited(path, load.MAX_BYTES).decode()
         recipe = load.parse(tomllib.loads(text), str(path))
     except FileNotFoundError as error:
         raise DataError(
