@@ -197,7 +197,12 @@ class ModelManager:
 
     def _build(self) -> LoadedModel:
         settings = self.settings
-        predictor = open_predictor(settings.bundle, **_load_options(settings))
+        # The graph of a bundle that was loaded in the child process may draw random numbers, and
+        # take longer here.
+        seconds = settings.load_timeout or isolated_load.load_seconds(settings.device)
+        predictor = open_predictor(
+            settings.bundle, golden_seconds=seconds, **_load_options(settings)
+        )
         engine = build_engine(
             predictor,
             cap=settings.max_batch or predictor.cap,

@@ -7,7 +7,9 @@ probabilities.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+import threading
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +38,7 @@ def open_predictor(
     low_latency_threads: int = 1,
     kind: str = "onnx",
     before_load: Callable[[Bundle], object] | None = None,
+    golden_seconds: float | None = None,
 ) -> Predictor:
     """Open a bundle, and check that it gives the same answers on this machine as at export.
 
@@ -51,6 +54,7 @@ def open_predictor(
         kind: The runtime, onnx or torchscript. TorchScript has fp32 only and needs torch.
         before_load: Function that is called after the files were verified and before a graph is
             loaded; see `isolated_load.limits`.
+        golden_seconds: Time limit of predicting the golden images; None: no limit.
 
     Raises:
         BundleError: A file is missing or was changed, or the golden images (photos stored with
@@ -61,8 +65,30 @@ def open_predictor(
     if before_load:
         before_load(bundle)
     predictor = _open(bundle, device, precision, threads, low_latency_threads, kind)
-    check_golden(predictor, bundle)
+    with _time_limit(predictor, golden_seconds):
+        check_golden(predictor, bundle)
     return predictor
+
+
+@contextmanager
+def _time_limit(predictor: Predictor, seconds: float | None) -> Iterator[None]:
+    """Make the predictor's runs fail if the block takes longer than `seconds`."""
+
+    def stop() -> None:
+        for engine in (predictor.runtime, predictor.low_latency_runtime):
+            if engine:
+                runtime.stop_runs(engine)
+
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def verify(

@@ -37,6 +37,7 @@ BATCH_SIZES: Final = (1, 2, 4, 8, 16)
 _FATAL_ONLY: Final = (
     4  # log_severity_level; errors are raised, and their text has names of the graph
 )
+_OUTPUTS: Final = ["logits", "features"]
 _log = logging.getLogger("bentoml.fledge")
 
 
@@ -92,16 +93,21 @@ class OnnxRuntime:
         data = graph.read_bytes() if data is None else data
         onnx_check.check(graph, data)
         self._session = _open(graph, data, device, threads)
+        self._run_options = ort.RunOptions()
         self.provider: str = self._session.get_providers()[0]
         _check_contract(graph, self._session)
 
     def run(self, pixels: Pixels) -> tuple[Floats, Floats]:
         inputs = {"pixels": np.ascontiguousarray(pixels)}
         try:
-            logits, features = self._session.run(["logits", "features"], inputs)
+            logits, features = self._session.run(_OUTPUTS, inputs, self._run_options)
         except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise WorkError(f"{self.provider} failed: {_first_line(error)}") from error
         return logits, features
+
+    def stop(self) -> None:
+        """Make the runs in progress, and all later ones, fail before their next operator."""
+        self._run_options.terminate = True
 
 
 class PaddedBatchRuntime:
@@ -143,6 +149,16 @@ class PaddedBatchRuntime:
             pixels = batch
         logits, features = self._inner.run(pixels)
         return logits[:rows], features[:rows]
+
+    def stop(self) -> None:
+        """As `OnnxRuntime.stop`, if the wrapped runtime can be stopped."""
+        stop_runs(self._inner)
+
+
+def stop_runs(engine: Runtime) -> None:
+    """Stop the runs of a runtime, if it can be stopped (TorchScript can't)."""
+    if isinstance(engine, OnnxRuntime | PaddedBatchRuntime):
+        engine.stop()
 
 
 def on_cpu(provider: str) -> bool:

@@ -16,7 +16,7 @@ from serving.errors import BundleError
 from serving.inference import onnx_check
 from serving.inference.load import open_predictor, verify
 from serving.inference.runtime import OnnxRuntime
-from tests.hostile.graphs import constant, external, rewrite, with_graph
+from tests.hostile.graphs import constant, external, loop, rewrite, with_graph
 from tests.support.tiny_bundle import tiny_bundle
 
 
@@ -168,6 +168,22 @@ def test_the_data_given_is_used_and_not_the_file(tmp_path: Path) -> None:
     with pytest.raises(BundleError):
         OnnxRuntime(path, device="cpu", data=b"")
     assert OnnxRuntime(path, device="cpu", data=path.read_bytes())
+
+
+def test_an_endless_graph_can_be_stopped_in_the_same_process(tmp_path: Path) -> None:
+    folder = with_graph(tmp_path / "bundle", loop(2**62))
+    started = time.monotonic()
+    with pytest.raises(BundleError, match="can't be run"):
+        open_predictor(folder, device="cpu", golden_seconds=0.5)
+    assert time.monotonic() - started < 4
+
+
+def test_a_time_limit_that_is_kept_stops_nothing(tmp_path: Path) -> None:
+    folder = tiny_bundle(tmp_path / "bundle")
+    predictor = open_predictor(folder, device="cpu", golden_seconds=0.5)
+    time.sleep(1)
+    prepared = predictor.prepare(next(folder.glob("*/golden/0.jpg")).read_bytes())
+    assert predictor.predict([prepared])
 
 
 def varint(value: int) -> bytes:
