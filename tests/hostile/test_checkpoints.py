@@ -21,8 +21,9 @@ from serving.errors import DataError
 from serving.imaging.preprocess import Preprocess
 from tests.hostile.graphs import fifo
 from training.models.classifier import create_classifier
-from training.run import checkpoint, folder, resume_state, tensor_file
+from training.run import checkpoint, folder, resume_state
 from training.run.checkpoint import CheckpointInfo
+from training.utils import tensor_header
 
 ROOT = Path(__file__).parents[2]
 INFO: dict[str, Any] = {
@@ -126,7 +127,7 @@ TEXTS = {
 
 OTHER_FIELDS = (
     *("other kind", "other kinds", "no preprocess", "preprocess of text", "wrong classes"),
-    *("wrong versions", "line breaks"),
+    *("wrong versions", "line breaks", "megabytes"),
 )
 
 
@@ -213,6 +214,7 @@ def test_a_sparse_file_of_weights_is_not_read(tmp_path: Path) -> None:
     assert "does not fit" in refused(lambda: checkpoint.load(tmp_path))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arch", "options"),
     [
@@ -242,7 +244,7 @@ def test_a_checkpoint_that_fits_is_loaded_and_draws_no_random_numbers_more(
     assert torch.equal(torch.rand(3), expected)
     for name, value in network.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
-    header = tensor_file.read_header(tmp_path / "best.safetensors")
+    header = tensor_header.read_header(tmp_path / "best.safetensors")
     assert header.shapes == {name: tuple(v.shape) for name, v in network.state_dict().items()}
 
 

@@ -27,6 +27,7 @@ from serving.utils.json_reader import JsonError
 from serving.utils.regular_files import read_limited
 from training.models.classifier import Classifier, check_shapes, create_classifier
 from training.run import tensor_file
+from training.utils import tensor_header
 
 SCHEMA: Final = 1
 BEST: Final = "best.safetensors"
@@ -136,7 +137,7 @@ def load(run: Path) -> tuple[Classifier, CheckpointInfo]:
     path = weights_path(run)
     info = read_info(path.with_suffix(".json"))
     try:
-        shapes = tensor_file.read_header(path).shapes
+        shapes = tensor_header.read_header(path).shapes
         _check_shapes(path, shapes, info)
         state = load_file(path)
     except FileNotFoundError:

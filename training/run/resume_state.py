@@ -23,6 +23,7 @@ from serving.errors import DataError
 from serving.utils import json_reader
 from training.run import tensor_file
 from training.run.history import Epoch
+from training.utils import tensor_header
 
 STATE_FILE: Final = "state.safetensors"
 SCHEMA: Final = "1"
@@ -152,7 +153,7 @@ def load(
     if not path.exists():
         return None
     try:
-        header = tensor_file.read_header(path).metadata
+        header = tensor_header.read_header(path).metadata
         if header.get("schema") != SCHEMA:
             raise DataError(f"{path} was written by another version of Fledge; start the run again")
         position = _position(json_reader.parse(header["position"]))
