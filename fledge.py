@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import os
 import sys
 import traceback
@@ -86,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # it looks for a Bento. It would import this file, and then the `serving` imported here would be
     # used instead of the Bento's own.
     from serving.errors import FledgeError, OptionError
+    from serving.terminal import escape
 
     # OpenMP threads that spin while they wait take a core from other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -116,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         place = f" {error.filename}:" if error.filename else ""
-        print(f"fledge:{place} {error.strerror or error}", file=sys.stderr)
+        print(escape(f"fledge:{place} {error.strerror or error}"), file=sys.stderr)
         return 1
     return 0
 
@@ -126,6 +128,8 @@ def program() -> None:
     # Imports create several hundred thousand objects that stay. With the default threshold of 700
     # the garbage collector searches these objects so often that training starts a sixth slower.
     gc.set_threshold(10_000)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the locale doesn't have
     status = main()
     if "torch" in sys.modules:
         from serving.utils.process import exit_process

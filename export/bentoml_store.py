@@ -12,11 +12,12 @@ from typing import Any, Final
 
 from serving.bundle import storage
 from serving.errors import WorkError
+from serving.terminal import show
 
 _METADATA_FILES: Final = (storage.MANIFEST, storage.CHECKSUM, storage.SIGNATURE)
 
 
-def register(folder: Path, log: Callable[[str], None] = print) -> str:
+def register(folder: Path, log: Callable[[str], None] = show) -> str:
     """Copy a bundle into BentoML's model store and return its tag, `NAME:VERSION`.
 
     The store is in BENTOML_HOME if set, else in the user's home directory. Characters that BentoML

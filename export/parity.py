@@ -24,6 +24,7 @@ from serving.imaging.preprocess import Preprocess
 from serving.imaging.tta import Probabilities, softmax
 from serving.inference.predictor import Predictor, Prepared
 from serving.inference.runtime import Runtime
+from serving.terminal import show
 
 TOLERANCE: Final = 1e-4
 """Largest accepted difference of a probability, in fp32."""
@@ -129,7 +130,7 @@ def gate(
     graphs: Mapping[str, Predictor],
     samples: Sequence[Sample],
     workers: int = 1,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = show,
 ) -> ParityReport:
     """Compare every graph with the checkpoint on held-out photos, at several batch sizes.
 

@@ -32,6 +32,7 @@ from serving.bundle.manifest import Manifest, content_version
 from serving.errors import OptionError, WorkError
 from serving.inference.predictor import Predictor
 from serving.inference.runtime import OnnxRuntime, Runtime
+from serving.terminal import show
 from training.run import checkpoint
 from training.run.dataset import load_run_dataset
 
@@ -74,7 +75,7 @@ def export(
     *,
     data: Path | None = None,
     formats: Sequence[GraphFormat] = FORMATS,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = show,
 ) -> Manifest:
     """Export a run's best checkpoint to a bundle, and check that both give the same probabilities.
 
@@ -115,7 +116,7 @@ def export_checkpoint(
     size: int | None = None,
     crop: float | None = None,
     formats: Sequence[GraphFormat] = FORMATS,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = show,
 ) -> Manifest:
     """Export a torchvision checkpoint that was trained outside Fledge.
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from serving.terminal import show, show_json
+
 
 class AddVerb(Protocol):
     """Signature of a function that adds a subcommand to `fledge` and returns its argument parser.
@@ -30,18 +32,20 @@ def inspect(options: argparse.Namespace) -> None:
     from serving.bundle.storage import read
 
     if options.json:
-        print(read(options.bundle).manifest.to_json(), end="")
+        show_json(read(options.bundle).manifest.to_json())
         return
     for line in describe(options.bundle):
-        print(line)
+        show(line)
 
 
 def verify(options: argparse.Namespace) -> None:
     """Check a bundle's bytes and run its golden images through the runtime. Needs no torch."""
-    from serving.inference.load import verify
+    from serving.inference import isolated_load
+    from serving.settings import load_timeout
 
-    for line in verify(options.bundle, options.device):
-        print(line)
+    arguments = {"seconds": load_timeout(), "device": options.device}
+    for line in isolated_load.run("verify", options.bundle, **arguments):
+        show(line)
 
 
 def serve(options: argparse.Namespace) -> None:

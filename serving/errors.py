@@ -22,16 +22,37 @@ FledgeError
 
 The class attribute `code` is a stable string that appears in HTTP responses and score tables;
 `exit_status` is the exit status of the command line. A message is one line: what is wrong, where,
-and what to do. If a file has several errors, the message has one line for each error.
+and what to do. If a file has several errors, the message has one line for each error. Names in a
+message may come from others; line breaks and control characters in them are escaped.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+from serving.terminal import escape
+
 
 class FledgeError(Exception):
-    """Base class of all errors that Fledge raises deliberately."""
+    """Base class of all errors that Fledge raises deliberately.
+
+    Attributes:
+        details: Text after the message that callers of the HTTP service must not see, such as the
+            text of a library's exception; "" if there is none.
+    """
+
+    def __init__(self, *lines: object, details: str = "") -> None:
+        """Store the lines of the message, which is usually one."""
+        super().__init__(*lines)
+        self.details = details
+
+    @property
+    def public(self) -> str:
+        """The message without `details`."""
+        return "\n  ".join(escape(line) for line in self.args)
+
+    def __str__(self) -> str:
+        return f"{self.public}: {escape(self.details)}" if self.details else self.public
 
     code: ClassVar[str] = "error"
     http_status: ClassVar[int] = 500

@@ -24,6 +24,7 @@ from serving.http.telemetry import Telemetry, flush_spans, traced
 from serving.server import bentoml_compat, launch, preflight
 from serving.server.shutdown import watch_workers
 from serving.settings import Settings
+from serving.terminal import show
 from serving.utils import malloc
 
 
@@ -80,7 +81,7 @@ class ImageClassifier:
         try:
             preflight.check(Settings.from_env())
         except FledgeError as error:
-            print(f"fledge: {error}", file=sys.stderr)
+            show(f"fledge: {error}", sys.stderr)
             raise SystemExit(error.exit_status) from error
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]

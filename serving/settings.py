@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, overload
 
 from serving.bundle import signing
 from serving.errors import OptionError
@@ -35,6 +35,19 @@ def bundle_folder(environ: Mapping[str, str]) -> Path:
     """Return the path in FLEDGE_BUNDLE or, if the variable is empty, the default bundle folder."""
     path = environ.get("FLEDGE_BUNDLE", "").strip()
     return Path(path) if path else _default_bundle()
+
+
+def load_timeout(environ: Mapping[str, str] | None = None) -> float | None:
+    """Return the value of FLEDGE_LOAD_TIMEOUT for commands without other settings.
+
+    Raises:
+        OptionError: The value is wrong.
+    """
+    reader = _Reader(os.environ if environ is None else environ)
+    seconds = reader.seconds("FLEDGE_LOAD_TIMEOUT", None)
+    if reader.errors:
+        raise OptionError(reader.errors[0])
+    return seconds
 
 
 def _default_bundle() -> Path:
@@ -67,6 +80,8 @@ class Settings:
             `serving.inference.decoding.request_memory`.
         deadline: Largest time from queueing an image to its answer, in seconds. A slower answer
             becomes a response with status 504.
+        load_timeout: Largest time for loading a bundle and predicting its golden images, in
+            seconds. None: 60, or 1200 on a GPU.
         api_keys: sha256 digests of the accepted API keys; if empty, no key is needed.
     """
 
@@ -81,6 +96,7 @@ class Settings:
     max_pixels: int = 50_000_000
     max_memory: int | None = None
     deadline: float = 10.0
+    load_timeout: float | None = None
     api_keys: frozenset[bytes] = field(default_factory=frozenset)
 
     @property
@@ -112,6 +128,7 @@ class Settings:
             max_pixels=reader.integer("FLEDGE_MAX_PIXELS", cls.max_pixels, 64, 2**31),
             max_memory=reader.integer("FLEDGE_MAX_MEMORY", 0, 2**24, 2**40) or None,
             deadline=reader.seconds("FLEDGE_DEADLINE", cls.deadline),
+            load_timeout=reader.seconds("FLEDGE_LOAD_TIMEOUT", None),
             api_keys=reader.keys("FLEDGE_API_KEYS_FILE"),
         )
         reader.check_trusted_keys()
@@ -149,8 +166,14 @@ class _Reader:
         self.errors.append(f"{name} = {text[:20]!r}: use a whole number, {low} to {high}")
         return default
 
-    def seconds(self, name: str, default: float) -> float:
-        text = self.text(name, str(default))
+    @overload
+    def seconds(self, name: str, default: float) -> float: ...
+    @overload
+    def seconds(self, name: str, default: None) -> float | None: ...
+    def seconds(self, name: str, default: float | None) -> float | None:
+        text = self.text(name, "")
+        if not text:
+            return default
         try:
             value = float(text)
         except ValueError:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal, NotRequired
 
 from pydantic import (
     ConfigDict,
+    FailFast,
     Field,
     GetCoreSchemaHandler,
     StrictBool,
@@ -143,7 +144,7 @@ class GoldenEntry(TypedDict):
 
     file: FilePath
     probabilities: Annotated[
-        dict[str, Annotated[list[Share], Field(min_length=1)]],
+        dict[str, Annotated[list[Share], FailFast(), Field(min_length=1)]],
         Field(
             description="by precision, in the order of labels",
             json_schema_extra={"required": ["fp32"]},

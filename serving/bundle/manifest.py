@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeGuard
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
@@ -34,11 +34,14 @@ from serving.bundle.entries import (
 from serving.errors import BundleError
 from serving.imaging.preprocess import Preprocess
 from serving.imaging.tta import VIEWS, View
+from serving.utils import json_reader
+from serving.utils.json_reader import JsonError
 
 SCHEMA: Final = 1
 """Version of the format of `manifest.json`."""
 
-_LARGEST_BATCH: Final = 65_536
+_LARGEST_BATCH: Final = 1024
+_LARGEST_INPUT: Final = 2**28  # bytes of a batch of pixels
 _REPORT: Final = "; a report, not used for answers"
 
 
@@ -79,7 +82,9 @@ class Manifest(BaseModel):
         json_schema_extra={"pattern": "^[0-9a-f]{12}$"},  # `storage.read` computes it again
     )
     arch: str = Field(description="torchvision's name of the network")
-    labels: tuple[Annotated[str, Field(json_schema_extra={"minLength": 1})], ...] = Field(
+    labels: Annotated[
+        tuple[Annotated[str, Field(json_schema_extra={"minLength": 1})], ...], FailFast()
+    ] = Field(
         min_length=1,
         description="class names in the order of the logits",
         json_schema_extra={"uniqueItems": True},
@@ -98,6 +103,7 @@ class Manifest(BaseModel):
     )
     views: Annotated[
         tuple[Annotated[View, BuiltFrom(ViewEntry, lambda entry: View(**entry))], ...],
+        FailFast(),
         AfterValidator(_plain_first),
     ] = Field(
         VIEWS,
@@ -124,7 +130,7 @@ class Manifest(BaseModel):
     graph: Annotated[ContractEntry, AsGiven] = Field(default_factory=lambda: ContractEntry())
     torchscript: FilePath | None = Field(None, description="the float32 graph as TorchScript")
     torch_export: FilePath | None = Field(None, description="the float32 graph by torch.export")
-    golden: tuple[Annotated[GoldenEntry, AsGiven], ...] = Field(
+    golden: Annotated[tuple[Annotated[GoldenEntry, AsGiven], ...], FailFast()] = Field(
         (), description="photos with the probabilities that every reader of the bundle must get"
     )
     tta: Mapping[str, Any] | None = Field(
@@ -174,10 +180,8 @@ class Manifest(BaseModel):
                 version than `SCHEMA`. The message names the field.
         """
         try:
-            values = json.loads(text)
-            # Lone surrogates, infinite numbers and very deep arrays can be read, but not written.
-            json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
-        except (ValueError, RecursionError) as error:
+            values = json_reader.parse(text)
+        except JsonError as error:
             raise BundleError(f"not a manifest: {error}") from error
         if not isinstance(values, dict):
             raise BundleError("not a manifest: it is not a JSON object")
@@ -187,24 +191,7 @@ class Manifest(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise BundleError(f"not a manifest: {_reason(error)}") from error
-
-
-def _reason(error: ValidationError) -> str:
-    """Describe the first validation error in one line: field, value if short, and broken rule."""
-    found = error.errors(include_url=False)[0]
-    field, value = f"{'.'.join(map(str, found['loc'])):.200}", found["input"]
-    if found["type"] == "missing":
-        reason = f"{field} is missing"
-    elif found["type"] == "extra_forbidden":
-        reason = f"{field} is an unknown field"
-    else:
-        message = found["msg"].removeprefix("Value error, ")
-        message = message.replace("dictionary", "object").replace("tuple", "array")  # JSON's terms
-        short = value is None or isinstance(value, str | int | float)
-        given = f" = {value!r:.80}" if short else ""
-        reason = f"{field}{given}: {message[0].lower()}{message[1:]}"
-    return " ".join(reason.split())
+            raise BundleError(f"not a manifest: {json_reader.describe(error)}") from error
 
 
 def content_version(manifest: Manifest, graphs: Mapping[str, str]) -> str:
@@ -280,7 +267,8 @@ def measured_max_batch(manifest: Manifest, device: str) -> int | None:
         None if there is no usable measurement.
     """
     found = _object(manifest.tuning.get(device)).get("max_batch")
-    return found if _is_count(found, _LARGEST_BATCH) else None
+    most = min(_LARGEST_BATCH, _LARGEST_INPUT // (3 * manifest.preprocess.size**2))
+    return found if _is_count(found, most) else None
 
 
 def _measured(manifest: Manifest, what: str, precision: str, cores: int) -> Mapping[str, Any]:

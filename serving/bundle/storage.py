@@ -12,7 +12,10 @@ A concurrent reader therefore sees either the old version or the new version, ne
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +26,18 @@ from serving.bundle.entries import FileEntry
 from serving.bundle.manifest import Manifest, content_version
 from serving.errors import BundleError
 from serving.utils.files import atomic_write, files_below
+from serving.utils.json_reader import MAX_BYTES
+from serving.utils.regular_files import open_regular, read_limited
 
 MANIFEST: Final = "manifest.json"
 CHECKSUM: Final = "manifest.sha256"
 SIGNATURE: Final = "manifest.sig"
+MAX_COMPANION: Final = 2**16
+"""Largest `manifest.sha256` or `manifest.sig` in bytes. An export writes two lines at most."""
+MAX_PAYLOAD: Final = 2**34
+"""Largest sum of the sizes of the payload files, in bytes; all of them are hashed."""
+_MAX_NAME: Final = 1000  # characters of a payload file's path
+_MAX_FOLDERS: Final = 1000  # of a payload
 _TRIES: Final = 5  # attempts to read the manifest and the checksum of the same version
 
 
@@ -79,12 +90,12 @@ class Bundle:
         Raises:
             BundleError: The file can't be read, or its sha256 is not the one in the manifest.
         """
-        path = self.payload / name
+        path, stated = self.payload / name, self.manifest.files[name]
         try:
-            data = path.read_bytes()
+            data = read_limited(path, stated["bytes"])
         except OSError as error:
             raise BundleError(f"{path} can't be read: {error.strerror or error}") from error
-        if hashlib.sha256(data).hexdigest() != self.manifest.files[name]["sha256"]:
+        if hashlib.sha256(data).hexdigest() != stated["sha256"]:
             raise BundleError(f"{path} was changed after export: its sha256 is not the manifest's")
         return data
 
@@ -107,9 +118,9 @@ def read(folder: Path, *, require_trusted: bool = True) -> Bundle:
     try:
         for attempt in range(_TRIES):
             last = attempt == _TRIES - 1
-            raw = path.read_bytes()
+            raw = read_limited(path, MAX_BYTES)
             # The files disagree if a version was published between the two reads, so try again.
-            stated = (folder / CHECKSUM).read_text().split()[::2]
+            stated = read_limited(folder / CHECKSUM, MAX_COMPANION).decode().split()[::2]
             if hashlib.sha256(raw).hexdigest() not in stated:
                 continue
             try:
@@ -130,7 +141,8 @@ def read(folder: Path, *, require_trusted: bool = True) -> Bundle:
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise BundleError(f"{folder} can't be read: {reason}") from error
+        name = getattr(error, "filename", None) or folder
+        raise BundleError(f"{name} can't be read: {reason}") from error
     try:
         manifest = Manifest.from_json(raw.decode())
         bundle = Bundle(folder, manifest, tuple(signers), keys is not None)
@@ -148,23 +160,27 @@ def _verify_files(bundle: Bundle) -> None:
     version = bundle.manifest.version
     if version in ("", "..") or Path(version).name != version:
         raise BundleError(f"{bundle.folder / MANIFEST}: version is not a folder name")
+    if sum(facts["bytes"] for facts in listed.values()) > MAX_PAYLOAD:
+        raise BundleError(
+            f"{bundle.folder / MANIFEST}: its files have more than {MAX_PAYLOAD:,} bytes"
+        )
     for name, facts in listed.items():
+        if len(name) > _MAX_NAME:
+            raise BundleError(f"{bundle.folder / MANIFEST}: {name:.60}… is too long a file name")
         path = payload / name
-        if not path.resolve().is_relative_to(payload.resolve()):
-            raise BundleError(f"{bundle.folder / MANIFEST}: {name} lies outside the bundle")
         try:
-            actual = sha256(path)
-        except OSError as error:
+            inside = path.resolve().is_relative_to(payload.resolve())
+        except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
             raise BundleError(f"{path} is listed in the manifest and can't be read") from error
-        if actual != facts["sha256"]:
-            raise BundleError(f"{path} was changed after export: its sha256 is not the manifest's")
+        if not inside:
+            raise BundleError(f"{bundle.folder / MANIFEST}: {name} lies outside the bundle")
+        _verify_file(path, facts)
     try:
-        present = {path.relative_to(payload).as_posix() for path in files_below(payload)}
+        extra = _unlisted_file(payload, listed)
     except OSError as error:
         raise BundleError(f"{payload} can't be read: {error.strerror or error}") from error
-    extra = sorted(present - set(listed))
     if extra:
-        raise BundleError(f"{payload / extra[0]} is not listed in the manifest; remove it")
+        raise BundleError(f"{payload / extra} is not listed in the manifest; remove it")
     graphs = bundle.manifest.graphs
     for name in [*graphs, *(image["file"] for image in bundle.manifest.golden)]:
         if name not in listed:
@@ -177,9 +193,47 @@ def _verify_files(bundle: Bundle) -> None:
         )
 
 
+def _verify_file(path: Path, facts: FileEntry) -> None:
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            # The size first: hashing a file of another size could take hours.
+            actual = size == facts["bytes"] and hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        reason = "" if isinstance(error, FileNotFoundError) else f": {error.strerror or error}"
+        raise BundleError(f"{path} is listed in the manifest and can't be read{reason}") from error
+    if actual != facts["sha256"]:
+        which = "sha256" if actual else f"size of {size:,} bytes"
+        raise BundleError(f"{path} was changed after export: its {which} is not the manifest's")
+
+
+def _unlisted_file(payload: Path, listed: Container[str]) -> str | None:
+    """Return the relative path of a file, device or the like that is not listed, or None.
+
+    Links to folders are not followed.
+
+    Raises:
+        OSError: A folder can't be read, or there are too many.
+    """
+    folders, number = [""], 0
+    while folders:
+        folder = folders.pop()
+        number += 1
+        if number > _MAX_FOLDERS:
+            raise OSError(errno.EFBIG, f"it has more than {_MAX_FOLDERS:,} folders", str(payload))
+        with os.scandir(payload / folder) as entries:
+            for entry in entries:
+                name = f"{folder}{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{name}/")
+                elif name not in listed and not entry.is_dir():
+                    return name
+    return None
+
+
 def sha256(path: Path) -> str:
-    """Return the sha256 of a file as hex digits."""
-    with path.open("rb") as file:
+    """Return the sha256 of a regular file as hex digits."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -228,7 +282,7 @@ def publish(manifest: Manifest, folder: Path, sign: signing.Sign | None = None) 
 
 def _signatures(folder: Path) -> str | None:
     try:
-        return (folder / SIGNATURE).read_text(errors="replace")
+        return read_limited(folder / SIGNATURE, MAX_COMPANION).decode(errors="replace")
     except FileNotFoundError:
         return None
 

@@ -25,6 +25,7 @@ from serving.evaluation.table_reader import read
 from serving.evaluation.true_labels import FolderLabels, LabelFile, TrueLabels
 from serving.scoring.row_writers import csv_line
 from serving.scoring.summary import read_classes, summary_path
+from serving.terminal import escape, show
 from serving.utils.files import atomic_write, check_file
 
 _CLASSES: Final = 20
@@ -67,7 +68,7 @@ class EvaluationOptions:
 
 
 def evaluate(
-    scores: Path, options: EvaluationOptions, *, log: Callable[[str], None] = print
+    scores: Path, options: EvaluationOptions, *, log: Callable[[str], None] = show
 ) -> dict[str, Any]:
     """Compare a table of scores with true labels, and return all figures.
 
@@ -114,7 +115,7 @@ def evaluate(
         )
     figures = {"scores": str(scores)} | metrics.figures() | true_labels.match_counts()
     for line in describe(figures):
-        log(line.encode("utf-8", "backslashreplace").decode())  # a path may not be UTF-8
+        log(escape(line))
     if not order.known:
         log(
             f"  class order unknown: {summary_path(scores)} is missing, or has no class names "

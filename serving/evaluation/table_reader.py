@@ -21,6 +21,7 @@ from serving.scoring.row_writers import unescape_formula
 from serving.scoring.summary import read_csv_safe
 from serving.scoring.table_folder import part_files
 from serving.utils.optional_packages import require
+from serving.utils.regular_files import limited_lines
 
 _REQUIRED: Final = ("path", "status", "label", "probability")
 _COLUMNS: Final = (*_REQUIRED, "confident", "top_k", "error", "probabilities")
@@ -221,7 +222,7 @@ def csv_rows(path: Path) -> Rows:
 
 def _json_rows(path: Path) -> Rows:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(limited_lines(file), 1):
             if not line.strip():
                 continue
             try:

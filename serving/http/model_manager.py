@@ -10,17 +10,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from serving import __version__
 from serving.bundle import storage
 from serving.errors import FledgeError, NotReady
 from serving.http.telemetry import Telemetry
+from serving.inference import isolated_load
 from serving.inference.decoding import request_memory
+from serving.inference.isolated_load import LoadStopped
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
 from serving.inference.scheduling import Engine, build_engine
 from serving.settings import Settings
+from serving.terminal import escape
 from serving.utils import malloc
 
 WATCH_SECONDS: Final = 1.0
@@ -29,6 +32,8 @@ FIRST_RETRY_SECONDS: Final = 10.0
 MAX_RETRY_SECONDS: Final = 300.0
 """Least and largest time until a refused bundle is tried again. The time doubles with each attempt.
 """
+_SLOW_SECONDS: Final = 5.0
+"""A load that takes longer is stopped when a newer bundle is published, and seldom repeated."""
 _RELEASE_POLL_SECONDS: Final = 0.02
 
 _log = logging.getLogger("bentoml.fledge")
@@ -139,9 +144,12 @@ class ModelManager:
         """
         self._manifest_state = self._read_manifest_state()
         try:
+            self._try_in_child()
             model = self._build()
+        except LoadStopped:
+            return
         except FledgeError as error:
-            self._refuse(str(error))
+            self._refuse(error.public, error.details)
             return
         except Exception:
             _log.exception("the bundle can't be loaded")
@@ -163,9 +171,41 @@ class ModelManager:
         gc.collect()
         gc.freeze()
 
+    def _try_in_child(self) -> None:
+        """Load the bundle in a child process first, with limits of time and memory.
+
+        Raises:
+            BundleError, OptionError: The bundle can't be served.
+            LoadStopped: The service ends, or the load takes long and a newer bundle was published.
+        """
+        started = time.monotonic()
+
+        def stop() -> bool:
+            late = time.monotonic() - started > _SLOW_SECONDS
+            return self._closing.is_set() or (
+                late and self._read_manifest_state() != self._manifest_state
+            )
+
+        settings = self.settings
+        if self._model is None and settings.device in ("cuda", "tensorrt"):
+            return  # `preflight.check_gpu` has done it
+        isolated_load.run(
+            "open_predictor",
+            settings.bundle,
+            seconds=settings.load_timeout,
+            share=settings.workers,
+            stop=stop,
+            **_load_options(settings),
+        )
+
     def _build(self) -> LoadedModel:
         settings = self.settings
-        predictor = _open(settings)
+        # The graph of a bundle that was loaded in the child process may draw random numbers, and
+        # take longer here.
+        seconds = settings.load_timeout or isolated_load.load_seconds(settings.device)
+        predictor = open_predictor(
+            settings.bundle, golden_seconds=seconds, **_load_options(settings)
+        )
         self.memory = settings.max_memory or request_memory(settings.workers)
         engine = build_engine(
             predictor,
@@ -187,12 +227,16 @@ class ModelManager:
             # Try a refused bundle again, because its folder may have been incomplete.
             if not changed and not (self.refusal and time.monotonic() - last_try > pause):
                 continue
-            pause = FIRST_RETRY_SECONDS if changed else min(2 * pause, MAX_RETRY_SECONDS)
+            pause = FIRST_RETRY_SECONDS if changed else 2 * pause
+            started = time.monotonic()
             try:
                 self.load()
             except Exception:  # the thread must continue: the next bundle may be valid
                 _log.exception("the new bundle can't be served")
             last_try = time.monotonic()
+            if last_try - started > _SLOW_SECONDS:  # slow attempts are rare: they take a core
+                pause = max(pause, 10 * (last_try - started))
+            pause = min(pause, MAX_RETRY_SECONDS)
 
     def _read_manifest_state(self) -> object:
         """Return a value that changes when the manifest file is replaced."""
@@ -202,14 +246,17 @@ class ModelManager:
             return ""
         return status.st_ino, status.st_mtime_ns, status.st_size
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str, details: str = "") -> None:
+        """Store and log the reason. Only the log gets `details`."""
         self.refusal = reason
         if (self._manifest_state, reason) == self._logged_refusal:
             return
         self._logged_refusal = (self._manifest_state, reason)
-        current = f"still serving {self._model.predictor.model}" if self._model else "not serving"
+        current = (
+            f"still serving {escape(self._model.predictor.model)}" if self._model else "not serving"
+        )
         self.telemetry.refused()
-        _log.error("%s: %s", current, reason)
+        _log.error("%s: %s", current, f"{reason}: {escape(details)}" if details else reason)
 
     def _report(self, model: LoadedModel, old: LoadedModel | None) -> None:
         predictor = model.predictor
@@ -218,7 +265,7 @@ class ModelManager:
         self.telemetry.serving(*_labels(predictor), predictor.manifest.labels)
         _log.info(
             "serving %s in %s on %s, %d threads, up to %d rows a run, %d MB for requests",
-            *_labels(predictor),
+            *map(escape, _labels(predictor)),
             self.settings.threads,
             self.settings.max_batch or predictor.cap,
             self.memory >> 20,
@@ -229,16 +276,16 @@ def _labels(predictor: Predictor) -> tuple[str, str, str]:
     return predictor.model, predictor.precision, predictor.runtime.provider
 
 
-def _open(settings: Settings) -> Predictor:
+def _load_options(settings: Settings) -> dict[str, Any]:
+    """Return the arguments of `open_predictor`."""
     # One thread per run, because concurrent runs use all cores when several images are in progress.
-    return open_predictor(
-        settings.bundle,
-        device=settings.device,
-        precision=settings.precision,
-        threads=1,
-        low_latency_threads=settings.threads,
-        kind=settings.runtime,
-    )
+    return {
+        "device": settings.device,
+        "precision": settings.precision,
+        "threads": 1,
+        "low_latency_threads": settings.threads,
+        "kind": settings.runtime,
+    }
 
 
 def _describe(predictor: Predictor) -> bytes:

@@ -7,7 +7,9 @@ probabilities.
 
 from __future__ import annotations
 
-from collections.abc import Container
+import threading
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +37,8 @@ def open_predictor(
     threads: int | None = 1,
     low_latency_threads: int = 1,
     kind: str = "onnx",
+    before_load: Callable[[Bundle], object] | None = None,
+    golden_seconds: float | None = None,
 ) -> Predictor:
     """Open a bundle, and check that it gives the same answers on this machine as at export.
 
@@ -48,6 +52,9 @@ def open_predictor(
         low_latency_threads: CPU threads of a run while only one image is in progress. Ignored if
             several threads were not faster than one in the measurements at export.
         kind: The runtime, onnx or torchscript. TorchScript has fp32 only and needs torch.
+        before_load: Function that is called after the files were verified and before a graph is
+            loaded; see `isolated_load.limits`.
+        golden_seconds: Time limit of predicting the golden images; None: no limit.
 
     Raises:
         BundleError: A file is missing or was changed, or the golden images (photos stored with
@@ -55,12 +62,38 @@ def open_predictor(
         OptionError: The device is not available, or the bundle has no graph of the precision.
     """
     bundle = storage.read(folder)
+    if before_load:
+        before_load(bundle)
     predictor = _open(bundle, device, precision, threads, low_latency_threads, kind)
-    check_golden(predictor, bundle)
+    with _time_limit(predictor, golden_seconds):
+        check_golden(predictor, bundle)
     return predictor
 
 
-def verify(folder: Path, device: str = "cpu") -> list[str]:
+@contextmanager
+def _time_limit(predictor: Predictor, seconds: float | None) -> Iterator[None]:
+    """Make the predictor's runs fail if the block takes longer than `seconds`."""
+
+    def stop() -> None:
+        for engine in (predictor.runtime, predictor.low_latency_runtime):
+            if engine:
+                runtime.stop_runs(engine)
+
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def verify(
+    folder: Path, device: str = "cpu", before_load: Callable[[Bundle], object] | None = None
+) -> list[str]:
     """Check all files of a bundle, and the golden images at each precision; return a report.
 
     Golden images are photos stored with expected probabilities.
@@ -68,6 +101,7 @@ def verify(folder: Path, device: str = "cpu") -> list[str]:
     Args:
         folder: The bundle.
         device: cpu, cuda, tensorrt or auto. auto: CUDA if it works, else the CPU.
+        before_load: See `open_predictor`.
 
     Returns:
         The lines of the report.
@@ -78,6 +112,8 @@ def verify(folder: Path, device: str = "cpu") -> list[str]:
         OptionError: The device is not available.
     """
     bundle = storage.read(folder)
+    if before_load:
+        before_load(bundle)
     manifest = bundle.manifest
     lines = [
         f"{folder}: {manifest.name}:{manifest.version}, {len(manifest.files)} files are as exported"
@@ -168,7 +204,8 @@ def _check_image(
         if predictor.low_latency_runtime:
             answers += [predictor.predict([prepared], low_latency=True)[0].probabilities]
     except WorkError as error:
-        raise BundleError(f"{bundle.folder} must not be served here: {error}") from error
+        text = f"{bundle.folder} must not be served here: its graph can't be run"
+        raise BundleError(text, details=str(error)) from error
     if answers[0].shape != expected.shape:
         raise BundleError(
             f"{bundle.folder}: the graph gives {answers[0].size} probabilities for {classes} labels"

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from serving.errors import BundleError, OptionError, WorkError
 from serving.imaging.preprocess import Pixels
+from serving.inference import onnx_check
 from serving.utils.files import make_user_cache_folder
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # must be set before the import
@@ -33,7 +34,10 @@ PROVIDERS: Final = {
 }
 BATCH_SIZES: Final = (1, 2, 4, 8, 16)
 """Default batch sizes of `PaddedBatchRuntime`."""
-_ERRORS_ONLY: Final = 3  # log_severity_level
+_FATAL_ONLY: Final = (
+    4  # log_severity_level; errors are raised, and their text has names of the graph
+)
+_OUTPUTS: Final = ["logits", "features"]
 _log = logging.getLogger("bentoml.fledge")
 
 
@@ -81,21 +85,29 @@ class OnnxRuntime:
 
         Raises:
             OptionError: The device is not available.
-            BundleError: The file is not an ONNX graph, or the graph has other inputs or outputs.
+            BundleError: The file is not an ONNX graph, keeps weights in another file, or has other
+                inputs or outputs.
         """
         if device not in ("auto", *PROVIDERS):
             raise OptionError(f"device = {device!r}: use auto, {', '.join(PROVIDERS)}")
-        self._session = _open(graph, data or str(graph), device, threads)
+        data = graph.read_bytes() if data is None else data
+        onnx_check.check(graph, data)
+        self._session = _open(graph, data, device, threads)
+        self._run_options = ort.RunOptions()
         self.provider: str = self._session.get_providers()[0]
         _check_contract(graph, self._session)
 
     def run(self, pixels: Pixels) -> tuple[Floats, Floats]:
         inputs = {"pixels": np.ascontiguousarray(pixels)}
         try:
-            logits, features = self._session.run(["logits", "features"], inputs)
+            logits, features = self._session.run(_OUTPUTS, inputs, self._run_options)
         except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise WorkError(f"{self.provider} failed: {_first_line(error)}") from error
         return logits, features
+
+    def stop(self) -> None:
+        """Make the runs in progress, and all later ones, fail before their next operator."""
+        self._run_options.terminate = True
 
 
 class PaddedBatchRuntime:
@@ -138,6 +150,16 @@ class PaddedBatchRuntime:
         logits, features = self._inner.run(pixels)
         return logits[:rows], features[:rows]
 
+    def stop(self) -> None:
+        """As `OnnxRuntime.stop`, if the wrapped runtime can be stopped."""
+        stop_runs(self._inner)
+
+
+def stop_runs(engine: Runtime) -> None:
+    """Stop the runs of a runtime, if it can be stopped (TorchScript can't)."""
+    if isinstance(engine, OnnxRuntime | PaddedBatchRuntime):
+        engine.stop()
+
 
 def on_cpu(provider: str) -> bool:
     """Return whether a runtime with this `provider` computes on the CPU."""
@@ -175,7 +197,7 @@ def _missing(device: str, reason: str) -> OptionError:
     )
 
 
-def _open(graph: Path, data: bytes | str, device: str, threads: int) -> ort.InferenceSession:
+def _open(graph: Path, data: bytes, device: str, threads: int) -> ort.InferenceSession:
     """Create an inference session on `device`. For device cpu, no GPU library is loaded."""
     if device == "cpu":
         return _session(graph, data, "cpu", threads)
@@ -194,13 +216,15 @@ def _open(graph: Path, data: bytes | str, device: str, threads: int) -> ort.Infe
     raise _missing(device, reason)
 
 
-def _session(graph: Path, data: bytes | str, device: str, threads: int) -> ort.InferenceSession:
+def _session(graph: Path, data: bytes, device: str, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     # Threads that spin between runs would take the cores from the threads that decode.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # ONNX Runtime would recognise its own format, too, which `onnx_check` does not know.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     providers: list[Any] = [PROVIDERS["cpu"]]
     if device != "cpu":
         # TF32 would move fp32 probabilities beyond the bundle's tolerance. The exhaustive search
@@ -214,7 +238,7 @@ def _session(graph: Path, data: bytes | str, device: str, threads: int) -> ort.I
     try:
         return ort.InferenceSession(data, options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
-        raise BundleError(f"{graph} can't be loaded: {_first_line(error)}") from error
+        raise BundleError(f"{graph} can't be loaded", details=_first_line(error)) from error
 
 
 def _tensorrt_options() -> dict[str, str]:

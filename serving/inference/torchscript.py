@@ -65,8 +65,8 @@ class TorchScriptRuntime:
                 # The newest torch releases deprecate TorchScript, but mobile and C++ users load it.
                 warnings.simplefilter("ignore", FutureWarning)
                 load: Any = torch.jit.load  # untyped in some releases
-                source = str(graph) if data is None else io.BytesIO(data)
-                module = load(source, map_location=self._device)
+                content = graph.read_bytes() if data is None else data
+                module = load(io.BytesIO(content), map_location=self._device)
         except (OSError, RuntimeError, ValueError) as error:
             raise BundleError(f"{graph} can't be loaded as TorchScript") from error
         self._module = module.eval()

@@ -19,6 +19,7 @@ from typing import IO, Any, Final
 from serving.errors import DataError
 from serving.inputs.folders import Note, is_image
 from serving.utils.optional_packages import require_parquet
+from serving.utils.regular_files import limited_lines
 
 LINES: Final = ".txt"
 DEFAULT: Final = "path"
@@ -201,7 +202,7 @@ def _csv_values(path: str, column: str) -> Iterator[object]:
 
 def _objects(path: str) -> Iterator[object]:
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        for line in file:
+        for line in limited_lines(file):
             try:
                 yield json.loads(line) if line.strip() else _BLANK
             except (ValueError, RecursionError):

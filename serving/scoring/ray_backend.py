@@ -37,6 +37,8 @@ from serving.scoring.journal import SIZE, ScoringJournal
 from serving.scoring.options import ScoringOptions
 from serving.scoring.rows import Features, ScoreRow
 from serving.scoring.scorer import Chunk, ScoredChunk, Scorer, score_chunks
+from serving.utils.json_reader import MAX_BYTES
+from serving.utils.regular_files import read_limited
 
 _IO_THREADS: Final = 8
 """Factor for the number of threads if images are downloaded, because most threads then wait."""
@@ -334,7 +336,9 @@ def _bundle_files(bundle: storage.Bundle) -> dict[str, bytes]:
     """Return the contents of all files of a bundle, by path relative to the bundle's folder."""
     top = (storage.MANIFEST, storage.CHECKSUM, storage.SIGNATURE)
     files = {
-        name: (bundle.folder / name).read_bytes() for name in top if (bundle.folder / name).exists()
+        name: read_limited(bundle.folder / name, MAX_BYTES)
+        for name in top
+        if (bundle.folder / name).exists()
     }
     version = bundle.payload.name
     return files | {f"{version}/{name}": bundle.load(name) for name in bundle.manifest.files}

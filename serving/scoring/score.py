@@ -17,11 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from serving.bundle.manifest import measured_parallelism
 from serving.errors import OptionError, WorkError
+from serving.inference import isolated_load
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
 from serving.inference.runtime import on_cpu
@@ -35,6 +37,8 @@ from serving.scoring.scorer import Chunk, Scorer, score_chunks
 from serving.scoring.summary import Summary
 from serving.scoring.table import TableFile
 from serving.scoring.table_folder import TableFolder, is_table_folder
+from serving.settings import load_timeout
+from serving.terminal import escape, show_lines
 from serving.utils.cpu import cores
 from serving.utils.progress import Progress
 
@@ -45,7 +49,7 @@ def score(
     out: Path,
     options: ScoringOptions | None = None,
     *,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = show_lines,
 ) -> Summary:
     """Score every image of `inputs`, and write the table `out` and a summary file beside it.
 
@@ -71,13 +75,18 @@ def score(
     """
     options = options or ScoringOptions()
     if options.engine == "local":
-        return _score(inputs, bundle, out, options, log, open_predictor, _run_locally)
+        return _score(inputs, bundle, out, options, log, _open_locally, _run_locally)
     if options.engine != "ray":
         raise OptionError(f"--engine {options.engine}: use local or ray")
     from serving.scoring.ray_backend import RayBackend  # ray is an optional package
 
     with RayBackend(options, log) as backend:
         return _score(inputs, bundle, out, options, log, backend.open, backend.run)
+
+
+def _open_locally(bundle: Path, *, device: str, **options: Any) -> Predictor:
+    with isolated_load.limits(bundle, device, load_timeout()) as before_load:
+        return open_predictor(bundle, device=device, before_load=before_load, **options)
 
 
 def _score(
@@ -151,8 +160,7 @@ def _find(
 
     def note(line: str) -> None:
         skipped.append(line)
-        # A terminal may not be able to print a name that is not UTF-8.
-        log(f"skipped: {line}".encode("utf-8", "backslashreplace").decode())
+        log(escape(f"skipped: {line}"))
 
     return sources.find(inputs, column=column, note=note)
 

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.errors import DataError, GateError, OptionError, WorkError
+from serving.terminal import escape
+from serving.utils import json_reader
 from serving.utils.files import atomic_write
+from serving.utils.regular_files import read_limited
 
 if TYPE_CHECKING:  # `fledge evaluate-scores` reads summaries and needs no model
     from serving.inference.predictor import Predictor
@@ -135,8 +138,8 @@ def read_csv_safe(out: Path) -> bool:
 
 def _read(out: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(summary_path(out).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = json_reader.parse(read_limited(summary_path(out), json_reader.MAX_BYTES))
+    except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -166,7 +169,7 @@ def parse_error_limit(max_errors: str | None) -> Callable[[int], float] | None:
 
 
 def _counts(counts: Mapping[str, int], most: int = 10) -> str:
-    shown = [f"{name} {count}" for name, count in list(counts.items())[:most]]
+    shown = [f"{escape(name)} {count}" for name, count in list(counts.items())[:most]]
     if len(counts) > most:
         shown.append(f"and {len(counts) - most} more")
     return f" ({', '.join(shown)})" if shown else ""

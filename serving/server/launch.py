@@ -22,6 +22,7 @@ from serving.bundle import signing
 from serving.errors import OptionError
 from serving.server import preflight, single_process
 from serving.settings import Settings, bundle_folder
+from serving.terminal import show
 
 SCRATCH: Final = "FLEDGE_SCRATCH"
 """Environment variable with the value PID:FOLDER. The server process PID removes FOLDER at exit."""
@@ -72,11 +73,11 @@ def serve(
     address = listener.getsockname()[0]
     url = client_url(address, port)
     if settings.workers == 1:  # with several, `ImageClassifier.check` does this
-        preflight.check_gpu(settings, env)
-    print(f"{manifest.name}:{manifest.version} on {url} (ready when {url}/readyz answers 200)")
+        preflight.check_gpu(settings)
+    show(f"{manifest.name}:{manifest.version} on {url} (ready when {url}/readyz answers 200)")
     key = '-H "Authorization: Bearer KEY" ' if settings.api_keys else ""
     photo = '--data-binary @photo.jpg -H "Content-Type: image/jpeg"'
-    print(f"curl {photo} {key}{url}/predict", flush=True)
+    show(f"curl {photo} {key}{url}/predict", flush=True)
     _use_private_bentoml_home(env)
     if settings.workers == 1:
         remove_scratch_at_exit(env)

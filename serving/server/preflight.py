@@ -1,23 +1,14 @@
 """Checks before the service starts: bundle, precision, runtime and device.
 
 A check raises an error if no worker could serve with the settings.
-
-The command `python -m serving.server.preflight` opens the bundle on the device in FLEDGE_DEVICE,
-compares the predictions of the golden images (photos stored with expected probabilities), and
-exits.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Mapping
-
 from serving.bundle import storage
 from serving.bundle.manifest import Manifest
-from serving.errors import BundleError, FledgeError, OptionError
-from serving.server import single_process
+from serving.errors import BundleError, OptionError
+from serving.inference import isolated_load
 from serving.settings import Settings
 from serving.utils.optional_packages import require
 
@@ -30,7 +21,7 @@ def check(settings: Settings) -> None:
         OptionError: The device can't be used, or the bundle has no graph of the precision.
     """
     check_bundle(settings)
-    check_gpu(settings, os.environ)
+    check_gpu(settings)
 
 
 def check_bundle(settings: Settings) -> Manifest:
@@ -59,32 +50,25 @@ def check_bundle(settings: Settings) -> Manifest:
     return manifest
 
 
-def check_gpu(settings: Settings, env: Mapping[str, str]) -> None:
+def check_gpu(settings: Settings) -> None:
     """Open the bundle on the GPU in a child process; does nothing if the device is not a GPU.
 
-    Args:
-        settings: Settings of the service; `device` decides whether the check runs.
-        env: Environment variables of the child process.
+    In a process of its own, so that the launcher, which serves nothing, holds no GPU memory.
 
     Raises:
         BundleError: The bundle can't be opened. Or the probabilities that the GPU computes for the
             golden images differ from the expected probabilities in the bundle.
         OptionError: The GPU can't be used.
     """
-    if settings.device not in ("cuda", "tensorrt"):
-        return
-    # In a process of its own, so that the launcher, which serves nothing, holds no GPU memory.
-    result = subprocess.run(
-        [sys.executable, "-m", "serving.server.preflight"],
-        cwd=single_process.ROOT,
-        env=env,
-        text=True,
-        stderr=subprocess.PIPE,
-        check=False,
-    )
-    if result.returncode:
-        kind = BundleError if result.returncode == BundleError.exit_status else OptionError
-        raise kind((result.stderr.strip().splitlines() or ["the device check failed"])[-1])
+    if settings.device in ("cuda", "tensorrt"):
+        isolated_load.run(
+            "open_predictor",
+            settings.bundle,
+            seconds=settings.load_timeout,
+            device=settings.device,
+            precision=settings.precision,
+            kind=settings.runtime,
+        )
 
 
 def _check_torchscript(settings: Settings, manifest: Manifest) -> None:
@@ -93,28 +77,3 @@ def _check_torchscript(settings: Settings, manifest: Manifest) -> None:
         raise OptionError("FLEDGE_RUNTIME = torchscript: answers in fp32, on cpu or cuda")
     if manifest.torchscript is None:
         raise BundleError(f"{settings.bundle} has no TorchScript graph; export it again")
-
-
-def _open_on_device() -> int:
-    """Open the bundle with the settings of the environment, as a worker does.
-
-    An error is printed to stderr. Returns the exit status of the command.
-    """
-    from serving.inference.load import open_predictor
-
-    try:
-        settings = Settings.from_env()
-        open_predictor(
-            settings.bundle,
-            device=settings.device,
-            precision=settings.precision,
-            kind=settings.runtime,
-        )
-    except FledgeError as error:
-        print(error, file=sys.stderr)
-        return error.exit_status
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(_open_on_device())

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 import psutil  # type: ignore[import-untyped]
 
 from serving.server import bentoml_compat
+from serving.terminal import show
 
 if TYPE_CHECKING:
     import uvicorn
@@ -162,11 +163,8 @@ def _wait_for_exit(pid: int, failed: threading.Event) -> None:
         return
     failed.set()
     how = "exit status" if status.si_code == os.CLD_EXITED else "signal"
-    print(
-        f"fledge: worker {pid} ended with {how} {status.si_status}; stopping the service",
-        file=sys.stderr,
-        flush=True,
-    )
+    text = f"fledge: worker {pid} ended with {how} {status.si_status}; stopping the service"
+    show(text, sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

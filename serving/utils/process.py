@@ -8,6 +8,8 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
+from serving.terminal import show
+
 
 def exit_process(status: int) -> NoReturn:
     """Run the `atexit` handlers, flush stdout and stderr, and exit without waiting for threads.
@@ -23,7 +25,7 @@ def exit_process(status: int) -> NoReturn:
         sys.stderr.flush()
     except (OSError, RuntimeError) as error:  # a closed pipe; an interrupted write
         with suppress(OSError):
-            print(repr(error), file=sys.stderr, flush=True)
+            show(repr(error), sys.stderr, flush=True)
         os._exit(status or 120)  # Python's own status when the final flush fails
     os._exit(status)
 

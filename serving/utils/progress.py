@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, TextIO
 
+from serving.terminal import show
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -75,10 +77,10 @@ class Progress(AbstractContextManager["Progress"]):
         elif time.monotonic() - self._last_line >= EVERY:
             self._last_line = time.monotonic()
             left = (self._total - done) / rate
-            print(
+            show(
                 f"{done} of {self._total} images, {self._errors} errors, "
                 f"{rate:.0f} images/s, {left:.0f} s left",
-                file=self._stream,
+                self._stream,
                 flush=True,
             )
 

@@ -47,6 +47,7 @@ def test_every_variable_is_read(tmp_path: Path):
             "FLEDGE_MAX_BYTES": "5000",
             "FLEDGE_MAX_PIXELS": "6000",
             "FLEDGE_DEADLINE": "0.5",
+            "FLEDGE_LOAD_TIMEOUT": "7",
             "FLEDGE_API_KEYS_FILE": str(keys),
         }
     )
@@ -56,6 +57,8 @@ def test_every_variable_is_read(tmp_path: Path):
     assert (settings.workers, settings.max_batch, settings.max_queue) == (2, 8, 9)
     assert (settings.max_bytes, settings.max_pixels, settings.deadline) == (5000, 6000, 0.5)
     assert len(settings.api_keys) == 2
+    assert settings.load_timeout == 7
+    assert Settings.from_env({}).load_timeout is None
 
 
 def test_all_errors_are_reported_at_once(tmp_path: Path):

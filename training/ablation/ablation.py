@@ -16,7 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from pydantic import ConfigDict, TypeAdapter, with_config
+
 from serving.errors import OptionError, WorkError
+from serving.utils import json_reader
 from serving.utils.files import atomic_write, check_folder
 from training.ablation import tricks
 from training.ablation.tricks import Trick
@@ -79,6 +82,7 @@ class PlannedRun:
         return f"{self.row}-{self.unit.replace(' ', '')}"
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class AblationRun:
     """The result of a trial.
@@ -103,6 +107,9 @@ class AblationRun:
     valid: int = 0
     error: str = ""
 
+
+_TRIAL: Final = TypeAdapter(AblationRun)
+_MAX_TRIAL: Final = 2**16  # bytes of a result file
 
 Trials = dict[str, dict[str, AblationRun]]
 """Row -> unit -> trial."""
@@ -228,8 +235,8 @@ def _load_finished(folder: Path, planned: Mapping[str, PlannedRun]) -> dict[str,
     finished = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            trial = AblationRun(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            trial = json_reader.read_json(path, _TRIAL, _MAX_TRIAL)
+        except (OSError, ValueError) as error:
             raise OptionError(f"{path} is no trial: {error}; remove it") from error
         plan = planned.get(trial.key)
         if plan and not trial.error and (trial.accuracy_tta is not None or plan.tta is None):

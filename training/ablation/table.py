@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
 
+from serving.terminal import escape
 from serving.utils.files import atomic_write
 from training.ablation.ablation import AblationRun, Trials
 from training.ablation.tricks import Trick
@@ -170,7 +171,7 @@ def show(found: Sequence[TableRow], stream: TextIO | None = None) -> None:
     console.print(table)
     for line in found:
         if line.error:
-            console.print(f"{line.row}: {line.error}", markup=False, soft_wrap=True)
+            console.print(f"{line.row}: {escape(line.error)}", markup=False, soft_wrap=True)
 
 
 def _ends(value: Interval) -> tuple[float, float]:

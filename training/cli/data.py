@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serving.terminal import show
 from training.cli.options import add_overrides, check_arch
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def layers(options: argparse.Namespace) -> None:
             layer_groups.describe(layer_groups.of_arch(arch)) if arch else layer_groups.families()
         )
     for line in lines:
-        print(line)
+        show(line)
 
 
 def preview(options: argparse.Namespace) -> None:
@@ -55,12 +56,10 @@ def preview(options: argparse.Namespace) -> None:
     else:
         recipe = load.read(options.recipe, overrides, check_arch)
     if options.augment:
-        print(
-            augmented(options.data, recipe, options.out, split=options.split, photo=options.photo)
-        )
+        show(augmented(options.data, recipe, options.out, split=options.split, photo=options.photo))
         return
     for line in preview(options.data, recipe, options.out, split=options.split):
-        print(line)
+        show(line)
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -68,7 +67,7 @@ def sample(options: argparse.Namespace) -> None:
     from training.data.sample import write_sample
 
     per_class = {} if options.per_class is None else {"per_class": options.per_class}
-    print(write_sample(options.folder, seed=options.seed, **per_class))
+    show(write_sample(options.folder, seed=options.seed, **per_class))
 
 
 def add_to(add_verb: AddVerb) -> None:

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serving.terminal import show
 from training.cli.options import add_cache_option
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def evaluate(options: argparse.Namespace) -> None:
         log_to_stderr(f"plain view: accuracy {accuracy:.6f}  loss {loss:.6f}")
     if options.csv is not None:
         write_csv(result, options.csv, safe=options.csv_safe)
-    print(
+    show(
         f"accuracy {result.accuracy:.6f}  loss {result.loss:.6f}  "
         f"photos {result.photos}  views {result.views}  broken {result.broken}"
     )
@@ -59,7 +60,7 @@ def report(options: argparse.Namespace) -> None:
         device=options.device,
         log=log_to_stderr,
     )
-    print(path)
+    show(path)
 
 
 def cache(options: argparse.Namespace) -> None:
@@ -68,7 +69,7 @@ def cache(options: argparse.Namespace) -> None:
 
     disk_cache = open_cache(options.cache_gb)
     for line in clear(disk_cache) if options.clear else describe(disk_cache):
-        print(line)
+        show(line)
 
 
 def add_to(add_verb: AddVerb) -> None:

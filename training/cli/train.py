@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serving.terminal import show
 from training.cli.options import add_cache_option, add_overrides, check_arch
 
 if TYPE_CHECKING:
@@ -73,12 +74,13 @@ def lr_find(options: argparse.Namespace) -> None:
     )
     for pick in PICKS:
         trap = "  (a trap: too large)" if pick == "minimum" else ""
-        print(f"{pick:<12}{curve.pick(pick):.3e}{trap}")
+        show(f"{pick:<12}{curve.pick(pick):.3e}{trap}")
     if trials:
         after = f"after {epochs} epoch{'s' if epochs > 1 else ''}"
-        print(f"\n{after:<16}lr         train   valid   accuracy")
+        show()
+        show(f"{after:<16}lr         train   valid   accuracy")
     for trial in trials:
-        print(
+        show(
             f"{trial.pick:<16}{trial.lr:.2e}  {trial.train_loss:7.4f} {trial.valid_loss:7.4f}   "
             f"{trial.accuracy:.2%}"
         )

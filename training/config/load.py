@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -15,6 +15,11 @@ from serving.errors import OptionError
 from training.config import diagnostics, toml_lines
 from training.config.schema import Recipe
 from training.utils.console import format_mistakes
+
+MAX_BYTES: Final = 2**16
+"""Largest recipe. Each unknown option takes a millisecond: the nearest name is looked up."""
+
+_MAX_DOTS: Final = 500  # in a line; a key of n parts takes a time of n^2
 
 
 def read(
@@ -30,7 +35,11 @@ def read(
     """
     text = ""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:  # also a pipe, such as a shell's <(command)
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise OptionError(f"{path}: a recipe has at most {MAX_BYTES:,} bytes")
+        text = data.decode().replace("\r\n", "\n")
         return read_text(text, str(path), overrides, check_arch)
     except FileNotFoundError:
         folder = Path(__file__).parents[1] / "recipes"
@@ -73,6 +82,8 @@ def read_text(
         ValueError: The text is not valid TOML.
         RecursionError: The text has hundreds of nested arrays or tables.
     """
+    if any(line.count(".") > _MAX_DOTS for line in text.split("\n")):
+        raise OptionError(f"{where}: a line has more than {_MAX_DOTS} dots")
     values = tomllib.loads(text)
     overridden: list[toml_lines.Path] = []
     failed: list[str] = []
@@ -120,7 +131,7 @@ def parse(
     located.sort(key=lambda item: item[0])
     located += [(_COMMAND_LINE, text) for text in failed]
     raise OptionError(
-        format_mistakes(where, [f"{_place(line)}{sentence}" for line, sentence in located])
+        *format_mistakes(where, [f"{_place(line)}{sentence}" for line, sentence in located])
     )
 
 

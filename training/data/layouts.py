@@ -296,7 +296,7 @@ def _table(root: Path, config: DataConfig) -> list[tuple[Path, str, int]]:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"data.csv = {quoted(config.csv)} can't be read: {reason}") from error
     if wrong:
-        raise DataError(format_mistakes(table, wrong, between=", ", most=MAX_MISTAKES))
+        raise DataError(*format_mistakes(table, wrong, between=", ", most=MAX_MISTAKES))
     if not lines:
         raise DataError(f"{table} has no row under its first line")
     return [(path, label, line) for path, (label, line) in lines.items()]

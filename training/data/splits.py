@@ -213,7 +213,7 @@ def _rows(split: Path, class_folders: bool) -> list[tuple[str, str]]:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"--split {split} can't be read: {reason}") from error
     if wrong:
-        raise DataError(format_mistakes(split, wrong, between=", ", most=MAX_MISTAKES))
+        raise DataError(*format_mistakes(split, wrong, between=", ", most=MAX_MISTAKES))
     return rows
 
 

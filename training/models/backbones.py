@@ -81,7 +81,7 @@ def build_on_meta(arch: str, arch_args: Mapping[str, Any]) -> Backbone:
         OptionError: The architecture or an option is unknown.
     """
     family = family_of(arch)
-    with _ShapesOnly():
+    with ShapesOnly():
         network = _network(arch, arch_args, family)
     body = _body(network, arch, arch_args, family).to("meta")
     return _split_groups(body, arch, arch_args, family)
@@ -132,7 +132,7 @@ def meta_outputs(body: nn.Sequential, size: int) -> Iterator[Tensor]:
     try:
         for child in body:
             state = {name: tensor.to("meta") for name, tensor in child.state_dict().items()}
-            with torch.no_grad(), _ShapesOnly():
+            with torch.no_grad(), ShapesOnly():
                 x = torch.func.functional_call(child, state, x)
             yield x
     finally:
@@ -154,7 +154,7 @@ def family_of(arch: str) -> Family:
     return family
 
 
-class _ShapesOnly(TorchFunctionMode):
+class ShapesOnly(TorchFunctionMode):
     """Context in which networks are built and run on the meta device.
 
     Functions that do not change shapes are skipped. The alternative, `with torch.device("meta")`,
@@ -163,13 +163,14 @@ class _ShapesOnly(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:  # allocates weights
+        if func in _ALLOCATING and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         elif func in _SAME_SHAPE or (func.__name__ in _FILLS and args and args[0].is_meta):
             return args[0]
         return func(*args, **kwargs)
 
 
+_ALLOCATING: Final = {torch.empty, torch.zeros, torch.ones}  # weights, and buffers of BatchNorms
 _SAME_SHAPE: Final = {
     nn.functional.batch_norm,
     nn.functional.layer_norm,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from serving.imaging.preprocess import Preprocess
 from training.config.schema import Stage
@@ -183,6 +186,64 @@ def create_classifier(
     backbone = backbones.build(arch, arch_args or {}, weights)
     layers = heads.build(config, backbone.width, classes)
     return Classifier(backbone.body, backbone.groups, pool, layers)
+
+
+def check_shapes(
+    shapes: Mapping[str, Sequence[int]],
+    arch: str,
+    classes: int,
+    *,
+    arch_args: Mapping[str, Any],
+    head: Mapping[str, Any],
+) -> None:
+    """Check that the tensors of a state dict fit a classifier, without building the classifier.
+
+    The description of a classifier may come from others, and a few bytes of it can state layers of
+    gigabytes. Therefore the classifier is built on the meta device, and only until it has more
+    parameters than the state dict.
+
+    Args:
+        shapes: Shape of each tensor of the state dict, by name.
+        arch: As for `create_classifier`; so are the following arguments.
+        classes: Number of classes.
+        arch_args: Options of the architecture.
+        head: Options of the head.
+
+    Raises:
+        OptionError: The architecture or an option is unknown, or the head does not fit the body.
+        RuntimeError: The tensors do not fit; the last line of the message names one.
+    """
+    config = HeadConfig(**head)
+    pool = heads.build_pool(config, arch, backbones.family_of(arch).pooled)
+    # The body is built with torchvision's classifier, which is not in the state dict.
+    with _at_most(len(shapes) + _OWN_CLASSIFIER):
+        backbone = backbones.build_on_meta(arch, arch_args)
+        with backbones.ShapesOnly():
+            layers = heads.build(config, backbone.width, classes).to("meta")
+    classifier = Classifier(backbone.body, backbone.groups, pool, layers)
+    state = {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
+    classifier.load_state_dict(state, assign=True)
+
+
+_OWN_CLASSIFIER: Final = 100  # parameters of torchvision's classifiers, which `Backbone` leaves out
+
+
+@contextmanager
+def _at_most(parameters: int) -> Iterator[None]:
+    """Raise RuntimeError in the block when modules get more parameters than this number."""
+    left = parameters
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RuntimeError(f"it has more than the {parameters} parameters of the weights")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:

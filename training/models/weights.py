@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from serving.errors import DataError
 from training.models.families import Family
+from training.utils import tensor_header
 
 
 def read_state_dict(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
@@ -51,6 +52,7 @@ def read_state_dict(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
+            tensor_header.read_header(path)  # raises an error if it is too long or damaged
             return load_file(path)
         # Checkpoints of torchvision's reference scripts also contain the training options.
         with (

@@ -11,19 +11,23 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import torch
 import torchvision
-from pydantic import TypeAdapter
+from pydantic import FailFast, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from serving.errors import DataError, OptionError
 from serving.imaging.preprocess import Preprocess
+from serving.utils import json_reader
 from serving.utils.files import atomic_write
-from training.models.classifier import Classifier, create_classifier
+from serving.utils.json_reader import JsonError
+from serving.utils.regular_files import read_limited
+from training.models.classifier import Classifier, check_shapes, create_classifier
 from training.run import tensor_file
+from training.utils import tensor_header
 
 SCHEMA: Final = 1
 BEST: Final = "best.safetensors"
@@ -60,7 +64,7 @@ class CheckpointInfo:
 
     name: str
     arch: str
-    classes: tuple[str, ...]
+    classes: Annotated[tuple[str, ...], FailFast()]
     preprocess: Preprocess
     arch_args: Mapping[str, Any] = field(default_factory=dict)
     head: Mapping[str, Any] = field(default_factory=dict)
@@ -133,25 +137,34 @@ def load(run: Path) -> tuple[Classifier, CheckpointInfo]:
     path = weights_path(run)
     info = read_info(path.with_suffix(".json"))
     try:
+        shapes = tensor_header.read_header(path).shapes
+        _check_shapes(path, shapes, info)
         state = load_file(path)
     except FileNotFoundError:
         raise DataError(f"{path} is missing; make one with `fledge train`") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path} can't be read: {error}") from error
+    classifier = create_classifier(
+        info.arch, len(info.classes), arch_args=info.arch_args, head=info.head
+    )
+    classifier.load_state_dict(state)
+    return classifier.eval(), info
+
+
+def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], info: CheckpointInfo) -> None:
+    """Check that tensors of these shapes fit the description, before the network is built.
+
+    Raises:
+        DataError: They do not fit, or there is no such network.
+    """
     try:
-        classifier = create_classifier(
-            info.arch, len(info.classes), arch_args=info.arch_args, head=info.head
-        )
-    except (OptionError, ValueError, TypeError, RuntimeError) as error:
-        # RuntimeError: a layer of the stated width takes more memory than there is.
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path.with_suffix('.json')} can't be used: {reason:.300}") from error
-    try:
-        classifier.load_state_dict(state)
+        check_shapes(shapes, info.arch, len(info.classes), arch_args=info.arch_args, head=info.head)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise DataError(f"{path} does not fit {info.arch} of its .json file: {reason}") from error
-    return classifier.eval(), info
+    except (OptionError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path.with_suffix('.json')} can't be used: {reason:.300}") from error
 
 
 def read_info(path: Path) -> CheckpointInfo:
@@ -161,13 +174,14 @@ def read_info(path: Path) -> CheckpointInfo:
         DataError: The file is missing or damaged, or has another format version.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json_reader.parse(read_limited(path, _MAX_INFO))
+        if not isinstance(values, dict):
+            raise JsonError("it is not a JSON object")
         if values.get("schema") != SCHEMA:
             found = f"{values.get('schema')!r:.80}"
             raise DataError(f"{path}: schema {found} is not {SCHEMA}; train again")
-        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()  # no lone surrogates
         values["preprocess"] = Preprocess.from_dict(values["preprocess"])
-        return _INFO.validate_python(values)
+        return json_reader.validate(values, _INFO)
     except FileNotFoundError:
         raise DataError(f"{path} is missing; make one with `fledge train`") from None
     except _DAMAGED as error:
@@ -176,7 +190,6 @@ def read_info(path: Path) -> CheckpointInfo:
 
 
 # What reading a description raises, if a value is missing or has another type.
-_DAMAGED: Final = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OptionError),
-)
+_DAMAGED: Final = (OSError, ValueError, LookupError, TypeError, AttributeError, OptionError)
 _INFO: Final = TypeAdapter(CheckpointInfo)
+_MAX_INFO: Final = 2**22  # bytes of a description; 20,000 classes take 1 MB

@@ -9,13 +9,15 @@ import shutil
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
-from pydantic import TypeAdapter
+from pydantic import FailFast, TypeAdapter
 
 from serving.errors import DataError, OptionError
+from serving.utils import json_reader
 from serving.utils.files import atomic_write, check_folder, partial_of
 from serving.utils.process import is_running
+from serving.utils.regular_files import read_limited
 from training.config import load
 from training.config.schema import Recipe
 from training.data.dataset import SPLIT_FILE, Dataset, write_split
@@ -43,13 +45,14 @@ class RunInfo:
     source: str
     root: str
     fingerprint: str
-    classes: tuple[str, ...]
+    classes: Annotated[tuple[str, ...], FailFast()]
     pretrained: bool
     device: str
     versions: dict[str, str]
 
 
 _INFO: Final = TypeAdapter(RunInfo)
+_MAX_FILE: Final = 2**22  # bytes
 
 
 def check_out(out: Path | None) -> None:
@@ -149,9 +152,10 @@ def read_run(folder: Path) -> tuple[Recipe, RunInfo]:
         DataError: `recipe.toml` or `run.json` is missing in `folder`, or can't be read.
     """
     try:
-        info = _INFO.validate_python(json.loads((folder / RUN_FILE).read_text()))
+        info = json_reader.read_json(folder / RUN_FILE, _INFO, _MAX_FILE)
         path = folder / RECIPE_FILE
-        recipe = load.parse(tomllib.loads(path.read_text()), str(path))
+        text = read_limited(path, load.MAX_BYTES).decode()
+        recipe = load.parse(tomllib.loads(text), str(path))
     except FileNotFoundError as error:
         raise DataError(
             f"--resume {folder}: {Path(error.filename).name} is missing: no run was started in "

@@ -20,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, optim
 
 from serving.errors import DataError
+from serving.utils import json_reader
 from training.run import tensor_file
 from training.run.history import Epoch
+from training.utils import tensor_header
 
 STATE_FILE: Final = "state.safetensors"
 SCHEMA: Final = "1"
@@ -151,13 +153,11 @@ def load(
     if not path.exists():
         return None
     try:
+        header = tensor_header.read_header(path).metadata
+        if header.get("schema") != SCHEMA:
+            raise DataError(f"{path} was written by another version of Fledge; start the run again")
+        position = _position(json_reader.parse(header["position"]))
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("schema") != SCHEMA:
-                raise DataError(
-                    f"{path} was written by another version of Fledge; start the run again"
-                )
-            position = _position(json.loads(header["position"]))
             groups: dict[str, dict[str, Tensor]] = {}
             for name in file.keys():  # noqa: SIM118
                 group, _, key = name.partition("/")
@@ -165,14 +165,14 @@ def load(
         tensors = ResumeTensors(**groups)
         restore_random_state(tensors.random, device, rank)
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        # RuntimeError: torch does not know the random state, or JSON is nested too deep.
+        # RuntimeError: torch does not know the random state.
         reason = " ".join(str(error).split())
         raise DataError(f"{path} can't be read: {reason:.200}; start the run again") from error
     return position, tensors
 
 
 def _position(values: object) -> Position:
-    position = _POSITION.validate_python(values)
+    position = json_reader.validate(values, _POSITION)
     if min(position.stage, position.epoch, position.first_view, position.processes - 1) < 0:
         raise ValueError(f"{position} has a negative number")
     return position

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from serving.terminal import show
+
 MAX_MISTAKES: Final = 5
 """Largest number of mistakes in a file that an error message lists."""
 
@@ -15,7 +17,7 @@ Log = Callable[[str], None]
 
 def log_to_stderr(line: str) -> None:
     """Print one line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    show(line, sys.stderr, flush=True)
 
 
 def pluralize(count: int, noun: str) -> str:
@@ -25,8 +27,8 @@ def pluralize(count: int, noun: str) -> str:
 
 def format_mistakes(
     where: object, mistakes: Sequence[str], *, between: str = ": ", most: int = 10**6
-) -> str:
-    """Return an error message that lists mistakes.
+) -> list[str]:
+    """Return the lines of an error message that lists mistakes.
 
     A single mistake gives one line: "WHERE: MISTAKE". Several mistakes give a heading and one line
     for each mistake.
@@ -38,9 +40,9 @@ def format_mistakes(
         most: Largest number of mistakes to list; further mistakes are only counted.
     """
     if len(mistakes) == 1:
-        return f"{where}{between}{mistakes[0]}"
+        return [f"{where}{between}{mistakes[0]}"]
     more = [f"and {len(mistakes) - most} more"] if len(mistakes) > most else []
-    return "\n  ".join([f"{where} has {len(mistakes)} mistakes:", *mistakes[:most], *more])
+    return [f"{where} has {len(mistakes)} mistakes:", *mistakes[:most], *more]
 
 
 def quoted(name: object, most: int = 80) -> str:

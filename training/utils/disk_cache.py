@@ -27,12 +27,15 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from serving.errors import OptionError
+from serving.utils import json_reader
 from serving.utils.files import lock, user_cache_folder
 from serving.utils.parallel import map_ordered
+from serving.utils.regular_files import read_limited
 
 GB: Final = 1e9
 DEFAULT_GB: Final = 10.0
 ENTRY_FILE: Final = "entry.json"
+_MAX_ENTRY: Final = 2**16  # bytes of an entry file
 
 _PIECE: Final = 2**23  # bytes
 
@@ -348,15 +351,15 @@ def _read_entry(path: Path) -> CacheEntry | None:
     if not _NAME.fullmatch(path.name) or path.is_symlink():
         return None
     try:
-        content = (path / ENTRY_FILE).read_bytes()
+        content = read_limited(path / ENTRY_FILE, _MAX_ENTRY)
         # The file is empty if the process that created the entry was killed before writing to it.
-        values = json.loads(content) if content else {"fledge-cache": 1}
-        if "fledge-cache" not in values:
+        values = json_reader.parse(content) if content else {"fledge-cache": 1}
+        if not isinstance(values, dict) or "fledge-cache" not in values:
             return None
         used = (path / ENTRY_FILE).stat().st_mtime
         files = [item for item in os.scandir(path) if _OWN_FILES.fullmatch(item.name)]
         size = sum(item.stat(follow_symlinks=False).st_size for item in files)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError):
         return None
     return CacheEntry(path, str(values.get("what", "")), size, used)
 

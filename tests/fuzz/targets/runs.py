@@ -227,13 +227,6 @@ def checkpoint_seeds() -> Iterator[bytes]:
         yield mutators.join_files({"a.json": json.dumps(info).encode(), "a.safetensors": head})
 
 
-def wide_checkpoint(width: int) -> bytes:
-    """A checkpoint whose head has a layer of this width."""
-    info = {**_INFO, "head": {"hidden": [width]}}
-    weights = _safetensors({"__metadata__": {"format": "pt"}}, b"")
-    return mutators.join_files({"a.json": json.dumps(info).encode(), "a.safetensors": weights})
-
-
 def prepare_checkpoint() -> None:
     prepare_torch()
     from training.run import checkpoint, dataset  # noqa: F401

@@ -157,7 +157,7 @@ TUNING = {
         "latency": {"fp32": {"threads": 1}, "int8": {"threads": 4}},
         "max_batch": 1,
     },
-    "cuda": {"max_batch": 65_536},
+    "cuda": {"max_batch": 1024},
 }
 
 
@@ -176,7 +176,7 @@ def test_measurements_hold_for_their_precision_and_number_of_cores(manifest: Man
     assert multithreading_pays(known, "fp16", 4)
     assert multithreading_pays(known, "fp32", 8)
     assert measured_max_batch(known, "cpu") == 1
-    assert measured_max_batch(known, "cuda") == 65_536
+    assert measured_max_batch(known, "cuda") == 1024
 
 
 @pytest.mark.parametrize("tuning", [{}, {"cpu": None}, {"cpu": [4], "cuda": 3}, {"cpu": {}}])

@@ -89,9 +89,7 @@ def test_a_damaged_description_of_a_checkpoint(tmp_path: Path, text: str) -> Non
     assert "is not a checkpoint description" in refused(lambda: checkpoint.read_info(path))
 
 
-@pytest.mark.parametrize(
-    "head", [{"dropout": [0.1]}, {"hidden": "x"}, {"other": 1}, {"hidden": [10**15]}]
-)
+@pytest.mark.parametrize("head", [{"dropout": [0.1]}, {"hidden": "x"}, {"other": 1}])
 def test_a_checkpoint_whose_head_can_not_be_built(tmp_path: Path, head: dict[str, Any]) -> None:
     (tmp_path / "best.json").write_text(json.dumps(INFO | {"head": head}))
     save_file({"a": torch.zeros(1)}, tmp_path / "best.safetensors")
