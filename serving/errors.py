@@ -27,7 +27,19 @@ and what to do. If a file has several errors, the message has one line for each 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+
+def problem_document(code: str, status: int, detail: str) -> dict[str, Any]:
+    """Return the problem document (RFC 9457) of an error: type, title, status, detail and code."""
+    return {
+        "type": f"urn:fledge:problem:{code}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "code": code,
+    }
 
 
 class FledgeError(Exception):

@@ -64,6 +64,8 @@ class Settings:
         max_pixels: Largest width times height of an image.
         deadline: Largest time from queueing an image to its answer, in seconds. A slower answer
             becomes a response with status 504.
+        max_connections: Largest number of connections of a worker. None: as many as the limit on
+            open files allows, at most 4096.
         api_keys: sha256 digests of the accepted API keys; if empty, no key is needed.
     """
 
@@ -77,6 +79,7 @@ class Settings:
     max_bytes: int = decode.MAX_BYTES
     max_pixels: int = decode.MAX_PIXELS
     deadline: float = 10.0
+    max_connections: int | None = None
     api_keys: frozenset[bytes] = field(default_factory=frozenset)
 
     @property
@@ -107,6 +110,7 @@ class Settings:
             max_bytes=reader.integer("FLEDGE_MAX_BYTES", cls.max_bytes, 1024, 2**31),
             max_pixels=reader.integer("FLEDGE_MAX_PIXELS", cls.max_pixels, 64, 2**31),
             deadline=reader.seconds("FLEDGE_DEADLINE", cls.deadline),
+            max_connections=reader.integer("FLEDGE_MAX_CONNECTIONS", 0, 1, 1_000_000) or None,
             api_keys=reader.keys("FLEDGE_API_KEYS_FILE"),
         )
         reader.check_trusted_keys()

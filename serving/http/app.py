@@ -34,8 +34,9 @@ from serving.http.messages import (
 )
 from serving.http.model_manager import ModelManager
 from serving.http.predict import predict_image, predict_images
-from serving.server import bentoml_compat
+from serving.server import bentoml_compat, connection_limits
 from serving.server.shutdown import GracefulShutdown
+from serving.settings import Settings
 
 READ_TIMEOUT: Final = 60.0
 """Seconds that a client may take to send the body of a request."""
@@ -71,7 +72,7 @@ class App:
             return
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
-                self._shutdown.install(asyncio.get_running_loop())
+                self._install()
             await self._inner(scope, receive, send)
             return
         path = scope["path"]
@@ -95,6 +96,18 @@ class App:
         if path != "/readyz":  # probes call it every few seconds
             log = self._model_manager().telemetry.log
             log(request.id, request.method, path, response.status, response.code, request.seconds)
+
+    def _install(self) -> None:
+        """Set up the uvicorn server of this process, before it begins to listen."""
+        server = bentoml_compat.running_uvicorn_server()
+        if server is not None:
+            settings = Settings.from_env()
+
+            def count(reason: str) -> None:
+                self._model_manager().telemetry.refused_connection(reason)
+
+            connection_limits.install(server, settings.max_connections, count)
+        self._shutdown.install(asyncio.get_running_loop())  # replaces the handler with the server
 
     async def _respond(self, request: Request) -> Response:
         try:

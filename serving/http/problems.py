@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from http import HTTPStatus
 from typing import Any, ClassVar, Final
 
-from serving.errors import FledgeError
+from serving.errors import FledgeError, problem_document
 
 MEDIA_TYPE: Final = "application/problem+json"
 
@@ -69,10 +68,4 @@ def problem(error: Exception, request_id: str) -> dict[str, Any]:
     detail = str(error)
     if is_fault(error):
         detail = f"the service failed on this request (request {request_id}); its log says why"
-    return {
-        "type": f"urn:fledge:problem:{code_of(error)}",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-        "code": code_of(error),
-    }
+    return problem_document(code_of(error), status, detail)

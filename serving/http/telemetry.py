@@ -85,6 +85,9 @@ class Telemetry:
         self._out_of_distribution = Counter(
             "fledge_out_of_distribution", "Images flagged as out of distribution"
         ).inc
+        self._refused_connections = Counter(
+            "fledge_connections_refused", "Connections refused or closed, by reason", ["reason"]
+        )
         self._by_label: dict[str, Counter] = {}
         self._log = _access_log()
 
@@ -139,6 +142,10 @@ class Telemetry:
     def refused(self) -> None:
         """Count a bundle that could not be served."""
         self._refused.inc()
+
+    def refused_connection(self, reason: str) -> None:
+        """Count a connection that was refused or closed, by a label of `connection_limits`."""
+        self._refused_connections.labels(reason).inc()
 
     def log(
         self, request_id: str, method: str, path: str, status: int, code: str, seconds: float

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import uvicorn
     from opentelemetry.sdk.trace import TracerProvider
+
+    from serving.server.connection_limits import ConnectionLimits
 
 CHECKED_VERSIONS: Final = {"bentoml": "1.4.39", "kantoku": "0.18.3", "uvicorn": "0.54.0"}
 """Release of each PyPI distribution. `kantoku` provides the package `circus`."""
@@ -141,3 +144,29 @@ def running_uvicorn_server() -> uvicorn.Server | None:
 
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return server if isinstance(server, uvicorn.Server) else None
+
+
+def use_protocol(server: uvicorn.Server, limits: ConnectionLimits, backlog: int) -> None:
+    """Make a uvicorn server, which does not listen yet, use `LimitedHttpProtocol`.
+
+    BentoML's worker builds the `uvicorn.Config` and leaves no room for a protocol class. The server
+    reads `config.http_protocol_class` for each connection, and `config.ssl` and `config.backlog`
+    when it begins to listen, after the ASGI lifespan has started. With TLS, `TlsHandshake` takes
+    the place of uvicorn's `ssl` argument, so that the limits hold during handshakes too.
+    """
+    from serving.server.http_protocol import LimitedHttpProtocol
+    from serving.server.tls import TlsHandshake
+
+    config = server.config
+    context, config.ssl = config.ssl, None
+    create: Any = partial(LimitedHttpProtocol, limits)
+    if context is not None:
+        create = partial(TlsHandshake, limits, context)
+    config.http_protocol_class = create
+    config.backlog = min(config.backlog, backlog)
+
+
+def listening_addresses(server: uvicorn.Server) -> list[str]:
+    """Return the IP addresses that a uvicorn server listens on; none for a Unix socket."""
+    names = [one.getsockname() for each in server.servers for one in each.sockets]
+    return [name[0] for name in names if isinstance(name, tuple)]
