@@ -34,7 +34,7 @@ from serving.http.messages import (
 )
 from serving.http.model_manager import ModelManager
 from serving.http.predict import predict_image, predict_images
-from serving.server import bentoml_compat, connection_limits
+from serving.server import bentoml_compat, connection_limits, log_queue
 from serving.server.shutdown import GracefulShutdown
 from serving.settings import Settings
 
@@ -95,10 +95,19 @@ class App:
         await response.send(request, send)
         if path != "/readyz":  # probes call it every few seconds
             log = self._model_manager().telemetry.log
-            log(request.id, request.method, path, response.status, response.code, request.seconds)
+            log(
+                request.id,
+                request.method,
+                path,
+                response.status,
+                response.code,
+                request.seconds,
+                request.client,
+            )
 
     def _install(self) -> None:
         """Set up the uvicorn server of this process, before it begins to listen."""
+        log_queue.install()
         server = bentoml_compat.running_uvicorn_server()
         if server is not None:
             settings = Settings.from_env()

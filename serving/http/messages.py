@@ -40,6 +40,8 @@ class Request:
         query: Query string, not decoded.
         headers: Header values by lower-case name; if a header is repeated, its last value.
         receive: ASGI callable that receives the body.
+        client: Address of the caller, "" if it is not known. A proxy on this machine states it in
+            X-Forwarded-For.
         id: The client's X-Request-ID if it is valid, else a random id.
         body_complete: Whether the whole body has been read.
         started: `time.perf_counter()` when the headers arrived.
@@ -51,6 +53,7 @@ class Request:
     headers: dict[bytes, bytes]
     receive: Receive
     id: str
+    client: str = ""
     body_complete: bool = False
     started: float = field(default_factory=time.perf_counter)
 
@@ -61,7 +64,9 @@ class Request:
         sent_id = headers.get(b"x-request-id", b"")
         id_ = sent_id.decode() if _REQUEST_ID.fullmatch(sent_id) else os.urandom(8).hex()
         query = scope["query_string"]
-        return cls(scope["method"], scope["path"], query, headers, receive, id_)
+        client = scope.get("client")
+        address = client[0] if client else ""
+        return cls(scope["method"], scope["path"], query, headers, receive, id_, address)
 
     @property
     def content_type(self) -> bytes:
