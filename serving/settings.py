@@ -29,6 +29,10 @@ _OTHER_VARIABLES: Final = re.compile(
     "FLEDGE_(BUNDLE_DIR|CACHE|CACHE_GB|IMAGE|SCRATCH)|"
     r"FLEDGE_(.+_)?(PORT(_\d+_\w+)?|SERVICE_HOST|SERVICE_PORT(_\w+)?)"
 )
+_HOST: Final = re.compile(r"[a-z0-9]([a-z0-9._-]{0,251}[a-z0-9])?|[0-9a-f:]{2,45}")
+_ORIGIN: Final = re.compile(
+    r"null|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
+)
 
 
 def bundle_folder(environ: Mapping[str, str]) -> Path:
@@ -64,6 +68,9 @@ class Settings:
         max_pixels: Largest width times height of an image.
         deadline: Largest time from queueing an image to its answer, in seconds. A slower answer
             becomes a response with status 504.
+        hosts: Host names, in lower case, that requests may name besides those of loopback. If
+            empty, names are checked only while the service listens on loopback.
+        cors_origins: Origins of web pages that may use the service, or "*" for all.
         max_connections: Largest number of connections of a worker. None: as many as the limit on
             open files allows, at most 4096.
         api_keys: sha256 digests of the accepted API keys; if empty, no key is needed.
@@ -79,6 +86,8 @@ class Settings:
     max_bytes: int = decode.MAX_BYTES
     max_pixels: int = decode.MAX_PIXELS
     deadline: float = 10.0
+    hosts: frozenset[str] = field(default_factory=frozenset)
+    cors_origins: frozenset[str] = field(default_factory=frozenset)
     max_connections: int | None = None
     api_keys: frozenset[bytes] = field(default_factory=frozenset)
 
@@ -110,6 +119,8 @@ class Settings:
             max_bytes=reader.integer("FLEDGE_MAX_BYTES", cls.max_bytes, 1024, 2**31),
             max_pixels=reader.integer("FLEDGE_MAX_PIXELS", cls.max_pixels, 64, 2**31),
             deadline=reader.seconds("FLEDGE_DEADLINE", cls.deadline),
+            hosts=reader.names("FLEDGE_HOSTS", _HOST, "host names without port, such as a.example"),
+            cors_origins=reader.names("FLEDGE_CORS_ORIGINS", _ORIGIN, "origins, such as https://a"),
             max_connections=reader.integer("FLEDGE_MAX_CONNECTIONS", 0, 1, 1_000_000) or None,
             api_keys=reader.keys("FLEDGE_API_KEYS_FILE"),
         )
@@ -157,6 +168,14 @@ class _Reader:
         if not 0.001 <= value <= 3600:
             self.errors.append(f"{name} = {text!r}: use seconds, 0.001 to 3600")
         return value
+
+    def names(self, name: str, pattern: re.Pattern[str], kind: str) -> frozenset[str]:
+        """Read a list that is separated by commas or spaces; `*` stands for all."""
+        values = frozenset(self.text(name, "").lower().replace(",", " ").split())
+        for value in sorted(values):
+            if value != "*" and not pattern.fullmatch(value):
+                self.errors.append(f"{name} = {value[:60]!r}: use {kind}, or *")
+        return values
 
     def keys(self, name: str) -> frozenset[bytes]:
         path = self.text(name, "")

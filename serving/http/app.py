@@ -17,11 +17,13 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 from serving.bundle import signing
 from serving.errors import FledgeError, RequestError, Unauthorized
 from serving.http import forms, problems
+from serving.http.access import Access
 from serving.http.demo_page import DOCS_POLICY, render, with_policy
 from serving.http.messages import (
     ASGIApp,
@@ -63,6 +65,7 @@ class App:
         self._inner = inner
         self._model_manager = model_manager
         self._shutdown = GracefulShutdown()
+        self._access = Access()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on to BentoML's app."""
@@ -76,7 +79,9 @@ class App:
             await self._inner(scope, receive, send)
             return
         path = scope["path"]
-        if scope["method"] in _READ_METHODS:
+        request = Request.of(scope, receive)
+        refusal = self._access.refusal(scope, request.headers)
+        if refusal is None and scope["method"] in _READ_METHODS:
             if path == "/docs":
                 page = bentoml_compat.OPENAPI_PAGE
                 inner = {**scope, "path": page, "raw_path": page.encode()}
@@ -85,11 +90,11 @@ class App:
             if path in bentoml_compat.ROUTES or path in bentoml_compat.STATIC_FILES:
                 await self._inner(scope, receive, send)
                 return
-        request = Request.of(scope, receive)
         try:
-            response = await self._respond(request)
+            response = await self._respond(request, refusal)
         except ClientDisconnect:
             return
+        response.headers.extend(self._access.cors_headers(request.headers))
         if self._shutdown.started:
             response.headers.append((b"connection", b"close"))
         await response.send(request, send)
@@ -111,6 +116,8 @@ class App:
         server = bentoml_compat.running_uvicorn_server()
         if server is not None:
             settings = Settings.from_env()
+            listening = partial(bentoml_compat.listening_addresses, server)
+            self._access = Access(settings.hosts, settings.cors_origins, listening)
 
             def count(reason: str) -> None:
                 self._model_manager().telemetry.refused_connection(reason)
@@ -118,8 +125,10 @@ class App:
             connection_limits.install(server, settings.max_connections, count)
         self._shutdown.install(asyncio.get_running_loop())  # replaces the handler with the server
 
-    async def _respond(self, request: Request) -> Response:
+    async def _respond(self, request: Request, refusal: Exception | None) -> Response:
         try:
+            if refusal is not None:
+                raise refusal
             handlers = _ROUTES.get(request.path)
             if handlers is None:
                 if request.path in bentoml_compat.ROUTES or request.path == "/docs":
@@ -127,6 +136,9 @@ class App:
                 raise problems.NotFound("no such path; GET /docs lists the API")
             handler = handlers.get(request.method)
             if handler is None:
+                preflight = self._access.preflight(request.method, request.headers, handlers)
+                if preflight is not None:
+                    return preflight
                 return _method_not_allowed(request, handlers)
             return await handler(self, request)
         except ClientDisconnect:

@@ -20,6 +20,14 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Message, Receive, Send], Awaitable[None]]
 
+_UNREAD: Final = (
+    TooLarge,
+    Unauthorized,
+    problems.SlowRequest,
+    problems.BadHost,
+    problems.CrossSite,
+)
+"""Errors before the body is read; the connection is closed if the body has not arrived yet."""
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _MAX_DROP_SECONDS: Final = 2.0
 _MAX_DROP_BYTES: Final = 64 * 2**20
@@ -159,10 +167,16 @@ class Response:
             headers.append((b"retry-after", b"1"))
         if isinstance(error, Unauthorized):
             headers.append((b"www-authenticate", b"Bearer"))
-        refused = isinstance(error, (TooLarge, Unauthorized, problems.SlowRequest))
+        refused = isinstance(error, _UNREAD)
         if refused and not request.body_complete:
             headers.append((b"connection", b"close"))  # the rest of the body is not read
         return cls(body["status"], _json(body), problems.MEDIA_TYPE, headers, body["code"])
+
+    def _entity_headers(self) -> list[tuple[bytes, bytes]]:
+        if self.status == 204:
+            return []
+        length = str(len(self.body)).encode()
+        return [(b"content-type", self.media_type.encode()), (b"content-length", length)]
 
     async def send(self, request: Request, send: Send) -> None:
         """Send the response through the ASGI callable `send`.
@@ -171,8 +185,7 @@ class Response:
         out.
         """
         headers = [
-            (b"content-type", self.media_type.encode()),
-            (b"content-length", str(len(self.body)).encode()),
+            *self._entity_headers(),
             (b"x-request-id", request.id.encode()),
             (b"cache-control", b"no-store"),
             (b"x-content-type-options", b"nosniff"),

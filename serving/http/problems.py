@@ -38,6 +38,20 @@ class MethodNotAllowed(HttpError):
     http_status = 405
 
 
+class BadHost(HttpError):
+    """The header Host is missing, doubled, or names a host that is not served."""
+
+    code = "bad-request"
+    http_status = 400
+
+
+class CrossSite(HttpError):
+    """A web page of another site sent the request, and CORS does not allow that site."""
+
+    code = "cross-site"
+    http_status = 403
+
+
 class SlowRequest(HttpError):
     """The client took too long to send the body."""
 

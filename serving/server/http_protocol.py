@@ -173,7 +173,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             return
         self._hold(size)
         if self._limits.head_bytes > SHARED_HEAD_BYTES:
-            self._refuse(_Refused("head-memory", 503, "too many requests arrive; try again later"))
+            self._refuse(_Refused("head-memory", 429, "too many requests arrive; try again later"))
 
     def _check_body(self, size: int, body: int) -> None:
         """Check the request in progress after `size` bytes, of which `body` were of its body."""
@@ -301,11 +301,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._respond(refusal)
 
     def _respond(self, refusal: _Refused) -> None:
-        code = {408: "slow-request", 431: "head-too-large", 503: "overloaded"}
+        code = {408: "slow-request", 431: "head-too-large", 429: "overloaded"}
         name = code.get(refusal.status, "bad-request")
         body = json.dumps(problem_document(name, refusal.status, refusal.detail)).encode()
         head = STATUS_LINE[HTTPStatus(refusal.status)]
         fields = b"content-type: application/problem+json\r\nconnection: close\r\n"
+        if refusal.status == 429:
+            fields += b"retry-after: 1\r\n"
         self.transport.write(b"%b%bcontent-length: %d\r\n\r\n%b" % (head, fields, len(body), body))
         self._linger_until = self._limits.now + LINGER_SECONDS
         if self.transport.can_write_eof():

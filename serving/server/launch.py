@@ -71,6 +71,7 @@ def serve(
     listener = bind(host, port)
     address = listener.getsockname()[0]
     url = client_url(address, port)
+    _serve_name(host, address, env)
     if settings.workers == 1:  # with several, `ImageClassifier.check` does this
         preflight.check_gpu(settings, env)
     print(f"{manifest.name}:{manifest.version} on {url} (ready when {url}/readyz answers 200)")
@@ -87,6 +88,16 @@ def serve(
     command += ["--working-dir", str(single_process.ROOT), "--host", address, "--port", str(port)]
     command += ["--timeout-graceful-shutdown", str(GRACE_SECONDS)]
     os.execve(sys.executable, command, env)
+
+
+def _serve_name(host: str, address: str, env: MutableMapping[str, str]) -> None:
+    """Add the name that the service listens on to FLEDGE_HOSTS, if it is a name of loopback."""
+    if (
+        host.lower() != "localhost"
+        and host != address
+        and ipaddress.ip_address(address).is_loopback
+    ):
+        env["FLEDGE_HOSTS"] = f"{env.get('FLEDGE_HOSTS', '')} {host}".strip()
 
 
 def make_paths_absolute(env: MutableMapping[str, str]) -> None:
