@@ -16,7 +16,7 @@ import hmac
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Final
 
@@ -35,6 +35,7 @@ from serving.http.messages import (
     Send,
 )
 from serving.http.model_manager import ModelManager
+from serving.http.multipart import ManyFalseBoundaries
 from serving.http.predict import predict_image, predict_images
 from serving.server import bentoml_compat, connection_limits, log_queue
 from serving.server.shutdown import GracefulShutdown
@@ -45,7 +46,9 @@ READ_TIMEOUT: Final = 60.0
 
 _READ_METHODS: Final = ("GET", "HEAD")
 _SMALL_FORM: Final = 2**18
-"""Largest form, in bytes, that is parsed on the event loop; a larger form is parsed in a thread."""
+_MOST_FALSE: Final = 1000
+"""Largest form that is parsed on the event loop, in bytes and in false boundaries; one with more is
+parsed in a thread."""
 _log = logging.getLogger("bentoml.fledge")
 
 Handler = Callable[["App", Request], Awaitable[Response]]
@@ -236,9 +239,9 @@ _ROUTES: Final[dict[str, dict[str, Handler]]] = {
 
 
 async def _parse_form(body: bytes, request: Request) -> forms.Form:
-    # A large form is parsed in a thread, because one with many false boundaries takes long.
     if len(body) <= _SMALL_FORM:
-        return forms.parse(body, request.content_type)
+        with suppress(ManyFalseBoundaries):
+            return forms.parse(body, request.content_type, _MOST_FALSE)
     return await asyncio.to_thread(forms.parse, body, request.content_type)
 
 
