@@ -68,6 +68,8 @@ class Settings:
         max_pixels: Largest width times height of an image.
         deadline: Largest time from queueing an image to its answer, in seconds. A slower answer
             becomes a response with status 504.
+        tls_cert: PEM file with the certificate of the service; None for plain HTTP.
+        tls_key: PEM file with the private key of `tls_cert`.
         hosts: Host names, in lower case, that requests may name besides those of loopback. If
             empty, names are checked only while the service listens on loopback.
         cors_origins: Origins of web pages that may use the service, or "*" for all.
@@ -86,6 +88,8 @@ class Settings:
     max_bytes: int = decode.MAX_BYTES
     max_pixels: int = decode.MAX_PIXELS
     deadline: float = 10.0
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
     hosts: frozenset[str] = field(default_factory=frozenset)
     cors_origins: frozenset[str] = field(default_factory=frozenset)
     max_connections: int | None = None
@@ -119,11 +123,15 @@ class Settings:
             max_bytes=reader.integer("FLEDGE_MAX_BYTES", cls.max_bytes, 1024, 2**31),
             max_pixels=reader.integer("FLEDGE_MAX_PIXELS", cls.max_pixels, 64, 2**31),
             deadline=reader.seconds("FLEDGE_DEADLINE", cls.deadline),
+            tls_cert=reader.path("FLEDGE_TLS_CERT"),
+            tls_key=reader.path("FLEDGE_TLS_KEY"),
             hosts=reader.names("FLEDGE_HOSTS", _HOST, "host names without port, such as a.example"),
             cors_origins=reader.names("FLEDGE_CORS_ORIGINS", _ORIGIN, "origins, such as https://a"),
             max_connections=reader.integer("FLEDGE_MAX_CONNECTIONS", 0, 1, 1_000_000) or None,
             api_keys=reader.keys("FLEDGE_API_KEYS_FILE"),
         )
+        if (settings.tls_cert is None) != (settings.tls_key is None):
+            reader.errors.append("FLEDGE_TLS_CERT, FLEDGE_TLS_KEY: set both, or none")
         reader.check_trusted_keys()
         reader.check_misspelt()
         if reader.errors:
@@ -142,6 +150,10 @@ class _Reader:
     def text(self, name: str, default: str) -> str:
         self._known.add(name)
         return self.environ.get(name, "").strip() or default
+
+    def path(self, name: str) -> Path | None:
+        text = self.text(name, "")
+        return Path(text) if text else None
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         value = self.text(name, choices[0])

@@ -37,7 +37,7 @@ from serving.http.messages import (
 from serving.http.model_manager import ModelManager
 from serving.http.multipart import ManyFalseBoundaries
 from serving.http.predict import predict_image, predict_images
-from serving.server import bentoml_compat, connection_limits, log_queue
+from serving.server import bentoml_compat, connection_limits, log_queue, tls
 from serving.server.shutdown import GracefulShutdown
 from serving.settings import Settings
 
@@ -125,7 +125,8 @@ class App:
             def count(reason: str) -> None:
                 self._model_manager().telemetry.refused_connection(reason)
 
-            connection_limits.install(server, settings.max_connections, count)
+            context = tls.context_of(settings)
+            connection_limits.install(server, settings.max_connections, count, context)
         self._shutdown.install(asyncio.get_running_loop())  # replaces the handler with the server
 
     async def _respond(self, request: Request, refusal: Exception | None) -> Response:

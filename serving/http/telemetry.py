@@ -204,7 +204,9 @@ def traced(app: ASGIApp) -> ASGIApp:
         return app
     return OpenTelemetryMiddleware(
         app,
-        excluded_urls=parse_excluded_urls(_UNTRACED),
+        excluded_urls=parse_excluded_urls(
+            ",".join(filter(None, (_UNTRACED, bentoml_compat.tracing_excluded_urls())))
+        ),
         tracer_provider=bentoml_compat.tracer_provider(),
         # One span per request, without a span for each ASGI message.
         exclude_spans=["receive", "send"],

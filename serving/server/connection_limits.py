@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import ssl
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, Final, Protocol
@@ -182,13 +183,19 @@ def connections_for(descriptors: int, wanted: int | None) -> tuple[int, int]:
     return min(wanted or MAX_CONNECTIONS, possible), min(_MAX_BACKLOG, max(reserve // 2, 16))
 
 
-def install(server: Any, wanted: int | None, count: Callable[[str], None]) -> ConnectionLimits:
+def install(
+    server: Any,
+    wanted: int | None,
+    count: Callable[[str], None],
+    context: ssl.SSLContext | None = None,
+) -> ConnectionLimits:
     """Make a uvicorn server, which does not listen yet, apply the limits to its connections.
 
     Args:
         server: A `uvicorn.Server` whose loop runs.
         wanted: Largest number of connections; None: as many as the limit on open files allows.
         count: See `ConnectionLimits`.
+        context: See `bentoml_compat.use_protocol`.
     """
     from serving.server import bentoml_compat
 
@@ -201,5 +208,5 @@ def install(server: Any, wanted: int | None, count: Callable[[str], None]) -> Co
         )
     limits = ConnectionLimits(most, count)
     limits.start(asyncio.get_running_loop())
-    bentoml_compat.use_protocol(server, limits, backlog)
+    bentoml_compat.use_protocol(server, limits, backlog, context)
     return limits

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from serving.bundle import storage
 from serving.bundle.manifest import Manifest
 from serving.errors import BundleError, FledgeError, OptionError
-from serving.server import single_process
+from serving.server import bentoml_config, single_process
 from serving.settings import Settings
 from serving.utils.optional_packages import require
 
@@ -29,6 +29,7 @@ def check(settings: Settings) -> None:
         BundleError: The bundle is missing, damaged, or must not be served.
         OptionError: The device can't be used, or the bundle has no graph of the precision.
     """
+    bentoml_config.check(os.environ, bentoml_serve=True)
     check_bundle(settings)
     check_gpu(settings, os.environ)
 
@@ -40,8 +41,13 @@ def check_bundle(settings: Settings) -> Manifest:
         BundleError: The bundle is missing or damaged. Or the bundle has no golden images (photos
             stored with expected probabilities). Or the settings choose TorchScript, and the bundle
             has no TorchScript graph.
-        OptionError: The bundle has no graph of the precision, or the runtime can't use the device.
+        OptionError: The bundle has no graph of the precision, or the runtime can't use the device,
+            or a TLS file can't be used.
     """
+    if settings.tls_cert:
+        from serving.server import tls  # loads uvicorn
+
+        tls.context_of(settings)
     manifest = storage.read(settings.bundle).manifest
     precisions = manifest.precisions
     if settings.precision not in ("auto", *precisions):

@@ -10,6 +10,14 @@ from typing import Any
 from serving.errors import OptionError
 from serving.server.connection_limits import HEAD_SECONDS, ConnectionLimits
 from serving.server.http_protocol import LimitedHttpProtocol
+from serving.settings import Settings
+
+
+def context_of(settings: Settings) -> ssl.SSLContext | None:
+    """Return the TLS context of the settings, None for plain HTTP; see `server_context`."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    return server_context(settings.tls_cert, settings.tls_key)
 
 
 def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
@@ -50,7 +58,8 @@ class TlsHandshake(asyncio.Protocol):
         """Create the protocol of a connection; `options` are those of the HTTP protocol."""
         self._limits, self._context, self._options = limits, context, options
         self._since = limits.now
-        self._early = bytearray()  # requests that arrive together with the end of the handshake
+        # Bytes that arrive before the handshake begins; later, requests that arrive with its end.
+        self._early = bytearray()
         self._lost = False
 
     def connection_made(self, transport: Any) -> None:
@@ -79,8 +88,12 @@ class TlsHandshake(asyncio.Protocol):
 
     async def _shake_hands(self) -> None:
         transport = None
+        loop = asyncio.get_running_loop()
+        if self._early:
+            loop.call_soon(self._replay, bytes(self._early))
+            self._early.clear()
         try:
-            transport = await asyncio.get_running_loop().start_tls(
+            transport = await loop.start_tls(
                 self._transport,
                 self,
                 self._context,
@@ -95,10 +108,22 @@ class TlsHandshake(asyncio.Protocol):
             self._limits.remove(self)
             if transport is None:
                 self._transport.abort()
-        if transport is None or self._lost:
+        # An aborted connection may end the handshake as if it had succeeded.
+        if transport is None or self._lost or self._transport.is_closing():
             return
         protocol = LimitedHttpProtocol(self._limits, self._since, **self._options)
         transport.set_protocol(protocol)
         protocol.connection_made(transport)
         if self._early:
             protocol.data_received(bytes(self._early))
+
+    def _replay(self, data: bytes) -> None:
+        """Give the protocol of the handshake, which has just been set, what arrived before it."""
+        # A buffered protocol, both that of asyncio and that of uvloop.
+        protocol, rest = self._transport.get_protocol(), memoryview(data)
+        while rest and not self._transport.is_closing():
+            buffer = protocol.get_buffer(len(rest))
+            size = min(len(buffer), len(rest))
+            buffer[:size] = rest[:size]
+            protocol.buffer_updated(size)
+            rest = rest[size:]
