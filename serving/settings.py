@@ -76,6 +76,7 @@ class Settings:
         max_connections: Largest number of connections of a worker. None: as many as the limit on
             open files allows, at most 4096.
         api_keys: sha256 digests of the accepted API keys; if empty, no key is needed.
+        key_rate: Images per second that each key may send, over all workers; 0 for no limit.
     """
 
     bundle: Path = field(default_factory=_default_bundle)
@@ -94,6 +95,7 @@ class Settings:
     cors_origins: frozenset[str] = field(default_factory=frozenset)
     max_connections: int | None = None
     api_keys: frozenset[bytes] = field(default_factory=frozenset)
+    key_rate: float = 0.0
 
     @property
     def threads(self) -> int:
@@ -129,7 +131,12 @@ class Settings:
             cors_origins=reader.names("FLEDGE_CORS_ORIGINS", _ORIGIN, "origins, such as https://a"),
             max_connections=reader.integer("FLEDGE_MAX_CONNECTIONS", 0, 1, 1_000_000) or None,
             api_keys=reader.keys("FLEDGE_API_KEYS_FILE"),
+            key_rate=reader.rate("FLEDGE_KEY_RATE"),
         )
+        if settings.key_rate and not reader.text("FLEDGE_API_KEYS_FILE", ""):
+            reader.errors.append(
+                "FLEDGE_KEY_RATE: set FLEDGE_API_KEYS_FILE too, or no key is known"
+            )
         if (settings.tls_cert is None) != (settings.tls_key is None):
             reader.errors.append("FLEDGE_TLS_CERT, FLEDGE_TLS_KEY: set both, or none")
         reader.check_trusted_keys()
@@ -180,6 +187,14 @@ class _Reader:
         if not 0.001 <= value <= 3600:
             self.errors.append(f"{name} = {text!r}: use seconds, 0.001 to 3600")
         return value
+
+    def rate(self, name: str) -> float:
+        text = self.text(name, "0")
+        # Written out, because float() also reads nan, inf and 1e999.
+        if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):
+            return float(text)
+        self.errors.append(f"{name} = {text[:20]!r}: use images per second, such as 5 or 0.5")
+        return 0.0
 
     def names(self, name: str, pattern: re.Pattern[str], kind: str) -> frozenset[str]:
         """Read a list that is separated by commas or spaces; `*` stands for all."""

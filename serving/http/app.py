@@ -11,20 +11,19 @@ errors.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from serving.bundle import signing
-from serving.errors import FledgeError, RequestError, Unauthorized
+from serving.errors import FledgeError, Overloaded, RequestError, Unauthorized
 from serving.http import forms, problems
 from serving.http.access import Access
 from serving.http.demo_page import DOCS_POLICY, render, with_policy
+from serving.http.keys import ApiKeys
 from serving.http.messages import (
     ASGIApp,
     ClientDisconnect,
@@ -69,6 +68,7 @@ class App:
         self._model_manager = model_manager
         self._shutdown = GracefulShutdown()
         self._access = Access()
+        self._api_keys: ApiKeys | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on to BentoML's app."""
@@ -182,14 +182,22 @@ class App:
                 raise RequestError("send multipart/form-data with several fields `image`")
             pairs = forms.query(request.query)
             form = await _parse_form(await self._body(request, model_manager), request)
+            self._keys(model_manager).count(request, len(form.images) - 1)
             options = forms.options([*pairs, *form.pairs])
             answers = await predict_images(model_manager, form.images, options, request.id)
-            return Response.of(answers)
+        overloaded = [one["error"] for one in answers if _is_overloaded(one)]
+        if len(overloaded) == len(answers):
+            error = Overloaded("the queue has no room for these images; try again later")
+            return Response.problem(error, request)
+        for problem in overloaded:
+            problem["retry_after"] = problems.OVERLOADED_SECONDS
+        return Response.of(answers)
 
     async def model(self, request: Request) -> Response:
         """Answer `GET /model`: the bundle's manifest, and the precision and provider in use."""
         model_manager = self._model_manager()
-        _authorise(request, model_manager)
+        with _count_errors(model_manager, (Unauthorized, problems.RateLimited)):
+            await self._keys(model_manager).authorise(request)
         return Response(200, model_manager.model.manifest)
 
     async def ready(self, request: Request) -> Response:
@@ -218,8 +226,14 @@ class App:
             model = ""
         return render(model)
 
+    def _keys(self, model_manager: ModelManager) -> ApiKeys:
+        if self._api_keys is None:
+            settings = model_manager.settings
+            self._api_keys = ApiKeys(settings.api_keys, settings.key_rate / settings.workers)
+        return self._api_keys
+
     async def _body(self, request: Request, model_manager: ModelManager) -> bytes:
-        _authorise(request, model_manager)
+        await self._keys(model_manager).authorise(request, images=1)
         overhead = forms.MAX_OVERHEAD if forms.is_multipart(request.content_type) else 0
         try:
             async with asyncio.timeout(READ_TIMEOUT):
@@ -246,31 +260,25 @@ async def _parse_form(body: bytes, request: Request) -> forms.Form:
     return await asyncio.to_thread(forms.parse, body, request.content_type)
 
 
+def _is_overloaded(answer: dict[str, Any]) -> bool:
+    return "error" in answer and answer["error"]["code"] == Overloaded.code
+
+
 @contextmanager
-def _count_errors(model_manager: ModelManager) -> Iterator[None]:
+def _count_errors(
+    model_manager: ModelManager, kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
     """Count an exception of the `with` block in the metrics, by error code; then re-raise it.
 
-    `ClientDisconnect` is not counted.
+    Only exceptions of `kinds` are counted, and `ClientDisconnect` is not.
     """
     try:
         yield
     except ClientDisconnect:
         raise
-    except Exception as error:
+    except kinds as error:
         model_manager.telemetry.count(problems.code_of(error))
         raise
-
-
-def _authorise(request: Request, model_manager: ModelManager) -> None:
-    keys = model_manager.settings.api_keys
-    if not keys:
-        return
-    scheme, _, key = request.headers.get(b"authorization", b"").partition(b" ")
-    digest = hashlib.sha256(key.strip()).digest()
-    # Compares with every key, each in constant time, so that the duration reveals nothing.
-    matches = sum(hmac.compare_digest(digest, one) for one in keys)
-    if scheme.lower() != b"bearer" or not matches:
-        raise Unauthorized("send a valid key as `Authorization: Bearer KEY`")
 
 
 def _method_not_allowed(request: Request, allowed: Iterable[str]) -> Response:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from serving.errors import Overloaded, TooLarge, Unauthorized
+from serving.errors import TooLarge, Unauthorized
 from serving.http import problems
 
 Message = MutableMapping[str, Any]
@@ -26,6 +26,7 @@ _UNREAD: Final = (
     problems.SlowRequest,
     problems.BadHost,
     problems.CrossSite,
+    problems.RateLimited,
 )
 """Errors before the body is read; the connection is closed if the body has not arrived yet."""
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -163,8 +164,9 @@ class Response:
         """
         body = problems.problem(error, request.id)
         headers = []
-        if isinstance(error, Overloaded):
-            headers.append((b"retry-after", b"1"))
+        seconds = problems.retry_after(error)
+        if seconds is not None:
+            headers.append((b"retry-after", str(seconds).encode()))
         if isinstance(error, Unauthorized):
             headers.append((b"www-authenticate", b"Bearer"))
         refused = isinstance(error, _UNREAD)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Final
 
-from serving.errors import FledgeError, problem_document
+from serving.errors import FledgeError, Overloaded, problem_document
 
 MEDIA_TYPE: Final = "application/problem+json"
 
@@ -57,6 +57,32 @@ class SlowRequest(HttpError):
 
     code = "slow-request"
     http_status = 408
+
+
+class RateLimited(HttpError):
+    """A key has sent too many images, or an address too many wrong keys.
+
+    Attributes:
+        retry_after: Seconds after which the request may be sent again.
+    """
+
+    code = "rate-limited"
+    http_status = 429
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(f"{message}; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+OVERLOADED_SECONDS: Final = 1
+"""Seconds after which a request that the queue had no room for may be sent again."""
+
+
+def retry_after(error: Exception) -> int | None:
+    """Return the seconds after which to send a request again, None if that would not help."""
+    if isinstance(error, RateLimited):
+        return error.retry_after
+    return OVERLOADED_SECONDS if isinstance(error, Overloaded) else None
 
 
 def is_fault(error: Exception) -> bool:
