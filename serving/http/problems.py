@@ -52,6 +52,13 @@ class CrossSite(HttpError):
     http_status = 403
 
 
+class HeadTooLarge(HttpError):
+    """The head has too many bytes or fields. `LimitedHttpProtocol` sends it: there is no request."""
+
+    code = "head-too-large"
+    http_status = 431
+
+
 class SlowRequest(HttpError):
     """The client took too long to send the body."""
 
