@@ -53,7 +53,7 @@ class CrossSite(HttpError):
 
 
 class HeadTooLarge(HttpError):
-    """The head has too many bytes or fields. `LimitedHttpProtocol` sends it: there is no request."""
+    """The head has too many bytes or fields. `LimitedHttpProtocol` sends it, not `App`."""
 
     code = "head-too-large"
     http_status = 431

@@ -107,15 +107,19 @@ class ConnectionLimits:
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Look at all connections from now on, twice a second."""
+        loop.call_later(_SWEEP_SECONDS, self.start, loop)
         self.now = loop.time()
         for connection in list(self._open):
-            connection.check(self.now)
+            try:
+                connection.check(self.now)
+            except Exception:  # the others must still be checked
+                _log.exception("a connection can't be checked")
+                connection.drop()
         if self._unlogged and self.now - self._logged >= _LOG_SECONDS:
             self._logged = self.now
             causes = (f"{n} {_REASONS[reason]}" for reason, n in self._unlogged.most_common())
             _log.warning("refused connections: %s", "; ".join(causes))
             self._unlogged.clear()
-        loop.call_later(_SWEEP_SECONDS, self.start, loop)
 
     def admit(self, connection: Connection) -> bool:
         """Take a new connection, which has no request yet, into the table.

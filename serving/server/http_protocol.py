@@ -212,6 +212,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         HttpToolsProtocol.on_headers_complete(self)
         if not self.parser.should_upgrade():
             self.headers = []  # trailers must not become fields of the request
+        elif self._should_upgrade():  # no request for `App`; a body counts as part of the head
+            self._head_open, self._body_open = True, False
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)

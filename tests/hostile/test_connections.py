@@ -385,3 +385,34 @@ def test_two_workers_have_the_same_limits(folder: Path, tmp_path: Path):
             with connect(server) as client:
                 assert send_all(client, first, piece, 30_000_000) < 8_000_000
         assert is_answered(server)
+
+
+UPGRADE = b"Host: localhost\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+UPGRADE += b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nUpgrade: "
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b"GET /x HTTP/1.1\r\n" + UPGRADE + b"websocket\r\n\r\n", 403),
+        (b"GET /readyz HTTP/1.1\r\n" + UPGRADE + b"h2c\r\n\r\n", 200),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    ],
+)
+def test_other_protocols_are_not_spoken(server: Live, raw: bytes, status: int):
+    with connect(server) as client:
+        client.sendall(raw)
+        assert client.recv(65536).startswith(b"HTTP/1.1 %d" % status)
+
+
+@pytest.mark.parametrize("protocol", [b"websocket", b"h2c"])
+@pytest.mark.parametrize("framing", [b"", b"Transfer-Encoding: chunked\r\n"])
+def test_an_upgrade_with_an_endless_body_is_cut_off(server: Live, protocol: bytes, framing: bytes):
+    raw = b"POST /predict HTTP/1.1\r\n" + framing + UPGRADE + protocol + b"\r\n\r\n"
+    before = rss(server)
+    with connect(server) as client:
+        sent = send_all(client, raw, b"10000\r\n" + bytes(65536) + b"\r\n", 100_000_000)
+    assert sent < 40_000_000  # what `/predict` accepts, and buffers of the kernel
+    assert rss(server) - before < 30_000_000
+    assert is_answered(server)
+    assert "Traceback" not in server.log.read_text()
