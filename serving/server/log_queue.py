@@ -24,6 +24,9 @@ MAX_BYTES: Final = 8 * 2**20
 """Largest size of the lines that wait."""
 MAX_LINE: Final = 65_536
 """Bytes after which a line is cut; tracebacks are a few thousand."""
+GATHER_SECONDS: Final = 0.02
+"""Time in which lines are gathered for one write. A write, and the switch to the thread and back,
+for each line would cost a request more than all else that it needs apart from the model."""
 FLUSH_SECONDS: Final = 1.0
 """Time for which the end of the process waits for the lines that are left."""
 _RETRY_SECONDS: Final = 0.05
@@ -70,6 +73,8 @@ class LogWriter:
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._lines)
                 self._idle = False
+            time.sleep(GATHER_SECONDS)
+            with self._changed:
                 data = b"".join(self._lines)
                 self._lines.clear()
                 self._bytes = 0
