@@ -35,6 +35,8 @@ CLASSES: Final = 100
 
 # Paths without spans here: BentoML traces its own routes, and probes and scrapes need no span.
 _UNTRACED: Final = "/(livez|healthz|readyz|metrics|docs|docs.json|schema.json)$,/static_content/"
+_MAX_PATH: Final = 2048
+"""Characters of a path in the access log."""
 _FLUSH_MS: Final = 5000
 
 
@@ -176,7 +178,7 @@ class Telemetry:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "request": request_id,
             "method": method,
-            "path": path,
+            "path": path[:_MAX_PATH],
             "status": status,
             "code": code,
             "ms": round(seconds * 1000, 2),

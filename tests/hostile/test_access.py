@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from serving.http.access import Access
+from serving.server.launch import _serve_name
 from tests.support.live_server import Live, client, free_port, launch, live
 from tests.support.tiny_bundle import photo, tiny_bundle
 
@@ -224,3 +225,18 @@ def test_names_are_checked_on_loopback_or_where_they_are_listed(hosts, listening
     access = Access(hosts, (), lambda: listening)
     refusal = access.refusal(scope(host, "192.0.2.7"), {})
     assert (refusal is None) == served
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "hosts"),
+    [
+        ("mybox", "127.0.1.1", "photos.example mybox"),
+        ("localhost", "127.0.0.1", "photos.example"),
+        ("127.0.0.1", "127.0.0.1", "photos.example"),
+        ("mybox", "192.0.2.7", "photos.example"),  # every name is served there
+    ],
+)
+def test_the_name_that_is_listened_on_is_served(host: str, address: str, hosts: str):
+    env = {"FLEDGE_HOSTS": "photos.example"}
+    _serve_name(host, address, env)
+    assert env["FLEDGE_HOSTS"] == hosts

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
-from tests.support.live_server import Live, get, live, post
+from tests.support.live_server import ROOT, Live, free_port, get, live, post
 from tests.support.tiny_bundle import photo, tiny_bundle
 
 
@@ -385,6 +389,37 @@ def test_two_workers_have_the_same_limits(folder: Path, tmp_path: Path):
             with connect(server) as client:
                 assert send_all(client, first, piece, 30_000_000) < 8_000_000
         assert is_answered(server)
+
+
+@pytest.mark.process
+def test_bentoml_serve_has_the_same_limits(folder: Path, tmp_path: Path):
+    port = free_port()
+    command = [sys.executable, "-m", "bentoml", "serve", "serving.service:ImageClassifier"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--working-dir", str(ROOT)]
+    env = {"FLEDGE_BUNDLE": str(folder), "BENTOML_HOME": str(tmp_path / "home")}
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **env}, stdout=out, stderr=subprocess.STDOUT
+        )
+    try:
+        server = Live(f"http://127.0.0.1:{port}", port, process, log)
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            with suppress(OSError, httpx.TransportError):
+                if is_answered(server):
+                    break
+            time.sleep(0.1)
+        for first, piece, _ in ENDLESS.values():
+            with connect(server) as client:
+                assert send_all(client, first, piece, 30_000_000) < 8_000_000
+        with connect(server) as client:
+            client.sendall(b"GET /readyz HTTP/1.1\r\nHost: evil.example\r\n\r\n")
+            assert client.recv(65536).startswith(b"HTTP/1.1 400")
+        assert is_answered(server)
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 UPGRADE = b"Host: localhost\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
