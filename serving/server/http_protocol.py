@@ -35,7 +35,9 @@ from serving.server.connection_limits import (
 
 _PIPELINED_COST: Final = 4096  # bytes of memory for a small request that waits
 _SLICE: Final = HEAD_BYTES
-_SMALL_HEAD: Final = 8192  # bytes of a head that are not counted as held
+_FREE_BYTES: Final = 16_384
+"""Bytes of a connection's heads that are not counted: most heads are smaller, and are never refused
+because of others."""
 
 
 class _Refused(Exception):
@@ -153,7 +155,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._body_open:
             if body_open and cycle is self.cycle:
                 self._check_body(len(data), self._body_bytes - seen)
-            elif len(data) - self._body_bytes > _SMALL_HEAD:  # kept while the body arrives
+            elif len(data) - self._body_bytes > _FREE_BYTES:  # kept while the body arrives
                 self._hold(len(data) - self._body_bytes)
             return
         if not body_open and cycle is self.cycle:  # nothing but a part of a head
@@ -172,7 +174,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._refuse(_head_too_large())
             return
         self._hold(size)
-        if self._limits.head_bytes > SHARED_HEAD_BYTES:
+        if self._held and self._limits.head_bytes > SHARED_HEAD_BYTES:
             self._refuse(_Refused("head-memory", 429, "too many requests arrive; try again later"))
 
     def _check_body(self, size: int, body: int) -> None:
@@ -189,8 +191,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._refuse(_head_too_large())
 
     def _hold(self, size: int) -> None:
-        self._limits.head_bytes += size - self._held
-        self._held = size
+        counted = max(0, size - _FREE_BYTES)
+        self._limits.head_bytes += counted - self._held
+        self._held = counted
 
     # Callbacks of the parser
 
@@ -203,7 +206,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             raise _head_too_large()
         if self.pipeline:
             self._admit_pipelined()
-        elif self._head_bytes <= _SMALL_HEAD:
+        elif self._head_bytes <= _FREE_BYTES:
             self._hold(0)
         self._limits.busy(self)
         self._head_open, self._body_open = False, True
@@ -240,7 +243,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _Refused("pipelined", 0, "")
         self._hold((len(self.pipeline) + 1) * _PIPELINED_COST)
-        if self._limits.head_bytes > SHARED_HEAD_BYTES:
+        if self._held and self._limits.head_bytes > SHARED_HEAD_BYTES:
             raise _Refused("head-memory", 0, "")
 
     # Refusals
@@ -303,6 +306,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._respond(refusal)
 
     def _respond(self, refusal: _Refused) -> None:
+        self.parser = None  # type: ignore[assignment]  # with the memory of the head
+        self.headers, self.url = [], b""
+        self._hold(0)
         code = {408: "slow-request", 431: "head-too-large", 429: "overloaded"}
         name = code.get(refusal.status, "bad-request")
         body = json.dumps(problem_document(name, refusal.status, refusal.detail)).encode()
