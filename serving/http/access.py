@@ -23,6 +23,7 @@ from serving.http.messages import Message, Response
 from serving.http.problems import BadHost, CrossSite, HttpError
 
 _HOST: Final = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253}?)\.?(?::[0-9]{0,5})?")
+_MAX_HOST: Final = 260
 _DEFAULT_PORTS: Final = {b"http": b":80", b"https": b":443"}
 _SAFE_METHODS: Final = ("GET", "HEAD", "OPTIONS")
 _OWN_SITE: Final = (b"same-origin", b"none")
@@ -66,7 +67,8 @@ class Access:
             return BadHost("send the header Host, and send it once")
         if hosts:
             server = scope.get("server")
-            if not self._is_served(hosts[0], server[0] if server else ""):
+            known = len(hosts[0]) <= _MAX_HOST  # longer ones must not fill the cache
+            if not (known and self._is_served(hosts[0], server[0] if server else "")):
                 host = hosts[0].decode("latin-1")[:60]
                 return BadHost(f"Host {host!r} is not served here; FLEDGE_HOSTS lists more hosts")
         if scope["method"] not in _SAFE_METHODS:

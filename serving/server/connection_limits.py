@@ -17,8 +17,11 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 HEAD_BYTES: Final = 65_536
-"""Largest head of a request: request line and fields. The trailers of a chunked body, and the bytes
-around its chunks, are limited alike."""
+"""Largest head of a request: request line and fields. The trailers of a chunked body, and the
+extensions of a chunk, are limited alike."""
+FRAMING_BYTES: Final = 2**20
+"""Largest number of bytes around the chunks of a body, in addition to a quarter of the body. Chunks
+of one byte cost a hundred times as much time as large ones."""
 HEAD_FIELDS: Final = 100
 """Largest number of fields in a head, and of trailers."""
 HEAD_SECONDS: Final = 10.0
@@ -56,7 +59,7 @@ _REASONS: Final = {
     "head-time": f"without a whole head within {HEAD_SECONDS:g} s",
     "head-memory": "closed because incomplete heads took too much memory",
     "body-speed": f"with a body slower than {BODY_BYTES_PER_SECOND} bytes a second",
-    "body-framing": "with more bytes around chunks than in them, or too many trailers",
+    "body-framing": "with too many bytes around the chunks of the body",
     "unread-body": "whose body went on after the answer",
     "unread-response": f"whose client read nothing for {WRITE_SECONDS:g} s",
     "pipelined": f"with more than {MAX_PIPELINED} requests in advance",

@@ -20,6 +20,7 @@ from serving.errors import problem_document
 from serving.server.connection_limits import (
     BODY_BYTES_PER_SECOND,
     BODY_SECONDS,
+    FRAMING_BYTES,
     HEAD_BYTES,
     HEAD_FIELDS,
     HEAD_SECONDS,
@@ -72,6 +73,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._body_open = False  # the parser is behind a head and not at the end of its body
         self._body_bytes = 0  # of the request in progress
         self._extra_bytes = 0  # around the chunks of its body, trailers included
+        self._extra_run = 0  # of these, since the last byte of the body
         self._held = 0  # the part of `limits.head_bytes` that is this connection's
         self._body_at = 0.0  # when the last byte of the body arrived
         self._period_since, self._period_bytes = 0.0, 0
@@ -180,13 +182,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _check_body(self, size: int, body: int) -> None:
         """Check the request in progress after `size` bytes, of which `body` were of its body."""
         self._extra_bytes += size - body
+        self._extra_run = 0 if body else self._extra_run + size
         if self.cycle.response_complete:
             self._unread_bytes += size
             if self._unread_bytes > UNREAD_BYTES:
                 self._limits.refused("unread-body")
                 self.drop()
-        elif self._extra_bytes > HEAD_BYTES + 16 * self._body_bytes:
-            self._refuse(_Refused("body-framing", 400, "the chunks of the body are mostly framing"))
+        elif (
+            self._extra_run > HEAD_BYTES
+            or self._extra_bytes > FRAMING_BYTES + self._body_bytes // 4
+        ):
+            self._refuse(_Refused("body-framing", 400, "the chunks of the body are too small"))
         elif self._extra_bytes and len(self.headers) > HEAD_FIELDS:  # trailers
             self._refuse(_head_too_large())
 
@@ -210,7 +216,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._hold(0)
         self._limits.busy(self)
         self._head_open, self._body_open = False, True
-        self._head_bytes = self._body_bytes = self._extra_bytes = self._period_bytes = 0
+        self._head_bytes = self._body_bytes = self._period_bytes = 0
+        self._extra_bytes = self._extra_run = 0
         self._body_at = self._period_since = self._limits.now
         HttpToolsProtocol.on_headers_complete(self)
         if not self.parser.should_upgrade():
