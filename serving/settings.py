@@ -74,7 +74,7 @@ class Settings:
             empty, names are checked only while the service listens on loopback.
         cors_origins: Origins of web pages that may use the service, or "*" for all.
         max_connections: Largest number of connections of a worker. None: as many as the limit on
-            open files allows, at most 4096.
+            open files allows, at most 4096, with TLS 1024.
         api_keys: sha256 digests of the accepted API keys; if empty, no key is needed.
         key_rate: Images per second that each key may send, over all workers; 0 for no limit.
     """

@@ -78,7 +78,12 @@ class App:
             return
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
-                self._install()
+                try:
+                    self._install()
+                except FledgeError as error:  # else uvicorn would serve without a lifespan
+                    await receive()
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                    return
             await self._inner(scope, receive, send)
             return
         path = scope["path"]

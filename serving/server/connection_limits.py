@@ -45,7 +45,9 @@ LINGER_BYTES: Final = 2**20
 resets it, and the client might not see the response."""
 
 MAX_CONNECTIONS: Final = 4096
-"""Largest default of the number of connections; less where the process may have few descriptors."""
+MAX_TLS_CONNECTIONS: Final = 1024
+"""Largest default of the number of connections; less where the process may have few descriptors. A
+silent connection takes 5 KB of memory, with TLS 51 KB."""
 SHARED_HEAD_BYTES: Final = 32 * 2**20
 """Memory for all incomplete heads and pipelined requests of a worker."""
 _MAX_DESCRIPTORS: Final = 65_536
@@ -175,7 +177,7 @@ def raise_descriptor_limit() -> int:
     return most
 
 
-def connections_for(descriptors: int, wanted: int | None) -> tuple[int, int]:
+def connections_for(descriptors: int, wanted: int) -> tuple[int, int]:
     """Return the largest number of connections, and the length of the queue of the kernel.
 
     A quarter of the descriptors, at least 64, is left: for files, and for connections that the
@@ -183,11 +185,11 @@ def connections_for(descriptors: int, wanted: int | None) -> tuple[int, int]:
 
     Args:
         descriptors: Limit on the open files of this process.
-        wanted: The number that the user has set, or None.
+        wanted: The number that the user has set, or the default.
     """
     reserve = max(64, min(descriptors // 4, _MAX_BACKLOG * 2))
     possible = max(descriptors - reserve, 16)
-    return min(wanted or MAX_CONNECTIONS, possible), min(_MAX_BACKLOG, max(reserve // 2, 16))
+    return min(wanted, possible), min(_MAX_BACKLOG, max(reserve // 2, 16))
 
 
 def install(
@@ -206,7 +208,8 @@ def install(
     """
     from serving.server import bentoml_compat
 
-    most, backlog = connections_for(raise_descriptor_limit(), wanted)
+    default = MAX_CONNECTIONS if (context or server.config.ssl) is None else MAX_TLS_CONNECTIONS
+    most, backlog = connections_for(raise_descriptor_limit(), wanted or default)
     if wanted and most < wanted:
         _log.warning(
             "FLEDGE_MAX_CONNECTIONS = %d: the limit on open files allows %d; raise it (ulimit -n)",

@@ -19,6 +19,7 @@ import httpx
 import psutil
 import pytest
 
+from serving.server.connection_limits import connections_for
 from tests.support.live_server import ROOT, Live, free_port, get, live, post
 from tests.support.tiny_bundle import photo, tiny_bundle
 
@@ -461,3 +462,20 @@ def test_an_upgrade_with_an_endless_body_is_cut_off(server: Live, protocol: byte
     assert rss(server) - before < 30_000_000
     assert is_answered(server)
     assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "wanted", "connections"),
+    [(1024, 4096, 768), (1024, 100, 100), (65_536, 4096, 4096), (65_536, 100_000, 61_440)],
+)
+def test_descriptors_are_left_for_files(descriptors: int, wanted: int, connections: int):
+    found, backlog = connections_for(descriptors, wanted)
+    assert found == connections
+    assert backlog <= (descriptors - connections) // 2
+
+
+@pytest.mark.parametrize("descriptors", [20, 64, 256])
+def test_few_descriptors_still_allow_connections(descriptors: int):
+    connections, backlog = connections_for(descriptors, 4096)
+    assert 16 <= connections <= max(16, descriptors - 64)
+    assert backlog >= 16

@@ -273,3 +273,25 @@ def test_a_batch_that_the_queue_has_no_room_for_is_429(predictor: Predictor):
         assert (refused["error"]["code"], refused["error"]["retry_after"]) == ("overloaded", 1)
 
     run_client(manager_of(predictor, FakeEngine(work_of)), work)
+
+
+def test_a_worker_with_wrong_settings_does_not_start(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+):
+    """They were right when the launcher checked them."""
+    monkeypatch.setattr("serving.http.app.bentoml_compat.running_uvicorn_server", object)
+    monkeypatch.setattr("serving.http.app.log_queue.install", lambda: None)
+    monkeypatch.setenv("FLEDGE_TLS_CERT", "/no/such/file")
+    monkeypatch.setenv("FLEDGE_TLS_KEY", "/no/such/file")
+    sent = []
+
+    async def receive():
+        return {"type": "lifespan.startup"}
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    app = App(no_bentoml, lambda: manager_of(predictor, None))
+    asyncio.run(app({"type": "lifespan"}, receive, send))
+    assert [message["type"] for message in sent] == ["lifespan.startup.failed"]
+    assert "FLEDGE_TLS_CERT" in sent[0]["message"]
