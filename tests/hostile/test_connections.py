@@ -45,7 +45,10 @@ def rss(server: Live) -> int:
 
 def is_answered(server: Live) -> bool:
     started = time.monotonic()
-    return get(f"{server.url}/readyz").status_code == 200 and time.monotonic() - started < 1
+    with connect(server) as client:
+        client.sendall(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answer = client.recv(65536)
+    return answer.startswith(b"HTTP/1.1 200") and time.monotonic() - started < 1
 
 
 def send_all(client: socket.socket, first: bytes, piece: bytes, most: int) -> int:
