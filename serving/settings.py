@@ -66,6 +66,9 @@ class Settings:
             images are rejected with status 429.
         max_bytes: Largest size in bytes of one image, and of all images of a request together.
         max_pixels: Largest width times height of an image.
+        max_memory: Bytes that a worker may take for the bodies of requests and for decoding their
+            images, all together. None takes what the container's limit leaves; see
+            `serving.inference.decoding.request_memory`.
         deadline: Largest time from queueing an image to its answer, in seconds. A slower answer
             becomes a response with status 504.
         tls_cert: PEM file with the certificate of the service; None for plain HTTP.
@@ -87,7 +90,8 @@ class Settings:
     max_batch: int | None = None
     max_queue: int = 64
     max_bytes: int = decode.MAX_BYTES
-    max_pixels: int = decode.MAX_PIXELS
+    max_pixels: int = 50_000_000
+    max_memory: int | None = None
     deadline: float = 10.0
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -124,6 +128,7 @@ class Settings:
             max_queue=reader.integer("FLEDGE_MAX_QUEUE", cls.max_queue, 1, 1_000_000),
             max_bytes=reader.integer("FLEDGE_MAX_BYTES", cls.max_bytes, 1024, 2**31),
             max_pixels=reader.integer("FLEDGE_MAX_PIXELS", cls.max_pixels, 64, 2**31),
+            max_memory=reader.integer("FLEDGE_MAX_MEMORY", 0, 2**24, 2**40) or None,
             deadline=reader.seconds("FLEDGE_DEADLINE", cls.deadline),
             tls_cert=reader.path("FLEDGE_TLS_CERT"),
             tls_key=reader.path("FLEDGE_TLS_KEY"),

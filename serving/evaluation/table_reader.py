@@ -159,7 +159,7 @@ def parse_probability(value: Any, where: str) -> float:
     """
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1.0
     if not 0 <= number <= _ONE:
         raise DataError(f"{where}: {value!r} is no probability; use a number from 0 to 1")

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Final
 
 from serving.bundle import signing
-from serving.errors import FledgeError, Overloaded, RequestError, Unauthorized
+from serving.errors import FledgeError, NotReady, Overloaded, RequestError, Unauthorized
 from serving.http import forms, problems
 from serving.http.access import Access
 from serving.http.demo_page import DOCS_POLICY, render, with_policy
@@ -212,9 +212,13 @@ class App:
         refusal = model_manager.refusal.replace(str(model_manager.settings.bundle), "the bundle")
         refusal = re.sub(rf"({signing.TRUSTED} =) \S+", r"\1 …", refusal)
         try:
-            predictor = model_manager.model.predictor
+            model = model_manager.model
         except FledgeError as error:
             return Response.problem(type(error)(refusal), request)
+        if model.engine.overdue.all:
+            busy = NotReady("every thread works on an image whose request has ended")
+            return Response.problem(busy, request)
+        predictor = model.predictor
         state = {
             "status": "ready",
             "model": predictor.model,

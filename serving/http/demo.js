@@ -3,11 +3,12 @@
 
 const APPLIED = {
   "exif-orientation": "Turned upright, as its EXIF data says",
-  "alpha-on-background": "Its transparent parts laid on a plain background",
-  "icc-to-srgb": "Its colours converted from their own profile to sRGB",
+  "alpha-on-background": "Its transparent parts on a plain background",
+  "icc-ignored": "Its colour profile ignored",
+  "icc-to-srgb": "Its colours converted to sRGB",
   "16-bit-scaled": "Its deep samples scaled to 8 bits",
-  "float-scaled": "Its floating-point samples scaled to 8 bits",
-  "first-frame": "Only its first frame looked at",
+  "float-scaled": "Its float samples scaled to 8 bits",
+  "first-frame": "Only its first frame",
 };
 const ERRORS = {
   "no-image": "This file is empty",

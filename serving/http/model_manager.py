@@ -16,6 +16,7 @@ from serving import __version__
 from serving.bundle import storage
 from serving.errors import FledgeError, NotReady
 from serving.http.telemetry import Telemetry
+from serving.inference.decoding import request_memory
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
 from serving.inference.scheduling import Engine, build_engine
@@ -68,6 +69,7 @@ class ModelManager:
         settings: Settings of the service.
         telemetry: Metrics and access log.
         refusal: Why the newest bundle is not served; "" if it is served.
+        memory: Bytes for the bodies of requests and for decoding; 0 until a model is loaded.
     """
 
     def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
@@ -75,6 +77,7 @@ class ModelManager:
         self.settings = settings
         self.telemetry = telemetry
         self.refusal = "the bundle is still being loaded"
+        self.memory = 0
         self._model: LoadedModel | None = None
         self._manifest_state: object = None
         self._logged_refusal: object = None
@@ -163,12 +166,14 @@ class ModelManager:
     def _build(self) -> LoadedModel:
         settings = self.settings
         predictor = _open(settings)
+        self.memory = settings.max_memory or request_memory(settings.workers)
         engine = build_engine(
             predictor,
             cap=settings.max_batch or predictor.cap,
             threads=settings.threads,
             max_queue=settings.max_queue,
             max_pixels=settings.max_pixels,
+            memory=self.memory * 3 // 4,  # the rest is for the bodies of requests
             observe=self.telemetry.observe,
         )
         return LoadedModel(predictor, engine, _describe(predictor))
@@ -212,10 +217,11 @@ class ModelManager:
             self.telemetry.retired(*_labels(old.predictor))
         self.telemetry.serving(*_labels(predictor), predictor.manifest.labels)
         _log.info(
-            "serving %s in %s on %s, %d threads, up to %d rows a run",
+            "serving %s in %s on %s, %d threads, up to %d rows a run, %d MB for requests",
             *_labels(predictor),
             self.settings.threads,
             self.settings.max_batch or predictor.cap,
+            self.memory >> 20,
         )
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from serving.errors import DeadlineExceeded, TooLarge
@@ -37,8 +38,11 @@ async def predict_image(
         FledgeError: An option is wrong, the image can't be used, the queue is full, the deadline
             has passed, or no model is loaded.
     """
+    settings = model_manager.settings
+    end = asyncio.get_running_loop().time() + settings.deadline
     with model_manager.acquire() as model:
-        return await _predict(model, model_manager.settings, data, options)
+        async with _deadline(settings, end):
+            return await _predict(model, settings, data, options)
 
 
 async def predict_images(
@@ -62,15 +66,17 @@ async def predict_images(
         FledgeError: An option is wrong, or no model is loaded. No image was processed.
     """
     settings, telemetry = model_manager.settings, model_manager.telemetry
-    # The images of one request may fill only a part of the queue, so that others are accepted.
-    concurrency = asyncio.Semaphore(max(1, settings.max_queue // 4))
+    end = asyncio.get_running_loop().time() + settings.deadline
 
     with model_manager.acquire() as model:
         model.predictor.check(options.tta, options.top_k)
+        # The images of one request may take only a part of the queue and of the threads, so that
+        # the images of others don't wait for all of them.
+        concurrency = asyncio.Semaphore(min(model.engine.share, max(1, settings.max_queue // 4)))
 
         async def predict_one(data: bytes) -> dict[str, Any]:
             try:
-                async with concurrency:
+                async with _deadline(settings, end), concurrency:
                     answer = await _predict(model, settings, data, options)
             except Exception as error:
                 if is_fault(error):
@@ -89,11 +95,17 @@ async def _predict(
     model.predictor.check(options.tta, options.top_k)
     if len(data) > settings.max_bytes:
         raise TooLarge(f"an image of {len(data)} bytes; {settings.max_bytes} are allowed")
+    prediction = await model.engine.predict(data, options.tta)
+    return model.predictor.answer(prediction, options.top_k)
+
+
+@asynccontextmanager
+async def _deadline(settings: Settings, end: float) -> AsyncIterator[None]:
+    """Cancel the `async with` block at `end`, the time of the event loop, with an error."""
     try:
-        async with asyncio.timeout(settings.deadline):
-            prediction = await model.engine.predict(data, options.tta)
+        async with asyncio.timeout_at(end):
+            yield
     except TimeoutError as error:
         raise DeadlineExceeded(
             f"no answer within {settings.deadline:g} s; try again later"
         ) from error
-    return model.predictor.answer(prediction, options.top_k)

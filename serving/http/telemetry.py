@@ -76,6 +76,11 @@ class Telemetry:
             "Images accepted and not answered yet",
             multiprocess_mode="livesum",
         ).set
+        self._phases["overdue"] = Gauge(
+            "fledge_overdue",
+            "Threads that work on an image whose request has ended",
+            multiprocess_mode="livesum",
+        ).set
         self._probability = Histogram(
             "fledge_probability", "Probability of the best class", buckets=_SHARES
         ).observe
@@ -100,7 +105,8 @@ class Telemetry:
 
         Args:
             phase: Name of the metric. `read`, `queue`, `decode`, `infer` and `total` are durations;
-                `rows` (the batch size of a run) and `waiting` (images not answered yet) are counts.
+                `rows` (the batch size of a run), `waiting` (images not answered yet) and `overdue`
+                (threads whose request has ended) are counts.
             value: Seconds for a duration, else the count.
         """
         self._phases[phase](value)

@@ -17,11 +17,11 @@ from typing import Final, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from serving.errors import BrokenImage, EmptyBody, NotAnImage, TooLarge, UnsupportedFormat
-from serving.imaging import formats
-from serving.imaging.limits import check_limits
+from serving.imaging import cost, formats, icc, isolated
+from serving.imaging.limits import check_limits, raise_limit_of_pillow
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """Names of the Pillow plug-ins that may open a file. Others, such as EPS, are never used."""
@@ -64,7 +64,10 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF
 _STRIP: Final = 2**20  # samples that are scaled at once
 Samples = npt.NDArray[np.float64]
 
-_SRGB: Final = ImageCms.createProfile("sRGB")
+NEEDS_MEMORY: Final = "decoding the image needs more memory than is allowed"
+
+decoders: Final = isolated.DecoderPool()
+"""Processes that decode expensive or unusual images."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,9 @@ def decode(
 ) -> Decoded:
     """Decode one image. The format is recognised by the content.
 
+    An image whose head states a high cost, or that may need more than its head states, is decoded
+    in a process of its own; see `serving.imaging.isolated`.
+
     Args:
         data: The encoded file.
         max_pixels: Largest accepted width times height, checked before any pixel is decoded.
@@ -99,14 +105,77 @@ def decode(
         UnsupportedFormat: The format is known, but is not one of `FORMATS`.
         TooLarge: The image has more than `max_pixels` pixels, or needs too much memory.
         BrokenImage: The data is truncated or corrupt.
+        DeadlineExceeded: Decoding took more than `isolated.MAX_SECONDS`.
+    """
+    estimated = check(data, max_pixels)
+    if not estimated.isolated:
+        try:
+            return decode_here(data, max_pixels=max_pixels, background=background, stated=estimated)
+        except LargerThanStated:
+            pass
+    request = {"max_pixels": max_pixels, "background": background}
+    pixels, applied = decoders.decode(data, request, memory=memory_limit(estimated, max_pixels))
+    return Decoded(Image.fromarray(pixels), applied)
+
+
+def check(data: bytes, max_pixels: int, views: int = 1) -> cost.Cost:
+    """Check structure and size of an image by the head of its file; return what decoding costs.
+
+    Args:
+        data: The encoded file.
+        max_pixels: Largest accepted width times height.
+        views: Number of TTA views (crops, possibly mirrored) that are cut from the image.
+
+    Raises:
+        EmptyBody: `data` is empty.
+        TooLarge: The image has more than `max_pixels` pixels.
+        BrokenImage: The structure is beyond the limits of `serving.imaging.limits`.
     """
     if not data:
         raise EmptyBody("it is empty: 0 bytes, where an image should be")
     check_limits(data, max_pixels)
+    estimated = cost.estimate(data, views)
+    _check_size(estimated.width, estimated.height, max_pixels)
+    return estimated
+
+
+def memory_limit(estimated: cost.Cost, max_pixels: int) -> int:
+    """Return the bytes that a decoder process may take for an image.
+
+    A file that doesn't state its size may have `max_pixels` pixels.
+    """
+    return estimated.bytes if estimated.pixels else cost.MAX_BYTES_PER_PIXEL * max_pixels
+
+
+class LargerThanStated(Exception):
+    """The file has more pixels than its head stated."""
+
+
+def decode_here(
+    data: bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    background: tuple[int, int, int] = (255, 255, 255),
+    stated: cost.Cost | None = None,
+) -> Decoded:
+    """Decode one image in this process, after `check`.
+
+    Args:
+        data: The encoded file.
+        max_pixels: Largest accepted width times height.
+        background: RGB colour, 0 to 255, on which transparent images are composited.
+        stated: Result of `check`, or None if the image may have more pixels than stated.
+
+    Raises:
+        LargerThanStated: The image has more pixels than `stated`.
+        ImageError: As `decode`.
+    """
+    raise_limit_of_pillow(max_pixels)
     image = _open(data)
     width, height = image.size
-    if width * height > max_pixels:
-        raise TooLarge(f"{width} x {height} pixels are more than the {max_pixels} allowed")
+    _check_size(width, height, max_pixels)
+    if stated and width * height > stated.pixels:
+        raise LargerThanStated
     applied: list[str] = []
     try:
         if getattr(image, "is_animated", False):
@@ -118,9 +187,10 @@ def decode(
         frame = _load(image)
         orientation = _read_orientation(image)
         rgb = _to_rgb(image.crop(frame) if frame else image, background, applied)
+        del image  # free its pixels before the next copy is made
         if frame:
             applied.append("alpha-on-background")
-            canvas = Image.new("RGB", image.size, background)
+            canvas = Image.new("RGB", (width, height), background)
             canvas.paste(rgb, frame)
             rgb = canvas
         rgb = _apply_orientation(rgb, orientation)
@@ -129,8 +199,13 @@ def decode(
     except _CORRUPT as error:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
     except MemoryError as error:
-        raise TooLarge("the image needs more memory than is allowed") from error
+        raise TooLarge(NEEDS_MEMORY) from error
     return Decoded(rgb, tuple(applied))
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise TooLarge(f"{width} x {height} pixels are more than the {max_pixels} allowed")
 
 
 def read(
@@ -174,7 +249,7 @@ def _open(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         pass
     except (Image.DecompressionBombError, MemoryError) as error:
-        raise TooLarge("the image needs more memory than is allowed") from error
+        raise TooLarge(NEEDS_MEMORY) from error
     except _CORRUPT as error:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
     if served := formats.served(data):
@@ -228,6 +303,9 @@ def _to_rgb(
     image: Image.Image, background: tuple[int, int, int], applied: list[str]
 ) -> Image.Image:
     profile = image.info.get("icc_profile")
+    if profile and not icc.is_safe(profile):
+        profile = None
+        applied.append("icc-ignored")
     alpha: Image.Image | None = None
     key = image.info.get("transparency")
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
@@ -247,14 +325,14 @@ def _to_rgb(
     elif image.mode == "P" and profile:
         image = image.convert("RGB")
     if profile and image.mode in ("RGB", "CMYK", "L"):
-        converted = _to_srgb(image, profile)
+        converted = icc.to_srgb(image, profile)
         if converted is not None:
             applied.append("icc-to-srgb")
             image = converted
     if image.mode not in ("RGB", "RGBA", "L", "1", "P"):  # these convert without loss
         applied.append(f"{image.mode.lower()}-to-rgb")
     if alpha is None:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     flat = Image.new("RGB", image.size, background)
     flat.paste(image, mask=alpha)
     return flat
@@ -307,16 +385,6 @@ def _strips(image: Image.Image) -> Iterator[tuple[slice, Samples]]:
         with np.errstate(invalid="ignore"):  # a signalling NaN; `_scale_deep` rejects NaN
             strip = np.array(image.crop((0, rows.start, image.width, rows.stop)), np.float64)
         yield rows, strip
-
-
-def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source):
-            return None
-        return ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return None  # a broken profile is ignored, like other broken metadata
 
 
 def _reason(error: Exception) -> str:

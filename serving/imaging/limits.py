@@ -23,7 +23,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 
 # Pillow raises DecompressionBombError when it opens an image of more than twice this number of
 # pixels; for some formats it allocates memory at that point. The setting is global, so
-# `check_limits` only increases it.
+# `raise_limit_of_pillow` only increases it.
 Image.MAX_IMAGE_PIXELS = 50_000_000
 
 SEGMENTS: Final = 1_000
@@ -46,6 +46,11 @@ RUN_LENGTH_PIXELS: Final = 10_000_000
 """Largest number of pixels of a run-length encoded BMP. Pillow decodes such a file in Python."""
 
 
+def raise_limit_of_pillow(max_pixels: int) -> None:
+    """Make Pillow open images of up to `max_pixels` pixels."""
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, -(-max_pixels // 2))
+
+
 def check_limits(data: bytes, max_pixels: int) -> None:
     """Check that the structure of a JPEG, PNG, TIFF or BMP stays within the limits.
 
@@ -59,7 +64,6 @@ def check_limits(data: bytes, max_pixels: int) -> None:
         TooLarge: A tile of a TIFF or a run-length encoded BMP has too many pixels.
         BrokenImage: The number of segments, scans, chunks, strips or tiles is above the limit.
     """
-    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, -(-max_pixels // 2))
     if data.startswith(b"\xff\xd8\xff"):
         _jpeg(data)
     elif data.startswith(b"\x89PNG"):
@@ -77,31 +81,31 @@ def _check_count(what: str, limit: int, found: int) -> None:
 
 def _jpeg(data: bytes) -> None:
     frame, components = 0, b""
-    for number, (marker, at) in enumerate(_markers(data)):
+    for number, (marker, at) in enumerate(jpeg_markers(data)):
         _check_count("segments before the picture", SEGMENTS, number)
-        if marker in _FRAMES:
+        if marker in FRAMES:
             frame, components = marker, data[at + 7 : at + 8]
-        if marker == _SCAN:
-            single = data[at + 2 : at + 3] == components and frame not in _PROGRESSIVE
+        if marker == SCAN:
+            single = data[at + 2 : at + 3] == components and frame not in PROGRESSIVE
             break
     else:
         return
     # Scans are counted exactly only if the first is not the only one and a rough count is too high.
     if not single and data.count(b"\xff\xda") > SCANS:
         scans = 0
-        for marker, _ in _markers(data):
-            scans += marker == _SCAN
+        for marker, _ in jpeg_markers(data):
+            scans += marker == SCAN
             _check_count("scans", SCANS, scans)
 
 
 # Markers of segments that have a length, as in Pillow, and of the end.
 _MARKER: Final = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe])")
-_SCAN, _END = 0xDA, 0xD9
-_FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_PROGRESSIVE: Final = (0xC2, 0xC6, 0xCA, 0xCE)
+SCAN, _END = 0xDA, 0xD9
+FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+PROGRESSIVE: Final = (0xC2, 0xC6, 0xCA, 0xCE)
 
 
-def _markers(data: bytes) -> Iterator[tuple[int, int]]:
+def jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
     """Yield the segment markers of a JPEG up to the end of the image.
 
     An end marker before the first scan is skipped, as in Pillow.
@@ -112,7 +116,7 @@ def _markers(data: bytes) -> Iterator[tuple[int, int]]:
     at, scanning = 2, False
     while found := _MARKER.search(data, at):
         marker, at = found[1][0], found.end()
-        scanning |= marker == _SCAN
+        scanning |= marker == SCAN
         if marker != _END:
             yield marker, at
             at += max(2, int.from_bytes(data[at : at + 2], "big"))
@@ -132,7 +136,7 @@ def _tiff(data: bytes, max_pixels: int) -> None:
     width = height = 0
     # Pillow reads a BigTIFF of the other byte order as 32-bit, but libtiff doesn't, so check both.
     variants = {data[2:3] == b"+", b"+" in data[2:4]}
-    for tag, count, value in (entry for big in variants for entry in _entries(data, big)):
+    for tag, count, value in (entry for big in variants for entry in tiff_entries(data, big)):
         if tag in (273, 324):
             _check_count("strips or tiles", STRIPS, count)
         # If a tag is repeated, Pillow takes its last entry and libtiff its first: use the largest.
@@ -142,7 +146,7 @@ def _tiff(data: bytes, max_pixels: int) -> None:
         raise TooLarge(f"tiles of {width} x {height} pixels are more than the {max_pixels} allowed")
 
 
-def _entries(data: bytes, big: bool) -> Iterator[tuple[int, int, int]]:
+def tiff_entries(data: bytes, big: bool) -> Iterator[tuple[int, int, int]]:
     """Yield the entries of a TIFF's first directory: tag, number of values, value.
 
     The value is meaningful only if the number of values is 1.

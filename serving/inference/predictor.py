@@ -10,7 +10,7 @@ the labels and flags.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,9 +18,19 @@ import numpy as np
 
 from serving.bundle.manifest import Manifest, measured_max_batch
 from serving.errors import OptionError, WorkError
-from serving.imaging.decode import MAX_PIXELS, decode
+from serving.imaging import decode
+from serving.imaging.cost import Cost
+from serving.imaging.decode import MAX_PIXELS
 from serving.imaging.preprocess import Pixels
-from serving.imaging.tta import Probabilities, average, count_views, energies, render, softmax
+from serving.imaging.tta import (
+    Probabilities,
+    View,
+    average,
+    count_views,
+    energies,
+    render,
+    softmax,
+)
 from serving.inference import runtime
 
 TOP_K: Final = 5
@@ -120,7 +130,28 @@ class Predictor:
         if top_k is not None and not 1 <= top_k <= classes:
             raise OptionError(f"top_k = {top_k}: use 1 to {classes}, the number of classes")
 
-    def prepare(self, data: bytes, tta: int = 0, *, max_pixels: int = MAX_PIXELS) -> Prepared:
+    def estimate(self, data: bytes, tta: int = 0, *, max_pixels: int = MAX_PIXELS) -> Cost:
+        """Check structure and size of an image; return what `prepare` costs. Nothing is decoded.
+
+        Args:
+            data: The encoded image file.
+            tta: Number of views to cut, as for `prepare`.
+            max_pixels: Largest accepted width times height.
+
+        Raises:
+            OptionError: `tta` is out of range.
+            ImageError: The image is too large; see `decode.check`.
+        """
+        return decode.check(data, max_pixels, count_views(tta, self.manifest.views))
+
+    def prepare(
+        self,
+        data: bytes,
+        tta: int = 0,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        estimated: Cost | None = None,
+    ) -> Prepared:
         """Decode one image and cut its TTA views (crops or flips).
 
         Args:
@@ -128,15 +159,57 @@ class Predictor:
             tta: Number of views to cut: the first `tta` views in the manifest. 0 and 1 both mean
                 the centre crop only.
             max_pixels: Largest accepted width times height.
+            estimated: Result of `estimate`. If given, the image is decoded in this process.
 
         Raises:
             OptionError: `tta` is out of range.
+            LargerThanStated: `estimated` is given, and the image has more pixels than it says.
             ImageError: The image can't be decoded or is too large; see `decode`.
         """
-        preprocess, views = self.manifest.preprocess, self.manifest.views
-        views = views[: count_views(tta, views)]
-        decoded = decode(data, max_pixels=max_pixels, background=preprocess.background)
+        views, preprocess = self._views(tta), self.manifest.preprocess
+        if estimated:
+            decoded = decode.decode_here(
+                data, max_pixels=max_pixels, background=preprocess.background, stated=estimated
+            )
+        else:
+            decoded = decode.decode(data, max_pixels=max_pixels, background=preprocess.background)
         return Prepared(render(decoded.image, preprocess, views), decoded.applied)
+
+    def prepare_isolated(
+        self,
+        data: bytes,
+        tta: int,
+        *,
+        max_pixels: int,
+        memory: int,
+        cancelled: Callable[[], bool] = bool,
+    ) -> Prepared:
+        """As `prepare`, in a process of its own, which is stopped when `cancelled` returns True.
+
+        Args:
+            data: The encoded image file.
+            tta: Number of views to cut.
+            max_pixels: Largest accepted width times height.
+            memory: Bytes that decoding may take.
+            cancelled: Function that returns True once the image is no longer needed.
+
+        Raises:
+            ImageError: As `prepare`. `TooLarge`: decoding needed more memory than `memory`.
+            Cancelled: `cancelled` returned True.
+        """
+        preprocess = self.manifest.preprocess
+        request = {
+            "max_pixels": max_pixels,
+            "background": preprocess.background,
+            "preprocess": preprocess.to_dict(),
+            "views": self._views(tta),
+        }
+        pixels, applied = decode.decoders.decode(data, request, memory=memory, cancelled=cancelled)
+        return Prepared(pixels, applied)
+
+    def _views(self, tta: int) -> Sequence[View]:
+        views = self.manifest.views
+        return views[: count_views(tta, views)]
 
     def predict(
         self, prepared: Sequence[Prepared], *, low_latency: bool = False

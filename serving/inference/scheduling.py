@@ -17,30 +17,40 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from queue import SimpleQueue
-from threading import Condition, Thread
+from threading import Condition, Event, Thread
 from typing import Final, NamedTuple, Protocol
 
-from serving.errors import Overloaded
+from serving.imaging.cost import Cost
+from serving.inference.admission import Observe, OverdueCount, QueueLimit
+from serving.inference.decoding import ImageDecoder, NeedsIsolation, Prepare, image_decoder
 from serving.inference.predictor import Prediction, Predictor, Prepared
 from serving.inference.runtime import on_cpu
-
-Observe = Callable[[str, float], None]
-"""Callback for measurements: (name, value). The names "queue", "decode" and "infer" have a value in
-seconds. "rows" is the batch size of a run of the graph. "waiting" is the number of images that are
-queued or in progress."""
 
 EXTRA_THREADS: Final = 1
 """Number of threads of `PerImageEngine` in addition to one per core. While a thread waits for the
 GIL or for the next image, an additional thread uses the core. On 2 cores a third thread gains about
 5 %, a fourth thread nothing."""
 
+CLOSE_SECONDS: Final = 10.0
+"""Longest wait for the threads of an engine that is closed."""
+
 
 class Engine(Protocol):
-    """Interface of the classes that predict encoded images in background threads."""
+    """Interface of the classes that predict encoded images in background threads.
+
+    Attributes:
+        share: Number of images of one request that may be in progress together. It is just enough
+            to keep all threads busy, so that other requests wait for few of them.
+        overdue: Count of the threads that work on an image whose request has ended.
+    """
+
+    share: int
+    overdue: OverdueCount
 
     async def predict(self, data: bytes, tta: int = 0) -> Prediction:
         """Predict one image. An image whose call is cancelled while queued is not predicted.
@@ -67,6 +77,7 @@ def build_engine(
     threads: int,
     max_queue: int,
     max_pixels: int,
+    memory: int,
     observe: Observe,
 ) -> Engine:
     """Create a `PerImageEngine` if `cap` is 1, else a `DynamicBatcher`.
@@ -80,53 +91,16 @@ def build_engine(
         max_queue: Largest number of images that are queued or in progress. Any further image is
             rejected with `Overloaded`.
         max_pixels: Largest accepted width times height of an image.
+        memory: Bytes that decoding may take, for all images in progress together. One image may
+            take half of them.
         observe: Callback for measurements; called from several threads.
     """
     limit = QueueLimit(max_queue, observe)
-
-    def prepare(data: bytes, tta: int) -> Prepared:
-        return predictor.prepare(data, tta, max_pixels=max_pixels)
-
+    decoder = image_decoder(predictor, max_pixels, memory)
     if cap == 1:
-        return PerImageEngine(prepare, predictor.predict, limit, threads + EXTRA_THREADS, observe)
+        return PerImageEngine(decoder, predictor.predict, limit, threads + EXTRA_THREADS, observe)
     runners = threads if on_cpu(predictor.runtime.provider) else 1
-    return DynamicBatcher(prepare, predictor.predict, limit, threads, observe, cap, runners)
-
-
-class QueueLimit:
-    """Counter of the images that are queued or in progress, with an upper limit.
-
-    `admit` may be called only in the thread of the event loop, because there is no lock.
-
-    Attributes:
-        limit: Largest number of images.
-        count: Number of images now.
-    """
-
-    def __init__(self, limit: int, observe: Observe) -> None:
-        self.limit = limit
-        self.count = 0
-        self._observe = observe
-
-    @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Count one more image during the `with` block.
-
-        Raises:
-            Overloaded: The limit is reached.
-        """
-        if self.count >= self.limit:
-            raise Overloaded(f"{self.limit} images are waiting already; ask again in a second")
-        self.count += 1
-        self._observe("waiting", self.count)
-        try:
-            yield
-        finally:
-            self.count -= 1
-            self._observe("waiting", self.count)
-
-
-Prepare = Callable[[bytes, int], Prepared]
+    return DynamicBatcher(decoder, predictor.predict, limit, threads, observe, cap, runners)
 
 
 class Predict(Protocol):
@@ -135,67 +109,116 @@ class Predict(Protocol):
     def __call__(self, prepared: list[Prepared], *, low_latency: bool) -> list[Prediction]: ...
 
 
-class _EncodedImage(NamedTuple):
+@dataclass(slots=True)
+class _EncodedImage:
     data: bytes
     tta: int
     queued: float  # time.perf_counter()
     future: asyncio.Future[Prediction]
+    started: bool = False
+    overdue: bool = False
 
 
 class PerImageEngine:
-    """Engine whose threads each decode and predict one image at a time."""
+    """Engine whose threads each decode and predict one image at a time.
+
+    Images that must be decoded in a process of their own have threads of their own.
+    """
 
     def __init__(
-        self, prepare: Prepare, predict: Predict, limit: QueueLimit, threads: int, observe: Observe
+        self,
+        decoder: ImageDecoder,
+        predict: Predict,
+        limit: QueueLimit,
+        threads: int,
+        observe: Observe,
     ) -> None:
-        self._prepare, self._predict = prepare, predict
+        self._decoder, self._predict = decoder, predict
         self._limit, self._observe = limit, observe
+        self.share = threads + 1
+        self.overdue = OverdueCount(threads, observe)
         # A ThreadPoolExecutor, with its futures wrapped for asyncio, would double the overhead.
         self._queue: SimpleQueue[_EncodedImage | None] = SimpleQueue()
+        self._isolated: SimpleQueue[tuple[_EncodedImage, Cost] | None] = SimpleQueue()
         self._threads = [
             Thread(target=self._run, name=f"fledge-image-{number}", daemon=True)
             for number in range(threads)
         ]
-        for thread in self._threads:
+        self._isolated_threads = [
+            Thread(target=self._run_isolated, name=f"fledge-isolated-{number}", daemon=True)
+            for number in range(decoder.threads)
+        ]
+        for thread in (*self._threads, *self._isolated_threads):
             thread.start()
 
     async def predict(self, data: bytes, tta: int = 0) -> Prediction:
         with self._limit.admit():
             future: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
-            self._queue.put(_EncodedImage(data, tta, time.perf_counter(), future))
+            image = _EncodedImage(data, tta, time.perf_counter(), future)
+            self._queue.put(image)
             try:
                 return await future
+            except asyncio.CancelledError:
+                self.overdue.add(image)
+                raise
             finally:
+                image.data = b""  # a cancelled image may stay in the queue
                 # Break the reference cycle: future -> error -> traceback -> this frame -> future.
-                del future
+                del future, image
 
     def close(self) -> None:
         for _ in self._threads:
             self._queue.put(None)
-        for thread in self._threads:
-            thread.join()
+        for _ in self._isolated_threads:
+            self._isolated.put(None)
+        end = time.monotonic() + CLOSE_SECONDS
+        for thread in (*self._threads, *self._isolated_threads):
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _run(self) -> None:
         while image := self._queue.get():
-            self._process(image)
+            self._process(image, self._decoder.prepare)
             del image  # free its bytes now, not when the next image comes
 
-    def _process(self, image: _EncodedImage) -> None:
+    def _run_isolated(self) -> None:
+        while item := self._isolated.get():
+            image, cost = item
+
+            def prepare(
+                data: bytes, tta: int, cost: Cost = cost, image: _EncodedImage = image
+            ) -> Prepared:
+                return self._decoder.prepare_isolated(data, tta, cost, image.future.cancelled)
+
+            self._process(image, prepare)
+            del image, item, prepare
+
+    def _process(self, image: _EncodedImage, prepare: Prepare) -> None:
         if image.future.cancelled():
             return
+        image.started = True
         result: Prediction | BaseException
         try:
-            result = self._decode_and_predict(image.data, image.tta, image.queued)
+            result = self._decode_and_predict(prepare, image.data, image.tta, image.queued)
+        except NeedsIsolation as need:
+            image.started = False
+            self._isolated.put((image, need.cost))
+            return
         except BaseException as error:  # any: the caller gets it, and the thread continues
             result = error
         with suppress(RuntimeError):  # the event loop is closed
-            image.future.get_loop().call_soon_threadsafe(_set_result, image.future, result)
+            image.future.get_loop().call_soon_threadsafe(self._finish, image, result)
         del image, result  # break the reference cycle through the error's traceback
 
+    def _finish(self, image: _EncodedImage, result: Prediction | BaseException) -> None:
+        self.overdue.remove(image)
+        _set_result(image.future, result)
+
     # The future is not an argument, because an error's traceback keeps this frame alive.
-    def _decode_and_predict(self, data: bytes, tta: int, queued: float) -> Prediction:
+    def _decode_and_predict(
+        self, prepare: Prepare, data: bytes, tta: int, queued: float
+    ) -> Prediction:
         start = time.perf_counter()
-        prepared = self._prepare(data, tta)
+        prepared = prepare(data, tta)
         decoded = time.perf_counter()
         prediction = self._predict([prepared], low_latency=self._limit.count == 1)[0]
         done = time.perf_counter()
@@ -227,7 +250,7 @@ class DynamicBatcher:
 
     def __init__(
         self,
-        prepare: Prepare,
+        decoder: ImageDecoder,
         predict: Predict,
         limit: QueueLimit,
         threads: int,
@@ -238,7 +261,7 @@ class DynamicBatcher:
         """Start the threads.
 
         Args:
-            prepare: Function that decodes one image.
+            decoder: Functions that decode one image.
             predict: Function that runs the graph on a batch.
             limit: Counter of the images that are queued or in progress.
             threads: Number of threads that decode.
@@ -246,9 +269,12 @@ class DynamicBatcher:
             cap: Largest batch, in rows (images times TTA views).
             runners: Number of threads that run the graph.
         """
-        self._prepare, self._predict = prepare, predict
+        self._decoder, self._predict = decoder, predict
         self._limit, self._observe, self._cap = limit, observe, cap
+        self.share = max(2 * cap, threads + 1)
+        self.overdue = OverdueCount(threads, observe)
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="fledge-decode")
+        self._isolated = ThreadPoolExecutor(decoder.threads, thread_name_prefix="fledge-isolated")
         self._ready: deque[_DecodedImage] = deque()
         self._changed = Condition()
         self._open = True
@@ -262,21 +288,39 @@ class DynamicBatcher:
     async def predict(self, data: bytes, tta: int = 0) -> Prediction:
         with self._limit.admit():
             loop = asyncio.get_running_loop()
-            future = await loop.run_in_executor(self._decoders, self._decode, data, tta)
+            held, cancelled = [data], Event()
+            prepare, executor = self._decoder.prepare, self._decoders
+            try:
+                try:
+                    future = await loop.run_in_executor(executor, self._decode, held, tta, prepare)
+                except NeedsIsolation as need:
+                    cost = need.cost
+
+                    def prepare_isolated(data: bytes, tta: int) -> Prepared:
+                        return self._decoder.prepare_isolated(data, tta, cost, cancelled.is_set)
+
+                    future = await loop.run_in_executor(
+                        self._isolated, self._decode, held, tta, prepare_isolated
+                    )
+            finally:
+                cancelled.set()
+                held.clear()  # a cancelled image may stay in the executor's queue
             prediction: Awaitable[Prediction] = asyncio.wrap_future(future)
             return await prediction
 
     def close(self) -> None:
-        self._decoders.shutdown(wait=True, cancel_futures=True)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._isolated.shutdown(wait=False, cancel_futures=True)
         with self._changed:
             self._open = False
             self._changed.notify_all()
+        end = time.monotonic() + CLOSE_SECONDS
         for runner in self._runners:
-            runner.join()
+            runner.join(max(0.0, end - time.monotonic()))
 
-    def _decode(self, data: bytes, tta: int) -> Future[Prediction]:
+    def _decode(self, held: list[bytes], tta: int, prepare: Prepare) -> Future[Prediction]:
         start = time.perf_counter()
-        prepared = self._prepare(data, tta)
+        prepared = prepare(held[0], tta)
         now = time.perf_counter()
         self._observe("decode", now - start)
         image = _DecodedImage(prepared, Future(), now)

@@ -36,20 +36,33 @@ def quotas(own: Path = _OWN_CGROUP, mount: Path = _CGROUP_MOUNT) -> Iterator[flo
         mount: Folder where the control groups are mounted. In a container, this folder has the
             quota of the container.
     """
+    for folder in control_groups("cpu", own, mount):
+        quota = _quota(folder)
+        if quota is not None:
+            yield quota
+
+
+def control_groups(
+    controller: str, own: Path = _OWN_CGROUP, mount: Path = _CGROUP_MOUNT
+) -> Iterator[Path]:
+    """Yield the folders of this process's control group and of every parent group.
+
+    Args:
+        controller: Name of the controller, such as "cpu" or "memory".
+        own, mount: As `quotas`.
+    """
     try:
         lines = own.read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        top = mount / "cpu" if controllers else mount
+        top = mount / controller if controllers else mount
         group = top / path.lstrip("/")
         for folder in (group, *group.parents):
-            quota = _quota(folder)
-            if quota is not None:
-                yield quota
+            yield folder
             if folder == top:
                 break
 

@@ -9,20 +9,10 @@ from __future__ import annotations
 
 import gzip
 import re
-import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-
-DECODED_PIXELS = 4_000_000
-"""`max_pixels` of the targets that decode. With the default of 100 million, pictures of a few bytes
-take more than 300 MB and 1 s: use `serving.imaging.decode.MAX_PIXELS` once decoding is limited by
-its cost."""
-
-BATCH_PIXELS = 100_000
-"""`max_pixels` of the target that sends whole requests: 64 pictures of one body have no limit of
-cost together, so that a body of 64 KB takes many seconds. Use `DECODED_PIXELS` once they have."""
 
 _UNPACKED = 2**24  # bytes of a compressed archive that are searched
 
@@ -47,43 +37,6 @@ class Known:
 def skipped(target: str, data: bytes) -> bool:
     """Return whether an input is left out, because it shows a known fault."""
     return any(target in known.targets and known.shows(data) for known in KNOWN)
-
-
-# Colour profiles with multi-process elements: any number of them may share one matrix or table.
-
-_ELEMENTS = 16
-
-
-def _profiles(data: bytes) -> Iterator[bytes]:
-    """Yield the input, which has the profile of most formats, and the profiles packed in a PNG."""
-    yield data
-    for found in re.finditer(rb"iCCP[^\0]{1,79}\0\0", data):
-        unpacker = zlib.decompressobj()
-        try:
-            yield unpacker.decompress(data[found.end() :], 2**20)
-        except zlib.error:
-            continue
-
-
-def _shared_elements(data: bytes) -> bool:
-    for profile in _profiles(data):
-        for found in re.finditer(rb"mpet", profile):
-            count = profile[found.end() + 8 : found.end() + 12]
-            if int.from_bytes(count, "big") > _ELEMENTS:
-                return True
-    return False
-
-
-def _profile() -> bytes:
-    """A profile of 3,000 elements at the place of one 3 x 3 matrix."""
-    count = 3000
-    matrix = b"matf\0\0\0\0" + struct.pack(">HH12f", 3, 3, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0)
-    head = b"mpet\0\0\0\0" + struct.pack(">HHI", 3, 3, count)
-    tag = head + struct.pack(">II", len(head) + 8 * count, len(matrix)) * count + matrix
-    table = struct.pack(">I4sII", 1, b"D2B0", 144, len(tag))
-    start = struct.pack(">I4sI", 144 + len(tag), b"lcms", 0x04300000) + b"scnrRGB XYZ " + bytes(12)
-    start += b"acsp" + b"APPL" + bytes(24) + struct.pack(">III", 0xF6D6, 0x10000, 0xD32D)
-    return start.ljust(128, b"\0") + table + tag
 
 
 # Tar headers
@@ -162,12 +115,6 @@ def _wide_head() -> bytes:
 
 
 KNOWN = (
-    Known(
-        ("profile", "decode", "request"),
-        "the colour engine takes seconds and gigabytes for elements that share their data",
-        _shared_elements,
-        _profile,
-    ),
     Known(
         ("tar", "compressed"),
         "Python's reader of pax headers takes quadratic time for a run of digits",

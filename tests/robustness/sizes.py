@@ -133,8 +133,7 @@ def items() -> list[Item]:
     noisy = noise(1, (10_000, 2))
     found += [
         good("10000x2-noise", encode_best(noisy, "PNG"), size=(10_000, 2), colours=()),
-        # Larger than libavif's own limit.
-        bad("avif-60000x60000", avif_claiming(SIDE, SIDE)),
+        bad("avif-60000x60000", avif_claiming(SIDE, SIDE), "too-large"),
         good("tiff-tile-larger-than-the-picture", one_tile(256), colours=greys(0, 0, 0, 0)),
         *decompression_bombs(),
     ]

@@ -1,4 +1,4 @@
-"""Tables of scores with JSON that is nested too deep are refused like other broken JSON."""
+"""Tables of scores with hostile JSON are refused like other broken JSON."""
 
 import json
 from pathlib import Path
@@ -32,3 +32,10 @@ def test_a_cell_nested_too_deep_is_no_json(tmp_path: Path, column: str) -> None:
 def test_a_summary_nested_too_deep_has_no_classes(tmp_path: Path) -> None:
     (tmp_path / "t.summary.json").write_text(DEEP)
     assert read_classes(tmp_path / "t.csv") is None
+
+
+def test_a_probability_too_large_for_a_float_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps({**ROW, "probability": 10**400}) + "\n")
+    with pytest.raises(DataError, match="line 1: "):
+        list(read(path))

@@ -12,6 +12,7 @@ import pytest
 from serving.errors import Overloaded, WorkError
 from serving.http.app import App
 from serving.http.model_manager import LoadedModel, ModelManager
+from serving.inference.admission import OverdueCount
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Prediction, Predictor
 from serving.inference.scheduling import DynamicBatcher, build_engine
@@ -39,6 +40,9 @@ class RecordingTelemetry:
 
 
 class FakeEngine:
+    share = 4
+    overdue = OverdueCount(2, lambda *_: None)
+
     def __init__(self, work: Callable[[bytes], Awaitable[Prediction]]) -> None:
         self.work = work
 
@@ -86,6 +90,7 @@ def engine_of(predictor: Predictor, cap: int, max_queue: int = 64):
         threads=2,
         max_queue=max_queue,
         max_pixels=10_000_000,
+        memory=2**29,
         observe=lambda phase, value: None,
     )
 

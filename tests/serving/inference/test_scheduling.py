@@ -1,13 +1,17 @@
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from serving.errors import BrokenImage, Overloaded, WorkError
+from serving.imaging.cost import Cost
+from serving.inference.admission import QueueLimit
+from serving.inference.decoding import ImageDecoder, NeedsIsolation
 from serving.inference.predictor import Prediction, Prepared
-from serving.inference.scheduling import DynamicBatcher, PerImageEngine, QueueLimit
+from serving.inference.scheduling import DynamicBatcher, PerImageEngine
 
 
 class Stub:
@@ -21,11 +25,28 @@ class Stub:
         self.gate.set()
         self.running = threading.Event()
         self.seen: list[tuple[str, float]] = []
+        self.isolated: list[Cost] = []
 
     def prepare(self, data: bytes, tta: int) -> Prepared:
         if data == b"broken":
             raise BrokenImage("broken")
         return Prepared(np.full((max(1, tta), 1, 1, 3), len(data), np.uint8), ())
+
+    def prepare_isolated(
+        self, data: bytes, tta: int, cost: Cost, cancelled: Callable[[], bool]
+    ) -> Prepared:
+        self.isolated.append(cost)
+        while data == b"endless" and not cancelled():
+            time.sleep(0.01)
+        return self.prepare(data.removeprefix(b"large "), tta)
+
+    def decoder(self) -> ImageDecoder:
+        def prepare(data: bytes, tta: int) -> Prepared:
+            if data.startswith((b"large ", b"endless")):
+                raise NeedsIsolation(Cost(1, 1, 1, 1))
+            return self.prepare(data, tta)
+
+        return ImageDecoder(prepare, self.prepare_isolated, 1)
 
     def predict(self, prepared: list[Prepared], *, low_latency: bool) -> list[Prediction]:
         self.running.set()
@@ -47,13 +68,13 @@ class Stub:
 
 def per_image(stub: Stub, limit: int = 64) -> PerImageEngine:
     return PerImageEngine(
-        stub.prepare, stub.predict, QueueLimit(limit, stub.observe), 2, stub.observe
+        stub.decoder(), stub.predict, QueueLimit(limit, stub.observe), 2, stub.observe
     )
 
 
 def dynamic(stub: Stub, limit: int = 64, cap: int = 4) -> DynamicBatcher:
     return DynamicBatcher(
-        stub.prepare, stub.predict, QueueLimit(limit, stub.observe), 2, stub.observe, cap
+        stub.decoder(), stub.predict, QueueLimit(limit, stub.observe), 2, stub.observe, cap
     )
 
 
@@ -217,11 +238,11 @@ def test_no_error_ends_a_thread():
     async def work(stub: Stub, engine: PerImageEngine) -> None:
         real = stub.prepare
         for error in (NotAnException, MemoryError):
-            engine._prepare = lambda data, tta, error=error: (_ for _ in ()).throw(error())
+            stub.prepare = lambda data, tta, error=error: (_ for _ in ()).throw(error())
             for _ in range(4):  # more than there are threads
                 with pytest.raises(error):
                     await engine.predict(b"x")
-        engine._prepare = real
+        stub.prepare = real
         assert int((await engine.predict(b"xx")).probabilities[0]) == 2
 
     run(per_image, work)
@@ -270,7 +291,7 @@ def test_batches_run_concurrently():
     stub = Stub()
     stub.gate.clear()
     engine = DynamicBatcher(
-        stub.prepare, stub.predict, QueueLimit(64, stub.observe), 2, stub.observe, 2, 3
+        stub.decoder(), stub.predict, QueueLimit(64, stub.observe), 2, stub.observe, 2, 3
     )
 
     async def work() -> None:
@@ -300,3 +321,38 @@ def test_low_latency_is_for_the_only_image_in_progress(make: Make):
     low_latency = run(make, work).low_latency
     assert low_latency[0] is True
     assert not all(low_latency)
+
+
+@both
+def test_expensive_images_are_isolated_and_others_do_not_wait_for_them(make: Make) -> None:
+    async def work(stub: Stub, engine: PerImageEngine | DynamicBatcher) -> None:
+        assert (await engine.predict(b"large four")).probabilities == [4.0]
+        endless = [asyncio.ensure_future(engine.predict(b"endless")) for _ in range(3)]
+        await until(lambda: len(stub.isolated) == 2)
+        assert (await engine.predict(b"three")).probabilities == [5.0]
+        for one in endless:
+            one.cancel()
+        await asyncio.gather(*endless, return_exceptions=True)
+        assert (await engine.predict(b"large five")).probabilities == [4.0]
+
+    stub = run(make, work)
+    assert len(stub.isolated) in (3, 4)  # an image that is cancelled while queued is left out
+
+
+def test_threads_of_cancelled_images_are_overdue_until_they_end():
+    async def work(stub: Stub, engine: PerImageEngine) -> None:
+        stub.gate.clear()
+        running = [asyncio.ensure_future(engine.predict(b"x")) for _ in range(3)]
+        await until(lambda: stub.started == 2)
+        assert engine.overdue.count == 0
+        for one in running:
+            one.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        assert engine.overdue.count == 2  # the third was waiting
+        assert engine.overdue.all
+        stub.gate.set()
+        await until(lambda: engine.overdue.count == 0)
+        assert not engine.overdue.all
+        assert (await engine.predict(b"xx")).probabilities == [2.0]
+
+    assert ("overdue", 2) in run(per_image, work).seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 
 from serving.errors import Overloaded
+from serving.imaging.cost import Cost
 from serving.inference import scheduling
+from serving.inference.admission import QueueLimit
 from serving.inference.predictor import Prediction, Prepared
 from serving.inference.scheduling import (
     EXTRA_THREADS,
     DynamicBatcher,
     PerImageEngine,
-    QueueLimit,
     build_engine,
 )
 
@@ -31,7 +33,12 @@ class FakePredictor:
         self.runtime = SimpleNamespace(provider=provider)
         self.calls: list[tuple[int, bool]] = []
 
-    def prepare(self, data: bytes, tta: int = 0, *, max_pixels: int) -> Prepared:
+    def estimate(self, data: bytes, tta: int, *, max_pixels: int) -> Cost:
+        return Cost(1, 1, 1, 0.1)
+
+    def prepare(
+        self, data: bytes, tta: int = 0, *, max_pixels: int, estimated: Cost | None = None
+    ) -> Prepared:
         return Prepared(np.full((max(1, tta), 1, max_pixels, 3), len(data), np.uint8), ())
 
     def predict(self, prepared: list[Prepared], *, low_latency: bool) -> list[Prediction]:
@@ -45,7 +52,7 @@ class FakePredictor:
 def built(
     predictor: FakePredictor, cap: int, observe: Any = lambda *_: None, **options: Any
 ) -> Any:
-    settings = {"threads": 2, "max_queue": 3, "max_pixels": 7} | options
+    settings = {"threads": 2, "max_queue": 3, "max_pixels": 7, "memory": 2**20} | options
     return build_engine(predictor, cap=cap, observe=observe, **settings)  # type: ignore[arg-type]
 
 
@@ -130,7 +137,7 @@ def test_each_phase_is_measured_from_its_own_start(
 ) -> None:
     """A clock that advances by 1, 2, 4, … at each reading tells which readings are compared."""
     ticks = itertools.accumulate((2.0**n for n in range(40)), initial=0.0)
-    clock = SimpleNamespace(perf_counter=lambda: next(ticks))
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks), monotonic=time.monotonic)
     monkeypatch.setattr(scheduling, "time", clock)
     seen: list[tuple[str, float]] = []
     engine = built(FakePredictor(), cap, lambda *found: seen.append(found))

@@ -1,0 +1,263 @@
+"""Estimate from the head of an image file what decoding the file costs, in bytes and seconds.
+
+The factors are upper bounds of what Pillow 13 was measured to need for each format, and include all
+conversions of `serving.imaging.decode`. A test compares them with the peak memory of real files.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from serving.imaging.limits import FRAMES, PROGRESSIVE, SCAN, jpeg_markers, tiff_entries
+
+IN_PROCESS_BYTES: Final = 2**27
+IN_PROCESS_SECONDS: Final = 0.5
+"""Largest cost of an image that is decoded in the process that needs it. A photo of 12 megapixels
+is below both. Other images are decoded in a process of their own, which can be stopped."""
+
+MAX_BYTES_PER_PIXEL: Final = 24
+"""Largest peak memory of any format, in bytes per pixel: WebP and AVIF."""
+
+# Bytes per pixel of an image in Pillow: RGB, RGBA, LA and CMYK have four.
+_RGB: Final = 4.0
+_ROTATED: Final = 2 * _RGB
+# Peak of the conversions of alpha, colour keys, profiles and samples of more than 8 bits.
+_CONVERTED: Final = 14.5
+# Bytes per encoded byte: the buffer of the file, and Pillow's copies of its metadata.
+_COPIES: Final = 2
+# Bytes per pixel of the float64 samples of a strip, and of the largest strip.
+_STRIP_SAMPLE: Final = 16
+_STRIP_BYTES: Final = 2**24
+# Decompressed metadata of a PNG: at most 1032 bytes per byte, and Pillow's own limits.
+_INFLATED: Final = 1032
+_METADATA_BYTES: Final = 96 * 2**20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Upper bounds of what decoding an image costs.
+
+    Attributes:
+        width, height: Size in pixels; 0 if it can't be read from the head of the file.
+        bytes: Peak memory in bytes, in addition to the encoded file.
+        seconds: CPU time in seconds on a slow core; a rough bound.
+        unusual: Whether the file may need more than its head states.
+    """
+
+    width: int = 0
+    height: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    unusual: bool = False
+
+    @property
+    def pixels(self) -> int:
+        """Width times height."""
+        return self.width * self.height
+
+    @property
+    def isolated(self) -> bool:
+        """Whether the image must be decoded in a process of its own."""
+        expensive = self.bytes > IN_PROCESS_BYTES or self.seconds > IN_PROCESS_SECONDS
+        return expensive or self.unusual
+
+
+class _Head(NamedTuple):
+    """What the head of a file states.
+
+    Attributes:
+        width, height: Size in pixels.
+        decoder: Bytes per pixel that the decoder has beside the image that it returns.
+        converted: Whether alpha, a profile or deep samples are converted after decoding.
+        rotated: Whether the file may have an EXIF orientation.
+        nanoseconds: CPU time per pixel.
+        metadata: Bytes of decompressed metadata.
+        unusual: As `Cost.unusual`.
+    """
+
+    width: int
+    height: int
+    decoder: float = 0.0
+    converted: bool = False
+    rotated: bool = False
+    nanoseconds: float = 15.0
+    metadata: int = 0
+    unusual: bool = False
+
+
+def estimate(data: bytes, views: int = 1) -> Cost:
+    """Estimate the cost of decoding an image and cutting its TTA views (crops, possibly mirrored).
+
+    Nothing is decoded. A typical JPEG takes some 10 microseconds. Data in no supported format
+    costs nothing, because Pillow refuses it at once.
+
+    Args:
+        data: The encoded file.
+        views: Number of views that are cut from the decoded image.
+    """
+    head = next((read(data) for magic, read in _READERS.items() if data.startswith(magic)), None)
+    if head is None and data[4:8] == b"ftyp":
+        head = _avif(data)
+    if head is None or head.width <= 0 or head.height <= 0:
+        return Cost()
+    pixels = head.width * head.height
+    peak = max(
+        head.decoder + _RGB,
+        _CONVERTED if head.converted else _RGB + 1,
+        _ROTATED if head.rotated else 0,
+    )
+    nanoseconds = head.nanoseconds + 30 * head.converted + 5 * head.rotated + 4 * views
+    seconds = pixels * nanoseconds * 1e-9 + len(data) * 20e-9
+    strips = min(_STRIP_SAMPLE * pixels, _STRIP_BYTES) if head.converted else 0
+    size = int(pixels * peak) + strips + _COPIES * len(data) + head.metadata
+    return Cost(head.width, head.height, size, seconds, head.unusual)
+
+
+def _jpeg(data: bytes) -> _Head | None:
+    width = height = 0
+    coefficients, components, progressive, rotated, profile = 0.0, b"", False, False, False
+    for marker, at in jpeg_markers(data):
+        if marker in FRAMES:
+            # Pillow and libjpeg may take different frames of a broken file: the largest counts.
+            tall, wide, count = struct.unpack(">HHB", data[at + 3 : at + 8].ljust(5, b"\0"))
+            if tall * wide >= width * height:
+                width, height = wide, tall
+            progressive |= marker in PROGRESSIVE
+            components = data[at + 7 : at + 8]
+            factors = [data[at + 9 + 3 * one : at + 10 + 3 * one] for one in range(count)]
+            coefficients = max(coefficients, _coefficients([f[0] for f in factors if f]))
+        elif marker == 0xE1:
+            rotated |= data[at + 2 : at + 6] == b"Exif"
+        elif marker == 0xE2:
+            profile |= data[at + 2 : at + 13] == b"ICC_PROFILE"
+        elif marker == SCAN:
+            several = progressive or data[at + 2 : at + 3] != components
+            # An empty scan takes 0.2 ns per pixel. Encoders write about ten scans.
+            scans = data.count(b"\xff\xda") if several else 1
+            decoder = coefficients if several else 0.0
+            nanoseconds = 12.0 + (15.0 + 0.5 * scans) * several
+            return _Head(width, height, decoder, profile, rotated, nanoseconds)
+    return None
+
+
+def _coefficients(factors: list[int]) -> float:
+    """Return the bytes per pixel of the coefficients, 2 bytes for each sample.
+
+    Args:
+        factors: Sampling factors of each component: 4 bits horizontally, 4 bits vertically.
+    """
+    sizes = [(max(1, one >> 4), max(1, one & 15)) for one in factors]
+    widest = max((wide for wide, _ in sizes), default=1)
+    tallest = max((tall for _, tall in sizes), default=1)
+    return sum(2 * wide * tall / (widest * tallest) for wide, tall in sizes)
+
+
+def _png(data: bytes) -> _Head | None:
+    if len(data) < 33 or data[12:16] != b"IHDR":
+        return None
+    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
+    converted = colour & 4 != 0 or depth == 16
+    rotated, packed = False, 0
+    for kind, size in _chunks(data):
+        converted |= kind in (b"tRNS", b"iCCP")
+        rotated |= kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # a text may be EXIF
+        packed += size * (kind in (b"iCCP", b"zTXt", b"iTXt"))
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}.get(colour, 1)
+    nanoseconds = 10.0 + 7.0 * channels * max(1, depth // 8)
+    metadata = min(_INFLATED * packed, _METADATA_BYTES)
+    return _Head(width, height, 0.0, converted, rotated, nanoseconds, metadata)
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int]]:
+    """Yield type and length of each chunk of a PNG; `limits` has limited their number."""
+    at = 8
+    while at + 8 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        yield data[at + 4 : at + 8], min(size, len(data) - at)
+        at += 12 + size
+
+
+def _webp(data: bytes) -> _Head | None:
+    kind, body = data[12:16], data[20:32]
+    if data[8:12] != b"WEBP" or len(body) < 10:
+        return None
+    if kind == b"VP8X":
+        width = 1 + int.from_bytes(body[4:7], "little")
+        height = 1 + int.from_bytes(body[7:10], "little")
+    elif kind == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    elif kind == b"VP8 ":
+        width = int.from_bytes(body[6:8], "little") & 0x3FFF
+        height = int.from_bytes(body[8:10], "little") & 0x3FFF
+    else:
+        return None
+    # Two canvases of RGBA, the decoder's own buffers, and copies of the frame.
+    return _Head(width, height, 18.5, False, True, 60.0)
+
+
+def _gif(data: bytes) -> _Head | None:
+    if len(data) < 10:
+        return None
+    width, height = struct.unpack_from("<HH", data, 6)
+    return _Head(width, height, 0.0, True, False, 15.0)
+
+
+def _bmp(data: bytes) -> _Head | None:
+    try:
+        size, width, height = struct.unpack_from("<Iii", data, 14)
+        if size == 12:
+            width, height = struct.unpack_from("<HH", data, 18)
+            code = 0
+        else:
+            (code,) = struct.unpack_from("<I", data, 30)
+    except struct.error:
+        return None
+    # Pillow decodes run-length code in Python.
+    packed = code in (1, 2)
+    alpha = size > 40 or code in (3, 6)
+    return _Head(width, abs(height), 0.0, alpha, False, 500.0 if packed else 12.0, 0, packed)
+
+
+def _tiff(data: bytes) -> _Head | None:
+    size: dict[int, int] = {}
+    # As in `limits`: Pillow and libtiff may disagree about the kind of file, and about entries that
+    # are repeated. The largest value counts.
+    for big in {data[2:3] == b"+", b"+" in data[2:4]}:
+        for tag, count, value in tiff_entries(data, big):
+            if count != 1:
+                value = 64 if tag == 258 else 0  # bits of several samples are stored elsewhere
+            size[tag] = max(size.get(tag, 0), value)
+    width, height = size.get(256, 0), size.get(257, 0)
+    # One strip or tile may have all rows, and be larger than the image.
+    tile = size.get(322, 0) * size.get(323, 0)
+    samples = min(size.get(277, 1), 64)
+    depth = min(max(size.get(258, 8), 8), 64) if samples == 1 else 16
+    raw = depth / 8 * samples
+    decoder = raw * max(1.0, tile / max(1, width * height))
+    return _Head(width, height, decoder, True, True, 15.0 + 5.0 * raw)
+
+
+def _avif(data: bytes) -> _Head | None:
+    # The largest image item; a grid of tiles has an item for the whole. The coded frames may be
+    # larger than the items state, so that only the memory limit of a process is a bound.
+    width = height = at = 0
+    while (at := data.find(b"ispe\0\0\0\0", at) + 8) > 7:
+        wide, tall = struct.unpack(">II", data[at : at + 8].ljust(8, b"\0"))
+        if wide * tall > width * height:
+            width, height = wide, tall
+    return _Head(width, height, 20.0, False, True, 90.0, 0, True)
+
+
+_READERS: Final[dict[bytes, Callable[[bytes], _Head | None]]] = {
+    b"\xff\xd8\xff": _jpeg,
+    b"\x89PNG\r\n\x1a\n": _png,
+    b"RIFF": _webp,
+    b"GIF8": _gif,
+    b"BM": _bmp,
+    b"II": _tiff,
+    b"MM": _tiff,
+}

@@ -1,0 +1,88 @@
+"""The program of a decoder process; see `serving.imaging.isolated`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import IO, Any, Final
+
+from PIL import Image
+
+from serving.errors import ImageError, TooLarge
+from serving.imaging import decode
+from serving.imaging.preprocess import Preprocess
+from serving.imaging.tta import View, render
+from serving.utils import malloc
+
+_SLACK: Final = 32 * 2**20
+"""Bytes that the process may take beside those for the image, such as for the answer."""
+_STRIP: Final = 2**20  # pixels that are written at once
+
+
+def main() -> None:
+    """Answer requests from the standard input until it is closed."""
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    malloc.return_large_blocks()
+    while line := requests.readline():
+        request = json.loads(line)
+        data = requests.read(request["bytes"])
+        if len(data) < request["bytes"]:
+            return
+        limit_memory(request["memory"] + _SLACK)
+        _write(answers, data, request)
+        del data
+        malloc.trim()
+
+
+def _write(answers: IO[bytes], data: bytes, request: Mapping[str, Any]) -> None:
+    strips: Iterator[bytes] = iter(())
+    try:
+        decoded = decode.decode_here(
+            data, max_pixels=request["max_pixels"], background=tuple(request["background"])
+        )
+        if "preprocess" in request:
+            preprocess = Preprocess.from_dict(request["preprocess"])
+            pixels = render(decoded.image, preprocess, [View(*view) for view in request["views"]])
+            shape, strips = pixels.shape, iter([pixels.tobytes()])
+        else:
+            shape, strips = (decoded.image.height, decoded.image.width, 3), _strips(decoded.image)
+        head: dict[str, Any] = {"shape": shape, "applied": decoded.applied}
+    except ImageError as error:
+        head = {"error": error.code, "message": str(error)}
+    except MemoryError:
+        head = {"error": TooLarge.code, "message": decode.NEEDS_MEMORY}
+    answers.write(json.dumps(head).encode() + b"\n")
+    answers.writelines(strips)
+    answers.flush()
+
+
+def _strips(image: Image.Image) -> Iterator[bytes]:
+    """Yield the pixels of an image some rows at a time, so that they are not copied at once."""
+    step = max(1, _STRIP // image.width)
+    for top in range(0, image.height, step):
+        yield image.crop((0, top, image.width, min(top + step, image.height))).tobytes()
+
+
+def limit_memory(more: int) -> None:
+    """Limit the address space of this process to what it has now and `more` bytes.
+
+    An allocation beyond the limit fails in this process alone. Does nothing where the system
+    doesn't say how much a process has (macOS).
+    """
+    try:
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[0])
+    except OSError:
+        return
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + more
+    resource.setrlimit(
+        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+    )
+
+
+if __name__ == "__main__":
+    main()

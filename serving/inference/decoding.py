@@ -1,0 +1,108 @@
+"""Decode the images of concurrent requests within a budget of memory.
+
+Most images are decoded in this process. An image that is expensive by its head, or that may need
+more than its head states, is decoded in a process of its own, which is stopped when the image is no
+longer needed. The two kinds have a half of the budget each, so that expensive images wait for each
+other, and others don't wait for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from serving.errors import TooLarge
+from serving.imaging import isolated
+from serving.imaging.cost import Cost
+from serving.imaging.decode import LargerThanStated, memory_limit
+from serving.inference.predictor import Predictor, Prepared
+from serving.utils.memory import MemoryBudget, container_memory, resident_bytes
+
+LIMIT_SHARE: Final = 0.9
+"""Share of the container's memory limit that the workers use; the kernel's page cache and sockets
+count towards the limit too."""
+
+LEAST_MEMORY: Final = 2**26
+"""Least budget for requests, in bytes. An image of 6 megapixels fits into a half of it."""
+
+Prepare = Callable[[bytes, int], Prepared]
+PrepareIsolated = Callable[[bytes, int, Cost, Callable[[], bool]], Prepared]
+
+
+class NeedsIsolation(Exception):
+    """An image is too expensive or unusual to be decoded in this process.
+
+    Attributes:
+        cost: Estimate of what decoding costs.
+    """
+
+    def __init__(self, cost: Cost) -> None:
+        super().__init__()
+        self.cost = cost
+
+
+class ImageDecoder(NamedTuple):
+    """The two ways to decode an image: in this process, or in one that can be stopped.
+
+    Attributes:
+        prepare: Function of the encoded file and the number of TTA views; raises `NeedsIsolation`.
+        prepare_isolated: Function of the same, the estimated cost, and a function that returns True
+            once the image is no longer needed.
+        threads: Number of threads that call `prepare_isolated`.
+    """
+
+    prepare: Prepare
+    prepare_isolated: PrepareIsolated
+    threads: int = isolated.PROCESSES
+
+
+def image_decoder(predictor: Predictor, max_pixels: int, memory: int) -> ImageDecoder:
+    """Return the functions that decode images for a predictor.
+
+    Args:
+        predictor: Predictor of the model.
+        max_pixels: Largest accepted width times height of an image.
+        memory: Bytes that decoding may take, for all images in progress together. One image may
+            take half of them.
+    """
+    common, expensive = MemoryBudget(memory // 2), MemoryBudget(memory // 2)
+
+    def prepare(data: bytes, tta: int) -> Prepared:
+        cost = predictor.estimate(data, tta, max_pixels=max_pixels)
+        if cost.isolated:
+            raise NeedsIsolation(cost)
+        with common.reserve(cost.bytes):
+            try:
+                return predictor.prepare(data, tta, max_pixels=max_pixels, estimated=cost)
+            except LargerThanStated:
+                raise NeedsIsolation(Cost(unusual=True)) from None
+
+    def prepare_isolated(
+        data: bytes, tta: int, cost: Cost, cancelled: Callable[[], bool]
+    ) -> Prepared:
+        size = memory_limit(cost, max_pixels)
+        if cost.pixels and size > expensive.total:
+            raise TooLarge(
+                f"decoding {cost.width} x {cost.height} pixels may need {size >> 20} MB; "
+                f"{expensive.total >> 20} MB are allowed"
+            )
+        size = min(size, expensive.total)
+        with expensive.reserve(size, cancelled):
+            return predictor.prepare_isolated(
+                data, tta, max_pixels=max_pixels, memory=size, cancelled=cancelled
+            )
+
+    return ImageDecoder(prepare, prepare_isolated)
+
+
+def request_memory(workers: int) -> int:
+    """Return the bytes that one worker may take for requests, with the model loaded.
+
+    This is a worker's share of what the container may have, less what this process has now and
+    what idle decoder processes have, and at least `LEAST_MEMORY`.
+
+    Args:
+        workers: Number of worker processes in the container.
+    """
+    share = int(LIMIT_SHARE * container_memory() / workers)
+    return max(LEAST_MEMORY, share - resident_bytes() - isolated.PROCESSES * isolated.PROCESS_BYTES)

@@ -1,0 +1,141 @@
+"""Estimates of what decoding costs, against what it does cost, and for heads that lie."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from serving.errors import TooLarge
+from serving.imaging import cost, decode
+from serving.imaging.isolated import DecoderPool
+from tests.hostile.images import WORST, png, progressive_jpeg, saved
+from tests.support.fork_server import ROOT
+from tests.support.tiny_bundle import photo
+
+SIDE = 1600
+FORMATS = {
+    **WORST,
+    "jpeg": saved("RGB", "JPEG"),
+    "jpeg-grey": saved("L", "JPEG"),
+    "png-grey": saved("L", "PNG"),
+    "png-1-bit": saved("1", "PNG"),
+    "webp": saved("RGB", "WEBP", method=0),
+    "bmp": saved("RGB", "BMP"),
+    "tiff": saved("RGB", "TIFF"),
+    "tiff-cmyk": saved("CMYK", "TIFF", compression="tiff_lzw"),
+    "avif-alpha": saved("RGBA", "AVIF", speed=10),
+}
+# Prints for each file the peak of resident memory while it is decoded, in bytes.
+MEASURE = """
+import json, sys
+from pathlib import Path
+from serving.imaging.decode import decode_here
+from serving.utils.malloc import return_large_blocks
+
+def status(field):
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(field + ":")[1].split()[0]) * 1024
+
+return_large_blocks()
+decode_here(Path(sys.argv[1]).read_bytes())
+peaks = []
+for path in sys.argv[1:]:
+    data = Path(path).read_bytes()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    decode_here(data)
+    peaks.append(status("VmHWM") - before)
+print(json.dumps(peaks))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
+def test_no_format_needs_more_memory_than_is_estimated(tmp_path: Path) -> None:
+    for name, build in FORMATS.items():
+        (tmp_path / name).write_bytes(build(SIDE, SIDE))
+    paths = [str(tmp_path / name) for name in FORMATS]
+    command = [sys.executable, "-c", MEASURE, *paths]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    peaks = dict(zip(FORMATS, json.loads(done.stdout), strict=True))
+    for name, peak in peaks.items():
+        estimated = cost.estimate((tmp_path / name).read_bytes())
+        assert estimated.pixels == SIDE * SIDE, name
+        assert peak < estimated.bytes + 2 * 2**20, name
+        assert estimated.bytes < 30 * SIDE * SIDE, name
+
+
+def test_common_photos_are_decoded_in_the_process() -> None:
+    for size in ((640, 480), (4032, 3024)):
+        for kind in ("JPEG", "PNG"):
+            estimated = cost.estimate(saved("RGB", kind)(*size))
+            assert (estimated.width, estimated.height) == size
+            assert not estimated.isolated, (size, kind)
+    assert not cost.estimate(progressive_jpeg(3000, 2000, exif=True), views=10).isolated
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        progressive_jpeg(5000, 5000),
+        progressive_jpeg(3000, 2500, scans=90),
+        png(4000, 4000, 16, 6),
+        saved("RGB", "AVIF")(20, 20),  # its frames may be larger than its head states
+    ],
+    ids=["jpeg", "scans", "png", "avif"],
+)
+def test_expensive_pictures_are_isolated(data: bytes) -> None:
+    assert cost.estimate(data).isolated
+
+
+def test_views_cost_time() -> None:
+    data = photo(1, (600, 400))
+    assert cost.estimate(data, 10).seconds > cost.estimate(data).seconds
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"])
+def test_data_without_a_size_costs_nothing(data: bytes) -> None:
+    assert cost.estimate(data) == cost.Cost()
+
+
+def test_a_gif_whose_frame_is_larger_than_its_screen_is_isolated() -> None:
+    data = saved("P", "GIF")(800, 600)
+    lies = data[:6] + struct.pack("<HH", 4, 4) + data[10:]
+    stated = decode.check(lies, decode.MAX_PIXELS)
+    assert stated.pixels == 16
+    with pytest.raises(decode.LargerThanStated):
+        decode.decode_here(lies, stated=stated)
+    assert decode.decode(lies).image.size == (800, 600)
+
+
+def test_an_isolated_picture_has_the_same_pixels_and_errors() -> None:
+    for mode, kind in (("RGBA", "AVIF"), ("RGB", "AVIF")):
+        image = Image.effect_mandelbrot((90, 60), (-3, -2.5, 2, 2.5), 20).convert(mode)
+        file = io.BytesIO()
+        image.save(file, kind)
+        data = file.getvalue()
+        isolated, here = decode.decode(data), decode.decode_here(data)
+        assert isolated.applied == here.applied
+        assert isolated.image.tobytes() == here.image.tobytes()
+    with pytest.raises(TooLarge, match="10000 x 10001 pixels are more than the 100000000 allowed"):
+        decode.decode(progressive_jpeg(10_000, 10_001))
+
+
+def test_the_decoder_process_is_used_again_and_ends_with_its_pool() -> None:
+    pool = DecoderPool(1)
+    data, request = saved("RGB", "AVIF")(30, 20), {"max_pixels": 1000, "background": [1, 2, 3]}
+    assert pool.decode(data, request, memory=2**26)[0].shape == (20, 30, 3)
+    process = pool._idle[0]
+    pool.decode(data, request, memory=2**26)
+    assert pool._idle == [process]
+    with pytest.raises(TooLarge):
+        pool.decode(progressive_jpeg(6000, 6000), {**request, "max_pixels": 10**8}, memory=2**24)
+    pool.decode(data, request, memory=2**26)
+    pool.close()
+    assert pool._idle == []
