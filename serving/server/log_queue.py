@@ -20,7 +20,7 @@ from typing import Any, Final
 
 MAX_LINES: Final = 10_000
 """Largest number of lines that wait."""
-MAX_BYTES: Final = 8 * 2**20
+MAX_BYTES: Final = 4 * 2**20
 """Largest size of the lines that wait."""
 MAX_LINE: Final = 65_536
 """Bytes after which a line is cut; tracebacks are a few thousand."""
