@@ -28,9 +28,21 @@ message may come from others; line breaks and control characters in them are esc
 
 from __future__ import annotations
 
-from typing import ClassVar
+from http import HTTPStatus
+from typing import Any, ClassVar
 
 from serving.terminal import escape
+
+
+def problem_document(code: str, status: int, detail: str) -> dict[str, Any]:
+    """Return the problem document (RFC 9457) of an error: type, title, status, detail and code."""
+    return {
+        "type": f"urn:fledge:problem:{code}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "code": code,
+    }
 
 
 class FledgeError(Exception):

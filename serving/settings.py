@@ -29,6 +29,10 @@ _OTHER_VARIABLES: Final = re.compile(
     "FLEDGE_(BUNDLE_DIR|CACHE|CACHE_GB|IMAGE|SCRATCH)|"
     r"FLEDGE_(.+_)?(PORT(_\d+_\w+)?|SERVICE_HOST|SERVICE_PORT(_\w+)?)"
 )
+_HOST: Final = re.compile(r"[a-z0-9]([a-z0-9._-]{0,251}[a-z0-9])?|[0-9a-f:]{2,45}")
+_ORIGIN: Final = re.compile(
+    r"null|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
+)
 
 
 def bundle_folder(environ: Mapping[str, str]) -> Path:
@@ -82,7 +86,15 @@ class Settings:
             becomes a response with status 504.
         load_timeout: Largest time for loading a bundle and predicting its golden images, in
             seconds. None: 60, or 1200 on a GPU.
+        tls_cert: PEM file with the certificate of the service; None for plain HTTP.
+        tls_key: PEM file with the private key of `tls_cert`.
+        hosts: Host names, in lower case, that requests may name besides those of loopback. If
+            empty, names are checked only while the service listens on loopback.
+        cors_origins: Origins of web pages that may use the service, or "*" for all.
+        max_connections: Largest number of connections of a worker. None: as many as the limit on
+            open files allows, at most 4096, with TLS 1024.
         api_keys: sha256 digests of the accepted API keys; if empty, no key is needed.
+        key_rate: Images per second that each key may send, over all workers; 0 for no limit.
     """
 
     bundle: Path = field(default_factory=_default_bundle)
@@ -97,7 +109,13 @@ class Settings:
     max_memory: int | None = None
     deadline: float = 10.0
     load_timeout: float | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    hosts: frozenset[str] = field(default_factory=frozenset)
+    cors_origins: frozenset[str] = field(default_factory=frozenset)
+    max_connections: int | None = None
     api_keys: frozenset[bytes] = field(default_factory=frozenset)
+    key_rate: float = 0.0
 
     @property
     def threads(self) -> int:
@@ -129,8 +147,20 @@ class Settings:
             max_memory=reader.integer("FLEDGE_MAX_MEMORY", 0, 2**24, 2**40) or None,
             deadline=reader.seconds("FLEDGE_DEADLINE", cls.deadline),
             load_timeout=reader.seconds("FLEDGE_LOAD_TIMEOUT", None),
+            tls_cert=reader.path("FLEDGE_TLS_CERT"),
+            tls_key=reader.path("FLEDGE_TLS_KEY"),
+            hosts=reader.names("FLEDGE_HOSTS", _HOST, "host names without port, such as a.example"),
+            cors_origins=reader.names("FLEDGE_CORS_ORIGINS", _ORIGIN, "origins, such as https://a"),
+            max_connections=reader.integer("FLEDGE_MAX_CONNECTIONS", 0, 1, 1_000_000) or None,
             api_keys=reader.keys("FLEDGE_API_KEYS_FILE"),
+            key_rate=reader.rate("FLEDGE_KEY_RATE"),
         )
+        if settings.key_rate and not reader.text("FLEDGE_API_KEYS_FILE", ""):
+            reader.errors.append(
+                "FLEDGE_KEY_RATE: set FLEDGE_API_KEYS_FILE too, or no key is known"
+            )
+        if (settings.tls_cert is None) != (settings.tls_key is None):
+            reader.errors.append("FLEDGE_TLS_CERT, FLEDGE_TLS_KEY: set both, or none")
         reader.check_trusted_keys()
         reader.check_misspelt()
         if reader.errors:
@@ -149,6 +179,10 @@ class _Reader:
     def text(self, name: str, default: str) -> str:
         self._known.add(name)
         return self.environ.get(name, "").strip() or default
+
+    def path(self, name: str) -> Path | None:
+        text = self.text(name, "")
+        return Path(text) if text else None
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         value = self.text(name, choices[0])
@@ -181,6 +215,22 @@ class _Reader:
         if not 0.001 <= value <= 3600:
             self.errors.append(f"{name} = {text!r}: use seconds, 0.001 to 3600")
         return value
+
+    def rate(self, name: str) -> float:
+        text = self.text(name, "0")
+        # Written out, because float() also reads nan, inf and 1e999.
+        if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):
+            return float(text)
+        self.errors.append(f"{name} = {text[:20]!r}: use images per second, such as 5 or 0.5")
+        return 0.0
+
+    def names(self, name: str, pattern: re.Pattern[str], kind: str) -> frozenset[str]:
+        """Read a list that is separated by commas or spaces; `*` stands for all."""
+        values = frozenset(self.text(name, "").lower().replace(",", " ").split())
+        for value in sorted(values):
+            if value != "*" and not pattern.fullmatch(value):
+                self.errors.append(f"{name} = {value[:60]!r}: use {kind}, or *")
+        return values
 
     def keys(self, name: str) -> frozenset[bytes]:
         path = self.text(name, "")

@@ -11,18 +11,19 @@ errors.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Final
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, Final
 
 from serving.bundle import signing
-from serving.errors import FledgeError, NotReady, RequestError, Unauthorized
+from serving.errors import FledgeError, NotReady, Overloaded, RequestError, Unauthorized
 from serving.http import forms, problems
+from serving.http.access import Access
 from serving.http.demo_page import DOCS_POLICY, render, with_policy
+from serving.http.keys import ApiKeys
 from serving.http.messages import (
     ASGIApp,
     ClientDisconnect,
@@ -33,16 +34,20 @@ from serving.http.messages import (
     Send,
 )
 from serving.http.model_manager import ModelManager
+from serving.http.multipart import ManyFalseBoundaries
 from serving.http.predict import predict_image, predict_images
-from serving.server import bentoml_compat
+from serving.server import bentoml_compat, connection_limits, log_queue, tls
 from serving.server.shutdown import GracefulShutdown
+from serving.settings import Settings
 
 READ_TIMEOUT: Final = 60.0
 """Seconds that a client may take to send the body of a request."""
 
 _READ_METHODS: Final = ("GET", "HEAD")
 _SMALL_FORM: Final = 2**18
-"""Largest form, in bytes, that is parsed on the event loop; a larger form is parsed in a thread."""
+_MOST_FALSE: Final = 1000
+"""Largest form that is parsed on the event loop, in bytes and in false boundaries; one with more is
+parsed in a thread."""
 _log = logging.getLogger("bentoml.fledge")
 
 Handler = Callable[["App", Request], Awaitable[Response]]
@@ -62,6 +67,8 @@ class App:
         self._inner = inner
         self._model_manager = model_manager
         self._shutdown = GracefulShutdown()
+        self._access = Access()
+        self._api_keys: ApiKeys | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on to BentoML's app."""
@@ -71,11 +78,18 @@ class App:
             return
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
-                self._shutdown.install(asyncio.get_running_loop())
+                try:
+                    self._install()
+                except FledgeError as error:  # else uvicorn would serve without a lifespan
+                    await receive()
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                    return
             await self._inner(scope, receive, send)
             return
         path = scope["path"]
-        if scope["method"] in _READ_METHODS:
+        request = Request.of(scope, receive)
+        refusal = self._access.refusal(scope, request.headers)
+        if refusal is None and scope["method"] in _READ_METHODS:
             if path == "/docs":
                 page = bentoml_compat.OPENAPI_PAGE
                 inner = {**scope, "path": page, "raw_path": page.encode()}
@@ -84,20 +98,46 @@ class App:
             if path in bentoml_compat.ROUTES or path in bentoml_compat.STATIC_FILES:
                 await self._inner(scope, receive, send)
                 return
-        request = Request.of(scope, receive)
         try:
-            response = await self._respond(request)
+            response = await self._respond(request, refusal)
         except ClientDisconnect:
             return
+        response.headers.extend(self._access.cors_headers(request.headers))
         if self._shutdown.started:
             response.headers.append((b"connection", b"close"))
         await response.send(request, send)
         if path != "/readyz":  # probes call it every few seconds
             log = self._model_manager().telemetry.log
-            log(request.id, request.method, path, response.status, response.code, request.seconds)
+            log(
+                request.id,
+                request.method,
+                path,
+                response.status,
+                response.code,
+                request.seconds,
+                request.client,
+            )
 
-    async def _respond(self, request: Request) -> Response:
+    def _install(self) -> None:
+        """Set up the uvicorn server of this process, before it begins to listen."""
+        log_queue.install()
+        server = bentoml_compat.running_uvicorn_server()
+        if server is not None:
+            settings = Settings.from_env()
+            listening = partial(bentoml_compat.listening_addresses, server)
+            self._access = Access(settings.hosts, settings.cors_origins, listening)
+
+            def count(reason: str) -> None:
+                self._model_manager().telemetry.refused_connection(reason)
+
+            context = tls.context_of(settings)
+            connection_limits.install(server, settings.max_connections, count, context)
+        self._shutdown.install(asyncio.get_running_loop())  # replaces the handler with the server
+
+    async def _respond(self, request: Request, refusal: Exception | None) -> Response:
         try:
+            if refusal is not None:
+                raise refusal
             handlers = _ROUTES.get(request.path)
             if handlers is None:
                 if request.path in bentoml_compat.ROUTES or request.path == "/docs":
@@ -105,6 +145,9 @@ class App:
                 raise problems.NotFound("no such path; GET /docs lists the API")
             handler = handlers.get(request.method)
             if handler is None:
+                preflight = self._access.preflight(request.method, request.headers, handlers)
+                if preflight is not None:
+                    return preflight
                 return _method_not_allowed(request, handlers)
             return await handler(self, request)
         except ClientDisconnect:
@@ -144,14 +187,22 @@ class App:
                 raise RequestError("send multipart/form-data with several fields `image`")
             pairs = forms.query(request.query)
             form = await _parse_form(await self._body(request, model_manager), request)
+            self._keys(model_manager).count(request, len(form.images) - 1)
             options = forms.options([*pairs, *form.pairs])
             answers = await predict_images(model_manager, form.images, options, request.id)
-            return Response.of(answers)
+        overloaded = [one["error"] for one in answers if _is_overloaded(one)]
+        if len(overloaded) == len(answers):
+            error = Overloaded("the queue has no room for these images; try again later")
+            return Response.problem(error, request)
+        for problem in overloaded:
+            problem["retry_after"] = problems.OVERLOADED_SECONDS
+        return Response.of(answers)
 
     async def model(self, request: Request) -> Response:
         """Answer `GET /model`: the bundle's manifest, and the precision and provider in use."""
         model_manager = self._model_manager()
-        _authorise(request, model_manager)
+        with _count_errors(model_manager, (Unauthorized, problems.RateLimited)):
+            await self._keys(model_manager).authorise(request)
         return Response(200, model_manager.model.manifest)
 
     async def ready(self, request: Request) -> Response:
@@ -184,8 +235,14 @@ class App:
             model = ""
         return render(model)
 
+    def _keys(self, model_manager: ModelManager) -> ApiKeys:
+        if self._api_keys is None:
+            settings = model_manager.settings
+            self._api_keys = ApiKeys(settings.api_keys, settings.key_rate / settings.workers)
+        return self._api_keys
+
     async def _body(self, request: Request, model_manager: ModelManager) -> bytes:
-        _authorise(request, model_manager)
+        await self._keys(model_manager).authorise(request, images=1)
         overhead = forms.MAX_OVERHEAD if forms.is_multipart(request.content_type) else 0
         try:
             async with asyncio.timeout(READ_TIMEOUT):
@@ -206,37 +263,31 @@ _ROUTES: Final[dict[str, dict[str, Handler]]] = {
 
 
 async def _parse_form(body: bytes, request: Request) -> forms.Form:
-    # A large form is parsed in a thread, because one with many false boundaries takes long.
     if len(body) <= _SMALL_FORM:
-        return forms.parse(body, request.content_type)
+        with suppress(ManyFalseBoundaries):
+            return forms.parse(body, request.content_type, _MOST_FALSE)
     return await asyncio.to_thread(forms.parse, body, request.content_type)
 
 
+def _is_overloaded(answer: dict[str, Any]) -> bool:
+    return "error" in answer and answer["error"]["code"] == Overloaded.code
+
+
 @contextmanager
-def _count_errors(model_manager: ModelManager) -> Iterator[None]:
+def _count_errors(
+    model_manager: ModelManager, kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
     """Count an exception of the `with` block in the metrics, by error code; then re-raise it.
 
-    `ClientDisconnect` is not counted.
+    Only exceptions of `kinds` are counted, and `ClientDisconnect` is not.
     """
     try:
         yield
     except ClientDisconnect:
         raise
-    except Exception as error:
+    except kinds as error:
         model_manager.telemetry.count(problems.code_of(error))
         raise
-
-
-def _authorise(request: Request, model_manager: ModelManager) -> None:
-    keys = model_manager.settings.api_keys
-    if not keys:
-        return
-    scheme, _, key = request.headers.get(b"authorization", b"").partition(b" ")
-    digest = hashlib.sha256(key.strip()).digest()
-    # Compares with every key, each in constant time, so that the duration reveals nothing.
-    matches = sum(hmac.compare_digest(digest, one) for one in keys)
-    if scheme.lower() != b"bearer" or not matches:
-        raise Unauthorized("send a valid key as `Authorization: Bearer KEY`")
 
 
 def _method_not_allowed(request: Request, allowed: Iterable[str]) -> Response:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from serving.errors import Overloaded, TooLarge, Unauthorized
+from serving.errors import TooLarge, Unauthorized
 from serving.http import problems
 
 Message = MutableMapping[str, Any]
@@ -20,6 +20,15 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Message, Receive, Send], Awaitable[None]]
 
+_UNREAD: Final = (
+    TooLarge,
+    Unauthorized,
+    problems.SlowRequest,
+    problems.BadHost,
+    problems.CrossSite,
+    problems.RateLimited,
+)
+"""Errors before the body is read; the connection is closed if the body has not arrived yet."""
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _MAX_DROP_SECONDS: Final = 2.0
 _MAX_DROP_BYTES: Final = 64 * 2**20
@@ -40,6 +49,8 @@ class Request:
         query: Query string, not decoded.
         headers: Header values by lower-case name; if a header is repeated, its last value.
         receive: ASGI callable that receives the body.
+        client: Address of the caller, "" if it is not known. A proxy on this machine states it in
+            X-Forwarded-For.
         id: The client's X-Request-ID if it is valid, else a random id.
         body_complete: Whether the whole body has been read.
         started: `time.perf_counter()` when the headers arrived.
@@ -51,6 +62,7 @@ class Request:
     headers: dict[bytes, bytes]
     receive: Receive
     id: str
+    client: str = ""
     body_complete: bool = False
     started: float = field(default_factory=time.perf_counter)
 
@@ -61,7 +73,9 @@ class Request:
         sent_id = headers.get(b"x-request-id", b"")
         id_ = sent_id.decode() if _REQUEST_ID.fullmatch(sent_id) else os.urandom(8).hex()
         query = scope["query_string"]
-        return cls(scope["method"], scope["path"], query, headers, receive, id_)
+        client = scope.get("client")
+        address = client[0] if client else ""
+        return cls(scope["method"], scope["path"], query, headers, receive, id_, address)
 
     @property
     def content_type(self) -> bytes:
@@ -150,14 +164,21 @@ class Response:
         """
         body = problems.problem(error, request.id)
         headers = []
-        if isinstance(error, Overloaded):
-            headers.append((b"retry-after", b"1"))
+        seconds = problems.retry_after(error)
+        if seconds is not None:
+            headers.append((b"retry-after", str(seconds).encode()))
         if isinstance(error, Unauthorized):
             headers.append((b"www-authenticate", b"Bearer"))
-        refused = isinstance(error, (TooLarge, Unauthorized, problems.SlowRequest))
+        refused = isinstance(error, _UNREAD)
         if refused and not request.body_complete:
             headers.append((b"connection", b"close"))  # the rest of the body is not read
         return cls(body["status"], _json(body), problems.MEDIA_TYPE, headers, body["code"])
+
+    def _entity_headers(self) -> list[tuple[bytes, bytes]]:
+        if self.status == 204:
+            return []
+        length = str(len(self.body)).encode()
+        return [(b"content-type", self.media_type.encode()), (b"content-length", length)]
 
     async def send(self, request: Request, send: Send) -> None:
         """Send the response through the ASGI callable `send`.
@@ -166,8 +187,7 @@ class Response:
         out.
         """
         headers = [
-            (b"content-type", self.media_type.encode()),
-            (b"content-length", str(len(self.body)).encode()),
+            *self._entity_headers(),
             (b"x-request-id", request.id.encode()),
             (b"cache-control", b"no-store"),
             (b"x-content-type-options", b"nosniff"),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from http import HTTPStatus
 from typing import Any, ClassVar, Final
 
-from serving.errors import FledgeError
+from serving.errors import FledgeError, Overloaded, problem_document
 
 MEDIA_TYPE: Final = "application/problem+json"
 
@@ -39,11 +38,58 @@ class MethodNotAllowed(HttpError):
     http_status = 405
 
 
+class BadHost(HttpError):
+    """The header Host is missing, doubled, or names a host that is not served."""
+
+    code = "bad-request"
+    http_status = 400
+
+
+class CrossSite(HttpError):
+    """A web page of another site sent the request, and CORS does not allow that site."""
+
+    code = "cross-site"
+    http_status = 403
+
+
+class HeadTooLarge(HttpError):
+    """The head has too many bytes or fields. `LimitedHttpProtocol` sends it, not `App`."""
+
+    code = "head-too-large"
+    http_status = 431
+
+
 class SlowRequest(HttpError):
     """The client took too long to send the body."""
 
     code = "slow-request"
     http_status = 408
+
+
+class RateLimited(HttpError):
+    """A key has sent too many images, or an address too many wrong keys.
+
+    Attributes:
+        retry_after: Seconds after which the request may be sent again.
+    """
+
+    code = "rate-limited"
+    http_status = 429
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(f"{message}; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+OVERLOADED_SECONDS: Final = 1
+"""Seconds after which a request that the queue had no room for may be sent again."""
+
+
+def retry_after(error: Exception) -> int | None:
+    """Return the seconds after which to send a request again, None if that would not help."""
+    if isinstance(error, RateLimited):
+        return error.retry_after
+    return OVERLOADED_SECONDS if isinstance(error, Overloaded) else None
 
 
 def is_fault(error: Exception) -> bool:
@@ -69,10 +115,4 @@ def problem(error: Exception, request_id: str) -> dict[str, Any]:
     detail = str(error)
     if is_fault(error):
         detail = f"the service failed on this request (request {request_id}); its log says why"
-    return {
-        "type": f"urn:fledge:problem:{code_of(error)}",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-        "code": code_of(error),
-    }
+    return problem_document(code_of(error), status, detail)

@@ -24,7 +24,7 @@ from opentelemetry.util.http import parse_excluded_urls
 from prometheus_client import Counter, Gauge, Histogram
 
 from serving.http.messages import ASGIApp
-from serving.server import bentoml_compat
+from serving.server import bentoml_compat, log_queue
 
 _SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1, 2, 4, 8, 16)
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
@@ -35,6 +35,8 @@ CLASSES: Final = 100
 
 # Paths without spans here: BentoML traces its own routes, and probes and scrapes need no span.
 _UNTRACED: Final = "/(livez|healthz|readyz|metrics|docs|docs.json|schema.json)$,/static_content/"
+_MAX_PATH: Final = 2048
+"""Characters of a path in the access log."""
 _FLUSH_MS: Final = 5000
 
 
@@ -90,7 +92,12 @@ class Telemetry:
         self._out_of_distribution = Counter(
             "fledge_out_of_distribution", "Images flagged as out of distribution"
         ).inc
+        self._refused_connections = Counter(
+            "fledge_connections_refused", "Connections refused or closed, by reason", ["reason"]
+        )
         self._by_label: dict[str, Counter] = {}
+        dropped = Counter("fledge_log_dropped", "Log lines dropped because the log was not read")
+        log_queue.on_drop(dropped.inc)
         self._log = _access_log()
 
     def observe(self, phase: str, value: float) -> None:
@@ -146,8 +153,19 @@ class Telemetry:
         """Count a bundle that could not be served."""
         self._refused.inc()
 
+    def refused_connection(self, reason: str) -> None:
+        """Count a connection that was refused or closed, by a label of `connection_limits`."""
+        self._refused_connections.labels(reason).inc()
+
     def log(
-        self, request_id: str, method: str, path: str, status: int, code: str, seconds: float
+        self,
+        request_id: str,
+        method: str,
+        path: str,
+        status: int,
+        code: str,
+        seconds: float,
+        client: str = "",
     ) -> None:
         """Write one request to the access log, as a JSON line.
 
@@ -160,15 +178,17 @@ class Telemetry:
             status: HTTP status of the response.
             code: "ok" or an error code.
             seconds: Time from the request's headers to the response.
+            client: Address of the caller; "" if it is not known.
         """
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "request": request_id,
             "method": method,
-            "path": path,
+            "path": path[:_MAX_PATH],
             "status": status,
             "code": code,
             "ms": round(seconds * 1000, 2),
+            "client": client,
         }
         if trace := trace_id():
             line["trace"] = trace
@@ -178,7 +198,7 @@ class Telemetry:
 def _access_log() -> logging.Logger:
     log = logging.getLogger("fledge.access")
     if not log.handlers:  # a logging configuration of the user takes precedence
-        handler = logging.StreamHandler(sys.stdout)
+        handler = log_queue.handler(sys.stdout) or logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
@@ -192,7 +212,9 @@ def traced(app: ASGIApp) -> ASGIApp:
         return app
     return OpenTelemetryMiddleware(
         app,
-        excluded_urls=parse_excluded_urls(_UNTRACED),
+        excluded_urls=parse_excluded_urls(
+            ",".join(filter(None, (_UNTRACED, bentoml_compat.tracing_excluded_urls())))
+        ),
         tracer_provider=bentoml_compat.tracer_provider(),
         # One span per request, without a span for each ASGI message.
         exclude_spans=["receive", "send"],

@@ -12,12 +12,18 @@ called, and `fledge serve` checks the bundle and the port before it calls any of
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    import ssl
+
     import uvicorn
     from opentelemetry.sdk.trace import TracerProvider
+
+    from serving.server.connection_limits import ConnectionLimits
 
 CHECKED_VERSIONS: Final = {"bentoml": "1.4.39", "kantoku": "0.18.3", "uvicorn": "0.54.0"}
 """Release of each PyPI distribution. `kantoku` provides the package `circus`."""
@@ -100,6 +106,58 @@ def tracing_sample_rate() -> float:
     return rate or 0.0
 
 
+def tracing_excluded_urls() -> str:
+    """Return the patterns of URLs that are not traced, separated by commas; "" for none.
+
+    The value is `BentoMLContainer.tracing.excluded_urls`, which the user sets in BentoML's
+    configuration under `services.tracing`.
+    """
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    urls: str | list[str] | None = BentoMLContainer.tracing.excluded_urls.get()
+    return ",".join(urls) if isinstance(urls, list) else urls or ""
+
+
+def user_configuration(service: str) -> dict[str, str]:
+    """Return what the user has set in BentoML's configuration, as name for a service and full name.
+
+    For example, both `services.workers` and `services.image_classifier.workers` are `workers`.
+    BentoML copies what is set for all services into each section, also into `runner_connection`,
+    which is no service: the copies are left out. So are settings that are equal to the default.
+    The import of `bentoml._internal.configuration.containers` reads the configuration for the first
+    time; BentoML builds a `BentoMLConfiguration` again when it loads a service.
+
+    Raises:
+        Exception: Whatever BentoML raises for a configuration that it can't read.
+    """
+    from bentoml._internal import configuration
+    from bentoml._internal.configuration import helpers
+    from bentoml._internal.configuration.containers import BentoMLConfiguration
+
+    def flat(settings: Any) -> dict[str, Any]:
+        return dict(helpers.flatten_dict(settings))
+
+    default = flat(helpers.get_default_config(version=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # one of the variables is deprecated
+        config = BentoMLConfiguration(
+            override_config_file=configuration.get_bentoml_config_file_from_env(),
+            override_config_values=configuration.get_bentoml_override_config_from_env(),
+            override_config_json=configuration.get_bentoml_override_config_json_from_env(),
+            use_version=2,
+        ).config
+    found: dict[str, str] = {}
+    settings = sorted(flat(config).items(), key=lambda item: ".runner_connection." in item[0])
+    for name, value in settings:
+        setting = name.removeprefix("services.")
+        for section in (service, "runner_connection"):
+            if name not in default:
+                setting = setting.removeprefix(f"{section}.")
+        if value != default.get(f"services.{setting}", default.get(name)):
+            found.setdefault(setting, name)
+    return found
+
+
 def tracer_provider() -> TracerProvider:
     """Return BentoML's OpenTelemetry tracer provider, `BentoMLContainer.tracer_provider`.
 
@@ -141,3 +199,40 @@ def running_uvicorn_server() -> uvicorn.Server | None:
 
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return server if isinstance(server, uvicorn.Server) else None
+
+
+def use_protocol(
+    server: uvicorn.Server,
+    limits: ConnectionLimits,
+    backlog: int,
+    context: ssl.SSLContext | None = None,
+) -> None:
+    """Make a uvicorn server, which does not listen yet, use `LimitedHttpProtocol`.
+
+    BentoML's worker builds the `uvicorn.Config` and leaves no room for a protocol class. The server
+    reads `config.http_protocol_class` for each connection, and `config.ssl` and `config.backlog`
+    when it begins to listen, after the ASGI lifespan has started. With TLS, `TlsHandshake` takes
+    the place of uvicorn's `ssl` argument, so that the limits hold during handshakes too.
+
+    Args:
+        server: A server whose ASGI lifespan is starting.
+        limits: The table of connections.
+        backlog: Largest length of the kernel's queue of connections.
+        context: The context for TLS. None: that of BentoML's own options, if it has one.
+    """
+    from serving.server.http_protocol import LimitedHttpProtocol
+    from serving.server.tls import TlsHandshake
+
+    config = server.config
+    context, config.ssl = context or config.ssl, None
+    create: Any = partial(LimitedHttpProtocol, limits)
+    if context is not None:
+        create = partial(TlsHandshake, limits, context)
+    config.http_protocol_class = create
+    config.backlog = min(config.backlog, backlog)
+
+
+def listening_addresses(server: uvicorn.Server) -> list[str]:
+    """Return the IP addresses that a uvicorn server listens on; none for a Unix socket."""
+    names = [one.getsockname() for each in server.servers for one in each.sockets]
+    return [name[0] for name in names if isinstance(name, tuple)]

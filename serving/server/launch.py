@@ -20,13 +20,20 @@ from typing import Final, NoReturn
 
 from serving.bundle import signing
 from serving.errors import OptionError
-from serving.server import preflight, single_process
+from serving.server import bentoml_config, preflight, single_process
 from serving.settings import Settings, bundle_folder
 from serving.terminal import show
 
 SCRATCH: Final = "FLEDGE_SCRATCH"
 """Environment variable with the value PID:FOLDER. The server process PID removes FOLDER at exit."""
 
+_FILES: Final = (
+    "FLEDGE_API_KEYS_FILE",
+    "FLEDGE_TLS_CERT",
+    "FLEDGE_TLS_KEY",
+    signing.TRUSTED,
+    "BENTOML_CONFIG",
+)
 GRACE_SECONDS: Final = 30
 """Time that open requests have to finish after SIGTERM. BentoML's default is a day."""
 
@@ -68,10 +75,12 @@ def serve(
     }
     make_paths_absolute(env)
     settings = Settings.from_env(env)
+    bentoml_config.check(os.environ, bentoml_serve=False)
     manifest = preflight.check_bundle(settings)
     listener = bind(host, port)
     address = listener.getsockname()[0]
-    url = client_url(address, port)
+    url = client_url(address, port, "https" if settings.tls_cert else "http")
+    _serve_name(host, address, env)
     if settings.workers == 1:  # with several, `ImageClassifier.check` does this
         preflight.check_gpu(settings)
     show(f"{manifest.name}:{manifest.version} on {url} (ready when {url}/readyz answers 200)")
@@ -90,6 +99,16 @@ def serve(
     os.execve(sys.executable, command, env)
 
 
+def _serve_name(host: str, address: str, env: MutableMapping[str, str]) -> None:
+    """Add the name that the service listens on to FLEDGE_HOSTS, if it is a name of loopback."""
+    if (
+        host.lower() != "localhost"
+        and host != address
+        and ipaddress.ip_address(address).is_loopback
+    ):
+        env["FLEDGE_HOSTS"] = f"{env.get('FLEDGE_HOSTS', '')} {host}".strip()
+
+
 def make_paths_absolute(env: MutableMapping[str, str]) -> None:
     """Replace relative paths of files and folders by absolute paths in the variables `env`.
 
@@ -99,9 +118,9 @@ def make_paths_absolute(env: MutableMapping[str, str]) -> None:
     # Symbolic links are not resolved, because the user may replace a link to switch to new keys or
     # another bundle while the service runs.
     env["FLEDGE_BUNDLE"] = str(bundle_folder(env).absolute())
-    for name in ("FLEDGE_API_KEYS_FILE", signing.TRUSTED):
+    for name in _FILES:
         path = env.get(name, "").strip()
-        if path:
+        if path and path[0] not in "~$":  # BentoML expands these itself
             env[name] = str(Path(path).absolute())
 
 
@@ -134,12 +153,12 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def client_url(address: str, port: int) -> str:
+def client_url(address: str, port: int, scheme: str = "http") -> str:
     """Return the URL by which clients on this machine reach a server that listens on `address`."""
     ip = ipaddress.ip_address(address)
     if ip.is_unspecified:  # every interface; clients need one address
         ip = ipaddress.ip_address("127.0.0.1" if ip.version == 4 else "::1")
-    return f"http://{ip if ip.version == 4 else f'[{ip}]'}:{port}"
+    return f"{scheme}://{ip if ip.version == 4 else f'[{ip}]'}:{port}"
 
 
 def _use_private_bentoml_home(env: dict[str, str]) -> None:

@@ -5,10 +5,13 @@ A check raises an error if no worker could serve with the settings.
 
 from __future__ import annotations
 
+import os
+
 from serving.bundle import storage
 from serving.bundle.manifest import Manifest
 from serving.errors import BundleError, OptionError
 from serving.inference import isolated_load
+from serving.server import bentoml_config
 from serving.settings import Settings
 from serving.utils.optional_packages import require
 
@@ -20,6 +23,7 @@ def check(settings: Settings) -> None:
         BundleError: The bundle is missing, damaged, or must not be served.
         OptionError: The device can't be used, or the bundle has no graph of the precision.
     """
+    bentoml_config.check(os.environ, bentoml_serve=True)
     check_bundle(settings)
     check_gpu(settings)
 
@@ -31,8 +35,13 @@ def check_bundle(settings: Settings) -> Manifest:
         BundleError: The bundle is missing or damaged. Or the bundle has no golden images (photos
             stored with expected probabilities). Or the settings choose TorchScript, and the bundle
             has no TorchScript graph.
-        OptionError: The bundle has no graph of the precision, or the runtime can't use the device.
+        OptionError: The bundle has no graph of the precision, or the runtime can't use the device,
+            or a TLS file can't be used.
     """
+    if settings.tls_cert:
+        from serving.server import tls  # loads uvicorn
+
+        tls.context_of(settings)
     manifest = storage.read(settings.bundle).manifest
     precisions = manifest.precisions
     if settings.precision not in ("auto", *precisions):

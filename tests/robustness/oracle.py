@@ -13,6 +13,7 @@ from tests.robustness.requests import Case
 CODES = {
     **{"no-image": 400, "bad-option": 400, "bad-request": 400, "unauthorized": 401},
     **{"not-found": 404, "method-not-allowed": 405, "slow-request": 408, "too-large": 413},
+    **{"cross-site": 403, "head-too-large": 431},
     **{"not-an-image": 415, "unsupported-format": 415, "broken-image": 422, "overloaded": 429},
     **{"not-ready": 503, "deadline-exceeded": 504},
 }

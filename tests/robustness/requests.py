@@ -95,7 +95,7 @@ class Case:
 
 
 def request(path: bytes, body: bytes, content_type: bytes, method: bytes = b"POST") -> bytes:
-    head = b"%s %s HTTP/1.1\r\nHost: fuzz\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n"
+    head = b"%s %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n"
     return head % (method, path, content_type, len(body)) + body
 
 
@@ -153,7 +153,7 @@ def head(rng: random.Random, pictures: list[bytes]) -> Case:
     method = rng.choice(METHODS)
     version = rng.choice((b"HTTP/1.1",) * 30 + (b"HTTP/1.0", b"HTTP/2.0", b"HTTP/9", b""))
     body = rng.choice(pictures)[:5000]
-    lines = [b"%s %s %s" % (method, rng.choice(PATHS) + _query(rng), version), b"Host: fuzz"]
+    lines = [b"%s %s %s" % (method, rng.choice(PATHS) + _query(rng), version), b"Host: localhost"]
     if rng.random() < 0.9:
         lines.append(b"Content-Length: %d" % len(body))
     for _ in range(rng.choice((0, 0, 0, 1, 1, 2, 80))):

@@ -49,6 +49,12 @@ def test_every_variable_is_read(tmp_path: Path):
             "FLEDGE_DEADLINE": "0.5",
             "FLEDGE_LOAD_TIMEOUT": "7",
             "FLEDGE_API_KEYS_FILE": str(keys),
+            "FLEDGE_MAX_CONNECTIONS": "77",
+            "FLEDGE_HOSTS": "A.example, b.example",
+            "FLEDGE_CORS_ORIGINS": "https://a.example *",
+            "FLEDGE_TLS_CERT": "cert.pem",
+            "FLEDGE_TLS_KEY": "key.pem",
+            "FLEDGE_KEY_RATE": "2.5",
         }
     )
     assert settings.bundle == Path("b")
@@ -59,6 +65,10 @@ def test_every_variable_is_read(tmp_path: Path):
     assert len(settings.api_keys) == 2
     assert settings.load_timeout == 7
     assert Settings.from_env({}).load_timeout is None
+    assert (settings.max_connections, settings.key_rate) == (77, 2.5)
+    assert settings.hosts == {"a.example", "b.example"}
+    assert settings.cors_origins == {"https://a.example", "*"}
+    assert (settings.tls_cert, settings.tls_key) == (Path("cert.pem"), Path("key.pem"))
 
 
 def test_all_errors_are_reported_at_once(tmp_path: Path):
@@ -73,6 +83,11 @@ def test_all_errors_are_reported_at_once(tmp_path: Path):
         "FLEDGE_MAX_BYTES": "1e6",
         "FLEDGE_MAX_PIXELS": "٣٠٠",
         "FLEDGE_DEADLINE": "nan",
+        "FLEDGE_MAX_CONNECTIONS": "0",
+        "FLEDGE_HOSTS": "http://a",
+        "FLEDGE_CORS_ORIGINS": "a",
+        "FLEDGE_TLS_CERT": "cert.pem",
+        "FLEDGE_KEY_RATE": "inf",
         "FLEDGE_API_KEYS_FILE": str(empty),
         "FLEDGE_TRUSTED_KEYS": "somewhere",
     }

@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
-from serving.errors import WorkError
+from serving.errors import Overloaded, WorkError
 from serving.http.app import App
 from serving.http.model_manager import LoadedModel, ModelManager
 from serving.inference.admission import OverdueCount
@@ -254,3 +254,49 @@ def test_the_batching_engine_gives_the_answers_of_the_predictor(predictor: Predi
 
     run_client(manager_of(predictor, engine), work)
     engine.close()
+
+
+def test_a_batch_that_the_queue_has_no_room_for_is_429(predictor: Predictor):
+    room = [0]
+
+    async def work_of(data: bytes) -> Prediction:
+        if room[0] <= 0:
+            raise Overloaded("the queue is full")
+        room[0] -= 1
+        return predictor.predict([predictor.prepare(data, 0)])[0]
+
+    async def work(client: httpx.AsyncClient) -> None:
+        files = [("image", photo(seed)) for seed in range(3)]
+        response = await client.post("/predict/batch", files=files)
+        assert (response.status_code, response.json()["code"]) == (429, "overloaded")
+        assert response.headers["retry-after"] == "1"
+        room[0] = 2
+        response = await client.post("/predict/batch", files=files)
+        assert response.status_code == 200
+        *answered, refused = response.json()
+        assert all("predictions" in item for item in answered)
+        assert (refused["error"]["code"], refused["error"]["retry_after"]) == ("overloaded", 1)
+
+    run_client(manager_of(predictor, FakeEngine(work_of)), work)
+
+
+def test_a_worker_with_wrong_settings_does_not_start(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+):
+    """They were right when the launcher checked them."""
+    monkeypatch.setattr("serving.http.app.bentoml_compat.running_uvicorn_server", object)
+    monkeypatch.setattr("serving.http.app.log_queue.install", lambda: None)
+    monkeypatch.setenv("FLEDGE_TLS_CERT", "/no/such/file")
+    monkeypatch.setenv("FLEDGE_TLS_KEY", "/no/such/file")
+    sent = []
+
+    async def receive():
+        return {"type": "lifespan.startup"}
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    app = App(no_bentoml, lambda: manager_of(predictor, None))
+    asyncio.run(app({"type": "lifespan"}, receive, send))
+    assert [message["type"] for message in sent] == ["lifespan.startup.failed"]
+    assert "FLEDGE_TLS_CERT" in sent[0]["message"]

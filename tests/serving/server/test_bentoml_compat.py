@@ -164,3 +164,36 @@ def test_importing_the_adapter_imports_no_framework():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+def test_uvicorn_reads_protocol_tls_and_backlog_after_the_lifespan_has_started():
+    source = inspect.getsource(uvicorn.Server.startup)
+    lifespan = source.index("await self.lifespan.startup()")
+    for part in ("config.http_protocol_class(", "ssl=config.ssl", "backlog=config.backlog"):
+        assert source.index(part) > lifespan
+    assert "config=config" in source
+    assert "server_state=self.server_state" in source
+
+
+def test_the_protocol_has_what_the_limits_build_on():
+    from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+    from serving.server.http_protocol import LimitedHttpProtocol
+
+    base = vars(HttpToolsProtocol)
+    for name, member in vars(LimitedHttpProtocol).items():
+        if callable(member) and not name.startswith("_") and name not in ("drop", "check"):
+            assert name in base, name
+    assert {"_unset_keepalive_if_required", "_should_upgrade", "send_400_response"} < set(base)
+    assert STATUS_LINE[431].startswith(b"HTTP/1.1 431 ")
+
+
+def test_the_users_configuration_is_compared_with_the_defaults(monkeypatch: pytest.MonkeyPatch):
+    for name in ("BENTOML_CONFIG", "BENTOML_CONFIG_OPTIONS", "BENTOML_CONFIG_OVERRIDES"):
+        monkeypatch.delenv(name, raising=False)
+    assert bentoml_compat.user_configuration("x") == {}
+    monkeypatch.setenv("BENTOML_CONFIG_OVERRIDES", '{"services": {"workers": 3}}')
+    assert bentoml_compat.user_configuration("x") == {"workers": "services.workers"}
+    monkeypatch.setenv("BENTOML_CONFIG_OVERRIDES", '{"services": {"x": {"workers": 3}}}')
+    assert bentoml_compat.user_configuration("x") == {"workers": "services.x.workers"}
+    assert bentoml_compat.tracing_excluded_urls() == ""

@@ -41,7 +41,7 @@ def check_stop_under_load(server: Live, sent: int) -> None:
     data = photo(1)
     expected = post(f"{server.url}/predict", data).content
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
-        head = "POST /predict HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+        head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
         client.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode())
         interim = b""
         while b"\r\n\r\n" not in interim:  # a worker has the head and waits for the body

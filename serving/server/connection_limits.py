@@ -1,0 +1,222 @@
+"""Limits on connections: how many there are, and how long and how fast a client may send.
+
+`ConnectionLimits` is the table of a worker's connections. The connections themselves are
+`serving.server.http_protocol.LimitedHttpProtocol`, which counts bytes as they arrive; this module
+looks at all connections twice a second and closes those that are overdue, so that an ordinary
+request sets no timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import ssl
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+HEAD_BYTES: Final = 65_536
+"""Largest head of a request: request line and fields. The trailers of a chunked body, and the
+extensions of a chunk, are limited alike."""
+FRAMING_BYTES: Final = 2**20
+"""Largest number of bytes around the chunks of a body, in addition to a quarter of the body. Chunks
+of one byte cost a hundred times as much time as large ones."""
+HEAD_FIELDS: Final = 100
+"""Largest number of fields in a head, and of trailers."""
+HEAD_SECONDS: Final = 10.0
+"""Time for a head, TLS handshake included, from the moment the connection is made; for later
+requests of a connection, from the first byte of the head."""
+BODY_SECONDS: Final = 15.0
+"""Period over which the speed of a body is measured."""
+BODY_BYTES_PER_SECOND: Final = 1000
+"""Least speed of a body, as the mean over `BODY_SECONDS` in which the service was ready to read."""
+UNREAD_SECONDS: Final = 10.0
+UNREAD_BYTES: Final = 64 * 2**20
+"""Limits on the rest of a body after the response to its request, such as one to an unknown path.
+"""
+WRITE_SECONDS: Final = 30.0
+"""Time for which a client may leave a response unread, once the buffers are full."""
+MAX_PIPELINED: Final = 1000
+"""Largest number of requests of a connection that wait for the response to an earlier one."""
+LINGER_SECONDS: Final = 2.0
+LINGER_BYTES: Final = 2**20
+"""Limits on what is read and dropped after a refusal. Closing a connection that has unread bytes
+resets it, and the client might not see the response."""
+
+MAX_CONNECTIONS: Final = 4096
+MAX_TLS_CONNECTIONS: Final = 1024
+"""Largest default of the number of connections; less where the process may have few descriptors. A
+silent connection takes 5 KB of memory, with TLS 51 KB."""
+SHARED_HEAD_BYTES: Final = 32 * 2**20
+"""Memory for all incomplete heads and pipelined requests of a worker."""
+_MAX_DESCRIPTORS: Final = 65_536
+_MAX_BACKLOG: Final = 2048
+_SWEEP_SECONDS: Final = 0.5
+_LOG_SECONDS: Final = 10.0
+
+_REASONS: Final = {
+    "connection-limit": "closed to stay within the largest number of connections",
+    "head-size": f"with a head of more than {HEAD_BYTES} bytes or {HEAD_FIELDS} fields",
+    "head-time": f"without a whole head within {HEAD_SECONDS:g} s",
+    "head-memory": "closed because incomplete heads took too much memory",
+    "body-speed": f"with a body slower than {BODY_BYTES_PER_SECOND} bytes a second",
+    "body-framing": "with too many bytes around the chunks of the body",
+    "unread-body": "whose body went on after the answer",
+    "unread-response": f"whose client read nothing for {WRITE_SECONDS:g} s",
+    "pipelined": f"with more than {MAX_PIPELINED} requests in advance",
+    "tls": "whose TLS handshake failed",
+    "silent": "without a byte",
+}
+REASONS: Final = tuple(_REASONS)
+"""Labels of the metric that counts refused connections."""
+_UNLOGGED: Final = ("silent", "tls")  # browsers and health checks connect in advance
+
+_log = logging.getLogger("bentoml.fledge")
+
+
+class Connection(Protocol):
+    """What `ConnectionLimits` needs of a connection."""
+
+    def check(self, now: float) -> None:
+        """Refuse or close the connection if it is overdue."""
+
+    def drop(self) -> None:
+        """Close the connection at once."""
+
+
+class ConnectionLimits:
+    """The connections of this process, and how many there may be.
+
+    Attributes:
+        now: `loop.time()` at the last look at all connections; exact to half a second, and free.
+        head_bytes: Bytes of incomplete heads and pipelined requests of all connections.
+    """
+
+    def __init__(self, most: int, count: Callable[[str], None]) -> None:
+        """Create an empty table.
+
+        Args:
+            most: Largest number of connections.
+            count: Called with a label of `REASONS` for each connection that is refused or closed.
+        """
+        self.most = most
+        self.now = 0.0
+        self.head_bytes = 0
+        self._count = count
+        self._open: set[Connection] = set()
+        # Without a request in progress, the longest first.
+        self._waiting: OrderedDict[Connection, None] = OrderedDict()
+        self._unlogged: Counter[str] = Counter()
+        self._logged = -_LOG_SECONDS
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Look at all connections from now on, twice a second."""
+        loop.call_later(_SWEEP_SECONDS, self.start, loop)
+        self.now = loop.time()
+        for connection in list(self._open):
+            try:
+                connection.check(self.now)
+            except Exception:  # the others must still be checked
+                _log.exception("a connection can't be checked")
+                connection.drop()
+        if self._unlogged and self.now - self._logged >= _LOG_SECONDS:
+            self._logged = self.now
+            causes = (f"{n} {_REASONS[reason]}" for reason, n in self._unlogged.most_common())
+            _log.warning("refused connections: %s", "; ".join(causes))
+            self._unlogged.clear()
+
+    def admit(self, connection: Connection) -> bool:
+        """Take a new connection, which has no request yet, into the table.
+
+        If the table is full, the connection that has been without a request for the longest time
+        is closed. Returns False if there is none: the new connection must be closed.
+        """
+        if len(self._open) >= self.most:
+            self.refused("connection-limit")
+            if not self._waiting:
+                return False
+            oldest = next(iter(self._waiting))
+            self.remove(oldest)
+            oldest.drop()
+        self._open.add(connection)
+        self._waiting[connection] = None
+        return True
+
+    def busy(self, connection: Connection) -> None:
+        """Note that a connection has a request in progress."""
+        self._waiting.pop(connection, None)
+
+    def idle(self, connection: Connection) -> None:
+        """Note that a connection has no request in progress; it may be closed to make room."""
+        if connection in self._open:
+            self._waiting[connection] = None
+
+    def remove(self, connection: Connection) -> None:
+        """Remove a connection from the table; does nothing if it is not there."""
+        self._open.discard(connection)
+        self._waiting.pop(connection, None)
+
+    def refused(self, reason: str) -> None:
+        """Count a refused connection; a line in the log follows, at most one in ten seconds."""
+        self._count(reason)
+        if reason not in _UNLOGGED:
+            self._unlogged[reason] += 1
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the limit on open files to the hard limit, at most 65,536; return the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return _MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError):  # macOS allows less than it states
+        return soft
+    return most
+
+
+def connections_for(descriptors: int, wanted: int) -> tuple[int, int]:
+    """Return the largest number of connections, and the length of the queue of the kernel.
+
+    A quarter of the descriptors, at least 64, is left: for files, and for connections that the
+    kernel has accepted and the table has not seen yet.
+
+    Args:
+        descriptors: Limit on the open files of this process.
+        wanted: The number that the user has set, or the default.
+    """
+    reserve = max(64, min(descriptors // 4, _MAX_BACKLOG * 2))
+    possible = max(descriptors - reserve, 16)
+    return min(wanted, possible), min(_MAX_BACKLOG, max(reserve // 2, 16))
+
+
+def install(
+    server: Any,
+    wanted: int | None,
+    count: Callable[[str], None],
+    context: ssl.SSLContext | None = None,
+) -> ConnectionLimits:
+    """Make a uvicorn server, which does not listen yet, apply the limits to its connections.
+
+    Args:
+        server: A `uvicorn.Server` whose loop runs.
+        wanted: Largest number of connections; None: as many as the limit on open files allows.
+        count: See `ConnectionLimits`.
+        context: See `bentoml_compat.use_protocol`.
+    """
+    from serving.server import bentoml_compat
+
+    default = MAX_CONNECTIONS if (context or server.config.ssl) is None else MAX_TLS_CONNECTIONS
+    most, backlog = connections_for(raise_descriptor_limit(), wanted or default)
+    if wanted and most < wanted:
+        _log.warning(
+            "FLEDGE_MAX_CONNECTIONS = %d: the limit on open files allows %d; raise it (ulimit -n)",
+            wanted,
+            most,
+        )
+    limits = ConnectionLimits(most, count)
+    limits.start(asyncio.get_running_loop())
+    bentoml_compat.use_protocol(server, limits, backlog, context)
+    return limits

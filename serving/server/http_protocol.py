@@ -1,0 +1,330 @@
+"""HTTP connections with limits on the head, the body and the time of each request.
+
+uvicorn's protocol for httptools has no limits of its own: a head, the trailers of a chunked body
+and the number of requests that a client sends in advance are kept in memory without bound, and a
+silent client stays connected for ever. `LimitedHttpProtocol` adds the limits of
+`serving.server.connection_limits`. It counts bytes in `data_received`, before and after the parser
+has seen them; what depends on time is checked by `ConnectionLimits`, twice a second.
+"""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import Any, Final
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from serving.errors import problem_document
+from serving.server.connection_limits import (
+    BODY_BYTES_PER_SECOND,
+    BODY_SECONDS,
+    FRAMING_BYTES,
+    HEAD_BYTES,
+    HEAD_FIELDS,
+    HEAD_SECONDS,
+    LINGER_BYTES,
+    LINGER_SECONDS,
+    MAX_PIPELINED,
+    SHARED_HEAD_BYTES,
+    UNREAD_BYTES,
+    UNREAD_SECONDS,
+    WRITE_SECONDS,
+    ConnectionLimits,
+)
+
+_PIPELINED_COST: Final = 4096  # bytes of memory for a small request that waits
+_SLICE: Final = HEAD_BYTES
+_FREE_BYTES: Final = 16_384
+"""Bytes of a connection's heads that are not counted: most heads are smaller, and are never refused
+because of others."""
+
+
+class _Refused(Exception):
+    """Raised in a callback of the parser, to end the parsing at once."""
+
+    def __init__(self, reason: str, status: int, detail: str) -> None:
+        super().__init__(reason, status, detail)
+        self.reason, self.status, self.detail = reason, status, detail
+
+
+def _head_too_large() -> _Refused:
+    detail = f"the head has more than {HEAD_BYTES} bytes or {HEAD_FIELDS} fields; send fewer"
+    return _Refused("head-size", 431, detail)
+
+
+class LimitedHttpProtocol(HttpToolsProtocol):
+    """A connection of uvicorn with limits."""
+
+    def __init__(self, limits: ConnectionLimits, since: float = 0.0, **options: Any) -> None:
+        """Create the protocol of a connection.
+
+        Args:
+            limits: The table of connections.
+            since: `loop.time()` when the connection was made; 0: when the transport is known.
+            options: Arguments of uvicorn's protocol.
+        """
+        super().__init__(**options)
+        self._limits = limits
+        self._head_since = since  # when the head in progress began
+        self._head_bytes = 0  # bytes of the head in progress that the parser has seen
+        self._head_open = False  # the parser is inside a head
+        self._body_open = False  # the parser is behind a head and not at the end of its body
+        self._body_bytes = 0  # of the request in progress
+        self._extra_bytes = 0  # around the chunks of its body, trailers included
+        self._extra_run = 0  # of these, since the last byte of the body
+        self._held = 0  # the part of `limits.head_bytes` that is this connection's
+        self._body_at = 0.0  # when the last byte of the body arrived
+        self._period_since, self._period_bytes = 0.0, 0
+        self._answered_since = 0.0
+        self._unread_bytes = 0
+        self._blocked_since = 0.0  # when the transport's buffer became full; 0: it is not
+        self._linger_until = 0.0  # after a refusal; 0: none
+        self._closing_since = 0.0  # when the transport was first seen to be closing; 0: it is not
+        self._stopped = False  # what the client sends is dropped
+
+    # Connection
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        if not self._limits.admit(self):
+            self._stopped = True
+            transport.abort()
+            return
+        self._head_since = self._head_since or self._limits.now
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._limits.remove(self)
+        self._hold(0)
+        super().connection_lost(exc)
+
+    def handle_websocket_upgrade(self) -> None:
+        self._limits.remove(self)  # `App` closes the WebSocket at once
+        self._hold(0)
+        super().handle_websocket_upgrade()
+
+    def drop(self) -> None:
+        """Close the connection at once."""
+        self._stopped = True
+        self.transport.abort()
+
+    def pause_writing(self) -> None:
+        self._blocked_since = self._limits.now
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._blocked_since = 0.0
+        super().resume_writing()
+
+    # Bytes
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        if self._stopped:
+            self._unread_bytes += len(data)
+            if self._unread_bytes > LINGER_BYTES:
+                self.drop()
+            return
+        if len(data) + self._head_bytes <= _SLICE:
+            self._feed(data)
+            return
+        view, start = memoryview(data), 0
+        while start < len(view) and not self._stopped and not self.transport.is_closing():
+            size = _SLICE - (0 if self._body_open else self._head_bytes)
+            self._feed(view[start : start + size])
+            start += size
+
+    def _feed(self, data: bytes | memoryview) -> None:
+        body_open, cycle, seen = self._body_open, self.cycle, self._body_bytes
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            if isinstance(error.__context__, _Refused):
+                self._refuse(error.__context__)
+                return
+            msg = "Invalid HTTP request received."
+            self.logger.warning(msg)
+            self._stopped = True
+            self.send_400_response(msg)
+            return
+        except httptools.HttpParserUpgrade:
+            if self._should_upgrade():
+                self.handle_websocket_upgrade()
+                return
+            self._unsupported_upgrade_warning()
+        if self._body_open:
+            if body_open and cycle is self.cycle:
+                self._check_body(len(data), self._body_bytes - seen)
+            elif len(data) - self._body_bytes > _FREE_BYTES:  # kept while the body arrives
+                self._hold(len(data) - self._body_bytes)
+            return
+        if not body_open and cycle is self.cycle:  # nothing but a part of a head
+            self._head_begins(self._head_bytes + len(data))
+        elif self._head_open:  # behind the end of another request
+            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            self._head_bytes = 0
+            self._head_begins(size + 1)
+
+    def _head_begins(self, size: int) -> None:
+        """Note that a head is incomplete after `size` bytes, and refuse it if that is too much."""
+        if not self._head_bytes and self.cycle is not None:
+            self._head_since = self._limits.now
+        self._head_bytes = size
+        if size >= HEAD_BYTES or (self._head_open and len(self.headers) > HEAD_FIELDS):
+            self._refuse(_head_too_large())
+            return
+        self._hold(size)
+        if self._held and self._limits.head_bytes > SHARED_HEAD_BYTES:
+            self._refuse(_Refused("head-memory", 429, "too many requests arrive; try again later"))
+
+    def _check_body(self, size: int, body: int) -> None:
+        """Check the request in progress after `size` bytes, of which `body` were of its body."""
+        self._extra_bytes += size - body
+        self._extra_run = 0 if body else self._extra_run + size
+        if self.cycle.response_complete:
+            self._unread_bytes += size
+            if self._unread_bytes > UNREAD_BYTES:
+                self._limits.refused("unread-body")
+                self.drop()
+        elif (
+            self._extra_run > HEAD_BYTES
+            or self._extra_bytes > FRAMING_BYTES + self._body_bytes // 4
+        ):
+            self._refuse(_Refused("body-framing", 400, "the chunks of the body are too small"))
+        elif self._extra_bytes and len(self.headers) > HEAD_FIELDS:  # trailers
+            self._refuse(_head_too_large())
+
+    def _hold(self, size: int) -> None:
+        counted = max(0, size - _FREE_BYTES)
+        self._limits.head_bytes += counted - self._held
+        self._held = counted
+
+    # Callbacks of the parser
+
+    def on_message_begin(self) -> None:
+        self._head_open = True
+        HttpToolsProtocol.on_message_begin(self)
+
+    def on_headers_complete(self) -> None:
+        if len(self.headers) > HEAD_FIELDS:
+            raise _head_too_large()
+        if self.pipeline:
+            self._admit_pipelined()
+        elif self._head_bytes <= _FREE_BYTES:
+            self._hold(0)
+        self._limits.busy(self)
+        self._head_open, self._body_open = False, True
+        self._head_bytes = self._body_bytes = self._period_bytes = 0
+        self._extra_bytes = self._extra_run = 0
+        self._body_at = self._period_since = self._limits.now
+        HttpToolsProtocol.on_headers_complete(self)
+        if not self.parser.should_upgrade():
+            self.headers = []  # trailers must not become fields of the request
+        elif self._should_upgrade():  # no request for `App`; a body counts as part of the head
+            self._head_open, self._body_open = True, False
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        self._body_at = self._limits.now
+        HttpToolsProtocol.on_body(self, body)
+
+    def on_message_complete(self) -> None:
+        self._body_open = False
+        HttpToolsProtocol.on_message_complete(self)
+        if self.cycle is not None and self.cycle.response_complete:  # answered before its end
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def on_response_complete(self) -> None:
+        HttpToolsProtocol.on_response_complete(self)
+        self._answered_since, self._unread_bytes = self._limits.now, 0
+        if self.cycle.response_complete:
+            self._limits.idle(self)
+            if self._held and not self._head_bytes:
+                self._hold(0)
+
+    def _admit_pipelined(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise _Refused("pipelined", 0, "")
+        self._hold((len(self.pipeline) + 1) * _PIPELINED_COST)
+        if self._held and self._limits.head_bytes > SHARED_HEAD_BYTES:
+            raise _Refused("head-memory", 0, "")
+
+    # Refusals
+
+    def check(self, now: float) -> None:
+        """Refuse or close the connection if it is overdue. Called twice a second."""
+        if self.transport.is_closing():
+            self._closing_since = self._closing_since or now
+            if now - self._closing_since > WRITE_SECONDS:  # the client does not read the rest
+                self.drop()
+        elif self._linger_until:
+            if now >= self._linger_until:
+                self.drop()
+        elif self._blocked_since and now - self._blocked_since > WRITE_SECONDS:
+            self._limits.refused("unread-response")
+            self.drop()
+        elif self._body_open:
+            self._check_speed(now)
+        elif (self._head_bytes or self.cycle is None) and now - self._head_since > HEAD_SECONDS:
+            if self._head_bytes:
+                detail = f"the head took more than {HEAD_SECONDS:g} s"
+                self._refuse(_Refused("head-time", 408, detail))
+            else:
+                self._limits.refused("silent")
+                self.transport.close()
+
+    def _check_speed(self, now: float) -> None:
+        if self.cycle.response_complete:
+            if now - self._answered_since > UNREAD_SECONDS:
+                self._limits.refused("unread-body")
+                self.drop()
+        elif self.flow.read_paused:  # the service does not read now
+            self._body_at = self._period_since = now
+            self._period_bytes = self._body_bytes
+        elif now - self._period_since > BODY_SECONDS:
+            received, least = self._body_bytes - self._period_bytes, BODY_BYTES_PER_SECOND
+            if now - self._body_at > BODY_SECONDS or received < least * BODY_SECONDS:
+                speed = f"{least} bytes a second over {BODY_SECONDS:g} s"
+                self._refuse(_Refused("body-speed", 408, f"the body is slower than {speed}"))
+            self._period_since, self._period_bytes = self._body_at, self._body_bytes
+
+    def _refuse(self, refusal: _Refused) -> None:
+        """Send an error if no response is in progress, and drop what the client sends from now on.
+
+        Requests that were complete before are still answered.
+        """
+        self._limits.refused(refusal.reason)
+        self._stopped = True
+        self._unread_bytes = self._head_bytes = 0
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if not self._body_open or refusal.status == 0:
+                cycle.keep_alive = False  # a complete request: close after its response
+                return
+            cycle.disconnected = True  # `App` gets no more of this body
+            cycle.message_event.set()
+            if cycle.response_started or self.pipeline:
+                self.drop()
+                return
+        self._respond(refusal)
+
+    def _respond(self, refusal: _Refused) -> None:
+        self.parser = None  # type: ignore[assignment]  # with the memory of the head
+        self.headers, self.url = [], b""
+        self._hold(0)
+        code = {408: "slow-request", 431: "head-too-large", 429: "overloaded"}
+        name = code.get(refusal.status, "bad-request")
+        body = json.dumps(problem_document(name, refusal.status, refusal.detail)).encode()
+        head = STATUS_LINE[HTTPStatus(refusal.status)]
+        fields = b"content-type: application/problem+json\r\nconnection: close\r\n"
+        if refusal.status == 429:
+            fields += b"retry-after: 1\r\n"
+        self.transport.write(b"%b%bcontent-length: %d\r\n\r\n%b" % (head, fields, len(body), body))
+        self._linger_until = self._limits.now + LINGER_SECONDS
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
