@@ -22,7 +22,7 @@ from typing import Any, Final
 from serving.bundle.storage import Bundle
 from serving.errors import BundleError, FledgeError, OptionError
 from serving.utils.cpu import cores
-from serving.utils.free_memory import free_memory
+from serving.utils.memory import free_memory
 
 LOAD_SECONDS: Final = 60.0
 """Time limit of loading a bundle and predicting its golden images on a CPU."""

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+import psutil  # type: ignore[import-untyped]
+
 from serving.utils.cpu import control_groups
 
 _POLL_SECONDS: Final = 0.05
@@ -32,6 +34,32 @@ def _limit(folder: Path) -> int | None:
             continue
         return limit if 0 < limit < _UNLIMITED else None
     return None
+
+
+def free_memory() -> int:
+    """Return the bytes that are free on the machine or in its tightest control group."""
+    free = [int(psutil.virtual_memory().available)]
+    free += [left for left in map(_free, control_groups("memory")) if left is not None]
+    return max(0, min(free))
+
+
+def _free(folder: Path) -> int | None:
+    v2 = (folder / "memory.max").exists()
+    limit, used = (
+        ("memory.max", "memory.current")
+        if v2
+        else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    )
+    try:
+        left = int((folder / limit).read_text()) - int((folder / used).read_text())
+        # The kernel drops these pages of files when memory is needed.
+        for line in (folder / "memory.stat").read_text().splitlines():
+            name, _, size = line.partition(" ")
+            if name == ("inactive_file" if v2 else "total_inactive_file"):
+                left += int(size)
+    except (OSError, ValueError):  # no such group, or "max"
+        return None
+    return left
 
 
 def resident_bytes() -> int:

@@ -56,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("text", [HOSTILE, *CONTROL, "\ud800", "a\udcff"])
+@pytest.mark.parametrize("text", [HOSTILE, *sorted(CONTROL), "\ud800", "a\udcff"])
 def test_escaped_text_is_one_plain_line_that_can_be_encoded(text: str) -> None:
     assert is_plain(escape(text))
     assert "\n" not in escape(text)
