@@ -102,6 +102,9 @@ class App:
             response = await self._respond(request, refusal)
         except ClientDisconnect:
             return
+        finally:
+            if request.taken:
+                self._model_manager().bodies.give_back(request.taken)
         response.headers.extend(self._access.cors_headers(request.headers))
         if self._shutdown.started:
             response.headers.append((b"connection", b"close"))
@@ -246,7 +249,9 @@ class App:
         overhead = forms.MAX_OVERHEAD if forms.is_multipart(request.content_type) else 0
         try:
             async with asyncio.timeout(READ_TIMEOUT):
-                body = await request.body(model_manager.settings.max_bytes + overhead)
+                body = await request.body(
+                    model_manager.settings.max_bytes + overhead, model_manager.bodies
+                )
         except TimeoutError as error:
             raise problems.SlowRequest(f"the body took more than {READ_TIMEOUT:g} s") from error
         model_manager.telemetry.observe("read", request.seconds)

@@ -15,9 +15,10 @@ from typing import Any, Final
 from serving import __version__
 from serving.bundle import storage
 from serving.errors import FledgeError, NotReady
+from serving.http.body_budget import BodyBudget
 from serving.http.telemetry import Telemetry
 from serving.inference import isolated_load
-from serving.inference.decoding import request_memory
+from serving.inference.decoding import LEAST_MEMORY, request_memory
 from serving.inference.isolated_load import LoadStopped
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
@@ -75,6 +76,7 @@ class ModelManager:
         telemetry: Metrics and access log.
         refusal: Why the newest bundle is not served; "" if it is served.
         memory: Bytes for the bodies of requests and for decoding; 0 until a model is loaded.
+        bodies: Budget of the bodies of requests, a quarter of `memory`.
     """
 
     def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
@@ -83,6 +85,7 @@ class ModelManager:
         self.telemetry = telemetry
         self.refusal = "the bundle is still being loaded"
         self.memory = 0
+        self.bodies = BodyBudget((settings.max_memory or LEAST_MEMORY) // 4)
         self._model: LoadedModel | None = None
         self._manifest_state: object = None
         self._logged_refusal: object = None
@@ -207,6 +210,7 @@ class ModelManager:
             settings.bundle, golden_seconds=seconds, **_load_options(settings)
         )
         self.memory = settings.max_memory or request_memory(settings.workers)
+        self.bodies.total = self.memory // 4
         engine = build_engine(
             predictor,
             cap=settings.max_batch or predictor.cap,
