@@ -190,3 +190,35 @@ def test_a_missing_prediction_is_an_error_of_its_image(cap: int) -> None:
         asyncio.run(asyncio.wait_for(work(), 20))
     finally:
         engine.close()
+
+
+def test_a_batcher_that_is_closed_decodes_no_waiting_image() -> None:
+    engine = built(FakePredictor(), 2, max_queue=9, threads=1)
+    decoding, held, prepare = threading.Event(), threading.Event(), engine._prepare
+    decoded: list[bytes] = []
+
+    def hold(data: bytes, tta: int) -> Prepared:
+        decoding.set()
+        assert held.wait(20)
+        decoded.append(data)
+        return prepare(data, tta)
+
+    engine._prepare = hold
+
+    async def work() -> None:
+        calls = [asyncio.create_task(engine.predict(data)) for data in (b"a", b"b", b"c")]
+        await asyncio.to_thread(decoding.wait, 10)
+        closing = asyncio.create_task(asyncio.to_thread(engine.close))
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+        held.set()
+        first, *rest = await asyncio.gather(*calls, return_exceptions=True)
+        await closing
+        assert first.views == 1
+        assert all(isinstance(one, asyncio.CancelledError) for one in rest)
+
+    try:
+        asyncio.run(asyncio.wait_for(work(), 20))
+    finally:
+        held.set()
+        engine.close()
+    assert decoded == [b"a"]
