@@ -94,9 +94,8 @@ def test_the_engine_fits_the_cap_and_the_device(
     assert not any(thread.is_alive() for thread in alive)
 
 
-def test_a_batch_runs_up_to_its_cap() -> None:
-    predictor = FakePredictor()
-    engine = built(predictor, 3, max_queue=9, threads=1)
+def run_held(engine: DynamicBatcher, views: tuple[int, ...]) -> None:
+    """Predict images of so many views that are all decoded while the graph runs for another."""
     held = threading.Event()
     ready, predict = threading.Event(), engine._predict
 
@@ -110,8 +109,8 @@ def test_a_batch_runs_up_to_its_cap() -> None:
     async def work() -> None:
         first = asyncio.create_task(engine.predict(b"x"))
         await asyncio.to_thread(ready.wait, 10)
-        rest = [asyncio.create_task(engine.predict(b"x", views)) for views in (1, 2, 1, 1, 1, 3)]
-        while len(engine._ready) < 6:
+        rest = [asyncio.create_task(engine.predict(b"x", own)) for own in views]
+        while len(engine._ready) < len(views):
             await asyncio.sleep(0.001)
         held.set()
         await asyncio.gather(first, *rest)
@@ -121,7 +120,26 @@ def test_a_batch_runs_up_to_its_cap() -> None:
     finally:
         held.set()
         engine.close()
+
+
+def test_a_batch_runs_up_to_its_cap() -> None:
+    predictor = FakePredictor()
+    run_held(built(predictor, 3, max_queue=9, threads=1), (1, 2, 1, 1, 1, 3))
     assert [count for count, _ in predictor.calls] == [1, 2, 3, 1]
+
+
+def test_only_images_of_a_batch_that_have_no_prediction_are_repeated() -> None:
+    predictor = FakePredictor()
+    engine = built(predictor, 3, max_queue=9, threads=1)
+    predict = engine._predict
+
+    def lose(prepared: list[Prepared], *, low_latency: bool) -> list[Prediction]:
+        found = predict(prepared, low_latency=low_latency)
+        return found[:1] if len(found) == 3 else found
+
+    engine._predict = lose
+    run_held(engine, (1, 1, 1))
+    assert [count for count, _ in predictor.calls] == [1, 3, 1, 1]
 
 
 @pytest.mark.parametrize("cap", [1, 4])

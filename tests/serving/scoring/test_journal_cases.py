@@ -141,6 +141,11 @@ def test_facts_are_compared_as_json(tmp_path: Path) -> None:
         ("inputs.jsonl", b'"a"\n7\n"c"\n', "7 is no name of an image"),
         (
             "inputs.jsonl",
+            b'"a"\n"\xc3\xa4"\n"c"\n',
+            "'ascii' codec can't decode byte 0xc3 in position 5: ordinal not in range(128)",
+        ),
+        (
+            "inputs.jsonl",
             b'"a"\n[%s]\n"c"\n' % (b"1, " * 99 + b"1"),
             f"[{'1, ' * 19}1, is no name of an image",
         ),
