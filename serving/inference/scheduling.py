@@ -309,12 +309,19 @@ class DynamicBatcher:
             return await prediction
 
     def close(self) -> None:
-        self._decoders.shutdown(wait=False, cancel_futures=True)
-        self._isolated.shutdown(wait=False, cancel_futures=True)
+        end = time.monotonic() + CLOSE_SECONDS
+        # An executor can't be waited for with a limit of time.
+        waiting = [
+            Thread(target=executor.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+            for executor in (self._decoders, self._isolated)
+        ]
+        for thread in waiting:
+            thread.start()
+        for thread in waiting:
+            thread.join(max(0.0, end - time.monotonic()))
         with self._changed:
             self._open = False
             self._changed.notify_all()
-        end = time.monotonic() + CLOSE_SECONDS
         for runner in self._runners:
             runner.join(max(0.0, end - time.monotonic()))
 
