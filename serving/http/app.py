@@ -36,6 +36,7 @@ from serving.http.messages import (
 from serving.http.model_manager import ModelManager
 from serving.http.multipart import ManyFalseBoundaries
 from serving.http.predict import predict_image, predict_images
+from serving.inference.decoding import request_id
 from serving.server import bentoml_compat, connection_limits, log_queue, tls
 from serving.server.shutdown import GracefulShutdown
 from serving.settings import Settings
@@ -98,6 +99,7 @@ class App:
             if path in bentoml_compat.ROUTES or path in bentoml_compat.STATIC_FILES:
                 await self._inner(scope, receive, send)
                 return
+        request_id.set(request.id)
         try:
             response = await self._respond(request, refusal)
         except ClientDisconnect:

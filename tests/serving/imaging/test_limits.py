@@ -141,7 +141,9 @@ def test_a_png_has_at_most_65536_chunks_before_its_end() -> None:
 # ---- TIFF
 
 MANY_STRIPS = "BrokenImage: the image is broken: more than 131072 strips or tiles"
-LARGE_TILES = "TooLarge: tiles of {} x {} pixels are more than the 10000 allowed"
+LARGE_TILES = (
+    "TooLarge: tiles of {} x {} pixels are more than the 10000 allowed (FLEDGE_MAX_PIXELS)"
+)
 WIDTH, HEIGHT, STRIPS, TILES = 322, 323, 273, 324
 KINDS = {"BYTE": 1, "SHORT": 3, "LONG": 4, "SBYTE": 6, "SSHORT": 8, "SLONG": 9, "unknown": 99}
 SIZES = {"BYTE": 1, "SHORT": 2, "LONG": 4, "SBYTE": 1, "SSHORT": 2, "SLONG": 4}
