@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Final, Protocol
 
 from serving.errors import Overloaded
 
@@ -12,6 +12,10 @@ Observe = Callable[[str, float], None]
 """Callback for measurements: (name, value). The names "queue", "decode" and "infer" have a value in
 seconds. "rows" is the batch size of a run of the graph. "waiting" is the number of images that are
 queued or in progress."""
+
+
+CLOSE_SECONDS: Final = 10.0
+"""Longest wait for the threads of an engine that is closed."""
 
 
 class QueueLimit:
