@@ -181,7 +181,7 @@ def test_a_list_with_fewer_images_than_are_counted_is_damaged(tmp_path: Path) ->
         counts = {"images": 2, "skipped": 0, "sha256": [hashlib.sha256(lines).hexdigest()]}
         (journal.folder / "inputs.json").write_text(json.dumps(counts))
         (journal.folder / "inputs.jsonl").write_bytes(lines)
-    with ScoringJournal(out, FACTS) as journal, pytest.raises(OptionError, match="cut or changed"):
+    with pytest.raises(OptionError, match="cut or changed"), ScoringJournal(out, FACTS) as journal:
         list(journal.todo())
 
 
