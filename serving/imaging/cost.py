@@ -192,16 +192,19 @@ def _png(data: bytes) -> _Head | None:
         return None
     width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
     converted = colour & 4 != 0 or depth == 16
-    rotated, metadata, heads, exif = False, 0, 0, 0
+    rotated, metadata, inflated, heads, exif = False, 0, 0, 0, 0
     for kind, at, size in _chunks(data):
         heads += kind == b"IHDR"
         converted |= kind in (b"tRNS", b"iCCP")
         rotated |= kind in _TEXTS or kind == b"eXIf"  # a text may be EXIF
-        exif += size * (kind in _TEXTS or kind == b"eXIf")
+        exif += size * (kind == b"eXIf")
         if kind == b"iCCP":
+            inflated += _INFLATED * size
             metadata += _INFLATED * size
         elif kind in _TEXTS:
-            metadata += _CHARACTER * size * (_INFLATED if _is_packed(kind, data, at, size) else 1)
+            length = size * (_INFLATED if _is_packed(kind, data, at, size) else 1)
+            inflated += length
+            metadata += _CHARACTER * length
     channels = {0: 1, 2: 3, 4: 2, 6: 4}.get(colour, 1)
     nanoseconds = 10.0 + 7.0 * channels * max(1, depth // 8)
     return _Head(
@@ -212,6 +215,7 @@ def _png(data: bytes) -> _Head | None:
         nanoseconds=nanoseconds,
         metadata=min(metadata, _METADATA_BYTES),
         unusual=heads > 1 or exif > _LARGE_EXIF,
+        opening=inflated * 2e-9,
     )
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 from PIL import Image, PngImagePlugin
 
@@ -207,6 +207,31 @@ def tiff_entries(data: bytes, big: bool) -> Iterator[tuple[int, int, int]]:
     for tag, kind, values, raw in struct.iter_unpack(order + entry, table):
         used = min(width, {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4}.get(kind, width))
         yield tag, values, int.from_bytes(raw[:used], "little" if order == "<" else "big")
+
+
+_ORIENTATION: Final = 0x0112
+_MAX_EXIF_TEXT: Final = 2**18  # characters; EXIF of a JPEG has at most 64 KB
+
+
+def has_one_orientation(info: Mapping[Any, Any]) -> bool:
+    """Return whether the EXIF data of an image has at most a few values as its orientation.
+
+    Pillow makes an object of each value, of which there may be millions.
+
+    Args:
+        info: `Image.info` of an image that is no TIFF.
+    """
+    if len(str(info.get("Raw profile type exif", ""))) > _MAX_EXIF_TEXT:
+        return False
+    exif = info.get("exif", b"")
+    exif = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
+    if not exif:
+        return True
+    try:
+        counts = [count for tag, count, _ in tiff_entries(exif, False) if tag == _ORIENTATION]
+    except BrokenImage:
+        return False
+    return max(counts, default=0) <= 16
 
 
 def _bmp(data: bytes, max_pixels: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from threading import Condition, Event, Thread
 from typing import NamedTuple
 
+from serving.errors import Overloaded
 from serving.inference.admission import CLOSE_SECONDS, Observe, OverdueCount, QueueLimit
 from serving.inference.decoding import (
     ImageDecoder,
@@ -70,6 +71,7 @@ class DynamicBatcher:
         self._ready: deque[_DecodedImage] = deque()
         self._changed = Condition()
         self._open = True
+        self._expensive = 0  # images that wait for `_isolated` or are decoded there
         self._runners = [
             Thread(target=self._run, name=f"fledge-infer-{number}", daemon=True)
             for number in range(runners)
@@ -87,14 +89,23 @@ class DynamicBatcher:
                     future = await loop.run_in_executor(executor, self._decode, held, tta, prepare)
                 except NeedsIsolation as need:
                     cost = need.cost
+                    # Expensive images leave places in the queue to others.
+                    if self._expensive >= max(1, self._limit.limit // 2):
+                        raise Overloaded(
+                            "many expensive images are waiting already; try again later"
+                        ) from None
                     log_isolated(len(data), cost, request_id.get())
 
                     def prepare_isolated(data: bytes, tta: int) -> Prepared:
                         return self._decoder.prepare_isolated(data, tta, cost, cancelled.is_set)
 
-                    future = await loop.run_in_executor(
-                        self._isolated, self._decode, held, tta, prepare_isolated
-                    )
+                    self._expensive += 1
+                    try:
+                        future = await loop.run_in_executor(
+                            self._isolated, self._decode, held, tta, prepare_isolated
+                        )
+                    finally:
+                        self._expensive -= 1
             except asyncio.CancelledError:
                 self.overdue.add(held)
                 raise

@@ -22,6 +22,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Final, Protocol
 
+from serving.errors import Overloaded
 from serving.imaging.cost import Cost
 from serving.inference.admission import CLOSE_SECONDS, Observe, OverdueCount, QueueLimit
 from serving.inference.decoding import (
@@ -201,9 +202,12 @@ class PerImageEngine:
             result = self._decode_and_predict(prepare, image.data, image.tta, image.queued)
         except NeedsIsolation as need:
             image.started = False
-            log_isolated(len(image.data), need.cost, image.request)
-            self._isolated.put((image, need.cost))
-            return
+            # Expensive images leave places in the queue to others.
+            if self._isolated.qsize() < max(1, self._limit.limit // 2):
+                log_isolated(len(image.data), need.cost, image.request)
+                self._isolated.put((image, need.cost))
+                return
+            result = Overloaded("many expensive images are waiting already; try again later")
         except BaseException as error:  # any: the caller gets it, and the thread continues
             result = error
         with suppress(RuntimeError):  # the event loop is closed

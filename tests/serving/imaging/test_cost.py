@@ -178,12 +178,22 @@ def many_values(tag: int, count: int) -> bytes:
         saved("RGB", "WEBP", lossless=True)(20, 20),
         saved("RGBA", "WEBP")(20, 20),
         png(20, 20, extra=text(b"zTXt", b"\0" + zlib.compress(bytes(2**24), 9) * 3)),
+        png(20, 20, extra=chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(2**20), 9)) * 900),
         png(20, 20, extra=chunk(b"IHDR", png(4000, 4000)[16:29])),
         many_values(274, 5000),
         into_jpeg(photo(1), *[segment(0xE1, b"Exif\0\0" + bytes(65_000))] * 3),
         saved("CMYK", "JPEG")(4500, 4500),
     ],
-    ids=["webp-lossless", "webp-alpha", "png-text", "png-two-heads", "tiff-values", "exif", "cmyk"],
+    ids=[
+        "webp-lossless",
+        "webp-alpha",
+        "png-text",
+        "png-profiles",
+        "png-two-heads",
+        "tiff-values",
+        "exif",
+        "cmyk",
+    ],
 )
 def test_files_that_may_need_more_than_their_size_are_isolated(data: bytes) -> None:
     assert cost.estimate(data).isolated
