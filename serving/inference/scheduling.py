@@ -21,6 +21,7 @@ from collections.abc import Awaitable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from threading import Condition, Event, Thread
 from typing import Final, NamedTuple, Protocol
@@ -97,10 +98,11 @@ def build_engine(
     """
     limit = QueueLimit(max_queue, observe)
     decoder = image_decoder(predictor, max_pixels, memory)
+    predict = partial(predictor.predict, max_rows=cap)
     if cap == 1:
-        return PerImageEngine(decoder, predictor.predict, limit, threads + EXTRA_THREADS, observe)
+        return PerImageEngine(decoder, predict, limit, threads + EXTRA_THREADS, observe)
     runners = threads if on_cpu(predictor.runtime.provider) else 1
-    return DynamicBatcher(decoder, predictor.predict, limit, threads, observe, cap, runners)
+    return DynamicBatcher(decoder, predict, limit, threads, observe, cap, runners)
 
 
 class Predict(Protocol):
