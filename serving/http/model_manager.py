@@ -17,14 +17,15 @@ from serving.bundle import storage
 from serving.errors import FledgeError, NotReady
 from serving.http.telemetry import Telemetry
 from serving.inference import isolated_load
-from serving.inference.decoding import request_memory
 from serving.inference.isolated_load import LoadStopped
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
 from serving.inference.scheduling import Engine, build_engine
+from serving.server.memory_needs import model_bytes, request_memory
 from serving.settings import Settings
 from serving.terminal import escape
 from serving.utils import malloc
+from serving.utils.memory import resident_bytes
 
 WATCH_SECONDS: Final = 1.0
 """Time between two checks of the manifest."""
@@ -83,6 +84,7 @@ class ModelManager:
         self.telemetry = telemetry
         self.refusal = "the bundle is still being loaded"
         self.memory = 0
+        self._base: int | None = None
         self._model: LoadedModel | None = None
         self._manifest_state: object = None
         self._logged_refusal: object = None
@@ -206,7 +208,10 @@ class ModelManager:
         predictor = open_predictor(
             settings.bundle, golden_seconds=seconds, **_load_options(settings)
         )
-        self.memory = settings.max_memory or request_memory(settings.workers)
+        if self._base is None:
+            # Later, the memory of requests in progress would be part of it.
+            self._base = max(0, resident_bytes() - model_bytes(settings, predictor.manifest))
+        self.memory = request_memory(settings, predictor.manifest, self._base)
         engine = build_engine(
             predictor,
             cap=settings.max_batch or predictor.cap,

@@ -27,15 +27,10 @@ from threading import Condition, Event, Thread
 from typing import Final, NamedTuple, Protocol
 
 from serving.imaging.cost import Cost
-from serving.inference.admission import Observe, OverdueCount, QueueLimit
+from serving.inference.admission import EXTRA_THREADS, Observe, OverdueCount, QueueLimit
 from serving.inference.decoding import ImageDecoder, NeedsIsolation, Prepare, image_decoder
 from serving.inference.predictor import Prediction, Predictor, Prepared
 from serving.inference.runtime import on_cpu
-
-EXTRA_THREADS: Final = 1
-"""Number of threads of `PerImageEngine` in addition to one per core. While a thread waits for the
-GIL or for the next image, an additional thread uses the core. On 2 cores a third thread gains about
-5 %, a fourth thread nothing."""
 
 CLOSE_SECONDS: Final = 10.0
 """Longest wait for the threads of an engine that is closed."""
