@@ -23,7 +23,7 @@ PYTEST := $(BIN)/$(if $(COVERAGE),coverage run -m )pytest
 OFFLINE := not docker and not gpu and not network
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo train export serve score test test-process test-slow test-docker coverage check format bench soak fuzz fuzz-service pictures \
+.PHONY: help install demo train export serve score test test-process test-slow test-docker coverage check format bench soak siege fuzz fuzz-service pictures \
   bento image run-image sbom audit lock
 .DELETE_ON_ERROR:
 
@@ -100,6 +100,10 @@ bench: install ## Compare training with fastai and a plain torch loop: DATA=phot
 soak: install ## Ten minutes of overload, bad input and disconnects: BUNDLE=bundle DATA=photos
 	@test -n "$(DATA)" || { echo "make: name some photos, as in make soak DATA=photos" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.serving.soak --bundle "$(BUNDLE)" --photos "$(DATA)" $(ARGS)
+
+siege: install ## Ten minutes of attacks beside honest callers: BUNDLE=bundle DATA=photos
+	@test -n "$(DATA)" || { echo "make: name some photos, as in make siege DATA=photos" >&2; exit 2; }
+	$(BIN)/python -m benchmarks.serving.siege --bundle "$(BUNDLE)" --photos "$(DATA)" $(ARGS)
 
 fuzz: $(FUZZER) ## Fuzz every parser, guided by coverage: ARGS="--seconds 60"
 	$(BIN)/python -m tests.fuzz --all $(ARGS)

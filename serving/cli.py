@@ -189,6 +189,12 @@ def _score_options(add: argparse.ArgumentParser) -> None:
         metavar="N",
         help="rows (images times views) per run of the graph; default: as measured at export",
     )
+    add.add_argument(
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="largest width times height of an image; default: FLEDGE_MAX_PIXELS, else 100000000",
+    )
     add.add_argument("--max-errors", metavar="N|P%", help="exit 1 when more images are broken")
     add.add_argument(
         "--restart", action="store_true", help="discard the rows of an unfinished run, start anew"

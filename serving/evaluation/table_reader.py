@@ -247,7 +247,9 @@ def _parquet_rows(path: Path) -> Rows:
                 for number, values in enumerate(batch.to_pylist(), done + 1):
                     yield f"row {number}", values
                 done += len(batch)
-    except ValueError as error:  # base class of pyarrow's errors except OSError
+    # ValueError is the base class of pyarrow's errors except OSError. A negative number of rows is
+    # a SystemError.
+    except (ValueError, SystemError) as error:
         raise DataError(f"{path}: no Parquet file that can be read: {error}") from error
 
 

@@ -36,6 +36,7 @@ from serving.http.messages import (
 from serving.http.model_manager import ModelManager
 from serving.http.multipart import ManyFalseBoundaries
 from serving.http.predict import predict_image, predict_images
+from serving.inference.decoding import request_id
 from serving.server import bentoml_compat, connection_limits, log_queue, tls
 from serving.server.shutdown import GracefulShutdown
 from serving.settings import Settings
@@ -98,10 +99,14 @@ class App:
             if path in bentoml_compat.ROUTES or path in bentoml_compat.STATIC_FILES:
                 await self._inner(scope, receive, send)
                 return
+        request_id.set(request.id)
         try:
             response = await self._respond(request, refusal)
         except ClientDisconnect:
             return
+        finally:
+            if request.taken:
+                self._model_manager().bodies.give_back(request.taken)
         response.headers.extend(self._access.cors_headers(request.headers))
         if self._shutdown.started:
             response.headers.append((b"connection", b"close"))
@@ -246,7 +251,9 @@ class App:
         overhead = forms.MAX_OVERHEAD if forms.is_multipart(request.content_type) else 0
         try:
             async with asyncio.timeout(READ_TIMEOUT):
-                body = await request.body(model_manager.settings.max_bytes + overhead)
+                body = await request.body(
+                    model_manager.settings.max_bytes + overhead, model_manager.bodies
+                )
         except TimeoutError as error:
             raise problems.SlowRequest(f"the body took more than {READ_TIMEOUT:g} s") from error
         model_manager.telemetry.observe("read", request.seconds)

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from serving.errors import TooLarge, Unauthorized
 from serving.http import problems
+from serving.http.body_budget import BodyBudget
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -53,6 +54,7 @@ class Request:
             X-Forwarded-For.
         id: The client's X-Request-ID if it is valid, else a random id.
         body_complete: Whether the whole body has been read.
+        taken: Bytes that the body has taken from the `BodyBudget`.
         started: `time.perf_counter()` when the headers arrived.
     """
 
@@ -64,6 +66,7 @@ class Request:
     id: str
     client: str = ""
     body_complete: bool = False
+    taken: int = 0
     started: float = field(default_factory=time.perf_counter)
 
     @classmethod
@@ -87,20 +90,24 @@ class Request:
         """Seconds since the headers of the request arrived."""
         return time.perf_counter() - self.started
 
-    async def body(self, limit: int) -> bytes:
+    async def body(self, limit: int, budget: BodyBudget) -> bytes:
         """Read the whole body.
 
         Args:
             limit: Largest accepted length, in bytes.
+            budget: Budget from which the body takes its bytes; `taken` counts them.
 
         Raises:
+            Overloaded: The budget has no room for the body. The rest of the body is not read.
             TooLarge: The body is longer than `limit`. The rest of the body is not read.
             ClientDisconnect: The client closed the connection before the end of the body.
         """
         message = f"more than the {limit} bytes allowed"
         stated = self.headers.get(b"content-length", b"0")
-        if stated.isdigit() and int(stated) > limit:
-            raise TooLarge(message)
+        if stated.isdigit():
+            if int(stated) > limit:
+                raise TooLarge(message)
+            budget.check(int(stated))
         chunks: list[bytes] = []
         size = 0
         while True:
@@ -111,6 +118,7 @@ class Request:
             size += len(chunk)
             if size > limit:
                 raise TooLarge(message)
+            self.taken += budget.take(len(chunk), size)
             chunks.append(chunk)
             if not event.get("more_body", False):
                 self.body_complete = True

@@ -15,13 +15,14 @@ from typing import Any, Final
 from serving import __version__
 from serving.bundle import storage
 from serving.errors import FledgeError, NotReady
+from serving.http.body_budget import BodyBudget
 from serving.http.telemetry import Telemetry
 from serving.inference import isolated_load
 from serving.inference.isolated_load import LoadStopped
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
 from serving.inference.scheduling import Engine, build_engine
-from serving.server.memory_needs import model_bytes, request_memory
+from serving.server.memory_needs import LEAST_MEMORY, model_bytes, request_memory
 from serving.settings import Settings
 from serving.terminal import escape
 from serving.utils import malloc
@@ -76,6 +77,7 @@ class ModelManager:
         telemetry: Metrics and access log.
         refusal: Why the newest bundle is not served; "" if it is served.
         memory: Bytes for the bodies of requests and for decoding; 0 until a model is loaded.
+        bodies: Budget of the bodies of requests, a quarter of `memory`.
     """
 
     def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
@@ -84,6 +86,7 @@ class ModelManager:
         self.telemetry = telemetry
         self.refusal = "the bundle is still being loaded"
         self.memory = 0
+        self.bodies = BodyBudget((settings.max_memory or LEAST_MEMORY) // 4)
         self._base: int | None = None
         self._model: LoadedModel | None = None
         self._manifest_state: object = None
@@ -212,6 +215,7 @@ class ModelManager:
             # Later, the memory of requests in progress would be part of it.
             self._base = max(0, resident_bytes() - model_bytes(settings, predictor.manifest))
         self.memory = request_memory(settings, predictor.manifest, self._base)
+        self.bodies.total = self.memory // 4
         engine = build_engine(
             predictor,
             cap=settings.max_batch or predictor.cap,

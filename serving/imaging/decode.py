@@ -21,7 +21,12 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from serving.errors import BrokenImage, EmptyBody, NotAnImage, TooLarge, UnsupportedFormat
 from serving.imaging import cost, formats, icc, isolated
-from serving.imaging.limits import check_limits, raise_limit_of_pillow
+from serving.imaging.limits import (
+    TOO_MANY,
+    check_limits,
+    max_pixels_of_commands,
+    raise_limit_of_pillow,
+)
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """Names of the Pillow plug-ins that may open a file. Others, such as EPS, are never used."""
@@ -31,7 +36,6 @@ SUFFIXES: Final = frozenset(
 )
 """File extensions by which images are found in folders. Decoding itself ignores file names."""
 
-MAX_PIXELS: Final = 100_000_000
 MAX_BYTES: Final = 20_000_000
 
 # A truncated file must be an error, even if another library in the process has allowed it.
@@ -86,7 +90,7 @@ class Decoded:
 def decode(
     data: bytes,
     *,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Decoded:
     """Decode one image. The format is recognised by the content.
@@ -96,7 +100,8 @@ def decode(
 
     Args:
         data: The encoded file.
-        max_pixels: Largest accepted width times height, checked before any pixel is decoded.
+        max_pixels: Largest accepted width times height, checked before any pixel is decoded. None:
+            `limits.max_pixels_of_commands`.
         background: RGB colour, 0 to 255, on which transparent images are composited.
 
     Raises:
@@ -107,6 +112,7 @@ def decode(
         BrokenImage: The data is truncated or corrupt.
         DeadlineExceeded: Decoding took more than `isolated.MAX_SECONDS`.
     """
+    max_pixels = max_pixels or max_pixels_of_commands()
     estimated = check(data, max_pixels)
     if not estimated.isolated:
         try:
@@ -154,7 +160,7 @@ class LargerThanStated(Exception):
 def decode_here(
     data: bytes,
     *,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int,
     background: tuple[int, int, int] = (255, 255, 255),
     stated: cost.Cost | None = None,
 ) -> Decoded:
@@ -205,20 +211,20 @@ def decode_here(
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise TooLarge(f"{width} x {height} pixels are more than the {max_pixels} allowed")
+        raise TooLarge(f"{width} x {height} pixels {TOO_MANY.format(max_pixels)}")
 
 
 def read(
     path: Path,
     *,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Decoded:
     """Decode an image file, like `decode`. Error messages don't contain the path.
 
     Args:
         path: Path of the file.
-        max_pixels: Largest accepted width times height.
+        max_pixels: Largest accepted width times height. None: as `decode`.
         background: RGB colour, 0 to 255, on which transparent images are composited.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, Final
@@ -15,6 +16,10 @@ from serving.imaging.preprocess import Preprocess
 from serving.imaging.tta import View, render
 from serving.utils import malloc
 
+NICE: Final = 10
+"""Added to the niceness of the process, so that common images and the network are not slowed down.
+"""
+
 _SLACK: Final = 32 * 2**20
 """Bytes that the process may take beside those for the image, such as for the answer."""
 _STRIP: Final = 2**20  # pixels that are written at once
@@ -24,6 +29,7 @@ def main() -> None:
     """Answer requests from the standard input until it is closed."""
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     malloc.return_large_blocks()
+    os.nice(NICE)
     while line := requests.readline():
         request = json.loads(line)
         data = requests.read(request["bytes"])

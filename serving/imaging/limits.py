@@ -8,6 +8,7 @@ encoders write.
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Final
 
 from PIL import Image, PngImagePlugin
 
-from serving.errors import BrokenImage, TooLarge
+from serving.errors import BrokenImage, OptionError, TooLarge
 
 # Largest compressed text or profile of a PNG, in bytes. Pillow's limit of 1 MB rejects valid
 # images: some programs store whole projects there.
@@ -44,6 +45,28 @@ even outside the image."""
 
 RUN_LENGTH_PIXELS: Final = 10_000_000
 """Largest number of pixels of a run-length encoded BMP. Pillow decodes such a file in Python."""
+
+
+MAX_PIXELS: Final = 100_000_000
+"""Largest width times height of an image of a command, if the variable below is not set."""
+
+TOO_MANY: Final = "are more than the {} allowed (FLEDGE_MAX_PIXELS)"
+
+VARIABLE: Final = "FLEDGE_MAX_PIXELS"
+
+
+def max_pixels_of_commands() -> int:
+    """Return the largest width times height of an image that commands decode.
+
+    Raises:
+        OptionError: The environment variable FLEDGE_MAX_PIXELS is no whole number in its range.
+    """
+    text = os.environ.get(VARIABLE, "").strip()
+    if not text:
+        return MAX_PIXELS
+    if re.fullmatch("[0-9]{2,10}", text) and 64 <= int(text) <= 2**31:
+        return int(text)
+    raise OptionError(f"{VARIABLE} = {text[:20]!r}: use a whole number, 64 to {2**31}")
 
 
 def raise_limit_of_pillow(max_pixels: int) -> None:
@@ -143,7 +166,7 @@ def _tiff(data: bytes, max_pixels: int) -> None:
         width = max(width, value * (tag == 322))
         height = max(height, value * (tag == 323))
     if width * height > max_pixels:
-        raise TooLarge(f"tiles of {width} x {height} pixels are more than the {max_pixels} allowed")
+        raise TooLarge(f"tiles of {width} x {height} pixels {TOO_MANY.format(max_pixels)}")
 
 
 def tiff_entries(data: bytes, big: bool) -> Iterator[tuple[int, int, int]]:

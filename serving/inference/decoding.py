@@ -8,7 +8,9 @@ other, and others don't wait for them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import NamedTuple
 
 from serving.errors import TooLarge
@@ -20,6 +22,21 @@ from serving.utils.memory import MemoryBudget
 
 Prepare = Callable[[bytes, int], Prepared]
 PrepareIsolated = Callable[[bytes, int, Cost, Callable[[], bool]], Prepared]
+
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Id of the request whose images are decoded, for the log."""
+
+_log = logging.getLogger("bentoml.fledge")
+
+
+def log_isolated(size: int, cost: Cost, request: str) -> None:
+    """Log an expensive image before it is decoded, so that it can be found after a crash."""
+    _log.info(
+        "request %s: %d x %d pixels in %d bytes are decoded in a process of their own, "
+        "with at most about %d MB",
+        *(request or "-", cost.width, cost.height, size, cost.bytes >> 20),
+    )
 
 
 class NeedsIsolation(Exception):

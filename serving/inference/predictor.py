@@ -20,7 +20,7 @@ from serving.bundle.manifest import Manifest, measured_max_batch
 from serving.errors import OptionError, WorkError
 from serving.imaging import decode
 from serving.imaging.cost import Cost
-from serving.imaging.decode import MAX_PIXELS
+from serving.imaging.limits import max_pixels_of_commands
 from serving.imaging.preprocess import Pixels
 from serving.imaging.tta import (
     Probabilities,
@@ -130,7 +130,7 @@ class Predictor:
         if top_k is not None and not 1 <= top_k <= classes:
             raise OptionError(f"top_k = {top_k}: use 1 to {classes}, the number of classes")
 
-    def estimate(self, data: bytes, tta: int = 0, *, max_pixels: int = MAX_PIXELS) -> Cost:
+    def estimate(self, data: bytes, tta: int = 0, *, max_pixels: int) -> Cost:
         """Check structure and size of an image; return what `prepare` costs. Nothing is decoded.
 
         Args:
@@ -149,7 +149,7 @@ class Predictor:
         data: bytes,
         tta: int = 0,
         *,
-        max_pixels: int = MAX_PIXELS,
+        max_pixels: int | None = None,
         estimated: Cost | None = None,
     ) -> Prepared:
         """Decode one image and cut its TTA views (crops or flips).
@@ -158,7 +158,7 @@ class Predictor:
             data: The encoded image file.
             tta: Number of views to cut: the first `tta` views in the manifest. 0 and 1 both mean
                 the centre crop only.
-            max_pixels: Largest accepted width times height.
+            max_pixels: Largest accepted width times height. None: as `decode`.
             estimated: Result of `estimate`. If given, the image is decoded in this process.
 
         Raises:
@@ -169,7 +169,10 @@ class Predictor:
         views, preprocess = self._views(tta), self.manifest.preprocess
         if estimated:
             decoded = decode.decode_here(
-                data, max_pixels=max_pixels, background=preprocess.background, stated=estimated
+                data,
+                max_pixels=max_pixels or max_pixels_of_commands(),
+                background=preprocess.background,
+                stated=estimated,
             )
         else:
             decoded = decode.decode(data, max_pixels=max_pixels, background=preprocess.background)

@@ -28,7 +28,14 @@ from typing import Final, NamedTuple, Protocol
 
 from serving.imaging.cost import Cost
 from serving.inference.admission import EXTRA_THREADS, Observe, OverdueCount, QueueLimit
-from serving.inference.decoding import ImageDecoder, NeedsIsolation, Prepare, image_decoder
+from serving.inference.decoding import (
+    ImageDecoder,
+    NeedsIsolation,
+    Prepare,
+    image_decoder,
+    log_isolated,
+    request_id,
+)
 from serving.inference.predictor import Prediction, Predictor, Prepared
 from serving.inference.runtime import on_cpu
 
@@ -112,6 +119,7 @@ class _EncodedImage:
     tta: int
     queued: float  # time.perf_counter()
     future: asyncio.Future[Prediction]
+    request: str
     started: bool = False
     overdue: bool = False
 
@@ -151,7 +159,7 @@ class PerImageEngine:
     async def predict(self, data: bytes, tta: int = 0) -> Prediction:
         with self._limit.admit():
             future: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
-            image = _EncodedImage(data, tta, time.perf_counter(), future)
+            image = _EncodedImage(data, tta, time.perf_counter(), future, request_id.get())
             self._queue.put(image)
             try:
                 return await future
@@ -198,6 +206,7 @@ class PerImageEngine:
             result = self._decode_and_predict(prepare, image.data, image.tta, image.queued)
         except NeedsIsolation as need:
             image.started = False
+            log_isolated(len(image.data), need.cost, image.request)
             self._isolated.put((image, need.cost))
             return
         except BaseException as error:  # any: the caller gets it, and the thread continues
@@ -292,6 +301,7 @@ class DynamicBatcher:
                     future = await loop.run_in_executor(executor, self._decode, held, tta, prepare)
                 except NeedsIsolation as need:
                     cost = need.cost
+                    log_isolated(len(data), cost, request_id.get())
 
                     def prepare_isolated(data: bytes, tta: int) -> Prepared:
                         return self._decoder.prepare_isolated(data, tta, cost, cancelled.is_set)
@@ -306,12 +316,19 @@ class DynamicBatcher:
             return await prediction
 
     def close(self) -> None:
-        self._decoders.shutdown(wait=False, cancel_futures=True)
-        self._isolated.shutdown(wait=False, cancel_futures=True)
+        end = time.monotonic() + CLOSE_SECONDS
+        # An executor can't be waited for with a limit of time.
+        waiting = [
+            Thread(target=executor.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+            for executor in (self._decoders, self._isolated)
+        ]
+        for thread in waiting:
+            thread.start()
+        for thread in waiting:
+            thread.join(max(0.0, end - time.monotonic()))
         with self._changed:
             self._open = False
             self._changed.notify_all()
-        end = time.monotonic() + CLOSE_SECONDS
         for runner in self._runners:
             runner.join(max(0.0, end - time.monotonic()))
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Final
 
 from serving.errors import DataError
-from serving.imaging.decode import MAX_PIXELS
+from serving.imaging.limits import MAX_PIXELS
 from serving.utils.optional_packages import require
 
 BLOCK: Final = tarfile.BLOCKSIZE

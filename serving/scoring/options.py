@@ -43,6 +43,7 @@ class ScoringOptions:
             separated by commas, such as "s3,https".
         root: Folder that must contain all local files, links followed; others become rows with an
             error. None: no limit.
+        max_pixels: Largest width times height of an image. None: `limits.max_pixels_of_commands`.
         copy_to: Folder into which every image is copied, in a subfolder for each label.
         restart: Whether to discard the rows of an unfinished run.
         engine: "local", or "ray" to run on a Ray cluster.
@@ -62,6 +63,7 @@ class ScoringOptions:
     column: str | None = None
     addresses: str = ""
     root: Path | None = None
+    max_pixels: int | None = None
     copy_to: Path | None = None
     restart: bool = False
     engine: str = "local"
@@ -84,7 +86,7 @@ class ScoringOptions:
         Raises:
             OptionError: An option has an invalid value, or the table can't be written to `out`.
         """
-        for name, least in (("top_k", 1), ("workers", 1), ("batch", 1)):
+        for name, least in (("top_k", 1), ("workers", 1), ("batch", 1), ("max_pixels", 64)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise OptionError(f"--{name.replace('_', '-')} {value}: use {least} or more")

@@ -16,6 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 
 from serving.bundle.manifest import measured_parallelism
 from serving.errors import OptionError, WorkError
+from serving.imaging.limits import max_pixels_of_commands
 from serving.inference import isolated_load
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
@@ -99,6 +101,7 @@ def _score(
     run: Callable[[ScoringJob], None],
 ) -> Summary:
     options.check(inputs, out)
+    options = replace(options, max_pixels=options.max_pixels or max_pixels_of_commands())
     skipped: list[str] = []
     names: Iterator[str] | None = None
     if "-" not in inputs and (options.restart or not has_inputs(out)):
@@ -172,7 +175,7 @@ def _facts(
 
     An unfinished job is only resumed if it has the same values.
     """
-    names = ("tta", "top_k", "probabilities", "embeddings", "column", "addresses")
+    names = ("tta", "top_k", "probabilities", "embeddings", "column", "addresses", "max_pixels")
     return {
         "bundle": predictor.model,
         "precision": predictor.precision,

@@ -106,7 +106,9 @@ class Scorer:
         for index, name in enumerate(names):
             try:
                 data = self._reader().load(name)
-                prepared[index] = self._predictor.prepare(data, self._options.tta)
+                prepared[index] = self._predictor.prepare(
+                    data, self._options.tta, max_pixels=self._options.max_pixels
+                )
             except FledgeError as error:
                 answers[index] = error
         try:

@@ -187,6 +187,13 @@ def test_of_equal_differences_the_first_photo_is_the_worst() -> None:
     assert (agreement.difference, agreement.worst) == (0.125, "one")
 
 
+def test_a_graph_that_answers_fewer_photos_is_not_compared() -> None:
+    truth = np.array([[0.75, 0.25], [0.75, 0.25]])
+    for answers, paths in ((truth[:1], ["one", "two"]), (truth, ["one"])):
+        with pytest.raises(ValueError, match="shorter"):
+            parity._compare(Agreement(), truth, answers, paths)
+
+
 def test_nan_is_the_largest_difference() -> None:
     truth = np.array([[0.75, 0.25], [0.75, 0.25]])
     agreement = Agreement()

@@ -198,3 +198,14 @@ def test_memory_comes_back_after_the_attacks(server: Live) -> None:
     time.sleep(0.5)
     assert resident(server) < before + 60 * 2**20
     survived(server, found)
+
+
+def test_an_expensive_picture_is_logged_when_it_is_taken(server: Live) -> None:
+    post(server, largest("jpeg-progressive"), headers={"x-request-id": "the-expensive-one"})
+    answered, end = '"request": "the-expensive-one"', time.monotonic() + 10
+    while answered not in server.log.read_text() and time.monotonic() < end:
+        time.sleep(0.02)
+    before, found, _ = server.log.read_text().partition(answered)
+    assert found
+    assert "request the-expensive-one: " in before
+    assert "are decoded in a process of their own" in before

@@ -10,10 +10,13 @@ from PIL import Image, ImageCms
 from tests.robustness import icc_profiles
 from tests.robustness.file_builders import (
     GREY_ALPHA,
+    SHORT,
     chunk,
     into_jpeg,
     png,
     segment,
+    tags,
+    tiff,
 )
 from tests.robustness.scene import (
     QUARTERS,
@@ -109,6 +112,16 @@ def items() -> list[Item]:
         good(
             "icc-grey-and-alpha",
             png(pairs, 8, GREY_ALPHA, iccp(grey)),
+            ALPHA,
+            ICC,
+            colours=(WHITE, lifted_grey, *greys(0, 255)),
+        ),
+        good(
+            "icc-grey-and-alpha-premultiplied",
+            tiff(
+                tags([8, 8], 1, (338, SHORT, [1]), (34675, 7, list(grey))),
+                grey_alpha((0, 0), (90, 255), (0, 255), (255, 255)).tobytes(),
+            ),
             ALPHA,
             ICC,
             colours=(WHITE, lifted_grey, *greys(0, 255)),

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from PIL import Image
 
 from serving.imaging import tta
-from serving.imaging.decode import MAX_PIXELS, LargerThanStated, decode, decode_here
+from serving.imaging.decode import LargerThanStated, decode, decode_here
 from serving.imaging.decode import check as check_head
+from serving.imaging.limits import MAX_PIXELS
 from serving.imaging.preprocess import Preprocess
 from tests.fuzz.target import Target
 
@@ -33,7 +34,7 @@ def check(data: bytes) -> None:
     if stated.isolated:  # decoded in a process with limits of its own
         return
     try:
-        image = decode_here(data, stated=stated).image
+        image = decode_here(data, max_pixels=MAX_PIXELS, stated=stated).image
     except LargerThanStated:
         return
     if image.mode != "RGB" or image.width * image.height > stated.pixels:

@@ -44,3 +44,16 @@ def test_a_number_too_large_for_a_float_is_no_probability(tmp_path: Path) -> Non
     (row,) = read(path)
     with pytest.raises(DataError, match="no list of numbers"):
         row.probabilities()
+
+
+def test_a_parquet_file_with_a_negative_number_of_rows_is_refused(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"other": ["x"]}), path)
+    data = path.read_bytes()
+    footer = data.rindex(b"\x16\x02\x19\x1c")  # one row, then the list of row groups
+    data = data[: footer + 1] + b"\x01" + data[footer + 2 :]
+    rows = data.rindex(b"\x16\x02", footer)  # one row of the row group
+    path.write_bytes(data[: rows + 1] + b"\x01" + data[rows + 2 :])
+    with pytest.raises(DataError, match="no Parquet file that can be read"):
+        list(read(path))

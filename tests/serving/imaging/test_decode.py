@@ -94,6 +94,7 @@ def test_scaling_in_strips_equals_scaling_at_once(
     monkeypatch.setattr(decode, "_STRIP", 100)
     scaled = np.asarray(decode._scale_deep(image))
     assert np.array_equal(scaled, expected)
+    assert sum(len(strip) for _, strip in decode._strips(image)) == 37  # each row once
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])

@@ -141,7 +141,9 @@ def test_a_png_has_at_most_65536_chunks_before_its_end() -> None:
 # ---- TIFF
 
 MANY_STRIPS = "BrokenImage: the image is broken: more than 131072 strips or tiles"
-LARGE_TILES = "TooLarge: tiles of {} x {} pixels are more than the 10000 allowed"
+LARGE_TILES = (
+    "TooLarge: tiles of {} x {} pixels are more than the 10000 allowed (FLEDGE_MAX_PIXELS)"
+)
 WIDTH, HEIGHT, STRIPS, TILES = 322, 323, 273, 324
 KINDS = {"BYTE": 1, "SHORT": 3, "LONG": 4, "SBYTE": 6, "SSHORT": 8, "SLONG": 9, "unknown": 99}
 SIZES = {"BYTE": 1, "SHORT": 2, "LONG": 4, "SBYTE": 1, "SSHORT": 2, "SLONG": 4}
@@ -185,6 +187,13 @@ def test_a_tiff_has_at_most_131072_strips(order: str, big: bool, tag: int) -> No
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("big", [False, True])
+def test_a_number_of_strips_has_no_sign(order: str, big: bool) -> None:
+    for count in (2**31, 2**32 - 1, *((2**63, 2**64 - 1) if big else ())):
+        assert refusal(tiff((STRIPS, count, 0), order=order, big=big)) == MANY_STRIPS
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("big", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tile_of_a_tiff_has_at_most_max_pixels(order: str, big: bool, kind: str) -> None:
     options = {"order": order, "big": big, "kind": kind}
@@ -217,6 +226,16 @@ def test_a_big_tiff_is_read_as_pillow_and_as_libtiff_do(order: str) -> None:
         assert refusal(bytes(data)) == (MANY_STRIPS if big else None)
 
 
+def test_a_directory_at_byte_43_makes_no_big_tiff() -> None:
+    """The offset's first byte is a plus sign."""
+    directory = tiff((STRIPS, 131_073, 0), big=True)[16:]
+    data = tiff(gap=35).ljust(64, b"\0") + directory
+    offset = (64).to_bytes(8, "little")
+    assert data[4:5] == b"+"
+    assert refusal(data[:8] + offset + data[16:]) is None
+    assert refusal(b"II+\0" + data[4:8] + offset + data[16:]) == MANY_STRIPS
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("big", [False, True])
 def test_a_directory_that_is_cut_short_is_read_up_to_its_last_whole_entry(
@@ -233,6 +252,10 @@ def test_a_directory_that_is_cut_short_is_read_up_to_its_last_whole_entry(
     assert refusal(tiff(*entries, order=order, big=big, gap=9)[:12]) is None
     far = b"II*\0\xff\xff\xff\xff" if not big else b"II+\0\x08\0\0\0" + b"\xff" * 8
     assert refusal(far + b"\0" * 40) is None
+    if big:  # an offset of 64 bits is not counted from the end, either
+        data = tiff(*entries, order=order, big=True) + b"\0" * 8
+        before = (2**64 - len(data) + 16).to_bytes(8, "little" if order == "<" else "big")
+        assert refusal(data[:8] + before + data[16:]) is None
 
 
 # ---- BMP

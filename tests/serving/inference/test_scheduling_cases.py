@@ -98,9 +98,8 @@ def test_the_engine_fits_the_cap_and_the_device(
     assert not any(thread.is_alive() for thread in alive)
 
 
-def test_a_batch_runs_up_to_its_cap() -> None:
-    predictor = FakePredictor()
-    engine = built(predictor, 3, max_queue=9, threads=1)
+def run_held(engine: DynamicBatcher, views: tuple[int, ...]) -> None:
+    """Predict images of so many views that are all decoded while the graph runs for another."""
     held = threading.Event()
     ready, predict = threading.Event(), engine._predict
 
@@ -114,8 +113,8 @@ def test_a_batch_runs_up_to_its_cap() -> None:
     async def work() -> None:
         first = asyncio.create_task(engine.predict(b"x"))
         await asyncio.to_thread(ready.wait, 10)
-        rest = [asyncio.create_task(engine.predict(b"x", views)) for views in (1, 2, 1, 1, 1, 3)]
-        while len(engine._ready) < 6:
+        rest = [asyncio.create_task(engine.predict(b"x", own)) for own in views]
+        while len(engine._ready) < len(views):
             await asyncio.sleep(0.001)
         held.set()
         await asyncio.gather(first, *rest)
@@ -125,7 +124,26 @@ def test_a_batch_runs_up_to_its_cap() -> None:
     finally:
         held.set()
         engine.close()
+
+
+def test_a_batch_runs_up_to_its_cap() -> None:
+    predictor = FakePredictor()
+    run_held(built(predictor, 3, max_queue=9, threads=1), (1, 2, 1, 1, 1, 3))
     assert [count for count, _ in predictor.calls] == [1, 2, 3, 1]
+
+
+def test_only_images_of_a_batch_that_have_no_prediction_are_repeated() -> None:
+    predictor = FakePredictor()
+    engine = built(predictor, 3, max_queue=9, threads=1)
+    predict = engine._predict
+
+    def lose(prepared: list[Prepared], *, low_latency: bool) -> list[Prediction]:
+        found = predict(prepared, low_latency=low_latency)
+        return found[:1] if len(found) == 3 else found
+
+    engine._predict = lose
+    run_held(engine, (1, 1, 1))
+    assert [count for count, _ in predictor.calls] == [1, 3, 1, 1]
 
 
 @pytest.mark.parametrize("cap", [1, 4])
@@ -194,3 +212,35 @@ def test_a_missing_prediction_is_an_error_of_its_image(cap: int) -> None:
         asyncio.run(asyncio.wait_for(work(), 20))
     finally:
         engine.close()
+
+
+def test_a_batcher_that_is_closed_decodes_no_waiting_image() -> None:
+    engine = built(FakePredictor(), 2, max_queue=9, threads=1)
+    decoding, held, prepare = threading.Event(), threading.Event(), engine._decoder.prepare
+    decoded: list[bytes] = []
+
+    def hold(data: bytes, tta: int) -> Prepared:
+        decoding.set()
+        assert held.wait(20)
+        decoded.append(data)
+        return prepare(data, tta)
+
+    engine._decoder = engine._decoder._replace(prepare=hold)
+
+    async def work() -> None:
+        calls = [asyncio.create_task(engine.predict(data)) for data in (b"a", b"b", b"c")]
+        await asyncio.to_thread(decoding.wait, 10)
+        closing = asyncio.create_task(asyncio.to_thread(engine.close))
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+        held.set()
+        first, *rest = await asyncio.gather(*calls, return_exceptions=True)
+        await closing
+        assert first.views == 1
+        assert all(isinstance(one, asyncio.CancelledError) for one in rest)
+
+    try:
+        asyncio.run(asyncio.wait_for(work(), 20))
+    finally:
+        held.set()
+        engine.close()
+    assert decoded == [b"a"]

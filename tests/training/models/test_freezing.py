@@ -199,6 +199,16 @@ def test_without_batchnorm_the_prefix_does_not_depend_on_the_mode():
         assert [name for name, _ in classifier.trainable_groups()] == ["head"]
 
 
+def test_without_modes_batchnorms_keep_their_statistics():
+    body = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Conv2d(1, 1, 1), nn.ReLU())
+    body.append(nn.BatchNorm2d(1))
+    found = plan_freezing(body, (0, 2), 1)
+    assert found == plan_freezing(body, (0, 2), 1, batchnorm="fixed", frozen_batchnorm="eval")
+    assert found.trainable == {"2.weight", "2.bias", "4.weight", "4.bias"}
+    assert found.eval_modules == {"0", "1", "4"}
+    assert found.prefix == 2
+
+
 def test_patterns_name_parameters_or_modules():
     body, groups = small(arch="resnet18").body, (0,)
 
