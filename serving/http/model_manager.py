@@ -22,7 +22,7 @@ from serving.inference.isolated_load import LoadStopped
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
 from serving.inference.scheduling import Engine, build_engine
-from serving.server.memory_needs import LEAST_MEMORY, model_bytes, request_memory
+from serving.server import memory_needs
 from serving.settings import Settings
 from serving.terminal import escape
 from serving.utils import malloc
@@ -86,7 +86,7 @@ class ModelManager:
         self.telemetry = telemetry
         self.refusal = "the bundle is still being loaded"
         self.memory = 0
-        self.bodies = BodyBudget((settings.max_memory or LEAST_MEMORY) // 4)
+        self.bodies = BodyBudget((settings.max_memory or memory_needs.LEAST_MEMORY) // 4)
         self._base: int | None = None
         self._model: LoadedModel | None = None
         self._manifest_state: object = None
@@ -208,13 +208,16 @@ class ModelManager:
         # The graph of a bundle that was loaded in the child process may draw random numbers, and
         # take longer here.
         seconds = settings.load_timeout or isolated_load.load_seconds(settings.device)
+        if self._model:
+            memory_needs.check_update(settings, storage.read(settings.bundle).manifest)
         predictor = open_predictor(
             settings.bundle, golden_seconds=seconds, **_load_options(settings)
         )
         if self._base is None:
             # Later, the memory of requests in progress would be part of it.
-            self._base = max(0, resident_bytes() - model_bytes(settings, predictor.manifest))
-        self.memory = request_memory(settings, predictor.manifest, self._base)
+            model = memory_needs.model_bytes(settings, predictor.manifest)
+            self._base = max(0, resident_bytes() - model)
+        self.memory = memory_needs.request_memory(settings, predictor.manifest, self._base)
         self.bodies.total = self.memory // 4
         engine = build_engine(
             predictor,

@@ -6,12 +6,12 @@ import resource
 from typing import Final, NamedTuple
 
 from serving.bundle.manifest import Manifest, measured_max_batch
-from serving.errors import OptionError
+from serving.errors import BundleError, OptionError
 from serving.imaging import isolated
 from serving.inference.admission import EXTRA_THREADS
 from serving.server import connection_limits, log_queue
 from serving.settings import Settings
-from serving.utils.memory import container_memory
+from serving.utils.memory import container_memory, free_memory
 
 LEAST_MEMORY: Final = 2**26
 """Least budget of a worker for requests, in bytes. An image of 6 megapixels fits into a half of it.
@@ -52,7 +52,8 @@ def memory_needs(
 
     processes: Python and the modules of each worker; with several workers also BentoML's launcher.
     model: The sessions of the graph. There are two where a lone request may use all cores.
-    update: The new model beside the old one, while a new version of the bundle takes over.
+    update: The new model beside the old one, while a new version of the bundle takes over. 0 where
+        there is no room for it: `check_update` refuses the new version.
     runs: Values between the layers, for the rows of a run in each thread.
     decoders: Idle decoder processes.
     connections: Each with a head of a usual size, and the memory that larger heads share.
@@ -86,6 +87,8 @@ def memory_needs(
         margin=limit // _MARGIN,
         requests=0,
     )
+    if limit - fixed.total < workers * LEAST_MEMORY:
+        fixed = fixed._replace(update=0)
     left = max(LEAST_MEMORY, (limit - fixed.total) // workers)
     return fixed._replace(requests=workers * (settings.max_memory or left))
 
@@ -118,6 +121,20 @@ def _connection_bytes(settings: Settings) -> int:
     if tls:
         each += connection_limits.TLS_BYTES
     return most * each + connection_limits.SHARED_HEAD_BYTES
+
+
+def check_update(settings: Settings, manifest: Manifest) -> None:
+    """Check whether there is room for a new version of the bundle beside the one that is served.
+
+    Raises:
+        BundleError: There is not.
+    """
+    needed, free = model_bytes(settings, manifest), free_memory()
+    if needed > free:
+        raise BundleError(
+            f"{settings.bundle} can't be loaded beside the version in service: it takes "
+            f"{needed // _MB} MB of memory, and {free // _MB} MB are free; restart the service"
+        )
 
 
 def request_memory(settings: Settings, manifest: Manifest, base: int) -> int:

@@ -11,8 +11,15 @@ import psutil
 import pytest
 
 from serving.bundle import storage
-from serving.errors import OptionError
-from serving.server.memory_needs import LEAST_MEMORY, check, memory_needs, request_memory
+from serving.errors import BundleError, OptionError
+from serving.server import memory_needs as memory_needs_module
+from serving.server.memory_needs import (
+    LEAST_MEMORY,
+    check,
+    check_update,
+    memory_needs,
+    request_memory,
+)
 from serving.settings import Settings
 from tests.support.live_server import ROOT, free_port, live
 from tests.support.tiny_bundle import tiny_bundle
@@ -53,6 +60,22 @@ def test_a_larger_graph_more_workers_and_larger_batches_leave_less(folder: Path)
     assert large.requests <= plain.requests - 400 * MB  # the next version of the bundle, too
     for other in (Settings(folder, workers=3), Settings(folder, max_batch=1000)):
         assert memory_needs(other, manifest, 2**32).requests < plain.requests
+
+
+def test_a_new_version_of_the_bundle_is_loaded_only_if_there_is_room(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, settings = storage.read(folder).manifest, Settings(folder)
+    check_update(settings, manifest)
+    monkeypatch.setattr(memory_needs_module, "free_memory", lambda: 1000)
+    with pytest.raises(BundleError, match="beside the version in service") as refused:
+        check_update(settings, manifest)
+    assert "\n" not in str(refused.value)
+    (graph,) = manifest.graphs
+    files = {**manifest.files, graph: {**manifest.files[graph], "bytes": 94_000_000}}
+    needs = memory_needs(settings, manifest.model_copy(update={"files": files}), 2**30)
+    assert needs.update == 0  # the container has no room for it, and is used without it
+    assert needs.total <= 2**30
 
 
 def test_too_little_memory_is_refused_and_the_stated_amount_is_enough(folder: Path) -> None:
