@@ -18,6 +18,7 @@ from serving.errors import FledgeError, NotReady
 from serving.http.body_budget import BodyBudget
 from serving.http.telemetry import Telemetry
 from serving.inference import isolated_load
+from serving.inference.decoding import DecodingBudget
 from serving.inference.isolated_load import LoadStopped
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
@@ -87,7 +88,7 @@ class ModelManager:
         self.refusal = "the bundle is still being loaded"
         self.memory = 0
         self.bodies = BodyBudget((settings.max_memory or memory_needs.LEAST_MEMORY) // 4)
-        self._base: int | None = None
+        self._budget: DecodingBudget | None = None
         self._model: LoadedModel | None = None
         self._manifest_state: object = None
         self._logged_refusal: object = None
@@ -213,19 +214,19 @@ class ModelManager:
         predictor = open_predictor(
             settings.bundle, golden_seconds=seconds, **_load_options(settings)
         )
-        if self._base is None:
-            # Later, the memory of requests in progress would be part of it.
-            model = memory_needs.model_bytes(settings, predictor.manifest)
-            self._base = max(0, resident_bytes() - model)
-        self.memory = memory_needs.request_memory(settings, predictor.manifest, self._base)
-        self.bodies.total = self.memory // 4
+        if self._budget is None:  # at a later load, requests in progress have memory too
+            manifest = predictor.manifest
+            base = max(0, resident_bytes() - memory_needs.model_bytes(settings, manifest))
+            self.memory = memory_needs.request_memory(settings, manifest, base)
+            self.bodies.total = self.memory // 4
+            self._budget = DecodingBudget.of(self.memory - self.bodies.total)
         engine = build_engine(
             predictor,
             cap=settings.max_batch or predictor.cap,
             threads=settings.threads,
             max_queue=settings.max_queue,
             max_pixels=settings.max_pixels,
-            memory=self.memory * 3 // 4,  # the rest is for the bodies of requests
+            budget=self._budget,
             observe=self.telemetry.observe,
         )
         return LoadedModel(predictor, engine, _describe(predictor))

@@ -31,9 +31,16 @@ SEGMENTS: Final = 1_000
 """Largest number of segments before the pixels of a JPEG. Pillow keeps all segments in memory, and
 joins EXIF segments in quadratic time."""
 
+BETWEEN: Final = 65_536
+"""Largest number of bytes outside of segments before the pixels of a JPEG. Pillow reads them one by
+one."""
+
 SCANS: Final = 100
 """Largest number of scans of a JPEG. A scan of 30 bytes may cover all pixels. Encoders write about
 ten scans."""
+
+ENTRIES: Final = 4_096
+"""Largest number of entries of a TIFF's first directory."""
 
 CHUNKS: Final = 65_536
 """Largest number of chunks of a PNG. Pillow needs some microseconds and a hundred bytes per chunk.
@@ -103,15 +110,19 @@ def _check_count(what: str, limit: int, found: int) -> None:
 
 
 def _jpeg(data: bytes) -> None:
-    frame, components = 0, b""
+    frame, components, end, between = 0, b"", 2, 0
     for number, (marker, at) in enumerate(jpeg_markers(data)):
         _check_count("segments before the picture", SEGMENTS, number)
+        between += at - 2 - end
+        _check_count("bytes between segments", BETWEEN, between)
+        end = at + max(2, int.from_bytes(data[at : at + 2], "big"))
         if marker in FRAMES:
             frame, components = marker, data[at + 7 : at + 8]
         if marker == SCAN:
             single = data[at + 2 : at + 3] == components and frame not in PROGRESSIVE
             break
     else:
+        _check_count("bytes between segments", BETWEEN, between + len(data) - end)
         return
     # Scans are counted exactly only if the first is not the only one and a rough count is too high.
     if not single and data.count(b"\xff\xda") > SCANS:
@@ -190,6 +201,7 @@ def tiff_entries(data: bytes, big: bool) -> Iterator[tuple[int, int, int]]:
         return
     start += struct.calcsize(order + count)
     size = struct.calcsize(order + entry)
+    _check_count("entries of its directory", ENTRIES, min(number, len(data) // size))
     table = data[start : start + size * number]
     table = table[: len(table) // size * size]  # complete entries only
     for tag, kind, values, raw in struct.iter_unpack(order + entry, table):

@@ -19,6 +19,10 @@ seconds. "rows" is the batch size of a run of the graph. "waiting" is the number
 queued or in progress."""
 
 
+CLOSE_SECONDS: Final = 10.0
+"""Longest wait for the threads of an engine that is closed."""
+
+
 class QueueLimit:
     """Counter of the images that are queued or in progress, with an upper limit.
 

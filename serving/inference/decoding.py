@@ -66,16 +66,32 @@ class ImageDecoder(NamedTuple):
     threads: int = isolated.PROCESSES
 
 
-def image_decoder(predictor: Predictor, max_pixels: int, memory: int) -> ImageDecoder:
+class DecodingBudget(NamedTuple):
+    """Memory for decoding, which the engines of all models of a service share.
+
+    Attributes:
+        common: For images that are decoded in this process.
+        expensive: For images that are decoded in processes of their own.
+    """
+
+    common: MemoryBudget
+    expensive: MemoryBudget
+
+    @classmethod
+    def of(cls, memory: int) -> DecodingBudget:
+        """Divide a number of bytes into two halves."""
+        return cls(MemoryBudget(memory // 2), MemoryBudget(memory // 2))
+
+
+def image_decoder(predictor: Predictor, max_pixels: int, budget: DecodingBudget) -> ImageDecoder:
     """Return the functions that decode images for a predictor.
 
     Args:
         predictor: Predictor of the model.
         max_pixels: Largest accepted width times height of an image.
-        memory: Bytes that decoding may take, for all images in progress together. One image may
-            take half of them.
+        budget: Bytes that decoding may take, for all images in progress together.
     """
-    common, expensive = MemoryBudget(memory // 2), MemoryBudget(memory // 2)
+    common, expensive = budget
 
     def prepare(data: bytes, tta: int) -> Prepared:
         cost = predictor.estimate(data, tta, max_pixels=max_pixels)

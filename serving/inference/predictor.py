@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -297,3 +297,9 @@ class Predictor:
             "out_of_distribution": None if energy is None else prediction.energy > energy,
             "applied": list(prediction.applied),
         }
+
+
+class Predict(Protocol):
+    """Signature of `Predictor.predict`."""
+
+    def __call__(self, prepared: list[Prepared], *, low_latency: bool) -> list[Prediction]: ...

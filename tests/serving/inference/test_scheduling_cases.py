@@ -15,10 +15,12 @@ import pytest
 
 from serving.errors import Overloaded
 from serving.imaging.cost import Cost
-from serving.inference import scheduling
+from serving.inference import dynamic_batcher, scheduling
 from serving.inference.admission import EXTRA_THREADS, QueueLimit
+from serving.inference.decoding import DecodingBudget
+from serving.inference.dynamic_batcher import DynamicBatcher
 from serving.inference.predictor import Prediction, Prepared
-from serving.inference.scheduling import DynamicBatcher, PerImageEngine, build_engine
+from serving.inference.scheduling import PerImageEngine, build_engine
 
 
 class FakePredictor:
@@ -49,7 +51,12 @@ class FakePredictor:
 def built(
     predictor: FakePredictor, cap: int, observe: Any = lambda *_: None, **options: Any
 ) -> Any:
-    settings = {"threads": 2, "max_queue": 3, "max_pixels": 7, "memory": 2**20} | options
+    settings = {
+        "threads": 2,
+        "max_queue": 3,
+        "max_pixels": 7,
+        "budget": DecodingBudget.of(2**20),
+    } | options
     return build_engine(predictor, cap=cap, observe=observe, **settings)  # type: ignore[arg-type]
 
 
@@ -153,7 +160,8 @@ def test_each_phase_is_measured_from_its_own_start(
     """A clock that advances by 1, 2, 4, … at each reading tells which readings are compared."""
     ticks = itertools.accumulate((2.0**n for n in range(40)), initial=0.0)
     clock = SimpleNamespace(perf_counter=lambda: next(ticks), monotonic=time.monotonic)
-    monkeypatch.setattr(scheduling, "time", clock)
+    for module in (scheduling, dynamic_batcher):
+        monkeypatch.setattr(module, "time", clock)
     seen: list[tuple[str, float]] = []
     engine = built(FakePredictor(), cap, lambda *found: seen.append(found))
     try:
