@@ -11,21 +11,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from serving.errors import TooLarge
 from serving.imaging import isolated
 from serving.imaging.cost import Cost
 from serving.imaging.decode import LargerThanStated, memory_limit
 from serving.inference.predictor import Predictor, Prepared
-from serving.utils.memory import MemoryBudget, container_memory, resident_bytes
-
-LIMIT_SHARE: Final = 0.9
-"""Share of the container's memory limit that the workers use; the kernel's page cache and sockets
-count towards the limit too."""
-
-LEAST_MEMORY: Final = 2**26
-"""Least budget for requests, in bytes. An image of 6 megapixels fits into a half of it."""
+from serving.utils.memory import MemoryBudget
 
 Prepare = Callable[[bytes, int], Prepared]
 PrepareIsolated = Callable[[bytes, int, Cost, Callable[[], bool]], Prepared]
@@ -126,16 +119,3 @@ def image_decoder(predictor: Predictor, max_pixels: int, budget: DecodingBudget)
             )
 
     return ImageDecoder(prepare, prepare_isolated)
-
-
-def request_memory(workers: int) -> int:
-    """Return the bytes that one worker may take for requests, with the model loaded.
-
-    This is a worker's share of what the container may have, less what this process has now and
-    what idle decoder processes have, and at least `LEAST_MEMORY`.
-
-    Args:
-        workers: Number of worker processes in the container.
-    """
-    share = int(LIMIT_SHARE * container_memory() / workers)
-    return max(LEAST_MEMORY, share - resident_bytes() - isolated.PROCESSES * isolated.PROCESS_BYTES)

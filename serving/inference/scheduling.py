@@ -18,13 +18,20 @@ import asyncio
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread
-from typing import Final, Protocol
+from typing import Protocol
 
 from serving.errors import Overloaded
 from serving.imaging.cost import Cost
-from serving.inference.admission import CLOSE_SECONDS, Observe, OverdueCount, QueueLimit
+from serving.inference.admission import (
+    CLOSE_SECONDS,
+    EXTRA_THREADS,
+    Observe,
+    OverdueCount,
+    QueueLimit,
+)
 from serving.inference.decoding import (
     DecodingBudget,
     ImageDecoder,
@@ -37,11 +44,6 @@ from serving.inference.decoding import (
 from serving.inference.dynamic_batcher import DynamicBatcher
 from serving.inference.predictor import Predict, Prediction, Predictor, Prepared
 from serving.inference.runtime import on_cpu
-
-EXTRA_THREADS: Final = 1
-"""Number of threads of `PerImageEngine` in addition to one per core. While a thread waits for the
-GIL or for the next image, an additional thread uses the core. On 2 cores a third thread gains about
-5 %, a fourth thread nothing."""
 
 
 class Engine(Protocol):
@@ -100,10 +102,11 @@ def build_engine(
     """
     limit = QueueLimit(max_queue, observe)
     decoder = image_decoder(predictor, max_pixels, budget)
+    predict = partial(predictor.predict, max_rows=cap)
     if cap == 1:
-        return PerImageEngine(decoder, predictor.predict, limit, threads + EXTRA_THREADS, observe)
+        return PerImageEngine(decoder, predict, limit, threads + EXTRA_THREADS, observe)
     runners = threads if on_cpu(predictor.runtime.provider) else 1
-    return DynamicBatcher(decoder, predictor.predict, limit, threads, observe, cap, runners)
+    return DynamicBatcher(decoder, predict, limit, threads, observe, cap, runners)
 
 
 @dataclass(slots=True)

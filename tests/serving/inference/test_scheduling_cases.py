@@ -16,15 +16,11 @@ import pytest
 from serving.errors import Overloaded
 from serving.imaging.cost import Cost
 from serving.inference import dynamic_batcher, scheduling
-from serving.inference.admission import QueueLimit
+from serving.inference.admission import EXTRA_THREADS, QueueLimit
 from serving.inference.decoding import DecodingBudget
 from serving.inference.dynamic_batcher import DynamicBatcher
 from serving.inference.predictor import Prediction, Prepared
-from serving.inference.scheduling import (
-    EXTRA_THREADS,
-    PerImageEngine,
-    build_engine,
-)
+from serving.inference.scheduling import PerImageEngine, build_engine
 
 
 class FakePredictor:
@@ -42,7 +38,9 @@ class FakePredictor:
     ) -> Prepared:
         return Prepared(np.full((max(1, tta), 1, max_pixels, 3), len(data), np.uint8), ())
 
-    def predict(self, prepared: list[Prepared], *, low_latency: bool) -> list[Prediction]:
+    def predict(
+        self, prepared: list[Prepared], *, low_latency: bool, max_rows: int
+    ) -> list[Prediction]:
         self.calls.append((len(prepared), low_latency))
         return [
             Prediction(np.array(item.pixels.shape[:3]), np.zeros(1), 0.0, len(item.pixels), ())
