@@ -214,6 +214,9 @@ def test_a_bundle_with_wrong_golden_answers_is_not_served(tmp_path: Path):
         assert ready.status_code == 503
         assert ready.json()["code"] == "not-ready"
         assert str(tmp_path) not in ready.text
+        end = time.monotonic() + 10  # a thread writes the log
+        while str(tmp_path) not in (tmp_path / "log").read_text() and time.monotonic() < end:
+            time.sleep(0.02)
         assert str(tmp_path) in (tmp_path / "log").read_text()
         refused = post(f"http://127.0.0.1:{port}/predict", photo(1))
         assert refused.status_code == 503
