@@ -123,11 +123,11 @@ def survived(server: Live, found: Watched) -> None:
 
 
 def largest(name: str, limit: int = ONE_IMAGE) -> bytes:
-    """The largest square picture that the budget and the limit of bytes allow."""
+    """The largest square picture that the budget allows; three of them must fit as bodies."""
     side, data = 512, WORST[name](512, 512)
     while side < 6500:
         larger = WORST[name](side + 512, side + 512)
-        if cost.estimate(larger).bytes > limit or len(larger) > 19_000_000:
+        if cost.estimate(larger).bytes > limit or len(larger) > 12_000_000:
             break
         side, data = side + 512, larger
     return data

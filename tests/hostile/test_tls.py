@@ -95,20 +95,20 @@ REFUSED = 'fledge_connections_refused_total{reason="connection-limit"}'
 
 
 def test_silent_handshakes_make_room(folder: Path, tmp_path: Path, pair):
-    with https(folder, tmp_path / "log", pair, FLEDGE_MAX_CONNECTIONS="20") as client:
-        with ExitStack() as stack:
-            for number in range(60):
-                one = socket.create_connection(("127.0.0.1", client.base_url.port))
-                stack.enter_context(closing(one))
-                if number % 2:
-                    one.sendall(b"\x16\x03\x01\x02\x00\x01")
-            started = time.monotonic()
-            assert client.get("/readyz").status_code == 200
-            assert time.monotonic() - started < 2
-            # Its connection was open before those that are silent, and may be answered before them.
-            while REFUSED not in client.get("/metrics").text and time.monotonic() < started + 10:
-                time.sleep(0.02)
-            assert REFUSED in client.get("/metrics").text
+    service = https(folder, tmp_path / "log", pair, FLEDGE_MAX_CONNECTIONS="20")
+    with service as client, ExitStack() as stack:
+        for number in range(60):
+            one = socket.create_connection(("127.0.0.1", client.base_url.port))
+            stack.enter_context(closing(one))
+            if number % 2:
+                one.sendall(b"\x16\x03\x01\x02\x00\x01")
+        started = time.monotonic()
+        assert client.get("/readyz").status_code == 200
+        assert time.monotonic() - started < 2
+        # Its connection was open before those that are silent, and may be answered before them.
+        while REFUSED not in client.get("/metrics").text and time.monotonic() < started + 10:
+            time.sleep(0.02)
+        assert REFUSED in client.get("/metrics").text
 
 
 @pytest.mark.process
