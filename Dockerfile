@@ -6,6 +6,7 @@
 #   make run-image BUNDLE=bundle      serve a bundle from it, read-only and without privileges
 #
 # The bundle is mounted at /bundle, or inside; without a usable one the container says why and exits 78.
+# BASE_IMAGE may be pinned: python:3.11-slim@sha256:…
 ARG BASE_IMAGE=python:3.11-slim
 
 # --- packages: a virtual environment at its final path, without pip in it ------------------------
@@ -27,7 +28,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 # --- app: our own files with their bytecode, since the root is read-only when it runs -------------
 FROM ${BASE_IMAGE} AS app
-COPY fledge.py /app/
+COPY fledge.py deploy/image/healthcheck.py /app/
 COPY serving /app/serving
 RUN python -m compileall -q --invalidation-mode unchecked-hash /app && chmod -R a+rX /app
 
@@ -49,15 +50,16 @@ ENV PATH=/opt/venv/bin:$PATH \
     FLEDGE_BUNDLE=/bundle \
     BENTOML_DO_NOT_TRACK=True \
     ORT_DISABLE_TELEMETRY=1
+ARG BASE_IMAGE
 LABEL org.opencontainers.image.title="fledge" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}" \
       org.opencontainers.image.description="An image classifier served over HTTP from a verified bundle" \
       org.opencontainers.image.licenses="Apache-2.0"
 WORKDIR /app
 USER 10001:10001
 EXPOSE 3000
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
-  CMD ["python", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 3000, timeout=2); c.request('GET', '/readyz'); raise SystemExit(c.getresponse().status != 200)"]
+HEALTHCHECK --interval=10s --timeout=3s --start-period=20s CMD ["python", "/app/healthcheck.py"]
 ENTRYPOINT ["fledge"]
 CMD ["serve", "/bundle", "--host", "0.0.0.0", "--port", "3000"]
 

@@ -81,7 +81,7 @@ class Settings:
         max_pixels: Largest width times height of an image.
         max_memory: Bytes that a worker may take for the bodies of requests and for decoding their
             images, all together. None takes what the container's limit leaves; see
-            `serving.inference.decoding.request_memory`.
+            `serving.server.memory_needs`.
         deadline: Largest time from queueing an image to its answer, in seconds. A slower answer
             becomes a response with status 504.
         load_timeout: Largest time for loading a bundle and predicting its golden images, in

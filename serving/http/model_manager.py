@@ -18,14 +18,16 @@ from serving.errors import FledgeError, NotReady
 from serving.http.body_budget import BodyBudget
 from serving.http.telemetry import Telemetry
 from serving.inference import isolated_load
-from serving.inference.decoding import LEAST_MEMORY, request_memory
+from serving.inference.decoding import DecodingBudget
 from serving.inference.isolated_load import LoadStopped
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
 from serving.inference.scheduling import Engine, build_engine
+from serving.server import memory_needs
 from serving.settings import Settings
 from serving.terminal import escape
 from serving.utils import malloc
+from serving.utils.memory import resident_bytes
 
 WATCH_SECONDS: Final = 1.0
 """Time between two checks of the manifest."""
@@ -85,7 +87,8 @@ class ModelManager:
         self.telemetry = telemetry
         self.refusal = "the bundle is still being loaded"
         self.memory = 0
-        self.bodies = BodyBudget((settings.max_memory or LEAST_MEMORY) // 4)
+        self.bodies = BodyBudget((settings.max_memory or memory_needs.LEAST_MEMORY) // 4)
+        self._budget: DecodingBudget | None = None
         self._model: LoadedModel | None = None
         self._manifest_state: object = None
         self._logged_refusal: object = None
@@ -206,18 +209,24 @@ class ModelManager:
         # The graph of a bundle that was loaded in the child process may draw random numbers, and
         # take longer here.
         seconds = settings.load_timeout or isolated_load.load_seconds(settings.device)
+        if self._model:
+            memory_needs.check_update(settings, storage.read(settings.bundle).manifest)
         predictor = open_predictor(
             settings.bundle, golden_seconds=seconds, **_load_options(settings)
         )
-        self.memory = settings.max_memory or request_memory(settings.workers)
-        self.bodies.total = self.memory // 4
+        if self._budget is None:  # at a later load, requests in progress have memory too
+            manifest = predictor.manifest
+            base = max(0, resident_bytes() - memory_needs.model_bytes(settings, manifest))
+            self.memory = memory_needs.request_memory(settings, manifest, base)
+            self.bodies.total = self.memory // 4
+            self._budget = DecodingBudget.of(self.memory - self.bodies.total)
         engine = build_engine(
             predictor,
             cap=settings.max_batch or predictor.cap,
             threads=settings.threads,
             max_queue=settings.max_queue,
             max_pixels=settings.max_pixels,
-            memory=self.memory * 3 // 4,  # the rest is for the bodies of requests
+            budget=self._budget,
             observe=self.telemetry.observe,
         )
         return LoadedModel(predictor, engine, _describe(predictor))

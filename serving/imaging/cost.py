@@ -31,9 +31,22 @@ _COPIES: Final = 2
 # Bytes per pixel of the float64 samples of a strip, and of the largest strip.
 _STRIP_SAMPLE: Final = 16
 _STRIP_BYTES: Final = 2**24
-# Decompressed metadata of a PNG: at most 1032 bytes per byte, and Pillow's own limits.
+# Decompressed metadata of a PNG: at most 1032 bytes per byte, 4 bytes per character, and Pillow's
+# own limit of 64 million characters.
 _INFLATED: Final = 1032
-_METADATA_BYTES: Final = 96 * 2**20
+_CHARACTER: Final = 4
+_METADATA_BYTES: Final = 320 * 2**20
+_TEXTS: Final = (b"tEXt", b"zTXt", b"iTXt")
+
+# Pillow makes an object of each value of a tag. Bytes of EXIF, and values of a TIFF's tags, above
+# which a file is unusual. Tags that have many values: colour map, XMP, IPTC, Photoshop, profile.
+_LARGE_EXIF: Final = 2**17
+_MANY_VALUES: Final = 4096
+_STRIPS: Final = (273, 279, 324, 325)
+_LONG_TAGS: Final = (320, 700, 33723, 34377, 34675, 37724)
+
+# Bytes of the code tables of a lossless WebP as encoders write them.
+_CODE_TABLES: Final = 2**25
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,8 @@ class _Head(NamedTuple):
         rotated: Whether the file may have an EXIF orientation.
         nanoseconds: CPU time per pixel.
         metadata: Bytes of decompressed metadata.
+        opening: Seconds of CPU time that opening the file takes, whatever its pixels.
+        pixel: Bytes per pixel of the decoded image, if it is not RGB.
         unusual: As `Cost.unusual`.
     """
 
@@ -86,31 +101,37 @@ class _Head(NamedTuple):
     nanoseconds: float = 15.0
     metadata: int = 0
     unusual: bool = False
+    opening: float = 0.0
+    pixel: float = 1.0
 
 
 def estimate(data: bytes, views: int = 1) -> Cost:
     """Estimate the cost of decoding an image and cutting its TTA views (crops, possibly mirrored).
 
-    Nothing is decoded. A typical JPEG takes some 10 microseconds. Data in no supported format
-    costs nothing, because Pillow refuses it at once.
+    Nothing is decoded. A typical JPEG takes some 10 microseconds. Data that begins like no
+    supported format costs nothing, because Pillow refuses it at once. A file of a supported format
+    whose size can't be read is unusual.
 
     Args:
         data: The encoded file.
         views: Number of views that are cut from the decoded image.
     """
-    head = next((read(data) for magic, read in _READERS.items() if data.startswith(magic)), None)
-    if head is None and data[4:8] == b"ftyp":
-        head = _avif(data)
-    if head is None or head.width <= 0 or head.height <= 0:
+    read = next((read for magic, read in _READERS.items() if data.startswith(magic)), None)
+    if read is None and data[4:8] == b"ftyp":
+        read = _avif
+    if read is None:
         return Cost()
+    head = read(data)
+    if head is None or head.width <= 0 or head.height <= 0:
+        return Cost(unusual=True)
     pixels = head.width * head.height
     peak = max(
         head.decoder + _RGB,
-        _CONVERTED if head.converted else _RGB + 1,
+        _CONVERTED if head.converted else _RGB + head.pixel,
         _ROTATED if head.rotated else 0,
     )
     nanoseconds = head.nanoseconds + 30 * head.converted + 5 * head.rotated + 4 * views
-    seconds = pixels * nanoseconds * 1e-9 + len(data) * 20e-9
+    seconds = pixels * nanoseconds * 1e-9 + len(data) * 20e-9 + head.opening
     strips = min(_STRIP_SAMPLE * pixels, _STRIP_BYTES) if head.converted else 0
     size = int(pixels * peak) + strips + _COPIES * len(data) + head.metadata
     return Cost(head.width, head.height, size, seconds, head.unusual)
@@ -119,6 +140,7 @@ def estimate(data: bytes, views: int = 1) -> Cost:
 def _jpeg(data: bytes) -> _Head | None:
     width = height = 0
     coefficients, components, progressive, rotated, profile = 0.0, b"", False, False, False
+    exif = 0
     for marker, at in jpeg_markers(data):
         if marker in FRAMES:
             # Pillow and libjpeg may take different frames of a broken file: the largest counts.
@@ -130,7 +152,8 @@ def _jpeg(data: bytes) -> _Head | None:
             factors = [data[at + 9 + 3 * one : at + 10 + 3 * one] for one in range(count)]
             coefficients = max(coefficients, _coefficients([f[0] for f in factors if f]))
         elif marker == 0xE1:
-            rotated |= data[at + 2 : at + 6] == b"Exif"
+            rotated = True  # by EXIF, or by XMP
+            exif += int.from_bytes(data[at : at + 2], "big")
         elif marker == 0xE2:
             profile |= data[at + 2 : at + 13] == b"ICC_PROFILE"
         elif marker == SCAN:
@@ -139,7 +162,16 @@ def _jpeg(data: bytes) -> _Head | None:
             scans = data.count(b"\xff\xda") if several else 1
             decoder = coefficients if several else 0.0
             nanoseconds = 12.0 + (15.0 + 0.5 * scans) * several
-            return _Head(width, height, decoder, profile, rotated, nanoseconds)
+            return _Head(
+                width,
+                height,
+                decoder,
+                profile,
+                rotated,
+                nanoseconds,
+                unusual=exif > _LARGE_EXIF,
+                pixel=4.0 if components == b"\4" else 1.0,
+            )
     return None
 
 
@@ -160,23 +192,47 @@ def _png(data: bytes) -> _Head | None:
         return None
     width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
     converted = colour & 4 != 0 or depth == 16
-    rotated, packed = False, 0
-    for kind, size in _chunks(data):
+    rotated, metadata, inflated, heads, exif = False, 0, 0, 0, 0
+    for kind, at, size in _chunks(data):
+        heads += kind == b"IHDR"
         converted |= kind in (b"tRNS", b"iCCP")
-        rotated |= kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # a text may be EXIF
-        packed += size * (kind in (b"iCCP", b"zTXt", b"iTXt"))
+        rotated |= kind in _TEXTS or kind == b"eXIf"  # a text may be EXIF
+        exif += size * (kind == b"eXIf")
+        if kind == b"iCCP":
+            inflated += _INFLATED * size
+            metadata += _INFLATED * size
+        elif kind in _TEXTS:
+            length = size * (_INFLATED if _is_packed(kind, data, at, size) else 1)
+            inflated += length
+            metadata += _CHARACTER * length
     channels = {0: 1, 2: 3, 4: 2, 6: 4}.get(colour, 1)
     nanoseconds = 10.0 + 7.0 * channels * max(1, depth // 8)
-    metadata = min(_INFLATED * packed, _METADATA_BYTES)
-    return _Head(width, height, 0.0, converted, rotated, nanoseconds, metadata)
+    return _Head(
+        width,
+        height,
+        converted=converted,
+        rotated=rotated,
+        nanoseconds=nanoseconds,
+        metadata=min(metadata, _METADATA_BYTES),
+        unusual=heads > 1 or exif > _LARGE_EXIF,
+        opening=inflated * 2e-9,
+    )
 
 
-def _chunks(data: bytes) -> Iterator[tuple[bytes, int]]:
-    """Yield type and length of each chunk of a PNG; `limits` has limited their number."""
+def _is_packed(kind: bytes, data: bytes, at: int, size: int) -> bool:
+    """Return whether the text of a PNG is compressed; of an iTXt, a byte after its name says so."""
+    if kind == b"iTXt":
+        end = data.find(b"\0", at, at + min(size, 80))
+        return end < 0 or data[end + 1 : end + 2] != b"\0"
+    return kind == b"zTXt"
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield type, offset and length of each chunk of a PNG; `limits` has limited their number."""
     at = 8
     while at + 8 <= len(data):
         size = int.from_bytes(data[at : at + 4], "big")
-        yield data[at + 4 : at + 8], min(size, len(data) - at)
+        yield data[at + 4 : at + 8], at + 8, min(size, len(data) - at)
         at += 12 + size
 
 
@@ -195,15 +251,20 @@ def _webp(data: bytes) -> _Head | None:
         height = int.from_bytes(body[8:10], "little") & 0x3FFF
     else:
         return None
+    # A lossless image, such as the transparency of a lossy one, may have any number of code tables.
+    lossless = b"VP8L" in data or b"ALPH" in data or b"ANMF" in data
     # Two canvases of RGBA, the decoder's own buffers, and copies of the frame.
-    return _Head(width, height, 18.5, False, True, 60.0)
+    tables = _CODE_TABLES if lossless else 0
+    return _Head(width, height, 18.5, False, True, 60.0, tables, lossless)
 
 
 def _gif(data: bytes) -> _Head | None:
     if len(data) < 10:
         return None
     width, height = struct.unpack_from("<HH", data, 6)
-    return _Head(width, height, 0.0, True, False, 15.0)
+    # A block of one byte of pixels takes two bytes of the file.
+    opening = len(data) * 80e-9
+    return _Head(width, height, 0.0, True, False, 15.0, opening=opening)
 
 
 def _bmp(data: bytes) -> _Head | None:
@@ -224,10 +285,15 @@ def _bmp(data: bytes) -> _Head | None:
 
 def _tiff(data: bytes) -> _Head | None:
     size: dict[int, int] = {}
+    strips = values = 0
     # As in `limits`: Pillow and libtiff may disagree about the kind of file, and about entries that
     # are repeated. The largest value counts.
     for big in {data[2:3] == b"+", b"+" in data[2:4]}:
         for tag, count, value in tiff_entries(data, big):
+            if tag in _STRIPS:
+                strips = max(strips, count)
+            elif tag not in _LONG_TAGS:
+                values += count
             if count != 1:
                 value = 64 if tag == 258 else 0  # bits of several samples are stored elsewhere
             size[tag] = max(size.get(tag, 0), value)
@@ -238,7 +304,17 @@ def _tiff(data: bytes) -> _Head | None:
     depth = min(max(size.get(258, 8), 8), 64) if samples == 1 else 16
     raw = depth / 8 * samples
     decoder = raw * max(1.0, tile / max(1, width * height))
-    return _Head(width, height, decoder, True, True, 15.0 + 5.0 * raw)
+    return _Head(
+        width,
+        height,
+        decoder,
+        converted=True,
+        rotated=True,
+        nanoseconds=15.0 + 5.0 * raw,
+        metadata=400 * strips,
+        unusual=values > _MANY_VALUES,
+        opening=strips * 6e-6,
+    )
 
 
 def _avif(data: bytes) -> _Head | None:

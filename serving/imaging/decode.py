@@ -24,6 +24,7 @@ from serving.imaging import cost, formats, icc, isolated
 from serving.imaging.limits import (
     TOO_MANY,
     check_limits,
+    has_one_orientation,
     max_pixels_of_commands,
     raise_limit_of_pillow,
 )
@@ -241,8 +242,7 @@ def read_bytes(path: Path) -> bytes:
     """Read the content of a regular file.
 
     Raises:
-        OSError: The file can't be read, or is not a regular file. Reading a pipe or device might
-            never end.
+        OSError: The file can't be read, or is no regular file: reading a pipe might never end.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("no regular file")
@@ -274,6 +274,8 @@ def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
 def _read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, or 1 (upright) if EXIF is missing, broken or invalid."""
     try:
+        if not has_one_orientation(image.info):
+            return 1
         stated = image.getexif().get(_ORIENTATION, 1)
         return int(stated) if stated in _UPRIGHT else 1
     except _CORRUPT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, Final
 
@@ -12,9 +13,11 @@ from PIL import Image
 
 from serving.errors import ImageError, TooLarge
 from serving.imaging import decode
+from serving.imaging.isolated import MAX_SECONDS
 from serving.imaging.preprocess import Preprocess
 from serving.imaging.tta import View, render
 from serving.utils import malloc
+from serving.utils.process import be_ended_first, end_with_parent
 
 NICE: Final = 10
 """Added to the niceness of the process, so that common images and the network are not slowed down.
@@ -30,15 +33,19 @@ def main() -> None:
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     malloc.return_large_blocks()
     os.nice(NICE)
+    end_with_parent()
+    be_ended_first()
     while line := requests.readline():
         request = json.loads(line)
         data = requests.read(request["bytes"])
         if len(data) < request["bytes"]:
             return
         limit_memory(request["memory"] + _SLACK)
+        limit_cpu_seconds(MAX_SECONDS)
         _write(answers, data, request)
         del data
         malloc.trim()
+        limit_memory(None)  # the next file may be larger
 
 
 def _write(answers: IO[bytes], data: bytes, request: Mapping[str, Any]) -> None:
@@ -70,11 +77,14 @@ def _strips(image: Image.Image) -> Iterator[bytes]:
         yield image.crop((0, top, image.width, min(top + step, image.height))).tobytes()
 
 
-def limit_memory(more: int) -> None:
+def limit_memory(more: int | None) -> None:
     """Limit the address space of this process to what it has now and `more` bytes.
 
     An allocation beyond the limit fails in this process alone. Does nothing where the system
     doesn't say how much a process has (macOS).
+
+    Args:
+        more: Number of bytes; None for no limit.
     """
     try:
         with open("/proc/self/statm") as file:
@@ -84,10 +94,18 @@ def limit_memory(more: int) -> None:
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = pages * resource.getpagesize() + more
-    resource.setrlimit(
-        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
-    )
+    limit = hard if more is None else pages * resource.getpagesize() + more
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def limit_cpu_seconds(more: float) -> None:
+    """Limit the CPU time of this process to what it has taken and `more` seconds."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + more) + 2, hard))
 
 
 if __name__ == "__main__":

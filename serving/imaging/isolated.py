@@ -9,22 +9,25 @@ from its standard input and writes answers to its standard output:
     request: one line of JSON, then the encoded file
     answer: one line of JSON, then the pixels as uint8 [height, width, 3] or [views, size, size, 3]
 
-No answer is trusted more than the image: its head is JSON, and its size is checked.
+No answer is trusted more than the image: its head is JSON of at most 64 KB, and its shape is
+checked.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +48,9 @@ MAX_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.05
 _ROOT: Final = Path(__file__).parent.parent.parent
 _PIECE: Final = 2**20
+_MAX_HEAD: Final = 2**16  # bytes of the head of an answer
+_NEEDS_MEMORY: Final = "decoding the image needs more memory than is allowed"
+_NO_ANSWER: Final = "the image is broken: its decoder gave no answer"
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -84,36 +90,68 @@ class DecoderPool:
             request: `max_pixels` and `background` of `decode.decode`. With `preprocess` (the fields
                 of `Preprocess`) and `views` (the fields of each `View`), the views are returned.
             memory: Bytes that decoding may take.
-            seconds: Time until the process is killed, from now.
+            seconds: Time until the process is killed, from when it begins.
             cancelled: Function that returns True once the image is no longer needed.
 
         Returns:
             Pixels, and the names of the conversions that were applied.
 
         Raises:
-            ImageError: As `decode.decode`. `TooLarge`: more memory than `memory` was needed.
+            ImageError: As `decode.decode`. `TooLarge`: more memory than `memory` was needed, or no
+                process could be started.
             DeadlineExceeded: Decoding took longer than `seconds`.
             Cancelled: `cancelled` returned True.
         """
-        end = time.monotonic() + seconds
         while not self._free.acquire(timeout=_POLL_SECONDS):
-            _check(end, seconds, cancelled)
+            if cancelled():
+                raise Cancelled
         try:
-            process = self._idle.pop() if self._idle else _Process()
+            end = time.monotonic() + seconds
+            idle = self._take()
+            process = idle or _Process()
             try:
-                answer = process.run(data, request, memory, end, seconds, cancelled)
-            except BaseException:
-                process.kill()
-                raise
+                answer = process.run(data, request, memory, end, cancelled)
+            except _Ended:
+                if idle is None:
+                    raise
+                # It may have ended between two images.
+                process = _Process()
+                answer = process.run(data, request, memory, end, cancelled)
             self._idle.append(process)
+        except _Ended:
+            raise _error_of(process.status) from None
+        except _TimeUp:
+            raise DeadlineExceeded(f"decoding the image took more than {seconds:g} s") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise TooLarge(f"the process that decodes the image can't be used: {reason}") from error
         finally:
             self._free.release()
         return _result(*answer)
+
+    def _take(self) -> _Process | None:
+        """Return an idle process that runs, or None."""
+        while True:
+            try:
+                process = self._idle.pop()
+            except IndexError:
+                return None
+            if process.status is None:
+                return process
+            process.kill()
 
     def close(self) -> None:
         """End the idle processes."""
         while self._idle:
             self._idle.pop().kill()
+
+
+class _Ended(Exception):
+    """The decoder process has ended without an answer."""
+
+
+class _TimeUp(Exception):
+    """The time limit of an image has passed."""
 
 
 class _Process:
@@ -127,15 +165,20 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            bufsize=0,
             env=environ,
             start_new_session=True,  # Ctrl-C in a terminal ends it through its closed input
         )
         assert self._process.stdin
         assert self._process.stdout
-        self._input: IO[bytes] = self._process.stdin
-        self._output: IO[bytes] = self._process.stdout
-        os.set_blocking(self._input.fileno(), False)
-        os.set_blocking(self._output.fileno(), False)
+        self._input, self._output = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self._input, False)
+        os.set_blocking(self._output, False)
+
+    @property
+    def status(self) -> int | None:
+        """Exit status, negative for a signal; None while the process runs."""
+        return self._process.poll()
 
     def run(
         self,
@@ -143,15 +186,30 @@ class _Process:
         request: dict[str, Any],
         memory: int,
         end: float,
-        seconds: float,
         cancelled: Callable[[], bool],
     ) -> tuple[dict[str, Any], bytearray]:
         """Send one image and return the answer: its head, and the pixels.
 
+        After any exception the process can't be used any more; `kill` ends it.
+
         Raises:
-            TooLarge: The process ended, for want of memory or by a fault of a decoder.
-            DeadlineExceeded, Cancelled: As `DecoderPool.decode`.
+            BrokenImage: The answer is not of the expected form.
+            Cancelled, _Ended, _TimeUp: As their names say.
         """
+        try:
+            return self._exchange(data, request, memory, end, cancelled)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _exchange(
+        self,
+        data: bytes,
+        request: dict[str, Any],
+        memory: int,
+        end: float,
+        cancelled: Callable[[], bool],
+    ) -> tuple[dict[str, Any], bytearray]:
         head = json.dumps({**request, "memory": memory, "bytes": len(data)}).encode() + b"\n"
         pieces = [memoryview(head), memoryview(data)]
         received = bytearray()
@@ -160,25 +218,29 @@ class _Process:
             selector.register(self._input, selectors.EVENT_WRITE)
             selector.register(self._output, selectors.EVENT_READ)
             while answer is None or len(received) < answer["bytes"]:
-                _check(end, seconds, cancelled)
+                if cancelled():
+                    raise Cancelled
+                if time.monotonic() > end:
+                    raise _TimeUp
                 for key, _ in selector.select(_POLL_SECONDS):
-                    if key.fileobj is self._input:
+                    if key.fd == self._input:
                         if not self._send(pieces):
                             selector.unregister(self._input)
                         continue
-                    piece = self._output.read(_PIECE)
+                    piece = os.read(self._output, _PIECE)
                     if not piece:
-                        raise TooLarge("decoding the image needs more memory than is allowed")
+                        raise _Ended
                     received += piece
-                    if answer is None and b"\n" in received:
-                        line, _, rest = bytes(received).partition(b"\n")
-                        answer, received = _head(line), bytearray(rest)
+                    if answer is None:
+                        answer, received = _split_head(received, request)
+        if len(received) > answer["bytes"] or pieces:
+            raise BrokenImage(_NO_ANSWER)
         return answer, received
 
     def _send(self, pieces: list[memoryview]) -> bool:
         """Write as much as the pipe takes; return whether something is left."""
         try:
-            written = os.write(self._input.fileno(), pieces[0][:_PIECE])
+            written = os.write(self._input, pieces[0][:_PIECE])
         except BlockingIOError:
             return True
         except BrokenPipeError:  # reading finds the end
@@ -191,33 +253,53 @@ class _Process:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._input.close()
-        self._output.close()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream:
+                stream.close()
 
 
-def _check(end: float, seconds: float, cancelled: Callable[[], bool]) -> None:
-    if cancelled():
-        raise Cancelled
-    if time.monotonic() > end:
-        raise DeadlineExceeded(f"decoding the image took more than {seconds:g} s")
+def _error_of(status: int | None) -> ImageError:
+    """Return the error of an image whose decoder process has ended."""
+    if status in (-signal.SIGKILL, 1):  # by the system, for want of memory
+        return TooLarge(_NEEDS_MEMORY)
+    if status == -signal.SIGXCPU:
+        return TooLarge("decoding the image takes too long")
+    how = f"signal {-status}" if status and status < 0 else f"exit status {status}"
+    return BrokenImage(f"the image is broken: its decoder ended with {how}")
 
 
-def _head(line: bytes) -> dict[str, Any]:
+def _split_head(
+    received: bytearray, request: dict[str, Any]
+) -> tuple[dict[str, Any] | None, bytearray]:
+    """Split the head of an answer from its pixels, once it has arrived, and check it."""
+    line, newline, rest = received.partition(b"\n")
+    if not newline:
+        if len(received) > _MAX_HEAD:
+            raise BrokenImage(_NO_ANSWER)
+        return None, received
     try:
         head = json.loads(line)
-        size = 1
-        for side in head.get("shape", [0]):
-            size *= side
-        return {**head, "bytes": size}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise BrokenImage("the image is broken: its decoder gave no answer") from error
+        if "error" in head:
+            return {"error": str(head["error"]), "message": str(head["message"]), "bytes": 0}, rest
+        shape = [side for side in head["shape"] if type(side) is int and side > 0]
+        if "preprocess" in request:
+            size = request["preprocess"]["size"]
+            fits = shape == [len(request["views"]), size, size, 3]
+        else:
+            fits = len(shape) == 3 and shape[0] * shape[1] <= request["max_pixels"]
+        if not fits or shape[-1] != 3 or len(shape) != len(head["shape"]):
+            raise BrokenImage(_NO_ANSWER)
+        applied = tuple(map(str, head["applied"]))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BrokenImage(_NO_ANSWER) from error
+    return {"shape": shape, "applied": applied, "bytes": math.prod(shape)}, rest
 
 
 def _result(head: dict[str, Any], pixels: bytearray) -> tuple[Pixels, tuple[str, ...]]:
     if "error" in head:
         kinds = {kind.code: kind for kind in _subclasses(ImageError)}
-        raise kinds.get(head["error"], BrokenImage)(str(head["message"])[:300])
-    return np.frombuffer(pixels, np.uint8).reshape(head["shape"]), tuple(map(str, head["applied"]))
+        raise kinds.get(head["error"], BrokenImage)(head["message"][:300])
+    return np.frombuffer(pixels, np.uint8).reshape(head["shape"]), head["applied"]
 
 
 def _subclasses(kind: type[ImageError]) -> Sequence[type[ImageError]]:

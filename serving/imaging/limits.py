@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 from PIL import Image, PngImagePlugin
 
@@ -31,9 +31,16 @@ SEGMENTS: Final = 1_000
 """Largest number of segments before the pixels of a JPEG. Pillow keeps all segments in memory, and
 joins EXIF segments in quadratic time."""
 
+BETWEEN: Final = 65_536
+"""Largest number of bytes outside of segments before the pixels of a JPEG. Pillow reads them one by
+one."""
+
 SCANS: Final = 100
 """Largest number of scans of a JPEG. A scan of 30 bytes may cover all pixels. Encoders write about
 ten scans."""
+
+ENTRIES: Final = 4_096
+"""Largest number of entries of a TIFF's first directory."""
 
 CHUNKS: Final = 65_536
 """Largest number of chunks of a PNG. Pillow needs some microseconds and a hundred bytes per chunk.
@@ -103,15 +110,19 @@ def _check_count(what: str, limit: int, found: int) -> None:
 
 
 def _jpeg(data: bytes) -> None:
-    frame, components = 0, b""
+    frame, components, end, between = 0, b"", 2, 0
     for number, (marker, at) in enumerate(jpeg_markers(data)):
         _check_count("segments before the picture", SEGMENTS, number)
+        between += at - 2 - end
+        _check_count("bytes between segments", BETWEEN, between)
+        end = at + max(2, int.from_bytes(data[at : at + 2], "big"))
         if marker in FRAMES:
             frame, components = marker, data[at + 7 : at + 8]
         if marker == SCAN:
             single = data[at + 2 : at + 3] == components and frame not in PROGRESSIVE
             break
     else:
+        _check_count("bytes between segments", BETWEEN, between + len(data) - end)
         return
     # Scans are counted exactly only if the first is not the only one and a rough count is too high.
     if not single and data.count(b"\xff\xda") > SCANS:
@@ -190,11 +201,37 @@ def tiff_entries(data: bytes, big: bool) -> Iterator[tuple[int, int, int]]:
         return
     start += struct.calcsize(order + count)
     size = struct.calcsize(order + entry)
+    _check_count("entries of its directory", ENTRIES, min(number, len(data) // size))
     table = data[start : start + size * number]
     table = table[: len(table) // size * size]  # complete entries only
     for tag, kind, values, raw in struct.iter_unpack(order + entry, table):
         used = min(width, {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4}.get(kind, width))
         yield tag, values, int.from_bytes(raw[:used], "little" if order == "<" else "big")
+
+
+_ORIENTATION: Final = 0x0112
+_MAX_EXIF_TEXT: Final = 2**18  # characters; EXIF of a JPEG has at most 64 KB
+
+
+def has_one_orientation(info: Mapping[Any, Any]) -> bool:
+    """Return whether the EXIF data of an image has at most a few values as its orientation.
+
+    Pillow makes an object of each value, of which there may be millions.
+
+    Args:
+        info: `Image.info` of an image that is no TIFF.
+    """
+    if len(str(info.get("Raw profile type exif", ""))) > _MAX_EXIF_TEXT:
+        return False
+    exif = info.get("exif", b"")
+    exif = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
+    if not exif:
+        return True
+    try:
+        counts = [count for tag, count, _ in tiff_entries(exif, False) if tag == _ORIENTATION]
+    except BrokenImage:
+        return False
+    return max(counts, default=0) <= 16
 
 
 def _bmp(data: bytes, max_pixels: int) -> None:

@@ -11,21 +11,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from serving.errors import TooLarge
 from serving.imaging import isolated
 from serving.imaging.cost import Cost
 from serving.imaging.decode import LargerThanStated, memory_limit
 from serving.inference.predictor import Predictor, Prepared
-from serving.utils.memory import MemoryBudget, container_memory, resident_bytes
-
-LIMIT_SHARE: Final = 0.9
-"""Share of the container's memory limit that the workers use; the kernel's page cache and sockets
-count towards the limit too."""
-
-LEAST_MEMORY: Final = 2**26
-"""Least budget for requests, in bytes. An image of 6 megapixels fits into a half of it."""
+from serving.utils.memory import MemoryBudget
 
 Prepare = Callable[[bytes, int], Prepared]
 PrepareIsolated = Callable[[bytes, int, Cost, Callable[[], bool]], Prepared]
@@ -73,16 +66,32 @@ class ImageDecoder(NamedTuple):
     threads: int = isolated.PROCESSES
 
 
-def image_decoder(predictor: Predictor, max_pixels: int, memory: int) -> ImageDecoder:
+class DecodingBudget(NamedTuple):
+    """Memory for decoding, which the engines of all models of a service share.
+
+    Attributes:
+        common: For images that are decoded in this process.
+        expensive: For images that are decoded in processes of their own.
+    """
+
+    common: MemoryBudget
+    expensive: MemoryBudget
+
+    @classmethod
+    def of(cls, memory: int) -> DecodingBudget:
+        """Divide a number of bytes into two halves."""
+        return cls(MemoryBudget(memory // 2), MemoryBudget(memory // 2))
+
+
+def image_decoder(predictor: Predictor, max_pixels: int, budget: DecodingBudget) -> ImageDecoder:
     """Return the functions that decode images for a predictor.
 
     Args:
         predictor: Predictor of the model.
         max_pixels: Largest accepted width times height of an image.
-        memory: Bytes that decoding may take, for all images in progress together. One image may
-            take half of them.
+        budget: Bytes that decoding may take, for all images in progress together.
     """
-    common, expensive = MemoryBudget(memory // 2), MemoryBudget(memory // 2)
+    common, expensive = budget
 
     def prepare(data: bytes, tta: int) -> Prepared:
         cost = predictor.estimate(data, tta, max_pixels=max_pixels)
@@ -110,16 +119,3 @@ def image_decoder(predictor: Predictor, max_pixels: int, memory: int) -> ImageDe
             )
 
     return ImageDecoder(prepare, prepare_isolated)
-
-
-def request_memory(workers: int) -> int:
-    """Return the bytes that one worker may take for requests, with the model loaded.
-
-    This is a worker's share of what the container may have, less what this process has now and
-    what idle decoder processes have, and at least `LEAST_MEMORY`.
-
-    Args:
-        workers: Number of worker processes in the container.
-    """
-    share = int(LIMIT_SHARE * container_memory() / workers)
-    return max(LEAST_MEMORY, share - resident_bytes() - isolated.PROCESSES * isolated.PROCESS_BYTES)

@@ -23,6 +23,7 @@ from serving.bundle.storage import Bundle
 from serving.errors import BundleError, FledgeError, OptionError
 from serving.utils.cpu import cores
 from serving.utils.memory import free_memory
+from serving.utils.process import be_ended_first, end_with_parent
 
 LOAD_SECONDS: Final = 60.0
 """Time limit of loading a bundle and predicting its golden images on a CPU."""
@@ -38,7 +39,6 @@ _CODE: Final = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from serving.inference.isolated_load import main; main(sys.argv[2])"
 )
-_PR_SET_PDEATHSIG: Final = 1
 
 
 class LoadStopped(Exception):
@@ -146,7 +146,7 @@ def main(arguments: str) -> None:
     request = json.loads(arguments)
     out = os.dup(1)
     os.dup2(2, 1)  # libraries print, too
-    _end_with_parent()
+    end_with_parent()
     if os.getppid() != request.pop("parent"):
         return  # it has ended before
     error, lines, details = "", [], ""
@@ -172,8 +172,7 @@ def _run_task(request: Mapping[str, Any]) -> list[str]:
     seconds, share = options.pop("seconds"), options.pop("share")
     if _on_cpu(options.get("device", "cpu")):
         _limit_cpu_seconds(seconds)
-        with suppress(OSError):  # if a container's memory runs out, this process is ended first
-            Path("/proc/self/oom_score_adj").write_text("1000")
+        be_ended_first()
         options["before_load"] = lambda bundle: limit_memory(memory_needed(bundle), share)
     if task == "verify":
         return load.verify(folder, **options)
@@ -218,13 +217,6 @@ def _limit_cpu_seconds(seconds: float) -> None:
     most = int(seconds * cores()) + 5
     resource.setrlimit(resource.RLIMIT_CPU, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _end_with_parent() -> None:
-    if sys.platform.startswith("linux"):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -215,9 +215,13 @@ class Predictor:
         return views[: count_views(tta, views)]
 
     def predict(
-        self, prepared: Sequence[Prepared], *, low_latency: bool = False
+        self,
+        prepared: Sequence[Prepared],
+        *,
+        low_latency: bool = False,
+        max_rows: int | None = None,
     ) -> list[Prediction]:
-        """Predict a batch of images in one run of the graph.
+        """Predict a batch of images.
 
         The probabilities of an image are the average over the TTA views (crops or flips).
 
@@ -225,6 +229,9 @@ class Predictor:
             prepared: Images from `prepare`.
             low_latency: Whether to use `low_latency_runtime`, if there is one. Pass True
                 only while no other work needs the CPU cores.
+            max_rows: Largest number of rows (images times views) of one run of the graph. What is
+                between the layers takes memory for each row, and the runtime keeps it. None: all
+                rows in one run.
 
         Raises:
             WorkError: The runtime failed, or a logit is not finite.
@@ -235,23 +242,29 @@ class Predictor:
         engine = self.runtime
         if low_latency and self.low_latency_runtime:
             engine = self.low_latency_runtime
-        logits, features = engine.run(rows[0] if len(rows) == 1 else np.concatenate(rows))
+        pixels = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        if max_rows is None or len(pixels) <= max_rows:
+            logits, features = engine.run(pixels)
+        else:
+            starts = range(0, len(pixels), max_rows)
+            runs = [engine.run(pixels[start : start + max_rows]) for start in starts]
+            logits, features = (np.concatenate(outputs) for outputs in zip(*runs, strict=True))
         if not np.isfinite(logits).all():
             raise WorkError(f"{self.model} gave logits that are not finite")
         probabilities = softmax(logits, self.manifest.temperature)
         ends = np.cumsum([len(item.pixels) for item in prepared])
-        starts = np.concatenate(([0], ends[:-1]))
-        plain_energies = energies(logits[starts])
+        firsts = np.concatenate(([0], ends[:-1]))
+        plain_energies = energies(logits[firsts])
         return [
             Prediction(
                 average(own, self.manifest.average),
-                features[start],
+                features[first],
                 float(energy),
                 len(item.pixels),
                 item.applied,
             )
-            for item, own, start, energy in zip(
-                prepared, np.split(probabilities, ends[:-1]), starts, plain_energies, strict=True
+            for item, own, first, energy in zip(
+                prepared, np.split(probabilities, ends[:-1]), firsts, plain_energies, strict=True
             )
         ]
 
@@ -284,3 +297,9 @@ class Predictor:
             "out_of_distribution": None if energy is None else prediction.energy > energy,
             "applied": list(prediction.applied),
         }
+
+
+class Predict(Protocol):
+    """Signature of `Predictor.predict`."""
+
+    def __call__(self, prepared: list[Prepared], *, low_latency: bool) -> list[Prediction]: ...

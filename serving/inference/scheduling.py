@@ -16,18 +16,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Awaitable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
-from threading import Condition, Event, Thread
-from typing import Final, NamedTuple, Protocol
+from threading import Thread
+from typing import Protocol
 
+from serving.errors import Overloaded
 from serving.imaging.cost import Cost
-from serving.inference.admission import Observe, OverdueCount, QueueLimit
+from serving.inference.admission import (
+    CLOSE_SECONDS,
+    EXTRA_THREADS,
+    Observe,
+    OverdueCount,
+    QueueLimit,
+)
 from serving.inference.decoding import (
+    DecodingBudget,
     ImageDecoder,
     NeedsIsolation,
     Prepare,
@@ -35,16 +41,9 @@ from serving.inference.decoding import (
     log_isolated,
     request_id,
 )
-from serving.inference.predictor import Prediction, Predictor, Prepared
+from serving.inference.dynamic_batcher import DynamicBatcher
+from serving.inference.predictor import Predict, Prediction, Predictor, Prepared
 from serving.inference.runtime import on_cpu
-
-EXTRA_THREADS: Final = 1
-"""Number of threads of `PerImageEngine` in addition to one per core. While a thread waits for the
-GIL or for the next image, an additional thread uses the core. On 2 cores a third thread gains about
-5 %, a fourth thread nothing."""
-
-CLOSE_SECONDS: Final = 10.0
-"""Longest wait for the threads of an engine that is closed."""
 
 
 class Engine(Protocol):
@@ -84,7 +83,7 @@ def build_engine(
     threads: int,
     max_queue: int,
     max_pixels: int,
-    memory: int,
+    budget: DecodingBudget,
     observe: Observe,
 ) -> Engine:
     """Create a `PerImageEngine` if `cap` is 1, else a `DynamicBatcher`.
@@ -98,22 +97,16 @@ def build_engine(
         max_queue: Largest number of images that are queued or in progress. Any further image is
             rejected with `Overloaded`.
         max_pixels: Largest accepted width times height of an image.
-        memory: Bytes that decoding may take, for all images in progress together. One image may
-            take half of them.
+        budget: Bytes that decoding may take, for all images in progress together.
         observe: Callback for measurements; called from several threads.
     """
     limit = QueueLimit(max_queue, observe)
-    decoder = image_decoder(predictor, max_pixels, memory)
+    decoder = image_decoder(predictor, max_pixels, budget)
+    predict = partial(predictor.predict, max_rows=cap)
     if cap == 1:
-        return PerImageEngine(decoder, predictor.predict, limit, threads + EXTRA_THREADS, observe)
+        return PerImageEngine(decoder, predict, limit, threads + EXTRA_THREADS, observe)
     runners = threads if on_cpu(predictor.runtime.provider) else 1
-    return DynamicBatcher(decoder, predictor.predict, limit, threads, observe, cap, runners)
-
-
-class Predict(Protocol):
-    """Signature of `Predictor.predict`."""
-
-    def __call__(self, prepared: list[Prepared], *, low_latency: bool) -> list[Prediction]: ...
+    return DynamicBatcher(decoder, predict, limit, threads, observe, cap, runners)
 
 
 @dataclass(slots=True)
@@ -202,6 +195,9 @@ class PerImageEngine:
 
     def _process(self, image: _EncodedImage, prepare: Prepare) -> None:
         if image.future.cancelled():
+            # It may have been counted before it was handed over.
+            with suppress(RuntimeError):
+                image.future.get_loop().call_soon_threadsafe(self.overdue.remove, image)
             return
         image.started = True
         result: Prediction | BaseException
@@ -209,9 +205,12 @@ class PerImageEngine:
             result = self._decode_and_predict(prepare, image.data, image.tta, image.queued)
         except NeedsIsolation as need:
             image.started = False
-            log_isolated(len(image.data), need.cost, image.request)
-            self._isolated.put((image, need.cost))
-            return
+            # Expensive images leave places in the queue to others.
+            if self._isolated.qsize() < max(1, self._limit.limit // 2):
+                log_isolated(len(image.data), need.cost, image.request)
+                self._isolated.put((image, need.cost))
+                return
+            result = Overloaded("many expensive images are waiting already; try again later")
         except BaseException as error:  # any: the caller gets it, and the thread continues
             result = error
         with suppress(RuntimeError):  # the event loop is closed
@@ -219,6 +218,7 @@ class PerImageEngine:
         del image, result  # break the reference cycle through the error's traceback
 
     def _finish(self, image: _EncodedImage, result: Prediction | BaseException) -> None:
+        image.started = False
         self.overdue.remove(image)
         _set_result(image.future, result)
 
@@ -246,148 +246,3 @@ def _set_result(future: asyncio.Future[Prediction], result: Prediction | BaseExc
         future.set_exception(result)
     else:
         future.set_result(result)
-
-
-class _DecodedImage(NamedTuple):
-    prepared: Prepared
-    future: Future[Prediction]
-    queued: float  # time.perf_counter()
-
-
-class DynamicBatcher:
-    """Engine with threads that decode, and threads that run the graph on all decoded images."""
-
-    def __init__(
-        self,
-        decoder: ImageDecoder,
-        predict: Predict,
-        limit: QueueLimit,
-        threads: int,
-        observe: Observe,
-        cap: int,
-        runners: int = 1,
-    ) -> None:
-        """Start the threads.
-
-        Args:
-            decoder: Functions that decode one image.
-            predict: Function that runs the graph on a batch.
-            limit: Counter of the images that are queued or in progress.
-            threads: Number of threads that decode.
-            observe: Callback for measurements.
-            cap: Largest batch, in rows (images times TTA views).
-            runners: Number of threads that run the graph.
-        """
-        self._decoder, self._predict = decoder, predict
-        self._limit, self._observe, self._cap = limit, observe, cap
-        self.share = max(2 * cap, threads + 1)
-        self.overdue = OverdueCount(threads, observe)
-        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="fledge-decode")
-        self._isolated = ThreadPoolExecutor(decoder.threads, thread_name_prefix="fledge-isolated")
-        self._ready: deque[_DecodedImage] = deque()
-        self._changed = Condition()
-        self._open = True
-        self._runners = [
-            Thread(target=self._run, name=f"fledge-infer-{number}", daemon=True)
-            for number in range(runners)
-        ]
-        for runner in self._runners:
-            runner.start()
-
-    async def predict(self, data: bytes, tta: int = 0) -> Prediction:
-        with self._limit.admit():
-            loop = asyncio.get_running_loop()
-            held, cancelled = [data], Event()
-            prepare, executor = self._decoder.prepare, self._decoders
-            try:
-                try:
-                    future = await loop.run_in_executor(executor, self._decode, held, tta, prepare)
-                except NeedsIsolation as need:
-                    cost = need.cost
-                    log_isolated(len(data), cost, request_id.get())
-
-                    def prepare_isolated(data: bytes, tta: int) -> Prepared:
-                        return self._decoder.prepare_isolated(data, tta, cost, cancelled.is_set)
-
-                    future = await loop.run_in_executor(
-                        self._isolated, self._decode, held, tta, prepare_isolated
-                    )
-            finally:
-                cancelled.set()
-                held.clear()  # a cancelled image may stay in the executor's queue
-            prediction: Awaitable[Prediction] = asyncio.wrap_future(future)
-            return await prediction
-
-    def close(self) -> None:
-        end = time.monotonic() + CLOSE_SECONDS
-        # An executor can't be waited for with a limit of time.
-        waiting = [
-            Thread(target=executor.shutdown, kwargs={"cancel_futures": True}, daemon=True)
-            for executor in (self._decoders, self._isolated)
-        ]
-        for thread in waiting:
-            thread.start()
-        for thread in waiting:
-            thread.join(max(0.0, end - time.monotonic()))
-        with self._changed:
-            self._open = False
-            self._changed.notify_all()
-        for runner in self._runners:
-            runner.join(max(0.0, end - time.monotonic()))
-
-    def _decode(self, held: list[bytes], tta: int, prepare: Prepare) -> Future[Prediction]:
-        start = time.perf_counter()
-        prepared = prepare(held[0], tta)
-        now = time.perf_counter()
-        self._observe("decode", now - start)
-        image = _DecodedImage(prepared, Future(), now)
-        with self._changed:
-            self._ready.append(image)
-            self._changed.notify()
-        return image.future
-
-    def _run(self) -> None:
-        while batch := self._next_batch():
-            # `set_running_or_notify_cancel` returns False for a cancelled future.
-            batch = [image for image in batch if image.future.set_running_or_notify_cancel()]
-            if batch:
-                self._process(batch)
-
-    def _next_batch(self) -> list[_DecodedImage]:
-        """Wait for a decoded image; return all decoded images up to `cap` rows, in order.
-
-        An image with more than `cap` rows is returned alone. The list is empty if the batcher was
-        closed and no image is left.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self._ready or not self._open)
-            batch: list[_DecodedImage] = []
-            rows = 0
-            while self._ready:
-                rows += len(self._ready[0].prepared.pixels)
-                if batch and rows > self._cap:
-                    break
-                batch.append(self._ready.popleft())
-            return batch
-
-    def _process(self, batch: list[_DecodedImage]) -> None:
-        # An exception that escapes would end the thread.
-        try:
-            start = time.perf_counter()
-            low_latency = self._limit.count == 1
-            prepared = [image.prepared for image in batch]
-            predictions = self._predict(prepared, low_latency=low_latency)
-            seconds = time.perf_counter() - start
-            self._observe("rows", sum(len(image.prepared.pixels) for image in batch))
-            for image, prediction in zip(batch, predictions, strict=True):
-                self._observe("queue", start - image.queued)
-                self._observe("infer", seconds)
-                image.future.set_result(prediction)
-        except Exception as error:
-            for image in batch:
-                if image.future.done():
-                    continue
-                if len(batch) == 1:
-                    image.future.set_exception(error)
-                else:  # run the images one by one, to find which caused the error
-                    self._process([image])

@@ -154,7 +154,7 @@ class ScoringJournal:
         with open_file(self.folder / _INPUTS) as file:
             for number, digest in enumerate(self._digests):
                 lines = list(islice(file, self._size(number)))
-                if _sha256(b"".join(lines)) != digest:
+                if len(lines) != self._size(number) or _sha256(b"".join(lines)) != digest:
                     raise ValueError(f"it was cut or changed after {number * SIZE} images")
                 yield number, lines
             if file.read(1):

@@ -46,10 +46,15 @@ resets it, and the client might not see the response."""
 
 MAX_CONNECTIONS: Final = 4096
 MAX_TLS_CONNECTIONS: Final = 1024
-"""Largest default of the number of connections; less where the process may have few descriptors. A
-silent connection takes 5 KB of memory, with TLS 51 KB."""
+"""Largest default of the number of connections; less where the process may have few descriptors."""
+CONNECTION_BYTES: Final = 5 * 1024
+TLS_BYTES: Final = 46 * 1024
+"""Memory of a silent connection, and what TLS adds to it."""
+FREE_HEAD_BYTES: Final = 16_384
+"""Bytes of a connection's heads that are not counted: most heads are smaller, and are never refused
+because of others."""
 SHARED_HEAD_BYTES: Final = 32 * 2**20
-"""Memory for all incomplete heads and pipelined requests of a worker."""
+"""Memory for all incomplete heads and pipelined requests of a worker, beyond `FREE_HEAD_BYTES`."""
 _MAX_DESCRIPTORS: Final = 65_536
 _MAX_BACKLOG: Final = 2048
 _SWEEP_SECONDS: Final = 0.5
@@ -167,14 +172,22 @@ class ConnectionLimits:
 def raise_descriptor_limit() -> int:
     """Raise the limit on open files to the hard limit, at most 65,536; return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    most = possible_descriptors(soft, hard)
     if soft == resource.RLIM_INFINITY or soft >= most:
-        return _MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+        return most
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     except (OSError, ValueError):  # macOS allows less than it states
         return soft
     return most
+
+
+def possible_descriptors(soft: int, hard: int) -> int:
+    """Return the limit on open files that `raise_descriptor_limit` sets, or leaves as it is."""
+    soft, hard = (
+        _MAX_DESCRIPTORS if one == resource.RLIM_INFINITY else one for one in (soft, hard)
+    )
+    return max(soft, min(hard, _MAX_DESCRIPTORS))
 
 
 def connections_for(descriptors: int, wanted: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from serving.server.connection_limits import (
     BODY_BYTES_PER_SECOND,
     BODY_SECONDS,
     FRAMING_BYTES,
+    FREE_HEAD_BYTES,
     HEAD_BYTES,
     HEAD_FIELDS,
     HEAD_SECONDS,
@@ -37,9 +38,6 @@ from serving.server.disconnect import DISCONNECT, Disconnect, is_closed_by_clien
 
 _PIPELINED_COST: Final = 4096  # bytes of memory for a small request that waits
 _SLICE: Final = HEAD_BYTES
-_FREE_BYTES: Final = 16_384
-"""Bytes of a connection's heads that are not counted: most heads are smaller, and are never refused
-because of others."""
 
 
 class _Refused(Exception):
@@ -165,7 +163,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._body_open:
             if body_open and cycle is self.cycle:
                 self._check_body(len(data), self._body_bytes - seen)
-            elif len(data) - self._body_bytes > _FREE_BYTES:  # kept while the body arrives
+            elif len(data) - self._body_bytes > FREE_HEAD_BYTES:  # kept while the body arrives
                 self._hold(len(data) - self._body_bytes)
             return
         if not body_open and cycle is self.cycle:  # nothing but a part of a head
@@ -205,7 +203,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._refuse(_head_too_large())
 
     def _hold(self, size: int) -> None:
-        counted = max(0, size - _FREE_BYTES)
+        counted = max(0, size - FREE_HEAD_BYTES)
         self._limits.head_bytes += counted - self._held
         self._held = counted
 
@@ -220,7 +218,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             raise _head_too_large()
         if self.pipeline:
             self._admit_pipelined()
-        elif self._head_bytes <= _FREE_BYTES:
+        elif self._head_bytes <= FREE_HEAD_BYTES:
             self._hold(0)
         self._limits.busy(self)
         self._head_open, self._body_open = False, True

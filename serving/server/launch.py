@@ -20,7 +20,7 @@ from typing import Final, NoReturn
 
 from serving.bundle import signing
 from serving.errors import OptionError
-from serving.server import bentoml_config, preflight, single_process
+from serving.server import bentoml_config, memory_needs, preflight, single_process
 from serving.settings import Settings, bundle_folder
 from serving.terminal import show
 
@@ -77,6 +77,7 @@ def serve(
     settings = Settings.from_env(env)
     bentoml_config.check(os.environ, bentoml_serve=False)
     manifest = preflight.check_bundle(settings)
+    memory = memory_needs.check(settings, manifest)
     listener = bind(host, port)
     address = listener.getsockname()[0]
     url = client_url(address, port, "https" if settings.tls_cert else "http")
@@ -86,7 +87,8 @@ def serve(
     show(f"{manifest.name}:{manifest.version} on {url} (ready when {url}/readyz answers 200)")
     key = '-H "Authorization: Bearer KEY" ' if settings.api_keys else ""
     photo = '--data-binary @photo.jpg -H "Content-Type: image/jpeg"'
-    show(f"curl {photo} {key}{url}/predict", flush=True)
+    show(f"curl {photo} {key}{url}/predict")
+    show(memory, flush=True)
     _use_private_bentoml_home(env)
     if settings.workers == 1:
         remove_scratch_at_exit(env)

@@ -11,7 +11,7 @@ from serving.bundle import storage
 from serving.bundle.manifest import Manifest
 from serving.errors import BundleError, OptionError
 from serving.inference import isolated_load
-from serving.server import bentoml_config
+from serving.server import bentoml_config, memory_needs
 from serving.settings import Settings
 from serving.utils.optional_packages import require
 
@@ -21,10 +21,11 @@ def check(settings: Settings) -> None:
 
     Raises:
         BundleError: The bundle is missing, damaged, or must not be served.
-        OptionError: The device can't be used, or the bundle has no graph of the precision.
+        OptionError: The device can't be used, or the bundle has no graph of the precision, or the
+            container has too little memory.
     """
     bentoml_config.check(os.environ, bentoml_serve=True)
-    check_bundle(settings)
+    memory_needs.check(settings, check_bundle(settings))
     check_gpu(settings)
 
 

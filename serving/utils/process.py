@@ -1,14 +1,19 @@
-"""Exit this process without waiting for threads, and check whether a process is running."""
+"""Functions about processes: how this one ends, and whether another runs."""
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
+import signal
 import sys
 from contextlib import suppress
-from typing import NoReturn
+from pathlib import Path
+from typing import Final, NoReturn
 
 from serving.terminal import show
+
+_PR_SET_PDEATHSIG: Final = 1
 
 
 def exit_process(status: int) -> NoReturn:
@@ -28,6 +33,18 @@ def exit_process(status: int) -> NoReturn:
             show(repr(error), sys.stderr, flush=True)
         os._exit(status or 120)  # Python's own status when the final flush fails
     os._exit(status)
+
+
+def end_with_parent() -> None:
+    """Have this process killed when the thread that started it ends; only on Linux."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def be_ended_first() -> None:
+    """Have this process killed first when the memory of the container runs out; only on Linux."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def is_running(pid: int) -> bool:

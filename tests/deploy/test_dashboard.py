@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ QUERIES = {
     for panel in DASHBOARD["panels"]
     for target in panel["targets"]
 }
+ALERTS = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"][0]["rules"]
 AUTOSCALER = yaml.safe_load((DEPLOY / "k8s" / "autoscaler.yaml").read_text())
 SCALED_BY = AUTOSCALER["spec"]["metrics"][0]["pods"]["metric"]["name"]
 
@@ -48,11 +50,21 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Live]]:
 
 def test_every_queried_metric_is_served(replicas: list[Live]) -> None:
     post(f"{replicas[0].url}/predict", photo(1))
-    served = set(re.findall(r"^(\w+)(?:{| )", get(f"{replicas[0].url}/metrics").text, re.M))
+    text = get(f"{replicas[0].url}/metrics").text
+    served = set(re.findall(r"^(\w+)(?:{| )", text, re.M))
     queried = {name for query in QUERIES.values() for name in re.findall(r"fledge_\w+", query)}
     assert len(queried) > 8
     assert queried - served == set()
     assert SCALED_BY in served
+    alerting = {name for rule in ALERTS for name in re.findall(r"fledge_\w+", rule["expr"])}
+    assert alerting == {
+        "fledge_overdue",
+        "fledge_connections_refused_total",
+        "fledge_log_dropped_total",
+        "fledge_bundles_refused_total",
+    }
+    # A counter with labels has no value before it counts something.
+    assert alerting - set(re.findall(r"^# TYPE (\w+) ", text, re.M)) == set()
 
 
 def test_queried_outcomes_are_codes_of_the_service() -> None:
@@ -95,6 +107,7 @@ def test_prometheus_answers_every_query(replicas: list[Live], tmp_path: Path) ->
     job["static_configs"] = [{"targets": [f"127.0.0.1:{one.port}" for one in replicas]}]
     config["global"]["scrape_interval"] = "250ms"
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+    shutil.copy(DEPLOY / "alerts.yml", tmp_path)
     port = free_port()
     command = [prometheus, f"--config.file={tmp_path}/prometheus.yml"]
     command += [f"--storage.tsdb.path={tmp_path}/data", f"--web.listen-address=127.0.0.1:{port}"]
@@ -112,6 +125,9 @@ def test_prometheus_answers_every_query(replicas: list[Live], tmp_path: Path) ->
                 if answer(port, filled(query)):
                     del unanswered[name]
         assert unanswered == {}, (tmp_path / "log").read_text()[-2000:]
+        rules = get(f"http://127.0.0.1:{port}/api/v1/rules").json()["data"]["groups"][0]["rules"]
+        assert [rule["name"] for rule in rules] == [rule["alert"] for rule in ALERTS]
+        assert {rule["health"] for rule in rules} <= {"ok", "unknown"}  # unknown: not yet evaluated
     finally:
         server.terminate()
         server.wait(30)
@@ -135,6 +151,5 @@ def answer(port: int, query: str) -> list[dict]:
 
 
 def test_promtool_accepts_the_configuration() -> None:
-    assert "SUCCESS" in output_of(
-        find_program("promtool"), "check", "config", f"{DEPLOY}/prometheus.yml"
-    )
+    output = output_of(find_program("promtool"), "check", "config", f"{DEPLOY}/prometheus.yml")
+    assert f"SUCCESS: {len(ALERTS)} rules found" in output

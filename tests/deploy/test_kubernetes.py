@@ -10,7 +10,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from serving.bundle import storage
 from serving.server.launch import GRACE_SECONDS
+from serving.server.memory_needs import memory_needs
+from serving.settings import Settings
+from tests.support.tiny_bundle import tiny_bundle
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "k8s"
@@ -50,7 +54,7 @@ def test_the_validator_finds_a_misspelt_field() -> None:
 def test_every_kind_exists_and_is_applied() -> None:
     kinds = {load(path)["kind"] for path in FILES}
     wanted = {"Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget"}
-    assert kinds == wanted
+    assert kinds == wanted | {"NetworkPolicy"}
     assert sorted(KUSTOMIZATION["resources"]) == [path.name for path in FILES]
     (image,) = KUSTOMIZATION["images"]
     assert image["name"] == CONTAINER["image"]
@@ -61,6 +65,8 @@ def test_all_selectors_match_the_pods_of_the_deployment() -> None:
     labels = POD["metadata"]["labels"]
     assert manifest("Deployment")["spec"]["selector"]["matchLabels"].items() <= labels.items()
     assert manifest("Service")["spec"]["selector"].items() <= labels.items()
+    policy = manifest("NetworkPolicy")["spec"]
+    assert policy["podSelector"]["matchLabels"].items() <= labels.items()
     budget = manifest("PodDisruptionBudget")["spec"]
     assert budget["selector"]["matchLabels"].items() <= labels.items()
     scaler = manifest("HorizontalPodAutoscaler")["spec"]
@@ -101,3 +107,35 @@ def test_probes_use_served_paths_and_the_grace_period_covers_the_shutdown() -> N
 def test_resources_have_requests_and_limits() -> None:
     for kind in ("requests", "limits"):
         assert set(CONTAINER["resources"][kind]) == {"cpu", "memory"}
+
+
+def test_the_memory_is_guaranteed_and_enough_for_the_defaults(tmp_path: Path) -> None:
+    """Of Kubernetes and compose.yaml: with a network of 14 MB half of it is left for requests."""
+    resources = CONTAINER["resources"]
+    assert resources["requests"]["memory"] == resources["limits"]["memory"] == "1Gi"
+    service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["fledge"]
+    assert service["deploy"]["resources"]["limits"]["memory"] == "1G"
+    manifest = storage.read(tiny_bundle(tmp_path, size=224)).manifest
+    (graph,) = manifest.graphs
+    files = {**manifest.files, graph: {**manifest.files[graph], "bytes": 14_000_000}}
+    manifest = manifest.model_copy(update={"files": files})
+    needs = memory_needs(Settings(tmp_path), manifest, 2**30)
+    assert needs.total <= 2**30
+    assert needs.requests > 400 * 2**20
+    (volume,) = POD["spec"]["volumes"]  # in memory, which counts
+    assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "64Mi"}
+    assert needs.margin >= 64 * 2**20
+    assert service["tmpfs"] == "/tmp:size=64m"
+
+
+def test_only_the_proxy_and_prometheus_reach_the_pods_which_reach_nothing() -> None:
+    policy = manifest("NetworkPolicy")["spec"]
+    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
+    assert policy["egress"] == []
+    (rule,) = policy["ingress"]
+    names = [
+        peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+        for peer in rule["from"]
+    ]
+    assert names == ["ingress-nginx", "monitoring"]
+    assert [port["port"] for port in rule["ports"]] == [CONTAINER["ports"][0]["name"]]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from serving.bundle import storage
@@ -62,6 +68,41 @@ def nginx(tmp_path: Path, servers: list[int]) -> Iterator[str]:
         process.wait(30)
 
 
+class Replica:
+    """A stand-in for a replica: reads each request, then answers with `status`, or ends at 0.
+
+    Attributes:
+        requests: Number of requests that were read to the end of the body.
+    """
+
+    def __init__(self, status: int) -> None:
+        self.status, self.requests = status, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
+
+    def answer(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("rb") as lines:
+            head = list(iter(lines.readline, b"\r\n"))
+            lengths = [line for line in head if line.lower().startswith(b"content-length:")]
+            lines.read(int(lengths[0].split()[1]) if lengths else 0)
+            if head[0].startswith(b"GET"):  # `nginx` waits until it answers
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                return
+            self.requests += 1
+            if self.status:
+                reply = f"HTTP/1.1 {self.status} X\r\nRetry-After: 7\r\nContent-Length: 2\r\n\r\nno"
+                connection.sendall(reply.encode())
+
+
 @pytest.fixture
 def replicas(tmp_path: Path) -> Iterator[list[Live]]:
     folder = tiny_bundle(tmp_path / "bundle")
@@ -98,6 +139,7 @@ def test_requests_are_spread_and_survive_a_killed_replica(
         assert min(shares) > 0
         (worker,) = replicas[0].workers()
         os.kill(worker, signal.SIGKILL)
+        replicas[0].process.wait(30)  # a POST that a replica has received is not repeated
         for seed in range(10):
             assert post(f"{url}/predict", photo(seed)).status_code == 200
         assert wait_for_shares(20) == [shares[0], shares[1] + 10]
@@ -109,7 +151,8 @@ def test_answers_pass_unchanged(replicas: list[Live], tmp_path: Path) -> None:
         assert response.json() == post(f"{replicas[0].url}/predict", photo(1)).json()
         assert response.headers["x-request-id"] == "mine-1"
         assert len(post(f"{url}/predict", photo(1)).headers["x-request-id"]) == 32
-        for data, code in ((b"no image", "not-an-image"), (bytes(21_000_000), "too-large")):
+        cases = [(b"no image", "not-an-image"), (bytes(21_000_000), "too-large")]
+        for data, code in [*cases, (bytes(23_000_000), "too-large")]:  # the last by nginx itself
             refused = post(f"{url}/predict", data)
             assert refused.headers["content-type"] == "application/problem+json"
             assert refused.json()["code"] == code
@@ -141,3 +184,104 @@ def test_a_replica_that_is_down_or_not_ready_gets_no_requests(
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.mark.parametrize("size", [1000, 200_000])
+def test_a_post_that_ended_a_replica_is_not_repeated(tmp_path: Path, size: int) -> None:
+    dying = [Replica(0), Replica(0)]
+    with nginx(tmp_path, [one.port for one in dying]) as url:
+        assert post(f"{url}/predict", bytes(size)).status_code == 502
+    assert sum(one.requests for one in dying) == 1
+
+
+@pytest.mark.parametrize("size", [1000, 200_000])
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_post_that_was_refused_for_want_of_room_is_sent_to_another_replica(
+    tmp_path: Path, status: int, size: int
+) -> None:
+    full, other = Replica(status), Replica(200)
+    with nginx(tmp_path, [full.port, other.port]) as url:
+        assert {post(f"{url}/predict", bytes(size)).status_code for _ in range(6)} == {200}
+        other.status = status
+        refused = post(f"{url}/predict", bytes(size))
+        assert (refused.status_code, refused.headers["retry-after"]) == (status, "7")
+
+
+def test_a_replica_that_refuses_connections_is_passed_over(tmp_path: Path) -> None:
+    other = Replica(200)
+    with nginx(tmp_path, [free_port(), other.port]) as url:
+        for size in (1000, 200_000):
+            assert {post(f"{url}/predict", bytes(size)).status_code for _ in range(4)} == {200}
+
+
+def test_too_many_requests_of_one_address_are_refused(tmp_path: Path) -> None:
+    with nginx(tmp_path, [Replica(200).port]) as url, ThreadPoolExecutor(8) as threads:
+        statuses = Counter(
+            threads.map(lambda _: post(f"{url}/predict", b"x").status_code, range(400))
+        )
+        assert set(statuses) == {200, 429}
+        assert statuses[200] >= 100
+        while (refused := post(f"{url}/predict", b"x")).status_code == 200:
+            pass
+        assert refused.headers["retry-after"] == "1"
+        assert refused.headers["content-type"] == "application/problem+json"
+        assert refused.json()["code"] == "rate-limited"
+
+
+def test_the_access_log_has_addresses_and_the_replicas_get_them(
+    replicas: list[Live], tmp_path: Path
+) -> None:
+    with nginx(tmp_path, [replicas[0].port]) as url:
+        post(f"{url}/predict", photo(1), {"x-request-id": "mine-2", "x-forwarded-for": "6.6.6.6"})
+    lines = [json.loads(line) for line in (tmp_path / "nginx.log").read_text().splitlines()]
+    (line,) = [line for line in lines if line["request_id"] == "mine-2"]
+    assert (line["client"], line["status"], line["path"]) == ("127.0.0.1", 200, "/predict")
+    assert "6.6.6.6" not in replicas[0].log.read_text()
+
+
+def buffered_bodies(tmp_path: Path) -> list[int]:
+    """Sizes of the files, already without a name, in which nginx keeps bodies."""
+    master = psutil.Process(int((tmp_path / "nginx.pid").read_text()))
+    opened = [
+        file
+        for worker in master.children()
+        for file in Path(f"/proc/{worker.pid}/fd").iterdir()
+        if os.readlink(file).startswith(f"{tmp_path}/body/")
+    ]
+    return [file.stat().st_size for file in opened]
+
+
+@pytest.mark.process
+def test_slow_uploads_stop_nobody_and_fill_nothing(replicas: list[Live], tmp_path: Path) -> None:
+    """More slow uploads of the largest size than nginx buffers, and honest callers beside them."""
+    honest, large = photo(1), photo(2, (4000, 3000))
+    assert len(large) > 100_000
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 20000000\r\n\r\n"
+    stop = threading.Event()
+
+    def send(port: int) -> None:
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.sendall(head + bytes(5_000_000))
+            while not stop.wait(0.5):
+                try:
+                    slow.sendall(b"x")
+                except OSError:  # closed by the service
+                    return
+
+    with nginx(tmp_path, [one.port for one in replicas]) as url:
+        port = int(url.rpartition(":")[2])
+        uploads = [threading.Thread(target=send, args=(port,)) for _ in range(12)]
+        for upload in uploads:
+            upload.start()
+        try:
+            time.sleep(2)
+            for data in (honest, large) * 4:
+                start = time.monotonic()
+                assert post(f"{url}/predict", data).status_code == 200
+                assert time.monotonic() - start < 3
+            assert len(buffered := buffered_bodies(tmp_path)) == 4
+            assert sum(buffered) > 10_000_000
+        finally:
+            stop.set()
+            for upload in uploads:
+                upload.join()

@@ -17,6 +17,7 @@ from tests.support.container_engine import DOCKER, IMAGE, ROOT, run, skip_or_fai
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("build_seconds")]
 
+PASSWORD = {"GRAFANA_PASSWORD": "of-this-test"}
 CONFIG = yaml.safe_load((ROOT / "compose.yaml").read_text())
 
 
@@ -36,7 +37,7 @@ def replicas(
 ) -> Iterator[list[str]]:
     """The names of the two containers, healthy."""
     project = f"fledgetest{uuid.uuid4().hex[:8]}"
-    env = {"FLEDGE_IMAGE": IMAGE, "FLEDGE_BUNDLE_DIR": str(bundle)}
+    env = {"FLEDGE_IMAGE": IMAGE, "FLEDGE_BUNDLE_DIR": str(bundle), **PASSWORD}
     often = tmp_path_factory.mktemp("compose") / "often.yaml"
     often.write_text(yaml.safe_dump({"services": {"fledge": {"healthcheck": {"interval": "1s"}}}}))
     compose = (*compose_command, "--project-name", project, "--project-directory", str(ROOT))
@@ -63,8 +64,19 @@ def wait_until_healthy(name: str, limit: float = 60) -> None:
 
 
 def test_compose_accepts_the_file(compose_command: list[str]) -> None:
-    config = yaml.safe_load(run(*compose_command, "config").stdout)
+    config = yaml.safe_load(run(*compose_command, "config", env=PASSWORD).stdout)
     assert set(config["services"]) == {"fledge", "nginx", "prometheus", "grafana"}
+    environment = config["services"]["grafana"]["environment"]
+    assert environment["GF_SECURITY_ADMIN_PASSWORD"] == "of-this-test"
+
+
+@pytest.mark.parametrize("env", [{}, {"GRAFANA_PASSWORD": ""}])
+def test_compose_requires_a_password_for_grafana(
+    compose_command: list[str], env: dict[str, str]
+) -> None:
+    refused = run(*compose_command, "config", env=env, check=False)
+    assert refused.returncode != 0
+    assert "GRAFANA_PASSWORD" in refused.stderr
 
 
 @pytest.mark.parametrize("name", CONFIG["services"])

@@ -257,7 +257,8 @@ def missing_photos_error(
             f"none of the {len(samples)} {part} photos is in {root}; say where with --data"
         )
     names = f"{len(missing)} {part} photo{'s are' if len(missing) > 1 else ' is'} missing"
-    first = quoted(missing[0].path.relative_to(root))
+    path = missing[0].path
+    first = quoted(path.relative_to(root) if path.is_relative_to(root) else path)
     return DataError(
         f"{names} in {root}, for example {first}; restore the missing photos, or train again"
     )

@@ -241,10 +241,11 @@ def check_checkpoint(data: bytes) -> None:
     for name, path in (("a.json", "best.json"), ("a.safetensors", "best.safetensors")):
         put(run / path, files.get(name))
     errors: list[FledgeError] = []
-    try:
-        dataset.load_run_dataset(run)
-    except FledgeError as error:
-        errors.append(error)
+    if b'"sample"' not in data:  # the sample data set would be painted into the user's cache
+        try:
+            dataset.load_run_dataset(run)
+        except FledgeError as error:
+            errors.append(error)
     info = checkpoint.read_info(run / "best.json")
     if info.arch == _INFO["arch"]:
         checkpoint.load(run)

@@ -13,6 +13,7 @@ from serving.errors import Overloaded, WorkError
 from serving.http.app import App
 from serving.http.model_manager import LoadedModel, ModelManager
 from serving.inference.admission import OverdueCount
+from serving.inference.decoding import DecodingBudget
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Prediction, Predictor
 from serving.inference.scheduling import DynamicBatcher, build_engine
@@ -90,7 +91,7 @@ def engine_of(predictor: Predictor, cap: int, max_queue: int = 64):
         threads=2,
         max_queue=max_queue,
         max_pixels=10_000_000,
-        memory=2**29,
+        budget=DecodingBudget.of(2**29),
         observe=lambda phase, value: None,
     )
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from serving.errors import BrokenImage, TooLarge
-from serving.imaging.limits import check_limits, raise_limit_of_pillow
+from serving.imaging.limits import check_limits, has_one_orientation, raise_limit_of_pillow
 
 PIXELS = 10_000
 
@@ -287,3 +287,40 @@ def test_other_bmps_are_left_to_the_decoder() -> None:
     assert refusal(bmp(101, 100, size=39)) is None
     assert refusal(bmp(101, 100, size=124)) is not None
     assert refusal(bmp(101, 100)[:-1]) is None
+
+
+def exif(kind: int, count: int, value: int = 6) -> bytes:
+    entry = struct.pack("<HHII", 274, kind, count, value)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ({}, True),
+        ({"exif": b""}, True),
+        ({"exif": b"Exif\0\0"}, True),
+        ({"exif": b"MM"}, True),
+        ({"exif": exif(3, 1)}, True),
+        ({"exif": exif(3, 1)[6:]}, True),
+        ({"exif": exif(5, 16)}, True),
+        ({"exif": exif(5, 17)}, False),
+        ({"exif": exif(5, 2_400_000)}, False),
+        ({"Raw profile type exif": "\nexif\n  10\n" + "00" * 10}, True),
+        ({"Raw profile type exif": "00" * 2**18}, False),
+    ],
+)
+def test_an_orientation_has_few_values(info: dict[str, object], expected: bool) -> None:
+    assert has_one_orientation(info) == expected
+
+
+def test_bytes_between_segments_and_entries_of_a_directory_are_limited() -> None:
+    assert refusal(START + b"\xff" * 65_000 + frame() + scan()) is None
+    many = "BrokenImage: the image is broken: more than 65536 bytes between segments"
+    assert refusal(START + b"\xff" * 66_000 + frame() + scan()) == many
+    assert refusal(START + b"\xff\xd0" * 66_000) == many
+    table = b"II*\0" + struct.pack("<IH", 8, 4097) + bytes(12 * 4097)
+    assert (
+        refusal(table)
+        == "BrokenImage: the image is broken: more than 4096 entries of its directory"
+    )

@@ -49,6 +49,24 @@ def test_a_batch_gives_the_same_as_single_images(predictor: Predictor):
         assert item.probabilities.sum() == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.parametrize("max_rows", [1, 3, 4, 100])
+def test_runs_of_fewer_rows_give_the_same(predictor: Predictor, max_rows: int, monkeypatch):
+    wanted = [(1, 0), (2, 3), (4, 10)]
+    prepared = [predictor.prepare(photo(seed), tta) for seed, tta in wanted]
+    together = predictor.predict(prepared)
+    rows: list[int] = []
+    run = predictor.runtime.run
+    monkeypatch.setattr(predictor.runtime, "run", lambda x: (rows.append(len(x)), run(x))[1])
+    apart = predictor.predict(prepared, max_rows=max_rows)
+    assert max(rows) <= max_rows
+    assert sum(rows) == 14
+    for one, other in zip(together, apart, strict=True):
+        assert one.views == other.views
+        np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-6)
+        np.testing.assert_allclose(one.features, other.features, atol=1e-5)
+        assert one.energy == pytest.approx(other.energy, abs=1e-5)
+
+
 def test_the_low_latency_runtime_gives_the_same_bits(folder: Path):
     opened = open_predictor(folder, device="cpu", low_latency_threads=2)
     assert opened.low_latency_runtime is not None

@@ -10,8 +10,9 @@ from serving.errors import BrokenImage, Overloaded, WorkError
 from serving.imaging.cost import Cost
 from serving.inference.admission import QueueLimit
 from serving.inference.decoding import ImageDecoder, NeedsIsolation
+from serving.inference.dynamic_batcher import DynamicBatcher
 from serving.inference.predictor import Prediction, Prepared
-from serving.inference.scheduling import DynamicBatcher, PerImageEngine
+from serving.inference.scheduling import PerImageEngine
 
 
 class Stub:
@@ -356,3 +357,25 @@ def test_threads_of_cancelled_images_are_overdue_until_they_end():
         assert (await engine.predict(b"xx")).probabilities == [2.0]
 
     assert ("overdue", 2) in run(per_image, work).seen
+
+
+@both
+def test_an_image_that_is_handed_over_after_its_request_has_ended_is_not_overdue(make: Make):
+    async def work(stub: Stub, engine: PerImageEngine | DynamicBatcher) -> None:
+        entered, leave = threading.Event(), threading.Event()
+
+        def prepare(data: bytes, tta: int) -> Prepared:
+            entered.set()
+            assert leave.wait(10)
+            raise NeedsIsolation(Cost(1, 1, 1, 1))
+
+        engine._decoder = engine._decoder._replace(prepare=prepare)
+        call = asyncio.ensure_future(engine.predict(b"x"))
+        await until(entered.is_set)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        assert engine.overdue.count == 1
+        leave.set()
+        await until(lambda: engine.overdue.count == 0)
+
+    run(make, work)

@@ -15,15 +15,12 @@ import pytest
 
 from serving.errors import Overloaded
 from serving.imaging.cost import Cost
-from serving.inference import scheduling
-from serving.inference.admission import QueueLimit
+from serving.inference import dynamic_batcher, scheduling
+from serving.inference.admission import EXTRA_THREADS, QueueLimit
+from serving.inference.decoding import DecodingBudget
+from serving.inference.dynamic_batcher import DynamicBatcher
 from serving.inference.predictor import Prediction, Prepared
-from serving.inference.scheduling import (
-    EXTRA_THREADS,
-    DynamicBatcher,
-    PerImageEngine,
-    build_engine,
-)
+from serving.inference.scheduling import PerImageEngine, build_engine
 
 
 class FakePredictor:
@@ -41,7 +38,9 @@ class FakePredictor:
     ) -> Prepared:
         return Prepared(np.full((max(1, tta), 1, max_pixels, 3), len(data), np.uint8), ())
 
-    def predict(self, prepared: list[Prepared], *, low_latency: bool) -> list[Prediction]:
+    def predict(
+        self, prepared: list[Prepared], *, low_latency: bool, max_rows: int
+    ) -> list[Prediction]:
         self.calls.append((len(prepared), low_latency))
         return [
             Prediction(np.array(item.pixels.shape[:3]), np.zeros(1), 0.0, len(item.pixels), ())
@@ -52,7 +51,12 @@ class FakePredictor:
 def built(
     predictor: FakePredictor, cap: int, observe: Any = lambda *_: None, **options: Any
 ) -> Any:
-    settings = {"threads": 2, "max_queue": 3, "max_pixels": 7, "memory": 2**20} | options
+    settings = {
+        "threads": 2,
+        "max_queue": 3,
+        "max_pixels": 7,
+        "budget": DecodingBudget.of(2**20),
+    } | options
     return build_engine(predictor, cap=cap, observe=observe, **settings)  # type: ignore[arg-type]
 
 
@@ -156,7 +160,8 @@ def test_each_phase_is_measured_from_its_own_start(
     """A clock that advances by 1, 2, 4, … at each reading tells which readings are compared."""
     ticks = itertools.accumulate((2.0**n for n in range(40)), initial=0.0)
     clock = SimpleNamespace(perf_counter=lambda: next(ticks), monotonic=time.monotonic)
-    monkeypatch.setattr(scheduling, "time", clock)
+    for module in (scheduling, dynamic_batcher):
+        monkeypatch.setattr(module, "time", clock)
     seen: list[tuple[str, float]] = []
     engine = built(FakePredictor(), cap, lambda *found: seen.append(found))
     try:

@@ -174,6 +174,17 @@ def test_a_damaged_list_is_refused_with_a_remedy(
     )
 
 
+def test_a_list_with_fewer_images_than_are_counted_is_damaged(tmp_path: Path) -> None:
+    out, lines = tmp_path / "out.csv", b'"a"\n'
+    with ScoringJournal(out, FACTS) as journal:
+        journal.write_inputs(["a", "b"])
+        counts = {"images": 2, "skipped": 0, "sha256": [hashlib.sha256(lines).hexdigest()]}
+        (journal.folder / "inputs.json").write_text(json.dumps(counts))
+        (journal.folder / "inputs.jsonl").write_bytes(lines)
+    with pytest.raises(OptionError, match="cut or changed"), ScoringJournal(out, FACTS) as journal:
+        list(journal.todo())
+
+
 @pytest.mark.parametrize(
     "features",
     [np.zeros((2, 3)), np.zeros((1, 3), np.float32), np.zeros(2, np.int64), np.float32(1)],

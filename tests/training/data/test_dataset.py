@@ -181,6 +181,10 @@ def test_reading_a_split_requires_the_photos_of_the_needed_parts(tmp_path):
     assert len(read_split(*args, needed=("valid",)).train) == len(found.train)
     with pytest.raises(DataError, match=r"s\.csv can't be read"):
         read_split(tmp_path / "s.csv", root, ("a", "c"), "photos")
+    text = (tmp_path / "s.csv").read_text()
+    (tmp_path / "s.csv").write_text(text.replace("a/", "/nowhere/a/", 1))
+    with pytest.raises(DataError, match=r"missing in .*, for example .*a/"):
+        read_split(*args)
 
 
 @pytest.mark.parametrize(
