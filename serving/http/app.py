@@ -38,6 +38,7 @@ from serving.http.multipart import ManyFalseBoundaries
 from serving.http.predict import predict_image, predict_images
 from serving.inference.decoding import request_id
 from serving.server import bentoml_compat, connection_limits, log_queue, tls
+from serving.server.disconnect import DISCONNECT, Disconnect
 from serving.server.shutdown import GracefulShutdown
 from serving.settings import Settings
 
@@ -100,13 +101,20 @@ class App:
                 await self._inner(scope, receive, send)
                 return
         request_id.set(request.id)
+        disconnect = scope.get(DISCONNECT) or Disconnect()
+        disconnect.task = asyncio.current_task()
         try:
             response = await self._respond(request, refusal)
         except ClientDisconnect:
             return
+        except asyncio.CancelledError:
+            if disconnect.happened:
+                return
+            raise
         finally:
-            if request.taken:
-                self._model_manager().bodies.give_back(request.taken)
+            disconnect.task = None
+            if request.upload is not None:
+                self._model_manager().bodies.give_back(request.upload)
         response.headers.extend(self._access.cors_headers(request.headers))
         if self._shutdown.started:
             response.headers.append((b"connection", b"close"))
@@ -249,13 +257,8 @@ class App:
     async def _body(self, request: Request, model_manager: ModelManager) -> bytes:
         await self._keys(model_manager).authorise(request, images=1)
         overhead = forms.MAX_OVERHEAD if forms.is_multipart(request.content_type) else 0
-        try:
-            async with asyncio.timeout(READ_TIMEOUT):
-                body = await request.body(
-                    model_manager.settings.max_bytes + overhead, model_manager.bodies
-                )
-        except TimeoutError as error:
-            raise problems.SlowRequest(f"the body took more than {READ_TIMEOUT:g} s") from error
+        limit = model_manager.settings.max_bytes + overhead
+        body = await request.body(limit, model_manager.bodies, READ_TIMEOUT)
         model_manager.telemetry.observe("read", request.seconds)
         return body
 
@@ -273,7 +276,12 @@ async def _parse_form(body: bytes, request: Request) -> forms.Form:
     if len(body) <= _SMALL_FORM:
         with suppress(ManyFalseBoundaries):
             return forms.parse(body, request.content_type, _MOST_FALSE)
-    return await asyncio.to_thread(forms.parse, body, request.content_type)
+    parsing = asyncio.create_task(asyncio.to_thread(forms.parse, body, request.content_type))
+    try:
+        return await asyncio.shield(parsing)
+    except asyncio.CancelledError:
+        await asyncio.wait([parsing])  # the thread has the body until then
+        raise
 
 
 def _is_overloaded(answer: dict[str, Any]) -> bool:

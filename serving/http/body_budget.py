@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 from serving.errors import Overloaded
@@ -14,12 +15,35 @@ LARGE_SHARE: Final = 0.75
 """Bodies above `SMALL` bytes may take this share of the budget, so that uploads which are held open
 leave room for usual photos."""
 
+SLOW_SECONDS: Final = 5.0
+"""Time after which a body that is still incomplete may be ended to make room for others."""
+
+
+class Upload:
+    """What one body has taken from a `BodyBudget`, and how to end it.
+
+    Attributes:
+        timeout: Entered by the task that reads the body.
+        started: `loop.time()` when the reading began.
+        taken: Bytes that are taken from the budget now.
+        ended: Whether the budget has ended the upload. It may take no more bytes then.
+    """
+
+    __slots__ = ("ended", "started", "taken", "timeout")
+
+    def __init__(self, timeout: asyncio.Timeout, started: float) -> None:
+        self.timeout, self.started = timeout, started
+        self.taken = 0
+        self.ended = False
+
 
 class BodyBudget:
     """Bytes that the bodies of all requests in progress may take together.
 
-    Only what has arrived counts, because a client may state a length and send nothing. The methods
-    may be called only in the thread of the event loop, because there is no lock.
+    Only what has arrived counts, because a client may state a length and send nothing. Where there
+    is no room, bodies that are incomplete after `SLOW_SECONDS` are ended, the oldest first: their
+    readers get a `TimeoutError`, and their bytes are free at once. A complete body is never ended.
+    The methods may be called only in the thread of the event loop, because there is no lock.
 
     Attributes:
         total: All bytes of the budget.
@@ -29,38 +53,69 @@ class BodyBudget:
     def __init__(self, total: int) -> None:
         self.total = total
         self.used = 0
+        self._incomplete: dict[Upload, None] = {}  # that have taken bytes, the oldest first
 
-    def check(self, stated: int) -> None:
+    def check(self, stated: int, now: float) -> None:
         """Check whether there is room for a body of a stated length, before it is read.
 
-        Raises:
-            Overloaded: There is no room.
-        """
-        if self.used and self.used + COPIES * stated > self._limit(stated):
-            raise Overloaded(_MESSAGE)
+        Args:
+            stated: Length of the body, in bytes.
+            now: `loop.time()`.
 
-    def take(self, size: int, body: int) -> int:
-        """Take bytes for a chunk of a body; return the bytes taken, for `give_back`.
+        Raises:
+            Overloaded: There is no room, and ending slow uploads would not make enough.
+        """
+        needed = COPIES * stated
+        if self.used and self.used + needed > self._limit(stated):
+            used = self.used - sum(upload.taken for upload in self._slow(now))
+            if used and used + needed > self._limit(stated):
+                raise Overloaded(_MESSAGE)
+
+    def take(self, upload: Upload, size: int, *, complete: bool) -> None:
+        """Take bytes for a chunk of a body.
 
         One body is accepted however small the budget is.
 
         Args:
+            upload: The body, which must not have ended.
             size: Length of the chunk, in bytes.
-            body: Length of what has arrived of the body, with the chunk.
+            complete: Whether this is the last chunk.
 
         Raises:
             Overloaded: There is no room.
         """
-        taken = COPIES * size
-        others = self.used - COPIES * (body - size)
-        if others > 0 and self.used + taken > self._limit(body):
-            raise Overloaded(_MESSAGE)
-        self.used += taken
-        return taken
+        needed = COPIES * size
+        limit = self._limit(upload.taken // COPIES + size)
+        if self.used > upload.taken and self.used + needed > limit:
+            self._end_slow(upload, limit - needed)
+            if self.used > upload.taken and self.used + needed > limit:
+                raise Overloaded(_MESSAGE)
+        self.used += needed
+        upload.taken += needed
+        if complete:
+            self._incomplete.pop(upload, None)
+        elif upload.taken:
+            self._incomplete[upload] = None
 
-    def give_back(self, taken: int) -> None:
-        """Give back what `take` has returned, summed over the chunks of a body."""
-        self.used -= taken
+    def give_back(self, upload: Upload) -> None:
+        """Give back all that an upload has taken."""
+        self._incomplete.pop(upload, None)
+        self.used -= upload.taken
+        upload.taken = 0
+
+    def _end_slow(self, newcomer: Upload, most: int) -> None:
+        """End slow uploads until at most `most` bytes are used, but none after `newcomer`."""
+        now = asyncio.get_running_loop().time()
+        for upload in self._slow(now):
+            if self.used <= most or upload is newcomer:
+                return
+            self.give_back(upload)
+            upload.ended = True
+            if not upload.timeout.expired():
+                upload.timeout.reschedule(now)
+
+    def _slow(self, now: float) -> list[Upload]:
+        return [one for one in self._incomplete if now - one.started > SLOW_SECONDS]
 
     def _limit(self, body: int) -> int:
         return self.total if body <= SMALL else int(LARGE_SHARE * self.total)

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from serving.errors import TooLarge, Unauthorized
 from serving.http import problems
-from serving.http.body_budget import BodyBudget
+from serving.http.body_budget import SLOW_SECONDS, BodyBudget, Upload
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -54,7 +54,7 @@ class Request:
             X-Forwarded-For.
         id: The client's X-Request-ID if it is valid, else a random id.
         body_complete: Whether the whole body has been read.
-        taken: Bytes that the body has taken from the `BodyBudget`.
+        upload: What the body has taken from the `BodyBudget`; None before it is read.
         started: `time.perf_counter()` when the headers arrived.
     """
 
@@ -66,7 +66,7 @@ class Request:
     id: str
     client: str = ""
     body_complete: bool = False
-    taken: int = 0
+    upload: Upload | None = None
     started: float = field(default_factory=time.perf_counter)
 
     @classmethod
@@ -90,39 +90,55 @@ class Request:
         """Seconds since the headers of the request arrived."""
         return time.perf_counter() - self.started
 
-    async def body(self, limit: int, budget: BodyBudget) -> bytes:
+    async def body(self, limit: int, budget: BodyBudget, seconds: float) -> bytes:
         """Read the whole body.
 
         Args:
             limit: Largest accepted length, in bytes.
-            budget: Budget from which the body takes its bytes; `taken` counts them.
+            budget: Budget from which the body takes its bytes; `upload` counts them.
+            seconds: Time that the client may take.
 
         Raises:
+            SlowRequest: The body took longer, or the budget had no room for a slow body.
             Overloaded: The budget has no room for the body. The rest of the body is not read.
             TooLarge: The body is longer than `limit`. The rest of the body is not read.
             ClientDisconnect: The client closed the connection before the end of the body.
         """
         message = f"more than the {limit} bytes allowed"
+        now = asyncio.get_running_loop().time()
         stated = self.headers.get(b"content-length", b"0")
         if stated.isdigit():
             if int(stated) > limit:
                 raise TooLarge(message)
-            budget.check(int(stated))
+            budget.check(int(stated), now)
         chunks: list[bytes] = []
         size = 0
-        while True:
-            event = await self.receive()
-            if event["type"] == "http.disconnect":
-                raise ClientDisconnect
-            chunk = event.get("body", b"")
-            size += len(chunk)
-            if size > limit:
-                raise TooLarge(message)
-            self.taken += budget.take(len(chunk), size)
-            chunks.append(chunk)
-            if not event.get("more_body", False):
-                self.body_complete = True
-                return b"".join(chunks)
+        timeout = asyncio.timeout_at(now + seconds)
+        upload = self.upload = Upload(timeout, now)
+        try:
+            async with timeout:
+                while True:
+                    event = await self.receive()
+                    if event["type"] == "http.disconnect":
+                        raise ClientDisconnect
+                    if upload.ended:
+                        raise TimeoutError
+                    chunk = event.get("body", b"")
+                    size += len(chunk)
+                    if size > limit:
+                        raise TooLarge(message)
+                    complete = not event.get("more_body", False)
+                    budget.take(upload, len(chunk), complete=complete)
+                    chunks.append(chunk)
+                    if complete:
+                        self.body_complete = True
+                        return b"".join(chunks)
+        except TimeoutError as error:
+            if upload.ended:
+                detail = f"{SLOW_SECONDS:g} s, and others need the memory; send it faster"
+            else:
+                detail = f"{seconds:g} s"
+            raise problems.SlowRequest(f"the body took more than {detail}") from error
 
     async def drop_rest(self) -> None:
         """Read and discard the rest of the body, up to a limit in seconds and in bytes.

@@ -10,11 +10,13 @@ import io
 import lzma
 import tarfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from serving.errors import DataError
 from serving.imaging.limits import MAX_PIXELS
 from serving.utils.optional_packages import require
+from serving.utils.regular_files import open_regular
 
 BLOCK: Final = tarfile.BLOCKSIZE
 
@@ -28,7 +30,14 @@ MAX_RATIO: Final = 250
 _ALLOWANCE: Final = 2**25
 """A compressed archive may expand to `MAX_RATIO` times its size, and this many bytes more."""
 
+MAX_UNPACKING: Final = 2**28
+"""Largest memory for decompressing xz, in bytes. `xz -9` needs 65 MB; the format allows 4 GB."""
+
 _PIECE: Final = 2**16
+
+
+class NeedsMemory(lzma.LZMAError):
+    """Decompressing a file needs more than `MAX_UNPACKING` bytes of memory."""
 
 
 class PeekableStream(io.BufferedIOBase):
@@ -117,9 +126,9 @@ def open_tar(path: str) -> Iterator[PeekableStream]:
 
     Raises:
         DataError: The archive is compressed by zstd, and the package zstandard is not installed.
-        OSError: The file can't be opened.
+        OSError: The file can't be opened, or is no regular file.
     """
-    with open(path, "rb") as file:
+    with open_regular(Path(path)) as file:
         start = file.read(BLOCK)
         file.seek(0)
         # A plain tar starts with a file name, which may begin with a compression's magic bytes.
@@ -143,6 +152,51 @@ def _zstd(file: BinaryIO) -> Any:
     return io.BufferedReader(_ZstdReader(importlib.import_module("zstandard"), file))
 
 
+def _xz(file: BinaryIO) -> Any:
+    return io.BufferedReader(_XzReader(file))
+
+
+class _XzReader(io.RawIOBase):
+    """Stream decompressed by lzma within `MAX_UNPACKING` bytes; `lzma.LZMAFile` has no limit.
+
+    Like there, streams may follow each other, and what follows and is none is ignored.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._decompressor = _xz_decompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        while True:
+            data = b""
+            if self._decompressor.eof:
+                data = self._decompressor.unused_data
+                if len(data) < len(_XZ):
+                    data += self._file.read(_PIECE)
+                if not data.startswith(_XZ):
+                    return 0
+                self._decompressor = _xz_decompressor()
+            elif self._decompressor.needs_input and not (data := self._file.read(_PIECE)):
+                raise EOFError("the compressed data is cut off")
+            try:
+                found = self._decompressor.decompress(data, len(buffer))
+            except lzma.LZMAError as error:
+                if "emory" not in str(error):
+                    raise
+                limit = MAX_UNPACKING >> 20
+                raise NeedsMemory(f"unpacking it needs more than {limit} MB; unpack it") from error
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
+
+
+def _xz_decompressor() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_UNPACKING)
+
+
 class _ZstdReader(io.RawIOBase):
     """Stream decompressed by zstandard. Errors of that package are raised as OSError."""
 
@@ -160,10 +214,11 @@ class _ZstdReader(io.RawIOBase):
             raise OSError(str(error)) from error
 
 
+_XZ: Final = b"\xfd7zXZ\0"
 _COMPRESSIONS: Final[dict[bytes, Callable[[BinaryIO], Any]]] = {
     b"\x1f\x8b": _gzip,
     b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ\0": lzma.LZMAFile,
+    _XZ: _xz,
     b"\x28\xb5\x2f\xfd": _zstd,
 }
 """Maps the first bytes of a compressed file to a function that opens it."""

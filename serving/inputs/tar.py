@@ -24,7 +24,14 @@ from tarfile import XGLTYPE
 from typing import IO, Any, BinaryIO, Final
 
 from serving.errors import BrokenImage, DataError, TooLarge
-from serving.inputs.compression import BLOCK, MAX_FILE, MAX_RATIO, PeekableStream, open_tar
+from serving.inputs.compression import (
+    BLOCK,
+    MAX_FILE,
+    MAX_RATIO,
+    NeedsMemory,
+    PeekableStream,
+    open_tar,
+)
 from serving.inputs.folders import Note, is_image
 
 SEPARATOR: Final = "::"
@@ -34,6 +41,7 @@ SUFFIXES: Final = (
     *(".tgz", ".tbz2", ".txz", ".tzst"),
 )
 
+_NO_TAR: Final = ": no tar archive"
 _PIECE: Final = 2**16
 
 _HOLES: Final = 2**20
@@ -174,7 +182,7 @@ def _headers(source: PeekableStream) -> Iterator[tuple[tarfile.TarFile, tarfile.
     Iterating over a TarFile instead would keep all headers in memory and ignore corrupt ones.
     """
     tar: tarfile.TarFile | None = None
-    offset, place = 0, "at its start: no tar archive"
+    offset, place = 0, f"at its start{_NO_TAR}"
     while True:
         try:
             source.seek(offset)
@@ -187,6 +195,8 @@ def _headers(source: PeekableStream) -> Iterator[tuple[tarfile.TarFile, tarfile.
                     info = tar.next()
                 else:
                     info = _TarInfo.fromtarfile(tar)
+        except NeedsMemory as error:
+            raise DataError(f"can't be read {place.removesuffix(_NO_TAR)}: {error}") from error
         except _CORRUPT as error:
             raise DataError(f"broken {place} ({_reason(error)})") from error
         if info is None or tar.offset <= offset:

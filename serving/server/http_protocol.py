@@ -34,6 +34,7 @@ from serving.server.connection_limits import (
     WRITE_SECONDS,
     ConnectionLimits,
 )
+from serving.server.disconnect import DISCONNECT, Disconnect, is_closed_by_client
 
 _PIPELINED_COST: Final = 4096  # bytes of memory for a small request that waits
 _SLICE: Final = HEAD_BYTES
@@ -81,6 +82,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._linger_until = 0.0  # after a refusal; 0: none
         self._closing_since = 0.0  # when the transport was first seen to be closing; 0: it is not
         self._stopped = False  # what the client sends is dropped
+        self._answering: Any = None  # the cycle whose request `App` has; not the pipelined ones
 
     # Connection
 
@@ -97,6 +99,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._limits.remove(self)
         self._hold(0)
         super().connection_lost(exc)
+        self.pipeline.clear()
+        cycle = self._answering
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True  # uvicorn does so for the latest of pipelined requests only
+            cycle.message_event.set()
+            cycle.scope[DISCONNECT].report()
 
     def handle_websocket_upgrade(self) -> None:
         self._limits.remove(self)  # `App` closes the WebSocket at once
@@ -223,6 +231,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         elif self._should_upgrade():  # no request for `App`; a body counts as part of the head
             self._head_open, self._body_open = True, False
 
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        cycle.scope[DISCONNECT] = Disconnect()
+        self._answering = cycle
+        HttpToolsProtocol._start_asgi_task(self, cycle, app)
+
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
         self._body_at = self._limits.now
@@ -231,6 +244,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._body_open = False
         HttpToolsProtocol.on_message_complete(self)
+        if self.flow.read_paused and not self.pipeline:  # read, to notice when the client is gone
+            self.flow.resume_reading()
         if self.cycle is not None and self.cycle.response_complete:  # answered before its end
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
@@ -265,6 +280,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         elif self._blocked_since and now - self._blocked_since > WRITE_SECONDS:
             self._limits.refused("unread-response")
             self.drop()
+        elif self.flow.read_paused and is_closed_by_client(self.transport.get_extra_info("socket")):
+            self.drop()  # pipelined requests are not read before the first is answered
         elif self._body_open:
             self._check_speed(now)
         elif (self._head_bytes or self.cycle is None) and now - self._head_since > HEAD_SECONDS:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 import random
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import pytest
 
 from serving.errors import BrokenImage, TooLarge
 from serving.inputs import sources
-from serving.inputs.compression import MAX_HEADER
+from serving.inputs.compression import MAX_HEADER, PeekableStream, open_tar
 
 ROOT = Path(__file__).parents[2]
 MEGABYTE = 10**6
@@ -253,3 +255,68 @@ def test_a_large_archive_that_is_worth_its_bytes_is_read(tmp_path: Path) -> None
     found = {name.partition("::")[2]: reader.load(name) for name in names}
     assert found == members
     reader.close()
+
+
+def xz(data: bytes, dictionary: int) -> bytes:
+    """An .xz file whose header states a dictionary: 30 is 128 MiB, 32 256 MiB, 39 3 GiB."""
+    packed = lzma.compress(data)
+    head = b"\x02\0\x21\x01%c\0\0\0" % dictionary
+    return packed[:12] + head + zlib.crc32(head).to_bytes(4, "little") + packed[24:]
+
+
+@pytest.mark.parametrize("dictionary", [32, 39, 40])
+def test_an_xz_file_may_not_ask_for_gigabytes(tmp_path: Path, dictionary: int) -> None:
+    """A process without a limit of memory would take the 3 GiB."""
+    path = tmp_path / "a.tar.xz"
+    found = read(path, xz(member() + bytes(1024), dictionary))
+    assert found["names"] == 0
+    note = found["notes"][0]
+    assert note.startswith(f"{path}: can't be read at its start: unpacking it needs more than 256")
+    assert "\n" not in note
+    with pytest.raises(BrokenImage, match="more than 256 MB"):
+        sources.Reader().load(f"{path}::1.jpg")
+
+
+def test_a_later_stream_of_xz_may_not_ask_for_gigabytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar.xz"
+    rest = member(bytes(range(256)) * 100, "2.jpg") + member(b"d", "3.jpg") + bytes(1024)
+    path.write_bytes(xz(member() + rest[:5000], 30) + xz(rest[5000:], 39))
+    notes: list[str] = []
+    names = list(sources.find([str(path)], note=notes.append))
+    assert names == [f"{path}::1.jpg", f"{path}::2.jpg"]
+    assert "more than 256 MB" in notes[0]
+    reader = sources.Reader()
+    assert reader.load(names[0]) == b"abc"
+    with pytest.raises(BrokenImage, match="more than 256 MB"):
+        reader.load(names[1])
+    reader.close()
+
+
+@pytest.mark.parametrize("end", [2**16 + more for more in (-8, -4, 0, 4, 8)])
+def test_several_streams_of_xz_are_read(tmp_path: Path, end: int) -> None:
+    """Several streams, the first of which ends at `end`, with other bytes behind the last."""
+    rng = random.Random(end)
+    data = member(rng.randbytes(300_000)) + bytes(1024)
+    packed = (lzma.compress(data[:size], preset=0) for size in range(end - 200, end))
+    first = next(one for one in packed if len(one) == end)
+    streams = first + lzma.compress(data[len(lzma.decompress(first)) :], preset=0)
+    path = tmp_path / "a.tar.xz"
+    for tail in (b"", bytes(4), rng.randbytes(100), bytes(2**17), b"\xfd7zX"):
+        path.write_bytes(streams + tail)
+        with open_tar(str(path)) as stream:
+            assert read_all(stream) == data
+    path.write_bytes(streams[:-50_000])
+    with open_tar(str(path)) as stream, pytest.raises(EOFError):
+        read_all(stream)
+
+
+def read_all(stream: PeekableStream) -> bytes:
+    return b"".join(iter(lambda: stream.read(10_000), b""))
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+    """`open` of a FIFO waits for a writer."""
+    path = tmp_path / "a.tar"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="not a regular file"), open_tar(str(path)):
+        pass
