@@ -165,10 +165,10 @@ def test_a_body_may_follow_a_large_head(server: Live):
 def test_small_chunks_are_answered(server: Live):
     data = photo(1)
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in data) + b"0\r\nX-Checksum: 1\r\n\r\n"
-    fields = b"Host: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    fields = b"Host: localhost\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
     with connect(server) as client:
         client.sendall(b"POST /predict HTTP/1.1\r\n" + fields + chunks)
-        answer = client.recv(65536)
+        answer = response(client)
     assert answer.startswith(b"HTTP/1.1 200")
     assert answer.endswith(post(f"{server.url}/predict", data).content)
 
