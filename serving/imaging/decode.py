@@ -82,10 +82,12 @@ class Decoded:
     Attributes:
         image: Image of mode RGB, 8 bits per channel, with the EXIF orientation applied.
         applied: Names of the conversions, such as "exif-orientation" or "16-bit-scaled".
+        mode: Pillow's mode of the file, such as RGB, L or CMYK.
     """
 
     image: Image.Image
     applied: tuple[str, ...]
+    mode: str
 
 
 def decode(
@@ -121,8 +123,9 @@ def decode(
         except LargerThanStated:
             pass
     request = {"max_pixels": max_pixels, "background": background}
-    pixels, applied = decoders.decode(data, request, memory=memory_limit(estimated, max_pixels))
-    return Decoded(Image.fromarray(pixels), applied)
+    memory = memory_limit(estimated, max_pixels)
+    pixels, applied, mode = decoders.decode_with_mode(data, request, memory=memory)
+    return Decoded(Image.fromarray(pixels), applied, mode)
 
 
 def check(data: bytes, max_pixels: int, views: int = 1) -> cost.Cost:
@@ -179,7 +182,7 @@ def decode_here(
     """
     raise_limit_of_pillow(max_pixels)
     image = _open(data)
-    width, height = image.size
+    (width, height), mode = image.size, image.mode
     _check_size(width, height, max_pixels)
     if stated and width * height > stated.pixels:
         raise LargerThanStated
@@ -207,7 +210,7 @@ def decode_here(
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
     except MemoryError as error:
         raise TooLarge(NEEDS_MEMORY) from error
-    return Decoded(rgb, tuple(applied))
+    return Decoded(rgb, tuple(applied), mode)
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -267,8 +270,7 @@ def _open(data: bytes) -> Image.Image:
 
 def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
     """Rotate or mirror an image by its EXIF orientation; 1 and unknown values change nothing."""
-    turn = _UPRIGHT.get(orientation)
-    return image if turn is None else image.transpose(turn)
+    return image if (turn := _UPRIGHT.get(orientation)) is None else image.transpose(turn)
 
 
 def _read_orientation(image: Image.Image) -> int:
@@ -332,11 +334,10 @@ def _to_rgb(
             image = image.getchannel("R") if grey else image.convert("RGB")
     elif image.mode == "P" and profile:
         image = image.convert("RGB")
-    if profile and image.mode in ("RGB", "CMYK", "L"):
-        converted = icc.to_srgb(image, profile)
-        if converted is not None:
-            applied.append("icc-to-srgb")
-            image = converted
+    srgb = icc.to_srgb(image, profile) if profile and image.mode in ("RGB", "CMYK", "L") else None
+    if srgb is not None:
+        applied.append("icc-to-srgb")
+        image = srgb
     if image.mode not in ("RGB", "RGBA", "L", "1", "P"):  # these convert without loss
         applied.append(f"{image.mode.lower()}-to-rgb")
     if alpha is None:
@@ -396,5 +397,4 @@ def _strips(image: Image.Image) -> Iterator[tuple[slice, Samples]]:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return text[:120]
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

@@ -60,7 +60,7 @@ def _write(answers: IO[bytes], data: bytes, request: Mapping[str, Any]) -> None:
             shape, strips = pixels.shape, iter([pixels.tobytes()])
         else:
             shape, strips = (decoded.image.height, decoded.image.width, 3), _strips(decoded.image)
-        head: dict[str, Any] = {"shape": shape, "applied": decoded.applied}
+        head: dict[str, Any] = {"shape": shape, "applied": decoded.applied, "mode": decoded.mode}
     except ImageError as error:
         head = {"error": error.code, "message": str(error)}
     except MemoryError:

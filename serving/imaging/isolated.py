@@ -102,6 +102,20 @@ class DecoderPool:
             DeadlineExceeded: Decoding took longer than `seconds`.
             Cancelled: `cancelled` returned True.
         """
+        return self.decode_with_mode(
+            data, request, memory=memory, seconds=seconds, cancelled=cancelled
+        )[:2]
+
+    def decode_with_mode(
+        self,
+        data: bytes,
+        request: dict[str, Any],
+        *,
+        memory: int,
+        seconds: float = MAX_SECONDS,
+        cancelled: Callable[[], bool] = bool,
+    ) -> tuple[Pixels, tuple[str, ...], str]:
+        """As `decode`; the third result is Pillow's mode of the file."""
         while not self._free.acquire(timeout=_POLL_SECONDS):
             if cancelled():
                 raise Cancelled
@@ -289,17 +303,18 @@ def _split_head(
             fits = len(shape) == 3 and shape[0] * shape[1] <= request["max_pixels"]
         if not fits or shape[-1] != 3 or len(shape) != len(head["shape"]):
             raise BrokenImage(_NO_ANSWER)
-        applied = tuple(map(str, head["applied"]))
+        applied, mode = tuple(map(str, head["applied"])), str(head["mode"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise BrokenImage(_NO_ANSWER) from error
-    return {"shape": shape, "applied": applied, "bytes": math.prod(shape)}, rest
+    return {"shape": shape, "applied": applied, "mode": mode, "bytes": math.prod(shape)}, rest
 
 
-def _result(head: dict[str, Any], pixels: bytearray) -> tuple[Pixels, tuple[str, ...]]:
+def _result(head: dict[str, Any], pixels: bytearray) -> tuple[Pixels, tuple[str, ...], str]:
     if "error" in head:
         kinds = {kind.code: kind for kind in _subclasses(ImageError)}
         raise kinds.get(head["error"], BrokenImage)(head["message"][:300])
-    return np.frombuffer(pixels, np.uint8).reshape(head["shape"]), head["applied"]
+    shaped = np.frombuffer(pixels, np.uint8).reshape(head["shape"])
+    return shaped, head["applied"], head["mode"]
 
 
 def _subclasses(kind: type[ImageError]) -> Sequence[type[ImageError]]:

@@ -6,7 +6,6 @@ The statistics are image size, file size, colour, and a hash that finds duplicat
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from serving.errors import ImageError
-from serving.imaging.decode import FORMATS, decode, read_bytes
+from serving.imaging.decode import decode, read_bytes
 from serving.utils.cpu import cores
 from serving.utils.progress import progress_bar
 from training.data.dataset import MAX_UNREADABLE_SHARE, Dataset
@@ -107,10 +106,10 @@ def photo_stats(path: Path, part: str, label: str) -> PhotoStats:
     except OSError as error:
         return PhotoStats(path, part, label, 0, error=error.strerror or str(error))
     try:
-        image = decode(data).image
+        decoded = decode(data)
     except ImageError as error:
         return PhotoStats(path, part, label, len(data), error=str(error))
-    mode = Image.open(io.BytesIO(data), formats=FORMATS).mode
+    image, mode = decoded.image, decoded.mode
     digest = hashlib.blake2b(b"%d %d " % image.size, digest_size=16)
     digest.update(image.tobytes())
     small = np.asarray(image.resize((48, 48), Image.Resampling.BOX), np.int16)

@@ -234,7 +234,7 @@ def test_a_decoder_process_that_died_between_images_is_replaced() -> None:
         b"[]\n",
         b"{}\n",
         *(
-            b'{"shape": %s, "applied": []}\n' % shape
+            b'{"shape": %s, "applied": [], "mode": "L"}\n' % shape
             for shape in (
                 b"[100000, 100000, 3]",
                 b'["a"]',
@@ -243,7 +243,7 @@ def test_a_decoder_process_that_died_between_images_is_replaced() -> None:
                 b"[1, 1, 4]",
             )
         ),
-        b'{"shape": [1, 1, 3], "applied": []}\nmore than three',
+        b'{"shape": [1, 1, 3], "applied": [], "mode": "L"}\nmore than three',
     ],
 )
 def test_an_answer_of_another_form_is_a_broken_image(

@@ -1,6 +1,8 @@
 import dataclasses
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 
 import fledge
 from serving.errors import DataError
+from tests.hostile.images import png, progressive_jpeg
 from tests.support.tiny_bundle import photo
 from training.config import load
 from training.config.sections import AugmentConfig
@@ -334,3 +337,47 @@ def test_a_pipe_among_the_photos_is_unreadable(photos):
     os.mkfifo(photos / "a" / "pipe.jpg")
     found = scan.scan_photos(load_dataset(str(photos)))
     assert [one.error for one in found if one.path.name == "pipe.jpg"] == ["no regular file"]
+
+
+@pytest.mark.process
+def test_an_image_above_the_limit_of_pillow_is_described(tmp_path):
+    """Pillow alone refuses to open images of more than 178 megapixels."""
+    code = """
+import sys
+from pathlib import Path
+from training.preview import scan
+for name in sys.argv[1:]:
+    one = scan.photo_stats(Path(name), "train", "a")
+    print(one.width, one.height, one.mode, one.error)
+"""
+    huge = tmp_path / "huge.png"
+    huge.write_bytes(png(20_000, 9000, 1, 0))
+    grey = save_photo(tmp_path / "grey.png", (20, 10), "L", 9)
+    avif = save_photo(tmp_path / "isolated.avif", (20, 10), "RGBA", (1, 2, 3, 4))
+    gif = save_photo(tmp_path / "palette.gif", (20, 10), "P", 3)
+    cmyk = tmp_path / "isolated.jpg"  # of many scans
+    cmyk.write_bytes(progressive_jpeg(4000, 4000, scans=20))
+    done = subprocess.run(
+        [sys.executable, "-c", code, huge, grey, avif, gif, cmyk],
+        env={**os.environ, "FLEDGE_MAX_PIXELS": "400000000"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "20000 9000 1 ",
+        "20 10 L ",
+        "20 10 RGBA ",
+        "20 10 P ",
+        "4000 4000 RGB ",
+    ]
+
+
+@pytest.mark.parametrize("limit", ["64", "1000"])
+def test_an_image_above_the_limit_of_pixels_is_one_line(tmp_path, monkeypatch, limit):
+    monkeypatch.setenv("FLEDGE_MAX_PIXELS", limit)
+    one = stats(save_photo(tmp_path / "a.png", (90, 90), "L", 9))
+    assert "90 x 90 pixels" in one.error
+    assert (one.width, one.mode) == (0, "")
