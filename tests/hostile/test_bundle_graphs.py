@@ -212,6 +212,7 @@ def test_what_is_no_protobuf_message_is_refused(data: bytes) -> None:
         onnx_check.check(Path("model.onnx"), data)
 
 
+@pytest.mark.process
 def test_a_graph_of_nothing_but_fields_is_refused_in_seconds() -> None:
     data = b"\x3a" + varint(2 * 20_000_000) + b"\x50\x00" * 20_000_000
     started = time.process_time()

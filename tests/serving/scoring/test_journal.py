@@ -106,6 +106,7 @@ print(json.dumps([kills, resumed, complete]))
 """
 
 
+@pytest.mark.process
 def test_a_job_killed_at_any_rename_or_removal_and_resumed_writes_the_same_table(
     bundle: Path, tmp_path: Path
 ) -> None:
