@@ -76,7 +76,7 @@ test-docker: install ## Test the image and deploy/, 2 minutes; needs a container
 	DOCKER="$(DOCKER)" BASE_IMAGE="$(BASE_IMAGE)" $(BIN)/pytest tests/docker tests/deploy $(ARGS)
 
 coverage: install ## Report the branch coverage of the tests that ran with COVERAGE=1
-	@$(BIN)/coverage combine --quiet --keep
+	@$(BIN)/coverage combine --quiet --append || test -f build/coverage/data # nothing new
 	@$(BIN)/coverage report --show-missing --skip-covered
 	@# Floors: they only rise.
 	@for floor in serving=95 training=97 export=97; do \
