@@ -63,10 +63,10 @@ score: install ## Score every image of INPUT=folder into OUT=scores.csv
 	@test -n "$(INPUT)" || { echo "make: name the images, as in make score INPUT=photos" >&2; exit 2; }
 	$(FLEDGE) score "$(INPUT)" --bundle "$(BUNDLE)" --out "$(OUT)" $(ARGS)
 
-test: install ## Run the quick tests, 3 minutes on 2 cores: offline, no GPU
+test: install ## Run the quick tests, 4 minutes on 2 cores: offline, no GPU
 	$(PYTEST) -n auto --dist loadfile -m "not process and not slow and $(OFFLINE)" $(ARGS)
 
-test-process: install ## Run the tests marked process, 2 minutes: kills, torchrun, servers, trainings on photos
+test-process: install ## Run the tests marked process, 5 minutes: kills, torchrun, servers, trainings on photos
 	$(PYTEST) -n auto --dist loadfile -m "process and not slow and $(OFFLINE)" $(ARGS)
 
 test-slow: install ## Run the tests marked slow, 5 minutes: every network family, Ray
