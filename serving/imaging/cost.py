@@ -7,11 +7,11 @@ conversions of `serving.imaging.decode`. A test compares them with the peak memo
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from serving.imaging.limits import FRAMES, PROGRESSIVE, SCAN, jpeg_markers, tiff_entries
+from serving.imaging.limits import FRAMES, PROGRESSIVE, SCAN, jpeg_markers, png_chunks, tiff_entries
 
 IN_PROCESS_BYTES: Final = 2**27
 IN_PROCESS_SECONDS: Final = 0.5
@@ -193,7 +193,7 @@ def _png(data: bytes) -> _Head | None:
     width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
     converted = colour & 4 != 0 or depth == 16
     rotated, metadata, inflated, heads, exif = False, 0, 0, 0, 0
-    for kind, at, size in _chunks(data):
+    for kind, at, size in png_chunks(data):
         heads += kind == b"IHDR"
         converted |= kind in (b"tRNS", b"iCCP")
         rotated |= kind in _TEXTS or kind == b"eXIf"  # a text may be EXIF
@@ -225,15 +225,6 @@ def _is_packed(kind: bytes, data: bytes, at: int, size: int) -> bool:
         end = data.find(b"\0", at, at + min(size, 80))
         return end < 0 or data[end + 1 : end + 2] != b"\0"
     return kind == b"zTXt"
-
-
-def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield type, offset and length of each chunk of a PNG; `limits` has limited their number."""
-    at = 8
-    while at + 8 <= len(data):
-        size = int.from_bytes(data[at : at + 4], "big")
-        yield data[at + 4 : at + 8], at + 8, min(size, len(data) - at)
-        at += 12 + size
 
 
 def _webp(data: bytes) -> _Head | None:

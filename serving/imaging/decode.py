@@ -69,8 +69,6 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF
 _STRIP: Final = 2**20  # samples that are scaled at once
 Samples = npt.NDArray[np.float64]
 
-NEEDS_MEMORY: Final = "decoding the image needs more memory than is allowed"
-
 decoders: Final = isolated.DecoderPool()
 """Processes that decode expensive or unusual images."""
 
@@ -124,7 +122,7 @@ def decode(
             pass
     request = {"max_pixels": max_pixels, "background": background}
     memory = memory_limit(estimated, max_pixels)
-    pixels, applied, mode = decoders.decode_with_mode(data, request, memory=memory)
+    pixels, applied, mode = decoders.decode(data, request, memory=memory)
     return Decoded(Image.fromarray(pixels), applied, mode)
 
 
@@ -209,7 +207,7 @@ def decode_here(
     except _CORRUPT as error:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
     except MemoryError as error:
-        raise TooLarge(NEEDS_MEMORY) from error
+        raise TooLarge(isolated.NEEDS_MEMORY) from error
     return Decoded(rgb, tuple(applied), mode)
 
 
@@ -258,7 +256,7 @@ def _open(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         pass
     except (Image.DecompressionBombError, MemoryError) as error:
-        raise TooLarge(NEEDS_MEMORY) from error
+        raise TooLarge(isolated.NEEDS_MEMORY) from error
     except _CORRUPT as error:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
     if served := formats.served(data):

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from serving.errors import BrokenImage, DeadlineExceeded, ImageError, TooLarge
+from serving.imaging.preprocess import Pixels
 from serving.utils.cpu import cores
 from serving.utils.memory import Cancelled
 
@@ -45,14 +45,13 @@ PROCESS_BYTES: Final = 48 * 2**20
 MAX_SECONDS: Final = 60.0
 """Time after which decoding one image is stopped where the caller sets no limit."""
 
+NEEDS_MEMORY: Final = "decoding the image needs more memory than is allowed"
+
 _POLL_SECONDS: Final = 0.05
 _ROOT: Final = Path(__file__).parent.parent.parent
 _PIECE: Final = 2**20
 _MAX_HEAD: Final = 2**16  # bytes of the head of an answer
-_NEEDS_MEMORY: Final = "decoding the image needs more memory than is allowed"
 _NO_ANSWER: Final = "the image is broken: its decoder gave no answer"
-
-Pixels = npt.NDArray[np.uint8]
 
 
 class DecoderPool:
@@ -82,7 +81,7 @@ class DecoderPool:
         memory: int,
         seconds: float = MAX_SECONDS,
         cancelled: Callable[[], bool] = bool,
-    ) -> tuple[Pixels, tuple[str, ...]]:
+    ) -> tuple[Pixels, tuple[str, ...], str]:
         """Decode one image in a decoder process; wait for a free process before.
 
         Args:
@@ -94,7 +93,7 @@ class DecoderPool:
             cancelled: Function that returns True once the image is no longer needed.
 
         Returns:
-            Pixels, and the names of the conversions that were applied.
+            Pixels, the names of the conversions that were applied, and Pillow's mode of the file.
 
         Raises:
             ImageError: As `decode.decode`. `TooLarge`: more memory than `memory` was needed, or no
@@ -102,20 +101,6 @@ class DecoderPool:
             DeadlineExceeded: Decoding took longer than `seconds`.
             Cancelled: `cancelled` returned True.
         """
-        return self.decode_with_mode(
-            data, request, memory=memory, seconds=seconds, cancelled=cancelled
-        )[:2]
-
-    def decode_with_mode(
-        self,
-        data: bytes,
-        request: dict[str, Any],
-        *,
-        memory: int,
-        seconds: float = MAX_SECONDS,
-        cancelled: Callable[[], bool] = bool,
-    ) -> tuple[Pixels, tuple[str, ...], str]:
-        """As `decode`; the third result is Pillow's mode of the file."""
         while not self._free.acquire(timeout=_POLL_SECONDS):
             if cancelled():
                 raise Cancelled
@@ -275,7 +260,7 @@ class _Process:
 def _error_of(status: int | None) -> ImageError:
     """Return the error of an image whose decoder process has ended."""
     if status in (-signal.SIGKILL, 1):  # by the system, for want of memory
-        return TooLarge(_NEEDS_MEMORY)
+        return TooLarge(NEEDS_MEMORY)
     if status == -signal.SIGXCPU:
         return TooLarge("decoding the image takes too long")
     how = f"signal {-status}" if status and status < 0 else f"exit status {status}"

@@ -159,11 +159,17 @@ def jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _png(data: bytes) -> None:
-    at, number = 8, 0
-    while at < len(data) and data[at + 4 : at + 8] != b"IEND":
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
-        number += 1
+    for number, _ in enumerate(png_chunks(data), 1):
         _check_count("chunks", CHUNKS, number)
+
+
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield type, offset of the content and length of each chunk of a PNG before its end."""
+    at = 8
+    while at < len(data) and (kind := data[at + 4 : at + 8]) != b"IEND":
+        size = int.from_bytes(data[at : at + 4], "big")
+        yield kind, at + 8, min(size, len(data) - at)
+        at += 12 + size
 
 
 def _tiff(data: bytes, max_pixels: int) -> None:

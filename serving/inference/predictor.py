@@ -207,7 +207,9 @@ class Predictor:
             "preprocess": preprocess.to_dict(),
             "views": self._views(tta),
         }
-        pixels, applied = decode.decoders.decode(data, request, memory=memory, cancelled=cancelled)
+        pixels, applied, _ = decode.decoders.decode(
+            data, request, memory=memory, cancelled=cancelled
+        )
         return Prepared(pixels, applied)
 
     def _views(self, tta: int) -> Sequence[View]:

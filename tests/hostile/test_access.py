@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,20 +10,9 @@ import pytest
 from serving.http.access import Access
 from serving.server.launch import _serve_name
 from tests.support.live_server import Live, client, free_port, launch, live
-from tests.support.tiny_bundle import photo, tiny_bundle
+from tests.support.tiny_bundle import photo
 
 SITE = "https://photos.example"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with live(folder, tmp_path_factory.mktemp("log") / "log") as running:
-        yield running
 
 
 def raw(server: Live, *fields: str, start: str = "GET /readyz HTTP/1.1") -> tuple[int, str]:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
@@ -21,18 +20,7 @@ import pytest
 
 from serving.server.connection_limits import connections_for
 from tests.support.live_server import ROOT, Live, free_port, get, live, post
-from tests.support.tiny_bundle import photo, tiny_bundle
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with live(folder, tmp_path_factory.mktemp("log") / "log") as running:
-        yield running
+from tests.support.tiny_bundle import photo
 
 
 def connect(server: Live) -> socket.socket:

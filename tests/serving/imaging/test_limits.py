@@ -11,7 +11,12 @@ import pytest
 from PIL import Image
 
 from serving.errors import BrokenImage, TooLarge
-from serving.imaging.limits import check_limits, has_one_orientation, raise_limit_of_pillow
+from serving.imaging.limits import (
+    check_limits,
+    has_one_orientation,
+    png_chunks,
+    raise_limit_of_pillow,
+)
 
 PIXELS = 10_000
 
@@ -324,3 +329,13 @@ def test_bytes_between_segments_and_entries_of_a_directory_are_limited() -> None
         refusal(table)
         == "BrokenImage: the image is broken: more than 4096 entries of its directory"
     )
+
+
+def test_what_follows_the_end_of_a_png_is_no_chunk() -> None:
+    def chunk(kind: bytes, body: bytes = b"") -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + bytes(4)
+
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes(13)) + chunk(b"IDAT", b"pixels")
+    chunks = [(b"IHDR", 16, 13), (b"IDAT", 41, 6)]
+    assert list(png_chunks(data)) == chunks
+    assert list(png_chunks(data + chunk(b"IEND") + bytes(12_000))) == chunks
