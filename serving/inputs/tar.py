@@ -3,8 +3,9 @@
     a.tar::cat/1.jpg      the member cat/1.jpg of a.tar
     a.tar::2::cat/1.jpg   the second member of that name
 
-Members that have an image suffix are listed in archive order. Hidden members, such as macOS's
-`._x.jpg`, are left out. No member is written to disk, so a name such as `../../x.jpg` is harmless.
+Members that have an image suffix are listed in archive order. Hidden members, and files and folders
+of systems and tools such as `__MACOSX/`, are passed over. No member is written to disk, so a name
+such as `../../x.jpg` is harmless.
 
 An archive may be compressed by gzip, bzip2 or xz, or by zstd if the package zstandard is installed.
 The compression is detected from the first bytes of the file.
@@ -32,7 +33,9 @@ from serving.inputs.compression import (
     PeekableStream,
     open_tar,
 )
-from serving.inputs.folders import Note, is_image
+from serving.inputs.file_kinds import member_kind
+from serving.inputs.folders import Note
+from serving.inputs.passed_over import OnPassedOver, not_counted
 
 SEPARATOR: Final = "::"
 
@@ -79,15 +82,16 @@ class TarMember:
     read: Callable[[], bytes]
 
 
-def names(path: str, note: Note) -> Iterator[str]:
+def names(path: str, note: Note, passed_over: OnPassedOver = not_counted) -> Iterator[str]:
     """Yield `ARCHIVE::MEMBER` for every image in an archive. Only the headers are read.
 
     Args:
         path: The archive.
         note: Called with a message about anything that is left out.
+        passed_over: Called for each member that is no image, or is passed over by its name.
     """
     try:
-        for member in members(path):
+        for member in members(path, passed_over):
             name = f"{path}{SEPARATOR}{member.name}"
             if os.path.lexists(name):  # `split` would take the name for that file
                 note(f"{name}: a file beside the archive has that name; the member is left out")
@@ -134,7 +138,7 @@ def is_compressed(path: str) -> bool:
         return not source.seekable_file
 
 
-def members(path: str) -> Iterator[TarMember]:
+def members(path: str, passed_over: OnPassedOver = not_counted) -> Iterator[TarMember]:
     """Yield the images of an archive, in archive order.
 
     The names of all images so far are kept in memory, because a repeated name gets a number.
@@ -147,9 +151,13 @@ def members(path: str) -> Iterator[TarMember]:
     counts: dict[str, int] = {}
     with open_tar(path) as source:
         for tar, info in _headers(source):
-            if not info.isdir() and is_image(info.name) and not _is_hidden(info.name):
-                name = _unique(info.name, counts)
-                yield TarMember(name, info.offset, partial(_read_member, tar, info))
+            if info.isdir():
+                continue
+            if kind := member_kind(info.name):
+                passed_over(kind.reason, info.name, kind.detail)
+                continue
+            name = _unique(info.name, counts)
+            yield TarMember(name, info.offset, partial(_read_member, tar, info))
 
 
 def read_member_at(file: BinaryIO, offset: int) -> bytes:
@@ -352,10 +360,6 @@ def _checked_sparse(blocks: list[tuple[int, int]], size: int) -> list[tuple[int,
     if size > _HOLES + MAX_RATIO * stored:
         raise TooLarge(f"{size} bytes from {stored}: more than {MAX_RATIO} times as many")
     return blocks
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _unique(name: str, counts: dict[str, int]) -> str:
