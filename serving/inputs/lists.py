@@ -17,7 +17,8 @@ from itertools import chain
 from typing import IO, Any, Final
 
 from serving.errors import DataError
-from serving.inputs.folders import Note, is_image
+from serving.inputs.file_kinds import is_image
+from serving.inputs.folders import Note
 from serving.utils.optional_packages import require_parquet
 from serving.utils.regular_files import limited_lines
 
