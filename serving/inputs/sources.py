@@ -196,10 +196,9 @@ def _existing(word: str, column: str | None) -> InputSource:
         # A named pipe or device: opening it could block.
         return InputSource(partial(_itself, word), "")
     if lists.is_table(word):
-        chosen = lists.path_column(word, column)
-        return InputSource(
-            partial(lists.read_column, word, chosen), f"{word}: lists no images in {chosen}"
-        )
+        table, at = lists.open_list(word, column)
+        if_empty = f"{word}: lists no images in {table.columns[at]}"
+        return InputSource(partial(lists.read_column, table, at), if_empty)
     if tar.is_archive(word):
         try:
             tar.is_compressed(word)

@@ -16,8 +16,9 @@ from serving.errors import DataError, OptionError
 from serving.utils.files import atomic_write
 from serving.utils.natural_sort import natural_letters_first
 from training.config.sections import DataConfig
-from training.data import layouts, sample, torchvision_sets
+from training.data import label_table, layouts, sample, torchvision_sets
 from training.data.layouts import Photo
+from training.data.similar_classes import common_folder, settle_classes
 from training.data.splits import PARTS, draw_split, read_split_file
 from training.utils.console import quoted
 
@@ -94,8 +95,9 @@ def load_dataset(
     """Find the photos of `source` and split them.
 
     Args:
-        source: "sample" for the built-in dataset, a name in `torchvision_sets.NAMES`, or a folder.
-            A folder has one of these layouts:
+        source: "sample" for the built-in dataset, a name in `torchvision_sets.NAMES`, a table of
+            labels, which is read as `data.csv` of its folder, or a folder. A folder has one of
+            these layouts:
 
             - one folder per class;
             - `train/`, `valid/` and optionally `test/`, each with one folder per class;
@@ -125,31 +127,36 @@ def _load(source: str, split: Path | None, config: DataConfig, seed: int) -> Dat
             raise OptionError(f"--data {source} has labels of its own: add data.{word}= (empty)")
         root, photos = torchvision_sets.find(source)
     else:
-        root, photos = _folder(source), []
+        root, config = _folder(source, config)
+        photos = []
     if split is not None:
         labels = {photo.path.relative_to(root).as_posix(): photo.label for photo in photos}
         label_of = partial(_look_up, labels) if official else layouts.labeller(root, config)
         by_folder = not (official or has_label_option)
         photos = read_split_file(root, split, config, label_of, class_folders=by_folder)
+        photos = settle_classes(photos, config, root)
     else:
-        photos = draw_split(
-            root, photos if official else layouts.find_labelled(root, config), config, seed
-        )
+        photos = photos if official else layouts.find_labelled(root, config)
+        photos = settle_classes(photos, config, root)
+        photos = draw_split(root, photos, config, seed)
     labelled = [photo.path for photo in photos]
     unlabelled = () if official else layouts.find_unlabelled(root, labelled, config)
-    return _checked(_dataset(source, root, photos, unlabelled), split)
+    return _checked(_dataset(source, common_folder(root, photos), photos, unlabelled), split)
 
 
-def _folder(source: str) -> Path:
+def _folder(source: str, config: DataConfig) -> tuple[Path, DataConfig]:
+    """Return the data folder; for a table of labels, its folder and options that name the table."""
     # pathlib raises an error for unknown users and for names that are too long; os.path does not.
     root = sample.cached_sample() if source == SAMPLE else Path(os.path.expanduser(source))
+    if os.path.isfile(root):
+        return label_table.as_data(root, config)
     if not os.path.isdir(root):
         names = ", ".join((SAMPLE, *torchvision_sets.NAMES))
         raise DataError(
             f"--data {quoted(source)}: no such folder; give one with a folder per class, or a set: "
             f"{names}"
         )
-    return root.resolve()
+    return root.resolve(), config
 
 
 def _look_up(labels: Mapping[str, str], path: str) -> str:
