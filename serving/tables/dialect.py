@@ -81,7 +81,7 @@ def find_encoding(head: bytes) -> str:
     zeros = [start[place::2].count(0) / max(len(start) // 2, 1) for place in (0, 1)]
     if max(zeros) > 0.4 and min(zeros) < 0.05:
         return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
-    return ""
+    return "" if head.count(0) > len(head) // 4 else "utf-8"  # a path in a table may have a NUL
 
 
 def check_kind(path: str, head: bytes) -> None:
@@ -105,7 +105,7 @@ def check_text(path: str, head: bytes) -> str:
     check_kind(path, head)
     encoding = find_encoding(head)
     if not encoding:
-        raise DataError(f"{path}: it holds NUL bytes, so it is no text; save it as 'CSV UTF-8'")
+        raise DataError(f"{path}: it is mostly NUL bytes, so it is no text; save it as 'CSV UTF-8'")
     return encoding
 
 

@@ -39,7 +39,7 @@ class EmptyTable(DataError):
     """The file of a table has no record."""
 
 
-class TableRow(NamedTuple):
+class TableRecord(NamedTuple):
     """A row of a table that is not blank.
 
     Attributes:
@@ -70,9 +70,9 @@ class Table:
     columns: tuple[str, ...]
     named: bool
     unit: str
-    _rows: Callable[[Sequence[int]], Iterator[TableRow]]
+    _rows: Callable[[Sequence[int]], Iterator[TableRecord]]
 
-    def rows(self, columns: Sequence[int]) -> Iterator[TableRow]:
+    def rows(self, columns: Sequence[int]) -> Iterator[TableRecord]:
         """Yield the rows that are not blank, with the values of some columns.
 
         Args:
@@ -189,12 +189,12 @@ def _text(path: str, dialect: Dialect, data: bytes | None, asked: Collection[str
     named = names_columns(names, asked)
     count = len(names)
 
-    def rows(columns: Sequence[int]) -> Iterator[TableRow]:
+    def rows(columns: Sequence[int]) -> Iterator[TableRecord]:
         for number, record in islice(records(), int(named), None):
             fields = len(record)
             values = tuple(record[at] if at < fields else None for at in columns)
             more = fields > count and any(field.strip() for field in record[count:])
-            yield TableRow(number, values, fields, _too_many(fields, count) if more else "")
+            yield TableRecord(number, values, fields, _too_many(fields, count) if more else "")
 
     columns = tuple(names) if named else tuple(str(number) for number in range(1, count + 1))
     return Table(path, columns, named, "line", rows)
@@ -232,14 +232,14 @@ def _json(path: str, encoding: str, data: bytes | None) -> Table:
         )
     keys = list(first[1])
 
-    def rows(columns: Sequence[int]) -> Iterator[TableRow]:
+    def rows(columns: Sequence[int]) -> Iterator[TableRecord]:
         names = [keys[at] for at in columns]
         for number, value in objects():
             if isinstance(value, dict):
                 values = tuple(_possible(value.get(name)) for name in names)
-                yield TableRow(number, values, len(keys))
+                yield TableRecord(number, values, len(keys))
             else:
-                yield TableRow(number, (None,) * len(names), 0, "no JSON object")
+                yield TableRecord(number, (None,) * len(names), 0, "no JSON object")
 
     return Table(path, tuple(key.strip() for key in keys), True, "line", rows)
 
@@ -267,7 +267,7 @@ def _parquet(path: str) -> Table:
     with parquet.ParquetFile(path) as file:
         names = [str(name) for name in file.schema_arrow.names]
 
-    def rows(columns: Sequence[int]) -> Iterator[TableRow]:
+    def rows(columns: Sequence[int]) -> Iterator[TableRecord]:
         chosen = [names[at] for at in columns]
         number = 0
         with parquet.ParquetFile(path) as file:
@@ -276,14 +276,14 @@ def _parquet(path: str) -> Table:
                 for values in zip(*lists, strict=True):
                     number += 1
                     decoded = (os.fsdecode(v) if isinstance(v, bytes) else v for v in values)
-                    yield TableRow(number, tuple(decoded), len(names))
+                    yield TableRecord(number, tuple(decoded), len(names))
 
     if not names:
         raise DataError(f"{path}: it has no columns")
     return Table(path, tuple(name.strip() for name in names), True, "row", rows)
 
 
-def too_few(row: TableRow, table: Table) -> str:
+def too_few(row: TableRecord, table: Table) -> str:
     """Describe a row that has fewer fields than the table has columns."""
     fields = "field" if row.fields == 1 else "fields"
     return f"{row.fields} {fields}, and the first line has {len(table.columns)}; is the file whole?"
