@@ -90,6 +90,7 @@ def load_dataset(
     split: Path | None = None,
     config: DataConfig = DataConfig(),  # noqa: B008 - frozen
     seed: int = 0,
+    trainable: bool = True,
 ) -> Dataset:
     """Find the photos of `source` and split them.
 
@@ -104,19 +105,23 @@ def load_dataset(
             None: the split comes from the folders or is drawn at random.
         config: Data options: where labels come from, and how photos are split at random.
         seed: Seed of the random split.
+        trainable: Whether to refuse photos that can't be trained on, such as a class of one photo.
 
     Raises:
         DataError: The folder or the split file has no usable photos, or can't be read.
         OptionError: An option in `config` does not fit the data.
     """
     try:
-        return _load(source, split, config, seed)
+        dataset = _load(source, split, config, seed, trainable)
     except OSError as error:  # no permission, or a name that is too long
         where = f" {quoted(error.filename)}:" if error.filename else ""
         raise DataError(f"--data {quoted(source)}:{where} {error.strerror or error}") from error
+    return _checked(dataset, split) if trainable else dataset
 
 
-def _load(source: str, split: Path | None, config: DataConfig, seed: int) -> Dataset:
+def _load(
+    source: str, split: Path | None, config: DataConfig, seed: int, trainable: bool
+) -> Dataset:
     official = source in torchvision_sets.NAMES
     has_label_option = bool(config.csv or config.pattern)
     if official:
@@ -132,12 +137,11 @@ def _load(source: str, split: Path | None, config: DataConfig, seed: int) -> Dat
         by_folder = not (official or has_label_option)
         photos = read_split_file(root, split, config, label_of, class_folders=by_folder)
     else:
-        photos = draw_split(
-            root, photos if official else layouts.find_labelled(root, config), config, seed
-        )
+        found = photos if official else layouts.find_labelled(root, config)
+        photos = draw_split(root, found, config, seed, trainable=trainable)
     labelled = [photo.path for photo in photos]
     unlabelled = () if official else layouts.find_unlabelled(root, labelled, config)
-    return _checked(_dataset(source, root, photos, unlabelled), split)
+    return _dataset(source, root, photos, unlabelled)
 
 
 def _folder(source: str) -> Path:
