@@ -136,8 +136,8 @@ ifneq ($(origin BUNDLE),file)
 	  --build-arg IMAGE=$(IMAGE) "$(BUNDLE)"
 endif
 
-run-image: ## Serve BUNDLE=bundle from the image on PORT=3000: read-only, unprivileged
-	$(DOCKER) run --rm --stop-timeout 35 --publish $(PORT):3000 --volume "$(abspath $(BUNDLE))":/bundle:ro \
+run-image: ## Serve BUNDLE=bundle from the image on PORT=3000 of this machine: read-only, unprivileged
+	$(DOCKER) run --rm --stop-timeout 35 --publish 127.0.0.1:$(PORT):3000 --env FLEDGE_HOSTS=localhost --volume "$(abspath $(BUNDLE))":/bundle:ro \
 	  --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges $(DOCKER_RUN_ARGS) $(IMAGE) $(ARGS)
 
 sbom: install ## List the packages of the image IMAGE=fledge in build/sbom.json, as CycloneDX

@@ -257,8 +257,9 @@ class App:
     async def _body(self, request: Request, model_manager: ModelManager) -> bytes:
         await self._keys(model_manager).authorise(request, images=1)
         overhead = forms.MAX_OVERHEAD if forms.is_multipart(request.content_type) else 0
-        limit = model_manager.settings.max_bytes + overhead
-        body = await request.body(limit, model_manager.bodies, READ_TIMEOUT)
+        bodies = model_manager.bodies
+        limit = min(model_manager.settings.max_bytes + overhead, bodies.most)
+        body = await request.body(limit, bodies, READ_TIMEOUT)
         model_manager.telemetry.observe("read", request.seconds)
         return body
 

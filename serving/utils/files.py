@@ -132,11 +132,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _remove_stale(path.parent)
             partial.mkdir()
             opened = _hold(partial, os.O_RDONLY)
+        mark = partial / _TEMPORARY
+        mark.touch()
         yield partial
+        mark.unlink()
         sync(partial)
         if path.exists():
             if exchange(partial, path):
-                return  # the older folder is at `partial` now
+                if not partial.is_symlink():
+                    mark.touch()  # the older folder is at `partial` now
+                return
             path.rename(older)
         try:
             partial.rename(path)
@@ -239,11 +244,14 @@ def _remove_unlocked(path: Path) -> None:
         if stat.S_ISREG(status.st_mode):
             path.unlink()
         elif stat.S_ISDIR(status.st_mode):
-            shutil.rmtree(path)
+            if _TEMPORARY in os.listdir(opened):  # else someone else gave the folder this name
+                shutil.rmtree(path)
     finally:
         os.close(opened)
 
 
+_TEMPORARY: Final = ".fledge-temporary"
+"""File in each folder that may be removed as left over."""
 _SAFELY: Final = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
