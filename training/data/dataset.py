@@ -155,6 +155,7 @@ def _folder(source: str, config: DataConfig) -> tuple[Path, DataConfig]:
     root = sample.cached_sample() if source == SAMPLE else Path(os.path.expanduser(source))
     if os.path.isfile(root):
         return label_table.as_data(root, config)
+    label_table.check_options(config)
     if not os.path.isdir(root):
         names = ", ".join((SAMPLE, *torchvision_sets.NAMES))
         raise DataError(
