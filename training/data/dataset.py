@@ -16,7 +16,7 @@ from serving.errors import DataError, OptionError
 from serving.utils.files import atomic_write
 from serving.utils.natural_sort import natural_letters_first
 from training.config.sections import DataConfig
-from training.data import label_table, layouts, sample, torchvision_sets
+from training.data import archive, label_table, layouts, sample, torchvision_sets
 from training.data.layouts import Photo
 from training.data.similar_classes import common_folder, settle_classes
 from training.data.splits import PARTS, draw_split, read_split_file
@@ -97,8 +97,8 @@ def load_dataset(
 
     Args:
         source: "sample" for the built-in dataset, a name in `torchvision_sets.NAMES`, a table of
-            labels, which is read as `data.csv` of its folder, or a folder. A folder has one of
-            these layouts:
+            labels, which is read as `data.csv` of its folder, or a folder or an archive (zip, tar),
+            which is extracted into the cache. A folder has one of these layouts:
 
             - one folder per class;
             - `train/`, `valid/` and optionally `test/`, each with one folder per class;
@@ -153,14 +153,17 @@ def _folder(source: str, config: DataConfig) -> tuple[Path, DataConfig]:
     """Return the data folder; for a table of labels, its folder and options that name the table."""
     # pathlib raises an error for unknown users and for names that are too long; os.path does not.
     root = sample.cached_sample() if source == SAMPLE else Path(os.path.expanduser(source))
-    if os.path.isfile(root):
+    if source != SAMPLE and archive.is_archive(source):
+        root = archive.extracted(source)
+    elif os.path.isfile(root):
         return label_table.as_data(root, config)
     label_table.check_options(config)
     if not os.path.isdir(root):
         names = ", ".join((SAMPLE, *torchvision_sets.NAMES))
+        what = "is no folder or archive" if os.path.exists(root) else "no such folder or archive"
         raise DataError(
-            f"--data {quoted(source)}: no such folder; give one with a folder per class, or a set: "
-            f"{names}"
+            f"--data {quoted(source)}: {what}; give a folder with a folder per class, a zip or tar "
+            f"of one, or a set: {names}"
         )
     return root.resolve(), config
 

@@ -69,9 +69,8 @@ def test_a_text_file_may_separate_by_spaces(tmp_path: Path) -> None:
 
 
 def test_json_lines_and_parquet_have_the_same_rows(tmp_path: Path) -> None:
-    (tmp_path / "t.jsonl").write_bytes(
-        '\ufeff{"id": "1.jpg", "label": 0.0, "n": null}\r\n\n{"label": "é", "id": "2.jpg"}\n7'.encode()
-    )
+    first, second = '{"id": "1.jpg", "label": 0.0, "n": null}', '{"label": "é", "id": "2.jpg"}'
+    (tmp_path / "t.jsonl").write_bytes(f"\ufeff{first}\r\n\n{second}\n7".encode())
     table = open_table(tmp_path / "t.jsonl")
     rows = list(table.rows([1, 0]))
     assert [(row.number, row.values) for row in rows] == [
