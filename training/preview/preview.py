@@ -67,7 +67,7 @@ def preview(source: str, recipe: Recipe, out: Path, *, split: Path | None = None
     by_folder = not (recipe.data.csv or recipe.data.pattern or source in torchvision_sets.NAMES)
     by_folder = by_folder and not os.path.isfile(source)  # a table of labels
     empty = layouts.empty_class_folders(dataset.root) if by_folder else []
-    yield from report(dataset, photos, recipe.preprocess.size, empty)
+    yield from report(dataset, photos, recipe.preprocess.size, empty, recipe.preprocess.crop)
     if recipe.data.similar == "refuse":
         yield from similar_classes.hints(dataset.classes)
     yield f"photos of each class, and unusual ones: {out / PHOTOS}"
@@ -118,7 +118,11 @@ def _read_error(photo: Path) -> str:
 
 
 def report(
-    dataset: Dataset, photos: Sequence[PhotoStats], size: int, empty: Sequence[str] = ()
+    dataset: Dataset,
+    photos: Sequence[PhotoStats],
+    size: int,
+    empty: Sequence[str] = (),
+    crop: float = 0.875,
 ) -> Iterator[str]:
     """Yield the lines of the report on a data set.
 
@@ -127,6 +131,7 @@ def report(
         photos: Statistics of all photos of the data set.
         size: Side of the images that training will use, in pixels.
         empty: Names of class folders without a photo.
+        crop: Side of validation's centre square divided by the short side of the photo.
     """
     total = sum(photo.size for photo in photos)
     count = f"{len(dataset.classes)} classes, {len(photos)} photos"
@@ -155,7 +160,7 @@ def report(
         )
         yield from _some(f"exact duplicates: {len(groups)}", pairs)
     yield ""
-    lines = list(hints(photos, dataset.classes, size))
+    lines = list(hints(photos, dataset.classes, size, crop))
     lines += [f"the folder {name} is empty: the model will have no such class" for name in empty]
     yield from (f"hint: {_plain(line)}" for line in lines)
     if not lines:

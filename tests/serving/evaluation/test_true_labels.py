@@ -81,7 +81,7 @@ def test_no_known_label_at_all_ends_with_the_nearest_labels(tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"3 1, 0 1; the labels are 'ants', 'bees', 'wasps'$"):
         run(path)
     path.with_name("s.summary.json").unlink()
-    with pytest.raises(DataError, match="among the answers: .*; if these are classes, add --bund"):
+    with pytest.raises(DataError, match=r"among the answers: .*; if these are classes, add --bund"):
         run(path)
 
 
