@@ -93,7 +93,7 @@ def add_to(add_verb: AddVerb) -> None:
     add = add_verb(preview, "fledge preview photos data.valid=0.1")
     add.add_argument("data", metavar="DATA", help="as --data of fledge train")
     add_overrides(add)
-    add.add_argument("--split", type=Path, metavar="CSV", help="path,fold for every photo")
+    add.add_argument("--split", type=Path, metavar="CSV", help="a table path,fold for every photo")
     add.add_argument(
         "--out",
         type=Path,
