@@ -36,7 +36,7 @@ def test_without_its_package_the_error_says_how_to_get_it(
         decode.decode(FILES[name])
     assert str(caught.value).startswith(
         f"{name} needs {missing.distribution}: pip install 'fledge[{missing.extra}]' "
-        f"(for the image: make image EXTRAS={missing.extra}); or use JPEG, "
+        f"(container: make image EXTRAS={missing.extra}); or use JPEG, "
     )
     assert name not in str(caught.value).partition("or use")[2]
     # It is known before a process is started or memory is reserved.
