@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import httpx
 import pytest
 
 from serving.errors import BrokenImage, TooLarge, UnsupportedFormat
@@ -16,6 +17,8 @@ from serving.imaging.isolated import DecoderPool
 from tests.robustness import plugin_formats
 from tests.robustness.plugin_formats import Bits, head, heic, jpeg_xl
 from tests.robustness.scene import scene
+from tests.support.live_server import live
+from tests.support.tiny_bundle import photo, tiny_bundle
 
 ROOT = Path(__file__).parents[3]
 FILES = {"HEIC": heic(scene()), "JPEG XL": jpeg_xl(scene())}
@@ -86,6 +89,7 @@ print([name for name in ("pillow_heif", "pillow_jxl") if name in sys.modules])
     assert cost.estimate(FILES[name]).isolated
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", FILES)
 def test_the_memory_limit_of_the_process_holds(name: str) -> None:
     size = (2400, 1600)
@@ -136,3 +140,26 @@ def test_an_avif_is_read_as_before_although_it_may_begin_as_a_heic() -> None:
     avif = b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif"
     assert formats.optional_format(avif) is None
     assert formats.served(avif) == "AVIF"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", FILES)
+def test_the_service_answers_415_with_the_remedy_without_the_package(
+    tmp_path: Path, name: str
+) -> None:
+    missing = BY_NAME[name]
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(
+        f"import sys\nsys.modules[{missing.package!r}] = None\n"
+    )
+    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    bundle = tiny_bundle(tmp_path / "bundle")
+    log, env = tmp_path / "log", {"FLEDGE_DEVICE": "cpu", "PYTHONPATH": path}
+    with live(bundle, log, new_interpreter=True, **env) as server:
+        answer = httpx.post(f"{server.url}/predict", content=FILES[name], trust_env=False)
+        good = httpx.post(f"{server.url}/predict", content=photo(1), trust_env=False)
+    assert (answer.status_code, answer.json()["code"]) == (415, "unsupported-format")
+    assert answer.json()["detail"].startswith(
+        f"{name} needs {missing.distribution}: pip install 'fledge[{missing.extra}]'"
+    )
+    assert good.status_code == 200
