@@ -27,7 +27,10 @@ def with_extras(build_seconds: float, bundle: Path) -> Iterator[Container]:
 
 
 def own_bytes(container: Container) -> int:
-    code = "import pathlib; print(sum(p.lstat().st_size for p in pathlib.Path('/opt/venv').rglob('*')))"
+    code = """
+from pathlib import Path
+print(sum(path.lstat().st_size for path in Path("/opt/venv").rglob("*")))
+"""
     return int(container.python(code))
 
 
