@@ -72,7 +72,7 @@ def test_no_format_needs_more_memory_than_is_estimated(tmp_path: Path) -> None:
         estimated = cost.estimate((tmp_path / name).read_bytes())
         assert estimated.pixels == SIDE * SIDE, name
         assert peak < estimated.bytes + 2 * 2**20, name
-        assert estimated.bytes < 30 * SIDE * SIDE + 2**25, name
+        assert estimated.bytes < 40 * SIDE * SIDE + 2**25, name
 
 
 def test_common_photos_are_decoded_in_the_process() -> None:

@@ -22,7 +22,7 @@ from serving.errors import (
 from serving.imaging import decode as decode_module
 from serving.imaging.decode import decode, read
 
-FORMATS = "JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF"
+FORMATS = "JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF, HEIC, JPEG XL"
 MEMORY = "decoding the image needs more memory than is allowed"
 
 
