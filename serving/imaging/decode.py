@@ -7,6 +7,7 @@ Conversions such as rotating by the EXIF orientation or scaling from 16 bits are
 from __future__ import annotations
 
 import io
+import re
 import stat
 import struct
 import warnings
@@ -23,6 +24,7 @@ from serving.errors import BrokenImage, EmptyBody, NotAnImage, TooLarge, Unsuppo
 from serving.imaging import cost, formats, icc, isolated
 from serving.imaging.limits import (
     TOO_MANY,
+    VARIABLE,
     check_limits,
     has_one_orientation,
     max_pixels_of_commands,
@@ -120,8 +122,12 @@ def decode(
             return decode_here(data, max_pixels=max_pixels, background=background, stated=estimated)
         except LargerThanStated:
             pass
-    request = {"max_pixels": max_pixels, "background": background}
     memory = memory_limit(estimated, max_pixels)
+    request = {
+        "max_pixels": max_pixels,
+        "background": background,
+        "too_large": memory_message(estimated, memory),
+    }
     pixels, applied, mode = decoders.decode(data, request, memory=memory)
     return Decoded(Image.fromarray(pixels), applied, mode)
 
@@ -155,6 +161,24 @@ def memory_limit(estimated: cost.Cost, max_pixels: int) -> int:
     return estimated.bytes if estimated.pixels else cost.MAX_BYTES_PER_PIXEL * max_pixels
 
 
+def memory_message(estimated: cost.Cost, memory: int, setting: str = "") -> str:
+    """Return the message for an image that needs more memory than it may take.
+
+    Args:
+        estimated: Result of `check`.
+        memory: Bytes that decoding may take.
+        setting: The setting that limits `memory`, if it is less than `memory_limit`.
+    """
+    megabytes = f"the {memory >> 20} MB"
+    if estimated.pixels:
+        what = f"{estimated.width} x {estimated.height} pixels"
+        remedy = f"allowed ({setting})" if setting else "that such a file should need; save it anew"
+    else:
+        what = "the image, whose size can't be read beforehand,"
+        remedy = f"allowed ({setting or VARIABLE})"
+    return f"decoding {what} needs more than {megabytes} {remedy}"
+
+
 class LargerThanStated(Exception):
     """The file has more pixels than its head stated."""
 
@@ -165,6 +189,7 @@ def decode_here(
     max_pixels: int,
     background: tuple[int, int, int] = (255, 255, 255),
     stated: cost.Cost | None = None,
+    too_large: str = "",
 ) -> Decoded:
     """Decode one image in this process, after `check`.
 
@@ -173,13 +198,14 @@ def decode_here(
         max_pixels: Largest accepted width times height.
         background: RGB colour, 0 to 255, on which transparent images are composited.
         stated: Result of `check`, or None if the image may have more pixels than stated.
+        too_large: Message where the memory of this process is not enough. "": one with the size.
 
     Raises:
         LargerThanStated: The image has more pixels than `stated`.
         ImageError: As `decode`.
     """
     raise_limit_of_pillow(max_pixels)
-    image = _open(data)
+    image = _open(data, max_pixels, too_large)
     (width, height), mode = image.size, image.mode
     _check_size(width, height, max_pixels)
     if stated and width * height > stated.pixels:
@@ -207,8 +233,12 @@ def decode_here(
     except _CORRUPT as error:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
     except MemoryError as error:
-        raise TooLarge(isolated.NEEDS_MEMORY) from error
+        raise TooLarge(too_large or _no_memory(f"{width} x {height} pixels")) from error
     return Decoded(rgb, tuple(applied), mode)
+
+
+def _no_memory(what: str) -> str:
+    return f"decoding {what} needs more memory than this process can have"
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -250,13 +280,17 @@ def read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, max_pixels: int, too_large: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         pass
-    except (Image.DecompressionBombError, MemoryError) as error:
-        raise TooLarge(isolated.NEEDS_MEMORY) from error
+    except Image.DecompressionBombError as error:
+        found = re.search(r"\d+ pixels", str(error))
+        what = found[0] if found else "the image's pixels"
+        raise TooLarge(f"{what} {TOO_MANY.format(max_pixels)}") from error
+    except MemoryError as error:
+        raise TooLarge(too_large or _no_memory("the image")) from error
     except _CORRUPT as error:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
     if served := formats.served(data):

@@ -14,10 +14,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import IO, Any, Final
 
 from serving.errors import DataError
 from serving.inputs.folders import Note, is_image
+from serving.utils.files import utf8_path
 from serving.utils.optional_packages import require_parquet
 from serving.utils.regular_files import limited_lines
 
@@ -236,7 +238,8 @@ def _is_path(text: str) -> bool:
 
 def _parquet_file(path: str) -> Any:
     require_parquet()
-    return importlib.import_module("pyarrow.parquet").ParquetFile(path)
+    with utf8_path(Path(path)) as name:
+        return importlib.import_module("pyarrow.parquet").ParquetFile(name)
 
 
 def _parquet_columns(path: str) -> list[str]:
