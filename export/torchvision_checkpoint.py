@@ -146,7 +146,7 @@ def load(
         raise OptionError(f"--arch-args {args} does not fit {arch}: {reason}") from error
     state = weights.match_names(state, network.state_dict(), family)
     _check_state(network, state, path, arch, len(labels))
-    weights.check_values(state, named)
+    weights.check_values(state, network.state_dict(), named)
     # Not strict, because old files lack `num_batches_tracked`; `_check_state` checked other keys.
     network.load_state_dict(state, strict=False)
     info = checkpoint.CheckpointInfo(

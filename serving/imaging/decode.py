@@ -11,17 +11,16 @@ import re
 import stat
 import struct
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from serving.errors import BrokenImage, EmptyBody, NotAnImage, TooLarge, UnsupportedFormat
-from serving.imaging import cost, formats, icc, isolated
+from serving.imaging import cost, deep_samples, formats, icc, isolated, plugins
+from serving.imaging.formats import FORMATS
+from serving.imaging.formats import SUFFIXES as SUFFIXES
 from serving.imaging.limits import (
     TOO_MANY,
     VARIABLE,
@@ -30,14 +29,6 @@ from serving.imaging.limits import (
     max_pixels_of_commands,
     raise_limit_of_pillow,
 )
-
-FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-"""Names of the Pillow plug-ins that may open a file. Others, such as EPS, are never used."""
-
-SUFFIXES: Final = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
-)
-"""File extensions by which images are found in folders. Decoding itself ignores file names."""
 
 MAX_BYTES: Final = 20_000_000
 
@@ -65,11 +56,6 @@ _UPRIGHT: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF
-
-_STRIP: Final = 2**20  # samples that are scaled at once
-Samples = npt.NDArray[np.float64]
 
 decoders: Final = isolated.DecoderPool()
 """Processes that decode expensive or unusual images."""
@@ -110,7 +96,7 @@ def decode(
     Raises:
         EmptyBody: `data` is empty.
         NotAnImage: `data` is not in a known image format.
-        UnsupportedFormat: The format is known, but is not one of `FORMATS`.
+        UnsupportedFormat: The format is known, but is not read, or not without a package.
         TooLarge: The image has more than `max_pixels` pixels, or needs too much memory.
         BrokenImage: The data is truncated or corrupt.
         DeadlineExceeded: Decoding took more than `isolated.MAX_SECONDS`.
@@ -142,11 +128,13 @@ def check(data: bytes, max_pixels: int, views: int = 1) -> cost.Cost:
 
     Raises:
         EmptyBody: `data` is empty.
+        UnsupportedFormat: The format needs a package that is not installed.
         TooLarge: The image has more than `max_pixels` pixels.
         BrokenImage: The structure is beyond the limits of `serving.imaging.limits`.
     """
     if not data:
         raise EmptyBody("it is empty: 0 bytes, where an image should be")
+    formats.check_installed(data)
     check_limits(data, max_pixels)
     estimated = cost.estimate(data, views)
     _check_size(estimated.width, estimated.height, max_pixels)
@@ -219,7 +207,8 @@ def decode_here(
         # pixels of a PNG, and `_read_orientation` would hide the errors.
         turned_by_pillow = _read_orientation(image) if image.format == "TIFF" else 1
         frame = _load(image)
-        orientation = _read_orientation(image)
+        orientation = 1 if plugins.is_upright(image) else _read_orientation(image)
+        applied += plugins.applied(image, data)
         rgb = _to_rgb(image.crop(frame) if frame else image, background, applied)
         del image  # free its pixels before the next copy is made
         if frame:
@@ -281,7 +270,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _open(data: bytes, max_pixels: int, too_large: str) -> Image.Image:
+    optional = formats.optional_format(data)
     try:
+        if optional:
+            return plugins.open_image(data, optional)
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         pass
@@ -296,8 +288,8 @@ def _open(data: bytes, max_pixels: int, too_large: str) -> Image.Image:
     if served := formats.served(data):
         raise BrokenImage(f"the image is broken: of {served}, but cut short or of an unknown kind")
     if unsupported := formats.unsupported(data):
-        raise UnsupportedFormat(f"{unsupported} is not read; use one of {', '.join(FORMATS)}")
-    raise NotAnImage(f"no image that Fledge reads ({', '.join(FORMATS)})")
+        raise UnsupportedFormat(f"{unsupported} is not read; use one of {formats.readable()}")
+    raise NotAnImage(f"no image that Fledge reads ({formats.readable()})")
 
 
 def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
@@ -354,8 +346,10 @@ def _to_rgb(
         applied.append("16-bit-scaled" if image.mode != "F" else "float-scaled")
         if key is not None:
             applied.append("alpha-on-background")
-            alpha = Image.fromarray(_by_strips(image, lambda strip: 255 * (strip != key)))
-        image = _scale_deep(image)
+            alpha = Image.fromarray(
+                deep_samples.by_strips(image, lambda strip: 255 * (strip != key))
+            )
+        image = deep_samples.scale(image)
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or key is not None:
         applied.append("alpha-on-background")
         grey = image.mode in ("LA", "La", "L", "1")
@@ -377,55 +371,6 @@ def _to_rgb(
     flat = Image.new("RGB", image.size, background)
     flat.paste(image, mask=alpha)
     return flat
-
-
-def _scale_deep(image: Image.Image) -> Image.Image:
-    """Scale samples of more than 8 bits linearly to 0..255. Pillow's `convert` would clip them."""
-    tags = getattr(image, "tag_v2", {})
-    low, high = 0.0, 4095.0 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535.0
-    if image.mode in ("F", "I"):
-        ends = np.array([(strip.min(), strip.max()) for _, strip in _strips(image)])
-        if not np.isfinite(ends).all():
-            raise ValueError("samples are not finite")
-        low, high = min(0.0, ends.min()), ends.max()
-        # The smallest usual range that fits, because scaling by the maximum would brighten dark
-        # photos.
-        high = next((top for top in (1.0, 255.0, 65535.0) if high <= top), high)
-    if tags.get(_PHOTOMETRIC) == 0:  # WhiteIsZero, which Pillow applies only up to 8 bits
-        low, high = high, low
-
-    def scale(strip: Samples) -> Samples:
-        strip -= low
-        strip *= 255.0 / (high - low)
-        return np.rint(strip, out=strip)
-
-    return Image.fromarray(_by_strips(image, scale))
-
-
-def _by_strips(image: Image.Image, change: Callable[[Samples], Samples]) -> npt.NDArray[np.uint8]:
-    """Apply `change` to the samples of an image, some rows at a time, to limit memory.
-
-    Args:
-        image: Image with one channel.
-        change: Function of float64 samples [rows, W] that returns values of 0 to 255.
-
-    Returns:
-        The changed samples, uint8 [H, W].
-    """
-    changed = np.empty((image.height, image.width), np.uint8)
-    for rows, strip in _strips(image):
-        changed[rows] = change(strip)
-    return changed
-
-
-def _strips(image: Image.Image) -> Iterator[tuple[slice, Samples]]:
-    """Yield each strip of an image: a slice of row numbers, and samples as float64 [rows, W]."""
-    step = max(1, _STRIP // image.width)
-    for top in range(0, image.height, step):
-        rows = slice(top, min(top + step, image.height))
-        with np.errstate(invalid="ignore"):  # a signalling NaN; `_scale_deep` rejects NaN
-            strip = np.array(image.crop((0, rows.start, image.width, rows.stop)), np.float64)
-        yield rows, strip
 
 
 def _reason(error: Exception) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from serving.errors import BrokenImage, DataError, TooLarge
-from serving.inputs import lists, tar
+from serving.inputs import archives, lists
 from serving.inputs.compression import MAX_FILE, TOO_LONG
 from serving.inputs.folders import Note, is_image, is_pattern
 from serving.utils.natural_sort import natural
@@ -46,7 +46,7 @@ def find(address: str) -> Callable[[Note], Iterator[str]]:
 
     Raises:
         DataError: The address does not exist, can't be listed, contains `::`, or is that of a list
-            or a tar archive.
+            or an archive.
     """
     if "::" in address:
         raise DataError(f"{address}: '::' has no meaning in an address; copy archives here")
@@ -63,7 +63,7 @@ def find(address: str) -> Callable[[Note], Iterator[str]]:
         return lambda note: _with_protocol(address, _matching(fs, path, found.values()))
     if entry["type"] == "directory":
         return lambda note: _with_protocol(address, _below(fs, entry, note))
-    if lists.is_table(path) or path.lower().endswith(lists.LINES) or tar.is_archive(path):
+    if lists.is_table(path) or path.lower().endswith(lists.LINES) or archives.is_archive(path):
         raise DataError(f"{address}: lists and archives are read from files here; copy it first")
     return lambda note: iter([address])
 

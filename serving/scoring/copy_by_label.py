@@ -14,7 +14,7 @@ from PIL import Image
 
 from serving.errors import FledgeError, OptionError, WorkError
 from serving.imaging import formats
-from serving.imaging.decode import FORMATS
+from serving.imaging.formats import FORMATS
 from serving.inputs.sources import Reader
 from serving.scoring.rows import ScoreRow
 from serving.utils.file_names import UniqueNames, folder_names, longest_name

@@ -117,14 +117,19 @@ def read_split_file(
     return photos
 
 
-def draw_split(root: Path, photos: list[Photo], config: DataConfig, seed: int) -> list[Photo]:
+def draw_split(
+    root: Path, photos: list[Photo], config: DataConfig, seed: int, *, trainable: bool = True
+) -> list[Photo]:
     """Assign the photos without a split to train or valid, at random.
+
+    The photo of a class of one, if it is not refused, is in one of them alone.
 
     Args:
         root: Data folder, for error messages.
         photos: All labelled photos of the dataset.
         config: Data options: share of validation photos, or number of folds.
         seed: Random seed.
+        trainable: Whether to refuse a class of one photo.
 
     Raises:
         DataError: A class has only one photo, but needs one for training and one for validation.
@@ -145,7 +150,7 @@ def draw_split(root: Path, photos: list[Photo], config: DataConfig, seed: int) -
         return photos
     labels = [photo.label for photo in free]
     too_few = [label for label, count in Counter(labels).items() if count < 2]
-    if too_few:
+    if too_few and trainable:
         raise DataError(
             f"class {quoted(too_few[0])} has one photo; it needs at least 2, "
             "one to train on and one to validate on"

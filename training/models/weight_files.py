@@ -33,6 +33,7 @@ _SAVE: Final = "where it was made, save `model.state_dict()` with torch.save"
 _HEAD: Final = 4096  # bytes by which the kind of a file is recognised
 
 _LFS: Final = b"version https://git-lfs.github.com/spec/"
+_ZIP: Final = b"PK\x03\x04"
 _LEGACY: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """Start of a file of torch.save before torch 1.6: the pickle of a number."""
 
@@ -64,7 +65,7 @@ _SCALAR: Final = np.float64(0).__reduce__()[0]  # a function of one number
 
 _GLOBALS: Final[list[Any]] = [
     # Training options and results that checkpoints have beside the weights. All hold data only.
-    *(argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in "fdiqB?")),
+    *(argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in "?efdbhilqBHILQ")),
     # Modules in which other versions of Python and NumPy have them.
     *((pathlib.PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
@@ -110,7 +111,7 @@ def read(path: Path, entry: str = "") -> tuple[dict[str, Tensor], str]:
     if int.from_bytes(head[:8], "little") < size and head[8:9] == b"{":
         return _read_safetensors(path), ""
     _check_kind(path, head, size)
-    return _choose(_load(path, size), entry)
+    return _choose(_load(path, size, head.startswith(_ZIP)), entry)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -134,7 +135,7 @@ def _check_kind(path: Path, head: bytes, size: int) -> None:
         raise NotWeights(
             f"is a pointer of Git LFS, not the file{real} itself: fetch it with `{pull}`"
         )
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(_ZIP):
         _check_zip(path, size)
         return
     if head.startswith(_LEGACY):
@@ -180,18 +181,24 @@ def _check_zip(path: Path, size: int) -> None:
     )
 
 
-def _load(path: Path, size: int) -> Any:
+def _load(path: Path, size: int, is_zip: bool) -> Any:
     try:
-        with torch.serialization.safe_globals(_GLOBALS), warnings.catch_warnings():
+        with (
+            torch.serialization.safe_globals(_GLOBALS),
+            warnings.catch_warnings(),
+            open_regular(path) as file,
+        ):
             warnings.simplefilter("ignore")  # torch warns, then raises an error
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types of errors
-        text = str(error)
-        name = re.search(r"GLOBAL ([\w.]+)|function <[\w ]*?([\w.]+)(?: at |>)", text)
-        if name or (isinstance(error, pickle.UnpicklingError) and "code" in text):
-            what = f" ({name[1] or name[2]})" if name else ""
+        name = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
+        if name:
             raise NotWeights(
-                f"is not a state dict: it contains code{what}, which is not run; {_SAVE}"
+                f"is not a state dict: it contains code ({name[1]}), which is not run; {_SAVE}"
+            ) from error
+        if is_zip and isinstance(error, pickle.UnpicklingError):
+            raise NotWeights(
+                f"is not a state dict, or not in the form that torch.save usually has; {_SAVE}"
             ) from error
         raise NotWeights(
             f"is not a state dict: it is damaged or cut short at {size:,} bytes, or of another "

@@ -104,23 +104,26 @@ def match_names(
     }
 
 
-def check_values(state: Mapping[str, Tensor], named: str) -> None:
-    """Check that all tensors are finite floating-point numbers, or counts of batches.
+def check_values(state: Mapping[str, Tensor], own: Mapping[str, Tensor], named: str) -> None:
+    """Check that all tensors are finite, and numbers of the same kind as the network's own.
+
+    Args:
+        state: The tensors that are loaded.
+        own: The network's own tensors of these names.
+        named: What error messages call the weights.
 
     Raises:
-        DataError: One has NaN or infinite values, or is of another type, as of a quantised network.
+        DataError: One has NaN or infinite values, or is of another kind, as of a quantised network.
     """
     wrong = []
     for name, value in state.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        if not value.is_floating_point() or value.is_quantized:
+        if value.is_floating_point() != own[name].is_floating_point() or value.is_quantized:
             kind = str(value.dtype).removeprefix("torch.")
             raise DataError(
                 f"{named} can't be used: {name} has values of type {kind}; "
                 "give weights in floating point, from before they were quantised"
             )
-        if not value.float().isfinite().all():
+        if value.is_floating_point() and not value.float().isfinite().all():
             wrong.append(name)
     if wrong:
         value = state[wrong[0]].float()
@@ -181,7 +184,7 @@ def load_into_body(
         hint = _other_size(state, wrong) or origin(state, arch)
         mismatch = describe_mismatch(missing, wrong, extra)
         raise DataError(f"{named} is not for {arch}: {mismatch}{hint}")
-    check_values({name: state[name] for name in own if name in state}, named)
+    check_values({name: state[name] for name in own if name in state}, known, named)
     body.load_state_dict({key: state.get(name, v) for name, (key, v) in own.items()})
 
 
@@ -236,7 +239,7 @@ def origin(state: Mapping[str, Tensor], arch: str) -> str:
         name
         for name in torchvision.models.list_models(module=torchvision.models)
         if any(
-            entry.meta["num_params"] == count + len(entry.meta["categories"]) * row
+            entry.meta["num_params"] == count + len(entry.meta.get("categories") or ()) * row
             for entry in torchvision.models.get_model_weights(name)
         )
     ]

@@ -15,7 +15,7 @@ from training.config.sections import AugmentConfig
 from training.data import layouts, torchvision_sets
 from training.data.dataset import Dataset, load_dataset
 from training.data.splits import PARTS
-from training.preview import figure
+from training.preview import figure, photo_sheet
 from training.preview.scan import (
     UNLABELLED,
     PhotoStats,
@@ -26,6 +26,7 @@ from training.preview.scan import (
 )
 
 PICTURE: Final = "preview.png"
+PHOTOS: Final = "photos.png"
 AUGMENTED: Final = "augment.png"
 
 DEFAULTS: Final = 'name = "preview"\narch = "resnet18"\n[[stage]]\nname = "all"\n'
@@ -53,14 +54,20 @@ def preview(source: str, recipe: Recipe, out: Path, *, split: Path | None = None
             the report instead.
     """
     check_folder(out)
-    dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
+    # What training refuses, such as a class of one photo, is shown, with a hint.
+    dataset = load_dataset(
+        source, split=split, config=recipe.data, seed=recipe.seed, trainable=False
+    )
     photos = scan_photos(dataset)
     out.mkdir(parents=True, exist_ok=True)
     figure.draw(photos, dataset.classes, out / PICTURE)
+    sheet = photo_sheet.rows(photos, dataset.classes, recipe.preprocess, recipe.seed)
+    photo_sheet.draw(sheet, dataset.root, recipe.preprocess, out / PHOTOS)
     by_folder = not (recipe.data.csv or recipe.data.pattern or source in torchvision_sets.NAMES)
     empty = layouts.empty_class_folders(dataset.root) if by_folder else []
     yield from report(dataset, photos, recipe.preprocess.size, empty)
-    yield f"picture: {out / PICTURE}"
+    yield f"photos of each class, and unusual ones: {out / PHOTOS}"
+    yield f"counts and sizes: {out / PICTURE}"
 
 
 def augmented(
@@ -82,7 +89,9 @@ def augmented(
 
     check_folder(out)
     if photo is None:
-        dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
+        dataset = load_dataset(
+            source, split=split, config=recipe.data, seed=recipe.seed, trainable=False
+        )
         photo = next((path for path, _ in dataset.train if not _read_error(path)), None)
         if photo is None:
             raise DataError(f"none of the {len(dataset.train)} photos to train on can be read")
@@ -164,7 +173,9 @@ def _counts(photos: Sequence[PhotoStats], classes: Sequence[str]) -> Iterator[st
     for first, *rest in cells:
         yield "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
     sums = [sum(counts[name, part] for part in PARTS) for name in classes]
-    yield f"the largest class has {max(sums) / max(min(sums), 1):.1f} times as many as the smallest"
+    if len(sums) > 1:
+        ratio = max(sums) / max(min(sums), 1)
+        yield f"the largest class has {ratio:.1f} times as many as the smallest"
 
 
 def _sizes(shorts: Sequence[int]) -> Iterator[str]:
