@@ -28,21 +28,25 @@ def escape_json(text: str) -> str:
     return _CONTROL.sub(lambda found: _json_escape(found[0]), text)
 
 
-def quote_path(path: object) -> str:
-    r"""Return a path as one word of a shell command, which can be shown, copied and pasted.
+def quote(word: str) -> str:
+    r"""Return a text as one word of a shell command, which can be shown, copied and pasted.
 
-    A path that begins with a dash is not taken for an option. Characters that `escape` or the
-    encoding of the output would change are written as bash, zsh and ksh read them: `$'\012'`.
+    Characters that `escape` or the encoding of the output would change are written as bash, zsh and
+    ksh read them: `$'\012'`.
     """
-    text = os.fspath(path) if isinstance(path, os.PathLike) else str(path)
-    text = f"./{text}" if text.startswith("-") else text
-    if not _CONTROL.search(text) and _can_be_shown(text, sys.stdout, sys.stderr):
-        return shlex.quote(text)
+    if not _CONTROL.search(word) and _can_be_shown(word, sys.stdout, sys.stderr):
+        return shlex.quote(word)
     codes = (
         chr(code) if 32 <= code < 127 and chr(code) not in "\\'" else f"\\{code:03o}"
-        for code in text.encode("utf-8", "surrogateescape")
+        for code in word.encode("utf-8", "surrogateescape")
     )
     return f"$'{''.join(codes)}'"
+
+
+def quote_path(path: str | os.PathLike[str]) -> str:
+    """Return a path as `quote` does; one that begins with a dash is not taken for an option."""
+    text = os.fspath(path)
+    return quote(f"./{text}" if text.startswith("-") else text)
 
 
 def valid_utf8(path: object) -> str:
