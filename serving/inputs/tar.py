@@ -21,6 +21,7 @@ from serving.inputs.compression import (
     BLOCK,
     MAX_FILE,
     MAX_RATIO,
+    TOO_LONG,
     NeedsMemory,
     PeekableStream,
     open_tar,
@@ -234,7 +235,7 @@ def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
         kind = "a link" if info.issym() or info.islnk() else "a device or a pipe"
         raise BrokenImage(f"not a file but {kind} in an archive")
     if info.size > MAX_FILE:
-        raise TooLarge(f"{info.size} bytes are more than the {MAX_FILE} allowed")
+        raise TooLarge(f"{info.size} bytes are {TOO_LONG.format(MAX_FILE)}")
     if info.sparse is not None:
         header: Any = info
         header.sparse = _checked_sparse(header.sparse, info.size)

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from serving.environment import tell_cache_folder
 from serving.errors import OptionError
 
 
@@ -60,6 +61,7 @@ def user_cache_folder() -> Path:
 
     Without XDG_CACHE_HOME, the folder is `~/.cache/fledge`.
     """
+    tell_cache_folder()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fledge"
 
 
@@ -297,6 +299,28 @@ def files_below(folder: Path) -> list[Path]:
     walked = os.walk(folder, onerror=fail)
     paths = (Path(parent) / name for parent, _, names in walked for name in names)
     return sorted(path for path in paths if path.is_file())
+
+
+@contextmanager
+def utf8_path(path: Path) -> Iterator[str]:
+    """Yield a path by which libraries open a file whose own path they refuse: not UTF-8.
+
+    Args:
+        path: An existing file.
+
+    Raises:
+        OSError: The file can't be opened.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            yield f"/dev/fd/{opened}"
+        finally:
+            os.close(opened)
+    else:
+        yield str(path)
 
 
 def sync(path: Path) -> None:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serving.terminal import show
+from serving.terminal import quote_path, show
 from training.cli.options import add_overrides, check_network
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def preview(options: argparse.Namespace) -> None:
     data = Path(options.data)
     if not data.exists() and shipped.find(data).is_file():
         raise OptionError(
-            f"{data} is a recipe: `fledge preview photos --recipe {shlex.quote(str(data))}`"
+            f"{data} is a recipe: `fledge preview photos --recipe {quote_path(data)}`"
         )
     require(data, "photos")
     overrides = list(options.overrides)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import shlex
 import tomllib
 from collections.abc import Sequence
 from datetime import date, time
@@ -14,6 +13,7 @@ from pydantic import BaseModel
 
 from serving.errors import OptionError
 from serving.imaging.preprocess import Preprocess
+from serving.terminal import quote
 from training.config.schema import Recipe, Spread, Stage
 from training.config.sections import AugmentConfig
 from training.config.toml_lines import Path
@@ -95,7 +95,7 @@ def write(key: str, path: Path, value: Any) -> str:
 
 def shown(text: str) -> str:
     """Return a text as it must be written in a shell."""
-    return shlex.quote(text)
+    return quote(text)
 
 
 def toml(value: Any) -> str:
@@ -146,5 +146,5 @@ def _choices(words: Sequence[str]) -> str:
 
 
 def _quoted(word: str) -> str:
-    quoted = shlex.quote(word)
+    quoted = quote(word)
     return f"'{word}'" if quoted == word else quoted

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from serving.errors import DataError, OptionError
+from serving.terminal import quote_path
 from training.activations.stage_loaders import StageLoaders
 from training.config.schema import Recipe
 from training.data import archive
@@ -161,7 +162,8 @@ def resume(
                 )
             if process_group.is_main_process:
                 remove_leftovers(folder)
-            log(f"{folder} is finished already; next: fledge export {folder} --out bundle")
+            command = f"fledge export {quote_path(folder)} --out bundle"
+            log(f"{folder} is finished already; next: {command}")
             return folder
         precision = _precision(recipe, device or run_info.device, process_group)
         with process_group.local_main_process_first():  # may extract an archive

@@ -22,7 +22,7 @@ from serving.errors import (
     TooLarge,
     UnsupportedFormat,
 )
-from serving.imaging import decode
+from serving.imaging import decode, deep_samples
 from tests.robustness import icc_profiles
 from tests.support.tiny_bundle import photo
 
@@ -91,10 +91,10 @@ def test_scaling_in_strips_equals_scaling_at_once(
     if mode in ("I", "F"):
         low, high = samples.min(), samples.max()
     expected = np.rint((samples - low) * (255.0 / (high - low))).astype(np.uint8)
-    monkeypatch.setattr(decode, "_STRIP", 100)
-    scaled = np.asarray(decode._scale_deep(image))
+    monkeypatch.setattr(deep_samples, "_STRIP", 100)
+    scaled = np.asarray(deep_samples.scale(image))
     assert np.array_equal(scaled, expected)
-    assert sum(len(strip) for _, strip in decode._strips(image)) == 37  # each row once
+    assert sum(len(strip) for _, strip in deep_samples._strips(image)) == 37  # each row once
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
