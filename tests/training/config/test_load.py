@@ -219,7 +219,9 @@ def test_an_unreadable_or_invalid_recipe_file_is_an_error_with_the_reason(tmp_pa
     path = tmp_path / "r.toml"
     for folder in (Path.cwd(), tmp_path):
         monkeypatch.chdir(folder)
-        with pytest.raises(OptionError, match=r"no such recipe; use demo, .*quick, .*of your own$"):
+        with pytest.raises(
+            OptionError, match=r"no such recipe; use one of demo, .*quick, .*of your own$"
+        ):
             load.read(path)
     with pytest.raises(OptionError) as caught:
         load.read(tmp_path)
