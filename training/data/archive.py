@@ -20,7 +20,7 @@ from serving.errors import DataError, ImageError
 from serving.imaging import formats
 from serving.inputs import archives
 from serving.inputs.archive_members import Member, is_hidden
-from serving.inputs.folders import is_image
+from serving.inputs.file_kinds import is_image
 from serving.utils.files import atomic_folder, atomic_write
 from serving.utils.progress import progress_bar
 from training.utils import disk_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from serving.imaging import decode
 from serving.utils.files import check_folder
 from training.config.schema import Recipe
 from training.config.sections import AugmentConfig
-from training.data import layouts, torchvision_sets
+from training.data import layouts, similar_classes, torchvision_sets
 from training.data.dataset import Dataset, load_dataset
 from training.data.splits import PARTS
 from training.preview import figure, photo_sheet
@@ -64,8 +65,11 @@ def preview(source: str, recipe: Recipe, out: Path, *, split: Path | None = None
     sheet = photo_sheet.rows(photos, dataset.classes, recipe.preprocess, recipe.seed)
     photo_sheet.draw(sheet, dataset.root, recipe.preprocess, out / PHOTOS)
     by_folder = not (recipe.data.csv or recipe.data.pattern or source in torchvision_sets.NAMES)
+    by_folder = by_folder and not os.path.isfile(source)  # a table of labels
     empty = layouts.empty_class_folders(dataset.root) if by_folder else []
     yield from report(dataset, photos, recipe.preprocess.size, empty, recipe.preprocess.crop)
+    if recipe.data.similar == "refuse":
+        yield from similar_classes.hints(dataset.classes)
     yield f"photos of each class, and unusual ones: {out / PHOTOS}"
     yield f"counts and sizes: {out / PICTURE}"
 
