@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from serving import __version__
 from serving.bundle import storage
-from serving.errors import FledgeError, NotReady
+from serving.errors import BundleError, FledgeError, NotReady
 from serving.http.body_budget import BodyBudget
 from serving.http.telemetry import Telemetry
 from serving.inference import isolated_load

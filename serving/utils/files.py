@@ -245,9 +245,9 @@ def _remove_unlocked(path: Path) -> None:
         lock(opened, wait=False)
         if stat.S_ISREG(status.st_mode):
             path.unlink()
-        elif stat.S_ISDIR(status.st_mode):
-            if _TEMPORARY in os.listdir(opened):  # else someone else gave the folder this name
-                shutil.rmtree(path)
+        # Without the mark, someone else gave the folder this name.
+        elif stat.S_ISDIR(status.st_mode) and _TEMPORARY in os.listdir(opened):
+            shutil.rmtree(path)
     finally:
         os.close(opened)
 

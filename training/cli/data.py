@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def layers(options: argparse.Namespace) -> None:
     """Show an architecture's layer groups, and which of them the stages of a recipe train."""
     from serving.errors import OptionError
-    from training.config import load
+    from training.config import load, shipped
     from training.preview import layer_groups
 
     arch, overrides = options.arch, list(options.overrides)
@@ -30,6 +30,8 @@ def layers(options: argparse.Namespace) -> None:
         overrides += [f"arch={json.dumps(arch)}"] if arch else []
         recipe = load.read(options.recipe, overrides, check_network)
         lines = [*layer_groups.describe(recipe), "", *layer_groups.stages(recipe)]
+    elif arch and "/" not in arch and shipped.find(Path(arch)).is_file():
+        raise OptionError(f"{arch} is a recipe: `fledge layers --recipe {arch}`")
     elif overrides:
         raise OptionError(f"{overrides[0]} changes a recipe; name it with --recipe FILE")
     else:

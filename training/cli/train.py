@@ -185,7 +185,9 @@ def add_to(add_verb: AddVerb) -> None:
         metavar="FILE",
         help="checkpoint that the stage starts from",
     )
-    add.add_argument("--out", type=Path, metavar="PNG", help="default: lr_find-STAGE.png")
+    add.add_argument(
+        "--out", type=Path, metavar="PNG", help="default: runs/lr-find-RECIPE/lr_find-STAGE.png"
+    )
     add.add_argument("--compare", action="store_true", help="train briefly with each suggestion")
     add.add_argument("--epochs", type=int, metavar="N", help="of --compare; default: 1")
     add.usage = "fledge lr-find RECIPE --data DIR [options] [key=value …]"
