@@ -8,10 +8,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from export import torchvision_checkpoint
 from export.parity import Sample
 from serving.errors import DataError
-from training.config.sections import DataConfig
-from training.data.dataset import load_dataset
 
 
 def find(
@@ -26,20 +25,11 @@ def find(
         log: Function that is called with one line about the photos.
 
     Raises:
-        DataError: `load_dataset` can't read the folder, a class folder has no name of `labels`, or
-            the run has all photos.
+        DataError: The folder can't be read, a class folder has no name of `labels`, or the run has
+            all photos.
     """
-    dataset = load_dataset(str(folder), config=DataConfig(valid=0.5))
-    unknown = sorted(set(dataset.classes) - set(labels))
-    if unknown:
-        shown = ", ".join(labels[:10]) + (", …" if len(labels) > 10 else "")
-        raise DataError(
-            f"--photos {shlex.quote(str(folder))}: {unknown[0]} is no class of the run; name each "
-            f"folder as one of {shown}"
-        )
-    indices = [list(labels).index(name) for name in dataset.classes]
-    parts = (*dataset.train, *dataset.valid, *dataset.test)
-    samples = sorted({(path, indices[label]) for path, label in parts})
+    parts = torchvision_checkpoint.photos(folder, labels, "the run has its classes")
+    samples = sorted({*parts[0], *parts[1]})
     by_size: dict[int, list[Path]] = defaultdict(list)
     for path in known:
         by_size[_size(path)].append(path)

@@ -76,8 +76,12 @@ class Preprocess:
 
     def centre(self, image: Image.Image) -> Box:
         """Return the box (left, top, right, bottom) of the centre crop, in pixels of the image."""
-        side = min(image.size) * self.crop
-        left, top = (image.width - side) / 2, (image.height - side) / 2
+        return self.centre_of(image.size)
+
+    def centre_of(self, size: tuple[int, int]) -> Box:
+        """Return the box of the centre crop of an image of `size` (width, height) pixels."""
+        side = min(size) * self.crop
+        left, top = (size[0] - side) / 2, (size[1] - side) / 2
         return (left, top, left + side, top + side)
 
     def cut(self, image: Image.Image, box: Box) -> Pixels:

@@ -51,7 +51,7 @@ def test_the_folder_of_the_run_itself_is_refused(shared_run: Run):
 def test_a_folder_of_another_class_is_refused(shared_run: Run, tmp_path: Path):
     folder = new_photos(tmp_path / "more")
     with pytest.raises(
-        DataError, match=r"blue is no class of the run; .* one of red, green, pink$"
+        DataError, match=r"blue is no label .*; name each folder as the run has its"
     ):
         further_photos.find(folder, ("red", "green", "pink"), known(shared_run), print)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
 
+from serving.inputs.file_kinds import SOFTWARE
 from serving.terminal import escape
 from serving.utils.files import atomic_write
 from training.ablation.ablation import AblationRun, Trials
@@ -275,7 +276,7 @@ def _draw(found: Sequence[TableRow], path: Path, title: str) -> None:
     right.tick_params(left=False)
     figure.suptitle(f"{title}: mean and 95 % interval", fontsize=11)
     with atomic_write(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+        figure.savefig(partial, dpi=120, format="png", metadata={"Software": SOFTWARE})
 
 
 def _readable(limits: tuple[float, float], found: Sequence[TableRow]) -> tuple[float, float]:

@@ -16,8 +16,9 @@ from serving.errors import DataError, OptionError
 from serving.utils.files import atomic_write
 from serving.utils.natural_sort import natural_letters_first
 from training.config.sections import DataConfig
-from training.data import layouts, sample, torchvision_sets
+from training.data import archive, label_table, layouts, sample, torchvision_sets
 from training.data.layouts import Photo
+from training.data.similar_classes import common_folder, settle_classes
 from training.data.splits import PARTS, draw_split, read_split_file
 from training.utils.console import quoted
 
@@ -90,12 +91,15 @@ def load_dataset(
     split: Path | None = None,
     config: DataConfig = DataConfig(),  # noqa: B008 - frozen
     seed: int = 0,
+    trainable: bool = True,
 ) -> Dataset:
     """Find the photos of `source` and split them.
 
     Args:
-        source: "sample" for the built-in dataset, a name in `torchvision_sets.NAMES`, or a folder.
-            A folder has one of these layouts:
+        source: "sample" for the built-in dataset, a name in `torchvision_sets.NAMES`, a table of
+            labels, which is read as `data.csv` of its folder, an archive (zip, tar), which is
+            extracted into the cache, or a folder. A folder has one of
+            these layouts:
 
             - one folder per class;
             - `train/`, `valid/` and optionally `test/`, each with one folder per class;
@@ -104,19 +108,23 @@ def load_dataset(
             None: the split comes from the folders or is drawn at random.
         config: Data options: where labels come from, and how photos are split at random.
         seed: Seed of the random split.
+        trainable: Whether to refuse photos that can't be trained on, such as a class of one photo.
 
     Raises:
         DataError: The folder or the split file has no usable photos, or can't be read.
         OptionError: An option in `config` does not fit the data.
     """
     try:
-        return _load(source, split, config, seed)
+        dataset = _load(source, split, config, seed, trainable)
     except OSError as error:  # no permission, or a name that is too long
         where = f" {quoted(error.filename)}:" if error.filename else ""
         raise DataError(f"--data {quoted(source)}:{where} {error.strerror or error}") from error
+    return _checked(dataset, split) if trainable else dataset
 
 
-def _load(source: str, split: Path | None, config: DataConfig, seed: int) -> Dataset:
+def _load(
+    source: str, split: Path | None, config: DataConfig, seed: int, trainable: bool
+) -> Dataset:
     official = source in torchvision_sets.NAMES
     has_label_option = bool(config.csv or config.pattern)
     if official:
@@ -125,31 +133,39 @@ def _load(source: str, split: Path | None, config: DataConfig, seed: int) -> Dat
             raise OptionError(f"--data {source} has labels of its own: add data.{word}= (empty)")
         root, photos = torchvision_sets.find(source)
     else:
-        root, photos = _folder(source), []
+        root, config = _folder(source, config)
+        photos = []
     if split is not None:
         labels = {photo.path.relative_to(root).as_posix(): photo.label for photo in photos}
         label_of = partial(_look_up, labels) if official else layouts.labeller(root, config)
         by_folder = not (official or has_label_option)
         photos = read_split_file(root, split, config, label_of, class_folders=by_folder)
+        photos = settle_classes(photos, config, root, trainable=trainable)
     else:
-        photos = draw_split(
-            root, photos if official else layouts.find_labelled(root, config), config, seed
-        )
+        photos = photos if official else layouts.find_labelled(root, config)
+        photos = settle_classes(photos, config, root, trainable=trainable)
+        photos = draw_split(root, photos, config, seed, trainable=trainable)
     labelled = [photo.path for photo in photos]
     unlabelled = () if official else layouts.find_unlabelled(root, labelled, config)
-    return _checked(_dataset(source, root, photos, unlabelled), split)
+    return _dataset(source, common_folder(root, photos), photos, unlabelled)
 
 
-def _folder(source: str) -> Path:
+def _folder(source: str, config: DataConfig) -> tuple[Path, DataConfig]:
+    """Return the data folder; for a table of labels, its folder and options that name the table."""
     # pathlib raises an error for unknown users and for names that are too long; os.path does not.
     root = sample.cached_sample() if source == SAMPLE else Path(os.path.expanduser(source))
+    if source != SAMPLE and archive.is_archive(source):
+        root = archive.extracted(source)
+    if os.path.isfile(root):
+        return label_table.as_data(root, config)
     if not os.path.isdir(root):
         names = ", ".join((SAMPLE, *torchvision_sets.NAMES))
+        what = "is no folder or archive" if os.path.exists(root) else "no such folder or archive"
         raise DataError(
-            f"--data {quoted(source)}: no such folder; give one with a folder per class, or a set: "
-            f"{names}"
+            f"--data {quoted(source)}: {what}; give a folder with a folder per class, a zip or tar "
+            f"of one, or a set: {names}"
         )
-    return root.resolve()
+    return root.resolve(), config
 
 
 def _look_up(labels: Mapping[str, str], path: str) -> str:

@@ -6,18 +6,18 @@ file names, or values in a CSV table. The result is a list of `Photo`: path, cla
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from serving.errors import DataError, OptionError
+from serving.errors import DataError
 from serving.imaging.decode import SUFFIXES
 from serving.utils.natural_sort import natural_letters_first
 from training.config.sections import DataConfig
-from training.utils.console import MAX_MISTAKES, format_mistakes, quoted
+from training.data.label_table import images_folder, read_label_table
+from training.utils.console import quoted
 
 _IGNORED_FOLDERS: Final = ("__MACOSX", "@eaDir")
 PART_FOLDERS: Final = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
@@ -63,8 +63,8 @@ def labeller(root: Path, config: DataConfig) -> Callable[[str], str]:
     The function returns "" for a photo without a label.
     """
     if config.csv:
-        labels = {path.as_posix(): label for path, label, _ in _table(root, config)}
-        return lambda path: labels.get(Path(path).as_posix(), "")
+        labels = {photo.path: photo.label for photo in _from_table(root, config)}
+        return lambda path: labels.get(root / path, "")
     if config.pattern:
         return lambda path: _label(config.pattern, Path(path).name)
     has_parts = bool(_parts(root))
@@ -204,7 +204,7 @@ def _from_names(root: Path, config: DataConfig) -> list[Photo]:
     A `test/` folder is used as the test split. `train/` and `valid/` are used as splits only if
     both exist.
     """
-    folder = _images(root, config)
+    folder = images_folder(root, config) if config.images else root
     labelled: list[tuple[Path, str]] = []
     unmatched: list[tuple[Path, str]] = []
     for path in photos_below(folder):
@@ -231,72 +231,14 @@ def _label(pattern: str, name: str) -> str:
     return (match.group(1) or "") if match else ""
 
 
-def _images(root: Path, config: DataConfig) -> Path:
-    folder = root / config.images
-    if Path(config.images).is_absolute() or ".." in Path(config.images).parts:
-        raise OptionError(f"data.images = {quoted(config.images)}: name a folder below {root}")
-    if not os.path.isdir(folder):
-        raise DataError(f"data.images = {quoted(config.images)}: no such folder in {root}")
-    return folder
-
-
 def _from_table(root: Path, config: DataConfig) -> list[Photo]:
-    rows = _table(root, config)
-    # pathlib raises an error for names that are too long and unreadable folders; os.path does not.
-    missing = [(path, line) for path, _, line in rows if not os.path.isfile(root / path)]
-    if missing:
-        path, line = missing[0]
-        ends = [s for s in sorted(SUFFIXES) if os.path.isfile(root / f"{path}{s}")]
-        remedy = f"set data.suffix = {ends[0]!r}" if ends else "see data.images and data.suffix"
-        raise DataError(
-            f"{root / config.csv}, line {line}: no photo {quoted(path)} in {root} "
-            f"({len(missing)} of {len(rows)} rows have none); {remedy}"
-        )
-    return [Photo(root / path, label) for path, label, _ in rows]
-
-
-def _table(root: Path, config: DataConfig) -> list[tuple[Path, str, int]]:
-    """Read the label table: (path relative to `root`, label, line number) of every table row."""
-    table = root / config.csv
-    if config.images or not (root / "train").is_dir():
-        images = _images(root, config).relative_to(root)
-    else:
-        images = Path("train")
-    lines: dict[Path, tuple[str, int]] = {}
-    wrong: list[str] = []
-    id_column, label_column = config.columns
-    try:
-        # utf-8-sig: spreadsheets write a byte-order mark.
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            have = reader.fieldnames or []
-            for column in config.columns:
-                if column not in have:
-                    raise DataError(
-                        f"{table} has no column {quoted(column)}, its first line has "
-                        f"{', '.join(map(quoted, have)) or 'nothing'}; set data.columns"
-                    )
-            for row in reader:
-                line = f"line {reader.line_num}"
-                name, label = ((row[column] or "").strip() for column in config.columns)
-                if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-                    wrong.append(f"{line}: {id_column} {quoted(name)} names no photo")
-                    continue
-                if not label:
-                    wrong.append(f"{line}: {quoted(name)} has no {label_column}")
-                path = images / f"{name}{config.suffix}"  # Path: 1.jpg == ./1.jpg
-                if path in lines:
-                    wrong.append(f"{line}: {quoted(name)} is in line {lines[path][1]}, too")
-                lines[path] = label, reader.line_num
-    except FileNotFoundError:
-        raise DataError(f"data.csv = {quoted(config.csv)}: no such file in {root}") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{table} is not UTF-8 text; save it as CSV in UTF-8") from None
-    except (OSError, ValueError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"data.csv = {quoted(config.csv)} can't be read: {reason}") from error
-    if wrong:
-        raise DataError(*format_mistakes(table, wrong, between=", ", most=MAX_MISTAKES))
-    if not lines:
-        raise DataError(f"{table} has no row under its first line")
-    return [(path, label, line) for path, (label, line) in lines.items()]
+    """Find the photos that a table of labels names; they may lie outside of `root`, see there."""
+    parts = PART_FOLDERS
+    entries = read_label_table(
+        root,
+        config,
+        photos_below,
+        lambda word: parts.get(word, ""),
+        anywhere=os.path.isabs(config.csv),
+    )
+    return [Photo(*entry) for entry in entries]

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from serving.inputs.file_kinds import SOFTWARE
 from serving.utils.files import atomic_write
 from training.preview.scan import UNLABELLED, PhotoStats
 
@@ -43,7 +44,7 @@ def draw(photos: Sequence[PhotoStats], classes: Sequence[str], path: Path) -> No
     patches = [Patch(color=COLOURS[part], label=part) for part in parts]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
     with atomic_write(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
+        figure.savefig(partial, dpi=110, format="png", metadata={"Software": SOFTWARE})
 
 
 def _bars(axes: Any, photos: Sequence[PhotoStats], classes: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,10 +13,10 @@ from serving.imaging import decode
 from serving.utils.files import check_folder
 from training.config.schema import Recipe
 from training.config.sections import AugmentConfig
-from training.data import layouts, torchvision_sets
+from training.data import layouts, similar_classes, torchvision_sets
 from training.data.dataset import Dataset, load_dataset
 from training.data.splits import PARTS
-from training.preview import figure
+from training.preview import figure, photo_sheet
 from training.preview.scan import (
     UNLABELLED,
     PhotoStats,
@@ -26,6 +27,7 @@ from training.preview.scan import (
 )
 
 PICTURE: Final = "preview.png"
+PHOTOS: Final = "photos.png"
 AUGMENTED: Final = "augment.png"
 
 DEFAULTS: Final = 'name = "preview"\narch = "resnet18"\n[[stage]]\nname = "all"\n'
@@ -53,14 +55,23 @@ def preview(source: str, recipe: Recipe, out: Path, *, split: Path | None = None
             the report instead.
     """
     check_folder(out)
-    dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
+    # What training refuses, such as a class of one photo, is shown, with a hint.
+    dataset = load_dataset(
+        source, split=split, config=recipe.data, seed=recipe.seed, trainable=False
+    )
     photos = scan_photos(dataset)
     out.mkdir(parents=True, exist_ok=True)
     figure.draw(photos, dataset.classes, out / PICTURE)
+    sheet = photo_sheet.rows(photos, dataset.classes, recipe.preprocess, recipe.seed)
+    photo_sheet.draw(sheet, dataset.root, recipe.preprocess, out / PHOTOS)
     by_folder = not (recipe.data.csv or recipe.data.pattern or source in torchvision_sets.NAMES)
+    by_folder = by_folder and not os.path.isfile(source)  # a table of labels
     empty = layouts.empty_class_folders(dataset.root) if by_folder else []
-    yield from report(dataset, photos, recipe.preprocess.size, empty)
-    yield f"picture: {out / PICTURE}"
+    yield from report(dataset, photos, recipe.preprocess.size, empty, recipe.preprocess.crop)
+    if recipe.data.similar == "refuse":
+        yield from similar_classes.hints(dataset.classes)
+    yield f"photos of each class, and unusual ones: {out / PHOTOS}"
+    yield f"counts and sizes: {out / PICTURE}"
 
 
 def augmented(
@@ -82,7 +93,9 @@ def augmented(
 
     check_folder(out)
     if photo is None:
-        dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
+        dataset = load_dataset(
+            source, split=split, config=recipe.data, seed=recipe.seed, trainable=False
+        )
         photo = next((path for path, _ in dataset.train if not _read_error(path)), None)
         if photo is None:
             raise DataError(f"none of the {len(dataset.train)} photos to train on can be read")
@@ -105,7 +118,11 @@ def _read_error(photo: Path) -> str:
 
 
 def report(
-    dataset: Dataset, photos: Sequence[PhotoStats], size: int, empty: Sequence[str] = ()
+    dataset: Dataset,
+    photos: Sequence[PhotoStats],
+    size: int,
+    empty: Sequence[str] = (),
+    crop: float = 0.875,
 ) -> Iterator[str]:
     """Yield the lines of the report on a data set.
 
@@ -114,6 +131,7 @@ def report(
         photos: Statistics of all photos of the data set.
         size: Side of the images that training will use, in pixels.
         empty: Names of class folders without a photo.
+        crop: Side of validation's centre square divided by the short side of the photo.
     """
     total = sum(photo.size for photo in photos)
     count = f"{len(dataset.classes)} classes, {len(photos)} photos"
@@ -142,7 +160,7 @@ def report(
         )
         yield from _some(f"exact duplicates: {len(groups)}", pairs)
     yield ""
-    lines = list(hints(photos, dataset.classes, size))
+    lines = list(hints(photos, dataset.classes, size, crop))
     lines += [f"the folder {name} is empty: the model will have no such class" for name in empty]
     yield from (f"hint: {_plain(line)}" for line in lines)
     if not lines:
@@ -164,7 +182,9 @@ def _counts(photos: Sequence[PhotoStats], classes: Sequence[str]) -> Iterator[st
     for first, *rest in cells:
         yield "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
     sums = [sum(counts[name, part] for part in PARTS) for name in classes]
-    yield f"the largest class has {max(sums) / max(min(sums), 1):.1f} times as many as the smallest"
+    if len(sums) > 1:
+        ratio = max(sums) / max(min(sums), 1)
+        yield f"the largest class has {ratio:.1f} times as many as the smallest"
 
 
 def _sizes(shorts: Sequence[int]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -20,6 +20,7 @@ from PIL import Image
 
 from serving.errors import ImageError
 from serving.imaging.decode import decode, read_bytes
+from serving.imaging.preprocess import Pixels
 from serving.utils.cpu import cores
 from serving.utils.progress import progress_bar
 from training.data.dataset import MAX_UNREADABLE_SHARE, Dataset
@@ -30,6 +31,8 @@ UNLABELLED: Final = "unlabelled"
 
 LONG: Final = 3.0
 """Long side over short side above which a photo is unusual, as a square crop shows little of it."""
+_MANY: Final = 0.05
+"""Share of long photos above which they get a hint."""
 TINY: Final = 64
 """Short side in pixels below which a photo is unusual."""
 HUGE: Final = 25_000_000
@@ -38,6 +41,7 @@ _GREY: Final = 4
 """Largest difference between the channels of a grey pixel, 0..255."""
 _FEW: Final = 10
 """A class with fewer training photos gets a hint."""
+_NOTHING: Final = np.zeros((0, 0, 3), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class PhotoStats:
         mode: Pillow's mode of the file, such as RGB, L or CMYK.
         grey: Whether all pixels are grey, in any mode.
         digest: Hash of the decoded pixels; it does not depend on metadata.
+        thumbnail: The photo, stretched to a square: uint8 [16, 16, 3]; empty if it can't be read.
         error: Why the photo can't be read, or "".
     """
 
@@ -66,6 +71,7 @@ class PhotoStats:
     mode: str = ""
     grey: bool = False
     digest: bytes = b""
+    thumbnail: Pixels = field(default_factory=lambda: _NOTHING, repr=False, compare=False)
     error: str = ""
 
     @property
@@ -114,7 +120,9 @@ def photo_stats(path: Path, part: str, label: str) -> PhotoStats:
     digest.update(image.tobytes())
     small = np.asarray(image.resize((48, 48), Image.Resampling.BOX), np.int16)
     grey = int((small.max(axis=2) - small.min(axis=2)).max()) <= _GREY
-    return PhotoStats(path, part, label, len(data), *image.size, mode, grey, digest.digest())
+    thumbnail = small.reshape(16, 3, 16, 3, 3).mean(axis=(1, 3)).astype(np.uint8)
+    hashed = digest.digest()
+    return PhotoStats(path, part, label, len(data), *image.size, mode, grey, hashed, thumbnail)
 
 
 def duplicates(photos: Iterable[PhotoStats]) -> list[list[PhotoStats]]:
@@ -158,11 +166,13 @@ class Scan:
         photos: Statistics of all photos.
         classes: Names of the classes.
         size: Side of the images that training will use, in pixels.
+        crop: Side of validation's centre square divided by the short side of the photo.
     """
 
     photos: Sequence[PhotoStats]
     classes: Sequence[str]
     size: int
+    crop: float
 
     @cached_property
     def groups(self) -> list[list[PhotoStats]]:
@@ -190,12 +200,18 @@ class Scan:
         return self.classes[int(np.argmin(self.counts))]
 
 
-def hints(photos: Sequence[PhotoStats], classes: Sequence[str], size: int) -> Iterator[str]:
+def hints(
+    photos: Sequence[PhotoStats], classes: Sequence[str], size: int, crop: float = 0.875
+) -> Iterator[str]:
     """Yield a line for each problem of the data set, most urgent first.
 
-    `size` is the side of the images that training will use, in pixels.
+    Args:
+        photos: Statistics of all photos.
+        classes: Names of the classes.
+        size: Side of the images that training will use, in pixels.
+        crop: Side of validation's centre square divided by the short side of the photo.
     """
-    scan = Scan(photos, classes, size)
+    scan = Scan(photos, classes, size, crop)
     for hint in HINTS:
         yield from hint(scan)
 
@@ -245,21 +261,38 @@ def _unreadable(scan: Scan) -> Iterator[str]:
         yield f"{number} can't be read; training leaves them out"
 
 
+def _too_few_classes(scan: Scan) -> Iterator[str]:
+    if len(scan.classes) < 2:
+        have = f"one class, {scan.classes[0]}" if scan.classes else "no class"
+        yield f"there is {have}: training refuses; it needs at least 2"
+
+
 def _empty_class(scan: Scan) -> Iterator[str]:
-    if min(scan.counts) == 0:
+    if min(scan.counts, default=1) == 0:
         yield (
             f"{scan.smallest} has no photo to train on that can be read: training refuses; add some"
         )
 
 
+def _single_photo(scan: Scan) -> Iterator[str]:
+    counts = Counter(photo.label for photo in scan.used)
+    single = [name for name in scan.classes if counts[name] == 1]
+    if single:
+        several = f"{len(single)} classes have one photo, such as {single[0]}"
+        have = several if len(single) > 1 else f"{single[0]} has one photo"
+        yield (
+            f"{have}: training refuses, unless parts are given; it needs one to train on and one "
+            "to validate on"
+        )
+
+
 def _empty_validation(scan: Scan) -> Iterator[str]:
-    held_out = [photo for photo in scan.used if photo.part == "valid"]
-    if held_out and all(photo.error for photo in held_out):
-        yield "no photo to validate on can be read: training refuses; add some"
+    if scan.classes and not any(p.part == "valid" and not p.error for p in scan.used):
+        yield "there is no photo to validate on that can be read: training refuses; add some"
 
 
 def _imbalance(scan: Scan) -> Iterator[str]:
-    least, most = max(min(scan.counts), 1), max(scan.counts)
+    least, most = max(min(scan.counts, default=1), 1), max(scan.counts, default=1)
     if most >= 3 * least:
         largest = scan.classes[int(np.argmax(scan.counts))]
         yield (
@@ -269,7 +302,7 @@ def _imbalance(scan: Scan) -> Iterator[str]:
 
 
 def _few_photos(scan: Scan) -> Iterator[str]:
-    if not 0 < min(scan.counts) < _FEW:
+    if not 0 < min(scan.counts, default=0) < _FEW:
         return
     small = sum(0 < count < _FEW for count in scan.counts)
     text = f"{scan.smallest} has {pluralize(min(scan.counts), 'photo')} to train on"
@@ -277,6 +310,17 @@ def _few_photos(scan: Scan) -> Iterator[str]:
         text = f"{small} classes have fewer than {_FEW} photos to train on, the fewest "
         text += scan.smallest
     yield f"{text}: {_FEW} are few, 50 are better"
+
+
+def _little_seen(scan: Scan) -> Iterator[str]:
+    long = [photo for photo in scan.readable if photo.stretch > LONG]
+    if len(long) > _MANY * len(scan.readable):
+        seen = scan.crop / float(np.median([photo.stretch for photo in long]))
+        yield (
+            f"{pluralize(len(long), 'photo')} longer than {LONG:g} : 1: validation and service see "
+            f"the middle {seen:.0%} of the length; cut out the subject, or the answer may depend "
+            "on the background"
+        )
 
 
 def _small_photos(scan: Scan) -> Iterator[str]:
@@ -296,7 +340,7 @@ def _colour_differs(scan: Scan) -> Iterator[str]:
         np.mean([photo.grey for photo in scan.readable if photo.label == name] or [False])
         for name in scan.classes
     ]
-    if max(shares) - min(shares) > 0.2:
+    if max(shares, default=0) - min(shares, default=0) > 0.2:
         name = scan.classes[int(np.argmax(shares))]
         yield (
             f"{max(shares):.0%} of {name} are without colour: a model may learn that instead of "
@@ -309,10 +353,13 @@ HINTS: Final[Sequence[Callable[[Scan], Iterator[str]]]] = (
     _duplicates_across_classes,
     _duplicates_within_a_part,
     _unreadable,
+    _too_few_classes,
     _empty_class,
+    _single_photo,
     _empty_validation,
     _imbalance,
     _few_photos,
+    _little_seen,
     _small_photos,
     _colour_differs,
 )

@@ -218,7 +218,7 @@ def test_a_resumed_job_does_not_list_the_folder_again(
     memory.pipe_file("/p/1.jpg", photo(1))
     listed: list[str] = []
     find = remote.find
-    monkeypatch.setattr(remote, "find", lambda word: (listed.append(word), find(word))[1])
+    monkeypatch.setattr(remote, "find", lambda *args: (listed.append(args[0]), find(*args))[1])
     words, out = ["memory://p"], tmp_path / "out.csv"
     bundle = tiny_bundle(tmp_path / "bundle")
 

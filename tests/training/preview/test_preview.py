@@ -33,6 +33,12 @@ def stats(path, part="train", label="a"):
     return scan.photo_stats(path, part, label)
 
 
+def hints(photos, classes, size):
+    """The hints about the photos themselves: most tests have no second class and no validation."""
+    found = scan.hints(photos, classes, size)
+    return [hint for hint in found if not hint.startswith("there is ") and " one photo" not in hint]
+
+
 @pytest.fixture
 def photos(tmp_path):
     """Two classes of 12 and 4 photos; the larger one has one unusual photo of each kind."""
@@ -127,25 +133,35 @@ def test_hints_report_duplicates_contradicting_labels_and_imbalance(tmp_path):
     shutil.copyfile(paths[0], tmp_path / "same.jpg")
     same = tmp_path / "same.jpg"
     clean = [stats(path) for path in paths]
-    text = "\n".join(scan.hints([*clean, stats(same, "valid")], ["a"], 32))
+    text = "\n".join(hints([*clean, stats(same, "valid")], ["a"], 32))
     assert "1 exact duplicate across train and valid: accuracy will look better" in text
     assert "more than one class" not in text
-    text = "\n".join(scan.hints([*clean, stats(same, "test", "b")], ["a"], 32))
+    text = "\n".join(hints([*clean, stats(same, "test", "b")], ["a"], 32))
     assert "across train and test" in text
     assert "1 picture in more than one class, as in a and b" in text
     across = [stats(paths[0], "valid"), stats(same, "test"), *clean[1:]]
-    text = "\n".join(scan.hints(across, ["a"], 32))
+    text = "\n".join(hints(across, ["a"], 32))
     assert text == ("1 exact duplicate across valid and test: accuracy will look better than it is")
-    text = "\n".join(scan.hints([*clean, stats(same)], ["a"], 32))
+    text = "\n".join(hints([*clean, stats(same)], ["a"], 32))
     assert text == "1 exact duplicate within one part: they add nothing"
-    assert list(scan.hints(clean, ["a"], 32)) == []
-    assert list(scan.hints(clean, ["a"], 64)) == [
+    assert list(hints(clean, ["a"], 32)) == []
+    assert list(hints(clean, ["a"], 64)) == [
         "12 of 12 photos are smaller than 64 px: a smaller size may do"
     ]
     unbalanced = [*clean, stats(save_photo(tmp_path / "b.jpg", (99, 90)), label="b")]
-    text = "\n".join(scan.hints(unbalanced, ["a", "b"], 32))
+    text = "\n".join(hints(unbalanced, ["a", "b"], 32))
     assert "a has 12.0 times as many photos to train on as b" in text
     assert "b has 1 photo to train on" in text
+
+
+def test_a_hint_says_how_little_is_seen_of_long_photos(tmp_path):
+    long = [stats(save_photo(tmp_path / f"{i}.jpg", (1500 + i, 440))) for i in range(10)]
+    square = [stats(save_photo(tmp_path / f"s{i}.jpg", (440 + i, 440))) for i in range(10)]
+    (line,) = hints([*long, *square], ["a"], 224)
+    assert line.startswith("10 photos longer than 3 : 1: validation and service see the middle 26%")
+    (line,) = scan._little_seen(scan.Scan(long, ["a"], 224, 1.0))
+    assert "the middle 29% of the length" in line
+    assert list(scan._little_seen(scan.Scan(square, ["a"], 224, 1.0))) == []
 
 
 def test_a_hint_reports_a_class_without_colour(tmp_path):
@@ -153,7 +169,7 @@ def test_a_hint_reports_a_class_without_colour(tmp_path):
     grey = [
         stats(save_photo(tmp_path / f"{i}.png", (60, 50), "L", 9 + i), label="b") for i in range(10)
     ]
-    (hint,) = scan.hints(colour + grey, ["a", "b"], 32)
+    (hint,) = hints(colour + grey, ["a", "b"], 32)
     assert hint.startswith("100% of b are without colour")
 
 
@@ -238,7 +254,7 @@ def test_empty_folders_are_listed(photos, capsys, tmp_path):
 
 def test_small_classes_are_counted(photos):
     few = [stats(photos / "a" / "0.jpg", label=name) for name in "bccdd"]
-    text = "\n".join(scan.hints(few, ["b", "c", "d"], 32))
+    text = "\n".join(hints(few, ["b", "c", "d"], 32))
     assert "3 classes have fewer than 10 photos to train on, the fewest b: 10 are few" in text
 
 
@@ -248,10 +264,12 @@ def test_the_command_prints_the_report_and_writes_the_picture(photos, tmp_path, 
     output = capsys.readouterr().out
     assert "2 classes, 16 photos" in output
     assert "1 photo can't be read; training refuses more than 5%: repair or remove them" in output
-    assert f"picture: {out / 'preview.png'}" in output
-    assert (out / "preview.png").exists()
+    for name in ("photos.png", "preview.png"):
+        assert f": {out / name}\n" in output
+        with Image.open(out / name) as picture:
+            picture.load()
     assert fledge.main(["preview", str(photos), "--out", str(out), "data.vald=0.5"]) == 2
-    assert "data.vald is unknown; did you mean 'valid'?" in capsys.readouterr().err
+    assert "data.vald is unknown; did you mean 'data.valid=0.5'?" in capsys.readouterr().err
     assert fledge.main(["preview", str(tmp_path / "nowhere")]) == 2
 
 
@@ -285,7 +303,8 @@ def test_hints_report_photos_that_training_refuses(tmp_path):
     def text_of(*scanned, classes=("a",)):
         return "\n".join(scan.hints([*fine, *scanned], classes, 32))
 
-    assert text_of(valid, broken) == "1 photo can't be read; training leaves them out"
+    first = text_of(valid, broken).splitlines()[0]
+    assert first == "1 photo can't be read; training leaves them out"
     assert "2 photos can't be read; training leaves them out" in text_of(
         valid, broken, stats(tmp_path / "x.jpg", "test")
     )  # training reads no test photos
@@ -293,7 +312,7 @@ def test_hints_report_photos_that_training_refuses(tmp_path):
     assert "b has no photo to train on that can be read" in text_of(
         valid, other, classes=("a", "b")
     )
-    assert "no photo to validate on can be read" in text_of(stats(tmp_path / "x.jpg", "valid"))
+    assert "no photo to validate on that can be read" in text_of(stats(tmp_path / "x.jpg", "valid"))
 
 
 def test_the_first_readable_photo_is_drawn(photos, tmp_path, monkeypatch):
@@ -381,3 +400,25 @@ def test_an_image_above_the_limit_of_pixels_is_one_line(tmp_path, monkeypatch, l
     one = stats(save_photo(tmp_path / "a.png", (90, 90), "L", 9))
     assert "90 x 90 pixels" in one.error
     assert (one.width, one.mode) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("counts", "hint"),
+    [
+        ({"a": 6, "b": 1}, "b has one photo: training refuses"),
+        ({"a": 6, "b": 1, "c": 1}, "2 classes have one photo, such as b: training refuses"),
+        ({"a": 6}, "there is one class, a: training refuses"),
+        ({"a": 1}, "there is no photo to validate on that can be read: training refuses"),
+    ],
+)
+def test_preview_shows_what_training_refuses(tmp_path, capsys, counts, hint):
+    for label, count in counts.items():
+        for i in range(count):
+            save_photo(tmp_path / "data" / label / f"{i}.jpg", (80 + i, 60))
+    with pytest.raises(DataError):
+        load_dataset(str(tmp_path / "data"))
+    assert fledge.main(["preview", str(tmp_path / "data"), "--out", str(tmp_path / "out")]) == 0
+    output = capsys.readouterr().out
+    assert f"hint: {hint}" in output
+    assert "no problems found" not in output
+    assert (tmp_path / "out" / "photos.png").exists()
