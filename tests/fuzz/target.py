@@ -50,6 +50,7 @@ _MODULES = {
     "decode": "images",
     "profile": "images",
     "form": "requests",
+    "json": "requests",
     "request": "requests",
     "manifest": "bundles",
     "signature": "bundles",
