@@ -60,8 +60,8 @@ def memory_needs(
     connections: Each with a head of a usual size, and the memory that larger heads share.
     log: Lines that wait for the log's reader.
     margin: A sixteenth of the limit.
-    requests: Bodies and the decoding of images: FLEDGE_MAX_MEMORY, or what is left, at least
-        `LEAST_MEMORY` for each worker.
+    requests: Bodies, with the images that are decoded from base64 in them, and the decoding of
+        images: FLEDGE_MAX_MEMORY, or what is left, at least `LEAST_MEMORY` for each worker.
 
     The child process that tries a bundle takes a part of what is free, and is the first to be ended
     where that is not enough. On a GPU, the driver's memory is not included.
