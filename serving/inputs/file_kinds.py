@@ -165,7 +165,7 @@ _NO_PHOTOS: Final = frozenset({"PDF", "EPS", "SVG", "WMF"})
 _HEAD: Final = 4096  # bytes
 
 _OWN_PICTURES: Final = re.compile(
-    r"(?:preview|augment|schedule|ablation|lr_find-.*)\.png", re.DOTALL
+    r"(?:preview|photos|augment|schedule|ablation|lr_find-.*)\.png", re.DOTALL
 )
 _OWN_PICTURE: Final = b"tEXtSoftware\0" + SOFTWARE.encode()
 
