@@ -3,6 +3,7 @@
 #   make image                        build it as fledge:latest
 #   make image BUNDLE=bundle          with that bundle inside
 #   make image TARGET=gpu             for NVIDIA GPUs
+#   make image EXTRAS=heif,jxl        that reads HEIC and JPEG XL, too (their packages are GPL)
 #   make run-image BUNDLE=bundle      serve a bundle from it, read-only and without privileges
 #
 # The bundle is mounted at /bundle, or inside; without a usable one the container says why and exits 78.
@@ -14,17 +15,19 @@ FROM ${BASE_IMAGE} AS packages
 RUN python -m venv --without-pip /opt/venv
 
 FROM packages AS packages-cpu
+ARG EXTRAS
 RUN --mount=type=cache,target=/root/.cache/pip \
-    --mount=type=bind,source=requirements/serving-cpu.txt,target=/mnt/requirements.txt \
+    --mount=type=bind,source=requirements,target=/mnt/requirements \
     --mount=type=bind,source=deploy/image/packages.sh,target=/mnt/packages.sh \
-    sh /mnt/packages.sh /mnt/requirements.txt
+    sh /mnt/packages.sh /mnt/requirements/serving-cpu.txt "$EXTRAS"
 
 # CUDA and cuDNN come as wheels: the driver is the host's, and there is no second CUDA.
 FROM packages AS packages-gpu
+ARG EXTRAS
 RUN --mount=type=cache,target=/root/.cache/pip \
-    --mount=type=bind,source=requirements/serving-gpu.txt,target=/mnt/requirements.txt \
+    --mount=type=bind,source=requirements,target=/mnt/requirements \
     --mount=type=bind,source=deploy/image/packages.sh,target=/mnt/packages.sh \
-    sh /mnt/packages.sh /mnt/requirements.txt
+    sh /mnt/packages.sh /mnt/requirements/serving-gpu.txt "$EXTRAS"
 
 # --- app: our own files with their bytecode, since the root is read-only when it runs -------------
 FROM ${BASE_IMAGE} AS app

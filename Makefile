@@ -9,8 +9,10 @@ RECIPE ?= training/recipes/$(if $(DATA),quick,demo).toml
 OUT ?= scores.csv
 IMAGE ?= fledge
 TARGET ?= cpu
+EXTRAS ?=
 BASE_IMAGE ?= python:3.11-slim
 
+COMMA := ,
 BIN := .venv/bin
 FLEDGE := $(BIN)/fledge
 INSTALLED := .venv/.installed
@@ -118,16 +120,17 @@ fuzz-service: install ## Mutated odd images against a running service: ARGS="--c
 pictures: demo ## Draw the pictures of the README again; needs Chromium
 	$(BIN)/python -m docs.pictures demo/run demo/bundle
 
-bento: install ## Build a Bento of the service with BUNDLE=bundle inside
+bento: install ## Build a Bento of the service with BUNDLE=bundle inside (EXTRAS=heif,jxl)
 	$(FLEDGE) verify "$(BUNDLE)"
 	@rm -rf build/bento && mkdir -p build/bento/requirements
-	@cp -R bentofile.yaml README.md serving build/bento && cp requirements/serving.txt build/bento/requirements
+	@cp -R bentofile.yaml README.md serving build/bento
+	@cat requirements/serving.txt $(patsubst %,requirements/%.txt,$(subst $(COMMA), ,$(EXTRAS))) >build/bento/requirements/serving.txt
 	@cp -R "$(BUNDLE)" build/bento/bundle
 	BENTOML_DO_NOT_TRACK=True $(BIN)/bentoml build $(ARGS) build/bento
 
-image: ## Build the image IMAGE=fledge (TARGET=gpu, BUNDLE=… to include it, BASE_IMAGE=…)
+image: ## Build the image IMAGE=fledge (TARGET=gpu, EXTRAS=heif,jxl, BUNDLE=… to include it, BASE_IMAGE=…)
 	DOCKER_BUILDKIT=1 $(DOCKER) build --target $(TARGET) --tag $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
-	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(DOCKER_BUILD_ARGS) .
+	  --build-arg EXTRAS=$(EXTRAS) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(DOCKER_BUILD_ARGS) .
 ifneq ($(origin BUNDLE),file)
 	DOCKER_BUILDKIT=1 $(DOCKER) build --file deploy/image/bundle.Dockerfile --tag $(IMAGE) \
 	  --build-arg IMAGE=$(IMAGE) "$(BUNDLE)"
@@ -158,5 +161,8 @@ lock: install ## Renew the lock files; ARGS=--upgrade takes the newest versions
 	$(COMPILE) pyproject.toml --overrides requirements/cpu-overrides.txt --output-file requirements/serving-cpu.txt
 	$(COMPILE) pyproject.toml --extra gpu --constraints requirements/serving.txt --no-annotate \
 	  --output-file requirements/serving-gpu.txt
+	@# What an extra adds to these, in the versions of dev.txt.
+	echo pillow-heif | $(COMPILE) - --no-deps --constraints requirements/dev.txt --no-annotate --output-file requirements/heif.txt
+	echo pillow-jxl-plugin | $(COMPILE) - --no-deps --constraints requirements/dev.txt --no-annotate --output-file requirements/jxl.txt
 	$(COMPILE) --group fuzz --constraints requirements/dev.txt --no-annotate --output-file requirements/fuzz.txt
 	$(COMPILE) requirements/uv.in --constraints requirements/dev.txt --no-annotate --output-file requirements/uv.txt

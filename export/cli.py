@@ -74,7 +74,10 @@ def add_to(add_verb: AddVerb) -> None:
         "--labels", type=Path, metavar="FILE", help="text file with one class name per line"
     )
     checkpoint.add_argument(
-        "--photos", type=Path, metavar="DIR", help="held-out photos, one folder per class"
+        "--photos",
+        type=Path,
+        metavar="DIR",
+        help="held-out photos, one folder per class; or a zip or tar",
     )
     checkpoint.add_argument(
         "--size", type=int, metavar="PX", help="side of the network's input; default: 224"

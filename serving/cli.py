@@ -122,7 +122,7 @@ def _score_options(add: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="folders, images, globs, lists (.txt, .csv, …), tar archives, s3://…; "
+        help="folders, images, globs, lists (.txt, .csv, …), archives (zip, tar), s3://…; "
         "- reads paths from standard input",
     )
     add.add_argument("--bundle", type=Path, required=True, help="the bundle to score with")

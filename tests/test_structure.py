@@ -75,6 +75,8 @@ def test_the_lock_files_exist() -> None:
     assert {path.name for path in LOCKS} == {
         "dev.txt",
         "fuzz.txt",
+        "heif.txt",
+        "jxl.txt",
         "serving.txt",
         "serving-cpu.txt",
         "serving-gpu.txt",

@@ -1,7 +1,16 @@
-# Install the hash-locked packages of the file $1 into /opt/venv, and remove what the service does not use.
+# Install the hash-locked packages of the file $1 and of the extras $2, such as "heif,jxl", into /opt/venv,
+# and remove what the service does not use.
 set -eu
+requirements=$1 extras=$(echo "$2" | tr ',' ' ')
+set -- --requirement "$requirements"
+for extra in $extras; do
+  case $extra in
+    heif | jxl) set -- "$@" --requirement "${requirements%/*}/$extra.txt" ;;
+    *) echo "EXTRAS=$extra: use heif, jxl, or heif,jxl" >&2; exit 2 ;;
+  esac
+done
 python -m pip --python /opt/venv/bin/python install --disable-pip-version-check --no-compile \
-  --only-binary :all: --require-hashes --requirement "$1"
+  --only-binary :all: --require-hashes "$@"
 cd /opt/venv/lib/python3*/site-packages
 
 # Parts of wheels that serving never imports.

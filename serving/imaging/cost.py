@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from serving.imaging import plugin_heads
+from serving.imaging.formats import optional_format
 from serving.imaging.limits import FRAMES, PROGRESSIVE, SCAN, jpeg_markers, png_chunks, tiff_entries
 
 IN_PROCESS_BYTES: Final = 2**27
@@ -118,7 +120,7 @@ def estimate(data: bytes, views: int = 1) -> Cost:
     """
     read = next((read for magic, read in _READERS.items() if data.startswith(magic)), None)
     if read is None and data[4:8] == b"ftyp":
-        read = _avif
+        read = _heic if optional_format(data) else _avif
     if read is None:
         return Cost()
     head = read(data)
@@ -309,14 +311,20 @@ def _tiff(data: bytes) -> _Head | None:
 
 
 def _avif(data: bytes) -> _Head | None:
-    # The largest image item; a grid of tiles has an item for the whole. The coded frames may be
-    # larger than the items state, so that only the memory limit of a process is a bound.
-    width = height = at = 0
-    while (at := data.find(b"ispe\0\0\0\0", at) + 8) > 7:
-        wide, tall = struct.unpack(">II", data[at : at + 8].ljust(8, b"\0"))
-        if wide * tall > width * height:
-            width, height = wide, tall
-    return _Head(width, height, 20.0, False, True, 90.0, 0, True)
+    # The coded frames may be larger than the items state, so that only the memory limit of a
+    # process is a bound.
+    head = plugin_heads.heif(data)
+    return head and _Head(head.width, head.height, 20.0, False, True, 90.0, 0, True)
+
+
+def _heic(data: bytes) -> _Head | None:
+    head = plugin_heads.heif(data)
+    return head and _Head(head.width, head.height, 24.0, True, False, 120.0, 2**22, True)
+
+
+def _jpeg_xl(data: bytes) -> _Head | None:
+    head = plugin_heads.jpeg_xl(data)
+    return head and _Head(head.width, head.height, 60.0, True, True, 200.0, 2**24, True)
 
 
 _READERS: Final[dict[bytes, Callable[[bytes], _Head | None]]] = {
@@ -327,4 +335,6 @@ _READERS: Final[dict[bytes, Callable[[bytes], _Head | None]]] = {
     b"BM": _bmp,
     b"II": _tiff,
     b"MM": _tiff,
+    b"\xff\x0a": _jpeg_xl,
+    b"\0\0\0\x0cJXL ": _jpeg_xl,
 }

@@ -20,7 +20,9 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from serving.errors import BrokenImage, EmptyBody, NotAnImage, TooLarge, UnsupportedFormat
-from serving.imaging import cost, formats, icc, isolated
+from serving.imaging import cost, formats, icc, isolated, plugins
+from serving.imaging.formats import FORMATS
+from serving.imaging.formats import SUFFIXES as SUFFIXES
 from serving.imaging.limits import (
     TOO_MANY,
     check_limits,
@@ -28,14 +30,6 @@ from serving.imaging.limits import (
     max_pixels_of_commands,
     raise_limit_of_pillow,
 )
-
-FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-"""Names of the Pillow plug-ins that may open a file. Others, such as EPS, are never used."""
-
-SUFFIXES: Final = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
-)
-"""File extensions by which images are found in folders. Decoding itself ignores file names."""
 
 MAX_BYTES: Final = 20_000_000
 
@@ -108,7 +102,7 @@ def decode(
     Raises:
         EmptyBody: `data` is empty.
         NotAnImage: `data` is not in a known image format.
-        UnsupportedFormat: The format is known, but is not one of `FORMATS`.
+        UnsupportedFormat: The format is known, but is not read, or not without a package.
         TooLarge: The image has more than `max_pixels` pixels, or needs too much memory.
         BrokenImage: The data is truncated or corrupt.
         DeadlineExceeded: Decoding took more than `isolated.MAX_SECONDS`.
@@ -136,11 +130,13 @@ def check(data: bytes, max_pixels: int, views: int = 1) -> cost.Cost:
 
     Raises:
         EmptyBody: `data` is empty.
+        UnsupportedFormat: The format needs a package that is not installed.
         TooLarge: The image has more than `max_pixels` pixels.
         BrokenImage: The structure is beyond the limits of `serving.imaging.limits`.
     """
     if not data:
         raise EmptyBody("it is empty: 0 bytes, where an image should be")
+    formats.check_installed(data)
     check_limits(data, max_pixels)
     estimated = cost.estimate(data, views)
     _check_size(estimated.width, estimated.height, max_pixels)
@@ -193,7 +189,8 @@ def decode_here(
         # pixels of a PNG, and `_read_orientation` would hide the errors.
         turned_by_pillow = _read_orientation(image) if image.format == "TIFF" else 1
         frame = _load(image)
-        orientation = _read_orientation(image)
+        orientation = 1 if plugins.is_upright(image) else _read_orientation(image)
+        applied += plugins.applied(image, data)
         rgb = _to_rgb(image.crop(frame) if frame else image, background, applied)
         del image  # free its pixels before the next copy is made
         if frame:
@@ -251,7 +248,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _open(data: bytes) -> Image.Image:
+    optional = formats.optional_format(data)
     try:
+        if optional:
+            return plugins.open_image(data, optional)
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         pass
@@ -262,8 +262,8 @@ def _open(data: bytes) -> Image.Image:
     if served := formats.served(data):
         raise BrokenImage(f"the image is broken: of {served}, but cut short or of an unknown kind")
     if unsupported := formats.unsupported(data):
-        raise UnsupportedFormat(f"{unsupported} is not read; use one of {', '.join(FORMATS)}")
-    raise NotAnImage(f"no image that Fledge reads ({', '.join(FORMATS)})")
+        raise UnsupportedFormat(f"{unsupported} is not read; use one of {formats.readable()}")
+    raise NotAnImage(f"no image that Fledge reads ({formats.readable()})")
 
 
 def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:

@@ -12,7 +12,7 @@ from typing import IO, Any, Final
 from PIL import Image
 
 from serving.errors import ImageError, TooLarge
-from serving.imaging import decode
+from serving.imaging import decode, plugins
 from serving.imaging.isolated import MAX_SECONDS, NEEDS_MEMORY
 from serving.imaging.preprocess import Preprocess
 from serving.imaging.tta import View, render
@@ -40,6 +40,7 @@ def main() -> None:
         data = requests.read(request["bytes"])
         if len(data) < request["bytes"]:
             return
+        plugins.load(data)  # its libraries are not the image's memory
         limit_memory(request["memory"] + _SLACK)
         limit_cpu_seconds(MAX_SECONDS)
         _write(answers, data, request)

@@ -27,7 +27,7 @@ MAX_HEADER: Final = 2**20
 """Largest size in bytes of all headers of a member: long names, pax headers, sparse maps."""
 
 MAX_RATIO: Final = 250
-_ALLOWANCE: Final = 2**25
+ALLOWANCE: Final = 2**25
 """A compressed archive may expand to `MAX_RATIO` times its size, and this many bytes more."""
 
 MAX_UNPACKING: Final = 2**28
@@ -96,9 +96,9 @@ class PeekableStream(io.BufferedIOBase):
         if len(data) < size:
             data += self._raw.read(size - len(data))
         self._position += len(data)
-        if self._compressed and self._position > _ALLOWANCE:
+        if self._compressed and self._position > ALLOWANCE:
             size = self._compressed.tell()
-            if self._position > _ALLOWANCE + MAX_RATIO * size:
+            if self._position > ALLOWANCE + MAX_RATIO * size:
                 raise ValueError(f"it expands to more than {MAX_RATIO} times its size; unpack it")
         if self.change_next:
             data, self.change_next = self.change_next(data), None

@@ -1,7 +1,7 @@
-"""Load members of tar archives by name. Each archive is opened once per process, for all threads.
+"""Load members of archives by name. Each archive is opened once per process, for all threads.
 
-An uncompressed tar allows random access. The headers up to the requested member are read once;
-after that, loading a member reads only the header and the bytes of that member.
+A zip and an uncompressed tar allow random access. The headers up to the requested member are read
+once; after that, loading a member reads only the header and the bytes of that member.
 
 A compressed tar can only be read sequentially. If the members are requested in the order of the
 archive, one pass is enough. A request for an earlier member restarts decompression from the
@@ -16,10 +16,13 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from typing import Any, Final, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Any, BinaryIO, Final, Protocol
 
 from serving.errors import BrokenImage, DataError, ImageError
-from serving.inputs import tar
+from serving.inputs import archives, tar, zip_archive
+from serving.inputs.archive_members import Member
 
 _CACHE_BYTES: Final = 2**28
 """Largest size of `_MemberCache`, in bytes."""
@@ -34,7 +37,7 @@ FileIdentity = tuple[int, int, int, int]
 
 
 class Archive(Protocol):
-    """An open tar archive.
+    """An open archive.
 
     Attributes:
         names: Maps the name of each member found so far to the position of the member.
@@ -84,13 +87,21 @@ class OpenArchives:
         return archive.load(member)
 
     def _add(self, path: str, identity: FileIdentity) -> Archive:
-        compressed = tar.is_compressed(path)
-        archive = _CompressedArchive(path, self._cache) if compressed else _PlainArchive(path)
+        archive = _open_archive(path, self._cache)
         self._open[identity] = archive
         names = sum(len(one.names) for one in self._open.values())
         while len(self._open) > 2 and (names > _MAX_NAMES or len(self._open) > _MAX_OPEN):
             names -= len(self._open.popitem(last=False)[1].names)
         return archive
+
+
+def _open_archive(path: str, cache: _MemberCache) -> Archive:
+    if zip_archive.is_zip(path):
+        before = zip_archive.bytes_before(path)
+        return _PlainArchive(path, partial(zip_archive.read_member_at, before=before))
+    if tar.is_compressed(path):
+        return _CompressedArchive(path, cache)
+    return _PlainArchive(path, tar.read_member_at)
 
 
 _SHARED: weakref.WeakValueDictionary[int, OpenArchives] = weakref.WeakValueDictionary()
@@ -114,10 +125,10 @@ class _MemberIterator:
     """Iterator over the members of an archive, in order."""
 
     def __init__(self, path: str) -> None:
-        self._members = tar.members(path)
+        self._members = archives.members(path)
         self._end = "no image of that name in the archive"
 
-    def next(self) -> tar.TarMember:
+    def next(self) -> Member:
         """Return the next member.
 
         Raises:
@@ -135,9 +146,10 @@ class _MemberIterator:
 
 
 class _PlainArchive:
-    """Uncompressed `Archive`. `names` maps each member's name to the byte offset of the header."""
+    """`Archive` with random access. `names` maps each member's name to `Member.offset`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, read_at: Callable[[BinaryIO, int], bytes]) -> None:
+        self._read_at = read_at
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)  # after the last thread has used it
         self._lock = threading.Lock()
@@ -150,7 +162,7 @@ class _PlainArchive:
                 found = self._members.next()
                 self.names[found.name] = found.offset
             offset = self.names[member]
-        return tar.read_member_at(io.BufferedReader(_PositionedFile(self._file)), offset)
+        return self._read_at(io.BufferedReader(_PositionedFile(self._file)), offset)
 
 
 class _CompressedArchive:
@@ -254,7 +266,7 @@ def _size(found: bytes | ImageError) -> int:
     return len(found) if isinstance(found, bytes) else 1000
 
 
-def _read(member: tar.TarMember) -> bytes | ImageError:
+def _read(member: Member) -> bytes | ImageError:
     try:
         return member.read()
     except ImageError as error:

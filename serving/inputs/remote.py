@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from serving.errors import BrokenImage, DataError, TooLarge
-from serving.inputs import lists, tar
+from serving.inputs import archives, lists
 from serving.inputs.compression import MAX_FILE
 from serving.inputs.file_kinds import Kind, member_kind, named_kind, system_kind
 from serving.inputs.folders import Note, is_pattern
@@ -53,7 +53,7 @@ def find(address: str, passed_over: OnPassedOver = not_counted) -> Callable[[Not
 
     Raises:
         DataError: The address does not exist, can't be listed, contains `::`, or is that of a list
-            or a tar archive.
+            or an archive.
     """
     if "::" in address:
         raise DataError(f"{address}: '::' has no meaning in an address; copy archives here")
@@ -72,7 +72,7 @@ def find(address: str, passed_over: OnPassedOver = not_counted) -> Callable[[Not
         )
     if entry["type"] == "directory":
         return lambda note: _with_protocol(address, _below(fs, entry, note, passed_over))
-    if lists.is_table(path) or path.lower().endswith(lists.LINES) or tar.is_archive(path):
+    if lists.is_table(path) or path.lower().endswith(lists.LINES) or archives.is_archive(path):
         raise DataError(f"{address}: lists and archives are read from files here; copy it first")
     return lambda note: iter([address])
 

@@ -3,7 +3,7 @@
     Input                          Module     Images
     folder or glob pattern         folders    all images, in natural order
     list or standard input         lists      one for every line or table row, in order
-    tar archive                    tar        all images in the archive, as ARCHIVE::MEMBER
+    tar or zip archive             archives   all images in the archive, as ARCHIVE::MEMBER
     address such as s3://bucket    remote     images of the file, folder or pattern
     other file                     -          the file itself, whatever its suffix
 
@@ -24,7 +24,7 @@ from typing import IO, Final
 
 from serving.errors import BrokenImage, DataError, OptionError, RequestError
 from serving.imaging.decode import SUFFIXES
-from serving.inputs import file_kinds, folders, lists, open_archives, remote, tar
+from serving.inputs import archives, file_kinds, folders, lists, open_archives, remote
 from serving.inputs.folders import Note
 from serving.inputs.local_files import check_inside, read_file
 from serving.inputs.passed_over import OnPassedOver, PassedOver
@@ -61,9 +61,9 @@ def find(
 ) -> Iterator[str]:
     """Find the images of `inputs` and yield their names, in the order of the inputs.
 
-    An input that exists under exactly that name is a folder, a list (by its suffix), a tar archive
-    (by its suffix) or an image. Otherwise `{000..012}` and `{a,b}` are expanded, `*`, `?`, `[` and
-    `**` are wildcards, and `ARCHIVE::MEMBER` is a member of a tar archive. An input that is given
+    An input that exists under exactly that name is a folder, a list (by its suffix), an archive (by
+    its suffix) or an image. Otherwise `{000..012}` and `{a,b}` are expanded, `*`, `?`, `[` and
+    `**` are wildcards, and `ARCHIVE::MEMBER` is a member of an archive. An input that is given
     twice yields its images twice.
 
     Args:
@@ -103,9 +103,9 @@ def protocols(inputs: Sequence[str], also: str = "") -> list[str]:
 class Reader:
     """Loads the bytes of images. Thread-safe.
 
-    All readers of a process share the same open tar archives. A member of an uncompressed tar is
-    read directly at its offset. A compressed tar is read sequentially: it is decompressed once if
-    the members are requested in order, and once for each member if they are requested in reverse
+    All readers of a process share the same open archives. A member of a zip or an uncompressed tar
+    is read directly at its offset. A compressed tar is read sequentially: it is decompressed once
+    if the members are requested in order, and once for each member if they are requested in reverse
     order.
     """
 
@@ -147,7 +147,7 @@ class Reader:
                 raise BrokenImage(f"an address in a list: to read those, give --addresses {kind}")
             found = remote.load(name)
             return (found, None) if isinstance(found, bytes) else read_file(str(found), self._root)
-        member = tar.split(name)
+        member = archives.split(name)
         if member is None:
             return read_file(name, self._root)
         check_inside(member[0], self._root)
@@ -183,11 +183,11 @@ def _sources(
     elif folders.is_pattern(word):
         names = partial(_matching, word, column, passed_over)
         yield InputSource(names, f"{word}: matches no images{_SUFFIXES}")
-    elif tar.split(word):
+    elif archives.split(word):
         yield InputSource(partial(_itself, word), "")
     else:
         raise DataError(
-            f"{word}: not there; give folders, images, tar archives, lists in "
+            f"{word}: not there; give folders, images, zip and tar archives, lists in "
             f"{', '.join((lists.LINES, *lists.TABLES))}, or - for paths from standard input"
         )
 
@@ -207,14 +207,15 @@ def _existing(word: str, column: str | None, passed_over: OnPassedOver) -> Input
         return InputSource(
             partial(lists.read_column, word, chosen), f"{word}: lists no images in {chosen}"
         )
-    if tar.is_archive(word):
+    archives.check_kind(word)
+    if archives.is_archive(word):
         try:
-            tar.is_compressed(word)
+            archives.check(word)
         except DataError as error:
             raise DataError(f"{word}: {error}") from error
         except OSError:
             pass  # the error is noted when the members are listed
-        names = partial(tar.names, word, passed_over=passed_over)
+        names = partial(archives.names, word, passed_over=passed_over)
         return InputSource(names, f"{word}: no images in it{_SUFFIXES}")
     return InputSource(partial(_itself, word), "")
 

@@ -1,12 +1,5 @@
 """List and read the images in tar archives, such as WebDataset shards, without unpacking.
 
-    a.tar::cat/1.jpg      the member cat/1.jpg of a.tar
-    a.tar::2::cat/1.jpg   the second member of that name
-
-Members that have an image suffix are listed in archive order. Hidden members, and files and folders
-of systems and tools such as `__MACOSX/`, are passed over. No member is written to disk, so a name
-such as `../../x.jpg` is harmless.
-
 An archive may be compressed by gzip, bzip2 or xz, or by zstd if the package zstandard is installed.
 The compression is detected from the first bytes of the file.
 """
@@ -15,16 +8,15 @@ from __future__ import annotations
 
 import io
 import lzma
-import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from tarfile import XGLTYPE
 from typing import IO, Any, BinaryIO, Final
 
 from serving.errors import BrokenImage, DataError, TooLarge
+from serving.inputs.archive_members import Member, Wanted, is_listed, unique
 from serving.inputs.compression import (
     BLOCK,
     MAX_FILE,
@@ -33,11 +25,6 @@ from serving.inputs.compression import (
     PeekableStream,
     open_tar,
 )
-from serving.inputs.file_kinds import member_kind
-from serving.inputs.folders import Note
-from serving.inputs.passed_over import OnPassedOver, not_counted
-
-SEPARATOR: Final = "::"
 
 SUFFIXES: Final = (
     *(".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"),
@@ -65,68 +52,6 @@ _CORRUPT: Final = (
 )
 
 
-@dataclass(frozen=True)
-class TarMember:
-    """One image in a tar archive.
-
-    Attributes:
-        name: Name of the member, unique in the archive. The second member of the same name
-            has the prefix `2::`, the third `3::`.
-        offset: Offset of the member's header, in bytes of the uncompressed tar.
-        read: Function that returns the bytes of the image. It can only be called until the iterator
-            returned by `members` advances. Raises BrokenImage or TooLarge.
-    """
-
-    name: str
-    offset: int
-    read: Callable[[], bytes]
-
-
-def names(path: str, note: Note, passed_over: OnPassedOver = not_counted) -> Iterator[str]:
-    """Yield `ARCHIVE::MEMBER` for every image in an archive. Only the headers are read.
-
-    Args:
-        path: The archive.
-        note: Called with a message about anything that is left out.
-        passed_over: Called for each member that is no image, or is passed over by its name.
-    """
-    try:
-        for member in members(path, passed_over):
-            name = f"{path}{SEPARATOR}{member.name}"
-            if os.path.lexists(name):  # `split` would take the name for that file
-                note(f"{name}: a file beside the archive has that name; the member is left out")
-            else:
-                yield name
-    except DataError as error:
-        note(f"{path}: {error}")
-    except OSError as error:
-        note(f"{path}: can't be read: {error.strerror or error}")
-
-
-def split(name: str) -> tuple[str, str] | None:
-    """Split `ARCHIVE::MEMBER` into the path of the archive and the name of the member.
-
-    If `name` contains several `::`, the archive is the shortest prefix that exists and has the
-    suffix of a tar archive.
-
-    Returns:
-        None if a file of exactly this name exists, or if `name` contains no such archive.
-    """
-    at = name.find(SEPARATOR)
-    if at < 0 or os.path.lexists(name):
-        return None
-    while at >= 0:
-        if is_archive(name[:at]) and os.path.isfile(name[:at]):
-            return name[:at], name[at + len(SEPARATOR) :]
-        at = name.find(SEPARATOR, at + 1)
-    return None
-
-
-def is_archive(path: str) -> bool:
-    """Check whether a name has the suffix of a tar archive, such as `.tar.gz`."""
-    return path.lower().endswith(SUFFIXES)
-
-
 def is_compressed(path: str) -> bool:
     """Check whether an archive is compressed. A compressed archive can only be read sequentially.
 
@@ -138,7 +63,7 @@ def is_compressed(path: str) -> bool:
         return not source.seekable_file
 
 
-def members(path: str, passed_over: OnPassedOver = not_counted) -> Iterator[TarMember]:
+def members(path: str, wanted: Wanted = is_listed) -> Iterator[Member]:
     """Yield the images of an archive, in archive order.
 
     The names of all images so far are kept in memory, because a repeated name gets a number.
@@ -151,13 +76,9 @@ def members(path: str, passed_over: OnPassedOver = not_counted) -> Iterator[TarM
     counts: dict[str, int] = {}
     with open_tar(path) as source:
         for tar, info in _headers(source):
-            if info.isdir():
-                continue
-            if kind := member_kind(info.name):
-                passed_over(kind.reason, info.name, kind.detail)
-                continue
-            name = _unique(info.name, counts)
-            yield TarMember(name, info.offset, partial(_read_member, tar, info))
+            if not info.isdir() and wanted(info.name):
+                name = unique(info.name, counts)
+                yield Member(name, info.offset, partial(_read_member, tar, info), info.name)
 
 
 def read_member_at(file: BinaryIO, offset: int) -> bytes:
@@ -360,19 +281,6 @@ def _checked_sparse(blocks: list[tuple[int, int]], size: int) -> list[tuple[int,
     if size > _HOLES + MAX_RATIO * stored:
         raise TooLarge(f"{size} bytes from {stored}: more than {MAX_RATIO} times as many")
     return blocks
-
-
-def _unique(name: str, counts: dict[str, int]) -> str:
-    """Return `name`, or a numbered name such as `2::name` if `name` occurred before in the archive.
-
-    `counts` maps each name so far to its number of occurrences, and is updated.
-    """
-    unique = name
-    while unique in counts:
-        counts[name] += 1
-        unique = f"{counts[name]}{SEPARATOR}{name}"
-    counts[unique] = 1
-    return unique
 
 
 def _reason(error: BaseException) -> str:

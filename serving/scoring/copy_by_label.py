@@ -15,7 +15,7 @@ from PIL import Image
 
 from serving.errors import FledgeError, OptionError, WorkError
 from serving.imaging import formats
-from serving.imaging.decode import FORMATS
+from serving.imaging.formats import FORMATS
 from serving.inputs.file_kinds import MARK
 from serving.inputs.sources import Reader
 from serving.scoring.rows import ScoreRow

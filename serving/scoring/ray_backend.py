@@ -29,8 +29,8 @@ from serving.errors import BundleError, DataError, FledgeError, OptionError, Wor
 from serving.inference import runtime
 from serving.inference.load import choose, open_predictor
 from serving.inference.predictor import Predictor
+from serving.inputs.archives import split
 from serving.inputs.remote import is_address
-from serving.inputs.tar import split
 from serving.scoring import ray_cluster
 from serving.scoring.job import ScoringJob
 from serving.scoring.journal import SIZE, ScoringJournal

@@ -303,12 +303,13 @@ def sync(path: Path) -> None:
 _UNSUPPORTED: Final = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-def lock(file: int, *, wait: bool) -> None:
-    """Take an exclusive lock on an open file or folder. Closing the file releases the lock.
+def lock(file: int, *, wait: bool, shared: bool = False) -> None:
+    """Take a lock on an open file or folder. Closing the file releases the lock.
 
     Args:
         file: File descriptor.
         wait: Whether to wait until the lock is free.
+        shared: Whether other processes may hold a shared lock at the same time.
 
     Raises:
         BlockingIOError, PermissionError: Another process holds the lock, and `wait` is False.
@@ -320,7 +321,8 @@ def lock(file: int, *, wait: bool) -> None:
     except ImportError as error:
         raise NoLocks("this system has no file locks") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno in _UNSUPPORTED:
             raise NoLocks(error.errno, error.strerror) from error

@@ -65,7 +65,8 @@ def report(options: argparse.Namespace) -> None:
 
 def cache(options: argparse.Namespace) -> None:
     """Show what is cached between runs and how large it is; or remove it."""
-    from training.utils.disk_cache import clear, describe, open_cache
+    from training.utils.cache_report import clear, describe
+    from training.utils.disk_cache import open_cache
 
     disk_cache = open_cache(options.cache_gb)
     for line in clear(disk_cache) if options.clear else describe(disk_cache):

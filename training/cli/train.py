@@ -203,6 +203,7 @@ def _recipe_options(add: argparse.ArgumentParser) -> None:
         "--data",
         metavar="DIR",
         help="a folder with one folder per class, or with train/ and valid/ of such; "
+        "or a zip or tar of such a folder; "
         "or a data set by name: sample (embedded), flowers102, oxford-iiit-pet",
     )
     add.add_argument("--split", type=Path, metavar="CSV", help="path,fold for every photo")

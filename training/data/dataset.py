@@ -16,7 +16,7 @@ from serving.errors import DataError, OptionError
 from serving.utils.files import atomic_write
 from serving.utils.natural_sort import natural_letters_first
 from training.config.sections import DataConfig
-from training.data import layouts, sample, torchvision_sets
+from training.data import archive, layouts, sample, torchvision_sets
 from training.data.layouts import Photo, Reading
 from training.data.splits import PARTS, draw_split, read_split_file
 from training.utils.console import quoted
@@ -104,8 +104,9 @@ def load_dataset(
     """Find the photos of `source` and split them.
 
     Args:
-        source: "sample" for the built-in dataset, a name in `torchvision_sets.NAMES`, or a folder.
-            A folder has one of these layouts:
+        source: "sample" for the built-in dataset, a name in `torchvision_sets.NAMES`, or a folder
+            or an archive (zip, tar), which is extracted into the cache. A folder has one of
+            these layouts:
 
             - one folder per class, or parts with one folder per class, as recognised by
               `training.data.structure`;
@@ -159,11 +160,14 @@ def _load(
 def _folder(source: str) -> Path:
     # pathlib raises an error for unknown users and for names that are too long; os.path does not.
     root = sample.cached_sample() if source == SAMPLE else Path(os.path.expanduser(source))
+    if source != SAMPLE and archive.is_archive(source):
+        root = archive.extracted(source)
     if not os.path.isdir(root):
         names = ", ".join((SAMPLE, *torchvision_sets.NAMES))
+        what = "is no folder or archive" if os.path.exists(root) else "no such folder or archive"
         raise DataError(
-            f"--data {quoted(source)}: no such folder; give one with a folder per class, or a set: "
-            f"{names}"
+            f"--data {quoted(source)}: {what}; give a folder with a folder per class, a zip or tar "
+            f"of one, or a set: {names}"
         )
     return root.resolve()
 

@@ -9,6 +9,7 @@ from typing import Final
 from serving.errors import DataError, OptionError
 from training.activations.stage_loaders import StageLoaders
 from training.config.schema import Recipe
+from training.data import archive
 from training.data.dataset import (
     SPLIT_FILE,
     load_dataset,
@@ -141,7 +142,7 @@ def resume(
     Args:
         folder: The run folder; only the main process reads it.
         device: "auto", "cpu" or "cuda". None: the value that the run was started with.
-        root: Folder of the photos. None: the folder that the run was started with.
+        root: Folder or archive of the photos. None: the folder that the run was started with.
         cache_gb: Size limit of the disk cache in GB; None: see `disk_cache.budget_gb`.
         log: Function that is called with each log line.
         process_group: The processes that train.
@@ -170,7 +171,8 @@ def resume(
             log(f"{folder} is finished already; next: fledge export {folder} --out bundle")
             return folder
         precision = _precision(recipe, device or run_info.device, process_group)
-        photos_folder = (root or Path(run_info.root)).resolve()
+        with process_group.local_main_process_first():  # may extract an archive
+            photos_folder = _photos_folder(root, run_info)
         dataset = read_split(files / SPLIT_FILE, photos_folder, run_info.classes, run_info.source)
         # With a resume state the initial weights are not needed.
         weights = {"auto": "imagenet" if run_info.pretrained else "none"}.get(
@@ -217,6 +219,13 @@ def resume(
             process_group,
         )
     )
+
+
+def _photos_folder(root: Path | None, run_info: RunInfo) -> Path:
+    """Return the folder of a resumed run's photos; see `resume`."""
+    if root is None:
+        return archive.found_again(Path(run_info.root), run_info.source).resolve()
+    return (archive.extracted(root) if archive.is_archive(root) else root).resolve()
 
 
 def _precision(recipe: Recipe, device: str, process_group: ProcessGroup) -> Precision:

@@ -127,7 +127,8 @@ def _overlap(low: float, high: float, count: int) -> npt.NDArray[np.float32]:
     """Return how much of each of `count` equal parts of [0, 1] is in [low, high]: [count], 0..1."""
     starts = np.arange(count) / count
     inside = np.minimum(starts + 1 / count, high) - np.maximum(starts, low)
-    return np.clip(inside * count, 0, 1).astype(np.float32)
+    shares: npt.NDArray[np.float32] = np.clip(inside * count, 0, 1).astype(np.float32)
+    return shares
 
 
 def draw(sheet: Iterable[Row], root: Path, preprocess: Preprocess, path: Path) -> None:

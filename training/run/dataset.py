@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from serving.errors import DataError
-from training.data import sample, torchvision_sets
+from training.data import archive, sample, torchvision_sets
 from training.data.dataset import SAMPLE, SPLIT_FILE, Dataset, read_split
 from training.run import checkpoint
 
@@ -16,18 +16,20 @@ def load_run_dataset(run: Path, data: Path | None = None, part: str = "valid") -
 
     Args:
         run: The run folder, or the .safetensors file of a checkpoint in the run folder.
-        data: Folder of the photos. None: the folder that the run was trained on. If that folder is
-            gone and the dataset is the sample dataset or a torchvision dataset, the copy in the
-            user's cache is used.
+        data: Folder or archive of the photos. None: the folder that the run was trained on. If that
+            folder is gone and the dataset is the sample dataset, a torchvision dataset or an
+            archive, the copy in the user's cache is used.
         part: The split whose photos must all exist: "train", "valid" or "test"; "" if no photo has
             to exist.
 
     Raises:
-        DataError: `data` is not a folder, photos of `part` are missing, or the split file can't be
-            read.
+        DataError: `data` is no folder or archive, photos of `part` are missing, or the split file
+            can't be read.
     """
+    if data is not None and archive.is_archive(data):
+        data = archive.extracted(data)
     if data is not None and not os.path.isdir(data):
-        raise DataError(f"--data {data}: no such folder")
+        raise DataError(f"--data {data}: no such folder or archive")
     path = checkpoint.weights_path(run)
     info = checkpoint.read_info(path.with_suffix(".json"))
     stated = info.data.get("root")
@@ -46,6 +48,8 @@ def load_run_dataset(run: Path, data: Path | None = None, part: str = "valid") -
             root = sample.cached_sample()
         elif source in torchvision_sets.NAMES:
             root, _ = torchvision_sets.find(source)
+        else:
+            root = archive.found_again(root, source)
     return read_split(
         checkpoint.run_folder_of(run) / SPLIT_FILE,
         root,

@@ -1,9 +1,11 @@
-"""Disk cache of decoded pixels and activations, with a size limit.
+"""Disk cache of decoded pixels, activations and extracted archives, with a size limit.
 
-An entry of the cache is a folder `KIND-KEY`, where KIND is `pixels` or `activations` and KEY is a
-hash. Its file `entry.json` has a description of the entry. The modification time of `entry.json` is
-the time of the entry's last use. A process must hold a lock on `entry.json` to write to the entry.
-Other files and folders in the cache folder are never changed or removed.
+An entry of the cache is a folder `KIND-KEY`, where KIND is `pixels`, `activations` or `archive` and
+KEY is a hash. Its file `entry.json` has a description of the entry. The modification time of
+`entry.json` is the time of the entry's last use. A process must hold a lock on `entry.json` to
+write to the entry, or a shared lock to keep it from being removed. The files of an archive are in
+the folder `files` of its entry; their size is in `index`. Other files and folders in the cache
+folder are never changed or removed.
 
 Folders and files are for this user alone. A cache folder that other users can write to, or that
 belongs to another user, is not used: whoever writes to it decides what a network is trained on.
@@ -18,7 +20,6 @@ import os
 import re
 import shutil
 import stat
-import time
 import zlib
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
@@ -35,11 +36,13 @@ from serving.utils.regular_files import read_limited
 GB: Final = 1e9
 DEFAULT_GB: Final = 10.0
 ENTRY_FILE: Final = "entry.json"
+INDEX, FILES, ARCHIVE = "index", "files", "archive-"
 _MAX_ENTRY: Final = 2**16  # bytes of an entry file
 
 _PIECE: Final = 2**23  # bytes
 
-_NAME: Final = re.compile(r"(pixels|activations)-[0-9a-f]{32}")
+_NAME: Final = re.compile(r"(pixels|activations|archive)-[0-9a-f]{32}")
+_OWN_FOLDERS: Final = re.compile(r"files|\.files\.[0-9a-f]{16}\.partial")
 _OWN_FILES: Final = re.compile(r"index|\.index\.[0-9a-f]{16}\.partial|[a-z]+-[0-9a-f]{16}\.bin")
 
 
@@ -274,6 +277,28 @@ def checksum(data: memoryview) -> int:
     return zlib.crc32(b"".join(value.to_bytes(4, "little") for value in sums))
 
 
+def hold_entry(path: Path) -> BinaryIO | None:
+    """Take a shared lock on an entry: until the returned file is closed, it is not removed.
+
+    Returns:
+        The locked file; None if the entry does not exist.
+
+    Raises:
+        OSError: The entry can't be read, or others can write to it.
+    """
+    check_private(path)
+    return _open_locked(path, "rb", wait=True, shared=True)
+
+
+def archive_size(path: Path) -> int | None:
+    """Return the bytes of the files of an extracted archive; None if it is not complete."""
+    try:
+        values = json_reader.parse(read_limited(path / INDEX, _MAX_ENTRY))
+        return max(0, int(values["bytes"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def mark_used(path: Path) -> None:
     """Set the time of last use of an entry to now."""
     with suppress(OSError):  # a cache without write permission
@@ -292,44 +317,18 @@ def remove(path: Path) -> bool:
             return True
         with file:
             # The index first, so that after a kill half-way the rest is a valid, empty entry.
-            own = [name for name in os.listdir(path) if _OWN_FILES.fullmatch(name)]
-            for name in (*sorted(own, key=lambda name: name != "index"), ENTRY_FILE):
+            names = sorted(os.listdir(path), key=lambda name: name != INDEX)
+            for name in filter(_OWN_FILES.fullmatch, names):
                 (path / name).unlink(missing_ok=True)
+            for name in filter(_OWN_FOLDERS.fullmatch, names):
+                if path.name.startswith(ARCHIVE):
+                    shutil.rmtree(path / name)
+            (path / ENTRY_FILE).unlink(missing_ok=True)
     except OSError:
         return False
     with suppress(OSError):  # the folder contains files that are not the cache's
         path.rmdir()
     return True
-
-
-def describe(cache: DiskCache) -> list[str]:
-    """Return the output lines of `fledge cache`.
-
-    The first line has the folder, size and size limit of the cache. Each further line describes an
-    entry; the most recently used entry is first.
-    """
-    size, budget = format_size(cache.size()), format_size(cache.budget)
-    lines = [f"{abbreviate_home(cache.folder)}: {size} of {budget}"]
-    for entry in reversed(cache.entries()):
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        lines.append(
-            f"  {entry.path.name[:15]}…  {format_size(entry.size):>9}  last used {used}  "
-            f"{entry.description}"
-        )
-    return lines
-
-
-def clear(cache: DiskCache) -> list[str]:
-    """Remove all entries, and return the output lines of `fledge cache --clear`.
-
-    The first line has the size freed. Each further line names an entry that could not be removed.
-    """
-    freed, remaining = cache.clear()
-    lines = [f"{format_size(freed)} freed in {abbreviate_home(cache.folder)}"]
-    return lines + [
-        f"  {entry.path.name[:15]}…  not removed: a run is writing it, or permission is missing"
-        for entry in remaining
-    ]
 
 
 def format_size(size: float) -> str:
@@ -359,18 +358,21 @@ def _read_entry(path: Path) -> CacheEntry | None:
         used = (path / ENTRY_FILE).stat().st_mtime
         files = [item for item in os.scandir(path) if _OWN_FILES.fullmatch(item.name)]
         size = sum(item.stat(follow_symlinks=False).st_size for item in files)
+        if path.name.startswith(ARCHIVE):
+            size += archive_size(path) or 0
     except (OSError, ValueError):
         return None
     return CacheEntry(path, str(values.get("what", "")), size, used)
 
 
-def _open_locked(path: Path, mode: str, *, wait: bool) -> BinaryIO | None:
+def _open_locked(path: Path, mode: str, *, wait: bool, shared: bool = False) -> BinaryIO | None:
     """Open and lock the file `entry.json` of an entry.
 
     Args:
         path: Folder of the entry.
         mode: Mode for `open`.
         wait: Whether to wait if another process holds the lock.
+        shared: Whether others may hold a shared lock, too.
 
     Returns:
         The locked file; None if the entry does not exist or was removed during the wait.
@@ -383,7 +385,7 @@ def _open_locked(path: Path, mode: str, *, wait: bool) -> BinaryIO | None:
     except FileNotFoundError:
         return None
     try:
-        lock(file.fileno(), wait=wait)
+        lock(file.fileno(), wait=wait, shared=shared)
         # If the entry was removed during the wait, this is the lock of a deleted file.
         if os.path.samestat(os.fstat(file.fileno()), os.stat(path / ENTRY_FILE)):
             return file

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from serving.errors import FledgeError
-from serving.inputs import sources, tar
+from serving.inputs import archives, sources, tar
+from serving.inputs.archive_members import Member
 from tests.fuzz.target import Target, put
 
 _MEMBERS = 8  # as many are loaded by name
@@ -82,7 +83,7 @@ def check(data: bytes) -> None:
     path = Path("a.tar")
     put(path, data)
     notes: list[str] = []
-    names = list(tar.names(str(path), notes.append))
+    names = list(archives.names(str(path), notes.append))
     for member in _members(path):
         for _ in range(2):
             try:
@@ -98,7 +99,7 @@ def check(data: bytes) -> None:
     reader.close()
 
 
-def _members(path: Path) -> Iterator[tar.TarMember]:
+def _members(path: Path) -> Iterator[Member]:
     try:
         for _, member in zip(range(_MEMBERS), tar.members(str(path)), strict=False):
             yield member

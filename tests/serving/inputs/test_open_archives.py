@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from serving.inputs import open_archives, sources
-from serving.inputs import tar as tar_module
+from serving.inputs import archives, open_archives, sources
 from tests.support.tar_files import KINDS, find_all, only_images, shard_members, write_tar
 
 
@@ -29,13 +28,13 @@ def reader() -> Iterator[sources.Reader]:
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The archive of each pass over headers."""
-    members, paths = tar_module.members, []
+    members, paths = archives.members, []
 
     def counted(path: str, *args: Any) -> Any:
         paths.append(path)
         return members(path)
 
-    monkeypatch.setattr(tar_module, "members", counted)
+    monkeypatch.setattr(archives, "members", counted)
     return paths
 
 

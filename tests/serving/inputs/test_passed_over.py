@@ -84,9 +84,7 @@ def test_hidden_files_and_folders_are_counted(folder: Path) -> None:
     assert passed.totals() == {"hidden": 2}
 
 
-@pytest.mark.parametrize(
-    "name", ["1", "IMG_0001", "1.jpg_large", "1.jpg?itok=x", "1.dat", "1.heic"]
-)
+@pytest.mark.parametrize("name", ["1", "IMG_0001", "1.jpg_large", "1.jpg?itok=x", "1.dat", "1.pgm"])
 def test_images_are_recognised_by_their_content(folder: Path, name: str) -> None:
     create(folder, f"in/{name}")
     buffer = io.BytesIO()
@@ -99,11 +97,9 @@ def test_images_are_recognised_by_their_content(folder: Path, name: str) -> None
 @pytest.mark.parametrize(
     ("name", "data", "reason", "detail"),
     [
-        ("1.heic", b"\0\0\0\x18ftypheic", "unsupported-format", "HEIC"),
-        ("1", b"\0\0\0\x18ftypheic", "unsupported-format", "HEIC"),
-        ("1.HIF", b"", "unsupported-format", "HEIC"),
+        ("1.PPM", b"", "unsupported-format", "PNM"),
+        ("1", b"P5 3 2 255\n123456", "unsupported-format", "PNM"),
         ("1.pgm", b"P5 3 2 255\n123456", "unsupported-format", "PNM"),
-        ("1.jxl", b"\xff\x0a", "unsupported-format", "JPEG XL"),
         ("1.nef", b"II*\0", "unsupported-format", "raw .nef"),
         ("notes.txt", JPEG, "not-an-image", ".txt"),
         ("README", b"hello", "not-an-image", "no suffix"),
@@ -206,7 +202,7 @@ def test_members_of_archives_follow_the_same_rule(folder: Path) -> None:
         "a.tar",
         [
             *(("cat/1.jpg", JPEG), ("__MACOSX/cat/._1.jpg", b"x"), ("cat/@eaDir/1.jpg", JPEG)),
-            *(("cat/.2.jpg", JPEG), ("cat/3.heic", b"x"), ("labels.csv", b"x"), ("./4.jpg", JPEG)),
+            *(("cat/.2.jpg", JPEG), ("cat/3.jp2", b"x"), ("labels.csv", b"x"), ("./4.jpg", JPEG)),
         ],
     )
     names, passed = found("a.tar")
@@ -214,7 +210,7 @@ def test_members_of_archives_follow_the_same_rule(folder: Path) -> None:
     assert passed.to_json() == {
         "system": {"__MACOSX": 1, "@eaDir": 1},
         "hidden": {".2.jpg": 1},
-        "unsupported-format": {"HEIC": 1},
+        "unsupported-format": {"JPEG 2000": 1},
         "not-an-image": {".csv": 1},
     }
 
@@ -222,7 +218,7 @@ def test_members_of_archives_follow_the_same_rule(folder: Path) -> None:
 def test_addresses_follow_the_same_rule(tmp_path: Path) -> None:
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
-    for name in ("a/1.jpg", "a/@eaDir/1.jpg", "a/2.heic", ".git/x.jpg"):
+    for name in ("a/1.jpg", "a/@eaDir/1.jpg", "a/2.jp2", ".git/x.jpg"):
         memory.pipe_file(f"/rule/{name}", JPEG)
     try:
         names, passed = found("memory://rule")

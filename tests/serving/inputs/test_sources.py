@@ -140,7 +140,9 @@ def test_no_image_at_all_is_an_error_with_the_reason(folder: Path) -> None:
 )
 def test_a_missing_input_is_an_error_before_the_first_name(folder: Path, word: str) -> None:
     create(folder, ["x.jpg"])
-    with pytest.raises(DataError, match="not there; give folders, images, tar archives, lists"):
+    with pytest.raises(
+        DataError, match="not there; give folders, images, zip and tar archives, lists"
+    ):
         sources.find(["x.jpg", word])
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import FledgeError
-from serving.inputs import sources, tar
+from serving.inputs import archives, sources
 from serving.inputs.sources import Reader
 from tests.support.hypothesis_profiles import examples
 from tests.support.odd_names import texts
@@ -54,7 +54,7 @@ def test_each_listed_name_loads_its_own_member(names, form, archive, random) -> 
         path = Path(folder, archive)
         write(path, names, form)
         notes: list[str] = []
-        listed = list(tar.names(str(path), notes.append))
+        listed = list(archives.names(str(path), notes.append))
         assert notes == []
         assert len(set(listed)) == len(listed)
         order = list(enumerate(listed))
@@ -91,7 +91,7 @@ def test_no_name_reads_a_file_beside_the_archive(names, member, before) -> None:
         write(path, names, tarfile.PAX_FORMAT)
         Path(folder, "a.jpg").write_bytes(b"secret")
         reader = Reader()
-        name = f"{path}{tar.SEPARATOR}{before}{member}"
+        name = f"{path}{archives.SEPARATOR}{before}{member}"
         if os.path.lexists(name.partition("\0")[0]):
             return
         with closing(reader), suppress(FledgeError):
@@ -105,6 +105,6 @@ def test_bytes_that_are_no_archive_are_noted_and_list_nothing(data, suffix) -> N
         path = Path(folder, f"x{suffix}")
         path.write_bytes(data)
         notes: list[str] = []
-        assert list(tar.names(str(path), notes.append)) == []
+        assert list(archives.names(str(path), notes.append)) == []
         with pytest.raises(FledgeError):
             next(sources.find([str(path)]))

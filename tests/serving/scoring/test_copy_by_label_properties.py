@@ -11,7 +11,7 @@ from pathlib import Path
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from serving.inputs import tar
+from serving.inputs import archives
 from serving.inputs.file_kinds import MARK
 from serving.scoring.copy_by_label import copy_by_label
 from serving.scoring.rows import ScoreRow
@@ -83,7 +83,7 @@ def test_members_of_an_archive_are_copied_into_the_folder(members) -> None:
                 info = tarfile.TarInfo(f"a/{member}.jpg")
                 info.size = len(content(number))
                 file.addfile(info, io.BytesIO(content(number)))
-        listed = list(tar.names(str(path), lambda line: None))
+        listed = list(archives.names(str(path), lambda line: None))
         rows = [row(one, label) for one, (_, label) in zip(listed, members, strict=False)]
         copy_by_label(target, rows)
         copies = files_below(target)

@@ -105,7 +105,7 @@ def test_part_folders_are_distinguished_from_class_folders(tmp_path):
 def test_a_class_without_a_readable_photo_is_not_dropped_silently(tmp_path):
     root = make(tmp_path / "d", {"a": 3, "b": 3})
     (root / "c").mkdir()
-    (root / "c" / "0.heic").write_bytes(b"heic")
+    (root / "c" / "0.pgm").write_bytes(b"P5 1 1 255 x")
     with pytest.raises(DataError, match="'c' contains no readable photo"):
         load_dataset(str(root))
 
