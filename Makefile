@@ -5,7 +5,7 @@ DOCKER ?= docker
 PORT ?= 3000
 BUNDLE ?= bundle
 RUN ?= runs/latest
-RECIPE ?= training/recipes/$(if $(DATA),quick,demo).toml
+RECIPE ?= $(if $(DATA),quick,demo)
 OUT ?= scores.csv
 IMAGE ?= fledge
 TARGET ?= cpu
@@ -48,11 +48,11 @@ $(INSTALLED): pyproject.toml requirements/dev.txt requirements/uv.txt
 
 demo: install ## Train on painted flowers, export, serve, classify one photo, all in demo/
 	@rm -rf demo
-	$(FLEDGE) train training/recipes/demo.toml --data sample --out demo/run $(ARGS)
+	$(FLEDGE) train demo --data sample --out demo/run $(ARGS)
 	$(FLEDGE) export demo/run --out demo/bundle
 	$(BIN)/python deploy/demo.py demo/bundle
 
-train: install ## Train on the built-in photos, or DATA=folder RECIPE=file.toml ARGS="key=value …"
+train: install ## Train on the built-in photos, or DATA=folder RECIPE=quick ARGS="key=value …"
 	$(FLEDGE) train "$(RECIPE)" --data "$(or $(DATA),sample)" $(ARGS)
 
 export: install ## Turn RUN=runs/latest into the verified BUNDLE=bundle

@@ -14,6 +14,7 @@ def export(options: argparse.Namespace) -> None:
     """Turn a run's best checkpoint into a verified bundle."""
     from export import calibration, pipeline, torchvision_checkpoint
     from serving.errors import OptionError
+    from serving.inputs.path_kind import require
 
     export_options = pipeline.ExportOptions(
         name=options.name,
@@ -31,6 +32,7 @@ def export(options: argparse.Namespace) -> None:
                 raise OptionError(f"{option} goes with --checkpoint FILE, not with a run")
         if options.run is None:
             raise OptionError("name a run, as runs/latest; or a torchvision --checkpoint FILE")
+        require(options.run, "run")
         pipeline.export(options.run, options.out, export_options, data=options.data)
     else:
         for name in ("arch", "labels", "photos"):
@@ -59,7 +61,9 @@ def add_to(add_verb: AddVerb) -> None:
     """Add the subcommand `fledge export` and its options to the command line."""
     add = add_verb(export, "fledge export runs/latest --out bundle")
     add.add_argument("run", type=Path, nargs="?", metavar="RUN")
-    add.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
+    add.add_argument(
+        "--out", type=Path, default=Path("bundle"), metavar="BUNDLE", help="default: bundle"
+    )
     add.add_argument("--data", type=Path, metavar="DIR", help="the photos, if they were moved")
     checkpoint = add.add_argument_group("a torchvision checkpoint instead of a run")
     checkpoint.add_argument("--checkpoint", type=Path, metavar="FILE", help=".pth or .safetensors")

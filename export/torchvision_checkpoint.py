@@ -16,6 +16,15 @@ from torchvision.models import SqueezeNet
 from export.parity import Sample
 from serving.errors import DataError, OptionError
 from serving.imaging.preprocess import Preprocess
+from serving.tables.reader import read_text
+from serving.utils.label_names import (
+    LabelMatcher,
+    is_utf8,
+    nearest_labels,
+    normalize_label,
+    show_label,
+)
+from serving.utils.mistakes import Mistakes
 from training.config.sections import DataConfig
 from training.data.dataset import load_dataset
 from training.models import backbones, weights
@@ -165,20 +174,22 @@ def read_labels(path: Path) -> list[str]:
         DataError: The file can't be read, is empty, or contains an empty line or a duplicate name.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise DataError(f"--labels {path}: {reason}") from error
-    labels = [line.strip() for line in lines]
+        lines = read_text(path).splitlines()
+    except OSError as error:
+        raise DataError(f"--labels {path}: {error.strerror or error}") from error
+    labels = [normalize_label(line) for line in lines]
     while labels and not labels[-1]:
         labels.pop()
+    wrong, numbers = Mistakes(f"--labels {path}"), dict[str, int]()
     for number, label in enumerate(labels, 1):
-        if not label or labels.index(label) < number - 1:
-            what = f"{label!r} a second time" if label else "nothing"
-            raise DataError(
-                f"--labels {path}: line {number} holds {what}; write each class name once, one per "
-                "line"
-            )
+        first = numbers.setdefault(label, number)
+        if not label:
+            wrong.add(f"line {number} holds nothing")
+        elif first < number:
+            wrong.add(f"line {number} holds {show_label(label)} a second time, after line {first}")
+        elif not is_utf8(label):
+            wrong.add(f"line {number} is not UTF-8 text")
+    wrong.check("write each class name once, one per line")
     if not labels:
         raise DataError(
             f"--labels {path} is empty; write one class name per line, in the order of the logits"
@@ -196,14 +207,18 @@ def photos(folder: Path, labels: Sequence[str]) -> tuple[list[Sample], list[Samp
         DataError: `load_dataset` can't read the folder, or the name of a class folder is not in
             `labels`.
     """
-    dataset = load_dataset(str(folder), config=DataConfig(valid=HELD_OUT))
-    unknown = sorted(set(dataset.classes) - set(labels))
+    dataset = load_dataset(str(folder), config=DataConfig(valid=HELD_OUT, similar="keep"))
+    match, places = LabelMatcher(labels).match, {label: i for i, label in enumerate(labels)}
+    found = [match(name) for name in dataset.classes]
+    unknown = [name for name, label in zip(dataset.classes, found, strict=True) if label is None]
     if unknown:
+        near = " or ".join(map(show_label, nearest_labels(unknown[0], labels)))
         raise DataError(
-            f"--photos {folder}: {unknown[0]} is no label ({len(unknown)} of "
+            f"--photos {folder}: {show_label(unknown[0])} is no label ({len(unknown)} of "
             f"{len(dataset.classes)} folders are none); name each folder as --labels has it"
+            f"{f', such as {near}' if near else ''}"
         )
-    indices = [list(labels).index(name) for name in dataset.classes]
+    indices = [places[label] for label in found if label is not None]
     parts = dataset.train, dataset.valid
     calibrate, held_out = ([(s.path, indices[s.label]) for s in part] for part in parts)
     return calibrate, held_out

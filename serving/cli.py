@@ -7,10 +7,12 @@ The modules that a subcommand needs are imported when the subcommand runs. This 
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from serving.errors import OptionError
 from serving.terminal import show, show_json
 
 
@@ -30,7 +32,9 @@ def inspect(options: argparse.Namespace) -> None:
     """Check every byte of a bundle and show what it holds; --json prints the manifest."""
     from serving.bundle.inspect import describe
     from serving.bundle.storage import read
+    from serving.inputs.path_kind import require
 
+    require(options.bundle, "bundle")
     if options.json:
         show_json(read(options.bundle).manifest.to_json())
         return
@@ -41,8 +45,10 @@ def inspect(options: argparse.Namespace) -> None:
 def verify(options: argparse.Namespace) -> None:
     """Check a bundle's bytes and run its golden images through the runtime. Needs no torch."""
     from serving.inference import isolated_load
+    from serving.inputs.path_kind import require
     from serving.settings import load_timeout
 
+    require(options.bundle, "bundle")
     arguments = {"seconds": load_timeout(), "device": options.device}
     for line in isolated_load.run("verify", options.bundle, **arguments):
         show(line)
@@ -50,8 +56,10 @@ def verify(options: argparse.Namespace) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """Serve a bundle over HTTP."""
+    from serving.inputs.path_kind import require
     from serving.server.launch import serve
 
+    require(options.bundle, "bundle")
     serve(
         options.bundle,
         host=options.host,
@@ -66,11 +74,37 @@ def score(options: argparse.Namespace) -> None:
     """Score many images into a table, one row per image; called again it resumes."""
     from dataclasses import fields
 
+    from serving.inputs.path_kind import require
     from serving.scoring.options import ScoringOptions
     from serving.scoring.score import score
 
+    _check_score(options)
+    require(options.bundle, "bundle", "--bundle")
+    for name in options.inputs:
+        require(Path(name), "photos")
     values = {field.name: getattr(options, field.name) for field in fields(ScoringOptions)}
     score(options.inputs, options.bundle, options.out, ScoringOptions(**values))
+
+
+def _check_score(options: argparse.Namespace) -> None:
+    """Check that `fledge score` has a bundle and a table; the bundle may stand among the inputs.
+
+    Raises:
+        OptionError: One is missing.
+    """
+    from serving.inputs.path_kind import is_bundle
+
+    missing = [name for name in ("bundle", "out") if getattr(options, name) is None]
+    if not missing:
+        return
+    bundles = [name for name in options.inputs if is_bundle(Path(name))]
+    inputs = [name for name in options.inputs if name not in bundles] or ["photos"]
+    bundle = options.bundle or (bundles or ["bundle"])[0]
+    out = options.out or "scores.csv"
+    command = f"fledge score {shlex.join(inputs)} --bundle {shlex.quote(str(bundle))} --out {out}"
+    raise OptionError(
+        f"{' and '.join(f'--{name}' for name in missing)} missing: did you mean `{command}`?"
+    )
 
 
 def evaluate_scores(options: argparse.Namespace) -> None:
@@ -78,7 +112,11 @@ def evaluate_scores(options: argparse.Namespace) -> None:
     from dataclasses import fields
 
     from serving.evaluation.evaluate_scores import EvaluationOptions, evaluate
+    from serving.inputs.path_kind import require
 
+    require(options.scores, "table")
+    if options.bundle is not None:
+        require(options.bundle, "bundle", "--bundle")
     values = {field.name: getattr(options, field.name) for field in fields(EvaluationOptions)}
     evaluate(options.scores, EvaluationOptions(**values))
 
@@ -125,11 +163,10 @@ def _score_options(add: argparse.ArgumentParser) -> None:
         help="folders, images, globs, lists (.txt, .csv, …), archives (zip, tar), s3://…; "
         "- reads paths from standard input",
     )
-    add.add_argument("--bundle", type=Path, required=True, help="the bundle to score with")
+    add.add_argument("--bundle", type=Path, help="the bundle to score with")
     add.add_argument(
         "--out",
         type=Path,
-        required=True,
         metavar="FILE",
         help="a .csv, .jsonl or .parquet file; with --engine ray also a folder of .parquet files",
     )

@@ -93,7 +93,7 @@ def test_every_error_in_a_recipe_has_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"fledge: {recipe} has 2 mistakes:\n"
         "  line 2: arch = 'resnet19' is unknown: did you mean 'resnet18'?\n"
-        "  line 3: size is unknown; did you mean 'preprocess.size'?\n"
+        "  line 3: size is unknown; did you mean 'size = 9' under [preprocess]?\n"
     )
 
 

@@ -36,7 +36,7 @@ PAGES = {
 }
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
-QUICK = "training/recipes/quick.toml"
+QUICK = "quick"
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -222,10 +222,11 @@ def assert_understood(words: list[str]) -> None:
     assert rest == []
     if not hasattr(known, "overrides"):
         return
-    if known.recipe and (ROOT / known.recipe).is_file():
-        from training.config import load as config
+    from training.config import load as config
+    from training.config import shipped
 
-        config.read(ROOT / known.recipe, known.overrides)
+    if known.recipe and shipped.find(known.recipe).is_file():
+        config.read(known.recipe, known.overrides)
     else:
         assert all(re.fullmatch(r"[\w.]+=.+", word) for word in known.overrides), known.overrides
 

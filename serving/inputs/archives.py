@@ -3,9 +3,8 @@
     photos.zip::cat/1.jpg      the member cat/1.jpg of photos.zip
     photos.zip::2::cat/1.jpg   the second member of that name
 
-Members that have an image suffix are listed in archive order. Hidden members, and files and folders
-of systems and tools such as `__MACOSX/`, are passed over (`file_kinds`). No member is written to
-disk, so a name such as `../../x.jpg` is harmless.
+Members that have an image suffix are listed in archive order. Hidden members, such as macOS's
+`._x.jpg`, are left out. No member is written to disk, so a name such as `../../x.jpg` is harmless.
 The first bytes of a file determine whether it is a zip; the suffix, whether it is an archive.
 """
 
@@ -17,8 +16,7 @@ from typing import Final
 
 from serving.errors import DataError
 from serving.inputs import tar, zip_archive
-from serving.inputs.archive_members import SEPARATOR, Member, Wanted, is_listed
-from serving.inputs.file_kinds import member_kind
+from serving.inputs.archive_members import SEPARATOR, Member, Wanted, is_listed, listed
 from serving.inputs.folders import Note
 from serving.inputs.passed_over import OnPassedOver, not_counted
 
@@ -87,15 +85,8 @@ def names(path: str, note: Note, passed_over: OnPassedOver = not_counted) -> Ite
         note: Called with a message about anything that is left out.
         passed_over: Called for each member that is no image, or is passed over by its name.
     """
-
-    def wanted(name: str) -> bool:
-        kind = member_kind(name)
-        if kind is not None:
-            passed_over(kind.reason, name, kind.detail)
-        return kind is None
-
     try:
-        for member in members(path, wanted):
+        for member in members(path, listed(passed_over)):
             name = f"{path}{SEPARATOR}{member.name}"
             if os.path.lexists(name):  # `split` would take the name for that file
                 note(f"{name}: a file beside the archive has that name; the member is left out")

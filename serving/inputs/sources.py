@@ -203,10 +203,9 @@ def _existing(word: str, column: str | None, passed_over: OnPassedOver) -> Input
         # A named pipe or device: opening it could block.
         return InputSource(partial(_itself, word), "")
     if lists.is_table(word):
-        chosen = lists.path_column(word, column)
-        return InputSource(
-            partial(lists.read_column, word, chosen), f"{word}: lists no images in {chosen}"
-        )
+        table, at = lists.open_list(word, column)
+        if_empty = f"{word}: lists no images in {table.columns[at]}"
+        return InputSource(partial(lists.read_column, table, at), if_empty)
     archives.check_kind(word)
     if archives.is_archive(word):
         try:

@@ -257,7 +257,7 @@ def test_invalid_label_files_are_refused(tmp_path, text, why):
 
 
 def test_a_folder_that_is_no_label_is_named(shared_run):
-    with pytest.raises(DataError, match="red is no label"):
+    with pytest.raises(DataError, match="'red' is no label"):
         torchvision_checkpoint.photos(shared_run.photos, ["blue", "green"])
 
 

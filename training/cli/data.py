@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serving.terminal import show
-from training.cli.options import add_overrides, check_arch
+from training.cli.options import add_overrides, check_network
 
 if TYPE_CHECKING:
     from serving.cli import AddVerb
@@ -28,7 +29,7 @@ def layers(options: argparse.Namespace) -> None:
         arch, overrides = None, [arch, *overrides]
     if options.recipe is not None:
         overrides += [f"arch={json.dumps(arch)}"] if arch else []
-        recipe = load.read(options.recipe, overrides, check_arch)
+        recipe = load.read(options.recipe, overrides, check_network)
         lines = [*layer_groups.describe(recipe), "", *layer_groups.stages(recipe)]
     elif overrides:
         raise OptionError(f"{overrides[0]} changes a recipe; name it with --recipe FILE")
@@ -43,18 +44,25 @@ def layers(options: argparse.Namespace) -> None:
 def preview(options: argparse.Namespace) -> None:
     """Show the data: counts, sizes, odd photos; with --augment, a photo as training augments it."""
     from serving.errors import OptionError
-    from training.config import load
+    from serving.inputs.path_kind import require
+    from training.config import load, shipped
     from training.preview.preview import DEFAULTS, augmented, preview
 
     if options.photo is not None and not options.augment:
         raise OptionError(f"--photo {options.photo} has no effect without --augment; add it")
+    data = Path(options.data)
+    if not data.exists() and shipped.find(data).is_file():
+        raise OptionError(
+            f"{data} is a recipe: `fledge preview photos --recipe {shlex.quote(str(data))}`"
+        )
+    require(data, "photos")
     overrides = list(options.overrides)
     if options.seed is not None:
         overrides.append(f"seed={options.seed}")
     if options.recipe is None:
-        recipe = load.read_text(DEFAULTS, "fledge preview", overrides, check_arch)
+        recipe = load.read_text(DEFAULTS, "fledge preview", overrides)
     else:
-        recipe = load.read(options.recipe, overrides, check_arch)
+        recipe = load.read(options.recipe, overrides)
     if options.augment:
         show(augmented(options.data, recipe, options.out, split=options.split, photo=options.photo))
         return

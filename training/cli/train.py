@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serving.terminal import show
-from training.cli.options import add_cache_option, add_overrides, check_arch
+from training.cli.options import add_cache_option, add_overrides, check_network
 
 if TYPE_CHECKING:
     from serving.cli import AddVerb
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 def train(options: argparse.Namespace) -> None:
     """Fine-tune a network on a folder of photos."""
     from serving.errors import OptionError
+    from serving.inputs.path_kind import require
     from serving.utils.malloc import retain_freed_blocks
     from training.distributed import torchrun
     from training.engine import finetune
@@ -44,6 +46,7 @@ def train(options: argparse.Namespace) -> None:
                 "--resume RUN keeps the run's recipe and options; only --data, --device and "
                 "--cache-gb may be given with it"
             )
+        require(options.resume, "resumable", "--resume")
         root = None if options.data is None else Path(options.data)
         device = None if options.device == "auto" else options.device
         finetune.resume(options.resume, device=device, root=root, **common)
@@ -131,19 +134,30 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         OptionError: No recipe or no `--data` is given, or the recipe or an override is wrong.
     """
     from serving.errors import OptionError
-    from training.config import load
+    from serving.inputs.path_kind import not_wanted, require
+    from training.config import load, shipped
+    from training.utils.console import log_to_stderr
 
     if options.recipe is None:
-        raise OptionError("name a recipe, such as training/recipes/quick.toml")
+        data = "photos" if options.data is None else shlex.quote(options.data)
+        raise OptionError(f"name a recipe: `fledge {options.verb_name} quick --data {data}`")
+    found = shipped.find(options.recipe)
+    if found.exists() and not_wanted(found, "recipe"):
+        raise OptionError(not_wanted(found, "recipe"))
     if options.data is None:
-        raise OptionError("--data is missing: name the folder with the photos")
+        again = f"fledge {options.verb_name} {shlex.quote(str(options.recipe))} --data photos"
+        raise OptionError(f"--data is missing: name the folder with the photos, as in `{again}`")
+    require(Path(options.data), "photos", "--data")
+    own = shipped.other(options.recipe)
+    if own is not None:
+        log_to_stderr(f"{options.recipe}: the recipe that Fledge ships; yours is named {own}")
 
     overrides = list(options.overrides)
     if options.weights is not None:
         overrides.append(f"weights={json.dumps(options.weights, ensure_ascii=False)}")
     if options.seed is not None:
         overrides.append(f"seed={options.seed}")
-    return load.read(options.recipe, overrides, check_arch)
+    return load.read(options.recipe, overrides, check_network)
 
 
 def add_to(add_verb: AddVerb) -> None:
@@ -152,7 +166,7 @@ def add_to(add_verb: AddVerb) -> None:
     Args:
         add_verb: Function that adds a subcommand, given its function and an example.
     """
-    add = add_verb(train, "fledge train training/recipes/quick.toml --data photos batch_size=16")
+    add = add_verb(train, "fledge train quick --data photos batch_size=16")
     _recipe_options(add)
     add.add_argument("--out", type=Path, metavar="RUN", help="default: runs/RECIPE")
     add.add_argument(
@@ -162,7 +176,7 @@ def add_to(add_verb: AddVerb) -> None:
         "fledge train RECIPE --data DIR [options] [key=value …]\n       fledge train --resume RUN"
     )
 
-    add = add_verb(lr_find, "fledge lr-find training/recipes/quick.toml --data photos --compare")
+    add = add_verb(lr_find, "fledge lr-find quick --data photos --compare")
     _recipe_options(add)
     add.add_argument("--stage", metavar="NAME", help="default: the first")
     add.add_argument(
@@ -177,7 +191,7 @@ def add_to(add_verb: AddVerb) -> None:
     add.add_argument("--epochs", type=int, metavar="N", help="of --compare; default: 1")
     add.usage = "fledge lr-find RECIPE --data DIR [options] [key=value …]"
 
-    add = add_verb(ablate, "fledge ablate training/recipes/tricks.toml --data photos --seeds 3")
+    add = add_verb(ablate, "fledge ablate tricks --data photos --seeds 3")
     _recipe_options(add)
     repeats = add.add_mutually_exclusive_group()
     repeats.add_argument("--seeds", type=int, default=3, metavar="N", help="default: 3")
@@ -195,8 +209,14 @@ def add_to(add_verb: AddVerb) -> None:
 
 
 def _recipe_options(add: argparse.ArgumentParser) -> None:
+    from training.config.shipped import names
+
     add.add_argument(
-        "recipe", type=Path, nargs="?", metavar="RECIPE", help="a TOML file; see training/recipes/"
+        "recipe",
+        type=Path,
+        nargs="?",
+        metavar="RECIPE",
+        help=f"a TOML file, or the name of a shipped recipe: {', '.join(names())}",
     )
     add_overrides(add)
     add.add_argument(

@@ -51,6 +51,8 @@ class DataConfig(Section):
         folds: Number of cross-validation folds to split each class into; 0 uses `valid` instead.
         fold: Number of the fold to validate on, from 0; training uses all other folds. The folds
             are those that `folds` draws, or the numbered folds of a `--split` file.
+        similar: What is done with classes whose names look alike, such as `Cat` and `cat`, or `7`
+            and `007`: "refuse" them, "merge" them to one class, or "keep" them.
         presize: Side of the cached training photos, as a multiple of the image size.
     """
 
@@ -66,6 +68,7 @@ class DataConfig(Section):
     valid: float = Field(0.2, gt=0, lt=1)
     folds: int = Field(0, ge=0, le=1000)
     fold: int = Field(0, ge=0)
+    similar: Literal["refuse", "merge", "keep"] = "refuse"
     presize: float = Field(1.5, ge=1, le=4)
 
     @field_validator("pattern")

@@ -19,8 +19,8 @@ from typing import BinaryIO, Final
 from serving.errors import DataError, ImageError
 from serving.imaging import formats
 from serving.inputs import archives
-from serving.inputs.archive_members import Member
-from serving.inputs.file_kinds import is_image, path_kind
+from serving.inputs.archive_members import Member, is_hidden
+from serving.inputs.file_kinds import is_image
 from serving.utils.files import atomic_folder, atomic_write
 from serving.utils.progress import progress_bar
 from training.utils import disk_cache
@@ -177,7 +177,7 @@ class _Extraction:
     def _is_wanted(self, name: str) -> bool:
         suffix = os.path.splitext(name)[1].lower()
         parts = name.split("/")
-        if path_kind(name):
+        if is_hidden(name):
             reason = "hidden or of a system (such as __MACOSX)"
         elif name.startswith("/") or ".." in parts or name[1:2] == ":" or "\0" in name:
             reason = "with a name that leads out of the folder"

@@ -16,8 +16,9 @@ from serving.errors import DataError, OptionError
 from serving.utils.files import atomic_write
 from serving.utils.natural_sort import natural_letters_first
 from training.config.sections import DataConfig
-from training.data import archive, layouts, sample, torchvision_sets
+from training.data import archive, label_table, layouts, sample, torchvision_sets
 from training.data.layouts import Photo, Reading
+from training.data.similar_classes import common_folder, settle_classes
 from training.data.splits import PARTS, draw_split, read_split_file
 from training.utils.console import quoted
 
@@ -104,8 +105,9 @@ def load_dataset(
     """Find the photos of `source` and split them.
 
     Args:
-        source: "sample" for the built-in dataset, a name in `torchvision_sets.NAMES`, or a folder
-            or an archive (zip, tar), which is extracted into the cache. A folder has one of
+        source: "sample" for the built-in dataset, a name in `torchvision_sets.NAMES`, a table of
+            labels, which is read as `data.csv` of its folder, an archive (zip, tar), which is
+            extracted into the cache, or a folder. A folder has one of
             these layouts:
 
             - one folder per class, or parts with one folder per class, as recognised by
@@ -141,7 +143,7 @@ def _load(
         root, photos = torchvision_sets.find(source)
         layout = None
     else:
-        root = _folder(source)
+        root, config = _folder(source, config)
         layout = layouts.Layout(root, config, has_split=split is not None)
         photos = layout.photos
     if split is not None:
@@ -149,19 +151,25 @@ def _load(
         label_of = layout.label_of if layout else partial(_look_up, labels)
         by_folder = not (official or has_label_option)
         photos = read_split_file(root, split, config, label_of, class_folders=by_folder)
+        photos = settle_classes(photos, config, root, trainable=trainable)
     else:
+        photos = settle_classes(photos, config, root, trainable=trainable)
         photos = draw_split(root, photos, config, seed, trainable=trainable)
-    dataset = _dataset(source, root, photos, layout.unlabelled if layout else ())
+    unlabelled = layout.unlabelled if layout else ()
+    dataset = _dataset(source, common_folder(root, photos), photos, unlabelled)
     if layout is None:
         return dataset
     return replace(dataset, reading=layout.reading([photo.path for photo in photos], split))
 
 
-def _folder(source: str) -> Path:
+def _folder(source: str, config: DataConfig) -> tuple[Path, DataConfig]:
+    """Return the data folder; for a table of labels, its folder and options that name the table."""
     # pathlib raises an error for unknown users and for names that are too long; os.path does not.
     root = sample.cached_sample() if source == SAMPLE else Path(os.path.expanduser(source))
     if source != SAMPLE and archive.is_archive(source):
         root = archive.extracted(source)
+    if os.path.isfile(root):
+        return label_table.as_data(root, config)
     if not os.path.isdir(root):
         names = ", ".join((SAMPLE, *torchvision_sets.NAMES))
         what = "is no folder or archive" if os.path.exists(root) else "no such folder or archive"
@@ -169,7 +177,7 @@ def _folder(source: str) -> Path:
             f"--data {quoted(source)}: {what}; give a folder with a folder per class, a zip or tar "
             f"of one, or a set: {names}"
         )
-    return root.resolve()
+    return root.resolve(), config
 
 
 def _look_up(labels: Mapping[str, str], path: str) -> str:

@@ -6,7 +6,6 @@ values in a CSV table. The result is a list of `Photo`: path, class name and spl
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -15,14 +14,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from serving.errors import DataError, OptionError
-from serving.imaging.decode import SUFFIXES
+from serving.errors import DataError
 from serving.inputs.passed_over import PassedOver
 from training.config.sections import DataConfig
+from training.data.label_table import images_folder, read_label_table
 from training.data.part_names import part_of
 from training.data.photo_tree import PhotoFolder, count_unused, read_tree, tree_lines
 from training.data.structure import PARTS, Structure, find_structure
-from training.utils.console import MAX_MISTAKES, format_mistakes, quoted
+from training.utils.console import quoted
 
 
 class Photo(NamedTuple):
@@ -88,15 +87,19 @@ class Layout:
         """
         self._root, self._config = root, config
         self._passed_over = PassedOver()
-        self._tree = read_tree(root, self._passed_over, strict=not config.csv and not has_split)
+        # A table that is given as the data set may lie anywhere: what is beside it is not searched.
+        is_table = os.path.isabs(config.csv)
+        strict = not (config.csv or has_split)
+        tree = PhotoFolder() if is_table else read_tree(root, self._passed_over, strict=strict)
+        self._tree = tree
         self._structure = Structure()
         self.photos: list[Photo] = []
         if config.csv:
-            self.photos = _from_table(root, config, check=not has_split)
+            self.photos = _from_table(root, config)
         elif config.pattern and not has_split:
             self.photos = _from_names(root, config, self._tree)
         elif config.pattern:
-            _images(root, config)
+            images_folder(root, config)
         else:
             try:
                 self._structure = find_structure(
@@ -131,11 +134,11 @@ class Layout:
         """Return the label of a photo by its path relative to the data folder; "" if unknown."""
         if self._config.pattern:
             return _label(self._config.pattern, Path(path).name)
-        return self._labels.get(Path(path).as_posix(), "")
+        return self._labels.get(self._root / path, "")
 
     @cached_property
-    def _labels(self) -> dict[str, str]:
-        return {photo.path.relative_to(self._root).as_posix(): photo.label for photo in self.photos}
+    def _labels(self) -> dict[Path, str]:
+        return {photo.path: photo.label for photo in self.photos}
 
     def reading(self, used: Iterable[Path], split: Path | None = None) -> Reading:
         """Return how the folder was read.
@@ -144,8 +147,8 @@ class Layout:
             used: The labelled photos that are used.
             split: The `--split` file, or None.
         """
-        start = len(os.path.join(self._root, ""))
-        names = {str(path)[start:] for path in (*used, *self.unlabelled)}
+        start = os.path.join(self._root, "")
+        names = {str(path).removeprefix(start) for path in (*used, *self.unlabelled)}
         why = f"not in {split.name}" if split else f"not in {self._config.csv}"
         why = why if split or self._config.csv else ""
         count_unused(self._tree, names, self._passed_over, why)
@@ -171,7 +174,7 @@ def _from_names(root: Path, config: DataConfig, tree: PhotoFolder) -> list[Photo
     A folder for test photos is used as the test split. Folders for training and validation are used
     as splits only if both exist.
     """
-    folder = _images(root, config)
+    folder = images_folder(root, config) if config.images else root
     labelled: list[tuple[Path, str]] = []
     unmatched: list[tuple[Path, str]] = []
     for name in tree.at(_below_root(config)).below():
@@ -208,81 +211,15 @@ def _below_root(config: DataConfig) -> str:
     return "" if path == "." else path
 
 
-def _images(root: Path, config: DataConfig) -> Path:
-    folder = root / config.images
-    if Path(config.images).is_absolute() or ".." in Path(config.images).parts:
-        raise OptionError(f"data.images = {quoted(config.images)}: name a folder below {root}")
-    if not os.path.isdir(folder):
-        raise DataError(f"data.images = {quoted(config.images)}: no such folder in {root}")
-    return folder
+def _from_table(root: Path, config: DataConfig) -> list[Photo]:
+    """Find the photos that a table of labels names; they may lie outside of `root`, see there."""
+    entries = read_label_table(
+        root, config, photos_below, part_of, anywhere=os.path.isabs(config.csv)
+    )
+    return [Photo(*entry) for entry in entries]
 
 
-def _from_table(root: Path, config: DataConfig, *, check: bool) -> list[Photo]:
-    """Read the label table.
-
-    Args:
-        root: Data folder.
-        config: Data options.
-        check: Whether all photos of the table must be there.
-    """
-    rows = _table(root, config)
-    if not check:
-        return [Photo(root / path, label) for path, label, _ in rows]
-    # pathlib raises an error for names that are too long and unreadable folders; os.path does not.
-    missing = [(path, line) for path, _, line in rows if not os.path.isfile(root / path)]
-    if missing:
-        path, line = missing[0]
-        ends = [s for s in sorted(SUFFIXES) if os.path.isfile(root / f"{path}{s}")]
-        remedy = f"set data.suffix = {ends[0]!r}" if ends else "see data.images and data.suffix"
-        raise DataError(
-            f"{root / config.csv}, line {line}: no photo {quoted(path)} in {root} "
-            f"({len(missing)} of {len(rows)} rows have none); {remedy}"
-        )
-    return [Photo(root / path, label) for path, label, _ in rows]
-
-
-def _table(root: Path, config: DataConfig) -> list[tuple[Path, str, int]]:
-    """Read the label table: (path relative to `root`, label, line number) of every table row."""
-    table = root / config.csv
-    if config.images or not (root / "train").is_dir():
-        images = _images(root, config).relative_to(root)
-    else:
-        images = Path("train")
-    lines: dict[Path, tuple[str, int]] = {}
-    wrong: list[str] = []
-    id_column, label_column = config.columns
-    try:
-        # utf-8-sig: spreadsheets write a byte-order mark.
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            have = reader.fieldnames or []
-            for column in config.columns:
-                if column not in have:
-                    raise DataError(
-                        f"{table} has no column {quoted(column)}, its first line has "
-                        f"{', '.join(map(quoted, have)) or 'nothing'}; set data.columns"
-                    )
-            for row in reader:
-                line = f"line {reader.line_num}"
-                name, label = ((row[column] or "").strip() for column in config.columns)
-                if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-                    wrong.append(f"{line}: {id_column} {quoted(name)} names no photo")
-                    continue
-                if not label:
-                    wrong.append(f"{line}: {quoted(name)} has no {label_column}")
-                path = images / f"{name}{config.suffix}"  # Path: 1.jpg == ./1.jpg
-                if path in lines:
-                    wrong.append(f"{line}: {quoted(name)} is in line {lines[path][1]}, too")
-                lines[path] = label, reader.line_num
-    except FileNotFoundError:
-        raise DataError(f"data.csv = {quoted(config.csv)}: no such file in {root}") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{table} is not UTF-8 text; save it as CSV in UTF-8") from None
-    except (OSError, ValueError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"data.csv = {quoted(config.csv)} can't be read: {reason}") from error
-    if wrong:
-        raise DataError(*format_mistakes(table, wrong, between=", ", most=MAX_MISTAKES))
-    if not lines:
-        raise DataError(f"{table} has no row under its first line")
-    return [(path, label, line) for path, (label, line) in lines.items()]
+def photos_below(folder: Path) -> Iterator[Path]:
+    """Yield the photos below a folder, as the search for class folders finds them."""
+    tree = read_tree(folder, PassedOver(), strict=False)
+    return (folder / path for path in tree.below())

@@ -90,6 +90,8 @@ def run(
     classifier, pretrained = _classifier(recipe, len(dataset.classes), log, process_group)
     stages = plan.stages_of(recipe, pretrained)
     plan.check(classifier, recipe, stages)
+    for line in plan.fallbacks(classifier, stages):
+        log(line)
     photos = DecodedPhotos(dataset, recipe.data.presize, log, cache_gb)
     with timer("decoding"), process_group.local_main_process_first():
         photos.pixel_sets(recipe.preprocess_of(stages[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from training.distributed import torchrun
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine import best_checkpoint, epoch
 from training.engine.early_stopping import EarlyStopping
-from training.evaluation import evaluate
+from training.evaluation import evaluate, shortcomings
 from training.models.classifier import Classifier
 from training.optim.ema import Ema
 from training.optim.optimizer import build_optimizer
@@ -321,11 +322,20 @@ def _log_epoch(run: Run, row: Epoch) -> None:
 
 def _log_result(run: Run, result: evaluate.EvaluationResult) -> None:
     accuracy, loss = evaluate.score(result.plain, result.labels)
+    photos, right = shortcomings.count(result.plain, result.labels)
+    balanced = shortcomings.balanced_accuracy(photos, right)
     views = f", {result.accuracy:.2%} over {result.views} views" if result.views > 1 else ""
     seconds = run.activations.timer.read()
     run.log("seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items()))
+    found = list(shortcomings.shortcomings(result.classes, photos, right))
+    if found:
+        data = shlex.quote(run.activations.photos.dataset.source)
+        found.append(shortcomings.REMEDY.format(data=data))
+    for line in found:
+        run.log(f"warning: {line}")
     run.log(
-        f"{run.folder}: validation accuracy {accuracy:.2%} (loss {loss:.4f}){views} in float32 "
+        f"{run.folder}: validation accuracy {accuracy:.2%}, balanced {balanced:.2%} "
+        f"(loss {loss:.4f}){views} in float32 "
         f"after {sum(seconds.values()):.0f} s; report: {run.folder / report.REPORT}; "
         f"next: fledge export {run.folder} --out bundle"
     )

@@ -12,6 +12,7 @@ from serving.imaging import decode
 from serving.utils.files import check_folder
 from training.config.schema import Recipe
 from training.config.sections import AugmentConfig
+from training.data import similar_classes
 from training.data.dataset import Dataset, load_dataset
 from training.data.splits import PARTS
 from training.preview import figure, photo_sheet
@@ -68,7 +69,9 @@ def preview(source: str, recipe: Recipe, out: Path, *, split: Path | None = None
     figure.draw(photos, dataset.classes, out / PICTURE)
     sheet = photo_sheet.rows(photos, dataset.classes, recipe.preprocess, recipe.seed)
     photo_sheet.draw(sheet, dataset.root, recipe.preprocess, out / PHOTOS)
-    yield from report(dataset, photos, recipe.preprocess.size)
+    yield from report(dataset, photos, recipe.preprocess.size, recipe.preprocess.crop)
+    if recipe.data.similar == "refuse":
+        yield from similar_classes.hints(dataset.classes)
     yield f"photos of each class, and unusual ones: {out / PHOTOS}"
     yield f"counts and sizes: {out / PICTURE}"
 
@@ -116,13 +119,16 @@ def _read_error(photo: Path) -> str:
     return ""
 
 
-def report(dataset: Dataset, photos: Sequence[PhotoStats], size: int) -> Iterator[str]:
+def report(
+    dataset: Dataset, photos: Sequence[PhotoStats], size: int, crop: float = 0.875
+) -> Iterator[str]:
     """Yield the lines of the report on a data set.
 
     Args:
         dataset: The data set.
         photos: Statistics of all photos of the data set.
         size: Side of the images that training will use, in pixels.
+        crop: Side of validation's centre square divided by the short side of the photo.
     """
     total = sum(photo.size for photo in photos)
     count = f"{len(dataset.classes)} classes, {len(photos)} photos"
@@ -151,7 +157,7 @@ def report(dataset: Dataset, photos: Sequence[PhotoStats], size: int) -> Iterato
         )
         yield from _some(f"exact duplicates: {len(groups)}", pairs)
     yield ""
-    lines = list(hints(photos, dataset.classes, size))
+    lines = list(hints(photos, dataset.classes, size, crop))
     lines += [
         f"the folder {name} is empty: the model will have no such class"
         for name in dataset.reading.empty

@@ -31,6 +31,8 @@ UNLABELLED: Final = "unlabelled"
 
 LONG: Final = 3.0
 """Long side over short side above which a photo is unusual, as a square crop shows little of it."""
+_MANY: Final = 0.05
+"""Share of long photos above which they get a hint."""
 TINY: Final = 64
 """Short side in pixels below which a photo is unusual."""
 HUGE: Final = 25_000_000
@@ -164,11 +166,13 @@ class Scan:
         photos: Statistics of all photos.
         classes: Names of the classes.
         size: Side of the images that training will use, in pixels.
+        crop: Side of validation's centre square divided by the short side of the photo.
     """
 
     photos: Sequence[PhotoStats]
     classes: Sequence[str]
     size: int
+    crop: float
 
     @cached_property
     def groups(self) -> list[list[PhotoStats]]:
@@ -196,12 +200,18 @@ class Scan:
         return self.classes[int(np.argmin(self.counts))]
 
 
-def hints(photos: Sequence[PhotoStats], classes: Sequence[str], size: int) -> Iterator[str]:
+def hints(
+    photos: Sequence[PhotoStats], classes: Sequence[str], size: int, crop: float = 0.875
+) -> Iterator[str]:
     """Yield a line for each problem of the data set, most urgent first.
 
-    `size` is the side of the images that training will use, in pixels.
+    Args:
+        photos: Statistics of all photos.
+        classes: Names of the classes.
+        size: Side of the images that training will use, in pixels.
+        crop: Side of validation's centre square divided by the short side of the photo.
     """
-    scan = Scan(photos, classes, size)
+    scan = Scan(photos, classes, size, crop)
     for hint in HINTS:
         yield from hint(scan)
 
@@ -302,6 +312,17 @@ def _few_photos(scan: Scan) -> Iterator[str]:
     yield f"{text}: {_FEW} are few, 50 are better"
 
 
+def _little_seen(scan: Scan) -> Iterator[str]:
+    long = [photo for photo in scan.readable if photo.stretch > LONG]
+    if len(long) > _MANY * len(scan.readable):
+        seen = scan.crop / float(np.median([photo.stretch for photo in long]))
+        yield (
+            f"{pluralize(len(long), 'photo')} longer than {LONG:g} : 1: validation and service see "
+            f"the middle {seen:.0%} of the length; cut out the subject, or the answer may depend "
+            "on the background"
+        )
+
+
 def _small_photos(scan: Scan) -> Iterator[str]:
     small = sum(photo.short < scan.size for photo in scan.readable)
     if small > len(scan.readable) / 2:
@@ -338,6 +359,7 @@ HINTS: Final[Sequence[Callable[[Scan], Iterator[str]]]] = (
     _empty_validation,
     _imbalance,
     _few_photos,
+    _little_seen,
     _small_photos,
     _colour_differs,
 )

@@ -54,6 +54,7 @@ class CheckpointInfo:
         metrics: Results on the validation split, with these keys, some of which may be missing:
 
             - "accuracy": Accuracy as a fraction of 1, without test-time augmentation (TTA).
+            - "balanced_accuracy": Mean of the accuracies of the classes, without TTA.
             - "loss": Cross-entropy in nats, without TTA.
             - "stage", "epoch": Stage and epoch after which the weights were saved.
             - "accuracy_tta", "loss_tta": Accuracy and loss with TTA, if the recipe has TTA.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from serving.errors import DataError
@@ -28,6 +29,12 @@ def load_run_dataset(run: Path, data: Path | None = None, part: str = "valid") -
     """
     if data is not None and archive.is_archive(data):
         data = archive.extracted(data)
+    if data is not None and os.path.isfile(data):
+        folder = shlex.quote(os.path.dirname(data) or ".")
+        raise DataError(
+            f"--data {shlex.quote(str(data))}: a file; the run knows its photos and labels, name "
+            f"their folder alone: --data {folder}"
+        )
     if data is not None and not os.path.isdir(data):
         raise DataError(f"--data {data}: no such folder or archive")
     path = checkpoint.weights_path(run)

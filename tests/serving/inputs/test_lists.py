@@ -128,18 +128,23 @@ def test_the_error_for_parquet_without_pyarrow_names_the_extra(
 @pytest.mark.parametrize(
     ("name", "text", "column", "words"),
     [
-        ("a.csv", "file,label\nx,y\n", None, "no column path among file, label; .*--column NAME"),
-        ("a.csv", "file,label\nx,y\n", "image", "no column image among file, label$"),
-        ("a.jsonl", '{"file": 1, "label": 2}', None, "no column path among file, label"),
-        ("a.csv", "path,path\nx,y\n", None, "two columns are called path"),
-        ("a.csv", "x.jpg\ny.jpg\n", None, "starts with x.jpg; name the columns"),
+        ("a.csv", "a,b b\nx,y\n", None, "no column of photos among 'a', 'b b'; .*: --column a$"),
+        (
+            "a.csv",
+            "file,label\nx,y\n",
+            "x",
+            "no column 'x' among 'file', 'label'; .*--column file$",
+        ),
+        ("a.jsonl", '{"a": 1, "b": 2}', None, "no column of photos among 'a', 'b'"),
+        ("a.csv", "path,path\nx,y\n", None, "2 columns are called path; rename one"),
+        ("a.csv", "img,photo\nx.jpg,y.jpg\n", None, "several columns of photos among 'img', 'ph"),
         ("a.csv", "", None, "it is empty"),
         ("a.csv", "\n\n", None, "it is empty"),
         ("a.jsonl", "\n", None, "it is empty"),
         ("a.jsonl", '"x.jpg"\n', None, "first line is no JSON object"),
         ("a.jsonl", "x.jpg\n", None, "first line is no JSON object"),
         ("a.csv", "path\n", None, "lists no images in path"),
-        ("a.csv", '"path\nx.jpg\n', None, "a.csv: can't be read: unexpected end of data"),
+        ("a.csv", '"path\nx.jpg\n', None, "a.csv, line 1: a quote is not closed"),
         ("a.txt", " \n\n", None, "lists no images; write one path a line"),
     ],
 )
@@ -159,19 +164,19 @@ def test_rows_without_a_path_are_counted_and_noted(folder: Path) -> None:
     notes: list[str] = []
     write("a.csv", "label,path\nx,a.jpg\nx\n\nx,\nx, \n,b.jpg\n,\n")
     assert found("a.csv", notes=notes) == ["a.jpg", "b.jpg"]
-    assert notes == ["a.csv: rows without a path in path are left out: 3, the first is 2"]
+    assert notes == ["a.csv: rows without a path in path are left out: 3, the first is line 3"]
     notes.clear()
     deep = "[" * 100_000
     lines = ['{"path": "a.jpg"}', "", "oops", '{"path": 3}', "{}", '{"path": "b.jpg"}', deep]
     assert found(write("a.jsonl", "\n".join(lines)), notes=notes) == ["a.jpg", "b.jpg"]
-    assert notes == ["a.jsonl: rows without a path in path are left out: 4, the first is 3"]
+    assert notes == ["a.jsonl: rows without a path in path are left out: 4, the first is line 3"]
 
 
 def test_rows_without_a_path_of_parquet_are_counted_and_noted(folder: Path) -> None:
     notes: list[str] = []
     name = parquet("a.parquet", path=["a.jpg", None, "", "b.jpg"], number=[1, 2, 3, 4])
     assert found(name, notes=notes) == ["a.jpg", "b.jpg"]
-    assert notes == ["a.parquet: rows without a path in path are left out: 2, the first is 2"]
+    assert notes == ["a.parquet: rows without a path in path are left out: 2, the first is row 2"]
     with pytest.raises(DataError, match=r"lists no images in number .*left out: 4"):
         found(name, column="number")
 
@@ -179,7 +184,10 @@ def test_rows_without_a_path_of_parquet_are_counted_and_noted(folder: Path) -> N
 def test_the_rows_of_a_list_after_a_broken_one_are_left_out_with_a_note(folder: Path) -> None:
     notes: list[str] = []
     assert found(write("a.csv", 'path\na.jpg\nb.jpg\n"c.jpg\n'), notes=notes) == ["a.jpg", "b.jpg"]
-    assert notes == ["a.csv: broken after row 2; what follows is left out (unexpected end of data)"]
+    assert notes == [
+        "a.csv, line 4: a quote is not closed before the end of the file; is the file whole?; "
+        "what follows is left out"
+    ]
     data = Path(parquet("a.parquet", path=["x.jpg"] * 10)).read_bytes()
     Path("a.parquet").write_bytes(data[: len(data) // 2])
     with pytest.raises(DataError, match=r"a\.parquet: can't be read: "):
@@ -190,12 +198,13 @@ def test_a_pattern_with_the_suffix_of_a_list_matches_lists(folder: Path) -> None
     (folder / "in").mkdir()
     write("in/2.csv", "path\nb.jpg\n")
     write("in/10.csv", "path\nc.jpg\n")
-    write("in/1.csv", "oops,no\nd.jpg,1\n")
+    write("in/1.csv", "img,photo\nd.jpg,e.jpg\n")
     write("in/x.jpg", "")
     notes: list[str] = []
     assert found("in/*.csv", notes=notes) == ["b.jpg", "c.jpg"]
     assert notes == [
-        "in/1.csv: no column path among oops, no; name the column of the paths: --column NAME"
+        "in/1.csv: several columns of photos among 'img', 'photo'; name the column of the photos: "
+        "--column img"
     ]
     assert found("in/*") == ["in/x.jpg"]
 
@@ -259,5 +268,7 @@ def test_a_name_that_no_file_can_have_counts_as_a_row_without_a_path(tmp_path: P
     path = tmp_path / "list.jsonl"
     path.write_text('{"path": "\\ud800.jpg"}\n{"path": "\\udcff.jpg"}\n')
     notes: list[str] = []
-    assert list(lists.read_column(str(path), "path", notes.append)) == ["\udcff.jpg"]
-    assert notes == [f"{path}: rows without a path in path are left out: 1, the first is 1"]
+    assert list(lists.read_column(*lists.open_list(str(path), None), notes.append)) == [
+        "\udcff.jpg"
+    ]
+    assert notes == [f"{path}: rows without a path in path are left out: 1, the first is line 1"]

@@ -97,8 +97,6 @@ def test_images_are_recognised_by_their_content(folder: Path, name: str) -> None
 @pytest.mark.parametrize(
     ("name", "data", "reason", "detail"),
     [
-        ("1.PPM", b"", "unsupported-format", "PNM"),
-        ("1", b"P5 3 2 255\n123456", "unsupported-format", "PNM"),
         ("1.pgm", b"P5 3 2 255\n123456", "unsupported-format", "PNM"),
         ("1.nef", b"II*\0", "unsupported-format", "raw .nef"),
         ("notes.txt", JPEG, "not-an-image", ".txt"),
@@ -202,7 +200,7 @@ def test_members_of_archives_follow_the_same_rule(folder: Path) -> None:
         "a.tar",
         [
             *(("cat/1.jpg", JPEG), ("__MACOSX/cat/._1.jpg", b"x"), ("cat/@eaDir/1.jpg", JPEG)),
-            *(("cat/.2.jpg", JPEG), ("cat/3.jp2", b"x"), ("labels.csv", b"x"), ("./4.jpg", JPEG)),
+            *(("cat/.2.jpg", JPEG), ("cat/3.qoi", b"x"), ("labels.csv", b"x"), ("./4.jpg", JPEG)),
         ],
     )
     names, passed = found("a.tar")
@@ -210,7 +208,7 @@ def test_members_of_archives_follow_the_same_rule(folder: Path) -> None:
     assert passed.to_json() == {
         "system": {"__MACOSX": 1, "@eaDir": 1},
         "hidden": {".2.jpg": 1},
-        "unsupported-format": {"JPEG 2000": 1},
+        "unsupported-format": {"QOI": 1},
         "not-an-image": {".csv": 1},
     }
 
@@ -218,7 +216,7 @@ def test_members_of_archives_follow_the_same_rule(folder: Path) -> None:
 def test_addresses_follow_the_same_rule(tmp_path: Path) -> None:
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
-    for name in ("a/1.jpg", "a/@eaDir/1.jpg", "a/2.jp2", ".git/x.jpg"):
+    for name in ("a/1.jpg", "a/@eaDir/1.jpg", "a/2.qoi", ".git/x.jpg"):
         memory.pipe_file(f"/rule/{name}", JPEG)
     try:
         names, passed = found("memory://rule")

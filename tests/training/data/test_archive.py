@@ -143,7 +143,7 @@ def test_an_encrypted_archive_and_another_kind_are_refused(folder):
     with pytest.raises(DataError, match="a 7z archive is not read; unpack it, or pack it as zip"):
         load_dataset("set.7z")
     Path("notes.txt").write_text("x")
-    with pytest.raises(DataError, match=r"'notes\.txt': is no folder or archive"):
+    with pytest.raises(DataError, match=r"notes\.txt: no column of labels among 'x'"):
         load_dataset("notes.txt")
 
 

@@ -317,7 +317,9 @@ def test_gradual_unfreezing_adds_one_group_per_stage(recipe, tmp_path):
     assert [stage.unfreeze for stage in planned] == [0, 1, 2, 3]
     scratch = plan.stages_of(load.read(recipe(stages)), pretrained=False)
     assert {stage.unfreeze for stage in scratch} == {schema.ALL}
-    with pytest.raises(OptionError, match="must count groups"):
+    with pytest.raises(
+        OptionError, match=r"must be a number of groups: set stage\.s0\.unfreeze = 1"
+    ):
         plan.stages_of(
             load.read(recipe(stages.replace("unfreeze = 0", 'unfreeze = ["18"]'))),
             pretrained=True,

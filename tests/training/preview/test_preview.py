@@ -153,6 +153,16 @@ def test_hints_report_duplicates_contradicting_labels_and_imbalance(tmp_path):
     assert "b has 1 photo to train on" in text
 
 
+def test_a_hint_says_how_little_is_seen_of_long_photos(tmp_path):
+    long = [stats(save_photo(tmp_path / f"{i}.jpg", (1500 + i, 440))) for i in range(10)]
+    square = [stats(save_photo(tmp_path / f"s{i}.jpg", (440 + i, 440))) for i in range(10)]
+    (line,) = hints([*long, *square], ["a"], 224)
+    assert line.startswith("10 photos longer than 3 : 1: validation and service see the middle 26%")
+    (line,) = scan._little_seen(scan.Scan(long, ["a"], 224, 1.0))
+    assert "the middle 29% of the length" in line
+    assert list(scan._little_seen(scan.Scan(square, ["a"], 224, 1.0))) == []
+
+
 def test_a_hint_reports_a_class_without_colour(tmp_path):
     colour = [stats(save_photo(tmp_path / f"{i}.jpg", (60 + i, 50))) for i in range(10)]
     grey = [
@@ -258,7 +268,7 @@ def test_the_command_prints_the_report_and_writes_the_picture(photos, tmp_path, 
         with Image.open(out / name) as picture:
             picture.load()
     assert fledge.main(["preview", str(photos), "--out", str(out), "data.vald=0.5"]) == 2
-    assert "data.vald is unknown; did you mean 'valid'?" in capsys.readouterr().err
+    assert "data.vald is unknown; did you mean 'data.valid=0.5'?" in capsys.readouterr().err
     assert fledge.main(["preview", str(tmp_path / "nowhere")]) == 2
 
 
