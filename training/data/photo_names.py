@@ -177,7 +177,7 @@ def _rule(
     for rule in usual:
         if votes[rule]:
             return rule
-    best = votes.most_common(2)
+    best = sorted(votes.items(), key=lambda item: (-item[1], item[0]))[:2]
     if len(best) == 2 and best[0][1] == best[1][1]:
         first, second = (PurePosixPath(*rule.folder).as_posix() for rule, _ in best)
         if option and first != second:
