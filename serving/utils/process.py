@@ -28,6 +28,8 @@ def exit_process(status: int) -> NoReturn:
     try:
         sys.stdout.flush()
         sys.stderr.flush()
+    except BlockingIOError:  # nobody reads stderr, which `log_queue` has unblocked
+        os._exit(status)
     except (OSError, RuntimeError) as error:  # a closed pipe; an interrupted write
         with suppress(OSError):
             show(repr(error), sys.stderr, flush=True)
