@@ -29,6 +29,8 @@ def exit_process(status: int) -> NoReturn:
     try:
         sys.stdout.flush()
         sys.stderr.flush()
+    except BlockingIOError:  # nobody reads stderr, which `log_queue` has unblocked
+        os._exit(status)
     except (OSError, RuntimeError) as error:  # a full disk; an interrupted write
         where = getattr(error, "filename", None) or "the output can't be written"
         reason = getattr(error, "strerror", None) or error
