@@ -252,6 +252,15 @@ def folder_kind(folder: str) -> Kind | None:
     return None
 
 
+def may_be_image(path: str) -> bool:
+    """Return whether a file is an image by its suffix, or may be one by its content.
+
+    Args:
+        path: Names separated by `/`; the last one is that of a file.
+    """
+    return is_image(path) or _kind_by_suffix(path.rpartition("/")[2], certain=True) is None
+
+
 def _kind_by_suffix(name: str, *, certain: bool = False) -> Kind | None:
     """Return why a file is passed over because of its suffix.
 

@@ -92,15 +92,16 @@ class DataConfig(Section):
             raise ValueError(f"fold = {self.fold} of folds = {self.folds}: count folds from 0")
         if self.columns[0] == self.columns[1]:
             raise ValueError(f"columns are both {self.columns[0]!r}: name the id's and the label's")
-        of_csv = {"columns": ("id", "label"), "suffix": ""}
-        idle = [name for name, default in of_csv.items() if getattr(self, name) != default]
-        if idle and not self.csv:
-            raise ValueError(f"{idle[0]} has no effect without csv; leave it out")
-        if self.images and not (self.csv or self.pattern):
-            raise ValueError("images has no effect without csv or pattern; leave it out")
+        if self.pattern and (idle := self.of_tables()):
+            raise ValueError(f"{idle[0]} has no effect with pattern; leave it out")
         if self.layout != "auto" and (self.csv or self.pattern):
             raise ValueError("layout has no effect with csv or pattern; leave it out")
         return self
+
+    def of_tables(self) -> list[str]:
+        """Return the names of options that are set and are for tables of labels alone."""
+        defaults = {"columns": ("id", "label"), "suffix": ""}
+        return [name for name, default in defaults.items() if getattr(self, name) != default]
 
 
 PRESETS: Final[dict[str, dict[str, Any]]] = {

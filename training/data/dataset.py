@@ -99,9 +99,8 @@ def load_dataset(
 
     Args:
         source: "sample" for the built-in dataset, a name in `torchvision_sets.NAMES`, a table of
-            labels, which is read as `data.csv` of its folder, an archive (zip, tar), which is
-            extracted into the cache, or a folder. A folder has one of
-            these layouts:
+            labels, which is read as `data.csv` of its folder, or a folder or an archive (zip, tar),
+            which is extracted into the cache. A folder has one of these layouts:
 
             - one folder per class, or parts with one folder per class, as recognised by
               `training.data.folders.structure`;
@@ -161,8 +160,9 @@ def _folder(source: str, config: DataConfig) -> tuple[Path, DataConfig]:
     root = sample.cached_sample() if source == SAMPLE else Path(os.path.expanduser(source))
     if source != SAMPLE and archive.is_archive(source):
         root = archive.extracted(source)
-    if os.path.isfile(root):
+    elif os.path.isfile(root):
         return label_table.as_data(root, config)
+    label_table.check_options(config)
     if not os.path.isdir(root):
         names = ", ".join((SAMPLE, *torchvision_sets.NAMES))
         what = "is no folder or archive" if os.path.exists(root) else "no such folder or archive"

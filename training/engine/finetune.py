@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from serving.errors import DataError, OptionError
+from serving.terminal import quote_path
 from training.activations.stage_loaders import StageLoaders
 from training.config.schema import Recipe
 from training.data import archive
@@ -169,7 +170,8 @@ def resume(
                 )
             if process_group.is_main_process:
                 remove_leftovers(folder)
-            log(f"{folder} is finished already; next: fledge export {folder} --out bundle")
+            command = f"fledge export {quote_path(folder)} --out bundle"
+            log(f"{folder} is finished already; next: {command}")
             return folder
         precision = _precision(recipe, device or run_info.device, process_group)
         with process_group.local_main_process_first():  # may extract an archive

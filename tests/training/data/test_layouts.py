@@ -304,9 +304,7 @@ def test_labels_of_thousands_of_digits_are_in_natural_order(tmp_path):
     ("values", "message"),
     [
         ({"columns": ("id", "id"), "csv": "x.csv"}, "columns are both 'id'"),
-        ({"columns": ("file", "breed")}, "columns has no effect without csv"),
-        ({"suffix": ".jpg", "pattern": "(x)"}, "suffix has no effect without csv"),
-        ({"images": "images"}, "images has no effect without csv or pattern"),
+        ({"suffix": ".jpg", "pattern": "(x)"}, "suffix has no effect with pattern"),
     ],
 )
 def test_options_without_an_effect_are_refused(values, message):
