@@ -13,7 +13,7 @@ from tests.support.tiny_bundle import photo
 from training.config import load
 from training.config.sections import DataConfig
 from training.data.dataset import load_dataset
-from training.data.part_names import part_of, resembles_part
+from training.data.folders.part_names import part_of, resembles_part
 
 JPEG = photo(3, (20, 16))
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Final
 
 from serving.utils.regular_files import open_regular
-from training.data.part_names import is_container, part_of
-from training.data.photo_tree import PhotoFolder
+from training.data.folders.part_names import is_container, part_of
+from training.data.folders.photo_tree import PhotoFolder
 
 PATTERN: Final = r"^(.+?)[ ._(-]*[0-9]+\)?\."
 """Finds the label in names such as `cat.0.jpg`, `great_pyrenees_12.jpg` and `cat (1).jpg`."""
