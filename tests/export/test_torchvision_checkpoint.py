@@ -280,7 +280,7 @@ def test_all_mistakes_of_the_labels_are_told_together(tmp_path):
 
 
 def test_a_folder_that_is_no_label_is_named(shared_run):
-    with pytest.raises(DataError, match="'red' is no label .* such as 'ready'$"):
+    with pytest.raises(DataError, match=r"'red' is no label .* such as 'ready'$"):
         torchvision_checkpoint.photos(shared_run.photos, ["blue", "green", "ready"])
 
 
