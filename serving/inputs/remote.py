@@ -184,7 +184,8 @@ def _is_unnamed(entry: Entry, folder: str) -> bool:
 
     The folder itself, which some file systems list too, has no slash at the end, or is a file.
     """
-    return entry["type"] == "directory" and entry["name"] == f"{folder.rstrip('/')}/" != folder
+    name = str(entry["name"])
+    return entry["type"] == "directory" and name == f"{folder.rstrip('/')}/" != folder
 
 
 def _unnamed(fs: Any, folder: str, note: Note, passed_over: OnPassedOver) -> list[Entry]:
