@@ -7,13 +7,12 @@ The modules that a subcommand needs are imported when the subcommand runs. This 
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from serving.errors import OptionError
-from serving.terminal import show, show_json
+from serving.terminal import quote_path, show, show_json
 
 
 class AddVerb(Protocol):
@@ -101,7 +100,8 @@ def _check_score(options: argparse.Namespace) -> None:
     inputs = [name for name in options.inputs if name not in bundles] or ["photos"]
     bundle = options.bundle or (bundles or ["bundle"])[0]
     out = options.out or "scores.csv"
-    command = f"fledge score {shlex.join(inputs)} --bundle {shlex.quote(str(bundle))} --out {out}"
+    quoted = " ".join(map(quote_path, inputs))
+    command = f"fledge score {quoted} --bundle {quote_path(bundle)} --out {quote_path(out)}"
     raise OptionError(
         f"{' and '.join(f'--{name}' for name in missing)} missing: did you mean `{command}`?"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -14,6 +13,7 @@ from typing import Final, Protocol
 from serving.errors import DataError
 from serving.tables.columns import find_labels, find_paths, has_image_suffix, text_of
 from serving.tables.reader import Table, open_table, too_few
+from serving.terminal import quote
 from serving.utils.label_names import LabelMatcher, is_utf8, normalize_label, show_label
 from serving.utils.mistakes import Mistakes
 
@@ -157,11 +157,9 @@ class LabelFile:
                 f"{where}: can't be read: {error.strerror or error}; give a table with the columns "
                 f"{path_column or 'path'} and {column or 'label'}"
             ) from error
-        paths = find_paths(
-            table, path_column, where, lambda name: f"--path-column {shlex.quote(name)}"
-        )
+        paths = find_paths(table, path_column, where, lambda name: f"--path-column {quote(name)}")
         labels = find_labels(
-            table, column, paths, where, lambda name: f"--labels-column {shlex.quote(name)}"
+            table, column, paths, where, lambda name: f"--labels-column {quote(name)}"
         )
         wrong = Mistakes(where)
         for row in table.rows([paths, labels]):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from typing import Final, NamedTuple
 from serving.errors import DataError
 from serving.imaging.decode import SUFFIXES
 from serving.tables.columns import has_image_suffix
+from serving.terminal import quote
 from training.utils.console import quoted
 
 _DRIVE: Final = re.compile(r"[A-Za-z]:(?=/)")
@@ -183,7 +183,7 @@ def _rule(
         if option and first != second:
             raise DataError(
                 f"{where}: its photos are in {quoted(first)} and in {quoted(second)} alike; say "
-                f"which: {option}={shlex.quote(first)}"
+                f"which: {option}={quote(first)}"
             )
         return usual[0] if usual else _Rule((), ())
     return best[0][0] if best else usual[0] if usual else _Rule((), ())
