@@ -16,6 +16,7 @@ from serving.inputs import zip_archive
 from tests.support.tar_files import KINDS, write_tar
 from tests.support.tiny_bundle import photo
 from tests.support.zip_files import end_record, entry, local, write_zip
+from tests.training.conftest import SHORT, recipe_text
 from training.config.sections import DataConfig
 from training.data import archive
 from training.data.dataset import load_dataset
@@ -272,3 +273,23 @@ def test_a_tar_member_of_no_size_limit_is_not_extracted(folder, capsys):
         file.addfile(hard)
     archive.extracted("set.tar")
     assert "1 unreadable (a/hard.jpg: not a file but a link" in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_train_evaluate_and_resume_take_an_archive_and_extract_it_again(folder, capsys):
+    write_zip("set.zip", PHOTOS.items())
+    Path("tiny.toml").write_text(recipe_text(SHORT))
+    assert fledge.main(["train", "tiny.toml", "--data", "set.zip", "--out", "run"]) == 0
+    folders = load_dataset("set.zip")
+    for held in archive._held.values():
+        held.close()
+    archive._held.clear()
+    assert fledge.main(["cache", "--clear"]) == 0
+    assert not folders.root.exists()
+    capsys.readouterr()
+    assert fledge.main(["evaluate", "run"]) == 0  # extracts it again
+    assert "8 photos extracted" in capsys.readouterr().err
+    Path("moved").mkdir()
+    Path("set.zip").rename("moved/set.zip")
+    assert fledge.main(["evaluate", "run", "--data", "moved/set.zip"]) == 0
+    assert "8 photos extracted" in capsys.readouterr().err
