@@ -101,6 +101,7 @@ _SUFFIXES: Final[dict[str, Kind]] = {
     **dict.fromkeys((".onnx", ".pt2", ".ts"), "graph"),
     **dict.fromkeys((".csv", ".tsv", ".jsonl", ".parquet"), "table"),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".xz", ".bz2", ".zst"), "archive"),
+    **dict.fromkeys((".7z", ".rar"), "archive"),  # refused with a remedy by who reads archives
     **dict.fromkeys((".html", ".htm"), "report"),
 }  # fmt: skip
 _MOST: Final = 1000

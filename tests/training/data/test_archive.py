@@ -141,6 +141,16 @@ def test_an_archive_that_is_not_whole_is_refused_and_leaves_nothing(folder):
         load_dataset("set.zip")
 
 
+def test_an_archive_without_photos_says_what_is_in_it(folder):
+    write_zip("inner.zip", PHOTOS.items())
+    write_zip("set.zip", [("inner.zip", Path("inner.zip").read_bytes()), ("a.csv", b"a,b")])
+    with pytest.raises(
+        DataError, match=r"set\.zip: no photo in it: 0 photos and 1 table .*\.zip\)"
+    ):
+        load_dataset("set.zip")
+    assert disk_cache.open_cache().entries() == []
+
+
 def test_an_encrypted_archive_and_another_kind_are_refused(folder):
     head = local(b"a/1.jpg", b"data", flags=1)
     directory = entry(b"a/1.jpg", b"data", flags=1)
@@ -160,7 +170,7 @@ def test_the_size_is_limited_by_the_cache_and_its_variable_is_named(folder, monk
     write_zip("set.zip", PHOTOS.items())
     with pytest.raises(DataError, match=r"larger than the cache may be, .*FLEDGE_CACHE_GB"):
         load_dataset("set.zip")
-    assert disk_cache.open_cache().size() == 0
+    assert disk_cache.open_cache().entries() == []
     monkeypatch.setenv("FLEDGE_CACHE_GB", "1")
     assert load_dataset("set.zip").classes == ("a", "b")
 
