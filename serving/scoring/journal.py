@@ -276,7 +276,8 @@ class ScoringJournal:
 
     def _read_features(self, number: int, digest: str) -> Features:
         with open_file(self._features(number)) as file:
-            features: Features = np.load(file)
+            # `np.load` would also read zip archives and pickles, and raise their errors.
+            features: Features = np.lib.format.read_array(file, allow_pickle=False)
         if features.dtype != np.float32 or features.shape[:-1] != (self._size(number),):
             raise ValueError(f"it is {features.dtype} {list(features.shape)}")
         if _sha256(np.ascontiguousarray(features).data) != digest:

@@ -51,6 +51,7 @@ _MODULES = {
     "plugin": "images",
     "profile": "images",
     "form": "requests",
+    "json": "requests",
     "request": "requests",
     "manifest": "bundles",
     "signature": "bundles",
