@@ -18,9 +18,8 @@ from tests.support.tiny_bundle import photo
 from tests.support.zip_files import end_record, entry, local, write_zip
 from tests.training.conftest import SHORT, recipe_text
 from training.config.sections import DataConfig
-from training.data import archive
 from training.data.dataset import load_dataset
-from training.utils import disk_cache
+from training.utils import archive, disk_cache
 
 ROOT = Path(__file__).parents[3]
 PHOTOS = {f"{name}/{i}.jpg": photo(10 * j + i) for j, name in enumerate("ab") for i in range(4)}
@@ -222,7 +221,7 @@ def test_two_processes_extract_it_once(folder):
     write_zip("set.zip", [(f"{n % 9}/{n}.jpg", b"x" * 1000) for n in range(2000)])
     code = """
 import sys
-from training.data import archive
+from training.utils import archive
 print(archive.extracted("set.zip"))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
