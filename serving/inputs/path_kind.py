@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from serving.errors import BundleError, OptionError
-from serving.inputs.file_kinds import has_mark, is_image
+from serving.inputs.file_kinds import has_mark, is_image, own_picture_kind
 
 Kind = Literal[
     "missing", "bundle", "version", "run", "unfinished", "runs", "photos", "folder",
@@ -56,7 +56,7 @@ _RESUME: Final = "go on with it by `fledge train --resume {path}`"
 _TRAIN: Final = "train on it with `fledge train quick --data {path}`"
 _MARKS: Final[dict[Wanted, tuple[str, ...]]] = {
     "run": ("run.json", "best.json", "best.safetensors"),
-    "resumable": ("run.json",),
+    "resumable": ("run.json", "recipe.toml", "split.csv", "best.json"),
     "bundle": ("manifest.json", "manifest.sha256"),
 }
 """What a command needs -> files by which the command itself says what is wrong with it."""
@@ -211,7 +211,7 @@ def _folder_kind(folder: Path) -> Kind:
     runs = [one for one in folders if is_run(one)]  # their pictures are no photos
     classes = [one for one in folders if one not in runs and not is_bundle(one)]
     inside = [entry for one in classes for entry in _entries(one)]
-    if any(is_image(one.name) for one in (*entries, *inside)):
+    if any(is_image(one.name) and not own_picture_kind(one) for one in (*entries, *inside)):
         return "photos"
     return "runs" if runs else "folder"
 
