@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serving.terminal import show
+from serving.terminal import quote_path, show
 from training.cli.options import add_overrides, check_network
 
 if TYPE_CHECKING:
@@ -48,23 +47,23 @@ def preview(options: argparse.Namespace) -> None:
     from serving.errors import OptionError
     from serving.inputs.path_kind import require
     from training.config import load, shipped
-    from training.preview.preview import DEFAULTS, augmented, preview
+    from training.data.dataset import SAMPLE
+    from training.preview.preview import augmented, preview
 
     if options.photo is not None and not options.augment:
         raise OptionError(f"--photo {options.photo} has no effect without --augment; add it")
     data = Path(options.data)
     if not data.exists() and shipped.find(data).is_file():
         raise OptionError(
-            f"{data} is a recipe: `fledge preview photos --recipe {shlex.quote(str(data))}`"
+            f"{data} is a recipe: `fledge preview photos --recipe {quote_path(data)}`"
         )
     require(data, "photos")
     overrides = list(options.overrides)
     if options.seed is not None:
         overrides.append(f"seed={options.seed}")
-    if options.recipe is None:
-        recipe = load.read_text(DEFAULTS, "fledge preview", overrides)
-    else:
-        recipe = load.read(options.recipe, overrides)
+    # Without --recipe, what `make train` would train: the Makefile has the same default.
+    default = Path("demo" if options.data == SAMPLE else "quick")
+    recipe = load.read(options.recipe or default, overrides)
     if options.augment:
         show(augmented(options.data, recipe, options.out, split=options.split, photo=options.photo))
         return
@@ -95,7 +94,7 @@ def add_to(add_verb: AddVerb) -> None:
     add = add_verb(preview, "fledge preview photos data.valid=0.1")
     add.add_argument("data", metavar="DATA", help="as --data of fledge train")
     add_overrides(add)
-    add.add_argument("--split", type=Path, metavar="CSV", help="path,fold for every photo")
+    add.add_argument("--split", type=Path, metavar="CSV", help="a table path,fold for every photo")
     add.add_argument(
         "--out",
         type=Path,
@@ -108,7 +107,9 @@ def add_to(add_verb: AddVerb) -> None:
     )
     add.add_argument("--photo", type=Path, metavar="FILE", help="the photo to draw with --augment")
     add.add_argument(
-        "--recipe", type=Path, help="read [data], [augment] and image sizes from this recipe"
+        "--recipe",
+        type=Path,
+        help="read [data], [augment] and image sizes from this recipe; default: quick",
     )
     add.add_argument("--seed", type=int, metavar="N")
     add.usage = "fledge preview DATA [options] [key=value …]"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import shlex
 import tomllib
 from collections.abc import Sequence
 from datetime import date, time
@@ -15,6 +14,7 @@ from pydantic import BaseModel
 
 from serving.errors import OptionError
 from serving.imaging.preprocess import Preprocess
+from serving.terminal import quote
 from training.config.schema import Recipe, Spread, Stage
 from training.config.sections import AugmentConfig
 from training.config.toml_lines import Path
@@ -99,7 +99,7 @@ def write(key: str, path: Path, value: Any) -> str:
 
 def shown(text: str) -> str:
     """Return a text as it must be written in a shell."""
-    return shlex.quote(text)
+    return quote(text)
 
 
 def toml(value: Any) -> str:
@@ -152,5 +152,5 @@ def _choices(words: Sequence[str]) -> str:
 
 
 def _quoted(word: str) -> str:
-    quoted = shlex.quote(word)
+    quoted = quote(word)
     return f"'{word}'" if quoted == word else quoted
