@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import io
 import os
 import sys
 import traceback
@@ -145,14 +144,31 @@ def program() -> None:
     # Imports create several hundred thousand objects that stay. With the default threshold of 700
     # the garbage collector searches these objects so often that training starts a sixth slower.
     gc.set_threshold(10_000)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names that the locale doesn't have
-    status = main()
-    if "torch" in sys.modules:
+    from serving import environment
+    from serving.errors import FledgeError
+
+    try:
+        environment.prepare()
+    except FledgeError as error:
+        print(f"fledge: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    try:
+        status = main()
+    except SystemExit as ended:  # by argparse: --help, or a wrong option
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    if "torch" in sys.modules or not _is_flushed():
         from serving.utils.process import exit_process
 
         exit_process(status)  # tearing down torch in Python takes a second, which this skips
     sys.exit(status)
+
+
+def _is_flushed() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:  # for example a full disk, of which `exit_process` tells
+        return False
+    return True
 
 
 if __name__ == "__main__":

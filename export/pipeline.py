@@ -42,7 +42,7 @@ from serving.bundle.manifest import Manifest, content_version
 from serving.errors import OptionError, WorkError
 from serving.inference.predictor import Predictor
 from serving.inference.runtime import OnnxRuntime, Runtime
-from serving.terminal import show
+from serving.terminal import show, valid_utf8
 from training.run import checkpoint
 from training.run.dataset import load_run_dataset
 
@@ -319,9 +319,9 @@ def _single_threaded_torch() -> Iterator[int]:
 def _provenance(source: str, info: checkpoint.CheckpointInfo) -> dict[str, Any]:
     """Return the manifest's `provenance` entry, without paths and host names."""
     photos = {key: value for key, value in info.data.items() if key != "root"}
-    photos["source"] = Path(str(photos.get("source", ""))).name
+    photos["source"] = valid_utf8(Path(str(photos.get("source", ""))).name)
     return {
-        "run": source,
+        "run": valid_utf8(source),
         "recipe": info.name,
         "seed": info.seed,
         "data": photos,

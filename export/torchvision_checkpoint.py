@@ -33,7 +33,7 @@ from training.run import checkpoint
 HELD_OUT: Final = 2 / 3
 """Share of the photos for the parity gate and accuracies; the others calibrate int8."""
 
-_AUXILIARY: Final = ("aux", "AuxLogits")
+_AUXILIARY: Final = re.compile(r"(^|\.)(aux|AuxLogits)")
 
 
 class WholeNetwork(nn.Module):
@@ -105,7 +105,7 @@ def load(
     Args:
         path: File with a state dict, saved by `torch.save` or as safetensors. Checkpoints of
             torchvision's reference scripts and of Lightning are accepted, too; their state dict is
-            under the key `model` or `state_dict`.
+            under the key `model` or `state_dict`; FILE::NAME names another key.
         arch: torchvision's name of the network.
         labels: Class names in the order of the logits.
         arch_args: Keyword arguments of torchvision's model builder.
@@ -136,15 +136,15 @@ def load(
         backbones.check_size(arch, own, preprocess.size, "--size")
     except OptionError as error:
         raise OptionError(str(error).replace("arch_args", "--arch-args", 1)) from error
+    named = f"--checkpoint {str(path)!r}"
     try:
-        state = weights.read_state_dict(arch, str(path), preprocess.size)
+        state = weights.read_state_dict(arch, str(path), preprocess.size, named=named)
     except DataError as error:
-        message = str(error).replace("weights = ", "--checkpoint ", 1)
-        raise DataError(message.replace("; use imagenet, none, auto or a path", "")) from error
-    state = weights.rename_keys(state, family)
+        message = str(error).replace("; use imagenet, none, auto or a path", "")
+        raise DataError(message) from error
     options = dict(family.fixed)
     if "aux_logits" in options:
-        options["aux_logits"] = any(key.startswith(_AUXILIARY) for key in state)
+        options["aux_logits"] = any(_AUXILIARY.search(key) for key in state)
         options["init_weights"] = False  # slow, and all weights are replaced
     try:
         network = torchvision.models.get_model(
@@ -153,7 +153,9 @@ def load(
     except Exception as error:  # builders raise exceptions of many classes
         reason = str(error).partition("\n")[0]
         raise OptionError(f"--arch-args {args} does not fit {arch}: {reason}") from error
+    state = weights.match_names(state, network.state_dict(), family)
     _check_state(network, state, path, arch, len(labels))
+    weights.check_values(state, network.state_dict(), named)
     # Not strict, because old files lack `num_batches_tracked`; `_check_state` checked other keys.
     network.load_state_dict(state, strict=False)
     info = checkpoint.CheckpointInfo(
@@ -238,11 +240,13 @@ def _check_state(
     last = next(reversed([key for key in own if own[key].ndim >= 2]), "")
     if last in state and state[last].shape[0] != classes:
         raise DataError(
-            f"--checkpoint {path} has {state[last].shape[0]} classes and --labels {classes}"
+            f"--checkpoint {path} has {state[last].shape[0]} classes and --labels {classes}; write "
+            "the name of each class, in the order of the logits"
         )
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     extra = [k for k in state if k not in own]
     if missing or wrong or extra:
         mismatch = weights.describe_mismatch(missing, wrong, extra)
-        raise DataError(f"--checkpoint {path} is not for {arch}: {mismatch}")
+        hint = weights.origin(state, arch)
+        raise DataError(f"--checkpoint {path} is not for {arch}: {mismatch}{hint}")

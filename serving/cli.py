@@ -7,13 +7,12 @@ The modules that a subcommand needs are imported when the subcommand runs. This 
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from serving.errors import OptionError
-from serving.terminal import show, show_json
+from serving.terminal import quote_path, show, show_json
 
 
 class AddVerb(Protocol):
@@ -101,7 +100,8 @@ def _check_score(options: argparse.Namespace) -> None:
     inputs = [name for name in options.inputs if name not in bundles] or ["photos"]
     bundle = options.bundle or (bundles or ["bundle"])[0]
     out = options.out or "scores.csv"
-    command = f"fledge score {shlex.join(inputs)} --bundle {shlex.quote(str(bundle))} --out {out}"
+    quoted = " ".join(map(quote_path, inputs))
+    command = f"fledge score {quoted} --bundle {quote_path(bundle)} --out {quote_path(out)}"
     raise OptionError(
         f"{' and '.join(f'--{name}' for name in missing)} missing: did you mean `{command}`?"
     )
@@ -253,16 +253,16 @@ def _evaluate_scores_options(add: argparse.ArgumentParser) -> None:
     truth.add_argument(
         "--labels-from-folders",
         action="store_true",
-        help="the folder of an image, also within an archive, is its label",
+        help="the folder that is a class of the model, also within an archive, is the label",
     )
     truth.add_argument(
         "--labels",
         type=Path,
         metavar="FILE",
-        help="a CSV with the columns path and label; matched by path, else by unique file name",
+        help="a table with the columns path and label; matched by path, else by its unique end",
     )
-    truth.add_argument("--labels-column", metavar="NAME", help="default: label")
-    truth.add_argument("--path-column", metavar="NAME", help="default: path")
+    truth.add_argument("--labels-column", metavar="NAME", help="default: its usual name")
+    truth.add_argument("--path-column", metavar="NAME", help="default: its usual name")
     add.add_argument(
         "--bundle", type=Path, help="take the labels' order from it; default: infer it from SCORES"
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from serving.errors import OptionError
+from serving.terminal import quote
 
 _VERBS: Final[dict[str, str]] = {
     **dict.fromkeys(("fit", "finetune", "fine-tune", "learn", "training"), "train"),
@@ -75,7 +75,7 @@ def check_command(words: Sequence[str], verbs: Collection[str]) -> None:
     if instead.partition(" ")[0] not in (*verbs, *general):
         after = "; options come after the command" if what == "option" else ""
         raise OptionError(f"{word!r} is no {what} of fledge{after}; use {', '.join(verbs)}")
-    command = f"fledge {instead} {shlex.join(rest)}".strip()
+    command = f"fledge {instead} {' '.join(map(quote, rest))}".strip()
     command = command if len(command) <= _LONGEST else f"fledge {instead} …"
     raise OptionError(f"{word!r} is no {what} of fledge; did you mean `{command}`?")
 
@@ -91,7 +91,7 @@ def for_option(word: str, verb: str, known: Collection[str], words: Sequence[str
     """
     if not word.startswith("-"):
         option = "--port" if verb == "serve" and word.isdecimal() else _ARGUMENTS.get(verb)
-        return f"; did you mean `{option} {shlex.quote(word)}`?" if option else ""
+        return f"; did you mean `{option} {quote(word)}`?" if option else ""
     name, _, _ = word.partition("=")
     instead = _OPTIONS.get(name, "")
     if instead not in known:
@@ -100,7 +100,7 @@ def for_option(word: str, verb: str, known: Collection[str], words: Sequence[str
     if not instead:
         return ""
     value = value_of(word, words)
-    return f"; did you mean `{f'{instead} {shlex.quote(value)}' if value else instead}`?"
+    return f"; did you mean `{f'{instead} {quote(value)}' if value else instead}`?"
 
 
 def value_of(word: str, words: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from serving.scoring.row_writers import unescape_formula
 from serving.scoring.summary import read_csv_safe
 from serving.scoring.table_folder import part_files
 from serving.tables.reader import EmptyTable, open_table
+from serving.utils.files import utf8_path
 from serving.utils.optional_packages import require
 from serving.utils.regular_files import limited_lines
 
@@ -224,7 +225,7 @@ def _parquet_rows(path: Path) -> Rows:
     pq: Any = importlib.import_module("pyarrow.parquet")
     done = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with utf8_path(path) as name, pq.ParquetFile(name) as file:
             columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
             for batch in file.iter_batches(batch_size=1000, columns=columns):
                 for number, values in enumerate(batch.to_pylist(), done + 1):

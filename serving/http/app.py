@@ -301,7 +301,8 @@ class App:
             limit += forms.MAX_OVERHEAD
         elif b"json" in content_type.lower() and json_body.is_json_type(content_type):
             limit = json_body.max_length(limit)
-        body = await request.body(limit, model_manager.bodies, READ_TIMEOUT)
+        bodies = model_manager.bodies
+        body = await request.body(min(limit, bodies.most), bodies, READ_TIMEOUT)
         model_manager.telemetry.observe("read", request.seconds)
         return body
 

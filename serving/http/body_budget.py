@@ -56,6 +56,11 @@ class BodyBudget:
         self.used = 0
         self._incomplete: dict[Upload, None] = {}  # that have taken bytes, the oldest first
 
+    @property
+    def most(self) -> int:
+        """Largest body that fits into the budget, in bytes; at least `SMALL`."""
+        return max(int(LARGE_SHARE * self.total) // COPIES, SMALL)
+
     def check(self, stated: int, now: float) -> None:
         """Check whether there is room for a body of a stated length, before it is read.
 

@@ -118,12 +118,12 @@ class Request:
             TooLarge: The body is longer than `limit`. The rest of the body is not read.
             ClientDisconnect: The client closed the connection before the end of the body.
         """
-        message = f"more than the {limit} bytes allowed"
+        message = f"more than the {limit} bytes allowed (FLEDGE_MAX_BYTES)"
         now = asyncio.get_running_loop().time()
         stated = self.headers.get(b"content-length", b"0")
         if stated.isdigit():
             if int(stated) > limit:
-                raise TooLarge(message)
+                raise TooLarge(f"a body of {stated.decode():.20} bytes, {message}")
             budget.check(int(stated), now)
         chunks: list[bytes] = []
         size = 0

@@ -97,7 +97,9 @@ async def _predict(
 ) -> dict[str, Any]:
     model.predictor.check(options.tta, options.top_k)
     if len(data) > settings.max_bytes:
-        raise TooLarge(f"an image of {len(data)} bytes; {settings.max_bytes} are allowed")
+        raise TooLarge(
+            f"an image of {len(data)} bytes; {settings.max_bytes} are allowed (FLEDGE_MAX_BYTES)"
+        )
     prediction = await model.engine.predict(data, options.tta)
     return model.predictor.answer(prediction, options.top_k)
 

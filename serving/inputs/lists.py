@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import codecs
 import os
-import shlex
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
@@ -21,6 +20,7 @@ from serving.inputs.folders import Note
 from serving.tables.columns import find_paths
 from serving.tables.dialect import check_kind, find_encoding
 from serving.tables.reader import EmptyTable, Table, open_table
+from serving.terminal import quote
 
 LINES: Final = ".txt"
 TABLES: Final = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -155,7 +155,7 @@ def open_list(path: str, requested: str | None) -> tuple[Table, int]:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
     except EmptyTable as error:
         raise DataError(f"{path}: lists no images; it is empty") from error
-    return table, find_paths(table, requested, path, lambda name: f"--column {shlex.quote(name)}")
+    return table, find_paths(table, requested, path, lambda name: f"--column {quote(name)}")
 
 
 def read_column(table: Table, column: int, note: Note) -> Iterator[str]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import difflib
 import os
-import shlex
 from itertools import islice
 from pathlib import Path
 from typing import Final, Literal
 
 from serving.errors import BundleError, OptionError
+from serving.terminal import quote_path
 
 Kind = Literal[
     "missing", "bundle", "version", "run", "unfinished", "runs", "photos", "folder",
@@ -174,8 +174,7 @@ def not_wanted(path: Path, wanted: Wanted, option: str = "") -> str:
 
 def shown(path: Path) -> str:
     """Return a path as it must be written in a command line."""
-    text = os.fspath(path)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+    return quote_path(path)
 
 
 def is_bundle(folder: Path) -> bool:

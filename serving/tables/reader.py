@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, Final, NamedTuple
 from serving.errors import DataError
 from serving.tables.columns import names_columns
 from serving.tables.dialect import HEAD, LONGEST_FIELD, Dialect, check_text, find_dialect
+from serving.utils.files import utf8_path
 from serving.utils.optional_packages import require_parquet
 from serving.utils.regular_files import MAX_LINE, limited_lines, open_regular, read_limited
 
@@ -264,13 +265,13 @@ def _possible(value: object) -> object:
 def _parquet(path: str) -> Table:
     require_parquet()
     parquet: Any = importlib.import_module("pyarrow.parquet")
-    with parquet.ParquetFile(path) as file:
+    with utf8_path(Path(path)) as name, parquet.ParquetFile(name) as file:
         names = [str(name) for name in file.schema_arrow.names]
 
     def rows(columns: Sequence[int]) -> Iterator[TableRecord]:
         chosen = [names[at] for at in columns]
         number = 0
-        with parquet.ParquetFile(path) as file:
+        with utf8_path(Path(path)) as name, parquet.ParquetFile(name) as file:
             for batch in file.iter_batches(batch_size=1000, columns=list(dict.fromkeys(chosen))):
                 lists = [batch.column(name).to_pylist() for name in chosen]
                 for values in zip(*lists, strict=True):

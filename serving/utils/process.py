@@ -22,16 +22,22 @@ def exit_process(status: int) -> NoReturn:
     The teardown of loaded modules is skipped, because with torch it takes a second.
 
     Args:
-        status: Exit status. If it is 0 and flushing fails, the exit status is 120, as in Python.
+        status: Exit status. If it is 0 and flushing fails, for example because the disk is full,
+            the exit status is 1.
     """
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except (OSError, RuntimeError) as error:  # a closed pipe; an interrupted write
+    except BlockingIOError:  # nobody reads stderr, which `log_queue` has unblocked
+        os._exit(status)
+    except (OSError, RuntimeError) as error:  # a full disk; an interrupted write
+        where = getattr(error, "filename", None) or "the output can't be written"
+        reason = getattr(error, "strerror", None) or error
         with suppress(OSError):
-            show(repr(error), sys.stderr, flush=True)
-        os._exit(status or 120)  # Python's own status when the final flush fails
+            if status == 0:  # otherwise an error was told already
+                show(f"fledge: {where}: {reason}", sys.stderr, flush=True)
+        os._exit(status or 1)
     os._exit(status)
 
 

@@ -48,6 +48,7 @@ def put(path: Path, data: bytes | None) -> None:
 
 _MODULES = {
     "decode": "images",
+    "plugin": "images",
     "profile": "images",
     "form": "requests",
     "json": "requests",
@@ -56,6 +57,7 @@ _MODULES = {
     "signature": "bundles",
     "tar": "archives",
     "compressed": "archives",
+    "zip": "archives",
     "list": "lists",
     "parquet": "lists",
     "scores": "tables",

@@ -123,7 +123,7 @@ def test_the_options_are_for_csv_alone(
     photos: Path, bundle: Path, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert score(bundle, "--out", "out.jsonl", option) == 2
-    assert f"{option} is for CSV; use --out out.csv" in capsys.readouterr().err
+    assert f"{option} is for CSV; use --out " in capsys.readouterr().err
 
 
 @given(texts())

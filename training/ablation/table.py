@@ -210,7 +210,10 @@ def write(found: Sequence[TableRow], folder: Path, title: str, how: str) -> None
         title: Title of the Markdown page and of the picture.
         how: Text on how the figures were measured, such as the result of `about`.
     """
-    with atomic_write(folder / CSV) as partial, partial.open("w", newline="") as file:
+    with (
+        atomic_write(folder / CSV) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
         out = csv.writer(file, lineterminator="\n")
         out.writerow(COLUMNS)
         for line in found:
@@ -220,7 +223,7 @@ def write(found: Sequence[TableRow], folder: Path, title: str, how: str) -> None
                 f"{line.seconds:.1f}", line.what, line.error,
             ])  # fmt: skip
     with atomic_write(folder / PAGE) as partial:
-        partial.write_text(page(found, title, how), encoding="utf-8")
+        partial.write_text(page(found, title, how), encoding="utf-8", errors="backslashreplace")
     _draw(found, folder / PICTURE, title)
 
 

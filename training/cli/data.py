@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serving.terminal import show
+from serving.terminal import quote_path, show
 from training.cli.options import add_overrides, check_network
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 def layers(options: argparse.Namespace) -> None:
     """Show an architecture's layer groups, and which of them the stages of a recipe train."""
     from serving.errors import OptionError
-    from training.config import load
+    from training.config import load, shipped
     from training.preview import layer_groups
 
     arch, overrides = options.arch, list(options.overrides)
@@ -31,6 +30,8 @@ def layers(options: argparse.Namespace) -> None:
         overrides += [f"arch={json.dumps(arch)}"] if arch else []
         recipe = load.read(options.recipe, overrides, check_network)
         lines = [*layer_groups.describe(recipe), "", *layer_groups.stages(recipe)]
+    elif arch and "/" not in arch and shipped.find(Path(arch)).is_file():
+        raise OptionError(f"{arch} is a recipe: `fledge layers --recipe {arch}`")
     elif overrides:
         raise OptionError(f"{overrides[0]} changes a recipe; name it with --recipe FILE")
     else:
@@ -53,7 +54,7 @@ def preview(options: argparse.Namespace) -> None:
     data = Path(options.data)
     if not data.exists() and shipped.find(data).is_file():
         raise OptionError(
-            f"{data} is a recipe: `fledge preview photos --recipe {shlex.quote(str(data))}`"
+            f"{data} is a recipe: `fledge preview photos --recipe {quote_path(data)}`"
         )
     require(data, "photos")
     overrides = list(options.overrides)
@@ -93,7 +94,7 @@ def add_to(add_verb: AddVerb) -> None:
     add = add_verb(preview, "fledge preview photos data.valid=0.1")
     add.add_argument("data", metavar="DATA", help="as --data of fledge train")
     add_overrides(add)
-    add.add_argument("--split", type=Path, metavar="CSV", help="path,fold for every photo")
+    add.add_argument("--split", type=Path, metavar="CSV", help="a table path,fold for every photo")
     add.add_argument(
         "--out",
         type=Path,

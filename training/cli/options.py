@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
+
+from serving.terminal import quote, quote_path
 
 if TYPE_CHECKING:
     from training.config.schema import Recipe
@@ -48,7 +49,7 @@ def suggest(word: str, options: argparse.Namespace, words: Sequence[str]) -> str
         found = next((one for one in files if shipped.find(FilePath(one)).is_file()), "quick")
         return load.suggest(FilePath(found), key, value)
     if verb == "preview" and shipped.find(FilePath(options.data)).is_file():
-        quoted = f"{shlex.quote(word)} --recipe {shlex.quote(options.data)}"
+        quoted = f"{quote(word)} --recipe {quote_path(options.data)}"
         return f"; did you mean `fledge preview {quoted}`?"
     if word.startswith("-") or not hasattr(options, "weights"):
         return ""
@@ -57,8 +58,10 @@ def suggest(word: str, options: argparse.Namespace, words: Sequence[str]) -> str
     if FilePath(recipe).is_dir() and shipped.find(FilePath(word)).is_file():
         recipe, data = word, recipe
     if options.data is not None:
-        return f"; an option of the recipe is written as {word}=VALUE"
-    return f"; did you mean `fledge {verb} {shlex.quote(recipe)} --data {shlex.quote(data)}`?"
+        found = next((one for one in files if shipped.find(FilePath(one)).is_file()), "quick")
+        hint = load.suggest(FilePath(found), word, value)
+        return hint or f"; an option of the recipe is written as {word}=VALUE"
+    return f"; did you mean `fledge {verb} {quote_path(recipe)} --data {quote_path(data)}`?"
 
 
 def add_cache_option(add: argparse.ArgumentParser) -> None:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serving.terminal import show
+from serving.terminal import quote_path, show
 from training.cli.options import add_cache_option, add_overrides, check_network
 
 if TYPE_CHECKING:
@@ -139,13 +138,13 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     from training.utils.console import log_to_stderr
 
     if options.recipe is None:
-        data = "photos" if options.data is None else shlex.quote(options.data)
+        data = "photos" if options.data is None else quote_path(options.data)
         raise OptionError(f"name a recipe: `fledge {options.verb_name} quick --data {data}`")
     found = shipped.find(options.recipe)
     if found.exists() and not_wanted(found, "recipe"):
         raise OptionError(not_wanted(found, "recipe"))
     if options.data is None:
-        again = f"fledge {options.verb_name} {shlex.quote(str(options.recipe))} --data photos"
+        again = f"fledge {options.verb_name} {quote_path(options.recipe)} --data photos"
         raise OptionError(f"--data is missing: name the folder with the photos, as in `{again}`")
     require(Path(options.data), "photos", "--data")
     own = shipped.other(options.recipe)
@@ -186,7 +185,9 @@ def add_to(add_verb: AddVerb) -> None:
         metavar="FILE",
         help="checkpoint that the stage starts from",
     )
-    add.add_argument("--out", type=Path, metavar="PNG", help="default: lr_find-STAGE.png")
+    add.add_argument(
+        "--out", type=Path, metavar="PNG", help="default: runs/lr-find-RECIPE/lr_find-STAGE.png"
+    )
     add.add_argument("--compare", action="store_true", help="train briefly with each suggestion")
     add.add_argument("--epochs", type=int, metavar="N", help="of --compare; default: 1")
     add.usage = "fledge lr-find RECIPE --data DIR [options] [key=value …]"
@@ -223,10 +224,10 @@ def _recipe_options(add: argparse.ArgumentParser) -> None:
         "--data",
         metavar="DIR",
         help="a folder with one folder per class, or with train/ and valid/ of such; "
-        "or a zip or tar of such a folder; "
+        "or a zip or tar of such a folder; or a table of photos and labels; "
         "or a data set by name: sample (embedded), flowers102, oxford-iiit-pet",
     )
-    add.add_argument("--split", type=Path, metavar="CSV", help="path,fold for every photo")
+    add.add_argument("--split", type=Path, metavar="CSV", help="a table path,fold for every photo")
     add.add_argument("--weights", metavar="W", help="imagenet, none, auto or a file")
     add.add_argument("--seed", type=int, metavar="N")
     add.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])

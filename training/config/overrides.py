@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import shlex
+import re
 import tomllib
 from collections.abc import Sequence
 from datetime import date, time
@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from serving.errors import OptionError
 from serving.imaging.preprocess import Preprocess
+from serving.terminal import quote
 from training.config.schema import Recipe, Spread, Stage
 from training.config.sections import AugmentConfig
 from training.config.toml_lines import Path
@@ -43,6 +44,9 @@ def apply(values: dict[str, Any], override: str) -> Path:
         OptionError: The override is not `key=value`, or there is no such table or stage.
     """
     key, equals, text = override.partition("=")
+    if key != key.strip():  # as in a file: `seed = 3`
+        key, text = key.strip(), text.strip()
+    key = re.sub(r"^stages?\[([0-9]+)\]", r"stage.\1", key)
     if not equals or not key:
         raise OptionError(f"{override!r}: use key=value, such as stage.head.lr=0.01")
     table: Any = values
@@ -95,7 +99,7 @@ def write(key: str, path: Path, value: Any) -> str:
 
 def shown(text: str) -> str:
     """Return a text as it must be written in a shell."""
-    return shlex.quote(text)
+    return quote(text)
 
 
 def toml(value: Any) -> str:
@@ -124,6 +128,8 @@ def _stage(stages: list[Any], name: str, key: str, text: str) -> int:
     if name in names:
         return names.index(name)
     near = difflib.get_close_matches(name, names, n=1)
+    if name.isdecimal() and len(name) < 4 and int(name) < len(names):
+        near = [names[int(name)]]
     hint = ""
     if near:
         fixed = key.replace(f"stage.{name}.", f"stage.{near[0]}.", 1)
@@ -146,5 +152,5 @@ def _choices(words: Sequence[str]) -> str:
 
 
 def _quoted(word: str) -> str:
-    quoted = shlex.quote(word)
+    quoted = quote(word)
     return f"'{word}'" if quoted == word else quoted

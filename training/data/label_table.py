@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -12,6 +11,7 @@ from typing import Final, NamedTuple
 from serving.errors import DataError, OptionError
 from serving.tables.columns import PARTS, find_labels, find_paths, text_of, usual_columns
 from serving.tables.reader import EmptyTable, Table, open_table
+from serving.terminal import quote, quote_path
 from serving.utils.label_names import is_utf8, normalize_label, show_label
 from serving.utils.mistakes import Mistakes
 from training.config.sections import DataConfig
@@ -37,7 +37,7 @@ def as_data(table: Path, config: DataConfig) -> tuple[Path, DataConfig]:
         OptionError: The options name other labels.
         DataError: The file has not the suffix of a table.
     """
-    name = shlex.quote(os.fspath(table))
+    name = quote_path(table)
     for option in ("csv", "pattern"):
         if value := getattr(config, option):
             raise OptionError(
@@ -50,6 +50,21 @@ def as_data(table: Path, config: DataConfig) -> tuple[Path, DataConfig]:
             f"--data {name}: neither a folder nor a table ({', '.join(SUFFIXES)}) of labels"
         )
     return table.parent.resolve(), config.model_copy(update={"csv": str(table.absolute())})
+
+
+def check_options(config: DataConfig) -> None:
+    """Check that no option has no effect, for a folder of photos.
+
+    Raises:
+        OptionError: An option is for a table of labels or for a pattern, and there is neither.
+    """
+    idle = [*config.of_tables(), *(["images"] if config.images else [])]
+    if idle and not (config.csv or config.pattern):
+        also = " or data.pattern" if idle[0] == "images" else ""
+        raise OptionError(
+            f"data.{idle[0]} has no effect without a table of labels: name it with data.csv{also}, "
+            "or leave the option out"
+        )
 
 
 def read_label_table(
@@ -183,7 +198,7 @@ def images_folder(root: Path, config: DataConfig) -> Path:
 
 def _option(paths: str, labels: str) -> str:
     """Return the option that names the two columns, as it is written in a shell."""
-    return shlex.quote(f"data.columns={json.dumps([paths, labels], ensure_ascii=False)}")
+    return quote(f"data.columns={json.dumps([paths, labels], ensure_ascii=False)}")
 
 
 def _other(table: Table, paths: str, labels: str | None) -> str:

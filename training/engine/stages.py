@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import shlex
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from serving.errors import Diverged, WorkError
+from serving.terminal import quote_path
 from training.activations.loaders import TrainLoader, ValidLoader
 from training.activations.sharing import SharedPrefix, plan_sharing
 from training.activations.stage_loaders import StageLoaders
@@ -329,7 +330,7 @@ def _log_result(run: Run, result: evaluate.EvaluationResult) -> None:
     run.log("seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items()))
     found = list(shortcomings.shortcomings(result.classes, photos, right))
     if found:
-        data = shlex.quote(run.activations.photos.dataset.source)
+        data = quote_path(run.activations.photos.dataset.source)
         found.append(shortcomings.REMEDY.format(data=data))
     for line in found:
         run.log(f"warning: {line}")
@@ -337,8 +338,17 @@ def _log_result(run: Run, result: evaluate.EvaluationResult) -> None:
         f"{run.folder}: validation accuracy {accuracy:.2%}, balanced {balanced:.2%} "
         f"(loss {loss:.4f}){views} in float32 "
         f"after {sum(seconds.values()):.0f} s; report: {run.folder / report.REPORT}; "
-        f"next: fledge export {run.folder} --out bundle"
+        f"next: fledge export {quote_path(run.folder)} --out bundle"
     )
+
+
+def _launcher(processes: int) -> str:
+    """Return what stands before the command where torchrun has started the processes."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if processes == 1:
+        return ""
+    # With several machines, torchrun also needs the addresses that it was started with.
+    return f"torchrun --nproc-per-node {local} -m " if local == processes else "torchrun … -m "
 
 
 def _log_how_to_resume(run: Run, error: BaseException) -> None:
@@ -347,9 +357,9 @@ def _log_how_to_resume(run: Run, error: BaseException) -> None:
     reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
     # Any process can be the first that fails, and only the main process's log has an output.
     log = run.log if run.process_group.is_main_process else log_to_stderr
-    command = "" if run.process_group.size == 1 else "torchrun … -m "
+    command = f"{_launcher(run.process_group.size)}fledge train --resume {quote_path(run.folder)}"
     saved = "1 finished epoch is" if run.saved == 1 else f"{run.saved} finished epochs are"
     if isinstance(error, Diverged):
         log(f"{reason}: {saved} saved in {run.folder}; start a new run with a lower learning rate")
     else:
-        log(f"{reason}: {saved} saved; resume with: {command}fledge train --resume {run.folder}")
+        log(f"{reason}: {saved} saved; resume with: {command}")

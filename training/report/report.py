@@ -89,7 +89,7 @@ def write(
     )
     path = folder / (f"report-{stage}.html" if stage else REPORT)
     with atomic_write(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 
 from serving.errors import DataError
+from serving.terminal import quote_path
 from training.data import archive, sample, torchvision_sets
 from training.data.dataset import SAMPLE, SPLIT_FILE, Dataset, read_split
 from training.run import checkpoint
@@ -30,9 +30,9 @@ def load_run_dataset(run: Path, data: Path | None = None, part: str = "valid") -
     if data is not None and archive.is_archive(data):
         data = archive.extracted(data)
     if data is not None and os.path.isfile(data):
-        folder = shlex.quote(os.path.dirname(data) or ".")
+        folder = quote_path(os.path.dirname(data) or ".")
         raise DataError(
-            f"--data {shlex.quote(str(data))}: a file; the run knows its photos and labels, name "
+            f"--data {quote_path(data)}: a file; the run knows its photos and labels, name "
             f"their folder alone: --data {folder}"
         )
     if data is not None and not os.path.isdir(data):

@@ -22,8 +22,8 @@ from serving.errors import (
 from serving.imaging import decode as decode_module
 from serving.imaging.decode import decode, read
 
-FORMATS = "JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF"
-MEMORY = "decoding the image needs more memory than is allowed"
+FORMATS = "JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF, HEIC, JPEG XL"
+MEMORY = "decoding 20 x 10 pixels needs more memory than this process can have"
 
 
 def png(mode: str = "RGB", size: tuple[int, int] = (20, 10), colour: Any = 0) -> bytes:

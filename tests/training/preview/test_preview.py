@@ -14,7 +14,6 @@ from tests.hostile.images import png, progressive_jpeg
 from tests.support.tiny_bundle import photo
 from training.config import load
 from training.config.sections import AugmentConfig
-from training.data import layouts
 from training.data.dataset import load_dataset
 from training.preview import figure, preview, scan
 from training.preview.figure import draw
@@ -249,7 +248,7 @@ def test_empty_folders_are_listed(photos, capsys, tmp_path):
         save_photo(parted / part / name / "0.jpg")
     for folder in (parted / "train" / "c", parted / "valid" / "b", parted / "elsewhere"):
         folder.mkdir()
-    assert layouts.empty_class_folders(parted) == ["train/c"]
+    assert load_dataset(str(parted)).reading.empty == ("train/c",)
 
 
 def test_small_classes_are_counted(photos):
