@@ -13,7 +13,15 @@ from typing import Final, NamedTuple
 
 from serving.imaging import plugin_heads
 from serving.imaging.formats import optional_format
-from serving.imaging.limits import ARITHMETIC, FRAMES, PROGRESSIVE, SCAN, jpeg_markers, png_chunks
+from serving.imaging.limits import (
+    ARITHMETIC,
+    FRAMES,
+    PROGRESSIVE,
+    SCAN,
+    gif_blocks,
+    jpeg_markers,
+    png_chunks,
+)
 from serving.imaging.tiff_heads import OFFSETS, metadata, share_bytes, tiff_entries, variants
 
 IN_PROCESS_BYTES: Final = 2**27
@@ -58,6 +66,11 @@ _JPEGS: Final = frozenset({6, 7})
 # Bytes of the dictionary of LZMA, and of the window of Zstandard, as encoders write them.
 _DICTIONARIES: Final = {34925: 2**26 + 2**24, 50000: 2**27}
 
+# Blocks of a GIF's extensions, such as comments, of each of which Pillow keeps an object.
+_GIF_BLOCKS: Final = 4096
+
+# Bytes of a chunk of a WebP, beside its own eight, for each byte.
+_CHUNK_COPIES: Final = 4
 # Bytes of the code tables of a lossless WebP as encoders write them.
 _CODE_TABLES: Final = 2**25
 
@@ -153,7 +166,8 @@ def estimate(data: bytes, views: int = 1) -> Cost:
 def _jpeg(data: bytes) -> _Head | None:
     width = height = 0
     coefficients, components, progressive, rotated, profile = 0.0, b"", False, False, False
-    exif, arithmetic = 0, False
+    exif = resources = 0
+    arithmetic = False
     for marker, at in jpeg_markers(data):
         if marker in FRAMES:
             # Pillow and libjpeg may take different frames of a broken file: the largest counts.
@@ -168,6 +182,8 @@ def _jpeg(data: bytes) -> _Head | None:
         elif marker == 0xE1:
             rotated = True  # by EXIF, or by XMP
             exif += int.from_bytes(data[at : at + 2], "big")
+        elif marker == 0xED:  # of Photoshop: Pillow reads its resources in Python
+            resources += data.count(b"8BIM", at, at + int.from_bytes(data[at : at + 2], "big"))
         elif marker == 0xE2:
             profile |= data[at + 2 : at + 13] == b"ICC_PROFILE"
         elif marker == SCAN:
@@ -185,6 +201,7 @@ def _jpeg(data: bytes) -> _Head | None:
                 nanoseconds,
                 # Any number of pixels may follow from no bytes, each at the cost of a whole one.
                 unusual=exif > _LARGE_EXIF or arithmetic,
+                opening=resources * 1e-6,
                 pixel=4.0 if components == b"\4" else 1.0,
             )
     return None
@@ -261,7 +278,7 @@ def _webp(data: bytes) -> _Head | None:
     # A lossless image, such as the transparency of a lossy one, may have any number of code tables.
     lossless = b"VP8L" in data or b"ALPH" in data or b"ANMF" in data
     # Two canvases of RGBA, the decoder's own buffers, and copies of the frame.
-    tables = _CODE_TABLES if lossless else 0
+    tables = _CODE_TABLES * lossless + _CHUNK_COPIES * len(data) * (kind == b"VP8X")
     return _Head(width, height, 18.5, False, True, 60.0, tables, lossless)
 
 
@@ -271,7 +288,8 @@ def _gif(data: bytes) -> _Head | None:
     width, height = struct.unpack_from("<HH", data, 6)
     # A block of one byte of pixels takes two bytes of the file.
     opening = len(data) * 80e-9
-    return _Head(width, height, 0.0, True, False, 15.0, opening=opening)
+    unusual = gif_blocks(data, _GIF_BLOCKS) >= _GIF_BLOCKS
+    return _Head(width, height, 0.0, True, False, 15.0, opening=opening, unusual=unusual)
 
 
 def _bmp(data: bytes) -> _Head | None:

@@ -55,6 +55,9 @@ RUN_LENGTH_PIXELS: Final = 10_000_000
 """Largest number of pixels of a run-length encoded BMP. Pillow decodes such a file in Python."""
 
 
+FRAME_BLOCKS: Final = 100_000
+"""Blocks of the first frame of a GIF that are walked. Encoders write blocks of 255 bytes."""
+
 BOXES: Final = 4_096
 """Largest number of boxes of a HEIC or AVIF that state a size or a rotation."""
 
@@ -180,6 +183,39 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         size = int.from_bytes(data[at : at + 4], "big")
         yield kind, at + 8, min(size, len(data) - at)
         at += 12 + size
+
+
+def gif_blocks(data: bytes, most: int) -> int:
+    """Count the blocks of a GIF's extensions before its second frame; stop at `most`.
+
+    Also returns `most` if the first frame has more than `FRAME_BLOCKS` blocks.
+    """
+    at, frames, found = 13 + _colours(data[10:11]), 0, 0
+    while at < len(data) and found < most:
+        kind = data[at]
+        if kind == 0x21:
+            at += 2
+        elif kind == 0x2C and not frames:
+            frames = 1
+            at += 11 + _colours(data[at + 9 : at + 10])
+        elif kind in (0x2C, 0x3B):
+            break
+        else:  # Pillow passes over other bytes
+            at, found = at + 1, found + 1
+            continue
+        blocks = 0
+        while at < len(data) and (size := data[at]):
+            at, blocks = at + 1 + size, blocks + 1
+            if blocks > (most if kind == 0x21 else FRAME_BLOCKS):
+                return most
+        at += 1
+        found += blocks + 1 if kind == 0x21 else 0
+    return min(found, most)
+
+
+def _colours(flags: bytes) -> int:
+    """Return the bytes of a GIF's table of colours."""
+    return 3 << (1 + (flags[0] & 7)) if flags and flags[0] & 128 else 0
 
 
 def _tiff(data: bytes, max_pixels: int) -> None:

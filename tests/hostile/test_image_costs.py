@@ -15,9 +15,9 @@ from PIL import Image
 from serving.errors import BrokenImage
 from serving.imaging import cost, decode
 from tests.hostile import tiffs
-from tests.hostile.images import arithmetic_jpeg, jpeg_of_segments, png, png_of
+from tests.hostile.images import arithmetic_jpeg, jpeg_of_segments, png, png_of, saved
 from tests.hostile.tiffs import LONG, RATIONAL, SHORT
-from tests.robustness.file_builders import chunk
+from tests.robustness.file_builders import chunk, into_jpeg, segment
 
 PIXELS = 10**8
 
@@ -178,3 +178,35 @@ def test_boxes_are_walked_up_to_a_limit() -> None:
     boxes = struct.pack(">I4s", 8, b"free") * 2_000_000
     assert cost.estimate(b"\0\0\0\x0cJXL \r\n\x87\n" + boxes).isolated
     assert time.process_time() - start < 0.5
+
+
+def of_blocks(number: int, before: bool = True, size: int = 1) -> bytes:
+    """A GIF with a comment of blocks of `size` bytes before or behind its only frame."""
+    data = saved("P", "GIF")(64, 64)
+    at = data.index(b",") if before else len(data) - 1
+    return data[:at] + b"!\xfe" + (bytes([size]) + b"x" * size) * number + b"\0" + data[at:]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_gif_of_many_comments_is_isolated(before: bool) -> None:
+    assert isolated(of_blocks(100_000, before))
+    assert not isolated(of_blocks(1000, before, 255))
+    data = of_blocks(1, before)
+    at = data.index(b"!\xfe")
+    assert isolated(data[:at] + b"!\xfe\1x\0" * 100_000 + data[at:])
+    assert not isolated(saved("P", "GIF")(2000, 2000))
+
+
+def test_resources_of_photoshop_cost_time() -> None:
+    resources = segment(0xED, b"Photoshop 3.0\0" + b"8BIM\4\4\0\0\0\0\0\0" * 5000)
+    data = into_jpeg(saved("RGB", "JPEG")(64, 64), *[resources] * 290)
+    assert isolated(data)
+    assert not isolated(into_jpeg(saved("RGB", "JPEG")(64, 64), resources))
+
+
+def test_the_chunks_of_a_webp_cost_memory() -> None:
+    data = saved("RGB", "WEBP", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0")(64, 64)
+    many = data + struct.pack("<4sI", b"abcd", 0) * 1_000_000
+    many = b"RIFF" + struct.pack("<I", len(many) - 8) + many[8:]
+    assert cost.estimate(many).bytes > 40_000_000
+    assert decode.decode(many).image.size == (64, 64)
