@@ -22,7 +22,14 @@ from serving.imaging.limits import (
     jpeg_markers,
     png_chunks,
 )
-from serving.imaging.tiff_heads import OFFSETS, metadata, share_bytes, tiff_entries, variants
+from serving.imaging.tiff_heads import (
+    OFFSETS,
+    metadata,
+    strips_share_bytes,
+    tags_share_bytes,
+    tiff_entries,
+    variants,
+)
 
 IN_PROCESS_BYTES: Final = 2**27
 IN_PROCESS_SECONDS: Final = 0.5
@@ -167,8 +174,9 @@ def _jpeg(data: bytes) -> _Head | None:
     width = height = 0
     coefficients, components, progressive, rotated, profile = 0.0, b"", False, False, False
     exif = resources = 0
-    arithmetic = False
+    arithmetic = shared = False
     for marker, at in jpeg_markers(data):
+        size = int.from_bytes(data[at : at + 2], "big")
         if marker in FRAMES:
             # Pillow and libjpeg may take different frames of a broken file: the largest counts.
             tall, wide, count = struct.unpack(">HHB", data[at + 3 : at + 8].ljust(5, b"\0"))
@@ -181,11 +189,15 @@ def _jpeg(data: bytes) -> _Head | None:
             coefficients = max(coefficients, _coefficients([f[0] for f in factors if f]))
         elif marker == 0xE1:
             rotated = True  # by EXIF, or by XMP
-            exif += int.from_bytes(data[at : at + 2], "big")
+            exif += size
+            if data[at + 2 : at + 8] == b"Exif\0\0":
+                shared |= tags_share_bytes(data[at + 8 : at + size])
         elif marker == 0xED:  # of Photoshop: Pillow reads its resources in Python
-            resources += data.count(b"8BIM", at, at + int.from_bytes(data[at : at + 2], "big"))
+            resources += data.count(b"8BIM", at, at + size)
         elif marker == 0xE2:
             profile |= data[at + 2 : at + 13] == b"ICC_PROFILE"
+            if data[at + 2 : at + 6] == b"MPF\0":
+                shared |= tags_share_bytes(data[at + 6 : at + size])
         elif marker == SCAN:
             several = progressive or data[at + 2 : at + 3] != components
             # An empty scan takes 0.2 ns per pixel. Encoders write about ten scans.
@@ -200,7 +212,7 @@ def _jpeg(data: bytes) -> _Head | None:
                 rotated,
                 nanoseconds,
                 # Any number of pixels may follow from no bytes, each at the cost of a whole one.
-                unusual=exif > _LARGE_EXIF or arithmetic,
+                unusual=exif > _LARGE_EXIF or arithmetic or shared,
                 opening=resources * 1e-6,
                 pixel=4.0 if components == b"\4" else 1.0,
             )
@@ -327,7 +339,7 @@ def _tiff(data: bytes) -> _Head | None:
                 compressions.add(value)
         tags = metadata(data, big)
         unusual |= tags.values > _MANY_VALUES or tags.size > len(data)
-        unusual |= not compressions <= {1} and share_bytes(data, big)
+        unusual |= not compressions <= {1} and strips_share_bytes(data, big)
     width, height = size.get(256, 0), size.get(257, 0)
     samples = min(size.get(277, 1), 64)
     depth = min(max(size.get(258, 8), 8), 64) if samples == 1 else 16

@@ -17,7 +17,7 @@ from typing import Any, Final
 from PIL import Image, PngImagePlugin
 
 from serving.errors import BrokenImage, OptionError, TooLarge
-from serving.imaging.tiff_heads import OFFSETS, tiff_entries, variants
+from serving.imaging.tiff_heads import OFFSETS, tags_share_bytes, tiff_entries, variants
 
 # Largest compressed text or profile of a PNG, in bytes. Pillow's limit of 1 MB rejects valid
 # images: some programs store whole projects there.
@@ -237,17 +237,26 @@ _MAX_EXIF_TEXT: Final = 2**18  # characters; EXIF of a JPEG has at most 64 KB
 def has_one_orientation(info: Mapping[Any, Any]) -> bool:
     """Return whether the EXIF data of an image has at most a few values as its orientation.
 
-    Pillow makes an object of each value, of which there may be millions.
+    Pillow makes an object of each value, of which there may be millions. Also false where the tags
+    share so many bytes that reading them takes hundreds of megabytes.
 
     Args:
         info: `Image.info` of an image that is no TIFF.
     """
-    if len(str(info.get("Raw profile type exif", ""))) > _MAX_EXIF_TEXT:
+    text = str(info.get("Raw profile type exif", ""))
+    if len(text) > _MAX_EXIF_TEXT:
         return False
     exif = info.get("exif", b"")
+    if not exif and text:
+        try:
+            exif = bytes.fromhex("".join(text.split("\n")[3:]))  # as Pillow reads it
+        except ValueError:
+            return True  # Pillow raises the same error
     exif = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
     if not exif:
         return True
+    if tags_share_bytes(exif):
+        return False
     try:
         counts = [one.number for one in tiff_entries(exif, False) if one.tag == _ORIENTATION]
     except BrokenImage:

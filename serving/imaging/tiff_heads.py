@@ -33,6 +33,7 @@ _WHOLE: Final = {3: "u2", 4: "u4", 16: "u8"}  # kinds of offsets and byte counts
 # Directories that Pillow reads with the first one: EXIF, GPS, and interoperability in EXIF.
 _DIRECTORIES: Final = frozenset({34665, 34853, 40965})
 _MAX_DIRECTORIES: Final = 6
+_SHARED: Final = 8
 _UNKNOWN: Final = 2**63
 
 
@@ -134,7 +135,20 @@ def metadata(data: bytes, big: bool) -> Metadata:
     return Metadata(values, size)
 
 
-def share_bytes(data: bytes, big: bool) -> bool:
+def tags_share_bytes(data: bytes) -> bool:
+    """Return whether tags of EXIF data or of a JPEG's index of pictures (MPF) share many bytes.
+
+    Not every version of Pillow limits what it reads of them to the size of the data.
+    """
+    try:
+        entries = list(tiff_entries(data, False))
+    except BrokenImage:
+        return True
+    sizes = [one.number * _SIZES.get(one.kind, 8) for one in entries]
+    return sum(size for size in sizes if size <= len(data)) > _SHARED * len(data)
+
+
+def strips_share_bytes(data: bytes, big: bool) -> bool:
     """Return whether strips or tiles may share bytes, so that they are decoded several times.
 
     Also true where offsets or byte counts are missing, repeated, or of an unusual form, so that

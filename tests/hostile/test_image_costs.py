@@ -14,6 +14,7 @@ from PIL import Image
 
 from serving.errors import BrokenImage
 from serving.imaging import cost, decode
+from serving.imaging.limits import has_one_orientation
 from tests.hostile import tiffs
 from tests.hostile.images import arithmetic_jpeg, jpeg_of_segments, png, png_of, saved
 from tests.hostile.tiffs import LONG, RATIONAL, SHORT
@@ -210,3 +211,26 @@ def test_the_chunks_of_a_webp_cost_memory() -> None:
     many = b"RIFF" + struct.pack("<I", len(many) - 8) + many[8:]
     assert cost.estimate(many).bytes > 40_000_000
     assert decode.decode(many).image.size == (64, 64)
+
+
+def shared_tags(count: int) -> bytes:
+    """Directory of tags that are all the same 60,000 bytes."""
+    entries = b"".join(struct.pack("<HHII", one, 7, 60_000, 8) for one in range(1, count + 1))
+    head = struct.pack("<2sHIH", b"II", 42, 8, count)
+    return (head + entries + bytes(4)).ljust(65_000, b"\0")
+
+
+@pytest.mark.parametrize(("marker", "name"), [(0xE1, b"Exif\0\0"), (0xE2, b"MPF\0")])
+def test_tags_of_a_jpeg_that_share_bytes_are_isolated(marker: int, name: bytes) -> None:
+    small = saved("RGB", "JPEG")(64, 64)
+    assert isolated(into_jpeg(small, segment(marker, name + shared_tags(4000))))
+    assert not isolated(into_jpeg(small, segment(marker, name + shared_tags(1))))
+
+
+def test_exif_whose_tags_share_bytes_is_ignored() -> None:
+    for info in (
+        {"exif": b"Exif\0\0" + shared_tags(4000)},
+        {"Raw profile type exif": f"\nexif\n65000\n{shared_tags(4000).hex()}"},
+    ):
+        assert not has_one_orientation(info)
+    assert has_one_orientation({"exif": b"Exif\0\0" + shared_tags(1)})
