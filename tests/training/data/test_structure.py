@@ -342,6 +342,8 @@ KAGGLE = {
     "paddy": ("train.csv", "image_id,label,variety,age", "train_images/{8}.jpg", "", ".jpg"),
     "plant": ("data/train.csv", "image,labels", "data/train_images/{8}.jpg", "", ".jpg"),
     "flat": ("labels.csv", "file,class", "{8}.png", "", ".png"),
+    "semicolons": ("labels.csv", "file;class;more", "{8}.png", "", ".png"),
+    "tabs": ("labels.tsv", "file\tclass", "images/{8}.png", "", ".png"),
     "spaces": ("my labels.csv", "file name,the class", "some photos/{8}.png", "", ".png"),
 }
 
@@ -350,8 +352,9 @@ KAGGLE = {
 def test_the_told_options_read_the_table_of_a_competition(tmp_path, kind):
     table, head, train, test, suffix = KAGGLE[kind]
     root = make(tmp_path, train, *([test] if test else []))
-    columns = head.count(",")
-    rows = [f"{i}{suffix},{'ab'[i % 2]}{',x' * (columns - 1)}" for i in range(8)]
+    mark = next(one for one in ",;\t" if one in head)
+    more = head.count(mark) - 1
+    rows = [f"{i}{suffix}{mark}{'ab'[i % 2]}{f'{mark}x' * more}" for i in range(8)]
     (root / table).write_text("\n".join([head, *rows]) + "\n")
     (root / "sample_submission.csv").write_text("id,a,b\n0,0.5,0.5\n")
     message = refused(root)
