@@ -16,10 +16,11 @@ from serving.errors import DataError, OptionError
 from serving.utils.files import atomic_write
 from serving.utils.natural_sort import natural_letters_first
 from training.config.sections import DataConfig
-from training.data import archive, label_table, layouts, sample, torchvision_sets
+from training.data import label_table, layouts, sample, torchvision_sets
 from training.data.layouts import Photo, Reading
 from training.data.similar_classes import common_folder, settle_classes
 from training.data.splits import PARTS, draw_split, read_split_file
+from training.utils import archive
 from training.utils.console import quoted
 
 SAMPLE: Final = "sample"

@@ -12,7 +12,6 @@ from serving.errors import DataError, OptionError
 from serving.terminal import quote_path
 from training.activations.stage_loaders import StageLoaders
 from training.config.schema import Recipe
-from training.data import archive
 from training.data.dataset import SPLIT_FILE, Dataset, load_dataset, read_split
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine import auto_batch_size, compile, plan
@@ -35,7 +34,7 @@ from training.run.folder import (
     start_run,
 )
 from training.run.resume_state import STATE_FILE, Position, ResumeTensors
-from training.utils import disk_cache
+from training.utils import archive, disk_cache
 from training.utils.console import Log, log_to_stderr, pluralize
 from training.utils.precision import Precision, choose_precision
 from training.utils.timer import Timer

@@ -125,7 +125,7 @@ def _head(path: Path) -> list[dict[str, str]]:
             for row in rows
             if not row.wrong and len(row.values) == row.fields
         ]
-    except (FledgeError, OSError):
+    except (OSError, FledgeError):
         return []
 
 

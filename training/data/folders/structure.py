@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from serving.errors import DataError
-from serving.imaging.decode import SUFFIXES
+from serving.imaging.formats import SUFFIXES
 from training.data.folders.label_hints import labels_hint, other_files_hint
 from training.data.folders.other_tasks import check_task
 from training.data.folders.part_names import (
