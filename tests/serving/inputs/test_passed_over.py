@@ -163,7 +163,7 @@ def test_copies_into_a_folder_with_other_files_do_not_hide_these(folder: Path) -
 def test_photos_extracted_into_a_cache_among_the_photos_are_passed_over(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from training.data.archive import extracted
+    from training.utils.archive import extracted
 
     monkeypatch.setenv("FLEDGE_CACHE", str(folder / "in/cache"))
     create(folder, "in/1.jpg")
