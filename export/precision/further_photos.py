@@ -28,7 +28,7 @@ def find(
         DataError: The folder can't be read, a class folder has no name of `labels`, or the run has
             all photos.
     """
-    parts = torchvision_checkpoint.photos(folder, labels, "the run has its classes")
+    parts = torchvision_checkpoint.photos(folder, labels, "the run has its classes", log)
     samples = sorted({*parts[0], *parts[1]})
     by_size: dict[int, list[Path]] = defaultdict(list)
     for path in known:

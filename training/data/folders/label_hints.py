@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from serving.errors import FledgeError
+from serving.inputs import archives
 from serving.tables.columns import text_of
 from serving.tables.reader import open_table
 from training.data.folders.part_names import is_container, part_of
@@ -123,7 +124,7 @@ def _head(path: Path) -> list[dict[str, str]]:
         return [
             dict(zip(table.columns, map(text_of, row.values), strict=True))
             for row in rows
-            if not row.wrong
+            if not row.wrong and len(row.values) == row.fields
         ]
     except (OSError, FledgeError):
         return []
@@ -146,3 +147,26 @@ def _patterns(base: PhotoFolder, folders: Sequence[PhotoFolder]) -> Iterator[str
         more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
         where = f"in {folder.path}/ " if folder.path else ""
         yield f"the file names {where}begin with labels ({some}{more}): add {shlex.join(words)}"
+
+
+def other_files_hint(where: Path, base: PhotoFolder) -> str:
+    """Return what a folder without photos holds, and what to do if it holds archives; or "".
+
+    Args:
+        where: Path of the folder.
+        base: Its content.
+    """
+    counts = base.suffixes() + base.unread()
+    shown = ", ".join(f"{name} {number}" for name, number in counts.most_common(3))
+    hint = f"; it has other files: {shown}" if shown else ""
+    try:
+        names = sorted(
+            (name for name in os.listdir(where) if archives.is_archive(name)),
+            key=lambda name: (part_of(name.partition(".")[0]) != "train", name),
+        )
+    except OSError:
+        return hint
+    if names:
+        first = shlex.quote(str(where / names[0]))
+        hint += f"; unpack the archives, or give one: --data {first}"
+    return hint
