@@ -88,6 +88,15 @@ def test_json_lines_and_parquet_have_the_same_rows(tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.parametrize("line", ["{}", "7", "x.jpg", "[]"])
+def test_json_lines_that_name_no_columns_are_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "t.jsonl").write_text(f"\n{line}\n")
+    with pytest.raises(
+        DataError, match=r't\.jsonl: its first line is no JSON object, such as \{"pa'
+    ):
+        open_table(tmp_path / "t.jsonl")
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

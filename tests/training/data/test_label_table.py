@@ -170,7 +170,7 @@ def test_all_mistakes_are_told_together_with_their_lines(tmp_path: Path) -> None
         "line 4: 'photos/ants/1.jpg' has no label",
         "line 5: 'photos/ants/0.jpg' is in line 2, too",
         "line 6: 3 fields, and the first line has 2 columns; quote what has a delimiter",
-        r"line 7: label '\udce9' is not UTF-8 text",
+        r"line 7: label '\udce9' is not UTF-8; save the table as 'CSV UTF-8'",
     ]
     assert lines[5:] == [
         *(f"line {n + 8}: no photo 'gone/{n}.jpg'" for n in range(15)),

@@ -185,7 +185,7 @@ def test_unusable_tables_are_errors(tmp_path, rows, change, message):
 def test_a_table_in_another_encoding_is_an_error(tmp_path):
     root = breeds(tmp_path / "d")
     (tmp_path / "d" / "labels.csv").write_bytes("id,label\n000,Österreich\n".encode("latin-1"))
-    with pytest.raises(DataError, match="not UTF-8 text"):
+    with pytest.raises(DataError, match="is not UTF-8; save the table as"):
         load_dataset(root, config=BREEDS)
 
 
