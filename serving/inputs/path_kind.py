@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from serving.errors import BundleError, OptionError
+from serving.imaging.formats import SUFFIXES
 from serving.terminal import quote_path
 
 Kind = Literal[
@@ -101,6 +102,7 @@ _SUFFIXES: Final[dict[str, Kind]] = {
     **dict.fromkeys((".onnx", ".pt2", ".ts"), "graph"),
     **dict.fromkeys((".csv", ".tsv", ".jsonl", ".parquet"), "table"),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".xz", ".bz2", ".zst"), "archive"),
+    **dict.fromkeys((".7z", ".rar"), "archive"),  # refused with a remedy by who reads archives
     **dict.fromkeys((".html", ".htm"), "report"),
 }  # fmt: skip
 _MOST: Final = 1000
@@ -229,8 +231,6 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _is_photo(name: str) -> bool:
-    from serving.imaging.decode import SUFFIXES  # here, because it imports Pillow
-
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from serving.errors import BrokenImage, DataError, TooLarge
 from serving.inputs import archives, lists
-from serving.inputs.compression import MAX_FILE, TOO_LONG
+from serving.inputs.compression import FIXED, MAX_FILE
 from serving.inputs.file_kinds import Kind, member_kind, named_kind, system_kind
 from serving.inputs.folders import Note, is_pattern
 from serving.inputs.passed_over import OnPassedOver, not_counted
@@ -111,7 +111,7 @@ def load(address: str) -> bytes | Path:
     except Exception as error:  # each package behind fsspec has its own error classes
         raise BrokenImage(f"can't be read: {_reason(error)}") from error
     if len(data) > MAX_FILE:
-        raise TooLarge(f"it has {TOO_LONG.format(MAX_FILE)}")
+        raise TooLarge(f"more than the {MAX_FILE} bytes {FIXED}")
     return data
 
 

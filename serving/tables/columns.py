@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from serving.errors import DataError
-from serving.imaging.decode import SUFFIXES
+from serving.imaging.formats import SUFFIXES
 
 if TYPE_CHECKING:
     from serving.tables.reader import Table

@@ -344,11 +344,11 @@ def _log_result(run: Run, result: evaluate.EvaluationResult) -> None:
 
 def _launcher(processes: int) -> str:
     """Return what stands before the command where torchrun has started the processes."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     if processes == 1:
         return ""
-    # With several machines, torchrun also needs the addresses that it was started with.
-    return f"torchrun --nproc-per-node {local} -m " if local == processes else "torchrun … -m "
+    if int(os.environ.get("LOCAL_WORLD_SIZE", processes)) == processes:
+        return f"torchrun --standalone --nproc-per-node {processes} -m "
+    return "torchrun … -m "  # with the addresses of the machines, as it was started
 
 
 def _log_how_to_resume(run: Run, error: BaseException) -> None:

@@ -18,9 +18,9 @@ from typing import Final
 from serving.errors import FledgeError
 from serving.tables.columns import text_of
 from serving.tables.reader import open_table
+from training.data.folders.part_names import is_container, part_of
+from training.data.folders.photo_tree import PhotoFolder
 from training.data.label_table import SUFFIXES
-from training.data.part_names import is_container, part_of
-from training.data.photo_tree import PhotoFolder
 
 PATTERN: Final = r"^(.+?)[ ._(-]*[0-9]+\)?\."
 """Finds the label in names such as `cat.0.jpg`, `great_pyrenees_12.jpg` and `cat (1).jpg`."""
