@@ -22,10 +22,10 @@ from serving.errors import DataError
 from serving.imaging.formats import SUFFIXES
 from serving.tables.columns import has_image_suffix
 from serving.terminal import quote
+from training.data.folders.part_names import part_of
 from training.utils.console import quoted
 
 _DRIVE: Final = re.compile(r"[A-Za-z]:(?=/)")
-_OTHER_PARTS: Final = ("valid", "val", "validation", "test")
 _MOST_EQUAL: Final = 100
 """Largest number of photos of one name that are considered for a name in the table."""
 
@@ -172,7 +172,7 @@ def _rule(
         rule
         for choices in candidates
         for rule in {rule for rule, _ in choices}
-        if rule.folder in folders or (option and rule.folder[0].casefold() not in _OTHER_PARTS)
+        if rule.folder in folders or (option and part_of(rule.folder[0]) not in ("valid", "test"))
     )
     for rule in usual:
         if votes[rule]:
