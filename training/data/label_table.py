@@ -152,7 +152,7 @@ def read_label_table(
             wrong.add(f"{where}: {quoted(name)} is in {table.where(lines[path])}, too")
         lines.setdefault(path, row.number)
         entries.append(TableEntry(path, label, part))
-    wrong.check(_remedy(missing, len(rows), images))
+    wrong.check(_remedy(missing, len(rows), images if config.images else root))
     if not entries:
         raise DataError(f"{table.path} has no row under its first line")
     return entries
@@ -162,7 +162,7 @@ def _remedy(missing: int, rows: int, images: Path) -> str:
     if not missing:
         return ""
     have = "has none" if missing == 1 else "have none"
-    return f"{missing} of {rows} rows {have} in {images}; see data.images and data.suffix"
+    return f"{missing} of {rows} rows {have} below {images}; see data.images and data.suffix"
 
 
 def _open(root: Path, config: DataConfig) -> Table:
