@@ -54,8 +54,9 @@ def shortcomings(classes: Sequence[str], photos: Labels, right: Labels) -> Itera
         return
     accuracy, constant = int(right.sum()) / total, most / total
     if accuracy <= constant + math.sqrt(constant * (1 - constant) / total):
+        where = "below" if accuracy < constant else "at"
         yield (
-            f"accuracy {accuracy:.2%} is at the level of always saying "
+            f"accuracy {accuracy:.2%} is {where} the level of always saying "
             f"{classes[int(photos.argmax())]}, {constant:.2%} of {total:,} photos; "
             f"balanced over the classes it is {balanced_accuracy(photos, right):.2%}"
         )
@@ -88,6 +89,6 @@ def unmeasured(classes: Sequence[str], photos: Labels) -> Iterator[str]:
 
 REMEDY: Final = (
     "look at what the crop leaves of the photos with `fledge preview {data} --augment`, correct "
-    "wrong labels, add photos of the weak classes, or train longer"
+    "wrong labels, add photos of the weak classes, or train longer: {longer}"
 )
-"""What to do about shortcomings; `data` is the quoted value of `--data`."""
+"""What to do about shortcomings; `data` is the quoted value of `--data`, `longer` an override."""

@@ -95,7 +95,8 @@ def test_a_run_at_the_level_of_chance_says_so_at_its_end(recipe, tmp_path, monke
     assert metrics["balanced_accuracy"] < 0.5
     *_, level, lost, remedy, last = said
     assert level.startswith("warning: accuracy ")
-    assert "is at the level of always saying blue, 60.00% of 5 photos" in level
+    assert " the level of always saying blue, 60.00% of 5 photos" in level
+    assert remedy.endswith("train longer: stage.all.epochs=2")
     assert "never found: " in lost
     assert f"balanced {metrics['balanced_accuracy']:.2%}" in last
     assert "next: fledge export" in last

@@ -22,8 +22,9 @@ from training.data.folders.part_names import is_container, part_of
 from training.data.folders.photo_tree import PhotoFolder
 from training.data.label_table import SUFFIXES
 
-PATTERN: Final = r"^(.+?)[ ._(-]*[0-9]+\)?\."
-"""Finds the label in names such as `cat.0.jpg`, `great_pyrenees_12.jpg` and `cat (1).jpg`."""
+PATTERN: Final = r"^(.*?[^\W\d_].*?)[ ._(-]*[0-9]+\)?\."
+"""Finds the label in names such as `cat.0.jpg`, `great_pyrenees_12.jpg` and `cat (1).jpg`.
+A label has a letter: `1.jpg` in a folder of test photos has none."""
 
 # fmt: off
 _CAMERA: Final = frozenset([
