@@ -193,6 +193,11 @@ def find_labels(
         return columns.index("label") if "label" in columns else usual[0]
     if len(others) == 1:
         return others[0]
+    if not others:
+        raise DataError(
+            f"{where}: one column alone, {columns[0]!r:.80}; separate path and label by commas, "
+            "semicolons or tabs"
+        )
     which = [columns[at] for at in usual] or columns
     several = "several columns of labels" if usual else "no column of labels"
     raise DataError(f"{where}: {several} among {shown(which)}{remedy}")

@@ -30,6 +30,8 @@ from training.utils.console import quoted
 SUFFIXES: Final = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".parquet")
 """Suffixes of files that `--data` takes for tables of labels."""
 
+_IN_UTF8: Final = "save the table as 'CSV UTF-8'"
+
 
 class TableEntry(NamedTuple):
     """A row of a table of labels: absolute path of the photo, label, and name of the part or ""."""
@@ -146,10 +148,12 @@ def read_label_table(
         if not label:
             wrong.add(f"{where}: {quoted(name)} has no {table.columns[label_at]}")
         elif not is_utf8(label):
-            wrong.add(f"{where}: label {show_label(label)} is not UTF-8 text")
+            wrong.add(f"{where}: label {show_label(label)} is not UTF-8; {_IN_UTF8}")
         if isinstance(path, str):
             missing += 1
-            wrong.add(f"{where}: {path}")
+            wrong.add(
+                f"{where}: {path}{'' if is_utf8(name) else f', which is not UTF-8; {_IN_UTF8}'}"
+            )
             continue
         if not anywhere and not path.is_relative_to(root):
             wrong.add(f"{where}: {quoted(name)} lies outside of the data folder {root}")
@@ -157,7 +161,7 @@ def read_label_table(
             wrong.add(f"{where}: {quoted(name)} is in {table.where(lines[path])}, too")
         lines.setdefault(path, row.number)
         entries.append(TableEntry(path, label, part))
-    wrong.check(_remedy(missing, len(rows), images))
+    wrong.check(_remedy(missing, len(rows), images if config.images else root))
     if not entries:
         raise DataError(f"{table.path} has no row under its first line")
     return entries
@@ -214,7 +218,7 @@ def _remedy(missing: int, rows: int, images: Path) -> str:
     if not missing:
         return ""
     have = "has none" if missing == 1 else "have none"
-    return f"{missing} of {rows} rows {have} in {images}; see data.images and data.suffix"
+    return f"{missing} of {rows} rows {have} below {images}; see data.images and data.suffix"
 
 
 def _open(root: Path, config: DataConfig) -> Table:

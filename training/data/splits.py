@@ -12,7 +12,7 @@ from typing import Final, TypeGuard
 
 from serving.errors import DataError, OptionError
 from serving.tables.columns import PARTS as FOLDS
-from serving.tables.columns import PATHS, find_paths, text_of, usual_columns
+from serving.tables.columns import find_paths, text_of, usual_columns
 from serving.tables.reader import EmptyTable, Table, open_table
 from serving.utils.mistakes import Mistakes
 from training.config.sections import DataConfig
@@ -192,7 +192,7 @@ def _rows(
         at = find_paths(table, None, split, str)
         fold_at = 1 - at
     else:
-        if not folds or not usual_columns(table.columns, PATHS):
+        if not folds or len(table.columns) == 1:
             have = ", ".join(map(quoted, table.columns))
             raise DataError(f"{split}: the first line must be 'path,fold'; it has {have}")
         at = find_paths(table, None, split, lambda _: "call it path")
@@ -200,7 +200,7 @@ def _rows(
     rows = list(table.rows([at, fold_at]))
     names = [text_of(row.values[0]).strip() for row in rows]
     found = photo_names.locate(names, [root], root, lambda: photos_below(root), split)
-    wrong = Mistakes(split)
+    wrong, missing = Mistakes(split), False
     lines: dict[Path, int] = {}
     entries: list[tuple[Path, str, str]] = []
     for row, name, path in zip(rows, names, found, strict=True):
@@ -215,7 +215,8 @@ def _rows(
             wrong.add(f"{where}: fold {quoted(given)} is not train, valid, test or a number")
         relative = path.relative_to(root) if _is_below(path, root) else Path()
         if isinstance(path, str) and name:
-            wrong.add(f"{where}: {path} in {root}")
+            wrong.add(f"{where}: {path}")
+            missing = True
         elif len(relative.parts) < 1 + class_folders:
             form = "CLASS/photo below" if class_folders else "a photo in"
             wrong.add(f"{where}: path {quoted(name)} is not {form} the data folder")
@@ -229,7 +230,7 @@ def _rows(
         if wrong.count == before and isinstance(path, Path):
             entries.append((path, label, fold))
             lines[path] = row.number
-    wrong.check()
+    wrong.check(f"photos are looked for below {root}" if missing else "")
     if not entries:
         raise DataError(f"{split} has no row under its first line; write lines of path,fold")
     return entries
