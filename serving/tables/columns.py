@@ -122,7 +122,8 @@ def find_paths(
         option: Function that returns, for the name of a column, the option that chooses it.
         preferred: Name of the column that is taken where several are equally likely.
         always: Whether the preferred column is taken even if others are more likely.
-        is_photo: Function that checks whether a value is the name of a photo.
+        is_photo: Function that checks whether a value is the name of a photo; where that holds for
+            no column, values that end like the name of an image are taken for one.
 
     Raises:
         DataError: There is no such column, or several are equally likely.
@@ -140,11 +141,13 @@ def find_paths(
     if len(columns) == 1 or len(usual) == 1:
         return usual[0] if usual else 0
     rows = list(islice(table.rows(range(len(columns))), _SAMPLE))
-    photos = [
-        at
-        for at in usual or range(len(columns))
-        if rows and all(is_photo(text_of(row.values[at])) for row in rows)
-    ]
+    photos: list[int] = []
+    for check in (is_photo, has_image_suffix):
+        photos = photos or [
+            at
+            for at in usual or range(len(columns))
+            if rows and all(check(text_of(row.values[at])) for row in rows)
+        ]
     likely = photos or usual
     if len(photos) != 1 and preferred in [columns[at] for at in likely]:
         return columns.index(preferred)

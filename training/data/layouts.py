@@ -1,7 +1,7 @@
 """Find the photos of a dataset and their labels in one of the supported layouts on disk.
 
-Labels are the names of class folders (see `training.data.structure`), parts of file names, or
-values in a CSV table. The result is a list of `Photo`: path, class name and split.
+Labels are the names of class folders (see `training.data.folders.structure`), parts of file names,
+or values in a CSV table. The result is a list of `Photo`: path, class name and split.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import NamedTuple
 from serving.errors import DataError
 from serving.inputs.passed_over import PassedOver
 from training.config.sections import DataConfig
+from training.data.folders.part_names import part_of
+from training.data.folders.photo_tree import PhotoFolder, count_unused, read_tree, tree_lines
+from training.data.folders.structure import PARTS, Structure, find_structure
 from training.data.label_table import images_folder, read_label_table
-from training.data.part_names import part_of
-from training.data.photo_tree import PhotoFolder, count_unused, read_tree, tree_lines
-from training.data.structure import PARTS, Structure, find_structure
 from training.utils.console import quoted
 
 

@@ -3,6 +3,7 @@ that works when it is pasted."""
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +13,7 @@ from tests.support.tiny_bundle import photo
 from training.config import load
 from training.config.sections import DataConfig
 from training.data.dataset import load_dataset
-from training.data.part_names import part_of, resembles_part
-from training.preview import preview
+from training.data.folders.part_names import part_of, resembles_part
 
 JPEG = photo(3, (20, 16))
 
@@ -56,7 +56,7 @@ def pasted(message):
     """The config that the options in a message give, as a shell and the command read them."""
     words = shlex.split(message.partition(": add ")[2].partition("; ")[0])
     assert words
-    return load.read_text(preview.DEFAULTS, "test", words).data
+    return load.read(Path("quick"), words).data
 
 
 NAMES = [
