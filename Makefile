@@ -140,9 +140,9 @@ ifneq ($(origin BUNDLE),file)
 	  --build-arg IMAGE=$(IMAGE) $(call quote,BUNDLE)
 endif
 
-run-image: ## Serve BUNDLE=bundle from the image on PORT=3000: read-only, unprivileged
+run-image: ## Serve BUNDLE=bundle from the image on PORT=3000 of this machine: read-only, unprivileged
 	@test -d $(call quote,BUNDLE) || { echo "make: there is no bundle" $(call quote,BUNDLE) "- make one with make export" >&2; exit 2; }
-	$(DOCKER) run --rm --stop-timeout 35 --publish $(PORT):3000 --volume "$$(cd $(call quote,BUNDLE) && pwd)":/bundle:ro \
+	$(DOCKER) run --rm --stop-timeout 35 --publish 127.0.0.1:$(PORT):3000 --env FLEDGE_HOSTS=localhost --volume "$$(cd $(call quote,BUNDLE) && pwd)":/bundle:ro \
 	  --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges $(DOCKER_RUN_ARGS) $(IMAGE) $(ARGS)
 
 sbom: install ## List the packages of the image IMAGE=fledge in build/sbom.json, as CycloneDX

@@ -26,14 +26,16 @@ def export(options: argparse.Namespace) -> None:
         sign=options.sign,
     )
     if options.checkpoint is None:
-        for name in ("arch", "arch_args", "labels", "photos", "size", "crop"):
+        for name in ("arch", "arch_args", "labels", "size", "crop"):
             if getattr(options, name) is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise OptionError(f"{option} goes with --checkpoint FILE, not with a run")
         if options.run is None:
             raise OptionError("name a run, as runs/latest; or a torchvision --checkpoint FILE")
         require(options.run, "run")
-        pipeline.export(options.run, options.out, export_options, data=options.data)
+        pipeline.export(
+            options.run, options.out, export_options, data=options.data, photos=options.photos
+        )
     else:
         for name in ("arch", "labels", "photos"):
             if getattr(options, name) is None:
@@ -65,6 +67,13 @@ def add_to(add_verb: AddVerb) -> None:
         "--out", type=Path, default=Path("bundle"), metavar="BUNDLE", help="default: bundle"
     )
     add.add_argument("--data", type=Path, metavar="DIR", help="the photos, if they were moved")
+    add.add_argument(
+        "--photos",
+        type=Path,
+        metavar="DIR",
+        help="photos that the network was not trained on, one folder per class, or a zip or tar: "
+        "more of them for judging int8 and fp16, or with --checkpoint all of them",
+    )
     checkpoint = add.add_argument_group("a torchvision checkpoint instead of a run")
     checkpoint.add_argument("--checkpoint", type=Path, metavar="FILE", help=".pth or .safetensors")
     checkpoint.add_argument("--arch", metavar="NAME", help="torchvision's name of the network")
@@ -76,12 +85,6 @@ def add_to(add_verb: AddVerb) -> None:
     )
     checkpoint.add_argument(
         "--labels", type=Path, metavar="FILE", help="text file with one class name per line"
-    )
-    checkpoint.add_argument(
-        "--photos",
-        type=Path,
-        metavar="DIR",
-        help="held-out photos, one folder per class; or a zip or tar",
     )
     checkpoint.add_argument(
         "--size", type=int, metavar="PX", help="side of the network's input; default: 224"
@@ -100,14 +103,15 @@ def add_to(add_verb: AddVerb) -> None:
         "--precision",
         default="auto",
         choices=["auto", "fp32", "int8", "fp16"],
-        help="auto tries what this machine can run and keeps what is fast enough; default: auto",
+        help="auto tries what this machine can run, and keeps what is faster and surely accurate "
+        "enough; int8 or fp16 is kept unless it is surely not; default: auto",
     )
     add.add_argument(
         "--accuracy-budget",
         type=float,
         default=0.5,
         metavar="POINTS",
-        help="accuracy that a faster precision may cost; default: 0.5",
+        help="accuracy that a faster precision may cost, as sure as 95 %%; default: 0.5",
     )
     add.add_argument(
         "--sign",

@@ -19,10 +19,16 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from export import calibration, parity, torchvision_checkpoint
+from export import calibration, further_photos, parity, torchvision_checkpoint
 from export.graph import CheckpointRuntime, Exportable, assemble, contract
 from export.model_card import card
-from export.precision.select import FILES, PrecisionRequest, check_request, select_precisions
+from export.precision.select import (
+    FILES,
+    MAX_PHOTOS,
+    PrecisionRequest,
+    check_request,
+    select_precisions,
+)
 from export.precision.verdict import DEFAULT_BUDGET
 from export.publish import check_target, partial_payload, publish
 from export.writers import onnx
@@ -74,6 +80,7 @@ def export(
     options: ExportOptions = ExportOptions(),
     *,
     data: Path | None = None,
+    photos: Path | None = None,
     formats: Sequence[GraphFormat] = FORMATS,
     log: Callable[[str], None] = show,
 ) -> Manifest:
@@ -84,6 +91,8 @@ def export(
         out: The bundle's folder. If it has a bundle, the new version replaces the old one.
         options: Name, precisions, confidence target and signing key.
         data: The photos' folder, if they were moved after training.
+        photos: Folder of further held-out photos, with one folder per class, for comparing
+            precisions.
         formats: File formats in which the graph is written besides ONNX.
         log: Function that is called with one line per step.
 
@@ -100,7 +109,11 @@ def export(
     dataset = load_run_dataset(run, data)
     train, valid = ([(s.path, s.label) for s in part] for part in (dataset.train, dataset.valid))
     source = checkpoint.run_folder_of(run).resolve().name
-    exported = _Source(classifier, info, source, train, valid)
+    more: list[parity.Sample] = []
+    if photos is not None:
+        known = [path for path, _ in (*train, *valid, *dataset.test)]
+        more = further_photos.find(photos, info.classes, known, log)
+    exported = _Source(classifier, info, source, train, valid, more=more)
     return _export(exported, run, out, options, formats, log)
 
 
@@ -144,7 +157,7 @@ def export_checkpoint(
     )
     train, valid = torchvision_checkpoint.photos(photos, names)
     info = replace(info, data={"source": str(photos), "train": 0, "valid": len(valid)})
-    exported = _Source(classifier, info, path.name, train, valid)
+    exported = _Source(classifier, info, path.name, train, valid, trained=False)
     return _export(exported, path, out, options, formats, log)
 
 
@@ -157,6 +170,8 @@ class _Source(NamedTuple):
         name: Name of the run's folder or of the checkpoint file.
         train: Photos for int8 calibration.
         valid: Held-out photos.
+        trained: Whether the network was trained on `train`.
+        more: Further held-out photos, for comparing precisions.
     """
 
     classifier: Exportable
@@ -164,6 +179,8 @@ class _Source(NamedTuple):
     name: str
     train: Sequence[parity.Sample]
     valid: Sequence[parity.Sample]
+    trained: bool = True
+    more: Sequence[parity.Sample] = ()
 
 
 def _export(
@@ -179,7 +196,9 @@ def _export(
     check_request(options.precision, options.accuracy_budget)
     sign = signing.signer(options.sign) if options.sign else None
     signing.trusted()  # raises errors in the trusted keys now, not after minutes of work
-    source = source._replace(valid=parity.subsample(source.valid))
+    valid = parity.subsample(source.valid)
+    rest = sorted({*source.valid} - {*valid})
+    source = source._replace(valid=valid, more=[*parity.subsample(rest, MAX_PHOTOS), *source.more])
     try:
         with partial_payload(out) as payload:
             manifest = _build(payload, source, name, options, formats, log)
@@ -256,7 +275,13 @@ def _build(
             f"warning: always predicting the most common class would be right in {commonest:.1%}; "
             "are the labels in the order of the logits?"
         )
-    request = PrecisionRequest(options.precision, options.accuracy_budget, source.train)
+    request = PrecisionRequest(
+        options.precision,
+        options.accuracy_budget,
+        source.train,
+        trained=source.trained,
+        held_out=source.more,
+    )
     manifest = select_precisions(payload, manifest, held_out, samples, request, log)
     digests = {file: storage.sha256(payload / file) for file in manifest.graphs}
     return manifest.model_copy(update={"version": content_version(manifest, digests)})

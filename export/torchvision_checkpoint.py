@@ -199,8 +199,15 @@ def read_labels(path: Path) -> list[str]:
     return labels
 
 
-def photos(folder: Path, labels: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
+def photos(
+    folder: Path, labels: Sequence[str], named: str = "--labels has it"
+) -> tuple[list[Sample], list[Sample]]:
     """List the photos in a folder with one folder per class, and split them into two lists.
+
+    Args:
+        folder: The folder, or an archive.
+        labels: Class names in the order of the logits.
+        named: Where the names of the folders come from, for error messages.
 
     Returns:
         A third of the photos for int8 calibration, and the other two thirds as held-out photos.
@@ -217,7 +224,7 @@ def photos(folder: Path, labels: Sequence[str]) -> tuple[list[Sample], list[Samp
         near = " or ".join(map(show_label, nearest_labels(unknown[0], labels)))
         raise DataError(
             f"--photos {folder}: {show_label(unknown[0])} is no label ({len(unknown)} of "
-            f"{len(dataset.classes)} folders are none); name each folder as --labels has it"
+            f"{len(dataset.classes)} folders are none); name each folder as {named}"
             f"{f', such as {near}' if near else ''}"
         )
     indices = [places[label] for label in found if label is not None]

@@ -253,16 +253,16 @@ def _evaluate_scores_options(add: argparse.ArgumentParser) -> None:
     truth.add_argument(
         "--labels-from-folders",
         action="store_true",
-        help="the folder of an image, also within an archive, is its label",
+        help="the folder that is a class of the model, also within an archive, is the label",
     )
     truth.add_argument(
         "--labels",
         type=Path,
         metavar="FILE",
-        help="a CSV with the columns path and label; matched by path, else by unique file name",
+        help="a table with the columns path and label; matched by path, else by its unique end",
     )
-    truth.add_argument("--labels-column", metavar="NAME", help="default: label")
-    truth.add_argument("--path-column", metavar="NAME", help="default: path")
+    truth.add_argument("--labels-column", metavar="NAME", help="default: its usual name")
+    truth.add_argument("--path-column", metavar="NAME", help="default: its usual name")
     add.add_argument(
         "--bundle", type=Path, help="take the labels' order from it; default: infer it from SCORES"
     )

@@ -166,7 +166,7 @@ def test_a_path_that_is_something_else_gets_the_command_for_it(words, meant, her
         ("export runs/quik", "runs/quick"),
         ("evaluate runs", "runs/quick"),
         ("serve bundle/v1", "bundle"),
-        ("train bird.toml --data photos", "use demo"),
+        ("train bird.toml --data photos", "use one of demo"),
         ("train birds --data photos", "birds.toml"),
         ("train qiuck --data photos", "'quick'"),
         ("train quick --data phtos", "photos"),

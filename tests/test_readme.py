@@ -18,7 +18,8 @@ import pytest
 import fledge
 from serving import errors
 from serving.bundle.manifest import Manifest
-from serving.http import problems
+from serving.http import body_hints, problems
+from serving.http.messages import Request
 from serving.imaging.decode import decode
 from serving.inference.load import open_predictor
 from serving.settings import Settings
@@ -83,7 +84,7 @@ def test_documented_make_targets_and_variables_exist(page: str) -> None:
         assert target in TARGETS
         for word in given:
             variable = word.partition("=")[0]
-            assert re.search(rf"\$\((call quote,)?{variable}\)", MAKEFILE), word
+            assert re.search(rf"\$\((?:call quote,)?{variable}\)", MAKEFILE), word
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -130,9 +131,18 @@ def test_answers_have_the_documented_fields(tmp_path: Path) -> None:
     real = predictor.answer(predictor.predict([predictor.prepare(photo(7))])[0])
     assert list(answer) == list(in_readme) == list(real)
     assert list(answer["predictions"][0]) == list(real["predictions"][0])
+    page = b"<!DOCTYPE html><html></html>"
     with pytest.raises(errors.NotAnImage) as caught:
-        decode(b"no image")
-    assert problem == problems.problem(caught.value, "")
+        decode(page)
+    headers = {b"host": b"localhost:3000"}
+    request = Request("POST", "/predict", b"", headers, _no_receive, "")
+    real = problems.problem(body_hints.explain(caught.value, page, request), "")
+    real["detail"] = real["detail"].replace(", HEIC, JPEG XL", "")  # with the extras
+    assert problem == real
+
+
+async def _no_receive() -> dict[str, object]:
+    raise AssertionError
 
 
 def test_the_http_page_lists_every_error() -> None:

@@ -1,6 +1,8 @@
 """Choose precisions: convert to int8 and fp16, compare with fp32, and keep the acceptable ones.
 
-A precision is kept if it loses at most the accepted amount of accuracy and is faster than fp32.
+A precision is kept if it is certain enough that it loses at most the accepted amount of accuracy,
+and if it is faster than fp32. Where even equal answers to all photos could not show that, it is not
+tried.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from onnx import ModelProto
 from export import benchmark
 from export.calibration import HeldOut, predict_views
 from export.parity import Sample
-from export.precision import fp16, int8
-from export.precision.verdict import Verdict, compare_with_fp32
+from export.precision import fp16, int8, loss_bounds
+from export.precision.evidence import Answers, can_weight, evidence
+from export.precision.verdict import Verdict, compare_with_fp32, remedy
 from export.writers import onnx
 from serving.bundle.manifest import Manifest
 from serving.errors import FledgeError, GateError, OptionError
@@ -30,6 +33,9 @@ from serving.inference.predictor import Predictor
 from serving.utils.cpu import cores
 
 FILES: Final = {"fp32": "model.onnx", "int8": "model.int8.onnx", "fp16": "model.fp16.onnx"}
+
+MAX_PHOTOS: Final = 2000
+"""Largest number of photos on which a precision is compared with fp32."""
 
 
 class PrecisionKind(NamedTuple):
@@ -70,12 +76,32 @@ class PrecisionRequest:
         precision: "fp32": no other precision is tried. "int8" or "fp16": this one is tried.
             "auto": both are tried.
         budget: Percentage points of accuracy that a precision may lose.
-        train: Training photos for calibration.
+        train: Photos for calibration.
+        trained: Whether the network was trained on `train`. If not, those that calibration and
+            search don't use are held-out photos.
+        held_out: Further held-out photos, besides those of the parity gate.
     """
 
     precision: str
     budget: float
     train: Sequence[Sample]
+    trained: bool = True
+    held_out: Sequence[Sample] = ()
+
+    def more_held_out(self, count: int) -> list[Sample]:
+        """Return the held-out photos that are compared besides the first `count`."""
+        unused = [] if self.trained else self._unused()
+        return [*self.held_out, *unused][: max(0, MAX_PHOTOS - count)]
+
+    def training(self, count: int) -> list[Sample]:
+        """Return training photos to compare besides `count` held-out ones; none if these do."""
+        if not self.trained or 100 * loss_bounds.least_budget(count) <= self.budget:
+            return []
+        return self._unused()[: max(0, MAX_PHOTOS - count)]
+
+    def _unused(self) -> list[Sample]:
+        labels = dict(self.train)
+        return [(path, labels[path]) for path in int8.order(self.train)[int8.DRAWN :]]
 
 
 def check_request(precision: str, budget: float) -> None:
@@ -120,11 +146,17 @@ def select_precisions(
         if reason := _skip_reason(name, kind, request.precision):
             tried[name] = {"kept": False, "why_not": f"not tried: {reason}"}
             continue
+        if reason := _too_few(name, len(held_out.labels), request):
+            tried[name] = {"kept": False, "why_not": f"not tried: {reason}", "sure": False}
+            log(f"{name} not tried, fp32 is served: {reason}")
+            continue
         path = payload / FILES[name]
         try:
-            verdict, facts, rates = _try(name, kind, payload, manifest, held_out, samples, request)
+            verdict, facts, rates, accuracy = _try(
+                name, kind, payload, manifest, held_out, samples, request
+            )
             if verdict.kept:
-                manifest = _add_precision(name, kind, payload, manifest, verdict)
+                manifest = _add_precision(name, kind, payload, manifest, accuracy)
         except FledgeError as error:
             path.unlink(missing_ok=True)  # a graph that was not compared must not be in the bundle
             if request.precision == name:
@@ -176,6 +208,15 @@ def _skip_reason(name: str, kind: PrecisionKind, requested: str) -> str:
     return "" if _usable(kind.device) else "no GPU here"
 
 
+def _too_few(name: str, photos: int, request: PrecisionRequest) -> str:
+    """Return why no answers to the photos could show that a precision is accurate enough, or ""."""
+    photos += len(request.more_held_out(photos))
+    photos += len(request.training(photos)) if can_weight(photos) else 0
+    if request.precision == name or 100 * loss_bounds.least_budget(photos) <= request.budget:
+        return ""
+    return f"too few photos to judge accuracy: {remedy(name, request.budget, photos)}"
+
+
 def _try(
     name: str,
     kind: PrecisionKind,
@@ -184,8 +225,12 @@ def _try(
     held_out: HeldOut,
     samples: Sequence[Sample],
     request: PrecisionRequest,
-) -> tuple[Verdict, dict[str, Any], benchmark.Rates]:
-    """Write the graph of a precision, and compare its accuracy and speed with fp32."""
+) -> tuple[Verdict, dict[str, Any], benchmark.Rates, float]:
+    """Write the graph of a precision, and compare its accuracy and speed with fp32.
+
+    Returns:
+        The verdict, facts and speeds for the manifest, and the accuracy on `samples`.
+    """
     source, path = payload / FILES["fp32"], payload / FILES[name]
     workers = cores()
     pixels = int8.draw(request.train, manifest.preprocess, workers)
@@ -202,15 +247,33 @@ def _try(
     rates = _rates({"fp32": source, name: path}, payload, manifest, kind.device)
     best = {graph: by_setting[benchmark.fastest(by_setting)] for graph, by_setting in rates.items()}
     facts |= _threshold_facts(manifest, outputs)
+    accuracy = float((outputs.logits[:, 0].argmax(axis=1) == outputs.labels).mean())
+    reference = Predictor(manifest, runtime.OnnxRuntime(source, device="cpu"))
+
+    def both(more: Sequence[Sample]) -> tuple[HeldOut, HeldOut]:
+        one, other = (predict_views(p, more, workers, views=1) for p in (reference, predictor))
+        return one, other
+
+    more = both(request.more_held_out(len(held_out.labels)))
+    first = np.concatenate([held_out.logits[:, 0], more[0].logits[:, 0]])
+    second = np.concatenate([outputs.logits[:, 0], more[1].logits[:, 0]])
+    labels = np.concatenate([held_out.labels, more[0].labels])
+    training = both(request.training(len(labels)))
     verdict = compare_with_fp32(
-        held_out.logits[:, 0].argmax(axis=1).tolist(),
-        outputs.logits[:, 0].argmax(axis=1).tolist(),
-        held_out.labels.tolist(),
+        first.argmax(axis=1).tolist(),
+        second.argmax(axis=1).tolist(),
+        labels.tolist(),
         speedup=best[name] / best["fp32"],
         budget=request.budget,
+        evidence=evidence(
+            Answers.of(first, second, labels),
+            Answers.of(training[0].logits[:, 0], training[1].logits[:, 0], None),
+        ),
+        insisted=request.precision == name,
     )
-    not_finite = int((~np.isfinite(outputs.logits).all(axis=(1, 2))).sum())
-    return replace(verdict, not_finite=not_finite), facts, rates
+    logits = np.concatenate([second, training[1].logits[:, 0]])
+    not_finite = int((~np.isfinite(logits).all(axis=1)).sum())
+    return replace(verdict, not_finite=not_finite), facts, rates, accuracy
 
 
 def _rates(
@@ -237,7 +300,7 @@ def _threshold_facts(manifest: Manifest, outputs: HeldOut) -> dict[str, Any]:
 
 
 def _add_precision(
-    name: str, kind: PrecisionKind, payload: Path, manifest: Manifest, verdict: Verdict
+    name: str, kind: PrecisionKind, payload: Path, manifest: Manifest, accuracy: float
 ) -> Manifest:
     """Return a copy of the manifest with a precision and its probabilities for the golden images.
 
@@ -250,6 +313,6 @@ def _add_precision(
         prepared = predictor.prepare((payload / str(item["file"])).read_bytes())
         answer = predictor.predict([prepared])[0].probabilities
         golden.append({**item, "probabilities": {**item["probabilities"], name: answer.tolist()}})
-    entry = {"file": FILES[name], "accuracy": verdict.accuracy, "tolerance": kind.tolerance}
+    entry = {"file": FILES[name], "accuracy": accuracy, "tolerance": kind.tolerance}
     precisions = {**manifest.precisions, name: entry}
     return manifest.model_copy(update={"precisions": precisions, "golden": tuple(golden)})

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from serving.errors import DataError
-from serving.inputs.file_kinds import is_image
-from serving.tables.columns import find_labels, find_paths, text_of
+from serving.tables.columns import find_labels, find_paths, has_image_suffix, text_of
 from serving.tables.reader import Table, open_table, too_few
 from serving.terminal import quote
 from serving.utils.label_names import LabelMatcher, is_utf8, normalize_label, show_label
@@ -24,7 +23,7 @@ _MOST_NAMES: Final = 100_000
 """Largest number of distinct folder names that are counted."""
 
 # The archive in the name of a member (`serving.inputs.tar`): a.tar::cat/1.jpg, a.tar::2::cat/1.jpg.
-_ARCHIVE: Final = re.compile(r"\.(?:tar|tar\.\w+|t(?:gz|bz2|xz|zst))::(?:[0-9]+::)?", re.IGNORECASE)
+_ARCHIVE: Final = re.compile(r"\.(?:zip|tar|tar\.\w+|t(?:gz|bz2|xz|zst))::(?:[0-9]+::)?", re.I)
 
 
 class TrueLabels(Protocol):
@@ -190,7 +189,7 @@ class LabelFile:
             self._lines.append(number)
         elif self._labels[place] != label:
             return (
-                f"{path!r} is {show_label(self._labels[place])} in "
+                f"{table.where(number)}: {path!r} is {show_label(self._labels[place])} in "
                 f"{table.where(self._lines[place])} and {show_label(label)} in "
                 f"{table.where(number)}; keep one"
             )
@@ -272,7 +271,7 @@ def _ends(path: str, *, suffixless: bool = True) -> Iterator[str]:
     for count in range(min(_LONGEST_END, len(names)), 0, -1):
         end = "/".join(names[-count:])
         yield end
-        if suffixless and is_image(end):
+        if suffixless and has_image_suffix(end):
             yield end.rpartition(".")[0]
 
 

@@ -28,6 +28,7 @@ _UNREAD: Final = (
     problems.BadHost,
     problems.CrossSite,
     problems.RateLimited,
+    problems.UnsupportedCoding,
 )
 """Errors before the body is read; the connection is closed if the body has not arrived yet."""
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -52,6 +53,7 @@ class Request:
         receive: ASGI callable that receives the body.
         client: Address of the caller, "" if it is not known. A proxy on this machine states it in
             X-Forwarded-For.
+        scope: The ASGI scope.
         id: The client's X-Request-ID if it is valid, else a random id.
         body_complete: Whether the whole body has been read.
         upload: What the body has taken from the `BodyBudget`; None before it is read.
@@ -65,6 +67,7 @@ class Request:
     receive: Receive
     id: str
     client: str = ""
+    scope: Message = field(default_factory=dict, repr=False)
     body_complete: bool = False
     upload: Upload | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -78,12 +81,23 @@ class Request:
         query = scope["query_string"]
         client = scope.get("client")
         address = client[0] if client else ""
-        return cls(scope["method"], scope["path"], query, headers, receive, id_, address)
+        path, method = scope["path"], scope["method"]
+        return cls(method, path, query, headers, receive, id_, address, scope)
 
     @property
     def content_type(self) -> bytes:
         """The Content-Type header, or b"" if there is none."""
         return self.headers.get(b"content-type", b"")
+
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port by which the client has reached the service."""
+        host = self.headers.get(b"host", b"").decode("latin-1")
+        if not host:  # HTTP/1.0
+            name, port = self.scope.get("server") or ("localhost", None)
+            host = f"[{name}]" if ":" in name else name
+            host += f":{port}" if port else ""
+        return f"{self.scope.get('scheme', 'http')}://{host}"
 
     @property
     def seconds(self) -> float:
@@ -193,6 +207,8 @@ class Response:
             headers.append((b"retry-after", str(seconds).encode()))
         if isinstance(error, Unauthorized):
             headers.append((b"www-authenticate", b"Bearer"))
+        if isinstance(error, problems.UnsupportedCoding):
+            headers.append((b"accept-encoding", b"identity"))
         refused = isinstance(error, _UNREAD)
         if refused and not request.body_complete:
             headers.append((b"connection", b"close"))  # the rest of the body is not read

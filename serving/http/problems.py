@@ -59,6 +59,13 @@ class HeadTooLarge(HttpError):
     http_status = 431
 
 
+class UnsupportedCoding(HttpError):
+    """The body has a Content-Encoding, such as gzip. The response lists those that are accepted."""
+
+    code = "unsupported-coding"
+    http_status = 415
+
+
 class SlowRequest(HttpError):
     """The client took too long to send the body."""
 

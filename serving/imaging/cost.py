@@ -21,7 +21,7 @@ IN_PROCESS_SECONDS: Final = 0.5
 is below both. Other images are decoded in a process of their own, which can be stopped."""
 
 MAX_BYTES_PER_PIXEL: Final = 24
-"""Largest peak memory of any format, in bytes per pixel: WebP and AVIF."""
+"""Largest peak memory of a format that may not state its size, in bytes per pixel: WebP, AVIF."""
 
 # Bytes per pixel of an image in Pillow: RGB, RGBA, LA and CMYK have four.
 _RGB: Final = 4.0
@@ -46,6 +46,14 @@ _LARGE_EXIF: Final = 2**17
 _MANY_VALUES: Final = 4096
 _STRIPS: Final = (273, 279, 324, 325)
 _LONG_TAGS: Final = (320, 700, 33723, 34377, 34675, 37724)
+
+# Compressions of a TIFF that are decoded in this process: none, LZW, Deflate (two numbers) and
+# PackBits. libtiff's other decoders go on after errors, of which each is a line on stderr (fax), or
+# decode streams whose own heads state what they cost (JPEG, LZMA, Zstandard, WebP and others).
+_COMPRESSION: Final = 259
+_COMMON_COMPRESSIONS: Final = frozenset({1, 5, 8, 32946, 32773})
+# Bytes of the dictionary of LZMA, and of the window of Zstandard, as encoders write them.
+_DICTIONARIES: Final = {34925: 2**26 + 2**24, 50000: 2**27}
 
 # Bytes of the code tables of a lossless WebP as encoders write them.
 _CODE_TABLES: Final = 2**25
@@ -278,6 +286,7 @@ def _bmp(data: bytes) -> _Head | None:
 
 def _tiff(data: bytes) -> _Head | None:
     size: dict[int, int] = {}
+    compressions: set[int] = set()
     strips = values = 0
     # As in `limits`: Pillow and libtiff may disagree about the kind of file, and about entries that
     # are repeated. The largest value counts.
@@ -290,6 +299,8 @@ def _tiff(data: bytes) -> _Head | None:
             if count != 1:
                 value = 64 if tag == 258 else 0  # bits of several samples are stored elsewhere
             size[tag] = max(size.get(tag, 0), value)
+            if tag == _COMPRESSION:
+                compressions.add(value)
     width, height = size.get(256, 0), size.get(257, 0)
     # One strip or tile may have all rows, and be larger than the image.
     tile = size.get(322, 0) * size.get(323, 0)
@@ -304,8 +315,8 @@ def _tiff(data: bytes) -> _Head | None:
         converted=True,
         rotated=True,
         nanoseconds=15.0 + 5.0 * raw,
-        metadata=400 * strips,
-        unusual=values > _MANY_VALUES,
+        metadata=400 * strips + max(_DICTIONARIES.get(one, 0) for one in compressions or {1}),
+        unusual=values > _MANY_VALUES or not compressions <= _COMMON_COMPRESSIONS,
         opening=strips * 6e-6,
     )
 
@@ -319,12 +330,12 @@ def _avif(data: bytes) -> _Head | None:
 
 def _heic(data: bytes) -> _Head | None:
     head = plugin_heads.heif(data)
-    return head and _Head(head.width, head.height, 24.0, True, False, 120.0, 2**22, True)
+    return head and _Head(head.width, head.height, 16.0, False, False, 200.0, 2**22, True)
 
 
 def _jpeg_xl(data: bytes) -> _Head | None:
     head = plugin_heads.jpeg_xl(data)
-    return head and _Head(head.width, head.height, 60.0, True, True, 200.0, 2**24, True)
+    return head and _Head(head.width, head.height, 32.0, True, True, 250.0, 2**22, True)
 
 
 _READERS: Final[dict[bytes, Callable[[bytes], _Head | None]]] = {

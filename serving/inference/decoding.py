@@ -95,8 +95,8 @@ def image_decoder(predictor: Predictor, max_pixels: int, budget: DecodingBudget)
 
     def prepare(data: bytes, tta: int) -> Prepared:
         cost = predictor.estimate(data, tta, max_pixels=max_pixels)
-        if cost.isolated:
-            raise NeedsIsolation(cost)
+        if cost.isolated or cost.bytes > common.total:
+            raise NeedsIsolation(cost)  # whose limit of memory is that of its process
         with common.reserve(cost.bytes):
             try:
                 return predictor.prepare(data, tta, max_pixels=max_pixels, estimated=cost)

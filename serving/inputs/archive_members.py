@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from serving.inputs.file_kinds import member_kind, named_kind
+from serving.inputs.file_kinds import member_kind, path_kind
 from serving.inputs.passed_over import OnPassedOver
 
 SEPARATOR: Final = "::"
@@ -56,10 +56,7 @@ def listed(passed_over: OnPassedOver) -> Wanted:
 
 def is_hidden(name: str) -> bool:
     """Return whether the file, or a folder above it, is hidden or made by a system or tool."""
-    *folders, file = [part for part in name.split("/") if part not in ("", ".", "..")] or [""]
-    return bool(named_kind(file, is_folder=False)) or any(
-        named_kind(folder, is_folder=True) for folder in folders
-    )
+    return path_kind(name) is not None
 
 
 def unique(name: str, counts: dict[str, int]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from serving.imaging import formats
-from serving.imaging.decode import SUFFIXES
+from serving.imaging.formats import SUFFIXES
 from serving.inputs.passed_over import Reason
 from serving.utils import json_reader
 from serving.utils.regular_files import open_regular, read_limited
@@ -121,7 +121,7 @@ _OTHER_FORMATS: Final[Mapping[str, str]] = {
     **dict.fromkeys((".dcm", ".dicom"), "DICOM"),
 }
 """Suffixes of images that are not read, and the formats. The content of such a file decides first:
-many a `.ppm` is a JPEG."""
+many a `.pgm` is a JPEG."""
 
 # fmt: off
 _RAW: Final = frozenset([
@@ -163,7 +163,7 @@ _NO_PHOTOS: Final = frozenset({"PDF", "EPS", "SVG", "WMF"})
 _HEAD: Final = 4096  # bytes
 
 _OWN_PICTURES: Final = re.compile(
-    r"(?:preview|augment|schedule|ablation|lr_find-.*)\.png", re.DOTALL
+    r"(?:preview|photos|augment|schedule|ablation|lr_find-.*)\.png", re.DOTALL
 )
 _OWN_PICTURE: Final = b"tEXtSoftware\0" + SOFTWARE.encode()
 
@@ -204,12 +204,17 @@ def member_kind(path: str) -> Kind | None:
     Args:
         path: Names separated by `/`; the last one is that of a file.
     """
+    if found := path_kind(path):
+        return found
+    name = path.rpartition("/")[2]
+    return None if is_image(name) else _kind_by_suffix(name) or _no_image(name)
+
+
+def path_kind(path: str) -> Kind | None:
+    """Return why a file is passed over because of its name or of a folder's above it, or None."""
     *folders, name = [part for part in path.split("/") if part not in ("", ".", "..")] or [""]
-    for part in folders:
-        if found := named_kind(part, is_folder=True):
-            return found
-    found = named_kind(name, is_folder=False)
-    return found or (None if is_image(name) else _kind_by_suffix(name) or _no_image(name))
+    kinds = (named_kind(part, is_folder=True) for part in folders)
+    return next(filter(None, kinds), None) or named_kind(name, is_folder=False)
 
 
 def named_kind(name: str, *, is_folder: bool) -> Kind | None:
@@ -245,6 +250,15 @@ def folder_kind(folder: str) -> Kind | None:
         if os.path.lexists(path) and has_mark(Path(path)):
             return Kind(reason, os.path.basename(folder))
     return None
+
+
+def may_be_image(path: str) -> bool:
+    """Return whether a file is an image by its suffix, or may be one by its content.
+
+    Args:
+        path: Names separated by `/`; the last one is that of a file.
+    """
+    return is_image(path) or _kind_by_suffix(path.rpartition("/")[2], certain=True) is None
 
 
 def _kind_by_suffix(name: str, *, certain: bool = False) -> Kind | None:

@@ -119,7 +119,8 @@ class PassedOver:
 
 
 def _details(counts: Counter[str]) -> str:
-    named = [(detail, number) for detail, number in counts.most_common() if detail]
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    named = [(detail, number) for detail, number in ordered if detail]
     if len(named) == 1 and len(counts) == 1:
         return escape(named[0][0])
     shown = [f"{escape(detail)} {number}" for detail, number in named[:_SHOWN]]

@@ -35,6 +35,9 @@ SUFFIXES: Final = (
 _NO_TAR: Final = ": no tar archive"
 _PIECE: Final = 2**16
 
+_LONGEST_NAME: Final = 4096
+"""Characters of a member's name, as in a path of Linux: all names are kept."""
+
 _HOLES: Final = 2**20
 """Bytes that a sparse member may have beyond `MAX_RATIO` times those in the archive."""
 
@@ -131,6 +134,8 @@ def _headers(source: PeekableStream) -> Iterator[tuple[tarfile.TarFile, tarfile.
             raise DataError(f"broken {place} ({_reason(error)})") from error
         if info is None or tar.offset <= offset:
             raise DataError(f"broken {place}")
+        if len(info.name) > _LONGEST_NAME:
+            raise DataError(f"broken {place} (a name of {len(info.name)} characters)")
         offset, place = tar.offset, f"after {info.name}; what follows is left out"
         yield tar, info
     if len(block) < BLOCK:

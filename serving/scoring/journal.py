@@ -264,8 +264,7 @@ class ScoringJournal:
     def _read_rows(self, number: int) -> tuple[bytes, str | None]:
         """Return the lines of a shard's rows, and the checksum of the features.
 
-        Raises:
-            ValueError: The file was cut or changed, or belongs to other images.
+        ValueError is raised if the file was cut or changed, or belongs to other images.
         """
         first, _, body = _read(self._rows(number)).partition(b"\n")
         head = json.loads(first)
@@ -276,7 +275,8 @@ class ScoringJournal:
 
     def _read_features(self, number: int, digest: str) -> Features:
         with open_file(self._features(number)) as file:
-            features: Features = np.load(file)
+            # `np.load` would also read zip archives, and raise their errors.
+            features: Features = np.lib.format.read_array(file)
         if features.dtype != np.float32 or features.shape[:-1] != (self._size(number),):
             raise ValueError(f"it is {features.dtype} {list(features.shape)}")
         if _sha256(np.ascontiguousarray(features).data) != digest:

@@ -3,14 +3,21 @@
 A log that goes to a pipe blocks its writer as soon as the pipe is full and its reader has stopped
 reading. `QueueHandler` only puts a line into a queue; a thread writes it. When the queue is full,
 lines are dropped and counted, and a line in the log says how many.
+
+Libraries in C print to stderr themselves. `unblock_stderr` makes such a write fail where it would
+block: what finds no room is lost, and the rest, such as the message of an abort, is where stderr
+is.
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import json
 import logging
 import os
+import select
+import stat
 import sys
 import threading
 import time
@@ -29,7 +36,8 @@ GATHER_SECONDS: Final = 0.02
 for each line would cost a request more than all else that it needs apart from the model."""
 FLUSH_SECONDS: Final = 1.0
 """Time for which the end of the process waits for the lines that are left."""
-_RETRY_SECONDS: Final = 0.05
+_POLL_MS: Final = 1000
+_STDERR: Final = 2
 
 
 class LogWriter:
@@ -95,8 +103,10 @@ def _write(descriptor: int, data: bytes) -> None:
     while rest:
         try:
             rest = rest[os.write(descriptor, rest) :]
-        except BlockingIOError:  # a pipe that another process has made non-blocking
-            time.sleep(_RETRY_SECONDS)
+        except BlockingIOError:  # `unblock_stderr`, or another process that has the pipe
+            poll = select.poll()
+            poll.register(descriptor, select.POLLOUT)
+            poll.poll(_POLL_MS)
         except OSError:  # the reader is gone: nothing can be written any more
             return
 
@@ -164,10 +174,11 @@ os.register_at_fork(after_in_child=_restart_after_fork)
 
 
 def install() -> None:
-    """Make all handlers that write to stdout or stderr write in a thread.
+    """Make all handlers that write to stdout or stderr write in a thread, and `unblock_stderr`.
 
     Handlers of other kinds, and streams to other files, are left as they are.
     """
+    unblock_stderr()
     loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
     for logger in loggers:
         for old in getattr(logger, "handlers", ()):
@@ -180,6 +191,35 @@ def install() -> None:
                 new.filters = list(old.filters)
                 logger.removeHandler(old)  # type: ignore[union-attr]
                 logger.addHandler(new)  # type: ignore[union-attr]
+
+
+def unblock_stderr() -> None:
+    """Make writes to the file descriptor of stderr fail where they would block.
+
+    The descriptor is opened anew, because other processes have the open file too, such as the shell
+    in the same terminal, and would find it changed. A socket can't be opened anew, nor can a pipe
+    of another user: these are changed, and a terminal is left as it is then.
+    """
+    try:
+        mode = os.fstat(_STDERR).st_mode
+        if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)):
+            return  # a file never blocks
+        flags = fcntl.fcntl(_STDERR, fcntl.F_GETFL)
+        if flags & os.O_NONBLOCK:
+            return
+    except OSError:  # closed
+        return
+    try:
+        if not sys.platform.startswith("linux"):  # elsewhere it is the same open file
+            raise OSError
+        flags = flags & os.O_APPEND | os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
+        descriptor = os.open(f"/proc/self/fd/{_STDERR}", flags)
+    except OSError:
+        if not stat.S_ISCHR(mode):
+            os.set_blocking(_STDERR, False)
+        return
+    os.dup2(descriptor, _STDERR)
+    os.close(descriptor)
 
 
 def _standard_streams() -> tuple[Any, ...]:

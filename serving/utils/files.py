@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from serving.environment import tell_cache_folder
 from serving.errors import OptionError
+from serving.utils.process import tell_cache_folder
 
 
 def check_file(path: Path, option: str = "--out") -> None:
@@ -134,11 +134,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _remove_stale(path.parent)
             partial.mkdir()
             opened = _hold(partial, os.O_RDONLY)
+        mark = partial / _TEMPORARY
+        mark.touch()
         yield partial
+        mark.unlink()
         sync(partial)
         if path.exists():
             if exchange(partial, path):
-                return  # the older folder is at `partial` now
+                if not partial.is_symlink():
+                    mark.touch()  # the older folder is at `partial` now
+                return
             path.rename(older)
         try:
             partial.rename(path)
@@ -240,12 +245,15 @@ def _remove_unlocked(path: Path) -> None:
         lock(opened, wait=False)
         if stat.S_ISREG(status.st_mode):
             path.unlink()
-        elif stat.S_ISDIR(status.st_mode):
+        # Without the mark, someone else gave the folder this name.
+        elif stat.S_ISDIR(status.st_mode) and _TEMPORARY in os.listdir(opened):
             shutil.rmtree(path)
     finally:
         os.close(opened)
 
 
+_TEMPORARY: Final = ".fledge-temporary"
+"""File in each folder that may be removed as left over."""
 _SAFELY: Final = os.O_NOFOLLOW | os.O_CLOEXEC
 
 

@@ -48,13 +48,16 @@ def put(path: Path, data: bytes | None) -> None:
 
 _MODULES = {
     "decode": "images",
+    "plugin": "images",
     "profile": "images",
     "form": "requests",
+    "json": "requests",
     "request": "requests",
     "manifest": "bundles",
     "signature": "bundles",
     "tar": "archives",
     "compressed": "archives",
+    "zip": "archives",
     "list": "lists",
     "parquet": "lists",
     "scores": "tables",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from tests.robustness import file_builders
+from tests.robustness import file_builders, plugin_formats
 from tests.robustness.file_builders import chunk
 
 Builder = Callable[[int, int], bytes]
@@ -90,6 +90,20 @@ def png_with_profile(profile: bytes) -> bytes:
     return png(64, 64, extra=chunk(b"iCCP", b"x\0\0" + zlib.compress(profile, 9)))
 
 
+def fax_tiff(width: int, height: int, bits: bytes, compression: int = 4) -> bytes:
+    """A TIFF of one strip in fax code; libtiff writes a line to stderr for each broken row."""
+    entries = {256: width, 257: height, 258: 1, 259: compression, 262: 0, 277: 1, 278: height}
+    entries |= {273: 8, 279: len(bits)}
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, entries[tag]) for tag in sorted(entries))
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(bits))
+    return head + bits + struct.pack("<H", len(entries)) + table + bytes(4)
+
+
+def noisy_tiff(compression: int = 4) -> bytes:
+    """A TIFF of 350 KB, of which libtiff writes tens of megabytes to stderr."""
+    return fax_tiff(16, 400_000, bytes(int("0000001" * 8, 2).to_bytes(7)) * 50_000, compression)
+
+
 WORST: dict[str, Builder] = {
     "jpeg-progressive": progressive_jpeg,
     "jpeg-progressive-turned": lambda w, h: progressive_jpeg(w, h, exif=True),
@@ -109,5 +123,15 @@ WORST: dict[str, Builder] = {
     "tiff-float": saved("F", "TIFF", compression="tiff_deflate"),
     "tiff-one-strip": saved("RGBA", "TIFF", compression="tiff_deflate", strip_size=2**30),
     "avif": saved("RGB", "AVIF", speed=10),
+    **(
+        {"heic-alpha": lambda w, h: plugin_formats.heic(Image.new("RGBA", (w, h)), quality=10)}
+        if plugin_formats.HAS_HEIF
+        else {}
+    ),
+    **(
+        {"jxl-alpha": lambda w, h: plugin_formats.jpeg_xl(Image.new("RGBA", (w, h)), effort=1)}
+        if plugin_formats.HAS_JXL
+        else {}
+    ),
 }
 """For each format the pictures that need most for their number of pixels."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import pty
 import re
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,8 +18,10 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from serving.server import log_queue
+from tests.hostile.images import noisy_tiff
 from tests.support.live_server import NO_TLS, ROOT, client, free_port, get, live, post
 from tests.support.tiny_bundle import photo, tiny_bundle
 
@@ -62,6 +68,110 @@ def test_a_pipe_that_nobody_reads_stops_nothing(folder: Path, tmp_path: Path, wo
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         process.stdout.close()
+
+
+@pytest.mark.process
+def test_what_libtiff_prints_to_a_pipe_that_nobody_reads_stops_nothing(
+    folder: Path, tmp_path: Path
+):
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "fledge", "serve", str(folder), "--port", str(port)]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        _wait_until_ready(url, process)
+        broken = _broken_lzw()
+        with client(url) as caller:
+            for _ in range(4):
+                assert caller.post("/predict", content=noisy_tiff()).status_code in (200, 422)
+            for _ in range(1500):  # a line each, decoded in the service; the pipe takes 64 KB
+                assert caller.post("/predict", content=broken).status_code == 422
+            assert caller.post("/predict", content=photo(1)).status_code == 200
+            assert caller.get("/readyz").status_code == 200
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(12) == 0
+        assert time.monotonic() - started < 8
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
+
+
+def _broken_lzw() -> bytes:
+    """A small TIFF whose strip is no LZW code: libtiff writes a line to stderr."""
+    file = io.BytesIO()
+    Image.new("L", (64, 64)).save(file, "TIFF", compression="tiff_lzw")
+    data = file.getvalue()
+    strip = data.rindex(b"\x80\0")
+    return data[:strip] + b"\x80" + b"\xff" * 8 + data[strip + 9 :]
+
+
+_PRINT = (
+    "import ctypes, sys\n"
+    "from serving.server import log_queue\n"
+    "log_queue.install()\n"
+    "libc = ctypes.CDLL(None)\n"
+    "for _ in range(10_000): libc.perror(b'printed in C')\n"
+    "print('not blocked', flush=True)\n"
+    "sys.stdin.read()\n"
+)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "terminal"])
+def test_what_is_printed_in_c_never_blocks(kind: str):
+    """A terminal whose output is stopped, a pipe and a socket that nobody reads."""
+    if kind == "pipe":
+        reader, stderr = os.pipe()
+    elif kind == "terminal":
+        reader, stderr = pty.openpty()
+    else:
+        reader, stderr = (one.detach() for one in socket.socketpair())
+    before = os.get_blocking(stderr)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _PRINT],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+    )
+    try:
+        assert select.select([process.stdout], [], [], 20)[0]
+        assert process.stdout.readline() == b"not blocked\n"
+        assert kind == "socket" or os.get_blocking(stderr) == before  # the shell has it too
+        process.stdin.close()
+        assert process.wait(20) == 0
+        assert os.read(reader, 100).startswith(b"printed in C")
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        for end in (reader, stderr):
+            os.close(end)
+
+
+def test_the_message_of_an_abort_reaches_stderr():
+    code = (
+        "import ctypes, faulthandler\n"
+        "faulthandler.enable()\n"
+        "from serving.server import log_queue\n"
+        "log_queue.install()\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.perror(b'last words')\n"
+        "libc.abort()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGABRT
+    assert "last words" in done.stderr
+    assert "Fatal Python error: Aborted" in done.stderr
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen) -> None:

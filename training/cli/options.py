@@ -58,7 +58,9 @@ def suggest(word: str, options: argparse.Namespace, words: Sequence[str]) -> str
     if FilePath(recipe).is_dir() and shipped.find(FilePath(word)).is_file():
         recipe, data = word, recipe
     if options.data is not None:
-        return f"; an option of the recipe is written as {word}=VALUE"
+        found = next((one for one in files if shipped.find(FilePath(one)).is_file()), "quick")
+        hint = load.suggest(FilePath(found), word, value)
+        return hint or f"; an option of the recipe is written as {word}=VALUE"
     return f"; did you mean `fledge {verb} {quote_path(recipe)} --data {quote_path(data)}`?"
 
 

@@ -185,7 +185,9 @@ def add_to(add_verb: AddVerb) -> None:
         metavar="FILE",
         help="checkpoint that the stage starts from",
     )
-    add.add_argument("--out", type=Path, metavar="PNG", help="default: lr_find-STAGE.png")
+    add.add_argument(
+        "--out", type=Path, metavar="PNG", help="default: runs/lr-find-RECIPE/lr_find-STAGE.png"
+    )
     add.add_argument("--compare", action="store_true", help="train briefly with each suggestion")
     add.add_argument("--epochs", type=int, metavar="N", help="of --compare; default: 1")
     add.usage = "fledge lr-find RECIPE --data DIR [options] [key=value …]"
@@ -222,10 +224,10 @@ def _recipe_options(add: argparse.ArgumentParser) -> None:
         "--data",
         metavar="DIR",
         help="a folder with one folder per class, or with train/ and valid/ of such; "
-        "or a zip or tar of such a folder; "
+        "or a zip or tar of such a folder; or a table of photos and labels; "
         "or a data set by name: sample (embedded), flowers102, oxford-iiit-pet",
     )
-    add.add_argument("--split", type=Path, metavar="CSV", help="path,fold for every photo")
+    add.add_argument("--split", type=Path, metavar="CSV", help="a table path,fold for every photo")
     add.add_argument("--weights", metavar="W", help="imagenet, none, auto or a file")
     add.add_argument("--seed", type=int, metavar="N")
     add.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])

@@ -121,7 +121,9 @@ def _sentence(
         message = suggestions.for_table(path, value) or f"write a table [{name}]"
     elif message.startswith("Input should be "):
         message = f"must be {message.removeprefix('Input should be ').partition(',')[0]}"
-    hint = did_you_mean(value, _words(path))
+    hint = ""
+    if "did you mean" not in message:
+        hint = suggestions.for_value(path, value) or did_you_mean(value, _words(path))
     return f"{_shown(path, value, values)}: {message[0].lower()}{message[1:]}{hint}"
 
 
@@ -159,4 +161,5 @@ def _preprocess(values: Mapping[str, Any], suggestions: Suggestions) -> Iterator
             Preprocess.from_dict({name: value})
         except OptionError as error:
             words = ("bilinear", "bicubic", "lanczos") if name == "interpolation" else ()
-            yield path, f"{error}{did_you_mean(value, words)}"
+            hint = suggestions.for_value(path, value) or did_you_mean(value, words)
+            yield path, f"{error}{hint}"

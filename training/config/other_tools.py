@@ -6,6 +6,8 @@ are used in error messages only, except `epochs` of a stage, which `training.con
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -41,6 +43,25 @@ def _side(value: Any) -> Any:
         return value
     sides = [side for side in value if side != 3]
     return sides[0] if sides and len(set(sides)) == 1 else LOST
+
+
+def as_list(value: Any) -> Any:
+    """Return the list that a text such as `(0.5, 0.5)` or `[a, b]` means, or `LOST`."""
+    if not isinstance(value, str) or value[:1] + value[-1:] not in ("()", "[]"):
+        return LOST
+    items = [item.strip().strip("\"'") for item in value[1:-1].split(",") if item.strip()]
+    try:
+        return [float(item) if set(item) & set(".eE") else int(item) for item in items]
+    except ValueError:
+        return items
+
+
+def as_name(value: Any) -> Any:
+    """Return a text as a name without spaces and accents, or `LOST`: `my-run` for `My run`."""
+    if not isinstance(value, str):
+        return LOST
+    plain = unicodedata.normalize("NFKD", value).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._") or LOST
 
 
 def _above_zero(value: Any) -> Any:
@@ -150,6 +171,10 @@ _TABLE: Final[tuple[tuple[str, Counterpart], ...]] = (
     ),
     ("wd weight_decay l2 decay", Counterpart("optimizer.weight_decay")),
     ("momentum mom beta1", Counterpart("optimizer.momentum")),
+    (
+        "betas beta2 adam_beta1 adam_beta2",
+        Counterpart(note="optimizer.momentum is the first beta, and the second is 0.999"),
+    ),
     ("nesterov", Counterpart("optimizer.nesterov")),
     (
         "clip_grad clip_norm clip_grad_norm gradient_clip_val max_grad_norm grad_clip clipnorm",
@@ -225,6 +250,8 @@ _TABLE: Final[tuple[tuple[str, Counterpart], ...]] = (
         Counterpart("augment.policy", value=_one_of(_POLICIES)),
     ),
     ("augment augmentation aug transforms", Counterpart("augment.preset")),
+    ("no_augment no_aug", Counterpart("augment.preset", value=lambda _: "none")),
+    ("no_pretrained from_scratch", Counterpart("weights", value=lambda _: "none")),
     ("seed random_seed random_state manual_seed rng_seed", Counterpart("seed")),
     (
         "save_dir output output_dir out outdir out_dir project exp_dir run_dir log_dir logdir "
@@ -310,6 +337,16 @@ WORDS: Final[dict[str, Counterpart]] = {
     word: found for words, found in _TABLE for word in words.split()
 }
 """Word of another tool, in small letters and with underscores -> its counterpart."""
+
+OF_OPTION: Final[dict[str, list[Counterpart]]] = {
+    option: [
+        found
+        for _, found in _TABLE
+        if found.option == option and found.value(LOST) is LOST  # `fit_one_cycle` sets it alone
+    ]
+    for option in {found.option for _, found in _TABLE if found.option}
+}
+"""Option of the recipe -> the counterparts in which other tools' values for it are known."""
 
 IN_A_STAGE: Final[dict[str, str]] = {"preprocess.size": "stage.image_size"}
 """Option of the recipe -> the option of a stage that is meant inside a stage."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from datetime import date, time
@@ -43,6 +44,9 @@ def apply(values: dict[str, Any], override: str) -> Path:
         OptionError: The override is not `key=value`, or there is no such table or stage.
     """
     key, equals, text = override.partition("=")
+    if key != key.strip():  # as in a file: `seed = 3`
+        key, text = key.strip(), text.strip()
+    key = re.sub(r"^stages?\[([0-9]+)\]", r"stage.\1", key)
     if not equals or not key:
         raise OptionError(f"{override!r}: use key=value, such as stage.head.lr=0.01")
     table: Any = values
@@ -124,6 +128,8 @@ def _stage(stages: list[Any], name: str, key: str, text: str) -> int:
     if name in names:
         return names.index(name)
     near = difflib.get_close_matches(name, names, n=1)
+    if name.isdecimal() and len(name) < 4 and int(name) < len(names):
+        near = [names[int(name)]]
     hint = ""
     if near:
         fixed = key.replace(f"stage.{name}.", f"stage.{near[0]}.", 1)

@@ -43,6 +43,10 @@ class DataConfig(Section):
         columns: Names of two columns of `csv`: the photo's id and its label.
         suffix: Text that is appended to the id to get the file name.
         images: Folder of the photos inside the data folder, for `pattern` and `csv`.
+        layout: "auto" recognises folders of parts and refuses what can be read in two ways;
+            "classes" takes every folder for a class.
+        synsets: Labels of ImageNet's folders, such as n01440764: "names" takes the names from a
+            list beside the folders, such as `words.txt`, if there is one; "keep" keeps the numbers.
         valid: Share of each class that is held out for validation, in (0, 1).
         folds: Number of cross-validation folds to split each class into; 0 uses `valid` instead.
         fold: Number of the fold to validate on, from 0; training uses all other folds. The folds
@@ -59,6 +63,8 @@ class DataConfig(Section):
     ] = ("id", "label")
     images: str = ""
     suffix: str = ""
+    layout: Literal["auto", "classes"] = "auto"
+    synsets: Literal["names", "keep"] = "names"
     valid: float = Field(0.2, gt=0, lt=1)
     folds: int = Field(0, ge=0, le=1000)
     fold: int = Field(0, ge=0)
@@ -86,13 +92,16 @@ class DataConfig(Section):
             raise ValueError(f"fold = {self.fold} of folds = {self.folds}: count folds from 0")
         if self.columns[0] == self.columns[1]:
             raise ValueError(f"columns are both {self.columns[0]!r}: name the id's and the label's")
-        of_csv = {"columns": ("id", "label"), "suffix": ""}
-        idle = [name for name, default in of_csv.items() if getattr(self, name) != default]
-        if idle and not self.csv:
-            raise ValueError(f"{idle[0]} has no effect without csv; leave it out")
-        if self.images and not (self.csv or self.pattern):
-            raise ValueError("images has no effect without csv or pattern; leave it out")
+        if self.pattern and (idle := self.of_tables()):
+            raise ValueError(f"{idle[0]} has no effect with pattern; leave it out")
+        if self.layout != "auto" and (self.csv or self.pattern):
+            raise ValueError("layout has no effect with csv or pattern; leave it out")
         return self
+
+    def of_tables(self) -> list[str]:
+        """Return the names of options that are set and are for tables of labels alone."""
+        defaults = {"columns": ("id", "label"), "suffix": ""}
+        return [name for name, default in defaults.items() if getattr(self, name) != default]
 
 
 PRESETS: Final[dict[str, dict[str, Any]]] = {

@@ -7,6 +7,7 @@ such as `'stage.head.lr=0.01'` on the command line, as a line of TOML in a file.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
+from serving.errors import OptionError
 from serving.imaging.preprocess import Preprocess
 from training.config import other_tools, overrides
 from training.config.other_tools import LOST, Counterpart
@@ -69,10 +71,15 @@ class Suggestions:
         if self._left == 0:
             return ""
         self._left -= 1
+        whole = self._in_another_table(path, value)
+        if whole:
+            return whole
         found = other_tools.find(str(path[-1]))
         if found is not None and found.flag:
             return _flag(found, value)
-        candidates = list(self._counterparts(path, value, found) if found else ())
+        candidates = list(_similar(path, value) if isinstance(value, Mapping) else ())
+        if found is not None and not candidates:
+            candidates = list(self._counterparts(path, value, found))
         candidates = candidates or list(_similar(path, value))
         if not candidates and found is None:
             candidates = [_Candidate(one, value) for one in self._elsewhere(str(path[-1]))]
@@ -91,6 +98,49 @@ class Suggestions:
         found = other_tools.find(str(path[0]))
         value = found.value(value) if found and found.option == f"{path[0]}.{name}" else value
         return "it is a table of options" + self._text(path, [_Candidate((*path, name), value)], "")
+
+    def for_value(self, path: Path, value: Any) -> str:
+        """Return a text for a wrong value that has a counterpart, such as `flip = true`, or ""."""
+        if self._left == 0 or not isinstance(value, str | int | float):
+            return ""
+        self._left -= 1
+        option = ".".join(part for part in path if isinstance(part, str))
+        meant = [found.value(value) for found in other_tools.OF_OPTION.get(option, ())]
+        meant += [other_tools.as_list(value), other_tools.as_name(value)]
+        for one in meant:
+            if one is not LOST and one != value:
+                candidate = _Candidate(path, one)
+                if self._accepted(candidate) is not LOST:
+                    return self._text(path, [candidate], "")
+        return ""
+
+    def _in_another_table(self, path: Path, value: Any) -> str:
+        """Return a text for an override in a table that does not exist, such as `stages.head.lr`.
+
+        The table may be misspelled; or the option alone may be meant, as in `training.epochs`.
+        """
+        if path not in self._overridden and not any(one[:1] == path for one in self._overridden):
+            return ""
+        rest: list[str] = []
+        while isinstance(value, Mapping) and len(value) == 1:
+            ((key, value),) = value.items()
+            rest.append(str(key))
+        if not rest or isinstance(value, Mapping):
+            return ""
+        for table in _near(str(path[-1]), names("")):
+            key = ".".join([table, *rest])
+            changed: Any = copy.deepcopy(dict(self._base))
+            try:
+                option = overrides.apply(changed, f"{key}={overrides.toml(value)}")
+            except OptionError:
+                continue
+            if _errors(changed) <= self._base_errors:
+                return f"; did you mean {overrides.write(key, option, value)}?"
+        if other_tools.find(rest[-1]) is None:
+            return ""
+        inner = (*path, *rest)
+        self._overridden.add(inner)
+        return self.for_unknown(inner, value)
 
     def _text(self, path: Path, candidates: Sequence[_Candidate], note: str) -> str:
         tried = [one._replace(value=self._accepted(one)) for one in candidates]

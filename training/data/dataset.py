@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -17,7 +17,7 @@ from serving.utils.files import atomic_write
 from serving.utils.natural_sort import natural_letters_first
 from training.config.sections import DataConfig
 from training.data import archive, label_table, layouts, sample, torchvision_sets
-from training.data.layouts import Photo
+from training.data.layouts import Photo, Reading
 from training.data.similar_classes import common_folder, settle_classes
 from training.data.splits import PARTS, draw_split, read_split_file
 from training.utils.console import quoted
@@ -47,6 +47,7 @@ class Dataset:
         valid: Photos for validation after every epoch.
         test: Labelled photos that training and validation do not use.
         unlabelled: Photos in the folder `test/` that have no labels.
+        reading: How the data folder was read.
     """
 
     source: str
@@ -56,6 +57,7 @@ class Dataset:
     valid: tuple[Sample, ...]
     test: tuple[Sample, ...] = ()
     unlabelled: tuple[Path, ...] = ()
+    reading: Reading = field(default_factory=Reading, compare=False, repr=False)
 
     @property
     def fingerprint(self) -> str:
@@ -70,6 +72,13 @@ class Dataset:
                 name = os.fsencode(path.relative_to(self.root))
                 digest.update(b"%s\0%s\0%d\0%d\n" % (part.encode(), name, size, label))
         return digest.hexdigest()[:16]
+
+    @property
+    def without_validation(self) -> tuple[str, ...]:
+        """Names of the classes that have training photos and no validation photo."""
+        validated = {label for _, label in self.valid}
+        trained = {label for _, label in self.train}
+        return tuple(self.classes[label] for label in sorted(trained - validated))
 
     def without(self, broken: Iterable[Path]) -> Dataset:
         """Return a copy without the photos in `broken`.
@@ -97,12 +106,11 @@ def load_dataset(
 
     Args:
         source: "sample" for the built-in dataset, a name in `torchvision_sets.NAMES`, a table of
-            labels, which is read as `data.csv` of its folder, an archive (zip, tar), which is
-            extracted into the cache, or a folder. A folder has one of
-            these layouts:
+            labels, which is read as `data.csv` of its folder, or a folder or an archive (zip, tar),
+            which is extracted into the cache. A folder has one of these layouts:
 
-            - one folder per class;
-            - `train/`, `valid/` and optionally `test/`, each with one folder per class;
+            - one folder per class, or parts with one folder per class, as recognised by
+              `training.data.structure`;
             - the layout that `config` describes.
         split: CSV file with the columns `path` and `fold`; fold is train, valid, test or a number.
             None: the split comes from the folders or is drawn at random.
@@ -132,22 +140,25 @@ def _load(
             word = "csv" if config.csv else "pattern"
             raise OptionError(f"--data {source} has labels of its own: add data.{word}= (empty)")
         root, photos = torchvision_sets.find(source)
+        layout = None
     else:
         root, config = _folder(source, config)
-        photos = []
+        layout = layouts.Layout(root, config, has_split=split is not None)
+        photos = layout.photos
     if split is not None:
         labels = {photo.path.relative_to(root).as_posix(): photo.label for photo in photos}
-        label_of = partial(_look_up, labels) if official else layouts.labeller(root, config)
+        label_of = layout.label_of if layout else partial(_look_up, labels)
         by_folder = not (official or has_label_option)
         photos = read_split_file(root, split, config, label_of, class_folders=by_folder)
         photos = settle_classes(photos, config, root, trainable=trainable)
     else:
-        photos = photos if official else layouts.find_labelled(root, config)
         photos = settle_classes(photos, config, root, trainable=trainable)
         photos = draw_split(root, photos, config, seed, trainable=trainable)
-    labelled = [photo.path for photo in photos]
-    unlabelled = () if official else layouts.find_unlabelled(root, labelled, config)
-    return _dataset(source, common_folder(root, photos), photos, unlabelled)
+    unlabelled = layout.unlabelled if layout else ()
+    dataset = _dataset(source, common_folder(root, photos), photos, unlabelled)
+    if layout is None:
+        return dataset
+    return replace(dataset, reading=layout.reading([photo.path for photo in photos], split))
 
 
 def _folder(source: str, config: DataConfig) -> tuple[Path, DataConfig]:
@@ -156,8 +167,9 @@ def _folder(source: str, config: DataConfig) -> tuple[Path, DataConfig]:
     root = sample.cached_sample() if source == SAMPLE else Path(os.path.expanduser(source))
     if source != SAMPLE and archive.is_archive(source):
         root = archive.extracted(source)
-    if os.path.isfile(root):
+    elif os.path.isfile(root):
         return label_table.as_data(root, config)
+    label_table.check_options(config)
     if not os.path.isdir(root):
         names = ", ".join((SAMPLE, *torchvision_sets.NAMES))
         what = "is no folder or archive" if os.path.exists(root) else "no such folder or archive"
@@ -180,7 +192,7 @@ def _dataset(
     parts: dict[str, list[Sample]] = {part: [] for part in PARTS}
     for path, label, part in photos:
         parts[part].append(Sample(path, index[label]))
-    found = {part: tuple(samples) for part, samples in parts.items()}
+    found: dict[str, Any] = {part: tuple(samples) for part, samples in parts.items()}
     return Dataset(source, root, classes, unlabelled=unlabelled, **found)
 
 
@@ -200,6 +212,17 @@ def _checked(dataset: Dataset, split: Path | None = None) -> Dataset:
             name = quoted(empty[0])
             raise DataError(f"class {name} has no photo in the train part; add one")
     return dataset
+
+
+def without_validation_hint(classes: Sequence[str]) -> str:
+    """Return the hint about classes without a validation photo, at least one."""
+    named = ", ".join(quoted(name, 40) for name in classes[:3])
+    more = f" and {len(classes) - 3} more" if len(classes) > 3 else ""
+    has = "class has" if len(classes) == 1 else "classes have"
+    return (
+        f"{len(classes)} {has} no photo to validate on: {named}{more}; the accuracy says nothing "
+        "about it: add photos, or give --split"
+    )
 
 
 def write_split(dataset: Dataset, path: Path) -> None:

@@ -52,6 +52,21 @@ def as_data(table: Path, config: DataConfig) -> tuple[Path, DataConfig]:
     return table.parent.resolve(), config.model_copy(update={"csv": str(table.absolute())})
 
 
+def check_options(config: DataConfig) -> None:
+    """Check that no option has no effect, for a folder of photos.
+
+    Raises:
+        OptionError: An option is for a table of labels or for a pattern, and there is neither.
+    """
+    idle = [*config.of_tables(), *(["images"] if config.images else [])]
+    if idle and not (config.csv or config.pattern):
+        also = " or data.pattern" if idle[0] == "images" else ""
+        raise OptionError(
+            f"data.{idle[0]} has no effect without a table of labels: name it with data.csv{also}, "
+            "or leave the option out"
+        )
+
+
 def read_label_table(
     root: Path,
     config: DataConfig,

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 from serving.errors import DataError
 from serving.imaging.decode import SUFFIXES
-from serving.inputs.file_kinds import is_image
+from serving.tables.columns import has_image_suffix
 from serving.terminal import quote
 from training.utils.console import quoted
 
@@ -144,7 +144,7 @@ def _candidates(parts: tuple[str, ...], index: Index) -> list[tuple[_Rule, tuple
     most = 1
     for photo in index.get(parts[-1], ()) if parts else ():
         # The last part is equal, or lacks the suffix. A name with a suffix means no other one.
-        if is_image(parts[-1]) and _fold(photo[-1]) != parts[-1]:
+        if has_image_suffix(parts[-1]) and _fold(photo[-1]) != parts[-1]:
             continue
         pairs = zip(reversed(parts[:-1]), reversed(photo[:-1]), strict=False)
         same = 1 + sum(1 for _ in takewhile(lambda pair: pair[0] == _fold(pair[1]), pairs))

@@ -16,7 +16,8 @@ from serving.tables.reader import EmptyTable, Table, open_table
 from serving.utils.mistakes import Mistakes
 from training.config.sections import DataConfig
 from training.data import photo_names
-from training.data.layouts import PART_FOLDERS, Photo, photos_below
+from training.data.layouts import Photo, photos_below
+from training.data.part_names import part_of
 from training.utils.console import quoted
 
 PARTS: Final = ("train", "valid", "test")
@@ -240,4 +241,4 @@ def _fold(text: str) -> str:
     """Return the part or the number of a fold as it is written in a table; "" if it is neither."""
     fold = text.strip()
     number = re.fullmatch(rf"([0-9]{{1,{_MAX_DIGITS}}})(\.0+)?", fold)
-    return number[1] if number else PART_FOLDERS.get(fold.casefold(), "")
+    return number[1] if number else part_of(fold)

@@ -11,7 +11,12 @@ from serving.terminal import quote_path
 from training.activations.stage_loaders import StageLoaders
 from training.config.schema import Recipe
 from training.data import archive
-from training.data.dataset import SPLIT_FILE, load_dataset, read_split
+from training.data.dataset import (
+    SPLIT_FILE,
+    load_dataset,
+    read_split,
+    without_validation_hint,
+)
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine import auto_batch_size, compile, plan
 from training.engine.stages import Run, train
@@ -80,6 +85,8 @@ def run(
     precision = _precision(recipe, device, process_group)
     with process_group.local_main_process_first():  # may download the dataset
         dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
+    for line in dataset.reading.lines():
+        log(line)
     process_group.check_same({"the split of the photos": dataset.fingerprint})
     classifier, pretrained = _classifier(recipe, len(dataset.classes), log, process_group)
     stages = plan.stages_of(recipe, pretrained)
@@ -91,6 +98,8 @@ def run(
         photos.pixel_sets(recipe.preprocess_of(stages[0]))
     dataset = photos.dataset
     process_group.check_same({"what can be read of the photos": dataset.fingerprint})
+    if missing := dataset.without_validation:
+        log(f"warning: {without_validation_hint(missing)}")
     if dataset.unlabelled:
         log(f"{len(dataset.unlabelled)} unlabelled photos: score them with fledge score")
     if not pretrained and stages != plan.stages_of(recipe, True):

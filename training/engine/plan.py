@@ -85,7 +85,7 @@ def mistakes(recipe: Recipe) -> Iterator[tuple[Path, str]]:
     try:
         backbone = backbones.build_on_meta(recipe.arch, recipe.arch_args)
     except OptionError as error:
-        yield ("arch_args",), str(error)
+        yield ("arch_args",), f"{error}; without such options: 'arch_args={{}}'"
         return
     head = recipe.head
     try:

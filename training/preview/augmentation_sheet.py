@@ -8,15 +8,14 @@ from typing import Final
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
 from serving.imaging import decode
 from serving.imaging.preprocess import Pixels, Preprocess
-from serving.inputs.file_kinds import SOFTWARE
 from serving.utils.files import atomic_write
 from training.augmentation import transforms
 from training.config.sections import AugmentConfig
 from training.pixels.transform import PixelTransform
+from training.preview.figure import png_info
 
 COLUMNS: Final = 5
 TILE: Final = 192  # pixels
@@ -57,10 +56,8 @@ def write(
     pixel_transform = PixelTransform("train", preprocess, presize)
     tiles = [preprocess(image), *_draws(image, config, pixel_transform, draws, seed)]
     sheet = _lay_out(tiles, "marked: the photo as validation sees it", describe(config))
-    info = PngInfo()
-    info.add_text("Software", SOFTWARE)
     with atomic_write(path) as partial:
-        sheet.save(partial, format="PNG", pnginfo=info)
+        sheet.save(partial, format="PNG", pnginfo=png_info())
 
 
 def _draws(

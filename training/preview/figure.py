@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from PIL.PngImagePlugin import PngInfo
 
 from serving.inputs.file_kinds import SOFTWARE
 from serving.utils.files import atomic_write
@@ -22,6 +23,13 @@ COLOURS: Final = {
     UNLABELLED: "#9a9a9a",
 }
 _NAMED: Final = 120  # the names of more classes would overlap
+
+
+def png_info() -> PngInfo:
+    """Return the text by which Fledge's searches of folders recognise its own pictures."""
+    info = PngInfo()
+    info.add_text("Software", SOFTWARE)
+    return info
 
 
 def draw(photos: Sequence[PhotoStats], classes: Sequence[str], path: Path) -> None:

@@ -152,7 +152,7 @@ def test_zero_bytes_raise_empty_body() -> None:
 
 @pytest.mark.parametrize("data", [b"hello", b"\0" * 100, b"<html></html>", b"BMW", photo(0)[2:]])
 def test_bytes_that_are_no_image_raise_not_an_image(data: bytes) -> None:
-    with pytest.raises(NotAnImage, match=r"no image that Fledge reads \(JPEG, .*AVIF\)"):
+    with pytest.raises(NotAnImage, match=r"no image that Fledge reads \(JPEG, .*AVIF.*\)"):
         decode.decode(data)
 
 
@@ -163,8 +163,6 @@ UNSUPPORTED = {
     "ICO": encode(Image.new("RGB", (16, 16)), "ICO"),
     "DDS": encode(Image.new("RGB", (4, 4)), "DDS"),
     "JPEG 2000": encode(Image.new("RGB", (4, 4)), "JPEG2000"),
-    "HEIC": b"\0\0\0\x1cftypheic\0\0\0\0mif1heic",
-    "JPEG XL": b"\xff\x0a\xfa\x1f",
     "PNM": encode(Image.new("RGB", (4, 4)), "PPM"),
     "PCX": encode(Image.new("RGB", (4, 4)), "PCX"),
 }

@@ -25,7 +25,7 @@ from serving.imaging import decode as decode_module
 from serving.imaging.cost import Cost
 from serving.imaging.decode import decode, read
 
-FORMATS = "JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF"
+FORMATS = "JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF, HEIC, JPEG XL"
 MEMORY = "decoding 20 x 10 pixels needs more memory than this process can have"
 
 

@@ -272,3 +272,97 @@ def test_a_name_that_no_file_can_have_counts_as_a_row_without_a_path(tmp_path: P
         "\udcff.jpg"
     ]
     assert notes == [f"{path}: rows without a path in path are left out: 1, the first is line 1"]
+
+
+# ---- lists of other systems and programs
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lists_in_utf_16_are_read(folder: Path, encoding: str, end: str) -> None:
+    text = end.join(["ü.jpg", "b c.jpg", ""])
+    (folder / "list.txt").write_bytes(text.encode(encoding))
+    assert found("list.txt") == ["ü.jpg", "b c.jpg"]
+    (folder / "list.csv").write_bytes(
+        f"image;label{end}ü.jpg;x{end}b c.jpg;y{end}".encode(encoding)
+    )
+    assert found("list.csv") == ["ü.jpg", "b c.jpg"]
+    if encoding in ("utf-8", "utf-8-sig", "utf-16"):  # with a mark, as the shell writes it
+        assert found("-", stdin=io.BytesIO(text.encode(encoding))) == ["ü.jpg", "b c.jpg"]
+
+
+def test_a_list_in_utf_16_that_was_cut_is_said(folder: Path) -> None:
+    (folder / "list.txt").write_bytes("a.jpg\nb.jpg\n".encode("utf-16")[:-1])
+    with pytest.raises(DataError, match=r"list\.txt: can't be read: .*truncated data"):
+        found("list.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        (
+            "list.csv",
+            b"PK\x03\x04" + bytes(40),
+            "list.csv: it is a spreadsheet or zip archive; save",
+        ),
+        (
+            "list.txt",
+            b"PK\x03\x04" + bytes(40),
+            "list.txt: it is a spreadsheet or zip archive; save",
+        ),
+        (
+            "list.txt",
+            b"<!DOCTYPE html>",
+            "list.txt: it is a web page, not a table; download the fi",
+        ),
+    ],
+)
+def test_what_is_no_list_is_said(folder: Path, name: str, data: bytes, message: str) -> None:
+    (folder / name).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        found(name)
+
+
+@pytest.mark.parametrize("name", ["list.txt", "list.csv", "list.jsonl"])
+def test_paths_that_are_relative_to_the_list_are_found(folder: Path, name: str) -> None:
+    (folder / "in" / "a").mkdir(parents=True)
+    (folder / "a").mkdir()
+    for path in ("in/a/1.jpg", "in/2.jpg"):
+        write(path, "")
+    paths = ["a/1.jpg", "2.jpg", "gone.jpg", "s3://b/3.jpg"]
+    lines = {
+        "list.txt": paths,
+        "list.csv": ["file,label", *(f"{path},x" for path in paths)],
+        "list.jsonl": [json.dumps({"path": path}) for path in paths],
+    }
+    write(f"in/{name}", "\n".join(lines[name]))
+    assert found(f"in/{name}") == ["in/a/1.jpg", "in/2.jpg", "in/gone.jpg", "s3://b/3.jpg"]
+    write("a/1.jpg", "")  # one is there from the current folder: they start from it, as ever
+    assert found(f"in/{name}") == paths
+
+
+@pytest.mark.parametrize("name", ["list.txt", "in/list.txt"])
+def test_paths_of_windows_are_found_and_others_stay(folder: Path, name: str) -> None:
+    (folder / "in" / "a").mkdir(parents=True)
+    write("in/a/1.jpg", "")
+    write("odd\\name.jpg", "")
+    start = "" if name.startswith("in") else "in\\"
+    write(name, f"{start}a\\1.jpg\r\nodd\\name.jpg\r\ngone\\x.jpg\r\n")
+    expected = ["in/a/1.jpg", "odd\\name.jpg", "gone\\x.jpg"]
+    if name.startswith("in"):
+        (folder / "odd\\name.jpg").unlink()
+        expected = ["in/a/1.jpg", "in/odd\\name.jpg", "in/gone\\x.jpg"]
+    assert found(name) == expected
+
+
+def test_lists_without_names_of_columns_are_read(folder: Path) -> None:
+    assert found(write("a.csv", "x.jpg\ny.jpg\n")) == ["x.jpg", "y.jpg"]
+    assert found(write("a.tsv", "ants\tx.jpg\nbees\ty.jpg\n")) == ["x.jpg", "y.jpg"]
+    assert found(write("a.csv", "0001,x\n0002,y\n"), column="1") == ["0001", "0002"]
+
+
+def test_rows_of_more_fields_than_columns_are_counted_and_noted(folder: Path) -> None:
+    notes: list[str] = []
+    write("a.csv", "path\na.jpg\nb, c.jpg\nd.jpg,\ne, f.jpg\n")
+    assert found("a.csv", notes=notes) == ["a.jpg", "d.jpg"]
+    assert notes == ["a.csv: rows of more than 1 fields are left out: 2, the first is line 3"]

@@ -84,9 +84,7 @@ def test_hidden_files_and_folders_are_counted(folder: Path) -> None:
     assert passed.totals() == {"hidden": 2}
 
 
-@pytest.mark.parametrize(
-    "name", ["1", "IMG_0001", "1.jpg_large", "1.jpg?itok=x", "1.dat", "1.heic"]
-)
+@pytest.mark.parametrize("name", ["1", "IMG_0001", "1.jpg_large", "1.jpg?itok=x", "1.dat", "1.pgm"])
 def test_images_are_recognised_by_their_content(folder: Path, name: str) -> None:
     create(folder, f"in/{name}")
     buffer = io.BytesIO()

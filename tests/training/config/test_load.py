@@ -115,7 +115,8 @@ def test_all_errors_are_reported_with_line_and_nearest_name(recipe):
     assert mistakes(recipe, WRONG, ["tta.kind=view", "stage.heed.lr=1", "nonsense"]).split(
         "\n"
     ) == [
-        "line 2: name = 'x y': use letters, digits, '.', '_' and '-'",
+        "line 2: name = 'x y': use letters, digits, '.', '_' and '-'; "
+        "did you mean 'name = \"x-y\"'?",
         "line 3: arch = 'resnet19' is unknown: did you mean 'resnet18'?",
         "line 4: batch_sise is unknown; did you mean 'batch_size = 8'?",
         "line 5: size is unknown; did you mean 'size = 96' under [preprocess]?",
@@ -182,7 +183,7 @@ def test_all_errors_are_reported_with_line_and_nearest_name(recipe):
         ("compile=cuda_graph", "or 'cuda_graphs'; did you mean 'cuda_graphs'?"),
         ("stage.all.lr=fin", "or { low = 1e-5, high = 1e-3 }; did you mean 'find'?"),
         ("batch_size=1", "batch_size = 1: must be greater than or equal to 2"),
-        ("augmnt.flip=none", "augmnt is unknown; did you mean 'augment'?"),
+        ("augmnt.flip=none", "augmnt is unknown; did you mean 'augment.flip=none'?"),
     ],
 )
 def test_an_invalid_override_is_an_error_that_names_the_command_line(recipe, override, message):
@@ -219,7 +220,9 @@ def test_an_unreadable_or_invalid_recipe_file_is_an_error_with_the_reason(tmp_pa
     path = tmp_path / "r.toml"
     for folder in (Path.cwd(), tmp_path):
         monkeypatch.chdir(folder)
-        with pytest.raises(OptionError, match=r"no such recipe; use demo, .*quick, .*of your own$"):
+        with pytest.raises(
+            OptionError, match=r"no such recipe; use one of demo, .*quick, .*of your own$"
+        ):
             load.read(path)
     with pytest.raises(OptionError) as caught:
         load.read(tmp_path)

@@ -91,7 +91,13 @@ def test_it_is_extracted_once_and_again_when_it_changes(folder, capsys):
 
 def test_what_is_passed_over_is_counted_by_reason(folder, capsys):
     outside = {"../up.jpg": b"x", "/tmp/fledge-abs.jpg": b"x", "C:/x.jpg": b"x"}
-    others = {"__MACOSX/a/._1.jpg": b"x", ".git/HEAD": b"x", "a/notes.doc": b"x", "README": b"text"}
+    others = {
+        "__MACOSX/a/._1.jpg": b"x",
+        ".git/HEAD": b"x",
+        "a/.x.jpg": b"x",
+        "a/notes.doc": b"x",
+        "README": b"text",
+    }
     with zipfile.ZipFile("set.zip", "w") as file:
         for name, data in {**PHOTOS, **outside, **others, "labels.csv": b"a,b"}.items():
             file.writestr(zipfile.ZipInfo(name), data)
@@ -106,8 +112,9 @@ def test_what_is_passed_over_is_counted_by_reason(folder, capsys):
     assert "set.zip: 9 photos and 1 table extracted; passed over: " in line
     for reason in (
         "3 with a name that leads out of the folder",
-        "2 hidden or of a system (such as __MACOSX)",
-        "2 neither photo nor table by the suffix",
+        "2 files and folders of systems and tools",
+        "1 hidden file or folder",
+        "2 files that are no images",
         "1 replaced by a later one of the same name",
         "1 unreadable",
         "(a/link.jpg: not a file but a link in an archive)",
