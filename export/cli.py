@@ -34,12 +34,19 @@ def export(options: argparse.Namespace) -> None:
             raise OptionError("name a run, as runs/latest; or a torchvision --checkpoint FILE")
         require(options.run, "run")
         pipeline.export(
-            options.run, options.out, export_options, data=options.data, photos=options.photos
+            options.run,
+            options.out,
+            export_options,
+            data=options.data,
+            photos=options.photos,
+            folds=options.folds or (),
         )
     else:
         for name in ("arch", "labels", "photos"):
             if getattr(options, name) is None:
                 raise OptionError(f"--checkpoint {options.checkpoint} needs --{name}, too")
+        if options.folds:
+            raise OptionError("--folds goes with a run, not with --checkpoint FILE")
         if options.run is not None or options.data is not None:
             raise OptionError("--checkpoint replaces a run and its --data; leave one out")
         pipeline.export_checkpoint(
@@ -73,6 +80,14 @@ def add_to(add_verb: AddVerb) -> None:
         metavar="DIR",
         help="photos that the network was not trained on, one folder per class, or a zip or tar: "
         "more of them for judging int8 and fp16, or with --checkpoint all of them",
+    )
+    add.add_argument(
+        "--folds",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="runs of the other folds (data.folds) of the same recipe: int8 and fp16 are judged on "
+        "the held-out photos of all",
     )
     checkpoint = add.add_argument_group("a torchvision checkpoint instead of a run")
     checkpoint.add_argument("--checkpoint", type=Path, metavar="FILE", help=".pth or .safetensors")

@@ -15,16 +15,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
 
 import torch
 
-from export import calibration, further_photos, parity, torchvision_checkpoint
+from export import calibration, parity, torchvision_checkpoint
 from export.graph import CheckpointRuntime, Exportable, assemble, contract
 from export.model_card import card
+from export.precision import further_photos
+from export.precision.folds import write as write_folds
 from export.precision.select import (
     FILES,
     MAX_PHOTOS,
+    FoldGraph,
     PrecisionRequest,
     check_request,
     select_precisions,
@@ -81,6 +85,7 @@ def export(
     *,
     data: Path | None = None,
     photos: Path | None = None,
+    folds: Sequence[Path] = (),
     formats: Sequence[GraphFormat] = FORMATS,
     log: Callable[[str], None] = show,
 ) -> Manifest:
@@ -93,6 +98,7 @@ def export(
         data: The photos' folder, if they were moved after training.
         photos: Folder of further held-out photos, with one folder per class, for comparing
             precisions.
+        folds: Runs of the other folds of the same data, for comparing precisions.
         formats: File formats in which the graph is written besides ONNX.
         log: Function that is called with one line per step.
 
@@ -114,7 +120,12 @@ def export(
         known = [path for path, _ in (*train, *valid, *dataset.test)]
         more = further_photos.find(photos, info.classes, known, log)
     exported = _Source(classifier, info, source, train, valid, more=more)
-    return _export(exported, run, out, options, formats, log)
+    with TemporaryDirectory() as folder:
+        if options.precision != "fp32":
+            counted = [path for path, _ in (*valid, *more)]
+            graphs = write_folds(folds, info, counted, Path(folder), data=data, log=log)
+            exported = exported._replace(folds=graphs)
+        return _export(exported, run, out, options, formats, log)
 
 
 def export_checkpoint(
@@ -155,7 +166,7 @@ def export_checkpoint(
     classifier, info = torchvision_checkpoint.load(
         path, arch, names, arch_args=arch_args, size=size, crop=crop
     )
-    train, valid = torchvision_checkpoint.photos(photos, names)
+    train, valid = torchvision_checkpoint.photos(photos, names, log=log)
     info = replace(info, data={"source": str(photos), "train": 0, "valid": len(valid)})
     exported = _Source(classifier, info, path.name, train, valid, trained=False)
     return _export(exported, path, out, options, formats, log)
@@ -172,6 +183,7 @@ class _Source(NamedTuple):
         valid: Held-out photos.
         trained: Whether the network was trained on `train`.
         more: Further held-out photos, for comparing precisions.
+        folds: Networks of other folds, for comparing precisions.
     """
 
     classifier: Exportable
@@ -181,6 +193,7 @@ class _Source(NamedTuple):
     valid: Sequence[parity.Sample]
     trained: bool = True
     more: Sequence[parity.Sample] = ()
+    folds: Sequence[FoldGraph] = ()
 
 
 def _export(
@@ -281,6 +294,7 @@ def _build(
         source.train,
         trained=source.trained,
         held_out=source.more,
+        folds=source.folds,
     )
     manifest = select_precisions(payload, manifest, held_out, samples, request, log)
     digests = {file: storage.sha256(payload / file) for file in manifest.graphs}

@@ -55,7 +55,8 @@ class Evidence:
     """Counts for `export.precision.loss_bounds`.
 
     Attributes:
-        held_out: Number of photos that were not trained on.
+        held_out: Number of photos that were not trained on, those of other folds included.
+        folds: Number of photos that were held out in other folds.
         training: Number of training photos.
         photos: Number of photos that they are worth together.
         lost: Number of lost answers of that many photos.
@@ -67,6 +68,7 @@ class Evidence:
     photos: float
     lost: float
     won: float
+    folds: int = 0
 
 
 def can_weight(held_out: int) -> bool:
@@ -74,19 +76,20 @@ def can_weight(held_out: int) -> bool:
     return held_out >= 2 * _STRATUM
 
 
-def evidence(held_out: Answers, training: Answers | None = None) -> Evidence:
+def evidence(held_out: Answers, training: Answers | None = None, folds: int = 0) -> Evidence:
     """Count the answers that were lost and won.
 
     Args:
         held_out: Answers to photos that were not trained on, with labels.
         training: Answers to training photos, without labels. Too few held-out photos say nothing
             about margins; training photos are then not used.
+        folds: Number of the held-out photos that other folds have.
     """
     count = len(held_out.lost)
     strata = min(_STRATA, count // _STRATUM)
     if training is None or not len(training.lost) or not can_weight(count):
         lost, won = float(held_out.lost.sum()), float(held_out.won.sum())
-        return Evidence(count, 0, float(count), lost, won)
+        return Evidence(count, 0, float(count), lost, won, folds)
     edges = np.quantile(held_out.margins, np.linspace(0, 1, strata + 1)[1:-1])
     both = Answers(*(np.concatenate(pair) for pair in zip(held_out, training, strict=True)))
     stratum = np.searchsorted(edges, both.margins, side="right")
@@ -96,4 +99,4 @@ def evidence(held_out: Answers, training: Answers | None = None) -> Evidence:
     photos = float(1 / (share[used] ** 2 / size[used]).sum())
     weight = (share / np.maximum(size, 1))[stratum]
     lost, won = (photos * float((weight * part).sum()) for part in (both.lost, both.won))
-    return Evidence(count, len(training.lost), photos, lost, won)
+    return Evidence(count, len(training.lost), photos, lost, won, folds)

@@ -177,6 +177,19 @@ def search(source: Path, pixels: Pixels, min_agreement: float) -> QuantSearch:
     return QuantSearch(best, _quantised(graph, by_method[best.method], best), tuple(tried))
 
 
+def quantise(source: Path, pixels: Pixels, config: QuantConfig) -> onnx.ModelProto:
+    """Quantise another graph of the same network with a configuration that `search` has chosen.
+
+    Args:
+        source: File of the fp32 graph.
+        pixels: The photos that `draw` returns, as for `search`.
+        config: The configuration.
+    """
+    calibrating = min(CALIBRATE, len(pixels) // 3)
+    graph = onnx.shape_inference.infer_shapes(onnx.load(source))
+    return _quantised(graph, ranges(source, pixels[:calibrating], config.method), config)
+
+
 def _choose(tried: Sequence[QuantConfig]) -> QuantConfig:
     """Choose the configuration with the fewest float32 layers among those with low divergence.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
@@ -46,22 +46,55 @@ class PrecisionKind(NamedTuple):
         tolerance: Largest accepted difference of a probability of a golden image (a photo that is
             stored in the bundle with its expected probabilities).
         convert: Function of the fp32 graph's path, training photos and the accuracy budget in
-            percentage points. It returns the converted graph and a dict for the manifest.
+            percentage points.
     """
 
     device: str
     tolerance: float
-    convert: Callable[[Path, Pixels, float], tuple[ModelProto, dict[str, Any]]]
+    convert: Callable[[Path, Pixels, float], Converted]
 
 
-def _int8(source: Path, pixels: Pixels, budget: float) -> tuple[ModelProto, dict[str, Any]]:
+class Converted(NamedTuple):
+    """A converted graph.
+
+    Attributes:
+        model: The graph.
+        facts: A dict for the manifest.
+        again: Converts the graph of another fold in the same way; function of the fp32 graph's path
+            and of training photos of that fold.
+    """
+
+    model: ModelProto
+    facts: dict[str, Any]
+    again: Callable[[Path, Pixels], ModelProto]
+
+
+class FoldGraph(NamedTuple):
+    """The network of another fold of the same data set.
+
+    Attributes:
+        path: File of its fp32 graph.
+        train: Its training photos, for calibration.
+        held_out: Its held-out photos.
+    """
+
+    path: Path
+    train: Sequence[Sample]
+    held_out: Sequence[Sample]
+
+
+def _int8(source: Path, pixels: Pixels, budget: float) -> Converted:
     result = int8.search(source, pixels, 1 - budget / 100)
-    return result.model, result.to_dict()
+    return Converted(result.model, result.to_dict(), partial(int8.quantise, config=result.config))
+
+
+def _fp16(source: Path, pixels: Pixels, budget: float) -> Converted:
+    return Converted(*fp16.convert(source, pixels), lambda *fold: fp16.convert(*fold)[0])
 
 
 KINDS: Final = {
     # Tolerance: GPUs add in different orders.
-    "fp16": PrecisionKind("cuda", 0.01, lambda source, pixels, _: fp16.convert(source, pixels)),
+    "fp16": PrecisionKind("cuda", 0.01, _fp16),
     # Tolerance: CPUs round differently, so a value near the boundary of a step may become the next
     # integer.
     "int8": PrecisionKind("cpu", 0.05, _int8),
@@ -80,6 +113,7 @@ class PrecisionRequest:
         trained: Whether the network was trained on `train`. If not, those that calibration and
             search don't use are held-out photos.
         held_out: Further held-out photos, besides those of the parity gate.
+        folds: Networks of the other folds.
     """
 
     precision: str
@@ -87,6 +121,7 @@ class PrecisionRequest:
     train: Sequence[Sample]
     trained: bool = True
     held_out: Sequence[Sample] = ()
+    folds: Sequence[FoldGraph] = ()
 
     def more_held_out(self, count: int) -> list[Sample]:
         """Return the held-out photos that are compared besides the first `count`."""
@@ -211,6 +246,7 @@ def _skip_reason(name: str, kind: PrecisionKind, requested: str) -> str:
 def _too_few(name: str, photos: int, request: PrecisionRequest) -> str:
     """Return why no answers to the photos could show that a precision is accurate enough, or ""."""
     photos += len(request.more_held_out(photos))
+    photos += sum(len(fold.held_out) for fold in request.folds)
     photos += len(request.training(photos)) if can_weight(photos) else 0
     if request.precision == name or 100 * loss_bounds.least_budget(photos) <= request.budget:
         return ""
@@ -234,14 +270,14 @@ def _try(
     source, path = payload / FILES["fp32"], payload / FILES[name]
     workers = cores()
     pixels = int8.draw(request.train, manifest.preprocess, workers)
-    model, facts = kind.convert(source, pixels, request.budget)
-    onnx.save(
-        model,
-        path,
-        name=manifest.name,
-        labels=manifest.labels,
-        preprocess=manifest.preprocess,
-    )
+    converted = kind.convert(source, pixels, request.budget)
+    facts = converted.facts
+
+    def save(model: ModelProto, path: Path) -> None:
+        labels, preprocess = manifest.labels, manifest.preprocess
+        onnx.save(model, path, name=manifest.name, labels=labels, preprocess=preprocess)
+
+    save(converted.model, path)
     predictor = Predictor(manifest, runtime.OnnxRuntime(path, device=kind.device))
     outputs = predict_views(predictor, samples, workers, views=1)
     rates = _rates({"fp32": source, name: path}, payload, manifest, kind.device)
@@ -250,14 +286,25 @@ def _try(
     accuracy = float((outputs.logits[:, 0].argmax(axis=1) == outputs.labels).mean())
     reference = Predictor(manifest, runtime.OnnxRuntime(source, device="cpu"))
 
-    def both(more: Sequence[Sample]) -> tuple[HeldOut, HeldOut]:
-        one, other = (predict_views(p, more, workers, views=1) for p in (reference, predictor))
+    def both(
+        more: Sequence[Sample], graphs: Sequence[Predictor] = (reference, predictor)
+    ) -> tuple[HeldOut, HeldOut]:
+        one, other = (predict_views(graph, more, workers, views=1) for graph in graphs)
         return one, other
 
-    more = both(request.more_held_out(len(held_out.labels)))
-    first = np.concatenate([held_out.logits[:, 0], more[0].logits[:, 0]])
-    second = np.concatenate([outputs.logits[:, 0], more[1].logits[:, 0]])
-    labels = np.concatenate([held_out.labels, more[0].labels])
+    pairs = [(held_out, outputs), both(request.more_held_out(len(held_out.labels)))]
+    for fold in request.folds:
+        target = fold.path.with_suffix(f".{name}.onnx")
+        save(
+            converted.again(fold.path, int8.draw(fold.train, manifest.preprocess, workers)), target
+        )
+        engines = (
+            runtime.OnnxRuntime(fold.path, device="cpu"),
+            runtime.OnnxRuntime(target, device=kind.device),
+        )
+        pairs.append(both(fold.held_out, [Predictor(manifest, engine) for engine in engines]))
+    first, second = (np.concatenate([pair[i].logits[:, 0] for pair in pairs]) for i in (0, 1))
+    labels = np.concatenate([pair[0].labels for pair in pairs])
     training = both(request.training(len(labels)))
     verdict = compare_with_fp32(
         first.argmax(axis=1).tolist(),
@@ -268,6 +315,7 @@ def _try(
         evidence=evidence(
             Answers.of(first, second, labels),
             Answers.of(training[0].logits[:, 0], training[1].logits[:, 0], None),
+            folds=sum(len(pair[0].labels) for pair in pairs[2:]),
         ),
         insisted=request.precision == name,
     )

@@ -107,6 +107,7 @@ class Verdict:
             "confidence": loss_bounds.CONFIDENCE,
             "photos_by": {
                 "held_out": self.evidence.held_out if self.evidence else self.photos,
+                "folds": self.evidence.folds if self.evidence else 0,
                 "training": self.evidence.training if self.evidence else 0,
                 "worth": round(self.worth),
             },
@@ -124,10 +125,12 @@ class Verdict:
             result = f"not kept: {reason}; {remedy(name, self.budget, self.worth, self.at_most)}"
         elif self.kept and self.doubt:
             result = f"kept, as --precision {name} asks, though {self.doubt}"
+        of_folds = self.evidence.folds if self.evidence else 0
+        folds = f", {of_folds} of them of other folds" if of_folds else ""
         if self.evidence and self.evidence.training:
             more = f" by these and {self.evidence.training} training photos"
         return (
-            f"{name} {result}; on {self.photos} held-out photos {self.accuracy:.2%}, fp32 "
+            f"{name} {result}; on {self.photos} held-out photos{folds} {self.accuracy:.2%}, fp32 "
             f"{self.accuracy_fp32:.2%} (falls by {self.drop:.2f} points; at most "
             f"{self.at_most:.2f} with 95 % confidence{more}), {self.speedup:.2f} times as fast"
         )
@@ -148,8 +151,8 @@ def remedy(name: str, budget: float, photos: float, shown: float | None = None) 
     enough = math.ceil(100 * (least if shown is None else shown)) / 100
     return (
         f"{photos:,.0f} photos can show at best that it falls by no more than {least:.2f} points, "
-        f"and {more} for {budget:g}; add held-out photos with --photos DIR, use --accuracy-budget "
-        f"{enough:g}, or --precision {name} to keep it nevertheless"
+        f"and {more} for {budget:g}; add held-out photos with --photos DIR or --folds RUN, use "
+        f"--accuracy-budget {enough:g}, or --precision {name} to keep it nevertheless"
     )
 
 

@@ -34,6 +34,10 @@ _KINDS: Final[tuple[tuple[str, re.Pattern[bytes]], ...]] = tuple(
         ("the name of an object of JavaScript, not its bytes", rb"\[object \w{1,40}\]\s*$"),
         ("bytes as Python prints them", rb"b(?:'[^']{0,40}\\x|\"[^\"]{0,40}\\x)"),
         (
+            "fields of a web form (application/x-www-form-urlencoded)",
+            rb"[a-z_][\w.%\[\]-]{0,63}=[^=\s]",
+        ),
+        (
             "the name of a file, not its content",
             rb"@?[^\0-\x1f<>|\"]{1,250}\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]|jxl)\s*$",
         ),
@@ -44,8 +48,9 @@ _KINDS: Final[tuple[tuple[str, re.Pattern[bytes]], ...]] = tuple(
         ("hexadecimal text", rb"(?:0x)?(?:ffd8ff|89504e47|47494638|52494646)[0-9a-f]{8}"),
         ("JSON", rb"(?:\xef\xbb\xbf)?\s*[{\[]\s*[\"{\[\]}\d-]"),
         (
-            "fields of a web form (application/x-www-form-urlencoded)",
-            rb"[a-z_][\w.%\[\]-]{0,63}=[^=\s]",
+            "an image whose bytes were read and written as text",  # as UTF-8, or replaced
+            rb"\xc3\xbf\xc3\x98\xc3\xbf|\xc2\x89PNG|\?PNG|(?:\xef\xbf\xbd|\?){1,6}"
+            rb"(?:PNG|.{0,4}(?:JFIF|Exif))",
         ),
         ("gzip data", rb"\x1f\x8b\x08"),
         ("zstd data", rb"\x28\xb5\x2f\xfd"),

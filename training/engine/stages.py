@@ -330,8 +330,10 @@ def _log_result(run: Run, result: evaluate.EvaluationResult) -> None:
     run.log("seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items()))
     found = list(shortcomings.shortcomings(result.classes, photos, right))
     if found:
-        data = quote_path(run.activations.photos.dataset.source)
-        found.append(shortcomings.REMEDY.format(data=data))
+        data, last = quote_path(run.activations.photos.dataset.source), run.stages[-1]
+        length = "epochs" if last.cycles == 1 else "cycles"
+        longer = f"stage.{last.name}.{length}={2 * getattr(last, length)}"
+        found.append(shortcomings.REMEDY.format(data=data, longer=longer))
     for line in found:
         run.log(f"warning: {line}")
     run.log(

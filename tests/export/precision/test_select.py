@@ -366,7 +366,8 @@ def test_with_few_photos_int8_is_not_tried_and_a_line_says_what_helps(
     reason = (
         "too few photos to judge accuracy: 21 photos can show at best that it falls by no more "
         "than 18.78 points, and 894 or more are needed for 0.5; add held-out photos with --photos "
-        "DIR, use --accuracy-budget 18.78, or --precision int8 to keep it nevertheless"
+        "DIR or --folds RUN, use --accuracy-budget 18.78, or --precision int8 to keep it "
+        "nevertheless"
     )
     assert entry["why_not"] == f"not tried: {reason}"
     assert f"int8 not tried, fp32 is served: {reason}" in lines

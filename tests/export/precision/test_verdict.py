@@ -132,7 +132,7 @@ def test_the_entry_of_the_manifest_and_the_line_of_the_log() -> None:
         "fell_at_most": 1.444,
         "fell_at_least": -0.333,
         "confidence": 0.95,
-        "photos_by": {"held_out": 200, "training": 0, "worth": 200},
+        "photos_by": {"held_out": 200, "folds": 0, "training": 0, "worth": 200},
         "least_budget_points": 2.21,
         "sure": True,
         "budget_points": 1.5,
@@ -146,7 +146,12 @@ def test_the_entry_of_the_manifest_and_the_line_of_the_log() -> None:
     assert "at most 1.44 with 95 % confidence by these and 700 training photos)" in both.summary(
         "x"
     )
-    assert both.to_dict()["photos_by"] == {"held_out": 200, "training": 700, "worth": 850}
+    assert both.to_dict()["photos_by"] == {
+        "held_out": 200,
+        "folds": 0,
+        "training": 700,
+        "worth": 850,
+    }
 
 
 # ---- how sure it is
@@ -161,8 +166,8 @@ def test_four_photos_decide_nothing() -> None:
         assert not verdict.to_dict()["sure"]
     assert (
         "4 photos can show at best that it falls by no more than 64.38 points, and 1,791 or more "
-        "are needed for 0.25; add held-out photos with --photos DIR, use --accuracy-budget 100, or "
-        "--precision int8 to keep it nevertheless; on 4 held-out photos"
+        "are needed for 0.25; add held-out photos with --photos DIR or --folds RUN, use "
+        "--accuracy-budget 100, or --precision int8 to keep it nevertheless; on 4 held-out photos"
     ) in verdict.summary("int8")
 
 

@@ -249,7 +249,8 @@ OTHERS = {
     "zeros": bytes(1000),
     "text": "hällo, this is text".encode(),
     "JSON": b'[{"a": 1}]',
-    "fields of a web form (application/x-www-form-urlencoded)": b"image=%2F9j%2F4AAQ&tta=1",
+    "fields of a web form (application/x-www-form-urlencoded)": b"image=@photo.jpg&tta=1",
+    "an image whose bytes were read and written as text": PHOTO.decode("latin-1").encode(),
 }
 
 
@@ -268,6 +269,13 @@ def test_what_came_is_told_by_name_with_the_line_that_works(client: httpx.Client
     assert one["error"]["detail"].endswith(
         f"curl -F image=@a.jpg -F image=@b.jpg {client.base_url}/predict/batch"
     )
+
+
+@pytest.mark.parametrize("mode", ["utf-8", "ascii"])
+def test_an_image_that_was_replaced_as_text_is_told(client: httpx.Client, mode: str):
+    data = PHOTO.decode(mode, "replace").encode(mode, "replace")
+    detail = told(client.post("/predict", content=data), 415, "not-an-image")
+    assert "this is an image whose bytes were read and written as text; " in detail
 
 
 def test_unknown_bytes_are_told_without_a_guess(client: httpx.Client):

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import fledge
-from export import benchmark, further_photos, pipeline
+from export import benchmark, pipeline
+from export.precision import further_photos
 from serving.errors import DataError
 from tests.export.conftest import Run, jpeg, rates
 
@@ -51,7 +51,7 @@ def test_the_folder_of_the_run_itself_is_refused(shared_run: Run):
 def test_a_folder_of_another_class_is_refused(shared_run: Run, tmp_path: Path):
     folder = new_photos(tmp_path / "more")
     with pytest.raises(
-        DataError, match=r"blue is no label .*; name each folder as the run has its"
+        DataError, match=r"'blue' is no label .*; name each folder as the run has its"
     ):
         further_photos.find(folder, ("red", "green", "pink"), known(shared_run), print)
 
@@ -73,16 +73,6 @@ def test_a_precision_is_judged_on_further_photos_too(
     )
     entry = manifest.tried["int8"]
     assert entry["photos"] == 81
-    assert entry["photos_by"] == {"held_out": 81, "training": 0, "worth": 81}
+    assert entry["photos_by"] == {"held_out": 81, "folds": 0, "training": 0, "worth": 81}
     assert manifest.parity["photos"] == 21  # as without them
     assert any("int8 kept; on 81 held-out photos" in line for line in lines)
-
-
-def test_the_option_reaches_the_export(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    given: dict[str, object] = {}
-    monkeypatch.setattr(pipeline, "export", lambda *args, **options: given.update(options))
-    words = ["export", "runs/x", "--out", str(tmp_path), "--photos", "some photos"]
-    assert fledge.main(words) == 0
-    assert given["photos"] == Path("some photos")
