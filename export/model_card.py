@@ -10,7 +10,7 @@ import numpy as np
 from export.calibration import tta_summary
 from serving.bundle.manifest import Manifest
 from training.evaluation.metrics import Labels
-from training.evaluation.shortcomings import balanced_accuracy, shortcomings
+from training.evaluation.shortcomings import balanced_accuracy, shortcomings, unmeasured
 
 _MAX_ROWS: Final = 100
 
@@ -96,6 +96,8 @@ antialiased), and take the softmax of the logits{by}.
 def card(manifest: Manifest) -> str:
     """Return the text of the bundle's README.md; equal manifests give equal texts."""
     labels, report, norm = manifest.labels, manifest.parity, manifest.batchnorm
+    photos, right = _counts(manifest)
+    warnings = [*shortcomings(labels, photos, right), *unmeasured(labels, photos)]
     more = f", and {len(labels) - _MAX_ROWS} more" if len(labels) > _MAX_ROWS else ""
     left = dict(norm["left"])
     outputs = manifest.graph["outputs"]
@@ -115,10 +117,8 @@ def card(manifest: Manifest) -> str:
             for graph, share in report["accuracy"].items()
         ),
         classes="\n".join(_classes(manifest)),
-        balanced=balanced_accuracy(*_counts(manifest)),
-        warnings="".join(
-            f"\n\n**Warning**: {line}." for line in shortcomings(labels, *_counts(manifest))
-        ),
+        balanced=balanced_accuracy(photos, right),
+        warnings="".join(f"\n\n**Warning**: {line}." for line in warnings),
         photos=report["photos"],
         batches=", ".join(str(size) for size in report["batches"]),
         agreements="\n".join(

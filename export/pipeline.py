@@ -166,7 +166,7 @@ def export_checkpoint(
     classifier, info = torchvision_checkpoint.load(
         path, arch, names, arch_args=arch_args, size=size, crop=crop
     )
-    train, valid = torchvision_checkpoint.photos(photos, names)
+    train, valid = torchvision_checkpoint.photos(photos, names, log=log)
     info = replace(info, data={"source": str(photos), "train": 0, "valid": len(valid)})
     exported = _Source(classifier, info, path.name, train, valid, trained=False)
     return _export(exported, path, out, options, formats, log)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -200,14 +200,18 @@ def read_labels(path: Path) -> list[str]:
 
 
 def photos(
-    folder: Path, labels: Sequence[str], named: str = "--labels has it"
+    folder: Path,
+    labels: Sequence[str],
+    named: str = "--labels has it",
+    log: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Sample], list[Sample]]:
     """List the photos in a folder with one folder per class, and split them into two lists.
 
     Args:
         folder: The folder, or an archive.
-        labels: Class names in the order of the logits.
+        labels: Class names in the order of the logits. ImageNet's may be synsets or names.
         named: Where the names of the folders come from, for error messages.
+        log: Function that is called with lines about what was read and passed over.
 
     Returns:
         A third of the photos for int8 calibration, and the other two thirds as held-out photos.
@@ -216,8 +220,14 @@ def photos(
         DataError: `load_dataset` can't read the folder, or the name of a class folder is not in
             `labels`.
     """
-    dataset = load_dataset(str(folder), config=DataConfig(valid=HELD_OUT, similar="keep"))
+    config = DataConfig(valid=HELD_OUT, similar="keep", synsets="keep")
     match, places = LabelMatcher(labels).match, {label: i for i, label in enumerate(labels)}
+    dataset = load_dataset(str(folder), config=config)
+    if not any(map(match, dataset.classes)):
+        names = config.model_copy(update={"synsets": "names"})
+        dataset = load_dataset(str(folder), config=names)
+    for line in dataset.reading.lines():
+        log(line)
     found = [match(name) for name in dataset.classes]
     unknown = [name for name, label in zip(dataset.classes, found, strict=True) if label is None]
     if unknown:

@@ -1,5 +1,6 @@
 """What `fledge` says to words that it does not know, and to paths that are something else."""
 
+import json
 import re
 import shlex
 
@@ -7,6 +8,7 @@ import pytest
 
 import fledge
 from serving import cli_hints
+from serving.inputs import path_kind
 
 
 @pytest.fixture
@@ -20,6 +22,11 @@ def here(tmp_path, monkeypatch):
         *("runs/quick/best.json", "runs/quick/best.safetensors", "runs/cut/run.json", "x.onnx"),
     ):
         (tmp_path / file).touch()
+    run = {"source": "photos", "root": "/photos", "fingerprint": "0", "classes": ["ants"]}
+    for name in ("quick", "cut"):
+        (tmp_path / "runs" / name / "run.json").write_text(json.dumps(run))
+    manifest = {key: {} for key in ("labels", "precisions", "preprocess", "graph")}
+    (tmp_path / "bundle/manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "birds.toml").write_text('name = "b"\narch = "resnet18"\n[[stage]]\nname = "a"\n')
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -156,6 +163,24 @@ def test_options_that_argparse_refuses_are_one_line(capsys):
 )  # fmt: skip
 def test_a_path_that_is_something_else_gets_the_command_for_it(words, meant, here, capsys):
     assert pasted(said(capsys, *shlex.split(words))) == meant
+
+
+def test_photos_beside_files_with_the_names_of_marks_are_photos(here):
+    for name in ("run.json", "manifest.json", "manifest.sha256", "best.json"):
+        (here / "photos" / name).write_text("{}")
+    assert path_kind.kind_of(here / "photos") == "photos"
+    assert path_kind.not_wanted(here / "photos", "photos") == ""
+
+
+def test_what_is_damaged_is_left_to_the_command(here, capsys):
+    (here / "bundle/manifest.json").write_text('{"cut off')
+    assert "bundle/manifest.json" in said(capsys, "inspect", "bundle")
+    (here / "runs/quick/run.json").unlink()
+    (here / "runs/quick/best.json").write_text('{"cut off')
+    assert "best.json is not a checkpoint description" in said(capsys, "evaluate", "runs/quick")
+    (here / "empty").mkdir()
+    assert "empty: manifest.json is missing" in said(capsys, "serve", "empty")
+    assert "empty/best.json is missing" in said(capsys, "evaluate", "empty")
 
 
 @pytest.mark.parametrize(

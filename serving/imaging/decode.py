@@ -20,7 +20,6 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from serving.errors import BrokenImage, EmptyBody, NotAnImage, TooLarge, UnsupportedFormat
 from serving.imaging import cost, deep_samples, formats, icc, isolated, plugins
 from serving.imaging.formats import FORMATS
-from serving.imaging.formats import SUFFIXES as SUFFIXES
 from serving.imaging.limits import (
     TOO_MANY,
     VARIABLE,

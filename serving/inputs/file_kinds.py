@@ -245,11 +245,16 @@ def own_picture_kind(entry: os.DirEntry[str]) -> Kind | None:
 
 def folder_kind(folder: str) -> Kind | None:
     """Return why a folder is passed over because of a mark in it; None: it is searched."""
-    for name, (reason, has_mark) in _MARKS.items():
-        path = os.path.join(folder, name)
-        if os.path.lexists(path) and has_mark(Path(path)):
+    for name, (reason, _) in _MARKS.items():
+        if has_mark(folder, name):
             return Kind(reason, os.path.basename(folder))
     return None
+
+
+def has_mark(folder: str, name: str) -> bool:
+    """Whether a folder has the mark `name`, such as "run.json", with the content of a mark."""
+    path = os.path.join(folder, name)
+    return os.path.lexists(path) and _MARKS[name][1](Path(path))
 
 
 def may_be_image(path: str) -> bool:

@@ -1,7 +1,8 @@
 """Say what a path is if it is not what a command needs, and which command suits it.
 
 `fledge evaluate bundle` is refused with "bundle is a bundle, not a run: describe it with `fledge
-inspect bundle`". A path is recognised by file names and suffixes; no file is read.
+inspect bundle`". Folders of Fledge are recognised by their marks, and other paths by the suffixes
+of files. What is there but damaged is left to the command.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from serving.errors import BundleError, OptionError
+from serving.inputs.file_kinds import has_mark, is_image, own_picture_kind
 from serving.terminal import quote_path
 
 Kind = Literal[
@@ -52,6 +54,13 @@ _WANTED: Final[dict[Wanted, tuple[str, tuple[Kind, ...]]]] = {
 _INSPECT: Final = "describe it with `fledge inspect {path}`"
 _RESUME: Final = "go on with it by `fledge train --resume {path}`"
 _TRAIN: Final = "train on it with `fledge train quick --data {path}`"
+_MARKS: Final[dict[Wanted, tuple[str, ...]]] = {
+    "run": ("run.json", "best.json", "best.safetensors"),
+    "resumable": ("run.json", "recipe.toml", "split.csv", "best.json"),
+    "bundle": ("manifest.json", "manifest.sha256"),
+}
+"""What a command needs -> files by which the command itself says what is wrong with it."""
+
 _ADVICE: Final[dict[tuple[Wanted, Kind], str]] = {
     ("run", "bundle"): _INSPECT,
     ("run", "version"): "describe its bundle with `fledge inspect {parent}`",
@@ -101,6 +110,7 @@ _SUFFIXES: Final[dict[str, Kind]] = {
     **dict.fromkeys((".onnx", ".pt2", ".ts"), "graph"),
     **dict.fromkeys((".csv", ".tsv", ".jsonl", ".parquet"), "table"),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".xz", ".bz2", ".zst"), "archive"),
+    **dict.fromkeys((".7z", ".rar"), "archive"),  # refused with a remedy by who reads archives
     **dict.fromkeys((".html", ".htm"), "report"),
 }  # fmt: skip
 _MOST: Final = 1000
@@ -116,7 +126,7 @@ def kind_of(path: Path) -> Kind:
             return "missing"
     except (OSError, ValueError):
         return "missing"
-    if _is_photo(path.name):
+    if is_image(path.name):
         return "photo"
     kind = _SUFFIXES.get(path.suffix.lower(), "file")
     inner = _SUFFIXES.get(Path(path.stem).suffix.lower()) if kind == "archive" else None
@@ -159,12 +169,14 @@ def not_wanted(path: Path, wanted: Wanted, option: str = "") -> str:
         return f"{path} was stopped before its first epoch was saved: {_RESUME}".format(
             path=shown(path)
         )
-    if kind in kinds:
+    if kind in kinds or any(_has(path, mark) for mark in _MARKS.get(wanted, ())):
         return ""
-    sentence = f"{option} {path} is {_NAMES[kind]}, not {name}".lstrip()
     advice = _ADVICE.get((wanted, kind))
     if wanted == "resumable":
         advice = advice or _ADVICE.get(("run", kind))
+    if advice is None and wanted in _MARKS:
+        return ""
+    sentence = f"{option} {path} is {_NAMES[kind]}, not {name}".lstrip()
     if advice is None:
         return sentence
     first = _first_run(path) if kind == "runs" else path
@@ -178,13 +190,13 @@ def shown(path: Path) -> str:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a folder has the files of a bundle."""
-    return _has(folder, "manifest.json") and _has(folder, "manifest.sha256")
+    """Whether a folder is a bundle."""
+    return has_mark(os.fspath(folder), "manifest.json")
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder has a file that `fledge train` writes into the folder of a run."""
-    return _has(folder, "run.json") or _has(folder, "best.json")
+    """Whether a folder is a run, finished or not."""
+    return has_mark(os.fspath(folder), "run.json")
 
 
 def _folder_kind(folder: Path) -> Kind:
@@ -199,7 +211,7 @@ def _folder_kind(folder: Path) -> Kind:
     runs = [one for one in folders if is_run(one)]  # their pictures are no photos
     classes = [one for one in folders if one not in runs and not is_bundle(one)]
     inside = [entry for one in classes for entry in _entries(one)]
-    if any(_is_photo(one.name) for one in (*entries, *inside)):
+    if any(is_image(one.name) and not own_picture_kind(one) for one in (*entries, *inside)):
         return "photos"
     return "runs" if runs else "folder"
 
@@ -226,12 +238,6 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return list(islice(entries, _MOST))
     except OSError:
         return []
-
-
-def _is_photo(name: str) -> bool:
-    from serving.imaging.decode import SUFFIXES  # here, because it imports Pillow
-
-    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _has(folder: Path, name: str) -> bool:

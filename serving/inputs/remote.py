@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 from serving.errors import BrokenImage, DataError, TooLarge
 from serving.inputs import archives, lists
-from serving.inputs.compression import MAX_FILE, TOO_LONG
+from serving.inputs.compression import FIXED, MAX_FILE
 from serving.inputs.file_kinds import Kind, member_kind, named_kind, system_kind
 from serving.inputs.folders import Note, is_pattern
 from serving.inputs.passed_over import OnPassedOver, not_counted
@@ -110,7 +111,7 @@ def load(address: str) -> bytes | Path:
     except Exception as error:  # each package behind fsspec has its own error classes
         raise BrokenImage(f"can't be read: {_reason(error)}") from error
     if len(data) > MAX_FILE:
-        raise TooLarge(f"it has {TOO_LONG.format(MAX_FILE)}")
+        raise TooLarge(f"more than the {MAX_FILE} bytes {FIXED}")
     return data
 
 
@@ -154,7 +155,10 @@ def _below(fs: Any, folder: Entry, note: Note, passed_over: OnPassedOver) -> Ite
                 name = fs.unstrip_protocol(entry["name"])
                 note(f"{name}: {_reason(error)}; what is in it is left out")
             else:
-                levels.append(iter(_sorted(listed, entry["name"], passed_over)))
+                inner = _sorted(listed, entry["name"], passed_over)
+                if any(_is_unnamed(found, entry["name"]) for found in listed):
+                    inner += _unnamed(fs, entry["name"], note, passed_over)
+                levels.append(iter(inner))
         else:
             yield fs.unstrip_protocol(entry["name"])
 
@@ -173,6 +177,40 @@ def _sorted(entries: list[Entry], folder: str, passed_over: OnPassedOver) -> lis
         else:
             listed.append(entry)
     return sorted(listed, key=lambda entry: natural(_name(entry)))
+
+
+def _is_unnamed(entry: Entry, folder: str) -> bool:
+    """Return whether an entry is a folder with an empty name: `a/` in `a`, of the key `a//1.jpg`.
+
+    The folder itself, which some file systems list too, has no slash at the end, or is a file.
+    """
+    name = str(entry["name"])
+    return entry["type"] == "directory" and name == f"{folder.rstrip('/')}/" != folder
+
+
+def _unnamed(fs: Any, folder: str, note: Note, passed_over: OnPassedOver) -> list[Entry]:
+    """Return the images below the folder with an empty name in `folder`, in natural order.
+
+    `ls` takes such a folder for the one that contains it, so the keys are listed by their prefix.
+    """
+    start = f"{folder.rstrip('/')}//"
+    try:
+        if "prefix" not in inspect.signature(getattr(fs, "_find", fs.find)).parameters:
+            raise OSError(f"{type(fs).__name__} can't list a folder without a name")
+        names = [name for name in fs.find(folder, prefix="/") if name.startswith(start)]
+    except Exception as error:  # each package behind fsspec has its own error classes
+        note(f"{fs.unstrip_protocol(start)}: {_reason(error)}; what is in it is left out")
+        return []
+    found = []
+    for name in sorted(names, key=lambda name: [natural(part) for part in name.split("/")]):
+        *folders, last = name.removeprefix(start).split("/")
+        kinds = [kind for part in folders if part and (kind := named_kind(part, is_folder=True))]
+        kind = next(iter(kinds), None) or member_kind(last)
+        if kind is None:
+            found.append({"name": name, "type": "file"})
+        else:
+            passed_over(kind.reason, name, kind.detail)
+    return found
 
 
 def _kind(entry: Entry) -> Kind | None:

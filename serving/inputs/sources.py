@@ -23,7 +23,7 @@ from itertools import chain
 from typing import IO, Final
 
 from serving.errors import BrokenImage, DataError, OptionError, RequestError
-from serving.imaging.decode import SUFFIXES
+from serving.imaging.formats import SUFFIXES
 from serving.inputs import archives, file_kinds, folders, lists, open_archives, remote
 from serving.inputs.folders import Note
 from serving.inputs.local_files import check_inside, read_file

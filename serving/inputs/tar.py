@@ -19,9 +19,9 @@ from serving.errors import BrokenImage, DataError, TooLarge
 from serving.inputs.archive_members import Member, Wanted, is_listed, unique
 from serving.inputs.compression import (
     BLOCK,
+    FIXED,
     MAX_FILE,
     MAX_RATIO,
-    TOO_LONG,
     NeedsMemory,
     PeekableStream,
     open_tar,
@@ -235,7 +235,7 @@ def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
         kind = "a link" if info.issym() or info.islnk() else "a device or a pipe"
         raise BrokenImage(f"not a file but {kind} in an archive")
     if info.size > MAX_FILE:
-        raise TooLarge(f"{info.size} bytes are {TOO_LONG.format(MAX_FILE)}")
+        raise TooLarge(f"{info.size} bytes are more than the {MAX_FILE} {FIXED}")
     if info.sparse is not None:
         header: Any = info
         header.sparse = _checked_sparse(header.sparse, info.size)

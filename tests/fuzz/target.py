@@ -62,6 +62,7 @@ _MODULES = {
     "parquet": "lists",
     "scores": "tables",
     "labels": "tables",
+    "table": "tables",
     "recipe": "recipes",
     "formula": "recipes",
     "run": "runs",

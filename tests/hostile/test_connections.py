@@ -216,7 +216,7 @@ def test_the_limit_on_connections_makes_room_for_new_ones(folder: Path, tmp_path
             client.sendall(raw + data[:100])
             time.sleep(0.02)
         one_more = stack.enter_context(closing(connect(server)))
-        assert response(one_more) == b""
+        assert response(one_more) == b""  # none of them has had a second for its body
         client.close()
         deadline = time.monotonic() + 5
         while not (metrics := refused_connections(server)) and time.monotonic() < deadline:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from serving.terminal import escape, quote_path
 from tests.support.surroundings import FLEDGE, Surrounding
+from tests.support.tiny_bundle import photo, tiny_bundle
 from tests.surroundings.test_commands import RECIPE
 
 ROOT = Path(__file__).parents[2]
@@ -236,3 +237,18 @@ def make(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[b
         ["make", *words, docker], cwd=folder, env={**inherited, **env}, capture_output=True,
         check=False, timeout=60,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["option", "variable"])
+def test_scoring_tells_the_option_that_lets_a_large_photo_in(tmp_path: Path, way: str) -> None:
+    tiny_bundle(tmp_path / "bundle")
+    (tmp_path / "x.jpg").write_bytes(photo(1, (300, 200)))
+    words = ["score", "x.jpg", "--bundle", "bundle", "--out", "s.csv"]
+    given = ["--max-pixels", "50000"] if way == "option" else []
+    env = {} if given else {"FLEDGE_MAX_PIXELS": "50000"}
+    Surrounding(env).run(*FLEDGE, *words, *given, cwd=tmp_path)
+    error = (tmp_path / "s.csv").read_text().splitlines()[1]
+    assert error.endswith("300 x 200 pixels are more than the 50000 allowed (--max-pixels)")
+    done = Surrounding(env).run(*FLEDGE, *words, "--max-pixels", "60000", cwd=tmp_path)
+    assert done.returncode == 0
+    assert ",ok," in (tmp_path / "s.csv").read_text()

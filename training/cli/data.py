@@ -47,7 +47,8 @@ def preview(options: argparse.Namespace) -> None:
     from serving.errors import OptionError
     from serving.inputs.path_kind import require
     from training.config import load, shipped
-    from training.preview.preview import DEFAULTS, augmented, preview
+    from training.data.dataset import SAMPLE
+    from training.preview.preview import augmented, preview
 
     if options.photo is not None and not options.augment:
         raise OptionError(f"--photo {options.photo} has no effect without --augment; add it")
@@ -60,10 +61,9 @@ def preview(options: argparse.Namespace) -> None:
     overrides = list(options.overrides)
     if options.seed is not None:
         overrides.append(f"seed={options.seed}")
-    if options.recipe is None:
-        recipe = load.read_text(DEFAULTS, "fledge preview", overrides)
-    else:
-        recipe = load.read(options.recipe, overrides)
+    # Without --recipe, what `make train` would train: the Makefile has the same default.
+    default = Path("demo" if options.data == SAMPLE else "quick")
+    recipe = load.read(options.recipe or default, overrides)
     if options.augment:
         show(augmented(options.data, recipe, options.out, split=options.split, photo=options.photo))
         return
@@ -107,7 +107,9 @@ def add_to(add_verb: AddVerb) -> None:
     )
     add.add_argument("--photo", type=Path, metavar="FILE", help="the photo to draw with --augment")
     add.add_argument(
-        "--recipe", type=Path, help="read [data], [augment] and image sizes from this recipe"
+        "--recipe",
+        type=Path,
+        help="read [data], [augment] and image sizes from this recipe; default: quick",
     )
     add.add_argument("--seed", type=int, metavar="N")
     add.usage = "fledge preview DATA [options] [key=value …]"

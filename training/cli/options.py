@@ -59,8 +59,8 @@ def suggest(word: str, options: argparse.Namespace, words: Sequence[str]) -> str
         recipe, data = word, recipe
     if options.data is not None:
         found = next((one for one in files if shipped.find(FilePath(one)).is_file()), "quick")
-        hint = load.suggest(FilePath(found), word, value)
-        return hint or f"; an option of the recipe is written as {word}=VALUE"
+        hint = load.suggest(FilePath(found), word.rstrip(":"), value)
+        return hint or f"; an option of the recipe is written as {word.rstrip(':')}=VALUE"
     return f"; did you mean `fledge {verb} {quote_path(recipe)} --data {quote_path(data)}`?"
 
 

@@ -38,7 +38,7 @@ def unknown(path: Path) -> str:
     """Return the error message for a recipe that does not exist."""
     known = names()
     own = path.with_name(f"{path.name}.toml")
-    near = difflib.get_close_matches(path.name.removesuffix(".toml"), known, n=1)
+    near = difflib.get_close_matches(path.name.removesuffix(".toml").lower(), known, n=1)
     near = [str(own)] if not path.suffix and own.is_file() else near
     hint = f"did you mean {near[0]!r}? Else use" if near else "use"
     return f"{path}: no such recipe; {hint} one of {', '.join(known)}, or a file of your own"

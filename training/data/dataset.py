@@ -16,10 +16,11 @@ from serving.errors import DataError, OptionError
 from serving.utils.files import atomic_write
 from serving.utils.natural_sort import natural_letters_first
 from training.config.sections import DataConfig
-from training.data import archive, label_table, layouts, sample, torchvision_sets
+from training.data import label_table, layouts, sample, torchvision_sets
 from training.data.layouts import Photo, Reading
 from training.data.similar_classes import common_folder, settle_classes
 from training.data.splits import PARTS, draw_split, read_split_file
+from training.utils import archive
 from training.utils.console import quoted
 
 SAMPLE: Final = "sample"
@@ -73,13 +74,6 @@ class Dataset:
                 digest.update(b"%s\0%s\0%d\0%d\n" % (part.encode(), name, size, label))
         return digest.hexdigest()[:16]
 
-    @property
-    def without_validation(self) -> tuple[str, ...]:
-        """Names of the classes that have training photos and no validation photo."""
-        validated = {label for _, label in self.valid}
-        trained = {label for _, label in self.train}
-        return tuple(self.classes[label] for label in sorted(trained - validated))
-
     def without(self, broken: Iterable[Path]) -> Dataset:
         """Return a copy without the photos in `broken`.
 
@@ -110,7 +104,7 @@ def load_dataset(
             which is extracted into the cache. A folder has one of these layouts:
 
             - one folder per class, or parts with one folder per class, as recognised by
-              `training.data.structure`;
+              `training.data.folders.structure`;
             - the layout that `config` describes.
         split: CSV file with the columns `path` and `fold`; fold is train, valid, test or a number.
             None: the split comes from the folders or is drawn at random.
@@ -212,17 +206,6 @@ def _checked(dataset: Dataset, split: Path | None = None) -> Dataset:
             name = quoted(empty[0])
             raise DataError(f"class {name} has no photo in the train part; add one")
     return dataset
-
-
-def without_validation_hint(classes: Sequence[str]) -> str:
-    """Return the hint about classes without a validation photo, at least one."""
-    named = ", ".join(quoted(name, 40) for name in classes[:3])
-    more = f" and {len(classes) - 3} more" if len(classes) > 3 else ""
-    has = "class has" if len(classes) == 1 else "classes have"
-    return (
-        f"{len(classes)} {has} no photo to validate on: {named}{more}; the accuracy says nothing "
-        "about it: add photos, or give --split"
-    )
 
 
 def write_split(dataset: Dataset, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Find the photos of a dataset and their labels in one of the supported layouts on disk.
 
-Labels are the names of class folders (see `training.data.structure`), parts of file names, or
-values in a CSV table. The result is a list of `Photo`: path, class name and split.
+Labels are the names of class folders (see `training.data.folders.structure`), parts of file names,
+or values in a CSV table. The result is a list of `Photo`: path, class name and split.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import NamedTuple
 from serving.errors import DataError
 from serving.inputs.passed_over import PassedOver
 from training.config.sections import DataConfig
-from training.data.label_table import images_folder, read_label_table
-from training.data.part_names import part_of
-from training.data.photo_tree import PhotoFolder, count_unused, read_tree, tree_lines
-from training.data.structure import PARTS, Structure, find_structure
+from training.data.folders.part_names import part_of
+from training.data.folders.photo_tree import PhotoFolder, count_unused, read_tree, tree_lines
+from training.data.folders.structure import PARTS, Structure, find_structure
+from training.data.label_table import check_tables, images_folder, read_label_table
 from training.utils.console import quoted
 
 
@@ -115,6 +115,8 @@ class Layout:
             self.photos = [
                 Photo(root / path, label, part) for path, label, part in self._structure.photos
             ]
+            if config.layout == "auto":
+                check_tables(root, {photo.path: photo.label for photo in self.photos})
         self.unlabelled = self._find_unlabelled()
 
     def _find_unlabelled(self) -> tuple[Path, ...]:
@@ -165,6 +167,8 @@ class Layout:
         )
 
     def _drawing(self) -> Iterator[str]:
+        if os.path.isabs(self._config.csv):  # the folder was not searched
+            return iter(())
         return tree_lines(f"{self._root.name or self._root}/", self._tree, self._structure.roles)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
 
 from serving.errors import DataError
-from serving.imaging.decode import SUFFIXES
+from serving.imaging.formats import SUFFIXES
 from serving.tables.columns import has_image_suffix
 from serving.terminal import quote
 from training.utils.console import quoted

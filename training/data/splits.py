@@ -16,8 +16,8 @@ from serving.tables.reader import EmptyTable, Table, open_table
 from serving.utils.mistakes import Mistakes
 from training.config.sections import DataConfig
 from training.data import photo_names
+from training.data.folders.part_names import part_of
 from training.data.layouts import Photo, photos_below
-from training.data.part_names import part_of
 from training.utils.console import quoted
 
 PARTS: Final = ("train", "valid", "test")

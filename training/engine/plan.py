@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from serving.errors import DataError, OptionError
+from training.config.forms import did_you_mean
 from training.config.schema import ALL, Recipe, Spread, Stage
 from training.config.toml_lines import Path
 from training.data.dataset import Dataset
@@ -75,8 +77,16 @@ def check(classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]) -> No
 def mistakes(recipe: Recipe) -> Iterator[tuple[Path, str]]:
     """Yield the path and the description of each mistake of a recipe that concerns its network.
 
-    No photos and no weights are needed: the network is built on the meta device.
+    No photos and no weights are read: the network is built on the meta device.
     """
+    words = ("imagenet", "none", "auto")
+    reads = os.environ.get("RANK", "0") == "0"  # under torchrun, the others need no file
+    if reads and recipe.weights not in words and not os.path.exists(recipe.weights):
+        hint, known = did_you_mean(recipe.weights, words), ", ".join(words)
+        yield (
+            ("weights",),
+            f"weights = {recipe.weights!r}: no such file, and not one of {known}{hint}",
+        )
     try:
         family = backbones.family_of(recipe.arch)
     except OptionError as error:

@@ -330,8 +330,10 @@ def _log_result(run: Run, result: evaluate.EvaluationResult) -> None:
     run.log("seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items()))
     found = list(shortcomings.shortcomings(result.classes, photos, right))
     if found:
-        data = quote_path(run.activations.photos.dataset.source)
-        found.append(shortcomings.REMEDY.format(data=data))
+        data, last = quote_path(run.activations.photos.dataset.source), run.stages[-1]
+        length = "epochs" if last.cycles == 1 else "cycles"
+        longer = f"stage.{last.name}.{length}={2 * getattr(last, length)}"
+        found.append(shortcomings.REMEDY.format(data=data, longer=longer))
     for line in found:
         run.log(f"warning: {line}")
     run.log(
@@ -344,11 +346,11 @@ def _log_result(run: Run, result: evaluate.EvaluationResult) -> None:
 
 def _launcher(processes: int) -> str:
     """Return what stands before the command where torchrun has started the processes."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     if processes == 1:
         return ""
-    # With several machines, torchrun also needs the addresses that it was started with.
-    return f"torchrun --nproc-per-node {local} -m " if local == processes else "torchrun … -m "
+    if int(os.environ.get("LOCAL_WORLD_SIZE", processes)) == processes:
+        return f"torchrun --standalone --nproc-per-node {processes} -m "
+    return "torchrun … -m "  # with the addresses of the machines, as it was started
 
 
 def _log_how_to_resume(run: Run, error: BaseException) -> None:

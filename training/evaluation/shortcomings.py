@@ -54,8 +54,9 @@ def shortcomings(classes: Sequence[str], photos: Labels, right: Labels) -> Itera
         return
     accuracy, constant = int(right.sum()) / total, most / total
     if accuracy <= constant + math.sqrt(constant * (1 - constant) / total):
+        where = "below" if accuracy < constant else "at"
         yield (
-            f"accuracy {accuracy:.2%} is at the level of always saying "
+            f"accuracy {accuracy:.2%} is {where} the level of always saying "
             f"{classes[int(photos.argmax())]}, {constant:.2%} of {total:,} photos; "
             f"balanced over the classes it is {balanced_accuracy(photos, right):.2%}"
         )
@@ -67,8 +68,27 @@ def shortcomings(classes: Sequence[str], photos: Labels, right: Labels) -> Itera
         yield f"{count} never found: {', '.join(named)}{more}"
 
 
+def unmeasured(classes: Sequence[str], photos: Labels) -> Iterator[str]:
+    """Yield a line if classes have no photo, so that the accuracy says nothing about them.
+
+    Args:
+        classes: Names of the classes.
+        photos: Number of photos of each class.
+    """
+    missing = [name for name, number in zip(classes, photos, strict=True) if not number]
+    if missing:
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        several = len(missing) > 1
+        count = f"{len(missing)} classes have" if several else "1 class has"
+        yield (
+            f"{count} no photo among those that the accuracy was measured on: "
+            f"{', '.join(missing[:_SHOWN])}{more}; it says nothing about "
+            f"{'them' if several else 'it'}"
+        )
+
+
 REMEDY: Final = (
     "look at what the crop leaves of the photos with `fledge preview {data} --augment`, correct "
-    "wrong labels, add photos of the weak classes, or train longer"
+    "wrong labels, add photos of the weak classes, or train longer: {longer}"
 )
-"""What to do about shortcomings; `data` is the quoted value of `--data`."""
+"""What to do about shortcomings; `data` is the quoted value of `--data`, `longer` an override."""

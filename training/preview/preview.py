@@ -29,9 +29,6 @@ PICTURE: Final = "preview.png"
 PHOTOS: Final = "photos.png"
 AUGMENTED: Final = "augment.png"
 
-DEFAULTS: Final = 'name = "preview"\narch = "resnet18"\n[[stage]]\nname = "all"\n'
-"""The recipe used without `--recipe`; the options that `fledge preview` reads have defaults."""
-
 EDGES: Final = (0, 64, 128, 224, 320, 480, 640, 1024, 2048, 4096)
 """Lower bounds of the bars in the text histogram of short sides, in pixels."""
 _BAR: Final = 40

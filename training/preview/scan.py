@@ -25,6 +25,7 @@ from serving.utils.cpu import cores
 from serving.utils.progress import progress_bar
 from training.data.dataset import MAX_UNREADABLE_SHARE, Dataset
 from training.data.splits import PARTS
+from training.evaluation.shortcomings import unmeasured
 from training.utils.console import pluralize
 
 UNLABELLED: Final = "unlabelled"
@@ -291,6 +292,12 @@ def _empty_validation(scan: Scan) -> Iterator[str]:
         yield "there is no photo to validate on that can be read: training refuses; add some"
 
 
+def _no_validation(scan: Scan) -> Iterator[str]:
+    counts = Counter(p.label for p in scan.used if p.part == "valid" and not p.error)
+    if counts:  # else see `_empty_validation`
+        yield from unmeasured(scan.classes, np.array([counts[name] for name in scan.classes]))
+
+
 def _imbalance(scan: Scan) -> Iterator[str]:
     least, most = max(min(scan.counts, default=1), 1), max(scan.counts, default=1)
     if most >= 3 * least:
@@ -357,6 +364,7 @@ HINTS: Final[Sequence[Callable[[Scan], Iterator[str]]]] = (
     _empty_class,
     _single_photo,
     _empty_validation,
+    _no_validation,
     _imbalance,
     _few_photos,
     _little_seen,

@@ -171,7 +171,10 @@ def _headline(
         "tta": tta if result.views > 1 else None,
         "low": low,
         "high": high,
-        "warnings": list(shortcomings.shortcomings(result.classes, photos, hits)),
+        "warnings": [
+            *shortcomings.shortcomings(result.classes, photos, hits),
+            *shortcomings.unmeasured(result.classes, photos),
+        ],
         "chart": charts.intervals(rows, f"Accuracy with its 95% interval, {low:.1%} to {high:.1%}"),
         "facts": facts,
     }

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from serving.errors import DataError
 from serving.terminal import quote_path
-from training.data import archive, sample, torchvision_sets
+from training.data import sample, torchvision_sets
 from training.data.dataset import SAMPLE, SPLIT_FILE, Dataset, read_split
 from training.run import checkpoint
+from training.utils import archive
 
 
 def load_run_dataset(run: Path, data: Path | None = None, part: str = "valid") -> Dataset:

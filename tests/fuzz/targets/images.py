@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from PIL import Image
 
-from serving.imaging import formats, tta
+from serving.imaging import formats, plugins, tta
 from serving.imaging.decode import LargerThanStated, decode, decode_here
 from serving.imaging.decode import check as check_head
 from serving.imaging.limits import MAX_PIXELS
@@ -46,10 +46,11 @@ def check(data: bytes) -> None:
 
 
 def check_plugin(data: bytes) -> None:
-    """Decode HEIC and JPEG XL as callers do, in a decoder process."""
+    """Decode HEIC and JPEG XL as a decoder process does."""
     if formats.optional_format(data) is None:
         return
-    image = decode(data, max_pixels=_PLUGIN_PIXELS).image
+    check_head(data, _PLUGIN_PIXELS)
+    image = decode_here(data, max_pixels=_PLUGIN_PIXELS).image
     if image.mode != "RGB" or image.width * image.height > _PLUGIN_PIXELS:
         raise AssertionError(f"{image.mode}, {image.size}")
 
@@ -195,7 +196,16 @@ _SPACES = (b"RGB ", b"GRAY", b"CMYK", b"Lab ", b"XYZ ", b"HSV ", b"6CLR")
 
 TARGETS = (
     Target("decode", check, seeds, mutate, repair, words=WORDS),
-    Target("plugin", check_plugin, plugin_seeds, mutate, words=PLUGIN_WORDS),
+    Target(
+        "plugin",
+        check_plugin,
+        plugin_seeds,
+        mutate,
+        prepare=lambda: (
+            [plugins.load(head) for head in (b"\0\0\0\0ftypheic", b"\xff\x0a")] and None
+        ),
+        words=PLUGIN_WORDS,
+    ),
     Target(
         "profile",
         check_profile,

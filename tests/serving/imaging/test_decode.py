@@ -22,7 +22,7 @@ from serving.errors import (
     TooLarge,
     UnsupportedFormat,
 )
-from serving.imaging import decode, deep_samples
+from serving.imaging import decode, deep_samples, formats
 from tests.robustness import icc_profiles
 from tests.support.tiny_bundle import photo
 
@@ -47,7 +47,7 @@ def as_image(array: np.ndarray) -> Image.Image:
 def every_format() -> dict[str, bytes]:
     scene = as_image(SCENE)
     lossless = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}
-    return {kind: encode(scene, kind, **lossless.get(kind, {})) for kind in decode.FORMATS}
+    return {kind: encode(scene, kind, **lossless.get(kind, {})) for kind in formats.FORMATS}
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -62,7 +62,7 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("kind", decode.FORMATS)
+@pytest.mark.parametrize("kind", formats.FORMATS)
 def test_every_served_format_gives_rgb_pixels(kind: str) -> None:
     decoded = decode.decode(every_format()[kind])
     assert decoded.image.mode == "RGB"
@@ -208,7 +208,7 @@ def test_the_pixel_cap_is_inclusive() -> None:
         decode.decode(data, max_pixels=199)
 
 
-@pytest.mark.parametrize("kind", decode.FORMATS)
+@pytest.mark.parametrize("kind", formats.FORMATS)
 def test_corrupt_bytes_raise_only_fledge_errors(kind: str) -> None:
     rng = random.Random(kind)
     intact = every_format()[kind]

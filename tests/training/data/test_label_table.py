@@ -88,9 +88,9 @@ def test_a_table_of_any_program_is_read_as_the_data_set_or_in_its_folder(
         "{root}/photos/{}",
     ],
 )
-@pytest.mark.parametrize("suffix", [True, False])
+@pytest.mark.parametrize(("suffix", "first"), [(True, "Bild,Art"), (False, "id,label")])
 def test_names_of_another_system_or_folder_are_found(
-    tmp_path: Path, form: str, suffix: bool
+    tmp_path: Path, form: str, suffix: bool, first: str
 ) -> None:
     touch(tmp_path, *PATHS, "photos/ants/readme.txt", "elsewhere/birds/9.jpg")
     rows = []
@@ -98,7 +98,7 @@ def test_names_of_another_system_or_folder_are_found(
         name = name.replace("/", "\\") if "\\" in form else name
         given = form.replace("{root}", str(tmp_path)).replace("{}", name)
         rows.append((given if suffix else given.removesuffix(".jpg"), label))
-    found = load_dataset(str(table(tmp_path / "labels.csv", rows)))
+    found = load_dataset(str(table(tmp_path / "labels.csv", rows, first)))
     assert labels(found) == truth()
 
 

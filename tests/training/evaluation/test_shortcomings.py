@@ -42,6 +42,39 @@ def test_classes_that_are_never_found_are_named_with_their_photos():
     assert lines([9, 9, 0], [9, 9, 0]) == []  # nothing is known of a class without photos
 
 
+def test_classes_without_photos_are_named():
+    names = [f"class {i}" for i in range(8)]
+    found = list(shortcomings.unmeasured(names[:3], np.array([9, 0, 2])))
+    assert found == [
+        "1 class has no photo among those that the accuracy was measured on: class 1; it says "
+        "nothing about it"
+    ]
+    (line,) = shortcomings.unmeasured(names, np.array([9] + [0] * 7))
+    assert line.startswith("7 classes have no photo among those")
+    assert "class 5 and 2 more" in line
+    assert list(shortcomings.unmeasured(names[:2], np.array([1, 1]))) == []
+
+
+def test_a_class_without_a_validation_photo_gets_a_hint_in_preview_train_report_and_card(
+    recipe, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    coloured(tmp_path / "photos" / "train", {"blue": 12, "green": 12, "red": 12})
+    coloured(tmp_path / "photos" / "valid", {"blue": 6, "green": 6})
+    hint = "1 class has no photo among those that the accuracy was measured on: red;"
+    words = ["preview", str(tmp_path / "photos"), "--out", str(tmp_path / "out")]
+    assert fledge.main(words) == 0
+    assert f"hint: {hint}" in capsys.readouterr().out
+    said: list[str] = []
+    read = load.read(recipe(SHORT))
+    run = finetune.run(
+        read, str(tmp_path / "photos"), out=tmp_path / "run", device="cpu", log=said.append
+    )
+    assert any(line.startswith(f"warning: {hint}") for line in said)
+    assert "photos: parts train/, valid/, with a folder per class in each" in said
+    assert f"Warning: {hint}" in (run / "report.html").read_text()
+
+
 def test_balanced_accuracy_is_the_mean_of_the_classes():
     from sklearn.metrics import balanced_accuracy_score
 
@@ -62,7 +95,8 @@ def test_a_run_at_the_level_of_chance_says_so_at_its_end(recipe, tmp_path, monke
     assert metrics["balanced_accuracy"] < 0.5
     *_, level, lost, remedy, last = said
     assert level.startswith("warning: accuracy ")
-    assert "is at the level of always saying blue, 60.00% of 5 photos" in level
+    assert " the level of always saying blue, 60.00% of 5 photos" in level
+    assert remedy.endswith("train longer: stage.all.epochs=2")
     assert "never found: " in lost
     assert f"balanced {metrics['balanced_accuracy']:.2%}" in last
     assert "next: fledge export" in last

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -284,10 +285,15 @@ def test_the_command_draws_an_augmentation(photos, tmp_path, capsys, monkeypatch
     assert fledge.main([*words, *changes]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'augment.png'}\n"
     first = load_dataset(str(photos), seed=5).train[0].path
-    config = AugmentConfig(preset="top_down")
+    quick = load.read(Path("quick")).augment  # what `make train` uses
+    assert quick != AugmentConfig()
+    config = load.read(Path("quick"), ["augment.preset=top_down"]).augment
+    assert config.flip == "dihedral"
     assert calls.pop() == (first, config, 64, 2, tmp_path / "out" / "augment.png", 5)
     recipe = tmp_path / "r.toml"
-    recipe.write_text(preview.DEFAULTS + "[augment]\nmax_rotate = 33.0\n")
+    recipe.write_text(
+        'name = "x"\narch = "resnet18"\n[[stage]]\nname = "all"\n[augment]\nmax_rotate = 33.0\n'
+    )
     mine = photos / "b" / "2.jpg"
     assert fledge.main([*words, "--photo", str(mine), "--recipe", str(recipe)]) == 0
     assert calls[0][:2] == (mine, AugmentConfig(max_rotate=33.0))
@@ -319,7 +325,7 @@ def test_the_first_readable_photo_is_drawn(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "training.preview.augmentation_sheet.write", lambda path, *_, **__: drawn.append(path)
     )
-    recipe = load.read_text(preview.DEFAULTS, "defaults", ["data.valid=0.01"])
+    recipe = load.read(Path("quick"), ["data.valid=0.01"])
     first, second, *_ = (s.path for s in load_dataset(str(photos), config=recipe.data).train)
     first.write_bytes(b"no photo")
     preview.augmented(str(photos), recipe, tmp_path / "out")
@@ -362,6 +368,7 @@ def test_an_image_above_the_limit_of_pillow_is_described(tmp_path):
     """Pillow alone refuses to open images of more than 178 megapixels."""
     code = """
 import sys
+from pathlib import Path
 from pathlib import Path
 from training.preview import scan
 for name in sys.argv[1:]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from serving.utils.regular_files import read_limited
-from training.data.photo_tree import PhotoFolder
+from training.data.folders.photo_tree import PhotoFolder
 
 _SYNSET: Final = re.compile(r"n[0-9]{8}")
 _FILES: Final = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")

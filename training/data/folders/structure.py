@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from serving.errors import DataError
-from serving.imaging.decode import SUFFIXES
-from training.data.class_names import names_of_synsets
-from training.data.label_hints import labels_hint
-from training.data.other_tasks import check_task
-from training.data.part_names import is_container, part_of, resembles_part
-from training.data.photo_tree import CLASS, PhotoFolder
+from serving.imaging.formats import SUFFIXES
+from training.data.folders.label_hints import labels_hint
+from training.data.folders.other_tasks import check_task
+from training.data.folders.part_names import is_container, part_of, resembles_part
+from training.data.folders.photo_tree import CLASS, PhotoFolder
+from training.data.folders.synset_names import names_of_synsets
 from training.utils.console import pluralize, quoted
 
 PARTS: Final = ("train", "valid", "test")

@@ -81,7 +81,11 @@ def extracted(source: str | os.PathLike[str]) -> Path:
                 break
             if held is not None:
                 held.close()
-            _extract(path, cache, entry, folder)
+            try:
+                _extract(path, cache, entry, folder)
+            except BaseException:
+                disk_cache.remove(entry)
+                raise
         disk_cache.mark_used(entry)
     except OSError as error:
         where = error.filename or abbreviate_home(disk_cache.cache_folder())
@@ -178,6 +182,8 @@ class _Extraction:
                     bar.advance(task)
         except DataError as error:
             raise DataError(f"{self._path}: {error}") from error
+        if not self._photos:
+            raise DataError(f"{self._path}: no photo in it: {self.summary()}")
 
     def _is_wanted(self, name: str) -> bool:
         kind = member_kind(name)

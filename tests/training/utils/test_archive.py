@@ -16,10 +16,10 @@ from serving.inputs import zip_archive
 from tests.support.tar_files import KINDS, write_tar
 from tests.support.tiny_bundle import photo
 from tests.support.zip_files import end_record, entry, local, write_zip
+from tests.training.conftest import SHORT, recipe_text
 from training.config.sections import DataConfig
-from training.data import archive
 from training.data.dataset import load_dataset
-from training.utils import disk_cache
+from training.utils import archive, disk_cache
 
 ROOT = Path(__file__).parents[3]
 PHOTOS = {f"{name}/{i}.jpg": photo(10 * j + i) for j, name in enumerate("ab") for i in range(4)}
@@ -140,6 +140,16 @@ def test_an_archive_that_is_not_whole_is_refused_and_leaves_nothing(folder):
         load_dataset("set.zip")
 
 
+def test_an_archive_without_photos_says_what_is_in_it(folder):
+    write_zip("inner.zip", PHOTOS.items())
+    write_zip("set.zip", [("inner.zip", Path("inner.zip").read_bytes()), ("a.csv", b"a,b")])
+    with pytest.raises(
+        DataError, match=r"set\.zip: no photo in it: 0 photos and 1 table .*\.zip\)"
+    ):
+        load_dataset("set.zip")
+    assert disk_cache.open_cache().entries() == []
+
+
 def test_an_encrypted_archive_and_another_kind_are_refused(folder):
     head = local(b"a/1.jpg", b"data", flags=1)
     directory = entry(b"a/1.jpg", b"data", flags=1)
@@ -159,7 +169,7 @@ def test_the_size_is_limited_by_the_cache_and_its_variable_is_named(folder, monk
     write_zip("set.zip", PHOTOS.items())
     with pytest.raises(DataError, match=r"larger than the cache may be, .*FLEDGE_CACHE_GB"):
         load_dataset("set.zip")
-    assert disk_cache.open_cache().size() == 0
+    assert disk_cache.open_cache().entries() == []
     monkeypatch.setenv("FLEDGE_CACHE_GB", "1")
     assert load_dataset("set.zip").classes == ("a", "b")
 
@@ -211,7 +221,7 @@ def test_two_processes_extract_it_once(folder):
     write_zip("set.zip", [(f"{n % 9}/{n}.jpg", b"x" * 1000) for n in range(2000)])
     code = """
 import sys
-from training.data import archive
+from training.utils import archive
 print(archive.extracted("set.zip"))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -272,3 +282,23 @@ def test_a_tar_member_of_no_size_limit_is_not_extracted(folder, capsys):
         file.addfile(hard)
     archive.extracted("set.tar")
     assert "1 unreadable (a/hard.jpg: not a file but a link" in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_train_evaluate_and_resume_take_an_archive_and_extract_it_again(folder, capsys):
+    write_zip("set.zip", PHOTOS.items())
+    Path("tiny.toml").write_text(recipe_text(SHORT))
+    assert fledge.main(["train", "tiny.toml", "--data", "set.zip", "--out", "run"]) == 0
+    folders = load_dataset("set.zip")
+    for held in archive._held.values():
+        held.close()
+    archive._held.clear()
+    assert fledge.main(["cache", "--clear"]) == 0
+    assert not folders.root.exists()
+    capsys.readouterr()
+    assert fledge.main(["evaluate", "run"]) == 0  # extracts it again
+    assert "8 photos extracted" in capsys.readouterr().err
+    Path("moved").mkdir()
+    Path("set.zip").rename("moved/set.zip")
+    assert fledge.main(["evaluate", "run", "--data", "moved/set.zip"]) == 0
+    assert "8 photos extracted" in capsys.readouterr().err

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from serving.errors import DataError
-from training.data.part_names import is_container, part_of
-from training.data.photo_tree import PhotoFolder
+from training.data.folders.part_names import is_container, part_of
+from training.data.folders.photo_tree import PhotoFolder
 
 _BOXES: Final = frozenset({"labels", "label", "annotations", "annotation", "bboxes", "boxes"})
 """Folders beside `images/` with a file of boxes for each photo."""

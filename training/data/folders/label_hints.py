@@ -5,22 +5,26 @@ The labels may be in a table, as Kaggle's competitions have them, or in the name
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from serving.utils.regular_files import open_regular
-from training.data.part_names import is_container, part_of
-from training.data.photo_tree import PhotoFolder
+from serving.errors import FledgeError
+from serving.tables.columns import text_of
+from serving.tables.reader import open_table
+from training.data.folders.part_names import is_container, part_of
+from training.data.folders.photo_tree import PhotoFolder
+from training.data.label_table import SUFFIXES
 
-PATTERN: Final = r"^(.+?)[ ._(-]*[0-9]+\)?\."
-"""Finds the label in names such as `cat.0.jpg`, `great_pyrenees_12.jpg` and `cat (1).jpg`."""
+PATTERN: Final = r"^(.*?[^\W\d_].*?)[ ._(-]*[0-9]+\)?\."
+"""Finds the label in names such as `cat.0.jpg`, `great_pyrenees_12.jpg` and `cat (1).jpg`.
+A label has a letter: `1.jpg` in a folder of test photos has none."""
 
 # fmt: off
 _CAMERA: Final = frozenset([
@@ -33,7 +37,6 @@ _CAMERA: Final = frozenset([
 _LABELS: Final = ("label", "class", "category", "target", "species", "breed", "name", "labels")
 """Usual names of the column of labels."""
 
-_HEAD: Final = 2**16  # bytes of a table that are looked at
 _ROWS: Final = 100
 _NAMED: Final = 0.8
 """Share of the rows whose photo must be there."""
@@ -73,7 +76,7 @@ def _tables(root: Path, base: PhotoFolder, folders: Sequence[PhotoFolder]) -> It
         names = sorted(os.listdir(root / base.path))
     except OSError:
         return
-    tables = [name for name in names if name.lower().endswith(".csv")]
+    tables = [name for name in names if name.lower().endswith(SUFFIXES)]
     for name in tables[:_MAX_TABLES]:
         rows = _head(root / base.path / name)
         for folder in folders:
@@ -115,11 +118,14 @@ def _label_column(columns: Sequence[str], photo: str) -> str:
 def _head(path: Path) -> list[dict[str, str]]:
     """Return the first rows of a table; [] if it can't be read."""
     try:
-        with open_regular(path) as file:
-            text = file.read(_HEAD).decode("utf-8-sig", "replace")
-        reader = csv.DictReader(text.splitlines()[: _ROWS + 1])
-        return [row for row in reader if None not in row and None not in row.values()]
-    except (OSError, csv.Error):
+        table = open_table(path)
+        rows = islice(table.rows(range(len(table.columns))), _ROWS)
+        return [
+            dict(zip(table.columns, map(text_of, row.values), strict=True))
+            for row in rows
+            if not row.wrong
+        ]
+    except (OSError, FledgeError):
         return []
 
 
