@@ -18,7 +18,7 @@ import pytest
 import fledge
 from serving import errors
 from serving.bundle.manifest import Manifest
-from serving.http import body_hints, problems
+from serving.http import problems
 from serving.http.messages import Request
 from serving.imaging.decode import decode
 from serving.inference.load import open_predictor
@@ -136,7 +136,7 @@ def test_answers_have_the_documented_fields(tmp_path: Path) -> None:
         decode(page)
     headers = {b"host": b"localhost:3000"}
     request = Request("POST", "/predict", b"", headers, _no_receive, "")
-    real = problems.problem(body_hints.explain(caught.value, page, request), "")
+    real = problems.problem(problems.explain(caught.value, page, request), "")
     real["detail"] = real["detail"].replace(", HEIC, JPEG XL", "")  # with the extras
     assert problem == real
 

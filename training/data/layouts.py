@@ -20,7 +20,7 @@ from training.config.sections import DataConfig
 from training.data.folders.part_names import part_of
 from training.data.folders.photo_tree import PhotoFolder, count_unused, read_tree, tree_lines
 from training.data.folders.structure import PARTS, Structure, find_structure
-from training.data.label_table import images_folder, read_label_table
+from training.data.label_table import check_tables, images_folder, read_label_table
 from training.utils.console import quoted
 
 
@@ -119,6 +119,8 @@ class Layout:
             self.photos = [
                 Photo(root / path, label, part) for path, label, part in self._structure.photos
             ]
+            if config.layout == "auto":
+                check_tables(root, {photo.path: photo.label for photo in self.photos})
         self.unlabelled = self._find_unlabelled()
 
     def _find_unlabelled(self) -> tuple[Path, ...]:
@@ -170,6 +172,8 @@ class Layout:
         )
 
     def _drawing(self) -> Iterator[str]:
+        if os.path.isabs(self._config.csv):  # the folder was not searched
+            return iter(())
         return tree_lines(f"{self._root.name or self._root}/", self._tree, self._structure.roles)
 
 

@@ -470,3 +470,38 @@ def test_many_folders_are_drawn_in_few_lines(tmp_path):
 def test_deep_folders_are_read(tmp_path):
     make(tmp_path, "a" + "/d" * 400 + "/{3}.jpg", "b/{3}.jpg")
     assert len(read(tmp_path).train) == 4
+
+
+@pytest.mark.parametrize("names", [("cat", "dog"), ("site A", "site B")])
+def test_a_table_with_other_labels_than_the_folders_is_not_ignored(tmp_path, names):
+    rows = []
+    for folder in names:
+        for i in range(6):
+            make(tmp_path, f"images/{folder}/{i}.jpg")
+            rows.append(f"images/{folder}/{i}.jpg,{'cat' if i % 2 else 'dog'},{i}")
+    (tmp_path / "annotations.csv").write_text("file,species,burst\n" + "\n".join(rows) + "\n")
+    with pytest.raises(DataError) as caught:
+        load_dataset(str(tmp_path))
+    message = str(caught.value)
+    assert "annotations.csv gives the photos other labels" in message
+    assert load_dataset(str(tmp_path), config=pasted(message)).classes == ("cat", "dog")
+    by_folder = load_dataset(str(tmp_path), config=DataConfig(layout="classes"))
+    assert by_folder.classes == names
+
+
+def test_a_table_that_agrees_with_the_folders_or_has_no_labels_is_passed_by(tmp_path):
+    for folder in ("cat", "dog"):
+        make(tmp_path, f"{folder}/{{6}}.jpg")
+    names = [f"{folder}/{i}.jpg" for folder in ("cat", "dog") for i in range(6)]
+    (tmp_path / "a.csv").write_text("path,label\n" + "".join(f"{n},{n[:3]}\n" for n in names))
+    (tmp_path / "b.csv").write_text("path,url\n" + "".join(f"{n},http://{n}\n" for n in names))
+    (tmp_path / "c.csv").write_text('path,label\n"broken')
+    assert load_dataset(str(tmp_path)).classes == ("cat", "dog")
+
+
+def test_the_pattern_that_is_told_leaves_the_numbered_test_photos_unlabelled(tmp_path):
+    make(tmp_path, "train/cat.{12}.jpg", "train/dog.{12}.jpg", "test1/1.jpg", "test1/12.jpg")
+    data = pasted(refused(tmp_path))
+    found = load_dataset(str(tmp_path), config=data)
+    assert found.classes == ("cat", "dog")
+    assert [path.name for path in found.unlabelled] == ["1.jpg", "12.jpg"]

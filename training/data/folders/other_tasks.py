@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from pathlib import Path
 from typing import Final
 
 from serving.errors import DataError
+from serving.terminal import quote_path
 from serving.utils.regular_files import open_regular
 from training.data.folders.part_names import is_container, part_of
 from training.data.folders.photo_tree import PhotoFolder
@@ -58,7 +58,7 @@ def _check_folder(where: Path, folder: PhotoFolder) -> None:
     masks = [inner for name, inner in names.items() if name in _MASKS and inner.total]
     if images and masks and len(images) + len(masks) == len(folder.children):
         classes = any(not part_of(inner.name) for inner in images[0].children)
-        remedy = f"use {shlex.quote(str(where / images[0].name))}" if classes else _REMEDY
+        remedy = f"use {quote_path(where / images[0].name)}" if classes else _REMEDY
         raise DataError(
             f"{where} is a set for segmentation: {masks[0].name}/ has the outlines of what is in "
             f"{images[0].name}/; {remedy}"

@@ -10,7 +10,6 @@ read in two ways, and one that is no layout of classes, is refused with what set
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Final, NoReturn
 
 from serving.errors import DataError
 from serving.imaging.formats import SUFFIXES
+from serving.terminal import quote_path
 from training.data.folders.label_hints import labels_hint, other_files_hint
 from training.data.folders.other_tasks import check_task
 from training.data.folders.part_names import (
@@ -248,7 +248,7 @@ def _inside_out(root: Path, base: PhotoFolder) -> Structure | None:
         raise DataError(
             f"{where} has folders with parts of their own, and these have class folders: "
             f"{folders[0].path}/{folders[0].children[0].name}/; give one of them, as in --data "
-            f"{shlex.quote(str(where / first.name))}, or, if {first.name}/ is a class, add "
+            f"{quote_path(where / first.name)}, or, if {first.name}/ is a class, add "
             f"{AS_CLASSES}"
         )
     example = inverted[0]
@@ -353,7 +353,7 @@ def _read_classes(
     inner = {tuple(kid.name for kid in folder.children) for folder in folders}
     if len(folders) > 1 and len(inner) == 1 and not any(folder.photos for folder in folders):
         names = ", ".join(f"{name}/" for name in [*inner.pop()][:3])
-        first = shlex.quote(str(where / folders[0].name))
+        first = quote_path(where / folders[0].name)
         found.warning = (
             f"each class folder has the same folders in it ({names}); if those are the classes, "
             f"use --data {first}"
