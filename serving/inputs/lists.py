@@ -176,7 +176,7 @@ def _values(table: Table, column: int, note: Note) -> Iterator[str]:
     try:
         for row in table.rows([column]):
             (value,) = row.values
-            if row.fields > len(table.columns) and row.wrong:
+            if row.wrong and row.fields > len(table.columns):
                 wrong = [wrong[0] + 1, wrong[1]] if wrong else [1, row.number]
             elif isinstance(value, str) and value.strip():
                 yield value

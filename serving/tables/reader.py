@@ -176,7 +176,7 @@ def _text(path: str, dialect: Dialect, data: bytes | None, asked: Collection[str
             while True:
                 number = reader.line_num + dialect.skip_lines + 1
                 record = next(reader)
-                if any(field.strip() for field in record):
+                if "".join(record).strip():
                     yield number, record
         except StopIteration:
             return
@@ -191,10 +191,15 @@ def _text(path: str, dialect: Dialect, data: bytes | None, asked: Collection[str
     count = len(names)
 
     def rows(columns: Sequence[int]) -> Iterator[TableRecord]:
+        whole = tuple(columns) == tuple(range(count))
         for number, record in islice(records(), int(named), None):
             fields = len(record)
+            if fields == count:
+                given = record if whole else [record[at] for at in columns]
+                yield TableRecord(number, tuple(given), fields)
+                continue
             values = tuple(record[at] if at < fields else None for at in columns)
-            more = fields > count and any(field.strip() for field in record[count:])
+            more = any(field.strip() for field in record[count:])
             yield TableRecord(number, values, fields, _too_many(fields, count) if more else "")
 
     columns = tuple(names) if named else tuple(str(number) for number in range(1, count + 1))
