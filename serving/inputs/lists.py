@@ -155,6 +155,11 @@ def open_list(path: str, requested: str | None) -> tuple[Table, int]:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
     except EmptyTable as error:
         raise DataError(f"{path}: lists no images; it is empty") from error
+    folder = os.path.dirname(path)
+    if requested is None:
+        table = table.with_first_row(
+            lambda name: _exists(_slashed(name)) or _exists(_below(folder, name))
+        )
     return table, find_paths(table, requested, path, lambda name: f"--column {quote(name)}")
 
 

@@ -190,7 +190,7 @@ FOLDERS = st.sampled_from(
     st.sampled_from(["", "photos", "ants/bees"]),
     st.booleans(),
 )
-@examples(25)
+@examples(15)
 def test_training_and_evaluation_take_the_same_label(places: Any, root: str, parts: bool) -> None:
     places |= {("ants", ()), ("bees", ())}  # training needs photos right below the class or deeper
     with tempfile.TemporaryDirectory() as folder:
