@@ -47,12 +47,14 @@ class Reading:
         tree: Lines of a drawing of the folders, with the number of photos in each.
         empty: Paths of class folders without photos, relative to the data folder.
         passed_over: Counts of files and folders that are no photos of the data set.
+        warning: What may be wrong with the layout, or "".
     """
 
     line: str = ""
     tree: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
     passed_over: PassedOver = field(default_factory=PassedOver)
+    warning: str = ""
 
     def lines(self) -> Iterator[str]:
         """Yield the line about the layout, and the line about what was passed over."""
@@ -60,6 +62,8 @@ class Reading:
             yield f"photos: {self.line}"
         if self.passed_over:
             yield self.passed_over.line()
+        if self.warning:
+            yield f"warning: {self.warning}"
 
 
 class Layout:
@@ -164,6 +168,7 @@ class Layout:
             tuple(self._drawing()),
             tuple(self._structure.empty),
             self._passed_over,
+            self._structure.warning,
         )
 
     def _drawing(self) -> Iterator[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final, TypeGuard
 
 from serving.errors import DataError, OptionError
@@ -17,6 +18,7 @@ from serving.utils.mistakes import Mistakes
 from training.config.sections import DataConfig
 from training.data import photo_names
 from training.data.folders.part_names import part_of
+from training.data.grouped_splits import group_names, grouped_folds, grouped_holdout
 from training.data.layouts import Photo, photos_below
 from training.utils.console import quoted
 
@@ -144,6 +146,10 @@ def draw_split(
             f"data.fold = {config.fold} has no effect alone; set data.folds, or give --split"
         )
     if not free:
+        if config.group:
+            raise OptionError(
+                f"data.group = {config.group!r}: {root} is split already; remove the option"
+            )
         return photos
     labels = [photo.label for photo in free]
     too_few = [label for label, count in Counter(labels).items() if count < 2]
@@ -152,7 +158,16 @@ def draw_split(
             f"class {quoted(too_few[0])} has one photo; it needs at least 2, "
             "one to train on and one to validate on"
         )
-    if config.folds:
+    if config.group:
+        groups = group_names(
+            [PurePath(os.path.relpath(photo.path, root)) for photo in free], config.group
+        )
+        if config.folds:
+            folds = grouped_folds(labels, groups, config.folds, seed)
+            held_out = [fold == config.fold for fold in folds]
+        else:
+            held_out = grouped_holdout(labels, groups, config.valid, seed)
+    elif config.folds:
         held_out = [fold == config.fold for fold in stratified_folds(labels, config.folds, seed)]
     else:
         held_out = stratified_holdout(labels, config.valid, seed)
