@@ -68,8 +68,12 @@ def names_columns(record: Sequence[str], asked: Collection[str] = ()) -> bool:
     if any(name in asked for name in record):
         return True
     counted = bool(asked) and all(name.isdecimal() for name in asked)
-    usual = any(_key(name) in _USUAL for name in record)
-    return not any(map(has_image_suffix, record)) and (usual or not counted)
+    return not any(map(has_image_suffix, record)) and (has_usual_name(record) or not counted)
+
+
+def has_usual_name(names: Sequence[str]) -> bool:
+    """Check whether any of the names is a usual name of a column."""
+    return any(_key(name) in _USUAL for name in names)
 
 
 def usual_columns(columns: Sequence[str], names: Sequence[str]) -> list[int]:

@@ -21,7 +21,7 @@ from serving.tables.columns import (
 )
 from serving.tables.reader import EmptyTable, Table, open_table
 from serving.terminal import quote, quote_path
-from serving.utils.label_names import is_utf8, normalize_label, show_label
+from serving.utils.label_names import is_utf8, normalize_label, show_label, similarity_key
 from serving.utils.mistakes import Mistakes
 from training.config.sections import DataConfig
 from training.data import photo_names
@@ -104,8 +104,13 @@ def read_label_table(
     images = _images(root, config)
     bases = [images, *([] if config.images else [root, Path(table.path).parent])]
     asked: tuple[str | None, str | None] = config.columns
+
+    def is_photo(name: str) -> bool:
+        return photo_names.exists(f"{name.strip()}{config.suffix}", bases)
+
     if config.columns == DataConfig().columns:
         asked = None, None
+        table = table.with_first_row(is_photo)
     at = find_paths(
         table,
         asked[0],
@@ -113,7 +118,7 @@ def read_label_table(
         lambda name: _option(name, _other(table, name, asked[1])),
         preferred="id",
         always=False,
-        is_photo=lambda name: photo_names.exists(f"{name.strip()}{config.suffix}", bases),
+        is_photo=is_photo,
     )
     label_at = find_labels(
         table, asked[1], at, table.path, lambda name: _option(table.columns[at], name)
@@ -193,7 +198,7 @@ def check_tables(root: Path, photos: Mapping[Path, str]) -> None:
         except (OSError, FledgeError):
             continue
         labels = {entry.path: entry.label for entry in entries if entry.path in photos}
-        others = Counter(label for path, label in labels.items() if label != photos[path])
+        others = Counter(label for path, label in labels.items() if not _same(label, photos[path]))
         if len(labels) > len(photos) / 2 and others.total() > len(labels) / 4:
             given = _some([label for label, _ in others.most_common()])
             folders = _some(sorted(set(photos.values())))
@@ -203,6 +208,10 @@ def check_tables(root: Path, photos: Mapping[Path, str]) -> None:
                 f"({folders}): add {option}; or, if the folders are the classes, "
                 "add data.layout=classes"
             )
+
+
+def _same(one: str, other: str) -> bool:
+    return one == other or similarity_key(one) == similarity_key(other)
 
 
 def _some(labels: Sequence[str]) -> str:

@@ -180,7 +180,7 @@ FIELDS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n"), max_
 
 
 @given(st.lists(st.tuples(FIELDS, FIELDS), min_size=1, max_size=6), st.sampled_from(",;\t|"))
-@examples(60)
+@examples(40)
 def test_whatever_is_quoted_is_read_back(tmp_path_factory: Any, rows: Any, delimiter: str) -> None:
     path = tmp_path_factory.mktemp("t") / "t.csv"
     lines = [["id", "label"], *rows]
