@@ -26,7 +26,7 @@ from serving.inputs.passed_over import OnPassedOver, not_counted
 
 SUFFIXES: Final = (*tar.SUFFIXES, *zip_archive.SUFFIXES)
 
-_MAX_JUDGED: Final = 2**26
+_MAX_JUDGED: Final = 2**24
 """Largest member without the suffix of a format whose content is looked at, in bytes."""
 
 OTHER_SUFFIXES: Final = (".7z", ".rar")
