@@ -28,12 +28,13 @@ from serving.errors import (
     RequestError,
     Unauthorized,
 )
-from serving.http import body_hints, forms, json_body, problems
+from serving.http import forms, json_body, problems
 from serving.http.access import Access
 from serving.http.bentoml_routes import PAGE, BentomlRoutes
 from serving.http.demo_page import render
 from serving.http.keys import ApiKeys
 from serving.http.messages import (
+    BATCH_PATH,
     ASGIApp,
     ClientDisconnect,
     Message,
@@ -45,6 +46,7 @@ from serving.http.messages import (
 from serving.http.model_manager import ModelManager
 from serving.http.multipart import ManyFalseBoundaries
 from serving.http.predict import predict_image, predict_images
+from serving.imaging.not_images import describe
 from serving.inference.decoding import request_id
 from serving.server import bentoml_compat, connection_limits, log_queue, tls
 from serving.server.disconnect import DISCONNECT, Disconnect
@@ -189,7 +191,8 @@ class App:
                 ):
                     form = await _parse(body, content_type, "image")
                     if len(form.images) > 1:
-                        line = body_hints.command(request, path=body_hints.BATCH_PATH)
+                        keys = bool(model_manager.settings.api_keys)
+                        line = request.curl(keys=keys, path=BATCH_PATH)
                         raise RequestError(f"more than one image; send several so: {line}")
                     body, pairs = form.images[0], [*pairs, *form.pairs]
                 answer = await predict_image(model_manager, body, forms.options(pairs))
@@ -215,7 +218,7 @@ class App:
                 content_type = request.content_type
                 is_json = json_body.is_json(body, content_type)
                 if not is_json and not forms.is_multipart(content_type):
-                    what = body_hints.describe(body)
+                    what = describe(body)
                     this = f"this is {what}; " if what else ""
                     raise RequestError(f"{this}use several fields `image`, or JSON with `images`")
                 form = await _parse(body, content_type, "images")
@@ -280,13 +283,13 @@ class App:
 
     def _explain(self, request: Request, error: FledgeError, data: bytes) -> FledgeError:
         keys = bool(self._model_manager().settings.api_keys)
-        return body_hints.explain(error, data, request, keys=keys)
+        return problems.explain(error, data, request, keys=keys)
 
     async def _body(self, request: Request, model_manager: ModelManager) -> bytes:
         await self._keys(model_manager).authorise(request, images=1)
         coding = request.headers.get(b"content-encoding")
         if coding and coding.strip().lower() not in (b"", b"identity"):
-            line = body_hints.command(request, keys=bool(model_manager.settings.api_keys))
+            line = request.curl(keys=bool(model_manager.settings.api_keys))
             raise problems.UnsupportedCoding(
                 f"the body has Content-Encoding {coding.decode('latin-1')[:40]!r}, and bodies are "
                 f"not decompressed; send the file itself: {line}"
@@ -304,7 +307,7 @@ class App:
 
 _ROUTES: Final[dict[str, dict[str, Handler]]] = {
     "/predict": {"POST": App.predict},
-    "/predict/batch": {"POST": App.predict_batch},
+    BATCH_PATH: {"POST": App.predict_batch},
     "/model": dict.fromkeys(_READ_METHODS, App.model),
     "/readyz": dict.fromkeys(_READ_METHODS, App.ready),
     "/": dict.fromkeys(_READ_METHODS, App.demo_page),

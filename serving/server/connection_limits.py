@@ -11,9 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import socket
 import ssl
+import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final, Protocol
 
 HEAD_BYTES: Final = 65_536
@@ -229,6 +232,30 @@ class ConnectionLimits:
         self._count(reason)
         if reason not in _UNLOGGED:
             self._unlogged[reason] += 1
+
+
+def limit_buffers(transport: asyncio.Transport) -> None:
+    """Limit what waits for the client of a connection, in this process and in the kernel.
+
+    The kernel keeps the rest of a response after the connection was closed. On Linux it gives up
+    after `RESPONSE_SECONDS` in which the client took nothing.
+    """
+    transport.set_write_buffer_limits(high=WRITE_BUFFER)
+    _set_option(transport, socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    if option := getattr(socket, "TCP_USER_TIMEOUT", 0):
+        _set_option(transport, socket.IPPROTO_TCP, option, int(1000 * RESPONSE_SECONDS))
+
+
+def reset_when_closed(transport: asyncio.Transport) -> None:
+    """Make the kernel forget what waits for the client when the connection is closed."""
+    _set_option(transport, socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def _set_option(transport: asyncio.Transport, level: int, option: int, value: int | bytes) -> None:
+    connection = transport.get_extra_info("socket")
+    with suppress(OSError):  # a Unix socket has fewer options
+        if connection is not None:
+            connection.setsockopt(level, option, value)
 
 
 def raise_descriptor_limit() -> int:

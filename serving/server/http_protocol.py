@@ -9,7 +9,6 @@ has seen them; what depends on time is checked by `ConnectionLimits`, twice a se
 
 from __future__ import annotations
 
-import socket
 from typing import Any, Final
 
 import httptools
@@ -27,13 +26,13 @@ from serving.server.connection_limits import (
     LINGER_SECONDS,
     MAX_PIPELINED,
     RESPONSE_SECONDS,
-    SEND_BUFFER,
     SHARED_HEAD_BYTES,
     UNREAD_BYTES,
     UNREAD_SECONDS,
-    WRITE_BUFFER,
     WRITE_SECONDS,
     ConnectionLimits,
+    limit_buffers,
+    reset_when_closed,
 )
 from serving.server.disconnect import DISCONNECT, Disconnect, is_closed_by_client
 from serving.server.refusals import Refused, head_too_large, too_many_heads
@@ -94,10 +93,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             return
         self._head_since = self._head_since or self._limits.now
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=WRITE_BUFFER)
-        connection = transport.get_extra_info("socket")
-        if connection is not None:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        limit_buffers(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._limits.remove(self)
@@ -120,6 +116,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def drop(self) -> None:
         """Close the connection at once."""
         self._stopped = True
+        if self._behind_since:  # else the kernel would keep what is in its buffer
+            reset_when_closed(self.transport)
         self.transport.abort()
 
     def pause_writing(self) -> None:
@@ -318,7 +316,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self.drop()
         elif self._linger_until:
             if now >= self._linger_until:
-                self.drop()
+                self.transport.abort()
         elif self._is_unread(now):
             self._limits.refused("unread-response")
             self.drop()

@@ -227,7 +227,7 @@ def _json(path: str, encoding: str, data: bytes | None) -> Table:
     first = next(objects(), None)
     if first is None:
         raise EmptyTable(f"{path}: it is empty")
-    if not isinstance(first[1], dict):
+    if not isinstance(first[1], dict) or not first[1]:
         raise DataError(
             f'{path}: its first line is no JSON object, such as {{"path": "1.jpg", "label": "cat"}}'
         )

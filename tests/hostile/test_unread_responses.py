@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import socket
 import threading
@@ -32,6 +33,7 @@ def small_window(port: int, size: int = 4096) -> socket.socket:
     return client
 
 
+@pytest.mark.process
 def test_the_kernel_keeps_little_of_a_response_that_is_not_read(server: Live):
     with closing(small_window(server.port)) as client:
         client.sendall(LARGE * 10)
@@ -48,12 +50,19 @@ def test_the_kernel_keeps_little_of_a_response_that_is_not_read(server: Live):
     assert 10_000 < received < 400_000
 
 
+def poll_of(client: socket.socket) -> select.poll:
+    """Reports a reset."""
+    found = select.poll()
+    found.register(client, select.POLLHUP)
+    return found
+
+
 @pytest.mark.process
 def test_the_number_of_clients_that_read_nothing_is_limited(folder: Path, tmp_path: Path):
     with live(folder, tmp_path / "log") as server, ExitStack() as stack:
         before = rss(server)
-        for _ in range(150):
-            client = stack.enter_context(closing(small_window(server.port)))
+        clients = [stack.enter_context(closing(small_window(server.port))) for _ in range(150)]
+        for client in clients:
             client.sendall(LARGE * 10)
         until = time.monotonic() + 10
         while refused_connections(server).get("unread-response", 0) < 150 - 64:
@@ -61,6 +70,9 @@ def test_the_number_of_clients_that_read_nothing_is_limited(folder: Path, tmp_pa
             time.sleep(0.2)
         assert rss(server) - before < 40_000_000
         assert is_answered(server)
+        # A closed connection leaves nothing in the kernel: the client is told at once, by a reset.
+        told = [bool(poll_of(client).poll(0)) for client in clients]
+        assert sum(told) >= 150 - 64
 
 
 @contextmanager
