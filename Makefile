@@ -78,7 +78,7 @@ test-process: install ## Run the tests marked process, 5 minutes: kills, torchru
 test-slow: install ## Run the tests marked slow, 5 minutes: every network family, Ray
 	$(PYTEST) -n auto --dist worksteal -m "slow and $(OFFLINE)" $(ARGS)
 
-test-docker: install ## Test the image and deploy/, 2 minutes; needs a container engine (DOCKER=docker)
+test-docker: install ## Test the image and deploy/, 5 minutes; needs a container engine (DOCKER=docker)
 	DOCKER=$(call quote,DOCKER) BASE_IMAGE=$(call quote,BASE_IMAGE) $(BIN)/pytest tests/docker tests/deploy $(ARGS)
 
 coverage: install ## Report the branch coverage of the tests that ran with COVERAGE=1
