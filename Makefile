@@ -158,7 +158,8 @@ sbom: install ## List the packages of the image IMAGE=fledge in build/sbom.json,
 
 audit: install ## Check the locked packages of the service for known vulnerabilities
 	$(BIN)/pip-audit --disable-pip --require-hashes --requirement requirements/serving-cpu.txt \
-	  --requirement requirements/serving-gpu.txt $(ARGS)
+	  --requirement requirements/serving-gpu.txt --requirement requirements/heif.txt \
+	  --requirement requirements/jxl.txt $(ARGS)
 
 lock: install ## Renew the lock files; ARGS=--upgrade takes the newest versions
 	$(COMPILE) pyproject.toml --extra train --extra dev --output-file requirements/dev.txt
