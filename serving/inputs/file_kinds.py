@@ -296,7 +296,7 @@ def _kind_by_content(entry: os.DirEntry[str]) -> Kind | None:
             head = file.read(_HEAD)
     except OSError:
         return Kind(Reason.UNREADABLE_FILE, entry.name)
-    if formats.served(head) or _is_bmp(head):
+    if is_image_content(head):
         return None
     if suffix in _OTHER_FORMATS:
         return Kind(Reason.UNSUPPORTED_FORMAT, _OTHER_FORMATS[suffix])
@@ -310,6 +310,11 @@ def _kind_by_content(entry: os.DirEntry[str]) -> Kind | None:
 
 def _no_image(name: str) -> Kind:
     return Kind(Reason.NOT_AN_IMAGE, os.path.splitext(name)[1].lower() or _NO_SUFFIX)
+
+
+def is_image_content(head: bytes) -> bool:
+    """Return whether a file that begins with `head` is an image of a format that is read."""
+    return bool(formats.served(head)) or _is_bmp(head)
 
 
 def _is_bmp(head: bytes) -> bool:
