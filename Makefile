@@ -5,7 +5,9 @@ DOCKER ?= docker
 PORT ?= 3000
 BUNDLE ?= bundle
 RUN ?= runs/latest
-RECIPE ?= training/recipes/$(if $(DATA),quick,demo).toml
+ifndef RECIPE
+RECIPE := $(if $(value DATA),quick,demo)
+endif
 OUT ?= scores.csv
 IMAGE ?= fledge
 TARGET ?= cpu
@@ -23,6 +25,8 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 # COVERAGE=1 measures the branch coverage of a test command, child processes included; see `make coverage`.
 PYTEST := $(BIN)/$(if $(COVERAGE),coverage run -m )pytest
 OFFLINE := not docker and not gpu and not network
+# The value of a variable as one word of a shell command: paths may have spaces, quotes and dollar signs.
+quote = '$(subst ','\'',$(value $(1)))'
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo train export serve score test test-process test-slow test-docker coverage check format bench soak siege fuzz fuzz-service pictures \
@@ -48,22 +52,22 @@ $(INSTALLED): pyproject.toml requirements/dev.txt requirements/uv.txt
 
 demo: install ## Train on painted flowers, export, serve, classify one photo, all in demo/
 	@rm -rf demo
-	$(FLEDGE) train training/recipes/demo.toml --data sample --out demo/run $(ARGS)
+	$(FLEDGE) train demo --data sample --out demo/run $(ARGS)
 	$(FLEDGE) export demo/run --out demo/bundle
 	$(BIN)/python deploy/demo.py demo/bundle
 
-train: install ## Train on the built-in photos, or DATA=folder RECIPE=file.toml ARGS="key=value …"
-	$(FLEDGE) train "$(RECIPE)" --data "$(or $(DATA),sample)" $(ARGS)
+train: install ## Train on the built-in photos, or DATA=folder RECIPE=quick ARGS="key=value …"
+	$(FLEDGE) train $(call quote,RECIPE) --data $(if $(value DATA),$(call quote,DATA),sample) $(ARGS)
 
 export: install ## Turn RUN=runs/latest into the verified BUNDLE=bundle
-	$(FLEDGE) export "$(RUN)" --out "$(BUNDLE)" $(ARGS)
+	$(FLEDGE) export $(call quote,RUN) --out $(call quote,BUNDLE) $(ARGS)
 
 serve: install ## Serve BUNDLE=bundle over HTTP on PORT=3000
-	$(FLEDGE) serve "$(BUNDLE)" --port $(PORT) $(ARGS)
+	$(FLEDGE) serve $(call quote,BUNDLE) --port $(PORT) $(ARGS)
 
 score: install ## Score every image of INPUT=folder into OUT=scores.csv
-	@test -n "$(INPUT)" || { echo "make: name the images, as in make score INPUT=photos" >&2; exit 2; }
-	$(FLEDGE) score "$(INPUT)" --bundle "$(BUNDLE)" --out "$(OUT)" $(ARGS)
+	@test -n $(call quote,INPUT) || { echo "make: name the images, as in make score INPUT=photos" >&2; exit 2; }
+	$(FLEDGE) score $(call quote,INPUT) --bundle $(call quote,BUNDLE) --out $(call quote,OUT) $(ARGS)
 
 test: install ## Run the quick tests, 4 minutes on 2 cores: offline, no GPU
 	$(PYTEST) -n auto --dist loadfile -m "not process and not slow and $(OFFLINE)" $(ARGS)
@@ -75,7 +79,7 @@ test-slow: install ## Run the tests marked slow, 5 minutes: every network family
 	$(PYTEST) -n auto --dist worksteal -m "slow and $(OFFLINE)" $(ARGS)
 
 test-docker: install ## Test the image and deploy/, 2 minutes; needs a container engine (DOCKER=docker)
-	DOCKER="$(DOCKER)" BASE_IMAGE="$(BASE_IMAGE)" $(BIN)/pytest tests/docker tests/deploy $(ARGS)
+	DOCKER=$(call quote,DOCKER) BASE_IMAGE=$(call quote,BASE_IMAGE) $(BIN)/pytest tests/docker tests/deploy $(ARGS)
 
 coverage: install ## Report the branch coverage of the tests that ran with COVERAGE=1
 	@$(BIN)/coverage combine --quiet --append || test -f build/coverage/data # nothing new
@@ -97,15 +101,15 @@ format: install ## Format the code and fix what ruff can fix
 	$(BIN)/ruff format
 
 bench: install ## Compare training with fastai and a plain torch loop: DATA=photos ARGS="--split … --weights …"
-	$(BIN)/python -m benchmarks.training.race $(if $(DATA),--data "$(DATA)") $(ARGS)
+	$(BIN)/python -m benchmarks.training.race $(if $(value DATA),--data $(call quote,DATA)) $(ARGS)
 
 soak: install ## Ten minutes of overload, bad input and disconnects: BUNDLE=bundle DATA=photos
-	@test -n "$(DATA)" || { echo "make: name some photos, as in make soak DATA=photos" >&2; exit 2; }
-	$(BIN)/python -m benchmarks.serving.soak --bundle "$(BUNDLE)" --photos "$(DATA)" $(ARGS)
+	@test -n $(call quote,DATA) || { echo "make: name some photos, as in make soak DATA=photos" >&2; exit 2; }
+	$(BIN)/python -m benchmarks.serving.soak --bundle $(call quote,BUNDLE) --photos $(call quote,DATA) $(ARGS)
 
 siege: install ## Ten minutes of attacks beside honest callers: BUNDLE=bundle DATA=photos
-	@test -n "$(DATA)" || { echo "make: name some photos, as in make siege DATA=photos" >&2; exit 2; }
-	$(BIN)/python -m benchmarks.serving.siege --bundle "$(BUNDLE)" --photos "$(DATA)" $(ARGS)
+	@test -n $(call quote,DATA) || { echo "make: name some photos, as in make siege DATA=photos" >&2; exit 2; }
+	$(BIN)/python -m benchmarks.serving.siege --bundle $(call quote,BUNDLE) --photos $(call quote,DATA) $(ARGS)
 
 fuzz: $(FUZZER) ## Fuzz every parser, guided by coverage: ARGS="--seconds 60"
 	$(BIN)/python -m tests.fuzz --all $(ARGS)
@@ -121,11 +125,11 @@ pictures: demo ## Draw the pictures of the README again; needs Chromium
 	$(BIN)/python -m docs.pictures demo/run demo/bundle
 
 bento: install ## Build a Bento of the service with BUNDLE=bundle inside (EXTRAS=heif,jxl)
-	$(FLEDGE) verify "$(BUNDLE)"
+	$(FLEDGE) verify $(call quote,BUNDLE)
 	@rm -rf build/bento && mkdir -p build/bento/requirements
 	@cp -R bentofile.yaml README.md serving build/bento
 	@cat requirements/serving.txt $(patsubst %,requirements/%.txt,$(subst $(COMMA), ,$(EXTRAS))) >build/bento/requirements/serving.txt
-	@cp -R "$(BUNDLE)" build/bento/bundle
+	@cp -R $(call quote,BUNDLE) build/bento/bundle
 	BENTOML_DO_NOT_TRACK=True $(BIN)/bentoml build $(ARGS) build/bento
 
 image: ## Build the image IMAGE=fledge (TARGET=gpu, EXTRAS=heif,jxl, BUNDLE=… to include it, BASE_IMAGE=…)
@@ -133,11 +137,12 @@ image: ## Build the image IMAGE=fledge (TARGET=gpu, EXTRAS=heif,jxl, BUNDLE=… 
 	  --build-arg EXTRAS=$(EXTRAS) --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(DOCKER_BUILD_ARGS) .
 ifneq ($(origin BUNDLE),file)
 	DOCKER_BUILDKIT=1 $(DOCKER) build --file deploy/image/bundle.Dockerfile --tag $(IMAGE) \
-	  --build-arg IMAGE=$(IMAGE) "$(BUNDLE)"
+	  --build-arg IMAGE=$(IMAGE) $(call quote,BUNDLE)
 endif
 
-run-image: ## Serve BUNDLE=bundle from the image on PORT=3000: read-only, unprivileged
-	$(DOCKER) run --rm --stop-timeout 35 --publish $(PORT):3000 --volume "$(abspath $(BUNDLE))":/bundle:ro \
+run-image: ## Serve BUNDLE=bundle from the image on PORT=3000 of this machine: read-only, unprivileged
+	@test -d $(call quote,BUNDLE) || { echo "make: there is no bundle" $(call quote,BUNDLE) "- make one with make export" >&2; exit 2; }
+	$(DOCKER) run --rm --stop-timeout 35 --publish 127.0.0.1:$(PORT):3000 --env FLEDGE_HOSTS=localhost --volume "$$(cd $(call quote,BUNDLE) && pwd)":/bundle:ro \
 	  --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges $(DOCKER_RUN_ARGS) $(IMAGE) $(ARGS)
 
 sbom: install ## List the packages of the image IMAGE=fledge in build/sbom.json, as CycloneDX

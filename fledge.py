@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import io
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 TRAIN_EXTRA: Final = (
     *("matplotlib", "onnx", "onnxscript", "safetensors", "scipy", "tensorboardX", "tomli_w"),
@@ -39,15 +38,22 @@ class _VerbParser(argparse.ArgumentParser):
         finally:
             self._parsing = False
 
+    def error(self, message: str) -> NoReturn:
+        """Exit with a message of one line; argparse prints the usage, too."""
+        from serving.terminal import escape
+
+        text = message.removeprefix("argument ")
+        self.exit(2, f"{escape(f'fledge: {text}; `{self.prog} --help` describes it')}\n")
+
 
 def _parser() -> argparse.ArgumentParser:
     from serving import __version__  # not at the top: see `main`
     from serving import cli as serving_cli
 
-    parser = argparse.ArgumentParser(
+    parser = _VerbParser(
         prog="fledge",
         description="Fine-tune an image classifier, export it proven equal, serve it over HTTP.",
-        epilog="to start: fledge train training/recipes/demo.toml --data sample; "
+        epilog="to start: fledge train demo --data sample; "
         "fledge export runs/latest --out bundle; fledge serve bundle",
     )
     parser.add_argument("--version", action="version", version=f"fledge {__version__}")
@@ -86,16 +92,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Not at the top, because `bentoml serve fledge:latest` looks for a module of this name before
     # it looks for a Bento. It would import this file, and then the `serving` imported here would be
     # used instead of the Bento's own.
+    from serving import cli_hints
     from serving.errors import FledgeError, OptionError
     from serving.terminal import escape
 
     # OpenMP threads that spin while they wait take a core from other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    options, unknown = _parser().parse_known_args(arguments)
+    words, parser = list(sys.argv[1:] if arguments is None else arguments), _parser()
+    options = argparse.Namespace(debug=False)
     try:
+        verbs = cli_hints.known_verbs(parser)
+        if verbs:
+            cli_hints.check_command(words, verbs)
+        options, unknown = parser.parse_known_args(words)
         unknown += [word for word in getattr(options, "overrides", ()) if "=" not in word]
         if unknown:
-            raise OptionError(f"{unknown[0]!r} is no option of fledge {options.verb_name}")
+            verb = options.verb_name
+            hint = cli_hints.for_option(unknown[0], verb, cli_hints.options_of(verbs[verb]), words)
+            if not hint and hasattr(options, "suggest"):
+                hint = options.suggest(unknown[0], options, words)
+            raise OptionError(f"{unknown[0]!r} is no option of fledge {verb}{hint}")
         options.verb(options)
     except FledgeError as error:
         if options.debug:
@@ -128,14 +144,31 @@ def program() -> None:
     # Imports create several hundred thousand objects that stay. With the default threshold of 700
     # the garbage collector searches these objects so often that training starts a sixth slower.
     gc.set_threshold(10_000)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names that the locale doesn't have
-    status = main()
-    if "torch" in sys.modules:
+    from serving.errors import FledgeError
+    from serving.utils import process
+
+    try:
+        process.prepare()
+    except FledgeError as error:
+        print(f"fledge: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    try:
+        status = main()
+    except SystemExit as ended:  # by argparse: --help, or a wrong option
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    if "torch" in sys.modules or not _is_flushed():
         from serving.utils.process import exit_process
 
         exit_process(status)  # tearing down torch in Python takes a second, which this skips
     sys.exit(status)
+
+
+def _is_flushed() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:  # for example a full disk, of which `exit_process` tells
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ else needs only the standard library.
 from __future__ import annotations
 
 import json
+import shlex
 import socket
 import subprocess
 import sys
@@ -36,13 +37,14 @@ def main(arguments: list[str]) -> int:
         str(Path(sys.executable).with_name("fledge")),
         *("serve", bundle, "--host", "127.0.0.1", "--port", str(port)),
     ]
-    print(f"$ {' '.join(['fledge', *command[1:]])}", flush=True)
+    print(f"$ {shlex.join(['fledge', *command[1:]])}", flush=True)
     try:
         with running(command) as service:
             address = f"http://127.0.0.1:{port}"
             seconds = wait_until_ready(service, address)
             print(f"ready after {seconds:.1f} s\n")
-            print(f"$ curl --data-binary @{photo} -H 'Content-Type: image/jpeg' {address}/predict")
+            data = shlex.quote(f"@{photo}")
+            print(f"$ curl --data-binary {data} -H 'Content-Type: image/jpeg' {address}/predict")
             print_answer(predict(address, photo))
     except (DemoError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ def export(options: argparse.Namespace) -> None:
     """Turn a run's best checkpoint into a verified bundle."""
     from export import calibration, pipeline, torchvision_checkpoint
     from serving.errors import OptionError
+    from serving.inputs.path_kind import require
 
     export_options = pipeline.ExportOptions(
         name=options.name,
@@ -25,17 +26,27 @@ def export(options: argparse.Namespace) -> None:
         sign=options.sign,
     )
     if options.checkpoint is None:
-        for name in ("arch", "arch_args", "labels", "photos", "size", "crop"):
+        for name in ("arch", "arch_args", "labels", "size", "crop"):
             if getattr(options, name) is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise OptionError(f"{option} goes with --checkpoint FILE, not with a run")
         if options.run is None:
             raise OptionError("name a run, as runs/latest; or a torchvision --checkpoint FILE")
-        pipeline.export(options.run, options.out, export_options, data=options.data)
+        require(options.run, "run")
+        pipeline.export(
+            options.run,
+            options.out,
+            export_options,
+            data=options.data,
+            photos=options.photos,
+            folds=options.folds or (),
+        )
     else:
         for name in ("arch", "labels", "photos"):
             if getattr(options, name) is None:
                 raise OptionError(f"--checkpoint {options.checkpoint} needs --{name}, too")
+        if options.folds:
+            raise OptionError("--folds goes with a run, not with --checkpoint FILE")
         if options.run is not None or options.data is not None:
             raise OptionError("--checkpoint replaces a run and its --data; leave one out")
         pipeline.export_checkpoint(
@@ -59,8 +70,25 @@ def add_to(add_verb: AddVerb) -> None:
     """Add the subcommand `fledge export` and its options to the command line."""
     add = add_verb(export, "fledge export runs/latest --out bundle")
     add.add_argument("run", type=Path, nargs="?", metavar="RUN")
-    add.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
+    add.add_argument(
+        "--out", type=Path, default=Path("bundle"), metavar="BUNDLE", help="default: bundle"
+    )
     add.add_argument("--data", type=Path, metavar="DIR", help="the photos, if they were moved")
+    add.add_argument(
+        "--photos",
+        type=Path,
+        metavar="DIR",
+        help="photos that the network was not trained on, one folder per class, or a zip or tar: "
+        "more of them for judging int8 and fp16, or with --checkpoint all of them",
+    )
+    add.add_argument(
+        "--folds",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="runs of the other folds (data.folds) of the same recipe: int8 and fp16 are judged on "
+        "the held-out photos of all",
+    )
     checkpoint = add.add_argument_group("a torchvision checkpoint instead of a run")
     checkpoint.add_argument("--checkpoint", type=Path, metavar="FILE", help=".pth or .safetensors")
     checkpoint.add_argument("--arch", metavar="NAME", help="torchvision's name of the network")
@@ -72,12 +100,6 @@ def add_to(add_verb: AddVerb) -> None:
     )
     checkpoint.add_argument(
         "--labels", type=Path, metavar="FILE", help="text file with one class name per line"
-    )
-    checkpoint.add_argument(
-        "--photos",
-        type=Path,
-        metavar="DIR",
-        help="held-out photos, one folder per class; or a zip or tar",
     )
     checkpoint.add_argument(
         "--size", type=int, metavar="PX", help="side of the network's input; default: 224"
@@ -96,14 +118,15 @@ def add_to(add_verb: AddVerb) -> None:
         "--precision",
         default="auto",
         choices=["auto", "fp32", "int8", "fp16"],
-        help="auto tries what this machine can run and keeps what is fast enough; default: auto",
+        help="auto tries what this machine can run, and keeps what is faster and surely accurate "
+        "enough; int8 or fp16 is kept unless it is surely not; default: auto",
     )
     add.add_argument(
         "--accuracy-budget",
         type=float,
         default=0.5,
         metavar="POINTS",
-        help="accuracy that a faster precision may cost; default: 0.5",
+        help="accuracy that a faster precision may cost, as sure as 95 %%; default: 0.5",
     )
     add.add_argument(
         "--sign",

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -22,7 +23,16 @@ import torch
 from export import calibration, parity, torchvision_checkpoint
 from export.graph import CheckpointRuntime, Exportable, assemble, contract
 from export.model_card import card
-from export.precision.select import FILES, PrecisionRequest, check_request, select_precisions
+from export.precision import further_photos
+from export.precision.folds import write as write_folds
+from export.precision.select import (
+    FILES,
+    MAX_PHOTOS,
+    FoldGraph,
+    PrecisionRequest,
+    check_request,
+    select_precisions,
+)
 from export.precision.verdict import DEFAULT_BUDGET
 from export.publish import check_target, partial_payload, publish
 from export.writers import onnx
@@ -32,7 +42,7 @@ from serving.bundle.manifest import Manifest, content_version
 from serving.errors import OptionError, WorkError
 from serving.inference.predictor import Predictor
 from serving.inference.runtime import OnnxRuntime, Runtime
-from serving.terminal import show
+from serving.terminal import show, valid_utf8
 from training.run import checkpoint
 from training.run.dataset import load_run_dataset
 
@@ -74,6 +84,8 @@ def export(
     options: ExportOptions = ExportOptions(),
     *,
     data: Path | None = None,
+    photos: Path | None = None,
+    folds: Sequence[Path] = (),
     formats: Sequence[GraphFormat] = FORMATS,
     log: Callable[[str], None] = show,
 ) -> Manifest:
@@ -84,6 +96,9 @@ def export(
         out: The bundle's folder. If it has a bundle, the new version replaces the old one.
         options: Name, precisions, confidence target and signing key.
         data: The photos' folder, if they were moved after training.
+        photos: Folder of further held-out photos, with one folder per class, for comparing
+            precisions.
+        folds: Runs of the other folds of the same data, for comparing precisions.
         formats: File formats in which the graph is written besides ONNX.
         log: Function that is called with one line per step.
 
@@ -100,8 +115,17 @@ def export(
     dataset = load_run_dataset(run, data)
     train, valid = ([(s.path, s.label) for s in part] for part in (dataset.train, dataset.valid))
     source = checkpoint.run_folder_of(run).resolve().name
-    exported = _Source(classifier, info, source, train, valid)
-    return _export(exported, run, out, options, formats, log)
+    more: list[parity.Sample] = []
+    if photos is not None:
+        known = [path for path, _ in (*train, *valid, *dataset.test)]
+        more = further_photos.find(photos, info.classes, known, log)
+    exported = _Source(classifier, info, source, train, valid, more=more)
+    with TemporaryDirectory() as folder:
+        if options.precision != "fp32":
+            counted = [path for path, _ in (*valid, *more)]
+            graphs = write_folds(folds, info, counted, Path(folder), data=data, log=log)
+            exported = exported._replace(folds=graphs)
+        return _export(exported, run, out, options, formats, log)
 
 
 def export_checkpoint(
@@ -142,9 +166,9 @@ def export_checkpoint(
     classifier, info = torchvision_checkpoint.load(
         path, arch, names, arch_args=arch_args, size=size, crop=crop
     )
-    train, valid = torchvision_checkpoint.photos(photos, names)
+    train, valid = torchvision_checkpoint.photos(photos, names, log=log)
     info = replace(info, data={"source": str(photos), "train": 0, "valid": len(valid)})
-    exported = _Source(classifier, info, path.name, train, valid)
+    exported = _Source(classifier, info, path.name, train, valid, trained=False)
     return _export(exported, path, out, options, formats, log)
 
 
@@ -157,6 +181,9 @@ class _Source(NamedTuple):
         name: Name of the run's folder or of the checkpoint file.
         train: Photos for int8 calibration.
         valid: Held-out photos.
+        trained: Whether the network was trained on `train`.
+        more: Further held-out photos, for comparing precisions.
+        folds: Networks of other folds, for comparing precisions.
     """
 
     classifier: Exportable
@@ -164,6 +191,9 @@ class _Source(NamedTuple):
     name: str
     train: Sequence[parity.Sample]
     valid: Sequence[parity.Sample]
+    trained: bool = True
+    more: Sequence[parity.Sample] = ()
+    folds: Sequence[FoldGraph] = ()
 
 
 def _export(
@@ -179,7 +209,9 @@ def _export(
     check_request(options.precision, options.accuracy_budget)
     sign = signing.signer(options.sign) if options.sign else None
     signing.trusted()  # raises errors in the trusted keys now, not after minutes of work
-    source = source._replace(valid=parity.subsample(source.valid))
+    valid = parity.subsample(source.valid)
+    rest = sorted({*source.valid} - {*valid})
+    source = source._replace(valid=valid, more=[*parity.subsample(rest, MAX_PHOTOS), *source.more])
     try:
         with partial_payload(out) as payload:
             manifest = _build(payload, source, name, options, formats, log)
@@ -256,7 +288,14 @@ def _build(
             f"warning: always predicting the most common class would be right in {commonest:.1%}; "
             "are the labels in the order of the logits?"
         )
-    request = PrecisionRequest(options.precision, options.accuracy_budget, source.train)
+    request = PrecisionRequest(
+        options.precision,
+        options.accuracy_budget,
+        source.train,
+        trained=source.trained,
+        held_out=source.more,
+        folds=source.folds,
+    )
     manifest = select_precisions(payload, manifest, held_out, samples, request, log)
     digests = {file: storage.sha256(payload / file) for file in manifest.graphs}
     return manifest.model_copy(update={"version": content_version(manifest, digests)})
@@ -280,9 +319,9 @@ def _single_threaded_torch() -> Iterator[int]:
 def _provenance(source: str, info: checkpoint.CheckpointInfo) -> dict[str, Any]:
     """Return the manifest's `provenance` entry, without paths and host names."""
     photos = {key: value for key, value in info.data.items() if key != "root"}
-    photos["source"] = Path(str(photos.get("source", ""))).name
+    photos["source"] = valid_utf8(Path(str(photos.get("source", ""))).name)
     return {
-        "run": source,
+        "run": valid_utf8(source),
         "recipe": info.name,
         "seed": info.seed,
         "data": photos,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +16,15 @@ from torchvision.models import SqueezeNet
 from export.parity import Sample
 from serving.errors import DataError, OptionError
 from serving.imaging.preprocess import Preprocess
+from serving.tables.reader import read_text
+from serving.utils.label_names import (
+    LabelMatcher,
+    is_utf8,
+    nearest_labels,
+    normalize_label,
+    show_label,
+)
+from serving.utils.mistakes import Mistakes
 from training.config.sections import DataConfig
 from training.data.dataset import load_dataset
 from training.models import backbones, weights
@@ -24,7 +33,7 @@ from training.run import checkpoint
 HELD_OUT: Final = 2 / 3
 """Share of the photos for the parity gate and accuracies; the others calibrate int8."""
 
-_AUXILIARY: Final = ("aux", "AuxLogits")
+_AUXILIARY: Final = re.compile(r"(^|\.)(aux|AuxLogits)")
 
 
 class WholeNetwork(nn.Module):
@@ -96,7 +105,7 @@ def load(
     Args:
         path: File with a state dict, saved by `torch.save` or as safetensors. Checkpoints of
             torchvision's reference scripts and of Lightning are accepted, too; their state dict is
-            under the key `model` or `state_dict`.
+            under the key `model` or `state_dict`; FILE::NAME names another key.
         arch: torchvision's name of the network.
         labels: Class names in the order of the logits.
         arch_args: Keyword arguments of torchvision's model builder.
@@ -127,15 +136,15 @@ def load(
         backbones.check_size(arch, own, preprocess.size, "--size")
     except OptionError as error:
         raise OptionError(str(error).replace("arch_args", "--arch-args", 1)) from error
+    named = f"--checkpoint {str(path)!r}"
     try:
-        state = weights.read_state_dict(arch, str(path), preprocess.size)
+        state = weights.read_state_dict(arch, str(path), preprocess.size, named=named)
     except DataError as error:
-        message = str(error).replace("weights = ", "--checkpoint ", 1)
-        raise DataError(message.replace("; use imagenet, none, auto or a path", "")) from error
-    state = weights.rename_keys(state, family)
+        message = str(error).replace("; use imagenet, none, auto or a path", "")
+        raise DataError(message) from error
     options = dict(family.fixed)
     if "aux_logits" in options:
-        options["aux_logits"] = any(key.startswith(_AUXILIARY) for key in state)
+        options["aux_logits"] = any(_AUXILIARY.search(key) for key in state)
         options["init_weights"] = False  # slow, and all weights are replaced
     try:
         network = torchvision.models.get_model(
@@ -144,7 +153,9 @@ def load(
     except Exception as error:  # builders raise exceptions of many classes
         reason = str(error).partition("\n")[0]
         raise OptionError(f"--arch-args {args} does not fit {arch}: {reason}") from error
+    state = weights.match_names(state, network.state_dict(), family)
     _check_state(network, state, path, arch, len(labels))
+    weights.check_values(state, network.state_dict(), named)
     # Not strict, because old files lack `num_batches_tracked`; `_check_state` checked other keys.
     network.load_state_dict(state, strict=False)
     info = checkpoint.CheckpointInfo(
@@ -165,20 +176,22 @@ def read_labels(path: Path) -> list[str]:
         DataError: The file can't be read, is empty, or contains an empty line or a duplicate name.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise DataError(f"--labels {path}: {reason}") from error
-    labels = [line.strip() for line in lines]
+        lines = read_text(path).splitlines()
+    except OSError as error:
+        raise DataError(f"--labels {path}: {error.strerror or error}") from error
+    labels = [normalize_label(line) for line in lines]
     while labels and not labels[-1]:
         labels.pop()
+    wrong, numbers = Mistakes(f"--labels {path}"), dict[str, int]()
     for number, label in enumerate(labels, 1):
-        if not label or labels.index(label) < number - 1:
-            what = f"{label!r} a second time" if label else "nothing"
-            raise DataError(
-                f"--labels {path}: line {number} holds {what}; write each class name once, one per "
-                "line"
-            )
+        first = numbers.setdefault(label, number)
+        if not label:
+            wrong.add(f"line {number} holds nothing")
+        elif first < number:
+            wrong.add(f"line {number} holds {show_label(label)} a second time, after line {first}")
+        elif not is_utf8(label):
+            wrong.add(f"line {number} is not UTF-8 text")
+    wrong.check("write each class name once, one per line")
     if not labels:
         raise DataError(
             f"--labels {path} is empty; write one class name per line, in the order of the logits"
@@ -186,8 +199,19 @@ def read_labels(path: Path) -> list[str]:
     return labels
 
 
-def photos(folder: Path, labels: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
+def photos(
+    folder: Path,
+    labels: Sequence[str],
+    named: str = "--labels has it",
+    log: Callable[[str], None] = lambda line: None,
+) -> tuple[list[Sample], list[Sample]]:
     """List the photos in a folder with one folder per class, and split them into two lists.
+
+    Args:
+        folder: The folder, or an archive.
+        labels: Class names in the order of the logits. ImageNet's may be synsets or names.
+        named: Where the names of the folders come from, for error messages.
+        log: Function that is called with lines about what was read and passed over.
 
     Returns:
         A third of the photos for int8 calibration, and the other two thirds as held-out photos.
@@ -196,14 +220,24 @@ def photos(folder: Path, labels: Sequence[str]) -> tuple[list[Sample], list[Samp
         DataError: `load_dataset` can't read the folder, or the name of a class folder is not in
             `labels`.
     """
-    dataset = load_dataset(str(folder), config=DataConfig(valid=HELD_OUT))
-    unknown = sorted(set(dataset.classes) - set(labels))
+    config = DataConfig(valid=HELD_OUT, similar="keep", synsets="keep")
+    match, places = LabelMatcher(labels).match, {label: i for i, label in enumerate(labels)}
+    dataset = load_dataset(str(folder), config=config)
+    if not any(map(match, dataset.classes)):
+        names = config.model_copy(update={"synsets": "names"})
+        dataset = load_dataset(str(folder), config=names)
+    for line in dataset.reading.lines():
+        log(line)
+    found = [match(name) for name in dataset.classes]
+    unknown = [name for name, label in zip(dataset.classes, found, strict=True) if label is None]
     if unknown:
+        near = " or ".join(map(show_label, nearest_labels(unknown[0], labels)))
         raise DataError(
-            f"--photos {folder}: {unknown[0]} is no label ({len(unknown)} of "
-            f"{len(dataset.classes)} folders are none); name each folder as --labels has it"
+            f"--photos {folder}: {show_label(unknown[0])} is no label ({len(unknown)} of "
+            f"{len(dataset.classes)} folders are none); name each folder as {named}"
+            f"{f', such as {near}' if near else ''}"
         )
-    indices = [list(labels).index(name) for name in dataset.classes]
+    indices = [places[label] for label in found if label is not None]
     parts = dataset.train, dataset.valid
     calibrate, held_out = ([(s.path, indices[s.label]) for s in part] for part in parts)
     return calibrate, held_out
@@ -216,11 +250,13 @@ def _check_state(
     last = next(reversed([key for key in own if own[key].ndim >= 2]), "")
     if last in state and state[last].shape[0] != classes:
         raise DataError(
-            f"--checkpoint {path} has {state[last].shape[0]} classes and --labels {classes}"
+            f"--checkpoint {path} has {state[last].shape[0]} classes and --labels {classes}; write "
+            "the name of each class, in the order of the logits"
         )
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     extra = [k for k in state if k not in own]
     if missing or wrong or extra:
         mismatch = weights.describe_mismatch(missing, wrong, extra)
-        raise DataError(f"--checkpoint {path} is not for {arch}: {mismatch}")
+        hint = weights.origin(state, arch)
+        raise DataError(f"--checkpoint {path} is not for {arch}: {mismatch}{hint}")

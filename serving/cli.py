@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from serving.terminal import show, show_json
+from serving.errors import OptionError
+from serving.terminal import quote_path, show, show_json
 
 
 class AddVerb(Protocol):
@@ -30,7 +31,9 @@ def inspect(options: argparse.Namespace) -> None:
     """Check every byte of a bundle and show what it holds; --json prints the manifest."""
     from serving.bundle.inspect import describe
     from serving.bundle.storage import read
+    from serving.inputs.path_kind import require
 
+    require(options.bundle, "bundle")
     if options.json:
         show_json(read(options.bundle).manifest.to_json())
         return
@@ -41,8 +44,10 @@ def inspect(options: argparse.Namespace) -> None:
 def verify(options: argparse.Namespace) -> None:
     """Check a bundle's bytes and run its golden images through the runtime. Needs no torch."""
     from serving.inference import isolated_load
+    from serving.inputs.path_kind import require
     from serving.settings import load_timeout
 
+    require(options.bundle, "bundle")
     arguments = {"seconds": load_timeout(), "device": options.device}
     for line in isolated_load.run("verify", options.bundle, **arguments):
         show(line)
@@ -50,8 +55,10 @@ def verify(options: argparse.Namespace) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """Serve a bundle over HTTP."""
+    from serving.inputs.path_kind import require
     from serving.server.launch import serve
 
+    require(options.bundle, "bundle")
     serve(
         options.bundle,
         host=options.host,
@@ -66,11 +73,38 @@ def score(options: argparse.Namespace) -> None:
     """Score many images into a table, one row per image; called again it resumes."""
     from dataclasses import fields
 
+    from serving.inputs.path_kind import require
     from serving.scoring.options import ScoringOptions
     from serving.scoring.score import score
 
+    _check_score(options)
+    require(options.bundle, "bundle", "--bundle")
+    for name in options.inputs:
+        require(Path(name), "photos")
     values = {field.name: getattr(options, field.name) for field in fields(ScoringOptions)}
     score(options.inputs, options.bundle, options.out, ScoringOptions(**values))
+
+
+def _check_score(options: argparse.Namespace) -> None:
+    """Check that `fledge score` has a bundle and a table; the bundle may stand among the inputs.
+
+    Raises:
+        OptionError: One is missing.
+    """
+    from serving.inputs.path_kind import is_bundle
+
+    missing = [name for name in ("bundle", "out") if getattr(options, name) is None]
+    if not missing:
+        return
+    bundles = [name for name in options.inputs if is_bundle(Path(name))]
+    inputs = [name for name in options.inputs if name not in bundles] or ["photos"]
+    bundle = options.bundle or (bundles or ["bundle"])[0]
+    out = options.out or "scores.csv"
+    quoted = " ".join(map(quote_path, inputs))
+    command = f"fledge score {quoted} --bundle {quote_path(bundle)} --out {quote_path(out)}"
+    raise OptionError(
+        f"{' and '.join(f'--{name}' for name in missing)} missing: did you mean `{command}`?"
+    )
 
 
 def evaluate_scores(options: argparse.Namespace) -> None:
@@ -78,7 +112,11 @@ def evaluate_scores(options: argparse.Namespace) -> None:
     from dataclasses import fields
 
     from serving.evaluation.evaluate_scores import EvaluationOptions, evaluate
+    from serving.inputs.path_kind import require
 
+    require(options.scores, "table")
+    if options.bundle is not None:
+        require(options.bundle, "bundle", "--bundle")
     values = {field.name: getattr(options, field.name) for field in fields(EvaluationOptions)}
     evaluate(options.scores, EvaluationOptions(**values))
 
@@ -125,11 +163,10 @@ def _score_options(add: argparse.ArgumentParser) -> None:
         help="folders, images, globs, lists (.txt, .csv, …), archives (zip, tar), s3://…; "
         "- reads paths from standard input",
     )
-    add.add_argument("--bundle", type=Path, required=True, help="the bundle to score with")
+    add.add_argument("--bundle", type=Path, help="the bundle to score with")
     add.add_argument(
         "--out",
         type=Path,
-        required=True,
         metavar="FILE",
         help="a .csv, .jsonl or .parquet file; with --engine ray also a folder of .parquet files",
     )
@@ -216,16 +253,16 @@ def _evaluate_scores_options(add: argparse.ArgumentParser) -> None:
     truth.add_argument(
         "--labels-from-folders",
         action="store_true",
-        help="the folder of an image, also within an archive, is its label",
+        help="the folder that is a class of the model, also within an archive, is the label",
     )
     truth.add_argument(
         "--labels",
         type=Path,
         metavar="FILE",
-        help="a CSV with the columns path and label; matched by path, else by unique file name",
+        help="a table with the columns path and label; matched by path, else by its unique end",
     )
-    truth.add_argument("--labels-column", metavar="NAME", help="default: label")
-    truth.add_argument("--path-column", metavar="NAME", help="default: path")
+    truth.add_argument("--labels-column", metavar="NAME", help="default: its usual name")
+    truth.add_argument("--path-column", metavar="NAME", help="default: its usual name")
     add.add_argument(
         "--bundle", type=Path, help="take the labels' order from it; default: infer it from SCORES"
     )

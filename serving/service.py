@@ -15,13 +15,14 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 import bentoml
 
 from serving.errors import FledgeError, OptionError
+from serving.http import forms, problems
 from serving.http.app import App
 from serving.http.forms import PredictOptions
 from serving.http.messages import ASGIApp
 from serving.http.model_manager import ModelManager
 from serving.http.predict import predict_image, predict_images
 from serving.http.telemetry import Telemetry, flush_spans, traced
-from serving.server import bentoml_compat, launch, preflight
+from serving.server import bentoml_compat, launch, openapi, preflight
 from serving.server.shutdown import watch_workers
 from serving.settings import Settings
 from serving.terminal import show
@@ -34,6 +35,15 @@ class AppService(bentoml_compat.service_class()):  # type: ignore[misc]
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         """Return the ASGI app that a worker runs."""
         return traced(App(super().to_asgi(is_main), lambda: self._instance.model_manager))
+
+    @property
+    def openapi_spec(self) -> Any:
+        """The OpenAPI document, with all ways to send an image, and the errors."""
+        return openapi.complete(
+            super().openapi_spec,
+            problem_type=problems.MEDIA_TYPE,
+            max_images=forms.MAX_PARTS,
+        )
 
     def __call__(self) -> Any:
         """Create the instance of `ImageClassifier`; BentoML calls this once per worker."""

@@ -237,7 +237,7 @@ class _Reader:
         if not path:
             return frozenset()
         try:
-            lines = [line.strip() for line in Path(path).read_text().splitlines()]
+            lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             self.errors.append(f"{name} = {path!r}: can't be read ({error})")
             return frozenset()

@@ -6,7 +6,10 @@ title, hides text or moves the cursor.
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shlex
 import sys
 from typing import Final, TextIO
 
@@ -23,6 +26,41 @@ def escape(text: object) -> str:
 def escape_json(text: str) -> str:
     """Escape control characters in a JSON text, which has the same value afterwards."""
     return _CONTROL.sub(lambda found: _json_escape(found[0]), text)
+
+
+def quote(word: str) -> str:
+    r"""Return a text as one word of a shell command, which can be shown, copied and pasted.
+
+    Characters that `escape` or the encoding of the output would change are written as bash, zsh and
+    ksh read them: `$'\012'`.
+    """
+    if not _CONTROL.search(word) and _can_be_shown(word, sys.stdout, sys.stderr):
+        return shlex.quote(word)
+    codes = (
+        chr(code) if 32 <= code < 127 and chr(code) not in "\\'" else f"\\{code:03o}"
+        for code in word.encode("utf-8", "surrogateescape")
+    )
+    return f"$'{''.join(codes)}'"
+
+
+def quote_path(path: str | os.PathLike[str]) -> str:
+    """Return a path as `quote` does; one that begins with a dash is not taken for an option."""
+    text = os.fspath(path)
+    return quote(f"./{text}" if text.startswith("-") else text)
+
+
+def valid_utf8(path: object) -> str:
+    r"""Return a path as a text that can be encoded: `\xff` in place of bytes that are not UTF-8."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _can_be_shown(text: str, *streams: TextIO | None) -> bool:
+    try:
+        for stream in streams:
+            text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def show(text: object = "", stream: TextIO | None = None, *, flush: bool = False) -> None:
@@ -43,8 +81,14 @@ def show_lines(text: str) -> None:
 
 
 def show_json(text: str) -> None:
-    """Print a JSON text that ends with a line break, with control characters escaped."""
-    print(escape_json(text), end="")
+    """Print a JSON text that ends with a line break, with control characters escaped.
+
+    So are all characters beyond ASCII if the encoding of standard output lacks one of them.
+    """
+    text = escape_json(text)
+    if not _can_be_shown(text, sys.stdout):
+        text = re.sub("[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
+    print(text, end="")
 
 
 def _json_escape(character: str) -> str:

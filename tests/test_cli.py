@@ -93,7 +93,7 @@ def test_every_error_in_a_recipe_has_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"fledge: {recipe} has 2 mistakes:\n"
         "  line 2: arch = 'resnet19' is unknown: did you mean 'resnet18'?\n"
-        "  line 3: size is unknown; did you mean 'preprocess.size'?\n"
+        "  line 3: size is unknown; did you mean 'size = 9' under [preprocess]?\n"
     )
 
 
@@ -222,6 +222,5 @@ def test_a_process_with_torch_exits_early_and_flushes_its_output(ends):
     assert ends.stdout == f"{text}0\n{text}78\n", ends.stderr
 
 
-def test_a_closed_pipe_ends_with_status_120(ends):
-    assert "BrokenPipeError" in ends.stderr
-    assert ends.stderr.endswith("\n120\n")  # Python's own for output that could not be written
+def test_output_that_nobody_reads_is_no_failure(ends):
+    assert ends.stderr == "0\n"

@@ -19,6 +19,7 @@ import fledge
 from serving import errors
 from serving.bundle.manifest import Manifest
 from serving.http import problems
+from serving.http.messages import Request
 from serving.imaging.decode import decode
 from serving.inference.load import open_predictor
 from serving.settings import Settings
@@ -36,7 +37,7 @@ PAGES = {
 }
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
-QUICK = "training/recipes/quick.toml"
+QUICK = "quick"
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -83,7 +84,7 @@ def test_documented_make_targets_and_variables_exist(page: str) -> None:
         assert target in TARGETS
         for word in given:
             variable = word.partition("=")[0]
-            assert re.search(rf"\$\({variable}\)", MAKEFILE), word
+            assert re.search(rf"\$\((call quote,)?{variable}\)", MAKEFILE), word
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -130,15 +131,24 @@ def test_answers_have_the_documented_fields(tmp_path: Path) -> None:
     real = predictor.answer(predictor.predict([predictor.prepare(photo(7))])[0])
     assert list(answer) == list(in_readme) == list(real)
     assert list(answer["predictions"][0]) == list(real["predictions"][0])
+    page = b"<!DOCTYPE html><html></html>"
     with pytest.raises(errors.NotAnImage) as caught:
-        decode(b"no image")
-    assert problem == problems.problem(caught.value, "")
+        decode(page)
+    headers = {b"host": b"localhost:3000"}
+    request = Request("POST", "/predict", b"", headers, _no_receive, "")
+    real = problems.problem(problems.explain(caught.value, page, request), "")
+    real["detail"] = real["detail"].replace(", HEIC, JPEG XL", "")  # with the extras
+    assert problem == real
+
+
+async def _no_receive() -> dict[str, object]:
+    raise AssertionError
 
 
 def test_the_http_page_lists_every_error() -> None:
     told = dict(row[:2] for row in rows("docs/http.md", "## Errors") if row[1].isdigit())
     classes = {*below(errors.RequestError), *below(errors.ImageError), *below(errors.ServiceError)}
-    classes -= {errors.ImageError, errors.ServiceError, errors.DataError}  # never raised there
+    classes -= {errors.ImageError, errors.ServiceError, *below(errors.DataError)}  # never there
     classes |= {errors.WorkError, *problems.HttpError.__subclasses__()}
     real = {kind.code: str(kind.http_status) for kind in classes}
     assert told == {**real, "internal": "500"}
@@ -222,10 +232,11 @@ def assert_understood(words: list[str]) -> None:
     assert rest == []
     if not hasattr(known, "overrides"):
         return
-    if known.recipe and (ROOT / known.recipe).is_file():
-        from training.config import load as config
+    from training.config import load as config
+    from training.config import shipped
 
-        config.read(ROOT / known.recipe, known.overrides)
+    if known.recipe and shipped.find(known.recipe).is_file():
+        config.read(known.recipe, known.overrides)
     else:
         assert all(re.fullmatch(r"[\w.]+=.+", word) for word in known.overrides), known.overrides
 

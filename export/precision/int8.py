@@ -36,6 +36,7 @@ from serving.utils.progress import progress_bar
 
 CALIBRATE: Final = 100  # photos for activation ranges
 SEARCH: Final = 200  # photos on which configurations are compared
+DRAWN: Final = CALIBRATE + SEARCH
 _RANKING: Final = 50  # photos on which single layers are ranked
 _CHUNK: Final = 8  # photos whose activations are in memory at once
 _SIMILAR: Final = 1.5  # divergences up to this multiple of the smallest one are considered similar
@@ -94,14 +95,11 @@ class QuantSearch(NamedTuple):
         return {"way": self.config.to_dict(), "ways": [config.to_dict() for config in self.tried]}
 
 
-def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) -> Pixels:
-    """Draw photos for calibration and comparison: uint8 [N, size, size, 3], the same on every call.
+def order(samples: Sequence[Sample]) -> list[Path]:
+    """Return the photos in the order in which `draw` takes them, the same on every call.
 
     Photos are taken from each class in turn, to balance the classes as far as they have enough
-    photos. N is at most 300. Photos that can't be read are skipped.
-
-    Raises:
-        WorkError: Fewer than 20 photos can be read.
+    photos.
     """
     by_class: dict[int, list[Path]] = {}
     for path, label in samples:
@@ -110,7 +108,17 @@ def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) ->
     for paths in by_class.values():
         shuffle(paths)
     turns = max(map(len, by_class.values()), default=0)
-    order = [paths[i] for i in range(turns) for paths in by_class.values() if i < len(paths)]
+    return [paths[i] for i in range(turns) for paths in by_class.values() if i < len(paths)]
+
+
+def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) -> Pixels:
+    """Draw photos for calibration and comparison: uint8 [N, size, size, 3], the same on every call.
+
+    They are the first 300 of `order`, without those that can't be read.
+
+    Raises:
+        WorkError: Fewer than 20 photos can be read.
+    """
 
     def read(path: Path) -> Pixels | None:
         try:
@@ -119,7 +127,7 @@ def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) ->
             return None
 
     with ThreadPoolExecutor(workers) as pool:
-        images = pool.map(read, order[: CALIBRATE + SEARCH])
+        images = pool.map(read, order(samples)[:DRAWN])
         pixels = [image for image in images if image is not None]
     if len(pixels) < 20:
         raise WorkError(
@@ -167,6 +175,19 @@ def search(source: Path, pixels: Pixels, min_agreement: float) -> QuantSearch:
         agreeing = [config for config in tried if config.agreement >= min_agreement]
         best = _choose(agreeing) if agreeing else min(tried, key=lambda config: config.divergence)
     return QuantSearch(best, _quantised(graph, by_method[best.method], best), tuple(tried))
+
+
+def quantise(source: Path, pixels: Pixels, config: QuantConfig) -> onnx.ModelProto:
+    """Quantise another graph of the same network with a configuration that `search` has chosen.
+
+    Args:
+        source: File of the fp32 graph.
+        pixels: The photos that `draw` returns, as for `search`.
+        config: The configuration.
+    """
+    calibrating = min(CALIBRATE, len(pixels) // 3)
+    graph = onnx.shape_inference.infer_shapes(onnx.load(source))
+    return _quantised(graph, ranges(source, pixels[:calibrating], config.method), config)
 
 
 def _choose(tried: Sequence[QuantConfig]) -> QuantConfig:

@@ -68,7 +68,7 @@ class ExportedRuntime:
 
         Only load files that this process wrote, because loading can execute code in the file.
         """
-        self._module = torch.export.load(path).module()
+        self._module = torch.export.load(io.BytesIO(path.read_bytes())).module()
 
     def run(self, pixels: Pixels) -> tuple[Floats, Floats]:
         """Compute logits [N, classes] and features [N, D] of pixels, uint8 [N, size, size, 3]."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from serving.errors import BundleError, OptionError
+from serving.terminal import quote_path
 
 if TYPE_CHECKING:
     from nacl.signing import SigningKey
@@ -52,7 +53,8 @@ def signer(path: Path) -> Sign:
     kinds = [kind for kind, _ in blocks]
     if "ENCRYPTED PRIVATE KEY" in kinds:
         raise OptionError(
-            f"--sign {path} is encrypted; decrypt it with `openssl pkey -in {path} -out KEY`"
+            f"--sign {path} is encrypted; decrypt it with "
+            f"`openssl pkey -in {quote_path(path)} -out KEY`"
         )
     keys = [_key(data, _PRIVATE) for kind, data in blocks if kind == "PRIVATE KEY"]
     if len(keys) != 1 or keys[0] is None:

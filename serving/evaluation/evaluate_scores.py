@@ -14,6 +14,7 @@ only the complete table shows whether that file name is unique.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from serving.scoring.row_writers import csv_line
 from serving.scoring.summary import read_classes, summary_path
 from serving.terminal import escape, show
 from serving.utils.files import atomic_write, check_file
+from serving.utils.label_names import LabelMatcher, nearest_labels, show_label
 
 _CLASSES: Final = 20
 """Largest number of classes that are printed."""
@@ -90,15 +92,20 @@ def evaluate(
     _check_outputs(scores, options)
     true_labels = _true_labels(options)
     order = _class_order(scores, options.bundle)
-    example = ""
+    example, predicted = "", dict[str, None]()
     for row in read(scores):
         true_labels.register(row.path)
         example = example or row.path
+        if row.code is None:
+            predicted[row.label] = None
         if options.bundle is None and row.code is None and row.label not in order.places:
             order = ClassOrder()  # there is no summary, or it belongs to another table
-    metrics = StreamingMetrics(order)
+    known = order.places or predicted
+    true_labels.set_classes(known)
+    matcher, metrics = LabelMatcher(known), StreamingMetrics(order)
     for row in read(scores):
-        metrics.add(row, true_labels.label_of(row.path))
+        truth = true_labels.label_of(row.path)
+        metrics.add(row, None if truth is None else matcher.match(truth) or truth)
     if not metrics.rows:
         raise DataError(f"{scores}: there is no row in it; score some images first")
     if metrics.rows == metrics.errors.total():
@@ -108,12 +115,14 @@ def evaluate(
     if not metrics.confusion:
         reason = true_labels.no_match_message(example)
         raise DataError(f"{scores}: no answer has a true label; {reason}")
+    _check_known(scores, metrics)
     if options.confusion and len(_names(metrics)) > _WIDEST_MATRIX:
         raise OptionError(
             f"--confusion {options.confusion}: {len(_names(metrics))} labels are too many for a "
             "matrix; --json lists the pairs that occur"
         )
     figures = {"scores": str(scores)} | metrics.figures() | true_labels.match_counts()
+    figures["respelled"] = matcher.respelled
     for line in describe(figures):
         log(escape(line))
     if not order.known:
@@ -219,6 +228,8 @@ def _labels(figures: Mapping[str, Any]) -> list[str]:
             f"{_rows(figures['ambiguous_file_name'])} without a true label, as several files "
             "have that name; write the paths as in the table"
         )
+    for name, label in list(figures["respelled"].items())[:_CONFUSIONS]:
+        lines.append(f"{show_label(name)} is taken for {show_label(label)}")
     if figures["unknown_labels"]:
         known = "the model's classes" if figures["unknown_to"] == "model" else "the answers"
         unknown = _counts(figures["unknown_labels"])
@@ -244,6 +255,34 @@ def _rows(number: int) -> str:
 
 def _shown(label: str) -> str:
     return label if label.isprintable() else repr(label)
+
+
+def _check_known(scores: Path, metrics: StreamingMetrics) -> None:
+    """Check that the model has one of the true labels, or that one is among the answers.
+
+    Raises:
+        DataError: None is. The message has the nearest labels.
+    """
+    truths = Counter[str]()
+    for (truth, _), rows in metrics.confusion.items():
+        truths[truth] += rows
+    known = metrics.order.places or metrics.named
+    if any(truth in known for truth in truths):
+        return
+    what = "a class of the model" if metrics.order.known else "among the answers"
+    first = next(iter(dict(truths.most_common(1))))
+    near = [show_label(label) for label in nearest_labels(first, known)]
+    have = [show_label(label) for label in list(known)[:_CONFUSIONS]]
+    listed = (
+        f"the nearest to {show_label(first)}: {', '.join(near)}"
+        if near
+        else (f"the labels are {', '.join(have)}{' and more' if len(known) > len(have) else ''}")
+    )
+    remedy = "" if metrics.order.known else "; if these are classes, add --bundle BUNDLE"
+    raise DataError(
+        f"{scores}: no true label is {what}: {_counts(dict(truths.most_common()))}; "
+        f"{listed}{remedy}"
+    )
 
 
 def _check_outputs(scores: Path, options: EvaluationOptions) -> None:

@@ -5,7 +5,6 @@ The columns `top_k` and `probabilities` are parsed only when the methods of thos
 
 from __future__ import annotations
 
-import csv
 import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -20,13 +19,13 @@ from serving.imaging.tta import Probabilities
 from serving.scoring.row_writers import unescape_formula
 from serving.scoring.summary import read_csv_safe
 from serving.scoring.table_folder import part_files
+from serving.tables.reader import EmptyTable, open_table
+from serving.utils.files import utf8_path
 from serving.utils.optional_packages import require
 from serving.utils.regular_files import limited_lines
 
 _REQUIRED: Final = ("path", "status", "label", "probability")
 _COLUMNS: Final = (*_REQUIRED, "confident", "top_k", "error", "probabilities")
-_LONGEST_FIELD: Final = 2**27
-"""Largest number of characters of a CSV field, enough for the probabilities of many classes."""
 _ONE: Final = 1 + 1e-6
 """Largest accepted probability, because rounding can make a mean slightly larger than 1."""
 
@@ -117,7 +116,7 @@ def read(path: Path) -> Iterator[ParsedRow]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise OptionError(f"{path}: no table of scores; use one in {', '.join(_READERS)}")
-    escaped = reader is csv_rows and read_csv_safe(path)
+    escaped = reader is _csv_rows and read_csv_safe(path)
     try:
         for where, values in reader(path):
             yield _row(f"{path}, {where}", _unescaped(values) if escaped else values)
@@ -190,34 +189,19 @@ Rows = Iterator[tuple[str, Mapping[str, Any]]]
 """Iterator of pairs: position such as "line 3", and a mapping from column name to value."""
 
 
-def csv_rows(path: Path) -> Rows:
-    """Yield the line number and the values of each row of a CSV file.
-
-    The first line of the file names the columns. The values are a mapping from column name to text.
-
-    Raises:
-        DataError: A line has fewer or more fields than the first line, or a quote is not closed.
-        OSError: The file can't be read.
-    """
-    csv.field_size_limit(_LONGEST_FIELD)
-    # utf-8-sig, because spreadsheets write a byte-order mark; surrogateescape, as `row_writers`.
-    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, [])
-            for record in reader:
-                where = f"line {reader.line_num}"
-                if len(record) == len(header):
-                    yield where, dict(zip(header, record, strict=True))
-                elif record:
-                    raise DataError(
-                        f"{path}, {where}: {len(record)} fields, and the first line names "
-                        f"{len(header)} columns; is the file whole?"
-                    )
-        except csv.Error as error:
+def _csv_rows(path: Path) -> Rows:
+    try:
+        table = open_table(path)
+    except EmptyTable:
+        return
+    for row in table.rows(range(len(table.columns))):
+        where = table.where(row.number)
+        if row.fields != len(table.columns):
             raise DataError(
-                f"{path}, line {reader.line_num}: {error}; is the file whole?"
-            ) from None
+                f"{path}, {where}: {row.fields} fields, and the first line names "
+                f"{len(table.columns)} columns; is the file whole?"
+            )
+        yield where, dict(zip(table.columns, row.values, strict=True))
 
 
 def _json_rows(path: Path) -> Rows:
@@ -241,7 +225,7 @@ def _parquet_rows(path: Path) -> Rows:
     pq: Any = importlib.import_module("pyarrow.parquet")
     done = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with utf8_path(path) as name, pq.ParquetFile(name) as file:
             columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
             for batch in file.iter_batches(batch_size=1000, columns=columns):
                 for number, values in enumerate(batch.to_pylist(), done + 1):
@@ -254,7 +238,7 @@ def _parquet_rows(path: Path) -> Rows:
 
 
 _READERS: Final[dict[str, Callable[[Path], Rows]]] = {
-    ".csv": csv_rows,
+    ".csv": _csv_rows,
     ".jsonl": _json_rows,
     ".parquet": _parquet_rows,
 }

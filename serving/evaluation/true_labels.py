@@ -1,27 +1,43 @@
-"""Find the true label of each image in a table of scores: by its folder, or in a CSV file."""
+"""Find the true label of each image in a table of scores: by folder, or in a table of labels."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
 from serving.errors import DataError
-from serving.evaluation.table_reader import csv_rows
+from serving.tables.columns import find_labels, find_paths, has_image_suffix, text_of
+from serving.tables.reader import Table, open_table, too_few
+from serving.terminal import quote
+from serving.utils.label_names import LabelMatcher, is_utf8, normalize_label, show_label
+from serving.utils.mistakes import Mistakes
+
+_LONGEST_END: Final = 3
+"""Number of names at the end of a path by which it is matched."""
+_MOST_NAMES: Final = 100_000
+"""Largest number of distinct folder names that are counted."""
 
 # The archive in the name of a member (`serving.inputs.tar`): a.tar::cat/1.jpg, a.tar::2::cat/1.jpg.
-_ARCHIVE: Final = re.compile(r"\.(?:tar|tar\.\w+|t(?:gz|bz2|xz|zst))::(?:[0-9]+::)?", re.IGNORECASE)
+_ARCHIVE: Final = re.compile(r"\.(?:zip|tar|tar\.\w+|t(?:gz|bz2|xz|zst))::(?:[0-9]+::)?", re.I)
 
 
 class TrueLabels(Protocol):
     """Source of the true labels of images.
 
-    Call `register` for every path of the table first, and then `label_of`.
+    Call `register` for every path of the table first, then `set_classes`, and then `label_of`.
     """
 
     def register(self, path: str) -> None:
         """Add the path of an image in the table; needed before the first `label_of`."""
+        ...
+
+    def set_classes(self, classes: Collection[str]) -> None:
+        """Set the classes of the model, or the predicted labels if the classes are unknown."""
         ...
 
     def label_of(self, path: str) -> str | None:
@@ -47,17 +63,54 @@ class TrueLabels(Protocol):
 
 
 class FolderLabels:
-    """True labels from folder names: the label is the name of the folder that contains the image.
+    """True labels from folder names, by the rule that training has.
 
-    For an image in a tar archive, the folder is the one inside the archive.
+    Training takes the first folder below the data folder, or below the folder of a part. A table of
+    scores does not say where the data folder is; the classes of the model show it:
+
+        1. The label is the first folder, below those that all images share, that is a class.
+        2. If none is, it is the last of the shared folders that is a class: all images are of it.
+        3. If none is, it is the folder at the level where most images have their class; or the
+           folder that contains the image, if no image has one.
+
+    For an image in an archive, the folders are those inside the archive.
     """
 
+    def __init__(self) -> None:
+        self._shared: list[str] | None = None
+        self._names: Counter[tuple[int, str]] = Counter()
+        self._matcher = LabelMatcher(())
+        self._level = -1
+
     def register(self, path: str) -> None:
-        pass
+        folders = _folders(path)
+        if self._shared is None:
+            self._shared = folders
+        else:
+            pairs = zip(self._shared, folders, strict=False)
+            same = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
+            self._shared = self._shared[: len(folders) if same is None else same]
+        for name in enumerate(folders):
+            if name in self._names or len(self._names) < _MOST_NAMES:
+                self._names[name] += 1
+
+    def set_classes(self, classes: Collection[str]) -> None:
+        self._matcher = LabelMatcher(classes)
+        counts: Counter[int] = Counter()
+        for (level, name), count in self._names.items():
+            if level >= len(self._shared or ()) and self._matcher.match(name) is not None:
+                counts[level] += count
+        self._level = max(counts, key=lambda level: (counts[level], -level), default=-1)
 
     def label_of(self, path: str) -> str | None:
-        folder = _inside(path).rpartition("/")[0].rstrip("/").rpartition("/")[2]
-        return None if folder in ("", ".", "..") else folder
+        match, folders = self._matcher.match, _folders(path)
+        shared = len(self._shared or ())
+        for name in (*folders[shared:], *reversed(folders[:shared])):
+            if match(name) is not None:
+                return name
+        if not folders:
+            return None
+        return folders[self._level if self._level < len(folders) else -1]
 
     def match_counts(self) -> dict[str, int]:
         return {"by_file_name": 0, "ambiguous_file_name": 0}
@@ -67,88 +120,101 @@ class FolderLabels:
 
 
 class LabelFile:
-    """True labels from a CSV file with a column of paths and a column of labels.
+    """True labels from a table with a column of paths and a column of labels.
 
-    An image is matched by its path or, if the CSV file does not list that path, by its file name. A
-    match by file name is only made if all of these hold:
+    An image is matched by its path or, if the table of labels does not list that path, by the end
+    of its path: the last three, two or one of its names. The last name may lack the suffix in the
+    table of labels. A match by the end is only made if all of these hold:
 
-        - The CSV file lists only one path with this file name.
-        - The table has no image at that path.
-        - The table has no other image that would be matched by this file name.
+        - The table of labels lists only one path with this end.
+        - The table of scores has no image at that path.
+        - The table of scores has no other image that would be matched by it.
     """
 
     def __init__(
         self, path: Path, column: str | None = None, path_column: str | None = None
     ) -> None:
-        """Read the CSV file.
+        """Read the table of labels.
 
         Args:
-            path: The CSV file.
-            column: Name of the column of labels; None: "label".
-            path_column: Name of the column of paths; None: "path".
+            path: The table; see `serving.tables.reader`.
+            column: Name of the column of labels; None: see `table_columns.find_labels`.
+            path_column: Name of the column of paths; None: see `table_columns.find_paths`.
 
         Raises:
-            DataError: The file can't be read or has no rows, lacks a column, or gives two different
-                labels for one path.
+            DataError: The file can't be read or has no rows, its columns can't be told, or rows are
+                wrong: two different labels for one path, or more fields than columns.
         """
         self._file = path
-        column, path_column = column or "label", path_column or "path"
         self._places: dict[str, int] = {}
         self._labels: list[str] = []
-        self._lines: list[str] = []
+        self._lines: list[int] = []
+        where = f"--labels {path}"
         try:
-            for where, values in csv_rows(path):
-                for option, name in (("--labels-column", column), ("--path-column", path_column)):
-                    if name not in values:
-                        have = ", ".join(map(repr, values))
-                        raise DataError(
-                            f"--labels {path}: no column {name!r} among {have}; name it with "
-                            f"{option}"
-                        )
-                self._add(values[path_column], values[column].strip(), where)
+            table = open_table(path, [name for name in (column, path_column) if name])
         except OSError as error:
             raise DataError(
-                f"--labels {path}: can't be read: {error.strerror or error}; give a CSV file "
-                f"with the columns {path_column} and {column}"
+                f"{where}: can't be read: {error.strerror or error}; give a table with the columns "
+                f"{path_column or 'path'} and {column or 'label'}"
             ) from error
+        paths = find_paths(table, path_column, where, lambda name: f"--path-column {quote(name)}")
+        labels = find_labels(
+            table, column, paths, where, lambda name: f"--labels-column {quote(name)}"
+        )
+        wrong = Mistakes(where)
+        for row in table.rows([paths, labels]):
+            place = table.where(row.number)
+            name, label = (text_of(value) for value in row.values)
+            if row.wrong or row.fields < len(table.columns):
+                wrong.add(f"{place}: {row.wrong or too_few(row, table)}")
+            elif not is_utf8(label):
+                wrong.add(
+                    f"{place}: label {show_label(label)} is not UTF-8; save the table as UTF-8"
+                )
+            else:
+                wrong.add(self._add(name, normalize_label(label), row.number, table))
+        wrong.check()
         if not self._places:
-            raise DataError(f"--labels {path}: no labels in it; write lines of path,label")
+            raise DataError(f"{where}: no labels in it; write lines of path,label")
         self._in_table = bytearray(len(self._labels))
-        self._by_name: dict[str, int | None] = {}
-        self._name_users: dict[int, str | None] = {}
+        self._by_end: dict[str, int | None] = {}
+        self._end_users: dict[int, str | None] = {}
         self._named = self._ambiguous = 0
 
-    def _add(self, path: str, label: str, where: str) -> None:
-        key = _key(path)
-        place = self._places.setdefault(key, len(self._labels))
-        if place < len(self._labels):
-            if self._labels[place] != label:
-                raise DataError(
-                    f"--labels {self._file}: {path!r} is {self._labels[place]!r} in "
-                    f"{self._lines[place]} and {label!r} in {where}; keep one"
-                )
-            return
-        self._labels.append(label)
-        self._lines.append(where)
+    def _add(self, path: str, label: str, number: int, table: Table) -> str:
+        """Add a row; returns what is wrong with it, or ""."""
+        place = self._places.setdefault(_key(path), len(self._labels))
+        if place == len(self._labels):
+            self._labels.append(label)
+            self._lines.append(number)
+        elif self._labels[place] != label:
+            return (
+                f"{table.where(number)}: {path!r} is {show_label(self._labels[place])} in "
+                f"{table.where(self._lines[place])} and {show_label(label)} in "
+                f"{table.where(number)}; keep one"
+            )
+        return ""
+
+    def set_classes(self, classes: Collection[str]) -> None:
+        pass
 
     def register(self, path: str) -> None:
         place = self._places.get(_key(path))
         if place is not None:
             self._in_table[place] = True
             return
-        place = self._names().get(_name(path))
-        if place is not None and self._name_users.setdefault(place, path) != path:
-            self._name_users[place] = None
+        place = self._match_end(path)
+        if place is not None and self._end_users.setdefault(place, path) != path:
+            self._end_users[place] = None
 
     def label_of(self, path: str) -> str | None:
         place = self._places.get(_key(path))
         if place is not None:
             return self._labels[place] or None
-        name = _name(path)
-        if name not in self._names():
+        if not any(end in self._ends() for end in _ends(path)):
             return None
-        place = self._names()[name]
-        if place is None or self._in_table[place] or self._name_users.get(place) != path:
+        place = self._match_end(path)
+        if place is None or self._in_table[place] or self._end_users.get(place) != path:
             self._ambiguous += 1
             return None
         self._named += 1
@@ -163,16 +229,31 @@ class LabelFile:
             "path is in both, and no file name is in both once; write the paths as in the table"
         )
 
-    def _names(self) -> dict[str, int | None]:
-        """Return a mapping from file name to the index of the label in `_labels`.
+    def _match_end(self, path: str) -> int | None:
+        """Return the index of the label whose path has the longest common end.
 
-        The index is None if several paths have the same file name.
+        None if several have it, or none.
         """
-        if not self._by_name:
+        ends = self._ends()
+        return next((ends[end] for end in _ends(path) if end in ends), None)
+
+    def _ends(self) -> dict[str, int | None]:
+        """Return a mapping from ends of paths to the index of the label in `_labels`.
+
+        The index is None if several paths have the same end.
+        """
+        if not self._by_end:
             for path, place in self._places.items():
-                name = _name(path)
-                self._by_name[name] = None if name in self._by_name else place
-        return self._by_name
+                for end in _ends(path, suffixless=False):
+                    self._by_end[end] = None if end in self._by_end else place
+        return self._by_end
+
+
+def _folders(path: str) -> list[str]:
+    """Return the names of the folders of an image, within its archive if it lies in one."""
+    inside = _inside(path)
+    names = (inside if "/" in inside else inside.replace("\\", "/")).split("/")[:-1]
+    return [name for name in names if name not in ("", ".", "..")]
 
 
 def _inside(path: str) -> str:
@@ -184,14 +265,28 @@ def _inside(path: str) -> str:
     return path[found.end() :] if found else path
 
 
-def _name(path: str) -> str:
-    return _key(_inside(path)).rpartition("/")[2]
+def _ends(path: str, *, suffixless: bool = True) -> Iterator[str]:
+    """Yield the last three, two and one names of a path, each with and without the suffix."""
+    names = _key(_inside(path)).split("/")
+    for count in range(min(_LONGEST_END, len(names)), 0, -1):
+        end = "/".join(names[-count:])
+        yield end
+        if suffixless and has_image_suffix(end):
+            yield end.rpartition(".")[0]
 
 
 def _key(path: str) -> str:
-    """Return the path in the form of a Parquet table of scores: invalid UTF-8 bytes are escaped."""
-    if path.isascii():
-        return path
-    with suppress(UnicodeEncodeError):  # for surrogates that do not come from surrogateescape
-        return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """Return a path in one form, whichever system and format it comes from.
+
+    Separators are slashes, `./` and double slashes are removed, the Unicode form is NFC, and
+    invalid UTF-8 bytes are escaped as in a Parquet table of scores.
+    """
+    if not path.isascii():
+        with suppress(UnicodeEncodeError):  # for surrogates that do not come from surrogateescape
+            path = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        path = unicodedata.normalize("NFC", path)
+    path = path.replace("\\", "/")
+    if "//" in path or path.startswith("./") or "/./" in path:
+        parts = [part for part in path.split("/") if part not in ("", ".")]
+        path = "/" * path.startswith("/") + "/".join(parts)
     return path

@@ -20,13 +20,21 @@ from functools import partial
 from typing import Any, Final
 
 from serving.bundle import signing
-from serving.errors import FledgeError, NotReady, Overloaded, RequestError, Unauthorized
-from serving.http import forms, problems
+from serving.errors import (
+    FledgeError,
+    ImageError,
+    NotReady,
+    Overloaded,
+    RequestError,
+    Unauthorized,
+)
+from serving.http import forms, json_body, problems
 from serving.http.access import Access
 from serving.http.bentoml_routes import PAGE, BentomlRoutes
 from serving.http.demo_page import render
 from serving.http.keys import ApiKeys
 from serving.http.messages import (
+    BATCH_PATH,
     ASGIApp,
     ClientDisconnect,
     Message,
@@ -38,6 +46,7 @@ from serving.http.messages import (
 from serving.http.model_manager import ModelManager
 from serving.http.multipart import ManyFalseBoundaries
 from serving.http.predict import predict_image, predict_images
+from serving.imaging.not_images import describe
 from serving.inference.decoding import request_id
 from serving.server import bentoml_compat, connection_limits, log_queue, tls
 from serving.server.disconnect import DISCONNECT, Disconnect
@@ -50,8 +59,8 @@ READ_TIMEOUT: Final = 60.0
 _READ_METHODS: Final = ("GET", "HEAD")
 _SMALL_FORM: Final = 2**18
 _MOST_FALSE: Final = 1000
-"""Largest form that is parsed on the event loop, in bytes and in false boundaries; one with more is
-parsed in a thread."""
+"""Largest form or JSON that is parsed on the event loop, in bytes and in false boundaries; one with
+more is parsed in a thread."""
 _CLOSED_BY_CALLER: Final = 499  # in the log only; nginx uses this status too
 _log = logging.getLogger("bentoml.fledge")
 
@@ -168,18 +177,27 @@ class App:
     async def predict(self, request: Request) -> Response:
         """Answer `POST /predict`: classify one image.
 
-        The image is the raw body, or the multipart field `image`.
+        The image is the raw body, the multipart field `image`, or base64 in the JSON field `image`.
         """
         model_manager = self._model_manager()
+        body = b""
         with _count_errors(model_manager):
-            pairs = forms.query(request.query)
-            body = await self._body(request, model_manager)
-            if forms.is_multipart(request.content_type):
-                form = await _parse_form(body, request)
-                if len(form.images) > 1:
-                    raise RequestError("more than one image; send several to /predict/batch")
-                body, pairs = form.images[0], [*pairs, *form.pairs]
-            answer = await predict_image(model_manager, body, forms.options(pairs))
+            try:
+                pairs = forms.query(request.query)
+                body = await self._body(request, model_manager)
+                content_type = request.content_type
+                if forms.is_multipart(content_type) or (
+                    body[:1] in json_body.FIRST and json_body.is_json(body, content_type)
+                ):
+                    form = await _parse(body, content_type, "image")
+                    if len(form.images) > 1:
+                        keys = bool(model_manager.settings.api_keys)
+                        line = request.curl(keys=keys, path=BATCH_PATH)
+                        raise RequestError(f"more than one image; send several so: {line}")
+                    body, pairs = form.images[0], [*pairs, *form.pairs]
+                answer = await predict_image(model_manager, body, forms.options(pairs))
+            except (ImageError, RequestError) as error:
+                raise self._explain(request, error, body) from None
         model_manager.telemetry.answered(answer)
         model_manager.telemetry.observe("total", request.seconds)
         return Response.of(answer)
@@ -187,21 +205,35 @@ class App:
     async def predict_batch(self, request: Request) -> Response:
         """Answer `POST /predict/batch`: classify the images in several multipart fields `image`.
 
-        The response has one answer or error per image.
+        They may also be an array of base64 texts, the JSON field `images`. The response has one
+        answer or error per image.
         """
         model_manager = self._model_manager()
+        body = b""
+        explain = partial(self._explain, request)
         with _count_errors(model_manager):
-            if not forms.is_multipart(request.content_type):
-                raise RequestError("send multipart/form-data with several fields `image`")
-            pairs = forms.query(request.query)
-            form = await _parse_form(await self._body(request, model_manager), request)
-            self._keys(model_manager).count(request, len(form.images) - 1)
-            options = forms.options([*pairs, *form.pairs])
-            answers = await predict_images(model_manager, form.images, options, request.id)
+            try:
+                pairs = forms.query(request.query)
+                body = await self._body(request, model_manager)
+                content_type = request.content_type
+                is_json = json_body.is_json(body, content_type)
+                if not is_json and not forms.is_multipart(content_type):
+                    what = describe(body)
+                    this = f"this is {what}; " if what else ""
+                    raise RequestError(f"{this}use several fields `image`, or JSON with `images`")
+                form = await _parse(body, content_type, "images")
+                body = b""
+                self._keys(model_manager).count(request, len(form.images) - 1)
+                options = forms.options([*pairs, *form.pairs])
+                answers = await predict_images(
+                    model_manager, form.images, options, request.id, explain
+                )
+            except (ImageError, RequestError) as error:
+                raise explain(error, body) from None
         overloaded = [one["error"] for one in answers if _is_overloaded(one)]
         if len(overloaded) == len(answers):
-            error = Overloaded("the queue has no room for these images; try again later")
-            return Response.problem(error, request)
+            full = Overloaded("the queue has no room for these images; try again later")
+            return Response.problem(full, request)
         for problem in overloaded:
             problem["retry_after"] = problems.OVERLOADED_SECONDS
         return Response.of(answers)
@@ -249,29 +281,57 @@ class App:
             self._api_keys = ApiKeys(settings.api_keys, settings.key_rate / settings.workers)
         return self._api_keys
 
+    def _explain(self, request: Request, error: FledgeError, data: bytes) -> FledgeError:
+        keys = bool(self._model_manager().settings.api_keys)
+        return problems.explain(error, data, request, keys=keys)
+
     async def _body(self, request: Request, model_manager: ModelManager) -> bytes:
         await self._keys(model_manager).authorise(request, images=1)
-        overhead = forms.MAX_OVERHEAD if forms.is_multipart(request.content_type) else 0
-        limit = model_manager.settings.max_bytes + overhead
-        body = await request.body(limit, model_manager.bodies, READ_TIMEOUT)
+        coding = request.headers.get(b"content-encoding")
+        if coding and coding.strip().lower() not in (b"", b"identity"):
+            line = request.curl(keys=bool(model_manager.settings.api_keys))
+            raise problems.UnsupportedCoding(
+                f"the body has Content-Encoding {coding.decode('latin-1')[:40]!r}, and bodies are "
+                f"not decompressed; send the file itself: {line}"
+            )
+        limit, content_type = model_manager.settings.max_bytes, request.content_type
+        if forms.is_multipart(content_type):
+            limit += forms.MAX_OVERHEAD
+        elif b"json" in content_type.lower() and json_body.is_json_type(content_type):
+            limit = json_body.max_length(limit)
+        bodies = model_manager.bodies
+        body = await request.body(min(limit, bodies.most), bodies, READ_TIMEOUT)
         model_manager.telemetry.observe("read", request.seconds)
         return body
 
 
 _ROUTES: Final[dict[str, dict[str, Handler]]] = {
     "/predict": {"POST": App.predict},
-    "/predict/batch": {"POST": App.predict_batch},
+    BATCH_PATH: {"POST": App.predict_batch},
     "/model": dict.fromkeys(_READ_METHODS, App.model),
     "/readyz": dict.fromkeys(_READ_METHODS, App.ready),
     "/": dict.fromkeys(_READ_METHODS, App.demo_page),
 }
 
 
-async def _parse_form(body: bytes, request: Request) -> forms.Form:
+async def _parse(body: bytes, content_type: bytes, field: str) -> forms.Form:
+    """Parse a form or JSON, on the event loop if it is small.
+
+    Args:
+        body: The body.
+        content_type: Its Content-Type.
+        field: Field of JSON with the image or images.
+    """
+    is_form = forms.is_multipart(content_type)
     if len(body) <= _SMALL_FORM:
+        if not is_form:
+            return json_body.parse(body, field)
         with suppress(ManyFalseBoundaries):
-            return forms.parse(body, request.content_type, _MOST_FALSE)
-    parsing = asyncio.create_task(asyncio.to_thread(forms.parse, body, request.content_type))
+            return forms.parse(body, content_type, _MOST_FALSE)
+    parse = partial(forms.parse, body, content_type)
+    if not is_form:
+        parse = partial(json_body.parse, body, field)
+    parsing = asyncio.create_task(asyncio.to_thread(parse))
     try:
         return await asyncio.shield(parsing)
     except asyncio.CancelledError:

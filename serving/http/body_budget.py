@@ -8,7 +8,8 @@ from typing import Final
 from serving.errors import Overloaded
 
 COPIES: Final = 2
-"""Bytes of memory per byte of a body: the chunks are joined, and a form is split into its parts."""
+"""Bytes of memory per byte of a body: the chunks are joined; a form is split into its parts, or the
+images of JSON are decoded from base64, which takes three quarters of the text."""
 
 SMALL: Final = 2**20
 LARGE_SHARE: Final = 0.75
@@ -54,6 +55,11 @@ class BodyBudget:
         self.total = total
         self.used = 0
         self._incomplete: dict[Upload, None] = {}  # that have taken bytes, the oldest first
+
+    @property
+    def most(self) -> int:
+        """Largest body that fits into the budget, in bytes; at least `SMALL`."""
+        return max(int(LARGE_SHARE * self.total) // COPIES, SMALL)
 
     def check(self, stated: int, now: float) -> None:
         """Check whether there is room for a body of a stated length, before it is read.

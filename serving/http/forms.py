@@ -7,7 +7,7 @@ Content-Length and Content-Type of the parts are ignored.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import parse_qsl
@@ -21,8 +21,10 @@ MAX_OVERHEAD: Final = 65_536
 """Bytes that a multipart body may have in addition to the size limit of its images."""
 
 MAX_PARTS: Final = multipart.MAX_PARTS
-_NAMES: Final = ("tta", "top_k")
+OPTIONS: Final = ("tta", "top_k")
+"""Names of the options."""
 _INTEGER: Final = re.compile(r"-?[0-9]{1,9}")
+_SHOWN_NAMES: Final = 8
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ def options(pairs: Iterable[tuple[str, str]]) -> PredictOptions:
     """
     values: dict[str, int] = {}
     for name, text in pairs:
-        if name not in _NAMES:
-            raise OptionError(f"unknown option {name[:40]!r}: use {' and '.join(_NAMES)}")
+        if name not in OPTIONS:
+            raise OptionError(f"unknown option {name[:40]!r}: use {' and '.join(OPTIONS)}")
         if name in values:
             raise OptionError(f"{name} is given twice; give it once")
         if not _INTEGER.fullmatch(text):
@@ -67,12 +69,12 @@ def query(raw: bytes) -> list[tuple[str, str]]:
     try:
         return parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=8)
     except ValueError as error:
-        raise OptionError(f"too many options: use {' and '.join(_NAMES)}") from error
+        raise OptionError(f"too many options: use {' and '.join(OPTIONS)}") from error
 
 
 @dataclass(frozen=True)
 class Form:
-    """The fields of a multipart body.
+    """The fields of a multipart body, or of a JSON body.
 
     Attributes:
         images: Contents of the fields named `image`, in order.
@@ -105,14 +107,26 @@ def parse(body: bytes, content_type: bytes, most_false: int | None = None) -> Fo
         raise RequestError(f"a Content-Type of more than {multipart.MAX_PARAMETERS} parameters")
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     if not boundary:
-        raise RequestError("multipart/form-data without a boundary")
+        raise RequestError(
+            "multipart/form-data without a boundary; leave the header Content-Type to the client, "
+            "which states it"
+        )
     parts = multipart.split(body, boundary, most_false)
     images = tuple(data for name, data in parts if name == b"image")
     if not images:
-        raise EmptyBody("no image: send it as the multipart field `image`")
+        names = [name[:40].decode("utf-8", "replace") for name, _ in parts]
+        raise EmptyBody(f"no field `image` in the form; {quoted_names(names)}")
     pairs = tuple(
         (name.decode("latin-1"), data[:41].decode("latin-1"))
         for name, data in parts
         if name != b"image"
     )
     return Form(images, pairs)
+
+
+def quoted_names(names: Sequence[str]) -> str:
+    """Return a clause that lists the names of the fields that a request has, up to eight."""
+    if not names:
+        return "it has no fields"
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return f"it has {', '.join(f'`{name}`' for name in names[:_SHOWN_NAMES])}{more}"

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
@@ -28,9 +29,12 @@ _UNREAD: Final = (
     problems.BadHost,
     problems.CrossSite,
     problems.RateLimited,
+    problems.UnsupportedCoding,
 )
 """Errors before the body is read; the connection is closed if the body has not arrived yet."""
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+BATCH_PATH: Final = "/predict/batch"
+_SAFE_QUERY: Final = re.compile(r"[A-Za-z0-9_=&.-]{1,100}")
 _MAX_DROP_SECONDS: Final = 2.0
 _MAX_DROP_BYTES: Final = 64 * 2**20
 """Limits, in seconds and bytes, on reading and discarding the rest of a refused request body."""
@@ -52,6 +56,7 @@ class Request:
         receive: ASGI callable that receives the body.
         client: Address of the caller, "" if it is not known. A proxy on this machine states it in
             X-Forwarded-For.
+        scope: The ASGI scope.
         id: The client's X-Request-ID if it is valid, else a random id.
         body_complete: Whether the whole body has been read.
         upload: What the body has taken from the `BodyBudget`; None before it is read.
@@ -65,6 +70,7 @@ class Request:
     receive: Receive
     id: str
     client: str = ""
+    scope: Message = field(default_factory=dict, repr=False)
     body_complete: bool = False
     upload: Upload | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -78,12 +84,41 @@ class Request:
         query = scope["query_string"]
         client = scope.get("client")
         address = client[0] if client else ""
-        return cls(scope["method"], scope["path"], query, headers, receive, id_, address)
+        path, method = scope["path"], scope["method"]
+        return cls(method, path, query, headers, receive, id_, address, scope)
 
     @property
     def content_type(self) -> bytes:
         """The Content-Type header, or b"" if there is none."""
         return self.headers.get(b"content-type", b"")
+
+    def curl(self, *, keys: bool = False, path: str | None = None) -> str:
+        """Return the curl command that sends an image file to the address of this request.
+
+        Args:
+            keys: Whether the service needs a key; KEY stands for it.
+            path: Path for the command; None: that of this request.
+        """
+        path = path or self.path
+        query = self.query.decode("latin-1")
+        url = self._origin + path
+        if _SAFE_QUERY.fullmatch(query) and path == self.path:
+            url += f"?{query}"
+        key = "-H 'Authorization: Bearer KEY' " if keys else ""
+        files = "--data-binary @photo.jpg"
+        if path == BATCH_PATH:
+            files = "-F image=@a.jpg -F image=@b.jpg"
+        return f"curl {key}{files} {shlex.quote(url)}"
+
+    @property
+    def _origin(self) -> str:
+        """Scheme, host and port by which the client has reached the service."""
+        host = self.headers.get(b"host", b"").decode("latin-1")
+        if not host:  # HTTP/1.0
+            name, port = self.scope.get("server") or ("localhost", None)
+            host = f"[{name}]" if ":" in name else name
+            host += f":{port}" if port else ""
+        return f"{self.scope.get('scheme', 'http')}://{host}"
 
     @property
     def seconds(self) -> float:
@@ -104,12 +139,12 @@ class Request:
             TooLarge: The body is longer than `limit`. The rest of the body is not read.
             ClientDisconnect: The client closed the connection before the end of the body.
         """
-        message = f"more than the {limit} bytes allowed"
+        message = f"more than the {limit} bytes allowed (FLEDGE_MAX_BYTES)"
         now = asyncio.get_running_loop().time()
         stated = self.headers.get(b"content-length", b"0")
         if stated.isdigit():
             if int(stated) > limit:
-                raise TooLarge(message)
+                raise TooLarge(f"a body of {stated.decode():.20} bytes, {message}")
             budget.check(int(stated), now)
         chunks: list[bytes] = []
         size = 0
@@ -193,6 +228,8 @@ class Response:
             headers.append((b"retry-after", str(seconds).encode()))
         if isinstance(error, Unauthorized):
             headers.append((b"www-authenticate", b"Bearer"))
+        if isinstance(error, problems.UnsupportedCoding):
+            headers.append((b"accept-encoding", b"identity"))
         refused = isinstance(error, _UNREAD)
         if refused and not request.body_complete:
             headers.append((b"connection", b"close"))  # the rest of the body is not read

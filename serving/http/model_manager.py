@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from serving import __version__
 from serving.bundle import storage
-from serving.errors import FledgeError, NotReady
+from serving.errors import BundleError, FledgeError, NotReady
 from serving.http.body_budget import BodyBudget
 from serving.http.telemetry import Telemetry
 from serving.inference import isolated_load
@@ -150,8 +150,7 @@ class ModelManager:
         """
         self._manifest_state = self._read_manifest_state()
         try:
-            self._try_in_child()
-            model = self._build()
+            model = self._build(self._try_in_child())
         except LoadStopped:
             return
         except FledgeError as error:
@@ -177,8 +176,11 @@ class ModelManager:
         gc.collect()
         gc.freeze()
 
-    def _try_in_child(self) -> None:
+    def _try_in_child(self) -> str:
         """Load the bundle in a child process first, with limits of time and memory.
+
+        Returns:
+            The version that was loaded; "" if the bundle was tried before.
 
         Raises:
             BundleError, OptionError: The bundle can't be served.
@@ -194,8 +196,8 @@ class ModelManager:
 
         settings = self.settings
         if self._model is None and settings.device in ("cuda", "tensorrt"):
-            return  # `preflight.check_gpu` has done it
-        isolated_load.run(
+            return ""  # `preflight.check_gpu` has done it
+        (version,) = isolated_load.run(
             "open_predictor",
             settings.bundle,
             seconds=settings.load_timeout,
@@ -203,16 +205,25 @@ class ModelManager:
             stop=stop,
             **_load_options(settings),
         )
+        return version
 
-    def _build(self) -> LoadedModel:
+    def _build(self, tried: str) -> LoadedModel:
         settings = self.settings
+
+        def check_version(bundle: storage.Bundle) -> None:
+            if tried and bundle.manifest.version != tried:
+                raise BundleError(f"{settings.bundle} was replaced while it was loaded")
+
         # The graph of a bundle that was loaded in the child process may draw random numbers, and
         # take longer here.
         seconds = settings.load_timeout or isolated_load.load_seconds(settings.device)
         if self._model:
             memory_needs.check_update(settings, storage.read(settings.bundle).manifest)
         predictor = open_predictor(
-            settings.bundle, golden_seconds=seconds, **_load_options(settings)
+            settings.bundle,
+            golden_seconds=seconds,
+            before_load=check_version,
+            **_load_options(settings),
         )
         if self._budget is None:  # at a later load, requests in progress have memory too
             manifest = predictor.manifest

@@ -23,9 +23,13 @@ MAX_PARAMETERS: Final = 16
 """Largest number of semicolons in a Content-Disposition."""
 MAX_BOUNDARY: Final = 256
 
+_BOUNDARY_ENDS: Final = (b"\r\n", b"--")
+_BLANKS: Final = (b" ", b"\t")
 _TOKEN: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _BAD: Final = "the multipart body is not well formed"
 _CUT: Final = "the multipart body breaks off before its last boundary"
+_LINE_FEEDS: Final = "the lines of the multipart body end in LF, and must end in CR LF (RFC 2046)"
+_NO_BOUNDARY: Final = "the multipart body has no boundary as its Content-Type states it"
 
 
 class ManyFalseBoundaries(Exception):
@@ -48,19 +52,12 @@ def split(body: bytes, boundary: bytes, most_false: int | None = None) -> list[t
     """
     if len(boundary) > MAX_BOUNDARY:
         raise RequestError(_BAD)
-    at = body.find(b"-") if body[:1] in (b"\r", b"\n") else 0
-    if at < 0 or not body:
-        raise RequestError(_CUT)
-    first = b"--" + boundary
-    if not body.startswith(first, at):
-        raise RequestError(_CUT if first.startswith(body[at:]) else _BAD)
-    at += len(first)
-    if body.startswith(b"--", at):
-        return []
-    if not body.startswith(b"\r\n", at):
-        raise RequestError(_CUT if len(body) - at < 2 and body[at:] in (b"", b"\r", b"-") else _BAD)
-    at += 2
-    delimiter, false = b"\r\n--" + boundary, 0
+    delimiter, at, false = b"\r\n--" + boundary, len(boundary) + 4, 0
+    if not body.startswith(b"--%b\r\n" % boundary):
+        at, false = _opening(body, delimiter, most_false)
+        if body.startswith(b"--", at):
+            return []
+        at = _line_end(body, at)
     parts: list[tuple[bytes, bytes]] = []
     while True:
         if len(parts) >= MAX_PARTS:
@@ -72,16 +69,49 @@ def split(body: bytes, boundary: bytes, most_false: int | None = None) -> list[t
             if found < 0:
                 raise RequestError(_CUT)
             at = found + len(delimiter)
-            after = body[at : at + 2]
-            if after == b"\r\n" or after[:1] in (b" ", b"\t") or after == b"--":
+            if (after := body[at : at + 2]) in _BOUNDARY_ENDS or after[:1] in _BLANKS:
                 break
-            false += 1
-            if most_false is not None and false > most_false:
-                raise ManyFalseBoundaries
+            false = _count(false, most_false)
         parts.append((name, body[start:found]))
         if after == b"--":
             return parts
         at = _line_end(body, at)
+
+
+def _opening(body: bytes, delimiter: bytes, most_false: int | None) -> tuple[int, int]:
+    """Return the place behind the first boundary, and the number of false ones before it.
+
+    What stands before it, the preamble, is ignored (RFC 2046, section 5.1.1).
+    """
+    first = delimiter[2:]
+    start = body.find(b"-") if body[:1] in (b"\r", b"\n") else 0
+    if body and start >= 0 and body.startswith(first, start):
+        at = start + len(first)
+        if _ends_boundary(body, at):
+            return at, 0
+        if body[at : at + 1] == b"\n":
+            raise RequestError(_LINE_FEEDS)
+    at = false = 0
+    while (found := body.find(delimiter, at)) >= 0:
+        at = found + len(delimiter)
+        if _ends_boundary(body, at):
+            return at, false
+        false = _count(false, most_false)
+    begins = body[start : start + len(first) + 2] if start >= 0 else b""
+    if any(whole.startswith(begins) for whole in (first + b"\r\n", first + b"--")):
+        raise RequestError(_CUT)
+    raise RequestError(_BAD if first in body else _NO_BOUNDARY)
+
+
+def _ends_boundary(body: bytes, at: int) -> bool:
+    """Return whether the boundary before `at` is one, and no text that begins alike."""
+    return body[at : at + 2] in _BOUNDARY_ENDS or body[at : at + 1] in _BLANKS
+
+
+def _count(false: int, most_false: int | None) -> int:
+    if most_false is not None and false >= most_false:
+        raise ManyFalseBoundaries
+    return false + 1
 
 
 def _line_end(body: bytes, at: int) -> int:

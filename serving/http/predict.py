@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from serving.errors import DeadlineExceeded, TooLarge
+from serving.errors import DeadlineExceeded, FledgeError, TooLarge
 from serving.http.forms import PredictOptions
 from serving.http.model_manager import LoadedModel, ModelManager
 from serving.http.problems import code_of, is_fault, problem
@@ -50,6 +50,7 @@ async def predict_images(
     images: Sequence[bytes],
     options: PredictOptions,
     request_id: str,
+    explain: Callable[[FledgeError, bytes], FledgeError] = lambda error, _: error,
 ) -> list[dict[str, Any]]:
     """Classify several images; return an answer or {"error": problem document} for each, in order.
 
@@ -61,6 +62,7 @@ async def predict_images(
         images: The encoded image files.
         options: Options of the request, for all images.
         request_id: Id of the request, for problem documents and the log.
+        explain: Returns the error that is answered for an error and the image that caused it.
 
     Raises:
         FledgeError: An option is wrong, or no model is loaded. No image was processed.
@@ -82,7 +84,8 @@ async def predict_images(
                 if is_fault(error):
                     _log.exception("request %s failed", request_id)
                 telemetry.count(code_of(error))
-                return {"error": problem(error, request_id)}
+                told = explain(error, data) if isinstance(error, FledgeError) else error
+                return {"error": problem(told, request_id)}
             telemetry.answered(answer)
             return answer
 
@@ -94,7 +97,9 @@ async def _predict(
 ) -> dict[str, Any]:
     model.predictor.check(options.tta, options.top_k)
     if len(data) > settings.max_bytes:
-        raise TooLarge(f"an image of {len(data)} bytes; {settings.max_bytes} are allowed")
+        raise TooLarge(
+            f"an image of {len(data)} bytes; {settings.max_bytes} are allowed (FLEDGE_MAX_BYTES)"
+        )
     prediction = await model.engine.predict(data, options.tta)
     return model.predictor.answer(prediction, options.top_k)
 

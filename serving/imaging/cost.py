@@ -21,7 +21,7 @@ IN_PROCESS_SECONDS: Final = 0.5
 is below both. Other images are decoded in a process of their own, which can be stopped."""
 
 MAX_BYTES_PER_PIXEL: Final = 24
-"""Largest peak memory of any format, in bytes per pixel: WebP and AVIF."""
+"""Largest peak memory of a format that may not state its size, in bytes per pixel: WebP, AVIF."""
 
 # Bytes per pixel of an image in Pillow: RGB, RGBA, LA and CMYK have four.
 _RGB: Final = 4.0
@@ -330,12 +330,12 @@ def _avif(data: bytes) -> _Head | None:
 
 def _heic(data: bytes) -> _Head | None:
     head = plugin_heads.heif(data)
-    return head and _Head(head.width, head.height, 24.0, True, False, 120.0, 2**22, True)
+    return head and _Head(head.width, head.height, 16.0, False, False, 200.0, 2**22, True)
 
 
 def _jpeg_xl(data: bytes) -> _Head | None:
     head = plugin_heads.jpeg_xl(data)
-    return head and _Head(head.width, head.height, 60.0, True, True, 200.0, 2**24, True)
+    return head and _Head(head.width, head.height, 32.0, True, True, 250.0, 2**22, True)
 
 
 _READERS: Final[dict[bytes, Callable[[bytes], _Head | None]]] = {

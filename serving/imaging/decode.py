@@ -7,24 +7,22 @@ Conversions such as rotating by the EXIF orientation or scaling from 16 bits are
 from __future__ import annotations
 
 import io
+import re
 import stat
 import struct
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from serving.errors import BrokenImage, EmptyBody, NotAnImage, TooLarge, UnsupportedFormat
-from serving.imaging import cost, formats, icc, isolated, plugins
+from serving.imaging import cost, deep_samples, formats, icc, isolated, plugins
 from serving.imaging.formats import FORMATS
-from serving.imaging.formats import SUFFIXES as SUFFIXES
 from serving.imaging.limits import (
     TOO_MANY,
+    VARIABLE,
     check_limits,
     has_one_orientation,
     max_pixels_of_commands,
@@ -57,11 +55,6 @@ _UPRIGHT: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF
-
-_STRIP: Final = 2**20  # samples that are scaled at once
-Samples = npt.NDArray[np.float64]
 
 decoders: Final = isolated.DecoderPool()
 """Processes that decode expensive or unusual images."""
@@ -114,8 +107,12 @@ def decode(
             return decode_here(data, max_pixels=max_pixels, background=background, stated=estimated)
         except LargerThanStated:
             pass
-    request = {"max_pixels": max_pixels, "background": background}
     memory = memory_limit(estimated, max_pixels)
+    request = {
+        "max_pixels": max_pixels,
+        "background": background,
+        "too_large": memory_message(estimated, memory),
+    }
     pixels, applied, mode = decoders.decode(data, request, memory=memory)
     return Decoded(Image.fromarray(pixels), applied, mode)
 
@@ -151,6 +148,24 @@ def memory_limit(estimated: cost.Cost, max_pixels: int) -> int:
     return estimated.bytes if estimated.pixels else cost.MAX_BYTES_PER_PIXEL * max_pixels
 
 
+def memory_message(estimated: cost.Cost, memory: int, setting: str = "") -> str:
+    """Return the message for an image that needs more memory than it may take.
+
+    Args:
+        estimated: Result of `check`.
+        memory: Bytes that decoding may take.
+        setting: The setting that limits `memory`, if it is less than `memory_limit`.
+    """
+    megabytes = f"the {memory >> 20} MB"
+    if estimated.pixels:
+        what = f"{estimated.width} x {estimated.height} pixels"
+        remedy = f"allowed ({setting})" if setting else "that such a file should need; save it anew"
+    else:
+        what = "the image, whose size can't be read beforehand,"
+        remedy = f"allowed ({setting or VARIABLE})"
+    return f"decoding {what} needs more than {megabytes} {remedy}"
+
+
 class LargerThanStated(Exception):
     """The file has more pixels than its head stated."""
 
@@ -161,6 +176,7 @@ def decode_here(
     max_pixels: int,
     background: tuple[int, int, int] = (255, 255, 255),
     stated: cost.Cost | None = None,
+    too_large: str = "",
 ) -> Decoded:
     """Decode one image in this process, after `check`.
 
@@ -169,13 +185,14 @@ def decode_here(
         max_pixels: Largest accepted width times height.
         background: RGB colour, 0 to 255, on which transparent images are composited.
         stated: Result of `check`, or None if the image may have more pixels than stated.
+        too_large: Message where the memory of this process is not enough. "": one with the size.
 
     Raises:
         LargerThanStated: The image has more pixels than `stated`.
         ImageError: As `decode`.
     """
     raise_limit_of_pillow(max_pixels)
-    image = _open(data)
+    image = _open(data, max_pixels, too_large)
     (width, height), mode = image.size, image.mode
     _check_size(width, height, max_pixels)
     if stated and width * height > stated.pixels:
@@ -204,8 +221,12 @@ def decode_here(
     except _CORRUPT as error:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
     except MemoryError as error:
-        raise TooLarge(isolated.NEEDS_MEMORY) from error
+        raise TooLarge(too_large or _no_memory(f"{width} x {height} pixels")) from error
     return Decoded(rgb, tuple(applied), mode)
+
+
+def _no_memory(what: str) -> str:
+    return f"decoding {what} needs more memory than this process can have"
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -247,7 +268,7 @@ def read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, max_pixels: int, too_large: str) -> Image.Image:
     optional = formats.optional_format(data)
     try:
         if optional:
@@ -255,8 +276,12 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         pass
-    except (Image.DecompressionBombError, MemoryError) as error:
-        raise TooLarge(isolated.NEEDS_MEMORY) from error
+    except Image.DecompressionBombError as error:
+        found = re.search(r"\d+ pixels", str(error))
+        what = found[0] if found else "the image's pixels"
+        raise TooLarge(f"{what} {TOO_MANY.format(max_pixels)}") from error
+    except MemoryError as error:
+        raise TooLarge(too_large or _no_memory("the image")) from error
     except _CORRUPT as error:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
     if served := formats.served(data):
@@ -320,8 +345,10 @@ def _to_rgb(
         applied.append("16-bit-scaled" if image.mode != "F" else "float-scaled")
         if key is not None:
             applied.append("alpha-on-background")
-            alpha = Image.fromarray(_by_strips(image, lambda strip: 255 * (strip != key)))
-        image = _scale_deep(image)
+            alpha = Image.fromarray(
+                deep_samples.by_strips(image, lambda strip: 255 * (strip != key))
+            )
+        image = deep_samples.scale(image)
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or key is not None:
         applied.append("alpha-on-background")
         grey = image.mode in ("LA", "La", "L", "1")
@@ -343,55 +370,6 @@ def _to_rgb(
     flat = Image.new("RGB", image.size, background)
     flat.paste(image, mask=alpha)
     return flat
-
-
-def _scale_deep(image: Image.Image) -> Image.Image:
-    """Scale samples of more than 8 bits linearly to 0..255. Pillow's `convert` would clip them."""
-    tags = getattr(image, "tag_v2", {})
-    low, high = 0.0, 4095.0 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535.0
-    if image.mode in ("F", "I"):
-        ends = np.array([(strip.min(), strip.max()) for _, strip in _strips(image)])
-        if not np.isfinite(ends).all():
-            raise ValueError("samples are not finite")
-        low, high = min(0.0, ends.min()), ends.max()
-        # The smallest usual range that fits, because scaling by the maximum would brighten dark
-        # photos.
-        high = next((top for top in (1.0, 255.0, 65535.0) if high <= top), high)
-    if tags.get(_PHOTOMETRIC) == 0:  # WhiteIsZero, which Pillow applies only up to 8 bits
-        low, high = high, low
-
-    def scale(strip: Samples) -> Samples:
-        strip -= low
-        strip *= 255.0 / (high - low)
-        return np.rint(strip, out=strip)
-
-    return Image.fromarray(_by_strips(image, scale))
-
-
-def _by_strips(image: Image.Image, change: Callable[[Samples], Samples]) -> npt.NDArray[np.uint8]:
-    """Apply `change` to the samples of an image, some rows at a time, to limit memory.
-
-    Args:
-        image: Image with one channel.
-        change: Function of float64 samples [rows, W] that returns values of 0 to 255.
-
-    Returns:
-        The changed samples, uint8 [H, W].
-    """
-    changed = np.empty((image.height, image.width), np.uint8)
-    for rows, strip in _strips(image):
-        changed[rows] = change(strip)
-    return changed
-
-
-def _strips(image: Image.Image) -> Iterator[tuple[slice, Samples]]:
-    """Yield each strip of an image: a slice of row numbers, and samples as float64 [rows, W]."""
-    step = max(1, _STRIP // image.width)
-    for top in range(0, image.height, step):
-        rows = slice(top, min(top + step, image.height))
-        with np.errstate(invalid="ignore"):  # a signalling NaN; `_scale_deep` rejects NaN
-            strip = np.array(image.crop((0, rows.start, image.width, rows.stop)), np.float64)
-        yield rows, strip
 
 
 def _reason(error: Exception) -> str:

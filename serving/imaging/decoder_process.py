@@ -13,7 +13,7 @@ from PIL import Image
 
 from serving.errors import ImageError, TooLarge
 from serving.imaging import decode, plugins
-from serving.imaging.isolated import MAX_SECONDS, NEEDS_MEMORY
+from serving.imaging.isolated import MAX_SECONDS
 from serving.imaging.preprocess import Preprocess
 from serving.imaging.tta import View, render
 from serving.utils import malloc
@@ -53,7 +53,10 @@ def _write(answers: IO[bytes], data: bytes, request: Mapping[str, Any]) -> None:
     strips: Iterator[bytes] = iter(())
     try:
         decoded = decode.decode_here(
-            data, max_pixels=request["max_pixels"], background=tuple(request["background"])
+            data,
+            max_pixels=request["max_pixels"],
+            background=tuple(request["background"]),
+            too_large=request["too_large"],
         )
         if "preprocess" in request:
             preprocess = Preprocess.from_dict(request["preprocess"])
@@ -65,7 +68,7 @@ def _write(answers: IO[bytes], data: bytes, request: Mapping[str, Any]) -> None:
     except ImageError as error:
         head = {"error": error.code, "message": str(error)}
     except MemoryError:
-        head = {"error": TooLarge.code, "message": NEEDS_MEMORY}
+        head = {"error": TooLarge.code, "message": request["too_large"]}
     answers.write(json.dumps(head).encode() + b"\n")
     answers.writelines(strips)
     answers.flush()

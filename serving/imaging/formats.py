@@ -25,6 +25,7 @@ class OptionalFormat(NamedTuple):
         signature: What a file begins with.
         plugin: Name of the Pillow plug-in of the package.
         package: Import name of the package.
+        distribution: Name by which the package is installed.
         extra: Extra of Fledge that installs the package.
         suffixes: File extensions of the format.
     """
@@ -33,6 +34,7 @@ class OptionalFormat(NamedTuple):
     signature: re.Pattern[bytes]
     plugin: str
     package: str
+    distribution: str
     extra: str
     suffixes: tuple[str, ...]
 
@@ -44,19 +46,19 @@ class OptionalFormat(NamedTuple):
     @property
     def remedy(self) -> str:
         """How to get the package."""
-        return f"pip install 'fledge[{self.extra}]' (for the image: make image EXTRAS={self.extra})"
+        return f"pip install 'fledge[{self.extra}]' (container: make image EXTRAS={self.extra})"
 
 
 OPTIONAL: Final = (
     OptionalFormat(
         "HEIC",
         re.compile(rb"....ftyp(?:he[iv][cmsx]|mif1|msf1)", re.DOTALL),
-        *("HEIF", "pillow_heif", "heif", (".heic", ".heif", ".hif")),
+        *("HEIF", "pillow_heif", "pillow-heif", "heif", (".heic", ".heif", ".hif")),
     ),
     OptionalFormat(
         "JPEG XL",
         re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL "),
-        *("JXL", "pillow_jxl", "jxl", (".jxl",)),
+        *("JXL", "pillow_jxl", "pillow-jxl-plugin", "jxl", (".jxl",)),
     ),
 )
 """Formats that are read if their package is installed."""
@@ -136,8 +138,7 @@ def check_installed(data: bytes) -> None:
     found = optional_format(data)
     if found and not found.installed:
         raise UnsupportedFormat(
-            f"{found.name} needs {found.package.replace('_', '-')}: {found.remedy}; or use "
-            f"{readable()}"
+            f"{found.name} needs {found.distribution}: {found.remedy}; or use {readable()}"
         )
 
 

@@ -45,8 +45,6 @@ PROCESS_BYTES: Final = 48 * 2**20
 MAX_SECONDS: Final = 60.0
 """Time after which decoding one image is stopped where the caller sets no limit."""
 
-NEEDS_MEMORY: Final = "decoding the image needs more memory than is allowed"
-
 _POLL_SECONDS: Final = 0.05
 _ROOT: Final = Path(__file__).parent.parent.parent
 _PIECE: Final = 2**20
@@ -86,8 +84,9 @@ class DecoderPool:
 
         Args:
             data: The encoded file.
-            request: `max_pixels` and `background` of `decode.decode`. With `preprocess` (the fields
-                of `Preprocess`) and `views` (the fields of each `View`), the views are returned.
+            request: `max_pixels` and `background` of `decode.decode`, and `too_large`, the message
+                where `memory` is not enough. With `preprocess` (the fields of `Preprocess`) and
+                `views` (the fields of each `View`), the views are returned.
             memory: Bytes that decoding may take.
             seconds: Time until the process is killed, from when it begins.
             cancelled: Function that returns True once the image is no longer needed.
@@ -118,7 +117,7 @@ class DecoderPool:
                 answer = process.run(data, request, memory, end, cancelled)
             self._idle.append(process)
         except _Ended:
-            raise _error_of(process.status) from None
+            raise _error_of(process.status, request["too_large"]) from None
         except _TimeUp:
             raise DeadlineExceeded(f"decoding the image took more than {seconds:g} s") from None
         except OSError as error:
@@ -257,12 +256,13 @@ class _Process:
                 stream.close()
 
 
-def _error_of(status: int | None) -> ImageError:
+def _error_of(status: int | None, too_large: str) -> ImageError:
     """Return the error of an image whose decoder process has ended."""
     if status in (-signal.SIGKILL, 1):  # by the system, for want of memory
-        return TooLarge(NEEDS_MEMORY)
+        return TooLarge(too_large)
     if status == -signal.SIGXCPU:
-        return TooLarge("decoding the image takes too long")
+        limit = f"the {MAX_SECONDS:g} s of processor time that an image may take"
+        return TooLarge(f"decoding the image takes more than {limit}")
     how = f"signal {-status}" if status and status < 0 else f"exit status {status}"
     return BrokenImage(f"the image is broken: its decoder ended with {how}")
 

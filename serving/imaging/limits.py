@@ -249,4 +249,7 @@ def _bmp(data: bytes, max_pixels: int) -> None:
         limit = min(max_pixels, RUN_LENGTH_PIXELS)
         if width * abs(height) > limit:
             found = f"{width} x {abs(height)} pixels in run-length code"
-            raise TooLarge(f"{found} are more than the {limit} allowed")
+            remedy = (
+                f" ({VARIABLE})" if limit == max_pixels else "; save it without run-length code"
+            )
+            raise TooLarge(f"{found} are more than the {limit} allowed{remedy}")

@@ -67,9 +67,9 @@ def open_image(data: bytes, kind: OptionalFormat) -> Image.Image:
             raise UnsupportedFormat("an animated JPEG XL is not read; save one of its frames")
     try:
         image = Image.open(io.BytesIO(data), formats=(kind.plugin,))
-    except UnidentifiedImageError:
+    except (UnidentifiedImageError, RuntimeError):
         raise BrokenImage(
-            f"the image is broken: of {kind.name}, but cut short or damaged"
+            f"the image is broken: of {kind.name}, but cut short, damaged or of an unusual kind"
         ) from None
     except BaseException as error:
         # How a panic of a package in Rust is raised.

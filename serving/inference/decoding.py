@@ -16,7 +16,7 @@ from typing import NamedTuple
 from serving.errors import TooLarge
 from serving.imaging import isolated
 from serving.imaging.cost import Cost
-from serving.imaging.decode import LargerThanStated, memory_limit
+from serving.imaging.decode import LargerThanStated, memory_limit, memory_message
 from serving.inference.predictor import Predictor, Prepared
 from serving.utils.memory import MemoryBudget
 
@@ -95,8 +95,8 @@ def image_decoder(predictor: Predictor, max_pixels: int, budget: DecodingBudget)
 
     def prepare(data: bytes, tta: int) -> Prepared:
         cost = predictor.estimate(data, tta, max_pixels=max_pixels)
-        if cost.isolated:
-            raise NeedsIsolation(cost)
+        if cost.isolated or cost.bytes > common.total:
+            raise NeedsIsolation(cost)  # whose limit of memory is that of its process
         with common.reserve(cost.bytes):
             try:
                 return predictor.prepare(data, tta, max_pixels=max_pixels, estimated=cost)
@@ -110,12 +110,18 @@ def image_decoder(predictor: Predictor, max_pixels: int, budget: DecodingBudget)
         if cost.pixels and size > expensive.total:
             raise TooLarge(
                 f"decoding {cost.width} x {cost.height} pixels may need {size >> 20} MB; "
-                f"{expensive.total >> 20} MB are allowed"
+                f"{expensive.total >> 20} MB are allowed (FLEDGE_MAX_MEMORY)"
             )
+        setting = "FLEDGE_MAX_MEMORY" if size > expensive.total else ""
         size = min(size, expensive.total)
         with expensive.reserve(size, cancelled):
             return predictor.prepare_isolated(
-                data, tta, max_pixels=max_pixels, memory=size, cancelled=cancelled
+                data,
+                tta,
+                max_pixels=max_pixels,
+                memory=size,
+                too_large=memory_message(cost, size, setting),
+                cancelled=cancelled,
             )
 
     return ImageDecoder(prepare, prepare_isolated)

@@ -65,7 +65,7 @@ def run(
         options: Further arguments of the function.
 
     Returns:
-        The result of `verify`; empty for `open_predictor`.
+        The result of `verify`; for `open_predictor`, the version of the bundle.
 
     Raises:
         BundleError, OptionError: The function's error; or the bundle took too long or too much
@@ -176,8 +176,7 @@ def _run_task(request: Mapping[str, Any]) -> list[str]:
         options["before_load"] = lambda bundle: limit_memory(memory_needed(bundle), share)
     if task == "verify":
         return load.verify(folder, **options)
-    load.open_predictor(folder, **options)
-    return []
+    return [load.open_predictor(folder, **options).manifest.version]
 
 
 def memory_needed(bundle: Bundle) -> int:

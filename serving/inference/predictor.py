@@ -185,6 +185,7 @@ class Predictor:
         *,
         max_pixels: int,
         memory: int,
+        too_large: str,
         cancelled: Callable[[], bool] = bool,
     ) -> Prepared:
         """As `prepare`, in a process of its own, which is stopped when `cancelled` returns True.
@@ -194,6 +195,7 @@ class Predictor:
             tta: Number of views to cut.
             max_pixels: Largest accepted width times height.
             memory: Bytes that decoding may take.
+            too_large: Message where it needs more.
             cancelled: Function that returns True once the image is no longer needed.
 
         Raises:
@@ -204,6 +206,7 @@ class Predictor:
         request = {
             "max_pixels": max_pixels,
             "background": preprocess.background,
+            "too_large": too_large,
             "preprocess": preprocess.to_dict(),
             "views": self._views(tta),
         }

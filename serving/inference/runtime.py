@@ -20,6 +20,7 @@ import numpy.typing as npt
 from serving.errors import BundleError, OptionError, WorkError
 from serving.imaging.preprocess import Pixels
 from serving.inference import onnx_check
+from serving.terminal import quote_path
 from serving.utils.files import make_user_cache_folder
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # must be set before the import
@@ -252,7 +253,9 @@ def _tensorrt_options() -> dict[str, str]:
         status = folder.stat()
         # Engines are executable code: other users must not be able to write them.
         if status.st_uid != os.getuid() or status.st_mode & 0o077:
-            raise OSError(f"{folder} is accessible to other users; run `chmod 700 {folder}`")
+            raise OSError(
+                f"{folder} is accessible to other users; run `chmod 700 {quote_path(folder)}`"
+            )
     except (OSError, RuntimeError) as error:
         _log.info("TensorRT engines are built anew at each start: %s", error)
         return {}

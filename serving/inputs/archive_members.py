@@ -6,12 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from serving.inputs.folders import is_image
+from serving.inputs.file_kinds import member_kind, path_kind
+from serving.inputs.passed_over import OnPassedOver
 
 SEPARATOR: Final = "::"
-
-_SYSTEM_FOLDERS: Final = frozenset({"__MACOSX", "@eaDir"})
-
 
 Wanted = Callable[[str], bool]
 """Function of the name of a member that returns whether the member is listed."""
@@ -41,15 +39,24 @@ class Member:
 
 def is_listed(name: str) -> bool:
     """Return whether the file of this name is an image, and neither hidden nor of a system."""
-    return is_image(name) and not is_hidden(name)
+    return member_kind(name) is None
+
+
+def listed(passed_over: OnPassedOver) -> Wanted:
+    """Return a function like `is_listed` that also calls `passed_over` for all other members."""
+
+    def wanted(name: str) -> bool:
+        kind = member_kind(name)
+        if kind:
+            passed_over(kind.reason, name, kind.detail)
+        return kind is None
+
+    return wanted
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether the file, or a folder above it, is hidden or made by a system."""
-    return any(
-        part in _SYSTEM_FOLDERS or (part.startswith(".") and part not in (".", ".."))
-        for part in name.split("/")
-    )
+    """Return whether the file, or a folder above it, is hidden or made by a system or tool."""
+    return path_kind(name) is not None
 
 
 def unique(name: str, counts: dict[str, int]) -> str:

@@ -16,8 +16,9 @@ from typing import Final
 
 from serving.errors import DataError
 from serving.inputs import tar, zip_archive
-from serving.inputs.archive_members import SEPARATOR, Member, Wanted, is_listed
+from serving.inputs.archive_members import SEPARATOR, Member, Wanted, is_listed, listed
 from serving.inputs.folders import Note
+from serving.inputs.passed_over import OnPassedOver, not_counted
 
 SUFFIXES: Final = (*tar.SUFFIXES, *zip_archive.SUFFIXES)
 
@@ -76,15 +77,16 @@ def members(path: str, wanted: Wanted = is_listed) -> Iterator[Member]:
     return tar.members(path, wanted)
 
 
-def names(path: str, note: Note) -> Iterator[str]:
+def names(path: str, note: Note, passed_over: OnPassedOver = not_counted) -> Iterator[str]:
     """Yield `ARCHIVE::MEMBER` for every image in an archive. Only the headers are read.
 
     Args:
         path: The archive.
         note: Called with a message about anything that is left out.
+        passed_over: Called for each member that is no image, or is passed over by its name.
     """
     try:
-        for member in members(path):
+        for member in members(path, listed(passed_over)):
             name = f"{path}{SEPARATOR}{member.name}"
             if os.path.lexists(name):  # `split` would take the name for that file
                 note(f"{name}: a file beside the archive has that name; the member is left out")

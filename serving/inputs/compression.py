@@ -23,6 +23,8 @@ BLOCK: Final = tarfile.BLOCKSIZE
 MAX_FILE: Final = 4 * MAX_PIXELS
 """Largest file that is read, in bytes: the largest allowed image, uncompressed in RGBA."""
 
+FIXED: Final = "allowed, which no option raises"
+
 MAX_HEADER: Final = 2**20
 """Largest size in bytes of all headers of a member: long names, pax headers, sparse maps."""
 

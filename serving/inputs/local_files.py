@@ -7,7 +7,7 @@ import stat
 from typing import BinaryIO, Final
 
 from serving.errors import BrokenImage, TooLarge
-from serving.inputs.compression import MAX_FILE
+from serving.inputs.compression import FIXED, MAX_FILE
 
 _PIECE: Final = 2**20
 _PERMISSIONS: Final = 0o777
@@ -37,7 +37,7 @@ def read_file(path: str, root: str | None = None) -> tuple[bytes, int]:
             if root is not None and not os.path.samestat(status, os.stat(_inside(path, root))):
                 raise BrokenImage("it was replaced while it was opened")
             if status.st_size > MAX_FILE:
-                raise TooLarge(f"{status.st_size} bytes are more than the {MAX_FILE} allowed")
+                raise TooLarge(f"{status.st_size} bytes are more than the {MAX_FILE} {FIXED}")
             data = file.read(status.st_size + 1)
             if len(data) > status.st_size:  # it grows, or is a file of /proc
                 data += _rest(file, len(data))
@@ -76,5 +76,5 @@ def _rest(file: BinaryIO, size: int) -> bytes:
         pieces.append(piece)
         size += len(piece)
         if size > MAX_FILE:
-            raise TooLarge(f"more than the {MAX_FILE} bytes allowed")
+            raise TooLarge(f"more than the {MAX_FILE} bytes {FIXED}")
     return b"".join(pieces)

@@ -23,10 +23,11 @@ from itertools import chain
 from typing import IO, Final
 
 from serving.errors import BrokenImage, DataError, OptionError, RequestError
-from serving.imaging.decode import SUFFIXES
-from serving.inputs import archives, folders, lists, open_archives, remote
+from serving.imaging.formats import SUFFIXES
+from serving.inputs import archives, file_kinds, folders, lists, open_archives, remote
 from serving.inputs.folders import Note
 from serving.inputs.local_files import check_inside, read_file
+from serving.inputs.passed_over import OnPassedOver, PassedOver
 
 STDIN: Final = "-"
 """The input that stands for standard input."""
@@ -56,6 +57,7 @@ def find(
     column: str | None = None,
     stdin: Stream | None = None,
     note: Note = lambda line: None,
+    passed_over: PassedOver | None = None,
 ) -> Iterator[str]:
     """Find the images of `inputs` and yield their names, in the order of the inputs.
 
@@ -70,18 +72,20 @@ def find(
         stdin: Stream that is read instead of standard input.
         note: Called once with each message about something that is skipped: a folder that can't be
             read, table rows without a path, the rest of a corrupt archive, an input without images.
+        passed_over: Counts what is passed over in folders and archives, until the last name.
 
     Raises:
         DataError: An input does not exist or can't be listed, a list lacks the column, or no input
             has any image. Raised by the call itself, before the first name is requested.
         OptionError: `column` is given, but no input is a list with columns.
     """
-    sources = [source for word in inputs for source in _sources(word, column, stdin)]
+    passed_over = PassedOver() if passed_over is None else passed_over
+    sources = [source for word in inputs for source in _sources(word, column, stdin, passed_over)]
     words = (expanded for word in inputs for expanded in folders.expand_braces(word))
     if column is not None and not any(map(lists.is_table, words)):
         kinds = ", ".join(lists.TABLES)
         raise OptionError(f"--column {column}: no input is a list with columns ({kinds})")
-    names = _names(sources, _UniqueNotes(note))
+    names = _names(sources, _UniqueNotes(note), passed_over)
     return chain([next(names)], names)  # `next` here raises the error before any other work
 
 
@@ -164,18 +168,21 @@ def _permissions(archive: str) -> int | None:
         return 0o600
 
 
-def _sources(word: str, column: str | None, stdin: Stream | None) -> Iterator[InputSource]:
+def _sources(
+    word: str, column: str | None, stdin: Stream | None, passed_over: OnPassedOver
+) -> Iterator[InputSource]:
     if word == STDIN:
         yield InputSource(partial(_read_stdin, stdin), f"{word}: no paths came; write one a line")
     elif os.path.exists(word):
-        yield _existing(word, column)
+        yield _existing(word, column, passed_over)
     elif remote.is_address(word):
-        yield from map(_remote, folders.expand_braces(word))
+        yield from (_remote(one, passed_over) for one in folders.expand_braces(word))
     elif next(folders.expand_braces(word)) != word:
         for expanded in folders.expand_braces(word):
-            yield from _sources(expanded, column, stdin)
+            yield from _sources(expanded, column, stdin, passed_over)
     elif folders.is_pattern(word):
-        yield InputSource(partial(_matching, word, column), f"{word}: matches no images{_SUFFIXES}")
+        names = partial(_matching, word, column, passed_over)
+        yield InputSource(names, f"{word}: matches no images{_SUFFIXES}")
     elif archives.split(word):
         yield InputSource(partial(_itself, word), "")
     else:
@@ -185,9 +192,9 @@ def _sources(word: str, column: str | None, stdin: Stream | None) -> Iterator[In
         )
 
 
-def _existing(word: str, column: str | None) -> InputSource:
+def _existing(word: str, column: str | None, passed_over: OnPassedOver) -> InputSource:
     if os.path.isdir(word):
-        names = partial(folders.images_below, word)
+        names = partial(folders.images_below, word, passed_over=passed_over)
         return InputSource(names, f"{word}: no images found{_SUFFIXES}")
     if word.lower().endswith(lists.LINES):
         if_empty = f"{word}: lists no images; write one path a line"
@@ -196,10 +203,9 @@ def _existing(word: str, column: str | None) -> InputSource:
         # A named pipe or device: opening it could block.
         return InputSource(partial(_itself, word), "")
     if lists.is_table(word):
-        chosen = lists.path_column(word, column)
-        return InputSource(
-            partial(lists.read_column, word, chosen), f"{word}: lists no images in {chosen}"
-        )
+        table, at = lists.open_list(word, column)
+        if_empty = f"{word}: lists no images in {table.columns[at]}"
+        return InputSource(partial(lists.read_column, table, at), if_empty)
     archives.check_kind(word)
     if archives.is_archive(word):
         try:
@@ -208,7 +214,8 @@ def _existing(word: str, column: str | None) -> InputSource:
             raise DataError(f"{word}: {error}") from error
         except OSError:
             pass  # the error is noted when the members are listed
-        return InputSource(partial(archives.names, word), f"{word}: no images in it{_SUFFIXES}")
+        names = partial(archives.names, word, passed_over=passed_over)
+        return InputSource(names, f"{word}: no images in it{_SUFFIXES}")
     return InputSource(partial(_itself, word), "")
 
 
@@ -216,21 +223,24 @@ def _itself(word: str, note: Note) -> Iterator[str]:
     return iter([word])
 
 
-def _remote(address: str) -> InputSource:
-    return InputSource(remote.find(address), f"{address}: no images found{_SUFFIXES}")
+def _remote(address: str, passed_over: OnPassedOver) -> InputSource:
+    found = remote.find(address, passed_over)
+    return InputSource(found, f"{address}: no images found{_SUFFIXES}")
 
 
-def _matching(pattern: str, column: str | None, note: Note) -> Iterator[str]:
+def _matching(
+    pattern: str, column: str | None, passed_over: OnPassedOver, note: Note
+) -> Iterator[str]:
     """Yield the images that match `pattern`.
 
     For an archive or a list that matches, the images in it are yielded.
     """
-    for path in folders.images_matching(pattern, note):
-        if folders.is_image(path):
+    for path in folders.images_matching(pattern, note, passed_over):
+        if file_kinds.is_image(path):
             yield path
             continue
         try:
-            source = _existing(path, column)
+            source = _existing(path, column, passed_over)
         except RequestError as error:
             note(str(error))
         else:
@@ -247,7 +257,9 @@ def _read_stdin(stdin: Stream | None, note: Note) -> Iterator[str]:
         note(f"{STDIN}: standard input can't be read: {error}")
 
 
-def _names(sources: Sequence[InputSource], note: _UniqueNotes) -> Iterator[str]:
+def _names(
+    sources: Sequence[InputSource], note: _UniqueNotes, passed_over: PassedOver
+) -> Iterator[str]:
     empty: list[str] = []
     found = False
     for source in sources:
@@ -262,7 +274,8 @@ def _names(sources: Sequence[InputSource], note: _UniqueNotes) -> Iterator[str]:
     if not found:
         several = f"nothing in any of {len(sources)} inputs; " if len(sources) > 1 else ""
         reason = f" ({note.first})" if note.first else ""
-        raise DataError(f"{several}{empty[0] if empty else 'no input given'}{reason}")
+        counts = f"; {passed_over.line()}" if passed_over else ""
+        raise DataError(f"{several}{empty[0] if empty else 'no input given'}{reason}{counts}")
     for line in empty:
         note(line)
 

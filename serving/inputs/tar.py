@@ -19,6 +19,7 @@ from serving.errors import BrokenImage, DataError, TooLarge
 from serving.inputs.archive_members import Member, Wanted, is_listed, unique
 from serving.inputs.compression import (
     BLOCK,
+    FIXED,
     MAX_FILE,
     MAX_RATIO,
     NeedsMemory,
@@ -33,6 +34,9 @@ SUFFIXES: Final = (
 
 _NO_TAR: Final = ": no tar archive"
 _PIECE: Final = 2**16
+
+_LONGEST_NAME: Final = 4096
+"""Characters of a member's name, as in a path of Linux: all names are kept."""
 
 _HOLES: Final = 2**20
 """Bytes that a sparse member may have beyond `MAX_RATIO` times those in the archive."""
@@ -130,6 +134,8 @@ def _headers(source: PeekableStream) -> Iterator[tuple[tarfile.TarFile, tarfile.
             raise DataError(f"broken {place} ({_reason(error)})") from error
         if info is None or tar.offset <= offset:
             raise DataError(f"broken {place}")
+        if len(info.name) > _LONGEST_NAME:
+            raise DataError(f"broken {place} (a name of {len(info.name)} characters)")
         offset, place = tar.offset, f"after {info.name}; what follows is left out"
         yield tar, info
     if len(block) < BLOCK:
@@ -229,7 +235,7 @@ def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
         kind = "a link" if info.issym() or info.islnk() else "a device or a pipe"
         raise BrokenImage(f"not a file but {kind} in an archive")
     if info.size > MAX_FILE:
-        raise TooLarge(f"{info.size} bytes are more than the {MAX_FILE} allowed")
+        raise TooLarge(f"{info.size} bytes are more than the {MAX_FILE} {FIXED}")
     if info.sparse is not None:
         header: Any = info
         header.sparse = _checked_sparse(header.sparse, info.size)

@@ -23,7 +23,7 @@ from typing import BinaryIO, Final, NamedTuple
 
 from serving.errors import BrokenImage, DataError, TooLarge
 from serving.inputs.archive_members import Member, Wanted, is_listed, unique
-from serving.inputs.compression import ALLOWANCE, MAX_FILE, MAX_RATIO
+from serving.inputs.compression import ALLOWANCE, FIXED, MAX_FILE, MAX_RATIO
 from serving.utils.regular_files import open_regular
 
 SUFFIXES: Final = (".zip",)
@@ -220,7 +220,7 @@ def read_member(file: BinaryIO, entry: ZipEntry) -> bytes:
         raise BrokenImage(f"compressed by {method}, which is not read; unpack the archive")
     if max(entry.size, entry.packed) > MAX_FILE:
         size = max(entry.size, entry.packed)
-        raise TooLarge(f"{size} bytes are more than the {MAX_FILE} allowed")
+        raise TooLarge(f"{size} bytes are more than the {MAX_FILE} {FIXED}")
     try:
         file.seek(entry.header)
         head = file.read(_LOCAL.size)

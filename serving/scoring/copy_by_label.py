@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import stat
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from PIL import Image
 from serving.errors import FledgeError, OptionError, WorkError
 from serving.imaging import formats
 from serving.imaging.formats import FORMATS
+from serving.inputs.file_kinds import MARK
 from serving.inputs.sources import Reader
 from serving.scoring.rows import ScoreRow
 from serving.utils.file_names import UniqueNames, folder_names, longest_name
@@ -61,6 +63,9 @@ def copy_by_label(
     is not copied. If several images have the same target path, a number is added to the name. The
     same rows always give the same paths, so a second call overwrites the files of the first.
 
+    A folder that is new or empty is marked as an output of Fledge (`file_kinds.MARK`): a search of
+    a folder above it passes it over.
+
     Args:
         folder: The target folder.
         rows: Rows of the table of scores.
@@ -84,6 +89,7 @@ def copy_by_label(
     copied = missing = foreign = 0
     reader = Reader(protocols, root)
     try:
+        marked = folder.exists() and any(folder.iterdir())
         for row in rows:
             if row.label is not None and row.label not in folders:
                 folders |= folder_names([row.label], taken)
@@ -97,6 +103,9 @@ def copy_by_label(
             if not _is_image(data):
                 foreign += 1
                 continue
+            if not marked:
+                _mark(folder)
+                marked = True
             _write(folder / parent / name, data, mode)
             copied += 1
     except OSError as error:
@@ -124,6 +133,12 @@ def _write(target: Path, data: bytes, mode: int | None) -> None:
         partial.write_bytes(data)
         if mode is not None:
             partial.chmod(mode)
+
+
+def _mark(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / MARK) as partial:
+        partial.write_text(json.dumps({"made_by": "fledge score --copy-to"}) + "\n")
 
 
 def _check_folder(folder: Path) -> None:

@@ -4,8 +4,9 @@
       lock                held by the running process; its content marks the folder as a journal
       job.json            values that determine the rows: bundle, options, requested inputs
       inputs.jsonl        names of the images that were found, one in each line, in order
-      inputs.json         number of images, checksum of the names of each shard, and number of
-                          folders, archives and lists that could not be read
+      inputs.json         number of images, checksum of the names of each shard, number of
+                          folders, archives and lists that could not be read, and counts of what
+                          was passed over
       00000.jsonl         a line with checksums, and the table rows of the first 1,000 images;
                           exists only when complete
       00000.npy           features of these images, if requested; written before the rows
@@ -31,6 +32,7 @@ from typing import Any, Final
 import numpy as np
 
 from serving.errors import OptionError, WorkError
+from serving.inputs.passed_over import PassedOver
 from serving.scoring.journal_folder import JOB, JournalFolder, folder_of, open_file
 from serving.scoring.rows import Features, ScoreRow
 from serving.utils.files import atomic_write
@@ -64,6 +66,7 @@ class ScoringJournal:
         folder: The journal folder.
         total: Number of images; 0 until `write_inputs` was called.
         skipped: Number of folders, archives and lists that could not be read.
+        passed_over: Counts of files and folders that were passed over.
         damaged: Number of shards that were found cut or changed, and are scored again.
     """
 
@@ -82,6 +85,7 @@ class ScoringJournal:
         """
         self.folder = folder_of(out)
         self.total = self.skipped = self.damaged = 0
+        self.passed_over = PassedOver()
         self._out = out
         self._digests: list[str] = []
         self._complete: set[int] = set()
@@ -108,19 +112,26 @@ class ScoringJournal:
         """Whether the list of images is complete."""
         return (self.folder / _INPUTS).exists()
 
-    def write_inputs(self, names: Iterable[str], skipped: Sequence[str] = ()) -> None:
+    def write_inputs(
+        self,
+        names: Iterable[str],
+        skipped: Sequence[str] = (),
+        passed_over: PassedOver | None = None,
+    ) -> None:
         """Write the list of images.
 
         Args:
             names: Names of the images, in order.
             skipped: Messages about folders, archives and lists that could not be read. Read after
                 `names` is exhausted, so it may grow during the iteration.
+            passed_over: Counts of what was passed over; they may grow, too.
 
         Raises:
             WorkError: The list can't be written.
         """
         path, iterator = self.folder / _INPUTS, iter(names)
         total, digests = 0, list[str]()
+        passed_over = PassedOver() if passed_over is None else passed_over
         with self._work_errors():
             with atomic_write(path, _MODE) as partial, partial.open("wb") as file:
                 while shard := list(islice(iterator, SIZE)):
@@ -128,10 +139,16 @@ class ScoringJournal:
                     file.write(lines)
                     total += len(shard)
                     digests.append(_sha256(lines))
-                counts = {"images": total, "skipped": len(skipped), "sha256": digests}
+                counts = {
+                    "images": total,
+                    "skipped": len(skipped),
+                    **({"passed_over": passed_over.to_json()} if passed_over else {}),
+                    "sha256": digests,
+                }
                 with atomic_write(self.folder / _COUNTS, _MODE) as partial_counts:
                     partial_counts.write_text(json.dumps(counts))
             self.total, self.skipped, self._digests = total, len(skipped), digests
+            self.passed_over = passed_over
 
     def todo(self) -> Iterator[tuple[int, list[str]]]:
         """Yield the number and the image names of each incomplete shard, in order.
@@ -247,8 +264,7 @@ class ScoringJournal:
     def _read_rows(self, number: int) -> tuple[bytes, str | None]:
         """Return the lines of a shard's rows, and the checksum of the features.
 
-        Raises:
-            ValueError: The file was cut or changed, or belongs to other images.
+        ValueError is raised if the file was cut or changed, or belongs to other images.
         """
         first, _, body = _read(self._rows(number)).partition(b"\n")
         head = json.loads(first)
@@ -259,7 +275,8 @@ class ScoringJournal:
 
     def _read_features(self, number: int, digest: str) -> Features:
         with open_file(self._features(number)) as file:
-            features: Features = np.load(file)
+            # `np.load` would also read zip archives, and raise their errors.
+            features: Features = np.lib.format.read_array(file)
         if features.dtype != np.float32 or features.shape[:-1] != (self._size(number),):
             raise ValueError(f"it is {features.dtype} {list(features.shape)}")
         if _sha256(np.ascontiguousarray(features).data) != digest:
@@ -304,6 +321,8 @@ class ScoringJournal:
                 raise ValueError("its counts are no numbers")
             if not isinstance(digests, list) or len(digests) != -(-images // SIZE):
                 raise ValueError(f"it has no checksums of {images} images")
+            # A job of an earlier version has no such counts.
+            self.passed_over = PassedOver.from_json(values.get("passed_over", {}))
             self.total, self.skipped, self._digests = images, skipped, digests
         path = self.folder / _INPUTS
         with self._damage(path):

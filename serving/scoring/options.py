@@ -11,6 +11,7 @@ from serving.inputs import sources
 from serving.scoring.summary import parse_error_limit
 from serving.scoring.table import check_table
 from serving.scoring.table_folder import check_table_folder, is_table_folder
+from serving.terminal import quote_path
 from serving.utils.files import check_folder
 
 
@@ -100,7 +101,8 @@ class ScoringOptions:
         for name in ("csv_safe", "csv_bom"):
             if getattr(self, name) and out.suffix.lower() != ".csv":
                 option = f"--{name.replace('_', '-')}"
-                raise OptionError(f"{option} is for CSV; use --out {out.stem}.csv")
+                name = quote_path(out.with_suffix(".csv"))
+                raise OptionError(f"{option} is for CSV; use --out {name}")
         if self.copy_to is not None:
             check_folder(self.copy_to, "--copy-to")
             target = self.copy_to.resolve()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from serving.scoring.rows import FEATURES, Features, ScoreRow
+from serving.utils.files import utf8_path
 
 
 class RowWriter(Protocol):
@@ -71,7 +72,8 @@ class ParquetWriter:
         }
         self._pa, self._columns = pa, columns
         self._schema = pa.schema([(name, types.get(name, pa.string())) for name in columns])
-        self._writer = pq.ParquetWriter(path, self._schema)
+        with utf8_path(path) as name:
+            self._writer = pq.ParquetWriter(name, self._schema)
 
     def write(self, rows: Sequence[ScoreRow], features: Features | None) -> None:
         arrays = []

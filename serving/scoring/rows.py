@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.errors import FledgeError
+from serving.imaging.limits import VARIABLE
 
 Features = npt.NDArray[np.float32]
 """Features of N images, float32 [N, D]; nan for an image that could not be scored."""
@@ -77,6 +78,8 @@ class ScoreRow:
     def of_error(cls, path: str, error: FledgeError) -> ScoreRow:
         """Create the row of an image that could not be scored."""
         message = " ".join(str(error).split())
+        # The option of `fledge score`, which goes before the variable.
+        message = message.replace(f"({VARIABLE})", "(--max-pixels)")
         return cls(path, "error", error=f"{error.code}: {message}")
 
     def to_json(self) -> str:

@@ -30,6 +30,7 @@ from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
 from serving.inference.runtime import on_cpu
 from serving.inputs import sources
+from serving.inputs.passed_over import PassedOver
 from serving.scoring.copy_by_label import check_copies, copy_by_label
 from serving.scoring.job import ScoringJob
 from serving.scoring.journal import ScoringJournal, has_inputs
@@ -103,10 +104,11 @@ def _score(
     options.check(inputs, out)
     options = replace(options, max_pixels=options.max_pixels or max_pixels_of_commands())
     skipped: list[str] = []
+    passed_over = PassedOver()
     names: Iterator[str] | None = None
     if "-" not in inputs and (options.restart or not has_inputs(out)):
         # Find the inputs before the model is loaded, so that a wrong name is reported at once.
-        names = _find(inputs, options.column, log, skipped)
+        names = _find(inputs, options.column, log, skipped, passed_over)
     # One thread per run if `workers` is given, else the number measured at export.
     threads = 1 if options.workers else None
     predictor = open_model(
@@ -120,8 +122,8 @@ def _score(
     with ScoringJournal(out, facts, restart=options.restart) as journal:
         if not journal.known:
             try:
-                names = names or _find(inputs, options.column, log, skipped)
-                journal.write_inputs(names, skipped)
+                names = names or _find(inputs, options.column, log, skipped, passed_over)
+                journal.write_inputs(names, skipped, passed_over)
             except BaseException:
                 journal.remove()  # no image is scored yet, so there is nothing to resume
                 raise
@@ -142,6 +144,7 @@ def _score(
             seconds,
             now,
             journal.skipped,
+            journal.passed_over,
         )
         summary.write(out, predictor, csv_safe=options.csv_safe)
         if options.copy_to is not None:
@@ -154,18 +157,23 @@ def _score(
 
 
 def _find(
-    inputs: Sequence[str], column: str | None, log: Callable[[str], None], skipped: list[str]
+    inputs: Sequence[str],
+    column: str | None,
+    log: Callable[[str], None],
+    skipped: list[str],
+    passed_over: PassedOver,
 ) -> Iterator[str]:
     """Return the names of the images in `inputs`.
 
-    A message about each input that can't be read is logged and appended to `skipped`.
+    A message about each input that can't be read is logged and appended to `skipped`. What is
+    passed over is counted in `passed_over`.
     """
 
     def note(line: str) -> None:
         skipped.append(line)
         log(escape(f"skipped: {line}"))
 
-    return sources.find(inputs, column=column, note=note)
+    return sources.find(inputs, column=column, note=note, passed_over=passed_over)
 
 
 def _facts(

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.errors import DataError, GateError, OptionError, WorkError
+from serving.inputs.passed_over import PassedOver
 from serving.terminal import escape
 from serving.utils import json_reader
 from serving.utils.files import atomic_write
@@ -34,6 +35,8 @@ class Summary:
         seconds: Duration of this run in seconds, without loading the model.
         now: Number of images scored in this run, without those of earlier interrupted runs.
         skipped: Number of folders, archives and lists that could not be read completely.
+        passed_over: Counts of files and folders in the inputs that are no images or were passed
+            over for another reason.
     """
 
     images: int
@@ -43,6 +46,7 @@ class Summary:
     seconds: float
     now: int
     skipped: int = 0
+    passed_over: PassedOver = field(default_factory=PassedOver)
 
     def __str__(self) -> str:
         """Return the lines to print."""
@@ -53,6 +57,8 @@ class Summary:
             lines.append(f"errors: {self.images - self.scored}{_counts(self.errors)}")
         if self.skipped:
             lines.append(f"skipped: {self.skipped} (could not be read)")
+        if self.passed_over:
+            lines.append(self.passed_over.line())
         return "\n".join(lines)
 
     def write(self, out: Path, predictor: Predictor, *, csv_safe: bool = False) -> None:
@@ -68,6 +74,7 @@ class Summary:
             "model": predictor.model,
             "precision": predictor.precision,
             **asdict(self),
+            "passed_over": self.passed_over.totals(),
             "classes": list(predictor.manifest.labels),
         } | ({"csv_safe": True} if csv_safe else {})
         path = summary_path(out)

@@ -14,6 +14,7 @@ from typing import Final
 from serving.errors import OptionError, WorkError
 from serving.scoring.row_writers import WRITERS, RowWriter, csv_writer
 from serving.scoring.rows import COLUMNS, Features, ScoreRow
+from serving.terminal import quote_path
 from serving.utils.files import atomic_write, check_file
 from serving.utils.optional_packages import require_parquet
 
@@ -147,7 +148,9 @@ def check_table(out: Path, *, features: bool = False) -> None:
     if suffix not in WRITERS:
         raise OptionError(f"--out {out}: use a name that ends in {', '.join(WRITERS)}")
     if features and suffix != ".parquet":
-        raise OptionError(f"--embeddings go into Parquet; use --out {out.stem}.parquet")
+        raise OptionError(
+            f"--embeddings go into Parquet; use --out {quote_path(out.with_suffix('.parquet'))}"
+        )
     if suffix == ".parquet":
         require_parquet()
     check_file(out)

@@ -54,14 +54,15 @@ def memory_needs(
     model: The sessions of the graph. There are two where a lone request may use all cores.
     update: The new model beside the old one, while a new version of the bundle takes over. 0 where
         there is no room for it: `check_update` refuses the new version.
-    runs: Values between the layers, for the rows of a run in each thread.
+    runs: Values between the layers, for the rows of a run in each thread; and decoded images that
+        wait for a run.
     decoders: Idle decoder processes.
     connections: Each with a head of a usual size, and the memory that larger heads, and responses
         that are not read, share.
     log: Lines that wait for the log's reader.
     margin: A sixteenth of the limit.
-    requests: Bodies and the decoding of images: FLEDGE_MAX_MEMORY, or what is left, at least
-        `LEAST_MEMORY` for each worker.
+    requests: Bodies, with the images that are decoded from base64 in them, and the decoding of
+        images: FLEDGE_MAX_MEMORY, or what is left, at least `LEAST_MEMORY` for each worker.
 
     The child process that tries a bundle takes a part of what is free, and is the first to be ended
     where that is not enough. On a GPU, the driver's memory is not included.
@@ -81,7 +82,8 @@ def memory_needs(
         processes=processes + (_PROCESS_BYTES if workers > 1 else 0),
         model=workers * model,
         update=workers * model,
-        runs=workers * lanes * cap * _row_bytes(manifest),
+        runs=workers
+        * (lanes * cap * _row_bytes(manifest) + _waiting_bytes(settings, manifest, cap)),
         decoders=workers * isolated.PROCESSES * isolated.PROCESS_BYTES,
         connections=workers * _connection_bytes(settings),
         log=workers * log_queue.MAX_BYTES,
@@ -106,6 +108,12 @@ def model_bytes(settings: Settings, manifest: Manifest) -> int:
     graph = max(manifest.files[name]["bytes"] for name in names)
     sessions = 2 if settings.threads > 1 else 1
     return int(sessions * (_GRAPH_COPIES * graph + _row_bytes(manifest)))
+
+
+def _waiting_bytes(settings: Settings, manifest: Manifest, cap: int) -> int:
+    """Return the bytes of decoded images that wait for a batch, if images are batched at all."""
+    views = max(1, len(manifest.views))
+    return settings.max_queue * views * 3 * manifest.preprocess.size**2 if cap > 1 else 0
 
 
 def _row_bytes(manifest: Manifest) -> int:

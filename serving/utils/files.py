@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from serving.errors import OptionError
+from serving.utils.process import tell_cache_folder
 
 
 def check_file(path: Path, option: str = "--out") -> None:
@@ -60,6 +61,7 @@ def user_cache_folder() -> Path:
 
     Without XDG_CACHE_HOME, the folder is `~/.cache/fledge`.
     """
+    tell_cache_folder()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fledge"
 
 
@@ -132,11 +134,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _remove_stale(path.parent)
             partial.mkdir()
             opened = _hold(partial, os.O_RDONLY)
+        mark = partial / _TEMPORARY
+        mark.touch()
         yield partial
+        mark.unlink()
         sync(partial)
         if path.exists():
             if exchange(partial, path):
-                return  # the older folder is at `partial` now
+                if not partial.is_symlink():
+                    mark.touch()  # the older folder is at `partial` now
+                return
             path.rename(older)
         try:
             partial.rename(path)
@@ -238,12 +245,15 @@ def _remove_unlocked(path: Path) -> None:
         lock(opened, wait=False)
         if stat.S_ISREG(status.st_mode):
             path.unlink()
-        elif stat.S_ISDIR(status.st_mode):
+        # Without the mark, someone else gave the folder this name.
+        elif stat.S_ISDIR(status.st_mode) and _TEMPORARY in os.listdir(opened):
             shutil.rmtree(path)
     finally:
         os.close(opened)
 
 
+_TEMPORARY: Final = ".fledge-temporary"
+"""File in each folder that may be removed as left over."""
 _SAFELY: Final = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -289,6 +299,28 @@ def files_below(folder: Path) -> list[Path]:
     walked = os.walk(folder, onerror=fail)
     paths = (Path(parent) / name for parent, _, names in walked for name in names)
     return sorted(path for path in paths if path.is_file())
+
+
+@contextmanager
+def utf8_path(path: Path) -> Iterator[str]:
+    """Yield a path by which libraries open a file whose own path they refuse: not UTF-8.
+
+    Args:
+        path: An existing file.
+
+    Raises:
+        OSError: The file can't be opened.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            yield f"/dev/fd/{opened}"
+        finally:
+            os.close(opened)
+    else:
+        yield str(path)
 
 
 def sync(path: Path) -> None:

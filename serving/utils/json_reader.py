@@ -49,8 +49,13 @@ def read_json(path: Path, schema: TypeAdapter[T], most: int = MAX_BYTES) -> T:
     return validate(parse(read_limited(path, most)), schema)
 
 
-def parse(text: str | bytes) -> Any:
+def parse(text: str | bytes, *, paths: bool = False) -> Any:
     """Return the value of a JSON text.
+
+    Args:
+        text: The text.
+        paths: Whether strings may be paths, which can have bytes that are not UTF-8. Python's JSON
+            has these as lone surrogates.
 
     Raises:
         JsonError: The text is not JSON in UTF-8, or exceeds a limit; or a key is there twice, a
@@ -69,13 +74,29 @@ def parse(text: str | bytes) -> Any:
         values = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
         if not _is_shallow(values):
             raise RecursionError
-        # Infinite numbers and lone surrogates can be read, but not written.
-        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
+        check_text(values, paths=paths)
     except RecursionError:
         raise JsonError("it is nested too deep") from None
     except ValueError as error:
         raise JsonError(_one_line(str(error))) from error
     return values
+
+
+def check_text(values: Any, *, paths: bool = False) -> None:
+    """Check that a value can be written as JSON in UTF-8: numbers are finite, texts are encodable.
+
+    Args:
+        values: Value of a JSON text.
+        paths: As for `parse`.
+
+    Raises:
+        JsonError: It can't.
+    """
+    try:
+        text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+        text.encode(errors="surrogateescape" if paths else "strict")
+    except ValueError as error:
+        raise JsonError(_one_line(str(error))) from error
 
 
 def validate(values: Any, schema: TypeAdapter[T]) -> T:

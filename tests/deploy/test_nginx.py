@@ -228,6 +228,31 @@ def test_too_many_requests_of_one_address_are_refused(tmp_path: Path) -> None:
         assert refused.json()["code"] == "rate-limited"
 
 
+@pytest.mark.process
+def test_uploads_of_one_address_do_not_take_the_connections_of_others(tmp_path: Path) -> None:
+    """More slow large bodies than one address may begin; each takes two connections of nginx."""
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n"
+    with nginx(tmp_path, [Replica(200).port]) as url, ExitStack() as stack:
+        port = int(url.rpartition(":")[2])
+        slow = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(300)
+        ]
+        for one in slow:
+            one.sendall(head + b"x")
+        time.sleep(1)
+        open_still = 0
+        for one in slow:
+            one.setblocking(False)
+            try:
+                answer = one.recv(100)
+                assert not answer or b" 429 " in answer.splitlines()[0]
+            except BlockingIOError:
+                open_still += 1
+        # 40 at once, and 10 for each of the seconds that this took.
+        assert 40 <= open_still < 150
+        assert httpx.get(f"{url}/readyz", headers={"Host": "localhost"}).status_code == 200
+
+
 def test_the_access_log_has_addresses_and_the_replicas_get_them(
     replicas: list[Live], tmp_path: Path
 ) -> None:

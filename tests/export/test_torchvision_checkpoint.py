@@ -256,9 +256,39 @@ def test_invalid_label_files_are_refused(tmp_path, text, why):
         torchvision_checkpoint.read_labels(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_labels_that_an_editor_of_windows_saved_are_read(tmp_path, encoding, end):
+    path = tmp_path / "labels.txt"
+    path.write_bytes(end.join([" ants", "cafe\u0301 ", "", ""]).encode(encoding))
+    assert torchvision_checkpoint.read_labels(path) == ["ants", "caf\xe9"]
+
+
+def test_all_mistakes_of_the_labels_are_told_together(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_bytes("caf\xe9\n\ncafe\u0301\nx\nx\n".encode() + b"\xff\n")
+    with pytest.raises(DataError) as refused:
+        torchvision_checkpoint.read_labels(path)
+    assert str(refused.value).split("\n  ") == [
+        f"--labels {path} has 4 mistakes:",
+        "line 2 holds nothing",
+        r"line 3 holds 'caf\xe9' a second time, after line 1",
+        "line 5 holds 'x' a second time, after line 4",
+        "line 6 is not UTF-8 text",
+        "write each class name once, one per line",
+    ]
+
+
 def test_a_folder_that_is_no_label_is_named(shared_run):
-    with pytest.raises(DataError, match="red is no label"):
-        torchvision_checkpoint.photos(shared_run.photos, ["blue", "green"])
+    with pytest.raises(DataError, match=r"'red' is no label .* such as 'ready'$"):
+        torchvision_checkpoint.photos(shared_run.photos, ["blue", "green", "ready"])
+
+
+def test_folders_that_only_look_like_a_label_are_of_it(shared_run):
+    labels = ["Blue ", "GREEN", "RED"]
+    calibrate, held_out = torchvision_checkpoint.photos(shared_run.photos, labels)
+    folders = {path.parent.name: labels[label] for path, label in calibrate + held_out}
+    assert folders == {"blue": "Blue ", "green": "GREEN", "red": "RED"}
 
 
 @pytest.mark.parametrize(

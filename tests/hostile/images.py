@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from tests.robustness import file_builders
+from tests.robustness import file_builders, plugin_formats
 from tests.robustness.file_builders import chunk
 
 Builder = Callable[[int, int], bytes]
@@ -123,5 +123,15 @@ WORST: dict[str, Builder] = {
     "tiff-float": saved("F", "TIFF", compression="tiff_deflate"),
     "tiff-one-strip": saved("RGBA", "TIFF", compression="tiff_deflate", strip_size=2**30),
     "avif": saved("RGB", "AVIF", speed=10),
+    **(
+        {"heic-alpha": lambda w, h: plugin_formats.heic(Image.new("RGBA", (w, h)), quality=10)}
+        if plugin_formats.HAS_HEIF
+        else {}
+    ),
+    **(
+        {"jxl-alpha": lambda w, h: plugin_formats.jpeg_xl(Image.new("RGBA", (w, h)), effort=1)}
+        if plugin_formats.HAS_JXL
+        else {}
+    ),
 }
 """For each format the pictures that need most for their number of pixels."""

@@ -144,7 +144,7 @@ def test_a_cache_that_others_can_write_is_not_used(
         path.write_bytes(bytes(path.stat().st_size))
     found, log = decoded(photos)
     assert equal(found, right)
-    assert "can't be used: others can write to it; use chmod go-w" in log
+    assert "can't be used: others can write to it; use `chmod go-w " in log
     assert "12 decoded" in log
     again = views(cache, lines)
     again.prepare([0])

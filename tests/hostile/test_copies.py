@@ -60,7 +60,7 @@ def test_a_list_of_secrets_copies_none_of_them(
     (tmp_path / "list.txt").write_text("\n".join(paths))
     copies = tmp_path / "copies"
     assert score(bundle, tmp_path, str(tmp_path / "list.txt"), "--copy-to", str(copies)) == 0
-    found = {path.name: path for path in copies.rglob("*") if path.is_file()}
+    found = {path.name: path for path in copies.rglob("*/*") if path.is_file()}
     assert found.keys() == {"photo.jpg", "cut.jpg"}
     assert mode(found["photo.jpg"]) == 0o600
     assert mode(found["cut.jpg"]) == 0o640
@@ -106,7 +106,7 @@ def test_no_two_labels_are_merged(tmp_path: Path) -> None:
         path.write_bytes(photo(number))
         rows.append(ScoreRow(str(path), "ok" if label else "error", label))
     line = copy_by_label(tmp_path / "out", rows, labels=labels)
-    copies = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    copies = [path for path in (tmp_path / "out").rglob("*/*") if path.is_file()]
     assert len(copies) == len({path.parent for path in copies}) == len(rows)
     assert {path.parent.parent for path in copies} == {tmp_path / "out"}
     assert len({path.parent.name.casefold() for path in copies}) == len(rows)
@@ -206,7 +206,7 @@ def test_root_confines_a_list(bundle: Path, tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["path"] for row in rows] == [*inside, *others]
     assert [row["status"] for row in rows] == ["ok"] * len(inside) + ["error"] * len(others)
-    copies = [path for path in (tmp_path / "copies").rglob("*") if path.is_file()]
+    copies = [path for path in (tmp_path / "copies").rglob("*/*") if path.is_file()]
     assert len(copies) == len(inside)
 
 

@@ -124,7 +124,11 @@ def test_endless_lines_of_tables_and_lists_are_refused(tmp_path: Path) -> None:
         file.truncate(2**33)  # 8 GB of zeros without a line break
     with pytest.raises(DataError, match="line 1 is longer than"):
         list(read(table))
+    with pytest.raises(DataError, match="it is mostly NUL bytes"):
+        lists.open_list(str(table), None)
+    with table.open("r+b") as file:  # after the part from which the form is recognised
+        file.write(b'{"path": "' + b"x" * 2**17)
     with pytest.raises(DataError, match="line 1 is longer than"):
-        lists.path_column(str(table), None)
+        lists.open_list(str(table), None)
     table.with_name("scores.summary.json").symlink_to("/dev/zero")
     assert read_classes(table) is None

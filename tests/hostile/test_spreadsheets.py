@@ -104,6 +104,7 @@ def test_the_outputs_of_an_evaluation_are_safe(tmp_path: Path, monkeypatch) -> N
     with TableFile(Path("out.csv"), csv_safe=True) as table:
         table.append(rows)
     truth = [csv_line(["path", "label"])] + [csv_line([row.path, "=other"]) for row in rows]
+    truth[-1] = csv_line([rows[-1].path, "b"])
     Path("truth.csv").write_text("".join(truth))
     words = ["evaluate-scores", "out.csv", "--labels", "truth.csv", "--mistakes", "wrong.csv",
              "--confusion", "matrix.csv"]  # fmt: skip
@@ -122,7 +123,7 @@ def test_the_options_are_for_csv_alone(
     photos: Path, bundle: Path, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert score(bundle, "--out", "out.jsonl", option) == 2
-    assert f"{option} is for CSV; use --out out.csv" in capsys.readouterr().err
+    assert f"{option} is for CSV; use --out " in capsys.readouterr().err
 
 
 @given(texts())

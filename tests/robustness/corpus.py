@@ -10,6 +10,7 @@ from tests.robustness import (
     gifs,
     jpegs,
     orientation,
+    plugin_formats,
     pngs,
     sizes,
     tiffs,
@@ -22,7 +23,7 @@ from tests.robustness.scene import HAS_AVIF, Item
 
 _PARTS = (
     *(orientation, bit_depths, transparency, colour_spaces, colour_profiles),
-    *(jpegs, pngs, gifs, webps, bmps, tiffs),
+    *(jpegs, pngs, gifs, webps, bmps, tiffs, plugin_formats),
     *(sizes, truncation, unsupported_formats),
 )
 

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from serving.errors import FledgeError
-from serving.imaging.decode import SUFFIXES, decode
+from serving.imaging.decode import decode
+from serving.imaging.formats import SUFFIXES
 from serving.inference.load import open_predictor
 from serving.inference.predictor import Predictor
 from serving.scoring.options import ScoringOptions

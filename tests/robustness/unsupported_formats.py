@@ -11,6 +11,7 @@ import zipfile
 
 import numpy as np
 
+from tests.robustness.plugin_formats import HAS_HEIF, HAS_JXL
 from tests.robustness.scene import Item, bad, encode, encode_best, good, noise, scene
 
 TEXTS = {
@@ -53,15 +54,19 @@ SVG = {
     "doctype": b'\xef\xbb\xbf<!DOCTYPE svg PUBLIC "x" "y">\n<svg>',
     "prefix": b'  <svg:svg xmlns:svg="http://www.w3.org/2000/svg"/>',
 }
+HEIC = {
+    "heic": b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(60),
+    "heic-mif1": b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic" + bytes(60),
+    "heif-sequence": b"\0\0\0\x1cftyphevc\0\0\0\0hevcmif1" + bytes(60),
+}
+JPEG_XL = {
+    "jpeg-xl": b"\xff\x0a\xfa\x1f" + bytes(20),
+    "jpeg-xl-boxes": b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(20),
+}
 OTHER_FORMATS = {
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     "psd": b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 4, 4, 8, 3) + bytes(60),
     "pdf": b"%PDF-1.7\n" + encode_best(scene(), "JPEG"),
-    "heic": b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(60),
-    "heic-mif1": b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic" + bytes(60),
-    "heif-sequence": b"\0\0\0\x1cftyphevc\0\0\0\0hevcmif1" + bytes(60),
-    "jpeg-xl": b"\xff\x0a\xfa\x1f" + bytes(20),
-    "jpeg-xl-boxes": b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(20),
     "jpeg-xr": b"II\xbc\1" + bytes(20),
     "fits": b"SIMPLE  =                    T".ljust(2880),
     "exr": b"v/1\1\2\0\0\0" + bytes(20),
@@ -99,6 +104,11 @@ def items() -> list[Item]:
     found += [bad(f"binary-{name}", data, none) for name, data in BINARY.items()]
     found += [bad(f"svg-{name}", data, other) for name, data in SVG.items()]
     found += [bad(f"other-format-{name}", data, other) for name, data in OTHER_FORMATS.items()]
+    found += [
+        bad(f"optional-format-{name}", data, "broken-image" if installed else other)
+        for formats, installed in ((HEIC, HAS_HEIF), (JPEG_XL, HAS_JXL))
+        for name, data in formats.items()
+    ]
     found += [
         bad(f"other-format-{kind.lower()}-by-pillow", written_by_pillow(kind), code)
         for code, kinds in WRITTEN_BY_PILLOW.items()

@@ -146,11 +146,18 @@ def start(
     watch: Callable[[str], None] = lambda name: None,
     *,
     options: Sequence[str] = (),
+    image: str = IMAGE,
 ) -> Container:
     """Run `make run-image` and wait until it is ready; `watch` gets the container's name first."""
     container = Container(f"fledge-test-{uuid.uuid4().hex[:8]}", free_port())
     arguments = shlex.join(["--detach", "--name", container.name, *options])
     begun = time.monotonic()
-    make("run-image", f"BUNDLE={bundle}", f"PORT={container.port}", f"DOCKER_RUN_ARGS={arguments}")
+    make(
+        "run-image",
+        f"BUNDLE={bundle}",
+        f"PORT={container.port}",
+        f"DOCKER_RUN_ARGS={arguments}",
+        image=image,
+    )
     watch(container.name)
     return container.wait_until_ready(begun)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
 
+from serving.inputs.file_kinds import SOFTWARE
 from serving.terminal import escape
 from serving.utils.files import atomic_write
 from training.ablation.ablation import AblationRun, Trials
@@ -209,7 +210,10 @@ def write(found: Sequence[TableRow], folder: Path, title: str, how: str) -> None
         title: Title of the Markdown page and of the picture.
         how: Text on how the figures were measured, such as the result of `about`.
     """
-    with atomic_write(folder / CSV) as partial, partial.open("w", newline="") as file:
+    with (
+        atomic_write(folder / CSV) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
         out = csv.writer(file, lineterminator="\n")
         out.writerow(COLUMNS)
         for line in found:
@@ -219,7 +223,7 @@ def write(found: Sequence[TableRow], folder: Path, title: str, how: str) -> None
                 f"{line.seconds:.1f}", line.what, line.error,
             ])  # fmt: skip
     with atomic_write(folder / PAGE) as partial:
-        partial.write_text(page(found, title, how), encoding="utf-8")
+        partial.write_text(page(found, title, how), encoding="utf-8", errors="backslashreplace")
     _draw(found, folder / PICTURE, title)
 
 
@@ -275,7 +279,7 @@ def _draw(found: Sequence[TableRow], path: Path, title: str) -> None:
     right.tick_params(left=False)
     figure.suptitle(f"{title}: mean and 95 % interval", fontsize=11)
     with atomic_write(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+        figure.savefig(partial, dpi=120, format="png", metadata={"Software": SOFTWARE})
 
 
 def _readable(limits: tuple[float, float], found: Sequence[TableRow]) -> tuple[float, float]:

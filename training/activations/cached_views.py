@@ -26,6 +26,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from serving.utils.files import utf8_path
 from serving.utils.progress import progress_bar
 from training.pixels.store import reserve
 from training.utils import disk_cache
@@ -251,7 +252,8 @@ def fill(rows: Tensor, parts: Iterable[IndexedRows]) -> Tensor:
 
 
 def _map_file(path: Path, shape: ViewShape, *, shared: bool) -> Tensor:
-    return torch.from_file(str(path), shared=shared, size=shape.count, dtype=shape.dtype)
+    with utf8_path(path) as name:
+        return torch.from_file(name, shared=shared, size=shape.count, dtype=shape.dtype)
 
 
 def _trailer(flat: Tensor) -> bytes:

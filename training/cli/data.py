@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serving.terminal import show
-from training.cli.options import add_overrides, check_arch
+from serving.terminal import quote_path, show
+from training.cli.options import add_overrides, check_network
 
 if TYPE_CHECKING:
     from serving.cli import AddVerb
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def layers(options: argparse.Namespace) -> None:
     """Show an architecture's layer groups, and which of them the stages of a recipe train."""
     from serving.errors import OptionError
-    from training.config import load
+    from training.config import load, shipped
     from training.preview import layer_groups
 
     arch, overrides = options.arch, list(options.overrides)
@@ -28,8 +28,10 @@ def layers(options: argparse.Namespace) -> None:
         arch, overrides = None, [arch, *overrides]
     if options.recipe is not None:
         overrides += [f"arch={json.dumps(arch)}"] if arch else []
-        recipe = load.read(options.recipe, overrides, check_arch)
+        recipe = load.read(options.recipe, overrides, check_network)
         lines = [*layer_groups.describe(recipe), "", *layer_groups.stages(recipe)]
+    elif arch and "/" not in arch and shipped.find(Path(arch)).is_file():
+        raise OptionError(f"{arch} is a recipe: `fledge layers --recipe {quote_path(arch)}`")
     elif overrides:
         raise OptionError(f"{overrides[0]} changes a recipe; name it with --recipe FILE")
     else:
@@ -43,18 +45,25 @@ def layers(options: argparse.Namespace) -> None:
 def preview(options: argparse.Namespace) -> None:
     """Show the data: counts, sizes, odd photos; with --augment, a photo as training augments it."""
     from serving.errors import OptionError
-    from training.config import load
-    from training.preview.preview import DEFAULTS, augmented, preview
+    from serving.inputs.path_kind import require
+    from training.config import load, shipped
+    from training.data.dataset import SAMPLE
+    from training.preview.preview import augmented, preview
 
     if options.photo is not None and not options.augment:
         raise OptionError(f"--photo {options.photo} has no effect without --augment; add it")
+    data = Path(options.data)
+    if not data.exists() and shipped.find(data).is_file():
+        raise OptionError(
+            f"{data} is a recipe: `fledge preview photos --recipe {quote_path(data)}`"
+        )
+    require(data, "photos")
     overrides = list(options.overrides)
     if options.seed is not None:
         overrides.append(f"seed={options.seed}")
-    if options.recipe is None:
-        recipe = load.read_text(DEFAULTS, "fledge preview", overrides, check_arch)
-    else:
-        recipe = load.read(options.recipe, overrides, check_arch)
+    # Without --recipe, what `make train` would train: the Makefile has the same default.
+    default = Path("demo" if options.data == SAMPLE else "quick")
+    recipe = load.read(options.recipe or default, overrides)
     if options.augment:
         show(augmented(options.data, recipe, options.out, split=options.split, photo=options.photo))
         return
@@ -85,7 +94,7 @@ def add_to(add_verb: AddVerb) -> None:
     add = add_verb(preview, "fledge preview photos data.valid=0.1")
     add.add_argument("data", metavar="DATA", help="as --data of fledge train")
     add_overrides(add)
-    add.add_argument("--split", type=Path, metavar="CSV", help="path,fold for every photo")
+    add.add_argument("--split", type=Path, metavar="CSV", help="a table path,fold for every photo")
     add.add_argument(
         "--out",
         type=Path,
@@ -98,7 +107,9 @@ def add_to(add_verb: AddVerb) -> None:
     )
     add.add_argument("--photo", type=Path, metavar="FILE", help="the photo to draw with --augment")
     add.add_argument(
-        "--recipe", type=Path, help="read [data], [augment] and image sizes from this recipe"
+        "--recipe",
+        type=Path,
+        help="read [data], [augment] and image sizes from this recipe; default: quick",
     )
     add.add_argument("--seed", type=int, metavar="N")
     add.usage = "fledge preview DATA [options] [key=value …]"

@@ -1,8 +1,17 @@
-"""Command-line options that several subcommands share, and a check of `arch`."""
+"""Command-line options that several subcommands share, and the check of a recipe's network."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
+
+from serving.terminal import quote, quote_path
+
+if TYPE_CHECKING:
+    from training.config.schema import Recipe
+    from training.config.toml_lines import Path
 
 
 def add_overrides(add: argparse.ArgumentParser) -> None:
@@ -17,6 +26,42 @@ def add_overrides(add: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="change an option of the recipe, such as batch_size=16 or stage.head.lr=0.01",
     )
+    add.set_defaults(suggest=suggest)
+
+
+def suggest(word: str, options: argparse.Namespace, words: Sequence[str]) -> str:
+    """Return what to write instead of an unknown option or argument, as "; did you mean …?", or "".
+
+    Args:
+        word: The unknown word: an option such as "--epochs", or an argument without "=".
+        options: The parsed command line.
+        words: The command line.
+    """
+    from serving.cli_hints import value_of
+    from training.config import load, shipped
+
+    verb, recipe = options.verb_name, getattr(options, "recipe", None)
+    value = value_of(word, words)
+    given = [str(recipe), *options.overrides] if recipe is not None else options.overrides
+    files = [one for one in given if "=" not in one and one not in (word, value)]
+    if word.startswith("--"):
+        key = word[2:].partition("=")[0].replace("-", "_")
+        found = next((one for one in files if shipped.find(FilePath(one)).is_file()), "quick")
+        return load.suggest(FilePath(found), key, value)
+    if verb == "preview" and shipped.find(FilePath(options.data)).is_file():
+        quoted = f"{quote(word)} --recipe {quote_path(options.data)}"
+        return f"; did you mean `fledge preview {quoted}`?"
+    if word.startswith("-") or not hasattr(options, "weights"):
+        return ""
+    # An argument too many: the photos, or the recipe if the photos stand before it.
+    recipe, data = next(iter(files), "quick"), word
+    if FilePath(recipe).is_dir() and shipped.find(FilePath(word)).is_file():
+        recipe, data = word, recipe
+    if options.data is not None:
+        found = next((one for one in files if shipped.find(FilePath(one)).is_file()), "quick")
+        hint = load.suggest(FilePath(found), word.rstrip(":"), value)
+        return hint or f"; an option of the recipe is written as {word.rstrip(':')}=VALUE"
+    return f"; did you mean `fledge {verb} {quote_path(recipe)} --data {quote_path(data)}`?"
 
 
 def add_cache_option(add: argparse.ArgumentParser) -> None:
@@ -29,12 +74,11 @@ def add_cache_option(add: argparse.ArgumentParser) -> None:
     )
 
 
-def check_arch(arch: str) -> None:
-    """Check that an architecture is known. This imports torchvision.
+def check_network(recipe: Recipe) -> Iterator[tuple[Path, str]]:
+    """Yield the path and the description of each mistake of a recipe that concerns its network.
 
-    Raises:
-        OptionError: The architecture is unknown; the message suggests the nearest name.
+    This imports torch. No weights are read.
     """
-    from training.models import backbones
+    from training.engine import plan
 
-    backbones.family_of(arch)
+    return plan.mistakes(recipe)

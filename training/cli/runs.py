@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Evaluate a run's checkpoint on its own held-out photos, in float32."""
+    from serving.inputs.path_kind import require
     from serving.utils.files import check_file
     from training.evaluation.evaluate import evaluate, score, write_csv
     from training.utils.console import log_to_stderr
 
+    require(options.run, "run")
     if options.csv is not None:
         check_file(options.csv, "--csv")
     result = evaluate(
@@ -46,9 +48,11 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Write a run's report.html: its accuracy, its mistakes as pictures, how it was trained."""
+    from serving.inputs.path_kind import require
     from training.report.report import tta_of, write
     from training.utils.console import log_to_stderr
 
+    require(options.run, "run")
     tta = _tta_config(options)
     if tta is None:
         tta = tta_of(options.run, log_to_stderr)

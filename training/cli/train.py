@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serving.terminal import show
-from training.cli.options import add_cache_option, add_overrides, check_arch
+from serving.terminal import quote_path, show
+from training.cli.options import add_cache_option, add_overrides, check_network
 
 if TYPE_CHECKING:
     from serving.cli import AddVerb
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 def train(options: argparse.Namespace) -> None:
     """Fine-tune a network on a folder of photos."""
     from serving.errors import OptionError
+    from serving.inputs.path_kind import require
     from serving.utils.malloc import retain_freed_blocks
+
+    if options.resume is None:
+        _check_arguments(options)
     from training.distributed import torchrun
     from training.engine import finetune
 
@@ -44,6 +48,7 @@ def train(options: argparse.Namespace) -> None:
                 "--resume RUN keeps the run's recipe and options; only --data, --device and "
                 "--cache-gb may be given with it"
             )
+        require(options.resume, "resumable", "--resume")
         root = None if options.data is None else Path(options.data)
         device = None if options.device == "auto" else options.device
         finetune.resume(options.resume, device=device, root=root, **common)
@@ -53,6 +58,8 @@ def lr_find(options: argparse.Namespace) -> None:
     """Run the learning rate range test; --compare also trains briefly with each suggestion."""
     from serving.errors import OptionError
     from serving.utils.malloc import retain_freed_blocks
+
+    _check_arguments(options)
     from training.distributed import torchrun
     from training.engine.lr_find import PICKS, lr_find
 
@@ -90,6 +97,8 @@ def ablate(options: argparse.Namespace) -> None:
     """Measure techniques of fine-tuning on your own photos, one row per technique."""
     from serving.errors import OptionError
     from serving.utils.malloc import retain_freed_blocks
+
+    _check_arguments(options)
     from training.ablation import ablation, table, tricks
     from training.distributed import torchrun
     from training.utils.console import log_to_stderr
@@ -130,20 +139,41 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     Raises:
         OptionError: No recipe or no `--data` is given, or the recipe or an override is wrong.
     """
-    from serving.errors import OptionError
-    from training.config import load
+    from training.config import load, shipped
+    from training.utils.console import log_to_stderr
 
-    if options.recipe is None:
-        raise OptionError("name a recipe, such as training/recipes/quick.toml")
-    if options.data is None:
-        raise OptionError("--data is missing: name the folder with the photos")
-
+    _check_arguments(options)
+    own = shipped.other(options.recipe)
+    if own is not None:
+        log_to_stderr(f"{options.recipe}: the recipe that Fledge ships; yours is named {own}")
     overrides = list(options.overrides)
     if options.weights is not None:
         overrides.append(f"weights={json.dumps(options.weights, ensure_ascii=False)}")
     if options.seed is not None:
         overrides.append(f"seed={options.seed}")
-    return load.read(options.recipe, overrides, check_arch)
+    return load.read(options.recipe, overrides, check_network)
+
+
+def _check_arguments(options: argparse.Namespace) -> None:
+    """Check that a recipe and photos are named. This takes no time: it does not import torch.
+
+    Raises:
+        OptionError: One is missing, or is something else.
+    """
+    from serving.errors import OptionError
+    from serving.inputs.path_kind import not_wanted, require
+    from training.config import shipped
+
+    if options.recipe is None:
+        data = "photos" if options.data is None else quote_path(options.data)
+        raise OptionError(f"name a recipe: `fledge {options.verb_name} quick --data {data}`")
+    found = shipped.find(options.recipe)
+    if found.exists() and not_wanted(found, "recipe"):
+        raise OptionError(not_wanted(found, "recipe"))
+    if options.data is None:
+        again = f"fledge {options.verb_name} {quote_path(options.recipe)} --data photos"
+        raise OptionError(f"--data is missing: name the folder with the photos, as in `{again}`")
+    require(Path(options.data), "photos", "--data")
 
 
 def add_to(add_verb: AddVerb) -> None:
@@ -152,7 +182,7 @@ def add_to(add_verb: AddVerb) -> None:
     Args:
         add_verb: Function that adds a subcommand, given its function and an example.
     """
-    add = add_verb(train, "fledge train training/recipes/quick.toml --data photos batch_size=16")
+    add = add_verb(train, "fledge train quick --data photos batch_size=16")
     _recipe_options(add)
     add.add_argument("--out", type=Path, metavar="RUN", help="default: runs/RECIPE")
     add.add_argument(
@@ -162,7 +192,7 @@ def add_to(add_verb: AddVerb) -> None:
         "fledge train RECIPE --data DIR [options] [key=value …]\n       fledge train --resume RUN"
     )
 
-    add = add_verb(lr_find, "fledge lr-find training/recipes/quick.toml --data photos --compare")
+    add = add_verb(lr_find, "fledge lr-find quick --data photos --compare")
     _recipe_options(add)
     add.add_argument("--stage", metavar="NAME", help="default: the first")
     add.add_argument(
@@ -172,12 +202,14 @@ def add_to(add_verb: AddVerb) -> None:
         metavar="FILE",
         help="checkpoint that the stage starts from",
     )
-    add.add_argument("--out", type=Path, metavar="PNG", help="default: lr_find-STAGE.png")
+    add.add_argument(
+        "--out", type=Path, metavar="PNG", help="default: runs/lr-find-RECIPE/lr_find-STAGE.png"
+    )
     add.add_argument("--compare", action="store_true", help="train briefly with each suggestion")
     add.add_argument("--epochs", type=int, metavar="N", help="of --compare; default: 1")
     add.usage = "fledge lr-find RECIPE --data DIR [options] [key=value …]"
 
-    add = add_verb(ablate, "fledge ablate training/recipes/tricks.toml --data photos --seeds 3")
+    add = add_verb(ablate, "fledge ablate tricks --data photos --seeds 3")
     _recipe_options(add)
     repeats = add.add_mutually_exclusive_group()
     repeats.add_argument("--seeds", type=int, default=3, metavar="N", help="default: 3")
@@ -195,18 +227,24 @@ def add_to(add_verb: AddVerb) -> None:
 
 
 def _recipe_options(add: argparse.ArgumentParser) -> None:
+    from training.config.shipped import names
+
     add.add_argument(
-        "recipe", type=Path, nargs="?", metavar="RECIPE", help="a TOML file; see training/recipes/"
+        "recipe",
+        type=Path,
+        nargs="?",
+        metavar="RECIPE",
+        help=f"a TOML file, or the name of a shipped recipe: {', '.join(names())}",
     )
     add_overrides(add)
     add.add_argument(
         "--data",
         metavar="DIR",
         help="a folder with one folder per class, or with train/ and valid/ of such; "
-        "or a zip or tar of such a folder; "
+        "or a zip or tar of such a folder; or a table of photos and labels; "
         "or a data set by name: sample (embedded), flowers102, oxford-iiit-pet",
     )
-    add.add_argument("--split", type=Path, metavar="CSV", help="path,fold for every photo")
+    add.add_argument("--split", type=Path, metavar="CSV", help="a table path,fold for every photo")
     add.add_argument("--weights", metavar="W", help="imagenet, none, auto or a file")
     add.add_argument("--seed", type=int, metavar="N")
     add.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])

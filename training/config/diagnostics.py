@@ -1,38 +1,24 @@
-"""Write error messages for a recipe: the option, what is wrong, and the nearest valid name."""
+"""Write error messages for a recipe: the option, what is wrong, and what to write instead."""
 
 from __future__ import annotations
 
-import dataclasses
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Mapping
+from datetime import date, time
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from serving.errors import OptionError
 from serving.imaging.preprocess import Preprocess
 from training.config.forms import did_you_mean
-from training.config.schema import Recipe, Spread, Stage
-from training.config.sections import AugmentConfig
+from training.config.overrides import EPOCHS, SECTIONS, is_text, toml
+from training.config.suggestions import Suggestions, names, option_name, value_at
 from training.config.toml_lines import Path
-
-SECTIONS: Final[dict[str, type]] = {
-    "": Recipe,
-    **{
-        name: field.annotation
-        for name, field in Recipe.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    },
-    "preprocess": Preprocess,
-    "stage": Stage,
-    "stage.lr": Spread,
-    "stage.augment": AugmentConfig,
-}
-"""Dotted name of a table, without the numbers of stages -> the class with its options."""
 
 
 def describe_errors(
-    error: ValidationError, values: Mapping[str, Any]
+    error: ValidationError, values: Mapping[str, Any], suggestions: Suggestions
 ) -> Iterator[tuple[Path, str]]:
     """Describe every error that pydantic found in a recipe.
 
@@ -40,11 +26,27 @@ def describe_errors(
     """
     for item in error.errors():
         path = item["loc"]
-        value = _at(values, path)
+        value = value_at(values, path)
         if path == ("preprocess",) and isinstance(value, Mapping):
-            yield from _preprocess(value)
+            yield from _preprocess(value, suggestions)
         else:
-            yield path, _sentence(item, path, value, values)
+            yield path, _sentence(item, path, value, values, suggestions)
+
+
+def wrong_paths(error: ValidationError, values: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the paths of the options that pydantic refused.
+
+    For an error of a whole table, such as options that contradict each other, the path of each
+    option in the table is yielded, except a stage's name and which layers it trains.
+    """
+    for item in error.errors():
+        path = item["loc"]
+        value = value_at(values, path)
+        if isinstance(value, Mapping) and item["type"] != "extra_forbidden":
+            kept = ("name", "unfreeze") if path[:1] == ("stage",) else ()
+            yield from ((*path, key) for key in value if key not in kept)
+        else:
+            yield path[:3] if path[:1] == ("stage",) else path[:2]
 
 
 def check_names(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
@@ -62,83 +64,78 @@ def check_names(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
             yield ("stage", number, "name"), f"stage names must differ, {name!r} is there twice"
 
 
-def check_architecture(
-    values: Mapping[str, Any], check_arch: Callable[[str], object]
-) -> Iterator[tuple[Path, str]]:
-    """Check the recipe's architecture by `check_arch`.
+def take_epochs(
+    values: Mapping[str, Any], errors: list[tuple[Path, str]]
+) -> tuple[dict[str, Any], list[Path]]:
+    """Replace `epochs` in stages by `cycle_len`, which is the same where a stage has one cycle.
 
-    If `check_arch` raises OptionError, yield the path of the option `arch` and the error message.
+    Args:
+        values: The values of a recipe, which are not changed.
+        errors: The list to which mistakes are added.
+
+    Returns:
+        The new values, and the paths of the options that were replaced.
     """
-    arch = values.get("arch")
-    if isinstance(arch, str):
-        try:
-            check_arch(arch)
-        except OptionError as error:
-            yield ("arch",), str(error)
+    taken: list[Path] = []
+    stages = values.get("stage")
+    if not isinstance(stages, list | tuple):
+        return dict(values), taken
+    changed: list[Any] = list(stages)
+    for number, stage in enumerate(stages):
+        if not isinstance(stage, Mapping) or EPOCHS not in stage:
+            continue
+        path: Path = ("stage", number, EPOCHS)
+        name, epochs = option_name(path, values), stage[EPOCHS]
+        changed[number] = {key: value for key, value in stage.items() if key != EPOCHS}
+        cycles = stage.get("cycles", 1)
+        if "cycle_len" in stage:
+            errors.append((path, f"{name} is another word for cycle_len, which is there, too"))
+        elif cycles != 1:
+            length = option_name((*path[:2], "cycle_len"), values)
+            errors.append(
+                (
+                    path,
+                    f"{name}: the stage has {cycles} cycles; set {length}, the epochs of a cycle",
+                )
+            )
+        else:
+            changed[number]["cycle_len"] = epochs
+            taken.append(path)
+    return {**values, "stage": changed}, taken
 
 
-def option_name(path: Sequence[str | int], values: Mapping[str, Any]) -> str:
-    """Format a path as in an override, such as `stage.head.lr`.
-
-    If the stage has no name, its index is used instead: `stage.1.lr`.
-    """
-    name = _at(values, (*path[:2], "name")) if path[:1] == ("stage",) else None
-    parts = [path[0], name, *path[2:]] if len(path) > 1 and isinstance(name, str) else path
-    return ".".join(map(str, parts))
-
-
-def _at(values: Any, path: Sequence[str | int]) -> Any:
-    """Return the value at a path; None if the path does not exist."""
-    for part in path:
-        in_table = isinstance(values, Mapping) and part in values
-        in_list = isinstance(values, list | tuple) and isinstance(part, int) and part < len(values)
-        if not (in_table or in_list):
-            return None
-        values = values[part]
-    return values
-
-
-def _sentence(item: Any, path: Path, value: Any, values: Mapping[str, Any]) -> str:
+def _sentence(
+    item: Any, path: Path, value: Any, values: Mapping[str, Any], suggestions: Suggestions
+) -> str:
     name = option_name(path, values)
     if item["type"] == "extra_forbidden":
-        return f"{name} is unknown{_nearest_option(path)}"
+        return f"{name} is unknown{suggestions.for_unknown(path, value)}"
     if item["type"] == "missing":
         return f"{name} is missing"
+    if is_text(path) and not isinstance(value, str | Mapping | list):
+        return f'{name} = {_written(value)}: text needs quotes: {path[-1]} = "{_written(value)}"'
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "literal_error":
         message = f"use {item['ctx']['expected']}"
     elif item["type"] in ("model_type", "dataclass_type", "dict_type"):
-        message = f"write a table [{name}]"
+        message = suggestions.for_table(path, value) or f"write a table [{name}]"
     elif message.startswith("Input should be "):
         message = f"must be {message.removeprefix('Input should be ').partition(',')[0]}"
-    hint = did_you_mean(value, _words(path))
+    hint = ""
+    if "did you mean" not in message:
+        hint = suggestions.for_value(path, value) or did_you_mean(value, _words(path))
     return f"{_shown(path, value, values)}: {message[0].lower()}{message[1:]}{hint}"
+
+
+def _written(value: Any) -> str:
+    return toml(value) if isinstance(value, date | time) else str(value)
 
 
 def _shown(path: Path, value: Any, values: Mapping[str, Any]) -> str:
     """Format an option as `OPTION = VALUE`, or as `OPTION` if the value is long or a table."""
-    text = repr(value)
+    text = value.isoformat() if isinstance(value, date | time) else repr(value)
     short = not isinstance(value, Mapping) and len(text) <= 60
     return option_name(path, values) + (f" = {text}" if short else "")
-
-
-def _nearest_option(path: Path) -> str:
-    """Suggest the nearest name in the same table, or else the same name in another table."""
-    table = ".".join(str(part) for part in path[:-1] if isinstance(part, str))
-    name = str(path[-1])
-    hint = did_you_mean(name, _names(table))
-    if hint:
-        return hint
-    elsewhere = (f"{other}.{name}" for other in SECTIONS if other and name in _names(other))
-    here = [name] if name in _names("") else []
-    return "".join(f"; did you mean {other!r}?" for other in [*here, *elsewhere][:1])
-
-
-def _names(table: str) -> list[str]:
-    section = SECTIONS.get(table)
-    if section is Preprocess:
-        return [field.name for field in dataclasses.fields(Preprocess)]
-    return list(getattr(section, "model_fields", {}))
 
 
 def _words(path: Path) -> list[str]:
@@ -149,18 +146,20 @@ def _words(path: Path) -> list[str]:
     return [word for word in words if isinstance(word, str)]
 
 
-def _preprocess(values: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+def _preprocess(values: Mapping[str, Any], suggestions: Suggestions) -> Iterator[tuple[Path, str]]:
     """Check the options of [preprocess] one by one, and yield a path and a sentence for each error.
 
     The dataclass `Preprocess` itself stops at the first error.
     """
     for name, value in values.items():
         path: Path = ("preprocess", name)
-        if name not in _names("preprocess"):
-            yield path, f"preprocess.{name} is unknown{_nearest_option(path)}"
+        if name not in names("preprocess"):
+            hint = suggestions.for_unknown(path, value)
+            yield path, f"preprocess.{name} is unknown{hint}"
             continue
         try:
             Preprocess.from_dict({name: value})
         except OptionError as error:
             words = ("bilinear", "bicubic", "lanczos") if name == "interpolation" else ()
-            yield path, f"{error}{did_you_mean(value, words)}"
+            hint = suggestions.for_value(path, value) or did_you_mean(value, words)
+            yield path, f"{error}{hint}"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
 
 from serving.errors import OptionError
-from training.config import diagnostics, toml_lines
+from serving.inputs.path_kind import not_wanted
+from serving.utils.regular_files import read_limited
+from training.config import diagnostics, overrides, shipped, toml_lines
 from training.config.schema import Recipe
+from training.config.suggestions import CheckNetwork, Suggestions, value_at, without
 from training.utils.console import format_mistakes
 
 MAX_BYTES: Final = 2**16
@@ -24,35 +27,38 @@ _MAX_DOTS: Final = 500  # in a line; a key of n parts takes a time of n^2
 
 def read(
     path: Path,
-    overrides: Sequence[str] = (),
-    check_arch: Callable[[str], object] | None = None,
+    changes: Sequence[str] = (),
+    check_network: CheckNetwork | None = None,
 ) -> Recipe:
-    """Read a recipe file and apply `key=value` overrides such as `stage.head.lr=0.01`.
+    """Read a recipe and apply `key=value` overrides such as `stage.head.lr=0.01`.
+
+    Args:
+        path: A file, or the name of a recipe that Fledge ships, such as `quick`.
+        changes: The overrides.
+        check_network: Function that finds the mistakes that concern the network; see `parse`.
 
     Raises:
         OptionError: The file can't be read, or the file or the overrides have errors. The message
             lists all errors with their line numbers.
     """
-    text = ""
+    text, other = "", not_wanted(shipped.find(path), "recipe")
     try:
-        with path.open("rb") as file:  # also a pipe, such as a shell's <(command)
+        with shipped.find(path).open("rb") as file:  # also a pipe, such as a shell's <(command)
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise OptionError(f"{path}: a recipe has at most {MAX_BYTES:,} bytes")
         text = data.decode().replace("\r\n", "\n")
-        return read_text(text, str(path), overrides, check_arch)
+        return read_text(text, str(path), changes, check_network)
     except FileNotFoundError:
-        folder = Path(__file__).parents[1] / "recipes"
-        shipped = ", ".join(sorted(file.name for file in folder.glob("*.toml")))
-        if folder.is_relative_to(Path.cwd()):
-            folder = folder.relative_to(Path.cwd())
-        raise OptionError(f"{path}: no such recipe; {folder} has {shipped}") from None
+        raise OptionError(shipped.unknown(path)) from None
     except IsADirectoryError:
-        raise OptionError(f"{path}: a folder, not a recipe") from None
+        raise OptionError(other or f"{path}: a folder, not a recipe") from None
     except OSError as error:
         raise OptionError(f"{path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         # Also what tomllib raises for bytes that are not UTF-8 and for numbers of 5,000 digits.
+        if other:
+            raise OptionError(other) from None
         raise OptionError(f"{path} is no TOML file: {_describe_toml_error(error, text)}") from None
 
 
@@ -70,8 +76,8 @@ def _describe_toml_error(error: Exception, text: str) -> str:
 def read_text(
     text: str,
     where: str,
-    overrides: Sequence[str] = (),
-    check_arch: Callable[[str], object] | None = None,
+    changes: Sequence[str] = (),
+    check_network: CheckNetwork | None = None,
 ) -> Recipe:
     """Parse the text of a recipe and apply `key=value` overrides.
 
@@ -87,12 +93,12 @@ def read_text(
     values = tomllib.loads(text)
     overridden: list[toml_lines.Path] = []
     failed: list[str] = []
-    for override in overrides:
+    for change in changes:
         try:
-            overridden.append(_apply(values, override))
+            overridden.append(overrides.apply(values, change))
         except OptionError as error:
             failed.append(str(error))
-    return parse(values, where, toml_lines.lines_of(text), overridden, failed, check_arch)
+    return parse(values, where, toml_lines.lines_of(text), overridden, failed, check_network)
 
 
 def parse(
@@ -101,7 +107,7 @@ def parse(
     lines_of: Mapping[toml_lines.Path, int] | None = None,
     overridden: Sequence[toml_lines.Path] = (),
     failed: Sequence[str] = (),
-    check_arch: Callable[[str], object] | None = None,
+    check_network: CheckNetwork | None = None,
 ) -> Recipe:
     """Validate a recipe's values.
 
@@ -111,28 +117,82 @@ def parse(
         lines_of: Line number of each option in the file, by the option's path.
         overridden: Paths of the options that overrides have set.
         failed: Error messages of overrides that could not be applied.
-        check_arch: Function that raises OptionError for an unknown architecture. It is called only
-            if the recipe has other errors, because valid recipes must load without torchvision.
+        check_network: Function that yields the mistakes that concern the network, such as an
+            unknown architecture. It imports torch. If the recipe has other mistakes, it is called
+            with a copy without the wrong options. None: they are not found.
 
     Raises:
         OptionError: The values or the overrides have errors. The message has one line per error.
     """
     errors = list(diagnostics.check_names(values))
-    recipe = None
+    values, taken = diagnostics.take_epochs(values, errors)
+    lines, given = dict(lines_of or {}), list(overridden)
+    for path in taken:
+        as_length = (*path[:-1], "cycle_len")
+        if path in lines:
+            lines[as_length] = lines[path]
+        if path in given:
+            given.append(as_length)
+    recipe = correct = None
     try:
-        recipe = Recipe.model_validate(values)
+        recipe = correct = Recipe.model_validate(values)
     except ValidationError as error:
-        errors = [*diagnostics.describe_errors(error, values), *errors]
+        base = without(values, diagnostics.wrong_paths(error, values))
+        suggestions = Suggestions(base, given, check_network)
+        errors = [*diagnostics.describe_errors(error, values, suggestions), *errors]
+        correct = _completed(base)
+    if correct is not None and check_network is not None:
+        errors += check_network(correct)
     if recipe is not None and not errors and not failed:
         return recipe
-    if check_arch:
-        errors += diagnostics.check_architecture(values, check_arch)
-    located = [(_line(path, lines_of or {}, overridden), sentence) for path, sentence in errors]
+    located = [(_line(path, lines, given), sentence) for path, sentence in errors]
     located.sort(key=lambda item: item[0])
     located += [(_COMMAND_LINE, text) for text in failed]
     raise OptionError(
         *format_mistakes(where, [f"{_place(line)}{sentence}" for line, sentence in located])
     )
+
+
+def _completed(base: Mapping[str, Any]) -> Recipe | None:
+    """Return a recipe of the values that are right, for the check of the network; None: no arch."""
+    stages = base.get("stage")
+    named = [
+        {"name": str(number), **stage} if isinstance(stage, Mapping) else stage
+        for number, stage in enumerate(stages if isinstance(stages, list) else ())
+    ]
+    plain = {"name": "recipe", "arch": base.get("arch"), "stage": [{"name": "all"}]}
+    for values in ({"name": "recipe", **base, "stage": named}, plain):
+        with suppress(ValidationError):
+            return Recipe.model_validate(values)
+    return None
+
+
+def suggest(path: Path, key: str, text: str) -> str:
+    """Return what to write for an option that was given like one of the command line, or "".
+
+    Args:
+        path: The recipe, as for `read`.
+        key: The option, such as "epochs".
+        text: Its value; "" if it has none.
+    """
+    try:
+        values = tomllib.loads(read_limited(shipped.find(path), MAX_BYTES).decode())
+        option = overrides.apply(values, f"{key}={text or 'true'}")
+        values, _ = diagnostics.take_epochs(values, [])
+    except (OSError, ValueError, RecursionError, OptionError):
+        return ""
+    value = value_at(values, option)
+    try:
+        Recipe.model_validate(values)
+    except ValidationError as error:
+        suggestions = Suggestions(without(values, [option]), [option])
+        unknown = any(
+            item["type"] == "extra_forbidden" and item["loc"] == option for item in error.errors()
+        )
+        if unknown:
+            return suggestions.for_unknown(option, value)
+        return suggestions.for_table(option, value) or f"; did you mean '{key}=VALUE'?"
+    return f"; did you mean {overrides.write(key, option, value)}?"
 
 
 _COMMAND_LINE = 2**62
@@ -154,39 +214,3 @@ def _line(
 
 def _place(line: int) -> str:
     return "on the command line: " if line == _COMMAND_LINE else f"line {line}: " if line else ""
-
-
-def _apply(values: dict[str, Any], override: str) -> toml_lines.Path:
-    """Apply an override to `values`, and return the path of the option that it sets."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise OptionError(f"{override!r}: use key=value, such as stage.head.lr=0.01")
-    try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except (ValueError, RecursionError):
-        value = text
-    table: Any = values
-    path: toml_lines.Path = ()
-    *tables, last = key.split(".")
-    for part in tables:
-        if isinstance(table, list):
-            number = _stage(table, part, override)
-            path, table = (*path, number), table[number]
-        else:
-            path, table = (*path, part), table.setdefault(part, {})
-        if not isinstance(table, dict | list):
-            raise OptionError(f"{override!r}: {part} is no section")
-    if isinstance(table, list):
-        raise OptionError(f"{override!r}: name the option too, as stage.{last}.lr")
-    table[last] = value
-    return (*path, last)
-
-
-def _stage(stages: list[Any], name: str, override: str) -> int:
-    """Return the index of the stage with this name."""
-    names = [str(stage.get("name")) if isinstance(stage, dict) else "" for stage in stages]
-    if name in names:
-        return names.index(name)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise OptionError(f"{override!r}: no stage {name!r}; the recipe has {', '.join(names)}{hint}")

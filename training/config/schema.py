@@ -65,6 +65,15 @@ def _unfreeze(value: Any) -> Any:
     return ALL if value == "all" else value
 
 
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _patterns(value: tuple[str | int | float, ...]) -> tuple[str | int | float, ...]:
+    if any(not isinstance(item, str) for item in (*value[:1], *value[:-1])):
+        raise ValueError("patterns, and after them at most one number")
+    return value
+
+
 def _lr(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     # For a table pydantic then reports the errors of `low` and `high`, not one about forms of lr.
     return Spread.model_validate(value) if isinstance(value, Mapping) else check(value)
@@ -114,8 +123,9 @@ class Stage(Section):
         name: Name in overrides, logs and files.
         unfreeze: Number of the body's last layer groups that train in addition to the head. 0
             trains only the head, "all" the whole network, "gradual" one group more than the
-            previous stage. A list has patterns for names of the body's parameters, such as
-            "denseblock4.*".
+            previous stage. A number between 0 and 1 is a share of the body's layers, counted from
+            the end. A list has patterns for names of the body's parameters, such as
+            "denseblock4.*"; a number at its end is for networks that have no such parameters.
         lr: Learning rate of the head. "find" finds it by the range test before the stage. A list
             has one rate for each trained group, with the head's rate last. { low, high } spaces the
             rates of the groups geometrically.
@@ -143,10 +153,15 @@ class Stage(Section):
         accepts("use small letters, digits, '_' and '-', such as 'head'"),
     ]
     unfreeze: Annotated[
-        Annotated[int, Field(ge=0)] | Literal["gradual"] | tuple[str, ...],
+        Annotated[int, Field(ge=0)]
+        | Share
+        | Literal["gradual"]
+        | Annotated[
+            tuple[str | Annotated[int, Field(ge=0)] | Share, ...], AfterValidator(_patterns)
+        ],
         BeforeValidator(_unfreeze),
         accepts(
-            "use a number of layer groups, 'all', 'gradual', "
+            "use a number of layer groups, a share of the layers such as 0.2, 'all', 'gradual', "
             "or a list of patterns such as ['layer4.*']",
             *("all", "gradual"),
         ),

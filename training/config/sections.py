@@ -43,10 +43,19 @@ class DataConfig(Section):
         columns: Names of two columns of `csv`: the photo's id and its label.
         suffix: Text that is appended to the id to get the file name.
         images: Folder of the photos inside the data folder, for `pattern` and `csv`.
+        layout: "auto" recognises folders of parts and refuses what can be read in two ways;
+            "classes" takes every folder for a class.
+        synsets: Labels of ImageNet's folders, such as n01440764: "names" takes the names from a
+            list beside the folders, such as `words.txt`, if there is one; "keep" keeps the numbers.
         valid: Share of each class that is held out for validation, in (0, 1).
         folds: Number of cross-validation folds to split each class into; 0 uses `valid` instead.
         fold: Number of the fold to validate on, from 0; training uses all other folds. The folds
             are those that `folds` draws, or the numbered folds of a `--split` file.
+        group: Photos that stay together in the split that is drawn: "folder", those of one folder;
+            else a regular expression that is searched in the path, and whose first group, or match,
+            is the name of what stays together; "" draws each photo by itself.
+        similar: What is done with classes whose names look alike, such as `Cat` and `cat`, or `7`
+            and `007`: "refuse" them, "merge" them to one class, or "keep" them.
         presize: Side of the cached training photos, as a multiple of the image size.
     """
 
@@ -57,9 +66,13 @@ class DataConfig(Section):
     ] = ("id", "label")
     images: str = ""
     suffix: str = ""
+    layout: Literal["auto", "classes"] = "auto"
+    synsets: Literal["names", "keep"] = "names"
     valid: float = Field(0.2, gt=0, lt=1)
     folds: int = Field(0, ge=0, le=1000)
     fold: int = Field(0, ge=0)
+    group: str = ""
+    similar: Literal["refuse", "merge", "keep"] = "refuse"
     presize: float = Field(1.5, ge=1, le=4)
 
     @field_validator("pattern")
@@ -73,6 +86,15 @@ class DataConfig(Section):
             raise ValueError("put the label in parentheses, as in '([a-zA-Z_]+)_[0-9]+'")
         return value
 
+    @field_validator("group")
+    @classmethod
+    def _is_pattern(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"neither 'folder' nor a regular expression: {error}") from None
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
         if self.pattern and self.csv:
@@ -83,13 +105,16 @@ class DataConfig(Section):
             raise ValueError(f"fold = {self.fold} of folds = {self.folds}: count folds from 0")
         if self.columns[0] == self.columns[1]:
             raise ValueError(f"columns are both {self.columns[0]!r}: name the id's and the label's")
-        of_csv = {"columns": ("id", "label"), "suffix": ""}
-        idle = [name for name, default in of_csv.items() if getattr(self, name) != default]
-        if idle and not self.csv:
-            raise ValueError(f"{idle[0]} has no effect without csv; leave it out")
-        if self.images and not (self.csv or self.pattern):
-            raise ValueError("images has no effect without csv or pattern; leave it out")
+        if self.pattern and (idle := self.of_tables()):
+            raise ValueError(f"{idle[0]} has no effect with pattern; leave it out")
+        if self.layout != "auto" and (self.csv or self.pattern):
+            raise ValueError("layout has no effect with csv or pattern; leave it out")
         return self
+
+    def of_tables(self) -> list[str]:
+        """Return the names of options that are set and are for tables of labels alone."""
+        defaults = {"columns": ("id", "label"), "suffix": ""}
+        return [name for name, default in defaults.items() if getattr(self, name) != default]
 
 
 PRESETS: Final[dict[str, dict[str, Any]]] = {

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -16,9 +16,11 @@ from serving.errors import DataError, OptionError
 from serving.utils.files import atomic_write
 from serving.utils.natural_sort import natural_letters_first
 from training.config.sections import DataConfig
-from training.data import archive, layouts, sample, torchvision_sets
-from training.data.layouts import Photo
+from training.data import label_table, layouts, sample, torchvision_sets
+from training.data.layouts import Photo, Reading
+from training.data.similar_classes import common_folder, settle_classes
 from training.data.splits import PARTS, draw_split, read_split_file
+from training.utils import archive
 from training.utils.console import quoted
 
 SAMPLE: Final = "sample"
@@ -46,6 +48,7 @@ class Dataset:
         valid: Photos for validation after every epoch.
         test: Labelled photos that training and validation do not use.
         unlabelled: Photos in the folder `test/` that have no labels.
+        reading: How the data folder was read.
     """
 
     source: str
@@ -55,6 +58,7 @@ class Dataset:
     valid: tuple[Sample, ...]
     test: tuple[Sample, ...] = ()
     unlabelled: tuple[Path, ...] = ()
+    reading: Reading = field(default_factory=Reading, compare=False, repr=False)
 
     @property
     def fingerprint(self) -> str:
@@ -95,12 +99,12 @@ def load_dataset(
     """Find the photos of `source` and split them.
 
     Args:
-        source: "sample" for the built-in dataset, a name in `torchvision_sets.NAMES`, or a folder
-            or an archive (zip, tar), which is extracted into the cache. A folder has one of
-            these layouts:
+        source: "sample" for the built-in dataset, a name in `torchvision_sets.NAMES`, a table of
+            labels, which is read as `data.csv` of its folder, or a folder or an archive (zip, tar),
+            which is extracted into the cache. A folder has one of these layouts:
 
-            - one folder per class;
-            - `train/`, `valid/` and optionally `test/`, each with one folder per class;
+            - one folder per class, or parts with one folder per class, as recognised by
+              `training.data.folders.structure`;
             - the layout that `config` describes.
         split: CSV file with the columns `path` and `fold`; fold is train, valid, test or a number.
             None: the split comes from the folders or is drawn at random.
@@ -130,26 +134,36 @@ def _load(
             word = "csv" if config.csv else "pattern"
             raise OptionError(f"--data {source} has labels of its own: add data.{word}= (empty)")
         root, photos = torchvision_sets.find(source)
+        layout = None
     else:
-        root, photos = _folder(source), []
+        root, config = _folder(source, config)
+        layout = layouts.Layout(root, config, has_split=split is not None)
+        photos = layout.photos
     if split is not None:
         labels = {photo.path.relative_to(root).as_posix(): photo.label for photo in photos}
-        label_of = partial(_look_up, labels) if official else layouts.labeller(root, config)
+        label_of = layout.label_of if layout else partial(_look_up, labels)
         by_folder = not (official or has_label_option)
         photos = read_split_file(root, split, config, label_of, class_folders=by_folder)
+        photos = settle_classes(photos, config, root, trainable=trainable)
     else:
-        found = photos if official else layouts.find_labelled(root, config)
-        photos = draw_split(root, found, config, seed, trainable=trainable)
-    labelled = [photo.path for photo in photos]
-    unlabelled = () if official else layouts.find_unlabelled(root, labelled, config)
-    return _dataset(source, root, photos, unlabelled)
+        photos = settle_classes(photos, config, root, trainable=trainable)
+        photos = draw_split(root, photos, config, seed, trainable=trainable)
+    unlabelled = layout.unlabelled if layout else ()
+    dataset = _dataset(source, common_folder(root, photos), photos, unlabelled)
+    if layout is None:
+        return dataset
+    return replace(dataset, reading=layout.reading([photo.path for photo in photos], split))
 
 
-def _folder(source: str) -> Path:
+def _folder(source: str, config: DataConfig) -> tuple[Path, DataConfig]:
+    """Return the data folder; for a table of labels, its folder and options that name the table."""
     # pathlib raises an error for unknown users and for names that are too long; os.path does not.
     root = sample.cached_sample() if source == SAMPLE else Path(os.path.expanduser(source))
     if source != SAMPLE and archive.is_archive(source):
         root = archive.extracted(source)
+    elif os.path.isfile(root):
+        return label_table.as_data(root, config)
+    label_table.check_options(config)
     if not os.path.isdir(root):
         names = ", ".join((SAMPLE, *torchvision_sets.NAMES))
         what = "is no folder or archive" if os.path.exists(root) else "no such folder or archive"
@@ -157,7 +171,7 @@ def _folder(source: str) -> Path:
             f"--data {quoted(source)}: {what}; give a folder with a folder per class, a zip or tar "
             f"of one, or a set: {names}"
         )
-    return root.resolve()
+    return root.resolve(), config
 
 
 def _look_up(labels: Mapping[str, str], path: str) -> str:
@@ -172,7 +186,7 @@ def _dataset(
     parts: dict[str, list[Sample]] = {part: [] for part in PARTS}
     for path, label, part in photos:
         parts[part].append(Sample(path, index[label]))
-    found = {part: tuple(samples) for part, samples in parts.items()}
+    found: dict[str, Any] = {part: tuple(samples) for part, samples in parts.items()}
     return Dataset(source, root, classes, unlabelled=unlabelled, **found)
 
 

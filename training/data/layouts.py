@@ -1,27 +1,27 @@
 """Find the photos of a dataset and their labels in one of the supported layouts on disk.
 
-Labels are the names of class folders (optionally inside `train/`, `valid/` and `test/`), parts of
-file names, or values in a CSV table. The result is a list of `Photo`: path, class name and split.
+Labels are the names of class folders (see `training.data.folders.structure`), parts of file names,
+or values in a CSV table. The result is a list of `Photo`: path, class name and split.
 """
 
 from __future__ import annotations
 
-import csv
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from serving.errors import DataError, OptionError
-from serving.imaging.decode import SUFFIXES
-from serving.utils.natural_sort import natural_letters_first
+from serving.errors import DataError
+from serving.inputs.passed_over import PassedOver
 from training.config.sections import DataConfig
-from training.utils.console import MAX_MISTAKES, format_mistakes, quoted
-
-_IGNORED_FOLDERS: Final = ("__MACOSX", "@eaDir")
-PART_FOLDERS: Final = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
-"""Folder name -> split (train, valid or test). Folders of these names are not classes."""
+from training.data.folders.part_names import part_of
+from training.data.folders.photo_tree import PhotoFolder, count_unused, read_tree, tree_lines
+from training.data.folders.structure import PARTS, Structure, find_structure
+from training.data.label_table import check_tables, images_folder, read_label_table
+from training.utils.console import quoted
 
 
 class Photo(NamedTuple):
@@ -38,181 +38,164 @@ class Photo(NamedTuple):
     part: str = ""
 
 
-def find_labelled(root: Path, config: DataConfig) -> list[Photo]:
-    """Find all labelled photos below `root`.
+@dataclass(frozen=True)
+class Reading:
+    """How a data folder was read, to be told before anything is trained.
 
-    Args:
-        root: Data folder.
-        config: Data options: the label table, or the pattern of file names. By default every class
-            has a folder.
-
-    Raises:
-        DataError: The layout is wrong or contains no photos, or a file or folder can't be read.
-        OptionError: `data.images` is not below `root`.
+    Attributes:
+        line: One line about the layout, with the numbers of photos.
+        tree: Lines of a drawing of the folders, with the number of photos in each.
+        empty: Paths of class folders without photos, relative to the data folder.
+        passed_over: Counts of files and folders that are no photos of the data set.
+        warning: What may be wrong with the layout, or "".
     """
-    if config.csv:
-        return _from_table(root, config)
-    if config.pattern:
-        return _from_names(root, config)
-    return _from_folders(root)
+
+    line: str = ""
+    tree: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
+    passed_over: PassedOver = field(default_factory=PassedOver)
+    warning: str = ""
+
+    def lines(self) -> Iterator[str]:
+        """Yield the line about the layout, and the line about what was passed over."""
+        if self.line:
+            yield f"photos: {self.line}"
+        if self.passed_over:
+            yield self.passed_over.line()
+        if self.warning:
+            yield f"warning: {self.warning}"
 
 
-def labeller(root: Path, config: DataConfig) -> Callable[[str], str]:
-    """Return a function that maps a photo's path relative to `root` to the photo's label.
+class Layout:
+    """The photos of a data folder, before they are split.
 
-    The function returns "" for a photo without a label.
+    Attributes:
+        photos: The labelled photos.
+        unlabelled: Photos of a test folder that have no labels.
     """
-    if config.csv:
-        labels = {path.as_posix(): label for path, label, _ in _table(root, config)}
-        return lambda path: labels.get(Path(path).as_posix(), "")
-    if config.pattern:
-        return lambda path: _label(config.pattern, Path(path).name)
-    has_parts = bool(_parts(root))
 
-    def folder(path: str) -> str:
-        first, *rest = Path(path).parts
-        return rest[0] if has_parts and first in PART_FOLDERS and len(rest) > 1 else first
+    def __init__(self, root: Path, config: DataConfig, *, has_split: bool = False) -> None:
+        """Search a data folder, and find the labels of its photos.
 
-    return folder
+        Args:
+            root: Data folder.
+            config: Data options: the label table, or the pattern of file names. By default every
+                class has a folder.
+            has_split: Whether a `--split` file determines the parts. Its photos need not be those
+                that the search has found.
 
+        Raises:
+            DataError: The layout is wrong or contains no photos, or a file or folder can't be read.
+                The error has a drawing of the folders as a note if these are not recognised.
+            OptionError: `data.images` is not below `root`.
+        """
+        self._root, self._config = root, config
+        self._passed_over = PassedOver()
+        # A table that is given as the data set may lie anywhere: what is beside it is not searched.
+        is_table = os.path.isabs(config.csv)
+        strict = not (config.csv or has_split)
+        tree = PhotoFolder() if is_table else read_tree(root, self._passed_over, strict=strict)
+        self._tree = tree
+        self._structure = Structure()
+        self.photos: list[Photo] = []
+        if config.csv:
+            self.photos = _from_table(root, config)
+        elif config.pattern and not has_split:
+            self.photos = _from_names(root, config, self._tree)
+        elif config.pattern:
+            images_folder(root, config)
+        else:
+            try:
+                self._structure = find_structure(
+                    root,
+                    self._tree,
+                    layout=config.layout,
+                    keep_synsets=config.synsets == "keep",
+                    has_split=has_split,
+                )
+            except DataError as error:
+                error.add_note("\n".join(self._drawing()))
+                raise
+            self.photos = [
+                Photo(root / path, label, part) for path, label, part in self._structure.photos
+            ]
+            if config.layout == "auto":
+                check_tables(root, {photo.path: photo.label for photo in self.photos})
+        self.unlabelled = self._find_unlabelled()
 
-def find_unlabelled(root: Path, labelled: Iterable[Path], config: DataConfig) -> tuple[Path, ...]:
-    """Return the photos in `test/` if none of them has a label and `test/` has no class folders.
+    def _find_unlabelled(self) -> tuple[Path, ...]:
+        """Return the photos of the test folders of which none has a label."""
+        if not (self._config.csv or self._config.pattern):
+            return tuple(self._root / path for path in self._structure.unlabelled)
+        top = self._tree.at(_below_root(self._config) if self._config.pattern else "")
+        tests = [kid for kid in top.children if part_of(kid.name) == "test"]
+        labelled = {photo.path for photo in self.photos}
+        found: list[Path] = []
+        for folder in tests:
+            paths = [self._root / path for path in folder.below()]
+            found += [] if labelled.intersection(paths) else paths
+        return tuple(found)
 
-    The folder is `root/test`; if `data.pattern` is set, `test` below the folder `data.images`.
-    """
-    test = (root / config.images if config.pattern else root) / "test"
-    if not test.is_dir() or any(path.is_relative_to(test) for path in labelled):
-        return ()
-    if not (config.csv or config.pattern) and _has_classes(test):
-        return ()
-    return tuple(photos_below(test))
+    def label_of(self, path: str) -> str:
+        """Return the label of a photo by its path relative to the data folder; "" if unknown."""
+        if self._config.pattern:
+            return _label(self._config.pattern, Path(path).name)
+        return self._labels.get(self._root / path, "")
 
+    @cached_property
+    def _labels(self) -> dict[Path, str]:
+        return {photo.path: photo.label for photo in self.photos}
 
-def photos_below(folder: Path) -> Iterator[Path]:
-    """Yield the image files below `folder` in natural order.
+    def reading(self, used: Iterable[Path], split: Path | None = None) -> Reading:
+        """Return how the folder was read.
 
-    Image files are recognised by their extension. Hidden files and folders are left out.
-    """
-    if not folder.is_dir():
-        return  # a part may lack some classes
-    for here, folders, files in os.walk(folder, onerror=_raise_unreadable):
-        shown = (folder for folder in folders if not folder.startswith("."))
-        folders[:] = sorted(shown, key=natural_letters_first)
-        for name in sorted(files, key=natural_letters_first):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield Path(here, name)
-
-
-def empty_class_folders(root: Path) -> list[str]:
-    """Return the class folders without photos in `train/`; in `root` if there is no `train/`."""
-    train = _parts(root).get("train", root)
-    other = () if train != root else (*PART_FOLDERS, *_IGNORED_FOLDERS)
-    empty = [f for f in _class_folders(train) if f.name not in other and not _has_photos(f)]
-    return [folder.relative_to(root).as_posix() for folder in empty]
-
-
-def _raise_unreadable(error: OSError) -> None:
-    raise DataError(f"{error.filename} can't be read: {error.strerror}") from error
-
-
-def _from_folders(root: Path) -> list[Photo]:
-    parts = _parts(root)
-    if not parts:
-        return _in_classes(root, "", _class_names(root))
-    others = [f for f in _class_folders(root) if f.name not in PART_FOLDERS and _has_photos(f)]
-    if others:
-        have = ", ".join(f"{folder.name}/" for folder in parts.values())
-        name = quoted(f"{others[0].name}/")
-        raise DataError(f"{root} has {have} and beside them {name}; move it elsewhere")
-    if not {"train", "valid"} <= set(parts):
-        missing = "valid" if "train" in parts else "train"
-        have = ", ".join(f"{part}/" for part in parts)
-        empty = next(
-            (n for n, part in PART_FOLDERS.items() if part == missing and (root / n).is_dir()), ""
+        Args:
+            used: The labelled photos that are used.
+            split: The `--split` file, or None.
+        """
+        start = os.path.join(self._root, "")
+        names = {str(path).removeprefix(start) for path in (*used, *self.unlabelled)}
+        why = f"not in {split.name}" if split else f"not in {self._config.csv}"
+        why = why if split or self._config.csv else ""
+        count_unused(self._tree, names, self._passed_over, why)
+        line = self._structure.line
+        if self._config.csv:
+            line = f"labels from {self._config.csv}"
+        elif self._config.pattern:
+            line = f"labels from file names, by {self._config.pattern}"
+        return Reading(
+            f"{line}, parts from {split}" if split else line,
+            tuple(self._drawing()),
+            tuple(self._structure.empty),
+            self._passed_over,
+            self._structure.warning,
         )
-        if empty:
-            what = "contains no folder with photos" if any((root / empty).iterdir()) else "is empty"
-            raise DataError(f"{root / empty} {what}; expected {empty}/CLASS/photo.jpg")
-        raise DataError(
-            f"{root} has {have} but no {missing}/; add it, or put the classes one level up"
-        )
-    _class_names(parts["train"])
-    return [
-        photo
-        for part, folder in parts.items()
-        for photo in _in_classes(folder, part, [f.name for f in _class_folders(folder)])
-    ]
+
+    def _drawing(self) -> Iterator[str]:
+        if os.path.isabs(self._config.csv):  # the folder was not searched
+            return iter(())
+        return tree_lines(f"{self._root.name or self._root}/", self._tree, self._structure.roles)
 
 
-def _parts(root: Path) -> dict[str, Path]:
-    """Return the folder of each split (train, valid, test) that contains class folders."""
-    parts: dict[str, Path] = {}
-    for name, part in PART_FOLDERS.items():
-        if _has_classes(root / name):
-            if part in parts:
-                raise DataError(f"{root} has both {parts[part].name}/ and {name}/; keep one")
-            parts[part] = root / name
-    return parts
-
-
-def _in_classes(folder: Path, part: str, names: Iterable[str]) -> list[Photo]:
-    return [Photo(path, name, part) for name in names for path in photos_below(folder / name)]
-
-
-def _has_photos(folder: Path) -> bool:
-    return any(True for _ in photos_below(folder))
-
-
-def _has_classes(folder: Path) -> bool:
-    return any(_has_photos(inner) for inner in _class_folders(folder))
-
-
-def _class_folders(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return []
-    try:
-        found = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    except OSError as error:
-        raise DataError(f"{root} can't be read: {error.strerror}") from error
-    return sorted(found, key=lambda path: natural_letters_first(path.name))
-
-
-def _class_names(root: Path) -> list[str]:
-    folders = _class_folders(root)
-    names = [folder.name for folder in folders if _has_photos(folder)]
-    if not names:
-        raise DataError(
-            f"{root} contains no folder with photos; expected {root.name}/CLASS/photo.jpg, "
-            "or labels from file names (data.pattern) or from a table (data.csv)"
-        )
-    for folder in folders:
-        empty = folder.name not in names and folder.name not in _IGNORED_FOLDERS
-        if empty and any(path.is_file() for path in folder.iterdir()):
-            kinds = ", ".join(sorted(SUFFIXES))
-            name = quoted(folder.name)
-            raise DataError(f"{root}: {name} contains no readable photo ({kinds}); remove it")
-    # A flat test/ next to two or more class folders has unlabelled photos; otherwise it is a class.
-    if len([name for name in names if name not in PART_FOLDERS]) > 1 and "test" in names:
-        names.remove("test")
-    return names
-
-
-def _from_names(root: Path, config: DataConfig) -> list[Photo]:
+def _from_names(root: Path, config: DataConfig, tree: PhotoFolder) -> list[Photo]:
     """Find photos whose labels are in the file names.
 
-    A `test/` folder is used as the test split. `train/` and `valid/` are used as splits only if
-    both exist.
+    A folder for test photos is used as the test split. Folders for training and validation are used
+    as splits only if both exist.
     """
-    folder = _images(root, config)
+    folder = images_folder(root, config) if config.images else root
     labelled: list[tuple[Path, str]] = []
     unmatched: list[tuple[Path, str]] = []
-    for path in photos_below(folder):
+    for name in tree.at(_below_root(config)).below():
+        path = root / name
         label = _label(config.pattern, path.name)
         (labelled if label else unmatched).append((path, label))
-    top = {path: path.relative_to(folder).parts[0] for path, _ in labelled + unmatched}
-    parts = {PART_FOLDERS[name] for name in top.values() if name in PART_FOLDERS}
-    official = {"train", "valid"} <= parts
+    top = {
+        path: part_of(first) if inner else ""
+        for path, _ in labelled + unmatched
+        for first, *inner in [path.relative_to(folder).parts]
+    }
+    official = {"train", "valid"} <= set(top.values())
     test_unlabelled = not any(top[path] == "test" for path, _ in labelled)
     unmatched = [item for item in unmatched if not (test_unlabelled and top[item[0]] == "test")]
     if unmatched:
@@ -222,8 +205,8 @@ def _from_names(root: Path, config: DataConfig) -> list[Photo]:
         )
     if not labelled:
         raise DataError(f"{folder} contains no photo for data.pattern = {config.pattern!r}")
-    part_of = PART_FOLDERS if official else {"test": "test"}
-    return [Photo(path, label, part_of.get(top[path], "")) for path, label in labelled]
+    used = PARTS if official else ("test",)
+    return [Photo(path, label, top[path] if top[path] in used else "") for path, label in labelled]
 
 
 def _label(pattern: str, name: str) -> str:
@@ -231,72 +214,21 @@ def _label(pattern: str, name: str) -> str:
     return (match.group(1) or "") if match else ""
 
 
-def _images(root: Path, config: DataConfig) -> Path:
-    folder = root / config.images
-    if Path(config.images).is_absolute() or ".." in Path(config.images).parts:
-        raise OptionError(f"data.images = {quoted(config.images)}: name a folder below {root}")
-    if not os.path.isdir(folder):
-        raise DataError(f"data.images = {quoted(config.images)}: no such folder in {root}")
-    return folder
+def _below_root(config: DataConfig) -> str:
+    """Return `data.images` as the tree has it: "" for the data folder itself."""
+    path = Path(config.images).as_posix()
+    return "" if path == "." else path
 
 
 def _from_table(root: Path, config: DataConfig) -> list[Photo]:
-    rows = _table(root, config)
-    # pathlib raises an error for names that are too long and unreadable folders; os.path does not.
-    missing = [(path, line) for path, _, line in rows if not os.path.isfile(root / path)]
-    if missing:
-        path, line = missing[0]
-        ends = [s for s in sorted(SUFFIXES) if os.path.isfile(root / f"{path}{s}")]
-        remedy = f"set data.suffix = {ends[0]!r}" if ends else "see data.images and data.suffix"
-        raise DataError(
-            f"{root / config.csv}, line {line}: no photo {quoted(path)} in {root} "
-            f"({len(missing)} of {len(rows)} rows have none); {remedy}"
-        )
-    return [Photo(root / path, label) for path, label, _ in rows]
+    """Find the photos that a table of labels names; they may lie outside of `root`, see there."""
+    entries = read_label_table(
+        root, config, photos_below, part_of, anywhere=os.path.isabs(config.csv)
+    )
+    return [Photo(*entry) for entry in entries]
 
 
-def _table(root: Path, config: DataConfig) -> list[tuple[Path, str, int]]:
-    """Read the label table: (path relative to `root`, label, line number) of every table row."""
-    table = root / config.csv
-    if config.images or not (root / "train").is_dir():
-        images = _images(root, config).relative_to(root)
-    else:
-        images = Path("train")
-    lines: dict[Path, tuple[str, int]] = {}
-    wrong: list[str] = []
-    id_column, label_column = config.columns
-    try:
-        # utf-8-sig: spreadsheets write a byte-order mark.
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            have = reader.fieldnames or []
-            for column in config.columns:
-                if column not in have:
-                    raise DataError(
-                        f"{table} has no column {quoted(column)}, its first line has "
-                        f"{', '.join(map(quoted, have)) or 'nothing'}; set data.columns"
-                    )
-            for row in reader:
-                line = f"line {reader.line_num}"
-                name, label = ((row[column] or "").strip() for column in config.columns)
-                if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-                    wrong.append(f"{line}: {id_column} {quoted(name)} names no photo")
-                    continue
-                if not label:
-                    wrong.append(f"{line}: {quoted(name)} has no {label_column}")
-                path = images / f"{name}{config.suffix}"  # Path: 1.jpg == ./1.jpg
-                if path in lines:
-                    wrong.append(f"{line}: {quoted(name)} is in line {lines[path][1]}, too")
-                lines[path] = label, reader.line_num
-    except FileNotFoundError:
-        raise DataError(f"data.csv = {quoted(config.csv)}: no such file in {root}") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{table} is not UTF-8 text; save it as CSV in UTF-8") from None
-    except (OSError, ValueError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"data.csv = {quoted(config.csv)} can't be read: {reason}") from error
-    if wrong:
-        raise DataError(*format_mistakes(table, wrong, between=", ", most=MAX_MISTAKES))
-    if not lines:
-        raise DataError(f"{table} has no row under its first line")
-    return [(path, label, line) for path, (label, line) in lines.items()]
+def photos_below(folder: Path) -> Iterator[Path]:
+    """Yield the photos below a folder, as the search for class folders finds them."""
+    tree = read_tree(folder, PassedOver(), strict=False)
+    return (folder / path for path in tree.below())

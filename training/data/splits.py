@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import random
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Final
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
+from typing import Final, TypeGuard
 
 from serving.errors import DataError, OptionError
+from serving.tables.columns import PARTS as FOLDS
+from serving.tables.columns import find_paths, text_of, usual_columns
+from serving.tables.reader import EmptyTable, Table, open_table
+from serving.utils.mistakes import Mistakes
 from training.config.sections import DataConfig
-from training.data.layouts import Photo
-from training.utils.console import MAX_MISTAKES, format_mistakes, quoted
+from training.data import photo_names
+from training.data.folders.part_names import part_of
+from training.data.grouped_splits import group_names, grouped_folds, grouped_holdout
+from training.data.layouts import Photo, photos_below
+from training.utils.console import quoted
 
 PARTS: Final = ("train", "valid", "test")
 _MAX_DIGITS: Final = 9  # in a fold number, because `int` refuses strings of thousands of digits
@@ -86,7 +93,7 @@ def read_split_file(
 
     Args:
         root: Data folder.
-        split: CSV file with the columns `path` and `fold`; fold is train, valid, test or a number.
+        split: Table with the columns `path` and `fold`; fold is train, valid, test or a number.
         config: Data options. Photos of fold number `config.fold` are used for validation, those of
             other numbers for training.
         label_of: Function that maps a photo's path relative to `root` to the photo's label, or to
@@ -94,27 +101,20 @@ def read_split_file(
         class_folders: Whether paths must have the form CLASS/photo.
 
     Raises:
-        DataError: The split file is missing or malformed, or photos are missing or have no label.
+        DataError: The split file is missing or malformed, or photos are missing or have no label;
+            the message has a line for each wrong row.
         OptionError: The split file has no fold `config.fold`, or `config.folds` is set.
     """
     if config.folds:
         raise OptionError(
             f"data.folds = {config.folds}: {split} defines the split; use only one of them"
         )
-    rows = _parts_of_rows(split, config.fold, class_folders=class_folders)
-    photos = [Photo(root / path, label_of(path), part) for path, part in rows]
-    missing = [photo.path for photo in photos if not os.path.isfile(photo.path)]
-    if missing:
-        name = quoted(missing[0].relative_to(root))
-        raise DataError(f"{split} lists {len(missing)} missing files, for example {name}")
-    unlabelled = [photo.path for photo in photos if not photo.label]
-    if unlabelled:
-        name = quoted(unlabelled[0].relative_to(root))
-        raise DataError(
-            f"{split} lists {len(unlabelled)} photos without a label, for example {name}"
-        )
-    check_class_names(photo.label for photo in photos)
-    return photos
+    rows = _rows(root, split, label_of, class_folders)
+    numbers = {int(fold) for _, _, fold in rows if fold.isdecimal()}
+    if config.fold not in (numbers or {0}):
+        have = f"has folds {', '.join(map(str, sorted(numbers)))}" if numbers else "has no numbers"
+        raise OptionError(f"data.fold = {config.fold}: {split} {have}")
+    return [Photo(path, label, _part(fold, config.fold)) for path, label, fold in rows]
 
 
 def draw_split(
@@ -136,7 +136,6 @@ def draw_split(
         OptionError: `data.folds` is set, but all photos have a split already; or `data.fold` is set
             without `data.folds`.
     """
-    check_class_names(photo.label for photo in photos)
     free = [photo for photo in photos if not photo.part]
     if not free and config.folds:
         raise OptionError(
@@ -147,6 +146,10 @@ def draw_split(
             f"data.fold = {config.fold} has no effect alone; set data.folds, or give --split"
         )
     if not free:
+        if config.group:
+            raise OptionError(
+                f"data.group = {config.group!r}: {root} is split already; remove the option"
+            )
         return photos
     labels = [photo.label for photo in free]
     too_few = [label for label, count in Counter(labels).items() if count < 2]
@@ -155,7 +158,16 @@ def draw_split(
             f"class {quoted(too_few[0])} has one photo; it needs at least 2, "
             "one to train on and one to validate on"
         )
-    if config.folds:
+    if config.group:
+        groups = group_names(
+            [PurePath(os.path.relpath(photo.path, root)) for photo in free], config.group
+        )
+        if config.folds:
+            folds = grouped_folds(labels, groups, config.folds, seed)
+            held_out = [fold == config.fold for fold in folds]
+        else:
+            held_out = grouped_holdout(labels, groups, config.valid, seed)
+    elif config.folds:
         held_out = [fold == config.fold for fold in stratified_folds(labels, config.folds, seed)]
     else:
         held_out = stratified_holdout(labels, config.valid, seed)
@@ -166,70 +178,83 @@ def draw_split(
     return sorted(split) + [photo for photo in photos if photo.part]
 
 
-def _parts_of_rows(split: Path, fold: int, *, class_folders: bool) -> list[tuple[str, str]]:
-    """Read a split file: (path relative to the data folder, split) of every table row.
-
-    fold: Number of the fold that is used for validation.
-    """
-    rows = _rows(split, class_folders)
-    numbers = {int(where) for _, where in rows if where.isdecimal()}
-    if fold not in (numbers or {0}):
-        have = f"has folds {', '.join(map(str, sorted(numbers)))}" if numbers else "has no numbers"
-        raise OptionError(f"data.fold = {fold}: {split} {have}")
-    seen: set[Path] = set()
-    for path, _ in rows:
-        if Path(path) in seen:
-            raise DataError(f"{split} lists {quoted(path)} twice; a photo belongs to one part")
-        seen.add(Path(path))
-    return [
-        (path, where if where in PARTS else "valid" if int(where) == fold else "train")
-        for path, where in rows
-    ]
+def _part(fold: str, valid: int) -> str:
+    return fold if fold in PARTS else "valid" if int(fold) == valid else "train"
 
 
-def _rows(split: Path, class_folders: bool) -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    wrong: list[str] = []
+def _rows(
+    root: Path, split: Path, label_of: Callable[[str], str], class_folders: bool
+) -> list[tuple[Path, str, str]]:
+    """Read a split file: (path, label, fold) of every row; fold is a part or a number."""
+    table = _open(split)
+    folds = [table.columns[at] for at in usual_columns(table.columns, FOLDS)]
+    if not table.named and len(table.columns) == 2:
+        at = find_paths(table, None, split, str)
+        fold_at = 1 - at
+    else:
+        if not folds or len(table.columns) == 1:
+            have = ", ".join(map(quoted, table.columns))
+            raise DataError(f"{split}: the first line must be 'path,fold'; it has {have}")
+        at = find_paths(table, None, split, lambda _: "call it path")
+        fold_at = table.columns.index("fold" if "fold" in folds else folds[0])
+    rows = list(table.rows([at, fold_at]))
+    names = [text_of(row.values[0]).strip() for row in rows]
+    found = photo_names.locate(names, [root], root, lambda: photos_below(root), split)
+    wrong, missing = Mistakes(split), False
+    lines: dict[Path, int] = {}
+    entries: list[tuple[Path, str, str]] = []
+    for row, name, path in zip(rows, names, found, strict=True):
+        fold = _fold(text_of(row.values[1]))
+        before = wrong.count
+        where = table.where(row.number)
+        if row.wrong:
+            wrong.add(f"{where}: {row.wrong}")
+            continue
+        if not fold:
+            given = text_of(row.values[1]).strip()
+            wrong.add(f"{where}: fold {quoted(given)} is not train, valid, test or a number")
+        relative = path.relative_to(root) if _is_below(path, root) else Path()
+        if isinstance(path, str) and name:
+            wrong.add(f"{where}: {path}")
+            missing = True
+        elif len(relative.parts) < 1 + class_folders:
+            form = "CLASS/photo below" if class_folders else "a photo in"
+            wrong.add(f"{where}: path {quoted(name)} is not {form} the data folder")
+        elif path in lines:
+            wrong.add(
+                f"{where}: {quoted(name)} is in {table.where(lines[path])}, too; a photo belongs "
+                "to one part"
+            )
+        elif not (label := label_of(relative.as_posix())):
+            wrong.add(f"{where}: {quoted(name)} has no label")
+        if wrong.count == before and isinstance(path, Path):
+            entries.append((path, label, fold))
+            lines[path] = row.number
+    wrong.check(f"photos are looked for below {root}" if missing else "")
+    if not entries:
+        raise DataError(f"{split} has no row under its first line; write lines of path,fold")
+    return entries
+
+
+def _open(split: Path) -> Table:
     try:
-        # utf-8-sig: spreadsheets write a byte-order mark.
-        with split.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            reader = csv.DictReader(file)
-            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or ()]
-            if not {"path", "fold"} <= set(columns):
-                have = ", ".join(map(quoted, columns)) or "nothing"
-                raise DataError(f"{split}: the first line must be 'path,fold'; it has {have}")
-            for row in reader:
-                path, fold = ((row[name] or "").strip() for name in ("path", "fold"))
-                line = f"line {reader.line_num}"
-                if fold not in PARTS and not (fold.isdecimal() and len(fold) <= _MAX_DIGITS):
-                    wrong.append(
-                        f"{line}: fold {quoted(fold)} is not train, valid, test or a number"
-                    )
-                depth = len(Path(path).parts)
-                if depth < 1 + class_folders or Path(path).is_absolute() or ".." in path.split("/"):
-                    form = "CLASS/photo below" if class_folders else "a photo in"
-                    wrong.append(f"{line}: path {quoted(path)} is not {form} the data folder")
-                rows.append((path, fold))
+        return open_table(split)
+    except EmptyTable:
+        raise DataError(f"{split}: the first line must be 'path,fold'; it has nothing") from None
     except FileNotFoundError:
         raise DataError(f"--split {split}: no such file; make a CSV 'path,fold'") from None
     except IsADirectoryError:
         raise DataError(f"--split {split}: a folder, not a CSV 'path,fold'") from None
-    except (OSError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"--split {split} can't be read: {reason}") from error
-    if wrong:
-        raise DataError(*format_mistakes(split, wrong, between=", ", most=MAX_MISTAKES))
-    return rows
+    except OSError as error:
+        raise DataError(f"--split {split} can't be read: {error.strerror or error}") from error
 
 
-def check_class_names(labels: Iterable[str]) -> None:
-    """Check that every class name can be encoded as UTF-8.
+def _is_below(path: Path | str, root: Path) -> TypeGuard[Path]:
+    return isinstance(path, Path) and path.is_relative_to(root)
 
-    Raises:
-        DataError: A class name can't be encoded as UTF-8; the message contains the first such name.
-    """
-    for name in labels:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise DataError(f"class {quoted(name)} is not a UTF-8 name; rename it") from None
+
+def _fold(text: str) -> str:
+    """Return the part or the number of a fold as it is written in a table; "" if it is neither."""
+    fold = text.strip()
+    number = re.fullmatch(rf"([0-9]{{1,{_MAX_DIGITS}}})(\.0+)?", fold)
+    return number[1] if number else part_of(fold)

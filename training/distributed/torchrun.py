@@ -37,7 +37,8 @@ def init_process_group() -> Iterator[ProcessGroup]:
     raises its error; the others exit without a message.
 
     Raises:
-        WorkError: The connection to another process was lost inside the block.
+        WorkError: The connection to another process was lost inside the block, or there was too
+            little shared memory.
         OptionError: This build of torch has no `torch.distributed`.
     """
     if not _has_several_processes():
@@ -50,6 +51,11 @@ def init_process_group() -> Iterator[ProcessGroup]:
         if not process_group.should_report_error():
             status = error.exit_status if isinstance(error, FledgeError) else 1
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else status) from None
+        if is_shared_memory_error(error):
+            raise WorkError(
+                "NCCL has too little shared memory, which containers limit to 64 MB: start the "
+                "container with --shm-size=1g"
+            ) from error
         if is_connection_error(error):
             raise WorkError(
                 "another process of the run exited, or can't be reached; if there is no reason "
@@ -93,6 +99,14 @@ def is_connection_error(error: BaseException) -> bool:
     """Return whether the error means that the connection to another process was lost."""
     backend = isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
     return backend or isinstance(error, dist.DistError)
+
+
+def is_shared_memory_error(error: BaseException) -> bool:
+    """Return whether NCCL has found no room in /dev/shm, by which GPUs of a machine exchange data.
+
+    Nothing else uses shared memory.
+    """
+    return isinstance(error, RuntimeError) and "/dev/shm" in str(error)
 
 
 def _has_several_processes() -> bool:

@@ -13,6 +13,7 @@ from serving.imaging.preprocess import Preprocess
 from training.config.sections import TtaConfig
 from training.data.dataset import Dataset
 from training.evaluation import evaluate
+from training.evaluation.shortcomings import balanced_accuracy, count
 from training.models.classifier import Classifier
 from training.run import checkpoint
 from training.run.checkpoint import BEST, CheckpointInfo
@@ -72,7 +73,10 @@ def evaluate_best(
     path = (folder / BEST).with_suffix(".json")
     info = checkpoint.read_info(path)
     accuracy, loss = evaluate.score(result.plain, result.labels)
-    metrics = {**info.metrics, "accuracy": accuracy, "loss": loss}
+    balanced = balanced_accuracy(*count(result.plain, result.labels))
+    metrics = {
+        **info.metrics, "accuracy": accuracy, "balanced_accuracy": balanced, "loss": loss
+    }  # fmt: skip
     if result.views > 1:
         metrics |= {"accuracy_tta": result.accuracy, "loss_tta": result.loss, "views": result.views}
     # The photos of a resumed run may have moved.

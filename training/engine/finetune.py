@@ -6,14 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from serving.errors import DataError, OptionError
+from serving.terminal import quote_path
 from training.activations.stage_loaders import StageLoaders
 from training.config.schema import Recipe
-from training.data import archive
-from training.data.dataset import SPLIT_FILE, load_dataset, read_split
+from training.data.dataset import SPLIT_FILE, Dataset, load_dataset, read_split
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine import auto_batch_size, compile, plan
 from training.engine.stages import Run, train
+from training.evaluation.metrics import Labels
+from training.evaluation.shortcomings import unmeasured
 from training.models.classifier import Classifier
 from training.pixels.decoded import DecodedPhotos
 from training.report import report
@@ -30,7 +34,7 @@ from training.run.folder import (
     start_run,
 )
 from training.run.resume_state import STATE_FILE, Position, ResumeTensors
-from training.utils import disk_cache
+from training.utils import archive, disk_cache
 from training.utils.console import Log, log_to_stderr, pluralize
 from training.utils.precision import Precision, choose_precision
 from training.utils.timer import Timer
@@ -79,15 +83,21 @@ def run(
     precision = _precision(recipe, device, process_group)
     with process_group.local_main_process_first():  # may download the dataset
         dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
+    for line in dataset.reading.lines():
+        log(line)
     process_group.check_same({"the split of the photos": dataset.fingerprint})
     classifier, pretrained = _classifier(recipe, len(dataset.classes), log, process_group)
     stages = plan.stages_of(recipe, pretrained)
     plan.check(classifier, recipe, stages)
+    for line in plan.fallbacks(classifier, stages):
+        log(line)
     photos = DecodedPhotos(dataset, recipe.data.presize, log, cache_gb)
     with timer("decoding"), process_group.local_main_process_first():
         photos.pixel_sets(recipe.preprocess_of(stages[0]))
     dataset = photos.dataset
     process_group.check_same({"what can be read of the photos": dataset.fingerprint})
+    for line in unmeasured(dataset.classes, _validation_photos(dataset)):
+        log(f"warning: {line}")
     if dataset.unlabelled:
         log(f"{len(dataset.unlabelled)} unlabelled photos: score them with fledge score")
     if not pretrained and stages != plan.stages_of(recipe, True):
@@ -159,7 +169,8 @@ def resume(
                 )
             if process_group.is_main_process:
                 remove_leftovers(folder)
-            log(f"{folder} is finished already; next: fledge export {folder} --out bundle")
+            command = f"fledge export {quote_path(folder)} --out bundle"
+            log(f"{folder} is finished already; next: {command}")
             return folder
         precision = _precision(recipe, device or run_info.device, process_group)
         with process_group.local_main_process_first():  # may extract an archive
@@ -217,6 +228,12 @@ def _photos_folder(root: Path | None, run_info: RunInfo) -> Path:
     if root is None:
         return archive.found_again(Path(run_info.root), run_info.source).resolve()
     return (archive.extracted(root) if archive.is_archive(root) else root).resolve()
+
+
+def _validation_photos(dataset: Dataset) -> Labels:
+    """Return the number of validation photos of each class, int64 [C]."""
+    labels = [label for _, label in dataset.valid]
+    return np.bincount(labels, minlength=len(dataset.classes))
 
 
 def _precision(recipe: Recipe, device: str, process_group: ProcessGroup) -> Precision:

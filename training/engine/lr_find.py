@@ -15,7 +15,7 @@ from typing import Final, get_args
 import torch
 
 from serving.errors import OptionError, WorkError
-from serving.utils.files import check_file
+from serving.utils.files import check_file, check_folder
 from training.activations.loaders import TrainLoader, ValidLoader
 from training.activations.sharing import plan_sharing
 from training.activations.stage_loaders import StageLoaders
@@ -89,7 +89,8 @@ def lr_find(
         stage: Name of the stage. None: the first stage.
         start: Checkpoint that the stage starts from, such as `runs/NAME/stages/head.safetensors`.
             None: the weights that the recipe starts from.
-        out: Path of the PNG file. None: `lr_find-STAGE.png` in the current folder.
+        out: Path of the PNG file. None: `runs/lr-find-NAME/lr_find-STAGE.png`, where NAME is the
+            name of the recipe.
         device: "auto", "cpu" or "cuda".
         compare: Number of epochs to train at each suggested rate. None: no such trials.
         cache_gb: Size limit of the disk cache in GB; None: see `disk_cache.budget_gb`.
@@ -106,12 +107,18 @@ def lr_find(
         raise OptionError(f"--epochs {compare}: use 1 or more")
     if out and out.suffix.lower() != ".png":
         raise OptionError(f"--out {out}: use a name that ends in .png")
-    check_file(out or Path("lr_find.png"))
+    folder = Path("runs") / f"lr-find-{recipe.name}"
+    if out:
+        check_file(out)
+    else:
+        check_folder(folder)
     setup = _set_up(recipe, source, split, stage, start, device, cache_gb, log)
     name = setup.stage.name
     curve = epoch.find_lr(setup.classifier, setup.stage, setup.recipe, setup.train_loader)
     picked = curve.pick(recipe.lr_find.pick)
-    path = out or Path(f"lr_find-{name}.png")
+    if not out:
+        folder.mkdir(parents=True, exist_ok=True)
+    path = out or folder / f"lr_find-{name}.png"
     lr_plots.lr_find(curve, path, f"lr_find before {name}", recipe.lr_find.pick)
     log(f"{path}: the curve; recipe value: stage.{name}.lr={picked:.2e} ({recipe.lr_find.pick})")
     return curve, [] if compare is None else list(_trials(setup, curve, compare))
@@ -130,6 +137,8 @@ def _set_up(
     precision = choose_precision(device, recipe.precision)
     compile.check(recipe, precision.device)
     dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
+    for line in dataset.reading.lines():
+        log(line)
     classifier, pretrained = plan.build_classifier(recipe, len(dataset.classes), log)
     stages = plan.stages_of(recipe, pretrained)
     plan.check(classifier, recipe, stages)

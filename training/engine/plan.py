@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from serving.errors import DataError, OptionError
+from training.config.forms import did_you_mean
 from training.config.schema import ALL, Recipe, Spread, Stage
+from training.config.toml_lines import Path
 from training.data.dataset import Dataset
-from training.models import backbones
+from training.models import backbones, freezing, heads
 from training.models.classifier import Classifier, create_classifier
 from training.optim.optimizer import check_rates, layer_groups
 from training.run import checkpoint
-from training.utils.console import Log
+from training.utils.console import Log, format_mistakes
 
 
 def stages_of(recipe: Recipe, pretrained: bool) -> list[Stage]:
@@ -33,7 +38,9 @@ def stages_of(recipe: Recipe, pretrained: bool) -> list[Stage]:
             before = stages[-1].unfreeze if stages else 0
             if not isinstance(before, int):
                 raise OptionError(
-                    f"stage.{stage.name}.unfreeze = 'gradual': the stage before must count groups"
+                    f"stage.{stage.name}.unfreeze = 'gradual': it is one layer group more than in "
+                    f"the stage before, whose unfreeze must be a number of groups: set "
+                    f"stage.{stages[-1].name}.unfreeze = 1 or so"
                 )
             stage = stage.model_copy(update={"unfreeze": before + 1})
         stages.append(stage)
@@ -54,21 +61,97 @@ def _from_scratch(stage: Stage) -> Stage:
     return stage.model_copy(update=changes)
 
 
-def check(classifier: Classifier, recipe: Recipe, stages: list[Stage]) -> None:
+def check(classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]) -> None:
     """Check the options of all stages before training; the classifier is not changed.
 
     Raises:
         OptionError: The architecture does not support the image size of a stage, a pattern in
             `unfreeze` matches no layer, or `lr` is a list whose length is not the number of layer
-            groups that train.
+            groups that train. The message has a line for each mistake.
     """
-    for stage in stages:
+    found = [sentence for _, sentence in _stage_mistakes(classifier, recipe, stages)]
+    if found:
+        raise OptionError(*(found if len(found) == 1 else format_mistakes(recipe.name, found)))
+
+
+def mistakes(recipe: Recipe) -> Iterator[tuple[Path, str]]:
+    """Yield the path and the description of each mistake of a recipe that concerns its network.
+
+    No photos and no weights are read: the network is built on the meta device.
+    """
+    words = ("imagenet", "none", "auto")
+    reads = os.environ.get("RANK", "0") == "0"  # under torchrun, the others need no file
+    if reads and recipe.weights not in words and not os.path.exists(recipe.weights):
+        hint, known = did_you_mean(recipe.weights, words), ", ".join(words)
+        yield (
+            ("weights",),
+            f"weights = {recipe.weights!r}: no such file, and not one of {known}{hint}",
+        )
+    try:
+        family = backbones.family_of(recipe.arch)
+    except OptionError as error:
+        yield ("arch",), str(error)
+        return
+    try:
+        backbone = backbones.build_on_meta(recipe.arch, recipe.arch_args)
+    except OptionError as error:
+        yield ("arch_args",), f"{error}; without such options: 'arch_args={{}}'"
+        return
+    head = recipe.head
+    try:
+        pool = heads.build_pool(head, recipe.arch, family.pooled)
+    except OptionError as error:
+        yield ("head", "kind"), str(error)
+        head = head.model_copy(update={"kind": "linear", "dropout": 0.0})
+        pool = heads.build_pool(head, recipe.arch, family.pooled)
+    layers = heads.build(head, backbone.width, classes=2).to("meta")
+    classifier = Classifier(backbone.body, backbone.groups, pool, layers)
+    try:
+        stages = stages_of(recipe, recipe.weights != "none")
+    except OptionError as error:
+        yield ("stage",), str(error)
+        return
+    yield from _stage_mistakes(classifier, recipe, stages)
+
+
+def _stage_mistakes(
+    classifier: Classifier, recipe: Recipe, stages: Sequence[Stage]
+) -> Iterator[tuple[Path, str]]:
+    for number, stage in enumerate(stages):
+        own: Path = ("stage", number)
+        size_path: Path = (*own, "image_size") if stage.image_size else ("preprocess", "size")
         option = f"stage.{stage.name}.image_size" if stage.image_size else "preprocess.size"
         size = recipe.preprocess_of(stage).size
-        backbones.check_size(recipe.arch, recipe.arch_args, size, option)
-        trainable = classifier.trainable_groups(classifier.freezing_for(stage))
-        layers = layer_groups(trainable, stage)
-        check_rates(layers, stage, 1.0 if stage.lr == "find" else stage.lr)
+        try:
+            backbones.check_size(recipe.arch, recipe.arch_args, size, option)
+        except OptionError as error:
+            if stage.image_size or not any(other.image_size == 0 for other in stages[:number]):
+                yield size_path, str(error)
+        try:
+            decided = classifier.freezing_for(stage)
+        except OptionError as error:
+            yield (*own, "unfreeze"), f"stage.{stage.name}.unfreeze: {error}"
+            continue
+        try:
+            layers = layer_groups(classifier.trainable_groups(decided), stage)
+        except OptionError as error:
+            yield (*own, "groups"), str(error)
+            continue
+        try:
+            check_rates(layers, stage, 1.0 if stage.lr == "find" else stage.lr)
+        except OptionError as error:
+            yield (*own, "lr"), str(error)
+
+
+def fallbacks(classifier: Classifier, stages: Sequence[Stage]) -> Iterator[str]:
+    """Yield a log line for each stage that trains other layers than its patterns name."""
+    for stage in stages:
+        if freezing.uses_fallback(classifier.body, stage.unfreeze):
+            assert not isinstance(stage.unfreeze, int | float | str)
+            yield (
+                f"stage {stage.name}: the network has no layers {stage.unfreeze[0]!r}, "
+                f"so unfreeze = {stage.unfreeze[-1]}"
+            )
 
 
 def build_classifier(recipe: Recipe, classes: int, log: Log) -> tuple[Classifier, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from serving.errors import Diverged, WorkError
+from serving.terminal import quote_path
 from training.activations.loaders import TrainLoader, ValidLoader
 from training.activations.sharing import SharedPrefix, plan_sharing
 from training.activations.stage_loaders import StageLoaders
@@ -19,7 +21,7 @@ from training.distributed import torchrun
 from training.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from training.engine import best_checkpoint, epoch
 from training.engine.early_stopping import EarlyStopping
-from training.evaluation import evaluate
+from training.evaluation import evaluate, shortcomings
 from training.models.classifier import Classifier
 from training.optim.ema import Ema
 from training.optim.optimizer import build_optimizer
@@ -321,14 +323,34 @@ def _log_epoch(run: Run, row: Epoch) -> None:
 
 def _log_result(run: Run, result: evaluate.EvaluationResult) -> None:
     accuracy, loss = evaluate.score(result.plain, result.labels)
+    photos, right = shortcomings.count(result.plain, result.labels)
+    balanced = shortcomings.balanced_accuracy(photos, right)
     views = f", {result.accuracy:.2%} over {result.views} views" if result.views > 1 else ""
     seconds = run.activations.timer.read()
     run.log("seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items()))
+    found = list(shortcomings.shortcomings(result.classes, photos, right))
+    if found:
+        data, last = quote_path(run.activations.photos.dataset.source), run.stages[-1]
+        length = "epochs" if last.cycles == 1 else "cycles"
+        longer = f"stage.{last.name}.{length}={2 * getattr(last, length)}"
+        found.append(shortcomings.REMEDY.format(data=data, longer=longer))
+    for line in found:
+        run.log(f"warning: {line}")
     run.log(
-        f"{run.folder}: validation accuracy {accuracy:.2%} (loss {loss:.4f}){views} in float32 "
+        f"{run.folder}: validation accuracy {accuracy:.2%}, balanced {balanced:.2%} "
+        f"(loss {loss:.4f}){views} in float32 "
         f"after {sum(seconds.values()):.0f} s; report: {run.folder / report.REPORT}; "
-        f"next: fledge export {run.folder} --out bundle"
+        f"next: fledge export {quote_path(run.folder)} --out bundle"
     )
+
+
+def _launcher(processes: int) -> str:
+    """Return what stands before the command where torchrun has started the processes."""
+    if processes == 1:
+        return ""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", processes)) == processes:
+        return f"torchrun --standalone --nproc-per-node {processes} -m "
+    return "torchrun … -m "  # with the addresses of the machines, as it was started
 
 
 def _log_how_to_resume(run: Run, error: BaseException) -> None:
@@ -337,9 +359,9 @@ def _log_how_to_resume(run: Run, error: BaseException) -> None:
     reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
     # Any process can be the first that fails, and only the main process's log has an output.
     log = run.log if run.process_group.is_main_process else log_to_stderr
-    command = "" if run.process_group.size == 1 else "torchrun … -m "
+    command = f"{_launcher(run.process_group.size)}fledge train --resume {quote_path(run.folder)}"
     saved = "1 finished epoch is" if run.saved == 1 else f"{run.saved} finished epochs are"
     if isinstance(error, Diverged):
         log(f"{reason}: {saved} saved in {run.folder}; start a new run with a lower learning rate")
     else:
-        log(f"{reason}: {saved} saved; resume with: {command}fledge train --resume {run.folder}")
+        log(f"{reason}: {saved} saved; resume with: {command}")

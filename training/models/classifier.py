@@ -15,7 +15,7 @@ from serving.imaging.preprocess import Preprocess
 from training.config.schema import Stage
 from training.config.sections import HeadConfig
 from training.models import backbones, freezing, heads
-from training.models.freezing import Freezing
+from training.models.freezing import Freezing, Unfreeze
 from training.utils.device import constant
 
 
@@ -50,7 +50,7 @@ class Classifier(nn.Module):
 
     def freeze(
         self,
-        unfreeze: int | Sequence[str],
+        unfreeze: Unfreeze,
         *,
         batchnorm: Literal["fixed", "train"] = "fixed",
         frozen_batchnorm: Literal["eval", "stats", "train"] = "eval",

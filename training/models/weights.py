@@ -1,32 +1,36 @@
-"""Read pretrained weights without running code from the file, and load them into a body."""
+"""Read pretrained weights, rename them to the names of a network, and load them into a body."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import re
-import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Final
 
-import torch
 import torchvision
 from torch import Tensor, nn
 
 from serving.errors import DataError
+from serving.terminal import quote_path
+from serving.utils.process import tell_cache_folder
+from training.models import weight_files
 from training.models.families import Family
-from training.utils import tensor_header
+from training.utils.console import log_to_stderr
 
 
-def read_state_dict(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
-    """Read the state dict of a torchvision network.
+def read_state_dict(arch: str, weights: str, size: int, *, named: str = "") -> Mapping[str, Tensor]:
+    """Read the state dict of a torchvision network, with the names that the file has.
 
     Args:
         arch: Name of the architecture whose ImageNet weights are downloaded.
-        weights: "imagenet" (downloaded by torchvision at first use), or the path of a file.
+        weights: "imagenet" (downloaded by torchvision at first use), or the path of a file, or
+            FILE::NAME for one of several state dicts in a file.
         size: Image size in pixels. If torchvision has several ImageNet weights, those for this
             size are used.
+        named: What error messages call the weights; "" for the option of a recipe.
 
     Raises:
         DataError: The weights can't be downloaded or read, or the file is not a state dict.
@@ -34,6 +38,7 @@ def read_state_dict(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
     if weights == "imagenet":
         every = torchvision.models.get_model_weights(arch)
         fitting = [one for one in every if one.meta["min_size"] == (size, size)]
+        tell_cache_folder()
         entry = every.DEFAULT if every.DEFAULT in fitting or not fitting else fitting[0]
         try:
             return entry.get_state_dict(progress=False, check_hash=True)  # type: ignore[no-any-return]
@@ -42,39 +47,95 @@ def read_state_dict(arch: str, weights: str, size: int) -> Mapping[str, Tensor]:
                 f"weights = 'imagenet': {entry.url} can't be downloaded ({error}); "
                 "give a file (weights = 'PATH.pth') or weights = 'none'"
             ) from error
+    named = named or f"weights = {weights!r}"
     # pathlib raises an error for unknown users and for names that are too long; os.path does not.
-    path = Path(os.path.expanduser(weights))
+    path, entry = os.path.expanduser(weights), ""
+    if not os.path.exists(path):
+        path, _, entry = path.partition("::") if "::" in path else (path, "", "")
     if os.path.isdir(path):
-        raise DataError(f"weights = {weights!r}: a folder, not a file of weights")
+        inside = [f"{quote_path(one)}" for one in _weight_files(Path(path))]
+        hint = f"; name a file in it, such as {inside[0]}" if inside else ""
+        raise DataError(f"{named}: a folder, not a file of weights{hint}")
     if not os.path.isfile(path):
-        raise DataError(f"weights = {weights!r}: no such file; use imagenet, none, auto or a path")
+        raise DataError(f"{named}: no such file; use imagenet, none, auto or a path")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        state, note = weight_files.read(Path(path), entry)
+    except weight_files.NotWeights as error:
+        raise DataError(f"{named} {error}") from error
+    if note:
+        log_to_stderr(f"{named}: {note}")
+    return state
 
-            tensor_header.read_header(path)  # raises an error if it is too long or damaged
-            return load_file(path)
-        # Checkpoints of torchvision's reference scripts also contain the training options.
-        with (
-            torch.serialization.safe_globals([argparse.Namespace]),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")  # torch warns, then raises an error
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types of errors
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            reason = "it contains code, which is not run; save `model.state_dict()` instead"
-        else:
-            reason = "the file is damaged, truncated, or of another kind"
-        raise DataError(f"weights = {weights!r} is not a state dict: {reason}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
-    ):
-        raise DataError(f"weights = {weights!r} is not a state dict: it must map names to tensors")
-    return {key.removeprefix("module."): value for key, value in state.items()}  # prefix of DDP
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files in a folder that may be weights, those of the best epoch first."""
+    found = [path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES]
+    return sorted(found, key=lambda path: "best" not in path.name)
+
+
+_SUFFIXES: Final = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+
+
+def match_names(
+    state: Mapping[str, Tensor], known: Collection[str], family: Family
+) -> dict[str, Tensor]:
+    """Rename the tensors of a state dict to the names that a network has.
+
+    What wrappers have put before the names, such as `module.` (DDP), `_orig_mod.` (torch.compile)
+    or `model.` (Lightning), is removed: whatever prefix gives the most names of the network.
+    Tensors without this prefix, such as those of a loss function, are left out.
+
+    Args:
+        state: The tensors by their names in the file.
+        known: The names of the network's tensors.
+        family: Family of the network, for names of older torchvision versions.
+    """
+    renamed = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    renamed = dict(rename_keys(renamed, family))
+    prefixes = Counter(
+        key[:start]
+        for key in renamed
+        for start in (0, *(found.end() for found in re.finditer(r"\.", key)))
+        if key[start:] in known
+    )
+    prefix = min(prefixes, key=lambda one: (-prefixes[one], len(one)), default="")
+    return {
+        key.removeprefix(prefix): value for key, value in renamed.items() if key.startswith(prefix)
+    }
+
+
+def check_values(state: Mapping[str, Tensor], own: Mapping[str, Tensor], named: str) -> None:
+    """Check that all tensors are finite, and numbers of the same kind as the network's own.
+
+    Args:
+        state: The tensors that are loaded.
+        own: The network's own tensors of these names.
+        named: What error messages call the weights.
+
+    Raises:
+        DataError: One has NaN or infinite values, or is of another kind, as of a quantised network.
+    """
+    wrong = []
+    for name, value in state.items():
+        if value.is_floating_point() != own[name].is_floating_point() or value.is_quantized:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise DataError(
+                f"{named} can't be used: {name} has values of type {kind}; "
+                "give weights in floating point, from before they were quantised"
+            )
+        if value.is_floating_point() and not value.float().isfinite().all():
+            wrong.append(name)
+    if wrong:
+        value = state[wrong[0]].float()
+        nan, infinite = int(value.isnan().sum()), int(value.isinf().sum())
+        what = " and ".join(
+            f"{count} {kind}" for count, kind in ((nan, "NaN"), (infinite, "infinite")) if count
+        )
+        more = f", and {len(wrong) - 1} more tensors have some" if wrong[1:] else ""
+        raise DataError(
+            f"{named} can't be used: {wrong[0]} has {what} of {value.numel()} values{more}; the "
+            "training that wrote it has diverged: give an earlier checkpoint"
+        )
 
 
 def rename_keys(state: Mapping[str, Tensor], family: Family) -> Mapping[str, Tensor]:
@@ -105,22 +166,25 @@ def load_into_body(
     Raises:
         DataError: The state dict belongs to another architecture.
     """
-    state = rename_keys(state, family)
     # Body and network share tensors: the identity of a tensor maps its name in one to the other.
     names = {id(tensor): name for name, tensor in network.state_dict(keep_vars=True).items()}
     own = {names[id(v)]: (k, v) for k, v in body.state_dict(keep_vars=True).items()}
+    known = network.state_dict()
+    if all(f"body.{k}" in state for k, _ in own.values()):  # a checkpoint of Fledge
+        state = {name: state[f"body.{k}"] for name, (k, _) in own.items()}
+    state = match_names(state, known, family)
     # Old files have no num_batches_tracked, which is unused if the momentum is fixed.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     wrong = [k for k, (_, v) in own.items() if k in state and v.shape != state[k].shape]
     # A deeper network of the same family has all keys of a shallower one, and further ones.
     tops = {k.partition(".")[0] for k in own}
-    known = network.state_dict()
     extra = [k for k in state if k.partition(".")[0] in tops and k not in known]
+    named = f"weights = {weights!r}"
     if missing or wrong or extra:
-        raise DataError(
-            f"weights = {weights!r} is not for {arch}: {describe_mismatch(missing, wrong, extra)}"
-            f"{_other_size(state, wrong)}"
-        )
+        hint = _other_size(state, wrong) or origin(state, arch)
+        mismatch = describe_mismatch(missing, wrong, extra)
+        raise DataError(f"{named} is not for {arch}: {mismatch}{hint}")
+    check_values({name: state[name] for name in own if name in state}, known, named)
     body.load_state_dict({key: state.get(name, v) for name, (key, v) in own.items()})
 
 
@@ -137,6 +201,49 @@ def describe_mismatch(missing: list[str], wrong: list[str], extra: list[str]) ->
         f"it {why} {(missing or wrong or extra)[0]} ({len(missing)} missing, {len(wrong)} of "
         f"another shape, {len(extra)} unexpected)"
     )
+
+
+_LIBRARIES: Final = (
+    (r"conv_stem\.|\bblocks\.\d+\.|patch_embed\.proj\.|\bstages\.\d+\.blocks\.", "timm"),
+    (r"embeddings\.patch_embeddings\.|\bencoder\.layer\.\d+\.attention\.", "Hugging Face's"),
+    (r"\bmodel\.\d+\.(conv|cv1|m)\.", "ultralytics"),
+)
+"""Names in state dicts of other libraries."""
+
+_BUFFERS: Final = (
+    *("running_mean", "running_var", "num_batches_tracked"),
+    *("relative_position_index", "relative_coords_table"),
+)
+
+
+def origin(state: Mapping[str, Tensor], arch: str) -> str:
+    """Return a hint that says which network a state dict is of; "" if that can't be told.
+
+    torchvision's networks are told apart by the number of their parameters. Nothing is built.
+
+    Args:
+        state: The state dict.
+        arch: The architecture that it does not fit.
+    """
+    for pattern, library in _LIBRARIES:
+        if any(re.search(pattern, key) for key in state):
+            return f"; its names are {library}, not torchvision's"
+    parameters = {key: value for key, value in state.items() if not key.endswith(_BUFFERS)}
+    matrices = [value for value in parameters.values() if value.ndim >= 2]
+    if not matrices:
+        return ""
+    classes = matrices[-1].shape[0]
+    row = matrices[-1].numel() // max(classes, 1) + 1  # weights of a class, and its bias
+    count = sum(value.numel() for value in parameters.values()) - classes * row
+    fitting = [
+        name
+        for name in torchvision.models.list_models(module=torchvision.models)
+        if any(
+            entry.meta["num_params"] == count + len(entry.meta.get("categories") or ()) * row
+            for entry in torchvision.models.get_model_weights(name)
+        )
+    ]
+    return f"; it has the size of {' or '.join(fitting)}" if fitting and arch not in fitting else ""
 
 
 def _other_size(state: Mapping[str, Tensor], wrong: list[str]) -> str:

@@ -108,7 +108,7 @@ def check_rates(layers: Sequence[LayerGroup], stage: Stage, lr: Rates) -> None:
         raise OptionError(
             f"stage {stage.name}: lr has {len(lr)} rates, but {len(layers)} groups train "
             f"({', '.join(name for name, _ in layers)}): give {len(layers)}, or merge them by "
-            f"stage.{stage.name}.groups = {len(lr)}"
+            f"stage.{stage.name}.groups={len(lr)}"
         )
 
 
@@ -129,7 +129,7 @@ def layer_groups(layers: list[LayerGroup], stage: Stage) -> list[LayerGroup]:
     if wanted > len(layers):
         raise OptionError(
             f"stage {stage.name}: groups = {wanted}, but only {len(layers)} train "
-            f"({', '.join(names)}): unfreeze more, or set stage.{stage.name}.groups = 0"
+            f"({', '.join(names)}): unfreeze more, or set stage.{stage.name}.groups=0"
         )
     if wanted == 0:
         return layers

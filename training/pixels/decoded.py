@@ -13,6 +13,7 @@ pixels. A changed photo therefore gets a new key and is decoded again. If the ph
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from serving.errors import DataError, WorkError
@@ -122,13 +123,15 @@ def decode_dataset(
         for path, reason in unreadable.items():
             log(f"skipped {path}: {reason}")
         total = len(dataset.train) + len(dataset.valid)
-        what = f"{len(unreadable)} of {total} photos can't be read"
+        reason, _ = Counter(unreadable.values()).most_common(1)[0]
+        example = next(path for path, found in unreadable.items() if found == reason)
+        what = f"{len(unreadable)} of {total} photos can't be read, for example {example}"
         if len(unreadable) > MAX_UNREADABLE_SHARE * total:
             raise DataError(
-                f"{what}, for example {next(iter(unreadable))}: more than "
-                f"{MAX_UNREADABLE_SHARE:.0%}; replace or remove them"
+                f"{what}: more than {MAX_UNREADABLE_SHARE:.0%}; replace or remove them; "
+                f"why: {reason}"
             )
-        log(f"warning: {what}, for example {next(iter(unreadable))}; they are left out")
+        log(f"warning: {what}; they are left out")
         dataset = dataset.without(unreadable)
     return dataset, parts[0].pixel_set(), parts[1].pixel_set()
 

@@ -10,11 +10,13 @@ import json
 import platform
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from typing import Final, Literal
 
 import numpy as np
 from PIL import Image, features
 
+from serving.imaging import formats
 from serving.imaging.preprocess import Pixels, Preprocess
 from training.pixels.store import FORMAT
 
@@ -81,4 +83,7 @@ def _versions() -> list[str]:
     """Return the machine type, and the versions of file format, pixels and Pillow's libraries."""
     known = {*features.modules, *features.codecs, *features.features}
     versions = [f"{name} {features.version(name)}" for name in _LIBRARIES if name in known]
+    # With a package, photos can be read that were recorded as unreadable without it.
+    optional = [one.distribution for one in formats.OPTIONAL if one.installed]
+    versions += [f"{name} {metadata.version(name)}" for name in optional]
     return [f"format {FORMAT}", f"pixels {PIXELS_VERSION}", platform.machine(), *versions]

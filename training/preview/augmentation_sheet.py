@@ -15,6 +15,7 @@ from serving.utils.files import atomic_write
 from training.augmentation import transforms
 from training.config.sections import AugmentConfig
 from training.pixels.transform import PixelTransform
+from training.preview.figure import png_info
 
 COLUMNS: Final = 5
 TILE: Final = 192  # pixels
@@ -56,7 +57,7 @@ def write(
     tiles = [preprocess(image), *_draws(image, config, pixel_transform, draws, seed)]
     sheet = _lay_out(tiles, "marked: the photo as validation sees it", describe(config))
     with atomic_write(path) as partial:
-        sheet.save(partial, format="PNG")
+        sheet.save(partial, format="PNG", pnginfo=png_info())
 
 
 def _draws(

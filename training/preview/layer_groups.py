@@ -16,7 +16,7 @@ from training.models import backbones, heads
 from training.models.backbones import Backbone
 from training.models.classifier import Classifier, name_range
 from training.models.families import FAMILIES
-from training.models.freezing import Freezing, has_batchnorm, is_batchnorm
+from training.models.freezing import Freezing, has_batchnorm, is_batchnorm, shares_from
 
 CLASSES = 2
 """Number of classes of the head whose parameters are counted; a recipe does not define it."""
@@ -37,7 +37,9 @@ def describe(recipe: Recipe) -> list[str]:
 
     A line contains:
 
-    - the smallest value of `unfreeze` that trains the layer; only for the first layer of a group;
+    - the smallest number of `unfreeze` that trains the layer; only for the first layer of a group;
+    - the share of the weight layers from this layer to the end, which is the value of `unfreeze`
+      that trains from this layer on; only for layers with weights;
     - name and kind of the layer;
     - number of parameters;
     - shape of the output for one image of side `preprocess.size`: channels x height x width, or
@@ -50,7 +52,8 @@ def describe(recipe: Recipe) -> list[str]:
     backbones.check_size(recipe.arch, recipe.arch_args, size)
     backbone = backbones.build_on_meta(recipe.arch, recipe.arch_args)
     family = backbones.family_of(recipe.arch)
-    rows = [("unfreeze", "layer", "kind", "parameters", f"output at {size}")]
+    shares = shares_from(backbone.body)
+    rows = [("unfreeze", "share", "layer", "kind", "parameters", f"output at {size}")]
     outputs = backbones.meta_outputs(backbone.body, size)
     for index, ((name, child), output) in enumerate(
         zip(backbone.body.named_children(), outputs, strict=True)
@@ -58,7 +61,9 @@ def describe(recipe: Recipe) -> list[str]:
         starts = backbone.groups.index(index) if index in backbone.groups else None
         unfreeze = "" if starts is None else str(len(backbone.groups) - starts)
         count = _thousands(child.parameters())
-        rows.append((unfreeze, name, type(child).__name__, count, _shape(output, family.side)))
+        share = f"{shares[index]:.3f}" if shares.get(index, 1.0) < 1 else ""
+        shape = _shape(output, family.side)
+        rows.append((unfreeze, share, name, type(child).__name__, count, shape))
     pools = f", pools by itself ({backbone.pooled})" if backbone.pooled else ""
     total = _thousands(backbone.body.parameters())
     norms = "" if has_batchnorm(backbone.body) else ", no BatchNorm"
@@ -66,7 +71,7 @@ def describe(recipe: Recipe) -> list[str]:
         f"{recipe.arch} ({family.title}): {total} parameters, {len(backbone.groups)} layer groups, "
         f"{backbone.width} features{pools}{norms}",
         "",
-        *_table(rows, right=(0, 3)),
+        *_table(rows, right=(0, 1, 4)),
     ]
 
 

@@ -19,6 +19,7 @@ from serving.imaging.preprocess import Preprocess
 from serving.utils.cpu import cores
 from serving.utils.files import atomic_write
 from serving.utils.progress import progress_bar
+from training.preview.figure import png_info
 from training.preview.scan import LONG, PhotoStats
 
 COLUMNS: Final = 8
@@ -152,7 +153,7 @@ def draw(sheet: Iterable[Row], root: Path, preprocess: Preprocess, path: Path) -
         pool.shutdown(cancel_futures=True)
     canvas = _lay_out(rows_of_sheet, iter(drawn), root)
     with atomic_write(path) as partial:
-        canvas.save(partial, format="PNG")
+        canvas.save(partial, format="PNG", pnginfo=png_info())
 
 
 def _tile(photo: PhotoStats, row: Row, preprocess: Preprocess) -> Image.Image:

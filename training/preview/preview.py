@@ -12,10 +12,10 @@ from serving.imaging import decode
 from serving.utils.files import check_folder
 from training.config.schema import Recipe
 from training.config.sections import AugmentConfig
-from training.data import layouts, torchvision_sets
+from training.data import similar_classes
 from training.data.dataset import Dataset, load_dataset
 from training.data.splits import PARTS
-from training.preview import figure, photo_sheet
+from training.preview import figure, near_copies, photo_sheet
 from training.preview.scan import (
     UNLABELLED,
     PhotoStats,
@@ -28,9 +28,6 @@ from training.preview.scan import (
 PICTURE: Final = "preview.png"
 PHOTOS: Final = "photos.png"
 AUGMENTED: Final = "augment.png"
-
-DEFAULTS: Final = 'name = "preview"\narch = "resnet18"\n[[stage]]\nname = "all"\n'
-"""The recipe used without `--recipe`; the options that `fledge preview` reads have defaults."""
 
 EDGES: Final = (0, 64, 128, 224, 320, 480, 640, 1024, 2048, 4096)
 """Lower bounds of the bars in the text histogram of short sides, in pixels."""
@@ -55,17 +52,23 @@ def preview(source: str, recipe: Recipe, out: Path, *, split: Path | None = None
     """
     check_folder(out)
     # What training refuses, such as a class of one photo, is shown, with a hint.
-    dataset = load_dataset(
-        source, split=split, config=recipe.data, seed=recipe.seed, trainable=False
-    )
+    try:
+        dataset = load_dataset(
+            source, split=split, config=recipe.data, seed=recipe.seed, trainable=False
+        )
+    except DataError as error:
+        yield from (line for note in getattr(error, "__notes__", ()) for line in note.split("\n"))
+        raise
+    yield from dataset.reading.tree
+    yield from dataset.reading.lines()
     photos = scan_photos(dataset)
     out.mkdir(parents=True, exist_ok=True)
     figure.draw(photos, dataset.classes, out / PICTURE)
     sheet = photo_sheet.rows(photos, dataset.classes, recipe.preprocess, recipe.seed)
     photo_sheet.draw(sheet, dataset.root, recipe.preprocess, out / PHOTOS)
-    by_folder = not (recipe.data.csv or recipe.data.pattern or source in torchvision_sets.NAMES)
-    empty = layouts.empty_class_folders(dataset.root) if by_folder else []
-    yield from report(dataset, photos, recipe.preprocess.size, empty)
+    yield from report(dataset, photos, recipe.preprocess.size, recipe.preprocess.crop)
+    if recipe.data.similar == "refuse":
+        yield from similar_classes.hints(dataset.classes)
     yield f"photos of each class, and unusual ones: {out / PHOTOS}"
     yield f"counts and sizes: {out / PICTURE}"
 
@@ -114,7 +117,7 @@ def _read_error(photo: Path) -> str:
 
 
 def report(
-    dataset: Dataset, photos: Sequence[PhotoStats], size: int, empty: Sequence[str] = ()
+    dataset: Dataset, photos: Sequence[PhotoStats], size: int, crop: float = 0.875
 ) -> Iterator[str]:
     """Yield the lines of the report on a data set.
 
@@ -122,7 +125,7 @@ def report(
         dataset: The data set.
         photos: Statistics of all photos of the data set.
         size: Side of the images that training will use, in pixels.
-        empty: Names of class folders without a photo.
+        crop: Side of validation's centre square divided by the short side of the photo.
     """
     total = sum(photo.size for photo in photos)
     count = f"{len(dataset.classes)} classes, {len(photos)} photos"
@@ -151,8 +154,12 @@ def report(
         )
         yield from _some(f"exact duplicates: {len(groups)}", pairs)
     yield ""
-    lines = list(hints(photos, dataset.classes, size))
-    lines += [f"the folder {name} is empty: the model will have no such class" for name in empty]
+    lines = list(near_copies.hints(photos, dataset.root))
+    lines += list(hints(photos, dataset.classes, size, crop))
+    lines += [
+        f"the folder {name} is empty: the model will have no such class"
+        for name in dataset.reading.empty
+    ]
     yield from (f"hint: {_plain(line)}" for line in lines)
     if not lines:
         yield "no problems found"

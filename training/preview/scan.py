@@ -25,12 +25,15 @@ from serving.utils.cpu import cores
 from serving.utils.progress import progress_bar
 from training.data.dataset import MAX_UNREADABLE_SHARE, Dataset
 from training.data.splits import PARTS
+from training.evaluation.shortcomings import unmeasured
 from training.utils.console import pluralize
 
 UNLABELLED: Final = "unlabelled"
 
 LONG: Final = 3.0
 """Long side over short side above which a photo is unusual, as a square crop shows little of it."""
+_MANY: Final = 0.05
+"""Share of long photos above which they get a hint."""
 TINY: Final = 64
 """Short side in pixels below which a photo is unusual."""
 HUGE: Final = 25_000_000
@@ -164,11 +167,13 @@ class Scan:
         photos: Statistics of all photos.
         classes: Names of the classes.
         size: Side of the images that training will use, in pixels.
+        crop: Side of validation's centre square divided by the short side of the photo.
     """
 
     photos: Sequence[PhotoStats]
     classes: Sequence[str]
     size: int
+    crop: float
 
     @cached_property
     def groups(self) -> list[list[PhotoStats]]:
@@ -196,12 +201,18 @@ class Scan:
         return self.classes[int(np.argmin(self.counts))]
 
 
-def hints(photos: Sequence[PhotoStats], classes: Sequence[str], size: int) -> Iterator[str]:
+def hints(
+    photos: Sequence[PhotoStats], classes: Sequence[str], size: int, crop: float = 0.875
+) -> Iterator[str]:
     """Yield a line for each problem of the data set, most urgent first.
 
-    `size` is the side of the images that training will use, in pixels.
+    Args:
+        photos: Statistics of all photos.
+        classes: Names of the classes.
+        size: Side of the images that training will use, in pixels.
+        crop: Side of validation's centre square divided by the short side of the photo.
     """
-    scan = Scan(photos, classes, size)
+    scan = Scan(photos, classes, size, crop)
     for hint in HINTS:
         yield from hint(scan)
 
@@ -281,6 +292,12 @@ def _empty_validation(scan: Scan) -> Iterator[str]:
         yield "there is no photo to validate on that can be read: training refuses; add some"
 
 
+def _no_validation(scan: Scan) -> Iterator[str]:
+    counts = Counter(p.label for p in scan.used if p.part == "valid" and not p.error)
+    if counts:  # else see `_empty_validation`
+        yield from unmeasured(scan.classes, np.array([counts[name] for name in scan.classes]))
+
+
 def _imbalance(scan: Scan) -> Iterator[str]:
     least, most = max(min(scan.counts, default=1), 1), max(scan.counts, default=1)
     if most >= 3 * least:
@@ -300,6 +317,17 @@ def _few_photos(scan: Scan) -> Iterator[str]:
         text = f"{small} classes have fewer than {_FEW} photos to train on, the fewest "
         text += scan.smallest
     yield f"{text}: {_FEW} are few, 50 are better"
+
+
+def _little_seen(scan: Scan) -> Iterator[str]:
+    long = [photo for photo in scan.readable if photo.stretch > LONG]
+    if len(long) > _MANY * len(scan.readable):
+        seen = scan.crop / float(np.median([photo.stretch for photo in long]))
+        yield (
+            f"{pluralize(len(long), 'photo')} longer than {LONG:g} : 1: validation and service see "
+            f"the middle {seen:.0%} of the length; cut out the subject, or the answer may depend "
+            "on the background"
+        )
 
 
 def _small_photos(scan: Scan) -> Iterator[str]:
@@ -336,8 +364,10 @@ HINTS: Final[Sequence[Callable[[Scan], Iterator[str]]]] = (
     _empty_class,
     _single_photo,
     _empty_validation,
+    _no_validation,
     _imbalance,
     _few_photos,
+    _little_seen,
     _small_photos,
     _colour_differs,
 )

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from serving.inputs.file_kinds import SOFTWARE
 from serving.utils.files import atomic_write
 from training.optim.lr_range_test import Curve, Pick
 
@@ -53,7 +54,7 @@ def _picture(path: Path, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(6.4, height), layout="constrained")
         yield figure
         with atomic_write(path) as partial:
-            figure.savefig(partial, dpi=150, format="png")
+            figure.savefig(partial, dpi=150, format="png", metadata={"Software": SOFTWARE})
 
 
 def lr_find(curve: Curve, path: Path, title: str, picked: Pick) -> None:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from serving.errors import OptionError
 from serving.utils.files import atomic_write
 from training.config.sections import TtaConfig
-from training.evaluation import metrics
+from training.evaluation import metrics, shortcomings
 from training.evaluation.evaluate import EvaluationResult, evaluate, recipe_of
 from training.report import charts, mistakes, training_curves
 from training.run import checkpoint
@@ -89,7 +89,7 @@ def write(
     )
     path = folder / (f"report-{stage}.html" if stage else REPORT)
     with atomic_write(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
 
 
@@ -142,8 +142,10 @@ def _headline(
         rows.append(("TTA", result.accuracy, metrics.interval(right, result.photos)))
     low, high = rows[-1][2]
     name, caution = _PARTS[part]
+    photos, hits = shortcomings.count(result.probabilities, result.labels)
     facts = {
         "network": f"{info.arch} at {info.preprocess.size} px",
+        "balanced accuracy": f"{shortcomings.balanced_accuracy(photos, hits):.1%}",
         "classes": f"{len(result.classes)}",
         "photos": f"{result.photos:,}",
         "wrong": f"{result.photos - right:,}",
@@ -169,6 +171,10 @@ def _headline(
         "tta": tta if result.views > 1 else None,
         "low": low,
         "high": high,
+        "warnings": [
+            *shortcomings.shortcomings(result.classes, photos, hits),
+            *shortcomings.unmeasured(result.classes, photos),
+        ],
         "chart": charts.intervals(rows, f"Accuracy with its 95% interval, {low:.1%} to {high:.1%}"),
         "facts": facts,
     }

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from serving.errors import DataError, OptionError
 from serving.imaging.preprocess import Preprocess
 from serving.utils import json_reader
-from serving.utils.files import atomic_write
+from serving.utils.files import atomic_write, utf8_path
 from serving.utils.json_reader import JsonError
 from serving.utils.regular_files import read_limited
 from training.models.classifier import Classifier, check_shapes, create_classifier
@@ -54,6 +54,7 @@ class CheckpointInfo:
         metrics: Results on the validation split, with these keys, some of which may be missing:
 
             - "accuracy": Accuracy as a fraction of 1, without test-time augmentation (TTA).
+            - "balanced_accuracy": Mean of the accuracies of the classes, without TTA.
             - "loss": Cross-entropy in nats, without TTA.
             - "stage", "epoch": Stage and epoch after which the weights were saved.
             - "accuracy_tta", "loss_tta": Accuracy and loss with TTA, if the recipe has TTA.
@@ -139,7 +140,8 @@ def load(run: Path) -> tuple[Classifier, CheckpointInfo]:
     try:
         shapes = tensor_header.read_header(path).shapes
         _check_shapes(path, shapes, info)
-        state = load_file(path)
+        with utf8_path(path) as name:
+            state = load_file(name)
     except FileNotFoundError:
         raise DataError(f"{path} is missing; make one with `fledge train`") from None
     except (SafetensorError, OSError, ValueError) as error:
@@ -174,9 +176,13 @@ def read_info(path: Path) -> CheckpointInfo:
         DataError: The file is missing or damaged, or has another format version.
     """
     try:
-        values = json_reader.parse(read_limited(path, _MAX_INFO))
+        values = json_reader.parse(read_limited(path, _MAX_INFO), paths=True)
         if not isinstance(values, dict):
             raise JsonError("it is not a JSON object")
+        data = values.get("data")
+        if isinstance(data, dict):  # its paths may have bytes that are not UTF-8, and nothing else
+            data = {key: value for key, value in data.items() if key not in ("source", "root")}
+        json_reader.check_text({**values, "data": data})
         if values.get("schema") != SCHEMA:
             found = f"{values.get('schema')!r:.80}"
             raise DataError(f"{path}: schema {found} is not {SCHEMA}; train again")

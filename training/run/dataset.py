@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 from serving.errors import DataError
-from training.data import archive, sample, torchvision_sets
+from serving.terminal import quote_path
+from training.data import sample, torchvision_sets
 from training.data.dataset import SAMPLE, SPLIT_FILE, Dataset, read_split
 from training.run import checkpoint
+from training.utils import archive
 
 
 def load_run_dataset(run: Path, data: Path | None = None, part: str = "valid") -> Dataset:
@@ -28,6 +30,12 @@ def load_run_dataset(run: Path, data: Path | None = None, part: str = "valid") -
     """
     if data is not None and archive.is_archive(data):
         data = archive.extracted(data)
+    if data is not None and os.path.isfile(data):
+        folder = quote_path(os.path.dirname(data) or ".")
+        raise DataError(
+            f"--data {quote_path(data)}: a file; the run knows its photos and labels, name "
+            f"their folder alone: --data {folder}"
+        )
     if data is not None and not os.path.isdir(data):
         raise DataError(f"--data {data}: no such folder or archive")
     path = checkpoint.weights_path(run)

@@ -14,6 +14,7 @@ from typing import Annotated, Final
 from pydantic import FailFast, TypeAdapter
 
 from serving.errors import DataError, OptionError
+from serving.terminal import quote_path
 from serving.utils import json_reader
 from serving.utils.files import atomic_write, check_folder, partial_of
 from serving.utils.process import is_running
@@ -68,7 +69,8 @@ def check_out(out: Path | None) -> None:
     """
     if out is not None and out.exists() and not (out.is_dir() and _is_unused(out)):
         resumable = (out / RUN_FILE).exists() and (out / LAST_FOLDER).exists()
-        hint = f"resume that run with --resume {out}, or " if resumable else ""
+        resume = f"fledge train --resume {quote_path(out)}"
+        hint = f"resume that run with `{resume}`, or " if resumable else ""
         raise OptionError(f"--out {out} exists already; {hint}choose another folder or remove it")
     check_folder(out or Path("runs"))
 
@@ -152,7 +154,9 @@ def read_run(folder: Path) -> tuple[Recipe, RunInfo]:
         DataError: `recipe.toml` or `run.json` is missing in `folder`, or can't be read.
     """
     try:
-        info = json_reader.read_json(folder / RUN_FILE, _INFO, _MAX_FILE)
+        values = json_reader.parse(read_limited(folder / RUN_FILE, _MAX_FILE), paths=True)
+        info = json_reader.validate(values, _INFO)
+        json_reader.check_text(info.classes)
         path = folder / RECIPE_FILE
         text = read_limited(path, load.MAX_BYTES).decode()
         recipe = load.parse(tomllib.loads(text), str(path))

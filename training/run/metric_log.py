@@ -91,11 +91,11 @@ class MetricLog:
             self._add(epoch, steps)
 
     def _add(self, epoch: Epoch, steps: Sequence[Step]) -> None:
-        with (self.folder / STEPS).open("a", newline="") as file:
+        with (self.folder / STEPS).open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(
                 (*astuple(step)[:-1], " ".join(repr(rate) for rate in step.lr)) for step in steps
             )
-        with (self.folder / METRICS).open("a", newline="") as file:
+        with (self.folder / METRICS).open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(astuple(epoch))
         for step in steps:
             self._events.add(self.steps, _step_scalars(step))
@@ -180,7 +180,7 @@ def read_steps(folder: Path) -> list[Step]:
     if not path.exists():
         return []
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             return [
                 Step(
                     row["stage"],
@@ -206,14 +206,14 @@ def _read_rows(path: Path) -> list[list[str]]:
     if not path.exists():
         return []
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             return [row for row in csv.reader(file) if len(row) == len(fields(Step))]
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path} can't be read: {error}") from error
 
 
 def _write(path: Path, kind: type, rows: Iterable[Sequence[Any]]) -> None:
-    with atomic_write(path) as partial, partial.open("w", newline="") as file:
+    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
         out.writerow([field.name for field in fields(kind)])
         out.writerows(rows)

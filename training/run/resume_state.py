@@ -21,6 +21,7 @@ from torch import Tensor, optim
 
 from serving.errors import DataError
 from serving.utils import json_reader
+from serving.utils.files import utf8_path
 from training.run import tensor_file
 from training.run.history import Epoch
 from training.utils import tensor_header
@@ -157,11 +158,11 @@ def load(
         if header.get("schema") != SCHEMA:
             raise DataError(f"{path} was written by another version of Fledge; start the run again")
         position = _position(json_reader.parse(header["position"]))
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as name, safe_open(name, framework="pt") as file:
             groups: dict[str, dict[str, Tensor]] = {}
-            for name in file.keys():  # noqa: SIM118
-                group, _, key = name.partition("/")
-                groups.setdefault(group, {})[key] = file.get_tensor(name)
+            for tensor in file.keys():  # noqa: SIM118
+                group, _, key = tensor.partition("/")
+                groups.setdefault(group, {})[key] = file.get_tensor(tensor)
         tensors = ResumeTensors(**groups)
         restore_random_state(tensors.random, device, rank)
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:

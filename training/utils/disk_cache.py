@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from serving.errors import OptionError
+from serving.terminal import quote_path
 from serving.utils import json_reader
 from serving.utils.files import lock, user_cache_folder
 from serving.utils.parallel import map_ordered
@@ -261,7 +262,8 @@ def check_private(path: Path) -> None:
         if status.st_uid != os.geteuid():
             raise PermissionError(errno.EPERM, "it belongs to another user", str(folder))
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            reason = "others can write to it; use chmod go-w, or FLEDGE_CACHE for another folder"
+            chmod = f"chmod go-w {quote_path(folder)}"
+            reason = f"others can write to it; use `{chmod}`, or FLEDGE_CACHE for another folder"
             raise PermissionError(errno.EPERM, reason, str(folder))
 
 

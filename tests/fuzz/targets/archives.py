@@ -10,12 +10,13 @@ import lzma
 import random
 import struct
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from serving.errors import FledgeError
-from serving.inputs import archives, sources, tar
+from serving.inputs import archives, sources
 from serving.inputs.archive_members import Member
 from tests.fuzz.target import Target, put
 
@@ -79,8 +80,7 @@ def old_sparse() -> bytes:
     return repair(bytes(head)) + _padded(b"abc") + bytes(1024)
 
 
-def check(data: bytes) -> None:
-    path = Path("a.tar")
+def check(data: bytes, path: Path = Path("a.tar")) -> None:
     put(path, data)
     notes: list[str] = []
     names = list(archives.names(str(path), notes.append))
@@ -101,7 +101,7 @@ def check(data: bytes) -> None:
 
 def _members(path: Path) -> Iterator[Member]:
     try:
-        for _, member in zip(range(_MEMBERS), tar.members(str(path)), strict=False):
+        for _, member in zip(range(_MEMBERS), archives.members(str(path)), strict=False):
             yield member
     except (FledgeError, OSError):  # `members` documents both
         pass
@@ -301,9 +301,60 @@ def repair_compressed(data: bytes) -> bytes:
     return data[:-8] + struct.pack("<II", zlib.crc32(plain), len(plain) % 2**32)
 
 
+# Zip archives
+
+
+def zip_seeds() -> Iterator[bytes]:
+    images = {"cat/1.jpg": b"one", "cat/2.png": b"two" * 200, "a.txt": b"no image", "é.jpg": b""}
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, data in images.items():
+                archive.writestr(zipfile.ZipInfo(name), data, method)
+            archive.comment = b"PK\5\6"
+        yield file.getvalue()
+    file = io.BytesIO()
+    with (
+        zipfile.ZipFile(file, "w") as archive,
+        archive.open(zipfile.ZipInfo("1.jpg"), "w", force_zip64=True) as member,
+    ):
+        member.write(b"wide")
+    yield b"before" + file.getvalue()
+
+
+def check_zip(data: bytes) -> None:
+    check(data, Path("a.zip"))
+
+
+_RECORDS = {b"PK\1\2": 46, b"PK\3\4": 30, b"PK\5\6": 22, b"PK\6\6": 56, b"PK\6\7": 20}
+_ZIP_NUMBERS = (0, 1, 8, 12, 0x800, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1000, 46, 2**20)
+
+
+def mutate_zip(rng: random.Random, data: bytes) -> bytes:
+    """Change a field of a record, repeat a record, or cut the archive."""
+    found = [
+        (at, size)
+        for mark, size in _RECORDS.items()
+        for at in range(len(data) - 3)
+        if data[at : at + 4] == mark
+    ]
+    choice = rng.randrange(8)
+    if choice == 0 or not found:
+        return data[: rng.randint(0, len(data))]
+    at, size = rng.choice(found)
+    if choice == 1:
+        return data[:at] + data[at : at + size] * rng.choice((2, 60)) + data[at + size :]
+    out, width = bytearray(data), rng.choice((2, 4, 8))
+    field = at + 2 * rng.randrange(2, size // 2)
+    number = rng.choice(_ZIP_NUMBERS) % 2 ** (8 * width)
+    out[field : field + width] = number.to_bytes(width, "little")
+    return bytes(out[: len(data)])
+
+
 _WORDS = (*(one.rstrip(b"=") for one in _PAX), b"ustar\0" + b"00", b"ustar  \0", *_NUMBERS)
 
 TARGETS = (
+    Target("zip", check_zip, zip_seeds, mutate_zip, words=tuple(_RECORDS)),
     Target("tar", check, seeds, mutate, repair, words=_WORDS),
     Target(
         "compressed",

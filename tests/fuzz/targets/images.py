@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from PIL import Image
 
-from serving.imaging import tta
+from serving.imaging import formats, plugins, tta
 from serving.imaging.decode import LargerThanStated, decode, decode_here
 from serving.imaging.decode import check as check_head
 from serving.imaging.limits import MAX_PIXELS
@@ -45,6 +45,26 @@ def check(data: bytes) -> None:
         raise AssertionError("not [16, 16, 3]")
 
 
+def check_plugin(data: bytes) -> None:
+    """Decode HEIC and JPEG XL as a decoder process does."""
+    if formats.optional_format(data) is None:
+        return
+    check_head(data, _PLUGIN_PIXELS)
+    image = decode_here(data, max_pixels=_PLUGIN_PIXELS).image
+    if image.mode != "RGB" or image.width * image.height > _PLUGIN_PIXELS:
+        raise AssertionError(f"{image.mode}, {image.size}")
+
+
+_PLUGIN_PIXELS = 1_000_000
+
+
+def plugin_seeds() -> Iterator[bytes]:
+    from tests.robustness import plugin_formats
+
+    for item in plugin_formats.items():
+        yield item.data
+
+
 def mutate(rng: random.Random, data: bytes) -> bytes:
     from tests.robustness.mutate import parts, words
 
@@ -74,6 +94,23 @@ WORDS = (
     *(b"\xff\xe1", b"\xff\xe2", b"Exif\0\0", b"ICC_PROFILE\0", b"Adobe", b"VP8 ", b"VP8L", b"VP8X"),
     *(b"ALPH", b"ANIM", b"ANMF", b"ICCP", b"GIF89a", b"GIF87a", b"NETSCAPE2.0", b"II*\0", b"MM\0*"),
     *(b"BM", b"ftypavif", b"meta", b"iloc", b"iprp", b"ispe", b"av1C", b"acsp", b"mft2", b"mpet"),
+)
+
+
+PLUGIN_WORDS = (
+    *(b"ftypheic", b"ftypmif1", b"meta", b"iinf", b"iloc", b"iprp", b"ipco", b"ipma", b"ispe"),
+    *(b"hvcC", b"irot", b"imir", b"clap", b"pixi", b"colr", b"prof", b"grid", b"hvc1", b"idat"),
+    *(
+        b"auxC",
+        b"iref",
+        b"dimg",
+        b"JXL \r\n\x87\n",
+        b"jxlc",
+        b"jxlp",
+        b"jbrd",
+        b"brob",
+        b"\xff\x0a",
+    ),
 )
 
 
@@ -159,6 +196,16 @@ _SPACES = (b"RGB ", b"GRAY", b"CMYK", b"Lab ", b"XYZ ", b"HSV ", b"6CLR")
 
 TARGETS = (
     Target("decode", check, seeds, mutate, repair, words=WORDS),
+    Target(
+        "plugin",
+        check_plugin,
+        plugin_seeds,
+        mutate,
+        prepare=lambda: (
+            [plugins.load(head) for head in (b"\0\0\0\0ftypheic", b"\xff\x0a")] and None
+        ),
+        words=PLUGIN_WORDS,
+    ),
     Target(
         "profile",
         check_profile,

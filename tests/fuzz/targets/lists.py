@@ -28,6 +28,9 @@ def seeds() -> Iterator[bytes]:
         yield f".tsv\n{column}\npath\timage\na.jpg\tb.jpg\n".encode()
         yield f'.jsonl\n{column}\n{{"path": "a.jpg", "image": null}}\n\n{{"path": 3}}\n'.encode()
     yield b".csv\n\nname\na.jpg\n\xff.jpg\n"
+    yield b".txt\n\n" + "ü.jpg\r\nin\\\\b.jpg\r\n".encode("utf-16")
+    yield b".csv\n\n" + "sep=;\r\nimage;label\r\nü.jpg;x\r\n".encode("utf-16-le")
+    yield b".csv\n2\nx;a.jpg\ny;b.jpg\n"
 
 
 def check(data: bytes) -> None:
@@ -36,7 +39,8 @@ def check(data: bytes) -> None:
     kind = suffix.decode("latin-1")
     path = Path("list" + (kind if kind in _SUFFIXES else ".csv"))
     put(path, body)
-    _texts(list(lists.read_stream(io.BytesIO(body))))
+    with contextlib.suppress(lists.DataError):
+        _texts(list(sources.find(["-"], stdin=io.BytesIO(body))))
     asked = column.decode("utf-8", "surrogateescape") or None
     notes: list[str] = []
     _texts(list(sources.find([str(path)], column=asked, note=notes.append)))

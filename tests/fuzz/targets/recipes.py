@@ -11,7 +11,7 @@ from tests.fuzz import mutators
 from tests.fuzz.guard import ROOT
 from tests.fuzz.target import Target, put
 from training.config import load
-from training.config.diagnostics import SECTIONS
+from training.config.overrides import SECTIONS
 
 _NAMES = tuple(
     dict.fromkeys(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
 import os
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from serving.errors import TooLarge
-from serving.http import forms
-from serving.imaging import decode
+from serving.http import forms, json_body
+from serving.imaging import decode, not_images
 from tests.fuzz import mutators
 from tests.fuzz.target import Target
 
@@ -93,6 +94,75 @@ def mutate_form(rng: random.Random, data: bytes) -> bytes:
     return head + mark + kind + mark2 + b"--b".join(parts)
 
 
+_TEXT = base64.b64encode(bytes(range(256)))
+_JSON_BODIES = (
+    b'{"image": "' + _TEXT + b'", "tta": 2, "top_k": null}',
+    b'{"images": ["' + _TEXT + b'", "data:image/png;base64,iVBORw0KGgo="], "top_k": "1"}',
+    b'\xef\xbb\xbf {"image":"data:;base64,' + _TEXT.replace(b"/", b"\\/") + b'"}',
+    b'{"image":"' + base64.encodebytes(bytes(range(256))).replace(b"\n", b"\\r\\n") + b'"}',
+    b'{"image":"' + base64.urlsafe_b64encode(bytes(range(251, 256)) * 30).rstrip(b"=") + b'"}',
+    b'{"image":"","tta":1e3,"x":{"y":[1,"z"]}}',
+)
+
+
+def json_seeds() -> Iterator[bytes]:
+    for body in _JSON_BODIES:
+        yield (b"images\n" if b"images" in body else b"image\n") + body
+    for text in (b"<!DOCTYPE html>", b"https://a.example/x", b"x.jpg", b"b'\\xff'", _TEXT, b"a=b"):
+        yield b"image\n" + text
+
+
+def check_json(data: bytes) -> None:
+    """The input: the name of the field, a line break, and a body."""
+    field, _, body = data.partition(b"\n")
+    name = "images" if field == b"images" else "image"
+    if "\n" in not_images.describe(body):
+        raise AssertionError("a description of several lines")
+    form = json_body.parse(body, name)
+    if not 1 <= len(form.images) <= (forms.MAX_PARTS if name == "images" else 1):
+        raise AssertionError(f"{len(form.images)} images")
+    if sum(map(len, form.images)) > len(body):
+        raise AssertionError("more bytes than came")
+    forms.options(form.pairs)
+
+
+def mutate_json(rng: random.Random, data: bytes) -> bytes:
+    """Change the values of the JSON, or put an odd text into one of its texts."""
+    field, mark, body = data.partition(b"\n")
+    if rng.random() < 0.5:
+        return field + mark + mutators.json_change()(rng, body)
+    at = rng.randrange(len(body) + 1)
+    return field + mark + body[:at] + rng.choice(_JSON_ODD) + body[at + rng.randrange(3) :]
+
+
+_JSON_ODD = (
+    *(
+        b'"',
+        b"\\",
+        b"\\\\",
+        b'\\"',
+        b"\\u0000",
+        b"\\u002b",
+        b"\\ud800",
+        b"\\n",
+        b"\n",
+        b"=",
+        b"-",
+        b"_",
+    ),
+    *(
+        b"data:",
+        b";base64,",
+        b"{",
+        b"[" * 101,
+        b'"a":1,',
+        b"A" * 70,
+        b"\0",
+        b"\xff",
+        b"NaN",
+        b"9" * 50,
+    ),
+)
 _ODD = (
     *(b'"', b"\\", b";", b"=", b"\0", b"\r\n", b"--", b"\xff", b"%00", b"%ff", b"9" * 400, b"-1"),
     *(b"; name=image", b"; name*=utf-8''a", b"; name*0=im; name*1=age", b" ", b"\xd9\xa1", b"1e3"),
@@ -171,6 +241,10 @@ def request_seeds() -> Iterator[bytes]:
         for body in _BODIES[:3]:
             form = body.replace(b"one", jpeg).replace(b"pixels", jpeg)
             yield b"POST " + path + b"\ncontent-type: " + _BOUNDARY + b"\n\n" + form
+    text = base64.b64encode(jpeg)
+    yield b"POST /predict\ncontent-type: application/json\n\n" + b'{"image":"' + text + b'"}'
+    yield b"POST /predict/batch?tta=2\n\n" + b'{"images":["' + text + b'","' + text + b'"]}'
+    yield b"POST /predict\ncontent-encoding: gzip\n\n" + jpeg
     for path in (b"/", b"/readyz", b"/model", b"/docs", b"/livez", b"/nowhere", b"/predict"):
         yield b"GET " + path + b"\naccept: */*\nx-request-id: a.b:c-1\n\n"
     yield b"HEAD /model\nauthorization: Bearer x\nexpect: 100-continue\n\n"
@@ -237,6 +311,7 @@ def mutate_request(rng: random.Random, data: bytes) -> bytes:
 
 TARGETS = (
     Target("form", check_form, form_seeds, mutate_form, prepare=prepare_form, words=_WORDS),
+    Target("json", check_json, json_seeds, mutate_json, words=(*_JSON_ODD, b"image", b"images")),
     Target(
         "request",
         check_request,

@@ -83,6 +83,8 @@ def label_seeds() -> Iterator[bytes]:
     )
     for text in texts:
         yield mutators.join_files({"labels.csv": text.encode(), "t.jsonl": paths})
+        semicolons = text.replace(",", ";").encode("utf-16")
+        yield mutators.join_files({"labels.csv": semicolons, "t.jsonl": paths})
 
 
 def check_labels(data: bytes) -> None:
@@ -99,6 +101,64 @@ def check_labels(data: bytes) -> None:
             raise AssertionError(str(found))
     labels.match_counts()
     labels.no_match_message("x")
+
+
+# Tables of labels that are the data set of a training
+
+_PHOTOS = ("x/1.jpg", "x/2.jpg", "y/1.jpg", "train/3.jpg", "test/4.jpg", "é.png")
+
+
+def prepare_table() -> None:
+    for name in _PHOTOS:
+        path = Path("photos") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    from training.data import dataset  # noqa: F401
+
+
+def table_seeds() -> Iterator[bytes]:
+    rows = [(name, name[0]) for name in _PHOTOS[:3]]
+    for first, delimiter, form in (
+        ("id,label", ",", "{}"),
+        ("image;class;split", ";", "C:\\\\photos\\\\{}"),
+        ("", "\t", "../photos/{}"),
+        ("sep=;\nfile;species", ";", "/data/{}"),
+    ):
+        lines = [first, *(delimiter.join((form.format(n), label)) for n, label in rows)]
+        text = "\r\n".join(filter(None, lines))
+        for encoding in ("utf-8", "utf-16"):
+            yield b"csv\n" + text.encode(encoding)
+    for name, label in rows:
+        yield b"jsonl\n" + json.dumps({"file_name": name, "label": label}).encode() * 2
+    yield "txt\né 1.0\nx/1 01\nx/2 1\n".encode()
+
+
+def check_table(data: bytes) -> None:
+    from training.config.sections import DataConfig
+    from training.data.dataset import load_dataset
+
+    kind, _, body = data.partition(b"\n")
+    suffix = {b"jsonl": "jsonl", b"txt": "txt", b"tsv": "tsv"}.get(kind, "csv")
+    for old in Path("photos").glob("t.*"):
+        old.unlink()
+    path = Path("photos") / f"t.{suffix}"
+    put(path, body)
+    dataset = load_dataset(str(path), config=DataConfig(similar="merge"), trainable=False)
+    root = Path("photos").resolve()
+    for photo, label in (*dataset.train, *dataset.valid, *dataset.test):
+        dataset.classes[label].encode()
+        if photo.relative_to(root).as_posix() not in _PHOTOS:
+            raise AssertionError(f"{photo} is none of the photos")
+
+
+def mutate_table(rng: random.Random, data: bytes) -> bytes:
+    kind, mark, body = data.partition(b"\n")
+    columns = ("id", "label", "image", "class", "split")
+    if kind == b"jsonl":
+        body = mutators.lines_change(mutators.json_change(columns))(rng, body)
+    else:
+        body = mutators.one_of(mutators.csv_change(columns), mutators.lines_change())(rng, body)
+    return kind + mark + body
 
 
 _JSONL = mutators.lines_change(mutators.json_change(_COLUMNS))
@@ -118,4 +178,12 @@ _WORDS = (*(name.encode() for name in _COLUMNS), b"%% t.csv\n", b"%% t.jsonl\n",
 TARGETS = (
     Target("scores", check, seeds, mutate, words=_WORDS),
     Target("labels", check_labels, label_seeds, mutate, words=(*_WORDS, b"::", b".tar::")),
+    Target(
+        "table",
+        check_table,
+        table_seeds,
+        mutate_table,
+        prepare=prepare_table,
+        words=(b"id", b"label", b"train", b"sep=;", b"\xff\xfe", b"\\", b"../", b"C:\\"),
+    ),
 )

@@ -393,7 +393,9 @@ def test_too_many_labels_for_a_matrix_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate_scores, "_WIDEST_MATRIX", 2)
-    path = write(tmp_path / "s.csv", [confident_row("rose", f"{i}/x.jpg") for i in range(2)])
+    path = write(
+        tmp_path / "s.csv", [confident_row("rose", f"{name}/x.jpg") for name in (0, 1, "rose")]
+    )
     with pytest.raises(OptionError, match=r"--confusion .*: 3 labels are too many"):
         run_evaluation(path, confusion=tmp_path / "m.csv", json=tmp_path / "f.json")
     assert [file.name for file in tmp_path.iterdir()] == ["s.csv"]
@@ -404,10 +406,11 @@ def test_columns_of_the_labels_can_be_named(tmp_path: Path) -> None:
     given = write_labels(tmp_path / "l.csv", {"x.jpg": " rose "}, "\ufeffid,breed")
     options = {"labels_column": "breed", "path_column": "id"}
     assert run_evaluation(path, labels=given, **options)["accuracy"]["value"] == 1
-    for missing in options:
-        rest = {name: value for name, value in options.items() if name != missing}
-        with pytest.raises(DataError, match=r"no column .* among 'id', 'breed'; name it with --"):
-            run_evaluation(path, labels=given, **rest)
+    assert run_evaluation(path, labels=given)["accuracy"]["value"] == 1
+    for option, example in (("labels_column", "breed"), ("path_column", "id")):
+        words = rf"no column 'x' among 'id', 'breed'; .* --{option.replace('_', '-')} {example}$"
+        with pytest.raises(DataError, match=words):
+            run_evaluation(path, labels=given, **{option: "x"})
 
 
 @pytest.mark.parametrize(
@@ -517,9 +520,9 @@ def test_the_error_for_an_invalid_list_in_a_row_names_the_line(
     [
         ("path,label\na.jpg,x\nb.jpg,x\na.jpg,y\n", "'a.jpg' is 'x' in line 2 and 'y' in line 4"),
         ("path,label\n", "no labels in it; write lines of path,label"),
-        ("path,label\na.jpg\n", "line 2: 1 fields, and the first line names 2 columns"),
+        ("path,label\na.jpg\n", "line 2: 1 field, and the first line has 2"),
         ("path,label\na.jpg,x\n", "l.csv has 'a.jpg', the table 'rose/x.jpg': no path is in both"),
-        (None, "can't be read: No such file or directory; give a CSV file with the columns path"),
+        (None, "can't be read: No such file or directory; give a table with the columns path"),
     ],
 )
 def test_invalid_labels_are_a_one_line_error(tmp_path: Path, text: str | None, words: str) -> None:

@@ -9,6 +9,11 @@ from serving.http import forms
 from serving.http.forms import PredictOptions
 
 FORM = b"multipart/form-data; boundary=XX"
+NO_BOUNDARY = "the multipart body has no boundary as its Content-Type states it"
+NO_PARAMETER = (
+    "multipart/form-data without a boundary; leave the header Content-Type to the client, which "
+    "states it"
+)
 
 
 def part(name: bytes | None, data: bytes, headers: bytes = b"") -> bytes:
@@ -111,9 +116,21 @@ def test_at_most_64_parts_are_read() -> None:
 @pytest.mark.parametrize(
     ("data", "content_type", "kind", "message"),
     [
-        (b"", b"multipart/form-data", RequestError, "multipart/form-data without a boundary"),
-        (b"", FORM[:-2], RequestError, "multipart/form-data without a boundary"),
-        (b"nonsense", FORM, RequestError, "the multipart body is not well formed"),
+        (b"", b"multipart/form-data", RequestError, NO_PARAMETER),
+        (b"", FORM[:-2], RequestError, NO_PARAMETER),
+        (b"nonsense", FORM, RequestError, NO_BOUNDARY),
+        (b"--YY\r\n\r\n\r\n--YY--", FORM, RequestError, NO_BOUNDARY),
+        (b"--XXX\r\n\r\n\r\n--XXX--", FORM, RequestError, "the multipart body is not well formed"),
+        (
+            body(part(b"image", b"i")).replace(b"\r\n", b"\n"),
+            FORM,
+            RequestError,
+            "the lines of the multipart body end in LF, and must end in CR LF (RFC 2046)",
+        ),
+        *(
+            (cut, FORM, RequestError, "the multipart body breaks off before its last boundary")
+            for cut in (b"", b"-", b"--X", b"--XX", b"--XX\r", b"--XX-", b"\r\n", b"\r\n--XX")
+        ),
         (
             body(b"--XX\r\nA b: c\r\n\r\n"),
             FORM,
@@ -131,8 +148,9 @@ def test_at_most_64_parts_are_read() -> None:
             body(part(b"tta", b"1"), part(b"Image", b"i")),
             FORM,
             EmptyBody,
-            "no image: send it as the multipart field `image`",
+            "no field `image` in the form; it has `tta`, `Image`",
         ),
+        (body(), FORM, EmptyBody, "no field `image` in the form; it has no fields"),
     ],
 )
 def test_other_bodies_are_refused(
@@ -142,3 +160,57 @@ def test_other_bodies_are_refused(
         forms.parse(data, content_type)
     assert type(refused.value) is kind
     assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(
+    "preamble",
+    [
+        b"\r\n",
+        b"\n",
+        b"This is a message with multiple parts in MIME format.\r\n",
+        b"--\r\n-\r\n",
+        b"--XXX\r\n\r\n--XXX--\r\n",  # a longer boundary
+        b"x" * 100_000 + b"\r\n",
+        b"\r\n--XXY" * 50 + b"\r\n",
+    ],
+)
+def test_preambles_and_epilogues_are_left_out(preamble: bytes) -> None:
+    """RFC 2046, section 5.1.1."""
+    form = body(part(b"tta", b"4"), part(b"image", b"one"))
+    expected = forms.parse(form, FORM)
+    epilogue = b"\r\nepilogue\r\n--XX\r\nContent-Disposition: form-data; name=image\r\n\r\nx"
+    assert forms.parse(preamble + form, FORM) == expected
+    assert forms.parse(form + epilogue, FORM) == expected
+    assert forms.parse(preamble + form + epilogue, FORM) == expected
+
+
+def test_blanks_may_follow_each_boundary() -> None:
+    form = body(part(b"image", b"one"), part(b"image", b"two"))
+    assert forms.parse(form.replace(b"--XX\r\n", b"--XX \t\r\n"), FORM).images == (b"one", b"two")
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        b'multipart/form-data; boundary="a b:c"',
+        b'Multipart/Form-Data; Boundary="a b:c"; charset=utf-8',
+        b'multipart/form-data; charset=utf-8; boundary="a b:c"',
+        b'multipart/form-data;boundary="a b:c"',
+    ],
+)
+@pytest.mark.parametrize(
+    "disposition",
+    [
+        b'form-data; name="image"; filename="x.jpg"',
+        b"form-data; name=image; filename*=UTF-8''%e2%82%ac.jpg",
+        b"form-data; filename*=UTF-8''%e2%82%ac.jpg; filename=\"EUR.jpg\"; name=image",
+        b'form-data; name="image"; filename="a;name=tta.jpg"',
+        b'FORM-DATA; NAME="image"',
+    ],
+)
+def test_quoted_boundaries_and_names_of_files_are_read(
+    content_type: bytes, disposition: bytes
+) -> None:
+    head = b"Content-Disposition: " + disposition + b"\r\nContent-Type: image/*; q=1\r\n"
+    form = b"--a b:c\r\n" + head + b"\r\none\r\n--a b:c--\r\n"
+    assert forms.parse(form, content_type) == forms.Form((b"one",), ())

@@ -72,7 +72,7 @@ def test_no_format_needs_more_memory_than_is_estimated(tmp_path: Path) -> None:
         estimated = cost.estimate((tmp_path / name).read_bytes())
         assert estimated.pixels == SIDE * SIDE, name
         assert peak < estimated.bytes + 2 * 2**20, name
-        assert estimated.bytes < 30 * SIDE * SIDE + 2**25, name
+        assert estimated.bytes < 40 * SIDE * SIDE + 2**25, name
 
 
 def test_common_photos_are_decoded_in_the_process() -> None:
@@ -142,7 +142,10 @@ def test_an_isolated_picture_has_the_same_pixels_and_errors() -> None:
 
 def test_the_decoder_process_is_used_again_and_ends_with_its_pool() -> None:
     pool = DecoderPool(1)
-    data, request = saved("RGB", "AVIF")(30, 20), {"max_pixels": 1000, "background": [1, 2, 3]}
+    data, request = (
+        saved("RGB", "AVIF")(30, 20),
+        {"max_pixels": 1000, "background": [1, 2, 3], "too_large": "too large"},
+    )
     assert pool.decode(data, request, memory=2**26)[0].shape == (20, 30, 3)
     process = pool._idle[0]
     pool.decode(data, request, memory=2**26)
@@ -210,7 +213,7 @@ def test_usual_metadata_does_not_isolate_a_photo() -> None:
 
 def test_a_large_image_after_a_small_one_is_decoded() -> None:
     pool = DecoderPool(1)
-    request = {"max_pixels": 10**8, "background": [1, 2, 3]}
+    request = {"max_pixels": 10**8, "background": [1, 2, 3], "too_large": "too large"}
     for data in (saved("RGB", "AVIF")(8, 8), saved("RGB", "TIFF")(4000, 3600)):
         memory = cost.estimate(data).bytes
         assert pool.decode(data, request, memory=memory)[0].shape[2] == 3
@@ -219,7 +222,10 @@ def test_a_large_image_after_a_small_one_is_decoded() -> None:
 
 def test_a_decoder_process_that_died_between_images_is_replaced() -> None:
     pool = DecoderPool(1)
-    data, request = saved("RGB", "AVIF")(30, 20), {"max_pixels": 1000, "background": [1, 2, 3]}
+    data, request = (
+        saved("RGB", "AVIF")(30, 20),
+        {"max_pixels": 1000, "background": [1, 2, 3], "too_large": "too large"},
+    )
     for _ in range(3):
         assert pool.decode(data, request, memory=2**26)[0].shape == (20, 30, 3)
         os.kill(pool._idle[0]._process.pid, signal.SIGKILL)
@@ -254,7 +260,10 @@ def test_an_answer_of_another_form_is_a_broken_image(
     program.write_text(f"#!/bin/sh\nread line; cat {tmp_path / 'answer'}; sleep 20\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    pool, request = DecoderPool(1), {"max_pixels": 1000, "background": [1, 2, 3]}
+    pool, request = (
+        DecoderPool(1),
+        {"max_pixels": 1000, "background": [1, 2, 3], "too_large": "too large"},
+    )
     with pytest.raises(BrokenImage, match="its decoder gave no answer"):
         pool.decode(b"x", request, memory=2**26, seconds=10)
     assert pool._idle == []

@@ -22,7 +22,7 @@ from serving.errors import (
     TooLarge,
     UnsupportedFormat,
 )
-from serving.imaging import decode
+from serving.imaging import decode, deep_samples, formats
 from tests.robustness import icc_profiles
 from tests.support.tiny_bundle import photo
 
@@ -47,7 +47,7 @@ def as_image(array: np.ndarray) -> Image.Image:
 def every_format() -> dict[str, bytes]:
     scene = as_image(SCENE)
     lossless = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}
-    return {kind: encode(scene, kind, **lossless.get(kind, {})) for kind in decode.FORMATS}
+    return {kind: encode(scene, kind, **lossless.get(kind, {})) for kind in formats.FORMATS}
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -62,7 +62,7 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("kind", decode.FORMATS)
+@pytest.mark.parametrize("kind", formats.FORMATS)
 def test_every_served_format_gives_rgb_pixels(kind: str) -> None:
     decoded = decode.decode(every_format()[kind])
     assert decoded.image.mode == "RGB"
@@ -91,10 +91,10 @@ def test_scaling_in_strips_equals_scaling_at_once(
     if mode in ("I", "F"):
         low, high = samples.min(), samples.max()
     expected = np.rint((samples - low) * (255.0 / (high - low))).astype(np.uint8)
-    monkeypatch.setattr(decode, "_STRIP", 100)
-    scaled = np.asarray(decode._scale_deep(image))
+    monkeypatch.setattr(deep_samples, "_STRIP", 100)
+    scaled = np.asarray(deep_samples.scale(image))
     assert np.array_equal(scaled, expected)
-    assert sum(len(strip) for _, strip in decode._strips(image)) == 37  # each row once
+    assert sum(len(strip) for _, strip in deep_samples._strips(image)) == 37  # each row once
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
@@ -152,7 +152,7 @@ def test_zero_bytes_raise_empty_body() -> None:
 
 @pytest.mark.parametrize("data", [b"hello", b"\0" * 100, b"<html></html>", b"BMW", photo(0)[2:]])
 def test_bytes_that_are_no_image_raise_not_an_image(data: bytes) -> None:
-    with pytest.raises(NotAnImage, match=r"no image that Fledge reads \(JPEG, .*AVIF\)"):
+    with pytest.raises(NotAnImage, match=r"no image that Fledge reads \(JPEG, .*AVIF.*\)"):
         decode.decode(data)
 
 
@@ -163,8 +163,6 @@ UNSUPPORTED = {
     "ICO": encode(Image.new("RGB", (16, 16)), "ICO"),
     "DDS": encode(Image.new("RGB", (4, 4)), "DDS"),
     "JPEG 2000": encode(Image.new("RGB", (4, 4)), "JPEG2000"),
-    "HEIC": b"\0\0\0\x1cftypheic\0\0\0\0mif1heic",
-    "JPEG XL": b"\xff\x0a\xfa\x1f",
     "PNM": encode(Image.new("RGB", (4, 4)), "PPM"),
     "PCX": encode(Image.new("RGB", (4, 4)), "PCX"),
 }
@@ -210,7 +208,7 @@ def test_the_pixel_cap_is_inclusive() -> None:
         decode.decode(data, max_pixels=199)
 
 
-@pytest.mark.parametrize("kind", decode.FORMATS)
+@pytest.mark.parametrize("kind", formats.FORMATS)
 def test_corrupt_bytes_raise_only_fledge_errors(kind: str) -> None:
     rng = random.Random(kind)
     intact = every_format()[kind]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from serving.errors import (
     UnsupportedFormat,
 )
 from serving.imaging import decode as decode_module
+from serving.imaging.cost import Cost
 from serving.imaging.decode import decode, read
 
-FORMATS = "JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF"
-MEMORY = "decoding the image needs more memory than is allowed"
+FORMATS = "JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF, HEIC, JPEG XL"
+MEMORY = "decoding 20 x 10 pixels needs more memory than this process can have"
 
 
 def png(mode: str = "RGB", size: tuple[int, int] = (20, 10), colour: Any = 0) -> bytes:
@@ -78,6 +81,43 @@ def test_a_lack_of_memory_is_an_image_that_is_too_large(
     monkeypatch.setattr(decode_module, step, fail)
     with pytest.raises(TooLarge, match=f"^{MEMORY}$"):
         decode(png())
+
+
+def test_a_picture_that_pillow_takes_for_a_bomb_is_refused_with_its_size_and_the_limit() -> None:
+    chunk = b"IHDR" + struct.pack(">II", 20_000, 20_000) + png()[24:29]
+    head = png()[:12] + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    with pytest.raises(TooLarge) as refused:
+        decode_module.decode_here(head + png()[33:], max_pixels=1000)
+    assert str(refused.value) == (
+        "400000000 pixels are more than the 1000 allowed (FLEDGE_MAX_PIXELS)"
+    )
+
+
+def test_an_image_that_needs_more_memory_than_it_states_is_refused_with_size_and_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Decoded in a process of its own: no other text comes from there."""
+    file = io.BytesIO()
+    Image.new("RGB", (5000, 5000)).save(file, "JPEG", progressive=True)
+    monkeypatch.setattr(decode_module, "memory_limit", lambda *_: 2**20)
+    with pytest.raises(TooLarge) as refused:
+        decode(file.getvalue())
+    assert str(refused.value) == (
+        "decoding 5000 x 5000 pixels needs more than the 1 MB that such a file should need; save "
+        "it anew"
+    )
+
+
+def test_each_limit_of_memory_is_told_with_what_raises_it() -> None:
+    message = decode_module.memory_message
+    known, unknown = Cost(300, 200, 2**30), Cost(unusual=True)
+    assert message(known, 2**29, "FLEDGE_MAX_MEMORY") == (
+        "decoding 300 x 200 pixels needs more than the 512 MB allowed (FLEDGE_MAX_MEMORY)"
+    )
+    assert message(unknown, 2**29) == (
+        "decoding the image, whose size can't be read beforehand, needs more than the 512 MB "
+        "allowed (FLEDGE_MAX_PIXELS)"
+    )
 
 
 @pytest.mark.parametrize(

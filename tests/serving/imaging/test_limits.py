@@ -277,11 +277,13 @@ def bmp(width: int, height: int, code: int = RLE8, size: int = 40) -> bytes:
 def test_a_run_length_encoded_bmp_has_at_most_max_pixels(code: int, sign: int) -> None:
     assert refusal(bmp(100, 100 * sign, code)) is None
     assert refusal(bmp(101, 100 * sign, code)) == (
-        "TooLarge: 101 x 100 pixels in run-length code are more than the 10000 allowed"
+        "TooLarge: 101 x 100 pixels in run-length code are more than the 10000 allowed "
+        "(FLEDGE_MAX_PIXELS)"
     )
     assert refusal(bmp(10_000, 1000 * sign, code), 10**9) is None
     assert refusal(bmp(10_000, 1001 * sign, code), 10**9) == (
-        "TooLarge: 10000 x 1001 pixels in run-length code are more than the 10000000 allowed"
+        "TooLarge: 10000 x 1001 pixels in run-length code are more than the 10000000 allowed; "
+        "save it without run-length code"
     )
 
 

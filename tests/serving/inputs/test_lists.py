@@ -128,18 +128,23 @@ def test_the_error_for_parquet_without_pyarrow_names_the_extra(
 @pytest.mark.parametrize(
     ("name", "text", "column", "words"),
     [
-        ("a.csv", "file,label\nx,y\n", None, "no column path among file, label; .*--column NAME"),
-        ("a.csv", "file,label\nx,y\n", "image", "no column image among file, label$"),
-        ("a.jsonl", '{"file": 1, "label": 2}', None, "no column path among file, label"),
-        ("a.csv", "path,path\nx,y\n", None, "two columns are called path"),
-        ("a.csv", "x.jpg\ny.jpg\n", None, "starts with x.jpg; name the columns"),
+        ("a.csv", "a,b b\nx,y\n", None, "no column of photos among 'a', 'b b'; .*: --column a$"),
+        (
+            "a.csv",
+            "file,label\nx,y\n",
+            "x",
+            "no column 'x' among 'file', 'label'; .*--column file$",
+        ),
+        ("a.jsonl", '{"a": 1, "b": 2}', None, "no column of photos among 'a', 'b'"),
+        ("a.csv", "path,path\nx,y\n", None, "2 columns are called path; rename one"),
+        ("a.csv", "img,photo\nx.jpg,y.jpg\n", None, "several columns of photos among 'img', 'ph"),
         ("a.csv", "", None, "it is empty"),
         ("a.csv", "\n\n", None, "it is empty"),
         ("a.jsonl", "\n", None, "it is empty"),
         ("a.jsonl", '"x.jpg"\n', None, "first line is no JSON object"),
         ("a.jsonl", "x.jpg\n", None, "first line is no JSON object"),
         ("a.csv", "path\n", None, "lists no images in path"),
-        ("a.csv", '"path\nx.jpg\n', None, "a.csv: can't be read: unexpected end of data"),
+        ("a.csv", '"path\nx.jpg\n', None, "a.csv, line 1: a quote is not closed"),
         ("a.txt", " \n\n", None, "lists no images; write one path a line"),
     ],
 )
@@ -159,19 +164,19 @@ def test_rows_without_a_path_are_counted_and_noted(folder: Path) -> None:
     notes: list[str] = []
     write("a.csv", "label,path\nx,a.jpg\nx\n\nx,\nx, \n,b.jpg\n,\n")
     assert found("a.csv", notes=notes) == ["a.jpg", "b.jpg"]
-    assert notes == ["a.csv: rows without a path in path are left out: 3, the first is 2"]
+    assert notes == ["a.csv: rows without a path in path are left out: 3, the first is line 3"]
     notes.clear()
     deep = "[" * 100_000
     lines = ['{"path": "a.jpg"}', "", "oops", '{"path": 3}', "{}", '{"path": "b.jpg"}', deep]
     assert found(write("a.jsonl", "\n".join(lines)), notes=notes) == ["a.jpg", "b.jpg"]
-    assert notes == ["a.jsonl: rows without a path in path are left out: 4, the first is 3"]
+    assert notes == ["a.jsonl: rows without a path in path are left out: 4, the first is line 3"]
 
 
 def test_rows_without_a_path_of_parquet_are_counted_and_noted(folder: Path) -> None:
     notes: list[str] = []
     name = parquet("a.parquet", path=["a.jpg", None, "", "b.jpg"], number=[1, 2, 3, 4])
     assert found(name, notes=notes) == ["a.jpg", "b.jpg"]
-    assert notes == ["a.parquet: rows without a path in path are left out: 2, the first is 2"]
+    assert notes == ["a.parquet: rows without a path in path are left out: 2, the first is row 2"]
     with pytest.raises(DataError, match=r"lists no images in number .*left out: 4"):
         found(name, column="number")
 
@@ -179,7 +184,10 @@ def test_rows_without_a_path_of_parquet_are_counted_and_noted(folder: Path) -> N
 def test_the_rows_of_a_list_after_a_broken_one_are_left_out_with_a_note(folder: Path) -> None:
     notes: list[str] = []
     assert found(write("a.csv", 'path\na.jpg\nb.jpg\n"c.jpg\n'), notes=notes) == ["a.jpg", "b.jpg"]
-    assert notes == ["a.csv: broken after row 2; what follows is left out (unexpected end of data)"]
+    assert notes == [
+        "a.csv, line 4: a quote is not closed before the end of the file; is the file whole?; "
+        "what follows is left out"
+    ]
     data = Path(parquet("a.parquet", path=["x.jpg"] * 10)).read_bytes()
     Path("a.parquet").write_bytes(data[: len(data) // 2])
     with pytest.raises(DataError, match=r"a\.parquet: can't be read: "):
@@ -190,12 +198,13 @@ def test_a_pattern_with_the_suffix_of_a_list_matches_lists(folder: Path) -> None
     (folder / "in").mkdir()
     write("in/2.csv", "path\nb.jpg\n")
     write("in/10.csv", "path\nc.jpg\n")
-    write("in/1.csv", "oops,no\nd.jpg,1\n")
+    write("in/1.csv", "img,photo\nd.jpg,e.jpg\n")
     write("in/x.jpg", "")
     notes: list[str] = []
     assert found("in/*.csv", notes=notes) == ["b.jpg", "c.jpg"]
     assert notes == [
-        "in/1.csv: no column path among oops, no; name the column of the paths: --column NAME"
+        "in/1.csv: several columns of photos among 'img', 'photo'; name the column of the photos: "
+        "--column img"
     ]
     assert found("in/*") == ["in/x.jpg"]
 
@@ -259,5 +268,101 @@ def test_a_name_that_no_file_can_have_counts_as_a_row_without_a_path(tmp_path: P
     path = tmp_path / "list.jsonl"
     path.write_text('{"path": "\\ud800.jpg"}\n{"path": "\\udcff.jpg"}\n')
     notes: list[str] = []
-    assert list(lists.read_column(str(path), "path", notes.append)) == ["\udcff.jpg"]
-    assert notes == [f"{path}: rows without a path in path are left out: 1, the first is 1"]
+    assert list(lists.read_column(*lists.open_list(str(path), None), notes.append)) == [
+        "\udcff.jpg"
+    ]
+    assert notes == [f"{path}: rows without a path in path are left out: 1, the first is line 1"]
+
+
+# ---- lists of other systems and programs
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lists_in_utf_16_are_read(folder: Path, encoding: str, end: str) -> None:
+    text = end.join(["ü.jpg", "b c.jpg", ""])
+    (folder / "list.txt").write_bytes(text.encode(encoding))
+    assert found("list.txt") == ["ü.jpg", "b c.jpg"]
+    (folder / "list.csv").write_bytes(
+        f"image;label{end}ü.jpg;x{end}b c.jpg;y{end}".encode(encoding)
+    )
+    assert found("list.csv") == ["ü.jpg", "b c.jpg"]
+    if encoding in ("utf-8", "utf-8-sig", "utf-16"):  # with a mark, as the shell writes it
+        assert found("-", stdin=io.BytesIO(text.encode(encoding))) == ["ü.jpg", "b c.jpg"]
+
+
+def test_a_list_in_utf_16_that_was_cut_is_said(folder: Path) -> None:
+    (folder / "list.txt").write_bytes("a.jpg\nb.jpg\n".encode("utf-16")[:-1])
+    with pytest.raises(DataError, match=r"list\.txt: can't be read: .*truncated data"):
+        found("list.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        (
+            "list.csv",
+            b"PK\x03\x04" + bytes(40),
+            "list.csv: it is a spreadsheet or zip archive; save",
+        ),
+        (
+            "list.txt",
+            b"PK\x03\x04" + bytes(40),
+            "list.txt: it is a spreadsheet or zip archive; save",
+        ),
+        (
+            "list.txt",
+            b"<!DOCTYPE html>",
+            "list.txt: it is a web page, not a table; download the fi",
+        ),
+    ],
+)
+def test_what_is_no_list_is_said(folder: Path, name: str, data: bytes, message: str) -> None:
+    (folder / name).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        found(name)
+
+
+@pytest.mark.parametrize("name", ["list.txt", "list.csv", "list.jsonl"])
+def test_paths_that_are_relative_to_the_list_are_found(folder: Path, name: str) -> None:
+    (folder / "in" / "a").mkdir(parents=True)
+    (folder / "a").mkdir()
+    for path in ("in/a/1.jpg", "in/2.jpg"):
+        write(path, "")
+    paths = ["a/1.jpg", "2.jpg", "gone.jpg", "s3://b/3.jpg"]
+    lines = {
+        "list.txt": paths,
+        "list.csv": ["file,label", *(f"{path},x" for path in paths)],
+        "list.jsonl": [json.dumps({"path": path}) for path in paths],
+    }
+    write(f"in/{name}", "\n".join(lines[name]))
+    assert found(f"in/{name}") == ["in/a/1.jpg", "in/2.jpg", "in/gone.jpg", "s3://b/3.jpg"]
+    write("a/1.jpg", "")  # one is there from the current folder: they start from it, as ever
+    assert found(f"in/{name}") == paths
+
+
+@pytest.mark.parametrize("name", ["list.txt", "in/list.txt"])
+def test_paths_of_windows_are_found_and_others_stay(folder: Path, name: str) -> None:
+    (folder / "in" / "a").mkdir(parents=True)
+    write("in/a/1.jpg", "")
+    write("odd\\name.jpg", "")
+    start = "" if name.startswith("in") else "in\\"
+    write(name, f"{start}a\\1.jpg\r\nodd\\name.jpg\r\ngone\\x.jpg\r\n")
+    expected = ["in/a/1.jpg", "odd\\name.jpg", "gone\\x.jpg"]
+    if name.startswith("in"):
+        (folder / "odd\\name.jpg").unlink()
+        expected = ["in/a/1.jpg", "in/odd\\name.jpg", "in/gone\\x.jpg"]
+    assert found(name) == expected
+
+
+def test_lists_without_names_of_columns_are_read(folder: Path) -> None:
+    assert found(write("a.csv", "x.jpg\ny.jpg\n")) == ["x.jpg", "y.jpg"]
+    assert found(write("a.tsv", "ants\tx.jpg\nbees\ty.jpg\n")) == ["x.jpg", "y.jpg"]
+    assert found(write("a.csv", "0001,x\n0002,y\n"), column="1") == ["0001", "0002"]
+
+
+def test_rows_of_more_fields_than_columns_are_counted_and_noted(folder: Path) -> None:
+    notes: list[str] = []
+    write("a.csv", "path\na.jpg\nb, c.jpg\nd.jpg,\ne, f.jpg\n")
+    assert found("a.csv", notes=notes) == ["a.jpg", "d.jpg"]
+    assert notes == ["a.csv: rows of more than 1 fields are left out: 2, the first is line 3"]

@@ -30,7 +30,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The archive of each pass over headers."""
     members, paths = archives.members, []
 
-    def counted(path: str) -> Any:
+    def counted(path: str, *args: Any) -> Any:
         paths.append(path)
         return members(path)
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -218,7 +219,7 @@ def test_a_resumed_job_does_not_list_the_folder_again(
     memory.pipe_file("/p/1.jpg", photo(1))
     listed: list[str] = []
     find = remote.find
-    monkeypatch.setattr(remote, "find", lambda word: (listed.append(word), find(word))[1])
+    monkeypatch.setattr(remote, "find", lambda *args: (listed.append(args[0]), find(*args))[1])
     words, out = ["memory://p"], tmp_path / "out.csv"
     bundle = tiny_bundle(tmp_path / "bundle")
 
@@ -232,3 +233,63 @@ def test_a_resumed_job_does_not_list_the_folder_again(
     assert listed == words
     score.score(words, bundle, out, ScoringOptions(device="cpu"), log=lambda line: None)
     assert listed == words
+
+
+class ObjectStore(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """Keys with slashes, listed as s3fs lists them; checked against s3fs 2026.9.0."""
+
+    protocol = "objects"
+    keys: ClassVar[list[str]] = []
+    cachable = False
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[dict[str, Any]]:
+        start = f"{path.rstrip('/')}/"
+        inner = [key for key in self.keys if key.startswith(start)]
+        folders = {start + key[len(start) :].partition("/")[0] for key in inner}
+        names = {name for name in folders if any(key.startswith(f"{name}/") for key in inner)}
+        files = [key for key in inner if "/" not in key[len(start) :]]
+        return [
+            *({"name": name, "type": "directory", "size": 0} for name in sorted(names)),
+            *({"name": name, "type": "file", "size": 1} for name in files),
+        ]
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        return {"name": path, "type": "directory", "size": 0}
+
+    def find(self, path: str, prefix: str = "", **kwargs: Any) -> list[str]:
+        return [key for key in self.keys if key.startswith(f"{path}/{prefix}")]
+
+
+class PlainStore(ObjectStore):
+    protocol = "plain"
+
+    def find(self, path: str, **kwargs: Any) -> list[str]:
+        raise AssertionError("its keys can't be listed by a prefix")
+
+
+KEYS = ["b/p/1.jpg", "b/p//double.jpg", "b/p///t.jpg", "b/p/q//3.jpg", "b/p/q/2.jpg", "b/p/"]
+KEYS += ["b/p/1.jpg/inner.jpg", "b/p//.hidden/4.jpg", "b/p//notes.txt", "b/m/", "b/m/5.jpg"]
+
+
+def test_photos_in_folders_without_a_name_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("objects", ObjectStore, clobber=True)
+    monkeypatch.setattr(ObjectStore, "keys", KEYS)
+    assert found("objects://b") == [
+        f"objects://b/{name}"
+        for name in (
+            *("m/5.jpg", "p/1.jpg/inner.jpg", "p/1.jpg", "p/q/2.jpg", "p/q//3.jpg"),
+            *("p///t.jpg", "p//double.jpg"),
+        )
+    ]
+
+
+def test_photos_in_folders_without_a_name_that_can_not_be_listed_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fsspec.register_implementation("plain", PlainStore, clobber=True)
+    monkeypatch.setattr(ObjectStore, "keys", ["b/p/1.jpg", "b/p//double.jpg"])
+    notes: list[str] = []
+    assert list(sources.find(["plain://b/p"], note=notes.append)) == ["plain://b/p/1.jpg"]
+    assert notes == [
+        "plain://b/p//: PlainStore can't list a folder without a name; what is in it is left out"
+    ]

@@ -123,7 +123,11 @@ def test_a_pattern_below_a_file_is_noted_once_and_the_rest_found(folder: Path) -
 
 def test_no_image_at_all_is_an_error_with_the_reason(folder: Path) -> None:
     create(folder, ["x.jpg", "in/notes.md"])
-    with pytest.raises(DataError, match=r"^in: no images found; looked for .*\.jpg, .*\.webp$"):
+    with pytest.raises(
+        DataError,
+        match=r"^in: no images found; looked for .*\.jpg, .*\.webp; passed over: 1 file that is no "
+        r"image \(\.md\)$",
+    ):
         found("in")
     with pytest.raises(DataError, match=r"nothing in any of 2 inputs; in: no images .*Not a dir"):
         found("in", "x.jpg/*")

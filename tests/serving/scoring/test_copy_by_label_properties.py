@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serving.inputs import archives
+from serving.inputs.file_kinds import MARK
 from serving.scoring.copy_by_label import copy_by_label
 from serving.scoring.rows import ScoreRow
 from tests.support.hypothesis_profiles import examples
@@ -37,7 +38,9 @@ def content(number: int) -> bytes:
 
 
 def files_below(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """The files except the mark."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MARK)
+    return {path: path.read_bytes() for path in files}
 
 
 @given(PHOTOS)

@@ -136,6 +136,8 @@ def test_a_folder_is_complete_or_unchanged(
     for name in (*left, *(["folder"] if older else [])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old").touch()
+    for name in left:
+        (tmp_path / name / ".fledge-temporary").touch()
 
     def write() -> None:
         with atomic_folder(path) as partial:
@@ -152,6 +154,18 @@ def test_a_folder_is_complete_or_unchanged(
         ["new"] if not fault else ["old"] if older else []
     )
     assert {entry.name for entry in tmp_path.iterdir()} <= {"folder"}
+
+
+def test_a_folder_that_someone_gave_the_name_of_a_leftover_stays(tmp_path: Path) -> None:
+    photos = tmp_path / ".photos.0123456789abcdef.partial"
+    photos.mkdir()
+    (photos / "1.jpg").touch()
+    with atomic_write(tmp_path / "table") as partial:
+        partial.touch()
+    with atomic_folder(tmp_path / "folder") as folder:
+        assert [file.name for file in folder.iterdir()] == [".fledge-temporary"]
+    assert (photos / "1.jpg").exists()
+    assert not list((tmp_path / "folder").iterdir())
 
 
 def test_only_unlocked_files_of_this_user_are_taken_for_leftovers(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from serving.errors import OptionError
-from training.cli.options import check_arch
-from training.config import diagnostics, load
+from training.cli.options import check_network
+from training.config import load, overrides, suggestions
 
 GOOD = """
 name = "x"
@@ -47,12 +47,12 @@ def test_overrides_set_options_at_every_level(recipe):
     assert read.weights == "some/path.pth"
 
 
-def mistakes(path, text="", overrides=()):
+def mistakes(path, text="", changes=()):
     """The errors of a file with this text, or with these overrides."""
     if text:
         path.write_text(text)
     with pytest.raises(OptionError) as caught:
-        load.read(path, overrides, check_arch)
+        load.read(path, changes, check_network)
     head, *lines = str(caught.value).split("\n  ")
     if not lines:
         assert head.startswith(f"{path}: ")
@@ -105,7 +105,8 @@ def test_all_errors_are_reported_with_line_and_nearest_name(recipe):
         "or { low = 1e-5, high = 1e-3 }"
     )
     unfreeze = (
-        "use a number of layer groups, 'all', 'gradual', or a list of patterns such as ['layer4.*']"
+        "use a number of layer groups, a share of the layers such as 0.2, 'all', 'gradual', "
+        "or a list of patterns such as ['layer4.*']"
     )
     schedules = (
         "'sgdr', 'cosine', 'one_cycle', 'triangular', 'triangular2', 'exp_range', 'cyclical', "
@@ -114,10 +115,11 @@ def test_all_errors_are_reported_with_line_and_nearest_name(recipe):
     assert mistakes(recipe, WRONG, ["tta.kind=view", "stage.heed.lr=1", "nonsense"]).split(
         "\n"
     ) == [
-        "line 2: name = 'x y': use letters, digits, '.', '_' and '-'",
+        "line 2: name = 'x y': use letters, digits, '.', '_' and '-'; "
+        "did you mean 'name = \"x-y\"'?",
         "line 3: arch = 'resnet19' is unknown: did you mean 'resnet18'?",
-        "line 4: batch_sise is unknown; did you mean 'batch_size'?",
-        "line 5: size is unknown; did you mean 'preprocess.size'?",
+        "line 4: batch_sise is unknown; did you mean 'batch_size = 8'?",
+        "line 5: size is unknown; did you mean 'size = 96' under [preprocess]?",
         "line 6: preprocess.size = 3: use 8 to 4096 pixels",
         "line 6: preprocess.sise is unknown; did you mean 'size'?",
         "line 6: preprocess.interpolation = 'biliner': use bilinear, bicubic, lanczos; "
@@ -125,10 +127,10 @@ def test_all_errors_are_reported_with_line_and_nearest_name(recipe):
         "line 9: stage.head.lr.low is missing",
         "line 9: stage.head.lr.high = -2: must be greater than 0",
         "line 9: stage.head.lr.lo is unknown; did you mean 'low'?",
-        "line 10: stage.head.schedul is unknown; did you mean 'schedule'?",
+        "line 10: stage.head.schedul is unknown; did you mean 'schedule = \"sgdr\"'?",
         f"line 11: stage.head.schedule = 'cosin': use {schedules}; did you mean 'cosine'?",
         f"line 12: stage.head.unfreeze = 'gradul': {unfreeze}; did you mean 'gradual'?",
-        "line 14: stage.head.augment.max_rotat is unknown; did you mean 'max_rotate'?",
+        "line 14: stage.head.augment.max_rotat is unknown; did you mean 'max_rotate = 3'?",
         "line 15: stage.head.augment.flip = 'horizntal': use 'none', 'horizontal' or 'dihedral'; "
         "did you mean 'horizontal'?",
         "line 17: stage names must differ, 'head' is there twice",
@@ -147,7 +149,7 @@ def test_all_errors_are_reported_with_line_and_nearest_name(recipe):
         "on the command line: tta.kind = 'view': use 'views', 'flip', 'five_crop', 'multi_scale' "
         "or 'draws'; did you mean 'views'?",
         "on the command line: 'stage.heed.lr=1': no stage 'heed'; the recipe has head, head; "
-        "did you mean 'head'?",
+        "did you mean 'stage.head.lr=1'?",
         "on the command line: 'nonsense': use key=value, such as stage.head.lr=0.01",
     ]
 
@@ -157,7 +159,8 @@ def test_all_errors_are_reported_with_line_and_nearest_name(recipe):
     [
         ("stage.tail.lr=1", "no stage 'tail'; the recipe has head, all"),
         ("nonsense", "use key=value"),
-        ("stage.lr=1", "name the option too"),
+        ("stage.lr=1", "name the stage, too: 'stage.head.lr=1' or 'stage.all.lr=1'"),
+        ("stage.head=1", "name the option of the stage, too, such as stage.head.lr=1"),
         ("stage.head.unfreeze=some", "stage.head.unfreeze = 'some': use a number of layer groups"),
         ("arch.x=1", "arch is no section"),
         ("augment.scale=[2, 0.1]", "augment.scale = [2, 0.1]: use [smallest, largest]"),
@@ -168,22 +171,23 @@ def test_all_errors_are_reported_with_line_and_nearest_name(recipe):
         ("stage.all.lr=[]", "stage.all.lr = []: use 'find', a number above 0"),
         ("stage=3", "stage = 3: write a table [[stage]] for each"),
         ("stage=[1]", "stage = [1]: write a table [[stage]] for each"),
-        ("head=linear", "head = 'linear': write a table [head]"),
+        ("head=linear", "it is a table of options; did you mean 'head.kind=linear'?"),
+        ("head=2024-01-01", "head = 2024-01-01: it is a table of options"),
         ("preprocess=3", "preprocess = 3: "),
         ("head.dropout=[0.1, 0.2, 0.3]", "head: dropout has 3 values for 2 Linear layers"),
         ("name=latest", "name = 'latest' is reserved for the link runs/latest"),
         ("data.folds=1", "data: folds = 1: use 2 or more"),
-        ("lr=0.1", "lr is unknown; did you mean 'stage.lr'?"),
+        ("lr=0.1", "lr is unknown; did you mean 'stage.head.lr=0.1' or 'stage.all.lr=0.1'?"),
         ("stage.all.views=some", "stage.all.views = 'some': use a number, 0 or more, or 'auto'"),
         ("stage.all.views=-1", "stage.all.views = -1: use a number, 0 or more, or 'auto'"),
         ("compile=cuda_graph", "or 'cuda_graphs'; did you mean 'cuda_graphs'?"),
         ("stage.all.lr=fin", "or { low = 1e-5, high = 1e-3 }; did you mean 'find'?"),
         ("batch_size=1", "batch_size = 1: must be greater than or equal to 2"),
-        ("augmnt.flip=none", "augmnt is unknown; did you mean 'augment'?"),
+        ("augmnt.flip=none", "augmnt is unknown; did you mean 'augment.flip=none'?"),
     ],
 )
 def test_an_invalid_override_is_an_error_that_names_the_command_line(recipe, override, message):
-    text = mistakes(recipe, overrides=[override])
+    text = mistakes(recipe, changes=[override])
     assert text.startswith("on the command line: ")
     assert message in text
 
@@ -214,14 +218,15 @@ def test_a_valid_override_replaces_an_invalid_line(recipe):
 
 def test_an_unreadable_or_invalid_recipe_file_is_an_error_with_the_reason(tmp_path, monkeypatch):
     path = tmp_path / "r.toml"
-    with pytest.raises(OptionError, match=r"no such recipe; training/recipes has .*quick.toml"):
-        load.read(path)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(OptionError, match=r"no such recipe; /.*/training/recipes has .*quick.toml"):
-        load.read(path)
+    for folder in (Path.cwd(), tmp_path):
+        monkeypatch.chdir(folder)
+        with pytest.raises(
+            OptionError, match=r"no such recipe; use one of demo, .*quick, .*of your own$"
+        ):
+            load.read(path)
     with pytest.raises(OptionError) as caught:
         load.read(tmp_path)
-    assert str(caught.value) == f"{tmp_path}: a folder, not a recipe"
+    assert str(caught.value) == f"{tmp_path} is a folder, not a recipe"
     with pytest.raises(OptionError, match=r"^/dev/null/x: Not a directory$"):
         load.read(Path("/dev/null/x"))
     for twice, line in (('name = "x"\nname = "y"', 2), ("[[stage]]\nlr=1\n\nlr = 2", 4)):
@@ -243,18 +248,22 @@ def test_an_unreadable_or_invalid_recipe_file_is_an_error_with_the_reason(tmp_pa
 
 
 def test_every_option_has_a_nearest_name(recipe):
-    for table in diagnostics.SECTIONS:
-        for name in diagnostics._names(table):
+    for table in overrides.SECTIONS:
+        for name in suggestions.names(table):
             if table == "stage.augment":
-                override = f"stage.head.augment.{name}_=1"
+                key = f"stage.head.augment.{name}"
             elif table == "stage.lr":
-                override = f"stage.head.lr={{ {name}_ = 1 }}"
+                key = f"stage.head.lr.{name}"
             elif table == "stage":
-                override = f"stage.head.{name}_=1"
+                key = f"stage.head.{name}"
             else:
-                override = f"{table}.{name}_=1".lstrip(".")
-            text = mistakes(recipe, overrides=[override])
-            assert f"{name}_ is unknown; did you mean '{name}'?" in text
+                key = f"{table}.{name}".lstrip(".")
+            override = f"{key}_=1" if table != "stage.lr" else f"stage.head.lr={{ {name}_ = 1 }}"
+            with pytest.raises(OptionError) as caught:
+                load.read(recipe, [override])
+            text = str(caught.value)
+            shown = name if table == "stage.lr" else key
+            assert f"{key}_ is unknown; did you mean '{shown}" in text
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torchvision
 
 import fledge
 from tests.training.conftest import BLOCKS, coloured
-from training.config import diagnostics, load, sections
+from training.config import load, overrides, sections
 from training.engine import finetune, plan
 from training.models import backbones
 from training.models.classifier import create_classifier
@@ -41,12 +41,11 @@ TINY = {
     ),
     "dogs-vs-cats": (*MOBILE, "stage.head.cycles=1", "stage.all.cycles=1"),
     "flowers": (
-        *MOBILE, "stage.head.cycles=1", "stage.block.cycles=1", "stage.block.unfreeze=['6.*']",
+        *MOBILE, "stage.head.cycles=1", "stage.block.cycles=1",
     ),
     "pets": (*MOBILE, "stage.head.cycle_len=1", "stage.all.cycle_len=1"),
     "quick": (
         *MOBILE, "stage.head.cycle_len=1", "stage.head.lr=0.01", "stage.tail.cycle_len=1",
-        "stage.tail.unfreeze=['5.*', '6.*']",
     ),
     "tricks": (*MOBILE, "stage.all.cycle_len=1"),
 }  # fmt: skip
@@ -95,7 +94,7 @@ def test_each_recipe_is_valid_and_has_its_command_in_the_header(name):
         words = shlex.split(line)
         assert words[0] == "fledge"
         given, rest = fledge._parser().parse_known_args(words[1:])
-        assert (given.recipe, given.overrides, rest) == (path, [], [])
+        assert (str(given.recipe), given.overrides, rest) == (name, [], [])
         assert given.data
 
 
@@ -112,6 +111,36 @@ def test_each_recipe_fits_its_network(name):
     if name == "flowers":
         assert widths == [4416, 1024]
     assert widths[0] == backbone.width * (2 if read.head.kind == "concat_pool" else 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "patterns"),
+    [("quick", "tail", ["15.*", "16.*", "17.*", "18.*"]), ("flowers", "block", ["denseblock4.*"])],
+)
+def test_layers_by_position_are_those_that_were_named(name, stage, patterns):
+    """The recipes named layers of one network; its results must stay the same to the bit."""
+    read = load.read(Path(name))
+    (own,) = (item for item in read.stage if item.name == stage)
+    with torch.device("meta"):
+        network = create_classifier(read.arch, 3, arch_args=read.arch_args, head=read.head)
+    named = network.freezing_for(own.model_copy(update={"unfreeze": tuple(patterns)}))
+    assert network.freezing_for(own) == named
+    assert 0 < named.prefix < len(network.body)
+
+
+OTHER_NETWORKS = ("squeezenet1_1", "resnet18", "alexnet", "vgg11_bn", "convnext_tiny", "swin_t")
+
+
+@pytest.mark.parametrize("arch", OTHER_NETWORKS)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "demo"])
+def test_a_recipe_suits_any_network(name, arch):
+    read = load.read(Path(name), [f"arch={arch}"])
+    assert list(plan.mistakes(read)) == []
+
+
+@pytest.mark.parametrize("arch", ["vit_b_16", "maxvit_t"])
+def test_quick_suits_a_network_that_pools_by_itself(arch):
+    assert list(plan.mistakes(load.read(Path("quick"), [f"arch={arch}"]))) == []
 
 
 def rates(name, stage):
@@ -184,7 +213,7 @@ def technique_rows():
 
 def test_the_table_of_techniques_lists_every_option():
     defaults = {}
-    for name, section in diagnostics.SECTIONS.items():
+    for name, section in overrides.SECTIONS.items():
         if name in ("preprocess", "stage.lr", "stage.augment"):
             continue
         filled = sections.AugmentConfig().model_dump() if name == "augment" else {}
@@ -201,5 +230,6 @@ def test_the_table_of_techniques_lists_every_option():
         assert values == [defaults[name] for name in names], technique
         documented |= set(names)
     plain = {"name", "arch", "arch_args", "seed", "batch_size", "stage.name", "stage"}
-    plain |= {"data.columns", "data.images", "data.suffix"} | set(diagnostics.SECTIONS)
+    plain |= {"data.columns", "data.images", "data.suffix", "data.similar", "data.group"}
+    plain |= {"data.layout", "data.synsets"} | set(overrides.SECTIONS)
     assert defaults.keys() - documented - plain == set()

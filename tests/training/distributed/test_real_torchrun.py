@@ -63,8 +63,8 @@ def test_torchrun_ends_after_an_error_in_one_process_and_the_error_is_reported_o
     assert done.returncode != 0
     ours = [line for line in lines if line.startswith(("fledge:", "stopped:", "interrupted:"))]
     assert ours == [
-        "stopped: 1 finished epoch is saved; resume with: torchrun … -m fledge train "
-        f"--resume {folder}",
+        "stopped: 1 finished epoch is saved; resume with: torchrun --standalone "
+        f"--nproc-per-node 2 -m fledge train --resume {folder}",
         "fledge: rose.jpg can't be read any more: mend it",
     ]
     assert len((folder / "metrics.csv").read_text().splitlines()) == 2

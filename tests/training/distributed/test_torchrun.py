@@ -238,8 +238,8 @@ def test_an_error_in_one_process_ends_the_run_with_one_message(reference_run, se
     assert [one.status for one in done] == [1, 1]
     assert done[0].stderr.splitlines() == lines[:-2]
     assert lines[-2:] == [
-        "stopped: 2 finished epochs are saved; resume with: torchrun … -m fledge train "
-        f"--resume {folder}",
+        "stopped: 2 finished epochs are saved; resume with: torchrun --standalone "
+        f"--nproc-per-node 2 -m fledge train --resume {folder}",
         "fledge: rose.jpg can't be read any more: mend it",
     ]
     lines = []

@@ -1,14 +1,16 @@
 import csv
 import json
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 
+import fledge
 from serving.errors import DataError, OptionError, WorkError
 from serving.imaging.decode import decode
 from serving.imaging.preprocess import Preprocess
-from tests.training.conftest import STAGE
+from tests.training.conftest import STAGE, coloured
 from training.config import load, schema, sections
 from training.data.dataset import load_dataset
 from training.engine import best_checkpoint, epoch, finetune, plan
@@ -317,7 +319,9 @@ def test_gradual_unfreezing_adds_one_group_per_stage(recipe, tmp_path):
     assert [stage.unfreeze for stage in planned] == [0, 1, 2, 3]
     scratch = plan.stages_of(load.read(recipe(stages)), pretrained=False)
     assert {stage.unfreeze for stage in scratch} == {schema.ALL}
-    with pytest.raises(OptionError, match="must count groups"):
+    with pytest.raises(
+        OptionError, match=r"must be a number of groups: set stage\.s0\.unfreeze = 1"
+    ):
         plan.stages_of(
             load.read(recipe(stages.replace("unfreeze = 0", 'unfreeze = ["18"]'))),
             pretrained=True,
@@ -347,3 +351,35 @@ def test_wrong_options_of_a_later_stage_are_errors_at_the_start(
         with pytest.raises(OptionError, match=message):
             run(recipe(), photos, tmp_path / "run", lines, override, f"weights={weights}")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.process
+def test_a_second_run_in_the_folder_of_the_photos_learns_nothing_that_fledge_made(
+    recipe, tmp_path, monkeypatch, capsys
+):
+    """`--data .` twice, after preview, lr-find, score and export in that folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = coloured(tmp_path / "photos", {"blue": 15, "green": 15})
+    for name in ("@eaDir", "#recycle"):
+        coloured(folder / "blue" / name, {"0.jpg": 3})
+        coloured(folder / name, {"0.jpg": 3})
+    path = str(recipe())
+    monkeypatch.chdir(folder)
+    fingerprints = []
+    for _ in range(2):
+        assert fledge.main(["preview", "."]) == 0
+        assert fledge.main(["preview", ".", "--augment"]) == 0
+        assert fledge.main(["lr-find", path, "--data", ".", "--device", "cpu"]) == 0
+        assert fledge.main(["train", path, "--data", ".", "--device", "cpu"]) == 0
+        err = capsys.readouterr().err
+        assert "photos: a folder per class, 2 classes" in err
+        assert "files and folders of systems and tools (#recycle 2, @eaDir 2)" in err
+        info = json.loads(Path("runs/latest/best.json").read_text())
+        assert info["classes"] == ["blue", "green"]
+        fingerprints.append(info["data"]["fingerprint"])
+        words = ["export", "runs/latest", "--out", "bundle", "--precision", "fp32"]
+        assert fledge.main(words) == 0
+        words = ["score", ".", "--bundle", "bundle", "--out", "s.csv", "--device", "cpu"]
+        assert fledge.main(words) == 0
+        assert "scored: 30 (" in capsys.readouterr().out
+    assert fingerprints[0] == fingerprints[1]

@@ -101,7 +101,8 @@ def test_the_command_prints_all_suggestions_and_trials(
     assert lines[5].startswith("after 1 epoch ")
     assert len(lines) == 10
     assert "stage.head.lr=" in printed.err
-    assert (tmp_path / "lr_find-head.png").exists()
+    assert (tmp_path / "runs/lr-find-tiny/lr_find-head.png").exists()
+    assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize(

@@ -200,10 +200,10 @@ def test_errors_name_the_option_and_the_remedy(tmp_path):
     with pytest.raises(DataError, match="is not for squeezenet1_1"):
         backbones.build("squeezenet1_1", {}, str(tmp_path / "other.pth"))
     (tmp_path / "empty.pth").write_bytes(b"")
-    with pytest.raises(DataError, match="damaged, truncated"):
+    with pytest.raises(DataError, match="is empty"):
         backbones.build("squeezenet1_1", {}, str(tmp_path / "empty.pth"))
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(DataError, match="is not a state dict"):
+    with pytest.raises(DataError, match="is a text, not weights"):
         backbones.build("squeezenet1_1", {}, str(tmp_path / "text.pth"))
 
 

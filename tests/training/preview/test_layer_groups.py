@@ -5,7 +5,7 @@ import pytest
 import fledge
 from serving.errors import OptionError
 from training.config.schema import Recipe
-from training.models import backbones
+from training.models import backbones, freezing
 from training.models.classifier import create_classifier
 from training.preview import layer_groups
 
@@ -35,16 +35,28 @@ def test_every_layer_has_a_line_and_every_group_its_number(arch):
     starts = {names[start]: len(found.groups) - i for i, start in enumerate(found.groups)}
     total = 0.0
     for name, line in zip(names, lines, strict=True):
-        row = re.fullmatch(rf" *(\d*)  {name} +\w+ +({NUMBER})  ([0-9x ]+)", line)
+        row = re.fullmatch(rf" *(\d*)  +(0\.\d+)? *  {name} +\w+ +({NUMBER})  ([0-9x ]+)", line)
         assert row, line
         assert row[1] == str(starts.get(name, "")), line
-        total += count(row[2])
+        total += count(row[3])
     real = sum(p.numel() for p in found.body.parameters())
     assert total == pytest.approx(real, rel=0.01)
     assert lines[-1].endswith(f"  {found.width}") or f"  {found.width} x " in lines[-1]
     column = head.index("output")
     assert {line[column - 1] for line in lines} == {" "}
     assert all(line[column].isdigit() for line in lines)
+
+
+@pytest.mark.parametrize(
+    "arch", ["resnet18", "mobilenet_v2", "vit_b_16", "densenet201", "vgg19_bn"]
+)
+def test_a_share_that_is_shown_trains_from_its_layer_on(arch):
+    body = backbones.build_on_meta(arch, {}).body
+    _, _, _, *lines = layer_groups.describe(layer_groups.of_arch(arch))
+    shown = {line.split("  0.")[1].split()[0]: i for i, line in enumerate(lines) if "  0." in line}
+    assert len(shown) > 3
+    for digits, index in shown.items():
+        assert freezing.share_start(body, float(f"0.{digits}")) == index
 
 
 def test_a_stages_line_agrees_with_freezing():

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from tests.hostile.images import png, progressive_jpeg
 from tests.support.tiny_bundle import photo
 from training.config import load
 from training.config.sections import AugmentConfig
-from training.data import layouts
 from training.data.dataset import load_dataset
 from training.preview import figure, preview, scan
 from training.preview.figure import draw
@@ -154,6 +154,16 @@ def test_hints_report_duplicates_contradicting_labels_and_imbalance(tmp_path):
     assert "b has 1 photo to train on" in text
 
 
+def test_a_hint_says_how_little_is_seen_of_long_photos(tmp_path):
+    long = [stats(save_photo(tmp_path / f"{i}.jpg", (1500 + i, 440))) for i in range(10)]
+    square = [stats(save_photo(tmp_path / f"s{i}.jpg", (440 + i, 440))) for i in range(10)]
+    (line,) = hints([*long, *square], ["a"], 224)
+    assert line.startswith("10 photos longer than 3 : 1: validation and service see the middle 26%")
+    (line,) = scan._little_seen(scan.Scan(long, ["a"], 224, 1.0))
+    assert "the middle 29% of the length" in line
+    assert list(scan._little_seen(scan.Scan(square, ["a"], 224, 1.0))) == []
+
+
 def test_a_hint_reports_a_class_without_colour(tmp_path):
     colour = [stats(save_photo(tmp_path / f"{i}.jpg", (60 + i, 50))) for i in range(10)]
     grey = [
@@ -239,7 +249,7 @@ def test_empty_folders_are_listed(photos, capsys, tmp_path):
         save_photo(parted / part / name / "0.jpg")
     for folder in (parted / "train" / "c", parted / "valid" / "b", parted / "elsewhere"):
         folder.mkdir()
-    assert layouts.empty_class_folders(parted) == ["train/c"]
+    assert load_dataset(str(parted)).reading.empty == ("train/c",)
 
 
 def test_small_classes_are_counted(photos):
@@ -259,7 +269,7 @@ def test_the_command_prints_the_report_and_writes_the_picture(photos, tmp_path, 
         with Image.open(out / name) as picture:
             picture.load()
     assert fledge.main(["preview", str(photos), "--out", str(out), "data.vald=0.5"]) == 2
-    assert "data.vald is unknown; did you mean 'valid'?" in capsys.readouterr().err
+    assert "data.vald is unknown; did you mean 'data.valid=0.5'?" in capsys.readouterr().err
     assert fledge.main(["preview", str(tmp_path / "nowhere")]) == 2
 
 
@@ -275,10 +285,15 @@ def test_the_command_draws_an_augmentation(photos, tmp_path, capsys, monkeypatch
     assert fledge.main([*words, *changes]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'augment.png'}\n"
     first = load_dataset(str(photos), seed=5).train[0].path
-    config = AugmentConfig(preset="top_down")
+    quick = load.read(Path("quick")).augment  # what `make train` uses
+    assert quick != AugmentConfig()
+    config = load.read(Path("quick"), ["augment.preset=top_down"]).augment
+    assert config.flip == "dihedral"
     assert calls.pop() == (first, config, 64, 2, tmp_path / "out" / "augment.png", 5)
     recipe = tmp_path / "r.toml"
-    recipe.write_text(preview.DEFAULTS + "[augment]\nmax_rotate = 33.0\n")
+    recipe.write_text(
+        'name = "x"\narch = "resnet18"\n[[stage]]\nname = "all"\n[augment]\nmax_rotate = 33.0\n'
+    )
     mine = photos / "b" / "2.jpg"
     assert fledge.main([*words, "--photo", str(mine), "--recipe", str(recipe)]) == 0
     assert calls[0][:2] == (mine, AugmentConfig(max_rotate=33.0))
@@ -310,7 +325,7 @@ def test_the_first_readable_photo_is_drawn(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "training.preview.augmentation_sheet.write", lambda path, *_, **__: drawn.append(path)
     )
-    recipe = load.read_text(preview.DEFAULTS, "defaults", ["data.valid=0.01"])
+    recipe = load.read(Path("quick"), ["data.valid=0.01"])
     first, second, *_ = (s.path for s in load_dataset(str(photos), config=recipe.data).train)
     first.write_bytes(b"no photo")
     preview.augmented(str(photos), recipe, tmp_path / "out")
@@ -353,6 +368,7 @@ def test_an_image_above_the_limit_of_pillow_is_described(tmp_path):
     """Pillow alone refuses to open images of more than 178 megapixels."""
     code = """
 import sys
+from pathlib import Path
 from pathlib import Path
 from training.preview import scan
 for name in sys.argv[1:]:

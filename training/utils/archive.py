@@ -20,7 +20,8 @@ from serving.errors import DataError, ImageError
 from serving.imaging import formats
 from serving.inputs import archives
 from serving.inputs.archive_members import Member, is_hidden
-from serving.inputs.folders import is_image
+from serving.inputs.file_kinds import may_be_image, member_kind
+from serving.inputs.passed_over import PassedOver
 from serving.utils.files import atomic_folder, atomic_write
 from serving.utils.progress import progress_bar
 from training.utils import disk_cache
@@ -32,7 +33,7 @@ MAX_FILES: Final = 2_000_000
 
 TABLES: Final = frozenset(
     {
-        *(".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet"),
+        *(".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet"),
         *(".xml", ".yaml", ".yml"),  # by these, annotations of objects are recognised
     }
 )
@@ -80,7 +81,11 @@ def extracted(source: str | os.PathLike[str]) -> Path:
                 break
             if held is not None:
                 held.close()
-            _extract(path, cache, entry, folder)
+            try:
+                _extract(path, cache, entry, folder)
+            except BaseException:
+                disk_cache.remove(entry)
+                raise
         disk_cache.mark_used(entry)
     except OSError as error:
         where = error.filename or abbreviate_home(disk_cache.cache_folder())
@@ -144,6 +149,10 @@ def _extract(path: Path, cache: disk_cache.DiskCache, entry: Path, folder: Path)
     cache.evict(0, {entry.name})
 
 
+def _is_table(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in TABLES
+
+
 class _Extraction:
     """Extracts one archive, and counts what is passed over.
 
@@ -154,7 +163,7 @@ class _Extraction:
     def __init__(self, path: Path, budget: int) -> None:
         self._path, self._budget = path, budget
         self.bytes = self._photos = self._tables = 0
-        self._passed_over: Counter[str] = Counter()
+        self._passed_over, self._others = PassedOver(), Counter[str]()
         self._unreadable: list[str] = []
 
     def run(self, folder: Path) -> None:
@@ -173,19 +182,17 @@ class _Extraction:
                     bar.advance(task)
         except DataError as error:
             raise DataError(f"{self._path}: {error}") from error
+        if not self._photos:
+            raise DataError(f"{self._path}: no photo in it: {self.summary()}")
 
     def _is_wanted(self, name: str) -> bool:
-        suffix = os.path.splitext(name)[1].lower()
-        parts = name.split("/")
-        if is_hidden(name):
-            reason = "hidden or of a system (such as __MACOSX)"
-        elif name.startswith("/") or ".." in parts or name[1:2] == ":" or "\0" in name:
-            reason = "with a name that leads out of the folder"
-        elif not (is_image(name) or suffix in TABLES or not suffix):
-            reason = "neither photo nor table by the suffix"
-        else:
+        kind = member_kind(name)
+        if name.startswith("/") or ".." in name.split("/") or name[1:2] == ":" or "\0" in name:
+            self._others["with a name that leads out of the folder"] += 1
+            return False
+        if kind is None or (not is_hidden(name) and (_is_table(name) or may_be_image(name))):
             return True
-        self._passed_over[reason] += 1
+        self._passed_over(kind.reason, name, kind.detail)
         return False
 
     def _write(self, member: Member, folder: Path, stamp: int) -> None:
@@ -195,11 +202,11 @@ class _Extraction:
         try:
             data = member.read()
         except ImageError as error:
-            self._passed_over["unreadable"] += 1
             self._unreadable.append(f"{name}: {error}")
             return
-        if not os.path.splitext(name)[1] and not formats.served(data):
-            self._passed_over["neither photo nor table by the suffix"] += 1
+        kind = None if _is_table(name) or formats.served(data) else member_kind(name)
+        if kind:
+            self._passed_over(kind.reason, name, kind.detail)
             return
         self.bytes += len(data)
         if self.bytes > self._budget:
@@ -213,7 +220,7 @@ class _Extraction:
             self.bytes -= target.stat().st_size
             self._count(name, -1)
             target.unlink()
-            self._passed_over["replaced by a later one of the same name"] += 1
+            self._others["replaced by a later one of the same name"] += 1
         try:
             opened = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         except FileExistsError:
@@ -229,7 +236,7 @@ class _Extraction:
             raise DataError(f"it has more than {MAX_FILES} photos and tables; unpack it")
 
     def _count(self, name: str, number: int) -> None:
-        if os.path.splitext(name)[1].lower() in TABLES:
+        if _is_table(name):
             self._tables += number
         else:
             self._photos += number
@@ -238,10 +245,12 @@ class _Extraction:
         """Return what was extracted and passed over, as one line."""
         tables = f" and {pluralize(self._tables, 'table')}" if self._tables else ""
         line = f"{pluralize(self._photos, 'photo')}{tables} extracted"
-        passed_over = [f"{count} {reason}" for reason, count in self._passed_over.most_common()]
-        if passed_over:
-            line += f"; passed over: {', '.join(passed_over)}"
+        if self._passed_over:
+            line += f"; {self._passed_over.line()}"
+        for reason, count in self._others.most_common():
+            line += f"; {count} {reason}"
         if self._unreadable:
             more = ", …" if len(self._unreadable) > _SHOWN else ""
-            line += f" ({', '.join(self._unreadable[:_SHOWN])}{more})"
+            shown = ", ".join(self._unreadable[:_SHOWN])
+            line += f"; {len(self._unreadable)} unreadable ({shown}{more})"
         return line

@@ -16,10 +16,10 @@ from serving.inputs import zip_archive
 from tests.support.tar_files import KINDS, write_tar
 from tests.support.tiny_bundle import photo
 from tests.support.zip_files import end_record, entry, local, write_zip
+from tests.training.conftest import SHORT, recipe_text
 from training.config.sections import DataConfig
-from training.data import archive
 from training.data.dataset import load_dataset
-from training.utils import disk_cache
+from training.utils import archive, disk_cache
 
 ROOT = Path(__file__).parents[3]
 PHOTOS = {f"{name}/{i}.jpg": photo(10 * j + i) for j, name in enumerate("ab") for i in range(4)}
@@ -91,7 +91,13 @@ def test_it_is_extracted_once_and_again_when_it_changes(folder, capsys):
 
 def test_what_is_passed_over_is_counted_by_reason(folder, capsys):
     outside = {"../up.jpg": b"x", "/tmp/fledge-abs.jpg": b"x", "C:/x.jpg": b"x"}
-    others = {"__MACOSX/a/._1.jpg": b"x", ".git/HEAD": b"x", "a/notes.doc": b"x", "README": b"text"}
+    others = {
+        "__MACOSX/a/._1.jpg": b"x",
+        ".git/HEAD": b"x",
+        "a/.x.jpg": b"x",
+        "a/notes.doc": b"x",
+        "README": b"text",
+    }
     with zipfile.ZipFile("set.zip", "w") as file:
         for name, data in {**PHOTOS, **outside, **others, "labels.csv": b"a,b"}.items():
             file.writestr(zipfile.ZipInfo(name), data)
@@ -106,8 +112,9 @@ def test_what_is_passed_over_is_counted_by_reason(folder, capsys):
     assert "set.zip: 9 photos and 1 table extracted; passed over: " in line
     for reason in (
         "3 with a name that leads out of the folder",
-        "2 hidden or of a system (such as __MACOSX)",
-        "2 neither photo nor table by the suffix",
+        "2 files and folders of systems and tools",
+        "1 hidden file or folder",
+        "2 files that are no images",
         "1 replaced by a later one of the same name",
         "1 unreadable",
         "(a/link.jpg: not a file but a link in an archive)",
@@ -133,6 +140,16 @@ def test_an_archive_that_is_not_whole_is_refused_and_leaves_nothing(folder):
         load_dataset("set.zip")
 
 
+def test_an_archive_without_photos_says_what_is_in_it(folder):
+    write_zip("inner.zip", PHOTOS.items())
+    write_zip("set.zip", [("inner.zip", Path("inner.zip").read_bytes()), ("a.csv", b"a,b")])
+    with pytest.raises(
+        DataError, match=r"set\.zip: no photo in it: 0 photos and 1 table .*\.zip\)"
+    ):
+        load_dataset("set.zip")
+    assert disk_cache.open_cache().entries() == []
+
+
 def test_an_encrypted_archive_and_another_kind_are_refused(folder):
     head = local(b"a/1.jpg", b"data", flags=1)
     directory = entry(b"a/1.jpg", b"data", flags=1)
@@ -143,7 +160,7 @@ def test_an_encrypted_archive_and_another_kind_are_refused(folder):
     with pytest.raises(DataError, match="a 7z archive is not read; unpack it, or pack it as zip"):
         load_dataset("set.7z")
     Path("notes.txt").write_text("x")
-    with pytest.raises(DataError, match=r"'notes\.txt': is no folder or archive"):
+    with pytest.raises(DataError, match=r"notes\.txt: no column of labels among 'x'"):
         load_dataset("notes.txt")
 
 
@@ -152,7 +169,7 @@ def test_the_size_is_limited_by_the_cache_and_its_variable_is_named(folder, monk
     write_zip("set.zip", PHOTOS.items())
     with pytest.raises(DataError, match=r"larger than the cache may be, .*FLEDGE_CACHE_GB"):
         load_dataset("set.zip")
-    assert disk_cache.open_cache().size() == 0
+    assert disk_cache.open_cache().entries() == []
     monkeypatch.setenv("FLEDGE_CACHE_GB", "1")
     assert load_dataset("set.zip").classes == ("a", "b")
 
@@ -204,7 +221,7 @@ def test_two_processes_extract_it_once(folder):
     write_zip("set.zip", [(f"{n % 9}/{n}.jpg", b"x" * 1000) for n in range(2000)])
     code = """
 import sys
-from training.data import archive
+from training.utils import archive
 print(archive.extracted("set.zip"))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -265,3 +282,23 @@ def test_a_tar_member_of_no_size_limit_is_not_extracted(folder, capsys):
         file.addfile(hard)
     archive.extracted("set.tar")
     assert "1 unreadable (a/hard.jpg: not a file but a link" in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_train_evaluate_and_resume_take_an_archive_and_extract_it_again(folder, capsys):
+    write_zip("set.zip", PHOTOS.items())
+    Path("tiny.toml").write_text(recipe_text(SHORT))
+    assert fledge.main(["train", "tiny.toml", "--data", "set.zip", "--out", "run"]) == 0
+    folders = load_dataset("set.zip")
+    for held in archive._held.values():
+        held.close()
+    archive._held.clear()
+    assert fledge.main(["cache", "--clear"]) == 0
+    assert not folders.root.exists()
+    capsys.readouterr()
+    assert fledge.main(["evaluate", "run"]) == 0  # extracts it again
+    assert "8 photos extracted" in capsys.readouterr().err
+    Path("moved").mkdir()
+    Path("set.zip").rename("moved/set.zip")
+    assert fledge.main(["evaluate", "run", "--data", "moved/set.zip"]) == 0
+    assert "8 photos extracted" in capsys.readouterr().err

@@ -1,0 +1,386 @@
+"""Recognise how the folders of a data set are laid out, before any folder is taken for a class.
+
+    CLASS/photo.jpg               a folder per class
+    train/CLASS/photo.jpg         parts, with a folder per class in each
+    CLASS/train/photo.jpg         parts inside the classes
+
+All may lie one or more folders deeper (an archive's top folder, `images/`). A layout that can be
+read in two ways, and one that is no layout of classes, is refused with what settles it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, NoReturn
+
+from serving.errors import DataError
+from serving.imaging.formats import SUFFIXES
+from serving.terminal import quote_path
+from training.data.folders.label_hints import labels_hint, other_files_hint
+from training.data.folders.other_tasks import check_task
+from training.data.folders.part_names import (
+    is_container,
+    mentions_part,
+    part_of,
+    resembles_part,
+)
+from training.data.folders.photo_tree import CLASS, PhotoFolder
+from training.data.folders.synset_names import names_of_synsets
+from training.utils.console import pluralize, quoted
+
+PARTS: Final = ("train", "valid", "test")
+_STRAY: Final = 0.1
+"""Largest share of photos beside the only folder with photos below which this is looked into."""
+AS_CLASSES: Final = "data.layout=classes"
+"""Option that takes every folder for a class."""
+
+
+@dataclass
+class Structure:
+    """How the folders of a data set were read.
+
+    Attributes:
+        photos: Path relative to the data folder, label and part ("" if none) of each photo.
+        unlabelled: Paths of the photos of a test part without class folders.
+        empty: Paths of class folders without photos.
+        roles: Path of a folder -> what it was read as.
+        line: One line about the layout.
+        warning: What may be wrong with it, or "".
+    """
+
+    photos: list[tuple[str, str, str]] = field(default_factory=list)
+    unlabelled: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+    roles: dict[str, str] = field(default_factory=dict)
+    line: str = ""
+    warning: str = ""
+
+    def add_classes(self, folders: Iterable[PhotoFolder], part: str = "") -> None:
+        """Add class folders, whose names are the labels."""
+        for folder in folders:
+            self.roles[folder.path] = CLASS
+            self.photos += [(path, folder.name, part) for path in folder.below()]
+
+    def add_unlabelled(self, folder: PhotoFolder) -> None:
+        """Add a folder of photos without labels."""
+        self.roles[folder.path] = "unlabelled"
+        self.unlabelled += folder.below()
+
+    def draw_validation(self) -> None:
+        """Let the validation photos be drawn from those of the part train."""
+        self.photos = [
+            (path, label, "" if part == "train" else part) for path, label, part in self.photos
+        ]
+        self.line += "; validation photos are drawn from those of train (data.valid)"
+
+    def counts(self, part: str) -> int:
+        """Return the number of photos of a part."""
+        return sum(1 for _, _, own in self.photos if own == part)
+
+
+def find_structure(
+    root: Path, tree: PhotoFolder, *, layout: str = "auto", keep_synsets: bool = False,
+    has_split: bool = False,
+) -> Structure:  # fmt: skip
+    """Recognise the layout of a data folder.
+
+    Args:
+        root: The data folder.
+        tree: Its content.
+        layout: "auto", or "classes" to take every folder for a class.
+        keep_synsets: Whether the numbers of ImageNet's synsets are labels, even if a list of their
+            names is there.
+        has_split: Whether a `--split` file determines the parts.
+
+    Raises:
+        DataError: The layout is unknown, or can be read in two ways.
+    """
+    base = tree
+    for base in _levels(tree):
+        if layout != "classes":
+            check_task(root, base)
+    if layout == "classes":
+        found = _read_classes(root, base, base.children)
+    else:
+        parts = [
+            (part, kid, inner)
+            for kid in base.children
+            if (part := part_of(kid.name)) and (inner := _inside(kid)).children
+        ]
+        if parts:
+            found = _read_parts(root, base, parts, has_split=has_split)
+        else:
+            inside_out = _inside_out(root, base)
+            found = inside_out or _read_flat(root, base, has_split=has_split)
+    if base.path:
+        found.line += f", in {base.path}/"
+    if not keep_synsets:
+        _use_synset_names(root, base, found)
+    return found
+
+
+def _levels(tree: PhotoFolder) -> Iterator[PhotoFolder]:
+    """Yield the data folder and those below it, down to the one where classes or parts begin.
+
+    These are an archive's top folder, `images/` and the like: the only folder with photos.
+    """
+    folder = tree
+    yield folder
+    while len(folder.photos) <= folder.total * _STRAY and len(folder.children) == 1:
+        (only,) = folder.children
+        hidden = any(other.unread() for other in folder.folders.values() if other is not only)
+        if hidden or part_of(only.name) or only.photos:
+            break
+        folder = only
+        yield folder
+
+
+def _inside(folder: PhotoFolder, classes: Iterable[str] = ()) -> PhotoFolder:
+    """Return the folder of a part in which its classes or photos begin.
+
+    That is the folder itself, or one in it: `train/images/`, `seg_train/seg_train/`.
+
+    Args:
+        folder: Folder of the part.
+        classes: Names of classes, which are no such folders.
+    """
+    part, known = part_of(folder.name), set(classes)
+    while not folder.photos and len(folder.children) == 1:
+        (only,) = folder.children
+        again = is_container(only.name) or part_of(only.name) == part
+        if only.name in known or not (again or (only.children and not only.photos)):
+            break
+        folder = only
+    return folder
+
+
+def _read_parts(
+    root: Path,
+    base: PhotoFolder,
+    parts: Sequence[tuple[str, PhotoFolder, PhotoFolder]],
+    *,
+    has_split: bool,
+) -> Structure:
+    """Read folders of parts with class folders in them.
+
+    Args:
+        root: The data folder.
+        base: Folder that contains the parts.
+        parts: Name of the part, its folder, and the folder in which the classes begin.
+        has_split: Whether a `--split` file determines the parts.
+    """
+    where = root / base.path
+    folders: dict[str, PhotoFolder] = {}
+    for part, kid, _ in parts:
+        if part in folders:
+            raise DataError(f"{where} has both {folders[part].name}/ and {kid.name}/; keep one")
+        folders[part] = kid
+    have = ", ".join(f"{folders[part].name}/" for part in PARTS if part in folders)
+    others = [kid for kid in base.children if not part_of(kid.name)]
+    if others and not has_split:
+        name = quoted(f"{others[0].name}/")
+        raise DataError(
+            f"{where} has {have} and beside them {name}; move it elsewhere, or, if all of them are "
+            f"classes, add {AS_CLASSES}"
+        )
+    if not has_split:
+        _check_parts(root, base, folders, have)
+    found = Structure()
+    starts = {part: inner for part, _, inner in parts}
+    classes = [folder.name for folder in starts["train"].children] if "train" in starts else []
+    if not has_split:
+        _check_class_folders(root, starts.get("train", base), found)
+    found.add_classes(others)
+    for part in (one for one in PARTS if one in folders):
+        inner = _inside(folders[part], classes)
+        found.roles[folders[part].path] = f"{part} part"
+        (only, *more) = inner.children
+        if part == "test" and not more and only.name not in classes and classes:
+            found.add_unlabelled(only)  # test/unknown/
+        else:
+            found.add_classes(inner.children, part)
+    for kid in base.children:
+        if part_of(kid.name) == "test" and kid is not folders.get("test"):
+            found.add_unlabelled(kid)
+    told = [f"{folders[part].name}/" for part in PARTS if found.counts(part)]
+    found.line = f"parts {', '.join(told)}, with a folder per class in each"
+    unlabelled = [kid for kid in base.children if kid.path in found.roles]
+    for kid in unlabelled:
+        if part_of(kid.name) == "test" and not found.counts("test"):
+            found.line += f", and {kid.name}/ with {kid.total:,} unlabelled photos"
+    if "valid" not in folders and not has_split:
+        found.draw_validation()
+    return found
+
+
+def _check_parts(root: Path, base: PhotoFolder, folders: dict[str, PhotoFolder], have: str) -> None:
+    """Check that there is a folder for training, and that none for validation lacks classes."""
+    where = root / base.path
+    for part in ("train", "valid"):
+        if part in folders:
+            continue
+        for other in base.sorted_folders:
+            if part_of(other.name) == part:
+                what = "is empty" if other.is_empty else "contains no folder with photos"
+                raise DataError(
+                    f"{where / other.name} {what}; expected {other.name}/CLASS/photo.jpg"
+                    + ("; or move it elsewhere, to hold out photos of train/" * (part == "valid"))
+                )
+        if part == "train":
+            raise DataError(
+                f"{where} has {have} but no train/; add it, or put the classes one level up"
+            )
+
+
+def _inside_out(root: Path, base: PhotoFolder) -> Structure | None:
+    """Read class folders with folders of parts in them; None: that is not the layout."""
+    where = root / base.path
+    kids = [kid for kid in base.children if not resembles_part(kid.name)]
+    inner = {kid.name: _parts_in(kid) for kid in kids}
+    inverted = [kid for kid in kids if inner[kid.name]]
+    if not inverted:
+        return None
+    folders = [folder for kid in inverted for _, folder in inner[kid.name]]
+    if all(folder.children and not folder.photos for folder in folders):
+        first = inverted[0]
+        raise DataError(
+            f"{where} has folders with parts of their own, and these have class folders: "
+            f"{folders[0].path}/{folders[0].children[0].name}/; give one of them, as in --data "
+            f"{quote_path(where / first.name)}, or, if {first.name}/ is a class, add "
+            f"{AS_CLASSES}"
+        )
+    example = inverted[0]
+    names = ", ".join(f"{example.name}/{folder.name}/" for _, folder in inner[example.name])
+    if inverted != base.children:
+        other = next(kid for kid in base.children if kid not in inverted)
+        raise DataError(
+            f"{where} has parts in some classes ({names}) and not in {other.name}/; put a train/ "
+            f"into each class folder, or, if those are no parts, add {AS_CLASSES}"
+        )
+    found = Structure()
+    present = {part for kid in kids for part, _ in inner[kid.name]}
+    if "train" not in present:
+        raise DataError(f"{where} has {names} but no train/ in any class; rename or add it")
+    for kid in kids:
+        for part, folder in inner[kid.name]:
+            found.photos += [(path, kid.name, part) for path in folder.below()]
+            found.roles[folder.path] = f"{part} part"
+        found.roles[kid.path] = f"{CLASS} with parts"
+    _check_class_folders(root, base, found)
+    found.line = f"a folder per class with parts in each ({names})"
+    if "valid" not in present:
+        found.draw_validation()
+    return found
+
+
+def _parts_in(folder: PhotoFolder) -> list[tuple[str, PhotoFolder]]:
+    """Return the parts of a class folder; [] if what is in it are not just parts."""
+    parts = [(part_of(kid.name), kid) for kid in folder.children]
+    if folder.photos or not parts or not all(part for part, _ in parts):
+        return []
+    names = [part for part, _ in parts]
+    return parts if len(set(names)) == len(names) else []
+
+
+def _read_flat(root: Path, base: PhotoFolder, *, has_split: bool) -> Structure:
+    """Read class folders, beside which a folder of unlabelled test photos may lie."""
+    where = root / base.path
+    kids = base.children
+    parts = [kid for kid in kids if resembles_part(kid.name)]
+    mentioned = {mentions_part(kid.name) for kid in kids}
+    if (parts and len(parts) >= len(kids) - 1) or (len(mentioned) > 1 and all(mentioned)):
+        _refuse_parts(root, base, parts or kids)
+    unlabelled = []
+    for kid in parts:
+        part = part_of(kid.name)
+        if part == "test":
+            unlabelled.append(kid)
+        elif (
+            part and not has_split and kid.name.casefold() != "train"
+        ):  # trains are a class beside buses
+            raise DataError(
+                f"{where} has class folders and beside them {quoted(f'{kid.name}/')}, whose name "
+                f"is that of a part and which has no class folders; move it elsewhere, or, if it "
+                f"is a class, add {AS_CLASSES}"
+            )
+    classes = [kid for kid in kids if kid not in unlabelled]
+    found = _read_classes(root, base, classes, check=not has_split)
+    for kid in unlabelled:
+        found.add_unlabelled(kid)
+        found.line += f", and {kid.name}/ with {kid.total:,} unlabelled photos"
+    return found
+
+
+def _refuse_parts(root: Path, base: PhotoFolder, parts: Sequence[PhotoFolder]) -> NoReturn:
+    have = ", ".join(f"{kid.name}/ ({pluralize(kid.total, 'photo')})" for kid in base.children)
+    slips = [(kid.name, part) for kid in parts if not part_of(kid.name)
+             and (part := resembles_part(kid.name) or mentions_part(kid.name))]  # fmt: skip
+    if slips:
+        remedy = "; ".join(f"rename {name}/ to {part}/" for name, part in slips)
+    else:
+        hint = labels_hint(root, base)
+        name = next((kid.name for kid in parts if part_of(kid.name) == "train"), parts[0].name)
+        remedy = hint or (
+            f"expected {name}/CLASS/photo.jpg, or labels from file names (data.pattern) or from a "
+            "table (data.csv)"
+        )
+    raise DataError(
+        f"{root / base.path} has {have}: these are names of parts, not of classes; {remedy}; or, "
+        f"if they are classes, add {AS_CLASSES}"
+    )
+
+
+def _read_classes(
+    root: Path, base: PhotoFolder, folders: Sequence[PhotoFolder], *, check: bool = True
+) -> Structure:
+    where = root / base.path
+    if not folders:
+        hint = labels_hint(root, base)
+        raise DataError(
+            f"{where} contains no folder with photos; {f'{hint}; or ' if hint else ''}expected "
+            f"{where.name}/CLASS/photo.jpg, or labels from file names (data.pattern) or from a "
+            f"table (data.csv){other_files_hint(where, base)}"
+        )
+    found = Structure()
+    if check:
+        _check_class_folders(root, base, found)
+        if len(folders) == 1 and (hint := labels_hint(root, base)):
+            raise DataError(f"{where} has one folder with photos, {folders[0].name}/; {hint}")
+    found.add_classes(folders)
+    found.line = f"a folder per class, {len(folders)} class{'es' * (len(folders) != 1)}"
+    inner = {tuple(kid.name for kid in folder.children) for folder in folders}
+    if len(folders) > 1 and len(inner) == 1 and not any(folder.photos for folder in folders):
+        names = ", ".join(f"{name}/" for name in [*inner.pop()][:3])
+        first = quote_path(where / folders[0].name)
+        found.warning = (
+            f"each class folder has the same folders in it ({names}); if those are the classes, "
+            f"use --data {first}"
+        )
+    return found
+
+
+def _check_class_folders(root: Path, base: PhotoFolder, found: Structure) -> None:
+    """Check that no class folder is left without a photo because its photos can't be read."""
+    for folder in base.sorted_folders:
+        if folder.total:
+            continue
+        if unread := folder.unread():
+            kinds = ", ".join(sorted(SUFFIXES))
+            why = ", ".join(f"{name} {number}" for name, number in unread.most_common(3))
+            raise DataError(
+                f"{root / base.path}: {quoted(folder.name)} contains no readable photo ({kinds}) "
+                f"but {why}; convert these, or remove the folder"
+            )
+        if folder.is_empty and not part_of(folder.name):
+            found.empty.append(folder.path)
+            found.roles[folder.path] = "empty"
+
+
+def _use_synset_names(root: Path, base: PhotoFolder, found: Structure) -> None:
+    """Replace labels that are ImageNet's synsets by their names, if a list of these is there."""
+    names = names_of_synsets(root, base, {label for _, label, _ in found.photos})
+    if names:
+        found.photos = [(path, names.names[label], part) for path, label, part in found.photos]
+        found.line += f"; names of the classes from {names.file}"
