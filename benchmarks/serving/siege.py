@@ -73,7 +73,7 @@ KINDS: Final[dict[str, tuple[int, frozenset[str]]]] = {
     "slow_form": (1, frozenset({"415", "429"})),
     "unread": (80, _GONE),
     "trickle": (10, _GONE),
-    "in_advance": (3, _GONE),
+    "in_advance": (1, _GONE),
     "pages": (10, frozenset({"200"})),
 }
 """Number of attackers of each kind, and the outcomes that their attacks should have: a status, what
