@@ -13,7 +13,16 @@ from typing import Final, NamedTuple
 
 from serving.imaging import plugin_heads
 from serving.imaging.formats import optional_format
-from serving.imaging.limits import FRAMES, PROGRESSIVE, SCAN, jpeg_markers, png_chunks, tiff_entries
+from serving.imaging.limits import (
+    ARITHMETIC,
+    FRAMES,
+    PROGRESSIVE,
+    SCAN,
+    gif_blocks,
+    jpeg_markers,
+    png_chunks,
+)
+from serving.imaging.tiff_heads import OFFSETS, metadata, share_bytes, tiff_entries, variants
 
 IN_PROCESS_BYTES: Final = 2**27
 IN_PROCESS_SECONDS: Final = 0.5
@@ -37,24 +46,31 @@ _STRIP_BYTES: Final = 2**24
 # own limit of 64 million characters.
 _INFLATED: Final = 1032
 _CHARACTER: Final = 4
+# Seconds per encoded byte of Deflate, beside those of any byte: a block may have tables of codes
+# and no data. Real photos take a quarter of that.
+_INFLATE_SECONDS: Final = 30e-9
 _METADATA_BYTES: Final = 320 * 2**20
 _TEXTS: Final = (b"tEXt", b"zTXt", b"iTXt")
 
-# Pillow makes an object of each value of a tag. Bytes of EXIF, and values of a TIFF's tags, above
-# which a file is unusual. Tags that have many values: colour map, XMP, IPTC, Photoshop, profile.
+# Bytes of EXIF, and values of a TIFF's tags, above which a file is unusual.
 _LARGE_EXIF: Final = 2**17
 _MANY_VALUES: Final = 4096
-_STRIPS: Final = (273, 279, 324, 325)
-_LONG_TAGS: Final = (320, 700, 33723, 34377, 34675, 37724)
 
 # Compressions of a TIFF that are decoded in this process: none, LZW, Deflate (two numbers) and
 # PackBits. libtiff's other decoders go on after errors, of which each is a line on stderr (fax), or
 # decode streams whose own heads state what they cost (JPEG, LZMA, Zstandard, WebP and others).
 _COMPRESSION: Final = 259
 _COMMON_COMPRESSIONS: Final = frozenset({1, 5, 8, 32946, 32773})
+_DEFLATE: Final = frozenset({8, 32946})
+_JPEGS: Final = frozenset({6, 7})
 # Bytes of the dictionary of LZMA, and of the window of Zstandard, as encoders write them.
 _DICTIONARIES: Final = {34925: 2**26 + 2**24, 50000: 2**27}
 
+# Blocks of a GIF's extensions, such as comments, of each of which Pillow keeps an object.
+_GIF_BLOCKS: Final = 4096
+
+# Bytes of a chunk of a WebP, beside its own eight, for each byte.
+_CHUNK_COPIES: Final = 4
 # Bytes of the code tables of a lossless WebP as encoders write them.
 _CODE_TABLES: Final = 2**25
 
@@ -150,7 +166,8 @@ def estimate(data: bytes, views: int = 1) -> Cost:
 def _jpeg(data: bytes) -> _Head | None:
     width = height = 0
     coefficients, components, progressive, rotated, profile = 0.0, b"", False, False, False
-    exif = 0
+    exif = resources = 0
+    arithmetic = False
     for marker, at in jpeg_markers(data):
         if marker in FRAMES:
             # Pillow and libjpeg may take different frames of a broken file: the largest counts.
@@ -158,12 +175,15 @@ def _jpeg(data: bytes) -> _Head | None:
             if tall * wide >= width * height:
                 width, height = wide, tall
             progressive |= marker in PROGRESSIVE
+            arithmetic |= marker in ARITHMETIC
             components = data[at + 7 : at + 8]
             factors = [data[at + 9 + 3 * one : at + 10 + 3 * one] for one in range(count)]
             coefficients = max(coefficients, _coefficients([f[0] for f in factors if f]))
         elif marker == 0xE1:
             rotated = True  # by EXIF, or by XMP
             exif += int.from_bytes(data[at : at + 2], "big")
+        elif marker == 0xED:  # of Photoshop: Pillow reads its resources in Python
+            resources += data.count(b"8BIM", at, at + int.from_bytes(data[at : at + 2], "big"))
         elif marker == 0xE2:
             profile |= data[at + 2 : at + 13] == b"ICC_PROFILE"
         elif marker == SCAN:
@@ -179,7 +199,9 @@ def _jpeg(data: bytes) -> _Head | None:
                 profile,
                 rotated,
                 nanoseconds,
-                unusual=exif > _LARGE_EXIF,
+                # Any number of pixels may follow from no bytes, each at the cost of a whole one.
+                unusual=exif > _LARGE_EXIF or arithmetic,
+                opening=resources * 1e-6,
                 pixel=4.0 if components == b"\4" else 1.0,
             )
     return None
@@ -202,8 +224,9 @@ def _png(data: bytes) -> _Head | None:
         return None
     width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
     converted = colour & 4 != 0 or depth == 16
-    rotated, metadata, inflated, heads, exif = False, 0, 0, 0, 0
+    rotated, metadata, inflated, heads, exif, chunks = False, 0, 0, 0, 0, 0
     for kind, at, size in png_chunks(data):
+        chunks += 1
         heads += kind == b"IHDR"
         converted |= kind in (b"tRNS", b"iCCP")
         rotated |= kind in _TEXTS or kind == b"eXIf"  # a text may be EXIF
@@ -225,7 +248,7 @@ def _png(data: bytes) -> _Head | None:
         nanoseconds=nanoseconds,
         metadata=min(metadata, _METADATA_BYTES),
         unusual=heads > 1 or exif > _LARGE_EXIF,
-        opening=inflated * 2e-9,
+        opening=inflated * 2e-9 + chunks * 5e-6 + len(data) * _INFLATE_SECONDS,
     )
 
 
@@ -255,7 +278,7 @@ def _webp(data: bytes) -> _Head | None:
     # A lossless image, such as the transparency of a lossy one, may have any number of code tables.
     lossless = b"VP8L" in data or b"ALPH" in data or b"ANMF" in data
     # Two canvases of RGBA, the decoder's own buffers, and copies of the frame.
-    tables = _CODE_TABLES if lossless else 0
+    tables = _CODE_TABLES * lossless + _CHUNK_COPIES * len(data) * (kind == b"VP8X")
     return _Head(width, height, 18.5, False, True, 60.0, tables, lossless)
 
 
@@ -265,7 +288,8 @@ def _gif(data: bytes) -> _Head | None:
     width, height = struct.unpack_from("<HH", data, 6)
     # A block of one byte of pixels takes two bytes of the file.
     opening = len(data) * 80e-9
-    return _Head(width, height, 0.0, True, False, 15.0, opening=opening)
+    unusual = gif_blocks(data, _GIF_BLOCKS) >= _GIF_BLOCKS
+    return _Head(width, height, 0.0, True, False, 15.0, opening=opening, unusual=unusual)
 
 
 def _bmp(data: bytes) -> _Head | None:
@@ -287,27 +311,33 @@ def _bmp(data: bytes) -> _Head | None:
 def _tiff(data: bytes) -> _Head | None:
     size: dict[int, int] = {}
     compressions: set[int] = set()
-    strips = values = 0
+    strips = 0
+    unusual = False
     # As in `limits`: Pillow and libtiff may disagree about the kind of file, and about entries that
     # are repeated. The largest value counts.
-    for big in {data[2:3] == b"+", b"+" in data[2:4]}:
-        for tag, count, value in tiff_entries(data, big):
-            if tag in _STRIPS:
-                strips = max(strips, count)
-            elif tag not in _LONG_TAGS:
-                values += count
-            if count != 1:
+    for big in variants(data):
+        for entry in tiff_entries(data, big):
+            tag, value = entry.tag, entry.value
+            if tag in OFFSETS:
+                strips = max(strips, entry.number)
+            if entry.number != 1:
                 value = 64 if tag == 258 else 0  # bits of several samples are stored elsewhere
             size[tag] = max(size.get(tag, 0), value)
             if tag == _COMPRESSION:
                 compressions.add(value)
+        tags = metadata(data, big)
+        unusual |= tags.values > _MANY_VALUES or tags.size > len(data)
+        unusual |= not compressions <= {1} and share_bytes(data, big)
     width, height = size.get(256, 0), size.get(257, 0)
-    # One strip or tile may have all rows, and be larger than the image.
-    tile = size.get(322, 0) * size.get(323, 0)
     samples = min(size.get(277, 1), 64)
     depth = min(max(size.get(258, 8), 8), 64) if samples == 1 else 16
     raw = depth / 8 * samples
-    decoder = raw * max(1.0, tile / max(1, width * height))
+    # One strip or tile may have all rows, and be larger than the image.
+    wide, tall = size.get(322, 0), size.get(323, 0)
+    pixels = max(1, width * height)
+    outside = -(-width // wide) * wide * -(-height // tall) * tall - pixels if wide * tall else 0
+    # libjpeg may keep the coefficients of a tile, 2 bytes for each sample.
+    decoder = raw * max(1.0, wide * tall / pixels) * (3 if compressions & _JPEGS else 1)
     return _Head(
         width,
         height,
@@ -316,8 +346,10 @@ def _tiff(data: bytes) -> _Head | None:
         rotated=True,
         nanoseconds=15.0 + 5.0 * raw,
         metadata=400 * strips + max(_DICTIONARIES.get(one, 0) for one in compressions or {1}),
-        unusual=values > _MANY_VALUES or not compressions <= _COMMON_COMPRESSIONS,
-        opening=strips * 6e-6,
+        unusual=unusual or not compressions <= _COMMON_COMPRESSIONS,
+        opening=strips * 6e-6
+        + outside * raw * 12e-9
+        + len(data) * (_INFLATE_SECONDS if compressions & _DEFLATE else 0.0),
     )
 
 

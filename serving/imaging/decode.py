@@ -336,7 +336,8 @@ def _to_rgb(
     image: Image.Image, background: tuple[int, int, int], applied: list[str]
 ) -> Image.Image:
     profile = image.info.get("icc_profile")
-    if profile and not icc.is_safe(profile):
+    # The profile of a TIFF may be a tag of numbers.
+    if profile and not (isinstance(profile, bytes) and icc.is_safe(profile)):
         profile = None
         applied.append("icc-ignored")
     alpha: Image.Image | None = None

@@ -17,6 +17,7 @@ from typing import Any, Final
 from PIL import Image, PngImagePlugin
 
 from serving.errors import BrokenImage, OptionError, TooLarge
+from serving.imaging.tiff_heads import OFFSETS, tiff_entries, variants
 
 # Largest compressed text or profile of a PNG, in bytes. Pillow's limit of 1 MB rejects valid
 # images: some programs store whole projects there.
@@ -31,6 +32,9 @@ SEGMENTS: Final = 1_000
 """Largest number of segments before the pixels of a JPEG. Pillow keeps all segments in memory, and
 joins EXIF segments in quadratic time."""
 
+ALL_SEGMENTS: Final = 10_000
+"""Largest number of segments of a JPEG whose scans must be counted. Encoders write some tens."""
+
 BETWEEN: Final = 65_536
 """Largest number of bytes outside of segments before the pixels of a JPEG. Pillow reads them one by
 one."""
@@ -38,9 +42,6 @@ one."""
 SCANS: Final = 100
 """Largest number of scans of a JPEG. A scan of 30 bytes may cover all pixels. Encoders write about
 ten scans."""
-
-ENTRIES: Final = 4_096
-"""Largest number of entries of a TIFF's first directory."""
 
 CHUNKS: Final = 65_536
 """Largest number of chunks of a PNG. Pillow needs some microseconds and a hundred bytes per chunk.
@@ -53,6 +54,12 @@ even outside the image."""
 RUN_LENGTH_PIXELS: Final = 10_000_000
 """Largest number of pixels of a run-length encoded BMP. Pillow decodes such a file in Python."""
 
+
+FRAME_BLOCKS: Final = 100_000
+"""Blocks of the first frame of a GIF that are walked. Encoders write blocks of 255 bytes."""
+
+BOXES: Final = 4_096
+"""Largest number of boxes of a HEIC or AVIF that state a size or a rotation."""
 
 MAX_PIXELS: Final = 100_000_000
 """Largest width times height of an image of a command, if the variable below is not set."""
@@ -82,7 +89,7 @@ def raise_limit_of_pillow(max_pixels: int) -> None:
 
 
 def check_limits(data: bytes, max_pixels: int) -> None:
-    """Check that the structure of a JPEG, PNG, TIFF or BMP stays within the limits.
+    """Check that the structure of an image file stays within the limits.
 
     Data in other formats, and data that is broken in other ways, pass without an error.
 
@@ -92,7 +99,8 @@ def check_limits(data: bytes, max_pixels: int) -> None:
 
     Raises:
         TooLarge: A tile of a TIFF or a run-length encoded BMP has too many pixels.
-        BrokenImage: The number of segments, scans, chunks, strips or tiles is above the limit.
+        BrokenImage: The number of segments, scans, chunks, strips, tiles or boxes is above the
+            limit.
     """
     if data.startswith(b"\xff\xd8\xff"):
         _jpeg(data)
@@ -102,6 +110,9 @@ def check_limits(data: bytes, max_pixels: int) -> None:
         _tiff(data, max_pixels)
     elif data.startswith(b"BM"):
         _bmp(data, max_pixels)
+    elif data[4:8] == b"ftyp":
+        found = data.count(b"ispe\0\0\0\0") + data.count(b"irot")
+        _check_count("sizes and rotations", BOXES, found)
 
 
 def _check_count(what: str, limit: int, found: int) -> None:
@@ -127,7 +138,8 @@ def _jpeg(data: bytes) -> None:
     # Scans are counted exactly only if the first is not the only one and a rough count is too high.
     if not single and data.count(b"\xff\xda") > SCANS:
         scans = 0
-        for marker, _ in jpeg_markers(data):
+        for number, (marker, _) in enumerate(jpeg_markers(data)):
+            _check_count("segments", ALL_SEGMENTS, number)
             scans += marker == SCAN
             _check_count("scans", SCANS, scans)
 
@@ -136,6 +148,7 @@ def _jpeg(data: bytes) -> None:
 _MARKER: Final = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xd9-\xef\xfe])")
 SCAN, _END = 0xDA, 0xD9
 FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+ARITHMETIC: Final = frozenset(range(0xC9, 0xD0)) - {0xCC}
 PROGRESSIVE: Final = (0xC2, 0xC6, 0xCA, 0xCE)
 
 
@@ -172,47 +185,49 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         at += 12 + size
 
 
+def gif_blocks(data: bytes, most: int) -> int:
+    """Count the blocks of a GIF's extensions before its second frame; stop at `most`.
+
+    Also returns `most` if the first frame has more than `FRAME_BLOCKS` blocks.
+    """
+    at, frames, found = 13 + _colours(data[10:11]), 0, 0
+    while at < len(data) and found < most:
+        kind = data[at]
+        if kind == 0x21:
+            at += 2
+        elif kind == 0x2C and not frames:
+            frames = 1
+            at += 11 + _colours(data[at + 9 : at + 10])
+        elif kind in (0x2C, 0x3B):
+            break
+        else:  # Pillow passes over other bytes
+            at, found = at + 1, found + 1
+            continue
+        blocks = 0
+        while at < len(data) and (size := data[at]):
+            at, blocks = at + 1 + size, blocks + 1
+            if blocks > (most if kind == 0x21 else FRAME_BLOCKS):
+                return most
+        at += 1
+        found += blocks + 1 if kind == 0x21 else 0
+    return min(found, most)
+
+
+def _colours(flags: bytes) -> int:
+    """Return the bytes of a GIF's table of colours."""
+    return 3 << (1 + (flags[0] & 7)) if flags and flags[0] & 128 else 0
+
+
 def _tiff(data: bytes, max_pixels: int) -> None:
     width = height = 0
-    # Pillow reads a BigTIFF of the other byte order as 32-bit, but libtiff doesn't, so check both.
-    variants = {data[2:3] == b"+", b"+" in data[2:4]}
-    for tag, count, value in (entry for big in variants for entry in tiff_entries(data, big)):
-        if tag in (273, 324):
-            _check_count("strips or tiles", STRIPS, count)
+    for entry in (one for big in variants(data) for one in tiff_entries(data, big)):
+        if entry.tag in OFFSETS:
+            _check_count("strips or tiles", STRIPS, entry.number)
         # If a tag is repeated, Pillow takes its last entry and libtiff its first: use the largest.
-        width = max(width, value * (tag == 322))
-        height = max(height, value * (tag == 323))
+        width = max(width, entry.value * (entry.tag == 322))
+        height = max(height, entry.value * (entry.tag == 323))
     if width * height > max_pixels:
         raise TooLarge(f"tiles of {width} x {height} pixels {TOO_MANY.format(max_pixels)}")
-
-
-def tiff_entries(data: bytes, big: bool) -> Iterator[tuple[int, int, int]]:
-    """Yield the entries of a TIFF's first directory: tag, number of values, value.
-
-    The value is meaningful only if the number of values is 1.
-
-    Args:
-        data: The encoded file.
-        big: Whether to read the file as BigTIFF, with 64-bit offsets.
-    """
-    order = "<" if data[0] == 73 else ">"
-    if big:
-        head, count, entry, width = "8xQ", "Q", "HHQ8s", 8
-    else:
-        head, count, entry, width = "4xI", "H", "HHI4s", 4
-    try:
-        (start,) = struct.unpack_from(order + head, data)
-        (number,) = struct.unpack_from(order + count, data, min(start, len(data)))
-    except struct.error:
-        return
-    start += struct.calcsize(order + count)
-    size = struct.calcsize(order + entry)
-    _check_count("entries of its directory", ENTRIES, min(number, len(data) // size))
-    table = data[start : start + size * number]
-    table = table[: len(table) // size * size]  # complete entries only
-    for tag, kind, values, raw in struct.iter_unpack(order + entry, table):
-        used = min(width, {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4}.get(kind, width))
-        yield tag, values, int.from_bytes(raw[:used], "little" if order == "<" else "big")
 
 
 _ORIENTATION: Final = 0x0112
@@ -234,7 +249,7 @@ def has_one_orientation(info: Mapping[Any, Any]) -> bool:
     if not exif:
         return True
     try:
-        counts = [count for tag, count, _ in tiff_entries(exif, False) if tag == _ORIENTATION]
+        counts = [one.number for one in tiff_entries(exif, False) if one.tag == _ORIENTATION]
     except BrokenImage:
         return False
     return max(counts, default=0) <= 16

@@ -45,6 +45,8 @@ def heif(data: bytes) -> PluginHead | None:
     return PluginHead(width, height, turned=turned) if width else None
 
 
+# Boxes before the pixels of a JPEG XL that are walked. Encoders write some ten.
+_BOXES: Final = 1_000
 _RATIOS: Final = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 
 
@@ -79,7 +81,9 @@ def jpeg_xl(data: bytes) -> PluginHead | None:
 def _codestream(data: bytes) -> int:
     """Return the offset of the codestream in a container of boxes, or -1."""
     at = 0
-    while at + 8 <= len(data):
+    for _ in range(_BOXES):
+        if at + 8 > len(data):
+            break
         size, kind = struct.unpack_from(">I4s", data, at)
         head = 8
         if size == 1:

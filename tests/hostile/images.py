@@ -33,6 +33,35 @@ def progressive_jpeg(width: int, height: int, scans: int = 1, exif: bool = False
     return data
 
 
+def arithmetic_jpeg(width: int, height: int, marker: int = 0xC9) -> bytes:
+    """A grey JPEG in arithmetic code of no bytes: every pixel costs, and none is sent.
+
+    Args:
+        width, height: Size in pixels.
+        marker: 0xC9 for sequential, 0xCA for progressive.
+    """
+    table = file_builders.segment(0xDB, b"\0" + b"\1" * 64)
+    frame = file_builders.segment(marker, struct.pack(">BHHB", 8, height, width, 1) + b"\1\x11\0")
+    last = 63 if marker == 0xC9 else 0
+    scan = file_builders.segment(0xDA, bytes([1, 1, 0, 0, last, 0]))
+    return b"\xff\xd8" + table + frame + scan + bytes(64) + b"\xff\xd9"
+
+
+def jpeg_of_segments(count: int) -> bytes:
+    """A small progressive JPEG with empty segments behind a scan, and a comment like 101 scans."""
+    data = progressive_jpeg(64, 64)
+    comment = file_builders.segment(0xFE, b"\xff\xda" * 101)
+    return data[:-2] + comment + b"\xff\xe0\0\2" * count + b"\xff\xd9"
+
+
+def png_of(packed: bytes, width: int, height: int, piece: int = 2**20) -> bytes:
+    """A PNG in RGB of compressed data, in chunks of `piece` bytes."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pieces = (packed[at : at + piece] for at in range(0, len(packed), piece))
+    chunks = (chunk(b"IHDR", head), *(chunk(b"IDAT", one) for one in pieces), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 def png(
     width: int, height: int, depth: int = 8, colour: int = 2, extra: bytes = b"", interlace: int = 0
 ) -> bytes:
