@@ -78,7 +78,7 @@ test-process: install ## Run the tests marked process, 5 minutes: kills, torchru
 test-slow: install ## Run the tests marked slow, 5 minutes: every network family, Ray
 	$(PYTEST) -n auto --dist worksteal -m "slow and $(OFFLINE)" $(ARGS)
 
-test-docker: install ## Test the image and deploy/, 2 minutes; needs a container engine (DOCKER=docker)
+test-docker: install ## Test the image and deploy/, 5 minutes; needs a container engine (DOCKER=docker)
 	DOCKER=$(call quote,DOCKER) BASE_IMAGE=$(call quote,BASE_IMAGE) $(BIN)/pytest tests/docker tests/deploy $(ARGS)
 
 coverage: install ## Report the branch coverage of the tests that ran with COVERAGE=1
@@ -158,7 +158,8 @@ sbom: install ## List the packages of the image IMAGE=fledge in build/sbom.json,
 
 audit: install ## Check the locked packages of the service for known vulnerabilities
 	$(BIN)/pip-audit --disable-pip --require-hashes --requirement requirements/serving-cpu.txt \
-	  --requirement requirements/serving-gpu.txt $(ARGS)
+	  --requirement requirements/serving-gpu.txt --requirement requirements/heif.txt \
+	  --requirement requirements/jxl.txt $(ARGS)
 
 lock: install ## Renew the lock files; ARGS=--upgrade takes the newest versions
 	$(COMPILE) pyproject.toml --extra train --extra dev --output-file requirements/dev.txt

@@ -144,11 +144,11 @@ def program() -> None:
     # Imports create several hundred thousand objects that stay. With the default threshold of 700
     # the garbage collector searches these objects so often that training starts a sixth slower.
     gc.set_threshold(10_000)
-    from serving import environment
     from serving.errors import FledgeError
+    from serving.utils import process
 
     try:
-        environment.prepare()
+        process.prepare()
     except FledgeError as error:
         print(f"fledge: {error}", file=sys.stderr)
         sys.exit(error.exit_status)

@@ -24,6 +24,7 @@ from serving.imaging.preprocess import Preprocess
 from serving.imaging.tta import Probabilities, softmax
 from serving.inference.predictor import Predictor, Prepared
 from serving.inference.runtime import Runtime
+from serving.inputs.file_kinds import is_image
 from serving.terminal import show
 
 TOLERANCE: Final = 1e-4
@@ -203,7 +204,8 @@ def write_golden(
             total += len(content)
             if chosen and total > GOLDEN_BYTES:
                 return tuple(chosen)
-            file = f"golden/{len(chosen)}{path.suffix.lower()}"
+            # A photo that was recognised by its content may have any suffix.
+            file = f"golden/{len(chosen)}{path.suffix.lower() if is_image(path.name) else ''}"
             (payload / file).write_bytes(content)
             logits, _ = checkpoint.run(preprocess(decoded.image)[None])
             truth = softmax(logits, manifest.temperature)[0]

@@ -18,7 +18,7 @@ import pytest
 import fledge
 from serving import errors
 from serving.bundle.manifest import Manifest
-from serving.http import body_hints, problems
+from serving.http import problems
 from serving.http.messages import Request
 from serving.imaging.decode import decode
 from serving.inference.load import open_predictor
@@ -136,7 +136,7 @@ def test_answers_have_the_documented_fields(tmp_path: Path) -> None:
         decode(page)
     headers = {b"host": b"localhost:3000"}
     request = Request("POST", "/predict", b"", headers, _no_receive, "")
-    real = problems.problem(body_hints.explain(caught.value, page, request), "")
+    real = problems.problem(problems.explain(caught.value, page, request), "")
     real["detail"] = real["detail"].replace(", HEIC, JPEG XL", "")  # with the extras
     assert problem == real
 
@@ -148,7 +148,7 @@ async def _no_receive() -> dict[str, object]:
 def test_the_http_page_lists_every_error() -> None:
     told = dict(row[:2] for row in rows("docs/http.md", "## Errors") if row[1].isdigit())
     classes = {*below(errors.RequestError), *below(errors.ImageError), *below(errors.ServiceError)}
-    classes -= {errors.ImageError, errors.ServiceError, errors.DataError}  # never raised there
+    classes -= {errors.ImageError, errors.ServiceError, *below(errors.DataError)}  # never there
     classes |= {errors.WorkError, *problems.HttpError.__subclasses__()}
     real = {kind.code: str(kind.http_status) for kind in classes}
     assert told == {**real, "internal": "500"}

@@ -6,7 +6,6 @@ so together they judge a precision on the whole data set.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from export.graph import assemble
 from export.precision.select import FoldGraph
 from export.writers import onnx
 from serving.errors import DataError
+from serving.terminal import quote_path
 from training.run import checkpoint
 from training.run.dataset import load_run_dataset
 
@@ -45,7 +45,7 @@ def write(
     """
     seen, folds = set(held_out), []
     for number, run in enumerate(runs):
-        named = f"--folds {shlex.quote(str(run))}"
+        named = f"--folds {quote_path(run)}"
         classifier, own = checkpoint.load(run)
         for name in _SAME:
             if getattr(own, name) != getattr(info, name):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from export import torchvision_checkpoint
 from export.parity import Sample
 from serving.errors import DataError
+from serving.terminal import quote_path
 
 
 def find(
@@ -28,7 +28,7 @@ def find(
         DataError: The folder can't be read, a class folder has no name of `labels`, or the run has
             all photos.
     """
-    parts = torchvision_checkpoint.photos(folder, labels, "the run has its classes")
+    parts = torchvision_checkpoint.photos(folder, labels, "the run has its classes", log)
     samples = sorted({*parts[0], *parts[1]})
     by_size: dict[int, list[Path]] = defaultdict(list)
     for path in known:
@@ -47,11 +47,11 @@ def find(
     left_out = len(samples) - len(new)
     if not new:
         raise DataError(
-            f"--photos {shlex.quote(str(folder))}: the run has all {left_out} photos already; name "
+            f"--photos {quote_path(folder)}: the run has all {left_out} photos already; name "
             "photos that it was not trained on"
         )
     also = f"; {left_out} that the run has are left out" if left_out else ""
-    log(f"--photos {shlex.quote(str(folder))}: {len(new)} further held-out photos{also}")
+    log(f"--photos {quote_path(folder)}: {len(new)} further held-out photos{also}")
     return new
 
 

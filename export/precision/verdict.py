@@ -122,7 +122,9 @@ class Verdict:
         reason, more = self.refusal_reason, ""
         result = "kept" if self.kept else f"refused: {reason}"
         if self.is_unsure:
-            result = f"not kept: {reason}; {remedy(name, self.budget, self.worth, self.at_most)}"
+            weighted = bool(self.evidence and self.evidence.training)
+            hint = remedy(name, self.budget, self.worth, self.at_most, weighted=weighted)
+            result = f"not kept: {reason}; {hint}"
         elif self.kept and self.doubt:
             result = f"kept, as --precision {name} asks, though {self.doubt}"
         of_folds = self.evidence.folds if self.evidence else 0
@@ -136,7 +138,14 @@ class Verdict:
         )
 
 
-def remedy(name: str, budget: float, photos: float, shown: float | None = None) -> str:
+def remedy(
+    name: str,
+    budget: float,
+    photos: float,
+    shown: float | None = None,
+    *,
+    weighted: bool = False,
+) -> str:
     """Say what a number of photos can show at best, how many are needed, and what else helps.
 
     Args:
@@ -144,13 +153,17 @@ def remedy(name: str, budget: float, photos: float, shown: float | None = None) 
         budget: Largest accepted loss of accuracy, in percentage points.
         photos: The number of photos.
         shown: The loss that they show; None: the least that they could show.
+        weighted: Whether there are more photos, and this is what they are worth.
     """
     least = 100 * loss_bounds.least_budget(photos)
     needed = loss_bounds.photos_needed(budget / 100)
     more = f"{needed:,} or more are needed" if needed else "no number of photos is enough"
     enough = math.ceil(100 * (least if shown is None else shown)) / 100
+    can = f"{photos:,.0f} photos can show"
+    if weighted:
+        can = f"all photos together are worth {photos:,.0f}, which can show"
     return (
-        f"{photos:,.0f} photos can show at best that it falls by no more than {least:.2f} points, "
+        f"{can} at best that it falls by no more than {least:.2f} points, "
         f"and {more} for {budget:g}; add held-out photos with --photos DIR or --folds RUN, use "
         f"--accuracy-budget {enough:g}, or --precision {name} to keep it nevertheless"
     )

@@ -1,7 +1,8 @@
 """The ASGI app of the service, which wraps BentoML's ASGI app.
 
-This app answers the routes for prediction, readiness, the manifest and the demo page. BentoML
-answers `/livez`, `/metrics` and `/docs.json`, and handles the ASGI lifespan.
+This app answers the routes for prediction, readiness, the manifest and the demo page. `/livez`,
+`/metrics`, `/docs` and its files are BentoML's (`serving.http.bentoml_routes`), and BentoML handles
+the ASGI lifespan.
 
 Prediction does not go through BentoML's middleware, because the middleware takes ten times as long
 per request as this app, adds a metrics label for every requested path, and has its own format of
@@ -27,11 +28,13 @@ from serving.errors import (
     RequestError,
     Unauthorized,
 )
-from serving.http import body_hints, forms, json_body, problems
+from serving.http import forms, json_body, problems
 from serving.http.access import Access
-from serving.http.demo_page import DOCS_POLICY, render, with_policy
+from serving.http.bentoml_routes import PAGE, BentomlRoutes
+from serving.http.demo_page import render
 from serving.http.keys import ApiKeys
 from serving.http.messages import (
+    BATCH_PATH,
     ASGIApp,
     ClientDisconnect,
     Message,
@@ -43,6 +46,7 @@ from serving.http.messages import (
 from serving.http.model_manager import ModelManager
 from serving.http.multipart import ManyFalseBoundaries
 from serving.http.predict import predict_image, predict_images
+from serving.imaging.not_images import describe
 from serving.inference.decoding import request_id
 from serving.server import bentoml_compat, connection_limits, log_queue, tls
 from serving.server.disconnect import DISCONNECT, Disconnect
@@ -57,6 +61,7 @@ _SMALL_FORM: Final = 2**18
 _MOST_FALSE: Final = 1000
 """Largest form or JSON that is parsed on the event loop, in bytes and in false boundaries; one with
 more is parsed in a thread."""
+_CLOSED_BY_CALLER: Final = 499  # in the log only; nginx uses this status too
 _log = logging.getLogger("bentoml.fledge")
 
 Handler = Callable[["App", Request], Awaitable[Response]]
@@ -74,6 +79,7 @@ class App:
                 function, because the manager exists only after BentoML has started the service.
         """
         self._inner = inner
+        self._bentoml = BentomlRoutes(inner)
         self._model_manager = model_manager
         self._shutdown = GracefulShutdown()
         self._access = Access()
@@ -98,23 +104,19 @@ class App:
         path = scope["path"]
         request = Request.of(scope, receive)
         refusal = self._access.refusal(scope, request.headers)
-        if refusal is None and scope["method"] in _READ_METHODS:
-            if path == "/docs":
-                page = bentoml_compat.OPENAPI_PAGE
-                inner = {**scope, "path": page, "raw_path": page.encode()}
-                await self._inner(inner, receive, with_policy(send, DOCS_POLICY))
-                return
-            if path in bentoml_compat.ROUTES or path in bentoml_compat.STATIC_FILES:
-                await self._inner(scope, receive, send)
-                return
-        request_id.set(request.id)
+        if refusal is None and scope["method"] in _READ_METHODS and self._bentoml.has(path):
+            await self._bentoml.answer(scope, send)
+            return
+        request_id.set(f"{request.id} from {request.client or '-'}")
         disconnect = scope.get(DISCONNECT) or Disconnect()
         disconnect.task = asyncio.current_task()
         try:
             response = await self._respond(request, refusal)
         except ClientDisconnect:
+            self._log(request, _CLOSED_BY_CALLER, "closed-by-caller")
             return
         except asyncio.CancelledError:
+            self._log(request, _CLOSED_BY_CALLER, "closed-by-caller")
             if disconnect.happened:
                 return
             raise
@@ -127,16 +129,11 @@ class App:
             response.headers.append((b"connection", b"close"))
         await response.send(request, send)
         if path != "/readyz":  # probes call it every few seconds
-            log = self._model_manager().telemetry.log
-            log(
-                request.id,
-                request.method,
-                path,
-                response.status,
-                response.code,
-                request.seconds,
-                request.client,
-            )
+            self._log(request, response.status, response.code)
+
+    def _log(self, request: Request, status: int, code: str) -> None:
+        log = self._model_manager().telemetry.log
+        log(request.id, request.method, request.path, status, code, request.seconds, request.client)
 
     def _install(self) -> None:
         """Set up the uvicorn server of this process, before it begins to listen."""
@@ -160,7 +157,7 @@ class App:
                 raise refusal
             handlers = _ROUTES.get(request.path)
             if handlers is None:
-                if request.path in bentoml_compat.ROUTES or request.path == "/docs":
+                if request.path in bentoml_compat.ROUTES or request.path == PAGE:
                     return _method_not_allowed(request, _READ_METHODS)
                 raise problems.NotFound("no such path; GET /docs lists the API")
             handler = handlers.get(request.method)
@@ -194,7 +191,8 @@ class App:
                 ):
                     form = await _parse(body, content_type, "image")
                     if len(form.images) > 1:
-                        line = body_hints.command(request, path=body_hints.BATCH_PATH)
+                        keys = bool(model_manager.settings.api_keys)
+                        line = request.curl(keys=keys, path=BATCH_PATH)
                         raise RequestError(f"more than one image; send several so: {line}")
                     body, pairs = form.images[0], [*pairs, *form.pairs]
                 answer = await predict_image(model_manager, body, forms.options(pairs))
@@ -220,7 +218,7 @@ class App:
                 content_type = request.content_type
                 is_json = json_body.is_json(body, content_type)
                 if not is_json and not forms.is_multipart(content_type):
-                    what = body_hints.describe(body)
+                    what = describe(body)
                     this = f"this is {what}; " if what else ""
                     raise RequestError(f"{this}use several fields `image`, or JSON with `images`")
                 form = await _parse(body, content_type, "images")
@@ -285,13 +283,13 @@ class App:
 
     def _explain(self, request: Request, error: FledgeError, data: bytes) -> FledgeError:
         keys = bool(self._model_manager().settings.api_keys)
-        return body_hints.explain(error, data, request, keys=keys)
+        return problems.explain(error, data, request, keys=keys)
 
     async def _body(self, request: Request, model_manager: ModelManager) -> bytes:
         await self._keys(model_manager).authorise(request, images=1)
         coding = request.headers.get(b"content-encoding")
         if coding and coding.strip().lower() not in (b"", b"identity"):
-            line = body_hints.command(request, keys=bool(model_manager.settings.api_keys))
+            line = request.curl(keys=bool(model_manager.settings.api_keys))
             raise problems.UnsupportedCoding(
                 f"the body has Content-Encoding {coding.decode('latin-1')[:40]!r}, and bodies are "
                 f"not decompressed; send the file itself: {line}"
@@ -309,7 +307,7 @@ class App:
 
 _ROUTES: Final[dict[str, dict[str, Handler]]] = {
     "/predict": {"POST": App.predict},
-    "/predict/batch": {"POST": App.predict_batch},
+    BATCH_PATH: {"POST": App.predict_batch},
     "/model": dict.fromkeys(_READ_METHODS, App.model),
     "/readyz": dict.fromkeys(_READ_METHODS, App.ready),
     "/": dict.fromkeys(_READ_METHODS, App.demo_page),

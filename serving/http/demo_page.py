@@ -14,7 +14,7 @@ from typing import Final
 
 from jinja2 import Environment, StrictUndefined
 
-from serving.http.messages import Message, Response, Send
+from serving.http.messages import Response
 
 
 def _read(name: str) -> str:
@@ -62,18 +62,6 @@ DOCS_POLICY: Final = "; ".join(
 )
 """Content-Security-Policy of BentoML's OpenAPI page. Without the policy, the page would load a
 tracker from another host."""
-
-
-def with_policy(send: Send, policy: str) -> Send:
-    """Return an ASGI `send` that adds the Content-Security-Policy header `policy` to a response."""
-
-    async def send_with_policy(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            header = (b"content-security-policy", policy.encode())
-            message = {**message, "headers": [*message.get("headers", ()), header]}
-        await send(message)
-
-    return send_with_policy
 
 
 def render(model: str = "") -> Response:

@@ -18,8 +18,8 @@ import re
 from typing import Any, Final, NamedTuple
 
 from serving.errors import EmptyBody, RequestError
-from serving.http.body_hints import describe
 from serving.http.forms import MAX_OVERHEAD, MAX_PARTS, OPTIONS, Form, quoted_names
+from serving.imaging.not_images import describe
 from serving.utils import json_reader
 from serving.utils.json_reader import JsonError
 

@@ -23,7 +23,7 @@ DELAY_SECONDS: Final = 1.0
 MAX_DELAYED: Final = 8
 """Largest number of requests of a source that wait; the next one gets 429."""
 MAX_SOURCES: Final = 10_000
-"""Number of sources with wrong keys that are remembered."""
+"""Number of sources with wrong keys that are remembered, and of pairs of source and right key."""
 
 
 def _now() -> float:
@@ -59,12 +59,10 @@ class _Source:
 
     Attributes:
         failures: Wrong keys that are still free.
-        known: Digests of right keys that came from this source: its honest callers are not slowed.
         delayed: Number of requests that wait.
     """
 
     failures: _Bucket
-    known: set[bytes] = field(default_factory=set)
     delayed: int = 0
 
 
@@ -82,6 +80,9 @@ class ApiKeys:
         most = max(1.0, rate)
         self._buckets = {digest: _Bucket(rate, most, most) for digest in digests if rate}
         self._sources: OrderedDict[str, _Source] = OrderedDict()
+        # Sources with digests of right keys that came from them, also before the first wrong one:
+        # honest callers behind the same address as a guesser are not slowed.
+        self._known: OrderedDict[tuple[str, bytes], None] = OrderedDict()
 
     async def authorise(self, request: Request, images: int = 0) -> None:
         """Check the key of a request, and count its images.
@@ -94,17 +95,21 @@ class ApiKeys:
             return
         scheme, _, key = request.headers.get(b"authorization", b"").partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
-        source = self._sources.get(_source_of(request.client)) if self._sources else None
-        if source is not None and digest not in source.known and source.failures.refill() < 1:
+        name = _source_of(request.client)
+        known = (name, digest)
+        source = None if known in self._known else self._sources.get(name)
+        if source is not None and source.failures.refill() < 1:
             await _delay(source)
         # Compares with every key, each in constant time, so that the duration reveals nothing.
         matches = sum(hmac.compare_digest(digest, one) for one in self._digests)
         if scheme.lower() != b"bearer" or not matches:
             if key:
-                self._fail(request.client)
+                self._fail(name)
             raise Unauthorized("send a valid key as `Authorization: Bearer KEY`")
-        if source is not None:
-            source.known.add(digest)
+        self._known[known] = None
+        self._known.move_to_end(known)
+        if len(self._known) > MAX_SOURCES:
+            self._known.popitem(last=False)
         bucket = self._buckets.get(digest)
         if bucket is not None and images:
             if bucket.refill() < 1:
@@ -119,8 +124,7 @@ class ApiKeys:
         if bucket is not None:
             bucket.tokens -= images
 
-    def _fail(self, client: str) -> None:
-        name = _source_of(client)
+    def _fail(self, name: str) -> None:
         source = self._sources.pop(name, None)
         if source is None:
             source = _Source(_Bucket(1.0, FREE_FAILURES, FREE_FAILURES))
@@ -145,6 +149,9 @@ def _source_of(client: str) -> str:
     if ":" not in client:
         return client[:64]
     try:
-        return str(ipaddress.ip_network((client.partition("%")[0], 64), strict=False))
+        address = ipaddress.IPv6Address(client.partition("%")[0])
     except ValueError:  # a proxy states it
         return client[:64]
+    if address.ipv4_mapped:  # a caller by IPv4, while the service listens on `::`
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, 64), strict=False))

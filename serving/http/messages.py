@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ _UNREAD: Final = (
 )
 """Errors before the body is read; the connection is closed if the body has not arrived yet."""
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+BATCH_PATH: Final = "/predict/batch"
+_SAFE_QUERY: Final = re.compile(r"[A-Za-z0-9_=&.-]{1,100}")
 _MAX_DROP_SECONDS: Final = 2.0
 _MAX_DROP_BYTES: Final = 64 * 2**20
 """Limits, in seconds and bytes, on reading and discarding the rest of a refused request body."""
@@ -89,8 +92,26 @@ class Request:
         """The Content-Type header, or b"" if there is none."""
         return self.headers.get(b"content-type", b"")
 
+    def curl(self, *, keys: bool = False, path: str | None = None) -> str:
+        """Return the curl command that sends an image file to the address of this request.
+
+        Args:
+            keys: Whether the service needs a key; KEY stands for it.
+            path: Path for the command; None: that of this request.
+        """
+        path = path or self.path
+        query = self.query.decode("latin-1")
+        url = self._origin + path
+        if _SAFE_QUERY.fullmatch(query) and path == self.path:
+            url += f"?{query}"
+        key = "-H 'Authorization: Bearer KEY' " if keys else ""
+        files = "--data-binary @photo.jpg"
+        if path == BATCH_PATH:
+            files = "-F image=@a.jpg -F image=@b.jpg"
+        return f"curl {key}{files} {shlex.quote(url)}"
+
     @property
-    def origin(self) -> str:
+    def _origin(self) -> str:
         """Scheme, host and port by which the client has reached the service."""
         host = self.headers.get(b"host", b"").decode("latin-1")
         if not host:  # HTTP/1.0

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Final
+import re
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from serving.errors import FledgeError, Overloaded, problem_document
+from serving.errors import (
+    BrokenImage,
+    EmptyBody,
+    FledgeError,
+    NotAnImage,
+    Overloaded,
+    RequestError,
+    problem_document,
+)
+from serving.imaging.not_images import describe
+
+if TYPE_CHECKING:
+    from serving.http.messages import Request
 
 MEDIA_TYPE: Final = "application/problem+json"
+_WEB_FORM: Final = b"application/x-www-form-urlencoded"
+_STRIPPED: Final = re.compile(rb"[\0\r\n]")  # what curl removes from the file of `-d @FILE`
+_LEAST_STRIPPED: Final = 1024  # bytes; a file of this length has one of these three bytes
 
 
 class HttpError(Exception):
@@ -123,3 +139,38 @@ def problem(error: Exception, request_id: str) -> dict[str, Any]:
     if is_fault(error):
         detail = f"the service failed on this request (request {request_id}); its log says why"
     return problem_document(code_of(error), status, detail)
+
+
+def explain(
+    error: FledgeError, data: bytes, request: Request, *, keys: bool = False
+) -> FledgeError:
+    """Return the error with what came and with the command that works; others as they are.
+
+    Args:
+        error: A new error replaces it, of the same class.
+        data: The body, or one image of it.
+        request: The request.
+        keys: Whether the service needs a key.
+    """
+    text = str(error)
+    if "curl " in text:
+        return error
+    if type(error) in (NotAnImage, BrokenImage) and _is_stripped(data, request.content_type):
+        text = "the file lost its zeros and line breaks: `curl -d @FILE` removes them"
+    elif type(error) is NotAnImage:
+        what = describe(data)
+        text = f"{text}: this is {what}" if what else text
+    elif type(error) not in (EmptyBody, RequestError):
+        return error
+    return type(error)(f"{text}; send the file itself: {request.curl(keys=keys)}")
+
+
+def _is_stripped(data: bytes, content_type: bytes) -> bool:
+    """Return whether `curl -d @FILE` has sent an image file."""
+    return (
+        content_type[: len(_WEB_FORM)].lower() == _WEB_FORM
+        and len(data) >= _LEAST_STRIPPED
+        and data[:1] in (b"\xff", b"\x89", b"R", b"G", b"B", b"I", b"M")
+        and not describe(data)
+        and not _STRIPPED.search(data)
+    )

@@ -25,7 +25,7 @@ PrepareIsolated = Callable[[bytes, int, Cost, Callable[[], bool]], Prepared]
 
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
-"""Id of the request whose images are decoded, for the log."""
+"""Id of the request whose images are decoded and the address of its caller, for the log."""
 
 _log = logging.getLogger("bentoml.fledge")
 

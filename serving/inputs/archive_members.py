@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from serving.inputs.file_kinds import member_kind, path_kind
+from serving.inputs.file_kinds import may_be_image, member_kind, path_kind
 from serving.inputs.passed_over import OnPassedOver
 
 SEPARATOR: Final = "::"
@@ -27,6 +27,7 @@ class Member:
         read: Function that returns the bytes of the image. It can only be called until the iterator
             that yielded the member advances. Raises BrokenImage or TooLarge.
         path: Name in the archive, which earlier members may have, too.
+        size: Number of bytes.
         encrypted: Whether reading fails for want of a password.
     """
 
@@ -34,6 +35,7 @@ class Member:
     offset: int
     read: Callable[[], bytes]
     path: str
+    size: int
     encrypted: bool = False
 
 
@@ -42,21 +44,21 @@ def is_listed(name: str) -> bool:
     return member_kind(name) is None
 
 
-def listed(passed_over: OnPassedOver) -> Wanted:
-    """Return a function like `is_listed` that also calls `passed_over` for all other members."""
+def candidates(passed_over: OnPassedOver) -> Wanted:
+    """Return a function that wants images, and files that may be images by their content.
+
+    Args:
+        passed_over: Called for all other members.
+    """
 
     def wanted(name: str) -> bool:
         kind = member_kind(name)
-        if kind:
-            passed_over(kind.reason, name, kind.detail)
-        return kind is None
+        if kind is None or (may_be_image(name) and path_kind(name) is None):
+            return True
+        passed_over(kind.reason, name, kind.detail)
+        return False
 
     return wanted
-
-
-def is_hidden(name: str) -> bool:
-    """Return whether the file, or a folder above it, is hidden or made by a system or tool."""
-    return path_kind(name) is not None
 
 
 def unique(name: str, counts: dict[str, int]) -> str:

@@ -3,8 +3,9 @@
     photos.zip::cat/1.jpg      the member cat/1.jpg of photos.zip
     photos.zip::2::cat/1.jpg   the second member of that name
 
-Members that have an image suffix are listed in archive order. Hidden members, such as macOS's
-`._x.jpg`, are left out. No member is written to disk, so a name such as `../../x.jpg` is harmless.
+Images are listed in archive order. What is passed over in folders is passed over in archives, too:
+hidden members, `__MACOSX/` and the like. No member is written to disk, so a name such as
+`../../x.jpg` is harmless.
 The first bytes of a file determine whether it is a zip; the suffix, whether it is an archive.
 """
 
@@ -12,15 +13,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Final
 
-from serving.errors import DataError
+from serving.errors import DataError, ImageError
 from serving.inputs import tar, zip_archive
-from serving.inputs.archive_members import SEPARATOR, Member, Wanted, is_listed, listed
+from serving.inputs.archive_members import SEPARATOR, Member, Wanted, candidates, is_listed
+from serving.inputs.file_kinds import is_image_content, member_kind
 from serving.inputs.folders import Note
 from serving.inputs.passed_over import OnPassedOver, not_counted
 
 SUFFIXES: Final = (*tar.SUFFIXES, *zip_archive.SUFFIXES)
+
+_MAX_JUDGED: Final = 2**24
+"""Largest member without the suffix of a format whose content is looked at, in bytes."""
 
 OTHER_SUFFIXES: Final = (".7z", ".rar")
 """Suffixes of archives that are not read."""
@@ -77,6 +84,38 @@ def members(path: str, wanted: Wanted = is_listed) -> Iterator[Member]:
     return tar.members(path, wanted)
 
 
+def images(path: str, passed_over: OnPassedOver = not_counted) -> Iterator[Member]:
+    """Yield the images of an archive: by suffix or, without the suffix of any format, by content.
+
+    Args:
+        path: The archive.
+        passed_over: Called for each member that is no image, or is passed over by its name.
+
+    Raises:
+        DataError, OSError: As `members`.
+    """
+    for member in members(path, candidates(passed_over)):
+        kind = member_kind(member.path)
+        if kind is None:
+            yield member
+            continue
+        data = _content(member)
+        if is_image_content(data):
+            yield replace(member, read=partial(bytes, data))
+        else:
+            passed_over(kind.reason, member.path, kind.detail)
+
+
+def _content(member: Member) -> bytes:
+    """Return the bytes of a member, or nothing if it can't be read or is large for an image."""
+    if member.size > _MAX_JUDGED:
+        return b""
+    try:
+        return member.read()
+    except ImageError:
+        return b""
+
+
 def names(path: str, note: Note, passed_over: OnPassedOver = not_counted) -> Iterator[str]:
     """Yield `ARCHIVE::MEMBER` for every image in an archive. Only the headers are read.
 
@@ -86,7 +125,7 @@ def names(path: str, note: Note, passed_over: OnPassedOver = not_counted) -> Ite
         passed_over: Called for each member that is no image, or is passed over by its name.
     """
     try:
-        for member in members(path, listed(passed_over)):
+        for member in images(path, passed_over):
             name = f"{path}{SEPARATOR}{member.name}"
             if os.path.lexists(name):  # `split` would take the name for that file
                 note(f"{name}: a file beside the archive has that name; the member is left out")

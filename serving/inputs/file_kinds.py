@@ -3,7 +3,8 @@
 A file is an image by its suffix or, if its suffix says nothing, by its first bytes. Folders that
 systems and tools make, such as the thumbnails of a network storage, are recognised by name. Outputs
 of Fledge are recognised by a mark in them: `run.json` of a run, `manifest.json` of a bundle,
-`.fledge.json` of copied images, and the text `Software` in a PNG file.
+`entry.json` of an entry of the cache, `.fledge.json` of copied images, and the text `Software` in a
+PNG file.
 
 The rules hold below the folder that is searched, never for that folder itself.
 """
@@ -295,7 +296,7 @@ def _kind_by_content(entry: os.DirEntry[str]) -> Kind | None:
             head = file.read(_HEAD)
     except OSError:
         return Kind(Reason.UNREADABLE_FILE, entry.name)
-    if formats.served(head) or _is_bmp(head):
+    if is_image_content(head):
         return None
     if suffix in _OTHER_FORMATS:
         return Kind(Reason.UNSUPPORTED_FORMAT, _OTHER_FORMATS[suffix])
@@ -309,6 +310,11 @@ def _kind_by_content(entry: os.DirEntry[str]) -> Kind | None:
 
 def _no_image(name: str) -> Kind:
     return Kind(Reason.NOT_AN_IMAGE, os.path.splitext(name)[1].lower() or _NO_SUFFIX)
+
+
+def is_image_content(head: bytes) -> bool:
+    """Return whether a file that begins with `head` is an image of a format that is read."""
+    return bool(formats.served(head)) or _is_bmp(head)
 
 
 def _is_bmp(head: bytes) -> bool:
@@ -355,6 +361,7 @@ _MARKS: Final[Mapping[str, tuple[Reason, Callable[[Path], bool]]]] = {
     "run.json": (Reason.OWN_OUTPUT, _has_keys("source", "root", "fingerprint", "classes")),
     "manifest.json": (Reason.OWN_OUTPUT, _has_keys("labels", "precisions", "preprocess", "graph")),
     MARK: (Reason.OWN_OUTPUT, _has_keys("made_by")),
+    "entry.json": (Reason.OWN_OUTPUT, _has_keys("fledge-cache")),
     "CACHEDIR.TAG": (Reason.SYSTEM, _is_cache_tag),
     "pyvenv.cfg": (Reason.SYSTEM, Path.is_file),
 }

@@ -155,6 +155,11 @@ def open_list(path: str, requested: str | None) -> tuple[Table, int]:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
     except EmptyTable as error:
         raise DataError(f"{path}: lists no images; it is empty") from error
+    folder = os.path.dirname(path)
+    if requested is None:
+        table = table.with_first_row(
+            lambda name: _exists(_slashed(name)) or _exists(_below(folder, name))
+        )
     return table, find_paths(table, requested, path, lambda name: f"--column {quote(name)}")
 
 
@@ -176,7 +181,7 @@ def _values(table: Table, column: int, note: Note) -> Iterator[str]:
     try:
         for row in table.rows([column]):
             (value,) = row.values
-            if row.fields > len(table.columns) and row.wrong:
+            if row.wrong and row.fields > len(table.columns):
                 wrong = [wrong[0] + 1, wrong[1]] if wrong else [1, row.number]
             elif isinstance(value, str) and value.strip():
                 yield value

@@ -125,7 +125,7 @@ class _MemberIterator:
     """Iterator over the members of an archive, in order."""
 
     def __init__(self, path: str) -> None:
-        self._members = archives.members(path)
+        self._members = archives.images(path)
         self._end = "no image of that name in the archive"
 
     def next(self) -> Member:

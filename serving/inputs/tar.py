@@ -82,7 +82,9 @@ def members(path: str, wanted: Wanted = is_listed) -> Iterator[Member]:
         for tar, info in _headers(source):
             if not info.isdir() and wanted(info.name):
                 name = unique(info.name, counts)
-                yield Member(name, info.offset, partial(_read_member, tar, info), info.name)
+                yield Member(
+                    name, info.offset, partial(_read_member, tar, info), info.name, info.size
+                )
 
 
 def read_member_at(file: BinaryIO, offset: int) -> bytes:

@@ -138,7 +138,7 @@ def members(path: str, wanted: Wanted = is_listed) -> Iterator[Member]:
                     )
                 read = partial(read_member, file, entry)
                 name, encrypted = unique(entry.name, counts), bool(entry.flags & _ENCRYPTED)
-                yield Member(name, offset, read, entry.name, encrypted)
+                yield Member(name, offset, read, entry.name, entry.size, encrypted)
 
 
 def entries(file: BinaryIO) -> Iterator[tuple[int, ZipEntry]]:

@@ -11,9 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import socket
 import ssl
+import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final, Protocol
 
 HEAD_BYTES: Final = 65_536
@@ -36,7 +39,19 @@ UNREAD_BYTES: Final = 64 * 2**20
 """Limits on the rest of a body after the response to its request, such as one to an unknown path.
 """
 WRITE_SECONDS: Final = 30.0
-"""Time for which a client may leave a response unread, once the buffers are full."""
+"""Time for which a client may read nothing of a response, once the buffers are full."""
+RESPONSE_SECONDS: Final = 60.0
+"""Time for which a client may be behind with reading, for all responses that it waits for."""
+MAX_BLOCKED: Final = 64
+MAX_UNREAD_BYTES: Final = 16 * 2**20
+"""Largest number of connections whose client is behind with reading, and of bytes that wait for
+them in this process. Those that have been behind for the longest time are closed first."""
+SEND_BUFFER: Final = 65_536
+SEND_BUFFER_BYTES: Final = 140 * 1024
+"""Size of the kernel's buffer of a connection, as it is set and as it was measured. By default the
+kernel lets it grow to 4 MB."""
+WRITE_BUFFER: Final = 16_384
+"""Bytes of a response in this process above which the client is behind with reading."""
 MAX_PIPELINED: Final = 1000
 """Largest number of requests of a connection that wait for the response to an earlier one."""
 LINGER_SECONDS: Final = 2.0
@@ -58,6 +73,7 @@ SHARED_HEAD_BYTES: Final = 32 * 2**20
 _MAX_DESCRIPTORS: Final = 65_536
 _MAX_BACKLOG: Final = 2048
 _SWEEP_SECONDS: Final = 0.5
+_LEAST_BUSY: Final = 1.0  # seconds that a connection has for a body before it may make room
 _LOG_SECONDS: Final = 10.0
 
 _REASONS: Final = {
@@ -68,7 +84,7 @@ _REASONS: Final = {
     "body-speed": f"with a body slower than {BODY_BYTES_PER_SECOND} bytes a second",
     "body-framing": "with too many bytes around the chunks of the body",
     "unread-body": "whose body went on after the answer",
-    "unread-response": f"whose client read nothing for {WRITE_SECONDS:g} s",
+    "unread-response": f"whose client read nothing for {WRITE_SECONDS:g} s, or too slowly",
     "pipelined": f"with more than {MAX_PIPELINED} requests in advance",
     "tls": "whose TLS handshake failed",
     "silent": "without a byte",
@@ -112,6 +128,10 @@ class ConnectionLimits:
         self._open: set[Connection] = set()
         # Without a request in progress, the longest first.
         self._waiting: OrderedDict[Connection, None] = OrderedDict()
+        # Whose request is incomplete, with the time since when, the longest first.
+        self._incomplete: OrderedDict[Connection, float] = OrderedDict()
+        # Whose client is behind with reading, with the time since when, and the bytes.
+        self._blocked: dict[Connection, tuple[float, int]] = {}
         self._unlogged: Counter[str] = Counter()
         self._logged = -_LOG_SECONDS
 
@@ -134,39 +154,108 @@ class ConnectionLimits:
     def admit(self, connection: Connection) -> bool:
         """Take a new connection, which has no request yet, into the table.
 
-        If the table is full, the connection that has been without a request for the longest time
-        is closed. Returns False if there is none: the new connection must be closed.
+        If the table is full, another connection is closed: the one that has been without a request
+        for the longest time; else the one whose body has been incomplete, or whose response unread,
+        for the longest time, if that is more than a second. Returns False if there is none: the new
+        connection must be closed.
         """
         if len(self._open) >= self.most:
             self.refused("connection-limit")
-            if not self._waiting:
+            oldest = self._dispensable()
+            if oldest is None:
                 return False
-            oldest = next(iter(self._waiting))
             self.remove(oldest)
             oldest.drop()
         self._open.add(connection)
         self._waiting[connection] = None
         return True
 
+    def _dispensable(self) -> Connection | None:
+        if self._waiting:
+            return next(iter(self._waiting))
+        since = {one: at for one, (at, _) in self._blocked.items()}
+        if self._incomplete:
+            first = next(iter(self._incomplete))
+            since[first] = self._incomplete[first]
+        oldest = min(since, key=since.__getitem__, default=None)
+        if oldest is None or self.now - since[oldest] < _LEAST_BUSY:
+            return None
+        return oldest
+
     def busy(self, connection: Connection) -> None:
-        """Note that a connection has a request in progress."""
+        """Note that a connection has a request in progress, whose body is incomplete."""
         self._waiting.pop(connection, None)
+        if connection in self._open:
+            self._incomplete[connection] = self.now
+
+    def complete(self, connection: Connection) -> None:
+        """Note that the request of a connection is complete."""
+        self._incomplete.pop(connection, None)
 
     def idle(self, connection: Connection) -> None:
         """Note that a connection has no request in progress; it may be closed to make room."""
+        self._incomplete.pop(connection, None)
         if connection in self._open:
             self._waiting[connection] = None
+
+    def blocked(self, connection: Connection, since: float, size: int) -> None:
+        """Note that the client of a connection is behind with reading, and make room for its bytes.
+
+        Args:
+            connection: The connection.
+            since: When the client was first behind.
+            size: Bytes that wait for the client in this process.
+        """
+        self._blocked[connection] = (since, size)
+        unread = sum(size for _, size in self._blocked.values())
+        while len(self._blocked) > MAX_BLOCKED or (
+            unread > MAX_UNREAD_BYTES and len(self._blocked) > 1
+        ):
+            oldest = min(self._blocked, key=lambda one: self._blocked[one][0])
+            unread -= self._blocked.pop(oldest)[1]
+            self.refused("unread-response")
+            oldest.drop()
+
+    def unblocked(self, connection: Connection) -> None:
+        """Note that the client of a connection is no longer behind with reading."""
+        self._blocked.pop(connection, None)
 
     def remove(self, connection: Connection) -> None:
         """Remove a connection from the table; does nothing if it is not there."""
         self._open.discard(connection)
         self._waiting.pop(connection, None)
+        self._incomplete.pop(connection, None)
+        self._blocked.pop(connection, None)
 
     def refused(self, reason: str) -> None:
         """Count a refused connection; a line in the log follows, at most one in ten seconds."""
         self._count(reason)
         if reason not in _UNLOGGED:
             self._unlogged[reason] += 1
+
+
+def limit_buffers(transport: asyncio.Transport) -> None:
+    """Limit what waits for the client of a connection, in this process and in the kernel.
+
+    The kernel keeps the rest of a response after the connection was closed. On Linux it gives up
+    after `RESPONSE_SECONDS` in which the client took nothing.
+    """
+    transport.set_write_buffer_limits(high=WRITE_BUFFER)
+    _set_option(transport, socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    if option := getattr(socket, "TCP_USER_TIMEOUT", 0):
+        _set_option(transport, socket.IPPROTO_TCP, option, int(1000 * RESPONSE_SECONDS))
+
+
+def reset_when_closed(transport: asyncio.Transport) -> None:
+    """Make the kernel forget what waits for the client when the connection is closed."""
+    _set_option(transport, socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def _set_option(transport: asyncio.Transport, level: int, option: int, value: int | bytes) -> None:
+    connection = transport.get_extra_info("socket")
+    with suppress(OSError):  # a Unix socket has fewer options
+        if connection is not None:
+            connection.setsockopt(level, option, value)
 
 
 def raise_descriptor_limit() -> int:

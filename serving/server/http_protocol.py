@@ -9,14 +9,11 @@ has seen them; what depends on time is checked by `ConnectionLimits`, twice a se
 
 from __future__ import annotations
 
-import json
-from http import HTTPStatus
 from typing import Any, Final
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serving.errors import problem_document
 from serving.server.connection_limits import (
     BODY_BYTES_PER_SECOND,
     BODY_SECONDS,
@@ -28,33 +25,31 @@ from serving.server.connection_limits import (
     LINGER_BYTES,
     LINGER_SECONDS,
     MAX_PIPELINED,
+    RESPONSE_SECONDS,
     SHARED_HEAD_BYTES,
     UNREAD_BYTES,
     UNREAD_SECONDS,
     WRITE_SECONDS,
     ConnectionLimits,
+    limit_buffers,
+    reset_when_closed,
 )
 from serving.server.disconnect import DISCONNECT, Disconnect, is_closed_by_client
+from serving.server.refusals import Refused, head_too_large, too_many_heads
 
 _PIPELINED_COST: Final = 4096  # bytes of memory for a small request that waits
+_FIELD_COST: Final = 130  # and for a field, beyond its length
 _SLICE: Final = HEAD_BYTES
 
 
-class _Refused(Exception):
-    """Raised in a callback of the parser, to end the parsing at once."""
-
-    def __init__(self, reason: str, status: int, detail: str) -> None:
-        super().__init__(reason, status, detail)
-        self.reason, self.status, self.detail = reason, status, detail
-
-
-def _head_too_large() -> _Refused:
-    detail = f"the head has more than {HEAD_BYTES} bytes or {HEAD_FIELDS} fields; send fewer"
-    return _Refused("head-size", 431, detail)
-
-
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """A connection of uvicorn with limits."""
+    """A connection of uvicorn with limits.
+
+    Attributes:
+        cycle: uvicorn's latest request and its response. `held`: bytes of memory of the request.
+    """
+
+    cycle: Any
 
     def __init__(self, limits: ConnectionLimits, since: float = 0.0, **options: Any) -> None:
         """Create the protocol of a connection.
@@ -73,12 +68,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._body_bytes = 0  # of the request in progress
         self._extra_bytes = 0  # around the chunks of its body, trailers included
         self._extra_run = 0  # of these, since the last byte of the body
+        self._head_held = 0  # bytes of the head in progress that are held
+        self._requests_held = 0  # bytes of requests that are not answered yet
         self._held = 0  # the part of `limits.head_bytes` that is this connection's
         self._body_at = 0.0  # when the last byte of the body arrived
         self._period_since, self._period_bytes = 0.0, 0
         self._answered_since = 0.0
         self._unread_bytes = 0
-        self._blocked_since = 0.0  # when the transport's buffer became full; 0: it is not
+        self._behind_since = 0.0  # when the client was first behind with reading; 0: it is not
+        self._blocked_since = 0.0  # when it last read something, if the buffer is full; 0: it isn't
+        self._blocked_bytes = 0  # in the buffer then
         self._linger_until = 0.0  # after a refusal; 0: none
         self._closing_since = 0.0  # when the transport was first seen to be closing; 0: it is not
         self._stopped = False  # what the client sends is dropped
@@ -94,9 +93,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             return
         self._head_since = self._head_since or self._limits.now
         super().connection_made(transport)
+        limit_buffers(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._limits.remove(self)
+        self._requests_held = 0
         self._hold(0)
         super().connection_lost(exc)
         self.pipeline.clear()
@@ -108,21 +109,35 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         self._limits.remove(self)  # `App` closes the WebSocket at once
+        self._requests_held = 0
         self._hold(0)
         super().handle_websocket_upgrade()
 
     def drop(self) -> None:
         """Close the connection at once."""
         self._stopped = True
+        if self._behind_since:  # else the kernel would keep what is in its buffer
+            reset_when_closed(self.transport)
         self.transport.abort()
 
     def pause_writing(self) -> None:
-        self._blocked_since = self._limits.now
+        self._blocked_since = now = self._limits.now
+        self._behind_since = self._behind_since or now
+        self._blocked_bytes = self.transport.get_write_buffer_size()
         super().pause_writing()
+        self._limits.blocked(self, self._behind_since, self._blocked_bytes)
 
     def resume_writing(self) -> None:
         self._blocked_since = 0.0
+        self._limits.unblocked(self)
         super().resume_writing()
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Note that the client has read what was sent, unless more is to come."""
+        if not self._blocked_since and self.cycle is not None and self.cycle.response_complete:
+            self._behind_since = 0.0
+            self._limits.idle(self)
 
     # Bytes
 
@@ -147,7 +162,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as error:
-            if isinstance(error.__context__, _Refused):
+            if isinstance(error.__context__, Refused):
                 self._refuse(error.__context__)
                 return
             msg = "Invalid HTTP request received."
@@ -163,8 +178,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._body_open:
             if body_open and cycle is self.cycle:
                 self._check_body(len(data), self._body_bytes - seen)
-            elif len(data) - self._body_bytes > FREE_HEAD_BYTES:  # kept while the body arrives
-                self._hold(len(data) - self._body_bytes)
+            if self._held and self.cycle is not self._answering:
+                self._check_held()
             return
         if not body_open and cycle is self.cycle:  # nothing but a part of a head
             self._head_begins(self._head_bytes + len(data))
@@ -179,11 +194,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._head_since = self._limits.now
         self._head_bytes = size
         if size >= HEAD_BYTES or (self._head_open and len(self.headers) > HEAD_FIELDS):
-            self._refuse(_head_too_large())
+            self._refuse(head_too_large())
             return
         self._hold(size)
-        if self._held and self._limits.head_bytes > SHARED_HEAD_BYTES:
-            self._refuse(_Refused("head-memory", 429, "too many requests arrive; try again later"))
+        self._check_held()
 
     def _check_body(self, size: int, body: int) -> None:
         """Check the request in progress after `size` bytes, of which `body` were of its body."""
@@ -198,14 +212,24 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._extra_run > HEAD_BYTES
             or self._extra_bytes > FRAMING_BYTES + self._body_bytes // 4
         ):
-            self._refuse(_Refused("body-framing", 400, "the chunks of the body are too small"))
+            self._refuse(Refused("body-framing", 400, "the chunks of the body are too small"))
         elif self._extra_bytes and len(self.headers) > HEAD_FIELDS:  # trailers
-            self._refuse(_head_too_large())
+            self._refuse(head_too_large())
 
-    def _hold(self, size: int) -> None:
-        counted = max(0, size - FREE_HEAD_BYTES)
+    def _hold(self, head: int) -> None:
+        """Note how many bytes of a head in progress are held, beside those of the requests."""
+        self._head_held = head
+        counted = max(0, head + self._requests_held - FREE_HEAD_BYTES)
         self._limits.head_bytes += counted - self._held
         self._held = counted
+
+    def _check_held(self) -> None:
+        if self._held and self._limits.head_bytes > SHARED_HEAD_BYTES:
+            if self._body_open:  # of a request that waits for the response to an earlier one
+                self._limits.refused("head-memory")
+                self.drop()
+            else:
+                self._refuse(too_many_heads())
 
     # Callbacks of the parser
 
@@ -215,17 +239,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if len(self.headers) > HEAD_FIELDS:
-            raise _head_too_large()
-        if self.pipeline:
-            self._admit_pipelined()
-        elif self._head_bytes <= FREE_HEAD_BYTES:
-            self._hold(0)
+            raise head_too_large()
+        before = self.cycle
+        held = self._admit(waits=before is not None and not before.response_complete)
         self._limits.busy(self)
         self._head_open, self._body_open = False, True
         self._head_bytes = self._body_bytes = self._period_bytes = 0
         self._extra_bytes = self._extra_run = 0
         self._body_at = self._period_since = self._limits.now
         HttpToolsProtocol.on_headers_complete(self)
+        if self.cycle is not before:
+            self.cycle.held = held
         if not self.parser.should_upgrade():
             self.headers = []  # trailers must not become fields of the request
         elif self._should_upgrade():  # no request for `App`; a body counts as part of the head
@@ -239,10 +263,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
         self._body_at = self._limits.now
+        if self.cycle is not self._answering:  # it waits for the response to an earlier request
+            self._requests_held += len(body)
+            self.cycle.held += len(body)
+            self._hold(0)
         HttpToolsProtocol.on_body(self, body)
 
     def on_message_complete(self) -> None:
         self._body_open = False
+        self._limits.complete(self)
         HttpToolsProtocol.on_message_complete(self)
         if self.flow.read_paused and not self.pipeline:  # read, to notice when the client is gone
             self.flow.resume_reading()
@@ -252,19 +281,29 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             )
 
     def on_response_complete(self) -> None:
+        self._requests_held -= self._answering.held
         HttpToolsProtocol.on_response_complete(self)
         self._answered_since, self._unread_bytes = self._limits.now, 0
-        if self.cycle.response_complete:
-            self._limits.idle(self)
-            if self._held and not self._head_bytes:
-                self._hold(0)
+        self._hold(self._head_held)
+        self._catch_up()
 
-    def _admit_pipelined(self) -> None:
-        if len(self.pipeline) >= MAX_PIPELINED:
-            raise _Refused("pipelined", 0, "")
-        self._hold((len(self.pipeline) + 1) * _PIPELINED_COST)
+    def _admit(self, *, waits: bool) -> int:
+        """Count the memory of a request whose head is complete; return it.
+
+        Args:
+            waits: Whether the request waits for the response to an earlier one.
+        """
+        if waits and len(self.pipeline) >= MAX_PIPELINED:
+            raise Refused("pipelined", 0, "")
+        size = len(self.url) + sum(
+            len(name) + len(value) + _FIELD_COST for name, value in self.headers
+        )
+        size += _PIPELINED_COST * waits
+        self._requests_held += size
+        self._hold(0)
         if self._held and self._limits.head_bytes > SHARED_HEAD_BYTES:
-            raise _Refused("head-memory", 0, "")
+            raise Refused("head-memory", 0, "") if waits else too_many_heads()
+        return size
 
     # Refusals
 
@@ -272,12 +311,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Refuse or close the connection if it is overdue. Called twice a second."""
         if self.transport.is_closing():
             self._closing_since = self._closing_since or now
-            if now - self._closing_since > WRITE_SECONDS:  # the client does not read the rest
+            most = RESPONSE_SECONDS if self._blocked_since else WRITE_SECONDS
+            if now - self._closing_since > most or self._is_unread(now):
                 self.drop()
         elif self._linger_until:
             if now >= self._linger_until:
-                self.drop()
-        elif self._blocked_since and now - self._blocked_since > WRITE_SECONDS:
+                self.transport.abort()
+        elif self._is_unread(now):
             self._limits.refused("unread-response")
             self.drop()
         elif self.flow.read_paused and is_closed_by_client(self.transport.get_extra_info("socket")):
@@ -287,10 +327,20 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         elif (self._head_bytes or self.cycle is None) and now - self._head_since > HEAD_SECONDS:
             if self._head_bytes:
                 detail = f"the head took more than {HEAD_SECONDS:g} s"
-                self._refuse(_Refused("head-time", 408, detail))
+                self._refuse(Refused("head-time", 408, detail))
             else:
                 self._limits.refused("silent")
                 self.transport.close()
+
+    def _is_unread(self, now: float) -> bool:
+        """Return whether the client reads nothing for too long, or has been behind for too long."""
+        if self._blocked_since:
+            left = self.transport.get_write_buffer_size()
+            if left < self._blocked_bytes:
+                self._blocked_since, self._blocked_bytes = now, left
+            if now - self._blocked_since > WRITE_SECONDS:
+                return True
+        return self._behind_since > 0 and now - self._behind_since > RESPONSE_SECONDS
 
     def _check_speed(self, now: float) -> None:
         if self.cycle.response_complete:
@@ -304,10 +354,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             received, least = self._body_bytes - self._period_bytes, BODY_BYTES_PER_SECOND
             if now - self._body_at > BODY_SECONDS or received < least * BODY_SECONDS:
                 speed = f"{least} bytes a second over {BODY_SECONDS:g} s"
-                self._refuse(_Refused("body-speed", 408, f"the body is slower than {speed}"))
+                self._refuse(Refused("body-speed", 408, f"the body is slower than {speed}"))
             self._period_since, self._period_bytes = self._body_at, self._body_bytes
 
-    def _refuse(self, refusal: _Refused) -> None:
+    def _refuse(self, refusal: Refused) -> None:
         """Send an error if no response is in progress, and drop what the client sends from now on.
 
         Requests that were complete before are still answered.
@@ -327,18 +377,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 return
         self._respond(refusal)
 
-    def _respond(self, refusal: _Refused) -> None:
+    def _respond(self, refusal: Refused) -> None:
         self.parser = None  # type: ignore[assignment]  # with the memory of the head
         self.headers, self.url = [], b""
+        self._requests_held = 0
         self._hold(0)
-        code = {408: "slow-request", 431: "head-too-large", 429: "overloaded"}
-        name = code.get(refusal.status, "bad-request")
-        body = json.dumps(problem_document(name, refusal.status, refusal.detail)).encode()
-        head = STATUS_LINE[HTTPStatus(refusal.status)]
-        fields = b"content-type: application/problem+json\r\nconnection: close\r\n"
-        if refusal.status == 429:
-            fields += b"retry-after: 1\r\n"
-        self.transport.write(b"%b%bcontent-length: %d\r\n\r\n%b" % (head, fields, len(body), body))
+        self.transport.write(refusal.response())
         self._linger_until = self._limits.now + LINGER_SECONDS
         if self.transport.can_write_eof():
             self.transport.write_eof()

@@ -57,7 +57,8 @@ def memory_needs(
     runs: Values between the layers, for the rows of a run in each thread; and decoded images that
         wait for a run.
     decoders: Idle decoder processes.
-    connections: Each with a head of a usual size, and the memory that larger heads share.
+    connections: Each with a head of a usual size, and the memory that larger heads, and responses
+        that are not read, share.
     log: Lines that wait for the log's reader.
     margin: A sixteenth of the limit.
     requests: Bodies, with the images that are decoded from base64 in them, and the decoding of
@@ -128,7 +129,9 @@ def _connection_bytes(settings: Settings) -> int:
     each = connection_limits.CONNECTION_BYTES + connection_limits.FREE_HEAD_BYTES
     if tls:
         each += connection_limits.TLS_BYTES
-    return most * each + connection_limits.SHARED_HEAD_BYTES
+    unread = connection_limits.MAX_BLOCKED * connection_limits.SEND_BUFFER_BYTES
+    unread += connection_limits.MAX_UNREAD_BYTES
+    return most * each + connection_limits.SHARED_HEAD_BYTES + unread
 
 
 def check_update(settings: Settings, manifest: Manifest) -> None:

@@ -18,14 +18,18 @@ PATHS: Final = (
     *("path", "filepath", "file path", "image path", "img path", "photo path", "filename"),
     *("file name", "image name", "image file", "image filename", "img name", "photo name"),
     *("file", "files", "filepaths", "filenames", "image", "images", "img", "photo", "picture"),
+    *("dateipfad", "dateiname", "datei", "bild", "foto", "fichier", "nom du fichier", "chemin"),
+    *("archivo", "nombre de archivo", "imagen", "ruta", "arquivo", "imagem", "immagine", "bestand"),
     *("image id", "img id", "photo id", "file id", "id", "uuid", "key", "name"),
 )
-"""Usual names of the column of paths, most specific first."""
+"""Usual names of the column of paths, most specific first, in several languages."""
 
 LABELS: Final = (
     *("label", "labels", "class", "classes", "class name", "class label", "label name"),
     *("category", "category name", "target", "ground truth", "truth", "true label", "y"),
     *("species", "breed", "variety", "diagnosis", "dx", "kind", "tag"),
+    *("klasse", "kategorie", "etikett", "classe", "categorie", "catégorie", "étiquette", "espèce"),
+    *("clase", "categoría", "categoria", "etiqueta", "especie", "etichetta", "specie"),
 )
 """Usual names of the column of labels."""
 
@@ -34,6 +38,8 @@ PARTS: Final = ("fold", "part", "split", "subset", "partition", "set", "data set
 
 _SAMPLE: Final = 20
 """Number of rows in which names of images are looked for."""
+_GUESSED: Final = 200
+"""Number of rows in which a column that looks like labels is searched."""
 _SHOWN: Final = 20
 
 
@@ -62,8 +68,12 @@ def names_columns(record: Sequence[str], asked: Collection[str] = ()) -> bool:
     if any(name in asked for name in record):
         return True
     counted = bool(asked) and all(name.isdecimal() for name in asked)
-    usual = any(_key(name) in _USUAL for name in record)
-    return not any(map(has_image_suffix, record)) and (usual or not counted)
+    return not any(map(has_image_suffix, record)) and (has_usual_name(record) or not counted)
+
+
+def has_usual_name(names: Sequence[str]) -> bool:
+    """Check whether any of the names is a usual name of a column."""
+    return any(_key(name) in _USUAL for name in names)
 
 
 def usual_columns(columns: Sequence[str], names: Sequence[str]) -> list[int]:
@@ -179,7 +189,7 @@ def find_labels(
     columns = table.columns
     others = [at for at in range(len(columns)) if at != paths]
     usual = [at for at in usual_columns(columns, LABELS) if at != paths]
-    guess = (usual or others or [0])[0]
+    guess = usual[0] if usual else likely_labels(table, others)
     remedy = f"; name the column of the labels: {option(columns[guess])}"
     if asked is not None:
         return asked_column(columns, asked, where, remedy)
@@ -187,9 +197,25 @@ def find_labels(
         return columns.index("label") if "label" in columns else usual[0]
     if len(others) == 1:
         return others[0]
+    if not others:
+        raise DataError(
+            f"{where}: one column alone, {columns[0]!r:.80}; separate path and label by commas, "
+            "semicolons or tabs"
+        )
     which = [columns[at] for at in usual] or columns
     several = "several columns of labels" if usual else "no column of labels"
     raise DataError(f"{where}: {several} among {shown(which)}{remedy}")
+
+
+def likely_labels(table: Table, columns: Sequence[int]) -> int:
+    """Return the column of `columns` that looks most like labels: a few words that repeat."""
+    rows = [row.values for row in islice(table.rows(columns), _GUESSED)]
+    best, fewest = columns[0] if columns else 0, _GUESSED + 1
+    for at, column in enumerate(columns):
+        values = {text_of(row[at]).strip() for row in rows if at < len(row)}
+        if not all(map(str.isdecimal, values)) and 1 < len(values) < fewest:
+            best, fewest = column, len(values)
+    return best
 
 
 def text_of(value: object) -> str:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from serving.errors import DataError
+from serving.tables.columns import has_image_suffix
+from serving.terminal import quote_path
 
 HEAD: Final = 2**16
 """Number of bytes from which a table is recognised."""
@@ -43,6 +45,7 @@ _FOREIGN: Final = (
     (b"{\\rtf", "a text document; save the table as 'CSV UTF-8'"),
     (b"%pdf-", "a PDF document; save the table as 'CSV UTF-8'"),
     (b"\x1f\x8b", "compressed with gzip; unpack it"),
+    (b"[{", "a JSON array; write an object a line: jq -c '.[]' FILE > FILE.jsonl"),
 )
 
 
@@ -54,7 +57,7 @@ class Dialect:
         encoding: Name of the codec, which removes a byte-order mark.
         delimiter: Character between the fields.
         skip_spaces: Whether spaces after a delimiter are no part of the field.
-        skip_lines: Number of lines before the table: 1 after `sep=;`.
+        skip_lines: Number of lines before the table: `sep=;`, or comments.
     """
 
     encoding: str
@@ -90,10 +93,12 @@ def check_kind(path: str, head: bytes) -> None:
     Raises:
         DataError: It is one.
     """
-    start = head.lstrip()[:32].lower()
+    start = head.lstrip()[:64].lower()
+    start = start if not start.startswith(b"[") else b"".join(start.split())
     for mark, what in _FOREIGN:
         if start.startswith(mark.lower()):
-            raise DataError(f"{path}: it is {what}")
+            name = quote_path(path)
+            raise DataError(f"{path}: it is {what.replace('FILE', name)}")
 
 
 def check_text(path: str, head: bytes) -> str:
@@ -132,12 +137,30 @@ def find_dialect(path: str, head: bytes) -> Dialect:
     if first.startswith("sep=") and len(first) <= 5:
         delimiter = lines[0].strip()[4:] or "\t"  # `strip` removes a tab
         return Dialect(encoding, delimiter, _spaced(lines[1:], delimiter), 1)
+    comments = _count_comments(lines)
+    lines = lines[comments:]
     order = sorted(_DELIMITERS, key=lambda d: d != "\t") if path.endswith(".tsv") else _DELIMITERS
     delimiter = _best(lines, order)
     if not delimiter and path.lower().endswith(".txt"):
         delimiter = _best(lines, (" ",))
-        return Dialect(encoding, delimiter or ",", bool(delimiter))
-    return Dialect(encoding, delimiter or ",", _spaced(lines, delimiter or ","))
+        return Dialect(encoding, delimiter or ",", bool(delimiter), comments)
+    return Dialect(encoding, delimiter or ",", _spaced(lines, delimiter or ","), comments)
+
+
+def _count_comments(lines: Sequence[str]) -> int:
+    """Return the number of first lines that begin with # and have no delimiter, as others have."""
+    count = 0
+    while count < len(lines) and _may_be_comment(lines[count]):
+        count += 1
+    return count if count < len(lines) and _is_split(lines[count]) else 0
+
+
+def _may_be_comment(line: str) -> bool:
+    return line.startswith("#") and not _is_split(line) and not has_image_suffix(line)
+
+
+def _is_split(line: str) -> bool:
+    return any(delimiter in line for delimiter in _DELIMITERS)
 
 
 def _best(lines: Sequence[str], delimiters: Sequence[str]) -> str:

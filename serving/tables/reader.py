@@ -20,12 +20,13 @@ import os
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from serving.errors import DataError
-from serving.tables.columns import names_columns
+from serving.tables.columns import has_usual_name, names_columns
 from serving.tables.dialect import HEAD, LONGEST_FIELD, Dialect, check_text, find_dialect
 from serving.utils.files import utf8_path
 from serving.utils.optional_packages import require_parquet
@@ -72,6 +73,18 @@ class Table:
     named: bool
     unit: str
     _rows: Callable[[Sequence[int]], Iterator[TableRecord]]
+    _unnamed: Table | None = None
+
+    def with_first_row(self, is_photo: Callable[[str], bool]) -> Table:
+        """Return the table with its first record as a row, if that names a photo and no columns.
+
+        Args:
+            is_photo: Function that checks whether a text is the name of a photo that is there.
+        """
+        usual = not self.named or has_usual_name(self.columns)
+        if usual or self._unnamed is None or not any(map(is_photo, self.columns)):
+            return self
+        return self._unnamed
 
     def rows(self, columns: Sequence[int]) -> Iterator[TableRecord]:
         """Yield the rows that are not blank, with the values of some columns.
@@ -176,7 +189,7 @@ def _text(path: str, dialect: Dialect, data: bytes | None, asked: Collection[str
             while True:
                 number = reader.line_num + dialect.skip_lines + 1
                 record = next(reader)
-                if any(field.strip() for field in record):
+                if "".join(record).strip():
                     yield number, record
         except StopIteration:
             return
@@ -187,18 +200,25 @@ def _text(path: str, dialect: Dialect, data: bytes | None, asked: Collection[str
     if not first:
         raise EmptyTable(f"{path}: it is empty")
     names = [field.strip() for field in first]
-    named = names_columns(names, asked)
     count = len(names)
+    numbers = tuple(str(number) for number in range(1, count + 1))
 
-    def rows(columns: Sequence[int]) -> Iterator[TableRecord]:
-        for number, record in islice(records(), int(named), None):
+    def rows(columns: Sequence[int], skip: int) -> Iterator[TableRecord]:
+        whole = tuple(columns) == tuple(range(count))
+        for number, record in islice(records(), skip, None):
             fields = len(record)
+            if fields == count:
+                given = record if whole else [record[at] for at in columns]
+                yield TableRecord(number, tuple(given), fields)
+                continue
             values = tuple(record[at] if at < fields else None for at in columns)
-            more = fields > count and any(field.strip() for field in record[count:])
+            more = any(field.strip() for field in record[count:])
             yield TableRecord(number, values, fields, _too_many(fields, count) if more else "")
 
-    columns = tuple(names) if named else tuple(str(number) for number in range(1, count + 1))
-    return Table(path, columns, named, "line", rows)
+    unnamed = Table(path, numbers, False, "line", partial(rows, skip=0))
+    if not names_columns(names, asked):
+        return unnamed
+    return Table(path, tuple(names), True, "line", partial(rows, skip=1), unnamed)
 
 
 def _too_many(fields: int, columns: int) -> str:
@@ -227,7 +247,7 @@ def _json(path: str, encoding: str, data: bytes | None) -> Table:
     first = next(objects(), None)
     if first is None:
         raise EmptyTable(f"{path}: it is empty")
-    if not isinstance(first[1], dict):
+    if not isinstance(first[1], dict) or not first[1]:
         raise DataError(
             f'{path}: its first line is no JSON object, such as {{"path": "1.jpg", "label": "cat"}}'
         )

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from serving.environment import tell_cache_folder
 from serving.errors import OptionError
+from serving.utils.process import tell_cache_folder
 
 
 def check_file(path: Path, option: str = "--out") -> None:

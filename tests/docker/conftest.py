@@ -17,22 +17,36 @@ from tests.support import container_engine
 from tests.support.container_engine import Container
 from tests.support.tiny_bundle import tiny_bundle
 
+WITH_EXTRAS = "fledge:test-extras"
 
-@pytest.fixture(scope="session")
-def build_seconds(tmp_path_factory: pytest.TempPathFactory) -> float:
-    """Build the image; the seconds that it took."""
+
+def build_once(factory: pytest.TempPathFactory, image: str, *variables: str) -> float:
+    """Build an image, unless another process has; the seconds that it took."""
     container_engine.skip_or_fail(container_engine.missing_engine())
-    shared = tmp_path_factory.getbasetemp()
+    shared = factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         shared = shared.parent
-    seconds = shared / "build-seconds"
+    seconds = shared / f"{image.replace(':', '-')}-seconds"
     with (shared / "build-lock").open("w") as locked:
         fcntl.flock(locked, fcntl.LOCK_EX)
         if not seconds.exists():
             begun = time.monotonic()
-            container_engine.build()
+            container_engine.build(*variables, image=image)
             seconds.write_text(str(time.monotonic() - begun))
     return float(seconds.read_text())
+
+
+@pytest.fixture(scope="session")
+def build_seconds(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Build the image; the seconds that it took."""
+    return build_once(tmp_path_factory, container_engine.IMAGE)
+
+
+@pytest.fixture(scope="session")
+def image_with_extras(build_seconds: float, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Build the image that reads HEIC and JPEG XL; its name."""
+    build_once(tmp_path_factory, WITH_EXTRAS, "EXTRAS=heif,jxl")
+    return WITH_EXTRAS
 
 
 @pytest.fixture(scope="session")

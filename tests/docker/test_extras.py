@@ -14,14 +14,12 @@ from tests.support.container_engine import Container
 
 pytestmark = pytest.mark.docker
 
-IMAGE = "fledge:test-extras"
 MAX_MORE_MB = 45
 
 
 @pytest.fixture(scope="module")
-def with_extras(build_seconds: float, bundle: Path) -> Iterator[Container]:
-    container_engine.build("EXTRAS=heif,jxl", image=IMAGE)
-    started = container_engine.start(bundle, image=IMAGE)
+def with_extras(image_with_extras: str, bundle: Path) -> Iterator[Container]:
+    started = container_engine.start(bundle, image=image_with_extras)
     yield started
     started.remove()
 
@@ -48,6 +46,8 @@ def test_the_image_with_the_extras_reads_both_formats(
 
 
 def test_an_unknown_extra_fails_the_build_in_one_line(build_seconds: float) -> None:
-    done = container_engine.make("image", "EXTRAS=heic", image=IMAGE, check=False, limit=300)
+    done = container_engine.make(
+        "image", "EXTRAS=heic", image="fledge:test-wrong", check=False, limit=300
+    )
     assert done.returncode != 0
     assert "EXTRAS=heic: use heif, jxl, or heif,jxl" in done.stdout + done.stderr

@@ -25,10 +25,10 @@ ONE_IMAGE = 190 * 2**20  # what one picture may take there, roughly
 
 
 @pytest.fixture(scope="module")
-def small(build_seconds: float, bundle: Path) -> Iterator[Container]:
+def small(image_with_extras: str, bundle: Path) -> Iterator[Container]:
     """A container with the limits of compose.yaml; swap would hide that memory ran out."""
     options = ["--memory", "1g", "--memory-swap", "1g", "--cpus", "2"]
-    started = container_engine.start(bundle, options=options)
+    started = container_engine.start(bundle, options=options, image=image_with_extras)
     yield started
     started.remove()
 

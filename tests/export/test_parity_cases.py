@@ -318,3 +318,14 @@ def test_golden_images_are_on_the_background_and_within_their_size(
         folder = tmp_path / str(limit)
         folder.mkdir()
         assert len(parity.write_golden(folder, Means(), MANIFEST, samples)) == count
+
+
+def test_golden_images_of_photos_with_odd_suffixes_have_none(tmp_path: Path) -> None:
+    samples = [(tmp_path / name, n) for n, name in enumerate(("a.jpg?itok=\udcff", "b", "c.JPG"))]
+    for number, (path, _) in enumerate(samples):
+        path.write_bytes(png(number, 0, 0))
+    assert [file for file, _ in golden(tmp_path, samples)] == [
+        "golden/0",
+        "golden/1",
+        "golden/2.jpg",
+    ]

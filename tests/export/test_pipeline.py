@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from export import benchmark, calibration, parity, pipeline, publish
+from export import benchmark, calibration, model_card, parity, pipeline, publish
 from export.writers.formats import FORMATS, TORCHSCRIPT
 from serving.bundle import storage
 from serving.errors import BundleError, DataError, GateError, OptionError, WorkError
@@ -100,6 +100,24 @@ def test_the_model_card_has_the_accuracy_of_each_class(exported, shared_run):
     assert {row[0]: [int(row[1]), int(row[2])] for row in rows} == expected
     shares = [int(row[3].rstrip("%")) for row in rows]
     assert shares == sorted(shares)
+    balanced = np.mean([right / photos for photos, right in expected.values()])
+    assert f"the mean of their accuracies, the fp32 graph reaches\n{balanced:.1%}." in card
+
+
+def test_the_model_card_warns_of_classes_that_are_never_found(exported):
+    _, manifest, _ = exported
+    rows = [
+        {"class": 0, "photos": 30, "right": 30},
+        {"class": 1, "photos": 3, "right": 1},
+        {"class": 2, "photos": 2, "right": 0},
+    ]
+    parity = {**manifest.parity, "classes": rows}
+    card = model_card.card(manifest.model_copy(update={"parity": parity}))
+    assert "**Warning**: accuracy 88.57% is at the level of always saying blue, 85.71%" in card
+    assert "**Warning**: 1 class is never found: red (0 of 2)." in card
+    good = [{"class": i, "photos": 9, "right": 9} for i in range(3)]
+    parity = {**manifest.parity, "classes": good}
+    assert "**Warning**" not in model_card.card(manifest.model_copy(update={"parity": parity}))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # deprecated

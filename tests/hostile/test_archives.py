@@ -11,6 +11,7 @@ import json
 import lzma
 import os
 import random
+import struct
 import subprocess
 import sys
 import tarfile
@@ -23,6 +24,7 @@ import pytest
 from serving.errors import BrokenImage, TooLarge
 from serving.inputs import sources
 from serving.inputs.compression import MAX_HEADER, PeekableStream, open_tar
+from tests.support import zip_files
 
 ROOT = Path(__file__).parents[2]
 MEGABYTE = 10**6
@@ -179,6 +181,44 @@ def test_few_bytes_cost_little(tmp_path: Path, kind: str, packed: str) -> None:
     assert found["megabytes"] < 200
     told = [*found["notes"], *found["errors"], *found["sizes"]]
     assert told or found["names"]
+
+
+def zipped(*, size: int, count: int = 1, name: bytes = b"1.jpg") -> bytes:
+    """A zip of one packed member with zeros, which its directory names `count` times."""
+    packer = zlib.compressobj(9, wbits=-15)
+    packed = packer.compress(bytes(size)) + packer.flush()
+    head = zip_files.local(name, packed, method=8, size=size)
+    directory = zip_files.entry(name, packed, method=8, size=size) * count
+    end64 = struct.pack(
+        "<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(directory), len(head)
+    )
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, len(head) + len(directory), 1)
+    return head + directory + end64 + locator + zip_files.end_record(0xFFFF, 2**32 - 1, 2**32 - 1)
+
+
+ZIPS: dict[str, Callable[[], bytes]] = {
+    "zeros": lambda: zipped(size=390 * MEGABYTE),
+    "one kernel for all members": lambda: zipped(size=5 * MEGABYTE, count=2000),
+    "one kernel for files without a suffix": lambda: zipped(
+        size=5 * MEGABYTE, count=2000, name=b"README"
+    ),
+    "many members": lambda: zipped(size=0, count=200_000, name=b"a.txt"),
+    "a directory that is not there": lambda: zip_files.end_record(60_000, 2**31, 0),
+    "more members than are allowed": lambda: zipped(size=0)[:-98] + struct.pack(
+        "<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, *(2**40,) * 2, 2**46, 0
+    ) + zipped(size=0)[-42:],
+    "ends without number": lambda: b"PK\5\6" * 100_000,
+}  # fmt: skip
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("kind", ZIPS)
+def test_few_bytes_of_a_zip_cost_little(tmp_path: Path, kind: str) -> None:
+    found = read(tmp_path / "a.zip", ZIPS[kind]())
+    assert found["seconds"] < (8 if kind == "many members" else 3)
+    assert found["megabytes"] < 120
+    assert sum(found["sizes"]) < 100 * MEGABYTE
+    assert found["notes"] or found["errors"] or found["names"]
 
 
 @pytest.mark.parametrize("kind", ["digits", "digits of a path", "holes", "headers"])

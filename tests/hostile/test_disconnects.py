@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import struct
@@ -201,3 +202,25 @@ def test_shutdown_waits_for_honest_clients_alone(tmp_path: Path) -> None:
             assert honest.recv(65536).startswith(b"HTTP/1.1 200")
         assert time.monotonic() - start < 10
         assert "Traceback" not in server.log.read_text()
+
+
+def test_who_closes_the_connection_is_in_the_log(server: Live):
+    fields = b"X-Request-ID: hung-up\r\n"
+    connection = connect(server, request(SECONDS, fields=fields))
+    time.sleep(0.5)
+    reset(connection)
+    half = connect(server, request(HONEST, fields=b"X-Request-ID: half-a-body\r\n")[:-10])
+    time.sleep(0.2)
+    half.close()
+    until = time.monotonic() + 10
+    lines: list[str] = []
+    while len(lines) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+        lines = [line for line in server.log.read_text().splitlines() if '"status": 499' in line]
+        lines = [line for line in lines if "hung-up" in line or "half-a-body" in line]
+    found = {one["request"]: one for one in map(json.loads, lines)}
+    assert set(found) == {"hung-up", "half-a-body"}
+    assert {one["client"] for one in found.values()} == {"127.0.0.1"}
+    assert {one["code"] for one in found.values()} == {"closed-by-caller"}
+    taken = [line for line in server.log.read_text().splitlines() if "request hung-up" in line]
+    assert "request hung-up from 127.0.0.1: 7000 x 7000 pixels" in taken[0]

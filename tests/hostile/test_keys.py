@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -165,10 +166,46 @@ def test_the_memory_for_sources_is_bounded(monkeypatch: pytest.MonkeyPatch):
         ("fe80::1%eth0", "fe80::2", True),
         ("192.0.2.1", "192.0.2.2", False),
         ("not:an:address", "not:an:address", True),
+        ("::ffff:192.0.2.1", "::ffff:192.0.2.2", False),
+        ("::ffff:192.0.2.1", "192.0.2.1", True),
+        ("::ffff:c000:201", "192.0.2.1", True),
+        ("::1", "::2", True),
     ],
 )
 def test_a_network_of_ipv6_is_one_source(one: str, other: str, same: bool):
     assert (keys_module._source_of(one) == keys_module._source_of(other)) == same
+
+
+def test_a_right_key_from_before_is_not_slowed_beside_guessers():
+    keys = keys_of("right", "late")
+
+    async def run() -> list[str]:
+        await keys.authorise(request("right"), 1)  # before the first wrong key of this address
+        for number in range(keys_module.FREE_FAILURES + 1):
+            with suppress(Unauthorized):
+                await keys.authorise(request(f"guess{number}"), 1)
+        guesses = [asyncio.create_task(keys.authorise(request("x"), 1)) for _ in range(9)]
+        await asyncio.sleep(0)
+        found = []
+        for key in ("right", "late"):
+            started = time.monotonic()
+            try:
+                await keys.authorise(request(key), 1)
+                found.append("at once" if time.monotonic() - started < 0.5 else "late")
+            except RateLimited:
+                found.append("refused")
+        await asyncio.gather(*guesses, return_exceptions=True)
+        return found
+
+    assert asyncio.run(run()) == ["at once", "refused"]
+
+
+def test_the_memory_for_right_keys_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(keys_module, "MAX_SOURCES", 10)
+    keys = keys_of("a")
+    for number in range(50):
+        assert outcome(keys, request("a", f"192.0.2.{number}")) == "ok"
+    assert len(keys._known) == 10
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "1e9", "many", "1" * 9])

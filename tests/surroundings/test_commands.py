@@ -20,7 +20,7 @@ from PIL import Image
 from tests.support import surroundings
 from tests.support.live_server import free_port
 from tests.support.surroundings import ASCII, FLEDGE, LIKE_ANYONE, NO_NAME, Surrounding
-from tests.support.tiny_bundle import photo, tiny_bundle
+from tests.support.tiny_bundle import altered, photo, tiny_bundle
 
 pytestmark = pytest.mark.process
 
@@ -72,6 +72,7 @@ def place() -> Iterator[Place]:
     recipe = folder / ODD / "a recipe.toml"
     recipe.write_text(RECIPE, encoding="utf-8")
     run, bundle = folder / ODD / "my run", tiny_bundle(folder / ODD / "my bundle")
+    altered(bundle, labels=LABELS)
     table = folder / ODD / "tablé.csv"
     made = Place(folder, photos, recipe, run, bundle, table)
     usual = Surrounding()

@@ -37,7 +37,7 @@ def bundle(place: Path) -> Path:
 
 def script(code: str) -> tuple[str, ...]:
     """A process that runs `code` after `prepare`."""
-    start = "import os, sys; from serving import environment; environment.prepare()\n"
+    start = "import os, sys; from serving.utils import process; process.prepare()\n"
     return sys.executable, "-c", start + code
 
 

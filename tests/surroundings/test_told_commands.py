@@ -53,7 +53,7 @@ def test_a_quoted_path_can_be_pasted_from_a_terminal_of_another_encoding(
     tmp_path: Path, encoding: str
 ) -> None:
     code = (
-        "from serving import environment; environment.prepare()\n"
+        "from serving.utils import process; process.prepare()\n"
         "from serving.terminal import quote_path, show; show('cat ' + quote_path('日本é'))"
     )
     shown = Surrounding(env={"PYTHONIOENCODING": encoding}).run(

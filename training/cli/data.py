@@ -31,7 +31,7 @@ def layers(options: argparse.Namespace) -> None:
         recipe = load.read(options.recipe, overrides, check_network)
         lines = [*layer_groups.describe(recipe), "", *layer_groups.stages(recipe)]
     elif arch and "/" not in arch and shipped.find(Path(arch)).is_file():
-        raise OptionError(f"{arch} is a recipe: `fledge layers --recipe {arch}`")
+        raise OptionError(f"{arch} is a recipe: `fledge layers --recipe {quote_path(arch)}`")
     elif overrides:
         raise OptionError(f"{overrides[0]} changes a recipe; name it with --recipe FILE")
     else:

@@ -23,6 +23,9 @@ def train(options: argparse.Namespace) -> None:
     from serving.errors import OptionError
     from serving.inputs.path_kind import require
     from serving.utils.malloc import retain_freed_blocks
+
+    if options.resume is None:
+        _check_arguments(options)
     from training.distributed import torchrun
     from training.engine import finetune
 
@@ -55,6 +58,8 @@ def lr_find(options: argparse.Namespace) -> None:
     """Run the learning rate range test; --compare also trains briefly with each suggestion."""
     from serving.errors import OptionError
     from serving.utils.malloc import retain_freed_blocks
+
+    _check_arguments(options)
     from training.distributed import torchrun
     from training.engine.lr_find import PICKS, lr_find
 
@@ -92,6 +97,8 @@ def ablate(options: argparse.Namespace) -> None:
     """Measure techniques of fine-tuning on your own photos, one row per technique."""
     from serving.errors import OptionError
     from serving.utils.malloc import retain_freed_blocks
+
+    _check_arguments(options)
     from training.ablation import ablation, table, tricks
     from training.distributed import torchrun
     from training.utils.console import log_to_stderr
@@ -132,10 +139,30 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     Raises:
         OptionError: No recipe or no `--data` is given, or the recipe or an override is wrong.
     """
-    from serving.errors import OptionError
-    from serving.inputs.path_kind import not_wanted, require
     from training.config import load, shipped
     from training.utils.console import log_to_stderr
+
+    _check_arguments(options)
+    own = shipped.other(options.recipe)
+    if own is not None:
+        log_to_stderr(f"{options.recipe}: the recipe that Fledge ships; yours is named {own}")
+    overrides = list(options.overrides)
+    if options.weights is not None:
+        overrides.append(f"weights={json.dumps(options.weights, ensure_ascii=False)}")
+    if options.seed is not None:
+        overrides.append(f"seed={options.seed}")
+    return load.read(options.recipe, overrides, check_network)
+
+
+def _check_arguments(options: argparse.Namespace) -> None:
+    """Check that a recipe and photos are named. This takes no time: it does not import torch.
+
+    Raises:
+        OptionError: One is missing, or is something else.
+    """
+    from serving.errors import OptionError
+    from serving.inputs.path_kind import not_wanted, require
+    from training.config import shipped
 
     if options.recipe is None:
         data = "photos" if options.data is None else quote_path(options.data)
@@ -147,16 +174,6 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         again = f"fledge {options.verb_name} {quote_path(options.recipe)} --data photos"
         raise OptionError(f"--data is missing: name the folder with the photos, as in `{again}`")
     require(Path(options.data), "photos", "--data")
-    own = shipped.other(options.recipe)
-    if own is not None:
-        log_to_stderr(f"{options.recipe}: the recipe that Fledge ships; yours is named {own}")
-
-    overrides = list(options.overrides)
-    if options.weights is not None:
-        overrides.append(f"weights={json.dumps(options.weights, ensure_ascii=False)}")
-    if options.seed is not None:
-        overrides.append(f"seed={options.seed}")
-    return load.read(options.recipe, overrides, check_network)
 
 
 def add_to(add_verb: AddVerb) -> None:

@@ -42,7 +42,7 @@ def _side(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         return value
     sides = [side for side in value if side != 3]
-    return sides[0] if sides and len(set(sides)) == 1 else LOST
+    return sides[0] if sides and all(side == sides[0] for side in sides) else LOST
 
 
 def as_list(value: Any) -> Any:

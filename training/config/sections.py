@@ -51,6 +51,9 @@ class DataConfig(Section):
         folds: Number of cross-validation folds to split each class into; 0 uses `valid` instead.
         fold: Number of the fold to validate on, from 0; training uses all other folds. The folds
             are those that `folds` draws, or the numbered folds of a `--split` file.
+        group: Photos that stay together in the split that is drawn: "folder", those of one folder;
+            else a regular expression that is searched in the path, and whose first group, or match,
+            is the name of what stays together; "" draws each photo by itself.
         similar: What is done with classes whose names look alike, such as `Cat` and `cat`, or `7`
             and `007`: "refuse" them, "merge" them to one class, or "keep" them.
         presize: Side of the cached training photos, as a multiple of the image size.
@@ -68,6 +71,7 @@ class DataConfig(Section):
     valid: float = Field(0.2, gt=0, lt=1)
     folds: int = Field(0, ge=0, le=1000)
     fold: int = Field(0, ge=0)
+    group: str = ""
     similar: Literal["refuse", "merge", "keep"] = "refuse"
     presize: float = Field(1.5, ge=1, le=4)
 
@@ -80,6 +84,15 @@ class DataConfig(Section):
             raise ValueError(f"no regular expression: {error}") from None
         if value and not groups:
             raise ValueError("put the label in parentheses, as in '([a-zA-Z_]+)_[0-9]+'")
+        return value
+
+    @field_validator("group")
+    @classmethod
+    def _is_pattern(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"neither 'folder' nor a regular expression: {error}") from None
         return value
 
     @model_validator(mode="after")

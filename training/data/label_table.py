@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from serving.errors import DataError, OptionError
-from serving.tables.columns import PARTS, find_labels, find_paths, text_of, usual_columns
+from serving.errors import DataError, FledgeError, OptionError
+from serving.tables.columns import (
+    LABELS,
+    PARTS,
+    find_labels,
+    find_paths,
+    likely_labels,
+    text_of,
+    usual_columns,
+)
 from serving.tables.reader import EmptyTable, Table, open_table
 from serving.terminal import quote, quote_path
-from serving.utils.label_names import is_utf8, normalize_label, show_label
+from serving.utils.label_names import is_utf8, normalize_label, show_label, similarity_key
 from serving.utils.mistakes import Mistakes
 from training.config.sections import DataConfig
 from training.data import photo_names
@@ -20,6 +29,8 @@ from training.utils.console import quoted
 
 SUFFIXES: Final = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".parquet")
 """Suffixes of files that `--data` takes for tables of labels."""
+
+_IN_UTF8: Final = "save the table as 'CSV UTF-8'"
 
 
 class TableEntry(NamedTuple):
@@ -93,8 +104,13 @@ def read_label_table(
     images = _images(root, config)
     bases = [images, *([] if config.images else [root, Path(table.path).parent])]
     asked: tuple[str | None, str | None] = config.columns
+
+    def is_photo(name: str) -> bool:
+        return photo_names.exists(f"{name.strip()}{config.suffix}", bases)
+
     if config.columns == DataConfig().columns:
         asked = None, None
+        table = table.with_first_row(is_photo)
     at = find_paths(
         table,
         asked[0],
@@ -102,7 +118,7 @@ def read_label_table(
         lambda name: _option(name, _other(table, name, asked[1])),
         preferred="id",
         always=False,
-        is_photo=lambda name: photo_names.exists(f"{name.strip()}{config.suffix}", bases),
+        is_photo=is_photo,
     )
     label_at = find_labels(
         table, asked[1], at, table.path, lambda name: _option(table.columns[at], name)
@@ -137,10 +153,12 @@ def read_label_table(
         if not label:
             wrong.add(f"{where}: {quoted(name)} has no {table.columns[label_at]}")
         elif not is_utf8(label):
-            wrong.add(f"{where}: label {show_label(label)} is not UTF-8 text")
+            wrong.add(f"{where}: label {show_label(label)} is not UTF-8; {_IN_UTF8}")
         if isinstance(path, str):
             missing += 1
-            wrong.add(f"{where}: {path}")
+            wrong.add(
+                f"{where}: {path}{'' if is_utf8(name) else f', which is not UTF-8; {_IN_UTF8}'}"
+            )
             continue
         if not anywhere and not path.is_relative_to(root):
             wrong.add(f"{where}: {quoted(name)} lies outside of the data folder {root}")
@@ -148,17 +166,68 @@ def read_label_table(
             wrong.add(f"{where}: {quoted(name)} is in {table.where(lines[path])}, too")
         lines.setdefault(path, row.number)
         entries.append(TableEntry(path, label, part))
-    wrong.check(_remedy(missing, len(rows), images))
+    wrong.check(_remedy(missing, len(rows), images if config.images else root))
     if not entries:
         raise DataError(f"{table.path} has no row under its first line")
     return entries
+
+
+def check_tables(root: Path, photos: Mapping[Path, str]) -> None:
+    """Check that no table in the data folder gives photos other labels than their folders do.
+
+    Only tables with a column of labels of a usual name are looked at, and only those that name most
+    of the photos.
+
+    Args:
+        root: Data folder.
+        photos: Label of each photo, by its folder.
+
+    Raises:
+        DataError: A table does; the message names the options that settle it.
+    """
+    names = sorted(name for name in os.listdir(root) if name.lower().endswith(SUFFIXES))
+    for name in names[:_MAX_TABLES]:
+        try:
+            if os.path.getsize(root / name) > _MAX_BYTES:
+                continue
+            if not usual_columns(open_table(root / name).columns, LABELS):
+                continue
+            entries = read_label_table(
+                root, DataConfig(csv=name), lambda _: iter(photos), lambda _: ""
+            )
+        except (OSError, FledgeError):
+            continue
+        labels = {entry.path: entry.label for entry in entries if entry.path in photos}
+        others = Counter(label for path, label in labels.items() if not _same(label, photos[path]))
+        if len(labels) > len(photos) / 2 and others.total() > len(labels) / 4:
+            given = _some([label for label, _ in others.most_common()])
+            folders = _some(sorted(set(photos.values())))
+            option = quote(f"data.csv={name}")
+            raise DataError(
+                f"{root}: {name} gives the photos other labels ({given}) than their folders do "
+                f"({folders}): add {option}; or, if the folders are the classes, "
+                "add data.layout=classes"
+            )
+
+
+def _same(one: str, other: str) -> bool:
+    return one == other or similarity_key(one) == similarity_key(other)
+
+
+def _some(labels: Sequence[str]) -> str:
+    shown = ", ".join(map(quoted, labels[:3]))
+    return f"{shown} and {len(labels) - 3} more" if len(labels) > 3 else shown
+
+
+_MAX_TABLES: Final = 10
+_MAX_BYTES: Final = 2**26
 
 
 def _remedy(missing: int, rows: int, images: Path) -> str:
     if not missing:
         return ""
     have = "has none" if missing == 1 else "have none"
-    return f"{missing} of {rows} rows {have} in {images}; see data.images and data.suffix"
+    return f"{missing} of {rows} rows {have} below {images}; see data.images and data.suffix"
 
 
 def _open(root: Path, config: DataConfig) -> Table:
@@ -203,8 +272,8 @@ def _option(paths: str, labels: str) -> str:
 
 def _other(table: Table, paths: str, labels: str | None) -> str:
     """Return the name of a likely column of labels, for an example."""
-    others = [name for name in table.columns if name != paths]
-    return labels or (others[-1] if others else "label")
+    others = [at for at, name in enumerate(table.columns) if name != paths]
+    return labels or table.columns[likely_labels(table, others)]
 
 
 def _parts(words: list[str], parts: Callable[[str], str]) -> list[str]:

@@ -20,7 +20,7 @@ from training.config.sections import DataConfig
 from training.data.folders.part_names import part_of
 from training.data.folders.photo_tree import PhotoFolder, count_unused, read_tree, tree_lines
 from training.data.folders.structure import PARTS, Structure, find_structure
-from training.data.label_table import images_folder, read_label_table
+from training.data.label_table import check_tables, images_folder, read_label_table
 from training.utils.console import quoted
 
 
@@ -47,12 +47,14 @@ class Reading:
         tree: Lines of a drawing of the folders, with the number of photos in each.
         empty: Paths of class folders without photos, relative to the data folder.
         passed_over: Counts of files and folders that are no photos of the data set.
+        warning: What may be wrong with the layout, or "".
     """
 
     line: str = ""
     tree: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
     passed_over: PassedOver = field(default_factory=PassedOver)
+    warning: str = ""
 
     def lines(self) -> Iterator[str]:
         """Yield the line about the layout, and the line about what was passed over."""
@@ -60,6 +62,8 @@ class Reading:
             yield f"photos: {self.line}"
         if self.passed_over:
             yield self.passed_over.line()
+        if self.warning:
+            yield f"warning: {self.warning}"
 
 
 class Layout:
@@ -115,6 +119,8 @@ class Layout:
             self.photos = [
                 Photo(root / path, label, part) for path, label, part in self._structure.photos
             ]
+            if config.layout == "auto":
+                check_tables(root, {photo.path: photo.label for photo in self.photos})
         self.unlabelled = self._find_unlabelled()
 
     def _find_unlabelled(self) -> tuple[Path, ...]:
@@ -162,9 +168,12 @@ class Layout:
             tuple(self._drawing()),
             tuple(self._structure.empty),
             self._passed_over,
+            self._structure.warning,
         )
 
     def _drawing(self) -> Iterator[str]:
+        if os.path.isabs(self._config.csv):  # the folder was not searched
+            return iter(())
         return tree_lines(f"{self._root.name or self._root}/", self._tree, self._structure.roles)
 
 

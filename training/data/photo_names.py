@@ -4,7 +4,8 @@ Names are tried as they are, below the folder of the photos, the data folder and
 table. Where photos are missing, all photos below the data folder are listed, and one rule is looked
 for that fits the names: a beginning of the names that is left out (`C:\Users\me\photos`,
 `/content/drive/photos`), and a folder below which the rest is found. The rest may differ in
-separators, case, Unicode form, and may lack the suffix.
+separators, case, Unicode form, and may lack the suffix. Names without folders may also be spread
+over folders, if each of them is there once.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from serving.errors import DataError
 from serving.imaging.formats import SUFFIXES
 from serving.tables.columns import has_image_suffix
 from serving.terminal import quote
+from training.data.folders.part_names import part_of
 from training.utils.console import quoted
 
 _DRIVE: Final = re.compile(r"[A-Za-z]:(?=/)")
-_OTHER_PARTS: Final = ("valid", "val", "validation", "test")
 _MOST_EQUAL: Final = 100
 """Largest number of photos of one name that are considered for a name in the table."""
 
@@ -60,7 +61,7 @@ def locate(
         For each name, the path of its photo, or a text that says why there is none.
 
     Raises:
-        DataError: Several folders have the photos, and `option` can say which is meant.
+        DataError: Several folders have all the photos, and `option` can say which is meant.
     """
     found = [path and _below(path, root) for path in _as_written(names, bases)]
     if None not in found:
@@ -68,6 +69,8 @@ def locate(
     index = _index(root, photos())
     split = [_parts(name) for name in names]
     candidates = [_candidates(parts, index) for parts in split]
+    if not any(found) and _are_scattered(split, candidates, bases, root):
+        return [root.joinpath(*photo) for choices in candidates for _, photo in choices]
     rule = _rule(candidates, bases, root, where, option)
     return [
         path or _choose(name, rule, choices, root)
@@ -155,6 +158,27 @@ def _candidates(parts: tuple[str, ...], index: Index) -> list[tuple[_Rule, tuple
     return found
 
 
+def _are_scattered(
+    names: Sequence[tuple[str, ...]],
+    candidates: Sequence[Sequence[tuple[_Rule, tuple[str, ...]]]],
+    bases: Sequence[Path],
+    root: Path,
+) -> bool:
+    """Return whether each name means one photo, by its last part alone, in whichever folder.
+
+    Names with folders, photos right in one of `bases`, and photos of a validation or test part are
+    a matter of one rule for all.
+    """
+    usual = [base.relative_to(root).parts for base in bases if base.is_relative_to(root)]
+    return all(
+        len(parts) == 1
+        and len(choices) == 1
+        and (folder := choices[0][0].folder) not in usual
+        and not (folder and part_of(folder[0]) in ("valid", "test"))
+        for parts, choices in zip(names, candidates, strict=True)
+    )
+
+
 def _rule(
     candidates: Sequence[Sequence[tuple[_Rule, tuple[str, ...]]]],
     bases: Sequence[Path],
@@ -172,7 +196,7 @@ def _rule(
         rule
         for choices in candidates
         for rule in {rule for rule, _ in choices}
-        if rule.folder in folders or (option and rule.folder[0].casefold() not in _OTHER_PARTS)
+        if rule.folder in folders or (option and part_of(rule.folder[0]) not in ("valid", "test"))
     )
     for rule in usual:
         if votes[rule]:
@@ -180,7 +204,7 @@ def _rule(
     best = sorted(votes.items(), key=lambda item: (-item[1], item[0]))[:2]
     if len(best) == 2 and best[0][1] == best[1][1]:
         first, second = (PurePosixPath(*rule.folder).as_posix() for rule, _ in best)
-        if option and first != second:
+        if option and first != second and best[0][1] == len(candidates):
             raise DataError(
                 f"{where}: its photos are in {quoted(first)} and in {quoted(second)} alike; say "
                 f"which: {option}={quote(first)}"
@@ -200,4 +224,5 @@ def _choose(
     if fits:
         several = " or ".join(quoted(PurePosixPath(*photo)) for photo in fits[:3])
         return f"{quoted(name)} is {several}; write the name with its suffix"
-    return f"no photo {quoted(name)}"
+    elsewhere = f" (there is {quoted(PurePosixPath(*choices[0][1]))})" if len(choices) == 1 else ""
+    return f"no photo {quoted(name)}{elsewhere}"

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final, TypeGuard
 
 from serving.errors import DataError, OptionError
 from serving.tables.columns import PARTS as FOLDS
-from serving.tables.columns import PATHS, find_paths, text_of, usual_columns
+from serving.tables.columns import find_paths, text_of, usual_columns
 from serving.tables.reader import EmptyTable, Table, open_table
 from serving.utils.mistakes import Mistakes
 from training.config.sections import DataConfig
 from training.data import photo_names
 from training.data.folders.part_names import part_of
+from training.data.grouped_splits import group_names, grouped_folds, grouped_holdout
 from training.data.layouts import Photo, photos_below
 from training.utils.console import quoted
 
@@ -144,6 +146,10 @@ def draw_split(
             f"data.fold = {config.fold} has no effect alone; set data.folds, or give --split"
         )
     if not free:
+        if config.group:
+            raise OptionError(
+                f"data.group = {config.group!r}: {root} is split already; remove the option"
+            )
         return photos
     labels = [photo.label for photo in free]
     too_few = [label for label, count in Counter(labels).items() if count < 2]
@@ -152,7 +158,16 @@ def draw_split(
             f"class {quoted(too_few[0])} has one photo; it needs at least 2, "
             "one to train on and one to validate on"
         )
-    if config.folds:
+    if config.group:
+        groups = group_names(
+            [PurePath(os.path.relpath(photo.path, root)) for photo in free], config.group
+        )
+        if config.folds:
+            folds = grouped_folds(labels, groups, config.folds, seed)
+            held_out = [fold == config.fold for fold in folds]
+        else:
+            held_out = grouped_holdout(labels, groups, config.valid, seed)
+    elif config.folds:
         held_out = [fold == config.fold for fold in stratified_folds(labels, config.folds, seed)]
     else:
         held_out = stratified_holdout(labels, config.valid, seed)
@@ -177,7 +192,7 @@ def _rows(
         at = find_paths(table, None, split, str)
         fold_at = 1 - at
     else:
-        if not folds or not usual_columns(table.columns, PATHS):
+        if not folds or len(table.columns) == 1:
             have = ", ".join(map(quoted, table.columns))
             raise DataError(f"{split}: the first line must be 'path,fold'; it has {have}")
         at = find_paths(table, None, split, lambda _: "call it path")
@@ -185,7 +200,7 @@ def _rows(
     rows = list(table.rows([at, fold_at]))
     names = [text_of(row.values[0]).strip() for row in rows]
     found = photo_names.locate(names, [root], root, lambda: photos_below(root), split)
-    wrong = Mistakes(split)
+    wrong, missing = Mistakes(split), False
     lines: dict[Path, int] = {}
     entries: list[tuple[Path, str, str]] = []
     for row, name, path in zip(rows, names, found, strict=True):
@@ -200,7 +215,8 @@ def _rows(
             wrong.add(f"{where}: fold {quoted(given)} is not train, valid, test or a number")
         relative = path.relative_to(root) if _is_below(path, root) else Path()
         if isinstance(path, str) and name:
-            wrong.add(f"{where}: {path} in {root}")
+            wrong.add(f"{where}: {path}")
+            missing = True
         elif len(relative.parts) < 1 + class_folders:
             form = "CLASS/photo below" if class_folders else "a photo in"
             wrong.add(f"{where}: path {quoted(name)} is not {form} the data folder")
@@ -214,7 +230,7 @@ def _rows(
         if wrong.count == before and isinstance(path, Path):
             entries.append((path, label, fold))
             lines[path] = row.number
-    wrong.check()
+    wrong.check(f"photos are looked for below {root}" if missing else "")
     if not entries:
         raise DataError(f"{split} has no row under its first line; write lines of path,fold")
     return entries

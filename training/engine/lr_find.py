@@ -137,6 +137,8 @@ def _set_up(
     precision = choose_precision(device, recipe.precision)
     compile.check(recipe, precision.device)
     dataset = load_dataset(source, split=split, config=recipe.data, seed=recipe.seed)
+    for line in dataset.reading.lines():
+        log(line)
     classifier, pretrained = plan.build_classifier(recipe, len(dataset.classes), log)
     stages = plan.stages_of(recipe, pretrained)
     plan.check(classifier, recipe, stages)

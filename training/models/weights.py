@@ -13,9 +13,9 @@ from typing import Final
 import torchvision
 from torch import Tensor, nn
 
-from serving.environment import tell_cache_folder
 from serving.errors import DataError
 from serving.terminal import quote_path
+from serving.utils.process import tell_cache_folder
 from training.models import weight_files
 from training.models.families import Family
 from training.utils.console import log_to_stderr

@@ -15,7 +15,7 @@ from training.config.sections import AugmentConfig
 from training.data import similar_classes
 from training.data.dataset import Dataset, load_dataset
 from training.data.splits import PARTS
-from training.preview import figure, photo_sheet
+from training.preview import figure, near_copies, photo_sheet
 from training.preview.scan import (
     UNLABELLED,
     PhotoStats,
@@ -154,7 +154,8 @@ def report(
         )
         yield from _some(f"exact duplicates: {len(groups)}", pairs)
     yield ""
-    lines = list(hints(photos, dataset.classes, size, crop))
+    lines = list(near_copies.hints(photos, dataset.root))
+    lines += list(hints(photos, dataset.classes, size, crop))
     lines += [
         f"the folder {name} is empty: the model will have no such class"
         for name in dataset.reading.empty

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from serving.errors import DataError, ImageError
-from serving.imaging import formats
 from serving.inputs import archives
-from serving.inputs.archive_members import Member, is_hidden
-from serving.inputs.file_kinds import may_be_image, member_kind
+from serving.inputs.archive_members import Member
+from serving.inputs.file_kinds import is_image_content, may_be_image, member_kind, path_kind
 from serving.inputs.passed_over import PassedOver
 from serving.utils.files import atomic_folder, atomic_write
 from serving.utils.progress import progress_bar
@@ -190,7 +189,8 @@ class _Extraction:
         if name.startswith("/") or ".." in name.split("/") or name[1:2] == ":" or "\0" in name:
             self._others["with a name that leads out of the folder"] += 1
             return False
-        if kind is None or (not is_hidden(name) and (_is_table(name) or may_be_image(name))):
+        wanted = _is_table(name) or may_be_image(name)
+        if kind is None or (wanted and path_kind(name) is None):
             return True
         self._passed_over(kind.reason, name, kind.detail)
         return False
@@ -204,7 +204,7 @@ class _Extraction:
         except ImageError as error:
             self._unreadable.append(f"{name}: {error}")
             return
-        kind = None if _is_table(name) or formats.served(data) else member_kind(name)
+        kind = None if _is_table(name) or is_image_content(data) else member_kind(name)
         if kind:
             self._passed_over(kind.reason, name, kind.detail)
             return

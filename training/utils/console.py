@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from serving.terminal import show
-
-MAX_MISTAKES: Final = 5
-"""Largest number of mistakes in a file that an error message lists."""
 
 Log = Callable[[str], None]
 """A function that takes one log line."""

@@ -138,13 +138,12 @@ def test_labels_are_the_same_in_another_form_and_told_if_they_only_look_alike(
 def test_a_table_of_labels_of_any_program_is_matched(
     tmp_path: Path, names: tuple[str, str], text: str, encoding: str
 ) -> None:
-    if text[0] == "{" and text[1] != "{" and "." not in names[0]:
-        pytest.skip("neither a name of a column nor one of an image")
-    path = scores(tmp_path / "s.jsonl", {"in/a/1.jpg": "ants", "in/b/1.jpg": "bees"}, ["ants"])
-    path = scores(path, {"in/a/1.jpg": "ants", "in/b/1.jpg": "bees"}, ["ants", "bees"])
+    if text.startswith("{0}") and "." not in names[0]:
+        text = f"path\tlabel\n{text}"  # without a suffix, a first row looks like names of columns
+    rows = {"in/a/1.jpg": "ants", "in/b/1.jpg": "bees"}
+    path = scores(tmp_path / "s.jsonl", rows, ["ants", "bees"])
     labels = tmp_path / ("l.jsonl" if text.startswith("{{") else "l.csv")
     labels.write_bytes(text.format(*names).encode(encoding))
-    assert run(path, labels=labels)["accuracy"] == run(path, labels=labels)["accuracy"]
     assert run(path, labels=labels)["accuracy"]["right"] == 2
     if "." in names[0] and not labels.name.endswith("jsonl"):
         labels.write_bytes(text.format(*(n.replace("/", "\\") for n in names)).encode(encoding))
@@ -191,7 +190,7 @@ FOLDERS = st.sampled_from(
     st.sampled_from(["", "photos", "ants/bees"]),
     st.booleans(),
 )
-@examples(25)
+@examples(15)
 def test_training_and_evaluation_take_the_same_label(places: Any, root: str, parts: bool) -> None:
     places |= {("ants", ()), ("bees", ())}  # training needs photos right below the class or deeper
     with tempfile.TemporaryDirectory() as folder:

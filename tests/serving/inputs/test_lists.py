@@ -356,6 +356,8 @@ def test_paths_of_windows_are_found_and_others_stay(folder: Path, name: str) -> 
 
 
 def test_lists_without_names_of_columns_are_read(folder: Path) -> None:
+    write("0001", "")
+    assert found(write("a.csv", "0001\n0002\n")) == ["0001", "0002"]
     assert found(write("a.csv", "x.jpg\ny.jpg\n")) == ["x.jpg", "y.jpg"]
     assert found(write("a.tsv", "ants\tx.jpg\nbees\ty.jpg\n")) == ["x.jpg", "y.jpg"]
     assert found(write("a.csv", "0001,x\n0002,y\n"), column="1") == ["0001", "0002"]

@@ -32,7 +32,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counted(path: str, *args: Any) -> Any:
         paths.append(path)
-        return members(path)
+        return members(path, *args)
 
     monkeypatch.setattr(archives, "members", counted)
     return paths

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +160,22 @@ def test_copies_into_a_folder_with_other_files_do_not_hide_these(folder: Path) -
     assert found("in")[0] == ["in/1.jpg", "in/mine/2.jpg", "in/mine/cat/1.jpg"]
 
 
-@pytest.mark.parametrize("name", ["run.json", "manifest.json", ".fledge.json"])
+def test_photos_extracted_into_a_cache_among_the_photos_are_passed_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training.utils.archive import extracted
+
+    monkeypatch.setenv("FLEDGE_CACHE", str(folder / "in/cache"))
+    create(folder, "in/1.jpg")
+    with zipfile.ZipFile(folder / "set.zip", "w") as archive:
+        archive.writestr("a/2.jpg", JPEG)
+    extracted(folder / "set.zip")
+    names, passed = found("in")
+    assert names == ["in/1.jpg"]
+    assert passed.totals()["own-output"] == 1
+
+
+@pytest.mark.parametrize("name", ["run.json", "manifest.json", ".fledge.json", "entry.json"])
 @pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"name": "my data"}'])
 def test_files_of_others_with_the_name_of_a_mark_hide_nothing(
     folder: Path, name: str, content: str

@@ -16,7 +16,8 @@ import pytest
 
 from serving.errors import BrokenImage, DataError, TooLarge
 from serving.inputs import sources, zip_archive
-from tests.support.tar_files import find_all, only_images, shard_members, write_tar
+from tests.support.tar_files import KINDS, find_all, only_images, shard_members, write_tar
+from tests.support.tiny_bundle import photo
 from tests.support.zip_files import end_record, entry, local, write_zip
 
 
@@ -76,6 +77,19 @@ def test_hidden_members_and_those_of_macos_are_left_out(folder: Path) -> None:
     names = ["10.jpg", "a/", "a/1.JPG", "__MACOSX/a/._1.JPG", "__MACOSX/2.jpg", ".git/1.jpg"]
     write_zip("a.zip", [(name, b"x" if not name.endswith("/") else b"") for name in names])
     assert find_all("a.zip") == ["a.zip::10.jpg", "a.zip::a/1.JPG"]
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
+def test_images_without_a_known_suffix_are_recognised_by_their_content(
+    folder: Path, reader: sources.Reader, suffix: str
+) -> None:
+    images = {"b/IMG_1": photo(1), "2.jpg": b"named", "3.photo": photo(3), "4.pgm": photo(4)}
+    others = {"README": b"text", "5.cls": b"7", "6.txt": photo(6), ".7": photo(7), "8.jpg~": b"x"}
+    members = [*images.items(), *others.items()]
+    name = f"a{suffix}"
+    write_zip(name, members) if suffix == ".zip" else write_tar(name, members, KINDS[suffix])
+    assert find_all(name) == [f"{name}::{member}" for member in images]
+    assert {member: reader.load(f"{name}::{member}") for member in images} == images
 
 
 def test_a_member_name_with_dots_writes_nothing(folder: Path, reader: sources.Reader) -> None:

@@ -63,6 +63,18 @@ def test_a_line_with_the_delimiter_as_spreadsheets_write_it_is_no_row(tmp_path: 
     assert [row.number for row in open_table(tmp_path / "t.csv").rows([0])] == [3]
 
 
+def test_comments_before_the_table_are_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("# made by a camera trap\n# 2026\nid,label\n1.jpg,a\n")
+    assert [(row.number, row.values) for row in open_table(path).rows([0, 1])] == [
+        (4, ("1.jpg", "a"))
+    ]
+    path.write_text("#filename,label\n1.jpg,a\n")
+    assert read(path) == [["1.jpg", "a"]]
+    path.write_text('#1.jpg\n"2,3.jpg"\n')
+    assert read(path) == [["#1.jpg"], ["2,3.jpg"]]
+
+
 def test_a_text_file_may_separate_by_spaces(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("val/1.jpg 65\nval/2.jpg  970\n")
     assert read(tmp_path / "t.txt") == [["val/1.jpg", "65"], ["val/2.jpg", "970"]]
@@ -88,6 +100,15 @@ def test_json_lines_and_parquet_have_the_same_rows(tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.parametrize("line", ["{}", "7", "x.jpg", "[]"])
+def test_json_lines_that_name_no_columns_are_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "t.jsonl").write_text(f"\n{line}\n")
+    with pytest.raises(
+        DataError, match=r't\.jsonl: its first line is no JSON object, such as \{"pa'
+    ):
+        open_table(tmp_path / "t.jsonl")
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -97,6 +118,10 @@ def test_json_lines_and_parquet_have_the_same_rows(tmp_path: Path) -> None:
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(99), "it is a spreadsheet; save the sheet"),
         (b"\n<!DOCTYPE html><p>404", "it is a web page, not a table; download the file itself"),
         (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS, not the f"),
+        (
+            b' [\n  {"id": "1.jpg"}]',
+            "it is a JSON array; write an object a line: jq -c '.\\[]' .*t.c",
+        ),
         (bytes(1000), "it is mostly NUL bytes, so it is no text"),
         ("id,label\n".encode("utf-16")[:-1], "can't be read: .*truncated data"),
     ],
@@ -155,7 +180,7 @@ FIELDS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n"), max_
 
 
 @given(st.lists(st.tuples(FIELDS, FIELDS), min_size=1, max_size=6), st.sampled_from(",;\t|"))
-@examples(60)
+@examples(40)
 def test_whatever_is_quoted_is_read_back(tmp_path_factory: Any, rows: Any, delimiter: str) -> None:
     path = tmp_path_factory.mktemp("t") / "t.csv"
     lines = [["id", "label"], *rows]

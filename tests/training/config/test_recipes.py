@@ -230,7 +230,6 @@ def test_the_table_of_techniques_lists_every_option():
         assert values == [defaults[name] for name in names], technique
         documented |= set(names)
     plain = {"name", "arch", "arch_args", "seed", "batch_size", "stage.name", "stage"}
-    plain |= {"data.columns", "data.images", "data.suffix", "data.similar"} | set(
-        overrides.SECTIONS
-    )
+    plain |= {"data.columns", "data.images", "data.suffix", "data.similar", "data.group"}
+    plain |= {"data.layout", "data.synsets"} | set(overrides.SECTIONS)
     assert defaults.keys() - documented - plain == set()

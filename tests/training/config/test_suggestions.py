@@ -3,6 +3,7 @@
 import re
 import shlex
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,30 @@ def test_every_suggestion_for_words_of_other_tools_is_accepted(recipe, value):
                     suggested += 1
                     load.read(Path(recipe), [assignment])
     assert suggested > 5
+
+
+ODD = (
+    "[[1], [1]]",
+    "[{a=1}]",
+    "{a=1}",
+    "{a={b=1}}",
+    "nan",
+    "1e999",
+    "2024-01-01",
+    "",
+    "'",
+    "9" * 60,
+)
+
+
+@pytest.mark.parametrize("value", ODD)
+@pytest.mark.parametrize(
+    "table", ["", "stage.head.", "stages.head.", "augment.", "x.", "stage[0]."]
+)
+def test_odd_values_of_other_tools_words_are_refused_in_lines(table, value):
+    for word in list(other_tools.WORDS)[len(value) % 8 :: 8]:
+        with suppress(OptionError):  # nothing else, such as a TypeError
+            load.read(Path("quick"), [f"{table}{word}={value}"])
 
 
 @pytest.mark.parametrize(

@@ -240,11 +240,17 @@ def test_missing_folders_and_files_are_named(tmp_path):
         ("file;part\n", "s.csv has no row under its first line; write lines of path,fold"),
         ("", "first line must be 'path,fold'; it has nothing"),
         (f"path,fold\na/0.jpg,{'1' * 5000}\n", "line 2: fold '111.*…1.* is not train"),
-        (f"path,fold\na/{'n' * 300}.jpg,0\n", "line 2: no photo 'a/nnn.*…n.* in .*/d"),
+        (
+            f"path,fold\na/{'n' * 300}.jpg,0\n",
+            "line 2: no photo 'a/nnn.*…n.*; photos are looked for below .*/d",
+        ),
         ("path,fold\na/0.jpg,maybe\n", "line 2: fold 'maybe'"),
-        ("path,fold\n../x/0.jpg,0\n", "line 2: no photo '../x/0.jpg' in"),
+        ("path,fold\n../x/0.jpg,0\n", "line 2: no photo '../x/0.jpg'; photos are"),
         ("path,fold\n/a/0.jpg,0\n/etc/passwd,1\n", "line 3: path '/etc/passwd' is not CLASS/photo"),
-        ("path,fold\na/0.jpg,0\na/99.jpg,1\n", "line 3: no photo 'a/99.jpg' in"),
+        (
+            "path,fold\na/0.jpg,0\na/99.jpg,1\n",
+            "line 3: no photo 'a/99.jpg'; photos are looked for below ",
+        ),
         (
             "path,fold\na/0.jpg,train\nb/0.jpg,train\n",
             r"--split .*s\.csv: the valid part is empty; give some rows the fold valid, or number",

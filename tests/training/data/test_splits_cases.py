@@ -184,9 +184,9 @@ def test_a_split_file_is_read_in_order(read: Callable[..., list[Photo]]) -> None
         (
             "path,fold\na/8.jpg,0\na/0.jpg,part\na/1.jpg,0\na/9.jpg,0\n",
             {},
-            "s.csv has 3 mistakes:\n  line 2: no photo 'a/8.jpg' in data\n"
+            "s.csv has 3 mistakes:\n  line 2: no photo 'a/8.jpg'\n"
             "  line 3: fold 'part' is not train, valid, test or a number\n"
-            "  line 5: no photo 'a/9.jpg' in data",
+            "  line 5: no photo 'a/9.jpg'\n  photos are looked for below data",
         ),
         ("path,fold\na/0.jpg,2\na/1.jpg,1\n", {}, "data.fold = 0: s.csv has folds 1, 2"),
         ("path,fold\na/0.jpg,train\n", {"fold": 1}, "data.fold = 1: s.csv has no numbers"),

@@ -169,6 +169,55 @@ def test_a_flat_part_beside_classes_is_refused(tmp_path, name):
     assert read(root, layout="classes").classes == ("cat", "dog", name)
 
 
+@pytest.mark.parametrize("names", [("fold1_train", "fold1_val"), ("my train", "the test")])
+def test_names_that_mention_different_parts_are_refused(tmp_path, names):
+    root = make(tmp_path, *(f"{name}/{c}/{{3}}.jpg" for name in names for c in "ab"))
+    message = refused(root)
+    assert f"rename {names[0]}/ to train/" in message
+    assert read(root, layout="classes").classes == tuple(sorted(names))
+
+
+def test_classes_that_mention_one_part_are_classes(tmp_path):
+    root = make(tmp_path, "test tube/{3}.jpg", "beaker/{3}.jpg")
+    assert read(root).classes == ("beaker", "test tube")
+
+
+def test_several_sets_side_by_side_are_refused_and_the_told_one_is_read(tmp_path):
+    root = make(tmp_path, *(f"{s}/train/{c}/{{3}}.jpg" for s in ("s 1", "s 2") for c in "ab"))
+    message = refused(root)
+    path = shlex.split(message.partition("--data ")[2].partition(", or,")[0])[0]
+    assert load_dataset(path).classes == ("a", "b")
+
+
+def test_equal_folders_in_each_class_are_told(tmp_path):
+    root = make(tmp_path, *(f"{s}/{c}/{{3}}.jpg" for s in ("raw", "resized") for c in "ab"))
+    found = read(root)
+    assert found.classes == ("raw", "resized")  # as before: they may be classes
+    warning = list(found.reading.lines())[-1]
+    assert warning.startswith("warning: each class folder has the same folders in it (a/, b/);")
+    assert load_dataset(shlex.split(warning.partition("--data ")[2])[0]).classes == ("a", "b")
+
+
+def test_captions_beside_photos_are_no_boxes(tmp_path):
+    root = make(tmp_path, "a/{4}.jpg", "b/{4}.jpg")
+    make(root, "a/{4}.txt", "b/{4}.txt", data=b"a photo of a cat, 2 years old")
+    assert read(root).classes == ("a", "b")
+
+
+def test_archives_that_are_not_unpacked_are_told(tmp_path):
+    root = make(tmp_path / "my set", "train.zip", "test.zip", data=b"PK")
+    message = refused(root)
+    assert shlex.split(message.partition("--data ")[2]) == [str(root / "train.zip")]
+
+
+def test_a_stray_photo_beside_the_top_folder_changes_nothing(tmp_path):
+    root = make(
+        tmp_path, "cover.jpg", *(f"set/{p}/{c}/{{4}}.jpg" for p in ("train", "val") for c in "ab")
+    )
+    split, _ = parts(root)
+    assert (len(split["train"]), len(split["valid"])) == (8, 8)
+
+
 def test_trains_are_a_class_of_vehicles(tmp_path):
     root = make(tmp_path, "bus/{3}.jpg", "car/{3}.jpg", "train/{3}.jpg")
     assert read(root).classes == ("bus", "car", "train")
@@ -231,10 +280,17 @@ DETECTION = {
 }
 
 
+BOXES = {
+    "txt": b"0 0.5 0.5 0.1 0.1\n",
+    "xml": b"<annotation><object><bndbox/></object></annotation>",
+    "json": b'{"images": [], "annotations": []}',
+}
+
+
 @pytest.mark.parametrize("kind", DETECTION)
 def test_detection_sets_are_refused_by_name(tmp_path, kind):
     photos, boxes = DETECTION[kind]
-    root = make(make(tmp_path, *photos), boxes, data=b"0 0.5 0.5 0.1 0.1")
+    root = make(make(tmp_path, *photos), boxes, data=BOXES[boxes.rpartition(".")[2]])
     assert "is a set for detection" in refused(root)
 
 
@@ -286,6 +342,8 @@ KAGGLE = {
     "paddy": ("train.csv", "image_id,label,variety,age", "train_images/{8}.jpg", "", ".jpg"),
     "plant": ("data/train.csv", "image,labels", "data/train_images/{8}.jpg", "", ".jpg"),
     "flat": ("labels.csv", "file,class", "{8}.png", "", ".png"),
+    "semicolons": ("labels.csv", "file;class;more", "{8}.png", "", ".png"),
+    "tabs": ("labels.tsv", "file\tclass", "images/{8}.png", "", ".png"),
     "spaces": ("my labels.csv", "file name,the class", "some photos/{8}.png", "", ".png"),
 }
 
@@ -294,8 +352,9 @@ KAGGLE = {
 def test_the_told_options_read_the_table_of_a_competition(tmp_path, kind):
     table, head, train, test, suffix = KAGGLE[kind]
     root = make(tmp_path, train, *([test] if test else []))
-    columns = head.count(",")
-    rows = [f"{i}{suffix},{'ab'[i % 2]}{',x' * (columns - 1)}" for i in range(8)]
+    mark = next(one for one in ",;\t" if one in head)
+    more = head.count(mark) - 1
+    rows = [f"{i}{suffix}{mark}{'ab'[i % 2]}{f'{mark}x' * more}" for i in range(8)]
     (root / table).write_text("\n".join([head, *rows]) + "\n")
     (root / "sample_submission.csv").write_text("id,a,b\n0,0.5,0.5\n")
     message = refused(root)
@@ -411,3 +470,38 @@ def test_many_folders_are_drawn_in_few_lines(tmp_path):
 def test_deep_folders_are_read(tmp_path):
     make(tmp_path, "a" + "/d" * 400 + "/{3}.jpg", "b/{3}.jpg")
     assert len(read(tmp_path).train) == 4
+
+
+@pytest.mark.parametrize("names", [("cat", "dog"), ("site A", "site B")])
+def test_a_table_with_other_labels_than_the_folders_is_not_ignored(tmp_path, names):
+    rows = []
+    for folder in names:
+        for i in range(6):
+            make(tmp_path, f"images/{folder}/{i}.jpg")
+            rows.append(f"images/{folder}/{i}.jpg,{'cat' if i % 2 else 'dog'},{i}")
+    (tmp_path / "annotations.csv").write_text("file,species,burst\n" + "\n".join(rows) + "\n")
+    with pytest.raises(DataError) as caught:
+        load_dataset(str(tmp_path))
+    message = str(caught.value)
+    assert "annotations.csv gives the photos other labels" in message
+    assert load_dataset(str(tmp_path), config=pasted(message)).classes == ("cat", "dog")
+    by_folder = load_dataset(str(tmp_path), config=DataConfig(layout="classes"))
+    assert by_folder.classes == names
+
+
+def test_a_table_that_agrees_with_the_folders_or_has_no_labels_is_passed_by(tmp_path):
+    for folder in ("cat", "dog"):
+        make(tmp_path, f"{folder}/{{6}}.jpg")
+    names = [f"{folder}/{i}.jpg" for folder in ("cat", "dog") for i in range(6)]
+    (tmp_path / "a.csv").write_text("path,label\n" + "".join(f"{n},{n[:3]}\n" for n in names))
+    (tmp_path / "b.csv").write_text("path,url\n" + "".join(f"{n},http://{n}\n" for n in names))
+    (tmp_path / "c.csv").write_text('path,label\n"broken')
+    assert load_dataset(str(tmp_path)).classes == ("cat", "dog")
+
+
+def test_the_pattern_that_is_told_leaves_the_numbered_test_photos_unlabelled(tmp_path):
+    make(tmp_path, "train/cat.{12}.jpg", "train/dog.{12}.jpg", "test1/1.jpg", "test1/12.jpg")
+    data = pasted(refused(tmp_path))
+    found = load_dataset(str(tmp_path), config=data)
+    assert found.classes == ("cat", "dog")
+    assert [path.name for path in found.unlabelled] == ["1.jpg", "12.jpg"]

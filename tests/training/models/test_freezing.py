@@ -11,6 +11,7 @@ from torch import nn
 from serving.errors import OptionError
 from tests.training.conftest import BLOCKS
 from training.config.schema import Stage
+from training.models import freezing
 from training.models.classifier import create_classifier
 from training.models.freezing import is_batchnorm, plan_freezing
 
@@ -271,3 +272,37 @@ def test_all_parameters_of_a_new_classifier_train():
 def test_batchnorms_of_any_dimension_are_found():
     assert all(map(is_batchnorm, (nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2))))
     assert not is_batchnorm(nn.LayerNorm(2))
+
+
+def flat_body(*sizes):
+    """A body of children with this number of convolutions each, and a BatchNorm behind each."""
+    return nn.Sequential(
+        *(
+            nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(n)))
+            if n
+            else nn.ReLU()
+            for n in sizes
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "start"),
+    [(0.01, 4), (0.2, 4), (0.34, 4), (0.35, 4), (0.36, 3), (0.5, 3), (0.8, 1), (0.96, 0)],
+)
+def test_a_share_cuts_at_the_nearest_layer(share, start):
+    body = flat_body(1, 4, 0, 3, 2)
+    assert freezing.shares_from(body) == {0: 1.0, 1: 0.9, 3: 0.5, 4: 0.2}
+    assert freezing.share_start(body, share) == start
+    trained = freezing.plan_freezing(body, (0,), share).trainable
+    assert {int(name.partition(".")[0]) for name in trained} == {0, 1, 3, 4} & set(range(start, 5))
+
+
+def test_a_number_behind_patterns_is_for_bodies_without_such_layers():
+    body = flat_body(1, 1, 1)
+    for unfreeze, meant in ((["2.*", 1], ["2.*"]), (["9.*", 2], 2), (["2.*", "9.*", 0.3], 0.3)):
+        by_list = freezing.plan_freezing(body, (0, 1, 2), unfreeze)
+        assert by_list == freezing.plan_freezing(body, (0, 1, 2), meant)
+        assert freezing.uses_fallback(body, unfreeze) == (meant != ["2.*"])
+    with pytest.raises(OptionError, match=r"'9\.\*' matches no parameter .* 1 is the last layer"):
+        freezing.plan_freezing(body, (0, 1, 2), ["9.*"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -16,14 +15,17 @@ from pathlib import Path
 from typing import Final
 
 from serving.errors import FledgeError
+from serving.inputs import archives
 from serving.tables.columns import text_of
 from serving.tables.reader import open_table
+from serving.terminal import quote, quote_path
 from training.data.folders.part_names import is_container, part_of
 from training.data.folders.photo_tree import PhotoFolder
 from training.data.label_table import SUFFIXES
 
-PATTERN: Final = r"^(.+?)[ ._(-]*[0-9]+\)?\."
-"""Finds the label in names such as `cat.0.jpg`, `great_pyrenees_12.jpg` and `cat (1).jpg`."""
+PATTERN: Final = r"^(.*?[^\W\d_].*?)[ ._(-]*[0-9]+\)?\."
+"""Finds the label in names such as `cat.0.jpg`, `great_pyrenees_12.jpg` and `cat (1).jpg`.
+A label has a letter: `1.jpg` in a folder of test photos has none."""
 
 # fmt: off
 _CAMERA: Final = frozenset([
@@ -85,7 +87,7 @@ def _tables(root: Path, base: PhotoFolder, folders: Sequence[PhotoFolder]) -> It
                 words = [f"data.csv={table}", *options]
                 if folder.path != ("train" if os.path.isdir(root / "train") else ""):
                     words.append(f"data.images={folder.path or '.'}")
-                yield f"{name} has a row for each photo: add {shlex.join(words)}"
+                yield f"{name} has a row for each photo: add {' '.join(map(quote, words))}"
 
 
 def _columns(rows: Sequence[dict[str, str]], photos: set[str]) -> list[str]:
@@ -122,7 +124,7 @@ def _head(path: Path) -> list[dict[str, str]]:
         return [
             dict(zip(table.columns, map(text_of, row.values), strict=True))
             for row in rows
-            if not row.wrong
+            if not row.wrong and len(row.values) == row.fields
         ]
     except (OSError, FledgeError):
         return []
@@ -144,4 +146,28 @@ def _patterns(base: PhotoFolder, folders: Sequence[PhotoFolder]) -> Iterator[str
         some = ", ".join(f"{label} {number}" for label, number in labels.most_common(3))
         more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
         where = f"in {folder.path}/ " if folder.path else ""
-        yield f"the file names {where}begin with labels ({some}{more}): add {shlex.join(words)}"
+        quoted = " ".join(map(quote, words))
+        yield f"the file names {where}begin with labels ({some}{more}): add {quoted}"
+
+
+def other_files_hint(where: Path, base: PhotoFolder) -> str:
+    """Return what a folder without photos holds, and what to do if it holds archives; or "".
+
+    Args:
+        where: Path of the folder.
+        base: Its content.
+    """
+    counts = base.suffixes() + base.unread()
+    shown = ", ".join(f"{name} {number}" for name, number in counts.most_common(3))
+    hint = f"; it has other files: {shown}" if shown else ""
+    try:
+        names = sorted(
+            (name for name in os.listdir(where) if archives.is_archive(name)),
+            key=lambda name: (part_of(name.partition(".")[0]) != "train", name),
+        )
+    except OSError:
+        return hint
+    if names:
+        first = quote_path(where / names[0])
+        hint += f"; unpack the archives, or give one: --data {first}"
+    return hint

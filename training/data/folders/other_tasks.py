@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
+import re
 from pathlib import Path
 from typing import Final
 
 from serving.errors import DataError
+from serving.terminal import quote_path
+from serving.utils.regular_files import open_regular
 from training.data.folders.part_names import is_container, part_of
 from training.data.folders.photo_tree import PhotoFolder
 
@@ -22,6 +24,11 @@ _MASKS: Final = frozenset([
 # fmt: on
 """Folders beside `images/` with a picture of the outlines for each photo."""
 _BOX_FILES: Final = (".txt", ".xml", ".json")
+_HEAD: Final = 4096  # bytes
+_BOX: Final = re.compile(
+    rb"^\s*[0-9]+(?:[ \t]+-?[0-9.eE+-]+){4}|<(?:annotation|object|bndbox)\b|\"bbox|annotations\""
+)
+"""A line of YOLO, an element of Pascal VOC, a key of COCO."""
 _COCO: Final = ".coco.json"
 
 _REMEDY: Final = (
@@ -41,7 +48,8 @@ def check_task(root: Path, base: PhotoFolder) -> None:
         DataError: The photos have boxes or masks in place of classes.
     """
     for folder in (base, *base.sorted_folders):
-        _check_folder(root / folder.path, folder)
+        if folder is base or part_of(folder.name) or is_container(folder.name):
+            _check_folder(root / folder.path, folder)
 
 
 def _check_folder(where: Path, folder: PhotoFolder) -> None:
@@ -50,7 +58,7 @@ def _check_folder(where: Path, folder: PhotoFolder) -> None:
     masks = [inner for name, inner in names.items() if name in _MASKS and inner.total]
     if images and masks and len(images) + len(masks) == len(folder.children):
         classes = any(not part_of(inner.name) for inner in images[0].children)
-        remedy = f"use {shlex.quote(str(where / images[0].name))}" if classes else _REMEDY
+        remedy = f"use {quote_path(where / images[0].name)}" if classes else _REMEDY
         raise DataError(
             f"{where} is a set for segmentation: {masks[0].name}/ has the outlines of what is in "
             f"{images[0].name}/; {remedy}"
@@ -58,7 +66,7 @@ def _check_folder(where: Path, folder: PhotoFolder) -> None:
     if _has_classes(folder):
         return
     for name, inner in names.items():
-        suffix, number = _box_files(inner)
+        suffix, number = _box_files(where / inner.name, inner)
         if name in _BOXES and not inner.total and (
             number >= folder.total / 2 or (suffix == ".json" and number)
         ):  # fmt: skip
@@ -67,7 +75,7 @@ def _check_folder(where: Path, folder: PhotoFolder) -> None:
                 f"boxes for {folder.total} photos; {_REMEDY}"
             )
     if folder.photos:
-        suffix, number = _box_files(folder)
+        suffix, number = _box_files(where, folder)
         coco = any(name.endswith(_COCO) for name in os.listdir(where))
         if coco or number >= len(folder.photos) * 0.9:
             what = f"a file {_COCO}" if coco else f"{number} {suffix} files with boxes"
@@ -88,7 +96,29 @@ def _has_classes(folder: PhotoFolder) -> bool:
     return False
 
 
-def _box_files(folder: PhotoFolder) -> tuple[str, int]:
-    """Return the most frequent suffix of files with boxes, and their number."""
+def _box_files(where: Path, folder: PhotoFolder) -> tuple[str, int]:
+    """Return the most frequent suffix of files with boxes, and their number; 0 if they have none.
+
+    One of the files is looked at: captions beside photos are texts, too.
+    """
     counts = folder.suffixes()
-    return max(((suffix, counts[suffix]) for suffix in _BOX_FILES), key=lambda item: item[1])
+    suffix = max(_BOX_FILES, key=lambda one: counts[one])
+    if not counts[suffix]:
+        return suffix, 0
+    files = (
+        Path(here, name)
+        for here, _, names in os.walk(where)
+        for name in names
+        if name.lower().endswith(suffix)
+    )
+    path = next(files, None)
+    return suffix, counts[suffix] if path and _has_boxes(path) else 0
+
+
+def _has_boxes(path: Path) -> bool:
+    try:
+        with open_regular(path) as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return False
+    return not head or bool(_BOX.search(head))

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Final
 
 _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "train": (
         *("train", "training", "tr", "trn", "trainset", "trainingset", "traindata", "trainval"),
-        *("训练", "训练集"),
+        *("trainingsdaten", "entrainement", "entraînement", "apprentissage", "entrenamiento"),
+        *("addestramento", "treino", "treinamento", "训练", "训练集", "訓練"),
     ),
     "valid": (
         *("valid", "val", "va", "validation", "validate", "validset", "valset", "validationset"),
-        *("dev", "devset", "eval", "evaluation", "evalset", "验证", "验证集"),
+        *("dev", "devset", "eval", "evaluation", "evalset", "validierung", "validierungsdaten"),
+        *("validación", "validacion", "validação", "validacao", "convalida", "验证", "验证集"),
+        "検証",
     ),
     "test": (
         *("test", "testing", "te", "ts", "tst", "testset", "testingset", "testdata"),
-        *("holdout", "heldout", "pred", "unlabeled", "unlabelled", "测试", "测试集"),
+        *("holdout", "heldout", "pred", "unlabeled", "unlabelled", "testdaten", "prueba"),
+        *("pruebas", "teste", "测试", "测试集", "テスト"),
     ),
 }
 """Part -> words that name it, in lower case."""
@@ -75,11 +80,17 @@ def resembles_part(name: str) -> str:
     return _PARTS[near[0]] if near and near[0][0] == key[0] else ""
 
 
+def mentions_part(name: str) -> str:
+    """Return the part that a word in a folder's name stands for, or "": `fold1_train`."""
+    words = map(str.casefold, _WORD.findall(_CAMEL.sub(" ", name)))
+    return next((_PARTS[word] for word in words if len(word) > 2 and word in _PARTS), "")
+
+
 def is_container(name: str) -> bool:
     """Check whether a folder's name says only that photos are in it: `images`, `JPEGImages`."""
     return name.casefold() in _CONTAINERS
 
 
 def _key(name: str) -> str:
-    words = _WORD.findall(_CAMEL.sub(" ", name))
+    words = _WORD.findall(_CAMEL.sub(" ", unicodedata.normalize("NFC", name)))
     return "".join(word for word in map(str.casefold, words) if word not in _FILLERS)

@@ -10,21 +10,29 @@ read in two ways, and one that is no layout of classes, is refused with what set
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NoReturn
 
 from serving.errors import DataError
 from serving.imaging.formats import SUFFIXES
-from training.data.folders.label_hints import labels_hint
+from serving.terminal import quote_path
+from training.data.folders.label_hints import labels_hint, other_files_hint
 from training.data.folders.other_tasks import check_task
-from training.data.folders.part_names import is_container, part_of, resembles_part
+from training.data.folders.part_names import (
+    is_container,
+    mentions_part,
+    part_of,
+    resembles_part,
+)
 from training.data.folders.photo_tree import CLASS, PhotoFolder
 from training.data.folders.synset_names import names_of_synsets
 from training.utils.console import pluralize, quoted
 
 PARTS: Final = ("train", "valid", "test")
+_STRAY: Final = 0.1
+"""Largest share of photos beside the only folder with photos below which this is looked into."""
 AS_CLASSES: Final = "data.layout=classes"
 """Option that takes every folder for a class."""
 
@@ -39,6 +47,7 @@ class Structure:
         empty: Paths of class folders without photos.
         roles: Path of a folder -> what it was read as.
         line: One line about the layout.
+        warning: What may be wrong with it, or "".
     """
 
     photos: list[tuple[str, str, str]] = field(default_factory=list)
@@ -46,6 +55,7 @@ class Structure:
     empty: list[str] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
     line: str = ""
+    warning: str = ""
 
     def add_classes(self, folders: Iterable[PhotoFolder], part: str = "") -> None:
         """Add class folders, whose names are the labels."""
@@ -118,7 +128,7 @@ def _levels(tree: PhotoFolder) -> Iterator[PhotoFolder]:
     """
     folder = tree
     yield folder
-    while not folder.photos and len(folder.children) == 1:
+    while len(folder.photos) <= folder.total * _STRAY and len(folder.children) == 1:
         (only,) = folder.children
         hidden = any(other.unread() for other in folder.folders.values() if other is not only)
         if hidden or part_of(only.name) or only.photos:
@@ -232,6 +242,15 @@ def _inside_out(root: Path, base: PhotoFolder) -> Structure | None:
     inverted = [kid for kid in kids if inner[kid.name]]
     if not inverted:
         return None
+    folders = [folder for kid in inverted for _, folder in inner[kid.name]]
+    if all(folder.children and not folder.photos for folder in folders):
+        first = inverted[0]
+        raise DataError(
+            f"{where} has folders with parts of their own, and these have class folders: "
+            f"{folders[0].path}/{folders[0].children[0].name}/; give one of them, as in --data "
+            f"{quote_path(where / first.name)}, or, if {first.name}/ is a class, add "
+            f"{AS_CLASSES}"
+        )
     example = inverted[0]
     names = ", ".join(f"{example.name}/{folder.name}/" for _, folder in inner[example.name])
     if inverted != base.children:
@@ -270,8 +289,9 @@ def _read_flat(root: Path, base: PhotoFolder, *, has_split: bool) -> Structure:
     where = root / base.path
     kids = base.children
     parts = [kid for kid in kids if resembles_part(kid.name)]
-    if parts and len(parts) >= len(kids) - 1:
-        _refuse_parts(root, base, parts)
+    mentioned = {mentions_part(kid.name) for kid in kids}
+    if (parts and len(parts) >= len(kids) - 1) or (len(mentioned) > 1 and all(mentioned)):
+        _refuse_parts(root, base, parts or kids)
     unlabelled = []
     for kid in parts:
         part = part_of(kid.name)
@@ -296,7 +316,7 @@ def _read_flat(root: Path, base: PhotoFolder, *, has_split: bool) -> Structure:
 def _refuse_parts(root: Path, base: PhotoFolder, parts: Sequence[PhotoFolder]) -> NoReturn:
     have = ", ".join(f"{kid.name}/ ({pluralize(kid.total, 'photo')})" for kid in base.children)
     slips = [(kid.name, part) for kid in parts if not part_of(kid.name)
-             and (part := resembles_part(kid.name))]  # fmt: skip
+             and (part := resembles_part(kid.name) or mentions_part(kid.name))]  # fmt: skip
     if slips:
         remedy = "; ".join(f"rename {name}/ to {part}/" for name, part in slips)
     else:
@@ -317,12 +337,11 @@ def _read_classes(
 ) -> Structure:
     where = root / base.path
     if not folders:
-        counts = base.suffixes() + base.unread()
         hint = labels_hint(root, base)
         raise DataError(
             f"{where} contains no folder with photos; {f'{hint}; or ' if hint else ''}expected "
             f"{where.name}/CLASS/photo.jpg, or labels from file names (data.pattern) or from a "
-            f"table (data.csv){_some(counts)}"
+            f"table (data.csv){other_files_hint(where, base)}"
         )
     found = Structure()
     if check:
@@ -330,13 +349,16 @@ def _read_classes(
         if len(folders) == 1 and (hint := labels_hint(root, base)):
             raise DataError(f"{where} has one folder with photos, {folders[0].name}/; {hint}")
     found.add_classes(folders)
-    found.line = f"a folder per class, {len(folders)} classes"
+    found.line = f"a folder per class, {len(folders)} class{'es' * (len(folders) != 1)}"
+    inner = {tuple(kid.name for kid in folder.children) for folder in folders}
+    if len(folders) > 1 and len(inner) == 1 and not any(folder.photos for folder in folders):
+        names = ", ".join(f"{name}/" for name in [*inner.pop()][:3])
+        first = quote_path(where / folders[0].name)
+        found.warning = (
+            f"each class folder has the same folders in it ({names}); if those are the classes, "
+            f"use --data {first}"
+        )
     return found
-
-
-def _some(counts: Mapping[str, int]) -> str:
-    shown = ", ".join(f"{name} {number}" for name, number in list(counts.items())[:3])
-    return f"; it has other files: {shown}" if shown else ""
 
 
 def _check_class_folders(root: Path, base: PhotoFolder, found: Structure) -> None:

@@ -1,28 +1,16 @@
-"""Say what came where an image should be, and show the command that works.
-
-All of it happens after a request has failed. Only the first 4 KB of a body are looked at.
-"""
+"""Say what data is that is no image. Only its first 4 KB are looked at."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import re
-import shlex
 from typing import Final
 
-from serving.errors import BrokenImage, EmptyBody, FledgeError, NotAnImage, RequestError
-from serving.http.messages import Request
 from serving.imaging import formats
 
-BATCH_PATH: Final = "/predict/batch"
 _HEAD: Final = 4096  # bytes that are looked at
-
 _BASE64: Final = re.compile(rb"[A-Za-z0-9+/_\r\n-]{16,}={0,2}\s*", re.DOTALL)
-_WEB_FORM: Final = b"application/x-www-form-urlencoded"
-_STRIPPED: Final = re.compile(rb"[\0\r\n]")  # what curl removes from the file of `-d @file`
-_LEAST_STRIPPED: Final = 1024  # bytes; a file of this length has one of these three bytes
-_SAFE_QUERY: Final = re.compile(r"[A-Za-z0-9_=&.-]{1,100}")
 
 _KINDS: Final[tuple[tuple[str, re.Pattern[bytes]], ...]] = tuple(
     (name, re.compile(pattern, re.IGNORECASE | re.DOTALL))
@@ -101,56 +89,3 @@ def _is_utf8(head: bytes) -> bool:
     except UnicodeDecodeError as error:
         return error.end > len(head) - 4 and len(head) == _HEAD  # cut within a character
     return True
-
-
-def explain(
-    error: FledgeError, data: bytes, request: Request, *, keys: bool = False
-) -> FledgeError:
-    """Return the error with what came and with the command that works; others as they are.
-
-    Args:
-        error: A new error replaces it, of the same class.
-        data: The body, or one image of it.
-        request: The request.
-        keys: Whether the service needs a key.
-    """
-    text = str(error)
-    if "curl " in text:
-        return error
-    if type(error) in (NotAnImage, BrokenImage) and _is_stripped(data, request.content_type):
-        text = "the file lost its zeros and line breaks: `curl -d @FILE` removes them"
-    elif type(error) is NotAnImage:
-        what = describe(data)
-        text = f"{text}: this is {what}" if what else text
-    elif type(error) not in (EmptyBody, RequestError):
-        return error
-    return type(error)(f"{text}; send the file itself: {command(request, keys=keys)}")
-
-
-def _is_stripped(data: bytes, content_type: bytes) -> bool:
-    """Return whether `curl -d @FILE` has sent an image file."""
-    return (
-        content_type[: len(_WEB_FORM)].lower() == _WEB_FORM
-        and len(data) >= _LEAST_STRIPPED
-        and data[:1] in (b"\xff", b"\x89", b"R", b"G", b"B", b"I", b"M")
-        and not describe(data)
-        and not _STRIPPED.search(data)
-    )
-
-
-def command(request: Request, *, keys: bool = False, path: str | None = None) -> str:
-    """Return the curl command that sends an image file to the address of a request.
-
-    Args:
-        request: The request.
-        keys: Whether the service needs a key; KEY stands for it.
-        path: Path for the command; None: that of the request.
-    """
-    path = path or request.path
-    query = request.query.decode("latin-1")
-    url = request.origin + path
-    if _SAFE_QUERY.fullmatch(query) and path == request.path:
-        url += f"?{query}"
-    key = "-H 'Authorization: Bearer KEY' " if keys else ""
-    files = "-F image=@a.jpg -F image=@b.jpg" if path == BATCH_PATH else "--data-binary @photo.jpg"
-    return f"curl {key}{files} {shlex.quote(url)}"
