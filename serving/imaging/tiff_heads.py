@@ -169,4 +169,4 @@ def strips_share_bytes(data: bytes, big: bool) -> bool:
         return True
     order = "<" if data[0] == 73 else ">"
     coded = np.frombuffer(data, order + _WHOLE[lengths.kind], lengths.number, lengths.at)
-    return int(np.minimum(coded, len(data)).sum(dtype=np.uint64)) > len(data)
+    return float(coded.sum(dtype=np.float64)) > len(data)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import io
 import struct
 import time
+import zlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -60,6 +62,18 @@ def test_a_tiff_whose_strips_have_no_or_other_byte_counts_is_isolated() -> None:
     for other in (b"\x17\2\4\0", b"\x17\1\x0c\0", b"\x11\1\4\0", b"\x17\1\4\0\x13\0\0\0"):
         assert isolated(data[:entry] + other + data[entry + len(other) :]), other
     assert isolated(data[: entry + 8] + b"\xf0\xff\xff\xff" + data[entry + 12 :])
+
+
+def test_byte_counts_of_16_or_64_bits_are_read() -> None:
+    strip = zlib.compress(np.random.default_rng(0).bytes(50_000))
+    data = tiffs.of_strips(strip, 2, 50_000, 8, shared=False)
+    assert not isolated(data)
+    at = data.index(b"\x17\1\4\0\2\0\0\0")
+    count = struct.pack("<H", len(strip)) * 2
+    assert not isolated(data[:at] + b"\x17\1\3\0\2\0\0\0" + count + data[at + 12 :])
+    huge = struct.pack("<2Q", 2**63, 2**63)
+    entry = b"\x17\1\x10\0\2\0\0\0" + struct.pack("<I", len(data))
+    assert isolated(data[:at] + entry + data[at + 12 :] + huge)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "1", "I;16", "F", "P", "CMYK"])
