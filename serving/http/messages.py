@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from serving.errors import TooLarge, Unauthorized
+from serving.errors import RequestError, TooLarge, Unauthorized
 from serving.http import problems
 from serving.http.body_budget import SLOW_SECONDS, BodyBudget, Upload
 
@@ -35,6 +35,7 @@ _UNREAD: Final = (
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 BATCH_PATH: Final = "/predict/batch"
 _SAFE_QUERY: Final = re.compile(r"[A-Za-z0-9_=&.-]{1,100}")
+_MAX_DIGITS: Final = 20  # of 2**64
 _MAX_DROP_SECONDS: Final = 2.0
 _MAX_DROP_BYTES: Final = 64 * 2**20
 """Limits, in seconds and bytes, on reading and discarding the rest of a refused request body."""
@@ -143,6 +144,8 @@ class Request:
         now = asyncio.get_running_loop().time()
         stated = self.headers.get(b"content-length", b"0")
         if stated.isdigit():
+            if len(stated) > _MAX_DIGITS:  # zeros, else the parser would have refused it
+                raise RequestError(f"Content-Length has more than {_MAX_DIGITS} digits")
             if int(stated) > limit:
                 raise TooLarge(f"a body of {stated.decode():.20} bytes, {message}")
             budget.check(int(stated), now)

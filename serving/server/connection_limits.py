@@ -22,9 +22,9 @@ from typing import Any, Final, Protocol
 HEAD_BYTES: Final = 65_536
 """Largest head of a request: request line and fields. The trailers of a chunked body, and the
 extensions of a chunk, are limited alike."""
-FRAMING_BYTES: Final = 2**20
+FRAMING_BYTES: Final = 2**16
 """Largest number of bytes around the chunks of a body, in addition to a quarter of the body. Chunks
-of one byte cost a hundred times as much time as large ones."""
+of one byte cost a hundred times as much time as large ones: a microsecond each."""
 HEAD_FIELDS: Final = 100
 """Largest number of fields in a head, and of trailers."""
 HEAD_SECONDS: Final = 10.0
@@ -77,6 +77,7 @@ _LEAST_BUSY: Final = 1.0  # seconds that a connection has for a body before it m
 _LOG_SECONDS: Final = 10.0
 
 _REASONS: Final = {
+    "invalid": "with a request that is not valid HTTP",
     "connection-limit": "closed to stay within the largest number of connections",
     "head-size": f"with a head of more than {HEAD_BYTES} bytes or {HEAD_FIELDS} fields",
     "head-time": f"without a whole head within {HEAD_SECONDS:g} s",

@@ -35,7 +35,7 @@ from serving.server.connection_limits import (
     reset_when_closed,
 )
 from serving.server.disconnect import DISCONNECT, Disconnect, is_closed_by_client
-from serving.server.refusals import Refused, head_too_large, too_many_heads
+from serving.server.refusals import Refused, head_too_large, invalid, too_many_heads
 
 _PIPELINED_COST: Final = 4096  # bytes of memory for a small request that waits
 _FIELD_COST: Final = 130  # and for a field, beyond its length
@@ -107,12 +107,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             cycle.message_event.set()
             cycle.scope[DISCONNECT].report()
 
-    def handle_websocket_upgrade(self) -> None:
-        self._limits.remove(self)  # `App` closes the WebSocket at once
-        self._requests_held = 0
-        self._hold(0)
-        super().handle_websocket_upgrade()
-
     def drop(self) -> None:
         """Close the connection at once."""
         self._stopped = True
@@ -160,21 +154,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _feed(self, data: bytes | memoryview) -> None:
         body_open, cycle, seen = self._body_open, self.cycle, self._body_bytes
         try:
-            self.parser.feed_data(data)
+            self._parse(data)
         except httptools.HttpParserError as error:
-            if isinstance(error.__context__, Refused):
-                self._refuse(error.__context__)
-                return
-            msg = "Invalid HTTP request received."
-            self.logger.warning(msg)
-            self._stopped = True
-            self.send_400_response(msg)
+            refusal = error.__context__
+            self._refuse(refusal if isinstance(refusal, Refused) else invalid(error))
             return
-        except httptools.HttpParserUpgrade:
-            if self._should_upgrade():
-                self.handle_websocket_upgrade()
-                return
-            self._unsupported_upgrade_warning()
         if self._body_open:
             if body_open and cycle is self.cycle:
                 self._check_body(len(data), self._body_bytes - seen)
@@ -187,6 +171,24 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
             self._head_bytes = 0
             self._head_begins(size + 1)
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        """Parse bytes, and ignore `Upgrade`, which curl and Java send with a request as an offer.
+
+        httptools ends its request there, and would take the body for the next request. A new parser
+        gets the same head without the field, then the rest.
+        """
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = memoryview(data)[upgrade.args[0] :]
+                line = self.parser.get_method(), self.url, self.parser.get_http_version().encode()
+            fields = (b"%b: %b\r\n" % field for field in self.headers if field[0] != b"upgrade")
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
+            self.parser.feed_data(b"%b %b HTTP/%b\r\n%b\r\n" % (*line, b"".join(fields)))
 
     def _head_begins(self, size: int) -> None:
         """Note that a head is incomplete after `size` bytes, and refuse it if that is too much."""
@@ -240,20 +242,20 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if len(self.headers) > HEAD_FIELDS:
             raise head_too_large()
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise Refused("invalid", 400, "CONNECT is not supported: this is no proxy")
+            return  # `_parse` starts again
         before = self.cycle
         held = self._admit(waits=before is not None and not before.response_complete)
+        HttpToolsProtocol.on_headers_complete(self)  # raises for an invalid URL
+        self.cycle.held = held
         self._limits.busy(self)
         self._head_open, self._body_open = False, True
         self._head_bytes = self._body_bytes = self._period_bytes = 0
         self._extra_bytes = self._extra_run = 0
         self._body_at = self._period_since = self._limits.now
-        HttpToolsProtocol.on_headers_complete(self)
-        if self.cycle is not before:
-            self.cycle.held = held
-        if not self.parser.should_upgrade():
-            self.headers = []  # trailers must not become fields of the request
-        elif self._should_upgrade():  # no request for `App`; a body counts as part of the head
-            self._head_open, self._body_open = True, False
+        self.headers = []  # trailers must not become fields of the request
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         cycle.scope[DISCONNECT] = Disconnect()
@@ -270,6 +272,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         HttpToolsProtocol.on_body(self, body)
 
     def on_message_complete(self) -> None:
+        if self._head_open:  # with `Upgrade`
+            return
         self._body_open = False
         self._limits.complete(self)
         HttpToolsProtocol.on_message_complete(self)
@@ -365,6 +369,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._limits.refused(refusal.reason)
         self._stopped = True
         self._unread_bytes = self._head_bytes = 0
+        if self._body_open and self.pipeline:  # its request waits, and is not answered
+            self.pipeline.popleft()
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._answering
+            self._body_open = False
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
             if not self._body_open or refusal.status == 0:
@@ -372,7 +380,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 return
             cycle.disconnected = True  # `App` gets no more of this body
             cycle.message_event.set()
-            if cycle.response_started or self.pipeline:
+            if cycle.response_started:
                 self.drop()
                 return
         self._respond(refusal)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from http import HTTPStatus
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from serving.errors import problem_document
@@ -35,6 +36,17 @@ class Refused(Exception):
         if self.status == 429:
             fields += b"retry-after: 1\r\n"
         return b"%b%bcontent-length: %d\r\n\r\n%b" % (head, fields, len(body), body)
+
+
+def invalid(error: Exception) -> Refused:
+    """Return the refusal of what the parser can't read.
+
+    Args:
+        error: Raised by the parser; by a callback only for a URL.
+    """
+    is_url = isinstance(error, httptools.HttpParserCallbackError)
+    reason = "its URL can't be parsed" if is_url else str(error)
+    return Refused("invalid", 400, f"the request is not valid HTTP: {reason}")
 
 
 def head_too_large() -> Refused:

@@ -184,7 +184,7 @@ def test_the_protocol_has_what_the_limits_build_on():
     for name, member in vars(LimitedHttpProtocol).items():
         if callable(member) and not name.startswith("_") and name not in ("drop", "check"):
             assert name in base, name
-    assert {"_unset_keepalive_if_required", "_should_upgrade", "send_400_response"} < set(base)
+    assert {"_unset_keepalive_if_required", "_start_asgi_task"} < set(base)
     assert STATUS_LINE[431].startswith(b"HTTP/1.1 431 ")
 
 
