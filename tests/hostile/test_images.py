@@ -207,5 +207,5 @@ def test_an_expensive_picture_is_logged_when_it_is_taken(server: Live) -> None:
         time.sleep(0.02)
     before, found, _ = server.log.read_text().partition(answered)
     assert found
-    assert "request the-expensive-one: " in before
+    assert "request the-expensive-one from 127.0.0.1: " in before
     assert "are decoded in a process of their own" in before
