@@ -183,10 +183,11 @@ def read_label_table(
 
 
 class OtherLabels(NamedTuple):
-    """A table that gives photos other labels: its name, some of these labels, some of the known."""
+    """A table that gives photos other labels: its name, these labels, their number, the known."""
 
     table: str
     given: str
+    labels: int
     known: str
 
 
@@ -216,7 +217,7 @@ def find_other_labels(root: Path, photos: Mapping[Path, str]) -> OtherLabels | N
         others = Counter(label for path, label in labels.items() if not _same(label, photos[path]))
         if len(labels) > len(photos) / 2 and others.total() > len(labels) / 4:
             given = _some([label for label, _ in others.most_common()])
-            return OtherLabels(name, given, _some(sorted(set(photos.values()))))
+            return OtherLabels(name, given, len(others), _some(sorted(set(photos.values()))))
     return None
 
 
