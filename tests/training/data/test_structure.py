@@ -3,6 +3,7 @@ that works when it is pasted."""
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -505,3 +506,57 @@ def test_the_pattern_that_is_told_leaves_the_numbered_test_photos_unlabelled(tmp
     found = load_dataset(str(tmp_path), config=data)
     assert found.classes == ("cat", "dog")
     assert [path.name for path in found.unlabelled] == ["1.jpg", "12.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("others", "name"),
+    [(("bn", "hi", "ta"), "te"), (("Benign", "Malignant"), "Pred"), (("as", "ks"), "ts")],
+)
+def test_a_word_that_may_be_a_class_does_not_become_the_unlabelled_test_part(
+    tmp_path, others, name
+):
+    make(tmp_path, *(f"{other}/{{4}}.jpg" for other in (*others, name)))
+    message = refused(tmp_path)
+    assert f"beside them '{name}/'" in message
+    assert set(read(tmp_path, layout="classes").classes) == {*others, name}
+
+
+@pytest.mark.parametrize("number", [3, 40])
+def test_a_stray_photo_in_a_lower_folder_changes_nothing(tmp_path, number):
+    for top in ("set", "more/set/images"):
+        root = make(
+            tmp_path / top.replace("/", "-"), *(f"{top}/{c}/{{{number}}}.jpg" for c in "abc")
+        )
+        make(root, f"{top}/cover.jpg")
+        found = read(root)
+        assert found.classes == ("a", "b", "c")
+        assert "1 photo outside of the classes" in " ".join(found.reading.lines())
+        make(root, "readme.jpg")
+        assert read(root).classes == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("top", ["train", "train/images"])
+def test_a_stray_photo_in_the_folder_of_a_part_changes_nothing(tmp_path, top):
+    make(tmp_path, *(f"train/images/{name}/{{6}}.jpg" for name in ("cat", "dog")))
+    make(tmp_path, *(f"val/{name}/{{2}}.jpg" for name in ("cat", "dog")), f"{top}/readme.jpg")
+    found = read(tmp_path)
+    assert (found.classes, len(found.train), len(found.valid)) == (("cat", "dog"), 12, 4)
+    assert "1 photo outside of the classes" in " ".join(found.reading.lines())
+
+
+@pytest.mark.parametrize(
+    ("right", "slip", "meant"),
+    [
+        ("training", "validaton", "validation"),
+        ("training", "validatin", "validation"),
+        ("validation", "trian2", "train"),
+        ("validation", "trainning", "training"),
+    ],
+)
+def test_the_told_command_renames_a_part_with_a_slip_of_the_pen(tmp_path, right, slip, meant):
+    root = make(tmp_path / "my set", *(f"{p}/{c}/{{3}}.jpg" for p in (right, slip) for c in "ab"))
+    message = refused(root)
+    assert f"did you mean {meant}/? rename it: mv " in message
+    command = message.partition("rename it: ")[2].partition(", or, if")[0]
+    subprocess.run(["sh", "-c", command], check=True)
+    assert len(read(root).train) == len(read(root).valid) == 6
