@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from serving.errors import DataError
 from serving.inputs.passed_over import PassedOver
-from serving.terminal import quote
 from training.config.sections import DataConfig
 from training.data.folders.part_names import part_of
 from training.data.folders.photo_tree import PhotoFolder, count_unused, read_tree, tree_lines
@@ -127,7 +126,8 @@ class Layout:
                 Photo(root / path, label, part) for path, label, part in self._structure.photos
             ]
             if config.layout == "auto":
-                check_tables(root, {photo.path: photo.label for photo in self.photos})
+                labels = {photo.path: photo.label for photo in self.photos}
+                check_tables(root, labels, self._structure.base)
         self.unlabelled = self._find_unlabelled()
 
     def _find_unlabelled(self) -> tuple[Path, ...]:
@@ -222,8 +222,8 @@ def _other_table(root: Path, photos: Iterable[Photo]) -> str:
     if other is None:
         return ""
     return (
-        f"{other.table} gives the photos other labels ({other.given}) than data.pattern does "
-        f"({other.known}); to use the table, give {quote(f'data.csv={other.table}')} instead of "
+        f"{other.config.csv} gives the photos other labels ({other.given}) than data.pattern does "
+        f"({other.known}); to use the table, give {other.options} instead of "
         "data.pattern"
     )
 

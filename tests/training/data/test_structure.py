@@ -1,6 +1,7 @@
 """Layouts of folders are recognised before folders are taken for classes, or refused with a remedy
 that works when it is pasted."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -560,3 +561,39 @@ def test_the_told_command_renames_a_part_with_a_slip_of_the_pen(tmp_path, right,
     command = message.partition("rename it: ")[2].partition(", or, if")[0]
     subprocess.run(["sh", "-c", command], check=True)
     assert len(read(root).train) == len(read(root).valid) == 6
+
+
+@pytest.mark.parametrize("column", ["species", "common_name"])
+@pytest.mark.parametrize("place", ["", "camera/", "camera/images/"])
+@pytest.mark.parametrize("sites", [("site A", "site B"), ("site A",)])
+def test_a_table_of_labels_between_the_data_folder_and_the_photos_is_not_ignored(
+    tmp_path, column, place, sites
+):
+    rows = []
+    for site in sites:
+        make(tmp_path, f"camera/images/{site}/2024-05-01/RCNX000{{6}}_c0.jpg")
+        for i in range(6):
+            path = f"camera/images/{site}/2024-05-01/RCNX000{i}_c0.jpg".removeprefix(place)
+            rows.append({"file": path, column: "roe deer" if i % 2 else "fox", "burst": i})
+    (tmp_path / place / "annotations.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    message = refused(tmp_path)
+    assert f"data.csv={place}annotations.jsonl" in message
+    options = message.partition("add ")[2].partition("; ")[0]
+    data = load.read(Path("quick"), shlex.split(options)).data
+    assert load_dataset(str(tmp_path), config=data).classes == ("fox", "roe deer")
+    if len(sites) > 1:
+        assert load_dataset(str(tmp_path), config=DataConfig(layout="classes")).classes == sites
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_columns_that_are_no_labels_do_not_make_a_table_one(tmp_path, agrees):
+    names = [f"set/{folder}/{i}.jpg" for folder in ("cat", "dog") for i in range(6)]
+    make(tmp_path, *names)
+    columns = "path,fold,sharp,view" + ",camera,breed_name" * agrees
+    rows = [
+        f"{n},{'train' if i % 3 else 'valid'},{'yes' if i % 2 else 'no'},{i}.5"
+        + f",{'Leica' if i % 2 else 'Canon'},{n[4:7]}" * agrees
+        for i, n in enumerate(names)
+    ]
+    (tmp_path / "notes.csv").write_text("\n".join([columns, *rows]))
+    assert read(tmp_path).classes == ("cat", "dog")

@@ -46,6 +46,7 @@ class Structure:
         unlabelled: Paths of the photos of a test part without class folders.
         empty: Paths of class folders without photos.
         roles: Path of a folder -> what it was read as.
+        base: Path of the folder in which the classes or parts begin.
         line: One line about the layout.
         warning: What may be wrong with it, or "".
     """
@@ -54,6 +55,7 @@ class Structure:
     unlabelled: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
+    base: str = ""
     line: str = ""
     warning: str = ""
 
@@ -114,6 +116,7 @@ def find_structure(
         else:
             inside_out = _inside_out(root, base)
             found = inside_out or _read_flat(root, base, has_split=has_split)
+    found.base = base.path
     if base.path:
         found.line += f", in {base.path}/"
     if not keep_synsets:
