@@ -53,6 +53,8 @@ class Reading:
         empty: Paths of class folders without photos, relative to the data folder.
         passed_over: Counts of files and folders that are no photos of the data set.
         warning: What may be wrong with the layout, or "".
+        given: Where the parts are given: a name of a file, or "the folders"; "" if those of train
+            and valid are drawn.
     """
 
     line: str = ""
@@ -60,6 +62,7 @@ class Reading:
     empty: tuple[str, ...] = ()
     passed_over: PassedOver = field(default_factory=PassedOver)
     warning: str = ""
+    given: str = ""
 
     def lines(self) -> Iterator[str]:
         """Yield the line about the layout, and the line about what was passed over."""
@@ -120,8 +123,9 @@ class Layout:
                     has_split=has_split,
                 )
             except DataError as error:
-                error.add_note("\n".join(self._drawing()))
-                raise
+                told = DataError("; ".join(filter(None, [str(error), self._passed_over.line()])))
+                told.add_note("\n".join(self._drawing()))
+                raise told from error
             self.photos = [
                 Photo(root / path, label, part) for path, label, part in self._structure.photos
             ]

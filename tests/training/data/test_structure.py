@@ -209,7 +209,9 @@ def test_captions_beside_photos_are_no_boxes(tmp_path):
 def test_archives_that_are_not_unpacked_are_told(tmp_path):
     root = make(tmp_path / "my set", "train.zip", "test.zip", data=b"PK")
     message = refused(root)
-    assert shlex.split(message.partition("--data ")[2]) == [str(root / "train.zip")]
+    assert shlex.split(message.partition("--data ")[2].partition("; ")[0]) == [
+        str(root / "train.zip")
+    ]
 
 
 def test_a_stray_photo_beside_the_top_folder_changes_nothing(tmp_path):
@@ -597,3 +599,20 @@ def test_columns_that_are_no_labels_do_not_make_a_table_one(tmp_path, agrees):
     ]
     (tmp_path / "notes.csv").write_text("\n".join([columns, *rows]))
     assert read(tmp_path).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "says"),
+    [
+        (".bn/{4}.jpg", "1 hidden file or folder (.bn)"),
+        ("bn/manifest.json", "1 output of Fledge (bn)"),
+        ("@eaDir/bn/{4}.jpg", "1 file or folder of a system or tool (@eaDir)"),
+    ],
+)
+@pytest.mark.parametrize("other", ["hi/{4}.jpg", "notes.doc"])
+def test_what_was_passed_over_is_told_where_a_set_is_refused(tmp_path, hidden, says, other):
+    make(tmp_path, "bn/{4}.jpg" if "manifest" in hidden else other, other, hidden)
+    if "manifest" in hidden:
+        keys = dict.fromkeys(("labels", "precisions", "preprocess", "graph"))
+        (tmp_path / "bn/manifest.json").write_text(json.dumps(keys))
+    assert f"; passed over: {says}" in refused(tmp_path)
