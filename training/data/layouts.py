@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from serving.errors import DataError
-from serving.inputs.passed_over import PassedOver
+from serving.inputs.passed_over import PassedOver, Reason
 from training.config.sections import DataConfig
 from training.data.folders.part_names import part_of
 from training.data.folders.photo_tree import PhotoFolder, count_unused, read_tree, tree_lines
@@ -123,7 +123,9 @@ class Layout:
                     has_split=has_split,
                 )
             except DataError as error:
-                told = DataError("; ".join(filter(None, [str(error), self._passed_over.line()])))
+                passed = self._passed_over
+                tell = passed.totals().keys() - {Reason.NOT_AN_IMAGE}  # those are told already
+                told = DataError(f"{error}; {passed.line()}" if tell else str(error))
                 told.add_note("\n".join(self._drawing()))
                 raise told from error
             self.photos = [
