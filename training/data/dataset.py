@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from serving.errors import DataError, OptionError
+from serving.errors import DataError, FledgeError, OptionError
 from serving.utils.files import atomic_write
 from serving.utils.natural_sort import natural_letters_first
 from training.config.sections import DataConfig
@@ -118,10 +118,13 @@ def load_dataset(
     """
     try:
         dataset = _load(source, split, config, seed, trainable)
+        return _checked(dataset, split) if trainable else dataset
+    except FledgeError as error:
+        archive.restore_names(error)
+        raise
     except OSError as error:  # no permission, or a name that is too long
         where = f" {quoted(error.filename)}:" if error.filename else ""
         raise DataError(f"--data {quoted(source)}:{where} {error.strerror or error}") from error
-    return _checked(dataset, split) if trainable else dataset
 
 
 def _load(

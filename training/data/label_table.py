@@ -187,10 +187,11 @@ def read_label_table(
 
 
 class OtherLabels(NamedTuple):
-    """A table that gives photos other labels: options, some of these labels, some of the known."""
+    """A table that gives photos other labels: options, these labels, their number, the known."""
 
     config: DataConfig
     given: str
+    labels: int
     known: str
 
     @property
@@ -201,24 +202,27 @@ class OtherLabels(NamedTuple):
         return " ".join([quote(f"data.csv={self.config.csv}"), *words])
 
 
-def find_other_labels(root: Path, photos: Mapping[Path, str], base: str = "") -> OtherLabels | None:
+def find_other_labels(
+    root: Path, photos: Mapping[Path, str], base: str = "", *, guess: bool = False
+) -> OtherLabels | None:
     """Find a table that gives the photos other labels than they have.
 
-    Only tables that name most of the photos are looked at, and only a column of labels of a usual
-    name, or one of a few words that repeat.
+    Only tables that name most of the photos are looked at, and only those with a column of labels
+    of a usual name.
 
     Args:
         root: Data folder.
         photos: Label of each photo, by its folder or its name.
         base: Folder below `root` in which the classes begin; tables are looked for in both and in
             those between.
+        guess: Whether to look at columns of other names, too, that have a few words that repeat.
     """
     for name in _tables(root, base):
         try:
             if os.path.getsize(root / name) > MAX_BYTES:
                 continue
             config = _with_columns(root, name, set(photos.values()))
-            if config is None:
+            if config is None or (config.columns != DataConfig().columns and not guess):
                 continue
             entries = read_label_table(
                 root, config, lambda _: iter(photos), lambda _: "", checked=False
@@ -234,7 +238,7 @@ def find_other_labels(root: Path, photos: Mapping[Path, str], base: str = "") ->
         others = Counter(label for path, label in labels.items() if not _same(label, photos[path]))
         if others.total() > len(labels) / 4:
             given = _some([label for label, _ in others.most_common()])
-            return OtherLabels(config, given, _some(sorted(set(photos.values()))))
+            return OtherLabels(config, given, len(others), _some(sorted(set(photos.values()))))
     return None
 
 
@@ -296,7 +300,7 @@ def check_tables(root: Path, photos: Mapping[Path, str], base: str = "") -> None
     Raises:
         DataError: A table does; the message names the options that settle it.
     """
-    if other := find_other_labels(root, photos, base):
+    if other := find_other_labels(root, photos, base, guess=True):
         raise DataError(
             f"{root}: {other.config.csv} gives the photos other labels ({other.given}) than their "
             f"folders do ({other.known}): add {other.options}; or, if the folders are the classes, "

@@ -19,7 +19,8 @@ from serving.inputs.passed_over import PassedOver, Reason
 from training.config.sections import DataConfig
 from training.data.folders.part_names import part_of
 from training.data.folders.photo_tree import PhotoFolder, count_unused, read_tree, tree_lines
-from training.data.folders.structure import PARTS, Structure, find_structure
+from training.data.folders.structure import find_structure
+from training.data.folders.structure_result import PARTS, Structure
 from training.data.label_table import (
     check_tables,
     find_other_labels,

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from serving.errors import DataError, ImageError
+from serving.errors import DataError, FledgeError, ImageError
 from serving.inputs import archives
 from serving.inputs.archive_members import Member
 from serving.inputs.file_kinds import is_image_content, may_be_image, member_kind, path_kind
@@ -46,6 +46,9 @@ _SHOWN: Final = 3
 _DRIVE: Final = re.compile(r"[A-Za-z]:[/\\]")
 _SPOILT_NAMES: Final = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ)
 """Errors of a member whose name can't be a file beside the others."""
+
+_sources: dict[Path, str] = {}
+"""Name of the archive, as it was given, by the folder with its files."""
 
 _held: dict[Path, BinaryIO] = {}
 """Entries of this process, by folder, with the locks that keep them."""
@@ -91,6 +94,7 @@ def extracted(source: str | os.PathLike[str]) -> Path:
                 disk_cache.remove(entry)
                 raise
         disk_cache.mark_used(entry)
+        _sources[folder] = os.fspath(source)
     except OSError as error:
         where = error.filename or abbreviate_home(disk_cache.cache_folder())
         raise DataError(
@@ -98,6 +102,17 @@ def extracted(source: str | os.PathLike[str]) -> Path:
             "or set FLEDGE_CACHE to another folder"
         ) from error
     return folder
+
+
+def restore_names(error: FledgeError) -> None:
+    """Replace folders of the cache in a message by the names of the archives, as they were given.
+
+    Those after `--data` are kept: what is in an archive can only be given by its folder.
+    """
+    for folder, source in _sources.items():
+        for path in {str(folder), os.path.realpath(folder)}:
+            kept = rf"(?<!--data )(?<!--data '){re.escape(path)}"
+            error.args = tuple(re.sub(kept, lambda _: source, str(arg)) for arg in error.args)  # noqa: B023
 
 
 def found_again(root: Path, source: str) -> Path:
@@ -169,6 +184,7 @@ class _Extraction:
         self.bytes = self._photos = self._tables = 0
         self._passed_over, self._others = PassedOver(), Counter[str]()
         self._unreadable: list[str] = []
+        self._archives: list[str] = []
 
     def run(self, folder: Path) -> None:
         """Extract the files.
@@ -187,7 +203,13 @@ class _Extraction:
         except DataError as error:
             raise DataError(f"{self._path}: {error}") from error
         if not self._photos:
-            raise DataError(f"{self._path}: no photo in it: {self.summary()}")
+            inner = self._archives
+            more = f" and {len(inner) - _SHOWN} more" if len(inner) > _SHOWN else ""
+            raise DataError(
+                f"{self._path}: no photo in it: {self.summary()}"
+                + f"; it holds archives ({', '.join(inner[:_SHOWN])}{more}): unpack it, and give "
+                "one of them, or its folder when these are unpacked, too" * bool(inner)
+            )
 
     def _is_wanted(self, name: str) -> bool:
         kind = member_kind(name)
@@ -198,6 +220,8 @@ class _Extraction:
         if kind is None or (wanted and path_kind(name) is None):
             return True
         self._passed_over(kind.reason, name, kind.detail)
+        if archives.is_archive(name) and len(self._archives) < MAX_FILES:
+            self._archives.append(name)
         return False
 
     def _write(self, member: Member, folder: Path, stamp: int) -> None:

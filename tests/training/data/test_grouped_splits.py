@@ -66,7 +66,8 @@ def test_photos_of_a_folder_are_in_one_part(tmp_path):
             for frame in range(4):
                 (folder / f"{frame}.jpg").write_bytes(photo(frame, (20, 16)))
     root = str(tmp_path / "data")
-    for config in (DataConfig(group="folder"), DataConfig(group="folder", folds=3, fold=1)):
+    by_folder = DataConfig(group="folder", layout="classes")
+    for config in (by_folder, by_folder.model_copy(update={"folds": 3, "fold": 1})):
         found = load_dataset(root, config=config)
         train, valid = ({s.path.parent for s in part} for part in (found.train, found.valid))
         assert not train & valid

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -144,10 +145,38 @@ def test_an_archive_without_photos_says_what_is_in_it(folder):
     write_zip("inner.zip", PHOTOS.items())
     write_zip("set.zip", [("inner.zip", Path("inner.zip").read_bytes()), ("a.csv", b"a,b")])
     with pytest.raises(
-        DataError, match=r"set\.zip: no photo in it: 0 photos and 1 table .*\.zip\)"
+        DataError,
+        match=r"set\.zip: no photo in it: 0 photos and 1 table .*\.zip\); it holds archives "
+        r"\(inner\.zip\): unpack it, and give one of them",
     ):
         load_dataset("set.zip")
     assert disk_cache.open_cache().entries() == []
+
+
+@pytest.mark.parametrize(
+    ("photos", "says"),
+    [
+        (["top/train/cat.{}.jpg", "top/train/dog.{}.jpg", "top/test1/{}.jpg"], "/top has test1/ ("),
+        (["a/{}.jpg"], " has one class, 'a'"),
+    ],
+)
+def test_an_error_about_the_content_names_the_archive_as_it_was_given(folder, photos, says):
+    names = [name.format(i) for name in photos for i in range(4)]
+    write_zip("my set.zip", [(name, photo(i)) for i, name in enumerate(names)])
+    for given in ("my set.zip", str(folder / "my set.zip")):
+        with pytest.raises(DataError) as caught:
+            load_dataset(given)
+        assert f"{given}{says}" in str(caught.value)
+        assert str(folder / "cache") not in str(caught.value)
+
+
+def test_a_folder_in_an_archive_that_is_told_as_remedy_can_be_given(folder):
+    names = [f"{outer}/{c}/{i}.jpg" for outer in ("2023", "20 24") for c in "ab" for i in range(4)]
+    write_zip("set.zip", [(name, photo(i)) for i, name in enumerate(names)])
+    with pytest.raises(DataError, match=r"^set\.zip has '20 24/', '2023/' with") as caught:
+        load_dataset("set.zip")
+    given = shlex.split(str(caught.value).partition("--data ")[2])[0].rstrip(";")
+    assert load_dataset(given).classes == ("a", "b")
 
 
 def test_an_encrypted_archive_and_another_kind_are_refused(folder):
