@@ -20,7 +20,7 @@ from training.config.sections import DataConfig
 from training.data import label_table, layouts, sample, torchvision_sets
 from training.data.layouts import Photo, Reading
 from training.data.similar_classes import common_folder, settle_classes
-from training.data.splits import PARTS, draw_split, read_split_file
+from training.data.splits import PARTS, draw_split, group_warning, read_split_file
 from training.utils import archive
 from training.utils.console import quoted
 
@@ -143,6 +143,7 @@ def _load(
         root, config = _folder(source, config)
         layout = layouts.Layout(root, config, has_split=split is not None)
         photos = layout.photos
+    warning, drawn = "", False
     if split is not None:
         labels = {photo.path.relative_to(root).as_posix(): photo.label for photo in photos}
         label_of = layout.label_of if layout else partial(_look_up, labels)
@@ -151,12 +152,17 @@ def _load(
         photos = settle_classes(photos, config, root, trainable=trainable)
     else:
         photos = settle_classes(photos, config, root, trainable=trainable)
+        warning = group_warning(root, photos, config)
+        drawn = any(not photo.part for photo in photos)
         photos = draw_split(root, photos, config, seed, trainable=trainable)
     unlabelled = layout.unlabelled if layout else ()
     dataset = _dataset(source, common_folder(root, photos), photos, unlabelled)
-    if layout is None:
-        return dataset
-    return replace(dataset, reading=layout.reading([photo.path for photo in photos], split))
+    reading = layout.reading([photo.path for photo in photos], split) if layout else Reading()
+    given = str(split or config.csv or ("the data set" if official else "the folders"))
+    warnings = "; ".join(filter(None, [reading.warning, warning]))
+    return replace(
+        dataset, reading=replace(reading, warning=warnings, given="" if drawn else given)
+    )
 
 
 def _folder(source: str, config: DataConfig) -> tuple[Path, DataConfig]:
@@ -199,7 +205,10 @@ def _dataset(
 def _checked(dataset: Dataset, split: Path | None = None) -> Dataset:
     if len(dataset.classes) < 2:
         have = f"one class, {quoted(dataset.classes[0])}" if dataset.classes else "no class"
-        raise DataError(f"{dataset.root} has {have}; it needs at least 2")
+        passed = dataset.reading.passed_over.line()
+        raise DataError(
+            f"{dataset.root} has {have}; it needs at least 2{f'; {passed}' if passed else ''}"
+        )
     for part in ("train", "valid"):
         counts = Counter(label for _, label in getattr(dataset, part))
         if not counts and split:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Final
+
+from serving.errors import OptionError
+from training.utils.console import quoted
 
 FOLDER: Final = "folder"
 """Value of `data.group` by which the photos of one folder stay together."""
@@ -29,6 +33,43 @@ def group_names(paths: Iterable[PurePath], group: str) -> list[str]:
         match = re.search(group, path.as_posix())
         names.append(f"={match[match.re.groups and 1]}" if match else path.as_posix())
     return names
+
+
+def check_groups(paths: Sequence[PurePath], groups: Sequence[str], group: str) -> None:
+    """Check that `data.group` keeps some photos together.
+
+    Args:
+        paths: Paths of the photos relative to the data folder.
+        groups: Name of each photo's group.
+        group: Value of `data.group`.
+
+    Raises:
+        OptionError: It matches no path, or each photo is a group of its own.
+    """
+    given = f"data.group = {quoted(group)}"
+    example = quoted(paths[0].as_posix())
+    if group != FOLDER and not any(name.startswith("=") for name in groups):
+        meant = difflib.get_close_matches(group.casefold(), [FOLDER], cutoff=0.7)
+        remedy = (
+            f"did you mean data.group={FOLDER}?" if meant
+            else f"correct the regular expression, or give data.group={FOLDER}"
+        )  # fmt: skip
+        raise OptionError(f"{given} matches no path, such as {example}; {remedy}")
+    if len(set(groups)) == len(groups) > 1:
+        why = "no two are in one folder" if group == FOLDER else f"such as {example}"
+        raise OptionError(
+            f"{given} makes each of the {len(groups)} photos a group of its own ({why}), which has "
+            "no effect; give a regular expression whose first group is what photos have in common, "
+            "or leave the option out"
+        )
+
+
+def classes_of_one_group(labels: Sequence[str], groups: Sequence[str]) -> list[str]:
+    """Return the classes whose photos are all in one group, in the order of the photos."""
+    found: dict[str, set[str]] = {}
+    for label, group in zip(labels, groups, strict=True):
+        found.setdefault(label, set()).add(group)
+    return [label for label, names in found.items() if len(names) == 1]
 
 
 def grouped_holdout(

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from serving.errors import DataError
-from serving.inputs.passed_over import PassedOver
-from serving.terminal import quote
+from serving.inputs.passed_over import PassedOver, Reason
 from training.config.sections import DataConfig
 from training.data.folders.part_names import part_of
 from training.data.folders.photo_tree import PhotoFolder, count_unused, read_tree, tree_lines
@@ -55,6 +54,8 @@ class Reading:
         empty: Paths of class folders without photos, relative to the data folder.
         passed_over: Counts of files and folders that are no photos of the data set.
         warning: What may be wrong with the layout, or "".
+        given: Where the parts are given: a name of a file, or "the folders"; "" if those of train
+            and valid are drawn.
     """
 
     line: str = ""
@@ -62,6 +63,7 @@ class Reading:
     empty: tuple[str, ...] = ()
     passed_over: PassedOver = field(default_factory=PassedOver)
     warning: str = ""
+    given: str = ""
 
     def lines(self) -> Iterator[str]:
         """Yield the line about the layout, and the line about what was passed over."""
@@ -122,13 +124,17 @@ class Layout:
                     has_split=has_split,
                 )
             except DataError as error:
-                error.add_note("\n".join(self._drawing()))
-                raise
+                passed = self._passed_over
+                tell = passed.totals().keys() - {Reason.NOT_AN_IMAGE}  # those are told already
+                told = DataError(f"{error}; {passed.line()}" if tell else str(error))
+                told.add_note("\n".join(self._drawing()))
+                raise told from error
             self.photos = [
                 Photo(root / path, label, part) for path, label, part in self._structure.photos
             ]
             if config.layout == "auto":
-                check_tables(root, {photo.path: photo.label for photo in self.photos})
+                labels = {photo.path: photo.label for photo in self.photos}
+                check_tables(root, labels, self._structure.base)
         self.unlabelled = self._find_unlabelled()
 
     def _find_unlabelled(self) -> tuple[Path, ...]:
@@ -223,8 +229,8 @@ def _other_table(root: Path, photos: Iterable[Photo]) -> str:
     if other is None:
         return ""
     return (
-        f"{other.table} gives the photos other labels ({other.given}) than data.pattern does "
-        f"({other.known}); to use the table, give {quote(f'data.csv={other.table}')} instead of "
+        f"{other.config.csv} gives the photos other labels ({other.given}) than data.pattern does "
+        f"({other.known}); to use the table, give {other.options} instead of "
         "data.pattern"
     )
 

@@ -18,11 +18,18 @@ from serving.utils.mistakes import Mistakes
 from training.config.sections import DataConfig
 from training.data import photo_names
 from training.data.folders.part_names import part_of
-from training.data.grouped_splits import group_names, grouped_folds, grouped_holdout
+from training.data.grouped_splits import (
+    check_groups,
+    classes_of_one_group,
+    group_names,
+    grouped_folds,
+    grouped_holdout,
+)
 from training.data.layouts import Photo, photos_below
 from training.utils.console import quoted
 
 PARTS: Final = ("train", "valid", "test")
+_SHOWN: Final = 3
 _MAX_DIGITS: Final = 9  # in a fold number, because `int` refuses strings of thousands of digits
 
 
@@ -134,7 +141,7 @@ def draw_split(
     Raises:
         DataError: A class has only one photo, but needs one for training and one for validation.
         OptionError: `data.folds` is set, but all photos have a split already; or `data.fold` is set
-            without `data.folds`.
+            without `data.folds`; or `data.group` keeps no photos together, or whole classes.
     """
     free = [photo for photo in photos if not photo.part]
     if not free and config.folds:
@@ -159,9 +166,9 @@ def draw_split(
             "one to train on and one to validate on"
         )
     if config.group:
-        groups = group_names(
-            [PurePath(os.path.relpath(photo.path, root)) for photo in free], config.group
-        )
+        groups = _groups(root, free, config)
+        if trainable:
+            _check_classes(labels, groups, config)
         if config.folds:
             folds = grouped_folds(labels, groups, config.folds, seed)
             held_out = [fold == config.fold for fold in folds]
@@ -176,6 +183,47 @@ def draw_split(
         for photo, out in zip(free, held_out, strict=True)
     ]
     return sorted(split) + [photo for photo in photos if photo.part]
+
+
+def _groups(root: Path, photos: Sequence[Photo], config: DataConfig) -> list[str]:
+    paths = [PurePath(os.path.relpath(photo.path, root)) for photo in photos]
+    groups = group_names(paths, config.group)
+    check_groups(paths, groups, config.group)
+    return groups
+
+
+def _check_classes(labels: Sequence[str], groups: Sequence[str], config: DataConfig) -> None:
+    """Check that the groups leave classes to hold out photos of."""
+    single = classes_of_one_group(labels, groups)
+    if len(single) == len(set(labels)):
+        raise OptionError(
+            f"data.group = {quoted(config.group)}: each class is one group, such as "
+            f"{quoted(single[0])}, and so can't be split into train and valid; leave the option "
+            "out, or give a regular expression of smaller groups"
+        )
+
+
+def group_warning(root: Path, photos: Sequence[Photo], config: DataConfig) -> str:
+    """Return a warning about the classes that `data.group` keeps in one part; "" if there are none.
+
+    Args:
+        root: Data folder.
+        photos: The photos before the split is drawn.
+        config: Data options.
+    """
+    free = [photo for photo in photos if not photo.part]
+    if not (config.group and free):
+        return ""
+    single = classes_of_one_group(
+        [photo.label for photo in free], _groups(root, free, config)
+    )  # fmt: skip
+    if not single:
+        return ""
+    names = ", ".join(map(quoted, single[:_SHOWN]))
+    names += f" and {len(single) - _SHOWN} more" if len(single) > _SHOWN else ""
+    what = f"class {names} is one group" if len(single) == 1 else f"{names} are one group each"
+    where = "in one fold" if config.folds else "in train, none in valid"
+    return f"data.group = {quoted(config.group)}: {what} and so can't be split: all photos {where}"
 
 
 def _part(fold: str, valid: int) -> str:

@@ -12,9 +12,11 @@ pixels. A changed photo therefore gets a new key and is decoded again. If the ph
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from serving.errors import DataError, WorkError
 from serving.imaging.preprocess import Preprocess
@@ -23,7 +25,7 @@ from training.pixels.part import PixelPart, PixelSet
 from training.pixels.rows import StreamingRows
 from training.pixels.transform import PixelTransform
 from training.utils import disk_cache
-from training.utils.console import Log
+from training.utils.console import Log, quoted
 
 __all__ = ["DecodedPhotos", "PixelSet", "decode_dataset"]
 
@@ -117,6 +119,8 @@ def decode_dataset(
         if part.rows is None:
             part.stream()
     seconds = time.perf_counter() - started
+    if copies := _copies(dataset.root, *parts):
+        log(f"warning: {copies}")
     log(_summary(parts, None if cache_failed else cache, seconds))
     unreadable = {path: reason for part in parts for path, reason in part.unreadable.items()}
     if unreadable:
@@ -134,6 +138,21 @@ def decode_dataset(
         log(f"warning: {what}; they are left out")
         dataset = dataset.without(unreadable)
     return dataset, parts[0].pixel_set(), parts[1].pixel_set()
+
+
+def _copies(root: Path, train: PixelPart, valid: PixelPart) -> str:
+    """Return what to say of validation photos that are exact copies of training photos, or ""."""
+    known = {train.digests[i]: train.samples[i].path for i in train.readable}
+    copies = [i for i in valid.readable if valid.digests[i] in known]
+    if not copies:
+        return ""
+    first = valid.samples[copies[0]].path, known[valid.digests[copies[0]]]
+    copy, original = (quoted(os.path.relpath(path, root)) for path in first)
+    are = "is an exact copy" if len(copies) == 1 else "are exact copies"
+    return (
+        f"{len(copies)} of {len(valid.readable)} validation photos {are} of a training photo, such "
+        f"as {copy} of {original}: accuracy will look better than it is; fledge preview lists them"
+    )
 
 
 def _summary(parts: Sequence[PixelPart], cache: disk_cache.DiskCache | None, seconds: float) -> str:

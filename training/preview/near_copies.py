@@ -34,16 +34,18 @@ _GROUPS: Final = 5
 """Number of groups that each class must have then."""
 _LARGEST: Final = 0.25
 """Largest share of a class that a group may have then."""
+_SPLIT: Final = "--split FILE, a table path,fold in which they have the same fold"
 _WAYS: Final = (FOLDER, r"(.*?[^0-9])[0-9]+\.", r"(.*?[^0-9])[ ._-]*[a-zA-Z]?[0-9]+\.")
 """Values of `data.group`: by folder; by the name without the number at its end."""
 
 
-def hints(photos: Sequence[PhotoStats], root: Path) -> Iterator[str]:
+def hints(photos: Sequence[PhotoStats], root: Path, given: str = "") -> Iterator[str]:
     """Yield a line for each of valid and test of which many photos have a near copy in train.
 
     Args:
         photos: Statistics of all photos.
         root: Data folder, to which the names of files are relative.
+        given: Where the parts are given; "" if valid was drawn.
     """
     readable = [photo for photo in photos if not photo.error]
     training = [photo for photo in readable if photo.part == "train"]
@@ -54,11 +56,16 @@ def hints(photos: Sequence[PhotoStats], root: Path) -> Iterator[str]:
         if not found or len(found) < _TOLD * compared:
             continue
         pair = " and ".join(_path(photo, root).as_posix() for photo in found[0])
+        if part == "test" or given:
+            source = given or "the data set"
+            remedy = f"the parts are given by {source}: change them there, or give {_SPLIT}"
+        else:
+            remedy = f"keep them in one part with {_remedy(readable, found, root)}"
         is_or_are = "is" if len(found) == 1 else "are"
         yield (
             f"{len(found)} of {compared} {name} photos {is_or_are} nearly the same as a training "
             f"photo, such as {pair} (frames of a video, shots of a burst, copies): accuracy will "
-            f"look better than it is; keep them in one part with {_remedy(readable, found, root)}"
+            f"look better than it is; {remedy}"
         )
 
 
@@ -78,7 +85,7 @@ def _remedy(
         largest = max(max(count.values()) / count.total() for count in counts)
         if same >= _TOGETHER * len(found) and fewest >= _GROUPS and largest <= _LARGEST:
             return quote(f"data.group={way}")
-    return "--split"
+    return _SPLIT
 
 
 def _path(photo: PhotoStats, root: Path) -> PurePath:

@@ -154,7 +154,7 @@ def report(
         )
         yield from _some(f"exact duplicates: {len(groups)}", pairs)
     yield ""
-    lines = list(near_copies.hints(photos, dataset.root))
+    lines = list(near_copies.hints(photos, dataset.root, dataset.reading.given))
     lines += list(hints(photos, dataset.classes, size, crop))
     lines += [
         f"the folder {name} is empty: the model will have no such class"

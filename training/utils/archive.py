@@ -9,6 +9,7 @@ has asked for the folder keeps the entry from being removed until it ends.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -43,6 +44,9 @@ TABLES: Final = frozenset(
 _VERSION: Final = 1
 _ENDS: Final = 2**16  # bytes at both ends of an archive that are part of its key
 _SHOWN: Final = 3
+_DRIVE: Final = re.compile(r"[A-Za-z]:[/\\]")
+_SPOILT_NAMES: Final = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EILSEQ)
+"""Errors of a member whose name can't be a file beside the others."""
 
 _sources: dict[Path, str] = {}
 """Name of the archive, as it was given, by the folder with its files."""
@@ -210,7 +214,7 @@ class _Extraction:
 
     def _is_wanted(self, name: str) -> bool:
         kind = member_kind(name)
-        if name.startswith("/") or ".." in name.split("/") or name[1:2] == ":" or "\0" in name:
+        if name.startswith("/") or ".." in name.split("/") or _DRIVE.match(name) or "\0" in name:
             self._others["with a name that leads out of the folder"] += 1
             return False
         wanted = _is_table(name) or may_be_image(name)
@@ -234,32 +238,53 @@ class _Extraction:
         if kind:
             self._passed_over(kind.reason, name, kind.detail)
             return
-        self.bytes += len(data)
-        if self.bytes > self._budget:
+        if self.bytes + len(data) > self._budget:
             raise DataError(
                 f"its files are larger than the cache may be, {format_size(self._budget)}; "
                 "set FLEDGE_CACHE_GB to more gigabytes, free disk space, or unpack it"
             )
         target = folder.joinpath(*(part for part in name.split("/") if part not in ("", ".")))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if member.name != name and target.exists():  # unpacking keeps the last one of a name
-            self.bytes -= target.stat().st_size
-            self._count(name, -1)
-            target.unlink()
-            self._others["replaced by a later one of the same name"] += 1
         try:
-            opened = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        except FileExistsError:
-            raise DataError(
-                f"{name} differs from another name only in case or in the form of its letters, and "
-                "this disk can't hold both; rename one of them"
-            ) from None
+            opened = self._open(member, target)
+        except OSError as error:
+            if error.errno not in _SPOILT_NAMES:
+                raise
+            self._unreadable.append(f"{name}: {error.strerror}")
+            return
+        self.bytes += len(data)
         with open(opened, "wb") as file:
             file.write(data)
         os.utime(target, ns=(stamp, stamp))
         self._count(name, 1)
         if self._photos + self._tables > MAX_FILES:
             raise DataError(f"it has more than {MAX_FILES} photos and tables; unpack it")
+
+    def _open(self, member: Member, target: Path) -> int:
+        """Create the file of a member, and return its descriptor.
+
+        Raises:
+            DataError: The disk takes the name for that of another file.
+            OSError: The name is too long, or that of a file and of a folder.
+        """
+        name = member.path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, "one of its folders is a file, too") from error
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder has the same name")
+        if member.name != name and target.exists():  # unpacking keeps the last one of a name
+            self.bytes -= target.stat().st_size
+            self._count(name, -1)
+            target.unlink()
+            self._others["replaced by a later one of the same name"] += 1
+        try:
+            return os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        except FileExistsError:
+            raise DataError(
+                f"{name} differs from another name only in case or in the form of its letters, and "
+                "this disk can't hold both; rename one of them"
+            ) from None
 
     def _count(self, name: str, number: int) -> None:
         if _is_table(name):

@@ -66,7 +66,8 @@ def test_photos_of_a_folder_are_in_one_part(tmp_path):
             for frame in range(4):
                 (folder / f"{frame}.jpg").write_bytes(photo(frame, (20, 16)))
     root = str(tmp_path / "data")
-    for config in (DataConfig(group="folder"), DataConfig(group="folder", folds=3, fold=1)):
+    by_folder = DataConfig(group="folder", layout="classes")
+    for config in (by_folder, by_folder.model_copy(update={"folds": 3, "fold": 1})):
         found = load_dataset(root, config=config)
         train, valid = ({s.path.parent for s in part} for part in (found.train, found.valid))
         assert not train & valid
@@ -83,3 +84,58 @@ def test_photos_of_a_folder_are_in_one_part(tmp_path):
 def test_a_wrong_pattern_is_one_line(tmp_path, capsys):
     assert fledge.main(["preview", str(tmp_path), "data.group=(x"]) == 2
     assert "neither 'folder' nor a regular expression" in capsys.readouterr().err
+
+
+def write_photos(root, *names):
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(photo(i, (20, 16)))
+    return root
+
+
+CLASSES = [f"{label}/{i}.jpg" for label in "abc" for i in range(6)]
+VIDEOS = [*CLASSES[:6], *(f"{label}/v{i % 3}/{i}.jpg" for label in "bc" for i in range(6))]
+
+
+@pytest.mark.parametrize(
+    ("names", "group", "says"),
+    [
+        (VIDEOS, "folders", "matches no path, such as 'a/0.jpg'; did you mean data.group=folder?"),
+        (VIDEOS, "patient_([0-9]+)", "matches no path, such as 'a/0.jpg'; correct"),
+        (VIDEOS, "(.+)", "makes each of the 18 photos a group of its own"),
+        (CLASSES, "folder", "each class is one group, such as 'a', and so can't be split"),
+    ],
+)
+def test_a_group_that_groups_nothing_or_all_is_refused(tmp_path, names, group, says):
+    with pytest.raises(OptionError) as caught:
+        load_dataset(str(write_photos(tmp_path, *names)), config=DataConfig(group=group))
+    assert says in str(caught.value)
+
+
+def test_preview_refuses_it_and_a_class_of_one_group_is_told(tmp_path, capsys):
+    root = str(write_photos(tmp_path / "set", *VIDEOS))
+    assert fledge.main(["preview", root, "data.group=folders", "--out", str(tmp_path / "o")]) == 2
+    assert "did you mean data.group=folder?" in capsys.readouterr().err
+    found = load_dataset(root, config=DataConfig(group="folder"))
+    assert found.reading.warning == (
+        "data.group = 'folder': class 'a' is one group and so can't be split: all photos in train, "
+        "none in valid"
+    )
+    assert "a" not in {found.classes[label] for _, label in found.valid}
+    assert fledge.main(["preview", root, "data.group=folder", "--out", str(tmp_path / "o")]) == 0
+    assert "class 'a' is one group" in capsys.readouterr().out
+
+
+def test_it_is_known_where_the_parts_are_given(tmp_path):
+    drawn = load_dataset(str(write_photos(tmp_path / "set", *CLASSES)))
+    assert drawn.reading.given == ""
+    names = [f"{part}/{name}" for part in ("train", "valid") for name in CLASSES]
+    root = write_photos(tmp_path / "parts", *names)
+    assert load_dataset(str(root)).reading.given == "the folders"
+    rows = [f"{name},{name[6:7]},{name[:5]}" for name in names]
+    (root / "labels.csv").write_text("\n".join(["path,label,fold", *rows]))
+    table = load_dataset(str(root), config=DataConfig(csv="labels.csv", images="."))
+    assert table.reading.given == "labels.csv"
+    split = tmp_path / "split.csv"
+    split.write_text("path,fold\n" + "".join(f"{n},{i % 2}\n" for i, n in enumerate(CLASSES)))
+    assert load_dataset(str(tmp_path / "set"), split=split).reading.given == str(split)

@@ -1,8 +1,10 @@
 """Layouts of folders are recognised before folders are taken for classes, or refused with a remedy
 that works when it is pasted."""
 
+import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -210,7 +212,9 @@ def test_captions_beside_photos_are_no_boxes(tmp_path):
 def test_archives_that_are_not_unpacked_are_told(tmp_path):
     root = make(tmp_path / "my set", "train.zip", "test.zip", data=b"PK")
     message = refused(root)
-    assert shlex.split(message.partition("--data ")[2]) == [str(root / "train.zip")]
+    assert shlex.split(message.partition("--data ")[2].partition("; ")[0]) == [
+        str(root / "train.zip")
+    ]
 
 
 def test_a_stray_photo_beside_the_top_folder_changes_nothing(tmp_path):
@@ -508,3 +512,110 @@ def test_the_pattern_that_is_told_leaves_the_numbered_test_photos_unlabelled(tmp
     found = load_dataset(str(tmp_path), config=data)
     assert found.classes == ("cat", "dog")
     assert [path.name for path in found.unlabelled] == ["1.jpg", "12.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("others", "name"),
+    [(("bn", "hi", "ta"), "te"), (("Benign", "Malignant"), "Pred"), (("as", "ks"), "ts")],
+)
+def test_a_word_that_may_be_a_class_does_not_become_the_unlabelled_test_part(
+    tmp_path, others, name
+):
+    make(tmp_path, *(f"{other}/{{4}}.jpg" for other in (*others, name)))
+    message = refused(tmp_path)
+    assert f"beside them '{name}/'" in message
+    assert set(read(tmp_path, layout="classes").classes) == {*others, name}
+
+
+@pytest.mark.parametrize("number", [3, 40])
+def test_a_stray_photo_in_a_lower_folder_changes_nothing(tmp_path, number):
+    for top in ("set", "more/set/images"):
+        root = make(
+            tmp_path / top.replace("/", "-"), *(f"{top}/{c}/{{{number}}}.jpg" for c in "abc")
+        )
+        make(root, f"{top}/cover.jpg")
+        found = read(root)
+        assert found.classes == ("a", "b", "c")
+        assert "1 photo outside of the classes" in " ".join(found.reading.lines())
+        make(root, "readme.jpg")
+        assert read(root).classes == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("top", ["train", "train/images"])
+def test_a_stray_photo_in_the_folder_of_a_part_changes_nothing(tmp_path, top):
+    make(tmp_path, *(f"train/images/{name}/{{6}}.jpg" for name in ("cat", "dog")))
+    make(tmp_path, *(f"val/{name}/{{2}}.jpg" for name in ("cat", "dog")), f"{top}/readme.jpg")
+    found = read(tmp_path)
+    assert (found.classes, len(found.train), len(found.valid)) == (("cat", "dog"), 12, 4)
+    assert "1 photo outside of the classes" in " ".join(found.reading.lines())
+
+
+@pytest.mark.parametrize(
+    ("right", "slip", "meant"),
+    [
+        ("training", "validaton", "validation"),
+        ("training", "validatin", "validation"),
+        ("validation", "trian2", "train"),
+        ("validation", "trainning", "training"),
+    ],
+)
+def test_the_told_command_renames_a_part_with_a_slip_of_the_pen(tmp_path, right, slip, meant):
+    root = make(tmp_path / "my set", *(f"{p}/{c}/{{3}}.jpg" for p in (right, slip) for c in "ab"))
+    message = refused(root)
+    assert f"did you mean {meant}/? rename it: mv " in message
+    command = message.partition("rename it: ")[2].partition(", or, if")[0]
+    subprocess.run(["sh", "-c", command], check=True)
+    assert len(read(root).train) == len(read(root).valid) == 6
+
+
+@pytest.mark.parametrize("column", ["species", "common_name"])
+@pytest.mark.parametrize("place", ["", "camera/", "camera/images/"])
+@pytest.mark.parametrize("sites", [("site A", "site B"), ("site A",)])
+def test_a_table_of_labels_between_the_data_folder_and_the_photos_is_not_ignored(
+    tmp_path, column, place, sites
+):
+    rows = []
+    for site in sites:
+        make(tmp_path, f"camera/images/{site}/2024-05-01/RCNX000{{6}}_c0.jpg")
+        for i in range(6):
+            path = f"camera/images/{site}/2024-05-01/RCNX000{i}_c0.jpg".removeprefix(place)
+            rows.append({"file": path, column: "roe deer" if i % 2 else "fox", "burst": i})
+    (tmp_path / place / "annotations.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    message = refused(tmp_path)
+    assert f"data.csv={place}annotations.jsonl" in message
+    options = message.partition("add ")[2].partition("; ")[0]
+    data = load.read(Path("quick"), shlex.split(options)).data
+    assert load_dataset(str(tmp_path), config=data).classes == ("fox", "roe deer")
+    if len(sites) > 1:
+        assert load_dataset(str(tmp_path), config=DataConfig(layout="classes")).classes == sites
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_columns_that_are_no_labels_do_not_make_a_table_one(tmp_path, agrees):
+    names = [f"set/{folder}/{i}.jpg" for folder in ("cat", "dog") for i in range(6)]
+    make(tmp_path, *names)
+    columns = "path,fold,sharp,view" + ",camera,breed_name" * agrees
+    rows = [
+        f"{n},{'train' if i % 3 else 'valid'},{'yes' if i % 2 else 'no'},{i}.5"
+        + f",{'Leica' if i % 2 else 'Canon'},{n[4:7]}" * agrees
+        for i, n in enumerate(names)
+    ]
+    (tmp_path / "notes.csv").write_text("\n".join([columns, *rows]))
+    assert read(tmp_path).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "says"),
+    [
+        (".bn/{4}.jpg", "1 hidden file or folder (.bn)"),
+        ("bn/manifest.json", "1 output of Fledge (bn)"),
+        ("@eaDir/bn/{4}.jpg", "1 file or folder of a system or tool (@eaDir)"),
+    ],
+)
+@pytest.mark.parametrize("other", ["hi/{4}.jpg", "notes.doc"])
+def test_what_was_passed_over_is_told_where_a_set_is_refused(tmp_path, hidden, says, other):
+    make(tmp_path, "bn/{4}.jpg" if "manifest" in hidden else other, other, hidden)
+    if "manifest" in hidden:
+        keys = dict.fromkeys(("labels", "precisions", "preprocess", "graph"))
+        (tmp_path / "bn/manifest.json").write_text(json.dumps(keys))
+    assert f"; passed over: {says}" in refused(tmp_path)

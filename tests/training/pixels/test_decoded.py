@@ -134,6 +134,21 @@ def test_identical_photos_share_a_row_and_names_do_not_matter(photos, cache, lin
 
 
 @pytest.mark.parametrize("cache_gb", [None, 0])
+def test_exact_copies_of_training_photos_are_told_in_training(few, cache, lines, cache_gb):
+    found = load_dataset(str(few))
+    decode_dataset(found, SMALL, PRESIZE, lines.append, cache_gb)
+    assert not any("exact cop" in line for line in lines)
+    original, copy = found.train[0].path, found.valid[0].path
+    copy.write_bytes(original.read_bytes())
+    decode_dataset(found, SMALL, PRESIZE, lines.append, cache_gb)
+    assert [line for line in lines if "exact cop" in line] == [
+        f"warning: 1 of 3 validation photos is an exact copy of a training photo, such as "
+        f"'{copy.relative_to(few)}' of '{original.relative_to(few)}': accuracy will look better "
+        "than it is; fledge preview lists them"
+    ]
+
+
+@pytest.mark.parametrize("cache_gb", [None, 0])
 def test_a_photo_changed_in_place_is_detected_with_equal_size_and_mtime(tmp_path, lines, cache_gb):
     root = tmp_path / "bmp"
     for label in ("a", "b"):

@@ -49,7 +49,12 @@ def test_the_hint_names_a_pair_and_the_remedy(tmp_path, part, name):
     assert hint.startswith(
         f"1 of 2 {name} photos is nearly the same as a training photo, such as x/2.png and 2.png ("
     )
-    assert hint.endswith("keep them in one part with --split")
+    split = "--split FILE, a table path,fold in which they have the same fold"
+    drawn = f"keep them in one part with {split}"
+    given = f"the parts are given by the data set: change them there, or give {split}"
+    assert hint.endswith(drawn if part == "valid" else given)
+    (hint,) = near_copies.hints([*training, *own], tmp_path, "the folders")
+    assert hint.endswith(f"the parts are given by the folders: change them there, or give {split}")
     assert list(near_copies.hints(training, tmp_path)) == []
 
 
@@ -58,7 +63,10 @@ def test_the_hint_names_a_pair_and_the_remedy(tmp_path, part, name):
     [
         ("a/video {v}/{n}.png", "data.group=folder"),
         ("a/RC{v}_c{n}.png", r"'data.group=(.*?[^0-9])[0-9]+\.'"),
-        ("a/{n}{v}.png", "--split"),
+        (
+            "a/{n}{v}.png",
+            "--split FILE, a table path,fold in which they have the same fold",
+        ),
     ],
 )
 def test_the_remedy_keeps_copies_together(tmp_path, name, remedy):

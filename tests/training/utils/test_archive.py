@@ -328,3 +328,20 @@ def test_train_evaluate_and_resume_take_an_archive_and_extract_it_again(folder, 
     Path("set.zip").rename("moved/set.zip")
     assert fledge.main(["evaluate", "run", "--data", "moved/set.zip"]) == 0
     assert "8 photos extracted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["zip", "tar"])
+def test_names_that_can_be_no_file_beside_the_others_are_counted_and_told(folder, form, capsys):
+    files = [*PHOTOS.items(), ("a/1:2.jpg", photo(90)), ("1:2.jpg", photo(91))]
+    files += [("b", photo(92)), ("a/0.jpg/x.jpg", photo(93)), (f"a/{'n' * 300}.jpg", photo(94))]
+    files += [("C:/a/x.jpg", photo(95))]
+    write_zip("set.zip", files) if form == "zip" else write_tar("set.tar", files, KINDS[".tar"])
+    root = archive.extracted(f"set.{form}")
+    told = capsys.readouterr().err
+    assert (root / "a/1:2.jpg").is_file()
+    assert (root / "1:2.jpg").is_file()
+    assert sorted(path.name for path in (root / "b").iterdir()) == [f"{i}.jpg" for i in range(4)]
+    assert f"{len(PHOTOS) + 2} photos extracted" in told
+    assert "1 with a name that leads out of the folder" in told
+    assert "3 unreadable (b: a folder has the same name" in told
+    assert "a/0.jpg/x.jpg: one of its folders is a file, too" in told

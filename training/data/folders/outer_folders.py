@@ -47,10 +47,9 @@ def check_sets(root: Path, base: PhotoFolder) -> None:
             names = ", ".join(quoted(f"{one.name}/") for one in base.children[:3])
             more = f" and {len(base.children) - 3} more" if len(base.children) > 3 else ""
             raise DataError(
-                f"{where} has {names}{more}: these look like sets of their own, as "
-                f"{kid.name}/{other.table} gives its photos labels of their own ({other.given}); "
-                f"give one: --data {quote_path(start)}, or, if they are classes, "
-                "add data.layout=classes"
+                f"{where} has {names}{more}: these look like sets of their own, as {kid.name}/"
+                f"{other.config.csv} gives its photos labels of their own ({other.given}); give "
+                f"one: --data {quote_path(start)}, or, if they are classes, add data.layout=classes"
             )
 
 

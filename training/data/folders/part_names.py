@@ -30,6 +30,9 @@ _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
 
 _PARTS: Final = {word: part for part, words in _NAMES.items() for word in words}
 
+_UNCLEAR: Final = frozenset(["te", "ts", "pred"])
+"""Words for the test part that are names of classes as well: a language's code, an abbreviation."""
+
 # fmt: off
 _FILLERS: Final = frozenset([
     "set", "data", "dataset", "images", "image", "imgs", "img", "photos", "photo", "pictures",
@@ -62,6 +65,20 @@ def part_of(name: str) -> str:
     return _PARTS.get(_key(name), "")
 
 
+def is_clear_part(name: str) -> bool:
+    """Check whether a folder's name is that of a part and hardly one of a class: not `te`."""
+    return _key(name) in _PARTS.keys() - _UNCLEAR
+
+
+def meant_part(name: str) -> str:
+    """Return the name of a part that a folder's name is with a slip of the pen, or "".
+
+    It is the word that is nearest: `validation` for `validaton`, `train` for `trian`.
+    """
+    key = _key(name)
+    return "" if key in _PARTS or not resembles_part(name) else _nearest(key)
+
+
 def resembles_part(name: str) -> str:
     """Return the part whose name a folder's name is, or is with a slip of the pen; or "".
 
@@ -69,15 +86,20 @@ def resembles_part(name: str) -> str:
     another one (`validaton`). Short names are not compared further: `rain` and `brain` are classes.
     """
     key = _key(name)
-    if key in _PARTS or len(key) < 4:
-        return _PARTS.get(key, "")
-    for word, part in _PARTS.items():
+    return _PARTS.get(key if key in _PARTS else _nearest(key), "")
+
+
+def _nearest(key: str) -> str:
+    """Return the word that a key is with a slip of the pen; "" if there is none."""
+    if len(key) < 4:
+        return ""
+    for word in _PARTS:
         if key[0] == word[0] and sorted(key) == sorted(word):
-            return part
+            return word
     if len(key) < _SHORTEST:
         return ""
     near = difflib.get_close_matches(key, _PARTS, n=1, cutoff=_CLOSE)
-    return _PARTS[near[0]] if near and near[0][0] == key[0] else ""
+    return near[0] if near and near[0][0] == key[0] else ""
 
 
 def mentions_part(name: str) -> str:

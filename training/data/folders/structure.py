@@ -10,7 +10,7 @@ read in two ways, and one that is no layout of classes, is refused with what set
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -18,6 +18,7 @@ from serving.errors import DataError
 from serving.imaging.formats import SUFFIXES
 from serving.terminal import quote_path
 from training.data.folders.label_hints import labels_hint, other_files_hint
+from training.data.folders.levels import inside, levels
 from training.data.folders.other_tasks import check_task
 from training.data.folders.outer_folders import (
     check_outer,
@@ -26,7 +27,8 @@ from training.data.folders.outer_folders import (
     read_inner,
 )
 from training.data.folders.part_names import (
-    is_container,
+    is_clear_part,
+    meant_part,
     mentions_part,
     part_of,
     resembles_part,
@@ -36,8 +38,6 @@ from training.data.folders.structure_result import PARTS, Structure
 from training.data.folders.synset_names import names_of_synsets
 from training.utils.console import pluralize, quoted
 
-_STRAY: Final = 0.1
-"""Largest share of photos beside the only folder with photos below which this is looked into."""
 AS_CLASSES: Final = "data.layout=classes"
 """Option that takes every folder for a class."""
 
@@ -61,7 +61,7 @@ def find_structure(
         DataError: The layout is unknown, or can be read in two ways.
     """
     base = tree
-    for base in _levels(tree):
+    for base in levels(tree):
         if layout != "classes":
             check_task(root, base)
     if layout == "classes":
@@ -72,7 +72,7 @@ def find_structure(
         parts = [
             (part, kid, inner)
             for kid in base.children
-            if (part := part_of(kid.name)) and (inner := _inside(kid)).children
+            if (part := part_of(kid.name)) and (inner := inside(kid)).children
         ]
         if parts:
             found = _read_parts(root, base, parts, has_split=has_split)
@@ -81,46 +81,12 @@ def find_structure(
                 check_sets(root, base)
             inside_out = _inside_out(root, base)
             found = inside_out or _read_flat(root, base, has_split=has_split)
+    found.base = base.path
     if base.path:
         found.line += f", in {base.path}/"
     if not keep_synsets:
         _use_synset_names(root, base, found)
     return found
-
-
-def _levels(tree: PhotoFolder) -> Iterator[PhotoFolder]:
-    """Yield the data folder and those below it, down to the one where classes or parts begin.
-
-    These are an archive's top folder, `images/` and the like: the only folder with photos.
-    """
-    folder = tree
-    yield folder
-    while len(folder.photos) <= folder.total * _STRAY and len(folder.children) == 1:
-        (only,) = folder.children
-        hidden = any(other.unread() for other in folder.folders.values() if other is not only)
-        if hidden or part_of(only.name) or only.photos:
-            break
-        folder = only
-        yield folder
-
-
-def _inside(folder: PhotoFolder, classes: Iterable[str] = ()) -> PhotoFolder:
-    """Return the folder of a part in which its classes or photos begin.
-
-    That is the folder itself, or one in it: `train/images/`, `seg_train/seg_train/`.
-
-    Args:
-        folder: Folder of the part.
-        classes: Names of classes, which are no such folders.
-    """
-    part, known = part_of(folder.name), set(classes)
-    while not folder.photos and len(folder.children) == 1:
-        (only,) = folder.children
-        again = is_container(only.name) or part_of(only.name) == part
-        if only.name in known or not (again or (only.children and not only.photos)):
-            break
-        folder = only
-    return folder
 
 
 def _read_parts(
@@ -147,10 +113,12 @@ def _read_parts(
     have = ", ".join(f"{folders[part].name}/" for part in PARTS if part in folders)
     others = [kid for kid in base.children if not part_of(kid.name)]
     if others and not has_split:
-        name = quoted(f"{others[0].name}/")
+        slip = next((kid for kid in others if resembles_part(kid.name) not in {"", *folders}), None)
+        other = slip or others[0]
+        remedy = _renaming(where, other.name) if slip else "move it elsewhere"
         raise DataError(
-            f"{where} has {have} and beside them {name}; move it elsewhere, or, if all of them are "
-            f"classes, add {AS_CLASSES}"
+            f"{where} has {have} and beside them {quoted(f'{other.name}/')}; {remedy}, or, if all "
+            f"of them are classes, add {AS_CLASSES}"
         )
     if not has_split:
         _check_parts(root, base, folders, have)
@@ -163,7 +131,7 @@ def _read_parts(
         check_outer(root / start.path, start.children)
     found.add_classes(others)
     for part in (one for one in PARTS if one in folders):
-        inner = _inside(folders[part], classes)
+        inner = inside(folders[part], classes)
         found.roles[folders[part].path] = f"{part} part"
         (only, *more) = inner.children
         if part == "test" and not more and only.name not in classes and classes:
@@ -182,6 +150,13 @@ def _read_parts(
     if "valid" not in folders and not has_split:
         found.draw_validation()
     return found
+
+
+def _renaming(where: Path, name: str) -> str:
+    """Return the question and the command for a folder whose name is a slip of a part's name."""
+    meant = meant_part(name)
+    old, new = quote_path(where / name), quote_path(where / meant)
+    return f"did you mean {meant}/? rename it: mv {old} {new}"
 
 
 def _check_parts(root: Path, base: PhotoFolder, folders: dict[str, PhotoFolder], have: str) -> None:
@@ -265,7 +240,7 @@ def _read_flat(root: Path, base: PhotoFolder, *, has_split: bool) -> Structure:
     unlabelled = []
     for kid in parts:
         part = part_of(kid.name)
-        if part == "test":
+        if part == "test" and is_clear_part(kid.name):
             unlabelled.append(kid)
         elif (
             part and not has_split and kid.name.casefold() != "train"

@@ -20,6 +20,7 @@ class Structure:
         unlabelled: Paths of the photos of a test part without class folders.
         empty: Paths of class folders without photos.
         roles: Path of a folder -> what it was read as.
+        base: Path of the folder in which the classes or parts begin.
         line: One line about the layout.
         warning: What may be wrong with it, or "".
     """
@@ -28,6 +29,7 @@ class Structure:
     unlabelled: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
+    base: str = ""
     line: str = ""
     warning: str = ""
 
