@@ -114,7 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unknown += [word for word in getattr(options, "overrides", ()) if "=" not in word]
         if unknown:
             verb = options.verb_name
-            hint = cli_hints.for_option(unknown[0], verb, cli_hints.options_of(verbs[verb]), words)
+            hint = cli_hints.for_spaces(words)
+            hint = hint or cli_hints.for_option(
+                unknown[0], verb, cli_hints.options_of(verbs[verb]), words
+            )
             if not hint and hasattr(options, "suggest"):
                 hint = options.suggest(unknown[0], options, words)
             raise OptionError(f"{unknown[0]!r} is no option of fledge {verb}{hint}")
@@ -122,7 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FledgeError as error:
         if options.debug:
             traceback.print_exc()
-        print(f"fledge: {error}", file=sys.stderr)
+        hint = cli_hints.for_spaces(words) if error.exit_status == 2 else ""
+        print(f"fledge: {error}{'' if hint in str(error) else hint}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("fledge: interrupted", file=sys.stderr)

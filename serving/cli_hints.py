@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
@@ -55,6 +56,8 @@ _ARGUMENTS: Final[dict[str, str]] = {
 _OF_A_BUNDLE: Final = ("serve", "inspect", "verify")
 """Commands with the bundle as an argument, without an option."""
 
+
+_MOST_SPACES: Final = 8  # words of a path that are joined
 _LONGEST: Final = 200  # characters of a command that is written out
 
 
@@ -118,6 +121,27 @@ def without_bundle(verb: str, words: Sequence[str]) -> str:
     if not bundle or any(not word.startswith("-") for word in before[:1]):
         return ""
     return f"; did you mean `{' '.join(['fledge', verb, *map(quote, [bundle, *before, *after])])}`?"
+
+
+def for_spaces(words: Sequence[str]) -> str:
+    """Return "; did you mean '/a/my photos', in quotes?" for a path that lost its quotes, or "".
+
+    That is where words that follow each other, joined by spaces, are the path of something.
+
+    Args:
+        words: The command line.
+    """
+    for start, first in enumerate(words):
+        path = first.partition("=")[2] if first.startswith("--") else first
+        if not path or path.startswith("-"):
+            continue
+        for word in words[start + 1 : start + _MOST_SPACES]:
+            if word.startswith("-"):
+                break
+            path += f" {word}"
+            if os.path.exists(os.path.expanduser(path)):
+                return f"; did you mean {quote(path)}, in quotes?"
+    return ""
 
 
 def value_of(word: str, words: Sequence[str]) -> str:

@@ -264,3 +264,40 @@ def test_files_of_weights_are_found_as_training_finds_them(here, monkeypatch):
         assert list(plan.mistakes(recipe)) == [], weights
     recipe = load.read(path_kind.Path("quick"), ["weights=x.pth::a"])
     assert "no such file" in next(plan.mistakes(recipe))[1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "preview PATH",
+        "preview --data PATH data.valid=0.3",
+        "train quick --data PATH",
+        "train --data PATH quick",
+        "train quick --data=PATH",
+        "score PATH --bundle bundle --out x.csv",
+    ],
+)
+def test_a_path_with_spaces_that_lost_its_quotes_is_told_in_quotes(here, capsys, command):
+    path = str(here / "my photos")
+    text = said(capsys, *command.replace("PATH", path).split(" "))
+    assert f"; did you mean '{path}', in quotes?" in text
+
+
+def test_words_that_are_no_path_together_are_no_path_with_spaces(here, capsys):
+    assert "quotes" not in said(capsys, "preview", str(here / "my"), "pictures")
+    assert "quotes" not in said(capsys, "preview", str(here / "my"), "--out", "photos")
+
+
+def test_preview_takes_the_data_after_its_option_as_errors_tell_it(here, capsys):
+    for words in (["--data", "/no-where"], ["data.valid=0.3", "--data", "/no-where"]):
+        assert "/no-where" in said(capsys, "preview", *words)
+        assert "no such folder or archive" in said(capsys, "preview", *words)
+    both = said(capsys, "preview", "photos", "--data", "my photos")
+    assert "photos and --data 'my photos' both name the data; keep one of them" in both
+    assert "name the data: fledge preview DATA" in said(capsys, "preview", "data.valid=0.3")
+    assert "is no option of fledge preview" in said(capsys, "preview", "-x")
+
+
+def test_a_table_of_options_is_told_apart_from_the_command(here, capsys):
+    text = said(capsys, "preview", "photos", "--optimizer", "adam")
+    assert "is no option of fledge preview; it is a table of options; did you mean" in text

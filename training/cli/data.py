@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serving.terminal import quote_path, show
+from serving.terminal import quote, quote_path, show
 from training.cli.options import add_overrides, check_network
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def preview(options: argparse.Namespace) -> None:
 
     if options.photo is not None and not options.augment:
         raise OptionError(f"--photo {options.photo} has no effect without --augment; add it")
+    _settle_data(options)
     data = Path(options.data)
     if not data.exists() and shipped.find(data).is_file():
         raise OptionError(
@@ -69,6 +70,22 @@ def preview(options: argparse.Namespace) -> None:
         return
     for line in preview(options.data, recipe, options.out, split=options.split):
         show(line)
+
+
+def _settle_data(options: argparse.Namespace) -> None:
+    """Set `options.data` to the data set, which stands first or after `--data`."""
+    from serving.errors import OptionError
+
+    first, named = options.data, options.data_option
+    if first is not None and "=" in first and (named is not None or not Path(first).exists()):
+        options.overrides, first = [first, *options.overrides], None  # parsed as DATA
+    if named is not None and first is not None:
+        raise OptionError(
+            f"{quote(first)} and --data {quote(named)} both name the data; keep one of them"
+        )
+    if named is None and first is None:
+        raise OptionError("name the data: fledge preview DATA, or --data DATA")
+    options.data = first if named is None else named
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -92,8 +109,9 @@ def add_to(add_verb: AddVerb) -> None:
     add.usage = "fledge layers [ARCH] [--recipe FILE [key=value …]]"
 
     add = add_verb(preview, "fledge preview photos data.valid=0.1")
-    add.add_argument("data", metavar="DATA", help="as --data of fledge train")
+    add.add_argument("data", nargs="?", metavar="DATA", help="as --data of fledge train")
     add_overrides(add)
+    add.add_argument("--data", dest="data_option", metavar="DATA", help="another way to give DATA")
     add.add_argument("--split", type=Path, metavar="CSV", help="a table path,fold for every photo")
     add.add_argument(
         "--out",

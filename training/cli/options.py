@@ -48,7 +48,7 @@ def suggest(word: str, options: argparse.Namespace, words: Sequence[str]) -> str
         key = word[2:].partition("=")[0].replace("-", "_")
         found = next((one for one in files if shipped.find(FilePath(one)).is_file()), "quick")
         return load.suggest(FilePath(found), key, value)
-    if verb == "preview" and shipped.find(FilePath(options.data)).is_file():
+    if verb == "preview" and options.data and shipped.find(FilePath(options.data)).is_file():
         quoted = f"{quote(word)} --recipe {quote_path(options.data)}"
         return f"; did you mean `fledge preview {quoted}`?"
     if word.startswith("-") or not hasattr(options, "weights"):

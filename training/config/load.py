@@ -191,7 +191,8 @@ def suggest(path: Path, key: str, text: str) -> str:
         )
         if unknown:
             return suggestions.for_unknown(option, value)
-        return suggestions.for_table(option, value) or f"; did you mean '{key}=VALUE'?"
+        table = suggestions.for_table(option, value)
+        return f"; {table}" if table else f"; did you mean '{key}=VALUE'?"
     return f"; did you mean {overrides.write(key, option, value)}?"
 
 

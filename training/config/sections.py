@@ -44,7 +44,8 @@ class DataConfig(Section):
         suffix: Text that is appended to the id to get the file name.
         images: Folder of the photos inside the data folder, for `pattern` and `csv`.
         layout: "auto" recognises folders of parts and refuses what can be read in two ways;
-            "classes" takes every folder for a class.
+            "classes" takes every folder for a class; "inner" takes the folders of the innermost
+            level that all have about the same names, such as `daisy` in `2023/daisy`.
         synsets: Labels of ImageNet's folders, such as n01440764: "names" takes the names from a
             list beside the folders, such as `words.txt`, if there is one; "keep" keeps the numbers.
         valid: Share of each class that is held out for validation, in (0, 1).
@@ -66,7 +67,7 @@ class DataConfig(Section):
     ] = ("id", "label")
     images: str = ""
     suffix: str = ""
-    layout: Literal["auto", "classes"] = "auto"
+    layout: Literal["auto", "classes", "inner"] = "auto"
     synsets: Literal["names", "keep"] = "names"
     valid: float = Field(0.2, gt=0, lt=1)
     folds: int = Field(0, ge=0, le=1000)

@@ -31,6 +31,14 @@ from training.utils.console import quoted
 SUFFIXES: Final = (*TABLES, ".txt")
 """Suffixes of files that `--data` takes for tables of labels."""
 
+MAX_TABLES: Final = 20
+"""Largest number of tables of a folder that are compared with its photos."""
+MAX_BYTES: Final = 2**26
+"""Largest size of such a table."""
+
+_MAX_ROWS: Final = 2000
+"""Rows of a table by which its labels are compared with those of the photos."""
+
 _IN_UTF8: Final = "save the table as 'CSV UTF-8'"
 
 
@@ -87,6 +95,7 @@ def read_label_table(
     *,
     anywhere: bool = False,
     most: int | None = None,
+    checked: bool = True,
 ) -> list[TableEntry]:
     """Read a table of labels, and find its photos.
 
@@ -97,6 +106,8 @@ def read_label_table(
         parts: Function that returns the split (train, valid or test) that a word means, or "".
         anywhere: Whether photos may lie outside of `root`.
         most: Number of rows that are read; None: all.
+        checked: Whether wrong rows are an error; if False, they are left out if they name no photo
+            or no label.
 
     Raises:
         DataError: The table can't be read, its columns can't be told, or rows are wrong; the
@@ -169,17 +180,56 @@ def read_label_table(
             wrong.add(f"{where}: {quoted(name)} is in {table.where(lines[path])}, too")
         lines.setdefault(path, row.number)
         entries.append(TableEntry(path, label, part))
+    if not checked:
+        return [entry for entry in entries if entry.label]
     wrong.check(_remedy(missing, len(rows), images if config.images else root))
     if not entries:
         raise DataError(f"{table.path} has no row under its first line")
     return entries
 
 
-def check_tables(root: Path, photos: Mapping[Path, str]) -> None:
-    """Check that no table in the data folder gives photos other labels than their folders do.
+class OtherLabels(NamedTuple):
+    """A table that gives photos other labels: its name, these labels, their number, the known."""
+
+    table: str
+    given: str
+    labels: int
+    known: str
+
+
+def find_other_labels(root: Path, photos: Mapping[Path, str]) -> OtherLabels | None:
+    """Find a table in the data folder that gives the photos other labels than they have.
 
     Only tables with a column of labels of a usual name are looked at, and only those that name most
     of the photos; of a long table, the first rows.
+
+    Args:
+        root: Data folder.
+        photos: Label of each photo, by its folder or its name.
+    """
+    names = sorted(name for name in os.listdir(root) if name.lower().endswith(SUFFIXES))
+    for name in names[:MAX_TABLES]:
+        try:
+            if os.path.getsize(root / name) > MAX_BYTES:
+                continue
+            if not usual_columns(open_table(root / name).columns, LABELS):
+                continue
+            entries = read_label_table(
+                root, DataConfig(csv=name), lambda _: iter(photos), lambda _: "",
+                most=_MAX_ROWS, checked=False,
+            )  # fmt: skip
+        except (OSError, FledgeError):
+            continue
+        labels = {entry.path: entry.label for entry in entries if entry.path in photos}
+        others = Counter(label for path, label in labels.items() if not _same(label, photos[path]))
+        if len(labels) > min(len(photos), _MAX_ROWS) / 2 and others.total() > len(labels) / 4:
+            given = _some([label for label, _ in others.most_common()])
+            return OtherLabels(name, given, len(others), _some(sorted(set(photos.values()))))
+    return None
+
+
+def check_tables(root: Path, photos: Mapping[Path, str]) -> None:
+    """Check that no table in the data folder gives photos other labels than their folders do.
 
     Args:
         root: Data folder.
@@ -188,29 +238,13 @@ def check_tables(root: Path, photos: Mapping[Path, str]) -> None:
     Raises:
         DataError: A table does; the message names the options that settle it.
     """
-    names = sorted(name for name in os.listdir(root) if name.lower().endswith(SUFFIXES))
-    for name in names[:_MAX_TABLES]:
-        try:
-            if os.path.getsize(root / name) > _MAX_BYTES:
-                continue
-            if not usual_columns(open_table(root / name).columns, LABELS):
-                continue
-            entries = read_label_table(
-                root, DataConfig(csv=name), lambda _: iter(photos), lambda _: "", most=_MAX_ROWS
-            )
-        except (OSError, FledgeError):
-            continue
-        labels = {entry.path: entry.label for entry in entries if entry.path in photos}
-        others = Counter(label for path, label in labels.items() if not _same(label, photos[path]))
-        if len(labels) > min(len(photos), _MAX_ROWS) / 2 and others.total() > len(labels) / 4:
-            given = _some([label for label, _ in others.most_common()])
-            folders = _some(sorted(set(photos.values())))
-            option = quote(f"data.csv={name}")
-            raise DataError(
-                f"{root}: {name} gives the photos other labels ({given}) than their folders do "
-                f"({folders}): add {option}; or, if the folders are the classes, "
-                "add data.layout=classes"
-            )
+    if other := find_other_labels(root, photos):
+        option = quote(f"data.csv={other.table}")
+        raise DataError(
+            f"{root}: {other.table} gives the photos other labels ({other.given}) than their "
+            f"folders do ({other.known}): add {option}; or, if the folders are the classes, "
+            "add data.layout=classes"
+        )
 
 
 def _same(one: str, other: str) -> bool:
@@ -220,12 +254,6 @@ def _same(one: str, other: str) -> bool:
 def _some(labels: Sequence[str]) -> str:
     shown = ", ".join(map(quoted, labels[:3]))
     return f"{shown} and {len(labels) - 3} more" if len(labels) > 3 else shown
-
-
-_MAX_TABLES: Final = 10
-_MAX_ROWS: Final = 2000
-"""Rows of a table by which its labels are compared with those of the folders."""
-_MAX_BYTES: Final = 2**26
 
 
 def _remedy(missing: int, rows: int, images: Path) -> str:

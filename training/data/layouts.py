@@ -16,11 +16,18 @@ from typing import NamedTuple
 
 from serving.errors import DataError
 from serving.inputs.passed_over import PassedOver
+from serving.terminal import quote
 from training.config.sections import DataConfig
 from training.data.folders.part_names import part_of
 from training.data.folders.photo_tree import PhotoFolder, count_unused, read_tree, tree_lines
-from training.data.folders.structure import PARTS, Structure, find_structure
-from training.data.label_table import check_tables, images_folder, read_label_table
+from training.data.folders.structure import find_structure
+from training.data.folders.structure_result import PARTS, Structure
+from training.data.label_table import (
+    check_tables,
+    find_other_labels,
+    images_folder,
+    read_label_table,
+)
 from training.utils.console import quoted
 
 
@@ -102,6 +109,7 @@ class Layout:
             self.photos = _from_table(root, config)
         elif config.pattern and not has_split:
             self.photos = _from_names(root, config, self._tree)
+            self._structure.warning = _other_table(root, self.photos)
         elif config.pattern:
             images_folder(root, config)
         else:
@@ -207,6 +215,18 @@ def _from_names(root: Path, config: DataConfig, tree: PhotoFolder) -> list[Photo
         raise DataError(f"{folder} contains no photo for data.pattern = {config.pattern!r}")
     used = PARTS if official else ("test",)
     return [Photo(path, label, top[path] if top[path] in used else "") for path, label in labelled]
+
+
+def _other_table(root: Path, photos: Iterable[Photo]) -> str:
+    """Return a warning about a table that gives the photos other labels than their names; or ""."""
+    other = find_other_labels(root, {photo.path: photo.label for photo in photos})
+    if other is None:
+        return ""
+    return (
+        f"{other.table} gives the photos other labels ({other.given}) than data.pattern does "
+        f"({other.known}); to use the table, give {quote(f'data.csv={other.table}')} instead of "
+        "data.pattern"
+    )
 
 
 def _label(pattern: str, name: str) -> str:

@@ -382,7 +382,7 @@ def test_int8_by_name_is_kept_on_few_photos_and_says_that_they_can_not_tell(
         return compare_with_fp32(fp32, fp32, labels, **options)
 
     monkeypatch.setattr(select, "compare_with_fp32", equal)
-    monkeypatch.setattr(select, "evidence", lambda *_: None)
+    monkeypatch.setattr(select, "evidence", lambda *_, **__: None)
     lines = []
     manifest = export(shared_run, tmp_path / "bundle", precision="int8", log=lines.append)
     entry = manifest.tried["int8"]

@@ -189,13 +189,16 @@ def test_several_sets_side_by_side_are_refused_and_the_told_one_is_read(tmp_path
     assert load_dataset(path).classes == ("a", "b")
 
 
-def test_equal_folders_in_each_class_are_told(tmp_path):
-    root = make(tmp_path, *(f"{s}/{c}/{{3}}.jpg" for s in ("raw", "resized") for c in "ab"))
-    found = read(root)
-    assert found.classes == ("raw", "resized")  # as before: they may be classes
-    warning = list(found.reading.lines())[-1]
-    assert warning.startswith("warning: each class folder has the same folders in it (a/, b/);")
-    assert load_dataset(shlex.split(warning.partition("--data ")[2])[0]).classes == ("a", "b")
+def test_equal_folders_in_each_folder_are_refused_and_each_told_remedy_works(tmp_path):
+    root = make(tmp_path, *(f"{s}/{c}/{{3}}.jpg" for s in ("raw", "re sized") for c in "ab"))
+    message = refused(root)
+    assert "has 'raw/', 're sized/' with the same folders in each ('a/', 'b/')" in message
+    assert "add data.layout=inner" in message
+    assert "add data.layout=classes" in message
+    assert read(root, layout="inner").classes == ("a", "b")
+    assert read(root, layout="classes").classes == ("raw", "re sized")
+    one = shlex.split(message.partition("--data ")[2].partition(";")[0])[0]
+    assert load_dataset(one).classes == ("a", "b")
 
 
 def test_captions_beside_photos_are_no_boxes(tmp_path):

@@ -9,19 +9,21 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence, Set
+from itertools import accumulate, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Final
 
 from serving.errors import FledgeError
 from serving.inputs import archives
-from serving.tables.columns import text_of
+from serving.tables.columns import LABELS, likely_labels, text_of, usual_columns
 from serving.tables.reader import open_table
-from serving.terminal import quote, quote_path
+from serving.terminal import escape, quote, quote_path
+from training.config.sections import DataConfig
 from training.data.folders.part_names import is_container, part_of
 from training.data.folders.photo_tree import PhotoFolder
-from training.data.label_table import SUFFIXES
+from training.data.label_table import MAX_BYTES, MAX_TABLES, SUFFIXES, read_label_table
 
 PATTERN: Final = r"^(.*?[^\W\d_].*?)[ ._(-]*[0-9]+\)?\."
 """Finds the label in names such as `cat.0.jpg`, `great_pyrenees_12.jpg` and `cat (1).jpg`.
@@ -35,13 +37,9 @@ _CAMERA: Final = frozenset([
 # fmt: on
 """Beginnings of names that cameras and tools give, which are no labels."""
 
-_LABELS: Final = ("label", "class", "category", "target", "species", "breed", "name", "labels")
-"""Usual names of the column of labels."""
-
 _ROWS: Final = 100
 _NAMED: Final = 0.8
 """Share of the rows whose photo must be there."""
-_MAX_TABLES: Final = 20
 
 
 def labels_hint(root: Path, base: PhotoFolder) -> str:
@@ -52,8 +50,11 @@ def labels_hint(root: Path, base: PhotoFolder) -> str:
         base: The folder in it in which the photos, or the folders of parts, begin.
     """
     folders = list(_flat_folders(base))
-    hints = [*_tables(root, base, folders), *_patterns(base, folders)]
-    return hints[0] if hints else ""
+    tables = [hint for _, hint in sorted(_tables(root, base, folders), key=itemgetter(0))]
+    patterns = list(_patterns(base, folders))
+    if tables and patterns:
+        return f"{tables[0]}; or {patterns[0]}"
+    return next(iter([*tables, *patterns]), "")
 
 
 def _flat_folders(base: PhotoFolder) -> Iterator[PhotoFolder]:
@@ -71,49 +72,86 @@ def _flat_folders(base: PhotoFolder) -> Iterator[PhotoFolder]:
         yield base
 
 
-def _tables(root: Path, base: PhotoFolder, folders: Sequence[PhotoFolder]) -> Iterator[str]:
-    """Yield the options for each table that names the photos."""
-    try:
-        names = sorted(os.listdir(root / base.path))
-    except OSError:
-        return
-    tables = [name for name in names if name.lower().endswith(SUFFIXES)]
-    for name in tables[:_MAX_TABLES]:
-        rows = _head(root / base.path / name)
-        for folder in folders:
-            options = _columns(rows, set(folder.photos))
-            if options:
-                table = f"{base.path}/{name}" if base.path else name
-                words = [f"data.csv={table}", *options]
-                if folder.path != ("train" if os.path.isdir(root / "train") else ""):
-                    words.append(f"data.images={folder.path or '.'}")
-                yield f"{name} has a row for each photo: add {' '.join(map(quote, words))}"
+def _tables(
+    root: Path, base: PhotoFolder, folders: Sequence[PhotoFolder]
+) -> Iterator[tuple[int, str]]:
+    """Yield the options, and their number, for each table that names most photos and has labels."""
+    photos = [root / path for path in base.below()]
+    tests = [kid for kid in base.children if part_of(kid.name) == "test"]
+    most = len(photos) - sum(kid.total for kid in tests)
+    for name in _names_of_tables(root, base, folders):
+        for config in _configs(root, name, photos, folders):
+            try:
+                entries = read_label_table(
+                    root, config, lambda _: iter(photos), lambda _: "", checked=False
+                )
+            except (OSError, FledgeError):
+                continue
+            named = len({entry.path for entry in entries})
+            labels = Counter(entry.label for entry in entries)
+            if named <= most / 2 or not 1 < len(labels) <= max(2, named / 2):
+                continue
+            changed = config.model_dump(exclude_defaults=True, mode="json")
+            words = [f"data.csv={changed.pop('csv')}"]
+            words += [
+                f"data.{key}={value if isinstance(value, str) else _json(value)}"
+                for key, value in changed.items()
+            ]
+            rows = "a row for each photo" if named >= most else f"rows for {named} of {most} photos"
+            options = " ".join(map(quote, words))
+            yield len(words), f"{name} has {rows} (labels {_shown(labels)}): add {options}"
+            break
 
 
-def _columns(rows: Sequence[dict[str, str]], photos: set[str]) -> list[str]:
-    """Return the options for the columns and the suffix of a table; [] if it names other photos."""
+def _names_of_tables(
+    root: Path, base: PhotoFolder, folders: Sequence[PhotoFolder]
+) -> Iterator[str]:
+    """Yield the paths of the tables beside the photos and above them, relative to `root`."""
+    above = ["", *accumulate(base.path.split("/"), lambda a, b: f"{a}/{b}")] if base.path else [""]
+    for folder in dict.fromkeys([*reversed(above), *(one.path for one in folders)]):
+        try:
+            names = sorted(os.listdir(root / folder))
+        except OSError:
+            continue
+        tables = [name for name in names if name.lower().endswith(SUFFIXES)]
+        for name in tables[:MAX_TABLES]:
+            path = f"{folder}/{name}" if folder else name
+            if os.path.isfile(root / path) and os.path.getsize(root / path) <= MAX_BYTES:
+                yield path
+
+
+def _configs(
+    root: Path, table: str, photos: Sequence[Path], folders: Sequence[PhotoFolder]
+) -> Iterator[DataConfig]:
+    """Yield options that may read a table, the fewest first."""
+    names = {photo.name.casefold() for photo in photos}
+    columns = _columns(root / table, names | {os.path.splitext(name)[0] for name in names})
+    for images in ("", *(folder.path or "." for folder in folders)):
+        yield DataConfig(csv=table, images=images)
+        if columns:
+            yield DataConfig(csv=table, images=images, columns=columns)
+
+
+def _columns(path: Path, photos: Set[str]) -> tuple[str, str] | None:
+    """Return the names of the columns that look like those of the photos and the labels."""
+    rows = _head(path)
     if not rows:
-        return []
+        return None
     columns = list(rows[0])
-    suffixes = Counter(os.path.splitext(name)[1] for name in photos)
     for column in columns:
-        for suffix in ("", *(suffix for suffix, _ in suffixes.most_common(3))):
-            named = sum(f"{row[column]}{suffix}" in photos for row in rows)
-            label = _label_column(columns, column)
-            if named >= _NAMED * len(rows) and label:
-                options = [f"data.suffix={suffix}"] if suffix else []
-                if (column, label) != ("id", "label"):
-                    options.append(f"data.columns={json.dumps([column, label])}")
-                return options
-    return []
+        names = [re.split(r"[/\\]", row[column].strip())[-1].casefold() for row in rows]
+        if sum(name in photos for name in names) < _NAMED * len(rows):
+            continue
+        others = [at for at, name in enumerate(columns) if name != column]
+        usual = [at for at in usual_columns(columns, LABELS) if at in others]
+        if others:
+            label = usual[0] if usual else likely_labels(open_table(path), others)
+            return column, columns[label]
+    return None
 
 
-def _label_column(columns: Sequence[str], photo: str) -> str:
-    others = [column for column in columns if column != photo]
-    if len(others) == 1:
-        return others[0]
-    known = {column.casefold(): column for column in others}
-    return next((known[name] for name in _LABELS if name in known), "")
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _head(path: Path) -> list[dict[str, str]]:
@@ -143,11 +181,14 @@ def _patterns(base: PhotoFolder, folders: Sequence[PhotoFolder]) -> Iterator[str
             continue
         words = [f"data.pattern={PATTERN}"]
         words += [f"data.images={base.path}"] if base.path else []
-        some = ", ".join(f"{label} {number}" for label, number in labels.most_common(3))
-        more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
         where = f"in {folder.path}/ " if folder.path else ""
         quoted = " ".join(map(quote, words))
-        yield f"the file names {where}begin with labels ({some}{more}): add {quoted}"
+        yield f"the file names {where}begin with labels ({_shown(labels)}): add {quoted}"
+
+
+def _shown(labels: Counter[str]) -> str:
+    some = ", ".join(f"{escape(label)} {number}" for label, number in labels.most_common(3))
+    return f"{some} and {len(labels) - 3} more" if len(labels) > 3 else some
 
 
 def other_files_hint(where: Path, base: PhotoFolder) -> str:

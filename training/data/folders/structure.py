@@ -11,7 +11,6 @@ read in two ways, and one that is no layout of classes, is refused with what set
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -20,6 +19,12 @@ from serving.imaging.formats import SUFFIXES
 from serving.terminal import quote_path
 from training.data.folders.label_hints import labels_hint, other_files_hint
 from training.data.folders.other_tasks import check_task
+from training.data.folders.outer_folders import (
+    check_outer,
+    check_sets,
+    names_warning,
+    read_inner,
+)
 from training.data.folders.part_names import (
     is_container,
     mentions_part,
@@ -27,57 +32,14 @@ from training.data.folders.part_names import (
     resembles_part,
 )
 from training.data.folders.photo_tree import CLASS, PhotoFolder
+from training.data.folders.structure_result import PARTS, Structure
 from training.data.folders.synset_names import names_of_synsets
 from training.utils.console import pluralize, quoted
 
-PARTS: Final = ("train", "valid", "test")
 _STRAY: Final = 0.1
 """Largest share of photos beside the only folder with photos below which this is looked into."""
 AS_CLASSES: Final = "data.layout=classes"
 """Option that takes every folder for a class."""
-
-
-@dataclass
-class Structure:
-    """How the folders of a data set were read.
-
-    Attributes:
-        photos: Path relative to the data folder, label and part ("" if none) of each photo.
-        unlabelled: Paths of the photos of a test part without class folders.
-        empty: Paths of class folders without photos.
-        roles: Path of a folder -> what it was read as.
-        line: One line about the layout.
-        warning: What may be wrong with it, or "".
-    """
-
-    photos: list[tuple[str, str, str]] = field(default_factory=list)
-    unlabelled: list[str] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)
-    roles: dict[str, str] = field(default_factory=dict)
-    line: str = ""
-    warning: str = ""
-
-    def add_classes(self, folders: Iterable[PhotoFolder], part: str = "") -> None:
-        """Add class folders, whose names are the labels."""
-        for folder in folders:
-            self.roles[folder.path] = CLASS
-            self.photos += [(path, folder.name, part) for path in folder.below()]
-
-    def add_unlabelled(self, folder: PhotoFolder) -> None:
-        """Add a folder of photos without labels."""
-        self.roles[folder.path] = "unlabelled"
-        self.unlabelled += folder.below()
-
-    def draw_validation(self) -> None:
-        """Let the validation photos be drawn from those of the part train."""
-        self.photos = [
-            (path, label, "" if part == "train" else part) for path, label, part in self.photos
-        ]
-        self.line += "; validation photos are drawn from those of train (data.valid)"
-
-    def counts(self, part: str) -> int:
-        """Return the number of photos of a part."""
-        return sum(1 for _, _, own in self.photos if own == part)
 
 
 def find_structure(
@@ -89,7 +51,8 @@ def find_structure(
     Args:
         root: The data folder.
         tree: Its content.
-        layout: "auto", or "classes" to take every folder for a class.
+        layout: "auto", "classes" to take every folder for a class, or "inner" to take those of
+            the innermost level that all have about the same names.
         keep_synsets: Whether the numbers of ImageNet's synsets are labels, even if a list of their
             names is there.
         has_split: Whether a `--split` file determines the parts.
@@ -103,6 +66,8 @@ def find_structure(
             check_task(root, base)
     if layout == "classes":
         found = _read_classes(root, base, base.children)
+    elif layout == "inner":
+        found = read_inner(root, base, has_split=has_split)
     else:
         parts = [
             (part, kid, inner)
@@ -112,6 +77,8 @@ def find_structure(
         if parts:
             found = _read_parts(root, base, parts, has_split=has_split)
         else:
+            if not has_split:
+                check_sets(root, base)
             inside_out = _inside_out(root, base)
             found = inside_out or _read_flat(root, base, has_split=has_split)
     if base.path:
@@ -191,7 +158,9 @@ def _read_parts(
     starts = {part: inner for part, _, inner in parts}
     classes = [folder.name for folder in starts["train"].children] if "train" in starts else []
     if not has_split:
-        _check_class_folders(root, starts.get("train", base), found)
+        start = starts.get("train", base)
+        _check_class_folders(root, start, found)
+        check_outer(root / start.path, start.children)
     found.add_classes(others)
     for part in (one for one in PARTS if one in folders):
         inner = _inside(folders[part], classes)
@@ -270,6 +239,7 @@ def _inside_out(root: Path, base: PhotoFolder) -> Structure | None:
         found.roles[kid.path] = f"{CLASS} with parts"
     _check_class_folders(root, base, found)
     found.line = f"a folder per class with parts in each ({names})"
+    found.warning = names_warning(root, base, kids)
     if "valid" not in present:
         found.draw_validation()
     return found
@@ -306,6 +276,8 @@ def _read_flat(root: Path, base: PhotoFolder, *, has_split: bool) -> Structure:
                 f"is a class, add {AS_CLASSES}"
             )
     classes = [kid for kid in kids if kid not in unlabelled]
+    if not has_split:
+        check_outer(where, classes)
     found = _read_classes(root, base, classes, check=not has_split)
     for kid in unlabelled:
         found.add_unlabelled(kid)
@@ -350,14 +322,6 @@ def _read_classes(
             raise DataError(f"{where} has one folder with photos, {folders[0].name}/; {hint}")
     found.add_classes(folders)
     found.line = f"a folder per class, {len(folders)} class{'es' * (len(folders) != 1)}"
-    inner = {tuple(kid.name for kid in folder.children) for folder in folders}
-    if len(folders) > 1 and len(inner) == 1 and not any(folder.photos for folder in folders):
-        names = ", ".join(f"{name}/" for name in [*inner.pop()][:3])
-        first = quote_path(where / folders[0].name)
-        found.warning = (
-            f"each class folder has the same folders in it ({names}); if those are the classes, "
-            f"use --data {first}"
-        )
     return found
 
 
