@@ -114,7 +114,7 @@ _SUFFIXES: Final[dict[str, Kind]] = {
     **dict.fromkeys(TABLES, "table"),
     **dict.fromkeys((".html", ".htm"), "report"),
 }  # fmt: skip
-_HEAD: Final = 64
+_HEAD: Final = 4096  # bytes
 _MOST: Final = 1000
 """Largest number of entries of a folder that are looked at."""
 
