@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from serving.errors import DataError
 from serving.inputs.passed_over import PassedOver
@@ -45,6 +45,10 @@ class Photo(NamedTuple):
     part: str = ""
 
 
+_SHOWN: Final = 3
+"""Photos outside of the classes that are named."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How a data folder was read, to be told before anything is trained.
@@ -55,6 +59,7 @@ class Reading:
         empty: Paths of class folders without photos, relative to the data folder.
         passed_over: Counts of files and folders that are no photos of the data set.
         warning: What may be wrong with the layout, or "".
+        outside: Paths of the photos that belong to no class, relative to the data folder.
     """
 
     line: str = ""
@@ -62,6 +67,7 @@ class Reading:
     empty: tuple[str, ...] = ()
     passed_over: PassedOver = field(default_factory=PassedOver)
     warning: str = ""
+    outside: tuple[str, ...] = ()
 
     def lines(self) -> Iterator[str]:
         """Yield the line about the layout, and the line about what was passed over."""
@@ -69,6 +75,10 @@ class Reading:
             yield f"photos: {self.line}"
         if self.passed_over:
             yield self.passed_over.line()
+        if self.outside:
+            names = ", ".join(map(quoted, self.outside[:_SHOWN]))
+            more = len(self.outside) - _SHOWN
+            yield f"outside of the classes: {names}{f' and {more} more' if more > 0 else ''}"
         if self.warning:
             yield f"warning: {self.warning}"
 
@@ -165,7 +175,7 @@ class Layout:
         names = {str(path).removeprefix(start) for path in (*used, *self.unlabelled)}
         why = f"not in {split.name}" if split else f"not in {self._config.csv}"
         why = why if split or self._config.csv else ""
-        count_unused(self._tree, names, self._passed_over, why)
+        outside = count_unused(self._tree, names, self._passed_over, why)
         line = self._structure.line
         if self._config.csv:
             line = f"labels from {self._config.csv}"
@@ -177,6 +187,7 @@ class Layout:
             tuple(self._structure.empty),
             self._passed_over,
             self._structure.warning,
+            tuple(outside),
         )
 
     def _drawing(self) -> Iterator[str]:

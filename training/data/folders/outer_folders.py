@@ -89,6 +89,7 @@ def _have_common_names(folders: Sequence[PhotoFolder]) -> bool:
     return (
         len(folders) > 1
         and len(every) > 1
+        and not all(folder.photos for folder in folders)
         and all(len(one) >= _COMMON * len(every) for one in names)
         and strays <= _STRAY * sum(folder.total for folder in folders)
     )
