@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 from serving.errors import DataError
 from serving.tables.columns import find_labels, find_paths, has_image_suffix, text_of
-from serving.tables.reader import Table, open_table, too_few
+from serving.tables.reader import Table, limited_rows, open_table, too_few
 from serving.terminal import quote
 from serving.utils.label_names import LabelMatcher, is_utf8, normalize_label, show_label
 from serving.utils.mistakes import Mistakes
@@ -149,6 +149,7 @@ class LabelFile:
         self._file = path
         self._places: dict[str, int] = {}
         self._labels: list[str] = []
+        self._unlabelled = ""
         self._lines: list[int] = []
         where = f"--labels {path}"
         try:
@@ -164,8 +165,9 @@ class LabelFile:
         labels = find_labels(
             table, column, paths, where, lambda name: f"--labels-column {quote(name)}"
         )
+        self._column = table.columns[labels]
         wrong = Mistakes(where)
-        for row in table.rows([paths, labels]):
+        for row in limited_rows(table, [paths, labels]):
             place = table.where(row.number)
             name, label = (text_of(value) for value in row.values)
             if row.wrong or row.fields < len(table.columns):
@@ -215,7 +217,7 @@ class LabelFile:
     def label_of(self, path: str) -> str | None:
         place = self._places.get(_key(path))
         if place is not None:
-            return self._labels[place] or None
+            return self._label(place, path)
         if not any(end in self._ends() for end in _ends(path)):
             return None
         place, end = self._match_end(path)
@@ -226,6 +228,10 @@ class LabelFile:
             self._by_path_end += 1
         else:
             self._named += 1
+        return self._label(place, path)
+
+    def _label(self, place: int, path: str) -> str | None:
+        self._unlabelled = self._unlabelled or ("" if self._labels[place] else path)
         return self._labels[place] or None
 
     def match_counts(self) -> dict[str, int]:
@@ -236,6 +242,11 @@ class LabelFile:
         }
 
     def no_match_message(self, example: str) -> str:
+        if self._unlabelled:
+            return (
+                f"--labels {self._file}: the row of {self._unlabelled!r} has no label in the "
+                f"column {self._column!r}; write one"
+            )
         return (
             f"--labels {self._file} has {next(iter(self._places))!r}, the table {example!r}: no "
             "path is in both, and no file name is in both once; write the paths as in the table"

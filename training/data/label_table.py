@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -19,7 +20,7 @@ from serving.tables.columns import (
     text_of,
     usual_columns,
 )
-from serving.tables.reader import EmptyTable, Table, open_table
+from serving.tables.reader import TABLES, EmptyTable, Table, limited_rows, open_table
 from serving.terminal import quote, quote_path
 from serving.utils.label_names import is_utf8, normalize_label, show_label, similarity_key
 from serving.utils.mistakes import Mistakes
@@ -27,7 +28,7 @@ from training.config.sections import DataConfig
 from training.data import photo_names
 from training.utils.console import quoted
 
-SUFFIXES: Final = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".parquet")
+SUFFIXES: Final = (*TABLES, ".txt")
 """Suffixes of files that `--data` takes for tables of labels."""
 
 MAX_TABLES: Final = 20
@@ -93,6 +94,7 @@ def read_label_table(
     *,
     anywhere: bool = False,
     checked: bool = True,
+    most: int | None = None,
 ) -> list[TableEntry]:
     """Read a table of labels, and find its photos.
 
@@ -104,6 +106,7 @@ def read_label_table(
         anywhere: Whether photos may lie outside of `root`.
         checked: Whether wrong rows are an error; if False, they are left out if they name no photo
             or no label.
+        most: Number of rows that are read; None: all.
 
     Raises:
         DataError: The table can't be read, its columns can't be told, or rows are wrong; the
@@ -136,7 +139,7 @@ def read_label_table(
         table, asked[1], at, table.path, lambda name: _option(table.columns[at], name)
     )
     part_at = next((i for i in usual_columns(table.columns, PARTS) if i not in (at, label_at)), at)
-    rows = list(table.rows([at, label_at, part_at]))
+    rows = list(islice(limited_rows(table, [at, label_at, part_at]), most))
     names = [text_of(row.values[0]).strip() for row in rows]
     written = [f"{name}{config.suffix}" if name else "" for name in names]
     found = photo_names.locate(
@@ -198,7 +201,7 @@ def find_other_labels(root: Path, photos: Mapping[Path, str]) -> OtherLabels | N
     """Find a table in the data folder that gives the photos other labels than they have.
 
     Only tables with a column of labels of a usual name are looked at, and only those that name most
-    of the photos.
+    of the photos; of a long table, the first rows.
 
     Args:
         root: Data folder.
@@ -212,13 +215,18 @@ def find_other_labels(root: Path, photos: Mapping[Path, str]) -> OtherLabels | N
             if not usual_columns(open_table(root / name).columns, LABELS):
                 continue
             entries = read_label_table(
-                root, DataConfig(csv=name), lambda _: iter(photos), lambda _: "", checked=False
+                root,
+                DataConfig(csv=name),
+                lambda _: iter(photos),
+                lambda _: "",
+                checked=False,
+                most=_MAX_ROWS,
             )
         except (OSError, FledgeError):
             continue
         labels = {entry.path: entry.label for entry in entries if entry.path in photos}
         others = Counter(label for path, label in labels.items() if not _same(label, photos[path]))
-        if len(labels) > len(photos) / 2 and others.total() > len(labels) / 4:
+        if len(labels) > min(len(photos), _MAX_ROWS) / 2 and others.total() > len(labels) / 4:
             given = _some([label for label, _ in others.most_common()])
             return OtherLabels(name, given, len(others), _some(sorted(set(photos.values()))))
     return None
@@ -250,6 +258,10 @@ def _same(one: str, other: str) -> bool:
 def _some(labels: Sequence[str]) -> str:
     shown = ", ".join(map(quoted, labels[:3]))
     return f"{shown} and {len(labels) - 3} more" if len(labels) > 3 else shown
+
+
+_MAX_ROWS: Final = 2000
+"""Rows of a table by which its labels are compared with those of the folders."""
 
 
 def _remedy(missing: int, rows: int, images: Path) -> str:

@@ -249,3 +249,23 @@ def test_a_table_of_labels_without_rows_is_told_before_its_columns(tmp_path: Pat
     (tmp_path / "l.csv").write_text("id,beagle,boxer\n")
     with pytest.raises(DataError, match="no labels in it; write lines of path,label"):
         run(path, labels=tmp_path / "l.csv")
+
+
+def test_rows_without_a_label_are_told_as_such(tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("path,species\n1.png,\n")
+    path = scores(tmp_path / "s.jsonl", {"1.png": "cat"})
+    with pytest.raises(
+        DataError, match=r"the row of '1\.png' has no label in the column 'species'"
+    ):
+        run(path, labels=table, labels_column="species")
+
+
+def test_a_table_of_labels_has_a_largest_number_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.tables.reader.MAX_ROWS", 1)
+    table = tmp_path / "labels.csv"
+    table.write_text("path,label\n1.png,cat\n2.png,cat\n")
+    with pytest.raises(DataError, match=r"labels\.csv: more than 1 rows"):
+        run(scores(tmp_path / "s.jsonl", {"1.png": "cat"}), labels=table)

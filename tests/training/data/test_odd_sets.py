@@ -163,3 +163,12 @@ def test_a_submission_is_told_to_be_no_table_of_labels(tmp_path):
     table.write_text("id,beagle,boxer\n" + "".join(f"{i},0.0083,0.5\n" for i in range(3)))
     with pytest.raises(DataError, match="numbers such as probabilities: give the table of labels"):
         load_dataset(str(table))
+
+
+def test_numbered_folders_in_each_class_are_no_classes_and_told(tmp_path):
+    make(tmp_path, *(f"{name}/video_0{i}/{{3}}.jpg" for name in ("ash", "oak") for i in range(4)))
+    found = read(tmp_path)
+    assert found.classes == ("ash", "oak")
+    assert "each class folder has the same folders in it ('video_00/'" in found.reading.warning
+    assert "add data.layout=inner" in found.reading.warning
+    assert len(read(tmp_path, layout="inner").classes) == 4
