@@ -45,9 +45,10 @@ class TrueLabels(Protocol):
         ...
 
     def match_counts(self) -> dict[str, int]:
-        """Return two numbers of images, under the keys of the JSON output.
+        """Return three numbers of images, under the keys of the JSON output.
 
         - by_file_name: images whose true label was found by the file name alone.
+        - by_path_end: images whose true label was found by the end of the path, folders included.
         - ambiguous_file_name: images without a true label, because the file name matches
           several paths.
         """
@@ -113,7 +114,7 @@ class FolderLabels:
         return folders[self._level if self._level < len(folders) else -1]
 
     def match_counts(self) -> dict[str, int]:
-        return {"by_file_name": 0, "ambiguous_file_name": 0}
+        return {"by_file_name": 0, "by_path_end": 0, "ambiguous_file_name": 0}
 
     def no_match_message(self, example: str) -> str:
         return f"--labels-from-folders: {example!r} lies in no folder; use --labels FILE"
@@ -158,6 +159,8 @@ class LabelFile:
                 f"{where}: can't be read: {error.strerror or error}; give a table with the columns "
                 f"{path_column or 'path'} and {column or 'label'}"
             ) from error
+        if next(table.rows([0]), None) is None:
+            raise DataError(f"{where}: no labels in it; write lines of path,label")
         paths = find_paths(table, path_column, where, lambda name: f"--path-column {quote(name)}")
         labels = find_labels(
             table, column, paths, where, lambda name: f"--labels-column {quote(name)}"
@@ -171,7 +174,9 @@ class LabelFile:
                 wrong.add(f"{place}: {row.wrong or too_few(row, table)}")
             elif not is_utf8(label):
                 wrong.add(
-                    f"{place}: label {show_label(label)} is not UTF-8; save the table as UTF-8"
+                    f"{place}: label {show_label(label)} is not UTF-8; save the table as 'CSV "
+                    "UTF-8'",
+                    "labels that are not UTF-8",
                 )
             else:
                 wrong.add(self._add(name, normalize_label(label), row.number, table))
@@ -181,7 +186,7 @@ class LabelFile:
         self._in_table = bytearray(len(self._labels))
         self._by_end: dict[str, int | None] = {}
         self._end_users: dict[int, str | None] = {}
-        self._named = self._ambiguous = 0
+        self._named = self._by_path_end = self._ambiguous = 0
 
     def _add(self, path: str, label: str, number: int, table: Table) -> str:
         """Add a row; returns what is wrong with it, or ""."""
@@ -205,7 +210,7 @@ class LabelFile:
         if place is not None:
             self._in_table[place] = True
             return
-        place = self._match_end(path)
+        place, _ = self._match_end(path)
         if place is not None and self._end_users.setdefault(place, path) != path:
             self._end_users[place] = None
 
@@ -215,11 +220,14 @@ class LabelFile:
             return self._label(place, path)
         if not any(end in self._ends() for end in _ends(path)):
             return None
-        place = self._match_end(path)
+        place, end = self._match_end(path)
         if place is None or self._in_table[place] or self._end_users.get(place) != path:
             self._ambiguous += 1
             return None
-        self._named += 1
+        if "/" in end:
+            self._by_path_end += 1
+        else:
+            self._named += 1
         return self._label(place, path)
 
     def _label(self, place: int, path: str) -> str | None:
@@ -227,7 +235,11 @@ class LabelFile:
         return self._labels[place] or None
 
     def match_counts(self) -> dict[str, int]:
-        return {"by_file_name": self._named, "ambiguous_file_name": self._ambiguous}
+        return {
+            "by_file_name": self._named,
+            "by_path_end": self._by_path_end,
+            "ambiguous_file_name": self._ambiguous,
+        }
 
     def no_match_message(self, example: str) -> str:
         if self._unlabelled:
@@ -240,13 +252,13 @@ class LabelFile:
             "path is in both, and no file name is in both once; write the paths as in the table"
         )
 
-    def _match_end(self, path: str) -> int | None:
-        """Return the index of the label whose path has the longest common end.
+    def _match_end(self, path: str) -> tuple[int | None, str]:
+        """Return the index of the label whose path has the longest common end, and that end.
 
-        None if several have it, or none.
+        The index is None if several have it, or none.
         """
         ends = self._ends()
-        return next((ends[end] for end in _ends(path) if end in ends), None)
+        return next(((ends[end], end) for end in _ends(path) if end in ends), (None, ""))
 
     def _ends(self) -> dict[str, int | None]:
         """Return a mapping from ends of paths to the index of the label in `_labels`.

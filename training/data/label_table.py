@@ -40,6 +40,8 @@ _GUESSED: Final = 200
 """Rows in which a column of labels without a usual name is looked for."""
 
 _IN_UTF8: Final = "save the table as 'CSV UTF-8'"
+_LABELS_ALIKE: Final = "labels that are not UTF-8"
+_NAMES_ALIKE: Final = "names that are not UTF-8"
 
 
 class TableEntry(NamedTuple):
@@ -125,6 +127,8 @@ def read_label_table(
     if config.columns == DataConfig().columns:
         asked = None, None
         table = table.with_first_row(is_photo)
+    if next(table.rows([0]), None) is None:
+        raise DataError(f"{table.path} has no row under its first line; give the table of labels")
     at = find_paths(
         table,
         asked[0],
@@ -167,12 +171,13 @@ def read_label_table(
         if not label:
             wrong.add(f"{where}: {quoted(name)} has no {table.columns[label_at]}")
         elif not is_utf8(label):
-            wrong.add(f"{where}: label {show_label(label)} is not UTF-8; {_IN_UTF8}")
+            wrong.add(f"{where}: label {show_label(label)} is not UTF-8; {_IN_UTF8}", _LABELS_ALIKE)
         if isinstance(path, str):
             missing += 1
-            wrong.add(
-                f"{where}: {path}{'' if is_utf8(name) else f', which is not UTF-8; {_IN_UTF8}'}"
-            )
+            if is_utf8(name):
+                wrong.add(f"{where}: {path}")
+            else:
+                wrong.add(f"{where}: {path}, which is not UTF-8; {_IN_UTF8}", _NAMES_ALIKE)
             continue
         if not anywhere and not path.is_relative_to(root):
             wrong.add(f"{where}: {quoted(name)} lies outside of the data folder {root}")
@@ -183,8 +188,6 @@ def read_label_table(
     if not checked:
         return [entry for entry in entries if entry.label]
     wrong.check(_remedy(missing, len(rows), images if config.images else root))
-    if not entries:
-        raise DataError(f"{table.path} has no row under its first line")
     return entries
 
 
