@@ -193,7 +193,7 @@ class Layout:
             tuple(self._structure.empty),
             self._passed_over,
             self._structure.warning,
-            tuple(outside),
+            outside=tuple(outside),
         )
 
     def _drawing(self) -> Iterator[str]:
