@@ -27,6 +27,10 @@ PYTEST := $(BIN)/$(if $(COVERAGE),coverage run -m )pytest
 OFFLINE := not docker and not gpu and not network
 # The value of a variable as one word of a shell command: paths may have spaces, quotes and dollar signs.
 quote = '$(subst ','\'',$(value $(1)))'
+# `make train data=photos` would train on other photos, as make's variables are in capitals.
+$(foreach pair,data/DATA input/INPUT bundle/BUNDLE run/RUN recipe/RECIPE out/OUT port/PORT args/ARGS image/IMAGE,\
+  $(if $(filter command,$(origin $(firstword $(subst /, ,$(pair))))),\
+    $(error write $(lastword $(subst /, ,$(pair)))= in capitals, not $(firstword $(subst /, ,$(pair)))=)))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo train export serve score test test-process test-slow test-docker coverage check format bench soak siege fuzz fuzz-service pictures \

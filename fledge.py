@@ -27,8 +27,10 @@ class _VerbParser(argparse.ArgumentParser):
     """
 
     _parsing = False
+    _words: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._words = args or self._words
         # Python 3.11 to 3.13 call this method again for the options and for the positionals.
         if self._parsing or all(action.dest != "overrides" for action in self._actions):
             return super().parse_known_args(args, namespace)
@@ -40,10 +42,14 @@ class _VerbParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with a message of one line; argparse prints the usage, too."""
+        from serving.cli_hints import without_bundle
         from serving.terminal import escape
 
         text = message.removeprefix("argument ")
-        self.exit(2, f"{escape(f'fledge: {text}; `{self.prog} --help` describes it')}\n")
+        verb = self.prog.rpartition(" ")[2]
+        hint = without_bundle(verb, [verb, *self._words]) if "required" in text else ""
+        hint = hint or f"; `{self.prog} --help` describes it"
+        self.exit(2, f"{escape(f'fledge: {text}{hint}')}\n")
 
 
 def _parser() -> argparse.ArgumentParser:

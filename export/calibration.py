@@ -33,6 +33,8 @@ IN_DISTRIBUTION_SHARE: Final = 0.95
 
 _LOWEST, _HIGHEST = 0.05, 20.0  # temperature
 _FOLDS: Final = 5
+_MANY: Final = 100
+"""Number of photos below which the calibration error is mostly chance: it has 10 bins."""
 
 
 class HeldOut(NamedTuple):
@@ -125,9 +127,11 @@ def calibrate(
         return manifest
     temperature = fit_temperature(held_out.logits[:, 0], held_out.labels)
     report = calibration_report(held_out, temperature)
+    before, after = report["before"]["ece"], report["after"]["ece"]
+    few = "; on so few photos a rise is mostly chance" if report["photos"] < _MANY else ""
     log(
         f"calibrated on {report['photos']} held-out photos: temperature {temperature:g}, expected "
-        f"calibration error {report['before']['ece']:.1%} -> {report['after']['ece']:.1%}"
+        f"calibration error {before:.1%} -> {after:.1%}{few if after > before else ''}"
     )
     if target is not None:
         report["confident"] = chosen = confidence_threshold(held_out, temperature, target)

@@ -212,7 +212,7 @@ def _score_options(add: argparse.ArgumentParser) -> None:
         "--engine",
         default="local",
         choices=["local", "ray"],
-        help="ray: use the cluster at RAY_ADDRESS, or start one here; needs fledge[ray]",
+        help="ray: use the cluster at RAY_ADDRESS, or start one here; needs ray",
     )
     add.add_argument(
         "--workers",

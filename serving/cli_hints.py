@@ -54,6 +54,10 @@ _ARGUMENTS: Final[dict[str, str]] = {
 """Command -> the option that is meant by one argument too many."""
 
 _MOST_SPACES: Final = 8  # words of a path that are joined
+
+_OF_A_BUNDLE: Final = ("serve", "inspect", "verify")
+"""Commands with the bundle as an argument, without an option."""
+
 _LONGEST: Final = 200  # characters of a command that is written out
 
 
@@ -96,6 +100,8 @@ def for_option(word: str, verb: str, known: Collection[str], words: Sequence[str
         return f"; did you mean `{option} {quote(word)}`?" if option else ""
     name, _, _ = word.partition("=")
     instead = _OPTIONS.get(name, "")
+    if name == "--bundle" and verb in _OF_A_BUNDLE:
+        return without_bundle(verb, words)
     if instead not in known:
         near = difflib.get_close_matches(name.replace("_", "-"), known, n=1, cutoff=0.8)
         instead = near[0] if near else ""
@@ -124,6 +130,18 @@ def for_spaces(words: Sequence[str]) -> str:
             if os.path.exists(os.path.expanduser(path)):
                 return f"; did you mean {quote(path)}, in quotes?"
     return ""
+
+
+def without_bundle(verb: str, words: Sequence[str]) -> str:
+    """Return "; did you mean `fledge serve bundle`?" for `fledge serve --bundle bundle`, or ""."""
+    at = next((at for at, word in enumerate(words) if word.partition("=")[0] == "--bundle"), None)
+    if at is None or verb not in _OF_A_BUNDLE:
+        return ""
+    bundle = value_of(words[at], words)
+    before, after = list(words[1:at]), list(words[at + (1 if "=" in words[at] else 2) :])
+    if not bundle or any(not word.startswith("-") for word in before[:1]):
+        return ""
+    return f"; did you mean `{' '.join(['fledge', verb, *map(quote, [bundle, *before, *after])])}`?"
 
 
 def value_of(word: str, words: Sequence[str]) -> str:

@@ -238,3 +238,66 @@ def test_preview_takes_the_data_after_its_option_as_errors_tell_it(here, capsys)
 def test_a_table_of_options_is_told_apart_from_the_command(here, capsys):
     text = said(capsys, "preview", "photos", "--optimizer", "adam")
     assert "is no option of fledge preview; it is a table of options; did you mean" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("train quick --data labels.txt", "labels.txt"),
+        ("train quick --data labels.ndjson", "labels.ndjson"),
+        ("train quick --data labels.xlsx", "spreadsheet or zip archive; save the sheet as"),
+        ("train quick --data set.txz", "set.txz"),
+        ("preview set.tbz2", "set.tbz2"),
+    ],
+)
+def test_a_file_of_photos_reaches_the_command(words, told, here, capsys):
+    for name in ("labels.txt", "labels.ndjson", "set.txz", "set.tbz2"):
+        (here / name).write_text("broken")
+    (here / "labels.xlsx").write_bytes(b"PK\3\4" + bytes(30) + b"[Content_Types].xml")
+    assert fledge.main(shlex.split(words)) == 2
+    text = capsys.readouterr().err
+    assert told in text
+    assert "not photos" not in text
+
+
+@pytest.mark.parametrize("name", ["sample", "flowers102", "photo*", "photos.zip::1.jpg"])
+def test_a_name_that_is_no_path_is_left_to_the_command(name, here):
+    for folder in ("samples/a", "flowers/a"):
+        (here / folder).mkdir(parents=True)
+        (here / folder / "1.jpg").touch()
+    assert path_kind.not_wanted(path_kind.Path(name), "photos", "--data") == ""
+
+
+def test_a_word_beside_a_full_command_is_no_misspelled_option(here, capsys):
+    text = said(capsys, "train", "quick", "--data", "photos", "foo")
+    assert text.endswith("fledge train; an option of the recipe is written as key=value\n")
+    for word, meant in (("lr", "stage.head.lr"), ("bs", "batch_size"), ("epochs", "epochs")):
+        assert meant in said(capsys, "train", "quick", "--data", "photos", word)
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("serve --bundle 'my bundle'", "serve 'my bundle'"),
+        ("serve --bundle=bundle --port 3000", "serve bundle --port 3000"),
+        ("serve --port 3000 --bundle bundle", "serve bundle --port 3000"),
+        ("inspect --bundle bundle --json", "inspect bundle --json"),
+        ("verify --bundle=bundle", "verify bundle"),
+    ],
+)
+def test_a_bundle_that_is_given_as_an_option_is_an_argument(words, meant, capsys):
+    assert pasted(said(capsys, *shlex.split(words))) == meant
+
+
+def test_files_of_weights_are_found_as_training_finds_them(here, monkeypatch):
+    from training.config import load
+    from training.engine import plan
+
+    monkeypatch.setenv("HOME", str(here))
+    (here / "w.pth").touch()
+    (here / "odd::name.pth").touch()
+    for weights in ("w.pth", "w.pth::model_ema", "~/w.pth", "~/w.pth::a", "odd::name.pth"):
+        recipe = load.read(path_kind.Path("quick"), [f"weights={weights}"])
+        assert list(plan.mistakes(recipe)) == [], weights
+    recipe = load.read(path_kind.Path("quick"), ["weights=x.pth::a"])
+    assert "no such file" in next(plan.mistakes(recipe))[1]

@@ -59,6 +59,13 @@ def test_make_without_a_target_lists_every_target() -> None:
     assert listed == DEFINED
 
 
+def test_variables_of_make_in_lower_case_are_refused() -> None:
+    done = tool("make", "train", "data=photos")
+    assert done.returncode == 2
+    assert "write DATA= in capitals, not data=" in done.stderr
+    assert not done.stdout
+
+
 def test_an_unsupported_python_version_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "Makefile").symlink_to(ROOT / "Makefile")
     for name in ("pyproject.toml", "requirements"):

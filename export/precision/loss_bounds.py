@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from serving.terminal import show
+
 CONFIDENCE: Final = 0.95
 """Confidence of each limit."""
 
@@ -115,4 +117,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    show(table())

@@ -22,7 +22,7 @@ from export.calibration import HeldOut, predict_views
 from export.parity import Sample
 from export.precision import fp16, int8, loss_bounds
 from export.precision.evidence import Answers, can_weight, evidence
-from export.precision.verdict import Verdict, compare_with_fp32, remedy
+from export.precision.verdict import Verdict, compare_with_fp32, decide, remedy
 from export.writers import onnx
 from serving.bundle.manifest import Manifest
 from serving.errors import FledgeError, GateError, OptionError
@@ -129,8 +129,8 @@ class PrecisionRequest:
         return [*self.held_out, *unused][: max(0, MAX_PHOTOS - count)]
 
     def training(self, count: int) -> list[Sample]:
-        """Return training photos to compare besides `count` held-out ones; none if these do."""
-        if not self.trained or 100 * loss_bounds.least_budget(count) <= self.budget:
+        """Return training photos that can be compared besides `count` held-out ones."""
+        if not self.trained or not can_weight(count):
             return []
         return self._unused()[: max(0, MAX_PHOTOS - count)]
 
@@ -199,7 +199,7 @@ def select_precisions(
             tried[name] = {"kept": False, "why_not": f"not tried: {error}"}
             log(f"{name} not tried: {error}")
             continue
-        log(verdict.summary(name))
+        log(verdict.summary(name, has_run=request.trained))
         if not verdict.kept and request.precision == name:
             raise GateError(
                 f"--precision {name} is refused: {verdict.refusal_reason}; no bundle was written"
@@ -247,10 +247,11 @@ def _too_few(name: str, photos: int, request: PrecisionRequest) -> str:
     """Return why no answers to the photos could show that a precision is accurate enough, or ""."""
     photos += len(request.more_held_out(photos))
     photos += sum(len(fold.held_out) for fold in request.folds)
-    photos += len(request.training(photos)) if can_weight(photos) else 0
+    photos += len(request.training(photos))
     if request.precision == name or 100 * loss_bounds.least_budget(photos) <= request.budget:
         return ""
-    return f"too few photos to judge accuracy: {remedy(name, request.budget, photos)}"
+    helps = remedy(name, request.budget, photos, has_run=request.trained)
+    return f"too few photos to judge accuracy: {helps}"
 
 
 def _try(
@@ -305,22 +306,32 @@ def _try(
         pairs.append(both(fold.held_out, [Predictor(manifest, engine) for engine in engines]))
     first, second = (np.concatenate([pair[i].logits[:, 0] for pair in pairs]) for i in (0, 1))
     labels = np.concatenate([pair[0].labels for pair in pairs])
-    training = both(request.training(len(labels)))
-    verdict = compare_with_fp32(
-        first.argmax(axis=1).tolist(),
-        second.argmax(axis=1).tolist(),
-        labels.tolist(),
-        speedup=best[name] / best["fp32"],
-        budget=request.budget,
-        evidence=evidence(
-            Answers.of(first, second, labels),
-            Answers.of(training[0].logits[:, 0], training[1].logits[:, 0], None),
-            folds=sum(len(pair[0].labels) for pair in pairs[2:]),
-        ),
-        insisted=request.precision == name,
-    )
-    logits = np.concatenate([second, training[1].logits[:, 0]])
-    not_finite = int((~np.isfinite(logits).all(axis=1)).sum())
+    answers = Answers.of(first, second, labels)
+    folds = sum(len(pair[0].labels) for pair in pairs[2:])
+
+    def judge(training: Answers | None) -> Verdict:
+        return compare_with_fp32(
+            first.argmax(axis=1).tolist(),
+            second.argmax(axis=1).tolist(),
+            labels.tolist(),
+            speedup=best[name] / best["fp32"],
+            budget=request.budget,
+            evidence=evidence(answers, training, folds),
+            insisted=request.precision == name,
+        )
+
+    logits = [second]
+
+    def training() -> Answers | None:
+        photos = request.training(len(labels))
+        if not photos:
+            return None
+        one, other = (outputs.logits[:, 0] for outputs in both(photos))
+        logits.append(other)
+        return Answers.of(one, other, None)
+
+    verdict = decide(judge, training)
+    not_finite = int((~np.isfinite(np.concatenate(logits)).all(axis=1)).sum())
     return replace(verdict, not_finite=not_finite), facts, rates, accuracy
 
 

@@ -8,17 +8,20 @@ fp32 is served. No single photo can turn one decision into the other: see `loss_
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from export.precision import loss_bounds
-from export.precision.evidence import Evidence
+from export.precision.evidence import Answers, Evidence
 
 DEFAULT_BUDGET: Final = 0.5
 """Percentage points of accuracy that a faster precision may cost."""
+
+_MOST_ADVISED: Final = 5.0
+"""Largest budget that a message tells; a larger one is no budget, but a want of photos."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,15 @@ class Verdict:
             "times_fp32": float(f"{self.speedup:.3g}"),
         }
 
-    def summary(self, name: str) -> str:
-        """Describe the verdict on the precision `name` in one line."""
+    def summary(self, name: str, *, has_run: bool = True) -> str:
+        """Describe the verdict on the precision `name` in one line; see `remedy`."""
         reason, more = self.refusal_reason, ""
         result = "kept" if self.kept else f"refused: {reason}"
         if self.is_unsure:
             weighted = bool(self.evidence and self.evidence.training)
-            hint = remedy(name, self.budget, self.worth, self.at_most, weighted=weighted)
+            hint = remedy(
+                name, self.budget, self.worth, self.at_most, weighted=weighted, has_run=has_run
+            )
             result = f"not kept: {reason}; {hint}"
         elif self.kept and self.doubt:
             result = f"kept, as --precision {name} asks, though {self.doubt}"
@@ -145,6 +150,7 @@ def remedy(
     shown: float | None = None,
     *,
     weighted: bool = False,
+    has_run: bool = True,
 ) -> str:
     """Say what a number of photos can show at best, how many are needed, and what else helps.
 
@@ -154,6 +160,7 @@ def remedy(
         photos: The number of photos.
         shown: The loss that they show; None: the least that they could show.
         weighted: Whether there are more photos, and this is what they are worth.
+        has_run: Whether a run is exported, which other folds may have, and not a checkpoint.
     """
     least = 100 * loss_bounds.least_budget(photos)
     needed = loss_bounds.photos_needed(budget / 100)
@@ -162,10 +169,13 @@ def remedy(
     can = f"{photos:,.0f} photos can show"
     if weighted:
         can = f"all photos together are worth {photos:,.0f}, which can show"
+    add = (
+        "held-out photos with --photos DIR or --folds RUN" if has_run else "photos to --photos DIR"
+    )
+    use = f"use --accuracy-budget {enough:g}, or" if enough <= _MOST_ADVISED else "or use"
     return (
-        f"{can} at best that it falls by no more than {least:.2f} points, "
-        f"and {more} for {budget:g}; add held-out photos with --photos DIR or --folds RUN, use "
-        f"--accuracy-budget {enough:g}, or --precision {name} to keep it nevertheless"
+        f"{can} at best that it falls by no more than {least:.2f} points, and {more} for "
+        f"{budget:g}; add {add}, {use} --precision {name} to keep it nevertheless"
     )
 
 
@@ -209,6 +219,26 @@ def compare_with_fp32(
         evidence=evidence,
         insisted=insisted,
     )
+
+
+def decide(
+    judge: Callable[[Answers | None], Verdict], training: Callable[[], Answers | None]
+) -> Verdict:
+    """Return the verdict by the held-out photos, or with training photos if these show less loss.
+
+    What the held-out photos show is never dropped, so a larger budget keeps all that a smaller one
+    keeps.
+
+    Args:
+        judge: Function of answers to training photos, or of None, that returns the verdict.
+        training: Function that returns answers to training photos, or None if there are none. It is
+            called if the held-out photos leave a doubt.
+    """
+    verdict = judge(None)
+    answers = training() if verdict.doubt else None
+    if answers is None:
+        return verdict
+    return min(judge(answers), verdict, key=lambda one: one.at_most)
 
 
 def _paired_interval(lost: int, won: int, photos: int) -> tuple[float, float]:

@@ -115,7 +115,7 @@ def evaluate(
     if not metrics.confusion:
         reason = true_labels.no_match_message(example)
         raise DataError(f"{scores}: no answer has a true label; {reason}")
-    _check_known(scores, metrics)
+    _check_known(scores, metrics, by_folder=options.labels_from_folders)
     if options.confusion and len(_names(metrics)) > _WIDEST_MATRIX:
         raise OptionError(
             f"--confusion {options.confusion}: {len(_names(metrics))} labels are too many for a "
@@ -223,6 +223,11 @@ def _labels(figures: Mapping[str, Any]) -> list[str]:
         )
     if figures["by_file_name"]:
         lines.append(f"{_rows(figures['by_file_name'])} found by the name of the file alone")
+    if figures["by_path_end"]:
+        lines.append(
+            f"{_rows(figures['by_path_end'])} found by the end of the path: its folders and the "
+            "name of the file"
+        )
     if figures["ambiguous_file_name"]:
         lines.append(
             f"{_rows(figures['ambiguous_file_name'])} without a true label, as several files "
@@ -257,7 +262,7 @@ def _shown(label: str) -> str:
     return label if label.isprintable() else repr(label)
 
 
-def _check_known(scores: Path, metrics: StreamingMetrics) -> None:
+def _check_known(scores: Path, metrics: StreamingMetrics, *, by_folder: bool) -> None:
     """Check that the model has one of the true labels, or that one is among the answers.
 
     Raises:
@@ -279,6 +284,11 @@ def _check_known(scores: Path, metrics: StreamingMetrics) -> None:
         else (f"the labels are {', '.join(have)}{' and more' if len(known) > len(have) else ''}")
     )
     remedy = "" if metrics.order.known else "; if these are classes, add --bundle BUNDLE"
+    if by_folder and not near:
+        remedy += (
+            "; if the folders are no classes, give a table of path and label, such as the "
+            "split.csv of the run, with --labels TABLE instead of --labels-from-folders"
+        )
     raise DataError(
         f"{scores}: no true label is {what}: {_counts(dict(truths.most_common()))}; "
         f"{listed}{remedy}"

@@ -221,7 +221,7 @@ def _json_rows(path: Path) -> Rows:
 
 
 def _parquet_rows(path: Path) -> Rows:
-    require("pyarrow", f"{path}: Parquet", "pip install 'fledge[parquet]'")
+    require("pyarrow", f"{path}: Parquet", "pip install pyarrow")
     pq: Any = importlib.import_module("pyarrow.parquet")
     done = 0
     try:

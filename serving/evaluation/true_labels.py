@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 from serving.errors import DataError
 from serving.tables.columns import find_labels, find_paths, has_image_suffix, text_of
-from serving.tables.reader import Table, open_table, too_few
+from serving.tables.reader import Table, limited_rows, open_table, too_few
 from serving.terminal import quote
 from serving.utils.label_names import LabelMatcher, is_utf8, normalize_label, show_label
 from serving.utils.mistakes import Mistakes
@@ -45,9 +45,10 @@ class TrueLabels(Protocol):
         ...
 
     def match_counts(self) -> dict[str, int]:
-        """Return two numbers of images, under the keys of the JSON output.
+        """Return three numbers of images, under the keys of the JSON output.
 
         - by_file_name: images whose true label was found by the file name alone.
+        - by_path_end: images whose true label was found by the end of the path, folders included.
         - ambiguous_file_name: images without a true label, because the file name matches
           several paths.
         """
@@ -113,7 +114,7 @@ class FolderLabels:
         return folders[self._level if self._level < len(folders) else -1]
 
     def match_counts(self) -> dict[str, int]:
-        return {"by_file_name": 0, "ambiguous_file_name": 0}
+        return {"by_file_name": 0, "by_path_end": 0, "ambiguous_file_name": 0}
 
     def no_match_message(self, example: str) -> str:
         return f"--labels-from-folders: {example!r} lies in no folder; use --labels FILE"
@@ -148,6 +149,7 @@ class LabelFile:
         self._file = path
         self._places: dict[str, int] = {}
         self._labels: list[str] = []
+        self._unlabelled = ""
         self._lines: list[int] = []
         where = f"--labels {path}"
         try:
@@ -157,19 +159,24 @@ class LabelFile:
                 f"{where}: can't be read: {error.strerror or error}; give a table with the columns "
                 f"{path_column or 'path'} and {column or 'label'}"
             ) from error
+        if next(table.rows([0]), None) is None:
+            raise DataError(f"{where}: no labels in it; write lines of path,label")
         paths = find_paths(table, path_column, where, lambda name: f"--path-column {quote(name)}")
         labels = find_labels(
             table, column, paths, where, lambda name: f"--labels-column {quote(name)}"
         )
+        self._column = table.columns[labels]
         wrong = Mistakes(where)
-        for row in table.rows([paths, labels]):
+        for row in limited_rows(table, [paths, labels]):
             place = table.where(row.number)
             name, label = (text_of(value) for value in row.values)
             if row.wrong or row.fields < len(table.columns):
                 wrong.add(f"{place}: {row.wrong or too_few(row, table)}")
             elif not is_utf8(label):
                 wrong.add(
-                    f"{place}: label {show_label(label)} is not UTF-8; save the table as UTF-8"
+                    f"{place}: label {show_label(label)} is not UTF-8; save the table as 'CSV "
+                    "UTF-8'",
+                    "labels that are not UTF-8",
                 )
             else:
                 wrong.add(self._add(name, normalize_label(label), row.number, table))
@@ -179,7 +186,7 @@ class LabelFile:
         self._in_table = bytearray(len(self._labels))
         self._by_end: dict[str, int | None] = {}
         self._end_users: dict[int, str | None] = {}
-        self._named = self._ambiguous = 0
+        self._named = self._by_path_end = self._ambiguous = 0
 
     def _add(self, path: str, label: str, number: int, table: Table) -> str:
         """Add a row; returns what is wrong with it, or ""."""
@@ -203,39 +210,55 @@ class LabelFile:
         if place is not None:
             self._in_table[place] = True
             return
-        place = self._match_end(path)
+        place, _ = self._match_end(path)
         if place is not None and self._end_users.setdefault(place, path) != path:
             self._end_users[place] = None
 
     def label_of(self, path: str) -> str | None:
         place = self._places.get(_key(path))
         if place is not None:
-            return self._labels[place] or None
+            return self._label(place, path)
         if not any(end in self._ends() for end in _ends(path)):
             return None
-        place = self._match_end(path)
+        place, end = self._match_end(path)
         if place is None or self._in_table[place] or self._end_users.get(place) != path:
             self._ambiguous += 1
             return None
-        self._named += 1
+        if "/" in end:
+            self._by_path_end += 1
+        else:
+            self._named += 1
+        return self._label(place, path)
+
+    def _label(self, place: int, path: str) -> str | None:
+        self._unlabelled = self._unlabelled or ("" if self._labels[place] else path)
         return self._labels[place] or None
 
     def match_counts(self) -> dict[str, int]:
-        return {"by_file_name": self._named, "ambiguous_file_name": self._ambiguous}
+        return {
+            "by_file_name": self._named,
+            "by_path_end": self._by_path_end,
+            "ambiguous_file_name": self._ambiguous,
+        }
 
     def no_match_message(self, example: str) -> str:
+        if self._unlabelled:
+            return (
+                f"--labels {self._file}: the row of {self._unlabelled!r} has no label in the "
+                f"column {self._column!r}; write one"
+            )
         return (
             f"--labels {self._file} has {next(iter(self._places))!r}, the table {example!r}: no "
             "path is in both, and no file name is in both once; write the paths as in the table"
         )
 
-    def _match_end(self, path: str) -> int | None:
-        """Return the index of the label whose path has the longest common end.
+    def _match_end(self, path: str) -> tuple[int | None, str]:
+        """Return the index of the label whose path has the longest common end, and that end.
 
-        None if several have it, or none.
+        The index is None if several have it, or none.
         """
         ends = self._ends()
-        return next((ends[end] for end in _ends(path) if end in ends), None)
+        return next(((ends[end], end) for end in _ends(path) if end in ends), (None, ""))
 
     def _ends(self) -> dict[str, int | None]:
         """Return a mapping from ends of paths to the index of the label in `_labels`.

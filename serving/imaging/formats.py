@@ -46,7 +46,7 @@ class OptionalFormat(NamedTuple):
     @property
     def remedy(self) -> str:
         """How to get the package."""
-        return f"pip install 'fledge[{self.extra}]' (container: make image EXTRAS={self.extra})"
+        return f"pip install {self.distribution} (container: make image EXTRAS={self.extra})"
 
 
 OPTIONAL: Final = (

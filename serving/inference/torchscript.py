@@ -46,7 +46,7 @@ class TorchScriptRuntime:
         try:
             import torch
         except ImportError as error:
-            raise OptionError("TorchScript needs torch; install fledge[train]") from error
+            raise OptionError("TorchScript needs torch; pip install torch") from error
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device not in ("cpu", "cuda"):

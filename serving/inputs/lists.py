@@ -19,12 +19,10 @@ from serving.errors import DataError
 from serving.inputs.folders import Note
 from serving.tables.columns import find_paths
 from serving.tables.dialect import check_kind, find_encoding
-from serving.tables.reader import EmptyTable, Table, open_table
+from serving.tables.reader import TABLES, EmptyTable, Table, open_table
 from serving.terminal import quote
 
 LINES: Final = ".txt"
-TABLES: Final = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-"""Suffixes of lists with columns."""
 
 _PIECE: Final = 2**16
 _LONGEST_PATH: Final = 4096

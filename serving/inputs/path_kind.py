@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Final, Literal
 
 from serving.errors import BundleError, OptionError
-from serving.inputs.file_kinds import has_mark, is_image, own_picture_kind
+from serving.inputs import archives
+from serving.inputs.file_kinds import has_mark, is_image, is_image_content, own_picture_kind
+from serving.tables.reader import TABLES
 from serving.terminal import quote_path
+from serving.utils.regular_files import open_regular
 
 Kind = Literal[
     "missing", "bundle", "version", "run", "unfinished", "runs", "photos", "folder",
@@ -45,7 +48,7 @@ _WANTED: Final[dict[Wanted, tuple[str, tuple[Kind, ...]]]] = {
     "run": ("a run", ("run", "unfinished", "weights")),
     "resumable": ("a run", ("run", "unfinished")),
     "bundle": ("a bundle", ("bundle",)),
-    "photos": ("photos", ("photos", "folder", "photo", "archive", "table")),
+    "photos": ("photos", ("photos", "folder", "photo", "archive", "table", "file")),
     "table": ("a table of scores", ("table", "folder", "file")),
     "recipe": ("a recipe", ("recipe", "file")),
 }
@@ -108,11 +111,10 @@ _SUFFIXES: Final[dict[str, Kind]] = {
     ".toml": "recipe",
     **dict.fromkeys((".safetensors", ".pth", ".pt", ".ckpt"), "weights"),
     **dict.fromkeys((".onnx", ".pt2", ".ts"), "graph"),
-    **dict.fromkeys((".csv", ".tsv", ".jsonl", ".parquet"), "table"),
-    **dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".xz", ".bz2", ".zst"), "archive"),
-    **dict.fromkeys((".7z", ".rar"), "archive"),  # refused with a remedy by who reads archives
+    **dict.fromkeys(TABLES, "table"),
     **dict.fromkeys((".html", ".htm"), "report"),
 }  # fmt: skip
+_HEAD: Final = 64
 _MOST: Final = 1000
 """Largest number of entries of a folder that are looked at."""
 
@@ -128,15 +130,18 @@ def kind_of(path: Path) -> Kind:
         return "missing"
     if is_image(path.name):
         return "photo"
+    if path.name.lower().endswith((*archives.SUFFIXES, *archives.OTHER_SUFFIXES)):
+        return "archive"
     kind = _SUFFIXES.get(path.suffix.lower(), "file")
-    inner = _SUFFIXES.get(Path(path.stem).suffix.lower()) if kind == "archive" else None
-    return "table" if inner == "table" else kind  # such as scores.csv.gz
+    inner = Path(path.stem).suffix.lower()  # such as scores.csv.gz
+    return "table" if kind == "file" and inner in TABLES else kind
 
 
 def require(path: Path, wanted: Wanted, option: str = "") -> None:
     """Check that a path is not obviously something else than a command needs.
 
-    A path that does not exist is left to the command, unless one of a similar name exists.
+    A path that does not exist is left to the command, unless one of a similar name exists; that of
+    photos always is.
 
     Args:
         path: The path.
@@ -163,11 +168,15 @@ def not_wanted(path: Path, wanted: Wanted, option: str = "") -> str:
     kind = kind_of(path)
     name, kinds = _WANTED[wanted]
     if kind == "missing":
-        near = _similar(path, wanted)
+        if wanted == "photos":  # may be a pattern, a member of an archive or a set by its name
+            return ""
+        near = similar(path, wanted)
         return f"{option} {path}: there is none; did you mean {near}?".lstrip() if near else ""
+    if wanted == "photos" and path.is_file() and _is_photo(path):
+        return ""  # whatever its name
     if wanted == "run" and kind == "unfinished" and not _has(path, "best.json"):
         return f"{path} was stopped before its first epoch was saved: {_RESUME}".format(
-            path=shown(path)
+            path=quote_path(path)
         )
     if kind in kinds or any(_has(path, mark) for mark in _MARKS.get(wanted, ())):
         return ""
@@ -181,12 +190,9 @@ def not_wanted(path: Path, wanted: Wanted, option: str = "") -> str:
         return sentence
     first = _first_run(path) if kind == "runs" else path
     places = {"path": path, "parent": path.parent, "first": first}
-    return f"{sentence}: {advice.format(**{key: shown(place) for key, place in places.items()})}"
-
-
-def shown(path: Path) -> str:
-    """Return a path as it must be written in a command line."""
-    return quote_path(path)
+    return (
+        f"{sentence}: {advice.format(**{key: quote_path(place) for key, place in places.items()})}"
+    )
 
 
 def is_bundle(folder: Path) -> bool:
@@ -216,20 +222,28 @@ def _folder_kind(folder: Path) -> Kind:
     return "runs" if runs else "folder"
 
 
-def _similar(path: Path, wanted: Wanted) -> str:
-    """Return an existing path of a similar name that is what a command needs, or ""."""
+def similar(path: Path, wanted: Wanted) -> str:
+    """Return an existing path of a similar name that is what a command needs, quoted; or ""."""
     if wanted in ("run", "resumable") and is_run(Path("runs") / path):
-        return shown(Path("runs") / path)
+        return quote_path(Path("runs") / path)
     known = [entry.name for entry in _entries(path.parent)]
     names = difflib.get_close_matches(path.name, known, n=3, cutoff=0.75)
-    kinds = _WANTED[wanted][1]
-    return next((shown(path.with_name(one)) for one in names
+    kinds = [kind for kind in _WANTED[wanted][1] if kind != "file"]
+    return next((quote_path(path.with_name(one)) for one in names
                  if kind_of(path.with_name(one)) in kinds), "")  # fmt: skip
 
 
 def _first_run(folder: Path) -> Path:
     runs = [folder / entry.name for entry in _entries(folder) if is_run(Path(entry.path))]
     return min(runs, key=lambda run: (run.name != "latest", (run / "last").is_dir(), run.name))
+
+
+def _is_photo(path: Path) -> bool:
+    try:
+        with open_regular(path) as file:
+            return is_image_content(file.read(_HEAD))
+    except OSError:
+        return False
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

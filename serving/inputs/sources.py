@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import IO, Final
 
 from serving.errors import BrokenImage, DataError, OptionError, RequestError
@@ -28,6 +29,8 @@ from serving.inputs import archives, file_kinds, folders, lists, open_archives, 
 from serving.inputs.folders import Note
 from serving.inputs.local_files import check_inside, read_file
 from serving.inputs.passed_over import OnPassedOver, PassedOver
+from serving.inputs.path_kind import similar
+from serving.tables.reader import TABLES
 
 STDIN: Final = "-"
 """The input that stands for standard input."""
@@ -83,7 +86,7 @@ def find(
     sources = [source for word in inputs for source in _sources(word, column, stdin, passed_over)]
     words = (expanded for word in inputs for expanded in folders.expand_braces(word))
     if column is not None and not any(map(lists.is_table, words)):
-        kinds = ", ".join(lists.TABLES)
+        kinds = ", ".join(TABLES)
         raise OptionError(f"--column {column}: no input is a list with columns ({kinds})")
     names = _names(sources, _UniqueNotes(note), passed_over)
     return chain([next(names)], names)  # `next` here raises the error before any other work
@@ -186,9 +189,11 @@ def _sources(
     elif archives.split(word):
         yield InputSource(partial(_itself, word), "")
     else:
+        near = similar(Path(word), "photos")
+        hint = f"did you mean {near}? Else give" if near else "give"
         raise DataError(
-            f"{word}: not there; give folders, images, zip and tar archives, lists in "
-            f"{', '.join((lists.LINES, *lists.TABLES))}, or - for paths from standard input"
+            f"{word}: not there; {hint} folders, images, zip and tar archives, lists in "
+            f"{', '.join((lists.LINES, *TABLES))}, or - for paths from standard input"
         )
 
 

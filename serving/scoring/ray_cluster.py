@@ -42,7 +42,7 @@ def check_installed() -> None:
     Raises:
         OptionError: The package ray is not installed.
     """
-    require("ray", "--engine ray", "pip install 'fledge[ray]'")
+    require("ray", "--engine ray", "pip install 'ray[data]'")
 
 
 def connect(device: str, workers: int | None) -> ActorPool:

@@ -24,7 +24,7 @@ HEAD_BYTES: Final = 65_536
 extensions of a chunk, are limited alike."""
 FRAMING_BYTES: Final = 2**16
 """Largest number of bytes around the chunks of a body, in addition to a quarter of the body. Chunks
-of one byte cost a hundred times as much time as large ones: a microsecond each."""
+of one byte cost a hundred times as much time as large ones: half a microsecond each."""
 HEAD_FIELDS: Final = 100
 """Largest number of fields in a head, and of trailers."""
 HEAD_SECONDS: Final = 10.0

@@ -35,7 +35,7 @@ from serving.server.connection_limits import (
     reset_when_closed,
 )
 from serving.server.disconnect import DISCONNECT, Disconnect, is_closed_by_client
-from serving.server.refusals import Refused, head_too_large, invalid, too_many_heads
+from serving.server.refusals import Refused, head_too_large, invalid, small_chunks, too_many_heads
 
 _PIPELINED_COST: Final = 4096  # bytes of memory for a small request that waits
 _FIELD_COST: Final = 130  # and for a field, beyond its length
@@ -66,7 +66,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._head_open = False  # the parser is inside a head
         self._body_open = False  # the parser is behind a head and not at the end of its body
         self._body_bytes = 0  # of the request in progress
-        self._extra_bytes = 0  # around the chunks of its body, trailers included
+        self._chunks = self._extra_bytes = 0  # of its body, and around them, trailers included
         self._extra_run = 0  # of these, since the last byte of the body
         self._head_held = 0  # bytes of the head in progress that are held
         self._requests_held = 0  # bytes of requests that are not answered yet
@@ -204,17 +204,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _check_body(self, size: int, body: int) -> None:
         """Check the request in progress after `size` bytes, of which `body` were of its body."""
         self._extra_bytes += size - body
+        most = FRAMING_BYTES + self._body_bytes // 4
         self._extra_run = 0 if body else self._extra_run + size
         if self.cycle.response_complete:
             self._unread_bytes += size
             if self._unread_bytes > UNREAD_BYTES:
                 self._limits.refused("unread-body")
                 self.drop()
-        elif (
-            self._extra_run > HEAD_BYTES
-            or self._extra_bytes > FRAMING_BYTES + self._body_bytes // 4
-        ):
-            self._refuse(Refused("body-framing", 400, "the chunks of the body are too small"))
+        elif self._extra_run > HEAD_BYTES or self._extra_bytes > most:
+            self._refuse(small_chunks())
         elif self._extra_bytes and len(self.headers) > HEAD_FIELDS:  # trailers
             self._refuse(head_too_large())
 
@@ -253,7 +251,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._limits.busy(self)
         self._head_open, self._body_open = False, True
         self._head_bytes = self._body_bytes = self._period_bytes = 0
-        self._extra_bytes = self._extra_run = 0
+        self._extra_bytes = self._extra_run = self._chunks = 0
         self._body_at = self._period_since = self._limits.now
         self.headers = []  # trailers must not become fields of the request
 
@@ -270,6 +268,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.held += len(body)
             self._hold(0)
         HttpToolsProtocol.on_body(self, body)
+
+    def on_chunk_header(self) -> None:
+        self._chunks += 1  # each with at least 5 bytes around it
+        if 5 * self._chunks > FRAMING_BYTES + self._body_bytes // 4:
+            raise small_chunks()
 
     def on_message_complete(self) -> None:
         if self._head_open:  # with `Upgrade`

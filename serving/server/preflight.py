@@ -82,7 +82,7 @@ def check_gpu(settings: Settings) -> None:
 
 
 def _check_torchscript(settings: Settings, manifest: Manifest) -> None:
-    require("torch", "FLEDGE_RUNTIME = torchscript", "pip install 'fledge[train]'")
+    require("torch", "FLEDGE_RUNTIME = torchscript", "pip install torch")
     if settings.precision not in ("auto", "fp32") or settings.device == "tensorrt":
         raise OptionError("FLEDGE_RUNTIME = torchscript: answers in fp32, on cpu or cuda")
     if manifest.torchscript is None:

@@ -55,6 +55,11 @@ def head_too_large() -> Refused:
     return Refused("head-size", 431, detail)
 
 
+def small_chunks() -> Refused:
+    """Return the refusal of a body with too many bytes around its chunks."""
+    return Refused("body-framing", 400, "the chunks of the body are too small; send larger ones")
+
+
 def too_many_heads() -> Refused:
     """Return the refusal of a head for which the memory of all heads has no room."""
     return Refused("head-memory", 429, "too many requests arrive; try again later")

@@ -204,7 +204,20 @@ def find_labels(
         )
     which = [columns[at] for at in usual] or columns
     several = "several columns of labels" if usual else "no column of labels"
+    if not usual and _are_probabilities(table, others):
+        remedy = f"; they have numbers such as probabilities: give the table of labels{remedy}"
     raise DataError(f"{where}: {several} among {shown(which)}{remedy}")
+
+
+def _are_probabilities(table: Table, columns: Sequence[int]) -> bool:
+    """Check whether the first rows have only numbers, and any of them is no whole number."""
+    values = [
+        text_of(value).strip()
+        for row in islice(table.rows(columns), _SAMPLE)
+        for value in row.values
+    ]
+    digits = [value.replace(".", "", 1).replace("e-", "", 1) for value in values]
+    return any("." in value for value in values) and all(map(str.isdecimal, digits))
 
 
 def likely_labels(table: Table, columns: Sequence[int]) -> int:

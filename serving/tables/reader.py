@@ -18,6 +18,7 @@ import io
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,12 @@ from serving.tables.dialect import HEAD, LONGEST_FIELD, Dialect, check_text, fin
 from serving.utils.files import utf8_path
 from serving.utils.optional_packages import require_parquet
 from serving.utils.regular_files import MAX_LINE, limited_lines, open_regular, read_limited
+
+TABLES: Final = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+"""Suffixes of tables with columns; `.txt` is a table or a list of lines, by where it is given."""
+
+MAX_ROWS: Final = 4_000_000
+"""Largest number of rows of a table that is kept in memory."""
 
 _LARGEST_PIPE: Final = 2**26
 _STREAMS: Final = ("/dev/fd/", "/proc/self/fd/")
@@ -139,6 +146,21 @@ def open_table(path: str | os.PathLike[str], asked: Collection[str] = ()) -> Tab
         raise DataError(f"{name}: can't be read: {_reason(error)}") from error
 
 
+def limited_rows(table: Table, columns: Sequence[int]) -> Iterator[TableRecord]:
+    """Yield the rows of a table that is kept in memory; see `Table.rows`.
+
+    Raises:
+        DataError: The table can't be read to its end, or has more than `MAX_ROWS` rows.
+    """
+    for count, row in enumerate(table.rows(columns)):
+        if count == MAX_ROWS:
+            raise DataError(
+                f"{table.path}: more than {MAX_ROWS:,} rows, the most that are read; keep those of "
+                "the photos that are used"
+            )
+        yield row
+
+
 def read_text(path: str | os.PathLike[str]) -> str:
     """Return the text of a file of at most 16 MiB, in the encoding that its byte-order mark states.
 
@@ -235,14 +257,26 @@ def _explained(error: csv.Error) -> str:
 
 
 def _json(path: str, encoding: str, data: bytes | None) -> Table:
-    def objects() -> Iterator[tuple[int, object]]:
+    twice: list[str] = []  # keys of one line
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(items)
+        if len(value) < len(items):
+            counts = Counter(key for key, _ in items)
+            twice.extend(key for key in value if counts[key] > 1)
+        return value
+
+    def objects() -> Iterator[tuple[int, object, str]]:
+        decode = json.JSONDecoder(object_pairs_hook=pairs).decode
         for number, line in enumerate(_json_lines(path, encoding, data), 1):
             if not line.strip():
                 continue
+            twice.clear()
             try:
-                yield number, json.loads(line)
+                value = decode(line)
+                yield number, value, f"key {twice[0]!r} is there twice" if twice else ""
             except (ValueError, RecursionError):
-                yield number, None
+                yield number, None, ""
 
     first = next(objects(), None)
     if first is None:
@@ -255,10 +289,10 @@ def _json(path: str, encoding: str, data: bytes | None) -> Table:
 
     def rows(columns: Sequence[int]) -> Iterator[TableRecord]:
         names = [keys[at] for at in columns]
-        for number, value in objects():
+        for number, value, wrong in objects():
             if isinstance(value, dict):
                 values = tuple(_possible(value.get(name)) for name in names)
-                yield TableRecord(number, values, len(keys))
+                yield TableRecord(number, values, len(keys), wrong)
             else:
                 yield TableRecord(number, (None,) * len(names), 0, "no JSON object")
 

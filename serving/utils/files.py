@@ -134,15 +134,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _remove_stale(path.parent)
             partial.mkdir()
             opened = _hold(partial, os.O_RDONLY)
-        mark = partial / _TEMPORARY
-        mark.touch()
+        _set_mark(partial, True)
         yield partial
-        mark.unlink()
         sync(partial)
         if path.exists():
-            if exchange(partial, path):
-                if not partial.is_symlink():
-                    mark.touch()  # the older folder is at `partial` now
+            _set_mark(path, True)
+            if exchange(partial, path):  # the older folder is at `partial` now
+                _set_mark(path, False)
                 return
             path.rename(older)
         try:
@@ -150,12 +148,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         except OSError:
             if older.exists():
                 older.rename(path)
+                _set_mark(path, False)
             raise
+        _set_mark(path, False)
         _discard(older, lambda: _remove_folder(older))
     finally:
         if opened is not None:
             os.close(opened)
         _discard(partial, lambda: _remove_folder(partial))
+
+
+def _set_mark(folder: Path, value: bool) -> None:
+    if not folder.is_symlink():
+        mode = stat.S_IMODE(folder.stat().st_mode)
+        folder.chmod(mode | _MARK if value else mode & ~_MARK)
 
 
 def partial_of(name: str) -> str:
@@ -245,15 +251,15 @@ def _remove_unlocked(path: Path) -> None:
         lock(opened, wait=False)
         if stat.S_ISREG(status.st_mode):
             path.unlink()
-        # Without the mark, someone else gave the folder this name.
-        elif stat.S_ISDIR(status.st_mode) and _TEMPORARY in os.listdir(opened):
+        # Without the mark of `atomic_folder`, someone else gave the folder this name.
+        elif stat.S_ISDIR(status.st_mode) and status.st_mode & _MARK:
             shutil.rmtree(path)
     finally:
         os.close(opened)
 
 
-_TEMPORARY: Final = ".fledge-temporary"
-"""File in each folder that may be removed as left over."""
+_MARK: Final = stat.S_ISVTX
+"""Mode bit of each folder that may be removed as left over. Nobody but its owner can set it."""
 _SAFELY: Final = os.O_NOFOLLOW | os.O_CLOEXEC
 
 

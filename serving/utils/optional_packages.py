@@ -15,7 +15,7 @@ def require(
     Args:
         package: Import name of the package.
         purpose: What needs the package, such as "Parquet" or "--engine ray"; starts the message.
-        remedy: What the user can do, such as "pip install 'fledge[parquet]'; or use .csv"; ends the
+        remedy: What the user can do, such as "pip install pyarrow; or use .csv"; ends the
             message.
         error: Class of the error to raise.
 
@@ -32,4 +32,4 @@ def require_parquet() -> None:
     Raises:
         OptionError: pyarrow is not installed.
     """
-    require("pyarrow", "Parquet", "pip install 'fledge[parquet]'; or use .csv")
+    require("pyarrow", "Parquet", "pip install pyarrow; or use .csv")

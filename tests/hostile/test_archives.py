@@ -23,7 +23,7 @@ import pytest
 
 from serving.errors import BrokenImage, TooLarge
 from serving.inputs import sources
-from serving.inputs.compression import MAX_HEADER, PeekableStream, open_tar
+from serving.inputs.compression import PeekableStream, open_tar
 from tests.support import zip_files
 
 ROOT = Path(__file__).parents[2]
@@ -256,7 +256,7 @@ def test_a_sparse_map_out_of_order_is_broken(tmp_path: Path, pairs: bytes) -> No
 
 def test_a_name_up_to_the_limit_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
-    for data in (long_name(MAX_HEADER - 600), pax((b"path", b"9" * 10**6 + b".jpg")) + member()):
+    for data in (long_name(4000), pax((b"path", b"9" * 4000 + b".jpg")) + member()):
         path.write_bytes(data + bytes(1024))
         (name,) = sources.find([str(path)])
         reader = sources.Reader()

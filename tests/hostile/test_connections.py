@@ -419,6 +419,10 @@ def test_bentoml_serve_has_the_same_limits(folder: Path, tmp_path: Path):
             with connect(server) as client:
                 assert send_all(client, first, piece, 30_000_000) < 8_000_000
         with connect(server) as client:
+            client.sendall(b"GET /readyz HTTP/1.1\r\nSec-WebSocket-Extensions: \xff\r\n")
+            client.sendall(UPGRADE + b"websocket\r\n\r\n")
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        with connect(server) as client:
             client.sendall(b"GET /readyz HTTP/1.1\r\nHost: evil.example\r\n\r\n")
             assert client.recv(65536).startswith(b"HTTP/1.1 400")
         assert is_answered(server)

@@ -5,7 +5,9 @@ from serving.errors import FledgeError
 
 
 def tree(root: type[FledgeError] = FledgeError, depth: int = 0) -> list[tuple[int, type]]:
-    below = [item for child in root.__subclasses__() for item in tree(child, depth + 1)]
+    # Other modules have narrower classes, which have the code of the class above.
+    children = [child for child in root.__subclasses__() if child.__module__ == errors.__name__]
+    below = [item for child in children for item in tree(child, depth + 1)]
     return [(depth, root), *below]
 
 

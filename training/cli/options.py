@@ -58,10 +58,22 @@ def suggest(word: str, options: argparse.Namespace, words: Sequence[str]) -> str
     if FilePath(recipe).is_dir() and shipped.find(FilePath(word)).is_file():
         recipe, data = word, recipe
     if options.data is not None:
+        key = word.rstrip(":")
+        if not _is_option(key.rpartition(".")[2]):
+            return "; an option of the recipe is written as key=value"
         found = next((one for one in files if shipped.find(FilePath(one)).is_file()), "quick")
-        hint = load.suggest(FilePath(found), word.rstrip(":"), value)
-        return hint or f"; an option of the recipe is written as {word.rstrip(':')}=VALUE"
+        hint = load.suggest(FilePath(found), key, value)
+        return hint or f"; an option of the recipe is written as {key}=VALUE"
     return f"; did you mean `fledge {verb} {quote_path(recipe)} --data {quote_path(data)}`?"
+
+
+def _is_option(name: str) -> bool:
+    """Whether a word is the name of an option of recipes, or another tool's word for one."""
+    from training.config import other_tools, overrides, suggestions
+
+    known = (suggestions.names(table) for table in overrides.SECTIONS)
+    named = name == overrides.EPOCHS or any(name in names for names in known)
+    return named or other_tools.find(name) is not None
 
 
 def add_cache_option(add: argparse.ArgumentParser) -> None:

@@ -97,11 +97,6 @@ def write(key: str, path: Path, value: Any) -> str:
     return _quoted(f"{key}={text}")
 
 
-def shown(text: str) -> str:
-    """Return a text as it must be written in a shell."""
-    return quote(text)
-
-
 def toml(value: Any) -> str:
     """Return a value as it is written in TOML."""
     if isinstance(value, date | time):

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from serving.errors import OptionError
 from serving.imaging.preprocess import Preprocess
+from serving.terminal import quote
 from training.config import other_tools, overrides
 from training.config.other_tools import LOST, Counterpart
 from training.config.overrides import EPOCHS, SECTIONS
@@ -319,4 +320,4 @@ def _flag(found: Counterpart, value: Any) -> str:
     plain = isinstance(carried, str | int | float) and not isinstance(carried, bool)
     if carried is LOST or not plain:
         return f": it is the option {found.flag} of the command line"
-    return f": write {found.flag} {overrides.shown(str(carried))} on the command line"
+    return f": write {found.flag} {quote(str(carried))} on the command line"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from serving.errors import DataError, FledgeError, OptionError
+from serving.inputs.path_kind import similar
 from serving.utils.files import atomic_write
 from serving.utils.natural_sort import natural_letters_first
 from training.config.sections import DataConfig
@@ -176,9 +177,11 @@ def _folder(source: str, config: DataConfig) -> tuple[Path, DataConfig]:
     if not os.path.isdir(root):
         names = ", ".join((SAMPLE, *torchvision_sets.NAMES))
         what = "is no folder or archive" if os.path.exists(root) else "no such folder or archive"
+        near = similar(root, "photos")
+        hint = f"did you mean {near}? Else give" if near else "give"
         raise DataError(
-            f"--data {quoted(source)}: {what}; give a folder with a folder per class, a zip or tar "
-            f"of one, or a set: {names}"
+            f"--data {quoted(source)}: {what}; {hint} a folder with a folder per class, a "
+            f"zip or tar of one, or a set: {names}"
         )
     return root.resolve(), config
 

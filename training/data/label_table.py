@@ -20,7 +20,7 @@ from serving.tables.columns import (
     text_of,
     usual_columns,
 )
-from serving.tables.reader import EmptyTable, Table, open_table
+from serving.tables.reader import TABLES, EmptyTable, Table, limited_rows, open_table
 from serving.terminal import quote, quote_path
 from serving.utils.label_names import is_utf8, normalize_label, show_label, similarity_key
 from serving.utils.mistakes import Mistakes
@@ -28,7 +28,7 @@ from training.config.sections import DataConfig
 from training.data import photo_names
 from training.utils.console import quoted
 
-SUFFIXES: Final = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".parquet")
+SUFFIXES: Final = (*TABLES, ".txt")
 """Suffixes of files that `--data` takes for tables of labels."""
 
 MAX_TABLES: Final = 20
@@ -40,6 +40,8 @@ _GUESSED: Final = 200
 """Rows in which a column of labels without a usual name is looked for."""
 
 _IN_UTF8: Final = "save the table as 'CSV UTF-8'"
+_LABELS_ALIKE: Final = "labels that are not UTF-8"
+_NAMES_ALIKE: Final = "names that are not UTF-8"
 
 
 class TableEntry(NamedTuple):
@@ -95,6 +97,7 @@ def read_label_table(
     *,
     anywhere: bool = False,
     checked: bool = True,
+    most: int | None = None,
 ) -> list[TableEntry]:
     """Read a table of labels, and find its photos.
 
@@ -106,6 +109,7 @@ def read_label_table(
         anywhere: Whether photos may lie outside of `root`.
         checked: Whether wrong rows are an error; if False, they are left out if they name no photo
             or no label.
+        most: Number of rows that are read; None: all.
 
     Raises:
         DataError: The table can't be read, its columns can't be told, or rows are wrong; the
@@ -123,6 +127,8 @@ def read_label_table(
     if config.columns == DataConfig().columns:
         asked = None, None
         table = table.with_first_row(is_photo)
+    if next(table.rows([0]), None) is None:
+        raise DataError(f"{table.path} has no row under its first line; give the table of labels")
     at = find_paths(
         table,
         asked[0],
@@ -136,7 +142,7 @@ def read_label_table(
         table, asked[1], at, table.path, lambda name: _option(table.columns[at], name)
     )
     part_at = next((i for i in usual_columns(table.columns, PARTS) if i not in (at, label_at)), at)
-    rows = list(table.rows([at, label_at, part_at]))
+    rows = list(islice(limited_rows(table, [at, label_at, part_at]), most))
     names = [text_of(row.values[0]).strip() for row in rows]
     written = [f"{name}{config.suffix}" if name else "" for name in names]
     found = photo_names.locate(
@@ -165,12 +171,13 @@ def read_label_table(
         if not label:
             wrong.add(f"{where}: {quoted(name)} has no {table.columns[label_at]}")
         elif not is_utf8(label):
-            wrong.add(f"{where}: label {show_label(label)} is not UTF-8; {_IN_UTF8}")
+            wrong.add(f"{where}: label {show_label(label)} is not UTF-8; {_IN_UTF8}", _LABELS_ALIKE)
         if isinstance(path, str):
             missing += 1
-            wrong.add(
-                f"{where}: {path}{'' if is_utf8(name) else f', which is not UTF-8; {_IN_UTF8}'}"
-            )
+            if is_utf8(name):
+                wrong.add(f"{where}: {path}")
+            else:
+                wrong.add(f"{where}: {path}, which is not UTF-8; {_IN_UTF8}", _NAMES_ALIKE)
             continue
         if not anywhere and not path.is_relative_to(root):
             wrong.add(f"{where}: {quoted(name)} lies outside of the data folder {root}")
@@ -181,8 +188,6 @@ def read_label_table(
     if not checked:
         return [entry for entry in entries if entry.label]
     wrong.check(_remedy(missing, len(rows), images if config.images else root))
-    if not entries:
-        raise DataError(f"{table.path} has no row under its first line")
     return entries
 
 
@@ -208,7 +213,7 @@ def find_other_labels(
     """Find a table that gives the photos other labels than they have.
 
     Only tables that name most of the photos are looked at, and only those with a column of labels
-    of a usual name.
+    of a usual name; of a long table, the first rows.
 
     Args:
         root: Data folder.
@@ -225,13 +230,18 @@ def find_other_labels(
             if config is None or (config.columns != DataConfig().columns and not guess):
                 continue
             entries = read_label_table(
-                root, config, lambda _: iter(photos), lambda _: "", checked=False
+                root,
+                config,
+                lambda _: iter(photos),
+                lambda _: "",
+                checked=False,
+                most=_MAX_ROWS,
             )
         except (OSError, FledgeError):
             continue
         labels = {entry.path: entry.label for entry in entries if entry.path in photos}
         words = Counter(labels.values())
-        if len(labels) <= len(photos) / 2 or not (
+        if len(labels) <= min(len(photos), _MAX_ROWS) / 2 or not (
             config.columns == DataConfig().columns or 1 < len(words) <= len(labels) / 3
         ):
             continue
@@ -315,6 +325,10 @@ def _same(one: str, other: str) -> bool:
 def _some(labels: Sequence[str]) -> str:
     shown = ", ".join(map(quoted, labels[:3]))
     return f"{shown} and {len(labels) - 3} more" if len(labels) > 3 else shown
+
+
+_MAX_ROWS: Final = 2000
+"""Rows of a table by which its labels are compared with those of the folders."""
 
 
 def _remedy(missing: int, rows: int, images: Path) -> str:

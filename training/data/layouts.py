@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from serving.errors import DataError
 from serving.inputs.passed_over import PassedOver, Reason
@@ -44,6 +44,10 @@ class Photo(NamedTuple):
     part: str = ""
 
 
+_SHOWN: Final = 3
+"""Photos outside of the classes that are named."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How a data folder was read, to be told before anything is trained.
@@ -56,6 +60,7 @@ class Reading:
         warning: What may be wrong with the layout, or "".
         given: Where the parts are given: a name of a file, or "the folders"; "" if those of train
             and valid are drawn.
+        outside: Paths of the photos that belong to no class, relative to the data folder.
     """
 
     line: str = ""
@@ -63,6 +68,7 @@ class Reading:
     empty: tuple[str, ...] = ()
     passed_over: PassedOver = field(default_factory=PassedOver)
     warning: str = ""
+    outside: tuple[str, ...] = ()
     given: str = ""
 
     def lines(self) -> Iterator[str]:
@@ -71,6 +77,10 @@ class Reading:
             yield f"photos: {self.line}"
         if self.passed_over:
             yield self.passed_over.line()
+        if self.outside:
+            names = ", ".join(map(quoted, self.outside[:_SHOWN]))
+            more = len(self.outside) - _SHOWN
+            yield f"outside of the classes: {names}{f' and {more} more' if more > 0 else ''}"
         if self.warning:
             yield f"warning: {self.warning}"
 
@@ -171,7 +181,7 @@ class Layout:
         names = {str(path).removeprefix(start) for path in (*used, *self.unlabelled)}
         why = f"not in {split.name}" if split else f"not in {self._config.csv}"
         why = why if split or self._config.csv else ""
-        count_unused(self._tree, names, self._passed_over, why)
+        outside = count_unused(self._tree, names, self._passed_over, why)
         line = self._structure.line
         if self._config.csv:
             line = f"labels from {self._config.csv}"
@@ -183,6 +193,7 @@ class Layout:
             tuple(self._structure.empty),
             self._passed_over,
             self._structure.warning,
+            tuple(outside),
         )
 
     def _drawing(self) -> Iterator[str]:

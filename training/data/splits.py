@@ -13,7 +13,7 @@ from typing import Final, TypeGuard
 from serving.errors import DataError, OptionError
 from serving.tables.columns import PARTS as FOLDS
 from serving.tables.columns import find_paths, text_of, usual_columns
-from serving.tables.reader import EmptyTable, Table, open_table
+from serving.tables.reader import EmptyTable, Table, limited_rows, open_table
 from serving.utils.mistakes import Mistakes
 from training.config.sections import DataConfig
 from training.data import photo_names
@@ -245,7 +245,7 @@ def _rows(
             raise DataError(f"{split}: the first line must be 'path,fold'; it has {have}")
         at = find_paths(table, None, split, lambda _: "call it path")
         fold_at = table.columns.index("fold" if "fold" in folds else folds[0])
-    rows = list(table.rows([at, fold_at]))
+    rows = list(limited_rows(table, [at, fold_at]))
     names = [text_of(row.values[0]).strip() for row in rows]
     found = photo_names.locate(names, [root], root, lambda: photos_below(root), split)
     wrong, missing = Mistakes(split), False

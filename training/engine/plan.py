@@ -81,7 +81,7 @@ def mistakes(recipe: Recipe) -> Iterator[tuple[Path, str]]:
     """
     words = ("imagenet", "none", "auto")
     reads = os.environ.get("RANK", "0") == "0"  # under torchrun, the others need no file
-    if reads and recipe.weights not in words and not os.path.exists(recipe.weights):
+    if reads and recipe.weights not in words and not _is_there(recipe.weights):
         hint, known = did_you_mean(recipe.weights, words), ", ".join(words)
         yield (
             ("weights",),
@@ -112,6 +112,12 @@ def mistakes(recipe: Recipe) -> Iterator[tuple[Path, str]]:
         yield ("stage",), str(error)
         return
     yield from _stage_mistakes(classifier, recipe, stages)
+
+
+def _is_there(weights: str) -> bool:
+    """Whether the file of weights exists; see `read_state_dict` for `~` and FILE::NAME."""
+    path = os.path.expanduser(weights)
+    return os.path.exists(path) or os.path.exists(path.partition("::")[0])
 
 
 def _stage_mistakes(

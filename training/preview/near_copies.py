@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Final
@@ -32,7 +33,9 @@ _TOGETHER: Final = 0.8
 _GROUPS: Final = 5
 """Number of groups that each class must have then."""
 _SPLIT: Final = "--split FILE, a table path,fold in which they have the same fold"
-_WAYS: Final = (FOLDER, r"(.+?)[0-9]+\.\w+$", r"(.+?)[ ._-]*[a-zA-Z]?[0-9]+\.\w+$")
+_LARGEST: Final = 0.25
+"""Largest share of a class that a group may have then."""
+_WAYS: Final = (FOLDER, r"(.*?[^0-9])[0-9]+\.", r"(.*?[^0-9])[ ._-]*[a-zA-Z]?[0-9]+\.")
 """Values of `data.group`: by folder; by the name without the number at its end."""
 
 
@@ -74,11 +77,13 @@ def _remedy(
     for way in _WAYS:
         groups = dict(zip(paths, group_names(paths, way), strict=True))
         same = sum(groups[_path(one, root)] == groups[_path(other, root)] for one, other in found)
-        of_class: dict[str, set[str]] = {}
+        of_class: dict[str, Counter[str]] = {}
         for photo, path in zip(photos, paths, strict=True):
-            of_class.setdefault(photo.label, set()).add(groups[path])
-        fewest = min(len(names) for label, names in of_class.items() if label or len(of_class) == 1)
-        if same >= _TOGETHER * len(found) and fewest >= _GROUPS:
+            of_class.setdefault(photo.label, Counter())[groups[path]] += 1
+        counts = [count for label, count in of_class.items() if label or len(of_class) == 1]
+        fewest = min(map(len, counts))
+        largest = max(max(count.values()) / count.total() for count in counts)
+        if same >= _TOGETHER * len(found) and fewest >= _GROUPS and largest <= _LARGEST:
             return quote(f"data.group={way}")
     return _SPLIT
 

@@ -62,11 +62,16 @@ def rows(
         seed: Seed of the choice of the photos of a class.
     """
     readable = [photo for photo in photos if not photo.error]
+    by_class: dict[str, list[PhotoStats]] = {}
+    for photo in photos:
+        by_class.setdefault(photo.label, []).append(photo)
     for name in classes[:MAX_CLASSES]:
-        own = [photo for photo in readable if photo.label == name]
+        every = by_class.get(name, [])
+        own = [photo for photo in every if not photo.error]
         chosen = random.Random(f"{seed}/{name}").sample(own, min(COLUMNS, len(own)))
-        number = "1 photo" if len(own) == 1 else f"{len(own):,} photos"
-        yield Row(f"{name}: {number}", chosen)
+        number = "1 photo" if len(every) == 1 else f"{len(every):,} photos"
+        broken = f", {len(every) - len(own)} can't be read" if len(own) < len(every) else ""
+        yield Row(f"{name}: {number}{broken}", chosen)
     if len(classes) > MAX_CLASSES:
         yield Row(f"and {len(classes) - MAX_CLASSES} more classes", ())
     strange = most_unlike_class(readable)[:COLUMNS]
@@ -93,9 +98,11 @@ def most_unlike_class(photos: Sequence[PhotoStats]) -> list[PhotoStats]:
     and so are photos without a class.
     """
     found: list[tuple[float, int]] = []
-    for label in {photo.label for photo in photos if photo.label}:
-        own = [i for i, photo in enumerate(photos) if photo.label == label]
-        if len(own) < FEW:
+    by_class: dict[str, list[int]] = {}
+    for i, photo in enumerate(photos):
+        by_class.setdefault(photo.label, []).append(i)
+    for label, own in by_class.items():
+        if not label or len(own) < FEW:
             continue
         small = np.stack([photos[i].thumbnail for i in own]).astype(np.float32)
         small = small.reshape(len(own), 4, 4, 4, 4, 3).mean(axis=(2, 4)).reshape(len(own), -1)

@@ -23,6 +23,7 @@ from serving.inputs import archives
 from serving.inputs.archive_members import Member
 from serving.inputs.file_kinds import is_image_content, may_be_image, member_kind, path_kind
 from serving.inputs.passed_over import PassedOver
+from serving.tables.reader import TABLES as TABLE_SUFFIXES
 from serving.utils.files import atomic_folder, atomic_write
 from serving.utils.progress import progress_bar
 from training.utils import disk_cache
@@ -34,7 +35,7 @@ MAX_FILES: Final = 2_000_000
 
 TABLES: Final = frozenset(
     {
-        *(".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet"),
+        *(*TABLE_SUFFIXES, ".txt", ".json"),
         *(".xml", ".yaml", ".yml"),  # by these, annotations of objects are recognised
     }
 )

@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from export.precision import loss_bounds
-from export.precision.evidence import Evidence
-from export.precision.verdict import DEFAULT_BUDGET, Verdict, compare_with_fp32, remedy
+from export.precision.evidence import Answers, Evidence, evidence
+from export.precision.verdict import (
+    DEFAULT_BUDGET,
+    Verdict,
+    compare_with_fp32,
+    decide,
+    remedy,
+)
 
 KEPT = Verdict(
     photos=200,
@@ -166,8 +172,8 @@ def test_four_photos_decide_nothing() -> None:
         assert not verdict.to_dict()["sure"]
     assert (
         "4 photos can show at best that it falls by no more than 64.38 points, and 1,791 or more "
-        "are needed for 0.25; add held-out photos with --photos DIR or --folds RUN, use "
-        "--accuracy-budget 100, or --precision int8 to keep it nevertheless; on 4 held-out photos"
+        "are needed for 0.25; add held-out photos with --photos DIR or --folds RUN, or "
+        "use --precision int8 to keep it nevertheless; on 4 held-out photos"
     ) in verdict.summary("int8")
 
 
@@ -227,3 +233,60 @@ def judge(photos: int, lost: int, won: int, budget: float, insisted: bool) -> Ve
     fp32 = [0] * lost + [1] * won + [0] * (photos - lost - won)
     options = {"speedup": 2.0, "budget": budget, "insisted": insisted}
     return compare_with_fp32(fp32, other, [0] * photos, **options)
+
+
+def test_the_remedy_has_no_folds_for_a_checkpoint_and_no_budget_of_many_points() -> None:
+    few, many = (remedy("int8", 0.5, photos, has_run=False) for photos in (21, 300))
+    assert "--folds" not in few + many
+    assert "add photos to --photos DIR, or use --precision int8" in few
+    assert "add photos to --photos DIR, use --accuracy-budget 1.49, or --precision int8" in many
+    assert "--folds RUN, use --accuracy-budget 1.49, or --precision" in remedy("int8", 0.5, 300)
+    assert "--accuracy-budget" not in remedy("int8", 0.5, 300, 5.01)
+    assert "use --accuracy-budget 5," in remedy("int8", 0.5, 300, 5.0)
+
+
+ANSWERS = st.sampled_from([(0.0, 0.0)] * 30 + [(1.0, 0.0), (0.0, 1.0)])
+
+
+@given(
+    st.lists(ANSWERS, min_size=1, max_size=600),
+    st.lists(st.sampled_from([0.0] * 20 + [1.0]), max_size=900),
+    st.lists(st.floats(0, 30), min_size=2, max_size=2).map(sorted),
+)
+def test_what_a_budget_keeps_a_larger_one_keeps(
+    held_out: list[tuple[float, float]], changed: list[float], budgets: list[float]
+) -> None:
+    lost, won = np.array(held_out, np.float32).T
+    margins = np.linspace(0, 1, len(lost), dtype=np.float32)
+    answers = Answers(margins, lost, won)
+    rest = np.array(changed, np.float32)
+    training = Answers(np.linspace(0, 2, len(rest), dtype=np.float32), rest, 0 * rest)
+
+    def kept(budget: float) -> bool:
+        def judge(more: Answers | None) -> Verdict:
+            truth = np.zeros(len(lost), int)
+            found = evidence(answers, more)
+            return compare_with_fp32(
+                won,
+                lost,
+                truth,
+                speedup=2.0,
+                budget=budget,
+                evidence=found,  # type: ignore[arg-type]
+            )
+
+        return decide(judge, lambda: training if len(rest) else None).kept
+
+    smaller, larger = budgets
+    assert kept(larger) or not kept(smaller)
+
+
+def test_photos_that_leave_no_doubt_are_not_joined_by_training_photos() -> None:
+    def judge(more: Answers | None) -> Verdict:
+        return replace(KEPT, at_most=1.0 if more is None else 9.0)
+
+    assert decide(judge, lambda: pytest.fail("not needed")).kept
+    unsure = decide(
+        lambda more: replace(judge(more), budget=0.5), lambda: Answers(*[np.ones(1)] * 3)
+    )
+    assert unsure.at_most == 1.0

@@ -78,7 +78,7 @@ def test_no_known_label_at_all_ends_with_the_nearest_labels(tmp_path: Path) -> N
         f"{path}: no true label is a class of the model: bee 2; the nearest to 'bee': 'bees'"
     )
     path = scores(path, {"3/1.jpg": "bees", "0/2.jpg": "ants"}, ["ants", "bees", "wasps"])
-    with pytest.raises(DataError, match=r"3 1, 0 1; the labels are 'ants', 'bees', 'wasps'$"):
+    with pytest.raises(DataError, match=r"3 1, 0 1; the labels are 'ants', 'bees', 'wasps'; if "):
         run(path)
     path.with_name("s.summary.json").unlink()
     with pytest.raises(DataError, match=r"among the answers: .*; if these are classes, add --bund"):
@@ -92,7 +92,8 @@ def test_a_command_without_a_known_label_ends_with_2(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"fledge: {path}: no true label is a class of the model: day1 1; the labels are 'ants', "
-        "'bees'\n"
+        "'bees'; if the folders are no classes, give a table of path and label, such as the "
+        "split.csv of the run, with --labels TABLE instead of --labels-from-folders\n"
     )
 
 
@@ -170,7 +171,7 @@ def test_all_mistakes_of_a_table_of_labels_are_told_together(tmp_path: Path) -> 
         r"line 3: '1.jpg' is 'caf\xe9' in line 2 and 'ants' in line 3; keep one",
         "line 4: 1 field, and the first line has 2; is the file whole?",
         "line 5: 3 fields, and the first line has 2 columns; quote what has a delimiter",
-        r"line 6: label '\udce9' is not UTF-8; save the table as UTF-8",
+        r"line 6: label '\udce9' is not UTF-8; save the table as 'CSV UTF-8'",
     ]
 
 
@@ -207,3 +208,64 @@ def test_training_and_evaluation_take_the_same_label(places: Any, root: str, par
         path = scores(Path(folder, "s.jsonl"), truth, list(found.classes))
         figures = run(path)
         assert figures["evaluated"] == figures["accuracy"]["right"] == len(photos)
+
+
+def test_labels_found_by_folder_and_name_are_told_apart_from_those_by_the_name_alone(
+    tmp_path: Path,
+) -> None:
+    path = scores(tmp_path / "s.jsonl", {"/d/Fotos/1.jpg": "ants", "/d/Fotos/2.jpg": "bees"})
+    (tmp_path / "l.csv").write_text("Datei;Klasse\nFotos\\1.jpg;ants\n2.jpg;bees\n")
+    found = run(path, labels=tmp_path / "l.csv")
+    assert (found["by_path_end"], found["by_file_name"]) == (1, 1)
+    text = "\n".join(found["lines"])
+    assert "1 row found by the name of the file alone" in text
+    assert "1 row found by the end of the path: its folders and the name of the file" in text
+
+
+def test_folders_that_are_no_classes_are_told_with_the_option_of_a_table(tmp_path: Path) -> None:
+    rows = {f"Fotos/{name} {i}.jpg": name for name in ("ants", "bees") for i in range(3)}
+    path = scores(tmp_path / "s.jsonl", rows, ["ants", "bees"])
+    with pytest.raises(DataError, match=r"split\.csv of the run, with --labels TABLE instead of"):
+        run(path)
+    split = tmp_path / "split.csv"
+    split.write_text("path,fold,label\n" + "".join(f"{p},valid,{n}\n" for p, n in rows.items()))
+    assert run(path, labels=split)["accuracy"]["value"] == 1
+
+
+def test_labels_in_another_encoding_are_told_in_one_line(tmp_path: Path) -> None:
+    path = scores(tmp_path / "s.jsonl", {f"{i}.jpg": "ants" for i in range(30)}, ["ants"])
+    rows = "".join(f"{i}.jpg,K\xe4fer\n" for i in range(30))
+    (tmp_path / "l.csv").write_text("path,label\n" + rows, "cp1252")
+    with pytest.raises(DataError) as refused:
+        run(path, labels=tmp_path / "l.csv")
+    assert str(refused.value) == (
+        f"--labels {tmp_path}/l.csv, line 2: label 'K\\udce4fer' is not UTF-8; save the table as "
+        "'CSV UTF-8' (and 29 more labels that are not UTF-8)"
+    )
+
+
+def test_a_table_of_labels_without_rows_is_told_before_its_columns(tmp_path: Path) -> None:
+    path = scores(tmp_path / "s.jsonl", {"1.jpg": "ants"}, ["ants"])
+    (tmp_path / "l.csv").write_text("id,beagle,boxer\n")
+    with pytest.raises(DataError, match="no labels in it; write lines of path,label"):
+        run(path, labels=tmp_path / "l.csv")
+
+
+def test_rows_without_a_label_are_told_as_such(tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("path,species\n1.png,\n")
+    path = scores(tmp_path / "s.jsonl", {"1.png": "cat"})
+    with pytest.raises(
+        DataError, match=r"the row of '1\.png' has no label in the column 'species'"
+    ):
+        run(path, labels=table, labels_column="species")
+
+
+def test_a_table_of_labels_has_a_largest_number_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.tables.reader.MAX_ROWS", 1)
+    table = tmp_path / "labels.csv"
+    table.write_text("path,label\n1.png,cat\n2.png,cat\n")
+    with pytest.raises(DataError, match=r"labels\.csv: more than 1 rows"):
+        run(scores(tmp_path / "s.jsonl", {"1.png": "cat"}), labels=table)

@@ -91,7 +91,7 @@ def test_a_missing_ray_package_is_one_line_and_exit_2(
     words = ["score", str(photos), "--bundle", str(bundle), "--out", str(tmp_path / "out.csv")]
     assert fledge.main([*words, "--engine", "ray"]) == 2
     stderr = capsys.readouterr().err
-    assert stderr == "fledge: --engine ray needs ray: pip install 'fledge[ray]'\n"
+    assert stderr == "fledge: --engine ray needs ray: pip install 'ray[data]'\n"
     assert list(tmp_path.iterdir()) == []
 
 

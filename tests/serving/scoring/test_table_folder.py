@@ -82,6 +82,7 @@ def test_leftovers_of_a_killed_process_are_replaced(tmp_path: Path) -> None:
     for name in (".scores.0123456789abcdef.partial", ".scores.fedcba9876543210.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "part-00007.parquet").write_text("half")
+        (tmp_path / name).chmod(0o1755)
     write(out, 3)
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import DataError
+from serving.tables import reader
 from serving.tables.columns import find_labels, find_paths
 from serving.tables.dialect import HEAD
 from serving.tables.reader import EmptyTable, open_table
@@ -253,3 +254,29 @@ def test_columns_that_are_asked_for_may_be_spelled_loosely_or_counted(tmp_path: 
     assert columns(path, "foo,bar,label", "y,0008,dog", asked=("2", "3")) == ["bar", "label"]
     with pytest.raises(DataError, match="no column '4' among 'foo', 'bar', 'label'"):
         columns(path, "foo,bar,label", "y,0008,dog", asked=("4", "3"))
+
+
+def test_a_row_of_json_with_a_key_twice_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(
+        '{"path": "1.jpg", "label": "cat", "label": "dog"}\n{"path": "2.jpg", "label": "cat"}\n'
+        '{"path": "3.jpg", "label": {"a": 1, "a": 2}}\n'
+    )
+    rows = list(open_table(path).rows([0, 1]))
+    assert [row.wrong for row in rows] == [
+        "key 'label' is there twice",
+        "",
+        "key 'a' is there twice",
+    ]
+
+
+def test_a_table_that_is_kept_in_memory_has_a_largest_number_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("path,label\n" + "1.jpg,cat\n" * 3)
+    monkeypatch.setattr(reader, "MAX_ROWS", 3)
+    assert len(list(reader.limited_rows(open_table(path), [0]))) == 3
+    monkeypatch.setattr(reader, "MAX_ROWS", 2)
+    with pytest.raises(DataError, match=r"t\.csv: more than 2 rows, the most that are read; keep"):
+        list(reader.limited_rows(open_table(path), [0]))

@@ -14,6 +14,7 @@ import pytest
 
 from serving.errors import DataError, OptionError
 from training.config.sections import DataConfig
+from training.data import label_table
 from training.data.dataset import Dataset, load_dataset, read_split, write_split
 
 NAMES = [f"{label}/{n}.jpg" for label in ("ants", "bees") for n in range(3)]
@@ -335,3 +336,30 @@ def test_a_class_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "a/2.jpg", os.fsdecode(b"b\xff/1.jpg"), os.fsdecode(b"b\xff/2.jpg"))
     with pytest.raises(DataError, match=r"class 'b\\udcff' is not a UTF-8 name; rename it"):
         load_dataset(str(tmp_path))
+
+
+def test_tables_of_labels_and_splits_have_a_largest_number_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, *NAMES)
+    names = [(name, name.partition("/")[0]) for name in NAMES]
+    table(tmp_path / "labels.csv", names)
+    split = table(tmp_path / "split.csv", [(name, "0") for name in NAMES], "path,fold")
+    monkeypatch.setattr("serving.tables.reader.MAX_ROWS", len(NAMES) - 1)
+    with pytest.raises(DataError, match=r"labels\.csv: more than 5 rows"):
+        load_dataset(str(tmp_path / "labels.csv"))
+    with pytest.raises(DataError, match=r"split\.csv: more than 5 rows"):
+        load_dataset(str(tmp_path), split=split)
+
+
+def test_of_a_table_beside_folders_of_classes_the_first_rows_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_table, "_MAX_ROWS", 3)
+    touch(tmp_path, *NAMES)
+    photos = {tmp_path / name: name.partition("/")[0] for name in NAMES}
+    table(tmp_path / "a.csv", [(name, "cat" if n >= 3 else "ants") for n, name in enumerate(NAMES)])
+    label_table.check_tables(tmp_path, photos)
+    table(tmp_path / "a.csv", [(name, "cat" if n % 2 else "dog") for n, name in enumerate(NAMES)])
+    with pytest.raises(DataError, match=r"a\.csv gives the photos other labels"):
+        label_table.check_tables(tmp_path, photos)

@@ -143,3 +143,32 @@ def test_parts_in_folders_whose_photos_are_named_by_labels_are_told(tmp_path):
     found = read(tmp_path)
     assert found.classes == ("fruit", "pets")  # as before: they may be classes
     assert "the file names in pets/ begin with labels (cat 4, dog 4)" in found.reading.warning
+
+
+def test_a_table_in_another_encoding_is_told_in_one_line(tmp_path):
+    make(tmp_path, "{30}.jpg")
+    write_table(tmp_path, "Datei;Klasse", {f"{i}.jpg": "K\xe4fer" for i in range(30)}, "cp1252")
+    assert refused(tmp_path, csv="Tabelle.csv") == (
+        f"{tmp_path}/Tabelle.csv, line 2: label 'K\\udce4fer' is not UTF-8; save the table as "
+        "'CSV UTF-8' (and 29 more labels that are not UTF-8)"
+    )
+
+
+def test_a_submission_is_told_to_be_no_table_of_labels(tmp_path):
+    make(tmp_path, "test/{3}.jpg")
+    table = tmp_path / "sample_submission.csv"
+    table.write_text("id,beagle,boxer\n")
+    with pytest.raises(DataError, match=r"sample_submission\.csv has no row under its first line"):
+        load_dataset(str(table))
+    table.write_text("id,beagle,boxer\n" + "".join(f"{i},0.0083,0.5\n" for i in range(3)))
+    with pytest.raises(DataError, match="numbers such as probabilities: give the table of labels"):
+        load_dataset(str(table))
+
+
+def test_numbered_folders_in_each_class_are_no_classes_and_told(tmp_path):
+    make(tmp_path, *(f"{name}/video_0{i}/{{3}}.jpg" for name in ("ash", "oak") for i in range(4)))
+    found = read(tmp_path)
+    assert found.classes == ("ash", "oak")
+    assert "each class folder has the same folders in it ('video_00/'" in found.reading.warning
+    assert "add data.layout=inner" in found.reading.warning
+    assert len(read(tmp_path, layout="inner").classes) == 4

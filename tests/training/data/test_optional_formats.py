@@ -16,7 +16,7 @@ from training.data.dataset import load_dataset
 from training.pixels import transform
 from training.pixels.decoded import DecodedPhotos
 
-REMEDY = "HEIC needs pillow-heif: pip install 'fledge[heif]' (container: make image EXTRAS=heif"
+REMEDY = "HEIC needs pillow-heif: pip install pillow-heif (container: make image EXTRAS=heif"
 
 
 @pytest.fixture

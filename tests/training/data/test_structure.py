@@ -403,6 +403,10 @@ def test_what_belongs_to_no_class_is_counted_and_told(tmp_path):
         "system": 1, "outside-classes": 2, "unsupported-format": 1, "not-an-image": 1,
     }  # fmt: skip
     assert "2 photos outside of the classes" in reading.passed_over.line()
+    assert "outside of the classes: 'stray0.jpg', 'stray1.jpg'" in list(reading.lines())
+    make(root, "more{3}.jpg")
+    line = "outside of the classes: 'more0.jpg', 'more1.jpg', 'more2.jpg' and 2 more"
+    assert line in list(read(root).reading.lines())
     assert "1 image of another format (PNM)" in reading.passed_over.line()
     assert len(read(root).train) + len(read(root).valid) == 7
 

@@ -150,7 +150,7 @@ def test_photos_that_can_not_be_evaluated_are_reported(run, tmp_path, lines):
         sample.path.unlink()
     with pytest.raises(DataError, match=r"none of the 27 valid photos is in .*--data"):
         evaluate.evaluate(run, log=lines.append)
-    with pytest.raises(DataError, match=r"^--data .*nope: no such folder$"):
+    with pytest.raises(DataError, match=r"^--data .*nope: no such folder or archive$"):
         evaluate.evaluate(run, data_folder=tmp_path / "nope", log=lines.append)
 
 

@@ -62,11 +62,8 @@ def test_the_hint_names_a_pair_and_the_remedy(tmp_path, part, name):
     ("name", "remedy"),
     [
         ("a/video {v}/{n}.png", "data.group=folder"),
-        ("a/RC{v}_c{n}.png", r"'data.group=(.+?)[0-9]+\.\w+$'"),
-        (
-            "a/{n}{v}.png",
-            "--split FILE, a table path,fold in which they have the same fold",
-        ),
+        ("a/RC{v}_c{n}.png", r"'data.group=(.*?[^0-9])[0-9]+\.'"),
+        ("a/{n}{v}.png", "--split FILE, a table path,fold in which they have the same fold"),
     ],
 )
 def test_the_remedy_keeps_copies_together(tmp_path, name, remedy):

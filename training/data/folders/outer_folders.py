@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -88,6 +89,7 @@ def _have_common_names(folders: Sequence[PhotoFolder]) -> bool:
     return (
         len(folders) > 1
         and len(every) > 1
+        and not all(folder.photos for folder in folders)
         and all(len(one) >= _COMMON * len(every) for one in names)
         and strays <= _STRAY * sum(folder.total for folder in folders)
     )
@@ -120,20 +122,34 @@ def read_inner(root: Path, base: PhotoFolder, *, has_split: bool) -> Structure:
     return found
 
 
-def check_outer(where: Path, folders: Sequence[PhotoFolder]) -> None:
+def check_outer(where: Path, folders: Sequence[PhotoFolder]) -> str:
     """Check that the folders that are to be classes do not have the same folders in them.
 
+    Folders whose names differ only in numbers, such as those of videos, are hardly classes.
+
+    Returns:
+        A warning about such folders, or "".
+
     Raises:
-        DataError: They have; the message has the options that settle it.
+        DataError: They have the same folders, which may be classes; the message has the options
+            that settle it.
     """
-    if inner := _inner_classes(folders):
-        outer = _some([folder.name for folder in folders])
-        classes = _some(sorted({folder.name for folder in inner}))
-        raise DataError(
-            f"{where} has {outer} with the same folders in each ({classes}): if {classes} are the "
-            f"classes, add data.layout=inner, or give one folder: --data "
-            f"{quote_path(where / folders[0].name)}; if {outer} are, add data.layout=classes"
+    inner = _inner_classes(folders)
+    if not inner:
+        return ""
+    names = sorted({folder.name for folder in inner})
+    classes = _some(names)
+    if len({re.sub(r"[0-9]+", "", name) for name in names}) == 1:
+        return (
+            f"each class folder has the same folders in it ({classes}); if those are the classes, "
+            "add data.layout=inner"
         )
+    outer = _some([folder.name for folder in folders])
+    raise DataError(
+        f"{where} has {outer} with the same folders in each ({classes}): if {classes} are the "
+        f"classes, add data.layout=inner, or give one folder: --data "
+        f"{quote_path(where / folders[0].name)}; if {outer} are, add data.layout=classes"
+    )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -199,8 +199,10 @@ def _about(folder: PhotoFolder, roles: Mapping[str, str]) -> str:
     return f"{folder.total:,}{f'  {role}' if role else ''}"
 
 
-def count_unused(tree: PhotoFolder, used: Iterable[str], passed_over: PassedOver, why: str) -> None:
-    """Count the photos of a tree that belong to no class and no part.
+def count_unused(
+    tree: PhotoFolder, used: Iterable[str], passed_over: PassedOver, why: str
+) -> list[str]:
+    """Count the photos of a tree that belong to no class and no part, and return their paths.
 
     Args:
         tree: The data folder.
@@ -209,6 +211,7 @@ def count_unused(tree: PhotoFolder, used: Iterable[str], passed_over: PassedOver
         why: The detail that is counted.
     """
     known = set(used)
-    for path in tree.below():
-        if path not in known:
-            passed_over(Reason.OUTSIDE_CLASSES, path, why)
+    unused = [path for path in tree.below() if path not in known]
+    for path in unused:
+        passed_over(Reason.OUTSIDE_CLASSES, path, why)
+    return unused

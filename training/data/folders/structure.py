@@ -128,7 +128,7 @@ def _read_parts(
     if not has_split:
         start = starts.get("train", base)
         _check_class_folders(root, start, found)
-        check_outer(root / start.path, start.children)
+        found.warning = check_outer(root / start.path, start.children)
     found.add_classes(others)
     for part in (one for one in PARTS if one in folders):
         inner = inside(folders[part], classes)
@@ -251,9 +251,9 @@ def _read_flat(root: Path, base: PhotoFolder, *, has_split: bool) -> Structure:
                 f"is a class, add {AS_CLASSES}"
             )
     classes = [kid for kid in kids if kid not in unlabelled]
-    if not has_split:
-        check_outer(where, classes)
+    warning = "" if has_split else check_outer(where, classes)
     found = _read_classes(root, base, classes, check=not has_split)
+    found.warning = warning
     for kid in unlabelled:
         found.add_unlabelled(kid)
         found.line += f", and {kid.name}/ with {kid.total:,} unlabelled photos"
