@@ -135,8 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug or (error.name or "").partition(".")[0] not in TRAIN_EXTRA:
             raise
         print(
-            f"fledge: {error.name} is not installed; training and export need "
-            "`pip install 'fledge[train]'`",
+            f"fledge: {error.name} is not installed; training and export need the extra `train`: "
+            "in the folder of Fledge, pip install '.[train]'",
             file=sys.stderr,
         )
         return 1

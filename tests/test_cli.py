@@ -153,7 +153,7 @@ def test_a_missing_package_of_the_train_extra_is_named(name, monkeypatch, capsys
     assert fledge.main([]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"fledge: {name} is not installed")
-    assert "pip install torch" in error
+    assert "pip install '.[train]'" in error
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ class Surrounding:
         if self.root and os.geteuid():
             pytest.skip("needs root")
         env = {name: value for name, value in os.environ.items() if name not in _PRIVATE}
+        if self.words:  # other users can't write where the coverage is measured
+            env = {name: value for name, value in env.items() if not name.startswith("COVERAGE")}
         if self.home:
             env["HOME"] = str(cwd / "home")
             os.makedirs(env["HOME"], exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import tomllib
 import unicodedata
@@ -138,10 +139,9 @@ def test_photos_outside_of_the_data_folder_are_refused_for_data_csv(tmp_path: Pa
     table(tmp_path / "a" / "t.csv", rows)
     with pytest.raises(DataError) as refused:
         load_dataset(str(tmp_path / "a"), config=DataConfig(csv="t.csv"))
-    assert str(refused.value).split("\n")[1:] == [
-        f"  line 4: '{tmp_path}/b/3.jpg' lies outside of the data folder {tmp_path}/a",
-        f"  line 5: '../b/4.jpg' lies outside of the data folder {tmp_path}/a",
-    ]
+    first, second = str(refused.value).split("\n")[1:]  # long paths are cut in the middle
+    assert re.fullmatch(r"  line 4: '.*/b/3\.jpg' lies outside of the data folder .*/a", first)
+    assert second == f"  line 5: '../b/4.jpg' lies outside of the data folder {tmp_path}/a"
     assert load_dataset(str(tmp_path / "a" / "t.csv")).root == tmp_path
 
 

@@ -155,8 +155,10 @@ def _read_parts(
 def _renaming(where: Path, name: str) -> str:
     """Return the question and the command for a folder whose name is a slip of a part's name."""
     meant = meant_part(name)
-    old, new = quote_path(where / name), quote_path(where / meant)
-    return f"did you mean {meant}/? rename it: mv {old} {new}"
+    return (
+        f"did you mean {meant}/? rename it: mv {quote_path(where / name)} "
+        f"{quote_path(where / meant)}"
+    )
 
 
 def _check_parts(root: Path, base: PhotoFolder, folders: dict[str, PhotoFolder], have: str) -> None:
