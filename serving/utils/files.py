@@ -132,9 +132,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         while opened is None:
             _remove_stale(path.parent)
-            partial.mkdir()
+            partial.mkdir(0o777 | _MARK)
             opened = _hold(partial, os.O_RDONLY)
-        _set_mark(partial, True)
         yield partial
         sync(partial)
         if path.exists():

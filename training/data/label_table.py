@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from serving.errors import DataError, FledgeError, OptionError
+from serving.scoring.rows import COLUMNS
 from serving.tables.columns import (
     LABELS,
     PARTS,
@@ -274,6 +275,8 @@ def _with_columns(root: Path, name: str, known: Set[str]) -> DataConfig | None:
     """
     config = DataConfig(csv=name)
     table = open_table(root / name)
+    if set(COLUMNS) <= set(table.columns):  # a table that `fledge score` has written
+        return None
     if usual_columns(table.columns, LABELS):
         return config
     at = find_paths(table, None, name, str, preferred="id", always=False)
