@@ -223,10 +223,8 @@ def find_other_labels(
             those between.
         guess: Whether to look at columns of other names, too, that have a few words that repeat.
     """
-    for name in _tables(root, base):
+    for name in tables_in(root, folders_down_to(base)):
         try:
-            if os.path.getsize(root / name) > MAX_BYTES:
-                continue
             config = _with_columns(root, name, set(photos.values()))
             if config is None or (config.columns != DataConfig().columns and not guess):
                 continue
@@ -253,18 +251,28 @@ def find_other_labels(
     return None
 
 
-def _tables(root: Path, base: str) -> Iterator[str]:
-    """Yield the paths of the tables in the data folder and in those down to `base`."""
-    for folder in accumulate(filter(None, base.split("/")), os.path.join, initial=""):
+def tables_in(root: Path, folders: Iterable[str]) -> Iterator[str]:
+    """Yield the paths of the tables in folders, relative to `root`, of at most `MAX_BYTES`.
+
+    Args:
+        root: Data folder.
+        folders: Paths relative to it, "" for itself. Of each, `MAX_TABLES` are looked at.
+    """
+    for folder in folders:
         try:
-            names = sorted(name for name in os.listdir(root / folder) if _is_table(name))
+            names = sorted(os.listdir(root / folder))
         except OSError:
             continue
-        yield from (os.path.join(folder, name) for name in names[:MAX_TABLES])
+        tables = [name for name in names if name.lower().endswith(SUFFIXES)]
+        for name in tables[:MAX_TABLES]:
+            path = os.path.join(folder, name)
+            if os.path.isfile(root / path) and os.path.getsize(root / path) <= MAX_BYTES:
+                yield path
 
 
-def _is_table(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
+def folders_down_to(base: str) -> list[str]:
+    """Return the paths of the folders from the data folder, which is "", down to `base`."""
+    return list(accumulate(filter(None, base.split("/")), os.path.join, initial=""))
 
 
 def _with_columns(root: Path, name: str, known: Set[str]) -> DataConfig | None:

@@ -1,7 +1,6 @@
 """Open archives: shared by threads, few at a time, compressed ones read sequentially."""
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,6 @@ import pytest
 
 from serving.inputs import archives, open_archives, sources
 from tests.support.tar_files import KINDS, find_all, only_images, shard_members, write_tar
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def reader() -> Iterator[sources.Reader]:
-    reader = sources.Reader()
-    yield reader
-    reader.close()
 
 
 @pytest.fixture

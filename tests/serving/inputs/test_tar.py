@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,6 @@ from tests.support.tar_files import KINDS, find_all, only_images, shard_members,
 from tests.support.tiny_bundle import photo
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def reader() -> Iterator[sources.Reader]:
-    reader = sources.Reader()
-    yield reader
-    reader.close()
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled"])

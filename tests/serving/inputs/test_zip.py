@@ -9,7 +9,6 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,19 +18,6 @@ from serving.inputs import sources, zip_archive
 from tests.support.tar_files import KINDS, find_all, only_images, shard_members, write_tar
 from tests.support.tiny_bundle import photo
 from tests.support.zip_files import end_record, entry, local, write_zip
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def reader() -> Iterator[sources.Reader]:
-    reader = sources.Reader()
-    yield reader
-    reader.close()
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled"])

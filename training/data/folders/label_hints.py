@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
-from itertools import accumulate, islice
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Final
@@ -23,7 +23,7 @@ from serving.terminal import escape, quote, quote_path
 from training.config.sections import DataConfig
 from training.data.folders.part_names import is_container, part_of
 from training.data.folders.photo_tree import PhotoFolder
-from training.data.label_table import MAX_BYTES, MAX_TABLES, SUFFIXES, read_label_table
+from training.data.label_table import folders_down_to, read_label_table, tables_in
 
 PATTERN: Final = r"^(.*?[^\W\d_].*?)[ ._(-]*[0-9]+\)?\."
 """Finds the label in names such as `cat.0.jpg`, `great_pyrenees_12.jpg` and `cat (1).jpg`.
@@ -79,7 +79,8 @@ def _tables(
     photos = [root / path for path in base.below()]
     tests = [kid for kid in base.children if part_of(kid.name) == "test"]
     most = len(photos) - sum(kid.total for kid in tests)
-    for name in _names_of_tables(root, base, folders):
+    above = reversed(folders_down_to(base.path))
+    for name in tables_in(root, dict.fromkeys([*above, *(folder.path for folder in folders)])):
         for config in _configs(root, name, photos, folders):
             try:
                 entries = read_label_table(
@@ -101,23 +102,6 @@ def _tables(
             options = " ".join(map(quote, words))
             yield len(words), f"{name} has {rows} (labels {_shown(labels)}): add {options}"
             break
-
-
-def _names_of_tables(
-    root: Path, base: PhotoFolder, folders: Sequence[PhotoFolder]
-) -> Iterator[str]:
-    """Yield the paths of the tables beside the photos and above them, relative to `root`."""
-    above = ["", *accumulate(base.path.split("/"), lambda a, b: f"{a}/{b}")] if base.path else [""]
-    for folder in dict.fromkeys([*reversed(above), *(one.path for one in folders)]):
-        try:
-            names = sorted(os.listdir(root / folder))
-        except OSError:
-            continue
-        tables = [name for name in names if name.lower().endswith(SUFFIXES)]
-        for name in tables[:MAX_TABLES]:
-            path = f"{folder}/{name}" if folder else name
-            if os.path.isfile(root / path) and os.path.getsize(root / path) <= MAX_BYTES:
-                yield path
 
 
 def _configs(
