@@ -15,6 +15,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,14 +33,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bundle(tmp_path_factory.mktemp("bundle"))
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_pipe_that_nobody_reads_stops_nothing(folder: Path, tmp_path: Path, workers: str):
+@contextmanager
+def unread(folder: Path, tmp_path: Path, *options: str) -> Iterator[str]:
+    """A service whose log nobody reads; at the end it must stop within 8 s. Yields its address."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "fledge", "serve", str(folder), "--port", str(port)]
     process = subprocess.Popen(
-        [*command, "--workers", workers],
+        [*command, *options],
         cwd=ROOT,
         env={**os.environ, "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
@@ -47,6 +49,22 @@ def test_a_pipe_that_nobody_reads_stops_nothing(folder: Path, tmp_path: Path, wo
     )
     try:
         _wait_until_ready(url, process)
+        yield url
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(12) == 0
+        assert time.monotonic() - started < 8
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_pipe_that_nobody_reads_stops_nothing(folder: Path, tmp_path: Path, workers: str):
+    with unread(folder, tmp_path, "--workers", workers) as url:
         data = photo(1)
         with client(url) as caller:
             long = "/" + "x" * 4000
@@ -59,51 +77,20 @@ def test_a_pipe_that_nobody_reads_stops_nothing(folder: Path, tmp_path: Path, wo
         assert dropped
         if workers == "1":  # with two, each has a queue of its own
             assert float(dropped[1]) > 100
-        started = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(12) == 0
-        assert time.monotonic() - started < 8
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        process.stdout.close()
 
 
 @pytest.mark.process
 def test_what_libtiff_prints_to_a_pipe_that_nobody_reads_stops_nothing(
     folder: Path, tmp_path: Path
 ):
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "fledge", "serve", str(folder), "--port", str(port)]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        _wait_until_ready(url, process)
+    with unread(folder, tmp_path) as url, client(url) as caller:
         broken = _broken_lzw()
-        with client(url) as caller:
-            for _ in range(4):
-                assert caller.post("/predict", content=noisy_tiff()).status_code in (200, 422)
-            for _ in range(1500):  # a line each, decoded in the service; the pipe takes 64 KB
-                assert caller.post("/predict", content=broken).status_code == 422
-            assert caller.post("/predict", content=photo(1)).status_code == 200
-            assert caller.get("/readyz").status_code == 200
-        started = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(12) == 0
-        assert time.monotonic() - started < 8
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        process.stdout.close()
+        for _ in range(4):
+            assert caller.post("/predict", content=noisy_tiff()).status_code in (200, 422)
+        for _ in range(1500):  # a line each, decoded in the service; the pipe takes 64 KB
+            assert caller.post("/predict", content=broken).status_code == 422
+        assert caller.post("/predict", content=photo(1)).status_code == 200
+        assert caller.get("/readyz").status_code == 200
 
 
 def _broken_lzw() -> bytes:
