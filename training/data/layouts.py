@@ -21,12 +21,8 @@ from training.data.folders.part_names import part_of
 from training.data.folders.photo_tree import PhotoFolder, count_unused, read_tree, tree_lines
 from training.data.folders.structure import find_structure
 from training.data.folders.structure_result import PARTS, Structure
-from training.data.label_table import (
-    check_tables,
-    find_other_labels,
-    images_folder,
-    read_label_table,
-)
+from training.data.label_table import images_folder, read_label_table
+from training.data.other_labels import check_tables, find_other_labels
 from training.utils.console import quoted
 
 

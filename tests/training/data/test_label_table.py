@@ -15,7 +15,7 @@ import pytest
 
 from serving.errors import DataError, OptionError
 from training.config.sections import DataConfig
-from training.data import label_table
+from training.data import other_labels
 from training.data.dataset import Dataset, load_dataset, read_split, write_split
 
 NAMES = [f"{label}/{n}.jpg" for label in ("ants", "bees") for n in range(3)]
@@ -355,11 +355,11 @@ def test_tables_of_labels_and_splits_have_a_largest_number_of_rows(
 def test_of_a_table_beside_folders_of_classes_the_first_rows_are_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(label_table, "_MAX_ROWS", 3)
+    monkeypatch.setattr(other_labels, "_MAX_ROWS", 3)
     touch(tmp_path, *NAMES)
     photos = {tmp_path / name: name.partition("/")[0] for name in NAMES}
     table(tmp_path / "a.csv", [(name, "cat" if n >= 3 else "ants") for n, name in enumerate(NAMES)])
-    label_table.check_tables(tmp_path, photos)
+    other_labels.check_tables(tmp_path, photos)
     table(tmp_path / "a.csv", [(name, "cat" if n % 2 else "dog") for n, name in enumerate(NAMES)])
     with pytest.raises(DataError, match=r"a\.csv gives the photos other labels"):
-        label_table.check_tables(tmp_path, photos)
+        other_labels.check_tables(tmp_path, photos)

@@ -23,7 +23,8 @@ from serving.terminal import escape, quote, quote_path
 from training.config.sections import DataConfig
 from training.data.folders.part_names import is_container, part_of
 from training.data.folders.photo_tree import PhotoFolder
-from training.data.label_table import folders_down_to, read_label_table, tables_in
+from training.data.label_table import read_label_table
+from training.data.other_labels import folders_down_to, tables_in
 
 PATTERN: Final = r"^(.*?[^\W\d_].*?)[ ._(-]*[0-9]+\)?\."
 """Finds the label in names such as `cat.0.jpg`, `great_pyrenees_12.jpg` and `cat (1).jpg`.

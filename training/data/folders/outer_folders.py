@@ -14,7 +14,8 @@ from training.data.folders.label_hints import labels_hint
 from training.data.folders.part_names import part_of
 from training.data.folders.photo_tree import PhotoFolder
 from training.data.folders.structure_result import Structure
-from training.data.label_table import SUFFIXES, find_other_labels
+from training.data.label_table import SUFFIXES
+from training.data.other_labels import find_other_labels
 from training.utils.console import quoted
 
 _STRAY: Final = 0.1
