@@ -158,6 +158,9 @@ class _Process:
     def __init__(self) -> None:
         environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
         environ.pop("COVERAGE_PROCESS_CONFIG", None)  # its memory would not be the decoder's
+        # The threads of libde265 would leave address space reserved (64 MB each) that the next
+        # image could use beyond its limit.
+        environ["MALLOC_ARENA_MAX"] = "1"
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "serving.imaging.decoder_process"],
             stdin=subprocess.PIPE,

@@ -24,6 +24,8 @@ from serving.errors import (
 from serving.imaging import decode as decode_module
 from serving.imaging.cost import Cost
 from serving.imaging.decode import decode, read
+from serving.imaging.isolated import DecoderPool
+from tests.robustness import plugin_formats
 
 FORMATS = "JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF, HEIC, JPEG XL"
 MEMORY = "decoding 20 x 10 pixels needs more memory than this process can have"
@@ -106,6 +108,18 @@ def test_an_image_that_needs_more_memory_than_it_states_is_refused_with_size_and
         "decoding 5000 x 5000 pixels needs more than the 1 MB that such a file should need; save "
         "it anew"
     )
+
+
+def test_threads_of_the_image_before_leave_no_memory_beyond_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (5000, 5000)).save(file, "JPEG", progressive=True)
+    monkeypatch.setattr(decode_module, "decoders", DecoderPool(1))
+    decode(plugin_formats.heic(Image.new("RGB", (3000, 3000))))
+    monkeypatch.setattr(decode_module, "memory_limit", lambda *_: 2**20)
+    with pytest.raises(TooLarge, match="needs more than the 1 MB"):
+        decode(file.getvalue())
 
 
 def test_each_limit_of_memory_is_told_with_what_raises_it() -> None:
