@@ -31,13 +31,15 @@ from export.writers import onnx
 from serving.bundle.manifest import Manifest
 from serving.errors import DataError, WorkError
 from serving.imaging.preprocess import Preprocess
+from serving.imaging.tta import views_for
 from serving.inference.predictor import Predictor
 from serving.inference.runtime import OnnxRuntime
 from serving.utils.cpu import cores
 from serving.utils.progress import progress_bar
 from training.run.checkpoint import CheckpointInfo
 
-MAX_SIZES: Final = 16
+MAX_SIZES: Final = 8
+"""Each size takes memory: its graph is loaded twice while speed is measured."""
 
 _Flags = npt.NDArray[np.bool_]
 
@@ -110,6 +112,7 @@ class SizeComparison:
         photos: Number of held-out photos.
         folds: Number of those that were held out in other folds.
         budget: Largest accepted loss of accuracy, in percentage points.
+        skipped: Number of further held-out photos that can't be decoded.
     """
 
     trained: int
@@ -117,6 +120,7 @@ class SizeComparison:
     photos: int
     folds: int
     budget: float
+    skipped: int = 0
 
     def at(self, size: int) -> SizeResult:
         """Return the result at a size."""
@@ -165,6 +169,7 @@ class SizeComparison:
             "trained_size": self.trained,
             "photos": self.photos,
             "folds": self.folds,
+            "skipped": self.skipped,
             "confidence": loss_bounds.CONFIDENCE,
             "budget_points": self.budget,
             "least_budget_points": round(100 * loss_bounds.least_budget(self.photos), 3),
@@ -188,30 +193,32 @@ def compare(source: Source, sizes: Sequence[int], budget: float) -> SizeComparis
         WorkError: A graph can't be written, or its logits are not finite.
     """
     info, trained = source.info, source.info.preprocess.size
+    held_out = subsample([*source.valid, *source.more], MAX_PHOTOS)
     networks = [
-        _Network(
-            partial(_write_graph, source), subsample([*source.valid, *source.more], MAX_PHOTOS)
-        ),
+        _Network(partial(_write_graph, source), held_out),
         *(_Network(partial(folds.write_graph, fold), fold.held_out) for fold in source.folds),
     ]
-    found: dict[int, list[HeldOut]] = {}
-    with TemporaryDirectory() as name:
-        files = _write(networks, info.preprocess, sorted({*sizes, trained}), Path(name))
-        for size, paths in files.items():
-            found[size] = [
-                _run(path, network, info, size)
-                for path, network in zip(paths, networks, strict=True)
-            ]
+    found: dict[int, list[HeldOut]] = {size: [] for size in sorted({*sizes, trained})}
+    graphs: dict[str, Path] = {}
+    with TemporaryDirectory() as folder:
+        for number, network in enumerate(networks):
+            for size, parts in found.items():
+                path = Path(folder) / f"{number}-{size}.onnx"
+                parts.append(_run(network, path, info, size))
+                if number:
+                    path.unlink()
+                else:
+                    graphs[str(size)] = path
         if not sum(len(one.labels) for one in found[trained]):
             raise DataError("there are no held-out photos to compare sizes on; use --photos DIR")
-        graphs = {str(size): paths[0] for size, paths in files.items()}
-        widths = {str(size): size for size in files}
+        widths = {name: int(name) for name in graphs}
         rates = benchmark.measure(graphs, info.preprocess, sizes=widths)
     right = {size: _right(parts) for size, parts in found.items()}
     results = [_result(size, found[size], right, trained, rates) for size in found]
     photos = len(right[trained])
     of_folds = photos - len(found[trained][0].labels)
-    return SizeComparison(trained, tuple(results), photos, of_folds, budget)
+    skipped = sum(len(network.held_out) for network in networks) - photos
+    return SizeComparison(trained, tuple(results), photos, of_folds, budget, skipped)
 
 
 def _write_graph(source: Source, path: Path, preprocess: Preprocess) -> None:
@@ -220,35 +227,25 @@ def _write_graph(source: Source, path: Path, preprocess: Preprocess) -> None:
     onnx.write(graph, path, name=source.info.name, labels=labels, preprocess=preprocess)
 
 
-def _write(
-    networks: Sequence[_Network], preprocess: Preprocess, sizes: Sequence[int], folder: Path
-) -> dict[int, list[Path]]:
-    """Write the graph of each network at each size; return the files by size."""
-    files: dict[int, list[Path]] = {size: [] for size in sizes}
+def _run(network: _Network, path: Path, info: CheckpointInfo, size: int) -> HeldOut:
+    """Write the network's graph to `path`, and return its outputs for the held-out photos."""
+    preprocess = replace(info.preprocess, size=size)
     with progress_bar() as bar:
-        task = bar.add_task("graphs", total=len(sizes) * len(networks))
-        for number, network in enumerate(networks):
-            for size in sizes:
-                path = folder / f"{number}-{size}.onnx"
-                network.write(path, replace(preprocess, size=size))
-                files[size].append(path)
-                bar.advance(task)
-    return files
-
-
-def _run(path: Path, network: _Network, info: CheckpointInfo, size: int) -> HeldOut:
+        bar.add_task(f"graph at {size} pixels", total=1)
+        network.write(path, preprocess)
     entry: dict[str, Any] = {"file": path.name, "accuracy": None, "tolerance": TOLERANCE}
     manifest = Manifest(
         name=info.name,
         version="",
         arch=info.arch,
         labels=info.classes,
-        preprocess=replace(info.preprocess, size=size),
+        preprocess=preprocess,
+        views=views_for(preprocess),
         precisions={"fp32": entry},
         files={},
     )
     predictor = Predictor(manifest, OnnxRuntime(path, device="cpu"))
-    title = f"held-out photos at {size}"
+    title = f"held-out photos at {size} pixels"
     outputs = predict_views(predictor, network.held_out, cores(), views=1, title=title)
     if not np.isfinite(outputs.logits).all():
         raise WorkError(f"the network's logits at {size} pixels are not finite; leave the size out")

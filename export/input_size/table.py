@@ -90,7 +90,8 @@ def report(found: SizeComparison, size: int) -> dict[str, Any]:
 
 def _photos(found: SizeComparison) -> str:
     folds = f", {found.folds} of them of other folds" if found.folds else ""
-    return f"{found.photos:,} held-out photos{folds}"
+    skipped = f" ({found.skipped} more can't be decoded)" if found.skipped else ""
+    return f"{found.photos:,} held-out photos{folds}{skipped}"
 
 
 def _row(found: SizeComparison, one: SizeResult) -> tuple[str, ...]:

@@ -50,12 +50,18 @@ def sized_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+def logits_of(run: Run, preprocess: Preprocess) -> np.ndarray:
+    """The checkpoint's logits for the held-out photos, float32 [N, classes]."""
+    decoded = [decode.read(s.path, preprocess=preprocess) for s in run.dataset.valid]
+    pixels = np.stack([preprocess(one.image, one.area) for one in decoded])
+    return CheckpointRuntime(run.classifier, preprocess).run(pixels)[0]
+
+
 def right_at(run: Run, size: int) -> np.ndarray:
     """Which held-out photos the checkpoint itself classifies correctly at a size."""
     preprocess = replace(run.preprocess, size=size)
     samples = run.dataset.valid
-    pixels = np.stack([preprocess(decode.read(sample.path).image) for sample in samples])
-    logits, _ = CheckpointRuntime(run.classifier, preprocess).run(pixels)
+    logits = logits_of(run, preprocess)
     return logits.argmax(axis=1) == [sample.label for sample in samples]
 
 
@@ -90,9 +96,7 @@ def test_a_bundle_of_another_size_has_all_figures_at_that_size(sized_run: Run, t
     assert not found["exported"]["sure"]
 
     samples = [(sample.path, sample.label) for sample in sized_run.dataset.valid]
-    preprocess = manifest.preprocess
-    pixels = [preprocess(decode.read(path).image) for path, _ in samples]
-    logits, _ = CheckpointRuntime(sized_run.classifier, preprocess).run(np.stack(pixels))
+    logits = logits_of(sized_run, manifest.preprocess)
     held_out = calibration.HeldOut(logits[:, None], np.array([label for _, label in samples]))
     assert manifest.temperature == calibration.fit_temperature(logits, held_out.labels)
     assert manifest.thresholds["energy"] == pytest.approx(
@@ -155,6 +159,7 @@ def test_the_trained_size_by_name_gives_the_same_bundle(shared_run: Run, exporte
     assert manifest.parity == exported.manifest.parity
 
 
+@pytest.mark.process
 def test_the_table_has_a_row_for_every_size_and_ends_with_the_command(
     sized_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ):
@@ -194,6 +199,17 @@ def test_sizes_are_compared_on_the_held_out_photos_of_all_folds(sized_run: Run, 
     assert found.trained == TRAINED
     own = choose.compare_sizes(sized_run.folder, [KEPT], log=lines.append)
     assert own.at(KEPT).accuracy == right_at(sized_run, KEPT).mean()
+
+
+def test_photos_that_cannot_be_decoded_are_counted(run: Run):
+    run.dataset.valid[0].path.write_bytes(b"no photo")
+    found = choose.compare_sizes(run.folder, [KEPT], log=lambda line: None)
+    assert (found.photos, found.skipped) == (20, 1)
+    assert any("20 held-out photos (1 more can't be decoded)" in x for x in table.lines(found))
+    for sample in run.dataset.valid:
+        sample.path.write_bytes(b"no photo")
+    with pytest.raises(DataError, match="there are no held-out photos to compare sizes on"):
+        choose.compare_sizes(run.folder, [KEPT], log=lambda line: None)
 
 
 # ---- which size is advised
@@ -266,8 +282,8 @@ def test_sizes_are_whole_numbers_with_commas():
     for text in ("160;192", "", "160,,192", "192.5", "-3", "²", "9" * 5000):
         with pytest.raises(OptionError, match="write pixels with commas, such as 160,192,224"):
             table.parse(text)
-    with pytest.raises(OptionError, match="17 sizes are too many; name up to 16"):
-        table.parse(",".join(str(size) for size in range(100, 117)))
+    with pytest.raises(OptionError, match="9 sizes are too many; name up to 8"):
+        table.parse(",".join(str(size) for size in range(100, 109)))
 
 
 def test_sizes_that_a_network_does_not_take_are_told_before_the_photos_are_read(
@@ -301,6 +317,12 @@ def test_networks_with_limits_of_size_name_them(arch: str, args: dict, size: int
     with pytest.raises(OptionError, match=words):
         source.with_size(info, size)
     assert source.with_size(info, 224) == Preprocess()
+
+
+def test_another_size_leaves_the_rest_of_the_preprocessing():
+    own = Preprocess(crop=0.9, interpolation="bicubic", decode="scaled", fit="pad")
+    info = checkpoint.CheckpointInfo(name="x", arch="resnet18", classes=("a",), preprocess=own)
+    assert source.with_size(info, 288) == replace(own, size=288)
 
 
 def test_options_that_do_not_go_together_are_one_line(
