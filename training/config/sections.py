@@ -246,7 +246,10 @@ class HeadConfig(Section):
     def _one_for_each(self) -> HeadConfig:
         layers = 1 if self.kind == "linear" else len(self.hidden) + 1
         if isinstance(self.dropout, tuple) and len(self.dropout) != layers:
-            raise ValueError(f"dropout has {len(self.dropout)} values for {layers} Linear layers")
+            raise ValueError(
+                f"dropout has {len(self.dropout)} values for {layers} Linear layers; "
+                "one number fits any head"
+            )
         return self
 
 
