@@ -63,7 +63,8 @@ def score(
         answers: list[Answer] = []
         for start in range(0, len(paths), batch):
             group = paths[start : start + batch]
-            pixels = [preprocess(decode(path.read_bytes()).image) for path in group]
+            decoded = [decode(path.read_bytes(), preprocess=preprocess) for path in group]
+            pixels = [preprocess(one.image, one.area) for one in decoded]
             logits, _ = runtime.run(np.stack(pixels))
             for path, row in zip(group, softmax(logits, temperature), strict=True):
                 best = int(row.argmax())
