@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from network import Network
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def main() -> None:
@@ -35,7 +35,9 @@ def main() -> None:
     photos = [Path(path).read_bytes() for path in json.loads(options.photos.read_text())]
 
     def answer(data: bytes) -> dict[str, Any]:
-        return network([network.pixels(Image.open(io.BytesIO(data)))])[0]
+        image = Image.open(io.BytesIO(data))
+        ImageOps.exif_transpose(image, in_place=True)
+        return network([network.pixels(image)])[0]
 
     if options.labels:
         print(json.dumps([answer(data)["predictions"][0]["label"] for data in photos]))
