@@ -92,8 +92,8 @@ def measure(
         if not setting.decoding:
             return noise[: setting.batch]
         batch = itertools.islice(itertools.cycle(photos), setting.batch)
-        decoded = (decode(photo, background=preprocess.background) for photo in batch)
-        return np.stack([preprocess(one.image) for one in decoded])
+        decoded = (decode(photo, preprocess=preprocess) for photo in batch)
+        return np.stack([preprocess(one.image, one.area) for one in decoded])
 
     with progress_bar() as bar:
         task = bar.add_task("speed", total=ROUNDS * len(settings) * len(graphs))

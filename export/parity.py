@@ -198,7 +198,7 @@ def write_golden(
         for path in sorted(by_class[label], key=lambda p: (p.stat().st_size, p.name)):
             try:
                 content = path.read_bytes()
-                decoded = decode(content, background=preprocess.background)
+                decoded = decode(content, preprocess=preprocess)
             except (ImageError, OSError):
                 continue
             total += len(content)
@@ -207,7 +207,7 @@ def write_golden(
             # A photo that was recognised by its content may have any suffix.
             file = f"golden/{len(chosen)}{path.suffix.lower() if is_image(path.name) else ''}"
             (payload / file).write_bytes(content)
-            logits, _ = checkpoint.run(preprocess(decoded.image)[None])
+            logits, _ = checkpoint.run(preprocess(decoded.image, decoded.area)[None])
             truth = softmax(logits, manifest.temperature)[0]
             chosen.append({"file": file, "probabilities": {"fp32": truth.tolist()}})
             break
@@ -244,14 +244,14 @@ def _score(
     for path, label in chunk:
         try:
             content = path.read_bytes()
-            decoded = decode(content, background=preprocess.background)
+            decoded = decode(content, preprocess=preprocess)
         except (ImageError, OSError):
             scored.unreadable.append(path)
             continue
         scored.paths.append(path)
         scored.labels.append(label)
         data.append(content)
-        pixels.append(preprocess(decoded.image))
+        pixels.append(preprocess(decoded.image, decoded.area))
     if not data:
         return scored
     temperature = next(iter(graphs.values())).manifest.temperature

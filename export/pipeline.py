@@ -40,6 +40,7 @@ from export.writers.formats import FORMATS, GraphFormat
 from serving.bundle import signing, storage
 from serving.bundle.manifest import Manifest, content_version
 from serving.errors import OptionError, WorkError
+from serving.imaging.tta import views_for
 from serving.inference.predictor import Predictor
 from serving.inference.runtime import OnnxRuntime, Runtime
 from serving.terminal import show, valid_utf8
@@ -254,6 +255,7 @@ def _build(
         arch=info.arch,
         labels=info.classes,
         preprocess=info.preprocess,
+        views=views_for(info.preprocess),
         precisions={"fp32": entry},
         files={},
         graph=contract(graph, info.preprocess),

@@ -66,7 +66,8 @@ def score(
 
     def square(path: Path) -> npt.NDArray[np.uint8]:
         if not full:
-            return preprocess(decode(path.read_bytes()).image)
+            decoded = decode(path.read_bytes(), preprocess=preprocess)
+            return preprocess(decoded.image, decoded.area)
         with Image.open(path) as image:
             return preprocess(ImageOps.exif_transpose(image).convert("RGB"))
 

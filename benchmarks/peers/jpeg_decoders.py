@@ -72,13 +72,18 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def fledge(data: bytes) -> Square:
-    """The service's decoder with all of its checks."""
-    from serving.imaging.decode import decode
+def fledge(decode: str) -> Decoder:
+    """The service's decoder with all of its checks; `decode`: full or scaled."""
+    from serving.imaging import decode as imaging
     from serving.imaging.preprocess import Preprocess
 
-    preprocess = Preprocess(size=SIZE, crop=CROP)
-    return preprocess(decode(data).image)
+    preprocess = Preprocess(size=SIZE, crop=CROP, decode=decode)
+
+    def run(data: bytes) -> Square:
+        decoded = imaging.decode(data, preprocess=preprocess)
+        return preprocess(decoded.image, decoded.area)
+
+    return run
 
 
 def simplejpeg() -> Decoder:
@@ -182,7 +187,8 @@ DECODERS: dict[str, Callable[[], Decoder]] = {
     "pillow-draft2": lambda: partial(pillow_draft, factor=2),
     "pillow-draft1.5": lambda: partial(pillow_draft, factor=1.5),
     "pillow-draft1": lambda: partial(pillow_draft, factor=1),
-    "fledge": lambda: fledge,
+    "fledge-full": partial(fledge, "full"),
+    "fledge-scaled": partial(fledge, "scaled"),
     "simplejpeg": simplejpeg,
     "pyturbojpeg": pyturbojpeg,
     "pyvips": pyvips_shrink,

@@ -55,7 +55,8 @@ DECODERS: Final = {
     "pillow-draft2": Decoder("Pillow, draft, at least 2 times"),
     "pillow-draft1.5": Decoder("Pillow, draft, at least 1.5 times"),
     "pillow-draft1": Decoder("Pillow, draft, at least 1 time"),
-    "fledge": Decoder("Fledge: `serving.imaging`"),
+    "fledge-full": Decoder("Fledge, `decode = full`"),
+    "fledge-scaled": Decoder("Fledge, `decode = scaled`"),
     "simplejpeg": Decoder("simplejpeg", ("simplejpeg==1.9.0",), ("simplejpeg",)),
     "pyturbojpeg": Decoder("PyTurboJPEG", ("PyTurboJPEG==2.6.1",), ("PyTurboJPEG",)),
     "pyvips": Decoder(

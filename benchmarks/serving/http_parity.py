@@ -45,7 +45,8 @@ def main() -> int:
     same, worst = 0, 0.0
     for path, _ in samples:
         content = path.read_bytes()
-        pixels = render(decode(content).image, info.preprocess, views)
+        decoded = decode(content, preprocess=info.preprocess)
+        pixels = render(decoded.image, info.preprocess, views, decoded.area)
         logits = evaluate.logits_of(classifier, torch.from_numpy(pixels.copy()), info.preprocess)
         expected = average(softmax(logits.numpy(), manifest["temperature"]), manifest["average"])
         query = f"tta={options.tta}&top_k={len(info.classes)}"

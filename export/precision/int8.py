@@ -122,7 +122,8 @@ def draw(samples: Sequence[Sample], preprocess: Preprocess, workers: int = 1) ->
 
     def read(path: Path) -> Pixels | None:
         try:
-            return preprocess(decode.read(path, background=preprocess.background).image)
+            decoded = decode.read(path, preprocess=preprocess)
+            return preprocess(decoded.image, decoded.area)
         except (ImageError, OSError):
             return None
 

@@ -83,6 +83,25 @@ class BuiltFrom:
 class PreprocessEntry(TypedDict):
     """Preprocessing of an image."""
 
+    decode: NotRequired[
+        Annotated[
+            Literal["full", "scaled"],
+            Field(
+                description="scaled: the decoder reduces by an integer, so that what fit keeps "
+                "stays at least 2 times size; default: full"
+            ),
+        ]
+    ]
+    fit: NotRequired[
+        Annotated[
+            Literal["crop", "squish", "pad"],
+            Field(
+                description="crop: the centre square; squish: the whole image; pad: the whole "
+                "image in a square of background; default: crop"
+            ),
+        ]
+    ]
+
     size: Annotated[
         StrictInt, Field(ge=8, le=4096, description="side of the graph's square input, pixels")
     ]

@@ -61,7 +61,14 @@ def _classes(labels: tuple[str, ...]) -> str:
 def _input(manifest: Manifest) -> str:
     preprocess = manifest.preprocess
     size = f"{preprocess.size} x {preprocess.size} pixels"
-    return f"{size}, crop {preprocess.crop:g} of the short side, {preprocess.interpolation}"
+    seen = {
+        "crop": f"crop {preprocess.crop:g} of the short side",
+        "squish": "the whole image squished to a square",
+        "pad": "the whole image padded to a square",
+    }
+    return (
+        f"{size}, {seen[preprocess.fit]}, {preprocess.interpolation}, {preprocess.decode} decoding"
+    )
 
 
 def _graphs(manifest: Manifest) -> Iterator[str]:

@@ -9,27 +9,20 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
-from serving.imaging import plugin_heads
 from serving.imaging.formats import optional_format
-from serving.imaging.limits import (
-    ARITHMETIC,
-    FRAMES,
-    PROGRESSIVE,
-    SCAN,
-    gif_blocks,
-    jpeg_markers,
-    png_chunks,
-)
-from serving.imaging.tiff_heads import (
+from serving.imaging.heads import jpeg, plugins
+from serving.imaging.heads.head import LARGE_EXIF, Head
+from serving.imaging.heads.tiff import (
     OFFSETS,
     metadata,
     strips_share_bytes,
-    tags_share_bytes,
     tiff_entries,
     variants,
 )
+from serving.imaging.limits import gif_blocks, png_chunks
+from serving.imaging.preprocess import STRIP, Preprocess, dct_scale
 
 IN_PROCESS_BYTES: Final = 2**27
 IN_PROCESS_SECONDS: Final = 0.5
@@ -44,6 +37,10 @@ _RGB: Final = 4.0
 _ROTATED: Final = 2 * _RGB
 # Peak of the conversions of alpha, colour keys, profiles and samples of more than 8 bits.
 _CONVERTED: Final = 14.5
+# Samples of more than 8 bits, scaled to 8, and their alpha.
+_DEEP: Final = 2.0
+# Share of the time of a JPEG that is left where its cosine transform is smaller.
+_SCALED_SHARE: Final = 0.6
 # Bytes per encoded byte: the buffer of the file, and Pillow's copies of its metadata.
 _COPIES: Final = 2
 # Bytes per pixel of the float64 samples of a strip, and of the largest strip.
@@ -59,8 +56,7 @@ _INFLATE_SECONDS: Final = 30e-9
 _METADATA_BYTES: Final = 320 * 2**20
 _TEXTS: Final = (b"tEXt", b"zTXt", b"iTXt")
 
-# Bytes of EXIF, and values of a TIFF's tags, above which a file is unusual.
-_LARGE_EXIF: Final = 2**17
+# Values of a TIFF's tags above which a file is unusual.
 _MANY_VALUES: Final = 4096
 
 # Compressions of a TIFF that are decoded in this process: none, LZW, Deflate (two numbers) and
@@ -111,34 +107,7 @@ class Cost:
         return expensive or self.unusual
 
 
-class _Head(NamedTuple):
-    """What the head of a file states.
-
-    Attributes:
-        width, height: Size in pixels.
-        decoder: Bytes per pixel that the decoder has beside the image that it returns.
-        converted: Whether alpha, a profile or deep samples are converted after decoding.
-        rotated: Whether the file may have an EXIF orientation.
-        nanoseconds: CPU time per pixel.
-        metadata: Bytes of decompressed metadata.
-        opening: Seconds of CPU time that opening the file takes, whatever its pixels.
-        pixel: Bytes per pixel of the decoded image, if it is not RGB.
-        unusual: As `Cost.unusual`.
-    """
-
-    width: int
-    height: int
-    decoder: float = 0.0
-    converted: bool = False
-    rotated: bool = False
-    nanoseconds: float = 15.0
-    metadata: int = 0
-    unusual: bool = False
-    opening: float = 0.0
-    pixel: float = 1.0
-
-
-def estimate(data: bytes, views: int = 1) -> Cost:
+def estimate(data: bytes, views: int = 1, preprocess: Preprocess | None = None) -> Cost:
     """Estimate the cost of decoding an image and cutting its TTA views (crops, possibly mirrored).
 
     Nothing is decoded. A typical JPEG takes some 10 microseconds. Data that begins like no
@@ -148,6 +117,7 @@ def estimate(data: bytes, views: int = 1) -> Cost:
     Args:
         data: The encoded file.
         views: Number of views that are cut from the decoded image.
+        preprocess: Preprocessing, which may decode the image at a reduced size; None: as it is.
     """
     read = next((read for magic, read in _READERS.items() if data.startswith(magic)), None)
     if read is None and data[4:8] == b"ftyp":
@@ -157,81 +127,42 @@ def estimate(data: bytes, views: int = 1) -> Cost:
     head = read(data)
     if head is None or head.width <= 0 or head.height <= 0:
         return Cost(unusual=True)
+    reduction = preprocess.reduction(head.width, head.height) if preprocess else 1
+    scale = dct_scale(reduction) if head.scalable else 1
     pixels = head.width * head.height
-    peak = max(
-        head.decoder + _RGB,
-        _CONVERTED if head.converted else _RGB + head.pixel,
-        _ROTATED if head.rotated else 0,
+    decoded = pixels / scale**2
+    reduced = pixels / reduction**2
+    if reduction == scale or head.whole:  # the conversions are made on the whole decoded image
+        peak = decoded * max(
+            _CONVERTED if head.converted else _RGB + head.pixel,
+            _ROTATED if head.rotated else 0,
+        )
+    else:
+        strip = min(decoded, max(STRIP, reduction * head.width))
+        peak = (
+            decoded * (_RGB + _DEEP * head.converted)
+            + strip * (_CONVERTED if head.converted else _RGB + head.pixel)
+            + reduced * _ROTATED
+        )
+    peak = (
+        max(peak, pixels * head.decoder + decoded * _RGB)
+        if scale == 1
+        else (peak + pixels * head.decoder)
     )
-    nanoseconds = head.nanoseconds + 30 * head.converted + 5 * head.rotated + 4 * views
-    seconds = pixels * nanoseconds * 1e-9 + len(data) * 20e-9 + head.opening
-    strips = min(_STRIP_SAMPLE * pixels, _STRIP_BYTES) if head.converted else 0
-    size = int(pixels * peak) + strips + _COPIES * len(data) + head.metadata
+    nanoseconds = head.nanoseconds * (_SCALED_SHARE if scale > 1 else 1)
+    seconds = (
+        pixels * nanoseconds * 1e-9
+        + decoded * (30 * head.converted + (reduction > scale)) * 1e-9
+        + reduced * (5 * head.rotated + 4 * views) * 1e-9
+        + len(data) * 20e-9
+        + head.opening
+    )
+    strips = min(_STRIP_SAMPLE * decoded, _STRIP_BYTES) if head.converted else 0
+    size = int(peak + strips) + _COPIES * len(data) + head.metadata
     return Cost(head.width, head.height, size, seconds, head.unusual)
 
 
-def _jpeg(data: bytes) -> _Head | None:
-    width = height = 0
-    coefficients, components, progressive, rotated, profile = 0.0, b"", False, False, False
-    exif = resources = 0
-    arithmetic = shared = False
-    for marker, at in jpeg_markers(data):
-        size = int.from_bytes(data[at : at + 2], "big")
-        if marker in FRAMES:
-            # Pillow and libjpeg may take different frames of a broken file: the largest counts.
-            tall, wide, count = struct.unpack(">HHB", data[at + 3 : at + 8].ljust(5, b"\0"))
-            if tall * wide >= width * height:
-                width, height = wide, tall
-            progressive |= marker in PROGRESSIVE
-            arithmetic |= marker in ARITHMETIC
-            components = data[at + 7 : at + 8]
-            factors = [data[at + 9 + 3 * one : at + 10 + 3 * one] for one in range(count)]
-            coefficients = max(coefficients, _coefficients([f[0] for f in factors if f]))
-        elif marker == 0xE1:
-            rotated = True  # by EXIF, or by XMP
-            exif += size
-            if data[at + 2 : at + 8] == b"Exif\0\0":
-                shared |= tags_share_bytes(data[at + 8 : at + size])
-        elif marker == 0xED:  # of Photoshop: Pillow reads its resources in Python
-            resources += data.count(b"8BIM", at, at + size)
-        elif marker == 0xE2:
-            profile |= data[at + 2 : at + 13] == b"ICC_PROFILE"
-            if data[at + 2 : at + 6] == b"MPF\0":
-                shared |= tags_share_bytes(data[at + 6 : at + size])
-        elif marker == SCAN:
-            several = progressive or data[at + 2 : at + 3] != components
-            # An empty scan takes 0.2 ns per pixel. Encoders write about ten scans.
-            scans = data.count(b"\xff\xda") if several else 1
-            decoder = coefficients if several else 0.0
-            nanoseconds = 12.0 + (15.0 + 0.5 * scans) * several
-            return _Head(
-                width,
-                height,
-                decoder,
-                profile,
-                rotated,
-                nanoseconds,
-                # Any number of pixels may follow from no bytes, each at the cost of a whole one.
-                unusual=exif > _LARGE_EXIF or arithmetic or shared,
-                opening=resources * 1e-6,
-                pixel=4.0 if components == b"\4" else 1.0,
-            )
-    return None
-
-
-def _coefficients(factors: list[int]) -> float:
-    """Return the bytes per pixel of the coefficients, 2 bytes for each sample.
-
-    Args:
-        factors: Sampling factors of each component: 4 bits horizontally, 4 bits vertically.
-    """
-    sizes = [(max(1, one >> 4), max(1, one & 15)) for one in factors]
-    widest = max((wide for wide, _ in sizes), default=1)
-    tallest = max((tall for _, tall in sizes), default=1)
-    return sum(2 * wide * tall / (widest * tallest) for wide, tall in sizes)
-
-
-def _png(data: bytes) -> _Head | None:
+def _png(data: bytes) -> Head | None:
     if len(data) < 33 or data[12:16] != b"IHDR":
         return None
     width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
@@ -252,14 +183,14 @@ def _png(data: bytes) -> _Head | None:
             metadata += _CHARACTER * length
     channels = {0: 1, 2: 3, 4: 2, 6: 4}.get(colour, 1)
     nanoseconds = 10.0 + 7.0 * channels * max(1, depth // 8)
-    return _Head(
+    return Head(
         width,
         height,
         converted=converted,
         rotated=rotated,
         nanoseconds=nanoseconds,
         metadata=min(metadata, _METADATA_BYTES),
-        unusual=heads > 1 or exif > _LARGE_EXIF,
+        unusual=heads > 1 or exif > LARGE_EXIF,
         opening=inflated * 2e-9 + chunks * 5e-6 + len(data) * _INFLATE_SECONDS,
     )
 
@@ -272,7 +203,7 @@ def _is_packed(kind: bytes, data: bytes, at: int, size: int) -> bool:
     return kind == b"zTXt"
 
 
-def _webp(data: bytes) -> _Head | None:
+def _webp(data: bytes) -> Head | None:
     kind, body = data[12:16], data[20:32]
     if data[8:12] != b"WEBP" or len(body) < 10:
         return None
@@ -291,20 +222,20 @@ def _webp(data: bytes) -> _Head | None:
     lossless = b"VP8L" in data or b"ALPH" in data or b"ANMF" in data
     # Two canvases of RGBA, the decoder's own buffers, and copies of the frame.
     tables = _CODE_TABLES * lossless + _CHUNK_COPIES * len(data) * (kind == b"VP8X")
-    return _Head(width, height, 18.5, False, True, 60.0, tables, lossless)
+    return Head(width, height, 18.5, False, True, 60.0, tables, lossless)
 
 
-def _gif(data: bytes) -> _Head | None:
+def _gif(data: bytes) -> Head | None:
     if len(data) < 10:
         return None
     width, height = struct.unpack_from("<HH", data, 6)
     # A block of one byte of pixels takes two bytes of the file.
     opening = len(data) * 80e-9
     unusual = gif_blocks(data, _GIF_BLOCKS) >= _GIF_BLOCKS
-    return _Head(width, height, 0.0, True, False, 15.0, opening=opening, unusual=unusual)
+    return Head(width, height, 0.0, True, False, 15.0, opening=opening, unusual=unusual, whole=True)
 
 
-def _bmp(data: bytes) -> _Head | None:
+def _bmp(data: bytes) -> Head | None:
     try:
         size, width, height = struct.unpack_from("<Iii", data, 14)
         if size == 12:
@@ -317,10 +248,10 @@ def _bmp(data: bytes) -> _Head | None:
     # Pillow decodes run-length code in Python.
     packed = code in (1, 2)
     alpha = size > 40 or code in (3, 6)
-    return _Head(width, abs(height), 0.0, alpha, False, 500.0 if packed else 12.0, 0, packed)
+    return Head(width, abs(height), 0.0, alpha, False, 500.0 if packed else 12.0, 0, packed)
 
 
-def _tiff(data: bytes) -> _Head | None:
+def _tiff(data: bytes) -> Head | None:
     size: dict[int, int] = {}
     compressions: set[int] = set()
     strips = 0
@@ -350,7 +281,7 @@ def _tiff(data: bytes) -> _Head | None:
     outside = -(-width // wide) * wide * -(-height // tall) * tall - pixels if wide * tall else 0
     # libjpeg may keep the coefficients of a tile, 2 bytes for each sample.
     decoder = raw * max(1.0, wide * tall / pixels) * (3 if compressions & _JPEGS else 1)
-    return _Head(
+    return Head(
         width,
         height,
         decoder,
@@ -359,31 +290,32 @@ def _tiff(data: bytes) -> _Head | None:
         nanoseconds=15.0 + 5.0 * raw,
         metadata=400 * strips + max(_DICTIONARIES.get(one, 0) for one in compressions or {1}),
         unusual=unusual or not compressions <= _COMMON_COMPRESSIONS,
+        whole=True,  # Pillow turns it
         opening=strips * 6e-6
         + outside * raw * 12e-9
         + len(data) * (_INFLATE_SECONDS if compressions & _DEFLATE else 0.0),
     )
 
 
-def _avif(data: bytes) -> _Head | None:
+def _avif(data: bytes) -> Head | None:
     # The coded frames may be larger than the items state, so that only the memory limit of a
     # process is a bound.
-    head = plugin_heads.heif(data)
-    return head and _Head(head.width, head.height, 20.0, False, True, 90.0, 0, True)
+    head = plugins.heif(data)
+    return head and Head(head.width, head.height, 20.0, False, True, 90.0, 0, True)
 
 
-def _heic(data: bytes) -> _Head | None:
-    head = plugin_heads.heif(data)
-    return head and _Head(head.width, head.height, 16.0, False, False, 200.0, 2**22, True)
+def _heic(data: bytes) -> Head | None:
+    head = plugins.heif(data)
+    return head and Head(head.width, head.height, 16.0, False, False, 200.0, 2**22, True)
 
 
-def _jpeg_xl(data: bytes) -> _Head | None:
-    head = plugin_heads.jpeg_xl(data)
-    return head and _Head(head.width, head.height, 32.0, True, True, 250.0, 2**22, True)
+def _jpeg_xl(data: bytes) -> Head | None:
+    head = plugins.jpeg_xl(data)
+    return head and Head(head.width, head.height, 32.0, True, True, 250.0, 2**22, True)
 
 
-_READERS: Final[dict[bytes, Callable[[bytes], _Head | None]]] = {
-    b"\xff\xd8\xff": _jpeg,
+_READERS: Final[dict[bytes, Callable[[bytes], Head | None]]] = {
+    b"\xff\xd8\xff": jpeg.read,
     b"\x89PNG\r\n\x1a\n": _png,
     b"RIFF": _webp,
     b"GIF8": _gif,

@@ -18,7 +18,7 @@ from typing import Final, cast
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from serving.errors import BrokenImage, EmptyBody, NotAnImage, TooLarge, UnsupportedFormat
-from serving.imaging import cost, deep_samples, formats, icc, isolated, plugins
+from serving.imaging import colours, cost, formats, isolated, plugins, reduced
 from serving.imaging.formats import FORMATS
 from serving.imaging.limits import (
     TOO_MANY,
@@ -28,6 +28,7 @@ from serving.imaging.limits import (
     max_pixels_of_commands,
     raise_limit_of_pillow,
 )
+from serving.imaging.preprocess import Box, Preprocess
 
 MAX_BYTES: Final = 20_000_000
 
@@ -56,6 +57,9 @@ _UPRIGHT: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 
+FULL: Final = Preprocess()
+"""Preprocessing that reduces nothing, and composites transparent images on white."""
+
 decoders: Final = isolated.DecoderPool()
 """Processes that decode expensive or unusual images."""
 
@@ -65,21 +69,26 @@ class Decoded:
     """A decoded image and the conversions that were applied to it.
 
     Attributes:
-        image: Image of mode RGB, 8 bits per channel, with the EXIF orientation applied.
+        image: Image of mode RGB, 8 bits per channel, with the EXIF orientation applied. It may be
+            a reduced one; see `Preprocess.decode`.
         applied: Names of the conversions, such as "exif-orientation" or "16-bit-scaled".
         mode: Pillow's mode of the file, such as RGB, L or CMYK.
+        size: Width and height of the upright picture before it was reduced.
+        area: The box of `image` that the picture covers: left, top, right and bottom in pixels.
     """
 
     image: Image.Image
     applied: tuple[str, ...]
     mode: str
+    size: tuple[int, int]
+    area: Box
 
 
 def decode(
     data: bytes,
     *,
     max_pixels: int | None = None,
-    background: tuple[int, int, int] = (255, 255, 255),
+    preprocess: Preprocess = FULL,
 ) -> Decoded:
     """Decode one image. The format is recognised by the content.
 
@@ -90,7 +99,8 @@ def decode(
         data: The encoded file.
         max_pixels: Largest accepted width times height, checked before any pixel is decoded. None:
             `limits.max_pixels_of_commands`.
-        background: RGB colour, 0 to 255, on which transparent images are composited.
+        preprocess: Preprocessing that follows: its background, and how far the image may be
+            reduced while it is decoded.
 
     Raises:
         EmptyBody: `data` is empty.
@@ -101,29 +111,32 @@ def decode(
         DeadlineExceeded: Decoding took more than `isolated.MAX_SECONDS`.
     """
     max_pixels = max_pixels or max_pixels_of_commands()
-    estimated = check(data, max_pixels)
+    estimated = check(data, max_pixels, preprocess=preprocess)
     if not estimated.isolated:
         try:
-            return decode_here(data, max_pixels=max_pixels, background=background, stated=estimated)
+            return decode_here(data, max_pixels=max_pixels, preprocess=preprocess, stated=estimated)
         except LargerThanStated:
             pass
     memory = memory_limit(estimated, max_pixels)
     request = {
         "max_pixels": max_pixels,
-        "background": background,
+        "preprocess": preprocess.to_dict(),
         "too_large": memory_message(estimated, memory),
     }
-    pixels, applied, mode = decoders.decode(data, request, memory=memory)
-    return Decoded(Image.fromarray(pixels), applied, mode)
+    answer = decoders.decode(data, request, memory=memory)
+    return Decoded(
+        Image.fromarray(answer.pixels), answer.applied, answer.mode, answer.size, answer.area
+    )
 
 
-def check(data: bytes, max_pixels: int, views: int = 1) -> cost.Cost:
+def check(data: bytes, max_pixels: int, views: int = 1, preprocess: Preprocess = FULL) -> cost.Cost:
     """Check structure and size of an image by the head of its file; return what decoding costs.
 
     Args:
         data: The encoded file.
         max_pixels: Largest accepted width times height.
         views: Number of TTA views (crops, possibly mirrored) that are cut from the image.
+        preprocess: As in `decode`.
 
     Raises:
         EmptyBody: `data` is empty.
@@ -135,7 +148,7 @@ def check(data: bytes, max_pixels: int, views: int = 1) -> cost.Cost:
         raise EmptyBody("it is empty: 0 bytes, where an image should be")
     formats.check_installed(data)
     check_limits(data, max_pixels)
-    estimated = cost.estimate(data, views)
+    estimated = cost.estimate(data, views, preprocess)
     _check_size(estimated.width, estimated.height, max_pixels)
     return estimated
 
@@ -174,7 +187,7 @@ def decode_here(
     data: bytes,
     *,
     max_pixels: int,
-    background: tuple[int, int, int] = (255, 255, 255),
+    preprocess: Preprocess = FULL,
     stated: cost.Cost | None = None,
     too_large: str = "",
 ) -> Decoded:
@@ -183,7 +196,8 @@ def decode_here(
     Args:
         data: The encoded file.
         max_pixels: Largest accepted width times height.
-        background: RGB colour, 0 to 255, on which transparent images are composited.
+        preprocess: Preprocessing that follows: its background, and how far the image may be
+            reduced while it is decoded.
         stated: Result of `check`, or None if the image may have more pixels than stated.
         too_large: Message where the memory of this process is not enough. "": one with the size.
 
@@ -201,28 +215,41 @@ def decode_here(
     try:
         if getattr(image, "is_animated", False):
             applied.append("first-frame")
+        reduction = preprocess.reduction(width, height)
+        scale = reduced.draft(image, reduction)
         # Pillow turns a TIFF upright while it loads it, so its orientation is read before loading.
         # The orientation of other formats is read after loading, because reading it may load the
         # pixels of a PNG, and `_read_orientation` would hide the errors.
         turned_by_pillow = _read_orientation(image) if image.format == "TIFF" else 1
         frame = _load(image)
+        if scale == 1:
+            width, height = image.size
         orientation = 1 if plugins.is_upright(image) else _read_orientation(image)
         applied += plugins.applied(image, data)
-        rgb = _to_rgb(image.crop(frame) if frame else image, background, applied)
+        size = image.size
+        if frame:
+            image = image.crop(frame)
+        rest = 1 if frame else reduction // scale
+        rgb = colours.to_rgb(image, preprocess.background, applied, rest)
         del image  # free its pixels before the next copy is made
         if frame:
             applied.append("alpha-on-background")
-            canvas = Image.new("RGB", (width, height), background)
+            canvas = Image.new("RGB", size, preprocess.background)
             canvas.paste(rgb, frame)
             rgb = canvas
-        rgb = _apply_orientation(rgb, orientation)
+        area = (0.0, 0.0, width / (scale * rest), height / (scale * rest))
+        if (turn := _UPRIGHT.get(orientation)) is not None:
+            area = reduced.transpose_box(area, rgb.size, turn)
+            rgb = rgb.transpose(turn)
+            if turn in reduced.SWAPPED:
+                width, height = height, width
         if turned_by_pillow in _UPRIGHT or orientation in _UPRIGHT:
             applied.append("exif-orientation")
     except _CORRUPT as error:
         raise BrokenImage(f"the image is broken: {_reason(error)}") from error
     except MemoryError as error:
         raise TooLarge(too_large or _no_memory(f"{width} x {height} pixels")) from error
-    return Decoded(rgb, tuple(applied), mode)
+    return Decoded(rgb, tuple(dict.fromkeys(applied)), mode, (width, height), area)
 
 
 def _no_memory(what: str) -> str:
@@ -238,14 +265,15 @@ def read(
     path: Path,
     *,
     max_pixels: int | None = None,
-    background: tuple[int, int, int] = (255, 255, 255),
+    preprocess: Preprocess = FULL,
 ) -> Decoded:
     """Decode an image file, like `decode`. Error messages don't contain the path.
 
     Args:
         path: Path of the file.
         max_pixels: Largest accepted width times height. None: as `decode`.
-        background: RGB colour, 0 to 255, on which transparent images are composited.
+        preprocess: Preprocessing that follows: its background, and how far the image may be
+            reduced while it is decoded.
 
     Raises:
         ImageError: The file can't be read (`BrokenImage`), or `decode` raises an error.
@@ -254,7 +282,7 @@ def read(
         data = read_bytes(path)
     except OSError as error:
         raise BrokenImage(error.strerror or str(error)) from error
-    return decode(data, max_pixels=max_pixels, background=background)
+    return decode(data, max_pixels=max_pixels, preprocess=preprocess)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -291,11 +319,6 @@ def _open(data: bytes, max_pixels: int, too_large: str) -> Image.Image:
     raise NotAnImage(f"no image that Fledge reads ({formats.readable()})")
 
 
-def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
-    """Rotate or mirror an image by its EXIF orientation; 1 and unknown values change nothing."""
-    return image if (turn := _UPRIGHT.get(orientation)) is None else image.transpose(turn)
-
-
 def _read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, or 1 (upright) if EXIF is missing, broken or invalid."""
     try:
@@ -330,47 +353,6 @@ def _load(image: Image.Image) -> tuple[int, int, int, int] | None:
     if tile and image.format == "GIF" and key is None and tile.extents != (0, 0, *image.size):
         return cast("tuple[int, int, int, int]", tile.extents)
     return None
-
-
-def _to_rgb(
-    image: Image.Image, background: tuple[int, int, int], applied: list[str]
-) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    # The profile of a TIFF may be a tag of numbers.
-    if profile and not (isinstance(profile, bytes) and icc.is_safe(profile)):
-        profile = None
-        applied.append("icc-ignored")
-    alpha: Image.Image | None = None
-    key = image.info.get("transparency")
-    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-        applied.append("16-bit-scaled" if image.mode != "F" else "float-scaled")
-        if key is not None:
-            applied.append("alpha-on-background")
-            alpha = Image.fromarray(
-                deep_samples.by_strips(image, lambda strip: 255 * (strip != key))
-            )
-        image = deep_samples.scale(image)
-    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or key is not None:
-        applied.append("alpha-on-background")
-        grey = image.mode in ("LA", "La", "L", "1")
-        image = image.convert("LA") if image.mode == "La" else image
-        image = image.convert("RGBA") if image.mode != "RGBA" else image
-        alpha = image.getchannel("A")
-        if profile:  # the profile applies to the image, not to the background
-            image = image.getchannel("R") if grey else image.convert("RGB")
-    elif image.mode == "P" and profile:
-        image = image.convert("RGB")
-    srgb = icc.to_srgb(image, profile) if profile and image.mode in ("RGB", "CMYK", "L") else None
-    if srgb is not None:
-        applied.append("icc-to-srgb")
-        image = srgb
-    if image.mode not in ("RGB", "RGBA", "L", "1", "P"):  # these convert without loss
-        applied.append(f"{image.mode.lower()}-to-rgb")
-    if alpha is None:
-        return image if image.mode == "RGB" else image.convert("RGB")
-    flat = Image.new("RGB", image.size, background)
-    flat.paste(image, mask=alpha)
-    return flat
 
 
 def _reason(error: Exception) -> str:

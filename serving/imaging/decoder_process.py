@@ -51,20 +51,24 @@ def main() -> None:
 
 def _write(answers: IO[bytes], data: bytes, request: Mapping[str, Any]) -> None:
     strips: Iterator[bytes] = iter(())
+    preprocess = Preprocess.from_dict(request["preprocess"])
     try:
         decoded = decode.decode_here(
             data,
             max_pixels=request["max_pixels"],
-            background=tuple(request["background"]),
+            preprocess=preprocess,
             too_large=request["too_large"],
         )
-        if "preprocess" in request:
-            preprocess = Preprocess.from_dict(request["preprocess"])
-            pixels = render(decoded.image, preprocess, [View(*view) for view in request["views"]])
+        if "views" in request:
+            views = [View(*view) for view in request["views"]]
+            pixels = render(decoded.image, preprocess, views, decoded.area)
             shape, strips = pixels.shape, iter([pixels.tobytes()])
         else:
             shape, strips = (decoded.image.height, decoded.image.width, 3), _strips(decoded.image)
-        head: dict[str, Any] = {"shape": shape, "applied": decoded.applied, "mode": decoded.mode}
+        head: dict[str, Any] = {
+            **{"shape": shape, "applied": decoded.applied, "mode": decoded.mode},
+            **{"size": decoded.size, "area": decoded.area},
+        }
     except ImageError as error:
         head = {"error": error.code, "message": str(error)}
     except MemoryError:

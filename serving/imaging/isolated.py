@@ -27,12 +27,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from serving.errors import BrokenImage, DeadlineExceeded, ImageError, TooLarge
-from serving.imaging.preprocess import Pixels
+from serving.imaging.preprocess import Box, Pixels
 from serving.utils.cpu import cores
 from serving.utils.memory import Cancelled
 
@@ -50,6 +50,21 @@ _ROOT: Final = Path(__file__).parent.parent.parent
 _PIECE: Final = 2**20
 _MAX_HEAD: Final = 2**16  # bytes of the head of an answer
 _NO_ANSWER: Final = "the image is broken: its decoder gave no answer"
+
+
+class Answer(NamedTuple):
+    """What a decoder process answers.
+
+    Attributes:
+        pixels: uint8 [height, width, 3], or [views, size, size, 3].
+        applied, mode, size, area: As in `decode.Decoded`.
+    """
+
+    pixels: Pixels
+    applied: tuple[str, ...]
+    mode: str
+    size: tuple[int, int]
+    area: Box
 
 
 class DecoderPool:
@@ -79,20 +94,20 @@ class DecoderPool:
         memory: int,
         seconds: float = MAX_SECONDS,
         cancelled: Callable[[], bool] = bool,
-    ) -> tuple[Pixels, tuple[str, ...], str]:
+    ) -> Answer:
         """Decode one image in a decoder process; wait for a free process before.
 
         Args:
             data: The encoded file.
-            request: `max_pixels` and `background` of `decode.decode`, and `too_large`, the message
-                where `memory` is not enough. With `preprocess` (the fields of `Preprocess`) and
-                `views` (the fields of each `View`), the views are returned.
+            request: `max_pixels` and `preprocess` (its fields) of `decode.decode`, and `too_large`,
+                the message where `memory` is not enough. With `views` (the fields of each `View`),
+                the views are returned.
             memory: Bytes that decoding may take.
             seconds: Time until the process is killed, from when it begins.
             cancelled: Function that returns True once the image is no longer needed.
 
         Returns:
-            Pixels, the names of the conversions that were applied, and Pillow's mode of the file.
+            The pixels, and what else `decode.Decoded` states.
 
         Raises:
             ImageError: As `decode.decode`. `TooLarge`: more memory than `memory` was needed, or no
@@ -284,25 +299,32 @@ def _split_head(
         if "error" in head:
             return {"error": str(head["error"]), "message": str(head["message"]), "bytes": 0}, rest
         shape = [side for side in head["shape"] if type(side) is int and side > 0]
-        if "preprocess" in request:
+        wide, tall = (side for side in head["size"] if type(side) is int and side > 0)
+        fits = wide * tall <= request["max_pixels"]
+        if "views" in request:
             size = request["preprocess"]["size"]
-            fits = shape == [len(request["views"]), size, size, 3]
+            fits &= shape == [len(request["views"]), size, size, 3]
         else:
-            fits = len(shape) == 3 and shape[0] * shape[1] <= request["max_pixels"]
+            fits &= len(shape) == 3 and shape[0] * shape[1] <= request["max_pixels"]
+        left, top, right, bottom = (float(edge) for edge in head["area"])
+        if "views" not in request:
+            fits &= 0 <= left < right <= shape[1] and 0 <= top < bottom <= shape[0]
         if not fits or shape[-1] != 3 or len(shape) != len(head["shape"]):
             raise BrokenImage(_NO_ANSWER)
         applied, mode = tuple(map(str, head["applied"])), str(head["mode"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise BrokenImage(_NO_ANSWER) from error
-    return {"shape": shape, "applied": applied, "mode": mode, "bytes": math.prod(shape)}, rest
+    told = {"size": (wide, tall), "area": (left, top, right, bottom)}
+    answer = {"shape": shape, "applied": applied, "mode": mode, "bytes": math.prod(shape)}
+    return answer | told, rest
 
 
-def _result(head: dict[str, Any], pixels: bytearray) -> tuple[Pixels, tuple[str, ...], str]:
+def _result(head: dict[str, Any], pixels: bytearray) -> Answer:
     if "error" in head:
         kinds = {kind.code: kind for kind in _subclasses(ImageError)}
         raise kinds.get(head["error"], BrokenImage)(head["message"][:300])
     shaped = np.frombuffer(pixels, np.uint8).reshape(head["shape"])
-    return shaped, head["applied"], head["mode"]
+    return Answer(shaped, head["applied"], head["mode"], head["size"], head["area"])
 
 
 def _subclasses(kind: type[ImageError]) -> Sequence[type[ImageError]]:

@@ -17,7 +17,7 @@ from typing import Any, Final
 from PIL import Image, PngImagePlugin
 
 from serving.errors import BrokenImage, OptionError, TooLarge
-from serving.imaging.tiff_heads import OFFSETS, tags_share_bytes, tiff_entries, variants
+from serving.imaging.heads.tiff import OFFSETS, tags_share_bytes, tiff_entries, variants
 
 # Largest compressed text or profile of a PNG, in bytes. Pillow's limit of 1 MB rejects valid
 # images: some programs store whole projects there.

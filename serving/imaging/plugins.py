@@ -15,8 +15,8 @@ from typing import Any, Final
 from PIL import Image, UnidentifiedImageError
 
 from serving.errors import BrokenImage, UnsupportedFormat
-from serving.imaging import plugin_heads
 from serving.imaging.formats import OptionalFormat, optional_format
+from serving.imaging.heads import plugins as heads
 
 # Bytes per sample of Pillow's modes, times the number of channels.
 _PIXEL_BYTES: Final = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "I;16": 2, "F": 4}
@@ -62,7 +62,7 @@ def open_image(data: bytes, kind: OptionalFormat) -> Image.Image:
     """
     _register(kind)
     if kind.plugin == "JXL":
-        head = plugin_heads.jpeg_xl(data)
+        head = heads.jpeg_xl(data)
         if head and head.animated:
             raise UnsupportedFormat("an animated JPEG XL is not read; save one of its frames")
     try:
@@ -115,7 +115,7 @@ def applied(image: Image.Image, data: bytes) -> list[str]:
     if not is_upright(image):
         return []
     is_heif = image.format == "HEIF"
-    head = plugin_heads.heif(data) if is_heif else plugin_heads.jpeg_xl(data)
+    head = heads.heif(data) if is_heif else heads.jpeg_xl(data)
     depth = image.info.get("bit_depth", 8) if is_heif else head.depth if head else 8
     found = ["exif-orientation"] if head and head.turned else []
     # Deep samples in grey are scaled by `decode`.

@@ -1,8 +1,8 @@
 """Test-time augmentation (TTA): render fixed views of an image and average the probabilities.
 
-A view is one crop of the image, possibly mirrored. The first view, "plain", is always the centre
-crop. The option `tta=N` takes the first N views in the order of the bundle's manifest. Nothing is
-random.
+A view is one crop of the image, possibly mirrored. The first view, "plain", is always what
+`Preprocess.fit` keeps: the centre crop, or the whole picture. The option `tta=N` takes the first N
+views in the order of the bundle's manifest. Nothing is random.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from serving.errors import OptionError
-from serving.imaging.preprocess import Pixels, Preprocess
+from serving.imaging.preprocess import Box, Pixels, Preprocess
 
 Probabilities = npt.NDArray[np.float64]
 
@@ -25,7 +25,7 @@ class View(NamedTuple):
 
     Attributes:
         name: Name of the view in the manifest.
-        zoom: Side of the centre crop (`Preprocess.centre`) divided by the side of this crop.
+        zoom: Side of the plain view (`Preprocess.box`) divided by the side of this crop.
         x: Horizontal position of the crop: 0 left edge, 0.5 centre, 1 right edge.
         y: Vertical position of the crop: 0 top edge, 0.5 centre, 1 bottom edge.
         flip: Whether the crop is mirrored left to right.
@@ -38,13 +38,15 @@ class View(NamedTuple):
     flip: bool = False
 
 
+_CLOSE: Final = 1.15
+
 VIEWS: Final = (
     View("plain"),
     View("flip", flip=True),
     View("wide", zoom=0.9),
     View("wide-flip", zoom=0.9, flip=True),
-    View("close", zoom=1.15),
-    View("close-flip", zoom=1.15, flip=True),
+    View("close", zoom=_CLOSE),
+    View("close-flip", zoom=_CLOSE, flip=True),
     View("top-left", x=0.0, y=0.0),
     View("bottom-right-flip", x=1.0, y=1.0, flip=True),
     View("top-right", x=1.0, y=0.0),
@@ -67,9 +69,33 @@ def count_views(tta: int, views: Sequence[View]) -> int:
     return max(1, tta)
 
 
-def render(image: Image.Image, preprocess: Preprocess, views: Sequence[View]) -> Pixels:
-    """Cut the views of an upright RGB image: uint8 [V, size, size, 3]."""
-    return np.stack([_cut(image, preprocess, view) for view in views])
+def views_for(preprocess: Preprocess, views: Sequence[View] = VIEWS) -> tuple[View, ...]:
+    """Return the views that are of use with a preprocessing.
+
+    Where the plain view shows the whole picture, there is no wider one, and a corner must be close.
+    """
+    if preprocess.fit == "crop":
+        return tuple(views)
+    return tuple(
+        view if view[2:4] == (0.5, 0.5) else view._replace(zoom=max(view.zoom, _CLOSE))
+        for view in views
+        if view.zoom >= 1
+    )
+
+
+def render(
+    image: Image.Image, preprocess: Preprocess, views: Sequence[View], area: Box | None = None
+) -> Pixels:
+    """Cut the views of an upright RGB image: uint8 [V, size, size, 3].
+
+    Args:
+        image: The image.
+        preprocess: Preprocessing of the model.
+        views: The V views.
+        area: The box of the image that the picture covers; None: all of it.
+    """
+    area = area or (0, 0, *image.size)
+    return np.stack([_cut(image, preprocess, view, area) for view in views])
 
 
 def average(probabilities: Probabilities, how: str = "mean") -> Probabilities:
@@ -114,12 +140,6 @@ def energies(logits: npt.NDArray[np.float32]) -> Probabilities:
     return np.asarray(-most - np.log(sums))
 
 
-def _cut(image: Image.Image, preprocess: Preprocess, view: View) -> Pixels:
-    if view[1:4] == (1.0, 0.5, 0.5):
-        pixels = preprocess(image)
-    else:
-        side = min(min(image.size) * preprocess.crop / view.zoom, *image.size)
-        left = (image.width - side) * view.x
-        top = (image.height - side) * view.y
-        pixels = preprocess.cut(image, (left, top, left + side, top + side))
+def _cut(image: Image.Image, preprocess: Preprocess, view: View, area: Box) -> Pixels:
+    pixels = preprocess.cut(image, preprocess.box(area, view.zoom, view.x, view.y), area)
     return pixels[:, ::-1] if view.flip else pixels

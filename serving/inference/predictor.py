@@ -142,7 +142,8 @@ class Predictor:
             OptionError: `tta` is out of range.
             ImageError: The image is too large; see `decode.check`.
         """
-        return decode.check(data, max_pixels, count_views(tta, self.manifest.views))
+        views = count_views(tta, self.manifest.views)
+        return decode.check(data, max_pixels, views, self.manifest.preprocess)
 
     def prepare(
         self,
@@ -171,12 +172,13 @@ class Predictor:
             decoded = decode.decode_here(
                 data,
                 max_pixels=max_pixels or max_pixels_of_commands(),
-                background=preprocess.background,
+                preprocess=preprocess,
                 stated=estimated,
             )
         else:
-            decoded = decode.decode(data, max_pixels=max_pixels, background=preprocess.background)
-        return Prepared(render(decoded.image, preprocess, views), decoded.applied)
+            decoded = decode.decode(data, max_pixels=max_pixels, preprocess=preprocess)
+        pixels = render(decoded.image, preprocess, views, decoded.area)
+        return Prepared(pixels, decoded.applied)
 
     def prepare_isolated(
         self,
@@ -205,15 +207,12 @@ class Predictor:
         preprocess = self.manifest.preprocess
         request = {
             "max_pixels": max_pixels,
-            "background": preprocess.background,
             "too_large": too_large,
             "preprocess": preprocess.to_dict(),
             "views": self._views(tta),
         }
-        pixels, applied, _ = decode.decoders.decode(
-            data, request, memory=memory, cancelled=cancelled
-        )
-        return Prepared(pixels, applied)
+        answer = decode.decoders.decode(data, request, memory=memory, cancelled=cancelled)
+        return Prepared(answer.pixels, answer.applied)
 
     def _views(self, tta: int) -> Sequence[View]:
         views = self.manifest.views

@@ -57,7 +57,7 @@ def pixel_values() -> dict[str, list]:
             continue
         image = decode(item.data).image
         for pixel_transform in pixel_transforms:
-            pixels = pixel_transform(image)
+            pixels = pixel_transform.to_square(image)
             means = [round(float(mean), 1) for mean in pixels.mean(axis=(0, 1))]
             digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
             found[f"{item.name} {pixel_transform.part}"] = [digest, means]

@@ -61,7 +61,8 @@ class AugmentedPhotos:
         Yields:
             The indices of a batch, and its augmented and normalised photos, [n, 3, H, W].
         """
-        device, size, crop = self.precision.device, self.preprocess.size, self.preprocess.crop
+        device, size = self.precision.device, self.preprocess.size
+        crop = self.preprocess.kept_share
         params = transforms.draw(self.config, self.photos.aspect, self.seed, view, crop=crop).to(
             device
         )

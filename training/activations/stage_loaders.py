@@ -352,7 +352,7 @@ def _input_key(augmented: AugmentedPhotos) -> bytes:
     p, precision = augmented.preprocess, augmented.precision
     inputs = [
         ACTIVATIONS_VERSION,
-        *(p.size, p.crop, p.mean, p.std),
+        *(p.size, p.kept_share, p.mean, p.std),
         augmented.config.model_dump(mode="json"),
         augmented.seed,
         *(str(precision.dtype), str(precision.device), augmented.photos.key.hex()),

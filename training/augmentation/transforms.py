@@ -86,8 +86,8 @@ def draw(
         config: Augmentation options; they set the ranges of the random parameters.
         aspect: Width / height of each photo, float32 [N].
         seed, view: Random seed and number of the view; both at least 0.
-        crop: Crop share of the validation preprocessing (`Preprocess.crop`). If `config.crop` is
-            "center", the side of the crop is multiplied by this share.
+        crop: Share of the short side that validation keeps (`Preprocess.kept_share`). If
+            `config.crop` is "center", the side of the crop is multiplied by this share.
     """
     numbers = np.random.default_rng([seed, view]).random((len(aspect), _NUMBERS))
     u = list(torch.from_numpy(numbers).T)  # [0, 1); each option below has its own columns

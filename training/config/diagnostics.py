@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from serving.errors import OptionError
-from serving.imaging.preprocess import Preprocess
+from serving.imaging.preprocess import WORDS, Preprocess
 from training.config.forms import did_you_mean
 from training.config.overrides import EPOCHS, SECTIONS, is_text, toml
 from training.config.suggestions import Suggestions, names, option_name, value_at
@@ -160,6 +160,5 @@ def _preprocess(values: Mapping[str, Any], suggestions: Suggestions) -> Iterator
         try:
             Preprocess.from_dict({name: value})
         except OptionError as error:
-            words = ("bilinear", "bicubic", "lanczos") if name == "interpolation" else ()
-            hint = suggestions.for_value(path, value) or did_you_mean(value, words)
+            hint = suggestions.for_value(path, value) or did_you_mean(value, WORDS.get(name, ()))
             yield path, f"{error}{hint}"

@@ -236,10 +236,15 @@ class Stage(Section):
         return max(1, round(sum(cycle_lengths(self.cycles, self.cycle_len, self.cycle_mult))))
 
 
+# The fields that recipes had before `decode`. A recipe that a run recorded has all of them.
+_RECORDED: Final = frozenset({"size", "crop", "interpolation", "mean", "std", "background"})
+
+
 def _preprocess(value: Any) -> Any:
     if isinstance(value, Mapping):
+        decode = "full" if value.keys() >= _RECORDED else "scaled"
         try:
-            return Preprocess.from_dict(value)
+            return Preprocess.from_dict({"decode": decode, **value})
         except (OptionError, TypeError) as error:
             raise ValueError(str(error)) from None
     return value
@@ -281,7 +286,7 @@ class Recipe(Section):
         accepts("use true, false or 'cuda_graphs'", "cuda_graphs"),
     ] = False
     head: HeadConfig = HeadConfig()
-    preprocess: Annotated[Preprocess, BeforeValidator(_preprocess)] = Preprocess()
+    preprocess: Annotated[Preprocess, BeforeValidator(_preprocess)] = Preprocess(decode="scaled")
     data: DataConfig = DataConfig()
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     optimizer: OptimizerConfig = OptimizerConfig()

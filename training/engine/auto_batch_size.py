@@ -292,7 +292,9 @@ class BatchSizeTrial:
         config = recipe.augment_of(self.stage).model_copy(update={"policy": "none"})
         side = PixelTransform("train", preprocess, recipe.data.presize).side
         pixels = torch.randint(256, (size, side, side, 3), dtype=torch.uint8, device=where)
-        draws = transforms.draw(config, torch.ones(size), recipe.seed, 0, crop=preprocess.crop)
+        draws = transforms.draw(
+            config, torch.ones(size), recipe.seed, 0, crop=preprocess.kept_share
+        )
         images = normalise(
             transforms.apply(pixels, draws.to(where), config, preprocess.size), preprocess
         )

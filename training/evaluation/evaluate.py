@@ -125,10 +125,11 @@ def evaluate(
         OptionError: `tta` needs random augmentations and the run's recipe can't be read, or
             `device` is not available.
     """
-    views, draws = fixed_views(tta), random_views(tta)
+    draws = random_views(tta)
     recipe = recipe_of(run) if draws else None
     where = choose_precision(device, "fp32").device
     classifier, info = checkpoint.load(run)
+    views = fixed_views(tta, info.preprocess)
     network = frozen_prefix.fused(classifier.to(where).eval())
     pixel_transform = (
         PixelTransform("train", info.preprocess, recipe.data.presize) if recipe else None
@@ -217,7 +218,7 @@ class _Batch(NamedTuple):
     Attributes:
         views: The views without random augmentation (crops, flips), uint8 [V, n, H, W, 3].
         squares: The photos resized to squares, uint8 [n, S, S, 3].
-        aspect: Width divided by height of each photo, float32 [n].
+        aspect: Width divided by height of what each square shows, float32 [n].
     """
 
     samples: list[Sample]
@@ -236,12 +237,15 @@ def _batches(
     """Read the photos and yield batches of `BATCH` readable ones; unreadable photos are logged."""
 
     def read(sample: Sample) -> tuple[Pixels, Pixels, float] | ImageError:
+        square, aspect = np.empty((0, 0, 3), np.uint8), 1.0
         try:
-            image = decode.read(sample.path, background=preprocess.background).image
+            photo = decode.read(sample.path, preprocess=preprocess)
+            if pixel_transform:  # whose squares may need a larger image
+                larger = decode.read(sample.path, preprocess=pixel_transform.to_square)
+                square, aspect = pixel_transform(larger), pixel_transform.aspect(larger)
         except ImageError as error:
             return error
-        square = pixel_transform(image) if pixel_transform else np.empty((0, 0, 3), np.uint8)
-        return render(image, preprocess, views), square, image.width / image.height
+        return render(photo.image, preprocess, views, photo.area), square, aspect
 
     pending: list[tuple[Sample, tuple[Pixels, Pixels, float]]] = []
 
@@ -285,6 +289,6 @@ def _views_of(
                 (*own, recipe.augment)[0],
                 seed=recipe.seed,
                 view=number * draws + i,
-                crop=info.preprocess.crop,
+                crop=info.preprocess.kept_share,
                 size=info.preprocess.size,
             )

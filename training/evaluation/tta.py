@@ -11,7 +11,8 @@ from typing import Final
 import numpy as np
 from torch import Tensor
 
-from serving.imaging.tta import VIEWS, Probabilities, View, average
+from serving.imaging.preprocess import Preprocess
+from serving.imaging.tta import VIEWS, Probabilities, View, average, views_for
 from training.augmentation import transforms
 from training.config.sections import AugmentConfig, TtaConfig
 
@@ -36,7 +37,7 @@ FIXED: Final = {
 """Kind -> its views, for the kinds with a fixed number of views; the first is the plain view."""
 
 
-def fixed_views(config: TtaConfig | None) -> tuple[View, ...]:
+def fixed_views(config: TtaConfig | None, preprocess: Preprocess) -> tuple[View, ...]:
     """Return the deterministic views, with the unaugmented view first.
 
     If TTA is off or uses random augmentations, only the unaugmented view is returned.
@@ -44,8 +45,8 @@ def fixed_views(config: TtaConfig | None) -> tuple[View, ...]:
     if config is None or config.count == 0 or config.kind == "draws":
         return VIEWS[:1]
     if config.kind != "views":
-        return FIXED[config.kind]
-    return VIEWS[: config.count]
+        return views_for(preprocess, FIXED[config.kind])
+    return views_for(preprocess)[: config.count]
 
 
 def random_views(config: TtaConfig | None) -> int:
@@ -74,7 +75,7 @@ def draw(
         config: The training augmentation.
         seed: Seed of the random augmentation.
         view: Number of the augmentation; equal seeds and numbers give equal pixels.
-        crop: Share of the photo's short side that the centre crop of the unaugmented view keeps.
+        crop: `Preprocess.kept_share`.
         size: Side of the result in pixels.
     """
     config = config.model_copy(update={"erase": 0.0})

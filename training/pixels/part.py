@@ -45,7 +45,7 @@ class PixelSet:
 
     Attributes:
         pixels: Rows: the pixels of each photo, uint8 [S, S, 3].
-        aspect: Width / height of each photo, float32 [N].
+        aspect: Width / height of each photo, float32 [N]; 1 if `Preprocess.fit` is not "crop".
         labels: Class index of each photo, int64 [N].
         name: Name of the entry in the disk cache.
         key: Hash of everything that determines the pixels, 32 bytes.
@@ -209,12 +209,13 @@ class PixelPart:
 
         Photos that can't be decoded are added to `unreadable`.
         """
+        to_square = self.transform.to_square
 
         def decode(index: int) -> tuple[int, bytes, Pixels, float] | None:
             path = self.samples[index].path
             try:
-                digest, image = read_photo(path, self.transform.preprocess.background)
-                return index, digest, self.transform(image), image.width / image.height
+                digest, photo = read_photo(path, to_square)
+                return index, digest, self.transform(photo), self.transform.aspect(photo)
             except ImageError as error:
                 self.unreadable[path] = _reason(path, error)
                 return None
@@ -241,13 +242,13 @@ class PixelPart:
 
         Every photo is decoded once in advance to find unreadable photos.
         """
-        background = self.transform.preprocess.background
+        to_square = self.transform.to_square
 
         def check(index: int) -> tuple[bytes, float]:
             path = self.samples[index].path
             try:
-                digest, image = read_photo(path, background)
-                return digest, image.width / image.height
+                digest, photo = read_photo(path, to_square)
+                return digest, self.transform.aspect(photo)
             except ImageError as error:
                 self.unreadable[path] = _reason(path, error)
                 return b"", 1.0
@@ -261,7 +262,7 @@ class PixelPart:
         self.aspect = torch.tensor(aspect, dtype=torch.float32)
         paths = [self.samples[i].path for i in self.readable]
         digests = [self.digests[i] for i in self.readable]
-        self.rows = StreamingRows(paths, digests, self.transform, background)
+        self.rows = StreamingRows(paths, digests, self.transform, to_square)
 
     def _map(
         self, verb: str, function: Callable[[int], Result], photos: Sequence[int]

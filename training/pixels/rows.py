@@ -14,19 +14,18 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from serving.errors import BrokenImage, ImageError, WorkError
-from serving.imaging.decode import decode, read_bytes
-from serving.imaging.preprocess import Pixels
+from serving.imaging.decode import Decoded, decode, read_bytes
+from serving.imaging.preprocess import Pixels, Preprocess
 from serving.utils.parallel import map_ordered
 
 AHEAD: Final = 2
 """Number of batches that are read in advance."""
 
-ToPixels = Callable[[Image.Image], Pixels]
-"""A function: upright RGB image -> pixels, uint8 [S, S, 3]."""
+ToPixels = Callable[[Decoded], Pixels]
+"""A function: decoded photo -> pixels, uint8 [S, S, 3]."""
 
 
 class Rows(Protocol):
@@ -80,7 +79,7 @@ class StreamingRows:
         paths: Sequence[Path],
         digests: Sequence[bytes],
         to_pixels: ToPixels,
-        background: tuple[int, int, int],
+        preprocess: Preprocess,
     ) -> None:
         """Store the arguments.
 
@@ -89,10 +88,10 @@ class StreamingRows:
             digests: `content_digest` of each file. If a file has changed when it is decoded, a
                 WorkError is raised.
             to_pixels: Computes the pixels of a decoded image.
-            background: RGB colour behind transparent pixels, 0 to 255.
+            preprocess: Preprocessing that `to_pixels` applies; photos are decoded for it.
         """
         self._paths, self._digests = paths, digests
-        self._to_pixels, self._background = to_pixels, background
+        self._to_pixels, self._preprocess = to_pixels, preprocess
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -119,24 +118,24 @@ class StreamingRows:
     def _decode(self, photo: int) -> Pixels:
         path = self._paths[photo]
         try:
-            digest, image = read_photo(path, self._background)
+            digest, decoded = read_photo(path, self._preprocess)
         except ImageError as error:
             raise WorkError(f"{path} can't be read any more: {error}; restore it") from error
         if digest != self._digests[photo]:
             raise WorkError(f"{path} was changed while the run read it; start the run again")
-        return self._to_pixels(image)
+        return self._to_pixels(decoded)
 
 
-def read_photo(path: Path, background: tuple[int, int, int]) -> tuple[bytes, Image.Image]:
-    """Read a photo, and return the hash of its bytes (`content_digest`) and the upright image.
+def read_photo(path: Path, preprocess: Preprocess) -> tuple[bytes, Decoded]:
+    """Read a photo, and return the hash of its bytes (`content_digest`) and the decoded photo.
 
-    The file is read only once: hash and image are computed from the same bytes.
+    The file is read only once: both are computed from the same bytes.
 
     Raises:
         ImageError: The photo can't be read or decoded.
     """
     data = read_content(path)
-    return content_digest(data), decode(data, background=background).image
+    return content_digest(data), decode(data, preprocess=preprocess)
 
 
 def read_content(path: Path) -> bytes:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from typing import Final, Literal
 
-import numpy as np
-from PIL import Image, features
+from PIL import features
 
 from serving.imaging import formats
+from serving.imaging.decode import Decoded
 from serving.imaging.preprocess import Pixels, Preprocess
 from training.pixels.store import FORMAT
 
@@ -29,13 +29,8 @@ _LIBRARIES: Final = (
 
 PIXELS_VERSION: Final = 1
 """Version number of the cached pixels, in the cache key. Increase it if a change to decoding, to
-`Preprocess` or to `squeeze` changes a pixel. Without the increase, `test_cache_versions.py` fails.
+`Preprocess` changes a pixel. Without the increase, `test_cache_versions.py` fails.
 """
-
-
-def squeeze(image: Image.Image, side: int) -> Pixels:
-    """Resize a photo to a square, ignoring its aspect ratio: uint8 [side, side, 3]."""
-    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,8 @@ class PixelTransform:
 
     Attributes:
         part: Split of the dataset: photos of "train" are resized to a square, which changes their
-            aspect ratio; photos of "valid" are preprocessed as in serving.
+            aspect ratio, after they are padded to one if `Preprocess.fit` is "pad"; photos of
+            "valid" are preprocessed as in serving.
         preprocess: Preprocessing of the model.
         presize: Side of the training squares as a multiple of the model's image size.
     """
@@ -59,18 +55,32 @@ class PixelTransform:
         size = self.preprocess.size
         return round(size * self.presize) if self.part == "train" else size
 
-    def __call__(self, image: Image.Image) -> Pixels:
-        """Transform an upright RGB image to pixels, uint8 [side, side, 3]."""
-        if self.part == "train":
-            return squeeze(image, self.side)
-        return self.preprocess(image)
+    @property
+    def to_square(self) -> Preprocess:
+        """Preprocessing that gives the squares; a decoder may reduce photos for it."""
+        if self.part == "valid":
+            return self.preprocess
+        fit = "pad" if self.preprocess.fit == "pad" else "squish"
+        return replace(self.preprocess, size=self.side, fit=fit, interpolation="bilinear")
+
+    def __call__(self, photo: Decoded) -> Pixels:
+        """Transform a photo to pixels, uint8 [side, side, 3]."""
+        return self.to_square(photo.image, photo.area)
+
+    def aspect(self, photo: Decoded) -> float:
+        """Return width / height of what a square shows, which the augmentation restores.
+
+        It is 1 where the network sees whole photos as squares.
+        """
+        width, height = photo.size
+        return width / height if self.preprocess.fit == "crop" else 1.0
 
     @property
     def name(self) -> str:
         """Name of the cache entry, with a hash of everything that can change a pixel."""
         p = self.preprocess
         crop = [p.crop, p.interpolation] if self.part == "valid" else []
-        inputs = [self.part, self.side, p.background, crop, _versions()]
+        inputs = [self.part, self.side, p.background, crop, p.decode, p.fit, _versions()]
         key = hashlib.sha256(json.dumps(inputs).encode())
         return f"pixels-{key.hexdigest()[:32]}"
 

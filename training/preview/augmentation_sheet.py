@@ -52,26 +52,30 @@ def write(
     Raises:
         ImageError: The photo can't be read.
     """
-    image = decode.read(photo, background=preprocess.background).image
     pixel_transform = PixelTransform("train", preprocess, presize)
-    tiles = [preprocess(image), *_draws(image, config, pixel_transform, draws, seed)]
+    seen = decode.read(photo, preprocess=preprocess)
+    tiles = [
+        preprocess(seen.image, seen.area),
+        *_draws(photo, config, pixel_transform, draws, seed),
+    ]
     sheet = _lay_out(tiles, "marked: the photo as validation sees it", describe(config))
     with atomic_write(path) as partial:
         sheet.save(partial, format="PNG", pnginfo=png_info())
 
 
 def _draws(
-    image: Image.Image,
+    photo: Path,
     config: AugmentConfig,
     pixel_transform: PixelTransform,
     count: int,
     seed: int,
 ) -> Pixels:
-    """Return random augmentations of an image, as in training: uint8 [count, size, size, 3]."""
-    square = pixel_transform(image).copy()  # torch needs a writable array
+    """Return random augmentations of a photo, as in training: uint8 [count, size, size, 3]."""
+    decoded = decode.read(photo, preprocess=pixel_transform.to_square)
+    square = pixel_transform(decoded).copy()  # torch needs a writable array
     pixels = torch.from_numpy(square).expand(count, -1, -1, -1)
-    aspect = torch.full((count,), image.width / image.height)
-    drawn = transforms.draw(config, aspect, seed, 0, crop=pixel_transform.preprocess.crop)
+    aspect = torch.full((count,), pixel_transform.aspect(decoded))
+    drawn = transforms.draw(config, aspect, seed, 0, crop=pixel_transform.preprocess.kept_share)
     with torch.no_grad():
         changed = transforms.apply(pixels, drawn, config, pixel_transform.preprocess.size)
     return changed.round().to(torch.uint8).numpy()

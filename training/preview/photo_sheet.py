@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ from training.preview.scan import LONG, PhotoStats
 COLUMNS: Final = 8
 TILE: Final = 120  # pixels
 GAP: Final = 6
+_WHOLE: Final = Preprocess(size=TILE, decode="scaled", fit="pad")
 MAX_CLASSES: Final = 40
 """Classes with a row of their own: 40 rows are a picture of about 6,000 pixels."""
 FEW: Final = 5
@@ -85,7 +86,7 @@ def rows(
     edges = [(detail_outside(photo, preprocess.crop), photo) for photo in readable]
     edges = [(share, photo) for share, photo in edges if photo not in long]
     edges.sort(key=lambda item: -item[0])
-    if edges:
+    if edges and preprocess.fit == "crop":
         title = "most detail outside the frame, which is what validation and the service see"
         yield Row(title, [photo for _, photo in edges[:COLUMNS]], named=True, framed=True)
 
@@ -123,7 +124,7 @@ def detail_outside(photo: PhotoStats, crop: float) -> float:
     """
     grey = photo.thumbnail.astype(np.float32).mean(axis=2)
     detail = np.abs(np.diff(grey, axis=0))[:, :-1] + np.abs(np.diff(grey, axis=1))[:-1]
-    left, top, right, bottom = Preprocess(crop=crop).centre_of((photo.width, photo.height))
+    left, top, right, bottom = Preprocess(crop=crop).box((0, 0, photo.width, photo.height))
     across = _overlap(left / photo.width, right / photo.width, detail.shape[1])
     down = _overlap(top / photo.height, bottom / photo.height, detail.shape[0])
     total = float(detail.sum())
@@ -167,15 +168,16 @@ def _tile(photo: PhotoStats, row: Row, preprocess: Preprocess) -> Image.Image:
     """Return the whole photo within a square of `TILE` pixels; empty if it can't be read again."""
     tile = Image.new("RGB", (TILE, TILE), _EMPTY)
     try:
-        image = decode.read(photo.path, background=preprocess.background).image
+        read = decode.read(photo.path, preprocess=replace(_WHOLE, background=preprocess.background))
     except ImageError:  # changed since the scan
         return tile
-    scale = TILE / max(image.size)
-    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    scale = TILE / max(read.size)
+    size = (max(round(read.size[0] * scale), 1), max(round(read.size[1] * scale), 1))
     left, top = (TILE - size[0]) // 2, (TILE - size[1]) // 2
-    tile.paste(image.resize(size, Image.Resampling.BOX, reducing_gap=2.0), (left, top))
+    small = read.image.resize(size, Image.Resampling.BOX, box=read.area, reducing_gap=2.0)
+    tile.paste(small, (left, top))
     if row.framed:
-        box = [scale * side for side in preprocess.centre(image)]
+        box = [scale * side for side in preprocess.box((0, 0, *read.size))]
         corners = (left + box[0], top + box[1], left + box[2] - 1, top + box[3] - 1)
         ImageDraw.Draw(tile).rectangle(corners, outline=_MARK, width=2)
     return tile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -122,10 +123,9 @@ def _gallery(
 
 
 def _thumbnail(path: Path, preprocess: Preprocess) -> str:
-    """Return a photo's centre crop (the unaugmented input of the network) as a JPEG data URL."""
-    image = decode.read(path, background=preprocess.background).image
-    side = (THUMBNAIL, THUMBNAIL)
-    square = image.resize(side, Image.Resampling.LANCZOS, box=preprocess.centre(image))
+    """Return what the network sees of a photo, without augmentation, as a JPEG data URL."""
+    as_shown = replace(preprocess, size=THUMBNAIL, interpolation="lanczos")
+    photo = decode.read(path, preprocess=as_shown)
     file = io.BytesIO()
-    square.save(file, "JPEG", quality=82)
+    Image.fromarray(as_shown(photo.image, photo.area)).save(file, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -144,7 +144,7 @@ def test_the_decoder_process_is_used_again_and_ends_with_its_pool() -> None:
     pool = DecoderPool(1)
     data, request = (
         saved("RGB", "AVIF")(30, 20),
-        {"max_pixels": 1000, "background": [1, 2, 3], "too_large": "too large"},
+        {"max_pixels": 1000, "preprocess": {"background": [1, 2, 3]}, "too_large": "too large"},
     )
     assert pool.decode(data, request, memory=2**26)[0].shape == (20, 30, 3)
     process = pool._idle[0]
@@ -213,7 +213,11 @@ def test_usual_metadata_does_not_isolate_a_photo() -> None:
 
 def test_a_large_image_after_a_small_one_is_decoded() -> None:
     pool = DecoderPool(1)
-    request = {"max_pixels": 10**8, "background": [1, 2, 3], "too_large": "too large"}
+    request = {
+        "max_pixels": 10**8,
+        "preprocess": {"background": [1, 2, 3]},
+        "too_large": "too large",
+    }
     for data in (saved("RGB", "AVIF")(8, 8), saved("RGB", "TIFF")(4000, 3600)):
         memory = cost.estimate(data).bytes
         assert pool.decode(data, request, memory=memory)[0].shape[2] == 3
@@ -224,7 +228,7 @@ def test_a_decoder_process_that_died_between_images_is_replaced() -> None:
     pool = DecoderPool(1)
     data, request = (
         saved("RGB", "AVIF")(30, 20),
-        {"max_pixels": 1000, "background": [1, 2, 3], "too_large": "too large"},
+        {"max_pixels": 1000, "preprocess": {"background": [1, 2, 3]}, "too_large": "too large"},
     )
     for _ in range(3):
         assert pool.decode(data, request, memory=2**26)[0].shape == (20, 30, 3)
@@ -262,7 +266,7 @@ def test_an_answer_of_another_form_is_a_broken_image(
     monkeypatch.setattr(sys, "executable", str(program))
     pool, request = (
         DecoderPool(1),
-        {"max_pixels": 1000, "background": [1, 2, 3], "too_large": "too large"},
+        {"max_pixels": 1000, "preprocess": {"background": [1, 2, 3]}, "too_large": "too large"},
     )
     with pytest.raises(BrokenImage, match="its decoder gave no answer"):
         pool.decode(b"x", request, memory=2**26, seconds=10)

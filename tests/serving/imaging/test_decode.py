@@ -23,6 +23,7 @@ from serving.errors import (
     UnsupportedFormat,
 )
 from serving.imaging import decode, deep_samples, formats
+from serving.imaging.preprocess import Preprocess
 from tests.robustness import icc_profiles
 from tests.support.tiny_bundle import photo
 
@@ -103,7 +104,7 @@ def test_transparent_pixels_are_blended_with_the_background(kind: str, alpha: in
     image = Image.new("RGBA", (8, 8), (200, 40, 0, alpha))
     data = encode(image, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
     for background in ((255, 255, 255), (0, 10, 20)):
-        decoded = decode.decode(data, background=background)
+        decoded = decode.decode(data, preprocess=Preprocess(background=background))
         share = alpha / 255
         expected = [
             round(share * front + (1 - share) * back)
@@ -121,7 +122,7 @@ def test_transparent_pixels_are_blended_with_the_background(kind: str, alpha: in
 def test_a_color_profile_does_not_change_the_background() -> None:
     image = Image.new("RGBA", (8, 8), (200, 40, 0, 0))
     data = encode(image, "PNG", icc_profile=icc_profiles.rgb())
-    decoded = decode.decode(data, background=(9, 90, 200))
+    decoded = decode.decode(data, preprocess=Preprocess(background=(9, 90, 200)))
     assert decoded.applied == ("alpha-on-background", "icc-to-srgb")
     assert (np.asarray(decoded.image) == (9, 90, 200)).all()
 

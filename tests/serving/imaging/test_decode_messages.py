@@ -25,6 +25,7 @@ from serving.imaging import decode as decode_module
 from serving.imaging.cost import Cost
 from serving.imaging.decode import decode, read
 from serving.imaging.isolated import DecoderPool
+from serving.imaging.preprocess import Preprocess
 from tests.robustness import plugin_formats
 
 FORMATS = "JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF, HEIC, JPEG XL"
@@ -73,7 +74,7 @@ def test_an_image_of_too_many_pixels_is_refused_with_its_size_and_the_limit() ->
     assert decode(png(), max_pixels=200).image.size == (20, 10)
 
 
-@pytest.mark.parametrize("step", ["_load", "_to_rgb", "_apply_orientation"])
+@pytest.mark.parametrize("step", ["_load", "_read_orientation"])
 def test_a_lack_of_memory_is_an_image_that_is_too_large(
     monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -162,7 +163,7 @@ def test_a_file_is_read_with_the_options(tmp_path: Path) -> None:
     path = tmp_path / "photo.txt"
     path.write_bytes(png("RGBA", colour=(0, 0, 0, 0)))
     assert (np.asarray(read(path).image) == 255).all()
-    found = read(path, background=(1, 2, 3), max_pixels=200)
+    found = read(path, preprocess=Preprocess(background=(1, 2, 3)), max_pixels=200)
     assert (np.asarray(found.image) == (1, 2, 3)).all()
     assert found.applied == ("alpha-on-background",)
     with pytest.raises(TooLarge, match="than the 199 allowed"):

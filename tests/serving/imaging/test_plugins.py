@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from serving.errors import BrokenImage, TooLarge, UnsupportedFormat
-from serving.imaging import cost, decode, formats, plugin_heads
+from serving.imaging import cost, decode, formats
+from serving.imaging.heads import plugins as plugin_heads
 from serving.imaging.isolated import DecoderPool
 from tests.robustness import plugin_formats
 from tests.robustness.plugin_formats import Bits, head, heic, jpeg_xl

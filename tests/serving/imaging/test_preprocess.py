@@ -71,8 +71,8 @@ def test_the_box_is_centred_within_the_image() -> None:
     rng = np.random.default_rng(1)
     for _ in range(200):
         width, height = rng.integers(1, 3000, 2).tolist()
-        left, top, right, bottom = Preprocess(crop=float(rng.uniform(0.01, 1))).centre(
-            Image.new("1", (width, height))
+        left, top, right, bottom = Preprocess(crop=float(rng.uniform(0.01, 1))).box(
+            (0, 0, width, height)
         )
         assert left == pytest.approx(width - right)
         assert top == pytest.approx(height - bottom)

@@ -25,9 +25,9 @@ class RecordingPreprocess(Preprocess):
 
     boxes: list[Box] = field(default_factory=list)
 
-    def cut(self, image: Image.Image, box: Box) -> Pixels:
+    def cut(self, image: Image.Image, box: Box, area: Box | None = None) -> Pixels:
         self.boxes.append(box)
-        return super().cut(image, box)
+        return super().cut(image, box, area)
 
 
 def preprocesses(**fixed: object) -> st.SearchStrategy[RecordingPreprocess]:

@@ -71,7 +71,7 @@ def test_without_augmentation_training_photos_equal_validation_photos(aspect, pr
     preprocess = Preprocess(size=64)
     photo = Image.fromarray(channels_last(smooth(1, 240))[0].numpy())
     photo = photo.resize((round(200 * aspect), 200))
-    squeezed = PixelTransform("train", preprocess, presize)(photo).copy()
+    squeezed = PixelTransform("train", preprocess, presize).to_square(photo).copy()
     params = transforms.draw(
         plain(), torch.tensor([photo.width / photo.height]), 0, 0, crop=preprocess.crop
     )

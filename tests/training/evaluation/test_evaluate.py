@@ -40,7 +40,8 @@ def lines():
 def expected(run, samples, view):
     """Probabilities of one view, all photos at once through `logits_of`."""
     classifier, info = checkpoint.load(run)
-    pixels = [render(decode.read(s.path).image, info.preprocess, [view])[0] for s in samples]
+    photos = [decode.read(s.path, preprocess=info.preprocess) for s in samples]
+    pixels = [render(p.image, info.preprocess, [view], p.area)[0] for p in photos]
     pixels = torch.from_numpy(np.stack(pixels))
     network = frozen_prefix.fused(classifier.eval())
     return softmax(evaluate.logits_of(network, pixels, info.preprocess).numpy())

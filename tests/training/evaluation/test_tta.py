@@ -22,14 +22,14 @@ def rows(views=5, photos=6, classes=4, seed=0):
      ("multi_scale", 4, 4), ("draws", 4, 1), ("flip", 0, 1), ("views", 0, 1)],
 )  # fmt: skip
 def test_the_number_of_views_depends_on_kind_and_count(kind, count, views):
-    found = tta.fixed_views(TtaConfig(kind=kind, count=count))
+    found = tta.fixed_views(TtaConfig(kind=kind, count=count), Preprocess())
     assert len(found) == len(set(found)) == views
     assert found[0] == VIEWS[0]
     assert tta.random_views(TtaConfig(kind=kind, count=count)) == (count if kind == "draws" else 0)
 
 
 def test_no_tta_is_the_plain_view():
-    assert tta.fixed_views(None) == VIEWS[:1]
+    assert tta.fixed_views(None, Preprocess()) == VIEWS[:1]
     assert tta.random_views(None) == 0
 
 

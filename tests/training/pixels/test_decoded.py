@@ -67,7 +67,7 @@ def no_pictures(monkeypatch):
 
 def expected_pixels(sample, transform):
     """The pixels of a photo, computed without the cache."""
-    return transform(read(sample.path, background=transform.preprocess.background).image)
+    return transform(read(sample.path, preprocess=transform.to_square))
 
 
 def assert_right(found, sets, preprocess=SMALL, presize=PRESIZE):

@@ -61,7 +61,7 @@ def test_draws_are_made_from_the_photo_at_presize(photo, presize, monkeypatch):
 
     monkeypatch.setattr(augmentation_sheet.transforms, "apply", apply)
     sheet_of(photo, AugmentConfig(), presize, draws=2)
-    square = PixelTransform("train", PREPROCESS, presize)(Image.open(photo))
+    square = PixelTransform("train", PREPROCESS, presize).to_square(Image.open(photo))
     assert inputs.pop().numpy().tolist() == [square.tolist()] * 2
     assert square.shape == (presize * TILE, presize * TILE, 3)
 

@@ -1,0 +1,1 @@
+"""Read what the head of an image file states, without decoding the image."""
