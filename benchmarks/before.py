@@ -1,10 +1,20 @@
-"""An older checkout of Fledge as one more peer of the races: `before-fp32`, `before`."""
+"""An older checkout of Fledge as one more peer of the races: `before-fp32`, `before`.
+
+An older checkout decodes all pixels, so it needs a bundle of its own where `--bundle` decodes at a
+reduced size. This writes a copy of a run with another `preprocess.decode`, and prints the command
+that exports it:
+
+    python -m benchmarks.before runs/latest runs/full --checkout ../fledge-before
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +83,8 @@ def of(options: argparse.Namespace) -> Checkout | None:
     manifest = json.loads((found.bundle / "manifest.json").read_text())
     if manifest["preprocess"].get("decode", "full") != "full":
         raise SystemExit(
-            f"--before-bundle {found.bundle}: decodes at a reduced size, which the older checkout "
-            "can't; name a bundle of the same network with preprocess.decode = full"
+            f"--before-bundle {found.bundle}: decodes at a reduced size, which an older checkout "
+            "can't; export a copy of the run: python -m benchmarks.before --help"
         )
     return found
 
@@ -92,3 +102,35 @@ def require(names: Sequence[str], checkout: Path | None) -> None:
     """
     if not checkout and (missing := [name for name in names if name in NAMES]):
         raise SystemExit(f"--peers {','.join(missing)}: name an older checkout, --before CHECKOUT")
+
+
+def main() -> int:
+    """Copy a run with another `preprocess.decode`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("copy", type=Path, help="a new folder")
+    parser.add_argument("--decode", choices=("full", "scaled"), default="full")
+    parser.add_argument("--checkout", type=Path, default=Path(), help="that will export it")
+    options = parser.parse_args()
+    if options.copy.exists():
+        raise SystemExit(f"{options.copy} exists; name a new folder")
+    shutil.copytree(options.run, options.copy)
+    description = options.copy / "best.json"
+    content = json.loads(description.read_text())
+    # Older checkouts have neither field, and refuse those that they don't know.
+    content["preprocess"].pop("decode", None)
+    if content["preprocess"].get("fit") == "crop":
+        del content["preprocess"]["fit"]
+    if options.decode != "full":
+        content["preprocess"]["decode"] = options.decode
+    description.write_text(json.dumps(content, indent=2) + "\n")
+    python, program = (options.checkout / name for name in (".venv/bin/python", "fledge.py"))
+    command = [str(python), str(program), "export", str(options.copy), "--out"]
+    print(shlex.join([*command, f"bundle-{options.decode}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -36,6 +36,8 @@ def main() -> None:
 
     def answer(data: bytes) -> dict[str, Any]:
         image = Image.open(io.BytesIO(data))
+        if network.manifest["preprocess"].get("decode") == "scaled" and not options.labels:
+            reduce(image, network.manifest["preprocess"])
         ImageOps.exif_transpose(image, in_place=True)
         return network([network.pixels(image)])[0]
 
@@ -63,6 +65,14 @@ def main() -> None:
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
     print(json.dumps(measured), flush=True)
+
+
+def reduce(image: Image.Image, preprocess: dict[str, Any]) -> None:
+    """Let a JPEG be decoded at 1/2, 1/4 or 1/8, as the bundle says."""
+    side = min(image.size) * preprocess["crop"]
+    most = side / (2 * preprocess["size"])
+    if scale := next((scale for scale in (8, 4, 2) if scale <= most), 0):
+        image.draft(None, (image.width // scale, image.height // scale))
 
 
 if __name__ == "__main__":

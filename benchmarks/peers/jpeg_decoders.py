@@ -128,7 +128,7 @@ def pyvips_shrink() -> Decoder:
 
 
 def pyvips_thumbnail() -> Decoder:
-    """libvips' thumbnail: its own choice of reduction and filter, and the whole in strips."""
+    """The thumbnail of libvips: its own choice of reduction and filter."""
     import pyvips
 
     def run(data: bytes) -> Square:
