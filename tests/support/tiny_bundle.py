@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,18 @@ def photo(seed: int, size: tuple[int, int] = (80, 60)) -> bytes:
     file = io.BytesIO()
     image.filter(ImageFilter.GaussianBlur(1)).save(file, "JPEG", quality=90)
     return file.getvalue()
+
+
+def elongated(folder: Path, classes: str = "ab", count: int = 3) -> Path:
+    """Write photos into a folder per class: 3:1, 1:3, and 3:1 turned to 1:3 by EXIF."""
+    for label, number in itertools.product(classes, range(count)):
+        size = (301, 903) if number % 3 == 1 else (903, 301)
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        with Image.open(io.BytesIO(photo(ord(label) + 50 * number, size))) as image:
+            exif = image.getexif()
+            exif[0x0112] = 6 if number % 3 == 2 else 1
+            image.save(folder / label / f"{number}.jpg", exif=exif, quality=95)
+    return folder
 
 
 def tiny_bundle(

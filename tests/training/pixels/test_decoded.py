@@ -1,6 +1,4 @@
 import hashlib
-import io
-import itertools
 import os
 import re
 import shutil
@@ -17,7 +15,7 @@ from serving.errors import OptionError, WorkError
 from serving.imaging.decode import read
 from serving.imaging.preprocess import DECODES, FITS, Preprocess
 from serving.utils.parallel import map_ordered
-from tests.support.tiny_bundle import photo
+from tests.support.tiny_bundle import elongated
 from tests.training.conftest import coloured
 from training.config import load
 from training.data.dataset import load_dataset
@@ -198,16 +196,7 @@ def test_the_entry_name_depends_on_what_determines_the_pixels_only():
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A data set of photos that scaled decoding reduces; the first of each class is turned."""
-    folder = tmp_path_factory.mktemp("large")
-    sizes = ((611, 403), (403, 611), (1201, 402))
-    for label, number in itertools.product("ab", range(len(sizes))):
-        (folder / label).mkdir(exist_ok=True)
-        with Image.open(io.BytesIO(photo(len(label) + number, sizes[number]))) as image:
-            exif = image.getexif()
-            exif[0x0112] = 1 if number else 6
-            image.save(folder / label / f"{number}.jpg", exif=exif, quality=95 - ord(label) % 7)
-    return folder
+    return elongated(tmp_path_factory.mktemp("large"))
 
 
 @pytest.mark.parametrize("cache_gb", [0, 1])
