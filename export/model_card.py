@@ -9,6 +9,7 @@ import numpy as np
 
 from export.calibration import tta_summary
 from serving.bundle.manifest import Manifest
+from serving.imaging.preprocess import REDUCED
 from training.evaluation.metrics import Labels
 from training.evaluation.shortcomings import balanced_accuracy, shortcomings, unmeasured
 
@@ -79,9 +80,9 @@ In short: {advice}.
 
 Without Fledge: `model.onnx`, `model.ts` (TorchScript) and `model.pt2` (`torch.export.load`) take
 `pixels`, uint8 `[batch, {size}, {size}, 3]`, RGB, and give `logits`, float32 `[batch, {count}]`,
-and `features`, float32 `[batch, {width}]`. They normalise inside. Decode the photo upright, cut the
-centre square of {crop:g} of the short side, resize it to {size} x {size} ({interpolation},
-antialiased), and take the softmax of the logits{by}.
+and `features`, float32 `[batch, {width}]`. They normalise inside. Decode the photo upright{decode},
+{fit} {size} x {size} ({interpolation}, antialiased), and take
+the softmax of the logits{by}.
 
 ## Limits
 
@@ -92,6 +93,17 @@ antialiased), and take the softmax of the logits{by}.
   Their licence applies to the bundle.
 """
 
+_DECODE: Final = {
+    "full": "",
+    "scaled": " (a large one may be reduced by an integer, so that the network sees a part of at\n"
+    "least {least} pixels a side)",
+}
+_FIT: Final = {
+    "crop": "cut the centre square of {crop:g} of the short side, resize it to",
+    "squish": "resize it, whole and whatever its shape, to",
+    "pad": "put it in the middle of a square of the colour RGB {background}, resize that to",
+}
+
 
 def card(manifest: Manifest) -> str:
     """Return the text of the bundle's README.md; equal manifests give equal texts."""
@@ -101,6 +113,7 @@ def card(manifest: Manifest) -> str:
     more = f", and {len(labels) - _MAX_ROWS} more" if len(labels) > _MAX_ROWS else ""
     left = dict(norm["left"])
     outputs = manifest.graph["outputs"]
+    preprocess = manifest.preprocess
     calibration, advice = manifest.calibration, manifest.tta
     energy = manifest.thresholds["energy"]
     assert calibration is not None
@@ -142,9 +155,10 @@ def card(manifest: Manifest) -> str:
         ),
         advice=tta_summary(advice),
         provenance=_lines(manifest.provenance),
-        size=manifest.preprocess.size,
-        crop=manifest.preprocess.crop,
-        interpolation=manifest.preprocess.interpolation,
+        size=preprocess.size,
+        decode=_DECODE[preprocess.decode].format(least=REDUCED * preprocess.size),
+        fit=_FIT[preprocess.fit].format(crop=preprocess.crop, background=preprocess.background),
+        interpolation=preprocess.interpolation,
         width=outputs["features"]["shape"][1],
         temperature=manifest.temperature,
         by="" if manifest.temperature == 1 else f" divided by {manifest.temperature:g}",

@@ -16,6 +16,7 @@ import math
 from typing import Final, NamedTuple
 
 from serving.terminal import show
+from training.evaluation import metrics
 
 CONFIDENCE: Final = 0.95
 """Confidence of each limit."""
@@ -47,9 +48,10 @@ class PairedDrop(NamedTuple):
     @classmethod
     def of(cls, lost: int, won: int, photos: int) -> PairedDrop:
         """Compute the drop and its limits from numbers of photos, as for `at_most`."""
+        low, high = metrics.paired_interval(lost, won, photos)
         return cls(
             100 * (lost - won) / photos,
-            _paired_interval(lost, won, photos),
+            (100 * low, 100 * high),
             100 * at_most(lost, won, photos),
             100 * at_least(lost, won, photos),
         )
@@ -128,20 +130,6 @@ def _score(drop: float, lost: float, won: float, photos: float) -> float:
     variance = photos * (2 * share + drop * (1 - drop))
     distance = lost - won - photos * drop
     return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance)
-
-
-def _paired_interval(lost: int, won: int, photos: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the accuracy drop, in percentage points.
-
-    The method is that of Agresti & Min, 2005, "Simple improved confidence intervals for comparing
-    matched proportions": half a photo is added to each cell of the 2 x 2 table of right and wrong
-    answers. The interval therefore has a positive width even if no prediction changed.
-    """
-    count = photos + 2
-    middle = (lost - won) / count
-    variance = (lost + won + 1 - (lost - won) ** 2 / count) / count**2
-    half = 1.959964 * math.sqrt(variance)
-    return 100 * (middle - half), 100 * (middle + half)
 
 
 def table() -> str:
