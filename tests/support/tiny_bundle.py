@@ -45,7 +45,14 @@ def photo(seed: int, size: tuple[int, int] = (80, 60)) -> bytes:
     return file.getvalue()
 
 
-def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0) -> Path:
+def tiny_bundle(
+    folder: Path,
+    *,
+    classes: int = 3,
+    size: int = 32,
+    seed: int = 0,
+    preprocess: Preprocess | None = None,
+) -> Path:
     """Publish a bundle in `folder` and return it.
 
     Args:
@@ -53,10 +60,12 @@ def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0
         classes: Length of the logits.
         size: Side of the graph's square input, a multiple of 4.
         seed: Of the weights: each seed gives another version.
+        preprocess: Instead of `size`; its side is a multiple of 4.
     """
-    preprocess = Preprocess(size=size)
+    preprocess = preprocess or Preprocess(size=size)
+    size = preprocess.size
     labels = tuple(NAMES[i] if i < len(NAMES) else f"class-{i}" for i in range(classes))
-    graph, probabilities = _graph_and_probabilities(classes, size, seed)
+    graph, probabilities = _graph_and_probabilities(classes, preprocess, seed)
     partial = folder / ".payload.partial"
     (partial / "golden").mkdir(parents=True)
     (partial / "model.onnx").write_bytes(graph)
@@ -72,6 +81,7 @@ def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0
         arch="tiny",
         labels=labels,
         preprocess=preprocess,
+        views=tta.views_for(preprocess),
         precisions={"fp32": {"file": "model.onnx", "accuracy": None, "tolerance": TOLERANCE}},
         files=storage.describe_files(partial),
         golden=tuple(golden),
@@ -111,13 +121,13 @@ def _golden() -> list[bytes]:
 
 @functools.cache
 def _graph_and_probabilities(
-    classes: int, size: int, seed: int
+    classes: int, preprocess: Preprocess, seed: int
 ) -> tuple[bytes, tuple[tuple[float, ...], ...]]:
     """The graph, and its answers to the golden images."""
-    preprocess = Preprocess(size=size)
     graph = _graph(classes, preprocess, seed).SerializeToString()
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    pixels = np.stack([preprocess(decode(data).image) for data in _golden()])
+    decoded = [decode(data, preprocess=preprocess) for data in _golden()]
+    pixels = np.stack([preprocess(one.image, one.area) for one in decoded])
     logits = [session.run(["logits"], {"pixels": one[None]})[0] for one in pixels]
     return graph, tuple(tuple(tta.softmax(one)[0].tolist()) for one in logits)
 
