@@ -113,8 +113,7 @@ def test_an_embedded_thumbnail_is_not_judged(name: str) -> None:
 @both
 @each_fit
 def test_service_and_scorer_answer_as_the_library(how: str, fit: str, tmp_path: Path) -> None:
-    preprocess = Preprocess(**SMALLEST, decode=how, fit=fit)
-    bundle = tiny_bundle(tmp_path / "bundle", preprocess=preprocess)
+    bundle = tiny_bundle(tmp_path / "bundle", **SMALLEST, decode=how, fit=fit)
     predictor = open_predictor(bundle, device="cpu")
     expected: dict[str, Any] = {}
     for name, data in FILES.items():

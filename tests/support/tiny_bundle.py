@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,20 @@ def photo(seed: int, size: tuple[int, int] = (80, 60)) -> bytes:
     return file.getvalue()
 
 
+def elongated(folder: Path, classes: str = "ab", count: int = 3) -> Path:
+    """Write photos into a folder per class: 3:1, 1:3, and 3:1 turned to 1:3 by EXIF."""
+    for label, number in itertools.product(classes, range(count)):
+        size = (301, 903) if number % 3 == 1 else (903, 301)
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        with Image.open(io.BytesIO(photo(ord(label) + 50 * number, size))) as image:
+            exif = image.getexif()
+            exif[0x0112] = 6 if number % 3 == 2 else 1
+            image.save(folder / label / f"{number}.jpg", exif=exif, quality=95)
+    return folder
+
+
 def tiny_bundle(
-    folder: Path,
-    *,
-    classes: int = 3,
-    size: int = 32,
-    seed: int = 0,
-    preprocess: Preprocess | None = None,
+    folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0, **preprocessing: Any
 ) -> Path:
     """Publish a bundle in `folder` and return it.
 
@@ -60,10 +68,9 @@ def tiny_bundle(
         classes: Length of the logits.
         size: Side of the graph's square input, a multiple of 4.
         seed: Of the weights: each seed gives another version.
-        preprocess: Instead of `size`; its side is a multiple of 4.
+        preprocessing: Other fields of `Preprocess`.
     """
-    preprocess = preprocess or Preprocess(size=size)
-    size = preprocess.size
+    preprocess = Preprocess(size=size, **preprocessing)
     labels = tuple(NAMES[i] if i < len(NAMES) else f"class-{i}" for i in range(classes))
     graph, probabilities = _graph_and_probabilities(classes, preprocess, seed)
     partial = folder / ".payload.partial"
