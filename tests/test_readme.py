@@ -22,7 +22,7 @@ from serving.bundle.manifest import Manifest
 from serving.http import problems
 from serving.http.messages import Request
 from serving.imaging.decode import decode
-from serving.imaging.preprocess import DECODES, FITS, Preprocess
+from serving.imaging.preprocess import DECODES, FITS
 from serving.inference.load import open_predictor
 from serving.settings import Settings
 from tests.robustness.file_builders import into_jpeg, segment
@@ -122,7 +122,7 @@ def test_python_blocks_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny_bundle(tmp_path / "bundle", preprocess=Preprocess(32, decode=how, fit=fit))
+    tiny_bundle(tmp_path / "bundle", decode=how, fit=fit)
     predictor = open_predictor(tmp_path / "bundle", device="cpu")
     for turn, size in enumerate(SIZES, 1):
         data = turned(photo(7, size), turn)

@@ -59,12 +59,7 @@ def elongated(folder: Path, classes: str = "ab", count: int = 3) -> Path:
 
 
 def tiny_bundle(
-    folder: Path,
-    *,
-    classes: int = 3,
-    size: int = 32,
-    seed: int = 0,
-    preprocess: Preprocess | None = None,
+    folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0, **preprocessing: Any
 ) -> Path:
     """Publish a bundle in `folder` and return it.
 
@@ -73,10 +68,9 @@ def tiny_bundle(
         classes: Length of the logits.
         size: Side of the graph's square input, a multiple of 4.
         seed: Of the weights: each seed gives another version.
-        preprocess: Instead of `size`; its side is a multiple of 4.
+        preprocessing: Other fields of `Preprocess`.
     """
-    preprocess = preprocess or Preprocess(size=size)
-    size = preprocess.size
+    preprocess = Preprocess(size=size, **preprocessing)
     labels = tuple(NAMES[i] if i < len(NAMES) else f"class-{i}" for i in range(classes))
     graph, probabilities = _graph_and_probabilities(classes, preprocess, seed)
     partial = folder / ".payload.partial"

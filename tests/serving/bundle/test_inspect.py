@@ -8,7 +8,6 @@ import fledge
 from serving.bundle import storage
 from serving.bundle.inspect import describe
 from serving.errors import BundleError
-from serving.imaging.preprocess import Preprocess
 from tests.support.tiny_bundle import altered, tiny_bundle
 
 
@@ -37,8 +36,7 @@ def test_reports_that_a_bundle_lacks_are_named(folder: Path) -> None:
     ("fit", "words"), [("squish", "the whole image squished"), ("pad", "the whole image padded")]
 )
 def test_fit_and_decode_are_described(tmp_path: Path, fit: str, words: str) -> None:
-    preprocess = Preprocess(32, fit=fit, decode="scaled")
-    folder = tiny_bundle(tmp_path / "bundle", preprocess=preprocess)
+    folder = tiny_bundle(tmp_path / "bundle", fit=fit, decode="scaled")
     text = "\n".join(describe(folder))
     assert f"32 x 32 pixels, {words} to a square, bilinear, scaled decoding" in text
     assert "8, the plain one by default" in text  # no view is wider than the whole picture

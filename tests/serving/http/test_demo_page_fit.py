@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from serving.http.model_manager import ModelManager
-from serving.imaging.preprocess import Preprocess
 from serving.settings import Settings
 from tests.support.browser import CHROMIUM, NAMES, Browser, Page
 from tests.support.page_fixture import ANSWERED, NoTelemetry, opened, served, written
@@ -51,7 +50,7 @@ def ratio(box: dict[str, float]) -> float:
 
 
 def test_a_square_photo_that_is_seen_whole_has_no_frame(browser: Browser, tmp_path: Path):
-    folder = tiny_bundle(tmp_path / "bundle", preprocess=Preprocess(32, crop=1.0))
+    folder = tiny_bundle(tmp_path / "bundle", crop=1.0)
     model_manager = ModelManager(Settings(bundle=folder, device="cpu"), NoTelemetry())
     model_manager.load()
     with served(model_manager) as (url, _), opened(browser, url) as page:
@@ -64,8 +63,7 @@ def test_a_square_photo_that_is_seen_whole_has_no_frame(browser: Browser, tmp_pa
 
 @pytest.mark.parametrize("fit", ["crop", "squish", "pad"])
 def test_what_the_model_looks_at_is_drawn(browser: Browser, tmp_path: Path, fit: str):
-    preprocess = Preprocess(32, fit=fit, decode="scaled", background=BACKGROUND)
-    folder = tiny_bundle(tmp_path / "bundle", preprocess=preprocess)
+    folder = tiny_bundle(tmp_path / "bundle", fit=fit, decode="scaled", background=BACKGROUND)
     model_manager = ModelManager(Settings(bundle=folder, device="cpu"), NoTelemetry())
     model_manager.load()
     photos = {
