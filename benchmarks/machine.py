@@ -31,14 +31,14 @@ def limit_cores(threads: int) -> None:
     os.environ.update({name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
 
 
-def environment() -> dict[str, str]:
-    """Variables of every competitor: the repository importable, no GPU, no telemetry."""
+def environment(root: Path = ROOT) -> dict[str, str]:
+    """Variables of every competitor: the checkout `root` importable, no GPU, no telemetry."""
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(_EXCLUDED)
     }
     return {
         **inherited,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(root),
         "CUDA_VISIBLE_DEVICES": "",
         "ORT_DISABLE_TELEMETRY": "1",
         "HF_HUB_OFFLINE": "1",

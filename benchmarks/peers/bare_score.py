@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
 
 Answer = tuple[str, str, float]
 """Path, label, probability."""
@@ -28,10 +30,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument(
+        "--full", action="store_true", help="all pixels, decoded by Pillow alone: the reference"
+    )
     parser.add_argument("--out", type=Path, required=True, help="CSV: path, label, probability")
     options = parser.parse_args()
     photos = sorted(options.photos.iterdir())
-    shared = (options.bundle, options.precision, options.threads, options.batch)
+    shared = (options.bundle, options.precision, options.threads, options.batch, options.full)
     parts = [(photos[k :: options.processes], *shared) for k in range(options.processes)]
     if len(parts) == 1:
         answers = [score(*parts[0])]
@@ -45,7 +50,7 @@ def main() -> None:
 
 
 def score(
-    photos: list[Path], bundle: Path, precision: str, threads: int, batch: int
+    photos: list[Path], bundle: Path, precision: str, threads: int, batch: int, full: bool
 ) -> list[Answer]:
     """Answers of one process; its threads share a session."""
     # Imported here so that each forked process loads ONNX Runtime itself.
@@ -59,12 +64,18 @@ def score(
     temperature = opened.manifest.temperature
     runtime = OnnxRuntime(opened.graph(precision), device="cpu", threads=1)
 
+    def square(path: Path) -> npt.NDArray[np.uint8]:
+        if not full:
+            decoded = decode(path.read_bytes(), preprocess=preprocess)
+            return preprocess(decoded.image, decoded.area)
+        with Image.open(path) as image:
+            return preprocess(ImageOps.exif_transpose(image).convert("RGB"))
+
     def loop(paths: list[Path]) -> list[Answer]:
         answers: list[Answer] = []
         for start in range(0, len(paths), batch):
             group = paths[start : start + batch]
-            decoded = [decode(path.read_bytes(), preprocess=preprocess) for path in group]
-            pixels = [preprocess(one.image, one.area) for one in decoded]
+            pixels = [square(path) for path in group]
             logits, _ = runtime.run(np.stack(pixels))
             for path, row in zip(group, softmax(logits, temperature), strict=True):
                 best = int(row.argmax())

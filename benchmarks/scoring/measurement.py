@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import before, machine
 from benchmarks.scoring import processes
-from benchmarks.scoring.peers import PEERS, Peer, Setting
+from benchmarks.scoring.peers import REFERENCE, Peer, Setting
 from benchmarks.scoring.photos import link
 from benchmarks.scoring.processes import Usage
 
@@ -28,12 +28,14 @@ class Context:
         bundle: To score with.
         run: That it was exported from, if a peer needs it.
         network: Folder with the run's network for timm and transformers, if they take part.
+        before: An older checkout, if one takes part.
         photos: All of them.
-        labels: By precision, the best label of each photo by path, computed by the bare loop.
+        turned: Those that are not stored upright.
+        labels: By precision, the best label of each photo by path, computed by the bare loop from
+            all of its pixels, turned upright.
         images: Number of photos of the long job.
         threads: Cores.
         peers_python: Interpreter of the peers' environment.
-        fastest: Precision that `default` stands for.
         batch: Batch size of the bare loop: Fledge's, from the bundle.
         out: Folder of the results.
     """
@@ -41,18 +43,28 @@ class Context:
     bundle: Path
     run: Path | None
     network: Path | None
+    before: before.Checkout | None
     photos: tuple[Path, ...]
+    turned: frozenset[str]
     labels: Mapping[str, Mapping[str, str]]
     images: int
     threads: int
     peers_python: Path | None
-    fastest: str
     batch: int
     out: Path
 
     def precision(self, peer: Peer) -> str:
         """The precision of a competitor: `fp32` or `int8`."""
-        return self.fastest if peer.precision == "default" else peer.precision
+        if peer.precision != "default":
+            return peer.precision
+        older = self.before and peer.name in before.NAMES
+        return fastest(self.before.bundle if self.before and older else self.bundle)
+
+
+def fastest(bundle: Path) -> str:
+    """The precision that `fledge score` chooses by default on a CPU."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    return "int8" if "int8" in manifest["precisions"] else "fp32"
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,8 @@ class Row:
         short_cpu: Of the short job.
         peak: The most MB of the long job.
         others: Photos of the long job with another best label than the bare loop's.
+        turned: Photos of the long job that are not stored upright.
+        turned_others: Of these, those that count in `others`.
     """
 
     peer: str
@@ -84,6 +98,13 @@ class Row:
     short_cpu: float
     peak: float
     others: int
+    turned: int = 0
+    turned_others: int = 0
+
+    @property
+    def answers(self) -> int:
+        """Number of labels that were checked."""
+        return self.images
 
     @property
     def rate(self) -> float:
@@ -111,10 +132,12 @@ def measure(peer: Peer, setting: Setting, number: int, context: Context) -> Row:
     short, _ = job(peer, setting, images // SHORT, context)
     long, answers = job(peer, setting, images, context)
     expected = context.labels[context.precision(peer)]
-    others = sum(expected[photo] != label for photo, label in answers)
+    others = [photo for photo, label in answers if expected[photo] != label]
     return Row(
         *(peer.name, setting.name, number, images, long.seconds, long.cpu),
-        *(images // SHORT, short.seconds, short.cpu, long.peak, others),
+        *(images // SHORT, short.seconds, short.cpu, long.peak, len(others)),
+        turned=sum(photo in context.turned for photo, _ in answers),
+        turned_others=sum(photo in context.turned for photo in others),
     )
 
 
@@ -123,7 +146,8 @@ def job(
 ) -> tuple[Usage, list[tuple[str, str]]]:
     """Score `images` photos; returns the resources used, and (photo, best label) of each."""
     photos = link(list(context.photos), images, context.out / "photos" / str(images))
-    name = f"{peer.name}-setting{peer.settings.index(setting)}-{images}"
+    number = peer.settings.index(setting) if setting in peer.settings else setting.name
+    name = f"{peer.name}-setting{number}-{images}"
     out = context.out / "tables" / f"{name}.csv"
     shutil.rmtree(out.parent, ignore_errors=True)  # remove the table of an interrupted job
     out.parent.mkdir(parents=True)
@@ -135,9 +159,12 @@ def job(
             "precision": context.precision(peer),
         },
         **{"python": sys.executable, "peers": context.peers_python, "batch": context.batch},
+        **(context.before.values if context.before else {}),
     }
     log = context.out / "logs" / f"{name}.log"
-    usage = processes.run(setting.filled(values), machine.environment(), log)
+    older = context.before and peer.name in before.NAMES
+    env = machine.environment(context.before.folder if context.before and older else machine.ROOT)
+    usage = processes.run(setting.filled(values), env, log)
     answers = read_table(out)
     if len(answers) != images:
         raise processes.Failed(f"{name} wrote {len(answers)} rows for {images} photos")
@@ -154,7 +181,6 @@ def labels(context: Context, peer: Peer) -> dict[str, str]:
     """The bare loop's best label of each photo at the precision of `peer`; cached in `out`."""
     path = context.out / f"labels-{context.precision(peer)}.json"
     if not path.exists():
-        limit = PEERS["limit" if peer.precision == "default" else "limit-fp32"]
-        _, answers = job(limit, limit.settings[0], len(context.photos), context)
+        _, answers = job(peer, REFERENCE, len(context.photos), context)
         path.write_text(json.dumps(dict(answers)))
     return dict(json.loads(path.read_text()))

@@ -14,8 +14,9 @@ class Setting:
     """One way to run a competitor.
 
     command: Template with the fields `{photos}`, `{out}`, `{bundle}`, `{run}`, `{network}`,
-        `{threads}`, `{batch}`, `{precision}`, `{python}` and `{peers}`, the interpreter of the
-        peers' environment.
+        `{threads}`, `{batch}`, `{precision}`, `{python}`, `{peers}`, the interpreter of the peers'
+        environment, and those of an older checkout: `{before}`, `{before_python}` and
+        `{before_bundle}`.
     """
 
     name: str
@@ -48,6 +49,10 @@ class Peer:
 
 _FLEDGE = (
     *("{python}", str(ROOT / "fledge.py"), "score", "{photos}", "--bundle", "{bundle}"),
+    *("--out", "{out}"),
+)
+_BEFORE = (
+    *("{before_python}", "{before}/fledge.py", "score", "{photos}", "--bundle", "{before_bundle}"),
     *("--out", "{out}"),
 )
 _BARE = (
@@ -89,14 +94,23 @@ _PEERS: Final = (
         "fp32",
         (Setting("default", (*_FLEDGE, "--precision", "fp32")),),
     ),
+    Peer(
+        "before-fp32",
+        "`fledge score` before",
+        "fp32",
+        (Setting("default", (*_BEFORE, "--precision", "fp32")),),
+    ),
     Peer("limit-fp32", "*in-process limit*", "fp32", _LIMITS),
     Peer("torch", "plain torch `DataLoader`", "fp32", _TORCH, _SLOW),
     Peer("timm", "timm", "fp32", _TIMM, _SLOW),
     Peer("transformers", "transformers pipeline", "fp32", _TRANSFORMERS, _SLOW),
     Peer("fledge", "`fledge score`", "default", (Setting("default", _FLEDGE),)),
+    Peer("before", "`fledge score` before", "default", (Setting("default", _BEFORE),)),
     Peer("limit", "*in-process limit*", "default", _LIMITS),
 )
 PEERS: Final = {peer.name: peer for peer in _PEERS}
+REFERENCE: Final = Setting("labels", (*_BARE, "--full"))
+"""Scores all pixels of the photos, turned upright, for the labels that answers are checked by."""
 IN_PEER_ENVIRONMENT: Final = ("timm", "transformers")
 """Names of the peers that run in the peers' virtual environment."""
 NEED_RUN: Final = ("torch", *IN_PEER_ENVIRONMENT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.results import format_ratio, median_of
+from benchmarks.results import format_ratio, median_of, other_labels
 from benchmarks.scoring.measurement import Row
 from benchmarks.scoring.peers import PEERS, Peer
 
@@ -62,7 +62,6 @@ def _table(results: Results, peers: Sequence[Peer]) -> str:
     ]
     for peer in peers:
         rows = results.of(peer.name)
-        others, answers = sum(row.others for row in rows), sum(row.images for row in rows)
         cells = [
             *(peer.title, str(len(rows))),
             f"{median_of(rows, lambda row: row.rate):.0f}",
@@ -70,7 +69,7 @@ def _table(results: Results, peers: Sequence[Peer]) -> str:
             f"{median_of(rows, lambda row: row.start + PHOTOS / row.rate):.1f}",
             f"{median_of(rows, lambda row: row.cpu_ms):.2f}",
             f"{max(row.peak for row in rows):.0f}",
-            f"{100 * others / answers:.1f} %" if others else "0",
+            other_labels(rows),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -23,6 +23,10 @@ SAMPLE_INTERVAL: Final = 0.25
 """Seconds between two samples of the server's memory."""
 DRAIN_TIMEOUT: Final = 20.0
 """Seconds to wait for open requests after the measured window, and for the first answer."""
+LEAST_ANSWERS: Final = 4
+"""Answers per caller that a measured window must have, or else it is extended."""
+MOST_PERIODS: Final = 8
+"""How often as long as asked for a window becomes at most."""
 _RECONNECT_DELAY: Final = 0.05
 
 
@@ -68,7 +72,9 @@ class Load:
         """Send load until the first answer, for `warm` seconds, then for `seconds` measured ones.
 
         There is no pause in between. A request that is open at either end of the window counts if
-        its answer arrives within, so that neither slow nor fast servers gain at the ends.
+        its answer arrives within, so that neither slow nor fast servers gain at the ends. While
+        there are too few answers, as of servers that answer in large batches, the window is
+        extended by `seconds`.
         """
         tasks = [asyncio.create_task(self._call()) for _ in range(callers)]
         with suppress(TimeoutError):
@@ -76,9 +82,13 @@ class Load:
         await asyncio.sleep(warm)
         meter.start()
         own_cpu, begun = time.process_time(), time.perf_counter()
-        while (left := begun + seconds - time.perf_counter()) > 0:
-            await asyncio.sleep(min(left, SAMPLE_INTERVAL))
-            meter.sample()
+        before = len(self._answers)
+        for period in range(1, MOST_PERIODS + 1):
+            while (left := begun + period * seconds - time.perf_counter()) > 0:
+                await asyncio.sleep(min(left, SAMPLE_INTERVAL))
+                meter.sample()
+            if len(self._answers) - before >= LEAST_ANSWERS * callers:
+                break
         ended = time.perf_counter()
         own_cpu = time.process_time() - own_cpu
         meter.stop()

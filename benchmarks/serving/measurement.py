@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Final
 
 import uvloop
 
-from benchmarks import machine
+from benchmarks import before, machine
 from benchmarks.machine import PEERS_FOLDER
 from benchmarks.serving.load_generator import Load, Window, percentile
 from benchmarks.serving.peers import Peer, Setting
@@ -26,12 +27,16 @@ ROUTE: Final = "/predict"
 class Context:
     """Settings that all measurements of one race share.
 
-    labels: By precision, the best label of each photo, computed in process.
+    labels: By precision, the best label of each photo, computed in process from all of its pixels,
+        turned upright. turned: The photos that are not stored upright. before: An older checkout,
+        if one takes part.
     """
 
     bundle: Path
     run: Path | None
+    before: before.Checkout | None
     photos: tuple[Path, ...]
+    turned: frozenset[int]
     labels: Mapping[str, Sequence[str]]
     callers: tuple[int, ...]
     threads: int
@@ -39,6 +44,12 @@ class Context:
     warm: float
     peers_python: Path
     out: Path
+
+    def precision(self, peer: Peer) -> str:
+        """fp32, or the precision that `fledge serve` chooses by default on a CPU."""
+        older = self.before and peer.name in before.NAMES
+        bundle = self.before.bundle if self.before and older else self.bundle
+        return precision_of(peer, bundle)
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,8 @@ class Row:
         errors: Requests without an answer of status 200.
         others: Answers of status 200 with another best label than computed in process.
         start: Seconds until the server was ready.
+        turned: Answers of status 200 to photos that are not stored upright.
+        turned_others: Of these, those that count in `others`.
     """
 
     peer: str
@@ -78,6 +91,8 @@ class Row:
     errors: int = 0
     others: int = 0
     start: float = 0.0
+    turned: int = 0
+    turned_others: int = 0
 
 
 def measure(peer: Peer, setting: Setting, number: int, context: Context) -> list[Row]:
@@ -97,11 +112,12 @@ def measure(peer: Peer, setting: Setting, number: int, context: Context) -> list
     values = {
         **{"port": port, "bundle": context.bundle, "threads": context.threads},
         **{"python": sys.executable, "peers": context.peers_python},
+        **(context.before.values if context.before else {}),
     }
     command, variables = setting.filled(values)
     env = {**environment(context), **variables}
     bodies = requests(context.photos, port, ROUTE, peer.form)
-    labels = context.labels[peer.precision]
+    labels = context.labels[context.precision(peer)]
     rows = []
     with serving(command, env, port, peer.ready, log) as server:
         rest = Meter(server.pid).rest
@@ -112,7 +128,8 @@ def measure(peer: Peer, setting: Setting, number: int, context: Context) -> list
             good = [answer for answer in window.answers if answer.status == 200]
             if not good:
                 raise Failed(f"{peer.name} gave no answer of status 200; see {log}")
-            others = sum(best_label(answer.body) != labels[answer.photo] for answer in good)
+            others = [best_label(answer.body) != labels[answer.photo] for answer in good]
+            turned = [answer.photo in context.turned for answer in good]
             rows.append(
                 Row(
                     *(peer.name, setting.name, number, callers, len(good)),
@@ -123,8 +140,10 @@ def measure(peer: Peer, setting: Setting, number: int, context: Context) -> list
                     rest=rest,
                     peak=meter.peak,
                     errors=errors(window),
-                    others=others,
+                    others=sum(others),
                     start=server.seconds,
+                    turned=sum(turned),
+                    turned_others=sum(map(operator.and_, others, turned)),
                 )
             )
     return rows
@@ -162,7 +181,7 @@ def best_label(body: bytes) -> str:
 
 
 def labels_of(context: Context, precision: str) -> list[str]:
-    """The best label of each photo, computed in process."""
+    """The best label of each photo, computed in process from all of its pixels."""
     done = subprocess.run(
         [*_loop(context, precision), "--labels"],
         env=environment(context),
@@ -179,7 +198,7 @@ def _measure_limit(
     """Run the in-process loop: a single-threaded process per caller, at most one per core."""
     count = min(callers, context.threads)
     command = [
-        *_loop(context, precision_of(peer, context.bundle)),
+        *_loop(context, context.precision(peer)),
         *("--warm", str(context.warm), "--seconds", str(context.seconds)),
     ]
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,9 @@ from benchmarks.machine import PEERS_FOLDER, ROOT
 class Setting:
     """One way to run a competitor.
 
-    command, env: Templates with the fields `{port}`, `{bundle}`, `{threads}`, `{python}` and
-        `{peers}`, the interpreter of the peers' environment.
+    command, env: Templates with the fields `{port}`, `{bundle}`, `{threads}`, `{python}`,
+        `{peers}`, the interpreter of the peers' environment, and those of an older checkout:
+        `{before}`, `{before_python}` and `{before_bundle}`.
     """
 
     name: str
@@ -50,6 +51,8 @@ class Peer:
 
 
 _FLEDGE = ("{python}", str(ROOT / "fledge.py"), "serve", "{bundle}", "--port", "{port}")
+_BEFORE = ("{before_python}", "{before}/fledge.py", "serve", "{before_bundle}", "--port", "{port}")
+_OF_BEFORE = {"PYTHONPATH": "{before}"}
 _UVICORN = (
     *("{peers}", "-m", "uvicorn", "--app-dir", str(PEERS_FOLDER)),
     *("--host", "127.0.0.1", "--port", "{port}"),
@@ -94,6 +97,11 @@ _PEERS: Final = (
         "/readyz",
     ),
     Peer(
+        *("before-fp32", "Fledge before", "fp32"),
+        (Setting("default", (*_BEFORE, "--precision", "fp32"), _OF_BEFORE),),
+        "/readyz",
+    ),
+    Peer(
         *("fledge-form", "Fledge, multipart", "fp32"),
         (Setting("default", (*_FLEDGE, "--precision", "fp32")),),
         *("/readyz", "image"),
@@ -131,6 +139,11 @@ _PEERS: Final = (
     Peer(
         *("fledge", "Fledge", "default"),
         (Setting("default", _FLEDGE),),
+        "/readyz",
+    ),
+    Peer(
+        *("before", "Fledge before", "default"),
+        (Setting("default", _BEFORE, _OF_BEFORE),),
         "/readyz",
     ),
     Peer("limit", "*in-process limit*", "default", (Setting("bare loop"),)),

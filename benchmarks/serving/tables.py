@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks.results import format_ratio, median_of
+from benchmarks.results import format_ratio, median_of, other_labels
 from benchmarks.serving.measurement import Row
 from benchmarks.serving.peers import PEERS, Peer
 
@@ -88,13 +88,11 @@ def _table(results: Results, peers: Sequence[Peer]) -> str:
             cells += ["", "", "", ""]
         else:
             peak = max(row.peak for row in all_rows)
-            answers = sum(row.answers for row in all_rows)
-            others = sum(row.others for row in all_rows)
             cells += [
                 f"{median_of(busiest, lambda r: r.rest):.0f}, {peak:.0f}",
                 f"{median_of(busiest, lambda r: r.start):.1f}",
                 str(sum(row.errors for row in all_rows)),
-                f"{100 * others / max(1, answers):.1f} %" if others else "0",
+                other_labels(all_rows),
             ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

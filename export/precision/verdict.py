@@ -16,7 +16,6 @@ import numpy as np
 
 from export.precision import loss_bounds
 from export.precision.evidence import Answers, Evidence
-from training.evaluation import metrics
 
 DEFAULT_BUDGET: Final = 0.5
 """Percentage points of accuracy that a faster precision may cost."""
@@ -207,17 +206,17 @@ def compare_with_fp32(
     counts: tuple[float, float, float] = (lost, won, len(truth))
     if evidence is not None:
         counts = evidence.lost, evidence.won, evidence.photos
-    low, high = metrics.paired_interval(lost, won, len(truth))
+    paired = loss_bounds.PairedDrop.of(lost, won, len(truth))
     return Verdict(
         photos=len(truth),
         accuracy=float(right.mean()),
         accuracy_fp32=float(right_fp32.mean()),
-        drop=100 * (lost - won) / len(truth),
-        interval=(100 * low, 100 * high),
+        drop=paired.drop,
+        interval=paired.interval,
         speedup=speedup,
         budget=budget,
         at_most=100 * loss_bounds.at_most(*counts),
-        at_least=100 * loss_bounds.at_least(lost, won, len(truth)),
+        at_least=paired.at_least,
         evidence=evidence,
         insisted=insisted,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from benchmarks.serving.load_generator import Load, Window, percentile
+from benchmarks.serving.load_generator import LEAST_ANSWERS, Load, Window, percentile
 from benchmarks.serving.measurement import Row
 from benchmarks.serving.photos import choose, requests
 from benchmarks.serving.processes import Meter
@@ -24,11 +24,12 @@ DELAY = 0.02
 
 @dataclass
 class Echo:
-    """Returns the body of each request after `DELAY` seconds, and counts."""
+    """Returns the body of each request after `delay` seconds, and counts."""
 
     closes: bool = False
     breaks_every: int = 0
     status: int = 200
+    delay: float = DELAY
     connections: int = 0
     requests: int = 0
     open: int = 0
@@ -50,7 +51,7 @@ class Echo:
         self.requests += 1
         self.open += 1
         self.most_open = max(self.most_open, self.open)
-        await asyncio.sleep(DELAY)
+        await asyncio.sleep(self.delay)
         self.open -= 1
         if self.breaks_every and self.requests % self.breaks_every == 0:
             return False
@@ -96,6 +97,13 @@ def test_a_caller_reconnects_when_the_server_closes_the_connection() -> None:
     assert window.lost == 0
     assert len(window.answers) > 4
     assert echo.connections >= echo.requests
+
+
+def test_a_window_with_too_few_answers_is_extended() -> None:
+    window = measure(Echo(delay=0.25), 2)
+    assert len(window.answers) >= LEAST_ANSWERS * 2
+    assert window.seconds > 0.9
+    assert len(window.answers) / window.seconds == pytest.approx(2 / 0.25, rel=0.25)
 
 
 def test_requests_without_an_answer_are_counted_as_lost() -> None:

@@ -231,6 +231,7 @@ _TABLE: Final[tuple[tuple[str, Counterpart], ...]] = (
         Counterpart("augment.max_lighting", value=_above_zero),
     ),
     ("hsv_s saturation max_saturation", Counterpart("augment.max_saturation")),
+    ("hsv_h hue max_hue hue_shift", Counterpart("augment.max_hue")),
     (
         "fliplr hflip horizontal_flip do_flip flip",
         Counterpart(
@@ -345,7 +346,7 @@ _TABLE: Final[tuple[tuple[str, Counterpart], ...]] = (
     ),
     (
         "verbose plots exist_ok rect deterministic single_cls profile save save_period metrics "
-        "callbacks cbs monitor task mode cls box dfl nbs close_mosaic mosaic hsv_h shear "
+        "callbacks cbs monitor task mode cls box dfl nbs close_mosaic mosaic shear "
         "overlap_mask",
         Counterpart(note=_NO_COUNTERPART),
     ),

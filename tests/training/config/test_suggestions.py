@@ -78,6 +78,8 @@ def told(message):
         ("cos_lr=true", ["stage.head.schedule=cosine", "stage.tail.schedule=cosine"]),
         ("patience=3", ["stage.head.patience=3", "stage.tail.patience=3"]),
         ("smoothing=0.2", ["label_smoothing=0.2"]),
+        ("hsv_h=0.015", ["augment.max_hue=0.015"]),
+        ("stage.tail.hue=0.1", ["stage.tail.augment.max_hue=0.1"]),
         ("mixup=0.2", ["augment.mixup=0.2"]),
         ("stage.tail.cutmix=0.5", ["stage.tail.augment.cutmix=0.5"]),
         ("dropout=0.3", ["head.dropout=0.3"]),
