@@ -88,7 +88,7 @@ class PhotoStats:
     @property
     def cut_off(self) -> float:
         """Share of the area that is outside of the largest centre square."""
-        return 1 - 1 / self.stretch
+        return 1 - self.short / max(self.width, self.height, 1)
 
 
 def scan_photos(dataset: Dataset) -> list[PhotoStats]:
