@@ -66,16 +66,23 @@ def measure(
     preprocess: Preprocess,
     photos: Sequence[bytes] = (),
     device: str = "cpu",
+    *,
+    sizes: Mapping[str, int] | None = None,
 ) -> Rates:
     """Measure the images per second of every graph in every thread and batch setting.
 
     Each of several rounds measures all graphs once, and the median is returned. The input is noise.
     On a CPU, two ways to use the cores are measured: one worker per core with one thread each, and
     one worker with a thread for every core. Some settings also decode `photos` (encoded images).
+    `sizes` has the side of each graph's input, if they differ; such graphs take no `photos`.
     """
-    count, size = cores(), preprocess.size
+    count, sides = cores(), sizes or dict.fromkeys(graphs, preprocess.size)
     splits = sorted({(count, 1), (1, count)}) if device == "cpu" else [(1, 1)]
-    noise = np.random.default_rng(0).integers(0, 256, (max(BATCHES), size, size, 3), dtype=np.uint8)
+    random = np.random.default_rng(0)
+    noise = {
+        side: random.integers(0, 256, (max(BATCHES), side, side, 3), dtype=np.uint8)
+        for side in set(sides.values())
+    }
     engines = {
         (name, threads): OnnxRuntime(path, device=device, threads=threads)
         for name, path in graphs.items()
@@ -88,9 +95,9 @@ def measure(
     if photos and device == "cpu":
         settings += [ThreadSetting(count, 1, batch, decoding=True) for batch in DECODING_BATCHES]
 
-    def pixels(setting: ThreadSetting) -> Pixels:
+    def pixels(name: str, setting: ThreadSetting) -> Pixels:
         if not setting.decoding:
-            return noise[: setting.batch]
+            return noise[sides[name]][: setting.batch]
         batch = itertools.islice(itertools.cycle(photos), setting.batch)
         decoded = (decode(photo, preprocess=preprocess) for photo in batch)
         return np.stack([preprocess(one.image, one.area) for one in decoded])
@@ -101,7 +108,7 @@ def measure(
             for setting in settings:
                 for name in graphs:
                     engine = engines[name, setting.threads]
-                    rate = _rate(engine, partial(pixels, setting), setting)
+                    rate = _rate(engine, partial(pixels, name, setting), setting)
                     measured[name].setdefault(setting, []).append(rate)
                     bar.advance(task)
     return {

@@ -82,11 +82,15 @@ class ConfidenceTarget:
 
 
 def predict_views(
-    predictor: Predictor, samples: Sequence[Sample], workers: int = 1, views: int | None = None
+    predictor: Predictor,
+    samples: Sequence[Sample],
+    workers: int = 1,
+    views: int | None = None,
+    title: str = "views of held-out photos",
 ) -> HeldOut:
     """Run the graph on the first `views` TTA views (crops or flips) of each photo; None: all views.
 
-    Photos that can't be read are left out.
+    Photos that can't be read are left out. `title` is shown with the progress.
     """
     count = len(predictor.manifest.views) if views is None else views
 
@@ -101,7 +105,7 @@ def predict_views(
 
     logits, labels = [], []
     with ThreadPoolExecutor(workers) as pool, progress_bar() as bar:
-        task = bar.add_task("views of held-out photos", total=len(samples))
+        task = bar.add_task(title, total=len(samples))
         for sample, of_views in zip(samples, pool.map(run, samples), strict=True):
             bar.advance(task)
             if of_views is not None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from serving.cli import AddVerb
+
+DEFAULT_OUT: Final = Path("bundle")
+_OF_CHECKPOINTS: Final = ("arch", "arch_args", "labels", "crop")
 
 
 def export(options: argparse.Namespace) -> None:
@@ -16,6 +20,12 @@ def export(options: argparse.Namespace) -> None:
     from serving.errors import OptionError
     from serving.inputs.path_kind import require
 
+    if options.sizes is not None:
+        _compare_sizes(options)
+        return
+    if options.json is not None:
+        raise OptionError("--json goes with --sizes")
+    out = options.out or DEFAULT_OUT
     export_options = pipeline.ExportOptions(
         name=options.name,
         confident=calibration.ConfidenceTarget.parse(options.confident)
@@ -26,7 +36,7 @@ def export(options: argparse.Namespace) -> None:
         sign=options.sign,
     )
     if options.checkpoint is None:
-        for name in ("arch", "arch_args", "labels", "size", "crop"):
+        for name in _OF_CHECKPOINTS:
             if getattr(options, name) is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise OptionError(f"{option} goes with --checkpoint FILE, not with a run")
@@ -35,11 +45,12 @@ def export(options: argparse.Namespace) -> None:
         require(options.run, "run")
         pipeline.export(
             options.run,
-            options.out,
+            out,
             export_options,
             data=options.data,
             photos=options.photos,
             folds=options.folds or (),
+            size=options.size,
         )
     else:
         for name in ("arch", "labels", "photos"):
@@ -51,7 +62,7 @@ def export(options: argparse.Namespace) -> None:
             raise OptionError("--checkpoint replaces a run and its --data; leave one out")
         pipeline.export_checkpoint(
             options.checkpoint,
-            options.out,
+            out,
             export_options,
             arch=options.arch,
             arch_args=torchvision_checkpoint.read_args(options.arch_args or ()),
@@ -63,32 +74,84 @@ def export(options: argparse.Namespace) -> None:
     if options.register:
         from export import bentoml_store
 
-        bentoml_store.register(options.out)
+        bentoml_store.register(out)
+
+
+def _compare_sizes(options: argparse.Namespace) -> None:
+    """Print a table of input sizes, and the command that exports the run at the advised one."""
+    from export.input_size import choose, table
+    from serving.errors import OptionError
+    from serving.inputs.path_kind import require
+    from serving.terminal import show
+    from serving.utils.files import atomic_write, check_file
+
+    if options.run is None:
+        raise OptionError("--sizes goes with a run, as fledge export runs/latest --sizes 192,224")
+    unused = (*_OF_CHECKPOINTS, "checkpoint", "size", "out", "name", "confident", "sign")
+    given = [name for name in unused if getattr(options, name) is not None]
+    given += ["register"] if options.register else []
+    given += ["precision"] if options.precision != "auto" else []
+    if given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise OptionError(f"{option} goes with an export; --sizes writes no bundle: leave one out")
+    sizes = table.parse(options.sizes)
+    if options.json is not None:
+        check_file(options.json, "--json")
+    require(options.run, "run")
+    photos = {"data": options.data, "photos": options.photos, "folds": options.folds or ()}
+    found = choose.compare_sizes(options.run, sizes, budget=options.accuracy_budget, **photos)
+    for line in table.lines(found):
+        show(line)
+    advised = found.advised.size
+    command = table.command(
+        options.run,
+        None if advised == found.trained else advised,
+        budget=options.accuracy_budget,
+        **photos,
+    )
+    if options.json is not None:
+        figures = found.to_dict() | {"advised": advised}
+        with atomic_write(options.json) as partial:
+            partial.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+        show(f"wrote {options.json}")
+    show(f"next: {command}")
 
 
 def add_to(add_verb: AddVerb) -> None:
     """Add the subcommand `fledge export` and its options to the command line."""
     add = add_verb(export, "fledge export runs/latest --out bundle")
     add.add_argument("run", type=Path, nargs="?", metavar="RUN")
-    add.add_argument(
-        "--out", type=Path, default=Path("bundle"), metavar="BUNDLE", help="default: bundle"
-    )
+    add.add_argument("--out", type=Path, metavar="BUNDLE", help="default: bundle")
     add.add_argument("--data", type=Path, metavar="DIR", help="the photos, if they were moved")
     add.add_argument(
         "--photos",
         type=Path,
         metavar="DIR",
         help="photos that the network was not trained on, one folder per class, or a zip or tar: "
-        "more of them for judging int8 and fp16, or with --checkpoint all of them",
+        "more of them for judging int8, fp16 and sizes, or with --checkpoint all of them",
     )
     add.add_argument(
         "--folds",
         type=Path,
         nargs="+",
         metavar="RUN",
-        help="runs of the other folds (data.folds) of the same recipe: int8 and fp16 are judged on "
-        "the held-out photos of all",
+        help="runs of the other folds (data.folds) of the same recipe: int8, fp16 and sizes are "
+        "judged on the held-out photos of all",
     )
+    add.add_argument(
+        "--size",
+        type=int,
+        metavar="PX",
+        help="side of the network's input, if not that of the training: kept unless it surely "
+        "costs more accuracy than --accuracy-budget; with --checkpoint that of the training",
+    )
+    add.add_argument(
+        "--sizes",
+        metavar="PX,PX",
+        help="compare input sizes, such as 160,192,224,256: a table of accuracy and speed, and "
+        "no bundle",
+    )
+    add.add_argument("--json", type=Path, metavar="FILE", help="write all figures of --sizes")
     checkpoint = add.add_argument_group("a torchvision checkpoint instead of a run")
     checkpoint.add_argument("--checkpoint", type=Path, metavar="FILE", help=".pth or .safetensors")
     checkpoint.add_argument("--arch", metavar="NAME", help="torchvision's name of the network")
@@ -100,9 +163,6 @@ def add_to(add_verb: AddVerb) -> None:
     )
     checkpoint.add_argument(
         "--labels", type=Path, metavar="FILE", help="text file with one class name per line"
-    )
-    checkpoint.add_argument(
-        "--size", type=int, metavar="PX", help="side of the network's input; default: 224"
     )
     checkpoint.add_argument(
         "--crop", type=float, metavar="SHARE", help="share of the short side kept; default: 0.875"
@@ -126,7 +186,7 @@ def add_to(add_verb: AddVerb) -> None:
         type=float,
         default=0.5,
         metavar="POINTS",
-        help="accuracy that a faster precision may cost, as sure as 95 %%; default: 0.5",
+        help="accuracy that a faster precision or --size may cost, as sure as 95 %%; default: 0.5",
     )
     add.add_argument(
         "--sign",

@@ -9,6 +9,7 @@ import numpy as np
 
 from export.calibration import tta_summary
 from serving.bundle.manifest import Manifest
+from serving.imaging.preprocess import REDUCED
 from training.evaluation.metrics import Labels
 from training.evaluation.shortcomings import balanced_accuracy, shortcomings, unmeasured
 
@@ -48,7 +49,7 @@ The exported graphs were compared with the checkpoint on {photos} photos at batc
 | graph | largest difference of a probability | changed best class | ties |
 |---|---|---|---|
 {agreements}
-
+{input_size}
 BatchNorm: {folded} of {before} folded into other layers{left}.
 
 ## How sure it is
@@ -79,9 +80,9 @@ In short: {advice}.
 
 Without Fledge: `model.onnx`, `model.ts` (TorchScript) and `model.pt2` (`torch.export.load`) take
 `pixels`, uint8 `[batch, {size}, {size}, 3]`, RGB, and give `logits`, float32 `[batch, {count}]`,
-and `features`, float32 `[batch, {width}]`. They normalise inside. Decode the photo upright, cut the
-centre square of {crop:g} of the short side, resize it to {size} x {size} ({interpolation},
-antialiased), and take the softmax of the logits{by}.
+and `features`, float32 `[batch, {width}]`. They normalise inside. Decode the photo upright{decode},
+{fit} {size} x {size} ({interpolation}, antialiased), and take
+the softmax of the logits{by}.
 
 ## Limits
 
@@ -92,6 +93,17 @@ antialiased), and take the softmax of the logits{by}.
   Their licence applies to the bundle.
 """
 
+_DECODE: Final = {
+    "full": "",
+    "scaled": " (a large one may be reduced by an integer, so that the network sees a part of at\n"
+    "least {least} pixels a side)",
+}
+_FIT: Final = {
+    "crop": "cut the centre square of {crop:g} of the short side, resize it to",
+    "squish": "resize it, whole and whatever its shape, to",
+    "pad": "put it in the middle of a square of the colour RGB {background}, resize that to",
+}
+
 
 def card(manifest: Manifest) -> str:
     """Return the text of the bundle's README.md; equal manifests give equal texts."""
@@ -101,6 +113,7 @@ def card(manifest: Manifest) -> str:
     more = f", and {len(labels) - _MAX_ROWS} more" if len(labels) > _MAX_ROWS else ""
     left = dict(norm["left"])
     outputs = manifest.graph["outputs"]
+    preprocess = manifest.preprocess
     calibration, advice = manifest.calibration, manifest.tta
     energy = manifest.thresholds["energy"]
     assert calibration is not None
@@ -126,6 +139,7 @@ def card(manifest: Manifest) -> str:
             f"| {agreement['ties']} |"
             for graph, agreement in report["graphs"].items()
         ),
+        input_size=_input_size(report.get("size")),
         folded=norm["folded"],
         before=norm["before"],
         left=f"; {len(left)} became one multiply-add each" if left else "",
@@ -141,9 +155,10 @@ def card(manifest: Manifest) -> str:
         ),
         advice=tta_summary(advice),
         provenance=_lines(manifest.provenance),
-        size=manifest.preprocess.size,
-        crop=manifest.preprocess.crop,
-        interpolation=manifest.preprocess.interpolation,
+        size=preprocess.size,
+        decode=_DECODE[preprocess.decode].format(least=REDUCED * preprocess.size),
+        fit=_FIT[preprocess.fit].format(crop=preprocess.crop, background=preprocess.background),
+        interpolation=preprocess.interpolation,
         width=outputs["features"]["shape"][1],
         temperature=manifest.temperature,
         by="" if manifest.temperature == 1 else f" divided by {manifest.temperature:g}",
@@ -176,6 +191,23 @@ def _confident(threshold: Mapping[str, Any] | None) -> str:
         f"{threshold['coverage']:.1%} of them were, and {threshold['precision']:.1%} of these were "
         f"right ({low:.1%} to {high:.1%})."
     )
+
+
+def _input_size(found: Mapping[str, Any] | None) -> str:
+    """Describe the comparison with the trained size; "" if the input has that size."""
+    if found is None:
+        return ""
+    here, trained = found["exported"], found["trained"]
+    speeds = [one["images_per_second"]["fastest"] for one in (here, trained)]
+    return f"""
+The network was trained at {trained["size"]} x {trained["size"]} pixels and is exported at
+{here["size"]} x {here["size"]}, at which all other figures of this card were measured. On the same
+{found["photos"]} held-out photos the accuracy is {here["accuracy"]:.2%} at {here["size"]} and
+{trained["accuracy"]:.2%} at {trained["size"]}: it falls by {here["fell_points"]:.2f} points, and by
+at most {here["fell_at_most"]:.2f} with 95 % confidence. On the machine of the export the float32
+graph was {here["times_trained"]:.2f} times as fast; at best {speeds[0]:.0f} and
+{speeds[1]:.0f} images/s.
+"""
 
 
 def _lines(values: object) -> str:

@@ -16,25 +16,25 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 
 from export import calibration, parity, torchvision_checkpoint
-from export.graph import CheckpointRuntime, Exportable, assemble, contract
+from export.graph import CheckpointRuntime, assemble, contract
+from export.input_size.choose import resize
 from export.model_card import card
-from export.precision import further_photos
-from export.precision.folds import write as write_folds
+from export.precision import folds as other_folds
 from export.precision.select import (
     FILES,
     MAX_PHOTOS,
-    FoldGraph,
     PrecisionRequest,
     check_request,
     select_precisions,
 )
 from export.precision.verdict import DEFAULT_BUDGET
 from export.publish import check_target, partial_payload, publish
+from export.sources.source import Source, check_finite, read_run
 from export.writers import onnx
 from export.writers.formats import FORMATS, GraphFormat
 from serving.bundle import signing, storage
@@ -45,7 +45,6 @@ from serving.inference.predictor import Predictor
 from serving.inference.runtime import OnnxRuntime, Runtime
 from serving.terminal import show, valid_utf8
 from training.run import checkpoint
-from training.run.dataset import load_run_dataset
 
 ONNX: Final = FILES["fp32"]
 
@@ -87,6 +86,7 @@ def export(
     data: Path | None = None,
     photos: Path | None = None,
     folds: Sequence[Path] = (),
+    size: int | None = None,
     formats: Sequence[GraphFormat] = FORMATS,
     log: Callable[[str], None] = show,
 ) -> Manifest:
@@ -98,8 +98,9 @@ def export(
         options: Name, precisions, confidence target and signing key.
         data: The photos' folder, if they were moved after training.
         photos: Folder of further held-out photos, with one folder per class, for comparing
-            precisions.
-        folds: Runs of the other folds of the same data, for comparing precisions.
+            precisions and input sizes.
+        folds: Runs of the other folds of the same data, for comparing precisions and input sizes.
+        size: Side of the network's input in pixels, if not that of the training.
         formats: File formats in which the graph is written besides ONNX.
         log: Function that is called with one line per step.
 
@@ -108,25 +109,13 @@ def export(
         OptionError: `out` or an option can't be used, no threshold reaches the requested precision,
             or fp16 was requested and there is no GPU.
         GateError: A graph's probabilities differ too much from those of the checkpoint, or the
-            requested precision is refused. No bundle is written.
+            requested precision or size is refused. No bundle is written.
         WorkError: Weights are not finite, the network can't be exported, or the disk is full.
     """
     check_target(out)
-    classifier, info = checkpoint.load(run)
-    dataset = load_run_dataset(run, data)
-    train, valid = ([(s.path, s.label) for s in part] for part in (dataset.train, dataset.valid))
-    source = checkpoint.run_folder_of(run).resolve().name
-    more: list[parity.Sample] = []
-    if photos is not None:
-        known = [path for path, _ in (*train, *valid, *dataset.test)]
-        more = further_photos.find(photos, info.classes, known, log)
-    exported = _Source(classifier, info, source, train, valid, more=more)
-    with TemporaryDirectory() as folder:
-        if options.precision != "fp32":
-            counted = [path for path, _ in (*valid, *more)]
-            graphs = write_folds(folds, info, counted, Path(folder), data=data, log=log)
-            exported = exported._replace(folds=graphs)
-        return _export(exported, run, out, options, formats, log)
+    sizes = [] if size is None else [size]
+    source = read_run(run, sizes, "--size", data=data, photos=photos, folds_of=folds, log=log)
+    return _export(source, run, out, options, formats, log, size)
 
 
 def export_checkpoint(
@@ -169,47 +158,26 @@ def export_checkpoint(
     )
     train, valid = torchvision_checkpoint.photos(photos, names, log=log)
     info = replace(info, data={"source": str(photos), "train": 0, "valid": len(valid)})
-    exported = _Source(classifier, info, path.name, train, valid, trained=False)
+    exported = Source(classifier, info, path.name, train, valid, trained=False)
     return _export(exported, path, out, options, formats, log)
 
 
-class _Source(NamedTuple):
-    """A network to export, and photos of its classes.
-
-    Attributes:
-        classifier: The network.
-        info: Metadata of the checkpoint.
-        name: Name of the run's folder or of the checkpoint file.
-        train: Photos for int8 calibration.
-        valid: Held-out photos.
-        trained: Whether the network was trained on `train`.
-        more: Further held-out photos, for comparing precisions.
-        folds: Networks of other folds, for comparing precisions.
-    """
-
-    classifier: Exportable
-    info: checkpoint.CheckpointInfo
-    name: str
-    train: Sequence[parity.Sample]
-    valid: Sequence[parity.Sample]
-    trained: bool = True
-    more: Sequence[parity.Sample] = ()
-    folds: Sequence[FoldGraph] = ()
-
-
 def _export(
-    source: _Source,
+    source: Source,
     path: Path,
     out: Path,
     options: ExportOptions,
     formats: Sequence[GraphFormat],
     log: Callable[[str], None],
+    size: int | None = None,
 ) -> Manifest:
-    _check_finite(source.classifier, path)
+    check_finite(source.classifier, path)
     name = _check_name(source.info.name if options.name is None else options.name)
     check_request(options.precision, options.accuracy_budget)
     sign = signing.signer(options.sign) if options.sign else None
     signing.trusted()  # raises errors in the trusted keys now, not after minutes of work
+    if size is not None:
+        source = resize(source, size, options.accuracy_budget, log)
     valid = parity.subsample(source.valid)
     rest = sorted({*source.valid} - {*valid})
     source = source._replace(valid=valid, more=[*parity.subsample(rest, MAX_PHOTOS), *source.more])
@@ -231,7 +199,7 @@ def _export(
 
 def _build(
     payload: Path,
-    source: _Source,
+    source: Source,
     name: str,
     options: ExportOptions,
     formats: Sequence[GraphFormat],
@@ -275,7 +243,8 @@ def _build(
         manifest = manifest.model_copy(
             update={
                 "precisions": {"fp32": entry},
-                "parity": report.to_dict(),
+                "parity": report.to_dict()
+                | ({"size": source.size_report} if source.size_report else {}),
                 "golden": parity.write_golden(payload, original, manifest, samples),
             }
         )
@@ -290,15 +259,17 @@ def _build(
             f"warning: always predicting the most common class would be right in {commonest:.1%}; "
             "are the labels in the order of the logits?"
         )
-    request = PrecisionRequest(
-        options.precision,
-        options.accuracy_budget,
-        source.train,
-        trained=source.trained,
-        held_out=source.more,
-        folds=source.folds,
-    )
-    manifest = select_precisions(payload, manifest, held_out, samples, request, log)
+    with TemporaryDirectory() as folder:
+        folds = source.folds if options.precision != "fp32" else ()
+        request = PrecisionRequest(
+            options.precision,
+            options.accuracy_budget,
+            source.train,
+            trained=source.trained,
+            held_out=source.more,
+            folds=other_folds.write(folds, Path(folder), info.preprocess),
+        )
+        manifest = select_precisions(payload, manifest, held_out, samples, request, log)
     digests = {file: storage.sha256(payload / file) for file in manifest.graphs}
     return manifest.model_copy(update={"version": content_version(manifest, digests)})
 
@@ -340,12 +311,6 @@ def _version(package: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
-
-
-def _check_finite(classifier: Exportable, path: Path) -> None:
-    for key, value in classifier.state_dict().items():
-        if not torch.isfinite(value).all():
-            raise WorkError(f"{path}: {key} holds NaN or infinity: its training diverged")
 
 
 def _check_name(name: str) -> str:

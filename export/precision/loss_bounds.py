@@ -1,11 +1,11 @@
-"""Confidence limits of the accuracy that a reduced precision loses, and the photos they ask for.
+"""Confidence limits of the accuracy that a changed graph loses, and the photos they ask for.
 
-Both graphs classify the same photos. Only photos on which exactly one of them is right carry
-information: `lost` photos that float32 alone classifies correctly, and `won` photos that the other
-graph alone classifies correctly. The drop is (lost - won) / photos. Its limits are those of the
-score test of Tango, 1998, "Equivalence test and confidence interval for the difference in
-proportions for the paired-sample design", Statistics in Medicine 17, 891-908. They stay valid for
-few photos, and if no answer differs.
+A graph of reduced precision or of another input size classifies the same photos as the original.
+Only photos on which exactly one of them is right carry information: `lost` photos that the original
+alone classifies correctly, and `won` photos that the other graph alone does. The drop is
+(lost - won) / photos. Its limits are those of the score test of Tango, 1998, "Equivalence test and
+confidence interval for the difference in proportions for the paired-sample design", Statistics in
+Medicine 17, 891-908. They stay valid for few photos, and if no answer differs.
 
 `python -m export.precision.loss_bounds` prints the table of photos and budgets in docs/bundle.md.
 """
@@ -13,9 +13,10 @@ few photos, and if no answer differs.
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Final, NamedTuple
 
 from serving.terminal import show
+from training.evaluation import metrics
 
 CONFIDENCE: Final = 0.95
 """Confidence of each limit."""
@@ -27,14 +28,43 @@ _BUDGETS: Final = (0.25, 0.5, 1.0, 2.0, 5.0)  # points, of the table
 _CHANGES: Final = (0.0, 0.1, 0.25, 0.5, 1.0)  # percent of the photos that are lost, and won
 
 
+class PairedDrop(NamedTuple):
+    """How far the accuracy of one graph is below that of another on the same photos.
+
+    All numbers are percentage points; a negative drop is a gain.
+
+    Attributes:
+        drop: The drop of accuracy.
+        interval: 95 % confidence interval of `drop`.
+        at_most: Upper limit of the drop with 95 % confidence; see the function `at_most`.
+        at_least: Lower limit of the drop with 95 % confidence.
+    """
+
+    drop: float
+    interval: tuple[float, float]
+    at_most: float
+    at_least: float
+
+    @classmethod
+    def of(cls, lost: int, won: int, photos: int) -> PairedDrop:
+        """Compute the drop and its limits from numbers of photos, as for `at_most`."""
+        low, high = metrics.paired_interval(lost, won, photos)
+        return cls(
+            100 * (lost - won) / photos,
+            (100 * low, 100 * high),
+            100 * at_most(lost, won, photos),
+            100 * at_least(lost, won, photos),
+        )
+
+
 def at_most(lost: float, won: float, photos: float) -> float:
     """Return the upper limit of the drop, from -1 to 1, as if one more answer had been wrong.
 
     So the limit holds whichever answer the other graph gives to any single photo.
 
     Args:
-        lost: Number of photos that float32 alone classifies correctly; of weighted photos, not an
-            integer.
+        lost: Number of photos that the original alone classifies correctly; of weighted photos,
+            not an integer.
         won: Number of photos that the other graph alone classifies correctly.
         photos: Number of all photos, at least `lost + won`.
     """

@@ -206,16 +206,17 @@ def compare_with_fp32(
     counts: tuple[float, float, float] = (lost, won, len(truth))
     if evidence is not None:
         counts = evidence.lost, evidence.won, evidence.photos
+    paired = loss_bounds.PairedDrop.of(lost, won, len(truth))
     return Verdict(
         photos=len(truth),
         accuracy=float(right.mean()),
         accuracy_fp32=float(right_fp32.mean()),
-        drop=100 * (lost - won) / len(truth),
-        interval=_paired_interval(lost, won, len(truth)),
+        drop=paired.drop,
+        interval=paired.interval,
         speedup=speedup,
         budget=budget,
         at_most=100 * loss_bounds.at_most(*counts),
-        at_least=100 * loss_bounds.at_least(lost, won, len(truth)),
+        at_least=paired.at_least,
         evidence=evidence,
         insisted=insisted,
     )
@@ -239,17 +240,3 @@ def decide(
     if answers is None:
         return verdict
     return min(judge(answers), verdict, key=lambda one: one.at_most)
-
-
-def _paired_interval(lost: int, won: int, photos: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the accuracy drop, in percentage points.
-
-    The method is that of Agresti & Min, 2005, "Simple improved confidence intervals for comparing
-    matched proportions": half a photo is added to each cell of the 2 x 2 table of right and wrong
-    answers. The interval therefore has a positive width even if no prediction changed.
-    """
-    count = photos + 2
-    middle = (lost - won) / count
-    variance = (lost + won + 1 - (lost - won) ** 2 / count) / count**2
-    half = 1.959964 * math.sqrt(variance)
-    return 100 * (middle - half), 100 * (middle + half)

@@ -89,9 +89,13 @@ def _parity(parity: Mapping[str, Any]) -> str:
     if not parity:
         return "not compared with a checkpoint"
     largest = max(found["largest_difference"] for found in parity["graphs"].values())
+    size = ""
+    if "size" in parity:
+        trained = parity["size"]["trained"]
+        size = f"; accuracy {trained['accuracy']:.1%} at the trained size, {trained['size']} pixels"
     return (
         f"compared with the checkpoint on {parity['photos']} held-out photos: largest difference "
-        f"of a probability {largest:.1e}"
+        f"of a probability {largest:.1e}{size}"
     )
 
 

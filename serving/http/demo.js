@@ -24,11 +24,17 @@ const ERRORS = {
   "unreadable": "This file can’t be read",
   "link": "That was a link, not a file",
 };
+const SEEN = {
+  "crop": "The model looks at the framed square.",
+  "squish": "The model looks at the whole photo, squeezed into a square.",
+  "pad": "The model looks at the whole photo, within a square of plain colour.",
+};
 const POLL_MS = 3000; // between two checks of readiness
 
 let key = "";
 let photo, preview, timer;
 let model, provider; // the model that is served, and its provider
+let preprocess; // how the model's photos become squares
 let threshold; // least probability of a confident answer
 let pending = false; // send the photo once there is a model or a key
 let request = new AbortController();
@@ -112,7 +118,8 @@ function showModel(served) {
   show("waiting", false);
 }
 
-function showManifest({ labels, arch, precisions, serving, thresholds, views: { length: count } }) {
+function showManifest(manifest) {
+  const { labels, arch, precisions, serving, thresholds, views: { length: count } } = manifest;
   const { accuracy } = precisions[serving.precision];
   const about = [`${labels.length} classes`, arch, `${serving.precision} on ${provider}`];
   if (accuracy) about.push(`right on ${percent(accuracy)} of its held-out photos`);
@@ -120,6 +127,8 @@ function showManifest({ labels, arch, precisions, serving, thresholds, views: { 
   const more = labels.length > 50 ? `, and ${labels.length - 50} more` : "";
   write("labels", `It knows ${labels.slice(0, 50).join(", ")}${more}.`);
   threshold = thresholds.confident;
+  preprocess = manifest.preprocess;
+  showSeen();
   const choices = [[0, "Plain"]];
   if (count > 4) choices.push([4, "4 views"]);
   if (count > 1) choices.push([count, `All ${count}`]);
@@ -144,13 +153,30 @@ function choose(files) {
   URL.revokeObjectURL(preview);
   preview = URL.createObjectURL(photo);
   $("preview").alt = `Your photo: ${photo.name}`;
-  $("preview").src = preview;
+  $("preview").src = $("square").src = preview;
   $("drop-area").classList.add("filled");
-  show("prompt", false);
-  show("no-preview", false);
+  for (const id of ["prompt", "no-preview", "fit"]) show(id, false);
   const first = files.length > 1 ? ` · the first of ${files.length} files` : "";
   write("caption", `${photo.name} · ${size(photo.size)}${first}`);
   predict();
+}
+
+// Draw what the model looks at in the plain view. Browsers show photos upright, as the model does.
+function showSeen() {
+  const { naturalWidth: width, naturalHeight: height } = $("preview");
+  if (!preprocess || !width || $("stage").hidden) return;
+  const { fit = "crop", crop, background } = preprocess;
+  const side = crop * Math.min(width, height);
+  for (const [name, value] of Object.entries({
+    ratio: fit === "pad" ? 1 : width / height,
+    wide: side / width,
+    tall: side / height,
+    background: `rgb(${background.join()})`, // also behind what is transparent
+  })) $("stage").style.setProperty(`--${name}`, value);
+  write("seen", SEEN[fit]);
+  show("frame", fit === "crop");
+  show("square", fit === "squish" && width !== height);
+  show("fit");
 }
 
 function busy(on) {
@@ -276,10 +302,12 @@ addEventListener("drop", (event) => {
 addEventListener("paste", ({ clipboardData }) => choose(clipboardData.files));
 on("preview", "load", ({ target }) => {
   $("caption").textContent += ` · ${target.naturalWidth} × ${target.naturalHeight}`;
-  show("preview");
+  target.parentElement.style.setProperty("--ratio", target.naturalWidth / target.naturalHeight);
+  show("stage");
+  showSeen();
 });
 on("preview", "error", () => {
-  show("preview", false);
+  show("stage", false);
   show("no-preview");
 });
 on("choices", "change", predict);

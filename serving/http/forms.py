@@ -33,7 +33,7 @@ class PredictOptions:
 
     Attributes:
         tta: Number of TTA views (crops or flips of the photo) whose probabilities are averaged; 0
-            and 1 both mean the centre crop only.
+            and 1 both mean the plain view only.
         top_k: Number of classes in the answer, best first. None: five classes, or all classes if
             the model has fewer than five.
     """

@@ -131,8 +131,9 @@ def estimate(data: bytes, views: int = 1, preprocess: Preprocess | None = None) 
     scale = dct_scale(reduction) if head.scalable else 1
     pixels = head.width * head.height
     decoded = pixels / scale**2
-    reduced = pixels / reduction**2
-    if reduction == scale or head.whole:  # the conversions are made on the whole decoded image
+    rest = reduction // scale  # what is left to reduce after decoding
+    reduced = decoded / rest**2
+    if rest == 1 or head.whole:  # the conversions are made on the whole decoded image
         peak = decoded * max(
             _CONVERTED if head.converted else _RGB + head.pixel,
             _ROTATED if head.rotated else 0,
@@ -152,7 +153,7 @@ def estimate(data: bytes, views: int = 1, preprocess: Preprocess | None = None) 
     nanoseconds = head.nanoseconds * (_SCALED_SHARE if scale > 1 else 1)
     seconds = (
         pixels * nanoseconds * 1e-9
-        + decoded * (30 * head.converted + (reduction > scale)) * 1e-9
+        + decoded * (30 * head.converted + (rest > 1)) * 1e-9
         + reduced * (5 * head.rotated + 4 * views) * 1e-9
         + len(data) * 20e-9
         + head.opening

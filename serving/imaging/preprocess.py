@@ -165,6 +165,8 @@ class Preprocess:
             *(max(box[0], area[0]), max(box[1], area[1])),
             *(min(box[2], area[2]), min(box[3], area[3])),
         )
+        if inside[0] >= inside[2] or inside[1] >= inside[3]:  # a view of the padding alone
+            return np.asarray(Image.new("RGB", (self.size, self.size), self.background))
         left, right = self._columns(inside[0::2], box[0::2])
         top, bottom = self._columns(inside[1::2], box[1::2])
         seen = image.resize((right - left, bottom - top), _FILTERS[self.interpolation], box=inside)

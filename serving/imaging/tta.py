@@ -58,7 +58,7 @@ def count_views(tta: int, views: Sequence[View]) -> int:
     """Return the number of views to average for the option `tta`.
 
     Args:
-        tta: Value of the option; 0 and 1 both mean the centre crop only.
+        tta: Value of the option; 0 and 1 both mean the plain view only.
         views: All views of the bundle.
 
     Raises:

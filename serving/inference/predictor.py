@@ -57,8 +57,8 @@ class Prediction:
 
     Attributes:
         probabilities: float64 [classes], summing to 1, in the order of the labels.
-        features: float32 [D], the input of the classifier layer for the centre crop.
-        energy: -log sum exp of the logits of the centre crop. Images unlike the training photos
+        features: float32 [D], the input of the classifier layer for the plain view.
+        energy: -log sum exp of the logits of the plain view. Images unlike the training photos
             have a higher energy (Liu et al., 2020).
         views: Number of TTA views (crops or flips) over which `probabilities` is the average.
         applied: Names of the conversions made while decoding, from `Decoded.applied`.
@@ -158,7 +158,7 @@ class Predictor:
         Args:
             data: The encoded image file.
             tta: Number of views to cut: the first `tta` views in the manifest. 0 and 1 both mean
-                the centre crop only.
+                the plain view only.
             max_pixels: Largest accepted width times height. None: as `decode`.
             estimated: Result of `estimate`. If given, the image is decoded in this process.
 

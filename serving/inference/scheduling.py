@@ -63,7 +63,7 @@ class Engine(Protocol):
 
         Args:
             data: The encoded image file.
-            tta: Number of TTA views (crops or flips) to average; 0 and 1 both mean the centre crop.
+            tta: Number of TTA views (crops or flips) to average; 0 and 1 both mean the plain view.
 
         Raises:
             Overloaded: Too many images are queued or in progress.

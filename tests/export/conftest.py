@@ -189,7 +189,7 @@ def recorded_exporters(recorded, monkeypatch):
     recorded.patch(monkeypatch)
 
 
-def rates(graphs, preprocess, photos=(), device="cpu"):
+def rates(graphs, preprocess, photos=(), device="cpu", *, sizes=None):
     """Rates in place of measured ones, which differ from run to run; int8 is twice as fast."""
     settings = [
         benchmark.ThreadSetting(1, 1, 1),

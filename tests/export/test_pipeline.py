@@ -1,5 +1,6 @@
 """Export pipeline: a published bundle was checked, and a failed export changes nothing."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -83,6 +84,25 @@ def test_the_model_card_describes_this_model(exported):
     card = (out / manifest.version / "README.md").read_text()
     for word in ("# tiny", "blue, green, red", manifest.version, "uint8 `[batch, 32, 32, 3]`"):
         assert word in card
+
+
+@pytest.mark.parametrize("decode", ["full", "scaled"])
+@pytest.mark.parametrize(
+    ("fit", "words"),
+    [
+        ("crop", "cut the centre square of 0.875 of the short side, resize it to 32 x 32"),
+        ("squish", "resize it, whole and whatever its shape, to 32 x 32"),
+        ("pad", "in the middle of a square of the colour RGB (1, 2, 3), resize that to 32 x 32"),
+    ],
+)
+def test_the_model_card_says_how_photos_become_squares(exported, fit, words, decode):
+    _, manifest, _ = exported
+    fields = {"fit": fit, "decode": decode, "background": (1, 2, 3), "crop": 0.875}
+    preprocess = dataclasses.replace(manifest.preprocess, **fields)
+    card = model_card.card(manifest.model_copy(update={"preprocess": preprocess}))
+    one_line = " ".join(card.split())
+    assert f"{words} (bilinear, antialiased)" in one_line
+    assert ("a part of at least 64 pixels a side)" in one_line) == (decode == "scaled")
 
 
 def test_the_model_card_has_the_accuracy_of_each_class(exported, shared_run):

@@ -28,8 +28,11 @@ tail,1,0.01,0.5,0.25,0.9375,70.0
 """
 
 
-def finished(folder, photos, valid=0.5, name="tiny"):
-    """Write a run folder on `photos` whose network has different outputs for different photos."""
+def finished(folder, photos, valid=0.5, name="tiny", **preprocessing):
+    """Write a run folder on `photos` whose network has different outputs for different photos.
+
+    `preprocessing` are fields of `Preprocess`.
+    """
     folder.mkdir(parents=True)
     found = load_dataset(str(photos), config=DataConfig(valid=valid))
     torch.manual_seed(0)
@@ -47,7 +50,7 @@ def finished(folder, photos, valid=0.5, name="tiny"):
         name=name,
         arch="mobilenet_v2",
         classes=found.classes,
-        preprocess=Preprocess(size=32),
+        preprocess=Preprocess(size=32, **preprocessing),
         arch_args=arch_args,
         head=head.model_dump(),
         data={

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,21 @@ def photo(seed: int, size: tuple[int, int] = (80, 60)) -> bytes:
     return file.getvalue()
 
 
-def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0) -> Path:
+def elongated(folder: Path, classes: str = "ab", count: int = 3) -> Path:
+    """Write photos into a folder per class: 3:1, 1:3, and 3:1 turned to 1:3 by EXIF."""
+    for label, number in itertools.product(classes, range(count)):
+        size = (301, 903) if number % 3 == 1 else (903, 301)
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        with Image.open(io.BytesIO(photo(ord(label) + 50 * number, size))) as image:
+            exif = image.getexif()
+            exif[0x0112] = 6 if number % 3 == 2 else 1
+            image.save(folder / label / f"{number}.jpg", exif=exif, quality=95)
+    return folder
+
+
+def tiny_bundle(
+    folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0, **preprocessing: Any
+) -> Path:
     """Publish a bundle in `folder` and return it.
 
     Args:
@@ -53,10 +68,11 @@ def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0
         classes: Length of the logits.
         size: Side of the graph's square input, a multiple of 4.
         seed: Of the weights: each seed gives another version.
+        preprocessing: Other fields of `Preprocess`.
     """
-    preprocess = Preprocess(size=size)
+    preprocess = Preprocess(size=size, **preprocessing)
     labels = tuple(NAMES[i] if i < len(NAMES) else f"class-{i}" for i in range(classes))
-    graph, probabilities = _graph_and_probabilities(classes, size, seed)
+    graph, probabilities = _graph_and_probabilities(classes, preprocess, seed)
     partial = folder / ".payload.partial"
     (partial / "golden").mkdir(parents=True)
     (partial / "model.onnx").write_bytes(graph)
@@ -72,6 +88,7 @@ def tiny_bundle(folder: Path, *, classes: int = 3, size: int = 32, seed: int = 0
         arch="tiny",
         labels=labels,
         preprocess=preprocess,
+        views=tta.views_for(preprocess),
         precisions={"fp32": {"file": "model.onnx", "accuracy": None, "tolerance": TOLERANCE}},
         files=storage.describe_files(partial),
         golden=tuple(golden),
@@ -111,13 +128,13 @@ def _golden() -> list[bytes]:
 
 @functools.cache
 def _graph_and_probabilities(
-    classes: int, size: int, seed: int
+    classes: int, preprocess: Preprocess, seed: int
 ) -> tuple[bytes, tuple[tuple[float, ...], ...]]:
     """The graph, and its answers to the golden images."""
-    preprocess = Preprocess(size=size)
     graph = _graph(classes, preprocess, seed).SerializeToString()
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    pixels = np.stack([preprocess(decode(data).image) for data in _golden()])
+    decoded = [decode(data, preprocess=preprocess) for data in _golden()]
+    pixels = np.stack([preprocess(one.image, one.area) for one in decoded])
     logits = [session.run(["logits"], {"pixels": one[None]})[0] for one in pixels]
     return graph, tuple(tuple(tta.softmax(one)[0].tolist()) for one in logits)
 

@@ -34,7 +34,7 @@ def pasted(command: str, cwd: Path, **options: str) -> subprocess.CompletedProce
     fledge.chmod(0o755)
     env = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", **options}
     return subprocess.run(
-        ["bash", "-c", command], cwd=cwd, env=env, capture_output=True, check=False, timeout=120
+        ["bash", "-c", command], cwd=cwd, env=env, capture_output=True, check=False, timeout=300
     )
 
 

@@ -162,6 +162,8 @@ ROWS: Final = (
     Trick("lighting", "augment", "none", "brightness and contrast by up to a fifth",
         _augment(max_lighting=0.2)),
     Trick("saturation", "augment", "none", "by up to a fifth", _augment(max_saturation=0.2)),
+    Trick("hue", "augment", "none", "by up to a twentieth of the colour circle",
+        _augment(max_hue=0.05)),
     Trick("erase", "augment", "none", "a rectangle in a quarter of the photos",
         _augment(erase=0.25)),
     Trick("rand_augment", "augment", "none", "2 operations of magnitude 9",

@@ -7,7 +7,7 @@ numbers. Switching on one option does not change the random numbers of the other
 
 Crop, flip, perspective, zoom, rotation and shift are combined into one geometric warp, which comes
 first. The next steps are RandAugment or TrivialAugment (see `training.augmentation.policies`), then
-the change of brightness, contrast and saturation, then random erasing.
+the change of brightness, contrast, saturation and hue, then random erasing.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class AugmentationParams:
     Attributes:
         warp: Homography of each photo, float32 [N, 3, 3]: coordinates in the output image ->
             coordinates in the photo, both in [-1, 1].
-        colour: Contrast factor, brightness shift as a share of the full range, and saturation
-            factor, float32 [N, 3].
+        colour: Contrast factor, brightness shift as a share of the full range, saturation factor,
+            and cosine and sine of the rotation of the hue, float32 [N, 5].
         hole: Left, top, right and bottom of the erased rectangle as shares of the side, float32
             [N, 4]; all 0 if nothing is erased.
         seed: Random seed of RandAugment or TrivialAugment for each photo, int64 [N].
@@ -92,11 +92,14 @@ def draw(
     numbers = np.random.default_rng([seed, view]).random((len(aspect), _NUMBERS))
     u = list(torch.from_numpy(numbers).T)  # [0, 1); each option below has its own columns
     s = [2 * column - 1 for column in u]  # [-1, 1)
+    hue = 2 * math.pi * config.max_hue * s[20]
     colour = torch.stack(
         [
             1 + s[10] * config.max_lighting,
             s[11] * config.max_lighting,
             1 + s[12] * config.max_saturation,
+            torch.cos(hue),
+            torch.sin(hue),
         ],
         dim=1,
     )
@@ -218,8 +221,8 @@ def apply(pixels: Tensor, params: AugmentationParams, config: AugmentConfig, siz
     )
     if config.policy != "none":
         images = apply_policy(images, params.seed, config, fill=MEAN_COLOUR)
-    if config.max_lighting or config.max_saturation:
-        images = _recolour(images, params.colour, saturation=config.max_saturation > 0)
+    if config.max_lighting or config.max_saturation or config.max_hue:
+        images = _recolour(images, params.colour, config)
     if config.erase:
         fill = constant(MEAN_COLOUR, images.device)[:, None, None]
         images = torch.where(_inside(params.hole, size), fill, images)
@@ -248,26 +251,49 @@ def _grid(warp: Tensor, size: int, *, projective: bool) -> Tensor:
     return grid
 
 
-def _recolour(images: Tensor, colour: Tensor, *, saturation: bool) -> Tensor:
-    """Change saturation (relative to grey), contrast (relative to the mean) and brightness.
+def _recolour(images: Tensor, colour: Tensor, config: AugmentConfig) -> Tensor:
+    """Change hue, saturation (relative to grey), contrast (relative to the mean) and brightness.
 
     Args:
-        images: Images, float32 [N, 3, H, W] in 0..255; modified in place and returned.
-        colour: Contrast, brightness and saturation of each image; see `AugmentationParams`.
-        saturation: Whether to change the saturation.
+        images: Images, float32 [N, 3, H, W] in 0..255; may be modified in place.
+        colour: `AugmentationParams.colour` of each image.
+        config: The augmentation options, which say whether hue and saturation change.
     """
-    contrast, shift, saturate = colour[:, :, None, None, None].unbind(1)
+    contrast, shift, saturate, cos, sin = colour[:, :, None, None, None].unbind(1)
+    if config.max_hue:
+        images = _rotate_hue(images, cos, sin)
     # Reduce in two steps, because a single mean over both axes is parallelised differently for
     # different batch sizes, and would round differently.
     means = images.mean(dim=3).mean(dim=2)[..., None, None]  # [N, 3, 1, 1]
     middle = means.mean(dim=1, keepdim=True)
-    if saturation:
+    if config.max_saturation:
         middle = saturate * middle + (1 - saturate) * _grey(means)
         grey = _grey(images).mul_(contrast * (1 - saturate))
         images.mul_(contrast * saturate).add_(grey)
     else:
         images.mul_(contrast)
     return images.add_((1 - contrast) * middle + shift * 255).clamp_(0, 255)
+
+
+def _rotate_hue(images: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the colours about the grey axis of RGB: float32 [N, 3, H, W] -> [N, 3, H, W].
+
+    This is a linear approximation of the change of hue in HSV, as in NVIDIA DALI's `Hsv`. It takes
+    a tenth of the time. A third of a turn equals torchvision's `adjust_hue`. Other angles keep the
+    mean of the channels and the distance from grey, while `adjust_hue` keeps the largest and the
+    smallest channel. The result may be outside 0..255.
+
+    Args:
+        images: Images.
+        cos, sin: Cosine and sine of the angle of each image, [N, 1, 1, 1].
+    """
+    side, turn = (1 - cos) / 3, sin / math.sqrt(3)
+    weights = torch.cat([side + cos, side + turn, side - turn], dim=1)  # of red, [N, 3, 1, 1]
+    rotated = images[:, :1] * weights
+    for channel in (1, 2):
+        weights = weights.roll(1, dims=1)
+        rotated += images[:, channel, None] * weights
+    return rotated
 
 
 def _grey(images: Tensor) -> Tensor:

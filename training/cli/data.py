@@ -68,7 +68,13 @@ def preview(options: argparse.Namespace) -> None:
     if options.augment:
         show(augmented(options.data, recipe, options.out, split=options.split, photo=options.photo))
         return
-    for line in preview(options.data, recipe, options.out, split=options.split):
+    words = ["fledge train", quote_path(options.recipe or default)]
+    words += ["--data", quote_path(options.data)]
+    words += ["--split", quote_path(options.split)] if options.split is not None else []
+    words += [quote(word) for word in overrides if not word.startswith("preprocess.fit=")]
+    command = " ".join(words)
+    lines = preview(options.data, recipe, options.out, split=options.split, command=command)
+    for line in lines:
         show(line)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serving.terminal import show
 from training.cli.options import add_cache_option
@@ -19,31 +19,44 @@ if TYPE_CHECKING:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Evaluate a run's checkpoint on its own held-out photos, in float32."""
+    from serving.errors import OptionError
     from serving.inputs.path_kind import require
     from serving.utils.files import check_file
     from training.evaluation.evaluate import evaluate, score, write_csv
+    from training.evaluation.fits import advice, compare, parse, table
     from training.utils.console import log_to_stderr
 
     require(options.run, "run")
     if options.csv is not None:
         check_file(options.csv, "--csv")
-    result = evaluate(
-        options.run,
-        part=options.part,
-        tta=_tta_config(options),
-        data_folder=options.data,
-        device=options.device,
-        log=log_to_stderr,
-    )
-    if result.views > 1:
-        accuracy, loss = score(result.plain, result.labels)
-        log_to_stderr(f"plain view: accuracy {accuracy:.6f}  loss {loss:.6f}")
+    fits = parse(options.fit) if options.fit is not None else []
+    if len(fits) > 1 and options.csv is not None:
+        raise OptionError("--csv takes the answers with one fit: name one with --fit")
+    common: dict[str, Any] = {
+        "part": options.part,
+        "tta": _tta_config(options),
+        "data_folder": options.data,
+        "device": options.device,
+        "log": log_to_stderr,
+    }
+    found = compare(options.run, fits, **common) if fits else []
+    if found:
+        result, lines = found[-1].result, list(table(found))
+    else:
+        result = evaluate(options.run, **common)
+        if result.views > 1:
+            accuracy, loss = score(result.plain, result.labels)
+            log_to_stderr(f"plain view: accuracy {accuracy:.6f}  loss {loss:.6f}")
+        lines = [
+            f"accuracy {result.accuracy:.6f}  loss {result.loss:.6f}  "
+            f"photos {result.photos}  views {result.views}  broken {result.broken}"
+        ]
     if options.csv is not None:
         write_csv(result, options.csv, safe=options.csv_safe)
-    show(
-        f"accuracy {result.accuracy:.6f}  loss {result.loss:.6f}  "
-        f"photos {result.photos}  views {result.views}  broken {result.broken}"
-    )
+    for line in lines:
+        show(line)
+    if len(found) > 1:
+        log_to_stderr(advice(found, options.run, options.data))
 
 
 def report(options: argparse.Namespace) -> None:
@@ -87,6 +100,11 @@ def add_to(add_verb: AddVerb) -> None:
 
     add = add_verb(evaluate, "fledge evaluate runs/latest --tta 4")
     _run_options(add)
+    add.add_argument(
+        "--fit",
+        metavar="LIST",
+        help="compare ways to fit photos into a square: one or more of crop,squish,pad",
+    )
     add.add_argument("--csv", type=Path, metavar="FILE", help="write a row for every photo")
     csv_safe_option(add)
 

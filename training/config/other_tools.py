@@ -118,6 +118,11 @@ _PRETRAINED: Final = {
     **dict.fromkeys(("true", "imagenet", "default"), "imagenet"),
     **dict.fromkeys(("false", "none", "no"), "none"),
 }
+_FITS: Final = {
+    **dict.fromkeys(("crop", "center", "centre", "center_crop", "resizemethod.crop"), "crop"),
+    **dict.fromkeys(("squish", "squash", "stretch", "resizemethod.squish"), "squish"),
+    **dict.fromkeys(("pad", "border", "letterbox", "resizemethod.pad"), "pad"),
+}
 _NO_COUNTERPART: Final = "Fledge has no such option: leave it out"
 
 _TABLE: Final[tuple[tuple[str, Counterpart], ...]] = (
@@ -226,6 +231,7 @@ _TABLE: Final[tuple[tuple[str, Counterpart], ...]] = (
         Counterpart("augment.max_lighting", value=_above_zero),
     ),
     ("hsv_s saturation max_saturation", Counterpart("augment.max_saturation")),
+    ("hsv_h hue max_hue hue_shift", Counterpart("augment.max_hue")),
     (
         "fliplr hflip horizontal_flip do_flip flip",
         Counterpart(
@@ -315,6 +321,19 @@ _TABLE: Final[tuple[tuple[str, Counterpart], ...]] = (
     ("tta test_time_augmentation", Counterpart("tta.count", value=_above_zero)),
     ("interpolation", Counterpart("preprocess.interpolation", value=_lower)),
     ("crop_pct", Counterpart("preprocess.crop")),
+    (
+        "crop_mode resize_method resize_mode resizemethod",
+        Counterpart("preprocess.fit", value=_one_of(_FITS)),
+    ),
+    (
+        "letterbox pad_to_aspect_ratio do_pad",
+        Counterpart("preprocess.fit", value=_one_of({"true": "pad"})),
+    ),
+    (
+        "crop_to_aspect_ratio do_center_crop center_crop centre_crop",
+        Counterpart("preprocess.fit", value=_one_of({"true": "crop", "false": "squish"})),
+    ),
+    ("squish squash stretch", Counterpart("preprocess.fit", value=_one_of({"true": "squish"}))),
     ("mean", Counterpart("preprocess.mean")),
     ("std", Counterpart("preprocess.std")),
     (
@@ -327,7 +346,7 @@ _TABLE: Final[tuple[tuple[str, Counterpart], ...]] = (
     ),
     (
         "verbose plots exist_ok rect deterministic single_cls profile save save_period metrics "
-        "callbacks cbs monitor task mode cls box dfl nbs close_mosaic mosaic hsv_h shear "
+        "callbacks cbs monitor task mode cls box dfl nbs close_mosaic mosaic shear "
         "overlap_mask",
         Counterpart(note=_NO_COUNTERPART),
     ),

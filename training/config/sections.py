@@ -165,6 +165,7 @@ class AugmentConfig(Section):
         max_warp: Largest perspective change, as a share of the side.
         max_lighting: Largest relative change of brightness and contrast.
         max_saturation: Largest relative change of saturation.
+        max_hue: Largest rotation of the hue in either direction, as a share of the colour circle.
         policy: Policy of random operations: "rand_augment", "trivial_augment" or "none".
         policy_ops: Number of operations of rand_augment.
         policy_magnitude: Magnitude of rand_augment, from 0 to 30.
@@ -187,6 +188,7 @@ class AugmentConfig(Section):
     max_warp: float = Field(0.0, ge=0, le=0.5)
     max_lighting: float = Field(0.0, ge=0, lt=1)
     max_saturation: float = Field(0.0, ge=0, le=1)
+    max_hue: float = Field(0.0, ge=0, le=0.5)
     policy: Literal["none", "rand_augment", "trivial_augment"] = "none"
     policy_ops: int = Field(2, ge=1, le=16)
     policy_magnitude: int = Field(9, ge=0, le=30)
@@ -244,7 +246,10 @@ class HeadConfig(Section):
     def _one_for_each(self) -> HeadConfig:
         layers = 1 if self.kind == "linear" else len(self.hidden) + 1
         if isinstance(self.dropout, tuple) and len(self.dropout) != layers:
-            raise ValueError(f"dropout has {len(self.dropout)} values for {layers} Linear layers")
+            raise ValueError(
+                f"dropout has {len(self.dropout)} values for {layers} Linear layers; "
+                "one number fits any head"
+            )
         return self
 
 

@@ -10,7 +10,7 @@ import csv
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,6 +108,7 @@ def evaluate(
     tta: TtaConfig | None = None,
     data_folder: Path | None = None,
     device: str = "auto",
+    fit: str = "",
     log: Callable[[str], None] = log_to_stderr,
 ) -> EvaluationResult:
     """Evaluate a run's checkpoint on the photos of one split of its data set.
@@ -118,6 +119,8 @@ def evaluate(
         tta: Test-time augmentation; None is off.
         data_folder: Folder of the photos, if they were moved after training.
         device: "auto", "cpu" or "cuda".
+        fit: Value of `Preprocess.fit` in place of that of the checkpoint; "": that of the
+            checkpoint.
         log: Function that is called with one line per photo that is missing or can't be read.
 
     Raises:
@@ -129,6 +132,8 @@ def evaluate(
     recipe = recipe_of(run) if draws else None
     where = choose_precision(device, "fp32").device
     classifier, info = checkpoint.load(run)
+    if fit:
+        info = replace(info, preprocess=replace(info.preprocess, fit=fit))
     views = fixed_views(tta, info.preprocess)
     network = frozen_prefix.fused(classifier.to(where).eval())
     pixel_transform = (
@@ -145,7 +150,8 @@ def evaluate(
     evaluated: list[Sample] = []
     by_view: list[Probabilities] = []  # [V, n, C] of each batch
     with progress_bar() as bar:
-        task = bar.add_task(f"{part} photos", total=len(samples))
+        title = f"{part} photos, {fit}" if fit else f"{part} photos"
+        task = bar.add_task(title, total=len(samples))
         for batch in _batches(samples, info.preprocess, views, pixel_transform, log):
             # One view at a time, so that the plain view has the same batches as without TTA.
             rows = [

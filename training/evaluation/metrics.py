@@ -6,6 +6,7 @@ In all functions, probabilities are float64 [N, C] with rows that sum to 1, and 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -140,6 +141,25 @@ def calibration(probabilities: Probabilities, labels: Labels, bins: int = 10) ->
     np.divide(hits, count, out=share, where=count > 0)
     ece = float(np.abs(hits - sums).sum() / len(labels))
     return Calibration(edges, confidence, share, count, ece)
+
+
+def paired_interval(lost: int, won: int, photos: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a drop in accuracy on the same photos, from -1 to 1.
+
+    The method is that of Agresti & Min, 2005, "Simple improved confidence intervals for comparing
+    matched proportions": half a photo is added to each cell of the 2 x 2 table of right and wrong
+    answers. The interval therefore has a positive width even if no prediction changed.
+
+    Args:
+        lost: Number of photos that only the first of two predictors classifies correctly.
+        won: Number of photos that only the second classifies correctly.
+        photos: Number of all photos.
+    """
+    count = photos + 2
+    middle = (lost - won) / count
+    variance = (lost + won + 1 - (lost - won) ** 2 / count) / count**2
+    half = 1.959964 * math.sqrt(variance)
+    return middle - half, middle + half
 
 
 def top_losses(probabilities: Probabilities, labels: Labels, at_most: int) -> Labels:

@@ -28,7 +28,7 @@ _LIBRARIES: Final = (
 
 
 PIXELS_VERSION: Final = 1
-"""Version number of the cached pixels, in the cache key. Increase it if a change to decoding, to
+"""Version number of the cached pixels, in the cache key. Increase it if a change to decoding or to
 `Preprocess` changes a pixel. Without the increase, `test_cache_versions.py` fails.
 """
 

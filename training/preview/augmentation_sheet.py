@@ -132,6 +132,7 @@ def describe(config: AugmentConfig) -> str:
         policies[c.policy],
         _percent("brightness and contrast", c.max_lighting),
         _percent("saturation", c.max_saturation),
+        f"hue ±{c.max_hue * 360:g}°" if c.max_hue else "",
         f"a rectangle erased in {c.erase * 100:.0f} % of the draws" if c.erase else "",
         f"mixup {c.mixup:g} (blends two photos: not shown)" if c.mixup else "",
         f"cutmix {c.cutmix:g} (joins two photos: not shown)" if c.cutmix else "",

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from serving.errors import ImageError
 from serving.imaging import decode
-from serving.imaging.preprocess import Preprocess
+from serving.imaging.preprocess import FITS, Preprocess
 from serving.utils.cpu import cores
 from serving.utils.files import atomic_write
 from serving.utils.progress import progress_bar
@@ -25,7 +25,6 @@ from training.preview.scan import LONG, PhotoStats
 COLUMNS: Final = 8
 TILE: Final = 120  # pixels
 GAP: Final = 6
-_WHOLE: Final = Preprocess(size=TILE, decode="scaled", fit="pad")
 MAX_CLASSES: Final = 40
 """Classes with a row of their own: 40 rows are a picture of about 6,000 pixels."""
 FEW: Final = 5
@@ -43,12 +42,15 @@ class Row:
         photos: The photos, at most `COLUMNS`.
         named: Whether the name of the file and of the class stand below each photo.
         framed: Whether a frame shows the part of each photo that validation and the service see.
+        fit: Value of `Preprocess.fit` with which the photos are drawn as the network sees them; "":
+            they are drawn whole.
     """
 
     title: str
     photos: Sequence[PhotoStats]
     named: bool = False
     framed: bool = False
+    fit: str = ""
 
 
 def rows(
@@ -59,7 +61,7 @@ def rows(
     Args:
         photos: Statistics of all photos; those that can't be read are left out.
         classes: Names of the classes.
-        preprocess: Preprocessing, of which the crop counts.
+        preprocess: Preprocessing, of which `crop` and `fit` count.
         seed: Seed of the choice of the photos of a class.
     """
     readable = [photo for photo in photos if not photo.error]
@@ -81,8 +83,13 @@ def rows(
     long = [photo for photo in readable if photo.stretch >= LONG / 2]
     long = sorted(long, key=lambda photo: -photo.stretch)[:COLUMNS]
     if long:
-        title = "longest; framed: what validation and the service see"
-        yield Row(title, long, named=True, framed=True)
+        crops = preprocess.fit == "crop"
+        title = "longest; framed: what validation and the service see" if crops else "longest"
+        yield Row(title, long, named=True, framed=crops)
+        for fit in FITS:
+            here = ", as in this recipe" if fit == preprocess.fit else ""
+            title = f"the same as the network sees them, preprocess.fit={fit}{here}"
+            yield Row(title, long, fit=fit)
     edges = [(detail_outside(photo, preprocess.crop), photo) for photo in readable]
     edges = [(share, photo) for share, photo in edges if photo not in long]
     edges.sort(key=lambda item: -item[0])
@@ -165,11 +172,16 @@ def draw(sheet: Iterable[Row], root: Path, preprocess: Preprocess, path: Path) -
 
 
 def _tile(photo: PhotoStats, row: Row, preprocess: Preprocess) -> Image.Image:
-    """Return the whole photo within a square of `TILE` pixels; empty if it can't be read again."""
+    """Return the photo in a square of `TILE` pixels; empty if it can't be read again."""
     tile = Image.new("RGB", (TILE, TILE), _EMPTY)
+    seen = replace(preprocess, size=TILE, decode="scaled", fit=row.fit or "pad")
     try:
-        read = decode.read(photo.path, preprocess=replace(_WHOLE, background=preprocess.background))
+        read = decode.read(photo.path, preprocess=seen)
     except ImageError:  # changed since the scan
+        return tile
+    if row.fit:
+        tile = Image.fromarray(seen(read.image, read.area))
+        ImageDraw.Draw(tile).rectangle((0, 0, TILE - 1, TILE - 1), outline=_EMPTY)  # of the padding
         return tile
     scale = TILE / max(read.size)
     size = (max(round(read.size[0] * scale), 1), max(round(read.size[1] * scale), 1))

@@ -9,18 +9,19 @@ from typing import Final
 
 from serving.errors import DataError, ImageError
 from serving.imaging import decode
+from serving.imaging.preprocess import Preprocess
+from serving.terminal import quote_path
 from serving.utils.files import check_folder
 from training.config.schema import Recipe
 from training.config.sections import AugmentConfig
 from training.data import similar_classes
 from training.data.dataset import Dataset, load_dataset
 from training.data.splits import PARTS
-from training.preview import figure, near_copies, photo_sheet
+from training.preview import figure, near_copies, photo_hints, photo_sheet
 from training.preview.scan import (
     UNLABELLED,
     PhotoStats,
     duplicates,
-    hints,
     scan_photos,
     unusual_photos,
 )
@@ -37,7 +38,9 @@ _SHOWN: Final = 5
 """Photos listed under a heading."""
 
 
-def preview(source: str, recipe: Recipe, out: Path, *, split: Path | None = None) -> Iterator[str]:
+def preview(
+    source: str, recipe: Recipe, out: Path, *, split: Path | None = None, command: str = ""
+) -> Iterator[str]:
     """Read every photo of `source`, write `out`/preview.png, and yield the lines of the report.
 
     Args:
@@ -45,6 +48,7 @@ def preview(source: str, recipe: Recipe, out: Path, *, split: Path | None = None
         recipe: Recipe with the options of [data], the seed and the image size.
         out: Folder of the picture; it is created if missing.
         split: Value of `--split`; see `load_dataset`.
+        command: Command that trains on the data set, for hints; "": `fledge train quick`.
 
     Raises:
         DataError: `load_dataset` can't read the data set. Photos that can't be read are listed in
@@ -66,7 +70,7 @@ def preview(source: str, recipe: Recipe, out: Path, *, split: Path | None = None
     figure.draw(photos, dataset.classes, out / PICTURE)
     sheet = photo_sheet.rows(photos, dataset.classes, recipe.preprocess, recipe.seed)
     photo_sheet.draw(sheet, dataset.root, recipe.preprocess, out / PHOTOS)
-    yield from report(dataset, photos, recipe.preprocess.size, recipe.preprocess.crop)
+    yield from report(dataset, photos, recipe.preprocess, command)
     if recipe.data.similar == "refuse":
         yield from similar_classes.hints(dataset.classes)
     yield f"photos of each class, and unusual ones: {out / PHOTOS}"
@@ -95,10 +99,10 @@ def augmented(
         dataset = load_dataset(
             source, split=split, config=recipe.data, seed=recipe.seed, trainable=False
         )
-        photo = next((path for path, _ in dataset.train if not _read_error(path)), None)
+        photo = next((path for path, _ in dataset.train if not _read_error(path, recipe)), None)
         if photo is None:
             raise DataError(f"none of the {len(dataset.train)} photos to train on can be read")
-    elif error := _read_error(photo):
+    elif error := _read_error(photo, recipe):
         raise DataError(f"--photo {photo}: {error}")
     out.mkdir(parents=True, exist_ok=True)
     augment: AugmentConfig = recipe.augment
@@ -108,25 +112,26 @@ def augmented(
     return out / AUGMENTED
 
 
-def _read_error(photo: Path) -> str:
+def _read_error(photo: Path, recipe: Recipe) -> str:
     try:
-        decode.read(photo)
+        decode.read(photo, preprocess=recipe.preprocess)
     except ImageError as error:
         return str(error)
     return ""
 
 
 def report(
-    dataset: Dataset, photos: Sequence[PhotoStats], size: int, crop: float = 0.875
+    dataset: Dataset, photos: Sequence[PhotoStats], preprocess: Preprocess, command: str = ""
 ) -> Iterator[str]:
     """Yield the lines of the report on a data set.
 
     Args:
         dataset: The data set.
         photos: Statistics of all photos of the data set.
-        size: Side of the images that training will use, in pixels.
-        crop: Side of validation's centre square divided by the short side of the photo.
+        preprocess: Preprocessing that training will use.
+        command: Command that trains on the data set, for hints; "": `fledge train quick`.
     """
+    command = command or f"fledge train quick --data {quote_path(dataset.source)}"
     total = sum(photo.size for photo in photos)
     count = f"{len(dataset.classes)} classes, {len(photos)} photos"
     yield f"{dataset.source}: {count}, {total / 1e6:.1f} MB"
@@ -155,7 +160,7 @@ def report(
         yield from _some(f"exact duplicates: {len(groups)}", pairs)
     yield ""
     lines = list(near_copies.hints(photos, dataset.root, dataset.reading.given))
-    lines += list(hints(photos, dataset.classes, size, crop))
+    lines += photo_hints.hints(photos, dataset.classes, preprocess, command)
     lines += [
         f"the folder {name} is empty: the model will have no such class"
         for name in dataset.reading.empty

@@ -1,17 +1,15 @@
-"""Compute statistics of every photo of a data set, and warnings (hints) derived from them.
+"""Compute statistics of every photo of a data set.
 
-The statistics are image size, file size, colour, and a hash that finds duplicates.
+The statistics are image size, file size, colour, and a hash that finds duplicates. Large photos are
+decoded at a reduced size.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -19,29 +17,30 @@ import numpy as np
 from PIL import Image
 
 from serving.errors import ImageError
-from serving.imaging.decode import decode, read_bytes
-from serving.imaging.preprocess import Pixels
+from serving.imaging.decode import FULL, decode, read, read_bytes
+from serving.imaging.preprocess import Pixels, Preprocess
 from serving.utils.cpu import cores
 from serving.utils.progress import progress_bar
-from training.data.dataset import MAX_UNREADABLE_SHARE, Dataset
+from training.data.dataset import Dataset
 from training.data.splits import PARTS
-from training.evaluation.shortcomings import unmeasured
-from training.utils.console import pluralize
 
 UNLABELLED: Final = "unlabelled"
 
 LONG: Final = 3.0
 """Long side over short side above which a photo is unusual, as a square crop shows little of it."""
-_MANY: Final = 0.05
-"""Share of long photos above which they get a hint."""
 TINY: Final = 64
 """Short side in pixels below which a photo is unusual."""
 HUGE: Final = 25_000_000
 """Number of pixels above which a photo is unusual; training decodes all of them and uses few."""
 _GREY: Final = 4
 """Largest difference between the channels of a grey pixel, 0..255."""
-_FEW: Final = 10
-"""A class with fewer training photos gets a hint."""
+_REDUCED: Final = Preprocess(decode="scaled", fit="squish")
+"""How photos are decoded: those of 12 megapixels at a quarter of their width and height."""
+_ALIKE: Final = 4
+"""Largest difference, 0..255, of the thumbnails of two files with the same picture: JPEGs and other
+files are reduced in different ways."""
+_ALIKE_MEAN: Final = 0.5
+"""The same, of the thumbnails' means."""
 _NOTHING: Final = np.zeros((0, 0, 3), np.uint8)
 
 
@@ -58,7 +57,8 @@ class PhotoStats:
         height: Height in pixels, after applying the EXIF orientation; 0 if the photo can't be read.
         mode: Pillow's mode of the file, such as RGB, L or CMYK.
         grey: Whether all pixels are grey, in any mode.
-        digest: Hash of the decoded pixels; it does not depend on metadata.
+        digest: Hash of the decoded pixels, which may be of reduced size; it does not depend on
+            metadata. After `scan_photos`, equal digests mean equal pixels at full size.
         thumbnail: The photo, stretched to a square: uint8 [16, 16, 3]; empty if it can't be read.
         error: Why the photo can't be read, or "".
     """
@@ -85,11 +85,20 @@ class PhotoStats:
         """Ratio of the long side to the short side, at least 1."""
         return max(self.width, self.height) / max(self.short, 1)
 
+    @property
+    def cut_off(self) -> float:
+        """Share of the area outside of the largest centre square, as of a side 1/2 pixel longer.
+
+        So photos of 3 : 2 lose no more than a third, though 333 is less than 2/3 of 500 pixels.
+        """
+        return max(1 - (self.short + 0.5) / max(self.width, self.height, 1), 0.0)
+
 
 def scan_photos(dataset: Dataset) -> list[PhotoStats]:
     """Read every photo, and return statistics in the order train, valid, test, unlabelled.
 
-    The statistics of a photo that can't be read have an `error`.
+    The statistics of a photo that can't be read have an `error`. Large photos are decoded at a
+    reduced size, and those of them that may be duplicates at full size, too.
     """
     labelled = [
         (path, part, dataset.classes[label])
@@ -100,30 +109,89 @@ def scan_photos(dataset: Dataset) -> list[PhotoStats]:
     pool = ThreadPoolExecutor(cores())
     try:
         with progress_bar() as bar:
-            photos = pool.map(photo_stats, *zip(*files, strict=True))
-            return list(bar.track(photos, total=len(files), description="reading"))
+            found = pool.map(photo_stats, *zip(*files, strict=True))
+            photos = list(bar.track(found, total=len(files), description="reading"))
+            alike = look_alike(photos)
+            if not alike:
+                return photos
+            digests = pool.map(lambda index: _full_digest(photos[index]), alike)
+            compared = bar.track(digests, total=len(alike), description="comparing")
+            for index, digest in zip(alike, compared, strict=True):
+                photos[index] = replace(photos[index], digest=digest)
+            return photos
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def photo_stats(path: Path, part: str, label: str) -> PhotoStats:
-    """Decode one photo and compute its statistics."""
+    """Decode one photo, a large one at a reduced size, and compute its statistics."""
     try:
         data = read_bytes(path)
     except OSError as error:
         return PhotoStats(path, part, label, 0, error=error.strerror or str(error))
     try:
-        decoded = decode(data)
+        decoded = decode(data, preprocess=_REDUCED)
     except ImageError as error:
         return PhotoStats(path, part, label, len(data), error=str(error))
-    image, mode = decoded.image, decoded.mode
-    digest = hashlib.blake2b(b"%d %d " % image.size, digest_size=16)
-    digest.update(image.tobytes())
-    small = np.asarray(image.resize((48, 48), Image.Resampling.BOX), np.int16)
+    image = decoded.image
+    box = Image.Resampling.BOX
+    small = np.asarray(image.resize((48, 48), box, box=decoded.area), np.int16)
     grey = int((small.max(axis=2) - small.min(axis=2)).max()) <= _GREY
     thumbnail = small.reshape(16, 3, 16, 3, 3).mean(axis=(1, 3)).astype(np.uint8)
-    hashed = digest.digest()
-    return PhotoStats(path, part, label, len(data), *image.size, mode, grey, hashed, thumbnail)
+    return PhotoStats(
+        path,
+        part,
+        label,
+        len(data),
+        *decoded.size,
+        decoded.mode,
+        grey,
+        _digest(image, decoded.size),
+        thumbnail,
+    )
+
+
+def look_alike(photos: Sequence[PhotoStats]) -> list[int]:
+    """Return the indices of the reduced photos that may have the pixels of another photo.
+
+    They are those of the same size with almost the same thumbnail.
+    """
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for i, photo in enumerate(photos):
+        if photo.digest and _REDUCED.reduction(photo.width, photo.height) > 1:
+            by_size.setdefault((photo.width, photo.height), []).append(i)
+    found: list[int] = []
+    for own in by_size.values():
+        order = sorted(own, key=lambda i: photos[i].thumbnail.mean())
+        means = np.array([photos[i].thumbnail.mean() for i in order])
+        ends = np.searchsorted(means, means + _ALIKE_MEAN, side="right")
+        thumbnails = np.stack([photos[i].thumbnail for i in order]).astype(np.int16)
+        alike = np.zeros(len(order), bool)
+        for i, end in enumerate(ends):
+            later = np.arange(i + 1, end)
+            if alike[i]:  # only new ones matter; else thousands of equal photos would take long
+                later = later[~alike[later]]
+            difference = np.abs(thumbnails[later] - thumbnails[i]).max(axis=(1, 2, 3))
+            near = later[difference <= _ALIKE]
+            alike[near] = True
+            alike[i] |= near.size > 0
+        found += [order[i] for i in np.flatnonzero(alike)]
+    return sorted(found)
+
+
+def _full_digest(photo: PhotoStats) -> bytes:
+    """Return the hash of a photo's pixels at full size; b"" if it can't be read again."""
+    try:
+        image = read(photo.path, preprocess=FULL).image
+    except ImageError:  # changed since it was decoded at a reduced size
+        return b""
+    return _digest(image, image.size)
+
+
+def _digest(image: Image.Image, size: tuple[int, int]) -> bytes:
+    hashed = hashlib.blake2b(b"%d %d " % size, digest_size=16)
+    hashed.update(image.tobytes())
+    return hashed.digest()
 
 
 def duplicates(photos: Iterable[PhotoStats]) -> list[list[PhotoStats]]:
@@ -157,218 +225,3 @@ def unusual_photos(photos: Sequence[PhotoStats]) -> Iterator[tuple[str, list[Pho
         found.sort(key=lambda photo: (photo.short, -photo.stretch, str(photo.path)))
         if found:
             yield name, found
-
-
-@dataclass(frozen=True)
-class Scan:
-    """The photos of a data set, and figures about them that are used by several hints.
-
-    Attributes:
-        photos: Statistics of all photos.
-        classes: Names of the classes.
-        size: Side of the images that training will use, in pixels.
-        crop: Side of validation's centre square divided by the short side of the photo.
-    """
-
-    photos: Sequence[PhotoStats]
-    classes: Sequence[str]
-    size: int
-    crop: float
-
-    @cached_property
-    def groups(self) -> list[list[PhotoStats]]:
-        """Groups of photos with identical pixels."""
-        return duplicates(self.photos)
-
-    @cached_property
-    def readable(self) -> list[PhotoStats]:
-        return [photo for photo in self.photos if not photo.error]
-
-    @cached_property
-    def used(self) -> list[PhotoStats]:
-        """The photos that training reads: those of the splits train and valid."""
-        return [photo for photo in self.photos if photo.part in ("train", "valid")]
-
-    @cached_property
-    def counts(self) -> list[int]:
-        """Number of readable training photos of each class."""
-        counts = Counter(photo.label for photo in self.readable if photo.part == "train")
-        return [counts[name] for name in self.classes]
-
-    @property
-    def smallest(self) -> str:
-        """Name of the class with the fewest readable training photos."""
-        return self.classes[int(np.argmin(self.counts))]
-
-
-def hints(
-    photos: Sequence[PhotoStats], classes: Sequence[str], size: int, crop: float = 0.875
-) -> Iterator[str]:
-    """Yield a line for each problem of the data set, most urgent first.
-
-    Args:
-        photos: Statistics of all photos.
-        classes: Names of the classes.
-        size: Side of the images that training will use, in pixels.
-        crop: Side of validation's centre square divided by the short side of the photo.
-    """
-    scan = Scan(photos, classes, size, crop)
-    for hint in HINTS:
-        yield from hint(scan)
-
-
-def _duplicates_across_parts(scan: Scan) -> Iterator[str]:
-    for part, other in itertools.combinations(PARTS, 2):
-        leaked = sum(
-            sum(photo.part == other for photo in group)
-            for group in scan.groups
-            if any(photo.part == part for photo in group)
-        )
-        if leaked:
-            yield (
-                f"{pluralize(leaked, 'exact duplicate')} across {part} and {other}: "
-                "accuracy will look better than it is"
-            )
-
-
-def _duplicates_across_classes(scan: Scan) -> Iterator[str]:
-    labels = [{photo.label for photo in group if photo.label} for group in scan.groups]
-    several = [names for names in labels if len(names) > 1]
-    if several:
-        pair = " and ".join(sorted(several[0])[:2])
-        number = pluralize(len(several), "picture")
-        yield f"{number} in more than one class, as in {pair}: correct the labels"
-
-
-def _duplicates_within_a_part(scan: Scan) -> Iterator[str]:
-    redundant = sum(
-        max(sum(photo.part == part for photo in group) - 1, 0)
-        for group in scan.groups
-        for part in PARTS
-    )
-    if redundant:
-        yield f"{pluralize(redundant, 'exact duplicate')} within one part: they add nothing"
-
-
-def _unreadable(scan: Scan) -> Iterator[str]:
-    unreadable = len(scan.photos) - len(scan.readable)
-    number = pluralize(unreadable, "photo")
-    if sum(bool(photo.error) for photo in scan.used) > MAX_UNREADABLE_SHARE * len(scan.used):
-        yield (
-            f"{number} can't be read; training refuses more than {MAX_UNREADABLE_SHARE:.0%}: "
-            "repair or remove them"
-        )
-    elif unreadable:
-        yield f"{number} can't be read; training leaves them out"
-
-
-def _too_few_classes(scan: Scan) -> Iterator[str]:
-    if len(scan.classes) < 2:
-        have = f"one class, {scan.classes[0]}" if scan.classes else "no class"
-        yield f"there is {have}: training refuses; it needs at least 2"
-
-
-def _empty_class(scan: Scan) -> Iterator[str]:
-    if min(scan.counts, default=1) == 0:
-        yield (
-            f"{scan.smallest} has no photo to train on that can be read: training refuses; add some"
-        )
-
-
-def _single_photo(scan: Scan) -> Iterator[str]:
-    counts = Counter(photo.label for photo in scan.used)
-    single = [name for name in scan.classes if counts[name] == 1]
-    if single:
-        several = f"{len(single)} classes have one photo, such as {single[0]}"
-        have = several if len(single) > 1 else f"{single[0]} has one photo"
-        yield (
-            f"{have}: training refuses, unless parts are given; it needs one to train on and one "
-            "to validate on"
-        )
-
-
-def _empty_validation(scan: Scan) -> Iterator[str]:
-    if scan.classes and not any(p.part == "valid" and not p.error for p in scan.used):
-        yield "there is no photo to validate on that can be read: training refuses; add some"
-
-
-def _no_validation(scan: Scan) -> Iterator[str]:
-    counts = Counter(p.label for p in scan.used if p.part == "valid" and not p.error)
-    if counts:  # else see `_empty_validation`
-        yield from unmeasured(scan.classes, np.array([counts[name] for name in scan.classes]))
-
-
-def _imbalance(scan: Scan) -> Iterator[str]:
-    least, most = max(min(scan.counts, default=1), 1), max(scan.counts, default=1)
-    if most >= 3 * least:
-        largest = scan.classes[int(np.argmax(scan.counts))]
-        yield (
-            f"{largest} has {most / least:.1f} times as many photos to train on as "
-            f"{scan.smallest}: look at the accuracy of each class"
-        )
-
-
-def _few_photos(scan: Scan) -> Iterator[str]:
-    if not 0 < min(scan.counts, default=0) < _FEW:
-        return
-    small = sum(0 < count < _FEW for count in scan.counts)
-    text = f"{scan.smallest} has {pluralize(min(scan.counts), 'photo')} to train on"
-    if small > 1:
-        text = f"{small} classes have fewer than {_FEW} photos to train on, the fewest "
-        text += scan.smallest
-    yield f"{text}: {_FEW} are few, 50 are better"
-
-
-def _little_seen(scan: Scan) -> Iterator[str]:
-    long = [photo for photo in scan.readable if photo.stretch > LONG]
-    if len(long) > _MANY * len(scan.readable):
-        seen = scan.crop / float(np.median([photo.stretch for photo in long]))
-        yield (
-            f"{pluralize(len(long), 'photo')} longer than {LONG:g} : 1: validation and service see "
-            f"the middle {seen:.0%} of the length; cut out the subject, or the answer may depend "
-            "on the background"
-        )
-
-
-def _small_photos(scan: Scan) -> Iterator[str]:
-    small = sum(photo.short < scan.size for photo in scan.readable)
-    if small > len(scan.readable) / 2:
-        yield (
-            f"{small} of {len(scan.readable)} photos are smaller than {scan.size} px: "
-            "a smaller size may do"
-        )
-
-
-def _colour_differs(scan: Scan) -> Iterator[str]:
-    grey = sum(photo.grey for photo in scan.readable)
-    if not 0 < grey < len(scan.readable):
-        return
-    shares = [
-        np.mean([photo.grey for photo in scan.readable if photo.label == name] or [False])
-        for name in scan.classes
-    ]
-    if max(shares, default=0) - min(shares, default=0) > 0.2:
-        name = scan.classes[int(np.argmax(shares))]
-        yield (
-            f"{max(shares):.0%} of {name} are without colour: a model may learn that instead of "
-            "the subject"
-        )
-
-
-HINTS: Final[Sequence[Callable[[Scan], Iterator[str]]]] = (
-    _duplicates_across_parts,
-    _duplicates_across_classes,
-    _duplicates_within_a_part,
-    _unreadable,
-    _too_few_classes,
-    _empty_class,
-    _single_photo,
-    _empty_validation,
-    _no_validation,
-    _imbalance,
-    _few_photos,
-    _little_seen,
-    _small_photos,
-    _colour_differs,
-)
-"""All hints, in the order in which they are printed."""

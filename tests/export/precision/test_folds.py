@@ -59,8 +59,10 @@ def test_the_graph_of_a_fold_comes_with_its_own_photos(
     shared_run: Run, tmp_path: Path, recorded_exporters: None
 ):
     other = other_fold(shared_run, tmp_path / "other")
-    (found,) = folds.write([other], shared_run.info, [], tmp_path, log=lambda _: None)
+    (fold,) = folds.find([other], shared_run.info, [], log=lambda _: None)
+    (found,) = folds.write([fold], tmp_path, shared_run.preprocess)
     assert isinstance(found, FoldGraph)
+    assert (fold.train, fold.held_out) == (found.train, found.held_out)
     assert found.path.exists()
     parts = (
         [(s.path, s.label) for s in part]
@@ -74,20 +76,20 @@ def test_runs_that_are_no_other_folds_are_refused(
 ):
     counted = [path for path, _ in shared_run.dataset.valid]
 
-    def write(path: Path) -> None:
-        folds.write([path], shared_run.info, counted, tmp_path, log=lambda _: None)
+    def find(path: Path) -> None:
+        folds.find([path], shared_run.info, counted, log=lambda _: None)
 
     with pytest.raises(DataError, match="its held-out photos count already; name runs of other"):
-        write(shared_run.folder)
+        find(shared_run.folder)
     other = other_fold(shared_run, tmp_path / "other")
     info = (other / checkpoint.BEST).with_suffix(".json")
     values = json.loads(info.read_text())
     values["preprocess"]["crop"] = 0.5
     info.write_text(json.dumps(values))
     with pytest.raises(DataError, match="its preprocess differs; name runs of the same recipe"):
-        write(other)
+        find(other)
     with pytest.raises(DataError, match=r"no checkpoint|no run|best"):
-        write(tmp_path)
+        find(tmp_path)
 
 
 def test_the_option_reaches_the_export(

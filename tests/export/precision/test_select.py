@@ -16,6 +16,7 @@ from export.precision import int8, select
 from export.precision.verdict import compare_with_fp32
 from serving.bundle import storage
 from serving.errors import BundleError, GateError, OptionError, WorkError
+from serving.imaging.preprocess import Preprocess
 from serving.inference import runtime
 from serving.inference.load import open_predictor, verify
 from tests.export.conftest import contents, export, rates
@@ -445,6 +446,26 @@ def test_speed_is_measured_in_every_setting(exported_with_int8, monkeypatch):
     assert advice["cores"] == 2
     assert set(advice["throughput"]) == set(advice["latency"]) == {"fp32", "int8"}
     assert len(advice["measured"]) == 2 * (11 + 4)
+
+
+def test_each_graph_is_measured_at_its_own_size(monkeypatch):
+    monkeypatch.setattr(benchmark, "SECONDS", 0)
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    shapes = {}
+
+    class Recorder:
+        def __init__(self, path, **options):
+            self.path = path
+
+        def run(self, pixels):
+            shapes.setdefault(self.path, set()).add(pixels.shape[1:])
+            assert pixels.flags.c_contiguous  # a copy would count as time of the graph
+
+    monkeypatch.setattr(benchmark, "OnnxRuntime", Recorder)
+    graphs = {"small": Path("s"), "large": Path("l")}
+    rates = benchmark.measure(graphs, Preprocess(), sizes={"small": 16, "large": 24})
+    assert set(rates) == {"small", "large"}
+    assert shapes == {Path("s"): {(16, 16, 3)}, Path("l"): {(24, 24, 3)}}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_reports_that_a_bundle_lacks_are_named(folder: Path) -> None:
     assert text.startswith(f"tiny {manifest.version}: tiny, 10 classes\n")
     for words in (
         "daisy, rose, tulip, violet, poppy, lily, iris, aster, and 2 more",
-        "32 x 32 pixels, crop 0.875 of the short side, bilinear",
+        "32 x 32 pixels, crop 0.875 of the short side, bilinear, full decoding",
         "not compared with a checkpoint",
         "temperature 1, no threshold",
         "10, the plain one by default",
@@ -30,6 +30,16 @@ def test_reports_that_a_bundle_lacks_are_named(folder: Path) -> None:
         "5, unchanged since the export; 0.0 MB",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("fit", "words"), [("squish", "the whole image squished"), ("pad", "the whole image padded")]
+)
+def test_fit_and_decode_are_described(tmp_path: Path, fit: str, words: str) -> None:
+    folder = tiny_bundle(tmp_path / "bundle", fit=fit, decode="scaled")
+    text = "\n".join(describe(folder))
+    assert f"32 x 32 pixels, {words} to a square, bilinear, scaled decoding" in text
+    assert "8, the plain one by default" in text  # no view is wider than the whole picture
 
 
 def test_reports_of_a_bundle_are_described(folder: Path) -> None:

@@ -19,7 +19,7 @@ from serving.bundle.manifest import (
     multithreading_pays,
 )
 from serving.errors import BundleError
-from serving.imaging.preprocess import Preprocess
+from serving.imaging.preprocess import DECODES, FITS, Preprocess
 from serving.imaging.tta import VIEWS
 from tests.support.tiny_bundle import tiny_bundle
 
@@ -146,6 +146,17 @@ def test_the_version_of_a_bundle_never_changes(manifest: Manifest) -> None:
         }
     )
     assert content_version(fixed, {"b.onnx": "2", "a.onnx": "1"}) == "cc69343b1d52"
+
+
+def test_decode_and_fit_decide_the_version(manifest: Manifest) -> None:
+    versions = {
+        content_version(
+            manifest.model_copy(update={"preprocess": Preprocess(decode=decode, fit=fit)}), {}
+        )
+        for decode in DECODES
+        for fit in FITS
+    }
+    assert len(versions) == len(DECODES) * len(FITS)
 
 
 # ---- measurements of the export

@@ -71,7 +71,7 @@ def test_a_photo_is_answered(page: Page, server: Live, tmp_path: Path):
     facts = page.text("#facts")
     assert " ms, there and back" in facts or " s, there and back" in facts
     assert "the plain one" in facts
-    page.until("!document.getElementById('preview').hidden")
+    page.until("!document.getElementById('stage').hidden")
     assert page.text("#caption").startswith("my photo's.jpg · ")
     assert page.text("#caption").endswith("80 \u00d7 60")
     widths = "[...document.querySelectorAll('#bars i')].map((i) => i.style.cssText)"
@@ -110,7 +110,7 @@ def test_conversions_of_a_photo_are_shown(page: Page, tmp_path: Path):
         page.until(f"document.getElementById('applied').innerText.includes({words!r})")
         if name == "print.tif":
             page.until("!document.getElementById('no-preview').hidden")
-            assert page.value("document.getElementById('preview').hidden")
+            assert page.value("document.getElementById('stage').hidden")
     page.choose("#file", written(tmp_path / "plain.jpg", photo(3)))
     page.until("document.getElementById('conversions').hidden")
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from serving.errors import OptionError
-from serving.imaging.preprocess import Preprocess
+from serving.imaging.preprocess import DECODES, FITS, Preprocess
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -80,9 +80,85 @@ def test_the_box_is_centred_within_the_image() -> None:
         assert min(left, top) >= 0
 
 
+ODD_SIZES = [(1, 1), (1, 900), (900, 1), (7, 5), (33, 97), (300, 100), (100, 300), (64, 64)]
+
+
+@pytest.mark.parametrize(("width", "height"), ODD_SIZES)
+def test_squish_shows_the_whole_image_as_pillow_resizes_it(width: int, height: int) -> None:
+    image = scene(width, height)
+    for crop in (0.5, 1.0):  # has no effect
+        actual = Preprocess(32, crop, fit="squish")(image)
+        assert np.array_equal(actual, image.resize((32, 32), Image.Resampling.BILINEAR))
+
+
+@pytest.mark.parametrize(("width", "height"), ODD_SIZES)
+def test_pad_shows_the_whole_image_in_proportion_within_the_background(
+    width: int, height: int
+) -> None:
+    # Colours that the background is not, so that every pixel of it is known.
+    image = Image.fromarray(np.asarray(scene(width, height)) // 2)
+    background = (200, 255, 130)
+    for size in (32, 33):
+        preprocess = Preprocess(size, 0.5, background=background, fit="pad")
+        left, top, right, bottom = preprocess.box((0, 0, width, height))
+        assert right - left == bottom - top == max(width, height)
+        assert (left + right, top + bottom) == (width, height)
+        actual = preprocess(image)
+        assert actual.shape == (size, size, 3)
+        outside = (actual == background).all(axis=2)
+        rows, columns = np.flatnonzero(~outside.all(1)), np.flatnonzero(~outside.all(0))
+        # The picture is a rectangle in the middle, in proportion up to half a pixel at each edge.
+        wide, tall = len(columns), len(rows)
+        assert outside.sum() == size**2 - wide * tall
+        for start, length, side in ((columns[0], wide, width), (rows[0], tall, height)):
+            assert length == pytest.approx(max(1, size * side / max(width, height)), abs=1)
+            assert start + length / 2 == pytest.approx(size / 2, abs=0.5)
+        inside = actual[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert np.array_equal(inside, image.resize((wide, tall), Image.Resampling.BILINEAR))
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_square_image_is_seen_whole_by_every_fit(fit: str) -> None:
+    image = scene(50, 50)
+    expected = image.resize((32, 32), Image.Resampling.BILINEAR)
+    assert np.array_equal(Preprocess(32, 1.0, fit=fit)(image), expected)
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_what_lies_beside_the_area_is_no_part_of_the_picture(fit: str) -> None:
+    """Parts of the last column and row of a reduced image lie beside the picture."""
+    preprocess = Preprocess(16, 1.0, fit=fit)
+    image = Image.new("RGB", (300, 150), (10, 20, 30))
+    image.paste((250, 0, 0), (200, 0, 300, 150))
+    image.paste((250, 0, 0), (0, 100, 300, 150))
+    seen = preprocess(image, (0, 0, 200, 100))
+    # The filter reaches beyond the edge by less than one pixel of the result.
+    inner = seen[5:11, 1:-1] if fit == "pad" else seen[1:-1, 1:-1]
+    assert (inner == (10, 20, 30)).all()
+    right = seen[8, -1] if fit != "crop" else (10, 20, 30)
+    assert right[0] < 130
+
+
+def test_a_view_of_the_padding_alone_is_of_the_background() -> None:
+    preprocess = Preprocess(16, fit="pad", background=(1, 2, 3))
+    area = (0, 0, 90, 10)
+    pixels = preprocess.cut(scene(90, 10), preprocess.box(area, zoom=5, x=0.5, y=0.0), area)
+    assert (pixels == (1, 2, 3)).all()
+
+
+def test_fields_that_mean_what_was_before_are_left_out() -> None:
+    """So that checkpoints, bundles and their versions are what they were."""
+    old = {"size", "crop", "interpolation", "mean", "std", "background"}
+    assert Preprocess().to_dict().keys() == old
+    assert Preprocess(decode="scaled").to_dict().keys() == old | {"decode"}
+    assert Preprocess(fit="pad").to_dict().keys() == old | {"fit"}
+    assert Preprocess.from_dict({"size": 32}) == Preprocess(32, decode="full", fit="crop")
+
+
 def test_from_dict_is_the_inverse_of_to_dict_through_json() -> None:
     for preprocess in (
         Preprocess(),
+        *(Preprocess(64, decode=decode, fit=fit) for decode in DECODES for fit in FITS),
         Preprocess(96, 1.0, "lanczos", (0.5, 0.5, 0.5), (0.1, 0.2, 0.3), (0, 1, 255)),
     ):
         again = Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict())))
@@ -104,6 +180,10 @@ def test_from_dict_is_the_inverse_of_to_dict_through_json() -> None:
         ("crop", "0.875"),
         ("interpolation", "nearest"),
         ("interpolation", None),
+        ("decode", "draft"),
+        ("decode", None),
+        ("fit", "stretch"),
+        ("fit", ["pad"]),
         ("mean", (0.5, 0.5)),
         ("mean", 0.5),
         ("mean", "abc"),

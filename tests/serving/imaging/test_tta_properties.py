@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from serving.imaging.preprocess import Box, Pixels, Preprocess
-from serving.imaging.tta import VIEWS, View, average, energies, render, softmax
+from serving.imaging.tta import VIEWS, View, average, energies, render, softmax, views_for
 from tests.support.hypothesis_profiles import examples
 
 SIDES = st.integers(1, 70)
@@ -117,6 +117,67 @@ def test_an_image_of_one_colour_stays_of_one_colour(
 ) -> None:
     pixels = render(Image.new("RGB", (width, height), colour), preprocess, [view])
     assert (pixels == colour).all()
+
+
+FIT = st.sampled_from(["squish", "pad"])
+COLOUR = st.tuples(*[st.integers(0, 255)] * 3)
+
+
+@given(images(), preprocesses(fit=FIT, background=COLOUR), views())
+@examples(150)
+def test_a_view_of_the_whole_picture_is_inside_it_and_its_padding(image, preprocess, view) -> None:
+    pixels = render(image, preprocess, [view])
+    assert pixels.shape == (1, preprocess.size, preprocess.size, 3)
+    ((left, top, right, bottom),) = preprocess.boxes
+    width, height = image.size
+    outer = (0.0, 0.0, float(width), float(height))
+    if preprocess.fit == "pad":
+        side = max(width, height)
+        outer = (
+            *((width - side) / 2, (height - side) / 2),
+            *((width + side) / 2, (height + side) / 2),
+        )
+    zoom = max(view.zoom, 1)
+    for axis, position in ((0, view.x), (1, view.y)):
+        box, whole = (left, top, right, bottom)[axis::2], outer[axis::2]
+        free = (whole[1] - whole[0]) * (1 - 1 / zoom)
+        assert box[1] - box[0] == pytest.approx((whole[1] - whole[0]) / zoom, abs=1e-9)
+        assert box[0] == pytest.approx(whole[0] + free * position, abs=1e-9)
+        assert whole[0] - 1e-9 <= box[0]
+        assert box[1] <= whole[1] + 1e-9
+
+
+@given(images(), preprocesses(fit=FIT))
+@examples(60)
+def test_the_views_of_the_whole_picture_differ_and_cover_its_corners(image, preprocess) -> None:
+    fixed = views_for(preprocess)
+    assert fixed[:2] == VIEWS[:2]
+    assert [view.name for view in fixed] == [view.name for view in VIEWS if "wide" not in view.name]
+    assert fixed == views_for(preprocess, fixed)
+    render(image, preprocess, fixed)
+    assert len(set(zip(preprocess.boxes, (view.flip for view in fixed), strict=True))) == len(fixed)
+    boxes = dict(zip((view.name for view in fixed), preprocess.boxes, strict=True))
+    whole = boxes["plain"]
+    for name, at in (("top-left", (0, 1)), ("bottom-right-flip", (2, 3)), ("top-right", (2, 1))):
+        assert [boxes[name][i] for i in at] == pytest.approx([whole[i] for i in at], abs=1e-9)
+    # Together the corners show all of the picture.
+    assert boxes["top-left"][2] > boxes["top-right"][0]
+    assert boxes["top-left"][3] > boxes["bottom-left-flip"][1]
+
+
+@given(preprocesses())
+@examples(10)
+def test_the_views_of_a_crop_are_all_views(preprocess) -> None:
+    assert views_for(preprocess) == VIEWS
+    assert views_for(preprocess, VIEWS[:3]) == VIEWS[:3]
+
+
+@given(SIDES, SIDES, preprocesses(fit=st.just("pad"), background=COLOUR), views(), COLOUR)
+@examples(60)
+def test_padding_is_of_the_background_exactly(width, height, preprocess, view, colour) -> None:
+    pixels = render(Image.new("RGB", (width, height), colour), preprocess, [view])
+    padding = (pixels == preprocess.background).all(axis=3)
+    assert (padding | (pixels == colour).all(axis=3)).all()
 
 
 LOGITS = st.lists(

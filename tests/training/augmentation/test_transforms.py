@@ -1,47 +1,20 @@
-import colorsys
-
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from serving.imaging.preprocess import Preprocess
+from tests.support.augmented import COLOUR, channels_last, plain, run, smooth, squares
 from training.augmentation import policies, transforms
 from training.config.sections import PRESETS, AugmentConfig
 from training.pixels.transform import PixelTransform
 
 PRESET = sorted(PRESETS)
 EVERYTHING = AugmentConfig(
-    max_shift=0.2, max_warp=0.3, flip="dihedral", erase=0.5, policy="rand_augment"
+    max_shift=0.2, max_warp=0.3, flip="dihedral", max_hue=0.5, erase=0.5, policy="rand_augment"
 )
-
-
-def plain(**changes):
-    return AugmentConfig(preset="none", **changes)
-
-
-def squares(n=3, side=16):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=generator)
-
-
-def smooth(n=3, side=32):
-    """Photos without detail, so resampling changes little: float32 [n, 3, side, side]."""
-    return F.interpolate(
-        squares(n, 4).permute(0, 3, 1, 2).float(), size=side, mode="bicubic"
-    ).clamp(0, 255)
-
-
-def channels_last(images):
-    return images.round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def run(config, pixels, size=None, *, aspect=1.0, seed=0, view=0):
-    params = transforms.draw(config, torch.full((len(pixels),), aspect), seed, view)
-    return transforms.apply(pixels, params, config, size or pixels.shape[1])
 
 
 def corners(config, n=200, aspect=1.0, seed=0, **more):
@@ -106,13 +79,25 @@ def test_an_option_does_not_change_the_draws_of_the_others():
     base = plain(scale=(0.5, 1.0), crop="random", flip="horizontal")
     before = corners(base)
     assert torch.equal(before, corners(base.model_copy(update={"erase": 0.5, "max_lighting": 0.3})))
+    without, hue = (
+        transforms.draw(config, torch.ones(9), 0, 0)
+        for config in (AugmentConfig(), AugmentConfig(max_hue=0.5))
+    )
+    assert torch.equal(without.warp, hue.warp)
+    assert torch.equal(without.colour[:, :3], hue.colour[:, :3])
+    assert torch.equal(without.colour[:, 3:], torch.tensor([1.0, 0]).expand(9, 2))
+    assert int((hue.colour[:, 4].abs() > 0.01).sum()) == 9
     rotated = corners(base.model_copy(update={"max_rotate": 20.0}))
     assert not torch.equal(before, rotated)
     assert torch.allclose(before.mean(dim=1), rotated.mean(dim=1), atol=1e-6)
     assert torch.allclose(sides(before), sides(rotated), atol=1e-6)
 
 
-@pytest.mark.parametrize("config", [AugmentConfig(), EVERYTHING], ids=["photo", "everything"])
+@pytest.mark.parametrize(
+    "config",
+    [AugmentConfig(), AugmentConfig(max_hue=0.2), plain(max_hue=0.5), EVERYTHING],
+    ids=["photo", "photo and hue", "hue", "everything"],
+)
 def test_a_photo_does_not_depend_on_its_batch(config):
     """Pixels are equal bit for bit, with batches large enough for several threads."""
     pixels = channels_last(smooth(12, 150))
@@ -215,9 +200,7 @@ def test_pixels_from_outside_are_reflected_at_the_edge():
     config = plain(max_shift=0.5)
     warp = torch.eye(3)[None].clone()
     warp[0, 0, 2] = 1.0  # half the photo to the right
-    params = transforms.AugmentationParams(
-        warp, torch.ones(1, 3), torch.zeros(1, 4), torch.zeros(1).long()
-    )
+    params = transforms.AugmentationParams(warp, COLOUR, torch.zeros(1, 4), torch.zeros(1).long())
     out = transforms.apply(pixels, params, config, 16)
     right = pixels[:, :, 8:].float()
     assert torch.allclose(out, torch.cat([right, right.flip(2)], dim=2), atol=1e-3)
@@ -264,55 +247,6 @@ def _perspective(seen, source):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
         right += [u, v]
     return np.array(rows), np.array(right)
-
-
-# -- colour
-
-
-def test_contrast_and_brightness_are_relative_to_the_mean_of_the_photo():
-    picture = smooth(4) * 0.2 + 100  # no clipping
-    config = plain(max_lighting=0.1)
-    out = run(config, channels_last(picture)).permute(0, 3, 1, 2)
-    colour = transforms.draw(config, torch.ones(4), 0, 0).colour
-    original = channels_last(picture).permute(0, 3, 1, 2).float()
-    mean = original.mean(dim=(1, 2, 3))
-    contrast, shift = colour[:, 0], colour[:, 1]
-    assert torch.allclose(out.mean(dim=(1, 2, 3)), mean + 255 * shift, atol=1e-2)
-    spread = original.std(dim=(1, 2, 3))
-    assert torch.allclose(out.std(dim=(1, 2, 3)), contrast * spread, atol=1e-2)
-
-
-def test_saturation_equals_torchvision():
-    picture = channels_last(smooth(4) * 0.3 + 90)
-    config = plain(max_saturation=0.5)
-    out = run(config, picture).permute(0, 3, 1, 2)
-    factors = transforms.draw(config, torch.ones(4), 0, 0).colour[:, 2]
-    assert float(factors.max() - factors.min()) > 0.2
-    for one, image, factor in zip(out, picture.permute(0, 3, 1, 2), factors, strict=True):
-        same = TF.adjust_saturation(image.float() / 255, float(factor)) * 255
-        assert torch.allclose(one, same, atol=0.1)  # torchvision's weights have four digits
-
-
-def test_colour_parameters_and_pixels_stay_in_their_ranges():
-    config = plain(max_lighting=0.9, max_saturation=1.0)
-    colour = transforms.draw(config, torch.ones(500), 0, 0).colour
-    for column, middle, most in ((0, 1, 0.9), (1, 0, 0.9), (2, 1, 1.0)):
-        away = colour[:, column] - middle
-        assert 0.95 * most < float(away.max()) <= most + 1e-6
-        assert -most - 1e-6 <= float(away.min()) < -0.95 * most
-    out = run(config, squares(50))
-    assert float(out.min()) == 0
-    assert float(out.max()) == 255
-
-
-def test_without_saturation_a_photo_is_grey():
-    hue = torch.tensor(colorsys.hsv_to_rgb(0.1, 0.9, 0.8)) * 255
-    pixels = hue.round().to(torch.uint8).expand(1, 8, 8, 3)
-    params = transforms.AugmentationParams(
-        torch.eye(3)[None], torch.tensor([[1.0, 0, 0]]), torch.zeros(1, 4), torch.zeros(1).long()
-    )
-    out = transforms.apply(pixels, params, plain(max_saturation=1), 8)
-    assert float((out.amax(3) - out.amin(3)).max()) < 1e-3
 
 
 # -- erasing and policies

@@ -1,10 +1,15 @@
+import re
 from pathlib import Path
 
 import pytest
 
 from serving.errors import OptionError
+from serving.imaging.preprocess import DECODES, FITS, Preprocess
+from tests.training.conftest import coloured
 from training.cli.options import check_network
 from training.config import load, overrides, suggestions
+from training.data.dataset import load_dataset
+from training.run.folder import RunInfo, start_run
 
 GOOD = """
 name = "x"
@@ -34,6 +39,50 @@ def test_omitted_options_have_defaults_and_cycles_give_the_epochs(recipe):
     assert read.stage[1].lr == "find"
     assert read.preprocess.size == 224
     assert read.data.presize == 1.5
+
+
+RECORDED = """
+[preprocess]
+size = 96
+crop = 0.9
+interpolation = "bicubic"
+mean = [0.5, 0.5, 0.5]
+std = [0.2, 0.2, 0.2]
+background = [1, 2, 3]
+"""
+
+
+def test_recipes_decode_scaled_and_recorded_recipes_as_their_runs_did(recipe):
+    assert load.read(recipe).preprocess == Preprocess(decode="scaled")
+    for override in ("preprocess.size=96", "preprocess.crop=1", "preprocess.fit=pad"):
+        assert load.read(recipe, [override]).preprocess.decode == "scaled"
+    assert load.read(recipe, ["arch=googlenet"]).preprocess.decode == "scaled"
+    assert load.read(recipe, ["preprocess.decode=full"]).preprocess == Preprocess()
+    # A recipe that a run recorded before `decode` existed has all other fields.
+    recipe.write_text(GOOD + RECORDED)
+    read = load.read(recipe)
+    assert (read.preprocess.decode, read.preprocess.fit) == ("full", "crop")
+    assert load.read(recipe, ["preprocess.decode=scaled"]).preprocess.decode == "scaled"
+
+
+@pytest.mark.parametrize("decode", DECODES)
+@pytest.mark.parametrize("fit", FITS)
+def test_a_run_records_how_its_photos_become_squares(recipe, tmp_path, decode, fit):
+    coloured(tmp_path / "photos", {"blue": 5, "red": 5})
+    read = load.read(recipe, [f"preprocess.decode={decode}", f"preprocess.fit={fit}"])
+    (tmp_path / "run").mkdir()
+    dataset = load_dataset(str(tmp_path / "photos"))
+    info = RunInfo("photos", "photos", "", dataset.classes, False, "cpu", {})
+    start_run(tmp_path / "run", read, dataset, info)
+    recorded = load.read(tmp_path / "run" / "recipe.toml")
+    assert recorded.preprocess == read.preprocess == Preprocess(decode=decode, fit=fit)
+
+
+@pytest.mark.parametrize(("option", "words"), [("decode", DECODES), ("fit", FITS)])
+def test_an_unknown_word_of_preprocess_is_an_error_with_the_words(recipe, option, words):
+    expected = f"use {', '.join(words)}; did you mean '{words[-1]}'?"
+    with pytest.raises(OptionError, match=re.escape(expected)):
+        load.read(recipe, [f"preprocess.{option}={words[-1]}s"])
 
 
 def test_overrides_set_options_at_every_level(recipe):

@@ -110,6 +110,8 @@ def test_each_recipe_fits_its_network(name):
     widths = [layer.in_features for layer in network.head if isinstance(layer, torch.nn.Linear)]
     if name == "flowers":
         assert widths == [4416, 1024]
+        dropouts = [layer.p for layer in network.head if isinstance(layer, torch.nn.Dropout)]
+        assert dropouts == [0.35, 0.35]  # half of one number would be used before the first Linear
     assert widths[0] == backbone.width * (2 if read.head.kind == "concat_pool" else 1)
 
 

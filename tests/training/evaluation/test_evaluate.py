@@ -8,12 +8,15 @@ import torch
 import fledge
 from serving.errors import DataError, OptionError
 from serving.imaging import decode
-from serving.imaging.tta import VIEWS, average, render, softmax
+from serving.imaging.preprocess import DECODES, FITS, Preprocess
+from serving.imaging.tta import VIEWS, average, render, softmax, views_for
 from tests.support.finished_run import finished
+from tests.support.tiny_bundle import elongated
 from tests.training.conftest import coloured
 from training.activations import frozen_prefix
 from training.config.sections import TtaConfig
 from training.evaluation import evaluate
+from training.pixels.transform import PixelTransform
 from training.run import checkpoint
 from training.run.dataset import load_run_dataset
 
@@ -242,6 +245,37 @@ def test_draws_are_made_from_photos_of_the_runs_presize(run, monkeypatch):
         sides.clear()
     assert (answers[0] == answers[1]).all()
     assert not np.allclose(answers[0], answers[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("how", DECODES)
+@pytest.mark.parametrize("fit", FITS)
+def test_views_and_draws_are_made_of_what_fit_keeps(tmp_path, monkeypatch, fit, how):
+    fields = {"fit": fit, "decode": how, "background": (0, 255, 0)}
+    run = tmp_path / "run"
+    finished(run, elongated(tmp_path / "photos"), valid=0.5, **fields)
+    samples, info = valid(run), checkpoint.load(run)[1]
+    assert info.preprocess == Preprocess(32, **fields)
+    views = views_for(info.preprocess)
+    result = evaluate.evaluate(run, tta=TtaConfig(kind="views", count=len(views)))
+    rows = [expected(run, samples, view) for view in views]
+    for photo, answer in enumerate(result.probabilities):
+        assert answer == pytest.approx(average(np.stack([row[photo] for row in rows])), abs=1e-6)
+    seen, original = [], evaluate.draw
+
+    def draw(pixels, aspect, *arguments, **options):
+        seen.append((pixels, aspect, options["crop"]))
+        return original(pixels, aspect, *arguments, **options)
+
+    monkeypatch.setattr(evaluate, "draw", draw)
+    evaluate.evaluate(run, tta=TtaConfig(kind="draws", count=1))
+    ((squares, aspects, crop),) = seen
+    assert crop == (0.875 if fit == "crop" else 1)
+    transform = PixelTransform("train", info.preprocess, 1.5)
+    for sample, square, aspect in zip(samples, squares, aspects, strict=True):
+        decoded = decode.read(sample.path, preprocess=transform.to_square)
+        assert (square.numpy() == transform(decoded)).all()
+        upright = decoded.size[0] / decoded.size[1]
+        assert float(aspect) == pytest.approx(upright if fit == "crop" else 1)
 
 
 def test_the_csv_quotes_any_name(run, tmp_path):

@@ -4,6 +4,7 @@ import re
 import shutil
 import threading
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from PIL import Image
 
 from serving.errors import OptionError, WorkError
 from serving.imaging.decode import read
-from serving.imaging.preprocess import Preprocess
+from serving.imaging.preprocess import DECODES, FITS, Preprocess
 from serving.utils.parallel import map_ordered
+from tests.support.tiny_bundle import elongated
 from tests.training.conftest import coloured
 from training.config import load
 from training.data.dataset import load_dataset
@@ -175,8 +177,14 @@ def test_the_entry_name_depends_on_what_determines_the_pixels_only():
     train, valid = names()
     assert train != valid
     assert disk_cache._NAME.fullmatch(train)
-    for change in ({"size": 65}, {"background": (0, 0, 0)}):
+    for change in (
+        *({"size": 65}, {"background": (0, 0, 0)}, {"decode": "scaled"}),
+        *({"fit": "pad"}, {"fit": "squish"}),
+    ):
         assert not {*names(**change)} & {train, valid}
+    assert (
+        len({name for fit in FITS for how in DECODES for name in names(fit=fit, decode=how)}) == 12
+    )
     for change in ({"crop": 0.5}, {"interpolation": "bicubic"}):
         assert names(**change)[0] == train
         assert names(**change)[1] != valid
@@ -184,6 +192,38 @@ def test_the_entry_name_depends_on_what_determines_the_pixels_only():
     assert names(presize=2)[0] != train
     assert names(presize=2)[1] == valid
     assert names(presize=1, size=96)[0] == train  # the same side: 96 pixels
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    return elongated(tmp_path_factory.mktemp("large"))
+
+
+@pytest.mark.parametrize("cache_gb", [0, 1])
+@pytest.mark.parametrize("how", DECODES)
+@pytest.mark.parametrize("fit", FITS)
+def test_squares_show_what_fit_keeps(large, lines, fit, how, cache_gb):
+    preprocess = Preprocess(size=32, fit=fit, decode=how, background=(0, 255, 0))
+    found = load_dataset(str(large))
+    _, *sets = decode_dataset(found, preprocess, PRESIZE, lines.append, cache_gb)
+    for part, of in zip(("train", "valid"), sets, strict=True):
+        transform = PixelTransform(part, preprocess, PRESIZE)
+        for sample, row, aspect in zip(getattr(found, part), of.pixels[:], of.aspect, strict=True):
+            # Augmentation draws boxes within the whole photo, or within the square that is seen.
+            whole = read(sample.path)
+            width, height = whole.image.size
+            assert aspect == pytest.approx(width / height if fit == "crop" else 1)
+            square = row.numpy()
+            assert (square == expected_pixels(sample, transform)).all()
+            padded = (square == (0, 255, 0)).all(axis=2).mean()
+            expected = 1 - min(width, height) / max(width, height) if fit == "pad" else 0
+            assert padded == pytest.approx(expected, abs=0.05)
+            # Scaled decoding shows the same as full decoding: whole photos in training.
+            shown = replace(preprocess, decode="full")
+            if part == "train":
+                shown = replace(shown, fit="pad" if fit == "pad" else "squish", size=SIDE)
+            difference = np.abs(shown(whole.image).astype(int) - square).mean()
+            assert difference < (2 if how == "scaled" else 0.001)
 
 
 def test_presize_sets_the_size_and_the_cache_has_an_entry_for_each(

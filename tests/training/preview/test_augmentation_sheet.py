@@ -127,6 +127,7 @@ def test_presets_are_described_in_words():
         ("max_warp", 0.2, "perspective ±20 %"),
         ("max_lighting", 0.05, "brightness and contrast ±5 %"),
         ("max_saturation", 0.3, "saturation ±30 %"),
+        ("max_hue", 0.05, "hue ±18°"),
         ("policy", "rand_augment", "RandAugment with 2 operations of 9 / 30"),
         ("policy", "trivial_augment", "TrivialAugment"),
         ("erase", 0.25, "erased in 25 % of the draws"),
@@ -146,6 +147,6 @@ def test_the_described_options_are_all_options():
     tried = {mark for mark in AugmentConfig.model_fields} - {"preset", "policy_ops"}
     assert tried - {"policy_magnitude"} == {
         "crop", "flip", "scale", "ratio", "max_rotate", "max_zoom", "max_shift", "max_warp",
-        "max_lighting", "max_saturation", "policy", "erase", "mixup", "cutmix",
+        "max_lighting", "max_saturation", "max_hue", "policy", "erase", "mixup", "cutmix",
     }  # fmt: skip
     assert set(PRESETS) == {"none", "basic", "side_on", "top_down", "photo"}

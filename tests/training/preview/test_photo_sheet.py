@@ -96,6 +96,29 @@ def test_long_photos_and_photos_with_a_subject_at_the_edge_are_shown_with_the_fr
     framed = [row for row in rows_by_title([*plain, long, edge], ["a"]).values() if row.framed]
     assert [row.photos[0] for row in framed] == [long, edge]
     assert long not in framed[1].photos
+    for fit in ("squish", "pad"):  # which cut nothing off
+        rows = rows_by_title([*plain, long, edge], ["a"], fit=fit)
+        assert not any(row.framed for row in rows.values())
+        assert rows["longest"].photos == [long]
+
+
+def test_the_longest_photos_are_drawn_as_the_network_sees_them(tmp_path):
+    ends = Image.new("RGB", (600, 200), GREEN)
+    ends.paste(RED, (0, 0, 100, 200))
+    ends.save(tmp_path / "long.png")
+    photos = [stats(tmp_path / "long.png", "a")]
+    rows = [row for row in photo_sheet.rows(photos, [], Preprocess(fit="pad"), 0) if row.fit]
+    assert [row.fit for row in rows] == ["crop", "squish", "pad"]
+    assert [row.title.endswith(", as in this recipe") for row in rows] == [False, False, True]
+    preprocess = Preprocess(background=(0, 0, 255))
+    crop, squish, pad = (
+        np.asarray(photo_sheet._tile(row.photos[0], row, preprocess)).astype(int) for row in rows
+    )
+    assert [(tile[60, 60] == GREEN).all() for tile in (crop, squish, pad)] == [True] * 3
+    assert [(tile[60, 10] == RED).all() for tile in (crop, squish, pad)] == [False, True, True]
+    assert [(tile[10, 60] == (0, 0, 255)).all() for tile in (crop, squish, pad)] == [
+        *(False, False, True)
+    ]
 
 
 def test_without_long_photos_there_is_no_row_of_them(tmp_path):

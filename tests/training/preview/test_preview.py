@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from PIL import Image
 
 import fledge
 from serving.errors import DataError
+from serving.imaging import decode
+from serving.imaging.preprocess import Preprocess
 from tests.hostile.images import png, progressive_jpeg
 from tests.support.tiny_bundle import photo
 from training.config import load
 from training.config.sections import AugmentConfig
 from training.data.dataset import load_dataset
-from training.preview import figure, preview, scan
+from training.preview import figure, photo_hints, preview, scan
 from training.preview.figure import draw
 
 
@@ -35,7 +38,7 @@ def stats(path, part="train", label="a"):
 
 def hints(photos, classes, size):
     """The hints about the photos themselves: most tests have no second class and no validation."""
-    found = scan.hints(photos, classes, size)
+    found = photo_hints.hints(photos, classes, Preprocess(size=size))
     return [hint for hint in found if not hint.startswith("there is ") and " one photo" not in hint]
 
 
@@ -154,14 +157,123 @@ def test_hints_report_duplicates_contradicting_labels_and_imbalance(tmp_path):
     assert "b has 1 photo to train on" in text
 
 
-def test_a_hint_says_how_little_is_seen_of_long_photos(tmp_path):
-    long = [stats(save_photo(tmp_path / f"{i}.jpg", (1500 + i, 440))) for i in range(10)]
-    square = [stats(save_photo(tmp_path / f"s{i}.jpg", (440 + i, 440))) for i in range(10)]
-    (line,) = hints([*long, *square], ["a"], 224)
-    assert line.startswith("10 photos longer than 3 : 1: validation and service see the middle 26%")
-    (line,) = scan._little_seen(scan.Scan(long, ["a"], 224, 1.0))
-    assert "the middle 29% of the length" in line
-    assert list(scan._little_seen(scan.Scan(square, ["a"], 224, 1.0))) == []
+def scanned_sides(*sides):
+    """Statistics of photos of these widths and heights."""
+    return [
+        scan.PhotoStats(Path(f"{i}.jpg"), "train", "a", 1000, *size) for i, size in enumerate(sides)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sides", "counted"),
+    [
+        ((640, 640), False),
+        ((4032, 3024), False),
+        ((500, 333), False),  # 3 : 2, which loses a third, in whole pixels
+        ((333, 500), False),
+        ((500, 332), True),
+        ((1920, 1080), True),
+        ((1080, 1920), True),
+        ((3000, 1000), True),
+    ],
+)
+def test_photos_that_lose_over_a_third_to_the_crop_are_counted(sides, counted):
+    found = photo_hints._cut_off(photo_hints.Scan(scanned_sides(sides), ["a"], Preprocess(), "c"))
+    assert bool(list(found)) == counted
+
+
+def test_a_hint_says_what_the_crop_cuts_off_and_what_trains_on_whole_photos():
+    long, square = [(900, 300)] * 2, [(300, 300)] * 17
+    assert hints(scanned_sides(*long, *square[:16]), ["a"], 224) == [
+        "2 of 18 photos lose over a third of their area to the centre crop, 67% in the median: "
+        "validation and service do not see it. See them in photos.png; `fledge train quick --data "
+        "DATA preprocess.fit=pad` and preprocess.fit=squish train on whole photos"
+    ]
+    assert hints(scanned_sides(*long, *square, (300, 300)), ["a"], 224) == []  # a tenth
+    for fit in ("squish", "pad"):
+        preprocess = Preprocess(fit=fit)
+        assert not any(
+            "crop" in hint for hint in photo_hints.hints(scanned_sides(*long), ["a"], preprocess)
+        )
+
+
+@pytest.mark.parametrize("fit", ["crop", "squish", "pad"])
+def test_the_command_of_the_hint_trains_on_the_same_photos(tmp_path, fit, capsys):
+    """Objects near the ends of photos of 3 : 1: no pixel of them is in the centre crop."""
+    root = tmp_path / "my photos"
+    for name, colour in (("red", (200, 20, 20)), ("blue", (20, 20, 200))):
+        for i in range(4):
+            path = root / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = Image.new("RGB", (180 + i, 60), (90, 90, 90))
+            image.paste(colour, (5, 10, 45, 50) if i % 2 else (135, 10, 175, 50))
+            image.save(path)
+    words = ["preview", str(root), "--out", str(tmp_path / "out"), "preprocess.size=64"]
+    assert fledge.main([*words, f"preprocess.fit={fit}", "seed=3"]) == 0
+    hint = [line for line in capsys.readouterr().out.splitlines() if "centre crop" in line]
+    seen = [
+        np.ptp(Preprocess(size=64, fit=fit)(decode.read(path).image), axis=(0, 1)).max()
+        for path in root.rglob("*.png")
+    ]
+    if fit != "crop":
+        assert hint == []
+        assert min(seen) > 100
+        return
+    assert max(seen) == 0
+    (line,) = hint
+    command = line.split("`")[1]
+    assert shlex.split(command) == [
+        *("fledge", "train", "quick", "--data", str(root), "preprocess.size=64", "seed=3"),
+        "preprocess.fit=pad",
+    ]
+    options = fledge._parser().parse_args(shlex.split(command)[1:])
+    assert load.read(Path(options.recipe), options.overrides).preprocess.fit == "pad"
+
+
+def noisy(path, size, seed=0, **options):
+    """A large photo with noise of the camera."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 255, (6, 8, 3)).astype(np.uint8))
+    smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), np.float32)
+    pixels = np.clip(smooth + rng.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def test_large_duplicates_are_found_whatever_their_metadata_and_format(tmp_path):
+    """Photos of this size are decoded at a reduced size, a JPEG and a PNG not in the same way."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    size = (1500, 1100)
+    photo = noisy(tmp_path / "a" / "0.jpg", size, quality=90)
+    exif = Image.Exif()
+    exif[0x010E] = "another description"
+    data = photo.read_bytes()
+    segment = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+    marked = data[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:]
+    (tmp_path / "a" / "described.jpg").write_bytes(marked)
+    with Image.open(photo) as image:
+        pixels = np.asarray(image.convert("RGB")).copy()
+    Image.fromarray(pixels).save(tmp_path / "a" / "same.png", compress_level=1)
+    pixels[700, 900, 1] ^= 1  # nearly the same
+    Image.fromarray(pixels).save(tmp_path / "b" / "changed.png", compress_level=1)
+    noisy(tmp_path / "b" / "other.jpg", size, seed=1)
+    noisy(tmp_path / "b" / "another.jpg", size, seed=2)
+    scanned = scan.scan_photos(load_dataset(str(tmp_path), trainable=False))
+    assert {(one.width, one.height) for one in scanned} == {size}
+    (group,) = scan.duplicates(scanned)
+    assert sorted(one.path.name for one in group) == ["0.jpg", "described.jpg", "same.png"]
+
+
+def test_only_photos_that_look_alike_are_decoded_twice(tmp_path, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(scan, "read", lambda path, **_: decoded.append(path) or decode.read(path))
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            noisy(tmp_path / name / f"{i}.jpg", (1200, 1000), seed=i + 3 * (name == "b"))
+    scan.scan_photos(load_dataset(str(tmp_path), trainable=False))
+    assert decoded == []
 
 
 def test_a_hint_reports_a_class_without_colour(tmp_path):
@@ -176,7 +288,7 @@ def test_a_hint_reports_a_class_without_colour(tmp_path):
 def test_the_report_counts_photos_by_class_and_part(photos):
     save_photo(photos / "test" / "x.jpg")
     dataset = load_dataset(str(photos))
-    lines = list(preview.report(dataset, scan.scan_photos(dataset), 32))
+    lines = list(preview.report(dataset, scan.scan_photos(dataset), Preprocess(size=32)))
     table = [line.split() for line in lines[2:7]]
     assert table == [
         ["class", "train", "valid", "unlabelled", "all"],
@@ -306,7 +418,7 @@ def test_hints_report_photos_that_training_refuses(tmp_path):
     broken, other = stats(tmp_path / "x.jpg"), stats(tmp_path / "x.jpg", "train", "b")
 
     def text_of(*scanned, classes=("a",)):
-        return "\n".join(scan.hints([*fine, *scanned], classes, 32))
+        return "\n".join(photo_hints.hints([*fine, *scanned], classes, Preprocess(size=32)))
 
     first = text_of(valid, broken).splitlines()[0]
     assert first == "1 photo can't be read; training leaves them out"

@@ -7,14 +7,17 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import fledge
+from serving.imaging.preprocess import DECODES, FITS, Preprocess
 from tests.support.finished_run import finished
+from tests.support.tiny_bundle import elongated
 from tests.training.conftest import coloured
 from training.config.sections import TtaConfig
 from training.evaluation import evaluate, metrics
 from training.report import charts, mistakes, report, training_curves
+from training.run.dataset import load_run_dataset
 
 HOSTILE = ("<script>alert(1)<", 'b"><img src=x onerror=alert(1)>', "זר & 'co'")
 VOID = {"meta", "img", "br"}
@@ -172,6 +175,27 @@ def test_missing_and_broken_photos_are_skipped_and_logged(tmp_path, lines):
     after = Page(written(tmp_path / "run", lines, result=result))
     assert len(after.all("img")) == before - 1
     assert f"skipped {later}" in lines[0]
+
+
+@pytest.mark.parametrize("how", DECODES)
+@pytest.mark.parametrize("fit", FITS)
+def test_the_pictures_show_what_the_network_sees(tmp_path, lines, fit, how):
+    fields = {"crop": 0.8, "fit": fit, "background": (0, 0, 255)}
+    finished(tmp_path / "run", elongated(tmp_path / "photos"), decode=how, **fields)
+    page = Page(written(tmp_path / "run", lines))
+    found = load_run_dataset(tmp_path / "run").valid
+    pictures = {attrs["alt"].partition(":")[0]: attrs["src"] for attrs in page.all("img")}
+    assert len(pictures) > 1
+    as_shown = Preprocess(mistakes.THUMBNAIL, interpolation="lanczos", **fields)
+    for name, source in pictures.items():
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
+        differences = []
+        for sample in found:
+            if sample.path.name == name.rpartition("/")[2]:
+                with Image.open(sample.path) as image:
+                    expected = as_shown(ImageOps.exif_transpose(image))
+                differences.append(np.abs(shown.astype(int) - expected).mean())
+        assert min(differences) < 4
 
 
 def test_the_checkpoint_of_a_stage_has_a_separate_page(run, lines, tmp_path):
