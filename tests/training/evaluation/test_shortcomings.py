@@ -112,7 +112,11 @@ def test_a_run_that_learns_has_no_warning(recipe, photos, tmp_path, monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     said: list[str] = []
     run = finetune.run(
-        load.read(recipe()), str(photos), out=tmp_path / "run", device="cpu", log=said.append
+        load.read(recipe(), ["stage.all.cycle_len=8"]),
+        str(photos),
+        out=tmp_path / "run",
+        device="cpu",
+        log=said.append,
     )
     assert checkpoint.read_info(run / "best.json").metrics["balanced_accuracy"] > 0.8
     assert not [line for line in said if "warning: " in line and "pretrained" not in line]
