@@ -119,7 +119,7 @@ def load(
     """
     family = backbones.family_of(arch)
     args = dict(arch_args or {})
-    default = Preprocess(size=family.image_size(args))
+    default = Preprocess(size=family.image_size(args), decode="scaled")
     try:
         preprocess = replace(
             default,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import fledge
 from serving import errors
@@ -21,8 +22,10 @@ from serving.bundle.manifest import Manifest
 from serving.http import problems
 from serving.http.messages import Request
 from serving.imaging.decode import decode
+from serving.imaging.preprocess import DECODES, FITS
 from serving.inference.load import open_predictor
 from serving.settings import Settings
+from tests.robustness.file_builders import into_jpeg, segment
 from tests.support.tiny_bundle import photo, tiny_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -108,20 +111,39 @@ def test_fledge_parses_the_args_of_documented_make_train_commands() -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("how", DECODES)
 def test_python_blocks_run(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str,
+    how: str,
+    fit: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny_bundle(tmp_path / "bundle")
-    data = photo(7, (97, 60))
-    (tmp_path / "photo.jpg").write_bytes(data)
-    for block in blocks(page, "python"):
-        found: dict[str, object] = {}
-        exec(compile(block, page, "exec"), found)
-        predictor = open_predictor(tmp_path / "bundle", device="cpu")
-        expected = predictor.predict([predictor.prepare(data)])[0].probabilities
-        assert np.abs(np.asarray(found["probabilities"]) - expected).max() < 1e-6
-        assert capsys.readouterr().out.startswith(predictor.manifest.labels[expected.argmax()])
+    tiny_bundle(tmp_path / "bundle", decode=how, fit=fit)
+    predictor = open_predictor(tmp_path / "bundle", device="cpu")
+    for turn, size in enumerate(SIZES, 1):
+        data = turned(photo(7, size), turn)
+        (tmp_path / "photo.jpg").write_bytes(data)
+        for block in blocks(page, "python"):
+            found: dict[str, object] = {}
+            exec(compile(block, page, "exec"), found)
+            expected = predictor.predict([predictor.prepare(data)])[0].probabilities
+            difference = np.abs(np.asarray(found["probabilities"]) - expected).max()
+            assert difference < 1e-6, (turn, size)
+            assert capsys.readouterr().out.startswith(predictor.manifest.labels[expected.argmax()])
+
+
+SIZES = ((97, 60), (497, 361), (361, 499), (643, 645), (1100, 90), (455, 1201), (1203, 901), (7, 3))
+"""Of a photo of each EXIF orientation; many leave a rest when they are reduced."""
+
+
+def turned(data: bytes, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return into_jpeg(data, segment(0xE1, exif.tobytes()))
 
 
 def test_answers_have_the_documented_fields(tmp_path: Path) -> None:

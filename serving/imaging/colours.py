@@ -39,14 +39,19 @@ def to_rgb(
         image = deep_samples.scale(image)
     if reduction == 1:
         return _flatten(image, alpha, profile, background, applied)
+    if image.mode == "RGB" and not profile and image.info.get("transparency") is None:
+        return image.reduce(reduction)
     width, height = image.size
     reduced = Image.new("RGB", (-(-width // reduction), -(-height // reduction)))
     step = max(1, STRIP // (width * reduction)) * reduction
     for top in range(0, height, step):
         box = (0, top, width, min(top + step, height))
-        strip, own_alpha = image.crop(box), alpha.crop(box) if alpha else None
-        rgb = _flatten(strip, own_alpha, profile, background, applied)
-        reduced.paste(rgb.reduce(reduction), (0, top // reduction))
+        own_alpha = alpha.crop(box) if alpha else None
+        # In one expression, so that a strip is freed before the next one is converted.
+        reduced.paste(
+            _flatten(image.crop(box), own_alpha, profile, background, applied).reduce(reduction),
+            (0, top // reduction),
+        )
     return reduced
 
 

@@ -180,7 +180,7 @@ def memory_message(estimated: cost.Cost, memory: int, setting: str = "") -> str:
 
 
 class LargerThanStated(Exception):
-    """The file has more pixels than its head stated."""
+    """The file has more pixels than its head stated, or pixels that can be reduced less."""
 
 
 def decode_here(
@@ -202,20 +202,23 @@ def decode_here(
         too_large: Message where the memory of this process is not enough. "": one with the size.
 
     Raises:
-        LargerThanStated: The image has more pixels than `stated`.
+        LargerThanStated: The image has more pixels than `stated`, or can be reduced less.
         ImageError: As `decode`.
     """
     raise_limit_of_pillow(max_pixels)
     image = _open(data, max_pixels, too_large)
     (width, height), mode = image.size, image.mode
     _check_size(width, height, max_pixels)
-    if stated and width * height > stated.pixels:
+    reduction = preprocess.reduction(width, height)
+    if stated and (
+        width * height > stated.pixels
+        or reduction < preprocess.reduction(stated.width, stated.height)
+    ):
         raise LargerThanStated
     applied: list[str] = []
     try:
         if getattr(image, "is_animated", False):
             applied.append("first-frame")
-        reduction = preprocess.reduction(width, height)
         scale = reduced.draft(image, reduction)
         # Pillow turns a TIFF upright while it loads it, so its orientation is read before loading.
         # The orientation of other formats is read after loading, because reading it may load the

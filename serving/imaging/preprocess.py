@@ -7,6 +7,7 @@ picture of 505 pixels is reduced to half of it in 253 pixels.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -32,6 +33,11 @@ STRIP: Final = 2**20
 """Pixels of an image that are converted at once before they are reduced."""
 
 _DCT_SCALES: Final = (8, 4, 2)
+
+# Least side of a view's box, in pixels, and largest position of a box divided by its side: Pillow's
+# boxes are float32.
+_LEAST: Final = 2**-8
+_PRECISE: Final = 2**16
 
 _FILTERS: Final = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -141,13 +147,14 @@ class Preprocess:
         left, top, right, bottom = area
         width, height = right - left, bottom - top
         if self.fit == "crop":
-            wide = tall = min(min(width, height) * self.crop / zoom, width, height)
+            side = min(min(width, height) * self.crop / zoom, width, height)
+            wide = tall = max(side, _LEAST)
         else:
             if self.fit == "pad":
                 side = max(width, height)
                 left, top = left - (side - width) / 2, top - (side - height) / 2
                 width = height = side
-            wide, tall = width / max(zoom, 1.0), height / max(zoom, 1.0)
+            wide, tall = (max(side / max(zoom, 1.0), _LEAST) for side in (width, height))
         left, top = left + (width - wide) * x, top + (height - tall) * y
         return (left, top, left + wide, top + tall)
 
@@ -165,10 +172,14 @@ class Preprocess:
             *(max(box[0], area[0]), max(box[1], area[1])),
             *(min(box[2], area[2]), min(box[3], area[3])),
         )
-        if inside[0] >= inside[2] or inside[1] >= inside[3]:  # a view of the padding alone
-            return np.asarray(Image.new("RGB", (self.size, self.size), self.background))
+        if min(inside[2] - inside[0], inside[3] - inside[1]) < _LEAST / 2:  # all of it is padding
+            return np.full((self.size, self.size, 3), self.background, np.uint8)
         left, right = self._columns(inside[0::2], box[0::2])
         top, bottom = self._columns(inside[1::2], box[1::2])
+        if any((inside[i + 2] - inside[i]) * _PRECISE < inside[i] for i in (0, 1)):
+            x, y = math.floor(inside[0]), math.floor(inside[1])
+            image = image.crop((x, y, math.ceil(inside[2]), math.ceil(inside[3])))
+            inside = (inside[0] - x, inside[1] - y, inside[2] - x, inside[3] - y)
         seen = image.resize((right - left, bottom - top), _FILTERS[self.interpolation], box=inside)
         if seen.size == (self.size, self.size):
             return np.asarray(seen)

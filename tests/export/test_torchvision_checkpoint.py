@@ -79,6 +79,7 @@ def test_the_usual_file_formats_are_read(network, tmp_path, kind):
         assert loaded.features(x).shape == (3, 1280)
     assert (info.name, info.arch, info.classes) == ("x", "mobilenet_v2", tuple(LABELS))
     assert (info.preprocess.size, info.preprocess.crop) == (64, 0.875)
+    assert (info.preprocess.decode, info.preprocess.fit) == ("scaled", "crop")
 
 
 @pytest.mark.parametrize(

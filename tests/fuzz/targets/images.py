@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from PIL import Image
 
+from serving.errors import FledgeError
 from serving.imaging import formats, plugins, tta
 from serving.imaging.decode import LargerThanStated, decode, decode_here
 from serving.imaging.decode import check as check_head
@@ -17,7 +18,8 @@ from serving.imaging.limits import MAX_PIXELS
 from serving.imaging.preprocess import Preprocess
 from tests.fuzz.target import Target
 
-_PREPROCESS = Preprocess(size=16)
+_FULL = Preprocess(size=16)
+_SCALED = Preprocess(size=8, decode="scaled", fit="pad")  # reduces most seeds
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -30,19 +32,42 @@ def seeds() -> Iterator[bytes]:
 
 
 def check(data: bytes) -> None:
-    stated = check_head(data, MAX_PIXELS)
-    if stated.isolated:  # decoded in a process with limits of its own
-        return
+    """Decode at the full size and at a reduced one, which must refuse the same with one code."""
     try:
-        image = decode_here(data, max_pixels=MAX_PIXELS, stated=stated).image
+        _check(data, _FULL)
+    except FledgeError as error:
+        try:
+            decided = _check(data, _SCALED)
+        except FledgeError as other:
+            if other.code != error.code:
+                raise AssertionError(f"full: {error.code}, scaled: {other.code}") from error
+        else:
+            if decided:
+                raise AssertionError(f"full: {error.code}, scaled: decoded") from error
+        raise
+    _check(data, _SCALED)
+
+
+def _check(data: bytes, preprocess: Preprocess) -> bool:
+    """Decode and cut views; False if that needs a process with limits of its own."""
+    stated = check_head(data, MAX_PIXELS, preprocess=preprocess)
+    if stated.isolated:
+        return False
+    try:
+        found = decode_here(data, max_pixels=MAX_PIXELS, stated=stated, preprocess=preprocess)
     except LargerThanStated:
-        return
+        return False
+    image, (left, top, right, bottom) = found.image, found.area
     if image.mode != "RGB" or image.width * image.height > stated.pixels:
         raise AssertionError(f"{image.mode}, {image.size}, {stated}")
-    pixels = _PREPROCESS(image)
-    views = tta.render(image, _PREPROCESS, tta.VIEWS[1:3])
-    if pixels.shape != (16, 16, 3) or views.shape != (2, 16, 16, 3):
-        raise AssertionError("not [16, 16, 3]")
+    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+        raise AssertionError(f"{found.area} of {image.size}")
+    side = preprocess.size
+    pixels = preprocess(image, found.area)
+    views = tta.render(image, preprocess, tta.views_for(preprocess)[1:3], found.area)
+    if pixels.shape != (side, side, 3) or views.shape != (2, side, side, 3):
+        raise AssertionError(f"not [{side}, {side}, 3]")
+    return True
 
 
 def check_plugin(data: bytes) -> None:

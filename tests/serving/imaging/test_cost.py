@@ -18,6 +18,7 @@ from PIL import Image
 from serving.errors import BrokenImage, NotAnImage, TooLarge
 from serving.imaging import cost, decode
 from serving.imaging.isolated import DecoderPool
+from serving.imaging.preprocess import Preprocess
 from tests.hostile.images import WORST, noisy_tiff, png, progressive_jpeg, saved
 from tests.robustness.file_builders import chunk, into_jpeg, segment
 from tests.support.fork_server import ROOT
@@ -73,6 +74,47 @@ def test_no_format_needs_more_memory_than_is_estimated(tmp_path: Path) -> None:
         assert estimated.pixels == SIDE * SIDE, name
         assert peak < estimated.bytes + 2 * 2**20, name
         assert estimated.bytes < 40 * SIDE * SIDE + 2**25, name
+
+
+def test_a_picture_at_a_reduced_size_costs_less() -> None:
+    data = saved("RGB", "JPEG")(4032, 3024)
+    full, scaled = (
+        cost.estimate(data, 1, Preprocess(decode=how, fit=fit))
+        for how, fit in (("full", "crop"), ("scaled", "crop"))
+    )
+    assert 3 * scaled.bytes < full.bytes
+    assert 1.2 * scaled.seconds < full.seconds
+    assert (scaled.width, scaled.height) == (4032, 3024)
+
+
+def test_squishing_a_long_picture_costs_the_rows_that_are_resized_first() -> None:
+    """A picture of one column is widened to `size` columns before its rows are reduced."""
+    data = png(1, 1_000_000)
+    assert not cost.estimate(data, 1, Preprocess(fit="crop")).isolated
+    squished = cost.estimate(data, 1, Preprocess(fit="squish"))
+    assert squished.isolated
+    assert squished.bytes > 4 * 224 * 1_000_000
+
+
+def test_large_views_cost_their_bytes() -> None:
+    data = photo(1, (600, 400))
+    one, ten = (cost.estimate(data, views, Preprocess(size=4096)).bytes for views in (1, 10))
+    assert ten - one >= 9 * 3 * 4096**2
+
+
+def test_a_frame_that_can_be_reduced_less_than_the_one_stated_is_isolated() -> None:
+    real = photo(1, (300, 6000))
+    frame = segment(
+        0xC0, b"\x08" + struct.pack(">HH", 6000, 6000) + real[real.index(b"\xff\xc0") + 9 :][:10]
+    )
+    data, preprocess = into_jpeg(real, frame), Preprocess(decode="scaled")
+    stated = decode.check(data, 10**8, preprocess=preprocess)
+    assert (stated.width, stated.height) == (6000, 6000)
+    with pytest.raises(decode.LargerThanStated):
+        decode.decode_here(data, max_pixels=10**8, stated=stated, preprocess=preprocess)
+    for how in ("full", "scaled"):
+        with pytest.raises(BrokenImage):
+            decode.decode(data, preprocess=Preprocess(decode=how))
 
 
 def test_common_photos_are_decoded_in_the_process() -> None:
@@ -244,7 +286,8 @@ def test_a_decoder_process_that_died_between_images_is_replaced() -> None:
         b"[]\n",
         b"{}\n",
         *(
-            b'{"shape": %s, "applied": [], "mode": "L"}\n' % shape
+            b'{"shape": %s, "applied": [], "mode": "L", "size": [1, 1], "area": [0, 0, 1, 1]}\n'
+            % shape
             for shape in (
                 b"[100000, 100000, 3]",
                 b'["a"]',
@@ -253,7 +296,29 @@ def test_a_decoder_process_that_died_between_images_is_replaced() -> None:
                 b"[1, 1, 4]",
             )
         ),
-        b'{"shape": [1, 1, 3], "applied": [], "mode": "L"}\nmore than three',
+        *(
+            b'{"shape": [1, 1, 3], "applied": [], "mode": "L", %s}\nabc' % rest
+            for rest in (
+                b'"area": [0, 0, 1, 1]',
+                b'"size": [1, 1]',
+                b'"size": [0, 1], "area": [0, 0, 1, 1]',
+                b'"size": [1, 1, 1], "area": [0, 0, 1, 1]',
+                b'"size": [1.5, 1], "area": [0, 0, 1, 1]',
+                b'"size": [1001, 1], "area": [0, 0, 1, 1]',
+                b'"size": 1, "area": [0, 0, 1, 1]',
+                b'"size": [1, 1], "area": [0, 0, 2, 1]',
+                b'"size": [1, 1], "area": [-1, 0, 1, 1]',
+                b'"size": [1, 1], "area": [1, 0, 1, 1]',
+                b'"size": [1, 1], "area": [0, 0, NaN, 1]',
+                b'"size": [1, 1], "area": [0, 0, Infinity, 1]',
+                b'"size": [1, 1], "area": [0, 0, 1]',
+                b'"size": [1, 1], "area": ["a", 0, 1, 1]',
+                b'"size": [1, 1], "area": [[], 0, 1, 1]',
+                b'"size": [1, 1], "area": null',
+            )
+        ),
+        b'{"shape": [1, 1, 3], "applied": [], "mode": "L", "size": [1, 1], "area": [0, 0, 1, 1]}\n'
+        b"more than three",
     ],
 )
 def test_an_answer_of_another_form_is_a_broken_image(

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from serving.errors import OptionError
-from serving.imaging.preprocess import Preprocess
+from serving.imaging.preprocess import FITS, Preprocess
 from serving.imaging.tta import VIEWS, View, average, count_views, render, softmax
 
 RNG = np.random.default_rng(0)
@@ -125,3 +125,27 @@ def test_temperature_divides_the_logits() -> None:
     logits = RNG.normal(size=(3, 4)).astype(np.float32)
     assert softmax(logits * 2, 2.0) == pytest.approx(softmax(logits))
     assert softmax(logits, 1e6) == pytest.approx(np.full((3, 4), 0.25), abs=1e-5)
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (1, 300_000), (200_000, 2)], ids=str)
+def test_a_view_of_any_zoom_and_any_place_is_a_square(fit: str, size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, (10, 20, 30))
+    for crop in (1e-300, 1.0):
+        preprocess = Preprocess(size=8, crop=crop, fit=fit, background=(200, 0, 0))
+        for zoom in (1e-320, 1e-9, 0.5, 3, 1e6, 1e300):
+            for x, y in ((0, 0), (0.5, 0.5), (1, 1), (0, 1)):
+                pixels = render(image, preprocess, [View("any", zoom=zoom, x=x, y=y)])[0]
+                assert pixels.shape == (8, 8, 3)
+                colours = set(map(tuple, pixels.reshape(-1, 3).tolist()))
+                assert colours <= {(10, 20, 30), (200, 0, 0)}
+                assert fit == "pad" or colours == {(10, 20, 30)}
+
+
+def test_a_view_far_from_the_corner_shows_what_is_there() -> None:
+    """Pillow's boxes are float32, which has one digit behind the point at 10 million."""
+    rows = np.zeros((3_000_001, 1, 3), np.uint8)
+    rows[::2] = 255
+    image = Image.fromarray(rows)
+    plain = Preprocess(size=8, crop=1.0, interpolation="bilinear")(image)
+    assert np.array_equal(plain, np.full((8, 8, 3), rows[1_500_000, 0, 0]))
