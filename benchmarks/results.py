@@ -116,3 +116,8 @@ def _shares(rows: Sequence[Any]) -> tuple[float, float | None]:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share else "0"
+
+
+def format_rate(rate: float) -> str:
+    """Photos or answers per second, with two digits at least."""
+    return f"{rate:.0f}" if rate >= 9.95 else f"{rate:.1f}"

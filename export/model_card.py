@@ -198,15 +198,15 @@ def _input_size(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     here, trained = found["exported"], found["trained"]
-    speeds = [one["images_per_second"]["fastest"] for one in (here, trained)]
+    speed, before = (one["images_per_second"]["fastest"] for one in (here, trained))
+    change, limit = 0 - here["fell_points"], here["fell_at_most"]
     return f"""
 The network was trained at {trained["size"]} x {trained["size"]} pixels and is exported at
 {here["size"]} x {here["size"]}, at which all other figures of this card were measured. On the same
 {found["photos"]} held-out photos the accuracy is {here["accuracy"]:.2%} at {here["size"]} and
-{trained["accuracy"]:.2%} at {trained["size"]}: it falls by {here["fell_points"]:.2f} points, and by
-at most {here["fell_at_most"]:.2f} with 95 % confidence. On the machine of the export the float32
-graph was {here["times_trained"]:.2f} times as fast; at best {speeds[0]:.0f} and
-{speeds[1]:.0f} images/s.
+{trained["accuracy"]:.2%} at {trained["size"]}: a change of {change:+.2f} points; it falls
+by at most {limit:.2f} with 95 % confidence. On the machine of the export the float32 graph was
+{here["times_trained"]:.2f} times as fast; at best {speed:.0f} and {before:.0f} images/s.
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.results import format_ratio, median_of, other_labels
+from benchmarks.results import format_rate, format_ratio, median_of, other_labels
 from benchmarks.scoring.measurement import Row
 from benchmarks.scoring.peers import PEERS, Peer
 
@@ -64,7 +64,7 @@ def _table(results: Results, peers: Sequence[Peer]) -> str:
         rows = results.of(peer.name)
         cells = [
             *(peer.title, str(len(rows))),
-            f"{median_of(rows, lambda row: row.rate):.0f}",
+            format_rate(median_of(rows, lambda row: row.rate)),
             f"{median_of(rows, lambda row: row.start):.1f}",
             f"{median_of(rows, lambda row: row.start + PHOTOS / row.rate):.1f}",
             f"{median_of(rows, lambda row: row.cpu_ms):.2f}",
@@ -82,8 +82,8 @@ def _settings(results: Results, fastest: str) -> str:
         tried, best = results.settings(peer.name), results.fastest(peer.name)
         if len(tried) > 1:
             line = "; ".join(
-                f"{'**' * (name == best)}{name}: {median_of(rows, lambda row: row.rate):.0f}"
-                f"{'**' * (name == best)}"
+                f"{'**' * (name == best)}{name}: "
+                f"{format_rate(median_of(rows, lambda row: row.rate))}{'**' * (name == best)}"
                 for name, rows in tried.items()
             )
             lines.append(f"- {_title(peer, fastest)}: {line}")

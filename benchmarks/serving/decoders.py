@@ -7,9 +7,9 @@ its own on the same core, and they take turns: in each round each decodes each p
 than Pillow and torch get a virtual environment each, which is created at first use; what it holds
 is the size of the package. One that can't be installed or loaded is named with the reason.
 
-The tables have the median times with the ratio of Pillow's draft to them within a round, the mean
-absolute difference from decoding all pixels, and the peak memory of one decoding in a fresh process
-above the memory before it.
+The tables have the median CPU times with the ratio of Pillow's draft to them within a round, the
+mean absolute difference from decoding all pixels, and the peak memory of one decoding in a fresh
+process above the memory before it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Measured:
     """What is known of a decoder.
 
     Attributes:
-        times: By megapixels, milliseconds by round.
+        times: By megapixels, milliseconds of CPU time by round.
         differences: By megapixels, mean absolute differences from the reference, of 255.
         peaks: By megapixels, MB.
         packages: Name, version and licence of each.
@@ -293,7 +293,7 @@ def tables(measured: Mapping[str, Measured], sizes: Sequence[str]) -> str:
     """Times, differences and memory by size; packages."""
     works = {name: found for name, found in measured.items() if not found.failed}
     draft = works.get(DRAFT, Measured()).times
-    heads = " | ".join(f"{size} MP: ms | draft / it | difference | peak MB" for size in sizes)
+    heads = " | ".join(f"{size} MP: CPU ms | draft / it | difference | peak MB" for size in sizes)
     lines = [f"| | {heads} |", f"|---|{4 * len(sizes) * '---:|'}"]
     for name, found in works.items():
         cells = [DECODERS[name].title]

@@ -171,8 +171,9 @@ def require_same_settings(context: Context, kind: str, header: list[str], path: 
 
 def describe(row: Row) -> str:
     """One row as a line of progress."""
-    text = f"{row.peer}, {row.setting}, round {row.round}, {row.callers}: {row.rps:.0f} rps"
-    text += f", p50 {row.p50:.1f} ms, p99 {row.p99:.1f} ms, CPU {row.cpu:.2f} ms"
+    text = f"{row.peer}, {row.setting}, round {row.round}, {row.callers}: "
+    text += f"{results.format_rate(row.rps)} rps, p50 {row.p50:.1f} ms, p99 {row.p99:.1f} ms"
+    text += f", CPU {row.cpu:.2f} ms"
     return text + f", errors {row.errors}, other labels {row.others}"
 
 

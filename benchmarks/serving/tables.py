@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks.results import format_ratio, median_of, other_labels
+from benchmarks.results import format_rate, format_ratio, median_of, other_labels
 from benchmarks.serving.measurement import Row
 from benchmarks.serving.peers import PEERS, Peer
 
@@ -77,7 +77,7 @@ def _table(results: Results, peers: Sequence[Peer]) -> str:
         for callers in results.callers:
             rows = results.of(peer.name, callers)
             cells += [
-                f"{median_of(rows, lambda r: r.rps):.0f}",
+                format_rate(median_of(rows, lambda r: r.rps)),
                 f"{median_of(rows, lambda r: r.p50):.1f}",
                 f"{median_of(rows, lambda r: r.p99):.1f}",
             ]
@@ -126,7 +126,7 @@ def _settings(results: Results) -> str:
         if len(tried) > 1:
             best = results.fastest(peer.name)
             line = "; ".join(
-                f"{'**' * (name == best)}{name}: {rps:.0f}{'**' * (name == best)}"
+                f"{'**' * (name == best)}{name}: {format_rate(rps)}{'**' * (name == best)}"
                 for name, rps in tried.items()
             )
             lines.append(f"- {peer.title}: {line}")

@@ -71,11 +71,10 @@ def summary(found: SizeComparison, size: int) -> str:
         result = f"refused: {refused}"
     else:
         result = f"kept, as --size {size} asks, though {doubt}" if doubt else "kept"
-    low, high = one.drop.interval
     return (
         f"size {size} {result}; on {_photos(found)} {one.accuracy:.2%}, at the trained size "
-        f"{found.trained} {trained.accuracy:.2%} (falls by {one.drop.drop:.2f} points, "
-        f"{low:.2f} to {high:.2f}; at most {one.drop.at_most:.2f} with 95 % confidence), "
+        f"{found.trained} {trained.accuracy:.2%} (a change of {_change(one)} points; it "
+        f"falls by at most {one.drop.at_most:.2f} with 95 % confidence), "
         f"{one.speedup:.2f} times as fast; at best {one.fastest:.0f} and {trained.fastest:.0f} "
         "images/s"
     )
@@ -94,13 +93,18 @@ def _photos(found: SizeComparison) -> str:
     return f"{found.photos:,} held-out photos{folds}{skipped}"
 
 
+def _change(one: SizeResult) -> str:
+    """Format the change of the accuracy in points, such as `-0.45 (-2.21 to +1.31)`."""
+    low, high = one.drop.interval
+    return f"{0 - one.drop.drop:+.2f} ({0 - high:+.2f} to {0 - low:+.2f})"
+
+
 def _row(found: SizeComparison, one: SizeResult) -> tuple[str, ...]:
-    drop, (low, high) = one.drop, one.drop.interval
     is_trained = one.size == found.trained
     return (
         str(one.size),
         f"{one.accuracy:.2%}",
-        "" if is_trained else f"{-drop.drop + 0:+.2f} ({-high:+.2f} to {-low:+.2f})",
+        "" if is_trained else _change(one),
         f"{one.loss:.4f}",
         f"{one.single:.0f}",
         f"{one.fastest:.0f}",

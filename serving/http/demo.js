@@ -25,6 +25,7 @@ const ERRORS = {
   "link": "That was a link, not a file",
 };
 const SEEN = {
+  "whole": "The model looks at the whole photo.",
   "crop": "The model looks at the framed square.",
   "squish": "The model looks at the whole photo, squeezed into a square.",
   "pad": "The model looks at the whole photo, within a square of plain colour.",
@@ -173,9 +174,10 @@ function showSeen() {
     tall: side / height,
     background: `rgb(${background.join()})`, // also behind what is transparent
   })) $("stage").style.setProperty(`--${name}`, value);
-  write("seen", SEEN[fit]);
-  show("frame", fit === "crop");
-  show("square", fit === "squish" && width !== height);
+  const seen = width === height && (fit !== "crop" || crop === 1) ? "whole" : fit;
+  write("seen", SEEN[seen]);
+  show("frame", seen === "crop");
+  show("square", seen === "squish");
   show("fit");
 }
 

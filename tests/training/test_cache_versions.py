@@ -42,6 +42,7 @@ CONFIGS = {
         max_warp=0.2,
         erase=1.0,
     ),
+    "hue": AugmentConfig(preset="none", max_hue=0.2),
     "policy": AugmentConfig(policy="trivial_augment"),
 }
 

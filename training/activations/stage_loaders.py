@@ -50,7 +50,7 @@ from training.utils.timer import Timer
 MEMORY_BYTES: Final = 2 * 2**30
 """Largest number of bytes of outputs that are kept in memory instead of in the disk cache."""
 
-ACTIVATIONS_VERSION: Final = 1
+ACTIVATIONS_VERSION: Final = 2
 """Version number of the cached outputs, in the cache key. Increase it if a change to augmentation,
 to the forward pass of the frozen layers or to the layout of the arrays changes the outputs. Without
 the increase, `test_cache_versions.py` fails."""

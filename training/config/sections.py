@@ -154,8 +154,8 @@ class AugmentConfig(Section):
     Attributes:
         preset: Name of a set of options, see `PRESETS`.
         crop: "random" crops anywhere in the photo, "center" crops as in validation.
-        flip: "horizontal" mirrors half of the photos; "dihedral" draws one of the 8 symmetries of
-            the square.
+        flip: "horizontal" mirrors every second view of a photo; with "dihedral" the views have the
+            8 symmetries of the square by turns.
         scale: Smallest and largest area of the random crop, as a share of the photo's largest
             square.
         ratio: Largest aspect ratio of the crop; 1 keeps it square.

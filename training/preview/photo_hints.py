@@ -20,10 +20,8 @@ from training.utils.console import pluralize
 
 _FEW: Final = 10
 """A class with fewer training photos gets a hint."""
-_MUCH_CUT_OFF: Final = 1 / 3
-"""`PhotoStats.cut_off` above which a photo counts for the hint about the centre crop."""
 _MANY: Final = 0.1
-"""Share of such photos above which there is that hint."""
+"""Share of photos that lose much to the centre crop above which there is a hint."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +190,7 @@ def _few_photos(scan: Scan) -> Iterator[str]:
 def _cut_off(scan: Scan) -> Iterator[str]:
     if scan.preprocess.fit != "crop":
         return
-    lost = [photo.cut_off for photo in scan.readable if photo.cut_off > _MUCH_CUT_OFF]
+    lost = [photo.cut_off for photo in scan.readable if _loses_over_a_third(photo)]
     if len(lost) > _MANY * len(scan.readable):
         yield (
             f"{len(lost)} of {len(scan.readable)} photos lose over a third of their area to the "
@@ -200,6 +198,14 @@ def _cut_off(scan: Scan) -> Iterator[str]:
             f"not see it. See them in photos.png; `{scan.command} preprocess.fit=pad` and "
             "preprocess.fit=squish train on whole photos"
         )
+
+
+def _loses_over_a_third(photo: PhotoStats) -> bool:
+    """Whether over a third of the area is outside of the largest centre square.
+
+    The short side may have been rounded: a photo of 500 x 333 is one of 3 : 2, and loses a third.
+    """
+    return 3 * (photo.short + 0.5) < 2 * max(photo.width, photo.height)
 
 
 def _small_photos(scan: Scan) -> Iterator[str]:

@@ -87,11 +87,8 @@ class PhotoStats:
 
     @property
     def cut_off(self) -> float:
-        """Share of the area outside of the largest centre square, as of a side 1/2 pixel longer.
-
-        So photos of 3 : 2 lose no more than a third, though 333 is less than 2/3 of 500 pixels.
-        """
-        return max(1 - (self.short + 0.5) / max(self.width, self.height, 1), 0.0)
+        """Share of the area that is outside of the largest centre square."""
+        return 1 - self.short / max(self.width, self.height, 1)
 
 
 def scan_photos(dataset: Dataset) -> list[PhotoStats]:

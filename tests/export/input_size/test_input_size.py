@@ -201,6 +201,24 @@ def test_sizes_are_compared_on_the_held_out_photos_of_all_folds(sized_run: Run, 
     assert own.at(KEPT).accuracy == right_at(sized_run, KEPT).mean()
 
 
+@pytest.mark.process
+def test_int8_is_judged_at_the_exported_size_on_all_folds(sized_run: Run, tmp_path: Path):
+    out = tmp_path / "bundle"
+    manifest = pipeline.export(
+        sized_run.folder,
+        out,
+        pipeline.ExportOptions(precision="auto", accuracy_budget=90),
+        folds=[other_fold(sized_run, tmp_path / "other fold")],
+        size=KEPT,
+        formats=(),
+        log=lambda line: None,
+    )
+    assert manifest.tried["int8"]["photos"] == manifest.parity["size"]["photos"] == 42
+    assert manifest.preprocess.size == KEPT
+    assert set(manifest.precisions) == {"fp32", "int8"}
+    assert any(line.startswith("int8 on CPU") for line in verify(out, device="cpu"))
+
+
 def test_photos_that_cannot_be_decoded_are_counted(run: Run):
     run.dataset.valid[0].path.write_bytes(b"no photo")
     found = choose.compare_sizes(run.folder, [KEPT], log=lambda line: None)

@@ -18,7 +18,7 @@ from serving.http import demo_page
 from serving.http.app import App
 from serving.http.demo_page import POLICY, render
 from serving.http.model_manager import ModelManager
-from serving.imaging import decode
+from serving.imaging import colours, decode
 from serving.settings import Settings
 from tests.support.page_fixture import NoTelemetry, no_bentoml
 
@@ -149,7 +149,8 @@ def keys_of(table: str) -> set[str]:
 
 def applied() -> Iterator[str]:
     """All values that decoding may append to `applied`; of computed values the constant part."""
-    for node in ast.walk(ast.parse(inspect.getsource(decode))):
+    source = inspect.getsource(decode) + inspect.getsource(colours)
+    for node in ast.walk(ast.parse(source.replace("from __future__ import annotations", ""))):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "applied.append":
             for part in ast.walk(node.args[0]):
                 if isinstance(part, ast.Constant) and re.search(r"[a-z]-|-[a-z]", str(part.value)):

@@ -49,6 +49,18 @@ def ratio(box: dict[str, float]) -> float:
     return box["width"] / box["height"]
 
 
+def test_a_square_photo_that_is_seen_whole_has_no_frame(browser: Browser, tmp_path: Path):
+    folder = tiny_bundle(tmp_path / "bundle", crop=1.0)
+    model_manager = ModelManager(Settings(bundle=folder, device="cpu"), NoTelemetry())
+    model_manager.load()
+    with served(model_manager) as (url, _), opened(browser, url) as page:
+        drawn = boxes(page, written(tmp_path / "square.jpg", photo(1, (90, 90))))
+        assert drawn["frame"]["width"] == drawn["square"]["width"] == 0
+        assert page.text("#seen") == "The model looks at the whole photo."
+        drawn = boxes(page, written(tmp_path / "wide.jpg", photo(1, (120, 90))))
+        assert ratio(drawn["frame"]) == pytest.approx(1, abs=0.02)
+
+
 @pytest.mark.parametrize("fit", ["crop", "squish", "pad"])
 def test_what_the_model_looks_at_is_drawn(browser: Browser, tmp_path: Path, fit: str):
     folder = tiny_bundle(tmp_path / "bundle", fit=fit, decode="scaled", background=BACKGROUND)
@@ -80,7 +92,8 @@ def test_what_the_model_looks_at_is_drawn(browser: Browser, tmp_path: Path, fit:
             if squished:
                 assert ratio(drawn["square"]) == 1
             words = {"crop": "framed square", "squish": "squeezed into", "pad": "plain colour"}
-            assert words[fit] in page.text("#seen")
+            whole = fit != "crop" and upright == 1
+            assert ("the whole photo." if whole else words[fit]) in page.text("#seen")
             assert page.value("document.documentElement.scrollWidth") == 360
         ground = page.value("getComputedStyle(document.getElementById('stage')).backgroundColor")
         assert ground == f"rgb{BACKGROUND}"

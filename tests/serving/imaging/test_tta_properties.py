@@ -17,6 +17,7 @@ from tests.support.hypothesis_profiles import examples
 SIDES = st.integers(1, 70)
 SHARES = st.floats(0, 1)
 CROPS = st.floats(1e-6, 1)
+LEAST = 2**-8  # pixels of the side of a box
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def test_a_view_is_a_square_inside_the_image(image, preprocess, view) -> None:
     assert pixels.dtype == np.uint8
     ((left, top, right, bottom),) = preprocess.boxes
     short = min(image.size)
-    side = min(short * preprocess.crop / view.zoom, short)
+    side = max(min(short * preprocess.crop / view.zoom, short), LEAST)
     assert (right - left, bottom - top) == pytest.approx((side, side), abs=1e-9)
     # Pillow rounds a box to float32, in which a position has an error of up to 1e-5 here.
     assert min(left, top) >= 0
@@ -137,11 +138,11 @@ def test_a_view_of_the_whole_picture_is_inside_it_and_its_padding(image, preproc
             *((width - side) / 2, (height - side) / 2),
             *((width + side) / 2, (height + side) / 2),
         )
-    zoom = max(view.zoom, 1)
     for axis, position in ((0, view.x), (1, view.y)):
         box, whole = (left, top, right, bottom)[axis::2], outer[axis::2]
-        free = (whole[1] - whole[0]) * (1 - 1 / zoom)
-        assert box[1] - box[0] == pytest.approx((whole[1] - whole[0]) / zoom, abs=1e-9)
+        side = max((whole[1] - whole[0]) / max(view.zoom, 1), LEAST)
+        assert box[1] - box[0] == pytest.approx(side, abs=1e-9)
+        free = whole[1] - whole[0] - side
         assert box[0] == pytest.approx(whole[0] + free * position, abs=1e-9)
         assert whole[0] - 1e-9 <= box[0]
         assert box[1] <= whole[1] + 1e-9

@@ -136,6 +136,37 @@ def test_flips_draw_all_symmetries_equally_often(flip, symmetries):
     assert bool(((often > 0.6) & (often < 1.4)).all())
 
 
+def flips(config, photos, seed, views):
+    """Number of the symmetry of the square of each view and photo: int64 [views, photos]."""
+    drawn = torch.stack([transforms._flips(config, photos, seed, view) for view in range(views)])
+    same = (drawn[:, :, None] == transforms._SYMMETRIES).all(dim=(3, 4))  # [views, photos, 8]
+    assert bool((same.sum(dim=2) == 1).all())
+    return same.long().argmax(dim=2)
+
+
+def test_of_two_consecutive_views_of_a_photo_one_is_mirrored():
+    photos, views = 400, 7
+    mirrored = flips(plain(flip="horizontal"), photos, 1, views)
+    assert set(mirrored.unique().tolist()) == {0, 1}
+    assert bool((mirrored[1:] != mirrored[:-1]).all())
+    first = mirrored[0].float()
+    assert 0.4 < float(first.mean()) < 0.6  # each photo begins by chance
+    assert 0.4 < float((first[1:] == first[:-1]).float().mean()) < 0.6
+    assert torch.equal(mirrored[:, :9], flips(plain(flip="horizontal"), 9, 1, views))
+    other = flips(plain(flip="horizontal"), photos, 2, 1)[0]
+    assert 0.4 < float((other == mirrored[0]).float().mean()) < 0.6
+
+
+def test_of_eight_consecutive_views_of_a_photo_each_has_another_symmetry():
+    photos = 400
+    seen = flips(plain(flip="dihedral"), photos, 0, 11)
+    for start in range(4):
+        eight = seen[start : start + 8].sort(dim=0).values
+        assert torch.equal(eight, torch.arange(8)[:, None].expand(8, photos))
+    pairs = (seen[0] * 8 + seen[1]).unique()
+    assert len(pairs) == 8 * 7  # photos have different orders
+
+
 def test_random_crops_stay_inside_and_restore_the_aspect_ratio():
     """In pixels of the photo the crop is square for every aspect ratio."""
     config = plain(crop="random", scale=(0.2, 1.0))
