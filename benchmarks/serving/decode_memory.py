@@ -188,7 +188,8 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, help="without: the first table alone")
     parser.add_argument("--rounds", type=int, default=3, help="of each request; the median counts")
     options = parser.parse_args()
-    print(f"{machine.describe(1, 'cpu')}, Pillow {Image.__version__}\n")
+    described = machine.describe(os.cpu_count() or 1, "cpu")
+    print(f"{described}, Pillow {Image.__version__}\n")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         print(

@@ -34,9 +34,9 @@ STRIP: Final = 2**20
 
 _DCT_SCALES: Final = (8, 4, 2)
 
-# Least side of a view's box, in pixels, and largest position of a box divided by its side: Pillow's
-# boxes are float32.
-_LEAST: Final = 2**-8
+# Least side of a view's box, in pixels, so that none is divided by 0.
+_LEAST: Final = 2**-40
+# Largest position of a box divided by its side: Pillow's boxes are float32.
 _PRECISE: Final = 2**16
 
 _FILTERS: Final = {
@@ -172,13 +172,14 @@ class Preprocess:
             *(max(box[0], area[0]), max(box[1], area[1])),
             *(min(box[2], area[2]), min(box[3], area[3])),
         )
-        if min(inside[2] - inside[0], inside[3] - inside[1]) < _LEAST / 2:  # all of it is padding
+        if self.fit == "pad" and (inside[0] >= inside[2] or inside[1] >= inside[3]):
             return np.full((self.size, self.size, 3), self.background, np.uint8)
         left, right = self._columns(inside[0::2], box[0::2])
         top, bottom = self._columns(inside[1::2], box[1::2])
         if any((inside[i + 2] - inside[i]) * _PRECISE < inside[i] for i in (0, 1)):
-            x, y = math.floor(inside[0]), math.floor(inside[1])
-            image = image.crop((x, y, math.ceil(inside[2]), math.ceil(inside[3])))
+            x, y = (min(math.floor(inside[i]), image.size[i] - 1) for i in (0, 1))
+            right_x, bottom_y = max(math.ceil(inside[2]), x + 1), max(math.ceil(inside[3]), y + 1)
+            image = image.crop((x, y, right_x, bottom_y))
             inside = (inside[0] - x, inside[1] - y, inside[2] - x, inside[3] - y)
         seen = image.resize((right - left, bottom - top), _FILTERS[self.interpolation], box=inside)
         if seen.size == (self.size, self.size):
@@ -189,6 +190,8 @@ class Preprocess:
 
     def _columns(self, inside: tuple[float, ...], box: tuple[float, ...]) -> tuple[int, int]:
         """Return the first and the last (exclusive) column that the picture takes in the square."""
+        if box[0] == box[1]:  # it is too small for its place
+            return 0, self.size
         scale = self.size / (box[1] - box[0])
         first = min(round((inside[0] - box[0]) * scale), self.size - 1)
         return first, max(first + 1, round((inside[1] - box[0]) * scale))

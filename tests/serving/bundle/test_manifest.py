@@ -54,6 +54,10 @@ def test_json_that_is_no_manifest_is_refused_by_name(text: str, message: str) ->
     assert refusal(text).startswith(message)
 
 
+FIT = "input should be 'crop', 'squish' or 'pad'"
+ZOOM = "input should be greater than 0"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -71,6 +75,17 @@ def test_json_that_is_no_manifest_is_refused_by_name(text: str, message: str) ->
             "views: the first view must be the plain one",
         ),
         ({"preprocess": {"size": 224}}, "preprocess.crop is missing"),
+        *(
+            (
+                {"preprocess": Preprocess().to_dict() | {"fit": wrong}},
+                f"preprocess.fit{shown}: {FIT}",
+            )
+            for wrong, shown in (([], ""), (5, " = 5"), (None, " = None"), ("zoom", " = 'zoom'"))
+        ),
+        *(
+            ({"views": [VIEWS[0]._replace(zoom=zoom)._asdict()]}, f"views.0.zoom = {zoom}: {ZOOM}")
+            for zoom in (0, -1.5)
+        ),
     ],
 )
 def test_the_refusal_of_a_manifest_names_the_field_and_the_rule(
