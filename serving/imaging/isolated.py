@@ -312,7 +312,7 @@ def _split_head(
         if not fits or shape[-1] != 3 or len(shape) != len(head["shape"]):
             raise BrokenImage(_NO_ANSWER)
         applied, mode = tuple(map(str, head["applied"])), str(head["mode"])
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise BrokenImage(_NO_ANSWER) from error
     told = {"size": (wide, tall), "area": (left, top, right, bottom)}
     answer = {"shape": shape, "applied": applied, "mode": mode, "bytes": math.prod(shape)}

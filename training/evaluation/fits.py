@@ -109,11 +109,11 @@ def advice(found: Sequence[FitResult], run: Path, data: Path | None = None) -> s
     if not others:
         return ""
     best = max(others, key=lambda one: (one.result.accuracy, -one.result.loss)).fit
-    folder = checkpoint.run_folder_of(run)
+    trained, folder = found[0].fit, checkpoint.run_folder_of(run)
     source = data or _info(run).data.get("source", "DATA")
     return (
-        f"the network was trained with preprocess.fit={found[0].fit}, which is in favour of it; to "
-        f"compare {best} fairly, train with it: "
+        f"the network was trained with preprocess.fit={trained}, which favours {trained}; for a "
+        f"fair comparison train with {best}, too: "
         f"`fledge train {quote_path(folder / 'recipe.toml')} --data {quote_path(source)} --split "
         f"{quote_path(folder / SPLIT_FILE)} preprocess.fit={best}`"
     )

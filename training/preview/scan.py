@@ -31,7 +31,7 @@ LONG: Final = 3.0
 TINY: Final = 64
 """Short side in pixels below which a photo is unusual."""
 HUGE: Final = 25_000_000
-"""Number of pixels above which a photo is unusual; training decodes all of them and uses few."""
+"""Number of pixels above which a photo is unusual; training uses few of them."""
 _GREY: Final = 4
 """Largest difference between the channels of a grey pixel, 0..255."""
 _REDUCED: Final = Preprocess(decode="scaled", fit="squish")

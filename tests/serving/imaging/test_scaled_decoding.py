@@ -98,7 +98,7 @@ def test_without_its_area_a_reduced_picture_would_be_shifted() -> None:
 @pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize("fit", FITS)
 def test_small_photos_are_decoded_as_before(kind: str, fit: str) -> None:
-    """Below three times what the network sees, nothing is reduced, to the bit."""
+    """Where the part that is seen is below four times the size, nothing is reduced, to the bit."""
     data = encoded(scene(121, 111), kind, 6)
     full = Preprocess(32, fit=fit)
     whole = decode.decode(data, preprocess=full)
