@@ -83,6 +83,20 @@ def require_same_settings(values: Mapping[str, str], path: Path, what: str) -> N
         raise SystemExit(f"{path.parent} holds other {what}: {changes}; choose another --out")
 
 
+def require_crop(bundle: Path) -> None:
+    """Refuse a bundle for which the peers and the reference would do other work.
+
+    Raises:
+        SystemExit: Its `preprocess.fit` is not "crop"; the peers cut the centre square.
+    """
+    fit = json.loads((bundle / "manifest.json").read_text())["preprocess"].get("fit", "crop")
+    if fit != "crop":
+        raise SystemExit(
+            f"--bundle {bundle}: its preprocess.fit is {fit}, and the peers cut the centre square; "
+            "name a bundle that does"
+        )
+
+
 def _memory() -> float:
     """Physical memory in GiB."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

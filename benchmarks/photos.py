@@ -52,24 +52,12 @@ KINDS: Final = {
     "12mp": Kind(4032, 3024, _AS_PHONES_HOLD),
 }
 
+NAMES: Final = (GIVEN, *KINDS)
+"""The names of --kinds."""
 HELP: Final = (
     f"comma-separated: {GIVEN} (default: the photos as they are); made from them, each in a race "
     f"of its own: {', '.join(KINDS)}"
 )
-
-
-def parse_kinds(names: str) -> list[str]:
-    """The names in the value of --kinds, in their order.
-
-    Raises:
-        SystemExit: A name is unknown.
-    """
-    chosen = list(dict.fromkeys(names.split(",")))
-    unknown = sorted(set(chosen) - {GIVEN, *KINDS})
-    if unknown:
-        there = ", ".join([GIVEN, *KINDS])
-        raise SystemExit(f"--kinds: no {', '.join(unknown)}; there are {there}")
-    return chosen
 
 
 def settings(kind: str) -> dict[str, str]:

@@ -17,17 +17,16 @@ Row = TypeVar("Row")
 """A dataclass."""
 
 
-def parse_peers(names: str, known: Mapping[str, object]) -> list[str]:
-    """The names in the value of --peers, in their order.
+def parse_names(names: str, known: Iterable[str], option: str) -> list[str]:
+    """The comma-separated names in the value of an option, each once, in their order.
 
     Raises:
         SystemExit: A name is unknown.
     """
-    chosen = names.split(",")
-    unknown = set(chosen) - set(known)
-    if unknown:
-        there = ", ".join(known)
-        raise SystemExit(f"--peers: no {', '.join(sorted(unknown))}; there are {there}")
+    there = list(known)
+    chosen = list(dict.fromkeys(names.split(",")))
+    if unknown := sorted(set(chosen) - set(there)):
+        raise SystemExit(f"{option}: no {', '.join(unknown)}; there are {', '.join(there)}")
     return chosen
 
 

@@ -47,12 +47,13 @@ def main() -> int:
     """Run the measurements that have no row yet, then print; returns the exit status."""
     options = parse()
     out: Path = options.out.resolve()
-    kinds = photos.parse_kinds(options.kinds)
+    kinds = results.parse_names(options.kinds, photos.NAMES, "--kinds")
     folders = [photos.folder_of(kind, out) for kind in kinds]
     if options.markdown:
         return show_all(folders)
     if not (options.bundle and options.photos):
         raise SystemExit("name the bundle and the photos: --bundle DIR --photos DIR")
+    machine.require_crop(options.bundle)
     peers = chosen_peers(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the competitor is killed
     machine.limit_cores(options.threads)
@@ -105,7 +106,7 @@ def parse() -> argparse.Namespace:
 def chosen_peers(options: argparse.Namespace) -> list[Peer]:
     """The peers of --peers, in that order."""
     default = before.default_peers(PEERS, options.before)
-    names = results.parse_peers(options.peers or default, PEERS)
+    names = results.parse_names(options.peers or default, PEERS, "--peers")
     before.require(names, options.before)
     need_run = sorted(set(names) & set(NEED_RUN))
     if need_run and not (options.run or options.memory):

@@ -29,7 +29,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks import environments, machine, photos
+from benchmarks import environments, machine, photos, results
 from benchmarks.machine import PEERS_FOLDER
 from benchmarks.scoring.photos import find, spread
 
@@ -131,8 +131,8 @@ def main() -> int:
     """Make the photos, measure, print the tables; returns the exit status."""
     options = parse()
     out: Path = options.out.resolve()
-    sizes = chosen(options.megapixels, SIDES, "--megapixels")
-    names = chosen(options.decoders, DECODERS, "--decoders")
+    sizes = results.parse_names(options.megapixels, SIDES, "--megapixels")
+    names = results.parse_names(options.decoders, DECODERS, "--decoders")
     sources = spread([path.resolve() for path in find(options.photos)], options.count)
     made = {
         size: photos.make_all(sources, photos.Kind(*SIDES[size]), out / f"{size}mp")
@@ -171,18 +171,6 @@ def parse() -> argparse.Namespace:
     add("--decoders", default=",".join(DECODERS), help="default: %(default)s")
     add("--out", type=Path, default=Path("runs/bench-decoders"), help="the photos that are made")
     return parser.parse_args()
-
-
-def chosen(names: str, known: Mapping[str, object], option: str) -> list[str]:
-    """The names in a comma-separated value.
-
-    Raises:
-        SystemExit: A name is unknown.
-    """
-    found = names.split(",")
-    if unknown := sorted(set(found) - set(known)):
-        raise SystemExit(f"{option}: no {', '.join(unknown)}; there are {', '.join(known)}")
-    return found
 
 
 def environment_of(names: Sequence[str]) -> tuple[dict[str, Path], dict[str, Measured]]:

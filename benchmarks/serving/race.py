@@ -40,12 +40,13 @@ def main() -> int:
     """Run the measurements that have no rows yet, then print; returns the exit status."""
     options = parse()
     out: Path = options.out.resolve()
-    kinds = photos.parse_kinds(options.kinds)
+    kinds = results.parse_names(options.kinds, photos.NAMES, "--kinds")
     folders = [photos.folder_of(kind, out) for kind in kinds]
     if options.markdown:
         return show_all(folders, options)
     if not (options.bundle and options.photos):
         raise SystemExit("name the bundle and the photos: --bundle DIR --photos DIR")
+    machine.require_crop(options.bundle)
     peers = chosen_peers(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is stopped
     machine.limit_cores(options.threads)
@@ -108,7 +109,7 @@ def parse() -> argparse.Namespace:
 def chosen_peers(options: argparse.Namespace) -> list[Peer]:
     """The peers of --peers, in that order."""
     default = before.default_peers(PEERS, options.before)
-    names = results.parse_peers(options.peers or default, PEERS)
+    names = results.parse_names(options.peers or default, PEERS, "--peers")
     if "torch" in names and not options.run:
         raise SystemExit("--peers torch serves a run: add --run DIR, or leave torch out")
     before.require(names, options.before)

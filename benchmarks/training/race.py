@@ -51,7 +51,7 @@ def main() -> int:
     print(about, file=sys.stderr)
     warm_page_cache(settings.data)
     if options.bare:
-        requested = {"fledge", *results.parse_peers(options.peers, epoch_cost.KINDS)}
+        requested = {"fledge", *results.parse_names(options.peers, epoch_cost.KINDS, "--peers")}
         kinds = [kind for kind in epoch_cost.KINDS if kind in requested]
         epochs, rounds = options.bare_epochs, options.rounds
         try:
@@ -138,7 +138,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 def jobs(options: argparse.Namespace) -> list[Job]:
     """All jobs, by seed and fold; each pair starts with the next competitor."""
-    peers = results.parse_peers(options.peers, tables.NAMES)
+    peers = results.parse_names(options.peers, tables.NAMES, "--peers")
     pairs = itertools.product(map(int, options.seeds.split(",")), options.folds.split(","))
     return [
         Job(peer, fold, seed)

@@ -6,17 +6,20 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from benchmarks import before, photos, results
+from benchmarks import before, machine, photos, results
 from benchmarks.peers import jpeg_decoders
 from benchmarks.photos import Kind
+from benchmarks.scoring import race as scoring_race
 from benchmarks.serving import decoders
+from benchmarks.serving import race as serving_race
 from serving.imaging.preprocess import Preprocess
-from tests.support.tiny_bundle import photo
+from tests.support.tiny_bundle import photo, tiny_bundle
 
 
 def given(folder: Path, count: int = 5) -> list[Path]:
@@ -60,9 +63,10 @@ def test_photos_as_they_are_stay_the_default(tmp_path: Path) -> None:
     assert photos.prepare(sources, photos.GIVEN, tmp_path / "out") == sources
     assert photos.folder_of(photos.GIVEN, tmp_path) == tmp_path
     assert photos.folder_of("12mp", tmp_path) == tmp_path / "12mp"
-    assert photos.parse_kinds("given,12mp,given") == ["given", "12mp"]
-    with pytest.raises(SystemExit, match="no 3mp; there are given, thumbnail, 2mp, 12mp"):
-        photos.parse_kinds("3mp")
+    names = results.parse_names("given,12mp,given", photos.NAMES, "--kinds")
+    assert names == ["given", "12mp"]
+    with pytest.raises(SystemExit, match="--kinds: no 3mp; there are given, thumbnail, 2mp, 12mp"):
+        results.parse_names("12mp,3mp", photos.NAMES, "--kinds")
 
 
 @dataclass
@@ -135,6 +139,18 @@ def test_an_older_checkout_needs_its_environment_and_a_bundle_that_it_opens(tmp_
     assert "before" in before.default_peers(["fledge", "before"], tmp_path)
     with pytest.raises(SystemExit, match="name an older checkout, --before CHECKOUT"):
         before.require(["fledge", "before"], None)
+
+
+@pytest.mark.parametrize("race", [scoring_race, serving_race])
+def test_races_refuse_a_bundle_of_which_the_peers_would_see_another_part(
+    race: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle", fit="pad")
+    words = ["race", "--bundle", str(bundle), "--photos", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit, match=r"its preprocess\.fit is pad"):
+        race.main()
+    machine.require_crop(tiny_bundle(tmp_path / "other"))
 
 
 def test_decoders_compute_the_square_that_fledge_computes(tmp_path: Path) -> None:
