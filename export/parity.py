@@ -35,7 +35,7 @@ MAX_PHOTOS: Final = 500
 WORST_SHOWN: Final = 5
 """Number of photos that are logged if the gate fails: those with the largest differences."""
 GOLDEN_IMAGES: Final = 8
-GOLDEN_BYTES: Final = 4_000_000
+GOLDEN_BYTES: Final = 16_000_000
 MAX_UNREADABLE_SHARE: Final = 0.05
 _CHUNK: Final = 14  # photos in memory; a multiple of every batch size, so that all batches are full
 
@@ -201,9 +201,9 @@ def write_golden(
                 decoded = decode(content, preprocess=preprocess)
             except (ImageError, OSError):
                 continue
+            if chosen and total + len(content) > GOLDEN_BYTES:
+                break  # the other photos of the class are larger
             total += len(content)
-            if chosen and total > GOLDEN_BYTES:
-                return tuple(chosen)
             # A photo that was recognised by its content may have any suffix.
             file = f"golden/{len(chosen)}{path.suffix.lower() if is_image(path.name) else ''}"
             (payload / file).write_bytes(content)

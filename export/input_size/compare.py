@@ -231,8 +231,9 @@ def _run(network: _Network, path: Path, info: CheckpointInfo, size: int) -> Held
     """Write the network's graph to `path`, and return its outputs for the held-out photos."""
     preprocess = replace(info.preprocess, size=size)
     with progress_bar() as bar:
-        bar.add_task(f"graph at {size} pixels", total=1)
+        task = bar.add_task(f"graph at {size} pixels", total=1)
         network.write(path, preprocess)
+        bar.advance(task)
     entry: dict[str, Any] = {"file": path.name, "accuracy": None, "tolerance": TOLERANCE}
     manifest = Manifest(
         name=info.name,

@@ -75,6 +75,7 @@ def _compared(fit: str, result: EvaluationResult, base: EvaluationResult) -> Fit
     both = first.keys() & second.keys()  # a photo may have changed in between
     lost = sum(first[path] and not second[path] for path in both)
     won = sum(second[path] and not first[path] for path in both)
+    # The interval is that of a drop; that of a gain is the same with the two swapped.
     low, high = metrics.paired_interval(won, lost, len(both))
     return FitResult(fit, result, (won - lost) / max(len(both), 1), (low, high))
 
