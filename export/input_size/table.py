@@ -10,7 +10,7 @@ from export.input_size.compare import MAX_SIZES, SizeComparison, SizeResult
 from export.precision import loss_bounds
 from export.precision.verdict import DEFAULT_BUDGET
 from serving.errors import OptionError
-from serving.terminal import quote_path
+from serving.terminal import quote, quote_path
 
 _HEAD = ("size", "accuracy", "change (95 %)", "loss", "images/s", "at best", "times as fast", "")
 
@@ -19,13 +19,15 @@ def parse(text: str) -> list[int]:
     """Parse sizes with commas between them, such as `160,192,224`.
 
     Raises:
-        OptionError: A part is not a number, or there are too many sizes.
+        OptionError: A part is not a number, or has over four digits, or there are too many sizes.
     """
     parts = [part.strip() for part in text.split(",")]
     wrong = next((part for part in parts if not (part.isascii() and part.isdigit())), None)
+    if wrong is not None:
+        raise OptionError(f"--sizes {quote(text)}: write pixels with commas, such as 160,192,224")
     # Python converts no more than 4,300 digits.
-    if wrong is not None or max(map(len, parts)) > 4:
-        raise OptionError(f"--sizes {text}: write pixels with commas, such as 160,192,224")
+    if large := next((part for part in parts if len(part) > 4), None):
+        raise OptionError(f"--sizes {large[:12]}: use 8 to 4096 pixels")
     sizes = sorted({int(part) for part in parts})
     if len(sizes) > MAX_SIZES:
         raise OptionError(f"--sizes: {len(sizes)} sizes are too many; name up to {MAX_SIZES}")

@@ -131,7 +131,9 @@ class ViewEntry(TypedDict):
     """One view of test-time augmentation."""
 
     name: str
-    zoom: Annotated[Number, Field(gt=0, description="side of the plain crop / side of this crop")]
+    zoom: Annotated[
+        Number, Field(gt=0, le=1000, description="side of the plain crop / side of this crop")
+    ]
     x: Annotated[Share, Field(description="position of the crop: 0 left, 0.5 centre, 1 right")]
     y: Annotated[Share, Field(description="position of the crop: 0 top, 0.5 centre, 1 bottom")]
     flip: Annotated[StrictBool, Field(description="mirrored left to right")]

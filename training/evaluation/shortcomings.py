@@ -88,7 +88,7 @@ def unmeasured(classes: Sequence[str], photos: Labels) -> Iterator[str]:
 
 
 REMEDY: Final = (
-    "look at what the crop leaves of the photos with `fledge preview {data} --augment`, correct "
+    "look at the photos as training sees them with `fledge preview {data} --augment`, correct "
     "wrong labels, add photos of the weak classes, or train longer: {longer}"
 )
 """What to do about shortcomings; `data` is the quoted value of `--data`, `longer` an override."""

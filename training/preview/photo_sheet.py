@@ -190,8 +190,9 @@ def _tile(photo: PhotoStats, row: Row, preprocess: Preprocess) -> Image.Image:
     tile.paste(small, (left, top))
     if row.framed:
         box = [scale * side for side in preprocess.box((0, 0, *read.size))]
-        corners = (left + box[0], top + box[1], left + box[2] - 1, top + box[3] - 1)
-        ImageDraw.Draw(tile).rectangle(corners, outline=_MARK, width=2)
+        first = (left + box[0], top + box[1])  # of a frame, which is at least one pixel
+        last = (max(left + box[2] - 1, first[0]), max(top + box[3] - 1, first[1]))
+        ImageDraw.Draw(tile).rectangle((*first, *last), outline=_MARK, width=2)
     return tile
 
 

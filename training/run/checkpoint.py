@@ -103,8 +103,9 @@ def save(path: Path, classifier: Classifier, info: CheckpointInfo) -> None:
 
 def write_info(path: Path, info: CheckpointInfo) -> None:
     """Write the .json file of a checkpoint atomically."""
+    values = asdict(info) | {"preprocess": info.preprocess.to_dict()}
     with atomic_write(path) as partial:
-        partial.write_text(json.dumps(asdict(info), indent=2, allow_nan=False) + "\n")
+        partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def weights_path(run: Path) -> Path:

@@ -149,6 +149,7 @@ def _unlist(values: dict) -> None:
         lambda values: values["thresholds"].update(confident="high"),
         lambda values: values.update(average="median"),
         lambda values: values["views"][1].update(zoom=0),
+        lambda values: values["views"][1].update(zoom=1e307, x=0, y=0),
         lambda values: values["views"][1].update(x=2.0),
         lambda values: values.update(labels=[]),
         lambda values: values.update(labels=[1, 2, 3]),

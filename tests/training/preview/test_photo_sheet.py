@@ -121,6 +121,16 @@ def test_the_longest_photos_are_drawn_as_the_network_sees_them(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1)])
+@pytest.mark.parametrize("fit", ["crop", "squish", "pad"])
+def test_a_photo_of_which_the_frame_is_less_than_a_pixel_is_drawn(tmp_path, size, fit):
+    photos = [stats(save(tmp_path / "thin.png", size), "a")]
+    rows = list(photo_sheet.rows(photos, [], Preprocess(fit=fit), 0))
+    assert any(row.framed for row in rows) == (fit == "crop")
+    photo_sheet.draw(rows, tmp_path, Preprocess(fit=fit), tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").exists()
+
+
 def test_without_long_photos_there_is_no_row_of_them(tmp_path):
     photos = [stats(save(tmp_path / f"{i}.png"), "a") for i in range(3)]
     assert not any(title.startswith("longest") for title in rows_by_title(photos, ["a"]))
