@@ -41,6 +41,10 @@ _CONVERTED: Final = 14.5
 _DEEP: Final = 2.0
 # Share of the time of a JPEG that is left where its cosine transform is smaller.
 _SCALED_SHARE: Final = 0.6
+# Bytes per pixel of the network's input: of each view, which is copied twice, and of the square
+# that is being cut.
+_VIEW: Final = 9.0
+_CUT: Final = 2 * _RGB
 # Bytes per encoded byte: the buffer of the file, and Pillow's copies of its metadata.
 _COPIES: Final = 2
 # Bytes per pixel of the float64 samples of a strip, and of the largest strip.
@@ -150,6 +154,8 @@ def estimate(data: bytes, views: int = 1, preprocess: Preprocess | None = None) 
         if scale == 1
         else (peak + pixels * head.decoder)
     )
+    if preprocess:
+        peak = max(peak, reduced * _RGB + preprocess.size**2 * (_VIEW * views + _CUT))
     nanoseconds = head.nanoseconds * (_SCALED_SHARE if scale > 1 else 1)
     seconds = (
         pixels * nanoseconds * 1e-9

@@ -97,7 +97,7 @@ def test_the_memory_limit_of_the_process_holds(name: str) -> None:
     large = scene().resize(size)
     data = heic(large) if name == "HEIC" else jpeg_xl(large, effort=1)
     pool = DecoderPool(1)
-    request = {"max_pixels": 10**8, "background": [1, 2, 3], "too_large": "too large"}
+    request = {"max_pixels": 10**8, "preprocess": {}, "too_large": "too large"}
     estimated = cost.estimate(data)
     assert (estimated.width, estimated.height) == size
     # The first image of a process, and one after others.
