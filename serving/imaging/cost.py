@@ -174,7 +174,7 @@ def _resized_pixels(preprocess: Preprocess, width: int, height: int) -> int:
 
 
 def _view_bytes(preprocess: Preprocess, sides: int, views: int) -> int:
-    """Return the bytes of the views, of their copy in one array, and of the filter's weights.
+    """Return the bytes of the views, of their two copies, and of the filter's weights.
 
     Args:
         preprocess: Preprocessing.
@@ -183,7 +183,7 @@ def _view_bytes(preprocess: Preprocess, sides: int, views: int) -> int:
     """
     square = preprocess.size**2
     weights = _WEIGHTS[preprocess.interpolation] * sides + 48 * preprocess.size
-    return square * (6 * views + 2 * int(_RGB)) + weights
+    return square * (9 * views + 2 * int(_RGB)) + weights
 
 
 def _png(data: bytes) -> Head | None:

@@ -40,7 +40,7 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def refused(action: Callable[[], object], seconds: float = 5) -> str:
+def refused(action: Callable[[], object], seconds: float = 15) -> str:
     """The message of the DataError; it is one line and was raised in time and without gigabytes."""
     before, started = peak(), time.monotonic()
     with pytest.raises(DataError) as caught:

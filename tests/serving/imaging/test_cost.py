@@ -19,6 +19,7 @@ from serving.errors import BrokenImage, NotAnImage, TooLarge
 from serving.imaging import cost, decode
 from serving.imaging.isolated import DecoderPool
 from serving.imaging.preprocess import Preprocess
+from serving.imaging.tta import VIEWS
 from tests.hostile.images import WORST, noisy_tiff, png, progressive_jpeg, saved
 from tests.robustness.file_builders import chunk, into_jpeg, segment
 from tests.support.fork_server import ROOT
@@ -143,6 +144,23 @@ def test_expensive_pictures_are_isolated(data: bytes) -> None:
 def test_views_cost_time() -> None:
     data = photo(1, (600, 400))
     assert cost.estimate(data, 10).seconds > cost.estimate(data).seconds
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("size", [1024, 2048])
+def test_the_views_of_a_large_network_are_part_of_the_memory(size: int, fit: str) -> None:
+    """Without them a decoder process refused small images as too large."""
+    data = saved("RGB", "AVIF")(40, 40)
+    preprocess = Preprocess(size=size, fit=fit)
+    estimated = cost.estimate(data, 10, preprocess)
+    assert estimated.bytes > 10 * 6 * size**2
+    request = {
+        **{"max_pixels": 10**6, "preprocess": preprocess.to_dict(), "too_large": "too large"},
+        "views": VIEWS,
+    }
+    answer = decode.decoders.decode(data, request, memory=estimated.bytes)
+    assert answer.pixels.shape == (10, size, size, 3)
+    assert cost.estimate(saved("RGB", "JPEG")(40, 40), 10, Preprocess(size=4096)).isolated
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"<svg", b"%PDF"])

@@ -17,7 +17,7 @@ from tests.support.hypothesis_profiles import examples
 SIDES = st.integers(1, 70)
 SHARES = st.floats(0, 1)
 CROPS = st.floats(1e-6, 1)
-LEAST = 2**-8  # pixels of the side of a box
+LEAST = 2**-40  # pixels of the side of a box
 
 
 @dataclass(frozen=True)
