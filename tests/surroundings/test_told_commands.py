@@ -101,7 +101,7 @@ def test_the_next_command_of_a_training_exports_its_run(place: Path) -> None:
 @pytest.mark.process
 def test_the_command_that_resumes_a_run_resumes_it(place: Path) -> None:
     words = ["train", "recipe.toml", "--data", "photos", "--device", "cpu"]
-    words += ["stage.all.cycle_len=60", f"--out=./{os.fsdecode(ODD)}"]
+    words += ["stage.all.cycle_len=200", f"--out=./{os.fsdecode(ODD)}"]
     process = subprocess.Popen(
         [*FLEDGE, *words], cwd=place, env=Surrounding().environment(place), stderr=subprocess.PIPE
     )
