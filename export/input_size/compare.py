@@ -24,7 +24,7 @@ from export.calibration import HeldOut, predict_views
 from export.graph import assemble
 from export.parity import TOLERANCE, Sample, subsample
 from export.precision import folds, loss_bounds
-from export.precision.loss_bounds import PairedDrop
+from export.precision.loss_bounds import PairedDrop, doubt
 from export.precision.select import MAX_PHOTOS
 from export.sources.source import Source
 from export.writers import onnx
@@ -137,12 +137,7 @@ class SizeComparison:
 
     def doubt(self, result: SizeResult) -> str | None:
         """Return why the photos can't tell if the drop is within the budget; None if it is."""
-        if result.drop.at_most <= self.budget:
-            return None
-        return (
-            f"accuracy may fall by up to {result.drop.at_most:.2f} points (95 % confidence), and "
-            f"the budget is {self.budget:g}"
-        )
+        return doubt(result.drop.at_most, self.budget)
 
     @property
     def advised(self) -> SizeResult:

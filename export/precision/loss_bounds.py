@@ -57,6 +57,21 @@ class PairedDrop(NamedTuple):
         )
 
 
+def doubt(at_most: float, budget: float) -> str | None:
+    """Return why photos can't tell whether a drop is within a budget; None if it is.
+
+    Args:
+        at_most: Upper limit of the drop with 95 % confidence, in percentage points.
+        budget: Largest accepted drop, in percentage points.
+    """
+    if at_most <= budget:
+        return None
+    return (
+        f"accuracy may fall by up to {at_most:.2f} points (95 % confidence), and the budget is "
+        f"{budget:g}"
+    )
+
+
 def at_most(lost: float, won: float, photos: float) -> float:
     """Return the upper limit of the drop, from -1 to 1, as if one more answer had been wrong.
 

@@ -83,12 +83,7 @@ class Verdict:
     @property
     def doubt(self) -> str | None:
         """Why the photos can't tell whether the drop is within the budget; None if it is."""
-        if self.at_most <= self.budget:
-            return None
-        return (
-            f"accuracy may fall by up to {self.at_most:.2f} points (95 % confidence), and the "
-            f"budget is {self.budget:g}"
-        )
+        return loss_bounds.doubt(self.at_most, self.budget)
 
     @property
     def is_unsure(self) -> bool:
