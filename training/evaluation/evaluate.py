@@ -246,9 +246,11 @@ def _batches(
         square, aspect = np.empty((0, 0, 3), np.uint8), 1.0
         try:
             photo = decode.read(sample.path, preprocess=preprocess)
-            if pixel_transform:  # whose squares may need a larger image
-                larger = decode.read(sample.path, preprocess=pixel_transform.to_square)
-                square, aspect = pixel_transform(larger), pixel_transform.aspect(larger)
+            if pixel_transform:
+                to_square, whole = pixel_transform.to_square, photo
+                if to_square.reduction(*photo.size) != preprocess.reduction(*photo.size):
+                    whole = decode.read(sample.path, preprocess=to_square)
+                square, aspect = pixel_transform(whole), pixel_transform.aspect(whole)
         except ImageError as error:
             return error
         return render(photo.image, preprocess, views, photo.area), square, aspect
